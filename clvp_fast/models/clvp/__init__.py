@@ -1,0 +1,1 @@
+"""CLVP: configuration, modeling, tokenization, features, processing, and the conversion of Tortoise checkpoints."""
