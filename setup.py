@@ -5,5 +5,5 @@ from setuptools import find_packages, setup
 setup(
     packages=[*find_packages(include=["clvp_fast", "clvp_fast.*"]), "clvp_fast.kernels"],
     package_dir={"clvp_fast.kernels": "kernels"},
-    package_data={"clvp_fast": ["py.typed"]},
+    package_data={"clvp_fast": ["py.typed", "*.pyi"]},
 )

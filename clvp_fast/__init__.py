@@ -9,8 +9,8 @@ from pathlib import Path
 
 __version__ = "0.1.0"
 
-# A bare checkout (PYTHONPATH=.) finds `clvp_fast.kernels` in the repository's top-level `kernels/`; an installed package
-# has it inside.
+# A bare checkout (PYTHONPATH=.) finds `clvp_fast.kernels` in the repository's top-level `kernels/`; an installed
+# package has it inside.
 _root = Path(__file__).resolve().parent.parent
 if (_root / "kernels").is_dir() and (_root / "setup.py").is_file() and not (_root / "clvp_fast" / "kernels").exists():
     __path__.append(str(_root))

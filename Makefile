@@ -1,0 +1,75 @@
+# The targets are the steps that CI runs. `make demo` and `make test` need Python 3.11 or newer and g++, nothing else.
+#
+#   make demo  PYTHON=python3.12     another interpreter for .venv
+#   make test  PYTEST_ARGS="tests/ops -k rotary"
+#   make setup CONSTRAINTS=          the newest versions that pyproject.toml allows, instead of the tested ones
+#   make setup PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+#                                    a machine without a GPU: torch's CPU build (0.2 GB) instead of the CUDA build (3 GB)
+
+PYTHON ?= python3
+VENV ?= .venv
+CONSTRAINTS ?= .ci/constraints.txt
+PIP_ARGS ?=
+PYTEST_ARGS ?=
+TEST_WORKERS ?= 2
+# gpu-check and gpu-bench use the torch that is installed on the GPU machine, not a virtual environment.
+GPU_PYTHON ?= python3
+
+PY := $(VENV)/bin/python
+PIP_INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) $(PIP_ARGS)
+RUNTIME_STAMP := $(VENV)/.stamp-runtime
+DEV_STAMP := $(VENV)/.stamp-dev
+
+DEMO_TEXT := The birch canoe slid on the smooth planks, and the doctor paid 25 dollars for it.
+DEMO_OUT ?= out/demo
+
+.PHONY: setup test demo lint format bench-cpu gpu-check gpu-bench clean
+
+setup: $(RUNTIME_STAMP)
+
+$(PY):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "clvp_fast needs Python 3.11 or newer; choose one with: make PYTHON=python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(RUNTIME_STAMP): pyproject.toml setup.py $(CONSTRAINTS) | $(PY)
+	$(PIP_INSTALL) -e '.[kernels,test]'
+	@touch $@
+
+$(DEV_STAMP): $(RUNTIME_STAMP)
+	$(PIP_INSTALL) -e '.[dev]'
+	@touch $@
+
+test: $(RUNTIME_STAMP)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(TEST_WORKERS) -m "not gpu" $(PYTEST_ARGS)
+
+demo: $(RUNTIME_STAMP)
+	$(PY) -m clvp_fast generate "$(DEMO_TEXT)" --voice examples/voice.flac --checkpoint demo --out $(DEMO_OUT)
+
+lint: $(DEV_STAMP)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+format: $(DEV_STAMP)
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+bench-cpu: $(RUNTIME_STAMP)
+	$(PY) -m benchmarks.cpu
+
+define require_gpu
+@$(GPU_PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null \
+  || { echo "$@ needs a CUDA device, and $(GPU_PYTHON) with a torch that sees it (choose with GPU_PYTHON=...)"; exit 1; }
+endef
+
+gpu-check:
+	$(require_gpu)
+	PYTHONPATH=. $(GPU_PYTHON) -m pytest -m gpu $(PYTEST_ARGS)
+
+gpu-bench:
+	$(require_gpu)
+	PYTHONPATH=. $(GPU_PYTHON) -m benchmarks.gpu
+
+clean:
+	rm -rf $(VENV) build dist out ./*.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

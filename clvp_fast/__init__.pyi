@@ -1,0 +1,26 @@
+"""What `import clvp_fast` offers, for type checkers: `__init__.py` loads these names when they are first used."""
+
+from clvp_fast.models.clvp.configuration import (
+    ClvpConfig as ClvpConfig,
+    ClvpDecoderConfig as ClvpDecoderConfig,
+    ClvpEncoderConfig as ClvpEncoderConfig,
+)
+from clvp_fast.models.clvp.convert_tortoise import convert_tortoise_checkpoint as convert_tortoise_checkpoint
+from clvp_fast.models.clvp.feature_extraction import ClvpFeatureExtractor as ClvpFeatureExtractor
+from clvp_fast.models.clvp.modeling import (
+    ClvpConditioningEncoder as ClvpConditioningEncoder,
+    ClvpDecoder as ClvpDecoder,
+    ClvpEncoder as ClvpEncoder,
+    ClvpEncoderOutput as ClvpEncoderOutput,
+    ClvpForCausalLM as ClvpForCausalLM,
+    ClvpModel as ClvpModel,
+    ClvpModelForConditionalGeneration as ClvpModelForConditionalGeneration,
+    ClvpOutput as ClvpOutput,
+    ClvpPreTrainedModel as ClvpPreTrainedModel,
+)
+from clvp_fast.models.clvp.processing import ClvpProcessor as ClvpProcessor
+from clvp_fast.models.clvp.tokenization import ClvpTokenizer as ClvpTokenizer
+from clvp_fast.ops.dispatch import backend as backend, explain as explain
+
+__version__: str
+__all__: list[str]

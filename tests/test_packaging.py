@@ -1,0 +1,123 @@
+"""What must hold of the package as installed: bare checkout, wheel, lazy imports, no triton."""
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+import clvp_fast
+
+ROOT = Path(__file__).resolve().parents[1]
+HEAVY = ("torch", "transformers", "triton", "matplotlib", "numpy", "soundfile", "rich")
+
+
+def run_python(code: str, *path: Path, cwd: Path) -> str:
+    """Runs `code` in a fresh interpreter that sees `path` first, in a folder that is not the checkout."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, path))}
+    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """The package's wheel, built from a copy of the sources so that no build folder is left in the checkout."""
+    work = tmp_path_factory.mktemp("wheel")
+    for name in ("clvp_fast", "kernels"):
+        shutil.copytree(ROOT / name, work / "source" / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, work / "source")
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", str(work), "."]
+    done = subprocess.run(command, cwd=work / "source", capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (built,) = work.glob("*.whl")
+    return built
+
+
+def test_wheel_holds_the_package_and_no_top_level_kernels(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    top_level = {name.split("/")[0] for name in names}
+    assert {name for name in top_level if not name.endswith(".dist-info")} == {"clvp_fast"}
+    assert "clvp_fast/py.typed" in names
+    assert "clvp_fast/kernels/__init__.py" not in names
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    for source in (ROOT / "kernels").glob("*.py"):
+        assert f"clvp_fast/kernels/{source.name}" in names
+
+
+def test_wheel_imports(wheel, tmp_path):
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    (tmp_path / "site/clvp_fast/kernels").mkdir(exist_ok=True)
+    code = "import clvp_fast, clvp_fast.kernels as k; print(clvp_fast.__file__); print(list(k.__path__)[0])"
+    package, kernels = run_python(code, tmp_path / "site", cwd=tmp_path).splitlines()
+    assert Path(package) == tmp_path / "site/clvp_fast/__init__.py"
+    assert Path(kernels) == tmp_path / "site/clvp_fast/kernels"
+
+
+def test_bare_checkout_imports_with_its_kernels(tmp_path):
+    code = "import clvp_fast, clvp_fast.kernels as k; print(clvp_fast.__file__); print(list(k.__path__)[0])"
+    package, kernels = run_python(code, ROOT, cwd=tmp_path).splitlines()
+    assert Path(package) == ROOT / "clvp_fast/__init__.py"
+    assert Path(kernels) == ROOT / "kernels"
+
+
+def test_no_kernels_package_marker():
+    assert not (ROOT / "kernels/__init__.py").exists(), "it would shadow the well-known `kernels` package"
+
+
+def test_import_loads_nothing_heavy(tmp_path):
+    code = f"import sys, clvp_fast; print([name for name in {HEAVY!r} if name in sys.modules])"
+    assert run_python(code, ROOT, cwd=tmp_path) == "[]"
+
+
+def test_command_line_help_loads_nothing_heavy(tmp_path):
+    code = f"""
+import sys
+from clvp_fast.cli import main
+try:
+    main(["--help"])
+except SystemExit as stop:
+    assert stop.code == 0
+print([name for name in {HEAVY!r} if name in sys.modules])"""
+    assert run_python(code, ROOT, cwd=tmp_path).splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("name", clvp_fast.__all__)
+def test_public_name_resolves(name):
+    value = getattr(clvp_fast, name)
+    module = clvp_fast._MODULE_OF.get(name)
+    assert value is (clvp_fast.__version__ if module is None else getattr(import_module(module), name))
+    assert name in dir(clvp_fast)
+
+
+def test_type_checkers_see_every_public_name():
+    """The lazy module hides its names from type checkers; the stub beside it shows them."""
+    public = {
+        name.asname or name.name: node.module
+        for node in ast.parse((ROOT / "clvp_fast/__init__.pyi").read_text()).body
+        if isinstance(node, ast.ImportFrom)
+        for name in node.names
+    }
+    assert public == clvp_fast._MODULE_OF
+
+
+def test_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'ClvpNothing'"):
+        _ = clvp_fast.ClvpNothing
+
+
+def test_everything_public_works_without_triton(tmp_path):
+    code = """
+import sys
+sys.modules["triton"] = None  # what `import triton` meets where it is not installed
+import clvp_fast
+for name in clvp_fast.__all__:
+    getattr(clvp_fast, name)
+print(len(clvp_fast.__all__))"""
+    assert int(run_python(code, ROOT, cwd=tmp_path)) == len(clvp_fast.__all__)
