@@ -1,0 +1,218 @@
+"""Which code an operator runs: its reference, its torch path, or its kernel.
+
+An `Operator` holds one hot path three times, with one positional signature:
+
+- `reference`: plain torch that states the mathematics, any dtype up to float64;
+- `torch_path`: as fast as torch allows, differentiable, on any device;
+- `kernel`: Triton or CUDA, inference only, loaded at first use, run behind the registered `torch.ops.clvp_fast.<name>`.
+
+The first two are called inline, so that autograd, `torch.compile` and `torch.export` see plain torch; the kernel runs
+behind the registered operator, which the compiler keeps as one opaque call. By default a kernel serves where it can and
+the torch path everywhere else. `CLVP_FAST_BACKEND=reference|torch|kernel`, read once at import, or
+`with clvp_fast.backend(...)` forces one; a forced backend that cannot serve raises.
+"""
+
+import os
+import warnings
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+BACKENDS = ("reference", "torch", "kernel")
+LIBRARY = torch.library.Library("clvp_fast", "DEF")
+OPERATORS: dict[str, "Operator"] = {}
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}, not {name!r}")
+    return name
+
+
+# None: the best backend that serves. A module global, so that compiled code is guarded on it.
+_forced: str | None = os.environ.get("CLVP_FAST_BACKEND") or None
+if _forced is not None:
+    _checked(_forced, "the environment variable CLVP_FAST_BACKEND")
+
+
+@contextmanager
+def backend(name: str | None):
+    """Force `"reference"`, `"torch"` or `"kernel"` for every operator of the process; `None`: the default choice.
+
+    Nests, and restores the former choice on exit. Raises `ValueError` for an unknown name. An operator that the forced
+    backend cannot serve raises `RuntimeError`, with the reason, when it is called.
+    """
+    global _forced
+    if name is not None:
+        _checked(name, "backend()")
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def needs_grad(*tensors: torch.Tensor | None) -> bool:
+    """Whether autograd has to follow an operator on these tensors (`None` entries are absent arguments)."""
+    if not torch.is_grad_enabled():
+        return False
+    return any(t is not None and t.requires_grad for t in tensors)
+
+
+def _missing_for_triton(device: torch.device) -> str | None:
+    """Why Triton kernels cannot run on `device`, or `None`."""
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return "triton is not installed (pip install 'clvp-fast[kernels]')"
+    if device.type == "cpu":
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            return None
+        return "kernels need an NVIDIA GPU (or, for tests, TRITON_INTERPRET=1)"
+    if device.type != "cuda":
+        return f"kernels need an NVIDIA GPU, not a {device.type} device"
+    if torch.version.cuda is None:
+        return "kernels need an NVIDIA GPU, and this torch is built for another"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f"kernels need compute capability 8.0 or newer, and {device} has {major}.{minor}"
+    return None
+
+
+class Operator:
+    """One operator of the package, registered as `torch.ops.clvp_fast.<name>`.
+
+    Args:
+        name: the operator's name; its module, kernel file, tests and benchmark share it.
+        schema: arguments and results as `torch.library` writes them, such as `"(Tensor x, float eps) -> Tensor"`. A
+            tensor that the operator writes is declared `Tensor(a!)`; no result may alias an argument.
+        reference: the oracle. Takes the schema's arguments by position, as do the next four.
+        torch_path: the path without a kernel.
+        unaliased: the torch path for the registered operator, where `torch_path` may return an argument.
+        fake: the results' shapes and dtypes, as empty tensors.
+        kernel: allocates the results and launches; imports `clvp_fast.kernels` when called. `None`: there is none.
+        missing: tells why the kernel cannot run on a device, or returns `None`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        schema: str,
+        *,
+        reference: Callable,
+        torch_path: Callable,
+        fake: Callable,
+        unaliased: Callable | None = None,
+        kernel: Callable | None = None,
+        missing: Callable[[torch.device], str | None] = _missing_for_triton,
+    ):
+        self.name = name
+        self.reference = reference
+        self.torch_path = torch_path
+        self._unaliased = unaliased or torch_path
+        self.kernel = kernel
+        self._missing = missing
+        self._refusals: dict[str, str | None] = {}
+        LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        for key in ("CPU", "CUDA"):
+            LIBRARY.impl(name, self._registered, key)
+        torch.library.register_fake(f"clvp_fast::{name}", fake, lib=LIBRARY)
+        self.registered = getattr(torch.ops.clvp_fast, name).default
+        OPERATORS[name] = self
+
+    def _registered(self, *args):
+        device = next(arg.device for arg in args if isinstance(arg, torch.Tensor))
+        return (self._unaliased if self.refusal(device) else self.kernel)(*args)
+
+    @torch.compiler.assume_constant_result
+    def refusal(self, device: torch.device) -> str | None:
+        """Why the kernel cannot serve on `device`, or `None` where it serves. Warns, once, if it should have served."""
+        if self.kernel is None:
+            return "there is no kernel for this operator yet"
+        key = str(device)
+        if key not in self._refusals:
+            reason = self._refusals[key] = self._missing(device)
+            if reason is not None and device.type == "cuda":
+                warnings.warn(f"clvp_fast.{self.name} takes the slower torch path: {reason}", stacklevel=3)
+        return self._refusals[key]
+
+    def choose(self, device: torch.device, training: str | None = None) -> Callable:
+        """The callable for one call on `device`.
+
+        `training` says why the call is not inference (kernels serve inference alone), or is `None`.
+        Raises `RuntimeError` where the kernel is forced and cannot serve.
+        """
+        if _forced == "reference":
+            return self.reference
+        if _forced == "torch" or (self.kernel is None and _forced is None):
+            return self.torch_path
+        reason = training or self.refusal(device)
+        if reason is None:
+            return self.registered
+        if _forced == "kernel":
+            raise RuntimeError(
+                f"the kernel of clvp_fast.{self.name} was forced and cannot serve on {device}: {reason}; "
+                "choose backend 'torch' or 'reference', or force none"
+            )
+        return self.torch_path
+
+    def explain(self, device: torch.device) -> "Choice":
+        """What `choose` does for inference on `device`."""
+        reason = self.refusal(device)
+        refused = {} if reason is None else {"kernel": reason}
+        chosen = _forced or ("torch" if reason else "kernel")
+        for name in BACKENDS:
+            if name != chosen and name not in refused:
+                refused[name] = f"{chosen} is forced" if _forced else f"{chosen} is faster"
+        return Choice(self.name, str(device), None if chosen in refused else chosen, refused)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An operator's backend on a device (`None`: the forced one cannot serve), and why each other one is not used."""
+
+    operator: str
+    device: str
+    backend: str | None
+    refused: dict[str, str]
+
+
+class Choices(list):
+    """A list of `Choice` that prints as a table."""
+
+    def __str__(self) -> str:
+        rows = [("operator", "device", "backend", "not used")]
+        for choice in self:
+            refused = "; ".join(f"{name}: {reason}" for name, reason in choice.refused.items())
+            rows.append((choice.operator, choice.device, choice.backend or "none", refused))
+        widths = [max(len(row[column]) for row in rows) for column in range(3)]
+        lines = [
+            "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]]) for row in rows
+        ]
+        return "\n".join(lines)
+
+
+def explain(name: str | None = None, device: str | torch.device | None = None) -> Choices:
+    """Which backend each operator, or the one called `name`, uses on `device`, and why not the others.
+
+    `device` defaults to the GPU if there is one, else the CPU. Raises `ValueError` for an unknown operator.
+    """
+    if name is not None and name not in OPERATORS:
+        raise ValueError(f"there is no operator {name!r}; there are {', '.join(sorted(OPERATORS))}")
+    device = torch.device(device or ("cuda:0" if torch.cuda.is_available() else "cpu"))
+    return Choices(OPERATORS[key].explain(device) for key in sorted(OPERATORS) if name in (None, key))
+
+
+def shape_error(name: str, expected: str, tensor: torch.Tensor) -> ValueError:
+    """The error for a tensor argument of the wrong shape."""
+    return ValueError(f"{name} must have shape {expected}, not {list(tensor.shape)}")
+
+
+def check_same(name: str, tensor: torch.Tensor, like_name: str, like: torch.Tensor, dtype: bool = True) -> None:
+    """Raise unless `tensor` lies on the device of `like` and, if asked, has its dtype."""
+    if tensor.device != like.device:
+        raise ValueError(f"{name} is on {tensor.device} and {like_name} on {like.device}: move them to one device")
+    if dtype and tensor.dtype != like.dtype:
+        raise TypeError(f"{name} must have the dtype of {like_name}, {like.dtype}, not {tensor.dtype}")

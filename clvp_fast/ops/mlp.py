@@ -1,0 +1,207 @@
+"""The two feed-forward blocks.
+
+gelu_mlp:  out = act(x W_in^T + b_in) W_out^T + b_out (+ residual)
+geglu_mlp: h, gate = split(x W_in^T + b_in);  out = dropout(h * act(gate)) W_out^T + b_out (+ residual)
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from clvp_fast.ops.dispatch import Operator, check_same, needs_grad, shape_error
+
+
+def _gelu_tanh(x):
+    return F.gelu(x, approximate="tanh")
+
+
+def _gelu_fast(x):
+    return 0.5 * x * (1.0 + torch.tanh(x * 0.7978845608 * (1.0 + 0.044715 * x * x)))
+
+
+# By the names of transformers' configurations. gelu_new is the tanh form; torch's fused one gives the same number.
+_ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_new": _gelu_tanh,
+    "gelu_pytorch_tanh": _gelu_tanh,
+    "gelu_fast": _gelu_fast,
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
+    "silu": F.silu,
+    "swish": F.silu,
+    "selu": F.selu,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "mish": F.mish,
+    "leaky_relu": F.leaky_relu,
+    "elu": F.elu,
+    "linear": lambda x: x,
+}
+# What may overwrite its argument where autograd does not need it.
+_IN_PLACE = {
+    "gelu": torch.ops.aten.gelu_.default,
+    "gelu_new": lambda x: torch.ops.aten.gelu_.default(x, approximate="tanh"),
+    "gelu_pytorch_tanh": lambda x: torch.ops.aten.gelu_.default(x, approximate="tanh"),
+    "relu": torch.relu_,
+    "silu": lambda x: F.silu(x, inplace=True),
+    "swish": lambda x: F.silu(x, inplace=True),
+    "selu": torch.selu_,
+    "sigmoid": torch.sigmoid_,
+    "tanh": torch.tanh_,
+    "mish": lambda x: F.mish(x, inplace=True),
+}
+
+
+def _activate(x, activation):
+    """The activation of x, which may be overwritten."""
+    if needs_grad(x):
+        return _ACTIVATIONS[activation](x)
+    return _IN_PLACE.get(activation, _ACTIVATIONS[activation])(x)
+
+
+def _add(out, residual):
+    if residual is None:
+        return out
+    if out.dtype != residual.dtype or needs_grad(out, residual):  # autocast gives two dtypes
+        return out + residual
+    return out.add_(residual)
+
+
+def _reference_activation(x, activation):
+    if activation == "gelu":
+        return x * 0.5 * (1.0 + torch.erf(x / math.sqrt(2.0)))
+    if activation in ("gelu_new", "gelu_pytorch_tanh"):
+        return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x.pow(3))))
+    return _ACTIVATIONS[activation](x)
+
+
+def _wide(*tensors):
+    return [None if t is None else t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors]
+
+
+def gelu_reference(x, w_in, b_in, w_out, b_out, residual, activation):
+    """The mathematics, step by step, in float32 at least."""
+    dtype = x.dtype
+    x, w_in, b_in, w_out, b_out, residual = _wide(x, w_in, b_in, w_out, b_out, residual)
+    out = _reference_activation(x @ w_in.T + b_in, activation) @ w_out.T + b_out
+    return (out if residual is None else out + residual).to(dtype)
+
+
+def geglu_reference(x, w_in, b_in, w_out, b_out, residual, activation, dropout_p=0.0):
+    """The mathematics, step by step, in float32 at least."""
+    dtype = x.dtype
+    x, w_in, b_in, w_out, b_out, residual = _wide(x, w_in, b_in, w_out, b_out, residual)
+    h, gate = (x @ w_in.T + b_in).chunk(2, dim=-1)
+    out = F.dropout(h * _reference_activation(gate, activation), dropout_p) @ w_out.T + b_out
+    return (out if residual is None else out + residual).to(dtype)
+
+
+def _gelu_torch(x, w_in, b_in, w_out, b_out, residual, activation):
+    return _add(F.linear(_activate(F.linear(x, w_in, b_in), activation), w_out, b_out), residual)
+
+
+def _geglu_torch(x, w_in, b_in, w_out, b_out, residual, activation, dropout_p=0.0):
+    h, gate = F.linear(x, w_in, b_in).chunk(2, dim=-1)
+    h = h * _activate(gate, activation)
+    if dropout_p > 0:
+        h = F.dropout(h, dropout_p)
+    return _add(F.linear(h, w_out, b_out), residual)
+
+
+def _fake(x, w_in, b_in, w_out, b_out, residual, activation):
+    return x.new_empty((*x.shape[:-1], w_out.shape[0]))
+
+
+_SCHEMA = "(Tensor x, Tensor w_in, Tensor b_in, Tensor w_out, Tensor b_out, Tensor? residual, str activation) -> Tensor"
+_GELU = Operator("gelu_mlp", _SCHEMA, reference=gelu_reference, torch_path=_gelu_torch, fake=_fake)
+_GEGLU = Operator("geglu_mlp", _SCHEMA, reference=geglu_reference, torch_path=_geglu_torch, fake=_fake)
+
+
+def _check(x, w_in, b_in, w_out, b_out, residual, activation, halves):
+    if activation not in _ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(_ACTIVATIONS)}, not {activation!r}")
+    x_shape, in_shape, out_shape = x.shape, w_in.shape, w_out.shape
+    if len(in_shape) != 2 or in_shape[1] != x_shape[-1] or in_shape[0] % halves:
+        rows = "an even number" if halves == 2 else "intermediate"
+        raise shape_error("w_in", f"[{rows}, {x_shape[-1]}]", w_in)
+    if len(out_shape) != 2 or out_shape[1] * halves != in_shape[0]:
+        raise shape_error("w_out", f"[out, {in_shape[0] // halves}]", w_out)
+    if b_in.ndim != 1 or len(b_in) != in_shape[0]:
+        raise shape_error("b_in", f"[{in_shape[0]}]", b_in)
+    if b_out.ndim != 1 or len(b_out) != out_shape[0]:
+        raise shape_error("b_out", f"[{out_shape[0]}]", b_out)
+    device, dtype = x.device, x.dtype
+    for name, tensor in (("w_in", w_in), ("b_in", b_in), ("w_out", w_out), ("b_out", b_out)):
+        if tensor.device != device or tensor.dtype != dtype:
+            check_same(name, tensor, "x", x)
+    if residual is not None:
+        if residual.shape[:-1] != x_shape[:-1] or residual.shape[-1] != out_shape[0]:
+            raise shape_error("residual", f"{[*x_shape[:-1], out_shape[0]]}", residual)
+        check_same("residual", residual, "x", x)
+
+
+def gelu_mlp(
+    x: torch.Tensor,
+    w_in: torch.Tensor,
+    b_in: torch.Tensor,
+    w_out: torch.Tensor,
+    b_out: torch.Tensor,
+    *,
+    residual: torch.Tensor | None = None,
+    activation: str = "gelu_new",
+) -> torch.Tensor:
+    """Two linear layers with an activation between them.
+
+    Args:
+        x: `[..., H]`.
+        w_in, b_in: `[I, H]`, `[I]`; any strides, fastest with the last axis contiguous. All have the dtype of `x`.
+        w_out, b_out: `[O, I]`, `[O]`.
+        residual: `[..., O]`, added to the result.
+        activation: by transformers' name: gelu, gelu_new, gelu_pytorch_tanh, gelu_fast, quick_gelu, relu, relu2, silu,
+            swish, selu, sigmoid, tanh, mish, leaky_relu, elu or linear.
+
+    Returns:
+        `[..., O]`, the dtype of `x`.
+
+    Raises:
+        ValueError, TypeError: an unknown activation, or shapes, dtypes or devices that do not match.
+    """
+    _check(x, w_in, b_in, w_out, b_out, residual, activation, 1)
+    grad = "an input requires grad" if needs_grad(x, w_in, b_in, w_out, b_out, residual) else None
+    return _GELU.choose(x.device, grad)(x, w_in, b_in, w_out, b_out, residual, activation)
+
+
+def geglu_mlp(
+    x: torch.Tensor,
+    w_in: torch.Tensor,
+    b_in: torch.Tensor,
+    w_out: torch.Tensor,
+    b_out: torch.Tensor,
+    *,
+    residual: torch.Tensor | None = None,
+    activation: str = "gelu",
+    dropout_p: float = 0.0,
+) -> torch.Tensor:
+    """A gated feed-forward block: the first half of the hidden channels times the activation of the second half.
+
+    Args:
+        x: `[..., H]`.
+        w_in, b_in: `[2 I, H]`, `[2 I]`: values first, gates second. The dtype of `x`, as all others.
+        w_out, b_out: `[O, I]`, `[O]`.
+        residual, activation: as in `gelu_mlp`.
+        dropout_p: probability of dropping a gated value (training).
+
+    Returns:
+        `[..., O]`, the dtype of `x`.
+
+    Raises:
+        ValueError, TypeError: as in `gelu_mlp`.
+    """
+    _check(x, w_in, b_in, w_out, b_out, residual, activation, 2)
+    args = (x, w_in, b_in, w_out, b_out, residual, activation)
+    if dropout_p > 0:
+        return _GEGLU.choose(x.device, "dropout is for training")(*args, dropout_p)
+    grad = "an input requires grad" if needs_grad(x, w_in, b_in, w_out, b_out, residual) else None
+    return _GEGLU.choose(x.device, grad)(*args)

@@ -1,0 +1,233 @@
+"""Attention with partial rotary positions on queries, keys and values.
+
+x' = [x_r * cos + rotate_half(x_r) * sin, x_pass]      for x in q, k, v; x_r = the first R channels
+out = softmax(scale * q' k'^T + mask) v'
+"""
+
+import torch
+import torch.nn.functional as F
+
+from clvp_fast.ops.dispatch import Operator, check_same, needs_grad, shape_error
+
+
+def _rotate(x, cos, sin):
+    """Rotary positions on the first R channels of x [B, T, H, D]; cos, sin [B or 1, T, R]."""
+    rotary_dim = cos.shape[-1]
+    half = rotary_dim // 2
+    cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
+    first, second = x[..., :half], x[..., half:rotary_dim]
+    rotated = x[..., :rotary_dim] * cos  # in the promoted dtype of x and cos
+    rotated[..., :half].addcmul_(second, sin[..., :half], value=-1)
+    rotated[..., half:].addcmul_(first, sin[..., half:])
+    rotated = rotated.to(x.dtype)
+    return rotated if rotary_dim == x.shape[-1] else torch.cat((rotated, x[..., rotary_dim:]), dim=-1)
+
+
+def _rotate_all(q, k, v, cos, sin, query_offset):
+    if cos is None:
+        return q, k, v
+    rows = slice(query_offset, query_offset + q.shape[1])
+    return _rotate(q, cos[:, rows], sin[:, rows]), _rotate(k, cos, sin), _rotate(v, cos, sin)
+
+
+def _allowed(mask, causal, q_len, k_len, query_offset, device):
+    """Who attends to whom, bool, broadcastable to [B, H, Tq, Tk]; None: everyone to everything."""
+    if mask is not None and mask.ndim == 2:
+        mask = mask[:, None, None, :]
+    if not causal or query_offset >= k_len - 1:
+        return mask
+    positions = torch.arange(k_len, device=device)
+    triangle = positions <= positions[query_offset : query_offset + q_len, None]
+    return triangle if mask is None else mask & triangle
+
+
+def _additive(allowed, dtype):
+    # The smallest number, not -inf: a row that may attend to nothing then weighs all keys alike.
+    return torch.zeros_like(allowed, dtype=dtype).masked_fill_(~allowed, torch.finfo(dtype).min)
+
+
+def _weights(q, k, allowed):
+    """Attention weights [B, H, Tq, Tk] in the dtype of q, computed in the order of transformers' eager attention."""
+    scores = torch.matmul(q.transpose(1, 2), k.permute(0, 2, 3, 1))
+    if allowed is not None:
+        scores = scores + _additive(allowed, scores.dtype)
+    return F.softmax(scores, dim=-1)
+
+
+def _mix(weights, v, dropout_p):
+    if dropout_p > 0:
+        weights = F.dropout(weights, dropout_p)
+    return torch.matmul(weights, v.transpose(1, 2)).transpose(1, 2).contiguous()
+
+
+def reference(q, k, v, cos, sin, mask, causal, query_offset, scale, dropout_p=0.0):
+    """The mathematics, step by step, in float32 at least."""
+    dtype = v.dtype
+    if cos is not None:
+
+        def rotate(x, cos, sin):
+            cos, sin = cos[:, :, None], sin[:, :, None]
+            x, rest = x.split([cos.shape[-1], x.shape[-1] - cos.shape[-1]], dim=-1)
+            first, second = x.chunk(2, dim=-1)
+            return torch.cat(((x * cos + torch.cat((-second, first), dim=-1) * sin).to(dtype), rest), dim=-1)
+
+        rows = slice(query_offset, query_offset + q.shape[1])
+        q, k, v = rotate(q, cos[:, rows], sin[:, rows]), rotate(k, cos, sin), rotate(v, cos, sin)
+    compute = torch.promote_types(dtype, torch.float32)
+    q, k, v = q.to(compute), k.to(compute), v.to(compute)
+    allowed = _allowed(mask, causal, q.shape[1], k.shape[1], query_offset, q.device)
+    return _mix(_weights(q * scale, k, allowed), v, dropout_p).to(dtype)
+
+
+def _torch(q, k, v, cos, sin, mask, causal, query_offset, scale, dropout_p=0.0):
+    q, k, v = _rotate_all(q, k, v, cos, sin, query_offset)
+    q_len, k_len = q.shape[1], k.shape[1]
+    square = causal and mask is None and query_offset == 0 and q_len == k_len
+    additive = None
+    if not square:
+        allowed = _allowed(mask, causal, q_len, k_len, query_offset, q.device)
+        if allowed is not None:
+            additive = _additive(allowed, q.dtype)
+            if mask is not None and q.dtype == torch.float16:
+                # float16's smallest number does not swallow a float32 score: a row without keys needs equal scores.
+                q = q * allowed.any(-1).transpose(1, 2)[..., None]
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=additive,
+        dropout_p=dropout_p,
+        is_causal=square,
+        scale=scale,
+    )
+    return out.transpose(1, 2).contiguous()
+
+
+def _fake(q, k, v, cos, sin, mask, causal, query_offset, scale):
+    return v.new_empty(q.shape)
+
+
+_OPERATOR = Operator(
+    "rotary_attention",
+    "(Tensor q, Tensor k, Tensor v, Tensor? cos, Tensor? sin, Tensor? mask, bool causal, SymInt query_offset, "
+    "float scale) -> Tensor",
+    reference=reference,
+    torch_path=_torch,
+    fake=_fake,
+)
+
+
+def _prepare(q, k, v, cos, sin, mask, causal, query_offset, scale):
+    """Check the arguments and fill in the defaults: (query_offset, scale)."""
+    if q.ndim != 4:
+        raise shape_error("q", "[batch, query_len, num_heads, head_dim]", q)
+    batch, q_len, num_heads, head_dim = q.shape
+    k_shape = k.shape
+    if len(k_shape) != 4 or k_shape[0] != batch or k_shape[2] != num_heads or k_shape[3] != head_dim:
+        raise shape_error("k", f"[{batch}, key_len, {num_heads}, {head_dim}]", k)
+    if v.shape != k_shape:
+        raise shape_error("v", f"that of k, {list(k_shape)}", v)
+    check_same("k", k, "q", q)
+    check_same("v", v, "q", q)
+    k_len = k_shape[1]
+    if query_offset is None:
+        query_offset = k_len - q_len if causal else 0
+    if (cos is not None or causal) and (query_offset < 0 or query_offset + q_len > k_len):
+        raise ValueError(
+            f"queries at rows {query_offset} to {query_offset + q_len} must lie within the {k_len} keys; "
+            "check query_offset and the lengths"
+        )
+    if (cos is None) != (sin is None):
+        raise ValueError("cos and sin must be given together, and one of them is missing")
+    if cos is not None:
+        cos_batch, cos_len, rotary_dim = cos.shape if cos.ndim == 3 else (0, 0, 0)
+        if cos_batch not in (1, batch) or cos_len != k_len or rotary_dim > head_dim or rotary_dim % 2:
+            raise shape_error("cos", f"[1 or {batch}, {k_len}, an even number of at most {head_dim}]", cos)
+        if sin.shape != cos.shape:
+            raise shape_error("sin", f"that of cos, {list(cos.shape)}", sin)
+        check_same("cos", cos, "q", q, dtype=False)
+        check_same("sin", sin, "cos", cos)
+    if mask is not None:
+        if mask.dtype != torch.bool:
+            raise TypeError(
+                f"mask must be bool with True = attend, not {mask.dtype}; use mask.bool() on ones and zeros"
+            )
+        check_same("mask", mask, "q", q, dtype=False)
+        shape = mask.shape
+        if not (
+            (len(shape) == 2 and shape[0] == batch and shape[1] == k_len)
+            or (
+                len(shape) == 4
+                and shape[0] in (1, batch)
+                and shape[1] == 1
+                and shape[2] in (1, q_len)
+                and shape[3] == k_len
+            )
+        ):
+            raise shape_error("mask", f"[{batch}, {k_len}] or [1 or {batch}, 1, 1 or {q_len}, {k_len}]", mask)
+    return query_offset, head_dim**-0.5 if scale is None else scale
+
+
+def rotary_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    cos: torch.Tensor | None = None,
+    sin: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    causal: bool = False,
+    query_offset: int | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+) -> torch.Tensor:
+    """Attention with rotary positions on the first channels of queries, keys and values.
+
+    Args:
+        q: `[B, Tq, H, D]`, any strides; float16, bfloat16, float32 or float64.
+        k, v: `[B, Tk, H, D]`, any strides, the dtype of `q`.
+        cos, sin: `[B or 1, Tk, R]`, R even and at most D; None: no rotary positions. The rotation is computed in the
+            promoted dtype of `q` and `cos` (float32 angles for bfloat16 inputs keep long sequences apart).
+        mask: bool, True = attend; `[B, Tk]` for padded keys, or `[B or 1, 1, Tq or 1, Tk]`.
+        causal: query i attends to keys 0 .. query_offset + i; together with `mask` if both are given.
+        query_offset: the row of the sequence at which the queries start. Default: `Tk - Tq` if causal, else 0.
+        scale: of the scores; default `D ** -0.5`.
+        dropout_p: probability of dropping an attention weight (training).
+
+    Returns:
+        `[B, Tq, H, D]`, contiguous, the dtype of `v`. A query that may attend to nothing gets the mean of all values.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices do not match.
+        RuntimeError: a forced backend cannot serve.
+    """
+    query_offset, scale = _prepare(q, k, v, cos, sin, mask, causal, query_offset, scale)
+    args = (q, k, v, cos, sin, mask, causal, query_offset, scale)
+    if dropout_p > 0:
+        return _OPERATOR.choose(q.device, "dropout is for training")(*args, dropout_p)
+    grad = "an input requires grad" if needs_grad(q, k, v, cos, sin) else None
+    return _OPERATOR.choose(q.device, grad)(*args)
+
+
+def rotary_attention_weights(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    cos: torch.Tensor | None = None,
+    sin: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    causal: bool = False,
+    query_offset: int | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`rotary_attention` that also returns the attention weights; in plain torch, whatever the backend.
+
+    Returns:
+        The output `[B, Tq, H, D]` and the weights `[B, H, Tq, Tk]` before dropout, both in the dtype of `q`.
+    """
+    query_offset, scale = _prepare(q, k, v, cos, sin, mask, causal, query_offset, scale)
+    q, k, v = _rotate_all(q * scale, k, v, cos, sin, query_offset)
+    weights = _weights(q, k, _allowed(mask, causal, q.shape[1], k.shape[1], query_offset, q.device))
+    return _mix(weights, v, dropout_p), weights
