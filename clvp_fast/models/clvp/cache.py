@@ -1,0 +1,64 @@
+"""A key-value cache for `GenerationMixin` that grows in place."""
+
+import torch
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+
+class GrowingLayer(DynamicLayer):
+    """`DynamicLayer` with room to spare: a step writes its own place, where `DynamicLayer` copies all that came before.
+
+    `keys` and `values`, `[batch, heads, length, head_dim]`, are views of larger buffers. Whatever the base class puts in their
+    place (reordered beams, cropped candidates) is taken over at the next update.
+    """
+
+    growth = 128
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self._buffers = (None, None)
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        length = self.get_seq_length()
+        new_length = length + key_states.shape[-2]
+        if not self._holds(length, new_length):
+            self._buffers = tuple(
+                self._grown(old, new, length, new_length)
+                for old, new in ((self.keys, key_states), (self.values, value_states))
+            )
+        for buffer, new in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[..., length:new_length, :] = new
+        self.keys, self.values = (buffer[..., :new_length, :] for buffer in self._buffers)
+        return self.keys, self.values
+
+    def _holds(self, length: int, new_length: int) -> bool:
+        """Whether `keys` and `values` are still this layer's own views, with room behind them."""
+        return all(
+            buffer is not None
+            and new_length <= buffer.shape[-2]
+            and current.data_ptr() == buffer.data_ptr()
+            and current.stride() == buffer.stride()
+            and current.shape[:-2] == buffer.shape[:-2]
+            for buffer, current in zip(self._buffers, (self.keys, self.values), strict=True)
+        )
+
+    def _grown(self, old: torch.Tensor, new: torch.Tensor, length: int, new_length: int) -> torch.Tensor:
+        batch, heads, _, head_dim = new.shape
+        capacity = new_length + max(self.growth, new_length // 4)
+        buffer = new.new_empty((batch, heads, capacity, head_dim))
+        if length:
+            buffer[..., :length, :] = old
+        return buffer
+
+    def reset(self) -> None:
+        super().reset()
+        self._buffers = (None, None)
+
+
+class GrowingCache(DynamicCache):
+    """`DynamicCache` made of [`GrowingLayer`]s."""
+
+    def __init__(self):
+        Cache.__init__(self, layer_class_to_replicate=GrowingLayer)

@@ -1,0 +1,195 @@
+"""Text and voice clip to the embeddings that the decoder continues."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from clvp_fast.models.clvp.configuration import ClvpConfig
+from clvp_fast.models.clvp.layers import ClvpSelfAttention
+
+
+class PaddedText:
+    """Token ids `[batch, length]` (or embeddings) and their mask, to which tokens are added at a text's own ends."""
+
+    def __init__(self, tokens: torch.Tensor, mask: torch.Tensor | None):
+        self.tokens = tokens
+        self.mask = tokens.new_ones(tokens.shape[:2], dtype=torch.long) if mask is None else mask.long()
+
+    def surround(self, before: torch.Tensor | None, after: torch.Tensor | None) -> "PaddedText":
+        """One token before the first real one of each row, one after the last, whichever side the padding is on.
+
+        `before` and `after` are a token id, or an embedding `[hidden]`; `None` adds nothing.
+        """
+        tokens, mask = self.tokens, self.mask
+        if before is not None:
+            tokens, mask = self._insert(tokens, mask, before, mask.argmax(1))
+        if after is not None:
+            end = mask.shape[1] - mask.flip(1).argmax(1)
+            tokens, mask = self._insert(tokens, mask, after, end)
+        return PaddedText(tokens, mask)
+
+    @staticmethod
+    def _insert(tokens, mask, token, place):
+        """Row by row, `token` inserted at column `place` `[batch]`."""
+        column = torch.arange(tokens.shape[1] + 1, device=tokens.device)[None]
+        place = place[:, None]
+        source = column - (column > place).long()
+        source = source.clamp(max=tokens.shape[1] - 1)
+        here = column == place
+        mask = mask.gather(1, source).masked_fill(here, 1)
+        if tokens.dim() == 3:
+            source, here = source[..., None], here[..., None]
+        return torch.where(here, token, tokens.take_along_dim(source, 1)), mask
+
+
+def insert_eos_at_first_pad(input_ids: torch.Tensor, pad_token_id: int, eos_token_id: int) -> torch.Tensor:
+    """`eos_token_id` before the first `pad_token_id` of each row `[batch, length]`, at the end of rows without one.
+
+    transformers' rule, which looks at values, not at the mask: `forward` keeps it, with the numbers that follow from it.
+    """
+    is_pad = F.pad(input_ids == pad_token_id, (0, 1), value=True)
+    first_pad = is_pad.int().argmax(1, keepdim=True)
+    column = torch.arange(input_ids.shape[1] + 1, device=input_ids.device)[None]
+    source = torch.where(column < first_pad, column, (column - 1).clamp(min=0)).expand(input_ids.shape[0], -1)
+    return input_ids.gather(1, source).masked_fill(column == first_pad, eos_token_id)
+
+
+class ClvpConditioningEncoder(nn.Module):
+    """Embeds a text and summarises a voice clip; what comes out is the prompt of the decoder.
+
+    The log-mel features of a clip become one vector (attention over the frames, of which the first is kept); text tokens
+    become token plus position embeddings. The vector is put before them.
+    """
+
+    def __init__(self, config: ClvpConfig):
+        super().__init__()
+        self.text_config = config.text_config
+        self.decoder_config = config.decoder_config
+        width = self.decoder_config.hidden_size
+        self.text_token_embedding = nn.Embedding(self.text_config.vocab_size, width)
+        self.text_position_embedding = nn.Embedding(self.decoder_config.max_text_tokens, width)
+        self.mel_conv = nn.Conv1d(self.decoder_config.feature_size, width, kernel_size=1)
+        self.mel_conv.initializer_std = config.initializer_factor
+        num_groups = self.compute_groupnorm_groups(width)
+        num_blocks = self.decoder_config.num_mel_attn_blocks
+        self.group_norms = nn.ModuleList([nn.GroupNorm(num_groups, width, eps=1e-5) for _ in range(num_blocks)])
+        self.mel_attn_blocks = nn.ModuleList([ClvpSelfAttention(self.decoder_config) for _ in range(num_blocks)])
+        self.gradient_checkpointing = False
+
+    def compute_groupnorm_groups(self, channels: int, groups: int = 32) -> int:
+        """Groups of the group norms: 8 up to 16 channels, 16 up to 64, else 32, halved until they divide the channels."""
+        if channels <= 64:
+            groups = 8 if channels <= 16 else 16
+        while channels % groups != 0:
+            groups //= 2
+        if groups <= 2:
+            raise ValueError(
+                f"the group norms need more than 2 groups, but a hidden_size of {channels} can be split into {groups} alone: "
+                "use a hidden_size that is a multiple of 4"
+            )
+        return groups
+
+    def encode_voice(self, input_features: torch.Tensor) -> torch.Tensor:
+        """Log-mel features `[clips, feature_size, frames]` → one vector a clip, `[clips, hidden_size]`."""
+        recompute = self.gradient_checkpointing and self.training
+
+        def block(index: int, frames: torch.Tensor) -> torch.Tensor:
+            normed = self.group_norms[index](frames).transpose(1, 2)
+            # Only the first frame goes on after the last block: the others need not attend there.
+            num_queries = 1 if index == len(self.mel_attn_blocks) - 1 else None
+            attended, _ = self.mel_attn_blocks[index](normed, num_queries=num_queries)
+            return frames[..., :num_queries] + attended.transpose(1, 2)
+
+        frames = self.mel_conv(input_features)
+        for index in range(len(self.mel_attn_blocks)):
+            frames = checkpoint(block, index, frames, use_reentrant=False) if recompute else block(index, frames)
+        return frames[..., 0]
+
+    def embed_text(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        num_ends: int,
+        by_mask: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token plus position embeddings of the text between its begin token and `num_ends` end tokens, and their mask.
+
+        Where the text ends is told by the mask, or (for one end) by transformers' rule, which looks for token 0.
+        `[texts, length + 1 + num_ends, hidden_size]` and `[texts, length + 1 + num_ends]`.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        limit = self.decoder_config.max_text_tokens - 1 - num_ends
+        if not 0 < tokens.shape[1] <= limit:
+            raise ValueError(
+                f"the text must have 1 to {limit} tokens for this checkpoint, it has {tokens.shape[1]}: "
+                "split a long text into sentences"
+            )
+        table = self.text_token_embedding.weight
+        bos, eos = self.text_config.bos_token_id, self.text_config.eos_token_id
+        text = PaddedText(tokens, attention_mask)
+        if inputs_embeds is None and not by_mask:
+            ids = insert_eos_at_first_pad(F.pad(input_ids, (1, 0), value=bos), 0, eos)
+            text = PaddedText(ids, F.pad(text.mask, (2, 0), value=1))
+        else:
+            if inputs_embeds is not None:
+                bos, eos = table[bos], table[eos]
+            text = text.surround(bos, None)
+            for _ in range(num_ends):
+                text = text.surround(None, eos)
+        embeds = self.text_token_embedding(text.tokens) if inputs_embeds is None else text.tokens
+        # Padding on the left stands before position 0: any row of the table will do for it.
+        positions = (text.mask.cumsum(-1) - 1).clamp(min=0)
+        return embeds + self.text_position_embedding(positions), text.mask
+
+    def forward(
+        self,
+        input_features: torch.Tensor,
+        input_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        attention_mask: torch.LongTensor | None = None,
+    ) -> torch.Tensor:
+        """The decoder's prompt `[batch, 1 + text, hidden_size]`: one voice vector, then the text's embeddings.
+
+        Args:
+            input_features: `[clips, feature_size, frames]`.
+            input_ids: `[texts, length]`; or `inputs_embeds` `[texts, length, hidden_size]`, embedded without positions.
+            attention_mask: `[texts, length]`, 1 = a token, 0 = padding.
+
+        One text goes with any number of clips, and one clip with any number of texts; else their numbers must be equal.
+        """
+        text_embeds, _ = self.embed_text(input_ids, inputs_embeds, attention_mask, num_ends=1, by_mask=False)
+        return self.join(self.encode_voice(input_features), text_embeds)
+
+    def prompt(
+        self,
+        input_features: torch.Tensor,
+        input_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        attention_mask: torch.LongTensor | None = None,
+        num_ends: int = 2,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The prompt as Tortoise generates from it, with the mask `[batch, 1 + text]` that tells padding from text.
+
+        Against `forward`: the end token stands `num_ends` times, and a padded text is surrounded at its own ends on either side of padding.
+        """
+        if attention_mask is not None and not attention_mask.bool().any(1).all():
+            raise ValueError("attention_mask hides every token of a text: each text must keep at least one")
+        text_embeds, mask = self.embed_text(input_ids, inputs_embeds, attention_mask, num_ends=num_ends, by_mask=True)
+        embeds = self.join(self.encode_voice(input_features), text_embeds)
+        return embeds, F.pad(mask, (1, 0), value=1).expand(embeds.shape[0], -1)
+
+    @staticmethod
+    def join(voices: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
+        """Voice vectors `[clips, hidden]` before text embeddings `[texts, length, hidden]`."""
+        clips, texts = voices.shape[0], text_embeds.shape[0]
+        if clips != texts and 1 not in (clips, texts):
+            raise ValueError(
+                f"The number of texts and number of audios must be same, or one of them 1. Found {texts} texts vs {clips} audios"
+            )
+        batch = max(clips, texts)
+        voices = voices[:, None].expand(batch, -1, -1)
+        return torch.cat([voices, text_embeds.expand(batch, -1, -1)], dim=1)

@@ -1,0 +1,122 @@
+"""The encoder of text, and of speech tokens, into their shared space."""
+
+import torch
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import can_return_tuple
+
+from clvp_fast.models.clvp.configuration import ClvpEncoderConfig
+from clvp_fast.models.clvp.layers import (
+    ClvpEncoderMLP,
+    ClvpRMSNorm,
+    ClvpRotaryPositionalEmbedding,
+    ClvpSelfAttention,
+    ClvpSequenceSummary,
+    add_layer_norm,
+)
+from clvp_fast.models.clvp.outputs import ClvpEncoderOutput
+from clvp_fast.models.clvp.pretrained import ClvpPreTrainedModel
+
+
+class ClvpEncoderLayer(GradientCheckpointingLayer):
+    """Pre-norm layer: rotary attention, gated feed-forward."""
+
+    def __init__(self, config: ClvpEncoderConfig):
+        super().__init__()
+        self.config = config
+        self.embed_dim = config.hidden_size
+        self.self_attn = ClvpSelfAttention(config)
+        self.mlp = ClvpEncoderMLP(config)
+        self.input_rmsnorm = ClvpRMSNorm(self.embed_dim, eps=config.layer_norm_eps)
+        self.post_attention_rmsnorm = ClvpRMSNorm(self.embed_dim, eps=config.layer_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
+        attention_mask: torch.Tensor | None = None,
+        output_attentions: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`[batch, length, hidden_size]` → the same, and the attention weights with `output_attentions`."""
+        attended, weights = self.self_attn(
+            self.input_rmsnorm(hidden_states), rotary, attention_mask, output_attentions=output_attentions
+        )
+        residual, normed = self.post_attention_rmsnorm.add(attended, hidden_states)
+        return self.mlp(normed, residual), weights
+
+
+class ClvpEncoder(ClvpPreTrainedModel):
+    """Transformer encoder of `config.num_hidden_layers` [`ClvpEncoderLayer`]s, with pooling and projection.
+
+    `from_pretrained` also takes a composite CLVP checkpoint; `config_type="speech_config"` then picks the speech encoder.
+    """
+
+    config: ClvpEncoderConfig
+    config_class = ClvpEncoderConfig
+
+    def __init__(self, config: ClvpEncoderConfig):
+        super().__init__(config)
+        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.rotary_pos_emb = ClvpRotaryPositionalEmbedding(config) if config.use_rotary_embedding else None
+        self.layers = nn.ModuleList([ClvpEncoderLayer(config) for _ in range(config.num_hidden_layers)])
+        self.sequence_summary = ClvpSequenceSummary(config)
+        self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
+        self.projection.initializer_std = config.initializer_factor * config.hidden_size**-0.5
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.token_embedding
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.token_embedding = value
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs,
+    ) -> ClvpEncoderOutput:
+        """Encode token ids `[batch, length]`, or their embeddings `[batch, length, hidden_size]`.
+
+        Args:
+            attention_mask: `[batch, length]`, 1 or True = a token, 0 = padding.
+            position_ids: `[batch or 1, length]`, the rotary positions; 0, 1, ... by default.
+
+        Returns:
+            [`ClvpEncoderOutput`], or a tuple with `return_dict=False`.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        output_attentions = self.option("output_attentions", output_attentions)
+        output_hidden_states = self.option("output_hidden_states", output_hidden_states)
+
+        hidden_states = self.token_embedding(input_ids) if inputs_embeds is None else inputs_embeds
+        rotary = None
+        if self.rotary_pos_emb is not None:
+            if position_ids is None:
+                position_ids = torch.arange(hidden_states.shape[1], device=hidden_states.device)[None]
+            rotary = self.rotary_pos_emb(position_ids)
+        mask = self.boolean_mask(attention_mask, hidden_states.shape[1])
+
+        all_hidden_states, all_attentions = [hidden_states], []
+        for layer in self.layers:
+            hidden_states, weights = layer(hidden_states, rotary, mask, output_attentions)
+            all_hidden_states.append(hidden_states)
+            all_attentions.append(weights)
+        _, last_hidden_state = add_layer_norm(self.final_layer_norm, hidden_states)
+        pooled = self.sequence_summary(last_hidden_state, attention_mask=mask)
+
+        return ClvpEncoderOutput(
+            embeds=self.projection(pooled),
+            last_hidden_state=last_hidden_state,
+            pooler_output=pooled,
+            hidden_states=(*all_hidden_states[:-1], last_hidden_state) if output_hidden_states else None,
+            attentions=tuple(all_attentions) if output_attentions else None,
+        )

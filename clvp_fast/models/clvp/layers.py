@@ -1,0 +1,354 @@
+"""Building blocks shared by CLVP's encoders, decoder and conditioning encoder; each calls the operators of `clvp_fast.ops`.
+
+The parameters are those of the checkpoints (`q_proj`, `k_proj`, ... each its own), in the storage that the operators want:
+query, key and value weights of a layer lie in one block, and `Conv1D` weights, which checkpoints keep as `[in, out]`, are
+transposed views of `[out, in]` storage. Both are made on first use, where the weights are found in another layout (after
+loading, moving or assigning them), and hold no second copy.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import Cache
+from transformers.activations import ACT2FN
+from transformers.pytorch_utils import Conv1D
+
+from clvp_fast import ops
+
+
+def is_plain(module: nn.Module, module_class: type[nn.Module]) -> bool:
+    """Whether calling `module` does nothing but its class's own computation on its parameters.
+
+    Adapters replace modules, and offloading and users hook them; those have to be called, not looked through.
+    """
+    return (
+        type(module) is module_class
+        and "forward" not in module.__dict__
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+    )
+
+
+def pack_linears(linears: list[nn.Linear]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """One `[sum of out, in]` weight and one bias for several linear layers of one input, as views of their parameters.
+
+    Where the parameters do not lie one behind the other yet, they are moved there; this must not be called under autograd.
+    """
+    weights = [linear.weight for linear in linears]
+    biases = [linear.bias for linear in linears]
+    return _pack(weights), None if biases[0] is None else _pack(biases)
+
+
+@torch.no_grad()
+def _pack(parameters: list[nn.Parameter]) -> torch.Tensor:
+    first = parameters[0]
+    if _lie_in_a_row(parameters):
+        return first.as_strided((sum(p.shape[0] for p in parameters), *first.shape[1:]), first.stride())
+    packed = torch.cat([p.data for p in parameters])
+    for parameter, view in zip(parameters, packed.split([p.shape[0] for p in parameters]), strict=True):
+        parameter.data = view
+    return packed
+
+
+def _lie_in_a_row(parameters: list[nn.Parameter]) -> bool:
+    storage = parameters[0].untyped_storage().data_ptr()
+    address = parameters[0].data_ptr()
+    for parameter in parameters:
+        if parameter.data_ptr() != address or parameter.untyped_storage().data_ptr() != storage:
+            return False
+        if not parameter.is_contiguous():
+            return False
+        address += parameter.numel() * parameter.element_size()
+    return True
+
+
+@torch.no_grad()
+def transpose_storage(conv: Conv1D) -> None:
+    """Keep the `[in, out]` weight of `conv` as the transposed view of contiguous `[out, in]` storage."""
+    if not conv.weight.t().is_contiguous():
+        conv.weight.data = conv.weight.data.t().contiguous().t()
+
+
+class ClvpRMSNorm(nn.Module):
+    """`weight * x / rms(x)` over the last axis, statistics in float32 (arXiv:1910.07467)."""
+
+    def __init__(self, hidden_size: int, eps: float = 1e-6):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.variance_epsilon = eps
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.add(hidden_states)[1]
+
+    def add(self, hidden_states: torch.Tensor, residual: torch.Tensor | None = None):
+        """The new residual `hidden_states + residual`, and its norm; both `[..., hidden_size]`."""
+        return ops.add_norm(hidden_states, residual, weight=self.weight, eps=self.variance_epsilon, kind="rms")
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
+
+
+def add_layer_norm(norm: nn.LayerNorm, hidden_states: torch.Tensor, residual: torch.Tensor | None = None):
+    """The new residual `hidden_states + residual`, and its layer norm; both `[..., hidden_size]`."""
+    return ops.add_norm(hidden_states, residual, weight=norm.weight, bias=norm.bias, eps=norm.eps, kind="layer")
+
+
+class ClvpRotaryPositionalEmbedding(nn.Module):
+    """Rotary angles of the encoders (arXiv:2104.09864), for the first `max(projection_dim / (2 heads), 32)` channels.
+
+    `inv_freq` is part of the checkpoints. It and the angles stay in float32 when the model is cast to a half type: bfloat16
+    cannot tell position 257 from 258.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.dim = max(config.projection_dim // (config.num_attention_heads * 2), 32)
+        head_dim = config.hidden_size // config.num_attention_heads
+        if self.dim > head_dim:
+            raise ValueError(
+                f"rotary embedding turns {self.dim} channels (at least 32) but a head has {head_dim}: use fewer heads, a "
+                f"wider hidden_size ({config.hidden_size}), or use_rotary_embedding=False"
+            )
+        self.register_buffer("inv_freq", self.initial_inv_freq())
+
+    def initial_inv_freq(self) -> torch.Tensor:
+        return 1.0 / (10000 ** (torch.arange(0, self.dim, 2, dtype=torch.int64).float() / self.dim))
+
+    def _apply(self, fn, recurse=True):
+        precise = self.inv_freq
+        super()._apply(fn, recurse)
+        if self.inv_freq.dtype in (torch.float16, torch.bfloat16):
+            self.inv_freq = precise.to(self.inv_freq.device)
+        return self
+
+    def forward(self, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines `[batch or 1, length, dim]`, float32 or wider, for `position_ids` `[batch or 1, length]`."""
+        inv_freq = self.inv_freq.to(torch.promote_types(self.inv_freq.dtype, torch.float32))
+        angles = position_ids[..., None].to(inv_freq.dtype) * inv_freq
+        angles = torch.cat([angles, angles], dim=-1)
+        return angles.cos(), angles.sin()
+
+
+class ClvpSelfAttention(nn.Module):
+    """Multi-head self-attention: rotary in the encoders, causal in the decoder, plain in the conditioning encoder."""
+
+    def __init__(self, config, layer_idx: int | None = None, causal: bool = False):
+        super().__init__()
+        self.config = config
+        self.embed_dim = config.hidden_size
+        self.num_heads = config.num_attention_heads
+        self.head_dim = self.embed_dim // self.num_heads
+        if self.head_dim * self.num_heads != self.embed_dim:
+            raise ValueError(
+                f"hidden_size must be a multiple of num_attention_heads, got {self.embed_dim} and {self.num_heads}"
+            )
+        self.scale = self.head_dim**-0.5
+        self.dropout = config.attention_dropout
+        self.layer_idx = layer_idx
+        self.causal = causal
+        self.k_proj = nn.Linear(self.embed_dim, self.embed_dim, bias=config.use_attention_bias)
+        self.v_proj = nn.Linear(self.embed_dim, self.embed_dim, bias=config.use_attention_bias)
+        self.q_proj = nn.Linear(self.embed_dim, self.embed_dim, bias=config.use_attention_bias)
+        self.out_proj = nn.Linear(self.embed_dim, self.embed_dim)
+
+    def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values, each `[batch, length, heads, head_dim]`, views of one projection where that is possible."""
+        shape = (*hidden_states.shape[:-1], self.num_heads, self.head_dim)
+        linears = [self.q_proj, self.k_proj, self.v_proj]
+        packable = (
+            not torch.compiler.is_compiling()
+            and not torch.is_grad_enabled()
+            and all(is_plain(linear, nn.Linear) for linear in linears)
+            and len({linear.weight.dtype for linear in linears}) == 1
+            and hidden_states.device.type != "meta"
+        )
+        if not packable:
+            return tuple(linear(hidden_states).view(shape) for linear in linears)
+        packed = F.linear(hidden_states, *pack_linears(linears))
+        return packed.view(*hidden_states.shape[:-1], 3, self.num_heads, self.head_dim).unbind(-3)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        output_attentions: bool = False,
+        num_queries: int | None = None,
+        candidates_per_prompt: int = 1,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attend over `hidden_states` `[batch, length, hidden_size]` and what the cache holds.
+
+        Args:
+            rotary: cosines and sines of the positions, for the encoders.
+            attention_mask: True or 1 = attend: `[batch, keys]`; or `[batch, 1, queries, keys]`, boolean or additive, which
+                then says all (causality too).
+            num_queries: compute the first `num_queries` places alone.
+            candidates_per_prompt: how many rows of the cache each row of the batch fills.
+
+        Returns:
+            `[batch, queries, hidden_size]`, and the weights `[batch, heads, queries, keys]` with `output_attentions`.
+        """
+        query, key, value = self.project(hidden_states)
+        query = query[:, :num_queries]
+        if past_key_values is not None:
+            new_key, new_value = (x.transpose(1, 2) for x in (key, value))
+            if candidates_per_prompt > 1:
+                past_key_values.update(
+                    new_key.repeat_interleave(candidates_per_prompt, 0),
+                    new_value.repeat_interleave(candidates_per_prompt, 0),
+                    self.layer_idx,
+                )
+            else:
+                new_key, new_value = past_key_values.update(new_key, new_value, self.layer_idx)
+                key, value = new_key.transpose(1, 2), new_value.transpose(1, 2)
+
+        cos, sin = rotary if rotary is not None else (None, None)
+        arguments = dict(
+            cos=cos,
+            sin=sin,
+            mask=attention_mask,
+            causal=self.causal and (attention_mask is None or attention_mask.dim() == 2),
+            scale=self.scale,
+            dropout_p=self.dropout if self.training else 0.0,
+        )
+        weights = None
+        if output_attentions:
+            attended, weights = ops.rotary_attention_weights(query, key, value, **arguments)
+        else:
+            attended = ops.rotary_attention(query, key, value, **arguments)
+        return self.out_proj(attended.flatten(-2)), weights
+
+
+class ClvpGatedLinearUnit(nn.Module):
+    """`value * activation(gate)`, both halves from one projection (arXiv:2002.05202)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.activation_fn = ACT2FN[config.hidden_act]
+        self.proj = nn.Linear(config.hidden_size, config.intermediate_size * 2)
+        self.proj.initializer_std = (2 * config.hidden_size) ** -0.5 * config.initializer_factor
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        value, gate = self.proj(hidden_states).chunk(2, dim=-1)
+        return value * self.activation_fn(gate)
+
+
+class ClvpEncoderMLP(nn.Module):
+    """The gated feed-forward layer of the encoders."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.fc1 = ClvpGatedLinearUnit(config)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.fc2.initializer_std = (
+            2 * config.hidden_size * config.num_hidden_layers
+        ) ** -0.5 * config.initializer_factor
+        self.dropout_layer = nn.Dropout(config.dropout)
+
+    def forward(self, hidden_states: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """`[..., hidden_size]` → the same, with `residual` added where given."""
+        proj, fc2 = self.fc1.proj, self.fc2
+        if is_plain(proj, nn.Linear) and is_plain(fc2, nn.Linear) and self.config.hidden_act in ops.ACTIVATIONS:
+            return ops.geglu_mlp(
+                hidden_states,
+                proj.weight,
+                proj.bias,
+                fc2.weight,
+                fc2.bias,
+                residual=residual,
+                activation=self.config.hidden_act,
+                dropout_p=self.dropout_layer.p if self.training else 0.0,
+            )
+        hidden_states = fc2(self.dropout_layer(self.fc1(hidden_states)))
+        return hidden_states if residual is None else residual + hidden_states
+
+
+class ClvpDecoderMLP(nn.Module):
+    """The feed-forward layer of the decoder, with GPT-2's `Conv1D` weights."""
+
+    def __init__(self, intermediate_size: int, config):
+        super().__init__()
+        self.config = config
+        self.c_fc = Conv1D(intermediate_size, config.hidden_size)
+        self.c_proj = Conv1D(config.hidden_size, intermediate_size)
+        # GPT-2's scheme: residual projections start smaller the deeper the model is.
+        self.c_proj.initializer_std = config.initializer_range / (2 * config.num_hidden_layers) ** 0.5
+        self.act = ACT2FN[config.activation_function]
+        self.dropout = nn.Dropout(config.resid_pdrop)
+
+    def forward(self, hidden_states: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """`[..., hidden_size]` → the same, with `residual` added where given."""
+        c_fc, c_proj = self.c_fc, self.c_proj
+        training = self.training and self.dropout.p > 0
+        if (
+            not training
+            and is_plain(c_fc, Conv1D)
+            and is_plain(c_proj, Conv1D)
+            and self.config.activation_function in ops.ACTIVATIONS
+        ):
+            if not torch.compiler.is_compiling() and hidden_states.device.type != "meta":
+                transpose_storage(c_fc)
+                transpose_storage(c_proj)
+            return ops.gelu_mlp(
+                hidden_states,
+                c_fc.weight.t(),
+                c_fc.bias,
+                c_proj.weight.t(),
+                c_proj.bias,
+                residual=residual,
+                activation=self.config.activation_function,
+            )
+        hidden_states = self.dropout(c_proj(self.act(c_fc(hidden_states))))
+        return hidden_states if residual is None else residual + hidden_states
+
+
+class ClvpSequenceSummary(nn.Module):
+    """One vector for a sequence: its mean, its last or first place, or the place of a class token."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.summary_type = getattr(config, "summary_type", "last")
+        if self.summary_type not in ("last", "first", "mean", "cls_index"):
+            raise NotImplementedError(
+                f"summary_type must be 'last', 'first', 'mean' or 'cls_index', not {self.summary_type!r}"
+            )
+        self.pool_padding = getattr(config, "pool_padding", True)
+        self.summary = nn.Identity()
+        if getattr(config, "summary_use_proj", False):
+            to_labels = getattr(config, "summary_proj_to_labels", False) and config.num_labels > 0
+            self.summary = nn.Linear(config.hidden_size, config.num_labels if to_labels else config.hidden_size)
+        activation = getattr(config, "summary_activation", None)
+        self.activation = ACT2FN[activation] if activation else nn.Identity()
+        self.first_dropout = nn.Dropout(getattr(config, "summary_first_dropout", 0.0))
+        self.last_dropout = nn.Dropout(getattr(config, "summary_last_dropout", 0.0))
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        cls_index: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """`[batch, length, hidden_size]` → `[batch, hidden_size]`; `attention_mask` `[batch, length]` where padding shall not count."""
+        masked = attention_mask is not None and attention_mask.dim() == 2 and not self.pool_padding
+        if masked and self.summary_type == "mean":
+            weight = attention_mask.to(hidden_states.dtype)[..., None]
+            pooled = (hidden_states * weight).sum(1) / weight.sum(1).clamp(min=1)
+        elif masked and self.summary_type != "cls_index":
+            places = torch.arange(hidden_states.shape[1], device=hidden_states.device) * attention_mask.bool()
+            first = attention_mask.bool().int().argmax(1)
+            pooled = self._gather(hidden_states, places.argmax(1) if self.summary_type == "last" else first)
+        elif self.summary_type == "mean":
+            pooled = hidden_states.mean(dim=1)
+        elif self.summary_type == "first":
+            pooled = hidden_states[:, 0]
+        elif self.summary_type == "last" or cls_index is None:
+            pooled = hidden_states[:, -1]
+        else:
+            pooled = self._gather(hidden_states, cls_index)
+        return self.last_dropout(self.activation(self.summary(self.first_dropout(pooled))))
+
+    @staticmethod
+    def _gather(hidden_states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        return hidden_states.take_along_dim(index.view(-1, 1, 1), dim=1).squeeze(1)

@@ -1,0 +1,78 @@
+"""The base class of all CLVP models: random weights, loading, options."""
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.pytorch_utils import Conv1D
+
+from clvp_fast.models.clvp.configuration import ClvpConfig
+from clvp_fast.models.clvp.layers import ClvpRotaryPositionalEmbedding
+
+
+class ClvpPreTrainedModel(PreTrainedModel):
+    """Weights initialisation, and loading and saving of checkpoints, for all CLVP models."""
+
+    config: ClvpConfig
+    config_class = ClvpConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["ClvpEncoderLayer", "ClvpDecoderLayer", "ClvpConditioningEncoder"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        # A layer that starts at another width than 0.02 carries `initializer_std`: transformers skips containers of classes
+        # outside its own namespace, so that only leaves are sure to come by here.
+        if isinstance(module, (nn.Linear, Conv1D, nn.Conv1d, nn.Embedding)):
+            std = getattr(module, "initializer_std", 0.02 * self.config.initializer_factor)
+            init.normal_(module.weight, mean=0.0, std=std)
+            if getattr(module, "bias", None) is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, ClvpRotaryPositionalEmbedding):
+            init.copy_(module.inv_freq, module.initial_inv_freq())
+        elif isinstance(getattr(module, "logit_scale", None), nn.Parameter):
+            init.constant_(module.logit_scale, self.config.logit_scale_init_value)
+        else:
+            super()._init_weights(module)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
+        """Load a checkpoint: a directory, or a hub id. See `transformers.PreTrainedModel.from_pretrained`.
+
+        A part of CLVP (an encoder, the decoder) is loaded from its own checkpoint or out of a composite one; of the two encoders,
+        `config_type` (`"text_config"`, the default, or `"speech_config"`) says which.
+        """
+        config_type = kwargs.pop("config_type", None)
+        if config is None and cls.config_class is not ClvpConfig and pretrained_model_name_or_path is not None:
+            hub = {
+                k: kwargs[k] for k in ("cache_dir", "token", "revision", "subfolder", "local_files_only") if k in kwargs
+            }
+            stored, _ = ClvpConfig.get_config_dict(pretrained_model_name_or_path, **hub)
+            if stored.get("model_type") == "clvp":
+                return cls._from_composite(pretrained_model_name_or_path, config_type or "text_config", **kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+
+    @classmethod
+    def _from_composite(cls, path, config_type: str, output_loading_info: bool = False, **kwargs):
+        from clvp_fast.models.clvp.modeling import ClvpModelForConditionalGeneration
+
+        composite, info = ClvpModelForConditionalGeneration.from_pretrained(path, output_loading_info=True, **kwargs)
+        part = composite.part(cls, config_type)
+        return (part, info) if output_loading_info else part
+
+    def option(self, name: str, given: bool | None) -> bool:
+        """A per-call option, or what the configuration says where the call says nothing."""
+        return bool(getattr(self.config, name, False) if given is None else given)
+
+    @staticmethod
+    def boolean_mask(attention_mask: torch.Tensor | None, num_keys: int) -> torch.Tensor | None:
+        """A padding mask `[batch, num_keys]` as booleans; masks of four axes, boolean or additive, pass."""
+        if attention_mask is None or attention_mask.dim() == 4:
+            return attention_mask
+        if attention_mask.dim() != 2 or attention_mask.shape[1] != num_keys:
+            raise ValueError(
+                f"attention_mask must be [batch, {num_keys}] (all keys, those in the cache included), "
+                f"got {list(attention_mask.shape)}"
+            )
+        return attention_mask.bool()
