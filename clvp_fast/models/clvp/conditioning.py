@@ -46,7 +46,8 @@ class PaddedText:
 def insert_eos_at_first_pad(input_ids: torch.Tensor, pad_token_id: int, eos_token_id: int) -> torch.Tensor:
     """`eos_token_id` before the first `pad_token_id` of each row `[batch, length]`, at the end of rows without one.
 
-    transformers' rule, which looks at values, not at the mask: `forward` keeps it, with the numbers that follow from it.
+    transformers' rule, which looks at values, not at the mask: `forward` keeps it, with the numbers that follow from
+    it.
     """
     is_pad = F.pad(input_ids == pad_token_id, (0, 1), value=True)
     first_pad = is_pad.int().argmax(1, keepdim=True)
@@ -58,8 +59,8 @@ def insert_eos_at_first_pad(input_ids: torch.Tensor, pad_token_id: int, eos_toke
 class ClvpConditioningEncoder(nn.Module):
     """Embeds a text and summarises a voice clip; what comes out is the prompt of the decoder.
 
-    The log-mel features of a clip become one vector (attention over the frames, of which the first is kept); text tokens
-    become token plus position embeddings. The vector is put before them.
+    The log-mel features of a clip become one vector (attention over the frames, of which the first is kept); text
+    tokens become token plus position embeddings. The vector is put before them.
     """
 
     def __init__(self, config: ClvpConfig):
@@ -78,14 +79,14 @@ class ClvpConditioningEncoder(nn.Module):
         self.gradient_checkpointing = False
 
     def compute_groupnorm_groups(self, channels: int, groups: int = 32) -> int:
-        """Groups of the group norms: 8 up to 16 channels, 16 up to 64, else 32, halved until they divide the channels."""
+        """Groups of the norms: 8 up to 16 channels, 16 up to 64, else 32, halved until they divide them."""
         if channels <= 64:
             groups = 8 if channels <= 16 else 16
         while channels % groups != 0:
             groups //= 2
         if groups <= 2:
             raise ValueError(
-                f"the group norms need more than 2 groups, but a hidden_size of {channels} can be split into {groups} alone: "
+                f"the group norms need more than 2 groups, but a hidden_size of {channels} splits into {groups}: "
                 "use a hidden_size that is a multiple of 4"
             )
         return groups
@@ -174,7 +175,8 @@ class ClvpConditioningEncoder(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The prompt as Tortoise generates from it, with the mask `[batch, 1 + text]` that tells padding from text.
 
-        Against `forward`: the end token stands `num_ends` times, and a padded text is surrounded at its own ends on either side of padding.
+        Against `forward`: the end token stands `num_ends` times, and a padded text is surrounded at its own ends on
+            either side of padding.
         """
         if attention_mask is not None and not attention_mask.bool().any(1).all():
             raise ValueError("attention_mask hides every token of a text: each text must keep at least one")
@@ -188,7 +190,8 @@ class ClvpConditioningEncoder(nn.Module):
         clips, texts = voices.shape[0], text_embeds.shape[0]
         if clips != texts and 1 not in (clips, texts):
             raise ValueError(
-                f"The number of texts and number of audios must be same, or one of them 1. Found {texts} texts vs {clips} audios"
+                f"The number of texts and number of audios must be same, or one of them 1. "
+                f"Found {texts} texts vs {clips} audios"
             )
         batch = max(clips, texts)
         voices = voices[:, None].expand(batch, -1, -1)

@@ -1,8 +1,8 @@
 """Configurations of CLVP: two encoders (text, speech), a decoder, and the composite of the three.
 
-Field names, defaults and JSON are those that transformers documents, so that checkpoints travel both ways. Options of this
-project alone (`pool_padding`, `contiguous_positions`) are ordinary extra keys: read with their default where absent, and
-written only where set.
+Field names, defaults and JSON are those that transformers documents, so that checkpoints travel both ways. Options
+of this project alone (`pool_padding`, `contiguous_positions`) are ordinary extra keys: read with their default where
+absent, and written only where set.
 """
 
 import os
@@ -35,12 +35,12 @@ class ClvpEncoderConfig(PreTrainedConfig):
         initializer_factor: factor on the standard deviations of random weights.
         bos_token_id, eos_token_id: ids put around the text of the conditioning encoder.
 
-    `pool_padding=False` (an option of this project, absent by default) leaves padded positions out of the mean, so that a
-    text in a padded batch is embedded as it is alone; transformers averages over the padding too.
+    `pool_padding=False` (an option of this project, absent by default) leaves padded positions out of the mean, so
+    that a text in a padded batch is embedded as it is alone; transformers averages over the padding too.
     """
 
     model_type = "clvp_encoder"
-    base_config_key = ["text_config", "speech_config"]
+    base_config_key = ["text_config", "speech_config"]  # noqa: RUF012
 
     vocab_size: int = 256
     hidden_size: int = 768
@@ -97,8 +97,8 @@ class ClvpDecoderConfig(PreTrainedConfig):
         initializer_factor: factor on the standard deviations of random weights.
         decoder_fixing_codes: what `fix_speech_decoder_output` writes from the first stop token on, and at the end.
 
-    `contiguous_positions=True` (an option of this project, absent by default) gives the k-th generated token position k, as
-    in training; transformers and Tortoise with its cache give it k + 1.
+    `contiguous_positions=True` (an option of this project, absent by default) gives the k-th generated token
+    position k, as in training; transformers and Tortoise with its cache give it k + 1.
     """
 
     model_type = "clvp_decoder"

@@ -87,8 +87,8 @@ class ClvpDecoder(ClvpPreTrainedModel):
         """Decode token ids `[batch, length]`, or their embeddings `[batch, length, hidden_size]`.
 
         Args:
-            attention_mask: `[batch, past + length]`, 1 or True = a token, 0 = padding; attention is causal besides. A mask
-                of four axes `[batch, 1, length, past + length]`, boolean or additive, says all.
+            attention_mask: `[batch, past + length]`, 1 or True = a token, 0 = padding; attention is causal besides.
+                A mask of four axes `[batch, 1, length, past + length]`, boolean or additive, says all.
             token_type_ids: `[batch, length]`, tokens whose embeddings are added.
             position_ids: `[batch or 1, length]`; those after the cache by default.
             embeds_have_positions: `inputs_embeds` carry their positions already (the conditioning encoder's do).
@@ -289,8 +289,7 @@ class ClvpForCausalLM(ClvpPreTrainedModel, GenerationMixin):
             if past_key_values is not None and not recorded:
                 model_inputs["candidates_per_prompt"] = inputs_embeds.shape[0] // num_prompts
         else:
-            # The k-th speech token stands at position k + 1: so generated the original with its cache, and so do the checkpoints'
-            # published samples; training counted k.
+            # The k-th speech token stands at position k + 1, as in the original with its cache; training counted k.
             last = input_ids.shape[1] - int(getattr(self.config, "contiguous_positions", False))
             width = model_inputs["input_ids"].shape[1]
             model_inputs["position_ids"] = torch.arange(last - width + 1, last + 1, device=input_ids.device)[None]
@@ -310,9 +309,10 @@ class ClvpForCausalLM(ClvpPreTrainedModel, GenerationMixin):
 
         Args:
             inputs: token ids `[batch, length]` to continue (also as `input_ids=`).
-            conditioning_embeds: `[batch, prompt, hidden_size]`, from [`ClvpConditioningEncoder`]; the start token is put
-                behind it, so that `inputs` must be absent.
-            attention_mask: `[batch, prompt]`, or `[batch, prompt + 1]` with a last column for the start token; 0 = padding.
+            conditioning_embeds: `[batch, prompt, hidden_size]`, from [`ClvpConditioningEncoder`]; the start token is
+                put behind it, so that `inputs` must be absent.
+            attention_mask: `[batch, prompt]`, or `[batch, prompt + 1]` with a last column for the start token; 0 =
+                padding.
             generation_config, args, kwargs: as in `GenerationMixin.generate`.
 
         Returns:
@@ -365,6 +365,6 @@ class ClvpForCausalLM(ClvpPreTrainedModel, GenerationMixin):
             )  # `GenerationMixin` counts the prompt's embeddings and the start token
         if wanted is not None and wanted > limit:
             raise ValueError(
-                f"{wanted} new tokens are more than the positions of this checkpoint allow: set max_new_tokens to at most "
-                f"{limit} (max_position_embeddings={self.config.max_position_embeddings})"
+                f"{wanted} new tokens are more than the positions of this checkpoint allow: "
+                f"set max_new_tokens to at most {limit} (max_position_embeddings={self.config.max_position_embeddings})"
             )

@@ -48,7 +48,8 @@ class ClvpEncoderLayer(GradientCheckpointingLayer):
 class ClvpEncoder(ClvpPreTrainedModel):
     """Transformer encoder of `config.num_hidden_layers` [`ClvpEncoderLayer`]s, with pooling and projection.
 
-    `from_pretrained` also takes a composite CLVP checkpoint; `config_type="speech_config"` then picks the speech encoder.
+    `from_pretrained` also takes a composite CLVP checkpoint; `config_type="speech_config"` then picks the speech
+    encoder.
     """
 
     config: ClvpEncoderConfig

@@ -1,9 +1,11 @@
-"""Building blocks shared by CLVP's encoders, decoder and conditioning encoder; each calls the operators of `clvp_fast.ops`.
+"""Building blocks shared by CLVP's encoders, decoder and conditioning encoder; each calls the operators of
+`clvp_fast.ops`.
 
-The parameters are those of the checkpoints (`q_proj`, `k_proj`, ... each its own), in the storage that the operators want:
-query, key and value weights of a layer lie in one block, and `Conv1D` weights, which checkpoints keep as `[in, out]`, are
-transposed views of `[out, in]` storage. Both are made on first use, where the weights are found in another layout (after
-loading, moving or assigning them), and hold no second copy.
+The parameters are those of the checkpoints (`q_proj`, `k_proj`, ... each its own), in the storage that the operators
+want: query, key and value weights of a layer lie in one block, and `Conv1D` weights, which checkpoints keep as `[in,
+    out]`, are
+transposed views of `[out, in]` storage. Both are made on first use, where the weights are found in another layout
+(after loading, moving or assigning them), and hold no second copy.
 """
 
 import torch
@@ -32,7 +34,8 @@ def is_plain(module: nn.Module, module_class: type[nn.Module]) -> bool:
 def pack_linears(linears: list[nn.Linear]) -> tuple[torch.Tensor, torch.Tensor | None]:
     """One `[sum of out, in]` weight and one bias for several linear layers of one input, as views of their parameters.
 
-    Where the parameters do not lie one behind the other yet, they are moved there; this must not be called under autograd.
+    Where the parameters do not lie one behind the other yet, they are moved there; this must not be called under
+    autograd.
     """
     weights = [linear.weight for linear in linears]
     biases = [linear.bias for linear in linears]
@@ -96,7 +99,8 @@ def add_layer_norm(norm: nn.LayerNorm, hidden_states: torch.Tensor, residual: to
 class ClvpRotaryPositionalEmbedding(nn.Module):
     """Rotary angles of the encoders (arXiv:2104.09864), for the first `max(projection_dim / (2 heads), 32)` channels.
 
-    `inv_freq` is part of the checkpoints. It and the angles stay in float32 when the model is cast to a half type: bfloat16
+    `inv_freq` is part of the checkpoints. It and the angles stay in float32 when the model is cast to a half type:
+        bfloat16
     cannot tell position 257 from 258.
     """
 
@@ -106,8 +110,8 @@ class ClvpRotaryPositionalEmbedding(nn.Module):
         head_dim = config.hidden_size // config.num_attention_heads
         if self.dim > head_dim:
             raise ValueError(
-                f"rotary embedding turns {self.dim} channels (at least 32) but a head has {head_dim}: use fewer heads, a "
-                f"wider hidden_size ({config.hidden_size}), or use_rotary_embedding=False"
+                f"rotary embedding turns {self.dim} channels (at least 32) but a head has {head_dim}: "
+                f"use fewer heads, a wider hidden_size ({config.hidden_size}), or use_rotary_embedding=False"
             )
         self.register_buffer("inv_freq", self.initial_inv_freq())
 
@@ -122,7 +126,7 @@ class ClvpRotaryPositionalEmbedding(nn.Module):
         return self
 
     def forward(self, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines `[batch or 1, length, dim]`, float32 or wider, for `position_ids` `[batch or 1, length]`."""
+        """Cosines and sines `[batch or 1, length, dim]`, float32 or wider, of `[batch or 1, length]` positions."""
         inv_freq = self.inv_freq.to(torch.promote_types(self.inv_freq.dtype, torch.float32))
         angles = position_ids[..., None].to(inv_freq.dtype) * inv_freq
         angles = torch.cat([angles, angles], dim=-1)
@@ -152,7 +156,7 @@ class ClvpSelfAttention(nn.Module):
         self.out_proj = nn.Linear(self.embed_dim, self.embed_dim)
 
     def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries, keys and values, each `[batch, length, heads, head_dim]`, views of one projection where that is possible."""
+        """Queries, keys, values `[batch, length, heads, head_dim]`, where possible views of one projection."""
         shape = (*hidden_states.shape[:-1], self.num_heads, self.head_dim)
         linears = [self.q_proj, self.k_proj, self.v_proj]
         packable = (
@@ -181,8 +185,8 @@ class ClvpSelfAttention(nn.Module):
 
         Args:
             rotary: cosines and sines of the positions, for the encoders.
-            attention_mask: True or 1 = attend: `[batch, keys]`; or `[batch, 1, queries, keys]`, boolean or additive, which
-                then says all (causality too).
+            attention_mask: True or 1 = attend: `[batch, keys]`; or `[batch, 1, queries, keys]`, boolean or additive,
+                which then says all (causality too).
             num_queries: compute the first `num_queries` places alone.
             candidates_per_prompt: how many rows of the cache each row of the batch fills.
 
@@ -330,7 +334,7 @@ class ClvpSequenceSummary(nn.Module):
         cls_index: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """`[batch, length, hidden_size]` → `[batch, hidden_size]`; `attention_mask` `[batch, length]` where padding shall not count."""
+        """`[batch, length, hidden_size]` → `[batch, hidden_size]`; `attention_mask` is `[batch, length]`."""
         masked = attention_mask is not None and attention_mask.dim() == 2 and not self.pool_padding
         if masked and self.summary_type == "mean":
             weight = attention_mask.to(hidden_states.dtype)[..., None]

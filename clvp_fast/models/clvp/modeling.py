@@ -36,11 +36,12 @@ def normalized(embeds: torch.Tensor) -> torch.Tensor:
 
 
 def contrastive_loss(logits_per_text: torch.Tensor) -> torch.Tensor:
-    """Symmetric cross entropy of matching each text to its own speech and back; `[texts, candidates]`, equal numbers."""
+    """Symmetric cross entropy of matching each text to its own speech and back, from square logits."""
     texts, candidates = logits_per_text.shape
     if texts != candidates:
         raise ValueError(
-            f"return_loss=True pairs the i-th text with the i-th clip, got {texts} texts and {candidates} clips: give equally many"
+            f"return_loss=True pairs the i-th text with the i-th clip, got {texts} texts and {candidates} clips: "
+            "give equally many"
         )
     pairs = torch.arange(texts, device=logits_per_text.device)
     return (F.cross_entropy(logits_per_text, pairs) + F.cross_entropy(logits_per_text.t(), pairs)) / 2
@@ -70,7 +71,7 @@ class ClvpModelForConditionalGeneration(ClvpPreTrainedModel, GenerationMixin):
         self.speech_encoder_model = ClvpEncoder(config.speech_config)
         self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init_value))
         self.post_init()
-        # What is generated is speech: its tokens are the decoder's, not those of the text, which transformers would read off.
+        # transformers reads the tokens of a generation off the text; what is generated here is speech.
         decoder = config.decoder_config
         self.generation_config.update(
             bos_token_id=decoder.bos_token_id, eos_token_id=decoder.eos_token_id, pad_token_id=decoder.eos_token_id
@@ -99,8 +100,8 @@ class ClvpModelForConditionalGeneration(ClvpPreTrainedModel, GenerationMixin):
     def fix_speech_decoder_output(self, speech_ids: torch.LongTensor) -> torch.LongTensor:
         """Make codes of what the decoder generated, as the original does before it scores them.
 
-        The first column (the start token) is dropped. In a row with a stop token, everything from the first one on becomes
-        `decoder_fixing_codes[0]`, and the last three places become the other fixing codes; other rows stay.
+        The first column (the start token) is dropped. In a row with a stop token, everything from the first one on
+        becomes `decoder_fixing_codes[0]`, and the last three places become the other fixing codes; other rows stay.
 
         Args:
             speech_ids: `[candidates, 1 + length]`.
@@ -176,7 +177,7 @@ class ClvpModelForConditionalGeneration(ClvpPreTrainedModel, GenerationMixin):
             return self._encode_speech(codes).embeds
 
     def _encode_speech(self, codes: torch.LongTensor, **kwargs) -> ClvpEncoderOutput:
-        """Embed generated codes. One that the speech encoder has no row for (the start token) counts as the filling code."""
+        """Embed generated codes; one that the encoder has no row for (the start token) counts as the filling code."""
         known = codes < self.config.speech_config.vocab_size
         fill = self.config.decoder_config.decoder_fixing_codes[0]
         return self.speech_encoder_model(input_ids=torch.where(known, codes, fill), **kwargs)
@@ -207,8 +208,8 @@ class ClvpModelForConditionalGeneration(ClvpPreTrainedModel, GenerationMixin):
         This is transformers' `forward`, number for number; to make speech use [`generate`].
 
         Args:
-            input_ids: `[texts, length]`; for the conditioning encoder `conditioning_encoder_inputs_embeds` and for the text encoder
-                `text_encoder_inputs_embeds` can stand in their place.
+            input_ids: `[texts, length]`; for the conditioning encoder `conditioning_encoder_inputs_embeds` and for
+                the text encoder `text_encoder_inputs_embeds` can stand in their place.
             input_features: `[clips, feature_size, frames]`.
             attention_mask: `[texts, length]`, 1 = a token, 0 = padding.
             return_loss: add the contrastive loss; texts and clips must be equally many.
@@ -243,9 +244,11 @@ class ClvpModelForConditionalGeneration(ClvpPreTrainedModel, GenerationMixin):
         )
 
     def _generation_config(self, given: GenerationConfig | None, **kwargs) -> tuple[GenerationConfig, dict]:
-        """The settings of a generation, with the decoder's start and stop tokens, and those `kwargs` that are no settings.
+        """The settings of a generation, with the decoder's start and stop tokens, and those `kwargs` that are no
+        settings.
 
-        Checkpoints saved from a configuration alone carry the text encoder's tokens there, which mean other things in speech.
+        Checkpoints saved from a configuration alone carry the text encoder's tokens there, which mean other things
+        in speech.
         """
         settings = copy.deepcopy(self.generation_config if given is None else given)
         text, decoder = self.config.text_config, self.config.decoder_config
@@ -279,16 +282,18 @@ class ClvpModelForConditionalGeneration(ClvpPreTrainedModel, GenerationMixin):
             input_ids: `[texts, length]`, from [`ClvpTokenizer`]; or both `..._inputs_embeds` in its place.
             input_features: `[clips, feature_size, frames]`, from [`ClvpFeatureExtractor`].
             attention_mask: `[texts, length]`, 1 = a token, 0 = padding, on either side.
-            generation_config: settings; `kwargs` that match its attributes override them. Without either, those of the checkpoint.
-            pad_to_max_mel_tokens: pad the generated sequences, start token included, to this length with stop tokens before they are
-                scored, as the original does; longer ones stay.
+            generation_config: settings; `kwargs` that match its attributes override them. Without either, those of
+                the checkpoint.
+            pad_to_max_mel_tokens: pad the generated sequences, start token included, to this length with stop tokens
+                before they are scored, as the original does; longer ones stay.
             output_hidden_states: return hidden states of the decoder and of both encoders.
             kwargs: settings of generation (`max_new_tokens`, `do_sample`, `num_return_sequences`, ...), and what
                 `GenerationMixin.generate` takes besides: `logits_processor`, `stopping_criteria`, `streamer`, ...
 
         Returns:
-            With `return_dict_in_generate=True` a [`ClvpOutput`]; else the tuple `(speech_ids, logits_per_speech, logits_per_text,
-            text_embeds, speech_embeds, text pooled, speech pooled)`, and the hidden states where asked for.
+            With `return_dict_in_generate=True` a [`ClvpOutput`]; else the tuple `(speech_ids, logits_per_speech,
+            logits_per_text, text_embeds, speech_embeds, text pooled, speech pooled)`, and the hidden states where
+            asked for.
         """
         tokens = input_ids if input_ids is not None else conditioning_encoder_inputs_embeds
         if tokens is None or input_features is None:

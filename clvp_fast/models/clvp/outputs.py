@@ -14,7 +14,8 @@ class ClvpEncoderOutput(ModelOutput):
         embeds: `[batch, projection_dim]`, the projection of `pooler_output`.
         last_hidden_state: `[batch, length, hidden_size]`.
         pooler_output: `[batch, hidden_size]`.
-        hidden_states: input of the first layer and output of each, the last one normalised; each as `last_hidden_state`.
+        hidden_states: input of the first layer and output of each, the last one normalised; each as
+            `last_hidden_state`.
         attentions: attention weights of each layer, `[batch, heads, length, length]`.
     """
 

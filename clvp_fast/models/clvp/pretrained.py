@@ -2,8 +2,7 @@
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
-from transformers import initialization as init
+from transformers import PreTrainedModel, initialization as init
 from transformers.pytorch_utils import Conv1D
 
 from clvp_fast.models.clvp.configuration import ClvpConfig
@@ -22,8 +21,8 @@ class ClvpPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        # A layer that starts at another width than 0.02 carries `initializer_std`: transformers skips containers of classes
-        # outside its own namespace, so that only leaves are sure to come by here.
+        # Layers of another width carry `initializer_std`: transformers passes by the containers of classes outside
+        # its own namespace, so that only leaves are sure to be seen here.
         if isinstance(module, (nn.Linear, Conv1D, nn.Conv1d, nn.Embedding)):
             std = getattr(module, "initializer_std", 0.02 * self.config.initializer_factor)
             init.normal_(module.weight, mean=0.0, std=std)
@@ -40,8 +39,8 @@ class ClvpPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
         """Load a checkpoint: a directory, or a hub id. See `transformers.PreTrainedModel.from_pretrained`.
 
-        A part of CLVP (an encoder, the decoder) is loaded from its own checkpoint or out of a composite one; of the two encoders,
-        `config_type` (`"text_config"`, the default, or `"speech_config"`) says which.
+        A part of CLVP (an encoder, the decoder) is loaded from its own checkpoint or out of a composite one; of the
+        two encoders, `config_type` (`"text_config"`, the default, or `"speech_config"`) says which.
         """
         config_type = kwargs.pop("config_type", None)
         if config is None and cls.config_class is not ClvpConfig and pretrained_model_name_or_path is not None:
