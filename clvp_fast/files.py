@@ -1,0 +1,95 @@
+"""Output files that are written whole or not at all."""
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+class UnwritableError(OSError):
+    """A folder that results cannot be written into; the message is one sentence."""
+
+    @classmethod
+    def explain(cls, error: OSError, folder: Path) -> "UnwritableError":
+        if error.errno == errno.ENOSPC:
+            reason = "the disk is full; free some space or choose another folder"
+        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            reason = "no permission to write there; choose another folder"
+        elif error.errno in (errno.ENOTDIR, errno.EEXIST):
+            reason = "a file stands where the folder should be; choose another folder"
+        else:
+            reason = error.strerror or str(error)
+        return cls(error.errno, f"cannot write into {folder}: {reason}")
+
+
+@contextmanager
+def staged_folder(target: str | Path) -> Iterator[Path]:
+    """A scratch folder whose files move into `target` when the block ends well, and vanish when it does not.
+
+    The scratch folder lies inside `target` (made if need be), so an unwritable place is found before any work is done
+    and each file arrives by one rename: readers see the old file or the new one, never a half. Folders inside the
+    scratch folder are not supported.
+
+    Raises:
+        UnwritableError: `target` cannot be made or written, or the disk is full. What stood in it before is untouched.
+    """
+    target = Path(target)
+    made = [folder for folder in (target, *target.parents) if not folder.exists()]
+    scratch = None
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=".clvp-fast-", dir=target))
+        yield scratch
+        for path in sorted(scratch.iterdir()):
+            with open(path, "rb") as handle:
+                os.fsync(handle.fileno())
+        for path in sorted(scratch.iterdir()):
+            os.replace(path, target / path.name)
+    except UnwritableError:
+        raise
+    except OSError as error:
+        # An error about some other file than those written here passes as it is.
+        if error.errno == errno.ENOSPC or scratch is None or _inside(error.filename, scratch):
+            raise UnwritableError.explain(error, target) from error
+        raise
+    finally:
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
+        for folder in made:
+            if not folder.is_dir() or any(folder.iterdir()):
+                break
+            folder.rmdir()
+
+
+def build_folder_once(target: Path, build) -> Path:
+    """`target`, after `build(folder)` has filled it if it did not exist. Two processes may race: one result stays."""
+    if target.is_dir():
+        return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    except OSError as error:
+        raise UnwritableError.explain(error, target.parent) from error
+    try:
+        build(scratch)
+        os.chmod(scratch, 0o755)
+        os.rename(scratch, target)
+    except OSError as error:
+        if not target.is_dir():  # otherwise another process was first, and its folder is as good as this one
+            raise UnwritableError.explain(error, target.parent) from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return target
+
+
+def _inside(filename, folder: Path) -> bool:
+    return isinstance(filename, (str, os.PathLike)) and Path(filename).is_relative_to(folder)
+
+
+def write_json(path: Path, document) -> None:
+    """`document` as indented UTF-8 JSON with a closing newline."""
+    path.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,120 @@
+"""Recordings in every format and rate come out as one channel at the wanted rate, or as a clear refusal."""
+
+import io
+
+import numpy as np
+import pytest
+import soundfile
+import soxr
+
+from clvp_fast.audio import load_audio, require_sound
+from tests.data import data_path
+
+
+def tone(rate: int, seconds: float = 0.5, frequency: float = 440.0) -> np.ndarray:
+    return (0.5 * np.sin(2 * np.pi * frequency * np.arange(int(rate * seconds)) / rate)).astype(np.float32)
+
+
+def loudest_frequency(samples: np.ndarray, rate: int) -> float:
+    spectrum = np.abs(np.fft.rfft(samples * np.hanning(len(samples))))
+    return float(np.argmax(spectrum) * rate / len(samples))
+
+
+@pytest.mark.parametrize("suffix", ["wav", "flac", "mp3", "ogg"])
+@pytest.mark.parametrize("rate", [8000, 16000, 22050, 44100, 48000])
+def test_formats_and_rates(tmp_path, suffix, rate):
+    path = tmp_path / f"tone.{suffix}"
+    soundfile.write(path, tone(rate), rate)
+    samples, note = load_audio(path)
+    assert samples.dtype == np.float32 and samples.ndim == 1 and samples.flags.c_contiguous
+    assert len(samples) / 22050 == pytest.approx(0.5, abs=0.06)  # lossy formats pad
+    assert loudest_frequency(samples, 22050) == pytest.approx(440, abs=4)
+    assert np.abs(samples[2000:-2000]).max() == pytest.approx(0.5, abs=0.05)
+    assert note == (None if rate == 22050 else f"resampled from {rate} Hz to 22050 Hz")
+
+
+def test_same_rate_is_bit_exact(tmp_path):
+    written = np.random.default_rng(0).integers(-(2**15), 2**15, 5000).astype(np.int16)
+    soundfile.write(tmp_path / "a.flac", written, 22050, subtype="PCM_16")
+    samples, note = load_audio(tmp_path / "a.flac")
+    assert note is None
+    np.testing.assert_array_equal(samples, written.astype(np.float32) / 2**15)
+
+
+def test_stereo_is_mixed_down_with_a_note(tmp_path):
+    left, right = tone(22050), 0.5 * tone(22050, frequency=880)
+    soundfile.write(tmp_path / "a.wav", np.stack([left, right], axis=1), 22050, subtype="FLOAT")
+    samples, note = load_audio(tmp_path / "a.wav")
+    np.testing.assert_allclose(samples, (left + right) / 2, atol=1e-7)
+    assert note == "2 channels mixed down to one"
+
+
+def test_open_file_and_other_rate():
+    buffer = io.BytesIO()
+    soundfile.write(buffer, tone(16000), 16000, format="WAV")
+    buffer.seek(0)
+    samples, note = load_audio(buffer, sampling_rate=48000)
+    assert len(samples) == 24000
+    assert note == "resampled from 16000 Hz to 48000 Hz"
+
+
+def test_resampled_speech_keeps_what_the_model_hears():
+    """Real speech at 16 kHz against soxr's best quality."""
+    path = data_path("audio/1272-128104-0000.flac")
+    original, rate = soundfile.read(path)
+    samples, _ = load_audio(path)
+    reference = soxr.resample(original, rate, 22050, quality="VHQ")
+    assert len(samples) == len(reference) == 129103
+    difference = samples - reference
+    assert np.abs(difference).max() < 3e-3  # both cut off near 8 kHz, each in its own way
+    assert np.sqrt(np.mean(difference**2)) < 2e-3 * np.sqrt(np.mean(reference**2))
+
+
+@pytest.mark.parametrize("rate", [0, -1, 22050.5, "22050", None, True])
+def test_impossible_rates(tmp_path, rate):
+    with pytest.raises(ValueError, match="sampling_rate must be a positive whole number"):
+        load_audio(tmp_path / "a.wav", sampling_rate=rate)
+
+
+def test_missing_folder_and_unreadable(tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no recording at"):
+        load_audio(tmp_path / "a.wav")
+    with pytest.raises(ValueError, match="is a folder"):
+        load_audio(tmp_path)
+    (tmp_path / "a.wav").write_text("this is no sound")
+    with pytest.raises(ValueError, match=r"a\.wav cannot be read as a recording \(WAV, FLAC, MP3 or OGG\)"):
+        load_audio(tmp_path / "a.wav")
+    (tmp_path / "b.wav").write_bytes(b"")
+    with pytest.raises(ValueError, match="cannot be read as a recording"):
+        load_audio(tmp_path / "b.wav")
+
+
+def test_truncated_flac(tmp_path):
+    soundfile.write(tmp_path / "a.flac", np.random.default_rng(0).normal(size=22050) * 0.1, 22050)
+    whole = (tmp_path / "a.flac").read_bytes()
+    (tmp_path / "a.flac").write_bytes(whole[:60])
+    with pytest.raises(ValueError, match=r"cannot be read as a recording|is empty"):
+        load_audio(tmp_path / "a.flac")
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_nan_and_infinity(tmp_path, bad):
+    samples = tone(22050)
+    samples[100] = bad
+    soundfile.write(tmp_path / "a.wav", samples, 22050, subtype="FLOAT")
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        load_audio(tmp_path / "a.wav")
+
+
+def test_no_samples(tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.zeros(0), 22050)
+    with pytest.raises(ValueError, match="is empty"):
+        load_audio(tmp_path / "a.wav")
+
+
+def test_silence_is_refused_by_name(tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.zeros(22050), 22050)
+    samples, _ = load_audio(tmp_path / "a.wav")
+    with pytest.raises(ValueError, match=r"a\.wav is silent"):
+        require_sound(samples, tmp_path / "a.wav")
+    require_sound(tone(22050), "tone")

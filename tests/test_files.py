@@ -1,0 +1,108 @@
+"""Outputs are whole or absent, and what stood there before survives every failure."""
+
+import errno
+import os
+import threading
+
+import pytest
+
+from clvp_fast import files
+from clvp_fast.files import UnwritableError, build_folder_once, staged_folder
+
+
+def contents(folder) -> dict[str, str]:
+    return {path.name: path.read_text() for path in folder.iterdir() if path.is_file()}
+
+
+def test_files_arrive_together_and_replace_old_ones(tmp_path):
+    target = tmp_path / "deep" / "out"
+    before = {}
+    for text in ("first", "second"):
+        with staged_folder(target) as folder:
+            (folder / "a.txt").write_text(text)
+            (folder / "b.txt").write_text(text)
+            assert contents(target) == before
+        before = {"a.txt": text, "b.txt": text}
+        assert contents(target) == before
+        assert len(list(target.iterdir())) == 2  # no scratch folder is left
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("bad"), OSError(errno.EIO, "broken", "elsewhere")])
+def test_nothing_is_left_after_an_error(tmp_path, error):
+    target = tmp_path / "deep" / "out"
+    with pytest.raises(type(error)) as caught, staged_folder(target) as folder:
+        (folder / "a.txt").write_text("half")
+        raise error
+    assert caught.value is error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_old_files_survive_a_full_disk(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("old")
+    (tmp_path / "b.txt").write_text("old")
+    calls = []
+
+    def fsync(descriptor):
+        calls.append(descriptor)
+        if len(calls) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", fsync)
+    with pytest.raises(UnwritableError, match="the disk is full") as caught, staged_folder(tmp_path) as folder:
+        (folder / "a.txt").write_text("new")
+        (folder / "b.txt").write_text("new")
+    assert str(tmp_path) in str(caught.value)
+    assert contents(tmp_path) == {"a.txt": "old", "b.txt": "old"}
+
+
+def test_a_file_in_the_place_of_the_folder(tmp_path):
+    (tmp_path / "out").write_text("mine")
+    for target in (tmp_path / "out", tmp_path / "out" / "deeper"):
+        with pytest.raises(UnwritableError, match="a file stands where the folder should be"), staged_folder(target):
+            pytest.fail("the block must not run")
+    assert contents(tmp_path) == {"out": "mine"}
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_permission(tmp_path):
+    tmp_path.chmod(0o555)
+    with pytest.raises(UnwritableError, match="no permission"), staged_folder(tmp_path):
+        pytest.fail("the block must not run")
+
+
+def test_permission_errors_are_explained(tmp_path, monkeypatch):
+    def refuse(**_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(files.tempfile, "mkdtemp", refuse)
+    with pytest.raises(UnwritableError, match="no permission to write there"), staged_folder(tmp_path):
+        pytest.fail("the block must not run")
+
+
+def test_folder_is_built_once_by_racing_builders(tmp_path):
+    target, barrier, built = tmp_path / "cache" / "demo-1", threading.Barrier(4), []
+
+    def build(folder):
+        barrier.wait(timeout=10)  # all four are in the middle of building
+        (folder / "a.txt").write_text("whole")
+        built.append(folder)
+
+    threads = [threading.Thread(target=build_folder_once, args=(target, build)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(built) == 4
+    assert contents(target) == {"a.txt": "whole"}
+    assert [path.name for path in target.parent.iterdir()] == ["demo-1"]
+    build_folder_once(target, lambda folder: pytest.fail("it is there already"))
+
+
+def test_a_failed_build_leaves_nothing(tmp_path):
+    def build(folder):
+        (folder / "a.txt").write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_folder_once(tmp_path / "demo-1", build)
+    assert list(tmp_path.iterdir()) == []
