@@ -20,3 +20,11 @@ def pytest_sessionfinish(session, exitstatus):
     if exitstatus == pytest.ExitCode.OK and reporter and not reporter.stats.get("passed"):
         reporter.write_line("no test passed: everything was skipped or deselected", red=True)
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """Tests build the demo checkpoint for themselves: what lies in the user's cache decides nothing."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CLVP_FAST_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield

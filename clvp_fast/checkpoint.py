@@ -1,0 +1,183 @@
+"""From a name to a loaded model: the demo, a folder, or a hub id; a damaged folder is told in one sentence."""
+
+import json
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from clvp_fast import ClvpConfig, ClvpFeatureExtractor, ClvpModelForConditionalGeneration, ClvpTokenizer
+from clvp_fast.demo import demo_checkpoint
+
+_JSON_FILES = ("config.json", "vocab.json", "preprocessor_config.json")
+_OPTIONAL_JSON_FILES = ("generation_config.json", "tokenizer_config.json", "model.safetensors.index.json")
+_WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
+
+@dataclass
+class Checkpoint:
+    """A loaded model with what prepares its input."""
+
+    name: str
+    model: ClvpModelForConditionalGeneration
+    tokenizer: ClvpTokenizer
+    feature_extractor: ClvpFeatureExtractor
+
+
+def resolve_checkpoint(name: str | Path) -> str | Path:
+    """`demo` as its folder in the cache, a folder as itself (checked), anything else as a hub id.
+
+    Raises:
+        FileNotFoundError: `name` looks like a path and is none, or the folder lacks a file.
+        ValueError: `name` is a file, or a file of the folder is damaged.
+    """
+    if str(name) == "demo":
+        name = demo_checkpoint()
+    path = Path(name).expanduser()
+    if path.is_dir():
+        check_folder(path)
+        return path
+    if path.exists():
+        raise ValueError(
+            f"a checkpoint is a folder, and {path} is a file; `clvp-fast convert` makes one from .pth files"
+        )
+    if isinstance(name, Path) or str(name).count("/") != 1 or str(name).startswith((".", "~", "/")):
+        raise FileNotFoundError(
+            f"there is no checkpoint folder {path}; give 'demo', a folder, or a hub id as owner/name"
+        )
+    return str(name)
+
+
+def check_folder(folder: Path) -> None:
+    """Raises for the first file of a checkpoint folder that is missing, superfluous or truncated, in one sentence."""
+    for name in (*_JSON_FILES, "merges.txt"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"checkpoint {folder} has no {name}")
+    weights = [name for name in _WEIGHT_FILES if (folder / name).is_file()]
+    if not weights:
+        raise FileNotFoundError(f"checkpoint {folder} has no weights: model.safetensors is missing")
+    if "model.safetensors" in weights and "model.safetensors.index.json" in weights:
+        raise ValueError(
+            f"checkpoint {folder} has both model.safetensors and model.safetensors.index.json; remove the old one"
+        )
+    for name in (*_JSON_FILES, *_OPTIONAL_JSON_FILES):
+        path = folder / name
+        if path.is_file():
+            _read_json(path)
+    for path in _safetensors_files(folder):
+        _check_safetensors(path)
+
+
+def _read_json(path: Path):
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged: it is not valid JSON ({error}); copy the checkpoint again") from error
+
+
+def _safetensors_files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        single = folder / "model.safetensors"
+        return [single] if single.is_file() else []
+    listed = sorted(set(_read_json(index).get("weight_map", {}).values()))
+    missing = [name for name in listed if not (folder / name).is_file()]
+    if missing:
+        raise FileNotFoundError(f"checkpoint {folder} lacks {', '.join(missing)}, which {index.name} names")
+    extra = sorted(path.name for path in folder.glob("model-*.safetensors") if path.name not in listed)
+    if extra:
+        raise ValueError(f"checkpoint {folder} holds {', '.join(extra)}, which {index.name} does not name")
+    return [folder / name for name in listed]
+
+
+def _check_safetensors(path: Path) -> None:
+    try:
+        with safe_open(path, framework="pt") as weights:
+            weights.keys()
+    except (SafetensorError, struct.error) as error:
+        raise ValueError(f"{path} is damaged or truncated ({error}); copy the checkpoint again") from error
+
+
+def load_checkpoint(
+    name: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    text_cleaning: str = "tortoise",
+) -> Checkpoint:
+    """Model (in eval mode, on `device`, in `dtype`), tokenizer and feature extractor of the checkpoint `name`.
+
+    What original Tortoise does and the checkpoint was trained on is switched on: its text cleaning (unless
+    `text_cleaning="transformers"`), its positions of generated tokens, and pooling that leaves padding out.
+
+    Raises:
+        FileNotFoundError, ValueError: see `resolve_checkpoint`; ValueError also for tensors that are missing, left
+            over, or of another shape than the configuration says, and for a hub id that cannot be had.
+    """
+    source = resolve_checkpoint(name)
+    try:
+        config = ClvpConfig.from_pretrained(source)
+        tokenizer = ClvpTokenizer.from_pretrained(source, text_cleaning=text_cleaning)
+        feature_extractor = ClvpFeatureExtractor.from_pretrained(source)
+        config.text_config.pool_padding = False
+        config.decoder_config.contiguous_positions = True
+        model, report = ClvpModelForConditionalGeneration.from_pretrained(
+            source, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"checkpoint {name} cannot be loaded: {_first_sentence(error)}") from error
+    _check_tensors(name, report)
+    _check_vocabulary(name, tokenizer, config)
+    return Checkpoint(str(name), model.to(device).eval(), tokenizer, feature_extractor)
+
+
+def _check_tensors(name: str | Path, report: dict) -> None:
+    for kind, keys in (
+        ("lacks tensors", report["missing_keys"]),
+        ("holds tensors that CLVP does not have", report["unexpected_keys"]),
+        ("holds tensors of another shape than its config.json says", report["mismatched_keys"]),
+    ):
+        if keys:
+            shown = sorted(_describe_key(key) for key in keys)
+            more = f" and {len(shown) - 3} more" if len(shown) > 3 else ""
+            raise ValueError(f"checkpoint {name} {kind}: {', '.join(shown[:3])}{more}")
+
+
+def _describe_key(key) -> str:
+    if isinstance(key, str):
+        return key
+    name, found, expected = key
+    return f"{name} {list(found)} instead of {list(expected)}"
+
+
+def _check_vocabulary(name: str | Path, tokenizer: ClvpTokenizer, config: ClvpConfig) -> None:
+    rows, tokens = config.text_config.vocab_size, max(tokenizer.get_vocab().values()) + 1
+    if tokens > rows:
+        raise ValueError(f"checkpoint {name}: vocab.json numbers {tokens} tokens, and config.json has rows for {rows}")
+
+
+def _first_sentence(error: Exception) -> str:
+    return str(error).strip().splitlines()[0].removesuffix(".") if str(error).strip() else type(error).__name__
+
+
+def speech_limit(model: ClvpModelForConditionalGeneration) -> int:
+    """The greatest number of speech tokens that the decoder has positions for."""
+    return model.config.decoder_config.max_position_embeddings - 1
+
+
+def text_limit(model: ClvpModelForConditionalGeneration) -> int:
+    """The greatest number of text tokens: three places are taken by the tokens that are put around a text."""
+    return model.config.decoder_config.max_text_tokens - 3
+
+
+def stop_token(model: ClvpModelForConditionalGeneration) -> int:
+    """The id that ends a candidate: the decoder's, whatever a generation config says of the text's."""
+    stop = model.config.decoder_config.eos_token_id
+    return stop[0] if isinstance(stop, list) else stop

@@ -1,0 +1,110 @@
+"""The checkpoint named `demo`: a small CLVP of random weights, so that every command runs with nothing to download.
+
+It has the standard layout, a vocabulary of its own and the token numbers of trained checkpoints. Its weights are seeded
+noise: what it generates is no speech and its scores rank nothing. Two things are arranged so that a demonstration shows
+something: the stop token gains on the others with every step, so candidates end at different lengths, and the logits
+are spread widely enough that sampling has a choice to make.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+
+from clvp_fast.files import build_folder_once
+
+#: Names the folder in the cache: a change of anything below makes a new one.
+DEMO_VERSION = "demo-1"
+
+_PUNCTUATION = "!\"'(),-./:;?"
+_LETTERS = "abcdefghijklmnopqrstuvwxyz"
+# Byte pairs of frequent English words, most frequent first.
+_MERGES = """
+    t h, e r, a n, o u, i n, e n, o r, m e, l l, a r, o w, w h, s e, s t, th e, a t, o n, a y, c h, b e, i t, th er,
+    a s, a d, l e, r e, l d, i s, h e, o o, v e, k e, g h, s o, g e, i r, a ll, in g, n d, an d, f or, l i, t o,
+    er e, w or, n e, ou ld, n o, y ou, v er, w i, w e, en t, o ther, a me, ou t, o f, ou nd, p e, i d, d o, c e,
+    a l, gh t, a ke, m an, p l, u t, w ay, h ow, n ow, u se, i f, m o, i m, s a, in d, o me, wh i, u st, th ing,
+    u ch, so me, ow n, se e, t er, ar t, o p, ver y, g o, l y, on g, m or, oo d, t w, e ar, th at, t i, w as, ar e,
+    o i, wi th, h is, the y, t u, th is, a ve, h ave, f r, fr o, fro m, on e, h ad, b y, wor d, b ut, no t, wh at,
+    an t, w ere, wh en, you r, c an, sa id, ther e, a ch, e ach, re e, i ght, whi ch, s he, s pe, re ad, the ir,
+    wi ll, u p, a b, ab out, man y, r ou, th en, the m, the se, c k, h er, w ould, b o, m ake, li ke, r y, t ry,
+    h im, in k, in to, th ink, ti me, h as, l oo, loo k, tw o, mor e, it e, r ite, w rite, b er, m ber, n u,
+    nu mber, c ould, op le, pe ople, m y, th an, f ir, fir st, at er, w ater, be en, c all, wh o, oi l, it s, f ind,
+    l ong, d own, d ay, d id, e v, ev en, ge t, c ome, ad e, m ade, m ay, p art, o ver, ne w, s ound, t ake, on ly,
+    it t, itt le, l ittle, wor k, k now, a ce, pl ace, y ear, li ve, a ck, b ack, g i, gi ve, p a
+"""
+
+
+def cache_folder() -> Path:
+    """Where the package keeps what it builds: `$CLVP_FAST_CACHE`, else clvp_fast in the user's cache folder."""
+    chosen = os.environ.get("CLVP_FAST_CACHE")
+    if chosen:
+        return Path(chosen).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "clvp_fast"
+
+
+def demo_checkpoint() -> Path:
+    """The folder of the `demo` checkpoint, built once into the user's cache (21 MB, about a second)."""
+    return build_folder_once(cache_folder() / DEMO_VERSION, build_demo)
+
+
+def build_demo(folder: Path) -> None:
+    """Writes the `demo` checkpoint into the empty `folder`."""
+    from clvp_fast import ClvpFeatureExtractor, ClvpTokenizer
+
+    _write_vocabulary(folder)
+    tokenizer = ClvpTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    tokenizer.save_pretrained(folder)
+    ClvpFeatureExtractor().save_pretrained(folder)
+    _demo_model().save_pretrained(folder)
+
+
+def _write_vocabulary(folder: Path) -> None:
+    merges = [merge.strip() for merge in _MERGES.replace("\n", " ").split(",")]
+    tokens = ["[STOP]", "[UNK]", "[SPACE]", *_PUNCTUATION, *_LETTERS, *(merge.replace(" ", "") for merge in merges)]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
+
+
+def _demo_model():
+    from clvp_fast import ClvpConfig, ClvpModelForConditionalGeneration
+
+    encoder = {
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "projection_dim": 128,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+    }
+    decoder = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 2, "num_mel_attn_blocks": 2}
+    config = ClvpConfig(
+        text_config={**encoder, "vocab_size": 256},
+        speech_config={**encoder, "vocab_size": 8192},
+        decoder_config=decoder,
+        projection_dim=128,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(20240607)
+        model = ClvpModelForConditionalGeneration(config).eval()
+        _spread_logits_and_lengths(model.speech_decoder_model)
+    return model
+
+
+@torch.no_grad()
+def _spread_logits_and_lengths(decoder) -> None:
+    """Widens the logits, and lets the stop token's logit grow with the position along one fixed direction."""
+    hidden_size = decoder.config.hidden_size
+    direction = torch.randn(hidden_size)
+    direction /= direction.norm()
+
+    decoder.model.decoder.input_embeds_layer.weight.normal_(std=0.3)
+    decoder.lm_head.weight.normal_(std=3.0 / hidden_size**0.5)
+    positions = decoder.model.decoder.position_embeds_layer.weight
+    steps = torch.arange(positions.shape[0], dtype=torch.float32)[:, None]
+    positions.add_(steps / 80 * 2.5 * direction)
+    decoder.lm_head.weight[decoder.config.eos_token_id] = direction
+    decoder.lm_head.bias.zero_()
+    decoder.lm_head.bias[decoder.config.eos_token_id] = 3.0

@@ -1,0 +1,108 @@
+"""The demo checkpoint: standard layout, the same weights everywhere, and candidates of varied lengths."""
+
+import hashlib
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from clvp_fast import ClvpModelForConditionalGeneration, ClvpProcessor, ClvpTokenizer
+from clvp_fast.checkpoint import load_checkpoint, resolve_checkpoint
+from clvp_fast.demo import DEMO_VERSION, build_demo, cache_folder, demo_checkpoint
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo")
+    build_demo(folder)
+    return folder
+
+
+def test_layout(folder):
+    names = {path.name for path in folder.iterdir()}
+    assert names >= {
+        "config.json",
+        "generation_config.json",
+        "merges.txt",
+        "model.safetensors",
+        "preprocessor_config.json",
+        "tokenizer_config.json",
+        "vocab.json",
+    }
+    vocabulary = json.loads((folder / "vocab.json").read_text())
+    assert sorted(vocabulary.values()) == list(range(255))
+    assert [vocabulary[token] for token in ("[STOP]", "[UNK]", "[SPACE]")] == [0, 1, 2]
+
+
+def test_vocabulary_is_reachable(folder):
+    """Every merge makes its token out of tokens before it, and real text needs no [UNK]."""
+    tokenizer = ClvpTokenizer.from_pretrained(folder)
+    assert tokenizer.convert_tokens_to_ids("<|endoftext|>") == 255
+    made = set("abcdefghijklmnopqrstuvwxyz")
+    for line in (folder / "merges.txt").read_text().splitlines()[1:]:
+        left, right = line.split(" ")
+        assert left in made and right in made
+        made.add(left + right)
+    ids = tokenizer('The doctor paid 25 dollars, (or more); didn\'t he: yes/no? "so-so" it was!')["input_ids"]
+    assert tokenizer.unk_token_id not in ids
+    assert max(ids) <= 254
+    assert len(ids) < 60
+
+
+def test_the_same_weights_every_time(folder, tmp_path):
+    state = torch.get_rng_state()
+    build_demo(tmp_path)
+    assert torch.equal(torch.get_rng_state(), state)
+    first, second = load_file(folder / "model.safetensors"), load_file(tmp_path / "model.safetensors")
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    digests = {hashlib.sha256((some / "model.safetensors").read_bytes()).hexdigest() for some in (folder, tmp_path)}
+    assert len(digests) == 1
+
+
+def test_plain_classes_load_it(folder):
+    model, report = ClvpModelForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert model.config.decoder_config.vocab_size == 8194
+    assert model.config.speech_config.vocab_size == 8192
+    processor = ClvpProcessor.from_pretrained(folder)
+    assert processor(text="hello")["input_ids"]
+
+
+def test_candidates_end_at_varied_lengths():
+    checkpoint = load_checkpoint("demo")
+    model = checkpoint.model
+    ids = checkpoint.tokenizer("The birch canoe slid on the smooth planks.", return_tensors="pt")["input_ids"]
+    torch.manual_seed(0)
+    output = model.generate(
+        ids,
+        torch.randn(1, 80, 517),
+        num_return_sequences=16,
+        max_new_tokens=200,
+        do_sample=True,
+        temperature=0.8,
+        top_p=0.8,
+        repetition_penalty=2.0,
+        return_dict_in_generate=True,
+    )
+    tokens = output.sequences[:, 1:]
+    is_stop = tokens == 8193
+    lengths = torch.where(is_stop.any(1), is_stop.int().argmax(1), tokens.shape[1])
+    assert lengths.min() >= 30 and lengths.max() <= 160
+    assert len(set(lengths.tolist())) >= 6
+    assert len({tuple(row) for row in tokens.tolist()}) == 16
+    scores = output.logits_per_text[0]
+    assert torch.isfinite(scores).all() and scores.std() > 0.05
+
+
+def test_cache_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("CLVP_FAST_CACHE", str(tmp_path / "own"))
+    assert cache_folder() == tmp_path / "own"
+    assert demo_checkpoint() == tmp_path / "own" / DEMO_VERSION == resolve_checkpoint("demo")
+    monkeypatch.delenv("CLVP_FAST_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_folder() == tmp_path / "xdg" / "clvp_fast"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert cache_folder() == tmp_path / "home" / ".cache" / "clvp_fast"
