@@ -1,0 +1,85 @@
+"""From the arguments of a command to checked tensors: the text, the voice, the device."""
+
+import argparse
+
+import torch
+from transformers.utils import logging
+
+from clvp_fast.audio import load_audio, require_sound
+from clvp_fast.checkpoint import Checkpoint, load_checkpoint, text_limit
+from clvp_fast.cli.report import note
+
+
+def load_for(arguments: argparse.Namespace) -> Checkpoint:
+    """The checkpoint that the arguments name, on the device and in the dtype that they name."""
+    if not arguments.debug:
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+    device = arguments.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no CUDA device here; use --device cpu, or leave the option out")
+    checkpoint = load_checkpoint(
+        arguments.checkpoint,
+        device=device,
+        dtype=getattr(torch, arguments.dtype),
+        text_cleaning=arguments.text_cleaning,
+    )
+    if checkpoint.name == "demo":
+        note("checkpoint 'demo' has random weights: its candidates are no speech, and its scores mean nothing")
+    return checkpoint
+
+
+def text_ids(checkpoint: Checkpoint, text: str) -> torch.Tensor:
+    """Token ids `[1, length]` (int64, on the model's device) of `text`; characters that are lost are noted.
+
+    Raises:
+        ValueError: nothing sayable in the text, or more tokens than the checkpoint has positions for.
+    """
+    if not text.strip():
+        raise ValueError("the text is empty; give the sentence that is to be said")
+    tokenizer = checkpoint.tokenizer
+    unknown = tokenizer.unk_token_id
+    ids = tokenizer(text)["input_ids"]
+    spaces = set(tokenizer(" ")["input_ids"])
+    if not set(ids) - spaces - {unknown}:
+        raise ValueError(f"nothing of the text {text!r} is in the checkpoint's vocabulary; write it in Latin letters")
+    lost = [char for char in dict.fromkeys(text) if not char.isspace() and _is_lost(char, text, tokenizer)]
+    if lost:
+        shown = " ".join(lost[:10]) + (f" and {len(lost) - 10} more" if len(lost) > 10 else "")
+        note(f"characters that the checkpoint does not know were left out: {shown}")
+    limit = text_limit(checkpoint.model)
+    if len(ids) > limit:
+        raise ValueError(f"the text is too long: {len(ids)} tokens, and this checkpoint takes {limit}; split it up")
+    return torch.tensor([ids], device=checkpoint.model.device)
+
+
+def _is_lost(char: str, text: str, tokenizer) -> bool:
+    """Whether `char` gives no token of its own and taking it out of `text` leaves the known tokens as they are.
+
+    Alone is not enough: a currency sign says nothing by itself, and turns the number behind it into a sum of money.
+    """
+    alone = tokenizer(char)["input_ids"]
+    if set(alone) - {tokenizer.unk_token_id}:
+        return False
+    with_it, without_it = (
+        [token for token in tokenizer(some)["input_ids"] if token != tokenizer.unk_token_id]
+        for some in (text, text.replace(char, ""))
+    )
+    return with_it == without_it
+
+
+def voice_features(checkpoint: Checkpoint, path: str) -> torch.Tensor:
+    """Log-mel features `[1, bins, frames]` of the recording at `path`, in the model's dtype and on its device."""
+    extractor = checkpoint.feature_extractor
+    samples, changed = load_audio(path, extractor.sampling_rate)
+    used = extractor.default_audio_length * extractor.sampling_rate
+    require_sound(samples[:used], path)
+    if changed:
+        note(f"{path}: {changed}")
+    if len(samples) > used:
+        seconds = len(samples) / extractor.sampling_rate
+        note(f"{path}: {seconds:.1f} s long, of which the first {extractor.default_audio_length} s are used")
+    features = extractor(samples, sampling_rate=extractor.sampling_rate, return_tensors="pt")["input_features"]
+    return features.to(device=checkpoint.model.device, dtype=checkpoint.model.dtype)

@@ -1,0 +1,144 @@
+"""The arguments of every subcommand. Nothing heavy is imported here, so `--help` answers at once."""
+
+import argparse
+import math
+
+from clvp_fast import __version__
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of `clvp-fast`; `command` names the module of `clvp_fast.cli` that runs it."""
+    parser = argparse.ArgumentParser(
+        prog="clvp-fast", description="CLVP: text and a voice clip to ranked speech candidates."
+    )
+    parser.add_argument("--version", action="version", version=f"clvp-fast {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    everywhere = argparse.ArgumentParser(add_help=False)
+    everywhere.add_argument("--debug", action="store_true", help="show where an error came from")
+    everywhere.add_argument("--json", action="store_true", help="print the result as JSON; notes stay on stderr")
+    for add in (_generate, _score, _mel, _convert, _info):
+        add(commands, everywhere)
+    return parser
+
+
+def _generate(commands, everywhere) -> None:
+    parser = commands.add_parser(
+        "generate", parents=[everywhere], help="speech candidates for a text in a voice, best first"
+    )
+    parser.add_argument("text", help="what is to be said")
+    parser.add_argument(
+        "--voice",
+        required=True,
+        metavar="CLIP",
+        help="recording of the voice (WAV, FLAC, MP3, OGG; its first 6 s count)",
+    )
+    _add_checkpoint(parser)
+    parser.add_argument("--out", default="out", metavar="DIR", help="folder for the results (default: %(default)s)")
+    parser.add_argument("--num-candidates", type=_positive_int, metavar="N", help="default: 16, or 1 with --greedy")
+    parser.add_argument(
+        "--keep", type=_positive_int, metavar="K", help="write the codes of the K best alone (default: of all)"
+    )
+    parser.add_argument(
+        "--max-new-tokens",
+        type=_positive_int,
+        metavar="N",
+        help="longest candidate (default: 500, or what the checkpoint has positions for)",
+    )
+    parser.add_argument(
+        "--batch-size", type=_positive_int, default=16, metavar="N", help="candidates at a time (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the random choices (default: %(default)s)")
+    sampling = parser.add_argument_group("sampling (defaults are Tortoise's)")
+    sampling.add_argument("--temperature", type=_positive_float, default=0.8, help="default: %(default)s")
+    sampling.add_argument("--top-p", type=_fraction, default=0.8, help="default: %(default)s")
+    sampling.add_argument(
+        "--top-k", type=_non_negative_int, default=50, help="0: of all tokens (default: %(default)s, as Tortoise runs)"
+    )
+    sampling.add_argument("--repetition-penalty", type=_positive_float, default=2.0, help="default: %(default)s")
+    sampling.add_argument("--greedy", action="store_true", help="always the likeliest token: one candidate")
+    _add_device(parser)
+    _add_text_cleaning(parser)
+
+
+def _score(commands, everywhere) -> None:
+    parser = commands.add_parser("score", parents=[everywhere], help="rank given speech codes against a text")
+    parser.add_argument(
+        "codes", help="codes.npz of `generate`, an .npy array [candidates, length], or a .json list of lists"
+    )
+    parser.add_argument("text", help="what the codes should say")
+    _add_checkpoint(parser)
+    _add_device(parser)
+    _add_text_cleaning(parser)
+
+
+def _mel(commands, everywhere) -> None:
+    parser = commands.add_parser("mel", parents=[everywhere], help="log-mel features of a recording, with a picture")
+    parser.add_argument("recording", help="WAV, FLAC, MP3 or OGG")
+    parser.add_argument(
+        "--checkpoint",
+        metavar="NAME",
+        help="take rate, bins and mel norms from this checkpoint (default: CLVP's, no norms)",
+    )
+    parser.add_argument("--whole", action="store_true", help="the whole recording instead of the first 6 s, unpadded")
+    parser.add_argument("--out", default="out", metavar="DIR", help="folder for the results (default: %(default)s)")
+
+
+def _convert(commands, everywhere) -> None:
+    parser = commands.add_parser(
+        "convert", parents=[everywhere], help="original Tortoise checkpoints to a checkpoint folder"
+    )
+    parser.add_argument("--autoregressive", required=True, metavar="FILE", help="autoregressive.pth")
+    parser.add_argument("--clvp", required=True, metavar="FILE", help="clvp2.pth")
+    parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
+    parser.add_argument(
+        "--tokenizer", metavar="FILE", help="tokenizer.json (default: looked for beside the checkpoints)"
+    )
+    parser.add_argument(
+        "--mel-norms", metavar="FILE", help="mel_norms.pth (default: looked for beside the checkpoints)"
+    )
+
+
+def _info(commands, everywhere) -> None:
+    commands.add_parser("info", parents=[everywhere], help="versions, devices, and which operator uses which backend")
+
+
+def _add_checkpoint(parser) -> None:
+    parser.add_argument(
+        "--checkpoint",
+        default="demo",
+        metavar="NAME",
+        help="'demo' (small, random weights: no real speech), a folder, or a hub id (default: %(default)s)",
+    )
+
+
+def _add_device(parser) -> None:
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights")
+
+
+def _add_text_cleaning(parser) -> None:
+    parser.add_argument(
+        "--text-cleaning",
+        choices=("tortoise", "transformers"),
+        default="tortoise",
+        help="how numbers, years and accents are spelt out; checkpoints were trained with tortoise's (default)",
+    )
+
+
+def _number(kind, accept, wanted: str):
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not accept(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+        return value
+
+    return parse
+
+
+_positive_int = _number(int, lambda value: value >= 1, "a whole number from 1 on")
+_non_negative_int = _number(int, lambda value: value >= 0, "a whole number from 0 on")
+_positive_float = _number(float, lambda value: 0 < value < math.inf, "a number above 0")
+_fraction = _number(float, lambda value: 0 < value <= 1, "a number above 0 and at most 1")

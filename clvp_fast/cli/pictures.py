@@ -1,0 +1,101 @@
+"""Pictures of results, drawn without a display."""
+
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+
+_STYLE = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "figure.dpi": 150,
+}
+# Speech tokens a second: one token of the original stands for 1024 samples at 22.05 kHz.
+_TOKENS_PER_SECOND = 22050 / 1024
+
+
+def draw_mel(path: Path, mel: np.ndarray, extractor, title: str) -> None:
+    """The log-mel features `[bins, frames]` over time, as a PNG."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(9, 3.2), layout="constrained")
+        _mel_panel(figure, figure.subplots(), mel, extractor, title)
+        figure.savefig(path, format="png")
+
+
+def draw_candidates(path: Path, mel: np.ndarray, extractor, rows: list[dict], text: str) -> None:
+    """The clip's log-mel, and each candidate's score and length, best first, as a PNG."""
+    with matplotlib.rc_context(_STYLE):
+        shown = rows[:64]
+        figure = Figure(figsize=(10, 7), layout="constrained")
+        figure.suptitle(_shorten(text, 110), fontsize=11, x=0.01, ha="left")
+        upper, lower = figure.subfigures(2, 1, height_ratios=[1, 1.25])
+        _mel_panel(upper, upper.subplots(), mel, extractor, "Voice clip: log-mel features")
+        norm = Normalize(*_limits([row["score"] for row in rows]))
+        score_axes, length_axes = lower.subplots(1, 2, width_ratios=[1.6, 1])
+        _score_panel(score_axes, shown, norm, len(rows))
+        _length_panel(length_axes, rows, norm)
+        figure.savefig(path, format="png")
+
+
+def _mel_panel(figure, axes, mel: np.ndarray, extractor, title: str) -> None:
+    seconds = mel.shape[1] * extractor.hop_length / extractor.sampling_rate
+    image = axes.imshow(
+        mel, origin="lower", aspect="auto", cmap="magma", extent=(0, seconds, 0, mel.shape[0]), interpolation="nearest"
+    )
+    axes.set(title=title, xlabel="time (s)", ylabel="mel bin")
+    figure.colorbar(image, ax=axes, pad=0.01, label="normalised log power" if extractor.mel_norms else "log power")
+
+
+def _score_panel(axes, rows: list[dict], norm: Normalize, total: int) -> None:
+    scores = [row["score"] for row in rows]
+    places = range(len(rows))
+    axes.vlines(places, min(scores) - 1e3, scores, color="0.88", linewidth=1)
+    axes.scatter(places, scores, c=scores, norm=norm, cmap="viridis", s=48, zorder=3)
+    if len(rows) <= 24:
+        axes.set_xticks(places, [str(row["candidate"]) for row in rows])
+        for place, score in zip(places, scores, strict=True):
+            axes.annotate(f"{score:.2f}", (place, score), (0, 6), textcoords="offset points", ha="center", fontsize=6.5)
+    axes.set_ylim(*_limits(scores))
+    title = "Score by candidate, best first" + (f" (best {len(rows)} of {total})" if total > len(rows) else "")
+    axes.set(title=title, xlabel="candidate", ylabel="text-speech score")
+
+
+def _length_panel(axes, rows: list[dict], norm: Normalize) -> None:
+    for stopped, marker, label in ((True, "o", "ended by itself"), (False, "^", "cut at the limit")):
+        chosen = [row for row in rows if row["stopped"] == stopped]
+        if chosen:
+            scores = [row["score"] for row in chosen]
+            axes.scatter(
+                [row["tokens"] for row in chosen],
+                scores,
+                c=scores,
+                norm=norm,
+                cmap="viridis",
+                marker=marker,
+                s=48,
+                label=label,
+            )
+    best = rows[0]
+    axes.scatter([best["tokens"]], [best["score"]], s=140, facecolors="none", edgecolors="crimson", label="best")
+    axes.set_ylim(*_limits([row["score"] for row in rows]))
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=3, handletextpad=0.2)
+    axes.set(title="Length and score", xlabel=f"speech tokens ({_TOKENS_PER_SECOND:.1f} to a second of speech)")
+
+
+def _limits(scores: list[float]) -> tuple[float, float]:
+    margin = max((max(scores) - min(scores)) * 0.12, 1e-3)
+    return min(scores) - margin, max(scores) + margin
+
+
+def _shorten(text: str, width: int) -> str:
+    # A dollar sign would switch matplotlib to mathematical notation.
+    text = " ".join(text.split()).replace("$", r"\$")
+    return text if len(text) <= width else text[: width - 1] + "…"

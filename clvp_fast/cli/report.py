@@ -1,0 +1,63 @@
+"""What the commands say: notes and progress on stderr, the result as a table or as JSON on stdout."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+_notes = Console(stderr=True, highlight=False)
+
+
+def note(text: str) -> None:
+    """One line for the person who watches, on stderr."""
+    _notes.print(f"note: {text}", markup=False, soft_wrap=True)
+
+
+def print_json(document) -> None:
+    json.dump(document, sys.stdout, indent=2, ensure_ascii=False)
+    sys.stdout.write("\n")
+
+
+def ranking(scores: np.ndarray, lengths: np.ndarray, stopped: np.ndarray | None = None) -> list[dict]:
+    """One row a candidate, best score first.
+
+    A row has its rank (from 1), the number of the candidate (from 0, as given), its tokens, its score, and whether it
+    came to its end, where `stopped` tells. All arrays are `[candidates]`.
+    """
+    rows = []
+    for rank, index in enumerate(np.argsort(-scores, kind="stable"), start=1):
+        row = {"rank": rank, "candidate": int(index), "tokens": int(lengths[index]), "score": float(scores[index])}
+        rows.append(row if stopped is None else row | {"stopped": bool(stopped[index])})
+    return rows
+
+
+def print_ranking(rows: list[dict]) -> None:
+    """The rows of `ranking` as a table; a length with + was cut short."""
+    table = Table(header_style="bold")
+    for title in ("rank", "candidate", "tokens", "score"):
+        table.add_column(title, justify="right")
+    for row in rows:
+        cut = "" if row.get("stopped", True) else "+"
+        table.add_row(str(row["rank"]), str(row["candidate"]), f"{row['tokens']}{cut}", f"{row['score']:.4f}")
+    Console(highlight=False).print(table)
+
+
+def print_written(paths: list[Path]) -> None:
+    for path in paths:
+        Console(highlight=False).print(f"wrote {path}", markup=False, soft_wrap=True)
+
+
+def decoding_progress() -> Progress:
+    """A bar on stderr that shows how far decoding is and how many candidates have stopped."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("token {task.completed:.0f} of at most {task.total:.0f}"),
+        TextColumn("{task.fields[finished]}"),
+        TimeElapsedColumn(),
+        console=_notes,
+    )

@@ -1,0 +1,83 @@
+"""`clvp-fast score`: given speech codes, ranked against a text."""
+
+import argparse
+import json
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from clvp_fast.checkpoint import Checkpoint
+from clvp_fast.cli import report
+from clvp_fast.cli.inputs import load_for, text_ids
+from clvp_fast.cli.versions import versions
+
+#: Candidates that go through the speech encoder at a time: bounds the memory of long lists.
+_BATCH = 32
+
+
+def run(arguments: argparse.Namespace) -> None:
+    codes, lengths = read_codes(Path(arguments.codes))
+    checkpoint = load_for(arguments)
+    scores = score(checkpoint, text_ids(checkpoint, arguments.text), codes)
+    rows = report.ranking(scores, lengths)
+    if arguments.json:
+        document = {"text": arguments.text, "codes": arguments.codes, "checkpoint": arguments.checkpoint}
+        report.print_json(document | {"candidates": rows, "versions": versions()})
+    else:
+        report.print_ranking(rows)
+
+
+def read_codes(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Speech codes `[candidates, length]` (int64) of a file, and how many tokens of each were spoken `[candidates]`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: not an .npz with `codes`, an .npy or a .json; not whole numbers; rows of unequal length; no row.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file of codes at {path}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8")) if path.suffix == ".json" else np.load(path)
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} cannot be read as .npz, .npy or .json of speech codes") from error
+    if isinstance(content, np.ndarray | list):
+        content = {"codes": content}
+    if "codes" not in content:
+        raise ValueError(f"{path} has no array named 'codes'")
+    try:
+        codes, lengths = np.asarray(content["codes"]), content.get("lengths")
+    except ValueError as error:
+        raise ValueError(
+            f"{path}: every list of codes must have the same length; pad them as `generate` does"
+        ) from error
+    if codes.ndim == 1:
+        codes = codes[None]
+    if codes.ndim != 2 or codes.size == 0 or codes.dtype.kind not in "iu":
+        shape = list(codes.shape)
+        raise ValueError(f"{path}: codes must be whole numbers [candidates, length], got {codes.dtype} {shape}")
+    lengths = np.full(len(codes), codes.shape[1]) if lengths is None else np.asarray(lengths)
+    if lengths.shape != (len(codes),):
+        raise ValueError(f"{path}: {len(codes)} candidates need as many lengths, got {list(lengths.shape)}")
+    return codes.astype(np.int64), lengths
+
+
+@torch.inference_mode()
+def score(checkpoint: Checkpoint, ids: torch.Tensor, codes: np.ndarray) -> np.ndarray:
+    """Scaled cosine similarity `[candidates]` (float32) of the text `ids` `[1, length]` with each row of `codes`."""
+    model = checkpoint.model
+    speech, decoder = model.config.speech_config, model.config.decoder_config
+    if codes.min() < 0 or codes.max() >= decoder.vocab_size:
+        limit = decoder.vocab_size - 1
+        raise ValueError(f"codes must lie from 0 to {limit} for this checkpoint, got {codes.min()} to {codes.max()}")
+    # The start and the stop token have no row in the speech encoder: generate() scores them as the filling code.
+    codes = np.where(codes < speech.vocab_size, codes, decoder.decoder_fixing_codes[0])
+    # generate() scores the text with one stop behind it, as Tortoise does.
+    ids = torch.nn.functional.pad(ids, (0, 1), value=model.config.text_config.eos_token_id)
+    text = torch.nn.functional.normalize(model.text_encoder_model(input_ids=ids).embeds.float(), dim=-1)
+    scores = []
+    for part in torch.from_numpy(codes).to(model.device).split(_BATCH):
+        embeds = torch.nn.functional.normalize(model.speech_encoder_model(input_ids=part).embeds.float(), dim=-1)
+        scores.append(embeds @ text[0])
+    return (torch.cat(scores) * model.logit_scale.float().exp()).cpu().numpy()

@@ -1,0 +1,54 @@
+"""Running `clvp-fast` inside the test's process, and a voice to run it with."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from clvp_fast.cli import main
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass
+class Outcome:
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def cli(capsys):
+    """`cli("generate", ...)` runs one command line and returns its exit code, stdout and stderr."""
+
+    def run(*argv) -> Outcome:
+        capsys.readouterr()
+        try:
+            code = main([str(part) for part in argv])
+        except SystemExit as stop:  # argparse ends so
+            code = stop.code
+        return Outcome(code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def voice() -> Path:
+    return ROOT / "examples/voice.flac"
+
+
+@pytest.fixture
+def fails(cli):
+    """Runs a command line that must fail, and returns its one sentence."""
+
+    def run(*argv) -> str:
+        outcome = cli(*argv)
+        assert outcome.code == 1, outcome
+        assert outcome.out == ""
+        assert "Traceback" not in outcome.err
+        *notes, last = outcome.err.strip().splitlines()
+        assert last.startswith("clvp-fast: error: "), outcome.err
+        assert not any("error" in line for line in notes)
+        return last.removeprefix("clvp-fast: error: ")
+
+    return run

@@ -1,0 +1,128 @@
+"""`generate` and `score`: what they write is what they say, and the same seed gives the same candidates."""
+
+import json
+
+import numpy as np
+import pytest
+
+TEXT = "The birch canoe slid on the smooth planks."
+QUICK = ("--num-candidates", 5, "--max-new-tokens", 60)
+
+
+@pytest.fixture
+def generate(cli, voice, tmp_path):
+    def run(*argv, out=tmp_path / "out", text=TEXT):
+        outcome = cli("generate", text, "--voice", voice, "--out", out, *argv)
+        assert outcome.code == 0, outcome.err
+        return outcome, np.load(out / "codes.npz"), json.loads((out / "candidates.json").read_text())
+
+    return run
+
+
+def test_files_and_table_agree(generate, tmp_path):
+    outcome, codes, document = generate(*QUICK)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"codes.npz", "candidates.json", "candidates.png"}
+    assert (tmp_path / "out/candidates.png").read_bytes().startswith(b"\x89PNG")
+
+    rows = document["candidates"]
+    assert [row["rank"] for row in rows] == [1, 2, 3, 4, 5]
+    assert sorted(row["candidate"] for row in rows) == [0, 1, 2, 3, 4]
+    scores = [row["score"] for row in rows]
+    assert scores == sorted(scores, reverse=True) and len(set(scores)) == 5
+    assert codes["codes"].shape == (5, 60) and codes["codes"].dtype == np.int64
+    np.testing.assert_array_equal(codes["candidates"], [row["candidate"] for row in rows])
+    np.testing.assert_array_equal(codes["lengths"], [row["tokens"] for row in rows])
+    np.testing.assert_allclose(codes["scores"], scores)
+    for row in rows:
+        assert f"{row['score']:.4f}" in outcome.out
+    assert "random weights" in outcome.err
+    assert document["settings"]["seed"] == 0 and document["settings"]["max_new_tokens"] == 60
+    assert document["versions"]["transformers"] and document["text"] == TEXT
+
+
+def test_codes_are_fixed_as_tortoise_does(generate):
+    """From the stop on 83, the last three 45 45 248; a candidate that was cut keeps its own tokens."""
+    _, codes, document = generate("--num-candidates", 12, "--max-new-tokens", 90)
+    stopped = [row["stopped"] for row in document["candidates"]]
+    assert any(stopped)
+    for row, length, ended in zip(codes["codes"], codes["lengths"], stopped, strict=True):
+        assert row.min() >= 0 and row.max() < 8192
+        if ended and length < len(row) - 3:
+            assert set(row[length:-3]) == {83}
+            assert list(row[-3:]) == [45, 45, 248]
+        if not ended:
+            assert length == len(row) and list(row[-3:]) != [45, 45, 248]
+
+
+def test_seed_decides(generate, tmp_path):
+    runs = [generate(*QUICK, "--seed", seed, out=tmp_path / str(n))[1]["codes"] for n, seed in enumerate((7, 7, 8))]
+    np.testing.assert_array_equal(runs[0], runs[1])
+    assert not np.array_equal(runs[0], runs[2])
+
+
+def test_batches_and_keep(generate):
+    _, codes, document = generate(*QUICK, "--batch-size", 2, "--keep", 2)
+    assert len(codes["codes"]) == 2
+    assert [row["kept"] for row in document["candidates"]] == [True, True, False, False, False]
+    np.testing.assert_array_equal(codes["candidates"], [row["candidate"] for row in document["candidates"][:2]])
+    assert len({tuple(row) for row in codes["codes"]}) == 2
+
+
+def test_greedy_needs_no_seed(generate, tmp_path):
+    first = generate("--greedy", "--max-new-tokens", 40, "--seed", 1, out=tmp_path / "a")[1]["codes"]
+    second = generate("--greedy", "--max-new-tokens", 40, "--seed", 2, out=tmp_path / "b")[1]["codes"]
+    assert first.shape == (1, 40)
+    np.testing.assert_array_equal(first, second)
+
+
+def test_text_and_voice_matter(generate, tmp_path, voice):
+    import soundfile
+
+    samples, rate = soundfile.read(voice)
+    soundfile.write(tmp_path / "low.wav", samples[::-1], rate)
+    plain = generate(*QUICK, out=tmp_path / "a")[1]["codes"]
+    other_text = generate(*QUICK, out=tmp_path / "b", text="Something else is said here.")[1]["codes"]
+    other_voice = generate(*QUICK, "--voice", tmp_path / "low.wav", out=tmp_path / "c")[1]["codes"]
+    assert not np.array_equal(plain, other_text)
+    assert not np.array_equal(plain, other_voice)
+
+
+def test_json_alone_on_stdout(generate, tmp_path):
+    outcome, _, document = generate(*QUICK, "--json")
+    printed = json.loads(outcome.out)
+    assert [printed.pop("written")[0]] == [str(tmp_path / "out/codes.npz")]
+    assert printed == document
+    assert "note:" in outcome.err
+
+
+def test_default_length_is_what_the_checkpoint_has_positions_for(generate):
+    _, codes, document = generate("--num-candidates", 1)
+    assert document["settings"]["max_new_tokens"] == 500
+    assert codes["codes"].shape == (1, 500)
+    assert document["candidates"][0]["stopped"]
+
+
+@pytest.mark.parametrize("form", ["npz", "npy", "json"])
+def test_score_gives_the_scores_of_generate(cli, generate, tmp_path, form):
+    _, codes, document = generate(*QUICK)
+    path = tmp_path / f"codes.{form}"
+    if form == "npz":
+        np.savez(path, codes=codes["codes"])
+    elif form == "npy":
+        np.save(path, codes["codes"].astype(np.int32))
+    else:
+        path.write_text(json.dumps(codes["codes"].tolist()))
+    outcome = cli("score", path, TEXT, "--json")
+    assert outcome.code == 0, outcome.err
+    rows = json.loads(outcome.out)["candidates"]
+    assert [row["candidate"] for row in rows] == [0, 1, 2, 3, 4]  # codes.npz is in rank order already
+    np.testing.assert_allclose(
+        [row["score"] for row in rows], [row["score"] for row in document["candidates"]], rtol=1e-5, atol=1e-5
+    )
+
+
+def test_score_table(cli, generate, tmp_path):
+    generate(*QUICK)
+    outcome = cli("score", tmp_path / "out/codes.npz", "Other words.")
+    assert outcome.code == 0
+    assert "score" in outcome.out and outcome.out.count("│") >= 5 * 5
