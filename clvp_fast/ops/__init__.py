@@ -1,6 +1,7 @@
 """The operators: every hot path of the package, each with a reference, a torch path and, on a GPU, a kernel."""
 
 from clvp_fast.ops.dispatch import backend, explain
+from clvp_fast.ops.log_mel import log_mel
 from clvp_fast.ops.mlp import geglu_mlp, gelu_mlp
 from clvp_fast.ops.norm import add_norm
 from clvp_fast.ops.rotary_attention import rotary_attention, rotary_attention_weights
@@ -11,6 +12,7 @@ __all__ = [
     "explain",
     "geglu_mlp",
     "gelu_mlp",
+    "log_mel",
     "rotary_attention",
     "rotary_attention_weights",
 ]

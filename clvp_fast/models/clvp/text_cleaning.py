@@ -126,7 +126,7 @@ def _words_below_1000(value: int) -> str:
 def _stock_ordinal(text: str) -> str:
     """The cardinal's name with the digits' ending: "21st" is "twenty-onest". The written ending does not matter."""
     value = _integer(text[:-2])
-    regular = 10 <= value % 100 <= 20
+    regular = value % 100 // 10 == 1
     return _stock_words(value) + ("th" if regular else {1: "st", 2: "nd", 3: "rd"}.get(value % 10, "th"))
 
 
