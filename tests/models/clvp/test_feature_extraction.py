@@ -1,0 +1,227 @@
+"""`ClvpFeatureExtractor` against transformers', and on input that stock refuses or mistakes."""
+
+import json
+import logging
+
+import numpy as np
+import pytest
+import torch
+from transformers.models.clvp.feature_extraction_clvp import ClvpFeatureExtractor as StockExtractor
+
+from clvp_fast import ClvpFeatureExtractor
+from tests.data import data_path
+
+RATE = 22050
+NORMS = list(np.random.default_rng(0).uniform(-7, -2, 80))
+SMALL = {"feature_size": 12, "n_fft": 256, "hop_length": 100, "default_audio_length": 1, "sampling_rate": 16000}
+
+
+def noise(length, seed=0, loudness=0.1):
+    return (np.random.default_rng(seed).standard_normal(length) * loudness).astype(np.float32)
+
+
+def tone_over_silence(length):
+    """A loud tone: its spectrum far away from it lies ten decades lower."""
+    return (0.9 * np.sin(2 * np.pi * 440 * np.arange(length) / RATE)).astype(np.float32)
+
+
+def both(clip, options=None, **call):
+    options = {"mel_norms": NORMS} if options is None else options
+    rate = options.get("sampling_rate", RATE)
+    expected = StockExtractor(**options)(clip, sampling_rate=rate, **call)
+    return expected, ClvpFeatureExtractor(**options)(clip, sampling_rate=rate, **call)
+
+
+def assert_same(expected, got, atol=1e-5):
+    assert list(got) == list(expected)
+    assert type(got["input_features"]) is type(expected["input_features"])
+    assert len(got["input_features"]) == len(expected["input_features"])
+    for theirs, ours in zip(expected["input_features"], got["input_features"], strict=True):
+        assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
+        error = np.abs(np.asarray(ours) - np.asarray(theirs)).max()
+        assert error <= atol, error
+    if "attention_mask" in expected:
+        assert got["attention_mask"].dtype == expected["attention_mask"].dtype
+        assert np.array_equal(got["attention_mask"], expected["attention_mask"])
+
+
+CLIPS = {
+    "noise": noise(40000),
+    "long noise": noise(140001),
+    "silence": np.zeros(30000, dtype=np.float32),
+    "tone": tone_over_silence(50000),
+    "quiet": noise(5000, loudness=1e-5),
+    "clicks": np.where(np.arange(20011) % 1009 == 0, 1, 0).astype(np.float32),
+    "float64": noise(3001).astype(np.float64),
+    "short": noise(3),
+    "one sample": noise(1),
+}
+
+
+@pytest.mark.parametrize("name", CLIPS)
+def test_synthetic_clips_equal_transformers(name):
+    assert_same(*both(CLIPS[name]))
+
+
+@pytest.mark.parametrize("name", ["audio/1272-128104-0000.flac", "audio/lj_voice_1.flac", "audio/rain.flac"])
+def test_recordings_equal_transformers(name):
+    soundfile, soxr = pytest.importorskip("soundfile"), pytest.importorskip("soxr")
+    norms = json.loads(data_path("clvp_tokenizer/mel_norms.json").read_text())
+    samples, rate = soundfile.read(data_path(name))
+    clip = soxr.resample(samples, rate, RATE)
+    expected, got = both(clip, {"mel_norms": norms}, return_tensors="pt")
+    assert got["input_features"].shape == (1, 80, 517)
+    assert_same(expected, got)
+    assert_same(*both(clip, {"mel_norms": norms}, padding=True, truncation=False))
+
+
+BATCH = [noise(length, seed=length) for length in (4000, 9001, 8000, 700)]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        {},
+        {"padding": True},
+        {"padding": "longest", "pad_to_multiple_of": 300},
+        {"padding": "longest", "max_length": 5000},
+        {"padding": "longest", "max_length": 5000, "truncation": False},
+        {"max_length": 5000},
+        {"max_length": 5001, "pad_to_multiple_of": 128},
+        {"max_length": 10000, "truncation": False},
+        {"max_length": 600, "padding": False},
+        {"return_attention_mask": False},
+        {"return_attention_mask": None},
+        {"return_tensors": "np"},
+        {"return_tensors": "pt"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_padding_and_truncation_of_a_batch_equal_transformers(call, side):
+    assert_same(*both(BATCH, SMALL | {"padding_side": side}, **call))
+
+
+def test_padding_value_fills_up():
+    options = SMALL | {"padding_value": 0.3}
+    expected, got = both(BATCH, options)
+    assert_same(expected, got)
+    again = ClvpFeatureExtractor(**SMALL)(BATCH, sampling_rate=16000, padding_value=0.3)
+    assert_same(expected, again)
+
+
+@pytest.mark.parametrize("n_fft", [250, 256, 301])
+def test_other_transforms_equal_transformers(n_fft):
+    assert_same(*both(BATCH, SMALL | {"n_fft": n_fft, "hop_length": 33}))
+
+
+def test_clips_of_several_lengths_without_padding_come_as_a_list():
+    """Stock fails: it makes one array of them."""
+    extractor = ClvpFeatureExtractor(**SMALL)
+    got = extractor(BATCH, sampling_rate=16000, padding=False, truncation=False)
+    for clip, features, mask in zip(BATCH, got["input_features"], got["attention_mask"], strict=True):
+        alone = StockExtractor(**SMALL)(clip, sampling_rate=16000, padding=False, truncation=False)
+        assert features.shape == (12, 1 + len(clip) // 100) and mask.shape == clip.shape
+        assert np.abs(features - alone["input_features"][0]).max() <= 1e-5
+    with pytest.raises(ValueError, match="clips of 700 to 9001 samples do not fit into one tensor: pass padding=True"):
+        extractor(BATCH, sampling_rate=16000, padding=False, truncation=False, return_tensors="pt")
+
+
+@pytest.mark.parametrize("convert", [list, torch.tensor, lambda clip: torch.tensor(clip, dtype=torch.float64)])
+def test_kinds_of_input_give_the_same(convert):
+    clip = noise(900)
+    extractor = ClvpFeatureExtractor(**SMALL)
+    expected = StockExtractor(**SMALL)([clip, clip[::-1]], sampling_rate=16000)
+    ours = convert(clip), convert(clip[::-1].copy())
+    for batch in (ours, list(ours), torch.stack(ours) if isinstance(ours[0], torch.Tensor) else np.array(ours)):
+        assert_same(expected, extractor(batch, sampling_rate=16000))
+    single = extractor(ours[0], sampling_rate=16000)["input_features"]
+    assert len(single) == 1 and np.abs(single[0] - expected["input_features"][0]).max() <= 1e-5
+    assert np.array_equal(extractor([ours[0]], sampling_rate=16000)["input_features"][0], single[0])
+
+
+def test_half_precision_tensors_are_taken():
+    clip = torch.tensor(noise(900)).bfloat16()
+    extractor = ClvpFeatureExtractor(**SMALL)
+    got, expected = (extractor(x, sampling_rate=16000)["input_features"][0] for x in (clip, clip.float()))
+    assert np.array_equal(got, expected)
+
+
+def test_int16_is_scaled():
+    clip = noise(900)
+    ints = np.round(clip * 32767).astype(np.int16)
+    extractor = ClvpFeatureExtractor(**SMALL)
+    expected = StockExtractor(**SMALL)(ints / 32768, sampling_rate=16000)
+    for samples in (ints, torch.tensor(ints), [ints], torch.tensor(ints)[None]):
+        assert_same(expected, extractor(samples, sampling_rate=16000))
+
+
+def test_wrong_sampling_rate():
+    with pytest.raises(ValueError, match="takes audio of 22050 Hz, but sampling_rate=16000 was given: resample"):
+        ClvpFeatureExtractor()(noise(100), sampling_rate=16000)
+
+
+def test_missing_sampling_rate_warns(caplog):
+    with caplog.at_level(logging.WARNING):
+        ClvpFeatureExtractor(**SMALL)(noise(100))
+    assert "Pass `sampling_rate`" in caplog.text and "16000 Hz" in caplog.text
+
+
+def test_unknown_options_are_named(caplog):
+    with caplog.at_level(logging.WARNING):
+        ClvpFeatureExtractor(**SMALL)(noise(100), sampling_rate=16000, do_dance=True)
+    assert "does not know and ignores: do_dance." in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("audio", "error", "message"),
+    [
+        ([], ValueError, "no audio was given"),
+        (np.zeros((0, 5)), ValueError, "no audio was given"),
+        (np.zeros(0), ValueError, "the audio is empty"),
+        ([noise(5), np.zeros(0)], ValueError, "clip 1 is empty"),
+        ([noise(5), np.array([0, np.nan])], ValueError, "clip 1 has samples that are NaN or infinite"),
+        (torch.tensor([0.0, np.inf]), ValueError, "the audio has samples that are NaN or infinite"),
+        ([np.zeros((2, 50))], ValueError, r"the audio must be mono, but has shape \(2, 50\): mix the channels down"),
+        ([noise(5), torch.zeros(1, 50)], ValueError, r"clip 1 must be mono, but has shape \(1, 50\)"),
+        (np.zeros((1, 2, 50)), ValueError, r"audio must be mono, \[time\] or \[batch, time\], .*\(1, 2, 50\)"),
+        (np.array(1.0), ValueError, "the audio must be a sequence of samples, but has 0 dimensions"),
+        (np.zeros(50, dtype=np.int32), TypeError, "the audio has samples of type int32, .* pass floats in .* or int16"),
+        (np.zeros(50, dtype=np.uint8), TypeError, "samples of type uint8"),
+        (torch.zeros(2, 50, dtype=torch.int64), TypeError, "clip 0 has samples of type int64"),
+        ([1, 2, 3], TypeError, "samples of type int64"),
+        (np.zeros(50, dtype=np.complex64), TypeError, "samples of type complex64"),
+        (np.zeros(50, dtype=bool), TypeError, "samples of type bool"),
+        ([[0.0, [1.0]]], ValueError, "the audio is no plain sequence of samples"),
+        ("a.wav", TypeError, "audio must be an array, a tensor or a list of samples, not str"),
+        (None, TypeError, "not NoneType"),
+    ],
+    ids=str,
+)
+def test_bad_audio(audio, error, message):
+    with pytest.raises(error, match=message):
+        ClvpFeatureExtractor(**SMALL)(audio, sampling_rate=16000)
+
+
+def test_bad_options():
+    with pytest.raises(ValueError, match="max_length must be at least 1 sample, not 0"):
+        ClvpFeatureExtractor(**SMALL)(noise(50), sampling_rate=16000, max_length=0)
+    with pytest.raises(ValueError, match="mel_norms has 3 values, but feature_size is 80"):
+        ClvpFeatureExtractor(mel_norms=[1.0, 2.0, 3.0])
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"mel_norms": NORMS}, SMALL | {"padding_side": "left"}], ids=["", "norms", "small"]
+)
+def test_attributes_and_saved_json_equal_transformers(options, tmp_path):
+    stock, ours = StockExtractor(**options), ClvpFeatureExtractor(**options)
+    assert ours.to_dict() == stock.to_dict()
+    assert vars(ours).keys() == vars(stock).keys()
+    assert np.array_equal(ours.mel_filters, stock.mel_filters)
+    for saved, saver in (("stock", stock), ("ours", ours)):
+        saver.save_pretrained(tmp_path / saved)
+        for cls in (StockExtractor, ClvpFeatureExtractor):
+            loaded = cls.from_pretrained(tmp_path / saved)
+            assert type(loaded) is cls and loaded.to_dict() == stock.to_dict()
+    files = [(tmp_path / saved / "preprocessor_config.json").read_text() for saved in ("stock", "ours")]
+    assert files[0] == files[1]
