@@ -1,0 +1,84 @@
+"""Every command and every Python example of README.md runs; hub ids stand for a local checkpoint folder."""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from clvp_fast.audio import load_audio
+from clvp_fast.cli import main
+from clvp_fast.demo import demo_checkpoint
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+HUB_ID = "susnato/clvp_dev"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+
+
+COMMANDS = [line for block in blocks("sh") for line in block.splitlines() if line]
+
+
+@pytest.fixture
+def reader(tmp_path, monkeypatch):
+    """The folder of a person who follows the README: a clone with its examples."""
+    shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_nothing_is_left_out():
+    assert len(blocks("python")) == 2
+    assert len(COMMANDS) == 7
+    assert set(re.findall(r"^```(\S+)", README, flags=re.MULTILINE)) == {"python", "sh"}
+
+
+def test_commands_in_order(reader, capsys):
+    for command in COMMANDS:
+        program, *arguments = shlex.split(command)
+        if program == "make":  # only whether the target is there: it would set up another environment
+            done = subprocess.run(["make", "-n", *arguments], cwd=ROOT, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+        elif "autoregressive.pth" in arguments:  # needs files that are not to be had; its own tests make some
+            assert main(arguments) == 1
+            assert "autoregressive.pth" in capsys.readouterr().err
+        else:
+            assert program == "clvp-fast"
+            assert main(arguments) == 0, capsys.readouterr().err
+    assert (reader / "out/candidates.png").exists() and (reader / "out/voice.npy").exists()
+
+
+def test_first_example(reader):
+    torch.manual_seed(0)
+    names = run(blocks("python")[0])
+    assert names["best"].dtype == torch.int64 and names["best"].ndim == 1
+    scores = names["candidates"].logits_per_text[0]
+    assert scores.shape == (4,) and torch.isfinite(scores).all()
+
+
+def test_documented_example(reader, monkeypatch):
+    """With stand-ins for the hub's checkpoint and for the `datasets` package with its recording."""
+    samples, _ = load_audio(reader / "examples/voice.flac")
+    rows = [{"audio": {"array": samples, "sampling_rate": 22050}}]
+    dataset = SimpleNamespace(cast_column=lambda column, audio: rows)
+    module = SimpleNamespace(load_dataset=lambda *a, **k: dataset, Audio=lambda sampling_rate: None)
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    output = run(blocks("python")[1])["generated_output"]
+    codes = output[0]
+    assert codes.dtype == torch.int64 and codes.shape[0] == 1 and codes.shape[1] >= 1
+    assert all(torch.isfinite(part).all() for part in output[1:5])
+
+
+def run(example: str) -> dict:
+    assert HUB_ID in example
+    names = {}
+    exec(compile(example.replace(HUB_ID, str(demo_checkpoint())), "README.md", "exec"), names)
+    return names
