@@ -223,7 +223,7 @@ class ClvpModelForConditionalGeneration(ClvpPreTrainedModel, GenerationMixin):
             inputs_embeds=conditioning_encoder_inputs_embeds,
             attention_mask=attention_mask,
         )
-        decoder_outputs = self.speech_decoder_model(inputs_embeds=conditioning_embeds, **kwargs)
+        decoder_outputs = self.speech_decoder_model(inputs_embeds=conditioning_embeds, **{"use_cache": False, **kwargs})
         codes = self.fix_speech_decoder_output(decoder_outputs.logits.argmax(2))
         speech_outputs = self._encode_speech(codes, **kwargs)
         text_outputs = self.text_encoder_model(

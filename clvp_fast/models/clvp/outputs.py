@@ -59,3 +59,11 @@ class ClvpOutput(ModelOutput):
     scores: tuple[torch.Tensor, ...] | None = None
     logits: tuple[torch.Tensor, ...] | None = None
     decoder_attentions: tuple | None = None
+
+    def candidate_scores(self) -> torch.Tensor:
+        """Each text against its own candidates: `[texts, candidates of a text]`, cut out of `logits_per_text`."""
+        texts, candidates = self.logits_per_text.shape
+        if candidates % texts:
+            raise ValueError(f"{candidates} candidates cannot be shared out among {texts} texts")
+        own = self.logits_per_text.view(texts, texts, candidates // texts)
+        return own.diagonal(dim1=0, dim2=1).t()
