@@ -1,17 +1,20 @@
 """The operators: every hot path of the package, each with a reference, a torch path and, on a GPU, a kernel."""
 
 from clvp_fast.ops.dispatch import backend, explain
+from clvp_fast.ops.linear import linear
 from clvp_fast.ops.log_mel import log_mel
-from clvp_fast.ops.mlp import geglu_mlp, gelu_mlp
+from clvp_fast.ops.mlp import ACTIVATIONS, geglu_mlp, gelu_mlp
 from clvp_fast.ops.norm import add_norm
 from clvp_fast.ops.rotary_attention import rotary_attention, rotary_attention_weights
 
 __all__ = [
+    "ACTIVATIONS",
     "add_norm",
     "backend",
     "explain",
     "geglu_mlp",
     "gelu_mlp",
+    "linear",
     "log_mel",
     "rotary_attention",
     "rotary_attention_weights",

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from clvp_fast.ops.dispatch import Operator, check_same, needs_grad, shape_error
+from clvp_fast.ops.linear import linear, linear_columns, swaps
 
 
 def _gelu_tanh(x):
@@ -21,7 +22,7 @@ def _gelu_fast(x):
 
 
 # By the names of transformers' configurations. gelu_new is the tanh form; torch's fused one gives the same number.
-_ACTIVATIONS = {
+ACTIVATIONS = {
     "gelu": F.gelu,
     "gelu_new": _gelu_tanh,
     "gelu_pytorch_tanh": _gelu_tanh,
@@ -57,8 +58,8 @@ _IN_PLACE = {
 def _activate(x, activation):
     """The activation of x, which may be overwritten."""
     if needs_grad(x):
-        return _ACTIVATIONS[activation](x)
-    return _IN_PLACE.get(activation, _ACTIVATIONS[activation])(x)
+        return ACTIVATIONS[activation](x)
+    return _IN_PLACE.get(activation, ACTIVATIONS[activation])(x)
 
 
 def _add(out, residual):
@@ -74,7 +75,7 @@ def _reference_activation(x, activation):
         return x * 0.5 * (1.0 + torch.erf(x / math.sqrt(2.0)))
     if activation in ("gelu_new", "gelu_pytorch_tanh"):
         return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x.pow(3))))
-    return _ACTIVATIONS[activation](x)
+    return ACTIVATIONS[activation](x)
 
 
 def _wide(*tensors):
@@ -99,15 +100,19 @@ def geglu_reference(x, w_in, b_in, w_out, b_out, residual, activation, dropout_p
 
 
 def _gelu_torch(x, w_in, b_in, w_out, b_out, residual, activation):
+    if swaps(x, w_in) and not needs_grad(w_out, residual):
+        hidden = _activate(linear_columns(x.reshape(-1, x.shape[-1]).t(), w_in, b_in), activation)
+        out = linear_columns(hidden, w_out, b_out).t().reshape(*x.shape[:-1], -1)
+        return out.contiguous() if residual is None else residual + out
     return _add(F.linear(_activate(F.linear(x, w_in, b_in), activation), w_out, b_out), residual)
 
 
 def _geglu_torch(x, w_in, b_in, w_out, b_out, residual, activation, dropout_p=0.0):
-    h, gate = F.linear(x, w_in, b_in).chunk(2, dim=-1)
+    h, gate = linear(x, w_in, b_in).chunk(2, dim=-1)
     h = h * _activate(gate, activation)
     if dropout_p > 0:
         h = F.dropout(h, dropout_p)
-    return _add(F.linear(h, w_out, b_out), residual)
+    return _add(linear(h, w_out, b_out), residual)
 
 
 def _fake(x, w_in, b_in, w_out, b_out, residual, activation):
@@ -120,8 +125,8 @@ _GEGLU = Operator("geglu_mlp", _SCHEMA, reference=geglu_reference, torch_path=_g
 
 
 def _check(x, w_in, b_in, w_out, b_out, residual, activation, halves):
-    if activation not in _ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(_ACTIVATIONS)}, not {activation!r}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, not {activation!r}")
     x_shape, in_shape, out_shape = x.shape, w_in.shape, w_out.shape
     if len(in_shape) != 2 or in_shape[1] != x_shape[-1] or in_shape[0] % halves:
         rows = "an even number" if halves == 2 else "intermediate"

@@ -46,12 +46,19 @@ def _additive(allowed, dtype):
     return torch.zeros_like(allowed, dtype=dtype).masked_fill_(~allowed, torch.finfo(dtype).min)
 
 
-def _weights(q, k, allowed):
+def _bias(mask, causal, q_len, k_len, query_offset, device, dtype):
+    """What is added to the scores, broadcastable to [B, H, Tq, Tk]; None: nothing."""
+    if mask is not None and mask.dtype != torch.bool:
+        triangle = _allowed(None, causal, q_len, k_len, query_offset, device)
+        return mask.to(dtype) if triangle is None else mask.to(dtype) + _additive(triangle, dtype)
+    allowed = _allowed(mask, causal, q_len, k_len, query_offset, device)
+    return None if allowed is None else _additive(allowed, dtype)
+
+
+def _weights(q, k, bias):
     """Attention weights [B, H, Tq, Tk] in the dtype of q, computed in the order of transformers' eager attention."""
     scores = torch.matmul(q.transpose(1, 2), k.permute(0, 2, 3, 1))
-    if allowed is not None:
-        scores = scores + _additive(allowed, scores.dtype)
-    return F.softmax(scores, dim=-1)
+    return F.softmax(scores if bias is None else scores + bias, dim=-1)
 
 
 def _mix(weights, v, dropout_p):
@@ -75,27 +82,26 @@ def reference(q, k, v, cos, sin, mask, causal, query_offset, scale, dropout_p=0.
         q, k, v = rotate(q, cos[:, rows], sin[:, rows]), rotate(k, cos, sin), rotate(v, cos, sin)
     compute = torch.promote_types(dtype, torch.float32)
     q, k, v = q.to(compute), k.to(compute), v.to(compute)
-    allowed = _allowed(mask, causal, q.shape[1], k.shape[1], query_offset, q.device)
-    return _mix(_weights(q * scale, k, allowed), v, dropout_p).to(dtype)
+    bias = _bias(mask, causal, q.shape[1], k.shape[1], query_offset, q.device, compute)
+    return _mix(_weights(q * scale, k, bias), v, dropout_p).to(dtype)
 
 
 def _torch(q, k, v, cos, sin, mask, causal, query_offset, scale, dropout_p=0.0):
     q, k, v = _rotate_all(q, k, v, cos, sin, query_offset)
     q_len, k_len = q.shape[1], k.shape[1]
     square = causal and mask is None and query_offset == 0 and q_len == k_len
-    additive = None
+    bias = None
     if not square:
-        allowed = _allowed(mask, causal, q_len, k_len, query_offset, q.device)
-        if allowed is not None:
-            additive = _additive(allowed, q.dtype)
-            if mask is not None and q.dtype == torch.float16:
-                # float16's smallest number does not swallow a float32 score: a row without keys needs equal scores.
-                q = q * allowed.any(-1).transpose(1, 2)[..., None]
+        bias = _bias(mask, causal, q_len, k_len, query_offset, q.device, q.dtype)
+        if mask is not None and mask.dtype == torch.bool and q.dtype == torch.float16:
+            # float16's smallest number does not swallow a float32 score: a row without keys needs equal scores.
+            allowed = _allowed(mask, causal, q_len, k_len, query_offset, q.device)
+            q = q * allowed.any(-1).transpose(1, 2)[..., None]
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),
         v.transpose(1, 2),
-        attn_mask=additive,
+        attn_mask=bias,
         dropout_p=dropout_p,
         is_causal=square,
         scale=scale,
@@ -148,9 +154,10 @@ def _prepare(q, k, v, cos, sin, mask, causal, query_offset, scale):
         check_same("cos", cos, "q", q, dtype=False)
         check_same("sin", sin, "cos", cos)
     if mask is not None:
-        if mask.dtype != torch.bool:
+        if mask.dtype != torch.bool and not (mask.is_floating_point() and mask.ndim == 4):
             raise TypeError(
-                f"mask must be bool with True = attend, not {mask.dtype}; use mask.bool() on ones and zeros"
+                f"mask must be bool with True = attend (or of four axes and additive), not {mask.dtype}; "
+                "use mask.bool() on ones and zeros"
             )
         check_same("mask", mask, "q", q, dtype=False)
         shape = mask.shape
@@ -188,7 +195,8 @@ def rotary_attention(
         k, v: `[B, Tk, H, D]`, any strides, the dtype of `q`.
         cos, sin: `[B or 1, Tk, R]`, R even and at most D; None: no rotary positions. The rotation is computed in the
             promoted dtype of `q` and `cos` (float32 angles for bfloat16 inputs keep long sequences apart).
-        mask: bool, True = attend; `[B, Tk]` for padded keys, or `[B or 1, 1, Tq or 1, Tk]`.
+        mask: bool, True = attend; `[B, Tk]` for padded keys, or `[B or 1, 1, Tq or 1, Tk]`, where it may be a floating
+            type too, which is added to the scores.
         causal: query i attends to keys 0 .. query_offset + i; together with `mask` if both are given.
         query_offset: the row of the sequence at which the queries start. Default: `Tk - Tq` if causal, else 0.
         scale: of the scores; default `D ** -0.5`.
@@ -229,5 +237,5 @@ def rotary_attention_weights(
     """
     query_offset, scale = _prepare(q, k, v, cos, sin, mask, causal, query_offset, scale)
     q, k, v = _rotate_all(q * scale, k, v, cos, sin, query_offset)
-    weights = _weights(q, k, _allowed(mask, causal, q.shape[1], k.shape[1], query_offset, q.device))
+    weights = _weights(q, k, _bias(mask, causal, q.shape[1], k.shape[1], query_offset, q.device, q.dtype))
     return _mix(weights, v, dropout_p), weights

@@ -10,7 +10,7 @@ from transformers.utils import can_return_tuple
 
 from clvp_fast.models.clvp.cache import GrowingCache
 from clvp_fast.models.clvp.configuration import ClvpDecoderConfig
-from clvp_fast.models.clvp.layers import ClvpDecoderMLP, ClvpSelfAttention, add_layer_norm
+from clvp_fast.models.clvp.layers import ClvpDecoderMLP, ClvpSelfAttention, add_layer_norm, apply_linear
 from clvp_fast.models.clvp.pretrained import ClvpPreTrainedModel
 
 
@@ -250,7 +250,7 @@ class ClvpForCausalLM(ClvpPreTrainedModel, GenerationMixin):
             hidden_states = hidden_states[:, logits_to_keep]
         elif logits_to_keep:
             hidden_states = hidden_states[:, -logits_to_keep:]
-        logits = self.lm_head(add_layer_norm(self.final_norm, hidden_states)[1])
+        logits = apply_linear(self.lm_head, add_layer_norm(self.final_norm, hidden_states)[1])
 
         loss = None
         if labels is not None:

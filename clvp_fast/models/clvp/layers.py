@@ -9,7 +9,6 @@ transposed views of `[out, in]` storage. Both are made on first use, where the w
 """
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import Cache
 from transformers.activations import ACT2FN
@@ -29,6 +28,13 @@ def is_plain(module: nn.Module, module_class: type[nn.Module]) -> bool:
         and not module._forward_hooks
         and not module._forward_pre_hooks
     )
+
+
+def apply_linear(linear: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+    """`linear(hidden_states)`, `[..., in]` → `[..., out]`, through the operator where that is the same."""
+    if is_plain(linear, nn.Linear):
+        return ops.linear(hidden_states, linear.weight, linear.bias)
+    return linear(hidden_states)
 
 
 def pack_linears(linears: list[nn.Linear]) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -168,7 +174,7 @@ class ClvpSelfAttention(nn.Module):
         )
         if not packable:
             return tuple(linear(hidden_states).view(shape) for linear in linears)
-        packed = F.linear(hidden_states, *pack_linears(linears))
+        packed = ops.linear(hidden_states, *pack_linears(linears))
         return packed.view(*hidden_states.shape[:-1], 3, self.num_heads, self.head_dim).unbind(-3)
 
     def forward(
@@ -221,7 +227,7 @@ class ClvpSelfAttention(nn.Module):
             attended, weights = ops.rotary_attention_weights(query, key, value, **arguments)
         else:
             attended = ops.rotary_attention(query, key, value, **arguments)
-        return self.out_proj(attended.flatten(-2)), weights
+        return apply_linear(self.out_proj, attended.flatten(-2)), weights
 
 
 class ClvpGatedLinearUnit(nn.Module):
