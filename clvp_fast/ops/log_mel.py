@@ -38,9 +38,10 @@ def _torch(samples, window, mel_filters, hop_length, lengths, mel_norms, log_flo
         padded = samples[:, _reflect(place, time)]
     else:
         padded = samples.gather(1, _reflect(place, lengths[:, None]))
-    framed = padded.unfold(1, n_fft, hop_length) * window.to(samples.dtype)
-    power = torch.view_as_real(torch.fft.rfft(framed)).square().sum(-1)  # [batch, frames, n_fft // 2 + 1]
-    mel = (mel_filters.to(power.dtype).T @ power.transpose(1, 2)).clamp(min=log_floor).log()
+    window = window.to(samples.dtype)
+    spectrum = torch.stft(padded, n_fft, hop_length, window=window, center=False, return_complex=True)
+    power = spectrum.real.square() + spectrum.imag.square()  # [batch, n_fft // 2 + 1, frames]
+    mel = (mel_filters.to(power.dtype).T @ power).clamp(min=log_floor).log()
     if mel_norms is not None:
         mel = mel / mel_norms.to(mel.dtype)[:, None]
     if lengths is not None:
