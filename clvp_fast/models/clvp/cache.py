@@ -53,8 +53,10 @@ class GrowingLayer(DynamicLayer):
         return buffer
 
     def reset(self) -> None:
-        super().reset()
+        # Not the base class's: transformers 5.17 keeps the length there and zeroes what it holds.
+        self.keys = self.values = None
         self._buffers = (None, None)
+        self.is_initialized = False
 
 
 class GrowingCache(DynamicCache):
