@@ -75,6 +75,24 @@ def test_recordings_equal_transformers(name):
     assert_same(*both(clip, {"mel_norms": norms}, padding=True, truncation=False))
 
 
+def test_documented_values():
+    """The values that transformers' own test expects of this recording."""
+    soundfile, soxr = pytest.importorskip("soundfile"), pytest.importorskip("soxr")
+    norms = json.loads(data_path("clvp_tokenizer/mel_norms.json").read_text())
+    samples, rate = soundfile.read(data_path("audio/1272-128104-0000.flac"))
+    extractor = ClvpFeatureExtractor(mel_norms=norms)
+    got = extractor(soxr.resample(samples, rate, RATE), sampling_rate=RATE, return_tensors="pt")["input_features"]
+    # fmt: off
+    expected = [
+        0.9271, 1.1405, 1.4419, 1.2470, 1.2438, 1.1787, 1.0595, 1.0570, 1.1070, 1.2205, 1.2376, 1.2997, 1.1131, 1.0843,
+        1.0459, 1.1858, 1.2323, 1.3582, 1.3401, 1.3770, 1.4173, 1.3381, 1.2291, 1.0854, 1.2116, 1.1873, 1.2178, 1.2137,
+        1.3001, 1.4274,
+    ]
+    # fmt: on
+    assert got.shape == (1, 80, 517)
+    assert np.abs(got[0, 0, :30].numpy() - expected).max() <= 1e-4
+
+
 BATCH = [noise(length, seed=length) for length in (4000, 9001, 8000, 700)]
 
 
