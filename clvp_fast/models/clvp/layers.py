@@ -49,6 +49,7 @@ def pack_linears(linears: list[nn.Linear]) -> tuple[torch.Tensor, torch.Tensor |
 
 
 @torch.no_grad()
+@torch.inference_mode(False)  # else the parameters became inference tensors, of no use for training
 def _pack(parameters: list[nn.Parameter]) -> torch.Tensor:
     first = parameters[0]
     if _lie_in_a_row(parameters):
@@ -72,6 +73,7 @@ def _lie_in_a_row(parameters: list[nn.Parameter]) -> bool:
 
 
 @torch.no_grad()
+@torch.inference_mode(False)
 def transpose_storage(conv: Conv1D) -> None:
     """Keep the `[in, out]` weight of `conv` as the transposed view of contiguous `[out, in]` storage."""
     if not conv.weight.t().is_contiguous():

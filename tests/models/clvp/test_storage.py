@@ -70,6 +70,16 @@ def test_packed_after_every_change_of_the_parameters(change, tmp_path):
     check_packed(model)
 
 
+def test_packed_under_inference_mode_and_trained_after():
+    model = tiny_ours()
+    ids, features = tiny_inputs()
+    with torch.inference_mode():
+        model(ids, features)
+    check_packed(model)
+    model(ids, features, return_loss=True).loss.backward()
+    assert model.text_encoder_model.layers[0].self_attn.q_proj.weight.grad.abs().sum() > 0
+
+
 def test_saved_tensors_are_whole_and_contiguous(tmp_path):
     model = tiny_ours()
     use(model)
