@@ -131,7 +131,7 @@ def load_checkpoint(
         model, report = ClvpModelForConditionalGeneration.from_pretrained(
             source, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
         )
-    except (OSError, SafetensorError) as error:
+    except Exception as error:  # whatever a strange file makes of transformers' many loaders
         raise ValueError(f"checkpoint {name} cannot be loaded: {_first_sentence(error)}") from error
     _check_tensors(name, report)
     _check_vocabulary(name, tokenizer, config)
@@ -164,7 +164,8 @@ def _check_vocabulary(name: str | Path, tokenizer: ClvpTokenizer, config: ClvpCo
 
 
 def _first_sentence(error: Exception) -> str:
-    return str(error).strip().splitlines()[0].removesuffix(".") if str(error).strip() else type(error).__name__
+    lines = str(error).strip().splitlines()
+    return lines[0].removesuffix(".") if lines else type(error).__name__
 
 
 def speech_limit(model: ClvpModelForConditionalGeneration) -> int:

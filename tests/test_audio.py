@@ -67,7 +67,7 @@ def test_resampled_speech_keeps_what_the_model_hears():
     assert len(samples) == len(reference) == 129103
     difference = samples - reference
     assert np.abs(difference).max() < 3e-3  # both cut off near 8 kHz, each in its own way
-    assert np.sqrt(np.mean(difference**2)) < 2e-3 * np.sqrt(np.mean(reference**2))
+    assert np.sqrt(np.mean(difference**2)) < 4e-3 * np.sqrt(np.mean(reference**2))
 
 
 @pytest.mark.parametrize("rate", [0, -1, 22050.5, "22050", None, True])

@@ -43,7 +43,13 @@ def run(arguments: argparse.Namespace) -> None:
         features = voice_features(checkpoint, arguments.voice)
         max_new_tokens = _max_new_tokens(checkpoint, arguments.max_new_tokens)
         loaded = time.perf_counter()
-        candidates = generate(checkpoint, ids, features, count, max_new_tokens, arguments)
+        try:
+            candidates = generate(checkpoint, ids, features, count, max_new_tokens, arguments)
+        except torch.OutOfMemoryError as error:
+            raise ValueError(
+                f"the GPU has too little memory for {arguments.batch_size} candidates at a time; "
+                "choose a smaller --batch-size"
+            ) from error
         finished = time.perf_counter()
 
         rows = report.ranking(candidates.scores, candidates.lengths, candidates.stopped)

@@ -47,7 +47,7 @@ def _generate(commands, everywhere) -> None:
     parser.add_argument(
         "--batch-size", type=_positive_int, default=16, metavar="N", help="candidates at a time (default: %(default)s)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the random choices (default: %(default)s)")
+    parser.add_argument("--seed", type=_seed, default=0, help="of the random choices (default: %(default)s)")
     sampling = parser.add_argument_group("sampling (defaults are Tortoise's)")
     sampling.add_argument("--temperature", type=_positive_float, default=0.8, help="default: %(default)s")
     sampling.add_argument("--top-p", type=_fraction, default=0.8, help="default: %(default)s")
@@ -139,6 +139,7 @@ def _number(kind, accept, wanted: str):
 
 
 _positive_int = _number(int, lambda value: value >= 1, "a whole number from 1 on")
+_seed = _number(int, lambda value: 0 <= value < 2**63, "a whole number from 0 to 2^63 - 1")
 _non_negative_int = _number(int, lambda value: value >= 0, "a whole number from 0 on")
 _positive_float = _number(float, lambda value: 0 < value < math.inf, "a number above 0")
 _fraction = _number(float, lambda value: 0 < value <= 1, "a number above 0 and at most 1")

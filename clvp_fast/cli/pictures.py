@@ -1,5 +1,8 @@
 """Pictures of results, drawn without a display."""
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import matplotlib
@@ -23,7 +26,7 @@ _TOKENS_PER_SECOND = 22050 / 1024
 
 def draw_mel(path: Path, mel: np.ndarray, extractor, title: str) -> None:
     """The log-mel features `[bins, frames]` over time, as a PNG."""
-    with matplotlib.rc_context(_STYLE):
+    with _style():
         figure = Figure(figsize=(9, 3.2), layout="constrained")
         _mel_panel(figure, figure.subplots(), mel, extractor, title)
         figure.savefig(path, format="png")
@@ -31,7 +34,7 @@ def draw_mel(path: Path, mel: np.ndarray, extractor, title: str) -> None:
 
 def draw_candidates(path: Path, mel: np.ndarray, extractor, rows: list[dict], text: str) -> None:
     """The clip's log-mel, and each candidate's score and length, best first, as a PNG."""
-    with matplotlib.rc_context(_STYLE):
+    with _style():
         shown = rows[:64]
         figure = Figure(figsize=(10, 7), layout="constrained")
         figure.suptitle(_shorten(text, 110), fontsize=11, x=0.01, ha="left")
@@ -42,6 +45,14 @@ def draw_candidates(path: Path, mel: np.ndarray, extractor, rows: list[dict], te
         _score_panel(score_axes, shown, norm, len(rows))
         _length_panel(length_axes, rows, norm)
         figure.savefig(path, format="png")
+
+
+@contextmanager
+def _style() -> Iterator[None]:
+    with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
+        # A script that the font does not have shows as boxes in the title; that is no news on the terminal.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        yield
 
 
 def _mel_panel(figure, axes, mel: np.ndarray, extractor, title: str) -> None:

@@ -245,6 +245,24 @@ def test_vocabulary_larger_than_the_embedding(checkpoint_fails, folder):
     assert "vocab.json numbers 301 tokens, and config.json has rows for 256" in checkpoint_fails()
 
 
+@pytest.mark.parametrize("change", [{"hidden_size": "wide"}, {"num_attention_heads": 3}, {"vocab_size": 100}])
+def test_configuration_that_cannot_be(checkpoint_fails, folder, change):
+    config = json.loads((folder / "config.json").read_text())
+    config["decoder_config"] |= change
+    (folder / "config.json").write_text(json.dumps(config))
+    assert checkpoint_fails().startswith(f"checkpoint {folder} ")
+
+
+def test_gpu_memory(generate_fails, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.")
+
+    monkeypatch.setattr("clvp_fast.cli.generate.generate", full)
+    assert (
+        generate_fails() == "the GPU has too little memory for 16 candidates at a time; choose a smaller --batch-size"
+    )
+
+
 def test_no_such_checkpoint(generate_fails, voice, tmp_path):
     for name in (tmp_path / "nowhere", "./nowhere", "nowhere"):
         assert "there is no checkpoint folder" in generate_fails(TEXT, voice, "--checkpoint", name)

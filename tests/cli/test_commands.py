@@ -67,6 +67,7 @@ def test_info(cli):
         ["generate", "hello", "--voice", "a.wav", "--temperature", "nan"],
         ["generate", "hello", "--voice", "a.wav", "--top-p", "1.5"],
         ["generate", "hello", "--voice", "a.wav", "--dtype", "float8"],
+        ["generate", "hello", "--voice", "a.wav", "--seed", "-1"],
         ["convert", "--out", "x"],
     ],
 )
