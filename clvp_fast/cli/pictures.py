@@ -66,7 +66,7 @@ def _mel_panel(figure, axes, mel: np.ndarray, extractor, title: str) -> None:
 
 def _score_panel(axes, rows: list[dict], norm: Normalize, total: int) -> None:
     scores = [row["score"] for row in rows]
-    places = range(len(rows))
+    places = range(1, len(rows) + 1)
     axes.vlines(places, min(scores) - 1e3, scores, color="0.88", linewidth=1)
     axes.scatter(places, scores, c=scores, norm=norm, cmap="viridis", s=48, zorder=3)
     if len(rows) <= 24:
@@ -75,7 +75,7 @@ def _score_panel(axes, rows: list[dict], norm: Normalize, total: int) -> None:
             axes.annotate(f"{score:.2f}", (place, score), (0, 6), textcoords="offset points", ha="center", fontsize=6.5)
     axes.set_ylim(*_limits(scores))
     title = "Score by candidate, best first" + (f" (best {len(rows)} of {total})" if total > len(rows) else "")
-    axes.set(title=title, xlabel="candidate", ylabel="text-speech score")
+    axes.set(title=title, xlabel="candidate" if len(rows) <= 24 else "rank", ylabel="text-speech score")
 
 
 def _length_panel(axes, rows: list[dict], norm: Normalize) -> None:
@@ -102,7 +102,7 @@ def _length_panel(axes, rows: list[dict], norm: Normalize) -> None:
 
 
 def _limits(scores: list[float]) -> tuple[float, float]:
-    margin = max((max(scores) - min(scores)) * 0.12, 1e-3)
+    margin = max((max(scores) - min(scores)) * 0.12, 0.02)
     return min(scores) - margin, max(scores) + margin
 
 

@@ -22,6 +22,10 @@ def print_json(document) -> None:
     sys.stdout.write("\n")
 
 
+#: Rows of a table that a person looks through; the files have all.
+_SHOWN = 32
+
+
 def ranking(scores: np.ndarray, lengths: np.ndarray, stopped: np.ndarray | None = None) -> list[dict]:
     """One row a candidate, best score first.
 
@@ -40,10 +44,12 @@ def print_ranking(rows: list[dict]) -> None:
     table = Table(header_style="bold")
     for title in ("rank", "candidate", "tokens", "score"):
         table.add_column(title, justify="right")
-    for row in rows:
+    for row in rows[:_SHOWN]:
         cut = "" if row.get("stopped", True) else "+"
         table.add_row(str(row["rank"]), str(row["candidate"]), f"{row['tokens']}{cut}", f"{row['score']:.4f}")
     Console(highlight=False).print(table)
+    if len(rows) > _SHOWN:
+        Console(highlight=False).print(f"and {len(rows) - _SHOWN} more")
 
 
 def print_written(paths: list[Path]) -> None:
