@@ -133,16 +133,16 @@ def _check(x, w_in, b_in, w_out, b_out, residual, activation, halves):
         raise shape_error("w_in", f"[{rows}, {x_shape[-1]}]", w_in)
     if len(out_shape) != 2 or out_shape[1] * halves != in_shape[0]:
         raise shape_error("w_out", f"[out, {in_shape[0] // halves}]", w_out)
-    if b_in.ndim != 1 or len(b_in) != in_shape[0]:
+    if b_in.shape != (in_shape[0],):
         raise shape_error("b_in", f"[{in_shape[0]}]", b_in)
-    if b_out.ndim != 1 or len(b_out) != out_shape[0]:
+    if b_out.shape != (out_shape[0],):
         raise shape_error("b_out", f"[{out_shape[0]}]", b_out)
     device, dtype = x.device, x.dtype
     for name, tensor in (("w_in", w_in), ("b_in", b_in), ("w_out", w_out), ("b_out", b_out)):
-        if tensor.device != device or tensor.dtype != dtype:
+        if tensor.dtype != dtype or tensor.device != device:
             check_same(name, tensor, "x", x)
     if residual is not None:
-        if residual.shape[:-1] != x_shape[:-1] or residual.shape[-1] != out_shape[0]:
+        if residual.shape != (*x_shape[:-1], out_shape[0]):
             raise shape_error("residual", f"{[*x_shape[:-1], out_shape[0]]}", residual)
         check_same("residual", residual, "x", x)
 

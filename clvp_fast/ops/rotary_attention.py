@@ -16,11 +16,15 @@ def _rotate(x, cos, sin):
     half = rotary_dim // 2
     cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
     first, second = x[..., :half], x[..., half:rotary_dim]
-    rotated = x[..., :rotary_dim] * cos  # in the promoted dtype of x and cos
+    if needs_grad(x, cos, sin):
+        rotated = x[..., :rotary_dim] * cos + torch.cat((-second, first), dim=-1) * sin
+        return torch.cat((rotated.to(x.dtype), x[..., rotary_dim:]), dim=-1)
+    # In place on one copy in the promoted dtype: whole rows convert fast, slices of 32 channels do not.
+    rotated = x.to(torch.promote_types(x.dtype, cos.dtype), copy=True, memory_format=torch.contiguous_format)
+    rotated[..., :rotary_dim].mul_(cos)
     rotated[..., :half].addcmul_(second, sin[..., :half], value=-1)
-    rotated[..., half:].addcmul_(first, sin[..., half:])
-    rotated = rotated.to(x.dtype)
-    return rotated if rotary_dim == x.shape[-1] else torch.cat((rotated, x[..., rotary_dim:]), dim=-1)
+    rotated[..., half:rotary_dim].addcmul_(first, sin[..., half:])
+    return rotated.to(x.dtype)
 
 
 def _rotate_all(q, k, v, cos, sin, query_offset):
@@ -86,17 +90,36 @@ def reference(q, k, v, cos, sin, mask, causal, query_offset, scale, dropout_p=0.
     return _mix(_weights(q * scale, k, bias), v, dropout_p).to(dtype)
 
 
+# On a CPU, attention weights of up to this many elements (128 MB in bfloat16) may be materialised.
+_MAX_WEIGHTS = 2**26
+
+
+def _prefers_matmul(q, k, square):
+    """Whether two matrix products beat SDPA: never off the CPU.
+
+    There SDPA's fused kernel is slow in half precision, 3 to 14 times for one query, and gains nothing for one query in
+    float32 over keys stored head by head. (float16 products of matrices, though, are slower still.)
+    """
+    if q.device.type != "cpu" or square:
+        return False
+    batch, q_len, num_heads, head_dim = q.shape
+    if q.dtype == torch.bfloat16:
+        return batch * num_heads * q_len * k.shape[1] <= _MAX_WEIGHTS
+    return q_len == 1 and (q.dtype == torch.float16 or k.stride(1) == head_dim)
+
+
 def _torch(q, k, v, cos, sin, mask, causal, query_offset, scale, dropout_p=0.0):
     q, k, v = _rotate_all(q, k, v, cos, sin, query_offset)
     q_len, k_len = q.shape[1], k.shape[1]
-    square = causal and mask is None and query_offset == 0 and q_len == k_len
-    bias = None
-    if not square:
-        bias = _bias(mask, causal, q_len, k_len, query_offset, q.device, q.dtype)
-        if mask is not None and mask.dtype == torch.bool and q.dtype == torch.float16:
-            # float16's smallest number does not swallow a float32 score: a row without keys needs equal scores.
-            allowed = _allowed(mask, causal, q_len, k_len, query_offset, q.device)
-            q = q * allowed.any(-1).transpose(1, 2)[..., None]
+    # `True if` makes a bool of a symbolic comparison, which SDPA refuses.
+    square = True if causal and mask is None and query_offset == 0 and q_len == k_len else False  # noqa: SIM210
+    bias = None if square else _bias(mask, causal, q_len, k_len, query_offset, q.device, q.dtype)
+    if mask is not None and mask.dtype == torch.bool and q.dtype == torch.float16:
+        # float16's smallest number does not swallow a score: in a row that attends to nothing the scores must be equal.
+        allowed = _allowed(mask, causal, q_len, k_len, query_offset, q.device)
+        q = q * allowed.any(-1).transpose(1, 2)[..., None]
+    if _prefers_matmul(q, k, square):
+        return _mix(_weights(q * scale, k, bias), v, dropout_p)
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),
