@@ -1,0 +1,156 @@
+"""Measures providers of one workload side by side, in one process on the same inputs, and writes rows of JSON.
+
+A row is written for a provider that passed the workload's own check; its error stands beside its time. Providers are
+run in turns, so that a slow minute of the machine falls on all of them.
+"""
+
+import json
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from clvp_fast.cli.versions import versions
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass
+class Provider:
+    """One way to do the workload.
+
+    name: as in the row. run: does it once. error: how far its result is from the reference, and the most that is
+        allowed.
+    """
+
+    name: str
+    run: Callable[[], object]
+    error: float
+    tolerance: float
+
+
+@dataclass
+class Machine:
+    """What a row says of the device, measured once a run."""
+
+    name: str
+    threads: int
+    copy_bytes_per_s: float
+    matmul_flop_per_s: float
+
+    @classmethod
+    def measure(cls) -> "Machine":
+        source = torch.empty(256 * 1024 * 1024 // 4)
+        target = torch.empty_like(source)
+        copy = min(_time(lambda: target.copy_(source)) for _ in range(5))
+        a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
+        matmul = min(_time(lambda: a @ b) for _ in range(5))
+        return cls(
+            name=cpu_name(),
+            threads=torch.get_num_threads(),
+            copy_bytes_per_s=2 * source.nbytes / copy,
+            matmul_flop_per_s=2 * 1024**3 / matmul,
+        )
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _time(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def _peak_extra_bytes(run: Callable[[], object]) -> int | None:
+    """How far `run` raises the process's resident memory above where it stood; None where the system does not tell."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _status("VmRSS")
+        run()
+        return max(_status("VmHWM") - before, 0)
+    except OSError:
+        return None
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise OSError(field)
+
+
+def measure(workload: str, shape: dict, providers: list[Provider], repeats: int, **counted) -> list[dict]:
+    """Rows of one workload; the first provider is the one that the others are compared with.
+
+    Args:
+        shape: what the workload was made of, for the row.
+        counted: bytes and operations that must move, for the row.
+
+    Raises:
+        SystemExit: a provider's error is beyond its tolerance: no green, no speed.
+    """
+    for provider in providers:
+        if not provider.error <= provider.tolerance:
+            sys.exit(
+                f"{workload}, {provider.name}: error {provider.error:.3g} is beyond {provider.tolerance:.3g}; not timed"
+            )
+    # The first run of each warms up and is looked at for memory.
+    memory = {provider.name: _peak_extra_bytes(provider.run) for provider in providers}
+    seconds = {provider.name: [] for provider in providers}
+    for _ in range(repeats):
+        for provider in providers:
+            seconds[provider.name].append(_time(provider.run))
+    baseline = float(np.median(seconds[providers[0].name]))
+    rows = []
+    for provider in providers:
+        low, median, high = (float(q) for q in np.quantile(seconds[provider.name], [0.2, 0.5, 0.8]))
+        rows.append(
+            {
+                "workload": workload,
+                "shape": shape,
+                "provider": provider.name,
+                "seconds": {"q20": low, "median": median, "q80": high, "repeats": repeats},
+                "ratio": baseline / median,
+                "compared_with": providers[0].name,
+                "error": provider.error,
+                "peak_extra_bytes": memory[provider.name],
+                **counted,
+            }
+        )
+        print(
+            f"{workload:>14} {provider.name:<26} {median:9.3f} s  ({low:.3f} to {high:.3f})  {baseline / median:5.2f}x"
+            f"  error {provider.error:.2g}",
+            flush=True,
+        )
+    return rows
+
+
+def write_rows(rows: list[dict], machine: Machine, command: str) -> Path:
+    """Append `rows`, with device, versions, commit, time and command, to the device's file of results."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent)
+    context = {
+        "device": machine.__dict__,
+        "versions": versions(),
+        "commit": commit.stdout.strip() or "unknown",
+        "utc": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": command,
+    }
+    folder = RESULTS / "cpu"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{rows[0]['workload']}.jsonl"
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row | context) + "\n" for row in rows)
+    return path

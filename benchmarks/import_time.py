@@ -1,0 +1,25 @@
+"""What `import clvp_fast` costs beyond `import torch`, each in fresh interpreters."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from benchmarks.harness import Provider, measure
+
+ROOT = Path(__file__).parent.parent
+
+
+def rows(repeats: int = 5) -> list[dict]:
+    def run(statement: str) -> None:
+        subprocess.run([sys.executable, "-c", statement], check=True, cwd=ROOT)
+
+    return measure(
+        "import_time",
+        {},
+        [
+            Provider("import torch", lambda: run("import torch"), 0.0, 0.0),
+            Provider("import torch, clvp_fast", lambda: run("import torch, clvp_fast"), 0.0, 0.0),
+            Provider("import transformers' CLVP", lambda: run("from transformers import ClvpModel"), 0.0, 0.0),
+        ],
+        repeats,
+    )
