@@ -15,20 +15,20 @@ FILES = {
 TABLE = (ROOT / "docs" / "compatibility.md").read_text(encoding="utf-8")
 
 
-def tests_of(file: str) -> set[str]:
+def names_in(file: str) -> set[str]:
     return set(re.findall(r"def (test_\w+)", (ROOT / "tests" / "models" / "clvp" / file).read_text(encoding="utf-8")))
 
 
 def test_every_named_test_exists():
     named = re.findall(r"\*\*([A-Z])\*\* `(test_\w+)`", TABLE)
     assert len(named) > 20
-    missing = [f"{FILES[letter]}::{test}" for letter, test in named if test not in tests_of(FILES[letter])]
+    missing = [f"{FILES[letter]}::{test}" for letter, test in named if test not in names_in(FILES[letter])]
     assert not missing
 
 
 def test_every_numbered_row_has_its_test():
     numbers = {int(number) for number in re.findall(r"^\| (\d+) \|", TABLE, flags=re.MULTILINE)}
     assert numbers == set(range(1, 30))
-    held = {int(match) for match in re.findall(r"test_(\d\d)_", " ".join(tests_of("test_compatibility.py")))}
+    held = {int(match) for match in re.findall(r"test_(\d\d)_", " ".join(names_in("test_compatibility.py")))}
     # One test may hold two rows; stock's own numbers of 19 and 25 are held by the parity tests.
     assert numbers - held - {16, 19, 25} == {26, 27, 28, 29}

@@ -1,8 +1,7 @@
 """Random weights start as transformers' do, parameter by parameter, also those that a checkpoint lacks."""
 
 import torch
-from transformers.models.clvp import configuration_clvp as stock_configuration
-from transformers.models.clvp import modeling_clvp as stock_modeling
+from transformers.models.clvp import configuration_clvp as stock_configuration, modeling_clvp as stock_modeling
 
 from clvp_fast import ClvpConfig, ClvpForCausalLM, ClvpModelForConditionalGeneration
 from tests.models.clvp.tiny import config_fields
