@@ -82,3 +82,12 @@ def run(example: str) -> dict:
     names = {}
     exec(compile(example.replace(HUB_ID, str(demo_checkpoint())), "README.md", "exec"), names)
     return names
+
+
+@pytest.mark.parametrize(
+    "document", sorted(path.relative_to(ROOT) for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")))
+)
+def test_links_lead_somewhere(document):
+    text = (ROOT / document).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (ROOT / document).parent.joinpath(target).exists(), f"{document} links to {target}"
