@@ -68,6 +68,7 @@ gpu-check:
 
 gpu-bench:
 	$(require_gpu)
+	@test -f benchmarks/gpu.py || { echo "gpu-bench: there is no GPU benchmark yet (benchmarks/gpu.py)"; exit 1; }
 	PYTHONPATH=. $(GPU_PYTHON) -m benchmarks.gpu
 
 clean:

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -121,3 +122,15 @@ for name in clvp_fast.__all__:
     getattr(clvp_fast, name)
 print(len(clvp_fast.__all__))"""
     assert int(run_python(code, ROOT, cwd=tmp_path)) == len(clvp_fast.__all__)
+
+
+def test_every_environment_variable_is_in_the_table():
+    sources = [path for name in ("clvp_fast", "kernels", "tests", "benchmarks") for path in (ROOT / name).rglob("*.py")]
+    used = {
+        name for path in sources for name in re.findall(r"CLVP_FAST_[A-Z_]*[A-Z]", path.read_text(encoding="utf-8"))
+    }
+    table = re.findall(
+        r"^\| `(CLVP_FAST_\w+)` \|", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert used == set(table)
+    assert len(table) == len(set(table)) <= 6
