@@ -11,13 +11,9 @@ SWAPPED_ROWS = range(2, 97)
 
 def swaps(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether `x W^T` is better computed as `(W x^T)^T`."""
-    return (
-        x.device.type == "cpu"
-        and x.dtype == weight.dtype == torch.float32
-        and x.numel() // x.shape[-1] in SWAPPED_ROWS
-        and not torch.compiler.is_compiling()
-        and not needs_grad(x, weight)
-    )
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or not x.dtype == weight.dtype == torch.float32:
+        return False
+    return x.numel() // x.shape[-1] in SWAPPED_ROWS and not needs_grad(x, weight)
 
 
 def linear_columns(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
