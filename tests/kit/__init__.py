@@ -1,0 +1,19 @@
+"""The test kit: error budgets, poisoned memory, inputs that tell right from wrong; its own tests plant bugs."""
+
+from tests.kit.budget import assert_within_budget
+from tests.kit.inputs import RAGGED, generator, queries_keys_values, random
+from tests.kit.memory import POISON, Guarded, strided
+from tests.kit.pages import PagePool, Stored
+
+__all__ = [
+    "POISON",
+    "RAGGED",
+    "Guarded",
+    "PagePool",
+    "Stored",
+    "assert_within_budget",
+    "generator",
+    "queries_keys_values",
+    "random",
+    "strided",
+]
