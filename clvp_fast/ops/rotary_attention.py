@@ -54,7 +54,8 @@ def _bias(mask, causal, q_len, k_len, query_offset, device, dtype):
     """What is added to the scores, broadcastable to [B, H, Tq, Tk]; None: nothing."""
     if mask is not None and mask.dtype != torch.bool:
         triangle = _allowed(None, causal, q_len, k_len, query_offset, device)
-        return mask.to(dtype) if triangle is None else mask.to(dtype) + _additive(triangle, dtype)
+        mask = mask.to(dtype)
+        return mask if triangle is None else mask.masked_fill(~triangle, torch.finfo(dtype).min)
     allowed = _allowed(mask, causal, q_len, k_len, query_offset, device)
     return None if allowed is None else _additive(allowed, dtype)
 
@@ -86,8 +87,12 @@ def reference(q, k, v, cos, sin, mask, causal, query_offset, scale, dropout_p=0.
         q, k, v = rotate(q, cos[:, rows], sin[:, rows]), rotate(k, cos, sin), rotate(v, cos, sin)
     compute = torch.promote_types(dtype, torch.float32)
     q, k, v = q.to(compute), k.to(compute), v.to(compute)
-    bias = _bias(mask, causal, q.shape[1], k.shape[1], query_offset, q.device, compute)
-    return _mix(_weights(q * scale, k, bias), v, dropout_p).to(dtype)
+    geometry = (mask, causal, q.shape[1], k.shape[1], query_offset, q.device)
+    weights = _weights(q * scale, k, _bias(*geometry, compute))
+    if mask is not None and mask.dtype == torch.bool:
+        empty = ~_allowed(*geometry).any(-1, keepdim=True)
+        weights = weights.masked_fill(empty, 1 / k.shape[1])  # as it is already; its gradient is none
+    return _mix(weights, v, dropout_p).to(dtype)
 
 
 # On a CPU, attention weights of up to this many elements (128 MB in bfloat16) may be materialised.
@@ -113,12 +118,16 @@ def _torch(q, k, v, cos, sin, mask, causal, query_offset, scale, dropout_p=0.0):
     q_len, k_len = q.shape[1], k.shape[1]
     # `True if` makes a bool of a symbolic comparison, which SDPA refuses.
     square = True if causal and mask is None and query_offset == 0 and q_len == k_len else False  # noqa: SIM210
-    bias = None if square else _bias(mask, causal, q_len, k_len, query_offset, q.device, q.dtype)
-    if mask is not None and mask.dtype == torch.bool and q.dtype == torch.float16:
-        # float16's smallest number does not swallow a score: in a row that attends to nothing the scores must be equal.
+    additive = mask is not None and mask.dtype != torch.bool
+    grad = needs_grad(q, k, v)
+    if mask is not None and not additive and (grad or q.dtype == torch.float16):
+        # A query without keys: float16's smallest number does not swallow its scores, and SDPA's backward takes each of
+        # its weights for 1. With equal scores and every key allowed both are right.
         allowed = _allowed(mask, causal, q_len, k_len, query_offset, q.device)
-        q = q * allowed.any(-1).transpose(1, 2)[..., None]
-    if _prefers_matmul(q, k, square):
+        empty = ~allowed.any(-1, keepdim=True)
+        q, mask, causal = q.masked_fill(empty.transpose(1, 2), 0), allowed | empty, False
+    bias = None if square else _bias(mask, causal, q_len, k_len, query_offset, q.device, q.dtype)
+    if _prefers_matmul(q, k, square) or (additive and grad):
         return _mix(_weights(q * scale, k, bias), v, dropout_p)
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2),

@@ -1,0 +1,150 @@
+"""The choice of backend: forced, by default, refused, explained."""
+
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+
+import clvp_fast
+from clvp_fast.ops import dispatch
+
+
+operator_reason = [None]
+X = torch.tensor([1.0])
+
+
+@pytest.fixture(scope="module")
+def triple():
+    """An operator that triples, and whose paths leave a mark."""
+    made = dispatch.Operator(
+        "test_triple",
+        "(Tensor x) -> Tensor",
+        reference=lambda x: x + x + x,
+        torch_path=lambda x: x * 3.0 + 100,
+        fake=lambda x: torch.empty_like(x),
+        kernel=lambda x: x * 3.0 + 200,
+        missing=lambda device: operator_reason[0],
+    )
+    yield made
+    del dispatch.OPERATORS["test_triple"]
+
+
+@pytest.fixture
+def operator(triple):
+    triple._refusals.clear()
+    operator_reason[0] = None
+    return triple
+
+
+def call(operator, x=X, training=None):
+    return operator.choose(x.device, training)(x).item()
+
+
+def test_default_takes_the_kernel_where_it_serves(operator):
+    assert call(operator) == 203
+    assert call(operator, training="an input requires grad") == 103
+    operator._refusals.clear()
+    operator_reason[0] = "too old"
+    assert call(operator) == 103
+
+
+def test_forced_backends_nest_and_are_restored(operator):
+    with clvp_fast.backend("torch"):
+        assert call(operator) == 103
+        with clvp_fast.backend("reference"):
+            assert call(operator) == 3
+            with clvp_fast.backend(None):
+                assert call(operator) == 203
+        assert call(operator) == 103
+        with pytest.raises(KeyError), clvp_fast.backend("reference"):
+            raise KeyError
+        assert call(operator) == 103
+    assert call(operator) == 203
+
+
+def test_forced_kernel_that_cannot_serve_says_why(operator):
+    with clvp_fast.backend("kernel"):
+        assert call(operator) == 203
+        with pytest.raises(RuntimeError, match=r"clvp_fast\.test_triple was forced .* on cpu: an input requires grad"):
+            call(operator, training="an input requires grad")
+        with pytest.raises(RuntimeError, match="there is no kernel for this operator yet; choose backend 'torch'"):
+            clvp_fast.ops.gelu_mlp(*(torch.ones(1, 1),) * 2, torch.ones(1), torch.ones(1, 1), torch.ones(1))
+
+
+def test_requires_grad_means_training():
+    leaf = torch.ones(1, requires_grad=True)
+    assert dispatch.needs_grad(X, None, leaf) and not dispatch.needs_grad(X, None)
+    with torch.no_grad():
+        assert not dispatch.needs_grad(leaf)
+
+
+def test_a_kernel_missing_on_a_gpu_warns_once(operator):
+    operator_reason[0] = "triton is not installed"
+    gpu = torch.device("cuda", 0)
+    with pytest.warns(
+        UserWarning, match=r"clvp_fast\.test_triple takes the slower torch path: triton is not installed"
+    ):
+        operator.choose(gpu)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        operator.choose(gpu)
+        operator.choose(torch.device("cpu"))
+
+
+def test_the_choice_holds_in_compiled_code(operator):
+    def run(x):
+        return operator.choose(x.device)(x)
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    assert compiled(X).item() == 203
+    with clvp_fast.backend("torch"):
+        assert compiled(X).item() == 103
+    with clvp_fast.backend("reference"):
+        assert compiled(X).item() == 3
+    assert compiled(X).item() == 203
+
+
+def test_explain(operator):
+    choice = clvp_fast.explain("test_triple", device="cpu")[0]
+    assert (choice.operator, choice.device, choice.backend) == ("test_triple", "cpu", "kernel")
+    assert choice.refused == {"reference": "kernel is faster", "torch": "kernel is faster"}
+    operator._refusals.clear()
+    operator_reason[0] = "too old"
+    choice = clvp_fast.explain("test_triple", device="cpu")[0]
+    assert choice.backend == "torch" and choice.refused["kernel"] == "too old"
+    with clvp_fast.backend("kernel"):
+        choice = clvp_fast.explain("test_triple", device="cpu")[0]
+        assert choice.backend is None and choice.refused["kernel"] == "too old"
+    table = str(clvp_fast.explain(device="cpu"))
+    for name in ("add_norm", "geglu_mlp", "gelu_mlp", "log_mel", "rotary_attention", "test_triple"):
+        assert any(line.startswith(name) and " cpu " in line for line in table.splitlines())
+    assert "too old" in table
+    with pytest.raises(ValueError, match="there is no operator 'nonsense'; there are add_norm"):
+        clvp_fast.explain("nonsense")
+
+
+def test_unknown_backend_is_refused():
+    with (
+        pytest.raises(ValueError, match="backend\\(\\) must be one of reference, torch, kernel, not 'cuda'"),
+        clvp_fast.backend("cuda"),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("cuda", "CLVP_FAST_BACKEND must be one of reference, torch, kernel, not 'cuda'"),
+        ("reference", "None reference"),
+    ],
+)
+def test_environment_variable(value, expected):
+    code = "import clvp_fast; c = clvp_fast.explain('add_norm')[0]; print(c.refused.get('reference'), c.backend)"
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"CLVP_FAST_BACKEND": value}, capture_output=True, text=True
+    )
+    assert expected in run.stdout + run.stderr
+    assert (run.returncode == 0) == (value == "reference")

@@ -1,0 +1,131 @@
+"""`add_norm`: against the float64 reference, and bit for bit against transformers' RMSNorm."""
+
+import pytest
+import torch
+from transformers.models.clvp.modeling_clvp import ClvpRMSNorm
+
+import clvp_fast
+from clvp_fast.ops import add_norm
+from tests.kit import assert_within_budget, random, strided
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+def arguments(kind, width, dtype, residual=True, rows=(2, 5)):
+    x = random(*rows, width, seed=0, dtype=dtype, scale=3.0) + 1
+    weight, bias = random(width, seed=1, dtype=dtype), random(width, seed=2, dtype=dtype)
+    return (x, random(*rows, width, seed=3, dtype=dtype) if residual else None), {
+        "weight": weight,
+        "bias": bias if kind == "layer" else None,
+        "eps": 1e-2,
+        "kind": kind,
+    }
+
+
+def doubled(options):
+    return {name: x.double() if isinstance(x, torch.Tensor) else x for name, x in options.items()}
+
+
+def plain(x, residual, weight, bias, eps, kind):
+    """As one would first write it: the normalised row in float32 at least, rounded, then the affine part."""
+    total = x if residual is None else x + residual
+    wide = total.to(torch.promote_types(x.dtype, torch.float32))
+    if kind == "layer":
+        wide = wide - wide.mean(-1, keepdim=True)
+    normed = (wide / (wide.square().mean(-1, keepdim=True) + eps).sqrt()).to(x.dtype) * weight
+    return normed if bias is None else normed + bias
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("width", [1, 33, 768])
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+def test_against_reference(kind, width, dtype, residual):
+    (x, r), options = arguments(kind, width, dtype, residual, rows=(4, 50))
+    total, normed = add_norm(x, r, **options)
+    expected_total = x.double() if r is None else x.double() + r.double()
+    if kind == "rms" and dtype == torch.float64:  # in float32 by definition
+        exact = plain(x, r, **options)
+        torch.testing.assert_close(normed, exact, rtol=2e-6, atol=2e-6)
+        return
+    # From the rounded sum: its rounding belongs to the addition, not to the norm.
+    exact = plain(total.double(), None, **doubled(options))
+    assert_within_budget(normed, exact, plain(x, r, **options))
+    assert_within_budget(total.clone(), expected_total, None if r is None else x + r)
+    with clvp_fast.backend("reference"):
+        reference_total, reference = add_norm(x, r, **options)
+    assert_within_budget(reference, exact, plain(x, r, **options))
+    torch.testing.assert_close(reference_total, total, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("weight_dtype", [None, torch.float32])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rms_is_transformers_bit_for_bit(dtype, weight_dtype, backend):
+    x = random(3, 7, 96, seed=0, dtype=dtype, scale=2.0)
+    theirs = ClvpRMSNorm(96, eps=1e-5)
+    theirs.weight.data = random(96, seed=1, dtype=weight_dtype or dtype)
+    with torch.no_grad(), clvp_fast.backend(backend):
+        normed = add_norm(x, weight=theirs.weight, eps=1e-5, kind="rms")[1]
+        torch.testing.assert_close(normed, theirs(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+def test_strided_rows_and_no_residual(kind):
+    (x, r), options = arguments(kind, 40, torch.float32)
+    expected = add_norm(x, r, **options)
+    actual = add_norm(strided(x), strided(r), **options)
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+    before = x.clone()
+    total, normed = add_norm(x, **options)
+    assert total is x and torch.equal(x, before) and not torch.equal(normed, x)
+
+
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+def test_gradients(kind):
+    (x, r), options = arguments(kind, 8, torch.float64)
+    names = [name for name in ("weight", "bias") if options[name] is not None]
+    leaves = [t.requires_grad_() for t in (x, r, *(options[name] for name in names))]
+
+    def run(x, r, *affine):
+        total, normed = add_norm(x, r, **options | dict(zip(names, affine, strict=True)))
+        return total * 0.3 + normed
+
+    if kind == "layer":
+        assert torch.autograd.gradcheck(run, leaves)
+    grad_out = random(2, 5, 8, seed=8, dtype=torch.float64)
+    ours = torch.autograd.grad(run(*leaves), leaves, grad_out)
+    with clvp_fast.backend("reference"):
+        theirs = torch.autograd.grad(run(*leaves), leaves, grad_out)
+    for mine, expected in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+def test_registered_and_compiled(kind, residual):
+    (x, r), options = arguments(kind, 16, torch.float32, residual)
+    op = torch.ops.clvp_fast.add_norm.default
+    torch.library.opcheck(op, (x, r, *options.values()))
+    expected = add_norm(x, r, **options)
+    torch.testing.assert_close(op(x, r, *options.values())[1], expected[1], rtol=0, atol=0)
+    compiled = torch.compile(lambda x, r: add_norm(x, r, **options), fullgraph=True, backend="aot_eager")
+    for actual, wanted in zip(compiled(x, r), expected, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_bad_arguments_are_named():
+    (x, r), options = arguments("layer", 16, torch.float32)
+    cases = [
+        ({"kind": "group"}, ValueError, "kind must be 'rms' or 'layer', not 'group'"),
+        ({"weight": options["weight"][:3]}, ValueError, r"weight must have shape \[16\]"),
+        ({"weight": options["weight"].to("meta")}, ValueError, "weight is on meta"),
+        ({"residual": r[:1]}, ValueError, r"residual must have shape that of x, \[2, 5, 16\], not \[1, 5, 16\]"),
+        ({"residual": r.double()}, TypeError, "residual must have the dtype of x"),
+        ({"bias": options["bias"][:3]}, ValueError, "bias must have shape"),
+        ({"kind": "rms"}, ValueError, "bias must be None"),
+    ]
+    for change, error, message in cases:
+        with pytest.raises(error, match=message):
+            add_norm(x, **options | change)
