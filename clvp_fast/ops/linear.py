@@ -5,15 +5,15 @@ import torch.nn.functional as F
 
 from clvp_fast.ops.dispatch import needs_grad
 
-# On a CPU, float32 products of so few rows are faster as W x^T, the weight being the tall side (benchmarks/linear.py).
-SWAPPED_ROWS = range(2, 97)
+# With several CPU threads, float32 products of so few rows are faster as W x^T (benchmarks/linear.py).
+SWAPPED_ROWS = range(16, 257)
 
 
 def swaps(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether `x W^T` is better computed as `(W x^T)^T`."""
     if torch.compiler.is_compiling() or x.device.type != "cpu" or not x.dtype == weight.dtype == torch.float32:
         return False
-    return x.numel() // x.shape[-1] in SWAPPED_ROWS and not needs_grad(x, weight)
+    return torch.get_num_threads() > 1 and x.numel() // x.shape[-1] in SWAPPED_ROWS and not needs_grad(x, weight)
 
 
 def linear_columns(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -11,7 +11,6 @@ import torch
 import clvp_fast
 from clvp_fast.ops import dispatch
 
-
 operator_reason = [None]
 X = torch.tensor([1.0])
 
