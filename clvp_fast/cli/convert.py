@@ -9,7 +9,9 @@ from clvp_fast.models.clvp import convert_tortoise
 
 
 def run(arguments: argparse.Namespace) -> None:
-    with staged_folder(arguments.out) as folder:
+    if not arguments.debug:
+        report.quiet_transformers()
+    with staged_folder(arguments.out) as folder, report.noting_warnings():
         convert_tortoise.write_checkpoint(
             arguments.autoregressive,
             arguments.clvp,

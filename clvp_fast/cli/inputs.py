@@ -3,18 +3,16 @@
 import argparse
 
 import torch
-from transformers.utils import logging
 
 from clvp_fast.audio import load_audio, require_sound
 from clvp_fast.checkpoint import Checkpoint, load_checkpoint, text_limit
-from clvp_fast.cli.report import note
+from clvp_fast.cli.report import note, quiet_transformers
 
 
 def load_for(arguments: argparse.Namespace) -> Checkpoint:
     """The checkpoint that the arguments name, on the device and in the dtype that they name."""
     if not arguments.debug:
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
+        quiet_transformers()
     device = arguments.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,13 +1,17 @@
 """What the commands say: notes and progress on stderr, the result as a table or as JSON on stdout."""
 
 import json
+import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from transformers.utils import logging as transformers_logging
 
 _notes = Console(stderr=True, highlight=False)
 
@@ -15,6 +19,25 @@ _notes = Console(stderr=True, highlight=False)
 def note(text: str) -> None:
     """One line for the person who watches, on stderr."""
     _notes.print(f"note: {text}", markup=False, soft_wrap=True)
+
+
+@contextmanager
+def noting_warnings() -> Iterator[None]:
+    """Shows the package's own logged warnings as notes."""
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: note(record.getMessage())
+    logger = logging.getLogger("clvp_fast")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
+def quiet_transformers() -> None:
+    """No progress bars and warnings of transformers between the notes of a command."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
 
 
 def print_json(document) -> None:
