@@ -1,12 +1,4 @@
-"""Building blocks shared by CLVP's encoders, decoder and conditioning encoder; each calls the operators of
-`clvp_fast.ops`.
-
-The parameters are those of the checkpoints (`q_proj`, `k_proj`, ... each its own), in the storage that the operators
-want: query, key and value weights of a layer lie in one block, and `Conv1D` weights, which checkpoints keep as `[in,
-    out]`, are
-transposed views of `[out, in]` storage. Both are made on first use, where the weights are found in another layout
-(after loading, moving or assigning them), and hold no second copy.
-"""
+"""Building blocks of CLVP's encoders, decoder and conditioning encoder; each calls the operators of `clvp_fast.ops`."""
 
 import torch
 from torch import nn
@@ -15,69 +7,7 @@ from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
 from clvp_fast import ops
-
-
-def is_plain(module: nn.Module, module_class: type[nn.Module]) -> bool:
-    """Whether calling `module` does nothing but its class's own computation on its parameters.
-
-    Adapters replace modules, and offloading and users hook them; those have to be called, not looked through.
-    """
-    return (
-        type(module) is module_class
-        and "forward" not in module.__dict__
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
-    )
-
-
-def apply_linear(linear: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
-    """`linear(hidden_states)`, `[..., in]` → `[..., out]`, through the operator where that is the same."""
-    if is_plain(linear, nn.Linear):
-        return ops.linear(hidden_states, linear.weight, linear.bias)
-    return linear(hidden_states)
-
-
-def pack_linears(linears: list[nn.Linear]) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """One `[sum of out, in]` weight and one bias for several linear layers of one input, as views of their parameters.
-
-    Where the parameters do not lie one behind the other yet, they are moved there; this must not be called under
-    autograd.
-    """
-    weights = [linear.weight for linear in linears]
-    biases = [linear.bias for linear in linears]
-    return _pack(weights), None if biases[0] is None else _pack(biases)
-
-
-@torch.no_grad()
-@torch.inference_mode(False)  # else the parameters became inference tensors, of no use for training
-def _pack(parameters: list[nn.Parameter]) -> torch.Tensor:
-    first = parameters[0]
-    if _lie_in_a_row(parameters):
-        return first.as_strided((sum(p.shape[0] for p in parameters), *first.shape[1:]), first.stride())
-    packed = torch.cat([p.data for p in parameters])
-    for parameter, view in zip(parameters, packed.split([p.shape[0] for p in parameters]), strict=True):
-        parameter.data = view
-    return packed
-
-
-def _lie_in_a_row(parameters: list[nn.Parameter]) -> bool:
-    storage = parameters[0].untyped_storage().data_ptr()
-    address = parameters[0].data_ptr()
-    for parameter in parameters:
-        if parameter.data_ptr() != address or parameter.untyped_storage().data_ptr() != storage:
-            return False
-        if not parameter.is_contiguous():
-            return False
-        address += parameter.numel() * parameter.element_size()
-    return True
-
-
-@torch.no_grad()
-@torch.inference_mode(False)
-def transpose_storage(conv: Conv1D) -> None:
-    """Keep the `[in, out]` weight of `conv` as the transposed view of contiguous `[out, in]` storage."""
-    if not conv.weight.t().is_contiguous():
-        conv.weight.data = conv.weight.data.t().contiguous().t()
+from clvp_fast.models.clvp.parameters import apply_linear, is_plain, pack_linears, transpose_storage
 
 
 class ClvpRMSNorm(nn.Module):

@@ -1,6 +1,6 @@
 """CLVP as a whole: candidates of speech tokens from a text and a voice clip, and their similarity to the text.
 
-The parts are in `conditioning`, `decoder`, `encoder` and `layers`; their public names are found here too.
+The parts are in `conditioning`, `causal_lm`, `decoder`, `encoder` and `layers`; their public names are found here too.
 """
 
 import copy
@@ -11,9 +11,10 @@ from torch import nn
 from transformers import GenerationConfig, GenerationMixin
 from transformers.utils import can_return_tuple
 
+from clvp_fast.models.clvp.causal_lm import ClvpForCausalLM
 from clvp_fast.models.clvp.conditioning import ClvpConditioningEncoder, PaddedText
 from clvp_fast.models.clvp.configuration import ClvpConfig, ClvpDecoderConfig, ClvpEncoderConfig
-from clvp_fast.models.clvp.decoder import ClvpDecoder, ClvpForCausalLM, ClvpModel
+from clvp_fast.models.clvp.decoder import ClvpDecoder, ClvpModel
 from clvp_fast.models.clvp.encoder import ClvpEncoder
 from clvp_fast.models.clvp.outputs import ClvpEncoderOutput, ClvpOutput
 from clvp_fast.models.clvp.pretrained import ClvpPreTrainedModel

@@ -1,0 +1,198 @@
+"""The decoder with its language-model head: logits of speech tokens, and the generation of candidates."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import Cache, GenerationMixin
+from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
+from transformers.utils import can_return_tuple
+
+from clvp_fast.models.clvp.cache import GrowingCache
+from clvp_fast.models.clvp.configuration import ClvpDecoderConfig
+from clvp_fast.models.clvp.decoder import ClvpModel
+from clvp_fast.models.clvp.layers import add_layer_norm
+from clvp_fast.models.clvp.parameters import apply_linear
+from clvp_fast.models.clvp.pretrained import ClvpPreTrainedModel
+
+
+class ClvpForCausalLM(ClvpPreTrainedModel, GenerationMixin):
+    """The decoder with its language-model head over speech tokens."""
+
+    config: ClvpDecoderConfig
+    config_class = ClvpDecoderConfig
+
+    def __init__(self, config: ClvpDecoderConfig):
+        super().__init__(config)
+        self.model = ClvpModel(config)
+        self.final_norm = nn.LayerNorm(config.hidden_size)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=True)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.model.decoder.input_embeds_layer
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.model.decoder.input_embeds_layer = value
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Linear) -> None:
+        self.lm_head = value
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> CausalLMOutputWithCrossAttentions:
+        """Logits `[batch, length, vocab_size]` of the next token; other arguments as [`ClvpDecoder.forward`].
+
+        Args:
+            labels: `[batch, length]`, shifted inside; -100 is ignored.
+            logits_to_keep: compute the last so many places alone (0 = all), or the places given as a tensor.
+
+        Returns:
+            `CausalLMOutputWithCrossAttentions`, or a tuple with `return_dict=False`.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        if isinstance(logits_to_keep, torch.Tensor):
+            hidden_states = hidden_states[:, logits_to_keep]
+        elif logits_to_keep:
+            hidden_states = hidden_states[:, -logits_to_keep:]
+        logits = apply_linear(self.lm_head, add_layer_norm(self.final_norm, hidden_states)[1])
+
+        loss = None
+        if labels is not None:
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten().to(logits.device))
+        return CausalLMOutputWithCrossAttentions(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.LongTensor,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        num_prompts: int | None = None,
+        is_first_iteration: bool = False,
+        **kwargs,
+    ) -> dict:
+        """`GenerationMixin`'s hook; `num_prompts` marks a generation that continues conditioning embeddings."""
+        model_inputs = super().prepare_inputs_for_generation(
+            input_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+        if num_prompts is None:
+            return model_inputs
+        if is_first_iteration:
+            model_inputs["position_ids"] = None
+            model_inputs["embeds_have_positions"] = True
+            recorded = model_inputs.get("output_attentions") or model_inputs.get("output_hidden_states")
+            if past_key_values is not None and not recorded:
+                model_inputs["candidates_per_prompt"] = inputs_embeds.shape[0] // num_prompts
+        else:
+            # The k-th speech token stands at position k + 1, as in the original with its cache; training counted k.
+            last = input_ids.shape[1] - int(getattr(self.config, "contiguous_positions", False))
+            width = model_inputs["input_ids"].shape[1]
+            model_inputs["position_ids"] = torch.arange(last - width + 1, last + 1, device=input_ids.device)[None]
+        return model_inputs
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config=None,
+        *args,
+        conditioning_embeds: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs,
+    ):
+        """Generate speech tokens after conditioning embeddings, or continue token ids as any causal model does.
+
+        Args:
+            inputs: token ids `[batch, length]` to continue (also as `input_ids=`).
+            conditioning_embeds: `[batch, prompt, hidden_size]`, from [`ClvpConditioningEncoder`]; the start token is
+                put behind it, so that `inputs` must be absent.
+            attention_mask: `[batch, prompt]`, or `[batch, prompt + 1]` with a last column for the start token; 0 =
+                padding.
+            generation_config, args, kwargs: as in `GenerationMixin.generate`.
+
+        Returns:
+            Token ids `[batch * num_return_sequences, 1 + generated]`, the start token first; or a `ModelOutput` with
+            `return_dict_in_generate=True`.
+        """
+        if conditioning_embeds is None:
+            if attention_mask is not None:
+                kwargs["attention_mask"] = attention_mask
+            return super().generate(inputs, generation_config, *args, **kwargs)
+        if inputs is not None or kwargs.get("input_ids") is not None:
+            raise ValueError("conditioning_embeds are continued from the start token: do not give token ids with them")
+
+        batch, prompt, _ = conditioning_embeds.shape
+        settings = generation_config if generation_config is not None else self.generation_config
+        self._check_length(prompt, settings, kwargs)
+        start = torch.full((batch, 1), self.config.bos_token_id, device=conditioning_embeds.device)
+        decoder = self.model.decoder
+        start_embeds = decoder.input_embeds_layer(start) + decoder.position_embeds_layer(torch.zeros_like(start))
+        inputs_embeds = torch.cat([conditioning_embeds, start_embeds.to(conditioning_embeds)], dim=1)
+        if attention_mask is None:
+            attention_mask = start.new_ones((batch, prompt + 1))
+        elif attention_mask.shape == (batch, prompt):
+            attention_mask = F.pad(attention_mask, (0, 1), value=1)
+        elif attention_mask.shape != (batch, prompt + 1):
+            raise ValueError(
+                f"attention_mask must be [{batch}, {prompt}] or [{batch}, {prompt + 1}] for these conditioning_embeds, "
+                f"got {list(attention_mask.shape)}"
+            )
+        if (kwargs.get("cache_implementation") or settings.cache_implementation) is None:
+            kwargs.setdefault("past_key_values", GrowingCache())
+        return super().generate(
+            start,
+            generation_config,
+            *args,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask.long(),
+            num_prompts=batch,
+            **kwargs,
+        )
+
+    def _check_length(self, prompt: int, settings, kwargs: dict) -> None:
+        """Refuse to generate past the position table, of which the first place is the start token's."""
+        limit = self.config.max_position_embeddings - int(not getattr(self.config, "contiguous_positions", False))
+        wanted = kwargs.get("max_new_tokens") or settings.max_new_tokens
+        max_length = kwargs.get("max_length") or settings.max_length
+        if wanted is None and max_length is not None:
+            wanted = (
+                max_length - (prompt + 1) - 1
+            )  # `GenerationMixin` counts the prompt's embeddings and the start token
+        if wanted is not None and wanted > limit:
+            raise ValueError(
+                f"{wanted} new tokens are more than the positions of this checkpoint allow: "
+                f"set max_new_tokens to at most {limit} (max_position_embeddings={self.config.max_position_embeddings})"
+            )
