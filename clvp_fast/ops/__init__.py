@@ -5,7 +5,9 @@ from clvp_fast.ops.linear import linear
 from clvp_fast.ops.log_mel import log_mel
 from clvp_fast.ops.mlp import ACTIVATIONS, geglu_mlp, gelu_mlp
 from clvp_fast.ops.norm import add_norm
+from clvp_fast.ops.paged_attention import paged_attention_decode, paged_prefill
 from clvp_fast.ops.rotary_attention import rotary_attention, rotary_attention_weights
+from clvp_fast.ops.sampling import sample
 
 __all__ = [
     "ACTIVATIONS",
@@ -16,6 +18,9 @@ __all__ = [
     "gelu_mlp",
     "linear",
     "log_mel",
+    "paged_attention_decode",
+    "paged_prefill",
     "rotary_attention",
     "rotary_attention_weights",
+    "sample",
 ]
