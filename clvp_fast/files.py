@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -51,10 +52,11 @@ def staged_folder(target: str | Path) -> Iterator[Path]:
             os.replace(path, target / path.name)
     except UnwritableError:
         raise
-    except OSError as error:
+    except Exception as error:
+        refused = _refusal(error)
         # An error about some other file than those written here passes as it is.
-        if error.errno == errno.ENOSPC or scratch is None or _inside(error.filename, scratch):
-            raise UnwritableError.explain(error, target) from error
+        if refused and (refused.errno == errno.ENOSPC or scratch is None or _inside(refused.filename, scratch)):
+            raise UnwritableError.explain(refused, target) from error
         raise
     finally:
         if scratch is not None:
@@ -78,12 +80,23 @@ def build_folder_once(target: Path, build) -> Path:
         build(scratch)
         os.chmod(scratch, 0o755)
         os.rename(scratch, target)
-    except OSError as error:
+    except Exception as error:
+        refused = _refusal(error)
+        if refused is None:
+            raise
         if not target.is_dir():  # otherwise another process was first, and its folder is as good as this one
-            raise UnwritableError.explain(error, target.parent) from error
+            raise UnwritableError.explain(refused, target.parent) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return target
+
+
+def _refusal(error: Exception) -> OSError | None:
+    """What the system refused, if `error` says so; safetensors tells it in the words of its message alone."""
+    if isinstance(error, OSError):
+        return error
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    return OSError(int(number[1]), os.strerror(int(number[1]))) if number else None
 
 
 def _inside(filename, folder: Path) -> bool:

@@ -5,6 +5,7 @@ import os
 import threading
 
 import pytest
+from safetensors import SafetensorError
 
 from clvp_fast import files
 from clvp_fast.files import UnwritableError, build_folder_once, staged_folder
@@ -53,6 +54,21 @@ def test_old_files_survive_a_full_disk(tmp_path, monkeypatch):
         (folder / "b.txt").write_text("new")
     assert str(tmp_path) in str(caught.value)
     assert contents(tmp_path) == {"a.txt": "old", "b.txt": "old"}
+
+
+def test_a_full_disk_in_the_words_of_safetensors(tmp_path):
+    error = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    def build(folder):
+        raise error
+
+    with pytest.raises(UnwritableError, match="the disk is full"), staged_folder(tmp_path / "out"):
+        raise error
+    with pytest.raises(UnwritableError, match="the disk is full"):
+        build_folder_once(tmp_path / "cache" / "demo-1", build)
+    with pytest.raises(SafetensorError, match="header"), staged_folder(tmp_path / "out"):
+        raise SafetensorError("header too large")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_file_in_the_place_of_the_folder(tmp_path):
