@@ -55,7 +55,8 @@ format: $(DEV_STAMP)
 	$(VENV)/bin/ruff format .
 
 bench-cpu: $(RUNTIME_STAMP)
-	$(PY) -m benchmarks.cpu
+	$(PY) -m benchmarks.run --device cpu
+	$(PY) -m benchmarks.report
 
 define require_gpu
 @$(GPU_PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null \
@@ -69,7 +70,7 @@ gpu-check:
 gpu-bench:
 	$(require_gpu)
 	@test -f benchmarks/gpu.py || { echo "gpu-bench: there is no GPU benchmark yet (benchmarks/gpu.py)"; exit 1; }
-	PYTHONPATH=. $(GPU_PYTHON) -m benchmarks.gpu
+	PYTHONPATH=. $(GPU_PYTHON) -m benchmarks.run generate score --device cuda
 
 clean:
 	rm -rf $(VENV) build dist out ./*.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks

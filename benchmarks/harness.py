@@ -46,17 +46,19 @@ class Machine:
     matmul_flop_per_s: float
 
     @classmethod
-    def measure(cls) -> "Machine":
-        source = torch.empty(256 * 1024 * 1024 // 4)
+    def measure(cls, device: str) -> "Machine":
+        """Copy bandwidth of float32 and rate of a float32 product, the best of several tries."""
+        source = torch.empty(256 * 1024 * 1024 // 4, device=device)
         target = torch.empty_like(source)
+        size = 1024 if device == "cpu" else 8192
+        a, b = torch.randn(2, size, size, device=device)
         copy = min(_time(lambda: target.copy_(source)) for _ in range(5))
-        a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
         matmul = min(_time(lambda: a @ b) for _ in range(5))
         return cls(
-            name=cpu_name(),
+            name=cpu_name() if device == "cpu" else torch.cuda.get_device_name(),
             threads=torch.get_num_threads(),
             copy_bytes_per_s=2 * source.nbytes / copy,
-            matmul_flop_per_s=2 * 1024**3 / matmul,
+            matmul_flop_per_s=2 * size**3 / matmul,
         )
 
 
@@ -69,20 +71,34 @@ def cpu_name() -> str:
 
 
 def _time(run: Callable[[], object]) -> float:
+    """Seconds of one run, the work that it left to a GPU included."""
+    _finish()
     start = time.perf_counter()
     run()
+    _finish()
     return time.perf_counter() - start
 
 
+def _finish() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
 def _peak_extra_bytes(run: Callable[[], object]) -> int | None:
-    """How far `run` raises the process's resident memory above where it stood; None where the system does not tell."""
+    """How far `run` raises memory above where it stood: a GPU's in use, else the process's; None where no one tells."""
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
     try:
         Path("/proc/self/clear_refs").write_text("5")
         before = _status("VmRSS")
-        run()
-        return max(_status("VmHWM") - before, 0)
     except OSError:
+        run()
         return None
+    run()
+    return max(_status("VmHWM") - before, 0)
 
 
 def _status(field: str) -> int:
@@ -138,7 +154,7 @@ def measure(workload: str, shape: dict, providers: list[Provider], repeats: int,
     return rows
 
 
-def write_rows(rows: list[dict], machine: Machine, command: str) -> Path:
+def write_rows(rows: list[dict], machine: Machine, device: str, command: str) -> Path:
     """Append `rows`, with device, versions, commit, time and command, to the device's file of results."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent)
     context = {
@@ -148,7 +164,7 @@ def write_rows(rows: list[dict], machine: Machine, command: str) -> Path:
         "utc": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command,
     }
-    folder = RESULTS / "cpu"
+    folder = RESULTS / (device if device == "cpu" else "-".join(machine.name.lower().split()))
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{rows[0]['workload']}.jsonl"
     with path.open("a", encoding="utf-8") as file:

@@ -9,7 +9,7 @@ from benchmarks.harness import Provider, measure
 ROOT = Path(__file__).parent.parent
 
 
-def rows(repeats: int = 5) -> list[dict]:
+def rows(device: str, repeats: int = 5) -> list[dict]:
     def run(statement: str) -> None:
         subprocess.run([sys.executable, "-c", statement], check=True, cwd=ROOT)
 

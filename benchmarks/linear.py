@@ -1,4 +1,4 @@
-"""Linear layers of few rows on a CPU: `x W^T` as torch takes it against `W x^T`, over the decoder's shapes."""
+"""Linear layers of few rows: `x W^T` as torch takes it against `W x^T`, over the decoder's shapes."""
 
 import itertools
 
@@ -13,13 +13,14 @@ LAYERS = 8
 
 
 @torch.no_grad()
-def rows(repeats: int = 5) -> list[dict]:
+def rows(device: str, repeats: int = 5) -> list[dict]:
     measured = []
     for num_rows, (out, width) in itertools.product((1, 4, 16, 64, 96, 128, 256), SHAPES):
         generator = torch.Generator().manual_seed(num_rows)
         # As many weights as a few layers have: they come from memory, as in a decoding step.
-        weights = [torch.randn(out, width, generator=generator) for _ in range(LAYERS)]
-        x, bias = torch.randn(num_rows, width, generator=generator), torch.randn(out, generator=generator)
+        weights = [torch.randn(out, width, generator=generator).to(device) for _ in range(LAYERS)]
+        x = torch.randn(num_rows, width, generator=generator).to(device)
+        bias = torch.randn(out, generator=generator).to(device)
 
         def by_rows(x=x, weights=weights, bias=bias):
             return [F.linear(x, weight, bias) for weight in weights]

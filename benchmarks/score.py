@@ -1,15 +1,16 @@
-"""Speech codes to embeddings on a CPU: transformers' speech encoder against ours."""
+"""Speech codes to embeddings: transformers' speech encoder against ours."""
 
 import torch
 
 from benchmarks.harness import Provider, measure
-from benchmarks.models import full_size, full_size_half, full_size_stock
+from benchmarks.models import full_size, full_size_stock
 
 
 @torch.no_grad()
-def rows(candidates: int = 16, length: int = 200, repeats: int = 3) -> list[dict]:
-    codes = torch.randint(0, 8192, (candidates, length), generator=torch.Generator().manual_seed(2))
-    encoders = [model.speech_encoder_model for model in (full_size_stock(), full_size(), full_size_half())]
+def rows(device: str, candidates: int = 16, length: int = 200, repeats: int = 5) -> list[dict]:
+    codes = torch.randint(0, 8192, (candidates, length), generator=torch.Generator().manual_seed(2)).to(device)
+    models = (full_size_stock(device), full_size(device), full_size(device, torch.bfloat16))
+    encoders = [model.speech_encoder_model for model in models]
 
     @torch.no_grad()
     def run(encoder):
