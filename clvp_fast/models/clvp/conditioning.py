@@ -93,6 +93,9 @@ class ClvpConditioningEncoder(nn.Module):
 
     def encode_voice(self, input_features: torch.Tensor) -> torch.Tensor:
         """Log-mel features `[clips, feature_size, frames]` → one vector a clip, `[clips, hidden_size]`."""
+        bins = self.decoder_config.feature_size
+        if input_features.dim() != 3 or input_features.shape[1] != bins or not input_features.shape[2]:
+            raise ValueError(f"input_features must be [clips, {bins}, frames], got {list(input_features.shape)}")
         recompute = self.gradient_checkpointing and self.training
 
         def block(index: int, frames: torch.Tensor) -> torch.Tensor:
@@ -128,6 +131,10 @@ class ClvpConditioningEncoder(nn.Module):
             raise ValueError(
                 f"the text must have 1 to {limit} tokens for this checkpoint, it has {tokens.shape[1]}: "
                 "split a long text into sentences"
+            )
+        if attention_mask is not None and attention_mask.shape != tokens.shape[:2]:
+            raise ValueError(
+                f"attention_mask must be {list(tokens.shape[:2])} as the text is, got {list(attention_mask.shape)}"
             )
         table = self.text_token_embedding.weight
         bos, eos = self.text_config.bos_token_id, self.text_config.eos_token_id
@@ -180,6 +187,8 @@ class ClvpConditioningEncoder(nn.Module):
         """
         if attention_mask is not None and not attention_mask.bool().any(1).all():
             raise ValueError("attention_mask hides every token of a text: each text must keep at least one")
+        if not input_features.isfinite().all():
+            raise ValueError("input_features hold NaN or infinite values: is the recording damaged?")
         text_embeds, mask = self.embed_text(input_ids, inputs_embeds, attention_mask, num_ends=num_ends, by_mask=True)
         embeds = self.join(self.encode_voice(input_features), text_embeds)
         return embeds, F.pad(mask, (1, 0), value=1).expand(embeds.shape[0], -1)

@@ -38,7 +38,8 @@ def _shape(encoder: dict, decoder: dict, **speech) -> dict:
     }
 
 
-#: Head sizes 20, 32, 64 and 80; biases on and off; every kind of pooling; several activations; odd sizes.
+#: Head sizes 20, 32, 64 and 80; biases on and off; every kind of pooling; odd sizes; several
+#: activations, one of which (mish) no operator of this package knows.
 SHAPES = {
     "heads64": _shape(
         {"hidden_size": 128, "num_attention_heads": 2, "intermediate_size": 256, "projection_dim": 128},
@@ -51,14 +52,14 @@ SHAPES = {
             "intermediate_size": 150,
             "projection_dim": 70,
             "use_attention_bias": True,
-            "hidden_act": "relu",
+            "hidden_act": "mish",
             "summary_type": "last",
         },
         {
             "hidden_size": 96,
             "num_attention_heads": 3,
             "n_inner": 130,
-            "activation_function": "relu",
+            "activation_function": "mish",
             "use_attention_bias": False,
         },
         summary_type="first",

@@ -37,6 +37,31 @@ def test_counts_that_do_not_match():
             model(texts(2), clips(3))
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(input_features=clips(2)[:, :10]), r"\[clips, 20, frames\], got \[2, 10, 21\]"),
+        (dict(input_features=clips(2)[0]), r"got \[20, 21\]"),
+        (dict(input_features=clips(2)[..., :0]), r"got \[2, 20, 0\]"),
+        (dict(attention_mask=torch.ones(2, 3)), r"attention_mask must be \[2, 7\] as the text is, got \[2, 3\]"),
+        (dict(input_ids=texts(2, 64)), "1 to 6[12] tokens"),
+    ],
+)
+def test_inputs_of_a_wrong_shape(change, message):
+    _, ours = pair()
+    for run in (ours, ours.generate):
+        with pytest.raises(ValueError, match=message):
+            run(**(dict(input_ids=texts(2), input_features=clips(2)) | change))
+
+
+def test_damaged_features_are_not_generated_from():
+    _, ours = pair()
+    features = clips(2)
+    features[1, 3, 4] = torch.nan
+    with pytest.raises(ValueError, match="NaN"):
+        ours.generate(texts(2), features)
+
+
 @torch.no_grad()
 def test_forms_of_output():
     stock, ours = pair(dtype=torch.float64)
