@@ -74,7 +74,6 @@ def _row_scores(scores, temperature, top_k, top_p, typical_p, min_p):
         ascending, order = surprise.sort(stable=True)
         last = int((scores[order].softmax(-1).cumsum(-1) < typical_p).sum().clamp(max=len(scores) - 1))
         removed = ascending > ascending[last]
-        removed[0] = False
         scores = scores.index_fill(0, order[removed], -torch.inf)
     return scores
 
@@ -123,7 +122,6 @@ def _filter_typical(scores, mass):
     cumulated = scores.gather(1, order).softmax(-1).cumsum(-1)
     last = (cumulated < mass.to(scores.dtype)[:, None]).sum(-1, keepdim=True).clamp(max=scores.shape[1] - 1)
     removed = (ascending > ascending.gather(1, last)) & (mass < 1)[:, None]
-    removed[:, 0] = False
     return scores.masked_fill(torch.empty_like(removed).scatter_(1, order, removed), -torch.inf)
 
 

@@ -34,8 +34,15 @@ def plain(halves, x, w_in, b_in, w_out, b_out, residual, activation):
     return out if residual is None else out + residual
 
 
+@pytest.fixture(params=[1, 4], ids=["one thread", "threads"])
+def threads(request, monkeypatch):
+    """With several threads some products are computed the other way round."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: request.param)
+
+
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [(1,), (1, 1), (3, 5), (130,)])
+@pytest.mark.parametrize("rows", [(1,), (1, 1), (3, 6), (300,)])
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("name", OPERATORS)
 def test_against_reference(name, residual, rows, dtype):
@@ -52,10 +59,11 @@ def test_against_reference(name, residual, rows, dtype):
         assert r is None or torch.equal(r, kept)
 
 
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("name", OPERATORS)
 def test_strided_inputs_and_transposed_weights(name):
     operator, halves = OPERATORS[name]
-    (x, w_in, b_in, w_out, b_out), r = arguments(halves, torch.float32)
+    (x, w_in, b_in, w_out, b_out), r = arguments(halves, torch.float32, rows=(2, 10))
     expected = operator(x, w_in, b_in, w_out, b_out, residual=r)
     views = [strided(x), w_in.T.contiguous().T, strided(b_in), w_out.T.contiguous().T, b_out]
     torch.testing.assert_close(operator(*views, residual=strided(r)), expected, rtol=1e-5, atol=1e-5)
@@ -124,7 +132,8 @@ def test_registered_and_compiled(name, residual):
         torch.testing.assert_close(compiled(*tensors), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 16, 96, 97])
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("rows", [1, 15, 16, 256, 257])
 @pytest.mark.parametrize("bias", [False, True])
 def test_linear(rows, bias):
     """Both ways round of the product."""

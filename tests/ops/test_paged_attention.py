@@ -80,7 +80,8 @@ def test_decode_reads_no_unused_slot_even_if_it_is_not_a_number():
                 used[owner_table[row, place // PAGE], place % PAGE] = True
     for pages in args[3:5]:
         pages[~used] = float("nan")
-    table[lengths < 0] = 2**30  # what is not read need not exist
+    for row, length in enumerate(lengths.tolist()):
+        table[row, max(length, -1) // PAGE + 1 :] = 2**30  # what is not read need not exist
     assert torch.equal(paged_attention_decode(*args, **options), expected)
 
 

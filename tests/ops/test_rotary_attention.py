@@ -72,9 +72,21 @@ def check(q, k, v, **options):
 @pytest.mark.parametrize("mask", [None, "left", "right", "nothing", "square"])
 @pytest.mark.parametrize("causal", [False, True])
 def test_torch_path_against_reference(dtype, rotary, mask, causal):
-    for q_len, k_len in ((1, 1), (1, 33), (7, 33), (33, 33)):
+    for q_len, k_len in ((1, 1), (1, 33), (2, 33), (7, 33), (33, 33)):
         q, k, v = queries_keys_values(B, q_len, k_len, H, D, seed=k_len + q_len, dtype=dtype)
         check(q, k, v, mask=make_mask(mask, q_len, k_len), causal=causal, **(angles(k_len) if rotary else {}))
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_float32_angles_rotate_in_float32(dtype, backend):
+    """Seen through one key, whose value comes out as it was rotated: rounded once."""
+    q, k, v = queries_keys_values(200, 1, 1, H, D, seed=0, dtype=dtype)
+    turn = angles(1, batch=200)
+    with clvp_fast.backend(backend):
+        out = rotary_attention(q, k, v, **turn)
+    exact = eager(*(x.double() for x in (q, k, v)), **{name: x.double() for name, x in turn.items()})
+    assert (out == exact.to(dtype)).double().mean() > 0.999
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
