@@ -162,12 +162,26 @@ class ClvpSelfAttention(nn.Module):
         return apply_linear(self.out_proj, attended.flatten(-2)), weights
 
 
+# Documented for CLVP ("selu"), or usual, and missing from transformers' own table.
+_MORE_ACTIVATIONS = {"selu": nn.SELU, "elu": nn.ELU}
+
+
+def activation_module(name: str) -> nn.Module:
+    """The activation that a configuration names."""
+    if name in ACT2FN:
+        return ACT2FN[name]
+    if name not in _MORE_ACTIVATIONS:
+        known = ", ".join(sorted({*ACT2FN, *_MORE_ACTIVATIONS}))
+        raise ValueError(f"unknown activation {name!r}: choose one of {known}")
+    return _MORE_ACTIVATIONS[name]()
+
+
 class ClvpGatedLinearUnit(nn.Module):
     """`value * activation(gate)`, both halves from one projection (arXiv:2002.05202)."""
 
     def __init__(self, config):
         super().__init__()
-        self.activation_fn = ACT2FN[config.hidden_act]
+        self.activation_fn = activation_module(config.hidden_act)
         self.proj = nn.Linear(config.hidden_size, config.intermediate_size * 2)
         self.proj.initializer_std = (2 * config.hidden_size) ** -0.5 * config.initializer_factor
 
@@ -217,7 +231,7 @@ class ClvpDecoderMLP(nn.Module):
         self.c_proj = Conv1D(config.hidden_size, intermediate_size)
         # GPT-2's scheme: residual projections start smaller the deeper the model is.
         self.c_proj.initializer_std = config.initializer_range / (2 * config.num_hidden_layers) ** 0.5
-        self.act = ACT2FN[config.activation_function]
+        self.act = activation_module(config.activation_function)
         self.dropout = nn.Dropout(config.resid_pdrop)
 
     def forward(self, hidden_states: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
@@ -262,7 +276,7 @@ class ClvpSequenceSummary(nn.Module):
             to_labels = getattr(config, "summary_proj_to_labels", False) and config.num_labels > 0
             self.summary = nn.Linear(config.hidden_size, config.num_labels if to_labels else config.hidden_size)
         activation = getattr(config, "summary_activation", None)
-        self.activation = ACT2FN[activation] if activation else nn.Identity()
+        self.activation = activation_module(activation) if activation else nn.Identity()
         self.first_dropout = nn.Dropout(getattr(config, "summary_first_dropout", 0.0))
         self.last_dropout = nn.Dropout(getattr(config, "summary_last_dropout", 0.0))
 

@@ -38,8 +38,8 @@ def _shape(encoder: dict, decoder: dict, **speech) -> dict:
     }
 
 
-#: Head sizes 20, 32, 64 and 80; biases on and off; every kind of pooling; odd sizes; several
-#: activations, one of which (mish) no operator of this package knows.
+#: Head sizes 20, 32, 64 and 80; biases on and off; every kind of pooling, with a projection too; odd sizes; several
+#: activations, one of which (hardswish) no operator of this package knows.
 SHAPES = {
     "heads64": _shape(
         {"hidden_size": 128, "num_attention_heads": 2, "intermediate_size": 256, "projection_dim": 128},
@@ -52,14 +52,14 @@ SHAPES = {
             "intermediate_size": 150,
             "projection_dim": 70,
             "use_attention_bias": True,
-            "hidden_act": "mish",
+            "hidden_act": "hardswish",
             "summary_type": "last",
         },
         {
             "hidden_size": 96,
             "num_attention_heads": 3,
             "n_inner": 130,
-            "activation_function": "mish",
+            "activation_function": "hardswish",
             "use_attention_bias": False,
         },
         summary_type="first",
@@ -72,6 +72,9 @@ SHAPES = {
             "projection_dim": 202,
             "hidden_act": "gelu_new",
             "layer_norm_eps": 1e-3,
+            "summary_use_proj": True,
+            "summary_activation": "tanh",
+            "summary_first_dropout": 0.2,
         },
         {
             "hidden_size": 80,

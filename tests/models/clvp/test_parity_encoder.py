@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from torch import nn
+from transformers.activations import ACT2FN
 
-from tests.models.clvp.builders import SHAPES, assert_same, gradients, padding, pair, texts
+import clvp_fast
+from tests.models.clvp.builders import SHAPES, assert_same, composite_config, gradients, padding, pair, texts
 
 DTYPES = [torch.float32, torch.float64]
 
@@ -84,3 +87,37 @@ def test_gradients(shape):
         outputs = model(texts(), attention_mask=padding(2, 7, "right"))
         (outputs.embeds.sin().sum() + outputs.last_hidden_state.square().mean()).backward()
     assert_same(gradients(ours), gradients(stock), tolerance=1e-9)
+
+
+# All but those with parameters of their own.
+STATELESS = sorted(set(ACT2FN) - {"prelu", "xielu"})
+
+
+@pytest.mark.parametrize("activation", STATELESS)
+@torch.no_grad()
+def test_activations(activation):
+    for dtype in DTYPES:
+        stock, ours = pair("ClvpEncoder", dtype=dtype, num_hidden_layers=1, hidden_act=activation)
+        assert_same(ours(texts()), stock(texts()))
+        asked = dict(num_hidden_layers=1, activation_function=activation)
+        stock, ours = pair("ClvpDecoder", dtype=dtype, **asked)
+        assert_same(ours(texts())[0], stock(texts())[0])
+
+
+def test_selu_is_documented(monkeypatch):
+    """transformers documents it, and raises KeyError: its own code computes it once its table has it."""
+    with monkeypatch.context() as patch:
+        patch.setitem(ACT2FN, "selu", nn.SELU)
+        stock, _ = pair("ClvpEncoder", dtype=torch.float64, hidden_act="selu")
+    ours = clvp_fast.ClvpEncoder(composite_config(clvp_fast, hidden_act="selu").text_config).double().eval()
+    ours.load_state_dict(stock.state_dict())
+    for model in (stock, ours):
+        model(texts()).embeds.sin().sum().backward()
+    assert_same(gradients(ours), gradients(stock))
+    with torch.no_grad():
+        assert_same(ours(texts()), stock(texts()))
+
+
+def test_unknown_activation():
+    with pytest.raises(ValueError, match="unknown activation 'wave'"):
+        clvp_fast.ClvpEncoder(composite_config(clvp_fast, hidden_act="wave").text_config)
