@@ -62,7 +62,10 @@ def _bias(mask, causal, q_len, k_len, query_offset, device, dtype):
 
 def _weights(q, k, bias):
     """Attention weights [B, H, Tq, Tk] in the dtype of q, computed in the order of transformers' eager attention."""
-    scores = torch.matmul(q.transpose(1, 2), k.permute(0, 2, 3, 1))
+    if q.shape[1] == 1:  # a decoding step: keys on the left, whose transpose torch would copy in half types
+        scores = torch.matmul(k.transpose(1, 2), q.permute(0, 2, 3, 1)).transpose(2, 3)
+    else:
+        scores = torch.matmul(q.transpose(1, 2), k.permute(0, 2, 3, 1))
     return F.softmax(scores if bias is None else scores + bias, dim=-1)
 
 

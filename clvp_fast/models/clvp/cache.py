@@ -12,7 +12,7 @@ class GrowingLayer(DynamicLayer):
     puts in their place (reordered beams, cropped candidates) is taken over at the next update.
     """
 
-    growth = 128
+    growth = 32
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
@@ -33,6 +33,10 @@ class GrowingLayer(DynamicLayer):
         self.keys, self.values = (buffer[..., :new_length, :] for buffer in self._buffers)
         return self.keys, self.values
 
+    def whole(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The contiguous buffers `[batch, heads, capacity, head_dim]` that `keys` and `values` begin."""
+        return self._buffers
+
     def _holds(self, length: int, new_length: int) -> bool:
         """Whether `keys` and `values` are still this layer's own views, with room behind them."""
         return all(
@@ -46,8 +50,8 @@ class GrowingLayer(DynamicLayer):
 
     def _grown(self, old: torch.Tensor, new: torch.Tensor, length: int, new_length: int) -> torch.Tensor:
         batch, heads, _, head_dim = new.shape
-        capacity = new_length + max(self.growth, new_length // 4)
-        buffer = new.new_empty((batch, heads, capacity, head_dim))
+        # Zeros, not garbage: `whole` shows what lies behind the length, and a weight of 0 does not swallow a NaN.
+        buffer = new.new_zeros((batch, heads, new_length + self.growth, head_dim))
         if length:
             buffer[..., :length, :] = old
         return buffer

@@ -1,12 +1,14 @@
 """Building blocks of CLVP's encoders, decoder and conditioning encoder; each calls the operators of `clvp_fast.ops`."""
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import Cache
 from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
 from clvp_fast import ops
+from clvp_fast.models.clvp.cache import GrowingLayer
 from clvp_fast.models.clvp.parameters import apply_linear, is_plain, pack_linears, transpose_storage
 
 
@@ -71,6 +73,20 @@ class ClvpRotaryPositionalEmbedding(nn.Module):
         return angles.cos(), angles.sin()
 
 
+def wants_whole_buffers(cache: Cache, layer_idx: int, query: torch.Tensor, mask: torch.Tensor | None) -> bool:
+    """Whether a decoding step should attend over a growing cache's whole buffers, the spare room masked by causality.
+
+    torch's CPU products in half types copy operands with gaps between the heads, all keys and values at every step.
+    """
+    return (
+        query.device.type == "cpu"
+        and query.dtype in (torch.bfloat16, torch.float16)
+        and query.shape[1] == 1
+        and isinstance(cache.layers[layer_idx], GrowingLayer)
+        and (mask is None or mask.dim() == 2)
+    )
+
+
 class ClvpSelfAttention(nn.Module):
     """Multi-head self-attention: rotary in the encoders, causal in the decoder, plain in the conditioning encoder."""
 
@@ -133,6 +149,7 @@ class ClvpSelfAttention(nn.Module):
         """
         query, key, value = self.project(hidden_states)
         query = query[:, :num_queries]
+        query_offset = None
         if past_key_values is not None:
             new_key, new_value = (x.transpose(1, 2) for x in (key, value))
             if candidates_per_prompt > 1:
@@ -143,6 +160,11 @@ class ClvpSelfAttention(nn.Module):
                 )
             else:
                 new_key, new_value = past_key_values.update(new_key, new_value, self.layer_idx)
+                if wants_whole_buffers(past_key_values, self.layer_idx, query, attention_mask):
+                    query_offset = new_key.shape[2] - 1
+                    new_key, new_value = past_key_values.layers[self.layer_idx].whole()
+                    if attention_mask is not None:
+                        attention_mask = F.pad(attention_mask, (0, new_key.shape[2] - query_offset - 1))
                 key, value = new_key.transpose(1, 2), new_value.transpose(1, 2)
 
         cos, sin = rotary if rotary is not None else (None, None)
@@ -151,6 +173,7 @@ class ClvpSelfAttention(nn.Module):
             sin=sin,
             mask=attention_mask,
             causal=self.causal and (attention_mask is None or attention_mask.dim() == 2),
+            query_offset=query_offset,
             scale=self.scale,
             dropout_p=self.dropout if self.training else 0.0,
         )

@@ -4,7 +4,9 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from clvp_fast.models.clvp import layers
 from clvp_fast.models.clvp.cache import GrowingCache, GrowingLayer
+from tests.models.clvp.tiny import tiny_inputs, tiny_ours
 
 BATCH, HEADS, HEAD_DIM, LAYERS = 4, 2, 8, 2
 
@@ -78,3 +80,37 @@ def test_reset_empties():
     generator = torch.Generator().manual_seed(1)
     feed((cache, fresh), 2, generator)
     check_equal(cache, fresh)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_half_types_attend_over_whole_buffers(padded, monkeypatch):
+    model = tiny_ours().to(torch.bfloat16)
+    ids, features = tiny_inputs()
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[1, 5:] = 0
+    lengths = []
+    attention = layers.ops.rotary_attention
+
+    def watched(query, key, value, **arguments):
+        if query.shape[1] == 1 and arguments["query_offset"] is not None:
+            lengths.append((key.shape[1], arguments["query_offset"]))
+        return attention(query, key, value, **arguments)
+
+    def generate():
+        return model.generate(
+            ids,
+            features.bfloat16(),
+            attention_mask=mask,
+            max_new_tokens=9,
+            output_logits=True,
+            return_dict_in_generate=True,
+        ).logits
+
+    monkeypatch.setattr(layers.ops, "rotary_attention", watched)
+    whole = generate()
+    assert lengths and all(keys > offset + 1 for keys, offset in lengths[:2])
+    monkeypatch.setattr(layers, "wants_whole_buffers", lambda *arguments: False)
+    views = generate()
+    for ours, expected in zip(whole, views, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=0, atol=2e-2)
