@@ -51,7 +51,7 @@ def _context(rows: list[dict]) -> str:
         f"Measured on {device['name']}, {device['threads']} threads, torch {versions['torch']}, "
         f"transformers {versions['transformers']}, with random weights of the full size (665 million parameters), by "
         f"`make bench-cpu` at commit {row['commit']}. Speed is against the first row of each kind; error is relative, "
-        "against transformers in float32; memory is what a call needs above the weights. GPU: not measured yet."
+        "against transformers in float32; memory is what a first call adds to the process. GPU: not measured yet."
     )
 
 
