@@ -9,7 +9,8 @@ An `Operator` holds one hot path three times, with one positional signature:
 The first two are called inline, so that autograd, `torch.compile` and `torch.export` see plain torch; the kernel runs
 behind the registered operator, which the compiler keeps as one opaque call. By default a kernel serves where it can and
 the torch path everywhere else. `CLVP_FAST_BACKEND=reference|torch|kernel`, read once at import, or
-`with clvp_fast.backend(...)` forces one; a forced backend that cannot serve raises.
+`with clvp_fast.backend(...)` forces one; a forced backend that cannot serve raises. Triton's interpreter, for tests on a
+CPU, runs a kernel only when it is forced.
 """
 
 import os
@@ -68,9 +69,9 @@ def _missing_for_triton(device: torch.device) -> str | None:
     except ImportError:
         return "triton is not installed (pip install 'clvp-fast[kernels]')"
     if device.type == "cpu":
-        if os.environ.get("TRITON_INTERPRET") == "1":
-            return None
-        return "kernels need an NVIDIA GPU (or, for tests, TRITON_INTERPRET=1)"
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            return "kernels need an NVIDIA GPU (or, for tests, TRITON_INTERPRET=1)"
+        return None if _forced == "kernel" else "Triton's interpreter runs a kernel only when it is forced"
     if device.type != "cuda":
         return f"kernels need an NVIDIA GPU, not a {device.type} device"
     if torch.version.cuda is None:
@@ -93,6 +94,7 @@ class Operator:
         unaliased: the torch path for the registered operator, where `torch_path` may return an argument.
         fake: the results' shapes and dtypes, as empty tensors.
         kernel: allocates the results and launches; imports `clvp_fast.kernels` when called. `None`: there is none.
+        unserved: tells why the kernel cannot serve these arguments (a dtype, a size), or returns `None`.
         missing: tells why the kernel cannot run on a device, or returns `None`.
     """
 
@@ -106,6 +108,7 @@ class Operator:
         fake: Callable,
         unaliased: Callable | None = None,
         kernel: Callable | None = None,
+        unserved: Callable[..., str | None] = lambda *args: None,
         missing: Callable[[torch.device], str | None] = _missing_for_triton,
     ):
         self.name = name
@@ -113,8 +116,10 @@ class Operator:
         self.torch_path = torch_path
         self._unaliased = unaliased or torch_path
         self.kernel = kernel
+        self._unserved = unserved
         self._missing = missing
-        self._refusals: dict[str, str | None] = {}
+        self._refusals: dict[tuple[torch.device, bool], str | None] = {}
+        self._warned: set[str] = set()
         LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         for key in ("CPU", "CUDA"):
             LIBRARY.impl(name, self._registered, key)
@@ -123,34 +128,46 @@ class Operator:
         OPERATORS[name] = self
 
     def _registered(self, *args):
-        device = next(arg.device for arg in args if isinstance(arg, torch.Tensor))
-        return (self._unaliased if self.refusal(device) else self.kernel)(*args)
+        refused = self.refusal(args[0].device) or self._unserved(*args)
+        return (self._unaliased if refused else self.kernel)(*args)
 
     @torch.compiler.assume_constant_result
     def refusal(self, device: torch.device) -> str | None:
         """Why the kernel cannot serve on `device`, or `None` where it serves. Warns, once, if it should have served."""
         if self.kernel is None:
             return "there is no kernel for this operator yet"
-        key = str(device)
+        key = (device, _forced == "kernel")
         if key not in self._refusals:
-            reason = self._refusals[key] = self._missing(device)
-            if reason is not None and device.type == "cuda":
-                warnings.warn(f"clvp_fast.{self.name} takes the slower torch path: {reason}", stacklevel=3)
+            self._refusals[key] = self._missing(device)
+            if self._refusals[key] is not None and device.type == "cuda":
+                self._warn(self._refusals[key])
         return self._refusals[key]
 
-    def choose(self, device: torch.device, training: str | None = None) -> Callable:
-        """The callable for one call on `device`.
+    @torch.compiler.assume_constant_result
+    def _warn(self, reason: str) -> None:
+        if reason not in self._warned:
+            self._warned.add(reason)
+            warnings.warn(f"clvp_fast.{self.name} takes the slower torch path: {reason}", stacklevel=4)
 
-        `training` says why the call is not inference (kernels serve inference alone), or is `None`.
+    def choose(self, args: tuple, training: str | None = None) -> Callable:
+        """The callable for one call with the schema's arguments `args`, of which the first is a tensor.
+
+        `training` says why the call is not inference (kernels serve inference alone), or is `None`. Warns, once, where
+        a kernel serves on the device but not these arguments.
         Raises `RuntimeError` where the kernel is forced and cannot serve.
         """
         if _forced == "reference":
             return self.reference
         if _forced == "torch" or (self.kernel is None and _forced is None):
             return self.torch_path
+        device = args[0].device
         reason = training or self.refusal(device)
         if reason is None:
-            return self.registered
+            reason = self._unserved(*args)
+            if reason is None:
+                return self.registered
+            if _forced is None:
+                self._warn(reason)
         if _forced == "kernel":
             raise RuntimeError(
                 f"the kernel of clvp_fast.{self.name} was forced and cannot serve on {device}: {reason}; "

@@ -139,5 +139,5 @@ def log_mel(
         if tensor is not None:
             check_same(name, tensor, "samples", samples, dtype=False)
     grad = "an input requires grad" if needs_grad(samples, window, mel_filters, mel_norms) else None
-    path = _OPERATOR.choose(samples.device, grad)
-    return path(samples, window, mel_filters, hop_length, lengths, mel_norms, log_floor)
+    args = (samples, window, mel_filters, hop_length, lengths, mel_norms, log_floor)
+    return _OPERATOR.choose(args, grad)(*args)

@@ -175,7 +175,8 @@ def gelu_mlp(
     """
     _check(x, w_in, b_in, w_out, b_out, residual, activation, 1)
     grad = "an input requires grad" if needs_grad(x, w_in, b_in, w_out, b_out, residual) else None
-    return _GELU.choose(x.device, grad)(x, w_in, b_in, w_out, b_out, residual, activation)
+    args = (x, w_in, b_in, w_out, b_out, residual, activation)
+    return _GELU.choose(args, grad)(*args)
 
 
 def geglu_mlp(
@@ -207,6 +208,6 @@ def geglu_mlp(
     _check(x, w_in, b_in, w_out, b_out, residual, activation, 2)
     args = (x, w_in, b_in, w_out, b_out, residual, activation)
     if dropout_p > 0:
-        return _GEGLU.choose(x.device, "dropout is for training")(*args, dropout_p)
+        return _GEGLU.choose(args, "dropout is for training")(*args, dropout_p)
     grad = "an input requires grad" if needs_grad(x, w_in, b_in, w_out, b_out, residual) else None
-    return _GEGLU.choose(x.device, grad)(*args)
+    return _GEGLU.choose(args, grad)(*args)

@@ -103,5 +103,6 @@ def add_norm(
             raise shape_error("bias", f"that of weight, {list(weight.shape)}", bias)
         check_same("bias", bias, "weight", weight)
     grad = "an input requires grad" if needs_grad(x, residual, weight, bias) else None
-    total, normed = _OPERATOR.choose(x.device, grad)(x, residual, weight, bias, eps, kind)
+    args = (x, residual, weight, bias, eps, kind)
+    total, normed = _OPERATOR.choose(args, grad)(*args)
     return (x if residual is None else total), normed

@@ -172,11 +172,11 @@ def _check(q, k, v, names, k_pages, v_pages):
         raise RuntimeError("paged attention writes its pages and has no gradient: call it under torch.no_grad()")
 
 
-def _call(operator, q, args):
+def _call(operator, args):
     # The torch paths read lengths on the host: the compiler keeps them as one opaque call.
     if torch.compiler.is_compiling():
         return operator.registered(*args)
-    return operator.choose(q.device)(*args)
+    return operator.choose(args)(*args)
 
 
 def paged_attention_decode(
@@ -226,7 +226,7 @@ def paged_attention_decode(
         _check_index("prefix_index", prefix_index, q, num_candidates)
     scale = q.shape[2] ** -0.5 if scale is None else scale
     tables = (block_table, seq_lens, prefix_table, prefix_lens, prefix_index)
-    return _call(_DECODE, q, (q, k_new, v_new, k_pages, v_pages, *tables, scale))
+    return _call(_DECODE, (q, k_new, v_new, k_pages, v_pages, *tables, scale))
 
 
 def paged_prefill(
@@ -260,4 +260,4 @@ def paged_prefill(
     _check_index("block_table", block_table, q, None, None)
     _check_index("cu_seqlens", cu_seqlens, q, block_table.shape[0] + 1)
     scale = q.shape[2] ** -0.5 if scale is None else scale
-    return _call(_PREFILL, q, (q, k, v, cu_seqlens, k_pages, v_pages, block_table, scale))
+    return _call(_PREFILL, (q, k, v, cu_seqlens, k_pages, v_pages, block_table, scale))

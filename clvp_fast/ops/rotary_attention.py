@@ -247,9 +247,9 @@ def rotary_attention(
     query_offset, scale = _prepare(q, k, v, cos, sin, mask, causal, query_offset, scale)
     args = (q, k, v, cos, sin, mask, causal, query_offset, scale)
     if dropout_p > 0:
-        return _OPERATOR.choose(q.device, "dropout is for training")(*args, dropout_p)
+        return _OPERATOR.choose(args, "dropout is for training")(*args, dropout_p)
     grad = "an input requires grad" if needs_grad(q, k, v, cos, sin) else None
-    return _OPERATOR.choose(q.device, grad)(*args)
+    return _OPERATOR.choose(args, grad)(*args)
 
 
 def rotary_attention_weights(

@@ -263,4 +263,4 @@ def sample(
     parameters = [_parameter(name, value, logits) for name, value in zip(names, given, strict=True)]
     numbers = [_number(name, x, logits) for name, x in (("seed", seed), ("candidate", candidate), ("step", step))]
     args = (logits, seen, lengths, done, *parameters, *numbers, stop_token, pad_token, do_sample)
-    return _OPERATOR.choose(logits.device)(*args)
+    return _OPERATOR.choose(args)(*args)

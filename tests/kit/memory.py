@@ -11,9 +11,9 @@ class Guarded:
     `tensor` is the view to write; `check()` asserts that all of it was written and nothing around it.
     """
 
-    def __init__(self, *shape: int, dtype: torch.dtype, rows: int = 2):
+    def __init__(self, *shape: int, dtype: torch.dtype, rows: int = 2, device: torch.types.Device = "cpu"):
         self._rows = rows
-        self._buffer = torch.full((shape[0] + 2 * rows, *shape[1:]), POISON, dtype=dtype)
+        self._buffer = torch.full((shape[0] + 2 * rows, *shape[1:]), POISON, dtype=dtype, device=device)
         self.tensor = self._buffer[rows : rows + shape[0]]
 
     def check(self, name: str = "output") -> None:

@@ -32,10 +32,11 @@ class PagePool:
         *,
         seed: int,
         dtype: torch.dtype = torch.float32,
+        device: torch.types.Device = "cpu",
     ):
         shape = (num_pages, page_size, num_heads, head_dim)
-        self.k = random(*shape, seed=seed, dtype=dtype, scale=100.0)
-        self.v = random(*shape, seed=seed + 1, dtype=dtype, scale=100.0)
+        self.k = random(*shape, seed=seed, dtype=dtype, scale=100.0, device=device)
+        self.v = random(*shape, seed=seed + 1, dtype=dtype, scale=100.0, device=device)
         self._free = torch.randperm(num_pages, generator=generator(seed + 2)).tolist()
         self._seed = seed + 3
 
@@ -45,15 +46,16 @@ class PagePool:
         Table entries past a row's pages point at a page of nobody.
         """
         page_size, num_heads, head_dim = self.k.shape[1:]
+        device = self.k.device
         counts = [-(-(length + room) // page_size) for length in lengths]
         nobody = self._free.pop()
-        table = torch.full((len(lengths), max(counts) + 1), nobody, dtype=torch.int32)
+        table = torch.full((len(lengths), max(counts) + 1), nobody, dtype=torch.int32, device=device)
         stored = Stored(table, [], [])
         for row, (length, count) in enumerate(zip(lengths, counts, strict=True)):
             owned = [self._free.pop() for _ in range(count)]
-            table[row, :count] = torch.tensor(owned, dtype=torch.int32)
+            table[row, :count] = torch.tensor(owned, dtype=torch.int32, device=device)
             for pages, kept in ((self.k, stored.k), (self.v, stored.v)):
-                kept.append(random(length, num_heads, head_dim, seed=self._seed, dtype=pages.dtype))
+                kept.append(random(length, num_heads, head_dim, seed=self._seed, dtype=pages.dtype, device=device))
                 self._seed += 1
                 for place, entry in enumerate(kept[-1]):
                     pages[owned[place // page_size], place % page_size] = entry

@@ -25,6 +25,7 @@ def triple():
         torch_path=lambda x: x * 3.0 + 100,
         fake=lambda x: torch.empty_like(x),
         kernel=lambda x: x * 3.0 + 200,
+        unserved=lambda x: "x must be float32, not float64" if x.dtype == torch.float64 else None,
         missing=lambda device: operator_reason[0],
     )
     yield made
@@ -33,19 +34,24 @@ def triple():
 
 @pytest.fixture
 def operator(triple):
-    triple._refusals.clear()
+    forget(triple)
     operator_reason[0] = None
     return triple
 
 
+def forget(operator):
+    operator._refusals.clear()
+    operator._warned.clear()
+
+
 def call(operator, x=X, training=None):
-    return operator.choose(x.device, training)(x).item()
+    return operator.choose((x,), training)(x).item()
 
 
 def test_default_takes_the_kernel_where_it_serves(operator):
     assert call(operator) == 203
     assert call(operator, training="an input requires grad") == 103
-    operator._refusals.clear()
+    forget(operator)
     operator_reason[0] = "too old"
     assert call(operator) == 103
 
@@ -70,7 +76,7 @@ def test_forced_kernel_that_cannot_serve_says_why(operator):
         with pytest.raises(RuntimeError, match=r"clvp_fast\.test_triple was forced .* on cpu: an input requires grad"):
             call(operator, training="an input requires grad")
         with pytest.raises(RuntimeError, match="there is no kernel for this operator yet; choose backend 'torch'"):
-            clvp_fast.ops.gelu_mlp(*(torch.ones(1, 1),) * 2, torch.ones(1), torch.ones(1, 1), torch.ones(1))
+            clvp_fast.ops.log_mel(torch.ones(1, 9), window=torch.ones(4), mel_filters=torch.ones(3, 2), hop_length=1)
 
 
 def test_requires_grad_means_training():
@@ -80,22 +86,47 @@ def test_requires_grad_means_training():
         assert not dispatch.needs_grad(leaf)
 
 
-def test_a_kernel_missing_on_a_gpu_warns_once(operator):
+def test_a_kernel_missing_on_a_gpu_warns_once(operator, monkeypatch):
     operator_reason[0] = "triton is not installed"
     gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.Tensor, "device", gpu)  # all that `choose` looks at
     with pytest.warns(
         UserWarning, match=r"clvp_fast\.test_triple takes the slower torch path: triton is not installed"
     ):
-        operator.choose(gpu)
+        assert call(operator) == 103
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        operator.choose(gpu)
-        operator.choose(torch.device("cpu"))
+        assert call(operator) == 103
+
+
+def test_arguments_that_the_kernel_does_not_serve(operator):
+    """One warning and the torch path; an error if the kernel is forced; and the registered operator agrees."""
+    wide = X.double()
+    with pytest.warns(UserWarning, match=r"test_triple takes the slower torch path: x must be float32, not float64"):
+        assert call(operator, wide) == 103
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert call(operator, wide) == 103
+        assert call(operator) == 203
+        assert torch.ops.clvp_fast.test_triple(wide).item() == 103
+        assert torch.ops.clvp_fast.test_triple(X).item() == 203
+    with clvp_fast.backend("kernel"), pytest.raises(RuntimeError, match=r"on cpu: x must be float32, not float64; "):
+        call(operator, wide)
+
+
+def test_the_interpreter_runs_kernels_only_when_forced(monkeypatch):
+    cpu = torch.device("cpu")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert dispatch._missing_for_triton(cpu) == "Triton's interpreter runs a kernel only when it is forced"
+    with clvp_fast.backend("kernel"):
+        assert dispatch._missing_for_triton(cpu) is None
+        monkeypatch.delenv("TRITON_INTERPRET")
+        assert "need an NVIDIA GPU" in dispatch._missing_for_triton(cpu)
 
 
 def test_the_choice_holds_in_compiled_code(operator):
     def run(x):
-        return operator.choose(x.device)(x)
+        return operator.choose((x,))(x)
 
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     assert compiled(X).item() == 203
@@ -110,7 +141,7 @@ def test_explain(operator):
     choice = clvp_fast.explain("test_triple", device="cpu")[0]
     assert (choice.operator, choice.device, choice.backend) == ("test_triple", "cpu", "kernel")
     assert choice.refused == {"reference": "kernel is faster", "torch": "kernel is faster"}
-    operator._refusals.clear()
+    forget(operator)
     operator_reason[0] = "too old"
     choice = clvp_fast.explain("test_triple", device="cpu")[0]
     assert choice.backend == "torch" and choice.refused["kernel"] == "too old"

@@ -1,0 +1,111 @@
+"""Compiles kernels for GPUs that are not there, through the launchers that ship.
+
+A launcher is called with tensors on the `meta` device while Triton's driver is replaced by one that names a target and
+runs nothing: what is compiled is exactly what the launcher would launch, its own choice of configuration included.
+"""
+
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+from pathlib import Path
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+ARCHITECTURES = (80, 90, 100)
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+
+
+class _Driver:
+    """As much of a CUDA driver as compiling needs. Devices are numbered by architecture: Triton caches by device."""
+
+    def __init__(self, arch: int):
+        self._arch = arch
+
+    def get_current_target(self):
+        return GPUTarget("cuda", self._arch, 32)
+
+    def get_current_device(self):
+        return self._arch
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_active_torch_device(self):
+        return torch.device("meta")
+
+
+@contextmanager
+def _launches(arch: int):
+    """A list that fills with what the launchers inside compile for `arch`."""
+    launched = []
+    run = JITFunction.run
+
+    def compiling(self, *args, grid, warmup, **options):
+        compiled = run(self, *args, grid=grid, warmup=True, **options)
+        launched.append(compiled)
+        return compiled
+
+    before = driver.active
+    driver.set_active(_Driver(arch))
+    try:
+        with mock.patch.object(JITFunction, "run", compiling):
+            yield launched
+    finally:
+        driver.set_active(before)
+
+
+def _resources(cubin: bytes) -> dict[str, int]:
+    """Registers a thread, and bytes of local memory: nothing but spilled registers lies there."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        printed = subprocess.run(
+            [TOOLS / "cuobjdump", "--dump-resource-usage", path], capture_output=True, text=True, check=True
+        ).stdout
+    found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", printed))
+    return {"registers": int(found["REG"]), "spilled_bytes": int(found["STACK"]) + int(found["LOCAL"])}
+
+
+def _matrix_instruction(ptx: str) -> str:
+    for name in ("tcgen05.mma", "wgmma.mma_async", "mma.sync"):
+        if name in ptx:
+            return name.split(".")[0]
+    return "none"
+
+
+def compile_calls(calls: Iterable[tuple[str, Callable[[], object]]], arch: int) -> list[dict]:
+    """One row for each kernel that the calls `(label, thunk)` launch, compiled for `arch`.
+
+    Raises `RuntimeError` in a process whose kernels are interpreted, and for a call that launches nothing.
+    """
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise RuntimeError("kernels are interpreted in this process: start one without TRITON_INTERPRET=1 to compile")
+    rows = []
+    for label, thunk in calls:
+        with _launches(arch) as launched:
+            thunk()
+        if not launched:
+            raise RuntimeError(f"the call {label!r} launched no kernel")
+        for compiled in launched:
+            rows.append(
+                {
+                    "call": label,
+                    "kernel": compiled.metadata.name,
+                    "arch": arch,
+                    "num_warps": compiled.metadata.num_warps,
+                    "num_stages": compiled.metadata.num_stages,
+                    "shared_bytes": compiled.metadata.shared,
+                    "matrix_instruction": _matrix_instruction(compiled.asm["ptx"]),
+                    "asynchronous_copies": "cp.async" in compiled.asm["ptx"],
+                    **_resources(compiled.asm["cubin"]),
+                }
+            )
+    return rows
