@@ -7,11 +7,11 @@ run in turns, so that a slow minute of the machine falls on all of them.
 import json
 import platform
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,14 +26,15 @@ RESULTS = Path(__file__).parent / "results"
 class Provider:
     """One way to do the workload.
 
-    name: as in the row. run: does it once. error: how far its result is from the reference, and the most that is
-        allowed.
+    name: as in the row. run: does it `calls` times. error: how far its result is from the reference, and the most
+        that is allowed.
     """
 
     name: str
     run: Callable[[], object]
     error: float
     tolerance: float
+    calls: int = 1
 
 
 @dataclass
@@ -43,23 +44,32 @@ class Machine:
     name: str
     threads: int
     copy_bytes_per_s: float
-    matmul_flop_per_s: float
+    matmul_flop_per_s: dict[str, float]
 
     @classmethod
     def measure(cls, device: str) -> "Machine":
-        """Copy bandwidth of float32 and rate of a float32 product, the best of several tries."""
-        source = torch.empty(256 * 1024 * 1024 // 4, device=device)
+        """Copy bandwidth, and the rate of a product in each dtype, the best of several tries."""
+        source = torch.randn((256 if device == "cpu" else 2048) * 1024 * 1024 // 4, device=device)
         target = torch.empty_like(source)
         size = 1024 if device == "cpu" else 8192
-        a, b = torch.randn(2, size, size, device=device)
-        copy = min(_time(lambda: target.copy_(source)) for _ in range(5))
-        matmul = min(_time(lambda: a @ b) for _ in range(5))
+        rates = {}
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            a, b = torch.randn(2, size, size, device=device).to(dtype)
+            seconds = min(_time(partial(torch.matmul, a, b)) for _ in range(5))
+            rates[str(dtype).removeprefix("torch.")] = 2 * size**3 / seconds
         return cls(
             name=cpu_name() if device == "cpu" else torch.cuda.get_device_name(),
             threads=torch.get_num_threads(),
-            copy_bytes_per_s=2 * source.nbytes / copy,
-            matmul_flop_per_s=2 * size**3 / matmul,
+            copy_bytes_per_s=2 * source.nbytes / min(_time(lambda: target.copy_(source)) for _ in range(5)),
+            matmul_flop_per_s=rates,
         )
+
+    def limit_seconds(self, row: dict) -> float | None:
+        """The least time for the bytes and operations that a row counts, or None where it counts none."""
+        times = [row["bytes"] / self.copy_bytes_per_s] if "bytes" in row else []
+        if "flop" in row:
+            times.append(row["flop"] / self.matmul_flop_per_s[row.get("dtype", "float32")])
+        return max(times, default=None)
 
 
 def cpu_name() -> str:
@@ -71,17 +81,18 @@ def cpu_name() -> str:
 
 
 def _time(run: Callable[[], object]) -> float:
-    """Seconds of one run, the work that it left to a GPU included."""
-    _finish()
+    """Seconds of one run; on a GPU by its own clock."""
+    if torch.cuda.is_initialized():
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1000
     start = time.perf_counter()
     run()
-    _finish()
     return time.perf_counter() - start
-
-
-def _finish() -> None:
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
 
 
 def _peak_extra_bytes(run: Callable[[], object]) -> int | None:
@@ -109,28 +120,38 @@ def _status(field: str) -> int:
 
 
 def measure(workload: str, shape: dict, providers: list[Provider], repeats: int, **counted) -> list[dict]:
-    """Rows of one workload; the first provider is the one that the others are compared with.
+    """Rows of one workload; the first provider that is timed is the one that the others are compared with.
 
     Args:
         shape: what the workload was made of, for the row.
         counted: bytes and operations that must move, for the row.
 
-    Raises:
-        SystemExit: a provider's error is beyond its tolerance: no green, no speed.
+    A provider whose error is beyond its tolerance gets a row that says so, without a time: no green, no speed.
     """
+    rows = []
     for provider in providers:
         if not provider.error <= provider.tolerance:
-            sys.exit(
-                f"{workload}, {provider.name}: error {provider.error:.3g} is beyond {provider.tolerance:.3g}; not timed"
+            reason = f"error {provider.error:.3g} is beyond {provider.tolerance:.3g}: not timed"
+            print(f"{workload:>18} {provider.name:<26} {reason}", flush=True)
+            rows.append(
+                {
+                    "workload": workload,
+                    "shape": shape,
+                    "provider": provider.name,
+                    "seconds": None,
+                    "refused": reason,
+                    "error": provider.error,
+                    **counted,
+                }
             )
+    providers = [provider for provider in providers if provider.error <= provider.tolerance]
     # The first run of each warms up and is looked at for memory.
     memory = {provider.name: _peak_extra_bytes(provider.run) for provider in providers}
     seconds = {provider.name: [] for provider in providers}
     for _ in range(repeats):
         for provider in providers:
-            seconds[provider.name].append(_time(provider.run))
-    baseline = float(np.median(seconds[providers[0].name]))
-    rows = []
+            seconds[provider.name].append(_time(provider.run) / provider.calls)
+    baseline = float(np.median(seconds[providers[0].name])) if providers else None
     for provider in providers:
         low, median, high = (float(q) for q in np.quantile(seconds[provider.name], [0.2, 0.5, 0.8]))
         rows.append(
@@ -147,11 +168,16 @@ def measure(workload: str, shape: dict, providers: list[Provider], repeats: int,
             }
         )
         print(
-            f"{workload:>14} {provider.name:<26} {median:9.3f} s  ({low:.3f} to {high:.3f})  {baseline / median:5.2f}x"
+            f"{workload:>18} {provider.name:<26} {_readable(median)} ({_readable(low)} to {_readable(high)})"
+            f" {baseline / median:6.2f}x"
             f"  error {provider.error:.2g}",
             flush=True,
         )
     return rows
+
+
+def _readable(seconds: float) -> str:
+    return f"{seconds:7.3f} s" if seconds >= 0.1 else f"{seconds * 1e6:7.1f} us"
 
 
 def write_rows(rows: list[dict], machine: Machine, device: str, command: str) -> Path:
@@ -168,5 +194,8 @@ def write_rows(rows: list[dict], machine: Machine, device: str, command: str) ->
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{rows[0]['workload']}.jsonl"
     with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row | context) + "\n" for row in rows)
+        for row in rows:
+            limit = machine.limit_seconds(row) if row["seconds"] else None
+            against_limit = {} if limit is None else {"fraction_of_limit": limit / row["seconds"]["median"]}
+            file.write(json.dumps(row | against_limit | context) + "\n")
     return path

@@ -32,7 +32,7 @@ def table(rows: list[dict]) -> str:
             f"| {title.format(**row['shape'])} | {row['provider']} | {row['seconds']['median']:.2f} s | "
             f"{row['ratio']:.2f}x | {row['error']:.1e} | {_memory(row['peak_extra_bytes'])} |"
             for row in rows
-            if row["workload"] == workload
+            if row["workload"] == workload and row["seconds"]
         ]
     if not lines:
         return "Not measured yet."

@@ -13,7 +13,8 @@ from benchmarks.harness import Machine, write_rows
 WORKLOADS = ("generate", "score", "import_time", "linear")
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
+    """Returns 1 if a provider gave a wrong result."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
     parser.add_argument("workload", nargs="*", help=f"which to measure, all by default: {', '.join(WORKLOADS)}")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -26,10 +27,13 @@ def main(argv: list[str] | None = None) -> None:
     machine = Machine.measure(arguments.device)
     print(f"{machine.name}, {machine.threads} threads, torch {torch.__version__}", flush=True)
     command = shlex.join(["python", "-m", "benchmarks.run", *(sys.argv[1:] if argv is None else argv)])
+    wrong = False
     for workload in arguments.workload or WORKLOADS:
         rows = importlib.import_module(f"benchmarks.{workload}").rows(arguments.device)
         write_rows(rows, machine, arguments.device, command)
+        wrong |= any(row["seconds"] is None for row in rows)
+    return int(wrong)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -68,8 +68,9 @@ def main(argv: list[str] | None = None) -> None:
 
 def line(row: dict) -> str:
     return (
-        f"sm_{row['arch']:<4}{row['kernel']:<28}{row['call']:<44}{row['num_warps']:>3} warps {row['registers']:>4} registers"
-        f" {row['spilled_bytes']:>5} B spilled {row['shared_bytes']:>7} B shared  {row['matrix_instruction']}"
+        f"sm_{row['arch']:<4}{row['kernel']:<28}{row['call']:<44}{row['num_warps']:>3} warps "
+        f"{row['registers']:>4} registers {row['spilled_bytes']:>5} B spilled {row['shared_bytes']:>7} B shared  "
+        f"{row['matrix_instruction']}"
     )
 
 

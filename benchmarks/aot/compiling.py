@@ -94,10 +94,11 @@ def compile_calls(calls: Iterable[tuple[str, Callable[[], object]]], arch: int) 
             thunk()
         if not launched:
             raise RuntimeError(f"the call {label!r} launched no kernel")
-        for compiled in launched:
+        for place, compiled in enumerate(launched):
             rows.append(
                 {
                     "call": label,
+                    "launch": place,
                     "kernel": compiled.metadata.name,
                     "arch": arch,
                     "num_warps": compiled.metadata.num_warps,

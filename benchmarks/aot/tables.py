@@ -1,7 +1,6 @@
 """The tables of docs/kernels.md, made from the rows of benchmarks/results/aot/."""
 
 import json
-from itertools import groupby
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,10 +23,10 @@ def table(family: str) -> str:
         "| call | kernel | warps | " + " | ".join(f"sm_{arch}" for arch in architectures) + " |",
         "|---" * (3 + len(architectures)) + "|",
     ]
-    key = lambda row: (row["call"], row["kernel"])  # noqa: E731
-    order = {name: place for place, name in reversed(list(enumerate(map(key, rows))))}
-    for (call, kernel), group in groupby(sorted(rows, key=lambda row: order[key(row)]), key):
-        found = {row["arch"]: row for row in group}
+    launches: dict[tuple, dict[int, dict]] = {}
+    for row in rows:
+        launches.setdefault((row["call"], row["launch"], row["kernel"]), {})[row["arch"]] = row
+    for (call, _, kernel), found in launches.items():
         warps = "/".join(dict.fromkeys(str(found[arch]["num_warps"]) for arch in architectures if arch in found))
         cells = [_cell(found[arch]) if arch in found else "–" for arch in architectures]
         lines.append(f"| {call} | `{kernel}` | {warps} | " + " | ".join(cells) + " |")

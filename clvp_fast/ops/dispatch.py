@@ -7,10 +7,10 @@ An `Operator` holds one hot path three times, with one positional signature:
 - `kernel`: Triton or CUDA, inference only, loaded at first use, run behind the registered `torch.ops.clvp_fast.<name>`.
 
 The first two are called inline, so that autograd, `torch.compile` and `torch.export` see plain torch; the kernel runs
-behind the registered operator, which the compiler keeps as one opaque call. By default a kernel serves where it can and
-the torch path everywhere else. `CLVP_FAST_BACKEND=reference|torch|kernel`, read once at import, or
-`with clvp_fast.backend(...)` forces one; a forced backend that cannot serve raises. Triton's interpreter, for tests on a
-CPU, runs a kernel only when it is forced.
+behind the registered operator, which the compiler keeps as one opaque call. By default a kernel serves where it can,
+and the torch path everywhere else. `CLVP_FAST_BACKEND=reference|torch|kernel`, read once at import, or
+`with clvp_fast.backend(...)` forces one; a forced backend that cannot serve raises. Triton's interpreter, for tests on
+a CPU, runs a kernel only when it is forced.
 """
 
 import os

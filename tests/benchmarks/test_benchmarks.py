@@ -1,6 +1,7 @@
 """The harness refuses what is wrong, and no number stands in README.md without its row."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ def test_readme_says_what_the_rows_say():
 def test_a_changed_number_in_readme_is_seen(tmp_path, monkeypatch):
     monkeypatch.setattr(harness, "RESULTS", tmp_path)
     rows = harness.measure("import_time", {}, [provider("a"), provider("b")], repeats=1)
-    harness.write_rows(rows, harness.Machine("cpu name", 2, 1e10, 1e11), "cpu", "command")
+    harness.write_rows(rows, harness.Machine("cpu name", 2, 1e10, {"float32": 1e11}), "cpu", "command")
     rows = report.newest_rows(tmp_path)
     readme = report.updated(f"before {report.BEGIN} {report.END} after", rows)
     assert "| import | b |" in readme and "cpu name" in readme and report.updated(readme, rows) == readme
@@ -31,9 +32,20 @@ def provider(name, error=0.0, calls=None):
 @pytest.mark.parametrize("error", [0.1, float("nan")])
 def test_a_wrong_provider_gets_no_time(error):
     calls = []
-    with pytest.raises(SystemExit, match=r"second: error .* not timed"):
-        harness.measure("w", {}, [provider("first", calls=calls), provider("second", error, calls)], repeats=2)
-    assert calls == []
+    wrong, right = harness.measure("w", {}, [provider("a", error, calls), provider("b", calls=calls)], repeats=2)
+    assert calls == ["b"] * 3
+    assert wrong["provider"] == "a" and wrong["seconds"] is None and "not timed" in wrong["refused"]
+    assert right["provider"] == "b" and right["compared_with"] == "b" and right["seconds"]["repeats"] == 2
+    assert harness.measure("w", {}, [provider("a", error)], repeats=1)[0]["seconds"] is None
+
+
+def test_a_wrong_provider_makes_the_run_fail(tmp_path, monkeypatch):
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    monkeypatch.setattr(harness.Machine, "measure", lambda device: harness.Machine("m", 1, 1.0, {"float32": 1.0}))
+    for error, code in ((0.0, 0), (1.0, 1)):
+        workload = SimpleNamespace(rows=lambda device, e=error: harness.measure("w", {}, [provider("a", e)], repeats=1))
+        monkeypatch.setattr(run.importlib, "import_module", lambda name, w=workload: w)
+        assert run.main(["score"]) == code
 
 
 def test_providers_take_turns():
@@ -45,7 +57,7 @@ def test_providers_take_turns():
 
 def test_rows_carry_their_circumstances_and_the_newest_counts(tmp_path, monkeypatch):
     monkeypatch.setattr(harness, "RESULTS", tmp_path)
-    machine = harness.Machine("cpu name", 2, 1e10, 1e11)
+    machine = harness.Machine("cpu name", 2, 1e10, {"float32": 1e11})
     rows = harness.measure("w", {}, [provider("a")], repeats=1)
     harness.write_rows(rows, machine, "cpu", "first")
     path = harness.write_rows(rows, machine, "cpu", "second")
@@ -53,6 +65,20 @@ def test_rows_carry_their_circumstances_and_the_newest_counts(tmp_path, monkeypa
     assert [row["command"] for row in stored] == ["first", "second"]
     assert stored[0]["device"]["copy_bytes_per_s"] == 1e10 and stored[0]["commit"] and stored[0]["utc"]
     assert [row["command"] for row in report.newest_rows(tmp_path)] == ["second"]
+
+
+def test_a_fraction_of_the_limit_stands_in_rows_that_count(tmp_path, monkeypatch):
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    monkeypatch.setattr(harness, "_time", lambda run: 8.0)
+    machine = harness.Machine("cpu name", 2, 1e10, {"float32": 1e11, "bfloat16": 4e11})
+    four_times = harness.Provider("a", lambda: None, 0.0, 1e-3, calls=4)
+    rows = harness.measure("w", {}, [four_times], repeats=1, bytes=5e9, flop=2e11, dtype="bfloat16")
+    rows += harness.measure("w", {}, [four_times], repeats=1, bytes=5e9, flop=2e11)
+    rows += harness.measure("w", {}, [four_times], repeats=1)
+    path = harness.write_rows(rows, machine, "cpu", "command")
+    stored = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["seconds"]["median"] for row in stored] == [2.0] * 3
+    assert [row.get("fraction_of_limit") for row in stored] == [0.25, 1.0, None]
 
 
 def test_unknown_workload_is_refused(capsys):
