@@ -14,6 +14,10 @@ PYTEST_ARGS ?=
 TEST_WORKERS ?= 2
 # gpu-check and gpu-bench use the torch that is installed on the GPU machine, not a virtual environment.
 GPU_PYTHON ?= python3
+SANITIZER ?= compute-sanitizer
+# What the measurements may take; each workload's rows are written as it ends, the most important first.
+GPU_SECONDS ?= 540
+BENCH_ARGS ?=
 
 PY := $(VENV)/bin/python
 PIP_INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) $(PIP_ARGS)
@@ -23,7 +27,7 @@ DEV_STAMP := $(VENV)/.stamp-dev
 DEMO_TEXT := The birch canoe slid on the smooth planks, and the doctor paid 25 dollars for it.
 DEMO_OUT ?= out/demo
 
-.PHONY: setup test demo lint format bench-cpu gpu-check gpu-bench clean
+.PHONY: setup test demo lint format bench-cpu kernel-report gpu-check gpu-bench clean
 
 setup: $(RUNTIME_STAMP)
 
@@ -63,13 +67,19 @@ define require_gpu
   || { echo "$@ needs a CUDA device, and $(GPU_PYTHON) with a torch that sees it (choose with GPU_PYTHON=...)"; exit 1; }
 endef
 
+# Correct on this GPU, and clean to the memory checker, which wants every allocation to be torch's own.
 gpu-check:
 	$(require_gpu)
-	PYTHONPATH=. $(GPU_PYTHON) -m pytest -m gpu tests/gpu tests/ops $(PYTEST_ARGS)
+	PYTHONPATH=. $(GPU_PYTHON) -m pytest -m gpu tests/gpu tests/kernels $(PYTEST_ARGS)
+	PYTHONPATH=. PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --error-exitcode 1 \
+	  $(GPU_PYTHON) -m pytest -q -m gpu tests/kernels --ignore tests/kernels/test_compiled.py -k "not capture"
 
 gpu-bench:
 	$(require_gpu)
-	PYTHONPATH=. $(GPU_PYTHON) -m benchmarks.run generate score --device cuda
+	PYTHONPATH=. timeout --signal=INT $(GPU_SECONDS) $(GPU_PYTHON) -m benchmarks.run --device cuda $(BENCH_ARGS)
+
+kernel-report: $(RUNTIME_STAMP)
+	$(PY) -m benchmarks.aot --write
 
 clean:
 	rm -rf $(VENV) build dist out ./*.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks

@@ -10,7 +10,18 @@ import torch
 from benchmarks.harness import Machine, write_rows
 
 # The most important first: what an interrupted run has measured is kept.
-WORKLOADS = ("generate", "score", "import_time", "linear")
+WORKLOADS = (
+    "generate",
+    "score",
+    "paged_attention",
+    "rotary_attention",
+    "geglu_mlp",
+    "gelu_mlp",
+    "sample",
+    "add_norm",
+    "import_time",
+    "linear",
+)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -84,7 +84,7 @@ def test_a_fraction_of_the_limit_stands_in_rows_that_count(tmp_path, monkeypatch
 def test_unknown_workload_is_refused(capsys):
     with pytest.raises(SystemExit):
         run.main(["nonsense"])
-    assert "no workload nonsense: there are generate, score, import_time, linear" in capsys.readouterr().err
+    assert "no workload nonsense: there are generate, score, paged_attention, " in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tells what happens without a GPU")

@@ -1,0 +1,87 @@
+"""One decoding step's attention of many candidates over pages, the prompt shared, against torch on dense keys."""
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.kernels import Case, measure_case, ours
+from clvp_fast.ops import paged_attention_decode
+from clvp_fast.ops.paged_attention import decode_reference
+
+HEADS, HEAD_DIM, PAGE_SIZE = 16, 64, 16
+# Candidates, requests they belong to, tokens of each prompt, and the least and most own tokens.
+SHAPES = {
+    "cpu": ((16, 1, 60, 100, 200),),
+    "cuda": ((256, 1, 60, 100, 600), (256, 1, 410, 100, 600), (256, 8, 200, 100, 600), (16, 1, 200, 100, 600)),
+}
+
+
+def lengths_of(candidates: int, least: int, most: int) -> torch.Tensor:
+    return torch.linspace(least, most, candidates).round().int()
+
+
+def make_inputs(seed, candidates, requests, prompt, least, most, dtype, device):
+    generator = torch.Generator(device).manual_seed(seed)
+    own_width, prompt_width = most // PAGE_SIZE + 1, -(-prompt // PAGE_SIZE)
+    num_pages = candidates * own_width + requests * prompt_width
+    shape = (num_pages, PAGE_SIZE, HEADS, HEAD_DIM)
+    k_pages, v_pages = (torch.randn(shape, generator=generator, device=device).to(dtype) for _ in range(2))
+    dealt = torch.randperm(num_pages, generator=generator, device=device).int()
+    own = dealt[: candidates * own_width].view(candidates, own_width)
+    prefix = dealt[candidates * own_width :].view(requests, prompt_width)
+    q, k, v = torch.randn(3, candidates, HEADS, HEAD_DIM, generator=generator, device=device).to(dtype)
+    lengths = lengths_of(candidates, least, most).to(device)
+    prompts = torch.full((requests,), prompt, dtype=torch.int32, device=device)
+    index = (torch.arange(candidates, device=device) * requests // candidates).int()
+    dense = [_dense(pages, prefix[index.long()], own, prompt, lengths) for pages in (k_pages, v_pages)]
+    return 2 * q, k, v, k_pages, v_pages, own, lengths, prefix, prompts, index, *dense
+
+
+def _dense(pages, prefix, own, prompt, lengths):
+    """Each candidate's prompt and own tokens, `[candidates, heads, tokens, head_dim]`, with room for the new one."""
+    prompts = pages[prefix.long()].flatten(1, 2)[:, :prompt]
+    return torch.cat((prompts, pages[own.long()].flatten(1, 2)), 1).transpose(1, 2).contiguous()
+
+
+def call(q, k, v, k_pages, v_pages, own, lengths, prefix, prompts, index, *dense):
+    return paged_attention_decode(
+        q, k, v, k_pages, v_pages, own, lengths, prefix_table=prefix, prefix_lens=prompts, prefix_index=index
+    )
+
+
+def reference(q, k, v, k_pages, v_pages, own, lengths, prefix, prompts, index, *dense):
+    wide = (x.double() for x in (q, k, v, k_pages, v_pages))
+    return decode_reference(*wide, own, lengths, prefix, prompts, index, HEAD_DIM**-0.5)
+
+
+def sdpa_over_dense(q, k, v, k_pages, v_pages, own, lengths, prefix, prompts, index, dense_k, dense_v):
+    """torch's attention over padded keys in one piece, the prompt copied for each candidate; all have one length."""
+    last = prompts[0].long() + lengths.long()
+    rows = torch.arange(len(q), device=q.device)
+    dense_k[rows, :, last], dense_v[rows, :, last] = k, v
+    mask = (torch.arange(dense_k.shape[2], device=q.device) <= last[:, None])[:, None, None]
+    return F.scaled_dot_product_attention(q[:, :, None], dense_k, dense_v, attn_mask=mask)[:, :, 0]
+
+
+def cases(device: str):
+    for candidates, requests, prompt, least, most in SHAPES[device]:
+        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+
+        def inputs(seed, shape=(candidates, requests, prompt, least, most), dtype=dtype):
+            return make_inputs(seed, *shape, dtype, device)
+
+        providers, absent = ours(call, "paged_attention_decode", device)
+        tokens = int((lengths_of(candidates, least, most) + 1).sum()) + requests * prompt
+        yield Case(
+            shape=dict(candidates=candidates, requests=requests, prompt=prompt, own=[least, most], page=PAGE_SIZE),
+            dtype=dtype,
+            inputs=inputs,
+            reference=reference,
+            providers=providers | {"SDPA over dense keys": sdpa_over_dense},
+            bytes=(2 * tokens + 4 * candidates) * HEADS * HEAD_DIM * dtype.itemsize,
+            flop=4 * (tokens + (candidates - requests) * prompt) * HEADS * HEAD_DIM,
+            absent=absent,
+        )
+
+
+def rows(device: str) -> list[dict]:
+    return [row for case in cases(device) for row in measure_case("paged_attention", case, device)]

@@ -1,0 +1,70 @@
+"""Rotary attention at the encoders' scoring shape and over lengths, against rotation and torch's own attention."""
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.kernels import Case, measure_case, ours
+from clvp_fast.ops import rotary_attention
+
+HEADS, HEAD_DIM, ROTARY_DIM = 12, 64, 32
+GPU_SHAPES = ((256, 500), (256, 200), (16, 200), (16, 4096), (512, 60))
+CPU_SHAPES = ((16, 200),)
+
+
+def _angles(length: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    frequencies = 10000 ** (-torch.arange(0, ROTARY_DIM, 2, device=device) / ROTARY_DIM)
+    angles = (torch.arange(length, device=device)[:, None] * frequencies).repeat(1, 2)[None]
+    return angles.cos(), angles.sin()
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    first, second = x[..., : ROTARY_DIM // 2], x[..., ROTARY_DIM // 2 : ROTARY_DIM]
+    turned = x[..., :ROTARY_DIM] * cos[:, :, None] + torch.cat((-second, first), -1) * sin[:, :, None]
+    return torch.cat((turned.to(x.dtype), x[..., ROTARY_DIM:]), -1)
+
+
+def rotate_and_attend(packed, cos, sin):
+    q, k, v = (_rotate(x, cos, sin).transpose(1, 2) for x in packed.unbind(2))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+def attend_alone(packed, cos, sin):
+    """Less work than the operator's: nothing is rotated."""
+    return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in packed.unbind(2))).transpose(1, 2)
+
+
+def call(packed, cos, sin):
+    return rotary_attention(*packed.unbind(2), cos=cos, sin=sin)
+
+
+def reference(packed, cos, sin):
+    """In float64, a sequence at a time."""
+    cos, sin = cos.double(), sin.double()
+    return torch.cat([rotate_and_attend(row.double(), cos, sin) for row in packed.split(1)])
+
+
+def cases(device: str):
+    for batch, length in GPU_SHAPES if device == "cuda" else CPU_SHAPES:
+        for dtype in (torch.bfloat16,) if device == "cuda" else (torch.float32, torch.bfloat16):
+
+            def inputs(seed, batch=batch, length=length, dtype=dtype):
+                generator = torch.Generator(device).manual_seed(seed)
+                shape = (batch, length, 3, HEADS, HEAD_DIM)
+                packed = torch.randn(shape, generator=generator, device=device, dtype=dtype)
+                return packed, *_angles(length, device)
+
+            providers, absent = ours(call, "rotary_attention", device)
+            yield Case(
+                shape=dict(batch=batch, length=length, heads=HEADS, head_dim=HEAD_DIM, rotary_dim=ROTARY_DIM),
+                dtype=dtype,
+                inputs=inputs,
+                reference=reference,
+                providers=providers | {"rotate, then SDPA, compiled": torch.compile(rotate_and_attend, dynamic=False)},
+                bytes=4 * batch * length * HEADS * HEAD_DIM * dtype.itemsize,
+                flop=4 * batch * HEADS * length * length * HEAD_DIM,
+                absent=absent,
+            )
+
+
+def rows(device: str) -> list[dict]:
+    return [row for case in cases(device) for row in measure_case("rotary_attention", case, device)]
