@@ -10,6 +10,25 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--interpret-kernels",
+        action="store_true",
+        help="on a CPU, run every operator's Triton kernel in the interpreter where it can serve, as a GPU would",
+    )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def kernels_by_default(request):
+    if not request.config.getoption("--interpret-kernels"):
+        return
+    from clvp_fast.ops.dispatch import OPERATORS, _missing_for_triton
+
+    for operator in OPERATORS.values():
+        if operator._missing is _missing_for_triton:
+            operator._missing = lambda device: None
+
+
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
         return

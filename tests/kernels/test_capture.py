@@ -1,0 +1,102 @@
+"""Every operator's kernel can be captured in a CUDA graph, and its replay sees new inputs."""
+
+import pytest
+import torch
+
+from clvp_fast import ops
+from tests.kernels.device import DEVICE
+from tests.kit import PagePool, random
+
+pytestmark = pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device")
+HEADS, DIM = 2, 64
+
+
+def draw(*shape, seed, dtype=torch.bfloat16):
+    return random(*shape, seed=seed, dtype=dtype, device=DEVICE)
+
+
+def attention():
+    packed = draw(3, 70, 3, HEADS, DIM, seed=0)
+    angles = draw(1, 70, 32, seed=1, dtype=torch.float32)
+    return [packed], lambda: ops.rotary_attention(*packed.unbind(2), cos=angles.cos(), sin=angles.sin(), causal=True)
+
+
+def gated():
+    x, w_in, w_out = draw(33, 96, seed=0), draw(256, 96, seed=1), draw(96, 128, seed=2)
+    b_in, b_out = draw(256, seed=3), draw(96, seed=4)
+    return [x], lambda: ops.geglu_mlp(x, w_in, b_in, w_out, b_out, residual=x)
+
+
+def plain():
+    x, w_in, b_in = draw(5, 256, seed=0), draw(1024, 256, seed=1), draw(1024, seed=3)
+    w_out, b_out = draw(256, 1024, seed=2), draw(256, seed=4)
+    return [x], lambda: ops.gelu_mlp(x, w_in, b_in, w_out, b_out, residual=x)
+
+
+def norm():
+    x, weight, bias = draw(9, 200, seed=0), draw(200, seed=1), draw(200, seed=2)
+    return [x], lambda: torch.stack(ops.add_norm(x, x, weight=weight, bias=bias, eps=1e-5, kind="layer"))
+
+
+def embedding():
+    ids = torch.arange(7, device=DEVICE)
+    tables = draw(20, 96, seed=0), draw(10, 96, seed=1)
+    return [tables[0]], lambda: ops.embed(ids, ids, *tables)
+
+
+def decode():
+    pool = PagePool(40, 16, HEADS, DIM, seed=0, dtype=torch.bfloat16, device=DEVICE)
+    own, prefix = pool.store([5, 0, 33], room=1), pool.store([20])
+    lengths = torch.tensor([5, 0, 33], dtype=torch.int32, device=DEVICE)
+    q, k, v = draw(3, 3, HEADS, DIM, seed=5)
+    prefix_of = torch.zeros(3, dtype=torch.int32, device=DEVICE)
+    shared = dict(prefix_table=prefix.table, prefix_lens=prefix_of[:1] + 20, prefix_index=prefix_of)
+    return [q, k, v], lambda: ops.paged_attention_decode(q, k, v, pool.k, pool.v, own.table, lengths, **shared)
+
+
+def prefill():
+    pool = PagePool(20, 16, HEADS, DIM, seed=0, dtype=torch.bfloat16, device=DEVICE)
+    table = pool.store([20, 0, 3]).table
+    bounds = torch.tensor([0, 20, 20, 23], dtype=torch.int32, device=DEVICE)
+    q, k, v = draw(3, 23, HEADS, DIM, seed=5)
+    return [q, k, v], lambda: ops.paged_prefill(q, k, v, bounds, pool.k, pool.v, table)
+
+
+def sampling():
+    logits = draw(4, 300, seed=0, dtype=torch.float32)
+
+    def run():
+        seen = torch.zeros(4, 10, dtype=torch.int32, device=DEVICE)
+        lengths, done = seen[:, 0].clone(), seen[:, 0] > 0
+        settings = dict(temperature=0.8, top_p=0.8, top_k=50, repetition_penalty=2.0)
+        numbers = dict(seed=1, candidate=torch.arange(4, device=DEVICE), step=3, stop_token=-1, pad_token=0)
+        return ops.sample(logits, seen, lengths, done, **settings, **numbers)
+
+    return [logits], run
+
+
+CALLS = [attention, gated, plain, norm, embedding, decode, prefill, sampling]
+
+
+@pytest.mark.parametrize("make", CALLS, ids=[make.__name__ for make in CALLS])
+@torch.no_grad()
+def test_capture_and_replay_on_new_inputs(make):
+    inputs, call = make()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        before = call()
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call()
+    for x in inputs:
+        x.copy_(x.flip(0) * 1.5)
+    if captured.is_floating_point():
+        captured.fill_(float("nan"))
+    graph.replay()
+    expected = call()
+    assert torch.equal(captured, expected)
+    if captured.is_floating_point():
+        assert not torch.equal(captured, before)
