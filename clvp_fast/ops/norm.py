@@ -1,8 +1,11 @@
-"""Residual addition and normalisation in one operator.
+"""Residual addition and normalisation in one operator; the decoder's two final norms in one.
 
 s = x + residual
 rms:   s * rsqrt(mean(s^2) + eps) * weight                        statistics and normalisation in float32
 layer: (s - mean(s)) * rsqrt(var(s) + eps) * weight + bias
+
+The conditioning encoder's group norms have no kernel: six launches a voice, over some 2 MB each, once a request, beside
+hundreds of decode steps of sixty norms.
 """
 
 import torch
@@ -48,6 +51,36 @@ def _fake(x, residual, weight, bias, eps, kind):
     return total, x.new_empty(x.shape, dtype=dtype)
 
 
+def _rows(x):
+    """`[rows, width]` with columns at stride 1: a view where there is one."""
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _unserved(x, *tensors):
+    """Why the kernels cannot serve: `tensors` are those of width `x.shape[-1]`."""
+    from clvp_fast.kernels.norm import MAX_WIDTH
+
+    if x.shape[-1] > MAX_WIDTH:
+        return f"rows must be at most {MAX_WIDTH} wide, not {x.shape[-1]}"
+    for tensor in (x, *tensors):
+        if tensor is not None and tensor.dtype not in _KERNEL_DTYPES:
+            return f"tensors must be float32, float16 or bfloat16, not {tensor.dtype}"
+    return None
+
+
+def _kernel(x, residual, weight, bias, eps, kind):
+    from clvp_fast.kernels import norm
+
+    total, normed = _fake(x, residual, weight, bias, eps, kind)
+    if x.numel():
+        others = (None, None) if residual is None else (_rows(residual), _rows(total))
+        weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
+        norm.add_norm(_rows(x), others[0], weight, bias, eps, kind, total=others[1], out=_rows(normed))
+    return total, normed
+
+
+_KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # A registered operator may not return its argument: without a residual its first result is empty, and x stands in.
 _OPERATOR = Operator(
     "add_norm",
@@ -56,7 +89,55 @@ _OPERATOR = Operator(
     torch_path=_torch,
     unaliased=_unaliased,
     fake=_fake,
+    kernel=_kernel,
+    unserved=lambda x, residual, weight, bias, eps, kind: _unserved(x, weight, bias),
 )
+
+
+def _double_reference(x, weight1, bias1, eps1, weight2, bias2, eps2):
+    first = reference(x, None, weight1, bias1, eps1, "layer")[1]
+    return first, reference(first, None, weight2, bias2, eps2, "layer")[1]
+
+
+def _double_torch(x, weight1, bias1, eps1, weight2, bias2, eps2):
+    first = F.layer_norm(x, weight1.shape, weight1, bias1, eps1)
+    return first, F.layer_norm(first, weight2.shape, weight2, bias2, eps2)
+
+
+def _double_kernel(x, weight1, bias1, eps1, weight2, bias2, eps2):
+    from clvp_fast.kernels import norm
+
+    first, second = x.new_empty(x.shape), x.new_empty(x.shape)
+    if x.numel():
+        weight1, bias1, weight2, bias2 = (
+            None if affine is None else affine.contiguous() for affine in (weight1, bias1, weight2, bias2)
+        )
+        results = {"first": _rows(first), "out": _rows(second)}
+        norm.double_layer_norm(_rows(x), weight1, bias1, eps1, weight2, bias2, eps2, **results)
+    return first, second
+
+
+_DOUBLE = Operator(
+    "double_layer_norm",
+    "(Tensor x, Tensor weight1, Tensor? bias1, float eps1, Tensor weight2, Tensor? bias2, float eps2)"
+    " -> (Tensor, Tensor)",
+    reference=_double_reference,
+    torch_path=_double_torch,
+    fake=lambda x, *others: (x.new_empty(x.shape), x.new_empty(x.shape)),
+    kernel=_double_kernel,
+    unserved=lambda x, weight1, bias1, eps1, weight2, bias2, eps2: _unserved(x, weight1, bias1, weight2, bias2),
+)
+
+
+def _check_affine(x, weight, bias, number=""):
+    if weight.shape != x.shape[-1:]:
+        raise shape_error(f"weight{number}", f"{list(x.shape[-1:])}, the last axis of x", weight)
+    if weight.device != x.device:
+        check_same(f"weight{number}", weight, "x", x, dtype=False)
+    if bias is not None:
+        if bias.shape != weight.shape:
+            raise shape_error(f"bias{number}", f"that of weight{number}, {list(weight.shape)}", bias)
+        check_same(f"bias{number}", bias, f"weight{number}", weight)
 
 
 def add_norm(
@@ -87,22 +168,44 @@ def add_norm(
     """
     if kind != "rms" and kind != "layer":
         raise ValueError(f"kind must be 'rms' or 'layer', not {kind!r}")
-    shape = x.shape
-    if weight.shape != shape[-1:]:
-        raise shape_error("weight", f"{list(shape[-1:])}, the last axis of x", weight)
-    if weight.device != x.device:
-        check_same("weight", weight, "x", x, dtype=False)
+    if bias is not None and kind == "rms":
+        raise ValueError("bias must be None with kind='rms': an RMSNorm has none")
+    _check_affine(x, weight, bias)
     if residual is not None:
-        if residual.shape != shape:
-            raise shape_error("residual", f"that of x, {list(shape)}", residual)
+        if residual.shape != x.shape:
+            raise shape_error("residual", f"that of x, {list(x.shape)}", residual)
         check_same("residual", residual, "x", x)
-    if bias is not None:
-        if kind == "rms":
-            raise ValueError("bias must be None with kind='rms': an RMSNorm has none")
-        if bias.shape != weight.shape:
-            raise shape_error("bias", f"that of weight, {list(weight.shape)}", bias)
-        check_same("bias", bias, "weight", weight)
     grad = "an input requires grad" if needs_grad(x, residual, weight, bias) else None
     args = (x, residual, weight, bias, eps, kind)
     total, normed = _OPERATOR.choose(args, grad)(*args)
     return (x if residual is None else total), normed
+
+
+def double_layer_norm(
+    x: torch.Tensor,
+    *,
+    weight1: torch.Tensor,
+    bias1: torch.Tensor | None,
+    eps1: float,
+    weight2: torch.Tensor,
+    bias2: torch.Tensor | None,
+    eps2: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Layer norm over the last axis, and a second one of the first one's result.
+
+    Args:
+        x: `[..., C]`.
+        weight1, bias1, weight2, bias2: `[C]`; a bias may be None.
+        eps1, eps2: added to the variances.
+
+    Returns:
+        The results of the first (rounded to the dtype of `x`) and of the second norm, both of the shape of `x`.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices that do not match.
+    """
+    _check_affine(x, weight1, bias1, "1")
+    _check_affine(x, weight2, bias2, "2")
+    grad = "an input requires grad" if needs_grad(x, weight1, bias1, weight2, bias2) else None
+    args = (x, weight1, bias1, eps1, weight2, bias2, eps2)
+    return _DOUBLE.choose(args, grad)(*args)

@@ -6,6 +6,7 @@ from transformers.models.clvp.modeling_clvp import ClvpRMSNorm
 
 import clvp_fast
 from clvp_fast.ops import add_norm
+from clvp_fast.ops.norm import double_layer_norm
 from tests.kit import assert_within_budget, random, strided
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -129,3 +130,43 @@ def test_bad_arguments_are_named():
     for change, error, message in cases:
         with pytest.raises(error, match=message):
             add_norm(x, **options | change)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_double_layer_norm_is_two_layer_norms(backend, dtype):
+    (x, _), one = arguments("layer", 40, dtype)
+    two = {"weight2": one["bias"], "bias2": one["weight"], "eps2": 0.3}
+    with clvp_fast.backend(backend):
+        first, second = double_layer_norm(x, weight1=one["weight"], bias1=one["bias"], eps1=1e-2, **two)
+        assert torch.equal(first, add_norm(x, **one)[1])
+        again = {"weight": one["bias"], "bias": one["weight"], "eps": 0.3, "kind": "layer"}
+        assert torch.equal(second, add_norm(first, **again)[1])
+
+
+def test_double_layer_norm_registered_and_compiled():
+    (x, _), one = arguments("layer", 16, torch.float32)
+    args = (x, one["weight"], None, 1e-2, one["bias"], one["weight"], 0.3)
+    torch.library.opcheck(torch.ops.clvp_fast.double_layer_norm.default, args)
+    named = dict(zip(("weight1", "bias1", "eps1", "weight2", "bias2", "eps2"), args[1:], strict=True))
+    compiled = torch.compile(lambda x: double_layer_norm(x, **named), fullgraph=True, backend="aot_eager")
+    for actual, wanted in zip(compiled(x), double_layer_norm(x, **named), strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-6, atol=1e-6)
+    leaves = [x.double().requires_grad_(), one["weight"].double().requires_grad_()]
+    affine = {"bias1": None, "eps1": 1e-2, "bias2": None, "eps2": 0.3}
+    assert torch.autograd.gradcheck(lambda x, w: double_layer_norm(x, weight1=w, weight2=w * w, **affine), leaves)
+
+
+def test_double_layer_norm_names_bad_arguments():
+    (x, _), one = arguments("layer", 16, torch.float32)
+    good = {"weight1": one["weight"], "bias1": one["bias"], "eps1": 1e-5}
+    good |= {"weight2": one["weight"], "bias2": one["bias"], "eps2": 1e-5}
+    cases = [
+        ({"weight1": one["weight"][:3]}, ValueError, r"weight1 must have shape \[16\]"),
+        ({"bias2": one["bias"][:3]}, ValueError, "bias2 must have shape that of weight2"),
+        ({"bias2": one["bias"].double()}, TypeError, "bias2 must have the dtype of weight2"),
+        ({"weight2": one["weight"].to("meta")}, ValueError, "weight2 is on meta"),
+    ]
+    for change, error, message in cases:
+        with pytest.raises(error, match=message):
+            double_layer_norm(x, **good | change)
