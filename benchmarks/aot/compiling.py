@@ -44,7 +44,7 @@ class _Driver:
 
 @contextmanager
 def _launches(arch: int):
-    """A list that fills with what the launchers inside compile for `arch`."""
+    """A list that fills with what the launchers inside compile for `arch`. The process has no other driver after."""
     launched = []
     run = JITFunction.run
 
@@ -53,13 +53,9 @@ def _launches(arch: int):
         launched.append(compiled)
         return compiled
 
-    before = driver.active
     driver.set_active(_Driver(arch))
-    try:
-        with mock.patch.object(JITFunction, "run", compiling):
-            yield launched
-    finally:
-        driver.set_active(before)
+    with mock.patch.object(JITFunction, "run", compiling):
+        yield launched
 
 
 def _resources(cubin: bytes) -> dict[str, int]:
