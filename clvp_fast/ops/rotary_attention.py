@@ -4,6 +4,8 @@ x' = [x_r * cos + rotate_half(x_r) * sin, x_pass]      for x in q, k, v; x_r = t
 out = softmax(scale * q' k'^T + mask) v'
 """
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 
@@ -144,8 +146,28 @@ def _torch(q, k, v, cos, sin, mask, causal, query_offset, scale, dropout_p=0.0):
     return out.transpose(1, 2).contiguous()
 
 
-def _fake(q, k, v, cos, sin, mask, causal, query_offset, scale):
+def _fake(q, k, v, *others):
     return v.new_empty(q.shape)
+
+
+def _kernel(q, k, v, cos, sin, mask, causal, query_offset, scale):
+    from clvp_fast.kernels import rotary_attention as kernels
+
+    out = v.new_empty(q.shape)
+    if not out.numel() or not k.shape[1]:
+        return out.zero_()
+    kernels.rotary_attention(q, k, v, cos, sin, mask, causal, query_offset, scale, out=out)
+    return out
+
+
+def _unserved(q, scale):
+    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"q must be float16, bfloat16 or float32, not {q.dtype}"
+    if q.shape[-1] > 128:
+        return f"head_dim must be at most 128, not {q.shape[-1]}"
+    if not scale > 0:
+        return f"scale must be positive, not {scale}"
+    return None
 
 
 _OPERATOR = Operator(
@@ -155,7 +177,59 @@ _OPERATOR = Operator(
     reference=reference,
     torch_path=_torch,
     fake=_fake,
+    kernel=_kernel,
+    unserved=lambda q, k, v, cos, sin, mask, causal, query_offset, scale: _unserved(q, scale),
 )
+
+
+def _one_by_one(attend):
+    """`attend` over ragged sequences, one after another."""
+
+    def ragged(q, k, v, cu_seqlens, max_seqlen, cos, sin, causal, scale):
+        parts = [v.new_empty(0, *q.shape[1:])]
+        for start, end in pairwise(cu_seqlens.tolist()):
+            sequence = (x[None, start:end] for x in (q, k, v))
+            angles = (None if x is None else x[:, : end - start] for x in (cos, sin))
+            parts.append(attend(*sequence, *angles, None, causal, 0, scale)[0])
+        return torch.cat(parts)
+
+    return ragged
+
+
+def _ragged_kernel(q, k, v, cu_seqlens, max_seqlen, cos, sin, causal, scale):
+    from clvp_fast.kernels import rotary_attention as kernels
+
+    out = v.new_empty(q.shape)
+    if out.numel() and max_seqlen:
+        kernels.rotary_attention_ragged(q, k, v, cu_seqlens, max_seqlen, cos, sin, causal, scale, out=out)
+    return out
+
+
+_RAGGED = Operator(
+    "rotary_attention_ragged",
+    "(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, SymInt max_seqlen, Tensor? cos, Tensor? sin, bool causal, "
+    "float scale) -> Tensor",
+    reference=_one_by_one(reference),
+    torch_path=_one_by_one(_torch),
+    fake=_fake,
+    kernel=_ragged_kernel,
+    unserved=lambda q, k, v, cu_seqlens, max_seqlen, cos, sin, causal, scale: _unserved(q, scale),
+)
+
+
+def _check_angles(cos, sin, q, batches, k_len):
+    if (cos is None) != (sin is None):
+        raise ValueError("cos and sin must be given together, and one of them is missing")
+    if cos is None:
+        return
+    cos_batch, cos_len, rotary_dim = cos.shape if cos.ndim == 3 else (0, 0, 0)
+    if cos_batch not in batches or cos_len != k_len or rotary_dim > q.shape[-1] or rotary_dim % 2:
+        first = " or ".join(map(str, batches))
+        raise shape_error("cos", f"[{first}, {k_len}, an even number of at most {q.shape[-1]}]", cos)
+    if sin.shape != cos.shape:
+        raise shape_error("sin", f"that of cos, {list(cos.shape)}", sin)
+    check_same("cos", cos, "q", q, dtype=False)
+    check_same("sin", sin, "cos", cos)
 
 
 def _prepare(q, k, v, cos, sin, mask, causal, query_offset, scale):
@@ -178,16 +252,7 @@ def _prepare(q, k, v, cos, sin, mask, causal, query_offset, scale):
             f"queries at rows {query_offset} to {query_offset + q_len} must lie within the {k_len} keys; "
             "check query_offset and the lengths"
         )
-    if (cos is None) != (sin is None):
-        raise ValueError("cos and sin must be given together, and one of them is missing")
-    if cos is not None:
-        cos_batch, cos_len, rotary_dim = cos.shape if cos.ndim == 3 else (0, 0, 0)
-        if cos_batch not in (1, batch) or cos_len != k_len or rotary_dim > head_dim or rotary_dim % 2:
-            raise shape_error("cos", f"[1 or {batch}, {k_len}, an even number of at most {head_dim}]", cos)
-        if sin.shape != cos.shape:
-            raise shape_error("sin", f"that of cos, {list(cos.shape)}", sin)
-        check_same("cos", cos, "q", q, dtype=False)
-        check_same("sin", sin, "cos", cos)
+    _check_angles(cos, sin, q, (1, batch), k_len)
     if mask is not None:
         if mask.dtype != torch.bool and not (mask.is_floating_point() and mask.ndim == 4):
             raise TypeError(
@@ -210,6 +275,30 @@ def _prepare(q, k, v, cos, sin, mask, causal, query_offset, scale):
     return query_offset, head_dim**-0.5 if scale is None else scale
 
 
+def _ragged(q, k, v, cu_seqlens, max_seqlen, cos, sin, causal, scale):
+    """Check the arguments of ragged sequences, and attend."""
+    if q.ndim != 3:
+        raise shape_error("q", "[tokens, num_heads, head_dim] (with cu_seqlens)", q)
+    for name, x in (("k", k), ("v", v)):
+        if x.shape != q.shape:
+            raise shape_error(name, f"that of q, {list(q.shape)}", x)
+        check_same(name, x, "q", q)
+    if cu_seqlens.dtype != torch.int32:
+        raise TypeError(f"cu_seqlens must be int32, not {cu_seqlens.dtype}")
+    if cu_seqlens.ndim != 1 or not cu_seqlens.shape[0]:
+        raise shape_error("cu_seqlens", "[sequences + 1]", cu_seqlens)
+    check_same("cu_seqlens", cu_seqlens, "q", q, dtype=False)
+    if max_seqlen is None or max_seqlen < 0:
+        raise ValueError(f"max_seqlen must be the length of the longest sequence of cu_seqlens, not {max_seqlen}")
+    _check_angles(cos, sin, q, (1,), max_seqlen)
+    args = (q, k, v, cu_seqlens, max_seqlen, cos, sin, causal, q.shape[2] ** -0.5 if scale is None else scale)
+    if needs_grad(q, k, v, cos, sin):
+        return _RAGGED.choose(args, "an input requires grad")(*args)
+    if torch.compiler.is_compiling():  # the torch path reads lengths on the host: one opaque call
+        return _RAGGED.registered(*args)
+    return _RAGGED.choose(args)(*args)
+
+
 def rotary_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -222,6 +311,8 @@ def rotary_attention(
     query_offset: int | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
+    cu_seqlens: torch.Tensor | None = None,
+    max_seqlen: int | None = None,
 ) -> torch.Tensor:
     """Attention with rotary positions on the first channels of queries, keys and values.
 
@@ -236,14 +327,22 @@ def rotary_attention(
         query_offset: the row of the sequence at which the queries start. Default: `Tk - Tq` if causal, else 0.
         scale: of the scores; default `D ** -0.5`.
         dropout_p: probability of dropping an attention weight (training).
+        cu_seqlens: `[S + 1]` int32, where each of S sequences starts and the last one ends; q, k and v are then
+            `[tokens, H, D]` and attend each within its own sequence; mask, query_offset and dropout_p are not served.
+        max_seqlen: the length of the longest sequence, with `cu_seqlens`; cos and sin are `[1, max_seqlen, R]`, by
+            places in a sequence. (Values of `cu_seqlens` are not looked at.)
 
     Returns:
-        `[B, Tq, H, D]`, contiguous, the dtype of `v`. A query that may attend to nothing gets the mean of all values.
+        The shape of `q`, contiguous, the dtype of `v`. A query that may attend to nothing gets the mean of all values.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices do not match.
         RuntimeError: a forced backend cannot serve.
     """
+    if cu_seqlens is not None:
+        if mask is not None or query_offset is not None or dropout_p > 0:
+            raise ValueError("mask, query_offset and dropout_p must not be given together with cu_seqlens")
+        return _ragged(q, k, v, cu_seqlens, max_seqlen, cos, sin, causal, scale)
     query_offset, scale = _prepare(q, k, v, cos, sin, mask, causal, query_offset, scale)
     args = (q, k, v, cos, sin, mask, causal, query_offset, scale)
     if dropout_p > 0:

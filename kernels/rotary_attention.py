@@ -1,0 +1,337 @@
+"""Attention that rotates queries, keys and values on their way in: one kernel, and nothing but the result is written.
+
+    x' = [x_1 * cos_1 - x_2 * sin_1, x_2 * cos_2 + x_1 * sin_2, x_rest]      for x in q, k, v, by channels
+    out = softmax(scale * q' k'^T + mask) v'
+
+x_1 and x_2 are the two halves of the rotary channels, x_rest the others.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+# The score of a key that a query may not attend to. It is finite, so that a query that may attend to nothing weighs all
+# its keys alike. The score of a key that does not exist is -inf.
+FORBIDDEN = tl.constexpr(-3.4028234663852886e38)
+
+
+@triton.jit
+def _load(ptr, strides, rows, num_rows, BOUNDED: tl.constexpr, COUNT: tl.constexpr, PAD: tl.constexpr):
+    """COUNT channels from `ptr` on of some rows, [rows, PAD]; zeros outside."""
+    channels = tl.arange(0, PAD)
+    place = rows.to(tl.int64)[:, None] * strides[0] + channels[None, :] * strides[1]
+    if BOUNDED and COUNT < PAD:
+        return tl.load(ptr + place, mask=(rows < num_rows)[:, None] & (channels < COUNT)[None, :], other=0.0)
+    elif BOUNDED:
+        return tl.load(ptr + place, mask=(rows < num_rows)[:, None], other=0.0)
+    elif COUNT < PAD:
+        return tl.load(ptr + place, mask=(channels < COUNT)[None, :], other=0.0)
+    else:
+        return tl.load(ptr + place)
+
+
+@triton.jit
+def _halves(ptr, strides, rows, num_rows, BOUNDED: tl.constexpr, HALF: tl.constexpr, HALF_PAD: tl.constexpr):
+    """Both halves of the rotary channels, each [rows, HALF_PAD]."""
+    first = _load(ptr, strides, rows, num_rows, BOUNDED, HALF, HALF_PAD)
+    second = _load(ptr + HALF * strides[1], strides, rows, num_rows, BOUNDED, HALF, HALF_PAD)
+    return first, second
+
+
+@triton.jit
+def _turned(ptr, strides, rows, num_rows, cos, sin, BOUNDED: tl.constexpr, HALF: tl.constexpr, HALF_PAD: tl.constexpr):
+    """The rotary channels, rotated in float32 and rounded: [rows, 2 * HALF_PAD], of each half HALF and then zeros."""
+    first, second = _halves(ptr, strides, rows, num_rows, BOUNDED, HALF, HALF_PAD)
+    x, y = first.to(tl.float32), second.to(tl.float32)
+    turned = tl.join(
+        (x * cos[0].to(tl.float32) - y * sin[0].to(tl.float32)).to(first.dtype),
+        (y * cos[1].to(tl.float32) + x * sin[1].to(tl.float32)).to(first.dtype),
+    )
+    return tl.reshape(tl.permute(turned, (0, 2, 1)), (rows.shape[0], 2 * HALF_PAD))
+
+
+@triton.jit
+def _attend(
+    state,
+    start,
+    queries,
+    rows,
+    inputs,
+    strides,
+    lengths,
+    scale,
+    ADDITIVE: tl.constexpr,
+    MASK_ROWS: tl.constexpr,
+    EDGE: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    HALF: tl.constexpr,
+    HALF_PAD: tl.constexpr,
+    REST: tl.constexpr,
+    REST_PAD: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One step of the online softmax, over the keys from `start` on; EDGE: the end or the diagonal may cut them."""
+    acc_turned, acc_rest, total, highest = state
+    k_ptr, v_ptr, cos_ptr, sin_ptr, mask_ptr = inputs
+    q_len, k_len, query_offset = lengths
+    keys = tl.arange(0, BLOCK_N)
+    left = k_len - start
+    begin = tl.cast(start, tl.int64)
+    k_ptr += begin * strides[0][0]
+    v_ptr += begin * strides[1][0]
+    if HALF > 0:
+        cos = _halves(cos_ptr + begin * strides[2][0], strides[2], keys, left, EDGE, HALF, HALF_PAD)
+        sin = _halves(sin_ptr + begin * strides[3][0], strides[3], keys, left, EDGE, HALF, HALF_PAD)
+        k_turned = _turned(k_ptr, strides[0], keys, left, cos, sin, EDGE, HALF, HALF_PAD)
+        scores = tl.dot(queries[0], k_turned.T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+    if REST > 0:
+        k_rest = _load(k_ptr + 2 * HALF * strides[0][1], strides[0], keys, left, EDGE, REST, REST_PAD)
+        if HALF > 0:
+            scores = tl.dot(queries[1], k_rest.T, scores, input_precision=PRECISION)
+        else:
+            scores = tl.dot(queries[1], k_rest.T, input_precision=PRECISION)
+
+    allowed = (keys < left)[None, :]
+    seen = allowed
+    if EDGE and CAUSAL:
+        seen = allowed & (start + keys[None, :] <= query_offset + rows[:, None])
+    if mask_ptr is None:
+        if EDGE:
+            scores = tl.where(seen, scores, float("-inf"))
+        new = tl.maximum(highest, tl.max(scores, 1) * scale)
+        weights = tl.exp2(scores * scale - new[:, None])
+        decay = tl.exp2(highest - new)
+    else:
+        mask_ptr += begin * strides[4][1]
+        place = keys[None, :] * strides[4][1]
+        inside = allowed
+        if MASK_ROWS:
+            place += rows.to(tl.int64)[:, None] * strides[4][0]
+            inside = allowed & (rows < q_len)[:, None]
+        if ADDITIVE:
+            bias = tl.load(mask_ptr + place, mask=inside, other=0.0).to(tl.float32)
+        else:
+            bias = tl.where(tl.load(mask_ptr + place, mask=inside, other=1), 0.0, FORBIDDEN)
+        scores = scores * scale + bias
+        if EDGE:
+            scores = tl.where(seen, scores, tl.where(allowed, FORBIDDEN, float("-inf")))
+        new = tl.maximum(highest, tl.max(scores, 1))
+        if ADDITIVE:
+            weights = tl.exp(scores - new[:, None])
+            decay = tl.exp(highest - new)
+        else:
+            weights = tl.exp2(scores - new[:, None])
+            decay = tl.exp2(highest - new)
+    total = total * decay + tl.sum(weights, 1)
+
+    # The product that waits for its operand's rotation comes last: what is in flight then ends with it.
+    weights = weights.to(v_ptr.dtype.element_ty)
+    if REST > 0:
+        v_rest = _load(v_ptr + 2 * HALF * strides[1][1], strides[1], keys, left, EDGE, REST, REST_PAD)
+        acc_rest = tl.dot(weights, v_rest, acc_rest * decay[:, None], input_precision=PRECISION)
+    if HALF > 0:
+        v_turned = _turned(v_ptr, strides[1], keys, left, cos, sin, EDGE, HALF, HALF_PAD)
+        acc_turned = tl.dot(weights, v_turned, acc_turned * decay[:, None], input_precision=PRECISION)
+    return acc_turned, acc_rest, total, new
+
+
+@triton.jit(do_not_specialize=["q_len", "k_len", "query_offset", "num_tiles", "num_heads"])
+def _rotary_attention(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    cos_ptr,  # None: nothing turns
+    sin_ptr,
+    mask_ptr,  # None: every key may be attended to
+    cu_seqlens_ptr,  # None: sequences of one length
+    out_ptr,  # contiguous
+    q_strides,  # (sequence, row, head, channel), as those of k and v
+    k_strides,
+    v_strides,
+    cos_strides,  # (sequence, key, channel)
+    sin_strides,
+    mask_strides,  # (sequence, query, key)
+    q_len,
+    k_len,
+    query_offset,
+    scale,
+    num_tiles,
+    num_heads,
+    CAUSAL: tl.constexpr,
+    ADDITIVE: tl.constexpr,
+    MASK_ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HALF: tl.constexpr,
+    HALF_PAD: tl.constexpr,
+    REST_PAD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One program: BLOCK_M queries of one head of one sequence. Those with most keys go first."""
+    REST: tl.constexpr = HEAD_DIM - 2 * HALF
+    tile = num_tiles - 1 - tl.program_id(0) % num_tiles
+    head = (tl.program_id(0) // num_tiles % num_heads).to(tl.int64)
+    sequence = (tl.program_id(0) // num_tiles // num_heads).to(tl.int64)
+    if cu_seqlens_ptr is None:
+        out_ptr += sequence * q_len * num_heads * HEAD_DIM
+    else:
+        first = tl.load(cu_seqlens_ptr + sequence).to(tl.int64)
+        q_len = (tl.load(cu_seqlens_ptr + sequence + 1) - first).to(tl.int32)
+        k_len = q_len
+        if tile * BLOCK_M >= q_len:
+            return
+        q_ptr += first * q_strides[1]
+        k_ptr += first * k_strides[1]
+        v_ptr += first * v_strides[1]
+        out_ptr += first * num_heads * HEAD_DIM
+    q_ptr += sequence * q_strides[0] + head * q_strides[2]
+    k_ptr += sequence * k_strides[0] + head * k_strides[2]
+    v_ptr += sequence * v_strides[0] + head * v_strides[2]
+    out_ptr += head * HEAD_DIM
+    if HALF > 0:
+        cos_ptr += sequence * cos_strides[0]
+        sin_ptr += sequence * sin_strides[0]
+    if mask_ptr is not None:
+        mask_ptr += sequence * mask_strides[0]
+    inputs = (k_ptr, v_ptr, cos_ptr, sin_ptr, mask_ptr)
+    strides = (
+        (k_strides[1], k_strides[3]),
+        (v_strides[1], v_strides[3]),
+        (cos_strides[1], cos_strides[2]),
+        (sin_strides[1], sin_strides[2]),
+        (mask_strides[1], mask_strides[2]),
+    )
+    lengths = (q_len, k_len, query_offset)
+
+    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    # Where all channels turn, or none does, the other part is a dummy that nothing reads.
+    q_turned, acc_turned = tl.zeros([1], tl.float32), tl.zeros([1], tl.float32)
+    q_rest, acc_rest = tl.zeros([1], tl.float32), tl.zeros([1], tl.float32)
+    row_strides = (q_strides[1], q_strides[3])
+    if HALF > 0:
+        places = query_offset + rows
+        cos = _halves(cos_ptr, strides[2], places, k_len, True, HALF, HALF_PAD)
+        sin = _halves(sin_ptr, strides[3], places, k_len, True, HALF, HALF_PAD)
+        q_turned = _turned(q_ptr, row_strides, rows, q_len, cos, sin, True, HALF, HALF_PAD)
+        acc_turned = tl.zeros([BLOCK_M, 2 * HALF_PAD], tl.float32)
+    if REST > 0:
+        q_rest = _load(q_ptr + 2 * HALF * q_strides[3], row_strides, rows, q_len, True, REST, REST_PAD)
+        acc_rest = tl.zeros([BLOCK_M, REST_PAD], tl.float32)
+    queries = (q_turned, q_rest)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    highest = tl.full([BLOCK_M], FORBIDDEN, tl.float32)
+    state = (acc_turned, acc_rest, total, highest)
+    if not ADDITIVE:  # a mask that is added to the scores would overflow
+        scale *= LOG2E
+
+    # The keys that the end or the diagonal cuts, then whole tiles. (In this order, and with the first loop not
+    # pipelined, ptxas can leave products in flight; the other way round it waits for each one.)
+    whole, end = k_len // BLOCK_N * BLOCK_N, k_len
+    if CAUSAL:
+        whole = tl.minimum(whole, (query_offset + tile * BLOCK_M + 1) // BLOCK_N * BLOCK_N)
+        end = tl.minimum(k_len, query_offset + tile * BLOCK_M + BLOCK_M)
+    for start in tl.range(whole, end, BLOCK_N, num_stages=1):
+        state = _attend(
+            state, start, queries, rows, inputs, strides, lengths, scale,
+            ADDITIVE, MASK_ROWS, True, CAUSAL, HALF, HALF_PAD, REST, REST_PAD, BLOCK_N, PRECISION,
+        )  # fmt: skip
+    for start in tl.range(0, whole, BLOCK_N):
+        state = _attend(
+            state, start, queries, rows, inputs, strides, lengths, scale,
+            ADDITIVE, MASK_ROWS, False, CAUSAL, HALF, HALF_PAD, REST, REST_PAD, BLOCK_N, PRECISION,
+        )  # fmt: skip
+    if CAUSAL and mask_ptr is not None:
+        # A query that may attend to nothing weighs the keys after it too.
+        later = tl.cdiv(end, BLOCK_N) * BLOCK_N
+        for start in tl.range(later, tl.where(tl.min(state[3], 0) > FORBIDDEN, later, k_len), BLOCK_N, num_stages=1):
+            state = _attend(
+                state, start, queries, rows, inputs, strides, lengths, scale,
+                ADDITIVE, MASK_ROWS, True, CAUSAL, HALF, HALF_PAD, REST, REST_PAD, BLOCK_N, PRECISION,
+            )  # fmt: skip
+
+    acc_turned, acc_rest, total, highest = state
+    share = (1 / total)[:, None]
+    out_ptr += rows.to(tl.int64)[:, None] * (num_heads * HEAD_DIM)
+    if HALF > 0:
+        half, channel = tl.arange(0, 2 * HALF_PAD) // HALF_PAD, tl.arange(0, 2 * HALF_PAD) % HALF_PAD
+        inside = (rows < q_len)[:, None] & (channel < HALF)[None, :]
+        tl.store(out_ptr + (half * HALF + channel)[None, :], acc_turned * share, mask=inside)
+    if REST > 0:
+        channel = tl.arange(0, REST_PAD)
+        inside = (rows < q_len)[:, None] & (channel < REST)[None, :]
+        tl.store(out_ptr + 2 * HALF + channel[None, :], acc_rest * share, mask=inside)
+
+
+# Up to so many queries share the tile of a decoding step.
+_FEW = 16
+
+
+# (BLOCK_M, BLOCK_N, num_warps, num_stages)
+def _configuration(few, dtype, width, masked, mask_rows):
+    if few:
+        return 16, 64, 4, 2
+    if mask_rows:
+        return 64, 32, 4, 2
+    if dtype == torch.float32:
+        return (64, 32, 8, 2) if width <= 64 else (32, 32, 4, 2)
+    if width <= 64:
+        return (128, 64, 8, 2) if masked else (128, 64, 4, 2)
+    return (128, 32, 8, 2)
+
+
+def rotary_attention(q, k, v, cos, sin, mask, causal, query_offset, scale, *, out):
+    """q and out `[B, Tq, H, D]`, k and v `[B, Tk, H, D]`, D at most 128; out contiguous; scale above 0.
+
+    The others as `clvp_fast.ops.rotary_attention` describes them. No length may be 0.
+    """
+    sizes = q.shape[0], q.shape[1], k.shape[1]
+    strides = q.stride(), k.stride(), v.stride()
+    few = q.shape[1] <= _FEW
+    _launch(q, k, v, cos, sin, mask, None, out, sizes, strides, causal, query_offset, scale, few)
+
+
+def rotary_attention_ragged(q, k, v, cu_seqlens, max_seqlen, cos, sin, causal, scale, *, out):
+    """q, k, v and out `[tokens, H, D]`, out contiguous; as `rotary_attention` for each of the sequences."""
+    sizes = cu_seqlens.shape[0] - 1, max_seqlen, max_seqlen
+    strides = ((0, *x.stride()) for x in (q, k, v))
+    # Few or many: the tile may not depend on the longest of the sequences.
+    _launch(q, k, v, cos, sin, None, cu_seqlens, out, sizes, strides, causal, 0, scale, few=False)
+
+
+def _launch(q, k, v, cos, sin, mask, cu_seqlens, out, sizes, strides, causal, query_offset, scale, few):
+    batch, q_len, k_len = sizes
+    num_heads, head_dim = q.shape[-2:]
+    half = 0 if cos is None else cos.shape[2] // 2
+    half_pad, rest_pad = max(8, triton.next_power_of_2(half)), max(16, triton.next_power_of_2(head_dim - 2 * half))
+    if mask is not None:
+        mask = mask[:, None] if mask.ndim == 2 else mask[:, 0]
+    mask_rows = mask is not None and mask.shape[1] > 1
+    width = 2 * half_pad * (half > 0) + rest_pad * (2 * half < head_dim)
+    block_m, block_n, num_warps, num_stages = _configuration(few, q.dtype, width, mask is not None, mask_rows)
+    num_tiles = triton.cdiv(q_len, block_m)
+    _rotary_attention[(num_tiles * num_heads * batch,)](
+        q, k, v, cos, sin, mask, cu_seqlens, out, *strides, _strides(cos), _strides(sin), _strides(mask),
+        q_len, k_len, query_offset, scale, num_tiles, num_heads,
+        CAUSAL=causal,
+        ADDITIVE=mask is not None and mask.dtype != torch.bool,
+        MASK_ROWS=mask_rows,
+        HEAD_DIM=head_dim,
+        HALF=half,
+        HALF_PAD=half_pad,
+        REST_PAD=rest_pad,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        PRECISION="tf32x3",
+        num_warps=num_warps,
+        num_stages=num_stages,
+    )  # fmt: skip
+
+
+def _strides(x):
+    """Of an input along three axes, 0 where all share one entry."""
+    if x is None:
+        return (0, 0, 0)
+    return tuple(0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True))
