@@ -5,8 +5,12 @@ Pages are `[num_pages, page_size, num_heads, head_dim]`; token t of a sequence l
 
     decode:  out[n] = softmax(scale * q[n] [K_prefix; K_own]^T) [V_prefix; V_own]  K_own ends with k_new[n], V_own alike
     prefill: causal attention within each sequence of a ragged batch
+
+Pages of float8 (e4m3) have scales `[num_heads]`: a page keeps x / scale, clamped to what the type can hold.
+`CLVP_FAST_DEBUG=1`, read once at import, makes the public functions look at the values of tables and lengths too.
 """
 
+import os
 from itertools import pairwise
 
 import torch
@@ -14,19 +18,36 @@ import torch.nn.functional as F
 
 from clvp_fast.ops.dispatch import Operator, check_same, needs_grad, shape_error
 
+FLOAT8 = torch.float8_e4m3fn
+HEAD_DIMS, PAGE_SIZES = (32, 64, 80, 96, 128), (16, 32)
+_debug = os.environ.get("CLVP_FAST_DEBUG") == "1"
 
-def _tokens(pages, table, length):
+
+def _stored(x, dtype, scale):
+    """What pages of `dtype` keep of x `[..., num_heads, head_dim]`."""
+    if scale is None:
+        return x.to(dtype)
+    limit = torch.finfo(dtype).max
+    return (x.float() / scale[:, None]).clamp(-limit, limit).to(dtype)
+
+
+def _meant(stored, dtype, scale):
+    """What stored values mean, in `dtype`; without a scale, as they are."""
+    return stored if scale is None else (stored.float() * scale[:, None]).to(dtype)
+
+
+def _tokens(pages, scale, table, length, dtype):
     """The first `length` tokens of one row of a table, `[length, num_heads, head_dim]`."""
     places = torch.arange(length, device=pages.device)
     page_size = pages.shape[1]
-    return pages[table[places // page_size].long(), places % page_size]
+    return _meant(pages[table[places // page_size].long(), places % page_size], dtype, scale)
 
 
-def _store(pages, table, places, new):
+def _store(pages, scale, table, places, new):
     """Write `new[i]` at place `places[i]` of row i of `table`."""
     page_size = pages.shape[1]
     page = table.gather(1, (places // page_size)[:, None]).squeeze(1).long()
-    pages[page, places % page_size] = new.to(pages.dtype)
+    pages[page, places % page_size] = _stored(new, pages.dtype, scale)
 
 
 def _attend_exactly(q, k, v, scale):
@@ -39,35 +60,64 @@ def _attend_exactly(q, k, v, scale):
 
 
 def decode_reference(
-    q, k_new, v_new, k_pages, v_pages, block_table, seq_lens, prefix_table, prefix_lens, prefix_index, scale
+    q,
+    k_new,
+    v_new,
+    k_pages,
+    v_pages,
+    block_table,
+    seq_lens,
+    prefix_table,
+    prefix_lens,
+    prefix_index,
+    scale,
+    k_scale=None,
+    v_scale=None,
+    arrivals=None,
 ):
     """One candidate after another."""
-    out = torch.zeros_like(q)
+    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
     page_size = k_pages.shape[1]
+    stores = (k_pages, k_scale), (v_pages, v_scale)
     for n, length in enumerate(seq_lens.tolist()):
         if length < 0:
             continue
         page, slot = int(block_table[n, length // page_size]), length % page_size
-        k_pages[page, slot], v_pages[page, slot] = k_new[n].to(k_pages.dtype), v_new[n].to(v_pages.dtype)
-        k, v = (_tokens(pages, block_table[n], length + 1) for pages in (k_pages, v_pages))
+        for (pages, s), new in zip(stores, (k_new, v_new), strict=True):
+            pages[page, slot] = _stored(new[n], pages.dtype, s)
+        k, v = (_tokens(*store, block_table[n], length + 1, torch.float32) for store in stores)
         request = -1 if prefix_index is None else int(prefix_index[n])
         if request >= 0:
-            prefix = prefix_table[request], int(prefix_lens[request])
-            k, v = (torch.cat((_tokens(pages, *prefix), own)) for pages, own in ((k_pages, k), (v_pages, v)))
+            prefix = prefix_table[request], int(prefix_lens[request]), torch.float32
+            k, v = (torch.cat((_tokens(*store, *prefix), own)) for store, own in zip(stores, (k, v), strict=True))
         out[n] = _attend_exactly(q[n : n + 1], k, v, scale)[0]
     return out
 
 
 def _decode_torch(
-    q, k_new, v_new, k_pages, v_pages, block_table, seq_lens, prefix_table, prefix_lens, prefix_index, scale
+    q,
+    k_new,
+    v_new,
+    k_pages,
+    v_pages,
+    block_table,
+    seq_lens,
+    prefix_table,
+    prefix_lens,
+    prefix_index,
+    scale,
+    k_scale=None,
+    v_scale=None,
+    arrivals=None,
 ):
-    out = torch.zeros_like(q)
+    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
     rows = (seq_lens >= 0).nonzero().squeeze(1)
     if rows.numel() == 0:
         return out
     lengths, table = seq_lens[rows].long(), block_table[rows]
-    _store(k_pages, table, lengths, k_new[rows])
-    _store(v_pages, table, lengths, v_new[rows])
+    stores = (k_pages, k_scale), (v_pages, v_scale)
+    for store, new in zip(stores, (k_new, v_new), strict=True):
+        _store(*store, table, lengths, new[rows])
 
     # Each candidate's own tokens, padded to the longest. What pads is zeroed: unused slots may hold anything, NaN too.
     page_size = k_pages.shape[1]
@@ -75,7 +125,7 @@ def _decode_torch(
     stored = torch.arange(num_pages * page_size, device=q.device) <= lengths[:, None]
     pages = table[:, :num_pages].where(stored[:, ::page_size], 0).long()
     unused = ~stored[:, :, None, None]
-    own_k, own_v = (x[pages].flatten(1, 2).to(q.dtype).masked_fill_(unused, 0) for x in (k_pages, v_pages))
+    own_k, own_v = (_meant(x[pages].flatten(1, 2), q.dtype, s).to(q.dtype).masked_fill_(unused, 0) for x, s in stores)
     q = q[rows] * scale
     wide = torch.promote_types(q.dtype, torch.float32)
     own_scores = torch.einsum("nhd,nkhd->nhk", q, own_k).to(wide).masked_fill_(~stored[:, None], -torch.inf)
@@ -87,7 +137,8 @@ def _decode_torch(
         scores, v = own_scores[members], own_v[members]
         length = 0 if request < 0 else int(prefix_lens[request])
         if length:
-            prefix_k, prefix_v = (_tokens(x, prefix_table[request], length).to(q.dtype) for x in (k_pages, v_pages))
+            prefix = prefix_table[request], length, q.dtype
+            prefix_k, prefix_v = (_tokens(*store, *prefix).to(q.dtype) for store in stores)
             prefix_scores = torch.einsum("nhd,khd->nhk", q[members], prefix_k).to(wide)
             scores = torch.cat((prefix_scores, scores), dim=-1)
         weights = scores.softmax(-1).to(q.dtype)
@@ -98,50 +149,124 @@ def _decode_torch(
     return out
 
 
-def prefill_reference(q, k, v, cu_seqlens, k_pages, v_pages, block_table, scale):
+def prefill_reference(q, k, v, cu_seqlens, k_pages, v_pages, block_table, scale, k_scale=None, v_scale=None):
     """One sequence after another."""
-    out = torch.empty_like(q)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
     page_size = k_pages.shape[1]
     bounds = cu_seqlens.tolist()
     for row, (start, end) in enumerate(pairwise(bounds)):
         for place in range(end - start):
             page, slot = int(block_table[row, place // page_size]), place % page_size
-            k_pages[page, slot] = k[start + place].to(k_pages.dtype)
-            v_pages[page, slot] = v[start + place].to(v_pages.dtype)
+            k_pages[page, slot] = _stored(k[start + place], k_pages.dtype, k_scale)
+            v_pages[page, slot] = _stored(v[start + place], v_pages.dtype, v_scale)
         out[start:end] = _attend_exactly(q[start:end], k[start:end], v[start:end], scale)
     return out
 
 
-def _prefill_torch(q, k, v, cu_seqlens, k_pages, v_pages, block_table, scale):
-    out = torch.empty_like(q)
+def _prefill_torch(q, k, v, cu_seqlens, k_pages, v_pages, block_table, scale, k_scale=None, v_scale=None):
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
     bounds = cu_seqlens.tolist()
     for row, (start, end) in enumerate(pairwise(bounds)):
         if start == end:
             continue
         places = torch.arange(end - start, device=q.device)
         table = block_table[row].expand(len(places), -1)
-        _store(k_pages, table, places, k[start:end])
-        _store(v_pages, table, places, v[start:end])
+        _store(k_pages, k_scale, table, places, k[start:end])
+        _store(v_pages, v_scale, table, places, v[start:end])
         heads_first = (x[start:end].transpose(0, 1).unsqueeze(0) for x in (q, k, v))
         out[start:end] = F.scaled_dot_product_attention(*heads_first, is_causal=True, scale=scale)[0].transpose(0, 1)
     return out
 
 
+def _contiguous_last(*tensors):
+    """The tensors, copied where neighbours along the last dimension do not lie side by side."""
+    return [x if x is None or x.shape[-1] < 2 or x.stride(-1) == 1 else x.contiguous() for x in tensors]
+
+
+def _decode_kernel(
+    q,
+    k_new,
+    v_new,
+    k_pages,
+    v_pages,
+    block_table,
+    seq_lens,
+    prefix_table,
+    prefix_lens,
+    prefix_index,
+    scale,
+    k_scale=None,
+    v_scale=None,
+    arrivals=None,
+):
+    from clvp_fast.kernels import paged_attention as kernels
+
+    num_candidates, num_heads, head_dim = q.shape
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    if out.numel() == 0:
+        return out
+    own, prefix = (0 if table is None else table.shape[1] * k_pages.shape[1] for table in (block_table, prefix_table))
+    room = num_candidates * num_heads * kernels.parts(own, prefix) * (head_dim + 2)
+    partial = torch.empty(room, dtype=torch.float32, device=q.device)
+    if arrivals is None:
+        arrivals = torch.zeros(num_candidates, num_heads, dtype=torch.int32, device=q.device)
+    rows = _contiguous_last(q, k_new, v_new)
+    tables = _contiguous_last(block_table, seq_lens, prefix_table, prefix_lens, prefix_index)
+    scales = _contiguous_last(k_scale, v_scale)
+    kernels.paged_attention_decode(
+        *rows, k_pages, v_pages, *tables, scale, *scales, out=out, partial=partial, arrivals=arrivals
+    )
+    return out
+
+
+def _prefill_kernel(q, k, v, cu_seqlens, k_pages, v_pages, block_table, scale, k_scale=None, v_scale=None):
+    from clvp_fast.kernels import paged_attention as kernels
+
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    if out.numel() == 0:
+        return out
+    *rows, block_table, k_scale, v_scale = _contiguous_last(q, k, v, cu_seqlens, block_table, k_scale, v_scale)
+    kernels.paged_prefill(*rows, k_pages, v_pages, block_table, scale, k_scale, v_scale, out=out)
+    return out
+
+
+def _unserved(q, k_pages, v_pages):
+    if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"it serves float32, float16 and bfloat16, not {q.dtype}"
+    if k_pages.dtype not in (q.dtype, FLOAT8):
+        return f"it serves pages of the dtype of q, {q.dtype}, or of {FLOAT8}, not of {k_pages.dtype}"
+    if k_pages.dtype == FLOAT8 and q.is_cuda and torch.cuda.get_device_capability(q.device) < (8, 9):
+        return f"pages of {FLOAT8} need compute capability 8.9 or newer"
+    if q.shape[2] not in HEAD_DIMS:
+        return f"it serves head_dim {', '.join(map(str, HEAD_DIMS))}, not {q.shape[2]}"
+    if k_pages.shape[1] not in PAGE_SIZES:
+        return f"it serves page_size {', '.join(map(str, PAGE_SIZES))}, not {k_pages.shape[1]}"
+    if k_pages.stride(3) != 1 or v_pages.stride() != k_pages.stride():
+        strides = f"{k_pages.stride()} and {v_pages.stride()}"
+        return f"it serves k_pages and v_pages of the same strides, the last of them 1, not {strides}"
+    return None
+
+
 _DECODE = Operator(
     "paged_attention_decode",
     "(Tensor q, Tensor k_new, Tensor v_new, Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor block_table, "
-    "Tensor seq_lens, Tensor? prefix_table, Tensor? prefix_lens, Tensor? prefix_index, float scale) -> Tensor",
+    "Tensor seq_lens, Tensor? prefix_table, Tensor? prefix_lens, Tensor? prefix_index, float scale, "
+    "Tensor? k_scale=None, Tensor? v_scale=None, Tensor(c!)? arrivals=None) -> Tensor",
     reference=decode_reference,
     torch_path=_decode_torch,
-    fake=lambda q, *others: torch.empty_like(q),
+    fake=lambda q, *others: torch.empty_like(q, memory_format=torch.contiguous_format),
+    kernel=_decode_kernel,
+    unserved=lambda q, k_new, v_new, k_pages, v_pages, *others: _unserved(q, k_pages, v_pages),
 )
 _PREFILL = Operator(
     "paged_prefill",
     "(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor block_table, "
-    "float scale) -> Tensor",
+    "float scale, Tensor? k_scale=None, Tensor? v_scale=None) -> Tensor",
     reference=prefill_reference,
     torch_path=_prefill_torch,
-    fake=lambda q, *others: torch.empty_like(q),
+    fake=lambda q, *others: torch.empty_like(q, memory_format=torch.contiguous_format),
+    kernel=_prefill_kernel,
+    unserved=lambda q, k, v, cu_seqlens, k_pages, v_pages, *others: _unserved(q, k_pages, v_pages),
 )
 
 
@@ -155,7 +280,7 @@ def _check_index(name, tensor, q, *shape):
         raise shape_error(name, "[" + ", ".join("any" if n is None else str(n) for n in shape) + "]", tensor)
 
 
-def _check(q, k, v, names, k_pages, v_pages):
+def _check(q, k, v, names, k_pages, v_pages, k_scale, v_scale):
     if q.ndim != 3:
         raise shape_error("q", "[tokens, num_heads, head_dim]", q)
     for name, tensor in zip(names, (k, v), strict=True):
@@ -168,8 +293,59 @@ def _check(q, k, v, names, k_pages, v_pages):
         raise shape_error("v_pages", f"that of k_pages, {list(k_pages.shape)}", v_pages)
     check_same("k_pages", k_pages, "q", q, dtype=False)
     check_same("v_pages", v_pages, "k_pages", k_pages)
+    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if (scale is None) == (k_pages.dtype == FLOAT8):
+            given = "missing" if scale is None else "given"
+            raise ValueError(f"{name} belongs to pages of {FLOAT8}: it is {given}, and k_pages are {k_pages.dtype}")
+        if scale is None:
+            continue
+        if scale.shape != q.shape[1:2]:
+            raise shape_error(name, f"[{q.shape[1]}]", scale)
+        if scale.dtype != torch.float32:
+            raise TypeError(f"{name} must be float32, not {scale.dtype}")
+        check_same(name, scale, "q", q, dtype=False)
     if needs_grad(q, k, v, k_pages, v_pages):
         raise RuntimeError("paged attention writes its pages and has no gradient: call it under torch.no_grad()")
+
+
+def _check_row(table_name, table, row, tokens, user, pages):
+    """In debug mode: the `tokens` that `user` has in a row of a table fit it, and lie in pages that exist."""
+    num_pages, page_size = pages.shape[:2]
+    if tokens > table.shape[1] * page_size:
+        raise IndexError(
+            f"{user} takes {tokens} slots, and {table_name} has {table.shape[1]} pages of {page_size} a row"
+        )
+    for place, page in enumerate(table[row, : -(-tokens // page_size)].tolist()):
+        if not 0 <= page < num_pages:
+            raise IndexError(f"{table_name}[{row}, {place}] must be from 0 to {num_pages - 1}, not {page}")
+
+
+def _check_decode_values(pages, block_table, seq_lens, prefix_table, prefix_lens, prefix_index):
+    active = {row: place for row, place in enumerate(seq_lens.tolist()) if place >= 0}
+    for row, place in active.items():
+        _check_row("block_table", block_table, row, place + 1, f"seq_lens[{row}] = {place}", pages)
+    if prefix_table is None:
+        return
+    index, lengths = prefix_index.tolist(), prefix_lens.tolist()
+    for row in active:
+        if not -1 <= index[row] < len(lengths):
+            raise IndexError(f"prefix_index[{row}] must be from -1 to {len(lengths) - 1}, not {index[row]}")
+    for request in sorted({index[row] for row in active} - {-1}):
+        length = lengths[request]
+        if length < 0:
+            raise ValueError(f"prefix_lens[{request}] must be 0 or more, not {length}")
+        _check_row("prefix_table", prefix_table, request, length, f"prefix_lens[{request}]", pages)
+
+
+def _check_prefill_values(num_tokens, cu_seqlens, pages, block_table):
+    bounds = cu_seqlens.tolist()
+    for name, entry, expected in (("0", bounds[0], 0), (str(len(bounds) - 1), bounds[-1], num_tokens)):
+        if entry != expected:
+            raise ValueError(f"cu_seqlens[{name}] must be {expected}, not {entry}")
+    for row, (start, end) in enumerate(pairwise(bounds)):
+        if end < start:
+            raise ValueError(f"cu_seqlens[{row + 1}] must be {start} or more, as the entry before it, not {end}")
+        _check_row("block_table", block_table, row, end - start, f"sequence {row} of cu_seqlens", pages)
 
 
 def _call(operator, args):
@@ -192,6 +368,9 @@ def paged_attention_decode(
     prefix_lens: torch.Tensor | None = None,
     prefix_index: torch.Tensor | None = None,
     scale: float | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+    arrivals: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """One decode step of N candidates: store each one's new key and value, and attend to its prefix and its own tokens.
 
@@ -206,15 +385,21 @@ def paged_attention_decode(
         prefix_lens: `[R]` int32, tokens in them.
         prefix_index: `[N]` int32, each candidate's request; -1: none. The three are given together or not at all.
         scale: of the scores; default `D ** -0.5`.
+        k_scale, v_scale: `[H]` float32, with pages of float8 and only with them: a page keeps `x / scale`, clamped.
+        arrivals: `[N, H]` int32 zeros, which are zeros again afterwards: counters of the kernel, for one call at a
+            time. Without them it makes its own, which costs a second, tiny launch.
 
     Returns:
         `[N, H, D]`, the dtype of `q`.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes or devices do not match (values are not looked at).
+        ValueError, TypeError: shapes, dtypes or devices do not match. Values are not looked at: the kernel leaves out
+            what lies in pages that do not exist or past the tables, and touches no other memory.
+        IndexError, ValueError: in debug mode (`CLVP_FAST_DEBUG=1`; it waits for the device), a page in use does not
+            exist, a length passes its table, or a request is unknown.
         RuntimeError: an argument requires grad, or a forced backend cannot serve.
     """
-    _check(q, k_new, v_new, ("k_new", "v_new"), k_pages, v_pages)
+    _check(q, k_new, v_new, ("k_new", "v_new"), k_pages, v_pages, k_scale, v_scale)
     num_candidates = q.shape[0]
     _check_index("block_table", block_table, q, num_candidates, None)
     _check_index("seq_lens", seq_lens, q, num_candidates)
@@ -224,9 +409,15 @@ def paged_attention_decode(
         _check_index("prefix_table", prefix_table, q, None, None)
         _check_index("prefix_lens", prefix_lens, q, prefix_table.shape[0])
         _check_index("prefix_index", prefix_index, q, num_candidates)
+    if arrivals is not None:
+        _check_index("arrivals", arrivals, q, num_candidates, q.shape[1])
+        if not arrivals.is_contiguous():
+            raise ValueError(f"arrivals must be contiguous, not of strides {arrivals.stride()}")
     scale = q.shape[2] ** -0.5 if scale is None else scale
     tables = (block_table, seq_lens, prefix_table, prefix_lens, prefix_index)
-    return _call(_DECODE, (q, k_new, v_new, k_pages, v_pages, *tables, scale))
+    if _debug and not torch.compiler.is_compiling():
+        _check_decode_values(k_pages, *tables)
+    return _call(_DECODE, (q, k_new, v_new, k_pages, v_pages, *tables, scale, k_scale, v_scale, arrivals))
 
 
 def paged_prefill(
@@ -239,6 +430,8 @@ def paged_prefill(
     block_table: torch.Tensor,
     *,
     scale: float | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention within each sequence of a ragged batch; their keys and values are stored from place 0 on.
 
@@ -249,15 +442,18 @@ def paged_prefill(
         k_pages, v_pages: `[num_pages, page_size, H, D]`, of one dtype.
         block_table: `[S, max_pages]` int32, the pages of each sequence.
         scale: of the scores; default `D ** -0.5`.
+        k_scale, v_scale: as for `paged_attention_decode`; the attention itself takes k and v as they are.
 
     Returns:
         `[T, H, D]`, the dtype of `q`.
 
     Raises:
-        As `paged_attention_decode`.
+        As `paged_attention_decode`; in debug mode also where `cu_seqlens` does not ascend from 0 to T.
     """
-    _check(q, k, v, ("k", "v"), k_pages, v_pages)
+    _check(q, k, v, ("k", "v"), k_pages, v_pages, k_scale, v_scale)
     _check_index("block_table", block_table, q, None, None)
     _check_index("cu_seqlens", cu_seqlens, q, block_table.shape[0] + 1)
     scale = q.shape[2] ** -0.5 if scale is None else scale
-    return _call(_PREFILL, (q, k, v, cu_seqlens, k_pages, v_pages, block_table, scale))
+    if _debug and not torch.compiler.is_compiling():
+        _check_prefill_values(len(q), cu_seqlens, k_pages, block_table)
+    return _call(_PREFILL, (q, k, v, cu_seqlens, k_pages, v_pages, block_table, scale, k_scale, v_scale))

@@ -1,0 +1,610 @@
+"""Attention over keys and values in pages: one decode step with its append, and prefill with its stores.
+
+    decode:  out[n] = softmax(scale * q[n] [K_prefix; K_own]^T) [V_prefix; V_own]  K_own ends with k_new[n], V_own alike
+    prefill: causal attention within each sequence of a ragged batch, whose keys and values are stored from place 0 on
+
+q, k, v `[rows, heads, head_dim]` of float32, float16 or bfloat16; pages `[num_pages, page_size, heads, head_dim]` of
+that type, or float8 (e4m3) with a scale a head: value = stored * scale. Sums, softmax and partial results are float32.
+
+**Decode is one launch.** A program is a tile of 16 queries of one head and at most `SPLIT` keys; one warp for up to 64
+channels of a 2-byte type. Own programs hold one candidate, in the tile's first row; the one that ends a candidate's own
+keys starts from the new key, in registers, and stores it: nobody reads the place that is written. Prefix programs hold
+16 consecutive candidates and walk through the requests among them, so that grouped candidates share each key that is
+read, and any other order is right as well. The last program to finish a candidate's head, told by an arrival counter
+that it sets back to 0, merges the parts in the order of their keys. Tiles and splits do not depend on the batch, and
+the rows of a tile do not touch: a candidate's bits are the same alone and in any company.
+
+Why a tile of 16 rows for one query: memory is the limit, and `mma` takes its operands from shared memory, which
+asynchronous copies fill without passing through registers (counted: 24 KB a warp and 8 warps a multiprocessor, six
+times what 4.3 TB/s need at 1 us of latency). One warp needs no barrier within a tile, and its weights stay in registers
+between the two products; the 15 idle rows are matrix work that nobody waits for (410 instructions for 8 KB of keys and
+values: a quarter of the issue slots in the time they take to arrive). wgmma would need 64 rows. The page numbers of a
+part are read once, at its start, and wait in registers. Heads are the fastest index of the grid: the rows of a token,
+contiguous over heads, are fetched by neighbours at one time.
+
+Bytes that must move (counted, 2-byte types, H heads of D): own keys and values once, 4*H*D a token; q, k_new, v_new,
+out and the stored token, 12*H*D a candidate; a prefix once from memory, and from the L2 cache once per 16 candidates.
+Partial results add 8*H*(D + 2) a part of 256 keys, 0.8 %, half of it read back from the L2 cache. For 256 candidates of
+350 own tokens in the mean, 16 heads of 64, and one prefix of 410: 367 MB of own keys and values, 3 MB of rows, 1.7 MB
+of prefix (27 MB from the L2 cache).
+
+**Prefill is one launch.** A program is a tile of 64 queries of one head (wgmma on sm_90; 32 in float32 from 64 channels
+on). It attends to the keys of its sequence up to the diagonal, straight from q, k and v, and stores the keys and values
+of its own rows. Sequence s takes the tiles from number `cu_seqlens[s] // 64 + s` on, which a program finds on the
+device: at most one program a sequence and head is in vain, and the host knows no length. The longest tiles of a
+sequence start first.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+LOG2E = 1.4426950408889634
+NONE = tl.constexpr(2**31 - 1)
+FLOAT8_MAX = tl.constexpr(448.0)
+# Sizes that one compiled kernel serves whatever they are.
+_DECODE_SIZES = [
+    "num_candidates",
+    "num_requests",
+    "num_pages",
+    "own_capacity",
+    "prefix_capacity",
+    "own_splits",
+    "prefix_splits",
+]
+_PREFILL_SIZES = ["num_tokens", "num_sequences", "num_slots", "num_pages", "capacity"]
+
+
+@triton.jit
+def _stored(x, scale, dtype: tl.constexpr, FLOAT8: tl.constexpr):
+    """What a page keeps of x."""
+    if FLOAT8:
+        x = tl.clamp(tl.div_rn(x.to(tl.float32), scale), -FLOAT8_MAX, FLOAT8_MAX)
+    return x.to(dtype)
+
+
+@triton.jit
+def _update(q, k, v, allowed, scale, top, total, mixed, PRECISION: tl.constexpr):
+    """One step of the online softmax, in base 2: largest score, sum of weights, weighted values."""
+    scores = tl.dot(q, k, input_precision=PRECISION) * scale  # [BLOCK_M, BLOCK_N]
+    scores = tl.where(allowed, scores, -float("inf"))
+    new_top = tl.maximum(top, tl.max(scores, 1))
+    # A row that has seen no key yet keeps weights of 0, not NaN.
+    origin = tl.where(new_top == -float("inf"), 0.0, new_top)
+    weights = tl.exp2(scores - origin[:, None])
+    shrink = tl.exp2(top - origin)
+    total = total * shrink + tl.sum(weights, 1)
+    mixed = mixed * shrink[:, None]
+    mixed = tl.dot(weights.to(v.dtype), v, mixed, input_precision=PRECISION)  # [BLOCK_M, BLOCK_D]
+    return new_top, total, mixed
+
+
+@triton.jit
+def _lengths(
+    rows,
+    real,
+    seq_lens_ptr,
+    prefix_index_ptr,
+    prefix_lens_ptr,
+    num_requests,
+    own_capacity,
+    prefix_capacity,
+    own_splits,
+    SPLIT: tl.constexpr,
+    HAS_PREFIX: tl.constexpr,
+):
+    """Of candidates (one or a tile): stored own tokens (negative: idle), own parts, request, tokens of its prefix."""
+    places = tl.load(seq_lens_ptr + rows, mask=real, other=-1)
+    own_parts = tl.minimum(tl.minimum(places, own_capacity) // SPLIT + 1, own_splits)
+    request = places * 0 - 1
+    prefix_lengths = places * 0
+    if HAS_PREFIX:
+        request = tl.load(prefix_index_ptr + rows, mask=places >= 0, other=-1)
+        known = (request >= 0) & (request < num_requests)
+        prefix_lengths = tl.load(prefix_lens_ptr + request, mask=known, other=0)
+        prefix_lengths = tl.minimum(tl.maximum(prefix_lengths, 0), prefix_capacity)
+    return places, own_parts, request, prefix_lengths
+
+
+@triton.jit(do_not_specialize=_DECODE_SIZES)
+def paged_attention_decode_kernel(
+    q_ptr,
+    k_new_ptr,
+    v_new_ptr,
+    k_pages_ptr,
+    v_pages_ptr,
+    block_table_ptr,
+    seq_lens_ptr,
+    prefix_table_ptr,
+    prefix_lens_ptr,
+    prefix_index_ptr,
+    k_scale_ptr,
+    v_scale_ptr,
+    out_ptr,
+    partial_ptr,
+    arrivals_ptr,
+    num_candidates,
+    num_requests,
+    num_pages,
+    own_capacity,  # tokens
+    prefix_capacity,
+    own_splits,
+    prefix_splits,
+    scale,
+    q_row,
+    q_head,
+    k_row,
+    k_head,
+    v_row,
+    v_head,
+    page_stride,
+    token_stride,
+    head_stride,
+    own_row,
+    prefix_row,
+    NUM_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SPLIT: tl.constexpr,
+    HAS_PREFIX: tl.constexpr,
+    ONE_PART: tl.constexpr,
+    FLOAT8: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    num_parts = own_splits + prefix_splits
+    head = tl.program_id(0) % NUM_HEADS
+    work = tl.program_id(0) // NUM_HEADS
+    lanes = tl.arange(0, BLOCK_M)
+    dims = tl.arange(0, BLOCK_D)
+    in_head = dims < HEAD_DIM
+
+    # What row i of the tile attends to: the keys of this part in row `lists[i]` of a table, or nothing.
+    prefix_works = tl.cdiv(num_candidates, BLOCK_M) * prefix_splits
+    own = work >= prefix_works
+    if own:
+        first_row = (work - prefix_works) // own_splits
+        part = (work - prefix_works) % own_splits
+        place, own_part, _own_request, prefix_length = _lengths(
+            first_row,
+            True,
+            seq_lens_ptr,
+            prefix_index_ptr,
+            prefix_lens_ptr,
+            num_requests,
+            own_capacity,
+            prefix_capacity,
+            own_splits,
+            SPLIT,
+            HAS_PREFIX,
+        )
+        if (place < 0) & (part == 0):
+            idle_ptr = out_ptr + (first_row.to(tl.int64) * NUM_HEADS + head) * HEAD_DIM
+            tl.store(idle_ptr + dims, tl.zeros([BLOCK_D], out_ptr.dtype.element_ty), mask=in_head)
+        lists = tl.where((lanes == 0) & (place >= 0) & (part < own_part), first_row, NONE)
+        own_parts = tl.full([BLOCK_M], 0, tl.int32) + own_part
+        prefix_parts = tl.full([BLOCK_M], 0, tl.int32) + tl.cdiv(prefix_length, SPLIT)
+        appends = part == own_part - 1
+        begin = part * SPLIT
+        table_ptr = block_table_ptr
+        table_row = own_row
+        lengths_ptr = seq_lens_ptr
+        capacity = own_capacity
+    else:
+        first_row = work // prefix_splits * BLOCK_M
+        part = own_splits + work % prefix_splits
+        begin = (part - own_splits) * SPLIT
+        candidates = first_row + lanes
+        _places, own_parts, request, prefix_lengths = _lengths(
+            candidates,
+            candidates < num_candidates,
+            seq_lens_ptr,
+            prefix_index_ptr,
+            prefix_lens_ptr,
+            num_requests,
+            own_capacity,
+            prefix_capacity,
+            own_splits,
+            SPLIT,
+            HAS_PREFIX,
+        )
+        lists = tl.where(begin < prefix_lengths, request, NONE)
+        prefix_parts = tl.cdiv(prefix_lengths, SPLIT)
+        place = -1
+        appends = False
+        table_ptr = prefix_table_ptr
+        table_row = prefix_row
+        lengths_ptr = prefix_lens_ptr
+        capacity = prefix_capacity
+    current = tl.min(lists)
+    if current == NONE:
+        return
+
+    if FLOAT8:
+        k_scale = tl.load(k_scale_ptr + head)
+        v_scale = tl.load(v_scale_ptr + head)
+        scale *= k_scale
+    else:
+        k_scale = 1.0
+        v_scale = 1.0
+    rows = (first_row + lanes).to(tl.int64)
+    works = lists != NONE
+    row_mask = works[:, None] & in_head[None, :]
+    q = tl.load(q_ptr + rows[:, None] * q_row + head * q_head + dims[None, :], mask=row_mask, other=0.0)
+    k_pages_ptr += head * head_stride
+    v_pages_ptr += head * head_stride
+
+    top = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    mixed = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    if appends:
+        # The new token opens the softmax of the program that ends the own keys, and is stored by it.
+        new_row = first_row.to(tl.int64)
+        k_new = tl.load(k_new_ptr + new_row * k_row + head * k_head + dims, mask=in_head, other=0.0)
+        v_new = tl.load(v_new_ptr + new_row * v_row + head * v_head + dims, mask=in_head, other=0.0)
+        k_new = _stored(k_new, k_scale, k_pages_ptr.dtype.element_ty, FLOAT8)
+        v_new = _stored(v_new, v_scale, v_pages_ptr.dtype.element_ty, FLOAT8)
+        new_page_ptr = block_table_ptr + new_row * own_row + place // PAGE_SIZE
+        new_page = tl.load(new_page_ptr, mask=place < own_capacity, other=-1)
+        if (new_page >= 0) & (new_page < num_pages):
+            new_at = new_page.to(tl.int64) * page_stride + place % PAGE_SIZE * token_stride
+            tl.store(k_pages_ptr + new_at + dims, k_new, mask=in_head)
+            tl.store(v_pages_ptr + new_at + dims, v_new, mask=in_head)
+        first = lanes == 0
+        new_score = tl.sum(q.to(tl.float32) * k_new.to(tl.float32)[None, :], 1) * scale
+        top = tl.where(first, new_score, top)
+        total = tl.where(first, 1.0, total)
+        mixed += tl.where(first[:, None], v_new.to(tl.float32)[None, :], 0.0)  # [BLOCK_M, BLOCK_D]
+
+    tile = tl.arange(0, BLOCK_N)
+    in_page = (tile % PAGE_SIZE * token_stride)[:, None] + dims[None, :]
+    while current < NONE:
+        length = tl.minimum(tl.load(lengths_ptr + current), capacity)
+        pages_ptr = table_ptr + current.to(tl.int64) * table_row
+        chosen = lists == current
+        end = tl.minimum(length, begin + SPLIT)
+        # Keys count up to the first page that does not exist.
+        entries = begin // PAGE_SIZE + tl.arange(0, SPLIT // PAGE_SIZE)
+        listed = tl.load(pages_ptr + entries, mask=entries * PAGE_SIZE < end, other=0)
+        broken = (listed < 0) | (listed >= num_pages)
+        end = tl.minimum(end, tl.min(tl.where(broken, entries * PAGE_SIZE, NONE)))
+        # Tiles are whole pages: a key's slot is the same in each of them.
+        for start in range(begin, end, BLOCK_N):
+            there = tile < end - start
+            page = tl.gather(listed, (start - begin + tile) // PAGE_SIZE, 0)
+            at = (page.to(tl.int64) * page_stride)[:, None] + in_page
+            there_mask = there[:, None] & in_head[None, :]
+            k = tl.load(k_pages_ptr + at, mask=there_mask, other=0.0)
+            v = tl.load(v_pages_ptr + at, mask=there_mask, other=0.0)
+            allowed = chosen[:, None] & there[None, :]
+            top, total, mixed = _update(
+                q, tl.trans(k.to(q.dtype)), v.to(q.dtype), allowed, scale, top, total, mixed, PRECISION
+            )
+        current = tl.min(tl.where(lists > current, lists, NONE))
+    mixed *= v_scale
+
+    out_at = (rows * NUM_HEADS + head)[:, None] * HEAD_DIM + dims[None, :]
+    if ONE_PART:
+        tl.store(out_ptr + out_at, mixed / tl.where(works, total, 1.0)[:, None], mask=row_mask)
+        return
+    # [num_candidates, heads, num_parts] rows of head_dim values, then their largest scores, then their sums.
+    counters = rows * NUM_HEADS + head
+    first_part = counters * num_parts
+    all_parts = num_candidates.to(tl.int64) * NUM_HEADS * num_parts
+    top_ptr = partial_ptr + all_parts * HEAD_DIM
+    total_ptr = top_ptr + all_parts
+    part_at = first_part + part
+    tl.store(partial_ptr + part_at[:, None] * HEAD_DIM + dims[None, :], mixed, mask=row_mask)
+    tl.store(top_ptr + part_at, top, mask=works)
+    tl.store(total_ptr + part_at, total, mask=works)
+    # All threads' stores come before the counter's release, and its acquire before all threads' loads.
+    tl.debug_barrier()
+    arrived = tl.atomic_add(arrivals_ptr + counters, 1, mask=works, sem="acq_rel")
+    last = works & (arrived == own_parts + prefix_parts - 1)
+    if tl.max(last.to(tl.int32)) == 0:
+        return
+    tl.debug_barrier()
+    tl.store(arrivals_ptr + counters, 0, mask=last)
+    top = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    mixed = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for other in tl.range(0, num_parts, num_stages=1, loop_unroll_factor=1):
+        filled = last & tl.where(other < own_splits, other < own_parts, other - own_splits < prefix_parts)
+        at = first_part + other
+        # From the L2 cache: the L1 cache of this multiprocessor may be older.
+        part_top = tl.load(top_ptr + at, mask=filled, other=-float("inf"), cache_modifier=".cg")
+        part_total = tl.load(total_ptr + at, mask=filled, other=0.0, cache_modifier=".cg")
+        part_mixed = tl.load(
+            partial_ptr + at[:, None] * HEAD_DIM + dims[None, :],
+            mask=filled[:, None] & in_head[None, :],
+            other=0.0,
+            cache_modifier=".cg",
+        )
+        new_top = tl.maximum(top, part_top)
+        origin = tl.where(new_top == -float("inf"), 0.0, new_top)
+        shrink = tl.exp2(top - origin)
+        part_shrink = tl.exp2(part_top - origin)
+        total = total * shrink + part_total * part_shrink
+        mixed = mixed * shrink[:, None] + part_mixed * part_shrink[:, None]
+        top = new_top
+    tl.store(out_ptr + out_at, mixed / tl.where(last, total, 1.0)[:, None], mask=last[:, None] & in_head[None, :])
+
+
+@triton.jit(do_not_specialize=_PREFILL_SIZES)
+def paged_prefill_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    cu_seqlens_ptr,
+    k_pages_ptr,
+    v_pages_ptr,
+    block_table_ptr,
+    k_scale_ptr,
+    v_scale_ptr,
+    out_ptr,
+    num_tokens,
+    num_sequences,
+    num_slots,
+    num_pages,
+    capacity,  # tokens
+    scale,
+    q_row,
+    q_head,
+    k_row,
+    k_head,
+    v_row,
+    v_head,
+    page_stride,
+    token_stride,
+    head_stride,
+    table_row,
+    NUM_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    FLOAT8: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    head = tl.program_id(0) % NUM_HEADS
+    slot = num_slots - 1 - tl.program_id(0) // NUM_HEADS
+    found = 0
+    for first in range(0, num_sequences, 128):
+        sequences = first + tl.arange(0, 128)
+        starts = tl.load(cu_seqlens_ptr + sequences, mask=sequences < num_sequences, other=0)
+        found += tl.sum(((sequences < num_sequences) & (starts // BLOCK_M + sequences <= slot)).to(tl.int32))
+    if found == 0:
+        return
+    sequence = found - 1
+    start = tl.load(cu_seqlens_ptr + sequence)
+    length = tl.minimum(tl.load(cu_seqlens_ptr + sequence + 1), num_tokens) - start
+    first = (slot - start // BLOCK_M - sequence) * BLOCK_M
+    if (first >= length) | (start < 0):
+        return
+
+    dims = tl.arange(0, BLOCK_D)
+    in_head = dims < HEAD_DIM
+    places = first + tl.arange(0, BLOCK_M)
+    rows = (start + places).to(tl.int64)
+    row_mask = (places < length)[:, None] & in_head[None, :]
+    q = tl.load(q_ptr + rows[:, None] * q_row + head * q_head + dims[None, :], mask=row_mask, other=0.0)
+    k_ptr += start.to(tl.int64) * k_row + head * k_head
+    v_ptr += start.to(tl.int64) * v_row + head * v_head
+
+    top = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    mixed = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for key in range(0, tl.minimum(first + BLOCK_M, length), BLOCK_N):
+        keys = key + tl.arange(0, BLOCK_N)
+        in_sequence = keys < length
+        k_at = keys.to(tl.int64) * k_row
+        v_at = keys.to(tl.int64) * v_row
+        k = tl.load(k_ptr + k_at[None, :] + dims[:, None], mask=in_sequence[None, :] & in_head[:, None], other=0.0)
+        v = tl.load(v_ptr + v_at[:, None] + dims[None, :], mask=in_sequence[:, None] & in_head[None, :], other=0.0)
+        # Rows past the end of the sequence see its last key: their results are not stored, and are no NaN.
+        allowed = (keys[None, :] <= places[:, None]) & in_sequence[None, :]
+        top, total, mixed = _update(q, k, v, allowed, scale, top, total, mixed, PRECISION)
+    out_at = (rows * NUM_HEADS + head)[:, None] * HEAD_DIM + dims[None, :]
+    tl.store(out_ptr + out_at, mixed / total[:, None], mask=row_mask)
+
+    if FLOAT8:
+        k_scale = tl.load(k_scale_ptr + head)
+        v_scale = tl.load(v_scale_ptr + head)
+    else:
+        k_scale = 1.0
+        v_scale = 1.0
+    stored = (places < length) & (places < capacity)
+    table_ptr = block_table_ptr + sequence.to(tl.int64) * table_row
+    page = tl.load(table_ptr + places // PAGE_SIZE, mask=stored, other=-1)
+    page_mask = ((page >= 0) & (page < num_pages))[:, None] & in_head[None, :]
+    k = tl.load(k_ptr + places.to(tl.int64)[:, None] * k_row + dims[None, :], mask=page_mask, other=0.0)
+    v = tl.load(v_ptr + places.to(tl.int64)[:, None] * v_row + dims[None, :], mask=page_mask, other=0.0)
+    at = (page.to(tl.int64) * page_stride + places % PAGE_SIZE * token_stride + head * head_stride)[:, None] + dims[
+        None, :
+    ]
+    k = _stored(k, k_scale, k_pages_ptr.dtype.element_ty, FLOAT8)
+    v = _stored(v, v_scale, v_pages_ptr.dtype.element_ty, FLOAT8)
+    tl.store(k_pages_ptr + at, k, mask=page_mask)
+    tl.store(v_pages_ptr + at, v, mask=page_mask)
+
+
+# Keys that one program of a decode step attends to, at most: part of the numerics, so one for all types and devices.
+SPLIT = 256
+# Chosen 2026-11-21 by compiling, not by timing: no spilled register on sm_80, sm_90 and sm_100 (docs/kernels.md).
+# (bytes of an element of q, channels of a tile): keys of a tile, warps, stages
+_DECODE = {
+    (2, 32): (32, 1, 5),
+    (2, 64): (32, 1, 4),
+    (2, 128): (32, 2, 4),
+    (4, 32): (32, 1, 4),
+    (4, 64): (32, 2, 3),
+    (4, 128): (32, 4, 3),
+}
+# The same: queries of a tile (64 rows are one wgmma), keys of a tile, warps, stages
+_PREFILL = {
+    (2, 32): (64, 64, 4, 3),
+    (2, 64): (64, 64, 4, 3),
+    (2, 128): (64, 64, 8, 3),
+    (4, 32): (64, 32, 4, 2),
+    (4, 64): (32, 32, 4, 2),
+    (4, 128): (32, 32, 8, 2),
+}
+
+
+def splits(tokens: int) -> int:
+    """Programs that share the keys of a page table of `tokens` slots."""
+    return triton.cdiv(tokens, SPLIT)
+
+
+def parts(own_tokens: int, prefix_tokens: int) -> int:
+    """Partial results of a candidate's head, at most, for tables of so many slots (no prefix: 0)."""
+    return max(splits(own_tokens), 1) + splits(prefix_tokens)
+
+
+def _precision(dtype: torch.dtype) -> str:
+    return "tf32x3" if dtype == torch.float32 else "tf32"
+
+
+def paged_attention_decode(
+    q: torch.Tensor,
+    k_new: torch.Tensor,
+    v_new: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    prefix_table: torch.Tensor | None,
+    prefix_lens: torch.Tensor | None,
+    prefix_index: torch.Tensor | None,
+    scale: float,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+    *,
+    out: torch.Tensor,
+    partial: torch.Tensor,
+    arrivals: torch.Tensor,
+) -> None:
+    """Append and attend, as `clvp_fast.ops.paged_attention_decode`; the last dimension of everything is contiguous.
+
+    `out` `[N, H, D]` contiguous. Where `parts(...)` of the two tables is above 1, `partial` has at least
+    `N * H * parts * (D + 2)` float32, and `arrivals` `[N, H]` int32 zeros, which are zeros again afterwards.
+    """
+    num_candidates, num_heads, head_dim = q.shape
+    num_pages, page_size = k_pages.shape[:2]
+    block_d = triton.next_power_of_2(head_dim)
+    block_n, num_warps, num_stages = _DECODE[q.element_size(), block_d]
+    own_capacity = block_table.shape[1] * page_size
+    prefix_capacity, num_requests, prefix_row = 0, 0, 0
+    if prefix_table is not None:
+        num_requests, prefix_row = prefix_table.shape[0], prefix_table.stride(0)
+        prefix_capacity = prefix_table.shape[1] * page_size
+    own_splits, prefix_splits = max(splits(own_capacity), 1), splits(prefix_capacity)
+    rows = 16
+    works = num_candidates * own_splits + triton.cdiv(num_candidates, rows) * prefix_splits
+    paged_attention_decode_kernel[(works * num_heads,)](
+        q,
+        k_new,
+        v_new,
+        k_pages,
+        v_pages,
+        block_table,
+        seq_lens,
+        # Absent arguments are never read.
+        block_table if prefix_table is None else prefix_table,
+        seq_lens if prefix_lens is None else prefix_lens,
+        seq_lens if prefix_index is None else prefix_index,
+        k_scale,
+        v_scale,
+        out,
+        partial,
+        arrivals,
+        num_candidates,
+        num_requests,
+        num_pages,
+        own_capacity,
+        prefix_capacity,
+        own_splits,
+        prefix_splits,
+        scale * LOG2E,
+        *q.stride()[:2],
+        *k_new.stride()[:2],
+        *v_new.stride()[:2],
+        *k_pages.stride()[:3],
+        block_table.stride(0),
+        prefix_row,
+        NUM_HEADS=num_heads,
+        HEAD_DIM=head_dim,
+        BLOCK_D=block_d,
+        PAGE_SIZE=page_size,
+        BLOCK_M=rows,
+        BLOCK_N=block_n,
+        SPLIT=SPLIT,
+        HAS_PREFIX=prefix_table is not None,
+        ONE_PART=own_splits + prefix_splits == 1,
+        FLOAT8=k_scale is not None,
+        PRECISION=_precision(q.dtype),
+        num_warps=num_warps,
+        num_stages=num_stages,
+    )
+
+
+def paged_prefill(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    block_table: torch.Tensor,
+    scale: float,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+    *,
+    out: torch.Tensor,
+) -> None:
+    """Causal attention and stores, as `clvp_fast.ops.paged_prefill`; the last dimension of everything is contiguous.
+
+    `out` `[T, H, D]` contiguous.
+    """
+    num_tokens, num_heads, head_dim = q.shape
+    num_pages, page_size = k_pages.shape[:2]
+    num_sequences = block_table.shape[0]
+    block_d = triton.next_power_of_2(head_dim)
+    block_m, block_n, num_warps, num_stages = _PREFILL[q.element_size(), block_d]
+    num_slots = num_tokens // block_m + num_sequences
+    paged_prefill_kernel[(num_slots * num_heads,)](
+        q,
+        k,
+        v,
+        cu_seqlens,
+        k_pages,
+        v_pages,
+        block_table,
+        k_scale,
+        v_scale,
+        out,
+        num_tokens,
+        num_sequences,
+        num_slots,
+        num_pages,
+        block_table.shape[1] * page_size,
+        scale * LOG2E,
+        *q.stride()[:2],
+        *k.stride()[:2],
+        *v.stride()[:2],
+        *k_pages.stride()[:3],
+        block_table.stride(0),
+        NUM_HEADS=num_heads,
+        HEAD_DIM=head_dim,
+        BLOCK_D=block_d,
+        PAGE_SIZE=page_size,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        FLOAT8=k_scale is not None,
+        PRECISION=_precision(q.dtype),
+        num_warps=num_warps,
+        num_stages=num_stages,
+    )
