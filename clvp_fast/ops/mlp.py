@@ -119,9 +119,67 @@ def _fake(x, w_in, b_in, w_out, b_out, residual, activation):
     return x.new_empty((*x.shape[:-1], w_out.shape[0]))
 
 
+def _unserved(x, w_in, b_in, w_out, b_out, residual, activation):
+    from clvp_fast.kernels.mlp import ACTIVATIONS as SERVED
+
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"x must be float32, float16 or bfloat16, not {x.dtype}"
+    if activation not in SERVED:
+        return f"activation must be one of {', '.join(SERVED)}, not {activation!r}"
+    return None
+
+
+def _rows(x):
+    """`[rows, width]` with columns at stride 1: a view where there is one."""
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _kernel(x, w_in, b_in, w_out, b_out, residual, activation, gated):
+    from clvp_fast.kernels import mlp
+
+    outer, inner = w_out.shape
+    out = x.new_empty((*x.shape[:-1], outer))
+    if out.numel() == 0:
+        return out
+    flat = _rows(x)
+    scratch = mlp.workspace(len(flat), outer, inner, x.element_size())
+    mlp.mlp(
+        flat,
+        w_in,
+        b_in.contiguous(),
+        w_out,
+        b_out.contiguous(),
+        None if residual is None else _rows(residual),
+        activation,
+        gated,
+        hidden=x.new_empty(len(flat), inner),
+        out=out.view(-1, outer),
+        partial=x.new_empty(scratch.partial, dtype=torch.float32) if scratch.partial else None,
+        arrivals=x.new_empty(scratch.arrivals, dtype=torch.int32) if scratch.arrivals else None,
+    )
+    return out
+
+
 _SCHEMA = "(Tensor x, Tensor w_in, Tensor b_in, Tensor w_out, Tensor b_out, Tensor? residual, str activation) -> Tensor"
-_GELU = Operator("gelu_mlp", _SCHEMA, reference=gelu_reference, torch_path=_gelu_torch, fake=_fake)
-_GEGLU = Operator("geglu_mlp", _SCHEMA, reference=geglu_reference, torch_path=_geglu_torch, fake=_fake)
+_GELU = Operator(
+    "gelu_mlp",
+    _SCHEMA,
+    reference=gelu_reference,
+    torch_path=_gelu_torch,
+    fake=_fake,
+    kernel=lambda *args: _kernel(*args, gated=False),
+    unserved=_unserved,
+)
+_GEGLU = Operator(
+    "geglu_mlp",
+    _SCHEMA,
+    reference=geglu_reference,
+    torch_path=_geglu_torch,
+    fake=_fake,
+    kernel=lambda *args: _kernel(*args, gated=True),
+    unserved=_unserved,
+)
 
 
 def _check(x, w_in, b_in, w_out, b_out, residual, activation, halves):

@@ -1,0 +1,42 @@
+"""Every configuration of the feed-forward kernels: regimes by rows, types, gated or not, layouts of the weights."""
+
+import torch
+from clvp_fast.kernels import mlp
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+ENCODER = dict(width=768, inner=1536, outer=768, activation="gelu", gated=True)
+DECODER = dict(width=1024, inner=4096, outer=1024, activation="gelu_new", gated=False)
+
+
+def _call(rows, dtype, width, inner, outer, activation, gated, conv=False, residual=True):
+    def empty(*shape, dtype=dtype):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def weight(out, depth):
+        return empty(depth, out).t() if conv else empty(out, depth)
+
+    def thunk():
+        needed = mlp.workspace(rows, outer, inner, dtype.itemsize)
+        mlp.mlp(
+            empty(rows, width), weight(inner * (1 + gated), width), empty(inner * (1 + gated)), weight(outer, inner),
+            empty(outer), empty(rows, outer) if residual else None, activation, gated,
+            hidden=empty(rows, inner), out=empty(rows, outer), partial=empty(needed.partial, dtype=FP32),
+            arrivals=empty(needed.arrivals, dtype=torch.int32),
+        )  # fmt: skip
+
+    return thunk
+
+
+def calls():
+    for name, model in (("gelu_mlp", DECODER), ("geglu_mlp", ENCODER)):
+        yield f"{name} bfloat16, many rows", _call(128_000, BF16, **model)
+        yield f"{name} float16, many rows", _call(128_000, FP16, **model)
+        yield f"{name} float32, many rows", _call(128_000, FP32, **model)
+        yield f"{name} bfloat16, 3200 rows", _call(3200, BF16, **model)
+    for rows in (1, 32, 64, 256):
+        yield f"gelu_mlp bfloat16, {rows} rows", _call(rows, BF16, **DECODER)
+    for rows in (16, 256, 3200):
+        yield f"gelu_mlp float32, {rows} rows", _call(rows, FP32, **DECODER)
+    yield "gelu_mlp bfloat16, 16 rows, weights [in, out]", _call(16, BF16, **DECODER, conv=True)
+    yield "geglu_mlp bfloat16, 16 rows", _call(16, BF16, **ENCODER)
+    yield "gelu_mlp bfloat16, 16 rows, odd sizes", _call(16, BF16, 100, 300, 72, "silu", False, residual=False)
