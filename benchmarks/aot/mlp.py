@@ -1,6 +1,7 @@
 """Every configuration of the feed-forward kernels: regimes by rows, types, gated or not, layouts of the weights."""
 
 import torch
+
 from clvp_fast.kernels import mlp
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32

@@ -1,6 +1,7 @@
 """The norms of CLVP, and one call of each entry of the table."""
 
 import torch
+
 from clvp_fast.kernels import norm
 
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}

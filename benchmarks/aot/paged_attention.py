@@ -1,6 +1,7 @@
 """What `kernels/paged_attention.py` launches: every entry of its tables, page types, and branches that ship."""
 
 import torch
+
 from clvp_fast.kernels import paged_attention as kernels
 from clvp_fast.kernels.target import architecture
 

@@ -1,6 +1,7 @@
 """Attention of CLVP and of its neighbours in size: each entry of the table, each branch of the kernel."""
 
 import torch
+
 from clvp_fast.kernels import rotary_attention as kernels
 
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}

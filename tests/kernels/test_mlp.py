@@ -4,9 +4,9 @@ import functools
 
 import pytest
 import torch
-from clvp_fast.kernels import mlp
 
 import clvp_fast
+from clvp_fast.kernels import mlp
 from clvp_fast.ops import geglu_mlp, gelu_mlp
 from tests.kernels.device import DEVICE, DTYPES
 from tests.kit import POISON, Guarded, assert_within_budget, random, strided

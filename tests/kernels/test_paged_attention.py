@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from clvp_fast.kernels import paged_attention as kernels
 
 import clvp_fast
+from clvp_fast.kernels import paged_attention as kernels
 from clvp_fast.ops import paged_attention_decode, paged_prefill
 from clvp_fast.ops.paged_attention import FLOAT8, decode_reference, prefill_reference
 from tests.kernels.device import DEVICE, DTYPES

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from clvp_fast.kernels import rotary_attention as kernels
 
 import clvp_fast
+from clvp_fast.kernels import rotary_attention as kernels
 from clvp_fast.ops import rotary_attention
 from tests.kernels.device import DEVICE, DTYPES
 from tests.kit import RAGGED, Guarded, assert_within_budget, generator, queries_keys_values, random, strided
