@@ -80,6 +80,18 @@ def _update(q, k, v, allowed, scale, top, total, mixed, PRECISION: tl.constexpr)
 
 
 @triton.jit
+def _merged(top, total, mixed, other_top, other_total, other_mixed):
+    """The softmax over two sets of keys."""
+    new_top = tl.maximum(top, other_top)
+    origin = tl.where(new_top == -float("inf"), 0.0, new_top)
+    shrink = tl.exp2(top - origin)
+    other_shrink = tl.exp2(other_top - origin)
+    total = total * shrink + other_total * other_shrink
+    mixed = mixed * shrink[:, None] + other_mixed * other_shrink[:, None]
+    return new_top, total, mixed
+
+
+@triton.jit
 def _lengths(
     rows,
     real,
@@ -99,8 +111,8 @@ def _lengths(
     request = places * 0 - 1
     prefix_lengths = places * 0
     if HAS_PREFIX:
-        request = tl.load(prefix_index_ptr + rows, mask=places >= 0, other=-1)
-        known = (request >= 0) & (request < num_requests)
+        request = tl.load(prefix_index_ptr + rows, mask=real, other=-1)
+        known = (places >= 0) & (request >= 0) & (request < num_requests)
         prefix_lengths = tl.load(prefix_lens_ptr + request, mask=known, other=0)
         prefix_lengths = tl.minimum(tl.maximum(prefix_lengths, 0), prefix_capacity)
     return places, own_parts, request, prefix_lengths
@@ -229,107 +241,99 @@ def paged_attention_decode_kernel(
     else:
         k_scale = 1.0
         v_scale = 1.0
-    rows = (first_row + lanes).to(tl.int64)
-    works = lists != NONE
-    row_mask = works[:, None] & in_head[None, :]
-    q = tl.load(q_ptr + rows[:, None] * q_row + head * q_head + dims[None, :], mask=row_mask, other=0.0)
     k_pages_ptr += head * head_stride
     v_pages_ptr += head * head_stride
-
-    top = tl.full([BLOCK_M], -float("inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    mixed = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    if appends:
-        # The new token opens the softmax of the program that ends the own keys, and is stored by it.
-        new_row = first_row.to(tl.int64)
-        k_new = tl.load(k_new_ptr + new_row * k_row + head * k_head + dims, mask=in_head, other=0.0)
-        v_new = tl.load(v_new_ptr + new_row * v_row + head * v_head + dims, mask=in_head, other=0.0)
-        k_new = _stored(k_new, k_scale, k_pages_ptr.dtype.element_ty, FLOAT8)
-        v_new = _stored(v_new, v_scale, v_pages_ptr.dtype.element_ty, FLOAT8)
-        new_page_ptr = block_table_ptr + new_row * own_row + place // PAGE_SIZE
-        new_page = tl.load(new_page_ptr, mask=place < own_capacity, other=-1)
-        if (new_page >= 0) & (new_page < num_pages):
-            new_at = new_page.to(tl.int64) * page_stride + place % PAGE_SIZE * token_stride
-            tl.store(k_pages_ptr + new_at + dims, k_new, mask=in_head)
-            tl.store(v_pages_ptr + new_at + dims, v_new, mask=in_head)
-        first = lanes == 0
-        new_score = tl.sum(q.to(tl.float32) * k_new.to(tl.float32)[None, :], 1) * scale
-        top = tl.where(first, new_score, top)
-        total = tl.where(first, 1.0, total)
-        mixed += tl.where(first[:, None], v_new.to(tl.float32)[None, :], 0.0)  # [BLOCK_M, BLOCK_D]
-
+    # The tile's first row in 64 bits, the others from there in 32.
+    wide_row = first_row.to(tl.int64)
+    q_ptr += wide_row * q_row + head * q_head
+    q_at = (lanes * q_row)[:, None] + dims[None, :]
+    counter = wide_row * NUM_HEADS + head
+    out_ptr += counter * HEAD_DIM
+    arrivals_ptr += counter
+    # [num_candidates, heads, num_parts] rows of head_dim values, then their largest scores, then their sums.
+    all_parts = num_candidates.to(tl.int64) * NUM_HEADS * num_parts
+    top_ptr = partial_ptr + all_parts * HEAD_DIM + counter * num_parts
+    total_ptr = top_ptr + all_parts
+    partial_ptr += counter * num_parts * HEAD_DIM
+    part_at = lanes * (NUM_HEADS * num_parts)
     tile = tl.arange(0, BLOCK_N)
     in_page = (tile % PAGE_SIZE * token_stride)[:, None] + dims[None, :]
+
     while current < NONE:
-        length = tl.minimum(tl.load(lengths_ptr + current), capacity)
-        pages_ptr = table_ptr + current.to(tl.int64) * table_row
         chosen = lists == current
-        end = tl.minimum(length, begin + SPLIT)
-        # Keys count up to the first page that does not exist.
+        chosen_mask = chosen[:, None] & in_head[None, :]
+        pages_ptr = table_ptr + current.to(tl.int64) * table_row
+        end = tl.minimum(tl.minimum(tl.load(lengths_ptr + current), capacity), begin + SPLIT)
         entries = begin // PAGE_SIZE + tl.arange(0, SPLIT // PAGE_SIZE)
         listed = tl.load(pages_ptr + entries, mask=entries * PAGE_SIZE < end, other=0)
+        q = tl.load(q_ptr + q_at, mask=chosen_mask, other=0.0)
+        # Keys count up to the first page that does not exist.
         broken = (listed < 0) | (listed >= num_pages)
         end = tl.minimum(end, tl.min(tl.where(broken, entries * PAGE_SIZE, NONE)))
+        top = tl.full([BLOCK_M], -float("inf"), tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        mixed = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         # Tiles are whole pages: a key's slot is the same in each of them.
         for start in range(begin, end, BLOCK_N):
             there = tile < end - start
             page = tl.gather(listed, (start - begin + tile) // PAGE_SIZE, 0)
             at = (page.to(tl.int64) * page_stride)[:, None] + in_page
             there_mask = there[:, None] & in_head[None, :]
-            k = tl.load(k_pages_ptr + at, mask=there_mask, other=0.0)
-            v = tl.load(v_pages_ptr + at, mask=there_mask, other=0.0)
-            allowed = chosen[:, None] & there[None, :]
-            top, total, mixed = _update(
-                q, tl.trans(k.to(q.dtype)), v.to(q.dtype), allowed, scale, top, total, mixed, PRECISION
-            )
+            k = tl.load(k_pages_ptr + at, mask=there_mask, other=0.0).to(q.dtype)
+            v = tl.load(v_pages_ptr + at, mask=there_mask, other=0.0).to(q.dtype)
+            top, total, mixed = _update(q, tl.trans(k), v, there[None, :], scale, top, total, mixed, PRECISION)
+        if appends:
+            # The new token is the last key of this part; no program reads the place where it is stored. The tile holds
+            # one candidate, so one query will do: the other rows are nobody's.
+            query = tl.load(q_ptr + dims, mask=in_head, other=0.0)
+            k_new = tl.load(k_new_ptr + wide_row * k_row + head * k_head + dims, mask=in_head, other=0.0)
+            v_new = tl.load(v_new_ptr + wide_row * v_row + head * v_head + dims, mask=in_head, other=0.0)
+            k_new = _stored(k_new, k_scale, k_pages_ptr.dtype.element_ty, FLOAT8)
+            v_new = _stored(v_new, v_scale, v_pages_ptr.dtype.element_ty, FLOAT8)
+            new_page_ptr = block_table_ptr + wide_row * own_row + place // PAGE_SIZE
+            new_page = tl.load(new_page_ptr, mask=place < own_capacity, other=-1)
+            if (new_page >= 0) & (new_page < num_pages):
+                new_at = new_page.to(tl.int64) * page_stride + place % PAGE_SIZE * token_stride
+                tl.store(k_pages_ptr + new_at + dims, k_new, mask=in_head)
+                tl.store(v_pages_ptr + new_at + dims, v_new, mask=in_head)
+            new_score = tl.zeros([BLOCK_M], tl.float32) + tl.sum(query.to(tl.float32) * k_new.to(tl.float32)) * scale
+            top, total, mixed = _merged(top, total, mixed, new_score, 1.0, v_new.to(tl.float32)[None, :])
+        mixed *= v_scale
+        if ONE_PART:
+            out_at = (lanes * (NUM_HEADS * HEAD_DIM))[:, None] + dims[None, :]
+            tl.store(out_ptr + out_at, mixed / total[:, None], mask=chosen_mask)
+        else:
+            mixed_at = part_at[:, None] * HEAD_DIM + dims[None, :]
+            tl.store(partial_ptr + part * HEAD_DIM + mixed_at, mixed, mask=chosen_mask)
+            tl.store(top_ptr + part + part_at, top, mask=chosen)
+            tl.store(total_ptr + part + part_at, total, mask=chosen)
         current = tl.min(tl.where(lists > current, lists, NONE))
-    mixed *= v_scale
-
-    out_at = (rows * NUM_HEADS + head)[:, None] * HEAD_DIM + dims[None, :]
     if ONE_PART:
-        tl.store(out_ptr + out_at, mixed / tl.where(works, total, 1.0)[:, None], mask=row_mask)
         return
-    # [num_candidates, heads, num_parts] rows of head_dim values, then their largest scores, then their sums.
-    counters = rows * NUM_HEADS + head
-    first_part = counters * num_parts
-    all_parts = num_candidates.to(tl.int64) * NUM_HEADS * num_parts
-    top_ptr = partial_ptr + all_parts * HEAD_DIM
-    total_ptr = top_ptr + all_parts
-    part_at = first_part + part
-    tl.store(partial_ptr + part_at[:, None] * HEAD_DIM + dims[None, :], mixed, mask=row_mask)
-    tl.store(top_ptr + part_at, top, mask=works)
-    tl.store(total_ptr + part_at, total, mask=works)
+
     # All threads' stores come before the counter's release, and its acquire before all threads' loads.
     tl.debug_barrier()
-    arrived = tl.atomic_add(arrivals_ptr + counters, 1, mask=works, sem="acq_rel")
+    works = lists != NONE
+    arrived = tl.atomic_add(arrivals_ptr + lanes * NUM_HEADS, 1, mask=works, sem="acq_rel")
     last = works & (arrived == own_parts + prefix_parts - 1)
     if tl.max(last.to(tl.int32)) == 0:
         return
     tl.debug_barrier()
-    tl.store(arrivals_ptr + counters, 0, mask=last)
+    tl.store(arrivals_ptr + lanes * NUM_HEADS, 0, mask=last)
     top = tl.full([BLOCK_M], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     mixed = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    last_mask = last[:, None] & in_head[None, :]
     for other in tl.range(0, num_parts, num_stages=1, loop_unroll_factor=1):
         filled = last & tl.where(other < own_splits, other < own_parts, other - own_splits < prefix_parts)
-        at = first_part + other
+        mixed_ptr = partial_ptr + other * HEAD_DIM + part_at[:, None] * HEAD_DIM + dims[None, :]
         # From the L2 cache: the L1 cache of this multiprocessor may be older.
-        part_top = tl.load(top_ptr + at, mask=filled, other=-float("inf"), cache_modifier=".cg")
-        part_total = tl.load(total_ptr + at, mask=filled, other=0.0, cache_modifier=".cg")
-        part_mixed = tl.load(
-            partial_ptr + at[:, None] * HEAD_DIM + dims[None, :],
-            mask=filled[:, None] & in_head[None, :],
-            other=0.0,
-            cache_modifier=".cg",
-        )
-        new_top = tl.maximum(top, part_top)
-        origin = tl.where(new_top == -float("inf"), 0.0, new_top)
-        shrink = tl.exp2(top - origin)
-        part_shrink = tl.exp2(part_top - origin)
-        total = total * shrink + part_total * part_shrink
-        mixed = mixed * shrink[:, None] + part_mixed * part_shrink[:, None]
-        top = new_top
-    tl.store(out_ptr + out_at, mixed / tl.where(last, total, 1.0)[:, None], mask=last[:, None] & in_head[None, :])
+        part_top = tl.load(top_ptr + other + part_at, mask=filled, other=-float("inf"), cache_modifier=".cg")
+        part_total = tl.load(total_ptr + other + part_at, mask=filled, other=0.0, cache_modifier=".cg")
+        part_mixed = tl.load(mixed_ptr, mask=filled[:, None] & in_head[None, :], other=0.0, cache_modifier=".cg")
+        top, total, mixed = _merged(top, total, mixed, part_top, part_total, part_mixed)
+    result = mixed / tl.where(last, total, 1.0)[:, None]
+    tl.store(out_ptr + (lanes * (NUM_HEADS * HEAD_DIM))[:, None] + dims[None, :], result, mask=last_mask)
 
 
 @triton.jit(do_not_specialize=_PREFILL_SIZES)
@@ -382,7 +386,7 @@ def paged_prefill_kernel(
     start = tl.load(cu_seqlens_ptr + sequence)
     length = tl.minimum(tl.load(cu_seqlens_ptr + sequence + 1), num_tokens) - start
     first = (slot - start // BLOCK_M - sequence) * BLOCK_M
-    if (first >= length) | (start < 0):
+    if (first < 0) | (first >= length) | (start < 0):
         return
 
     dims = tl.arange(0, BLOCK_D)
@@ -439,7 +443,7 @@ _DECODE = {
     (2, 32): (32, 1, 5),
     (2, 64): (32, 1, 4),
     (2, 128): (32, 2, 4),
-    (4, 32): (32, 1, 4),
+    (4, 32): (32, 2, 3),
     (4, 64): (32, 2, 3),
     (4, 128): (32, 4, 3),
 }

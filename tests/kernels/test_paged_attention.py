@@ -189,6 +189,16 @@ def test_a_candidate_has_the_same_bits_alone_and_in_any_company(dtype, monkeypat
         assert torch.equal(decode(part), whole[rows])
 
 
+def test_a_request_that_is_not_a_number_spoils_no_other():
+    args = step(lengths=[3, 4, 5, 20], prefix_lens=[17, 20], index=[0, 1, 0, 1], heads=1)
+    expected = decode(copied(args))
+    args[3][args[7][0, 1].long(), 0] = float("nan")
+    args[4][args[7][0, 0].long(), 3] = float("inf")
+    args[0][1] = float("nan")
+    out = decode(args)
+    assert torch.equal(out[3], expected[3]) and not torch.isfinite(out[:3]).all(-1).any()
+
+
 def test_what_does_not_exist_is_left_out():
     """Pages, requests and lengths out of range touch no memory, and no other candidate."""
     args = step(lengths=[20, 20, 20, 20, 20, 20], prefix_lens=[20, 1000, 5], index=[0, 0, 7, -9, 1, 2], heads=1)

@@ -1,10 +1,15 @@
 """Paged attention: against contiguous attention in float64, on pages dealt at random and full of poison."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
 import clvp_fast
 from clvp_fast.ops import paged_attention_decode, paged_prefill
+from clvp_fast.ops.paged_attention import FLOAT8
 from tests.kit import PagePool, assert_within_budget, random
 
 H, D, PAGE = 3, 32, 16
@@ -207,3 +212,139 @@ def test_bad_arguments_are_named():
             paged_attention_decode(*given, **given_options)
     with pytest.raises(ValueError, match="cu_seqlens must have shape"):
         paged_prefill(*(x[:4] if i == 3 else x for i, x in enumerate(ragged(torch.float32))))
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_float8_pages_keep_what_the_type_can_hold(backend):
+    """Stored is x / scale, rounded and clamped; read is stored * scale, so a step equals one over such pages."""
+    args, options, _ = step(torch.float32, True)
+    scales = torch.tensor([0.02, 0.3, 1.0]), torch.tensor([0.5, 0.011, 2.0])
+    args[1][0, 0, :2] = torch.tensor([1e4, -1e4])
+    wide, limit = list(args), 448 * scales[0][0]
+    for place, scale in ((3, scales[0]), (4, scales[1])):
+        args[place] = (args[place] / scale[:, None]).clamp(-448, 448).to(FLOAT8)
+        wide[place] = args[place].float() * scale[:, None]
+    for place, scale in ((1, scales[0]), (2, scales[1])):
+        wide[place] = (args[place] / scale[:, None]).clamp(-448, 448).to(FLOAT8).float() * scale[:, None]
+    assert wide[1][0, 0, :2].tolist() == [limit, -limit]
+    expected = paged_attention_decode(*wide, **options)
+    with clvp_fast.backend(backend):
+        out = paged_attention_decode(*args, **options, k_scale=scales[0], v_scale=scales[1])
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    for place, scale in ((3, scales[0]), (4, scales[1])):
+        assert torch.equal(args[place].float() * scale[:, None], wide[place])
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_prefill_into_float8_pages(backend):
+    args, wide = list(ragged(torch.float32)), list(ragged(torch.float32))
+    scales = torch.tensor([0.02, 0.3, 1.0]), torch.tensor([0.5, 0.011, 2.0])
+    expected = paged_prefill(*wide)
+    args[4:6] = (torch.zeros_like(x).to(FLOAT8) for x in args[4:6])
+    with clvp_fast.backend(backend):
+        out = paged_prefill(*args, k_scale=scales[0], v_scale=scales[1])
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)  # the attention takes k and v as they are
+    bounds, table = args[3].tolist(), args[6]
+    for row, (start, length) in enumerate(zip(bounds, SEQUENCES, strict=False)):
+        for place in range(length):
+            for source, target, scale in ((1, 4, scales[0]), (2, 5, scales[1])):
+                stored = args[target][table[row, place // PAGE], place % PAGE]
+                assert torch.equal(stored.float(), (args[source][start + place] / scale[:, None]).to(FLOAT8).float())
+
+
+def test_scales_and_counters_are_checked():
+    args, options, _ = step(torch.float32, True)
+    scale = torch.ones(H)
+    eighths = [*args[:3], args[3].to(FLOAT8), args[4].to(FLOAT8), *args[5:]]
+    cases = [
+        (args, {"k_scale": scale}, ValueError, "k_scale belongs to pages of torch.float8_e4m3fn: it is given"),
+        (eighths, {"v_scale": scale}, ValueError, "k_scale belongs to .*: it is missing, and k_pages are torch.float8"),
+        (eighths, {"k_scale": scale}, ValueError, "v_scale belongs to"),
+        (eighths, {"k_scale": scale, "v_scale": scale[:1]}, ValueError, r"v_scale must have shape \[3\], not \[1\]"),
+        (
+            eighths,
+            {"k_scale": scale.double(), "v_scale": scale},
+            TypeError,
+            "k_scale must be float32, not torch.float64",
+        ),
+        (args, {"arrivals": torch.zeros(10, H)}, TypeError, "arrivals must be int32"),
+        (args, {"arrivals": torch.zeros(9, H).int()}, ValueError, r"arrivals must have shape \[10, 3\], not \[9, 3\]"),
+        (args, {"arrivals": torch.zeros(H, 10).int().T}, ValueError, "arrivals must be contiguous"),
+    ]
+    for given, more, error, message in cases:
+        with pytest.raises(error, match=message):
+            paged_attention_decode(*given, **options, **more)
+    with pytest.raises(ValueError, match="v_scale belongs to"):
+        paged_prefill(*ragged(torch.float32), v_scale=scale)
+
+
+def test_debug_mode_is_an_environment_variable():
+    code = "from clvp_fast.ops import paged_attention; print(paged_attention._debug)"
+    for value, expected in (("1", "True"), ("0", "False")):
+        environment = os.environ | {"CLVP_FAST_DEBUG": value}
+        run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        assert run.stdout.strip() == expected
+
+
+@pytest.fixture
+def debug(monkeypatch):
+    monkeypatch.setattr("clvp_fast.ops.paged_attention._debug", True)
+
+
+@pytest.mark.parametrize(
+    "name, place, value, error, message",
+    [
+        ("block_table", (5, 2), 60, IndexError, r"block_table\[5, 2\] must be from 0 to 59, not 60"),
+        ("block_table", (0, 0), -1, IndexError, r"block_table\[0, 0\] must be from 0 to 59, not -1"),
+        ("seq_lens", (3,), 64, IndexError, r"seq_lens\[3\] = 64 takes 65 slots, and block_table has 4 pages of 16"),
+        ("prefix_table", (4, 1), 99, IndexError, r"prefix_table\[4, 1\] must be from 0 to 59, not 99"),
+        ("prefix_lens", (0,), 65, IndexError, r"prefix_lens\[0\] takes 65 slots, and prefix_table has 4 pages of 16"),
+        ("prefix_lens", (2,), -2, ValueError, r"prefix_lens\[2\] must be 0 or more, not -2"),
+        ("prefix_index", (8,), 5, IndexError, r"prefix_index\[8\] must be from -1 to 4, not 5"),
+        ("prefix_index", (8,), -2, IndexError, r"prefix_index\[8\] must be from -1 to 4, not -2"),
+    ],
+)
+def test_debug_mode_names_the_wrong_value(debug, name, place, value, error, message):
+    args, options, _ = step(torch.float32, True)
+    tables = {"block_table": args[5], "seq_lens": args[6]} | options
+    before = args[3].clone()
+    tables[name][place] = value
+    with pytest.raises(error, match=message):
+        paged_attention_decode(*args, **options)
+    assert torch.equal(args[3], before), "nothing is written before the check"
+
+
+def test_debug_mode_looks_at_what_is_used_alone(debug):
+    args, options, _ = step(torch.float32, True)
+    expected = paged_attention_decode(*(x.clone() for x in args), **options)
+    for row, length in enumerate(args[6].tolist()):
+        args[5][row, max(length, -1) // PAGE + 1 :] = 2**30
+    options["prefix_index"][args[6] < 0] = 99
+    options["prefix_table"][3] = -7  # a prefix of no tokens
+    assert torch.equal(paged_attention_decode(*args, **options), expected)
+    plain, _, _ = step(torch.float32, False)
+    assert paged_attention_decode(*plain).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "bounds, message",
+    [
+        ([1, 16, 17, 50, 65, 82, 82], r"cu_seqlens\[0\] must be 0, not 1"),
+        ([0, 16, 16, 17, 50, 65, 81], r"cu_seqlens\[6\] must be 82, not 81"),
+        ([0, 16, 15, 17, 50, 65, 82], r"cu_seqlens\[2\] must be 16 or more, as the entry before it, not 15"),
+        ([0, 82, 82, 82, 82, 82, 82], r"sequence 0 of cu_seqlens takes 82 slots, and block_table has 4 pages of 16"),
+    ],
+)
+def test_debug_mode_of_prefill(debug, bounds, message):
+    args = list(ragged(torch.float32))
+    assert paged_prefill(*args).isfinite().all()
+    args[3] = torch.tensor(bounds, dtype=torch.int32)
+    with pytest.raises((ValueError, IndexError), match=message):
+        paged_prefill(*args)
+
+
+def test_debug_mode_of_prefill_names_the_page(debug):
+    args = list(ragged(torch.float32))
+    args[6][3, 2] = 40
+    with pytest.raises(IndexError, match=r"block_table\[3, 2\] must be from 0 to 39, not 40"):
+        paged_prefill(*args)
