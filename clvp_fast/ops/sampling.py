@@ -153,6 +153,27 @@ def _torch(
     return _advance(tokens, seen, lengths, done, stop_token, pad_token)
 
 
+def _kernel(logits, seen, lengths, done, *others):
+    from clvp_fast.kernels import sampling
+
+    tokens = logits.new_empty(logits.shape[0], dtype=torch.int64)
+    if len(tokens):
+        logits = logits if logits.stride(1) == 1 else logits.contiguous()
+        others = (x.contiguous() if isinstance(x, torch.Tensor) else x for x in others)
+        sampling.sample(logits, seen, lengths, done, *others, out=tokens)
+    return tokens
+
+
+def _unserved(logits, *others):
+    from clvp_fast.kernels.sampling import MAX_VOCAB
+
+    if logits.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"logits must be float32, float16 or bfloat16, not {logits.dtype}"
+    if not 1 <= logits.shape[1] <= MAX_VOCAB:
+        return f"the vocabulary must have 1 to {MAX_VOCAB} tokens, not {logits.shape[1]}"
+    return None
+
+
 _OPERATOR = Operator(
     "sample",
     "(Tensor logits, Tensor(a!) seen, Tensor(b!) lengths, Tensor(c!) done, Tensor? temperature, Tensor? top_k, "
@@ -161,6 +182,8 @@ _OPERATOR = Operator(
     reference=reference,
     torch_path=_torch,
     fake=lambda logits, seen, lengths, *others: logits.new_empty(logits.shape[0], dtype=torch.int64),
+    kernel=_kernel,
+    unserved=_unserved,
 )
 
 # Each parameter's neutral value, which leaves its processor out, and what a number must fulfil.
