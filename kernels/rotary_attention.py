@@ -9,6 +9,7 @@ x_1 and x_2 are the two halves of the rotary channels, x_rest the others.
 import torch
 import triton
 import triton.language as tl
+from clvp_fast.kernels.target import architecture
 
 LOG2E = tl.constexpr(1.4426950408889634)
 # The score of a key that a query may not attend to. It is finite, so that a query that may attend to nothing weighs all
@@ -32,23 +33,29 @@ def _load(ptr, strides, rows, num_rows, BOUNDED: tl.constexpr, COUNT: tl.constex
 
 
 @triton.jit
-def _halves(ptr, strides, rows, num_rows, BOUNDED: tl.constexpr, HALF: tl.constexpr, HALF_PAD: tl.constexpr):
-    """Both halves of the rotary channels, each [rows, HALF_PAD]."""
-    first = _load(ptr, strides, rows, num_rows, BOUNDED, HALF, HALF_PAD)
-    second = _load(ptr + HALF * strides[1], strides, rows, num_rows, BOUNDED, HALF, HALF_PAD)
-    return first, second
+def _angles(
+    ptr, strides, rows, num_rows, BOUNDED: tl.constexpr, TABLES: tl.constexpr, HALF: tl.constexpr, PAD: tl.constexpr
+):
+    """Cosines, or sines, of both halves of the rotary channels, each [rows, PAD]."""
+    first = _load(ptr, strides, rows, num_rows, BOUNDED, HALF, PAD).to(tl.float32)
+    if TABLES == 1:
+        return first, first
+    else:
+        second = _load(ptr + HALF * strides[1], strides, rows, num_rows, BOUNDED, HALF, PAD).to(tl.float32)
+        return first, second
 
 
 @triton.jit
-def _turned(ptr, strides, rows, num_rows, cos, sin, BOUNDED: tl.constexpr, HALF: tl.constexpr, HALF_PAD: tl.constexpr):
-    """The rotary channels, rotated in float32 and rounded: [rows, 2 * HALF_PAD], of each half HALF and then zeros."""
-    first, second = _halves(ptr, strides, rows, num_rows, BOUNDED, HALF, HALF_PAD)
+def _turned(ptr, strides, rows, num_rows, cos, sin, BOUNDED: tl.constexpr, HALF: tl.constexpr, PAD: tl.constexpr):
+    """The rotary channels, rotated in float32 and rounded: [rows, 2 * PAD], of each half HALF and then zeros."""
+    first = _load(ptr, strides, rows, num_rows, BOUNDED, HALF, PAD)
+    second = _load(ptr + HALF * strides[1], strides, rows, num_rows, BOUNDED, HALF, PAD)
     x, y = first.to(tl.float32), second.to(tl.float32)
-    turned = tl.join(
-        (x * cos[0].to(tl.float32) - y * sin[0].to(tl.float32)).to(first.dtype),
-        (y * cos[1].to(tl.float32) + x * sin[1].to(tl.float32)).to(first.dtype),
-    )
-    return tl.reshape(tl.permute(turned, (0, 2, 1)), (rows.shape[0], 2 * HALF_PAD))
+    turned = tl.join((x * cos[0] - y * sin[0]).to(first.dtype), (y * cos[1] + x * sin[1]).to(first.dtype))
+    turned = tl.reshape(tl.permute(turned, (0, 2, 1)), (rows.shape[0], 2 * PAD, 1))
+    # A sum of one term: it keeps the compiler from loading and rotating in the layout of a product's operand, in which
+    # every warp does the work of all.
+    return tl.sum(turned, 2)
 
 
 @triton.jit
@@ -65,6 +72,7 @@ def _attend(
     MASK_ROWS: tl.constexpr,
     EDGE: tl.constexpr,
     CAUSAL: tl.constexpr,
+    TABLES: tl.constexpr,
     HALF: tl.constexpr,
     HALF_PAD: tl.constexpr,
     REST: tl.constexpr,
@@ -82,8 +90,8 @@ def _attend(
     k_ptr += begin * strides[0][0]
     v_ptr += begin * strides[1][0]
     if HALF > 0:
-        cos = _halves(cos_ptr + begin * strides[2][0], strides[2], keys, left, EDGE, HALF, HALF_PAD)
-        sin = _halves(sin_ptr + begin * strides[3][0], strides[3], keys, left, EDGE, HALF, HALF_PAD)
+        cos = _angles(cos_ptr + begin * strides[2][0], strides[2], keys, left, EDGE, TABLES, HALF, HALF_PAD)
+        sin = _angles(sin_ptr + begin * strides[3][0], strides[3], keys, left, EDGE, TABLES, HALF, HALF_PAD)
         k_turned = _turned(k_ptr, strides[0], keys, left, cos, sin, EDGE, HALF, HALF_PAD)
         scores = tl.dot(queries[0], k_turned.T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
     if REST > 0:
@@ -163,12 +171,14 @@ def _rotary_attention(
     ADDITIVE: tl.constexpr,
     MASK_ROWS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    TABLES: tl.constexpr,
     HALF: tl.constexpr,
     HALF_PAD: tl.constexpr,
     REST_PAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr,  # float32 queries into two tf32 parts at every step: at once they do not fit into registers
 ):
     """One program: BLOCK_M queries of one head of one sequence. Those with most keys go first."""
     REST: tl.constexpr = HEAD_DIM - 2 * HALF
@@ -213,8 +223,8 @@ def _rotary_attention(
     row_strides = (q_strides[1], q_strides[3])
     if HALF > 0:
         places = query_offset + rows
-        cos = _halves(cos_ptr, strides[2], places, k_len, True, HALF, HALF_PAD)
-        sin = _halves(sin_ptr, strides[3], places, k_len, True, HALF, HALF_PAD)
+        cos = _angles(cos_ptr, strides[2], places, k_len, True, TABLES, HALF, HALF_PAD)
+        sin = _angles(sin_ptr, strides[3], places, k_len, True, TABLES, HALF, HALF_PAD)
         q_turned = _turned(q_ptr, row_strides, rows, q_len, cos, sin, True, HALF, HALF_PAD)
         acc_turned = tl.zeros([BLOCK_M, 2 * HALF_PAD], tl.float32)
     if REST > 0:
@@ -233,23 +243,25 @@ def _rotary_attention(
     if CAUSAL:
         whole = tl.minimum(whole, (query_offset + tile * BLOCK_M + 1) // BLOCK_N * BLOCK_N)
         end = tl.minimum(k_len, query_offset + tile * BLOCK_M + BLOCK_M)
-    for start in tl.range(whole, end, BLOCK_N, num_stages=1):
+    for start in tl.range(whole, end, BLOCK_N, num_stages=1, disable_licm=SPLIT):
         state = _attend(
             state, start, queries, rows, inputs, strides, lengths, scale,
-            ADDITIVE, MASK_ROWS, True, CAUSAL, HALF, HALF_PAD, REST, REST_PAD, BLOCK_N, PRECISION,
+            ADDITIVE, MASK_ROWS, True, CAUSAL, TABLES, HALF, HALF_PAD, REST, REST_PAD, BLOCK_N, PRECISION,
         )  # fmt: skip
-    for start in tl.range(0, whole, BLOCK_N):
+    for start in tl.range(0, whole, BLOCK_N, disable_licm=SPLIT):
         state = _attend(
             state, start, queries, rows, inputs, strides, lengths, scale,
-            ADDITIVE, MASK_ROWS, False, CAUSAL, HALF, HALF_PAD, REST, REST_PAD, BLOCK_N, PRECISION,
+            ADDITIVE, MASK_ROWS, False, CAUSAL, TABLES, HALF, HALF_PAD, REST, REST_PAD, BLOCK_N, PRECISION,
         )  # fmt: skip
     if CAUSAL and mask_ptr is not None:
         # A query that may attend to nothing weighs the keys after it too.
         later = tl.cdiv(end, BLOCK_N) * BLOCK_N
-        for start in tl.range(later, tl.where(tl.min(state[3], 0) > FORBIDDEN, later, k_len), BLOCK_N, num_stages=1):
+        for start in tl.range(
+            later, tl.where(tl.min(state[3], 0) > FORBIDDEN, later, k_len), BLOCK_N, num_stages=1, disable_licm=SPLIT
+        ):
             state = _attend(
                 state, start, queries, rows, inputs, strides, lengths, scale,
-                ADDITIVE, MASK_ROWS, True, CAUSAL, HALF, HALF_PAD, REST, REST_PAD, BLOCK_N, PRECISION,
+                ADDITIVE, MASK_ROWS, True, CAUSAL, TABLES, HALF, HALF_PAD, REST, REST_PAD, BLOCK_N, PRECISION,
             )  # fmt: skip
 
     acc_turned, acc_rest, total, highest = state
@@ -269,17 +281,23 @@ def _rotary_attention(
 _FEW = 16
 
 
-# (BLOCK_M, BLOCK_N, num_warps, num_stages)
-def _configuration(few, dtype, width, masked, mask_rows):
-    if few:
-        return 16, 64, 4, 2
-    if mask_rows:
-        return 64, 32, 4, 2
+def _configuration(dtype, few, width, half_pad, tables, masked, mask_rows):
+    """(BLOCK_M, BLOCK_N, num_warps, num_stages), compiled without a spill for sm_80, sm_90 and sm_100 (2026-11)."""
     if dtype == torch.float32:
-        return (64, 32, 8, 2) if width <= 64 else (32, 32, 4, 2)
-    if width <= 64:
-        return (128, 64, 8, 2) if masked else (128, 64, 4, 2)
-    return (128, 32, 8, 2)
+        if width > 64:
+            return 16, 32, 8, 2
+        return (16, 32, 4, 2) if few else (64, 32, 4, 2)
+    if few:
+        return (16, 64, 4, 2) if width <= 64 else (16, 32, 4, 2)
+    if mask_rows:
+        return 64, 32, 8, 2
+    if architecture() < 90:
+        return (128, 64, 8, 2) if width <= 64 else (64, 32, 8, 2)
+    if width > 64:
+        return (128, 32, 8, 2) if half_pad else (64, 64, 4, 2)
+    if half_pad == 0 or (tables == 1 and half_pad <= 16):
+        return 128, 64, 4, 3
+    return (128, 64, 8, 3) if masked or half_pad > 16 else (128, 64, 4, 2)
 
 
 def rotary_attention(q, k, v, cos, sin, mask, causal, query_offset, scale, *, out):
@@ -304,13 +322,18 @@ def rotary_attention_ragged(q, k, v, cu_seqlens, max_seqlen, cos, sin, causal, s
 def _launch(q, k, v, cos, sin, mask, cu_seqlens, out, sizes, strides, causal, query_offset, scale, few):
     batch, q_len, k_len = sizes
     num_heads, head_dim = q.shape[-2:]
-    half = 0 if cos is None else cos.shape[2] // 2
-    half_pad, rest_pad = max(8, triton.next_power_of_2(half)), max(16, triton.next_power_of_2(head_dim - 2 * half))
+    tables = 1 if cos is not None and cos.ndim == 4 else 2
+    half = 0 if cos is None else cos.shape[-1] * (3 - tables) // 2
+    rest = head_dim - 2 * half
+    half_pad = max(8, triton.next_power_of_2(half)) if half else 0
+    rest_pad = max(16, triton.next_power_of_2(rest)) if rest else 0
     if mask is not None:
         mask = mask[:, None] if mask.ndim == 2 else mask[:, 0]
     mask_rows = mask is not None and mask.shape[1] > 1
-    width = 2 * half_pad * (half > 0) + rest_pad * (2 * half < head_dim)
-    block_m, block_n, num_warps, num_stages = _configuration(few, q.dtype, width, mask is not None, mask_rows)
+    width = 2 * half_pad + rest_pad
+    block_m, block_n, num_warps, num_stages = _configuration(
+        q.dtype, few, width, half_pad, tables, mask is not None, mask_rows
+    )
     num_tiles = triton.cdiv(q_len, block_m)
     _rotary_attention[(num_tiles * num_heads * batch,)](
         q, k, v, cos, sin, mask, cu_seqlens, out, *strides, _strides(cos), _strides(sin), _strides(mask),
@@ -319,12 +342,14 @@ def _launch(q, k, v, cos, sin, mask, cu_seqlens, out, sizes, strides, causal, qu
         ADDITIVE=mask is not None and mask.dtype != torch.bool,
         MASK_ROWS=mask_rows,
         HEAD_DIM=head_dim,
+        TABLES=tables,
         HALF=half,
         HALF_PAD=half_pad,
         REST_PAD=rest_pad,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         PRECISION="tf32x3",
+        SPLIT=q.dtype == torch.float32 and width > 64,
         num_warps=num_warps,
         num_stages=num_stages,
     )  # fmt: skip
@@ -334,4 +359,4 @@ def _strides(x):
     """Of an input along three axes, 0 where all share one entry."""
     if x is None:
         return (0, 0, 0)
-    return tuple(0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return tuple(0 if x.shape[axis] == 1 else x.stride(axis) for axis in (0, 1, -1))

@@ -29,9 +29,15 @@ def _rotate(x, cos, sin):
     return rotated.to(x.dtype)
 
 
+def _both_halves(angles):
+    """[B or 1, T, R], of [B or 1, T, 1, R / 2] too: angles that both halves of the channels share."""
+    return angles if angles.ndim == 3 else angles.expand(-1, -1, 2, -1).flatten(2)
+
+
 def _rotate_all(q, k, v, cos, sin, query_offset):
     if cos is None:
         return q, k, v
+    cos, sin = _both_halves(cos), _both_halves(sin)
     rows = slice(query_offset, query_offset + q.shape[1])
     return _rotate(q, cos[:, rows], sin[:, rows]), _rotate(k, cos, sin), _rotate(v, cos, sin)
 
@@ -88,6 +94,7 @@ def reference(q, k, v, cos, sin, mask, causal, query_offset, scale, dropout_p=0.
             first, second = x.chunk(2, dim=-1)
             return torch.cat(((x * cos + torch.cat((-second, first), dim=-1) * sin).to(dtype), rest), dim=-1)
 
+        cos, sin = _both_halves(cos), _both_halves(sin)
         rows = slice(query_offset, query_offset + q.shape[1])
         q, k, v = rotate(q, cos[:, rows], sin[:, rows]), rotate(k, cos, sin), rotate(v, cos, sin)
     compute = torch.promote_types(dtype, torch.float32)
@@ -222,10 +229,14 @@ def _check_angles(cos, sin, q, batches, k_len):
         raise ValueError("cos and sin must be given together, and one of them is missing")
     if cos is None:
         return
-    cos_batch, cos_len, rotary_dim = cos.shape if cos.ndim == 3 else (0, 0, 0)
-    if cos_batch not in batches or cos_len != k_len or rotary_dim > q.shape[-1] or rotary_dim % 2:
-        first = " or ".join(map(str, batches))
-        raise shape_error("cos", f"[{first}, {k_len}, an even number of at most {q.shape[-1]}]", cos)
+    head_dim, shape = q.shape[-1], cos.shape
+    if len(shape) == 4 and shape[2] == 1:
+        fits = 2 * shape[3] <= head_dim
+    else:
+        fits = len(shape) == 3 and shape[2] <= head_dim and shape[2] % 2 == 0
+    if not fits or shape[0] not in batches or shape[1] != k_len:
+        rows = f"{' or '.join(map(str, batches))}, {k_len}"
+        raise shape_error("cos", f"[{rows}, an even number of at most {head_dim}] or [{rows}, 1, half of it]", cos)
     if sin.shape != cos.shape:
         raise shape_error("sin", f"that of cos, {list(cos.shape)}", sin)
     check_same("cos", cos, "q", q, dtype=False)
@@ -319,7 +330,8 @@ def rotary_attention(
     Args:
         q: `[B, Tq, H, D]`, any strides; float16, bfloat16, float32 or float64.
         k, v: `[B, Tk, H, D]`, any strides, the dtype of `q`.
-        cos, sin: `[B or 1, Tk, R]`, R even and at most D; None: no rotary positions. The rotation is computed in the
+        cos, sin: `[B or 1, Tk, R]`, R even and at most D, or `[B or 1, Tk, 1, R / 2]` where both halves of the channels
+            have the same angles (half of the table to read); None: no rotary positions. The rotation is computed in the
             promoted dtype of `q` and `cos` (float32 angles for bfloat16 inputs keep long sequences apart).
         mask: bool, True = attend; `[B, Tk]` for padded keys, or `[B or 1, 1, Tq or 1, Tk]`, where it may be a floating
             type too, which is added to the scores.

@@ -67,6 +67,16 @@ def test_geometries(D, R, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("D, R", [(64, 32), (40, 20), (32, 32)])
+def test_angles_that_both_halves_share(D, R, dtype):
+    qkv, angles = inputs(20, 70, D, R // 2, dtype=dtype, angle_batch=2)
+    twice = {name: torch.cat((x, x), -1) for name, x in angles.items()}
+    once = {name: strided(x[:, :, None]) for name, x in angles.items()}
+    out = check(qkv, causal=True, **once)
+    assert torch.equal(out, rotary_attention(*qkv, causal=True, **twice))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("mask", [None, "left", "right", "nothing", "square", "rows", "additive"])
 def test_masks_and_lengths(mask, causal, dtype):

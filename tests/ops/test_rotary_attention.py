@@ -225,6 +225,92 @@ def test_compiles_whole(dynamic):
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_angles_that_both_halves_share(backend):
+    q, k, v = queries_keys_values(2, 4, 9, H, D, seed=3, dtype=torch.float64)
+    angles = random(2, 9, R // 2, seed=0, dtype=torch.float64)
+    twice = {"cos": torch.cat((angles, angles), -1).cos(), "sin": torch.cat((angles, angles), -1).sin()}
+    once = {"cos": angles[:, :, None].cos(), "sin": angles[:, :, None].sin()}
+    expected = eager(q, k, v, causal=True, **twice)
+    with clvp_fast.backend(backend):
+        for turn in (once, twice):
+            out = rotary_attention(q, k, v, causal=True, **turn)
+            torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+    weights = rotary_attention_weights(q, k, v, causal=True, **once)[1]
+    torch.testing.assert_close(weights, rotary_attention_weights(q, k, v, causal=True, **twice)[1])
+
+
+def ragged(lengths, dtype=torch.float32):
+    q, k, v = (x[0] for x in queries_keys_values(1, sum(lengths), sum(lengths), H, D, seed=1, dtype=dtype))
+    bounds = torch.tensor([0, *lengths]).cumsum(0).int()
+    return (q, k, v), {"cu_seqlens": bounds, "max_seqlen": max(lengths)}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("rotary", [False, True])
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_ragged_sequences_attend_each_to_itself(backend, rotary, causal, dtype):
+    lengths = (5, 0, 17, 1, 33)
+    qkv, bounds = ragged(lengths, dtype)
+    turn = angles(33) if rotary else {}
+    with clvp_fast.backend(backend):
+        out = rotary_attention(*qkv, causal=causal, **bounds, **turn)
+    assert out.shape == qkv[0].shape and out.dtype == dtype
+    start = 0
+    for length in lengths:
+        alone = [x[None, start : start + length] for x in qkv]
+        own = {name: x[:, :length] for name, x in turn.items()}
+        if length:
+            wide = {name: x.double() for name, x in own.items()}
+            expected = eager(*(x.double() for x in alone), causal=causal, **wide)[0]
+            baseline = eager(*alone, causal=causal, **own)[0]
+            assert_within_budget(out[start : start + length].clone(), expected, baseline)
+        start += length
+
+
+def test_gradients_of_ragged_sequences():
+    qkv, bounds = ragged((2, 0, 3), torch.float64)
+    turn = angles(3, dtype=torch.float64)
+    qkv = [x[..., :34].detach().requires_grad_() for x in qkv]
+    assert torch.autograd.gradcheck(lambda *x: rotary_attention(*x, causal=True, **bounds, **turn), qkv)
+
+
+def test_compiles_ragged_sequences_whole():
+    qkv, bounds = ragged((4, 1, 6))
+    turn = angles(6)
+
+    def run(q, k, v):
+        return rotary_attention(q, k, v, causal=True, **bounds, **turn) * 2
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*qkv), run(*qkv), rtol=1e-5, atol=1e-5)
+    args = (*qkv, bounds["cu_seqlens"], 6, turn["cos"], turn["sin"], True, 0.2)
+    torch.library.opcheck(torch.ops.clvp_fast.rotary_attention_ragged.default, args)
+
+
+def test_bad_ragged_arguments_are_named():
+    (q, k, v), bounds = ragged((3, 5))
+    ends = bounds["cu_seqlens"]
+    cases = [
+        ((q[None], k, v), {}, ValueError, r"q must have shape \[tokens, num_heads, head_dim\] \(with cu_seqlens\)"),
+        ((q, k[1:], v), {}, ValueError, r"k must have shape that of q, \[8, 2, 40\], not \[7, 2, 40\]"),
+        ((q, k, v.double()), {}, TypeError, "v must have the dtype of q"),
+        ((q, k, v), {"cu_seqlens": ends.long()}, TypeError, "cu_seqlens must be int32, not torch.int64"),
+        ((q, k, v), {"cu_seqlens": ends[None]}, ValueError, r"cu_seqlens must have shape \[sequences \+ 1\]"),
+        ((q, k, v), {"cu_seqlens": ends.to("meta")}, ValueError, "cu_seqlens is on meta and q on cpu"),
+        ((q, k, v), {"max_seqlen": None}, ValueError, "max_seqlen must be the length of the longest"),
+        ((q, k, v), angles(4), ValueError, r"cos must have shape \[1, 5, an even number of at most 40\]"),
+        ((q, k, v), angles(5, batch=2), ValueError, r"cos must have shape \[1, 5"),
+        ((q, k, v), {"mask": torch.ones(2, 5, dtype=torch.bool)}, ValueError, "together with cu_seqlens"),
+        ((q, k, v), {"dropout_p": 0.1}, ValueError, "together with cu_seqlens"),
+        ((q, k, v), {"query_offset": 1}, ValueError, "together with cu_seqlens"),
+    ]
+    for arguments, options, error, message in cases:
+        with pytest.raises(error, match=message):
+            rotary_attention(*arguments, **{**bounds, **options})
+
+
 def test_registered_operator():
     q, k, v = queries_keys_values(B, 3, 5, H, D, seed=3)
     options = angles(5)
@@ -248,6 +334,7 @@ def test_bad_arguments_are_named():
         ((q, k, v), {"cos": cos}, ValueError, "together"),
         ((q, k, v), {"cos": cos[:, :3], "sin": sin[:, :3]}, ValueError, "cos must have shape"),
         ((q, k, v), {"cos": cos, "sin": sin[..., :8]}, ValueError, "sin must have shape"),
+        ((q, k, v), {"cos": cos[:, :, None], "sin": sin}, ValueError, r"or \[1 or 2, 5, 1, half of it\]"),
         ((q, k, v), {"mask": torch.ones(2, 5, dtype=torch.long)}, TypeError, "mask must be bool"),
         ((q, k, v), {"mask": torch.ones(2, 3, dtype=torch.bool)}, ValueError, r"mask must have shape \[2, 5\]"),
         ((q, k, v), {"causal": True, "query_offset": 3}, ValueError, "rows 3 to 6 must lie within the 5 keys"),
