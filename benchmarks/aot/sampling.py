@@ -1,6 +1,7 @@
 """The sampler on CLVP's vocabulary with each processor, and one call of each entry of the table."""
 
 import torch
+
 from clvp_fast.kernels import sampling
 
 _PROCESSORS = ("temperature", "top_k", "top_p", "typical_p", "min_p", "repetition_penalty")

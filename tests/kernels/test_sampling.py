@@ -6,9 +6,9 @@ them is compared.
 
 import pytest
 import torch
-from clvp_fast.kernels import sampling
 
 import clvp_fast
+from clvp_fast.kernels import sampling
 from clvp_fast.ops.sampling import _row_scores, philox, sample
 from tests.kernels.device import DEVICE, DTYPES
 from tests.kit import random, strided

@@ -1,0 +1,96 @@
+"""Token and position embeddings, added.
+
+out = token_table[token_ids] + position_table[position_ids]
+"""
+
+import torch
+import torch.nn.functional as F
+
+from clvp_fast.ops.dispatch import Operator, check_same, needs_grad, shape_error
+
+
+def reference(token_ids, position_ids, token_table, position_table):
+    return token_table[token_ids] + position_table[position_ids]
+
+
+def _torch(token_ids, position_ids, token_table, position_table):
+    return F.embedding(token_ids, token_table) + F.embedding(position_ids, position_table)
+
+
+def _fake(token_ids, position_ids, token_table, position_table):
+    return token_table.new_empty((*token_ids.shape, token_table.shape[1]))
+
+
+def _unserved(token_ids, position_ids, token_table, position_table):
+    if token_table.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"the tables must be float32, float16 or bfloat16, not {token_table.dtype}"
+    return None
+
+
+def _kernel(token_ids, position_ids, token_table, position_table):
+    from clvp_fast.kernels import embedding
+
+    out = _fake(token_ids, position_ids, token_table, position_table)
+    if out.numel():
+        length = token_ids.shape[-1] if token_ids.ndim else 1
+        positions = position_ids.expand(token_ids.shape).reshape(-1, length)
+        tables = (table if table.stride(1) == 1 else table.contiguous() for table in (token_table, position_table))
+        results = out.view(-1, length, out.shape[-1])
+        embedding.embed(token_ids.reshape(-1, length), positions, *tables, out=results)
+    return out
+
+
+_OPERATOR = Operator(
+    "embed",
+    "(Tensor token_ids, Tensor position_ids, Tensor token_table, Tensor position_table) -> Tensor",
+    reference=reference,
+    torch_path=_torch,
+    fake=_fake,
+    kernel=_kernel,
+    unserved=_unserved,
+)
+
+
+def _check_ids(name, ids, token_ids):
+    if ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} must be int32 or int64, not {ids.dtype}")
+    check_same(name, ids, "token_ids", token_ids, dtype=False)
+
+
+def embed(
+    token_ids: torch.Tensor,
+    position_ids: torch.Tensor,
+    token_table: torch.Tensor,
+    position_table: torch.Tensor,
+) -> torch.Tensor:
+    """Sum of a token's and its position's embedding.
+
+    Args:
+        token_ids: `[...]`, int32 or int64, rows of `token_table`.
+        position_ids: likewise, rows of `position_table`; of the shape of `token_ids` or one that expands to it.
+        token_table: `[num_tokens, C]`.
+        position_table: `[num_positions, C]`, of the dtype of `token_table`.
+
+    Returns:
+        `[..., C]`, the shape of `token_ids` and the tables' width.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices that do not match.
+        IndexError: an id outside its table, from torch on a CPU. On a GPU nothing can be raised without waiting for it:
+            the kernel makes the rows of such ids NaN.
+    """
+    _check_ids("token_ids", token_ids, token_ids)
+    _check_ids("position_ids", position_ids, token_ids)
+    if token_table.ndim != 2:
+        raise shape_error("token_table", "[num_tokens, width]", token_table)
+    if position_table.ndim != 2 or position_table.shape[1] != token_table.shape[1]:
+        raise shape_error("position_table", f"[num_positions, {token_table.shape[1]}]", position_table)
+    check_same("token_table", token_table, "token_ids", token_ids, dtype=False)
+    check_same("position_table", position_table, "token_table", token_table)
+    shape, whole = position_ids.shape, token_ids.shape
+    # Compared from the last axis on: an axis is equal, or 1, or absent.
+    if len(shape) > len(whole) or any(a not in (1, b) for a, b in zip(shape[::-1], whole[::-1], strict=False)):
+        raise shape_error("position_ids", f"{list(whole)}, that of token_ids, or one that expands to it", position_ids)
+    grad = "an embedding table requires grad" if needs_grad(token_table, position_table) else None
+    args = (token_ids, position_ids, token_table, position_table)
+    return _OPERATOR.choose(args, grad)(*args)
