@@ -22,8 +22,9 @@ The second product of few rows has few tiles and a long sum, so the sum is split
 float32, and the last one to arrive adds all parts in their order: no launch more, and the same bits every time. The
 counters of arrivals are set to 0 by the first launch. The number of parts depends on the shape of W_out alone.
 
-A row's bits do not depend on the other rows as long as the regime (a line of `_REGIMES`) is the same: up to 64, 256,
-4096 rows, and more.
+A row's bits do not depend on the other rows as long as their number stays within one regime: up to 64, 256, 1024, 4096
+rows, and more. float32 products are made of three TF32 products each (`tf32x3`), which leaves an error of about 2^-21
+of a product, near float32's own; Triton's default, one TF32 product, would leave 2^-11.
 """
 
 from typing import NamedTuple
@@ -149,37 +150,45 @@ class Tiles(NamedTuple):
 
 
 # By bytes of an element and number of rows (up to), 2026-11, compiled without spills for sm_80, sm_90 and sm_100
-# (docs/kernels.md). Up to 64 rows, 32 weight rows a program make 128 programs of a 4096 x 1024 matrix, and in each
-# three stages of 8 KB of weights are on their way. 64 weight rows and more make `wgmma`.
-_FEW, _BATCH, _SOME = 64, 256, 4096
+# (docs/kernels.md). Up to 64 rows, 32 weight rows a program make 128 programs of a 4096 x 1024 matrix, in each of which
+# 24 to 56 KB of weights are on their way: at 4.3 TB/s and 1 us of latency, 132 multiprocessors want 33 KB each. 64
+# weight rows and more make `wgmma`.
+_FEW, _BATCH, _SOME, _MOST = 64, 1024, 4096, None
 _REGIMES = {
     2: {
         _FEW: (32, 64, 128, 4, 4),
         _BATCH: (64, 128, 64, 4, 4),
         _SOME: (128, 128, 64, 8, 3),
-        None: (128, 256, 64, 8, 4),
+        _MOST: (128, 256, 64, 8, 4),
     },
-    4: {_FEW: (32, 64, 64, 4, 4), _BATCH: (64, 64, 32, 4, 3), _SOME: (64, 128, 32, 8, 3), None: (64, 128, 32, 8, 3)},
+    4: {_FEW: (32, 64, 64, 4, 4), _BATCH: (64, 64, 32, 4, 3), _SOME: (64, 128, 32, 8, 3), _MOST: (64, 128, 32, 8, 3)},
 }
+# Sizes that are no multiples of a tile or of 16 take registers for their masks and addresses.
+_ODD = {2: Tiles(64, 128, 32, 8, 4), 4: Tiles(64, 64, 32, 8, 3)}
+_SPLIT_ROWS = 256  # up to which the second product is split; parts of more rows would be much to write and read
 _FEWEST_COLUMNS = 16  # of a matrix instruction, in Triton
 _PROGRAMS = 128  # what the parts of a split sum should come to; most GPUs of the kind have 108 to 148 multiprocessors
 _SHORTEST_PART = 256
 
 
-def _tiles(rows: int, element_size: int) -> Tiles:
+def _tiles(rows: int, columns: int, depth: int, parts: int, element_size: int) -> Tiles:
+    """For `columns` results a row, each of the two a gated column needs counted as one, from sums over `depth`."""
     regimes = _REGIMES[element_size]
-    regime = next((limit for limit in (_FEW, _BATCH, _SOME) if rows <= limit), None)
-    if regime is None and element_size == 2 and architecture() < 90:
-        regime = _SOME  # the larger tile spills registers and needs more shared memory than there is
-    tiles = Tiles(*regimes[regime])
+    regime = next((limit for limit in (_FEW, _BATCH, _SOME) if rows <= limit), _MOST)
     if regime == _FEW:
-        tiles = tiles._replace(BLOCK_R=max(triton.next_power_of_2(rows), _FEWEST_COLUMNS))
-    return tiles
+        tiles = Tiles(*regimes[_FEW])
+        block_r = max(triton.next_power_of_2(rows), _FEWEST_COLUMNS)
+        return tiles._replace(BLOCK_R=block_r, num_stages=8 if block_r <= 32 else tiles.num_stages)
+    if columns % 16 or depth % (64 * parts):
+        return _ODD[element_size]
+    if regime == _MOST and element_size == 2 and architecture() < 90:
+        regime = _SOME  # the larger tile spills registers and needs more shared memory than there is
+    return Tiles(*regimes[regime])
 
 
 def _parts(rows: int, outer: int, inner: int) -> int:
     """Programs that share the sum of one tile of the second product."""
-    if rows > _BATCH:
+    if rows > _SPLIT_ROWS:
         return 1
     most = min(_PROGRAMS // triton.cdiv(outer, 32), inner // _SHORTEST_PART)
     return 1 << max(most, 1).bit_length() - 1
@@ -197,14 +206,14 @@ def workspace(rows: int, outer: int, inner: int, element_size: int) -> Workspace
     parts = _parts(rows, outer, inner)
     if parts == 1:
         return Workspace(0, 0)
-    tiles = _tiles(rows, element_size)
+    tiles = _tiles(rows, outer, inner, parts, element_size)
     count = triton.cdiv(outer, tiles.BLOCK_N) * triton.cdiv(rows, tiles.BLOCK_R)
     return Workspace(count * parts * tiles.BLOCK_N * tiles.BLOCK_R, triton.next_power_of_2(count))
 
 
 def _launch(x, weight, bias, residual, out, partial, arrivals, activation, gated, parts, zeros):
     (rows, columns), depth = out.shape, x.shape[1]
-    tiles = _tiles(rows, x.element_size())
+    tiles = _tiles(rows, columns, depth, parts, x.element_size())
     programs = triton.cdiv(columns, tiles.BLOCK_N // 2 if gated else tiles.BLOCK_N) * triton.cdiv(rows, tiles.BLOCK_R)
     _linear_kernel[(programs * parts,)](
         x, weight, bias, residual, out, partial, arrivals,

@@ -9,6 +9,7 @@ x_1 and x_2 are the two halves of the rotary channels, x_rest the others.
 import torch
 import triton
 import triton.language as tl
+
 from clvp_fast.kernels.target import architecture
 
 LOG2E = tl.constexpr(1.4426950408889634)

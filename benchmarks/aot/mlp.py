@@ -34,10 +34,14 @@ def calls():
         yield f"{name} float16, many rows", _call(128_000, FP16, **model)
         yield f"{name} float32, many rows", _call(128_000, FP32, **model)
         yield f"{name} bfloat16, 3200 rows", _call(3200, BF16, **model)
-    for rows in (1, 32, 64, 256):
+    for rows in (1, 32, 64, 256, 1000):
         yield f"gelu_mlp bfloat16, {rows} rows", _call(rows, BF16, **DECODER)
     for rows in (16, 256, 3200):
         yield f"gelu_mlp float32, {rows} rows", _call(rows, FP32, **DECODER)
     yield "gelu_mlp bfloat16, 16 rows, weights [in, out]", _call(16, BF16, **DECODER, conv=True)
     yield "geglu_mlp bfloat16, 16 rows", _call(16, BF16, **ENCODER)
-    yield "gelu_mlp bfloat16, 16 rows, odd sizes", _call(16, BF16, 100, 300, 72, "silu", False, residual=False)
+    for rows in (16, 256, 128_000):
+        yield f"gelu_mlp bfloat16, {rows} rows, odd sizes", _call(rows, BF16, 100, 300, 72, "silu", False)
+        yield f"geglu_mlp float32, {rows} rows, odd sizes", _call(rows, FP32, 100, 300, 72, "gelu", True)
+    yield "geglu_mlp bfloat16, 128000 rows, odd sizes", _call(128_000, BF16, 100, 300, 72, "gelu", True, residual=False)
+    yield "geglu_mlp bfloat16, 128000 rows, a tail", _call(128_000, BF16, 784, 304, 80, "gelu", True)

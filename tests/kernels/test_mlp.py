@@ -123,6 +123,8 @@ def test_bits(name, dtype):
     for row in (0, 9, 16):
         alone = run(tensors[0][row : row + 1], *tensors[1:], residual=residual[row : row + 1])
         assert torch.equal(alone[0], whole[row])
+    more, added = (t.repeat(3, 1)[:40] for t in (tensors[0], residual))
+    assert torch.equal(run(more, *tensors[1:], residual=added)[:17], whole)
 
 
 @pytest.mark.parametrize("name", NAMES)
