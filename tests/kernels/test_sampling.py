@@ -26,6 +26,7 @@ SETTINGS = [
     {"top_k": 1000},
     {"top_p": 0.8},
     {"top_p": 0.01},
+    {"top_p": 0.0},
     {"min_p": 0.1},
     {"min_p": 1.0},
     {"typical_p": 0.6},
@@ -88,13 +89,22 @@ def test_dtypes(dtype):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"top_p": 0.71}, {"top_p": 0.33}, {"top_p": 0.09}, {"top_k": 7}, {"typical_p": 0.4}, {"top_k": 9, "top_p": 0.57}],
+    [
+        {"top_p": 0.71},
+        {"top_p": 0.33},
+        {"top_p": 0.09},
+        {"top_p": 0.0},
+        {"top_k": 7},
+        {"typical_p": 0.4},
+        {"top_k": 9, "top_p": 0.57},
+    ],
     ids=str,
 )
 def test_ties_are_broken_as_a_stable_sort_does(settings):
     """Logits of a few values: of equal ones top-p keeps the last tokens, top-k and typical-p all."""
     logits = (random(ROWS, 130, seed=4, scale=1.5) * 1.5).round() / 1.5
     logits[:, 128] = logits[:, 5] = logits[:, 60] = 1.0
+    logits[:2, 7] = logits[:2, 70] = 6.0
     check(logits.to(DEVICE), **settings)
 
 
@@ -104,6 +114,12 @@ def test_equal_logits(top_p):
     logits = torch.full((4, 100), -2.5, device=DEVICE)
     tokens = check(logits, top_p=torch.full((4,), top_p, device=DEVICE))
     assert tokens.min() >= (99 if top_p < 0.01 else 100 - round(100 * top_p + 0.5))
+
+
+def test_a_mass_exactly_at_the_bound_is_removed():
+    """Weights 1/2, 1/2 and 1, of which top-p 1/2 keeps the last alone."""
+    logits = torch.tensor([[0.0, -0.6931472, -torch.inf, -0.6931472]], device=DEVICE).expand(6, -1)
+    assert check(logits, top_p=0.5).tolist() == [0] * 6
 
 
 @pytest.mark.parametrize("vocab_size", [97, 130])
@@ -231,11 +247,13 @@ def test_state_is_updated_in_place():
 
 
 def test_memory_around_the_row_and_the_results():
-    logits = random(3, 130, seed=11, scale=2.0, device=DEVICE)
-    numbers, expected = torch.arange(3, device=DEVICE), draw(logits, seed=1, step=2, top_k=9)
+    logits, marked = random(3, 130, seed=11, scale=2.0, device=DEVICE), list(range(40, 120))
+    numbers = torch.arange(3, device=DEVICE)
+    expected = draw(logits, state(3, 130, marked), seed=1, step=2, top_k=9, repetition_penalty=4.0)
     buffer = torch.full((7,), -5, device=DEVICE)
-    seen, lengths, done = state(3, 130)
-    parameters = (None, torch.full((3,), 9, device=DEVICE), None, None, None, None)
+    seen, lengths, done = state(3, 130, marked)
+    seen = seen.T.contiguous().T
+    parameters = (None, torch.full((3,), 9, device=DEVICE), None, None, None, torch.full((3,), 4.0, device=DEVICE))
     fixed = torch.full_like(numbers, 1), numbers, torch.full_like(numbers, 2)
     states = (seen, lengths, done)
     sampling.sample(strided(logits), *states, *parameters, *fixed, STOP, PAD, True, out=buffer[2:5])
