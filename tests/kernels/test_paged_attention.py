@@ -257,15 +257,23 @@ def test_a_sequence_has_the_same_bits_alone_and_in_any_company():
 
 
 def test_prefill_leaves_out_what_does_not_exist():
-    args = ragged(sequences=[20, 40, 7], heads=1)
+    args = ragged(sequences=[20, 40, 7, 20], heads=1)
     expected = prefill(copied(args))
-    args[6][0, 1], args[6][2, 0] = 2**30, -1
-    args[6] = args[6][:, :2].contiguous()  # 32 slots for 40 tokens
-    before = args[4].clone()
+    args[6] = args[6][:, :2].contiguous()  # 32 slots for 40 tokens; what follows is the next row's page
+    args[6][0, 1], args[6][3, 1] = 2**30, -1
+    before, k, table = args[4].clone(), args[1], args[6].long()
+    before[table[0, 0]], before[table[3, 0]] = k[:16], k[67:83]
+    before[table[1, 0]], before[table[1, 1]] = k[20:36], k[36:52]
+    before[table[2, 0], :7] = k[60:67]
     assert torch.equal(prefill(args), expected)
-    changed = (args[4] != before).flatten(2).any(2).sum(1)
-    assert changed.sum() == 16 + 32 and changed[args[6][1].long()].tolist() == [16, 16]
-    for bounds in ([0, 20, 10, 67], [5, 20, 60, 67], [0, 20, 60, 1000], [-3, 20, 60, 67]):
+    assert torch.equal(args[4], before)
+    for bounds in (
+        [0, 20, 10, 67, 87],
+        [5, 20, 60, 67, 87],
+        [0, 20, 60, 67, 1000],
+        [-3, 20, 60, 67, 87],
+        [0, 87, 0, 87, 0],
+    ):
         args[3] = ints(bounds)
         prefill(args)
 
