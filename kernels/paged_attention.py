@@ -8,16 +8,16 @@ that type, or float8 (e4m3) with a scale a head: value = stored * scale. Sums, s
 
 **Decode is one launch.** A program is a tile of 16 queries of one head and at most `SPLIT` keys; one warp for up to 64
 channels of a 2-byte type. Own programs hold one candidate, in the tile's first row; the one that ends a candidate's own
-keys starts from the new key, in registers, and stores it: nobody reads the place that is written. Prefix programs hold
-16 consecutive candidates and walk through the requests among them, so that grouped candidates share each key that is
-read, and any other order is right as well. The last program to finish a candidate's head, told by an arrival counter
+keys takes the new key and value as they came, and stores them: nobody reads the place that is written. Prefix programs
+hold 16 consecutive candidates and walk through the requests among them, so that grouped candidates share each key that
+is read, and any other order is right as well. The last program to finish a candidate's head, told by an arrival counter
 that it sets back to 0, merges the parts in the order of their keys. Tiles and splits do not depend on the batch, and
 the rows of a tile do not touch: a candidate's bits are the same alone and in any company.
 
 Why a tile of 16 rows for one query: memory is the limit, and `mma` takes its operands from shared memory, which
 asynchronous copies fill without passing through registers (counted: 24 KB a warp and 8 warps a multiprocessor, six
 times what 4.3 TB/s need at 1 us of latency). One warp needs no barrier within a tile, and its weights stay in registers
-between the two products; the 15 idle rows are matrix work that nobody waits for (410 instructions for 8 KB of keys and
+between the two products; the 15 idle rows are matrix work that nobody waits for (392 instructions for 8 KB of keys and
 values: a quarter of the issue slots in the time they take to arrive). wgmma would need 64 rows. The page numbers of a
 part are read once, at its start, and wait in registers. Heads are the fastest index of the grid: the rows of a token,
 contiguous over heads, are fetched by neighbours at one time.
@@ -92,30 +92,12 @@ def _merged(top, total, mixed, other_top, other_total, other_mixed):
 
 
 @triton.jit
-def _lengths(
-    rows,
-    real,
-    seq_lens_ptr,
-    prefix_index_ptr,
-    prefix_lens_ptr,
-    num_requests,
-    own_capacity,
-    prefix_capacity,
-    own_splits,
-    SPLIT: tl.constexpr,
-    HAS_PREFIX: tl.constexpr,
-):
-    """Of candidates (one or a tile): stored own tokens (negative: idle), own parts, request, tokens of its prefix."""
-    places = tl.load(seq_lens_ptr + rows, mask=real, other=-1)
-    own_parts = tl.minimum(tl.minimum(places, own_capacity) // SPLIT + 1, own_splits)
-    request = places * 0 - 1
-    prefix_lengths = places * 0
-    if HAS_PREFIX:
-        request = tl.load(prefix_index_ptr + rows, mask=real, other=-1)
-        known = (places >= 0) & (request >= 0) & (request < num_requests)
-        prefix_lengths = tl.load(prefix_lens_ptr + request, mask=known, other=0)
-        prefix_lengths = tl.minimum(tl.maximum(prefix_lengths, 0), prefix_capacity)
-    return places, own_parts, request, prefix_lengths
+def _prefix(rows, real, places, prefix_index_ptr, prefix_lens_ptr, num_requests, capacity):
+    """The request of one candidate or of a tile, and the tokens of its prefix: 0 for the idle and without a request."""
+    request = tl.load(prefix_index_ptr + rows, mask=real, other=-1)
+    known = (places >= 0) & (request >= 0) & (request < num_requests)
+    length = tl.load(prefix_lens_ptr + request, mask=known, other=0)
+    return request, tl.minimum(tl.maximum(length, 0), capacity)
 
 
 @triton.jit(do_not_specialize=_DECODE_SIZES)
@@ -161,7 +143,6 @@ def paged_attention_decode_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SPLIT: tl.constexpr,
-    HAS_PREFIX: tl.constexpr,
     ONE_PART: tl.constexpr,
     FLOAT8: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -179,18 +160,10 @@ def paged_attention_decode_kernel(
     if own:
         first_row = (work - prefix_works) // own_splits
         part = (work - prefix_works) % own_splits
-        place, own_part, _own_request, prefix_length = _lengths(
-            first_row,
-            True,
-            seq_lens_ptr,
-            prefix_index_ptr,
-            prefix_lens_ptr,
-            num_requests,
-            own_capacity,
-            prefix_capacity,
-            own_splits,
-            SPLIT,
-            HAS_PREFIX,
+        place = tl.load(seq_lens_ptr + first_row)
+        own_part = tl.minimum(tl.minimum(place, own_capacity) // SPLIT + 1, own_splits)
+        _request, prefix_length = _prefix(
+            first_row, True, place, prefix_index_ptr, prefix_lens_ptr, num_requests, prefix_capacity
         )
         if (place < 0) & (part == 0):
             idle_ptr = out_ptr + (first_row.to(tl.int64) * NUM_HEADS + head) * HEAD_DIM
@@ -209,18 +182,11 @@ def paged_attention_decode_kernel(
         part = own_splits + work % prefix_splits
         begin = (part - own_splits) * SPLIT
         candidates = first_row + lanes
-        _places, own_parts, request, prefix_lengths = _lengths(
-            candidates,
-            candidates < num_candidates,
-            seq_lens_ptr,
-            prefix_index_ptr,
-            prefix_lens_ptr,
-            num_requests,
-            own_capacity,
-            prefix_capacity,
-            own_splits,
-            SPLIT,
-            HAS_PREFIX,
+        real = candidates < num_candidates
+        places = tl.load(seq_lens_ptr + candidates, mask=real, other=-1)
+        own_parts = tl.minimum(tl.minimum(places, own_capacity) // SPLIT + 1, own_splits)
+        request, prefix_lengths = _prefix(
+            candidates, real, places, prefix_index_ptr, prefix_lens_ptr, num_requests, prefix_capacity
         )
         lists = tl.where(begin < prefix_lengths, request, NONE)
         prefix_parts = tl.cdiv(prefix_lengths, SPLIT)
@@ -516,7 +482,7 @@ def paged_attention_decode(
         v_pages,
         block_table,
         seq_lens,
-        # Absent arguments are never read.
+        # Without requests, no prefix is looked up: other tables may stand here.
         block_table if prefix_table is None else prefix_table,
         seq_lens if prefix_lens is None else prefix_lens,
         seq_lens if prefix_index is None else prefix_index,
@@ -546,7 +512,6 @@ def paged_attention_decode(
         BLOCK_M=rows,
         BLOCK_N=block_n,
         SPLIT=SPLIT,
-        HAS_PREFIX=prefix_table is not None,
         ONE_PART=own_splits + prefix_splits == 1,
         FLOAT8=k_scale is not None,
         PRECISION=_precision(q.dtype),

@@ -155,7 +155,7 @@ def test_decode_reads_and_writes_nothing_else(split, monkeypatch):
 
 
 def test_decode_of_strided_arguments():
-    args = step()
+    args = step(lengths=LENGTHS[3:8])
     expected = decode(copied(args))
     given = [strided(x) if isinstance(x, torch.Tensor) else x for x in args]
     assert torch.equal(decode(given), expected)
@@ -184,7 +184,7 @@ def test_a_candidate_has_the_same_bits_alone_and_in_any_company(dtype, monkeypat
     whole = decode(copied(args))
     assert torch.equal(decode(copied(args)), whole), "twice the same input"
     rows_at = (0, 1, 2, 5, 6, 9)
-    for rows in ([16], [3], list(range(16, -1, -1))):
+    for rows in ([16], [3], [5, 16, 2, 0, 11, 9]):
         part = [x[rows] if i in rows_at else x for i, x in enumerate(copied(args))]
         assert torch.equal(decode(part), whole[rows])
 
@@ -203,6 +203,11 @@ def test_what_does_not_exist_is_left_out():
     """Pages, requests and lengths out of range touch no memory, and no other candidate."""
     args = step(lengths=[20, 20, 20, 20, 20, 20], prefix_lens=[20, 1000, 5], index=[0, 0, 7, -9, 1, 2], heads=1)
     expected, before = decode(copied(args)), args[3].clone()
+    guarded = []
+    for i in (3, 4):
+        guarded.append(Guarded(*args[i].shape, dtype=torch.float32, device=DEVICE))
+        guarded[-1].tensor.copy_(args[i])
+        args[i] = guarded[-1].tensor
     table, lengths, prefix_table = args[5], args[6], args[7]
     table[0, 1] = 2**30  # where the new token belongs
     table[1, 0] = -1
@@ -215,6 +220,18 @@ def test_what_does_not_exist_is_left_out():
     assert torch.equal(out[4], expected[4]) and not torch.equal(out[5], expected[5])
     changed = (args[3] != before).flatten(1).any(1).nonzero().flatten()
     assert torch.equal(changed, written.sort().values)
+    for memory in guarded:
+        memory.check("pages")
+
+
+def test_an_unknown_request_is_none():
+    """Even where the memory around the tables would do as a prefix."""
+    args = step(lengths=[3, 4, 5], prefix_lens=[20] * 9, index=[-1, 4, -1], heads=1)
+    args[7], args[8] = args[7][3:6], args[8][3:6]
+    args[9] = ints([-1, 1, -1])
+    expected = decode(copied(args))
+    args[9] = ints([-3, 1, 3])
+    assert torch.equal(decode(args), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -267,15 +284,31 @@ def test_prefill_leaves_out_what_does_not_exist():
     before[table[2, 0], :7] = k[60:67]
     assert torch.equal(prefill(args), expected)
     assert torch.equal(args[4], before)
-    for bounds in (
+
+
+@pytest.mark.parametrize(
+    "bounds",
+    [
         [0, 20, 10, 67, 87],
         [5, 20, 60, 67, 87],
         [0, 20, 60, 67, 1000],
         [-3, 20, 60, 67, 87],
         [0, 87, 0, 87, 0],
-    ):
-        args[3] = ints(bounds)
-        prefill(args)
+        [-640, -640, 5, 60, -640],
+        [0, 256, 128, 87, 87],
+    ],
+)
+def test_prefill_with_wrong_bounds_writes_no_other_memory(bounds):
+    args = ragged(sequences=[20, 40, 7, 20], heads=1)
+    args[3] = ints(bounds)
+    memory = [torch.zeros(700, 1, 32, device=DEVICE) for _ in range(2)]
+    results = [x[300:387] for x in memory]
+    results[0].copy_(args[0])
+    args[0] = results[0]
+    kernels.paged_prefill(*args, None, None, out=results[1])
+    for x in memory:
+        assert not x[:300].any() and not x[387:].any()
+    assert torch.isfinite(results[1]).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
