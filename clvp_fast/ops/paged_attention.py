@@ -206,10 +206,13 @@ def _decode_kernel(
     if out.numel() == 0:
         return out
     own, prefix = (0 if table is None else table.shape[1] * k_pages.shape[1] for table in (block_table, prefix_table))
-    room = num_candidates * num_heads * kernels.parts(own, prefix) * (head_dim + 2)
+    parts = kernels.parts(own, prefix)
+    room = num_candidates * num_heads * parts * (head_dim + 2) if parts > 1 else 0
     partial = torch.empty(room, dtype=torch.float32, device=q.device)
     if arrivals is None:
-        arrivals = torch.zeros(num_candidates, num_heads, dtype=torch.int32, device=q.device)
+        # Nothing is counted where there is nothing to merge: then no launch for zeros.
+        make = torch.zeros if parts > 1 else torch.empty
+        arrivals = make(num_candidates, num_heads, dtype=torch.int32, device=q.device)
     rows = _contiguous_last(q, k_new, v_new)
     tables = _contiguous_last(block_table, seq_lens, prefix_table, prefix_lens, prefix_index)
     scales = _contiguous_last(k_scale, v_scale)

@@ -116,6 +116,27 @@ def test_decode_of_more_candidates_than_a_tile():
     check_decode(step(lengths=[i % 3 - (i == 5) * 9 for i in range(19)], prefix_lens=[5, 33, 17], index=index, heads=1))
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="too many programs for the interpreter")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_decode_of_many_programs_at_once(dtype):
+    """The decoder's own shape: parts of a candidate end on different multiprocessors, in any order."""
+    candidates, heads, dim, page, own, prompt = 256, 16, 64, 16, 38, 26
+    dealt = torch.randperm(candidates * own + 4 * prompt, device=DEVICE).int()
+    shape = len(dealt), page, heads, dim
+    pages = [random(*shape, seed=i, dtype=dtype, device=DEVICE) for i in range(2)]
+    rows = [random(candidates, heads, dim, seed=2 + i, dtype=dtype, device=DEVICE) for i in range(3)]
+    lengths = torch.randint(-5, own * page, (candidates,), device=DEVICE).clamp(-1).int()
+    prefix = (
+        dealt[: 4 * prompt].view(4, prompt),
+        ints([60, 410, 0, 257]),
+        ints([i * 7 % 5 - 1 for i in range(candidates)]),
+    )
+    args = [2 * rows[0], *rows[1:], *pages, dealt[4 * prompt :].view(candidates, own), lengths, *prefix, dim**-0.5]
+    first = check_decode(copied(args))
+    for _ in range(50):
+        assert torch.equal(decode(copied(args)), first)
+
+
 def launch(args, parts_of=kernels.parts):
     """The launcher itself, on guarded results and poisoned workspaces."""
     q, k_pages, block_table, prefix_table = args[0], args[3], args[5], args[7]
