@@ -1,10 +1,11 @@
 """The operators: every hot path of the package, each with a reference, a torch path and, on a GPU, a kernel."""
 
 from clvp_fast.ops.dispatch import backend, explain
+from clvp_fast.ops.embedding import embed
 from clvp_fast.ops.linear import linear
 from clvp_fast.ops.log_mel import log_mel
 from clvp_fast.ops.mlp import ACTIVATIONS, geglu_mlp, gelu_mlp
-from clvp_fast.ops.norm import add_norm
+from clvp_fast.ops.norm import add_norm, double_layer_norm
 from clvp_fast.ops.paged_attention import paged_attention_decode, paged_prefill
 from clvp_fast.ops.rotary_attention import rotary_attention, rotary_attention_weights
 from clvp_fast.ops.sampling import sample
@@ -13,6 +14,8 @@ __all__ = [
     "ACTIVATIONS",
     "add_norm",
     "backend",
+    "double_layer_norm",
+    "embed",
     "explain",
     "geglu_mlp",
     "gelu_mlp",

@@ -8,7 +8,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 from transformers.utils import can_return_tuple
 
 from clvp_fast.models.clvp.configuration import ClvpDecoderConfig
-from clvp_fast.models.clvp.layers import ClvpDecoderMLP, ClvpSelfAttention, add_layer_norm
+from clvp_fast.models.clvp.layers import ClvpDecoderMLP, ClvpSelfAttention, add_layer_norm, embed
 from clvp_fast.models.clvp.pretrained import ClvpPreTrainedModel
 
 
@@ -103,13 +103,17 @@ class ClvpDecoder(ClvpPreTrainedModel):
         if self.option("use_cache", use_cache) and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
 
-        hidden_states = self.input_embeds_layer(input_ids) if inputs_embeds is None else inputs_embeds
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        length = given.shape[1]
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
-        length = hidden_states.shape[1]
-        if not embeds_have_positions:
-            if position_ids is None:
-                position_ids = (torch.arange(length, device=hidden_states.device) + past_length)[None]
-            hidden_states = hidden_states + self.position_embeds_layer(position_ids)
+        if position_ids is None:
+            position_ids = (torch.arange(length, device=given.device) + past_length)[None]
+        if inputs_embeds is None:
+            hidden_states = embed(self.input_embeds_layer, input_ids, self.position_embeds_layer, position_ids)
+        elif embeds_have_positions:
+            hidden_states = inputs_embeds
+        else:
+            hidden_states = inputs_embeds + self.position_embeds_layer(position_ids)
         if token_type_ids is not None:
             hidden_states = hidden_states + self.input_embeds_layer(token_type_ids.view(-1, length))
         mask = attention_mask

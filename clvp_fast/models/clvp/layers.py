@@ -36,6 +36,19 @@ def add_layer_norm(norm: nn.LayerNorm, hidden_states: torch.Tensor, residual: to
     return ops.add_norm(hidden_states, residual, weight=norm.weight, bias=norm.bias, eps=norm.eps, kind="layer")
 
 
+def embed(
+    token_layer: nn.Embedding, token_ids: torch.Tensor, position_layer: nn.Embedding, position_ids: torch.Tensor
+) -> torch.Tensor:
+    """Token plus position embeddings `[batch, length, hidden_size]`, of ids `[batch, length]` and `[1 or batch, length]`."""
+    layers = token_layer, position_layer
+    if (
+        all(is_plain(layer, nn.Embedding) for layer in layers)
+        and token_layer.weight.dtype == position_layer.weight.dtype
+    ):
+        return ops.embed(token_ids, position_ids, token_layer.weight, position_layer.weight)
+    return token_layer(token_ids) + position_layer(position_ids)
+
+
 class ClvpRotaryPositionalEmbedding(nn.Module):
     """Rotary angles of the encoders (arXiv:2104.09864), for the first `max(projection_dim / (2 heads), 32)` channels.
 
