@@ -39,7 +39,7 @@ def add_layer_norm(norm: nn.LayerNorm, hidden_states: torch.Tensor, residual: to
 def embed(
     token_layer: nn.Embedding, token_ids: torch.Tensor, position_layer: nn.Embedding, position_ids: torch.Tensor
 ) -> torch.Tensor:
-    """Token plus position embeddings `[batch, length, hidden_size]`, of ids `[batch, length]` and `[1 or batch, length]`."""
+    """Token plus position embeddings `[batch, length, hidden_size]`; ids `[batch, length]`, positions shared or not."""
     layers = token_layer, position_layer
     if (
         all(is_plain(layer, nn.Embedding) for layer in layers)
