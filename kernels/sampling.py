@@ -14,7 +14,7 @@ to the typical mass). The order of floats is that of their bits, so 16 rounds of
 weights below three candidates at once, in one reduction. What top-p removes among equal scores is decided by a count of
 the ties, which rows of float32 logits hardly ever need.
 
-Chain of dependent reductions over a row, where the processor is on: maximum 1, top-k 16, top-p 1 + 16 + 1 (ties: 6
+Chain of dependent reductions over a row, where the processor is on: maximum 1, top-k 16, top-p 1 + 16 + 1 (ties: 3
 more), min-p 0, typical-p 2 + 16, draw 8. A row is read once and then lives in registers, 32 scores and as many weights
 a thread, in programs of 8 warps. Two of them fit a multiprocessor and fill one another's waits, so that 256 rows are
 one wave on an H200. A vocabulary little above a power of two (8194) is a tile of that power and a small second one:
@@ -133,11 +133,11 @@ def _top_p(x, x2, weight, weight2, largest, mass, BLOCK: tl.constexpr, SMALL: tl
     if removed > 0:
         # The weights of the ties are negative meanwhile: nothing else need stay in registers for the scan.
         weight, weight2 = tl.where(x == bound, -weight, weight), tl.where(x2 == bound, -weight2, weight2)
-        tie = (weight < 0).to(tl.int32)
-        ends, ends2 = _ends(tie, (weight2 < 0).to(tl.int32), BLOCK, CHUNK)
-        first = _locate(tie, ends, ends2, tl.minimum(removed, tl.max(ends2, 0) - 1), BLOCK, SMALL, CHUNK)
-        weight = tl.where((weight < 0) & (tl.arange(0, BLOCK) < first), 0.0, tl.abs(weight))
-        weight2 = tl.where((weight2 < 0) & (BLOCK + tl.arange(0, SMALL) < first), 0.0, tl.abs(weight2))
+        tie, tie2 = (weight < 0).to(tl.int32), (weight2 < 0).to(tl.int32)
+        before, before2 = tl.sum(tie, 0), tl.sum(tie2, 0)
+        removed = tl.minimum(removed, before + before2 - 1)
+        weight = tl.where((weight < 0) & (tl.cumsum(tie, 0) <= removed), 0.0, tl.abs(weight))
+        weight2 = tl.where((weight2 < 0) & (before + tl.cumsum(tie2, 0) <= removed), 0.0, tl.abs(weight2))
     return weight, weight2
 
 
@@ -148,10 +148,10 @@ def _typical(weight, weight2, mass):
     With l the logarithm of a weight, surprise less entropy is the mean of l less l: what normalises them cancels.
     """
     total = _total(weight, weight2)
-    logarithm, logarithm2 = tl.log(tl.where(weight > 0, weight, 1.0)), tl.log(tl.where(weight2 > 0, weight2, 1.0))
+    # Where the weight is 0, any number will do: nothing is added for it, and nothing kept.
+    logarithm, logarithm2 = tl.log(tl.maximum(weight, 1e-37)), tl.log(tl.maximum(weight2, 1e-37))
     mean = _total(weight * logarithm, weight2 * logarithm2) / total
-    far = tl.where(weight > 0, tl.abs(mean - logarithm), float("inf"))
-    far2 = tl.where(weight2 > 0, tl.abs(mean - logarithm2), float("inf"))
+    far, far2 = tl.abs(mean - logarithm), tl.abs(mean - logarithm2)
     bound = _threshold(far, far2, weight, weight2, mass * total, STRICT=False)
     return tl.where(far <= bound, weight, 0.0), tl.where(far2 <= bound, weight2, 0.0)
 

@@ -87,24 +87,15 @@ def test_dtypes(dtype):
     assert torch.equal(check(logits, [5, 6], **TORTOISE), draw(logits.float(), state(ROWS, 97, [5, 6]), **TORTOISE))
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"top_p": 0.71},
-        {"top_p": 0.33},
-        {"top_p": 0.09},
-        {"top_p": 0.0},
-        {"top_k": 7},
-        {"typical_p": 0.4},
-        {"top_k": 9, "top_p": 0.57},
-    ],
-    ids=str,
-)
+TIED = [{"top_p": p} for p in (0.71, 0.33, 0.09, 0.0)] + [{"top_k": 7}, {"typical_p": 0.4}, {"top_k": 9, "top_p": 0.57}]
+
+
+@pytest.mark.parametrize("settings", TIED, ids=str)
 def test_ties_are_broken_as_a_stable_sort_does(settings):
     """Logits of a few values: of equal ones top-p keeps the last tokens, top-k and typical-p all."""
     logits = (random(ROWS, 130, seed=4, scale=1.5) * 1.5).round() / 1.5
     logits[:, 128] = logits[:, 5] = logits[:, 60] = 1.0
-    logits[:2, 7] = logits[:2, 70] = 6.0
+    logits[:2, 7] = logits[:2, 70] = logits[1, 129] = 6.0
     check(logits.to(DEVICE), **settings)
 
 
@@ -126,26 +117,24 @@ def test_a_mass_exactly_at_the_bound_is_removed():
 def test_greedy(vocab_size):
     logits = random(5, vocab_size, seed=5, scale=2.0, device=DEVICE)
     logits[0, 7:9] = 50.0  # equal ones: the first
-    logits[1, -1] = 50.0
+    logits[1, -2] = 50.0
     logits[2, 0] = logits[2, -1] = 50.0
     logits[3] = -torch.inf
     logits[3, 33] = -1e30
     seen = list(range(1, vocab_size - 1, 3))
     tokens = check(logits, seen, repetition_penalty=3.0, temperature=0.5, top_k=2, do_sample=False)
-    assert tokens[0] == (8 if 7 in seen else 7) and tokens[1] == vocab_size - 1 and tokens[2] == 0 and tokens[3] == 33
+    assert tokens[0] == (8 if 7 in seen else 7) and tokens[1] == vocab_size - 2 and tokens[2] == 0 and tokens[3] == 33
 
 
 def test_each_row_has_its_settings():
     """A row gives what it gives alone, neutral parameters among them."""
     rows = SETTINGS[:2] + SETTINGS[5:6] + SETTINGS[7:8] + SETTINGS[9:10] + [TORTOISE]
     logits, seen = random(len(rows), 130, seed=6, scale=2.0, device=DEVICE), [1, 31, 32, 129]
-    settings = {
-        name: torch.tensor([row.get(name, value) for row in rows], device=DEVICE)
-        .to(torch.int64 if name == "top_k" else torch.float64 if name == "top_p" else torch.float32)
-        .expand(2, -1)
-        .T[:, 1]  # at a stride
-        for name, value in NEUTRAL.items()
-    }
+    settings = {}
+    for name, value in NEUTRAL.items():
+        dtype = torch.int64 if name == "top_k" else torch.float64 if name == "top_p" else torch.float32
+        column = torch.tensor([row.get(name, value) for row in rows], device=DEVICE).to(dtype)
+        settings[name] = torch.stack((column, column * 0), 1)[:, 0]  # at a stride
     together = check(logits, seen, **settings)
     for n, row in enumerate(rows):
         alone = draw(logits[n : n + 1], state(1, 130, seen), candidate=n, **row)
