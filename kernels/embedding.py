@@ -19,7 +19,7 @@ import triton.language as tl
 _BLOCK_C, _WARPS = 1024, 4
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "num_tokens", "num_positions"])
 def _embed_kernel(
     token_ids_ptr, position_ids_ptr, token_table_ptr, position_table_ptr, out_ptr,
     length, num_tokens, num_positions, width,

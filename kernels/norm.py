@@ -50,7 +50,7 @@ def _affine(weight_ptr, bias_ptr, columns, width):
     return weight[None, :], bias[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _add_norm_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, total_ptr, out_ptr,
     rows, width, x_stride, residual_stride, total_stride, out_stride, eps,
@@ -76,7 +76,7 @@ def _add_norm_kernel(
     tl.store(out_ptr + row * out_stride + columns, normed, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _double_layer_norm_kernel(
     x_ptr, weight1_ptr, bias1_ptr, weight2_ptr, bias2_ptr, first_ptr, out_ptr,
     rows, width, x_stride, first_stride, out_stride, eps1, eps2,

@@ -182,7 +182,7 @@ def _draw(weight, weight2, bits, BLOCK: tl.constexpr, SMALL: tl.constexpr, CHUNK
 
 
 # Rows of 8194 are aligned to nothing; without a promise for other widths all of them are laid out, and compile, alike.
-@triton.jit(do_not_specialize=["vocab_size", "logits_stride"])
+@triton.jit(do_not_specialize=["vocab_size", "logits_stride", "stop_token", "pad_token"])
 def _sample_kernel(
     logits_ptr, seen_ptr, lengths_ptr, done_ptr,
     temperature_ptr, top_k_ptr, top_p_ptr, typical_p_ptr, min_p_ptr, penalty_ptr,
