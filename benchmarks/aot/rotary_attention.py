@@ -10,6 +10,7 @@ _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 def calls():
     for dtype in _NAMES:
         yield _dense(64, 32, dtype)  # the encoders
+        yield _dense(64, 32, dtype, shared=True)
         yield _dense(64, 0, dtype, causal=True)  # the decoder's prompt
         yield _dense(64, 0, dtype, causal=True, q_len=1)  # its steps
     for dtype in (torch.bfloat16, torch.float32):
@@ -18,7 +19,9 @@ def calls():
         yield _dense(64, 32, dtype, mask="keys")
         yield _dense(64, 32, dtype, causal=True, mask="keys")
         yield _dense(64, 0, dtype, mask="additive")
+    yield _dense(64, 32, torch.bfloat16, causal=True, mask="keys", shared=True)
     yield _dense(128, 32, torch.bfloat16, mask="keys")
+    yield _dense(128, 128, torch.bfloat16, q_len=1)
     yield _dense(64, 0, torch.bfloat16, causal=True, mask="square")
     yield _ragged(64, 32, torch.bfloat16, causal=False)
     yield _ragged(64, 0, torch.bfloat16, causal=True)
@@ -32,15 +35,17 @@ def _packed(*rows, head_dim, dtype):
     return _empty(*rows, 3, 12, head_dim, dtype=dtype).unbind(-3)
 
 
-def _angles(length, rotary_dim):
-    return _empty(1, length, rotary_dim, dtype=torch.float32) if rotary_dim else None
+def _angles(length, rotary_dim, shared=False):
+    if not rotary_dim:
+        return None
+    return _empty(1, length, *((1, rotary_dim // 2) if shared else (rotary_dim,)), dtype=torch.float32)
 
 
-def _dense(head_dim, rotary_dim, dtype, causal=False, mask=None, q_len=500):
+def _dense(head_dim, rotary_dim, dtype, causal=False, mask=None, q_len=500, shared=False):
     def launch():
         q, k, v = _packed(2, 500, head_dim=head_dim, dtype=dtype)
         q = q[:, :q_len]
-        angles = _angles(500, rotary_dim)
+        angles = _angles(500, rotary_dim, shared)
         masks = {
             None: None,
             "keys": _empty(2, 500, dtype=torch.bool),
@@ -51,7 +56,9 @@ def _dense(head_dim, rotary_dim, dtype, causal=False, mask=None, q_len=500):
         kernels.rotary_attention(q, k, v, angles, angles, masks[mask], causal, 0, head_dim**-0.5, out=out)
 
     parts = [_NAMES[dtype], f"{head_dim}, {rotary_dim} turn"]
-    parts += ["causal"] * causal + [f"{mask} mask"] * bool(mask) + ["one query"] * (q_len == 1)
+    parts += (
+        ["angles shared"] * shared + ["causal"] * causal + [f"{mask} mask"] * bool(mask) + ["one query"] * (q_len == 1)
+    )
     return ", ".join(parts), launch
 
 
