@@ -295,15 +295,18 @@ _FEW = 16
 
 def _configuration(dtype, few, width, half_pad, tables, masked, mask_rows):
     """(BLOCK_M, BLOCK_N, num_warps, num_stages), compiled without a spill for sm_80, sm_90 and sm_100 (2026-11)."""
+    arch = architecture()
     if dtype == torch.float32:
         if width > 64 or mask_rows:
             return 16, 32, 8, 2
-        return (16, 32, 4, 2) if few else (64, 32, 8 if masked else 4, 2)
+        if few:
+            return 16, 32, 4, 2
+        return (64, 16, 4, 2) if arch < 90 else (64, 32, 8, 1) if arch >= 100 else (64, 32, 8 if masked else 4, 2)
     if few:
         return (16, 64, 4, 2) if width <= 64 else (16, 32, 4, 2)
     if mask_rows:
         return 64, 32, 8, 2
-    if architecture() < 90:
+    if arch < 90:
         return (128, 64, 8, 2) if width <= 64 else (64, 32 if width <= 128 else 16, 8, 2)
     if width > 64:
         return (128, 32, 8, 2) if half_pad else (64, 64, 4, 2)
