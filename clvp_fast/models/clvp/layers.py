@@ -79,10 +79,12 @@ class ClvpRotaryPositionalEmbedding(nn.Module):
         return self
 
     def forward(self, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines `[batch or 1, length, dim]`, float32 or wider, of `[batch or 1, length]` positions."""
+        """Cosines and sines `[batch or 1, length, 1, dim / 2]`, float32 or wider, of `[batch or 1, length]` positions.
+
+        Both halves of the rotary channels turn by the same angles.
+        """
         inv_freq = self.inv_freq.to(torch.promote_types(self.inv_freq.dtype, torch.float32))
-        angles = position_ids[..., None].to(inv_freq.dtype) * inv_freq
-        angles = torch.cat([angles, angles], dim=-1)
+        angles = (position_ids[..., None].to(inv_freq.dtype) * inv_freq)[:, :, None]
         return angles.cos(), angles.sin()
 
 
