@@ -1,0 +1,43 @@
+"""Every shipped configuration compiles for the GPUs that are promised, without spilling registers."""
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.aot.__main__ import FAMILIES, in_new_process
+from benchmarks.aot.compiling import ARCHITECTURES
+from benchmarks.aot.tables import DOCUMENT, with_tables
+
+# Bytes of shared memory that one program may have (CUDA C++ Programming Guide, technical specifications).
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+# Calls in which sm_90 must use its asynchronous matrix instruction, and those among them that are too small for it.
+MATRIX = {
+    "rotary_attention": ("bf16", "one query"),
+    "mlp": ("bfloat16, many rows", "-"),
+    "paged_attention": ("prefill, 16 × 64, b", "-"),
+}
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_configuration_compiles_without_spills(family, arch):
+    rows = in_new_process(family, arch)
+    assert rows
+    spilled = [f"{row['kernel']} ({row['call']}): {row['spilled_bytes']} B" for row in rows if row["spilled_bytes"]]
+    assert not spilled, spilled
+    assert max(row["shared_bytes"] for row in rows) <= SHARED_LIMIT[arch]
+    if arch == 90 and family in MATRIX:
+        named, small = MATRIX[family]
+        wanted = [row for row in rows if named in row["call"] and small not in row["call"]]
+        assert wanted and all(row["matrix_instruction"] == "wgmma" for row in wanted), wanted
+
+
+def test_the_document_shows_the_rows():
+    document = DOCUMENT.read_text()
+    assert all(f"<!-- compiled: {family} -->" in document for family in FAMILIES)
+    assert with_tables(document) == document
+
+
+def test_every_family_is_compiled():
+    kernels = {path.stem for path in (Path(__file__).parents[2] / "kernels").glob("*.py")} - {"target"}
+    assert kernels == set(FAMILIES)
