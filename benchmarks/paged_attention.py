@@ -33,7 +33,8 @@ def make_inputs(seed, candidates, requests, prompt, least, most, dtype, device):
     prompts = torch.full((requests,), prompt, dtype=torch.int32, device=device)
     index = (torch.arange(candidates, device=device) * requests // candidates).int()
     dense = [_dense(pages, prefix[index.long()], own, prompt, lengths) for pages in (k_pages, v_pages)]
-    return 2 * q, k, v, k_pages, v_pages, own, lengths, prefix, prompts, index, *dense
+    arrivals = torch.zeros(candidates, HEADS, dtype=torch.int32, device=device)  # kept by an engine from step to step
+    return 2 * q, k, v, k_pages, v_pages, own, lengths, prefix, prompts, index, arrivals, *dense
 
 
 def _dense(pages, prefix, own, prompt, lengths):
@@ -42,18 +43,17 @@ def _dense(pages, prefix, own, prompt, lengths):
     return torch.cat((prompts, pages[own.long()].flatten(1, 2)), 1).transpose(1, 2).contiguous()
 
 
-def call(q, k, v, k_pages, v_pages, own, lengths, prefix, prompts, index, *dense):
-    return paged_attention_decode(
-        q, k, v, k_pages, v_pages, own, lengths, prefix_table=prefix, prefix_lens=prompts, prefix_index=index
-    )
+def call(q, k, v, k_pages, v_pages, own, lengths, prefix, prompts, index, arrivals, *dense):
+    shared = dict(prefix_table=prefix, prefix_lens=prompts, prefix_index=index)
+    return paged_attention_decode(q, k, v, k_pages, v_pages, own, lengths, **shared, arrivals=arrivals)
 
 
-def reference(q, k, v, k_pages, v_pages, own, lengths, prefix, prompts, index, *dense):
+def reference(q, k, v, k_pages, v_pages, own, lengths, prefix, prompts, index, arrivals, *dense):
     wide = (x.double() for x in (q, k, v, k_pages, v_pages))
     return decode_reference(*wide, own, lengths, prefix, prompts, index, HEAD_DIM**-0.5)
 
 
-def sdpa_over_dense(q, k, v, k_pages, v_pages, own, lengths, prefix, prompts, index, dense_k, dense_v):
+def sdpa_over_dense(q, k, v, k_pages, v_pages, own, lengths, prefix, prompts, index, arrivals, dense_k, dense_v):
     """torch's attention over padded keys in one piece, the prompt copied for each candidate; all have one length."""
     last = prompts[0].long() + lengths.long()
     rows = torch.arange(len(q), device=q.device)

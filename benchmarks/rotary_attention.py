@@ -12,15 +12,16 @@ CPU_SHAPES = ((16, 200),)
 
 
 def _angles(length: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines `[1, length, 1, ROTARY_DIM / 2]`, shared by both halves of the channels."""
     frequencies = 10000 ** (-torch.arange(0, ROTARY_DIM, 2, device=device) / ROTARY_DIM)
-    angles = (torch.arange(length, device=device)[:, None] * frequencies).repeat(1, 2)[None]
+    angles = (torch.arange(length, device=device)[:, None] * frequencies)[None, :, None]
     return angles.cos(), angles.sin()
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     first, second = x[..., : ROTARY_DIM // 2], x[..., ROTARY_DIM // 2 : ROTARY_DIM]
-    turned = x[..., :ROTARY_DIM] * cos[:, :, None] + torch.cat((-second, first), -1) * sin[:, :, None]
-    return torch.cat((turned.to(x.dtype), x[..., ROTARY_DIM:]), -1)
+    turned = (first * cos - second * sin).to(x.dtype), (second * cos + first * sin).to(x.dtype)
+    return torch.cat((*turned, x[..., ROTARY_DIM:]), -1)
 
 
 def rotate_and_attend(packed, cos, sin):
