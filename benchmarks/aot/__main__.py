@@ -1,6 +1,6 @@
 """`python -m benchmarks.aot [FAMILY ...]`: compiles every shipped configuration for GPUs that need not be there.
 
-Prints one line a kernel. With `--write`, replaces the rows in benchmarks/results/aot/ and the tables of
+Prints one line a kernel. With `--write`, replaces the rows in benchmarks/aot/compiled/ and the tables of
 docs/kernels.md that are made from them.
 """
 

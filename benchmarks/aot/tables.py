@@ -1,10 +1,10 @@
-"""The tables of docs/kernels.md, made from the rows of benchmarks/results/aot/."""
+"""The tables of docs/kernels.md, made from the rows of benchmarks/aot/compiled/."""
 
 import json
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-RESULTS = ROOT / "benchmarks/results/aot"
+RESULTS = Path(__file__).parent / "compiled"
 DOCUMENT = ROOT / "docs/kernels.md"
 BEGIN, END = "<!-- compiled: {} -->", "<!-- end -->"
 
