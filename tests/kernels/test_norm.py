@@ -1,5 +1,7 @@
 """`add_norm` and `double_layer_norm` as kernels: budgets against float64, bits of transformers' RMSNorm, memory."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from transformers.models.clvp.modeling_clvp import ClvpRMSNorm
@@ -195,3 +197,13 @@ def test_what_is_not_served_is_named():
             add_norm(given, **change)
     with torch.enable_grad(), pytest.raises(RuntimeError, match="requires grad"):
         add_norm(x.clone().requires_grad_(), **settings)
+
+
+def test_the_example_of_the_document():
+    document = (Path(__file__).parents[2] / "docs/kernels.md").read_text()
+    example = document.split("```python\n")[1].split("```")[0]
+    x, residual, weight = (rows(*shape, dtype=torch.float16, seed=9) for shape in ((3, 40), (3, 40), (40,)))
+    total, out = torch.empty_like(x), torch.empty_like(x)
+    exec(example, {"x": x, "residual": residual, "weight": weight, "total": total, "out": out})
+    expected = add_norm(x, residual, weight=weight, eps=1e-5, kind="rms")
+    assert torch.equal(total, expected[0]) and torch.equal(out, expected[1])
