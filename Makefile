@@ -67,12 +67,14 @@ define require_gpu
   || { echo "$@ needs a CUDA device, and $(GPU_PYTHON) with a torch that sees it (choose with GPU_PYTHON=...)"; exit 1; }
 endef
 
-# Correct on this GPU, and clean to the memory checker, which wants every allocation to be torch's own.
+# Correct on this GPU, and clean to the memory checker, which needs every tensor to be an allocation of its own. Compiling takes
+# most of the first run's time, so several processes share it where pytest-xdist is there; the second finds all in the cache.
 gpu-check:
 	$(require_gpu)
-	PYTHONPATH=. $(GPU_PYTHON) -m pytest -m gpu tests/gpu tests/kernels $(PYTEST_ARGS)
+	PYTHONPATH=. $(GPU_PYTHON) -m pytest -m gpu tests/gpu tests/kernels $(PYTEST_ARGS) \
+	  $$($(GPU_PYTHON) -c 'import xdist; print("-n 8")' 2>/dev/null)
 	PYTHONPATH=. PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --error-exitcode 1 \
-	  $(GPU_PYTHON) -m pytest -q -m gpu tests/kernels --ignore tests/kernels/test_compiled.py -k "not capture"
+	  $(GPU_PYTHON) -m pytest -q -m gpu tests/kernels --ignore tests/kernels/test_compiled.py -k "bits or nothing or writes or alone"
 
 gpu-bench:
 	$(require_gpu)
