@@ -35,7 +35,7 @@ def _embed_kernel(
     token = tl.load(token_ids_ptr + b * token_ids_batch_stride + t * token_ids_stride).to(tl.int64)
     position = tl.load(position_ids_ptr + b * position_ids_batch_stride + t * position_ids_stride).to(tl.int64)
     known = (token >= 0) & (token < num_tokens) & (position >= 0) & (position < num_positions)
-    read = inside & known
+    read = columns < tl.where(known, width, 0)
     embedded = tl.load(token_table_ptr + token * token_table_stride + columns, mask=read, other=float("nan"))
     placed = tl.load(position_table_ptr + position * position_table_stride + columns, mask=read, other=float("nan"))
     total = embedded.to(tl.float32) + placed.to(tl.float32)
