@@ -222,6 +222,12 @@ def explain(name: str | None = None, device: str | torch.device | None = None) -
     return Choices(OPERATORS[key].explain(device) for key in sorted(OPERATORS) if name in (None, key))
 
 
+def as_rows(x: torch.Tensor) -> torch.Tensor:
+    """`[..., width]` as `[rows, width]` with columns at stride 1, as kernels take it: a view where there is one."""
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
 def shape_error(name: str, expected: str, tensor: torch.Tensor) -> ValueError:
     """The error for a tensor argument of the wrong shape."""
     return ValueError(f"{name} must have shape {expected}, not {list(tensor.shape)}")

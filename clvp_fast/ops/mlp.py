@@ -9,7 +9,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from clvp_fast.ops.dispatch import Operator, check_same, needs_grad, shape_error
+from clvp_fast.ops.dispatch import Operator, as_rows, check_same, needs_grad, shape_error
 from clvp_fast.ops.linear import linear, linear_columns, swaps
 
 
@@ -129,12 +129,6 @@ def _unserved(x, w_in, b_in, w_out, b_out, residual, activation):
     return None
 
 
-def _rows(x):
-    """`[rows, width]` with columns at stride 1: a view where there is one."""
-    x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
 def _kernel(x, w_in, b_in, w_out, b_out, residual, activation, gated):
     from clvp_fast.kernels import mlp
 
@@ -142,7 +136,7 @@ def _kernel(x, w_in, b_in, w_out, b_out, residual, activation, gated):
     out = x.new_empty((*x.shape[:-1], outer))
     if out.numel() == 0:
         return out
-    flat = _rows(x)
+    flat = as_rows(x)
     scratch = mlp.workspace(len(flat), outer, inner, x.element_size())
     mlp.mlp(
         flat,
@@ -150,7 +144,7 @@ def _kernel(x, w_in, b_in, w_out, b_out, residual, activation, gated):
         b_in.contiguous(),
         w_out,
         b_out.contiguous(),
-        None if residual is None else _rows(residual),
+        None if residual is None else as_rows(residual),
         activation,
         gated,
         hidden=x.new_empty(len(flat), inner),

@@ -11,7 +11,7 @@ hundreds of decode steps of sixty norms.
 import torch
 import torch.nn.functional as F
 
-from clvp_fast.ops.dispatch import Operator, check_same, needs_grad, shape_error
+from clvp_fast.ops.dispatch import Operator, as_rows, check_same, needs_grad, shape_error
 
 
 def reference(x, residual, weight, bias, eps, kind):
@@ -51,12 +51,6 @@ def _fake(x, residual, weight, bias, eps, kind):
     return total, x.new_empty(x.shape, dtype=dtype)
 
 
-def _rows(x):
-    """`[rows, width]` with columns at stride 1: a view where there is one."""
-    x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
 def _unserved(x, *tensors):
     """Why the kernels cannot serve: `tensors` are those of width `x.shape[-1]`."""
     from clvp_fast.kernels.norm import MAX_WIDTH
@@ -74,9 +68,9 @@ def _kernel(x, residual, weight, bias, eps, kind):
 
     total, normed = _fake(x, residual, weight, bias, eps, kind)
     if x.numel():
-        others = (None, None) if residual is None else (_rows(residual), _rows(total))
+        others = (None, None) if residual is None else (as_rows(residual), as_rows(total))
         weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
-        norm.add_norm(_rows(x), others[0], weight, bias, eps, kind, total=others[1], out=_rows(normed))
+        norm.add_norm(as_rows(x), others[0], weight, bias, eps, kind, total=others[1], out=as_rows(normed))
     return total, normed
 
 
@@ -112,8 +106,8 @@ def _double_kernel(x, weight1, bias1, eps1, weight2, bias2, eps2):
         weight1, bias1, weight2, bias2 = (
             None if affine is None else affine.contiguous() for affine in (weight1, bias1, weight2, bias2)
         )
-        results = {"first": _rows(first), "out": _rows(second)}
-        norm.double_layer_norm(_rows(x), weight1, bias1, eps1, weight2, bias2, eps2, **results)
+        results = {"first": as_rows(first), "out": as_rows(second)}
+        norm.double_layer_norm(as_rows(x), weight1, bias1, eps1, weight2, bias2, eps2, **results)
     return first, second
 
 
