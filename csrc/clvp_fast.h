@@ -1,0 +1,78 @@
+/* The C interface of the native library: what Python loads through ctypes (clvp_fast/native.py holds the prototypes).
+ *
+ * No torch, no allocation that outlives a call, no exception across the boundary. Every function returns
+ * CLVP_FAST_OK, a clvp_fast_status for a call that it refuses before it touches memory, or a cudaError_t, which is positive. */
+#pragma once
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum clvp_fast_status {
+    CLVP_FAST_OK = 0,
+    CLVP_FAST_NULL_POINTER = -1, /* a pointer that must be set is null */
+    CLVP_FAST_MISALIGNED = -2,   /* a pointer is no multiple of its element's size */
+    CLVP_FAST_BAD_SIZE = -3,     /* batch, time, stride, n_fft, hop_length, num_mels or frames out of range */
+    CLVP_FAST_BAD_DTYPE = -4,    /* a dtype that the field does not take */
+    CLVP_FAST_BAD_LENGTH = -5,   /* on a CPU: a row's length is not in 1 .. time */
+    CLVP_FAST_BAD_BAND = -6,     /* on a CPU: a channel's band does not lie within the bins */
+    CLVP_FAST_NO_MEMORY = -7,    /* scratch memory or a thread could not be had */
+};
+
+enum clvp_fast_dtype {
+    CLVP_FAST_FLOAT32 = 0,
+    CLVP_FAST_FLOAT64 = 1,
+    CLVP_FAST_INT16 = 2,
+    CLVP_FAST_FLOAT16 = 3,
+    CLVP_FAST_BFLOAT16 = 4,
+};
+
+/* One batch of log-mel spectrograms. All pointers lie on the device of the function that is called.
+ *
+ * mel[b, m, f] = log(max(sum_k filters[m, k] * |DFT(frame[b, f])[k]|^2, log_floor)) / mel_norms[m]
+ *
+ * with frame[b, f, i] = samples[b, reflect(f * hop_length + i - n_fft / 2)] * window[i]; a frame that reaches a sample
+ * that is NaN or infinite is NaN in every channel; frames past a row's own last one are 0. */
+struct clvp_fast_log_mel {
+    const void *samples;      /* [batch, time] of samples_dtype, columns at stride 1; int16 is divided by 32768 */
+    const int64_t *lengths;   /* [batch], the true samples of each row, 1 .. time; null: all rows are full */
+    const void *window;       /* [n_fft] of compute_dtype */
+    const void *twiddles;     /* [n_fft, 2] of compute_dtype: cos(2 pi k / n_fft), -sin(2 pi k / n_fft) */
+    const void *mel_filters;  /* [num_mels, n_fft / 2 + 1] of compute_dtype: a channel's weights of the bins */
+    const int32_t *bands;     /* [num_mels, 2]: a channel's first bin and the one after its last; an empty band is allowed */
+    const void *mel_norms;    /* [num_mels] of compute_dtype; null: no division */
+    void *features;           /* [batch, num_mels, frames] of features_dtype, contiguous; every element is written */
+    uint32_t *clip_maxima;    /* CUDA with top_db: [batch, 2], zero on entry, scratch; else null */
+    int64_t batch;            /* rows, 0 or more */
+    int64_t time;             /* samples of the longest row, 1 or more */
+    int64_t samples_stride;   /* elements from one row to the next, any sign */
+    int64_t hop_length;       /* samples from one frame to the next, 1 or more */
+    int64_t frames;           /* 1 + time / hop_length: frames of a full row */
+    int32_t n_fft;            /* 256, 512, 1024, 2048 or 4096 */
+    int32_t num_mels;         /* 1 .. 256 */
+    int32_t samples_dtype;    /* FLOAT32, INT16, FLOAT16, BFLOAT16; FLOAT64 on a CPU */
+    int32_t compute_dtype;    /* FLOAT32; FLOAT64 on a CPU */
+    int32_t features_dtype;   /* FLOAT32, FLOAT16, BFLOAT16; FLOAT64 on a CPU */
+    int32_t decibels;         /* 0: natural logarithm; 1: 10 log10 */
+    double log_floor;         /* mel power below this is raised to it; positive */
+    double top_db;            /* decibels: what lies more than this under a row's loudest value is raised to it; negative: off */
+};
+
+/* Runs on at most num_threads threads, and returns when all is written. */
+int clvp_fast_log_mel_cpu(const struct clvp_fast_log_mel *call, int32_t num_threads);
+
+/* The instruction set that clvp_fast_log_mel_cpu chose for this machine: "avx512", "avx2" or "portable". */
+const char *clvp_fast_cpu_isa(void);
+
+/* Launches one kernel on the cudaStream_t `stream` of the current device and returns at once. Lengths and bands are not
+ * read on the host: what is out of range is clamped. Present in libraries that were built with nvcc. */
+int clvp_fast_log_mel_cuda(const struct clvp_fast_log_mel *call, void *stream);
+
+/* A sentence on a returned code; never null. */
+const char *clvp_fast_error(int code);
+
+#ifdef __cplusplus
+}
+#endif
