@@ -52,9 +52,9 @@ struct clvp_fast_log_mel {
     int64_t frames;           /* 1 + time / hop_length: frames of a full row */
     int32_t n_fft;            /* 256, 512, 1024, 2048 or 4096 */
     int32_t num_mels;         /* 1 .. 256 */
-    int32_t samples_dtype;    /* FLOAT32, INT16, FLOAT16, BFLOAT16; FLOAT64 on a CPU */
-    int32_t compute_dtype;    /* FLOAT32; FLOAT64 on a CPU */
-    int32_t features_dtype;   /* FLOAT32, FLOAT16, BFLOAT16; FLOAT64 on a CPU */
+    int32_t samples_dtype;    /* FLOAT32 or INT16; on a CPU FLOAT64 too */
+    int32_t compute_dtype;    /* FLOAT32; on a CPU FLOAT64 too */
+    int32_t features_dtype;   /* FLOAT32; on CUDA FLOAT16 and BFLOAT16 too, on a CPU FLOAT64 */
     int32_t decibels;         /* 0: natural logarithm; 1: 10 log10 */
     double log_floor;         /* mel power below this is raised to it; positive */
     double top_db;            /* decibels: what lies more than this under a row's loudest value is raised to it; negative: off */
