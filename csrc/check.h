@@ -1,0 +1,55 @@
+/* The checks of one call's arguments that need no look at what pointers point to. */
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "clvp_fast.h"
+
+static inline size_t clvp_fast_element_size(int32_t dtype) {
+    switch (dtype) {
+        case CLVP_FAST_FLOAT64: return 8;
+        case CLVP_FAST_FLOAT32: return 4;
+        default: return 2;
+    }
+}
+
+static inline int clvp_fast_misaligned(const void *pointer, size_t size) {
+    return (uintptr_t)pointer % size != 0;
+}
+
+/* CLVP_FAST_OK, or why a CPU (cuda = 0) or a GPU (cuda = 1) refuses the call. */
+static inline int clvp_fast_check(const struct clvp_fast_log_mel *call, int cuda) {
+    if (call == NULL) return CLVP_FAST_NULL_POINTER;
+
+    const int32_t in = call->samples_dtype, compute = call->compute_dtype, out = call->features_dtype;
+    const int doubles = !cuda;
+    if (!(in == CLVP_FAST_FLOAT32 || in == CLVP_FAST_INT16 || (doubles && in == CLVP_FAST_FLOAT64)) ||
+        !(compute == CLVP_FAST_FLOAT32 || (doubles && compute == CLVP_FAST_FLOAT64)) ||
+        !(out == CLVP_FAST_FLOAT32 || (doubles && out == CLVP_FAST_FLOAT64 && compute == CLVP_FAST_FLOAT64) ||
+          (cuda && (out == CLVP_FAST_FLOAT16 || out == CLVP_FAST_BFLOAT16))))
+        return CLVP_FAST_BAD_DTYPE;
+
+    const int32_t n_fft = call->n_fft;
+    /* So large that no product of sizes below overflows, and larger than any memory. */
+    const int64_t most = (int64_t)1 << 40;
+    if (n_fft < 256 || n_fft > 4096 || (n_fft & (n_fft - 1)) != 0 || call->num_mels < 1 || call->num_mels > 256 ||
+        call->batch < 0 || call->batch > most || call->time < 1 || call->time > most || call->hop_length < 1 ||
+        call->samples_stride > most || call->samples_stride < -most || call->frames != 1 + call->time / call->hop_length ||
+        call->frames * call->num_mels > most || !(call->log_floor > 0) || call->top_db != call->top_db)
+        return CLVP_FAST_BAD_SIZE;
+
+    if (call->batch == 0) return CLVP_FAST_OK;
+    const int with_maxima = cuda && call->top_db >= 0;
+    if (!call->samples || !call->window || !call->twiddles || !call->mel_filters || !call->bands || !call->features ||
+        (with_maxima && !call->clip_maxima))
+        return CLVP_FAST_NULL_POINTER;
+    const size_t real = clvp_fast_element_size(compute);
+    if (clvp_fast_misaligned(call->samples, clvp_fast_element_size(in)) || clvp_fast_misaligned(call->lengths, 8) ||
+        clvp_fast_misaligned(call->window, real) || clvp_fast_misaligned(call->twiddles, 2 * real) ||
+        clvp_fast_misaligned(call->mel_filters, real) || clvp_fast_misaligned(call->bands, 8) ||
+        clvp_fast_misaligned(call->mel_norms, real) ||
+        clvp_fast_misaligned(call->features, clvp_fast_element_size(out)) || clvp_fast_misaligned(call->clip_maxima, 8))
+        return CLVP_FAST_MISALIGNED;
+    return CLVP_FAST_OK;
+}
