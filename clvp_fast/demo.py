@@ -7,12 +7,11 @@ are spread widely enough that sampling has a choice to make.
 """
 
 import json
-import os
 from pathlib import Path
 
 import torch
 
-from clvp_fast.files import build_folder_once
+from clvp_fast.files import build_folder_once, cache_folder
 
 #: Names the folder in the cache: a change of anything below makes a new one.
 DEMO_VERSION = "demo-1"
@@ -34,15 +33,6 @@ _MERGES = """
     l ong, d own, d ay, d id, e v, ev en, ge t, c ome, ad e, m ade, m ay, p art, o ver, ne w, s ound, t ake, on ly,
     it t, itt le, l ittle, wor k, k now, a ce, pl ace, y ear, li ve, a ck, b ack, g i, gi ve, p a
 """
-
-
-def cache_folder() -> Path:
-    """Where the package keeps what it builds: `$CLVP_FAST_CACHE`, else clvp_fast in the user's cache folder."""
-    chosen = os.environ.get("CLVP_FAST_CACHE")
-    if chosen:
-        return Path(chosen).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "clvp_fast"
 
 
 def demo_checkpoint() -> Path:

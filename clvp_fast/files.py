@@ -1,4 +1,4 @@
-"""Output files that are written whole or not at all."""
+"""Output files that are written whole or not at all, and the folder of what the package builds for itself."""
 
 import errno
 import json
@@ -25,6 +25,15 @@ class UnwritableError(OSError):
         else:
             reason = error.strerror or str(error)
         return cls(error.errno, f"cannot write into {folder}: {reason}")
+
+
+def cache_folder() -> Path:
+    """Where the package keeps what it builds: `$CLVP_FAST_CACHE`, else clvp_fast in the user's cache folder."""
+    chosen = os.environ.get("CLVP_FAST_CACHE")
+    if chosen:
+        return Path(chosen).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "clvp_fast"
 
 
 @contextmanager

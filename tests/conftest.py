@@ -5,6 +5,8 @@ import os
 import pytest
 import torch
 
+from clvp_fast.files import cache_folder
+
 
 def _repair_interpreter():
     """NumPy 2.4 makes no index of an array of one element, which is what triton 3.6 interprets a loop's bound as."""
@@ -78,7 +80,13 @@ def pytest_sessionfinish(session, exitstatus):
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory):
-    """Tests build the demo checkpoint for themselves: what lies in the user's cache decides nothing."""
+    """Tests build the demo checkpoint for themselves: what lies in the user's cache decides nothing.
+
+    Native libraries are shared: their names change with all that they are made of, and each is checked before use.
+    """
+    own, shared = tmp_path_factory.mktemp("cache"), cache_folder() / "native"
+    shared.mkdir(parents=True, exist_ok=True)
+    (own / "native").symlink_to(shared.resolve())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CLVP_FAST_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("CLVP_FAST_CACHE", str(own))
         yield

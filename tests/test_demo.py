@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 
 from clvp_fast import ClvpModelForConditionalGeneration, ClvpProcessor, ClvpTokenizer
 from clvp_fast.checkpoint import load_checkpoint, resolve_checkpoint
-from clvp_fast.demo import DEMO_VERSION, build_demo, cache_folder, demo_checkpoint
+from clvp_fast.demo import DEMO_VERSION, build_demo, demo_checkpoint
+from clvp_fast.files import cache_folder
 
 
 @pytest.fixture(scope="module")

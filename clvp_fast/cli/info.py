@@ -7,7 +7,7 @@ import torch
 
 from clvp_fast.cli import report
 from clvp_fast.cli.versions import versions
-from clvp_fast.demo import cache_folder
+from clvp_fast.files import cache_folder
 from clvp_fast.ops.dispatch import explain
 
 

@@ -1,0 +1,202 @@
+"""The native library of `csrc/`, loaded through ctypes: where it is found, and the prototypes of its functions.
+
+An installed package carries it. In a checkout it is compiled at first use into the user's cache, under a name that
+changes with the sources, the flags and the compilers. `python -m clvp_fast.native` prints what there is.
+"""
+
+import argparse
+import ctypes
+import json
+import shutil
+import sys
+from contextlib import contextmanager, suppress
+from ctypes import POINTER, c_char_p, c_double, c_int, c_int32, c_int64, c_void_p
+from functools import cache
+from pathlib import Path
+
+from clvp_fast import native_build
+from clvp_fast.files import UnwritableError, build_folder_once, cache_folder
+
+#: `enum clvp_fast_dtype` of csrc/clvp_fast.h.
+FLOAT32, FLOAT64, INT16, FLOAT16, BFLOAT16 = range(5)
+
+_PACKAGE = Path(__file__).resolve().parent
+_PACKAGED = _PACKAGE / "_native"
+_SOURCES = _PACKAGE.parent / "csrc"
+
+
+class NativeLibraryError(RuntimeError):
+    """The native library cannot be had; the message says in one sentence what is missing and what to do."""
+
+
+class LogMelCall(ctypes.Structure):
+    """`struct clvp_fast_log_mel` of csrc/clvp_fast.h, which explains the fields."""
+
+    _fields_ = (
+        ("samples", c_void_p),
+        ("lengths", c_void_p),
+        ("window", c_void_p),
+        ("twiddles", c_void_p),
+        ("mel_filters", c_void_p),
+        ("bands", c_void_p),
+        ("mel_norms", c_void_p),
+        ("features", c_void_p),
+        ("clip_maxima", c_void_p),
+        ("batch", c_int64),
+        ("time", c_int64),
+        ("samples_stride", c_int64),
+        ("hop_length", c_int64),
+        ("frames", c_int64),
+        ("n_fft", c_int32),
+        ("num_mels", c_int32),
+        ("samples_dtype", c_int32),
+        ("compute_dtype", c_int32),
+        ("features_dtype", c_int32),
+        ("decibels", c_int32),
+        ("log_floor", c_double),
+        ("top_db", c_double),
+    )
+
+
+def library() -> ctypes.CDLL:
+    """The library with its prototypes set, compiled first where that is needed.
+
+    Raises:
+        NativeLibraryError: there is none; the message says why and what to do.
+    """
+    found, why = _loaded()
+    if found is None:
+        raise NativeLibraryError(why)
+    return found
+
+
+@cache
+def missing(device_type: str) -> str | None:
+    """Why the library cannot serve on `"cpu"` or `"cuda"`, or None where it can. Compiles it where that is needed."""
+    found, why = _loaded()
+    if found is None:
+        return why
+    if device_type == "cuda":
+        return None if hasattr(found, "clvp_fast_log_mel_cuda") else _without_cuda(folder())
+    return None if device_type == "cpu" else f"the native library serves cpu and cuda, not {device_type}"
+
+
+def check(code: int) -> None:
+    """Raises `RuntimeError` with the library's own sentence if a function of it returned other than 0."""
+    if code:
+        raise RuntimeError(library().clvp_fast_error(code).decode())
+
+
+@cache
+def _loaded() -> tuple[ctypes.CDLL | None, str]:
+    try:
+        path = folder() / native_build.LIBRARY
+        found = ctypes.CDLL(str(path))
+        found.clvp_fast_log_mel_cpu.argtypes = [POINTER(LogMelCall), c_int32]
+        found.clvp_fast_log_mel_cpu.restype = c_int
+        found.clvp_fast_cpu_isa.argtypes = []
+        found.clvp_fast_cpu_isa.restype = c_char_p
+        found.clvp_fast_error.argtypes = [c_int]
+        found.clvp_fast_error.restype = c_char_p
+        if hasattr(found, "clvp_fast_log_mel_cuda"):
+            found.clvp_fast_log_mel_cuda.argtypes = [POINTER(LogMelCall), c_void_p]
+            found.clvp_fast_log_mel_cuda.restype = c_int
+    except NativeLibraryError as error:
+        return None, str(error)
+    except (OSError, AttributeError) as error:
+        return None, f"the native library {path} cannot be loaded ({error}): remove its folder to have it built anew"
+    return found, ""
+
+
+@cache
+def folder() -> Path:
+    """The folder of the library, its header, its record and its build log. Raises as `library` does."""
+    if (_SOURCES / native_build.HEADER).is_file():
+        return _cached(_SOURCES)
+    if _record(_PACKAGED) is None:
+        raise NativeLibraryError(
+            "this installation of clvp-fast holds no whole native library: reinstall it where there is a C++ compiler"
+        )
+    return _PACKAGED
+
+
+def _cached(sources: Path) -> Path:
+    """The folder of the library made from `sources`, in the user's cache."""
+    try:
+        tools = native_build.find_toolchain()
+        target = cache_folder() / "native" / native_build.content_hash(sources, tools)
+        if _record(target) is None:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with _one_process(target):
+                if _record(target) is None:
+                    shutil.rmtree(target, ignore_errors=True)  # damaged
+                    _build(sources, target, tools)
+    except native_build.BuildError as error:
+        raise NativeLibraryError(f"the native library cannot be built: {error}") from error
+    except OSError as error:
+        reason = error if isinstance(error, UnwritableError) else UnwritableError.explain(error, target.parent)
+        raise NativeLibraryError(
+            f"the native library cannot be built: {reason} (the environment variable CLVP_FAST_CACHE names it)"
+        ) from error
+    return target
+
+
+def _build(sources: Path, target: Path, tools: native_build.Toolchain) -> None:
+    """A failure leaves its log beside the place of the library, and is not tried again while the log is there."""
+    log = target.with_suffix(".log")
+    again = f"{log} has what it said; remove that file to try again"
+    if log.exists():
+        raise native_build.BuildError(f"{tools.cxx_version} did not compile it; {again}")
+    named = f"{tools.cxx_version}" + (f" and nvcc {tools.nvcc_version}" if tools.nvcc else "")
+    print(f"clvp_fast: building the native library (once) with {named}", file=sys.stderr, flush=True)
+    try:
+        build_folder_once(target, lambda scratch: native_build.build(sources, scratch, tools))
+    except native_build.BuildError as error:
+        log.write_text(error.log, encoding="utf-8")
+        raise native_build.BuildError(f"{error}; {again}") from error
+
+
+@contextmanager
+def _one_process(target: Path):
+    """Lets one process build while others wait. Where a disk knows no locks, each builds and one result stays."""
+    import fcntl  # not on Windows, where there is no library either
+
+    with open(target.parent / ".lock", "w") as handle:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def _record(where: Path) -> dict | None:
+    """The record of the library in `where`, or None if it is not there, or not as it was built."""
+    try:
+        record = json.loads((where / native_build.RECORD).read_text(encoding="utf-8"))
+        whole = record["sha256"] == native_build.sha256(where / native_build.LIBRARY)
+    except (OSError, ValueError, KeyError):
+        return None
+    return record if whole else None
+
+
+def _without_cuda(where: Path) -> str:
+    why = (_record(where) or {}).get("no_cuda")
+    return f"the native library was built without CUDA: {why} (see {where / native_build.LOG})"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m clvp_fast.native", description="Builds the library if needed.")
+    parser.add_argument("--require", choices=("cpu", "cuda"), default="cpu", help="what it must serve; else exit 1")
+    arguments = parser.parse_args(argv)
+    absent = missing("cpu") or missing(arguments.require)
+    if absent:
+        print(absent, file=sys.stderr)
+        return 1
+    record, cuda = _record(folder()) or {}, missing("cuda")
+    print(f"library  {folder() / native_build.LIBRARY}")
+    print(f"cpu      {library().clvp_fast_cpu_isa().decode()} here; {record['cxx_version']}")
+    architectures = ", ".join(f"sm_{arch}" for arch in record["architectures"])
+    print(f"cuda     {f'no: {cuda}' if cuda else f'{architectures}; nvcc ' + record['nvcc_version']}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
