@@ -14,9 +14,7 @@ static inline size_t clvp_fast_element_size(int32_t dtype) {
     }
 }
 
-static inline int clvp_fast_misaligned(const void *pointer, size_t size) {
-    return (uintptr_t)pointer % size != 0;
-}
+static inline int clvp_fast_misaligned(const void *pointer, size_t size) { return (uintptr_t)pointer % size != 0; }
 
 /* CLVP_FAST_OK, or why a CPU (cuda = 0) or a GPU (cuda = 1) refuses the call. */
 static inline int clvp_fast_check(const struct clvp_fast_log_mel *call, int cuda) {
@@ -35,8 +33,9 @@ static inline int clvp_fast_check(const struct clvp_fast_log_mel *call, int cuda
     const int64_t most = (int64_t)1 << 40;
     if (n_fft < 256 || n_fft > 4096 || (n_fft & (n_fft - 1)) != 0 || call->num_mels < 1 || call->num_mels > 256 ||
         call->batch < 0 || call->batch > most || call->time < 1 || call->time > most || call->hop_length < 1 ||
-        call->samples_stride > most || call->samples_stride < -most || call->frames != 1 + call->time / call->hop_length ||
-        call->frames * call->num_mels > most || !(call->log_floor > 0) || call->top_db != call->top_db)
+        call->samples_stride > most || call->samples_stride < -most ||
+        call->frames != 1 + call->time / call->hop_length || call->frames * call->num_mels > most ||
+        !(call->log_floor > 0) || call->top_db != call->top_db || (call->top_db >= 0 && !call->decibels))
         return CLVP_FAST_BAD_SIZE;
 
     if (call->batch == 0) return CLVP_FAST_OK;

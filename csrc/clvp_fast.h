@@ -1,7 +1,8 @@
 /* The C interface of the native library: what Python loads through ctypes (clvp_fast/native.py holds the prototypes).
  *
  * No torch, no allocation that outlives a call, no exception across the boundary. Every function returns
- * CLVP_FAST_OK, a clvp_fast_status for a call that it refuses before it touches memory, or a cudaError_t, which is positive. */
+ * CLVP_FAST_OK, a clvp_fast_status for a call that it refuses before it touches memory, or a cudaError_t, which is
+ * positive. */
 #pragma once
 
 #include <stdint.h>
@@ -18,7 +19,8 @@ enum clvp_fast_status {
     CLVP_FAST_BAD_DTYPE = -4,    /* a dtype that the field does not take */
     CLVP_FAST_BAD_LENGTH = -5,   /* on a CPU: a row's length is not in 1 .. time */
     CLVP_FAST_BAD_BAND = -6,     /* on a CPU: a channel's band does not lie within the bins */
-    CLVP_FAST_NO_MEMORY = -7,    /* scratch memory or a thread could not be had */
+    CLVP_FAST_NO_MEMORY = -7,    /* scratch memory could not be had */
+    CLVP_FAST_NO_ISA = -8,       /* this CPU lacks the instruction set that was named */
 };
 
 enum clvp_fast_dtype {
@@ -36,34 +38,38 @@ enum clvp_fast_dtype {
  * with frame[b, f, i] = samples[b, reflect(f * hop_length + i - n_fft / 2)] * window[i]; a frame that reaches a sample
  * that is NaN or infinite is NaN in every channel; frames past a row's own last one are 0. */
 struct clvp_fast_log_mel {
-    const void *samples;      /* [batch, time] of samples_dtype, columns at stride 1; int16 is divided by 32768 */
-    const int64_t *lengths;   /* [batch], the true samples of each row, 1 .. time; null: all rows are full */
-    const void *window;       /* [n_fft] of compute_dtype */
-    const void *twiddles;     /* [n_fft, 2] of compute_dtype: cos(2 pi k / n_fft), -sin(2 pi k / n_fft) */
-    const void *mel_filters;  /* [num_mels, n_fft / 2 + 1] of compute_dtype: a channel's weights of the bins */
-    const int32_t *bands;     /* [num_mels, 2]: a channel's first bin and the one after its last; an empty band is allowed */
-    const void *mel_norms;    /* [num_mels] of compute_dtype; null: no division */
-    void *features;           /* [batch, num_mels, frames] of features_dtype, contiguous; every element is written */
-    uint32_t *clip_maxima;    /* CUDA with top_db: [batch, 2], zero on entry, scratch; else null */
-    int64_t batch;            /* rows, 0 or more */
-    int64_t time;             /* samples of the longest row, 1 or more */
-    int64_t samples_stride;   /* elements from one row to the next, any sign */
-    int64_t hop_length;       /* samples from one frame to the next, 1 or more */
-    int64_t frames;           /* 1 + time / hop_length: frames of a full row */
-    int32_t n_fft;            /* 256, 512, 1024, 2048 or 4096 */
-    int32_t num_mels;         /* 1 .. 256 */
-    int32_t samples_dtype;    /* FLOAT32 or INT16; on a CPU FLOAT64 too */
-    int32_t compute_dtype;    /* FLOAT32; on a CPU FLOAT64 too */
-    int32_t features_dtype;   /* FLOAT32; on CUDA FLOAT16 and BFLOAT16 too, on a CPU FLOAT64 */
-    int32_t decibels;         /* 0: natural logarithm; 1: 10 log10 */
-    double log_floor;         /* mel power below this is raised to it; positive */
-    double top_db;            /* decibels: what lies more than this under a row's loudest value is raised to it; negative: off */
+    const void *samples;     /* [batch, time] of samples_dtype, columns at stride 1; int16 is divided by 32768 */
+    const int64_t *lengths;  /* [batch], the true samples of each row, 1 .. time; null: all rows are full */
+    const void *window;      /* [n_fft] of compute_dtype */
+    const void *twiddles;    /* [n_fft, 2] of compute_dtype: cos(2 pi k / n_fft), -sin(2 pi k / n_fft) */
+    const void *mel_filters; /* [num_mels, n_fft / 2 + 1] of compute_dtype: a channel's weights of the bins */
+    const int32_t
+        *bands; /* [num_mels, 2]: a channel's first bin and the one after its last; an empty band is allowed */
+    const void *mel_norms;  /* [num_mels] of compute_dtype; null: no division */
+    void *features;         /* [batch, num_mels, frames] of features_dtype, contiguous; every element is written */
+    uint32_t *clip_maxima;  /* CUDA with top_db: [batch, 2], zero on entry, scratch; else null */
+    int64_t batch;          /* rows, 0 or more */
+    int64_t time;           /* samples of the longest row, 1 or more */
+    int64_t samples_stride; /* elements from one row to the next, any sign */
+    int64_t hop_length;     /* samples from one frame to the next, 1 or more */
+    int64_t frames;         /* 1 + time / hop_length: frames of a full row */
+    int32_t n_fft;          /* 256, 512, 1024, 2048 or 4096 */
+    int32_t num_mels;       /* 1 .. 256 */
+    int32_t samples_dtype;  /* FLOAT32 or INT16; on a CPU FLOAT64 too */
+    int32_t compute_dtype;  /* FLOAT32; on a CPU FLOAT64 too */
+    int32_t features_dtype; /* FLOAT32; on CUDA FLOAT16 and BFLOAT16 too, on a CPU FLOAT64 */
+    int32_t decibels;       /* 0: natural logarithm; else 10 log10 */
+    double log_floor;       /* mel power below this is raised to it; positive */
+    double top_db; /* decibels: what lies more than this under a row's loudest value is raised to it; negative: off */
 };
 
 /* Runs on at most num_threads threads, and returns when all is written. */
 int clvp_fast_log_mel_cpu(const struct clvp_fast_log_mel *call, int32_t num_threads);
 
-/* The instruction set that clvp_fast_log_mel_cpu chose for this machine: "avx512", "avx2" or "portable". */
+/* The same on the named instruction set, "avx512", "avx2" or "portable"; null: the best that this machine has. */
+int clvp_fast_log_mel_cpu_isa(const struct clvp_fast_log_mel *call, int32_t num_threads, const char *isa);
+
+/* The best instruction set that this machine has. */
 const char *clvp_fast_cpu_isa(void);
 
 /* Launches one kernel on the cudaStream_t `stream` of the current device and returns at once. Lengths and bands are not

@@ -6,8 +6,8 @@
  *     A[k] = (Z[k] + conj Z[N - k]) / 2,    B[k] = (Z[k] - conj Z[N - k]) / 2i,
  *
  * and the halves are folded into the window. A transform of length N = R1 R2 R3 is three stages in place (decimation in
- * frequency): a stage of radix R takes each block of length L apart into L / R transforms of length R over elements that
- * lie L / R apart, turns what comes out, and leaves R blocks of length L / R. `position` says where a bin ends up.
+ * frequency): a stage of radix R takes each block of length L apart into L / R transforms of length R over elements
+ * that lie L / R apart, turns what comes out, and leaves R blocks of length L / R. `position` says where a bin ends up.
  *
  * T is a number, or on a CPU a vector of numbers, one of each of several pairs of frames. */
 #pragma once
@@ -17,11 +17,14 @@
 #include <type_traits>
 #include <utility>
 
-/* Internal linkage throughout: the same text is compiled for several instruction sets into one library. */
+/* Internal linkage throughout: the same text is compiled for several instruction sets into one library. All of it is
+ * inlined, lambdas too, or the registers would go through memory. */
 #ifdef __CUDACC__
 #define CLVP_FAST_INLINE static __host__ __device__ __forceinline__
+#define CLVP_FAST_INLINED
 #else
 #define CLVP_FAST_INLINE static inline __attribute__((always_inline))
+#define CLVP_FAST_INLINED __attribute__((always_inline))
 #endif
 
 namespace clvp_fast {
@@ -31,10 +34,14 @@ struct Complex {
     T re, im;
 };
 
-/* The numbers that a vector type is made of. */
+/* The type of a number, or of the numbers in a vector. */
 template <class T, class = void>
 struct Element {
     using type = T;
+};
+template <class T>
+struct Element<T, std::void_t<decltype(std::declval<T &>()[0])>> {
+    using type = std::decay_t<decltype(std::declval<T &>()[0])>;
 };
 
 /* body(std::integral_constant<int, 0>) ... body(std::integral_constant<int, COUNT - 1>), with no loop left. */
@@ -130,15 +137,16 @@ CLVP_FAST_INLINE void dft(Complex<T> (&x)[R]) {
     } else if constexpr (R > 4) {
         constexpr int ROWS = R == 8 ? 2 : 4, COLUMNS = R / ROWS;
         Complex<T> turned[ROWS][COLUMNS];
-        unroll<COLUMNS>([&](auto column) {
+        unroll<COLUMNS>([&](auto column) CLVP_FAST_INLINED {
             Complex<T> down[ROWS];
-            unroll<ROWS>([&](auto row) { down[row] = x[COLUMNS * row + column]; });
+            unroll<ROWS>([&](auto row) CLVP_FAST_INLINED { down[row] = x[COLUMNS * row + column]; });
             dft<ROWS>(down);
-            unroll<ROWS>([&](auto row) { turned[row][column] = turn<row.value * column.value, R>(down[row]); });
+            unroll<ROWS>([&](auto row)
+                             CLVP_FAST_INLINED { turned[row][column] = turn<row.value * column.value, R>(down[row]); });
         });
-        unroll<ROWS>([&](auto row) {
+        unroll<ROWS>([&](auto row) CLVP_FAST_INLINED {
             dft<COLUMNS>(turned[row]);
-            unroll<COLUMNS>([&](auto column) { x[row + ROWS * column] = turned[row][column]; });
+            unroll<COLUMNS>([&](auto column) CLVP_FAST_INLINED { x[row + ROWS * column] = turned[row][column]; });
         });
     }
 }
@@ -151,14 +159,14 @@ CLVP_FAST_INLINE int position(int k) {
 
 /* Twice a frame's bin k, squared, from Z[k] and Z[N - k]: of the frame in the real part, and in the imaginary part. */
 template <class T>
-CLVP_FAST_INLINE T power_of_real(Complex<T> z, Complex<T> mirrored) {
+CLVP_FAST_INLINE T power_of_real(const Complex<T> &z, const Complex<T> &mirrored) {
     const T re = z.re + mirrored.re, im = z.im - mirrored.im;
     return re * re + im * im;
 }
 template <class T>
-CLVP_FAST_INLINE T power_of_imaginary(Complex<T> z, Complex<T> mirrored) {
+CLVP_FAST_INLINE T power_of_imaginary(const Complex<T> &z, const Complex<T> &mirrored) {
     const T re = z.re - mirrored.re, im = z.im + mirrored.im;
     return re * re + im * im;
 }
 
-} // namespace clvp_fast
+}  // namespace clvp_fast

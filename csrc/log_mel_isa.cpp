@@ -1,0 +1,299 @@
+/* Log-mel of one block of frames on a CPU: two vectors of frames, one in the real and one in the imaginary parts of a
+ * complex transform, so that every operation is one on whole vectors and no frame's bits depend on another frame.
+ * Compiled once for each instruction set (-DCLVP_FAST_ISA=portable, avx2, avx512), with vectors as wide as it has. */
+#include "log_mel_isa.h"
+
+#include <string.h>
+
+#include "log_mel.cuh"
+
+namespace clvp_fast {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int VECTOR_BYTES = 64;
+#elif defined(__AVX2__)
+constexpr int VECTOR_BYTES = 32;
+#else
+constexpr int VECTOR_BYTES = 16;
+#endif
+
+template <class Real>
+struct Lanes {
+    static constexpr int COUNT = VECTOR_BYTES / sizeof(Real);
+    using Integer = std::conditional_t<sizeof(Real) == 4, int32_t, int64_t>;
+    typedef Real Vector __attribute__((vector_size(VECTOR_BYTES)));
+    typedef Integer Integers __attribute__((vector_size(VECTOR_BYTES)));
+};
+template <class Real>
+using Vector = typename Lanes<Real>::Vector;
+
+template <class To, class From>
+CLVP_FAST_INLINE Vector<To> load(const From *from) {
+    typedef From Packed __attribute__((vector_size(Lanes<To>::COUNT * sizeof(From))));
+    Packed packed;
+    memcpy(&packed, from, sizeof packed);
+    return __builtin_convertvector(packed, Vector<To>);
+}
+
+/* The first `count` lanes, to memory of any alignment. */
+template <class Real, class To>
+CLVP_FAST_INLINE void store(To *to, Vector<Real> x, int64_t count) {
+    typedef To Packed __attribute__((vector_size(Lanes<Real>::COUNT * sizeof(To))));
+    const Packed packed = __builtin_convertvector(x, Packed);
+    if (count >= Lanes<Real>::COUNT)
+        memcpy(to, &packed, sizeof packed);
+    else
+        memcpy(to, &packed, count * sizeof(To));
+}
+
+/* a[0], b[0], a[1], b[1], ... from the lower (HALF = 0) or upper (HALF = 1) halves of a and b. */
+template <class Real, int HALF, int... LANE>
+CLVP_FAST_INLINE Vector<Real> interleave(Vector<Real> a, Vector<Real> b, std::integer_sequence<int, LANE...>) {
+    constexpr int COUNT = Lanes<Real>::COUNT;
+#if defined(__clang__)
+    return __builtin_shufflevector(a, b, (LANE % 2 * COUNT + HALF * COUNT / 2 + LANE / 2)...);
+#else
+    return __builtin_shuffle(a, b, typename Lanes<Real>::Integers{(LANE % 2 * COUNT + HALF * COUNT / 2 + LANE / 2)...});
+#endif
+}
+
+/* x[i][j] becomes x[j][i]. */
+template <class Real>
+CLVP_FAST_INLINE void transpose(Vector<Real> (&x)[Lanes<Real>::COUNT]) {
+    constexpr int COUNT = Lanes<Real>::COUNT;
+    using Lane = std::make_integer_sequence<int, COUNT>;
+#pragma GCC unroll 4
+    for (int round = 1; round < COUNT; round *= 2) {
+        Vector<Real> mixed[COUNT];
+        unroll<COUNT / 2>([&](auto i) CLVP_FAST_INLINED {
+            mixed[2 * i] = interleave<Real, 0>(x[i], x[i + COUNT / 2], Lane{});
+            mixed[2 * i + 1] = interleave<Real, 1>(x[i], x[i + COUNT / 2], Lane{});
+        });
+        unroll<COUNT>([&](auto i) CLVP_FAST_INLINED { x[i] = mixed[i]; });
+    }
+}
+
+/* Natural logarithm of positive normal numbers, to about one unit in the last place; infinity and NaN stay.
+ * x = m 2^e with m in [sqrt(1/2), sqrt(2)) and f = m - 1, s = f / (2 + f): log m = 2 artanh s = f - s (f - 2 series).
+ */
+template <class Real>
+CLVP_FAST_INLINE Vector<Real> logarithm(Vector<Real> x) {
+    using Integer = typename Lanes<Real>::Integer;
+    using Integers = typename Lanes<Real>::Integers;
+    constexpr bool SINGLE = sizeof(Real) == 4;
+    constexpr int FRACTION_BITS = SINGLE ? 23 : 52, TERMS = SINGLE ? 4 : 10;
+    constexpr Integer ROOT_HALF_BITS = SINGLE ? Integer(0x3f3504f3) : Integer(0x3fe6a09e667f3bcd);
+    /* ln 2 in two parts, of which the first times any exponent is exact. */
+    constexpr Real LN2_HIGH = SINGLE ? Real(0.693359375) : Real(6.93147180369123816490e-01);
+    constexpr Real LN2_LOW = SINGLE ? Real(-2.12194440e-4) : Real(1.90821492927058770002e-10);
+    const Integers bits = (Integers)x, exponent = (bits - ROOT_HALF_BITS) >> FRACTION_BITS;
+    const Vector<Real> e = __builtin_convertvector(exponent, Vector<Real>);
+    const Vector<Real> f = (Vector<Real>)(bits - (exponent << FRACTION_BITS)) - Real(1);
+    const Vector<Real> s = f / (f + Real(2)), square = s * s;
+    Vector<Real> series = {};
+    unroll<TERMS>([&](auto i) CLVP_FAST_INLINED { series = (series + Real(1) / Real(2 * (TERMS - i) + 1)) * square; });
+    const Vector<Real> result = f - (s * (f - series - series) - e * LN2_LOW) + e * LN2_HIGH;
+    return x < Real(__builtin_inf()) ? result : x;
+}
+
+/* One stage of radix R over a block of length L of a transform of length N, in place. */
+template <int N, int L, int R, class Real>
+CLVP_FAST_INLINE void stage(Complex<Vector<Real>> *z, const Real *twiddles) {
+    constexpr int STEP = L / R;
+    for (int j = 0; j < STEP; ++j) {
+        Complex<Vector<Real>> x[R], *const at = z + j;
+        unroll<R>([&](auto r) CLVP_FAST_INLINED { x[r] = at[r * STEP]; });
+        dft<R>(x);
+        unroll<R>([&](auto r) CLVP_FAST_INLINED {
+            if constexpr (r.value > 0 && STEP > 1) {
+                const Real *twiddle = twiddles + 2 * (j * r * (N / L));
+                x[r] = multiply(x[r], twiddle[0], twiddle[1]);
+            }
+            at[r * STEP] = x[r];
+        });
+    }
+}
+
+/* Radices of the three stages of a transform. */
+template <int N>
+struct Radices;
+template <>
+struct Radices<256> {
+    static constexpr int R1 = 4, R2 = 8, R3 = 8;
+};
+template <>
+struct Radices<512> {
+    static constexpr int R1 = 8, R2 = 8, R3 = 8;
+};
+template <>
+struct Radices<1024> {
+    static constexpr int R1 = 8, R2 = 8, R3 = 16;
+};
+template <>
+struct Radices<2048> {
+    static constexpr int R1 = 16, R2 = 16, R3 = 8;
+};
+template <>
+struct Radices<4096> {
+    static constexpr int R1 = 16, R2 = 16, R3 = 16;
+};
+
+/* z becomes its transform, bins in the order of `position`, and power[k] the pair of frames' powers of bin k. The
+ * second and third stage of a block follow each other while it lies in the nearest cache. */
+template <class Real, int N>
+void transform(Complex<Vector<Real>> *z, const Real *twiddles, Complex<Vector<Real>> *power, int num_bins) {
+    constexpr int R1 = Radices<N>::R1, R2 = Radices<N>::R2, R3 = Radices<N>::R3;
+    stage<N, N, R1>(z, twiddles);
+    for (int first = 0; first < N; first += R2 * R3) {
+        stage<N, R2 * R3, R2>(z + first, twiddles);
+        for (int second = first; second < first + R2 * R3; second += R3) stage<N, R3, R3>(z + second, twiddles);
+    }
+    for (int k = 0; k < num_bins; ++k) {
+        const Complex<Vector<Real>> &bin = z[position<R1, R2, R3>(k)], &mirrored = z[position<R1, R2, R3>((N - k) % N)];
+        power[k].re = power_of_real(bin, mirrored);
+        power[k].im = power_of_imaginary(bin, mirrored);
+    }
+}
+
+template <class Real>
+void transform(int n_fft, Complex<Vector<Real>> *z, const Real *twiddles, Complex<Vector<Real>> *power, int num_bins) {
+    switch (n_fft) {
+        case 256: return transform<Real, 256>(z, twiddles, power, num_bins);
+        case 512: return transform<Real, 512>(z, twiddles, power, num_bins);
+        case 1024: return transform<Real, 1024>(z, twiddles, power, num_bins);
+        case 2048: return transform<Real, 2048>(z, twiddles, power, num_bins);
+        case 4096: return transform<Real, 4096>(z, twiddles, power, num_bins);
+    }
+}
+
+/* A task's scratch memory, in the order in which it lies there. */
+template <class Real, class Sample>
+struct Scratch {
+    Complex<Vector<Real>> *z, *power; /* [n_fft], [n_fft / 2 + 1] */
+    Sample *edge;                     /* [frames, n_fft]: frames that had to be mirrored or do not exist */
+
+    Scratch(const clvp_fast_log_mel *call, void *memory)
+        : z((Complex<Vector<Real>> *)memory), power(z + call->n_fft), edge((Sample *)(power + call->n_fft / 2 + 1)) {}
+};
+
+/* The windowed samples of 2 * COUNT frames, one frame a lane. */
+template <class Real, class Sample>
+CLVP_FAST_INLINE void gather(Complex<Vector<Real>> *z, const Sample *const *frame, const Real *window, int n_fft) {
+    constexpr int COUNT = Lanes<Real>::COUNT;
+    /* One half from the pair of frames, see log_mel.cuh. */
+    constexpr Real SCALE = std::is_integral_v<Sample> ? Real(0.5 / 32768) : Real(0.5);
+    for (int first = 0; first < n_fft; first += COUNT) {
+        Vector<Real> x[COUNT];
+        unroll<COUNT>([&](auto lane) CLVP_FAST_INLINED { x[lane] = load<Real>(frame[lane] + first); });
+        transpose<Real>(x);
+        unroll<COUNT>([&](auto i) CLVP_FAST_INLINED { z[first + i].re = x[i] * (window[first + i] * SCALE); });
+        unroll<COUNT>([&](auto lane) CLVP_FAST_INLINED { x[lane] = load<Real>(frame[COUNT + lane] + first); });
+        transpose<Real>(x);
+        unroll<COUNT>([&](auto i) CLVP_FAST_INLINED { z[first + i].im = x[i] * (window[first + i] * SCALE); });
+    }
+}
+
+template <class Real, class Sample, class Feature>
+void run(const clvp_fast_log_mel *call, int64_t row, int64_t length, int64_t row_frames, int64_t first_frame,
+         int num_bins, void *memory) {
+    constexpr int COUNT = Lanes<Real>::COUNT;
+    const Scratch<Real, Sample> scratch(call, memory);
+    const int n_fft = call->n_fft;
+    const Sample *samples = (const Sample *)call->samples + row * call->samples_stride;
+    const Real *window = (const Real *)call->window, *twiddles = (const Real *)call->twiddles;
+
+    const Sample *frame[2 * COUNT];
+    for (int lane = 0; lane < 2 * COUNT; ++lane) {
+        const int64_t start = (first_frame + lane) * call->hop_length - n_fft / 2;
+        Sample *edge = scratch.edge + (int64_t)lane * n_fft;
+        frame[lane] = edge;
+        if (first_frame + lane >= row_frames)
+            memset(edge, 0, n_fft * sizeof(Sample));
+        else if (start >= 0 && start + n_fft <= length)
+            frame[lane] = samples + start;
+        else
+            for (int i = 0; i < n_fft; ++i) edge[i] = samples[reflect(start + i, length)];
+    }
+    gather(scratch.z, frame, window, n_fft);
+    transform(n_fft, scratch.z, twiddles, scratch.power, num_bins);
+
+    /* Bin 0 is the plain sum of a frame's samples, so it tells of those that are NaN or infinite. They have spoilt the
+     * other frame of the pair too: the transform is done again without them, and the frame itself is made NaN. */
+    const Complex<Vector<Real>> sum = scratch.z[0];
+    Vector<Real> spoilt[2] = {sum.re - sum.re, sum.im - sum.im};
+    bool again = false;
+    for (int lane = 0; lane < 2 * COUNT; ++lane) {
+        if (spoilt[lane / COUNT][lane % COUNT] == 0) continue;
+        again = true;
+        frame[lane] = (Sample *)memset(scratch.edge + (int64_t)lane * n_fft, 0, n_fft * sizeof(Sample));
+    }
+    if (again) {
+        gather(scratch.z, frame, window, n_fft);
+        transform(n_fft, scratch.z, twiddles, scratch.power, num_bins);
+    }
+
+    const Real *weights = (const Real *)call->mel_filters, *norms = (const Real *)call->mel_norms;
+    const Real scale = call->decibels ? Real(4.3429448190325182765) : Real(1), floor = Real(call->log_floor);
+    const bool divide = norms && !(call->top_db >= 0);
+    const int64_t frames_here = call->frames - first_frame;
+    Feature *features = (Feature *)call->features + row * call->num_mels * call->frames + first_frame;
+    typename Lanes<Real>::Integers lane_number;
+    for (int lane = 0; lane < COUNT; ++lane) lane_number[lane] = lane;
+    for (int mel = 0; mel < call->num_mels; ++mel, weights += n_fft / 2 + 1, features += call->frames) {
+        Vector<Real> power[2] = {};
+        for (int k = call->bands[2 * mel]; k < call->bands[2 * mel + 1]; ++k) {
+            power[0] += scratch.power[k].re * weights[k];
+            power[1] += scratch.power[k].im * weights[k];
+        }
+        for (int half = 0; half < 2 && half * COUNT < frames_here; ++half) {
+            /* A comparison that NaN fails keeps NaN. */
+            Vector<Real> mel_power = power[half] < floor ? Vector<Real>{} + floor : power[half];
+            Vector<Real> value = logarithm<Real>(mel_power) * scale + spoilt[half];
+            if (divide) value /= norms[mel];
+            const int64_t true_lanes = row_frames - first_frame - half * COUNT;
+            if (true_lanes < COUNT)
+                value = lane_number < typename Lanes<Real>::Integer(true_lanes < 0 ? 0 : true_lanes) ? value
+                                                                                                     : Vector<Real>{};
+            store<Real>(features + half * COUNT, value, frames_here - half * COUNT);
+        }
+    }
+}
+
+using Run = decltype(clvp_fast_isa::run);
+
+template <class Real, class Feature>
+Run run_of_samples(int32_t dtype) {
+    if (dtype == CLVP_FAST_INT16) return run<Real, int16_t, Feature>;
+    if (dtype == CLVP_FAST_FLOAT64) return run<Real, double, Feature>;
+    return run<Real, float, Feature>;
+}
+
+void run_of_dtypes(const clvp_fast_log_mel *call, int64_t row, int64_t length, int64_t row_frames, int64_t first_frame,
+                   int num_bins, void *scratch) {
+    const int32_t in = call->samples_dtype;
+    const Run chosen = call->compute_dtype == CLVP_FAST_FLOAT32    ? run_of_samples<float, float>(in)
+                       : call->features_dtype == CLVP_FAST_FLOAT32 ? run_of_samples<double, float>(in)
+                                                                   : run_of_samples<double, double>(in);
+    chosen(call, row, length, row_frames, first_frame, num_bins, scratch);
+}
+
+int64_t frames(const clvp_fast_log_mel *call) {
+    return 2 * (VECTOR_BYTES / (call->compute_dtype == CLVP_FAST_FLOAT64 ? 8 : 4));
+}
+
+size_t scratch_bytes(const clvp_fast_log_mel *call) {
+    const size_t edge = (size_t)frames(call) * call->n_fft * sizeof(double);
+    return edge + (size_t)(call->n_fft + call->n_fft / 2 + 1) * 2 * VECTOR_BYTES;
+}
+
+}  // namespace
+}  // namespace clvp_fast
+
+#define CLVP_FAST_JOIN(a, b) a##b
+#define CLVP_FAST_TABLE_OF(isa) CLVP_FAST_JOIN(clvp_fast_isa_, isa)
+#define CLVP_FAST_TEXT_OF(isa) #isa
+#define CLVP_FAST_NAME_OF(isa) CLVP_FAST_TEXT_OF(isa)
+
+const clvp_fast_isa CLVP_FAST_TABLE_OF(CLVP_FAST_ISA) = {CLVP_FAST_NAME_OF(CLVP_FAST_ISA), clvp_fast::frames,
+                                                         clvp_fast::scratch_bytes, clvp_fast::run_of_dtypes};
