@@ -115,28 +115,10 @@ CLVP_FAST_INLINE void stage(Complex<Vector<Real>> *z, const Real *twiddles) {
     }
 }
 
-/* Radices of the three stages of a transform. */
+/* Radices of the three stages of a transform: what fits the registers. */
 template <int N>
-struct Radices;
-template <>
-struct Radices<256> {
-    static constexpr int R1 = 4, R2 = 8, R3 = 8;
-};
-template <>
-struct Radices<512> {
-    static constexpr int R1 = 8, R2 = 8, R3 = 8;
-};
-template <>
-struct Radices<1024> {
-    static constexpr int R1 = 8, R2 = 8, R3 = 16;
-};
-template <>
-struct Radices<2048> {
-    static constexpr int R1 = 16, R2 = 16, R3 = 8;
-};
-template <>
-struct Radices<4096> {
-    static constexpr int R1 = 16, R2 = 16, R3 = 16;
+struct Radices {
+    static constexpr int R3 = N < 1024 ? 8 : 16, R2 = N < 2048 ? 8 : 16, R1 = N / (R2 * R3);
 };
 
 /* z becomes its transform, bins in the order of `position`, and power[k] the pair of frames' powers of bin k. The
