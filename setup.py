@@ -47,7 +47,9 @@ class BuildWithLibrary(build_py):
 class PlatformWheel(bdist_wheel):
     def run(self):
         self.run_command("build")
-        self.root_is_pure = not (Path(self.get_finalized_command("build").build_lib) / "clvp_fast/_native").is_dir()
+        if (Path(self.get_finalized_command("build").build_lib) / "clvp_fast/_native").is_dir():
+            self.root_is_pure = False
+            self.distribution.has_ext_modules = lambda: True  # installs among the platform's files
         super().run()
 
     def get_tag(self):

@@ -20,25 +20,42 @@ HEAVY = ("torch", "transformers", "triton", "matplotlib", "numpy", "soundfile", 
 
 def run_python(code: str, *path: Path, cwd: Path) -> str:
     """Runs `code` in a fresh interpreter that sees `path` first, in a folder that is not the checkout."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, path))}
-    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+    return run_command(sys.executable, "-c", code, cwd=cwd, PYTHONPATH=os.pathsep.join(map(str, path))).strip()
+
+
+def run_command(*command, cwd: Path, **environment) -> str:
+    environment = os.environ | {"PYTHONPATH": ""} | environment
+    done = subprocess.run([*map(str, command)], cwd=cwd, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def wheel_of(source: Path, folder: Path, **environment) -> Path:
+    pip_wheel = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", folder]
+    run_command(*pip_wheel, source, cwd=folder, **environment)
+    (built,) = folder.glob("*.whl")
+    return built
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
-    """The package's wheel, built from a copy of the sources so that no build folder is left in the checkout."""
+def source(tmp_path_factory) -> Path:
+    """A copy of the sources, so that no build folder is left in the checkout."""
+    copy = tmp_path_factory.mktemp("source")
+    for name in ("clvp_fast", "kernels", "csrc"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def wheel(source, tmp_path_factory) -> Path:
+    """The wheel of the source distribution, its native library without CUDA (tests/kernels compiles that)."""
     work = tmp_path_factory.mktemp("wheel")
-    for name in ("clvp_fast", "kernels"):
-        shutil.copytree(ROOT / name, work / "source" / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, work / "source")
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", str(work), "."]
-    done = subprocess.run(command, cwd=work / "source", capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (built,) = work.glob("*.whl")
-    return built
+    build = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
+    run_command(sys.executable, "-c", build, work, cwd=source)
+    (sdist,) = work.glob("*.tar.gz")
+    return wheel_of(sdist, work, CUDA_HOME="/nonexistent")
 
 
 def test_wheel_holds_the_package_and_no_top_level_kernels(wheel):
@@ -59,6 +76,43 @@ def test_wheel_imports(wheel, tmp_path):
     package, kernels = run_python(code, tmp_path / "site", cwd=tmp_path).splitlines()
     assert Path(package) == tmp_path / "site/clvp_fast/__init__.py"
     assert Path(kernels) == tmp_path / "site/clvp_fast/kernels"
+
+
+def test_wheel_carries_the_native_library(wheel, tmp_path):
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    code = """
+from clvp_fast import native
+print(native.folder(), native.missing("cpu"), native.missing("cuda"), native.library().clvp_fast_cpu_isa().decode())"""
+    said = run_python(code, tmp_path / "site", cwd=tmp_path)
+    assert said.startswith(f"{tmp_path}/site/clvp_fast/_native None ")
+    assert "built without CUDA: there is no nvcc" in said
+    assert said.endswith((" avx512", " avx2", " portable"))
+    assert (tmp_path / "site/clvp_fast/_native/clvp_fast.h").read_bytes() == (ROOT / "csrc/clvp_fast.h").read_bytes()
+    # The library holds no Python ABI; a platform's name, and not `any`, is in the tag.
+    assert re.fullmatch(r"clvp_fast-[\d.]+-py3-none-(?!any)\w+\.whl", wheel.name)
+    (purity,) = (tmp_path / "site").glob("*.dist-info/WHEEL")
+    assert "Root-Is-Purelib: false" in purity.read_text()
+
+
+def test_install_without_a_compiler(source, tmp_path):
+    """It succeeds, and the reason of what is missing is one sentence."""
+    wheel = wheel_of(source, tmp_path, CXX="/bin/false")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    code = "from clvp_fast import native; print(native.missing('cpu'))"
+    said = run_python(code, tmp_path / "site", cwd=tmp_path)
+    assert (
+        said
+        == "this installation of clvp-fast holds no whole native library: reinstall it where there is a C++ compiler"
+    )
+
+
+def test_editable_install_compiles_nothing(source, tmp_path):
+    build = "import sys; from setuptools import build_meta; print(build_meta.build_editable(sys.argv[1]))"
+    run_command(sys.executable, "-c", build, tmp_path, cwd=source, CXX="/bin/false")
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert not (source / "clvp_fast/_native").exists()
 
 
 def test_bare_checkout_imports_with_its_kernels(tmp_path):
