@@ -77,7 +77,9 @@ def missing(device_type: str) -> str | None:
     if found is None:
         return why
     if device_type == "cuda":
-        return None if hasattr(found, "clvp_fast_log_mel_cuda") else _without_cuda(folder())
+        if hasattr(found, "clvp_fast_log_mel_cuda"):
+            return None
+        return f"the native library was built without CUDA: {record()['no_cuda']} (see {folder() / native_build.LOG})"
     return None if device_type == "cpu" else f"the native library serves cpu and cuda, not {device_type}"
 
 
@@ -167,6 +169,11 @@ def _one_process(target: Path):
         yield
 
 
+def record() -> dict:
+    """What the library was built with: the fields of `native_build.Toolchain`. Raises as `library` does."""
+    return _record(folder())
+
+
 def _record(where: Path) -> dict | None:
     """The record of the library in `where`, or None if it is not there, or not as it was built."""
     try:
@@ -177,11 +184,6 @@ def _record(where: Path) -> dict | None:
     return record if whole else None
 
 
-def _without_cuda(where: Path) -> str:
-    why = (_record(where) or {}).get("no_cuda")
-    return f"the native library was built without CUDA: {why} (see {where / native_build.LOG})"
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m clvp_fast.native", description="Builds the library if needed.")
     parser.add_argument("--require", choices=("cpu", "cuda"), default="cpu", help="what it must serve; else exit 1")
@@ -190,11 +192,11 @@ def main(argv: list[str] | None = None) -> int:
     if absent:
         print(absent, file=sys.stderr)
         return 1
-    record, cuda = _record(folder()) or {}, missing("cuda")
+    built, cuda = record(), missing("cuda")
     print(f"library  {folder() / native_build.LIBRARY}")
-    print(f"cpu      {library().clvp_fast_cpu_isa().decode()} here; {record['cxx_version']}")
-    architectures = ", ".join(f"sm_{arch}" for arch in record["architectures"])
-    print(f"cuda     {f'no: {cuda}' if cuda else f'{architectures}; nvcc ' + record['nvcc_version']}")
+    print(f"cpu      {library().clvp_fast_cpu_isa().decode()} here; {built['cxx_version']}")
+    served = ", ".join(f"sm_{arch}" for arch in built["architectures"]) + f"; nvcc {built['nvcc_version']}"
+    print(f"cuda     {cuda or served}")
     return 0
 
 
