@@ -10,7 +10,7 @@ import json
 import shutil
 import sys
 from contextlib import contextmanager, suppress
-from ctypes import POINTER, c_char_p, c_double, c_int, c_int32, c_int64, c_void_p
+from ctypes import POINTER, c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 
@@ -58,6 +58,40 @@ class LogMelCall(ctypes.Structure):
     )
 
 
+class PagedDecodeCall(ctypes.Structure):
+    """`struct clvp_fast_paged_decode` of csrc/clvp_fast.h, which explains the fields."""
+
+    _fields_ = (
+        ("q", c_void_p),
+        ("k_new", c_void_p),
+        ("v_new", c_void_p),
+        ("k_pages", c_void_p),
+        ("v_pages", c_void_p),
+        ("out", c_void_p),
+        ("block_table", c_void_p),
+        ("seq_lens", c_void_p),
+        ("prefix_table", c_void_p),
+        ("prefix_lens", c_void_p),
+        ("prefix_index", c_void_p),
+        ("q_strides", c_int64 * 2),
+        ("k_new_strides", c_int64 * 2),
+        ("v_new_strides", c_int64 * 2),
+        ("page_strides", c_int64 * 3),
+        ("block_table_stride", c_int64),
+        ("prefix_table_stride", c_int64),
+        ("num_candidates", c_int64),
+        ("num_pages", c_int64),
+        ("num_prefixes", c_int64),
+        ("num_heads", c_int32),
+        ("head_dim", c_int32),
+        ("page_size", c_int32),
+        ("max_pages", c_int32),
+        ("max_prefix_pages", c_int32),
+        ("dtype", c_int32),
+        ("scale", c_float),
+    )
+
+
 def library() -> ctypes.CDLL:
     """The library with its prototypes set, compiled first where that is needed.
 
@@ -96,6 +130,10 @@ def _loaded() -> tuple[ctypes.CDLL | None, str]:
         found = ctypes.CDLL(str(path))
         found.clvp_fast_log_mel_cpu.argtypes = [POINTER(LogMelCall), c_int32]
         found.clvp_fast_log_mel_cpu.restype = c_int
+        found.clvp_fast_log_mel_cpu_isa.argtypes = [POINTER(LogMelCall), c_int32, c_char_p]
+        found.clvp_fast_log_mel_cpu_isa.restype = c_int
+        found.clvp_fast_paged_decode_cpu.argtypes = [POINTER(PagedDecodeCall), c_int32, c_char_p]
+        found.clvp_fast_paged_decode_cpu.restype = c_int
         found.clvp_fast_cpu_isa.argtypes = []
         found.clvp_fast_cpu_isa.restype = c_char_p
         found.clvp_fast_error.argtypes = [c_int]

@@ -25,6 +25,7 @@ ISA_FLAGS = {
     "avx2": ["-mavx2", "-mfma"],
     "portable": [],
 }
+ISA_SOURCES = ("log_mel", "paged_attention")
 _HOST_FLAGS = "-Xcompiler=-fPIC,-pthread,-fvisibility=hidden"
 # --threads 0: the architectures are compiled side by side on all cores.
 NVCC_FLAGS = ["-std=c++17", "-O3", "-lineinfo", "--threads=0", "-Xptxas=-v,--warn-on-spills", _HOST_FLAGS]
@@ -99,10 +100,12 @@ def compile_commands(csrc: Path, tools: Toolchain) -> dict[str, list[str]]:
     x86 = platform.machine() in ("x86_64", "AMD64")
     cxx = [*tools.cxx, *CXX_FLAGS]
     only = [] if x86 else ["-DCLVP_FAST_PORTABLE_ONLY"]
-    commands = {"log_mel_cpu.o": [*cxx, *only, "-c", f"{csrc}/log_mel_cpu.cpp", "-o", "log_mel_cpu.o"]}
+    commands = {"cpu.o": [*cxx, *only, "-c", f"{csrc}/cpu.cpp", "-o", "cpu.o"]}
     for isa in ISA_FLAGS if x86 else ["portable"]:
-        name, flags = f"log_mel_{isa}.o", [f"-DCLVP_FAST_ISA={isa}", *ISA_FLAGS[isa]]
-        commands[name] = [*cxx, *flags, "-c", f"{csrc}/log_mel_isa.cpp", "-o", name]
+        flags = [*only, f"-DCLVP_FAST_ISA={isa}", *ISA_FLAGS[isa]]
+        for stem in ISA_SOURCES:
+            name = f"{stem}_{isa}.o"
+            commands[name] = [*cxx, *flags, "-c", f"{csrc}/{stem}_isa.cpp", "-o", name]
     if tools.nvcc:
         targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in tools.architectures]
         newest = tools.architectures[-1]

@@ -52,3 +52,35 @@ static inline int clvp_fast_check(const struct clvp_fast_log_mel *call, int cuda
         return CLVP_FAST_MISALIGNED;
     return CLVP_FAST_OK;
 }
+
+/* CLVP_FAST_OK, or why a decode step is refused. */
+static inline int clvp_fast_check_paged_decode(const struct clvp_fast_paged_decode *call) {
+    if (call == NULL) return CLVP_FAST_NULL_POINTER;
+    if (call->dtype != CLVP_FAST_FLOAT32 && call->dtype != CLVP_FAST_BFLOAT16) return CLVP_FAST_BAD_DTYPE;
+    const int64_t most = (int64_t)1 << 31;
+    if (call->num_candidates < 0 || call->num_candidates > most || call->num_heads < 1 || call->head_dim < 16 ||
+        call->head_dim > 128 || call->head_dim % 16 != 0 || call->page_size < 1 || call->page_size > 1024 ||
+        call->max_pages < 1 || call->max_pages > 1 << 20 || call->num_pages < 0 || call->num_pages > most ||
+        call->max_prefix_pages < 0 || call->max_prefix_pages > 1 << 20 || call->num_prefixes < 0)
+        return CLVP_FAST_BAD_SIZE;
+    if (call->num_candidates == 0) return CLVP_FAST_OK;
+    const int prefixes = call->prefix_table != NULL;
+    if (!call->q || !call->k_new || !call->v_new || !call->k_pages || !call->v_pages || !call->out ||
+        !call->block_table || !call->seq_lens || (prefixes && (!call->prefix_lens || !call->prefix_index)))
+        return CLVP_FAST_NULL_POINTER;
+    const size_t element = clvp_fast_element_size(call->dtype);
+    if (clvp_fast_misaligned(call->q, element) || clvp_fast_misaligned(call->k_new, element) ||
+        clvp_fast_misaligned(call->v_new, element) || clvp_fast_misaligned(call->k_pages, element) ||
+        clvp_fast_misaligned(call->v_pages, element) || clvp_fast_misaligned(call->out, element) ||
+        clvp_fast_misaligned(call->block_table, 4) || clvp_fast_misaligned(call->seq_lens, 4) ||
+        clvp_fast_misaligned(call->prefix_table, 4) || clvp_fast_misaligned(call->prefix_lens, 4) ||
+        clvp_fast_misaligned(call->prefix_index, 4))
+        return CLVP_FAST_MISALIGNED;
+    return CLVP_FAST_OK;
+}
+
+/* Bytes that attending of one head needs: a score and a place of each token, and room for the last vectors. */
+static inline size_t clvp_fast_attend_scratch(const struct clvp_fast_paged_decode *call) {
+    const size_t tokens = (size_t)call->page_size * ((size_t)call->max_pages + (size_t)call->max_prefix_pages);
+    return (tokens + 64) * (sizeof(float) + sizeof(int64_t));
+}

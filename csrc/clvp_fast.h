@@ -76,6 +76,33 @@ const char *clvp_fast_cpu_isa(void);
  * read on the host: what is out of range is clamped. Present in libraries that were built with nvcc. */
 int clvp_fast_log_mel_cuda(const struct clvp_fast_log_mel *call, void *stream);
 
+/* One decode step over paged keys and values on a CPU: each candidate's new key and value are stored at place
+ * seq_lens[n] of its own pages, and its query attends to its prefix and to its own tokens, the new one included.
+ *
+ * Pages that do not exist, and places past a table, are left out. Strides count elements; channels lie at stride 1. */
+struct clvp_fast_paged_decode {
+    const void *q, *k_new, *v_new; /* [num_candidates, num_heads, head_dim] of dtype */
+    void *k_pages, *v_pages;       /* [num_pages, page_size, num_heads, head_dim] of dtype, of the same strides */
+    void *out;                     /* as q, contiguous; zeros for an inactive candidate */
+    const int32_t *block_table;    /* [num_candidates, max_pages] */
+    const int32_t *seq_lens;       /* [num_candidates], own tokens stored so far; negative: inactive */
+    const int32_t *prefix_table;   /* [num_prefixes, max_prefix_pages]; null with the next two: no prefixes */
+    const int32_t *prefix_lens;    /* [num_prefixes] */
+    const int32_t *prefix_index;   /* [num_candidates], -1: none */
+    int64_t q_strides[2], k_new_strides[2], v_new_strides[2]; /* of a candidate, of a head */
+    int64_t page_strides[3];                                  /* of a page, of a token, of a head */
+    int64_t block_table_stride, prefix_table_stride;          /* of a row */
+    int64_t num_candidates, num_pages, num_prefixes;
+    int32_t num_heads, head_dim; /* head_dim: a multiple of 16 up to 128 */
+    int32_t page_size, max_pages, max_prefix_pages;
+    int32_t dtype; /* FLOAT32 or BFLOAT16; sums in float32 */
+    float scale;   /* of the scores */
+};
+
+/* Runs on at most num_threads threads, on the named instruction set (null: the machine's best). The candidates' own
+ * pages must be theirs alone. */
+int clvp_fast_paged_decode_cpu(const struct clvp_fast_paged_decode *call, int32_t num_threads, const char *isa);
+
 /* A sentence on a returned code; never null. */
 const char *clvp_fast_error(int code);
 

@@ -17,15 +17,7 @@
 #include <type_traits>
 #include <utility>
 
-/* Internal linkage throughout: the same text is compiled for several instruction sets into one library. All of it is
- * inlined, lambdas too, or the registers would go through memory. */
-#ifdef __CUDACC__
-#define CLVP_FAST_INLINE static __host__ __device__ __forceinline__
-#define CLVP_FAST_INLINED
-#else
-#define CLVP_FAST_INLINE static inline __attribute__((always_inline))
-#define CLVP_FAST_INLINED __attribute__((always_inline))
-#endif
+#include "inline.h"
 
 namespace clvp_fast {
 
@@ -43,16 +35,6 @@ template <class T>
 struct Element<T, std::void_t<decltype(std::declval<T &>()[0])>> {
     using type = std::decay_t<decltype(std::declval<T &>()[0])>;
 };
-
-/* body(std::integral_constant<int, 0>) ... body(std::integral_constant<int, COUNT - 1>), with no loop left. */
-template <class Body, int... INDEX>
-CLVP_FAST_INLINE void unroll(Body &&body, std::integer_sequence<int, INDEX...>) {
-    (body(std::integral_constant<int, INDEX>{}), ...);
-}
-template <int COUNT, class Body>
-CLVP_FAST_INLINE void unroll(Body &&body) {
-    unroll(body, std::make_integer_sequence<int, COUNT>{});
-}
 
 /* `place` mirrored at both ends of a signal, again and again where it is short, into 0 .. length - 1. */
 CLVP_FAST_INLINE int64_t reflect(int64_t place, int64_t length) {

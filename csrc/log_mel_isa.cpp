@@ -1,78 +1,15 @@
 /* Log-mel of one block of frames on a CPU: two vectors of frames, one in the real and one in the imaginary parts of a
  * complex transform, so that every operation is one on whole vectors and no frame's bits depend on another frame.
  * Compiled once for each instruction set (-DCLVP_FAST_ISA=portable, avx2, avx512), with vectors as wide as it has. */
-#include "log_mel_isa.h"
+#include "isa.h"
 
 #include <string.h>
 
+#include "lanes.h"
 #include "log_mel.cuh"
 
 namespace clvp_fast {
 namespace {
-
-#if defined(__AVX512F__)
-constexpr int VECTOR_BYTES = 64;
-#elif defined(__AVX2__)
-constexpr int VECTOR_BYTES = 32;
-#else
-constexpr int VECTOR_BYTES = 16;
-#endif
-
-template <class Real>
-struct Lanes {
-    static constexpr int COUNT = VECTOR_BYTES / sizeof(Real);
-    using Integer = std::conditional_t<sizeof(Real) == 4, int32_t, int64_t>;
-    typedef Real Vector __attribute__((vector_size(VECTOR_BYTES)));
-    typedef Integer Integers __attribute__((vector_size(VECTOR_BYTES)));
-};
-template <class Real>
-using Vector = typename Lanes<Real>::Vector;
-
-template <class To, class From>
-CLVP_FAST_INLINE Vector<To> load(const From *from) {
-    typedef From Packed __attribute__((vector_size(Lanes<To>::COUNT * sizeof(From))));
-    Packed packed;
-    memcpy(&packed, from, sizeof packed);
-    return __builtin_convertvector(packed, Vector<To>);
-}
-
-/* The first `count` lanes, to memory of any alignment. */
-template <class Real, class To>
-CLVP_FAST_INLINE void store(To *to, Vector<Real> x, int64_t count) {
-    typedef To Packed __attribute__((vector_size(Lanes<Real>::COUNT * sizeof(To))));
-    const Packed packed = __builtin_convertvector(x, Packed);
-    if (count >= Lanes<Real>::COUNT)
-        memcpy(to, &packed, sizeof packed);
-    else
-        memcpy(to, &packed, count * sizeof(To));
-}
-
-/* a[0], b[0], a[1], b[1], ... from the lower (HALF = 0) or upper (HALF = 1) halves of a and b. */
-template <class Real, int HALF, int... LANE>
-CLVP_FAST_INLINE Vector<Real> interleave(Vector<Real> a, Vector<Real> b, std::integer_sequence<int, LANE...>) {
-    constexpr int COUNT = Lanes<Real>::COUNT;
-#if defined(__clang__)
-    return __builtin_shufflevector(a, b, (LANE % 2 * COUNT + HALF * COUNT / 2 + LANE / 2)...);
-#else
-    return __builtin_shuffle(a, b, typename Lanes<Real>::Integers{(LANE % 2 * COUNT + HALF * COUNT / 2 + LANE / 2)...});
-#endif
-}
-
-/* x[i][j] becomes x[j][i]. */
-template <class Real>
-CLVP_FAST_INLINE void transpose(Vector<Real> (&x)[Lanes<Real>::COUNT]) {
-    constexpr int COUNT = Lanes<Real>::COUNT;
-    using Lane = std::make_integer_sequence<int, COUNT>;
-#pragma GCC unroll 4
-    for (int round = 1; round < COUNT; round *= 2) {
-        Vector<Real> mixed[COUNT];
-        unroll<COUNT / 2>([&](auto i) CLVP_FAST_INLINED {
-            mixed[2 * i] = interleave<Real, 0>(x[i], x[i + COUNT / 2], Lane{});
-            mixed[2 * i + 1] = interleave<Real, 1>(x[i], x[i + COUNT / 2], Lane{});
-        });
-        unroll<COUNT>([&](auto i) CLVP_FAST_INLINED { x[i] = mixed[i]; });
-    }
-}
 
 /* Natural logarithm of positive normal numbers, to about one unit in the last place; infinity and NaN stay.
  * x = m 2^e with m in [sqrt(1/2), sqrt(2)) and f = m - 1, s = f / (2 + f): log m = 2 artanh s = f - s (f - 2 series).
@@ -242,7 +179,7 @@ void run(const clvp_fast_log_mel *call, int64_t row, int64_t length, int64_t row
     }
 }
 
-using Run = decltype(clvp_fast_isa::run);
+using Run = decltype(clvp_fast_log_mel_isa::run);
 
 template <class Real, class Feature>
 Run run_of_samples(int32_t dtype) {
@@ -272,10 +209,5 @@ size_t scratch_bytes(const clvp_fast_log_mel *call) {
 }  // namespace
 }  // namespace clvp_fast
 
-#define CLVP_FAST_JOIN(a, b) a##b
-#define CLVP_FAST_TABLE_OF(isa) CLVP_FAST_JOIN(clvp_fast_isa_, isa)
-#define CLVP_FAST_TEXT_OF(isa) #isa
-#define CLVP_FAST_NAME_OF(isa) CLVP_FAST_TEXT_OF(isa)
-
-const clvp_fast_isa CLVP_FAST_TABLE_OF(CLVP_FAST_ISA) = {CLVP_FAST_NAME_OF(CLVP_FAST_ISA), clvp_fast::frames,
-                                                         clvp_fast::scratch_bytes, clvp_fast::run_of_dtypes};
+const clvp_fast_log_mel_isa CLVP_FAST_OF(log_mel, CLVP_FAST_ISA) = {clvp_fast::frames, clvp_fast::scratch_bytes,
+                                                                    clvp_fast::run_of_dtypes};

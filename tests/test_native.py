@@ -19,6 +19,8 @@ CPU = """
 extern "C" {
 #pragma GCC visibility push(default)
 int clvp_fast_log_mel_cpu(const clvp_fast_log_mel *, int32_t) { std::thread([] {}).join(); return -7; }
+int clvp_fast_log_mel_cpu_isa(const clvp_fast_log_mel *, int32_t, const char *) { return 0; }
+int clvp_fast_paged_decode_cpu(const clvp_fast_paged_decode *, int32_t, const char *) { return 0; }
 const char *clvp_fast_cpu_isa(void) { return "stand-in"; }
 const char *clvp_fast_error(int code) { return code == -7 ? "no memory, says the stand-in" : "another"; }
 }
@@ -48,8 +50,9 @@ def sources(tmp_path, monkeypatch):
     folder = tmp_path / "some csrc"
     folder.mkdir()
     shutil.copy(ROOT / "csrc/clvp_fast.h", folder)
-    (folder / "log_mel_cpu.cpp").write_text(CPU)
-    (folder / "log_mel_isa.cpp").write_text("int CLVP_FAST_ISA() { return 0; }\n")
+    (folder / "cpu.cpp").write_text(CPU)
+    for stem in native_build.ISA_SOURCES:
+        (folder / f"{stem}_isa.cpp").write_text("namespace { int CLVP_FAST_ISA = 0; }\n")
     (folder / "log_mel_cuda.cu").write_text(CUDA)
     monkeypatch.setattr(native, "_SOURCES", folder)
     monkeypatch.setenv("CLVP_FAST_CACHE", str(tmp_path / "cache"))
@@ -64,14 +67,20 @@ def built_folders(tmp_path) -> list[Path]:
     return sorted(path for path in (tmp_path / "cache/native").iterdir() if path.is_dir())
 
 
-def test_the_structure_is_the_header_s(tmp_path):
+STRUCTURES = {"clvp_fast_log_mel": native.LogMelCall, "clvp_fast_paged_decode": native.PagedDecodeCall}
+
+
+@pytest.mark.parametrize("struct", STRUCTURES)
+def test_the_structure_is_the_header_s(struct, tmp_path):
     """The same names in the same order, each at the compiler's own offset; the same numbers for the dtypes."""
-    header = (ROOT / "csrc/clvp_fast.h").read_text()
-    names = [name for name, _ in native.LogMelCall._fields_]
-    assert re.findall(r"(\w+);\s+/\*", header.partition("struct clvp_fast_log_mel {")[2].partition("};")[0]) == names
+    structure = STRUCTURES[struct]
+    header = re.sub(r"/\*.*?\*/", "", (ROOT / "csrc/clvp_fast.h").read_text(), flags=re.DOTALL)
+    names = [name for name, _ in structure._fields_]
+    declared = header.partition(f"struct {struct} {{")[2].partition("};")[0]
+    assert re.findall(r"(\w+)(?:\[\d\])?[;,]", declared) == names
     dtypes = ("FLOAT32", "FLOAT64", "INT16", "FLOAT16", "BFLOAT16")
-    asked = [f"offsetof(clvp_fast_log_mel, {name})" for name in names]
-    asked += ["sizeof(clvp_fast_log_mel)", *(f"CLVP_FAST_{name}" for name in dtypes)]
+    asked = [f"offsetof({struct}, {name})" for name in names]
+    asked += [f"sizeof({struct})", *(f"CLVP_FAST_{name}" for name in dtypes)]
     printing = "".join(f'std::printf("%d ", int({value}));' for value in asked)
     (tmp_path / "layout.cpp").write_text(
         f'#include "clvp_fast.h"\n#include <cstddef>\n#include <cstdio>\nint main() {{ {printing} }}\n'
@@ -79,8 +88,8 @@ def test_the_structure_is_the_header_s(tmp_path):
     compiler = native_build.find_toolchain().cxx
     subprocess.run([*compiler, f"-I{ROOT / 'csrc'}", "layout.cpp", "-o", "layout"], cwd=tmp_path, check=True)
     printed = subprocess.run([tmp_path / "layout"], capture_output=True, text=True, check=True).stdout
-    expected = [getattr(native.LogMelCall, name).offset for name in names]
-    expected += [ctypes.sizeof(native.LogMelCall), *(getattr(native, name) for name in dtypes)]
+    expected = [getattr(structure, name).offset for name in names]
+    expected += [ctypes.sizeof(structure), *(getattr(native, name) for name in dtypes)]
     assert [int(number) for number in printed.split()] == expected
 
 
@@ -115,7 +124,7 @@ def test_the_hash_changes_with_whatever_changes_the_library(sources, tmp_path, m
     tools = native_build.find_toolchain()
     seen = [native_build.content_hash(sources, tools)]
     assert native_build.content_hash(sources, native_build.find_toolchain()) == seen[0]
-    for name in ("log_mel_cpu.cpp", "clvp_fast.h", "log_mel_cuda.cu"):
+    for name in ("cpu.cpp", "clvp_fast.h", "log_mel_cuda.cu"):
         with open(sources / name, "a") as handle:
             handle.write("\n")
         seen.append(native_build.content_hash(sources, tools))
@@ -196,7 +205,7 @@ def test_a_failed_build_keeps_its_log_and_is_not_repeated(sources, tmp_path, mon
     with monkeypatch.context() as patch:
         patch.setattr(native_build, "build", lambda *_: pytest.fail("it failed before"))
         assert str(log) in native.missing("cpu")
-    (sources / "log_mel_isa.cpp").write_text("int CLVP_FAST_ISA() { return 0; }\n")
+    (sources / "log_mel_isa.cpp").write_text("namespace { int CLVP_FAST_ISA = 0; }\n")
     forget()
     assert native.missing("cpu") is None
 

@@ -1,67 +1,34 @@
-/* Log-mel on a CPU: checks, the choice of an instruction set, and the work shared out over threads. */
-#include <atomic>
+/* The functions of the C interface for a CPU: checks, the choice of an instruction set, the work shared out over
+ * threads. */
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
-#include <exception>
-#include <thread>
 #include <vector>
 
 #include "check.h"
-#include "log_mel_isa.h"
+#include "isa.h"
+#include "threads.h"
 
 #define CLVP_FAST_EXPORT extern "C" __attribute__((visibility("default")))
 
+using clvp_fast::share_out;
+
 namespace {
 
-/* The instruction sets that this machine has, the best first. */
-std::vector<const clvp_fast_isa *> usable_isas() {
-    std::vector<const clvp_fast_isa *> usable;
+std::vector<clvp_fast_isa> usable_isas() {
+    std::vector<clvp_fast_isa> usable;
 #if !defined(CLVP_FAST_PORTABLE_ONLY)
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl"))
-        usable.push_back(&clvp_fast_isa_avx512);
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) usable.push_back(&clvp_fast_isa_avx2);
+        usable.push_back({"avx512", &clvp_fast_log_mel_avx512, clvp_fast_attend_avx512});
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+        usable.push_back({"avx2", &clvp_fast_log_mel_avx2, clvp_fast_attend_avx2});
 #endif
-    usable.push_back(&clvp_fast_isa_portable);
+    usable.push_back({"portable", &clvp_fast_log_mel_portable, clvp_fast_attend_portable});
     return usable;
 }
 
-/* The one called `name`, the best for null, or null where the machine lacks it. */
-const clvp_fast_isa *find_isa(const char *name) {
-    static const std::vector<const clvp_fast_isa *> usable = usable_isas();
-    for (const clvp_fast_isa *isa : usable)
-        if (!name || !std::strcmp(name, isa->name)) return isa;
-    return nullptr;
-}
-
 int64_t length_of(const clvp_fast_log_mel &call, int64_t row) { return call.lengths ? call.lengths[row] : call.time; }
-
-/* Calls work(thread's scratch, item) for items 0 .. count - 1 on at most num_threads threads; false if memory is short.
- */
-template <class Work>
-bool share_out(int64_t count, int32_t num_threads, size_t scratch_bytes, const Work &work) {
-    std::atomic<int64_t> next{0};
-    /* A few items at a time, so that the threads do not wait for one another at the counter. */
-    const int64_t step = 1 + count / (64 * (int64_t)num_threads);
-    const auto loop = [&] {
-        void *scratch = scratch_bytes ? std::aligned_alloc(64, (scratch_bytes + 63) / 64 * 64) : nullptr;
-        if (scratch_bytes && !scratch) return; /* The other threads do all of the work, if there are any. */
-        for (int64_t first; (first = next.fetch_add(step, std::memory_order_relaxed)) < count;)
-            for (int64_t item = first; item < first + step && item < count; ++item) work(scratch, item);
-        std::free(scratch);
-    };
-    std::vector<std::thread> threads;
-    try {
-        for (int64_t i = 1; i < num_threads && i < (count + step - 1) / step; ++i) threads.emplace_back(loop);
-    } catch (const std::exception &) {
-        /* The threads that there are do all of the work. */
-    }
-    loop();
-    for (std::thread &thread : threads) thread.join();
-    return next >= count;
-}
 
 /* Raises what lies more than top_db under the loudest value of a row's true frames to it, and divides by the norms. */
 template <class Real, class Feature>
@@ -84,7 +51,14 @@ void limit_range(const clvp_fast_log_mel &call, int64_t row) {
 
 }  // namespace
 
-CLVP_FAST_EXPORT const char *clvp_fast_cpu_isa(void) { return find_isa(nullptr)->name; }
+const clvp_fast_isa *clvp_fast_find_isa(const char *name) {
+    static const std::vector<clvp_fast_isa> usable = usable_isas();
+    for (const clvp_fast_isa &isa : usable)
+        if (!name || !std::strcmp(name, isa.name)) return &isa;
+    return nullptr;
+}
+
+CLVP_FAST_EXPORT const char *clvp_fast_cpu_isa(void) { return clvp_fast_find_isa(nullptr)->name; }
 
 CLVP_FAST_EXPORT int clvp_fast_log_mel_cpu(const clvp_fast_log_mel *call, int32_t num_threads) {
     return clvp_fast_log_mel_cpu_isa(call, num_threads, nullptr);
@@ -93,7 +67,7 @@ CLVP_FAST_EXPORT int clvp_fast_log_mel_cpu(const clvp_fast_log_mel *call, int32_
 CLVP_FAST_EXPORT int clvp_fast_log_mel_cpu_isa(const clvp_fast_log_mel *given, int32_t num_threads,
                                                const char *isa_name) {
     if (const int refused = clvp_fast_check(given, 0)) return refused;
-    const clvp_fast_isa *const isa = find_isa(isa_name);
+    const clvp_fast_isa *const isa = clvp_fast_find_isa(isa_name);
     if (!isa) return CLVP_FAST_NO_ISA;
     const clvp_fast_log_mel &call = *given;
     if (num_threads < 1) return CLVP_FAST_BAD_SIZE;
@@ -106,12 +80,13 @@ CLVP_FAST_EXPORT int clvp_fast_log_mel_cpu_isa(const clvp_fast_log_mel *given, i
     for (int64_t row = 0; row < call.batch; ++row)
         if (length_of(call, row) < 1 || length_of(call, row) > call.time) return CLVP_FAST_BAD_LENGTH;
 
-    const int64_t block = isa->frames(&call), blocks = (call.frames + block - 1) / block;
+    const int64_t block = isa->log_mel->frames(&call), blocks = (call.frames + block - 1) / block;
     const auto transform = [&](void *scratch, int64_t item) {
         const int64_t row = item / blocks, length = length_of(call, row);
-        isa->run(&call, row, length, 1 + length / call.hop_length, item % blocks * block, num_bins, scratch);
+        isa->log_mel->run(&call, row, length, 1 + length / call.hop_length, item % blocks * block, num_bins, scratch);
     };
-    if (!share_out(call.batch * blocks, num_threads, isa->scratch_bytes(&call), transform)) return CLVP_FAST_NO_MEMORY;
+    if (!share_out(call.batch * blocks, num_threads, isa->log_mel->scratch_bytes(&call), transform))
+        return CLVP_FAST_NO_MEMORY;
     if (call.top_db >= 0) {
         const auto limit = [&](void *, int64_t row) {
             if (call.compute_dtype == CLVP_FAST_FLOAT32)
@@ -124,6 +99,24 @@ CLVP_FAST_EXPORT int clvp_fast_log_mel_cpu_isa(const clvp_fast_log_mel *given, i
         share_out(call.batch, num_threads, 0, limit);
     }
     return CLVP_FAST_OK;
+}
+
+CLVP_FAST_EXPORT int clvp_fast_paged_decode_cpu(const clvp_fast_paged_decode *call, int32_t num_threads,
+                                                const char *isa_name) {
+    if (const int refused = clvp_fast_check_paged_decode(call)) return refused;
+    const clvp_fast_isa *const isa = clvp_fast_find_isa(isa_name);
+    if (!isa) return CLVP_FAST_NO_ISA;
+    if (num_threads < 1) return CLVP_FAST_BAD_SIZE;
+    /* Heads outside, so that one head of a shared prefix stays in the cache for all its candidates. */
+    const int64_t count = call->num_candidates * call->num_heads;
+    const auto attend = [&](void *scratch, int64_t item) {
+        isa->attend(call, item % call->num_candidates, item / call->num_candidates, scratch);
+    };
+    /* A thread costs as much as attending to some ten thousand channels. */
+    const int64_t tokens = int64_t{call->page_size} * (call->max_pages + call->max_prefix_pages);
+    const int64_t worth = 1 + count * tokens * call->head_dim / (1 << 18);
+    const int32_t threads = static_cast<int32_t>(worth < num_threads ? worth : num_threads);
+    return share_out(count, threads, clvp_fast_attend_scratch(call), attend) ? CLVP_FAST_OK : CLVP_FAST_NO_MEMORY;
 }
 
 CLVP_FAST_EXPORT const char *clvp_fast_error(int code) {

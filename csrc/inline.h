@@ -1,0 +1,29 @@
+/* Functions that are always inlined, and loops without a loop, on a CPU and on a GPU. */
+#pragma once
+
+#include <type_traits>
+#include <utility>
+
+/* Internal linkage throughout: the same text is compiled for several instruction sets into one library. All of it is
+ * inlined, lambdas too, or the registers would go through memory. */
+#ifdef __CUDACC__
+#define CLVP_FAST_INLINE static __host__ __device__ __forceinline__
+#define CLVP_FAST_INLINED
+#else
+#define CLVP_FAST_INLINE static inline __attribute__((always_inline))
+#define CLVP_FAST_INLINED __attribute__((always_inline))
+#endif
+
+namespace clvp_fast {
+
+/* body(std::integral_constant<int, 0>) ... body(std::integral_constant<int, COUNT - 1>), with no loop left. */
+template <class Body, int... INDEX>
+CLVP_FAST_INLINE void unroll(Body &&body, std::integer_sequence<int, INDEX...>) {
+    (body(std::integral_constant<int, INDEX>{}), ...);
+}
+template <int COUNT, class Body>
+CLVP_FAST_INLINE void unroll(Body &&body) {
+    unroll(body, std::make_integer_sequence<int, COUNT>{});
+}
+
+}  // namespace clvp_fast

@@ -1,0 +1,47 @@
+/* The code that is compiled once for each instruction set, and the choice among them at run time. */
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "clvp_fast.h"
+
+/* Log-mel of a block of frames of one row. */
+struct clvp_fast_log_mel_isa {
+    /* How many frames a block has. */
+    int64_t (*frames)(const struct clvp_fast_log_mel *call);
+    /* Scratch memory that a block needs, aligned to 64 bytes. */
+    size_t (*scratch_bytes)(const struct clvp_fast_log_mel *call);
+    /* Computes frames first_frame .. of a row of which `length` samples and `row_frames` frames are true, before
+     * top_db. num_bins: one past the last bin of any band. */
+    void (*run)(const struct clvp_fast_log_mel *call, int64_t row, int64_t length, int64_t row_frames,
+                int64_t first_frame, int num_bins, void *scratch);
+};
+
+/* Stores the new key and value of a candidate's head and attends with its query. scratch: see clvp_fast_attend_scratch.
+ */
+typedef void (*clvp_fast_attend)(const struct clvp_fast_paged_decode *call, int64_t candidate, int64_t head,
+                                 void *scratch);
+
+struct clvp_fast_isa {
+    const char *name;
+    const struct clvp_fast_log_mel_isa *log_mel;
+    clvp_fast_attend attend;
+};
+
+/* The instruction set called `name`, the machine's best for null; null where the machine lacks it. */
+const struct clvp_fast_isa *clvp_fast_find_isa(const char *name);
+
+/* Name of what one instruction set offers: CLVP_FAST_OF(log_mel, avx2) is clvp_fast_log_mel_avx2. */
+#define CLVP_FAST_JOIN(what, isa) clvp_fast_##what##_##isa
+#define CLVP_FAST_OF(what, isa) CLVP_FAST_JOIN(what, isa)
+
+#define CLVP_FAST_DECLARE(isa)                                                                                 \
+    extern const struct clvp_fast_log_mel_isa CLVP_FAST_OF(log_mel, isa);                                      \
+    void CLVP_FAST_OF(attend, isa)(const struct clvp_fast_paged_decode *call, int64_t candidate, int64_t head, \
+                                   void *scratch);
+CLVP_FAST_DECLARE(portable)
+#ifndef CLVP_FAST_PORTABLE_ONLY
+CLVP_FAST_DECLARE(avx2)
+CLVP_FAST_DECLARE(avx512)
+#endif

@@ -1,0 +1,38 @@
+/* Work shared out over threads that live as long as the call. */
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <cstdlib>
+#include <exception>
+#include <thread>
+#include <vector>
+
+namespace clvp_fast {
+
+/* Calls work(thread's scratch, item) for items 0 .. count - 1 on at most num_threads threads; false if memory is short.
+ */
+template <class Work>
+inline bool share_out(int64_t count, int32_t num_threads, size_t scratch_bytes, const Work &work) {
+    std::atomic<int64_t> next{0};
+    /* A few items at a time, so that the threads do not wait for one another at the counter. */
+    const int64_t step = 1 + count / (64 * (int64_t)num_threads);
+    const auto loop = [&] {
+        void *scratch = scratch_bytes ? std::aligned_alloc(64, (scratch_bytes + 63) / 64 * 64) : nullptr;
+        if (scratch_bytes && !scratch) return; /* The other threads do all of the work, if there are any. */
+        for (int64_t first; (first = next.fetch_add(step, std::memory_order_relaxed)) < count;)
+            for (int64_t item = first; item < first + step && item < count; ++item) work(scratch, item);
+        std::free(scratch);
+    };
+    std::vector<std::thread> threads;
+    try {
+        for (int64_t i = 1; i < num_threads && i < (count + step - 1) / step; ++i) threads.emplace_back(loop);
+    } catch (const std::exception &) {
+        /* The threads that there are do all of the work. */
+    }
+    loop();
+    for (std::thread &thread : threads) thread.join();
+    return next >= count;
+}
+
+}  // namespace clvp_fast
