@@ -42,7 +42,7 @@ def staged_folder(target: str | Path) -> Iterator[Path]:
 
     The scratch folder lies inside `target` (made if need be), so an unwritable place is found before any work is done
     and each file arrives by one rename: readers see the old file or the new one, never a half. Folders inside the
-    scratch folder are not supported.
+    scratch folder become folders inside `target`, beside what stands there.
 
     Raises:
         UnwritableError: `target` cannot be made or written, or the disk is full. What stood in it before is untouched.
@@ -54,26 +54,36 @@ def staged_folder(target: str | Path) -> Iterator[Path]:
         target.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=".clvp-fast-", dir=target))
         yield scratch
-        for path in sorted(scratch.iterdir()):
+        paths = sorted(scratch.rglob("*"))
+        files = [path for path in paths if not path.is_dir()]
+        for path in files:
             with open(path, "rb") as handle:
                 os.fsync(handle.fileno())
-        for path in sorted(scratch.iterdir()):
-            os.replace(path, target / path.name)
+        for folder in (target / path.relative_to(scratch) for path in paths if path.is_dir()):
+            if not folder.is_dir():
+                made.insert(0, folder)
+                folder.mkdir()
+        for path in files:
+            os.replace(path, target / path.relative_to(scratch))
     except UnwritableError:
         raise
     except Exception as error:
         refused = _refusal(error)
         # An error about some other file than those written here passes as it is.
-        if refused and (refused.errno == errno.ENOSPC or scratch is None or _inside(refused.filename, scratch)):
+        if refused and (
+            refused.errno == errno.ENOSPC
+            or scratch is None
+            or _inside(refused.filename, scratch)
+            or refused.filename in map(str, made)
+        ):
             raise UnwritableError.explain(refused, target) from error
         raise
     finally:
         if scratch is not None:
             shutil.rmtree(scratch, ignore_errors=True)
         for folder in made:
-            if not folder.is_dir() or any(folder.iterdir()):
-                break
-            folder.rmdir()
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
 
 
 def build_folder_once(target: Path, build) -> Path:

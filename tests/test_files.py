@@ -28,6 +28,32 @@ def test_files_arrive_together_and_replace_old_ones(tmp_path):
         assert len(list(target.iterdir())) == 2  # no scratch folder is left
 
 
+def test_folders_inside_join_those_that_stand_there(tmp_path):
+    (tmp_path / "a/b").mkdir(parents=True)
+    (tmp_path / "a/b/old.txt").write_text("old")
+    for text in ("first", "second"):
+        with staged_folder(tmp_path) as folder:
+            for name in ("a/b", "a/c/d"):
+                (folder / name).mkdir(parents=True)
+                (folder / name / "new.txt").write_text(text)
+        found = {path.relative_to(tmp_path).as_posix(): path for path in tmp_path.rglob("*") if path.is_file()}
+        assert {name: path.read_text() for name, path in found.items()} == {
+            "a/b/old.txt": "old",
+            "a/b/new.txt": text,
+            "a/c/d/new.txt": text,
+        }
+        assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_file_in_the_place_of_a_folder_inside(tmp_path):
+    (tmp_path / "b").write_text("mine")
+    with pytest.raises(UnwritableError, match="a file stands where"), staged_folder(tmp_path) as folder:
+        for name in ("a", "b"):
+            (folder / name).mkdir()
+            (folder / name / "new.txt").write_text("new")
+    assert [path.name for path in tmp_path.iterdir()] == ["b"] and contents(tmp_path) == {"b": "mine"}
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("bad"), OSError(errno.EIO, "broken", "elsewhere")])
 def test_nothing_is_left_after_an_error(tmp_path, error):
     target = tmp_path / "deep" / "out"

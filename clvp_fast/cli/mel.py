@@ -1,49 +1,240 @@
-"""`clvp-fast mel`: a recording to log-mel features and their picture."""
+"""`clvp-fast mel`: recordings, or folders of them, to log-mel features and a picture.
+
+Recordings are decoded by several threads, a few ahead of the one that is next, and go through the extractor in batches,
+so that memory depends on the longest recordings and not on how many there are.
+"""
 
 import argparse
+import os
+import zipfile
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from clvp_fast import ClvpFeatureExtractor
 from clvp_fast.audio import load_audio, require_sound
 from clvp_fast.checkpoint import resolve_checkpoint
 from clvp_fast.cli import report
-from clvp_fast.cli.pictures import draw_mel
+from clvp_fast.cli.pictures import OVERVIEW_PANELS, draw_mel, draw_mels
 from clvp_fast.files import staged_folder
+
+_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg")
+#: Samples that go through the extractor at a time, unless one recording alone has more.
+_BATCH_SAMPLES = 1 << 21
+
+
+@dataclass
+class Recording:
+    """A file to be read, and what its results are called below `--out`: a path without suffix."""
+
+    path: Path
+    name: str
+
+
+@dataclass
+class Sound:
+    """What was decoded: the mono `samples` `[time]` that are used, the whole length, and what was changed, if any."""
+
+    recording: Recording
+    samples: np.ndarray
+    seconds: float
+    changed: str | None
+
+
+@dataclass
+class Outcome:
+    """What became of the recordings.
+
+    rows: one for each that gave features. failed: the others, with the reason. changes: how many were mixed down or
+    resampled. shown: names and features of the first ones, for the overview.
+    """
+
+    rows: list[dict] = field(default_factory=list)
+    failed: list[tuple[Recording, Exception]] = field(default_factory=list)
+    changes: Counter = field(default_factory=Counter)
+    shown: list[tuple[str, np.ndarray]] = field(default_factory=list)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    recording = Path(arguments.recording)
-    names = [f"{recording.stem}.npy", f"{recording.stem}.png"]
+    recordings = find_recordings(arguments.recordings)
     with staged_folder(arguments.out) as folder:
         extractor = ClvpFeatureExtractor()
         if arguments.checkpoint:
             extractor = ClvpFeatureExtractor.from_pretrained(resolve_checkpoint(arguments.checkpoint))
-        samples, changed = load_audio(recording, extractor.sampling_rate)
-        require_sound(samples, recording)
-        if changed:
-            report.note(f"{recording}: {changed}")
-        length = {"max_length": len(samples)} if arguments.whole else {}
-        features = extractor(samples, sampling_rate=extractor.sampling_rate, return_tensors="np", **length)
-        mel = np.asarray(features["input_features"][0], dtype=np.float32)
-        np.save(folder / names[0], mel)
-        draw_mel(folder / names[1], mel, extractor, recording.name)
-    written = [Path(arguments.out) / name for name in names]
-    if arguments.json:
-        document = {
-            "recording": str(recording),
-            "shape": list(mel.shape),
-            "seconds": round(len(samples) / extractor.sampling_rate, 3),
-            "sampling_rate": extractor.sampling_rate,
-            "hop_length": extractor.hop_length,
-            "min": float(mel.min()),
-            "max": float(mel.max()),
-            "written": [str(path) for path in written],
-        }
+        outcome = extract(recordings, extractor, folder, arguments)
+        for sentence, count in outcome.changes.items():
+            report.note(f"{recordings[0].path if len(recordings) == 1 else f'{count} of the recordings'}: {sentence}")
+        for _, error in outcome.failed:
+            report.note(str(error))
+        if not outcome.rows:
+            raise ValueError(f"none of the {len(recordings)} recordings can be used; the notes name each")
+        if outcome.shown:
+            draw_mels(folder / "overview.png", outcome.shown, extractor, len(outcome.rows))
+        names = [row["name"] for row in outcome.rows]
+        written = ["overview.png"] if outcome.shown else [f"{name}.png" for name in names]
+        written += ["features.npz"] if arguments.npz else [f"{name}.npy" for name in names]
+    _tell(outcome, extractor, [Path(arguments.out) / name for name in written], arguments.json)
+    if outcome.failed:
+        count = f"{len(outcome.failed)} of {len(recordings)} recordings"
+        raise ValueError(f"{count} cannot be used, and the notes name each; the features of the others are written")
+
+
+def extract(recordings: list[Recording], extractor, folder: Path, arguments: argparse.Namespace) -> Outcome:
+    """Writes the features of `recordings` into `folder`, and pictures where each has its own.
+
+    A recording that cannot be used is an error where it is the only one; among others it is put down in the outcome.
+    """
+    outcome = Outcome()
+    many = len(recordings) > 1
+    with _writer(folder, arguments.npz) as write, report.counting_progress(not many) as progress:
+        task = progress.add_task("recordings", total=len(recordings))
+        for batch in _batches(recordings, extractor, arguments.whole, outcome.failed):
+            for sound, mel in zip(batch, _features(extractor, batch, arguments.whole), strict=True):
+                name = sound.recording.name
+                write(name, mel)
+                if arguments.pictures or not many:
+                    draw_mel(_with_parents(folder / f"{name}.png"), mel, extractor, sound.recording.path.name)
+                elif len(outcome.shown) < OVERVIEW_PANELS:
+                    outcome.shown.append((name, mel))
+                outcome.rows.append(_row(sound, mel))
+                outcome.changes.update([sound.changed] if sound.changed else [])
+                progress.update(task, completed=len(outcome.rows) + len(outcome.failed))
+        progress.update(task, completed=len(recordings))
+    return outcome
+
+
+def find_recordings(places: list[str]) -> list[Recording]:
+    """The recordings that `places` name, each a file or a folder with recordings in it at any depth.
+
+    A folder's sub-folders are kept in the names. What begins with a dot in a folder is left out.
+
+    Raises:
+        ValueError: a folder without a recording, or two recordings of one name.
+        OSError: a folder that cannot be listed.
+    """
+    found = {}
+    for place in map(Path, places):
+        files = _walk(place) if place.is_dir() else [place]
+        if not files:
+            raise ValueError(f"{place} has no recordings in it (WAV, FLAC, MP3 or OGG)")
+        for path in files:
+            name = (path.relative_to(place) if path != place else Path(path.name)).with_suffix("").as_posix()
+            other = found.setdefault(name, path)
+            if other != path:
+                raise ValueError(
+                    f"{other} and {path} would both be written to {name}.npy: rename one, or give them different --out"
+                )
+    return [Recording(path, name) for name, path in found.items()]
+
+
+def _walk(folder: Path) -> list[Path]:
+    def refuse(error: OSError) -> None:
+        raise error
+
+    found = []
+    for place, subfolders, files in os.walk(folder, onerror=refuse):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        found += [Path(place, name) for name in files if not name.startswith(".") and name.lower().endswith(_SUFFIXES)]
+    return sorted(found)
+
+
+def _batches(recordings: list[Recording], extractor, whole: bool, failed: list) -> Iterator[list[Sound]]:
+    """The sounds of the recordings in their order; those without one, and the reason, are added to `failed`."""
+    batch = []
+    for recording, decoded in _read_ahead(recordings, extractor, whole):
+        try:
+            batch.append(decoded.result())
+        except (ValueError, OSError, MemoryError) as error:
+            if len(recordings) == 1:
+                raise
+            failed.append((recording, error))
+        if sum(len(sound.samples) for sound in batch) >= _BATCH_SAMPLES:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _read_ahead(recordings: list[Recording], extractor, whole: bool) -> Iterator[tuple[Recording, Future]]:
+    """The recordings in their order, each with its decoded sound; no more are decoded ahead than there are threads."""
+    threads = torch.get_num_threads()
+    waiting = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        for recording in recordings:
+            waiting.append((recording, pool.submit(_read, recording, extractor, whole)))
+            if len(waiting) > threads:
+                yield waiting.popleft()
+        while waiting:
+            yield waiting.popleft()
+
+
+def _read(recording: Recording, extractor, whole: bool) -> Sound:
+    with np.errstate(over="ignore"):
+        samples, changed = load_audio(recording.path, extractor.sampling_rate)
+    if not np.isfinite(samples).all():
+        raise ValueError(f"{recording.path} is too loud to be mixed down or resampled; export the recording again")
+    seconds = round(len(samples) / extractor.sampling_rate, 3)
+    used = extractor.default_audio_length * extractor.sampling_rate
+    if not whole and len(samples) > used:
+        samples = samples[:used].copy()  # so that the rest is freed
+    require_sound(samples, recording.path)
+    return Sound(recording, samples, seconds, changed)
+
+
+def _features(extractor, batch: list[Sound], whole: bool) -> list[np.ndarray]:
+    """Log-mel features of each sound, float32 `[bins, frames]`."""
+    length = {"padding": False, "truncation": False} if whole else {}
+    clips = [sound.samples for sound in batch]
+    return extractor(clips, sampling_rate=extractor.sampling_rate, **length)["input_features"]
+
+
+@contextmanager
+def _writer(folder: Path, npz: bool) -> Iterator[Callable[[str, np.ndarray], None]]:
+    """A function that writes the features of a name: an .npy each, or a member of features.npz, one after the other."""
+    if not npz:
+        yield lambda name, mel: np.save(_with_parents(folder / f"{name}.npy"), mel)
+        return
+    with zipfile.ZipFile(folder / "features.npz", "w") as archive:
+
+        def write(name: str, mel: np.ndarray) -> None:
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, mel)
+
+        yield write
+
+
+def _with_parents(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def _row(sound: Sound, mel: np.ndarray) -> dict:
+    return {
+        "recording": str(sound.recording.path),
+        "name": sound.recording.name,
+        "shape": list(mel.shape),
+        "seconds": sound.seconds,
+        "min": float(mel.min()),
+        "max": float(mel.max()),
+    }
+
+
+def _tell(outcome: Outcome, extractor, written: list[Path], as_json: bool) -> None:
+    rows = outcome.rows
+    if as_json:
+        failed = [{"recording": str(recording.path), "reason": str(error)} for recording, error in outcome.failed]
+        document = {"sampling_rate": extractor.sampling_rate, "hop_length": extractor.hop_length}
+        document |= {"recordings": rows, "failed": failed, "written": [str(path) for path in written]}
         report.print_json(document)
-    else:
-        print(
-            f"log-mel features of {mel.shape[0]} bins by {mel.shape[1]} frames, from {mel.min():.2f} to {mel.max():.2f}"
-        )
-        report.print_written(written)
+        return
+    lowest, highest = min(row["min"] for row in rows), max(row["max"] for row in rows)
+    bins, frames = rows[0]["shape"][0], sum(row["shape"][1] for row in rows)
+    of = f" of {len(rows)} recordings" if len(rows) > 1 else ""
+    print(f"log-mel features{of}: {bins} bins by {frames} frames, from {lowest:.2f} to {highest:.2f}")
+    report.print_written(written)

@@ -72,15 +72,28 @@ def _score(commands, everywhere) -> None:
 
 
 def _mel(commands, everywhere) -> None:
-    parser = commands.add_parser("mel", parents=[everywhere], help="log-mel features of a recording, with a picture")
-    parser.add_argument("recording", help="WAV, FLAC, MP3 or OGG")
+    parser = commands.add_parser(
+        "mel", parents=[everywhere], help="log-mel features of recordings or folders of them, with a picture"
+    )
+    parser.add_argument(
+        "recordings",
+        nargs="+",
+        metavar="RECORDING",
+        help="WAV, FLAC, MP3 or OGG, or a folder: all recordings in it, and its sub-folders are kept in the results",
+    )
     parser.add_argument(
         "--checkpoint",
         metavar="NAME",
         help="take rate, bins and mel norms from this checkpoint (default: CLVP's, no norms)",
     )
-    parser.add_argument("--whole", action="store_true", help="the whole recording instead of the first 6 s, unpadded")
+    parser.add_argument("--whole", action="store_true", help="whole recordings instead of their first 6 s, unpadded")
     parser.add_argument("--out", default="out", metavar="DIR", help="folder for the results (default: %(default)s)")
+    parser.add_argument(
+        "--npz", action="store_true", help="one features.npz with an array for each recording, instead of an .npy each"
+    )
+    parser.add_argument(
+        "--pictures", action="store_true", help="a picture of each recording instead of one overview.png of the first"
+    )
 
 
 def _convert(commands, everywhere) -> None:

@@ -20,6 +20,8 @@ _STYLE = {
     "axes.titlelocation": "left",
     "figure.dpi": 150,
 }
+#: Recordings that an overview shows.
+OVERVIEW_PANELS = 12
 # Speech tokens a second: one token of the original stands for 1024 samples at 22.05 kHz.
 _TOKENS_PER_SECOND = 22050 / 1024
 
@@ -29,6 +31,27 @@ def draw_mel(path: Path, mel: np.ndarray, extractor, title: str) -> None:
     with _style():
         figure = Figure(figsize=(9, 3.2), layout="constrained")
         _mel_panel(figure, figure.subplots(), mel, extractor, title)
+        figure.savefig(path, format="png")
+
+
+def draw_mels(path: Path, mels: list[tuple[str, np.ndarray]], extractor, total: int) -> None:
+    """The log-mel features `[bins, frames]` of named recordings, out of `total`, on one scale of colours, as a PNG."""
+    columns = min(len(mels), 3)
+    rows = -(-len(mels) // columns)
+    norm = Normalize(min(mel.min() for _, mel in mels), max(mel.max() for _, mel in mels))
+    with _style():
+        figure = Figure(figsize=(12, 0.8 + 1.7 * rows), layout="constrained")
+        title = "Log-mel features" + (f" of the first {len(mels)} of {total} recordings" if total > len(mels) else "")
+        figure.suptitle(title, fontsize=11, x=0.01, ha="left")
+        grid = figure.subplots(rows, columns, squeeze=False)
+        for axes, (name, mel) in zip(grid.flat, mels, strict=False):
+            image = _show_mel(axes, mel, extractor, norm)
+            axes.set_title(_shorten(name, 48), fontsize=8, fontweight="normal")
+        for axes in grid.flat[len(mels) :]:
+            axes.set_axis_off()
+        figure.supxlabel("time (s)", fontsize=9)
+        figure.supylabel("mel bin", fontsize=9)
+        figure.colorbar(image, ax=grid, pad=0.01, label=_power_label(extractor))
         figure.savefig(path, format="png")
 
 
@@ -56,12 +79,21 @@ def _style() -> Iterator[None]:
 
 
 def _mel_panel(figure, axes, mel: np.ndarray, extractor, title: str) -> None:
-    seconds = mel.shape[1] * extractor.hop_length / extractor.sampling_rate
-    image = axes.imshow(
-        mel, origin="lower", aspect="auto", cmap="magma", extent=(0, seconds, 0, mel.shape[0]), interpolation="nearest"
-    )
+    image = _show_mel(axes, mel, extractor)
     axes.set(title=title, xlabel="time (s)", ylabel="mel bin")
-    figure.colorbar(image, ax=axes, pad=0.01, label="normalised log power" if extractor.mel_norms else "log power")
+    figure.colorbar(image, ax=axes, pad=0.01, label=_power_label(extractor))
+
+
+def _show_mel(axes, mel: np.ndarray, extractor, norm: Normalize | None = None):
+    seconds = mel.shape[1] * extractor.hop_length / extractor.sampling_rate
+    extent = (0, seconds, 0, mel.shape[0])
+    return axes.imshow(
+        mel, origin="lower", aspect="auto", cmap="magma", extent=extent, interpolation="nearest", norm=norm
+    )
+
+
+def _power_label(extractor) -> str:
+    return "normalised log power" if extractor.mel_norms else "log power"
 
 
 def _score_panel(axes, rows: list[dict], norm: Normalize, total: int) -> None:

@@ -9,7 +9,15 @@ from pathlib import Path
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
@@ -76,8 +84,10 @@ def print_ranking(rows: list[dict]) -> None:
 
 
 def print_written(paths: list[Path]) -> None:
-    for path in paths:
+    for path in paths[:_SHOWN]:
         Console(highlight=False).print(f"wrote {path}", markup=False, soft_wrap=True)
+    if len(paths) > _SHOWN:
+        Console(highlight=False).print(f"and {len(paths) - _SHOWN} more")
 
 
 def decoding_progress() -> Progress:
@@ -90,3 +100,23 @@ def decoding_progress() -> Progress:
         TimeElapsedColumn(),
         console=_notes,
     )
+
+
+def counting_progress(hidden: bool) -> Progress:
+    """A bar on stderr for many things of a kind: how many are done, how many a second, and the time that is left."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        _RateColumn(),
+        TextColumn("left:"),
+        TimeRemainingColumn(),
+        console=_notes,
+        disable=hidden,
+    )
+
+
+class _RateColumn(ProgressColumn):
+    def render(self, task) -> str:
+        seconds = task.finished_time or task.elapsed
+        return f"{task.completed / seconds:.1f} a second" if seconds else ""

@@ -1,46 +1,12 @@
-"""`mel`, `info`, usage and exit codes."""
+"""`info`, usage and exit codes."""
 
 import json
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 
 import clvp_fast
-from clvp_fast import ClvpFeatureExtractor
-from clvp_fast.audio import load_audio
-
-
-def test_mel_is_what_the_model_sees(cli, voice, tmp_path):
-    outcome = cli("mel", voice, "--out", tmp_path)
-    assert outcome.code == 0, outcome.err
-    written = np.load(tmp_path / "voice.npy")
-    samples, _ = load_audio(voice)
-    expected = ClvpFeatureExtractor()(samples, sampling_rate=22050, return_tensors="np")["input_features"][0]
-    np.testing.assert_array_equal(written, expected)
-    assert written.shape == (80, 517) and written.dtype == np.float32
-    assert (tmp_path / "voice.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_mel_of_a_whole_recording(cli, voice, tmp_path):
-    outcome = cli("mel", voice, "--out", tmp_path, "--whole", "--json")
-    document = json.loads(outcome.out)
-    samples, _ = load_audio(voice)
-    assert document["shape"] == [80, 1 + len(samples) // 256] == list(np.load(tmp_path / "voice.npy").shape)
-
-
-def test_mel_norms_of_a_checkpoint(cli, voice, tmp_path):
-    norms = np.linspace(0.5, 2.0, 80)
-    from clvp_fast.demo import build_demo
-
-    (tmp_path / "checkpoint").mkdir()
-    build_demo(tmp_path / "checkpoint")
-    ClvpFeatureExtractor(mel_norms=norms.tolist()).save_pretrained(tmp_path / "checkpoint")
-    assert cli("mel", voice, "--out", tmp_path / "a").code == 0
-    assert cli("mel", voice, "--out", tmp_path / "b", "--checkpoint", tmp_path / "checkpoint").code == 0
-    plain, normed = np.load(tmp_path / "a/voice.npy"), np.load(tmp_path / "b/voice.npy")
-    np.testing.assert_allclose(normed, plain / norms[:, None], rtol=1e-5, atol=1e-5)
 
 
 def test_info(cli):
