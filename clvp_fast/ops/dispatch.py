@@ -4,7 +4,8 @@ An `Operator` holds one hot path three times, with one positional signature:
 
 - `reference`: plain torch that states the mathematics, any dtype up to float64;
 - `torch_path`: as fast as torch allows, differentiable, on any device;
-- `kernel`: Triton or CUDA, inference only, loaded at first use, run behind the registered `torch.ops.clvp_fast.<name>`.
+- `kernel`: Triton, or C++ and CUDA, inference only, loaded at first use, run behind the registered
+  `torch.ops.clvp_fast.<name>`.
 
 The first two are called inline, so that autograd, `torch.compile` and `torch.export` see plain torch; the kernel runs
 behind the registered operator, which the compiler keeps as one opaque call. By default a kernel serves where it can,
@@ -72,6 +73,11 @@ def _missing_for_triton(device: torch.device) -> str | None:
         if os.environ.get("TRITON_INTERPRET") != "1":
             return "kernels need an NVIDIA GPU (or, for tests, TRITON_INTERPRET=1)"
         return None if _forced == "kernel" else "Triton's interpreter runs a kernel only when it is forced"
+    return missing_on_gpu(device)
+
+
+def missing_on_gpu(device: torch.device) -> str | None:
+    """Why the package's kernels cannot run on `device`, which is no CPU, or `None`."""
     if device.type != "cuda":
         return f"kernels need an NVIDIA GPU, not a {device.type} device"
     if torch.version.cuda is None:
@@ -96,6 +102,7 @@ class Operator:
         kernel: allocates the results and launches; imports `clvp_fast.kernels` when called. `None`: there is none.
         unserved: tells why the kernel cannot serve these arguments (a dtype, a size), or returns `None`.
         missing: tells why the kernel cannot run on a device, or returns `None`.
+        expected_on: types of the devices where a missing kernel is worth a warning.
     """
 
     def __init__(
@@ -110,6 +117,7 @@ class Operator:
         kernel: Callable | None = None,
         unserved: Callable[..., str | None] = lambda *args: None,
         missing: Callable[[torch.device], str | None] = _missing_for_triton,
+        expected_on: tuple[str, ...] = ("cuda",),
     ):
         self.name = name
         self.reference = reference
@@ -118,6 +126,7 @@ class Operator:
         self.kernel = kernel
         self._unserved = unserved
         self._missing = missing
+        self._expected_on = expected_on
         self._refusals: dict[tuple[torch.device, bool], str | None] = {}
         self._warned: set[str] = set()
         LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -139,7 +148,7 @@ class Operator:
         key = (device, _forced == "kernel")
         if key not in self._refusals:
             self._refusals[key] = self._missing(device)
-            if self._refusals[key] is not None and device.type == "cuda":
+            if self._refusals[key] is not None and device.type in self._expected_on:
                 self._warn(self._refusals[key])
         return self._refusals[key]
 

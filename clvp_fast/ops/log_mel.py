@@ -4,55 +4,177 @@ frame[f, i] = samples[reflect(f * hop_length + i - n_fft // 2)] * window[i]     
 mel[m, f]   = log(max(sum_k mel_filters[k, m] * |DFT(frame[f])[k]|^2, log_floor)) / mel_norms[m]
 
 `reflect` mirrors the signal at its first and last sample, again and again where the signal is shorter than the frame.
-A signal of n samples has 1 + (n + 2 * (n_fft // 2) - n_fft) // hop_length frames.
+A signal of n samples has 1 + (n + 2 * (n_fft // 2) - n_fft) // hop_length frames. With `decibels` the logarithm is
+10 log10, and what lies more than `top_db` under the loudest value of a row is raised to that, before the division.
+
+A frame that reaches a sample that is NaN or infinite is NaN in every channel, and counts as no loudest value; no other
+frame is touched. The kernel is csrc/log_mel.cuh's, on a CPU (csrc/log_mel_cpu.cpp) and on a GPU (csrc/log_mel_cuda.cu).
 """
+
+import math
+import os
+from contextlib import nullcontext
 
 import torch
 
-from clvp_fast.ops.dispatch import Operator, check_same, needs_grad, shape_error
+from clvp_fast.ops.dispatch import Operator, check_same, missing_on_gpu, needs_grad, shape_error
+from clvp_fast.ops.log_mel_tables import converted, filters_and_bands, table, twiddles
+
+N_FFTS, MAX_MELS = (256, 512, 1024, 2048, 4096), 256
+HALVES = (torch.float16, torch.bfloat16)
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_debug = os.environ.get("CLVP_FAST_DEBUG") == "1"
 
 
-def reference(samples, window, mel_filters, hop_length, lengths, mel_norms, log_floor):
+def reference(
+    samples, window, mel_filters, hop_length, lengths, mel_norms, log_floor, decibels, top_db, compute_dtype, dtype
+):
     """The formula, each frame gathered and transformed on its own."""
-    samples = _scaled(samples)
+    compute, result = _dtypes(samples, compute_dtype, dtype)
+    samples = _scaled(samples, compute)
     (batch, time), n_fft = samples.shape, window.numel()
-    if lengths is None:
-        lengths = torch.full((batch,), time, device=samples.device)
+    lengths = torch.full((batch,), time, device=samples.device) if lengths is None else lengths.long()
     frame = torch.arange(_num_frames(time, n_fft, hop_length), device=samples.device)
     place = frame[:, None] * hop_length + torch.arange(n_fft, device=samples.device) - n_fft // 2
     place = _reflect(place, lengths[:, None, None])  # [batch, frames, n_fft]
-    framed = samples[torch.arange(batch, device=samples.device)[:, None, None], place] * window.to(samples.dtype)
-    power = torch.fft.fft(framed)[..., : n_fft // 2 + 1].abs().square()
-    mel = torch.log(torch.clamp(power @ mel_filters.to(power.dtype), min=log_floor))
+    framed = samples[torch.arange(batch, device=samples.device)[:, None, None], place]
+    power = torch.fft.fft(framed * window.to(compute))[..., : n_fft // 2 + 1].abs().square()
+    power = power.masked_fill(~framed.isfinite().all(-1, keepdim=True), torch.nan)
+    mel = torch.clamp(power @ mel_filters.to(compute), min=log_floor)
+    mel = 10 * torch.log10(mel) if decibels else torch.log(mel)
+    past = frame >= _num_frames(lengths, n_fft, hop_length)[:, None]
+    if top_db is not None:
+        for row, skipped in zip(mel, past, strict=True):
+            heard = row.masked_fill(skipped[:, None] | row.isnan(), -torch.inf)
+            row.clamp_(min=heard.max() - top_db)
     if mel_norms is not None:
-        mel = mel / mel_norms.to(mel.dtype)
-    mel[frame >= _num_frames(lengths, n_fft, hop_length)[:, None]] = 0
-    return mel.transpose(1, 2).contiguous()
+        mel = mel / mel_norms.to(compute)
+    mel[past] = 0
+    return mel.transpose(1, 2).to(result).contiguous()
 
 
-def _torch(samples, window, mel_filters, hop_length, lengths, mel_norms, log_floor):
-    samples = _scaled(samples)
+def _torch(
+    samples, window, mel_filters, hop_length, lengths, mel_norms, log_floor, decibels, top_db, compute_dtype, dtype
+):
+    compute, result = _dtypes(samples, compute_dtype, dtype)
+    samples = _scaled(samples, compute)
     time, n_fft = samples.shape[1], window.numel()
     place = torch.arange(time + 2 * (n_fft // 2), device=samples.device) - n_fft // 2
     if lengths is None:
         padded = samples[:, _reflect(place, time)]
     else:
+        lengths = lengths.long()
         padded = samples.gather(1, _reflect(place, lengths[:, None]))
-    window = window.to(samples.dtype)
-    spectrum = torch.stft(padded, n_fft, hop_length, window=window, center=False, return_complex=True)
+    spectrum = torch.stft(padded, n_fft, hop_length, window=window.to(compute), center=False, return_complex=True)
     power = spectrum.real.square() + spectrum.imag.square()  # [batch, n_fft // 2 + 1, frames]
-    mel = (mel_filters.to(power.dtype).T @ power).clamp(min=log_floor).log()
-    if mel_norms is not None:
-        mel = mel / mel_norms.to(mel.dtype)[:, None]
+    mel = (mel_filters.to(compute).T @ power).clamp(min=log_floor)
+    mel = 10 * mel.log10() if decibels else mel.log()
+    # Bin 0 is a plain sum of the frame's samples, so it shows each one that is not finite.
+    mel = mel.masked_fill(~spectrum.real[:, :1].isfinite(), torch.nan)
+    past = None
     if lengths is not None:
         frame = torch.arange(mel.shape[-1], device=samples.device)
-        mel = mel.masked_fill((frame >= _num_frames(lengths, n_fft, hop_length)[:, None])[:, None], 0)
-    return mel
+        past = (frame >= _num_frames(lengths, n_fft, hop_length)[:, None])[:, None]
+    if top_db is not None:
+        heard = mel.masked_fill(mel.isnan() if past is None else mel.isnan() | past, -torch.inf)
+        mel = torch.maximum(mel, heard.amax((1, 2), keepdim=True) - top_db)
+    if mel_norms is not None:
+        mel = mel / mel_norms.to(compute)[:, None]
+    if past is not None:
+        mel = mel.masked_fill(past, 0)
+    return mel.to(result)
 
 
-def _fake(samples, window, mel_filters, hop_length, lengths, mel_norms, log_floor):
+def _fake(
+    samples, window, mel_filters, hop_length, lengths, mel_norms, log_floor, decibels, top_db, compute_dtype, dtype
+):
     frames = _num_frames(samples.shape[1], window.numel(), hop_length)
-    return samples.new_empty((samples.shape[0], mel_filters.shape[1], frames), dtype=_result_dtype(samples))
+    result = _dtypes(samples, compute_dtype, dtype)[1]
+    return samples.new_empty((samples.shape[0], mel_filters.shape[1], frames), dtype=result)
+
+
+def _kernel(
+    samples, window, mel_filters, hop_length, lengths, mel_norms, log_floor, decibels, top_db, compute_dtype, dtype
+):
+    from clvp_fast import native
+
+    compute, result = _dtypes(samples, compute_dtype, dtype)
+    (batch, time), n_fft, num_mels = samples.shape, window.numel(), mel_filters.shape[1]
+    device, on_cpu = samples.device, samples.device.type == "cpu"
+    frames = _num_frames(time, n_fft, hop_length)
+    # The CPU function writes no half types.
+    stored = compute if on_cpu and result in HALVES else result
+    features = torch.empty((batch, num_mels, frames), dtype=stored, device=device)
+
+    if samples.dtype not in (torch.int16, torch.float32, compute):
+        samples = samples.to(torch.float32)
+    if samples.stride(1) != 1 and time > 1:
+        samples = samples.contiguous()
+    lengths = None if lengths is None else lengths.long().contiguous()
+    window = table(window, compute, converted)
+    circle = twiddles(n_fft, compute, device)
+    filters, bands = table(mel_filters, compute, filters_and_bands)
+    norms = None if mel_norms is None else table(mel_norms, compute, converted)
+    maxima = None if on_cpu or top_db is None else torch.zeros(batch, 2, dtype=torch.int32, device=device)
+
+    codes = {
+        torch.float32: native.FLOAT32,
+        torch.float64: native.FLOAT64,
+        torch.int16: native.INT16,
+        torch.float16: native.FLOAT16,
+        torch.bfloat16: native.BFLOAT16,
+    }
+    call = native.LogMelCall(
+        samples=samples.data_ptr(),
+        lengths=None if lengths is None else lengths.data_ptr(),
+        window=window.data_ptr(),
+        twiddles=circle.data_ptr(),
+        mel_filters=filters.data_ptr(),
+        bands=bands.data_ptr(),
+        mel_norms=None if norms is None else norms.data_ptr(),
+        features=features.data_ptr(),
+        clip_maxima=None if maxima is None else maxima.data_ptr(),
+        batch=batch,
+        time=time,
+        samples_stride=samples.stride(0),
+        hop_length=hop_length,
+        frames=frames,
+        n_fft=n_fft,
+        num_mels=num_mels,
+        samples_dtype=codes[samples.dtype],
+        compute_dtype=codes[compute],
+        features_dtype=codes[stored],
+        decibels=decibels,
+        log_floor=log_floor,
+        top_db=-1.0 if top_db is None else top_db,
+    )
+    if on_cpu:
+        native.check(native.library().clvp_fast_log_mel_cpu(call, torch.get_num_threads()))
+    else:
+        with torch.cuda.device(device):
+            stream = torch.cuda.current_stream(device).cuda_stream
+            native.check(native.library().clvp_fast_log_mel_cuda(call, stream))
+    return features.to(result)
+
+
+def _unserved(
+    samples, window, mel_filters, hop_length, lengths, mel_norms, log_floor, decibels, top_db, compute_dtype, dtype
+):
+    if window.numel() not in N_FFTS:
+        return f"it serves n_fft {', '.join(map(str, N_FFTS))}, not {window.numel()}"
+    if mel_filters.shape[1] > MAX_MELS:
+        return f"it serves num_mels up to {MAX_MELS}, not {mel_filters.shape[1]}"
+    if samples.is_cuda and _dtypes(samples, compute_dtype, dtype)[0] == torch.float64:
+        return "on a GPU it computes in float32, not in float64"
+    return None
+
+
+def _missing(device):
+    if device.type not in ("cpu", "cuda"):
+        return f"the kernel needs a CPU or an NVIDIA GPU, not a {device.type} device"
+    from clvp_fast import native
+
+    return (missing_on_gpu(device) if device.type == "cuda" else None) or native.missing(device.type)
 
 
 def _num_frames(time, n_fft, hop_length):
@@ -68,21 +190,27 @@ def _reflect(place, length):
     return torch.minimum(place, period - place)
 
 
-def _result_dtype(samples):
-    return torch.float64 if samples.dtype == torch.float64 else torch.float32
+def _dtypes(samples, compute_dtype, dtype):
+    """The dtypes of arithmetic and result."""
+    compute = compute_dtype or (torch.float64 if samples.dtype == torch.float64 else torch.float32)
+    return compute, dtype or compute
 
 
-def _scaled(samples):
-    return samples.float() / 32768 if samples.dtype == torch.int16 else samples.to(_result_dtype(samples))
+def _scaled(samples, compute):
+    return samples.to(compute) / 32768 if samples.dtype == torch.int16 else samples.to(compute)
 
 
 _OPERATOR = Operator(
     "log_mel",
     "(Tensor samples, Tensor window, Tensor mel_filters, int hop_length, Tensor? lengths, Tensor? mel_norms, "
-    "float log_floor) -> Tensor",
+    "float log_floor, bool decibels, float? top_db, ScalarType? compute_dtype, ScalarType? dtype) -> Tensor",
     reference=reference,
     torch_path=_torch,
     fake=_fake,
+    kernel=_kernel,
+    unserved=_unserved,
+    missing=_missing,
+    expected_on=("cpu", "cuda"),
 )
 
 
@@ -95,49 +223,101 @@ def log_mel(
     lengths: torch.Tensor | None = None,
     mel_norms: torch.Tensor | None = None,
     log_floor: float = 1e-5,
+    decibels: bool = False,
+    top_db: float | None = None,
+    compute_dtype: torch.dtype | None = None,
+    dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """Log-mel spectrograms of a batch of signals.
 
     Args:
         samples: `[batch, time]`; floating, or int16, which is divided by 32768. All tensors lie on one device.
         window: `[n_fft]`, floating; n_fft is the length of a frame and of its transform.
-        mel_filters: `[n_fft // 2 + 1, num_mels]`, floating: the weights of the power spectrum.
+        mel_filters: `[n_fft // 2 + 1, num_mels]`, floating: the weights of the power spectrum. A channel without
+            weights is `log(log_floor)` in every frame.
         hop_length: samples from one frame to the next.
         lengths: `[batch]`, integer: the true samples of each row, 1 to time. What follows them is not read, and frames
             past a row's own last one are 0. None: all rows are full.
         mel_norms: `[num_mels]`, floating: what the channels are divided by. None: nothing.
         log_floor: mel power below this is raised to it.
+        decibels: 10 times the decimal logarithm instead of the natural one.
+        top_db: with `decibels`: what lies more than this under the loudest value of a row's true frames is raised to
+            that, before the division by `mel_norms`. None: nothing is.
+        compute_dtype: float32 or float64, the arithmetic; default float64 for float64 samples, else float32.
+        dtype: of the result: float32, float16, bfloat16, or float64 with `compute_dtype` float64; default
+            `compute_dtype`.
+
+    The kernel keeps what it derives from window, filters and norms while these live. It sees when torch writes to them,
+    but not what is written through an array that shares their memory.
 
     Returns:
-        `[batch, num_mels, frames]`, contiguous; float64 for float64 samples, else float32.
+        `[batch, num_mels, frames]`, contiguous. A frame that reaches a NaN or infinite sample is NaN in every channel.
 
     Raises:
-        ValueError: shapes that do not fit together, no sample, a hop below 1, tensors on several devices.
-        TypeError: samples that are neither floating nor int16.
+        ValueError: shapes that do not fit together, more than one channel, no sample, no mel channel, tensors on
+            several devices, a hop below 1, a floor that is not positive, `top_db` that is negative or without
+            `decibels`; on a CPU, or in debug mode (`CLVP_FAST_DEBUG=1`; it waits for the device), a length that is not
+            in 1 to time. On a GPU the kernel takes such a length as the nearest that is.
+        TypeError: dtypes other than those above.
     """
     if samples.dtype != torch.int16 and not samples.is_floating_point():
         raise TypeError(f"samples must be floating or int16, not {samples.dtype}")
     if samples.ndim != 2 or samples.shape[1] == 0:
-        raise shape_error("samples", "[batch, time] with time > 0", samples)
+        raise shape_error("samples", "[batch, time] (mono) with time > 0", samples)
     if window.ndim != 1 or window.numel() < 2:
         raise shape_error("window", "[n_fft] with n_fft > 1", window)
     bins = window.numel() // 2 + 1
-    if mel_filters.ndim != 2 or mel_filters.shape[0] != bins:
-        raise shape_error("mel_filters", f"[n_fft // 2 + 1 = {bins}, num_mels]", mel_filters)
+    if mel_filters.ndim != 2 or mel_filters.shape[0] != bins or mel_filters.shape[1] == 0:
+        raise shape_error("mel_filters", f"[n_fft // 2 + 1 = {bins}, num_mels] with num_mels > 0", mel_filters)
     if mel_norms is not None and mel_norms.shape != mel_filters.shape[1:]:
         raise shape_error("mel_norms", f"[num_mels = {mel_filters.shape[1]}]", mel_norms)
     if lengths is not None and lengths.shape != samples.shape[:1]:
         raise shape_error("lengths", f"[batch = {samples.shape[0]}]", lengths)
-    if hop_length < 1:
-        raise ValueError(f"hop_length must be at least 1, not {hop_length}")
-    for name, tensor in (
-        ("window", window),
-        ("mel_filters", mel_filters),
-        ("lengths", lengths),
-        ("mel_norms", mel_norms),
-    ):
+    for name, tensor in (("window", window), ("mel_filters", mel_filters), ("mel_norms", mel_norms)):
         if tensor is not None:
             check_same(name, tensor, "samples", samples, dtype=False)
+            if not tensor.is_floating_point():
+                raise TypeError(f"{name} must be floating, not {tensor.dtype}")
+    compute, result = _dtypes(samples, compute_dtype, dtype)
+    _check_settings(hop_length, log_floor, decibels, top_db, compute, result)
+    if lengths is not None:
+        _check_lengths(lengths, samples)
     grad = "an input requires grad" if needs_grad(samples, window, mel_filters, mel_norms) else None
-    args = (samples, window, mel_filters, hop_length, lengths, mel_norms, log_floor)
-    return _OPERATOR.choose(args, grad)(*args)
+    args = (samples, window, mel_filters, hop_length, lengths, mel_norms, log_floor, decibels, top_db, compute, result)
+    if samples.shape[0] == 0:
+        return _fake(*args)
+    with _without_autocast(samples.device.type):
+        return _OPERATOR.choose(args, grad)(*args)
+
+
+def _without_autocast(device_type):
+    """No half type holds the power of a spectrum."""
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
+
+
+def _check_settings(hop_length, log_floor, decibels, top_db, compute, result):
+    if hop_length < 1:
+        raise ValueError(f"hop_length must be at least 1, not {hop_length}")
+    if compute not in (torch.float32, torch.float64):
+        raise TypeError(f"compute_dtype must be float32 or float64, not {compute}")
+    if result not in (torch.float32, *HALVES, compute):
+        raise TypeError(f"dtype must be float32, float16, bfloat16 or compute_dtype, {compute}, not {result}")
+    if not torch.finfo(compute).tiny <= log_floor < math.inf:
+        raise ValueError(f"log_floor must be positive and a normal number of {compute}, not {log_floor}")
+    if top_db is not None and not decibels:
+        raise ValueError("top_db belongs to decibels=True: give both, or neither")
+    if top_db is not None and not top_db >= 0:
+        raise ValueError(f"top_db must be 0 or more, not {top_db}")
+
+
+def _check_lengths(lengths, samples):
+    check_same("lengths", lengths, "samples", samples, dtype=False)
+    if lengths.dtype not in _INTEGERS:
+        raise TypeError(f"lengths must be integers, not {lengths.dtype}")
+    if (lengths.device.type == "cpu" or _debug) and not torch.compiler.is_compiling():
+        time = samples.shape[1]
+        for row, length in enumerate(lengths.tolist()):
+            if not 1 <= length <= time:
+                raise ValueError(f"lengths[{row}] must be from 1 to {time}, not {length}")

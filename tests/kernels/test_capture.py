@@ -75,7 +75,16 @@ def sampling():
     return [logits], run
 
 
-CALLS = [attention, gated, plain, norm, embedding, decode, prefill, sampling]
+def features():
+    """With filters that the graph reads anew: what is derived from them is derived in the graph."""
+    samples, filters = draw(3, 5000, seed=0, dtype=torch.float32), draw(513, 80, seed=1, dtype=torch.float32).abs()
+    lengths = torch.tensor([5000, 1, 700], device=DEVICE)
+    settings = dict(window=torch.hann_window(1024, device=DEVICE), mel_filters=filters, hop_length=256)
+    settings |= dict(mel_norms=draw(80, seed=2), decibels=True, top_db=30.0, dtype=torch.float16)
+    return [samples, filters], lambda: ops.log_mel(samples, lengths=lengths, **settings)
+
+
+CALLS = [attention, gated, plain, norm, embedding, decode, prefill, sampling, features]
 
 
 @pytest.mark.parametrize("make", CALLS, ids=[make.__name__ for make in CALLS])

@@ -70,13 +70,14 @@ def test_forced_backends_nest_and_are_restored(operator):
     assert call(operator) == 203
 
 
-def test_forced_kernel_that_cannot_serve_says_why(operator):
+def test_forced_kernel_that_cannot_serve_says_why(operator, monkeypatch):
     with clvp_fast.backend("kernel"):
         assert call(operator) == 203
         with pytest.raises(RuntimeError, match=r"clvp_fast\.test_triple was forced .* on cpu: an input requires grad"):
             call(operator, training="an input requires grad")
+        monkeypatch.setattr(operator, "kernel", None)
         with pytest.raises(RuntimeError, match="there is no kernel for this operator yet; choose backend 'torch'"):
-            clvp_fast.ops.log_mel(torch.ones(1, 9), window=torch.ones(4), mel_filters=torch.ones(3, 2), hop_length=1)
+            call(operator)
 
 
 def test_requires_grad_means_training():
@@ -96,6 +97,17 @@ def test_a_kernel_missing_on_a_gpu_warns_once(operator, monkeypatch):
         assert call(operator) == 103
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        assert call(operator) == 103
+
+
+def test_a_kernel_missing_on_a_cpu_warns_where_it_is_expected(operator, monkeypatch):
+    operator_reason[0] = "no compiler"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert call(operator) == 103
+    forget(operator)
+    monkeypatch.setattr(operator, "_expected_on", ("cpu", "cuda"))
+    with pytest.warns(UserWarning, match=r"clvp_fast\.test_triple takes the slower torch path: no compiler"):
         assert call(operator) == 103
 
 

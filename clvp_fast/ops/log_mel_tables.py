@@ -1,0 +1,67 @@
+"""What the kernel of `log_mel` derives from a window, filters and norms: made once, with no wait for a device."""
+
+import math
+
+import torch
+from torch.utils.weak import WeakTensorKeyDictionary
+
+# By tensor, then by kind of table, dtype and stream.
+_TABLES = WeakTensorKeyDictionary()
+_TWIDDLES: dict[tuple, torch.Tensor] = {}
+
+
+def table(tensor, dtype, make):
+    """`make(tensor, dtype)`, kept as long as `tensor` lives and is not written to.
+
+    Never kept while a CUDA graph is captured, as the graph's replays must see new values, nor for an inference tensor,
+    which does not tell when it was written to. Each stream has its own tables: then nothing needs to wait.
+    """
+    if make is converted and tensor.dtype == dtype and tensor.is_contiguous():
+        return tensor
+    if tensor.is_inference() or _capturing(tensor.device):
+        return make(tensor, dtype)
+    stream = torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else None
+    state = tensor._version, tensor.data_ptr()
+    tables, key = _TABLES.setdefault(tensor, {}), (make, dtype, stream)
+    found, made = tables.get(key, (None, None))
+    if found != state:
+        made = make(tensor, dtype)
+        tables[key] = state, made
+    return made
+
+
+def converted(tensor, dtype):
+    """A contiguous copy."""
+    return tensor.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
+
+
+def filters_and_bands(mel_filters, dtype):
+    """Weights `[num_mels, bins]`, and `[num_mels, 2]` int32: each channel's first bin and the one after its last."""
+    weights = converted(mel_filters.T, dtype)
+    num_bins = weights.shape[1]
+    after = torch.arange(1, num_bins + 1, dtype=torch.int32, device=weights.device)
+    used = weights != 0
+    last = torch.where(used, after, 0).amax(1)
+    first = torch.where(used, after - 1, num_bins).amin(1)
+    return weights, torch.stack((torch.minimum(first, last), last), 1)
+
+
+def twiddles(n_fft, dtype, device):
+    """`[n_fft, 2]`: cosines and negative sines of n_fft angles around the circle; kept for good, for all streams."""
+    key = n_fft, dtype, device
+    made = _TWIDDLES.get(key)
+    if made is None:
+        angles = torch.arange(n_fft, dtype=torch.float64, device=device) * (2 * math.pi / n_fft)
+        made = torch.stack((angles.cos(), -angles.sin()), 1).to(dtype)
+        if not _capturing(device):
+            if device.type == "cuda":
+                torch.cuda.current_stream(device).synchronize()
+            _TWIDDLES[key] = made
+    return made
+
+
+def _capturing(device):
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
