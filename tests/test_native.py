@@ -140,10 +140,11 @@ def test_the_hash_changes_with_whatever_changes_the_library(sources, tmp_path, m
     with monkeypatch.context() as patch:
         patch.setattr(native_build.platform, "machine", lambda: "aarch64")
         seen.append(native_build.content_hash(sources, tools))
-    (tmp_path / "g++").write_text("#!/bin/sh\n[ $1 = --version ] && echo 'g++ 99.1' || exec g++ \"$@\"\n")
-    (tmp_path / "g++").chmod(0o755)
     monkeypatch.setenv("CXX", str(tmp_path / "g++"))
-    seen.append(native_build.content_hash(sources, native_build.find_toolchain()))
+    for version in ("99.1", "99.2"):  # a compiler that is updated in its place
+        (tmp_path / "g++").write_text(f"#!/bin/sh\necho g++ {version}\n")
+        (tmp_path / "g++").chmod(0o755)
+        seen.append(native_build.content_hash(sources, native_build.find_toolchain()))
     assert len(set(seen)) == len(seen)
 
 
