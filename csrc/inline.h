@@ -7,19 +7,28 @@
 /* Internal linkage throughout: the same text is compiled for several instruction sets into one library. All of it is
  * inlined, lambdas too, or the registers would go through memory. */
 #ifdef __CUDACC__
+#define CLVP_FAST_HOST_DEVICE __host__ __device__
 #define CLVP_FAST_INLINE static __host__ __device__ __forceinline__
 #define CLVP_FAST_INLINED
 #else
+#define CLVP_FAST_HOST_DEVICE
 #define CLVP_FAST_INLINE static inline __attribute__((always_inline))
 #define CLVP_FAST_INLINED __attribute__((always_inline))
 #endif
 
 namespace clvp_fast {
 
-/* body(std::integral_constant<int, 0>) ... body(std::integral_constant<int, COUNT - 1>), with no loop left. */
+/* An integer as a type. */
+template <int VALUE>
+struct Index {
+    static constexpr int value = VALUE;
+    CLVP_FAST_HOST_DEVICE constexpr operator int() const { return VALUE; }
+};
+
+/* body(Index<0>) ... body(Index<COUNT - 1>), with no loop left. */
 template <class Body, int... INDEX>
 CLVP_FAST_INLINE void unroll(Body &&body, std::integer_sequence<int, INDEX...>) {
-    (body(std::integral_constant<int, INDEX>{}), ...);
+    (body(Index<INDEX>{}), ...);
 }
 template <int COUNT, class Body>
 CLVP_FAST_INLINE void unroll(Body &&body) {

@@ -37,10 +37,11 @@ struct Element<T, std::void_t<decltype(std::declval<T &>()[0])>> {
 };
 
 /* `place` mirrored at both ends of a signal, again and again where it is short, into 0 .. length - 1. */
-CLVP_FAST_INLINE int64_t reflect(int64_t place, int64_t length) {
+template <class Integer>
+CLVP_FAST_INLINE Integer reflect(Integer place, Integer length) {
     if (place >= 0 && place < length) return place;
     if (length == 1) return 0;
-    const int64_t period = 2 * (length - 1);
+    const Integer period = 2 * (length - 1);
     place %= period;
     if (place < 0) place += period;
     return place < length ? place : period - place;
@@ -63,7 +64,7 @@ CLVP_FAST_INLINE Complex<T> multiply(Complex<T> x, Real cosine, Real sine) {
 
 /* cos(2 pi j / 32), j = 0 .. 8; the other angles by symmetry. */
 template <int J>
-constexpr double cosine_32nd() {
+CLVP_FAST_HOST_DEVICE constexpr double cosine_32nd() {
     constexpr double first[9] = {1.0,
                                  0.98078528040323044913,
                                  0.92387953251128675613,

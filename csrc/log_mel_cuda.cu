@@ -1,0 +1,93 @@
+/* The CUDA kernel of log_mel: csrc/log_mel_block.cuh on a GPU. */
+#include <limits.h>
+
+#include "check.h"
+#include "clvp_fast.h"
+#include "log_mel_block.cuh"
+
+namespace clvp_fast {
+namespace {
+
+/* Each thread of a block runs the phases itself. */
+template <int N>
+struct GpuRun {
+    Registers<N> registers;
+
+    template <Barrier AFTER, class Body>
+    __device__ __forceinline__ void phase(Body body) {
+        body(*this, int(threadIdx.x), registers);
+        if constexpr (AFTER == Barrier::WARP) {
+            __syncwarp();
+        } else {
+            __syncthreads();
+        }
+    }
+    /* Element INDEX of thread `partner` of the job; all lanes of the warp call it. */
+    template <int T, int INDEX>
+    __device__ __forceinline__ Complex<float> from(Registers<N> &own, int partner) {
+        return {__shfl_sync(~0u, own.x[INDEX].re, partner, T), __shfl_sync(~0u, own.x[INDEX].im, partner, T)};
+    }
+    /* *place = max(*place, the values of all threads). */
+    __device__ __forceinline__ void max(uint32_t *place, uint32_t value, int thread) {
+        value = __reduce_max_sync(~0u, value);
+        if (thread % 32 == 0) atomicMax(place, value);
+    }
+    /* Before a thread tells that the block has finished: what it wrote may be read by others. */
+    __device__ __forceinline__ void publish() { __threadfence(); }
+    /* Adds the block's maximum to a row's, and counts the blocks that have finished: how many had before. */
+    __device__ __forceinline__ int64_t finish(uint32_t *maxima, uint32_t loudest) {
+        atomicMax(maxima, loudest);
+        __threadfence();
+        const uint32_t before = atomicAdd(maxima + 1, 1u);
+        __threadfence();
+        return before;
+    }
+    template <class T>
+    __device__ __forceinline__ T fresh(const T *place) {
+        return __ldcg(place);
+    }
+};
+
+template <int N, class Sample>
+__global__ void __launch_bounds__(Shape<N>::THREADS, Shape<N>::BLOCKS_PER_SM)
+    log_mel(const __grid_constant__ clvp_fast_log_mel call) {
+    extern __shared__ __align__(16) unsigned char memory[];
+    GpuRun<N> run;
+    block<N, Sample>(
+        run, reinterpret_cast<Shared<N> *>(memory), &call, blockIdx.x, gridDim.x, blockIdx.y, gridDim.y);
+}
+
+template <int N, class Sample>
+int launch(const clvp_fast_log_mel &call, cudaStream_t stream) {
+    const auto kernel = log_mel<N, Sample>;
+    const int64_t columns = (call.frames + Shape<N>::FRAMES - 1) / Shape<N>::FRAMES;
+    if (columns > INT_MAX) return CLVP_FAST_BAD_SIZE;
+    const int64_t rows = call.batch < 65535 ? call.batch : 65535;
+    constexpr int bytes = sizeof(Shared<N>);
+    /* A property of the function on the current device: set at every call, as the device may be another. */
+    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    if (error != cudaSuccess) return error;
+    kernel<<<dim3(unsigned(columns), unsigned(rows)), Shape<N>::THREADS, bytes, stream>>>(call);
+    return cudaGetLastError();
+}
+
+template <int N>
+int launch(const clvp_fast_log_mel &call, cudaStream_t stream) {
+    return call.samples_dtype == CLVP_FAST_INT16 ? launch<N, int16_t>(call, stream) : launch<N, float>(call, stream);
+}
+
+} // namespace
+} // namespace clvp_fast
+
+extern "C" __attribute__((visibility("default"))) int clvp_fast_log_mel_cuda(const clvp_fast_log_mel *call, void *stream) {
+    const int refused = clvp_fast_check(call, 1);
+    if (refused != CLVP_FAST_OK || call->batch == 0) return refused;
+    const auto on = static_cast<cudaStream_t>(stream);
+    switch (call->n_fft) {
+        case 256: return clvp_fast::launch<256>(*call, on);
+        case 512: return clvp_fast::launch<512>(*call, on);
+        case 1024: return clvp_fast::launch<1024>(*call, on);
+        case 2048: return clvp_fast::launch<2048>(*call, on);
+        default: return clvp_fast::launch<4096>(*call, on);
+    }
+}

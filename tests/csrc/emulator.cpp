@@ -1,0 +1,149 @@
+/* The CUDA kernel's blocks on a CPU: the phases of csrc/log_mel_block.cuh, thread by thread.
+ *
+ * Between two barriers of the block the warps run one after another, each through all its phases; within a phase, lane
+ * after lane; both in an order drawn at random. So a phase that needs a barrier which is not there finds what was not
+ * written yet: shared memory, and registers, hold NaN before the first block and after each. */
+#include <algorithm>
+#include <functional>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <vector>
+
+#include "../../csrc/check.h"
+#include "../../csrc/log_mel_block.cuh"
+
+using namespace clvp_fast;
+
+namespace {
+
+template <int N>
+class HostRun {
+public:
+    explicit HostRun(uint32_t seed) : random_(seed), registers_(Shape<N>::THREADS) {
+        memset(static_cast<void *>(registers_.data()), 0xff, registers_.size() * sizeof registers_[0]);
+    }
+
+    template <Barrier AFTER, class Body>
+    void phase(Body body) {
+        phases_.push_back([body, this](int thread) { body(*this, thread, registers_[thread]); });
+        if (AFTER == Barrier::BLOCK) run();
+    }
+    template <int T, int INDEX>
+    Complex<float> from(Registers<N> &own, int partner) {
+        const auto thread = int(&own - registers_.data());
+        return registers_[thread / T * T + partner].x[INDEX];
+    }
+    void max(uint32_t *place, uint32_t value, int) { *place = std::max(*place, value); }
+    void publish() {}
+    int64_t finish(uint32_t *maxima, uint32_t loudest) {
+        maxima[0] = std::max(maxima[0], loudest);
+        return maxima[1]++;
+    }
+    template <class T>
+    T fresh(const T *place) {
+        return *place;
+    }
+    bool finished() const { return phases_.empty(); }
+
+private:
+    void run() {
+        std::vector<int> warps(Shape<N>::THREADS / 32), lanes(32);
+        std::iota(warps.begin(), warps.end(), 0);
+        std::iota(lanes.begin(), lanes.end(), 0);
+        std::shuffle(warps.begin(), warps.end(), random_);
+        for (int warp : warps) {
+            for (auto &phase : phases_) {
+                std::shuffle(lanes.begin(), lanes.end(), random_);
+                for (int lane : lanes) phase(32 * warp + lane);
+            }
+        }
+        phases_.clear();
+    }
+
+    std::mt19937 random_;
+    std::vector<Registers<N>> registers_;
+    std::vector<std::function<void(int)>> phases_;
+};
+
+template <int N, class Sample>
+int launch(const clvp_fast_log_mel &call, uint32_t seed, int64_t most_rows) {
+    const int64_t columns = (call.frames + Shape<N>::FRAMES - 1) / Shape<N>::FRAMES;
+    const int64_t rows = std::min(call.batch, most_rows);
+    std::vector<int64_t> blocks(columns * rows);
+    std::iota(blocks.begin(), blocks.end(), 0);
+    std::shuffle(blocks.begin(), blocks.end(), std::mt19937(seed));
+    auto shared = std::make_unique<Shared<N>>();
+    for (int64_t index : blocks) {
+        memset(static_cast<void *>(shared.get()), 0xff, sizeof *shared);
+        HostRun<N> run(++seed);
+        block<N, Sample>(run, shared.get(), &call, index % columns, columns, index / columns, rows);
+        if (!run.finished()) return 1; /* a block that ends without a barrier */
+    }
+    return CLVP_FAST_OK;
+}
+
+template <int N>
+int launch(const clvp_fast_log_mel &call, uint32_t seed, int64_t most_rows) {
+    return call.samples_dtype == CLVP_FAST_INT16 ? launch<N, int16_t>(call, seed, most_rows)
+                                                 : launch<N, float>(call, seed, most_rows);
+}
+
+/* How often a warp's accesses, a word of each lane, go through a memory of 32 banks. */
+int passes(const std::vector<int> &words) {
+    std::vector<int> sorted(words), count(32);
+    std::sort(sorted.begin(), sorted.end());
+    sorted.erase(std::unique(sorted.begin(), sorted.end()), sorted.end());
+    for (int word : sorted) ++count[word % 32];
+    return *std::max_element(count.begin(), count.end());
+}
+
+template <int N>
+void count_passes(int32_t *most) {
+    using S = Shape<N>;
+    most[0] = most[1] = most[2] = 0;
+    for (int round = 0; round < S::ROUNDS; ++round) {
+        for (int warp = 0; warp < S::THREADS; warp += 32) {
+            for (int element = 0; element < S::R2; ++element) {
+                std::vector<int> put, get, power;
+                for (int thread = warp; thread < warp + 32; ++thread) {
+                    const Job job = job_of<S>(thread, round);
+                    const int n2 = job.thread + S::T * (element % S::COLUMNS), k1 = element / S::COLUMNS;
+                    put.push_back(exchange_cell<S>(job, k1, n2));
+                    get.push_back(exchange_cell<S>(job, job.thread, element));
+                    const int bin = S::FOLD * (job.thread + S::T * (element / 2)) + job.residue;
+                    power.push_back(S::STRIDE * bin + 2 * job.pair);
+                }
+                most[0] = std::max(most[0], passes(put));
+                most[1] = std::max(most[1], passes(get));
+                most[2] = std::max(most[2], passes(power));
+            }
+        }
+    }
+}
+
+} // namespace
+
+/* clvp_fast_log_mel_cuda on host memory. `seed` draws the order of everything; blocks take rows in steps of `most_rows`. */
+extern "C" int emulate_log_mel(const clvp_fast_log_mel *call, uint32_t seed, int64_t most_rows) {
+    const int refused = clvp_fast_check(call, 1);
+    if (refused != CLVP_FAST_OK || call->batch == 0) return refused;
+    switch (call->n_fft) {
+        case 256: return launch<256>(*call, seed, most_rows);
+        case 512: return launch<512>(*call, seed, most_rows);
+        case 1024: return launch<1024>(*call, seed, most_rows);
+        case 2048: return launch<2048>(*call, seed, most_rows);
+        default: return launch<4096>(*call, seed, most_rows);
+    }
+}
+
+/* The most passes of one access in shared memory: writes and reads of the exchange, writes of powers. */
+extern "C" void bank_passes(int32_t n_fft, int32_t *most) {
+    switch (n_fft) {
+        case 256: return count_passes<256>(most);
+        case 512: return count_passes<512>(most);
+        case 1024: return count_passes<1024>(most);
+        case 2048: return count_passes<2048>(most);
+        default: return count_passes<4096>(most);
+    }
+}
