@@ -1,0 +1,92 @@
+"""How candidates are drawn: transformers' meanings, Tortoise's defaults."""
+
+import math
+from dataclasses import dataclass
+from numbers import Integral, Real
+
+# Tortoise's presets, by the number of candidates that they draw (`num_autoregressive_samples`).
+PRESETS = {"ultra_fast": 16, "fast": 96, "standard": 256, "high_quality": 256}
+
+# What a field must be. Seeds are the 64 bits of a counter-based generator's key, signed or not.
+_WHOLE = {
+    "num_candidates": (lambda x: x >= 1, "a whole number from 1 up"),
+    "top_k": (lambda x: x >= 0, "a whole number from 0 (keep all) up"),
+    "max_new_tokens": (lambda x: x >= 1, "a whole number from 1 up"),
+    "seed": (lambda x: -(2**63) <= x < 2**64, "a whole number of 64 bits, or None to draw one"),
+    "stop_token": (lambda x: x >= 0, "a token id, or None for the decoder's own eos_token_id"),
+}
+_REAL = {
+    "temperature": (lambda x: 0 < x < math.inf, "above 0 (for the likeliest token, do_sample=False)"),
+    "top_p": (lambda x: 0 < x <= 1, "above 0 and at most 1 (1 keeps all)"),
+    "typical_p": (lambda x: 0 < x <= 1, "above 0 and at most 1 (1 keeps all)"),
+    "min_p": (lambda x: 0 <= x <= 1, "from 0 (keep all) to 1"),
+    "repetition_penalty": (lambda x: 0 < x < math.inf, "above 0 (1 punishes nothing)"),
+}
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """Parameters of one request's candidates, checked and turned into Python's own numbers.
+
+    Args:
+        num_candidates: how many are drawn; None: 16, or the one that greedy decoding has.
+        temperature, top_k, top_p, typical_p, min_p, repetition_penalty: as transformers' processors, applied as the
+            operator `sample` does. `top_k` 0 or None keeps all, as do 1, 1 and 0 of the next three.
+        max_new_tokens: a candidate without a stop token is cut there; the stop token counts.
+        do_sample: False: greedy, the likeliest token after the repetition penalty.
+        seed: candidate i's tokens depend on checkpoint, request, seed and i alone. None: the engine draws one.
+        stop_token: ends a candidate; None: the decoder's `eos_token_id`.
+
+    Raises:
+        ValueError: a value that cannot be, or several candidates of greedy decoding, which would all be equal.
+    """
+
+    num_candidates: int | None = None
+    temperature: float = 0.8
+    top_k: int | None = 0
+    top_p: float = 0.8
+    typical_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 2.0
+    max_new_tokens: int = 500
+    do_sample: bool = True
+    seed: int | None = None
+    stop_token: int | None = None
+
+    def __post_init__(self):
+        if not isinstance(self.do_sample, bool):
+            raise ValueError(f"do_sample must be True or False, not {self.do_sample!r}")
+        if self.num_candidates is None:
+            self._set("num_candidates", 16 if self.do_sample else 1)
+        if self.top_k is None:
+            self._set("top_k", 0)
+        for name, rule in _WHOLE.items():
+            if getattr(self, name) is not None or name not in ("seed", "stop_token"):
+                self._check(name, Integral, int, *rule)
+        for name, rule in _REAL.items():
+            self._check(name, Real, float, *rule)
+        if not self.do_sample and self.num_candidates > 1:
+            raise ValueError(
+                f"{self.num_candidates} candidates of greedy decoding (do_sample=False) would all be equal: "
+                "ask for num_candidates=1, or sample"
+            )
+
+    def _check(self, name, kind, convert, holds, wanted):
+        value = getattr(self, name)
+        # True is a number to Python, and a mistake here; NaN holds no comparison.
+        if isinstance(value, bool) or not isinstance(value, kind) or not holds(value):
+            raise ValueError(f"{name} must be {wanted}, not {value!r}")
+        self._set(name, convert(value))
+
+    def _set(self, name, value):
+        object.__setattr__(self, name, value)  # frozen to everyone else
+
+    @classmethod
+    def preset(cls, name: str, **overrides) -> "SamplingParams":
+        """Tortoise's preset `name`, one of `PRESETS`: that many candidates, everything else by default or `overrides`.
+
+        Raises `ValueError` for an unknown name and for values that cannot be.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"there is no preset {name!r}; there are {', '.join(PRESETS)}")
+        return cls(**{"num_candidates": PRESETS[name], **overrides})
