@@ -1,0 +1,107 @@
+"""What a user asks of the engine, and what comes back. Arrays on the way out are numpy's; nothing here needs torch."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from numbers import Integral, Real
+from typing import Any
+
+import numpy as np
+
+from clvp_fast.engine.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True, eq=False)
+class CandidateRequest:
+    """A text to speak and a voice to speak it in.
+
+    Equal to itself alone, so that it can be a key. What the arrays hold is looked at when the request's turn comes: a
+    bad clip fails its own request and no other.
+
+    Args:
+        text: to be cleaned and tokenized; or `input_ids`: token ids `[length]`.
+        audio: mono samples `[num_samples]`, or a list of clips of one voice, which are averaged as Tortoise does; with
+            `sampling_rate`, in Hz. Or `input_features`: log-mel of the clip `[1, channels, frames]`; or
+            `conditioning`: a voice that the engine has saved.
+        sampling: None: the parameters given to `generate`.
+        timeout: seconds from submission, after which the request fails; None: it waits.
+        id: anything of the caller's own; the engine does not look at it.
+
+    Raises:
+        ValueError: not exactly one text or not exactly one voice, or a value that cannot be.
+    """
+
+    text: str | None = None
+    input_ids: Any = field(default=None, repr=False)
+    audio: Any = field(default=None, repr=False)
+    sampling_rate: int | None = None
+    input_features: Any = field(default=None, repr=False)
+    conditioning: Any = field(default=None, repr=False)
+    sampling: SamplingParams | None = None
+    timeout: float | None = None
+    id: object | None = None
+
+    def __post_init__(self):
+        self._exactly_one("text", "input_ids")
+        self._exactly_one("audio", "input_features", "conditioning")
+        if self.text is not None and not isinstance(self.text, str):
+            raise ValueError(f"text must be one string, not {type(self.text).__name__}: give a request for each text")
+        if self.audio is None and self.sampling_rate is not None:
+            raise ValueError("sampling_rate is that of audio, which is not given: leave it out")
+        rate, timeout = self.sampling_rate, self.timeout
+        if rate is not None and (isinstance(rate, bool) or not isinstance(rate, Integral) or rate <= 0):
+            raise ValueError(f"sampling_rate must be a positive whole number of Hz, not {rate!r}")
+        if timeout is not None and (
+            isinstance(timeout, bool) or not isinstance(timeout, Real) or not 0 < timeout < math.inf
+        ):
+            raise ValueError(f"timeout must be a number of seconds above 0, or None to wait, not {timeout!r}")
+        if self.sampling is not None and not isinstance(self.sampling, SamplingParams):
+            raise ValueError(f"sampling must be SamplingParams, not {type(self.sampling).__name__}")
+
+    def _exactly_one(self, *names: str) -> None:
+        given = [name for name in names if getattr(self, name) is not None]
+        if len(given) != 1:
+            found = " and ".join(given) or "none of them"
+            raise ValueError(f"a request needs exactly one of {', '.join(names)}, and {found} came")
+
+
+@dataclass(eq=False)
+class CandidateResult:
+    """All candidates of a request, in the order of their indices; or the error that kept them from being made.
+
+    Args:
+        request: the very object that was given.
+        codes: `[num_candidates, longest]` int64, speech tokens without the start, padded with the stop token.
+        lengths: `[num_candidates]` int64, tokens before the stop.
+        stopped: `[num_candidates]` bool, whether a stop came before `max_new_tokens`.
+        scores: `[num_candidates]` float32, of the same row of `codes`; higher is better.
+        text_embeds: `[projection_dim]` float32; speech_embeds: `[num_candidates, projection_dim]` float32; normalised.
+        kept: `[keep]` int64, indices of the best candidates, the best first.
+        latents: the decoder's hidden states over each kept candidate's codes, by its index; None if not asked for.
+        timings: seconds of `queue`, `prefill`, `decode` and `rank`.
+        error: None, or why the request failed; all fields but `request` and `timings` are then None.
+    """
+
+    request: CandidateRequest
+    codes: np.ndarray | None = None
+    lengths: np.ndarray | None = None
+    stopped: np.ndarray | None = None
+    scores: np.ndarray | None = None
+    text_embeds: np.ndarray | None = None
+    speech_embeds: np.ndarray | None = None
+    kept: Sequence[int] | None = None
+    latents: dict[int, Any] | None = None
+    timings: dict[str, float] = field(default_factory=dict)
+    error: Exception | None = None
+
+    def best(self, k: int = 1) -> list[tuple[int, np.ndarray, float]]:
+        """The `k` best candidates, the best first: index, codes `[length]` without stop and padding, and score.
+
+        Raises `ValueError` if `k` is less than 1 or more than were kept, `RuntimeError` if the request failed.
+        """
+        if self.error is not None:
+            raise RuntimeError(f"the request failed and has no candidates: {self.error}") from self.error
+        if not 1 <= k <= len(self.kept):
+            raise ValueError(f"best() gives 1 to {len(self.kept)} candidates, as many as were kept, not {k}")
+        kept = [int(i) for i in self.kept[:k]]
+        return [(i, self.codes[i, : self.lengths[i]], float(self.scores[i])) for i in kept]
