@@ -34,7 +34,7 @@ def emulator(tmp_path_factory):
 
 
 def triangles(n_fft, num_mels, seed=0):
-    """Filters `[num_mels, bins]` float32 and bands `[num_mels, 2]` int32; bins beyond a band hold NaN: nobody reads them.
+    """Filters `[num_mels, bins]` float32 and bands `[num_mels, 2]` int32; bins beyond a band hold NaN.
 
     The widths grow with the channel, as those of mel filters do; every fifth band of more than four is empty.
     """
@@ -51,7 +51,7 @@ def triangles(n_fft, num_mels, seed=0):
 
 
 def run(emulator, samples, *, window, filters, bands, hop, lengths=None, norms=None, floor=1e-5, **options):
-    """Features `[batch, num_mels, frames]` of the emulated kernel; the output has guards around it and starts as NaN."""
+    """Features `[batch, num_mels, frames]` of the emulated kernel; the output starts as NaN, between guards."""
     features_dtype = options.get("features_dtype", torch.float32)
     (batch, time), n_fft, num_mels = samples.shape, len(window), len(filters)
     frames = 1 + time // hop
