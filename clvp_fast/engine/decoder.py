@@ -1,0 +1,178 @@
+"""The decoder over pages of keys and values: prompts are prefilled, candidates advance one token a step."""
+
+import torch
+
+from clvp_fast import ops
+from clvp_fast.models.clvp.layers import add_layer_norm, embed
+from clvp_fast.models.clvp.parameters import apply_linear
+from clvp_fast.ops.paged_attention import FLOAT8
+
+# How many standard deviations of a key or value a float8 page holds before it clamps.
+_FLOAT8_RANGE = 16.0
+
+
+class KVPages:
+    """Pages of keys and values of every layer, in one allocation that starts uninitialised.
+
+    Args:
+        num_layers, num_heads, head_dim: of the decoder.
+        num_pages, page_size: how many pages a layer has, and how many tokens a page.
+        dtype: of what is stored.
+        scales: `[num_layers, 2, num_heads]` float32, with float8 alone: a page keeps `x / scale`.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_pages: int,
+        page_size: int,
+        num_heads: int,
+        head_dim: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.types.Device,
+        scales: torch.Tensor | None = None,
+    ):
+        self.page_size = page_size
+        self.data = torch.empty(num_layers, 2, num_pages, page_size, num_heads, head_dim, dtype=dtype, device=device)
+        self.scales = scales
+
+    def layer(self, index: int) -> dict[str, torch.Tensor | None]:
+        """One layer's arguments of the paged operators; the pages are `[num_pages, page_size, num_heads, head_dim]`."""
+        k_scale, v_scale = (None, None) if self.scales is None else self.scales[index]
+        return dict(k_pages=self.data[index, 0], v_pages=self.data[index, 1], k_scale=k_scale, v_scale=v_scale)
+
+
+class PagedDecoder:
+    """Prefill and decode step of a `ClvpForCausalLM` over [`KVPages`]; its parameters are shared, never copied.
+
+    Both are for inference (call them under `torch.inference_mode()`); nothing in a step reads the device on the host,
+    so that it can be captured.
+    """
+
+    def __init__(self, model):
+        config = model.config
+        self.model = model
+        self.num_layers = config.num_hidden_layers
+        self.num_heads = config.num_attention_heads
+        self.hidden_size = config.hidden_size
+        self.head_dim = self.hidden_size // self.num_heads
+        self.vocab_size = config.vocab_size
+        self.contiguous_positions = bool(getattr(config, "contiguous_positions", False))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.lm_head.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.lm_head.weight.device
+
+    @property
+    def max_new_tokens(self) -> int:
+        """How many tokens the position table lets a candidate draw; its first row is the start token's."""
+        return self.model.config.max_position_embeddings - int(not self.contiguous_positions)
+
+    def addresses(self) -> tuple[int, ...]:
+        """Where the parameters lie: what is captured reads these places."""
+        return tuple(parameter.data_ptr() for parameter in self.model.parameters())
+
+    def pages(self, num_pages: int, page_size: int, dtype: torch.dtype | None = None) -> KVPages:
+        """Pages for this decoder, by default of its own dtype; of float8 with scales that follow from the weights."""
+        dtype = self.dtype if dtype is None else dtype
+        scales = self._float8_scales() if dtype == FLOAT8 else None
+        sizes = self.num_layers, num_pages, page_size, self.num_heads, self.head_dim
+        return KVPages(*sizes, dtype=dtype, device=self.device, scales=scales)
+
+    @torch.no_grad()
+    def _float8_scales(self) -> torch.Tensor:
+        """`[num_layers, 2, num_heads]` float32: the largest spread of a head's channels reaches float8's limit.
+
+        A key is a linear function of a layer norm's output, whose channels vary by about 1 before its gain: mean and
+        spread follow from the weights, and do not depend on what is decoded.
+        """
+        scales = torch.empty(self.num_layers, 2, self.num_heads, device=self.device)
+        for index, layer in enumerate(self.model.model.decoder.layers):
+            norm = layer.input_layernorm
+            gain, offset = norm.weight.float(), norm.bias.float()
+            for which, linear in enumerate((layer.attn.k_proj, layer.attn.v_proj)):
+                weight = linear.weight.float()
+                mean = weight @ offset if linear.bias is None else weight @ offset + linear.bias.float()
+                reach = mean.abs() + _FLOAT8_RANGE * (weight * gain).norm(dim=1)
+                scales[index, which] = reach.view(self.num_heads, -1).amax(1) / torch.finfo(FLOAT8).max
+        return scales
+
+    def prefill(
+        self, prompt_embeds: torch.Tensor, cu_seqlens: torch.Tensor, pages: KVPages, block_table: torch.Tensor
+    ) -> None:
+        """Store the keys and values of prompts, from place 0 of their pages on.
+
+        Args:
+            prompt_embeds: `[T, hidden_size]`, prompts one after another, which carry their positions.
+            cu_seqlens: `[S + 1]` int32: prompt s has rows `cu_seqlens[s]` to `cu_seqlens[s + 1]`; the last is T.
+            block_table: `[S, max_pages]` int32, the pages of each prompt.
+        """
+        hidden = prompt_embeds
+        layers = self.model.model.decoder.layers
+        for index, layer in enumerate(layers):
+            q, k, v = layer.attn.project(add_layer_norm(layer.input_layernorm, hidden)[1])
+            attended = ops.paged_prefill(q, k, v, cu_seqlens, **pages.layer(index), block_table=block_table)
+            # Of the last layer keys and values are all that a candidate will read.
+            if index < len(layers) - 1:
+                hidden = self._after_attention(layer, attended, hidden)
+
+    def step(
+        self,
+        tokens: torch.Tensor,
+        seq_lens: torch.Tensor,
+        block_table: torch.Tensor,
+        prefix_table: torch.Tensor,
+        prefix_lens: torch.Tensor,
+        prefix_index: torch.Tensor,
+        pages: KVPages,
+        arrivals: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Enter one token of each of N candidates, and compute the logits of the next.
+
+        Args:
+            tokens: `[N]` int64: the start token, then what was drawn.
+            seq_lens: `[N]` int32, own tokens stored before this step; -1: the row is inactive, its results mean
+                nothing, and its token must still be one of the vocabulary.
+            block_table: `[N, max_pages]` int32, each candidate's own pages.
+            prefix_table, prefix_lens, prefix_index: `[R, P]`, `[R]`, `[N]` int32, the prompts' pages, their lengths,
+                and whose prompt each candidate continues (-1: none).
+            arrivals: `[N, num_heads]` int32 zeros, counters of the attention's kernel.
+
+        Returns:
+            The hidden states `[N, hidden_size]` after both final norms, and logits `[N, vocab_size]`.
+        """
+        decoder = self.model.model.decoder
+        places = seq_lens.clamp(min=0)
+        # The k-th speech token stands at position k + 1, as in the original with its cache; training counted k.
+        positions = places if self.contiguous_positions else places + (places > 0)
+        hidden = embed(decoder.input_embeds_layer, tokens, decoder.position_embeds_layer, positions)
+        tables = dict(prefix_table=prefix_table, prefix_lens=prefix_lens, prefix_index=prefix_index, arrivals=arrivals)
+        for index, layer in enumerate(decoder.layers):
+            q, k, v = layer.attn.project(add_layer_norm(layer.input_layernorm, hidden)[1])
+            attended = ops.paged_attention_decode(
+                q, k, v, **pages.layer(index), block_table=block_table, seq_lens=seq_lens, **tables
+            )
+            hidden = self._after_attention(layer, attended, hidden)
+        first, second = decoder.layer_norm, self.model.final_norm
+        _, hidden = ops.double_layer_norm(
+            hidden,
+            weight1=first.weight,
+            bias1=first.bias,
+            eps1=first.eps,
+            weight2=second.weight,
+            bias2=second.bias,
+            eps2=second.eps,
+        )
+        return hidden, apply_linear(self.model.lm_head, hidden)
+
+    @staticmethod
+    def _after_attention(layer, attended: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """`attended` `[tokens, num_heads, head_dim]` and the residual `[tokens, hidden_size]` to a layer's result."""
+        projected = apply_linear(layer.attn.out_proj, attended.flatten(-2))
+        residual, normed = add_layer_norm(layer.post_attention_layernorm, projected, hidden)
+        return layer.mlp(normed, residual)
