@@ -71,10 +71,11 @@ endef
 # most of the first run's time, so several processes share it where pytest-xdist is there; the second finds all in the cache.
 gpu-check:
 	$(require_gpu)
+	PYTHONPATH=. $(GPU_PYTHON) -m clvp_fast.native --require cuda
 	PYTHONPATH=. $(GPU_PYTHON) -m pytest -m gpu tests/gpu tests/kernels $(PYTEST_ARGS) \
 	  $$($(GPU_PYTHON) -c 'import xdist; print("-n 8")' 2>/dev/null)
 	PYTHONPATH=. PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --error-exitcode 1 \
-	  $(GPU_PYTHON) -m pytest -q -m gpu tests/kernels --ignore tests/kernels/test_compiled.py -k "bits or nothing or writes or alone"
+	  $(GPU_PYTHON) -m pytest -q -m gpu tests/kernels --ignore tests/kernels/test_compiled.py -k "bits or nothing or writes or alone or log_mel"
 
 gpu-bench:
 	$(require_gpu)

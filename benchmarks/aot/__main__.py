@@ -19,12 +19,14 @@ import triton
 from benchmarks.aot.compiling import ARCHITECTURES, compile_calls
 from benchmarks.aot.tables import RESULTS, write_tables
 
-FAMILIES = ("rotary_attention", "mlp", "norm", "embedding", "paged_attention", "sampling")
+TRITON_FAMILIES = ("rotary_attention", "mlp", "norm", "embedding", "paged_attention", "sampling")
+FAMILIES = (*TRITON_FAMILIES, "log_mel")
 
 
 def compile_family(family: str, arch: int) -> list[dict]:
-    calls = importlib.import_module(f"benchmarks.aot.{family}").calls()
-    return [{"family": family, **row} for row in compile_calls(calls, arch)]
+    compiled = importlib.import_module(f"benchmarks.aot.{family}")
+    rows = compile_calls(compiled.calls(), arch) if family in TRITON_FAMILIES else compiled.rows(arch)
+    return [{"family": family, **row} for row in rows]
 
 
 def in_new_process(family: str, arch: int) -> list[dict]:
@@ -59,19 +61,21 @@ def main(argv: list[str] | None = None) -> None:
         print(json.dumps(row) if arguments.json else line(row), flush=True)
     if arguments.write:
         RESULTS.mkdir(parents=True, exist_ok=True)
-        stamp = {"triton": triton.__version__, "utc": datetime.now(UTC).isoformat(timespec="seconds")}
         for family in arguments.family or FAMILIES:
+            triton_version = {"triton": triton.__version__} if family in TRITON_FAMILIES else {}
+            stamp = triton_version | {"utc": datetime.now(UTC).isoformat(timespec="seconds")}
             lines = [json.dumps(row | stamp) + "\n" for row in rows if row["family"] == family]
             (RESULTS / f"{family}.jsonl").write_text("".join(lines))
         write_tables()
 
 
 def line(row: dict) -> str:
+    call = f"{row['call']:<44}{row['num_warps']:>3} warps " if "call" in row else ""
     return (
-        f"sm_{row['arch']:<4}{row['kernel']:<28}{row['call']:<44}{row['num_warps']:>3} warps "
+        f"sm_{row['arch']:<4}{row['kernel']:<28}{call}"
         f"{row['registers']:>4} registers {row['spilled_bytes']:>5} B spilled {row['shared_bytes']:>7} B shared  "
-        f"{row['matrix_instruction']}"
-    )
+        f"{row.get('matrix_instruction', '')}"
+    ).rstrip()
 
 
 if __name__ == "__main__":

@@ -10,27 +10,39 @@ BEGIN, END = "<!-- compiled: {} -->", "<!-- end -->"
 
 
 def _cell(row: dict) -> str:
-    matrix = "" if row["matrix_instruction"] == "none" else f", {row['matrix_instruction']}"
     spilled = f", {row['spilled_bytes']} B spilled" if row["spilled_bytes"] else ""
+    if "call" not in row:
+        return f"{row['registers']} r{spilled}"
+    matrix = "" if row["matrix_instruction"] == "none" else f", {row['matrix_instruction']}"
     return f"{row['registers']} r, {row['shared_bytes'] / 1024:.0f} KB{matrix}{spilled}"
 
 
 def table(family: str) -> str:
-    """One line a compiled kernel: registers a thread and shared memory of a program on each architecture."""
+    """One line a compiled kernel: registers a thread on each architecture, and shared memory of a program.
+
+    nvcc's rows have no call that a launcher made, and no shared memory, which is asked for at the launch.
+    """
     rows = [json.loads(line) for line in (RESULTS / f"{family}.jsonl").read_text().splitlines()]
     architectures = sorted({row["arch"] for row in rows})
-    lines = [
-        "| call | kernel | warps | " + " | ".join(f"sm_{arch}" for arch in architectures) + " |",
-        "|---" * (3 + len(architectures)) + "|",
-    ]
+    called = "call" in rows[0]
+    titles = [*(["call"] * called), "kernel", *(["warps"] * called), *(f"sm_{arch}" for arch in architectures)]
+    lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
     launches: dict[tuple, dict[int, dict]] = {}
     for row in rows:
-        launches.setdefault((row["call"], row["launch"], row["kernel"]), {})[row["arch"]] = row
+        launches.setdefault((row.get("call"), row.get("launch"), row["kernel"]), {})[row["arch"]] = row
     for (call, _, kernel), found in launches.items():
-        warps = "/".join(dict.fromkeys(str(found[arch]["num_warps"]) for arch in architectures if arch in found))
         cells = [_cell(found[arch]) if arch in found else "–" for arch in architectures]
-        lines.append(f"| {call} | `{kernel}` | {warps} | " + " | ".join(cells) + " |")
-    lines.append(f"\nCompiled by triton {rows[0]['triton']}; r: registers a thread, KB: shared memory of a program.")
+        named = [f"`{kernel}`"]
+        if called:
+            warps = "/".join(dict.fromkeys(str(found[arch]["num_warps"]) for arch in architectures if arch in found))
+            named = [call, *named, warps]
+        lines.append("| " + " | ".join([*named, *cells]) + " |")
+    if called:
+        lines.append(
+            f"\nCompiled by triton {rows[0]['triton']}; r: registers a thread, KB: shared memory of a program."
+        )
+    else:
+        lines.append(f"\nCompiled by nvcc {rows[0]['nvcc']}; r: registers a thread.")
     return "\n".join(lines)
 
 

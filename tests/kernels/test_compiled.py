@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.aot.__main__ import FAMILIES, in_new_process
+from benchmarks.aot.__main__ import FAMILIES, TRITON_FAMILIES, in_new_process
 from benchmarks.aot.compiling import ARCHITECTURES
+from benchmarks.aot.log_mel import parse
 from benchmarks.aot.tables import DOCUMENT, with_tables
 
 # Bytes of shared memory that one program may have (CUDA C++ Programming Guide, technical specifications).
@@ -19,7 +20,7 @@ MATRIX = {
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TRITON_FAMILIES)
 def test_every_configuration_compiles_without_spills(family, arch):
     rows = in_new_process(family, arch)
     assert rows
@@ -40,4 +41,26 @@ def test_the_document_shows_the_rows():
 
 def test_every_family_is_compiled():
     kernels = {path.stem for path in (Path(__file__).parents[2] / "kernels").glob("*.py")} - {"target"}
-    assert kernels == set(FAMILIES)
+    assert kernels == set(TRITON_FAMILIES)
+
+
+def test_what_ptxas_says_is_read():
+    log = """
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '_Z1kILi1024EEvPf' for 'sm_80'
+ptxas info    : Function properties for _Z1kILi1024EEvPf
+    512 bytes stack frame, 24 bytes spill stores, 8 bytes spill loads
+ptxas info    : Used 141 registers, used 1 barriers, 512 bytes cumulative stack size, 4096 bytes smem, 360 bytes cmem[0]
+ptxas info    : Compiling entry function '_Z1kILi256EEvPf' for 'sm_80'
+ptxas info    : Function properties for _Z1kILi256EEvPf
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 40 registers, used 1 barriers, 360 bytes cmem[0]
+"""
+    small, large = parse(log)
+    assert {**small, "kernel": ""} == {
+        "kernel": "", "arch": 80, "registers": 40, "shared_bytes": 0, "stack_bytes": 0, "spilled_bytes": 0
+    }  # fmt: skip
+    assert {**large, "kernel": ""} == {
+        "kernel": "", "arch": 80, "registers": 141, "shared_bytes": 4096, "stack_bytes": 512, "spilled_bytes": 32
+    }  # fmt: skip
+    assert "256" in small["kernel"] and "1024" in large["kernel"]

@@ -1,0 +1,47 @@
+"""What nvcc made of `csrc/log_mel_cuda.cu`, read from the log of the native library's own build."""
+
+import re
+import subprocess
+
+from clvp_fast import native, native_build
+
+
+def rows(arch: int) -> list[dict]:
+    """One row for each kernel in the library for `arch`. Raises `RuntimeError` where the library has no CUDA part."""
+    absent = native.missing("cuda")
+    if absent:
+        raise RuntimeError(absent)
+    found = parse((native.folder() / native_build.LOG).read_text(encoding="utf-8"))
+    return [row | {"nvcc": native.record()["nvcc_version"]} for row in found if row["arch"] == arch]
+
+
+def parse(log: str) -> list[dict]:
+    """The rows in what `ptxas -v` printed: by kernel and architecture, what it holds, and what it could not hold."""
+    found = []
+    for part in log.split("Compiling entry function ")[1:]:
+        name, arch = re.match(r"'(\w+)' for 'sm_(\d+)\w*'", part).groups()
+        frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part)
+        shared = re.search(r"(\d+) bytes smem", part)
+        found.append(
+            {
+                "kernel": name,
+                "arch": int(arch),
+                "registers": int(re.search(r"Used (\d+) registers", part)[1]),
+                "shared_bytes": int(shared[1]) if shared else 0,
+                "stack_bytes": sum(int(frame) for frame, _, _ in frames),
+                "spilled_bytes": sum(int(stores) + int(loads) for _, stores, loads in frames),
+            }
+        )
+    for row, readable in zip(found, _readable([row["kernel"] for row in found]), strict=True):
+        row["kernel"] = readable
+    return sorted(found, key=lambda row: (row["arch"], [int(n) for n in re.findall(r"\d+", row["kernel"])]))
+
+
+def _readable(names: list[str]) -> list[str]:
+    """C++ names without their arguments' types; as the linker knows them where there is no c++filt."""
+    try:
+        command = ["c++filt", "--no-params"]
+        done = subprocess.run(command, input="\n".join(names), capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return names
+    return [re.sub(r"^void |clvp_fast::|\(anonymous namespace\)::", "", line) for line in done.stdout.splitlines()]
