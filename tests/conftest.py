@@ -41,10 +41,10 @@ def pytest_addoption(parser):
 def kernels_by_default(request):
     if not request.config.getoption("--interpret-kernels"):
         return
-    from clvp_fast.ops.dispatch import OPERATORS, _missing_for_triton
+    from clvp_fast.ops.dispatch import OPERATORS, missing_for_triton
 
     for operator in OPERATORS.values():
-        if operator._missing is _missing_for_triton:
+        if operator._missing is missing_for_triton:
             operator._missing = lambda device: None
             operator._unserved = _but_no_bfloat16(operator._unserved)
 

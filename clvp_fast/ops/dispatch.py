@@ -63,7 +63,12 @@ def needs_grad(*tensors: torch.Tensor | None) -> bool:
     return any(t is not None and t.requires_grad for t in tensors)
 
 
-def _missing_for_triton(device: torch.device) -> str | None:
+def interpreted() -> bool:
+    """Whether a kernel that runs on a CPU now is a Triton kernel in the interpreter: for tests, and when forced."""
+    return _forced == "kernel" and os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def missing_for_triton(device: torch.device) -> str | None:
     """Why Triton kernels cannot run on `device`, or `None`."""
     try:
         import triton  # noqa: F401
@@ -116,7 +121,7 @@ class Operator:
         unaliased: Callable | None = None,
         kernel: Callable | None = None,
         unserved: Callable[..., str | None] = lambda *args: None,
-        missing: Callable[[torch.device], str | None] = _missing_for_triton,
+        missing: Callable[[torch.device], str | None] = missing_for_triton,
         expected_on: tuple[str, ...] = ("cuda",),
     ):
         self.name = name

@@ -7,16 +7,18 @@ Pages are `[num_pages, page_size, num_heads, head_dim]`; token t of a sequence l
     prefill: causal attention within each sequence of a ragged batch
 
 Pages of float8 (e4m3) have scales `[num_heads]`: a page keeps x / scale, clamped to what the type can hold.
+On a CPU the decode step has a kernel of its own, in the native library of `csrc/`.
 `CLVP_FAST_DEBUG=1`, read once at import, makes the public functions look at the values of tables and lengths too.
 """
 
+import ctypes
 import os
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 
-from clvp_fast.ops.dispatch import Operator, check_same, needs_grad, shape_error
+from clvp_fast.ops.dispatch import Operator, check_same, interpreted, missing_for_triton, needs_grad, shape_error
 
 FLOAT8 = torch.float8_e4m3fn
 HEAD_DIMS, PAGE_SIZES = (32, 64, 80, 96, 128), (16, 32)
@@ -183,6 +185,34 @@ def _contiguous_last(*tensors):
     return [x if x is None or x.shape[-1] < 2 or x.stride(-1) == 1 else x.contiguous() for x in tensors]
 
 
+def _decode_native(q, k_new, v_new, k_pages, v_pages, block_table, seq_lens, prefix, scale):
+    """The CPU's kernel: csrc/paged_attention_isa.cpp."""
+    from clvp_fast import native
+
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    q, k_new, v_new, block_table, seq_lens, *prefix = _contiguous_last(q, k_new, v_new, block_table, seq_lens, *prefix)
+    prefix_table = prefix[0]
+    call = native.PagedDecodeCall(
+        *(x.data_ptr() for x in (q, k_new, v_new, k_pages, v_pages, out, block_table, seq_lens)),
+        *(None if x is None else x.data_ptr() for x in prefix),
+        *((ctypes.c_int64 * 2)(*x.stride()[:2]) for x in (q, k_new, v_new)),
+        (ctypes.c_int64 * 3)(*k_pages.stride()[:3]),
+        block_table.stride(0),
+        0 if prefix_table is None else prefix_table.stride(0),
+        len(q),
+        len(k_pages),
+        0 if prefix_table is None else len(prefix_table),
+        *q.shape[1:],
+        k_pages.shape[1],
+        block_table.shape[1],
+        0 if prefix_table is None else prefix_table.shape[1],
+        native.FLOAT32 if q.dtype == torch.float32 else native.BFLOAT16,
+        scale,
+    )
+    native.check(native.library().clvp_fast_paged_decode_cpu(ctypes.byref(call), torch.get_num_threads(), None))
+    return out
+
+
 def _decode_kernel(
     q,
     k_new,
@@ -199,6 +229,10 @@ def _decode_kernel(
     v_scale=None,
     arrivals=None,
 ):
+    if q.device.type == "cpu" and not interpreted():
+        prefix = prefix_table, prefix_lens, prefix_index
+        return _decode_native(q, k_new, v_new, k_pages, v_pages, block_table, seq_lens, prefix, scale)
+
     from clvp_fast.kernels import paged_attention as kernels
 
     num_candidates, num_heads, head_dim = q.shape
@@ -250,6 +284,26 @@ def _unserved(q, k_pages, v_pages):
     return None
 
 
+def _decode_missing(device):
+    if device.type != "cpu" or interpreted():
+        return missing_for_triton(device)
+    from clvp_fast import native
+
+    return native.missing("cpu")
+
+
+def _decode_unserved(q, k_new, v_new, k_pages, v_pages, *others):
+    if q.device.type != "cpu" or interpreted():
+        return _unserved(q, k_pages, v_pages)
+    if q.dtype not in (torch.float32, torch.bfloat16) or k_pages.dtype != q.dtype:
+        return f"on a CPU it serves float32 and bfloat16, not {q.dtype} with pages of {k_pages.dtype}"
+    if q.shape[2] % 16 or q.shape[2] > 128:
+        return f"on a CPU it serves a head_dim that is a multiple of 16 up to 128, not {q.shape[2]}"
+    if k_pages.stride(3) != 1 or v_pages.stride() != k_pages.stride():
+        return "it serves k_pages and v_pages of the same strides, the last of them 1"
+    return None
+
+
 _DECODE = Operator(
     "paged_attention_decode",
     "(Tensor q, Tensor k_new, Tensor v_new, Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor block_table, "
@@ -259,7 +313,8 @@ _DECODE = Operator(
     torch_path=_decode_torch,
     fake=lambda q, *others: torch.empty_like(q, memory_format=torch.contiguous_format),
     kernel=_decode_kernel,
-    unserved=lambda q, k_new, v_new, k_pages, v_pages, *others: _unserved(q, k_pages, v_pages),
+    unserved=_decode_unserved,
+    missing=_decode_missing,
 )
 _PREFILL = Operator(
     "paged_prefill",

@@ -129,11 +129,11 @@ def test_arguments_that_the_kernel_does_not_serve(operator):
 def test_the_interpreter_runs_kernels_only_when_forced(monkeypatch):
     cpu = torch.device("cpu")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert dispatch._missing_for_triton(cpu) == "Triton's interpreter runs a kernel only when it is forced"
+    assert dispatch.missing_for_triton(cpu) == "Triton's interpreter runs a kernel only when it is forced"
     with clvp_fast.backend("kernel"):
-        assert dispatch._missing_for_triton(cpu) is None
+        assert dispatch.missing_for_triton(cpu) is None
         monkeypatch.delenv("TRITON_INTERPRET")
-        assert "need an NVIDIA GPU" in dispatch._missing_for_triton(cpu)
+        assert "need an NVIDIA GPU" in dispatch.missing_for_triton(cpu)
 
 
 def test_the_choice_holds_in_compiled_code(operator):
