@@ -34,7 +34,7 @@ def reference(
     samples = _scaled(samples, compute)
     (batch, time), n_fft = samples.shape, window.numel()
     lengths = torch.full((batch,), time, device=samples.device) if lengths is None else lengths.long()
-    frame = torch.arange(_num_frames(time, n_fft, hop_length), device=samples.device)
+    frame = torch.arange(num_frames(time, n_fft, hop_length), device=samples.device)
     place = frame[:, None] * hop_length + torch.arange(n_fft, device=samples.device) - n_fft // 2
     place = _reflect(place, lengths[:, None, None])  # [batch, frames, n_fft]
     framed = samples[torch.arange(batch, device=samples.device)[:, None, None], place]
@@ -42,7 +42,7 @@ def reference(
     power = power.masked_fill(~framed.isfinite().all(-1, keepdim=True), torch.nan)
     mel = torch.clamp(power @ mel_filters.to(compute), min=log_floor)
     mel = 10 * torch.log10(mel) if decibels else torch.log(mel)
-    past = frame >= _num_frames(lengths, n_fft, hop_length)[:, None]
+    past = frame >= num_frames(lengths, n_fft, hop_length)[:, None]
     if top_db is not None:
         for row, skipped in zip(mel, past, strict=True):
             heard = row.masked_fill(skipped[:, None] | row.isnan(), -torch.inf)
@@ -74,7 +74,7 @@ def _torch(
     past = None
     if lengths is not None:
         frame = torch.arange(mel.shape[-1], device=samples.device)
-        past = (frame >= _num_frames(lengths, n_fft, hop_length)[:, None])[:, None]
+        past = (frame >= num_frames(lengths, n_fft, hop_length)[:, None])[:, None]
     if top_db is not None:
         heard = mel.masked_fill(mel.isnan() if past is None else mel.isnan() | past, -torch.inf)
         mel = torch.maximum(mel, heard.amax((1, 2), keepdim=True) - top_db)
@@ -88,7 +88,7 @@ def _torch(
 def _fake(
     samples, window, mel_filters, hop_length, lengths, mel_norms, log_floor, decibels, top_db, compute_dtype, dtype
 ):
-    frames = _num_frames(samples.shape[1], window.numel(), hop_length)
+    frames = num_frames(samples.shape[1], window.numel(), hop_length)
     result = _dtypes(samples, compute_dtype, dtype)[1]
     return samples.new_empty((samples.shape[0], mel_filters.shape[1], frames), dtype=result)
 
@@ -101,7 +101,7 @@ def _kernel(
     compute, result = _dtypes(samples, compute_dtype, dtype)
     (batch, time), n_fft, num_mels = samples.shape, window.numel(), mel_filters.shape[1]
     device, on_cpu = samples.device, samples.device.type == "cpu"
-    frames = _num_frames(time, n_fft, hop_length)
+    frames = num_frames(time, n_fft, hop_length)
     # The CPU function writes no half types.
     stored = compute if on_cpu and result in HALVES else result
     features = torch.empty((batch, num_mels, frames), dtype=stored, device=device)
@@ -177,7 +177,7 @@ def _missing(device):
     return (missing_on_gpu(device) if device.type == "cuda" else None) or native.missing(device.type)
 
 
-def _num_frames(time, n_fft, hop_length):
+def num_frames(time, n_fft, hop_length):
     """Frames of `time` samples, an integer or a tensor of them."""
     return (time + 2 * (n_fft // 2) - n_fft) // hop_length + 1
 

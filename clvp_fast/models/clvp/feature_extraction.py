@@ -1,18 +1,20 @@
 """`ClvpFeatureExtractor`: voice clips to the normalised log-mel spectrograms that condition CLVP."""
 
 import logging
-from functools import cache
-from numbers import Real
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from transformers import BatchFeature, SequenceFeatureExtractor
 from transformers.audio_utils import mel_filter_bank, window_function
-from transformers.utils import PaddingStrategy
+from transformers.utils import PaddingStrategy, TensorType
 
-from clvp_fast.ops.log_mel import log_mel
+from clvp_fast.models.clvp import clips
+from clvp_fast.ops.log_mel import log_mel, num_frames
 
 logger = logging.getLogger(__name__)
+# Tensors by extractor and device; kept here, as the attributes of an extractor are what is saved.
+_PARAMETERS: WeakKeyDictionary = WeakKeyDictionary()
 
 
 class ClvpFeatureExtractor(SequenceFeatureExtractor):
@@ -83,6 +85,7 @@ class ClvpFeatureExtractor(SequenceFeatureExtractor):
         return_attention_mask: bool | None = True,
         padding="max_length",
         max_length: int | None = None,
+        device: str | torch.device | None = None,
         **kwargs,
     ) -> BatchFeature:
         """Extract the features of one clip or a batch; by default each is cut or padded to `default_audio_length`.
@@ -97,15 +100,18 @@ class ClvpFeatureExtractor(SequenceFeatureExtractor):
             return_attention_mask: return which samples (not frames) are speech and which padding, 1 and 0.
             padding: "max_length", "longest" or True (the longest clip given), "do_not_pad" or False.
             max_length: in samples; `default_audio_length` seconds if None.
+            device: where to compute, such as "cuda"; by default where the clips lie, which for arrays and lists is the
+                CPU. On a CPU the arithmetic is float64, elsewhere float32.
             padding_value: in place of the extractor's own.
 
         Returns:
             `input_features`, float32, `[num_mels, 1 + samples // hop_length]` for each clip, and `attention_mask`,
-            int32, `[samples]`.
+            int32, `[samples]`. With `return_tensors="pt"` both stay on the device, else they are copied to the host.
 
         Raises:
-            ValueError: another sampling rate than the extractor's; no audio, an empty clip, NaN or infinite samples,
-                more than one channel; lengths that differ where `return_tensors` needs one.
+            ValueError: another sampling rate than the extractor's; no audio, an empty clip, NaN or infinite samples (of
+                tensors on a GPU: among those that features are made of), more than one channel; lengths that differ
+                where `return_tensors` needs one; tensors on several devices without `device`.
             TypeError: samples that are neither floats nor int16.
         """
         self._check_sampling_rate(sampling_rate)
@@ -113,50 +119,91 @@ class ClvpFeatureExtractor(SequenceFeatureExtractor):
         if kwargs:
             logger.warning("%s does not know and ignores: %s.", type(self).__name__, ", ".join(sorted(kwargs)))
 
-        clips = _read_clips(raw_speech)
+        found, device = clips.read_clips(raw_speech, None if device is None else torch.device(device))
         limit = self.default_audio_length * self.sampling_rate if max_length is None else max_length
         if limit < 1:
             raise ValueError(f"max_length must be at least 1 sample, not {limit}.")
         limit = _round_up(limit, pad_to_multiple_of)
+        held = clips.lengths_of(found)
         if truncation:
-            clips = [clip[:limit] for clip in clips]
-        masks = [np.ones(len(clip), dtype=np.int32) for clip in clips]
-        strategy = _padding_strategy(padding)
+            held = [min(count, limit) for count in held]
+        strategy, lengths = _padding_strategy(padding), held
         if strategy is not PaddingStrategy.DO_NOT_PAD:
             if strategy is PaddingStrategy.LONGEST:
-                limit = _round_up(max(map(len, clips)), pad_to_multiple_of)
-            clips = [self._pad_to(clip, limit, padding_value) for clip in clips]
-            masks = [self._pad_to(mask, limit, 0) for mask in masks]
-
-        same_length = len({len(clip) for clip in clips}) == 1
-        if return_tensors is not None and not same_length:
+                limit = _round_up(max(held), pad_to_multiple_of)
+            lengths = [max(count, limit) for count in held]
+        if return_tensors is not None and min(lengths) < max(lengths):
             raise ValueError(
-                f"clips of {min(map(len, clips))} to {max(map(len, clips))} samples do not fit into one tensor: pass "
+                f"clips of {min(lengths)} to {max(lengths)} samples do not fit into one tensor: pass "
                 "padding=True, or return_tensors=None for a list."
             )
-        if same_length:
-            outputs = {"input_features": list(self._extract(np.stack(clips))), "attention_mask": np.stack(masks)}
-        else:
-            outputs = {"input_features": [self._extract(clip[None])[0] for clip in clips], "attention_mask": masks}
-        if not (self.return_attention_mask if return_attention_mask is None else return_attention_mask):
-            del outputs["attention_mask"]
+
+        tensors = return_tensors in (TensorType.PYTORCH, "pt")
+        target = device if tensors else clips.HOST
+        outputs = {"input_features": self._features(found, held, lengths, padding_value, device, target)}
+        if self.return_attention_mask if return_attention_mask is None else return_attention_mask:
+            outputs["attention_mask"] = self._masks(held, lengths, target)
+        if not tensors:
+            outputs = {name: _to_numpy(value) for name, value in outputs.items()}
+        if return_tensors is None:
+            outputs["input_features"] = list(outputs["input_features"])
         return BatchFeature(outputs, tensor_type=return_tensors)
 
-    def _extract(self, samples: np.ndarray) -> np.ndarray:
-        """float32 samples `[batch, time]` to features `[batch, num_mels, frames]`."""
-        # In float64, as a quiet channel beside a loud one has too few digits left in a float32 transform.
-        features = log_mel(
-            torch.from_numpy(samples).double(),
-            window=_hann_window(self.n_fft),
-            mel_filters=torch.as_tensor(self.mel_filters, dtype=torch.float64),
-            hop_length=self.hop_length,
-            mel_norms=None if self.mel_norms is None else torch.as_tensor(self.mel_norms, dtype=torch.float64),
-        )
-        return features.float().numpy()
+    def _features(self, found, held, lengths, fill, device, target):
+        """Features of the clips on `target`: `[clips, num_mels, frames]`, or a list where lengths differ."""
+        if min(lengths) == max(lengths):
+            return self._extract(found, range(len(held)), held, lengths, fill, device).to(target)
+        features = [None] * len(held)
+        for group in clips.similar_lengths(lengths):
+            part = self._extract(found, group, held, lengths, fill, device).to(target)
+            for place, mel in zip(group, part, strict=True):
+                features[place] = mel[:, : num_frames(lengths[place], self.n_fft, self.hop_length)].contiguous()
+        return features
 
-    def _pad_to(self, values: np.ndarray, length: int, fill: float) -> np.ndarray:
-        missing = max(length - len(values), 0)
-        return np.pad(values, (missing, 0) if self.padding_side == "left" else (0, missing), constant_values=fill)
+    def _extract(self, found, group, held, lengths, fill, device) -> torch.Tensor:
+        """Features `[clips, num_mels, frames]` of the clips at the places `group`, 0 past a clip's own."""
+        count = len(held)
+        if len(group) < count:
+            found, held, lengths = ([values[place] for place in group] for values in (found, held, lengths))
+        samples = clips.lay_out(found, held, lengths, fill, self.padding_side == "left", device)
+        unequal = torch.tensor(lengths, device=samples.device) if min(lengths) < max(lengths) else None
+        features = log_mel(samples, lengths=unequal, hop_length=self.hop_length, **self._parameters(samples.device))
+        if device != clips.HOST:
+            # NaN marks the frames that reach a bad sample, so the samples themselves need no look.
+            spoilt = features[:, 0].isnan().any(1).nonzero()
+            if len(spoilt):
+                raise ValueError(clips.NOT_FINITE.format(clips.clip_name(group[int(spoilt[0])], count)))
+        return features
+
+    def _parameters(self, device: torch.device) -> dict:
+        """What `log_mel` is given on `device`, kept as long as the attributes that it is made of are the same."""
+        norms = None if self.mel_norms is None else np.array(self.mel_norms, dtype=np.float64)
+        made_of = self.n_fft, np.array(self.mel_filters), norms
+        kept = _PARAMETERS.setdefault(self, {})
+        if device in kept and all(map(np.array_equal, kept[device][0], made_of)):
+            return kept[device][1]
+        # In float64 on the host, as a quiet channel beside a loud one has too few digits left in a float32 transform.
+        compute = torch.float64 if device == clips.HOST else torch.float32
+        tables = {"window": window_function(self.n_fft, "hann"), "mel_filters": self.mel_filters, "mel_norms": norms}
+        with torch.inference_mode(False):  # they outlive it
+            parameters = {
+                name: None if table is None else torch.tensor(table, dtype=compute, device=device)
+                for name, table in tables.items()
+            }
+        parameters |= {"compute_dtype": compute, "dtype": torch.float32}
+        kept[device] = made_of, parameters
+        return parameters
+
+    def _masks(self, held, lengths, device):
+        """Which samples are a clip's own: int32 `[clips, samples]`, 1 and 0, or a list where lengths differ."""
+        if min(lengths) < max(lengths):
+            return [self._masks([count], [length], device)[0] for count, length in zip(held, lengths, strict=True)]
+        place = torch.arange(lengths[0], dtype=torch.int32, device=device)
+        count = torch.tensor(held, dtype=torch.int32, device=device)[:, None]
+        masks = torch.empty(len(held), lengths[0], dtype=torch.int32, device=device)
+        if self.padding_side == "left":
+            return torch.ge(place, lengths[0] - count, out=masks)
+        return torch.lt(place, count, out=masks)
 
     def _check_sampling_rate(self, sampling_rate: int | None):
         if sampling_rate is None:
@@ -172,9 +219,8 @@ class ClvpFeatureExtractor(SequenceFeatureExtractor):
             )
 
 
-@cache
-def _hann_window(n_fft: int) -> torch.Tensor:
-    return torch.from_numpy(window_function(n_fft, "hann"))
+def _to_numpy(value):
+    return value.numpy() if isinstance(value, torch.Tensor) else [part.numpy() for part in value]
 
 
 def _round_up(length: int, multiple: int | None) -> int:
@@ -185,50 +231,3 @@ def _padding_strategy(padding) -> PaddingStrategy:
     if isinstance(padding, bool):
         return PaddingStrategy.LONGEST if padding else PaddingStrategy.DO_NOT_PAD
     return PaddingStrategy(padding)
-
-
-def _read_clips(raw_speech) -> list[np.ndarray]:
-    """The clips of `raw_speech`, each one float32 `[time]`."""
-    if isinstance(raw_speech, (np.ndarray, torch.Tensor)):
-        if raw_speech.ndim > 2:
-            raise ValueError(
-                f"audio must be mono, [time] or [batch, time], but an array of shape {tuple(raw_speech.shape)} was "
-                "given: mix the channels down."
-            )
-        clips = raw_speech if raw_speech.ndim == 2 else [raw_speech]
-    elif not isinstance(raw_speech, (list, tuple)):
-        raise TypeError(
-            f"audio must be an array, a tensor or a list of samples, not {type(raw_speech).__name__}: load it first."
-        )
-    else:
-        clips = [raw_speech] if raw_speech and all(isinstance(sample, Real) for sample in raw_speech) else raw_speech
-    if len(clips) == 0:
-        raise ValueError("no audio was given: pass at least one clip.")
-    return [_read_clip(clip, f"clip {index}" if len(clips) > 1 else "the audio") for index, clip in enumerate(clips)]
-
-
-def _read_clip(clip, name: str) -> np.ndarray:
-    """One clip as float32 `[time]`, checked; `name` is what messages call it."""
-    if isinstance(clip, torch.Tensor):
-        clip = clip.detach().cpu()
-        clip = (clip.float() if clip.is_floating_point() else clip).numpy()
-    try:
-        samples = np.asarray(clip)
-    except ValueError as error:
-        raise ValueError(f"{name} is no plain sequence of samples: {error}.") from error
-    if samples.ndim == 2:
-        raise ValueError(f"{name} must be mono, but has shape {samples.shape}: mix the channels down to [time].")
-    if samples.ndim != 1:
-        raise ValueError(f"{name} must be a sequence of samples, but has {samples.ndim} dimensions.")
-    if samples.size == 0:
-        raise ValueError(f"{name} is empty: it needs at least one sample.")
-    if samples.dtype == np.int16:
-        return samples.astype(np.float32) / 32768
-    if not np.issubdtype(samples.dtype, np.floating):
-        raise TypeError(
-            f"{name} has samples of type {samples.dtype}, whose scale is not known: pass floats in [-1, 1] or int16."
-        )
-    samples = samples.astype(np.float32)
-    if not np.isfinite(samples).all():
-        raise ValueError(f"{name} has samples that are NaN or infinite: it was not decoded or scaled well.")
-    return samples

@@ -8,7 +8,7 @@ from clvp_fast.models.clvp.feature_extraction import ClvpFeatureExtractor
 from clvp_fast.models.clvp.tokenization import ClvpTokenizer
 
 # Options that mean nothing to a tokenizer.
-_AUDIO_OPTIONS = {"sampling_rate", "padding_value"}
+_AUDIO_OPTIONS = {"sampling_rate", "padding_value", "device"}
 
 
 class ClvpProcessor(ProcessorMixin):
@@ -33,6 +33,7 @@ class ClvpProcessor(ProcessorMixin):
             audio: what `ClvpFeatureExtractor` takes, or the path or URL of an audio file, or a list of them.
             raw_speech: another name of `audio`.
             sampling_rate: of the audio in Hz.
+            device: where the features are computed (`ClvpFeatureExtractor`); tokens are made on the CPU.
             return_tensors: "pt", "np" or None (lists).
             **kwargs: options of the tokenizer where text is given, else of the feature extractor. So `padding=True`
                 pads the texts and leaves the clips at their default length. `text_kwargs` and `audio_kwargs`

@@ -1,14 +1,17 @@
 """`ClvpFeatureExtractor` against transformers', and on input that stock refuses or mistakes."""
 
+import copy
 import json
 import logging
+import pickle
 
 import numpy as np
 import pytest
 import torch
 from transformers.models.clvp.feature_extraction_clvp import ClvpFeatureExtractor as StockExtractor
 
-from clvp_fast import ClvpFeatureExtractor
+from clvp_fast import ClvpFeatureExtractor, backend
+from clvp_fast.models.clvp import clips
 from tests.data import data_path
 
 RATE = 22050
@@ -172,6 +175,154 @@ def test_int16_is_scaled():
     expected = StockExtractor(**SMALL)(ints / 32768, sampling_rate=16000)
     for samples in (ints, torch.tensor(ints), [ints], torch.tensor(ints)[None]):
         assert_same(expected, extractor(samples, sampling_rate=16000))
+
+
+@pytest.mark.parametrize("return_tensors", [None, "np", "pt"])
+def test_int16_among_floats_and_with_padding(return_tensors):
+    """Stays int16 only where that loses nothing."""
+    ints = [np.round(clip * 32767).astype(np.int16) for clip in BATCH]
+    extractor = ClvpFeatureExtractor(**SMALL)
+    floats = [clip / np.float32(32768) for clip in ints]
+    for mixed in (ints, [ints[0], *floats[1:]], [floats[0], *ints[1:]]):
+        for options in ({}, {"padding_value": 0.3}, {"padding": True}):
+            got, expected = (
+                extractor(batch, sampling_rate=16000, return_tensors=return_tensors, **options)
+                for batch in (mixed, floats)
+            )
+            assert_same(expected, got, atol=1e-6)
+
+
+def test_lengths_far_apart_are_not_filled_up_to_the_longest():
+    lengths = [100000, 90000] + [200, 300, 1, 255] * 8
+    groups = clips.similar_lengths(lengths)
+    assert sorted(place for group in groups for place in group) == list(range(len(lengths)))
+    assert sum(len(group) * max(lengths[place] for place in group) for group in groups) < 2 * sum(lengths)
+    assert clips.similar_lengths([5, 4, 3]) == [[0, 1, 2]]
+    batch = [noise(length, seed=place) for place, length in enumerate(lengths)]
+    extractor = ClvpFeatureExtractor(**SMALL, mel_norms=list(range(1, 13)))
+    got = extractor(batch, sampling_rate=16000, padding=False, truncation=False)
+    for clip, features, mask in zip(batch, got["input_features"], got["attention_mask"], strict=True):
+        alone = extractor(clip, sampling_rate=16000, padding=False, truncation=False)
+        assert features.flags.c_contiguous and np.array_equal(features, alone["input_features"][0])
+        assert mask.all() and mask.dtype == np.int32 and mask.shape == clip.shape
+
+
+def test_without_the_kernel_the_same():
+    for call in ({}, {"padding": False, "truncation": False}):
+        extractor = ClvpFeatureExtractor(**SMALL)
+        got = extractor(BATCH, sampling_rate=16000, **call)["input_features"]
+        with backend("torch"):
+            expected = extractor(BATCH, sampling_rate=16000, **call)["input_features"]
+        for ours, theirs in zip(got, expected, strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_changed_attributes_change_the_features():
+    """What is derived from them is kept, but follows them, also where an array or a list is written to."""
+    extractor = ClvpFeatureExtractor(**SMALL, mel_norms=[2.0] * 12)
+
+    def features(of):
+        return of(BATCH[1], sampling_rate=16000, return_tensors="pt")["input_features"]
+
+    first = features(extractor)
+    assert torch.equal(features(extractor), first)
+    extractor.mel_norms[0] = 4.0
+    assert torch.equal(features(extractor)[:, 0], first[:, 0] / 2)
+    extractor.mel_norms = None
+    torch.testing.assert_close(features(extractor), first * 2)
+    extractor.mel_filters[:] = 0
+    assert torch.equal(features(extractor), torch.full_like(first, 1e-5).log())
+    assert not torch.equal(features(ClvpFeatureExtractor(**SMALL)), features(extractor))
+
+
+@pytest.mark.parametrize("again", [copy.copy, copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
+def test_copies_after_use(again):
+    extractor = ClvpFeatureExtractor(**SMALL)
+    with torch.inference_mode():
+        expected = extractor(BATCH, sampling_rate=16000)["input_features"]
+    attributes = vars(extractor).keys()
+    other = again(extractor)
+    assert vars(other).keys() == attributes and other.to_dict() == extractor.to_dict()
+    assert np.array_equal(other(BATCH, sampling_rate=16000)["input_features"], expected)
+
+
+@pytest.fixture
+def elsewhere(monkeypatch):
+    """CPU tensors are taken as those of another device: what is done on a GPU is done with them."""
+    monkeypatch.setattr(clips, "HOST", torch.device("meta"))
+
+
+def as_int16(clip):
+    return torch.from_numpy((clip * 32767).astype(np.int16))
+
+
+ON_DEVICE = {
+    "one clip": lambda batch: torch.from_numpy(batch[0]),
+    "list": lambda batch: [torch.from_numpy(clip) for clip in batch],
+    "list of float64": lambda batch: [torch.from_numpy(clip).double() for clip in batch],
+    "rows": lambda batch: torch.from_numpy(np.stack([clip[:700] for clip in batch])),
+    "int16": lambda batch: [as_int16(clip) for clip in batch],
+    "rows of int16": lambda batch: torch.from_numpy(
+        np.stack([(clip[:700] * 32767).astype(np.int16) for clip in batch])
+    ),
+    "mixed": lambda batch: [as_int16(batch[0]), torch.from_numpy(batch[1])],
+}
+
+
+@pytest.mark.parametrize(
+    "call", [{}, {"padding": True}, {"padding_value": 0.3}, {"max_length": 500}, {"max_length": 800}], ids=str
+)
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("kind", ON_DEVICE)
+def test_tensors_of_a_device_equal_the_host(request, kind, side, call):
+    extractor = ClvpFeatureExtractor(**SMALL, padding_side=side)
+    audio = ON_DEVICE[kind](BATCH)
+    expected = extractor(audio, sampling_rate=16000, return_tensors="pt", **call)
+    request.getfixturevalue("elsewhere")
+    got = extractor(audio, sampling_rate=16000, return_tensors="pt", **call)
+    assert_same(expected, got, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("audio", "error", "message"),
+    [
+        (
+            [torch.ones(900), torch.tensor([0.0, np.nan] * 50)],
+            ValueError,
+            "clip 1 has samples that are NaN or infinite",
+        ),
+        (torch.tensor([0.0, -np.inf] * 50), ValueError, "^the audio has samples that are NaN or infinite"),
+        (torch.tensor([[0.0] * 9, [0.0] * 9, [1e39] * 9], dtype=torch.float64), ValueError, "clip 2 has .* infinite"),
+        ([torch.ones(5), torch.zeros(0)], ValueError, "clip 1 is empty"),
+        (torch.zeros(2, 0), ValueError, "clip 0 is empty"),
+        (torch.zeros(0, 5), ValueError, "no audio was given"),
+        ([torch.zeros(1, 50)], ValueError, r"the audio must be mono, but has shape \(1, 50\)"),
+        (torch.zeros(1, 2, 50), ValueError, r"audio must be mono, .*\(1, 2, 50\)"),
+        (torch.tensor(1.0), ValueError, "the audio must be a sequence of samples, but has 0 dimensions"),
+        (torch.zeros(2, 50, dtype=torch.int64), TypeError, "clip 0 has samples of type int64"),
+        ([torch.zeros(50).bool()], TypeError, "the audio has samples of type bool"),
+        (torch.zeros(50, dtype=torch.complex64), TypeError, "the audio has samples of type complex64"),
+        ([torch.zeros(50), np.zeros(50)], ValueError, "clips lie on several devices, cpu, meta: pass `device`"),
+    ],
+    ids=str,
+)
+def test_bad_tensors_of_a_device(audio, error, message, elsewhere):
+    with pytest.raises(error, match=message):
+        ClvpFeatureExtractor(**SMALL)(audio, sampling_rate=16000, return_tensors="pt")
+
+
+def test_a_bad_clip_of_a_device_is_named_by_its_place(elsewhere):
+    """Also where clips are computed in groups."""
+    batch = [torch.ones(90000), *[torch.ones(200)] * 8, torch.full((201,), torch.nan), torch.ones(202)]
+    with pytest.raises(ValueError, match="clip 9 has samples that are NaN or infinite"):
+        ClvpFeatureExtractor(**SMALL)(batch, sampling_rate=16000, padding=False, truncation=False)
+
+
+def test_device_by_name():
+    extractor = ClvpFeatureExtractor(**SMALL)
+    expected = extractor(BATCH, sampling_rate=16000)
+    for device in ("cpu", torch.device("cpu"), "cpu:0"):
+        assert_same(expected, extractor(BATCH, sampling_rate=16000, device=device), atol=0)
 
 
 def test_wrong_sampling_rate():

@@ -93,6 +93,22 @@ def test_tokenizer_options_reach_the_tokenizer(processor):
     assert processor(TEXTS[0], add_prefix_space=True)["input_ids"] == processor(" " + TEXTS[0])["input_ids"]
 
 
+def test_device_reaches_the_features_alone(processor, monkeypatch):
+    given = []
+    extract = ClvpFeatureExtractor.__call__
+
+    def spy(self, audio, **options):
+        given.append(options.get("device"))
+        return extract(self, audio, **options)
+
+    monkeypatch.setattr(ClvpFeatureExtractor, "__call__", spy)
+    for options in ({"device": "cpu"}, {"audio_kwargs": {"device": "cpu"}}):
+        for text in (None, TEXTS[0]):
+            got = processor(text=text, audio=CLIPS[0], sampling_rate=RATE, return_tensors="pt", **options)
+            assert got["input_features"].shape == (1, 12, 161)
+    assert given == ["cpu"] * 4
+
+
 def test_audio_files_are_loaded_at_the_rate_of_the_features(processor, monkeypatch):
     def fetch_audio(self, path, sampling_rate=None):
         assert sampling_rate == RATE
