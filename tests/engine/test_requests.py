@@ -123,6 +123,6 @@ def test_both_survive_pickling():
 
 
 def test_the_control_plane_needs_no_torch():
-    modules = "clvp_fast.engine.requests, clvp_fast.engine.page_pool"
+    modules = "clvp_fast.engine.requests, clvp_fast.engine.scheduler"
     code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
