@@ -185,12 +185,28 @@ class ClvpConditioningEncoder(nn.Module):
         Against `forward`: the end token stands `num_ends` times, and a padded text is surrounded at its own ends on
             either side of padding.
         """
-        if attention_mask is not None and not attention_mask.bool().any(1).all():
-            raise ValueError("attention_mask hides every token of a text: each text must keep at least one")
+        text = self.prompt_text(input_ids, inputs_embeds, attention_mask, num_ends)
         if not input_features.isfinite().all():
             raise ValueError("input_features hold NaN or infinite values: is the recording damaged?")
-        text_embeds, mask = self.embed_text(input_ids, inputs_embeds, attention_mask, num_ends=num_ends, by_mask=True)
-        embeds = self.join(self.encode_voice(input_features), text_embeds)
+        return self.join_prompt(self.encode_voice(input_features), *text)
+
+    def prompt_text(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        attention_mask: torch.LongTensor | None = None,
+        num_ends: int = 2,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the text makes of `prompt`: embeddings `[texts, text, hidden_size]` and mask `[texts, text]`."""
+        if attention_mask is not None and not attention_mask.bool().any(1).all():
+            raise ValueError("attention_mask hides every token of a text: each text must keep at least one")
+        return self.embed_text(input_ids, inputs_embeds, attention_mask, num_ends=num_ends, by_mask=True)
+
+    def join_prompt(
+        self, voices: torch.Tensor, text_embeds: torch.Tensor, mask: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`prompt` of voices that were encoded before, `[clips, hidden_size]`, and of what `prompt_text` returned."""
+        embeds = self.join(voices, text_embeds)
         return embeds, F.pad(mask, (1, 0), value=1).expand(embeds.shape[0], -1)
 
     @staticmethod
