@@ -5,6 +5,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import can_return_tuple
 
+from clvp_fast import ops
 from clvp_fast.models.clvp.configuration import ClvpEncoderConfig
 from clvp_fast.models.clvp.layers import (
     ClvpEncoderMLP,
@@ -15,6 +16,7 @@ from clvp_fast.models.clvp.layers import (
     add_layer_norm,
 )
 from clvp_fast.models.clvp.outputs import ClvpEncoderOutput
+from clvp_fast.models.clvp.parameters import apply_linear
 from clvp_fast.models.clvp.pretrained import ClvpPreTrainedModel
 
 
@@ -43,6 +45,28 @@ class ClvpEncoderLayer(GradientCheckpointingLayer):
         )
         residual, normed = self.post_attention_rmsnorm.add(attended, hidden_states)
         return self.mlp(normed, residual), weights
+
+    def packed(
+        self,
+        hidden_states: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor] | None,
+        cu_seqlens: torch.Tensor,
+        max_seqlen: int,
+    ) -> torch.Tensor:
+        """`[tokens, hidden_size]` of sequences one behind another → the same; see [`ClvpEncoder.embed_packed`]."""
+        attention = self.self_attn
+        cos, sin = rotary if rotary is not None else (None, None)
+        attended = ops.rotary_attention(
+            *attention.project(self.input_rmsnorm(hidden_states)),
+            cos=cos,
+            sin=sin,
+            scale=attention.scale,
+            cu_seqlens=cu_seqlens,
+            max_seqlen=max_seqlen,
+        )
+        attended = apply_linear(attention.out_proj, attended.flatten(-2))
+        residual, normed = self.post_attention_rmsnorm.add(attended, hidden_states)
+        return self.mlp(normed, residual)
 
 
 class ClvpEncoder(ClvpPreTrainedModel):
@@ -121,3 +145,39 @@ class ClvpEncoder(ClvpPreTrainedModel):
             hidden_states=(*all_hidden_states[:-1], last_hidden_state) if output_hidden_states else None,
             attentions=tuple(all_attentions) if output_attentions else None,
         )
+
+    def embed_packed(self, input_ids: torch.LongTensor, cu_seqlens: torch.Tensor, max_seqlen: int) -> torch.Tensor:
+        """Embed sequences of any lengths without padding, each as `forward` embeds it alone.
+
+        For inference: no dropout, no recomputation for gradients.
+
+        Args:
+            input_ids: `[tokens]`, the sequences one behind another.
+            cu_seqlens: `[sequences + 1]` int32, where each starts and the last one ends; none is empty.
+            max_seqlen: the length of the longest.
+
+        Returns:
+            `[sequences, projection_dim]`.
+        """
+        hidden_states = self.token_embedding(input_ids)
+        rotary = None
+        if self.rotary_pos_emb is not None:
+            rotary = self.rotary_pos_emb(torch.arange(max_seqlen, device=input_ids.device)[None])
+        for layer in self.layers:
+            hidden_states = layer.packed(hidden_states, rotary, cu_seqlens, max_seqlen)
+        _, last_hidden_state = add_layer_norm(self.final_layer_norm, hidden_states)
+        # One place a sequence is left, which every kind of summary takes as it is.
+        pooled = self._pool_packed(last_hidden_state, cu_seqlens)
+        return self.projection(self.sequence_summary(pooled[:, None]))
+
+    def _pool_packed(self, hidden_states: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+        """`[tokens, hidden_size]` → `[sequences, hidden_size]`, as `sequence_summary` pools a sequence alone."""
+        kind = self.sequence_summary.summary_type
+        if kind == "first":
+            return hidden_states[cu_seqlens[:-1]]
+        if kind != "mean":  # "last", and "cls_index" where no index is given
+            return hidden_states[cu_seqlens[1:] - 1]
+        # In float32, as a mean over one axis accumulates; `unsafe` leaves out checks that would wait for the device.
+        wide = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
+        mean = torch.segment_reduce(wide, "mean", lengths=cu_seqlens.diff().long(), axis=0, unsafe=True)
+        return mean.to(hidden_states.dtype)
