@@ -1,0 +1,245 @@
+"""How well candidates fit their text: scores, embeddings, the best k; and the latents for the stage that follows."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from numbers import Integral
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
+
+from clvp_fast.models.clvp.modeling import ClvpModelForConditionalGeneration, normalized
+
+MODES = ("padded", "trimmed")
+
+
+class Scorer(Protocol):
+    """What judges candidates in an engine."""
+
+    def score(self, text_ids: torch.Tensor, codes: Sequence) -> torch.Tensor:
+        """Scores `[candidates]` float32, the higher the better, of the candidates `codes` of the text `text_ids`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The candidates of one text, in the order in which they were given; on the model's device.
+
+    Args:
+        scores: `[candidates]` float32, scaled cosine similarities; -inf for an empty candidate of mode "trimmed".
+        text_embeds: `[projection_dim]` float32, of length 1.
+        speech_embeds: `[candidates, projection_dim]` float32, of length 1; zeros for an empty candidate as above.
+    """
+
+    scores: torch.Tensor
+    text_embeds: torch.Tensor
+    speech_embeds: torch.Tensor
+
+    def top(self, k: int) -> torch.Tensor:
+        """Indices `[min(k, candidates)]` int64, best first, of equal ones the earlier. NaN counts as -inf."""
+        if k < 1:
+            raise ValueError(f"k must be at least 1, not {k}")
+        return self.scores.nan_to_num(nan=-torch.inf, neginf=-torch.inf).sort(descending=True, stable=True).indices[:k]
+
+
+class Ranker:
+    """Scores candidates with the text and the speech encoder of `model`, which must be in eval mode.
+
+    Mode "padded" is what original Tortoise does, and [`ClvpModelForConditionalGeneration.generate`] with
+    `pad_to_max_mel_tokens`: every candidate is filled up with stop tokens to one length, those become the codes of
+    silence, and all places are pooled. Mode "trimmed" embeds each candidate at its own length and pads nothing: less
+    work, and other scores, which are not comparable with those of "padded".
+
+    Nothing here waits for the device. Embeddings are normalised, and scores computed, in float32.
+
+    Args:
+        mode, pad_to: what `rank` and `score` do unless told otherwise. The default is Tortoise's length, 500 codes.
+        max_tokens: how many codes go through the speech encoder at a time; a longer candidate goes alone.
+    """
+
+    def __init__(
+        self,
+        model: ClvpModelForConditionalGeneration,
+        *,
+        mode: str = "padded",
+        pad_to: int = 501,
+        max_tokens: int = 16384,
+    ):
+        if max_tokens < 1:
+            raise ValueError(f"max_tokens must be at least 1, not {max_tokens}")
+        self.model = model
+        self.mode, self.pad_to, self.max_tokens = self._settings(mode, pad_to) + (max_tokens,)
+
+    @staticmethod
+    def _settings(mode: str, pad_to: int) -> tuple[str, int]:
+        if mode not in MODES:
+            raise ValueError(f"mode must be one of {', '.join(MODES)}, not {mode!r}")
+        if mode == "padded" and pad_to < 2:
+            raise ValueError(f"pad_to must be at least 2, the start token and one code, not {pad_to}")
+        return mode, pad_to
+
+    def score(self, text_ids: torch.Tensor, codes: Sequence) -> torch.Tensor:
+        """The [`Scorer`] of an engine: the `scores` of `rank`."""
+        return self.rank(text_ids, codes).scores
+
+    @torch.inference_mode()
+    def rank(
+        self, text_ids, codes: Sequence, mode: str | None = None, pad_to: int | None = None
+    ) -> Ranking | list[Ranking]:
+        """Rank the candidates of a text, or of several texts at once.
+
+        Args:
+            text_ids: `[length]` whole numbers, the text without tokens around it (the end token is added here); or a
+                list of such.
+            codes: the candidates, each `[length]` whole numbers: speech tokens without start and stop token. For a
+                list of texts, a list of candidates for each. An empty candidate (it stopped at once) is silence in
+                mode "padded", and comes last in mode "trimmed", where there is nothing to embed.
+            mode: "padded" or "trimmed".
+            pad_to: for "padded", the length to pad to, the start token included, as `pad_to_max_mel_tokens`.
+
+        Returns:
+            A [`Ranking`]; for a list of texts a list of them.
+
+        Raises:
+            ValueError, TypeError: no text or no candidate; ids that the checkpoint does not have; a candidate that
+                holds the stop token, or is longer than `pad_to` allows; an unknown mode; a model in training mode.
+        """
+        mode, pad_to = self._settings(self.mode if mode is None else mode, self.pad_to if pad_to is None else pad_to)
+        if self.model.training:
+            raise ValueError("the model is in training mode, in which dropout changes scores: call model.eval() first")
+        several = isinstance(text_ids, (list, tuple)) and not all(isinstance(token, Integral) for token in text_ids)
+        texts, candidates = (text_ids, codes) if several else ([text_ids], [codes])
+        if len(texts) != len(candidates):
+            raise ValueError(f"{len(texts)} texts need as many lists of candidates, got {len(candidates)}")
+        counts = [len(of_text) for of_text in candidates]
+        if not all(counts):
+            raise ValueError("there is nothing to rank: each text needs at least one candidate")
+        texts = [self._text(text) for text in texts]
+        rows = self._candidates([row for of_text in candidates for row in of_text])
+
+        text_embeds = normalized(self._embed(self.model.text_encoder_model, texts).float())
+        spoken = [index for index, row in enumerate(rows) if mode == "padded" or len(row)]
+        speech_embeds = self._speech([rows[index] for index in spoken], mode, pad_to, text_embeds)
+        scale = self.model.logit_scale.float().exp()
+        owner = self._to_device(torch.arange(len(texts)).repeat_interleave(torch.tensor(counts)))
+        if len(spoken) < len(rows):
+            place = self._to_device(torch.tensor(spoken, dtype=torch.long))
+            speech_embeds = speech_embeds.new_zeros(len(rows), text_embeds.shape[1]).index_copy(0, place, speech_embeds)
+            offset = torch.full_like(speech_embeds[:, 0], -torch.inf).index_fill(0, place, 0)
+        else:
+            offset = 0
+        scores = (speech_embeds * text_embeds[owner]).sum(1) * scale + offset
+        rankings = [
+            Ranking(*parts)
+            for parts in zip(scores.split(counts), text_embeds, speech_embeds.split(counts), strict=True)
+        ]
+        return rankings if several else rankings[0]
+
+    def _speech(self, rows: list[torch.Tensor], mode: str, pad_to: int, like: torch.Tensor) -> torch.Tensor:
+        """Normalised embeddings `[rows, projection_dim]` float32 of codes on the host."""
+        if not rows:
+            return like[:0]
+        if mode == "trimmed":
+            return normalized(self._embed(self.model.speech_encoder_model, rows).float())
+        longest = max(map(len, rows))
+        if longest > pad_to - 1:
+            raise ValueError(
+                f"pad_to={pad_to} leaves no room for a candidate of {longest} codes: use {longest + 1} at least"
+            )
+        decoder = self.model.config.decoder_config
+        padded = pad_sequence(rows, batch_first=True, padding_value=decoder.eos_token_id)
+        padded = F.pad(padded, (0, pad_to - 1 - longest), value=decoder.eos_token_id)
+        # What is dropped here is the column of the start token.
+        fixed = self.model.fix_speech_decoder_output(F.pad(padded, (1, 0), value=decoder.bos_token_id))
+        parts = fixed.split(max(self.max_tokens // (pad_to - 1), 1))
+        embeds = [self.model._encode_speech(self._to_device(part)).embeds for part in parts]
+        return normalized(torch.cat(embeds).float())
+
+    def _embed(self, encoder, rows: list[torch.Tensor]) -> torch.Tensor:
+        """Embeddings `[rows, projection_dim]` of token ids on the host, none of them padded."""
+        embeds = []
+        for part in self._parts(rows):
+            lengths = torch.tensor([0, *map(len, part)])
+            cu_seqlens = self._to_device(lengths.cumsum(0).int())
+            embeds.append(encoder.embed_packed(self._to_device(torch.cat(part)), cu_seqlens, max(map(len, part))))
+        return torch.cat(embeds)
+
+    def _parts(self, rows: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+        part, tokens = [], 0
+        for row in rows:
+            if part and tokens + len(row) > self.max_tokens:
+                yield part
+                part, tokens = [], 0
+            part.append(row)
+            tokens += len(row)
+        yield part
+
+    def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        device = self.model.device
+        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+    def _text(self, text_ids) -> torch.Tensor:
+        """The text on the host with the end token behind it, as it is scored."""
+        config = self.model.config.text_config
+        text = _host_ids(text_ids, "a text")
+        if not len(text):
+            raise ValueError("the text is empty: give at least one token")
+        if text.min() < 0 or text.max() >= config.vocab_size:
+            raise ValueError(f"text ids must lie from 0 to {config.vocab_size - 1}, got {text.min()} to {text.max()}")
+        return F.pad(text, (0, 1), value=config.eos_token_id)
+
+    def _candidates(self, codes: Sequence) -> list[torch.Tensor]:
+        """The codes on the host; one that the encoder has no row for (the start token) counts as the filling code."""
+        decoder = self.model.config.decoder_config
+        rows = [_host_ids(row, "a candidate") for row in codes]
+        everything = torch.cat(rows)
+        if len(everything) and (everything.min() < 0 or everything.max() >= decoder.vocab_size):
+            found = f"{everything.min()} to {everything.max()}"
+            raise ValueError(f"speech tokens must lie from 0 to {decoder.vocab_size - 1}, got {found}")
+        if (everything == decoder.eos_token_id).any():
+            raise ValueError(f"a candidate holds the stop token {decoder.eos_token_id}: cut it off there")
+        known = everything < self.model.config.speech_config.vocab_size
+        everything = everything.where(known, decoder.decoder_fixing_codes[0])
+        return list(everything.split([len(row) for row in rows]))
+
+
+def _host_ids(ids, name: str) -> torch.Tensor:
+    """`ids` as int64 `[length]` on the host; `name` is what messages call them."""
+    tensor = torch.as_tensor(ids, device="cpu")
+    if tensor.ndim != 1:
+        raise ValueError(f"{name} must be a row of token ids, [length], got {list(tensor.shape)}")
+    if tensor.numel() and (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool):
+        raise TypeError(f"{name} must hold whole numbers, not {tensor.dtype}")
+    return tensor.long()
+
+
+def diffusion_latents(hidden: torch.Tensor, length: int) -> torch.Tensor:
+    """The latents of a candidate as Tortoise's diffusion takes them.
+
+    The original runs the decoder a second time over prompt, start token and codes (`return_latent=True`), takes the
+    states behind both final norms at the places of speech, and strips the last two, those of the last code and of the
+    stop token that it added: what is left is, for each code, the state that predicted it. A decoder that generated the
+    candidate had these states at hand: step s, fed with token s (the start token for s = 0), predicted code s.
+
+    What differs from the original:
+    - Its second pass sees the codes padded to full length and after fix-up, where everything from the stop on is
+      the code of silence. It then keeps the latents up to eight places into the silence. These states came from codes
+      that were never generated; here the latents end with the last code. Those of the codes themselves do not depend on
+      what follows.
+    - It counts positions 0, 1, 2, ... in that pass. The steps did so too with `contiguous_positions` of the decoder's
+      configuration; without, the latents are those of the positions that the candidate was generated with.
+
+    Args:
+        hidden: `[steps, hidden_size]`, the states behind both final norms, step by step; a candidate that stopped
+            has one more than codes.
+        length: how many codes to give the latents of, at most `steps`.
+
+    Returns:
+        `[1, length, hidden_size]` float32, a copy.
+    """
+    if hidden.ndim != 2:
+        raise ValueError(f"hidden must be [steps, hidden_size] of one candidate, got {list(hidden.shape)}")
+    if not 0 <= length <= len(hidden):
+        raise ValueError(f"length must lie from 0 to the {len(hidden)} steps of the candidate, got {length}")
+    return hidden[None, :length].to(torch.float32, copy=True)
