@@ -1,0 +1,235 @@
+"""Voices: what the conditioning encoder makes of the clips of a speaker, computed once, kept, saved and loaded."""
+
+import json
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from clvp_fast.audio import require_sound
+from clvp_fast.files import staged_folder
+from clvp_fast.models.clvp.feature_extraction import ClvpFeatureExtractor
+from clvp_fast.models.clvp.modeling import ClvpModelForConditionalGeneration
+
+_FORMAT = "clvp_fast.voice.1"
+
+#: Two encoders are the same if their answers to one input differ by less than this part of their length: that is ten
+#: times what bfloat16 makes of the weights, and a tenth of what unrelated weights make.
+_SAME_ENCODER = 0.1
+
+
+@dataclass(frozen=True, eq=False)
+class Voice:
+    """The conditioning vector of a voice, and the mark of the checkpoint that it belongs to.
+
+    Args:
+        vector: `[hidden_size]`, on the host, float32 (float64 of a float64 model).
+        fingerprint: `[hidden_size]` float32, what the checkpoint's encoder answers to a fixed input.
+    """
+
+    vector: torch.Tensor
+    fingerprint: torch.Tensor
+    _copies: dict = field(default_factory=dict, repr=False)
+
+    def on(self, device: str | torch.device, dtype: torch.dtype) -> torch.Tensor:
+        """`[1, hidden_size]` on `device`, copied there once: the form that `join_prompt` puts before any texts."""
+        key = (torch.device(device), dtype)
+        if key not in self._copies:
+            self._copies[key] = self.vector.to(device=device, dtype=dtype)[None]
+        return self._copies[key]
+
+    def save(self, path: str | Path) -> None:
+        """Write the voice to a safetensors file, whole or not at all.
+
+        Raises:
+            UnwritableError: the folder cannot be made or written.
+            ValueError: `path` is a folder.
+        """
+        path = Path(path).expanduser()
+        if path.is_dir():
+            raise ValueError(f"a voice is saved to a file, and {path} is a folder")
+        with staged_folder(path.parent) as folder:
+            tensors = {"vector": self.vector.contiguous(), "fingerprint": self.fingerprint.contiguous()}
+            save_file(tensors, folder / path.name, metadata={"format": _FORMAT})
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Voice":
+        """Read a voice that `save` wrote. Whether it fits a checkpoint is looked at when it is used.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is damaged, or is no voice.
+        """
+        path = Path(path).expanduser()
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no voice at {path}")
+        try:
+            with safe_open(path, framework="pt") as file:
+                if (file.metadata() or {}).get("format") != _FORMAT:
+                    raise ValueError(f"{path} is no voice: its metadata do not say {_FORMAT}")
+                vector, fingerprint = file.get_tensor("vector"), file.get_tensor("fingerprint")
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged or no voice ({error}): save the voice again") from error
+        for name, tensor in (("vector", vector), ("fingerprint", fingerprint)):
+            if tensor.shape != vector.shape or tensor.ndim != 1 or not tensor.is_floating_point():
+                raise ValueError(f"{path} is damaged: {name} is {tensor.dtype} {list(tensor.shape)}, not [hidden_size]")
+            if not tensor.isfinite().all():
+                raise ValueError(f"{path} is damaged: {name} holds NaN or infinite values")
+        return cls(vector, fingerprint)
+
+
+class VoiceCache:
+    """Voices by the content of their clips, the `capacity` that were used last; for one thread.
+
+    A voice of several clips is the mean of the clips' vectors, as in original Tortoise. Of each clip the first
+    `default_audio_length` seconds are used (shorter ones are padded), where the original takes a piece at random.
+
+    Args:
+        model: in eval mode, where it will compute. After its weights were changed or moved, call `clear`.
+        feature_extractor: of the checkpoint.
+        capacity: how many voices are kept; a voice takes some kilobytes.
+    """
+
+    def __init__(
+        self,
+        model: ClvpModelForConditionalGeneration,
+        feature_extractor: ClvpFeatureExtractor,
+        capacity: int = 256,
+    ):
+        if capacity < 1:
+            raise ValueError(f"capacity must be at least 1 voice, not {capacity}")
+        self.model = model
+        self.feature_extractor = feature_extractor
+        self.capacity = capacity
+        self._voices: OrderedDict[bytes, Voice] = OrderedDict()
+        self._fingerprint: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self._voices)
+
+    def clear(self) -> None:
+        """Forget all voices, and the mark of the checkpoint."""
+        self._voices.clear()
+        self._fingerprint = None
+
+    def from_clips(self, clips, sampling_rate: int) -> Voice:
+        """The voice of recordings.
+
+        Args:
+            clips: mono samples of one recording, or a list of such: 1-D arrays or tensors, floats in [-1, 1] or int16.
+            sampling_rate: of the samples, in Hz; the extractor's.
+
+        Raises:
+            ValueError, TypeError: no clip; a clip that is empty, silent, not mono or has samples that are NaN or
+                infinite; another sampling rate. Nothing is kept then, and other voices stay as they were.
+        """
+        clips = [_host_array(clip) for clip in (clips if isinstance(clips, (list, tuple)) else [clips])]
+        if not clips:
+            raise ValueError("a voice needs at least one clip")
+        used = self.feature_extractor.default_audio_length * self.feature_extractor.sampling_rate
+        clips = [clip[:used] if clip.ndim == 1 else clip for clip in clips]
+        settings = json.dumps([self.feature_extractor.to_dict(), sampling_rate], sort_keys=True, default=str)
+        key = _digest("clips", settings, *clips)
+
+        def features() -> list[torch.Tensor]:
+            extracted = self.feature_extractor(clips, sampling_rate=sampling_rate, return_tensors="pt")
+            for index, clip in enumerate(clips):
+                scale = 1 / 32768 if clip.dtype == np.int16 else 1
+                require_sound(clip * np.float32(scale), f"clip {index}" if len(clips) > 1 else "the audio")
+            return list(extracted["input_features"])
+
+        return self._get(key, features)
+
+    def from_features(self, input_features) -> Voice:
+        """The voice of log-mel features `[bins, frames]` or `[clips, bins, frames]`, or of a list of `[bins, frames]`.
+
+        Raises:
+            ValueError: no clip, another number of bins than the checkpoint's, no frame, NaN or infinite values.
+        """
+        if isinstance(input_features, (list, tuple)):
+            clips = [_host_array(clip) for clip in input_features]
+        else:
+            features = _host_array(input_features)
+            clips = list(features) if features.ndim == 3 else [features]
+        if not clips:
+            raise ValueError("a voice needs at least one clip")
+        for index, clip in enumerate(clips):
+            if not np.isfinite(clip).all():
+                raise ValueError(
+                    f"input_features of clip {index} hold NaN or infinite values: is the recording damaged?"
+                )
+        return self._get(_digest("features", "", *clips), lambda: [torch.tensor(clip) for clip in clips])
+
+    def conditioning(self, voice: Voice) -> torch.Tensor:
+        """`[1, hidden_size]` in the model's dtype, where the model is: `join_prompt` puts it before texts.
+
+        Raises:
+            ValueError: the voice was made by another checkpoint.
+        """
+        expected = self.fingerprint
+        if voice.vector.shape != expected.shape:
+            width, found = len(expected), len(voice.vector)
+            raise ValueError(
+                f"the voice has {found} numbers, and this checkpoint's have {width}: make it anew from its recordings"
+            )
+        if voice.fingerprint is not expected and not _same(voice.fingerprint, expected):
+            raise ValueError("the voice was made by another checkpoint: make it anew from its recordings")
+        return voice.on(self.model.device, self.model.dtype)
+
+    @property
+    def fingerprint(self) -> torch.Tensor:
+        """What the encoder of voices answers to a fixed input, `[hidden_size]` float32 on the host.
+
+        Unlike a hash of the weights, it is nearly the same in every dtype that the checkpoint is loaded in.
+        """
+        if self._fingerprint is None:
+            bins = self.model.config.decoder_config.feature_size
+            probe = torch.arange(bins * 8, dtype=torch.float64).view(1, bins, 8).sin()
+            self._fingerprint = self._encode(probe[0]).float().cpu()
+        return self._fingerprint
+
+    def _get(self, key: bytes, features) -> Voice:
+        voice = self._voices.get(key)
+        if voice is None:
+            # One clip at a time, so that a clip gives the same bits in every company.
+            vectors = torch.stack([self._encode(clip) for clip in features()])
+            mean = vectors.to(torch.promote_types(vectors.dtype, torch.float32)).mean(0)
+            voice = Voice(mean.cpu(), self.fingerprint)
+            if not voice.vector.isfinite().all():
+                raise ValueError("the voice came out as NaN or infinite: try a wider dtype than that of the model")
+            self._voices[key] = voice
+            if len(self._voices) > self.capacity:
+                self._voices.popitem(last=False)
+        self._voices.move_to_end(key)
+        return voice
+
+    @torch.no_grad()
+    def _encode(self, features: torch.Tensor) -> torch.Tensor:
+        """Features `[bins, frames]` to `[hidden_size]`, in the model's dtype and on its device."""
+        features = features.to(device=self.model.device, dtype=self.model.dtype)
+        return self.model.conditioning_encoder.encode_voice(features[None])[0]
+
+
+def _host_array(values) -> np.ndarray:
+    if isinstance(values, torch.Tensor):
+        values = values.detach().cpu()
+        return (values.float() if values.dtype == torch.bfloat16 else values).numpy()
+    return np.asarray(values)
+
+
+def _digest(kind: str, settings: str, *arrays: np.ndarray) -> bytes:
+    digest = blake2b(f"{kind} {settings}".encode(), digest_size=16)
+    for array in arrays:
+        digest.update(f" {array.dtype.str} {array.shape} ".encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.digest()
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    one, other = one.double(), other.double()
+    return bool((one - other).norm() <= _SAME_ENCODER * other.norm())
