@@ -37,6 +37,7 @@ class Case:
     absent: dict[str, str] = field(default_factory=dict)
     error: Callable[[torch.Tensor, torch.Tensor], float] | None = None
     tolerance: float = 0.0
+    extra: dict = field(default_factory=dict)
 
 
 def ours(call: Callable[..., torch.Tensor], operator: str, device: str) -> tuple[dict, dict]:
@@ -111,7 +112,7 @@ def measure_case(workload: str, case: Case, device: str, repeats: int = 30) -> l
         replay = _captured(over_all_sets) if device == "cuda" else None
         captured[name] = replay is not None
         providers.append(Provider(name, replay or over_all_sets, errors[name], tolerance, calls=len(sets)))
-    counted = {"bytes": case.bytes} | ({"flop": case.flop} if case.flop else {})
+    counted = {"bytes": case.bytes} | ({"flop": case.flop} if case.flop else {}) | case.extra
     rows = measure(
         workload,
         case.shape,

@@ -17,6 +17,7 @@ WORKLOADS = (
     "rotary_attention",
     "geglu_mlp",
     "gelu_mlp",
+    "log_mel",
     "sample",
     "add_norm",
     "import_time",

@@ -25,6 +25,23 @@ def test_a_changed_number_in_readme_is_seen(tmp_path, monkeypatch):
     assert report.updated(readme, rows) != readme
 
 
+def test_readme_shows_the_chosen_shapes_in_a_readable_unit_and_each_commit():
+    where = {"device": {"name": "cpu", "threads": 2}, "versions": {"torch": "1", "transformers": "2"}}
+    what = {"ratio": 2.0, "error": 1e-6, "peak_extra_bytes": None, "provider": "a"}
+    shapes = [{"clips": clips, "n_fft": 1024, "seconds": 6, "threads": 1} for clips in (64, 256)]
+    rows = [
+        where | what | {"workload": "log_mel", "shape": shape, "seconds": {"median": 0.0123}, "commit": "abc"}
+        for shape in (*shapes, shapes[0] | {"n_fft": 512})
+    ]
+    table = report.table(rows)
+    assert table.count("log-mel of") == 1 and "| log-mel of 64 clips of 6 s, threads: 1 | a | 12.3 ms |" in table
+    assert "at commit abc; models" in table
+    other = where | what | {"workload": "import_time", "shape": {}, "seconds": {"median": 1.5}, "commit": "def"}
+    table = report.table([*rows, other])
+    assert "log_mel on cpu" in table and "at commit abc; import_time on" in table and "commit def" in table
+    assert "| import | a | 1.50 s |" in table
+
+
 def provider(name, error=0.0, calls=None):
     return harness.Provider(name, lambda: calls.append(name) if calls is not None else None, error, 1e-3)
 

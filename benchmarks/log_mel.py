@@ -1,0 +1,258 @@
+"""Log-mel features of six-second clips, against transformers' extractor, torch, torchaudio, flashmel and asrfront.
+
+Providers get the same float32 samples; all but the extractors, which are measured whole, from numpy to numpy, leave
+their features where the samples are. A result may differ from the float64 reference by what the class may differ from
+transformers'. On a CPU everything is measured with one thread and with all (numpy's own products, a small part of
+transformers' time, take all in either), and the limit counts the bytes at the rate at which all threads copy.
+
+A rival that cannot be had is named in the rows, with the reason: `pip install torchaudio asrfront flashmel`.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib import import_module
+
+import numpy as np
+import torch
+from transformers.audio_utils import mel_filter_bank, window_function
+
+import clvp_fast
+from benchmarks.kernels import Case, measure_case
+from clvp_fast import ClvpFeatureExtractor
+from clvp_fast.ops import log_mel
+from clvp_fast.ops.log_mel import reference as log_mel_reference
+
+RATE, SECONDS, N_FFT, HOP, NUM_MELS, FLOOR = 22050, 6, 1024, 256, 80, 1e-5
+CLIPS = {"cpu": (64, 1, 16, 256), "cuda": (1024, 1, 64, 4096)}
+# Transformers' extractor takes clip by clip: its time at other sizes is known.
+_EXTRACTORS_UP_TO = 64
+_TOLERANCE = 1e-4
+# Larger batches repeat this many clips, a prime, so that a row taken for another one is seen.
+_DISTINCT = 61
+
+
+@cache
+def _extractor() -> ClvpFeatureExtractor:
+    return ClvpFeatureExtractor(mel_norms=np.random.default_rng(0).uniform(1, 7, NUM_MELS).tolist())
+
+
+def make_clips(seed: int, clips: int, rate: int, device: str) -> tuple[torch.Tensor]:
+    """Noise `[clips, time]` that swells and fades, as speech does."""
+    generator = torch.Generator().manual_seed(seed)
+    distinct, time = min(clips, _DISTINCT), SECONDS * rate
+    swell = torch.rand(distinct, 1, SECONDS * 4, generator=generator) ** 3
+    swell = torch.nn.functional.interpolate(swell, size=time, mode="linear")[:, 0]
+    samples = (0.3 * torch.randn(distinct, time, generator=generator) * swell).to(device)
+    return (samples.repeat(-(-clips // distinct), 1)[:clips],)
+
+
+def furthest(result: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference from `expected`, of the first clips, which the others repeat.
+
+    A result without the logarithm is judged after it.
+    """
+    if (result >= 0).all():
+        result = result.clamp(min=FLOOR).log() / torch.tensor(_extractor().mel_norms, device=result.device)[:, None]
+    if result.shape[1:] != expected.shape[1:]:
+        return math.inf
+    return float(
+        torch.stack([(part - expected[: len(part)]).abs().max() for part in result.split(len(expected))]).max()
+    )
+
+
+def _by(name: str, call: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def run(*arguments):
+        with clvp_fast.backend(name):
+            return call(*arguments)
+
+    return run
+
+
+def _ours(settings: dict, device: str) -> tuple[dict, dict]:
+    """The operator by its kernel, in float32 and, on a CPU, in float64, as the extractor computes."""
+    refused = clvp_fast.explain("log_mel", device)[0].refused.get("kernel")
+    if refused:
+        return {}, {"clvp_fast kernel": refused}
+    providers = {"clvp_fast kernel": _by("kernel", lambda samples: log_mel(samples, **settings))}
+    if device == "cpu":
+        double = settings | {"compute_dtype": torch.float64, "dtype": torch.float32}
+        providers["clvp_fast kernel, float64"] = _by("kernel", lambda samples: log_mel(samples, **double))
+    return providers, {}
+
+
+def _stft(settings: dict) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What a careful user of torch writes."""
+    window, hop, norms = settings["window"], settings["hop_length"], settings["mel_norms"][:, None]
+    filters = settings["mel_filters"].T.contiguous()
+
+    def run(samples):
+        spectrum = torch.stft(samples, len(window), hop, window=window, return_complex=True)
+        return (filters @ torch.view_as_real(spectrum).square().sum(-1)).clamp(min=FLOOR).log() / norms
+
+    return run
+
+
+def _mel_spectrograms(settings: dict, device: str) -> tuple[dict, dict]:
+    """torchaudio's transform with the logarithm and the norms behind it, and flashmel's with and without them."""
+    norms = settings["mel_norms"][:, None]
+    options = {"sample_rate": RATE, "n_fft": N_FFT, "hop_length": HOP, "n_mels": NUM_MELS}
+    options |= {"f_max": 8000.0, "norm": "slaney", "mel_scale": "htk"}
+    providers, absent = {}, {}
+
+    def normalised(transform):
+        return lambda samples: transform(samples).clamp(min=FLOOR).log() / norms
+
+    for name in ("torchaudio.transforms", "flashmel") if device == "cuda" else ("torchaudio.transforms",):
+        try:
+            transform = import_module(name).MelSpectrogram(**options).to(device)
+            transform(torch.zeros(1, 4 * N_FFT, device=device))
+        except Exception as error:  # whatever keeps a rival from running here, its row says
+            absent[name] = f"{type(error).__name__}: {error}"
+            continue
+        providers[f"{name}, log, norms"] = normalised(transform)
+        if name == "flashmel":
+            providers["flashmel, no log, no norms"] = transform
+    return providers, absent
+
+
+def _extractors() -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+    from transformers.models.clvp.feature_extraction_clvp import ClvpFeatureExtractor as StockExtractor
+
+    def run(extractor):
+        def extract(samples):
+            clips, length = list(samples.numpy()), samples.shape[1]
+            features = extractor(clips, sampling_rate=RATE, return_tensors="np", max_length=length)
+            return torch.from_numpy(features["input_features"])
+
+        return extract
+
+    stock = StockExtractor(mel_norms=_extractor().mel_norms)
+    return {"clvp_fast extractor": run(_extractor()), "transformers' extractor": run(stock)}
+
+
+def _settings(device: str) -> dict:
+    to = {"device": device, "dtype": torch.float32}
+    return {
+        "window": torch.tensor(window_function(N_FFT, "hann"), **to),
+        "mel_filters": torch.tensor(_extractor().mel_filters, **to),
+        "hop_length": HOP,
+        "mel_norms": torch.tensor(_extractor().mel_norms, **to),
+        "log_floor": FLOOR,
+    }
+
+
+def _operator_reference(samples: torch.Tensor, settings: dict) -> torch.Tensor:
+    window, filters, norms = (settings[name] for name in ("window", "mel_filters", "mel_norms"))
+    arguments = (window, filters, settings["hop_length"], None, norms, settings["log_floor"])
+    return log_mel_reference(samples[:_DISTINCT].double(), *arguments, False, None, torch.float64, torch.float64)
+
+
+def clvp_case(clips: int, device: str) -> Case:
+    """CLVP's own features, normalised; the filters are the extractor's."""
+    settings = _settings(device)
+    kernel, no_kernel = _ours(settings, device)
+    spectrograms, no_spectrograms = _mel_spectrograms(settings, device)
+    torch_path = {"clvp_fast torch": _by("torch", lambda samples: log_mel(samples, **settings))}
+    extractors = _extractors() if device == "cpu" and clips <= _EXTRACTORS_UP_TO else {}
+    shape = dict(clips=clips, seconds=SECONDS, n_fft=N_FFT, hop_length=HOP, num_mels=NUM_MELS)
+    return Case(
+        shape=shape if device == "cuda" else shape | {"threads": torch.get_num_threads()},
+        dtype=torch.float32,
+        inputs=lambda seed: make_clips(seed, clips, RATE, device),
+        reference=lambda samples: _operator_reference(samples, settings),
+        providers={"torch.stft, matmul, log": _stft(settings)} | torch_path | kernel | spectrograms | extractors,
+        **_counted(clips, 1 + SECONDS * RATE // HOP, SECONDS * RATE, settings),
+        absent=no_kernel | no_spectrograms,
+        error=furthest,
+        tolerance=_TOLERANCE,
+    )
+
+
+def _counted(clips: int, frames: int, time: int, settings: dict) -> dict:
+    """Bytes of samples and features. The operations are no product of matrices, whose rate would be no limit."""
+    n_fft, (_, num_mels) = len(settings["window"]), settings["mel_filters"].shape
+    per_frame = 2.5 * n_fft * math.log2(n_fft) + 4 * int(settings["mel_filters"].count_nonzero())
+    return {
+        "bytes": 4 * clips * (time + num_mels * frames),
+        "extra": {"frames": clips * frames, "fft_flop": round(clips * frames * per_frame)},
+    }
+
+
+def asrfront_case(clips: int) -> Case:
+    """The features of Gemma 4, the one configuration of asrfront with a transform that our kernel has.
+
+    As many frames of the same length, hop, transform and channels for both; asrfront's are of the magnitude instead of
+    the power, `log(mel + 0.001)`, with zeros before the first sample and no norms, and lie `[clips, frames, channels]`.
+    Each is judged by the float64 formula of its own.
+    """
+    rate, n_fft, hop, length = 16000, 512, 160, 320
+    time = SECONDS * rate
+    frames = (time - 1) // hop
+    hann = np.pad(window_function(length, "hann"), (n_fft - length) // 2)
+    filters = mel_filter_bank(n_fft // 2 + 1, 128, 0.0, 8000.0, rate, norm=None, mel_scale="htk")
+    settings = {"window": torch.tensor(hann).float(), "mel_filters": torch.tensor(filters).float(), "hop_length": hop}
+    settings |= {"mel_norms": torch.ones(128), "log_floor": FLOOR}
+    used = 1 + (frames - 1) * hop
+
+    def magnitudes(samples):
+        framed = torch.nn.functional.pad(samples[:_DISTINCT].double(), (n_fft // 2, n_fft)).unfold(1, n_fft, hop)
+        spectrum = torch.fft.rfft(framed[:, :frames] * torch.from_numpy(hann)).abs()
+        return (spectrum @ torch.from_numpy(filters) + 0.001).log()
+
+    def distance(result, expected):
+        ours, theirs = expected
+        return furthest(result, theirs if result.shape[1:] == theirs.shape[1:] else ours)
+
+    kernel, absent = _ours(settings, "cpu")
+    providers = {"torch.stft, matmul, log": _stft(settings)} | kernel
+    providers = {name: lambda samples, run=run: run(samples[:, :used]) for name, run in providers.items()}
+    try:
+        from asrfront import gemma4
+    except ImportError as error:
+        absent["asrfront"] = f"{type(error).__name__}: {error}"
+    else:
+        threads = torch.get_num_threads()
+        providers["asrfront"] = lambda samples: torch.from_numpy(gemma4.log_mel_batch(samples.numpy(), threads)[0])
+    return Case(
+        shape=dict(
+            clips=clips, seconds=SECONDS, n_fft=n_fft, hop_length=hop, num_mels=128, threads=torch.get_num_threads()
+        ),
+        dtype=torch.float32,
+        inputs=lambda seed: make_clips(seed, clips, rate, "cpu"),
+        reference=lambda samples: (_operator_reference(samples[:, :used], settings), magnitudes(samples)),
+        providers=providers,
+        **_counted(clips, frames, time, settings),
+        absent=absent,
+        error=distance,
+        tolerance=_TOLERANCE,
+    )
+
+
+def cases(device: str) -> Iterator[Case]:
+    for clips in CLIPS[device]:
+        yield clvp_case(clips, device)
+    if device == "cpu":
+        yield asrfront_case(CLIPS["cpu"][0])
+
+
+@contextmanager
+def _threads(number: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def rows(device: str) -> list[dict]:
+    counts = (torch.get_num_threads(),) if device == "cuda" else sorted({1, torch.get_num_threads()}, reverse=True)
+    found = []
+    for threads in counts:
+        with _threads(threads):
+            for case in cases(device):
+                repeats = 30 if device == "cuda" or case.shape["clips"] < 64 else 10
+                found += measure_case("log_mel", case, device, repeats)
+    return found
