@@ -1,0 +1,311 @@
+"""The data plane: pages, the state of decoding slots, and the step that advances them all.
+
+Only here the host and the device exchange anything: a scheduler's changes go there before a step, in one copy
+(`slots.py`), tokens come back behind it and are read when wanted. Within a step nothing is read on the host:
+embed → layers → norms → head → sample → state.
+
+The bits of a row. Our operators treat each row alone; torch's matrix products promise less. On x86 with torch 2.13
+(MKL) a float32 row has the same bits in all products of 12 rows or more, whichever way round, and others below, where
+other routines serve. In bfloat16 and float16 any number of rows gives the same bits, in float64 hardly two do. So a
+float32 step on a CPU has at least `MIN_ROWS` rows, inactive ones for padding, and prompts are prefilled one by one;
+`deterministic=True` keeps one number of rows on any machine and in any dtype.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from clvp_fast import ops
+from clvp_fast.engine.decoder import PagedDecoder
+from clvp_fast.engine.scheduler import batch_buckets
+from clvp_fast.engine.slots import NEUTRAL, SlotState, to_device
+from clvp_fast.ops.dispatch import OPERATORS
+
+MIN_ROWS = 16
+# How many tokens of several prompts are prefilled at once.
+PREFILL_TOKENS = 8192
+
+
+def _single_token(eos_token_id: int | list[int] | None) -> int:
+    """The stop token of a configuration; none is a token that is never drawn."""
+    tokens = eos_token_id if isinstance(eos_token_id, (list, tuple)) else [eos_token_id]
+    if len(tokens) != 1:
+        raise ValueError(f"a candidate ends with one token, and the decoder's eos_token_id names {len(tokens)}")
+    return -2 if tokens[0] is None else tokens[0]
+
+
+@dataclass(frozen=True)
+class StepHandle:
+    """A step that was started: `results` `[2, rows]` int64 on the host, valid once `event` has happened."""
+
+    results: torch.Tensor
+    num_slots: int
+    event: Any = None
+
+    def wait(self) -> np.ndarray:
+        if self.event is not None:
+            self.event.synchronize()
+        return self.results.numpy()[:, : self.num_slots]
+
+
+class Runner:
+    """Runs the steps that a scheduler plans.
+
+    Args:
+        model: a `ClvpForCausalLM` in eval mode; its parameters are shared.
+        num_pages, page_size: pages of every layer, and tokens a page.
+        max_batch: slots, and rows of prefixes.
+        max_new_tokens: the most that a candidate may draw.
+        max_prefix_len: of a prompt in tokens; by default the longest that a text makes.
+        page_dtype: `torch.float8_e4m3fn`; None: the dtype of the model.
+        latents: keep the hidden state, after both final norms, that each token was drawn from; see `latents`.
+        deterministic: every step has `max_batch` rows, so that their number has no say in the bits of a row; for
+            `paged_attention_decode` too, whose torch path would look at all rows, refused here.
+        capture: replay steps as CUDA graphs, once `warm_up` has captured them; None: on CUDA.
+
+    Raises:
+        ValueError: sizes that cannot be, with their bounds; capturing without CUDA.
+        RuntimeError: `deterministic`, and attention has but its torch path here.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        model,
+        num_pages: int,
+        page_size: int,
+        max_batch: int,
+        max_new_tokens: int,
+        *,
+        max_prefix_len: int | None = None,
+        page_dtype: torch.dtype | None = None,
+        latents: bool = False,
+        deterministic: bool = False,
+        capture: bool | None = None,
+    ):
+        decoder = self.decoder = PagedDecoder(model)
+        config, device = model.config, decoder.device
+        if min(num_pages, page_size, max_batch) < 1:
+            raise ValueError(
+                f"num_pages, page_size and max_batch must be from 1 up, not {num_pages}, {page_size} and {max_batch}"
+            )
+        if not 1 <= max_new_tokens <= decoder.max_new_tokens:
+            raise ValueError(
+                f"max_new_tokens must be from 1 to {decoder.max_new_tokens}, which the positions of this checkpoint "
+                f"allow, not {max_new_tokens}"
+            )
+        if capture and device.type != "cuda":
+            raise ValueError(f"steps are captured on a CUDA device, and the model is on {device}: leave out capture")
+        self.device, self.max_batch, self.max_new_tokens = device, max_batch, max_new_tokens
+        self.max_prefix_len = config.max_text_tokens + 1 if max_prefix_len is None else max_prefix_len
+        self.deterministic = deterministic
+        self._captures = device.type == "cuda" if capture is None else capture
+        self._min_rows = MIN_ROWS if device.type == "cpu" and decoder.dtype == torch.float32 else 1
+        self._prefill_tokens = 0 if deterministic or device.type == "cpu" else PREFILL_TOKENS
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._addresses: tuple[int, ...] = ()
+
+        rows = self._capacity = max(max_batch, self._min_rows)
+        self.slots = SlotState(
+            rows,
+            -(-max_new_tokens // page_size),
+            -(-self.max_prefix_len // page_size),
+            vocab_size=decoder.vocab_size,
+            max_new_tokens=max_new_tokens,
+            start_token=config.bos_token_id,
+            stop_token=_single_token(config.eos_token_id),
+            device=device,
+        )
+        self.pages = decoder.pages(num_pages, page_size, page_dtype)
+        if deterministic:
+            self._refuse_torch_attention()
+        self._arrivals = torch.zeros(rows, decoder.num_heads, dtype=torch.int32, device=device)
+        self._results: dict[int, torch.Tensor] = {}
+        self._rows = torch.arange(rows, device=device)
+        self._latents = None
+        if latents:
+            # The last place is for what inactive rows write.
+            shape = rows, max_new_tokens + 1, decoder.hidden_size
+            self._latents = torch.empty(shape, dtype=decoder.dtype, device=device)
+
+    @torch.inference_mode()
+    def warm_up(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Capture the step of each batch bucket, the largest first, with `progress(captured, buckets)` after each.
+
+        Nothing happens where steps are not captured. Raises `RuntimeError` while candidates hold slots.
+        """
+        if not self._captures:
+            return
+        if self.slots.active.any():
+            raise RuntimeError("warm_up() runs steps of its own: call it while no candidate holds a slot")
+        sizes = [self._capacity] if self.deterministic else batch_buckets(self._capacity)
+        self._graphs.clear()
+        current, side = torch.cuda.current_stream(self.device), torch.cuda.Stream(self.device)
+        pool = torch.cuda.graph_pool_handle()
+        for count, size in enumerate(reversed(sizes), 1):
+            # Once without capture: kernels are compiled, parameters packed, buffers made.
+            side.wait_stream(current)
+            with torch.cuda.stream(side):
+                self._step(size)
+            current.wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                self._step(size)
+            self._graphs[size] = graph
+            if progress is not None:
+                progress(count, len(sizes))
+        self._addresses = self.decoder.addresses()
+
+    @torch.inference_mode()
+    def apply(self, step, prompts: Mapping[Any, torch.Tensor], params: Mapping[Any, Any]) -> None:
+        """Bring a scheduler's changes to the device, and prefill what is new.
+
+        Args:
+            step: the scheduler's `Step`; slots are numbered as before its moves.
+            prompts: by the key of each prefill, embeddings `[prefix_len, hidden_size]` that carry their positions.
+            params: by the key of each admission, `SamplingParams` with a seed.
+
+        Raises:
+            ValueError: a prompt of another shape or too long, too many new tokens, no seed; nothing has changed then.
+            RuntimeError: the model's parameters moved after `warm_up`.
+        """
+        if not (step.freed_slots or step.prefills or step.admitted or step.new_pages or step.moves):
+            return
+        if self._graphs and step.admitted and self.decoder.addresses() != self._addresses:
+            raise RuntimeError("the model's parameters moved after warm_up(): call it again when no candidate runs")
+        for prefill in step.prefills:
+            self._check_prompt(prefill, prompts[prefill.key])
+        self.slots.apply(step, params)
+        if self._latents is not None and step.moves:
+            sources, targets = to_device(self.device, *np.array(step.moves, dtype=np.int64).T)
+            self._latents[targets] = self._latents[sources]
+        self._prefill(step.prefills, prompts)
+
+    @torch.inference_mode()
+    def decode(self, num_slots: int) -> StepHandle:
+        """Start one step of the slots below `num_slots`, and do not wait for it."""
+        if not 1 <= num_slots <= self.max_batch:
+            raise ValueError(f"num_slots must be from 1 to {self.max_batch}, not {num_slots}")
+        rows = self._rows_of(num_slots)
+        if rows in self._graphs:
+            self._graphs[rows].replay()
+        else:
+            self._step(rows, **self._shortcuts(rows))
+        results = self._result(rows)
+        if self.device.type != "cuda":
+            return StepHandle(results.cpu().clone(), num_slots)
+        host = torch.empty(results.shape, dtype=results.dtype, pin_memory=True)
+        host.copy_(results, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        return StepHandle(host, num_slots, event)
+
+    def tokens(self, handle: StepHandle) -> np.ndarray:
+        """What each slot drew in a step, `[num_slots]` int64; -1: the slot took no part, or had finished before."""
+        return handle.wait()[0]
+
+    def finished(self, handle: StepHandle) -> np.ndarray:
+        """`[num_slots]` bool: the slot drew its last token in this step, or has a token of -1."""
+        return handle.wait()[1].astype(bool)
+
+    @torch.no_grad()
+    def latents(self, slot: int, length: int) -> torch.Tensor:
+        """A copy of the hidden states that a candidate's first `length` tokens were drawn from.
+
+        `[length, hidden_size]` on the device. To be taken before the slot is given away; moves carry them along.
+        Raises `RuntimeError` where none are kept.
+        """
+        if self._latents is None:
+            raise RuntimeError("this runner keeps no latents: make it with latents=True")
+        return self._latents[slot, :length].clone()
+
+    def _refuse_torch_attention(self) -> None:
+        """Raise where attention would take its torch path, whose sums are as long as the longest row's."""
+        attention = OPERATORS["paged_attention_decode"]
+        q = torch.empty(1, self.decoder.num_heads, self.decoder.head_dim, dtype=self.decoder.dtype, device=self.device)
+        pages = self.pages.layer(0)
+        if attention.choose((q, q, q, pages["k_pages"], pages["v_pages"], *[None] * 9)) is attention.torch_path:
+            raise RuntimeError(
+                "deterministic=True needs the kernel of clvp_fast.paged_attention_decode, which does not serve "
+                f"{self.decoder.dtype} with {pages['k_pages'].dtype} pages and head_dim {self.decoder.head_dim} on "
+                f"{self.device} here: clvp_fast.explain() tells more; backend('reference') serves anything, slowly"
+            )
+
+    def _rows_of(self, num_slots: int) -> int:
+        """How many rows a step of `num_slots` slots has."""
+        if self.deterministic:
+            return self._capacity
+        if self._graphs:
+            return min(size for size in self._graphs if size >= num_slots)
+        return max(num_slots, self._min_rows)
+
+    def _result(self, rows: int) -> torch.Tensor:
+        """Where a step leaves its tokens and, as 0 or 1, whether they were the last ones: `[2, rows]` int64."""
+        if rows not in self._results:
+            self._results[rows] = torch.empty(2, rows, dtype=torch.int64, device=self.device)
+        return self._results[rows]
+
+    def _shortcuts(self, rows: int) -> dict[str, Any]:
+        """Numbers in the place of tensors for `sample`, where that spares work and changes no token."""
+        shortcuts: dict[str, Any] = self.slots.neutral(rows)
+        # Greedy rows among others are drawn with top_k = 1, which lets equal logits draw lots. In half types they are
+        # common, so that a greedy row must not be the first of them here and any of them there.
+        if self.decoder.dtype in (torch.float32, torch.float64) and self.slots.all_greedy(rows):
+            shortcuts["do_sample"] = False
+        return shortcuts
+
+    def _step(self, rows: int, **shortcuts) -> None:
+        """One step of the first `rows` slots: their state is updated, and `_result` written."""
+        state = self.slots.first(rows)
+        seq_lens, lengths = state["seq_lens"], state["lengths"]
+        inactive = seq_lens < 0
+        names = ("token", "seq_lens", "block_table", "prefix_table", "prefix_lens", "prefix_index")
+        hidden, logits = self.decoder.step(*(state[name] for name in names), self.pages, self._arrivals[:rows])
+        if self._latents is not None:
+            places = torch.where(inactive, self.max_new_tokens, lengths)
+            self._latents.index_put_((self._rows[:rows], places), hidden)
+        # Each slot has a stop token of its own, so that `sample` is told of none: it leaves `inactive` as it is.
+        tokens = ops.sample(
+            logits,
+            state["seen"],
+            lengths,
+            inactive,
+            seed=state["seed"],
+            candidate=state["candidate"],
+            step=lengths,
+            stop_token=-1,
+            pad_token=-1,
+            **{name: state[name] for name in NEUTRAL} | shortcuts,
+        )
+        stopped = inactive | (tokens == state["stop"]) | (lengths >= state["limit"])
+        torch.clamp(tokens, min=0, out=state["token"])
+        # The tokens drawn so far are those stored before the next step, the start token for the one not entered yet.
+        seq_lens.copy_(torch.where(stopped, -1, lengths))
+        torch.stack((tokens, stopped.long()), out=self._result(rows))
+
+    def _check_prompt(self, prefill, prompt: torch.Tensor) -> None:
+        expected = prefill.prefix_len, self.decoder.hidden_size
+        if prompt.shape != expected:
+            raise ValueError(f"the prompt of request {prefill.key!r} must be {[*expected]}, not {[*prompt.shape]}")
+        if prefill.prefix_len > self.max_prefix_len:
+            raise ValueError(
+                f"the prompt of request {prefill.key!r} has {prefill.prefix_len} tokens, and there is room for "
+                f"{self.max_prefix_len}: split the text, or make room with max_prefix_len"
+            )
+
+    def _prefill(self, prefills, prompts: Mapping[Any, torch.Tensor]) -> None:
+        """Prefill prompts into the pages that the prefix table names: several at once, or one by one."""
+        group, tokens = [], 0
+        for number, prefill in enumerate(prefills, 1):
+            group.append(prefill)
+            tokens += prefill.prefix_len
+            if number < len(prefills) and tokens + prefills[number].prefix_len <= self._prefill_tokens:
+                continue
+            bounds = np.cumsum([0, *(one.prefix_len for one in group)])
+            bounds, rows = to_device(self.device, bounds, np.array([one.prefix_row for one in group]))
+            embeds = torch.cat([prompts[one.key].to(self.device, self.decoder.dtype) for one in group])
+            self.decoder.prefill(embeds, bounds.int(), self.pages, self.slots.tensors["prefix_table"][rows])
+            group, tokens = [], 0

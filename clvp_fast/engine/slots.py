@@ -1,0 +1,194 @@
+"""The state of decoding slots on the device, and how the host's changes get there.
+
+A slot is a row of every tensor here. All of them are parts of one int32 arena, so that what the host changes between
+two steps is one copy to the device and one scatter: a list of words and their values.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+# State of a slot in 64 bits: whole numbers, then floating ones. `lengths` counts the tokens drawn.
+_WHOLE = ("token", "lengths", "limit", "stop", "seed", "candidate", "top_k")
+_REAL = ("temperature", "top_p", "typical_p", "min_p", "repetition_penalty")
+# What leaves a parameter of `sample` out.
+NEUTRAL = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "typical_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
+
+
+class SlotState:
+    """State tensors of `rows` slots, all inactive at first.
+
+    By name in `tensors`, their first axis the slots (of `prefix_table` and `prefix_lens`, the rows of prefixes):
+    int64 `token` (the next to enter), `lengths`, `limit`, `stop`, `seed`, `candidate`, `top_k`; float64 `temperature`,
+    `top_p`, `typical_p`, `min_p`, `repetition_penalty`; int32 `seq_lens` (-1: inactive), `prefix_index`, `prefix_lens`,
+    `block_table` `[rows, own_pages]`, `prefix_table` `[rows, prefix_pages]`, `seen` `[rows, ceil(vocab_size / 32)]`.
+
+    Args:
+        own_pages, prefix_pages: the most pages of a candidate and of a prompt.
+        max_new_tokens: the most that a candidate may draw.
+        start_token, stop_token: the token that candidates begin with, and the default of those that end them.
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        own_pages: int,
+        prefix_pages: int,
+        *,
+        vocab_size: int,
+        max_new_tokens: int,
+        start_token: int,
+        stop_token: int,
+        device: torch.types.Device,
+    ):
+        self.rows = rows
+        self.device = torch.device(device)
+        self._max_new_tokens = max_new_tokens
+        self._start_token, self._stop_token = start_token, stop_token
+        shapes = dict(
+            wide=(len(_WHOLE) + len(_REAL), 2 * rows),
+            seq_lens=(rows,),
+            prefix_index=(rows,),
+            prefix_lens=(rows,),
+            block_table=(rows, own_pages),
+            prefix_table=(rows, prefix_pages),
+            seen=(rows, -(-vocab_size // 32)),
+        )
+        sizes = [int(np.prod(shape)) for shape in shapes.values()]
+        self._offsets = dict(zip(shapes, np.cumsum([0, *sizes]).tolist(), strict=False))
+        self._arena = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
+        parts = zip(shapes.items(), self._arena.split(sizes), strict=True)
+        tensors = {name: part.view(shape) for (name, shape), part in parts}
+        self._wide = tensors.pop("wide").view(torch.int64)
+        tensors |= zip(_WHOLE, self._wide, strict=False)
+        tensors |= zip(_REAL, self._wide[len(_WHOLE) :].view(torch.float64), strict=True)
+        self.tensors: dict[str, torch.Tensor] = tensors
+        tensors["seq_lens"].fill_(-1)
+        for name, value in NEUTRAL.items():
+            tensors[name].fill_(value)
+        # What the host knows of its slots: whether they are held, whether greedily, and their parameters.
+        self.active = np.zeros(rows, dtype=bool)
+        self._greedy = np.zeros(rows, dtype=bool)
+        self._known = {name: np.full(rows, value, dtype=np.float64) for name, value in NEUTRAL.items()}
+
+    def first(self, rows: int) -> dict[str, torch.Tensor]:
+        """`tensors` of the first `rows` slots; tables of prefixes whole."""
+        return {name: x if name in ("prefix_table", "prefix_lens") else x[:rows] for name, x in self.tensors.items()}
+
+    def neutral(self, rows: int) -> dict[str, float]:
+        """The parameters of `sample` that leave all of the first `rows` slots as they are, and their value."""
+        return {name: value for name, value in NEUTRAL.items() if (self._known[name][:rows] == value).all()}
+
+    def all_greedy(self, rows: int) -> bool:
+        return bool((self._greedy | ~self.active)[:rows].all())
+
+    def apply(self, step, params: Mapping[Any, Any]) -> None:
+        """Enter a scheduler's `Step`, prefills aside: slots freed, candidates admitted, pages entered, slots moved.
+
+        Raises `ValueError` for parameters (by key, `SamplingParams`) without a seed or with too many new tokens.
+        """
+        states = {key: self._request_state(key, params[key]) for key in {a.key for a in step.admitted}}
+        updates = _Updates(self._offsets)
+        slots = np.array([admission.slot for admission in step.admitted], dtype=np.int64)
+        sources, targets = np.array(step.moves, dtype=np.int64).reshape(-1, 2).T
+
+        freed = np.array([*{*step.freed_slots} - {*slots.tolist()}], dtype=np.int64)
+        updates.put("seq_lens", freed, -1)
+        self._forget(freed)
+        if step.admitted:
+            self._admit(updates, step.admitted, slots, states, params)
+        if step.new_pages:
+            owners, places, pages = np.array(step.new_pages, dtype=np.int64).T
+            updates.put("block_table", owners * self.tensors["block_table"].shape[1] + places, pages)
+        for prefill in step.prefills:
+            start = prefill.prefix_row * self.tensors["prefix_table"].shape[1]
+            updates.put("prefix_table", start + np.arange(len(prefill.pages)), prefill.pages)
+            updates.put("prefix_lens", [prefill.prefix_row], prefill.prefix_len)
+
+        words, values, *indices = to_device(self.device, *updates.arrays(), slots, sources, targets)
+        slots_there, sources_there, targets_there = indices
+        if len(slots):
+            self.tensors["seen"].index_fill_(0, slots_there, 0)
+        if len(words):
+            self._arena.index_put_((words,), values.int())
+        if len(sources):
+            for known in (self.active, self._greedy, *self._known.values()):
+                known[targets] = known[sources]
+            self._forget(sources)
+            self._wide[:, targets_there] = self._wide[:, sources_there]
+            for name in ("seq_lens", "prefix_index", "block_table", "seen"):
+                self.tensors[name][targets_there] = self.tensors[name][sources_there]
+            self.tensors["seq_lens"].index_fill_(0, sources_there, -1)
+
+    def _forget(self, slots: np.ndarray) -> None:
+        self.active[slots] = self._greedy[slots] = False
+        for name, value in NEUTRAL.items():
+            self._known[name][slots] = value
+
+    def _admit(self, updates: "_Updates", admitted, slots: np.ndarray, states, params) -> None:
+        """Put the first state of candidates, and their parameters."""
+        wide = np.stack([states[admission.key] for admission in admitted])
+        wide[:, _WHOLE.index("candidate")] = [admission.candidate for admission in admitted]
+        words = (np.arange(wide.shape[1]) * self.rows + slots[:, None])[..., None] * 2 + np.arange(2)
+        updates.put("wide", words.ravel(), wide.view(np.int32).ravel())
+        updates.put("seq_lens", slots, 0)
+        updates.put("prefix_index", slots, [admission.prefix_row for admission in admitted])
+        # As in `GenerationMixin`, the repetition penalty falls on the start token too.
+        word, bit = divmod(self._start_token, 32)
+        updates.put("seen", slots * self.tensors["seen"].shape[1] + word, np.uint32(1 << bit).view(np.int32))
+        self.active[slots] = True
+        self._greedy[slots] = [not params[admission.key].do_sample for admission in admitted]
+        self._known["top_k"][slots] = wide[:, _WHOLE.index("top_k")]
+        for name, values in zip(_REAL, wide[:, len(_WHOLE) :].view(np.float64).T, strict=True):
+            self._known[name][slots] = values
+
+    def _request_state(self, key, params) -> np.ndarray:
+        """The 64-bit state of a request's candidates, floating numbers as their bits; `candidate` is left open."""
+        if params.seed is None:
+            raise ValueError(f"the parameters of request {key!r} have no seed: draw one before it is admitted")
+        if params.max_new_tokens > self._max_new_tokens:
+            raise ValueError(
+                f"request {key!r} may draw {params.max_new_tokens} tokens, and there is room for {self._max_new_tokens}"
+            )
+        whole = dict(
+            token=self._start_token,
+            lengths=0,
+            limit=params.max_new_tokens,
+            stop=self._stop_token if params.stop_token is None else params.stop_token,
+            seed=(params.seed + 2**63) % 2**64 - 2**63,  # seeds above 2^63 keep their bits
+            candidate=0,
+            top_k=params.top_k or 0,
+        )
+        real = {name: getattr(params, name) for name in _REAL}
+        if not params.do_sample:
+            whole["top_k"] = 1
+            real |= {name: value for name, value in NEUTRAL.items() if name in real and name != "repetition_penalty"}
+        floats = np.array([real[name] for name in _REAL], dtype=np.float64)
+        return np.concatenate([np.array([whole[name] for name in _WHOLE], dtype=np.int64), floats.view(np.int64)])
+
+
+class _Updates:
+    """Words of the arena to be written, gathered on the host."""
+
+    def __init__(self, offsets: dict[str, int]):
+        self._offsets = offsets
+        self._words, self._values = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+
+    def put(self, part: str, words, values) -> None:
+        """Write `values` (one for all, or one each) at `words` of a part of the arena, counted from its start."""
+        words = np.asarray(words, dtype=np.int64) + self._offsets[part]
+        self._words.append(words)
+        self._values.append(np.broadcast_to(np.asarray(values, dtype=np.int64), words.shape))
+
+    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        return np.concatenate(self._words), np.concatenate(self._values)
+
+
+def to_device(device: torch.device, *arrays: np.ndarray) -> tuple[torch.Tensor, ...]:
+    """Arrays of whole numbers below 2^31 as int64 on a device, in one copy that the host does not wait for."""
+    staged = torch.from_numpy(np.concatenate(arrays).astype(np.int32))
+    if device.type == "cuda":
+        staged = staged.pin_memory()
+    return staged.to(device, non_blocking=True).long().split([len(array) for array in arrays])
