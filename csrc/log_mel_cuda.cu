@@ -15,7 +15,10 @@ struct GpuRun {
 
     template <Barrier AFTER, class Body>
     __device__ __forceinline__ void phase(Body body) {
-        body(*this, int(threadIdx.x), registers);
+        /* Hidden from the compiler, which else keeps what phases derive from it in registers from phase to phase. */
+        int thread = int(threadIdx.x);
+        asm volatile("" : "+r"(thread));
+        body(*this, thread, registers);
         if constexpr (AFTER == Barrier::WARP) {
             __syncwarp();
         } else {
@@ -79,7 +82,8 @@ int launch(const clvp_fast_log_mel &call, cudaStream_t stream) {
 } // namespace
 } // namespace clvp_fast
 
-extern "C" __attribute__((visibility("default"))) int clvp_fast_log_mel_cuda(const clvp_fast_log_mel *call, void *stream) {
+extern "C" __attribute__((visibility("default"))) int clvp_fast_log_mel_cuda(const clvp_fast_log_mel *call,
+                                                                             void *stream) {
     const int refused = clvp_fast_check(call, 1);
     if (refused != CLVP_FAST_OK || call->batch == 0) return refused;
     const auto on = static_cast<cudaStream_t>(stream);

@@ -1,0 +1,123 @@
+/* Power spectra in shared memory to features in device memory: the end of the CUDA kernel of log_mel. */
+#pragma once
+
+#include <math.h>
+#include <string.h>
+
+#include "log_mel_shape.cuh"
+
+namespace clvp_fast {
+
+CLVP_FAST_INLINE uint32_t bits_of(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+CLVP_FAST_INLINE float float_of(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+/* Unsigned integers in the order of the numbers; 0 lies below them all. */
+CLVP_FAST_INLINE uint32_t ordered(float value) {
+    const uint32_t bits = bits_of(value);
+    return bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+CLVP_FAST_INLINE float number_of(uint32_t ordered) {
+    return float_of(ordered >> 31 ? ordered & 0x7fffffffu : ~ordered);
+}
+
+CLVP_FAST_INLINE uint16_t float16_of(float value) {
+#ifdef __CUDA_ARCH__
+    uint16_t bits;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+    return bits;
+#else
+    const _Float16 half = _Float16(value);
+    uint16_t bits;
+    memcpy(&bits, &half, sizeof bits);
+    return bits;
+#endif
+}
+CLVP_FAST_INLINE uint16_t bfloat16_of(float value) {
+    const uint32_t bits = bits_of(value);
+    return value != value ? 0x7fff : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+CLVP_FAST_INLINE float of_float16(uint16_t bits) {
+#ifdef __CUDA_ARCH__
+    float value;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+    return value;
+#else
+    _Float16 half;
+    memcpy(&half, &bits, sizeof bits);
+    return float(half);
+#endif
+}
+
+CLVP_FAST_INLINE void store(const clvp_fast_log_mel &call, int64_t place, float value) {
+    if (call.features_dtype == CLVP_FAST_FLOAT32) {
+        static_cast<float *>(call.features)[place] = value;
+    } else {
+        static_cast<uint16_t *>(call.features)[place] =
+            call.features_dtype == CLVP_FAST_FLOAT16 ? float16_of(value) : bfloat16_of(value);
+    }
+}
+/* A feature that another block may have written. */
+template <class Run>
+CLVP_FAST_INLINE float stored(Run &run, const clvp_fast_log_mel &call, int64_t place) {
+    if (call.features_dtype == CLVP_FAST_FLOAT32) return run.fresh(static_cast<const float *>(call.features) + place);
+    const uint16_t bits = run.fresh(static_cast<const uint16_t *>(call.features) + place);
+    return call.features_dtype == CLVP_FAST_FLOAT16 ? of_float16(bits) : float_of(uint32_t(bits) << 16);
+}
+
+/* All channels of the tile's frames. */
+template <int N, class Sample>
+CLVP_FAST_INLINE void mel(const Shared<N> &shared, const clvp_fast_log_mel &call, int thread, Registers<N> &registers) {
+    using S = Shape<N>;
+    const Tile &tile = shared.tile;
+    const int lane = thread % S::FRAMES;
+    const int64_t frame = tile.first_frame + lane;
+    const bool true_frame = lane < tile.true_frames, finite = !shared.not_finite[lane];
+    const auto *norms = static_cast<const float *>(call.mel_norms);
+    /* Powers are four times too large, and those of integers not yet divided by 32768: all exact. */
+    const float scale = sizeof(Sample) == 2 ? 0.25f / (32768.f * 32768.f) : 0.25f, floor = float(call.log_floor);
+    uint32_t loudest = 0;
+    for (int channel = thread / S::FRAMES; channel < call.num_mels; channel += S::THREADS / S::FRAMES) {
+        const Band band = shared.bands[channel];
+        const float *weights = static_cast<const float *>(call.mel_filters) + int64_t(S::BINS) * channel;
+        float value = 0.f;
+        if (true_frame) {
+            CLVP_FAST_UNROLL(4)
+            for (int k = band.first; k < band.last; ++k)
+                value += read_only(weights + k) * shared.power[S::STRIDE * k + lane];
+            value *= scale;
+            value = value < floor ? floor : value;
+            value = call.decibels ? 10.f * log10f(value) : logf(value);
+            if (!finite) value = NAN;
+            if (value == value && ordered(value) > loudest) loudest = ordered(value);
+            if (norms) value /= read_only(norms + channel);
+        }
+        if (frame < call.frames) store(call, (tile.row * call.num_mels + channel) * call.frames + frame, value);
+    }
+    registers.loudest = loudest;
+}
+
+/* The features lie there divided by the norms; so is the bound. */
+template <int N, class Run>
+CLVP_FAST_INLINE void clamp(Run &run, const Shared<N> &shared, const clvp_fast_log_mel &call, int thread) {
+    const auto *norms = static_cast<const float *>(call.mel_norms);
+    const float least = number_of(shared.loudest) - float(call.top_db);
+    for (int channel = thread / 32; channel < call.num_mels; channel += Shape<N>::THREADS / 32) {
+        const float norm = norms ? read_only(norms + channel) : 1.f;
+        const float bound = norms ? least / norm : least;
+        const int64_t begin = (shared.tile.row * call.num_mels + channel) * call.frames;
+        for (int64_t frame = thread % 32; frame <= shared.tile.length / call.hop_length; frame += 32) {
+            const float value = stored(run, call, begin + frame);
+            if (norm < 0 ? value > bound : value < bound) store(call, begin + frame, bound);
+        }
+    }
+}
+
+} // namespace clvp_fast
