@@ -1,13 +1,16 @@
 """Every shipped configuration compiles for the GPUs that are promised, without spilling registers."""
 
+import json
+import re
 from pathlib import Path
 
 import pytest
 
 from benchmarks.aot.__main__ import FAMILIES, TRITON_FAMILIES, in_new_process
 from benchmarks.aot.compiling import ARCHITECTURES
-from benchmarks.aot.log_mel import parse
-from benchmarks.aot.tables import DOCUMENT, with_tables
+from benchmarks.aot.log_mel import parse, rows as native_rows
+from benchmarks.aot.tables import DOCUMENT, RESULTS, with_tables
+from clvp_fast import native, native_build
 
 # Bytes of shared memory that one program may have (CUDA C++ Programming Guide, technical specifications).
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -42,6 +45,41 @@ def test_the_document_shows_the_rows():
 def test_every_family_is_compiled():
     kernels = {path.stem for path in (Path(__file__).parents[2] / "kernels").glob("*.py")} - {"target"}
     assert kernels == set(TRITON_FAMILIES)
+
+
+def _needs_nvcc():
+    if native.missing("cpu") is None and native.record()["nvcc"] is None:
+        pytest.skip(native.record()["no_cuda"])
+    assert native.missing("cuda") is None
+
+
+def test_the_native_library_compiles_without_warnings():
+    assert native.missing("cpu") is None
+    log = (native.folder() / native_build.LOG).read_text()
+    assert "-Wall" in log and "-Wextra" in log
+    said = [line for line in log.splitlines() if re.search(r"\bwarning\b", line, re.IGNORECASE)]
+    assert not said, said
+
+
+def test_the_native_kernels_compile_without_spills():
+    _needs_nvcc()
+    for arch in ARCHITECTURES:
+        rows = native_rows(arch)
+        assert rows
+        held_elsewhere = [row for row in rows if row["spilled_bytes"] or row["stack_bytes"]]
+        assert not held_elsewhere, held_elsewhere
+        assert max(row["shared_bytes"] for row in rows) <= SHARED_LIMIT[arch]
+
+
+def test_the_recorded_rows_are_those_of_the_sources():
+    _needs_nvcc()
+    recorded = [json.loads(line) for line in (RESULTS / "log_mel.jsonl").read_text().splitlines()]
+    found = [{"family": "log_mel", **row} for arch in ARCHITECTURES for row in native_rows(arch)]
+    if recorded[0]["nvcc"] != native.record()["nvcc_version"]:
+        pytest.skip(f"the rows were recorded with nvcc {recorded[0]['nvcc']}")
+    assert [row | {"utc": None} for row in recorded] == [row | {"utc": None} for row in found], (
+        "run: python -m benchmarks.aot log_mel --write"
+    )
 
 
 def test_what_ptxas_says_is_read():
