@@ -265,7 +265,8 @@ class Runner:
         names = ("token", "seq_lens", "block_table", "prefix_table", "prefix_lens", "prefix_index")
         hidden, logits = self.decoder.step(*(state[name] for name in names), self.pages, self._arrivals[:rows])
         if self._latents is not None:
-            places = torch.where(inactive, self.max_new_tokens, lengths)
+            # (`torch.where` would copy the number to the device, which cannot be captured.)
+            places = lengths.masked_fill(inactive, self.max_new_tokens)
             self._latents.index_put_((self._rows[:rows], places), hidden)
         # Each slot has a stop token of its own, so that `sample` is told of none: it leaves `inactive` as it is.
         tokens = ops.sample(
@@ -283,7 +284,7 @@ class Runner:
         stopped = inactive | (tokens == state["stop"]) | (lengths >= state["limit"])
         torch.clamp(tokens, min=0, out=state["token"])
         # The tokens drawn so far are those stored before the next step, the start token for the one not entered yet.
-        seq_lens.copy_(torch.where(stopped, -1, lengths))
+        seq_lens.copy_(lengths).masked_fill_(stopped, -1)
         torch.stack((tokens, stopped.long()), out=self._result(rows))
 
     def _check_prompt(self, prefill, prompt: torch.Tensor) -> None:

@@ -1,0 +1,178 @@
+"""How many candidates decode at once, and how many pages there are: planned from the bytes that are free."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from clvp_fast.engine.runner import MIN_ROWS, PREFILL_TOKENS
+from clvp_fast.engine.scheduler import batch_buckets
+
+# Beyond these slots a step is bound by the keys and values that it reads, and more of them gain next to nothing.
+MAX_BATCH = 512
+# Bytes that the torch path of `sample` has at once for a token of the vocabulary: scores, their order, running sums.
+_SAMPLE_BYTES = 56
+
+
+@dataclass(frozen=True)
+class DecoderSizes:
+    """What a plan has to know of a decoder and of the device that it is on.
+
+    Args:
+        itemsize, page_itemsize: bytes of a parameter, and of a stored key's or value's channel.
+        on_cpu: CPU: the torch path samples, prompts are prefilled one by one.
+        min_rows: of a step.
+    """
+
+    num_layers: int
+    num_heads: int
+    hidden_size: int
+    intermediate_size: int
+    vocab_size: int
+    itemsize: int
+    page_itemsize: int
+    on_cpu: bool = True
+    min_rows: int = 1
+
+    @classmethod
+    def of(cls, model: Any, page_dtype: torch.dtype | None = None) -> "DecoderSizes":
+        """The sizes of a `ClvpForCausalLM` whose pages are of `page_dtype`, by default of its own dtype."""
+        config, weight = model.config, model.lm_head.weight
+        on_cpu = weight.device.type == "cpu"
+        return cls(
+            num_layers=config.num_hidden_layers,
+            num_heads=config.num_attention_heads,
+            hidden_size=config.hidden_size,
+            intermediate_size=4 * config.hidden_size if config.n_inner is None else config.n_inner,
+            vocab_size=config.vocab_size,
+            itemsize=weight.dtype.itemsize,
+            page_itemsize=(page_dtype or weight.dtype).itemsize,
+            on_cpu=on_cpu,
+            min_rows=MIN_ROWS if on_cpu and weight.dtype == torch.float32 else 1,
+        )
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Sizes for a `Runner` and its scheduler; prints as a table.
+
+    Args:
+        max_batch: slots.
+        num_pages, page_size: pages of each layer, and tokens a page.
+        max_new_tokens, max_prefix_len: the longest candidate and prompt that the tables have room for.
+        budget: bytes that may be used.
+        parts: bytes by what they are for.
+    """
+
+    max_batch: int
+    num_pages: int
+    page_size: int
+    max_new_tokens: int
+    max_prefix_len: int
+    budget: int
+    parts: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+    def __str__(self) -> str:
+        pages = f"{self.num_pages} of {self.page_size} tokens"
+        rows = [f"{self.max_batch} candidates at once, of up to {self.max_new_tokens} tokens"]
+        rows += [
+            f"  {name:<8} {size:>10}" + (f"  {pages}" if name == "pages" else "")
+            for name, size in ((name, human_bytes(count)) for name, count in self.parts.items())
+        ]
+        return "\n".join([*rows, f"  {'total':<8} {human_bytes(self.total):>10}  of {human_bytes(self.budget)}"])
+
+
+def human_bytes(count: int) -> str:
+    """Bytes in decimal units, three digits: `1.23 GB`."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}" if count < 999.5 * size else f"{count / size:.0f} {unit}"
+    return f"{count} B"
+
+
+def plan(
+    model: Any,
+    free_bytes: int,
+    memory_fraction: float = 0.9,
+    max_batch: int | None = None,
+    max_new_tokens: int = 500,
+    page_size: int = 16,
+    *,
+    max_prefix_len: int | None = None,
+    page_dtype: torch.dtype | None = None,
+    latents: bool = False,
+) -> MemoryPlan:
+    """Plan pages and slots for a decoder whose weights are loaded.
+
+    Slots are as many as can all come to their longest end at once, up to `max_batch`; pages beyond that hold prompts,
+    as many as all slots could use.
+
+    Args:
+        model: a `ClvpForCausalLM`, or its `DecoderSizes` (then `max_prefix_len` must be given).
+        free_bytes: free on its device now.
+        memory_fraction: how much of that may be used, above 0 and at most 1.
+        max_batch: the most slots; None: 512.
+        max_new_tokens, max_prefix_len: the longest candidate and prompt; the latter by default the longest of a text.
+        page_size: tokens a page.
+        page_dtype, latents: as for `Runner`.
+
+    Raises:
+        ValueError: numbers that cannot be, or not even one candidate fits, with the sizes.
+    """
+    if not 0 < memory_fraction <= 1:
+        raise ValueError(f"memory_fraction must be above 0 and at most 1, not {memory_fraction}")
+    if max_batch is not None and max_batch < 1:
+        raise ValueError(f"max_batch must be at least 1, or None, not {max_batch}")
+    if min(max_new_tokens, page_size) < 1:
+        raise ValueError(f"max_new_tokens and page_size must be from 1 up, not {max_new_tokens} and {page_size}")
+    if max_prefix_len is None:
+        max_prefix_len = model.config.max_text_tokens + 1
+    sizes = model if isinstance(model, DecoderSizes) else DecoderSizes.of(model, page_dtype)
+    budget = int(free_bytes * memory_fraction)
+    own, prefix = (-(-tokens // page_size) for tokens in (max_new_tokens, max_prefix_len))
+    page_bytes = 2 * sizes.num_layers * page_size * sizes.hidden_size * sizes.page_itemsize
+
+    def parts(slots: int, num_pages: int) -> dict[str, int]:
+        fixed = _fixed(sizes, max(slots, sizes.min_rows), own, prefix, max_new_tokens, max_prefix_len, latents)
+        return {"pages": num_pages * page_bytes} | fixed
+
+    wanted = MAX_BATCH if max_batch is None else max_batch
+    for slots in reversed(batch_buckets(wanted)):
+        needed = parts(slots, slots * own + prefix)
+        if sum(needed.values()) <= budget:
+            break
+    else:
+        described = ", ".join(f"{human_bytes(count)} {name}" for name, count in needed.items() if count)
+        raise ValueError(
+            f"one candidate of {max_new_tokens} tokens behind a prompt of {max_prefix_len} needs "
+            f"{human_bytes(sum(needed.values()))} ({described}), and {human_bytes(budget)} may be used: free memory, "
+            "ask for fewer new tokens, or use a half type"
+        )
+    room = (budget - sum(parts(slots, 0).values())) // page_bytes
+    num_pages = min(room, slots * (own + prefix))
+    return MemoryPlan(slots, num_pages, page_size, max_new_tokens, max_prefix_len, budget, parts(slots, num_pages))
+
+
+def _fixed(
+    sizes: DecoderSizes, rows: int, own: int, prefix: int, max_new_tokens: int, max_prefix_len: int, latents: bool
+) -> dict[str, int]:
+    """Bytes of all but the pages, for steps of `rows` rows."""
+    # Of a slot: twelve 64-bit numbers and three of 32 bits, tables, the bitmap of seen tokens, counters, results.
+    words = 2 * 12 + 3 + own + prefix + -(-sizes.vocab_size // 32) + sizes.num_heads + 4
+    # Of a row of activations: the residual before and after, its norm, a projection, and the widest between them.
+    widest = max(4 * sizes.hidden_size, sizes.intermediate_size)
+    activations = (4 * sizes.hidden_size + widest) * sizes.itemsize
+    logits = sizes.vocab_size * (sizes.itemsize + (_SAMPLE_BYTES if sizes.on_cpu else 0))
+    # The attention's kernel keeps a float32 sum for each part of a row's tokens, about one a page or two.
+    partial = 0 if sizes.on_cpu else 4 * (own + prefix) * (sizes.hidden_size + 2 * sizes.num_heads)
+    prefilled = max_prefix_len if sizes.on_cpu else max(PREFILL_TOKENS, max_prefix_len)
+    return {
+        "slots": 4 * words * rows,
+        "latents": rows * (max_new_tokens + 1) * sizes.hidden_size * sizes.itemsize if latents else 0,
+        "step": rows * (activations + logits + partial),
+        "prefill": prefilled * activations,
+    }

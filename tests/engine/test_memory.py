@@ -1,0 +1,127 @@
+"""Plans of pages and slots: arithmetic, held against what a runner really has."""
+
+import dataclasses
+import re
+
+import pytest
+import torch
+
+from clvp_fast.engine.memory import DecoderSizes, MemoryPlan, human_bytes, plan
+from clvp_fast.engine.runner import Runner
+from tests.engine.test_decoder import tiny
+
+# The trained decoder in bfloat16 on a GPU.
+FULL = DecoderSizes(
+    num_layers=30,
+    num_heads=16,
+    hidden_size=1024,
+    intermediate_size=4096,
+    vocab_size=8194,
+    itemsize=2,
+    page_itemsize=2,
+    on_cpu=False,
+)
+PAGE = 2 * 30 * 16 * 1024 * 2
+OWN, PREFIX = 32, 26
+
+
+def full(free, **options):
+    return plan(FULL, free, **({"max_prefix_len": 405} | options))
+
+
+def test_a_large_device_has_room_for_all_that_slots_can_use():
+    found = full(140 * 10**9)
+    assert found.max_batch == 512 and found.num_pages == 512 * (OWN + PREFIX)
+    assert found.parts["pages"] == found.num_pages * PAGE and found.total <= found.budget == 126 * 10**9
+    assert full(140 * 10**9, max_batch=100).max_batch == 100
+
+
+@pytest.mark.parametrize("gigabytes", [1, 2, 5, 10, 20, 40])
+def test_what_is_free_bounds_slots_and_pages(gigabytes):
+    found = full(gigabytes * 10**9, memory_fraction=0.8)
+    assert found.total <= found.budget == gigabytes * 8 * 10**8
+    assert found.num_pages >= found.max_batch * OWN + PREFIX, "all slots come to their end at once"
+    assert found.budget - found.total < PAGE or found.num_pages == found.max_batch * (OWN + PREFIX)
+    larger = full(gigabytes * 10**9 * 2, memory_fraction=0.8)
+    assert larger.max_batch > found.max_batch or found.max_batch == 512
+
+
+def test_smaller_pages_give_more_slots():
+    usual = full(10 * 10**9)
+    float8 = plan(dataclasses.replace(FULL, page_itemsize=1), 10 * 10**9, max_prefix_len=405)
+    assert float8.max_batch > 1.7 * usual.max_batch
+    assert full(10 * 10**9, latents=True).num_pages < usual.num_pages
+    assert full(10 * 10**9, max_new_tokens=100).max_batch > 3 * usual.max_batch
+
+
+def test_what_cannot_fit_is_refused_with_sizes():
+    one = OWN + PREFIX
+    with pytest.raises(
+        ValueError, match=r"one candidate of 500 tokens behind a prompt of 405 needs (\d+ MB) \("
+    ) as error:
+        full(10**8)
+    assert human_bytes(one * PAGE) + " pages" in str(error.value) and "90 MB may be used" in str(error.value)
+    assert full(10**9).max_batch >= 1
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(memory_fraction=0), "memory_fraction must be above 0"),
+        (dict(memory_fraction=1.1), "memory_fraction must be above 0"),
+        (dict(max_batch=0), "max_batch must be at least 1"),
+        (dict(max_new_tokens=0), "from 1 up, not 0 and 16"),
+        (dict(page_size=0), "from 1 up, not 500 and 0"),
+    ],
+)
+def test_bad_numbers(options, message):
+    with pytest.raises(ValueError, match=message):
+        full(10**10, **options)
+
+
+@pytest.mark.parametrize("page_dtype", [None, torch.float8_e4m3fn])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_parts_are_those_of_a_runner(dtype, page_dtype):
+    model = tiny().speech_decoder_model.to(dtype)
+    options = dict(page_dtype=page_dtype, latents=True)
+    found = plan(model, 2 * 10**7, max_batch=40, max_new_tokens=50, **options)
+    assert 1 <= found.max_batch <= 40 and found.total <= found.budget
+    runner = Runner(model, found.num_pages, found.page_size, found.max_batch, found.max_new_tokens, **options)
+    assert found.parts["pages"] == runner.pages.data.nbytes
+    assert found.parts["latents"] == runner._latents.nbytes
+    assert found.max_prefix_len == runner.max_prefix_len == 65
+    state = sum(tensor.nbytes for tensor in runner.slots.tensors.values()) + runner._arrivals.nbytes
+    results = runner._result(max(found.max_batch, runner._min_rows)).nbytes
+    assert found.parts["slots"] == state + results
+
+
+def test_a_step_stays_within_its_part():
+    """The most bytes that a step of the model on a CPU holds at once, as torch's profiler counts them."""
+    model = tiny().speech_decoder_model
+    found = plan(model, 10**8, max_batch=64, max_new_tokens=50)
+    runner = Runner(model, found.num_pages, found.page_size, found.max_batch, found.max_new_tokens)
+    with torch.inference_mode():
+        runner._step(64)
+        with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            runner._step(64)
+    held = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    assert 0.1 * found.parts["step"] < peak <= found.parts["step"]
+
+
+def test_a_plan_prints_as_a_table():
+    text = str(full(20 * 10**9, latents=True))
+    lines = text.splitlines()
+    assert re.fullmatch(r"\d+ candidates at once, of up to 500 tokens", lines[0])
+    assert [line.split()[0] for line in lines[1:]] == ["pages", "slots", "latents", "step", "prefill", "total"]
+    assert "of 16 tokens" in lines[1] and lines[-1].endswith("of 18 GB")
+    assert isinstance(full(10**10), MemoryPlan)
+
+
+def test_human_bytes():
+    counts = (0, 999, 1000, 12_345, 999_600, 1_234_567, 18_000_000_000, 999_700_000_000, 2_000_000_000_000)
+    expected = ["0 B", "999 B", "1 kB", "12.3 kB", "1000 kB", "1.23 MB", "18 GB", "1000 GB", "2000 GB"]
+    assert [human_bytes(count) for count in counts] == expected
