@@ -85,11 +85,11 @@ def _ours(settings: dict, device: str) -> tuple[dict, dict]:
 def _stft(settings: dict) -> Callable[[torch.Tensor], torch.Tensor]:
     """What a careful user of torch writes."""
     window, hop, norms = settings["window"], settings["hop_length"], settings["mel_norms"][:, None]
-    filters = settings["mel_filters"].T.contiguous()
+    filters, floor = settings["mel_filters"].T.contiguous(), settings["log_floor"]
 
     def run(samples):
         spectrum = torch.stft(samples, len(window), hop, window=window, return_complex=True)
-        return (filters @ torch.view_as_real(spectrum).square().sum(-1)).clamp(min=FLOOR).log() / norms
+        return (filters @ torch.view_as_real(spectrum).square().sum(-1)).clamp(min=floor).log() / norms
 
     return run
 
@@ -183,8 +183,9 @@ def _counted(clips: int, frames: int, time: int, settings: dict) -> dict:
 def asrfront_case(clips: int) -> Case:
     """The features of Gemma 4, the one configuration of asrfront with a transform that our kernel has.
 
-    As many frames of the same length, hop, transform and channels for both; asrfront's are of the magnitude instead of
-    the power, `log(mel + 0.001)`, with zeros before the first sample and no norms, and lie `[clips, frames, channels]`.
+    As many frames of the same length, hop, transform and channels for both, with 0.001 under the logarithm; asrfront's
+    are of the magnitude instead of the power, with zeros before the first sample and no norms, and lie `[clips, frames,
+    channels]`.
     Each is judged by the float64 formula of its own.
     """
     rate, n_fft, hop, length = 16000, 512, 160, 320
@@ -193,7 +194,7 @@ def asrfront_case(clips: int) -> Case:
     hann = np.pad(window_function(length, "hann"), (n_fft - length) // 2)
     filters = mel_filter_bank(n_fft // 2 + 1, 128, 0.0, 8000.0, rate, norm=None, mel_scale="htk")
     settings = {"window": torch.tensor(hann).float(), "mel_filters": torch.tensor(filters).float(), "hop_length": hop}
-    settings |= {"mel_norms": torch.ones(128), "log_floor": FLOOR}
+    settings |= {"mel_norms": torch.ones(128), "log_floor": 0.001}
     used = 1 + (frames - 1) * hop
 
     def magnitudes(samples):
