@@ -189,9 +189,9 @@ def _read(recording: Recording, extractor, whole: bool) -> Sound:
 
 def _features(extractor, batch: list[Sound], whole: bool) -> list[np.ndarray]:
     """Log-mel features of each sound, float32 `[bins, frames]`."""
-    length = {"padding": False, "truncation": False} if whole else {}
-    clips = [sound.samples for sound in batch]
-    return extractor(clips, sampling_rate=extractor.sampling_rate, **length)["input_features"]
+    options = {"sampling_rate": extractor.sampling_rate, "return_attention_mask": False}
+    options |= {"padding": False, "truncation": False} if whole else {}
+    return extractor([sound.samples for sound in batch], **options)["input_features"]
 
 
 @contextmanager
