@@ -32,6 +32,10 @@ _EXPORTS = {
         "ClvpPreTrainedModel",
     ],
     "clvp_fast.models.clvp.convert_tortoise": ["convert_tortoise_checkpoint"],
+    "clvp_fast.engine.engine": ["CandidateEngine"],
+    "clvp_fast.engine.requests": ["CandidateRequest", "CandidateResult"],
+    "clvp_fast.engine.sampling_params": ["SamplingParams"],
+    "clvp_fast.engine.voices": ["Voice"],
     "clvp_fast.ops.dispatch": ["backend", "explain"],
 }
 _MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}

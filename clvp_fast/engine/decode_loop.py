@@ -1,0 +1,183 @@
+"""The loop that joins scheduler and runner: requests go in, finished candidates come out, a step at a time.
+
+On a GPU the host reads a step's tokens while the device computes the next one (a lag of 1), so that the device does not
+wait for Python. What a candidate has drawn lies in a row of one array; a row outlives its
+candidate until no step that knew it is under way.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from clvp_fast.engine.runner import Runner
+from clvp_fast.engine.sampling_params import SamplingParams
+from clvp_fast.engine.scheduler import Scheduler
+
+
+@dataclass(eq=False)
+class Job:
+    """A request on its way: its prompt, its parameters, and what its candidates have drawn.
+
+    prompt: `[length, hidden_size]`, voice and text without the start token, on the device. sampling: with its seed.
+    codes: by candidate, int64 `[drawn]`, the stop token included where it came; None while it is being drawn.
+    latents: by candidate, `[drawn, hidden_size]`, if the runner keeps them. on_token: told each (candidate, token).
+    started_at: when its first candidate got a slot, in seconds of `time.perf_counter`.
+    """
+
+    prompt: torch.Tensor
+    sampling: SamplingParams
+    stop_token: int
+    on_token: Callable[[int, int], None] | None = None
+    codes: list[np.ndarray | None] = field(init=False)
+    latents: list[torch.Tensor | None] = field(init=False)
+    started_at: float | None = field(init=False)
+
+    def __post_init__(self):
+        self.codes = [None] * self.sampling.num_candidates
+        self.latents = [None] * self.sampling.num_candidates
+        self.started_at = None
+
+
+class DecodeLoop:
+    """Decodes the candidates of any number of jobs in one batch that changes from step to step.
+
+    Args:
+        runner: the data plane; it decides the sizes.
+        latents: take the hidden states of finished candidates from the runner, which must keep them.
+        lag: how many steps late the host reads tokens, 0 or 1; by default 1 on a GPU.
+    """
+
+    def __init__(self, runner: Runner, latents: bool = False, lag: int | None = None):
+        self.latents = latents
+        self.lag = int(runner.device.type == "cuda") if lag is None else lag
+        self._jobs: dict[int, Job] = {}
+        self._next_key = 0
+        self._begin(runner)
+
+    def _begin(self, runner: Runner) -> None:
+        self.runner = runner
+        num_pages, page_size = runner.pages.data.shape[2:4]
+        self.scheduler = Scheduler(num_pages, page_size, runner.max_batch, runner.max_new_tokens, self.lag)
+        rows = (self.lag + 1) * runner.max_batch
+        self._codes = np.zeros((rows, runner.max_new_tokens), dtype=np.int64)
+        self._drawn, self._limit, self._stop = (np.zeros(rows, dtype=np.int64) for _ in range(3))
+        self._live = np.zeros(rows, dtype=bool)
+        self._key_of_row: list[int | None] = [None] * rows
+        self._row_of_slot = np.full(runner.max_batch, -1)
+        self._free_rows = list(range(rows))
+        # By step: rows whose candidate ended after it was made. They are free when the steps that hold them are read.
+        self._ended_since: deque[list[int]] = deque()
+        self._under_way: deque = deque()  # (step, handle of its tokens, the row of each of its slots)
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is left to do."""
+        return not self._jobs
+
+    def add(self, job: Job) -> int:
+        """Queue a job; returns its key. Raises `RequestTooLarge` if its pages can never be had."""
+        key, self._next_key = self._next_key, self._next_key + 1
+        self._schedule(key, job)
+        self._jobs[key] = job
+        return key
+
+    def _schedule(self, key: int, job: Job) -> None:
+        self.scheduler.add(key, len(job.prompt), job.sampling.num_candidates, job.sampling.max_new_tokens)
+
+    def cancel(self, key: int) -> None:
+        """Drop a job, whatever its state; keys of finished ones are left alone."""
+        if self._jobs.pop(key, None) is not None:
+            self.scheduler.cancel(key)
+            for row in np.flatnonzero(self._live).tolist():
+                if self._key_of_row[row] == key:
+                    self._end(row)
+
+    def restart(self, runner: Runner) -> list[tuple[int, Job, Exception]]:
+        """Begin every job anew on another runner: a job's tokens depend on its seed alone, so none is another one.
+
+        Returns the jobs that do not fit it, with the reasons.
+        """
+        jobs, self._jobs = self._jobs, {}
+        self._begin(runner)
+        refused = []
+        for key, job in jobs.items():
+            job.__post_init__()
+            try:
+                self._schedule(key, job)
+            except ValueError as error:
+                refused.append((key, job, error))
+            else:
+                self._jobs[key] = job
+        return refused
+
+    def step(self) -> list[tuple[int, Job]]:
+        """One decode step of all that is running; returns the jobs that are finished by what is known then."""
+        step = self.scheduler.schedule()
+        if step is not None:
+            self._apply(step)
+            handle = self.runner.decode(step.num_slots)
+            self._under_way.append((step, handle, self._row_of_slot[: step.num_slots].copy()))
+        finished = []
+        while len(self._under_way) > (self.lag if step is not None else 0):
+            finished += self._read(*self._under_way.popleft())
+        return finished
+
+    def _apply(self, step) -> None:
+        """Bring the scheduler's changes to the device, and to the rows."""
+        self.runner.apply(
+            step,
+            prompts={prefill.key: self._jobs[prefill.key].prompt for prefill in step.prefills},
+            params={admission.key: self._jobs[admission.key].sampling for admission in step.admitted},
+        )
+        while len(self._ended_since) > self.lag:
+            self._free_rows += self._ended_since.popleft()
+        for slot in step.freed_slots:
+            row = self._row_of_slot[slot]
+            if row >= 0 and self._live[row]:
+                self._end(int(row))  # preempted: it starts again in another row
+            self._row_of_slot[slot] = -1
+        for admission in step.admitted:
+            job, row = self._jobs[admission.key], self._free_rows.pop()
+            job.started_at = job.started_at or time.perf_counter()
+            self._key_of_row[row] = admission.key
+            self._drawn[row], self._limit[row], self._stop[row] = 0, job.sampling.max_new_tokens, job.stop_token
+            self._live[row], self._row_of_slot[admission.slot] = True, row
+        for source, target in step.moves:
+            self._row_of_slot[target], self._row_of_slot[source] = self._row_of_slot[source], -1
+        self._ended_since.append([])
+
+    def _end(self, row: int) -> None:
+        self._live[row] = False
+        (self._ended_since[-1] if self._ended_since else self._free_rows).append(row)
+
+    def _read(self, step, handle, rows: np.ndarray) -> list[tuple[int, Job]]:
+        """Enter the tokens of a step into the rows that it was made for; returns the jobs that it finished."""
+        slots = np.flatnonzero(rows >= 0)
+        slots = slots[self._live[rows[slots]]]  # what ended meanwhile drew one token too many
+        rows, tokens = rows[slots], self.runner.tokens(handle)[slots]
+        self._codes[rows, self._drawn[rows]] = tokens
+        self._drawn[rows] += 1
+        told = []
+        if any(job.on_token is not None for job in self._jobs.values()):
+            drawn = zip(slots.tolist(), tokens.tolist(), strict=True)
+            told = [
+                (self._jobs[step.runs[slot].key].on_token, step.runs[slot].candidate, token) for slot, token in drawn
+            ]
+        ended = (tokens == self._stop[rows]) | (self._drawn[rows] >= self._limit[rows])
+        for slot, row in zip(slots[ended].tolist(), rows[ended].tolist(), strict=True):
+            run, drawn = step.runs[slot], int(self._drawn[row])
+            job = self._jobs[run.key]
+            job.codes[run.candidate] = self._codes[row, :drawn].copy()
+            if self.latents:
+                job.latents[run.candidate] = self.runner.latents(run.slot, drawn)
+            self._end(row)
+        finished = [(key, self._jobs.pop(key)) for key in self.scheduler.advance(slots[ended].tolist())]
+        # Last of all, as a listener may cancel what it listens to.
+        for on_token, candidate, token in told:
+            if on_token is not None:
+                on_token(candidate, token)
+        return finished

@@ -1,0 +1,409 @@
+"""`CandidateEngine`: texts and voices in, ranked speech candidates out, hundreds of them decoded as one batch."""
+
+import asyncio
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from clvp_fast.checkpoint import load_checkpoint, speech_limit, text_limit
+from clvp_fast.engine.decode_loop import DecodeLoop, Job
+from clvp_fast.engine.memory import MemoryPlan, plan
+from clvp_fast.engine.ranking import Ranker, diffusion_latents
+from clvp_fast.engine.requests import CandidateRequest, CandidateResult
+from clvp_fast.engine.runner import Runner
+from clvp_fast.engine.sampling_params import SamplingParams
+from clvp_fast.engine.voices import Voice, VoiceCache
+
+# What fails a request and no other: bad input, a file that is not there.
+_REQUEST_ERRORS = (ValueError, TypeError, OSError)
+
+
+def _free_bytes(device: torch.device) -> int:
+    """Memory that can be had on a device now."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2  # no Linux: half of what there is
+
+
+@dataclass(eq=False)
+class _Pending:
+    """A request between its submission and its result."""
+
+    request: CandidateRequest
+    text_ids: torch.Tensor
+    job: Job
+    results: deque
+    keep: int
+    submitted: float
+    prepared: float
+
+    @property
+    def deadline(self) -> float:
+        return float("inf") if self.request.timeout is None else self.submitted + self.request.timeout
+
+
+class CandidateEngine:
+    """Generates and ranks candidates for many requests in one batch that never waits for the slowest of them.
+
+    The candidates of a request share its prompt; a candidate that stops gives its place to the next. A candidate's
+    codes depend on checkpoint, request, seed and its index alone, not on what else is decoded beside it.
+
+    Args:
+        model: a [`ClvpModelForConditionalGeneration`], which is put into eval mode; its parameters are shared.
+        processor: its [`ClvpProcessor`].
+        max_batch: candidates decoded at once; by default as many as memory allows, up to 512 (on a CPU 16).
+        max_new_tokens: the most that a request may ask for; by default 500, or what the checkpoint's positions allow.
+        num_pages: pages of keys and values; by default as many as `max_batch` candidates need, where memory allows.
+        memory_fraction: of the memory that is free now, how much keys and values and the rest may take.
+        page_size: tokens a page of keys and values, 16 or 32.
+        page_dtype: `torch.float8_e4m3fn` to keep keys and values in 8 bits; by default the model's dtype.
+        scoring: "padded", as the original scores, or "trimmed" ([`Ranker`] explains them).
+        latents: keep the decoder's states of the candidates, for the `latents` of results.
+        deterministic: decode at one fixed number of rows, so that in half types too the bits of a candidate cannot
+            depend on the batch.
+
+    Raises:
+        ValueError: a size that cannot be, or too little memory for a single candidate.
+    """
+
+    def __init__(
+        self,
+        model,
+        processor,
+        *,
+        max_batch: int | None = None,
+        max_new_tokens: int | None = None,
+        num_pages: int | None = None,
+        memory_fraction: float = 0.9,
+        page_size: int = 16,
+        page_dtype: torch.dtype | None = None,
+        scoring: str = "padded",
+        latents: bool = False,
+        deterministic: bool = False,
+    ):
+        self.model = model.eval()
+        self.processor = processor
+        on_gpu = model.device.type == "cuda"
+        self._options = dict(page_size=page_size, page_dtype=page_dtype, latents=latents)
+        self._memory_fraction, self._deterministic, self._num_pages = memory_fraction, deterministic, num_pages
+        self.max_new_tokens = min(500, speech_limit(model)) if max_new_tokens is None else max_new_tokens
+        self.memory: MemoryPlan = self._plan((512 if on_gpu else 16) if max_batch is None else max_batch)
+        self.voices = VoiceCache(model, processor.feature_extractor)
+        self.ranker = Ranker(model, mode=scoring)
+        self._loop = DecodeLoop(self._runner(), latents)
+        self._pending: dict[int, _Pending] = {}
+        self._lock = threading.RLock()
+        self._warm = False
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype = torch.float32,
+        text_cleaning: str = "tortoise",
+        **options,
+    ) -> "CandidateEngine":
+        """The engine of a checkpoint: "demo", a folder, or a hub id.
+
+        Args:
+            device: by default the GPU where there is one.
+            dtype: of the weights, as "bfloat16" or `torch.bfloat16`.
+            text_cleaning: as [`ClvpTokenizer`] takes it.
+            options: of the constructor.
+        """
+        from clvp_fast import ClvpProcessor
+
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        checkpoint = load_checkpoint(name, device=device, dtype=dtype, text_cleaning=text_cleaning)
+        return cls(checkpoint.model, ClvpProcessor(checkpoint.feature_extractor, checkpoint.tokenizer), **options)
+
+    def warm_up(self, progress: Callable[[int, int], None] | None = None) -> float:
+        """Capture the decode step for every batch size, and return the seconds that it took; nothing to do on a CPU.
+
+        Args:
+            progress: told (captured, sizes) after each.
+        """
+        started = time.perf_counter()
+        with self._lock:
+            self._loop.runner.warm_up(progress)
+            self._warm = True
+        return time.perf_counter() - started
+
+    def generate(
+        self,
+        requests: Iterable[CandidateRequest] | CandidateRequest,
+        sampling: SamplingParams | None = None,
+        *,
+        keep: int = 1,
+        on_token: Callable[[CandidateRequest, int, int], None] | None = None,
+    ) -> Iterator[CandidateResult]:
+        """Results of `requests`, each as soon as it is finished.
+
+        Requests are taken from the iterable as there is room for them. A request that fails (a bad clip, a text that is
+        too long, its timeout) gives a result with its `error`, and the others go on. Iteration that is stopped midway
+        frees everything. Several iterations may take turns: their candidates decode in one batch.
+
+        Args:
+            sampling: of the requests that have none of their own; `SamplingParams()` by default.
+            keep: how many of the best candidates a result's `best()` and `latents` hold.
+            on_token: called with request, candidate and token as they are drawn.
+        """
+        if isinstance(requests, CandidateRequest):
+            requests = [requests]
+        if keep < 1:
+            raise ValueError(f"keep must be at least 1, not {keep}")
+        return self._generate(iter(requests), sampling or SamplingParams(), keep, on_token)
+
+    def _generate(self, requests, sampling, keep, on_token) -> Iterator[CandidateResult]:
+        results: deque[CandidateResult] = deque()
+        more = True
+        try:
+            while True:
+                while more and self._has_room():
+                    request = next(requests, None)
+                    more = request is not None
+                    if more:
+                        self._submit(request, sampling, keep, on_token, results)
+                while results:
+                    yield results.popleft()
+                if not more and not any(pending.results is results for pending in self._pending.values()):
+                    return
+                self._advance()
+        finally:
+            for key in [key for key, pending in self._pending.items() if pending.results is results]:
+                self._cancel(key)
+
+    def stream(
+        self, request: CandidateRequest, sampling: SamplingParams | None = None, *, keep: int = 1
+    ) -> Iterator[tuple[int, int] | CandidateResult]:
+        """(candidate, token) as they are drawn, and last of all the request's result."""
+        drawn: deque[tuple[int, int]] = deque()
+        results: deque[CandidateResult] = deque()
+
+        def on_token(request, candidate, token):
+            drawn.append((candidate, token))
+
+        self._submit(request, sampling or SamplingParams(), keep, on_token, results)
+        try:
+            while not results:
+                self._advance()
+                while drawn:
+                    yield drawn.popleft()
+            yield results.popleft()
+        finally:
+            self.cancel(request)
+
+    async def generate_async(
+        self, requests: Iterable[CandidateRequest] | CandidateRequest, sampling: SamplingParams | None = None, **options
+    ) -> AsyncIterator[CandidateResult]:
+        """`generate` for asyncio: the work is done in a thread, and several tasks share one batch."""
+        iterator = self.generate(requests, sampling, **options)
+        try:
+            while (result := await asyncio.to_thread(next, iterator, None)) is not None:
+                yield result
+        finally:
+            iterator.close()
+
+    def cancel(self, request: CandidateRequest) -> None:
+        """Drop a request that was submitted; its candidates' places and pages are free at once. It gives no result."""
+        for key in [key for key, pending in self._pending.items() if pending.request is request]:
+            self._cancel(key)
+
+    def _cancel(self, key: int) -> None:
+        with self._lock:
+            self._pending.pop(key, None)
+            self._loop.cancel(key)
+
+    def _has_room(self) -> bool:
+        """Whether fewer candidates wait than decode at once."""
+        waiting = sum(len(p.job.codes) for p in list(self._pending.values()) if p.job.started_at is None)
+        return waiting < self.memory.max_batch
+
+    def _submit(self, request, sampling, keep, on_token, results: deque) -> None:
+        submitted = time.perf_counter()
+        try:
+            if not isinstance(request, CandidateRequest):
+                raise TypeError(f"a request must be a CandidateRequest, not {type(request).__name__}")
+            with self._lock, torch.inference_mode():
+                text_ids = self._text_ids(request)
+                prompt = self._prompt(request, text_ids)
+                job = Job(prompt, *self._settings(request.sampling or sampling))
+                if on_token is not None:
+                    job.on_token = lambda candidate, token: on_token(request, candidate, token)
+                key = self._loop.add(job)
+                prepared = time.perf_counter()
+                self._pending[key] = _Pending(request, text_ids, job, results, keep, submitted, prepared)
+        except _REQUEST_ERRORS as error:
+            results.append(CandidateResult(request, error=error, timings={"queue": time.perf_counter() - submitted}))
+
+    def _settings(self, sampling: SamplingParams) -> tuple[SamplingParams, int]:
+        """Sampling with a seed, and its stop token."""
+        limit, vocab_size = self.max_new_tokens, self.model.config.decoder_config.vocab_size
+        if sampling.max_new_tokens > limit:
+            raise ValueError(
+                f"max_new_tokens={sampling.max_new_tokens} is more than this engine's {limit}: ask for fewer"
+            )
+        if sampling.seed is None:
+            sampling = replace(sampling, seed=int(torch.randint(2**63 - 1, ())))
+        stop = self.model.config.decoder_config.eos_token_id if sampling.stop_token is None else sampling.stop_token
+        if stop >= vocab_size:
+            raise ValueError(f"stop_token={stop} is no token of the checkpoint, which has {vocab_size}")
+        return sampling, stop
+
+    def _text_ids(self, request: CandidateRequest) -> torch.Tensor:
+        if request.input_ids is not None:
+            ids = torch.as_tensor(request.input_ids, device="cpu")
+            if ids.ndim != 1 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+                raise ValueError(f"input_ids must be whole numbers [length], not {ids.dtype} {list(ids.shape)}")
+            ids = ids.long()
+        else:
+            if not request.text.strip():
+                raise ValueError("the text is empty: give the sentence that is to be said")
+            tokenizer = self.processor.tokenizer
+            ids = torch.tensor(tokenizer(request.text)["input_ids"])
+            spaces = tokenizer(" ")["input_ids"]
+            if not set(ids.tolist()) - {tokenizer.unk_token_id, *spaces}:
+                raise ValueError(f"nothing of the text {request.text!r} is in the checkpoint's vocabulary")
+        limit = text_limit(self.model)
+        if not 0 < len(ids) <= limit:
+            raise ValueError(f"the text has {len(ids)} tokens, and this checkpoint takes 1 to {limit}: split it up")
+        vocab_size = self.model.config.text_config.vocab_size
+        if ids.min() < 0 or ids.max() >= vocab_size:
+            raise ValueError(f"input_ids must lie from 0 to {vocab_size - 1}, not {ids.min()} to {ids.max()}")
+        return ids
+
+    def voice(self, request: CandidateRequest) -> Voice:
+        """The voice of a request, from the cache where it is known; `save` it, and give it as `conditioning`."""
+        if request.conditioning is not None:
+            return (
+                Voice.load(request.conditioning)
+                if isinstance(request.conditioning, (str, Path))
+                else request.conditioning
+            )
+        if request.input_features is not None:
+            return self.voices.from_features(request.input_features)
+        if request.sampling_rate is None:
+            raise ValueError("audio needs its sampling_rate, in Hz")
+        return self.voices.from_clips(request.audio, request.sampling_rate)
+
+    def _prompt(self, request: CandidateRequest, text_ids: torch.Tensor) -> torch.Tensor:
+        """`[1 + text, hidden_size]`: what the candidates continue, without the start token."""
+        encoder = self.model.conditioning_encoder
+        text, _ = encoder.prompt_text(text_ids[None].to(self.model.device))
+        return encoder.join(self.voices.conditioning(self.voice(request)), text)[0]
+
+    def _advance(self) -> None:
+        """One step of everything; finished, timed out and failed requests go to their results."""
+        with self._lock, torch.inference_mode():
+            try:
+                finished = self._loop.step()
+            except torch.OutOfMemoryError:
+                finished = []
+                self._shrink()
+            for key, job in finished:
+                if (pending := self._pending.pop(key, None)) is not None:
+                    pending.results.append(self._result(pending, job))
+            now = time.perf_counter()
+            for key, pending in list(self._pending.items()):
+                if now > pending.deadline:
+                    error = TimeoutError(
+                        f"the request was not finished within its timeout of {pending.request.timeout} s"
+                    )
+                    self._fail(key, error)
+
+    def _fail(self, key: int, error: Exception) -> None:
+        pending = self._pending[key]
+        self._cancel(key)
+        seconds = time.perf_counter() - pending.submitted
+        pending.results.append(CandidateResult(pending.request, error=error, timings={"queue": seconds}))
+
+    def _plan(self, max_batch: int) -> MemoryPlan:
+        planned = plan(
+            self.model.speech_decoder_model,
+            _free_bytes(self.model.device),
+            self._memory_fraction,
+            max_batch,
+            self.max_new_tokens,
+            **self._options,
+        )
+        return planned if self._num_pages is None else replace(planned, num_pages=self._num_pages)
+
+    def _runner(self) -> Runner:
+        return Runner(
+            self.model.speech_decoder_model,
+            self.memory.num_pages,
+            max_batch=self.memory.max_batch,
+            max_new_tokens=self.max_new_tokens,
+            deterministic=self._deterministic,
+            **self._options,
+        )
+
+    def _shrink(self) -> None:
+        """Go on with half the batch after memory ran out; what was being decoded starts again, to the same codes."""
+        half = self.memory.max_batch // 2
+        if not half:
+            raise torch.OutOfMemoryError("there is too little memory to decode a single candidate: free some")
+        self._loop.runner = None
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.memory = self._plan(half)
+        for key, _, error in self._loop.restart(self._runner()):
+            self._fail(key, error)
+        if self._warm:
+            self._loop.runner.warm_up()
+
+    def _result(self, pending: _Pending, job: Job) -> CandidateResult:
+        """Rank a finished job's candidates."""
+        decoded = time.perf_counter()
+        stopped = np.array([len(codes) > 0 and codes[-1] == job.stop_token for codes in job.codes])
+        spoken = [codes[: len(codes) - stop] for codes, stop in zip(job.codes, stopped, strict=True)]
+        lengths = np.array([len(codes) for codes in spoken])
+        codes = np.full((len(spoken), max(lengths.max(), 1)), job.stop_token, dtype=np.int64)
+        for row, of_candidate in zip(codes, spoken, strict=True):
+            row[: len(of_candidate)] = of_candidate
+        result = CandidateResult(pending.request, codes=codes, lengths=lengths, stopped=stopped)
+        try:
+            ranking = self._rank(pending.text_ids, spoken, job.sampling.max_new_tokens + 1)
+            result.kept = ranking.top(min(pending.keep, len(spoken))).cpu().numpy()
+            result.scores = ranking.scores.cpu().numpy()
+            result.text_embeds, result.speech_embeds = (
+                ranking.text_embeds.cpu().numpy(),
+                ranking.speech_embeds.cpu().numpy(),
+            )
+            if self._loop.latents:
+                kept = result.kept.tolist()
+                result.latents = {i: diffusion_latents(job.latents[i], int(lengths[i])) for i in kept}
+        except _REQUEST_ERRORS as error:
+            return CandidateResult(pending.request, error=error)
+        ranked = time.perf_counter()
+        result.timings = {
+            "prepare": pending.prepared - pending.submitted,
+            "queue": job.started_at - pending.prepared,
+            "decode": decoded - job.started_at,
+            "rank": ranked - decoded,
+        }
+        return result
+
+    def _rank(self, text_ids, codes, pad_to: int):
+        while True:
+            try:
+                return self.ranker.rank(text_ids, codes, pad_to=pad_to)
+            except torch.OutOfMemoryError:
+                if self.ranker.max_tokens <= pad_to:
+                    raise
+                self.ranker.max_tokens //= 2
