@@ -163,18 +163,19 @@ def folder() -> Path:
 def _cached(sources: Path) -> Path:
     """The folder of the library made from `sources`, in the user's cache."""
     try:
+        place = cache_folder() / "native"
         tools = native_build.find_toolchain()
-        target = cache_folder() / "native" / native_build.content_hash(sources, tools)
+        target = place / native_build.content_hash(sources, tools)
         if _record(target) is None:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with _one_process(target):
+            place.mkdir(parents=True, exist_ok=True)
+            with _one_process(place):
                 if _record(target) is None:
                     shutil.rmtree(target, ignore_errors=True)  # damaged
                     _build(sources, target, tools)
-    except native_build.BuildError as error:
+    except RuntimeError as error:  # no compiler, a build that failed, a user without a home
         raise NativeLibraryError(f"the native library cannot be built: {error}") from error
     except OSError as error:
-        reason = error if isinstance(error, UnwritableError) else UnwritableError.explain(error, target.parent)
+        reason = error if isinstance(error, UnwritableError) else UnwritableError.explain(error, place)
         raise NativeLibraryError(
             f"the native library cannot be built: {reason} (the environment variable CLVP_FAST_CACHE names it)"
         ) from error
@@ -197,11 +198,11 @@ def _build(sources: Path, target: Path, tools: native_build.Toolchain) -> None:
 
 
 @contextmanager
-def _one_process(target: Path):
+def _one_process(place: Path):
     """Lets one process build while others wait. Where a disk knows no locks, each builds and one result stays."""
     import fcntl  # not on Windows, where there is no library either
 
-    with open(target.parent / ".lock", "w") as handle:
+    with open(place / ".lock", "w") as handle:
         with suppress(OSError):
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield

@@ -60,7 +60,10 @@ def find_toolchain() -> Toolchain:
     """
     if os.name == "nt":
         raise BuildError("it is made for Linux and macOS")
-    chosen = shlex.split(os.environ.get("CXX") or "")
+    try:
+        chosen = shlex.split(os.environ.get("CXX") or "")
+    except ValueError as error:
+        raise BuildError(f"CXX is no command ({error})") from error
     cxx = chosen or [name for name in ("g++", "c++", "clang++") if shutil.which(name)][:1]
     if not cxx:
         raise BuildError("there is no C++ compiler: install g++, or name one in CXX")

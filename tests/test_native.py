@@ -186,6 +186,11 @@ def test_a_compiler_that_does_not_work(sources, monkeypatch, compiler):
         native.library()
 
 
+def test_a_compiler_of_open_quotes(sources, monkeypatch):
+    monkeypatch.setenv("CXX", "g++ '")
+    assert native.missing("cpu") == "the native library cannot be built: CXX is no command (No closing quotation)"
+
+
 def test_no_compiler(sources, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert native.missing("cpu") == (
@@ -231,6 +236,16 @@ def test_a_cache_that_cannot_be_written(sources, tmp_path):
     (tmp_path / "cache").write_text("a file")
     why = native.missing("cpu")
     assert "a file stands where the folder should be" in why and "CLVP_FAST_CACHE" in why and "\n" not in why
+
+
+def test_a_user_without_a_home(sources, monkeypatch):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("CLVP_FAST_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    assert native.missing("cpu") == "the native library cannot be built: Could not determine home directory."
 
 
 def test_an_installation_without_a_library(sources, tmp_path, monkeypatch):
