@@ -117,12 +117,12 @@ class VoiceCache:
         self._voices.clear()
         self._fingerprint = None
 
-    def from_clips(self, clips, sampling_rate: int) -> Voice:
+    def from_clips(self, clips, sampling_rate: int | None = None) -> Voice:
         """The voice of recordings.
 
         Args:
             clips: mono samples of one recording, or a list of such: 1-D arrays or tensors, floats in [-1, 1] or int16.
-            sampling_rate: of the samples, in Hz; the extractor's.
+            sampling_rate: of the samples, in Hz; it must be the extractor's, which warns where it is not told.
 
         Raises:
             ValueError, TypeError: no clip; a clip that is empty, silent, not mono or has samples that are NaN or

@@ -168,6 +168,8 @@ def test_top():
     ranking = Ranking(scores, torch.zeros(1), torch.zeros(6, 1))
     assert ranking.top(3).tolist() == [2, 4, 5]
     assert ranking.top(99).tolist() == [2, 4, 5, 0, 1, 3]  # NaN and -inf by place
+    ties = Ranking(torch.arange(2000) % 2.0, torch.zeros(1), torch.zeros(2000, 1))
+    assert ties.top(1000).tolist() == list(range(1, 2000, 2))
     with pytest.raises(ValueError, match="at least 1"):
         ranking.top(0)
 
@@ -233,8 +235,9 @@ def test_latents_are_those_of_the_originals_second_pass(shape):
         assert latents.shape == (1, kept, hidden.shape[1])
         if kept:
             assert_same(latents, second_pass[:, :kept])
+    latents = diffusion_latents(hidden, length)
     hidden.zero_()
-    assert latents.data_ptr() != hidden.data_ptr()
+    assert latents.abs().max() > 0.1  # its own copy
     assert diffusion_latents(hidden.bfloat16(), 3).dtype == torch.float32
 
 
