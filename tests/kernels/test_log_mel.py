@@ -191,6 +191,15 @@ def test_new_values_of_parameters_are_seen(path):
     assert len(log_mel_tables._TABLES) == before
 
 
+def test_bands():
+    filters = torch.zeros(129, 5)
+    filters[0, 0] = filters[128, 1] = filters[7, 2] = filters[9, 2] = 0.5
+    filters[:, 3] = -1.0
+    weights, bands = log_mel_tables.filters_and_bands(filters, torch.float64)
+    assert bands.tolist() == [[0, 1], [128, 129], [7, 10], [0, 129], [0, 0]] and bands.dtype == torch.int32
+    assert weights.is_contiguous() and torch.equal(weights, filters.T.double())
+
+
 def test_inference_tensors_are_not_remembered(path):
     gc.collect()
     before = len(log_mel_tables._TABLES)

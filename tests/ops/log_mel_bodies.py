@@ -205,10 +205,21 @@ class Bodies:
                 levels = got[0] * options["mel_norms"][:, None]
                 assert (levels.max() - levels.min() - top_db).abs() < 1e-3 or top_db == 80
 
+    def test_what_lies_past_a_row_is_not_its_loudest(self, path):
+        """A click that only frames past the row's end reach, as they reflect it."""
+        samples = noise(2, 3000)
+        samples[0, 150] = 1000.0
+        options = settings(256, 300, decibels=True, top_db=5.0, lengths=torch.tensor([700, 3000]))
+        got = check(path, samples, **options)
+        calm = samples.clone()
+        calm[0, 150] = 0
+        torch.testing.assert_close(got, path(calm, **options))
+
     @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
     def test_bad_samples_spoil_the_frames_that_reach_them_alone(self, path, bad):
         samples, places = noise(3, 3000), {0: [0], 1: [1400, 1401], 2: [2999]}
-        for options in (settings(), settings(256, 300), settings(decibels=True, top_db=10.0)):
+        # A frame may be transformed with its neighbour, or with one that is a vector's length away.
+        for options in (settings(), settings(256, 300), settings(256, 40), settings(decibels=True, top_db=10.0)):
             spoilt, finite = samples.clone(), exact(samples, **options)
             n_fft, hop_length = options["window"].numel(), options["hop_length"]
             spoils = torch.stack([bad_frames(3000, where, n_fft, hop_length) for where in places.values()])

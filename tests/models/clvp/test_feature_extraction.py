@@ -11,7 +11,7 @@ import torch
 from transformers.models.clvp.feature_extraction_clvp import ClvpFeatureExtractor as StockExtractor
 
 from clvp_fast import ClvpFeatureExtractor, backend
-from clvp_fast.models.clvp import clips
+from clvp_fast.models.clvp import clips, feature_extraction
 from tests.data import data_path
 
 RATE = 22050
@@ -240,6 +240,8 @@ def test_copies_after_use(again):
     extractor = ClvpFeatureExtractor(**SMALL)
     with torch.inference_mode():
         expected = extractor(BATCH, sampling_rate=16000)["input_features"]
+    kept = feature_extraction._PARAMETERS[extractor][torch.device("cpu")][1]
+    assert not any(isinstance(value, torch.Tensor) and value.is_inference() for value in kept.values())
     attributes = vars(extractor).keys()
     other = again(extractor)
     assert vars(other).keys() == attributes and other.to_dict() == extractor.to_dict()
