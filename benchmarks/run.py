@@ -22,6 +22,7 @@ WORKLOADS = (
     "add_norm",
     "import_time",
     "linear",
+    "scheduler",
 )
 
 

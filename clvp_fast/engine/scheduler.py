@@ -131,8 +131,7 @@ class Scheduler:
         self._due: defaultdict[int, list[Run]] = defaultdict(list)  # step -> runs whose last page is full by then
         self._next = 0  # the number of the next step
         self._in_flight: deque[Step] = deque()
-        # Set when pages ran out, until some come back: what was preempted is not let in to be preempted again.
-        self._crowded = False
+        self._crowded = False  # from a preemption until pages come back: no one is let in to be preempted at once
         self._bucket = [0]  # of each number of slots
         for size in batch_buckets(max_batch):
             self._bucket += [size] * (size + 1 - len(self._bucket))
@@ -249,11 +248,10 @@ class Scheduler:
             request = next(iter(self._waiting.values()))
             started = request.prefix_row is not None
             needed = 1 + len(admitted) + (0 if started else self._pages(request.prefix_len))
-            if self.pool.free_pages < needed or not (started or self._free_rows):
-                self._drop_idle(but=request)
             if self.pool.free_pages < needed:
-                self._crowded = True
-                break
+                self._drop_idle(but=request)
+                if self.pool.free_pages < needed:
+                    break
             if not started:
                 self._start(request, step)
             admitted.append(self._enter(request, step))

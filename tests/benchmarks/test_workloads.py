@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import add_norm, geglu_mlp, gelu_mlp, kernels, log_mel, paged_attention, rotary_attention, sample
+from benchmarks import (
+    add_norm,
+    geglu_mlp,
+    gelu_mlp,
+    kernels,
+    log_mel,
+    paged_attention,
+    rotary_attention,
+    sample,
+    scheduler,
+)
 
 SMALL = [
     (rotary_attention, "CPU_SHAPES", ((2, 20),), 2),
@@ -161,3 +171,21 @@ def test_no_kernel_is_told(short_clips):
     with log_mel.clvp_fast.backend("torch"):
         case = log_mel.clvp_case(1, "cpu")
     assert "clvp_fast kernel" in case.absent and not [name for name in case.providers if "kernel" in name]
+
+
+@pytest.fixture
+def few_candidates(monkeypatch):
+    cases = (scheduler.Case("queue", 4, 3, 5, 490), scheduler.Case("out of pages", 4, 2, 3, 490, pages=0.5))
+    monkeypatch.setattr(scheduler, "CASES", cases)
+
+
+def test_the_null_engine_serves_all_and_tells_how_slow_the_slow_steps_are(few_candidates):
+    rows = scheduler.rows("cpu", repeats=1)
+    assert [row["provider"] for row in rows] == ["scheduler, lag 0", "scheduler, lag 1"] * 2
+    assert all(row["error"] == 0 and 0 < row["seconds"]["median"] < 1 for row in rows)
+    assert all(row["slow_step_seconds"] > 0 and row["shape"]["new_tokens"] == 500 for row in rows)
+
+
+def test_a_scheduler_that_keeps_pages_gets_no_time(few_candidates, monkeypatch):
+    monkeypatch.setattr(scheduler.Scheduler, "_drop_prefix", lambda self, request: None)
+    assert all(row["seconds"] is None and row["error"] == 12 for row in scheduler.rows("cpu", repeats=1)[:2])

@@ -4,7 +4,7 @@ import sys
 
 import hypothesis.strategies as st
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from clvp_fast.engine.scheduler import Admission, Prefill, RequestTooLarge, Scheduler, batch_buckets
@@ -58,6 +58,26 @@ class AnyOrder(RuleBasedStateMachine):
 
 TestAnyOrder = AnyOrder.TestCase
 TestAnyOrder.settings = settings(max_examples=150, stateful_step_count=25, deadline=None)
+
+
+@st.composite
+def tight_engines(draw):
+    """Requests that are all there from the start, over hardly more pages than the largest needs."""
+    page_size, max_batch, lag = draw(st.integers(1, 3)), draw(st.integers(1, 5)), draw(st.integers(0, 1))
+    requests = draw(
+        st.lists(st.tuples(st.integers(1, 5), st.lists(st.integers(1, 8), min_size=1, max_size=5)), min_size=1)
+    )
+    largest = max(-(-prefix // page_size) - (-max(lengths) // page_size) for prefix, lengths in requests)
+    engine = Engine(largest + draw(st.integers(0, 6)), page_size, max_batch, 8, lag)
+    for prefix, lengths in requests:
+        engine.add(prefix, lengths, max(lengths))
+    return engine
+
+
+@settings(max_examples=300, deadline=None)
+@given(tight_engines())
+def test_all_come_to_their_end_over_few_pages(engine):
+    assert sorted(engine.finish().ended) == sorted(engine.order)
 
 
 def run(step):
@@ -138,13 +158,15 @@ def test_nothing_is_preempted_where_pages_suffice():
     assert engine.preemptions == 0 and engine.prefills == 1
 
 
-def test_an_idle_prompt_gives_way_and_is_prefilled_again():
-    """The older request's candidates have all left their slots but one still waits, while the younger's grow."""
-    engine = Engine(num_pages=4, page_size=1, max_batch=2, limit=3, lag=0)
-    engine.add(1, [1, 3], max_new_tokens=3)
-    engine.add(1, [3], max_new_tokens=3)
+@pytest.mark.parametrize("lag", [0, 1])
+def test_an_idle_prompt_gives_way_to_the_oldest(lag):
+    """The second request's only candidate is preempted, and then its prompt is what the first one lacks."""
+    engine = Engine(num_pages=5, page_size=1, max_batch=2, limit=4, lag=lag)
+    engine.add(1, [4], max_new_tokens=4)
+    engine.add(1, [4], max_new_tokens=4)
     engine.finish()
     assert engine.ended == ["request 0", "request 1"]
+    assert (engine.preemptions, engine.prefills) == (1, 3)
 
 
 @pytest.mark.parametrize("lag", [0, 1])
