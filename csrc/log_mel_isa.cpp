@@ -1,5 +1,6 @@
-/* Log-mel of one block of frames on a CPU: two vectors of frames, one in the real and one in the imaginary parts of a
- * complex transform, so that every operation is one on whole vectors and no frame's bits depend on another frame.
+/* Log-mel of one block of frames on a CPU: a lane is a pair of neighbouring frames, one in the real and one in the
+ * imaginary part of a complex transform, so that every operation is one on whole vectors. Neighbours are about equally
+ * loud, and what rounding carries over from one to the other is small.
  * Compiled once for each instruction set (-DCLVP_FAST_ISA=portable, avx2, avx512), with vectors as wide as it has. */
 #include "isa.h"
 
@@ -96,7 +97,7 @@ struct Scratch {
         : z((Complex<Vector<Real>> *)memory), power(z + call->n_fft), edge((Sample *)(power + call->n_fft / 2 + 1)) {}
 };
 
-/* The windowed samples of 2 * COUNT frames, one frame a lane. */
+/* The windowed samples of 2 * COUNT frames: the first COUNT in the real parts, the others in the imaginary ones. */
 template <class Real, class Sample>
 CLVP_FAST_INLINE void gather(Complex<Vector<Real>> *z, const Sample *const *frame, const Real *window, int n_fft) {
     constexpr int COUNT = Lanes<Real>::COUNT;
@@ -117,6 +118,8 @@ template <class Real, class Sample, class Feature>
 void run(const clvp_fast_log_mel *call, int64_t row, int64_t length, int64_t row_frames, int64_t first_frame,
          int num_bins, void *memory) {
     constexpr int COUNT = Lanes<Real>::COUNT;
+    using Integer = typename Lanes<Real>::Integer;
+    using Lane = std::make_integer_sequence<int, COUNT>;
     const Scratch<Real, Sample> scratch(call, memory);
     const int n_fft = call->n_fft;
     const Sample *samples = (const Sample *)call->samples + row * call->samples_stride;
@@ -124,10 +127,11 @@ void run(const clvp_fast_log_mel *call, int64_t row, int64_t length, int64_t row
 
     const Sample *frame[2 * COUNT];
     for (int lane = 0; lane < 2 * COUNT; ++lane) {
-        const int64_t start = (first_frame + lane) * call->hop_length - n_fft / 2;
+        const int64_t number = first_frame + 2 * (lane % COUNT) + lane / COUNT;
+        const int64_t start = number * call->hop_length - n_fft / 2;
         Sample *edge = scratch.edge + (int64_t)lane * n_fft;
         frame[lane] = edge;
-        if (first_frame + lane >= row_frames)
+        if (number >= row_frames)
             memset(edge, 0, n_fft * sizeof(Sample));
         else if (start >= 0 && start + n_fft <= length)
             frame[lane] = samples + start;
@@ -165,16 +169,21 @@ void run(const clvp_fast_log_mel *call, int64_t row, int64_t length, int64_t row
             power[0] += scratch.power[k].re * weights[k];
             power[1] += scratch.power[k].im * weights[k];
         }
-        for (int half = 0; half < 2 && half * COUNT < frames_here; ++half) {
+        Vector<Real> value[2];
+        for (int part = 0; part < 2; ++part) {
             /* A comparison that NaN fails keeps NaN. */
-            Vector<Real> mel_power = power[half] < floor ? Vector<Real>{} + floor : power[half];
-            Vector<Real> value = logarithm<Real>(mel_power) * scale + spoilt[half];
-            if (divide) value /= norms[mel];
+            const Vector<Real> kept = power[part] < floor ? Vector<Real>{} + floor : power[part];
+            value[part] = logarithm<Real>(kept) * scale + spoilt[part];
+            if (divide) value[part] /= norms[mel];
+        }
+        const Vector<Real> in_order[2] = {interleave<Real, 0>(value[0], value[1], Lane{}),
+                                          interleave<Real, 1>(value[0], value[1], Lane{})};
+        for (int half = 0; half < 2 && half * COUNT < frames_here; ++half) {
             const int64_t true_lanes = row_frames - first_frame - half * COUNT;
+            Vector<Real> shown = in_order[half];
             if (true_lanes < COUNT)
-                value = lane_number < typename Lanes<Real>::Integer(true_lanes < 0 ? 0 : true_lanes) ? value
-                                                                                                     : Vector<Real>{};
-            store<Real>(features + half * COUNT, value, frames_here - half * COUNT);
+                shown = lane_number < Integer(true_lanes < 0 ? 0 : true_lanes) ? shown : Vector<Real>{};
+            store<Real>(features + half * COUNT, shown, frames_here - half * COUNT);
         }
     }
 }
