@@ -1,0 +1,29 @@
+"""The C interface of log_mel under the sanitizers: `fuzz.cpp` with random and hostile calls."""
+
+import os
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+from clvp_fast import native_build
+from tests.csrc.compiled import CSRC, HERE, SANITIZED, build
+
+CASES = 600
+
+
+def test_hostile_calls(tmp_path):
+    tools = replace(native_build.find_toolchain(), cxx=("g++",), nvcc=None)
+    commands = native_build.compile_commands(CSRC, tools)
+    for stem in ("fuzz", "emulator"):
+        source = str(HERE / f"{stem}.cpp")
+        commands[f"{stem}.o"] = ["g++", "-std=c++17", "-Wall", "-Wextra", "-c", source, "-o", f"{stem}.o"]
+
+    def compile_one(command):
+        subprocess.run([*command, *SANITIZED], cwd=tmp_path, check=True)
+
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        list(threads.map(compile_one, reversed(commands.values())))
+    program = build(tmp_path / "fuzz", *(tmp_path / name for name in commands), flags=SANITIZED)
+    done = subprocess.run([program, str(CASES)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout == f"{CASES} cases\n"
