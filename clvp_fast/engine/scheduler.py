@@ -247,11 +247,8 @@ class Scheduler:
         while self._waiting and self._free_slots and not self._crowded:
             request = next(iter(self._waiting.values()))
             started = request.prefix_row is not None
-            needed = 1 + len(admitted) + (0 if started else self._pages(request.prefix_len))
-            if self.pool.free_pages < needed:
-                self._drop_idle(but=request)
-                if self.pool.free_pages < needed:
-                    break
+            if self.pool.free_pages < 1 + len(admitted) + (0 if started else self._pages(request.prefix_len)):
+                break
             if not started:
                 self._start(request, step)
             admitted.append(self._enter(request, step))
@@ -307,9 +304,9 @@ class Scheduler:
         self._freed.append(run.slot)
         run.slot = None
 
-    def _drop_idle(self, but: _Request | None = None) -> None:
+    def _drop_idle(self) -> None:
         """Give up prefixes that no running candidate uses; they are prefilled again when their turn comes."""
-        for request in self._idle - {but}:
+        for request in list(self._idle):
             self._drop_prefix(request)
 
     def _drop_prefix(self, request: _Request) -> None:

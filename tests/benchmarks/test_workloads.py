@@ -187,5 +187,6 @@ def test_the_null_engine_serves_all_and_tells_how_slow_the_slow_steps_are(few_ca
 
 
 def test_a_scheduler_that_keeps_pages_gets_no_time(few_candidates, monkeypatch):
-    monkeypatch.setattr(scheduler.Scheduler, "_drop_prefix", lambda self, request: None)
-    assert all(row["seconds"] is None and row["error"] == 12 for row in scheduler.rows("cpu", repeats=1)[:2])
+    monkeypatch.setattr(scheduler.Scheduler, "_forget", lambda self, request: None)
+    rows = scheduler.rows("cpu", repeats=1)
+    assert all(row["seconds"] is None and row["error"] > 0 for row in rows)

@@ -57,7 +57,7 @@ class AnyOrder(RuleBasedStateMachine):
 
 
 TestAnyOrder = AnyOrder.TestCase
-TestAnyOrder.settings = settings(max_examples=150, stateful_step_count=25, deadline=None)
+TestAnyOrder.settings = settings(max_examples=100, stateful_step_count=25, deadline=None)
 
 
 @st.composite
@@ -74,7 +74,7 @@ def tight_engines(draw):
     return engine
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(tight_engines())
 def test_all_come_to_their_end_over_few_pages(engine):
     assert sorted(engine.finish().ended) == sorted(engine.order)
@@ -182,6 +182,15 @@ def test_cancelling_frees_whatever_a_request_has(lag):
     assert engine.scheduler.pool.used_pages == 0
     again = engine.add(5, [2, 3], 12, key=half_done)
     assert engine.finish().ended == [again]
+
+
+def test_cancelling_lets_in_whom_it_had_no_room_for():
+    engine = Engine(num_pages=5, page_size=1, max_batch=2, limit=4, lag=0)
+    oldest, preempted = engine.add(1, [4], max_new_tokens=4), engine.add(1, [4], max_new_tokens=4)
+    engine.step(), engine.step()
+    assert engine.preemptions == 1
+    engine.cancel(oldest)
+    assert engine.finish().ended == [preempted]
 
 
 def test_a_late_token_of_one_who_left_is_passed_over():
