@@ -24,6 +24,8 @@ PIP_INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check $(if $(C
 RUNTIME_STAMP := $(VENV)/.stamp-runtime
 DEV_STAMP := $(VENV)/.stamp-dev
 
+CPP_SOURCES := $(wildcard csrc/* tests/csrc/*.cpp)
+
 DEMO_TEXT := The birch canoe slid on the smooth planks, and the doctor paid 25 dollars for it.
 DEMO_OUT ?= out/demo
 
@@ -53,10 +55,12 @@ demo: $(RUNTIME_STAMP)
 lint: $(DEV_STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/clang-format --dry-run --Werror $(CPP_SOURCES)
 
 format: $(DEV_STAMP)
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
+	$(VENV)/bin/clang-format -i $(CPP_SOURCES)
 
 bench-cpu: $(RUNTIME_STAMP)
 	$(PY) -m benchmarks.run --device cpu
