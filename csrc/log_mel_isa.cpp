@@ -164,11 +164,18 @@ void run(const clvp_fast_log_mel *call, int64_t row, int64_t length, int64_t row
     typename Lanes<Real>::Integers lane_number;
     for (int lane = 0; lane < COUNT; ++lane) lane_number[lane] = lane;
     for (int mel = 0; mel < call->num_mels; ++mel, weights += n_fft / 2 + 1, features += call->frames) {
-        Vector<Real> power[2] = {};
-        for (int k = call->bands[2 * mel]; k < call->bands[2 * mel + 1]; ++k) {
-            power[0] += scratch.power[k].re * weights[k];
-            power[1] += scratch.power[k].im * weights[k];
-        }
+        /* Four sums each: shorter chains of additions, and less rounding in a wide band. */
+        Vector<Real> sums[4][2] = {};
+        const int end = call->bands[2 * mel + 1];
+        int k = call->bands[2 * mel];
+        const auto add = [&](int sum, int bin) CLVP_FAST_INLINED {
+            sums[sum][0] += scratch.power[bin].re * weights[bin];
+            sums[sum][1] += scratch.power[bin].im * weights[bin];
+        };
+        for (; k + 4 <= end; k += 4) unroll<4>([&](auto i) CLVP_FAST_INLINED { add(i, k + i); });
+        for (; k < end; ++k) add(0, k);
+        const Vector<Real> power[2] = {(sums[0][0] + sums[1][0]) + (sums[2][0] + sums[3][0]),
+                                       (sums[0][1] + sums[1][1]) + (sums[2][1] + sums[3][1])};
         Vector<Real> value[2];
         for (int part = 0; part < 2; ++part) {
             /* A comparison that NaN fails keeps NaN. */
