@@ -127,7 +127,7 @@ class Runner:
         self._rows = torch.arange(rows, device=device)
         self._latents = None
         if latents:
-            # The last place is for what inactive rows write.
+            # One place more than tokens, for what a finished row writes.
             shape = rows, max_new_tokens + 1, decoder.hidden_size
             self._latents = torch.empty(shape, dtype=decoder.dtype, device=device)
 
@@ -265,9 +265,8 @@ class Runner:
         names = ("token", "seq_lens", "block_table", "prefix_table", "prefix_lens", "prefix_index")
         hidden, logits = self.decoder.step(*(state[name] for name in names), self.pages, self._arrivals[:rows])
         if self._latents is not None:
-            # (`torch.where` would copy the number to the device, which cannot be captured.)
-            places = lengths.masked_fill(inactive, self.max_new_tokens)
-            self._latents.index_put_((self._rows[:rows], places), hidden)
+            # Inactive rows write behind the states that they have, of which there are `lengths`.
+            self._latents.index_put_((self._rows[:rows], lengths), hidden)
         # Each slot has a stop token of its own, so that `sample` is told of none: it leaves `inactive` as it is.
         tokens = ops.sample(
             logits,
