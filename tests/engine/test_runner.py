@@ -14,7 +14,7 @@ from clvp_fast.engine import runner as runner_module, slots as slots_module
 from clvp_fast.engine.runner import MIN_ROWS, Runner
 from clvp_fast.engine.sampling_params import SamplingParams
 from clvp_fast.engine.scheduler import Admission, Prefill, Scheduler
-from tests.engine.test_decoder import prompts, tiny
+from tests.engine.test_decoder import Loop, prompts, tiny
 from tests.models.clvp.builders import START, STOP
 
 PAGE_SIZE = 16
@@ -25,6 +25,18 @@ SAMPLED = SamplingParams(max_new_tokens=40, seed=5, temperature=1.3, top_p=0.95)
 needs_own_attention = pytest.mark.skipif(
     native.missing("cpu") is not None, reason=f"the torch path of attention adds up otherwise: {native.missing('cpu')}"
 )
+
+
+@pytest.fixture(autouse=True)
+def words_are_written_once(monkeypatch):
+    """A word that one scatter wrote twice would hold either value on a GPU."""
+    to_device = slots_module.to_device
+
+    def checked(device, words, *others):
+        assert len(np.unique(words)) == len(words)
+        return to_device(device, words, *others)
+
+    monkeypatch.setattr(slots_module, "to_device", checked)
 
 
 def stopping(model):
@@ -215,6 +227,30 @@ VARIED = [
 
 
 @needs_own_attention
+@torch.inference_mode()
+def test_draws_are_those_of_the_operator():
+    """Each request's parameters as numbers, over the logits of the same prompt and tokens."""
+    model = tiny()
+    prompt_list = prompts(model, (4, 23, 9, 40, 15))
+    for key, params in enumerate(VARIED):
+        loop = Loop(model.speech_decoder_model, [prompt_list[key]], [0] * MIN_ROWS, steps=30)
+        seen = torch.zeros(MIN_ROWS, 10, dtype=torch.int32)
+        seen[:, START // 32] = 1 << START % 32
+        lengths, done = torch.zeros(MIN_ROWS, dtype=torch.int64), torch.zeros(MIN_ROWS, dtype=torch.bool)
+        names = ("temperature", "top_k", "top_p", "typical_p", "min_p", "repetition_penalty", "do_sample", "seed")
+        settings = {name: getattr(params, name) for name in names} | dict(stop_token=-1, pad_token=-1)
+        if not params.do_sample:
+            settings |= dict(temperature=1.0, top_p=1.0)
+        drawn = []
+        for step in range(30):
+            _, logits = loop.step()
+            loop.tokens = ops.sample(logits, seen, lengths, done, candidate=3, step=step, **settings)
+            drawn.append(int(loop.tokens[0]))
+        found = alone(model, prompt_list[key], replace(params, max_new_tokens=30), candidate=3)[0]
+        assert found == drawn[: len(found)] and (len(found) == 30 or found[-1] == STOP)
+
+
+@needs_own_attention
 @pytest.mark.parametrize(
     "options, threads", [({}, 1), ({}, 2), ({"deterministic": True}, 1), ({"max_batch": 40}, 1)], ids=str
 )
@@ -332,8 +368,10 @@ def test_freed_slots_write_nothing():
     for _ in range(5):
         driver.step()
     pages = list(driver.held[0][3])
+    assert driver.runner.slots.active.sum() == 2
     driver.free(0)
     driver.start()
+    assert driver.runner.slots.active.nonzero()[0].tolist() == [2]
     before = driver.runner.pages.data[:, :, pages].clone()
     for _ in range(3):
         driver.start()
