@@ -36,7 +36,7 @@ def reader(tmp_path, monkeypatch):
 
 
 def test_nothing_is_left_out():
-    assert len(blocks("python")) == 2
+    assert len(blocks("python")) == 3
     assert len(COMMANDS) == 7
     assert set(re.findall(r"^```(\S+)", README, flags=re.MULTILINE)) == {"python", "sh"}
 
@@ -62,6 +62,12 @@ def test_first_example(reader):
     assert names["best"].dtype == torch.int64 and names["best"].ndim == 1
     scores = names["candidates"].logits_per_text[0]
     assert scores.shape == (4,) and torch.isfinite(scores).all()
+
+
+def test_engine_example(reader, capsys):
+    exec(compile(blocks("python")[2], "README.md", "exec"), {})
+    printed = capsys.readouterr().out
+    assert printed.count("array(") == 4 and "One sentence. [(" in printed and "And another. [(" in printed
 
 
 def test_documented_example(reader, monkeypatch):
