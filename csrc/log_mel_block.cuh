@@ -24,6 +24,7 @@ template <int N, class Run>
 CLVP_FAST_INLINE void prepare(Run &run, Shared<N> &shared, const clvp_fast_log_mel &call, int thread) {
     using S = Shape<N>;
     const auto *twiddles = static_cast<const Complex<float> *>(call.twiddles);
+    CLVP_FAST_UNROLL(1)
     for (int entry = thread; entry < (4 * S::KINDS + S::R1 / 4) * S::R2; entry += S::THREADS) {
         const int n2 = entry % S::R2, row = entry / S::R2, kind = row / 4;
         if (kind < S::KINDS) {
@@ -66,7 +67,9 @@ CLVP_FAST_INLINE void block(Run &run, Shared<N> *shared, const clvp_fast_log_mel
     using S = Shape<N>;
     using R = Registers<N>;
     run.template phase<Barrier::BLOCK>([=](auto &, int thread, R &) {
-        if (thread == 0) shared->bins = 0;
+        if (thread != 0) return;
+        shared->bins = 0;
+        shared->log_floor = float(call->log_floor);
     });
     for (int64_t row = first_row; row < call->batch; row += row_step) {
         run.template phase<Barrier::BLOCK>([=](auto &run, int thread, R &) {

@@ -79,27 +79,34 @@ CLVP_FAST_INLINE void mel(const Shared<N> &shared, const clvp_fast_log_mel &call
     const Tile &tile = shared.tile;
     const int lane = thread % S::FRAMES;
     const int64_t frame = tile.first_frame + lane;
-    const bool true_frame = lane < tile.true_frames, finite = !shared.not_finite[lane];
-    const auto *norms = static_cast<const float *>(call.mel_norms);
+    const bool true_frame = lane < tile.true_frames, bad = shared.not_finite[lane], limited = call.top_db >= 0;
     /* Powers are four times too large, and those of integers not yet divided by 32768: all exact. */
-    const float scale = sizeof(Sample) == 2 ? 0.25f / (32768.f * 32768.f) : 0.25f, floor = float(call.log_floor);
+    const float scale = sizeof(Sample) == 2 ? 0.25f / (32768.f * 32768.f) : 0.25f, floor = shared.log_floor;
+    constexpr int STEP = S::THREADS / S::FRAMES;
+    int channel = thread / S::FRAMES;
+    const auto *filters = static_cast<const float *>(call.mel_filters) + S::BINS * channel;
+    const auto *norms = static_cast<const float *>(call.mel_norms);
+    int64_t place = (tile.row * call.num_mels + channel) * call.frames + frame;
     uint32_t loudest = 0;
-    for (int channel = thread / S::FRAMES; channel < call.num_mels; channel += S::THREADS / S::FRAMES) {
-        const Band band = shared.bands[channel];
-        const float *weights = static_cast<const float *>(call.mel_filters) + int64_t(S::BINS) * channel;
+    for (; channel < call.num_mels; channel += STEP, filters += STEP * S::BINS, place += STEP * call.frames) {
         float value = 0.f;
         if (true_frame) {
-            CLVP_FAST_UNROLL(4)
-            for (int k = band.first; k < band.last; ++k)
-                value += read_only(weights + k) * shared.power[S::STRIDE * k + lane];
+            const Band band = shared.bands[channel];
+            const float *weight = filters + band.first, *power = shared.power + S::STRIDE * band.first + lane;
+            int count = band.last - band.first;
+            CLVP_FAST_UNROLL(1)
+            for (; count >= 4; count -= 4, weight += 4, power += 4 * S::STRIDE)
+                unroll<4>([&](auto i) { value += read_only(weight + i) * power[S::STRIDE * i]; });
+            CLVP_FAST_UNROLL(1)
+            for (; count > 0; --count, ++weight, power += S::STRIDE) value += read_only(weight) * *power;
             value *= scale;
             value = value < floor ? floor : value;
             value = call.decibels ? 10.f * log10f(value) : logf(value);
-            if (!finite) value = NAN;
-            if (value == value && ordered(value) > loudest) loudest = ordered(value);
+            if (bad) value = NAN;
+            if (limited && value == value && ordered(value) > loudest) loudest = ordered(value);
             if (norms) value /= read_only(norms + channel);
         }
-        if (frame < call.frames) store(call, (tile.row * call.num_mels + channel) * call.frames + frame, value);
+        if (frame < call.frames) store(call, place, value);
     }
     registers.loudest = loudest;
 }

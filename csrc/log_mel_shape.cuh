@@ -63,6 +63,7 @@ struct Shared {
     Band bands[256];
     int not_finite[S::FRAMES];
     uint32_t bins; /* the end of the last band */
+    float log_floor;
     uint32_t loudest, last_block;
 };
 

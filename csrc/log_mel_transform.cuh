@@ -6,7 +6,7 @@
  *
  *   y[n] = exp(-2 pi i n r / N) sum_q z[n + M q] exp(-2 pi i q r / FOLD),
  *
- * so residue 0 is a sum, residue FOLD / 2 an alternating sum, each with its mirrored bins N - K in the same job; residue
+ * so residue 0 is a sum and FOLD / 2 an alternating sum, each with its mirrored bins N - K in the same job; residue
  * 1 of FOLD = 4 is complex for one real frame alone, and holds residue 3 as its own mirrored bins. */
 #pragma once
 

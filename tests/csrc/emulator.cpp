@@ -124,7 +124,7 @@ void count_passes(int32_t *most) {
 
 } // namespace
 
-/* clvp_fast_log_mel_cuda on host memory. `seed` draws the order of everything; a block takes every `most_rows`th row. */
+/* The CUDA function on host memory. `seed` draws the order of everything. A block takes every `most_rows`th row. */
 extern "C" int emulate_log_mel(const clvp_fast_log_mel *call, uint32_t seed, int64_t most_rows) {
     const int refused = clvp_fast_check(call, 1);
     if (refused != CLVP_FAST_OK || call->batch == 0) return refused;

@@ -7,7 +7,6 @@
 #include <string.h>
 
 #include <algorithm>
-#include <limits>
 #include <memory>
 #include <random>
 #include <vector>
@@ -62,7 +61,7 @@ struct Case {
         const int mels = call.num_mels = once_in(8) ? 256 : draw(1, 12);
         const int64_t batch = call.batch = once_in(20) ? 0 : draw(1, 4);
         const int64_t time = call.time = once_in(4) ? draw(1, 5) : draw(1, 3 * n_fft);
-        call.hop_length = once_in(8) ? std::numeric_limits<int64_t>::max() - draw(0, 9) : draw(1 + time / 70, 2 * n_fft);
+        call.hop_length = once_in(8) ? INT64_MAX - draw(0, 9) : draw(1 + time / 70, 2 * n_fft);
         call.frames = 1 + time / call.hop_length;
         call.samples_stride = once_in(4) ? draw(-time, time) : time;
         const int64_t first = std::min<int64_t>(0, call.samples_stride * (batch - 1));
