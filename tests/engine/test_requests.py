@@ -85,7 +85,7 @@ def test_a_timeout_is_seconds(timeout):
 def test_a_request_is_itself_alone():
     first, second = (CandidateRequest(text="a", audio=CLIP, id=7) for _ in range(2))
     assert first != second and first == first and len({first, second}) == 2
-    assert len(repr(CandidateRequest(text="a", audio=np.zeros(10**6)))) < 200
+    assert len(repr(CandidateRequest(text="a", audio=[0.0] * 1000))) < 200
 
 
 def test_the_best_come_first_and_without_padding():
