@@ -163,6 +163,7 @@ class SlotState:
         )
         real = {name: getattr(params, name) for name in _REAL}
         if not params.do_sample:
+            # The likeliest token alone is left; besides, only the penalty counts, as in `GenerationMixin`.
             whole["top_k"] = 1
             real |= {name: value for name, value in NEUTRAL.items() if name in real and name != "repetition_penalty"}
         floats = np.array([real[name] for name in _REAL], dtype=np.float64)
