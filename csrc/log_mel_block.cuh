@@ -123,4 +123,4 @@ CLVP_FAST_INLINE void block(Run &run, Shared<N> *shared, const clvp_fast_log_mel
     }
 }
 
-} // namespace clvp_fast
+}  // namespace clvp_fast

@@ -56,8 +56,7 @@ __global__ void __launch_bounds__(Shape<N>::THREADS, Shape<N>::BLOCKS_PER_SM)
     log_mel(const __grid_constant__ clvp_fast_log_mel call) {
     extern __shared__ __align__(16) unsigned char memory[];
     GpuRun<N> run;
-    block<N, Sample>(
-        run, reinterpret_cast<Shared<N> *>(memory), &call, blockIdx.x, gridDim.x, blockIdx.y, gridDim.y);
+    block<N, Sample>(run, reinterpret_cast<Shared<N> *>(memory), &call, blockIdx.x, gridDim.x, blockIdx.y, gridDim.y);
 }
 
 template <int N, class Sample>
@@ -79,8 +78,8 @@ int launch(const clvp_fast_log_mel &call, cudaStream_t stream) {
     return call.samples_dtype == CLVP_FAST_INT16 ? launch<N, int16_t>(call, stream) : launch<N, float>(call, stream);
 }
 
-} // namespace
-} // namespace clvp_fast
+}  // namespace
+}  // namespace clvp_fast
 
 extern "C" __attribute__((visibility("default"))) int clvp_fast_log_mel_cuda(const clvp_fast_log_mel *call,
                                                                              void *stream) {

@@ -129,4 +129,4 @@ CLVP_FAST_INLINE void clamp(Run &run, const Shared<N> &shared, const clvp_fast_l
     }
 }
 
-} // namespace clvp_fast
+}  // namespace clvp_fast

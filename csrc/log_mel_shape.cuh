@@ -20,7 +20,7 @@ struct Shape {
     static constexpr int FOLD = N <= 1024 ? 1 : N / 1024;
     static constexpr int M = N / FOLD;
     static constexpr int R1 = M == 1024 ? 32 : 16, R2 = M / R1;
-    static constexpr int T = R1;        /* threads of a job */
+    static constexpr int T = R1;           /* threads of a job */
     static constexpr int COLUMNS = R2 / T; /* transforms of radix R1 by one thread */
     static constexpr int FRAMES = FOLD == 1 ? 32 : 16, PAIRS = FRAMES / 2;
     static constexpr int THREADS = FOLD == 4 ? 512 : 256;
@@ -135,4 +135,4 @@ CLVP_FAST_INLINE bool idle(const Shared<N> &shared, int thread, int round) {
     return 2 * job_of<Shape<N>>(thread & ~31, round).pair >= shared.tile.true_frames;
 }
 
-} // namespace clvp_fast
+}  // namespace clvp_fast

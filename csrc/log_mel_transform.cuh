@@ -72,8 +72,8 @@ CLVP_FAST_INLINE void add_samples(Shared<N> &shared, const clvp_fast_log_mel &ca
 
 /* The folded samples of a job; those of a frame that is not there count as 0. */
 template <int N, class Sample>
-CLVP_FAST_INLINE void load(
-    Shared<N> &shared, const clvp_fast_log_mel &call, Job job, Complex<float> (&x)[Shape<N>::R2]) {
+CLVP_FAST_INLINE void load(Shared<N> &shared, const clvp_fast_log_mel &call, Job job,
+                           Complex<float> (&x)[Shape<N>::R2]) {
     using S = Shape<N>;
     unroll<S::R2>([&](auto i) { x[i] = {0.f, 0.f}; });
     if (S::FOLD == 4 && job.kind == Job::QUARTER) {
@@ -114,8 +114,8 @@ CLVP_FAST_INLINE void remove_not_finite(Shared<N> &shared, Job job, Complex<floa
 
 /* Loads, transforms of radix R1, twiddles. */
 template <int N, class Sample>
-CLVP_FAST_INLINE void first_stage(
-    Shared<N> &shared, const clvp_fast_log_mel &call, Job job, Complex<float> (&x)[Shape<N>::R2]) {
+CLVP_FAST_INLINE void first_stage(Shared<N> &shared, const clvp_fast_log_mel &call, Job job,
+                                  Complex<float> (&x)[Shape<N>::R2]) {
     using S = Shape<N>;
     load<N, Sample>(shared, call, job, x);
     if (job.kind != Job::QUARTER) remove_not_finite<N>(shared, job, x);
@@ -209,4 +209,4 @@ CLVP_FAST_INLINE void power(Run &run, Shared<N> &shared, Job job, bool work, Reg
     }
 }
 
-} // namespace clvp_fast
+}  // namespace clvp_fast

@@ -35,8 +35,8 @@ CLVP_FAST_INLINE void store_floats(uint16_t *to, Floats x) {
     memcpy(to, &halves, sizeof halves);
 }
 
-/* exp(x) for x <= 0, to about one unit in the last place; 0 where float32 ends; NaN stays. Cody and Waite's reduction by ln 2,
- * then the Taylor series. */
+/* exp(x) for x <= 0, to about one unit in the last place; 0 where float32 ends; NaN stays. Cody and Waite's reduction
+ * by ln 2, then the Taylor series. */
 CLVP_FAST_INLINE Floats exponential(Floats x) {
     const float shift = 12582912.0f; /* 1.5 * 2^23: adding it leaves a whole number in the lowest bits */
     const Floats shifted = x * 1.44269504088896341f + shift, n = shifted - shift;

@@ -122,7 +122,7 @@ void count_passes(int32_t *most) {
     }
 }
 
-} // namespace
+}  // namespace
 
 /* The CUDA function on host memory. `seed` draws the order of everything. A block takes every `most_rows`th row. */
 extern "C" int emulate_log_mel(const clvp_fast_log_mel *call, uint32_t seed, int64_t most_rows) {

@@ -15,10 +15,10 @@
 
 extern "C" int emulate_log_mel(const clvp_fast_log_mel *call, uint32_t seed, int64_t most_rows);
 
-#define REQUIRE(condition)                                                                  \
-    if (!(condition)) {                                                                     \
-        fprintf(stderr, "case %d, line %d: %s\n", number, __LINE__, #condition);            \
-        exit(1);                                                                            \
+#define REQUIRE(condition)                                                       \
+    if (!(condition)) {                                                          \
+        fprintf(stderr, "case %d, line %d: %s\n", number, __LINE__, #condition); \
+        exit(1);                                                                 \
     }
 
 namespace {
