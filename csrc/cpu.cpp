@@ -74,7 +74,8 @@ CLVP_FAST_EXPORT int clvp_fast_log_mel_cpu_isa(const clvp_fast_log_mel *given, i
     int num_bins = 1;
     for (int32_t mel = 0; call.batch && mel < call.num_mels; ++mel) {
         const int32_t first = call.bands[2 * mel], end = call.bands[2 * mel + 1];
-        if (first < 0 || end > call.n_fft / 2 + 1) return CLVP_FAST_BAD_BAND;
+        const int32_t bins = call.n_fft / 2 + 1;
+        if (first < 0 || first > bins || end < 0 || end > bins) return CLVP_FAST_BAD_BAND;
         if (end > num_bins) num_bins = end;
     }
     for (int64_t row = 0; row < call.batch; ++row)

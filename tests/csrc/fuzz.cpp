@@ -95,7 +95,7 @@ struct Case {
             bands[2 * m] = draw(0, bins);
             bands[2 * m + 1] = draw(0, bins);
             if (hostile && once_in(3)) bands[2 * m + draw(0, 1)] = one_of({INT32_MIN, -1, bins + 1, INT32_MAX});
-            bad_band |= batch > 0 && (bands[2 * m] < 0 || bands[2 * m + 1] > bins);
+            for (int i = 2 * m; i < 2 * m + 2; ++i) bad_band |= batch > 0 && (bands[i] < 0 || bands[i] > bins);
         }
         if (once_in(2)) {
             lengths = exactly<int64_t>(batch);
