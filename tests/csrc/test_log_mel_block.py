@@ -145,6 +145,16 @@ def test_lengths_shorter_than_the_padding(emulator, n_fft):
 
 
 @pytest.mark.parametrize("n_fft", SIZES)
+def test_a_frame_that_ends_at_the_last_sample_or_one_beside_it(emulator, n_fft):
+    hop = n_fft // 4
+    lengths = 7 * hop + n_fft // 2 + torch.tensor([-1, 0, 1])  # frame 7, the second of its pair
+    samples = random(3, int(lengths.max()) + n_fft, seed=4, scale=0.1)
+    for row, length in zip(samples, lengths, strict=True):
+        row[length:] = math.nan
+    compare(emulator, samples, hop=hop, lengths=lengths, **arguments(n_fft))
+
+
+@pytest.mark.parametrize("n_fft", SIZES)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_bad_sample_spoils_the_frames_that_reach_it_and_no_other(emulator, n_fft, bad):
     hop = n_fft + 3  # each sample belongs to one frame, or to none
