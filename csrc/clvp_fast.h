@@ -44,7 +44,7 @@ struct clvp_fast_log_mel {
     const void *twiddles;    /* [n_fft, 2] of compute_dtype: cos(2 pi k / n_fft), -sin(2 pi k / n_fft) */
     const void *mel_filters; /* [num_mels, n_fft / 2 + 1] of compute_dtype: a channel's weights of the bins */
     const int32_t
-        *bands; /* [num_mels, 2]: a channel's first bin and the one after its last, 0 .. n_fft / 2 + 1; it may be empty */
+        *bands; /* [num_mels, 2]: a channel's first bin and one past its last, within the bins; may be empty */
     const void *mel_norms;  /* [num_mels] of compute_dtype; null: no division */
     void *features;         /* [batch, num_mels, frames] of features_dtype, contiguous; every element is written */
     uint32_t *clip_maxima;  /* CUDA with top_db: [batch, 2], zero on entry, scratch; else null */
