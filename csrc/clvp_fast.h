@@ -43,23 +43,22 @@ struct clvp_fast_log_mel {
     const void *window;      /* [n_fft] of compute_dtype */
     const void *twiddles;    /* [n_fft, 2] of compute_dtype: cos(2 pi k / n_fft), -sin(2 pi k / n_fft) */
     const void *mel_filters; /* [num_mels, n_fft / 2 + 1] of compute_dtype: a channel's weights of the bins */
-    const int32_t
-        *bands; /* [num_mels, 2]: a channel's first bin and one past its last, within the bins; may be empty */
-    const void *mel_norms;  /* [num_mels] of compute_dtype; null: no division */
-    void *features;         /* [batch, num_mels, frames] of features_dtype, contiguous; every element is written */
-    uint32_t *clip_maxima;  /* CUDA with top_db: [batch, 2], zero on entry, scratch; else null */
-    int64_t batch;          /* rows, 0 or more */
-    int64_t time;           /* samples of the longest row, 1 or more */
-    int64_t samples_stride; /* elements from one row to the next, any sign */
-    int64_t hop_length;     /* samples from one frame to the next, 1 or more */
-    int64_t frames;         /* 1 + time / hop_length: frames of a full row */
-    int32_t n_fft;          /* 256, 512, 1024, 2048 or 4096 */
-    int32_t num_mels;       /* 1 .. 256 */
-    int32_t samples_dtype;  /* FLOAT32 or INT16; on a CPU FLOAT64 too */
-    int32_t compute_dtype;  /* FLOAT32; on a CPU FLOAT64 too */
-    int32_t features_dtype; /* FLOAT32; on CUDA FLOAT16 and BFLOAT16 too, on a CPU FLOAT64 */
-    int32_t decibels;       /* 0: natural logarithm; else 10 log10 */
-    double log_floor;       /* mel power below this is raised to it; positive */
+    const int32_t *bands;    /* [num_mels, 2]: a channel's first bin and one past its last; may be empty */
+    const void *mel_norms;   /* [num_mels] of compute_dtype; null: no division */
+    void *features;          /* [batch, num_mels, frames] of features_dtype, contiguous; every element is written */
+    uint32_t *clip_maxima;   /* CUDA with top_db: [batch, 2], zero on entry, scratch; else null */
+    int64_t batch;           /* rows, 0 or more */
+    int64_t time;            /* samples of the longest row, 1 or more */
+    int64_t samples_stride;  /* elements from one row to the next, any sign */
+    int64_t hop_length;      /* samples from one frame to the next, 1 or more */
+    int64_t frames;          /* 1 + time / hop_length: frames of a full row */
+    int32_t n_fft;           /* 256, 512, 1024, 2048 or 4096 */
+    int32_t num_mels;        /* 1 .. 256 */
+    int32_t samples_dtype;   /* FLOAT32 or INT16; on a CPU FLOAT64 too */
+    int32_t compute_dtype;   /* FLOAT32; on a CPU FLOAT64 too */
+    int32_t features_dtype;  /* FLOAT32; on CUDA FLOAT16 and BFLOAT16 too, on a CPU FLOAT64 */
+    int32_t decibels;        /* 0: natural logarithm; else 10 log10 */
+    double log_floor;        /* mel power below this is raised to it; positive */
     double top_db; /* decibels: what lies more than this under a row's loudest value is raised to it; negative: off */
 };
 
