@@ -178,6 +178,24 @@ def text_limit(model: ClvpModelForConditionalGeneration) -> int:
     return model.config.decoder_config.max_text_tokens - 3
 
 
+def sayable_ids(model: ClvpModelForConditionalGeneration, tokenizer: ClvpTokenizer, text: str) -> list[int]:
+    """The token ids of a text.
+
+    Raises:
+        ValueError: nothing sayable in the text, or more tokens than the checkpoint has positions for.
+    """
+    if not text.strip():
+        raise ValueError("the text is empty; give the sentence that is to be said")
+    ids = tokenizer(text)["input_ids"]
+    if not set(ids) - {tokenizer.unk_token_id, *tokenizer(" ")["input_ids"]}:
+        raise ValueError(f"nothing of the text {text!r} is in the checkpoint's vocabulary; write it in Latin letters")
+    if len(ids) > text_limit(model):
+        raise ValueError(
+            f"the text is too long: {len(ids)} tokens, and this checkpoint takes {text_limit(model)}; split it up"
+        )
+    return ids
+
+
 def stop_token(model: ClvpModelForConditionalGeneration) -> int:
     """The id that ends a candidate: the decoder's, whatever a generation config says of the text's."""
     stop = model.config.decoder_config.eos_token_id

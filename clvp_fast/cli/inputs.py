@@ -5,7 +5,7 @@ import argparse
 import torch
 
 from clvp_fast.audio import load_audio, require_sound
-from clvp_fast.checkpoint import Checkpoint, load_checkpoint, text_limit
+from clvp_fast.checkpoint import Checkpoint, load_checkpoint, sayable_ids
 from clvp_fast.cli.report import note, quiet_transformers
 
 
@@ -35,21 +35,12 @@ def text_ids(checkpoint: Checkpoint, text: str) -> torch.Tensor:
     Raises:
         ValueError: nothing sayable in the text, or more tokens than the checkpoint has positions for.
     """
-    if not text.strip():
-        raise ValueError("the text is empty; give the sentence that is to be said")
     tokenizer = checkpoint.tokenizer
-    unknown = tokenizer.unk_token_id
-    ids = tokenizer(text)["input_ids"]
-    spaces = set(tokenizer(" ")["input_ids"])
-    if not set(ids) - spaces - {unknown}:
-        raise ValueError(f"nothing of the text {text!r} is in the checkpoint's vocabulary; write it in Latin letters")
+    ids = sayable_ids(checkpoint.model, tokenizer, text)
     lost = [char for char in dict.fromkeys(text) if not char.isspace() and _is_lost(char, text, tokenizer)]
     if lost:
         shown = " ".join(lost[:10]) + (f" and {len(lost) - 10} more" if len(lost) > 10 else "")
         note(f"characters that the checkpoint does not know were left out: {shown}")
-    limit = text_limit(checkpoint.model)
-    if len(ids) > limit:
-        raise ValueError(f"the text is too long: {len(ids)} tokens, and this checkpoint takes {limit}; split it up")
     return torch.tensor([ids], device=checkpoint.model.device)
 
 

@@ -22,7 +22,8 @@ from clvp_fast.engine.scheduler import Scheduler
 class Job:
     """A request on its way: its prompt, its parameters, and what its candidates have drawn.
 
-    prompt: `[length, hidden_size]`, voice and text without the start token, on the device. sampling: with its seed.
+    prompt: `[length, hidden_size]`, voice and text without the start token, on the device.
+    sampling: with its seed and stop token.
     codes: by candidate, int64 `[drawn]`, the stop token included where it came; None while it is being drawn.
     latents: by candidate, `[drawn, hidden_size]`, if the runner keeps them. on_token: told each (candidate, token).
     started_at: when its first candidate got a slot, in seconds of `time.perf_counter`.
@@ -30,7 +31,6 @@ class Job:
 
     prompt: torch.Tensor
     sampling: SamplingParams
-    stop_token: int
     on_token: Callable[[int, int], None] | None = None
     codes: list[np.ndarray | None] = field(init=False)
     latents: list[torch.Tensor | None] = field(init=False)
@@ -64,7 +64,7 @@ class DecodeLoop:
         self.scheduler = Scheduler(num_pages, page_size, runner.max_batch, runner.max_new_tokens, self.lag)
         rows = (self.lag + 1) * runner.max_batch
         self._codes = np.zeros((rows, runner.max_new_tokens), dtype=np.int64)
-        self._drawn, self._limit, self._stop = (np.zeros(rows, dtype=np.int64) for _ in range(3))
+        self._drawn = np.zeros(rows, dtype=np.int64)
         self._live = np.zeros(rows, dtype=bool)
         self._key_of_row: list[int | None] = [None] * rows
         self._row_of_slot = np.full(runner.max_batch, -1)
@@ -144,8 +144,7 @@ class DecodeLoop:
             job, row = self._jobs[admission.key], self._free_rows.pop()
             job.started_at = job.started_at or time.perf_counter()
             self._key_of_row[row] = admission.key
-            self._drawn[row], self._limit[row], self._stop[row] = 0, job.sampling.max_new_tokens, job.stop_token
-            self._live[row], self._row_of_slot[admission.slot] = True, row
+            self._drawn[row], self._live[row], self._row_of_slot[admission.slot] = 0, True, row
         for source, target in step.moves:
             self._row_of_slot[target], self._row_of_slot[source] = self._row_of_slot[source], -1
         self._ended_since.append([])
@@ -158,7 +157,7 @@ class DecodeLoop:
         """Enter the tokens of a step into the rows that it was made for; returns the jobs that it finished."""
         slots = np.flatnonzero(rows >= 0)
         slots = slots[self._live[rows[slots]]]  # what ended meanwhile drew one token too many
-        rows, tokens = rows[slots], self.runner.tokens(handle)[slots]
+        rows, tokens, ended = rows[slots], self.runner.tokens(handle)[slots], self.runner.finished(handle)[slots]
         self._codes[rows, self._drawn[rows]] = tokens
         self._drawn[rows] += 1
         told = []
@@ -167,7 +166,6 @@ class DecodeLoop:
             told = [
                 (self._jobs[step.runs[slot].key].on_token, step.runs[slot].candidate, token) for slot, token in drawn
             ]
-        ended = (tokens == self._stop[rows]) | (self._drawn[rows] >= self._limit[rows])
         for slot, row in zip(slots[ended].tolist(), rows[ended].tolist(), strict=True):
             run, drawn = step.runs[slot], int(self._drawn[row])
             job = self._jobs[run.key]

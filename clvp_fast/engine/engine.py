@@ -1,7 +1,6 @@
 """`CandidateEngine`: texts and voices in, ranked speech candidates out, hundreds of them decoded as one batch."""
 
 import asyncio
-import os
 import threading
 import time
 from collections import deque
@@ -12,29 +11,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from clvp_fast.checkpoint import load_checkpoint, speech_limit, text_limit
+from clvp_fast.checkpoint import load_checkpoint, sayable_ids, speech_limit, stop_token, text_limit
 from clvp_fast.engine.decode_loop import DecodeLoop, Job
-from clvp_fast.engine.memory import MemoryPlan, plan
+from clvp_fast.engine.memory import MemoryPlan, free_bytes, plan
 from clvp_fast.engine.ranking import Ranker, diffusion_latents
 from clvp_fast.engine.requests import CandidateRequest, CandidateResult
 from clvp_fast.engine.runner import Runner
 from clvp_fast.engine.sampling_params import SamplingParams
 from clvp_fast.engine.voices import Voice, VoiceCache
+from clvp_fast.models.clvp.processing import ClvpProcessor
 
 # What fails a request and no other: bad input, a file that is not there.
 _REQUEST_ERRORS = (ValueError, TypeError, OSError)
-
-
-def _free_bytes(device: torch.device) -> int:
-    """Memory that can be had on a device now."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2  # no Linux: half of what there is
 
 
 @dataclass(eq=False)
@@ -95,11 +83,10 @@ class CandidateEngine:
     ):
         self.model = model.eval()
         self.processor = processor
-        on_gpu = model.device.type == "cuda"
         self._options = dict(page_size=page_size, page_dtype=page_dtype, latents=latents)
         self._memory_fraction, self._deterministic, self._num_pages = memory_fraction, deterministic, num_pages
         self.max_new_tokens = min(500, speech_limit(model)) if max_new_tokens is None else max_new_tokens
-        self.memory: MemoryPlan = self._plan((512 if on_gpu else 16) if max_batch is None else max_batch)
+        self.memory: MemoryPlan = self._plan(16 if max_batch is None and model.device.type == "cpu" else max_batch)
         self.voices = VoiceCache(model, processor.feature_extractor)
         self.ranker = Ranker(model, mode=scoring)
         self._loop = DecodeLoop(self._runner(), latents)
@@ -125,8 +112,6 @@ class CandidateEngine:
             text_cleaning: as [`ClvpTokenizer`] takes it.
             options: of the constructor.
         """
-        from clvp_fast import ClvpProcessor
-
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         checkpoint = load_checkpoint(name, device=device, dtype=dtype, text_cleaning=text_cleaning)
@@ -242,7 +227,7 @@ class CandidateEngine:
             with self._lock, torch.inference_mode():
                 text_ids = self._text_ids(request)
                 prompt = self._prompt(request, text_ids)
-                job = Job(prompt, *self._settings(request.sampling or sampling))
+                job = Job(prompt, self._settings(request.sampling or sampling))
                 if on_token is not None:
                     job.on_token = lambda candidate, token: on_token(request, candidate, token)
                 key = self._loop.add(job)
@@ -251,41 +236,27 @@ class CandidateEngine:
         except _REQUEST_ERRORS as error:
             results.append(CandidateResult(request, error=error, timings={"queue": time.perf_counter() - submitted}))
 
-    def _settings(self, sampling: SamplingParams) -> tuple[SamplingParams, int]:
-        """Sampling with a seed, and its stop token."""
-        limit, vocab_size = self.max_new_tokens, self.model.config.decoder_config.vocab_size
-        if sampling.max_new_tokens > limit:
-            raise ValueError(
-                f"max_new_tokens={sampling.max_new_tokens} is more than this engine's {limit}: ask for fewer"
-            )
-        if sampling.seed is None:
-            sampling = replace(sampling, seed=int(torch.randint(2**63 - 1, ())))
-        stop = self.model.config.decoder_config.eos_token_id if sampling.stop_token is None else sampling.stop_token
+    def _settings(self, sampling: SamplingParams) -> SamplingParams:
+        """Sampling with a seed and a stop token."""
+        seed = int(torch.randint(2**63 - 1, ())) if sampling.seed is None else sampling.seed
+        stop = stop_token(self.model) if sampling.stop_token is None else sampling.stop_token
+        vocab_size = self.model.config.decoder_config.vocab_size
         if stop >= vocab_size:
             raise ValueError(f"stop_token={stop} is no token of the checkpoint, which has {vocab_size}")
-        return sampling, stop
+        return replace(sampling, seed=seed, stop_token=stop)
 
     def _text_ids(self, request: CandidateRequest) -> torch.Tensor:
-        if request.input_ids is not None:
-            ids = torch.as_tensor(request.input_ids, device="cpu")
-            if ids.ndim != 1 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-                raise ValueError(f"input_ids must be whole numbers [length], not {ids.dtype} {list(ids.shape)}")
-            ids = ids.long()
-        else:
-            if not request.text.strip():
-                raise ValueError("the text is empty: give the sentence that is to be said")
-            tokenizer = self.processor.tokenizer
-            ids = torch.tensor(tokenizer(request.text)["input_ids"])
-            spaces = tokenizer(" ")["input_ids"]
-            if not set(ids.tolist()) - {tokenizer.unk_token_id, *spaces}:
-                raise ValueError(f"nothing of the text {request.text!r} is in the checkpoint's vocabulary")
-        limit = text_limit(self.model)
+        if request.input_ids is None:
+            return torch.tensor(sayable_ids(self.model, self.processor.tokenizer, request.text))
+        ids = torch.as_tensor(request.input_ids, device="cpu")
+        if ids.ndim != 1 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+            raise ValueError(f"input_ids must be whole numbers [length], not {ids.dtype} {list(ids.shape)}")
+        limit, vocab_size = text_limit(self.model), self.model.config.text_config.vocab_size
         if not 0 < len(ids) <= limit:
-            raise ValueError(f"the text has {len(ids)} tokens, and this checkpoint takes 1 to {limit}: split it up")
-        vocab_size = self.model.config.text_config.vocab_size
+            raise ValueError(f"input_ids are {len(ids)}, and this checkpoint takes 1 to {limit}; split the text up")
         if ids.min() < 0 or ids.max() >= vocab_size:
             raise ValueError(f"input_ids must lie from 0 to {vocab_size - 1}, not {ids.min()} to {ids.max()}")
-        return ids
+        return ids.long()
 
     def voice(self, request: CandidateRequest) -> Voice:
         """The voice of a request, from the cache where it is known; `save` it, and give it as `conditioning`."""
@@ -332,10 +303,10 @@ class CandidateEngine:
         seconds = time.perf_counter() - pending.submitted
         pending.results.append(CandidateResult(pending.request, error=error, timings={"queue": seconds}))
 
-    def _plan(self, max_batch: int) -> MemoryPlan:
+    def _plan(self, max_batch: int | None) -> MemoryPlan:
         planned = plan(
             self.model.speech_decoder_model,
-            _free_bytes(self.model.device),
+            free_bytes(self.model.device),
             self._memory_fraction,
             max_batch,
             self.max_new_tokens,
@@ -370,10 +341,11 @@ class CandidateEngine:
     def _result(self, pending: _Pending, job: Job) -> CandidateResult:
         """Rank a finished job's candidates."""
         decoded = time.perf_counter()
-        stopped = np.array([len(codes) > 0 and codes[-1] == job.stop_token for codes in job.codes])
-        spoken = [codes[: len(codes) - stop] for codes, stop in zip(job.codes, stopped, strict=True)]
+        stop = job.sampling.stop_token
+        stopped = np.array([len(codes) > 0 and codes[-1] == stop for codes in job.codes])
+        spoken = [codes[: len(codes) - ended] for codes, ended in zip(job.codes, stopped, strict=True)]
         lengths = np.array([len(codes) for codes in spoken])
-        codes = np.full((len(spoken), max(lengths.max(), 1)), job.stop_token, dtype=np.int64)
+        codes = np.full((len(spoken), max(lengths.max(), 1)), stop, dtype=np.int64)
         for row, of_candidate in zip(codes, spoken, strict=True):
             row[: len(of_candidate)] = of_candidate
         result = CandidateResult(pending.request, codes=codes, lengths=lengths, stopped=stopped)
