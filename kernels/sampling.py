@@ -5,8 +5,9 @@
     token  = the first whose cumulated weight exceeds u * (the sum of all), weights exp(x - max x) of the kept; or the
              first of the largest scores
 
-logits `[N, V]`, float32, float16 or bfloat16; seen `[N, ceil(V / 32)]` int32; parameters, seed, candidate, step and out
-`[N]`. u is one number of Philox-4x32-10 with the key `seed` and the counter `(step, candidate)`.
+logits `[N, V]`, float32, float16 or bfloat16; seen `[N, ceil(V / 32)]` int32; parameters, seed, candidate, step, out
+and sampled (which rows draw) `[N]`. u is one number of Philox-4x32-10 with the key `seed` and the counter
+`(step, candidate)`.
 
 Nothing is sorted. Sorting would find one threshold: the smallest score up to which the weights of a row add up to a
 bound (to V - k + 1 with all weights 1; to more than 1 - p; and, of distances from the mean surprise in place of scores,
@@ -40,8 +41,10 @@ _SMALL = 16  # tokens of the second tile at least
 
 
 @triton.jit
-def _scores(logits_ptr, seen_ptr, columns, vocab_size, seen_word_stride, penalty_ptr, temperature_ptr):
-    """Penalised, tempered logits of one row; -inf past the vocabulary."""
+def _scores(
+    logits_ptr, seen_ptr, columns, vocab_size, seen_word_stride, penalty_ptr, temperature_ptr, sampled
+):  # fmt: skip
+    """Penalised, tempered (where it is sampled) logits of one row; -inf past the vocabulary."""
     inside = columns < vocab_size
     x = tl.load(logits_ptr + columns, mask=inside, other=-float("inf")).to(tl.float32)
     if penalty_ptr is not None:
@@ -52,7 +55,7 @@ def _scores(logits_ptr, seen_ptr, columns, vocab_size, seen_word_stride, penalty
         x = tl.div_rn(tl.where(x < 0, x * factor, x), tl.where(x < 0, 1.0, factor))
     if temperature_ptr is not None:
         # Correctly rounded, as torch divides: equal scores stay equal, and unequal ones in their order.
-        x = tl.div_rn(x, tl.load(temperature_ptr).to(tl.float32))
+        x = tl.div_rn(x, tl.where(sampled, tl.load(temperature_ptr).to(tl.float32), 1.0))
     return x
 
 
@@ -157,6 +160,13 @@ def _typical(weight, weight2, mass):
 
 
 @triton.jit
+def _likeliest(x, x2, largest, columns, columns2, vocab_size):
+    """The first of the largest scores."""
+    first = tl.min(tl.where(x == largest, columns, vocab_size), 0)
+    return tl.minimum(first, tl.min(tl.where(x2 == largest, columns2, vocab_size), 0))
+
+
+@triton.jit
 def _random_bits(seed, candidate, step):
     """32 random bits as uint32."""
     step, candidate = step.to(tl.uint64), candidate.to(tl.uint64)
@@ -181,13 +191,44 @@ def _draw(weight, weight2, bits, BLOCK: tl.constexpr, SMALL: tl.constexpr, CHUNK
     return _locate(count, ends, ends2, target.to(tl.int32), BLOCK, SMALL, CHUNK)
 
 
+@triton.jit
+def _sampled(
+    x, x2, largest, top_k_ptr, top_p_ptr, typical_p_ptr, min_p_ptr, seed_ptr, candidate_ptr, step_ptr,
+    row, vocab_size, BLOCK: tl.constexpr, SMALL: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """A draw from what the processors leave of a row's tempered scores."""
+    if top_k_ptr is not None:
+        top_k = tl.load(top_k_ptr + row)
+        if (top_k > 0) & (top_k < vocab_size):
+            ones, ones2 = tl.full(x.shape, 1.0, tl.float32), tl.full(x2.shape, 1.0, tl.float32)
+            # What lies past the vocabulary is -inf and counted, at the low end.
+            bound = _threshold(x, x2, ones, ones2, (BLOCK + SMALL + 1 - top_k).to(tl.float32), STRICT=False)
+            x, x2 = tl.where(x < bound, -float("inf"), x), tl.where(x2 < bound, -float("inf"), x2)
+    weight, weight2 = tl.exp(x - largest), tl.exp(x2 - largest)
+    if top_p_ptr is not None:
+        top_p = tl.load(top_p_ptr + row).to(tl.float64)
+        if top_p < 1.0:
+            weight, weight2 = _top_p(x, x2, weight, weight2, largest, top_p, BLOCK, SMALL, CHUNK)
+    if min_p_ptr is not None:
+        # The largest weight is 1.
+        min_p = tl.load(min_p_ptr + row).to(tl.float32)
+        weight, weight2 = tl.where(weight < min_p, 0.0, weight), tl.where(weight2 < min_p, 0.0, weight2)
+    if typical_p_ptr is not None:
+        typical_p = tl.load(typical_p_ptr + row).to(tl.float32)
+        if typical_p < 1.0:
+            weight, weight2 = _typical(weight, weight2, typical_p)
+    bits = _random_bits(tl.load(seed_ptr + row), tl.load(candidate_ptr + row), tl.load(step_ptr + row))
+    return _draw(weight, weight2, bits, BLOCK, SMALL, CHUNK)
+
+
 # Rows of 8194 are aligned to nothing; without a promise for other widths all of them are laid out, and compile, alike.
 @triton.jit(do_not_specialize=["vocab_size", "logits_stride", "stop_token", "pad_token"])
 def _sample_kernel(
     logits_ptr, seen_ptr, lengths_ptr, done_ptr,
     temperature_ptr, top_k_ptr, top_p_ptr, typical_p_ptr, min_p_ptr, penalty_ptr,
-    seed_ptr, candidate_ptr, step_ptr, out_ptr,
-    vocab_size, logits_stride, seen_stride, seen_word_stride, lengths_stride, done_stride, stop_token, pad_token,
+    seed_ptr, candidate_ptr, step_ptr, sampled_ptr, out_ptr,
+    vocab_size, logits_stride, seen_stride, seen_word_stride, lengths_stride, done_stride, sampled_stride,
+    stop_token, pad_token,
     DO_SAMPLE: tl.constexpr, BLOCK: tl.constexpr, SMALL: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -201,39 +242,21 @@ def _sample_kernel(
     if penalty_ptr is not None:
         penalty_ptr += row
     columns, columns2 = tl.arange(0, BLOCK), BLOCK + tl.arange(0, SMALL)
-    heat_ptr = temperature_ptr if DO_SAMPLE else None
-    x = _scores(logits_ptr, seen_ptr, columns, vocab_size, seen_word_stride, penalty_ptr, heat_ptr)
-    x2 = _scores(logits_ptr, seen_ptr, columns2, vocab_size, seen_word_stride, penalty_ptr, heat_ptr)
+    # Where it holds for all rows, the compiler knows it, and leaves the other branch out.
+    sampled = tl.full((), DO_SAMPLE, tl.int1)
+    if sampled_ptr is not None:
+        sampled = tl.load(sampled_ptr + row * sampled_stride)
+    x = _scores(logits_ptr, seen_ptr, columns, vocab_size, seen_word_stride, penalty_ptr, temperature_ptr, sampled)
+    x2 = _scores(logits_ptr, seen_ptr, columns2, vocab_size, seen_word_stride, penalty_ptr, temperature_ptr, sampled)
     largest = tl.maximum(tl.max(x, 0), tl.max(x2, 0))
 
-    if DO_SAMPLE:
-        if top_k_ptr is not None:
-            top_k = tl.load(top_k_ptr + row)
-            if (top_k > 0) & (top_k < vocab_size):
-                ones, ones2 = tl.full(x.shape, 1.0, tl.float32), tl.full(x2.shape, 1.0, tl.float32)
-                # What lies past the vocabulary is -inf and counted, at the low end.
-                bound = _threshold(x, x2, ones, ones2, (BLOCK + SMALL + 1 - top_k).to(tl.float32), STRICT=False)
-                x, x2 = tl.where(x < bound, -float("inf"), x), tl.where(x2 < bound, -float("inf"), x2)
-        weight, weight2 = tl.exp(x - largest), tl.exp(x2 - largest)
-        if top_p_ptr is not None:
-            top_p = tl.load(top_p_ptr + row).to(tl.float64)
-            if top_p < 1.0:
-                weight, weight2 = _top_p(x, x2, weight, weight2, largest, top_p, BLOCK, SMALL, CHUNK)
-        if min_p_ptr is not None:
-            # The largest weight is 1.
-            min_p = tl.load(min_p_ptr + row).to(tl.float32)
-            weight, weight2 = tl.where(weight < min_p, 0.0, weight), tl.where(weight2 < min_p, 0.0, weight2)
-        if typical_p_ptr is not None:
-            typical_p = tl.load(typical_p_ptr + row).to(tl.float32)
-            if typical_p < 1.0:
-                weight, weight2 = _typical(weight, weight2, typical_p)
-        bits = _random_bits(tl.load(seed_ptr + row), tl.load(candidate_ptr + row), tl.load(step_ptr + row))
-        token = _draw(weight, weight2, bits, BLOCK, SMALL, CHUNK)
+    if sampled:
+        token = _sampled(
+            x, x2, largest, top_k_ptr, top_p_ptr, typical_p_ptr, min_p_ptr, seed_ptr, candidate_ptr, step_ptr,
+            row, vocab_size, BLOCK, SMALL, CHUNK,
+        )  # fmt: skip
     else:
-        token = tl.minimum(
-            tl.min(tl.where(x == largest, columns, vocab_size), 0),
-            tl.min(tl.where(x2 == largest, columns2, vocab_size), 0),
-        )
+        token = _likeliest(x, x2, largest, columns, columns2, vocab_size)
     # Rows of nothing but NaN and -inf have no answer, but nothing is written outside for them.
     token = tl.minimum(token, vocab_size - 1)
 
@@ -273,6 +296,7 @@ def sample(
     stop_token: int,
     pad_token: int,
     do_sample: bool,
+    sampled: torch.Tensor | None,
     *,
     out: torch.Tensor,
 ) -> None:
@@ -285,10 +309,14 @@ def sample(
         temperature, top_k, top_p, typical_p, min_p, repetition_penalty: `[N]`, contiguous, floating or integer; None
             leaves the processor out of the compiled kernel.
         seed, candidate, step, out: `[N]` int64, contiguous.
+        do_sample: False: all rows take their largest score.
+        sampled: `[N]` bool, any stride: the others take their largest score; with `do_sample` alone.
     """
     rows, vocab_size = logits.shape
     _sample_kernel[(rows,)](
         logits, seen, lengths, done, temperature, top_k, top_p, typical_p, min_p, repetition_penalty,
-        seed, candidate, step, out, vocab_size, logits.stride(0), *seen.stride(), lengths.stride(0), done.stride(0),
-        stop_token, pad_token, DO_SAMPLE=do_sample, **_tiles(vocab_size),
+        seed, candidate, step, sampled, out,
+        vocab_size, logits.stride(0), *seen.stride(), lengths.stride(0), done.stride(0),
+        0 if sampled is None else sampled.stride(0), stop_token, pad_token,
+        DO_SAMPLE=do_sample, **_tiles(vocab_size),
     )  # fmt: skip

@@ -175,8 +175,8 @@ def _fixed(
     sizes: DecoderSizes, rows: int, own: int, prefix: int, max_new_tokens: int, max_prefix_len: int, latents: bool
 ) -> dict[str, int]:
     """Bytes of all but the pages, for steps of `rows` rows."""
-    # Of a slot: twelve 64-bit numbers and three of 32 bits, tables, the bitmap of seen tokens, counters, results.
-    words = 2 * 12 + 3 + own + prefix + -(-sizes.vocab_size // 32) + sizes.num_heads + 4
+    # Of a slot: thirteen 64-bit numbers and three of 32 bits, tables, the bitmap of seen tokens, counters, results.
+    words = 2 * 13 + 3 + own + prefix + -(-sizes.vocab_size // 32) + sizes.num_heads + 4
     # Of a row of activations: the residual before and after, its norm, a projection, and the widest between them.
     widest = max(4 * sizes.hidden_size, sizes.intermediate_size)
     activations = (4 * sizes.hidden_size + widest) * sizes.itemsize

@@ -193,7 +193,7 @@ class Runner:
         if rows in self._graphs:
             self._graphs[rows].replay()
         else:
-            self._step(rows, **self._shortcuts(rows))
+            self._step(rows, **self.slots.shortcuts(rows))
         results = self._result(rows)
         if self.device.type != "cuda":
             return StepHandle(results.cpu().clone(), num_slots)
@@ -248,17 +248,11 @@ class Runner:
             self._results[rows] = torch.empty(2, rows, dtype=torch.int64, device=self.device)
         return self._results[rows]
 
-    def _shortcuts(self, rows: int) -> dict[str, Any]:
-        """Numbers in the place of tensors for `sample`, where that spares work and changes no token."""
-        shortcuts: dict[str, Any] = self.slots.neutral(rows)
-        # Greedy rows among others are drawn with top_k = 1, which lets equal logits draw lots. In half types they are
-        # common, so that a greedy row must not be the first of them here and any of them there.
-        if self.decoder.dtype in (torch.float32, torch.float64) and self.slots.all_greedy(rows):
-            shortcuts["do_sample"] = False
-        return shortcuts
-
     def _step(self, rows: int, **shortcuts) -> None:
-        """One step of the first `rows` slots: their state is updated, and `_result` written."""
+        """One step of the first `rows` slots: their state is updated, and `_result` written.
+
+        `shortcuts`: numbers in the place of tensors for `sample`, where that spares work and changes no token.
+        """
         state = self.slots.first(rows)
         seq_lens, lengths = state["seq_lens"], state["lengths"]
         inactive = seq_lens < 0
@@ -278,7 +272,7 @@ class Runner:
             step=lengths,
             stop_token=-1,
             pad_token=-1,
-            **{name: state[name] for name in NEUTRAL} | shortcuts,
+            **{name: state[name] for name in (*NEUTRAL, "do_sample")} | shortcuts,
         )
         stopped = inactive | (tokens == state["stop"]) | (lengths >= state["limit"])
         torch.clamp(tokens, min=0, out=state["token"])

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 # State of a slot in 64 bits: whole numbers, then floating ones. `lengths` counts the tokens drawn.
-_WHOLE = ("token", "lengths", "limit", "stop", "seed", "candidate", "top_k")
+_WHOLE = ("token", "lengths", "limit", "stop", "seed", "candidate", "top_k", "do_sample")
 _REAL = ("temperature", "top_p", "typical_p", "min_p", "repetition_penalty")
 # What leaves a parameter of `sample` out.
 NEUTRAL = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "typical_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
@@ -23,7 +23,8 @@ class SlotState:
     By name in `tensors`, their first axis the slots (of `prefix_table` and `prefix_lens`, the rows of prefixes):
     int64 `token` (the next to enter), `lengths`, `limit`, `stop`, `seed`, `candidate`, `top_k`; float64 `temperature`,
     `top_p`, `typical_p`, `min_p`, `repetition_penalty`; int32 `seq_lens` (-1: inactive), `prefix_index`, `prefix_lens`,
-    `block_table` `[rows, own_pages]`, `prefix_table` `[rows, prefix_pages]`, `seen` `[rows, ceil(vocab_size / 32)]`.
+    `block_table` `[rows, own_pages]`, `prefix_table` `[rows, prefix_pages]`, `seen` `[rows, ceil(vocab_size / 32)]`;
+    bool `do_sample`.
 
     Args:
         own_pages, prefix_pages: the most pages of a candidate and of a prompt.
@@ -64,6 +65,8 @@ class SlotState:
         self._wide = tensors.pop("wide").view(torch.int64)
         tensors |= zip(_WHOLE, self._wide, strict=False)
         tensors |= zip(_REAL, self._wide[len(_WHOLE) :].view(torch.float64), strict=True)
+        # 0 or 1 in 64 bits, of which the lowest 8 are a bool.
+        tensors["do_sample"] = tensors["do_sample"].view(torch.bool)[::8]
         self.tensors: dict[str, torch.Tensor] = tensors
         tensors["seq_lens"].fill_(-1)
         for name, value in NEUTRAL.items():
@@ -77,12 +80,18 @@ class SlotState:
         """`tensors` of the first `rows` slots; tables of prefixes whole."""
         return {name: x if name in ("prefix_table", "prefix_lens") else x[:rows] for name, x in self.tensors.items()}
 
-    def neutral(self, rows: int) -> dict[str, float]:
-        """The parameters of `sample` that leave all of the first `rows` slots as they are, and their value."""
-        return {name: value for name, value in NEUTRAL.items() if (self._known[name][:rows] == value).all()}
+    def shortcuts(self, rows: int) -> dict[str, float | bool]:
+        """Numbers for `sample` in the place of the first `rows` slots' tensors: those that change no token of theirs.
 
-    def all_greedy(self, rows: int) -> bool:
-        return bool((self._greedy | ~self.active)[:rows].all())
+        Of a parameter its neutral value, where all have that; of `do_sample` what the active ones agree on.
+        """
+        found: dict[str, float | bool] = {
+            name: value for name, value in NEUTRAL.items() if (self._known[name][:rows] == value).all()
+        }
+        greedy, active = self._greedy[:rows], self.active[:rows]
+        if not greedy.any() or greedy[active].all():
+            found["do_sample"] = not greedy.any()
+        return found
 
     def apply(self, step, params: Mapping[Any, Any]) -> None:
         """Enter a scheduler's `Step`, prefills aside: slots freed, candidates admitted, pages entered, slots moved.
@@ -160,11 +169,12 @@ class SlotState:
             seed=(params.seed + 2**63) % 2**64 - 2**63,  # seeds above 2^63 keep their bits
             candidate=0,
             top_k=params.top_k or 0,
+            do_sample=params.do_sample,
         )
         real = {name: getattr(params, name) for name in _REAL}
         if not params.do_sample:
-            # The likeliest token alone is left; besides, only the penalty counts, as in `GenerationMixin`.
-            whole["top_k"] = 1
+            # Of the others none has a say; neutral, they leave the batch its shortcuts.
+            whole["top_k"] = 0
             real |= {name: value for name, value in NEUTRAL.items() if name in real and name != "repetition_penalty"}
         floats = np.array([real[name] for name in _REAL], dtype=np.float64)
         return np.concatenate([np.array([whole[name] for name in _WHOLE], dtype=np.int64), floats.view(np.int64)])

@@ -80,7 +80,7 @@ def _row_scores(scores, temperature, top_k, top_p, typical_p, min_p):
 
 def reference(
     logits, seen, lengths, done, temperature, top_k, top_p, typical_p, min_p, repetition_penalty, seed, candidate, step,
-    stop_token, pad_token, do_sample,
+    stop_token, pad_token, do_sample, sampled,
 ):  # fmt: skip
     """One candidate after another."""
     tokens = torch.zeros_like(lengths, dtype=torch.int64)
@@ -89,7 +89,7 @@ def reference(
         if repetition_penalty is not None:
             penalty = repetition_penalty[n].item()
             row = torch.where(known[n], torch.where(row < 0, row * penalty, row / penalty), row)
-        if not do_sample:
+        if not (do_sample if sampled is None else sampled[n]):
             tokens[n] = row.argmax()
             continue
         neutral = ((temperature, 1.0), (top_k, 0), (top_p, 1.0), (typical_p, 1.0), (min_p, 0.0))
@@ -127,15 +127,16 @@ def _filter_typical(scores, mass):
 
 def _torch(
     logits, seen, lengths, done, temperature, top_k, top_p, typical_p, min_p, repetition_penalty, seed, candidate, step,
-    stop_token, pad_token, do_sample,
+    stop_token, pad_token, do_sample, sampled,
 ):  # fmt: skip
     scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if repetition_penalty is not None:
         penalty = repetition_penalty.to(scores.dtype)[:, None]
         penalised = torch.where(scores < 0, scores * penalty, scores / penalty)
         scores = torch.where(_seen_tokens(seen, scores.shape[1]), penalised, scores)
+    likeliest = None if do_sample and sampled is None else scores.argmax(-1)
     if not do_sample:
-        return _advance(scores.argmax(-1), seen, lengths, done, stop_token, pad_token)
+        return _advance(likeliest, seen, lengths, done, stop_token, pad_token)
     if temperature is not None:
         scores = scores / temperature.to(scores.dtype)[:, None]
     if top_k is not None or top_p is not None:
@@ -150,6 +151,8 @@ def _torch(
     cumulated = scores.double().softmax(-1).cumsum(-1)
     target = _uniform(seed, candidate, step)[:, None] * cumulated[:, -1:]
     tokens = (cumulated <= target).sum(-1)
+    if sampled is not None:
+        tokens = torch.where(sampled, tokens, likeliest)
     return _advance(tokens, seen, lengths, done, stop_token, pad_token)
 
 
@@ -159,8 +162,9 @@ def _kernel(logits, seen, lengths, done, *others):
     tokens = logits.new_empty(logits.shape[0], dtype=torch.int64)
     if len(tokens):
         logits = logits if logits.stride(1) == 1 else logits.contiguous()
+        *others, sampled = others
         others = (x.contiguous() if isinstance(x, torch.Tensor) else x for x in others)
-        sampling.sample(logits, seen, lengths, done, *others, out=tokens)
+        sampling.sample(logits, seen, lengths, done, *others, sampled, out=tokens)
     return tokens
 
 
@@ -178,7 +182,7 @@ _OPERATOR = Operator(
     "sample",
     "(Tensor logits, Tensor(a!) seen, Tensor(b!) lengths, Tensor(c!) done, Tensor? temperature, Tensor? top_k, "
     "Tensor? top_p, Tensor? typical_p, Tensor? min_p, Tensor? repetition_penalty, Tensor seed, Tensor candidate, "
-    "Tensor step, int stop_token, int pad_token, bool do_sample) -> Tensor",
+    "Tensor step, int stop_token, int pad_token, bool do_sample, Tensor? sampled) -> Tensor",
     reference=reference,
     torch_path=_torch,
     fake=lambda logits, seen, lengths, *others: logits.new_empty(logits.shape[0], dtype=torch.int64),
@@ -228,6 +232,18 @@ def _number(name, value, logits):
     return value
 
 
+def _choice(do_sample, logits):
+    """Whether any row may be sampled, and which are: bool `[N]`, or None for all or none."""
+    if not isinstance(do_sample, torch.Tensor):
+        return bool(do_sample), None
+    if do_sample.dtype != torch.bool:
+        raise TypeError(f"do_sample must be torch.bool, not {do_sample.dtype}")
+    if do_sample.shape != logits.shape[:1]:
+        raise shape_error("do_sample", f"[{logits.shape[0]}]", do_sample)
+    check_same("do_sample", do_sample, "logits", logits, dtype=False)
+    return True, do_sample
+
+
 def sample(
     logits: torch.Tensor,
     seen: torch.Tensor,
@@ -245,7 +261,7 @@ def sample(
     step: int | torch.Tensor,
     stop_token: int,
     pad_token: int,
-    do_sample: bool = True,
+    do_sample: bool | torch.Tensor = True,
 ) -> torch.Tensor:
     """Draw the next token of N candidates and enter it into their state, without reading anything on the host.
 
@@ -259,7 +275,7 @@ def sample(
             or a tensor `[N]` (whose values are not checked). 1, 0, 1, 1, 0, 1 leave the processor out.
         seed, candidate, step: int64 `[N]` or a number for all; the draw depends on these three and on the row's logits.
         stop_token, pad_token: token ids.
-        do_sample: False: the largest penalised score, the first of equal ones.
+        do_sample: False: the largest penalised score, the first of equal ones; or bool `[N]`, for each row its own.
 
     Returns:
         `[N]` int64.
@@ -285,5 +301,6 @@ def sample(
     names = ("temperature", "top_k", "top_p", "typical_p", "min_p", "repetition_penalty")
     parameters = [_parameter(name, value, logits) for name, value in zip(names, given, strict=True)]
     numbers = [_number(name, x, logits) for name, x in (("seed", seed), ("candidate", candidate), ("step", step))]
-    args = (logits, seen, lengths, done, *parameters, *numbers, stop_token, pad_token, do_sample)
+    choice = _choice(do_sample, logits)
+    args = (logits, seen, lengths, done, *parameters, *numbers, stop_token, pad_token, *choice)
     return _OPERATOR.choose(args)(*args)

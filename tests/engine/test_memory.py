@@ -90,7 +90,7 @@ def test_parts_are_those_of_a_runner(dtype, max_batch, page_dtype):
     assert found.parts["pages"] == runner.pages.data.nbytes
     assert found.parts["latents"] == runner._latents.nbytes
     assert found.max_prefix_len == runner.max_prefix_len == 65
-    state = sum(tensor.nbytes for tensor in runner.slots.tensors.values()) + runner._arrivals.nbytes
+    state = runner.slots._arena.nbytes + runner._arrivals.nbytes
     results = runner._result(max(found.max_batch, runner._min_rows)).nbytes
     assert found.parts["slots"] == state + results
 

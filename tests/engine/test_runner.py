@@ -561,6 +561,46 @@ def test_what_the_scheduler_plans(num_pages, max_batch, lag):
         assert torch.equal(states, expected_states), (key, candidate)
 
 
+@needs_own_attention
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_greedy_rows_take_the_first_of_equal_logits_in_every_company(dtype):
+    """Of tokens with one and the same logit; with nothing read in place of tensors, too, as in a captured step."""
+    model = stopping(tiny())
+    prompt_list = [prompt.to(dtype) for prompt in prompts(model)]
+    model.to(dtype)
+    head = model.speech_decoder_model.lm_head
+    with torch.no_grad():
+        head.weight[150:300] = head.weight[:150]
+        head.bias[150:300] = head.bias[:150]
+        head.bias[START - 150], head.bias[STOP - 150] = -9.0, -9.0
+    params = [replace(GREEDY, repetition_penalty=1.5), SAMPLED, replace(SAMPLED, top_p=1.0, typical_p=0.9)]
+    expected = [alone(model, prompt_list[key], params[key])[0] for key in range(3)]
+    twins = [(token, step) for step, token in enumerate(expected[0]) if token >= 150 and token != STOP]
+    assert twins and all(token - 150 in expected[0][:step] for token, step in twins), "the first was penalised before"
+    for shortcuts in (None, lambda rows: {}):
+        driver = Driver(model, prompt_list, params)
+        if shortcuts is not None:
+            driver.runner.slots.shortcuts = shortcuts
+        for slot, key in enumerate((1, 0, 2)):
+            driver.admit(slot, key)
+        assert [driver.run()[key, 0] for key in range(3)] == expected
+
+
+def test_shortcuts_are_what_the_slots_agree_on():
+    driver = Driver(tiny(), prompts(tiny()), [GREEDY, SAMPLED, replace(SAMPLED, temperature=1.0, top_k=4)])
+    slots = driver.runner.slots
+    neutral = dict(slots_module.NEUTRAL)
+    for slot, key in ((3, 0), (1, 1), (0, 2)):
+        driver.admit(slot, key)
+    driver.start()
+    greedy, both, all_three = slots.shortcuts(4), slots.shortcuts(2), slots.shortcuts(5)
+    assert both == {"do_sample": True, "typical_p": 1.0, "min_p": 0.0}
+    assert all_three == greedy == {"typical_p": 1.0, "min_p": 0.0}
+    driver.free(1), driver.free(0)
+    driver.start()
+    assert slots.shortcuts(4) == neutral | {"do_sample": False} and slots.shortcuts(3) == neutral | {"do_sample": True}
+
+
 def test_warm_up_without_capture_does_nothing():
     driver = Driver(tiny(), [], [])
     driver.runner.warm_up(lambda *args: pytest.fail("nothing is captured on a CPU"))
@@ -577,6 +617,7 @@ def test_state_is_laid_out_as_named():
     assert state["seed"][4] == 7 - 2**63 and state["seed"][1] == 9 and state["candidate"][4] == 2**31 - 1
     assert state["typical_p"][1] == 0.8 and state["temperature"][1] == 2.0 and state["top_k"][4] == 9
     assert state["limit"][4] == 30 and state["stop"][4] == STOP and state["token"][[1, 4]].tolist() == [START] * 2
+    assert state["do_sample"].tolist() == [slot in (1, 4) for slot in range(16)]
     assert state["seq_lens"].tolist() == [-1, 0, -1, -1, 0] + [-1] * 11
     assert np.bitwise_count(state["seen"].view(np.uint32)).sum(1).tolist() == [0, 1, 0, 0, 1] + [0] * 11
     assert state["seen"].view(np.uint32)[4, START // 32] == 1 << START % 32

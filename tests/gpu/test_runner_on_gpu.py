@@ -24,7 +24,7 @@ def test_captured_steps_equal_eager_ones(dtype, deterministic):
         assert progress == ([(count, len(sizes)) for count in range(1, len(sizes) + 1)] if capture else [])
         if not capture:
             runner._rows_of = lambda num_slots, sizes=sizes: min(size for size in sizes if size >= num_slots)
-            runner._shortcuts = lambda rows: {}
+            runner.slots.shortcuts = lambda rows: {}
         for slot in range(6):
             driver.admit(slot, slot % 5, slot)
             driver.step()

@@ -126,6 +126,30 @@ def test_greedy(vocab_size):
     assert tokens[0] == (8 if 7 in seen else 7) and tokens[1] == vocab_size - 2 and tokens[2] == 0 and tokens[3] == 33
 
 
+@pytest.mark.parametrize("settings", [{}, TORTOISE, ALL], ids=["none", "tortoise", "all"])
+def test_some_rows_are_greedy(settings):
+    """They take the first of the largest penalised scores, and no other setting of theirs has a say."""
+    logits, seen = random(7, 130, seed=12, scale=2.0, device=DEVICE), [1, 31, 32, 129]
+    logits[0, 7:9] = logits[2, 128] = logits[2, 60] = 50.0
+    flags = torch.zeros(7, 3, dtype=torch.bool, device=DEVICE)
+    flags[:, 0], flags[:, 2] = True, True
+    flags[1::2, 1] = True
+    sampled = flags[:, 1]  # at a stride
+    columns = {}
+    for name, value in (NEUTRAL | settings).items():
+        dtype = torch.int64 if name == "top_k" else torch.float64
+        columns[name] = torch.full((7,), value, dtype=dtype, device=DEVICE)
+    if settings:
+        columns["temperature"][~sampled] = 1e-44  # which would make all of them infinite
+        columns["top_k"][~sampled] = 1
+    tokens = check(logits, seen, do_sample=sampled, **columns)
+    penalty = settings.get("repetition_penalty", 1.0)
+    greedy = draw(logits, state(7, 130, seen), do_sample=False, repetition_penalty=penalty)
+    drawn = draw(logits, state(7, 130, seen), **settings)
+    assert torch.equal(tokens, torch.where(sampled, drawn, greedy))
+    assert tokens[0] == 7 and tokens[2] == 60 and (drawn != greedy)[sampled].any()
+
+
 def test_each_row_has_its_settings():
     """A row gives what it gives alone, neutral parameters among them."""
     rows = SETTINGS[:2] + SETTINGS[5:6] + SETTINGS[7:8] + SETTINGS[9:10] + [TORTOISE]
@@ -245,7 +269,7 @@ def test_memory_around_the_row_and_the_results():
     parameters = (None, torch.full((3,), 9, device=DEVICE), None, None, None, torch.full((3,), 4.0, device=DEVICE))
     fixed = torch.full_like(numbers, 1), numbers, torch.full_like(numbers, 2)
     states = (seen, lengths, done)
-    sampling.sample(strided(logits), *states, *parameters, *fixed, STOP, PAD, True, out=buffer[2:5])
+    sampling.sample(strided(logits), *states, *parameters, *fixed, STOP, PAD, True, None, out=buffer[2:5])
     assert torch.equal(buffer[2:5], expected) and (buffer[:2] == -5).all() and (buffer[5:] == -5).all()
 
 
@@ -254,8 +278,9 @@ def test_registered():
     op = torch.ops.clvp_fast.sample.default
     floats = [torch.full((1,), x, dtype=torch.float64, device=DEVICE) for x in (0.8, 0.9, 0.8, 0.01, 1.5)]
     args = (logits, *state(1, 97, [4]), floats[0], rows + 3, *floats[1:], rows, rows, rows, STOP, PAD, True)
-    torch.library.opcheck(op, args)
-    torch.library.opcheck(op, (logits, *state(1, 97), *[None] * 6, rows, rows, rows, STOP, PAD, False))
+    torch.library.opcheck(op, (*args, None))
+    torch.library.opcheck(op, (*args, rows > 0))
+    torch.library.opcheck(op, (logits, *state(1, 97), *[None] * 6, rows, rows, rows, STOP, PAD, False, None))
     assert draw(logits[:0], state(0, 97)).shape == (0,)
     rows = random(3, 97, seed=0, device=DEVICE)
     assert torch.equal(draw(rows.T.contiguous().T), draw(rows))

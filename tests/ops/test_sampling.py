@@ -190,6 +190,31 @@ def test_greedy_is_transformers(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_greedy_rows_among_sampled_ones(dtype, backend):
+    """The first of the largest penalised scores, whatever the row's other parameters; the others draw as without."""
+    count, seen = 40, [1, 31, 32, 96]
+    logits = random(count, 97, seed=8, scale=2.0).to(dtype)
+    logits[3, 40:60] = 50.0
+    sampled = torch.arange(count) % 3 == 1
+    given = {"seed": 3, "candidate": torch.arange(count), "step": 2, "stop_token": STOP, "pad_token": PAD}
+    settings = {"top_p": 0.8, "repetition_penalty": 1.7, "typical_p": 0.9}
+    temperature = torch.where(sampled, 1.5, 1e-44)
+    with clvp_fast.backend(backend):
+        drawn, greedy = (
+            sample(logits, *state(count, 97, seen), do_sample=choice, temperature=1.5, **given, **settings)
+            for choice in (True, False)
+        )
+        states = state(count, 97, seen)
+        tokens = sample(logits, *states, do_sample=sampled, temperature=temperature, **given, **settings)
+    assert torch.equal(tokens, torch.where(sampled, drawn, greedy))
+    assert tokens[3] == 40 and (drawn != greedy)[sampled].any()
+    assert states[1].tolist() == [1] * count
+    for row, token in zip(states[0], tokens.tolist(), strict=True):
+        assert {32 * w + b for w in range(4) for b in range(32) if int(row[w]) >> b & 1} == {*seen, token}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_state_is_updated_in_place(backend):
     wanted = [0, 31, 32, 63, STOP, 95, 64, 50]
     logits = torch.full((8, 97), -50.0)
@@ -223,9 +248,11 @@ def test_registered_and_compiled():
     floats = [torch.full((6,), x, dtype=torch.float64) for x in (0.8, 0.9, 0.8, 0.01, 1.5)]
     parameters = [floats[0], whole + 3, *floats[1:]]
     args = (logits, *state(6, 97, [4]), *parameters, whole, whole, whole, STOP, PAD, True)
-    torch.library.opcheck(op, args)
-    torch.library.opcheck(op, (logits, *state(6, 97), *[None] * 6, whole, whole, whole, STOP, PAD, False))
+    torch.library.opcheck(op, (*args, None))
+    torch.library.opcheck(op, (*args, whole > 2))
+    torch.library.opcheck(op, (logits, *state(6, 97), *[None] * 6, whole, whole, whole, STOP, PAD, False, None))
     given = {"top_p": 0.9, "repetition_penalty": 2.0, "seed": 3, "stop_token": STOP, "pad_token": PAD}
+    given["do_sample"] = whole > 2
 
     def run(logits, *states, candidate, step):
         return sample(logits, *states, candidate=candidate, step=step, **given)
@@ -262,6 +289,9 @@ def test_bad_arguments_are_named():
         ((logits, seen, lengths, done), {"repetition_penalty": 0}, ValueError, "repetition_penalty must be above 0"),
         ((logits, seen, lengths, done), {"top_p": torch.ones(3)}, ValueError, "top_p must have shape"),
         ((logits, seen, lengths, done), {"step": torch.ones(4)}, TypeError, "step must be int64"),
+        ((logits, seen, lengths, done), {"do_sample": torch.ones(4)}, TypeError, "do_sample must be torch.bool"),
+        ((logits, seen, lengths, done), {"do_sample": done[1:]}, ValueError, r"do_sample must have shape \[4\]"),
+        ((logits, seen, lengths, done), {"do_sample": done.to("meta")}, ValueError, "do_sample is on meta"),
     ]
     for given, change, error, message in cases:
         with pytest.raises(error, match=message):
