@@ -4,8 +4,8 @@
 
 token_ids, position_ids: `[batch, length]`, int32 or int64, any strides (0 where positions are shared); tables
 `[rows, width]` of one of float32, float16, bfloat16, a row's elements side by side; out `[batch, length, width]`,
-contiguous. The sum is taken in float32 and rounded once. An id outside its table reads nothing and makes its row NaN:
-no fault on the device, and nobody who looks at the result can miss it.
+contiguous, of any of the three. The sum is taken in float32 and rounded once. An id outside its table reads nothing and
+makes its row NaN: no fault on the device, and nobody who looks at the result can miss it.
 
 Moved: two rows in and one out for each place; two gathers and an addition would move six and take three launches. A
 decode step is all launch: 16 places of 1024 bfloat16 elements are 96 KB.

@@ -5,8 +5,9 @@
     out    = hidden W_out^T + b_out + residual
 
 x `[rows, width]`, W_in `[inner or 2 inner, width]`, W_out `[outer, inner]`, float32, float16 or bfloat16; products and
-epilogues in float32, `hidden` rounded once to the type of x. The wide product never reaches memory: bias, activation
-and gate are applied to the accumulators, and of a gated block half of it is written.
+epilogues in float32, `hidden` rounded once to the type of x. residual and out have one type, that of x or float32. The
+wide product never reaches memory: bias, activation and gate are applied to the accumulators, and of a gated block half
+of it is written.
 
 A program computes a tile `W x^T`: the weights' rows are those of the matrix instruction, the rows of x its columns. So
 one kernel serves both regimes: an instruction takes as few as 8 columns but wants 64 rows (`wgmma`), and of a decoding
@@ -171,8 +172,11 @@ _PROGRAMS = 128  # what the parts of a split sum should come to; most GPUs of th
 _SHORTEST_PART = 256
 
 
-def _tiles(rows: int, columns: int, depth: int, parts: int, element_size: int) -> Tiles:
-    """For `columns` results a row, each of the two a gated column needs counted as one, from sums over `depth`."""
+def _tiles(rows: int, columns: int, depth: int, parts: int, element_size: int, out_size: int | None = None) -> Tiles:
+    """For `columns` results a row, each of the two a gated column needs counted as one, from sums over `depth`.
+
+    element_size, out_size: bytes of an element of the operands and, where they differ, of the result.
+    """
     regimes = _REGIMES[element_size]
     regime = next((limit for limit in (_FEW, _BATCH, _SOME) if rows <= limit), _MOST)
     if regime == _FEW:
@@ -181,8 +185,8 @@ def _tiles(rows: int, columns: int, depth: int, parts: int, element_size: int) -
         return tiles._replace(BLOCK_R=block_r, num_stages=8 if block_r <= 32 else tiles.num_stages)
     if columns % 16 or depth % (64 * parts):
         return _ODD[element_size]
-    if regime == _MOST and element_size == 2 and architecture() < 90:
-        regime = _SOME  # the larger tile spills registers and needs more shared memory than there is
+    if regime == _MOST and element_size == 2 and (architecture() < 90 or out_size == 4):
+        regime = _SOME  # the larger tile spills registers, and on sm_80 needs more shared memory than there is
     return Tiles(*regimes[regime])
 
 
@@ -213,7 +217,7 @@ def workspace(rows: int, outer: int, inner: int, element_size: int) -> Workspace
 
 def _launch(x, weight, bias, residual, out, partial, arrivals, activation, gated, parts, zeros):
     (rows, columns), depth = out.shape, x.shape[1]
-    tiles = _tiles(rows, columns, depth, parts, x.element_size())
+    tiles = _tiles(rows, columns, depth, parts, x.element_size(), out.element_size())
     programs = triton.cdiv(columns, tiles.BLOCK_N // 2 if gated else tiles.BLOCK_N) * triton.cdiv(rows, tiles.BLOCK_R)
     _linear_kernel[(programs * parts,)](
         x, weight, bias, residual, out, partial, arrivals,
@@ -241,11 +245,12 @@ def mlp(
     """Write both products of a feed-forward block, in two launches.
 
     Args:
-        x: `[rows, width]`, at least one row; residual: `[rows, outer]`, or None. Columns at stride 1, in results too.
+        x: `[rows, width]`, at least one row; residual: `[rows, outer]`, of the dtype of `out`, or None. Columns at
+            stride 1, in results too.
         w_in, b_in: `[inner, width]`, or `[2 inner, width]` with `gated`, values first; w_out, b_out: `[outer, inner]`.
             Weights at any strides (one of them 1 for speed), biases contiguous.
         activation: one of `ACTIVATIONS`.
-        hidden, out: `[rows, inner]` and `[rows, outer]`, written.
+        hidden, out: `[rows, inner]` of the dtype of `x`, and `[rows, outer]`; written.
         partial, arrivals: scratch of at least `workspace(...)` elements; None where that is 0.
     """
     rows, inner = hidden.shape

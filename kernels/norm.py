@@ -1,12 +1,13 @@
 """Residual addition and normalisation of rows, in one pass over memory.
 
-    total = x + residual                                                rounded to the dtype of x
-    rms:    out = weight * (total * rsqrt(mean(total^2) + eps))         the bracket rounded to the dtype of x
+    total = x + residual                                                rounded to the dtype of the residual
+    rms:    out = weight * (total * rsqrt(mean(total^2) + eps))         the bracket rounded to the dtype of total
     layer:  out = (total - mean) * rsqrt(mean((total - mean)^2) + eps) * weight + bias
     double: first = layer(x), out = layer(first)                        first rounded to the dtype of x
 
 x, residual, total, first, out: `[rows, width]`, a row's elements side by side, rows at any stride; weight, bias:
-`[width]`; float32, float16 or bfloat16. Statistics and arithmetic are float32.
+`[width]`; float32, float16 or bfloat16. A residual may be wider than x, and out of any of the three. Statistics and
+arithmetic are float32.
 
 Moved: x and residual once in, total and out once out; a separate addition would move five rows for the three or four of
 here. A program holds its rows in registers, so the variance is taken of the centred values, in a second reduction that
@@ -62,11 +63,11 @@ def _add_norm_kernel(
     weight, bias = _affine(weight_ptr, bias_ptr, columns, width)
 
     x = tl.load(x_ptr + row * x_stride + columns, mask=inside, other=0.0)  # [ROWS, BLOCK_C]
-    dtype = x.dtype
     if residual_ptr is not None:
         residual = tl.load(residual_ptr + row * residual_stride + columns, mask=inside, other=0.0)
-        x = (x.to(tl.float32) + residual.to(tl.float32)).to(dtype)
+        x = (x.to(tl.float32) + residual.to(tl.float32)).to(residual.dtype)
         tl.store(total_ptr + row * total_stride + columns, x, mask=inside)
+    dtype = x.dtype
     x = x.to(tl.float32)
     if RMS:
         normed = x * tl.rsqrt(tl.sum(x * x, 1) / width + eps)[:, None]
@@ -118,7 +119,7 @@ def add_norm(
 
     Args:
         x: `[rows, width]`, at least one row, 1 to `MAX_WIDTH` wide, columns at stride 1.
-        residual, total: as `x`, of its dtype; None together.
+        residual, total: as `x`, of the dtype of the sum; None together.
         weight, bias: `[width]`, contiguous; no bias with `kind="rms"`.
         kind: `"rms"` or `"layer"`.
         out: as `x`; of any of the dtypes.
@@ -144,7 +145,7 @@ def double_layer_norm(
     first: torch.Tensor,
     out: torch.Tensor,
 ) -> None:
-    """Write the layer norm of `x`, and the layer norm of that; arguments as those of `add_norm`."""
+    """Write the layer norm of `x`, of its dtype, and the layer norm of that; arguments as those of `add_norm`."""
     rows, width = x.shape
     grid, tile = _tile(rows, width)
     _double_layer_norm_kernel[grid](

@@ -9,7 +9,9 @@ ENCODER = dict(width=768, inner=1536, outer=768, activation="gelu", gated=True)
 DECODER = dict(width=1024, inner=4096, outer=1024, activation="gelu_new", gated=False)
 
 
-def _call(rows, dtype, width, inner, outer, activation, gated, conv=False, residual=True):
+def _call(rows, dtype, width, inner, outer, activation, gated, conv=False, residual=True, stream=None):
+    """`stream`: the type of the residual and of the result; by default that of all else."""
+
     def empty(*shape, dtype=dtype):
         return torch.empty(shape, dtype=dtype, device="meta")
 
@@ -18,10 +20,11 @@ def _call(rows, dtype, width, inner, outer, activation, gated, conv=False, resid
 
     def thunk():
         needed = mlp.workspace(rows, outer, inner, dtype.itemsize)
+        out = empty(rows, outer, dtype=stream or dtype)
         mlp.mlp(
             empty(rows, width), weight(inner * (1 + gated), width), empty(inner * (1 + gated)), weight(outer, inner),
-            empty(outer), empty(rows, outer) if residual else None, activation, gated,
-            hidden=empty(rows, inner), out=empty(rows, outer), partial=empty(needed.partial, dtype=FP32),
+            empty(outer), out if residual else None, activation, gated,
+            hidden=empty(rows, inner), out=out, partial=empty(needed.partial, dtype=FP32),
             arrivals=empty(needed.arrivals, dtype=torch.int32),
         )  # fmt: skip
 
@@ -36,6 +39,10 @@ def calls():
         yield f"{name} bfloat16, 3200 rows", _call(3200, BF16, **model)
     for rows in (1, 32, 64, 256, 1000):
         yield f"gelu_mlp bfloat16, {rows} rows", _call(rows, BF16, **DECODER)
+    # The engine's steps and prefills in half types.
+    for dtype, name in ((BF16, "bfloat16"), (FP16, "float16")):
+        for rows in (16, 64, 256, 3200, 8192):
+            yield f"gelu_mlp {name}, {rows} rows, float32 residual", _call(rows, dtype, **DECODER, stream=FP32)
     for rows in (16, 256, 3200):
         yield f"gelu_mlp float32, {rows} rows", _call(rows, FP32, **DECODER)
     yield "gelu_mlp bfloat16, 16 rows, weights [in, out]", _call(16, BF16, **DECODER, conv=True)

@@ -48,9 +48,15 @@ class PagedDecoder:
 
     Both are for inference (call them under `torch.inference_mode()`); nothing in a step reads the device on the host,
     so that it can be captured.
+
+    Args:
+        model: a `ClvpForCausalLM` in eval mode.
+        residual_dtype: of the sum that runs through the layers; by default float32, with a model in a half type too,
+            as a half type would round it twice a layer. Norms are computed in float32 in any case, and what they hand
+            to the products is of the model's dtype.
     """
 
-    def __init__(self, model):
+    def __init__(self, model, residual_dtype: torch.dtype | None = None):
         config = model.config
         self.model = model
         self.num_layers = config.num_hidden_layers
@@ -59,6 +65,13 @@ class PagedDecoder:
         self.head_dim = self.hidden_size // self.num_heads
         self.vocab_size = config.vocab_size
         self.contiguous_positions = bool(getattr(config, "contiguous_positions", False))
+        self._residual_dtype = residual_dtype
+
+    @property
+    def residual_dtype(self) -> torch.dtype:
+        if self._residual_dtype is not None:
+            return self._residual_dtype
+        return torch.promote_types(self.dtype, torch.float32)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -112,10 +125,10 @@ class PagedDecoder:
             cu_seqlens: `[S + 1]` int32: prompt s has rows `cu_seqlens[s]` to `cu_seqlens[s + 1]`; the last is T.
             block_table: `[S, max_pages]` int32, the pages of each prompt.
         """
-        hidden = prompt_embeds
+        hidden = prompt_embeds.to(self.residual_dtype)
         layers = self.model.model.decoder.layers
         for index, layer in enumerate(layers):
-            q, k, v = layer.attn.project(add_layer_norm(layer.input_layernorm, hidden)[1])
+            q, k, v = layer.attn.project(self._normed(layer.input_layernorm, hidden))
             attended = ops.paged_prefill(q, k, v, cu_seqlens, **pages.layer(index), block_table=block_table)
             # Of the last layer keys and values are all that a candidate will read.
             if index < len(layers) - 1:
@@ -144,16 +157,19 @@ class PagedDecoder:
             arrivals: `[N, num_heads]` int32 zeros, counters of the attention's kernel.
 
         Returns:
-            The hidden states `[N, hidden_size]` after both final norms, and logits `[N, vocab_size]`.
+            The hidden states `[N, hidden_size]` after both final norms, and logits `[N, vocab_size]`, both of the
+            model's dtype.
         """
         decoder = self.model.model.decoder
         places = seq_lens.clamp(min=0)
         # The k-th speech token stands at position k + 1, as in the original with its cache; training counted k.
         positions = places if self.contiguous_positions else places + (places > 0)
-        hidden = embed(decoder.input_embeds_layer, tokens, decoder.position_embeds_layer, positions)
+        hidden = embed(
+            decoder.input_embeds_layer, tokens, decoder.position_embeds_layer, positions, out_dtype=self.residual_dtype
+        )
         tables = dict(prefix_table=prefix_table, prefix_lens=prefix_lens, prefix_index=prefix_index, arrivals=arrivals)
         for index, layer in enumerate(decoder.layers):
-            q, k, v = layer.attn.project(add_layer_norm(layer.input_layernorm, hidden)[1])
+            q, k, v = layer.attn.project(self._normed(layer.input_layernorm, hidden))
             attended = ops.paged_attention_decode(
                 q, k, v, **pages.layer(index), block_table=block_table, seq_lens=seq_lens, **tables
             )
@@ -167,8 +183,13 @@ class PagedDecoder:
             weight2=second.weight,
             bias2=second.bias,
             eps2=second.eps,
+            out_dtype=self.dtype,
         )
         return hidden, apply_linear(self.model.lm_head, hidden)
+
+    def _normed(self, norm, hidden: torch.Tensor) -> torch.Tensor:
+        """The layer norm of the residual, in the dtype of the weights that it is multiplied with."""
+        return add_layer_norm(norm, hidden, out_dtype=self.dtype)[1]
 
     @staticmethod
     def _after_attention(layer, attended: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:

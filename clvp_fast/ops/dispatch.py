@@ -253,3 +253,17 @@ def check_same(name: str, tensor: torch.Tensor, like_name: str, like: torch.Tens
         raise ValueError(f"{name} is on {tensor.device} and {like_name} on {like.device}: move them to one device")
     if dtype and tensor.dtype != like.dtype:
         raise TypeError(f"{name} must have the dtype of {like_name}, {like.dtype}, not {tensor.dtype}")
+
+
+def check_residual(residual: torch.Tensor, x: torch.Tensor) -> None:
+    """Raise unless `residual` lies where `x` does and has its dtype or, beside a half type, float32."""
+    if residual.dtype == torch.float32 and x.dtype in (torch.float16, torch.bfloat16):
+        check_same("residual", residual, "x", x, dtype=False)
+    else:
+        check_same("residual", residual, "x", x)
+
+
+def check_floating(name: str, dtype: torch.dtype | None) -> None:
+    """Raise unless `dtype` is None or a type of real numbers."""
+    if dtype is not None and not dtype.is_floating_point:
+        raise TypeError(f"{name} must be a floating point type, not {dtype}")

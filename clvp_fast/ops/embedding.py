@@ -6,31 +6,38 @@ out = token_table[token_ids] + position_table[position_ids]
 import torch
 import torch.nn.functional as F
 
-from clvp_fast.ops.dispatch import Operator, check_same, needs_grad, shape_error
+from clvp_fast.ops.dispatch import Operator, check_floating, check_same, needs_grad, shape_error
 
 
-def reference(token_ids, position_ids, token_table, position_table):
-    return token_table[token_ids] + position_table[position_ids]
+def reference(token_ids, position_ids, token_table, position_table, out_dtype=None):
+    wide = torch.promote_types(token_table.dtype, torch.float32)
+    total = token_table[token_ids].to(wide) + position_table[position_ids].to(wide)
+    return total.to(out_dtype or token_table.dtype)
 
 
-def _torch(token_ids, position_ids, token_table, position_table):
-    return F.embedding(token_ids, token_table) + F.embedding(position_ids, position_table)
+def _torch(token_ids, position_ids, token_table, position_table, out_dtype=None):
+    rows, places = F.embedding(token_ids, token_table), F.embedding(position_ids, position_table)
+    if out_dtype in (None, rows.dtype):
+        return rows + places
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    return (rows.to(wide) + places.to(wide)).to(out_dtype)
 
 
-def _fake(token_ids, position_ids, token_table, position_table):
-    return token_table.new_empty((*token_ids.shape, token_table.shape[1]))
+def _fake(token_ids, position_ids, token_table, position_table, out_dtype=None):
+    return token_table.new_empty((*token_ids.shape, token_table.shape[1]), dtype=out_dtype)
 
 
-def _unserved(token_ids, position_ids, token_table, position_table):
-    if token_table.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"the tables must be float32, float16 or bfloat16, not {token_table.dtype}"
+def _unserved(token_ids, position_ids, token_table, position_table, out_dtype=None):
+    for name, dtype in (("the tables", token_table.dtype), ("out_dtype", out_dtype or token_table.dtype)):
+        if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            return f"{name} must be float32, float16 or bfloat16, not {dtype}"
     return None
 
 
-def _kernel(token_ids, position_ids, token_table, position_table):
+def _kernel(token_ids, position_ids, token_table, position_table, out_dtype=None):
     from clvp_fast.kernels import embedding
 
-    out = _fake(token_ids, position_ids, token_table, position_table)
+    out = _fake(token_ids, position_ids, token_table, position_table, out_dtype)
     if out.numel():
         length = token_ids.shape[-1] if token_ids.ndim else 1
         positions = position_ids.expand(token_ids.shape).reshape(-1, length)
@@ -42,7 +49,8 @@ def _kernel(token_ids, position_ids, token_table, position_table):
 
 _OPERATOR = Operator(
     "embed",
-    "(Tensor token_ids, Tensor position_ids, Tensor token_table, Tensor position_table) -> Tensor",
+    "(Tensor token_ids, Tensor position_ids, Tensor token_table, Tensor position_table, ScalarType? out_dtype=None)"
+    " -> Tensor",
     reference=reference,
     torch_path=_torch,
     fake=_fake,
@@ -62,6 +70,8 @@ def embed(
     position_ids: torch.Tensor,
     token_table: torch.Tensor,
     position_table: torch.Tensor,
+    *,
+    out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """Sum of a token's and its position's embedding.
 
@@ -70,6 +80,7 @@ def embed(
         position_ids: likewise, rows of `position_table`; of the shape of `token_ids` or one that expands to it.
         token_table: `[num_tokens, C]`.
         position_table: `[num_positions, C]`, of the dtype of `token_table`.
+        out_dtype: of the result, which is rounded once; None: the dtype of the tables.
 
     Returns:
         `[..., C]`, the shape of `token_ids` and the tables' width.
@@ -79,6 +90,7 @@ def embed(
         IndexError: an id outside its table, from torch on a CPU. On a GPU nothing can be raised without waiting for it:
             the kernel makes the rows of such ids NaN.
     """
+    check_floating("out_dtype", out_dtype)
     _check_ids("token_ids", token_ids, token_ids)
     _check_ids("position_ids", position_ids, token_ids)
     if token_table.ndim != 2:
@@ -92,5 +104,5 @@ def embed(
     if len(shape) > len(whole) or any(a not in (1, b) for a, b in zip(shape[::-1], whole[::-1], strict=False)):
         raise shape_error("position_ids", f"{list(whole)}, that of token_ids, or one that expands to it", position_ids)
     grad = "an embedding table requires grad" if needs_grad(token_table, position_table) else None
-    args = (token_ids, position_ids, token_table, position_table)
+    args = (token_ids, position_ids, token_table, position_table, out_dtype)
     return _OPERATOR.choose(args, grad)(*args)

@@ -2,6 +2,8 @@
 
 gelu_mlp:  out = act(x W_in^T + b_in) W_out^T + b_out (+ residual)
 geglu_mlp: h, gate = split(x W_in^T + b_in);  out = dropout(h * act(gate)) W_out^T + b_out (+ residual)
+
+The result has the dtype of the residual, which may be float32 beside half types.
 """
 
 import math
@@ -9,7 +11,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from clvp_fast.ops.dispatch import Operator, as_rows, check_same, needs_grad, shape_error
+from clvp_fast.ops.dispatch import Operator, as_rows, check_residual, check_same, needs_grad, shape_error
 from clvp_fast.ops.linear import linear, linear_columns, swaps
 
 
@@ -65,7 +67,7 @@ def _activate(x, activation):
 def _add(out, residual):
     if residual is None:
         return out
-    if out.dtype != residual.dtype or needs_grad(out, residual):  # autocast gives two dtypes
+    if out.dtype != residual.dtype or needs_grad(out, residual):  # autocast gives two dtypes too
         return out + residual
     return out.add_(residual)
 
@@ -78,13 +80,17 @@ def _reference_activation(x, activation):
     return ACTIVATIONS[activation](x)
 
 
+def _out_dtype(x, residual):
+    return x.dtype if residual is None else residual.dtype
+
+
 def _wide(*tensors):
     return [None if t is None else t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors]
 
 
 def gelu_reference(x, w_in, b_in, w_out, b_out, residual, activation):
     """The mathematics, step by step, in float32 at least."""
-    dtype = x.dtype
+    dtype = _out_dtype(x, residual)
     x, w_in, b_in, w_out, b_out, residual = _wide(x, w_in, b_in, w_out, b_out, residual)
     out = _reference_activation(x @ w_in.T + b_in, activation) @ w_out.T + b_out
     return (out if residual is None else out + residual).to(dtype)
@@ -92,7 +98,7 @@ def gelu_reference(x, w_in, b_in, w_out, b_out, residual, activation):
 
 def geglu_reference(x, w_in, b_in, w_out, b_out, residual, activation, dropout_p=0.0):
     """The mathematics, step by step, in float32 at least."""
-    dtype = x.dtype
+    dtype = _out_dtype(x, residual)
     x, w_in, b_in, w_out, b_out, residual = _wide(x, w_in, b_in, w_out, b_out, residual)
     h, gate = (x @ w_in.T + b_in).chunk(2, dim=-1)
     out = F.dropout(h * _reference_activation(gate, activation), dropout_p) @ w_out.T + b_out
@@ -116,7 +122,7 @@ def _geglu_torch(x, w_in, b_in, w_out, b_out, residual, activation, dropout_p=0.
 
 
 def _fake(x, w_in, b_in, w_out, b_out, residual, activation):
-    return x.new_empty((*x.shape[:-1], w_out.shape[0]))
+    return x.new_empty((*x.shape[:-1], w_out.shape[0]), dtype=_out_dtype(x, residual))
 
 
 def _unserved(x, w_in, b_in, w_out, b_out, residual, activation):
@@ -133,7 +139,7 @@ def _kernel(x, w_in, b_in, w_out, b_out, residual, activation, gated):
     from clvp_fast.kernels import mlp
 
     outer, inner = w_out.shape
-    out = x.new_empty((*x.shape[:-1], outer))
+    out = _fake(x, w_in, b_in, w_out, b_out, residual, activation)
     if out.numel() == 0:
         return out
     flat = as_rows(x)
@@ -196,7 +202,7 @@ def _check(x, w_in, b_in, w_out, b_out, residual, activation, halves):
     if residual is not None:
         if residual.shape != (*x_shape[:-1], out_shape[0]):
             raise shape_error("residual", f"{[*x_shape[:-1], out_shape[0]]}", residual)
-        check_same("residual", residual, "x", x)
+        check_residual(residual, x)
 
 
 def gelu_mlp(
@@ -215,12 +221,12 @@ def gelu_mlp(
         x: `[..., H]`.
         w_in, b_in: `[I, H]`, `[I]`; any strides, fastest with the last axis contiguous. All have the dtype of `x`.
         w_out, b_out: `[O, I]`, `[O]`.
-        residual: `[..., O]`, added to the result.
+        residual: `[..., O]`, added to the result; of the dtype of `x` or, beside a half type, float32.
         activation: by transformers' name: gelu, gelu_new, gelu_pytorch_tanh, gelu_fast, quick_gelu, relu, relu2, silu,
             swish, selu, sigmoid, tanh, mish, leaky_relu, elu or linear.
 
     Returns:
-        `[..., O]`, the dtype of `x`.
+        `[..., O]`, the dtype of the residual; without one that of `x`.
 
     Raises:
         ValueError, TypeError: an unknown activation, or shapes, dtypes or devices that do not match.
@@ -246,13 +252,13 @@ def geglu_mlp(
 
     Args:
         x: `[..., H]`.
-        w_in, b_in: `[2 I, H]`, `[2 I]`: values first, gates second. The dtype of `x`, as all others.
+        w_in, b_in: `[2 I, H]`, `[2 I]`: values first, gates second. All have the dtype of `x`.
         w_out, b_out: `[O, I]`, `[O]`.
         residual, activation: as in `gelu_mlp`.
         dropout_p: probability of dropping a gated value (training).
 
     Returns:
-        `[..., O]`, the dtype of `x`.
+        `[..., O]`, of the dtype that `gelu_mlp` gives it.
 
     Raises:
         ValueError, TypeError: as in `gelu_mlp`.

@@ -1,8 +1,11 @@
 """Residual addition and normalisation in one operator; the decoder's two final norms in one.
 
-s = x + residual
+s = x + residual                                                  in the dtype of the residual
 rms:   s * rsqrt(mean(s^2) + eps) * weight                        statistics and normalisation in float32
 layer: (s - mean(s)) * rsqrt(var(s) + eps) * weight + bias
+
+Beside x of a half type the residual may be float32: a model's residual is a sum over all of its layers, and a half type
+would round it after every one.
 
 The conditioning encoder's group norms have no kernel: six launches a voice, over some 2 MB each, once a request, beside
 hundreds of decode steps of sixty norms.
@@ -11,62 +14,88 @@ hundreds of decode steps of sixty norms.
 import torch
 import torch.nn.functional as F
 
-from clvp_fast.ops.dispatch import Operator, as_rows, check_same, needs_grad, shape_error
+from clvp_fast.ops.dispatch import (
+    Operator,
+    as_rows,
+    check_floating,
+    check_residual,
+    check_same,
+    needs_grad,
+    shape_error,
+)
 
 
-def reference(x, residual, weight, bias, eps, kind):
+def _normed_dtype(x, weight, kind, out_dtype):
+    if out_dtype is not None:
+        return out_dtype
+    return torch.promote_types(x.dtype, weight.dtype) if kind == "rms" else x.dtype
+
+
+def reference(x, residual, weight, bias, eps, kind, out_dtype=None):
     """The mathematics, step by step."""
     total = x if residual is None else x + residual
+    dtype = _normed_dtype(x, weight, kind, out_dtype)
     if kind == "rms":
         # float32 for float64 input too: so does transformers' RMSNorm, and numbers must agree.
         wide = total.to(torch.float32)
-        return total, weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
-    wide = total.to(torch.promote_types(x.dtype, torch.float32))
+        normed = (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(total.dtype)
+        return total, (weight * normed).to(dtype)
+    wide = total.to(torch.promote_types(total.dtype, torch.float32))
     centred = wide - wide.mean(-1, keepdim=True)
     normed = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
     normed = normed * weight.to(wide.dtype)
-    return total, (normed if bias is None else normed + bias.to(wide.dtype)).to(x.dtype)
+    return total, (normed if bias is None else normed + bias.to(wide.dtype)).to(dtype)
 
 
-def _torch(x, residual, weight, bias, eps, kind):
+def _layer_norm(x, weight, bias, eps, dtype):
+    """Layer norm of `x` with a result of `dtype`, rounded once."""
+    # torch's own gives the dtype of x, and takes no narrower weights.
+    if dtype == x.dtype and weight.dtype.itemsize >= x.dtype.itemsize:
+        return F.layer_norm(x, weight.shape, weight, bias, eps)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    bias = None if bias is None else bias.to(wide)
+    return F.layer_norm(x.to(wide), weight.shape, weight.to(wide), bias, eps).to(dtype)
+
+
+def _torch(x, residual, weight, bias, eps, kind, out_dtype=None):
     total = x if residual is None else x + residual
+    dtype = _normed_dtype(x, weight, kind, out_dtype)
     if kind == "layer":
-        return total, F.layer_norm(total, weight.shape, weight, bias, eps)
+        return total, _layer_norm(total, weight, bias, eps, dtype)
     wide = total.to(torch.float32)
     # Not F.rms_norm: it differs from transformers' RMSNorm in the last bit.
-    normed = (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
-    if weight.dtype != x.dtype or needs_grad(normed, weight):
-        return total, weight * normed
-    return total, normed.mul_(weight)
+    normed = (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(total.dtype)
+    if weight.dtype != normed.dtype or needs_grad(normed, weight):
+        return total, (weight * normed).to(dtype)
+    return total, normed.mul_(weight).to(dtype)
 
 
-def _unaliased(x, residual, weight, bias, eps, kind):
-    total, normed = _torch(x, residual, weight, bias, eps, kind)
+def _unaliased(x, residual, *others):
+    total, normed = _torch(x, residual, *others)
     return (x.new_empty(0) if residual is None else total), normed
 
 
-def _fake(x, residual, weight, bias, eps, kind):
-    dtype = torch.promote_types(x.dtype, weight.dtype) if kind == "rms" else x.dtype
-    total = x.new_empty(0) if residual is None else x.new_empty(x.shape)
-    return total, x.new_empty(x.shape, dtype=dtype)
+def _fake(x, residual, weight, bias, eps, kind, out_dtype=None):
+    total = x.new_empty(0) if residual is None else x.new_empty(x.shape, dtype=residual.dtype)
+    return total, x.new_empty(x.shape, dtype=_normed_dtype(x, weight, kind, out_dtype))
 
 
-def _unserved(x, *tensors):
-    """Why the kernels cannot serve: `tensors` are those of width `x.shape[-1]`."""
+def _unserved(x, out_dtype, *tensors):
+    """Why the kernels cannot serve: `tensors` are those whose last axis is that of `x`, or None."""
     from clvp_fast.kernels.norm import MAX_WIDTH
 
     if x.shape[-1] > MAX_WIDTH:
         return f"rows must be at most {MAX_WIDTH} wide, not {x.shape[-1]}"
-    for tensor in (x, *tensors):
-        if tensor is not None and tensor.dtype not in _KERNEL_DTYPES:
-            return f"tensors must be float32, float16 or bfloat16, not {tensor.dtype}"
+    for dtype in (x.dtype, out_dtype, *(None if tensor is None else tensor.dtype for tensor in tensors)):
+        if dtype is not None and dtype not in _KERNEL_DTYPES:
+            return f"tensors must be float32, float16 or bfloat16, not {dtype}"
     return None
 
 
-def _kernel(x, residual, weight, bias, eps, kind):
+def _kernel(x, residual, weight, bias, eps, kind, out_dtype=None):
     from clvp_fast.kernels import norm
 
-    total, normed = _fake(x, residual, weight, bias, eps, kind)
+    total, normed = _fake(x, residual, weight, bias, eps, kind, out_dtype)
     if x.numel():
         others = (None, None) if residual is None else (as_rows(residual), as_rows(total))
         weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
@@ -78,30 +107,37 @@ _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # A registered operator may not return its argument: without a residual its first result is empty, and x stands in.
 _OPERATOR = Operator(
     "add_norm",
-    "(Tensor x, Tensor? residual, Tensor weight, Tensor? bias, float eps, str kind) -> (Tensor, Tensor)",
+    "(Tensor x, Tensor? residual, Tensor weight, Tensor? bias, float eps, str kind, ScalarType? out_dtype=None)"
+    " -> (Tensor, Tensor)",
     reference=reference,
     torch_path=_torch,
     unaliased=_unaliased,
     fake=_fake,
     kernel=_kernel,
-    unserved=lambda x, residual, weight, bias, eps, kind: _unserved(x, weight, bias),
+    unserved=lambda x, residual, weight, bias, eps, kind, out_dtype=None: _unserved(
+        x, out_dtype, residual, weight, bias
+    ),
 )
 
 
-def _double_reference(x, weight1, bias1, eps1, weight2, bias2, eps2):
+def _double_reference(x, weight1, bias1, eps1, weight2, bias2, eps2, out_dtype=None):
     first = reference(x, None, weight1, bias1, eps1, "layer")[1]
-    return first, reference(first, None, weight2, bias2, eps2, "layer")[1]
+    return first, reference(first, None, weight2, bias2, eps2, "layer", out_dtype)[1]
 
 
-def _double_torch(x, weight1, bias1, eps1, weight2, bias2, eps2):
-    first = F.layer_norm(x, weight1.shape, weight1, bias1, eps1)
-    return first, F.layer_norm(first, weight2.shape, weight2, bias2, eps2)
+def _double_torch(x, weight1, bias1, eps1, weight2, bias2, eps2, out_dtype=None):
+    first = _layer_norm(x, weight1, bias1, eps1, x.dtype)
+    return first, _layer_norm(first, weight2, bias2, eps2, out_dtype or x.dtype)
 
 
-def _double_kernel(x, weight1, bias1, eps1, weight2, bias2, eps2):
+def _double_fake(x, weight1, bias1, eps1, weight2, bias2, eps2, out_dtype=None):
+    return x.new_empty(x.shape), x.new_empty(x.shape, dtype=out_dtype)
+
+
+def _double_kernel(x, weight1, bias1, eps1, weight2, bias2, eps2, out_dtype=None):
     from clvp_fast.kernels import norm
 
-    first, second = x.new_empty(x.shape), x.new_empty(x.shape)
+    first, second = _double_fake(x, weight1, bias1, eps1, weight2, bias2, eps2, out_dtype)
     if x.numel():
         weight1, bias1, weight2, bias2 = (
             None if affine is None else affine.contiguous() for affine in (weight1, bias1, weight2, bias2)
@@ -113,13 +149,15 @@ def _double_kernel(x, weight1, bias1, eps1, weight2, bias2, eps2):
 
 _DOUBLE = Operator(
     "double_layer_norm",
-    "(Tensor x, Tensor weight1, Tensor? bias1, float eps1, Tensor weight2, Tensor? bias2, float eps2)"
-    " -> (Tensor, Tensor)",
+    "(Tensor x, Tensor weight1, Tensor? bias1, float eps1, Tensor weight2, Tensor? bias2, float eps2,"
+    " ScalarType? out_dtype=None) -> (Tensor, Tensor)",
     reference=_double_reference,
     torch_path=_double_torch,
-    fake=lambda x, *others: (x.new_empty(x.shape), x.new_empty(x.shape)),
+    fake=_double_fake,
     kernel=_double_kernel,
-    unserved=lambda x, weight1, bias1, eps1, weight2, bias2, eps2: _unserved(x, weight1, bias1, weight2, bias2),
+    unserved=lambda x, weight1, bias1, eps1, weight2, bias2, eps2, out_dtype=None: _unserved(
+        x, out_dtype, weight1, bias1, weight2, bias2
+    ),
 )
 
 
@@ -142,20 +180,23 @@ def add_norm(
     bias: torch.Tensor | None = None,
     eps: float,
     kind: str,
+    out_dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Add a residual and normalise the sum over its last axis.
 
     Args:
         x: `[..., C]`.
-        residual: the shape, dtype and device of `x`; None: nothing is added.
+        residual: the shape and device of `x`, and its dtype or, beside a half type, float32; None: nothing is added.
         weight: `[C]`.
         bias: `[C]`, with `kind="layer"` alone.
         eps: added to the mean square or variance.
-        kind: `"rms"` (transformers' RMSNorm bit for bit: in float32, cast to the dtype of `x`, then times `weight`) or
-            `"layer"` (`torch.nn.functional.layer_norm`).
+        kind: `"rms"` (transformers' RMSNorm bit for bit: in float32, cast to the dtype of the sum, then times `weight`)
+            or `"layer"` (`torch.nn.functional.layer_norm`).
+        out_dtype: of the normed sum; None: the dtype of `x`, with `kind="rms"` that of `weight` if it is wider.
 
     Returns:
-        `x + residual` (`x` itself without a residual) and the normed sum, both of the shape of `x`.
+        `x + residual`, of the dtype of the residual (`x` itself without one), and the normed sum; both of the shape of
+        `x`.
 
     Raises:
         ValueError, TypeError: an unknown kind, or shapes, dtypes or devices that do not match.
@@ -164,13 +205,14 @@ def add_norm(
         raise ValueError(f"kind must be 'rms' or 'layer', not {kind!r}")
     if bias is not None and kind == "rms":
         raise ValueError("bias must be None with kind='rms': an RMSNorm has none")
+    check_floating("out_dtype", out_dtype)
     _check_affine(x, weight, bias)
     if residual is not None:
         if residual.shape != x.shape:
             raise shape_error("residual", f"that of x, {list(x.shape)}", residual)
-        check_same("residual", residual, "x", x)
+        check_residual(residual, x)
     grad = "an input requires grad" if needs_grad(x, residual, weight, bias) else None
-    args = (x, residual, weight, bias, eps, kind)
+    args = (x, residual, weight, bias, eps, kind, out_dtype)
     total, normed = _OPERATOR.choose(args, grad)(*args)
     return (x if residual is None else total), normed
 
@@ -184,6 +226,7 @@ def double_layer_norm(
     weight2: torch.Tensor,
     bias2: torch.Tensor | None,
     eps2: float,
+    out_dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Layer norm over the last axis, and a second one of the first one's result.
 
@@ -191,6 +234,7 @@ def double_layer_norm(
         x: `[..., C]`.
         weight1, bias1, weight2, bias2: `[C]`; a bias may be None.
         eps1, eps2: added to the variances.
+        out_dtype: of the second norm's result; None: the dtype of `x`.
 
     Returns:
         The results of the first (rounded to the dtype of `x`) and of the second norm, both of the shape of `x`.
@@ -198,8 +242,9 @@ def double_layer_norm(
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not match.
     """
+    check_floating("out_dtype", out_dtype)
     _check_affine(x, weight1, bias1, "1")
     _check_affine(x, weight2, bias2, "2")
     grad = "an input requires grad" if needs_grad(x, weight1, bias1, weight2, bias2) else None
-    args = (x, weight1, bias1, eps1, weight2, bias2, eps2)
+    args = (x, weight1, bias1, eps1, weight2, bias2, eps2, out_dtype)
     return _DOUBLE.choose(args, grad)(*args)

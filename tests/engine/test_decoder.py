@@ -5,6 +5,7 @@ import torch
 
 from clvp_fast import ops
 from clvp_fast.engine.decoder import PagedDecoder
+from clvp_fast.models.clvp.layers import ClvpDecoderMLP
 from clvp_fast.ops.paged_attention import FLOAT8
 from tests.models.clvp.builders import SHAPES, START, STOP, clips, pair, texts
 
@@ -33,8 +34,8 @@ class Loop:
     `owners[n]` is the prompt that candidate n continues.
     """
 
-    def __init__(self, model, prompt_list, owners, *, steps=STEPS, dtype=None, seed=0):
-        self.decoder = PagedDecoder(model)
+    def __init__(self, model, prompt_list, owners, *, steps=STEPS, dtype=None, seed=0, residual_dtype=None):
+        self.decoder = PagedDecoder(model, residual_dtype)
         count, pages_each = len(owners), -(-steps // PAGE_SIZE)
         self.num_pages = sum(-(-len(p) // PAGE_SIZE) for p in prompt_list) + count * pages_each + 3
         self.pages = self.decoder.pages(self.num_pages, PAGE_SIZE, dtype)
@@ -170,6 +171,59 @@ def test_kernels_in_the_interpreter():
     with ops.backend("kernel"):
         found = greedy(model.speech_decoder_model, prompt_list, [1, 0, 1], steps=3)
     assert found.tolist() == [expected[1], expected[0], expected[1]]
+
+
+def logits_along(model, prompt_list, tokens, **options):
+    """Logits `[steps, prompts, vocab_size]` of one candidate a prompt that is handed `tokens` `[prompts, steps]`."""
+    loop = Loop(model, prompt_list, range(len(prompt_list)), **options)
+    logits = []
+    for drawn in tokens.T:
+        hidden, scores = loop.step()
+        assert hidden.dtype == scores.dtype == loop.decoder.dtype
+        logits.append(scores.double())
+        loop.tokens = drawn
+    return torch.stack(logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.inference_mode()
+def test_a_half_type_keeps_its_residual_in_float32(dtype):
+    """What error is left is that of half operands; with a residual of the half type it grows with the depth."""
+    composite = tiny(num_hidden_layers=12)
+    prompt_list = prompts(composite)
+    model = composite.speech_decoder_model.to(dtype)
+    prompt_list = [prompt.to(dtype) for prompt in prompt_list]
+    tokens = greedy(model, prompt_list, [0, 1, 2], steps=20)
+    found, rounded = (logits_along(model, prompt_list, tokens, residual_dtype=residual) for residual in (None, dtype))
+    exact = logits_along(model.double(), [prompt.double() for prompt in prompt_list], tokens)
+    error, rounded_error = ((logits - exact).std() / exact.std() for logits in (found, rounded))
+    assert error < 0.75 * rounded_error
+    assert error < 8 * torch.finfo(dtype).eps
+
+
+def test_the_residual_is_float32_in_every_layer_of_prefill_and_step(monkeypatch):
+    model = tiny().speech_decoder_model.to(torch.bfloat16)
+    seen, forward = [], ClvpDecoderMLP.forward
+
+    def watched(self, hidden_states, residual):
+        out = forward(self, hidden_states, residual)
+        seen.append((hidden_states.dtype, residual.dtype, out.dtype))
+        return out
+
+    monkeypatch.setattr(ClvpDecoderMLP, "forward", watched)
+    greedy(model, [prompt.bfloat16() for prompt in prompts(tiny())], [0, 1, 2], steps=2)
+    assert seen == [(torch.bfloat16, torch.float32, torch.float32)] * (1 + 2 * 2)
+
+
+@torch.inference_mode()
+def test_half_types_through_the_kernels_in_the_interpreter():
+    composite = tiny("heads32", num_hidden_layers=1, activation_function="gelu_new")
+    prompt_list = [prompt.half() for prompt in prompts(composite, (3, 15))]
+    model, tokens = composite.speech_decoder_model.half(), torch.tensor([[5, 7], [9, 5]])
+    with ops.backend("kernel"):
+        found = logits_along(model, prompt_list, tokens)
+    exact = logits_along(model.double(), [prompt.double() for prompt in prompt_list], tokens)
+    assert (found - exact).std() < 2 * torch.finfo(torch.float16).eps * exact.std()
 
 
 @torch.inference_mode()

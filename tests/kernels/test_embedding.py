@@ -33,6 +33,16 @@ def test_bits_of_the_torch_path(width, dtype):
     check(ids(3, 1, below=50).int(), ids(1, 1, below=20, seed=1), *tables(dtype, width))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("out_dtype", DTYPES)
+def test_a_sum_of_another_type(dtype, out_dtype):
+    args = ids(2, 5, below=50), ids(1, 5, below=20, seed=1), *tables(dtype, 33)
+    out = embed(*args, out_dtype=out_dtype)
+    assert out.dtype == out_dtype
+    with clvp_fast.backend("torch"):
+        assert torch.equal(out, embed(*args, out_dtype=out_dtype))
+
+
 def test_layouts():
     tokens, positions = ids(3, 5, below=50), ids(3, 5, below=20, seed=1)
     token_table, position_table = tables()
@@ -71,6 +81,9 @@ def test_nothing_is_written_outside(width):
 def test_registered_and_refused():
     args = ids(2, 3, below=50), ids(1, 3, below=20), *tables(width=8)
     torch.library.opcheck(torch.ops.clvp_fast.embed.default, args)
+    torch.library.opcheck(torch.ops.clvp_fast.embed.default, (*args, torch.float16))
+    with pytest.raises(RuntimeError, match=r"out_dtype must be float32, float16 or bfloat16, not torch\.float64"):
+        embed(*args, out_dtype=torch.float64)
     with pytest.raises(RuntimeError, match=r"or bfloat16, not torch\.float64"):
         embed(*args[:2], *tables(torch.float64))
     with torch.enable_grad(), pytest.raises(RuntimeError, match="requires grad"):

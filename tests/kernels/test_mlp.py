@@ -82,6 +82,25 @@ def test_a_sum_over_several_programs(rows, inner, dtype):
     check("gelu_mlp", tensors, residual)
 
 
+@pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype != torch.float32])
+@pytest.mark.parametrize("inner", [72, 512])
+@pytest.mark.parametrize("rows", [(3,), (2, 8), (70,), (257,)])
+@pytest.mark.parametrize("name", NAMES)
+def test_float32_residual_beside_a_half_type(name, rows, inner, dtype):
+    """With a split sum and without: what is added to a large residual is as exact as the product alone."""
+    tensors, residual = arguments(name, dtype, rows, inner=inner)
+    residual = residual.float() * 300
+    out = OPERATORS[name][0](*tensors, residual=residual, activation="gelu")
+    assert out.dtype == torch.float32
+    with clvp_fast.backend("reference"):
+        product = OPERATORS[name][0](*(t.double() for t in tensors), activation="gelu")
+    with clvp_fast.backend("torch"):
+        baseline = OPERATORS[name][0](*tensors, activation="gelu").double()
+    added, noise = out.double() - residual.double(), torch.finfo(torch.float32).eps * residual.abs().max().item()
+    allowed = (baseline - product).abs().max()
+    assert (added - product).abs().max() <= allowed + noise and noise < 0.2 * allowed
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", NAMES)
 def test_strides(name, dtype):
@@ -151,6 +170,8 @@ def test_the_registered_operator(name):
     tensors, residual = arguments(name, torch.float32, (2, 3), inner=512)
     for added in (residual, None):
         torch.library.opcheck(getattr(torch.ops.clvp_fast, name).default, (*tensors, added, "gelu"))
+    half = [tensor.half() for tensor in tensors]
+    torch.library.opcheck(getattr(torch.ops.clvp_fast, name).default, (*half, residual, "gelu"))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -24,6 +24,10 @@ def rows(*shape, dtype, seed=0):
     return random(*shape, seed=seed, dtype=dtype, scale=3.0, device=DEVICE) + 1
 
 
+HALF = torch.float16
+HALF_TYPES = [dtype for dtype in DTYPES if dtype != torch.float32]
+
+
 def exact(total, settings):
     wide = {name: x.double() if isinstance(x, torch.Tensor) else x for name, x in settings.items()}
     total = total.double()
@@ -54,6 +58,25 @@ def test_against_reference(kind, width, dtype, residual):
     count = 70 if width < 40 else 3
     x = rows(count, width, dtype=dtype)
     check(x, rows(count, width, dtype=dtype, seed=3) if residual else None, options(kind, width, dtype))
+
+
+@pytest.mark.parametrize("dtype", HALF_TYPES)
+@pytest.mark.parametrize("out_dtype", [None, torch.float32])
+@pytest.mark.parametrize("width", [33, 768])
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+def test_float32_residual_beside_a_half_type(kind, width, out_dtype, dtype):
+    x, settings = rows(20, width, dtype=dtype), options(kind, width, dtype)
+    r = rows(20, width, dtype=torch.float32, seed=3) * 300
+    total, normed = add_norm(x, r, **settings, out_dtype=out_dtype)
+    assert total.dtype == torch.float32 and torch.equal(total, x.float() + r)
+    assert normed.dtype == (out_dtype or dtype)
+    expected = exact(total, settings)
+    assert_within_budget(normed, expected, expected.to(normed.dtype))
+    alone = add_norm(x[7:8], r[7:8], **settings, out_dtype=out_dtype)
+    assert torch.equal(alone[0], total[7:8]) and torch.equal(alone[1], normed[7:8])
+    # The stream alone, as a layer's first norm sees it.
+    again = add_norm(total, **settings, out_dtype=out_dtype or dtype)
+    assert again[0] is total and torch.equal(again[1], normed)
 
 
 @pytest.mark.parametrize("width", [3000, 8192])
@@ -110,6 +133,11 @@ def test_nothing_is_read_or_written_outside():
         for guarded, wanted in ((total, expected[0]), (out, expected[1])):
             guarded.check()
             torch.testing.assert_close(guarded.tensor, wanted, rtol=1e-6, atol=1e-6)
+        total, out = Guarded(19, 40, dtype=torch.float32, device=DEVICE), Guarded(19, 40, dtype=HALF, device=DEVICE)
+        norm.add_norm(strided(x.to(HALF)), strided(r), *poisoned, EPS, kind, total=total.tensor, out=out.tensor)
+        total.check()
+        out.check()
+        assert torch.equal(total.tensor, x.to(HALF).float() + r)
 
 
 def test_layouts():
@@ -162,6 +190,22 @@ def test_double_layer_norm(width, biased, dtype):
     assert (second == again).float().mean() > 0.99
 
 
+@pytest.mark.parametrize("dtype", HALF_TYPES)
+@pytest.mark.parametrize("width", [33, 1024])
+def test_double_layer_norm_of_a_float32_stream(width, dtype):
+    x = rows(5, width, dtype=torch.float32)
+    one, two = options("layer", width, dtype), options("layer", width, dtype)
+    two["weight"] = two["weight"] * 2 - 1
+    given = {"weight1": one["weight"], "bias1": one["bias"], "eps1": EPS}
+    given |= {"weight2": two["weight"], "bias2": two["bias"], "eps2": EPS}
+    first, second = double_layer_norm(strided(x), **given, out_dtype=dtype)
+    assert first.dtype == torch.float32 and second.dtype == dtype
+    with clvp_fast.backend("torch"):
+        baseline = double_layer_norm(x, **given, out_dtype=dtype)
+    assert_within_budget(first, exact(x, one), baseline[0])
+    assert_within_budget(second, exact(exact(x, one), two), baseline[1])
+
+
 def test_double_layer_norm_memory_and_bits():
     x, one = rows(17, 48, dtype=torch.float32), options("layer", 48, torch.float32)
     affine = (one["weight"], one["bias"], EPS, one["bias"], one["weight"], 0.1)
@@ -183,6 +227,11 @@ def test_registered(kind, residual):
     torch.library.opcheck(torch.ops.clvp_fast.add_norm.default, (x, r, *settings.values()))
     affine = (settings["weight"], settings["bias"], EPS)
     torch.library.opcheck(torch.ops.clvp_fast.double_layer_norm.default, (x, *affine, *affine))
+    # float32 beside a half type: results of two types.
+    half = [value.half() if isinstance(value, torch.Tensor) else value for value in settings.values()]
+    mixed = (x.half(), r, *half) if residual else (x, r, *half, torch.float16)
+    torch.library.opcheck(torch.ops.clvp_fast.add_norm.default, mixed)
+    torch.library.opcheck(torch.ops.clvp_fast.double_layer_norm.default, (x, *affine, *affine, torch.float16))
 
 
 def test_what_is_not_served_is_named():
@@ -191,6 +240,7 @@ def test_what_is_not_served_is_named():
     for given, change, message in (
         (x.double(), wide, "float32, float16 or bfloat16, not torch.float64"),
         (x, wide, "float32, float16 or bfloat16, not torch.float64"),
+        (x, settings | {"out_dtype": torch.float64}, "float32, float16 or bfloat16, not torch.float64"),
         (rows(1, 8193, dtype=torch.float32), options("rms", 8193, torch.float32), "at most 8192 wide, not 8193"),
     ):
         with pytest.raises(RuntimeError, match=message):

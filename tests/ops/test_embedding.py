@@ -34,6 +34,20 @@ def test_rows_are_added(dtype, backend):
         assert embed(tokens[:0], positions[:1], token_table, position_table).shape == (0, 5, 12)
 
 
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.float16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_sum_is_rounded_once(dtype, out_dtype, backend):
+    token_table, position_table = tables(dtype)
+    tokens, positions = ids(3, 5, below=50), ids(1, 5, below=20, seed=1)
+    with clvp_fast.backend(backend):
+        out = embed(tokens, positions, token_table, position_table, out_dtype=out_dtype)
+    total = token_table.float()[tokens] + position_table.float()[positions]
+    assert out.dtype == out_dtype and torch.equal(out, total.to(out_dtype))
+    args = tokens, positions, token_table, position_table, out_dtype
+    torch.library.opcheck(torch.ops.clvp_fast.embed.default, args)
+
+
 def test_gradients_and_compiled():
     leaves = [table.requires_grad_() for table in tables(torch.float64, width=3)]
     tokens, positions = ids(2, 4, below=50), ids(1, 4, below=20, seed=1)
@@ -64,6 +78,7 @@ def test_bad_arguments_are_named():
         ),
         ({"position_table": position_table.double()}, TypeError, "position_table must have the dtype of token_table"),
         ({"token_table": token_table.to("meta")}, ValueError, "token_table is on meta"),
+        ({"out_dtype": torch.int64}, TypeError, "out_dtype must be a floating point type, not torch.int64"),
         ({"token_ids": tokens + 50}, IndexError, "out of range"),
         ({"position_ids": positions - 20}, IndexError, "out of range"),
     ]

@@ -60,6 +60,31 @@ def test_against_reference(name, residual, rows, dtype):
 
 
 @pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", OPERATORS)
+def test_float32_residual_beside_a_half_type(name, dtype, backend):
+    """The result is float32: of a large residual no digit is lost, nor of the product that is added to it."""
+    operator, halves = OPERATORS[name]
+    tensors, _ = arguments(halves, dtype, (3, 20))
+    r = random(3, 20, 24, seed=5, scale=300.0)
+    wide = [t.double() for t in tensors]
+    with clvp_fast.backend("reference"):
+        product = operator(*wide)
+    with clvp_fast.backend(backend):
+        out = operator(*tensors, residual=r)
+    assert out.dtype == torch.float32
+    activation = {"gelu": "gelu_new", "geglu": "gelu"}[name]
+    added, baseline = out.double() - r.double(), plain(halves, *tensors, None, activation)
+    noise = torch.finfo(torch.float32).eps * r.abs().max().item()
+    error = (added - product).abs().max()
+    assert error <= 2 * (baseline.double() - product).abs().max() + noise
+    assert noise < 0.1 * (baseline.double() - product).abs().max()
+    args = (*tensors, r, "gelu")
+    torch.library.opcheck(getattr(torch.ops.clvp_fast, f"{name}_mlp").default, args)
+
+
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("name", OPERATORS)
 def test_strided_inputs_and_transposed_weights(name):
     operator, halves = OPERATORS[name]
@@ -157,6 +182,7 @@ def test_bad_arguments_are_named():
         ((x, w_in, b_in.double(), w_out, b_out), {}, TypeError, "b_in must have the dtype of x"),
         ((x, w_in, b_in, w_out.to("meta"), b_out), {}, ValueError, "w_out is on meta and x on cpu"),
         ((x, w_in, b_in, w_out, b_out), {"residual": r[:, 1:]}, ValueError, "residual must have shape"),
+        ((x, w_in, b_in, w_out, b_out), {"residual": r.half()}, TypeError, "residual must have the dtype of x"),
     ]
     for given, options, error, message in cases:
         with pytest.raises(error, match=message):

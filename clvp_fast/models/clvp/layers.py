@@ -31,22 +31,39 @@ class ClvpRMSNorm(nn.Module):
         return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
 
 
-def add_layer_norm(norm: nn.LayerNorm, hidden_states: torch.Tensor, residual: torch.Tensor | None = None):
-    """The new residual `hidden_states + residual`, and its layer norm; both `[..., hidden_size]`."""
-    return ops.add_norm(hidden_states, residual, weight=norm.weight, bias=norm.bias, eps=norm.eps, kind="layer")
+def add_layer_norm(
+    norm: nn.LayerNorm,
+    hidden_states: torch.Tensor,
+    residual: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+):
+    """The new residual `hidden_states + residual`, and its layer norm of `out_dtype`; both `[..., hidden_size]`.
+
+    `out_dtype` is by default that of `hidden_states`. The residual may be float32 beside a half type, and stays so.
+    """
+    affine = dict(weight=norm.weight, bias=norm.bias, eps=norm.eps)
+    return ops.add_norm(hidden_states, residual, **affine, kind="layer", out_dtype=out_dtype)
 
 
 def embed(
-    token_layer: nn.Embedding, token_ids: torch.Tensor, position_layer: nn.Embedding, position_ids: torch.Tensor
+    token_layer: nn.Embedding,
+    token_ids: torch.Tensor,
+    position_layer: nn.Embedding,
+    position_ids: torch.Tensor,
+    out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """Token plus position embeddings `[batch, length, hidden_size]`; ids `[batch, length]`, positions shared or not."""
+    """Token plus position embeddings `[batch, length, hidden_size]`; ids `[batch, length]`, positions shared or not.
+
+    `out_dtype` is that of the sum, by default that of the tables.
+    """
     layers = token_layer, position_layer
     if (
         all(is_plain(layer, nn.Embedding) for layer in layers)
         and token_layer.weight.dtype == position_layer.weight.dtype
     ):
-        return ops.embed(token_ids, position_ids, token_layer.weight, position_layer.weight)
-    return token_layer(token_ids) + position_layer(position_ids)
+        return ops.embed(token_ids, position_ids, token_layer.weight, position_layer.weight, out_dtype=out_dtype)
+    rows, places = token_layer(token_ids), position_layer(position_ids)
+    return rows + places if out_dtype is None else rows.to(out_dtype) + places.to(out_dtype)
 
 
 class ClvpRotaryPositionalEmbedding(nn.Module):
@@ -242,7 +259,7 @@ class ClvpEncoderMLP(nn.Module):
         self.dropout_layer = nn.Dropout(config.dropout)
 
     def forward(self, hidden_states: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """`[..., hidden_size]` → the same, with `residual` added where given."""
+        """`[..., hidden_size]` → the same, with `residual` added where given, whose dtype the result then has."""
         proj, fc2 = self.fc1.proj, self.fc2
         if is_plain(proj, nn.Linear) and is_plain(fc2, nn.Linear) and self.config.hidden_act in ops.ACTIVATIONS:
             return ops.geglu_mlp(
@@ -273,7 +290,7 @@ class ClvpDecoderMLP(nn.Module):
         self.dropout = nn.Dropout(config.resid_pdrop)
 
     def forward(self, hidden_states: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """`[..., hidden_size]` → the same, with `residual` added where given."""
+        """`[..., hidden_size]` → the same, with `residual` added where given, whose dtype the result then has."""
         c_fc, c_proj = self.c_fc, self.c_proj
         training = self.training and self.dropout.p > 0
         if (
