@@ -25,7 +25,9 @@ class Job:
     prompt: `[length, hidden_size]`, voice and text without the start token, on the device.
     sampling: with its seed and stop token.
     codes: by candidate, int64 `[drawn]`, the stop token included where it came; None while it is being drawn.
-    latents: by candidate, `[drawn, hidden_size]`, if the runner keeps them. on_token: told each (candidate, token).
+    latents: by candidate, `[drawn, hidden_size]`, if the runner keeps them.
+    on_token: told each (candidate, token) once.
+    told: by candidate, how many tokens it was told of. One that begins anew draws the same again, which is no news.
     started_at: when its first candidate got a slot, in seconds of `time.perf_counter`.
     """
 
@@ -34,9 +36,15 @@ class Job:
     on_token: Callable[[int, int], None] | None = None
     codes: list[np.ndarray | None] = field(init=False)
     latents: list[torch.Tensor | None] = field(init=False)
+    told: list[int] = field(init=False)
     started_at: float | None = field(init=False)
 
     def __post_init__(self):
+        self.told = [0] * self.sampling.num_candidates
+        self.begin()
+
+    def begin(self) -> None:
+        """With nothing drawn."""
         self.codes = [None] * self.sampling.num_candidates
         self.latents = [None] * self.sampling.num_candidates
         self.started_at = None
@@ -105,7 +113,7 @@ class DecodeLoop:
         self._begin(runner)
         refused = []
         for key, job in jobs.items():
-            job.__post_init__()
+            job.begin()
             try:
                 self._schedule(key, job)
             except ValueError as error:
@@ -162,10 +170,8 @@ class DecodeLoop:
         self._drawn[rows] += 1
         told = []
         if any(job.on_token is not None for job in self._jobs.values()):
-            drawn = zip(slots.tolist(), tokens.tolist(), strict=True)
-            told = [
-                (self._jobs[step.runs[slot].key].on_token, step.runs[slot].candidate, token) for slot, token in drawn
-            ]
+            drawn = zip(slots.tolist(), tokens.tolist(), self._drawn[rows].tolist(), strict=True)
+            told = [news for slot, token, count in drawn if (news := self._news(step.runs[slot], token, count))]
         for slot, row in zip(slots[ended].tolist(), rows[ended].tolist(), strict=True):
             run, drawn = step.runs[slot], int(self._drawn[row])
             job = self._jobs[run.key]
@@ -176,6 +182,13 @@ class DecodeLoop:
         finished = [(key, self._jobs.pop(key)) for key in self.scheduler.advance(slots[ended].tolist())]
         # Last of all, as a listener may cancel what it listens to.
         for on_token, candidate, token in told:
-            if on_token is not None:
-                on_token(candidate, token)
+            on_token(candidate, token)
         return finished
+
+    def _news(self, run, token: int, count: int) -> tuple[Callable[[int, int], None], int, int] | None:
+        """Whom to tell of the `count`-th token of a candidate, and what; None where no one listens, or has heard it."""
+        job = self._jobs[run.key]
+        if job.on_token is None or count <= job.told[run.candidate]:
+            return None
+        job.told[run.candidate] = count
+        return job.on_token, run.candidate, token
