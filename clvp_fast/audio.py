@@ -8,6 +8,8 @@ import numpy as np
 import soundfile
 import soxr
 
+#: How the names of recordings end in a folder, in lower case.
+RECORDING_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg")
 #: Below this peak (-80 dB of full scale) a recording counts as silent.
 SILENCE_PEAK = 1e-4
 

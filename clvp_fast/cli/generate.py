@@ -1,131 +1,52 @@
-"""`clvp-fast generate`: a text and a voice clip to ranked candidates, their codes, scores and a picture."""
+"""`clvp-fast generate`: texts and voices to ranked candidates, their codes, scores and pictures."""
 
 import argparse
 import time
-from dataclasses import dataclass
+from contextlib import ExitStack
 from pathlib import Path
 
-import numpy as np
-import torch
-from transformers import StoppingCriteria, StoppingCriteriaList
-
-from clvp_fast.checkpoint import Checkpoint, speech_limit, stop_token
+from clvp_fast.checkpoint import Checkpoint, speech_limit
 from clvp_fast.cli import report
-from clvp_fast.cli.inputs import load_for, text_ids, voice_features
-from clvp_fast.cli.pictures import draw_candidates
-from clvp_fast.cli.versions import versions
-from clvp_fast.files import staged_folder, write_json
+from clvp_fast.cli.batch import Batch
+from clvp_fast.cli.inputs import load_for
+from clvp_fast.cli.items import gather, read_texts
+from clvp_fast.engine.sampling_params import PRESETS, SamplingParams
+from clvp_fast.files import staged_folder
 
 #: Tortoise generates and scores at most this many speech tokens (about 23 s of speech).
 TORTOISE_MAX_TOKENS = 500
 
 
-@dataclass
-class Candidates:
-    """What decoding and scoring gave, in the order of generation.
-
-    codes `[N, L]` int64, ready for the next stage (start dropped, stop fixed as Tortoise does); lengths `[N]`: tokens
-    before the stop; stopped `[N]`: whether a stop came at all; scores `[N]` float32, higher is better.
-    """
-
-    codes: np.ndarray
-    lengths: np.ndarray
-    stopped: np.ndarray
-    scores: np.ndarray
-
-
 def run(arguments: argparse.Namespace) -> None:
     count = _candidate_count(arguments)
-    with staged_folder(arguments.out) as folder:
+    if arguments.save_voice and len(arguments.voice) > 1:
+        raise ValueError(f"--save-voice saves one voice, and {len(arguments.voice)} are given; name one --voice")
+    texts = read_texts(arguments)
+    with ExitStack() as staging:
+        folder = staging.enter_context(staged_folder(arguments.out))
+        voice_file = Path(arguments.save_voice).expanduser() if arguments.save_voice else None
+        voice_folder = staging.enter_context(staged_folder(voice_file.parent)) if voice_file else None
         started = time.perf_counter()
         checkpoint = load_for(arguments)
-        ids = text_ids(checkpoint, arguments.text)
-        features = voice_features(checkpoint, arguments.voice)
-        max_new_tokens = _max_new_tokens(checkpoint, arguments.max_new_tokens)
-        loaded = time.perf_counter()
-        try:
-            candidates = generate(checkpoint, ids, features, count, max_new_tokens, arguments)
-        except torch.OutOfMemoryError as error:
-            raise ValueError(
-                f"the GPU has too little memory for {arguments.batch_size} candidates at a time; "
-                "choose a smaller --batch-size"
-            ) from error
-        finished = time.perf_counter()
-
-        rows = report.ranking(candidates.scores, candidates.lengths, candidates.stopped)
-        kept = [row["candidate"] for row in rows[: arguments.keep]]
-        for row in rows:
-            row["kept"] = row["rank"] <= len(kept)
-        document = {
-            "text": arguments.text,
-            "voice": str(arguments.voice),
-            "checkpoint": arguments.checkpoint,
-            "candidates": rows,
-            "settings": _settings(checkpoint, arguments, count, max_new_tokens),
-            "seconds": {"load": round(loaded - started, 3), "generate_and_score": round(finished - loaded, 3)},
-            "tokens_per_second": round(float(candidates.lengths.sum()) / (finished - loaded), 1),
-            "versions": versions(),
-        }
-        np.savez_compressed(
-            folder / "codes.npz",
-            codes=candidates.codes[kept],
-            lengths=candidates.lengths[kept],
-            scores=candidates.scores[kept],
-            candidates=np.array(kept),
-        )
-        write_json(folder / "candidates.json", document)
-        mel = features[0].float().cpu().numpy()
-        draw_candidates(folder / "candidates.png", mel, checkpoint.feature_extractor, rows, arguments.text)
-    written = [Path(arguments.out) / name for name in ("codes.npz", "candidates.json", "candidates.png")]
-    if arguments.json:
-        report.print_json(document | {"written": [str(path) for path in written]})
-    else:
-        report.print_ranking(rows)
-        if not candidates.stopped.all():
-            report.note(f"tokens marked + : cut at {max_new_tokens} tokens before the candidate came to its end")
-        report.print_written(written)
-
-
-def generate(
-    checkpoint: Checkpoint,
-    ids: torch.Tensor,
-    features: torch.Tensor,
-    count: int,
-    max_new_tokens: int,
-    arguments: argparse.Namespace,
-) -> Candidates:
-    """`count` candidates in batches of `--batch-size`, drawn one after the other from `--seed`."""
-    model, stop = checkpoint.model, stop_token(checkpoint.model)
-    torch.manual_seed(arguments.seed)
-    parts = []
-    with report.decoding_progress() as progress:
-        for first in range(0, count, arguments.batch_size):
-            size = min(arguments.batch_size, count - first)
-            watch = _Watch(progress, f"candidates {first + 1} to {first + size} of {count}", max_new_tokens, stop)
-            output = model.generate(
-                input_ids=ids,
-                input_features=features,
-                num_return_sequences=size,
-                max_new_tokens=max_new_tokens,
-                pad_to_max_mel_tokens=max_new_tokens + 1,  # the start token counts
-                eos_token_id=stop,
-                pad_token_id=stop,
-                stopping_criteria=StoppingCriteriaList([watch]),
-                return_dict_in_generate=True,
-                **_sampling(arguments),
-            )
-            parts.append(
-                (output.speech_ids, *_lengths(output.sequences[:, 1:], stop), output.logits_per_text[0].float())
-            )
-    codes, lengths, stopped, scores = (torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True))
-    if not np.isfinite(scores).all():
-        raise ValueError(f"the scores are not finite in {arguments.dtype}; try --dtype float32")
-    return Candidates(codes, lengths, stopped, scores)
+        sampling = _sampling(arguments, count, _max_new_tokens(checkpoint, arguments.max_new_tokens))
+        items = gather(checkpoint, texts, arguments)
+        batch = Batch(checkpoint, items, sampling, folder, arguments)
+        batch.seconds["load"] = time.perf_counter() - started
+        document = batch.run()
+        if voice_file:
+            items[0].voice.voice.save(voice_folder / voice_file.name)
+    written = [Path(arguments.out, name) for name in batch.files] + ([voice_file] if voice_file else [])
+    _tell(document, written, arguments.json)
+    failed = sum(item.error is not None for item in items)
+    if failed:
+        raise ValueError(f"{failed} of {len(items)} requests failed, and the notes name each; the others are written")
 
 
 def _candidate_count(arguments: argparse.Namespace) -> int:
     if not arguments.greedy:
-        return arguments.num_candidates or 16
+        return arguments.num_candidates or PRESETS.get(arguments.preset, 16)
+    if arguments.preset:
+        raise ValueError(f"--greedy gives one candidate, and --preset {arguments.preset} asks for many; leave one out")
     if (arguments.num_candidates or 1) > 1:
         raise ValueError("--greedy gives one candidate; leave --num-candidates out, or leave --greedy out")
     return 1
@@ -140,50 +61,26 @@ def _max_new_tokens(checkpoint: Checkpoint, asked: int | None) -> int:
     return asked
 
 
-def _sampling(arguments: argparse.Namespace) -> dict:
-    penalty = {"repetition_penalty": arguments.repetition_penalty}
-    if arguments.greedy:
-        return {"do_sample": False, **penalty}
-    return {
-        "do_sample": True,
-        "temperature": arguments.temperature,
-        "top_p": arguments.top_p,
-        "top_k": arguments.top_k,
-        **penalty,
-    }
+def _sampling(arguments: argparse.Namespace, count: int, max_new_tokens: int) -> SamplingParams:
+    names = ("temperature", "top_p", "top_k", "typical_p", "min_p", "repetition_penalty", "seed")
+    return SamplingParams(
+        num_candidates=count,
+        max_new_tokens=max_new_tokens,
+        do_sample=not arguments.greedy,
+        **{name: getattr(arguments, name) for name in names},
+    )
 
 
-def _settings(checkpoint: Checkpoint, arguments: argparse.Namespace, count: int, max_new_tokens: int) -> dict:
-    return {
-        **_sampling(arguments),
-        "num_candidates": count,
-        "max_new_tokens": max_new_tokens,
-        "batch_size": arguments.batch_size,
-        "seed": arguments.seed,
-        "device": str(checkpoint.model.device),
-        "dtype": arguments.dtype,
-        "text_cleaning": arguments.text_cleaning,
-    }
-
-
-def _lengths(tokens: torch.Tensor, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of generated tokens `[N, L]`: how many come before the stop `[N]`, and whether there is one `[N]`."""
-    is_stop = tokens == stop
-    stopped = is_stop.any(1)
-    return torch.where(stopped, is_stop.int().argmax(1), tokens.shape[1]), stopped
-
-
-class _Watch(StoppingCriteria):
-    """Stops nothing: it shows how far decoding has come."""
-
-    def __init__(self, progress, description: str, max_new_tokens: int, stop: int):
-        self.progress, self.stop = progress, stop
-        self.task = progress.add_task(description, total=max_new_tokens, finished="")
-
-    def __call__(self, input_ids, scores, **kwargs):
-        ended = int((input_ids[:, -1] == self.stop).sum())
-        finished = f"{ended} of {len(input_ids)} ended"
-        if ended == len(input_ids):
-            self.progress.update(self.task, total=input_ids.shape[1] - 1)
-        self.progress.update(self.task, completed=input_ids.shape[1] - 1, finished=finished)
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+def _tell(document: dict, written: list[Path], as_json: bool) -> None:
+    if as_json:
+        report.print_json(document | {"written": [str(path) for path in written]})
+    elif "requests" in document:
+        report.print_summary(document["requests"])
+        report.print_written([path for path in written if path.name == "summary.json"])
+    else:
+        rows = document["candidates"]
+        report.print_ranking(rows)
+        if not all(row["stopped"] for row in rows):
+            limit = document["settings"]["max_new_tokens"]
+            report.note(f"tokens marked + : cut at {limit} tokens before the candidate came to its end")
+        report.print_written(written)

@@ -1,10 +1,9 @@
-"""From the arguments of a command to checked tensors: the text, the voice, the device."""
+"""From the arguments of a command to checked tensors: the text, the device."""
 
 import argparse
 
 import torch
 
-from clvp_fast.audio import load_audio, require_sound
 from clvp_fast.checkpoint import Checkpoint, load_checkpoint, sayable_ids
 from clvp_fast.cli.report import note, quiet_transformers
 
@@ -57,18 +56,3 @@ def _is_lost(char: str, text: str, tokenizer) -> bool:
         for some in (text, text.replace(char, ""))
     )
     return with_it == without_it
-
-
-def voice_features(checkpoint: Checkpoint, path: str) -> torch.Tensor:
-    """Log-mel features `[1, bins, frames]` of the recording at `path`, in the model's dtype and on its device."""
-    extractor = checkpoint.feature_extractor
-    samples, changed = load_audio(path, extractor.sampling_rate)
-    used = extractor.default_audio_length * extractor.sampling_rate
-    require_sound(samples[:used], path)
-    if changed:
-        note(f"{path}: {changed}")
-    if len(samples) > used:
-        seconds = len(samples) / extractor.sampling_rate
-        note(f"{path}: {seconds:.1f} s long, of which the first {extractor.default_audio_length} s are used")
-    features = extractor(samples, sampling_rate=extractor.sampling_rate, return_tensors="pt")["input_features"]
-    return features.to(device=checkpoint.model.device, dtype=checkpoint.model.dtype)

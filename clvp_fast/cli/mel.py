@@ -18,13 +18,12 @@ import numpy as np
 import torch
 
 from clvp_fast import ClvpFeatureExtractor
-from clvp_fast.audio import load_audio, require_sound
+from clvp_fast.audio import RECORDING_SUFFIXES, load_audio, require_sound
 from clvp_fast.checkpoint import resolve_checkpoint
 from clvp_fast.cli import report
 from clvp_fast.cli.pictures import OVERVIEW_PANELS, draw_mel, draw_mels
 from clvp_fast.files import staged_folder
 
-_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg")
 #: Samples that go through the extractor at a time, unless one recording alone has more.
 _BATCH_SAMPLES = 1 << 21
 
@@ -140,7 +139,11 @@ def _walk(folder: Path) -> list[Path]:
     found = []
     for place, subfolders, files in os.walk(folder, onerror=refuse):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        found += [Path(place, name) for name in files if not name.startswith(".") and name.lower().endswith(_SUFFIXES)]
+        found += [
+            Path(place, name)
+            for name in files
+            if not name.startswith(".") and name.lower().endswith(RECORDING_SUFFIXES)
+        ]
     return sorted(found)
 
 

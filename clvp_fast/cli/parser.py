@@ -4,6 +4,7 @@ import argparse
 import math
 
 from clvp_fast import __version__
+from clvp_fast.engine.sampling_params import PRESETS
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -23,18 +24,29 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _generate(commands, everywhere) -> None:
     parser = commands.add_parser(
-        "generate", parents=[everywhere], help="speech candidates for a text in a voice, best first"
+        "generate", parents=[everywhere], help="speech candidates for texts in voices, best first"
     )
-    parser.add_argument("text", help="what is to be said")
+    texts = parser.add_mutually_exclusive_group(required=True)
+    texts.add_argument("text", nargs="*", default=[], metavar="TEXT", help="what is to be said; may be several")
+    texts.add_argument(
+        "--texts", metavar="FILE", help="a text a line, blank lines left out; - reads the standard input"
+    )
     parser.add_argument(
         "--voice",
         required=True,
-        metavar="CLIP",
-        help="recording of the voice (WAV, FLAC, MP3, OGG; its first 6 s count)",
+        action="append",
+        metavar="VOICE",
+        help="a recording (WAV, FLAC, MP3, OGG; its first 6 s count), a folder of recordings of one speaker, which are "
+        "averaged, or a voice that --save-voice wrote; repeated: every text in every voice",
     )
     _add_checkpoint(parser)
     parser.add_argument("--out", default="out", metavar="DIR", help="folder for the results (default: %(default)s)")
     parser.add_argument("--num-candidates", type=_positive_int, metavar="N", help="default: 16, or 1 with --greedy")
+    parser.add_argument(
+        "--preset",
+        choices=tuple(PRESETS),
+        help=f"Tortoise's number of candidates: {', '.join(f'{name} {count}' for name, count in PRESETS.items())}",
+    )
     parser.add_argument(
         "--keep", type=_positive_int, metavar="K", help="write the codes of the K best alone (default: of all)"
     )
@@ -44,18 +56,37 @@ def _generate(commands, everywhere) -> None:
         metavar="N",
         help="longest candidate (default: 500, or what the checkpoint has positions for)",
     )
-    parser.add_argument(
-        "--batch-size", type=_positive_int, default=16, metavar="N", help="candidates at a time (default: %(default)s)"
-    )
+    _add_scoring(parser)
     parser.add_argument("--seed", type=_seed, default=0, help="of the random choices (default: %(default)s)")
+    more = parser.add_argument_group("more results")
+    more.add_argument("--latents", action="store_true", help="write the decoder's latents of the kept candidates too")
+    more.add_argument(
+        "--save-voice", metavar="FILE", help="save the voice, to be given as --voice without its recordings"
+    )
+    more.add_argument("--no-pictures", action="store_true", help="write no candidates.png")
     sampling = parser.add_argument_group("sampling (defaults are Tortoise's)")
     sampling.add_argument("--temperature", type=_positive_float, default=0.8, help="default: %(default)s")
     sampling.add_argument("--top-p", type=_fraction, default=0.8, help="default: %(default)s")
     sampling.add_argument(
         "--top-k", type=_non_negative_int, default=50, help="0: of all tokens (default: %(default)s, as Tortoise runs)"
     )
+    sampling.add_argument("--typical-p", type=_fraction, default=1.0, help="1: off (default: %(default)s)")
+    sampling.add_argument("--min-p", type=_share, default=0.0, help="0: off (default: %(default)s)")
     sampling.add_argument("--repetition-penalty", type=_positive_float, default=2.0, help="default: %(default)s")
     sampling.add_argument("--greedy", action="store_true", help="always the likeliest token: one candidate")
+    memory = parser.add_argument_group("memory")
+    memory.add_argument(
+        "--batch-size",
+        type=_positive_int,
+        metavar="N",
+        help="candidates at a time, of all texts (default: what memory allows, up to 512 on a GPU and 16 on a CPU)",
+    )
+    memory.add_argument(
+        "--memory-fraction",
+        type=_fraction,
+        default=0.9,
+        help="of the memory that is free, how much may be used beside the weights (default: %(default)s)",
+    )
     _add_device(parser)
     _add_text_cleaning(parser)
 
@@ -66,6 +97,7 @@ def _score(commands, everywhere) -> None:
         "codes", help="codes.npz of `generate`, an .npy array [candidates, length], or a .json list of lists"
     )
     parser.add_argument("text", help="what the codes should say")
+    _add_scoring(parser)
     _add_checkpoint(parser)
     _add_device(parser)
     _add_text_cleaning(parser)
@@ -124,6 +156,15 @@ def _add_checkpoint(parser) -> None:
     )
 
 
+def _add_scoring(parser) -> None:
+    parser.add_argument(
+        "--scoring",
+        choices=("padded", "trimmed"),
+        default="padded",
+        help="padded: as Tortoise, all candidates at one length; trimmed: each at its own (default: %(default)s)",
+    )
+
+
 def _add_device(parser) -> None:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights")
@@ -156,3 +197,4 @@ _seed = _number(int, lambda value: 0 <= value < 2**63, "a whole number from 0 to
 _non_negative_int = _number(int, lambda value: value >= 0, "a whole number from 0 on")
 _positive_float = _number(float, lambda value: 0 < value < math.inf, "a number above 0")
 _fraction = _number(float, lambda value: 0 < value <= 1, "a number above 0 and at most 1")
+_share = _number(float, lambda value: 0 <= value <= 1, "a number from 0 to 1")

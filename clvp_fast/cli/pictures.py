@@ -10,6 +10,8 @@ import numpy as np
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
+from clvp_fast.cli.voices import LoadedVoice
+
 _STYLE = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
@@ -55,18 +57,27 @@ def draw_mels(path: Path, mels: list[tuple[str, np.ndarray]], extractor, total: 
         figure.savefig(path, format="png")
 
 
-def draw_candidates(path: Path, mel: np.ndarray, extractor, rows: list[dict], text: str) -> None:
-    """The clip's log-mel, and each candidate's score and length, best first, as a PNG."""
+def draw_candidates(path: Path, voice: LoadedVoice, extractor, rows: list[dict], text: str) -> None:
+    """The voice's log-mel, and each candidate's score and length, best first, as a PNG.
+
+    A saved voice has no recording to show; a candidate without a score is left out.
+    """
+    total, rows = len(rows), [row for row in rows if row["score"] is not None]
     with _style():
-        shown = rows[:64]
-        figure = Figure(figsize=(10, 7), layout="constrained")
+        figure = Figure(figsize=(10, 7 if voice.mel is not None else 4), layout="constrained")
         figure.suptitle(_shorten(text, 110), fontsize=11, x=0.01, ha="left")
-        upper, lower = figure.subfigures(2, 1, height_ratios=[1, 1.25])
-        _mel_panel(upper, upper.subplots(), mel, extractor, "Voice clip: log-mel features")
-        norm = Normalize(*_limits([row["score"] for row in rows]))
+        lower = figure
+        if voice.mel is not None:
+            upper, lower = figure.subfigures(2, 1, height_ratios=[1, 1.25])
+            of = f" of the first of {voice.recordings} recordings" if voice.recordings > 1 else ""
+            _mel_panel(upper, upper.subplots(), voice.mel, extractor, f"Voice: log-mel features{of}")
         score_axes, length_axes = lower.subplots(1, 2, width_ratios=[1.6, 1])
-        _score_panel(score_axes, shown, norm, len(rows))
-        _length_panel(length_axes, rows, norm)
+        if rows:
+            norm = Normalize(*_limits([row["score"] for row in rows]))
+            _score_panel(score_axes, rows[:64], norm, total)
+            _length_panel(length_axes, rows, norm)
+        else:
+            score_axes.set(title="No candidate has a score: all of them are empty")
         figure.savefig(path, format="png")
 
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,18 +16,17 @@ from rich.progress import (
     Progress,
     ProgressColumn,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
-_notes = Console(stderr=True, highlight=False)
+notes_console = Console(stderr=True, highlight=False)
 
 
 def note(text: str) -> None:
     """One line for the person who watches, on stderr."""
-    _notes.print(f"note: {text}", markup=False, soft_wrap=True)
+    notes_console.print(f"note: {text}", markup=False, soft_wrap=True)
 
 
 @contextmanager
@@ -60,14 +60,21 @@ _SHOWN = 32
 def ranking(scores: np.ndarray, lengths: np.ndarray, stopped: np.ndarray | None = None) -> list[dict]:
     """One row a candidate, best score first.
 
-    A row has its rank (from 1), the number of the candidate (from 0, as given), its tokens, its score, and whether it
-    came to its end, where `stopped` tells. All arrays are `[candidates]`.
+    A row has its rank (from 1), the number of the candidate (from 0, as given), its tokens, its score (None where it
+    has none: an empty candidate under `--scoring trimmed`), and whether it came to its end, where `stopped` tells. All
+    arrays are `[candidates]`.
     """
     rows = []
     for rank, index in enumerate(np.argsort(-scores, kind="stable"), start=1):
-        row = {"rank": rank, "candidate": int(index), "tokens": int(lengths[index]), "score": float(scores[index])}
+        score = float(scores[index])
+        row = {"rank": rank, "candidate": int(index), "tokens": int(lengths[index])}
+        row["score"] = None if score == -math.inf else score
         rows.append(row if stopped is None else row | {"stopped": bool(stopped[index])})
     return rows
+
+
+def score_text(score: float | None) -> str:
+    return "none" if score is None else f"{score:.4f}"
 
 
 def print_ranking(rows: list[dict]) -> None:
@@ -77,7 +84,25 @@ def print_ranking(rows: list[dict]) -> None:
         table.add_column(title, justify="right")
     for row in rows[:_SHOWN]:
         cut = "" if row.get("stopped", True) else "+"
-        table.add_row(str(row["rank"]), str(row["candidate"]), f"{row['tokens']}{cut}", f"{row['score']:.4f}")
+        table.add_row(str(row["rank"]), str(row["candidate"]), f"{row['tokens']}{cut}", score_text(row["score"]))
+    Console(highlight=False).print(table)
+    if len(rows) > _SHOWN:
+        Console(highlight=False).print(f"and {len(rows) - _SHOWN} more")
+
+
+def print_summary(rows: list[dict]) -> None:
+    """Requests of `summary.json` as a table: the best candidate of each."""
+    table = Table(header_style="bold")
+    table.add_column("folder", overflow="fold")
+    for title in ("best", "tokens", "score"):
+        table.add_column(title, justify="right")
+    for row in rows[:_SHOWN]:
+        best = row["best"]
+        if best is None:
+            table.add_row(row["folder"], "failed")
+        else:
+            cut = "" if best["stopped"] else "+"
+            table.add_row(row["folder"], str(best["candidate"]), f"{best['tokens']}{cut}", score_text(best["score"]))
     Console(highlight=False).print(table)
     if len(rows) > _SHOWN:
         Console(highlight=False).print(f"and {len(rows) - _SHOWN} more")
@@ -90,18 +115,6 @@ def print_written(paths: list[Path]) -> None:
         Console(highlight=False).print(f"and {len(paths) - _SHOWN} more")
 
 
-def decoding_progress() -> Progress:
-    """A bar on stderr that shows how far decoding is and how many candidates have stopped."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("token {task.completed:.0f} of at most {task.total:.0f}"),
-        TextColumn("{task.fields[finished]}"),
-        TimeElapsedColumn(),
-        console=_notes,
-    )
-
-
 def counting_progress(hidden: bool) -> Progress:
     """A bar on stderr for many things of a kind: how many are done, how many a second, and the time that is left."""
     return Progress(
@@ -111,7 +124,7 @@ def counting_progress(hidden: bool) -> Progress:
         _RateColumn(),
         TextColumn("left:"),
         TimeRemainingColumn(),
-        console=_notes,
+        console=notes_console,
         disable=hidden,
     )
 

@@ -12,6 +12,7 @@ from clvp_fast.checkpoint import Checkpoint
 from clvp_fast.cli import report
 from clvp_fast.cli.inputs import load_for, text_ids
 from clvp_fast.cli.versions import versions
+from clvp_fast.engine.ranking import Ranker
 
 #: Candidates that go through the speech encoder at a time: bounds the memory of long lists.
 _BATCH = 32
@@ -20,7 +21,11 @@ _BATCH = 32
 def run(arguments: argparse.Namespace) -> None:
     codes, lengths = read_codes(Path(arguments.codes))
     checkpoint = load_for(arguments)
-    scores = score(checkpoint, text_ids(checkpoint, arguments.text), codes)
+    ids = text_ids(checkpoint, arguments.text)
+    if arguments.scoring == "trimmed":
+        scores = score_trimmed(checkpoint, ids, codes, lengths)
+    else:
+        scores = score(checkpoint, ids, codes)
     rows = report.ranking(scores, lengths)
     if arguments.json:
         document = {"text": arguments.text, "codes": arguments.codes, "checkpoint": arguments.checkpoint}
@@ -68,9 +73,7 @@ def score(checkpoint: Checkpoint, ids: torch.Tensor, codes: np.ndarray) -> np.nd
     """Scaled cosine similarity `[candidates]` (float32) of the text `ids` `[1, length]` with each row of `codes`."""
     model = checkpoint.model
     speech, decoder = model.config.speech_config, model.config.decoder_config
-    if codes.min() < 0 or codes.max() >= decoder.vocab_size:
-        limit = decoder.vocab_size - 1
-        raise ValueError(f"codes must lie from 0 to {limit} for this checkpoint, got {codes.min()} to {codes.max()}")
+    _check_range(checkpoint, codes)
     # The start and the stop token have no row in the speech encoder: generate() scores them as the filling code.
     codes = np.where(codes < speech.vocab_size, codes, decoder.decoder_fixing_codes[0])
     # generate() scores the text with one stop behind it, as Tortoise does.
@@ -81,3 +84,18 @@ def score(checkpoint: Checkpoint, ids: torch.Tensor, codes: np.ndarray) -> np.nd
         embeds = torch.nn.functional.normalize(model.speech_encoder_model(input_ids=part).embeds.float(), dim=-1)
         scores.append(embeds @ text[0])
     return (torch.cat(scores) * model.logit_scale.float().exp()).cpu().numpy()
+
+
+def score_trimmed(checkpoint: Checkpoint, ids: torch.Tensor, codes: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """As `score`, of the first `lengths[i]` codes of row i alone; -inf for a row without any."""
+    _check_range(checkpoint, codes)
+    if lengths.dtype.kind not in "iu" or lengths.min() < 0 or lengths.max() > codes.shape[1]:
+        raise ValueError(f"lengths must be whole numbers from 0 to {codes.shape[1]}, as many as a row has codes")
+    rows = [row[:length] for row, length in zip(codes, lengths, strict=True)]
+    return Ranker(checkpoint.model, mode="trimmed").rank(ids[0], rows).scores.cpu().numpy()
+
+
+def _check_range(checkpoint: Checkpoint, codes: np.ndarray) -> None:
+    limit = checkpoint.model.config.decoder_config.vocab_size - 1
+    if codes.min() < 0 or codes.max() > limit:
+        raise ValueError(f"codes must lie from 0 to {limit} for this checkpoint, got {codes.min()} to {codes.max()}")

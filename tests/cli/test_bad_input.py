@@ -19,6 +19,7 @@ from clvp_fast import ClvpFeatureExtractor, files
 from clvp_fast.checkpoint import load_checkpoint
 from clvp_fast.cli import main
 from clvp_fast.demo import build_demo
+from clvp_fast.engine.runner import Runner
 from tests.cli.conftest import ROOT
 
 TEXT = "The birch canoe slid on the smooth planks."
@@ -82,7 +83,10 @@ def test_missing_voice(generate_fails, tmp_path):
 def test_unreadable_voice(generate_fails, tmp_path):
     (tmp_path / "clip.wav").write_text("not a sound")
     assert "cannot be read as a recording (WAV, FLAC, MP3 or OGG)" in generate_fails(TEXT, tmp_path / "clip.wav")
-    assert "is a folder" in generate_fails(TEXT, tmp_path)
+    assert f"{tmp_path}/clip.wav cannot be read as a recording" in generate_fails(TEXT, tmp_path), "one of a folder's"
+    (tmp_path / "speakers" / "someone").mkdir(parents=True)
+    shutil.copy(ROOT / "examples/voice.flac", tmp_path / "speakers" / "someone")
+    assert "has no recordings in it" in generate_fails(TEXT, tmp_path / "speakers"), "those below are other speakers'"
 
 
 def test_empty_nan_and_silent_voice(generate_fails, write_clip):
@@ -253,14 +257,31 @@ def test_configuration_that_cannot_be(checkpoint_fails, folder, change):
     assert checkpoint_fails().startswith(f"checkpoint {folder} ")
 
 
-def test_gpu_memory(generate_fails, monkeypatch):
+def test_too_little_memory_for_one_candidate(generate_fails, monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.")
 
-    monkeypatch.setattr("clvp_fast.cli.generate.generate", full)
-    assert (
-        generate_fails() == "the GPU has too little memory for 16 candidates at a time; choose a smaller --batch-size"
-    )
+    monkeypatch.setattr("clvp_fast.engine.runner.Runner.decode", full)
+    assert generate_fails().startswith("there is too little memory for a single candidate; ")
+
+
+def test_memory_that_runs_out_on_the_way(cli, voice, tmp_path, monkeypatch):
+    decode, calls = Runner.decode, []
+
+    def full_at_first(self, num_slots):
+        calls.append(num_slots)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.")
+        return decode(self, num_slots)
+
+    outcomes = []
+    for name in ("whole", "halved"):
+        outcomes.append(cli("generate", TEXT, "--voice", voice, "--out", tmp_path / name, *QUICK))
+        assert outcomes[-1].code == 0, outcomes[-1].err
+        monkeypatch.setattr(Runner, "decode", full_at_first)
+    assert "memory ran out on the way: the rest was decoded 1 at a time" in outcomes[1].err
+    whole, halved = (np.load(tmp_path / name / "codes.npz")["codes"] for name in ("whole", "halved"))
+    np.testing.assert_array_equal(whole, halved)
 
 
 def test_no_such_checkpoint(generate_fails, voice, tmp_path):
@@ -307,7 +328,7 @@ def test_full_disk_keeps_the_old_results(cli, fails, voice, tmp_path, monkeypatc
         sentence = fails(*argv, "--seed", 5)
     assert sentence == f"cannot write into {tmp_path}: the disk is full; free some space or choose another folder"
     with monkeypatch.context() as patch:
-        patch.setattr("clvp_fast.cli.generate.draw_candidates", full)
+        patch.setattr("clvp_fast.cli.results.draw_candidates", full)
         assert "the disk is full" in fails(*argv, "--seed", 5)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
@@ -324,7 +345,7 @@ def test_interrupt_in_process(cli, voice, tmp_path, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("clvp_fast.cli.generate.draw_candidates", interrupt)
+    monkeypatch.setattr("clvp_fast.cli.results.draw_candidates", interrupt)
     outcome = cli("generate", TEXT, "--voice", voice, "--out", tmp_path / "out", *QUICK)
     assert outcome.code == 130
     assert outcome.err.endswith("clvp-fast: interrupted; nothing was written\n")

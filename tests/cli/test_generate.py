@@ -11,7 +11,7 @@ QUICK = ("--num-candidates", 5, "--max-new-tokens", 60)
 
 @pytest.fixture
 def generate(cli, voice, tmp_path):
-    def run(*argv, out=tmp_path / "out", text=TEXT):
+    def run(*argv, out=tmp_path / "out", text=TEXT, voice=voice):
         outcome = cli("generate", text, "--voice", voice, "--out", out, *argv)
         assert outcome.code == 0, outcome.err
         return outcome, np.load(out / "codes.npz"), json.loads((out / "candidates.json").read_text())
@@ -82,7 +82,7 @@ def test_text_and_voice_matter(generate, tmp_path, voice):
     soundfile.write(tmp_path / "low.wav", samples[::-1], rate)
     plain = generate(*QUICK, out=tmp_path / "a")[1]["codes"]
     other_text = generate(*QUICK, out=tmp_path / "b", text="Something else is said here.")[1]["codes"]
-    other_voice = generate(*QUICK, "--voice", tmp_path / "low.wav", out=tmp_path / "c")[1]["codes"]
+    other_voice = generate(*QUICK, voice=tmp_path / "low.wav", out=tmp_path / "c")[1]["codes"]
     assert not np.array_equal(plain, other_text)
     assert not np.array_equal(plain, other_voice)
 

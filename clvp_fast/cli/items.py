@@ -1,0 +1,95 @@
+"""What `generate` is asked for: each text in each voice, with a place for its results."""
+
+import argparse
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from clvp_fast.checkpoint import Checkpoint
+from clvp_fast.cli.inputs import text_ids
+from clvp_fast.cli.voices import LoadedVoice, load_voice, voice_names
+from clvp_fast.engine.voices import VoiceCache
+
+_SLUG_LENGTH = 40
+
+
+@dataclass(eq=False)
+class Item:
+    """A text in a voice.
+
+    folder: of its results below `--out`, "" where it is all that was asked for. ids: `[length]` int64.
+    place: of the voice, as given. error: why it cannot be spoken; `ids` or `voice` is None then.
+    """
+
+    folder: str
+    text: str
+    place: str
+    ids: torch.Tensor | None = None
+    voice: LoadedVoice | None = None
+    error: str | None = None
+
+
+def read_texts(arguments: argparse.Namespace) -> list[str]:
+    """The texts of the arguments, or the lines of their file.
+
+    Raises:
+        FileNotFoundError, ValueError: the file is not there, is not UTF-8, or has nothing but blank lines.
+    """
+    if arguments.texts is None:
+        return arguments.text
+    name = "the standard input" if arguments.texts == "-" else arguments.texts
+    try:
+        content = sys.stdin.buffer.read() if arguments.texts == "-" else Path(arguments.texts).read_bytes()
+        lines = content.decode("utf-8-sig").splitlines()
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"there is no file of texts at {name}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is not UTF-8 text ({error}); save it as UTF-8, a text a line") from error
+    texts = [line.strip() for line in lines if line.strip()]
+    if not texts:
+        raise ValueError(f"{name} has no text in it; write one a line")
+    return texts
+
+
+def gather(checkpoint: Checkpoint, texts: list[str], arguments: argparse.Namespace) -> list[Item]:
+    """Every text in every voice, voice by voice.
+
+    What cannot be spoken is an error where it is all that was asked for; among others it is put down in its item.
+    """
+    places = arguments.voice
+    alone = arguments.texts is None and len(texts) == len(places) == 1
+    folders = [""] if alone else text_folders(texts)
+    ids = [_tried(alone, lambda text=text: text_ids(checkpoint, text)[0]) for text in texts]
+    cache = VoiceCache(checkpoint.model, checkpoint.feature_extractor)
+    items = []
+    for name, place in zip(voice_names(places), places, strict=True):
+        voice, bad_voice = _tried(alone, lambda place=place: load_voice(checkpoint, cache, place))
+        for folder, text, (of_text, bad_text) in zip(folders, texts, ids, strict=True):
+            folder = f"{name}/{folder}" if len(places) > 1 else folder
+            items.append(Item(folder, text, place, of_text, voice, bad_voice or bad_text))
+    return items
+
+
+def text_folders(texts: list[str]) -> list[str]:
+    """A name for the folder of each text: its number, and its first words."""
+    digits = max(3, len(str(len(texts))))
+    names = []
+    for number, text in enumerate(texts, start=1):
+        slug = "-".join(re.findall("[a-z0-9]+", text.lower().replace("'", "")))
+        if len(slug) > _SLUG_LENGTH:
+            slug = slug[: _SLUG_LENGTH + 1].rpartition("-")[0] or slug[:_SLUG_LENGTH]
+        names.append(f"{number:0{digits}}-{slug}".rstrip("-"))
+    return names
+
+
+def _tried(alone: bool, make) -> tuple:
+    """What `make` gives and None, or None and its sentence; where it is `alone`, its error passes."""
+    try:
+        return make(), None
+    except (ValueError, OSError) as error:
+        if alone:
+            raise
+        return None, str(error)

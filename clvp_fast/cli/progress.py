@@ -1,0 +1,90 @@
+"""The bar of `generate`: how many candidates have ended, tokens a second, and the time that is left at most."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
+
+from clvp_fast.cli.report import notes_console
+
+# The bar moves this often, in seconds: a call for each token costs next to nothing then.
+_INTERVAL = 0.1
+
+
+@contextmanager
+def watching(num_requests: int, num_candidates: int, max_new_tokens: int, stop: int) -> Iterator["Watch"]:
+    """A bar on stderr over the candidates of all requests, so many each; the `on_token` of an engine moves it."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[ended]} of {task.fields[candidates]} candidates"),
+        TextColumn("{task.completed:.0f} tokens"),
+        _Rate(),
+        _TimeLeft(),
+    )
+    with Progress(*columns, console=notes_console) as progress:
+        watch = Watch(progress, num_requests, num_candidates, max_new_tokens, stop)
+        try:
+            yield watch
+        finally:
+            watch.show()
+
+
+class Watch:
+    """Counts what is drawn.
+
+    candidates, ended: how many there are, and how many came to their end. tokens: drawn by all of them.
+    limit: what they can draw at most; it falls with each that stops early.
+    """
+
+    def __init__(self, progress: Progress, num_requests: int, num_candidates: int, max_new_tokens: int, stop: int):
+        self.candidates, self.ended, self.tokens = num_requests * num_candidates, 0, 0
+        self.limit = self.candidates * max_new_tokens
+        self._stop = stop
+        self._of_request = [max_new_tokens] * num_candidates
+        # By request: what each of its candidates can still draw.
+        self._left: dict[object, list[int]] = {}
+        self._progress, self._shown_at = progress, -_INTERVAL
+        self._task = progress.add_task("decoding", total=self.limit, ended=0, candidates=self.candidates)
+
+    def __call__(self, request, candidate: int, token: int) -> None:
+        left = self._left.get(request)
+        if left is None:
+            left = self._left[request] = self._of_request.copy()
+        self.tokens += 1
+        left[candidate] -= 1
+        if token == self._stop:
+            self.limit -= left[candidate]
+            left[candidate] = 0
+        self.ended += not left[candidate]
+        now = time.monotonic()
+        if now - self._shown_at >= _INTERVAL:
+            self._shown_at = now
+            self.show()
+
+    def close(self, request) -> None:
+        """No more comes of a request: it is finished, or has failed."""
+        for left in self._left.pop(request, self._of_request):
+            self.limit -= left
+            self.candidates -= left > 0
+
+    def show(self) -> None:
+        self._progress.update(
+            self._task, completed=self.tokens, total=self.limit, ended=self.ended, candidates=self.candidates
+        )
+
+
+class _Rate(ProgressColumn):
+    def render(self, task) -> str:
+        seconds = task.finished_time or task.elapsed
+        return f"{task.completed / seconds:.0f} a second" if seconds else ""
+
+
+class _TimeLeft(ProgressColumn):
+    def render(self, task) -> str:
+        if not task.completed or task.finished:
+            return ""
+        seconds = round((task.total - task.completed) * task.elapsed / task.completed)
+        return f"left: {timedelta(seconds=seconds)} at most"

@@ -1,0 +1,83 @@
+"""What `generate` writes of a text in a voice: codes, scores, a picture, latents; and its row in a summary."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from clvp_fast.checkpoint import Checkpoint
+from clvp_fast.cli import report
+from clvp_fast.cli.items import Item
+from clvp_fast.cli.pictures import draw_candidates
+from clvp_fast.engine.requests import CandidateResult
+
+
+def result_document(checkpoint: Checkpoint, item: Item, result: CandidateResult) -> dict:
+    """What candidates.json says of one result: the candidates, best first, and the engine's timings."""
+    rows = report.ranking(result.scores, result.lengths, result.stopped)
+    for row in rows:
+        row["kept"] = row["rank"] <= len(result.kept)
+    return {
+        "text": item.text,
+        "voice": item.place,
+        "checkpoint": checkpoint.name,
+        "candidates": rows,
+        "timings": {name: round(seconds, 3) for name, seconds in result.timings.items()},
+    }
+
+
+def write_arrays(
+    folder: Path,
+    checkpoint: Checkpoint,
+    item: Item,
+    result: CandidateResult,
+    rows: list[dict],
+    length: int,
+    pictures: bool,
+) -> list[str]:
+    """Writes codes.npz, best candidate first, and what else is asked for; returns the names.
+
+    Args:
+        rows: of the candidates, as in candidates.json.
+        length: of the codes that are written.
+    """
+    kept = np.asarray(result.kept)
+    np.savez_compressed(
+        folder / "codes.npz",
+        codes=final_codes(checkpoint, result.codes[kept], length),
+        lengths=result.lengths[kept],
+        scores=result.scores[kept],
+        candidates=kept,
+    )
+    written = ["codes.npz"]
+    if pictures:
+        draw_candidates(folder / "candidates.png", item.voice, checkpoint.feature_extractor, rows, item.text)
+        written.append("candidates.png")
+    if result.latents is not None:
+        # A candidate's latents `[1, tokens, hidden_size]` are named by its number.
+        latents = {str(candidate): states.cpu().numpy() for candidate, states in result.latents.items()}
+        np.savez(folder / "latents.npz", **latents)
+        written.append("latents.npz")
+    return written
+
+
+def final_codes(checkpoint: Checkpoint, codes: np.ndarray, length: int) -> np.ndarray:
+    """Codes `[N, longest]` as the next stage takes them: `[N, length]`, from the stop on as Tortoise fixes them.
+
+    A candidate that was cut keeps its own end.
+    """
+    decoder = checkpoint.model.config.decoder_config
+    padded = F.pad(torch.from_numpy(codes), (0, length - codes.shape[1]), value=decoder.eos_token_id)
+    # What is dropped here is the column of the start token.
+    return checkpoint.model.fix_speech_decoder_output(F.pad(padded, (1, 0), value=decoder.bos_token_id)).numpy()
+
+
+def summary_row(item: Item, document: dict | None) -> dict:
+    """What the summary says of an item: its best candidate, or why it has none."""
+    row = {"folder": item.folder, "text": item.text, "voice": item.place, "error": item.error, "best": None}
+    if document is not None:
+        best = document["candidates"][0]
+        row["best"] = {key: best[key] for key in ("candidate", "tokens", "score", "stopped")}
+        row["timings"] = document["timings"]
+    return row
