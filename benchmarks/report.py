@@ -1,11 +1,16 @@
-"""`python -m benchmarks.report`: writes the measured table of README.md from the newest rows of benchmarks/results/."""
+"""`python -m benchmarks.report`: writes the measured tables from the newest rows of benchmarks/results/.
+
+They stand in README.md and, of the precision tiers, in docs/architecture.md.
+"""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.harness import RESULTS
 
 README = RESULTS.parent.parent / "README.md"
+ARCHITECTURE = RESULTS.parent.parent / "docs/architecture.md"
 BEGIN, END = "<!-- measured:begin -->", "<!-- measured:end -->"
 # What README shows: workload, and how a reader would call it.
 SHOWN = {
@@ -70,11 +75,41 @@ def _context(rows: list[dict]) -> str:
     )
 
 
-def updated(readme: str, rows: list[dict]) -> str:
-    before, rest = readme.split(BEGIN)
-    _, after = rest.split(END)
-    return f"{before}{BEGIN}\n{table(rows)}\n{END}{after}"
+def precision_table(rows: list[dict]) -> str:
+    """What each precision tier changes; the times of a step are as measured beside it."""
+    rows = [row for row in rows if row["workload"] == "precision" and row["seconds"]]
+    if not rows:
+        return "Not measured yet."
+    lines = [
+        "| tier | logits off by | of that arithmetic | KL, nats a token | same greedy token | a step |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {row['provider']} | {row['logits_error']:.2g} | {row['error']:.2g} | {row['kl']:.1e} | "
+        f"{row['greedy']:.2%} | {_seconds(row['seconds']['median'])} |"
+        for row in rows
+    ]
+    shape, device = rows[0]["shape"], rows[0]["device"]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{shape['candidates']} candidates, {shape['steps']} steps behind a prompt of {shape['prompt']}, "
+            f"{shape['layers']} layers of {shape['width']} channels, on {device['name']}, {device['threads']} threads, "
+            f"torch {rows[0]['versions']['torch']}, at commit {rows[0]['commit']}.",
+        ]
+    )
 
+
+def updated(document: str, rows: list[dict], make: Callable[[list[dict]], str] = table) -> str:
+    """`document` with what stands between the marks made from `rows` by `make`."""
+    before, rest = document.split(BEGIN)
+    _, after = rest.split(END)
+    return f"{before}{BEGIN}\n{make(rows)}\n{END}{after}"
+
+
+DOCUMENTS = ((README, table), (ARCHITECTURE, precision_table))
 
 if __name__ == "__main__":
-    README.write_text(updated(README.read_text(encoding="utf-8"), newest_rows()), encoding="utf-8")
+    for path, make in DOCUMENTS:
+        path.write_text(updated(path.read_text(encoding="utf-8"), newest_rows(), make), encoding="utf-8")

@@ -23,6 +23,7 @@ WORKLOADS = (
     "import_time",
     "linear",
     "scheduler",
+    "precision",
 )
 
 

@@ -1,4 +1,4 @@
-"""The harness refuses what is wrong, and no number stands in README.md without its row."""
+"""The harness refuses what is wrong, and no number stands in the documents without its row."""
 
 import json
 from types import SimpleNamespace
@@ -9,9 +9,21 @@ import torch
 from benchmarks import harness, report, run
 
 
-def test_readme_says_what_the_rows_say():
-    readme = report.README.read_text(encoding="utf-8")
-    assert report.updated(readme, report.newest_rows()) == readme, "run: python -m benchmarks.report"
+@pytest.mark.parametrize(("path", "make"), report.DOCUMENTS, ids=["README", "architecture"])
+def test_documents_say_what_the_rows_say(path, make):
+    document = path.read_text(encoding="utf-8")
+    assert report.updated(document, report.newest_rows(), make) == document, "run: python -m benchmarks.report"
+
+
+def test_the_table_of_precision_tiers():
+    assert report.precision_table([]) == "Not measured yet."
+    shape = {"candidates": 4, "steps": 200, "prompt": 60, "layers": 30, "width": 512}
+    where = {"device": {"name": "cpu", "threads": 2}, "versions": {"torch": "1"}, "commit": "abc", "shape": shape}
+    row = where | {"workload": "precision", "provider": "bfloat16", "error": 0.0061, "seconds": {"median": 0.047}}
+    row |= {"logits_error": 0.0083, "kl": 0.00041, "greedy": 0.99625}
+    table = report.precision_table([row, row | {"provider": "refused", "seconds": None}])
+    assert "| bfloat16 | 0.0083 | 0.0061 | 4.1e-04 | 99.62% | 47.0 ms |" in table and "refused" not in table
+    assert "4 candidates, 200 steps behind a prompt of 60, 30 layers of 512 channels, on cpu" in table
 
 
 def test_a_changed_number_in_readme_is_seen(tmp_path, monkeypatch):

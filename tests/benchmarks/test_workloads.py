@@ -13,6 +13,7 @@ from benchmarks import (
     kernels,
     log_mel,
     paged_attention,
+    precision,
     rotary_attention,
     sample,
     scheduler,
@@ -190,3 +191,45 @@ def test_a_scheduler_that_keeps_pages_gets_no_time(few_candidates, monkeypatch):
     monkeypatch.setattr(scheduler.Scheduler, "_forget", lambda self, request: None)
     rows = scheduler.rows("cpu", repeats=1)
     assert all(row["seconds"] is None and row["error"] > 0 for row in rows)
+
+
+@pytest.fixture
+def small_decoder(monkeypatch):
+    monkeypatch.setitem(precision.SHAPES, "cpu", precision.Shape(layers=6, width=128, candidates=2, steps=18, prompt=5))
+
+
+@pytest.mark.filterwarnings("ignore:clvp_fast.paged_attention_decode takes")
+def test_precision_tiers_lie_in_the_order_that_their_types_promise(small_decoder):
+    rows = {row["provider"]: row for row in precision.rows("cpu", repeats=1)}
+    assert list(rows) == [tier.name for tier in precision.TIERS] and all(row["seconds"] for row in rows.values())
+    off = {name: row["logits_error"] for name, row in rows.items()}
+    for dtype in ("bfloat16", "float16"):
+        wide, rounded = rows[dtype], rows[f"{dtype}, residual {dtype}"]
+        assert rounded["error"] > 1.3 * wide["error"] and rounded["kl"] > wide["kl"]
+        assert wide["error"] < wide["logits_error"]  # the rounding of the weights comes on top
+    assert off["float32"] < 1e-5 < off["float16"] < off["bfloat16"] < off["bfloat16, float8 pages"]
+    assert rows["float32"]["greedy"] == 1 and all(0.5 < row["greedy"] <= 1 for row in rows.values())
+
+
+def test_a_tier_that_is_off_gets_no_time(small_decoder, monkeypatch):
+    tier = precision.Tier("too coarse", torch.bfloat16, 1e-4)
+    monkeypatch.setattr(precision, "TIERS", (tier,))
+    (row,) = precision.rows("cpu", repeats=1)
+    assert row["seconds"] is None and "beyond 0.0001" in row["refused"] and row["logits_error"] > 1e-4
+
+
+def test_divergence_of_known_distributions():
+    exact = torch.tensor([[[0.0, 1.0, 3.0], [2.0, 0.0, -1.0]]]).double()
+    same = precision.divergence(exact, exact)
+    assert same == {"logits_error": 0.0, "kl": 0.0, "greedy": 1.0}
+    moved = precision.divergence(exact + 0.1, exact)
+    assert (
+        abs(moved["kl"]) < 1e-12
+        and moved["greedy"] == 1
+        and moved["logits_error"] == pytest.approx(0.1 / float(exact.var(-1).mean()) ** 0.5)
+    )
+    other = exact.clone()
+    other[0, 1] = torch.tensor([0.0, 2.0, -1.0])
+    p, q = (torch.softmax(logits[0, 1], -1) for logits in (exact, other))
+    found = precision.divergence(other, exact)
+    assert found["greedy"] == 0.5 and found["kl"] == pytest.approx(float((p * (p / q).log()).sum()) / 2)

@@ -1,0 +1,171 @@
+"""How far each precision tier leads the engine's decoder from float64, and what a step of it takes.
+
+One prompt, and candidates that are handed the tokens which the float64 model draws, step by step over pages; every
+step's logits are compared. A model of random weights; its queries and keys are made larger, so that attention prefers
+some tokens, and its head, so that the draws have about the spread of a trained model's.
+"""
+
+import copy
+import dataclasses
+from collections.abc import Iterable, Iterator
+
+import torch
+
+from benchmarks.harness import Provider, measure
+from clvp_fast import ClvpDecoderConfig, ClvpForCausalLM
+from clvp_fast.engine.decoder import PagedDecoder
+from clvp_fast.ops.paged_attention import FLOAT8
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """What is decoded: as deep as CLVP's checkpoints are."""
+
+    layers: int
+    width: int
+    candidates: int
+    steps: int
+    prompt: int = 60
+
+
+SHAPES = {"cpu": Shape(30, 512, 4, 200), "cuda": Shape(30, 1024, 64, 400)}
+PAGE_SIZE = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Tier:
+    """Types of weights, of residual, pages and prompt; the last three by default as the engine has them.
+
+    tolerance: the most that the arithmetic may put logits off, relative to their spread, before the row is refused.
+    """
+
+    name: str
+    dtype: torch.dtype
+    tolerance: float
+    residual: torch.dtype | None = None
+    pages: torch.dtype | None = None
+    prompt: torch.dtype | None = None
+
+
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+FLOAT64 = Tier("float64", FP64, 0)
+TIERS = (
+    Tier("float32", FP32, 1e-4),
+    Tier("bfloat16", BF16, 0.05),
+    Tier("bfloat16, residual bfloat16", BF16, 0.1, residual=BF16),
+    Tier("bfloat16, float8 pages", BF16, 0.1, pages=FLOAT8),
+    Tier("float16", FP16, 0.01),
+    Tier("float16, residual float16", FP16, 0.02, residual=FP16),
+)
+
+
+def random_model(shape: Shape, device: str) -> ClvpForCausalLM:
+    torch.manual_seed(0)
+    config = ClvpDecoderConfig(
+        hidden_size=shape.width, num_hidden_layers=shape.layers, num_attention_heads=shape.width // 64
+    )
+    model = ClvpForCausalLM(config).eval().requires_grad_(False)
+    for layer in model.model.decoder.layers:
+        layer.attn.q_proj.weight.mul_(3)
+        layer.attn.k_proj.weight.mul_(3)
+    model.lm_head.weight.mul_(6)
+    return model.to(device)
+
+
+class Candidates:
+    """The candidates of one prompt on pages of their own: `step` enters their tokens and gives the next logits."""
+
+    def __init__(self, model: ClvpForCausalLM, shape: Shape, tier: Tier):
+        count, own, shared = shape.candidates, -(-shape.steps // PAGE_SIZE), -(-shape.prompt // PAGE_SIZE)
+        self.decoder = PagedDecoder(model, tier.residual)
+        device = self.decoder.device
+        self.pages = self.decoder.pages(count * own + shared, PAGE_SIZE, tier.pages)
+        self.seq_lens = torch.zeros(count, dtype=torch.int32, device=device)
+        pages = torch.arange(count * own + shared, dtype=torch.int32, device=device)
+        self.tables = {
+            "block_table": pages[: count * own].view(count, own),
+            "prefix_table": pages[count * own :][None],
+            "prefix_lens": torch.tensor([shape.prompt], dtype=torch.int32, device=device),
+            "prefix_index": torch.zeros(count, dtype=torch.int32, device=device),
+        }
+        if device.type == "cuda":
+            self.tables["arrivals"] = torch.zeros(count, self.decoder.num_heads, dtype=torch.int32, device=device)
+        generator = torch.Generator().manual_seed(1)
+        # About the size of a text's embedding with that of its position.
+        prompt = 0.03 * torch.randn(shape.prompt, shape.width, generator=generator)
+        bounds = torch.tensor([0, shape.prompt], dtype=torch.int32, device=device)
+        self.decoder.prefill(
+            prompt.to(tier.prompt or tier.dtype).to(device, tier.dtype), bounds, self.pages, self.tables["prefix_table"]
+        )
+
+    def step(self, tokens: torch.Tensor, place: int) -> torch.Tensor:
+        """Logits `[candidates, vocab_size]` behind `tokens`, the `place`-th ones."""
+        self.seq_lens.fill_(place)
+        return self.decoder.step(tokens, self.seq_lens, pages=self.pages, **self.tables)[1]
+
+
+def drawn(model: ClvpForCausalLM, shape: Shape) -> torch.Tensor:
+    """`[steps, candidates]`: the start token, then what the float64 model draws at temperature 1."""
+    candidates = Candidates(model, shape, FLOAT64)
+    generator = torch.Generator(candidates.decoder.device).manual_seed(2)
+    tokens = [torch.full((shape.candidates,), model.config.bos_token_id, device=candidates.decoder.device)]
+    for place in range(shape.steps - 1):
+        probabilities = candidates.step(tokens[-1], place).softmax(-1)
+        tokens.append(torch.multinomial(probabilities, 1, generator=generator)[:, 0])
+    return torch.stack(tokens)
+
+
+def logits_along(model: ClvpForCausalLM, shape: Shape, tier: Tier, tokens: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Logits `[candidates, vocab_size]` behind each step's tokens."""
+    candidates = Candidates(model, shape, tier)
+    for place, entered in enumerate(tokens):
+        yield candidates.step(entered, place)
+
+
+def divergence(found: Iterable[torch.Tensor], exact: Iterable[torch.Tensor]) -> dict[str, float]:
+    """How far logits `[candidates, vocab_size]`, step by step, are from those of float64.
+
+    logits_error: the root of their mean square error, relative to the spread of a candidate's logits. kl: of their
+    distributions, in nats a token. greedy: the share of places where the largest is the same token.
+    """
+    squares = spread = information = same = places = 0
+    for logits, wanted in zip(found, exact, strict=True):
+        logits = logits.double()
+        squares += float((logits - wanted).square().mean())
+        spread += float(wanted.var(-1).mean())
+        chances = wanted.log_softmax(-1)
+        information += float((chances.exp() * (chances - logits.log_softmax(-1))).sum(-1).mean())
+        same += float((logits.argmax(-1) == wanted.argmax(-1)).double().mean())
+        places += 1
+    return {"logits_error": (squares / spread) ** 0.5, "kl": information / places, "greedy": same / places}
+
+
+@torch.no_grad()
+def rows(device: str, repeats: int = 5) -> list[dict]:
+    """A row a tier, timed over the last of its steps.
+
+    Of a row, `error` is of the arithmetic alone, against float64 with weights and prompt rounded as the tier's are;
+    `logits_error`, `kl` and `greedy` are against float64 with all as it was.
+    """
+    shape = SHAPES[device]
+    model = random_model(shape, device)
+    exact_model = copy.deepcopy(model).double()
+    tokens = drawn(exact_model, shape)
+    exact = {FP64: list(logits_along(exact_model, shape, FLOAT64, tokens))}
+    del exact_model
+    providers, told = [], {}
+    for tier in TIERS:
+        rounded = copy.deepcopy(model).to(tier.dtype)
+        if tier.dtype not in exact:
+            float64 = dataclasses.replace(FLOAT64, prompt=tier.dtype)
+            exact[tier.dtype] = list(logits_along(copy.deepcopy(rounded).double(), shape, float64, tokens))
+        candidates = Candidates(rounded, shape, tier)
+        found = [candidates.step(entered, place) for place, entered in enumerate(tokens)]
+        told[tier.name] = divergence(found, exact[FP64])
+
+        def last_step(candidates=candidates):
+            candidates.step(tokens[-1], shape.steps - 1)
+
+        arithmetic = divergence(found, exact[tier.dtype])["logits_error"]
+        providers.append(Provider(tier.name, last_step, arithmetic, tier.tolerance))
+    return [row | told[row["provider"]] for row in measure("precision", vars(shape), providers, repeats)]
