@@ -91,6 +91,7 @@ class Batch:
                 for result in engine.generate(requests, sampling, keep=keep, on_token=watch):
                     watch.close(result.request)
                     self._receive(result)
+                    watch.paused = self.seconds["write"]
             except torch.OutOfMemoryError as error:
                 raise ValueError(
                     "there is too little memory for a single candidate; free some, choose a smaller "

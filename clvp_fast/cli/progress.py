@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
-from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
+from rich.progress import BarColumn, Progress, TextColumn
 
 from clvp_fast.cli.report import notes_console
 
@@ -16,14 +16,8 @@ _INTERVAL = 0.1
 @contextmanager
 def watching(num_requests: int, num_candidates: int, max_new_tokens: int, stop: int) -> Iterator["Watch"]:
     """A bar on stderr over the candidates of all requests, so many each; the `on_token` of an engine moves it."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.fields[ended]} of {task.fields[candidates]} candidates"),
-        TextColumn("{task.completed:.0f} tokens"),
-        _Rate(),
-        _TimeLeft(),
-    )
+    columns = [TextColumn("{task.description}"), BarColumn()]
+    columns += [TextColumn(f"{{task.fields[{name}]}}") for name in ("ended", "rate", "left")]
     with Progress(*columns, console=notes_console) as progress:
         watch = Watch(progress, num_requests, num_candidates, max_new_tokens, stop)
         try:
@@ -37,6 +31,7 @@ class Watch:
 
     candidates, ended: how many there are, and how many came to their end. tokens: drawn by all of them.
     limit: what they can draw at most; it falls with each that stops early.
+    paused: seconds in which results were written, and nothing was drawn.
     """
 
     def __init__(self, progress: Progress, num_requests: int, num_candidates: int, max_new_tokens: int, stop: int):
@@ -46,8 +41,10 @@ class Watch:
         self._of_request = [max_new_tokens] * num_candidates
         # By request: what each of its candidates can still draw.
         self._left: dict[object, list[int]] = {}
-        self._progress, self._shown_at = progress, -_INTERVAL
-        self._task = progress.add_task("decoding", total=self.limit, ended=0, candidates=self.candidates)
+        self.paused = 0.0
+        self._started = self._shown_at = time.monotonic()
+        self._progress = progress
+        self._task = progress.add_task("decoding", total=self.limit, ended="", rate="", left="")
 
     def __call__(self, request, candidate: int, token: int) -> None:
         left = self._left.get(request)
@@ -71,20 +68,14 @@ class Watch:
             self.candidates -= left > 0
 
     def show(self) -> None:
+        seconds = time.monotonic() - self._started - self.paused
+        rate = self.tokens / seconds if seconds > 0 else 0
+        left = f"left: {timedelta(seconds=round((self.limit - self.tokens) / rate))} at most" if rate else ""
         self._progress.update(
-            self._task, completed=self.tokens, total=self.limit, ended=self.ended, candidates=self.candidates
+            self._task,
+            completed=self.tokens,
+            total=self.limit,
+            ended=f"{self.ended} of {self.candidates} candidates",
+            rate=f"{self.tokens} tokens, {rate:.0f} a second",
+            left=left if self.tokens < self.limit else "",
         )
-
-
-class _Rate(ProgressColumn):
-    def render(self, task) -> str:
-        seconds = task.finished_time or task.elapsed
-        return f"{task.completed / seconds:.0f} a second" if seconds else ""
-
-
-class _TimeLeft(ProgressColumn):
-    def render(self, task) -> str:
-        if not task.completed or task.finished:
-            return ""
-        seconds = round((task.total - task.completed) * task.elapsed / task.completed)
-        return f"left: {timedelta(seconds=seconds)} at most"
