@@ -11,6 +11,8 @@ FILES = {
     "P": "test_processing.py",
     "S": "test_storage.py",
     "I": "test_initial_weights.py",
+    "E": "test_generation_on_engine.py",
+    "L": "test_parity_generation.py",
 }
 TABLE = (ROOT / "docs" / "compatibility.md").read_text(encoding="utf-8")
 

@@ -8,6 +8,7 @@ import torch
 from clvp_fast.cli import report
 from clvp_fast.cli.versions import versions
 from clvp_fast.files import cache_folder
+from clvp_fast.models.clvp.generation import SERVED
 from clvp_fast.ops.dispatch import explain
 
 
@@ -17,7 +18,7 @@ def run(arguments: argparse.Namespace) -> None:
         "versions": versions(),
         "devices": devices(),
         "cache": str(cache_folder()),
-        "generate": "the GenerationMixin loop of transformers over clvp_fast's modules serves every request",
+        "generate": SERVED,
         "operators": [asdict(choice) for choice in operators],
     }
     if arguments.json:

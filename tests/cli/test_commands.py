@@ -15,6 +15,7 @@ def test_info(cli):
     document = json.loads(outcome.out)
     assert document["versions"]["clvp_fast"] == clvp_fast.__version__
     assert document["devices"][0].startswith("cpu")
+    assert document["generate"].startswith("the engine decodes greedily and samples with temperature")
     plain = cli("info")
     assert plain.code == 0
     for operator in ("rotary_attention", "add_norm", "geglu_mlp", "gelu_mlp", "log_mel"):

@@ -10,6 +10,16 @@ from transformers.utils import can_return_tuple
 from clvp_fast.models.clvp.cache import GrowingCache
 from clvp_fast.models.clvp.configuration import ClvpDecoderConfig
 from clvp_fast.models.clvp.decoder import ClvpModel
+from clvp_fast.models.clvp.generation import (
+    LOGGER,
+    EngineLoop,
+    NotServed,
+    check_call,
+    check_model,
+    merged_settings,
+    pad_behind,
+    split_prompts,
+)
 from clvp_fast.models.clvp.layers import add_layer_norm
 from clvp_fast.models.clvp.parameters import apply_linear
 from clvp_fast.models.clvp.pretrained import ClvpPreTrainedModel
@@ -131,6 +141,7 @@ class ClvpForCausalLM(ClvpPreTrainedModel, GenerationMixin):
         *args,
         conditioning_embeds: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        use_engine: bool | None = None,
         **kwargs,
     ):
         """Generate speech tokens after conditioning embeddings, or continue token ids as any causal model does.
@@ -141,13 +152,21 @@ class ClvpForCausalLM(ClvpPreTrainedModel, GenerationMixin):
                 put behind it, so that `inputs` must be absent.
             attention_mask: `[batch, prompt]`, or `[batch, prompt + 1]` with a last column for the start token; 0 =
                 padding.
+            use_engine: whether the candidate engine decodes, which draws greedy tokens as the loop of transformers
+                does and sampled ones from the same distribution. None: where it can; True: raise where it cannot;
+                False: never. The logger of `clvp_fast.models.clvp.generation` tells, at level DEBUG.
             generation_config, args, kwargs: as in `GenerationMixin.generate`.
 
         Returns:
             Token ids `[batch * num_return_sequences, 1 + generated]`, the start token first; or a `ModelOutput` with
-            `return_dict_in_generate=True`.
+            `return_dict_in_generate=True` (of the engine, with `sequences` alone).
+
+        Raises:
+            ValueError: `use_engine=True`, and the engine cannot serve; besides, as `GenerationMixin.generate`.
         """
         if conditioning_embeds is None:
+            if use_engine:
+                raise ValueError("use_engine=True needs conditioning_embeds: the engine continues no token ids")
             if attention_mask is not None:
                 kwargs["attention_mask"] = attention_mask
             return super().generate(inputs, generation_config, *args, **kwargs)
@@ -158,9 +177,6 @@ class ClvpForCausalLM(ClvpPreTrainedModel, GenerationMixin):
         settings = generation_config if generation_config is not None else self.generation_config
         self._check_length(prompt, settings, kwargs)
         start = torch.full((batch, 1), self.config.bos_token_id, device=conditioning_embeds.device)
-        decoder = self.model.decoder
-        start_embeds = decoder.input_embeds_layer(start) + decoder.position_embeds_layer(torch.zeros_like(start))
-        inputs_embeds = torch.cat([conditioning_embeds, start_embeds.to(conditioning_embeds)], dim=1)
         if attention_mask is None:
             attention_mask = start.new_ones((batch, prompt + 1))
         elif attention_mask.shape == (batch, prompt):
@@ -170,15 +186,57 @@ class ClvpForCausalLM(ClvpPreTrainedModel, GenerationMixin):
                 f"attention_mask must be [{batch}, {prompt}] or [{batch}, {prompt + 1}] for these conditioning_embeds, "
                 f"got {list(attention_mask.shape)}"
             )
+        attention_mask = attention_mask.long()
+        if use_engine is not False:
+            try:
+                return self._generate_on_engine(
+                    start, generation_config, *args, embeds=conditioning_embeds, attention_mask=attention_mask, **kwargs
+                )
+            except NotServed as reason:
+                if use_engine:
+                    raise ValueError(
+                        f"use_engine=True, and the engine cannot serve this call: {reason}; leave use_engine out"
+                    ) from reason
+                LOGGER.debug("generate() runs on transformers' loop: %s", reason)
+
+        if merged_settings(self, generation_config, kwargs)["repetition_penalty"] not in (None, 1):
+            # transformers 5.23 passes over as many drawn tokens as there is padding in front.
+            conditioning_embeds, attention_mask = pad_behind(conditioning_embeds, attention_mask)
+        decoder = self.model.decoder
+        start_embeds = decoder.input_embeds_layer(start) + decoder.position_embeds_layer(torch.zeros_like(start))
         if (kwargs.get("cache_implementation") or settings.cache_implementation) is None:
             kwargs.setdefault("past_key_values", GrowingCache())
         return super().generate(
             start,
             generation_config,
             *args,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask.long(),
+            inputs_embeds=torch.cat([conditioning_embeds, start_embeds.to(conditioning_embeds)], dim=1),
+            attention_mask=attention_mask,
             num_prompts=batch,
+            **kwargs,
+        )
+
+    def _generate_on_engine(
+        self,
+        start: torch.Tensor,
+        generation_config,
+        *args,
+        embeds: torch.Tensor,
+        attention_mask: torch.Tensor,
+        **kwargs,
+    ):
+        """`generate` with the engine in the place of the loop; raises `NotServed`, with the reason, where it cannot."""
+        check_call(self, generation_config, args, kwargs)
+        check_model(self)
+        engine = EngineLoop(split_prompts(embeds, attention_mask))
+        return super().generate(
+            start,
+            generation_config,
+            *args,
+            # `GenerationMixin` counts the embeddings, and would copy them for each candidate.
+            inputs_embeds=F.pad(embeds[..., :1], (0, 0, 0, 1)),
+            attention_mask=attention_mask,
+            custom_generate=engine,
             **kwargs,
         )
 

@@ -289,7 +289,8 @@ class ClvpModelForConditionalGeneration(ClvpPreTrainedModel, GenerationMixin):
                 before they are scored, as the original does; longer ones stay.
             output_hidden_states: return hidden states of the decoder and of both encoders.
             kwargs: settings of generation (`max_new_tokens`, `do_sample`, `num_return_sequences`, ...), and what
-                `GenerationMixin.generate` takes besides: `logits_processor`, `stopping_criteria`, `streamer`, ...
+                `GenerationMixin.generate` takes besides: `logits_processor`, `stopping_criteria`, `streamer`, ...;
+                `use_engine` as in [`ClvpForCausalLM.generate`].
 
         Returns:
             With `return_dict_in_generate=True` a [`ClvpOutput`]; else the tuple `(speech_ids, logits_per_speech,

@@ -1,0 +1,295 @@
+"""`generate()` on the candidate engine: which calls it can serve, and how it decodes them.
+
+`GenerationMixin.generate` prepares every call: it merges and checks settings, and counts lengths. Its public argument
+`custom_generate` then puts the engine in the place of the loop over `forward`. The engine itself knows nothing of
+transformers; what it cannot serve keeps the loop.
+"""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import GenerationConfig
+from transformers.generation import (
+    EosTokenCriteria,
+    GenerateDecoderOnlyOutput,
+    MaxLengthCriteria,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
+from transformers.pytorch_utils import Conv1D
+
+from clvp_fast.models.clvp.parameters import is_plain
+
+LOGGER = logging.getLogger(__name__)
+
+#: What runs where, in one sentence.
+SERVED = (
+    "the engine decodes greedily and samples with temperature, top-k, top-p, typical-p, min-p and repetition penalty; "
+    "transformers' loop over the same modules serves every other setting, and hooked or replaced modules"
+)
+
+# Settings that the engine knows, or that say nothing of what is drawn.
+_KNOWN = {
+    *("max_length", "max_new_tokens", "num_return_sequences", "bos_token_id", "eos_token_id", "pad_token_id"),
+    *("do_sample", "temperature", "top_k", "top_p", "typical_p", "min_p", "repetition_penalty"),
+    *("use_cache", "return_dict_in_generate", "transformers_version"),
+    # Of beams and of assistants, which other settings would ask for.
+    *("early_stopping", "length_penalty", "num_assistant_tokens", "num_assistant_tokens_schedule"),
+    *("assistant_confidence_threshold", "assistant_lookbehind", "target_lookbehind"),
+}
+# Values that leave a setting out, besides None, False and the default of transformers.
+_NEUTRAL = {
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "encoder_repetition_penalty": 1.0,
+    "guidance_scale": 1.0,
+    "diversity_penalty": 0.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+}
+_PROCESSORS = (
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    MinPLogitsWarper,
+    TypicalLogitsWarper,
+)
+_CRITERIA = (MaxLengthCriteria, EosTokenCriteria)
+_PAGE_SIZE = 16
+
+
+class NotServed(Exception):
+    """A generation that the engine cannot decode, and why."""
+
+
+def check_call(model, given: GenerationConfig | None, args: tuple, kwargs: Mapping[str, Any]) -> None:
+    """Raise `NotServed` where a call of `generate` asks for what the engine does not know.
+
+    Args:
+        model: the `ClvpForCausalLM`.
+        given, args, kwargs: the call's `generation_config`, arguments behind it, and keywords.
+    """
+    defaults = vars(GenerationConfig())
+    if any(not _absent(value) for value in args):
+        raise NotServed("it was given arguments behind generation_config")
+    for name, value in kwargs.items():
+        if name not in defaults and not _absent(value):
+            raise NotServed(f"it was given {name}")
+    settings = merged_settings(model, given, kwargs)
+    for name, value in settings.items():
+        if name in _KNOWN or name.startswith("_") or value is None or value is False:
+            continue
+        neutral = (defaults.get(name), _NEUTRAL.get(name))
+        if not any(isinstance(value, (int, float, str)) and value == other for other in neutral):
+            raise NotServed(f"{name}={value!r}")
+    _stop_token(settings.get("eos_token_id"))
+    _stop_token(model.config.eos_token_id)
+
+
+def merged_settings(model, given: GenerationConfig | None, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a call as `GenerationMixin` merges them: keywords, `given`, the model's; None: its default."""
+    settings = vars(GenerationConfig()) | vars(model.generation_config)
+    if given is not None:
+        settings |= {name: value for name, value in vars(given).items() if value is not None}
+    return settings | {name: value for name, value in kwargs.items() if name in settings}
+
+
+def _absent(value: Any) -> bool:
+    return value is None or value is False or (isinstance(value, (list, tuple)) and not value)
+
+
+def _stop_token(eos_token_id: Any) -> int:
+    """The one stop token of a generation; raises `NotServed` where there is none, or several."""
+    tokens = [] if eos_token_id is None else torch.as_tensor(eos_token_id).flatten().tolist()
+    if len(tokens) != 1:
+        raise NotServed(f"eos_token_id names {len(tokens) or 'no'} tokens, not one")
+    return tokens[0]
+
+
+def check_model(model) -> None:
+    """Raise `NotServed` where a `ClvpForCausalLM` does more than its class on its parameters, or not on one device."""
+    from clvp_fast.models.clvp.causal_lm import ClvpForCausalLM
+    from clvp_fast.models.clvp.decoder import ClvpDecoder, ClvpDecoderLayer, ClvpModel
+    from clvp_fast.models.clvp.layers import ClvpDecoderMLP, ClvpSelfAttention
+
+    own = {ClvpForCausalLM, ClvpModel, ClvpDecoder, ClvpDecoderLayer, ClvpSelfAttention, ClvpDecoderMLP, Conv1D}
+    own |= {nn.ModuleList, nn.LayerNorm, nn.Linear, nn.Dropout, nn.Embedding}
+    for name, module in model.named_modules():
+        where = f"module {name}" if name else "the model"
+        # An activation is whatever the configuration names.
+        if type(module) not in own and not name.endswith(".act"):
+            raise NotServed(f"{where} is a {type(module).__name__} of another package or subclass")
+        if not is_plain(module, type(module)):
+            raise NotServed(f"{where} has hooks or a forward of its own")
+        if getattr(module, "_compiled_call_impl", None) is not None:
+            raise NotServed(f"{where} is compiled")
+        # The probability of `nn.Dropout` is its `p`, and that of attention's weights a number too.
+        dropout = module.p if isinstance(module, nn.Dropout) else getattr(module, "dropout", 0)
+        if module.training and isinstance(dropout, (int, float)) and dropout > 0:
+            raise NotServed(f"{where} is in training mode, with dropout")
+    kinds = {(type(p), p.device, p.dtype) for p in model.parameters()}
+    if len(kinds) > 1 or next(iter(kinds))[0] is not nn.Parameter:
+        raise NotServed("the parameters are not all of one kind, dtype and device")
+    device = model.device.type
+    if device not in ("cpu", "cuda"):
+        raise NotServed(f"the model is on {device}")
+    if torch.is_autocast_enabled(device):
+        raise NotServed("autocast is on")
+    if torch.compiler.is_compiling():
+        raise NotServed("it is being compiled")
+
+
+def split_prompts(conditioning_embeds: torch.Tensor, mask: torch.Tensor) -> list[torch.Tensor]:
+    """The prompts `[length, hidden_size]`, without their padding.
+
+    Args:
+        conditioning_embeds: `[batch, prompt, hidden_size]`.
+        mask: `[batch, prompt + 1]`, 0 = padding, the last column the start token's.
+
+    Raises:
+        NotServed: a prompt or its start token is hidden altogether.
+    """
+    kept = mask.bool().cpu()
+    if not kept[:, -1].all() or not kept[:, :-1].any(1).all():
+        raise NotServed("the attention mask hides a whole prompt, or its start token")
+    rows = [row.nonzero()[:, 0].to(conditioning_embeds.device) for row in kept[:, :-1]]
+    return [embeds[row] for embeds, row in zip(conditioning_embeds, rows, strict=True)]
+
+
+def pad_behind(conditioning_embeds: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same prompts `[batch, prompt, hidden_size]` and mask `[batch, prompt + 1]`, padding moved to their end."""
+    order = mask[:, :-1].bool().int().argsort(dim=1, descending=True, stable=True)
+    moved = conditioning_embeds.take_along_dim(order[..., None], 1)
+    return moved, torch.cat([mask[:, :-1].take_along_dim(order, 1), mask[:, -1:]], 1)
+
+
+class EngineLoop:
+    """What `GenerationMixin.generate` takes as `custom_generate`: the candidates of `prompts`, decoded by the engine.
+
+    When sampling, a call draws a seed for every prompt from torch's global generator.
+
+    Args:
+        prompts: by row of the batch, `[length, hidden_size]`, carrying their positions, without the start token.
+    """
+
+    def __init__(self, prompts: list[torch.Tensor]):
+        self.prompts = prompts
+
+    def __call__(
+        self,
+        model,
+        input_ids: torch.Tensor,
+        logits_processor,
+        stopping_criteria,
+        generation_config: GenerationConfig,
+        **model_kwargs,
+    ):
+        """Token ids `[batch * num_return_sequences, 1 + generated]`, as `GenerationMixin` returns them.
+
+        Raises `NotServed` for prepared settings that the engine does not know, and for too little memory.
+        """
+        from clvp_fast.engine.decode_loop import Job
+
+        for part in (*logits_processor, *stopping_criteria):
+            if type(part) not in (*_PROCESSORS, *_CRITERIA):
+                raise NotServed(f"it is prepared with {type(part).__name__}")
+        stop = _stop_token(generation_config.eos_token_id)
+        # The start token is all of `input_ids`, and counts as one of `max_length`.
+        max_new_tokens = stopping_criteria.max_length - input_ids.shape[1]
+        seeds = [0] * len(self.prompts)
+        if generation_config.do_sample:
+            seeds = torch.randint(2**63 - 1, (len(self.prompts),)).tolist()
+        jobs = [
+            Job(prompt, _sampling_params(generation_config, max_new_tokens, seed, stop))
+            for prompt, seed in zip(self.prompts, seeds, strict=True)
+        ]
+        _decode(model, jobs, max_new_tokens)
+
+        pad = stop if generation_config.pad_token_id is None else generation_config.pad_token_id
+        sequences = _padded([codes for job in jobs for codes in job.codes], model.config.bos_token_id, pad)
+        sequences = sequences.to(input_ids.device)
+        return GenerateDecoderOnlyOutput(sequences) if generation_config.return_dict_in_generate else sequences
+
+
+def _sampling_params(settings: GenerationConfig, max_new_tokens: int, seed: int, stop_token: int):
+    """Prepared settings as the engine's; None leaves a processor out, as in transformers."""
+    from clvp_fast.engine.sampling_params import SamplingParams
+
+    neutral = dict(temperature=1.0, top_k=0, top_p=1.0, typical_p=1.0, min_p=0.0, repetition_penalty=1.0)
+    values = {name: getattr(settings, name, None) for name in neutral}
+    try:
+        return SamplingParams(
+            num_candidates=settings.num_return_sequences or 1,
+            do_sample=bool(settings.do_sample),
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            stop_token=stop_token,
+            **{name: neutral[name] if value is None else value for name, value in values.items()},
+        )
+    except ValueError as error:
+        raise NotServed(str(error)) from error
+
+
+@torch.inference_mode()
+def _decode(model, jobs: list, max_new_tokens: int) -> None:
+    """Fill the codes of `jobs`, as many candidates at once as memory allows."""
+    from clvp_fast.engine.decode_loop import DecodeLoop
+    from clvp_fast.engine.memory import MAX_BATCH
+
+    longest = max(len(job.prompt) for job in jobs)
+    candidates = sum(len(job.codes) for job in jobs)
+    loop = DecodeLoop(_runner(model, min(candidates, MAX_BATCH), len(jobs), max_new_tokens, longest))
+    at_once = loop.runner.max_batch
+    LOGGER.debug("generate() runs on the engine: prompts %d, candidates %d, at once %d", len(jobs), candidates, at_once)
+    for job in jobs:
+        loop.add(job)
+    while not loop.idle:
+        try:
+            loop.step()
+        except torch.OutOfMemoryError:
+            half = loop.runner.max_batch // 2
+            if not half:
+                raise
+            LOGGER.debug(
+                "memory ran out with %d candidates at once: starting again with %d", loop.runner.max_batch, half
+            )
+            loop.runner = None  # its pages first
+            if loop.restart(_runner(model, half, len(jobs), max_new_tokens, longest)):
+                raise
+
+
+def _runner(model, max_batch: int, num_prompts: int, max_new_tokens: int, max_prefix_len: int):
+    """A runner of up to `max_batch` slots, with no more pages than that many candidates of the prompts can fill."""
+    from clvp_fast.engine.memory import free_bytes, plan
+    from clvp_fast.engine.runner import Runner
+
+    lengths = dict(max_new_tokens=max_new_tokens, max_prefix_len=max_prefix_len)
+    try:
+        planned = plan(model, free_bytes(model.device), max_batch=max_batch, page_size=_PAGE_SIZE, **lengths)
+    except ValueError as error:
+        raise NotServed(str(error)) from error
+    own, prefix = (-(-tokens // _PAGE_SIZE) for tokens in (max_new_tokens, max_prefix_len))
+    num_pages = min(planned.num_pages, planned.max_batch * own + num_prompts * prefix)
+    return Runner(model, num_pages, _PAGE_SIZE, planned.max_batch, capture=False, **lengths)
+
+
+def _padded(codes: list[np.ndarray], start_token: int, pad_token: int) -> torch.Tensor:
+    """Rows of codes, each behind the start token, `[rows, 1 + longest]` int64, filled up with `pad_token`."""
+    sequences = np.full((len(codes), 1 + max(map(len, codes))), pad_token, dtype=np.int64)
+    sequences[:, 0] = start_token
+    for row, drawn in zip(sequences, codes, strict=True):
+        row[1 : 1 + len(drawn)] = drawn
+    return torch.from_numpy(sequences)
