@@ -37,7 +37,7 @@ def reader(tmp_path, monkeypatch):
 
 def test_nothing_is_left_out():
     assert len(blocks("python")) == 3
-    assert len(COMMANDS) == 7
+    assert len(COMMANDS) == 8
     assert set(re.findall(r"^```(\S+)", README, flags=re.MULTILINE)) == {"python", "sh"}
 
 
@@ -54,6 +54,9 @@ def test_commands_in_order(reader, capsys):
             assert program == "clvp-fast"
             assert main(arguments) == 0, capsys.readouterr().err
     assert (reader / "out/candidates.png").exists() and (reader / "out/voice.npy").exists()
+    texts = (reader / "examples/texts.txt").read_text().splitlines()
+    assert len(list((reader / "out/texts").glob("00[1-9]-*/codes.npz"))) == len(texts) == 2
+    assert (reader / "out/texts/summary.json").exists() and (reader / "out/narrator.safetensors").exists()
 
 
 def test_first_example(reader):
