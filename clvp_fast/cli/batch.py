@@ -11,7 +11,7 @@ from clvp_fast import ClvpProcessor
 from clvp_fast.checkpoint import Checkpoint, stop_token
 from clvp_fast.cli import report
 from clvp_fast.cli.items import Item
-from clvp_fast.cli.progress import watching
+from clvp_fast.cli.progress import warm_up, watching
 from clvp_fast.cli.results import result_document, summary_row, write_arrays
 from clvp_fast.cli.versions import versions
 from clvp_fast.engine.engine import CandidateEngine
@@ -125,11 +125,7 @@ class Batch:
             "versions": versions(),
         }
         if model.device.type == "cuda":
-            with report.counting_progress(hidden=False) as progress:
-                task = progress.add_task("capturing the decode step", total=None)
-                self.seconds["warm_up"] = engine.warm_up(
-                    lambda done, total: progress.update(task, completed=done, total=total)
-                )
+            self.seconds["warm_up"] = warm_up(engine)
         return engine
 
     def _receive(self, result: CandidateResult) -> None:

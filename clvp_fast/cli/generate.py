@@ -19,12 +19,10 @@ TORTOISE_MAX_TOKENS = 500
 
 def run(arguments: argparse.Namespace) -> None:
     count = _candidate_count(arguments)
-    if arguments.save_voice and len(arguments.voice) > 1:
-        raise ValueError(f"--save-voice saves one voice, and {len(arguments.voice)} are given; name one --voice")
+    voice_file = _voice_file(arguments)
     texts = read_texts(arguments)
     with ExitStack() as staging:
         folder = staging.enter_context(staged_folder(arguments.out))
-        voice_file = Path(arguments.save_voice).expanduser() if arguments.save_voice else None
         voice_folder = staging.enter_context(staged_folder(voice_file.parent)) if voice_file else None
         started = time.perf_counter()
         checkpoint = load_for(arguments)
@@ -40,6 +38,18 @@ def run(arguments: argparse.Namespace) -> None:
     failed = sum(item.error is not None for item in items)
     if failed:
         raise ValueError(f"{failed} of {len(items)} requests failed, and the notes name each; the others are written")
+
+
+def _voice_file(arguments: argparse.Namespace) -> Path | None:
+    """Where the voice is saved to, if it is."""
+    if not arguments.save_voice:
+        return None
+    if len(arguments.voice) > 1:
+        raise ValueError(f"--save-voice saves one voice, and {len(arguments.voice)} are given; name one --voice")
+    path = Path(arguments.save_voice).expanduser()
+    if path.is_dir():
+        raise ValueError(f"--save-voice needs a file, and {path} is a folder; name a file in it")
+    return path
 
 
 def _candidate_count(arguments: argparse.Namespace) -> int:

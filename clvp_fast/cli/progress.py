@@ -1,4 +1,4 @@
-"""The bar of `generate`: how many candidates have ended, tokens a second, and the time that is left at most."""
+"""The bars of `generate`: how many candidates have ended, tokens a second, and the time that is left at most."""
 
 import time
 from collections.abc import Iterator
@@ -7,10 +7,18 @@ from datetime import timedelta
 
 from rich.progress import BarColumn, Progress, TextColumn
 
-from clvp_fast.cli.report import notes_console
+from clvp_fast.cli.report import counting_progress, notes_console
+from clvp_fast.engine.engine import CandidateEngine
 
 # The bar moves this often, in seconds: a call for each token costs next to nothing then.
 _INTERVAL = 0.1
+
+
+def warm_up(engine: CandidateEngine) -> float:
+    """Captures the engine's decode step at every batch size under a bar; returns the seconds that it took."""
+    with counting_progress(hidden=False) as progress:
+        task = progress.add_task("capturing the decode step", total=None)
+        return engine.warm_up(lambda done, sizes: progress.update(task, completed=done, total=sizes))
 
 
 @contextmanager

@@ -265,6 +265,11 @@ def test_too_little_memory_for_one_candidate(generate_fails, monkeypatch):
     assert generate_fails().startswith("there is too little memory for a single candidate; ")
 
 
+def test_budget_too_small_for_one_candidate(generate_fails, voice):
+    sentence = generate_fails(TEXT, voice, "--memory-fraction", 1e-6)
+    assert sentence.startswith("one candidate of 8 tokens behind a prompt of ") and "may be used" in sentence
+
+
 def test_memory_that_runs_out_on_the_way(cli, voice, tmp_path, monkeypatch):
     decode, calls = Runner.decode, []
 
@@ -313,6 +318,17 @@ def test_unwritable_folder(fails, voice, tmp_path, command):
         f"cannot write into {tmp_path}/out: a file stands where the folder should be; choose another folder"
     )
     assert (tmp_path / "out").read_text() == "a file"
+
+
+def test_unwritable_place_for_the_voice(generate_fails, voice, tmp_path):
+    (tmp_path / "a file").write_text("a file")
+    sentence = generate_fails(TEXT, voice, "--save-voice", tmp_path / "a file" / "anna.safetensors")
+    assert sentence.startswith(f"cannot write into {tmp_path}/a file: a file stands where the folder should be")
+    sentence = generate_fails(TEXT, voice, "--save-voice", tmp_path)
+    assert sentence == f"--save-voice needs a file, and {tmp_path} is a folder; name a file in it"
+    saved = tmp_path / "voices" / "anna.safetensors"
+    generate_fails("{}", voice, "--save-voice", saved)
+    assert not saved.parent.exists(), "a text that fails saves no voice either"
 
 
 def test_full_disk_keeps_the_old_results(cli, fails, voice, tmp_path, monkeypatch):

@@ -35,6 +35,13 @@ def test_info(cli):
         ["generate", "hello", "--voice", "a.wav", "--top-p", "1.5"],
         ["generate", "hello", "--voice", "a.wav", "--dtype", "float8"],
         ["generate", "hello", "--voice", "a.wav", "--seed", "-1"],
+        ["generate", "--voice", "a.wav"],
+        ["generate", "hello", "--texts", "texts.txt", "--voice", "a.wav"],
+        ["generate", "hello", "--voice", "a.wav", "--preset", "slow"],
+        ["generate", "hello", "--voice", "a.wav", "--scoring", "none"],
+        ["generate", "hello", "--voice", "a.wav", "--typical-p", "0"],
+        ["generate", "hello", "--voice", "a.wav", "--min-p", "1.5"],
+        ["generate", "hello", "--voice", "a.wav", "--memory-fraction", "2"],
         ["convert", "--out", "x"],
     ],
 )

@@ -5,7 +5,7 @@ import re
 import pytest
 from rich.progress import Progress
 
-from clvp_fast.cli.progress import Watch
+from clvp_fast.cli.progress import Watch, warm_up
 
 STOP = 9
 
@@ -55,3 +55,15 @@ def test_rate_and_time_left(watch):
     task = shown(watch)
     assert re.fullmatch("4 tokens, [01] a second", task.fields["rate"])
     assert task.fields["left"] == "left: 0:00:52 at most"  # 26 tokens at 8 s for 4
+
+
+def test_warm_up_is_shown(capsys):
+    class Engine:
+        def warm_up(self, progress):
+            for done in range(1, 4):
+                progress(done, 3)
+            return 1.5
+
+    assert warm_up(Engine()) == 1.5
+    shown = capsys.readouterr().err
+    assert "capturing the decode step" in shown and "3/3" in shown
