@@ -107,6 +107,7 @@ def test_greedy_is_what_the_class_generates(parts, engine, penalty):
             max_new_tokens=24,
             pad_to_max_mel_tokens=25,
             return_dict_in_generate=True,
+            use_engine=False,
         )
         expected = output.sequences[0, 1:].tolist()
         stop = model.config.decoder_config.eos_token_id

@@ -33,6 +33,7 @@ def generated(model, max_new_tokens: int, candidates_per_text: int = 6, **settin
         max_new_tokens=max_new_tokens,
         pad_to_max_mel_tokens=max_new_tokens + 1,
         return_dict_in_generate=True,
+        use_engine=False,
         **settings,
     )
     rows = []

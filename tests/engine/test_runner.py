@@ -116,6 +116,7 @@ class Driver:
 def expected_tokens(model, prompt, **settings):
     """What `GenerationMixin` draws after a prompt, up to the stop token."""
     settings = dict(do_sample=False, max_new_tokens=40, eos_token_id=STOP, pad_token_id=STOP) | settings
+    settings["use_engine"] = False
     return model.speech_decoder_model.generate(conditioning_embeds=prompt[None], **settings)[0, 1:].tolist()
 
 
