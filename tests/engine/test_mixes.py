@@ -11,7 +11,6 @@ from clvp_fast import native, ops
 from clvp_fast.engine.decode_loop import DecodeLoop, Job
 from clvp_fast.engine.runner import Runner
 from clvp_fast.engine.sampling_params import SamplingParams
-from clvp_fast.engine.scheduler import Scheduler
 from tests.engine.test_decoder import prompts, tiny
 from tests.models.clvp.builders import STOP
 
@@ -118,25 +117,6 @@ def same_bits(found, expected):
             strict=True,
         )
     )
-
-
-@pytest.fixture
-def happened(monkeypatch):
-    """How often candidates were preempted and moved."""
-    counts = dict(preempted=0, moved=0)
-    preempt, compact = Scheduler._preempt, Scheduler._compact
-
-    def counted_preempt(self):
-        counts["preempted"] += 1
-        preempt(self)
-
-    def counted_compact(self, step):
-        compact(self, step)
-        counts["moved"] += len(step.moves)
-
-    monkeypatch.setattr(Scheduler, "_preempt", counted_preempt)
-    monkeypatch.setattr(Scheduler, "_compact", counted_compact)
-    return counts
 
 
 @needs_own_attention
