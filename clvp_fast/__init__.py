@@ -31,6 +31,7 @@ _EXPORTS = {
         "ClvpOutput",
         "ClvpPreTrainedModel",
     ],
+    "clvp_fast.models.clvp.accelerate": ["accelerate"],
     "clvp_fast.models.clvp.convert_tortoise": ["convert_tortoise_checkpoint"],
     "clvp_fast.engine.engine": ["CandidateEngine"],
     "clvp_fast.engine.requests": ["CandidateRequest", "CandidateResult"],

@@ -4,6 +4,7 @@ from clvp_fast.engine.engine import CandidateEngine as CandidateEngine
 from clvp_fast.engine.requests import CandidateRequest as CandidateRequest, CandidateResult as CandidateResult
 from clvp_fast.engine.sampling_params import SamplingParams as SamplingParams
 from clvp_fast.engine.voices import Voice as Voice
+from clvp_fast.models.clvp.accelerate import accelerate as accelerate
 from clvp_fast.models.clvp.configuration import (
     ClvpConfig as ClvpConfig,
     ClvpDecoderConfig as ClvpDecoderConfig,

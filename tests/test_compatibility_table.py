@@ -13,6 +13,7 @@ FILES = {
     "I": "test_initial_weights.py",
     "E": "test_generation_on_engine.py",
     "L": "test_parity_generation.py",
+    "A": "test_accelerate.py",
 }
 TABLE = (ROOT / "docs" / "compatibility.md").read_text(encoding="utf-8")
 

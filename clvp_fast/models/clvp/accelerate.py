@@ -1,0 +1,98 @@
+"""`accelerate`: a live CLVP model of transformers as one of ours, over the same parameters."""
+
+import copy
+
+import torch
+import transformers
+from torch import nn
+
+from clvp_fast.models.clvp import modeling
+from clvp_fast.models.clvp.layers import ClvpRotaryPositionalEmbedding
+from clvp_fast.models.clvp.parameters import is_plain
+from clvp_fast.models.clvp.pretrained import ClvpPreTrainedModel
+
+_CLASSES = ("ClvpModelForConditionalGeneration", "ClvpForCausalLM", "ClvpModel", "ClvpDecoder", "ClvpEncoder")
+
+
+def accelerate(model: nn.Module) -> ClvpPreTrainedModel:
+    """The model of clvp_fast that has the very parameters of a live model of transformers.
+
+    No weight is copied: what trains or loads one changes the other, and dtype and device, trained and frozen
+    parameters, training and evaluation mode are those of `model`. Its generation settings are copied; gradient
+    checkpointing is to be switched on again. `model` goes on working; to move or cast the two, do it before.
+
+    Args:
+        model: transformers' `ClvpModelForConditionalGeneration`, `ClvpForCausalLM`, `ClvpModel`, `ClvpDecoder` or
+            `ClvpEncoder`. A model of this package is returned as it is.
+
+    Returns:
+        The class of the same name.
+
+    Raises:
+        TypeError: anything else, subclasses and wrappers too.
+        ValueError: modules that do more than transformers' own: replaced, hooked, compiled or quantised ones.
+    """
+    if isinstance(model, ClvpPreTrainedModel):
+        return model
+    name = type(model).__name__
+    if name not in _CLASSES or type(model) is not getattr(transformers, name):
+        raise TypeError(
+            f"accelerate() takes a CLVP model of transformers ({', '.join(_CLASSES)}), not {type(model).__module__}."
+            f"{name}: of a wrapper or a compiled model, give the model inside"
+        )
+    ours_class = getattr(modeling, name)
+    with torch.device("meta"):
+        ours = ours_class(ours_class.config_class.from_dict(model.config.to_dict()))
+    _check_modules(model, ours)
+    _share_state(model, ours)
+
+    theirs = dict(model.named_modules())
+    for where, module in ours.named_modules():
+        module.training = theirs[where].training
+        if isinstance(module, ClvpRotaryPositionalEmbedding):
+            _restore_precision(module)
+        if getattr(theirs[where], "generation_config", None) is not None:
+            module.generation_config = copy.deepcopy(theirs[where].generation_config)
+    return ours
+
+
+def _check_modules(model: nn.Module, ours: nn.Module) -> None:
+    """Raise where a module of transformers' is not what the class makes, and ours would pass over the difference."""
+    expected = dict(ours.named_modules())
+    for where, module in model.named_modules():
+        kind = type(module)
+        same = where in expected and (
+            kind is type(expected[where])
+            or (kind.__module__ == type(model).__module__ and kind.__name__ == type(expected[where]).__name__)
+            or (kind is nn.Identity and isinstance(expected[where], nn.Dropout))
+        )
+        named = f"module {where}" if where else "the model"
+        if not same:
+            raise ValueError(
+                f"{named} is a {kind.__module__}.{kind.__name__}, which is no part of transformers' CLVP: "
+                "merge or take off adapters and quantisation first"
+            )
+        hooked = module._backward_hooks or module._backward_pre_hooks or not is_plain(module, kind)
+        if hooked or getattr(module, "_compiled_call_impl", None) is not None:
+            raise ValueError(
+                f"{named} has hooks, a forward of its own, or is compiled, which would be lost: take them off, and put "
+                "them on what accelerate() returns"
+            )
+
+
+def _share_state(model: nn.Module, ours: nn.Module) -> None:
+    """Put the parameters and buffers of `model` itself into `ours`."""
+    parameters = dict(model.named_parameters())
+    for name, parameter in ours.named_parameters():
+        # `load_state_dict` would pass this on to what it is given.
+        parameter.requires_grad_(name not in parameters or parameters[name].requires_grad)
+    try:
+        ours.load_state_dict(model.state_dict(keep_vars=True), assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"the parameters are not those that the model's configuration describes: {error}") from error
+
+
+def _restore_precision(rotary: ClvpRotaryPositionalEmbedding) -> None:
+    """Angles' frequencies in float32, where transformers cast them to a half type together with the weights."""
+    if rotary.inv_freq.dtype in (torch.bfloat16, torch.float16):
+        rotary.inv_freq = rotary.initial_inv_freq().to(rotary.inv_freq.device)
