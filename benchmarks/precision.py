@@ -72,6 +72,11 @@ def random_model(shape: Shape, device: str) -> ClvpForCausalLM:
     return model.to(device)
 
 
+def random_prompt(shape: Shape) -> torch.Tensor:
+    """`[prompt, width]`, about as large as a text's embedding with that of its position."""
+    return 0.03 * torch.randn(shape.prompt, shape.width, generator=torch.Generator().manual_seed(1))
+
+
 class Candidates:
     """The candidates of one prompt on pages of their own: `step` enters their tokens and gives the next logits."""
 
@@ -90,13 +95,9 @@ class Candidates:
         }
         if device.type == "cuda":
             self.tables["arrivals"] = torch.zeros(count, self.decoder.num_heads, dtype=torch.int32, device=device)
-        generator = torch.Generator().manual_seed(1)
-        # About the size of a text's embedding with that of its position.
-        prompt = 0.03 * torch.randn(shape.prompt, shape.width, generator=generator)
         bounds = torch.tensor([0, shape.prompt], dtype=torch.int32, device=device)
-        self.decoder.prefill(
-            prompt.to(tier.prompt or tier.dtype).to(device, tier.dtype), bounds, self.pages, self.tables["prefix_table"]
-        )
+        prompt = random_prompt(shape).to(tier.prompt or tier.dtype).to(device, tier.dtype)
+        self.decoder.prefill(prompt, bounds, self.pages, self.tables["prefix_table"])
 
     def step(self, tokens: torch.Tensor, place: int) -> torch.Tensor:
         """Logits `[candidates, vocab_size]` behind `tokens`, the `place`-th ones."""

@@ -211,6 +211,21 @@ def test_precision_tiers_lie_in_the_order_that_their_types_promise(small_decoder
     assert rows["float32"]["greedy"] == 1 and all(0.5 < row["greedy"] <= 1 for row in rows.values())
 
 
+@torch.no_grad()
+def test_precision_decodes_as_the_model_computes(small_decoder):
+    shape = precision.SHAPES["cpu"]
+    model = precision.random_model(shape, "cpu")
+    tokens = torch.randint(100, (shape.steps, shape.candidates), generator=torch.Generator().manual_seed(0))
+    found = torch.stack(list(precision.logits_along(model, shape, precision.Tier("", torch.float32, 0), tokens)), 1)
+    tables, places = model.model.decoder, torch.arange(shape.steps)
+    own = tables.input_embeds_layer(tokens.T) + tables.position_embeds_layer(places + (places > 0))
+    embeds = torch.cat([precision.random_prompt(shape).expand(shape.candidates, -1, -1), own], 1)
+    hidden = model.model(inputs_embeds=embeds, embeds_have_positions=True).last_hidden_state[:, shape.prompt :]
+    expected = model.lm_head(model.final_norm(hidden))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert expected.std() > 1
+
+
 def test_a_tier_that_is_off_gets_no_time(small_decoder, monkeypatch):
     tier = precision.Tier("too coarse", torch.bfloat16, 1e-4)
     monkeypatch.setattr(precision, "TIERS", (tier,))
