@@ -23,12 +23,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if arguments.debug:
             raise
-        print(f"clvp-fast: error: {_sentence(error)}", file=sys.stderr)
+        print(f"clvp-fast: error: {sentence(error)}", file=sys.stderr)
         return 1
     return 0
 
 
-def _sentence(error: Exception) -> str:
+def sentence(error: Exception) -> str:
     """What a person needs of `error`. The package's own errors are sentences; any other is named with its type."""
     if isinstance(error, OSError) and error.strerror:
         where = f": {error.filename}" if error.filename else ""

@@ -33,7 +33,6 @@ class Batch:
         arguments: of the command line.
 
     Attributes:
-        documents: by item that was spoken, what its candidates.json holds.
         files: what was written, below `folder`.
         seconds: by stage.
     """
@@ -48,10 +47,11 @@ class Batch:
     ):
         self.checkpoint, self.items, self.sampling = checkpoint, items, sampling
         self.folder, self.arguments = folder, arguments
-        self.documents: dict[Item, dict] = {}
         self.files: list[str] = []
         self.seconds: dict[str, float] = {}
         self._shared: dict = {}  # what every document says
+        self._rows: dict[Item, dict] = {}  # of the summary, for those that were spoken
+        self._alone: dict | None = None  # the document of the only item
         self._tokens = 0
 
     def run(self) -> dict:
@@ -64,16 +64,15 @@ class Batch:
         if ready:
             self._decode(ready)
         self._note_failures()
-        if not self.documents:
+        if not self._rows and self._alone is None:
             raise ValueError(f"none of the {len(self.items)} requests can be spoken; the notes name each")
         measured = {
             "seconds": {stage: round(seconds, 3) for stage, seconds in self.seconds.items()},
             "tokens_per_second": round(self._tokens / self.seconds["generate_and_score"], 1),
         }
-        if not self.items[0].folder:
-            document = self.documents[self.items[0]] | measured
-            return self._write_document("candidates.json", document)
-        rows = [summary_row(item, self.documents.get(item)) for item in self.items]
+        if self._alone is not None:
+            return self._write_document("candidates.json", self._alone | measured)
+        rows = [self._rows.get(item) or summary_row(item, None) for item in self.items]
         document = {"checkpoint": self.checkpoint.name, "requests": rows, **self._shared, **measured}
         return self._write_document("summary.json", document)
 
@@ -81,7 +80,7 @@ class Batch:
         arguments, sampling = self.arguments, self.sampling
         engine = self._engine(len(ready))
         planned = engine.memory.max_batch
-        requests = [CandidateRequest(input_ids=item.ids, conditioning=item.voice.voice, id=item) for item in ready]
+        requests = [CandidateRequest(input_ids=item.ids[0], conditioning=item.voice.voice, id=item) for item in ready]
         started = time.perf_counter()
         self.seconds["write"] = 0.0
         bar = watching(len(ready), sampling.num_candidates, sampling.max_new_tokens, stop_token(self.checkpoint.model))
@@ -138,14 +137,15 @@ class Batch:
         if not item.error:
             self._tokens += int(result.lengths.sum())
             document = result_document(self.checkpoint, item, result) | self._shared
-            self.documents[item] = document
             folder = self.folder / item.folder
             folder.mkdir(parents=True, exist_ok=True)
             length, pictures = self.sampling.max_new_tokens, not self.arguments.no_pictures
             names = write_arrays(folder, self.checkpoint, item, result, document["candidates"], length, pictures)
             self.files += [str(Path(item.folder, name)) for name in names]
             if item.folder:
-                self._write_document(f"{item.folder}/candidates.json", document)
+                self._rows[item] = summary_row(item, self._write_document(f"{item.folder}/candidates.json", document))
+            else:
+                self._alone = document
         self.seconds["write"] += time.perf_counter() - started
 
     def _failure(self, result: CandidateResult) -> str | None:

@@ -28,8 +28,11 @@ def load_for(arguments: argparse.Namespace) -> Checkpoint:
     return checkpoint
 
 
-def text_ids(checkpoint: Checkpoint, text: str) -> torch.Tensor:
+def text_ids(checkpoint: Checkpoint, text: str, name: str = "") -> torch.Tensor:
     """Token ids `[1, length]` (int64, on the model's device) of `text`; characters that are lost are noted.
+
+    Args:
+        name: what the note calls one of several texts.
 
     Raises:
         ValueError: nothing sayable in the text, or more tokens than the checkpoint has positions for.
@@ -39,7 +42,7 @@ def text_ids(checkpoint: Checkpoint, text: str) -> torch.Tensor:
     lost = [char for char in dict.fromkeys(text) if not char.isspace() and _is_lost(char, text, tokenizer)]
     if lost:
         shown = " ".join(lost[:10]) + (f" and {len(lost) - 10} more" if len(lost) > 10 else "")
-        note(f"characters that the checkpoint does not know were left out: {shown}")
+        note(f"{f'{name}: ' if name else ''}characters that the checkpoint does not know were left out: {shown}")
     return torch.tensor([ids], device=checkpoint.model.device)
 
 

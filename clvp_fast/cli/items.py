@@ -3,12 +3,14 @@
 import argparse
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from clvp_fast.checkpoint import Checkpoint
+from clvp_fast.cli import sentence
 from clvp_fast.cli.inputs import text_ids
 from clvp_fast.cli.voices import LoadedVoice, load_voice, voice_names
 from clvp_fast.engine.voices import VoiceCache
@@ -62,11 +64,11 @@ def gather(checkpoint: Checkpoint, texts: list[str], arguments: argparse.Namespa
     places = arguments.voice
     alone = arguments.texts is None and len(texts) == len(places) == 1
     folders = [""] if alone else text_folders(texts)
-    ids = [_tried(alone, lambda text=text: text_ids(checkpoint, text)[0]) for text in texts]
+    ids = [_tried(alone, text_ids, checkpoint, text, folder) for text, folder in zip(texts, folders, strict=True)]
     cache = VoiceCache(checkpoint.model, checkpoint.feature_extractor)
     items = []
     for name, place in zip(voice_names(places), places, strict=True):
-        voice, bad_voice = _tried(alone, lambda place=place: load_voice(checkpoint, cache, place))
+        voice, bad_voice = _tried(alone, load_voice, checkpoint, cache, place)
         for folder, text, (of_text, bad_text) in zip(folders, texts, ids, strict=True):
             folder = f"{name}/{folder}" if len(places) > 1 else folder
             items.append(Item(folder, text, place, of_text, voice, bad_voice or bad_text))
@@ -85,11 +87,11 @@ def text_folders(texts: list[str]) -> list[str]:
     return names
 
 
-def _tried(alone: bool, make) -> tuple:
-    """What `make` gives and None, or None and its sentence; where it is `alone`, its error passes."""
+def _tried(alone: bool, make: Callable, *arguments) -> tuple:
+    """What `make` gives and None, or None and the sentence of its error; where it is `alone`, that error passes."""
     try:
-        return make(), None
+        return make(*arguments), None
     except (ValueError, OSError) as error:
         if alone:
             raise
-        return None, str(error)
+        return None, sentence(error)

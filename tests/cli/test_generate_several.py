@@ -3,18 +3,22 @@
 import io
 import json
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import soundfile
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from clvp_fast.checkpoint import load_checkpoint
 from clvp_fast.cli import report
 from clvp_fast.cli.items import text_folders
 from clvp_fast.cli.voices import voice_names
+from clvp_fast.demo import build_demo
+from clvp_fast.engine.ranking import Ranker
 from clvp_fast.engine.sampling_params import PRESETS
+from clvp_fast.engine.voices import Voice, VoiceCache
 from tests.cli.test_generate import QUICK, TEXT
 
 OTHER = "No."
@@ -129,6 +133,11 @@ def test_bad_ones_leave_the_others(generate, voice, low, tmp_path):
     np.testing.assert_array_equal(codes(out / "voice/001-no"), codes(alone))
 
 
+def test_unknown_characters_are_named_with_their_text(generate, voice):
+    outcome, _ = generate(OTHER, "Yes {!", "--voice", voice)
+    assert "note: 002-yes: characters that the checkpoint does not know were left out: {\n" in outcome.err
+
+
 def test_all_bad(fails, voice, tmp_path):
     sentence = fails("generate", "{}", "😀", "--voice", voice, "--out", tmp_path / "out")
     assert sentence == "none of the 2 requests can be spoken; the notes name each"
@@ -171,8 +180,6 @@ def test_saved_voice(generate, fails, voice, low, tmp_path):
 
 
 def test_voice_of_another_checkpoint(fails, generate, voice, tmp_path):
-    from clvp_fast.engine.voices import Voice, VoiceCache
-
     checkpoint = load_checkpoint("demo")
     fingerprint = VoiceCache(checkpoint.model, checkpoint.feature_extractor).fingerprint
     Voice(fingerprint, -fingerprint).save(tmp_path / "strange.safetensors")
@@ -224,6 +231,56 @@ def test_trimmed_scoring(cli, generate, voice):
         own = [mode == "padded" or row["tokens"] <= 57 or not row["stopped"] for row in document["candidates"]]
         assert sum(own) >= 3
         np.testing.assert_allclose(*(np.array(some)[own] for some in (scores, expected)), rtol=1e-4, atol=1e-4)
+
+
+def test_candidates_that_stop_at_once(cli, voice, tmp_path):
+    """Nothing of them can be judged at their own length: no score, no infinity in the JSON, and still a picture."""
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.mkdir()
+    build_demo(checkpoint)
+    tensors = load_file(checkpoint / "model.safetensors")
+    stop = load_checkpoint("demo").model.config.decoder_config.eos_token_id
+    tensors["speech_decoder_model.lm_head.bias"][stop] = 1e4
+    save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    for scoring in ("trimmed", "padded"):
+        out = tmp_path / scoring
+        argv = ("--voice", voice, "--checkpoint", checkpoint, "--out", out, *QUICK, "--scoring", scoring)
+        outcome = cli("generate", TEXT, *argv)
+        assert outcome.code == 0, outcome.err
+        assert "Infinity" not in (out / "candidates.json").read_text()
+        rows = json.loads((out / "candidates.json").read_text())["candidates"]
+        assert [(row["tokens"], row["stopped"]) for row in rows] == 5 * [(0, True)]
+        assert [row["score"] is None for row in rows] == 5 * [scoring == "trimmed"]
+        assert (out / "candidates.png").read_bytes().startswith(b"\x89PNG")
+        assert set(codes(out)[:, :-3].flat) == {83}
+        assert cli("score", out / "codes.npz", TEXT, "--checkpoint", checkpoint, "--scoring", scoring).code == 0
+
+
+def test_failures_on_the_way(generate, fails, voice, tmp_path, monkeypatch):
+    """Scores that are not finite, and what the engine gives as the error of a request."""
+    rank, calls = Ranker.rank, []
+
+    def bad(self, *args, **options):
+        calls.append(args)
+        if len(calls) == 2:
+            raise ValueError("this text cannot be ranked")
+        ranking = rank(self, *args, **options)
+        return replace(ranking, scores=ranking.scores * float("nan")) if len(calls) == 1 else ranking
+
+    monkeypatch.setattr(Ranker, "rank", bad)
+    outcome, out = generate(OTHER, OTHER, OTHER, "--voice", voice, "--batch-size", 5, code=1)
+    rows = json.loads((out / "summary.json").read_text())["requests"]
+    assert [row["error"] for row in rows] == [
+        "the scores are not finite in float32; try --dtype float32",
+        "this text cannot be ranked",
+        None,
+    ]
+    assert "note: 001-no: the scores are not finite" in outcome.err
+    assert "2 of 3 requests failed" in outcome.err
+    calls.clear()
+    sentence = fails("generate", OTHER, "--voice", voice, "--out", tmp_path / "alone", *QUICK)
+    assert sentence == "the scores are not finite in float32; try --dtype float32"
+    assert not (tmp_path / "alone").exists()
 
 
 def test_candidate_without_a_score_is_last():
