@@ -5,6 +5,7 @@ import os
 import sys
 import tracemalloc
 import types
+from collections import deque
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -74,15 +75,16 @@ def serve(engine, voice, count):
 
 
 def reachable(root):
-    """How many objects something holds on to, classes, functions and modules (and all behind them) aside."""
+    """How many objects and entries something holds on to; classes, functions and modules aside, and all behind them."""
     kinds = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.CodeType, types.FrameType)
-    found, waiting = {id(root)}, [root]
+    found, waiting, entries = {id(root)}, [root], 0
     while waiting:
         for one in gc.get_referents(waiting.pop()):
             if id(one) not in found and not isinstance(one, kinds):
                 found.add(id(one))
                 waiting.append(one)
-    return len(found)
+                entries += len(one) if isinstance(one, (list, dict, set, deque)) else 0
+    return len(found) + entries
 
 
 def calls(run):
@@ -116,6 +118,7 @@ def process():
 )
 def test_ten_thousand_requests(engine, happened):
     voice = engine.voice(CandidateRequest(input_ids=[3], input_features=clips(1)))
+    serve(engine, voice, 3)
     expected = serve(engine, voice, PART)
 
     def some():
