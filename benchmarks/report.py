@@ -76,7 +76,7 @@ def _context(rows: list[dict]) -> str:
 
 
 def precision_table(rows: list[dict]) -> str:
-    """What each precision tier changes; the times of a step are as measured beside it."""
+    """What each precision tier changes, the share of equal tokens with its standard error, and the time of a step."""
     rows = [row for row in rows if row["workload"] == "precision" and row["seconds"]]
     if not rows:
         return "Not measured yet."
@@ -84,19 +84,21 @@ def precision_table(rows: list[dict]) -> str:
         "| tier | logits off by | of that arithmetic | KL, nats a token | same greedy token | a step |",
         "|---|---|---|---|---|---|",
     ]
-    lines += [
-        f"| {row['provider']} | {row['logits_error']:.2g} | {row['error']:.2g} | {row['kl']:.1e} | "
-        f"{row['greedy']:.2%} | {_seconds(row['seconds']['median'])} |"
-        for row in rows
-    ]
     shape, device = rows[0]["shape"], rows[0]["device"]
+    for row in rows:
+        share = row["greedy"]
+        deviation = (share * (1 - share) / (shape["candidates"] * shape["steps"])) ** 0.5
+        lines.append(
+            f"| {row['provider']} | {row['logits_error']:.2g} | {row['error']:.2g} | {row['kl']:.1e} | "
+            f"{share:.1%} ± {100 * deviation:.1f} | {_seconds(row['seconds']['median'])} |"
+        )
     return "\n".join(
         [
             *lines,
             "",
             f"{shape['candidates']} candidates, {shape['steps']} steps behind a prompt of {shape['prompt']}, "
-            f"{shape['layers']} layers of {shape['width']} channels, on {device['name']}, {device['threads']} threads, "
-            f"torch {rows[0]['versions']['torch']}, at commit {rows[0]['commit']}.",
+            f"{shape['layers']} layers of {shape['width']} channels, on {device['name']}, threads: "
+            f"{device['threads']}, torch {rows[0]['versions']['torch']}, at commit {rows[0]['commit']}.",
         ]
     )
 
