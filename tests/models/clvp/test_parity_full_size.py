@@ -72,3 +72,8 @@ def check_generation(stock, ours):
     assert len(expected.sequences.unique()) > 10
     assert found.sequences.tolist() == expected.sequences.tolist()
     assert_same(found.logits, expected.logits, tolerance=TOLERANCE)
+
+    settings = dict(do_sample=False, repetition_penalty=1.5, max_new_tokens=12, eos_token_id=8193, pad_token_id=8193)
+    expected = stock.speech_decoder_model.generate(conditioning_embeds=cond, attention_mask=full, **settings)
+    found = ours.speech_decoder_model.generate(conditioning_embeds=cond, use_engine=True, **settings)
+    assert len(expected.unique()) > 8 and found.tolist() == expected.tolist()
