@@ -6,7 +6,8 @@ transformers; what it cannot serve keeps the loop.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -201,7 +202,7 @@ class EngineLoop:
 
         Raises `NotServed` for prepared settings that the engine does not know, and for too little memory.
         """
-        from clvp_fast.engine.decode_loop import Job
+        from clvp_fast.engine.decode_loop import DecodeLoop, Job
 
         for part in (*logits_processor, *stopping_criteria):
             if type(part) not in (*_PROCESSORS, *_CRITERIA):
@@ -209,14 +210,17 @@ class EngineLoop:
         stop = _stop_token(generation_config.eos_token_id)
         # The start token is all of `input_ids`, and counts as one of `max_length`.
         max_new_tokens = stopping_criteria.max_length - input_ids.shape[1]
+        try:
+            sampling = _sampling_params(generation_config, max_new_tokens, stop)
+            loop = DecodeLoop(_runner(model, self.prompts, sampling))
+        except ValueError as error:
+            raise NotServed(str(error)) from error
+        # Seeds come last: what is left to the loop finds the generator as it was.
         seeds = [0] * len(self.prompts)
-        if generation_config.do_sample:
+        if sampling.do_sample:
             seeds = torch.randint(2**63 - 1, (len(self.prompts),)).tolist()
-        jobs = [
-            Job(prompt, _sampling_params(generation_config, max_new_tokens, seed, stop))
-            for prompt, seed in zip(self.prompts, seeds, strict=True)
-        ]
-        _decode(model, jobs, max_new_tokens)
+        jobs = [Job(prompt, replace(sampling, seed=seed)) for prompt, seed in zip(self.prompts, seeds, strict=True)]
+        _decode(loop, jobs, lambda max_batch: _runner(model, self.prompts, sampling, max_batch))
 
         pad = stop if generation_config.pad_token_id is None else generation_config.pad_token_id
         sequences = _padded([codes for job in jobs for codes in job.codes], model.config.bos_token_id, pad)
@@ -224,35 +228,47 @@ class EngineLoop:
         return GenerateDecoderOnlyOutput(sequences) if generation_config.return_dict_in_generate else sequences
 
 
-def _sampling_params(settings: GenerationConfig, max_new_tokens: int, seed: int, stop_token: int):
-    """Prepared settings as the engine's; None leaves a processor out, as in transformers."""
+def _sampling_params(settings: GenerationConfig, max_new_tokens: int, stop_token: int):
+    """Prepared settings as the engine's, without a seed; None leaves a processor out, as in transformers.
+
+    Raises `ValueError` for values that the engine does not take.
+    """
     from clvp_fast.engine.sampling_params import SamplingParams
 
-    neutral = dict(temperature=1.0, top_k=0, top_p=1.0, typical_p=1.0, min_p=0.0, repetition_penalty=1.0)
+    neutral = dict(repetition_penalty=1.0)
+    if settings.do_sample:
+        neutral |= dict(temperature=1.0, top_k=0, top_p=1.0, typical_p=1.0, min_p=0.0)
     values = {name: getattr(settings, name, None) for name in neutral}
-    try:
-        return SamplingParams(
-            num_candidates=settings.num_return_sequences or 1,
-            do_sample=bool(settings.do_sample),
-            max_new_tokens=max_new_tokens,
-            seed=seed,
-            stop_token=stop_token,
-            **{name: neutral[name] if value is None else value for name, value in values.items()},
-        )
-    except ValueError as error:
-        raise NotServed(str(error)) from error
+    return SamplingParams(
+        num_candidates=settings.num_return_sequences or 1,
+        do_sample=bool(settings.do_sample),
+        max_new_tokens=max_new_tokens,
+        stop_token=stop_token,
+        **{name: neutral[name] if value is None else value for name, value in values.items()},
+    )
+
+
+def _runner(model, prompts: list[torch.Tensor], sampling, max_batch: int | None = None):
+    """A runner of up to `max_batch` slots, with no more pages than candidates of the prompts can fill.
+
+    Raises `ValueError` where memory is too little for one candidate.
+    """
+    from clvp_fast.engine.memory import MAX_BATCH, free_bytes, plan
+    from clvp_fast.engine.runner import Runner
+
+    if max_batch is None:
+        max_batch = min(len(prompts) * sampling.num_candidates, MAX_BATCH)
+    lengths = dict(max_new_tokens=sampling.max_new_tokens, max_prefix_len=max(map(len, prompts)))
+    planned = plan(model, free_bytes(model.device), max_batch=max_batch, page_size=_PAGE_SIZE, **lengths)
+    own, prefix = (-(-tokens // _PAGE_SIZE) for tokens in lengths.values())
+    num_pages = min(planned.num_pages, planned.max_batch * own + len(prompts) * prefix)
+    return Runner(model, num_pages, _PAGE_SIZE, planned.max_batch, capture=False, **lengths)
 
 
 @torch.inference_mode()
-def _decode(model, jobs: list, max_new_tokens: int) -> None:
-    """Fill the codes of `jobs`, as many candidates at once as memory allows."""
-    from clvp_fast.engine.decode_loop import DecodeLoop
-    from clvp_fast.engine.memory import MAX_BATCH
-
-    longest = max(len(job.prompt) for job in jobs)
-    candidates = sum(len(job.codes) for job in jobs)
-    loop = DecodeLoop(_runner(model, min(candidates, MAX_BATCH), len(jobs), max_new_tokens, longest))
-    at_once = loop.runner.max_batch
+def _decode(loop, jobs: list, smaller: Callable[[int], Any]) -> None:
+    """Fill the codes of `jobs`; where memory runs out on the way, anew on `smaller(slots)` with half the slots."""
+    candidates, at_once = sum(len(job.codes) for job in jobs), loop.runner.max_batch
     LOGGER.debug("generate() runs on the engine: prompts %d, candidates %d, at once %d", len(jobs), candidates, at_once)
     for job in jobs:
         loop.add(job)
@@ -260,30 +276,13 @@ def _decode(model, jobs: list, max_new_tokens: int) -> None:
         try:
             loop.step()
         except torch.OutOfMemoryError:
-            half = loop.runner.max_batch // 2
-            if not half:
+            at_once //= 2
+            if not at_once:
                 raise
-            LOGGER.debug(
-                "memory ran out with %d candidates at once: starting again with %d", loop.runner.max_batch, half
-            )
+            LOGGER.debug("memory ran out: starting again with %d candidates at once", at_once)
             loop.runner = None  # its pages first
-            if loop.restart(_runner(model, half, len(jobs), max_new_tokens, longest)):
+            if loop.restart(smaller(at_once)):
                 raise
-
-
-def _runner(model, max_batch: int, num_prompts: int, max_new_tokens: int, max_prefix_len: int):
-    """A runner of up to `max_batch` slots, with no more pages than that many candidates of the prompts can fill."""
-    from clvp_fast.engine.memory import free_bytes, plan
-    from clvp_fast.engine.runner import Runner
-
-    lengths = dict(max_new_tokens=max_new_tokens, max_prefix_len=max_prefix_len)
-    try:
-        planned = plan(model, free_bytes(model.device), max_batch=max_batch, page_size=_PAGE_SIZE, **lengths)
-    except ValueError as error:
-        raise NotServed(str(error)) from error
-    own, prefix = (-(-tokens // _PAGE_SIZE) for tokens in (max_new_tokens, max_prefix_len))
-    num_pages = min(planned.num_pages, planned.max_batch * own + num_prompts * prefix)
-    return Runner(model, num_pages, _PAGE_SIZE, planned.max_batch, capture=False, **lengths)
 
 
 def _padded(codes: list[np.ndarray], start_token: int, pad_token: int) -> torch.Tensor:

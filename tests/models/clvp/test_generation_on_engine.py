@@ -50,17 +50,21 @@ def padded(side: str, width: int) -> torch.Tensor:
 @pytest.mark.parametrize("contiguous", [False, True])
 @pytest.mark.parametrize("side", ["left", "right", "left, with the start token", None])
 def test_greedy_tokens_are_those_of_the_loop(side, contiguous):
-    model = tiny(stop_bias=2.0, contiguous=contiguous).speech_decoder_model
     embeds = prompts(tiny())
-    mask = None if side is None else padded(side[:5].strip(","), embeds.shape[1])
+    mask = None if side is None else padded(side.split(",")[0], embeds.shape[1])
     if side == "left, with the start token":
         mask = nn.functional.pad(mask, (0, 1), value=1)
     settings = PENALISED | dict(conditioning_embeds=embeds, attention_mask=mask, pad_token_id=7)
-    loop, engine = (model.generate(use_engine=use, **settings) for use in (False, True))
-    assert engine.tolist() == loop.tolist()
-    assert not engine.is_inference() and engine.dtype == torch.int64
-    lengths = (engine == STOP).int().argmax(1)
-    assert (engine[:, 0] == START).all() and len(lengths.unique()) > 1 and (engine[:, -1] == 7).any()
+    for stop_bias in (1.5, -3.0):
+        model = tiny(stop_bias, contiguous).speech_decoder_model
+        loop, engine = (model.generate(use_engine=use, **settings) for use in (False, True))
+        assert engine.tolist() == loop.tolist() and (engine[:, 0] == START).all()
+        assert not engine.is_inference() and engine.dtype == torch.int64
+        if stop_bias > 0:
+            lengths = (engine == STOP).int().argmax(1)
+            assert len(lengths.unique()) > 1 and (engine[:, -1] == 7).any(), "rows must stop at different places"
+        else:
+            assert engine.shape == (3, 31) and len(engine.unique()) > 20
 
 
 def test_whole_positions():
@@ -230,11 +234,15 @@ def test_memory_that_runs_out_halves_the_batch(monkeypatch, runners):
 
 
 def test_too_little_memory_leaves_the_loop(monkeypatch, caplog):
-    model = tiny()
+    model, sampled = tiny(), TORTOISE | dict(max_new_tokens=12)
+    torch.manual_seed(4)
+    expected = model.generate(texts(), clips(), use_engine=False, **sampled)[0]
     monkeypatch.setattr(memory, "free_bytes", lambda device: 1000)
     with pytest.raises(ValueError, match=r"use_engine=True, and the engine .* one candidate of 4 tokens .* needs"):
         model.generate(texts(), clips(), max_new_tokens=4, use_engine=True)
     assert reason(model, caplog, max_new_tokens=4).startswith("one candidate of 4 tokens")
+    torch.manual_seed(4)
+    assert torch.equal(model.generate(texts(), clips(), **sampled)[0], expected), "no random number may be lost"
 
 
 def reason(model, caplog, *, ids=None, features=None, **settings) -> str | None:
@@ -300,6 +308,7 @@ def test_what_the_engine_serves(caplog):
         dict(use_cache=False, num_beams=1, min_length=0, no_repeat_ngram_size=0, output_scores=False),
         dict(eos_token_id=[STOP], early_stopping=True, logits_processor=None, stopping_criteria=[]),
         dict(max_new_tokens=None, max_length=20),
+        dict(do_sample=False, temperature=0.0, top_p=0.0, top_k=0),
         dict(generation_config=GenerationConfig(do_sample=True, top_k=3, max_new_tokens=4)),
     ):
         assert reason(model, caplog, **settings) is None, settings
