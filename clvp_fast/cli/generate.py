@@ -33,7 +33,9 @@ def run(arguments: argparse.Namespace) -> None:
         document = batch.run()
         if voice_file:
             items[0].voice.voice.save(voice_folder / voice_file.name)
-    written = [Path(arguments.out, name) for name in batch.files] + ([voice_file] if voice_file else [])
+    # Of several the summary names the folders.
+    files = ["summary.json"] if "requests" in document and not arguments.json else batch.files
+    written = [Path(arguments.out, name) for name in files] + ([voice_file] if voice_file else [])
     _tell(document, written, arguments.json)
     failed = sum(item.error is not None for item in items)
     if failed:
@@ -84,13 +86,14 @@ def _sampling(arguments: argparse.Namespace, count: int, max_new_tokens: int) ->
 def _tell(document: dict, written: list[Path], as_json: bool) -> None:
     if as_json:
         report.print_json(document | {"written": [str(path) for path in written]})
-    elif "requests" in document:
+        return
+    if "requests" in document:
+        rows = [row["best"] for row in document["requests"] if row["best"]]
         report.print_summary(document["requests"])
-        report.print_written([path for path in written if path.name == "summary.json"])
     else:
         rows = document["candidates"]
         report.print_ranking(rows)
-        if not all(row["stopped"] for row in rows):
-            limit = document["settings"]["max_new_tokens"]
-            report.note(f"tokens marked + : cut at {limit} tokens before the candidate came to its end")
-        report.print_written(written)
+    if not all(row["stopped"] for row in rows):
+        limit = document["settings"]["max_new_tokens"]
+        report.note(f"tokens marked + : cut at {limit} tokens before the candidate came to its end")
+    report.print_written(written)

@@ -37,7 +37,7 @@ def generate(cli, tmp_path):
     """Runs `generate` into a folder, and returns the outcome and the folder."""
 
     def run(*argv, out="out", code=0):
-        outcome = cli("generate", *argv, "--out", tmp_path / out, *QUICK, "--no-pictures")
+        outcome = cli("generate", *QUICK, *argv, "--out", tmp_path / out, "--no-pictures")
         assert outcome.code == code, outcome
         return outcome, tmp_path / out
 
@@ -83,6 +83,8 @@ def test_each_is_what_it_is_alone(generate, voice, low):
     assert set(summary["seconds"]) == {"load", "generate_and_score", "write"}
     assert summary["memory"]["planned"] == sum(summary["memory"]["parts"].values()) <= summary["memory"]["budget"]
     assert outcome.out.count("summary.json") == 1
+    cut = [row for row in rows if not row["best"]["stopped"]]
+    assert outcome.out.count("60+") == len(cut) and ("tokens marked + : cut at 60" in outcome.err) == bool(cut)
     assert "20 candidates, 16 at a time" in outcome.err and "20 of 20 candidates" in outcome.err
 
 
@@ -214,8 +216,9 @@ def test_latents_of_the_kept(generate, voice):
 
 
 def test_trimmed_scoring(cli, generate, voice):
-    _, padded = generate(TEXT, "--voice", voice)
-    _, trimmed = generate(TEXT, "--voice", voice, "--scoring", "trimmed", out="trimmed")
+    long = (TEXT, "--voice", voice, "--max-new-tokens", 90)
+    _, padded = generate(*long)
+    _, trimmed = generate(*long, "--scoring", "trimmed", out="trimmed")
     one, other = (json.loads((out / "candidates.json").read_text()) for out in (padded, trimmed))
     by_candidate = [
         sorted((row["candidate"], row["score"]) for row in document["candidates"]) for document in (one, other)
@@ -228,8 +231,8 @@ def test_trimmed_scoring(cli, generate, voice):
         scores = [row["score"] for row in sorted(ranked, key=lambda row: row["candidate"])]  # as codes.npz has them
         expected = [row["score"] for row in document["candidates"]]
         # The last three places are written over where a stop came, so that they are no longer what was judged.
-        own = [mode == "padded" or row["tokens"] <= 57 or not row["stopped"] for row in document["candidates"]]
-        assert sum(own) >= 3
+        own = [mode == "padded" or row["tokens"] <= 87 or not row["stopped"] for row in document["candidates"]]
+        assert sum(own) >= 3 and any(row["tokens"] < 85 for row in document["candidates"])
         np.testing.assert_allclose(*(np.array(some)[own] for some in (scores, expected)), rtol=1e-4, atol=1e-4)
 
 
