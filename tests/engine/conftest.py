@@ -1,8 +1,29 @@
-"""What several tests of the engine watch."""
+"""The demo checkpoint's engine, and what several tests watch."""
 
 import pytest
 
+from clvp_fast.checkpoint import load_checkpoint
 from clvp_fast.engine.scheduler import Scheduler
+from clvp_fast.models.clvp.processing import ClvpProcessor
+from tests.engine.demo_engine import make, request, sampling
+
+
+@pytest.fixture(scope="module")
+def parts():
+    checkpoint = load_checkpoint("demo")
+    return checkpoint.model, ClvpProcessor(checkpoint.feature_extractor, checkpoint.tokenizer)
+
+
+@pytest.fixture(scope="module")
+def engine(parts):
+    return make(parts)
+
+
+@pytest.fixture(scope="module")
+def alone(parts):
+    """The codes of requests 0 to 11, each decoded alone."""
+    engine = make(parts)
+    return [next(engine.generate(request(i), sampling(i))) for i in range(12)]
 
 
 @pytest.fixture

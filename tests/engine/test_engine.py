@@ -7,65 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from clvp_fast.checkpoint import load_checkpoint
 from clvp_fast.engine.engine import CandidateEngine
 from clvp_fast.engine.requests import CandidateRequest
 from clvp_fast.engine.sampling_params import SamplingParams
-from clvp_fast.models.clvp.processing import ClvpProcessor
-
-RATE = 22050
-TEXTS = ("Hello.", "The birch canoe slid on the smooth planks.", "No.", "Glue the sheet to the dark blue background.")
-
-
-@pytest.fixture(scope="module")
-def parts():
-    checkpoint = load_checkpoint("demo")
-    return checkpoint.model, ClvpProcessor(checkpoint.feature_extractor, checkpoint.tokenizer)
-
-
-@pytest.fixture(scope="module")
-def engine(parts):
-    return make(parts)
-
-
-def make(parts, lag=0, **options):
-    engine = CandidateEngine(*parts, **{"max_batch": 6, "max_new_tokens": 24, **options})
-    engine._loop.lag = lag
-    engine._loop._begin(engine._loop.runner)
-    return engine
-
-
-def clip(seed=0, seconds=0.5):
-    return np.random.default_rng(seed).standard_normal(int(seconds * RATE)).astype(np.float32) * 0.1
-
-
-def request(index=0, **options):
-    return CandidateRequest(text=TEXTS[index % len(TEXTS)], audio=clip(index % 2), sampling_rate=RATE, **options)
-
-
-def sampling(index=0, **options):
-    return SamplingParams(
-        **{"num_candidates": 1 + index % 3, "max_new_tokens": 3 + 5 * (index % 4), "seed": index, **options}
-    )
-
-
-def assert_empty(engine):
-    assert engine._loop.idle and not engine._pending
-    assert engine._loop.scheduler.schedule() is None and engine._loop.scheduler.pool.used_pages == 0
-
-
-@pytest.fixture(scope="module")
-def alone(parts):
-    """The codes of requests 0 to 11, each decoded alone."""
-    engine = make(parts)
-    return [next(engine.generate(request(i), sampling(i))) for i in range(12)]
-
-
-def assert_same(result, expected):
-    assert result.error is None, result.error
-    assert np.array_equal(result.codes, expected.codes) and np.array_equal(result.lengths, expected.lengths)
-    assert np.array_equal(result.stopped, expected.stopped)
-    np.testing.assert_allclose(result.scores, expected.scores, rtol=1e-4, atol=1e-4)
+from tests.engine.demo_engine import RATE, TEXTS, assert_empty, assert_same, clip, make, request, sampling
 
 
 def test_a_result_holds_what_it_promises(parts, engine):

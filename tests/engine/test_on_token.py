@@ -5,12 +5,12 @@ from collections import defaultdict
 import pytest
 import torch
 
-from tests.engine.test_engine import assert_empty, make, parts, request, sampling  # noqa: F401
+from tests.engine.demo_engine import assert_empty, make, request, sampling
 
 
 @pytest.mark.parametrize("lag", [0, 1])
 @pytest.mark.parametrize("trouble", ["none", "preempted", "out of memory"])
-def test_each_token_is_told_once(parts, monkeypatch, lag, trouble):  # noqa: F811
+def test_each_token_is_told_once(parts, monkeypatch, lag, trouble):
     engine = make(parts, lag=lag, **({"num_pages": 14} if trouble == "preempted" else {}))
     if trouble == "out of memory":
         decode, steps = engine._loop.runner.decode, iter(range(10**6))

@@ -1,0 +1,165 @@
+"""Streams, cancelling, timeouts, threads and tasks: what is given up leaves nothing, the others lose nothing."""
+
+import asyncio
+import sys
+import threading
+import time
+
+import pytest
+
+from tests.engine.demo_engine import assert_empty, assert_same, make, request, sampling
+
+
+def test_a_stream_given_up_midway_frees_its_request_alone(engine, alone):
+    others = {request(index, sampling=sampling(index)): index for index in (3, 11)}
+    iterator = engine.generate(others)
+    results = [next(iterator)]
+    given_up = request(7)
+    stream = engine.stream(given_up, sampling(7))
+    for candidate, token in (next(stream) for _ in range(2)):
+        assert token == alone[7].codes[candidate, 0]
+    stream.close()
+    assert given_up not in [pending.request for pending in engine._pending.values()]
+    results += iterator
+    assert len(results) == 2
+    for result in results:
+        assert_same(result, alone[others[result.request]])
+    assert_empty(engine)
+
+
+def test_streams_take_turns(engine, alone):
+    """Each tells its own tokens in the order of drawing, though both are decoded by whoever asks."""
+    streams = {index: engine.stream(request(index), sampling(index)) for index in (7, 8)}
+    told, results = {7: [], 8: []}, {}
+    while streams:
+        for index, stream in list(streams.items()):
+            item = next(stream)
+            if isinstance(item, tuple):
+                told[index].append(item)
+            else:
+                results[index] = item
+                del streams[index]
+    for index, result in results.items():
+        assert_same(result, alone[index])
+        for candidate, length in enumerate(result.lengths):
+            tokens = [token for one, token in told[index] if one == candidate]
+            assert tokens[:length] == result.codes[candidate, :length].tolist()
+    assert_empty(engine)
+
+
+def test_a_stream_of_a_bad_request_is_its_error(engine):
+    (result,) = engine.stream(request(0, sampling=sampling(max_new_tokens=25)))
+    assert "max_new_tokens=25" in str(result.error)
+    *_, result = engine.stream(request(0, timeout=1e-6), sampling(3))
+    assert isinstance(result.error, TimeoutError)
+    assert_empty(engine)
+
+
+def test_cancelling_what_waits_what_is_done_and_what_never_came(parts, alone):
+    engine = make(parts, max_batch=2)
+    asked = [request(index, sampling=sampling(index)) for index in (3, 7, 8)]
+    iterator = engine.generate(asked)
+    engine.cancel(asked[0])  # nothing has begun: an iteration takes its requests when it is asked for results
+    first = next(iterator)
+    assert first.request is asked[0]
+    engine.cancel(asked[0])
+    engine.cancel(request(3))
+    engine.cancel(asked[2])
+    rest = list(iterator)
+    assert [result.request for result in rest if result.request is not asked[2]] == [asked[1]]
+    assert_same(rest[0], alone[7])
+    assert_empty(engine)
+
+
+def test_one_request_object_given_twice(engine, alone):
+    twice = request(5, sampling=sampling(5))
+    results = list(engine.generate([twice, twice]))
+    assert [result.request for result in results] == [twice, twice]
+    for result in results:
+        assert_same(result, alone[5])
+    assert list(engine.generate([twice, twice], on_token=lambda *_: engine.cancel(twice))) == []
+    assert_empty(engine)
+
+
+def test_a_timeout_in_the_queue(parts, alone):
+    """What waits behind others fails in its time too, and those others do not."""
+    engine = make(parts, max_batch=1)
+    waiting = request(0, sampling=sampling(8), timeout=0.02)
+    running = request(3, sampling=sampling(3))
+    results = {}
+    for result in engine.generate([running, waiting], on_token=lambda *_: time.sleep(0.005)):
+        results[result.request] = result
+    assert [*results] == [waiting, running]
+    assert_same(results[running], alone[3])
+    assert isinstance(results[waiting].error, TimeoutError) and results[waiting].timings["queue"] > 0.02
+    assert_empty(engine)
+
+
+def test_requests_that_raise_free_what_came_before(engine):
+    def broken():
+        yield request(7, sampling=sampling(7))
+        raise RuntimeError("the caller's own mistake")
+
+    with pytest.raises(RuntimeError, match="own mistake"):
+        list(engine.generate(broken()))
+    assert_empty(engine)
+
+
+def test_threads_share_one_batch(parts, alone):
+    """Many threads that submit, cancel and give up at once; threads change places as often as they can."""
+    engine, failures, served = make(parts, max_batch=6), [], []
+
+    def user(number):
+        try:
+            for turn in range(4):
+                index = (5 * number + turn) % 12
+                iterator = engine.generate(request(index), sampling(index))
+                if (number + turn) % 4 == 3:
+                    engine.cancel(request(index))
+                    iterator.close()
+                    continue
+                (result,) = iterator
+                assert_same(result, alone[index])
+                served.append(index)
+        except BaseException as error:
+            failures.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        threads = [threading.Thread(target=user, args=(number,)) for number in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(timeout=120)
+    finally:
+        sys.setswitchinterval(interval)
+    assert not failures, failures
+    assert len(served) == 18 and not any(thread.is_alive() for thread in threads)
+    assert_empty(engine)
+
+
+def test_a_task_that_stops_iterating_frees_its_requests(engine, alone):
+    async def first_of_many():
+        results = engine.generate_async(request(index, sampling=sampling(index)) for index in range(9))
+        async for result in results:
+            await results.aclose()
+            return result
+
+    result = asyncio.run(first_of_many())
+    assert result.error is None
+    assert_empty(engine)
+
+
+def test_errors_reach_their_task_alone(engine, alone):
+    async def one(asked, settings):
+        return [result async for result in engine.generate_async(asked, settings)]
+
+    async def both():
+        bad = one(request(0), sampling(max_new_tokens=25))
+        return await asyncio.gather(bad, one(request(4), sampling(4)))
+
+    (bad,), (good,) = asyncio.run(both())
+    assert "max_new_tokens=25" in str(bad.error)
+    assert_same(good, alone[4])
+    assert_empty(engine)
