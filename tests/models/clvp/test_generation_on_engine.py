@@ -7,14 +7,21 @@ import logging
 import pytest
 import torch
 from torch import nn
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList, TemperatureLogitsWarper
-from transformers.generation import MaxTimeCriteria
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    MinNewTokensLengthLogitsProcessor,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+)
+from transformers.generation import MaxLengthCriteria, MaxTimeCriteria
 from transformers.generation.streamers import BaseStreamer
 
 import clvp_fast
 from clvp_fast import ClvpModelForConditionalGeneration
 from clvp_fast.engine import memory
 from clvp_fast.engine.runner import Runner
+from clvp_fast.models.clvp.generation import EngineLoop, NotServed
 from tests.models.clvp.builders import START, STOP, clips, codes, composite_config, randomize, texts
 
 LOGGER = "clvp_fast.models.clvp.generation"
@@ -323,6 +330,23 @@ def test_a_setting_of_a_later_transformers_is_left_to_the_loop(caplog):
     model.generation_config.invented_by_a_later_version = 3
     model.speech_decoder_model.generation_config.another = 0.5
     assert reason(model, caplog).startswith(("invented_by_a_later_version=3", "another=0.5"))
+
+
+def test_what_a_later_transformers_prepares_is_left_to_the_loop():
+    """Processors and criteria are looked at once more where they are made, whatever setting they come from."""
+    model = tiny().speech_decoder_model
+    decode = EngineLoop([torch.randn(3, 128)])
+    settings = GenerationConfig(eos_token_id=STOP, num_return_sequences=1, do_sample=False)
+    start, longest, warmer = torch.tensor([[START]]), MaxLengthCriteria(4), TemperatureLogitsWarper(0.5)
+    assert decode(model, start, LogitsProcessorList([warmer]), StoppingCriteriaList([longest]), settings).shape == (
+        1,
+        4,
+    )
+    unknown = MinNewTokensLengthLogitsProcessor(1, 2, STOP, device="cpu")
+    with pytest.raises(NotServed, match="it is prepared with MinNewTokensLengthLogitsProcessor"):
+        decode(model, start, LogitsProcessorList([warmer, unknown]), StoppingCriteriaList([longest]), settings)
+    with pytest.raises(NotServed, match="it is prepared with MaxTimeCriteria"):
+        decode(model, start, LogitsProcessorList(), StoppingCriteriaList([longest, MaxTimeCriteria(60)]), settings)
 
 
 def hook(model):
