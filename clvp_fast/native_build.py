@@ -20,12 +20,14 @@ LIBRARY, RECORD, LOG, HEADER = "libclvp_fast.so", "build.json", "build.log", "cl
 # NaN and infinity keep their meaning: no -ffast-math.
 _NUMERICS = ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-pthread", "-fvisibility=hidden", "-Wall", "-Wextra", *_NUMERICS]
+_AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"]
 ISA_FLAGS = {
-    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"],
+    "avx512bf16": [*_AVX512, "-mavx512bf16"],
+    "avx512": _AVX512,
     "avx2": ["-mavx2", "-mfma"],
     "portable": [],
 }
-ISA_SOURCES = ("log_mel", "paged_attention")
+ISA_SOURCES = ("log_mel", "paged_attention", "linear")
 _HOST_FLAGS = "-Xcompiler=-fPIC,-pthread,-fvisibility=hidden"
 # --threads 0: the architectures are compiled side by side on all cores.
 NVCC_FLAGS = ["-std=c++17", "-O3", "-lineinfo", "--threads=0", "-Xptxas=-v,--warn-on-spills", _HOST_FLAGS]

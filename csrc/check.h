@@ -10,6 +10,7 @@ static inline size_t clvp_fast_element_size(int32_t dtype) {
     switch (dtype) {
         case CLVP_FAST_FLOAT64: return 8;
         case CLVP_FAST_FLOAT32: return 4;
+        case CLVP_FAST_INT8: return 1;
         default: return 2;
     }
 }
@@ -83,4 +84,29 @@ static inline int clvp_fast_check_paged_decode(const struct clvp_fast_paged_deco
 static inline size_t clvp_fast_attend_scratch(const struct clvp_fast_paged_decode *call) {
     const size_t tokens = (size_t)call->page_size * ((size_t)call->max_pages + (size_t)call->max_prefix_pages);
     return (tokens + 64) * (sizeof(float) + sizeof(int64_t));
+}
+
+/* CLVP_FAST_OK, or why a linear layer is refused. */
+static inline int clvp_fast_check_linear(const struct clvp_fast_linear *call) {
+    if (call == NULL) return CLVP_FAST_NULL_POINTER;
+    if ((call->dtype != CLVP_FAST_FLOAT32 && call->dtype != CLVP_FAST_BFLOAT16) ||
+        (call->weight_dtype != call->dtype && call->weight_dtype != CLVP_FAST_INT8))
+        return CLVP_FAST_BAD_DTYPE;
+    /* So large that no product of two sizes overflows. */
+    const int64_t most = (int64_t)1 << 28;
+    if (call->rows < 0 || call->rows > most || call->out_features < 0 || call->out_features > most ||
+        call->in_features < 32 || call->in_features > most || call->in_features % 32 != 0 ||
+        call->x_stride > most || call->x_stride < -most || call->weight_stride > most ||
+        call->weight_stride < -most || call->activation < CLVP_FAST_NO_ACTIVATION ||
+        call->activation > CLVP_FAST_GELU_TANH)
+        return CLVP_FAST_BAD_SIZE;
+    if (call->rows == 0 || call->out_features == 0) return CLVP_FAST_OK;
+    if (!call->x || !call->weight || !call->out) return CLVP_FAST_NULL_POINTER;
+    const size_t element = clvp_fast_element_size(call->dtype);
+    if (clvp_fast_misaligned(call->x, element) ||
+        clvp_fast_misaligned(call->weight, clvp_fast_element_size(call->weight_dtype)) ||
+        clvp_fast_misaligned(call->scale, sizeof(float)) || clvp_fast_misaligned(call->bias, element) ||
+        clvp_fast_misaligned(call->out, element))
+        return CLVP_FAST_MISALIGNED;
+    return CLVP_FAST_OK;
 }

@@ -29,6 +29,7 @@ enum clvp_fast_dtype {
     CLVP_FAST_INT16 = 2,
     CLVP_FAST_FLOAT16 = 3,
     CLVP_FAST_BFLOAT16 = 4,
+    CLVP_FAST_INT8 = 5,
 };
 
 /* One batch of log-mel spectrograms. All pointers lie on the device of the function that is called.
@@ -101,6 +102,27 @@ struct clvp_fast_paged_decode {
 /* Runs on at most num_threads threads, on the named instruction set (null: the machine's best). The candidates' own
  * pages must be theirs alone. */
 int clvp_fast_paged_decode_cpu(const struct clvp_fast_paged_decode *call, int32_t num_threads, const char *isa);
+
+enum clvp_fast_activation { CLVP_FAST_NO_ACTIVATION = 0, CLVP_FAST_GELU_TANH = 1 };
+
+/* A linear layer of few rows: out[m, n] = activation(scale[n] * sum_k x[m, k] * weight[n, k] + bias[n]), summed in
+ * float32. The bits of a row depend on that row alone. */
+struct clvp_fast_linear {
+    const void *x;        /* [rows, in_features] of dtype, columns at stride 1 */
+    const void *weight;   /* [out_features, in_features] of weight_dtype, columns at stride 1 */
+    const float *scale;   /* [out_features]; null: 1 */
+    const void *bias;     /* [out_features] of dtype; null: none */
+    void *out;            /* [rows, out_features] of dtype, contiguous */
+    int64_t x_stride;     /* elements from one row to the next */
+    int64_t weight_stride;
+    int64_t rows, in_features, out_features; /* in_features: a multiple of 32 */
+    int32_t dtype;                           /* FLOAT32 or BFLOAT16 */
+    int32_t weight_dtype;                    /* dtype, or INT8 */
+    int32_t activation;
+};
+
+/* Runs on at most num_threads threads, on the named instruction set; null: the machine's best. */
+int clvp_fast_linear_cpu(const struct clvp_fast_linear *call, int32_t num_threads, const char *isa);
 
 /* A sentence on a returned code; never null. */
 const char *clvp_fast_error(int code);

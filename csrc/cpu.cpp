@@ -1,6 +1,7 @@
 /* The functions of the C interface for a CPU: checks, the choice of an instruction set, the work shared out over
  * threads. */
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 #include <vector>
 
@@ -14,17 +15,21 @@ using clvp_fast::share_out;
 
 namespace {
 
+#define CLVP_FAST_USABLE(isa) \
+    { #isa, &CLVP_FAST_OF(log_mel, isa), &CLVP_FAST_OF(linear, isa), CLVP_FAST_OF(attend, isa) }
+
 std::vector<clvp_fast_isa> usable_isas() {
     std::vector<clvp_fast_isa> usable;
 #if !defined(CLVP_FAST_PORTABLE_ONLY)
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl"))
-        usable.push_back({"avx512", &clvp_fast_log_mel_avx512, clvp_fast_attend_avx512});
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-        usable.push_back({"avx2", &clvp_fast_log_mel_avx2, clvp_fast_attend_avx2});
+        __builtin_cpu_supports("avx512vl")) {
+        if (__builtin_cpu_supports("avx512bf16")) usable.push_back(CLVP_FAST_USABLE(avx512bf16));
+        usable.push_back(CLVP_FAST_USABLE(avx512));
+    }
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) usable.push_back(CLVP_FAST_USABLE(avx2));
 #endif
-    usable.push_back({"portable", &clvp_fast_log_mel_portable, clvp_fast_attend_portable});
+    usable.push_back(CLVP_FAST_USABLE(portable));
     return usable;
 }
 
@@ -118,6 +123,21 @@ CLVP_FAST_EXPORT int clvp_fast_paged_decode_cpu(const clvp_fast_paged_decode *ca
     const int64_t worth = 1 + count * tokens * call->head_dim / (1 << 18);
     const int32_t threads = static_cast<int32_t>(worth < num_threads ? worth : num_threads);
     return share_out(count, threads, clvp_fast_attend_scratch(call), attend) ? CLVP_FAST_OK : CLVP_FAST_NO_MEMORY;
+}
+
+CLVP_FAST_EXPORT int clvp_fast_linear_cpu(const clvp_fast_linear *call, int32_t num_threads, const char *isa_name) {
+    if (const int refused = clvp_fast_check_linear(call)) return refused;
+    const clvp_fast_isa *const isa = clvp_fast_find_isa(isa_name);
+    if (!isa) return CLVP_FAST_NO_ISA;
+    if (num_threads < 1) return CLVP_FAST_BAD_SIZE;
+    if (call->rows == 0 || call->out_features == 0) return CLVP_FAST_OK;
+    void *const packed = std::aligned_alloc(64, (isa->linear->packed_bytes(call) + 63) / 64 * 64);
+    if (!packed) return CLVP_FAST_NO_MEMORY;
+    isa->linear->pack(call, packed);
+    const auto run = [&](void *scratch, int64_t item) { isa->linear->run(call, packed, item, scratch); };
+    const bool done = share_out(isa->linear->items(call), num_threads, isa->linear->scratch_bytes(call), run);
+    std::free(packed);
+    return done ? CLVP_FAST_OK : CLVP_FAST_NO_MEMORY;
 }
 
 CLVP_FAST_EXPORT const char *clvp_fast_error(int code) {

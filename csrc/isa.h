@@ -23,9 +23,20 @@ struct clvp_fast_log_mel_isa {
 typedef void (*clvp_fast_attend)(const struct clvp_fast_paged_decode *call, int64_t candidate, int64_t head,
                                  void *scratch);
 
+/* A linear layer: x is packed once, then items are computed in any order. */
+struct clvp_fast_linear_isa {
+    size_t (*packed_bytes)(const struct clvp_fast_linear *call);
+    /* Scratch memory that a thread needs, aligned to 64 bytes, as `packed` is. */
+    size_t (*scratch_bytes)(const struct clvp_fast_linear *call);
+    int64_t (*items)(const struct clvp_fast_linear *call);
+    void (*pack)(const struct clvp_fast_linear *call, void *packed);
+    void (*run)(const struct clvp_fast_linear *call, const void *packed, int64_t item, void *scratch);
+};
+
 struct clvp_fast_isa {
     const char *name;
     const struct clvp_fast_log_mel_isa *log_mel;
+    const struct clvp_fast_linear_isa *linear;
     clvp_fast_attend attend;
 };
 
@@ -38,10 +49,12 @@ const struct clvp_fast_isa *clvp_fast_find_isa(const char *name);
 
 #define CLVP_FAST_DECLARE(isa)                                                                                 \
     extern const struct clvp_fast_log_mel_isa CLVP_FAST_OF(log_mel, isa);                                      \
+    extern const struct clvp_fast_linear_isa CLVP_FAST_OF(linear, isa);                                        \
     void CLVP_FAST_OF(attend, isa)(const struct clvp_fast_paged_decode *call, int64_t candidate, int64_t head, \
                                    void *scratch);
 CLVP_FAST_DECLARE(portable)
 #ifndef CLVP_FAST_PORTABLE_ONLY
 CLVP_FAST_DECLARE(avx2)
 CLVP_FAST_DECLARE(avx512)
+CLVP_FAST_DECLARE(avx512bf16)
 #endif

@@ -3,55 +3,11 @@
  * on the candidate's own tokens alone. Compiled once for each instruction set, as log_mel_isa.cpp is. */
 #include <string.h>
 
+#include "floats.h"
 #include "isa.h"
-#include "lanes.h"
 
 namespace clvp_fast {
 namespace {
-
-constexpr int LANES = Lanes<float>::COUNT;
-using Floats = Vector<float>;
-using Integers = Lanes<float>::Integers;
-
-CLVP_FAST_INLINE Floats load_floats(const float *from) { return load<float>(from); }
-
-/* bfloat16 is the upper half of a float32. */
-CLVP_FAST_INLINE Floats load_floats(const uint16_t *from) {
-    typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
-    Halves halves;
-    memcpy(&halves, from, sizeof halves);
-    return (Floats)(__builtin_convertvector(halves, Integers) << 16);
-}
-
-CLVP_FAST_INLINE void store_floats(float *to, Floats x) { memcpy(to, &x, sizeof x); }
-
-/* Rounds to the nearest, ties to even; NaN stays NaN. */
-CLVP_FAST_INLINE void store_floats(uint16_t *to, Floats x) {
-    typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
-    const Integers bits = (Integers)x;
-    const Integers rounded = bits + 0x7fff + ((bits >> 16) & 1);
-    const Integers kept = x == x ? rounded : (bits | 0x400000);
-    const Halves halves = __builtin_convertvector((kept >> 16) & 0xffff, Halves);
-    memcpy(to, &halves, sizeof halves);
-}
-
-/* exp(x) for x <= 0, to about one unit in the last place; 0 where float32 ends; NaN stays. Cody and Waite's reduction
- * by ln 2, then the Taylor series. */
-CLVP_FAST_INLINE Floats exponential(Floats x) {
-    const float shift = 12582912.0f; /* 1.5 * 2^23: adding it leaves a whole number in the lowest bits */
-    const Floats shifted = x * 1.44269504088896341f + shift, n = shifted - shift;
-    const Floats r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
-    Floats series = Floats{} + 1.0f / 5040;
-    series = series * r + 1.0f / 720;
-    series = series * r + 1.0f / 120;
-    series = series * r + 1.0f / 24;
-    series = series * r + 1.0f / 6;
-    series = series * r + 0.5f;
-    series = series * r + 1.0f;
-    series = series * r + 1.0f;
-    const Integers power = __builtin_convertvector(n, Integers) << 23;
-    return x < -87.0f ? Floats{} : (Floats)((Integers)series + power);
-}
 
 /* Where the tokens of a candidate lie: offsets of their channels of one head, from the first page; returns how many. */
 int64_t find_tokens(const clvp_fast_paged_decode *call, const int32_t *pages, int64_t max_pages, int64_t tokens,

@@ -1,0 +1,86 @@
+/* Vectors of float32 from and to what memory holds, and functions of them. */
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include "lanes.h"
+
+namespace clvp_fast {
+namespace {
+
+constexpr int LANES = Lanes<float>::COUNT;
+using Floats = Vector<float>;
+using Integers = Lanes<float>::Integers;
+
+CLVP_FAST_INLINE Floats load_floats(const float *from) { return load<float>(from); }
+
+/* Compilers do not find the instruction that widens bytes by themselves; the masked form is free of a false warning. */
+CLVP_FAST_INLINE Floats load_floats(const int8_t *from) {
+#if defined(__AVX512F__)
+    const Integers wide = (Integers)_mm512_maskz_cvtepi8_epi32(0xffff, _mm_loadu_si128((const __m128i *)from));
+#elif defined(__AVX2__)
+    const Integers wide = (Integers)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)from));
+#else
+    typedef int8_t Bytes __attribute__((vector_size(LANES)));
+    Bytes bytes;
+    memcpy(&bytes, from, sizeof bytes);
+    const Integers wide = __builtin_convertvector(bytes, Integers);
+#endif
+    return __builtin_convertvector(wide, Floats);
+}
+
+/* bfloat16 is the upper half of a float32. */
+CLVP_FAST_INLINE Floats load_floats(const uint16_t *from) {
+    typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+    Halves halves;
+    memcpy(&halves, from, sizeof halves);
+    return (Floats)(__builtin_convertvector(halves, Integers) << 16);
+}
+
+/* The first `count` lanes. */
+CLVP_FAST_INLINE void store_floats(float *to, Floats x, int64_t count = LANES) {
+    memcpy(to, &x, count >= LANES ? sizeof x : count * sizeof *to);
+}
+
+/* Rounds to the nearest, ties to even; NaN stays NaN. */
+CLVP_FAST_INLINE void store_floats(uint16_t *to, Floats x, int64_t count = LANES) {
+    typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+    const Integers bits = (Integers)x;
+    const Integers rounded = bits + 0x7fff + ((bits >> 16) & 1);
+    const Integers kept = x == x ? rounded : (bits | 0x400000);
+    const Halves halves = __builtin_convertvector((kept >> 16) & 0xffff, Halves);
+    memcpy(to, &halves, count >= LANES ? sizeof halves : count * sizeof *to);
+}
+
+/* exp(x) for x <= 0, to about one unit in the last place; 0 where float32 ends; NaN stays. Cody and Waite's reduction
+ * by ln 2, then the Taylor series. */
+CLVP_FAST_INLINE Floats exponential(Floats x) {
+    const float shift = 12582912.0f; /* 1.5 * 2^23: adding it leaves a whole number in the lowest bits */
+    const Floats shifted = x * 1.44269504088896341f + shift, n = shifted - shift;
+    const Floats r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+    Floats series = Floats{} + 1.0f / 5040;
+    series = series * r + 1.0f / 720;
+    series = series * r + 1.0f / 120;
+    series = series * r + 1.0f / 24;
+    series = series * r + 1.0f / 6;
+    series = series * r + 0.5f;
+    series = series * r + 1.0f;
+    series = series * r + 1.0f;
+    const Integers power = __builtin_convertvector(n, Integers) << 23;
+    return x < -87.0f ? Floats{} : (Floats)((Integers)series + power);
+}
+
+/* x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3))), as x * sigmoid of twice that argument. */
+CLVP_FAST_INLINE Floats gelu_tanh(Floats x) {
+    const Floats argument = x * (1.5957691216057308f + 0.07135481282718181f * x * x);
+    const Floats small = exponential(argument < 0 ? argument : -argument); /* at most 1, so that nothing overflows */
+    return x * (argument < 0 ? small : Floats{} + 1.0f) / (1.0f + small);
+}
+
+}  // namespace
+}  // namespace clvp_fast
