@@ -18,7 +18,9 @@ from clvp_fast import native_build
 from clvp_fast.files import UnwritableError, build_folder_once, cache_folder
 
 #: `enum clvp_fast_dtype` of csrc/clvp_fast.h.
-FLOAT32, FLOAT64, INT16, FLOAT16, BFLOAT16 = range(5)
+FLOAT32, FLOAT64, INT16, FLOAT16, BFLOAT16, INT8 = range(6)
+#: `enum clvp_fast_activation`.
+NO_ACTIVATION, GELU_TANH = range(2)
 
 _PACKAGE = Path(__file__).resolve().parent
 _PACKAGED = _PACKAGE / "_native"
@@ -92,6 +94,26 @@ class PagedDecodeCall(ctypes.Structure):
     )
 
 
+class LinearCall(ctypes.Structure):
+    """`struct clvp_fast_linear` of csrc/clvp_fast.h, which explains the fields."""
+
+    _fields_ = (
+        ("x", c_void_p),
+        ("weight", c_void_p),
+        ("scale", c_void_p),
+        ("bias", c_void_p),
+        ("out", c_void_p),
+        ("x_stride", c_int64),
+        ("weight_stride", c_int64),
+        ("rows", c_int64),
+        ("in_features", c_int64),
+        ("out_features", c_int64),
+        ("dtype", c_int32),
+        ("weight_dtype", c_int32),
+        ("activation", c_int32),
+    )
+
+
 def library() -> ctypes.CDLL:
     """The library with its prototypes set, compiled first where that is needed.
 
@@ -134,6 +156,8 @@ def _loaded() -> tuple[ctypes.CDLL | None, str]:
         found.clvp_fast_log_mel_cpu_isa.restype = c_int
         found.clvp_fast_paged_decode_cpu.argtypes = [POINTER(PagedDecodeCall), c_int32, c_char_p]
         found.clvp_fast_paged_decode_cpu.restype = c_int
+        found.clvp_fast_linear_cpu.argtypes = [POINTER(LinearCall), c_int32, c_char_p]
+        found.clvp_fast_linear_cpu.restype = c_int
         found.clvp_fast_cpu_isa.argtypes = []
         found.clvp_fast_cpu_isa.restype = c_char_p
         found.clvp_fast_error.argtypes = [c_int]

@@ -189,6 +189,10 @@ class Operator:
             )
         return self.torch_path
 
+    def without_kernel(self) -> Callable:
+        """The path that is taken where a kernel is not even wanted: the torch path, if the reference is not forced."""
+        return self.reference if _forced == "reference" else self.torch_path
+
     def explain(self, device: torch.device) -> "Choice":
         """What `choose` does for inference on `device`."""
         reason = self.refusal(device)

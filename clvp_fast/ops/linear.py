@@ -1,29 +1,176 @@
-"""Linear layers between the operators: x W^T + b, by the product that is fastest at its number of rows."""
+"""Linear layers between the operators, and the product that is fastest at their number of rows.
+
+    out = activation((x W^T) * scale + b)
+
+Torch's own products serve where rows are many. The few rows of a decode step on a CPU, which wait for the weights to
+come from memory, have a kernel in the native library of `csrc/`: it reads weights as they lie, rounds nothing but the
+result, and gives a row the same bits whatever rows are beside it.
+"""
+
+import ctypes
+from functools import cache
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from clvp_fast.ops.dispatch import needs_grad
+from clvp_fast.ops.activations import ACTIVATIONS, activate, reference_activation
+from clvp_fast.ops.dispatch import Operator, as_rows, check_same, missing_on_gpu, needs_grad, shape_error
 
-# With several CPU threads, float32 products of so few rows are faster as W x^T (benchmarks/linear.py).
-SWAPPED_ROWS = range(16, 257)
+# Beyond these rows torch's own products are as fast (benchmarks/linear.py).
+MAX_ROWS = 512
+_FUSED = (None, "gelu_new", "gelu_pytorch_tanh")
 
 
-def swaps(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether `x W^T` is better computed as `(W x^T)^T`."""
-    if torch.compiler.is_compiling() or x.device.type != "cpu" or not x.dtype == weight.dtype == torch.float32:
+def _reference(x, weight, bias, scale, activation):
+    """The mathematics, in float32 at least."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    out = x.to(wide) @ weight.to(wide).T
+    if scale is not None:
+        out = out * scale.to(wide)
+    if bias is not None:
+        out = out + bias.to(wide)
+    return (out if activation is None else reference_activation(out, activation)).to(x.dtype)
+
+
+def _torch(x, weight, bias, scale, activation):
+    if scale is None:
+        out = F.linear(x, weight, bias)
+    else:
+        out = F.linear(x, weight.to(x.dtype)) * scale.to(x.dtype)
+        out = out if bias is None else out + bias
+    return out if activation is None else activate(out, activation)
+
+
+def _fake(x, weight, bias, scale, activation):
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _kernel(x, weight, bias, scale, activation):
+    """csrc/linear_isa.cpp."""
+    from clvp_fast import native
+
+    out = _fake(x, weight, bias, scale, activation)
+    rows = as_rows(x)
+    bias, scale = (None if vector is None else vector.contiguous() for vector in (bias, scale))
+    dtype = native.FLOAT32 if x.dtype == torch.float32 else native.BFLOAT16
+    call = native.LinearCall(
+        rows.data_ptr(),
+        weight.data_ptr(),
+        None if scale is None else scale.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+        rows.stride(0),
+        weight.stride(0),
+        len(rows),
+        *reversed(weight.shape),
+        dtype,
+        native.INT8 if weight.dtype == torch.int8 else dtype,
+        native.NO_ACTIVATION if activation is None else native.GELU_TANH,
+    )
+    native.check(native.library().clvp_fast_linear_cpu(ctypes.byref(call), torch.get_num_threads(), None))
+    return out
+
+
+def _missing(device):
+    if device.type != "cpu":
+        return missing_on_gpu(device) or "on a GPU torch's own products serve"
+    from clvp_fast import native
+
+    if reason := native.missing("cpu"):
+        return reason
+    if native.library().clvp_fast_cpu_isa() == b"portable":
+        return "torch's own products serve a CPU that has neither AVX2 nor AVX-512"
+    return None
+
+
+@cache
+def _has_matrix_unit() -> bool:
+    """Whether this CPU multiplies matrices of bfloat16 by itself (AMX), which torch's products make use of."""
+    try:
+        return "amx_bf16" in Path("/proc/cpuinfo").read_text()
+    except OSError:
         return False
-    return torch.get_num_threads() > 1 and x.numel() // x.shape[-1] in SWAPPED_ROWS and not needs_grad(x, weight)
 
 
-def linear_columns(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """`W x + b` for rows as columns: `[in, rows]` → `[out, rows]`."""
-    return weight @ x if bias is None else torch.addmm(bias[:, None], weight, x)
+def _unserved(x, weight, bias, scale, activation):
+    if x.dtype not in (torch.float32, torch.bfloat16) or weight.dtype not in (x.dtype, torch.int8):
+        return f"it serves float32 and bfloat16 with weights of the same dtype or int8, not {x.dtype}, {weight.dtype}"
+    if bias is not None and bias.dtype != x.dtype:
+        return f"bias must have the dtype of x, {x.dtype}, not {bias.dtype}"
+    if weight.shape[1] == 0 or weight.shape[1] % 32 or weight.stride(1) != 1:
+        return f"it serves rows of 32 n columns, side by side in memory, not {list(weight.shape)}, {weight.stride()}"
+    if x.numel() // weight.shape[1] > MAX_ROWS:
+        return f"it serves up to {MAX_ROWS} rows, not {x.numel() // weight.shape[1]}"
+    if activation not in _FUSED:
+        return f"activation must be one of {_FUSED}, not {activation!r}"
+    if x.dtype == weight.dtype == torch.bfloat16 and _has_matrix_unit():
+        return "this CPU has a matrix unit for bfloat16, which torch's own products use"
+    return None
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """`x W^T + b`: `[..., in]`, `[out, in]`, `[out]` → `[..., out]`, contiguous."""
-    if not swaps(x, weight):
-        return F.linear(x, weight, bias)
-    columns = linear_columns(x.reshape(-1, x.shape[-1]).t(), weight, bias)
-    return columns.t().contiguous().view(*x.shape[:-1], weight.shape[0])
+_OPERATOR = Operator(
+    "linear",
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor? scale, str? activation) -> Tensor",
+    reference=_reference,
+    torch_path=_torch,
+    fake=_fake,
+    kernel=_kernel,
+    unserved=_unserved,
+    missing=_missing,
+    expected_on=(),
+)
+
+
+def _plain(x, *args) -> bool:
+    """Whether the call is one for torch's own product: training, tracing, or what the kernel does not serve."""
+    return (
+        needs_grad(x, *args[:2])
+        or torch.compiler.is_compiling()
+        or torch.is_autocast_enabled(x.device.type)
+        or _OPERATOR.refusal(x.device) is not None
+        or _unserved(x, *args) is not None
+    )
+
+
+def _check(x, weight, bias, scale, activation):
+    if activation is not None and activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be None or one of {', '.join(ACTIVATIONS)}, not {activation!r}")
+    if (weight.dtype == torch.int8) != (scale is not None):
+        given = "missing" if scale is None else "given"
+        raise ValueError(f"scale belongs to weights of int8: it is {given}, and the weights are {weight.dtype}")
+    if scale is not None:
+        if scale.shape != weight.shape[:1]:
+            raise shape_error("scale", f"{list(weight.shape[:1])}", scale)
+        if scale.dtype != torch.float32:
+            raise TypeError(f"scale must be float32, not {scale.dtype}")
+        check_same("scale", scale, "x", x, dtype=False)
+
+
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    scale: torch.Tensor | None = None,
+    activation: str | None = None,
+) -> torch.Tensor:
+    """A linear layer, with an activation behind it if one is named.
+
+    Args:
+        x: `[..., in]`.
+        weight: `[out, in]`, of the dtype of `x`; or int8, with `scale` `[out]` float32, which each row is times.
+        bias: `[out]`.
+        activation: as `gelu_mlp` names them.
+
+    Returns:
+        `[..., out]`, contiguous, of the dtype of `x`.
+
+    Raises:
+        ValueError, TypeError: an unknown activation; a scale without int8, or none with it.
+    """
+    args = (x, weight, bias, scale, activation)
+    _check(*args)
+    if activation is not None and activation not in _FUSED:
+        return activate(linear(x, weight, bias, scale=scale), activation)
+    return (_OPERATOR.without_kernel() if _plain(*args) else _OPERATOR.choose(args))(*args)

@@ -6,62 +6,12 @@ geglu_mlp: h, gate = split(x W_in^T + b_in);  out = dropout(h * act(gate)) W_out
 The result has the dtype of the residual, which may be float32 beside half types.
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 
+from clvp_fast.ops.activations import ACTIVATIONS, activate, reference_activation
 from clvp_fast.ops.dispatch import Operator, as_rows, check_residual, check_same, needs_grad, shape_error
-from clvp_fast.ops.linear import linear, linear_columns, swaps
-
-
-def _gelu_tanh(x):
-    return F.gelu(x, approximate="tanh")
-
-
-def _gelu_fast(x):
-    return 0.5 * x * (1.0 + torch.tanh(x * 0.7978845608 * (1.0 + 0.044715 * x * x)))
-
-
-# By the names of transformers' configurations. gelu_new is the tanh form; torch's fused one gives the same number.
-ACTIVATIONS = {
-    "gelu": F.gelu,
-    "gelu_new": _gelu_tanh,
-    "gelu_pytorch_tanh": _gelu_tanh,
-    "gelu_fast": _gelu_fast,
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
-    "relu": F.relu,
-    "relu2": lambda x: F.relu(x).square(),
-    "silu": F.silu,
-    "swish": F.silu,
-    "selu": F.selu,
-    "sigmoid": torch.sigmoid,
-    "tanh": torch.tanh,
-    "mish": F.mish,
-    "leaky_relu": F.leaky_relu,
-    "elu": F.elu,
-    "linear": lambda x: x,
-}
-# What may overwrite its argument where autograd does not need it.
-_IN_PLACE = {
-    "gelu": torch.ops.aten.gelu_.default,
-    "gelu_new": lambda x: torch.ops.aten.gelu_.default(x, approximate="tanh"),
-    "gelu_pytorch_tanh": lambda x: torch.ops.aten.gelu_.default(x, approximate="tanh"),
-    "relu": torch.relu_,
-    "silu": lambda x: F.silu(x, inplace=True),
-    "swish": lambda x: F.silu(x, inplace=True),
-    "selu": torch.selu_,
-    "sigmoid": torch.sigmoid_,
-    "tanh": torch.tanh_,
-    "mish": lambda x: F.mish(x, inplace=True),
-}
-
-
-def _activate(x, activation):
-    """The activation of x, which may be overwritten."""
-    if needs_grad(x):
-        return ACTIVATIONS[activation](x)
-    return _IN_PLACE.get(activation, ACTIVATIONS[activation])(x)
+from clvp_fast.ops.linear import linear
 
 
 def _add(out, residual):
@@ -70,14 +20,6 @@ def _add(out, residual):
     if out.dtype != residual.dtype or needs_grad(out, residual):  # autocast gives two dtypes too
         return out + residual
     return out.add_(residual)
-
-
-def _reference_activation(x, activation):
-    if activation == "gelu":
-        return x * 0.5 * (1.0 + torch.erf(x / math.sqrt(2.0)))
-    if activation in ("gelu_new", "gelu_pytorch_tanh"):
-        return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x.pow(3))))
-    return ACTIVATIONS[activation](x)
 
 
 def _out_dtype(x, residual):
@@ -92,7 +34,7 @@ def gelu_reference(x, w_in, b_in, w_out, b_out, residual, activation):
     """The mathematics, step by step, in float32 at least."""
     dtype = _out_dtype(x, residual)
     x, w_in, b_in, w_out, b_out, residual = _wide(x, w_in, b_in, w_out, b_out, residual)
-    out = _reference_activation(x @ w_in.T + b_in, activation) @ w_out.T + b_out
+    out = reference_activation(x @ w_in.T + b_in, activation) @ w_out.T + b_out
     return (out if residual is None else out + residual).to(dtype)
 
 
@@ -101,21 +43,17 @@ def geglu_reference(x, w_in, b_in, w_out, b_out, residual, activation, dropout_p
     dtype = _out_dtype(x, residual)
     x, w_in, b_in, w_out, b_out, residual = _wide(x, w_in, b_in, w_out, b_out, residual)
     h, gate = (x @ w_in.T + b_in).chunk(2, dim=-1)
-    out = F.dropout(h * _reference_activation(gate, activation), dropout_p) @ w_out.T + b_out
+    out = F.dropout(h * reference_activation(gate, activation), dropout_p) @ w_out.T + b_out
     return (out if residual is None else out + residual).to(dtype)
 
 
 def _gelu_torch(x, w_in, b_in, w_out, b_out, residual, activation):
-    if swaps(x, w_in) and not needs_grad(w_out, residual):
-        hidden = _activate(linear_columns(x.reshape(-1, x.shape[-1]).t(), w_in, b_in), activation)
-        out = linear_columns(hidden, w_out, b_out).t().reshape(*x.shape[:-1], -1)
-        return out.contiguous() if residual is None else residual + out
-    return _add(F.linear(_activate(F.linear(x, w_in, b_in), activation), w_out, b_out), residual)
+    return _add(linear(linear(x, w_in, b_in, activation=activation), w_out, b_out), residual)
 
 
 def _geglu_torch(x, w_in, b_in, w_out, b_out, residual, activation, dropout_p=0.0):
     h, gate = linear(x, w_in, b_in).chunk(2, dim=-1)
-    h = h * _activate(gate, activation)
+    h = h * activate(gate, activation)
     if dropout_p > 0:
         h = F.dropout(h, dropout_p)
     return _add(linear(h, w_out, b_out), residual)
