@@ -150,10 +150,8 @@ def _loaded() -> tuple[ctypes.CDLL | None, str]:
     try:
         path = folder() / native_build.LIBRARY
         found = ctypes.CDLL(str(path))
-        found.clvp_fast_log_mel_cpu.argtypes = [POINTER(LogMelCall), c_int32]
+        found.clvp_fast_log_mel_cpu.argtypes = [POINTER(LogMelCall), c_int32, c_char_p]
         found.clvp_fast_log_mel_cpu.restype = c_int
-        found.clvp_fast_log_mel_cpu_isa.argtypes = [POINTER(LogMelCall), c_int32, c_char_p]
-        found.clvp_fast_log_mel_cpu_isa.restype = c_int
         found.clvp_fast_paged_decode_cpu.argtypes = [POINTER(PagedDecodeCall), c_int32, c_char_p]
         found.clvp_fast_paged_decode_cpu.restype = c_int
         found.clvp_fast_linear_cpu.argtypes = [POINTER(LinearCall), c_int32, c_char_p]

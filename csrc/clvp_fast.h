@@ -63,11 +63,9 @@ struct clvp_fast_log_mel {
     double top_db; /* decibels: what lies more than this under a row's loudest value is raised to it; negative: off */
 };
 
-/* Runs on at most num_threads threads, and returns when all is written. */
-int clvp_fast_log_mel_cpu(const struct clvp_fast_log_mel *call, int32_t num_threads);
-
-/* The same on the named instruction set, "avx512", "avx2" or "portable"; null: the best that this machine has. */
-int clvp_fast_log_mel_cpu_isa(const struct clvp_fast_log_mel *call, int32_t num_threads, const char *isa);
+/* Runs on at most num_threads threads, on the named instruction set, "avx512bf16", "avx512", "avx2" or "portable"
+ * (null: the best that this machine has), and returns when all is written. */
+int clvp_fast_log_mel_cpu(const struct clvp_fast_log_mel *call, int32_t num_threads, const char *isa);
 
 /* The best instruction set that this machine has. */
 const char *clvp_fast_cpu_isa(void);
@@ -99,8 +97,7 @@ struct clvp_fast_paged_decode {
     float scale;   /* of the scores */
 };
 
-/* Runs on at most num_threads threads, on the named instruction set (null: the machine's best). The candidates' own
- * pages must be theirs alone. */
+/* Threads and instruction set as above. The candidates' own pages must be theirs alone. */
 int clvp_fast_paged_decode_cpu(const struct clvp_fast_paged_decode *call, int32_t num_threads, const char *isa);
 
 enum clvp_fast_activation { CLVP_FAST_NO_ACTIVATION = 0, CLVP_FAST_GELU_TANH = 1 };
@@ -121,7 +118,7 @@ struct clvp_fast_linear {
     int32_t activation;
 };
 
-/* Runs on at most num_threads threads, on the named instruction set; null: the machine's best. */
+/* Threads and instruction set as above. */
 int clvp_fast_linear_cpu(const struct clvp_fast_linear *call, int32_t num_threads, const char *isa);
 
 /* A sentence on a returned code; never null. */

@@ -59,7 +59,8 @@ CLVP_FAST_INLINE void store_floats(uint16_t *to, Floats x, int64_t count = LANES
 
 /* exp(x) for x <= 0, to about one unit in the last place; 0 where float32 ends; NaN stays. Cody and Waite's reduction
  * by ln 2, then the Taylor series. */
-CLVP_FAST_INLINE Floats exponential(Floats x) {
+CLVP_FAST_INLINE Floats exponential(Floats exponent) {
+    const Floats x = exponent < -87.0f ? Floats{} - 87.0f : exponent;
     const float shift = 12582912.0f; /* 1.5 * 2^23: adding it leaves a whole number in the lowest bits */
     const Floats shifted = x * 1.44269504088896341f + shift, n = shifted - shift;
     const Floats r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
@@ -72,7 +73,7 @@ CLVP_FAST_INLINE Floats exponential(Floats x) {
     series = series * r + 1.0f;
     series = series * r + 1.0f;
     const Integers power = __builtin_convertvector(n, Integers) << 23;
-    return x < -87.0f ? Floats{} : (Floats)((Integers)series + power);
+    return exponent < -87.0f ? Floats{} : (Floats)((Integers)series + power);
 }
 
 /* x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3))), as x * sigmoid of twice that argument. */

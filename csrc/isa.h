@@ -47,6 +47,7 @@ const struct clvp_fast_isa *clvp_fast_find_isa(const char *name);
 #define CLVP_FAST_JOIN(what, isa) clvp_fast_##what##_##isa
 #define CLVP_FAST_OF(what, isa) CLVP_FAST_JOIN(what, isa)
 
+extern const struct clvp_fast_linear_isa clvp_fast_linear_avx512bf16;
 #define CLVP_FAST_DECLARE(isa)                                                                                 \
     extern const struct clvp_fast_log_mel_isa CLVP_FAST_OF(log_mel, isa);                                      \
     extern const struct clvp_fast_linear_isa CLVP_FAST_OF(linear, isa);                                        \
@@ -56,5 +57,4 @@ CLVP_FAST_DECLARE(portable)
 #ifndef CLVP_FAST_PORTABLE_ONLY
 CLVP_FAST_DECLARE(avx2)
 CLVP_FAST_DECLARE(avx512)
-CLVP_FAST_DECLARE(avx512bf16)
 #endif

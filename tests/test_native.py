@@ -18,8 +18,8 @@ CPU = """
 #include <thread>
 extern "C" {
 #pragma GCC visibility push(default)
-int clvp_fast_log_mel_cpu(const clvp_fast_log_mel *, int32_t) { std::thread([] {}).join(); return -7; }
-int clvp_fast_log_mel_cpu_isa(const clvp_fast_log_mel *, int32_t, const char *) { return 0; }
+int clvp_fast_log_mel_cpu(const clvp_fast_log_mel *, int32_t, const char *) { std::thread([] {}).join(); return -7; }
+int clvp_fast_linear_cpu(const clvp_fast_linear *, int32_t, const char *) { return 0; }
 int clvp_fast_paged_decode_cpu(const clvp_fast_paged_decode *, int32_t, const char *) { return 0; }
 const char *clvp_fast_cpu_isa(void) { return "stand-in"; }
 const char *clvp_fast_error(int code) { return code == -7 ? "no memory, says the stand-in" : "another"; }
@@ -51,7 +51,7 @@ def sources(tmp_path, monkeypatch):
     folder.mkdir()
     shutil.copy(ROOT / "csrc/clvp_fast.h", folder)
     (folder / "cpu.cpp").write_text(CPU)
-    for stem in native_build.ISA_SOURCES:
+    for stem in native_build.ISA_SOURCES["portable"]:
         (folder / f"{stem}_isa.cpp").write_text("namespace { int CLVP_FAST_ISA = 0; }\n")
     (folder / "log_mel_cuda.cu").write_text(CUDA)
     monkeypatch.setattr(native, "_SOURCES", folder)
@@ -67,20 +67,24 @@ def built_folders(tmp_path) -> list[Path]:
     return sorted(path for path in (tmp_path / "cache/native").iterdir() if path.is_dir())
 
 
-STRUCTURES = {"clvp_fast_log_mel": native.LogMelCall, "clvp_fast_paged_decode": native.PagedDecodeCall}
+STRUCTURES = {
+    "clvp_fast_log_mel": native.LogMelCall,
+    "clvp_fast_paged_decode": native.PagedDecodeCall,
+    "clvp_fast_linear": native.LinearCall,
+}
 
 
 @pytest.mark.parametrize("struct", STRUCTURES)
 def test_the_structure_is_the_header_s(struct, tmp_path):
-    """The same names in the same order, each at the compiler's own offset; the same numbers for the dtypes."""
+    """The same names in the same order, each at the compiler's own offset; the same numbers of the enums."""
     structure = STRUCTURES[struct]
     header = re.sub(r"/\*.*?\*/", "", (ROOT / "csrc/clvp_fast.h").read_text(), flags=re.DOTALL)
     names = [name for name, _ in structure._fields_]
     declared = header.partition(f"struct {struct} {{")[2].partition("};")[0]
     assert re.findall(r"(\w+)(?:\[\d\])?[;,]", declared) == names
-    dtypes = ("FLOAT32", "FLOAT64", "INT16", "FLOAT16", "BFLOAT16")
+    numbers = ("FLOAT32", "FLOAT64", "INT16", "FLOAT16", "BFLOAT16", "INT8", "NO_ACTIVATION", "GELU_TANH")
     asked = [f"offsetof({struct}, {name})" for name in names]
-    asked += [f"sizeof({struct})", *(f"CLVP_FAST_{name}" for name in dtypes)]
+    asked += [f"sizeof({struct})", *(f"CLVP_FAST_{name}" for name in numbers)]
     printing = "".join(f'std::printf("%d ", int({value}));' for value in asked)
     (tmp_path / "layout.cpp").write_text(
         f'#include "clvp_fast.h"\n#include <cstddef>\n#include <cstdio>\nint main() {{ {printing} }}\n'
@@ -89,14 +93,14 @@ def test_the_structure_is_the_header_s(struct, tmp_path):
     subprocess.run([*compiler, f"-I{ROOT / 'csrc'}", "layout.cpp", "-o", "layout"], cwd=tmp_path, check=True)
     printed = subprocess.run([tmp_path / "layout"], capture_output=True, text=True, check=True).stdout
     expected = [getattr(structure, name).offset for name in names]
-    expected += [ctypes.sizeof(structure), *(getattr(native, name) for name in dtypes)]
+    expected += [ctypes.sizeof(structure), *(getattr(native, name) for name in numbers)]
     assert [int(number) for number in printed.split()] == expected
 
 
 def test_built_at_first_use_and_found_after(sources, tmp_path, capfd, monkeypatch):
     assert native.missing("cpu") is None
     assert native.library().clvp_fast_cpu_isa() == b"stand-in"
-    assert native.library().clvp_fast_log_mel_cpu(ctypes.byref(native.LogMelCall()), 1) == -7
+    assert native.library().clvp_fast_log_mel_cpu(ctypes.byref(native.LogMelCall()), 1, None) == -7
     said = capfd.readouterr().err
     assert said.count("\n") == 1 and "building the native library (once)" in said
     (folder,) = built_folders(tmp_path)

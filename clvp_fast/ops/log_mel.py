@@ -149,7 +149,7 @@ def _kernel(
         top_db=-1.0 if top_db is None else top_db,
     )
     if on_cpu:
-        native.check(native.library().clvp_fast_log_mel_cpu(call, torch.get_num_threads()))
+        native.check(native.library().clvp_fast_log_mel_cpu(call, torch.get_num_threads(), None))
     else:
         with torch.cuda.device(device):
             stream = torch.cuda.current_stream(device).cuda_stream

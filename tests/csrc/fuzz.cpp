@@ -1,4 +1,4 @@
-/* Random and hostile calls of log_mel, on a CPU and in the emulator of the CUDA kernel, for the sanitizers of addresses
+/* Random and hostile calls of log_mel (those of linear are in fuzz_linear.cpp), on a CPU and in the emulator of the CUDA kernel, for the sanitizers of addresses
  * and undefined behaviour: every array is an allocation of exactly its size. A call that must be refused is, and leaves
  * the features as they were; any other writes them all, and both implementations agree. */
 #include <math.h>
@@ -13,6 +13,7 @@
 
 #include "../../csrc/clvp_fast.h"
 
+int fuzz_linear(int cases, unsigned seed);
 extern "C" int emulate_log_mel(const clvp_fast_log_mel *call, uint32_t seed, int64_t most_rows);
 
 #define REQUIRE(condition)                                                       \
@@ -189,12 +190,12 @@ void try_one() {
     if (it.call.batch > 0 && once_in(2)) {
         clvp_fast_log_mel spoilt = it.call;
         spoil(spoilt);
-        REQUIRE(clvp_fast_log_mel_cpu(&spoilt, threads) < 0);
+        REQUIRE(clvp_fast_log_mel_cpu(&spoilt, threads, nullptr) < 0);
         REQUIRE(emulate_log_mel(&spoilt, number, 2) < 0);
         REQUIRE(it.untouched());
         return;
     }
-    const int code = clvp_fast_log_mel_cpu(&it.call, threads);
+    const int code = clvp_fast_log_mel_cpu(&it.call, threads, nullptr);
     REQUIRE(code == (it.bad_band ? CLVP_FAST_BAD_BAND : it.bad_length ? CLVP_FAST_BAD_LENGTH : CLVP_FAST_OK));
     REQUIRE(code == CLVP_FAST_OK ? it.all_written() : it.untouched());
     const std::vector<float> cpu = it.values();
@@ -215,7 +216,7 @@ void try_half() {
     memset(it.features.get(), 0xa5, it.feature_bytes);
     it.call.features = it.features.get();
     it.call.features_dtype = one_of({CLVP_FAST_FLOAT16, CLVP_FAST_BFLOAT16});
-    REQUIRE(it.call.batch == 0 || clvp_fast_log_mel_cpu(&it.call, 1) == CLVP_FAST_BAD_DTYPE);
+    REQUIRE(it.call.batch == 0 || clvp_fast_log_mel_cpu(&it.call, 1, nullptr) == CLVP_FAST_BAD_DTYPE);
     REQUIRE(emulate_log_mel(&it.call, number, 3) == CLVP_FAST_OK);
 }
 
@@ -224,12 +225,13 @@ void try_half() {
 int main(int count, char **arguments) {
     const int cases = atoi(arguments[1]);
     engine.seed(count > 2 ? atoi(arguments[2]) : 0);
-    REQUIRE(clvp_fast_log_mel_cpu(nullptr, 1) == CLVP_FAST_NULL_POINTER);
+    REQUIRE(clvp_fast_log_mel_cpu(nullptr, 1, nullptr) == CLVP_FAST_NULL_POINTER);
     REQUIRE(emulate_log_mel(nullptr, 0, 1) == CLVP_FAST_NULL_POINTER);
     for (number = 0; number < cases; ++number) {
         try_one();
         if (number % 8 == 0) try_half();
     }
+    if (fuzz_linear(cases, count > 2 ? atoi(arguments[2]) : 0)) return 1;
     for (int code = -50; code < 1000; ++code) REQUIRE(clvp_fast_error(code) != nullptr);
     printf("%d cases\n", cases);
 }

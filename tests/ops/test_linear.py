@@ -1,77 +1,130 @@
-"""Linear layers give one answer, whichever way round the product is taken."""
+"""Linear layers: every path is the product in float64, and each call takes the path that is meant for it."""
+
+import sys
+import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+import clvp_fast
 from clvp_fast import ops
-from clvp_fast.ops.linear import SWAPPED_ROWS, swaps
+from clvp_fast.ops.linear import _OPERATOR, MAX_ROWS, _kernel, _torch
+from tests.kit import assert_within_budget, random, strided
+
+served = pytest.mark.skipif(
+    clvp_fast.explain("linear", "cpu")[0].backend != "kernel", reason="the CPU's kernel does not serve here"
+)
 
 
-@pytest.fixture(autouse=True)
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+def operands(rows=3, columns=64, outs=50, dtype=torch.float32, int8=False):
+    x = random(rows, columns, seed=1).to(dtype)
+    weight, bias = random(outs, columns, seed=2) / columns**0.5, random(outs, seed=3).to(dtype)
+    if not int8:
+        return x, weight.to(dtype), bias, None
+    scale = weight.abs().amax(1) / 127
+    return x, (weight / scale[:, None]).round().to(torch.int8), bias, scale
 
 
-def operands(rows: int, dtype=torch.float32, leading=()):
-    generator = torch.Generator().manual_seed(rows)
-    x = torch.randn(*leading, rows, 24, generator=generator)
-    weight, bias = torch.randn(40, 24, generator=generator), torch.randn(40, generator=generator)
-    return x.to(dtype), weight.to(dtype), bias.to(dtype)
+def exact(x, weight, bias, scale, activation):
+    out = x.double() @ weight.double().T * (1 if scale is None else scale[:, None].double().T)
+    out = out if bias is None else out + bias.double()
+    return out if activation is None else F.gelu(out, approximate="tanh" if activation == "gelu_new" else "none")
 
 
-@pytest.mark.parametrize("rows", [1, 15, 16, 17, 256, 257])
+@pytest.mark.parametrize("activation", [None, "gelu_new", "gelu"])
 @pytest.mark.parametrize("with_bias", [True, False])
-@pytest.mark.parametrize("leading", [(), (1,)])
-def test_equals_the_product_in_float64(rows, with_bias, leading):
-    x, weight, bias = operands(rows, leading=leading)
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("backend", [None, "torch", "reference"])
+def test_equals_the_product_in_float64(backend, dtype, int8, with_bias, activation):
+    x, weight, bias, scale = operands(dtype=dtype, int8=int8)
     bias = bias if with_bias else None
-    assert swaps(x, weight) == (rows in SWAPPED_ROWS)
-    got = ops.linear(x, weight, bias)
-    expected = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
-    assert got.shape == expected.shape and got.is_contiguous()
-    torch.testing.assert_close(got.double(), expected, rtol=0, atol=2e-5)
+    expected = exact(x, weight, bias, scale, activation)
+    baseline = _torch(x, weight, bias, scale, activation)
+    with clvp_fast.backend(backend), warnings.catch_warnings(action="error"):
+        out = ops.linear(x, weight, bias, scale=scale, activation=activation)
+    assert out.dtype == dtype and out.shape == expected.shape and out.is_contiguous()
+    assert_within_budget(out, expected, baseline)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_other_dtypes_take_the_plain_product(dtype):
-    x, weight, bias = operands(32, dtype)
-    assert not swaps(x, weight)
+@pytest.mark.parametrize("int8", [False, True])
+def test_registered(int8):
+    x, weight, bias, scale = operands(int8=int8)
+    for args in ((x, weight, bias, scale, "gelu_new"), (x, weight, None, scale, None)):
+        torch.library.opcheck(torch.ops.clvp_fast.linear.default, args)
+
+
+def test_leading_axes_and_strides():
+    x, weight, bias, _ = operands(6)
+    expected = ops.linear(x, weight, bias)
+    assert torch.equal(ops.linear(x.view(2, 3, 64), weight, bias), expected.view(2, 3, 50))
+    assert ops.linear(x.view(1, 6, 64)[:, :0], weight, bias).shape == (1, 0, 50)
+    views = strided(x), strided(weight), strided(bias)
+    torch.testing.assert_close(ops.linear(*views), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(ops.linear(x, weight.T.contiguous().T, bias), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.fixture
+def kernel_calls(monkeypatch):
+    """How many calls the kernel served."""
+    calls = []
+
+    def counted(*args):
+        calls.append(args)
+        return _kernel(*args)
+
+    monkeypatch.setattr(_OPERATOR, "kernel", counted)
+    return calls
+
+
+@served
+def test_few_rows_of_inference_take_the_kernel(kernel_calls):
+    for dtype, int8 in ((torch.float32, False), (torch.float32, True), (torch.bfloat16, True)):
+        x, weight, bias, scale = operands(MAX_ROWS, dtype=dtype, int8=int8)
+        ops.linear(x, weight, bias, scale=scale, activation="gelu_new")
+    assert len(kernel_calls) == 3
+
+
+@served
+def test_a_matrix_unit_serves_bfloat16(kernel_calls, monkeypatch):
+    for unit, calls in ((True, 0), (False, 1)):
+        monkeypatch.setattr(sys.modules["clvp_fast.ops.linear"], "_has_matrix_unit", lambda unit=unit: unit)
+        ops.linear(*operands(dtype=torch.bfloat16)[:3])
+        assert len(kernel_calls) == calls
+
+
+@served
+def test_all_others_take_torch_s_own_product(kernel_calls):
+    x, weight, bias, _ = operands(MAX_ROWS + 1)
     assert torch.equal(ops.linear(x, weight, bias), F.linear(x, weight, bias))
-
-
-def test_gradients_flow():
-    x, weight, bias = operands(32)
+    x, weight, bias, _ = operands(columns=48)
+    assert torch.equal(ops.linear(x, weight, bias), F.linear(x, weight, bias))
+    x, weight, bias, _ = operands()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ops.linear(x, weight, bias).dtype == torch.bfloat16
+    with clvp_fast.backend("torch"):
+        ops.linear(x, weight, bias)
+    torch.compile(ops.linear, fullgraph=True, backend="aot_eager")(x, weight, bias)
     weight.requires_grad_()
-    assert not swaps(x, weight)
     ops.linear(x, weight, bias).square().sum().backward()
     expected = 2 * F.linear(x, weight, bias).detach().t() @ x
     torch.testing.assert_close(weight.grad, expected, rtol=1e-4, atol=1e-3)
+    assert not kernel_calls
 
 
-def test_compiles_whole():
-    x, weight, bias = operands(32)
-    compiled = torch.compile(ops.linear, fullgraph=True, backend="aot_eager")
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(x, weight, bias), ops.linear(x, weight, bias), rtol=0, atol=2e-5)
-
-
-@pytest.mark.parametrize("activation", ["gelu_new", "relu", "quick_gelu"])
-@pytest.mark.parametrize("with_residual", [True, False])
-def test_decoder_mlp_of_few_rows(activation, with_residual):
-    x, w_in, b_in = operands(32, leading=(1,))
-    generator = torch.Generator().manual_seed(0)
-    w_out, b_out = torch.randn(24, 40, generator=generator), torch.randn(24, generator=generator)
-    residual = torch.randn(x.shape, generator=generator) if with_residual else None
-    before = None if residual is None else residual.clone()
-    arguments = (x, w_in, b_in, w_out, b_out)
-    got = ops.gelu_mlp(*arguments, residual=residual, activation=activation)
-    with ops.backend("reference"):
-        expected = ops.gelu_mlp(*(t.double() for t in arguments), activation=activation)
-    expected = expected if residual is None else expected + residual
-    assert got.is_contiguous()
-    torch.testing.assert_close(got.double(), expected, rtol=0, atol=2e-4)
-    assert residual is None or torch.equal(residual, before)
+@pytest.mark.parametrize(
+    "error, says, change",
+    [
+        (ValueError, "scale belongs to weights of int8: it is missing", {"scale": None}),
+        (ValueError, "scale must have shape \\[50\\]", {"scale": torch.ones(49)}),
+        (TypeError, "scale must be float32", {"scale": torch.ones(50, dtype=torch.float64)}),
+        (ValueError, "activation must be None or one of", {"activation": "gelo"}),
+    ],
+)
+def test_what_cannot_be(error, says, change):
+    x, weight, bias, scale = operands(int8=True)
+    with pytest.raises(error, match=says):
+        ops.linear(x, weight, bias, **{"scale": scale} | change)
+    with pytest.raises(ValueError, match="it is given, and the weights are"):
+        ops.linear(x, weight.float(), bias, scale=scale)

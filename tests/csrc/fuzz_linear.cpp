@@ -1,0 +1,136 @@
+/* Random and hostile calls of linear on every instruction set: every array is an allocation of exactly its size. A call
+ * that must be refused is, and leaves the result as it was; any other is what the sums in float64 are, row by row with
+ * the same bits as that row alone. */
+#include <math.h>
+#include <stdio.h>
+#include <string.h>
+
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "../../csrc/clvp_fast.h"
+
+namespace {
+
+std::mt19937_64 engine;
+
+int64_t draw(int64_t least, int64_t most) { return std::uniform_int_distribution<int64_t>(least, most)(engine); }
+
+float to_float(uint16_t half) {
+    const uint32_t bits = (uint32_t)half << 16;
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+uint16_t to_half(float value) { /* of numbers that bfloat16 has */
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    return bits >> 16;
+}
+
+/* A strided matrix in exactly the memory that it needs. Its values are eighths, which every dtype holds. */
+struct Matrix {
+    int64_t rows, columns, stride;
+    int32_t dtype;
+    std::unique_ptr<unsigned char[]> memory;
+    int64_t size() const { return dtype == CLVP_FAST_INT8 ? 1 : dtype == CLVP_FAST_FLOAT32 ? 4 : 2; }
+    unsigned char *first() const { return memory.get() + (stride < 0 ? -stride * (rows - 1) * size() : 0); }
+    Matrix(int64_t rows, int64_t columns, int64_t stride, int32_t dtype)
+        : rows(rows), columns(columns), stride(stride), dtype(dtype) {
+        const int64_t span = rows ? columns + llabs(stride) * (rows - 1) : 0;
+        memory.reset(new unsigned char[span * size()]);
+        for (int64_t i = 0; i < span; ++i) {
+            const float value = draw(-16, 16) / (dtype == CLVP_FAST_INT8 ? 1.0f : 8.0f);
+            const int8_t whole = (int8_t)value;
+            const uint16_t half = to_half(value);
+            unsigned char *const to = memory.get() + i * size();
+            if (dtype == CLVP_FAST_INT8) memcpy(to, &whole, 1);
+            if (dtype == CLVP_FAST_FLOAT32) memcpy(to, &value, 4);
+            if (dtype == CLVP_FAST_BFLOAT16) memcpy(to, &half, 2);
+        }
+    }
+    double at(int64_t row, int64_t column) const {
+        const unsigned char *const from = first() + (row * stride + column) * size();
+        if (dtype == CLVP_FAST_INT8) return (int8_t)*from;
+        float value;
+        uint16_t half;
+        if (dtype == CLVP_FAST_FLOAT32) return memcpy(&value, from, 4), value;
+        return memcpy(&half, from, 2), to_float(half);
+    }
+};
+
+void spoil(clvp_fast_linear &call) {
+    switch (draw(0, 10)) {
+        case 0: call.x = nullptr; break;
+        case 1: call.weight = nullptr; break;
+        case 2: call.out = nullptr; break;
+        case 3: call.x = (const char *)call.x + 1; break;
+        case 4: call.out = (char *)call.out + 1; break;
+        case 5: call.in_features += draw(1, 31); break;
+        case 6: call.in_features = draw(0, 1) ? 0 : INT64_MAX / 32 * 32; break;
+        case 7: call.rows = draw(0, 1) ? -1 : INT64_MAX; break;
+        case 8: call.activation = draw(0, 1) ? -1 : 2; break;
+        case 9: call.dtype = draw(0, 1) ? CLVP_FAST_FLOAT64 : 77; break;
+        default: call.weight_dtype = CLVP_FAST_FLOAT16;
+    }
+}
+
+double gelu(double x) { return 0.5 * x * (1 + tanh(sqrt(2 / M_PI) * (x + 0.044715 * x * x * x))); }
+
+bool one_case() {
+    const int32_t dtype = draw(0, 1) ? CLVP_FAST_FLOAT32 : CLVP_FAST_BFLOAT16;
+    const int64_t rows = draw(0, 8) ? draw(1, 9) : draw(120, 140), columns = 32 * draw(1, 5), outs = draw(1, 110);
+    const Matrix x(rows, columns, draw(0, 2) ? columns : draw(-columns, 2 * columns), dtype);
+    const Matrix weight(outs, columns, draw(0, 2) ? columns : draw(-columns, 2 * columns),
+                        draw(0, 1) ? dtype : CLVP_FAST_INT8);
+    const Matrix bias(1, outs, outs, dtype), scale(1, outs, outs, CLVP_FAST_FLOAT32);
+    Matrix out(rows, outs, outs, dtype), alone(1, outs, outs, dtype);
+    clvp_fast_linear call = {};
+    call.x = x.first(), call.weight = weight.first(), call.out = out.first();
+    call.scale = draw(0, 1) ? (const float *)scale.first() : nullptr;
+    call.bias = draw(0, 1) ? bias.first() : nullptr;
+    call.x_stride = x.stride, call.weight_stride = weight.stride;
+    call.rows = rows, call.in_features = columns, call.out_features = outs;
+    call.dtype = dtype, call.weight_dtype = weight.dtype, call.activation = draw(0, 1);
+    const char *const names[] = {nullptr, "avx512bf16", "avx512", "avx2", "portable"};
+    const char *const isa = names[draw(0, 4)];
+    const int32_t threads = draw(1, 3);
+    if (draw(1, 6) == 1) {
+        clvp_fast_linear spoilt = call;
+        spoil(spoilt);
+        const std::vector<unsigned char> before(out.first(), out.first() + rows * outs * out.size());
+        return clvp_fast_linear_cpu(&spoilt, threads, isa) < 0 && !memcmp(before.data(), out.first(), before.size());
+    }
+    const int code = clvp_fast_linear_cpu(&call, threads, isa);
+    if (code == CLVP_FAST_NO_ISA) return isa != nullptr;
+    if (code != CLVP_FAST_OK) return false;
+    for (int64_t m = 0; m < rows; ++m)
+        for (int64_t n = 0; n < outs; ++n) {
+            double sum = 0;
+            for (int64_t k = 0; k < columns; ++k) sum += x.at(m, k) * weight.at(n, k);
+            if (call.scale) sum *= scale.at(0, n);
+            if (call.bias) sum += bias.at(0, n);
+            if (call.activation) sum = gelu(sum);
+            const double room = dtype == CLVP_FAST_FLOAT32 ? 1e-4 : 4e-3;
+            if (!(fabs(out.at(m, n) - sum) <= room * (1 + fabs(sum)))) return false;
+        }
+    const int64_t row = draw(0, rows - 1);
+    call.x = x.first() + row * x.stride * x.size(), call.rows = 1, call.out = alone.first();
+    if (clvp_fast_linear_cpu(&call, 1, isa) != CLVP_FAST_OK) return false;
+    return !memcmp(alone.first(), out.first() + row * outs * out.size(), outs * out.size());
+}
+
+}  // namespace
+
+/* 0, or 1 after a case that failed. */
+int fuzz_linear(int cases, unsigned seed) {
+    engine.seed(seed);
+    if (clvp_fast_linear_cpu(nullptr, 1, nullptr) != CLVP_FAST_NULL_POINTER) return 1;
+    for (int number = 0; number < cases; ++number)
+        if (!one_case()) {
+            fprintf(stderr, "linear: case %d\n", number);
+            return 1;
+        }
+    return 0;
+}
