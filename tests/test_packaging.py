@@ -86,7 +86,7 @@ print(native.folder(), native.missing("cpu"), native.missing("cuda"), native.lib
     said = run_python(code, tmp_path / "site", cwd=tmp_path)
     assert said.startswith(f"{tmp_path}/site/clvp_fast/_native None ")
     assert "built without CUDA: there is no nvcc" in said
-    assert said.endswith((" avx512", " avx2", " portable"))
+    assert said.endswith((" avx512bf16", " avx512", " avx2", " portable"))
     assert (tmp_path / "site/clvp_fast/_native/clvp_fast.h").read_bytes() == (ROOT / "csrc/clvp_fast.h").read_bytes()
     # The library holds no Python ABI; a platform's name, and not `any`, is in the tag.
     assert re.fullmatch(r"clvp_fast-[\d.]+-py3-none-(?!any)\w+\.whl", wheel.name)
