@@ -3,12 +3,29 @@
 import torch
 
 from clvp_fast import ops
+from clvp_fast.engine.products import Int8Products, ModuleProducts
 from clvp_fast.models.clvp.layers import add_layer_norm, embed
 from clvp_fast.models.clvp.parameters import apply_linear
+from clvp_fast.ops.dispatch import OPERATORS
 from clvp_fast.ops.paged_attention import FLOAT8
 
+# On x86 with torch 2.13 (MKL) a float32 row has the same bits in all products of 12 rows or more, and others below.
+_MIN_MKL_ROWS = 16
 # How many standard deviations of a key or value a float8 page holds before it clamps.
 _FLOAT8_RANGE = 16.0
+
+
+def min_rows(model) -> int:
+    """How few rows a step may have, so that their number has no say in the bits of any: 1 where products promise that.
+
+    Products of bfloat16 and float16 do, and the CPU's own kernel of `linear`; other float32 products on a CPU do not.
+    """
+    weight, config = model.lm_head.weight, model.config
+    if weight.device.type != "cpu" or weight.dtype != torch.float32:
+        return 1
+    widths = config.hidden_size, config.n_inner or 4 * config.hidden_size
+    served = OPERATORS["linear"].explain(weight.device).backend == "kernel"
+    return 1 if served and not any(width % 32 for width in widths) else _MIN_MKL_ROWS
 
 
 class KVPages:
@@ -54,9 +71,16 @@ class PagedDecoder:
         residual_dtype: of the sum that runs through the layers; by default float32, with a model in a half type too,
             as a half type would round it twice a layer. Norms are computed in float32 in any case, and what they hand
             to the products is of the model's dtype.
+        weight_dtype: `torch.int8`: the layers' products run over copies of their weights in 8 bits, made here (the
+            head's do not); by default over the model's own.
+
+    Raises:
+        ValueError: another `weight_dtype`, or int8 for layers with adapters or hooks.
     """
 
-    def __init__(self, model, residual_dtype: torch.dtype | None = None):
+    def __init__(self, model, residual_dtype: torch.dtype | None = None, weight_dtype: torch.dtype | None = None):
+        if weight_dtype not in (None, torch.int8):
+            raise ValueError(f"weight_dtype must be torch.int8, or None for the model's own, not {weight_dtype}")
         config = model.config
         self.model = model
         self.num_layers = config.num_hidden_layers
@@ -66,6 +90,8 @@ class PagedDecoder:
         self.vocab_size = config.vocab_size
         self.contiguous_positions = bool(getattr(config, "contiguous_positions", False))
         self._residual_dtype = residual_dtype
+        products = ModuleProducts if weight_dtype is None else Int8Products
+        self._products = [products(layer) for layer in model.model.decoder.layers]
 
     @property
     def residual_dtype(self) -> torch.dtype:
@@ -128,11 +154,11 @@ class PagedDecoder:
         hidden = prompt_embeds.to(self.residual_dtype)
         layers = self.model.model.decoder.layers
         for index, layer in enumerate(layers):
-            q, k, v = layer.attn.project(self._normed(layer.input_layernorm, hidden))
+            q, k, v = self._products[index].project(self._normed(layer.input_layernorm, hidden))
             attended = ops.paged_prefill(q, k, v, cu_seqlens, **pages.layer(index), block_table=block_table)
             # Of the last layer keys and values are all that a candidate will read.
             if index < len(layers) - 1:
-                hidden = self._after_attention(layer, attended, hidden)
+                hidden = self._after_attention(index, attended, hidden)
 
     def step(
         self,
@@ -169,11 +195,11 @@ class PagedDecoder:
         )
         tables = dict(prefix_table=prefix_table, prefix_lens=prefix_lens, prefix_index=prefix_index, arrivals=arrivals)
         for index, layer in enumerate(decoder.layers):
-            q, k, v = layer.attn.project(self._normed(layer.input_layernorm, hidden))
+            q, k, v = self._products[index].project(self._normed(layer.input_layernorm, hidden))
             attended = ops.paged_attention_decode(
                 q, k, v, **pages.layer(index), block_table=block_table, seq_lens=seq_lens, **tables
             )
-            hidden = self._after_attention(layer, attended, hidden)
+            hidden = self._after_attention(index, attended, hidden)
         first, second = decoder.layer_norm, self.model.final_norm
         _, hidden = ops.double_layer_norm(
             hidden,
@@ -191,9 +217,8 @@ class PagedDecoder:
         """The layer norm of the residual, in the dtype of the weights that it is multiplied with."""
         return add_layer_norm(norm, hidden, out_dtype=self.dtype)[1]
 
-    @staticmethod
-    def _after_attention(layer, attended: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    def _after_attention(self, index: int, attended: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         """`attended` `[tokens, num_heads, head_dim]` and the residual `[tokens, hidden_size]` to a layer's result."""
-        projected = apply_linear(layer.attn.out_proj, attended.flatten(-2))
-        residual, normed = add_layer_norm(layer.post_attention_layernorm, projected, hidden)
-        return layer.mlp(normed, residual)
+        products, layer = self._products[index], self.model.model.decoder.layers[index]
+        residual, normed = add_layer_norm(layer.post_attention_layernorm, products.out(attended.flatten(-2)), hidden)
+        return products.mlp(normed, residual)

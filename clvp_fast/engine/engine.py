@@ -57,6 +57,8 @@ class CandidateEngine:
         memory_fraction: of the memory that is free now, how much keys and values and the rest may take.
         page_size: tokens a page of keys and values, 16 or 32.
         page_dtype: `torch.float8_e4m3fn` to keep keys and values in 8 bits; by default the model's dtype.
+        weight_dtype: `torch.int8` to decode with copies of the layers' weights in 8 bits, which are made here; by
+            default with the model's own. docs/architecture.md tells what either changes.
         scoring: "padded", as the original scores, or "trimmed" ([`Ranker`] explains them).
         latents: keep the decoder's states of the candidates, for the `latents` of results.
         deterministic: decode at one fixed number of rows, so that in half types too the bits of a candidate cannot
@@ -77,13 +79,14 @@ class CandidateEngine:
         memory_fraction: float = 0.9,
         page_size: int = 16,
         page_dtype: torch.dtype | None = None,
+        weight_dtype: torch.dtype | None = None,
         scoring: str = "padded",
         latents: bool = False,
         deterministic: bool = False,
     ):
         self.model = model.eval()
         self.processor = processor
-        self._options = dict(page_size=page_size, page_dtype=page_dtype, latents=latents)
+        self._options = dict(page_size=page_size, page_dtype=page_dtype, weight_dtype=weight_dtype, latents=latents)
         self._memory_fraction, self._deterministic, self._num_pages = memory_fraction, deterministic, num_pages
         self.max_new_tokens = min(500, speech_limit(model)) if max_new_tokens is None else max_new_tokens
         self.memory: MemoryPlan = self._plan(16 if max_batch is None and model.device.type == "cpu" else max_batch)

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from clvp_fast.engine.runner import MIN_ROWS, PREFILL_TOKENS
+from clvp_fast.engine.decoder import min_rows
+from clvp_fast.engine.runner import PREFILL_TOKENS
 from clvp_fast.engine.scheduler import batch_buckets
 
 # Beyond these slots a step is bound by the keys and values that it reads, and more of them gain next to nothing.
@@ -24,6 +25,7 @@ class DecoderSizes:
         itemsize, page_itemsize: bytes of a parameter, and of a stored key's or value's channel.
         on_cpu: CPU: the torch path samples, prompts are prefilled one by one.
         min_rows: of a step.
+        copied_weights: bytes of the layers' weights in 8 bits, if they are made.
     """
 
     num_layers: int
@@ -35,10 +37,13 @@ class DecoderSizes:
     page_itemsize: int
     on_cpu: bool = True
     min_rows: int = 1
+    copied_weights: int = 0
 
     @classmethod
-    def of(cls, model: Any, page_dtype: torch.dtype | None = None) -> "DecoderSizes":
-        """The sizes of a `ClvpForCausalLM` whose pages are of `page_dtype`, by default of its own dtype."""
+    def of(
+        cls, model: Any, page_dtype: torch.dtype | None = None, weight_dtype: torch.dtype | None = None
+    ) -> "DecoderSizes":
+        """The sizes of a `ClvpForCausalLM`; `page_dtype` and `weight_dtype` as for `Runner`."""
         config, weight = model.config, model.lm_head.weight
         on_cpu = weight.device.type == "cpu"
         return cls(
@@ -50,8 +55,15 @@ class DecoderSizes:
             itemsize=weight.dtype.itemsize,
             page_itemsize=(page_dtype or weight.dtype).itemsize,
             on_cpu=on_cpu,
-            min_rows=MIN_ROWS if on_cpu and weight.dtype == torch.float32 else 1,
+            min_rows=min_rows(model),
+            copied_weights=0 if weight_dtype is None else _layer_weights(model) * weight_dtype.itemsize,
         )
+
+
+def _layer_weights(model: Any) -> int:
+    """How many weights the layers' products have, their scales of rows counted by their bytes."""
+    hidden, inner = model.config.hidden_size, model.config.n_inner or 4 * model.config.hidden_size
+    return model.config.num_hidden_layers * (4 * hidden * hidden + 2 * hidden * inner + 4 * (5 * hidden + inner))
 
 
 @dataclass(frozen=True)
@@ -118,6 +130,7 @@ def plan(
     *,
     max_prefix_len: int | None = None,
     page_dtype: torch.dtype | None = None,
+    weight_dtype: torch.dtype | None = None,
     latents: bool = False,
 ) -> MemoryPlan:
     """Plan pages and slots for a decoder whose weights are loaded.
@@ -132,7 +145,7 @@ def plan(
         max_batch: the most slots; None: 512.
         max_new_tokens, max_prefix_len: the longest candidate and prompt; the latter by default the longest of a text.
         page_size: tokens a page.
-        page_dtype, latents: as for `Runner`.
+        page_dtype, weight_dtype, latents: as for `Runner`.
 
     Raises:
         ValueError: numbers that cannot be, or not even one candidate fits, with the sizes.
@@ -145,7 +158,7 @@ def plan(
         raise ValueError(f"max_new_tokens and page_size must be from 1 up, not {max_new_tokens} and {page_size}")
     if max_prefix_len is None:
         max_prefix_len = model.config.max_text_tokens + 1
-    sizes = model if isinstance(model, DecoderSizes) else DecoderSizes.of(model, page_dtype)
+    sizes = model if isinstance(model, DecoderSizes) else DecoderSizes.of(model, page_dtype, weight_dtype)
     budget = int(free_bytes * memory_fraction)
     own, prefix = (-(-tokens // page_size) for tokens in (max_new_tokens, max_prefix_len))
     page_bytes = 2 * sizes.num_layers * page_size * sizes.hidden_size * sizes.page_itemsize
@@ -177,14 +190,16 @@ def _fixed(
     """Bytes of all but the pages, for steps of `rows` rows."""
     # Of a slot: thirteen 64-bit numbers and three of 32 bits, tables, the bitmap of seen tokens, counters, results.
     words = 2 * 13 + 3 + own + prefix + -(-sizes.vocab_size // 32) + sizes.num_heads + 4
-    # Of a row of activations: the residual before and after, its norm, a projection, and the widest between them.
+    # Of a row of activations: the residual before and after, in float32 at least; its norm, a projection, and the
+    # widest between them.
     widest = max(4 * sizes.hidden_size, sizes.intermediate_size)
-    activations = (4 * sizes.hidden_size + widest) * sizes.itemsize
+    activations = 2 * sizes.hidden_size * max(4, sizes.itemsize) + (2 * sizes.hidden_size + widest) * sizes.itemsize
     logits = sizes.vocab_size * (sizes.itemsize + (_SAMPLE_BYTES if sizes.on_cpu else 0))
     # The attention's kernel keeps a float32 sum for each part of a row's tokens, about one a page or two.
     partial = 0 if sizes.on_cpu else 4 * (own + prefix) * (sizes.hidden_size + 2 * sizes.num_heads)
     prefilled = max_prefix_len if sizes.on_cpu else max(PREFILL_TOKENS, max_prefix_len)
     return {
+        "weights": sizes.copied_weights,
         "slots": 4 * words * rows,
         "latents": rows * (max_new_tokens + 1) * sizes.hidden_size * sizes.itemsize if latents else 0,
         "step": rows * (activations + logits + partial),

@@ -4,11 +4,10 @@ Only here the host and the device exchange anything: a scheduler's changes go th
 (`slots.py`), tokens come back behind it and are read when wanted. Within a step nothing is read on the host:
 embed → layers → norms → head → sample → state.
 
-The bits of a row. Our operators treat each row alone; torch's matrix products promise less. On x86 with torch 2.13
-(MKL) a float32 row has the same bits in all products of 12 rows or more, whichever way round, and others below, where
-other routines serve. In bfloat16 and float16 any number of rows gives the same bits, in float64 hardly two do. So a
-float32 step on a CPU has at least `MIN_ROWS` rows, inactive ones for padding, and prompts are prefilled one by one;
-`deterministic=True` keeps one number of rows on any machine and in any dtype.
+The bits of a row. Our operators treat each row alone; torch's matrix products promise less, in float32 on a CPU
+(`decoder.min_rows`) and in float64, where hardly two numbers of rows agree. So a step has at least as many rows as give
+each its own bits, inactive ones for padding, and prompts are prefilled one by one; `deterministic=True` keeps one
+number of rows on any machine and in any dtype.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,12 +18,11 @@ import numpy as np
 import torch
 
 from clvp_fast import ops
-from clvp_fast.engine.decoder import PagedDecoder
+from clvp_fast.engine.decoder import PagedDecoder, min_rows
 from clvp_fast.engine.scheduler import batch_buckets
 from clvp_fast.engine.slots import NEUTRAL, SlotState, to_device
 from clvp_fast.ops.dispatch import OPERATORS
 
-MIN_ROWS = 16
 # How many tokens of several prompts are prefilled at once.
 PREFILL_TOKENS = 8192
 
@@ -61,6 +59,7 @@ class Runner:
         max_new_tokens: the most that a candidate may draw.
         max_prefix_len: of a prompt in tokens; by default the longest that a text makes.
         page_dtype: `torch.float8_e4m3fn`; None: the dtype of the model.
+        weight_dtype: `torch.int8`: the layers' products run over copies of their weights in 8 bits; None: as they are.
         latents: keep the hidden state, after both final norms, that each token was drawn from; see `latents`.
         deterministic: every step has `max_batch` rows, so that their number has no say in the bits of a row; for
             `paged_attention_decode` too, whose torch path would look at all rows, refused here.
@@ -82,11 +81,12 @@ class Runner:
         *,
         max_prefix_len: int | None = None,
         page_dtype: torch.dtype | None = None,
+        weight_dtype: torch.dtype | None = None,
         latents: bool = False,
         deterministic: bool = False,
         capture: bool | None = None,
     ):
-        decoder = self.decoder = PagedDecoder(model)
+        decoder = self.decoder = PagedDecoder(model, weight_dtype=weight_dtype)
         config, device = model.config, decoder.device
         if min(num_pages, page_size, max_batch) < 1:
             raise ValueError(
@@ -103,7 +103,7 @@ class Runner:
         self.max_prefix_len = config.max_text_tokens + 1 if max_prefix_len is None else max_prefix_len
         self.deterministic = deterministic
         self._captures = device.type == "cuda" if capture is None else capture
-        self._min_rows = MIN_ROWS if device.type == "cpu" and decoder.dtype == torch.float32 else 1
+        self._min_rows = min_rows(model)
         self._prefill_tokens = 0 if deterministic or device.type == "cpu" else PREFILL_TOKENS
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._addresses: tuple[int, ...] = ()
@@ -300,6 +300,6 @@ class Runner:
                 continue
             bounds = np.cumsum([0, *(one.prefix_len for one in group)])
             bounds, rows = to_device(self.device, bounds, np.array([one.prefix_row for one in group]))
-            embeds = torch.cat([prompts[one.key].to(self.device, self.decoder.dtype) for one in group])
+            embeds = torch.cat([prompts[one.key].to(self.device, self.decoder.residual_dtype) for one in group])
             self.decoder.prefill(embeds, bounds.int(), self.pages, self.slots.tensors["prefix_table"][rows])
             group, tokens = [], 0

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from clvp_fast.engine.memory import DecoderSizes, MemoryPlan, human_bytes, plan
+from clvp_fast.engine.products import Int8Linear
 from clvp_fast.engine.runner import Runner
 from tests.engine.test_decoder import tiny
 
@@ -79,17 +80,21 @@ def test_bad_numbers(options, message):
         full(10**10, **options)
 
 
+@pytest.mark.parametrize("weight_dtype", [None, torch.int8])
 @pytest.mark.parametrize("page_dtype", [None, torch.float8_e4m3fn])
 @pytest.mark.parametrize("dtype, max_batch", [(torch.float32, 40), (torch.float32, 3), (torch.bfloat16, 40)])
-def test_parts_are_those_of_a_runner(dtype, max_batch, page_dtype):
+def test_parts_are_those_of_a_runner(dtype, max_batch, page_dtype, weight_dtype):
     model = tiny().speech_decoder_model.to(dtype)
-    options = dict(page_dtype=page_dtype, latents=True)
+    options = dict(page_dtype=page_dtype, latents=True, weight_dtype=weight_dtype)
     found = plan(model, 2 * 10**7, max_batch=max_batch, max_new_tokens=50, **options)
     assert 1 <= found.max_batch <= max_batch and found.total <= found.budget
     runner = Runner(model, found.num_pages, found.page_size, found.max_batch, found.max_new_tokens, **options)
     assert found.parts["pages"] == runner.pages.data.nbytes
     assert found.parts["latents"] == runner._latents.nbytes
     assert found.max_prefix_len == runner.max_prefix_len == 65
+    copies = [one for layer in runner.decoder._products for one in vars(layer).values() if isinstance(one, Int8Linear)]
+    assert found.parts["weights"] == sum(one.weight.nbytes + one.scale.nbytes for one in copies)
+    assert bool(copies) == (weight_dtype is not None)
     state = runner.slots._arena.nbytes + runner._arrivals.nbytes
     results = runner._result(max(found.max_batch, runner._min_rows)).nbytes
     assert found.parts["slots"] == state + results
@@ -116,7 +121,15 @@ def test_a_plan_prints_as_a_table():
     text = str(full(20 * 10**9, latents=True))
     lines = text.splitlines()
     assert re.fullmatch(r"\d+ candidates at once, of up to 500 tokens", lines[0])
-    assert [line.split()[0] for line in lines[1:]] == ["pages", "slots", "latents", "step", "prefill", "total"]
+    assert [line.split()[0] for line in lines[1:]] == [
+        "pages",
+        "weights",
+        "slots",
+        "latents",
+        "step",
+        "prefill",
+        "total",
+    ]
     assert "of 16 tokens" in lines[1] and lines[-1].endswith("of 18 GB")
     assert isinstance(full(10**10), MemoryPlan)
 

@@ -11,13 +11,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from clvp_fast import native, ops
 from clvp_fast.engine import runner as runner_module, slots as slots_module
-from clvp_fast.engine.runner import MIN_ROWS, Runner
+from clvp_fast.engine.decoder import min_rows
+from clvp_fast.engine.runner import Runner
 from clvp_fast.engine.sampling_params import SamplingParams
 from clvp_fast.engine.scheduler import Admission, Prefill, Scheduler
+from clvp_fast.ops.dispatch import OPERATORS
 from tests.engine.test_decoder import Loop, prompts, tiny
 from tests.models.clvp.builders import START, STOP
 
 PAGE_SIZE = 16
+# So many that a row has its bits by any product.
+ROWS = 16
 GREEDY = SamplingParams(do_sample=False, repetition_penalty=1.0, max_new_tokens=40, seed=0)
 SAMPLED = SamplingParams(max_new_tokens=40, seed=5, temperature=1.3, top_p=0.95)
 
@@ -235,10 +239,10 @@ def test_draws_are_those_of_the_operator():
     model = tiny()
     prompt_list = prompts(model, (4, 23, 9, 40, 15))
     for key, params in enumerate(VARIED):
-        loop = Loop(model.speech_decoder_model, [prompt_list[key]], [0] * MIN_ROWS, steps=30)
-        seen = torch.zeros(MIN_ROWS, 10, dtype=torch.int32)
+        loop = Loop(model.speech_decoder_model, [prompt_list[key]], [0] * ROWS, steps=30)
+        seen = torch.zeros(ROWS, 10, dtype=torch.int32)
         seen[:, START // 32] = 1 << START % 32
-        lengths, done = torch.zeros(MIN_ROWS, dtype=torch.int64), torch.zeros(MIN_ROWS, dtype=torch.bool)
+        lengths, done = torch.zeros(ROWS, dtype=torch.int64), torch.zeros(ROWS, dtype=torch.bool)
         names = ("temperature", "top_k", "top_p", "typical_p", "min_p", "repetition_penalty", "do_sample", "seed")
         settings = {name: getattr(params, name) for name in names} | dict(stop_token=-1, pad_token=-1)
         if not params.do_sample:
@@ -295,9 +299,10 @@ def test_few_rows_would_have_other_bits(monkeypatch):
     """What the least number of rows is for, on the machine that these tests run on; elsewhere it costs a little."""
     model = tiny()
     (prompt,) = prompts(model, (7,))
-    _, padded = alone(model, prompt, GREEDY, max_batch=20)
-    monkeypatch.setattr(runner_module, "MIN_ROWS", 1)
-    _, bare = alone(model, prompt, GREEDY, max_batch=20)
+    with ops.backend("torch"):
+        _, padded = alone(model, prompt, GREEDY, max_batch=20)
+        monkeypatch.setattr(runner_module, "min_rows", lambda model: 1)
+        _, bare = alone(model, prompt, GREEDY, max_batch=20)
     torch.testing.assert_close(bare, padded, atol=1e-4, rtol=1e-4)
     if torch.equal(bare, padded):
         pytest.skip("one row has the same bits here")
@@ -311,11 +316,32 @@ def test_steps_have_enough_rows(monkeypatch):
     monkeypatch.setattr(
         Runner, "_step", lambda self, count, **agreed: rows.append(count) or step(self, count, **agreed)
     )
-    for options, slot in (({}, 0), ({"max_batch": 20}, 18), ({"max_batch": 20, "deterministic": True}, 0)):
-        driver = Driver(model, prompts(model), [GREEDY] * 3, **options)
-        driver.admit(slot, 0)
-        driver.step()
-    assert rows == [MIN_ROWS, 19, 20]
+    for least in (1, 16):
+        monkeypatch.setattr(runner_module, "min_rows", lambda model, least=least: least)
+        for options, slot in (({}, 0), ({"max_batch": 20}, 18), ({"max_batch": 20, "deterministic": True}, 0)):
+            driver = Driver(model, prompts(model), [GREEDY] * 3, **options)
+            driver.admit(slot, 0)
+            driver.step()
+        assert rows == [least, 19, 20]
+        rows.clear()
+
+
+@pytest.mark.parametrize(
+    "dtype, backend, changes, least",
+    [
+        (torch.float32, None, {}, 1),
+        (torch.float32, None, {"n_inner": 72}, 16),
+        (torch.float32, "torch", {}, 16),
+        (torch.bfloat16, "torch", {}, 1),
+    ],
+)
+def test_few_rows_where_products_promise_their_bits(dtype, backend, changes, least):
+    model = tiny().speech_decoder_model.to(dtype)
+    model.config.update(changes)
+    if OPERATORS["linear"].explain(torch.device("cpu")).backend != "kernel":
+        least = 1 if dtype == torch.bfloat16 else 16
+    with ops.backend(backend):
+        assert min_rows(model) == least
 
 
 @needs_own_attention
@@ -447,7 +473,7 @@ def test_nothing_is_read_within_a_step():
     driver.admit(2, 1)
     driver.step()
     with NoReading(), torch.inference_mode():
-        driver.runner._step(MIN_ROWS)
+        driver.runner._step(driver.runner.max_batch)
     with NoReading(), pytest.raises(AssertionError):
         torch.zeros(1).item()
 
@@ -610,7 +636,7 @@ def test_warm_up_without_capture_does_nothing():
 def test_state_is_laid_out_as_named():
     """64-bit fields keep their bits on the way through 32-bit words."""
     model = tiny()
-    driver = Driver(model, prompts(model), [SAMPLED, VARIED[2], VARIED[3]])
+    driver = Driver(model, prompts(model), [SAMPLED, VARIED[2], VARIED[3]], max_batch=16)
     driver.admit(4, 1, 2**31 - 1)
     driver.admit(1, 2, 3)
     driver.runner.apply(driver.pending, driver.prompts, driver.params)

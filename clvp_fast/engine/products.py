@@ -1,0 +1,73 @@
+"""The matrix products of a decoder layer: through the layer's own modules, or over int8 weights of the engine's."""
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from clvp_fast import ops
+from clvp_fast.models.clvp.parameters import apply_linear, is_plain
+
+
+class ModuleProducts:
+    """The products of a `ClvpDecoderLayer` by its modules; its parameters are shared.
+
+    All take and give rows `[tokens, ...]` of the model's dtype.
+    """
+
+    def __init__(self, layer: nn.Module):
+        self.project = layer.attn.project
+        self.mlp = layer.mlp
+        self._out_proj = layer.attn.out_proj
+
+    def out(self, attended: torch.Tensor) -> torch.Tensor:
+        return apply_linear(self._out_proj, attended)
+
+
+class Int8Linear:
+    """A linear layer over a copy of its weights in 8 bits, symmetric, with a scale for each row.
+
+    Args:
+        weight: `[out, in]`.
+        bias: `[out]`, or None; shared.
+    """
+
+    @torch.no_grad()
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None):
+        # A row of zeros has any scale; the smallest normal number keeps it from 0 / 0.
+        largest = weight.float().abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny)
+        self.scale = largest / 127
+        self.weight = (weight.float() / self.scale[:, None]).round().to(torch.int8)
+        self._bias = bias
+
+    def __call__(self, x: torch.Tensor, activation: str | None = None) -> torch.Tensor:
+        return ops.linear(x, self.weight, self._bias, scale=self.scale, activation=activation)
+
+
+class Int8Products:
+    """The products of a `ClvpDecoderLayer` over int8 copies of its weights, made here; activations stay as they are.
+
+    Raises `ValueError` if a linear layer has been replaced or hooked: its weights would not say what it computes.
+    """
+
+    def __init__(self, layer: nn.Module):
+        attn, mlp = layer.attn, layer.mlp
+        linears = [attn.q_proj, attn.k_proj, attn.v_proj]
+        plain = all(is_plain(linear, nn.Linear) for linear in (*linears, attn.out_proj))
+        if not plain or not all(is_plain(conv, Conv1D) for conv in (mlp.c_fc, mlp.c_proj)):
+            raise ValueError("int8 weights are made of plain linear layers: merge adapters, and remove hooks, first")
+        biases = [linear.bias for linear in linears]
+        self._heads = attn.num_heads, attn.head_dim
+        self._qkv = Int8Linear(
+            torch.cat([linear.weight for linear in linears]), None if biases[0] is None else torch.cat(biases)
+        )
+        self.out = Int8Linear(attn.out_proj.weight, attn.out_proj.bias)
+        self._activation = mlp.config.activation_function
+        self._in = Int8Linear(mlp.c_fc.weight.t(), mlp.c_fc.bias)
+        self._out = Int8Linear(mlp.c_proj.weight.t(), mlp.c_proj.bias)
+
+    def project(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values `[tokens, num_heads, head_dim]`, views of one projection."""
+        return self._qkv(hidden).view(*hidden.shape[:-1], 3, *self._heads).unbind(-3)
+
+    def mlp(self, hidden: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        return residual + self._out(self._in(hidden, self._activation))
