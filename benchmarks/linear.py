@@ -1,4 +1,4 @@
-"""Linear layers of few rows: `x W^T` as torch takes it against `W x^T`, over the decoder's shapes."""
+"""Linear layers of few rows on a CPU: the kernel, which reads weights as they lie, beside torch's own products."""
 
 import itertools
 
@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.harness import Provider, measure
-from clvp_fast.ops.linear import linear_columns
+from clvp_fast import ops
+from clvp_fast.engine.products import Int8Linear
 
 SHAPES = ((3072, 1024), (1024, 1024), (4096, 1024), (1024, 4096))
 LAYERS = 8
@@ -15,26 +16,37 @@ LAYERS = 8
 @torch.no_grad()
 def rows(device: str, repeats: int = 5) -> list[dict]:
     measured = []
-    for num_rows, (out, width) in itertools.product((1, 4, 16, 64, 96, 128, 256), SHAPES):
-        generator = torch.Generator().manual_seed(num_rows)
-        # As many weights as a few layers have: they come from memory, as in a decoding step.
-        weights = [torch.randn(out, width, generator=generator).to(device) for _ in range(LAYERS)]
-        x = torch.randn(num_rows, width, generator=generator).to(device)
-        bias = torch.randn(out, generator=generator).to(device)
+    for num_rows, (out, width) in itertools.product((1, 4, 16, 64, 128, 256, 512), SHAPES):
+        for dtype in (torch.float32, torch.bfloat16):
+            generator = torch.Generator().manual_seed(num_rows)
+            # As many weights as a few layers have: they come from memory, as in a decoding step.
+            exact = [torch.randn(out, width, generator=generator) for _ in range(LAYERS)]
+            weights = [weight.to(device, dtype) for weight in exact]
+            x = torch.randn(num_rows, width, generator=generator).to(device, dtype)
+            bias = torch.randn(out, generator=generator).to(device, dtype)
+            quantized = [Int8Linear(weight, bias) for weight in weights]
 
-        def by_rows(x=x, weights=weights, bias=bias):
-            return [F.linear(x, weight, bias) for weight in weights]
+            def torch_s(x=x, weights=weights, bias=bias):
+                return [F.linear(x, weight, bias) for weight in weights]
 
-        def by_columns(x=x, weights=weights, bias=bias):
-            return [linear_columns(x.t(), weight, bias).t().contiguous() for weight in weights]
+            def ours(x=x, weights=weights, bias=bias):
+                return [ops.linear(x, weight, bias) for weight in weights]
 
-        expected = F.linear(x.double(), weights[0].double(), bias.double())
-        errors = [float((run()[0] - expected).abs().max() / expected.abs().max()) for run in (by_rows, by_columns)]
-        measured += measure(
-            "linear",
-            {"rows": num_rows, "out": out, "in": width, "layers": LAYERS},
-            [Provider("x W^T", by_rows, errors[0], 1e-5), Provider("W x^T", by_columns, errors[1], 1e-5)],
-            repeats,
-            bytes=LAYERS * 4 * out * width,
-        )
+            def int8(x=x, quantized=quantized):
+                return [weight(x) for weight in quantized]
+
+            expected = F.linear(x.double(), weights[0].double(), bias.double())
+            meant = quantized[0].weight.double() * quantized[0].scale[:, None]
+            of_int8 = F.linear(x.double(), meant, bias.double())
+            allowed = 1e-5 if dtype == torch.float32 else 1e-2
+            providers = [
+                Provider(name, run, float((run()[0] - answer).abs().max() / answer.abs().max()), allowed)
+                for name, run, answer in (
+                    ("torch", torch_s, expected),
+                    ("kernel", ours, expected),
+                    ("kernel, int8 weights", int8, of_int8),
+                )
+            ]
+            shape = {"rows": num_rows, "out": out, "in": width, "layers": LAYERS, "dtype": str(dtype)[6:]}
+            measured += measure("linear", shape, providers, repeats, bytes=LAYERS * dtype.itemsize * out * width)
     return measured

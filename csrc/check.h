@@ -95,10 +95,9 @@ static inline int clvp_fast_check_linear(const struct clvp_fast_linear *call) {
     /* So large that no product of two sizes overflows. */
     const int64_t most = (int64_t)1 << 28;
     if (call->rows < 0 || call->rows > most || call->out_features < 0 || call->out_features > most ||
-        call->in_features < 32 || call->in_features > most || call->in_features % 32 != 0 ||
-        call->x_stride > most || call->x_stride < -most || call->weight_stride > most ||
-        call->weight_stride < -most || call->activation < CLVP_FAST_NO_ACTIVATION ||
-        call->activation > CLVP_FAST_GELU_TANH)
+        call->in_features < 32 || call->in_features > most || call->in_features % 32 != 0 || call->x_stride > most ||
+        call->x_stride < -most || call->weight_stride > most || call->weight_stride < -most ||
+        call->activation < CLVP_FAST_NO_ACTIVATION || call->activation > CLVP_FAST_GELU_TANH)
         return CLVP_FAST_BAD_SIZE;
     if (call->rows == 0 || call->out_features == 0) return CLVP_FAST_OK;
     if (!call->x || !call->weight || !call->out) return CLVP_FAST_NULL_POINTER;

@@ -16,7 +16,7 @@ using clvp_fast::share_out;
 namespace {
 
 #define CLVP_FAST_USABLE(name, isa) \
-    { name, &CLVP_FAST_OF(log_mel, isa), &CLVP_FAST_OF(linear, isa), CLVP_FAST_OF(attend, isa) }
+    {name, &CLVP_FAST_OF(log_mel, isa), &CLVP_FAST_OF(linear, isa), CLVP_FAST_OF(attend, isa)}
 
 std::vector<clvp_fast_isa> usable_isas() {
     std::vector<clvp_fast_isa> usable;
@@ -29,7 +29,8 @@ std::vector<clvp_fast_isa> usable_isas() {
             usable.push_back({"avx512bf16", avx512.log_mel, &clvp_fast_linear_avx512bf16, avx512.attend});
         usable.push_back(avx512);
     }
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) usable.push_back(CLVP_FAST_USABLE("avx2", avx2));
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+        usable.push_back(CLVP_FAST_USABLE("avx2", avx2));
 #endif
     usable.push_back(CLVP_FAST_USABLE("portable", portable));
     return usable;
@@ -67,8 +68,7 @@ const clvp_fast_isa *clvp_fast_find_isa(const char *name) {
 
 CLVP_FAST_EXPORT const char *clvp_fast_cpu_isa(void) { return clvp_fast_find_isa(nullptr)->name; }
 
-CLVP_FAST_EXPORT int clvp_fast_log_mel_cpu(const clvp_fast_log_mel *given, int32_t num_threads,
-                                           const char *isa_name) {
+CLVP_FAST_EXPORT int clvp_fast_log_mel_cpu(const clvp_fast_log_mel *given, int32_t num_threads, const char *isa_name) {
     if (const int refused = clvp_fast_check(given, 0)) return refused;
     const clvp_fast_isa *const isa = clvp_fast_find_isa(isa_name);
     if (!isa) return CLVP_FAST_NO_ISA;

@@ -38,9 +38,7 @@ struct Pairs {
     CLVP_FAST_INLINE Unit load(const int8_t *from) {
         return _mm512_cvtne2ps_pbh((__m512)load_floats(from + LANES), (__m512)load_floats(from));
     }
-    CLVP_FAST_INLINE Floats dot(Floats sum, Unit a, Unit b) {
-        return (Floats)_mm512_dpbf16_ps((__m512)sum, a, b);
-    }
+    CLVP_FAST_INLINE Floats dot(Floats sum, Unit a, Unit b) { return (Floats)_mm512_dpbf16_ps((__m512)sum, a, b); }
 };
 template <class In>
 using ProductsOf = std::conditional_t<std::is_same_v<In, uint16_t>, Pairs, Single>;
@@ -60,7 +58,8 @@ CLVP_FAST_INLINE void fold(const Floats *sums, float *to) {
         for (int half = LANES / 2; half > 0; half /= 2)
 #pragma GCC unroll 8
             for (int i = 0; i < half; ++i)
-                x[i] = interleave<float, 0>(x[i], x[i + half], Lane{}) + interleave<float, 1>(x[i], x[i + half], Lane{});
+                x[i] =
+                    interleave<float, 0>(x[i], x[i + half], Lane{}) + interleave<float, 1>(x[i], x[i + half], Lane{});
         store_floats(to + group * LANES, x[0]);
     });
 }
@@ -163,15 +162,17 @@ void run(const clvp_fast_linear *call, const void *packed, int64_t item, void *s
             else
                 multiply<Products, false>(x, rows, ahead, columns, products);
             for (int row = 0; row < TILE_ROWS; ++row)
-                memcpy(sums + ((tile - first_tile) * TILE_ROWS + row) * ITEM_COLUMNS + n,
-                       products + row * TILE_COLUMNS, TILE_COLUMNS * sizeof(float));
+                memcpy(sums + ((tile - first_tile) * TILE_ROWS + row) * ITEM_COLUMNS + n, products + row * TILE_COLUMNS,
+                       TILE_COLUMNS * sizeof(float));
         }
     }
     for (int64_t row = first_tile * TILE_ROWS; row < end_tile * TILE_ROWS && row < call->rows; ++row)
         finish<In>(call, sums + (row - first_tile * TILE_ROWS) * ITEM_COLUMNS, row, first, count);
 }
 
-size_t packed_bytes(const clvp_fast_linear *call) { return tiles_of(call) * TILE_ROWS * call->in_features * sizeof(float); }
+size_t packed_bytes(const clvp_fast_linear *call) {
+    return tiles_of(call) * TILE_ROWS * call->in_features * sizeof(float);
+}
 
 size_t scratch_bytes(const clvp_fast_linear *call) {
     return (ITEM_TILES * TILE_ROWS * ITEM_COLUMNS + TILE_COLUMNS * call->in_features) * sizeof(float);
@@ -193,7 +194,8 @@ void run_any(const clvp_fast_linear *call, const void *packed, int64_t item, voi
     if (call->dtype == CLVP_FAST_FLOAT32)
         int8 ? run<float, int8_t>(call, packed, item, scratch) : run<float, float>(call, packed, item, scratch);
     else
-        int8 ? run<uint16_t, int8_t>(call, packed, item, scratch) : run<uint16_t, uint16_t>(call, packed, item, scratch);
+        int8 ? run<uint16_t, int8_t>(call, packed, item, scratch)
+             : run<uint16_t, uint16_t>(call, packed, item, scratch);
 }
 
 }  // namespace

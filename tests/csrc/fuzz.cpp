@@ -1,6 +1,7 @@
-/* Random and hostile calls of log_mel (those of linear are in fuzz_linear.cpp), on a CPU and in the emulator of the CUDA kernel, for the sanitizers of addresses
- * and undefined behaviour: every array is an allocation of exactly its size. A call that must be refused is, and leaves
- * the features as they were; any other writes them all, and both implementations agree. */
+/* Random and hostile calls of log_mel (those of linear are in fuzz_linear.cpp), on a CPU and in the emulator of the
+ * CUDA kernel, for the sanitizers of addresses and undefined behaviour: every array is an allocation of exactly its
+ * size. A call that must be refused is, and leaves the features as they were; any other writes them all, and both
+ * implementations agree. */
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
