@@ -171,6 +171,8 @@ def test_subclasses_and_wrappers_are_refused():
     config = composite_config(transformers).text_config
     with pytest.raises(TypeError, match=r"not tests\.models\.clvp\.test_accelerate\.Sub"):
         accelerate(Sub(config))
+    with pytest.raises(TypeError, match=r"not tests\.models\.clvp\.test_accelerate\.ClvpEncoder"):
+        accelerate(type("ClvpEncoder", (Sub,), {"__module__": __name__})(config))
     with pytest.raises(TypeError, match="give the model inside"):
         accelerate(torch.compile(transformers.ClvpEncoder(config), backend="eager"))
 
