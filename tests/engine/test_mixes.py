@@ -24,14 +24,14 @@ needs_own_attention = pytest.mark.skipif(
 class Setting:
     """A model, requests to it and the runner's options; `alone` and `mixed` decode the requests by their numbers."""
 
-    def __init__(self, dtype: torch.dtype, **options):
+    def __init__(self, dtype: torch.dtype, device: str = "cpu", **options):
         model = tiny()
         random = python_random.Random(str(dtype))
         lengths = [random.randint(1, 50) for _ in range(REQUESTS)]
-        self.prompts = [prompt.to(dtype) for prompt in prompts(model, lengths)]
+        self.prompts = [prompt.to(device, dtype) for prompt in prompts(model, lengths)]
         with torch.no_grad():
             model.speech_decoder_model.lm_head.bias[STOP] = 1.5
-        self.model = model.to(dtype).speech_decoder_model
+        self.model = model.to(device, dtype).speech_decoder_model
         self.sampling = [self._parameters(random, seed) for seed in range(REQUESTS)]
         self.options = options
         self._alone = {}
@@ -60,6 +60,7 @@ class Setting:
         settings = dict(num_pages=num_pages, max_batch=max_batch) | self.options
         runner = Runner(self.model, page_size=PAGE_SIZE, max_new_tokens=LONGEST, latents=True, **settings)
         runner.pages.data.view(torch.uint8).fill_(0x7F)  # NaN in every dtype
+        runner.warm_up()
         return DecodeLoop(runner, latents=True, lag=lag)
 
     def job(self, number):

@@ -2,6 +2,7 @@
 
 from collections import deque
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -626,6 +627,33 @@ def test_shortcuts_are_what_the_slots_agree_on():
     driver.free(1), driver.free(0)
     driver.start()
     assert slots.shortcuts(4) == neutral | {"do_sample": False} and slots.shortcuts(3) == neutral | {"do_sample": True}
+
+
+@needs_own_attention
+def test_replays_in_the_place_of_steps():
+    """What a captured step does, on a CPU: more rows than slots, and no number in the place of a tensor."""
+    model = stopping(tiny())
+    prompt_list = prompts(model, (4, 23, 9, 40, 15))
+    expected = [alone(model, prompt_list[key], VARIED[key])[0] for key in range(5)]
+    driver = Driver(model, prompt_list, VARIED, max_batch=24, num_pages=200)
+    runner, step, replayed = driver.runner, driver.runner._step, set()
+
+    def replay(size):
+        replayed.add(size)
+        with torch.inference_mode():
+            step(size)
+
+    runner._graphs = {size: SimpleNamespace(replay=partial(replay, size)) for size in (16, 20, 24)}
+    runner._step = lambda *args, **options: pytest.fail("a step that could be replayed ran eagerly")
+    runner._addresses = runner.decoder.addresses()
+    for slot, key in enumerate((2, 4, 0)):
+        driver.admit(slot, key)
+    driver.step()
+    driver.admit(17, 1)
+    driver.admit(23, 3)
+    found = driver.run()
+    assert [found[key, 0] for key in range(5)] == expected
+    assert replayed >= {16, 24}
 
 
 def test_warm_up_without_capture_does_nothing():

@@ -1,0 +1,5 @@
+"""What tests of the engine watch, on a GPU too."""
+
+from tests.engine.conftest import happened
+
+__all__ = ["happened"]
