@@ -1,5 +1,7 @@
-/* Work shared out over threads that live as long as the call. */
+/* Work shared out over the process's OpenMP threads, or over threads that live as long as the call. */
 #pragma once
+
+#include <dlfcn.h>
 
 #include <atomic>
 #include <cstdint>
@@ -10,13 +12,35 @@
 
 namespace clvp_fast {
 
+/* Runs loop() on at most `count` threads at a time, this one among them.
+ *
+ * Torch's threads wait for work by spinning: other threads beside them would have to wait for a core. So the work is
+ * given to torch's own, by the entry point of its OpenMP library that compiled code calls, where that is loaded. */
+template <class Loop>
+inline void on_threads(int64_t count, const Loop &loop) {
+    typedef void (*Parallel)(void (*)(void *), void *, unsigned, unsigned);
+    if (count <= 1) return loop();
+    if (const Parallel parallel = reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"))) {
+        const auto call = [](void *given) { (*static_cast<const Loop *>(given))(); };
+        return parallel(call, const_cast<Loop *>(&loop), static_cast<unsigned>(count), 0);
+    }
+    std::vector<std::thread> threads;
+    try {
+        for (int64_t i = 1; i < count; ++i) threads.emplace_back(loop);
+    } catch (const std::exception &) {
+        /* The threads that there are do all of the work. */
+    }
+    loop();
+    for (std::thread &thread : threads) thread.join();
+}
+
 /* Calls work(thread's scratch, item) for items 0 .. count - 1 on at most num_threads threads; false if memory is short.
  */
 template <class Work>
 inline bool share_out(int64_t count, int32_t num_threads, size_t scratch_bytes, const Work &work) {
     std::atomic<int64_t> next{0};
     /* A few items at a time, so that the threads do not wait for one another at the counter. */
-    const int64_t step = 1 + count / (64 * (int64_t)num_threads);
+    const int64_t step = 1 + count / (64 * (int64_t)num_threads), parts = (count + step - 1) / step;
     const auto loop = [&] {
         void *scratch = scratch_bytes ? std::aligned_alloc(64, (scratch_bytes + 63) / 64 * 64) : nullptr;
         if (scratch_bytes && !scratch) return; /* The other threads do all of the work, if there are any. */
@@ -24,14 +48,7 @@ inline bool share_out(int64_t count, int32_t num_threads, size_t scratch_bytes, 
             for (int64_t item = first; item < first + step && item < count; ++item) work(scratch, item);
         std::free(scratch);
     };
-    std::vector<std::thread> threads;
-    try {
-        for (int64_t i = 1; i < num_threads && i < (count + step - 1) / step; ++i) threads.emplace_back(loop);
-    } catch (const std::exception &) {
-        /* The threads that there are do all of the work. */
-    }
-    loop();
-    for (std::thread &thread : threads) thread.join();
+    on_threads(num_threads < parts ? num_threads : parts, loop);
     return next >= count;
 }
 
