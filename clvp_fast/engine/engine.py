@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -149,37 +150,49 @@ class CandidateEngine:
         Args:
             sampling: of the requests that have none of their own; `SamplingParams()` by default.
             keep: how many of the best candidates a result's `best()` and `latents` hold.
-            on_token: called with request, candidate and token as they are drawn.
+            on_token: called with request, candidate and token as they are drawn; if it raises, its request fails.
         """
+        return self._iterate(requests, sampling, keep=keep, on_token=on_token)
+
+    def _iterate(self, requests, sampling=None, *, keep=1, on_token=None, given_up=None) -> Iterator[CandidateResult]:
+        """`generate`, which ends at the next step once `given_up` (a `threading.Event`) is set."""
         if isinstance(requests, CandidateRequest):
             requests = [requests]
         if keep < 1:
             raise ValueError(f"keep must be at least 1, not {keep}")
-        return self._generate(iter(requests), sampling or SamplingParams(), keep, on_token)
+        given_up = given_up or threading.Event()
+        return self._generate(iter(requests), sampling or SamplingParams(), keep, on_token, given_up)
 
-    def _generate(self, requests, sampling, keep, on_token) -> Iterator[CandidateResult]:
+    def _generate(self, requests, sampling, keep, on_token, given_up: threading.Event) -> Iterator[CandidateResult]:
         results: deque[CandidateResult] = deque()
         more = True
         try:
-            while True:
+            while not given_up.is_set():
                 while more and self._has_room():
                     request = next(requests, None)
                     more = request is not None
                     if more:
                         self._submit(request, sampling, keep, on_token, results)
+                # In this order, as another thread may finish what is pending at any time.
+                done = not more and not self._keys(lambda pending: pending.results is results)
                 while results:
                     yield results.popleft()
-                if not more and not any(pending.results is results for pending in self._pending.values()):
+                if done:
                     return
                 self._advance()
         finally:
-            for key in [key for key, pending in self._pending.items() if pending.results is results]:
+            for key in self._keys(lambda pending: pending.results is results):
                 self._cancel(key)
+
+    def _keys(self, chosen: Callable[[_Pending], bool]) -> list[int]:
+        """The keys of those pending requests that are `chosen`."""
+        with self._lock:
+            return [key for key, pending in self._pending.items() if chosen(pending)]
 
     def stream(
         self, request: CandidateRequest, sampling: SamplingParams | None = None, *, keep: int = 1
     ) -> Iterator[tuple[int, int] | CandidateResult]:
-        """(candidate, token) as they are drawn, and last of all the request's result."""
+        """(candidate, token) as they are drawn, and last of all the request's result; a cancelled one has none."""
         drawn: deque[tuple[int, int]] = deque()
         results: deque[CandidateResult] = deque()
 
@@ -188,11 +201,11 @@ class CandidateEngine:
 
         self._submit(request, sampling or SamplingParams(), keep, on_token, results)
         try:
-            while not results:
+            while not results and self._keys(lambda pending: pending.results is results):
                 self._advance()
                 while drawn:
                     yield drawn.popleft()
-            yield results.popleft()
+            yield from results
         finally:
             self.cancel(request)
 
@@ -200,16 +213,24 @@ class CandidateEngine:
         self, requests: Iterable[CandidateRequest] | CandidateRequest, sampling: SamplingParams | None = None, **options
     ) -> AsyncIterator[CandidateResult]:
         """`generate` for asyncio: the work is done in a thread, and several tasks share one batch."""
-        iterator = self.generate(requests, sampling, **options)
+        given_up, step = threading.Event(), None
+        iterator = self._iterate(requests, sampling, given_up=given_up, **options)
         try:
-            while (result := await asyncio.to_thread(next, iterator, None)) is not None:
+            while True:
+                step = asyncio.ensure_future(asyncio.to_thread(next, iterator, None))
+                if (result := await asyncio.shield(step)) is None:
+                    return
                 yield result
         finally:
+            # Who is cancelled while a thread decodes for it waits for the end of that step, which has the iterator.
+            given_up.set()
+            if step is not None and not step.done():
+                await asyncio.wait([step])
             iterator.close()
 
     def cancel(self, request: CandidateRequest) -> None:
         """Drop a request that was submitted; its candidates' places and pages are free at once. It gives no result."""
-        for key in [key for key, pending in self._pending.items() if pending.request is request]:
+        for key in self._keys(lambda pending: pending.request is request):
             self._cancel(key)
 
     def _cancel(self, key: int) -> None:
@@ -231,13 +252,23 @@ class CandidateEngine:
                 text_ids = self._text_ids(request)
                 prompt = self._prompt(request, text_ids)
                 job = Job(prompt, self._settings(request.sampling or sampling))
-                if on_token is not None:
-                    job.on_token = lambda candidate, token: on_token(request, candidate, token)
                 key = self._loop.add(job)
+                if on_token is not None:
+                    job.on_token = partial(self._tell, key, on_token)
                 prepared = time.perf_counter()
                 self._pending[key] = _Pending(request, text_ids, job, results, keep, submitted, prepared)
         except _REQUEST_ERRORS as error:
             results.append(CandidateResult(request, error=error, timings={"queue": time.perf_counter() - submitted}))
+
+    def _tell(self, key: int, on_token, candidate: int, token: int) -> None:
+        """Tell a listener, unless its request has ended meanwhile; if it raises, that request fails and no other."""
+        if (pending := self._pending.get(key)) is None:
+            return
+        try:
+            on_token(pending.request, candidate, token)
+        except Exception as error:
+            if key in self._pending:
+                self._fail(key, error)
 
     def _settings(self, sampling: SamplingParams) -> SamplingParams:
         """Sampling with a seed and a stop token."""

@@ -163,3 +163,71 @@ def test_errors_reach_their_task_alone(engine, alone):
     assert "max_new_tokens=25" in str(bad.error)
     assert_same(good, alone[4])
     assert_empty(engine)
+
+
+def test_a_stream_that_is_cancelled_elsewhere_ends(engine):
+    asked = request(7)
+    stream = engine.stream(asked, sampling(7))
+    drawn = [next(stream) for _ in range(2)]
+    engine.cancel(asked)
+    drawn += stream
+    assert all(isinstance(item, tuple) for item in drawn)
+    assert_empty(engine)
+
+
+def test_a_result_that_another_thread_finishes_is_not_lost(engine, alone, monkeypatch):
+    """Between two looks at what is pending, as far as can be: all is decoded to the end there."""
+    keys = engine._keys
+
+    def late(chosen):
+        while not engine._loop.idle:
+            engine._advance()
+        return keys(chosen)
+
+    monkeypatch.setattr(engine, "_keys", late)
+    (result,) = engine.generate(request(5), sampling(5))
+    assert_same(result, alone[5])
+
+
+def test_a_cancelled_task_frees_its_requests_and_no_other_s(engine, alone):
+    """It is cancelled while a thread decodes for it, which stops soon after."""
+    heard = []
+
+    async def one(index, settings, **options):
+        return [result async for result in engine.generate_async(request(index), settings, **options)]
+
+    async def run():
+        long = sampling(0, max_new_tokens=24, num_candidates=6)
+        slow = one(0, long, on_token=lambda *token: time.sleep(0.003) or heard.append(token))
+        cancelled, other = asyncio.create_task(slow), asyncio.create_task(one(4, sampling(4)))
+        while not heard:
+            await asyncio.sleep(0)
+        cancelled.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await cancelled
+        left = {pending.job.sampling.num_candidates for pending in engine._pending.values()}
+        return await other, left
+
+    (result,), left = asyncio.run(run())
+    assert_same(result, alone[4])
+    assert 6 not in left and len(heard) < 70
+    assert_empty(engine)
+
+
+def test_a_listener_that_raises_fails_its_request_alone(engine, alone):
+    others = {request(index, sampling=sampling(index)): index for index in (3, 4, 5)}
+    iterator = engine.generate(others)
+    results, heard = [next(iterator)], []
+
+    def on_token(asked, candidate, token):
+        heard.append(token)
+        if len(heard) == 5:
+            raise RuntimeError("the listener's own mistake")
+
+    (bad,) = engine.generate(request(7), sampling(7), on_token=on_token)
+    assert "own mistake" in str(bad.error) and len(heard) == 5
+    results += iterator
+    assert len(results) == 3
+    for result in results:
+        assert_same(result, alone[others[result.request]])
+    assert_empty(engine)
