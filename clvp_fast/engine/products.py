@@ -36,7 +36,7 @@ class Int8Linear:
         # A row of zeros has any scale; the smallest normal number keeps it from 0 / 0.
         largest = weight.float().abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny)
         self.scale = largest / 127
-        self.weight = (weight.float() / self.scale[:, None]).round().to(torch.int8)
+        self.weight = (weight.float() / self.scale[:, None]).round().to(torch.int8).contiguous()
         self._bias = bias
 
     def __call__(self, x: torch.Tensor, activation: str | None = None) -> torch.Tensor:

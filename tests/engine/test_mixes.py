@@ -126,8 +126,10 @@ def same_bits(found, expected):
     [
         (torch.float32, {}, 50),
         (torch.bfloat16, dict(deterministic=True, max_batch=20), 25),
+        (torch.float32, dict(weight_dtype=torch.int8), 15),
+        (torch.bfloat16, dict(weight_dtype=torch.int8, deterministic=True, max_batch=20), 15),
     ],
-    ids=["float32", "bfloat16, deterministic"],
+    ids=["float32", "bfloat16, deterministic", "int8 weights", "bfloat16, int8 weights, deterministic"],
 )
 def test_every_company(dtype, options, mixes, happened):
     setting = Setting(dtype, **options)
