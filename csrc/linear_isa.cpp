@@ -64,16 +64,24 @@ CLVP_FAST_INLINE void fold(const Floats *sums, float *to) {
     });
 }
 
-/* sums[row][column] of a tile: x is packed, weights are rows. AHEAD: those of the next tile's columns are fetched. */
-template <class Products, bool AHEAD, class Weight>
-CLVP_FAST_INLINE void multiply(const typename Products::Stored *x, const Weight *const (&weights)[TILE_COLUMNS],
-                               int64_t ahead, int64_t columns, float *to) {
+/* Rows of weights that will be wanted soon, `stride` bytes apart. They are fetched into the second-level cache, which
+ * waits for more of them at a time than the first. */
+struct Ahead {
+    const char *first;
+    int64_t stride;
+};
+
+/* sums[row][column] of a tile: x is packed, weights are rows. AHEAD rows are fetched meanwhile. */
+template <class Products, int AHEAD>
+CLVP_FAST_INLINE void multiply(const typename Products::Stored *x,
+                               const typename Products::Stored *const (&weights)[TILE_COLUMNS], const Ahead &ahead,
+                               int64_t columns, float *to) {
     Floats sums[TILE_ROWS * TILE_COLUMNS] = {};
     for (int64_t k = 0; k < columns; k += Products::COUNT, x += TILE_ROWS * Products::COUNT) {
         typename Products::Unit weight[TILE_COLUMNS];
-        unroll<TILE_COLUMNS>([&](auto j) CLVP_FAST_INLINED {
-            weight[j] = Products::load(weights[j] + k);
-            if (AHEAD) __builtin_prefetch((const char *)(weights[j] + k) + ahead);
+        unroll<TILE_COLUMNS>([&](auto j) CLVP_FAST_INLINED { weight[j] = Products::load(weights[j] + k); });
+        unroll<AHEAD>([&](auto j) CLVP_FAST_INLINED {
+            __builtin_prefetch(ahead.first + j * ahead.stride + k * (int64_t)sizeof(typename Products::Stored), 0, 2);
         });
         unroll<TILE_ROWS>([&](auto i) CLVP_FAST_INLINED {
             const typename Products::Unit row = Products::load(x + i * Products::COUNT);
@@ -147,20 +155,28 @@ void run(const clvp_fast_linear *call, const void *packed, int64_t item, void *s
                 for (int64_t k = 0; k < columns; k += Products::COUNT) {
                     const typename Products::Unit unit = Products::load(weight + k);
                     memcpy(staged + j * columns + k, &unit, sizeof unit);
-                    __builtin_prefetch((const char *)(weight + k) + ahead);
+                    __builtin_prefetch((const char *)(weight + k) + ahead, 0, 2);
                 }
                 rows[j] = staged + j * columns;
             } else {
                 rows[j] = weight;
             }
         }
+        /* The tiles share out the fetching of the next group's rows, so that memory is read all the time. */
+        const int64_t tiles = end_tile - first_tile, share = STAGED ? 0 : (TILE_COLUMNS + tiles - 1) / tiles;
         for (int64_t tile = first_tile; tile < end_tile; ++tile) {
             float products[TILE_ROWS * TILE_COLUMNS];
             const Stored *const x = (const Stored *)packed + tile * TILE_ROWS * columns;
-            if (!STAGED && tile == first_tile)
-                multiply<Products, true>(x, rows, ahead, columns, products);
+            const int64_t fetched = (tile - first_tile) * share, stride = call->weight_stride * (int64_t)sizeof(Weight);
+            const Ahead next = {(const char *)rows[0] + (TILE_COLUMNS + fetched) * stride, stride};
+            if (fetched >= TILE_COLUMNS || share == 0)
+                multiply<Products, 0>(x, rows, next, columns, products);
+            else if (share == 1)
+                multiply<Products, 1>(x, rows, next, columns, products);
+            else if (share == 2)
+                multiply<Products, 2>(x, rows, next, columns, products);
             else
-                multiply<Products, false>(x, rows, ahead, columns, products);
+                multiply<Products, TILE_COLUMNS>(x, rows, next, columns, products);
             for (int row = 0; row < TILE_ROWS; ++row)
                 memcpy(sums + ((tile - first_tile) * TILE_ROWS + row) * ITEM_COLUMNS + n, products + row * TILE_COLUMNS,
                        TILE_COLUMNS * sizeof(float));

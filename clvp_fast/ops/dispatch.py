@@ -63,6 +63,11 @@ def needs_grad(*tensors: torch.Tensor | None) -> bool:
     return any(t is not None and t.requires_grad for t in tensors)
 
 
+def autocasts(device: torch.device) -> bool:
+    """Whether torch's own functions cast what they are given on `device` now; dtypes then need not match."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
 def interpreted() -> bool:
     """Whether a kernel that runs on a CPU now is a Triton kernel in the interpreter: for tests, and when forced."""
     return _forced == "kernel" and os.environ.get("TRITON_INTERPRET") == "1"

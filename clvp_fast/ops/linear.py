@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from clvp_fast.ops.activations import ACTIVATIONS, activate, reference_activation
-from clvp_fast.ops.dispatch import Operator, as_rows, check_same, missing_on_gpu, needs_grad, shape_error
+from clvp_fast.ops.dispatch import Operator, as_rows, autocasts, check_same, missing_on_gpu, needs_grad, shape_error
 
 # Beyond these rows torch's own products are as fast (benchmarks/linear.py).
 MAX_ROWS = 512
@@ -127,8 +127,8 @@ def _plain(x, *args) -> bool:
     return (
         needs_grad(x, *args[:2])
         or torch.compiler.is_compiling()
-        or torch.is_autocast_enabled(x.device.type)
         or _OPERATOR.refusal(x.device) is not None
+        or autocasts(x.device)
         or _unserved(x, *args) is not None
     )
 

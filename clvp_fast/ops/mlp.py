@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from clvp_fast.ops.activations import ACTIVATIONS, activate, reference_activation
-from clvp_fast.ops.dispatch import Operator, as_rows, check_residual, check_same, needs_grad, shape_error
+from clvp_fast.ops.dispatch import Operator, as_rows, autocasts, check_residual, check_same, needs_grad, shape_error
 from clvp_fast.ops.linear import linear
 
 
@@ -133,14 +133,22 @@ def _check(x, w_in, b_in, w_out, b_out, residual, activation, halves):
         raise shape_error("b_in", f"[{in_shape[0]}]", b_in)
     if b_out.shape != (out_shape[0],):
         raise shape_error("b_out", f"[{out_shape[0]}]", b_out)
+    if residual is not None and residual.shape != (*x_shape[:-1], out_shape[0]):
+        raise shape_error("residual", f"{[*x_shape[:-1], out_shape[0]]}", residual)
+    cast = autocasts(x.device)
     device, dtype = x.device, x.dtype
     for name, tensor in (("w_in", w_in), ("b_in", b_in), ("w_out", w_out), ("b_out", b_out)):
         if tensor.dtype != dtype or tensor.device != device:
-            check_same(name, tensor, "x", x)
-    if residual is not None:
-        if residual.shape != (*x_shape[:-1], out_shape[0]):
-            raise shape_error("residual", f"{[*x_shape[:-1], out_shape[0]]}", residual)
+            check_same(name, tensor, "x", x, dtype=not cast)
+    if residual is not None and not cast:
         check_residual(residual, x)
+
+
+def _training(*tensors):
+    """Why a call is one for torch's own functions, or None."""
+    if autocasts(tensors[0].device):
+        return "autocast is on"
+    return "an input requires grad" if needs_grad(*tensors) else None
 
 
 def gelu_mlp(
@@ -170,9 +178,8 @@ def gelu_mlp(
         ValueError, TypeError: an unknown activation, or shapes, dtypes or devices that do not match.
     """
     _check(x, w_in, b_in, w_out, b_out, residual, activation, 1)
-    grad = "an input requires grad" if needs_grad(x, w_in, b_in, w_out, b_out, residual) else None
     args = (x, w_in, b_in, w_out, b_out, residual, activation)
-    return _GELU.choose(args, grad)(*args)
+    return _GELU.choose(args, _training(*args[:6]))(*args)
 
 
 def geglu_mlp(
@@ -205,5 +212,4 @@ def geglu_mlp(
     args = (x, w_in, b_in, w_out, b_out, residual, activation)
     if dropout_p > 0:
         return _GEGLU.choose(args, "dropout is for training")(*args, dropout_p)
-    grad = "an input requires grad" if needs_grad(x, w_in, b_in, w_out, b_out, residual) else None
-    return _GEGLU.choose(args, grad)(*args)
+    return _GEGLU.choose(args, _training(*args[:6]))(*args)

@@ -22,6 +22,9 @@ def test_weights_are_rounded_to_steps_of_their_row():
     torch.testing.assert_close(linear.scale[[0, 1, 2, 5]], weight.abs().amax(1)[[0, 1, 2, 5]] / 127)
     assert ((meant - weight).abs() <= 0.501 * linear.scale[:, None]).all()
     assert (meant[3] == 0).all()
+    # Conv1D keeps weights the other way round; the kernel reads rows.
+    turned = Int8Linear(weight.T.contiguous().T, None)
+    assert torch.equal(turned.weight, linear.weight) and turned.weight.is_contiguous()
 
 
 def rounded(model):

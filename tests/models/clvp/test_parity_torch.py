@@ -216,3 +216,22 @@ def test_resized_embeddings():
     assert ours.lm_head.weight.shape == (310, 128) and stock.lm_head.weight.shape == (300, 128)
     assert ours(codes()).logits.shape[-1] == 310
     assert isinstance(stock, transformers.ClvpForCausalLM)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("name", ["ClvpModelForConditionalGeneration", "ClvpForCausalLM", "ClvpEncoder"])
+def test_autocast(name, grad):
+    """Dtypes of results as stock's, numbers as near as bfloat16 comes, and gradients in the parameters' own dtype."""
+    models = pair(name)
+    outputs = []
+    for model in models:
+        with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(grad):
+            outputs.append(model(**inputs_of(name))[0])
+        if grad:
+            outputs[-1].float().square().sum().backward()
+    theirs, ours = outputs
+    assert ours.dtype == theirs.dtype == torch.bfloat16
+    torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.05)
+    if grad:
+        for key, gradient in gradients(models[1]).items():
+            assert gradient is None or (gradient.dtype == torch.float32 and gradient.isfinite().all()), key
