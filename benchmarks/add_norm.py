@@ -1,9 +1,12 @@
 """Residual addition and norm: of the encoders over the rows of scoring, of the decoder over those of a step."""
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 
-from benchmarks.kernels import Case, measure_case, ours
+from benchmarks.harness import Task
+from benchmarks.kernels import Case, name_of, ours, tasks as tasks_of
 from clvp_fast.ops import add_norm
 
 SHAPES = {
@@ -52,7 +55,7 @@ def cases(device: str):
 
             providers, absent = ours(call, "add_norm", device)
             yield Case(
-                shape=dict(kind=kind, rows=num_rows, width=width),
+                shape=dict(kind=kind, rows=num_rows, width=width, dtype=name_of(dtype)),
                 dtype=dtype,
                 inputs=inputs,
                 reference=reference,
@@ -64,5 +67,5 @@ def cases(device: str):
             )
 
 
-def rows(device: str) -> list[dict]:
-    return [row for case in cases(device) for row in measure_case("add_norm", case, device)]
+def tasks(device: str, smoke: bool = False) -> Iterator[Task]:
+    return tasks_of("add_norm", cases(device), device, smoke)

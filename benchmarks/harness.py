@@ -4,14 +4,15 @@ A row is written for a provider that passed the workload's own check; its error 
 run in turns, so that a slow minute of the machine falls on all of them.
 """
 
+import hashlib
 import json
 import platform
 import subprocess
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,21 @@ import torch
 
 from clvp_fast.cli.versions import versions
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks/results"
+# What a measurement depends on, and no document or result does.
+SOURCES = ("benchmarks", "clvp_fast", "kernels", "csrc")
+
+
+@dataclass
+class Task:
+    """One shape of a workload: a run writes its rows as soon as they are measured, and can leave out what it has.
+
+    shape: as in its rows, which no other task of the workload has. rows: measures them.
+    """
+
+    shape: dict
+    rows: Callable[[], list[dict]]
 
 
 @dataclass
@@ -27,7 +42,7 @@ class Provider:
     """One way to do the workload.
 
     name: as in the row. run: does it `calls` times. error: how far its result is from the reference, and the most
-        that is allowed.
+        that is allowed. counted: what of the row is this provider's alone (its dtype, the bytes that it must move).
     """
 
     name: str
@@ -35,6 +50,7 @@ class Provider:
     error: float
     tolerance: float
     calls: int = 1
+    counted: dict = field(default_factory=dict)
 
 
 @dataclass
@@ -47,11 +63,11 @@ class Machine:
     matmul_flop_per_s: dict[str, float]
 
     @classmethod
-    def measure(cls, device: str) -> "Machine":
+    def measure(cls, device: str, smoke: bool = False) -> "Machine":
         """Copy bandwidth, and the rate of a product in each dtype, the best of several tries."""
-        source = torch.randn((256 if device == "cpu" else 2048) * 1024 * 1024 // 4, device=device)
+        source = torch.randn((1 if smoke else 256 if device == "cpu" else 2048) * 1024 * 1024 // 4, device=device)
         target = torch.empty_like(source)
-        size = 1024 if device == "cpu" else 8192
+        size = 128 if smoke else 1024 if device == "cpu" else 8192
         rates = {}
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             a, b = torch.randn(2, size, size, device=device).to(dtype)
@@ -104,15 +120,16 @@ def _peak_extra_bytes(run: Callable[[], object]) -> int | None:
         return torch.cuda.max_memory_allocated() - before
     try:
         Path("/proc/self/clear_refs").write_text("5")
-        before = _status("VmRSS")
+        before = process_memory("VmRSS")
     except OSError:
         run()
         return None
     run()
-    return max(_status("VmHWM") - before, 0)
+    return max(process_memory("VmHWM") - before, 0)
 
 
-def _status(field: str) -> int:
+def process_memory(field: str) -> int:
+    """Bytes that Linux counts for this process: `VmRSS` now, `VmHWM` at most. Raises `OSError` elsewhere."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
@@ -142,6 +159,7 @@ def measure(workload: str, shape: dict, providers: list[Provider], repeats: int,
                     "refused": reason,
                     "error": provider.error,
                     **counted,
+                    **provider.counted,
                 }
             )
     providers = [provider for provider in providers if provider.error <= provider.tolerance]
@@ -165,6 +183,7 @@ def measure(workload: str, shape: dict, providers: list[Provider], repeats: int,
                 "error": provider.error,
                 "peak_extra_bytes": memory[provider.name],
                 **counted,
+                **provider.counted,
             }
         )
         print(
@@ -180,22 +199,80 @@ def _readable(seconds: float) -> str:
     return f"{seconds:7.3f} s" if seconds >= 0.1 else f"{seconds * 1e6:7.1f} us"
 
 
-def write_rows(rows: list[dict], machine: Machine, device: str, command: str) -> Path:
-    """Append `rows`, with device, versions, commit, time and command, to the device's file of results."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent)
+def all_rows(module, device: str, **options) -> list[dict]:
+    """The rows of every task of a workload's module."""
+    return [row for task in module.tasks(device, **options) for row in task.rows()]
+
+
+@cache
+def source() -> str:
+    """A mark of the code that is measured: another one, and rows are of another program. Sixteen hex digits."""
+    digest = hashlib.sha256()
+    for folder in SOURCES:
+        for path in sorted((ROOT / folder).rglob("*")):
+            if path.suffix in (".py", ".cpp", ".cu", ".cuh", ".h"):
+                digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+@cache
+def commit() -> str:
+    """Short name of the commit, with a `+` behind it where the code is not the commit's; or "unknown"."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=ROOT).stdout.strip()
+
+    changed = git("status", "--porcelain", "--", *SOURCES, ":!benchmarks/results")
+    return (git("rev-parse", "--short", "HEAD") or "unknown") + "+" * bool(changed)
+
+
+def folder_of(machine: Machine, device: str, results: Path | None = None) -> Path:
+    """Where the rows of a device are."""
+    return (results or RESULTS) / (device if device == "cpu" else "-".join(machine.name.lower().split()))
+
+
+def stored_rows(folder: Path) -> Iterator[dict]:
+    """The rows of a device's folder or of one file, in the order of the files. A line that was cut off is left out."""
+    for path in [folder] if folder.is_file() else sorted(folder.glob("*.jsonl")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError:
+                continue  # a run that was killed while it wrote
+
+
+def task_key(row: dict) -> tuple[str, str]:
+    """Which task of which workload a row belongs to."""
+    return row["workload"], json.dumps(row["shape"], sort_keys=True)
+
+
+def measured_tasks(folder: Path) -> set[tuple[str, str]]:
+    """The tasks that were measured here with the code as it is, by the keys of `task_key`."""
+    return {task_key(row) for row in stored_rows(folder) if row.get("source") == source()}
+
+
+def with_context(rows: list[dict], machine: Machine, command: str) -> list[dict]:
+    """`rows` with fraction of the limit, device, versions, commit, time and command."""
     context = {
         "device": machine.__dict__,
-        "versions": versions(),
-        "commit": commit.stdout.strip() or "unknown",
+        "versions": versions() | ({"cuda": torch.version.cuda} if torch.cuda.is_initialized() else {}),
+        "commit": commit(),
+        "source": source(),
         "utc": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command,
     }
-    folder = RESULTS / (device if device == "cpu" else "-".join(machine.name.lower().split()))
+    found = []
+    for row in rows:
+        limit = machine.limit_seconds(row) if row["seconds"] else None
+        against_limit = {} if limit is None else {"fraction_of_limit": limit / row["seconds"]["median"]}
+        found.append(row | against_limit | context)
+    return found
+
+
+def write_rows(rows: list[dict], folder: Path) -> Path:
+    """Append rows of one workload to its file in `folder`, in one piece."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{rows[0]['workload']}.jsonl"
     with path.open("a", encoding="utf-8") as file:
-        for row in rows:
-            limit = machine.limit_seconds(row) if row["seconds"] else None
-            against_limit = {} if limit is None else {"fraction_of_limit": limit / row["seconds"]["median"]}
-            file.write(json.dumps(row | against_limit | context) + "\n")
+        file.write("".join(json.dumps(row) + "\n" for row in rows))
     return path

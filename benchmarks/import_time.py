@@ -2,14 +2,17 @@
 
 import subprocess
 import sys
-from pathlib import Path
+from collections.abc import Iterator
+from functools import partial
 
-from benchmarks.harness import Provider, measure
-
-ROOT = Path(__file__).parent.parent
+from benchmarks.harness import ROOT, Provider, Task, measure
 
 
-def rows(device: str, repeats: int = 5) -> list[dict]:
+def tasks(device: str, smoke: bool = False) -> Iterator[Task]:
+    yield Task({}, partial(rows, 1 if smoke else 5))
+
+
+def rows(repeats: int) -> list[dict]:
     def run(statement: str) -> None:
         subprocess.run([sys.executable, "-c", statement], check=True, cwd=ROOT)
 

@@ -4,13 +4,15 @@ A `Case` is one shape of one operator with several ways to compute it. Each way 
 reference; a way whose error is beyond twice that of plain torch, plus rounding, is not timed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
 import clvp_fast
-from benchmarks.harness import Provider, measure
+from benchmarks.harness import Provider, Task, measure
 
 # Inputs are rotated over this many times the size of the last-level cache.
 _CACHES = 3
@@ -24,7 +26,8 @@ class Case:
     shape: for the row. inputs: `seed -> arguments`. reference: `arguments -> float64 result`. providers: by name,
         `arguments -> result`; the first one is plain torch, the baseline of speed and error. bytes: that must move.
         flop: that must be done. absent: by name, why a rival is not here. error: `result, expected -> number`, at most
-        `tolerance`, where the norm of the difference does not fit.
+        `tolerance`, where the norm of the difference does not fit. repeats: how often each is timed. threads: of
+        torch, while it is measured; None: as they are.
     """
 
     shape: dict
@@ -38,6 +41,12 @@ class Case:
     error: Callable[[torch.Tensor, torch.Tensor], float] | None = None
     tolerance: float = 0.0
     extra: dict = field(default_factory=dict)
+    repeats: int = 30
+    threads: int | None = None
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def ours(call: Callable[..., torch.Tensor], operator: str, device: str) -> tuple[dict, dict]:
@@ -91,9 +100,30 @@ def _fresh(arguments: tuple) -> tuple:
     return tuple(x.clone() if isinstance(x, torch.Tensor) else x for x in arguments)
 
 
-@torch.no_grad()
+def tasks(workload: str, cases: Iterable[Case], device: str, smoke: bool = False) -> Iterator[Task]:
+    """A task a case; for a smoke test of the last one alone, timed once."""
+    for case in list(cases)[-1:] if smoke else cases:
+        repeats = 1 if smoke else case.repeats
+        yield Task(case.shape, partial(measure_case, workload, case, device, repeats))
+
+
+@contextmanager
+def _threads(number: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def measure_case(workload: str, case: Case, device: str, repeats: int = 30) -> list[dict]:
     """Rows of one case: every provider that passed the gate, in turns, on inputs that are not in the cache."""
+    with _threads(case.threads), torch.no_grad():
+        return _measure_case(workload, case, device, repeats)
+
+
+def _measure_case(workload: str, case: Case, device: str, repeats: int) -> list[dict]:
     sets = [case.inputs(0)]
     expected = case.reference(*_fresh(sets[0]))
     error = case.error or _relative
@@ -119,7 +149,7 @@ def measure_case(workload: str, case: Case, device: str, repeats: int = 30) -> l
         providers,
         repeats,
         **counted,
-        dtype=str(case.dtype).removeprefix("torch."),
+        dtype=name_of(case.dtype),
         absent=case.absent,
     )
     return [row | {"captured": captured[row["provider"]]} for row in rows]

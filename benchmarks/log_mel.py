@@ -10,7 +10,6 @@ A rival that cannot be had is named in the rows, with the reason: `pip install t
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
 
@@ -19,7 +18,8 @@ import torch
 from transformers.audio_utils import mel_filter_bank, window_function
 
 import clvp_fast
-from benchmarks.kernels import Case, measure_case
+from benchmarks.harness import Task
+from benchmarks.kernels import Case, tasks as tasks_of
 from clvp_fast import ClvpFeatureExtractor
 from clvp_fast.ops import log_mel
 from clvp_fast.ops.log_mel import reference as log_mel_reference
@@ -149,7 +149,7 @@ def _operator_reference(samples: torch.Tensor, settings: dict) -> torch.Tensor:
     return log_mel_reference(samples[:_DISTINCT].double(), *arguments, False, None, torch.float64, torch.float64)
 
 
-def clvp_case(clips: int, device: str) -> Case:
+def clvp_case(clips: int, device: str, threads: int | None = None) -> Case:
     """CLVP's own features, normalised; the filters are the extractor's."""
     settings = _settings(device)
     kernel, no_kernel = _ours(settings, device)
@@ -158,7 +158,7 @@ def clvp_case(clips: int, device: str) -> Case:
     extractors = _extractors() if device == "cpu" and clips <= _EXTRACTORS_UP_TO else {}
     shape = dict(clips=clips, seconds=SECONDS, n_fft=N_FFT, hop_length=HOP, num_mels=NUM_MELS)
     return Case(
-        shape=shape if device == "cuda" else shape | {"threads": torch.get_num_threads()},
+        shape=shape if device == "cuda" else shape | {"threads": threads or torch.get_num_threads()},
         dtype=torch.float32,
         inputs=lambda seed: make_clips(seed, clips, RATE, device),
         reference=lambda samples: _operator_reference(samples, settings),
@@ -167,6 +167,8 @@ def clvp_case(clips: int, device: str) -> Case:
         absent=no_kernel | no_spectrograms,
         error=furthest,
         tolerance=_TOLERANCE,
+        repeats=30 if device == "cuda" or clips < 64 else 10,
+        threads=threads,
     )
 
 
@@ -180,7 +182,7 @@ def _counted(clips: int, frames: int, time: int, settings: dict) -> dict:
     }
 
 
-def asrfront_case(clips: int) -> Case:
+def asrfront_case(clips: int, threads: int | None = None) -> Case:
     """The features of Gemma 4, the one configuration of asrfront with a transform that our kernel has.
 
     As many frames of the same length, hop, transform and channels for both, with 0.001 under the logarithm; asrfront's
@@ -214,11 +216,17 @@ def asrfront_case(clips: int) -> Case:
     except ImportError as error:
         absent["asrfront"] = f"{type(error).__name__}: {error}"
     else:
-        threads = torch.get_num_threads()
-        providers["asrfront"] = lambda samples: torch.from_numpy(gemma4.log_mel_batch(samples.numpy(), threads)[0])
+        providers["asrfront"] = lambda samples: torch.from_numpy(
+            gemma4.log_mel_batch(samples.numpy(), torch.get_num_threads())[0]
+        )
     return Case(
         shape=dict(
-            clips=clips, seconds=SECONDS, n_fft=n_fft, hop_length=hop, num_mels=128, threads=torch.get_num_threads()
+            clips=clips,
+            seconds=SECONDS,
+            n_fft=n_fft,
+            hop_length=hop,
+            num_mels=128,
+            threads=threads or torch.get_num_threads(),
         ),
         dtype=torch.float32,
         inputs=lambda seed: make_clips(seed, clips, rate, "cpu"),
@@ -228,32 +236,19 @@ def asrfront_case(clips: int) -> Case:
         absent=absent,
         error=distance,
         tolerance=_TOLERANCE,
+        repeats=10,
+        threads=threads,
     )
 
 
 def cases(device: str) -> Iterator[Case]:
-    for clips in CLIPS[device]:
-        yield clvp_case(clips, device)
-    if device == "cpu":
-        yield asrfront_case(CLIPS["cpu"][0])
-
-
-@contextmanager
-def _threads(number: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def rows(device: str) -> list[dict]:
     counts = (torch.get_num_threads(),) if device == "cuda" else sorted({1, torch.get_num_threads()}, reverse=True)
-    found = []
     for threads in counts:
-        with _threads(threads):
-            for case in cases(device):
-                repeats = 30 if device == "cuda" or case.shape["clips"] < 64 else 10
-                found += measure_case("log_mel", case, device, repeats)
-    return found
+        for clips in CLIPS[device]:
+            yield clvp_case(clips, device, threads)
+        if device == "cpu":
+            yield asrfront_case(CLIPS["cpu"][0], threads)
+
+
+def tasks(device: str, smoke: bool = False) -> Iterator[Task]:
+    return tasks_of("log_mel", cases(device), device, smoke)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 
-from benchmarks.kernels import Case, ours
+from benchmarks.kernels import Case, name_of, ours
 
 
 def cases(
@@ -30,7 +30,7 @@ def cases(
             providers, absent = ours(call, operator, device)
             weights = width * hidden + inner * width
             yield Case(
-                shape=dict(rows=num_rows, width=width, inner=inner),
+                shape=dict(rows=num_rows, width=width, inner=inner, dtype=name_of(dtype)),
                 dtype=dtype,
                 inputs=inputs,
                 reference=lambda *arguments: rival(*(x.double() for x in arguments)),

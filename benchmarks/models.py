@@ -1,28 +1,52 @@
-"""Full-size CLVP models of random weights, ours and transformers', with the same weights."""
+"""CLVP models of random weights, ours and transformers', with the same weights: of the full size, or tiny for a smoke
+test. They never draw the start or the stop token, so that every candidate has as many tokens as it may.
+"""
 
 import functools
+from contextlib import nullcontext
 
 import torch
 
 from clvp_fast import ClvpConfig, ClvpModelForConditionalGeneration
 
+_ENCODER = {"hidden_size": 128, "intermediate_size": 256, "projection_dim": 128, "num_hidden_layers": 2}
+_TINY = {
+    "text_config": _ENCODER | {"num_attention_heads": 2, "vocab_size": 256},
+    "speech_config": _ENCODER | {"num_attention_heads": 2, "vocab_size": 8192},
+    "decoder_config": {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "num_mel_attn_blocks": 2},
+    "projection_dim": 128,
+}
+
+
+def _made_on(device: str):
+    """Random numbers on a GPU: a second instead of twenty."""
+    return torch.device(device) if device != "cpu" else nullcontext()
+
 
 @functools.cache
-def full_size(device: str, dtype: torch.dtype = torch.float32) -> ClvpModelForConditionalGeneration:
-    """Ours, seeded; 665 million parameters."""
+def our_model(
+    device: str, dtype: torch.dtype = torch.float32, smoke: bool = False
+) -> ClvpModelForConditionalGeneration:
+    """Ours, seeded; 665 million parameters, or a tiny one."""
     torch.manual_seed(0)
-    return ClvpModelForConditionalGeneration(ClvpConfig()).eval().to(device, dtype)
+    with _made_on(device):
+        model = ClvpModelForConditionalGeneration(ClvpConfig(**_TINY) if smoke else ClvpConfig()).eval()
+    decoder = model.speech_decoder_model
+    with torch.no_grad():
+        decoder.lm_head.bias[[decoder.config.bos_token_id, decoder.config.eos_token_id]] = -1e4
+    return model.requires_grad_(False).to(device, dtype)
 
 
 @functools.cache
-def full_size_stock(device: str):
-    """transformers' own class in float32, with the weights of [`full_size`]."""
+def stock_model(device: str, dtype: torch.dtype = torch.float32, smoke: bool = False):
+    """transformers' own class, with the weights of [`our_model`]."""
     from transformers.models.clvp import configuration_clvp, modeling_clvp
 
-    config = configuration_clvp.ClvpConfig(**full_size(device).config.to_dict())
-    stock = modeling_clvp.ClvpModelForConditionalGeneration(config).eval()
-    stock.load_state_dict(full_size(device).state_dict())
-    return stock.to(device)
+    config = configuration_clvp.ClvpConfig(**our_model(device, smoke=smoke).config.to_dict())
+    with _made_on(device):
+        stock = modeling_clvp.ClvpModelForConditionalGeneration(config).eval()
+    stock.load_state_dict(our_model(device, smoke=smoke).state_dict())
+    return stock.requires_grad_(False).to(device, dtype)
 
 
 def inputs(text_tokens: int, device: str, frames: int = 517) -> tuple[torch.Tensor, torch.Tensor]:

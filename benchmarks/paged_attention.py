@@ -1,9 +1,12 @@
 """One decoding step's attention of many candidates over pages, the prompt shared, against torch on dense keys."""
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 
-from benchmarks.kernels import Case, measure_case, ours
+from benchmarks.harness import Task
+from benchmarks.kernels import Case, ours, tasks as tasks_of
 from clvp_fast.ops import paged_attention_decode
 from clvp_fast.ops.paged_attention import decode_reference
 
@@ -83,5 +86,5 @@ def cases(device: str):
         )
 
 
-def rows(device: str) -> list[dict]:
-    return [row for case in cases(device) for row in measure_case("paged_attention", case, device)]
+def tasks(device: str, smoke: bool = False) -> Iterator[Task]:
+    return tasks_of("paged_attention", cases(device), device, smoke)

@@ -8,10 +8,11 @@ some tokens, and its head, so that the draws have about the spread of a trained 
 import copy
 import dataclasses
 from collections.abc import Iterable, Iterator
+from functools import partial
 
 import torch
 
-from benchmarks.harness import Provider, measure
+from benchmarks.harness import Provider, Task, measure
 from clvp_fast import ClvpDecoderConfig, ClvpForCausalLM
 from clvp_fast.engine.decoder import PagedDecoder
 from clvp_fast.ops.paged_attention import FLOAT8
@@ -29,6 +30,7 @@ class Shape:
 
 
 SHAPES = {"cpu": Shape(30, 512, 4, 200), "cuda": Shape(30, 1024, 64, 400)}
+SMOKE = Shape(2, 128, 2, 18, 5)
 PAGE_SIZE = 16
 
 
@@ -141,14 +143,18 @@ def divergence(found: Iterable[torch.Tensor], exact: Iterable[torch.Tensor]) -> 
     return {"logits_error": (squares / spread) ** 0.5, "kl": information / places, "greedy": same / places}
 
 
+def tasks(device: str, smoke: bool = False) -> Iterator[Task]:
+    shape = SMOKE if smoke else SHAPES[device]
+    yield Task(vars(shape), partial(rows, device, shape, 1 if smoke else 5))
+
+
 @torch.no_grad()
-def rows(device: str, repeats: int = 5) -> list[dict]:
+def rows(device: str, shape: Shape, repeats: int = 5) -> list[dict]:
     """A row a tier, timed over the last of its steps.
 
     Of a row, `error` is of the arithmetic alone, against float64 with weights and prompt rounded as the tier's are;
     `logits_error`, `kl` and `greedy` are against float64 with all as it was.
     """
-    shape = SHAPES[device]
     model = random_model(shape, device)
     exact_model = copy.deepcopy(model).double()
     tokens = drawn(exact_model, shape)

@@ -3,11 +3,10 @@
 They stand in README.md and, of the precision tiers, in docs/architecture.md.
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.harness import RESULTS
+from benchmarks.harness import RESULTS, stored_rows, task_key
 
 README = RESULTS.parent.parent / "README.md"
 ARCHITECTURE = RESULTS.parent.parent / "docs/architecture.md"
@@ -24,13 +23,15 @@ SHAPES = {"log_mel": {"clips": 64, "n_fft": 1024}}
 
 
 def newest_rows(folder: Path = RESULTS) -> list[dict]:
-    """The last row of each device, workload, shape and provider, in the order of the files."""
-    newest = {}
+    """Of each device and task the rows of its last run, in the order of the files."""
+    newest: dict[tuple, dict[str, dict]] = {}
     for path in sorted(folder.glob("*/*.jsonl")):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            newest[(path.parent.name, row["workload"], json.dumps(row["shape"]), row["provider"])] = row
-    return list(newest.values())
+        for row in stored_rows(path):
+            of_task = newest.setdefault((path.parent.name, *task_key(row)), {})
+            if any(other["utc"] != row["utc"] for other in of_task.values()):
+                of_task.clear()
+            of_task[row["provider"]] = row
+    return [row for of_task in newest.values() for row in of_task.values()]
 
 
 def table(rows: list[dict]) -> str:

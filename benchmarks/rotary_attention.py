@@ -1,9 +1,12 @@
 """Rotary attention at the encoders' scoring shape and over lengths, against rotation and torch's own attention."""
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 
-from benchmarks.kernels import Case, measure_case, ours
+from benchmarks.harness import Task
+from benchmarks.kernels import Case, name_of, ours, tasks as tasks_of
 from clvp_fast.ops import rotary_attention
 
 HEADS, HEAD_DIM, ROTARY_DIM = 12, 64, 32
@@ -56,7 +59,14 @@ def cases(device: str):
 
             providers, absent = ours(call, "rotary_attention", device)
             yield Case(
-                shape=dict(batch=batch, length=length, heads=HEADS, head_dim=HEAD_DIM, rotary_dim=ROTARY_DIM),
+                shape=dict(
+                    batch=batch,
+                    length=length,
+                    heads=HEADS,
+                    head_dim=HEAD_DIM,
+                    rotary_dim=ROTARY_DIM,
+                    dtype=name_of(dtype),
+                ),
                 dtype=dtype,
                 inputs=inputs,
                 reference=reference,
@@ -67,5 +77,5 @@ def cases(device: str):
             )
 
 
-def rows(device: str) -> list[dict]:
-    return [row for case in cases(device) for row in measure_case("rotary_attention", case, device)]
+def tasks(device: str, smoke: bool = False) -> Iterator[Task]:
+    return tasks_of("rotary_attention", cases(device), device, smoke)

@@ -1,5 +1,7 @@
 """Drawing the next token of many candidates, against transformers' processors in a row."""
 
+from collections.abc import Iterator
+
 import torch
 from transformers import (
     LogitsProcessorList,
@@ -8,7 +10,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from benchmarks.kernels import Case, measure_case, ours
+from benchmarks.harness import Task
+from benchmarks.kernels import Case, ours, tasks as tasks_of
 from clvp_fast.ops import sample
 from clvp_fast.ops.sampling import reference as sample_reference
 
@@ -51,7 +54,7 @@ def call(logits, seen, lengths, done, candidate, seed, step, temperature, top_p,
 def reference(logits, seen, lengths, done, candidate, seed, step, temperature, top_p, penalty, drawn):
     """The same draw, and what may be drawn: `[candidates, 1 + vocabulary]`."""
     numbers = (temperature, None, top_p, None, None, penalty, seed, candidate, step)
-    tokens = sample_reference(logits, seen, lengths, done, *numbers, -1, 0, True)
+    tokens = sample_reference(logits, seen, lengths, done, *numbers, -1, 0, True, None)
     return torch.cat((tokens[:, None].double(), processors(logits, drawn).isfinite().double()), 1)
 
 
@@ -87,5 +90,5 @@ def cases(device: str):
         )
 
 
-def rows(device: str) -> list[dict]:
-    return [row for case in cases(device) for row in measure_case("sample", case, device)]
+def tasks(device: str, smoke: bool = False) -> Iterator[Task]:
+    return tasks_of("sample", cases(device), device, smoke)

@@ -3,12 +3,13 @@
 import random
 import time
 from collections import defaultdict, deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 
-from benchmarks.harness import Provider, measure
+from benchmarks.harness import Provider, Task, measure
 from clvp_fast.engine.scheduler import Scheduler
 
 PAGE_SIZE, MAX_NEW_TOKENS, PROMPT = 16, 500, 60
@@ -33,6 +34,7 @@ CASES = (
     Case("all in one batch", 256, 1, 256, MAX_NEW_TOKENS),
     Case("a queue", 256, 16, 64, 100),
     Case("requests of one candidate", 256, 1000, 1, 100),
+    Case("ten thousand requests of one candidate", 256, 10_000, 1, 100),
     Case("out of pages", 256, 4, 256, 400, pages=0.6),
 )
 
@@ -72,16 +74,26 @@ class NullEngine:
         return len(self.unfinished) + self.scheduler.pool.used_pages
 
 
-def rows(device: str, repeats: int = 5) -> list[dict]:
-    measured = []
-    for case in CASES:
-        providers, slow = [], []
-        for lag in (0, 1):
-            engine = NullEngine(case, lag)
-            steps = engine.run()
-            slow.append(float(np.quantile(steps, 0.99)))
-            run = partial(lambda *arguments: NullEngine(*arguments).run(), case, lag)
-            providers.append(Provider(f"scheduler, lag {lag}", run, engine.wrong(), 0, len(steps)))
+def tasks(device: str, smoke: bool = False) -> Iterator[Task]:
+    for case in CASES[-1:] if smoke else CASES:
         shape = vars(case) | dict(page=PAGE_SIZE, prompt=PROMPT, new_tokens=MAX_NEW_TOKENS)
-        measured += measure("scheduler", shape, providers, repeats, slow_step_seconds=max(slow))
-    return measured
+        yield Task(shape, partial(rows, case, shape, 1 if smoke else 5))
+
+
+def rows(case: Case, shape: dict, repeats: int) -> list[dict]:
+    """Of a row, `slow_step_seconds` is the 99 % quantile of a step; `late_over_early` compares the median step of the
+    last fifth in which all slots are taken with that of the first.
+    """
+    providers, found = [], {}
+    for lag in (0, 1):
+        engine = NullEngine(case, lag)
+        steps = engine.run()
+        full = steps[: max(len(steps) - MAX_NEW_TOKENS, 1)]  # behind them, slots stay empty
+        part = max(len(full) // 5, 1)
+        found[f"scheduler, lag {lag}"] = {
+            "slow_step_seconds": float(np.quantile(steps, 0.99)),
+            "late_over_early": float(np.median(full[-part:]) / np.median(full[:part])),
+        }
+        run = partial(lambda *arguments: NullEngine(*arguments).run(), case, lag)
+        providers.append(Provider(f"scheduler, lag {lag}", run, engine.wrong(), 0, len(steps)))
+    return [row | found[row["provider"]] for row in measure("scheduler", shape, providers, repeats)]

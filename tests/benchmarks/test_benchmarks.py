@@ -1,12 +1,8 @@
 """The harness refuses what is wrong, and no number stands in the documents without its row."""
 
-import json
-from types import SimpleNamespace
-
 import pytest
-import torch
 
-from benchmarks import harness, report, run
+from benchmarks import harness, report
 
 
 @pytest.mark.parametrize(("path", "make"), report.DOCUMENTS, ids=["README", "architecture"])
@@ -26,10 +22,10 @@ def test_the_table_of_precision_tiers():
     assert "4 candidates, 200 steps behind a prompt of 60, 30 layers of 512 channels, on cpu" in table
 
 
-def test_a_changed_number_in_readme_is_seen(tmp_path, monkeypatch):
-    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+def test_a_changed_number_in_readme_is_seen(tmp_path):
     rows = harness.measure("import_time", {}, [provider("a"), provider("b")], repeats=1)
-    harness.write_rows(rows, harness.Machine("cpu name", 2, 1e10, {"float32": 1e11}), "cpu", "command")
+    machine = harness.Machine("cpu name", 2, 1e10, {"float32": 1e11})
+    harness.write_rows(harness.with_context(rows, machine, "command"), tmp_path / "cpu")
     rows = report.newest_rows(tmp_path)
     readme = report.updated(f"before {report.BEGIN} {report.END} after", rows)
     assert "| import | b |" in readme and "cpu name" in readme and report.updated(readme, rows) == readme
@@ -68,15 +64,6 @@ def test_a_wrong_provider_gets_no_time(error):
     assert harness.measure("w", {}, [provider("a", error)], repeats=1)[0]["seconds"] is None
 
 
-def test_a_wrong_provider_makes_the_run_fail(tmp_path, monkeypatch):
-    monkeypatch.setattr(harness, "RESULTS", tmp_path)
-    monkeypatch.setattr(harness.Machine, "measure", lambda device: harness.Machine("m", 1, 1.0, {"float32": 1.0}))
-    for error, code in ((0.0, 0), (1.0, 1)):
-        workload = SimpleNamespace(rows=lambda device, e=error: harness.measure("w", {}, [provider("a", e)], repeats=1))
-        monkeypatch.setattr(run.importlib, "import_module", lambda name, w=workload: w)
-        assert run.main(["score"]) == code
-
-
 def test_providers_take_turns():
     calls = []
     rows = harness.measure("w", {"n": 1}, [provider("a", calls=calls), provider("b", calls=calls)], repeats=2, flop=7)
@@ -84,40 +71,33 @@ def test_providers_take_turns():
     assert [row["provider"] for row in rows] == ["a", "b"] and rows[0]["ratio"] == 1.0 and rows[1]["flop"] == 7
 
 
-def test_rows_carry_their_circumstances_and_the_newest_counts(tmp_path, monkeypatch):
-    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+def test_rows_carry_their_circumstances_and_the_newest_count(tmp_path):
     machine = harness.Machine("cpu name", 2, 1e10, {"float32": 1e11})
-    rows = harness.measure("w", {}, [provider("a")], repeats=1)
-    harness.write_rows(rows, machine, "cpu", "first")
-    path = harness.write_rows(rows, machine, "cpu", "second")
-    stored = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [row["command"] for row in stored] == ["first", "second"]
+    rows = harness.measure("w", {"n": 1}, [provider("a"), provider("b")], repeats=1)
+    both = [harness.with_context(rows, machine, "first"), harness.with_context(rows[:1], machine, "second")]
+    both[0] = [row | {"utc": "2026-01-01T00:00:00+00:00"} for row in both[0]]
+    for rows in both:
+        path = harness.write_rows(rows, tmp_path / "cpu")
+    stored = list(harness.stored_rows(tmp_path / "cpu"))
+    assert [row["command"] for row in stored] == ["first", "first", "second"] and path.name == "w.jsonl"
     assert stored[0]["device"]["copy_bytes_per_s"] == 1e10 and stored[0]["commit"] and stored[0]["utc"]
-    assert [row["command"] for row in report.newest_rows(tmp_path)] == ["second"]
+    assert len(stored[0]["source"]) == 16
+    # What the newest run of a task has no row of is not shown any more.
+    assert [(row["command"], row["provider"]) for row in report.newest_rows(tmp_path)] == [("second", "a")]
+    path.write_text(path.read_text()[:-20])  # killed while it wrote
+    assert [row["command"] for row in harness.stored_rows(tmp_path / "cpu")] == ["first", "first"]
 
 
-def test_a_fraction_of_the_limit_stands_in_rows_that_count(tmp_path, monkeypatch):
-    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+def test_a_fraction_of_the_limit_stands_in_rows_that_count(monkeypatch):
     monkeypatch.setattr(harness, "_time", lambda run: 8.0)
     machine = harness.Machine("cpu name", 2, 1e10, {"float32": 1e11, "bfloat16": 4e11})
     four_times = harness.Provider("a", lambda: None, 0.0, 1e-3, calls=4)
     rows = harness.measure("w", {}, [four_times], repeats=1, bytes=5e9, flop=2e11, dtype="bfloat16")
     rows += harness.measure("w", {}, [four_times], repeats=1, bytes=5e9, flop=2e11)
     rows += harness.measure("w", {}, [four_times], repeats=1)
-    path = harness.write_rows(rows, machine, "cpu", "command")
-    stored = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [row["seconds"]["median"] for row in stored] == [2.0] * 3
-    assert [row.get("fraction_of_limit") for row in stored] == [0.25, 1.0, None]
-
-
-def test_unknown_workload_is_refused(capsys):
-    with pytest.raises(SystemExit):
-        run.main(["nonsense"])
-    assert "no workload nonsense: there are generate, score, paged_attention, " in capsys.readouterr().err
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="tells what happens without a GPU")
-def test_a_missing_gpu_is_told(capsys):
-    with pytest.raises(SystemExit):
-        run.main(["score", "--device", "cuda"])
-    assert "--device cuda needs an NVIDIA GPU" in capsys.readouterr().err
+    # What one provider counts replaces what all do.
+    half = harness.Provider("half", lambda: None, 0.0, 1e-3, calls=4, counted={"bytes": 2.5e9, "flop": 0})
+    rows += harness.measure("w", {}, [half], repeats=1, bytes=5e9, flop=2e11)
+    stored = harness.with_context(rows, machine, "command")
+    assert [row["seconds"]["median"] for row in stored] == [2.0] * 4
+    assert [row.get("fraction_of_limit") for row in stored] == [0.25, 1.0, None, 0.125]

@@ -10,6 +10,7 @@ from benchmarks import (
     add_norm,
     geglu_mlp,
     gelu_mlp,
+    generate,
     kernels,
     log_mel,
     paged_attention,
@@ -17,7 +18,11 @@ from benchmarks import (
     rotary_attention,
     sample,
     scheduler,
+    score,
+    tiers,
 )
+from benchmarks.harness import all_rows
+from clvp_fast import SamplingParams
 
 SMALL = [
     (rotary_attention, "CPU_SHAPES", ((2, 20),), 2),
@@ -35,7 +40,7 @@ SMALL = [
 def test_providers_agree(module, name, shapes, cases, monkeypatch):
     monkeypatch.setattr(module, name, shapes)
     monkeypatch.setattr(torch, "compile", lambda run, **options: run)
-    rows = module.rows("cpu")
+    rows = all_rows(module, "cpu")
     assert len(rows) == 2 * cases and not [row for row in rows if row["seconds"] is None]
     assert all(row["bytes"] > 0 and row["absent"] == {"clvp_fast kernel": "no GPU"} for row in rows)
 
@@ -93,7 +98,7 @@ def test_log_mel_providers_agree(short_clips, monkeypatch):
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setitem(sys.modules, "asrfront", module)
     before = torch.get_num_threads()
-    rows = log_mel.rows("cpu")
+    rows = all_rows(log_mel, "cpu")
     assert torch.get_num_threads() == before and not [row for row in rows if row["seconds"] is None]
     threads = {row["shape"]["threads"] for row in rows}
     assert threads == {1, before}
@@ -181,26 +186,27 @@ def few_candidates(monkeypatch):
 
 
 def test_the_null_engine_serves_all_and_tells_how_slow_the_slow_steps_are(few_candidates):
-    rows = scheduler.rows("cpu", repeats=1)
+    rows = all_rows(scheduler, "cpu")
     assert [row["provider"] for row in rows] == ["scheduler, lag 0", "scheduler, lag 1"] * 2
     assert all(row["error"] == 0 and 0 < row["seconds"]["median"] < 1 for row in rows)
     assert all(row["slow_step_seconds"] > 0 and row["shape"]["new_tokens"] == 500 for row in rows)
+    assert all(0.01 < row["late_over_early"] < 100 for row in rows)
 
 
 def test_a_scheduler_that_keeps_pages_gets_no_time(few_candidates, monkeypatch):
     monkeypatch.setattr(scheduler.Scheduler, "_forget", lambda self, request: None)
-    rows = scheduler.rows("cpu", repeats=1)
+    rows = all_rows(scheduler, "cpu")
     assert all(row["seconds"] is None and row["error"] > 0 for row in rows)
 
 
 @pytest.fixture
 def small_decoder(monkeypatch):
-    monkeypatch.setitem(precision.SHAPES, "cpu", precision.Shape(layers=6, width=128, candidates=2, steps=18, prompt=5))
+    monkeypatch.setattr(precision, "SMOKE", precision.Shape(layers=6, width=128, candidates=2, steps=18, prompt=5))
 
 
 @pytest.mark.filterwarnings("ignore:clvp_fast.paged_attention_decode takes")
 def test_precision_tiers_lie_in_the_order_that_their_types_promise(small_decoder):
-    rows = {row["provider"]: row for row in precision.rows("cpu", repeats=1)}
+    rows = {row["provider"]: row for row in all_rows(precision, "cpu", smoke=True)}
     assert list(rows) == [tier.name for tier in precision.TIERS] and all(row["seconds"] for row in rows.values())
     off = {name: row["logits_error"] for name, row in rows.items()}
     for dtype in ("bfloat16", "float16"):
@@ -213,7 +219,7 @@ def test_precision_tiers_lie_in_the_order_that_their_types_promise(small_decoder
 
 @torch.no_grad()
 def test_precision_decodes_as_the_model_computes(small_decoder):
-    shape = precision.SHAPES["cpu"]
+    shape = precision.SMOKE
     model = precision.random_model(shape, "cpu")
     tokens = torch.randint(100, (shape.steps, shape.candidates), generator=torch.Generator().manual_seed(0))
     found = torch.stack(list(precision.logits_along(model, shape, precision.Tier("", torch.float32, 0), tokens)), 1)
@@ -229,7 +235,7 @@ def test_precision_decodes_as_the_model_computes(small_decoder):
 def test_a_tier_that_is_off_gets_no_time(small_decoder, monkeypatch):
     tier = precision.Tier("too coarse", torch.bfloat16, 1e-4)
     monkeypatch.setattr(precision, "TIERS", (tier,))
-    (row,) = precision.rows("cpu", repeats=1)
+    (row,) = all_rows(precision, "cpu", smoke=True)
     assert row["seconds"] is None and "beyond 0.0001" in row["refused"] and row["logits_error"] > 1e-4
 
 
@@ -248,3 +254,50 @@ def test_divergence_of_known_distributions():
     p, q = (torch.softmax(logits[0, 1], -1) for logits in (exact, other))
     found = precision.divergence(other, exact)
     assert found["greedy"] == 0.5 and found["kl"] == pytest.approx(float((p * (p / q).log()).sum()) / 2)
+
+
+def test_scoring_providers_agree_at_one_length_and_at_their_own():
+    found = all_rows(score, "cpu", smoke=True)
+    assert len(found) == 5 + 7 and all(row["seconds"] for row in found)
+    tokens = {row["provider"]: row["tokens"] for row in found[5:]}
+    assert tokens["clvp_fast engine, trimmed, float32"] == 4 + 6 + 9 and tokens["transformers float32"] == 3 * 12
+    assert all(row["flop"] > 0 and row["dtype"] in row["provider"] for row in found)
+
+
+def test_generate_draws_every_token_and_tells_the_memory_of_the_engine_alone(monkeypatch):
+    monkeypatch.setitem(tiers.TIERS, "cpu", tiers.TIERS["cpu"][::3])
+    found = {row["provider"]: row for row in all_rows(generate, "cpu", smoke=True)}
+    assert list(found) == [
+        "transformers float32",
+        "clvp_fast in transformers' loop, float32",
+        "clvp_fast generate(), float32",
+        "clvp_fast engine, float32",
+        "clvp_fast engine, bfloat16, int8 weights",
+    ]
+    assert all(row["seconds"] and row["tokens"] == 3 * 5 for row in found.values())
+    for name in list(found)[3:]:
+        row = found[name]
+        assert row["peak_bytes"] > row["import_bytes"] > 1e8 and row["weights_bytes"] > 1e6
+        assert row["kv_bytes"] == (3 + 3) * 16 * 2 * 2 * 128 * (2 if "bfloat16" in name else 4)
+
+
+def test_an_engine_that_computes_something_else_is_seen(monkeypatch):
+    tier = tiers.TIERS["cpu"][0]
+    assert tiers.engine_error(tier, "cpu", True, 30) < tier.tolerance
+    step = tiers.PagedDecoder.step
+    # Every token a place too late.
+    monkeypatch.setattr(
+        tiers.PagedDecoder, "step", lambda self, tokens, lens, *rest: step(self, tokens, lens + 1, *rest)
+    )
+    assert tiers.engine_error(tier, "cpu", True, 30) > 10 * tier.tolerance
+
+
+def test_a_candidate_without_all_its_tokens_is_no_measurement(monkeypatch):
+    engine = tiers.engine_of(tiers.TIERS["cpu"][0], "cpu", True, 3, 5)
+    shape = {"candidates": 3, "new_tokens": 5, "text_tokens": 30}
+    assert generate.engine_generate(engine, "cpu", shape).codes.shape == (3, 5)
+    monkeypatch.setattr(
+        generate, "SamplingParams", lambda n, **options: SamplingParams(n, **options | {"max_new_tokens": 4})
+    )
+    with pytest.raises(RuntimeError, match="should have 5 tokens each"):
+        generate.engine_generate(engine, "cpu", shape)
