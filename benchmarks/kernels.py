@@ -73,7 +73,7 @@ def _copies(arguments: tuple, device: str) -> int:
     return min(max(-(-_CACHES * cache // size), 1), _MOST_SETS)
 
 
-def _captured(run: Callable[[], object]) -> Callable[[], object] | None:
+def captured(run: Callable[[], object]) -> Callable[[], object] | None:
     """The replay of a CUDA graph of `run`, or None where it cannot be captured (it reads results on the host)."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -132,15 +132,15 @@ def _measure_case(workload: str, case: Case, device: str, repeats: int) -> list[
     tolerance = case.tolerance if case.error else 2 * next(iter(errors.values())) + rounding
     del expected
     sets += [case.inputs(seed) for seed in range(1, _copies(sets[0], device))]
-    providers, captured = [], {}
+    providers, replayed = [], {}
     for name, run in case.providers.items():
 
         def over_all_sets(run=run):
             for arguments in sets:
                 run(*arguments)
 
-        replay = _captured(over_all_sets) if device == "cuda" else None
-        captured[name] = replay is not None
+        replay = captured(over_all_sets) if device == "cuda" else None
+        replayed[name] = replay is not None
         providers.append(Provider(name, replay or over_all_sets, errors[name], tolerance, calls=len(sets)))
     counted = {"bytes": case.bytes} | ({"flop": case.flop} if case.flop else {}) | case.extra
     rows = measure(
@@ -152,4 +152,4 @@ def _measure_case(workload: str, case: Case, device: str, repeats: int) -> list[
         dtype=name_of(case.dtype),
         absent=case.absent,
     )
-    return [row | {"captured": captured[row["provider"]]} for row in rows]
+    return [row | {"captured": replayed[row["provider"]]} for row in rows]

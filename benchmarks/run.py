@@ -21,7 +21,9 @@ from benchmarks.harness import Machine
 # What each measures; the most important first, for a run that ends early.
 WORKLOADS = {
     "generate": "candidates of one text: transformers' generate, ours, and the engine",
+    "decode_step": "one decode step of the engine: transformers', a torch rewrite, ours in each precision tier",
     "score": "embedding candidates: transformers' speech encoder, ours, and the engine's ranking",
+    "end_to_end": "text and clip to ranked candidates, and the time of each part",
     "paged_attention": "attention of a decode step over pages",
     "rotary_attention": "the encoders' attention",
     "geglu_mlp": "the encoders' feed-forward block",

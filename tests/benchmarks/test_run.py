@@ -88,7 +88,7 @@ def test_the_list_names_every_workload(capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["nonsense"], "no workload nonsense: there are generate, score, "),
+        (["nonsense"], "no workload nonsense: there are generate, decode_step, score, "),
         (["--compare", "nowhere", "nothing"], "nowhere is no file or folder of rows, and "),
         (["score", "--results", "/proc/nowhere"], "/proc/nowhere/cpu cannot be written ("),
         (["score", "--results", __file__], "cannot be written"),

@@ -8,6 +8,8 @@ import torch
 
 from benchmarks import (
     add_norm,
+    decode_step,
+    end_to_end,
     geglu_mlp,
     gelu_mlp,
     generate,
@@ -301,3 +303,52 @@ def test_a_candidate_without_all_its_tokens_is_no_measurement(monkeypatch):
     )
     with pytest.raises(RuntimeError, match="should have 5 tokens each"):
         generate.engine_generate(engine, "cpu", shape)
+
+
+def test_a_decode_step_begins_where_transformers_has_come_to():
+    found = {row["provider"]: row for row in all_rows(decode_step, "cpu", smoke=True)}
+    names = [f"clvp_fast {tier.name}" for tier in tiers.TIERS["cpu"]]
+    rivals = ["transformers float32, no draw", "torch float32, no draw", "torch bfloat16, no draw"]
+    assert list(found) == rivals + names and all(row["seconds"] for row in found.values())
+    assert list(found[rivals[0]]["absent"]) == [decode_step.COMPILED]
+    layers, head, prompt = 2 * (12 * 128 * 128 + 9 * 128 + 4 * 128), 8194 * 128, 5 + 3
+    tokens = 3 * 19 + prompt
+    for name, weight, other in ((names[0], 4, 4), (names[1], 2, 2), (names[3], 1, 2), (rivals[2], 2, 2)):
+        expected = weight * layers + other * (head + 2 * tokens * 2 * 128 + 2 * 3 * 8194)
+        assert found[name]["bytes"] == expected, name
+        assert found[name]["flop"] == 2 * 3 * (layers + head) + 4 * 3 * (19 + prompt) * 2 * 128
+
+
+@pytest.mark.filterwarnings("ignore:clvp_fast.paged_attention_decode takes")
+@pytest.mark.parametrize("stored", [16, 31, 33])
+def test_stored_candidates_fill_their_pages_in_every_type(stored, monkeypatch):
+    monkeypatch.setitem(decode_step.STEPS, "cpu", 4)
+    shape = {"candidates": 3, "text_tokens": 5, "stored": stored}
+    float8 = tiers.Tier("float8", torch.bfloat16, 5e-2, page_dtype=tiers.FLOAT8)
+    for tier in (tiers.TIERS["cpu"][0], float8):
+        candidates = decode_step.StoredCandidates(tier, "cpu", True, shape, capture=False)
+        assert 0 < candidates.error() < tier.tolerance
+        candidates.run()
+        state = candidates.runner.slots.tensors
+        assert state["seq_lens"][:3].tolist() == [stored + 2] * 3  # from two before, none has stopped
+        candidates.runner.pages.data.view(torch.uint8)[1, 0, 3].fill_(60)
+        assert not candidates.error() < tier.tolerance
+
+
+def test_transformers_compiled_over_a_static_cache_is_judged_too(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda run, **options: run)
+    monkeypatch.setitem(decode_step.STEPS, "cpu", 4)
+    (rival,) = decode_step._compiled_transformers("cpu", {"candidates": 3, "text_tokens": 5, "stored": 18}, True)
+    assert rival.error < 1e-5 and rival.calls == 4 and rival.name.startswith(decode_step.COMPILED)
+    rival.run()
+    rival.run()
+
+
+def test_end_to_end_tells_where_the_time_goes(monkeypatch):
+    monkeypatch.setitem(tiers.TIERS, "cpu", tiers.TIERS["cpu"][:1])
+    stock, ours = all_rows(end_to_end, "cpu", smoke=True)
+    assert list(stock["parts"]) == ["features", "generate"]
+    assert list(ours["parts"]) == ["features", "voice", "prompt", "decode", "rank"]
+    for row in (stock, ours):
+        assert 0.5 * row["seconds"]["median"] < sum(row["parts"].values()) <= 1.001 * row["seconds"]["median"]
+        assert row["tokens"] == 16 * 4 and all(part > 0 for part in row["parts"].values())

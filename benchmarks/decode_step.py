@@ -1,0 +1,309 @@
+"""One decode step of N candidates of one text in the middle of their way, in every precision tier of the engine.
+
+Ours enters the tokens, computes logits and draws the next ones, as the engine runs it: captured and eagerly on a GPU.
+The rivals give logits and draw nothing: transformers' decoder, whose cache is copied at every step, the same compiled
+over a static cache (on a GPU), and a decoder of torch's own operators (`benchmarks/rivals.py`), captured too. All begin
+with the keys and values that transformers' decoder has computed in float32, and are judged by its logits.
+
+The bytes of a row are what a step must move: weights, keys and values (the prompt's once), logits.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache, partial
+
+import torch
+
+from benchmarks.harness import Provider, Task, measure
+from benchmarks.kernels import captured, name_of
+from benchmarks.models import our_model, stock_model
+from benchmarks.rivals import TorchDecoder
+from benchmarks.tiers import PAGE_SIZE, TIERS, Tier, furthest_logit, prompt_of, stock_logits
+from clvp_fast import SamplingParams
+from clvp_fast.engine.runner import Runner
+from clvp_fast.engine.scheduler import Admission, Prefill, Step
+
+CANDIDATES = {"cpu": (16, 1), "cuda": (256, 1, 64, 16)}
+TEXT_TOKENS, STORED = 60, 250
+SMOKE = (3, 5, 18)
+# Steps of a measurement, from as many before `STORED` as behind it: a GPU is kept waiting by none of them.
+STEPS = {"cpu": 1, "cuda": 20}
+# Candidates of different tokens; the others repeat them.
+_DISTINCT = 2
+
+
+def tasks(device: str, smoke: bool = False) -> Iterator[Task]:
+    for candidates in (SMOKE[0],) if smoke else CANDIDATES[device]:
+        text_tokens, stored = SMOKE[1:] if smoke else (TEXT_TOKENS, STORED)
+        shape = {"candidates": candidates, "text_tokens": text_tokens, "stored": stored}
+        yield Task(shape, partial(rows, device, shape, smoke))
+
+
+@dataclass
+class Known:
+    """What transformers' decoder computes in float32 of a prompt and distinct candidates.
+
+    prompt: `[prompt, hidden_size]`. tokens: `[distinct, stored + 1]`, the last one still to be entered. keys, values:
+        `[num_layers, distinct, num_heads, prompt + stored, head_dim]`. logits: `[distinct, vocab_size]` behind all
+        tokens.
+    """
+
+    prompt: torch.Tensor
+    tokens: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+    logits: torch.Tensor
+
+
+@cache
+def known(device: str, smoke: bool, text_tokens: int, stored: int) -> Known:
+    from transformers import DynamicCache
+
+    stock = stock_model(device, smoke=smoke)
+    prompt = prompt_of(our_model(device, smoke=smoke), text_tokens, device)
+    tokens = torch.randint(0, 8192, (_DISTINCT, stored + 1), generator=torch.Generator().manual_seed(4)).to(device)
+    tokens[:, 0] = stock.config.decoder_config.bos_token_id
+    filled = DynamicCache()
+    logits = stock_logits(stock, prompt.expand(_DISTINCT, -1, -1), tokens, filled)[:, -1]
+    length = len(prompt) + stored
+    keys, values = (
+        torch.stack([getattr(layer, name)[:, :, :length] for layer in filled.layers]) for name in ("keys", "values")
+    )
+    return Known(prompt, tokens, keys, values, logits)
+
+
+class StoredCandidates:
+    """Candidates of one prompt in a `Runner`, with `stored` tokens each.
+
+    Args:
+        capture: replay steps as a CUDA graph.
+    """
+
+    def __init__(self, tier: Tier, device: str, smoke: bool, shape: dict, capture: bool):
+        self.known = known(device, smoke, shape["text_tokens"], shape["stored"])
+        self.candidates, self.stored, self.steps = shape["candidates"], shape["stored"], STEPS[device]
+        prompt, room = self.known.prompt, self.stored + self.steps + 1
+        shared, own = -(-len(prompt) // PAGE_SIZE), -(-room // PAGE_SIZE)
+        self.runner = Runner(
+            our_model(device, tier.dtype, smoke).speech_decoder_model,
+            shared + self.candidates * own,
+            PAGE_SIZE,
+            self.candidates,
+            room,
+            max_prefix_len=len(prompt),
+            capture=capture,
+            **tier.options,
+        )
+        self.runner.warm_up()
+        slots = range(self.candidates)
+        pages = [(slot, place, shared + place * self.candidates + slot) for slot in slots for place in range(own)]
+        step = Step(
+            prefills=[Prefill("text", 0, list(range(shared)), len(prompt))],
+            admitted=[Admission(slot, "text", slot, 0) for slot in slots],
+            new_pages=pages,
+            num_slots=self.candidates,
+        )
+        self.runner.apply(
+            step, {"text": prompt}, {"text": SamplingParams(self.candidates, max_new_tokens=room, seed=0)}
+        )
+        self._enter(self.known)
+        self._tokens = self._repeated(self.known.tokens[:, -1])
+
+    def _repeated(self, distinct: torch.Tensor) -> torch.Tensor:
+        return distinct[torch.arange(self.candidates, device=distinct.device) % _DISTINCT]
+
+    @torch.no_grad()
+    def _enter(self, known: Known) -> None:
+        """Write the candidates' keys and values into their pages."""
+        pages, count = self.runner.pages, -(-self.stored // PAGE_SIZE)
+        table = self.runner.slots.tensors["block_table"][: self.candidates, :count].long()
+        limit = torch.finfo(pages.data.dtype).max
+        for index in range(len(known.keys)):
+            for which, all_tokens in enumerate((known.keys[index], known.values[index])):
+                own = all_tokens[:, :, len(known.prompt) :].transpose(1, 2)  # [distinct, stored, num_heads, head_dim]
+                if pages.scales is not None:
+                    own = own / pages.scales[index, which][:, None]
+                padded = own.new_zeros(_DISTINCT, count * PAGE_SIZE, *own.shape[2:])
+                padded[:, : self.stored] = own
+                paged = padded.clamp(-limit, limit).to(pages.data.dtype).unflatten(1, (count, PAGE_SIZE))
+                # Through bytes where the type has no indexing of its own.
+                target = pages.data[index, which].view(torch.uint8) if pages.scales is not None else None
+                if target is None:
+                    pages.data[index, which][table] = self._repeated(paged)
+                else:
+                    target[table] = self._repeated(paged.view(torch.uint8))
+
+    def reset(self, stored: int) -> None:
+        """Let every candidate have `stored` tokens."""
+        state = self.runner.slots.first(self.candidates)
+        state["lengths"].fill_(stored)
+        state["seq_lens"].fill_(stored)
+        state["token"].copy_(self._tokens)
+
+    @torch.inference_mode()
+    def error(self) -> float:
+        """How far the step's logits are from transformers'."""
+        self.reset(self.stored)
+        state, decoder = self.runner.slots.first(self.candidates), self.runner.decoder
+        names = ("token", "seq_lens", "block_table", "prefix_table", "prefix_lens", "prefix_index")
+        arrivals = torch.zeros(self.candidates, decoder.num_heads, dtype=torch.int32, device=decoder.device)
+        _, logits = decoder.step(*(state[name] for name in names), self.runner.pages, arrivals)
+        return furthest_logit(logits, self._repeated(self.known.logits))
+
+    @torch.inference_mode()
+    def run(self) -> None:
+        """`steps` steps around `stored` tokens, tokens read one step late, as the engine does on a GPU."""
+        self.reset(self.stored - self.steps // 2)
+        last = None
+        for _ in range(self.steps):
+            handle = self.runner.decode(self.candidates)
+            if last is not None:
+                last.wait()
+            last = handle
+        last.wait()
+
+
+def rows(device: str, shape: dict, smoke: bool) -> list[dict]:
+    providers, absent = [*_transformers(device, shape, smoke)], {}
+    if device == "cpu":
+        absent[COMPILED] = "measured on a GPU: it takes minutes to compile"
+    else:
+        try:
+            providers += _compiled_transformers(device, shape, smoke)
+        except Exception as error:  # whatever keeps a rival from running here, its row says
+            absent[COMPILED] = f"{type(error).__name__}: {error}"
+    providers += _torch(device, shape, smoke)
+    for tier in TIERS[device]:
+        providers += _ours(tier, device, shape, smoke)
+    repeats = 1 if smoke else 20 if device == "cuda" else 10
+    return measure("decode_step", shape, providers, repeats, tokens=shape["candidates"], absent=absent)
+
+
+COMPILED = "transformers, static cache, torch.compile"
+
+
+def _ours(tier: Tier, device: str, shape: dict, smoke: bool) -> Iterator[Provider]:
+    for capture in (True, False) if device == "cuda" else (False,):
+        candidates = StoredCandidates(tier, device, smoke, shape, capture)
+        how = "" if device == "cpu" else ", captured" if capture else ", eager"
+        counted = _counted(device, smoke, shape, tier)
+        name = f"clvp_fast {tier.name}{how}"
+        yield Provider(name, candidates.run, candidates.error(), tier.tolerance, STEPS[device], counted)
+
+
+def _dense(device: str, shape: dict, smoke: bool, dtype: torch.dtype, room: int) -> list[torch.Tensor]:
+    """Keys and values of all candidates, prompt included, `[num_layers, candidates, num_heads, tokens, head_dim]`."""
+    found = known(device, smoke, shape["text_tokens"], shape["stored"])
+    index = torch.arange(shape["candidates"], device=device) % _DISTINCT
+    dense = []
+    for x in (found.keys, found.values):
+        layers, _, heads, tokens, head_dim = x.shape
+        whole = torch.zeros(layers, len(index), heads, tokens + room, head_dim, dtype=dtype, device=device)
+        whole[:, :, :, :tokens] = x[:, index].to(dtype)
+        dense.append(whole)
+    return dense
+
+
+def _rival(
+    name: str, run: Callable, device: str, shape: dict, smoke: bool, tier: Tier, replay: bool = False
+) -> Provider:
+    """`run(tokens)` gives logits; with `replay` it is timed as a CUDA graph."""
+    found = known(device, smoke, shape["text_tokens"], shape["stored"])
+    index = torch.arange(shape["candidates"], device=device) % _DISTINCT
+    tokens = found.tokens[index, -1]
+    error = furthest_logit(run(tokens), found.logits[index])
+    timed = captured(partial(run, tokens)) if replay else None
+    counted = _counted(device, smoke, shape, tier)
+    return Provider(name, timed or partial(run, tokens), error, tier.tolerance, counted=counted)
+
+
+def _transformers(device: str, shape: dict, smoke: bool) -> Iterator[Provider]:
+    from transformers import DynamicCache
+
+    tier = TIERS[device][0]
+    stock = stock_model(device, tier.dtype, smoke).speech_decoder_model
+    keys, values = _dense(device, shape, smoke, tier.dtype, 0)
+    cache = DynamicCache()
+    for index, pair in enumerate(zip(keys, values, strict=True)):
+        cache.update(*pair, index)
+    position = torch.tensor([[shape["stored"] + 1]], device=device)
+
+    @torch.no_grad()
+    def run(tokens):
+        options = {"position_ids": position, "past_key_values": cache, "use_cache": True}
+        logits = stock(input_ids=tokens[:, None], **options).logits[:, 0]
+        cache.crop(-1)
+        return logits
+
+    yield _rival(f"transformers {name_of(tier.dtype)}, no draw", run, device, shape, smoke, tier)
+
+
+def _compiled_transformers(device: str, shape: dict, smoke: bool) -> Iterator[Provider]:
+    """transformers' fastest mode: keys in one piece that does not grow, its forward compiled."""
+    from transformers import StaticCache
+
+    tier, steps, stored = TIERS[device][0], STEPS[device], shape["stored"]
+    stock = stock_model(device, tier.dtype, smoke).speech_decoder_model
+    keys, values = _dense(device, shape, smoke, tier.dtype, 0)
+    length = keys.shape[3]
+    cache = StaticCache(config=stock.config, max_cache_len=length + steps)
+    for index, pair in enumerate(zip(keys, values, strict=True)):
+        cache.update(*pair, index)
+    compiled = torch.compile(stock, mode="reduce-overhead" if device == "cuda" else None)
+    positions = [torch.tensor([[stored + 1 + n]], device=device) for n in range(-(steps // 2), steps - steps // 2)]
+
+    def step(tokens, position):
+        options = {"position_ids": position, "past_key_values": cache, "use_cache": True}
+        return compiled(input_ids=tokens[:, None], **options).logits[:, 0]
+
+    @torch.no_grad()
+    def at_stored(tokens):
+        _rewind(cache, length)
+        return step(tokens, positions[steps // 2])
+
+    found = known(device, smoke, shape["text_tokens"], stored)
+    index = torch.arange(shape["candidates"], device=device) % _DISTINCT
+    tokens = found.tokens[index, -1]
+    error = furthest_logit(at_stored(tokens), found.logits[index])
+
+    @torch.no_grad()
+    def run():
+        _rewind(cache, length - steps // 2)
+        for position in positions:
+            step(tokens, position)
+
+    counted = _counted(device, smoke, shape, tier)
+    yield Provider(f"{COMPILED}, {tier.name}, no draw", run, error, tier.tolerance, steps, counted)
+
+
+def _rewind(cache, length: int) -> None:
+    """Let a static cache hold its first `length` tokens."""
+    for layer in cache.layers:
+        layer.cumulative_length.fill_(length)
+
+
+def _torch(device: str, shape: dict, smoke: bool) -> Iterator[Provider]:
+    for tier in TIERS[device]:
+        if tier.page_dtype is None and tier.weight_dtype is None:
+            keys, values = _dense(device, shape, smoke, tier.dtype, 1)
+            model = stock_model(device, tier.dtype, smoke).speech_decoder_model
+            decoder = TorchDecoder(model, keys, values, shape["stored"] + 1)
+            name = f"torch {tier.name}{', captured' if device == 'cuda' else ''}, no draw"
+            yield _rival(name, decoder, device, shape, smoke, tier, device == "cuda")
+
+
+def _counted(device: str, smoke: bool, shape: dict, tier: Tier) -> dict:
+    """The bytes and operations that a step of a tier cannot do without."""
+    model = our_model(device, smoke=smoke).speech_decoder_model
+    config, candidates = model.config, shape["candidates"]
+    in_layers = sum(p.numel() for layer in model.model.decoder.layers for p in layer.parameters())
+    head = model.lm_head.weight.numel()
+    prompt = len(known(device, smoke, shape["text_tokens"], shape["stored"]).prompt)
+    tokens = candidates * (shape["stored"] + 1) + prompt
+    itemsize, page_itemsize = tier.dtype.itemsize, (tier.page_dtype or tier.dtype).itemsize
+    weights = in_layers * (tier.weight_dtype or tier.dtype).itemsize + head * itemsize
+    key_values = 2 * tokens * config.num_hidden_layers * config.hidden_size * page_itemsize
+    logits = 2 * candidates * config.vocab_size * itemsize
+    attended = candidates * (shape["stored"] + 1 + prompt)
+    flop = 2 * candidates * (in_layers + head) + 4 * attended * config.num_hidden_layers * config.hidden_size
+    return {"bytes": weights + key_values + logits, "flop": flop, "dtype": name_of(tier.dtype)}

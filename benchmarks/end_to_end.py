@@ -1,0 +1,123 @@
+"""A text and a clip to the three best of a preset's candidates, and where the time goes.
+
+Every candidate has all its tokens. The engine's parts are features, voice (the conditioning encoder), prompt (text to
+embeddings, and its place in the queue), decode and rank; transformers' are features and tokens, and `generate`, which
+decodes and scores. The error is that of logits, as in the workload `generate`.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from time import perf_counter
+
+import numpy as np
+import torch
+
+from benchmarks.harness import Provider, Task, measure
+from benchmarks.kernels import name_of
+from benchmarks.models import stock_model
+from benchmarks.tiers import TIERS, engine_error, engine_of
+from clvp_fast import CandidateRequest, SamplingParams
+from clvp_fast.engine.voices import VoiceCache
+
+TEXT = "The birch canoe slid on the smooth planks, and the doctor paid 25 dollars for it."
+KEEP, SECONDS = 3, 6
+# Preset and tokens a candidate.
+SHAPES = {"cpu": (("ultra_fast", 32),), "cuda": (("standard", 500), ("ultra_fast", 500))}
+SMOKE = (("ultra_fast", 4),)
+
+
+def tasks(device: str, smoke: bool = False) -> Iterator[Task]:
+    for preset, new_tokens in SMOKE if smoke else SHAPES[device]:
+        yield Task({"preset": preset, "new_tokens": new_tokens}, partial(rows, device, preset, new_tokens, smoke))
+
+
+class Timed:
+    """Runs `call(samples)`, which returns the seconds of its parts, and keeps them."""
+
+    def __init__(self, call: Callable[[np.ndarray], dict[str, float]], samples: np.ndarray):
+        self.call, self.samples, self.parts = call, samples, []
+
+    def __call__(self) -> None:
+        self.parts.append(self.call(self.samples))
+
+    def medians(self) -> dict[str, float]:
+        """Of all runs but the first, which warms up."""
+        kept = self.parts[1:]
+        return {name: float(np.median([parts[name] for parts in kept])) for name in kept[0]}
+
+
+def rows(device: str, preset: str, new_tokens: int, smoke: bool) -> list[dict]:
+    settings = SamplingParams.preset(preset, max_new_tokens=new_tokens, seed=0)
+    generator = np.random.default_rng(0)
+    timed, providers = {}, []
+    for tier in TIERS[device]:
+        engine = engine_of(tier, device, smoke, settings.num_candidates, new_tokens)
+        samples = generator.normal(0, 0.1, SECONDS * engine.processor.feature_extractor.sampling_rate)
+        samples = samples.astype(np.float32)
+        if not timed:
+            dtype = torch.float32 if device == "cpu" else torch.bfloat16
+            model, name = stock_model(device, dtype, smoke), f"transformers {name_of(dtype)}"
+            timed[name] = Timed(partial(with_transformers, model, engine.processor, settings), samples)
+            providers.append(Provider(name, timed[name], 0.0, 0.0))
+        name = f"clvp_fast engine, {tier.name}"
+        timed[name] = Timed(partial(with_engine, engine, settings), samples)
+        length = len(engine.processor.tokenizer(TEXT)["input_ids"])
+        error = engine_error(tier, device, smoke, length)
+        providers.append(Provider(name, timed[name], error, tier.tolerance))
+    shape = {"preset": preset, "new_tokens": new_tokens}
+    found = measure("end_to_end", shape, providers, 1 if smoke else 3, tokens=settings.num_candidates * new_tokens)
+    return [row | {"parts": timed[row["provider"]].medians()} if row["seconds"] else row for row in found]
+
+
+def with_engine(engine, settings: SamplingParams, samples: np.ndarray) -> dict[str, float]:
+    extractor = engine.processor.feature_extractor
+    engine.voices = VoiceCache(engine.model, extractor)  # every run meets the voice for the first time
+    begin = perf_counter()
+    features = extractor(samples, sampling_rate=extractor.sampling_rate, return_tensors="pt")["input_features"]
+    extracted = perf_counter()
+    voice = engine.voices.from_features(features)
+    _wait(engine.model)
+    encoded = perf_counter()
+    (result,) = engine.generate(CandidateRequest(text=TEXT, conditioning=voice), settings, keep=KEEP)
+    if result.error is not None:
+        raise RuntimeError(str(result.error)) from result.error
+    if [len(codes) for _, codes, _ in result.best(KEEP)] != [settings.max_new_tokens] * KEEP:
+        raise RuntimeError(f"candidates should have {settings.max_new_tokens} tokens each, and have {result.lengths}")
+    timings = result.timings
+    return {
+        "features": extracted - begin,
+        "voice": encoded - extracted,
+        "prompt": timings["prepare"] + timings["queue"],
+        "decode": timings["decode"],
+        "rank": timings["rank"],
+    }
+
+
+@torch.no_grad()
+def with_transformers(model, processor, settings: SamplingParams, samples: np.ndarray) -> dict[str, float]:
+    begin = perf_counter()
+    rate = processor.feature_extractor.sampling_rate
+    inputs = processor(raw_speech=samples, sampling_rate=rate, text=TEXT, return_tensors="pt")
+    extracted = perf_counter()
+    torch.manual_seed(0)
+    output = model.generate(
+        inputs["input_ids"].to(model.device),
+        inputs["input_features"].to(model.device, model.dtype),
+        max_new_tokens=settings.max_new_tokens,
+        num_return_sequences=settings.num_candidates,
+        do_sample=True,
+        top_k=0,
+        top_p=settings.top_p,
+        temperature=settings.temperature,
+        repetition_penalty=settings.repetition_penalty,
+        return_dict_in_generate=True,
+        eos_token_id=model.config.decoder_config.eos_token_id,
+    )
+    best = output.logits_per_text[0].topk(KEEP).indices
+    output.speech_ids[best].cpu()
+    return {"features": extracted - begin, "generate": perf_counter() - extracted}
+
+
+def _wait(model) -> None:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize()
