@@ -226,9 +226,9 @@ def commit() -> str:
     return (git("rev-parse", "--short", "HEAD") or "unknown") + "+" * bool(changed)
 
 
-def folder_of(machine: Machine, device: str, results: Path | None = None) -> Path:
+def folder_of(machine: Machine, device: str, results: Path) -> Path:
     """Where the rows of a device are."""
-    return (results or RESULTS) / (device if device == "cpu" else "-".join(machine.name.lower().split()))
+    return results / (device if device == "cpu" else "-".join(machine.name.lower().split()))
 
 
 def stored_rows(folder: Path) -> Iterator[dict]:

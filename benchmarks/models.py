@@ -24,6 +24,7 @@ def _made_on(device: str):
 
 
 @functools.cache
+@torch.inference_mode(False)
 def our_model(
     device: str, dtype: torch.dtype = torch.float32, smoke: bool = False
 ) -> ClvpModelForConditionalGeneration:
@@ -38,6 +39,7 @@ def our_model(
 
 
 @functools.cache
+@torch.inference_mode(False)
 def stock_model(device: str, dtype: torch.dtype = torch.float32, smoke: bool = False):
     """transformers' own class, with the weights of [`our_model`]."""
     from transformers.models.clvp import configuration_clvp, modeling_clvp

@@ -10,13 +10,22 @@ import shlex
 import sys
 import tempfile
 import time
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
-from benchmarks import harness
 from benchmarks.compare import compare, printed
-from benchmarks.harness import Machine
+from benchmarks.harness import (
+    RESULTS,
+    Machine,
+    folder_of,
+    measured_tasks,
+    task_key,
+    with_context,
+    write_rows,
+)
+from clvp_fast.cli.parser import add_bench_arguments
 
 # What each measures; the most important first, for a run that ends early.
 WORKLOADS = {
@@ -38,95 +47,97 @@ WORKLOADS = {
 }
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
-    add_arguments(parser)
-    return parser
+INTERRUPTED = "interrupted; the rows that were measured are kept, and --resume goes on behind them"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("workload", nargs="*", help="which to measure (default: all); --list names them")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
-    parser.add_argument("--list", action="store_true", help="name the workloads, and measure nothing")
-    parser.add_argument(
-        "--compare",
-        nargs=2,
-        metavar=("A", "B"),
-        help="measure nothing: the ratios of B's rows to A's, each a commit that has rows, a file of rows or a folder",
-    )
-    parser.add_argument("--resume", action="store_true", help="leave out what this very code has rows of")
-    parser.add_argument(
-        "--seconds", type=float, metavar="S", help="begin no further shape after S seconds (what is left is told)"
-    )
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes, once: whether it runs. Rows are not kept")
-    parser.add_argument("--results", type=Path, metavar="DIR", help="folder for the rows (default: benchmarks/results)")
+@dataclass
+class Outcome:
+    """What a run has measured.
+
+    rows: as they were written. failed: the shapes of which a provider gave a wrong result, or which could not be
+        measured. left: those for which there was no time. folder: where the rows are.
+    """
+
+    rows: list[dict] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)
+    folder: str | None = None
+
+    def sentences(self) -> list[str]:
+        found = [f"wrong or failed: {'; '.join(self.failed)}"] if self.failed else []
+        if self.left:
+            found.append(f"{len(self.left)} shapes are left for another run with --resume: {'; '.join(self.left)}")
+        return found
 
 
 def main(argv: list[str] | None = None) -> int:
     """Returns 1 if a provider gave a wrong result or a shape could not be measured."""
-    parser = build_parser()
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
+    add_bench_arguments(parser)
     arguments = parser.parse_args(argv)
     words = ["python", "-m", "benchmarks.run", *(sys.argv[1:] if argv is None else argv)]
     try:
-        return run(arguments, shlex.join(words))
+        if arguments.list:
+            print(listed())
+            return 0
+        if arguments.compare:
+            print(printed(compare(*arguments.compare, Path(arguments.results or RESULTS))))
+            return 0
+        outcome = measure(arguments, shlex.join(words))
     except ValueError as error:
         parser.error(str(error))
     except KeyboardInterrupt:
-        print("\ninterrupted; the rows that were measured are kept, and --resume goes on behind them", file=sys.stderr)
+        print(f"\n{INTERRUPTED}", file=sys.stderr)
         return 130
+    for sentence in outcome.sentences():
+        print(sentence, file=sys.stderr)
+    return int(bool(outcome.failed))
 
 
-def run(arguments: argparse.Namespace, command: str) -> int:
-    """Does what `arguments` say; `command` is for the rows. Raises `ValueError` for arguments that cannot be."""
-    if arguments.list:
-        for name, what in WORKLOADS.items():
-            print(f"{name:<18} {what}")
-        return 0
-    if arguments.compare:
-        print(printed(compare(*arguments.compare, arguments.results or harness.RESULTS)))
-        return 0
+def listed() -> str:
+    return "\n".join(f"{name:<18} {what}" for name, what in WORKLOADS.items())
+
+
+def measure(arguments: argparse.Namespace, command: str) -> Outcome:
+    """Measures what `arguments` name; `command` is for the rows. Raises `ValueError` for what cannot be measured."""
     unknown = sorted(set(arguments.workload) - set(WORKLOADS))
     if unknown:
         raise ValueError(f"no workload {', '.join(unknown)}: there are {', '.join(WORKLOADS)}")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda needs an NVIDIA GPU and a torch that sees it; leave it out to measure the CPU")
-    if arguments.smoke:
-        with tempfile.TemporaryDirectory() as results:
-            return measure(arguments, Path(results), command)
-    return measure(arguments, arguments.results or harness.RESULTS, command)
+    if not arguments.smoke:
+        return _measure(arguments, Path(arguments.results or RESULTS), command)
+    with tempfile.TemporaryDirectory() as scratch:
+        return replace(_measure(arguments, Path(scratch), command), folder=None)
 
 
-def measure(arguments: argparse.Namespace, results: Path, command: str) -> int:
-    """Measures into the device's folder in `results`, which must be writable."""
+def _measure(arguments: argparse.Namespace, results: Path, command: str) -> Outcome:
     begin = time.monotonic()
     machine = Machine.measure(arguments.device, arguments.smoke)
-    folder = harness.folder_of(machine, arguments.device, results)
+    folder = folder_of(machine, arguments.device, results)
     require_writable(folder)
     print(f"{machine.name}, {machine.threads} threads, torch {torch.__version__}", flush=True)
-    known = harness.measured_tasks(folder) if arguments.resume else set()
-    failed, left = [], []
+    known = measured_tasks(folder) if arguments.resume else set()
+    outcome = Outcome(folder=str(folder))
     for workload in arguments.workload or WORKLOADS:
         module = importlib.import_module(f"benchmarks.{workload}")
         for task in module.tasks(arguments.device, smoke=arguments.smoke):
             name = f"{workload} {' '.join(f'{key}={value}' for key, value in task.shape.items())}".strip()
-            if harness.task_key({"workload": workload, "shape": task.shape}) in known:
+            if task_key({"workload": workload, "shape": task.shape}) in known:
                 continue
             if arguments.seconds is not None and time.monotonic() - begin > arguments.seconds:
-                left.append(name)
+                outcome.left.append(name)
                 continue
             try:
-                rows = task.rows()
+                rows = with_context(task.rows(), machine, command)
             except (RuntimeError, ValueError) as error:  # this shape; the others are measured
                 print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-                failed.append(name)
+                outcome.failed.append(name)
                 continue
-            harness.write_rows(harness.with_context(rows, machine, command), folder)
-            failed += [name] * any(row["seconds"] is None for row in rows)
-    if failed:
-        print(f"wrong or failed: {'; '.join(failed)}", file=sys.stderr)
-    if left:
-        print(f"{len(left)} shapes are left for another run with --resume: {'; '.join(left)}", file=sys.stderr)
-    return int(bool(failed))
+            write_rows(rows, folder)
+            outcome.rows += rows
+            outcome.failed += [name] * any(row["seconds"] is None for row in rows)
+    return outcome
 
 
 def require_writable(folder: Path) -> None:

@@ -17,7 +17,7 @@ def build_parser() -> argparse.ArgumentParser:
     everywhere = argparse.ArgumentParser(add_help=False)
     everywhere.add_argument("--debug", action="store_true", help="show where an error came from")
     everywhere.add_argument("--json", action="store_true", help="print the result as JSON; notes stay on stderr")
-    for add in (_generate, _score, _mel, _convert, _info):
+    for add in (_generate, _score, _mel, _convert, _info, _bench):
         add(commands, everywhere)
     return parser
 
@@ -145,6 +145,32 @@ def _convert(commands, everywhere) -> None:
 
 def _info(commands, everywhere) -> None:
     commands.add_parser("info", parents=[everywhere], help="versions, devices, and which operator uses which backend")
+
+
+def _bench(commands, everywhere) -> None:
+    parser = commands.add_parser(
+        "bench", parents=[everywhere], help="measure every kernel and the whole beside their rivals (in a clone)"
+    )
+    add_bench_arguments(parser)
+
+
+def add_bench_arguments(parser) -> None:
+    """Of `clvp-fast bench` and of `python -m benchmarks.run`."""
+    parser.add_argument("workload", nargs="*", metavar="NAME", help="what to measure, see --list (default: everything)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
+    parser.add_argument("--list", action="store_true", help="name the workloads, and measure nothing")
+    parser.add_argument(
+        "--compare",
+        nargs=2,
+        metavar=("A", "B"),
+        help="measure nothing: the ratios of B's rows to A's; each a commit that has rows, or a file or folder of them",
+    )
+    parser.add_argument("--resume", action="store_true", help="leave out what this very code has rows of")
+    parser.add_argument(
+        "--seconds", type=float, metavar="S", help="begin no further shape after S seconds; what is left is told"
+    )
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes, once: whether it runs. Rows are not kept")
+    parser.add_argument("--results", metavar="DIR", help="folder for the rows (default: benchmarks/results)")
 
 
 def _add_checkpoint(parser) -> None:

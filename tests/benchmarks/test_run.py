@@ -69,7 +69,7 @@ def test_what_does_not_fit_into_the_time_is_left_and_named(workload, tmp_path, c
 
 
 def test_a_smoke_test_leaves_no_rows(workload, tmp_path, monkeypatch):
-    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    monkeypatch.setattr(run, "RESULTS", tmp_path)
     assert run.main(["score", "--smoke"]) == 0 and workload.measured == [0, 1, 2]
     assert not list(tmp_path.iterdir())
 

@@ -53,7 +53,7 @@ def test_wrong_usage_is_2(cli, argv):
 
 def test_version_and_help(cli):
     assert cli("--version").out == f"clvp-fast {clvp_fast.__version__}\n"
-    for command in ("generate", "score", "mel", "convert", "info"):
+    for command in ("generate", "score", "mel", "convert", "info", "bench"):
         outcome = cli(command, "--help")
         assert outcome.code == 0 and f"usage: clvp-fast {command}" in outcome.out
 

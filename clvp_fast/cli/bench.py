@@ -1,0 +1,56 @@
+"""`clvp-fast bench`: the benchmarks of `benchmarks/`, which lie beside the package in a clone and in no wheel."""
+
+import argparse
+import json
+import shlex
+import sys
+from contextlib import nullcontext, redirect_stdout
+from dataclasses import asdict
+from pathlib import Path
+
+import clvp_fast
+from clvp_fast.cli import report
+
+
+def run(arguments: argparse.Namespace) -> None:
+    benchmarks = _benchmarks()
+    if arguments.list:
+        _tell(arguments.json, benchmarks.WORKLOADS, benchmarks.listed())
+        return
+    results = Path(arguments.results or benchmarks.RESULTS)
+    if arguments.compare:
+        differences = benchmarks.compare(*arguments.compare, results)
+        _tell(arguments.json, [asdict(one) for one in differences], benchmarks.printed(differences))
+        return
+    try:
+        # What is measured is told as it comes, beside the document where one is asked for.
+        with redirect_stdout(sys.stderr) if arguments.json else nullcontext():
+            outcome = benchmarks.measure(arguments, shlex.join(["clvp-fast", *sys.argv[1:]]))
+    except KeyboardInterrupt:
+        report.note(benchmarks.INTERRUPTED)
+        sys.exit(130)
+    if arguments.json:
+        print(json.dumps(asdict(outcome)))
+    for sentence in outcome.sentences():
+        report.note(sentence)
+    if outcome.failed:
+        raise ValueError(f"{len(outcome.failed)} shapes gave a wrong result or none, and the notes name each")
+
+
+def _benchmarks():
+    """The module `benchmarks.run` of the clone that this package is in."""
+    root = Path(clvp_fast.__file__).resolve().parents[1]
+    if not (root / "benchmarks/run.py").is_file() or not (root / "csrc").is_dir():
+        raise ValueError(
+            f"the benchmarks are not part of the installed package ({root}): run `clvp-fast bench` in a clone of its "
+            "repository, installed with `pip install -e .`"
+        )
+    if str(root) not in sys.path:
+        sys.path.insert(0, str(root))
+    from benchmarks import run
+
+    return run
+
+
+def _tell(as_json: bool, document, text: str) -> None:
+    print(json.dumps(document) if as_json else text)
