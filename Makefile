@@ -29,7 +29,7 @@ CPP_SOURCES := $(wildcard csrc/* tests/csrc/*.cpp)
 DEMO_TEXT := The birch canoe slid on the smooth planks, and the doctor paid 25 dollars for it.
 DEMO_OUT ?= out/demo
 
-.PHONY: setup test demo lint format bench-cpu kernel-report gpu-check gpu-bench clean
+.PHONY: setup test demo lint format bench-cpu docs-benchmarks kernel-report gpu-check gpu-bench clean
 
 setup: $(RUNTIME_STAMP)
 
@@ -62,8 +62,13 @@ format: $(DEV_STAMP)
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/clang-format -i $(CPP_SOURCES)
 
+# Run again after an interrupt, it goes on behind what the code as it is has rows of; BENCH_ARGS="generate score" chooses.
 bench-cpu: $(RUNTIME_STAMP)
-	$(PY) -m benchmarks.run --device cpu
+	$(PY) -m benchmarks.run --device cpu --resume $(BENCH_ARGS)
+	$(PY) -m benchmarks.report
+
+# Every number and figure of the documents, from the rows in benchmarks/results.
+docs-benchmarks: $(RUNTIME_STAMP)
 	$(PY) -m benchmarks.report
 
 define require_gpu
@@ -81,9 +86,11 @@ gpu-check:
 	PYTHONPATH=. PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --error-exitcode 1 \
 	  $(GPU_PYTHON) -m pytest -q -m gpu tests/kernels --ignore tests/kernels/test_compiled.py -k "bits or nothing or writes or alone or log_mel"
 
+# A shape that is begun late is interrupted (124); its rows, and those that were left, come when it is run again.
 gpu-bench:
 	$(require_gpu)
-	PYTHONPATH=. timeout --signal=INT $(GPU_SECONDS) $(GPU_PYTHON) -m benchmarks.run --device cuda $(BENCH_ARGS)
+	PYTHONPATH=. timeout --signal=INT $(GPU_SECONDS) $(GPU_PYTHON) -m benchmarks.run --device cuda --resume \
+	  --seconds $$(($(GPU_SECONDS) - 40)) $(BENCH_ARGS) || [ $$? -eq 124 ]
 
 kernel-report: $(RUNTIME_STAMP)
 	$(PY) -m benchmarks.aot --write

@@ -1,25 +1,31 @@
-"""`python -m benchmarks.report`: writes the measured tables from the newest rows of benchmarks/results/.
-
-They stand in README.md and, of the precision tiers, in docs/architecture.md.
+"""`python -m benchmarks.report`: writes all that is measured into the documents, from the newest rows of
+benchmarks/results/: the table of README.md, that of the precision tiers in docs/architecture.md, docs/benchmarks.md and
+its figures.
 """
 
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.harness import RESULTS, stored_rows, task_key
+from benchmarks import document, plots
+from benchmarks.harness import RESULTS, ROOT, stored_rows, task_key
 
-README = RESULTS.parent.parent / "README.md"
-ARCHITECTURE = RESULTS.parent.parent / "docs/architecture.md"
+README = ROOT / "README.md"
+ARCHITECTURE = ROOT / "docs/architecture.md"
+BENCHMARKS = ROOT / "docs/benchmarks.md"
 BEGIN, END = "<!-- measured:begin -->", "<!-- measured:end -->"
 # What README shows: workload, and how a reader would call it.
 SHOWN = {
     "generate": "generate {candidates} candidates of {new_tokens} tokens, whole call",
+    "end_to_end": "text and clip to the best of preset {preset}, {new_tokens} tokens a candidate",
     "score": "embed {candidates} candidates of {length} tokens",
     "log_mel": "log-mel of {clips} clips of {seconds} s, threads: {threads}",
     "import_time": "import",
 }
 # Of a workload with several shapes, those that are shown.
-SHAPES = {"log_mel": {"clips": 64, "n_fft": 1024}}
+SHAPES = {
+    "log_mel": lambda shape: (shape["clips"], shape["n_fft"]) == (64, 1024),
+    "score": lambda shape: "padded_to" not in shape,
+}
 
 
 def newest_rows(folder: Path = RESULTS) -> list[dict]:
@@ -35,19 +41,31 @@ def newest_rows(folder: Path = RESULTS) -> list[dict]:
 
 
 def table(rows: list[dict]) -> str:
-    lines = []
+    """A table for each device, of what README shows."""
+    shown = [row for row in rows if row["workload"] in SHOWN and row["seconds"] and _is_shown(row)]
+    devices = sorted({row["device"]["name"] for row in shown}, key=document.cpu_first)
+    if not devices:
+        return "Not measured yet."
+    parts = [_device_table([row for row in shown if row["device"]["name"] == device]) for device in devices]
+    if not any("NVIDIA" in device for device in devices):
+        parts.append("GPU: not measured yet.")
+    return "\n\n".join(parts)
+
+
+def _is_shown(row: dict) -> bool:
+    return SHAPES.get(row["workload"], lambda shape: True)(row["shape"])
+
+
+def _device_table(rows: list[dict]) -> str:
+    lines = ["| what | provider | median | speed | error | peak memory |", "|---|---|---|---|---|---|"]
     for workload, title in SHOWN.items():
         lines += [
             f"| {title.format(**row['shape'])} | {row['provider']} | {_seconds(row['seconds']['median'])} | "
             f"{row['ratio']:.2f}x | {row['error']:.1e} | {_memory(row['peak_extra_bytes'])} |"
             for row in rows
-            if row["workload"] == workload and row["seconds"]
-            if SHAPES.get(workload, {}).items() <= row["shape"].items()
+            if row["workload"] == workload
         ]
-    if not lines:
-        return "Not measured yet."
-    head = ["| what | provider | median | speed | error | peak memory |", "|---|---|---|---|---|---|"]
-    return "\n".join([*head, *lines, "", _context([row for row in rows if row["workload"] in SHOWN])])
+    return "\n".join([*lines, "", _context(rows)])
 
 
 def _seconds(seconds: float) -> str:
@@ -69,10 +87,9 @@ def _context(rows: list[dict]) -> str:
         measured.setdefault(where, {})[row["workload"]] = None
     wheres = [where if len(measured) == 1 else f"{', '.join(names)} {where}" for where, names in measured.items()]
     return (
-        f"Measured by `make bench-cpu` {'; '.join(wheres)}; models have random weights of the full size (665 million "
-        "parameters). Speed is against the first row of each kind; error is relative, against transformers in float32, "
-        "and of log-mel the largest difference from float64; memory is what a first call adds to the process. GPU: not "
-        "measured yet."
+        f"Measured with `clvp-fast bench`: {'; '.join(wheres)}; models have random weights of the full size (665 "
+        "million parameters). Speed is against the first row of each kind; error is relative, against transformers in "
+        "float32, and of log-mel the largest difference from float64; memory is what a first call adds to the process."
     )
 
 
@@ -104,15 +121,21 @@ def precision_table(rows: list[dict]) -> str:
     )
 
 
-def updated(document: str, rows: list[dict], make: Callable[[list[dict]], str] = table) -> str:
-    """`document` with what stands between the marks made from `rows` by `make`."""
-    before, rest = document.split(BEGIN)
+def updated(text: str, rows: list[dict], make: Callable[[list[dict]], str] = table) -> str:
+    """`text` with what stands between the marks made from `rows` by `make`."""
+    before, rest = text.split(BEGIN)
     _, after = rest.split(END)
     return f"{before}{BEGIN}\n{make(rows)}\n{END}{after}"
 
 
-DOCUMENTS = ((README, table), (ARCHITECTURE, precision_table))
+def benchmarks(rows: list[dict]) -> str:
+    return document.measured(rows, plots.lines_of(rows))
+
+
+DOCUMENTS = ((README, table), (ARCHITECTURE, precision_table), (BENCHMARKS, benchmarks))
 
 if __name__ == "__main__":
+    newest = newest_rows()
+    plots.draw_all(newest)
     for path, make in DOCUMENTS:
-        path.write_text(updated(path.read_text(encoding="utf-8"), newest_rows(), make), encoding="utf-8")
+        path.write_text(updated(path.read_text(encoding="utf-8"), newest, make), encoding="utf-8")

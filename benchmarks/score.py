@@ -80,7 +80,7 @@ def _runs(device: str, shape: dict, smoke: bool, codes, batch) -> Iterator[tuple
 def _provider(name, dtype, mode, run, expected, model, tokens) -> Provider:
     error = float((_normalised(run()) - expected[mode]).norm() / expected[mode].norm())
     parameters = sum(p.numel() for layer in model.speech_encoder_model.layers for p in layer.parameters())
-    counted = {"dtype": name_of(dtype), "flop": 2 * parameters * tokens[mode], "tokens": tokens[mode]}
+    counted = {"dtype": name_of(dtype), "flop": 2 * parameters * tokens[mode], "encoded_tokens": tokens[mode]}
 
     @torch.no_grad()
     def timed():

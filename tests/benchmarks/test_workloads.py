@@ -261,7 +261,7 @@ def test_divergence_of_known_distributions():
 def test_scoring_providers_agree_at_one_length_and_at_their_own():
     found = all_rows(score, "cpu", smoke=True)
     assert len(found) == 5 + 7 and all(row["seconds"] for row in found)
-    tokens = {row["provider"]: row["tokens"] for row in found[5:]}
+    tokens = {row["provider"]: row["encoded_tokens"] for row in found[5:]}
     assert tokens["clvp_fast engine, trimmed, float32"] == 4 + 6 + 9 and tokens["transformers float32"] == 3 * 12
     assert all(row["flop"] > 0 and row["dtype"] in row["provider"] for row in found)
 

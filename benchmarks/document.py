@@ -1,0 +1,122 @@
+"""The measured part of docs/benchmarks.md: a section a device, in it a table a workload, all from the newest rows."""
+
+from benchmarks.run import WORKLOADS
+
+
+def seconds(value: float) -> str:
+    """A time in a unit that leaves three digits or so."""
+    for unit, size in (("s", 1), ("ms", 1e-3)):
+        if value >= 0.5 * size:
+            return f"{value / size:.2f} {unit}" if value < 10 * size else f"{value / size:.1f} {unit}"
+    return f"{value * 1e6:.1f} µs"
+
+
+def _thousands(value: float) -> str:
+    return f"{value:,.0f}".replace(",", " ") if value >= 10 else f"{value:.1f}"
+
+
+def _beyond(row: dict) -> str:
+    return f"{(row['peak_bytes'] - row['weights_bytes'] - row['kv_bytes']) / 2**20:.0f} MiB"
+
+
+# Columns that stand where a row has what they are made of: title, its key, and what they say.
+_MORE = (
+    ("tokens/s", "tokens", lambda row: _thousands(row["tokens"] / row["seconds"]["median"])),
+    ("memory beyond weights, keys and values", "peak_bytes", _beyond),
+    ("where the time goes", "parts", lambda row: ", ".join(f"{n} {seconds(part)}" for n, part in row["parts"].items())),
+    ("logits off by", "logits_error", lambda row: f"{row['logits_error']:.1e}"),
+    ("KL, nats a token", "kl", lambda row: f"{row['kl']:.1e}"),
+    ("same greedy token", "greedy", lambda row: f"{row['greedy']:.1%}"),
+    ("slowest hundredth", "slow_step_seconds", lambda row: seconds(row["slow_step_seconds"])),
+    ("last fifth over first", "late_over_early", lambda row: f"{row['late_over_early']:.2f}"),
+    ("first call adds", "peak_extra_bytes", lambda row: f"{row['peak_extra_bytes'] / 2**20:.0f} MiB"),
+)
+
+
+def cpu_first(device: str) -> tuple[bool, str]:
+    return "NVIDIA" in device, device
+
+
+def measured(rows: list[dict], figures: dict[str, str]) -> str:
+    """Sections of every device that has rows, a CPU first.
+
+    Args:
+        rows: the newest of each task.
+        figures: by device, the figures' lines.
+    """
+    devices = sorted({row["device"]["name"] for row in rows}, key=cpu_first)
+    parts = [_section(name, [row for row in rows if row["device"]["name"] == name], figures) for name in devices]
+    if not any("NVIDIA" in name for name in devices):
+        parts.append("## NVIDIA GPU\n\nNot measured: none was at hand.")
+    return "\n\n".join(parts)
+
+
+def _section(device: str, rows: list[dict], figures: dict[str, str]) -> str:
+    parts = [f"## {device}", *([figures[device]] if device in figures else [])]
+    for workload, what in WORKLOADS.items():
+        of_workload = [row for row in rows if row["workload"] == workload]
+        parts.append(f"### {workload}\n\n{what[0].upper()}{what[1:]}.\n\n{_table(of_workload)}")
+    return "\n\n".join(parts)
+
+
+def _table(rows: list[dict]) -> str:
+    if not rows:
+        return "Not measured."
+    timed = [row for row in rows if row["seconds"]]
+    more = [column for column in _MORE if any(row.get(column[1]) is not None for row in timed)]
+    limited = any("fraction_of_limit" in row for row in timed)
+    titles = ["shape", "provider", "median (20 % to 80 %)", "speed", *["of the limit"] * limited, "error"]
+    titles += [title for title, *_ in more]
+    common = _common([row["shape"] for row in rows])
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    shown = None
+    for row in rows:
+        shape = _words({name: value for name, value in row["shape"].items() if name not in common})
+        cells = ["" if shape == shown else shape, row["provider"]]
+        shown = shape
+        if row["seconds"] is None:
+            lines.append(f"| {' | '.join([*cells, row['refused'], *[''] * (len(titles) - 3)])} |")
+            continue
+        spread = row["seconds"]
+        cells += [f"{seconds(spread['median'])} ({seconds(spread['q20'])} to {seconds(spread['q80'])})"]
+        cells += [f"{row['ratio']:.2f}x"]
+        if limited:
+            cells.append(f"{row['fraction_of_limit']:.1%}" if "fraction_of_limit" in row else "")
+        cells.append(f"{row['error']:.1e}")
+        cells += [say(row) if row.get(key) is not None else "" for _, key, say in more]
+        lines.append(f"| {' | '.join(cells)} |")
+    everywhere = [f"{_words(common)[0].upper()}{_words(common)[1:]}.", ""] if common else []
+    return "\n".join([*everywhere, *lines, "", *_absent(rows), _circumstances(rows)])
+
+
+def _common(shapes: list[dict]) -> dict:
+    """What all shapes agree on, where there are several."""
+    first = shapes[0]
+    if all(shape == first for shape in shapes):
+        return {}
+    return {name: value for name, value in first.items() if all(shape.get(name) == value for shape in shapes)}
+
+
+def _words(shape: dict) -> str:
+    return ", ".join(f"{name} {value}" for name, value in shape.items())
+
+
+def _absent(rows: list[dict]) -> list[str]:
+    absent = {name: why for row in rows for name, why in row.get("absent", {}).items()}
+    return ["Absent: " + "; ".join(f"{name} ({why})" for name, why in absent.items()) + ".", ""] if absent else []
+
+
+def _circumstances(rows: list[dict]) -> str:
+    found = {}
+    for row in rows:
+        versions, device = row["versions"], row["device"]
+        threads = row["shape"].get("threads", device["threads"])
+        where = (
+            f"commit {row['commit']}, {row['utc'][:10]}, torch {versions['torch']}, transformers "
+            f"{versions['transformers']}, copy {device['copy_bytes_per_s'] / 1e9:.1f} GB/s"
+        )
+        found.setdefault(where, set()).add(threads)
+    return (
+        "; ".join(f"{where}, threads: {' and '.join(map(str, sorted(threads)))}" for where, threads in found.items())
+        + "."
+    )

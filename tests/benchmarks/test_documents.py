@@ -1,0 +1,91 @@
+"""No number stands in the documents, and no picture, without its row."""
+
+import json
+import re
+
+import pytest
+
+from benchmarks import document, plots, report
+from benchmarks.run import WORKLOADS
+
+
+def row(workload, provider="a", device="AMD EPYC", median=2.0, **more):
+    seconds = {"q20": median, "median": median, "q80": 1.1 * median, "repeats": 3} if median else None
+    machine = {"name": device, "threads": 2, "copy_bytes_per_s": 1e10, "matmul_flop_per_s": {"float32": 1e11}}
+    context = {"device": machine, "commit": "abc", "utc": "2026-01-02T03:04:05+00:00"}
+    context["versions"] = {"torch": "1", "transformers": "2"}
+    measured = {"workload": workload, "shape": {}, "provider": provider, "seconds": seconds, "ratio": 1.5}
+    return measured | context | {"error": 1e-6, "peak_extra_bytes": None} | more
+
+
+def step(candidates, median, **more):
+    shape = {"candidates": candidates, "text_tokens": 60, "stored": 250}
+    return row("decode_step", "clvp_fast float32", median=median, shape=shape, tokens=candidates, **more)
+
+
+@pytest.mark.parametrize(("path", "make"), report.DOCUMENTS, ids=["README", "architecture", "benchmarks"])
+def test_documents_say_what_the_rows_say(path, make):
+    text = path.read_text(encoding="utf-8")
+    assert report.updated(text, report.newest_rows(), make) == text, "run: make docs-benchmarks"
+
+
+def test_figures_show_what_the_rows_say():
+    wanted = plots.drawings(report.newest_rows())
+    assert {path.name for path in plots.FIGURES.glob("*.svg")} == set(wanted), "run: make docs-benchmarks"
+    assert all(plots.is_current(plots.FIGURES / name, drawing) for name, drawing in wanted.items())
+
+
+def test_every_workload_has_its_place_measured_or_not():
+    text = document.measured([step(1, 0.5), step(16, 0.25)], {"AMD EPYC": "![figure](x.svg)"})
+    assert [line[4:] for line in text.splitlines() if line.startswith("### ")] == list(WORKLOADS)
+    assert text.count("Not measured.\n") == len(WORKLOADS) - 1 and "## AMD EPYC\n\n![figure](x.svg)" in text
+    assert "Text_tokens 60, stored 250." in text
+    assert "| candidates 16 | clvp_fast float32 | 250.0 ms (250.0 ms to 275.0 ms) | 1.50x | 1.0e-06 | 64 |" in text
+    assert "commit abc, 2026-01-02, torch 1, transformers 2, copy 10.0 GB/s, threads: 2." in text
+    assert text.endswith("## NVIDIA GPU\n\nNot measured: none was at hand.")
+    both = document.measured([row("score", device="NVIDIA H200"), row("score")], {})
+    assert re.findall("^## (.*)", both, flags=re.MULTILINE) == ["AMD EPYC", "NVIDIA H200"]
+
+
+def test_a_refused_provider_and_an_absent_rival_are_told():
+    rows = [row("score", "good", absent={"rival": "no wheel"}), row("score", "bad", median=None, refused="error 0.5")]
+    text = document.measured(rows, {})
+    assert "| bad | error 0.5 |  |  |" in text and "Absent: rival (no wheel)." in text
+
+
+def test_columns_stand_where_rows_have_what_they_say():
+    rows = [
+        row("generate", "stock", tokens=1024),
+        row("generate", "engine", tokens=1024, peak_bytes=5 * 2**30, weights_bytes=2**32, kv_bytes=2**29),
+        row("end_to_end", tokens=8, parts={"features": 0.002, "decode": 1.5}),
+        row("scheduler", slow_step_seconds=4e-5, late_over_early=1.02),
+        row("score", fraction_of_limit=0.512),
+    ]
+    text = document.measured(rows, {})
+    assert "| engine | 2.00 s (2.00 s to 2.20 s) | 1.50x | 1.0e-06 | 512 | 512 MiB |" in text
+    assert "| features 2.00 ms, decode 1.50 s |" in text and "| 40.0 µs | 1.02 |" in text and "| 51.2% |" in text
+
+
+def test_figures_are_drawn_once_for_the_same_rows(tmp_path):
+    rows = [step(1, 0.5, flop=1e9, bytes=1e9), step(16, 0.6, flop=16e9, bytes=2e9)]
+    (tmp_path / "gone.svg").write_text("of a device that has no rows")
+    plots.draw_all(rows, tmp_path)
+    names = ["amd-epyc-decode-step.svg", "amd-epyc-roofline.svg"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    times = [(tmp_path / name).stat().st_mtime_ns for name in names]
+    plots.draw_all(rows, tmp_path)
+    assert [(tmp_path / name).stat().st_mtime_ns for name in names] == times
+    assert "![A decode step over the batch](benchmarks/amd-epyc-decode-step.svg)" in plots.lines_of(rows)["AMD EPYC"]
+    rows[0]["seconds"]["median"] = 0.4
+    assert not any(plots.is_current(tmp_path / name, drawing) for name, drawing in plots.drawings(rows).items())
+    drawn = (tmp_path / names[0]).read_text()
+    assert "milliseconds a step" in drawn and "AMD EPYC: one decode step" in drawn
+    points = plots.drawings(rows)[names[1]]["points"]
+    assert json.loads(json.dumps(points)) == [["decode_step", 1.0, 2.5e9], ["decode_step", 8.0, 16e9 / 0.6]]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(24.52, "24.5 s"), (0.5, "0.50 s"), (0.1234, "123.4 ms"), (0.0005, "0.50 ms"), (4e-6, "4.0 µs")]
+)
+def test_times_are_readable(value, text):
+    assert document.seconds(value) == text
