@@ -97,27 +97,31 @@ CLVP_FAST_INLINE void multiply(const typename Products::Stored *x, const Weight 
     fold(sums, to);
 }
 
+/* Scales and biases of an item's columns as float32, 1 and 0 where there are none. */
+template <class In>
+struct Affine {
+    float scale[ITEM_COLUMNS], bias[ITEM_COLUMNS];
+    Affine(const clvp_fast_linear *call, int64_t first, int64_t count) {
+        for (int64_t n = 0; n < ITEM_COLUMNS; ++n) {
+            In given[LANES] = {};
+            if (n < count && call->bias) given[0] = ((const In *)call->bias)[first + n];
+            bias[n] = load_floats(given)[0];
+            scale[n] = n < count && call->scale ? call->scale[first + n] : 1;
+        }
+    }
+};
+
 /* Scale, bias and activation of the sums of one row, and the rounding. */
 template <class In>
-CLVP_FAST_INLINE void finish(const clvp_fast_linear *call, const float *sums, int64_t row, int64_t first,
+CLVP_FAST_INLINE void finish(const clvp_fast_linear *call, const float *sums, const Affine<In> &affine, In *out,
                              int64_t count) {
-    In *const out = (In *)call->out + row * call->out_features + first;
     for (int64_t n = 0; n < count; n += LANES) {
-        float scale[LANES] = {}, bias[LANES] = {};
-        const int64_t lanes = count - n < LANES ? count - n : LANES;
-        Floats y = load_floats(sums + n);
-        if (call->scale) {
-            memcpy(scale, call->scale + first + n, lanes * sizeof(float));
-            y *= load_floats(scale);
-        }
-        if (call->bias) {
-            In given[LANES] = {};
-            memcpy(given, (const In *)call->bias + first + n, lanes * sizeof(In));
-            store_floats(bias, load_floats(given));
-            y += load_floats(bias);
-        }
+        Floats y = load_floats(sums + n) * load_floats(affine.scale + n) + load_floats(affine.bias + n);
         if (call->activation == CLVP_FAST_GELU_TANH) y = gelu_tanh(y);
-        store_floats(out + n, y, lanes);
+        if (count - n >= LANES)
+            store_floats(out + n, y);
+        else
+            store_floats(out + n, y, count - n);
     }
 }
 
@@ -169,7 +173,10 @@ void run(const clvp_fast_linear *call, const void *packed, int64_t item, void *s
                        COLUMNS * sizeof(float));
         }
     }
-    for (int64_t row = 0; row < rows; ++row) finish<In>(call, sums + row * ITEM_COLUMNS, first_row + row, first, count);
+    const Affine<In> affine(call, first, count);
+    In *const out = (In *)call->out + first_row * call->out_features + first;
+    for (int64_t row = 0; row < rows; ++row)
+        finish<In>(call, sums + row * ITEM_COLUMNS, affine, out + row * call->out_features, count);
 }
 
 /* Room for rows up to a whole tile of any kind, in float32. */
