@@ -183,7 +183,9 @@ COMPILED = "transformers, static cache, torch.compile"
 
 
 def _ours(tier: Tier, device: str, shape: dict, smoke: bool) -> Iterator[Provider]:
-    for capture in (True, False) if device == "cuda" else (False,):
+    # Keys and values of all providers lie on the device at once: the eager step is shown in the first tier.
+    both = (True, False) if tier == TIERS[device][0] else (True,)
+    for capture in both if device == "cuda" else (False,):
         candidates = StoredCandidates(tier, device, smoke, shape, capture)
         how = "" if device == "cpu" else ", captured" if capture else ", eager"
         counted = _counted(device, smoke, shape, tier)
@@ -284,7 +286,7 @@ def _rewind(cache, length: int) -> None:
 
 def _torch(device: str, shape: dict, smoke: bool) -> Iterator[Provider]:
     for tier in TIERS[device]:
-        if tier.page_dtype is None and tier.weight_dtype is None:
+        if tier.page_dtype is None and tier.weight_dtype is None and (device == "cpu" or tier == TIERS[device][0]):
             keys, values = _dense(device, shape, smoke, tier.dtype, 1)
             model = stock_model(device, tier.dtype, smoke).speech_decoder_model
             decoder = TorchDecoder(model, keys, values, shape["stored"] + 1)
