@@ -50,6 +50,7 @@ TIERS = {
     "cuda": (
         Tier("bfloat16", BF16, 3e-2),
         Tier("bfloat16, float8 pages", BF16, 5e-2, page_dtype=FLOAT8),
+        Tier("bfloat16, int8 weights", BF16, 5e-2, weight_dtype=torch.int8),
         Tier("float32", FP32, 1e-3),
     ),
 }
