@@ -9,23 +9,28 @@ ENCODER = dict(width=768, inner=1536, outer=768, activation="gelu", gated=True)
 DECODER = dict(width=1024, inner=4096, outer=1024, activation="gelu_new", gated=False)
 
 
-def _call(rows, dtype, width, inner, outer, activation, gated, conv=False, residual=True, stream=None):
-    """`stream`: the type of the residual and of the result; by default that of all else."""
+def _call(rows, dtype, width, inner, outer, activation, gated, conv=False, residual=True, stream=None, int8=False):
+    """`stream`: the type of the residual and of the result; by default that of all else. `int8`: of the weights."""
 
     def empty(*shape, dtype=dtype):
         return torch.empty(shape, dtype=dtype, device="meta")
 
     def weight(out, depth):
+        if int8:
+            return empty(out, depth, dtype=torch.int8)
         return empty(depth, out).t() if conv else empty(out, depth)
 
+    def scale(out):
+        return empty(out, dtype=FP32) if int8 else None
+
     def thunk():
-        needed = mlp.workspace(rows, outer, inner, dtype.itemsize)
+        needed = mlp.workspace(rows, outer, inner, dtype.itemsize, int8)
         out = empty(rows, outer, dtype=stream or dtype)
         mlp.mlp(
             empty(rows, width), weight(inner * (1 + gated), width), empty(inner * (1 + gated)), weight(outer, inner),
             empty(outer), out if residual else None, activation, gated,
             hidden=empty(rows, inner), out=out, partial=empty(needed.partial, dtype=FP32),
-            arrivals=empty(needed.arrivals, dtype=torch.int32),
+            arrivals=empty(needed.arrivals, dtype=torch.int32), scale_in=scale(inner), scale_out=scale(outer),
         )  # fmt: skip
 
     return thunk
@@ -52,3 +57,13 @@ def calls():
         yield f"geglu_mlp float32, {rows} rows, odd sizes", _call(rows, FP32, 100, 300, 72, "gelu", True)
     yield "geglu_mlp bfloat16, 128000 rows, odd sizes", _call(128_000, BF16, 100, 300, 72, "gelu", True, residual=False)
     yield "geglu_mlp bfloat16, 128000 rows, a tail", _call(128_000, BF16, 784, 304, 80, "gelu", True)
+    for rows in (1, 64, 256, 1000):
+        yield f"gelu_mlp bfloat16, {rows} rows, int8 weights", _call(rows, BF16, **DECODER, stream=FP32, int8=True)
+    for dtype, name in ((FP16, "float16"), (FP32, "float32")):
+        for rows in (16, 256):
+            yield f"gelu_mlp {name}, {rows} rows, int8 weights", _call(rows, dtype, **DECODER, stream=FP32, int8=True)
+    for rows in (16, 300):
+        yield (
+            f"gelu_mlp bfloat16, {rows} rows, int8, odd sizes",
+            _call(rows, BF16, 100, 600, 72, "silu", False, int8=True),
+        )

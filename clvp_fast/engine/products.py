@@ -36,11 +36,12 @@ class Int8Linear:
         # A row of zeros has any scale; the smallest normal number keeps it from 0 / 0.
         largest = weight.float().abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny)
         self.scale = largest / 127
+        # Rows side by side, as all kernels read them best, also where `weight` is a view that has columns so.
         self.weight = (weight.float() / self.scale[:, None]).round().to(torch.int8).contiguous()
-        self._bias = bias
+        self.bias = bias
 
-    def __call__(self, x: torch.Tensor, activation: str | None = None) -> torch.Tensor:
-        return ops.linear(x, self.weight, self._bias, scale=self.scale, activation=activation)
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return ops.linear(x, self.weight, self.bias, scale=self.scale)
 
 
 class Int8Products:
@@ -70,4 +71,15 @@ class Int8Products:
         return self._qkv(hidden).view(*hidden.shape[:-1], 3, *self._heads).unbind(-3)
 
     def mlp(self, hidden: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        return residual + self._out(self._in(hidden, self._activation))
+        first, second = self._in, self._out
+        return ops.gelu_mlp(
+            hidden,
+            first.weight,
+            first.bias,
+            second.weight,
+            second.bias,
+            residual=residual,
+            activation=self._activation,
+            scale_in=first.scale,
+            scale_out=second.scale,
+        )

@@ -2,9 +2,10 @@
 
     out = activation((x W^T) * scale + b)
 
-Torch's own products serve where rows are many. The few rows of a decode step on a CPU, which wait for the weights to
-come from memory, have a kernel in the native library of `csrc/`: it reads weights as they lie, rounds nothing but the
-result, and gives a row the same bits whatever rows are beside it.
+Torch's own products serve where rows are many, and on a GPU. The few rows of a decode step on a CPU, which wait for the
+weights to come from memory, have a kernel in the native library of `csrc/`, and int8 weights on a GPU have one in
+Triton: both read weights as they lie, round nothing but the result, and give a row the same bits whatever rows are
+beside it.
 """
 
 import ctypes
@@ -15,9 +16,18 @@ import torch
 import torch.nn.functional as F
 
 from clvp_fast.ops.activations import ACTIVATIONS, activate, reference_activation
-from clvp_fast.ops.dispatch import Operator, as_rows, autocasts, check_same, missing_on_gpu, needs_grad, shape_error
+from clvp_fast.ops.dispatch import (
+    Operator,
+    as_rows,
+    autocasts,
+    check_same,
+    interpreted,
+    missing_for_triton,
+    needs_grad,
+    shape_error,
+)
 
-# Beyond these rows torch's own products are as fast (benchmarks/linear.py).
+# Beyond these rows torch's own products are as fast on a CPU (benchmarks/linear.py).
 MAX_ROWS = 512
 _FUSED = (None, "gelu_new", "gelu_pytorch_tanh")
 
@@ -46,13 +56,36 @@ def _fake(x, weight, bias, scale, activation):
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-def _kernel(x, weight, bias, scale, activation):
+def _in_triton(x, weight) -> bool:
+    """Whether the kernel of these operands is kernels/linear.py, and not csrc/linear_isa.cpp."""
+    return weight.dtype == torch.int8 and (x.device.type != "cpu" or interpreted())
+
+
+def _kernel(*args):
+    return (_triton if _in_triton(*args[:2]) else _native)(*args)
+
+
+def _operands(x, weight, bias, scale, activation):
+    """x as rows, vectors contiguous, and the result to be written."""
+    out = _fake(x, weight, bias, scale, activation)
+    return as_rows(x), *(None if vector is None else vector.contiguous() for vector in (bias, scale)), out
+
+
+def _triton(x, weight, bias, scale, activation):
+    """kernels/linear.py."""
+    from clvp_fast.kernels import linear as kernels
+
+    rows, bias, scale, out = _operands(x, weight, bias, scale, activation)
+    if out.numel() > 0:
+        kernels.linear(rows, weight, scale, bias, activation or "linear", out=out.view(-1, len(weight)))
+    return out
+
+
+def _native(x, weight, bias, scale, activation):
     """csrc/linear_isa.cpp."""
     from clvp_fast import native
 
-    out = _fake(x, weight, bias, scale, activation)
-    rows = as_rows(x)
-    bias, scale = (None if vector is None else vector.contiguous() for vector in (bias, scale))
+    rows, bias, scale, out = _operands(x, weight, bias, scale, activation)
     dtype = native.FLOAT32 if x.dtype == torch.float32 else native.BFLOAT16
     call = native.LinearCall(
         rows.data_ptr(),
@@ -73,8 +106,10 @@ def _kernel(x, weight, bias, scale, activation):
 
 
 def _missing(device):
-    if device.type != "cpu":
-        return missing_on_gpu(device) or "on a GPU torch's own products serve"
+    return missing_for_triton(device) if device.type != "cpu" or interpreted() else _missing_native()
+
+
+def _missing_native():
     from clvp_fast import native
 
     if reason := native.missing("cpu"):
@@ -94,16 +129,28 @@ def _has_matrix_unit() -> bool:
 
 
 def _unserved(x, weight, bias, scale, activation):
+    if x.shape[-1] != weight.shape[1] or weight.shape[1] == 0:
+        return f"it serves x with as many columns as the weights, at least one, not {x.shape[-1]}, {weight.shape[1]}"
+    if bias is not None and (bias.dtype != x.dtype or bias.shape != weight.shape[:1]):
+        return f"bias must be [{weight.shape[0]}] of the dtype of x, {x.dtype}, not {list(bias.shape)}, {bias.dtype}"
+    if activation not in _FUSED:
+        return f"activation must be one of {_FUSED}, not {activation!r}"
+    if _in_triton(x, weight):
+        half = x.dtype in (torch.float16, torch.bfloat16)
+        return None if half or x.dtype == torch.float32 else f"x must be float32, float16 or bfloat16, not {x.dtype}"
+    if x.device.type != "cpu":
+        return "on a GPU it serves int8 weights, and torch's own products all others"
+    # Interpreted, the operator has two kernels on a CPU, and `_missing` tells of the other.
+    return (_missing_native() if interpreted() else None) or _unserved_native(x, weight)
+
+
+def _unserved_native(x, weight):
     if x.dtype not in (torch.float32, torch.bfloat16) or weight.dtype not in (x.dtype, torch.int8):
         return f"it serves float32 and bfloat16 with weights of the same dtype or int8, not {x.dtype}, {weight.dtype}"
-    if bias is not None and bias.dtype != x.dtype:
-        return f"bias must have the dtype of x, {x.dtype}, not {bias.dtype}"
-    if weight.shape[1] == 0 or weight.shape[1] % 32 or weight.stride(1) != 1:
+    if weight.shape[1] % 32 or weight.stride(1) != 1:
         return f"it serves rows of 32 n columns, side by side in memory, not {list(weight.shape)}, {weight.stride()}"
     if x.numel() // weight.shape[1] > MAX_ROWS:
         return f"it serves up to {MAX_ROWS} rows, not {x.numel() // weight.shape[1]}"
-    if activation not in _FUSED:
-        return f"activation must be one of {_FUSED}, not {activation!r}"
     if x.dtype == weight.dtype == torch.bfloat16 and _has_matrix_unit():
         return "this CPU has a matrix unit for bfloat16, which torch's own products use"
     return None
@@ -118,33 +165,33 @@ _OPERATOR = Operator(
     kernel=_kernel,
     unserved=_unserved,
     missing=_missing,
-    expected_on=(),
 )
 
 
 def _plain(x, *args) -> bool:
-    """Whether the call is one for torch's own product: training, tracing, or what the kernel does not serve."""
-    return (
-        needs_grad(x, *args[:2])
-        or torch.compiler.is_compiling()
-        or _OPERATOR.refusal(x.device) is not None
-        or autocasts(x.device)
-        or _unserved(x, *args) is not None
-    )
+    """Whether the call is one for torch's own product: training, tracing, or what the kernel does not serve.
+
+    For int8 weights on a GPU torch has no product, only one over a wider copy of them: that such a call is not served
+    is for `Operator.choose` to tell.
+    """
+    if needs_grad(x, *args[:2]) or torch.compiler.is_compiling() or autocasts(x.device):
+        return True
+    if _in_triton(x, args[0]):
+        return False
+    return _unserved(x, *args) is not None or _OPERATOR.refusal(x.device) is not None
 
 
-def _check(x, weight, bias, scale, activation):
-    if activation is not None and activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be None or one of {', '.join(ACTIVATIONS)}, not {activation!r}")
+def check_scale(scale: torch.Tensor | None, weight: torch.Tensor, x: torch.Tensor, name: str = "scale") -> None:
+    """Raise unless there is a scale where `weight` is int8, and none elsewhere, of its rows and beside `x`."""
     if (weight.dtype == torch.int8) != (scale is not None):
         given = "missing" if scale is None else "given"
-        raise ValueError(f"scale belongs to weights of int8: it is {given}, and the weights are {weight.dtype}")
+        raise ValueError(f"{name} belongs to weights of int8: it is {given}, and the weights are {weight.dtype}")
     if scale is not None:
         if scale.shape != weight.shape[:1]:
-            raise shape_error("scale", f"{list(weight.shape[:1])}", scale)
+            raise shape_error(name, f"{list(weight.shape[:1])}", scale)
         if scale.dtype != torch.float32:
-            raise TypeError(f"scale must be float32, not {scale.dtype}")
-        check_same("scale", scale, "x", x, dtype=False)
+            raise TypeError(f"{name} must be float32, not {scale.dtype}")
+        check_same(name, scale, "x", x, dtype=False)
 
 
 def linear(
@@ -170,7 +217,9 @@ def linear(
         ValueError, TypeError: an unknown activation; a scale without int8, or none with it.
     """
     args = (x, weight, bias, scale, activation)
-    _check(*args)
+    if activation is not None and activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be None or one of {', '.join(ACTIVATIONS)}, not {activation!r}")
+    check_scale(scale, weight, x)
     if activation is not None and activation not in _FUSED:
         return activate(linear(x, weight, bias, scale=scale), activation)
     return (_OPERATOR.without_kernel() if _plain(*args) else _OPERATOR.choose(args))(*args)

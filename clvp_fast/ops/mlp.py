@@ -3,7 +3,8 @@
 gelu_mlp:  out = act(x W_in^T + b_in) W_out^T + b_out (+ residual)
 geglu_mlp: h, gate = split(x W_in^T + b_in);  out = dropout(h * act(gate)) W_out^T + b_out (+ residual)
 
-The result has the dtype of the residual, which may be float32 beside half types.
+The result has the dtype of the residual, which may be float32 beside half types. The weights of gelu_mlp may be int8,
+with a scale a row: (x W^T) * scale in place of x W^T.
 """
 
 import torch
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 
 from clvp_fast.ops.activations import ACTIVATIONS, activate, reference_activation
 from clvp_fast.ops.dispatch import Operator, as_rows, autocasts, check_residual, check_same, needs_grad, shape_error
-from clvp_fast.ops.linear import linear
+from clvp_fast.ops.linear import check_scale, linear
 
 
 def _add(out, residual):
@@ -30,10 +31,14 @@ def _wide(*tensors):
     return [None if t is None else t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors]
 
 
-def gelu_reference(x, w_in, b_in, w_out, b_out, residual, activation):
+def gelu_reference(x, w_in, b_in, w_out, b_out, residual, activation, scale_in=None, scale_out=None):
     """The mathematics, step by step, in float32 at least."""
     dtype = _out_dtype(x, residual)
-    x, w_in, b_in, w_out, b_out, residual = _wide(x, w_in, b_in, w_out, b_out, residual)
+    x, b_in, b_out, residual = _wide(x, b_in, b_out, residual)
+    w_in, w_out = (
+        weight.to(x.dtype) * (1 if scale is None else scale[:, None])
+        for weight, scale in ((w_in, scale_in), (w_out, scale_out))
+    )
     out = reference_activation(x @ w_in.T + b_in, activation) @ w_out.T + b_out
     return (out if residual is None else out + residual).to(dtype)
 
@@ -47,8 +52,9 @@ def geglu_reference(x, w_in, b_in, w_out, b_out, residual, activation, dropout_p
     return (out if residual is None else out + residual).to(dtype)
 
 
-def _gelu_torch(x, w_in, b_in, w_out, b_out, residual, activation):
-    return _add(linear(linear(x, w_in, b_in, activation=activation), w_out, b_out), residual)
+def _gelu_torch(x, w_in, b_in, w_out, b_out, residual, activation, scale_in=None, scale_out=None):
+    hidden = linear(x, w_in, b_in, scale=scale_in, activation=activation)
+    return _add(linear(hidden, w_out, b_out, scale=scale_out), residual)
 
 
 def _geglu_torch(x, w_in, b_in, w_out, b_out, residual, activation, dropout_p=0.0):
@@ -59,11 +65,11 @@ def _geglu_torch(x, w_in, b_in, w_out, b_out, residual, activation, dropout_p=0.
     return _add(linear(h, w_out, b_out), residual)
 
 
-def _fake(x, w_in, b_in, w_out, b_out, residual, activation):
+def _fake(x, w_in, b_in, w_out, b_out, residual, activation, scale_in=None, scale_out=None):
     return x.new_empty((*x.shape[:-1], w_out.shape[0]), dtype=_out_dtype(x, residual))
 
 
-def _unserved(x, w_in, b_in, w_out, b_out, residual, activation):
+def _unserved(x, w_in, b_in, w_out, b_out, residual, activation, scale_in=None, scale_out=None):
     from clvp_fast.kernels.mlp import ACTIVATIONS as SERVED
 
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
@@ -73,7 +79,7 @@ def _unserved(x, w_in, b_in, w_out, b_out, residual, activation):
     return None
 
 
-def _kernel(x, w_in, b_in, w_out, b_out, residual, activation, gated):
+def _kernel(x, w_in, b_in, w_out, b_out, residual, activation, scale_in=None, scale_out=None, *, gated):
     from clvp_fast.kernels import mlp
 
     outer, inner = w_out.shape
@@ -81,7 +87,7 @@ def _kernel(x, w_in, b_in, w_out, b_out, residual, activation, gated):
     if out.numel() == 0:
         return out
     flat = as_rows(x)
-    scratch = mlp.workspace(len(flat), outer, inner, x.element_size())
+    scratch = mlp.workspace(len(flat), outer, inner, x.element_size(), scale_in is not None)
     mlp.mlp(
         flat,
         w_in,
@@ -95,14 +101,16 @@ def _kernel(x, w_in, b_in, w_out, b_out, residual, activation, gated):
         out=out.view(-1, outer),
         partial=x.new_empty(scratch.partial, dtype=torch.float32) if scratch.partial else None,
         arrivals=x.new_empty(scratch.arrivals, dtype=torch.int32) if scratch.arrivals else None,
+        scale_in=None if scale_in is None else scale_in.contiguous(),
+        scale_out=None if scale_out is None else scale_out.contiguous(),
     )
     return out
 
 
-_SCHEMA = "(Tensor x, Tensor w_in, Tensor b_in, Tensor w_out, Tensor b_out, Tensor? residual, str activation) -> Tensor"
+_ARGUMENTS = "Tensor x, Tensor w_in, Tensor b_in, Tensor w_out, Tensor b_out, Tensor? residual, str activation"
 _GELU = Operator(
     "gelu_mlp",
-    _SCHEMA,
+    f"({_ARGUMENTS}, Tensor? scale_in=None, Tensor? scale_out=None) -> Tensor",
     reference=gelu_reference,
     torch_path=_gelu_torch,
     fake=_fake,
@@ -111,7 +119,7 @@ _GELU = Operator(
 )
 _GEGLU = Operator(
     "geglu_mlp",
-    _SCHEMA,
+    f"({_ARGUMENTS}) -> Tensor",
     reference=geglu_reference,
     torch_path=_geglu_torch,
     fake=_fake,
@@ -120,7 +128,7 @@ _GEGLU = Operator(
 )
 
 
-def _check(x, w_in, b_in, w_out, b_out, residual, activation, halves):
+def _check(halves, x, w_in, b_in, w_out, b_out, residual, activation, scale_in=None, scale_out=None):
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, not {activation!r}")
     x_shape, in_shape, out_shape = x.shape, w_in.shape, w_out.shape
@@ -139,7 +147,13 @@ def _check(x, w_in, b_in, w_out, b_out, residual, activation, halves):
     device, dtype = x.device, x.dtype
     for name, tensor in (("w_in", w_in), ("b_in", b_in), ("w_out", w_out), ("b_out", b_out)):
         if tensor.dtype != dtype or tensor.device != device:
-            check_same(name, tensor, "x", x, dtype=not cast)
+            int8 = scale_in is not None and name[0] == "w" and tensor.dtype == torch.int8
+            check_same(name, tensor, "x", x, dtype=not (cast or int8))
+    if scale_in is not None or scale_out is not None:
+        for name, scale, weight in (("scale_in", scale_in, w_in), ("scale_out", scale_out, w_out)):
+            check_scale(scale, weight, x, name)
+            if scale is None:
+                raise ValueError(f"{name} is missing: both weights are int8, or none")
     if residual is not None and not cast:
         check_residual(residual, x)
 
@@ -160,16 +174,20 @@ def gelu_mlp(
     *,
     residual: torch.Tensor | None = None,
     activation: str = "gelu_new",
+    scale_in: torch.Tensor | None = None,
+    scale_out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Two linear layers with an activation between them.
 
     Args:
         x: `[..., H]`.
-        w_in, b_in: `[I, H]`, `[I]`; any strides, fastest with the last axis contiguous. All have the dtype of `x`.
+        w_in, b_in: `[I, H]`, `[I]`; any strides, fastest with the last axis contiguous. All have the dtype of `x`; or
+            both weights are int8, with the next two.
         w_out, b_out: `[O, I]`, `[O]`.
         residual: `[..., O]`, added to the result; of the dtype of `x` or, beside a half type, float32.
         activation: by transformers' name: gelu, gelu_new, gelu_pytorch_tanh, gelu_fast, quick_gelu, relu, relu2, silu,
             swish, selu, sigmoid, tanh, mish, leaky_relu, elu or linear.
+        scale_in, scale_out: `[I]`, `[O]` float32, which each row of int8 weights is times.
 
     Returns:
         `[..., O]`, the dtype of the residual; without one that of `x`.
@@ -177,8 +195,10 @@ def gelu_mlp(
     Raises:
         ValueError, TypeError: an unknown activation, or shapes, dtypes or devices that do not match.
     """
-    _check(x, w_in, b_in, w_out, b_out, residual, activation, 1)
     args = (x, w_in, b_in, w_out, b_out, residual, activation)
+    if scale_in is not None or scale_out is not None:
+        args = (*args, scale_in, scale_out)
+    _check(1, *args)
     return _GELU.choose(args, _training(*args[:6]))(*args)
 
 
@@ -208,8 +228,8 @@ def geglu_mlp(
     Raises:
         ValueError, TypeError: as in `gelu_mlp`.
     """
-    _check(x, w_in, b_in, w_out, b_out, residual, activation, 2)
     args = (x, w_in, b_in, w_out, b_out, residual, activation)
+    _check(2, *args)
     if dropout_p > 0:
         return _GEGLU.choose(args, "dropout is for training")(*args, dropout_p)
     return _GEGLU.choose(args, _training(*args[:6]))(*args)

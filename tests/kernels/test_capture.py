@@ -33,6 +33,21 @@ def plain():
     return [x], lambda: ops.gelu_mlp(x, w_in, b_in, w_out, b_out, residual=x)
 
 
+def quantized():
+    """A linear layer over int8 weights, and a block of two."""
+    x, bias = draw(5, 256, seed=0), draw(1024, seed=3)
+    w_in, w_out = ((20 * draw(*shape, seed=1)).to(torch.int8) for shape in ((1024, 256), (256, 1024)))
+    scale_in, scale_out = torch.full((1024,), 0.003, device=DEVICE), torch.full((256,), 0.002, device=DEVICE)
+
+    def run():
+        hidden = ops.linear(x, w_in, bias, scale=scale_in, activation="gelu_new")
+        scales = dict(scale_in=scale_in, scale_out=scale_out)
+        block = ops.gelu_mlp(x, w_in, bias, w_out, bias[:256], residual=x.float(), **scales)
+        return torch.cat((hidden.float(), block), 1)
+
+    return [x], run
+
+
 def norm():
     x, weight, bias = draw(9, 200, seed=0), draw(200, seed=1), draw(200, seed=2)
     return [x], lambda: torch.stack(ops.add_norm(x, x, weight=weight, bias=bias, eps=1e-5, kind="layer"))
@@ -84,7 +99,7 @@ def features():
     return [samples, filters], lambda: ops.log_mel(samples, lengths=lengths, **settings)
 
 
-CALLS = [attention, gated, plain, norm, embedding, decode, prefill, sampling, features]
+CALLS = [attention, gated, plain, quantized, norm, embedding, decode, prefill, sampling, features]
 
 
 @pytest.mark.parametrize("make", CALLS, ids=[make.__name__ for make in CALLS])

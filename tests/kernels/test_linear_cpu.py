@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from clvp_fast import native
-from clvp_fast.ops.linear import _kernel, _reference, _torch
+from clvp_fast.ops.linear import _native, _reference, _torch
 from tests.kit import assert_within_budget, random
 
 pytestmark = pytest.mark.skipif(native.missing("cpu") is not None, reason=str(native.missing("cpu")))
@@ -27,7 +27,7 @@ def kernel(request, monkeypatch):
         clvp_fast_error = library.clvp_fast_error
 
     monkeypatch.setattr(native, "library", lambda: Named)
-    return _kernel
+    return _native
 
 
 def operands(rows, columns, outs, dtype, int8):
@@ -39,7 +39,7 @@ def operands(rows, columns, outs, dtype, int8):
     return x, (weight / scale[:, None]).round().to(torch.int8), bias, scale
 
 
-# Around the tiles (4 or 8 rows, 2, 3 or 6 columns) and an item (128 rows, 48 columns); the decoder's own widths.
+# Around the tile (4 rows, 2 or 4 columns) and an item (128 rows, 48 columns); the decoder's own widths.
 @pytest.mark.parametrize(
     "rows, columns, outs",
     [(1, 32, 1), (3, 64, 7), (4, 96, 48), (5, 32, 49), (17, 1024, 130), (128, 32, 47), (129, 64, 97), (300, 32, 5)],

@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses import FakeTensorMode
 
 import clvp_fast
 from clvp_fast import ops
@@ -128,3 +129,49 @@ def test_what_cannot_be(error, says, change):
         ops.linear(x, weight, bias, **{"scale": scale} | change)
     with pytest.raises(ValueError, match="it is given, and the weights are"):
         ops.linear(x, weight.float(), bias, scale=scale)
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    """Operands of a GPU that is not there: they have shapes, dtypes and a device. Nothing was refused before."""
+    monkeypatch.setattr(_OPERATOR, "_refusals", {})
+    monkeypatch.setattr(_OPERATOR, "_warned", set())
+
+    def make(**options):
+        return [None if x is None else torch.empty(x.shape, dtype=x.dtype, device="cuda") for x in operands(**options)]
+
+    with FakeTensorMode():
+        yield make
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="tells what a torch without CUDA does")
+def test_a_gpu_without_the_kernel_warns_for_int8_alone(on_a_gpu):
+    plain, int8 = on_a_gpu(dtype=torch.bfloat16), on_a_gpu(dtype=torch.bfloat16, int8=True)
+    with warnings.catch_warnings(action="error"):
+        assert ops.linear(*plain[:3]).shape == (3, 50)
+        with clvp_fast.backend("torch"):
+            ops.linear(*int8[:3], scale=int8[3])
+    with pytest.warns(UserWarning, match="linear takes the slower torch path: kernels need an NVIDIA GPU"):
+        assert ops.linear(*int8[:3], scale=int8[3]).shape == (3, 50)
+    with warnings.catch_warnings(action="error"):  # once
+        ops.linear(*int8[:3], scale=int8[3])
+    with clvp_fast.backend("kernel"):
+        assert ops.linear(*plain[:3]).shape == (3, 50)
+        with pytest.raises(RuntimeError, match="linear was forced and cannot serve on cuda"):
+            ops.linear(*int8[:3], scale=int8[3])
+
+
+def test_a_gpu_with_the_kernel_takes_it_for_int8_alone(on_a_gpu, monkeypatch):
+    calls = []
+    monkeypatch.setattr(_OPERATOR, "_missing", lambda device: None)
+    monkeypatch.setattr(_OPERATOR, "registered", lambda *args: calls.append(args[1].dtype))
+    with warnings.catch_warnings(action="error"):
+        for options in ({}, {"rows": 3000}, {"columns": 33}, {"dtype": torch.float16}):
+            x, weight, bias, scale = on_a_gpu(int8=True, **options)
+            ops.linear(x, weight, bias, scale=scale, activation="gelu_new")
+            ops.linear(*on_a_gpu(**options)[:3])
+    assert calls == [torch.int8] * 4
+    x, weight, bias, scale = on_a_gpu(int8=True, dtype=torch.float64)
+    with pytest.warns(UserWarning, match="x must be float32, float16 or bfloat16, not torch.float64"):
+        ops.linear(x, weight, bias, scale=scale)
+    assert len(calls) == 4

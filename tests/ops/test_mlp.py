@@ -189,3 +189,45 @@ def test_bad_arguments_are_named():
             gelu_mlp(*given, **options)
     with pytest.raises(ValueError, match="w_in must have shape"):
         geglu_mlp(x, w_in[1:], b_in[1:], w_out, b_out)
+
+
+def int8_weights(tensors):
+    """`tensors` with int8 weights, the scales of their rows, and the weights that they stand for."""
+    x, w_in, b_in, w_out, b_out = tensors
+    scales = [w.float().abs().amax(1) / 127 for w in (w_in, w_out)]
+    whole = [(w / scale[:, None]).round().to(torch.int8) for w, scale in zip((w_in, w_out), scales, strict=True)]
+    meant = [w.double() * scale[:, None].double() for w, scale in zip(whole, scales, strict=True)]
+    named = {"scale_in": scales[0], "scale_out": scales[1]}
+    return [x, whole[0], b_in, whole[1], b_out], named, [x, meant[0], b_in, meant[1], b_out]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", [None, "torch", "reference"])
+def test_int8_weights(backend, dtype):
+    tensors, residual = arguments(1, dtype, width=32, hidden=64)
+    quantized, named, meant = int8_weights(tensors)
+    expected = plain(1, *(t.double() for t in meant), residual.double(), "gelu_new")
+    with clvp_fast.backend("torch"):
+        baseline = gelu_mlp(*quantized, **named, residual=residual)
+    with clvp_fast.backend(backend):
+        assert_within_budget(gelu_mlp(*quantized, **named, residual=residual), expected, baseline)
+        wide = gelu_mlp(*quantized, **named, residual=residual.float())
+        assert wide.dtype == torch.float32
+    torch.library.opcheck(torch.ops.clvp_fast.gelu_mlp.default, (*quantized, residual, "gelu_new", *named.values()))
+
+
+def test_int8_weights_come_with_their_scales():
+    tensors, residual = arguments(1, torch.float32)
+    quantized, named, _ = int8_weights(tensors)
+    mixed = [*quantized[:3], tensors[3], quantized[4]]
+    cases = [
+        (TypeError, "w_in must have the dtype of x", quantized, {}),
+        (ValueError, "scale_out belongs to weights of int8: it is missing", quantized, {"scale_in": named["scale_in"]}),
+        (ValueError, "scale_out is missing: both weights are int8, or none", mixed, {"scale_in": named["scale_in"]}),
+        (ValueError, "scale_in belongs to weights of int8: it is given", tensors, named),
+        (ValueError, r"scale_in must have shape \[40\]", quantized, named | {"scale_in": named["scale_out"]}),
+        (TypeError, "scale_in must be float32", quantized, named | {"scale_in": named["scale_in"].double()}),
+    ]
+    for error, message, given, scales in cases:
+        with pytest.raises(error, match=message):
+            gelu_mlp(*given, **scales, residual=residual)
