@@ -1,10 +1,9 @@
 """Two sets of rows side by side: the ratio of their medians, and what differs beyond the spread of its repeats."""
 
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.harness import ROOT, stored_rows, task_key
+from benchmarks.harness import git, stored_rows, task_key
 
 
 @dataclass(frozen=True)
@@ -46,8 +45,7 @@ def timed_rows(name: str, results: Path) -> dict[tuple, dict]:
         folders = [path] if path.is_file() or not any(path.glob("*/*.jsonl")) else sorted(path.iterdir())
         rows = [row for folder in folders for row in stored_rows(folder)]
     else:
-        short = subprocess.run(["git", "rev-parse", "--short", name], capture_output=True, text=True, cwd=ROOT)
-        names = {name, short.stdout.strip()} - {""}
+        names = {name, git("rev-parse", "--short", name)} - {""}
         rows = [
             row for path in sorted(results.glob("*/*.jsonl")) for row in stored_rows(path) if row["commit"] in names
         ]

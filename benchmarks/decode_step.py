@@ -20,6 +20,7 @@ from benchmarks.models import our_model, stock_model
 from benchmarks.rivals import TorchDecoder
 from benchmarks.tiers import PAGE_SIZE, TIERS, Tier, furthest_logit, prompt_of, stock_logits
 from clvp_fast import SamplingParams
+from clvp_fast.engine.persistent import MAX_ROWS, PersistentStep
 from clvp_fast.engine.runner import Runner
 from clvp_fast.engine.scheduler import Admission, Prefill, Step
 
@@ -77,9 +78,10 @@ class StoredCandidates:
 
     Args:
         capture: replay steps as a CUDA graph.
+        persistent: steps are one launch.
     """
 
-    def __init__(self, tier: Tier, device: str, smoke: bool, shape: dict, capture: bool):
+    def __init__(self, tier: Tier, device: str, smoke: bool, shape: dict, capture: bool, persistent: bool = False):
         self.known = known(device, smoke, shape["text_tokens"], shape["stored"])
         self.candidates, self.stored, self.steps = shape["candidates"], shape["stored"], STEPS[device]
         prompt, room = self.known.prompt, self.stored + self.steps + 1
@@ -92,9 +94,11 @@ class StoredCandidates:
             room,
             max_prefix_len=len(prompt),
             capture=capture,
+            persistent=persistent,
             **tier.options,
         )
         self.runner.warm_up()
+        self._persistent = persistent
         slots = range(self.candidates)
         pages = [(slot, place, shared + place * self.candidates + slot) for slot in slots for place in range(own)]
         step = Step(
@@ -146,8 +150,13 @@ class StoredCandidates:
         self.reset(self.stored)
         state, decoder = self.runner.slots.first(self.candidates), self.runner.decoder
         names = ("token", "seq_lens", "block_table", "prefix_table", "prefix_lens", "prefix_index")
-        arrivals = torch.zeros(self.candidates, decoder.num_heads, dtype=torch.int32, device=decoder.device)
-        _, logits = decoder.step(*(state[name] for name in names), self.runner.pages, arrivals)
+        arguments = [state[name] for name in names]
+        if self._persistent:
+            widths = (self.runner.slots.tensors[name].shape[1] for name in ("block_table", "prefix_table"))
+            _, logits = PersistentStep(decoder, self.runner.pages, *widths).step(*arguments)
+        else:
+            arrivals = torch.zeros(self.candidates, decoder.num_heads, dtype=torch.int32, device=decoder.device)
+            _, logits = decoder.step(*arguments, self.runner.pages, arrivals)
         return furthest_logit(logits, self._repeated(self.known.logits))
 
     @torch.inference_mode()
@@ -166,24 +175,43 @@ class StoredCandidates:
 def rows(device: str, shape: dict, smoke: bool) -> list[dict]:
     providers, absent = [*_transformers(device, shape, smoke)], {}
     if device == "cpu":
-        absent[COMPILED] = "measured on a GPU: it takes minutes to compile"
+        absent |= dict.fromkeys((COMPILED, ONE_LAUNCH), "for a GPU")
     else:
-        try:
-            providers += _compiled_transformers(device, shape, smoke)
-        except Exception as error:  # whatever keeps a rival from running here, its row says
-            absent[COMPILED] = f"{type(error).__name__}: {error}"
+        _add(providers, absent, COMPILED, _compiled_transformers, device, shape, smoke)
     providers += _torch(device, shape, smoke)
     for tier in TIERS[device]:
         providers += _ours(tier, device, shape, smoke)
+    if device == "cuda" and shape["candidates"] <= MAX_ROWS:
+        for capture in (True, False):
+            name = f"{ONE_LAUNCH}, {'captured' if capture else 'eager'}"
+            _add(providers, absent, name, _one_launch, device, shape, smoke, name, capture)
     repeats = 1 if smoke else 20 if device == "cuda" else 10
     return measure("decode_step", shape, providers, repeats, tokens=shape["candidates"], absent=absent)
 
 
 COMPILED = "transformers, static cache, torch.compile"
+ONE_LAUNCH = "clvp_fast bfloat16, one launch"
+
+
+def _add(providers: list[Provider], absent: dict[str, str], name: str, make: Callable, *arguments) -> None:
+    """A provider that may not run here; whatever keeps it from that, the rows say."""
+    try:
+        providers += make(*arguments)
+    except Exception as error:
+        absent[name] = f"{type(error).__name__}: {error}"
+
+
+def _one_launch(device: str, shape: dict, smoke: bool, name: str, capture: bool) -> list[Provider]:
+    tier = next(tier for tier in TIERS[device] if tier.name == "bfloat16")
+    candidates = StoredCandidates(tier, device, smoke, shape, capture, persistent=True)
+    counted = _counted(device, smoke, shape, tier)
+    return [Provider(name, candidates.run, candidates.error(), tier.tolerance, STEPS[device], counted)]
 
 
 def _ours(tier: Tier, device: str, shape: dict, smoke: bool) -> Iterator[Provider]:
-    for capture in (True, False) if device == "cuda" else (False,):
+    # Keys and values of all providers lie on the device at once: the eager step is shown in the first tier.
+    both = (True, False) if tier == TIERS[device][0] else (True,)
+    for capture in both if device == "cuda" else (False,):
         candidates = StoredCandidates(tier, device, smoke, shape, capture)
         how = "" if device == "cpu" else ", captured" if capture else ", eager"
         counted = _counted(device, smoke, shape, tier)
@@ -284,7 +312,7 @@ def _rewind(cache, length: int) -> None:
 
 def _torch(device: str, shape: dict, smoke: bool) -> Iterator[Provider]:
     for tier in TIERS[device]:
-        if tier.page_dtype is None and tier.weight_dtype is None:
+        if tier.page_dtype is None and tier.weight_dtype is None and (device == "cpu" or tier == TIERS[device][0]):
             keys, values = _dense(device, shape, smoke, tier.dtype, 1)
             model = stock_model(device, tier.dtype, smoke).speech_decoder_model
             decoder = TorchDecoder(model, keys, values, shape["stored"] + 1)

@@ -41,9 +41,9 @@ def rows(device: str, shape: dict, smoke: bool) -> list[dict]:
     for tier in TIERS[device]:
         run = partial(engine_generate, engine_of(tier, device, smoke, candidates, new_tokens), device, shape)
         error = engine_error(tier, device, smoke, text_tokens)
-        memory = peak_memory(tier.name, device, shape, smoke)
+        memory = peak_memory(tier.name, device, shape, smoke) if candidates > 1 else {}
         providers.append(Provider(f"clvp_fast engine, {tier.name}", run, error, tier.tolerance, counted=memory))
-    return measure("generate", shape, providers, 1 if smoke else 3, **common)
+    return measure("generate", shape, providers, 1 if smoke else 3 if device == "cpu" else 2, **common)
 
 
 def _classes(device: str, smoke: bool) -> Iterator[tuple[str, torch.dtype, object, dict]]:

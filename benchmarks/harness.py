@@ -218,12 +218,16 @@ def source() -> str:
 @cache
 def commit() -> str:
     """Short name of the commit, with a `+` behind it where the code is not the commit's; or "unknown"."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=ROOT).stdout.strip()
-
     changed = git("status", "--porcelain", "--", *SOURCES, ":!benchmarks/results")
     return (git("rev-parse", "--short", "HEAD") or "unknown") + "+" * bool(changed)
+
+
+def git(*arguments: str) -> str:
+    """What git prints; "" where there is none, or no repository."""
+    try:
+        return subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=ROOT).stdout.strip()
+    except OSError:
+        return ""
 
 
 def folder_of(machine: Machine, device: str, results: Path) -> Path:

@@ -1,7 +1,7 @@
 """The memory of a process that makes one request of the engine and nothing else: `python -m benchmarks.peak_memory`.
 
 Peak of the process on a CPU, of torch's allocations on a GPU, beside what cannot be less: the weights of the whole
-model (the encoders of ranking too) and the keys and values of the candidates.
+model (the encoders of ranking too), the copies of weights in 8 bits, and the keys and values of the candidates.
 """
 
 import argparse
@@ -56,6 +56,9 @@ def main() -> None:
     itemsize = (tier.page_dtype or tier.dtype).itemsize
     pages = shape["candidates"] * -(-shape["new_tokens"] // PAGE_SIZE) + -(-(shape["text_tokens"] + 3) // PAGE_SIZE)
     weights = sum(p.nbytes for p in model.parameters())
+    if tier.weight_dtype is not None:  # copies, beside the model's own
+        layers = model.speech_decoder_model.model.decoder.layers
+        weights += sum(p.numel() for p in layers.parameters()) * tier.weight_dtype.itemsize
     key_values = pages * PAGE_SIZE * 2 * decoder.num_hidden_layers * decoder.hidden_size * itemsize
     found = dict(peak_bytes=_peak_bytes(device), import_bytes=before, weights_bytes=weights, kv_bytes=key_values)
     print(json.dumps(found))

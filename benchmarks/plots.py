@@ -127,6 +127,10 @@ def _decode_step_figure(drawing: dict):
         rates.plot(candidates, [count / one for count, one in zip(candidates, seconds, strict=True)], style, ms=4)
     times.set(xscale="log", yscale="log", xlabel="candidates", ylabel="milliseconds a step")
     rates.set(xscale="log", yscale="log", xlabel="candidates", ylabel="tokens a second")
+    counts = sorted({count for points in drawing["lines"].values() for count, _ in points})
+    for axes in (times, rates):
+        axes.set_xticks(counts, [str(count) for count in counts])
+        axes.minorticks_off()
     figure.suptitle(f"{drawing['device']}: one decode step, 250 tokens stored")
     figure.legend(*times.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=7)
     return figure

@@ -15,6 +15,7 @@ import torch
 from benchmarks.harness import Provider, Task, measure
 from clvp_fast import ClvpDecoderConfig, ClvpForCausalLM
 from clvp_fast.engine.decoder import PagedDecoder
+from clvp_fast.engine.products import Int8Linear
 from clvp_fast.ops.paged_attention import FLOAT8
 
 
@@ -36,7 +37,7 @@ PAGE_SIZE = 16
 
 @dataclasses.dataclass(frozen=True)
 class Tier:
-    """Types of weights, of residual, pages and prompt; the last three by default as the engine has them.
+    """Types of weights, residual, pages, prompt and the layers' copied weights; all but the first as the engine's.
 
     tolerance: the most that the arithmetic may put logits off, relative to their spread, before the row is refused.
     """
@@ -47,6 +48,7 @@ class Tier:
     residual: torch.dtype | None = None
     pages: torch.dtype | None = None
     prompt: torch.dtype | None = None
+    copies: torch.dtype | None = None
 
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -56,6 +58,8 @@ TIERS = (
     Tier("bfloat16", BF16, 0.05),
     Tier("bfloat16, residual bfloat16", BF16, 0.1, residual=BF16),
     Tier("bfloat16, float8 pages", BF16, 0.1, pages=FLOAT8),
+    Tier("bfloat16, int8 weights", BF16, 0.1, copies=torch.int8),
+    Tier("float32, int8 weights", FP32, 1e-3, copies=torch.int8),
     Tier("float16", FP16, 0.01),
     Tier("float16, residual float16", FP16, 0.02, residual=FP16),
 )
@@ -74,6 +78,18 @@ def random_model(shape: Shape, device: str) -> ClvpForCausalLM:
     return model.to(device)
 
 
+def round_to_int8(model: ClvpForCausalLM) -> ClvpForCausalLM:
+    """The layers' weights replaced by those that their int8 copies stand for, in float32 at least."""
+    for layer in model.model.decoder.layers:
+        for name in ("attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.out_proj", "mlp.c_fc", "mlp.c_proj"):
+            weight = layer.get_submodule(name).weight
+            in_columns = name.startswith("mlp")
+            copied = Int8Linear(weight.t() if in_columns else weight, None)
+            meant = copied.weight.to(torch.promote_types(weight.dtype, FP32)) * copied.scale[:, None]
+            weight.data = meant.t() if in_columns else meant
+    return model
+
+
 def random_prompt(shape: Shape) -> torch.Tensor:
     """`[prompt, width]`, about as large as a text's embedding with that of its position."""
     return 0.03 * torch.randn(shape.prompt, shape.width, generator=torch.Generator().manual_seed(1))
@@ -84,7 +100,7 @@ class Candidates:
 
     def __init__(self, model: ClvpForCausalLM, shape: Shape, tier: Tier):
         count, own, shared = shape.candidates, -(-shape.steps // PAGE_SIZE), -(-shape.prompt // PAGE_SIZE)
-        self.decoder = PagedDecoder(model, tier.residual)
+        self.decoder = PagedDecoder(model, tier.residual, tier.copies)
         device = self.decoder.device
         self.pages = self.decoder.pages(count * own + shared, PAGE_SIZE, tier.pages)
         self.seq_lens = torch.zeros(count, dtype=torch.int32, device=device)
@@ -158,21 +174,25 @@ def rows(device: str, shape: Shape, repeats: int = 5) -> list[dict]:
     model = random_model(shape, device)
     exact_model = copy.deepcopy(model).double()
     tokens = drawn(exact_model, shape)
-    exact = {FP64: list(logits_along(exact_model, shape, FLOAT64, tokens))}
+    exact = {(FP64, None): list(logits_along(exact_model, shape, FLOAT64, tokens))}
     del exact_model
     providers, told = [], {}
     for tier in TIERS:
         rounded = copy.deepcopy(model).to(tier.dtype)
-        if tier.dtype not in exact:
+        rounding = tier.dtype, tier.copies
+        if rounding not in exact:
             float64 = dataclasses.replace(FLOAT64, prompt=tier.dtype)
-            exact[tier.dtype] = list(logits_along(copy.deepcopy(rounded).double(), shape, float64, tokens))
+            copied = copy.deepcopy(rounded)
+            if tier.copies is not None:
+                copied = round_to_int8(copied)
+            exact[rounding] = list(logits_along(copied.double(), shape, float64, tokens))
         candidates = Candidates(rounded, shape, tier)
         found = [candidates.step(entered, place) for place, entered in enumerate(tokens)]
-        told[tier.name] = divergence(found, exact[FP64])
+        told[tier.name] = divergence(found, exact[FP64, None])
 
         def last_step(candidates=candidates):
             candidates.step(tokens[-1], shape.steps - 1)
 
-        arithmetic = divergence(found, exact[tier.dtype])["logits_error"]
+        arithmetic = divergence(found, exact[rounding])["logits_error"]
         providers.append(Provider(tier.name, last_step, arithmetic, tier.tolerance))
     return [row | told[row["provider"]] for row in measure("precision", vars(shape), providers, repeats)]

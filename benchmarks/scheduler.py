@@ -81,19 +81,27 @@ def tasks(device: str, smoke: bool = False) -> Iterator[Task]:
 
 
 def rows(case: Case, shape: dict, repeats: int) -> list[dict]:
-    """Of a row, `slow_step_seconds` is the 99 % quantile of a step; `late_over_early` compares the median step of the
-    last fifth in which all slots are taken with that of the first.
-    """
+    """Of a row, `slow_step_seconds` is the 99 % quantile of a step; `late_over_early` is told by `growth`."""
     providers, found = [], {}
     for lag in (0, 1):
         engine = NullEngine(case, lag)
         steps = engine.run()
-        full = steps[: max(len(steps) - MAX_NEW_TOKENS, 1)]  # behind them, slots stay empty
-        part = max(len(full) // 5, 1)
-        found[f"scheduler, lag {lag}"] = {
-            "slow_step_seconds": float(np.quantile(steps, 0.99)),
-            "late_over_early": float(np.median(full[-part:]) / np.median(full[:part])),
-        }
+        told = {"slow_step_seconds": float(np.quantile(steps, 0.99)), "late_over_early": growth(steps)}
+        found[f"scheduler, lag {lag}"] = {name: value for name, value in told.items() if value is not None}
         run = partial(lambda *arguments: NullEngine(*arguments).run(), case, lag)
         providers.append(Provider(f"scheduler, lag {lag}", run, engine.wrong(), 0, len(steps)))
     return [row | found[row["provider"]] for row in measure("scheduler", shape, providers, repeats)]
+
+
+def growth(seconds: list[float]) -> float | None:
+    """How much longer steps take when thousands of requests have finished: the last fifth of a long run over its first.
+
+    Only steps count in which candidates come and go: those before the first ones end, and those of the last, are left
+    out. None for a run that has few others.
+    """
+    steady = seconds[2 * MAX_NEW_TOKENS : -MAX_NEW_TOKENS]
+    if len(steady) < 10 * MAX_NEW_TOKENS:
+        return None
+    blocks = np.array(steady[: len(steady) // 100 * 100]).reshape(-1, 100).mean(1)
+    part = len(blocks) // 5
+    return float(np.median(blocks[-part:]) / np.median(blocks[:part]))

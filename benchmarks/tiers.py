@@ -10,6 +10,7 @@ import torch
 
 from benchmarks.models import inputs, our_model, stock_model
 from clvp_fast import CandidateEngine, ClvpProcessor
+from clvp_fast.checkpoint import text_limit
 from clvp_fast.demo import demo_checkpoint
 from clvp_fast.engine.decoder import PagedDecoder
 from clvp_fast.ops.paged_attention import FLOAT8
@@ -49,6 +50,7 @@ TIERS = {
     "cuda": (
         Tier("bfloat16", BF16, 3e-2),
         Tier("bfloat16, float8 pages", BF16, 5e-2, page_dtype=FLOAT8),
+        Tier("bfloat16, int8 weights", BF16, 5e-2, weight_dtype=torch.int8),
         Tier("float32", FP32, 1e-3),
     ),
 }
@@ -129,7 +131,9 @@ def engine_error(tier: Tier, device: str, smoke: bool, text_tokens: int) -> floa
 def engine_of(tier: Tier, device: str, smoke: bool, candidates: int, new_tokens: int) -> CandidateEngine:
     """A warmed-up engine for one request of `candidates`, with the tokens of the `demo` checkpoint."""
     model = our_model(device, tier.dtype, smoke)
-    options = dict(max_batch=candidates, max_new_tokens=new_tokens, page_size=PAGE_SIZE)
+    # As many pages as are needed: several engines stand beside each other.
+    pages = candidates * -(-new_tokens // PAGE_SIZE) + -(-text_limit(model) // PAGE_SIZE) + 1
+    options = dict(max_batch=candidates, max_new_tokens=new_tokens, page_size=PAGE_SIZE, num_pages=pages)
     engine = CandidateEngine(model, ClvpProcessor.from_pretrained(demo_checkpoint()), **options, **tier.options)
     engine.warm_up()
     return engine

@@ -114,6 +114,75 @@ class LinearCall(ctypes.Structure):
     )
 
 
+class DecoderLayer(ctypes.Structure):
+    """`struct clvp_fast_decoder_layer` of csrc/clvp_fast.h, which explains the fields."""
+
+    _fields_ = tuple(
+        (name, c_void_p)
+        for name in (
+            "input_norm_weight",
+            "input_norm_bias",
+            "qkv_weight",
+            "qkv_bias",
+            "out_weight",
+            "out_bias",
+            "post_norm_weight",
+            "post_norm_bias",
+            "mlp_in_weight",
+            "mlp_in_bias",
+            "mlp_out_weight",
+            "mlp_out_bias",
+            "k_pages",
+            "v_pages",
+        )
+    )
+
+
+class PersistentDecodeCall(ctypes.Structure):
+    """`struct clvp_fast_persistent_decode` of csrc/clvp_fast.h, which explains the fields."""
+
+    _fields_ = (
+        ("layers", c_void_p),
+        ("token_table", c_void_p),
+        ("position_table", c_void_p),
+        ("first_norm_weight", c_void_p),
+        ("first_norm_bias", c_void_p),
+        ("final_norm_weight", c_void_p),
+        ("final_norm_bias", c_void_p),
+        ("head_weight", c_void_p),
+        ("head_bias", c_void_p),
+        ("tokens", c_void_p),
+        ("seq_lens", c_void_p),
+        ("block_table", c_void_p),
+        ("prefix_table", c_void_p),
+        ("prefix_lens", c_void_p),
+        ("prefix_index", c_void_p),
+        ("hidden", c_void_p),
+        ("logits", c_void_p),
+        ("workspace", c_void_p),
+        ("page_strides", c_int64 * 3),
+        ("block_table_stride", c_int64),
+        ("prefix_table_stride", c_int64),
+        ("num_pages", c_int64),
+        ("num_prefixes", c_int64),
+        ("num_candidates", c_int32),
+        ("num_layers", c_int32),
+        ("hidden_size", c_int32),
+        ("intermediate_size", c_int32),
+        ("vocab_size", c_int32),
+        ("num_positions", c_int32),
+        ("page_size", c_int32),
+        ("max_pages", c_int32),
+        ("max_prefix_pages", c_int32),
+        ("contiguous_positions", c_int32),
+        ("dtype", c_int32),
+        ("layer_eps", c_float),
+        ("first_eps", c_float),
+        ("final_eps", c_float),
+        ("scale", c_float),
+    )
+
+
 def library() -> ctypes.CDLL:
     """The library with its prototypes set, compiled first where that is needed.
 
@@ -163,6 +232,10 @@ def _loaded() -> tuple[ctypes.CDLL | None, str]:
         if hasattr(found, "clvp_fast_log_mel_cuda"):
             found.clvp_fast_log_mel_cuda.argtypes = [POINTER(LogMelCall), c_void_p]
             found.clvp_fast_log_mel_cuda.restype = c_int
+            found.clvp_fast_persistent_decode_cuda.argtypes = [POINTER(PersistentDecodeCall), c_void_p]
+            found.clvp_fast_persistent_decode_cuda.restype = c_int
+            found.clvp_fast_persistent_decode_workspace.argtypes = [POINTER(PersistentDecodeCall)]
+            found.clvp_fast_persistent_decode_workspace.restype = c_int64
     except NativeLibraryError as error:
         return None, str(error)
     except (OSError, AttributeError) as error:

@@ -29,6 +29,7 @@ ISA_FLAGS = {
 }
 # avx512bf16 has more to offer to products of bfloat16 alone.
 ISA_SOURCES = dict.fromkeys(ISA_FLAGS, ("log_mel", "paged_attention", "linear")) | {"avx512bf16": ("linear",)}
+CUDA_SOURCES = ("log_mel", "persistent_decode")
 _HOST_FLAGS = "-Xcompiler=-fPIC,-pthread,-fvisibility=hidden"
 # --threads 0: the architectures are compiled side by side on all cores.
 NVCC_FLAGS = ["-std=c++17", "-O3", "-lineinfo", "--threads=0", "-Xptxas=-v,--warn-on-spills", _HOST_FLAGS]
@@ -117,13 +118,18 @@ def compile_commands(csrc: Path, tools: Toolchain) -> dict[str, list[str]]:
         newest = tools.architectures[-1]
         targets.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
         nvcc = [tools.nvcc, *_host_compiler(tools), *NVCC_FLAGS, *targets]
-        commands["log_mel_cuda.o"] = [*nvcc, "-c", f"{csrc}/log_mel_cuda.cu", "-o", "log_mel_cuda.o"]
+        for name in _cuda_objects():
+            commands[name] = [*nvcc, "-c", f"{csrc}/{name[:-2]}.cu", "-o", name]
     return commands
+
+
+def _cuda_objects() -> list[str]:
+    return [f"{stem}_cuda.o" for stem in CUDA_SOURCES]
 
 
 def link_command(objects: list[str], tools: Toolchain) -> list[str]:
     """The command that makes the library. nvcc links its own runtime statically: torch may carry another."""
-    if "log_mel_cuda.o" in objects:
+    if set(_cuda_objects()) & set(objects):
         linker = [tools.nvcc, *_host_compiler(tools), "-cudart=static", "-Xcompiler=-pthread"]
     else:
         linker = [*tools.cxx, "-pthread"]
@@ -165,9 +171,11 @@ def build(csrc: Path, folder: Path, tools: Toolchain) -> dict:
     log = _run_all(commands, work)
     built = [name for name in commands if (work / name).exists()]
     no_cuda = tools.no_cuda
-    if tools.nvcc and "log_mel_cuda.o" not in built:
+    cuda = set(_cuda_objects())
+    if tools.nvcc and not cuda <= set(built):
         no_cuda = f"nvcc {tools.nvcc_version} did not compile the CUDA part"
-    failed = set(commands) - set(built) - {"log_mel_cuda.o"}
+        built = [name for name in built if name not in cuda]
+    failed = set(commands) - set(built) - cuda
     if not failed:
         log += _run(link_command(built, tools), work)
     if failed or not (work / LIBRARY).exists():

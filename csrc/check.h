@@ -109,3 +109,35 @@ static inline int clvp_fast_check_linear(const struct clvp_fast_linear *call) {
         return CLVP_FAST_MISALIGNED;
     return CLVP_FAST_OK;
 }
+
+/* CLVP_FAST_OK, or why a persistent decode step is refused. */
+static inline int clvp_fast_check_persistent_decode(const struct clvp_fast_persistent_decode *call) {
+    if (call == NULL) return CLVP_FAST_NULL_POINTER;
+    if (call->dtype != CLVP_FAST_FLOAT16 && call->dtype != CLVP_FAST_BFLOAT16) return CLVP_FAST_BAD_DTYPE;
+    const int64_t most = (int64_t)1 << 31;
+    const int prefixes = call->prefix_table != NULL;
+    if (call->num_candidates < 1 || call->num_candidates > 4 || call->num_layers < 1 || call->num_layers > 256 ||
+        call->hidden_size < 64 || call->hidden_size > 2048 || call->hidden_size % 64 != 0 ||
+        call->intermediate_size < 8 || call->intermediate_size > 8192 || call->intermediate_size % 8 != 0 ||
+        call->vocab_size < 1 || call->vocab_size > 1 << 20 || call->num_positions < 1 || call->page_size < 1 ||
+        call->page_size > 1024 || call->max_pages < 1 || call->max_pages > 1 << 12 || call->num_pages < 0 ||
+        call->num_pages > most || call->num_prefixes < 0 || call->num_prefixes > most ||
+        (prefixes && (call->max_prefix_pages < 1 || call->max_prefix_pages > 1 << 12)) ||
+        call->page_strides[0] % 8 != 0 || call->page_strides[1] % 8 != 0 || call->page_strides[2] % 8 != 0)
+        return CLVP_FAST_BAD_SIZE;
+    if (!call->layers || !call->token_table || !call->position_table || !call->first_norm_weight ||
+        !call->final_norm_weight || !call->head_weight || !call->tokens || !call->seq_lens || !call->block_table ||
+        (prefixes && (!call->prefix_lens || !call->prefix_index)) || !call->hidden || !call->logits || !call->workspace)
+        return CLVP_FAST_NULL_POINTER;
+    if (clvp_fast_misaligned(call->layers, 8) || clvp_fast_misaligned(call->token_table, 2) ||
+        clvp_fast_misaligned(call->position_table, 2) || clvp_fast_misaligned(call->head_weight, 16) ||
+        clvp_fast_misaligned(call->first_norm_weight, 2) || clvp_fast_misaligned(call->first_norm_bias, 2) ||
+        clvp_fast_misaligned(call->final_norm_weight, 2) || clvp_fast_misaligned(call->final_norm_bias, 2) ||
+        clvp_fast_misaligned(call->head_bias, 2) || clvp_fast_misaligned(call->tokens, 8) ||
+        clvp_fast_misaligned(call->seq_lens, 4) || clvp_fast_misaligned(call->block_table, 4) ||
+        clvp_fast_misaligned(call->prefix_table, 4) || clvp_fast_misaligned(call->prefix_lens, 4) ||
+        clvp_fast_misaligned(call->prefix_index, 4) || clvp_fast_misaligned(call->hidden, 2) ||
+        clvp_fast_misaligned(call->logits, 2) || clvp_fast_misaligned(call->workspace, 16))
+        return CLVP_FAST_MISALIGNED;
+    return CLVP_FAST_OK;
+}

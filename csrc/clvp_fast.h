@@ -121,6 +121,60 @@ struct clvp_fast_linear {
 /* Threads and instruction set as above. */
 int clvp_fast_linear_cpu(const struct clvp_fast_linear *call, int32_t num_threads, const char *isa);
 
+/* One layer of the decoder: weights [out, in] of the call's dtype, contiguous, with biases [out] (null: none). */
+struct clvp_fast_decoder_layer {
+    const void *input_norm_weight, *input_norm_bias; /* [hidden_size] */
+    const void *qkv_weight, *qkv_bias;               /* [3 * hidden_size, hidden_size]: queries, keys, values */
+    const void *out_weight, *out_bias;               /* [hidden_size, hidden_size] */
+    const void *post_norm_weight, *post_norm_bias;   /* [hidden_size] */
+    const void *mlp_in_weight, *mlp_in_bias;         /* [intermediate_size, hidden_size] */
+    const void *mlp_out_weight, *mlp_out_bias;       /* [hidden_size, intermediate_size] */
+    void *k_pages, *v_pages; /* [num_pages, page_size, num_heads, 64] of dtype, of the same strides */
+};
+
+/* One decode step of one to four candidates in one launch: from their tokens to the logits of the next. The residual
+ * is float32; what the products take, and queries, keys, values, hidden states and logits, are of dtype. The activation
+ * is gelu in its tanh form.
+ *
+ * Heads have 64 channels. Pages that do not exist, and places past a table, are left out; a token or position that is
+ * not in its table makes its candidate's results NaN. Strides count elements. */
+struct clvp_fast_persistent_decode {
+    const struct clvp_fast_decoder_layer *layers; /* [num_layers], on the device */
+    const void *token_table;                      /* [vocab_size, hidden_size] */
+    const void *position_table;                   /* [num_positions, hidden_size] */
+    const void *first_norm_weight, *first_norm_bias, *final_norm_weight, *final_norm_bias; /* [hidden_size] */
+    const void *head_weight, *head_bias; /* [vocab_size, hidden_size] */
+    const int64_t *tokens;               /* [num_candidates] */
+    const int32_t *seq_lens; /* [num_candidates], own tokens stored so far; negative: inactive, results mean nothing */
+    const int32_t *block_table;  /* [num_candidates, max_pages] */
+    const int32_t *prefix_table; /* [num_prefixes, max_prefix_pages]; null with the next two: no prefixes */
+    const int32_t *prefix_lens;  /* [num_prefixes] */
+    const int32_t *prefix_index; /* [num_candidates], -1: none */
+    void *hidden;                /* [num_candidates, hidden_size], after both norms */
+    void *logits;                /* [num_candidates, vocab_size] */
+    void *workspace;             /* clvp_fast_persistent_decode_workspace(call) bytes, zero before the first call */
+    int64_t page_strides[3];     /* of a page, of a token, of a head; multiples of 8 */
+    int64_t block_table_stride, prefix_table_stride; /* of a row */
+    int64_t num_pages, num_prefixes;
+    int32_t num_candidates;    /* 1 .. 4 */
+    int32_t num_layers;        /* 1 .. 256 */
+    int32_t hidden_size;       /* a multiple of 64 up to 2048 */
+    int32_t intermediate_size; /* a multiple of 8 up to 8192 */
+    int32_t vocab_size, num_positions;
+    int32_t page_size, max_pages, max_prefix_pages;
+    int32_t contiguous_positions; /* 0: the k-th token stands at position k + 1, the first one at 0 */
+    int32_t dtype;                /* FLOAT16 or BFLOAT16 */
+    float layer_eps, first_eps, final_eps;
+    float scale; /* of the scores */
+};
+
+/* Bytes of workspace that a call needs; it may not be shared by calls that run at the same time. */
+int64_t clvp_fast_persistent_decode_workspace(const struct clvp_fast_persistent_decode *call);
+
+/* Launches one cooperative kernel, a block on each multiprocessor, on the cudaStream_t `stream` of the current device
+ * and returns at once. Present in libraries that were built with nvcc. */
+int clvp_fast_persistent_decode_cuda(const struct clvp_fast_persistent_decode *call, void *stream);
+
 /* A sentence on a returned code; never null. */
 const char *clvp_fast_error(int code);
 

@@ -111,10 +111,10 @@ CLVP_FAST_EXPORT int clvp_fast_paged_decode_cpu(const clvp_fast_paged_decode *ca
     const clvp_fast_isa *const isa = clvp_fast_find_isa(isa_name);
     if (!isa) return CLVP_FAST_NO_ISA;
     if (num_threads < 1) return CLVP_FAST_BAD_SIZE;
-    /* Heads outside, so that one head of a shared prefix stays in the cache for all its candidates. */
+    /* Heads inside: those of a token lie side by side, and the kernel fetches the next one's ahead. */
     const int64_t count = call->num_candidates * call->num_heads;
     const auto attend = [&](void *scratch, int64_t item) {
-        isa->attend(call, item % call->num_candidates, item / call->num_candidates, scratch);
+        isa->attend(call, item / call->num_heads, item % call->num_heads, scratch);
     };
     /* A thread costs as much as attending to some ten thousand channels. */
     const int64_t tokens = int64_t{call->page_size} * (call->max_pages + call->max_prefix_pages);

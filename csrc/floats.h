@@ -17,30 +17,40 @@ constexpr int LANES = Lanes<float>::COUNT;
 using Floats = Vector<float>;
 using Integers = Lanes<float>::Integers;
 
-CLVP_FAST_INLINE Floats load_floats(const float *from) { return load<float>(from); }
-
-/* Compilers do not find the instruction that widens bytes by themselves; the masked form is free of a false warning. */
-CLVP_FAST_INLINE Floats load_floats(const int8_t *from) {
+/* Compilers do not find the instructions that widen integers by themselves; the masked forms are free of a false
+ * warning. */
+CLVP_FAST_INLINE Integers widen(const int8_t *from) {
 #if defined(__AVX512F__)
-    const Integers wide = (Integers)_mm512_maskz_cvtepi8_epi32(0xffff, _mm_loadu_si128((const __m128i *)from));
+    return (Integers)_mm512_maskz_cvtepi8_epi32(0xffff, _mm_loadu_si128((const __m128i *)from));
 #elif defined(__AVX2__)
-    const Integers wide = (Integers)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)from));
+    return (Integers)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)from));
 #else
     typedef int8_t Bytes __attribute__((vector_size(LANES)));
     Bytes bytes;
     memcpy(&bytes, from, sizeof bytes);
-    const Integers wide = __builtin_convertvector(bytes, Integers);
+    return __builtin_convertvector(bytes, Integers);
 #endif
-    return __builtin_convertvector(wide, Floats);
 }
 
-/* bfloat16 is the upper half of a float32. */
-CLVP_FAST_INLINE Floats load_floats(const uint16_t *from) {
+CLVP_FAST_INLINE Integers widen(const uint16_t *from) {
+#if defined(__AVX512F__)
+    return (Integers)_mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256((const __m256i *)from));
+#elif defined(__AVX2__)
+    return (Integers)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)from));
+#else
     typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
     Halves halves;
     memcpy(&halves, from, sizeof halves);
-    return (Floats)(__builtin_convertvector(halves, Integers) << 16);
+    return __builtin_convertvector(halves, Integers);
+#endif
 }
+
+CLVP_FAST_INLINE Floats load_floats(const float *from) { return load<float>(from); }
+
+CLVP_FAST_INLINE Floats load_floats(const int8_t *from) { return __builtin_convertvector(widen(from), Floats); }
+
+/* bfloat16 is the upper half of a float32. */
+CLVP_FAST_INLINE Floats load_floats(const uint16_t *from) { return (Floats)(widen(from) << 16); }
 
 /* The first `count` lanes. */
 CLVP_FAST_INLINE void store_floats(float *to, Floats x, int64_t count = LANES) {

@@ -10,10 +10,13 @@
 #define CLVP_FAST_HOST_DEVICE __host__ __device__
 #define CLVP_FAST_INLINE static __host__ __device__ __forceinline__
 #define CLVP_FAST_INLINED
+#define CLVP_FAST_PRAGMA(text) _Pragma(#text)
+#define CLVP_FAST_UNROLL(times) CLVP_FAST_PRAGMA(unroll times)
 #else
 #define CLVP_FAST_HOST_DEVICE
 #define CLVP_FAST_INLINE static inline __attribute__((always_inline))
 #define CLVP_FAST_INLINED __attribute__((always_inline))
+#define CLVP_FAST_UNROLL(times)
 #endif
 
 namespace clvp_fast {

@@ -9,15 +9,14 @@
 namespace clvp_fast {
 namespace {
 
-/* A tile of sums in registers. Their number is a multiple of LANES, see `fold`. */
-constexpr int TILE_ROWS = 4;
-constexpr int TILE_COLUMNS = LANES == 16 ? 4 : 2;
 /* What one item computes: as many columns, and rows of which x stays in the second-level cache. */
 constexpr int ITEM_COLUMNS = 48;
-constexpr int ITEM_TILES = 32;
+constexpr int ITEM_ROWS = 128;
 
-/* What products are made of: float32 from anything. */
+/* What products are made of: float32 from anything. A tile of sums has as many rows and columns as there are registers
+ * for, and few enough rows for a tile of x to stay in the first-level cache. */
 struct Single {
+    static constexpr int ROWS = 4, COLUMNS = LANES == 16 ? 6 : 2;
     typedef Floats Unit;
     typedef float Stored;
     static constexpr int COUNT = LANES;
@@ -31,6 +30,7 @@ struct Single {
 #if defined(__AVX512BF16__)
 /* Pairs of bfloat16, which hold whole numbers up to 256 exactly; their products are summed in float32. */
 struct Pairs {
+    static constexpr int ROWS = 8, COLUMNS = 3;
     typedef __m512bh Unit;
     typedef uint16_t Stored;
     static constexpr int COUNT = 2 * LANES;
@@ -47,9 +47,13 @@ template <class In>
 using ProductsOf = Single;
 #endif
 
-/* Sums over the lanes of each of COUNT vectors; COUNT is a multiple of LANES. */
+/* The vectors of sums of a tile, in whole groups of LANES. */
+template <class Products>
+constexpr int SUMS = (Products::ROWS * Products::COLUMNS + LANES - 1) / LANES * LANES;
+
+/* Sums over the lanes of each vector. */
 template <int COUNT>
-CLVP_FAST_INLINE void fold(const Floats *sums, float *to) {
+CLVP_FAST_INLINE void fold(const Floats (&sums)[COUNT], float (&to)[COUNT]) {
     using Lane = std::make_integer_sequence<int, LANES>;
     unroll<COUNT / LANES>([&](auto group) CLVP_FAST_INLINED {
         Floats x[LANES];
@@ -71,132 +75,118 @@ struct Ahead {
     int64_t stride;
 };
 
-/* sums[row][column] of a tile: x is packed, weights are rows. AHEAD rows are fetched meanwhile. */
-template <class Products, int AHEAD>
-CLVP_FAST_INLINE void multiply(const typename Products::Stored *x,
-                               const typename Products::Stored *const (&weights)[TILE_COLUMNS], const Ahead &ahead,
-                               int64_t columns, float *to) {
-    Floats sums[TILE_ROWS * TILE_COLUMNS] = {};
-    for (int64_t k = 0; k < columns; k += Products::COUNT, x += TILE_ROWS * Products::COUNT) {
-        typename Products::Unit weight[TILE_COLUMNS];
-        unroll<TILE_COLUMNS>([&](auto j) CLVP_FAST_INLINED { weight[j] = Products::load(weights[j] + k); });
+/* to[row][column] of a tile: x is packed, weights are rows. AHEAD rows are fetched meanwhile. */
+template <class Products, int AHEAD, class Weight>
+CLVP_FAST_INLINE void multiply(const typename Products::Stored *x, const Weight *const (&weights)[Products::COLUMNS],
+                               const Ahead &ahead, int64_t columns, float (&to)[SUMS<Products>]) {
+    constexpr int COLUMNS = Products::COLUMNS, COUNT = Products::COUNT;
+    Floats sums[SUMS<Products>] = {};
+    for (int64_t k = 0; k < columns; k += COUNT, x += Products::ROWS * COUNT) {
+        typename Products::Unit weight[COLUMNS];
+        unroll<COLUMNS>([&](auto j) CLVP_FAST_INLINED { weight[j] = Products::load(weights[j] + k); });
         unroll<AHEAD>([&](auto j) CLVP_FAST_INLINED {
-            __builtin_prefetch(ahead.first + j * ahead.stride + k * (int64_t)sizeof(typename Products::Stored), 0, 2);
+            __builtin_prefetch(ahead.first + j * ahead.stride + k * (int64_t)sizeof(Weight), 0, 2);
         });
-        unroll<TILE_ROWS>([&](auto i) CLVP_FAST_INLINED {
-            const typename Products::Unit row = Products::load(x + i * Products::COUNT);
-            unroll<TILE_COLUMNS>([&](auto j) CLVP_FAST_INLINED {
-                sums[i * TILE_COLUMNS + j] = Products::dot(sums[i * TILE_COLUMNS + j], row, weight[j]);
+        unroll<Products::ROWS>([&](auto i) CLVP_FAST_INLINED {
+            const typename Products::Unit row = Products::load(x + i * COUNT);
+            unroll<COLUMNS>([&](auto j) CLVP_FAST_INLINED {
+                sums[i * COLUMNS + j] = Products::dot(sums[i * COLUMNS + j], row, weight[j]);
             });
         });
     }
-    fold<TILE_ROWS * TILE_COLUMNS>(sums, to);
+    fold(sums, to);
 }
+
+/* Scales and biases of an item's columns as float32, 1 and 0 where there are none. */
+template <class In>
+struct Affine {
+    float scale[ITEM_COLUMNS], bias[ITEM_COLUMNS];
+    Affine(const clvp_fast_linear *call, int64_t first, int64_t count) {
+        for (int64_t n = 0; n < ITEM_COLUMNS; ++n) {
+            In given[LANES] = {};
+            if (n < count && call->bias) given[0] = ((const In *)call->bias)[first + n];
+            bias[n] = load_floats(given)[0];
+            scale[n] = n < count && call->scale ? call->scale[first + n] : 1;
+        }
+    }
+};
 
 /* Scale, bias and activation of the sums of one row, and the rounding. */
 template <class In>
-CLVP_FAST_INLINE void finish(const clvp_fast_linear *call, const float *sums, int64_t row, int64_t first,
+CLVP_FAST_INLINE void finish(const clvp_fast_linear *call, const float *sums, const Affine<In> &affine, In *out,
                              int64_t count) {
-    In *const out = (In *)call->out + row * call->out_features + first;
     for (int64_t n = 0; n < count; n += LANES) {
-        float scale[LANES] = {}, bias[LANES] = {};
-        const int64_t lanes = count - n < LANES ? count - n : LANES;
-        Floats y = load_floats(sums + n);
-        if (call->scale) {
-            memcpy(scale, call->scale + first + n, lanes * sizeof(float));
-            y *= load_floats(scale);
-        }
-        if (call->bias) {
-            In given[LANES] = {};
-            memcpy(given, (const In *)call->bias + first + n, lanes * sizeof(In));
-            store_floats(bias, load_floats(given));
-            y += load_floats(bias);
-        }
+        Floats y = load_floats(sums + n) * load_floats(affine.scale + n) + load_floats(affine.bias + n);
         if (call->activation == CLVP_FAST_GELU_TANH) y = gelu_tanh(y);
-        store_floats(out + n, y, lanes);
+        if (count - n >= LANES)
+            store_floats(out + n, y);
+        else
+            store_floats(out + n, y, count - n);
     }
 }
-
-int64_t tiles_of(const clvp_fast_linear *call) { return (call->rows + TILE_ROWS - 1) / TILE_ROWS; }
 
 /* x by tiles: [tile][unit of columns][row], zeros for rows that there are not. */
 template <class In>
 void pack(const clvp_fast_linear *call, void *packed) {
     using Products = ProductsOf<In>;
     typename Products::Stored *to = (typename Products::Stored *)packed;
-    for (int64_t first = 0; first < call->rows; first += TILE_ROWS)
+    for (int64_t first = 0; first < call->rows; first += Products::ROWS)
         for (int64_t k = 0; k < call->in_features; k += Products::COUNT)
-            for (int64_t row = first; row < first + TILE_ROWS; ++row, to += Products::COUNT) {
+            for (int64_t row = first; row < first + Products::ROWS; ++row, to += Products::COUNT) {
                 typename Products::Unit unit = {};
                 if (row < call->rows) unit = Products::load((const In *)call->x + row * call->x_stride + k);
                 memcpy(to, &unit, sizeof unit);
             }
 }
 
+int64_t groups_of(const clvp_fast_linear *call) { return (call->out_features + ITEM_COLUMNS - 1) / ITEM_COLUMNS; }
+
 template <class In, class Weight>
 void run(const clvp_fast_linear *call, const void *packed, int64_t item, void *scratch) {
     using Products = ProductsOf<In>;
-    using Stored = typename Products::Stored;
-    constexpr bool STAGED = !std::is_same_v<Weight, Stored>;
-    const int64_t columns = call->in_features, groups = (call->out_features + ITEM_COLUMNS - 1) / ITEM_COLUMNS;
-    const int64_t first = item % groups * ITEM_COLUMNS, first_tile = item / groups * ITEM_TILES;
+    constexpr int COLUMNS = Products::COLUMNS, ROWS = Products::ROWS;
+    const int64_t columns = call->in_features, stride = call->weight_stride * (int64_t)sizeof(Weight);
+    const int64_t first = item % groups_of(call) * ITEM_COLUMNS, first_row = item / groups_of(call) * ITEM_ROWS;
     const int64_t count = call->out_features - first < ITEM_COLUMNS ? call->out_features - first : ITEM_COLUMNS;
-    const int64_t end_tile = first_tile + ITEM_TILES < tiles_of(call) ? first_tile + ITEM_TILES : tiles_of(call);
-    const int64_t ahead = call->weight_stride * TILE_COLUMNS * (int64_t)sizeof(Weight);
-    float *const sums = (float *)scratch; /* [rows of the item][ITEM_COLUMNS] */
-    Stored *const staged = (Stored *)(sums + ITEM_TILES * TILE_ROWS * ITEM_COLUMNS);
+    const int64_t rows = call->rows - first_row < ITEM_ROWS ? call->rows - first_row : ITEM_ROWS;
+    const int64_t tiles = (rows + ROWS - 1) / ROWS;
+    /* The tiles share out the fetching of the weights that come next, so that memory is read all the time. */
+    const int64_t share = (COLUMNS + tiles - 1) / tiles;
+    float *const sums = (float *)scratch; /* [ITEM_ROWS][ITEM_COLUMNS] */
 
-    for (int64_t n = 0; n < count; n += TILE_COLUMNS) {
-        const Stored *rows[TILE_COLUMNS];
-        for (int j = 0; j < TILE_COLUMNS; ++j) {
-            const int64_t column = first + (n + j < count ? n + j : count - 1);
-            const Weight *const weight = (const Weight *)call->weight + column * call->weight_stride;
-            if constexpr (STAGED) {
-                for (int64_t k = 0; k < columns; k += Products::COUNT) {
-                    const typename Products::Unit unit = Products::load(weight + k);
-                    memcpy(staged + j * columns + k, &unit, sizeof unit);
-                    __builtin_prefetch((const char *)(weight + k) + ahead, 0, 2);
-                }
-                rows[j] = staged + j * columns;
-            } else {
-                rows[j] = weight;
-            }
-        }
-        /* The tiles share out the fetching of the next group's rows, so that memory is read all the time. */
-        const int64_t tiles = end_tile - first_tile, share = STAGED ? 0 : (TILE_COLUMNS + tiles - 1) / tiles;
-        for (int64_t tile = first_tile; tile < end_tile; ++tile) {
-            float products[TILE_ROWS * TILE_COLUMNS];
-            const Stored *const x = (const Stored *)packed + tile * TILE_ROWS * columns;
-            const int64_t fetched = (tile - first_tile) * share, stride = call->weight_stride * (int64_t)sizeof(Weight);
-            const Ahead next = {(const char *)rows[0] + (TILE_COLUMNS + fetched) * stride, stride};
-            if (fetched >= TILE_COLUMNS || share == 0)
-                multiply<Products, 0>(x, rows, next, columns, products);
-            else if (share == 1)
-                multiply<Products, 1>(x, rows, next, columns, products);
-            else if (share == 2)
-                multiply<Products, 2>(x, rows, next, columns, products);
-            else
-                multiply<Products, TILE_COLUMNS>(x, rows, next, columns, products);
-            for (int row = 0; row < TILE_ROWS; ++row)
-                memcpy(sums + ((tile - first_tile) * TILE_ROWS + row) * ITEM_COLUMNS + n, products + row * TILE_COLUMNS,
-                       TILE_COLUMNS * sizeof(float));
+    for (int64_t n = 0; n < count; n += COLUMNS) {
+        const Weight *weights[COLUMNS];
+        for (int j = 0; j < COLUMNS; ++j)
+            weights[j] =
+                (const Weight *)call->weight + (first + (n + j < count ? n + j : count - 1)) * call->weight_stride;
+        for (int64_t tile = 0; tile < tiles; ++tile) {
+            float products[SUMS<Products>];
+            const auto *const x = (const typename Products::Stored *)packed + (first_row + tile * ROWS) * columns;
+            const int64_t fetched = tile * share, left = COLUMNS - fetched;
+            const Ahead next = {(const char *)weights[0] + (COLUMNS + fetched) * stride, stride};
+            const int64_t wanted = left < 0 ? 0 : left < share ? left : share;
+            unroll<COLUMNS + 1>([&](auto ahead) CLVP_FAST_INLINED {
+                if (ahead == wanted) multiply<Products, ahead>(x, weights, next, columns, products);
+            });
+            for (int row = 0; row < ROWS; ++row)
+                memcpy(sums + (tile * ROWS + row) * ITEM_COLUMNS + n, products + row * COLUMNS,
+                       COLUMNS * sizeof(float));
         }
     }
-    for (int64_t row = first_tile * TILE_ROWS; row < end_tile * TILE_ROWS && row < call->rows; ++row)
-        finish<In>(call, sums + (row - first_tile * TILE_ROWS) * ITEM_COLUMNS, row, first, count);
+    const Affine<In> affine(call, first, count);
+    In *const out = (In *)call->out + first_row * call->out_features + first;
+    for (int64_t row = 0; row < rows; ++row)
+        finish<In>(call, sums + row * ITEM_COLUMNS, affine, out + row * call->out_features, count);
 }
 
+/* Room for rows up to a whole tile of any kind, in float32. */
 size_t packed_bytes(const clvp_fast_linear *call) {
-    return tiles_of(call) * TILE_ROWS * call->in_features * sizeof(float);
+    return (call->rows + 7) / 8 * 8 * call->in_features * sizeof(float);
 }
 
-size_t scratch_bytes(const clvp_fast_linear *call) {
-    return (ITEM_TILES * TILE_ROWS * ITEM_COLUMNS + TILE_COLUMNS * call->in_features) * sizeof(float);
-}
+size_t scratch_bytes(const clvp_fast_linear *) { return ITEM_ROWS * ITEM_COLUMNS * sizeof(float); }
 
-int64_t items(const clvp_fast_linear *call) {
-    return (call->out_features + ITEM_COLUMNS - 1) / ITEM_COLUMNS * ((tiles_of(call) + ITEM_TILES - 1) / ITEM_TILES);
-}
+int64_t items(const clvp_fast_linear *call) { return groups_of(call) * ((call->rows + ITEM_ROWS - 1) / ITEM_ROWS); }
 
 void pack_any(const clvp_fast_linear *call, void *packed) {
     if (call->dtype == CLVP_FAST_FLOAT32)

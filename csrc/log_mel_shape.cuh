@@ -4,13 +4,6 @@
 #include "clvp_fast.h"
 #include "log_mel.cuh"
 
-#ifdef __CUDACC__
-#define CLVP_FAST_PRAGMA(text) _Pragma(#text)
-#define CLVP_FAST_UNROLL(times) CLVP_FAST_PRAGMA(unroll times)
-#else
-#define CLVP_FAST_UNROLL(times)
-#endif
-
 namespace clvp_fast {
 
 /* How the work on frames of N samples is laid out. */

@@ -34,6 +34,12 @@ int clvp_fast_log_mel_cuda(const clvp_fast_log_mel *call, void *stream) {
     return cudaGetLastError();
 }
 """
+MORE_CUDA = """
+#include "clvp_fast.h"
+#pragma GCC visibility push(default)
+int clvp_fast_persistent_decode_cuda(const clvp_fast_persistent_decode *, void *) { return 0; }
+int64_t clvp_fast_persistent_decode_workspace(const clvp_fast_persistent_decode *) { return 256; }
+"""
 NO_NVCC = "/nonexistent"
 
 needs_nvcc = pytest.mark.skipif(native_build._find_nvcc()["nvcc"] is None, reason="there is no nvcc")
@@ -54,6 +60,7 @@ def sources(tmp_path, monkeypatch):
     for stem in native_build.ISA_SOURCES["portable"]:
         (folder / f"{stem}_isa.cpp").write_text("namespace { int CLVP_FAST_ISA = 0; }\n")
     (folder / "log_mel_cuda.cu").write_text(CUDA)
+    (folder / "persistent_decode_cuda.cu").write_text(MORE_CUDA)
     monkeypatch.setattr(native, "_SOURCES", folder)
     monkeypatch.setenv("CLVP_FAST_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("CUDA_HOME", NO_NVCC)
@@ -71,6 +78,8 @@ STRUCTURES = {
     "clvp_fast_log_mel": native.LogMelCall,
     "clvp_fast_paged_decode": native.PagedDecodeCall,
     "clvp_fast_linear": native.LinearCall,
+    "clvp_fast_decoder_layer": native.DecoderLayer,
+    "clvp_fast_persistent_decode": native.PersistentDecodeCall,
 }
 
 

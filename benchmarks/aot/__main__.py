@@ -16,16 +16,20 @@ from pathlib import Path
 
 import triton
 
+from benchmarks.aot import native_library
 from benchmarks.aot.compiling import ARCHITECTURES, compile_calls
 from benchmarks.aot.tables import RESULTS, write_tables
+from clvp_fast.native_build import CUDA_SOURCES
 
 TRITON_FAMILIES = ("rotary_attention", "mlp", "linear", "norm", "embedding", "paged_attention", "sampling")
-FAMILIES = (*TRITON_FAMILIES, "log_mel")
+FAMILIES = (*TRITON_FAMILIES, *CUDA_SOURCES)
 
 
 def compile_family(family: str, arch: int) -> list[dict]:
-    compiled = importlib.import_module(f"benchmarks.aot.{family}")
-    rows = compile_calls(compiled.calls(), arch) if family in TRITON_FAMILIES else compiled.rows(arch)
+    if family in TRITON_FAMILIES:
+        rows = compile_calls(importlib.import_module(f"benchmarks.aot.{family}").calls(), arch)
+    else:
+        rows = native_library.rows(family, arch)
     return [{"family": family, **row} for row in rows]
 
 

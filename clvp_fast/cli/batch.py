@@ -110,6 +110,8 @@ class Batch:
             max_batch=min(arguments.batch_size or (_CPU_BATCH if model.device.type == "cpu" else MAX_BATCH), total),
             max_new_tokens=sampling.max_new_tokens,
             memory_fraction=arguments.memory_fraction,
+            weight_dtype=torch.int8 if arguments.int8_weights else None,
+            page_dtype=torch.float8_e4m3fn if arguments.float8_pages else None,
             scoring=arguments.scoring,
             latents=arguments.latents,
         )
@@ -178,6 +180,8 @@ class Batch:
             "scoring": arguments.scoring,
             "device": str(self.checkpoint.model.device),
             "dtype": arguments.dtype,
+            "int8_weights": arguments.int8_weights,
+            "float8_pages": arguments.float8_pages,
             "text_cleaning": arguments.text_cleaning,
         }
 

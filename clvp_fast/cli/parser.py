@@ -87,6 +87,16 @@ def _generate(commands, everywhere) -> None:
         default=0.9,
         help="of the memory that is free, how much may be used beside the weights (default: %(default)s)",
     )
+    memory.add_argument(
+        "--int8-weights",
+        action="store_true",
+        help="decode over copies of the layers' weights in 8 bits: other candidates, and faster on a CPU",
+    )
+    memory.add_argument(
+        "--float8-pages",
+        action="store_true",
+        help="keep keys and values in 8 bits: other candidates, and twice as many at a time on a GPU",
+    )
     _add_device(parser)
     _add_text_cleaning(parser)
 

@@ -90,6 +90,7 @@ class PagedDecoder:
         self.vocab_size = config.vocab_size
         self.contiguous_positions = bool(getattr(config, "contiguous_positions", False))
         self._residual_dtype = residual_dtype
+        self.weight_dtype = weight_dtype
         products = ModuleProducts if weight_dtype is None else Int8Products
         self._products = [products(layer) for layer in model.model.decoder.layers]
 

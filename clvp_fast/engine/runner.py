@@ -19,6 +19,7 @@ import torch
 
 from clvp_fast import ops
 from clvp_fast.engine.decoder import PagedDecoder, min_rows
+from clvp_fast.engine.persistent import MAX_ROWS, PersistentStep
 from clvp_fast.engine.scheduler import batch_buckets
 from clvp_fast.engine.slots import NEUTRAL, SlotState, to_device
 from clvp_fast.ops.dispatch import OPERATORS
@@ -64,9 +65,12 @@ class Runner:
         deterministic: every step has `max_batch` rows, so that their number has no say in the bits of a row; for
             `paged_attention_decode` too, whose torch path would look at all rows, refused here.
         capture: replay steps as CUDA graphs, once `warm_up` has captured them; None: on CUDA.
+        persistent: steps of up to four rows are one launch (`persistent.py`); they round in another order than larger
+            ones, and nobody has measured them yet.
 
     Raises:
-        ValueError: sizes that cannot be, with their bounds; capturing without CUDA.
+        ValueError: sizes that cannot be, with their bounds; capturing without CUDA; a model that `persistent` does not
+            serve, with the reason.
         RuntimeError: `deterministic`, and attention has but its torch path here.
     """
 
@@ -85,6 +89,7 @@ class Runner:
         latents: bool = False,
         deterministic: bool = False,
         capture: bool | None = None,
+        persistent: bool = False,
     ):
         decoder = self.decoder = PagedDecoder(model, weight_dtype=weight_dtype)
         config, device = model.config, decoder.device
@@ -122,6 +127,9 @@ class Runner:
         self.pages = decoder.pages(num_pages, page_size, page_dtype)
         if deterministic:
             self._refuse_torch_attention()
+        self._persistent: PersistentStep | None = None
+        if persistent:
+            self._make_persistent()
         self._arrivals = torch.zeros(rows, decoder.num_heads, dtype=torch.int32, device=device)
         self._results: dict[int, torch.Tensor] = {}
         self._rows = torch.arange(rows, device=device)
@@ -135,12 +143,16 @@ class Runner:
     def warm_up(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Capture the step of each batch bucket, the largest first, with `progress(captured, buckets)` after each.
 
-        Nothing happens where steps are not captured. Raises `RuntimeError` while candidates hold slots.
+        Nothing is captured where steps are not. Raises `RuntimeError` while candidates hold slots.
         """
-        if not self._captures:
+        if not self._captures and self._persistent is None:
             return
         if self.slots.active.any():
             raise RuntimeError("warm_up() runs steps of its own: call it while no candidate holds a slot")
+        if self._persistent is not None:
+            self._make_persistent()  # where the parameters lie now
+        if not self._captures:
+            return
         sizes = [self._capacity] if self.deterministic else batch_buckets(self._capacity)
         self._graphs.clear()
         current, side = torch.cuda.current_stream(self.device), torch.cuda.Stream(self.device)
@@ -174,7 +186,8 @@ class Runner:
         """
         if not (step.freed_slots or step.prefills or step.admitted or step.new_pages or step.moves):
             return
-        if self._graphs and step.admitted and self.decoder.addresses() != self._addresses:
+        noted = self._graphs or self._persistent is not None
+        if noted and step.admitted and self.decoder.addresses() != self._addresses:
             raise RuntimeError("the model's parameters moved after warm_up(): call it again when no candidate runs")
         for prefill in step.prefills:
             self._check_prompt(prefill, prompts[prefill.key])
@@ -222,6 +235,11 @@ class Runner:
             raise RuntimeError("this runner keeps no latents: make it with latents=True")
         return self._latents[slot, :length].clone()
 
+    def _make_persistent(self) -> None:
+        tables = (self.slots.tensors[name].shape[1] for name in ("block_table", "prefix_table"))
+        self._persistent = PersistentStep(self.decoder, self.pages, *tables)
+        self._addresses = self.decoder.addresses()
+
     def _refuse_torch_attention(self) -> None:
         """Raise where attention would take its torch path, whose sums are as long as the longest row's."""
         attention = OPERATORS["paged_attention_decode"]
@@ -257,7 +275,11 @@ class Runner:
         seq_lens, lengths = state["seq_lens"], state["lengths"]
         inactive = seq_lens < 0
         names = ("token", "seq_lens", "block_table", "prefix_table", "prefix_lens", "prefix_index")
-        hidden, logits = self.decoder.step(*(state[name] for name in names), self.pages, self._arrivals[:rows])
+        arguments = [state[name] for name in names]
+        if self._persistent is not None and rows <= MAX_ROWS:
+            hidden, logits = self._persistent.step(*arguments)
+        else:
+            hidden, logits = self.decoder.step(*arguments, self.pages, self._arrivals[:rows])
         if self._latents is not None:
             # Inactive rows write behind the states that they have, of which there are `lengths`.
             self._latents.index_put_((self._rows[:rows], lengths), hidden)

@@ -135,3 +135,10 @@ def test_two_files_or_folders_are_compared_and_have_something_in_common(tmp_path
     two.write_text(row("aaa", "b", 1.0, 1.05, 1.2))
     with pytest.raises(ValueError, match="have no row of one device, shape and provider in common"):
         compare.compare(str(one), str(two), tmp_path)
+
+
+def test_without_git_rows_say_so(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    harness.commit.cache_clear()
+    assert harness.commit() == "unknown"
+    harness.commit.cache_clear()

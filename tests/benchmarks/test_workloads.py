@@ -192,7 +192,14 @@ def test_the_null_engine_serves_all_and_tells_how_slow_the_slow_steps_are(few_ca
     assert [row["provider"] for row in rows] == ["scheduler, lag 0", "scheduler, lag 1"] * 2
     assert all(row["error"] == 0 and 0 < row["seconds"]["median"] < 1 for row in rows)
     assert all(row["slow_step_seconds"] > 0 and row["shape"]["new_tokens"] == 500 for row in rows)
-    assert all(0.01 < row["late_over_early"] < 100 for row in rows)
+    assert not any("late_over_early" in row for row in rows)
+
+
+def test_growth_compares_the_end_of_a_long_run_with_its_beginning():
+    assert scheduler.growth([1.0] * 6000) is None
+    ramp, steady = [0.1] * 1000, [1.0] * 10_000
+    assert scheduler.growth([*ramp, *steady, *ramp[:500]]) == 1.0
+    assert scheduler.growth([*ramp, *steady[:5000], *[1.5] * 5000, *ramp[:500]]) == 1.5
 
 
 def test_a_scheduler_that_keeps_pages_gets_no_time(few_candidates, monkeypatch):
@@ -310,7 +317,7 @@ def test_a_decode_step_begins_where_transformers_has_come_to():
     names = [f"clvp_fast {tier.name}" for tier in tiers.TIERS["cpu"]]
     rivals = ["transformers float32, no draw", "torch float32, no draw", "torch bfloat16, no draw"]
     assert list(found) == rivals + names and all(row["seconds"] for row in found.values())
-    assert list(found[rivals[0]]["absent"]) == [decode_step.COMPILED]
+    assert list(found[rivals[0]]["absent"]) == [decode_step.COMPILED, decode_step.ONE_LAUNCH]
     layers, head, prompt = 2 * (12 * 128 * 128 + 9 * 128 + 4 * 128), 8194 * 128, 5 + 3
     tokens = 3 * 19 + prompt
     for name, weight, other in ((names[0], 4, 4), (names[1], 2, 2), (names[3], 1, 2), (rivals[2], 2, 2)):
@@ -342,6 +349,13 @@ def test_transformers_compiled_over_a_static_cache_is_judged_too(monkeypatch):
     assert rival.error < 1e-5 and rival.calls == 4 and rival.name.startswith(decode_step.COMPILED)
     rival.run()
     rival.run()
+
+
+def test_a_provider_that_cannot_be_had_is_named_with_the_reason():
+    providers, absent = [], {}
+    shape = {"candidates": 3, "text_tokens": 5, "stored": 18}
+    decode_step._add(providers, absent, "x", decode_step._one_launch, "cpu", shape, True, "x", False)
+    assert not providers and "no persistent decode step" in absent["x"] and absent["x"].startswith("ValueError: ")
 
 
 def test_end_to_end_tells_where_the_time_goes(monkeypatch):

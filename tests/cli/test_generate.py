@@ -68,6 +68,17 @@ def test_batches_and_keep(generate):
     assert len({tuple(row) for row in codes["codes"]}) == 2
 
 
+@pytest.mark.parametrize("option, part", [("--int8-weights", "weights"), ("--float8-pages", "pages")])
+def test_eight_bits(generate, tmp_path, option, part):
+    """What is kept in 8 bits takes its memory, and changes the scores."""
+    _, _, plain = generate(*QUICK, out=tmp_path / "plain")
+    _, _, rounded = generate(*QUICK, option, out=tmp_path / "rounded")
+    assert rounded["settings"][option[2:].replace("-", "_")] and not plain["settings"]["int8_weights"]
+    before, after = (document["memory"]["parts"][part] for document in (plain, rounded))
+    assert after > before == 0 if part == "weights" else after == before / 4
+    assert [row["score"] for row in rounded["candidates"]] != [row["score"] for row in plain["candidates"]]
+
+
 def test_greedy_needs_no_seed(generate, tmp_path):
     first = generate("--greedy", "--max-new-tokens", 40, "--seed", 1, out=tmp_path / "a")[1]["codes"]
     second = generate("--greedy", "--max-new-tokens", 40, "--seed", 2, out=tmp_path / "b")[1]["codes"]

@@ -2,15 +2,13 @@
 
 import pytest
 import torch
-from torch import nn
 
+from benchmarks.precision import round_to_int8
 from clvp_fast import CandidateEngine, CandidateRequest, SamplingParams
 from clvp_fast.engine.decoder import PagedDecoder
 from clvp_fast.engine.products import Int8Linear, Int8Products, ModuleProducts
 from tests.engine.test_decoder import tiny
 from tests.kit import random
-
-LINEARS = ("attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.out_proj", "mlp.c_fc", "mlp.c_proj")
 
 
 def test_weights_are_rounded_to_steps_of_their_row():
@@ -27,25 +25,13 @@ def test_weights_are_rounded_to_steps_of_their_row():
     assert torch.equal(turned.weight, linear.weight) and turned.weight.is_contiguous()
 
 
-def rounded(model):
-    """The layers' weights replaced by what their int8 copies stand for."""
-    for layer in model.model.decoder.layers:
-        for name in LINEARS:
-            module = layer.get_submodule(name)
-            rows = module.weight if isinstance(module, nn.Linear) else module.weight.t()
-            copy = Int8Linear(rows, None)
-            meant = copy.weight.float() * copy.scale[:, None]
-            module.weight.data = meant if isinstance(module, nn.Linear) else meant.t()
-    return model
-
-
 @torch.inference_mode()
 def test_products_are_those_of_the_rounded_weights():
     model = tiny(use_attention_bias=True).speech_decoder_model
     for parameter in model.parameters():
         parameter.data.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.02)
     quantized = [Int8Products(layer) for layer in model.model.decoder.layers]
-    plain = [ModuleProducts(layer) for layer in rounded(model).model.decoder.layers]
+    plain = [ModuleProducts(layer) for layer in round_to_int8(model).model.decoder.layers]
     x, residual = random(5, model.config.hidden_size, seed=2), random(5, model.config.hidden_size, seed=3)
     for ours, theirs in zip(quantized, plain, strict=True):
         for got, expected in zip(ours.project(x), theirs.project(x), strict=True):
@@ -83,7 +69,7 @@ def test_the_engine_decodes_with_them():
 
     quantized = codes(tiny(), weight_dtype=torch.int8)
     model = tiny()
-    rounded(model.speech_decoder_model)
+    round_to_int8(model.speech_decoder_model)
     assert quantized == codes(model)
 
 

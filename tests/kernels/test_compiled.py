@@ -2,15 +2,17 @@
 
 import json
 import re
+from itertools import product
 from pathlib import Path
 
 import pytest
 
 from benchmarks.aot.__main__ import FAMILIES, TRITON_FAMILIES, in_new_process
 from benchmarks.aot.compiling import ARCHITECTURES
-from benchmarks.aot.log_mel import parse, rows as native_rows
+from benchmarks.aot.native_library import parse, rows as native_rows
 from benchmarks.aot.tables import DOCUMENT, RESULTS, with_tables
 from clvp_fast import native, native_build
+from clvp_fast.native_build import CUDA_SOURCES
 
 # Bytes of shared memory that one program may have (CUDA C++ Programming Guide, technical specifications).
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -66,22 +68,23 @@ def test_the_native_library_compiles_without_warnings():
 
 def test_the_native_kernels_compile_without_spills():
     _needs_nvcc()
-    for arch in ARCHITECTURES:
-        rows = native_rows(arch)
+    for family, arch in product(CUDA_SOURCES, ARCHITECTURES):
+        rows = native_rows(family, arch)
         assert rows
         held_elsewhere = [row for row in rows if row["spilled_bytes"] or row["stack_bytes"]]
         assert not held_elsewhere, held_elsewhere
         assert max(row["shared_bytes"] for row in rows) <= SHARED_LIMIT[arch]
 
 
-def test_the_recorded_rows_are_those_of_the_sources():
+@pytest.mark.parametrize("family", CUDA_SOURCES)
+def test_the_recorded_rows_are_those_of_the_sources(family):
     _needs_nvcc()
-    recorded = [json.loads(line) for line in (RESULTS / "log_mel.jsonl").read_text().splitlines()]
-    found = [{"family": "log_mel", **row} for arch in ARCHITECTURES for row in native_rows(arch)]
+    recorded = [json.loads(line) for line in (RESULTS / f"{family}.jsonl").read_text().splitlines()]
+    found = [{"family": family, **row} for arch in ARCHITECTURES for row in native_rows(family, arch)]
     if recorded[0]["nvcc"] != native.record()["nvcc_version"]:
         pytest.skip(f"the rows were recorded with nvcc {recorded[0]['nvcc']}")
     assert [row | {"utc": None} for row in recorded] == [row | {"utc": None} for row in found], (
-        "run: python -m benchmarks.aot log_mel --write"
+        f"run: python -m benchmarks.aot {family} --write"
     )
 
 

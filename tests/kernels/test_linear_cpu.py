@@ -39,7 +39,7 @@ def operands(rows, columns, outs, dtype, int8):
     return x, (weight / scale[:, None]).round().to(torch.int8), bias, scale
 
 
-# Around the tile (4 rows, 2 or 4 columns) and an item (128 rows, 48 columns); the decoder's own widths.
+# Around the tiles (4 or 8 rows, 2, 3 or 6 columns) and an item (128 rows, 48 columns); the decoder's own widths.
 @pytest.mark.parametrize(
     "rows, columns, outs",
     [(1, 32, 1), (3, 64, 7), (4, 96, 48), (5, 32, 49), (17, 1024, 130), (128, 32, 47), (129, 64, 97), (300, 32, 5)],

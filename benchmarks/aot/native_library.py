@@ -1,4 +1,4 @@
-"""What nvcc made of `csrc/log_mel_cuda.cu`, read from the log of the native library's own build."""
+"""What nvcc made of `csrc/*_cuda.cu`, read from the log of the native library's own build."""
 
 import re
 import subprocess
@@ -6,13 +6,18 @@ import subprocess
 from clvp_fast import native, native_build
 
 
-def rows(arch: int) -> list[dict]:
-    """One row for each kernel in the library for `arch`. Raises `RuntimeError` where the library has no CUDA part."""
+def rows(family: str, arch: int) -> list[dict]:
+    """One row for each kernel of a source in the library for `arch`.
+
+    `family` is the source's name without `_cuda.cu`, and that of its kernels. Raises `RuntimeError` where the library
+    has no CUDA part.
+    """
     absent = native.missing("cuda")
     if absent:
         raise RuntimeError(absent)
     found = parse((native.folder() / native_build.LOG).read_text(encoding="utf-8"))
-    return [row | {"nvcc": native.record()["nvcc_version"]} for row in found if row["arch"] == arch]
+    found = [row for row in found if row["arch"] == arch and row["kernel"].partition("<")[0] == family]
+    return [row | {"nvcc": native.record()["nvcc_version"]} for row in found]
 
 
 def parse(log: str) -> list[dict]:
