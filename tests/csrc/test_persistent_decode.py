@@ -138,9 +138,14 @@ def emulated(emulator, scene, **options):
 
 
 def compare(emulator, scene, **options):
+    hold_to_the_decoder(lambda ours: emulated(emulator, ours, **options), scene)
+
+
+def hold_to_the_decoder(run, scene):
+    """`run(scene)`: hidden states and logits, and new keys and values in the scene's pages."""
     exact, plain, ours = with_pages(scene, torch.float64), with_pages(scene), with_pages(scene)
     active = scene["seq_lens"] >= 0
-    reference, baseline, got = expected(exact), expected(plain), emulated(emulator, ours, **options)
+    reference, baseline, got = expected(exact), expected(plain), run(ours)
     for name, mine, right, other in zip(("hidden", "logits"), got, reference, baseline, strict=False):
         assert_within_budget(mine[active], right[active], other[active], name)
     data, right, other = (one["pages"].data for one in (ours, exact, plain))

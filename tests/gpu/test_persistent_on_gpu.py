@@ -1,0 +1,123 @@
+"""The persistent decode step on a GPU: the decoder's numbers, the same bits every time, eager and captured."""
+
+import copy
+
+import pytest
+import torch
+
+from clvp_fast.engine.decoder import PagedDecoder
+from clvp_fast.engine.persistent import PersistentStep
+from tests.csrc.test_persistent_decode import (
+    DTYPES,
+    ROWS,
+    decoder_of,
+    hold_to_the_decoder,
+    scene_of,
+    tensors,
+    with_pages,
+    with_row,
+)
+from tests.gpu.test_runner_on_gpu import driver_of, replayed_alone
+
+pytestmark = pytest.mark.gpu
+FULL = dict(hidden_size=1024, num_attention_heads=16, vocab_size=8194)
+
+
+def on_gpu(scene):
+    """The scene there; its step, its arguments, and its pages."""
+    decoder = PagedDecoder(copy.deepcopy(scene["decoder"].model).to("cuda"))
+    pages = decoder.pages(scene["pages"].data.shape[2], scene["pages"].page_size)
+    pages.data.copy_(scene["pages"].data)
+    arguments = [tensor.cuda() for tensor in tensors(scene)]
+    return PersistentStep(decoder, pages, arguments[2].shape[1], arguments[3].shape[1]), arguments, pages
+
+
+def run(scene):
+    """One step there, brought back; the scene's pages are as they are there after it."""
+    step, arguments, pages = on_gpu(scene)
+    with torch.inference_mode():
+        hidden, logits = step.step(*arguments)
+    scene["pages"].data.copy_(pages.data)
+    return hidden.cpu(), logits.cpu()
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_steps_equal_the_decoder_s(dtype, count):
+    hold_to_the_decoder(run, scene_of(decoder_of(dtype), ROWS[:count]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_decoder_of_full_width(dtype):
+    rows = [(499, 0), (250, 1), (0, -1), (128, 1)]
+    hold_to_the_decoder(run, scene_of(decoder_of(dtype, num_hidden_layers=3, **FULL), rows, (62, 400)))
+
+
+@pytest.mark.parametrize("sizes", [(64, 8), (1088, 1608), (2048, 520), (320, 8192)])
+def test_any_width(sizes):
+    hidden, inner = sizes
+    changes = dict(hidden_size=hidden, num_attention_heads=hidden // 64, n_inner=inner, num_hidden_layers=1)
+    hold_to_the_decoder(run, scene_of(decoder_of(torch.float16, vocab_size=301, **changes), ROWS[:2]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bits_depend_on_the_row_alone(dtype):
+    scene = scene_of(decoder_of(dtype, num_hidden_layers=3, **FULL))
+    together = run(with_pages(scene))
+    for n, (own, _) in enumerate(ROWS):
+        if own >= 0:
+            alone = run(with_row(with_pages(scene), n))
+            assert torch.equal(alone[0][0], together[0][n]) and torch.equal(alone[1][0], together[1][n])
+
+
+@torch.no_grad()
+def test_a_thousand_launches_have_the_same_bits():
+    """A wait that does not hold all back would show sooner or later."""
+    step, arguments, _ = on_gpu(scene_of(decoder_of(torch.bfloat16, num_hidden_layers=6, **FULL)))
+    active = arguments[1] >= 0
+    hidden, logits = step.step(*arguments)
+    different = torch.zeros((), dtype=torch.int64, device="cuda")
+    for _ in range(1000):
+        again = step.step(*arguments)
+        different += (again[0][active] != hidden[active]).sum() + (again[1][active] != logits[active]).sum()
+    assert int(different) == 0
+
+
+@torch.no_grad()
+def test_a_captured_step_sees_new_inputs():
+    scene = scene_of(decoder_of(torch.bfloat16, num_hidden_layers=3, **FULL))
+    step, arguments, _ = on_gpu(scene)
+    step.step(*arguments)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step.step(*arguments)
+    for token in (3, 200):
+        arguments[0].fill_(token)
+        for result in captured:
+            result.fill_(torch.nan)
+        graph.replay()
+        replayed = [result.clone() for result in captured]
+        eager = step.step(*arguments)
+        active = arguments[1] >= 0
+        for mine, other in zip(replayed, eager, strict=True):
+            assert torch.equal(mine[active], other[active]) and mine[active].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_runner_captures_it(dtype):
+    """Candidates alone and in fours, captured and eager."""
+    found = []
+    for capture in (True, False):
+        driver = driver_of(dtype, capture=capture, persistent=True, max_batch=4, latents=True)
+        driver.runner.warm_up()
+        if capture:
+            replayed_alone(driver.runner)
+        else:
+            driver.runner._rows_of = lambda num_slots: min(size for size in (1, 2, 4) if size >= num_slots)
+            driver.runner.slots.shortcuts = lambda rows: {}
+        for slot in range(4):
+            driver.admit(slot, slot, slot)
+            driver.step()
+        found.append(driver.run())
+    assert found[0] == found[1]
+    assert any(len(tokens) > 4 for tokens in found[0].values())
