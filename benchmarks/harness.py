@@ -149,7 +149,7 @@ def measure(workload: str, shape: dict, providers: list[Provider], repeats: int,
     for provider in providers:
         if not provider.error <= provider.tolerance:
             reason = f"error {provider.error:.3g} is beyond {provider.tolerance:.3g}: not timed"
-            print(f"{workload:>18} {provider.name:<26} {reason}", flush=True)
+            print(f"{workload:>18} {provider.name:<44} {reason}", flush=True)
             rows.append(
                 {
                     "workload": workload,
@@ -187,7 +187,7 @@ def measure(workload: str, shape: dict, providers: list[Provider], repeats: int,
             }
         )
         print(
-            f"{workload:>18} {provider.name:<26} {_readable(median)} ({_readable(low)} to {_readable(high)})"
+            f"{workload:>18} {provider.name:<44} {_readable(median)} ({_readable(low)} to {_readable(high)})"
             f" {baseline / median:6.2f}x"
             f"  error {provider.error:.2g}",
             flush=True,
@@ -196,7 +196,10 @@ def measure(workload: str, shape: dict, providers: list[Provider], repeats: int,
 
 
 def _readable(seconds: float) -> str:
-    return f"{seconds:7.3f} s" if seconds >= 0.1 else f"{seconds * 1e6:7.1f} us"
+    for unit, size in (("s ", 1), ("ms", 1e-3)):
+        if seconds >= 0.5 * size:
+            return f"{seconds / size:7.2f} {unit}"
+    return f"{seconds * 1e6:7.1f} us"
 
 
 def all_rows(module, device: str, **options) -> list[dict]:

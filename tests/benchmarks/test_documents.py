@@ -7,6 +7,7 @@ import pytest
 
 from benchmarks import document, plots, report
 from benchmarks.run import WORKLOADS
+from clvp_fast.cli.parser import build_parser
 
 
 def row(workload, provider="a", device="AMD EPYC", median=2.0, **more):
@@ -82,6 +83,15 @@ def test_figures_are_drawn_once_for_the_same_rows(tmp_path):
     assert "milliseconds a step" in drawn and "AMD EPYC: one decode step" in drawn
     points = plots.drawings(rows)[names[1]]["points"]
     assert json.loads(json.dumps(points)) == [["decode_step", 1.0, 2.5e9], ["decode_step", 8.0, 16e9 / 0.6]]
+
+
+def test_the_commands_of_the_document_are_ones(monkeypatch):
+    text = report.BENCHMARKS.read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```sh\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+    parsed = [build_parser().parse_args(line.split()[1:]) for line in block.splitlines()]
+    assert [one.command for one in parsed] == ["bench"] * 3 and set(parsed[1].workload) <= set(WORKLOADS)
+    for target in re.findall(r"`make ([a-z-]+)`", text):
+        assert f"\n{target}:" in (report.ROOT / "Makefile").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
