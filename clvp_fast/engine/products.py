@@ -7,6 +7,9 @@ from transformers.pytorch_utils import Conv1D
 from clvp_fast import ops
 from clvp_fast.models.clvp.parameters import apply_linear, is_plain
 
+# How many rows of weights are turned into 8 bits at once.
+_ROWS = 256
+
 
 class ModuleProducts:
     """The products of a `ClvpDecoderLayer` by its modules; its parameters are shared.
@@ -33,11 +36,15 @@ class Int8Linear:
 
     @torch.no_grad()
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None):
-        # A row of zeros has any scale; the smallest normal number keeps it from 0 / 0.
-        largest = weight.float().abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny)
-        self.scale = largest / 127
         # Rows side by side, as all kernels read them best, also where `weight` is a view that has columns so.
-        self.weight = (weight.float() / self.scale[:, None]).round().to(torch.int8).contiguous()
+        self.weight = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+        self.scale = torch.empty(len(weight), device=weight.device)
+        # Some rows at a time, as copies of whole weights in float32 would leave holes in the heap.
+        for rows, copies, scales in zip(*(x.split(_ROWS) for x in (weight, self.weight, self.scale)), strict=True):
+            wide = rows.float()
+            # A row of zeros has any scale; the smallest normal number keeps it from 0 / 0.
+            scales.copy_(wide.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / 127)
+            copies.copy_((wide / scales[:, None]).round())
         self.bias = bias
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
