@@ -15,13 +15,10 @@ from clvp_fast.cli.progress import warm_up, watching
 from clvp_fast.cli.results import result_document, summary_row, write_arrays
 from clvp_fast.cli.versions import versions
 from clvp_fast.engine.engine import CandidateEngine
-from clvp_fast.engine.memory import MAX_BATCH, human_bytes
+from clvp_fast.engine.memory import CPU_BATCH, MAX_BATCH, human_bytes
 from clvp_fast.engine.requests import CandidateRequest, CandidateResult
 from clvp_fast.engine.sampling_params import SamplingParams
 from clvp_fast.files import write_json
-
-# Candidates at a time on a CPU: more of them take more memory, and no less time.
-_CPU_BATCH = 16
 
 
 class Batch:
@@ -107,7 +104,7 @@ class Batch:
         engine = CandidateEngine(
             model,
             ClvpProcessor(self.checkpoint.feature_extractor, self.checkpoint.tokenizer),
-            max_batch=min(arguments.batch_size or (_CPU_BATCH if model.device.type == "cpu" else MAX_BATCH), total),
+            max_batch=min(arguments.batch_size or (CPU_BATCH if model.device.type == "cpu" else MAX_BATCH), total),
             max_new_tokens=sampling.max_new_tokens,
             memory_fraction=arguments.memory_fraction,
             weight_dtype=torch.int8 if arguments.int8_weights else None,

@@ -14,7 +14,7 @@ import torch
 
 from clvp_fast.checkpoint import load_checkpoint, sayable_ids, speech_limit, stop_token, text_limit
 from clvp_fast.engine.decode_loop import DecodeLoop, Job
-from clvp_fast.engine.memory import MemoryPlan, free_bytes, plan
+from clvp_fast.engine.memory import CPU_BATCH, MemoryPlan, free_bytes, plan
 from clvp_fast.engine.ranking import Ranker, diffusion_latents
 from clvp_fast.engine.requests import CandidateRequest, CandidateResult
 from clvp_fast.engine.runner import Runner
@@ -90,7 +90,9 @@ class CandidateEngine:
         self._options = dict(page_size=page_size, page_dtype=page_dtype, weight_dtype=weight_dtype, latents=latents)
         self._memory_fraction, self._deterministic, self._num_pages = memory_fraction, deterministic, num_pages
         self.max_new_tokens = min(500, speech_limit(model)) if max_new_tokens is None else max_new_tokens
-        self.memory: MemoryPlan = self._plan(16 if max_batch is None and model.device.type == "cpu" else max_batch)
+        if max_batch is None and model.device.type == "cpu":
+            max_batch = CPU_BATCH
+        self.memory: MemoryPlan = self._plan(max_batch)
         self.voices = VoiceCache(model, processor.feature_extractor)
         self.ranker = Ranker(model, mode=scoring)
         self._loop = DecodeLoop(self._runner(), latents)

@@ -13,6 +13,8 @@ from clvp_fast.engine.scheduler import batch_buckets
 
 # Beyond these slots a step is bound by the keys and values that it reads, and more of them gain next to nothing.
 MAX_BATCH = 512
+# On a CPU more of them take more memory, and no less time.
+CPU_BATCH = 16
 # Bytes that the torch path of `sample` has at once for a token of the vocabulary: scores, their order, running sums.
 _SAMPLE_BYTES = 56
 

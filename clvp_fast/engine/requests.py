@@ -78,7 +78,7 @@ class CandidateResult:
         text_embeds: `[projection_dim]` float32; speech_embeds: `[num_candidates, projection_dim]` float32; normalised.
         kept: `[keep]` int64, indices of the best candidates, the best first.
         latents: the decoder's hidden states over each kept candidate's codes, by its index; None if not asked for.
-        timings: seconds of `queue`, `prefill`, `decode` and `rank`.
+        timings: seconds of `prepare`, `queue`, `decode` and `rank`.
         error: None, or why the request failed; all fields but `request` and `timings` are then None.
     """
 

@@ -13,20 +13,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from transformers import (
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-    TypicalLogitsWarper,
-)
 
 import clvp_fast
 from clvp_fast.engine.engine import CandidateEngine
 from clvp_fast.engine.requests import CandidateRequest
 from clvp_fast.engine.sampling_params import SamplingParams
+from tests.kit.processors import processors
 from tests.models.clvp.builders import clips, composite_config, texts
 
 VOCAB, START, STOP, STEPS, CANDIDATES = 8, 6, 7, 6, 5000
@@ -139,22 +131,6 @@ class Continuations:
             last = torch.tensor(going_on).repeat(len(chances))
             reached = chances[:, going_on].flatten()
         return single.numpy(), double.numpy()
-
-
-def processors(settings):
-    """As `GenerationMixin` orders them, which `test_the_table_is_that_of_generation` holds them to."""
-    made = LogitsProcessorList()
-    for name, kind in (
-        ("repetition_penalty", RepetitionPenaltyLogitsProcessor),
-        ("temperature", TemperatureLogitsWarper),
-        ("top_k", TopKLogitsWarper),
-        ("top_p", TopPLogitsWarper),
-        ("min_p", MinPLogitsWarper),
-        ("typical_p", TypicalLogitsWarper),
-    ):
-        if name in settings:
-            made.append(kind(settings[name]))
-    return made
 
 
 def counted(result):

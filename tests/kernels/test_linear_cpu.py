@@ -7,7 +7,7 @@ import torch
 
 from clvp_fast import native
 from clvp_fast.ops.linear import _native, _reference, _torch
-from tests.kit import assert_within_budget, random
+from tests.kit import assert_within_budget, linear_operands
 
 pytestmark = pytest.mark.skipif(native.missing("cpu") is not None, reason=str(native.missing("cpu")))
 
@@ -30,15 +30,6 @@ def kernel(request, monkeypatch):
     return _native
 
 
-def operands(rows, columns, outs, dtype, int8):
-    x, bias = random(rows, columns, seed=1).to(dtype), random(outs, seed=3).to(dtype)
-    weight = random(outs, columns, seed=2) / columns**0.5
-    if not int8:
-        return x, weight.to(dtype), bias, None
-    scale = weight.abs().amax(1) / 127
-    return x, (weight / scale[:, None]).round().to(torch.int8), bias, scale
-
-
 # Around the tiles (4 or 8 rows, 2, 3 or 6 columns) and an item (128 rows, 48 columns); the decoder's own widths.
 @pytest.mark.parametrize(
     "rows, columns, outs",
@@ -47,7 +38,7 @@ def operands(rows, columns, outs, dtype, int8):
 @pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_is_the_reference(kernel, dtype, int8, rows, columns, outs):
-    x, weight, bias, scale = operands(rows, columns, outs, dtype, int8)
+    x, weight, bias, scale = linear_operands(rows, columns, outs, dtype, int8)
     for args in ((x, weight, bias, scale, None), (x, weight, None, scale, "gelu_new")):
         wide = [None if tensor is None else tensor.double() for tensor in args[:4]]
         assert_within_budget(kernel(*args), _reference(*wide, args[4]), _torch(*args))
@@ -56,14 +47,14 @@ def test_is_the_reference(kernel, dtype, int8, rows, columns, outs):
 @pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_row_has_the_bits_that_it_has_alone(kernel, dtype, int8):
-    args = operands(133, 256, 100, dtype, int8)
+    args = linear_operands(133, 256, 100, dtype, int8)
     together = kernel(*args, "gelu_new")
     for row in (0, 1, 3, 4, 127, 128, 132):
         assert torch.equal(kernel(args[0][row : row + 1], *args[1:], "gelu_new")[0], together[row])
 
 
 def test_threads_change_no_bit(kernel):
-    args = operands(9, 64, 500, torch.float32, False)
+    args = linear_operands(9, 64, 500, torch.float32, False)
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 5):
@@ -75,7 +66,7 @@ def test_threads_change_no_bit(kernel):
 
 
 def test_a_bad_number_stays_in_its_row(kernel):
-    x, weight, bias, _ = operands(6, 64, 60, torch.float32, False)
+    x, weight, bias, _ = linear_operands(6, 64, 60, torch.float32, False)
     x[2, 5], x[4, 63] = torch.nan, torch.inf
     out = kernel(x, weight, bias, None, "gelu_new")
     assert out[2].isnan().all()

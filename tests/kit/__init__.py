@@ -1,7 +1,7 @@
 """The test kit: error budgets, poisoned memory, inputs that tell right from wrong; its own tests plant bugs."""
 
 from tests.kit.budget import assert_within_budget
-from tests.kit.inputs import RAGGED, generator, queries_keys_values, random
+from tests.kit.inputs import RAGGED, generator, in_int8, linear_operands, queries_keys_values, random
 from tests.kit.memory import POISON, Guarded, strided
 from tests.kit.pages import PagePool, Stored
 
@@ -13,6 +13,8 @@ __all__ = [
     "Stored",
     "assert_within_budget",
     "generator",
+    "in_int8",
+    "linear_operands",
     "queries_keys_values",
     "random",
     "strided",

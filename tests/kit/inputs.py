@@ -41,3 +41,21 @@ def queries_keys_values(
     k = random(batch, k_len, num_heads, head_dim, seed=seed + 1, dtype=dtype, device=device)
     v = random(batch, k_len, num_heads, head_dim, seed=seed + 2, dtype=dtype, device=device)
     return q, k, v
+
+
+def in_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`weight` `[out, in]` in whole steps of its rows, int8, and the steps `[out]` float32."""
+    scale = weight.float().abs().amax(1) / 127
+    return (weight / scale[:, None]).round().to(torch.int8), scale
+
+
+def linear_operands(
+    rows: int, columns: int, outs: int, dtype: torch.dtype, int8: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """x `[rows, columns]`, weight `[outs, columns]`, bias `[outs]`, and with int8 weights the scale of their rows."""
+    x, bias = random(rows, columns, seed=1).to(dtype), random(outs, seed=3).to(dtype)
+    weight = random(outs, columns, seed=2) / columns**0.5
+    if not int8:
+        return x, weight.to(dtype), bias, None
+    weight, scale = in_int8(weight)
+    return x, weight, bias, scale

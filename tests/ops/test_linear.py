@@ -11,7 +11,7 @@ from torch._subclasses import FakeTensorMode
 import clvp_fast
 from clvp_fast import ops
 from clvp_fast.ops.linear import _OPERATOR, MAX_ROWS, _kernel, _torch
-from tests.kit import assert_within_budget, random, strided
+from tests.kit import assert_within_budget, linear_operands, strided
 
 served = pytest.mark.skipif(
     clvp_fast.explain("linear", "cpu")[0].backend != "kernel", reason="the CPU's kernel does not serve here"
@@ -19,12 +19,7 @@ served = pytest.mark.skipif(
 
 
 def operands(rows=3, columns=64, outs=50, dtype=torch.float32, int8=False):
-    x = random(rows, columns, seed=1).to(dtype)
-    weight, bias = random(outs, columns, seed=2) / columns**0.5, random(outs, seed=3).to(dtype)
-    if not int8:
-        return x, weight.to(dtype), bias, None
-    scale = weight.abs().amax(1) / 127
-    return x, (weight / scale[:, None]).round().to(torch.int8), bias, scale
+    return linear_operands(rows, columns, outs, dtype, int8)
 
 
 def exact(x, weight, bias, scale, activation):

@@ -8,7 +8,7 @@ from transformers.activations import ACT2FN
 import clvp_fast
 from clvp_fast.ops import ACTIVATIONS, geglu_mlp, gelu_mlp
 from clvp_fast.ops.linear import linear
-from tests.kit import assert_within_budget, random, strided
+from tests.kit import assert_within_budget, in_int8, random, strided
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 OPERATORS = {"gelu": (gelu_mlp, 1), "geglu": (geglu_mlp, 2)}
@@ -194,8 +194,7 @@ def test_bad_arguments_are_named():
 def int8_weights(tensors):
     """`tensors` with int8 weights, the scales of their rows, and the weights that they stand for."""
     x, w_in, b_in, w_out, b_out = tensors
-    scales = [w.float().abs().amax(1) / 127 for w in (w_in, w_out)]
-    whole = [(w / scale[:, None]).round().to(torch.int8) for w, scale in zip((w_in, w_out), scales, strict=True)]
+    whole, scales = zip(*map(in_int8, (w_in, w_out)), strict=True)
     meant = [w.double() * scale[:, None].double() for w, scale in zip(whole, scales, strict=True)]
     named = {"scale_in": scales[0], "scale_out": scales[1]}
     return [x, whole[0], b_in, whole[1], b_out], named, [x, meant[0], b_in, meant[1], b_out]

@@ -2,20 +2,12 @@
 
 import pytest
 import torch
-from transformers import (
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-    TypicalLogitsWarper,
-)
 
 import clvp_fast
 from clvp_fast.ops import sample
 from clvp_fast.ops.sampling import philox
 from tests.kit import generator, random
+from tests.kit.processors import processors
 
 STOP, PAD = 3, 96
 BACKENDS = ["torch", "reference"]
@@ -45,20 +37,8 @@ def state(count, vocab_size, seen=()):
 
 def processed(logits, seen, settings):
     """What transformers makes of `[N, V]` logits after the tokens `seen`."""
-    processors = LogitsProcessorList()
-    if "repetition_penalty" in settings:
-        processors.append(RepetitionPenaltyLogitsProcessor(settings["repetition_penalty"]))
-    for name, warper in (
-        ("temperature", TemperatureLogitsWarper),
-        ("top_k", TopKLogitsWarper),
-        ("top_p", TopPLogitsWarper),
-        ("min_p", MinPLogitsWarper),
-        ("typical_p", TypicalLogitsWarper),
-    ):
-        if name in settings:
-            processors.append(warper(settings[name]))
     ids = torch.tensor([seen] * len(logits), dtype=torch.long).view(len(logits), len(seen))
-    return processors(ids, logits)
+    return processors(settings)(ids, logits)
 
 
 def words(text):

@@ -28,6 +28,7 @@ from transformers.generation import (
 from transformers.pytorch_utils import Conv1D
 
 from clvp_fast.models.clvp.parameters import is_plain
+from clvp_fast.ops.dispatch import autocasts
 
 LOGGER = logging.getLogger(__name__)
 
@@ -147,7 +148,7 @@ def check_model(model) -> None:
     device = model.device.type
     if device not in ("cpu", "cuda"):
         raise NotServed(f"the model is on {device}")
-    if torch.is_autocast_enabled(device):
+    if autocasts(model.device):
         raise NotServed("autocast is on")
     if torch.compiler.is_compiling():
         raise NotServed("it is being compiled")

@@ -1,0 +1,30 @@
+"""transformers' processors of logits, the oracle of drawing."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
+
+
+def processors(settings: Mapping[str, Any]) -> LogitsProcessorList:
+    """Those that `settings` name, as `GenerationMixin` orders them, which tests/engine/test_distribution.py proves."""
+    made = LogitsProcessorList()
+    for name, kind in (
+        ("repetition_penalty", RepetitionPenaltyLogitsProcessor),
+        ("temperature", TemperatureLogitsWarper),
+        ("top_k", TopKLogitsWarper),
+        ("top_p", TopPLogitsWarper),
+        ("min_p", MinPLogitsWarper),
+        ("typical_p", TypicalLogitsWarper),
+    ):
+        if name in settings:
+            made.append(kind(settings[name]))
+    return made
