@@ -25,6 +25,23 @@ from clvp_fast.models.clvp.modeling import (
 )
 from clvp_fast.models.clvp.processing import ClvpProcessor as ClvpProcessor
 from clvp_fast.models.clvp.tokenization import ClvpTokenizer as ClvpTokenizer
+from clvp_fast.models.clvp_scorer.configuration import (
+    CLVPConfig as CLVPConfig,
+    CLVPSpeechConfig as CLVPSpeechConfig,
+    CLVPTextConfig as CLVPTextConfig,
+)
+from clvp_fast.models.clvp_scorer.convert_tortoise import convert_tortoise_scorer as convert_tortoise_scorer
+from clvp_fast.models.clvp_scorer.modeling import (
+    CLVPModel as CLVPModel,
+    CLVPOutput as CLVPOutput,
+    CLVPPreTrainedModel as CLVPPreTrainedModel,
+    CLVPSpeechModel as CLVPSpeechModel,
+    CLVPSpeechModelOutput as CLVPSpeechModelOutput,
+    CLVPSpeechModelWithProjection as CLVPSpeechModelWithProjection,
+    CLVPTextModel as CLVPTextModel,
+    CLVPTextModelOutput as CLVPTextModelOutput,
+    CLVPTextModelWithProjection as CLVPTextModelWithProjection,
+)
 from clvp_fast.ops.dispatch import backend as backend, explain as explain
 
 __version__: str

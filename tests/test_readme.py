@@ -36,7 +36,7 @@ def reader(tmp_path, monkeypatch):
 
 
 def test_nothing_is_left_out():
-    assert len(blocks("python")) == 3
+    assert len(blocks("python")) == 4
     assert len(COMMANDS) == 8
     assert set(re.findall(r"^```(\S+)", README, flags=re.MULTILINE)) == {"python", "sh"}
 
@@ -71,6 +71,11 @@ def test_engine_example(reader, capsys):
     exec(compile(blocks("python")[2], "README.md", "exec"), {})
     printed = capsys.readouterr().out
     assert printed.count("array(") == 4 and "One sentence. [(" in printed and "And another. [(" in printed
+
+
+def test_scorer_example(reader):
+    scores = run(blocks("python")[3])["scores"]
+    assert scores.shape == (1, 2) and torch.isfinite(scores).all() and scores[0, 0] != scores[0, 1]
 
 
 def test_documented_example(reader, monkeypatch):

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from clvp_fast.models.clvp.modeling import ClvpModelForConditionalGeneration, normalized
+from clvp_fast.models.clvp.modeling import ClvpModelForConditionalGeneration
+from clvp_fast.models.clvp.similarity import normalized
 
 MODES = ("padded", "trimmed")
 

@@ -13,6 +13,9 @@ from transformers import PreTrainedConfig
 # Rows of the speech encoder's embedding in every trained CLVP: the decoder's 8194 codes less its start and stop tokens.
 NUM_SPEECH_CODES = 8192
 
+# The `model_type` of `CLVPModel`, the scorer (`models.clvp_scorer`): its checkpoints hold no decoder.
+SCORER_TYPE = "clvp_scorer"
+
 
 @strict
 class ClvpEncoderConfig(PreTrainedConfig):
@@ -136,7 +139,7 @@ class ClvpDecoderConfig(PreTrainedConfig):
 
 @strict
 class ClvpConfig(PreTrainedConfig):
-    """Configuration of [`ClvpModelForConditionalGeneration`].
+    """Configuration of [`ClvpModelForConditionalGeneration`]. ([`CLVPConfig`] is that of the scorer alone.)
 
     Args:
         text_config: a [`ClvpEncoderConfig`] or its dictionary; `None` takes the defaults.
@@ -171,6 +174,16 @@ class ClvpConfig(PreTrainedConfig):
             if value is None or isinstance(value, dict):
                 setattr(self, key, config_class(**(value or {})))
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> tuple[dict, dict]:
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if config_dict.get("model_type") == SCORER_TYPE:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} holds the scorer CLVPModel, a text and a speech encoder without a "
+                "decoder: load it with CLVPModel, not with a class that begins with Clvp"
+            )
+        return config_dict, kwargs
 
     @classmethod
     def from_sub_model_configs(

@@ -43,9 +43,9 @@ def convert_tortoise_checkpoint(
         ValueError: a file is damaged, holds more than tensors, or lacks, adds or misshapes one; or the two do not
             belong together.
     """
-    decoder_side = _Original("the autoregressive checkpoint", autoregressive)
-    encoder_side = _Original("the CLVP checkpoint", clvp)
-    config = ClvpConfig(**_decoder_config(decoder_side), **_encoder_configs(encoder_side))
+    decoder_side = Original("the autoregressive checkpoint", autoregressive)
+    encoder_side = Original("the CLVP checkpoint", clvp)
+    config = ClvpConfig(**_decoder_config(decoder_side), **encoder_configs(encoder_side))
     _check_pair(config, decoder_side, encoder_side)
 
     weights = decoder_side.convert(decoder_rules(config), dtype)
@@ -102,7 +102,7 @@ def write_checkpoint(
         ClvpFeatureExtractor(feature_size=len(norms), mel_norms=norms).save_pretrained(folder)
 
 
-class _Original:
+class Original:
     """The tensors of one original checkpoint, and the errors that name them."""
 
     def __init__(self, kind: str, given: str | Path | Mapping[str, torch.Tensor]):
@@ -176,7 +176,7 @@ def _listed(keys: list[str]) -> str:
     return keys[0] if len(keys) == 1 else f"{keys[0]} and {len(keys) - 1} more"
 
 
-def _decoder_config(original: _Original) -> dict:
+def _decoder_config(original: Original) -> dict:
     vocab_size, hidden_size = original.shape("mel_embedding.weight", 2)
     inner = original.shape("gpt.h.0.mlp.c_fc.weight", 2)[1]
     decoder = dict(
@@ -196,7 +196,8 @@ def _decoder_config(original: _Original) -> dict:
     return dict(decoder_config=decoder)
 
 
-def _encoder_configs(original: _Original) -> dict:
+def encoder_configs(original: Original) -> dict:
+    """What `clvp2.pth` tells of the configuration: `text_config`, `speech_config` and `projection_dim`."""
     projection_dim = original.shape("to_text_latent.weight", 2)[0]
     configs = dict(projection_dim=projection_dim)
     for side in ("text", "speech"):
@@ -216,7 +217,7 @@ def _encoder_configs(original: _Original) -> dict:
     return configs
 
 
-def _check_pair(config: ClvpConfig, decoder_side: _Original, encoder_side: _Original) -> None:
+def _check_pair(config: ClvpConfig, decoder_side: Original, encoder_side: Original) -> None:
     texts = decoder_side.shape("text_embedding.weight", 2)[0]
     codes = config.decoder_config.vocab_size - 2
     for ours, theirs, key, other in (

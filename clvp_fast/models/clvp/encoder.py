@@ -74,20 +74,25 @@ class ClvpEncoder(ClvpPreTrainedModel):
 
     `from_pretrained` also takes a composite CLVP checkpoint; `config_type="speech_config"` then picks the speech
     encoder.
+
+    Args:
+        with_projection: `False` leaves out the projection, and `embeds` with it.
     """
 
     config: ClvpEncoderConfig
     config_class = ClvpEncoderConfig
 
-    def __init__(self, config: ClvpEncoderConfig):
+    def __init__(self, config: ClvpEncoderConfig, with_projection: bool = True):
         super().__init__(config)
         self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.rotary_pos_emb = ClvpRotaryPositionalEmbedding(config) if config.use_rotary_embedding else None
         self.layers = nn.ModuleList([ClvpEncoderLayer(config) for _ in range(config.num_hidden_layers)])
         self.sequence_summary = ClvpSequenceSummary(config)
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
-        self.projection.initializer_std = config.initializer_factor * config.hidden_size**-0.5
+        self.projection = None
+        if with_projection:
+            self.projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
+            self.projection.initializer_std = config.initializer_factor * config.hidden_size**-0.5
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -139,7 +144,7 @@ class ClvpEncoder(ClvpPreTrainedModel):
         pooled = self.sequence_summary(last_hidden_state, attention_mask=mask)
 
         return ClvpEncoderOutput(
-            embeds=self.projection(pooled),
+            embeds=None if self.projection is None else self.projection(pooled),
             last_hidden_state=last_hidden_state,
             pooler_output=pooled,
             hidden_states=(*all_hidden_states[:-1], last_hidden_state) if output_hidden_states else None,

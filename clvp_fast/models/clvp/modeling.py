@@ -18,6 +18,7 @@ from clvp_fast.models.clvp.decoder import ClvpDecoder, ClvpModel
 from clvp_fast.models.clvp.encoder import ClvpEncoder
 from clvp_fast.models.clvp.outputs import ClvpEncoderOutput, ClvpOutput
 from clvp_fast.models.clvp.pretrained import ClvpPreTrainedModel
+from clvp_fast.models.clvp.similarity import contrastive_loss, similarity
 
 __all__ = [
     "ClvpConditioningEncoder",
@@ -30,22 +31,6 @@ __all__ = [
     "ClvpOutput",
     "ClvpPreTrainedModel",
 ]
-
-
-def normalized(embeds: torch.Tensor) -> torch.Tensor:
-    return embeds / embeds.norm(p=2, dim=-1, keepdim=True)
-
-
-def contrastive_loss(logits_per_text: torch.Tensor) -> torch.Tensor:
-    """Symmetric cross entropy of matching each text to its own speech and back, from square logits."""
-    texts, candidates = logits_per_text.shape
-    if texts != candidates:
-        raise ValueError(
-            f"return_loss=True pairs the i-th text with the i-th clip, got {texts} texts and {candidates} clips: "
-            "give equally many"
-        )
-    pairs = torch.arange(texts, device=logits_per_text.device)
-    return (F.cross_entropy(logits_per_text, pairs) + F.cross_entropy(logits_per_text.t(), pairs)) / 2
 
 
 class ClvpModelForConditionalGeneration(ClvpPreTrainedModel, GenerationMixin):
@@ -183,16 +168,6 @@ class ClvpModelForConditionalGeneration(ClvpPreTrainedModel, GenerationMixin):
         fill = self.config.decoder_config.decoder_fixing_codes[0]
         return self.speech_encoder_model(input_ids=torch.where(known, codes, fill), **kwargs)
 
-    def _similarity(self, text_embeds: torch.Tensor, speech_embeds: torch.Tensor) -> dict[str, torch.Tensor]:
-        text_embeds, speech_embeds = normalized(text_embeds), normalized(speech_embeds)
-        logits_per_text = text_embeds @ speech_embeds.t() * self.logit_scale.exp()
-        return dict(
-            logits_per_speech=logits_per_text.t(),
-            logits_per_text=logits_per_text,
-            text_embeds=text_embeds,
-            speech_embeds=speech_embeds,
-        )
-
     @can_return_tuple
     def forward(
         self,
@@ -233,10 +208,10 @@ class ClvpModelForConditionalGeneration(ClvpPreTrainedModel, GenerationMixin):
             attention_mask=attention_mask,
             **kwargs,
         )
-        similarity = self._similarity(text_outputs.embeds, speech_outputs.embeds)
+        scores = similarity(text_outputs.embeds, speech_outputs.embeds, self.logit_scale)
         return ClvpOutput(
-            loss=contrastive_loss(similarity["logits_per_text"]) if return_loss else None,
-            **similarity,
+            loss=contrastive_loss(scores["logits_per_text"]) if return_loss else None,
+            **scores,
             text_model_output=text_outputs.pooler_output,
             speech_model_output=speech_outputs.pooler_output,
             decoder_hidden_states=decoder_outputs.hidden_states,
@@ -331,7 +306,7 @@ class ClvpModelForConditionalGeneration(ClvpPreTrainedModel, GenerationMixin):
         )
         fields = dict(
             speech_ids=codes,
-            **self._similarity(text_outputs.embeds, speech_outputs.embeds),
+            **similarity(text_outputs.embeds, speech_outputs.embeds, self.logit_scale),
             text_model_output=text_outputs.pooler_output,
             speech_model_output=speech_outputs.pooler_output,
             decoder_hidden_states=generated.get("hidden_states"),

@@ -5,7 +5,7 @@ from torch import nn
 from transformers import PreTrainedModel, initialization as init
 from transformers.pytorch_utils import Conv1D
 
-from clvp_fast.models.clvp.configuration import ClvpConfig
+from clvp_fast.models.clvp.configuration import ClvpConfig, ClvpDecoderConfig, ClvpEncoderConfig
 from clvp_fast.models.clvp.layers import ClvpRotaryPositionalEmbedding
 
 
@@ -43,7 +43,8 @@ class ClvpPreTrainedModel(PreTrainedModel):
         two encoders, `config_type` (`"text_config"`, the default, or `"speech_config"`) says which.
         """
         config_type = kwargs.pop("config_type", None)
-        if config is None and cls.config_class is not ClvpConfig and pretrained_model_name_or_path is not None:
+        is_part = cls.config_class in (ClvpEncoderConfig, ClvpDecoderConfig)
+        if config is None and is_part and pretrained_model_name_or_path is not None:
             hub = {
                 k: kwargs[k] for k in ("cache_dir", "token", "revision", "subfolder", "local_files_only") if k in kwargs
             }

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
+from transformers import PreTrainedConfig
 
 from clvp_fast.models.clvp.configuration import ClvpConfig
 
@@ -96,8 +97,8 @@ def _conditioning_rules(width: int, feature_size: int, num_blocks: int) -> Itera
         yield Rule(f"{source}.proj_out.bias", (width,), (f"{target}.out_proj.bias",))
 
 
-def encoder_rules(config: ClvpConfig) -> Iterator[Rule]:
-    """The tensors of `clvp2.pth`."""
+def encoder_rules(config: PreTrainedConfig) -> Iterator[Rule]:
+    """The tensors of `clvp2.pth`, by the `text_config` and the `speech_config` of `config`."""
     yield Rule("temperature", (), ("logit_scale",))
     for side in ("text", "speech"):
         encoder = getattr(config, f"{side}_config")
