@@ -11,7 +11,7 @@ def seconds(value: float) -> str:
     return f"{value * 1e6:.1f} µs"
 
 
-def _thousands(value: float) -> str:
+def thousands(value: float) -> str:
     return f"{value:,.0f}".replace(",", " ") if value >= 10 else f"{value:.1f}"
 
 
@@ -21,7 +21,7 @@ def _beyond(row: dict) -> str:
 
 # Columns that stand where a row has what they are made of: title, its key, and what they say.
 _MORE = (
-    ("tokens/s", "tokens", lambda row: _thousands(row["tokens"] / row["seconds"]["median"])),
+    ("tokens/s", "tokens", lambda row: thousands(row["tokens"] / row["seconds"]["median"])),
     ("memory beyond weights, keys and values", "peak_bytes", _beyond),
     ("where the time goes", "parts", lambda row: ", ".join(f"{n} {seconds(part)}" for n, part in row["parts"].items())),
     ("logits off by", "logits_error", lambda row: f"{row['logits_error']:.1e}"),

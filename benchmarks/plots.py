@@ -1,4 +1,4 @@
-"""The figures of docs/benchmarks.md, drawn from the newest rows.
+"""The figures of docs/benchmarks.md and docs/scaling.md, drawn from the newest rows.
 
 A figure carries a mark of what it was drawn from, and is drawn again only if that changes: other versions of
 matplotlib write the same picture in other bytes.
@@ -10,9 +10,16 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
+from benchmarks.scaling_model import SWEEPS, sweeps
+
 FIGURES = Path(__file__).parent.parent / "docs/benchmarks"
 # One colour a provider; of those of one name, tiers in order.
 _STYLES = ("o-", "s--", "^:", "D-.", "v-", "P--", "X:")
+_TITLES = {
+    "roofline": "Operators against the roofline",
+    "decode_step": "A decode step over the batch",
+    "scaling": "A call over candidates, text, clips and requests",
+}
 
 
 def drawings(rows: list[dict]) -> dict[str, dict]:
@@ -23,29 +30,53 @@ def drawings(rows: list[dict]) -> dict[str, dict]:
         stem = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
         points = _roofline(timed)
         if points:
-            ceilings = {"bytes": timed[-1]["device"]["copy_bytes_per_s"], "flop": _matmul(timed)}
-            found[f"{stem}-roofline.svg"] = {"kind": "roofline", "device": device, "points": points} | ceilings
+            found[f"{stem}-roofline.svg"] = {"kind": "roofline", "device": device, "points": points} | _roofs(timed)
         lines = defaultdict(list)
         for row in sorted(timed, key=lambda row: row["shape"].get("candidates", 0)):
             if row["workload"] == "decode_step":
                 lines[row["provider"]].append((row["shape"]["candidates"], row["seconds"]["median"]))
         if lines:
             found[f"{stem}-decode-step.svg"] = {"kind": "decode_step", "device": device, "lines": dict(lines)}
+        panels = _panels(timed)
+        if panels:
+            found[f"{stem}-scaling.svg"] = {"kind": "scaling", "device": device, "panels": panels}
     return found
 
 
-def _matmul(rows: list[dict]) -> dict[str, float]:
-    rates = [row["device"]["matmul_flop_per_s"] for row in rows]
-    return next((rate for rate in reversed(rates) if isinstance(rate, dict)), {})
+def _counted(rows: list[dict]) -> list[dict]:
+    """Ours of which operations and bytes are known."""
+    return [row for row in rows if row.get("flop") and row.get("bytes") and row["provider"].startswith("clvp_fast")]
 
 
 def _roofline(rows: list[dict]) -> list[list]:
-    """Of ours: workload, operations a byte, operations a second."""
+    """Of ours: workload and type, operations a byte, operations a second."""
     return [
-        [row["workload"], row["flop"] / row["bytes"], row["flop"] / row["seconds"]["median"]]
-        for row in rows
-        if row.get("flop") and row.get("bytes") and row["provider"].startswith("clvp_fast")
+        [f"{row['workload']} {row['dtype']}", row["flop"] / row["bytes"], row["flop"] / row["seconds"]["median"]]
+        for row in _counted(rows)
     ]
+
+
+def _roofs(rows: list[dict]) -> dict:
+    """Of each run that has points, its copy bandwidth; of each type, the rate of its product in those runs."""
+    roofs = {}
+    for row in _counted(rows):
+        device = row["device"]
+        roof = [device["copy_bytes_per_s"], device["matmul_flop_per_s"][row["dtype"]]]
+        roofs.setdefault(row["dtype"], []).append(roof)
+    return {"roofs": {dtype: [list(roof) for roof in sorted(set(map(tuple, found)))] for dtype, found in roofs.items()}}
+
+
+def _panels(rows: list[dict]) -> dict[str, dict[str, list]]:
+    """By what is varied and by provider: its values, the seconds' quantiles, tokens a second. Two points at least."""
+    found = {}
+    for name, points in sweeps(row for row in rows if row["workload"] == "scaling").items():
+        lines = defaultdict(list)
+        for row in points:
+            spread = row["seconds"]
+            quantiles = [spread[one] for one in ("q20", "median", "q80")]
+            lines[row["provider"]].append([row["shape"][name], *quantiles, row["tokens"] / spread["median"]])
+        found[name] = {provider: line for provider, line in lines.items() if len(line) > 1}
+    return found if any(found.values()) else {}
 
 
 def mark(drawing: dict) -> str:
@@ -70,12 +101,12 @@ def draw_all(rows: list[dict], folder: Path = FIGURES) -> None:
             _draw(drawing, folder / name)
 
 
-def lines_of(rows: list[dict]) -> dict[str, str]:
-    """By device, the lines of Markdown that show its figures."""
-    titles = {"roofline": "Operators against the roofline", "decode_step": "A decode step over the batch"}
+def lines_of(rows: list[dict], kind: str | None = None) -> dict[str, str]:
+    """By device, the lines of Markdown that show its figures, or that of one kind."""
     found = defaultdict(list)
     for name, drawing in drawings(rows).items():
-        found[drawing["device"]].append(f"![{titles[drawing['kind']]}](benchmarks/{name})")
+        if kind in (None, drawing["kind"]):
+            found[drawing["device"]].append(f"![{_TITLES[drawing['kind']]}](benchmarks/{name})")
     return {device: "\n\n".join(lines) for device, lines in found.items()}
 
 
@@ -84,37 +115,75 @@ def _draw(drawing: dict, path: Path) -> None:
 
     settings = {"svg.hashsalt": "clvp_fast", "svg.fonttype": "none", "font.size": 9, "axes.grid": True}
     with matplotlib.rc_context(settings | {"grid.alpha": 0.3}):
-        figure = _roofline_figure(drawing) if drawing["kind"] == "roofline" else _decode_step_figure(drawing)
+        draw = {"roofline": _roofline_figure, "decode_step": _decode_step_figure, "scaling": _scaling_figure}
+        figure = draw[drawing["kind"]](drawing)
         figure.savefig(path, metadata={"Date": None, "Creator": None}, bbox_inches="tight")
     with path.open("a", encoding="utf-8") as file:
         file.write(mark(drawing) + "\n")
 
 
-def _figure(columns: int):
+def _figure(columns: int, rows: int = 1):
+    """A figure and its axes, row by row."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.2 * columns, 3.8), layout="constrained")
-    return figure, figure.subplots(1, columns, squeeze=False)[0]
+    figure = Figure(figsize=(5.2 * columns if rows == 1 else 3.6 * columns, 3.8 * rows), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False).flatten()
 
 
 def _roofline_figure(drawing: dict):
     figure, (axes,) = _figure(1)
-    by_workload = defaultdict(list)
-    for workload, intensity, rate in drawing["points"]:
-        by_workload[workload].append((intensity, rate))
-    for number, (workload, points) in enumerate(by_workload.items()):
-        axes.plot(*zip(*points, strict=True), _STYLES[number % len(_STYLES)][0], label=workload)
+    by_label = defaultdict(list)
+    for label, intensity, rate in drawing["points"]:
+        by_label[label].append((intensity, rate))
     reach = [intensity for _, intensity, _ in drawing["points"]]
     left, right = min(reach) / 3, max(reach) * 3
-    for dtype, peak in drawing["flop"].items():
-        corner = min(max(peak / drawing["bytes"], left), right)
-        axes.plot(
-            [left, corner, right], [left * drawing["bytes"], min(corner * drawing["bytes"], peak), peak], "k-", lw=1
-        )
-        axes.annotate(f"{dtype} product", (right, peak), ha="right", va="bottom")
+    for number, (dtype, roofs) in enumerate(drawing["roofs"].items()):
+        for bandwidth, peak in roofs:
+            corner = min(max(peak / bandwidth, left), right)
+            heights = [min(reached * bandwidth, peak) for reached in (left, corner, right)]
+            axes.plot([left, corner, right], heights, f"C{number}", lw=1, alpha=0.6)
+        highest = max(min(right * bandwidth, peak) for bandwidth, peak in roofs)
+        axes.annotate(f"{dtype} product", (right, highest), ha="right", va="bottom", color=f"C{number}")
+    dtypes = list(drawing["roofs"])
+    for number, (label, points) in enumerate(by_label.items()):
+        colour, marker = dtypes.index(label.split()[-1]), _STYLES[number % len(_STYLES)][0]
+        axes.plot(*zip(*points, strict=True), marker, color=f"C{colour}", ms=4, alpha=0.8, label=label)
     axes.set(xscale="log", yscale="log", xlabel="operations a byte that must move", ylabel="operations a second")
-    axes.set_title(f"{drawing['device']}: ours against copy and product of the same run")
+    axes.set_title(f"{drawing['device']}: ours against copy and product of the same runs", fontsize=9)
     axes.legend(fontsize=7)
+    return figure
+
+
+def _scaling_figure(drawing: dict):
+    """Seconds of a call over what is varied; tokens a second over candidates and over requests."""
+    figure, panels = _figure(3, 2)
+    shown = [(name, False) for name in SWEEPS] + [("candidates", True), ("requests", True)]
+    for axes, (name, is_rate) in zip(panels, shown, strict=True):
+        axes.set(xlabel=SWEEPS[name], ylabel="tokens a second" if is_rate else "seconds a call")
+        lines = drawing["panels"][name]
+        if not lines:
+            axes.annotate("not measured", (0.5, 0.5), xycoords="axes fraction", ha="center")
+            continue
+        for number, (provider, points) in enumerate(lines.items()):
+            values, low, median, high, rates = zip(*points, strict=True)
+            style = _STYLES[number % len(_STYLES)]
+            axes.plot(values, rates if is_rate else median, style, ms=4, label=provider)
+            if not is_rate:
+                axes.fill_between(values, low, high, alpha=0.3)
+        if name in ("candidates", "requests"):
+            axes.set(xscale="log", yscale="linear" if is_rate else "log")
+        if axes.get_yscale() == "log":
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter("{x:g}")
+        else:
+            axes.set_ylim(bottom=0)
+        axes.set_xticks(values, [str(value) for value in values])
+        axes.xaxis.minorticks_off()
+    figure.suptitle(f"{drawing['device']}: a call of the engine")
+    handles = {
+        label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=2, fontsize=7)
     return figure
 
 

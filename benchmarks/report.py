@@ -1,17 +1,18 @@
 """`python -m benchmarks.report`: writes all that is measured into the documents, from the newest rows of
-benchmarks/results/: the table of README.md, that of the precision tiers in docs/architecture.md, docs/benchmarks.md and
-its figures.
+benchmarks/results/: the table of README.md, that of the precision tiers in docs/architecture.md, docs/benchmarks.md,
+docs/scaling.md, and the figures.
 """
 
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import document, plots
+from benchmarks import document, plots, scaling_document
 from benchmarks.harness import RESULTS, ROOT, stored_rows, task_key
 
 README = ROOT / "README.md"
 ARCHITECTURE = ROOT / "docs/architecture.md"
 BENCHMARKS = ROOT / "docs/benchmarks.md"
+SCALING = ROOT / "docs/scaling.md"
 BEGIN, END = "<!-- measured:begin -->", "<!-- measured:end -->"
 # What README shows: workload, and how a reader would call it.
 SHOWN = {
@@ -132,7 +133,11 @@ def benchmarks(rows: list[dict]) -> str:
     return document.measured(rows, plots.lines_of(rows))
 
 
-DOCUMENTS = ((README, table), (ARCHITECTURE, precision_table), (BENCHMARKS, benchmarks))
+def scaling(rows: list[dict]) -> str:
+    return scaling_document.document(rows, plots.lines_of(rows, "scaling"))
+
+
+DOCUMENTS = ((README, table), (ARCHITECTURE, precision_table), (BENCHMARKS, benchmarks), (SCALING, scaling))
 
 if __name__ == "__main__":
     newest = newest_rows()

@@ -33,6 +33,7 @@ WORKLOADS = {
     "decode_step": "one decode step of the engine: transformers', a torch rewrite, ours in each precision tier",
     "score": "embedding candidates: transformers' speech encoder, ours, and the engine's ranking",
     "end_to_end": "text and clip to ranked candidates, and the time of each part",
+    "scaling": "a call of the engine over candidates, text tokens, clips and requests",
     "paged_attention": "attention of a decode step over pages",
     "rotary_attention": "the encoders' attention",
     "geglu_mlp": "the encoders' feed-forward block",

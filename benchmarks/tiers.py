@@ -128,11 +128,13 @@ def engine_error(tier: Tier, device: str, smoke: bool, text_tokens: int) -> floa
     return furthest_logit(torch.stack(found), expected)
 
 
-def engine_of(tier: Tier, device: str, smoke: bool, candidates: int, new_tokens: int) -> CandidateEngine:
-    """A warmed-up engine for one request of `candidates`, with the tokens of the `demo` checkpoint."""
+def engine_of(
+    tier: Tier, device: str, smoke: bool, candidates: int, new_tokens: int, requests: int = 1
+) -> CandidateEngine:
+    """A warmed-up engine for `candidates` at once, of so many `requests`, with the tokens of the `demo` checkpoint."""
     model = our_model(device, tier.dtype, smoke)
     # As many pages as are needed: several engines stand beside each other.
-    pages = candidates * -(-new_tokens // PAGE_SIZE) + -(-text_limit(model) // PAGE_SIZE) + 1
+    pages = candidates * -(-new_tokens // PAGE_SIZE) + requests * (-(-text_limit(model) // PAGE_SIZE) + 1)
     options = dict(max_batch=candidates, max_new_tokens=new_tokens, page_size=PAGE_SIZE, num_pages=pages)
     engine = CandidateEngine(model, ClvpProcessor.from_pretrained(demo_checkpoint()), **options, **tier.options)
     engine.warm_up()

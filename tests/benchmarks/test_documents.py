@@ -24,7 +24,7 @@ def step(candidates, median, **more):
     return row("decode_step", "clvp_fast float32", median=median, shape=shape, tokens=candidates, **more)
 
 
-@pytest.mark.parametrize(("path", "make"), report.DOCUMENTS, ids=["README", "architecture", "benchmarks"])
+@pytest.mark.parametrize(("path", "make"), report.DOCUMENTS, ids=["README", "architecture", "benchmarks", "scaling"])
 def test_documents_say_what_the_rows_say(path, make):
     text = path.read_text(encoding="utf-8")
     assert report.updated(text, report.newest_rows(), make) == text, "run: make docs-benchmarks"
@@ -68,7 +68,8 @@ def test_columns_stand_where_rows_have_what_they_say():
 
 
 def test_figures_are_drawn_once_for_the_same_rows(tmp_path):
-    rows = [step(1, 0.5, flop=1e9, bytes=1e9), step(16, 0.6, flop=16e9, bytes=2e9)]
+    counted = dict(flop=1e9, bytes=1e9, dtype="float32")
+    rows = [step(1, 0.5, **counted), step(16, 0.6, **counted | dict(flop=16e9, bytes=2e9))]
     (tmp_path / "gone.svg").write_text("of a device that has no rows")
     plots.draw_all(rows, tmp_path)
     names = ["amd-epyc-decode-step.svg", "amd-epyc-roofline.svg"]
@@ -82,7 +83,18 @@ def test_figures_are_drawn_once_for_the_same_rows(tmp_path):
     drawn = (tmp_path / names[0]).read_text()
     assert "milliseconds a step" in drawn and "AMD EPYC: one decode step" in drawn
     points = plots.drawings(rows)[names[1]]["points"]
-    assert json.loads(json.dumps(points)) == [["decode_step", 1.0, 2.5e9], ["decode_step", 8.0, 16e9 / 0.6]]
+    name = "decode_step float32"
+    assert json.loads(json.dumps(points)) == [[name, 1.0, 2.5e9], [name, 8.0, 16e9 / 0.6]]
+
+
+def test_a_roofline_has_the_roofs_of_the_runs_that_have_points():
+    counted = dict(flop=1e9, bytes=1e9, dtype="float32")
+    rows = [step(1, 0.5, **counted), step(16, 0.5, **counted), step(4, 0.5), step(64, 0.5, **counted)]
+    other = {"copy_bytes_per_s": 2e10, "matmul_flop_per_s": {"float32": 3e11, "bfloat16": 4e11}}
+    rows[3]["device"] = rows[3]["device"] | other
+    rows[2]["device"] = rows[2]["device"] | {"copy_bytes_per_s": 5e10}
+    drawing = plots.drawings(rows)["amd-epyc-roofline.svg"]
+    assert len(drawing["points"]) == 3 and drawing["roofs"] == {"float32": [[1e10, 1e11], [2e10, 3e11]]}
 
 
 def test_the_commands_of_the_document_are_ones(monkeypatch):
