@@ -12,6 +12,7 @@ from clvp_fast.ops import add_norm
 SHAPES = {
     "cpu": (("rms", 3200, 768), ("layer", 16, 1024)),
     "cuda": (("rms", 128_000, 768), ("rms", 3200, 768), ("layer", 256, 1024), ("layer", 16, 1024)),
+    "smoke": (("rms", 3, 40), ("layer", 3, 40)),
 }
 EPS = 1e-5
 
@@ -36,8 +37,8 @@ def difference(results, expected) -> float:
     return max(float((got.double() - want).norm() / want.norm()) for got, want in zip(results, expected, strict=True))
 
 
-def cases(device: str):
-    for kind, num_rows, width in SHAPES[device]:
+def cases(device: str, smoke: bool = False):
+    for kind, num_rows, width in SHAPES["smoke" if smoke else device]:
         for dtype in (torch.bfloat16,) if device == "cuda" else (torch.float32, torch.bfloat16):
 
             def inputs(seed, num_rows=num_rows, width=width, dtype=dtype):
@@ -68,4 +69,4 @@ def cases(device: str):
 
 
 def tasks(device: str, smoke: bool = False) -> Iterator[Task]:
-    return tasks_of("add_norm", cases(device), device, smoke)
+    return tasks_of("add_norm", cases(device, smoke), device, smoke)

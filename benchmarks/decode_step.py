@@ -2,8 +2,8 @@
 
 Ours enters the tokens, computes logits and draws the next ones, as the engine runs it: captured and eagerly on a GPU.
 The rivals give logits and draw nothing: transformers' decoder, whose cache is copied at every step, the same compiled
-over a static cache (on a GPU), and a decoder of torch's own operators (`benchmarks/rivals.py`), captured too. All begin
-with the keys and values that transformers' decoder has computed in float32, and are judged by its logits.
+over a static cache (on a GPU), and a decoder of torch's own operators (`benchmarks/rivals/torch_decoder.py`), captured
+too. All begin with the keys and values that transformers' decoder computes in float32, and are judged by its logits.
 
 The bytes of a row are what a step must move: weights, keys and values (the prompt's once), logits.
 """
@@ -14,10 +14,11 @@ from functools import cache, partial
 
 import torch
 
-from benchmarks.harness import Provider, Task, measure
+from benchmarks.harness import Provider, Task, task
 from benchmarks.kernels import captured, name_of
 from benchmarks.models import our_model, stock_model
-from benchmarks.rivals import TorchDecoder
+from benchmarks.providers import Absent
+from benchmarks.rivals.torch_decoder import TorchDecoder
 from benchmarks.tiers import PAGE_SIZE, TIERS, Tier, furthest_logit, prompt_of, stock_logits
 from clvp_fast import SamplingParams
 from clvp_fast.engine.persistent import MAX_ROWS, PersistentStep
@@ -37,7 +38,7 @@ def tasks(device: str, smoke: bool = False) -> Iterator[Task]:
     for candidates in (SMOKE[0],) if smoke else CANDIDATES[device]:
         text_tokens, stored = SMOKE[1:] if smoke else (TEXT_TOKENS, STORED)
         shape = {"candidates": candidates, "text_tokens": text_tokens, "stored": stored}
-        yield Task(shape, partial(rows, device, shape, smoke))
+        yield _task(device, shape, smoke)
 
 
 @dataclass
@@ -172,51 +173,53 @@ class StoredCandidates:
         last.wait()
 
 
-def rows(device: str, shape: dict, smoke: bool) -> list[dict]:
-    providers, absent = [*_transformers(device, shape, smoke)], {}
+def _task(device: str, shape: dict, smoke: bool) -> Task:
+    first, *_ = TIERS[device]
+    makers = {f"transformers {first.name}, no draw": partial(_transformers, device, shape, smoke)}
+    absent = {}
     if device == "cpu":
         absent |= dict.fromkeys((COMPILED, ONE_LAUNCH), "for a GPU")
     else:
-        _add(providers, absent, COMPILED, _compiled_transformers, device, shape, smoke)
-    providers += _torch(device, shape, smoke)
+        makers[f"{COMPILED}, {first.name}, no draw"] = partial(_compiled_transformers, device, shape, smoke)
     for tier in TIERS[device]:
-        providers += _ours(tier, device, shape, smoke)
+        if tier.page_dtype is None and tier.weight_dtype is None and (device == "cpu" or tier == first):
+            name = f"torch {tier.name}{', captured' if device == 'cuda' else ''}, no draw"
+            makers[name] = partial(_torch, name, tier, device, shape, smoke)
+    for tier in TIERS[device]:
+        # Keys and values of all providers lie on the device at once: the eager step is shown in the first tier.
+        both = (True, False) if tier == first else (True,)
+        for capture in both if device == "cuda" else (False,):
+            how = "" if device == "cpu" else ", captured" if capture else ", eager"
+            name = f"clvp_fast {tier.name}{how}"
+            makers[name] = partial(_ours, name, tier, device, shape, smoke, capture)
     if device == "cuda" and shape["candidates"] <= MAX_ROWS:
         for capture in (True, False):
             name = f"{ONE_LAUNCH}, {'captured' if capture else 'eager'}"
-            _add(providers, absent, name, _one_launch, device, shape, smoke, name, capture)
+            makers[name] = partial(_one_launch, name, device, shape, smoke, capture)
     repeats = 1 if smoke else 20 if device == "cuda" else 10
-    return measure("decode_step", shape, providers, repeats, tokens=shape["candidates"], absent=absent)
+    return task("decode_step", shape, makers, repeats, absent, tokens=shape["candidates"])
 
 
 COMPILED = "transformers, static cache, torch.compile"
 ONE_LAUNCH = "clvp_fast bfloat16, one launch"
 
 
-def _add(providers: list[Provider], absent: dict[str, str], name: str, make: Callable, *arguments) -> None:
-    """A provider that may not run here; whatever keeps it from that, the rows say."""
-    try:
-        providers += make(*arguments)
-    except Exception as error:
-        absent[name] = f"{type(error).__name__}: {error}"
-
-
-def _one_launch(device: str, shape: dict, smoke: bool, name: str, capture: bool) -> list[Provider]:
+def _one_launch(name: str, device: str, shape: dict, smoke: bool, capture: bool) -> Provider:
     tier = next(tier for tier in TIERS[device] if tier.name == "bfloat16")
-    candidates = StoredCandidates(tier, device, smoke, shape, capture, persistent=True)
+    try:
+        candidates = StoredCandidates(tier, device, smoke, shape, capture, persistent=True)
+    except ValueError as error:  # the step's own word that it cannot serve here
+        raise Absent(str(error)) from error
+    return _timed(name, candidates, tier, device, shape, smoke)
+
+
+def _ours(name: str, tier: Tier, device: str, shape: dict, smoke: bool, capture: bool) -> Provider:
+    return _timed(name, StoredCandidates(tier, device, smoke, shape, capture), tier, device, shape, smoke)
+
+
+def _timed(name: str, candidates: StoredCandidates, tier: Tier, device: str, shape: dict, smoke: bool) -> Provider:
     counted = _counted(device, smoke, shape, tier)
-    return [Provider(name, candidates.run, candidates.error(), tier.tolerance, STEPS[device], counted)]
-
-
-def _ours(tier: Tier, device: str, shape: dict, smoke: bool) -> Iterator[Provider]:
-    # Keys and values of all providers lie on the device at once: the eager step is shown in the first tier.
-    both = (True, False) if tier == TIERS[device][0] else (True,)
-    for capture in both if device == "cuda" else (False,):
-        candidates = StoredCandidates(tier, device, smoke, shape, capture)
-        how = "" if device == "cpu" else ", captured" if capture else ", eager"
-        counted = _counted(device, smoke, shape, tier)
-        name = f"clvp_fast {tier.name}{how}"
-        yield Provider(name, candidates.run, candidates.error(), tier.tolerance, STEPS[device], counted)
+    return Provider(name, candidates.run, candidates.error(), tier.tolerance, STEPS[device], counted)
 
 
 def _dense(device: str, shape: dict, smoke: bool, dtype: torch.dtype, room: int) -> list[torch.Tensor]:
@@ -245,7 +248,7 @@ def _rival(
     return Provider(name, timed or partial(run, tokens), error, tier.tolerance, counted=counted)
 
 
-def _transformers(device: str, shape: dict, smoke: bool) -> Iterator[Provider]:
+def _transformers(device: str, shape: dict, smoke: bool) -> Provider:
     from transformers import DynamicCache
 
     tier = TIERS[device][0]
@@ -263,10 +266,10 @@ def _transformers(device: str, shape: dict, smoke: bool) -> Iterator[Provider]:
         cache.crop(-1)
         return logits
 
-    yield _rival(f"transformers {name_of(tier.dtype)}, no draw", run, device, shape, smoke, tier)
+    return _rival(f"transformers {name_of(tier.dtype)}, no draw", run, device, shape, smoke, tier)
 
 
-def _compiled_transformers(device: str, shape: dict, smoke: bool) -> Iterator[Provider]:
+def _compiled_transformers(device: str, shape: dict, smoke: bool) -> Provider:
     """transformers' fastest mode: keys in one piece that does not grow, its forward compiled."""
     from transformers import StaticCache
 
@@ -301,7 +304,7 @@ def _compiled_transformers(device: str, shape: dict, smoke: bool) -> Iterator[Pr
             step(tokens, position)
 
     counted = _counted(device, smoke, shape, tier)
-    yield Provider(f"{COMPILED}, {tier.name}, no draw", run, error, tier.tolerance, steps, counted)
+    return Provider(f"{COMPILED}, {tier.name}, no draw", run, error, tier.tolerance, steps, counted)
 
 
 def _rewind(cache, length: int) -> None:
@@ -310,14 +313,11 @@ def _rewind(cache, length: int) -> None:
         layer.cumulative_length.fill_(length)
 
 
-def _torch(device: str, shape: dict, smoke: bool) -> Iterator[Provider]:
-    for tier in TIERS[device]:
-        if tier.page_dtype is None and tier.weight_dtype is None and (device == "cpu" or tier == TIERS[device][0]):
-            keys, values = _dense(device, shape, smoke, tier.dtype, 1)
-            model = stock_model(device, tier.dtype, smoke).speech_decoder_model
-            decoder = TorchDecoder(model, keys, values, shape["stored"] + 1)
-            name = f"torch {tier.name}{', captured' if device == 'cuda' else ''}, no draw"
-            yield _rival(name, decoder, device, shape, smoke, tier, device == "cuda")
+def _torch(name: str, tier: Tier, device: str, shape: dict, smoke: bool) -> Provider:
+    keys, values = _dense(device, shape, smoke, tier.dtype, 1)
+    model = stock_model(device, tier.dtype, smoke).speech_decoder_model
+    decoder = TorchDecoder(model, keys, values, shape["stored"] + 1)
+    return _rival(name, decoder, device, shape, smoke, tier, device == "cuda")
 
 
 def _counted(device: str, smoke: bool, shape: dict, tier: Tier) -> dict:

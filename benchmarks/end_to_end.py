@@ -12,11 +12,12 @@ from time import perf_counter
 import numpy as np
 import torch
 
-from benchmarks.harness import Provider, Task, measure
+from benchmarks.harness import Provider, Task, task
 from benchmarks.kernels import name_of
 from benchmarks.models import stock_model
-from benchmarks.tiers import TIERS, engine_error, engine_of
-from clvp_fast import CandidateRequest, SamplingParams
+from benchmarks.tiers import TIERS, Tier, engine_error, engine_of
+from clvp_fast import CandidateRequest, ClvpProcessor, SamplingParams
+from clvp_fast.demo import demo_checkpoint
 from clvp_fast.engine.voices import VoiceCache
 
 TEXT = "The birch canoe slid on the smooth planks, and the doctor paid 25 dollars for it."
@@ -28,7 +29,7 @@ SMOKE = (("ultra_fast", 4),)
 
 def tasks(device: str, smoke: bool = False) -> Iterator[Task]:
     for preset, new_tokens in SMOKE if smoke else SHAPES[device]:
-        yield Task({"preset": preset, "new_tokens": new_tokens}, partial(rows, device, preset, new_tokens, smoke))
+        yield _task(device, preset, new_tokens, smoke)
 
 
 class Timed:
@@ -46,27 +47,41 @@ class Timed:
         return {name: float(np.median([parts[name] for parts in kept])) for name in kept[0]}
 
 
-def rows(device: str, preset: str, new_tokens: int, smoke: bool) -> list[dict]:
+def _task(device: str, preset: str, new_tokens: int, smoke: bool) -> Task:
     settings = SamplingParams.preset(preset, max_new_tokens=new_tokens, seed=0)
-    generator = np.random.default_rng(0)
-    timed, providers = {}, []
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    makers = {f"transformers {name_of(dtype)}": partial(_transformers, device, dtype, settings, smoke)}
     for tier in TIERS[device]:
-        engine = engine_of(tier, device, smoke, settings.num_candidates, new_tokens)
-        samples = generator.normal(0, 0.1, SECONDS * engine.processor.feature_extractor.sampling_rate)
-        samples = samples.astype(np.float32)
-        if not timed:
-            dtype = torch.float32 if device == "cpu" else torch.bfloat16
-            model, name = stock_model(device, dtype, smoke), f"transformers {name_of(dtype)}"
-            timed[name] = Timed(partial(with_transformers, model, engine.processor, settings), samples)
-            providers.append(Provider(name, timed[name], 0.0, 0.0))
-        name = f"clvp_fast engine, {tier.name}"
-        timed[name] = Timed(partial(with_engine, engine, settings), samples)
-        length = len(engine.processor.tokenizer(TEXT)["input_ids"])
-        error = engine_error(tier, device, smoke, length)
-        providers.append(Provider(name, timed[name], error, tier.tolerance))
+        makers[f"clvp_fast engine, {tier.name}"] = partial(_engine, device, tier, settings, smoke)
+    tokens = settings.num_candidates * new_tokens
     shape = {"preset": preset, "new_tokens": new_tokens}
-    found = measure("end_to_end", shape, providers, 1 if smoke else 3, tokens=settings.num_candidates * new_tokens)
-    return [row | {"parts": timed[row["provider"]].medians()} if row["seconds"] else row for row in found]
+    return task("end_to_end", shape, makers, 1 if smoke else 3, tokens=tokens)
+
+
+def _transformers(device: str, dtype: torch.dtype, settings: SamplingParams, smoke: bool) -> Provider:
+    processor = ClvpProcessor.from_pretrained(demo_checkpoint())
+    call = partial(with_transformers, stock_model(device, dtype, smoke), processor, settings)
+    return _provider(f"transformers {name_of(dtype)}", call, processor, 0.0, 0.0)
+
+
+def _engine(device: str, tier: Tier, settings: SamplingParams, smoke: bool) -> Provider:
+    engine = engine_of(tier, device, smoke, settings.num_candidates, settings.max_new_tokens)
+    error = engine_error(tier, device, smoke, len(engine.processor.tokenizer(TEXT)["input_ids"]))
+    call = partial(with_engine, engine, settings)
+    return _provider(f"clvp_fast engine, {tier.name}", call, engine.processor, error, tier.tolerance)
+
+
+def _provider(name: str, call: Callable, processor, error: float, tolerance: float) -> Provider:
+    """`call(samples)` of one clip, which tells where its time goes."""
+    samples = np.random.default_rng(0).normal(0, 0.1, SECONDS * processor.feature_extractor.sampling_rate)
+    timed, told = Timed(call, samples.astype(np.float32)), {}
+
+    def run() -> None:
+        timed()
+        if len(timed.parts) > 1:
+            told["parts"] = timed.medians()
+
+    return Provider(name, run, error, tolerance, counted=told)
 
 
 def with_engine(engine, settings: SamplingParams, samples: np.ndarray) -> dict[str, float]:

@@ -4,16 +4,18 @@ Every candidate has all its tokens. The error is that of logits; what a precisio
 by the workload `precision`. Memory is that of a process that does nothing else (`benchmarks/peak_memory.py`).
 """
 
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
 
-from benchmarks.harness import Provider, Task, measure
+from benchmarks.harness import Provider, Task, task
+from benchmarks.kernels import name_of
 from benchmarks.models import inputs, our_model, stock_model
 from benchmarks.peak_memory import peak_memory
-from benchmarks.tiers import FP32, TIERS, Tier, engine_error, engine_of, furthest_logit
+from benchmarks.rivals.torch_generator import TorchGenerator
+from benchmarks.tiers import FP32, TIERS, Tier, compared_logits, engine_error, engine_of, furthest_logit
 from clvp_fast import CandidateRequest, SamplingParams
 
 TEXT_TOKENS = {"cpu": 30, "cuda": 60}
@@ -24,36 +26,74 @@ SMOKE = ((3, 5),)
 def tasks(device: str, smoke: bool = False) -> Iterator[Task]:
     for candidates, new_tokens in SMOKE if smoke else SHAPES[device]:
         shape = {"candidates": candidates, "new_tokens": new_tokens, "text_tokens": TEXT_TOKENS[device]}
-        yield Task(shape, partial(rows, device, shape, smoke))
+        yield _task(device, shape, smoke)
 
 
-def rows(device: str, shape: dict, smoke: bool) -> list[dict]:
-    candidates, new_tokens, text_tokens = shape["candidates"], shape["new_tokens"], shape["text_tokens"]
-    weights = sum(p.numel() for p in our_model(device, smoke=smoke).speech_decoder_model.parameters())
-    common = {"decoder_parameters": weights, "tokens": candidates * new_tokens}
-    _require_equal_greedy_tokens(device, smoke, text_tokens)
-    providers = []
-    for name, dtype, model, options in _classes(device, smoke):
-        run = partial(class_generate, model, device, shape, options)
-        error = _class_error(model, device, smoke, text_tokens) if name.startswith("clvp_fast") else 0.0
-        tolerance = next(tier.tolerance for tier in TIERS[device] if tier.dtype == dtype)
-        providers.append(Provider(name, run, error, tolerance))
-    for tier in TIERS[device]:
-        run = partial(engine_generate, engine_of(tier, device, smoke, candidates, new_tokens), device, shape)
-        error = engine_error(tier, device, smoke, text_tokens)
-        memory = peak_memory(tier.name, device, shape, smoke) if candidates > 1 else {}
-        providers.append(Provider(f"clvp_fast engine, {tier.name}", run, error, tier.tolerance, counted=memory))
-    return measure("generate", shape, providers, 1 if smoke else 3 if device == "cpu" else 2, **common)
+STATIC = "transformers, static cache, torch.compile"
 
 
-def _classes(device: str, smoke: bool) -> Iterator[tuple[str, torch.dtype, object, dict]]:
-    """transformers' class and ours, the latter over transformers' loop and as it decodes by default."""
+def _task(device: str, shape: dict, smoke: bool) -> Task:
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    name = str(dtype).removeprefix("torch.")
-    model = our_model(device, dtype, smoke)
-    yield f"transformers {name}", dtype, stock_model(device, dtype, smoke), {}
-    yield f"clvp_fast in transformers' loop, {name}", dtype, model, {"use_engine": False}
-    yield f"clvp_fast generate(), {name}", dtype, model, {"use_engine": True}
+    name, absent = name_of(dtype), {}
+    model_of = {"stock": partial(stock_model, device, dtype, smoke), "ours": partial(our_model, device, dtype, smoke)}
+    ways = {
+        f"transformers {name}": (model_of["stock"], {}),
+        f"{STATIC}, {name}": (model_of["stock"], {"cache_implementation": "static"}),
+        f"clvp_fast in transformers' loop, {name}": (model_of["ours"], {"use_engine": False}),
+        f"clvp_fast generate(), {name}": (model_of["ours"], {"use_engine": True}),
+    }
+    if device == "cpu":  # where transformers does not compile
+        del ways[f"{STATIC}, {name}"]
+        absent[STATIC] = "for a GPU"
+    makers = {name: partial(_class, name, *way, device, dtype, shape, smoke) for name, way in ways.items()}
+    torch_name = f"torch {name}, static cache{', captured' if device == 'cuda' else ''}"
+    makers[torch_name] = partial(_torch, torch_name, device, dtype, shape, smoke)
+    for tier in TIERS[device]:
+        makers[f"clvp_fast engine, {tier.name}"] = partial(_engine, tier, device, shape, smoke)
+    weights = sum(p.numel() for p in our_model(device, smoke=smoke).speech_decoder_model.parameters())
+    common = {"decoder_parameters": weights, "tokens": shape["candidates"] * shape["new_tokens"]}
+    return task("generate", shape, makers, 1 if smoke else 3 if device == "cpu" else 2, absent, **common)
+
+
+def _tolerance(device: str, dtype: torch.dtype) -> float:
+    return next(tier.tolerance for tier in TIERS[device] if tier.dtype == dtype)
+
+
+def _class(
+    name: str, model_of: Callable, options: dict, device: str, dtype: torch.dtype, shape: dict, smoke: bool
+) -> Provider:
+    model, text_tokens = model_of(), shape["text_tokens"]
+    error = 0.0
+    if name.startswith("clvp_fast"):
+        _require_equal_greedy_tokens(device, smoke, text_tokens)
+        error = _class_error(model, device, smoke, text_tokens)
+    return Provider(name, partial(class_generate, model, device, shape, options), error, _tolerance(device, dtype))
+
+
+def _torch(name: str, device: str, dtype: torch.dtype, shape: dict, smoke: bool) -> Provider:
+    model, text_tokens = stock_model(device, dtype, smoke), shape["text_tokens"]
+    generator = TorchGenerator(model, shape["candidates"], shape["new_tokens"], capture=device == "cuda")
+    prompt, tokens, expected = compared_logits(device, smoke, text_tokens)
+    found = []
+    generator.prefill(prompt.to(dtype))
+    for place in range(min(len(tokens), shape["new_tokens"])):
+        if place:
+            generator.token.fill_(int(tokens[place]))
+            generator.step(place)
+        found.append(generator.logits[0].clone())
+    error = furthest_logit(torch.stack(found), expected[: len(found)])
+    ids, features = inputs(text_tokens, device)
+    run = partial(generator, ids, features.to(dtype))
+    return Provider(name, run, error, _tolerance(device, dtype))
+
+
+def _engine(tier: Tier, device: str, shape: dict, smoke: bool) -> Provider:
+    _require_equal_greedy_tokens(device, smoke, shape["text_tokens"])
+    engine = engine_of(tier, device, smoke, shape["candidates"], shape["new_tokens"])
+    error = engine_error(tier, device, smoke, shape["text_tokens"])
+    memory = peak_memory(tier.name, device, shape, smoke) if shape["candidates"] > 1 else {}
+    run = partial(engine_generate, engine, device, shape)
+    return Provider(f"clvp_fast engine, {tier.name}", run, error, tier.tolerance, counted=memory)
 
 
 def class_generate(model, device: str, shape: dict, options: dict):
@@ -98,6 +138,7 @@ def _class_error(model, device: str, smoke: bool, text_tokens: int) -> float:
     return furthest_logit(got, expected)
 
 
+@cache
 @torch.no_grad()
 def _require_equal_greedy_tokens(device: str, smoke: bool, text_tokens: int, count: int = 4) -> None:
     """Raise where greedy decoding in float32 draws other tokens than transformers' loop with the mask that is right."""

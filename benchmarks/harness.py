@@ -1,40 +1,33 @@
 """Measures providers of one workload side by side, in one process on the same inputs, and writes rows of JSON.
 
 A row is written for a provider that passed the workload's own check; its error stands beside its time. Providers are
-run in turns, so that a slow minute of the machine falls on all of them.
+run in turns, so that a slow minute of the machine falls on all of them. One that cannot be had costs no other its row.
 """
 
 import hashlib
 import json
-import platform
 import subprocess
-import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import cache, partial
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from benchmarks.machine import Machine, peak_extra_bytes, seconds_of
+from benchmarks.providers import Absent, group_of, is_chosen
 from clvp_fast.cli.versions import versions
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results"
 # What a measurement depends on, and no document or result does.
 SOURCES = ("benchmarks", "clvp_fast", "kernels", "csrc")
-
-
-@dataclass
-class Task:
-    """One shape of a workload: a run writes its rows as soon as they are measured, and can leave out what it has.
-
-    shape: as in its rows, which no other task of the workload has. rows: measures them.
-    """
-
-    shape: dict
-    rows: Callable[[], list[dict]]
+# Packages of rivals, whose versions rows have where they are installed.
+RIVALS = ("flashinfer-python", "torchaudio", "flashmel", "asrfront")
 
 
 @dataclass
@@ -42,7 +35,8 @@ class Provider:
     """One way to do the workload.
 
     name: as in the row. run: does it `calls` times. error: how far its result is from the reference, and the most
-        that is allowed. counted: what of the row is this provider's alone (its dtype, the bytes that it must move).
+        that is allowed. counted: what of the row is this provider's alone (its dtype, the bytes that it must move);
+        its runs may add to it.
     """
 
     name: str
@@ -54,137 +48,109 @@ class Provider:
 
 
 @dataclass
-class Machine:
-    """What a row says of the device, measured once a run."""
+class Task:
+    """One shape of a workload: a run writes its rows as soon as they are measured, and can leave out what it has.
 
-    name: str
-    threads: int
-    copy_bytes_per_s: float
-    matmul_flop_per_s: dict[str, float]
+    shape: as in its rows, which no other task of the workload has. rows: measures them. makers: by name, what makes
+        each provider and judges it; the first is what the others are compared with. repeats: how often each is timed.
+        absent: by name, why a provider cannot be had. around: what a provider must be made and run in.
+    """
 
-    @classmethod
-    def measure(cls, device: str, smoke: bool = False) -> "Machine":
-        """Copy bandwidth, and the rate of a product in each dtype, the best of several tries."""
-        source = torch.randn((1 if smoke else 256 if device == "cpu" else 2048) * 1024 * 1024 // 4, device=device)
-        target = torch.empty_like(source)
-        size = 128 if smoke else 1024 if device == "cpu" else 8192
-        rates = {}
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            a, b = torch.randn(2, size, size, device=device).to(dtype)
-            seconds = min(_time(partial(torch.matmul, a, b)) for _ in range(5))
-            rates[str(dtype).removeprefix("torch.")] = 2 * size**3 / seconds
-        return cls(
-            name=cpu_name() if device == "cpu" else torch.cuda.get_device_name(),
-            threads=torch.get_num_threads(),
-            copy_bytes_per_s=2 * source.nbytes / min(_time(lambda: target.copy_(source)) for _ in range(5)),
-            matmul_flop_per_s=rates,
-        )
-
-    def limit_seconds(self, row: dict) -> float | None:
-        """The least time for the bytes and operations that a row counts, or None where it counts none."""
-        times = [row["bytes"] / self.copy_bytes_per_s] if "bytes" in row else []
-        if "flop" in row:
-            times.append(row["flop"] / self.matmul_flop_per_s[row.get("dtype", "float32")])
-        return max(times, default=None)
+    shape: dict
+    rows: Callable[[], list[dict]]
+    makers: dict[str, Callable[[], Provider]] = field(default_factory=dict)
+    repeats: int = 1
+    absent: dict[str, str] = field(default_factory=dict)
+    around: Callable[[], AbstractContextManager] = nullcontext
 
 
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+def task(
+    workload: str,
+    shape: dict,
+    makers: dict[str, Callable[[], Provider]],
+    repeats: int,
+    absent: dict[str, str] | None = None,
+    around: Callable[[], AbstractContextManager] = nullcontext,
+    **counted,
+) -> Task:
+    """A task whose rows are those of the providers that `makers` make; see `Task` and `measure`."""
+    absent = absent or {}
+
+    def rows() -> list[dict]:
+        with around():
+            providers, missing = made(makers)
+            return measure(workload, shape, providers, repeats, absent=absent | missing, **counted)
+
+    return Task(shape, rows, makers, repeats, absent, around)
 
 
-def _time(run: Callable[[], object]) -> float:
-    """Seconds of one run; on a GPU by its own clock."""
-    if torch.cuda.is_initialized():
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1000
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
+def made(makers: dict[str, Callable[[], Provider]]) -> tuple[list[Provider], dict[str, str]]:
+    """The providers that are asked for, and by name why a rival cannot be had. One of ours that fails is an error."""
+    providers, absent = [], {}
+    for name, make in makers.items():
+        if not is_chosen(name):
+            continue
+        try:
+            providers.append(make())
+        except Absent as reason:
+            absent[name] = str(reason)
+        except Exception as error:
+            if group_of(name) == "ours":
+                raise
+            absent[name] = f"{type(error).__name__}: {error}"
+    return providers, absent
 
 
-def _peak_extra_bytes(run: Callable[[], object]) -> int | None:
-    """How far `run` raises memory above where it stood: a GPU's in use, else the process's; None where no one tells."""
-    if torch.cuda.is_initialized():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        return torch.cuda.max_memory_allocated() - before
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-        before = process_memory("VmRSS")
-    except OSError:
-        run()
-        return None
-    run()
-    return max(process_memory("VmHWM") - before, 0)
-
-
-def process_memory(field: str) -> int:
-    """Bytes that Linux counts for this process: `VmRSS` now, `VmHWM` at most. Raises `OSError` elsewhere."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise OSError(field)
-
-
-def measure(workload: str, shape: dict, providers: list[Provider], repeats: int, **counted) -> list[dict]:
+def measure(
+    workload: str,
+    shape: dict,
+    providers: list[Provider],
+    repeats: int,
+    absent: dict[str, str] | None = None,
+    **counted,
+) -> list[dict]:
     """Rows of one workload; the first provider that is timed is the one that the others are compared with.
 
     Args:
         shape: what the workload was made of, for the row.
+        absent: by name, why a provider cannot be had, for the row.
         counted: bytes and operations that must move, for the row.
 
-    A provider whose error is beyond its tolerance gets a row that says so, without a time: no green, no speed.
+    A provider whose error is beyond its tolerance gets a row that says so, without a time: no green, no speed. A rival
+    that breaks when it is run is absent. Providers that are not asked for (`providers.only`) have no part.
     """
+    absent = {name: why for name, why in (absent or {}).items() if is_chosen(name)}
+    providers = [provider for provider in providers if is_chosen(provider.name)]
     rows = []
+
+    def add(provider: Provider, **found) -> None:
+        row = {"workload": workload, "shape": shape, "provider": provider.name, **found, "absent": absent}
+        rows.append(row | counted | provider.counted)
+
     for provider in providers:
         if not provider.error <= provider.tolerance:
             reason = f"error {provider.error:.3g} is beyond {provider.tolerance:.3g}: not timed"
             print(f"{workload:>18} {provider.name:<44} {reason}", flush=True)
-            rows.append(
-                {
-                    "workload": workload,
-                    "shape": shape,
-                    "provider": provider.name,
-                    "seconds": None,
-                    "refused": reason,
-                    "error": provider.error,
-                    **counted,
-                    **provider.counted,
-                }
-            )
+            add(provider, seconds=None, refused=reason, error=provider.error)
     providers = [provider for provider in providers if provider.error <= provider.tolerance]
-    # The first run of each warms up and is looked at for memory.
-    memory = {provider.name: _peak_extra_bytes(provider.run) for provider in providers}
+    memory = _warmed_up(providers, absent)
+    providers = [provider for provider in providers if provider.name in memory]
+    for name, why in absent.items():
+        print(f"{workload:>18} {name:<44} absent: {why}", flush=True)
     seconds = {provider.name: [] for provider in providers}
     for _ in range(repeats):
         for provider in providers:
-            seconds[provider.name].append(_time(provider.run) / provider.calls)
+            seconds[provider.name].append(seconds_of(provider.run) / provider.calls)
     baseline = float(np.median(seconds[providers[0].name])) if providers else None
     for provider in providers:
         low, median, high = (float(q) for q in np.quantile(seconds[provider.name], [0.2, 0.5, 0.8]))
-        rows.append(
-            {
-                "workload": workload,
-                "shape": shape,
-                "provider": provider.name,
-                "seconds": {"q20": low, "median": median, "q80": high, "repeats": repeats},
-                "ratio": baseline / median,
-                "compared_with": providers[0].name,
-                "error": provider.error,
-                "peak_extra_bytes": memory[provider.name],
-                **counted,
-                **provider.counted,
-            }
+        add(
+            provider,
+            seconds={"q20": low, "median": median, "q80": high, "repeats": repeats},
+            ratio=baseline / median,
+            compared_with=providers[0].name,
+            error=provider.error,
+            peak_extra_bytes=memory[provider.name],
         )
         print(
             f"{workload:>18} {provider.name:<44} {_readable(median)} ({_readable(low)} to {_readable(high)})"
@@ -193,6 +159,19 @@ def measure(workload: str, shape: dict, providers: list[Provider], repeats: int,
             flush=True,
         )
     return rows
+
+
+def _warmed_up(providers: list[Provider], absent: dict[str, str]) -> dict[str, int | None]:
+    """By name, what each provider's first run adds to memory; a rival that breaks is put into `absent` instead."""
+    memory = {}
+    for provider in providers:
+        try:
+            memory[provider.name] = peak_extra_bytes(provider.run)
+        except Exception as error:
+            if group_of(provider.name) == "ours":
+                raise
+            absent[provider.name] = f"{type(error).__name__}: {error}"
+    return memory
 
 
 def _readable(seconds: float) -> str:
@@ -253,16 +232,41 @@ def task_key(row: dict) -> tuple[str, str]:
     return row["workload"], json.dumps(row["shape"], sort_keys=True)
 
 
-def measured_tasks(folder: Path) -> set[tuple[str, str]]:
-    """The tasks that were measured here with the code as it is, by the keys of `task_key`."""
-    return {task_key(row) for row in stored_rows(folder) if row.get("source") == source()}
+def measured_tasks(folder: Path, chosen: tuple[str, ...] | None = None) -> set[tuple[str, str]]:
+    """The tasks that were measured here with the code as it is, by the keys of `task_key`.
+
+    chosen: the groups of providers that are asked for; rows of others' alone do not count.
+    """
+    enough = (None, list(chosen)) if chosen else (None,)
+    return {
+        task_key(row)
+        for row in stored_rows(folder)
+        if row.get("source") == source() and row.get("chosen_providers") in enough
+    }
 
 
-def with_context(rows: list[dict], machine: Machine, command: str) -> list[dict]:
-    """`rows` with fraction of the limit, device, versions, commit, time and command."""
-    context = {
+@cache
+def _versions_of_rivals() -> dict[str, str]:
+    found = {}
+    for name in RIVALS:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def with_context(rows: list[dict], machine: Machine, command: str, chosen: tuple[str, ...] | None = None) -> list[dict]:
+    """`rows` with fraction of the limit, device, versions, commit, time and command.
+
+    chosen: the groups of providers that were asked for, where not all were; documents leave such rows out.
+    """
+    context = {"chosen_providers": list(chosen)} if chosen else {}
+    context |= {
         "device": machine.__dict__,
-        "versions": versions() | ({"cuda": torch.version.cuda} if torch.cuda.is_initialized() else {}),
+        "versions": versions()
+        | _versions_of_rivals()
+        | ({"cuda": torch.version.cuda} if torch.cuda.is_initialized() else {}),
         "commit": commit(),
         "source": source(),
         "utc": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -277,9 +281,11 @@ def with_context(rows: list[dict], machine: Machine, command: str) -> list[dict]
 
 
 def write_rows(rows: list[dict], folder: Path) -> Path:
-    """Append rows of one workload to its file in `folder`, in one piece."""
+    """Append rows of one workload to its file in `folder`, in one piece; a line that was cut off stays alone."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{rows[0]['workload']}.jsonl"
+    before = path.read_bytes() if path.exists() else b""
+    cut_off = bool(before) and not before.endswith(b"\n")
     with path.open("a", encoding="utf-8") as file:
-        file.write("".join(json.dumps(row) + "\n" for row in rows))
+        file.write("\n" * cut_off + "".join(json.dumps(row) + "\n" for row in rows))
     return path

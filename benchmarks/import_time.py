@@ -5,26 +5,23 @@ import sys
 from collections.abc import Iterator
 from functools import partial
 
-from benchmarks.harness import ROOT, Provider, Task, measure
+from benchmarks.harness import ROOT, Provider, Task, task
+
+STATEMENTS = {
+    "import torch": "import torch",
+    "import torch, clvp_fast": "import torch, clvp_fast",
+    "import transformers' CLVP": "from transformers import ClvpModel",
+}
 
 
 def tasks(device: str, smoke: bool = False) -> Iterator[Task]:
-    yield Task({}, partial(rows, 1 if smoke else 5))
+    makers = {name: partial(_made, name, statement) for name, statement in STATEMENTS.items()}
+    yield task("import_time", {}, makers, 1 if smoke else 5)
 
 
-def rows(repeats: int) -> list[dict]:
-    def run(statement: str) -> None:
+def _made(name: str, statement: str) -> Provider:
+    def run() -> None:
         subprocess.run([sys.executable, "-c", statement], check=True, cwd=ROOT)
 
-    measured = measure(
-        "import_time",
-        {},
-        [
-            Provider("import torch", lambda: run("import torch"), 0.0, 0.0),
-            Provider("import torch, clvp_fast", lambda: run("import torch, clvp_fast"), 0.0, 0.0),
-            Provider("import transformers' CLVP", lambda: run("from transformers import ClvpModel"), 0.0, 0.0),
-        ],
-        repeats,
-    )
     # The memory is that of other processes, which the harness cannot see.
-    return [row | {"peak_extra_bytes": None} for row in measured]
+    return Provider(name, run, 0.0, 0.0, counted={"peak_extra_bytes": None})

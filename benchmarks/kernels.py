@@ -7,34 +7,44 @@ reference; a way whose error is beyond twice that of plain torch, plus rounding,
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 
 import clvp_fast
-from benchmarks.harness import Provider, Task, measure
+from benchmarks.harness import Provider, Task, task
 
 # Inputs are rotated over this many times the size of the last-level cache.
 _CACHES = 3
 _MOST_SETS = 64
 
 
-@dataclass
+@dataclass(frozen=True)
+class Planned:
+    """A way that makes something of its own for each set of inputs, which is not timed.
+
+    plan: `arguments -> call`, and `call()` gives the result.
+    """
+
+    plan: Callable[..., Callable[[], torch.Tensor]]
+
+
+@dataclass(eq=False)
 class Case:
     """One shape of one operator.
 
     shape: for the row. inputs: `seed -> arguments`. reference: `arguments -> float64 result`. providers: by name,
-        `arguments -> result`; the first one is plain torch, the baseline of speed and error. bytes: that must move.
-        flop: that must be done. absent: by name, why a rival is not here. error: `result, expected -> number`, at most
-        `tolerance`, where the norm of the difference does not fit. repeats: how often each is timed. threads: of
-        torch, while it is measured; None: as they are.
+        `arguments -> result` or a `Planned`; the first one is plain torch, the baseline of speed and error. bytes: that
+        must move. flop: that must be done. absent: by name, why a way is not here. error: `result, expected -> number`,
+        at most `tolerance`, where the norm of the difference does not fit. extra: further numbers for the row. repeats:
+        how often each is timed. threads: of torch, while it is measured; None: as they are.
     """
 
     shape: dict
     dtype: torch.dtype
     inputs: Callable[[int], tuple]
     reference: Callable[..., torch.Tensor]
-    providers: dict[str, Callable[..., torch.Tensor]]
+    providers: dict[str, Callable[..., torch.Tensor] | Planned]
     bytes: int
     flop: int = 0
     absent: dict[str, str] = field(default_factory=dict)
@@ -50,7 +60,10 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def ours(call: Callable[..., torch.Tensor], operator: str, device: str) -> tuple[dict, dict]:
-    """`call` by our torch path, and by our kernel where it serves; and why it does not, where it does not."""
+    """`call` by our torch path, by our kernel where it serves, and on a CPU by the reference; and why one is not here.
+
+    A GPU's reference would be a loop that no graph holds, and take the time of all others.
+    """
 
     def by(name: str) -> Callable[..., torch.Tensor]:
         def run(*arguments):
@@ -59,10 +72,17 @@ def ours(call: Callable[..., torch.Tensor], operator: str, device: str) -> tuple
 
         return run
 
-    refused = clvp_fast.explain(operator, device)[0].refused.get("kernel") if device == "cuda" else "no GPU"
+    found, absent = {"clvp_fast torch": by("torch")}, {}
+    refused = clvp_fast.explain(operator, device)[0].refused.get("kernel")
     if refused:
-        return {"clvp_fast torch": by("torch")}, {"clvp_fast kernel": refused}
-    return {"clvp_fast torch": by("torch"), "clvp_fast kernel": by("kernel")}, {}
+        absent["clvp_fast kernel"] = refused
+    else:
+        found["clvp_fast kernel"] = by("kernel")
+    if device == "cpu":
+        found["clvp_fast reference"] = by("reference")
+    else:
+        absent["clvp_fast reference"] = "timed on a CPU alone"
+    return found, absent
 
 
 def _copies(arguments: tuple, device: str) -> int:
@@ -95,16 +115,48 @@ def _relative(result: torch.Tensor, expected: torch.Tensor) -> float:
     return float((result.double() - expected).norm() / expected.norm())
 
 
-def _fresh(arguments: tuple) -> tuple:
-    """Copies: some operators write their arguments."""
-    return tuple(x.clone() if isinstance(x, torch.Tensor) else x for x in arguments)
+def bound(run: Callable[..., torch.Tensor] | Planned, arguments: tuple) -> Callable[[], torch.Tensor]:
+    """`run` of these arguments, planned where it is a `Planned`."""
+    return run.plan(*arguments) if isinstance(run, Planned) else partial(run, *arguments)
 
 
-def tasks(workload: str, cases: Iterable[Case], device: str, smoke: bool = False) -> Iterator[Task]:
-    """A task a case; for a smoke test of the last one alone, timed once."""
-    for case in list(cases)[-1:] if smoke else cases:
-        repeats = 1 if smoke else case.repeats
-        yield Task(case.shape, partial(measure_case, workload, case, device, repeats))
+class _Shared:
+    """What the providers of a case share: sets of inputs, and what is right of the first.
+
+    sets: of arguments, as many as the device's cache needs. tolerance: the most that an error may be.
+    """
+
+    def __init__(self, case: Case, device: str):
+        self._case, self._expected = case, case.reference(*case.inputs(0))
+        self.sets = [case.inputs(0)]
+        self.tolerance = case.tolerance
+        if case.error is None:
+            baseline = next(iter(case.providers.values()))
+            self.tolerance = 2 * self.error(baseline) + torch.finfo(case.dtype).eps
+        self.sets += [case.inputs(seed) for seed in range(1, _copies(self.sets[0], device))]
+
+    def error(self, run: Callable[..., torch.Tensor] | Planned) -> float:
+        """How far a way's result is from what is right; its arguments, which it may write, are made anew."""
+        return (self._case.error or _relative)(bound(run, self._case.inputs(0))(), self._expected)
+
+
+@lru_cache(maxsize=1)
+def _shared(case: Case, device: str) -> _Shared:
+    return _Shared(case, device)
+
+
+def _made(case: Case, device: str, name: str) -> Provider:
+    shared, run = _shared(case, device), case.providers[name]
+    error = shared.error(run)
+    calls = [bound(run, arguments) for arguments in shared.sets]
+
+    def over_all_sets():
+        for call in calls:
+            call()
+
+    replay = captured(over_all_sets) if device == "cuda" else None
+    counted = {"captured": replay is not None}
+    return Provider(name, replay or over_all_sets, error, shared.tolerance, calls=len(calls), counted=counted)
 
 
 @contextmanager
@@ -112,44 +164,28 @@ def _threads(number: int | None) -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(number or before)
     try:
-        yield
+        with torch.no_grad():
+            yield
     finally:
         torch.set_num_threads(before)
 
 
-def measure_case(workload: str, case: Case, device: str, repeats: int = 30) -> list[dict]:
-    """Rows of one case: every provider that passed the gate, in turns, on inputs that are not in the cache."""
-    with _threads(case.threads), torch.no_grad():
-        return _measure_case(workload, case, device, repeats)
+def tasks(workload: str, cases: Iterable[Case], device: str, smoke: bool = False) -> Iterator[Task]:
+    """A task a case; for a smoke test timed once."""
+    for case in cases:
+        yield task_of(workload, case, device, 1 if smoke else case.repeats)
 
 
-def _measure_case(workload: str, case: Case, device: str, repeats: int) -> list[dict]:
-    sets = [case.inputs(0)]
-    expected = case.reference(*_fresh(sets[0]))
-    error = case.error or _relative
-    errors = {name: error(run(*_fresh(sets[0])), expected) for name, run in case.providers.items()}
-    rounding = torch.finfo(case.dtype).eps
-    tolerance = case.tolerance if case.error else 2 * next(iter(errors.values())) + rounding
-    del expected
-    sets += [case.inputs(seed) for seed in range(1, _copies(sets[0], device))]
-    providers, replayed = [], {}
-    for name, run in case.providers.items():
-
-        def over_all_sets(run=run):
-            for arguments in sets:
-                run(*arguments)
-
-        replay = captured(over_all_sets) if device == "cuda" else None
-        replayed[name] = replay is not None
-        providers.append(Provider(name, replay or over_all_sets, errors[name], tolerance, calls=len(sets)))
+def task_of(workload: str, case: Case, device: str, repeats: int) -> Task:
+    """A case as a task: every provider that passed the gate, in turns, on inputs that are not in the cache."""
     counted = {"bytes": case.bytes} | ({"flop": case.flop} if case.flop else {}) | case.extra
-    rows = measure(
+    return task(
         workload,
         case.shape,
-        providers,
+        {name: partial(_made, case, device, name) for name in case.providers},
         repeats,
+        case.absent,
+        partial(_threads, case.threads),
         **counted,
         dtype=name_of(case.dtype),
-        absent=case.absent,
     )
-    return [row | {"captured": replayed[row["provider"]]} for row in rows]

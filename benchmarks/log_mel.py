@@ -11,7 +11,6 @@ A rival that cannot be had is named in the rows, with the reason: `pip install t
 import math
 from collections.abc import Callable, Iterator
 from functools import cache
-from importlib import import_module
 
 import numpy as np
 import torch
@@ -19,13 +18,14 @@ from transformers.audio_utils import mel_filter_bank, window_function
 
 import clvp_fast
 from benchmarks.harness import Task
-from benchmarks.kernels import Case, tasks as tasks_of
+from benchmarks.kernels import Case, Planned, tasks as tasks_of
+from benchmarks.rivals import asrfront_mel, mel_spectrogram
 from clvp_fast import ClvpFeatureExtractor
 from clvp_fast.ops import log_mel
 from clvp_fast.ops.log_mel import reference as log_mel_reference
 
 RATE, SECONDS, N_FFT, HOP, NUM_MELS, FLOOR = 22050, 6, 1024, 256, 80, 1e-5
-CLIPS = {"cpu": (64, 1, 16, 256), "cuda": (1024, 1, 64, 4096)}
+CLIPS = {"cpu": (64, 1, 16, 256), "cuda": (1024, 1, 64, 4096), "smoke": (3,)}
 # Transformers' extractor takes clip by clip: its time at other sizes is known.
 _EXTRACTORS_UP_TO = 64
 _TOLERANCE = 1e-4
@@ -99,22 +99,26 @@ def _mel_spectrograms(settings: dict, device: str) -> tuple[dict, dict]:
     norms = settings["mel_norms"][:, None]
     options = {"sample_rate": RATE, "n_fft": N_FFT, "hop_length": HOP, "n_mels": NUM_MELS}
     options |= {"f_max": 8000.0, "norm": "slaney", "mel_scale": "htk"}
-    providers, absent = {}, {}
 
-    def normalised(transform):
-        return lambda samples: transform(samples).clamp(min=FLOOR).log() / norms
+    def alone(module: str) -> Planned:
+        def plan(samples):
+            transform = mel_spectrogram.transform(module, device, **options)
+            return lambda: transform(samples)
 
-    for name in ("torchaudio.transforms", "flashmel") if device == "cuda" else ("torchaudio.transforms",):
-        try:
-            transform = import_module(name).MelSpectrogram(**options).to(device)
-            transform(torch.zeros(1, 4 * N_FFT, device=device))
-        except Exception as error:  # whatever keeps a rival from running here, its row says
-            absent[name] = f"{type(error).__name__}: {error}"
-            continue
-        providers[f"{name}, log, norms"] = normalised(transform)
-        if name == "flashmel":
-            providers["flashmel, no log, no norms"] = transform
-    return providers, absent
+        return Planned(plan)
+
+    def normalised(module: str) -> Planned:
+        def plan(samples):
+            mel = alone(module).plan(samples)
+            return lambda: mel().clamp(min=FLOOR).log() / norms
+
+        return Planned(plan)
+
+    providers = {"torchaudio, log, norms": normalised("torchaudio.transforms")}
+    flashmel = {"flashmel, log, norms": normalised("flashmel"), "flashmel, no log, no norms": alone("flashmel")}
+    if device == "cuda":
+        return providers | flashmel, {}
+    return providers, dict.fromkeys(flashmel, "for a GPU")
 
 
 def _extractors() -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
@@ -183,7 +187,7 @@ def _counted(clips: int, frames: int, time: int, settings: dict) -> dict:
 
 
 def asrfront_case(clips: int, threads: int | None = None) -> Case:
-    """The features of Gemma 4, the one configuration of asrfront with a transform that our kernel has.
+    """The features of Gemma 4, as asrfront computes them.
 
     As many frames of the same length, hop, transform and channels for both, with 0.001 under the logarithm; asrfront's
     are of the magnitude instead of the power, with zeros before the first sample and no norms, and lie `[clips, frames,
@@ -211,14 +215,7 @@ def asrfront_case(clips: int, threads: int | None = None) -> Case:
     kernel, absent = _ours(settings, "cpu")
     providers = {"torch.stft, matmul, log": _stft(settings)} | kernel
     providers = {name: lambda samples, run=run: run(samples[:, :used]) for name, run in providers.items()}
-    try:
-        from asrfront import gemma4
-    except ImportError as error:
-        absent["asrfront"] = f"{type(error).__name__}: {error}"
-    else:
-        providers["asrfront"] = lambda samples: torch.from_numpy(
-            gemma4.log_mel_batch(samples.numpy(), torch.get_num_threads())[0]
-        )
+    providers["asrfront"] = asrfront_mel.gemma4
     return Case(
         shape=dict(
             clips=clips,
@@ -241,14 +238,15 @@ def asrfront_case(clips: int, threads: int | None = None) -> Case:
     )
 
 
-def cases(device: str) -> Iterator[Case]:
+def cases(device: str, smoke: bool = False) -> Iterator[Case]:
+    clips_of = CLIPS["smoke" if smoke else device]
     counts = (torch.get_num_threads(),) if device == "cuda" else sorted({1, torch.get_num_threads()}, reverse=True)
     for threads in counts:
-        for clips in CLIPS[device]:
+        for clips in clips_of:
             yield clvp_case(clips, device, threads)
         if device == "cpu":
-            yield asrfront_case(CLIPS["cpu"][0], threads)
+            yield asrfront_case(clips_of[0], threads)
 
 
 def tasks(device: str, smoke: bool = False) -> Iterator[Task]:
-    return tasks_of("log_mel", cases(device), device, smoke)
+    return tasks_of("log_mel", cases(device, smoke), device, smoke)

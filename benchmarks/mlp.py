@@ -9,14 +9,14 @@ from benchmarks.kernels import Case, name_of, ours
 
 
 def cases(
-    call: Callable, rival: Callable, operator: str, device: str, rows_of: dict, widths: tuple[int, int, int]
+    call: Callable, rival: Callable, operator: str, device: str, counts: tuple[int, ...], widths: tuple[int, int, int]
 ) -> Iterator[Case]:
     """`call(x, w_in, b_in, w_out, b_out, residual)` by ours and by `rival`, compiled.
 
-    rows_of: how many rows, by device. widths: of the model, of the first product's result, of the second's operand.
+    counts: of rows. widths: of the model, of the first product's result, of the second's operand.
     """
     width, hidden, inner = widths
-    for num_rows in rows_of[device]:
+    for num_rows in counts:
         for dtype in (torch.bfloat16,) if device == "cuda" else (torch.float32, torch.bfloat16):
 
             def inputs(seed, num_rows=num_rows, dtype=dtype):

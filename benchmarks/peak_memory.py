@@ -11,7 +11,8 @@ import sys
 
 import torch
 
-from benchmarks.harness import ROOT, process_memory
+from benchmarks.harness import ROOT
+from benchmarks.machine import process_memory
 
 
 def peak_memory(tier: str, device: str, shape: dict, smoke: bool) -> dict[str, int]:

@@ -7,12 +7,12 @@ some tokens, and its head, so that the draws have about the spread of a trained 
 
 import copy
 import dataclasses
-from collections.abc import Iterable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache, partial
 
 import torch
 
-from benchmarks.harness import Provider, Task, measure
+from benchmarks.harness import Provider, Task, task
 from clvp_fast import ClvpDecoderConfig, ClvpForCausalLM
 from clvp_fast.engine.decoder import PagedDecoder
 from clvp_fast.engine.products import Int8Linear
@@ -161,38 +161,44 @@ def divergence(found: Iterable[torch.Tensor], exact: Iterable[torch.Tensor]) -> 
 
 def tasks(device: str, smoke: bool = False) -> Iterator[Task]:
     shape = SMOKE if smoke else SHAPES[device]
-    yield Task(vars(shape), partial(rows, device, shape, 1 if smoke else 5))
+    exact = cache(partial(Exact, device, shape))
+    makers = {tier.name: partial(_made, exact, tier) for tier in TIERS}
+    yield task("precision", vars(shape), makers, 1 if smoke else 5, around=torch.no_grad)
+
+
+class Exact:
+    """A model, the tokens that its float64 copy draws, and that copy's logits behind them."""
+
+    def __init__(self, device: str, shape: Shape):
+        self.shape, self.model = shape, random_model(shape, device)
+        exact_model = copy.deepcopy(self.model).double()
+        self.tokens = drawn(exact_model, shape)
+        self._logits = {(FP64, None): list(logits_along(exact_model, shape, FLOAT64, self.tokens))}
+
+    def logits(self, dtype: torch.dtype, copies: torch.dtype | None) -> list[torch.Tensor]:
+        """In float64, a step at a time, weights and prompt rounded to `dtype`, and the layers' weights to `copies`."""
+        if (dtype, copies) not in self._logits:
+            rounded = copy.deepcopy(self.model).to(dtype)
+            if copies is not None:
+                rounded = round_to_int8(rounded)
+            float64 = dataclasses.replace(FLOAT64, prompt=dtype)
+            self._logits[dtype, copies] = list(logits_along(rounded.double(), self.shape, float64, self.tokens))
+        return self._logits[dtype, copies]
 
 
 @torch.no_grad()
-def rows(device: str, shape: Shape, repeats: int = 5) -> list[dict]:
-    """A row a tier, timed over the last of its steps.
+def _made(exact_of: Callable[[], Exact], tier: Tier) -> Provider:
+    """A tier, timed over the last of its steps.
 
     Of a row, `error` is of the arithmetic alone, against float64 with weights and prompt rounded as the tier's are;
     `logits_error`, `kl` and `greedy` are against float64 with all as it was.
     """
-    model = random_model(shape, device)
-    exact_model = copy.deepcopy(model).double()
-    tokens = drawn(exact_model, shape)
-    exact = {(FP64, None): list(logits_along(exact_model, shape, FLOAT64, tokens))}
-    del exact_model
-    providers, told = [], {}
-    for tier in TIERS:
-        rounded = copy.deepcopy(model).to(tier.dtype)
-        rounding = tier.dtype, tier.copies
-        if rounding not in exact:
-            float64 = dataclasses.replace(FLOAT64, prompt=tier.dtype)
-            copied = copy.deepcopy(rounded)
-            if tier.copies is not None:
-                copied = round_to_int8(copied)
-            exact[rounding] = list(logits_along(copied.double(), shape, float64, tokens))
-        candidates = Candidates(rounded, shape, tier)
-        found = [candidates.step(entered, place) for place, entered in enumerate(tokens)]
-        told[tier.name] = divergence(found, exact[FP64, None])
-
-        def last_step(candidates=candidates):
-            candidates.step(tokens[-1], shape.steps - 1)
-
-        arithmetic = divergence(found, exact[rounding])["logits_error"]
-        providers.append(Provider(tier.name, last_step, arithmetic, tier.tolerance))
-    return [row | told[row["provider"]] for row in measure("precision", vars(shape), providers, repeats)]
+    exact = exact_of()
+    shape, tokens = exact.shape, exact.tokens
+    candidates = Candidates(copy.deepcopy(exact.model).to(tier.dtype), shape, tier)
+    found = [candidates.step(entered, place) for place, entered in enumerate(tokens)]
+    arithmetic = divergence(found, exact.logits(tier.dtype, tier.copies))["logits_error"]
+    last_step = partial(candidates.step, tokens[-1], shape.steps - 1)
+    return Provider(
+        tier.name, last_step, arithmetic, tier.tolerance, counted=divergence(found, exact.logits(FP64, None))
+    )

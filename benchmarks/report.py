@@ -30,10 +30,12 @@ SHAPES = {
 
 
 def newest_rows(folder: Path = RESULTS) -> list[dict]:
-    """Of each device and task the rows of its last run, in the order of the files."""
+    """Of each device and task the rows of its last run of all providers, in the order of the files."""
     newest: dict[tuple, dict[str, dict]] = {}
     for path in sorted(folder.glob("*/*.jsonl")):
         for row in stored_rows(path):
+            if row.get("chosen_providers"):
+                continue  # a part of a task, and no new run of it
             of_task = newest.setdefault((path.parent.name, *task_key(row)), {})
             if any(other["utc"] != row["utc"] for other in of_task.values()):
                 of_task.clear()

@@ -1,17 +1,22 @@
-"""Rotary attention at the encoders' scoring shape and over lengths, against rotation and torch's own attention."""
+"""Rotary attention at the encoders' scoring shape and over lengths.
+
+Rivals rotate, compiled, and attend by torch's own attention: by the backend that torch takes, and by each alone.
+"""
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
 from benchmarks.harness import Task
 from benchmarks.kernels import Case, name_of, ours, tasks as tasks_of
+from benchmarks.rivals import sdpa
 from clvp_fast.ops import rotary_attention
 
 HEADS, HEAD_DIM, ROTARY_DIM = 12, 64, 32
-GPU_SHAPES = ((256, 500), (256, 200), (16, 200), (16, 4096), (512, 60))
-CPU_SHAPES = ((16, 200),)
+# Sequences and their length.
+SHAPES = {"cpu": ((16, 200),), "cuda": ((256, 500), (256, 200), (16, 200), (16, 4096), (512, 60)), "smoke": ((2, 20),)}
 
 
 def _angles(length: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -27,14 +32,13 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
     return torch.cat((*turned, x[..., ROTARY_DIM:]), -1)
 
 
-def rotate_and_attend(packed, cos, sin):
-    q, k, v = (_rotate(x, cos, sin).transpose(1, 2) for x in packed.unbind(2))
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+def rotated(packed, cos, sin):
+    """Query, key and value `[batch, heads, length, head_dim]`."""
+    return tuple(_rotate(x, cos, sin).transpose(1, 2) for x in packed.unbind(2))
 
 
-def attend_alone(packed, cos, sin):
-    """Less work than the operator's: nothing is rotated."""
-    return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in packed.unbind(2))).transpose(1, 2)
+def rotate_and_attend(packed, cos, sin, rotate=rotated):
+    return F.scaled_dot_product_attention(*rotate(packed, cos, sin)).transpose(1, 2)
 
 
 def call(packed, cos, sin):
@@ -47,8 +51,8 @@ def reference(packed, cos, sin):
     return torch.cat([rotate_and_attend(row.double(), cos, sin) for row in packed.split(1)])
 
 
-def cases(device: str):
-    for batch, length in GPU_SHAPES if device == "cuda" else CPU_SHAPES:
+def cases(device: str, smoke: bool = False):
+    for batch, length in SHAPES["smoke" if smoke else device]:
         for dtype in (torch.bfloat16,) if device == "cuda" else (torch.float32, torch.bfloat16):
 
             def inputs(seed, batch=batch, length=length, dtype=dtype):
@@ -58,6 +62,9 @@ def cases(device: str):
                 return packed, *_angles(length, device)
 
             providers, absent = ours(call, "rotary_attention", device)
+            providers["torch, rotation and SDPA compiled"] = torch.compile(rotate_and_attend, dynamic=False)
+            one = partial(rotate_and_attend, rotate=torch.compile(rotated, dynamic=False))
+            providers |= sdpa.one_by_one(one, "rotation compiled")
             yield Case(
                 shape=dict(
                     batch=batch,
@@ -70,7 +77,7 @@ def cases(device: str):
                 dtype=dtype,
                 inputs=inputs,
                 reference=reference,
-                providers=providers | {"rotate, then SDPA, compiled": torch.compile(rotate_and_attend, dynamic=False)},
+                providers=providers,
                 bytes=4 * batch * length * HEADS * HEAD_DIM * dtype.itemsize,
                 flop=4 * batch * HEADS * length * length * HEAD_DIM,
                 absent=absent,
@@ -78,4 +85,4 @@ def cases(device: str):
 
 
 def tasks(device: str, smoke: bool = False) -> Iterator[Task]:
-    return tasks_of("rotary_attention", cases(device), device, smoke)
+    return tasks_of("rotary_attention", cases(device, smoke), device, smoke)

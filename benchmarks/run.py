@@ -10,6 +10,7 @@ import shlex
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from benchmarks.harness import (
     with_context,
     write_rows,
 )
+from benchmarks.providers import GROUPS, only, parsed
 from clvp_fast.cli.parser import add_bench_arguments
 
 # What each measures; the most important first, for a run that ends early.
@@ -56,18 +58,22 @@ class Outcome:
     """What a run has measured.
 
     rows: as they were written. failed: the shapes of which a provider gave a wrong result, or which could not be
-        measured. left: those for which there was no time. folder: where the rows are.
+        measured. left: those for which there was no time. without: those that none of the chosen providers does.
+        folder: where the rows are.
     """
 
     rows: list[dict] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
     left: list[str] = field(default_factory=list)
+    without: list[str] = field(default_factory=list)
     folder: str | None = None
 
     def sentences(self) -> list[str]:
         found = [f"wrong or failed: {'; '.join(self.failed)}"] if self.failed else []
         if self.left:
             found.append(f"{len(self.left)} shapes are left for another run with --resume: {'; '.join(self.left)}")
+        if self.without:
+            found.append(f"not measured, for none of the providers asked for does it here: {'; '.join(self.without)}")
         return found
 
 
@@ -96,7 +102,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def listed() -> str:
-    return "\n".join(f"{name:<18} {what}" for name, what in WORKLOADS.items())
+    workloads = [f"{name:<18} {what}" for name, what in WORKLOADS.items()]
+    groups = [f"{name:<18} {what}" for name, what in GROUPS.items()]
+    return "\n".join([*workloads, "", "of --providers:", *groups])
 
 
 def measure(arguments: argparse.Namespace, command: str) -> Outcome:
@@ -106,19 +114,21 @@ def measure(arguments: argparse.Namespace, command: str) -> Outcome:
         raise ValueError(f"no workload {', '.join(unknown)}: there are {', '.join(WORKLOADS)}")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda needs an NVIDIA GPU and a torch that sees it; leave it out to measure the CPU")
-    if not arguments.smoke:
-        return _measure(arguments, Path(arguments.results or RESULTS), command)
-    with tempfile.TemporaryDirectory() as scratch:
-        return replace(_measure(arguments, Path(scratch), command), folder=None)
+    chosen = parsed(arguments.providers) if arguments.providers is not None else None
+    with only(chosen):
+        if not arguments.smoke:
+            return _measure(arguments, Path(arguments.results or RESULTS), command, chosen)
+        with tempfile.TemporaryDirectory() as scratch:
+            return replace(_measure(arguments, Path(scratch), command, chosen), folder=None)
 
 
-def _measure(arguments: argparse.Namespace, results: Path, command: str) -> Outcome:
+def _measure(arguments: argparse.Namespace, results: Path, command: str, chosen: tuple[str, ...] | None) -> Outcome:
     begin = time.monotonic()
     machine = Machine.measure(arguments.device, arguments.smoke)
     folder = folder_of(machine, arguments.device, results)
-    require_writable(folder)
+    require_writable(folder, arguments.workload or WORKLOADS)
     print(f"{machine.name}, {machine.threads} threads, torch {torch.__version__}", flush=True)
-    known = measured_tasks(folder) if arguments.resume else set()
+    known = measured_tasks(folder, chosen) if arguments.resume else set()
     outcome = Outcome(folder=str(folder))
     for workload in arguments.workload or WORKLOADS:
         module = importlib.import_module(f"benchmarks.{workload}")
@@ -130,10 +140,13 @@ def _measure(arguments: argparse.Namespace, results: Path, command: str) -> Outc
                 outcome.left.append(name)
                 continue
             try:
-                rows = with_context(task.rows(), machine, command)
+                rows = with_context(task.rows(), machine, command, chosen)
             except (RuntimeError, ValueError) as error:  # this shape; the others are measured
                 print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
                 outcome.failed.append(name)
+                continue
+            if not rows:
+                outcome.without.append(name)
                 continue
             write_rows(rows, folder)
             outcome.rows += rows
@@ -141,12 +154,15 @@ def _measure(arguments: argparse.Namespace, results: Path, command: str) -> Outc
     return outcome
 
 
-def require_writable(folder: Path) -> None:
-    """Raise `ValueError` where rows could not be written, before anything is measured."""
+def require_writable(folder: Path, workloads: Iterable[str]) -> None:
+    """Raise `ValueError` where rows of the workloads could not be written, before anything is measured."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
+        for path in (folder / f"{workload}.jsonl" for workload in workloads):
+            if path.exists():
+                path.open("a").close()
     except OSError as error:
         raise ValueError(f"{folder} cannot be written ({error}): choose another place with --results") from error
 

@@ -16,7 +16,7 @@ from clvp_fast.ops import sample
 from clvp_fast.ops.sampling import reference as sample_reference
 
 VOCABULARY, TOKENS_SO_FAR = 8194, 200
-CANDIDATES = {"cpu": (16,), "cuda": (256, 16)}
+CANDIDATES = {"cpu": (16,), "cuda": (256, 16), "smoke": (3,)}
 # Tortoise's own settings.
 TEMPERATURE, TOP_P, PENALTY = 0.8, 0.8, 2.0
 
@@ -75,8 +75,8 @@ def forbidden(tokens, expected) -> float:
     return float(1 - expected[:, 1:].gather(1, tokens[:, None]).mean())
 
 
-def cases(device: str):
-    for candidates in CANDIDATES[device]:
+def cases(device: str, smoke: bool = False):
+    for candidates in CANDIDATES["smoke" if smoke else device]:
         providers, absent = ours(call, "sample", device)
         yield Case(
             shape=dict(candidates=candidates, vocabulary=VOCABULARY, temperature=TEMPERATURE, top_p=TOP_P),
@@ -91,4 +91,4 @@ def cases(device: str):
 
 
 def tasks(device: str, smoke: bool = False) -> Iterator[Task]:
-    return tasks_of("sample", cases(device), device, smoke)
+    return tasks_of("sample", cases(device, smoke), device, smoke)

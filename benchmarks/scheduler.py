@@ -9,7 +9,7 @@ from functools import partial
 
 import numpy as np
 
-from benchmarks.harness import Provider, Task, measure
+from benchmarks.harness import Provider, Task, task
 from clvp_fast.engine.scheduler import Scheduler
 
 PAGE_SIZE, MAX_NEW_TOKENS, PROMPT = 16, 500, 60
@@ -77,20 +77,18 @@ class NullEngine:
 def tasks(device: str, smoke: bool = False) -> Iterator[Task]:
     for case in CASES[-1:] if smoke else CASES:
         shape = vars(case) | dict(page=PAGE_SIZE, prompt=PROMPT, new_tokens=MAX_NEW_TOKENS)
-        yield Task(shape, partial(rows, case, shape, 1 if smoke else 5))
+        makers = {f"scheduler, lag {lag}": partial(_made, case, lag) for lag in (0, 1)}
+        yield task("scheduler", shape, makers, 1 if smoke else 5)
 
 
-def rows(case: Case, shape: dict, repeats: int) -> list[dict]:
+def _made(case: Case, lag: int) -> Provider:
     """Of a row, `slow_step_seconds` is the 99 % quantile of a step; `late_over_early` is told by `growth`."""
-    providers, found = [], {}
-    for lag in (0, 1):
-        engine = NullEngine(case, lag)
-        steps = engine.run()
-        told = {"slow_step_seconds": float(np.quantile(steps, 0.99)), "late_over_early": growth(steps)}
-        found[f"scheduler, lag {lag}"] = {name: value for name, value in told.items() if value is not None}
-        run = partial(lambda *arguments: NullEngine(*arguments).run(), case, lag)
-        providers.append(Provider(f"scheduler, lag {lag}", run, engine.wrong(), 0, len(steps)))
-    return [row | found[row["provider"]] for row in measure("scheduler", shape, providers, repeats)]
+    engine = NullEngine(case, lag)
+    steps = engine.run()
+    told = {"slow_step_seconds": float(np.quantile(steps, 0.99)), "late_over_early": growth(steps)}
+    told = {name: value for name, value in told.items() if value is not None}
+    run = partial(lambda *arguments: NullEngine(*arguments).run(), case, lag)
+    return Provider(f"scheduler, lag {lag}", run, engine.wrong(), 0, len(steps), told)
 
 
 def growth(seconds: list[float]) -> float | None:

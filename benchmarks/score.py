@@ -5,12 +5,12 @@ each at its own ("trimmed": other embeddings, judged against transformers' of on
 """
 
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
 
-from benchmarks.harness import Provider, Task, measure
+from benchmarks.harness import Provider, Task, task
 from benchmarks.kernels import name_of
 from benchmarks.models import our_model, stock_model
 from clvp_fast.engine.ranking import Ranker
@@ -27,7 +27,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 
 def tasks(device: str, smoke: bool = False) -> Iterator[Task]:
     for shape in SMOKE if smoke else SHAPES[device]:
-        yield Task(shape, partial(rows, device, shape, smoke))
+        yield _task(device, shape, smoke)
 
 
 def make_codes(shape: dict) -> list[torch.Tensor]:
@@ -37,56 +37,59 @@ def make_codes(shape: dict) -> list[torch.Tensor]:
     return [torch.randint(0, 8192, (length,), generator=generator) for length in lengths.tolist()]
 
 
-def rows(device: str, shape: dict, smoke: bool) -> list[dict]:
-    codes = make_codes(shape)
-    tokens = {"trimmed": sum(map(len, codes))}
-    tokens["padded"] = shape["candidates"] * shape.get("padded_to", shape["length"])
-    stock = stock_model(device, smoke=smoke)
-    with torch.no_grad():
-        batch = _padded(stock, codes, shape).to(device)
-        expected = {"padded": _normalised(stock.speech_encoder_model(input_ids=batch).embeds)}
-        alone = [stock.speech_encoder_model(input_ids=row[None].to(device)).embeds for row in codes]
-        expected["trimmed"] = _normalised(torch.cat(alone))
-        providers = [
-            provider
-            for name, dtype, mode, run in _runs(device, shape, smoke, codes, batch)
-            for provider in [_provider(name, dtype, mode, run, expected, our_model(device, smoke=smoke), tokens)]
-        ]
-    return measure("score", shape, providers, 1 if smoke else 3 if "padded_to" in shape else 5)
+def _task(device: str, shape: dict, smoke: bool) -> Task:
+    shared = cache(partial(Shared, device, shape, smoke))
+    makers = {name: partial(_made, shared, name, *way) for name, *way in _ways(device, shape, smoke)}
+    return task("score", shape, makers, 1 if smoke else 3 if "padded_to" in shape else 5)
 
 
-def _runs(device: str, shape: dict, smoke: bool, codes, batch) -> Iterator[tuple[str, torch.dtype, str, Callable]]:
-    """Name, dtype, mode and run of every provider."""
+class Shared:
+    """The candidates of a shape, and what is right of them.
 
-    def encode(encoder):
-        return lambda: encoder(input_ids=batch).embeds
-
-    stock_dtypes = (torch.float32,) if device == "cpu" else (torch.float32, torch.bfloat16)
-    for dtype in stock_dtypes:
-        model = stock_model(device, dtype, smoke)
-        yield f"transformers {name_of(dtype)}", dtype, "padded", encode(model.speech_encoder_model)
-    for dtype in TOLERANCE:
-        model = our_model(device, dtype, smoke)
-        yield f"clvp_fast {name_of(dtype)}", dtype, "padded", encode(model.speech_encoder_model)
-        ranker = Ranker(model)
-        for mode in ("padded", "trimmed") if "padded_to" in shape else ("trimmed",):
-
-            def rank(ranker=ranker, mode=mode):
-                return ranker.rank(TEXT, codes, mode, shape.get("padded_to", shape["length"]) + 1).speech_embeds
-
-            yield f"clvp_fast engine, {mode}, {name_of(dtype)}", dtype, mode, rank
-
-
-def _provider(name, dtype, mode, run, expected, model, tokens) -> Provider:
-    error = float((_normalised(run()) - expected[mode]).norm() / expected[mode].norm())
-    parameters = sum(p.numel() for layer in model.speech_encoder_model.layers for p in layer.parameters())
-    counted = {"dtype": name_of(dtype), "flop": 2 * parameters * tokens[mode], "encoded_tokens": tokens[mode]}
+    tokens: that are encoded, by mode. expected: by mode, transformers' embeddings in float32, normalised.
+    """
 
     @torch.no_grad()
-    def timed():
-        return run()
+    def __init__(self, device: str, shape: dict, smoke: bool):
+        self.codes = make_codes(shape)
+        self.tokens = {"trimmed": sum(map(len, self.codes))}
+        self.tokens["padded"] = shape["candidates"] * shape.get("padded_to", shape["length"])
+        stock = stock_model(device, smoke=smoke)
+        self.batch = _padded(stock, self.codes, shape).to(device)
+        self.expected = {"padded": _normalised(stock.speech_encoder_model(input_ids=self.batch).embeds)}
+        alone = [stock.speech_encoder_model(input_ids=row[None].to(device)).embeds for row in self.codes]
+        self.expected["trimmed"] = _normalised(torch.cat(alone))
+        layers = our_model(device, smoke=smoke).speech_encoder_model.layers
+        self.parameters = sum(p.numel() for p in layers.parameters())
 
-    return Provider(name, timed, error, TOLERANCE[dtype], counted=counted)
+
+def _ways(device: str, shape: dict, smoke: bool) -> Iterator[tuple[str, torch.dtype, str, Callable]]:
+    """Name, dtype, mode of every provider, and `Shared -> embeddings`, which is made when the provider is."""
+
+    def encode(model_of: Callable, dtype: torch.dtype) -> Callable:
+        return lambda shared: model_of(device, dtype, smoke).speech_encoder_model(input_ids=shared.batch).embeds
+
+    def rank(dtype: torch.dtype, mode: str) -> Callable:
+        ranker = cache(lambda: Ranker(our_model(device, dtype, smoke)))
+        longest = shape.get("padded_to", shape["length"]) + 1
+        return lambda shared: ranker().rank(TEXT, shared.codes, mode, longest).speech_embeds
+
+    for dtype in (torch.float32,) if device == "cpu" else (torch.float32, torch.bfloat16):
+        yield f"transformers {name_of(dtype)}", dtype, "padded", encode(stock_model, dtype)
+    for dtype in TOLERANCE:
+        yield f"clvp_fast {name_of(dtype)}", dtype, "padded", encode(our_model, dtype)
+        for mode in ("padded", "trimmed") if "padded_to" in shape else ("trimmed",):
+            yield f"clvp_fast engine, {mode}, {name_of(dtype)}", dtype, mode, rank(dtype, mode)
+
+
+@torch.no_grad()
+def _made(shared: Callable[[], Shared], name: str, dtype: torch.dtype, mode: str, way: Callable) -> Provider:
+    common = shared()
+    run = partial(way, common)
+    error = float((_normalised(run()) - common.expected[mode]).norm() / common.expected[mode].norm())
+    tokens = common.tokens[mode]
+    counted = {"dtype": name_of(dtype), "flop": 2 * common.parameters * tokens, "encoded_tokens": tokens}
+    return Provider(name, torch.no_grad()(run), error, TOLERANCE[dtype], counted=counted)
 
 
 def _padded(stock, codes: list[torch.Tensor], shape: dict) -> torch.Tensor:

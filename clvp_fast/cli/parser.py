@@ -168,7 +168,12 @@ def add_bench_arguments(parser) -> None:
     """Of `clvp-fast bench` and of `python -m benchmarks.run`."""
     parser.add_argument("workload", nargs="*", metavar="NAME", help="what to measure, see --list (default: everything)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
-    parser.add_argument("--list", action="store_true", help="name the workloads, and measure nothing")
+    parser.add_argument("--list", action="store_true", help="name workloads and providers, and measure nothing")
+    parser.add_argument(
+        "--providers",
+        metavar="NAMES",
+        help="measure these alone, such as ours,torch (see --list; default: all). Documents leave such rows out",
+    )
     parser.add_argument(
         "--compare",
         nargs=2,

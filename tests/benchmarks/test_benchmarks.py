@@ -80,10 +80,14 @@ def test_rows_carry_their_circumstances_and_the_newest_count(tmp_path):
     assert [(row["command"], row["provider"]) for row in report.newest_rows(tmp_path)] == [("second", "a")]
     path.write_text(path.read_text()[:-20])  # killed while it wrote
     assert [row["command"] for row in harness.stored_rows(tmp_path / "cpu")] == ["first", "first"]
+    # What is written behind it begins a line of its own.
+    harness.write_rows(harness.with_context(both[0][1:], machine, "third"), tmp_path / "cpu")
+    assert [row["command"] for row in harness.stored_rows(tmp_path / "cpu")] == ["first", "first", "third"]
+    assert not path.read_text().startswith("\n") and "\n\n" not in path.read_text()
 
 
 def test_a_fraction_of_the_limit_stands_in_rows_that_count(monkeypatch):
-    monkeypatch.setattr(harness, "_time", lambda run: 8.0)
+    monkeypatch.setattr(harness, "seconds_of", lambda run: 8.0)
     machine = harness.Machine("cpu name", 2, 1e10, {"float32": 1e11, "bfloat16": 4e11})
     four_times = harness.Provider("a", lambda: None, 0.0, 1e-3, calls=4)
     rows = harness.measure("w", {}, [four_times], repeats=1, bytes=5e9, flop=2e11, dtype="bfloat16")

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import compare, harness, run
+from benchmarks import compare, harness, providers, run
 from benchmarks.harness import Machine, Provider, Task, measure
 
 
@@ -61,6 +61,14 @@ def test_an_interrupted_run_keeps_its_rows_and_goes_on_behind_them(workload, tmp
     assert workload.measured == [1, 2, 0, 1, 2]
 
 
+def test_a_file_of_rows_that_cannot_be_written_is_told_before_anything_is_measured(workload, tmp_path, capsys):
+    (tmp_path / "cpu/sample.jsonl").mkdir(parents=True)
+    with pytest.raises(SystemExit):
+        run.main(["score", "sample", "--results", str(tmp_path)])
+    assert "sample.jsonl" in (said := capsys.readouterr().err) and "choose another place with --results" in said
+    assert workload.measured == [] and run.main(["score", "--results", str(tmp_path)]) == 0
+
+
 def test_what_does_not_fit_into_the_time_is_left_and_named(workload, tmp_path, capsys):
     assert run.main(["score", "--results", str(tmp_path), "--seconds", "0"]) == 0
     assert workload.measured == [] and "3 shapes are left for another run with --resume: score n=0; " in (
@@ -80,15 +88,19 @@ def test_every_workload_is_a_module_with_tasks():
         assert "\ndef tasks(device: str, smoke: bool = False) -> Iterator[Task]:" in path.read_text(), name
 
 
-def test_the_list_names_every_workload(capsys):
+def test_the_list_names_every_workload_and_group(capsys):
     assert run.main(["--list"]) == 0
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(run.WORKLOADS)
+    workloads, groups = capsys.readouterr().out.split("\n\nof --providers:\n")
+    assert [line.split()[0] for line in workloads.splitlines()] == list(run.WORKLOADS)
+    assert [line.split()[0] for line in groups.splitlines()] == list(providers.GROUPS)
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["nonsense"], "no workload nonsense: there are generate, decode_step, score, "),
+        (["score", "--providers", "ours,theirs"], "no provider theirs: there are ours, torch, sdpa, transformers, "),
+        (["score", "--providers", ","], "--providers names none: there are ours, torch, "),
         (["--compare", "nowhere", "nothing"], "nowhere is no file or folder of rows, and "),
         (["score", "--results", "/proc/nowhere"], "/proc/nowhere/cpu cannot be written ("),
         (["score", "--results", __file__], "cannot be written"),

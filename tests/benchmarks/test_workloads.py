@@ -1,8 +1,5 @@
 """Every benchmark of an operator runs, at small shapes, and each of its providers passes the gate."""
 
-import sys
-
-import numpy as np
 import pytest
 import torch
 
@@ -14,7 +11,6 @@ from benchmarks import (
     gelu_mlp,
     generate,
     kernels,
-    log_mel,
     paged_attention,
     precision,
     rotary_attention,
@@ -24,161 +20,51 @@ from benchmarks import (
     tiers,
 )
 from benchmarks.harness import all_rows
+from benchmarks.providers import Absent
 from clvp_fast import SamplingParams
 
-SMALL = [
-    (rotary_attention, "CPU_SHAPES", ((2, 20),), 2),
-    (geglu_mlp, "ROWS", {"cpu": (3,)}, 2),
-    (gelu_mlp, "ROWS", {"cpu": (3,)}, 2),
-    (add_norm, "SHAPES", {"cpu": (("rms", 3, 40), ("layer", 3, 40))}, 4),
-    (paged_attention, "SHAPES", {"cpu": ((4, 2, 20, 0, 33),)}, 1),
-    (sample, "CANDIDATES", {"cpu": (3,)}, 1),
+OURS = {"clvp_fast torch", "clvp_fast reference"}
+# Module, tasks of a smoke test, rivals that a CPU has, and what it has not.
+OPERATORS = [
+    (
+        rotary_attention,
+        2,
+        {"torch, rotation and SDPA compiled", "SDPA math, rotation compiled", "SDPA flash, rotation compiled"},
+        {"clvp_fast kernel", "SDPA efficient, rotation compiled", "SDPA cudnn, rotation compiled"},
+    ),
+    (geglu_mlp, 2, {"torch, compiled"}, {"clvp_fast kernel"}),
+    (gelu_mlp, 2, {"torch, compiled"}, {"clvp_fast kernel"}),
+    (add_norm, 4, {"torch, compiled"}, {"clvp_fast kernel"}),
+    (
+        paged_attention,
+        1,
+        {"clvp_fast kernel", "SDPA over dense keys", "SDPA math, dense keys", "SDPA flash, dense keys"},
+        {"SDPA efficient, dense keys", "SDPA cudnn, dense keys", *paged_attention.FLASHINFER},
+    ),
+    (sample, 1, {"transformers' processors"}, {"clvp_fast kernel"}),
 ]
 
 
 @pytest.mark.parametrize(
-    ("module", "name", "shapes", "cases"), SMALL, ids=[module.__name__.split(".")[1] for module, *_ in SMALL]
+    ("module", "tasks", "here", "absent"), OPERATORS, ids=[module.__name__.split(".")[1] for module, *_ in OPERATORS]
 )
-def test_providers_agree(module, name, shapes, cases, monkeypatch):
-    monkeypatch.setattr(module, name, shapes)
+def test_providers_agree(module, tasks, here, absent, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda run, **options: run)
-    rows = all_rows(module, "cpu")
-    assert len(rows) == 2 * cases and not [row for row in rows if row["seconds"] is None]
-    assert all(row["bytes"] > 0 and row["absent"] == {"clvp_fast kernel": "no GPU"} for row in rows)
+    rows = all_rows(module, "cpu", smoke=True)
+    assert {row["provider"] for row in rows} == OURS | here and len(rows) == tasks * len(OURS | here)
+    assert not [row for row in rows if row["seconds"] is None]
+    assert all(row["bytes"] > 0 and row["ratio"] and set(row["absent"]) == absent for row in rows)
+    assert {why for row in rows for name, why in row["absent"].items() if name != "clvp_fast kernel"} <= {"for a GPU"}
 
 
 def test_a_provider_that_is_off_is_refused(monkeypatch):
-    monkeypatch.setattr(add_norm, "SHAPES", {"cpu": (("layer", 3, 40),)})
-    case = next(add_norm.cases("cpu"))
+    monkeypatch.setattr(add_norm, "SHAPES", {"smoke": (("layer", 3, 40),)})
+    case = next(add_norm.cases("cpu", smoke=True))
     case.providers = {"right": case.providers["clvp_fast torch"]}
     case.providers["wrong"] = lambda *arguments: [1.01 * x for x in case.providers["right"](*arguments)]
-    wrong, right = kernels.measure_case("add_norm", case, "cpu", repeats=1)
+    wrong, right = kernels.task_of("add_norm", case, "cpu", repeats=1).rows()
     assert (wrong["provider"], right["provider"]) == ("wrong", "right")
     assert wrong["seconds"] is None and right["seconds"] is not None
-
-
-LOG_MEL = {
-    "torch.stft, matmul, log",
-    "clvp_fast torch",
-    "clvp_fast kernel",
-    "clvp_fast kernel, float64",
-    "clvp_fast extractor",
-    "transformers' extractor",
-}
-
-
-@pytest.fixture
-def short_clips(monkeypatch):
-    monkeypatch.setattr(log_mel, "SECONDS", 1)
-    monkeypatch.setattr(log_mel, "CLIPS", {"cpu": (3,)})
-    monkeypatch.setattr(log_mel, "_DISTINCT", 2)
-
-
-def asrfront_stub(off: float = 0.0):
-    """`asrfront.gemma4` by its formula, as far as the benchmark calls it, in numpy."""
-
-    def log_mel_batch(clips, threads):
-        assert threads == torch.get_num_threads()
-        padded = np.pad(clips.astype(np.float64), ((0, 0), (160, 160)))
-        framed = np.lib.stride_tricks.sliding_window_view(padded, 320, axis=1)[:, ::160][
-            :, : (clips.shape[1] - 1) // 160
-        ]
-        hann = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(320) / 320)
-        filters = log_mel.mel_filter_bank(257, 128, 0.0, 8000.0, 16000, norm=None, mel_scale="htk")
-        features = np.log(np.abs(np.fft.rfft(framed * hann, 512)) @ filters + 0.001) + off
-        return features.astype(np.float32), np.full(len(clips), framed.shape[1])
-
-    return log_mel_batch
-
-
-@pytest.mark.filterwarnings("ignore:At least one mel filter")
-def test_log_mel_providers_agree(short_clips, monkeypatch):
-    module = type(sys)("asrfront")
-    module.gemma4 = type(sys)("asrfront.gemma4")
-    module.gemma4.log_mel_batch = asrfront_stub()
-    for name in ("torchaudio", "torchaudio.transforms"):
-        monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.setitem(sys.modules, "asrfront", module)
-    before = torch.get_num_threads()
-    rows = all_rows(log_mel, "cpu")
-    assert torch.get_num_threads() == before and not [row for row in rows if row["seconds"] is None]
-    threads = {row["shape"]["threads"] for row in rows}
-    assert threads == {1, before}
-    clvp = [row for row in rows if row["shape"]["n_fft"] == 1024]
-    assert len(clvp) == len(threads) * len(LOG_MEL) and {row["provider"] for row in clvp} == LOG_MEL
-    frames, weights = 3 * (1 + 22050 // 256), 4 * np.count_nonzero(log_mel._extractor().mel_filters)
-    for row in clvp:
-        assert row["bytes"] == 4 * (3 * 22050 + 80 * frames) and row["frames"] == frames and "flop" not in row
-        assert row["fft_flop"] == frames * (2.5 * 1024 * 10 + weights)
-        assert list(row["absent"]) == ["torchaudio.transforms"]
-    gemma = [row for row in rows if row["shape"]["n_fft"] == 512]
-    kernel = {"clvp_fast kernel", "clvp_fast kernel, float64"}
-    assert {row["provider"] for row in gemma} == kernel | {"torch.stft, matmul, log", "asrfront"}
-    assert all(row["frames"] == 3 * 99 and row["absent"] == {} for row in gemma)
-
-
-@pytest.mark.filterwarnings("ignore:At least one mel filter")
-def test_a_wrong_or_absent_asrfront_is_told(short_clips, monkeypatch):
-    module = type(sys)("asrfront")
-    module.gemma4 = type(sys)("asrfront.gemma4")
-    module.gemma4.log_mel_batch = asrfront_stub(2e-4)
-    monkeypatch.setitem(sys.modules, "asrfront", module)
-    rows = kernels.measure_case("log_mel", log_mel.asrfront_case(3), "cpu", repeats=1)
-    assert [row["provider"] for row in rows if row["seconds"] is None] == ["asrfront"]
-    monkeypatch.setitem(sys.modules, "asrfront", None)
-    case = log_mel.asrfront_case(3)
-    assert "asrfront" not in case.providers and "asrfront" in case.absent["asrfront"]
-
-
-def test_the_gate_of_log_mel_sees_every_clip(short_clips):
-    case = log_mel.clvp_case(5, "cpu")
-    (samples,) = case.inputs(0)
-    expected = case.reference(samples)
-    assert samples.shape == (5, 22050) and expected.shape == (2, 80, 87)
-    assert torch.equal(samples[:2], samples[2:4]) and not torch.equal(samples[0], samples[1])
-    result = case.providers["clvp_fast torch"](samples)
-    assert case.error(result, expected) < 1e-5
-    norms = torch.tensor(log_mel._extractor().mel_norms)[:, None]
-    assert case.error((result * norms).exp(), expected) < 1e-5  # without logarithm and norms
-    wrong = [result[[0, 1, 0, 1, 1]], result * norms, (result * norms).exp() * 1.01, result[:, :, :-1], result[:, :40]]
-    wrong += [result.index_fill(0, torch.tensor([4]), x) for x in (0.0, torch.nan)]
-    for each in wrong:
-        assert not case.error(each, expected) <= case.tolerance
-
-
-def test_a_rival_that_breaks_is_told_and_one_that_runs_is_judged(short_clips, monkeypatch):
-    class Broken:
-        def __init__(self, **options):
-            raise RuntimeError("built for another torch")
-
-    class Working(torch.nn.Module):
-        """torchaudio's transform, as far as the benchmark asks for it."""
-
-        def __init__(self, **options):
-            super().__init__()
-            rest = {"sample_rate": 22050, "f_max": 8000.0, "norm": "slaney", "mel_scale": "htk", "n_mels": 80}
-            assert options == {"n_fft": 1024, "hop_length": 256} | rest
-
-        def forward(self, samples):
-            spectrum = torch.stft(samples, 1024, 256, window=torch.hann_window(1024), return_complex=True)
-            filters = torch.tensor(log_mel._extractor().mel_filters.T).float()
-            return filters @ spectrum.abs().square()
-
-    module = type(sys)("torchaudio.transforms")
-    monkeypatch.setitem(sys.modules, "torchaudio", type(sys)("torchaudio"))
-    monkeypatch.setitem(sys.modules, "torchaudio.transforms", module)
-    module.MelSpectrogram = Broken
-    assert log_mel.clvp_case(2, "cpu").absent == {"torchaudio.transforms": "RuntimeError: built for another torch"}
-    module.MelSpectrogram = Working
-    case = log_mel.clvp_case(2, "cpu")
-    (samples,) = case.inputs(0)
-    assert case.error(case.providers["torchaudio.transforms, log, norms"](samples), case.reference(samples)) < 1e-5
-
-
-def test_no_kernel_is_told(short_clips):
-    with log_mel.clvp_fast.backend("torch"):
-        case = log_mel.clvp_case(1, "cpu")
-    assert "clvp_fast kernel" in case.absent and not [name for name in case.providers if "kernel" in name]
 
 
 @pytest.fixture
@@ -205,7 +91,7 @@ def test_growth_compares_the_end_of_a_long_run_with_its_beginning():
 def test_a_scheduler_that_keeps_pages_gets_no_time(few_candidates, monkeypatch):
     monkeypatch.setattr(scheduler.Scheduler, "_forget", lambda self, request: None)
     rows = all_rows(scheduler, "cpu")
-    assert all(row["seconds"] is None and row["error"] > 0 for row in rows)
+    assert len(rows) == 4 and all(row["seconds"] is None and row["error"] > 0 for row in rows)
 
 
 @pytest.fixture
@@ -280,11 +166,13 @@ def test_generate_draws_every_token_and_tells_the_memory_of_the_engine_alone(mon
         "transformers float32",
         "clvp_fast in transformers' loop, float32",
         "clvp_fast generate(), float32",
+        "torch float32, static cache",
         "clvp_fast engine, float32",
         "clvp_fast engine, bfloat16, int8 weights",
     ]
     assert all(row["seconds"] and row["tokens"] == 3 * 5 for row in found.values())
-    for name in list(found)[3:]:
+    assert all(row["absent"] == {generate.STATIC: "for a GPU"} for row in found.values())
+    for name in list(found)[4:]:
         row = found[name]
         assert row["peak_bytes"] > row["import_bytes"] > 1e8 and row["weights_bytes"] > 1e6
         assert row["kv_bytes"] == (3 + 3) * 16 * 2 * 2 * 128 * (2 if "bfloat16" in name else 4)
@@ -345,17 +233,16 @@ def test_stored_candidates_fill_their_pages_in_every_type(stored, monkeypatch):
 def test_transformers_compiled_over_a_static_cache_is_judged_too(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda run, **options: run)
     monkeypatch.setitem(decode_step.STEPS, "cpu", 4)
-    (rival,) = decode_step._compiled_transformers("cpu", {"candidates": 3, "text_tokens": 5, "stored": 18}, True)
+    rival = decode_step._compiled_transformers("cpu", {"candidates": 3, "text_tokens": 5, "stored": 18}, True)
     assert rival.error < 1e-5 and rival.calls == 4 and rival.name.startswith(decode_step.COMPILED)
     rival.run()
     rival.run()
 
 
-def test_a_provider_that_cannot_be_had_is_named_with_the_reason():
-    providers, absent = [], {}
+def test_a_step_of_one_launch_that_cannot_serve_says_why():
     shape = {"candidates": 3, "text_tokens": 5, "stored": 18}
-    decode_step._add(providers, absent, "x", decode_step._one_launch, "cpu", shape, True, "x", False)
-    assert not providers and "no persistent decode step" in absent["x"] and absent["x"].startswith("ValueError: ")
+    with pytest.raises(Absent, match="no persistent decode step"):
+        decode_step._one_launch("x", "cpu", shape, True, False)
 
 
 def test_end_to_end_tells_where_the_time_goes(monkeypatch):

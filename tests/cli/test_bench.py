@@ -4,6 +4,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import clvp_fast
 from benchmarks import run
@@ -63,9 +64,21 @@ def test_an_interrupt_keeps_what_was_measured(cli, workload, tmp_path):
     assert len((tmp_path / "cpu/score.jsonl").read_text().splitlines()) == 1
 
 
-def test_what_cannot_be_is_told_in_a_sentence(fails, tmp_path):
+def test_what_cannot_be_is_told_in_a_sentence(fails, workload, tmp_path):
     assert fails("bench", "sing").startswith("no workload sing: there are generate, ")
     assert "is no file or folder of rows" in fails("bench", "--compare", "nowhere", "nothing")
+    assert fails("bench", "score", "--providers", "vllm").startswith("no provider vllm: there are ours, torch, sdpa, ")
+    (tmp_path / "file").write_text("")
+    assert "choose another place with --results" in fails("bench", "score", "--results", tmp_path / "file")
+    if not torch.cuda.is_available():
+        assert fails("bench", "score", "--device", "cuda").startswith("--device cuda needs an NVIDIA GPU")
+
+
+def test_providers_are_chosen(cli, workload, tmp_path):
+    outcome = cli("bench", "score", "--results", tmp_path, "--providers", "ours", "--json")
+    assert [row["chosen_providers"] for row in json.loads(outcome.out)["rows"]] == [["ours"]] * 2
+    outcome = cli("bench", "score", "--results", tmp_path, "--providers", "torch")
+    assert outcome.code == 0 and "none of the providers asked for does it here: score n=1; score n=2" in outcome.err
 
 
 def test_a_wheel_says_that_it_has_no_benchmarks(fails, tmp_path, monkeypatch):

@@ -1,0 +1,57 @@
+"""Whose way to do a workload a provider is, and which of them a run is asked for.
+
+A provider's name begins with the word of its group ("SDPA math, ..."); any other beginning is ours.
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+GROUPS = {
+    "ours": "clvp_fast: kernels, torch paths, references and the engine",
+    "torch": "what somebody who knows torch writes, compiled or captured where that is faster",
+    "sdpa": "torch's scaled_dot_product_attention, one backend at a time",
+    "transformers": "transformers' own classes, as they are and compiled over a static cache",
+    "flashinfer": "FlashInfer's decoding over pages, with and without a shared prefix",
+    "torchaudio": "torchaudio's MelSpectrogram",
+    "flashmel": "flashmel's MelSpectrogram",
+    "asrfront": "asrfront's features, on a CPU",
+}
+
+_chosen: frozenset[str] | None = None
+
+
+class Absent(Exception):
+    """Why a provider cannot be had on this machine: its row is missing, and nothing is wrong."""
+
+
+def group_of(name: str) -> str:
+    """The group, a key of `GROUPS`, of a provider's name."""
+    word = re.match(r"\w*", name)[0].lower()
+    return word if word in GROUPS else "ours"
+
+
+def parsed(words: str) -> tuple[str, ...]:
+    """Groups of `"ours,torch"`, in the order of `GROUPS`. Raises `ValueError` for one that there is not."""
+    asked = [word.strip() for word in words.split(",") if word.strip()]
+    unknown = [word for word in asked if word not in GROUPS]
+    if unknown or not asked:
+        what = f"no provider {', '.join(unknown)}" if unknown else "--providers names none"
+        raise ValueError(f"{what}: there are {', '.join(GROUPS)}")
+    return tuple(name for name in GROUPS if name in asked)
+
+
+@contextmanager
+def only(groups: Iterable[str] | None) -> Iterator[None]:
+    """Within it, providers of other groups are neither made nor timed; None: all are."""
+    global _chosen
+    before, _chosen = _chosen, None if groups is None else frozenset(groups)
+    try:
+        yield
+    finally:
+        _chosen = before
+
+
+def is_chosen(name: str) -> bool:
+    """Whether the provider called `name` is asked for."""
+    return _chosen is None or group_of(name) in _chosen
