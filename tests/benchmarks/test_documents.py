@@ -1,11 +1,12 @@
 """No number stands in the documents, and no picture, without its row."""
 
+import inspect
 import json
 import re
 
 import pytest
 
-from benchmarks import document, plots, report
+from benchmarks import conftest, document, plots, providers, report
 from benchmarks.run import WORKLOADS
 from clvp_fast.cli.parser import build_parser
 
@@ -101,7 +102,11 @@ def test_the_commands_of_the_document_are_ones(monkeypatch):
     text = report.BENCHMARKS.read_text(encoding="utf-8")
     (block,) = re.findall(r"^```sh\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
     parsed = [build_parser().parse_args(line.split()[1:]) for line in block.splitlines()]
-    assert [one.command for one in parsed] == ["bench"] * 3 and set(parsed[1].workload) <= set(WORKLOADS)
+    assert [one.command for one in parsed] == ["bench"] * 4
+    assert all(set(one.workload) <= set(WORKLOADS) for one in parsed)
+    assert providers.parsed(parsed[2].providers) == ("ours", "sdpa", "flashinfer")
+    words = re.search(r"`pytest benchmarks/(\w+)\.py --benchmark-only`, with `(--\w+)` .*`(--\w+) cuda`", text).groups()
+    assert words[0] in WORKLOADS and all(f'"{word}"' in inspect.getsource(conftest) for word in words[1:])
     for target in re.findall(r"`make ([a-z-]+)`", text):
         assert f"\n{target}:" in (report.ROOT / "Makefile").read_text(encoding="utf-8")
 
