@@ -47,8 +47,10 @@ _EXPORTS = {
         "CLVPTextModelWithProjection",
     ],
     "clvp_fast.engine.engine": ["CandidateEngine"],
+    "clvp_fast.engine.ranking": ["Ranker"],
     "clvp_fast.engine.requests": ["CandidateRequest", "CandidateResult"],
     "clvp_fast.engine.sampling_params": ["SamplingParams"],
+    "clvp_fast.engine.scoring": ["Ranking", "Scorer"],
     "clvp_fast.engine.voices": ["Voice"],
     "clvp_fast.ops.dispatch": ["backend", "explain"],
 }

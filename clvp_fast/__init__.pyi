@@ -1,8 +1,10 @@
 """What `import clvp_fast` offers, for type checkers: `__init__.py` loads these names when they are first used."""
 
 from clvp_fast.engine.engine import CandidateEngine as CandidateEngine
+from clvp_fast.engine.ranking import Ranker as Ranker
 from clvp_fast.engine.requests import CandidateRequest as CandidateRequest, CandidateResult as CandidateResult
 from clvp_fast.engine.sampling_params import SamplingParams as SamplingParams
+from clvp_fast.engine.scoring import Ranking as Ranking, Scorer as Scorer
 from clvp_fast.engine.voices import Voice as Voice
 from clvp_fast.models.clvp.accelerate import accelerate as accelerate
 from clvp_fast.models.clvp.configuration import (

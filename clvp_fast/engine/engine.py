@@ -19,6 +19,7 @@ from clvp_fast.engine.ranking import Ranker, diffusion_latents
 from clvp_fast.engine.requests import CandidateRequest, CandidateResult
 from clvp_fast.engine.runner import Runner
 from clvp_fast.engine.sampling_params import SamplingParams
+from clvp_fast.engine.scoring import Scorer, check_ranking, check_scorer
 from clvp_fast.engine.voices import Voice, VoiceCache
 from clvp_fast.models.clvp.processing import ClvpProcessor
 
@@ -61,12 +62,14 @@ class CandidateEngine:
         weight_dtype: `torch.int8` to decode with copies of the layers' weights in 8 bits, which are made here; by
             default with the model's own. docs/architecture.md tells what either changes.
         scoring: "padded", as the original scores, or "trimmed" ([`Ranker`] explains them).
+        scorer: a [`Scorer`] that ranks candidates in place of `model`'s own encoders.
         latents: keep the decoder's states of the candidates, for the `latents` of results.
         deterministic: decode at one fixed number of rows, so that in half types too the bits of a candidate cannot
             depend on the batch.
 
     Raises:
-        ValueError: a size that cannot be, or too little memory for a single candidate.
+        ValueError: a size that cannot be, too little memory for a single candidate, or `scoring` beside a `scorer`.
+        TypeError: a `scorer` that is none.
     """
 
     def __init__(
@@ -82,9 +85,16 @@ class CandidateEngine:
         page_dtype: torch.dtype | None = None,
         weight_dtype: torch.dtype | None = None,
         scoring: str = "padded",
+        scorer: Scorer | None = None,
         latents: bool = False,
         deterministic: bool = False,
     ):
+        if scorer is not None:
+            check_scorer(scorer)
+            if scoring != "padded":
+                raise ValueError(
+                    f"scoring={scoring!r} is how the model's own encoders score: leave it out with a scorer"
+                )
         self.model = model.eval()
         self.processor = processor
         self._options = dict(page_size=page_size, page_dtype=page_dtype, weight_dtype=weight_dtype, latents=latents)
@@ -94,7 +104,7 @@ class CandidateEngine:
             max_batch = CPU_BATCH
         self.memory: MemoryPlan = self._plan(max_batch)
         self.voices = VoiceCache(model, processor.feature_extractor)
-        self.ranker = Ranker(model, mode=scoring)
+        self.scorer: Scorer = Ranker(model, mode=scoring) if scorer is None else scorer
         self._loop = DecodeLoop(self._runner(), latents)
         self._pending: dict[int, _Pending] = {}
         self._lock = threading.RLock()
@@ -386,17 +396,17 @@ class CandidateEngine:
             row[: len(of_candidate)] = of_candidate
         result = CandidateResult(pending.request, codes=codes, lengths=lengths, stopped=stopped)
         try:
-            ranking = self._rank(pending.text_ids, spoken, job.sampling.max_new_tokens + 1)
+            ranking = self.scorer.score(pending.request, pending.text_ids, spoken, job.sampling.max_new_tokens)
+            check_ranking(ranking, self.scorer, len(spoken))
             result.kept = ranking.top(min(pending.keep, len(spoken))).cpu().numpy()
-            result.scores = ranking.scores.cpu().numpy()
-            result.text_embeds, result.speech_embeds = (
-                ranking.text_embeds.cpu().numpy(),
-                ranking.speech_embeds.cpu().numpy(),
+            result.scores, result.text_embeds, result.speech_embeds = (
+                None if tensor is None else tensor.float().cpu().numpy()
+                for tensor in (ranking.scores, ranking.text_embeds, ranking.speech_embeds)
             )
             if self._loop.latents:
                 kept = result.kept.tolist()
                 result.latents = {i: diffusion_latents(job.latents[i], int(lengths[i])) for i in kept}
-        except _REQUEST_ERRORS as error:
+        except Exception as error:  # a scorer may be the caller's own, and others' results must not be lost for it
             return CandidateResult(pending.request, error=error)
         ranked = time.perf_counter()
         result.timings = {
@@ -406,12 +416,3 @@ class CandidateEngine:
             "rank": ranked - decoded,
         }
         return result
-
-    def _rank(self, text_ids, codes, pad_to: int):
-        while True:
-            try:
-                return self.ranker.rank(text_ids, codes, pad_to=pad_to)
-            except torch.OutOfMemoryError:
-                if self.ranker.max_tokens <= pad_to:
-                    raise
-                self.ranker.max_tokens //= 2

@@ -1,51 +1,22 @@
 """How well candidates fit their text: scores, embeddings, the best k; and the latents for the stage that follows."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from numbers import Integral
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+from clvp_fast.engine.requests import CandidateRequest
+from clvp_fast.engine.scoring import Ranking
 from clvp_fast.models.clvp.modeling import ClvpModelForConditionalGeneration
 from clvp_fast.models.clvp.similarity import normalized
 
 MODES = ("padded", "trimmed")
 
 
-class Scorer(Protocol):
-    """What judges candidates in an engine."""
-
-    def score(self, text_ids: torch.Tensor, codes: Sequence) -> torch.Tensor:
-        """Scores `[candidates]` float32, the higher the better, of the candidates `codes` of the text `text_ids`."""
-        ...
-
-
-@dataclass(frozen=True)
-class Ranking:
-    """The candidates of one text, in the order in which they were given; on the model's device.
-
-    Args:
-        scores: `[candidates]` float32, scaled cosine similarities; -inf for an empty candidate of mode "trimmed".
-        text_embeds: `[projection_dim]` float32, of length 1.
-        speech_embeds: `[candidates, projection_dim]` float32, of length 1; zeros for an empty candidate as above.
-    """
-
-    scores: torch.Tensor
-    text_embeds: torch.Tensor
-    speech_embeds: torch.Tensor
-
-    def top(self, k: int) -> torch.Tensor:
-        """Indices `[min(k, candidates)]` int64, best first, of equal ones the earlier. NaN counts as -inf."""
-        if k < 1:
-            raise ValueError(f"k must be at least 1, not {k}")
-        return self.scores.nan_to_num(nan=-torch.inf, neginf=-torch.inf).sort(descending=True, stable=True).indices[:k]
-
-
 class Ranker:
-    """Scores candidates with the text and the speech encoder of `model`, which must be in eval mode.
+    """CLVP's [`Scorer`]: the text and the speech encoder of `model`, which must be in eval mode.
 
     Mode "padded" is what original Tortoise does, and [`ClvpModelForConditionalGeneration.generate`] with
     `pad_to_max_mel_tokens`: every candidate is filled up with stop tokens to one length, those become the codes of
@@ -55,7 +26,8 @@ class Ranker:
     Nothing here waits for the device. Embeddings are normalised, and scores computed, in float32.
 
     Args:
-        mode, pad_to: what `rank` and `score` do unless told otherwise. The default is Tortoise's length, 500 codes.
+        mode: what `rank` and `score` do, `rank` unless told otherwise.
+        pad_to: what `rank` does unless told otherwise. The default is Tortoise's length, 500 codes.
         max_tokens: how many codes go through the speech encoder at a time; a longer candidate goes alone.
     """
 
@@ -80,9 +52,16 @@ class Ranker:
             raise ValueError(f"pad_to must be at least 2, the start token and one code, not {pad_to}")
         return mode, pad_to
 
-    def score(self, text_ids: torch.Tensor, codes: Sequence) -> torch.Tensor:
-        """The [`Scorer`] of an engine: the `scores` of `rank`."""
-        return self.rank(text_ids, codes).scores
+    def score(self, request: CandidateRequest, text_ids: torch.Tensor, codes: Sequence, max_codes: int) -> Ranking:
+        """`rank` with room for `max_codes`; where memory runs out, in smaller parts from then on."""
+        pad_to = max_codes + 1
+        while True:
+            try:
+                return self.rank(text_ids, codes, pad_to=pad_to)
+            except torch.OutOfMemoryError:
+                if self.max_tokens <= pad_to:
+                    raise
+                self.max_tokens //= 2
 
     @torch.inference_mode()
     def rank(

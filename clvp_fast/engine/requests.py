@@ -76,6 +76,7 @@ class CandidateResult:
         stopped: `[num_candidates]` bool, whether a stop came before `max_new_tokens`.
         scores: `[num_candidates]` float32, of the same row of `codes`; higher is better.
         text_embeds: `[projection_dim]` float32; speech_embeds: `[num_candidates, projection_dim]` float32; normalised.
+            None of a scorer that embeds nothing.
         kept: `[keep]` int64, indices of the best candidates, the best first.
         latents: the decoder's hidden states over each kept candidate's codes, by its index; None if not asked for.
         timings: seconds of `prepare`, `queue`, `decode` and `rank`.

@@ -29,7 +29,7 @@ def test_a_result_holds_what_it_promises(parts, engine):
     assert len({row.tobytes() for row in result.codes}) == 5, "candidates differ"
     ids = torch.tensor(parts[1].tokenizer(asked.text)["input_ids"])
     codes = [row[:length] for row, length in zip(result.codes, result.lengths, strict=True)]
-    again = engine.ranker.rank(ids, codes, pad_to=21)
+    again = engine.scorer.rank(ids, codes, pad_to=21)
     assert np.array_equal(again.scores.numpy(), result.scores)
     assert np.array_equal(again.speech_embeds.numpy(), result.speech_embeds)
     assert set(result.timings) == {"prepare", "queue", "decode", "rank"} and min(result.timings.values()) >= 0
@@ -229,14 +229,14 @@ def test_memory_that_runs_out_halves_the_batch_and_loses_nothing(parts, alone, m
 
 def test_ranking_that_runs_out_of_memory_takes_smaller_parts(parts, alone, monkeypatch):
     engine = make(parts)
-    rank, most = engine.ranker.rank, engine.ranker.max_tokens
+    rank, most = engine.scorer.rank, engine.scorer.max_tokens
 
     def failing(*args, **kwargs):
-        if engine.ranker.max_tokens > most // 4:
+        if engine.scorer.max_tokens > most // 4:
             raise torch.OutOfMemoryError("no memory, says the test")
         return rank(*args, **kwargs)
 
-    monkeypatch.setattr(engine.ranker, "rank", failing)
+    monkeypatch.setattr(engine.scorer, "rank", failing)
     (result,) = engine.generate(request(2), sampling(2))
     assert_same(result, alone[2])
 

@@ -1,0 +1,75 @@
+"""What an engine needs of whatever judges its candidates: one method, and what that returns."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from clvp_fast.engine.requests import CandidateRequest
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The candidates of one text, in the order in which they were given; on any device.
+
+    Args:
+        scores: `[candidates]` floating point, the higher the better. CLVP's are float32, scaled cosine similarities,
+            and -inf for an empty candidate of mode "trimmed".
+        text_embeds: `[dim]` float32, of length 1; None of a scorer that embeds nothing, as the next.
+        speech_embeds: `[candidates, dim]` float32, of length 1; zeros for an empty candidate as above.
+    """
+
+    scores: torch.Tensor
+    text_embeds: torch.Tensor | None = None
+    speech_embeds: torch.Tensor | None = None
+
+    def top(self, k: int) -> torch.Tensor:
+        """Indices `[min(k, candidates)]` int64, best first, of equal ones the earlier. NaN counts as -inf."""
+        if k < 1:
+            raise ValueError(f"k must be at least 1, not {k}")
+        return self.scores.nan_to_num(nan=-torch.inf, neginf=-torch.inf).sort(descending=True, stable=True).indices[:k]
+
+
+class Scorer(Protocol):
+    """What judges candidates; [`CandidateEngine`] takes any object that has this method.
+
+    The engine's own is [`Ranker`], with CLVP's encoders. Another one may turn codes into sound and listen to that.
+    """
+
+    def score(
+        self, request: CandidateRequest, text_ids: torch.Tensor, codes: Sequence[np.ndarray], max_codes: int
+    ) -> Ranking:
+        """Judge all candidates of one request. Called in inference mode; what it raises fails that request alone.
+
+        Args:
+            request: the very object that was given to the engine, with the text as it was written and its `id`.
+            text_ids: `[length]` int64 on the CPU, the text as the decoder read it, without tokens around it.
+            codes: the candidates, each `[length]` int64, without start and stop token; a length may be 0.
+            max_codes: the most codes that a candidate of this request could have.
+
+        Returns:
+            A [`Ranking`] of as many scores as there are candidates.
+        """
+        ...
+
+
+def check_scorer(scorer) -> None:
+    """Raises TypeError for an object that is no [`Scorer`]."""
+    if not callable(getattr(scorer, "score", None)):
+        raise TypeError(
+            f"a scorer needs a method score(request, text_ids, codes, max_codes), and {type(scorer).__name__} has none"
+        )
+
+
+def check_ranking(ranking, scorer: Scorer, num_candidates: int) -> Ranking:
+    """`ranking`, as `scorer` returned it; TypeError or ValueError if it is none of so many candidates."""
+    name = f"{type(scorer).__name__}.score()"
+    if not isinstance(ranking, Ranking):
+        raise TypeError(f"{name} must return a clvp_fast.Ranking, not {type(ranking).__name__}")
+    scores = ranking.scores
+    if not isinstance(scores, torch.Tensor) or not scores.is_floating_point() or scores.shape != (num_candidates,):
+        found = f"{scores.dtype} {list(scores.shape)}" if isinstance(scores, torch.Tensor) else type(scores).__name__
+        raise ValueError(f"{name} must give floating point scores [{num_candidates}], one a candidate, not {found}")
+    return ranking
