@@ -114,6 +114,34 @@ class LinearCall(ctypes.Structure):
     )
 
 
+class SampleCall(ctypes.Structure):
+    """`struct clvp_fast_sample` of csrc/clvp_fast.h, which explains the fields."""
+
+    _fields_ = (
+        ("logits", c_void_p),
+        ("seen", c_void_p),
+        ("done", c_void_p),
+        ("sampled", c_void_p),
+        ("temperature", c_void_p),
+        ("top_p", c_void_p),
+        ("typical_p", c_void_p),
+        ("min_p", c_void_p),
+        ("repetition_penalty", c_void_p),
+        ("top_k", c_void_p),
+        ("seed", c_void_p),
+        ("candidate", c_void_p),
+        ("step", c_void_p),
+        ("tokens", c_void_p),
+        ("logits_stride", c_int64),
+        ("seen_stride", c_int64),
+        ("rows", c_int64),
+        ("vocab_size", c_int64),
+        ("pad_token", c_int64),
+        ("dtype", c_int32),
+        ("do_sample", c_int32),
+    )
+
+
 class DecoderLayer(ctypes.Structure):
     """`struct clvp_fast_decoder_layer` of csrc/clvp_fast.h, which explains the fields."""
 
@@ -225,6 +253,8 @@ def _loaded() -> tuple[ctypes.CDLL | None, str]:
         found.clvp_fast_paged_decode_cpu.restype = c_int
         found.clvp_fast_linear_cpu.argtypes = [POINTER(LinearCall), c_int32, c_char_p]
         found.clvp_fast_linear_cpu.restype = c_int
+        found.clvp_fast_sample_cpu.argtypes = [POINTER(SampleCall), c_int32, c_char_p]
+        found.clvp_fast_sample_cpu.restype = c_int
         found.clvp_fast_cpu_isa.argtypes = []
         found.clvp_fast_cpu_isa.restype = c_char_p
         found.clvp_fast_error.argtypes = [c_int]

@@ -110,6 +110,29 @@ static inline int clvp_fast_check_linear(const struct clvp_fast_linear *call) {
     return CLVP_FAST_OK;
 }
 
+/* CLVP_FAST_OK, or why drawing tokens is refused. */
+static inline int clvp_fast_check_sample(const struct clvp_fast_sample *call) {
+    if (call == NULL) return CLVP_FAST_NULL_POINTER;
+    if (call->dtype != CLVP_FAST_FLOAT32 && call->dtype != CLVP_FAST_BFLOAT16) return CLVP_FAST_BAD_DTYPE;
+    const int64_t most = (int64_t)1 << 28; /* So large that no product of two sizes overflows. */
+    if (call->rows < 0 || call->rows > most || call->vocab_size < 1 || call->vocab_size > most ||
+        call->logits_stride > most || call->logits_stride < -most || call->seen_stride > most ||
+        call->seen_stride < -most)
+        return CLVP_FAST_BAD_SIZE;
+    if (call->rows == 0) return CLVP_FAST_OK;
+    if (!call->logits || !call->seen || !call->done || !call->seed || !call->candidate || !call->step || !call->tokens)
+        return CLVP_FAST_NULL_POINTER;
+    if (clvp_fast_misaligned(call->logits, clvp_fast_element_size(call->dtype)) ||
+        clvp_fast_misaligned(call->seen, 4) || clvp_fast_misaligned(call->temperature, 8) ||
+        clvp_fast_misaligned(call->top_p, 8) || clvp_fast_misaligned(call->typical_p, 8) ||
+        clvp_fast_misaligned(call->min_p, 8) || clvp_fast_misaligned(call->repetition_penalty, 8) ||
+        clvp_fast_misaligned(call->top_k, 8) || clvp_fast_misaligned(call->seed, 8) ||
+        clvp_fast_misaligned(call->candidate, 8) || clvp_fast_misaligned(call->step, 8) ||
+        clvp_fast_misaligned(call->tokens, 8))
+        return CLVP_FAST_MISALIGNED;
+    return CLVP_FAST_OK;
+}
+
 /* CLVP_FAST_OK, or why a persistent decode step is refused. */
 static inline int clvp_fast_check_persistent_decode(const struct clvp_fast_persistent_decode *call) {
     if (call == NULL) return CLVP_FAST_NULL_POINTER;

@@ -121,6 +121,31 @@ struct clvp_fast_linear {
 /* Threads and instruction set as above. */
 int clvp_fast_linear_cpu(const struct clvp_fast_linear *call, int32_t num_threads, const char *isa);
 
+/* The next token of each row of logits: repetition penalty, temperature, top-k, top-p, min-p and typical-p as
+ * transformers applies them, and a draw. A row's token depends on that row alone. A row of nothing but NaN and -inf
+ * gets some token of the vocabulary. */
+struct clvp_fast_sample {
+    const void *logits; /* [rows, vocab_size] of dtype, columns at stride 1 */
+    const int32_t *
+        seen; /* [rows, ceil(vocab_size / 32)], words at stride 1: the penalty falls on the tokens whose bits are set */
+    const uint8_t *done; /* [rows], other than 0: the row gets pad_token */
+    const uint8_t
+        *sampled; /* [rows], 0: the first of the largest scores, before the temperature; null: see do_sample */
+    const double *temperature, *top_p, *typical_p, *min_p, *repetition_penalty; /* [rows]; null: left out */
+    const int64_t *top_k;                                                       /* [rows]; null: left out */
+    const int64_t *seed, *candidate,
+        *step;       /* [rows]: the draw takes Philox-4x32-10 of the key seed, at (step, candidate) */
+    int64_t *tokens; /* [rows] */
+    int64_t logits_stride, seen_stride; /* elements from one row to the next */
+    int64_t rows, vocab_size;
+    int64_t pad_token;
+    int32_t dtype; /* FLOAT32 or BFLOAT16; processed in float32 */
+    int32_t do_sample;
+};
+
+/* Threads and instruction set as above. */
+int clvp_fast_sample_cpu(const struct clvp_fast_sample *call, int32_t num_threads, const char *isa);
+
 /* One layer of the decoder: weights [out, in] of the call's dtype, contiguous, with biases [out] (null: none). */
 struct clvp_fast_decoder_layer {
     const void *input_norm_weight, *input_norm_bias; /* [hidden_size] */

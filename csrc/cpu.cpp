@@ -15,8 +15,9 @@ using clvp_fast::share_out;
 
 namespace {
 
-#define CLVP_FAST_USABLE(name, isa) \
-    {name, &CLVP_FAST_OF(log_mel, isa), &CLVP_FAST_OF(linear, isa), CLVP_FAST_OF(attend, isa)}
+#define CLVP_FAST_USABLE(name, isa)                                                            \
+    {name, &CLVP_FAST_OF(log_mel, isa), &CLVP_FAST_OF(linear, isa), CLVP_FAST_OF(attend, isa), \
+     CLVP_FAST_OF(sample, isa)}
 
 std::vector<clvp_fast_isa> usable_isas() {
     std::vector<clvp_fast_isa> usable;
@@ -26,7 +27,8 @@ std::vector<clvp_fast_isa> usable_isas() {
         __builtin_cpu_supports("avx512vl")) {
         const clvp_fast_isa avx512 = CLVP_FAST_USABLE("avx512", avx512);
         if (__builtin_cpu_supports("avx512bf16"))
-            usable.push_back({"avx512bf16", avx512.log_mel, &clvp_fast_linear_avx512bf16, avx512.attend});
+            usable.push_back(
+                {"avx512bf16", avx512.log_mel, &clvp_fast_linear_avx512bf16, avx512.attend, avx512.sample});
         usable.push_back(avx512);
     }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
@@ -136,6 +138,16 @@ CLVP_FAST_EXPORT int clvp_fast_linear_cpu(const clvp_fast_linear *call, int32_t 
     const bool done = share_out(isa->linear->items(call), num_threads, isa->linear->scratch_bytes(call), run);
     std::free(packed);
     return done ? CLVP_FAST_OK : CLVP_FAST_NO_MEMORY;
+}
+
+CLVP_FAST_EXPORT int clvp_fast_sample_cpu(const clvp_fast_sample *call, int32_t num_threads, const char *isa_name) {
+    if (const int refused = clvp_fast_check_sample(call)) return refused;
+    const clvp_fast_isa *const isa = clvp_fast_find_isa(isa_name);
+    if (!isa) return CLVP_FAST_NO_ISA;
+    if (num_threads < 1) return CLVP_FAST_BAD_SIZE;
+    const auto draw = [&](void *scratch, int64_t row) { isa->sample(call, row, scratch); };
+    const size_t scratch_bytes = 2 * sizeof(float) * ((call->vocab_size + 15) / 16 * 16);
+    return share_out(call->rows, num_threads, scratch_bytes, draw) ? CLVP_FAST_OK : CLVP_FAST_NO_MEMORY;
 }
 
 CLVP_FAST_EXPORT const char *clvp_fast_error(int code) {

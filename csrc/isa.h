@@ -33,11 +33,15 @@ struct clvp_fast_linear_isa {
     void (*run)(const struct clvp_fast_linear *call, const void *packed, int64_t item, void *scratch);
 };
 
+/* Draws the token of a row. scratch: two floats for each token of the vocabulary, which is rounded up to 16. */
+typedef void (*clvp_fast_sample_row)(const struct clvp_fast_sample *call, int64_t row, void *scratch);
+
 struct clvp_fast_isa {
     const char *name;
     const struct clvp_fast_log_mel_isa *log_mel;
     const struct clvp_fast_linear_isa *linear;
     clvp_fast_attend attend;
+    clvp_fast_sample_row sample;
 };
 
 /* The instruction set called `name`, the machine's best for null; null where the machine lacks it. */
@@ -52,7 +56,8 @@ extern const struct clvp_fast_linear_isa clvp_fast_linear_avx512bf16;
     extern const struct clvp_fast_log_mel_isa CLVP_FAST_OF(log_mel, isa);                                      \
     extern const struct clvp_fast_linear_isa CLVP_FAST_OF(linear, isa);                                        \
     void CLVP_FAST_OF(attend, isa)(const struct clvp_fast_paged_decode *call, int64_t candidate, int64_t head, \
-                                   void *scratch);
+                                   void *scratch);                                                             \
+    void CLVP_FAST_OF(sample, isa)(const struct clvp_fast_sample *call, int64_t row, void *scratch);
 CLVP_FAST_DECLARE(portable)
 #ifndef CLVP_FAST_PORTABLE_ONLY
 CLVP_FAST_DECLARE(avx2)

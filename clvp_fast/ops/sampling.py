@@ -5,11 +5,15 @@
 
 u is one uniform number of Philox-4x32-10 with the key `seed` and the counter `(step, candidate)`: a candidate's tokens
 depend on these three alone, not on the batch.
+
+The kernels sort nothing. On a GPU Triton's serves, on a CPU that of the native library of `csrc/`.
 """
+
+import ctypes
 
 import torch
 
-from clvp_fast.ops.dispatch import Operator, check_same, shape_error
+from clvp_fast.ops.dispatch import Operator, check_same, interpreted, missing_for_triton, shape_error
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
@@ -156,7 +160,54 @@ def _torch(
     return _advance(tokens, seen, lengths, done, stop_token, pad_token)
 
 
+def _native(
+    logits, seen, lengths, done, temperature, top_k, top_p, typical_p, min_p, repetition_penalty, seed, candidate, step,
+    stop_token, pad_token, do_sample, sampled,
+):  # fmt: skip
+    """csrc/sample_isa.cpp."""
+    from clvp_fast import native
+
+    count, vocab_size = logits.shape
+    logits = (logits.float() if logits.dtype == torch.float16 else logits).contiguous()
+    marks, flags = seen.contiguous(), done.contiguous()
+    tokens = logits.new_empty(count, dtype=torch.int64)
+    reals = (temperature, top_p, typical_p, min_p, repetition_penalty)
+    inputs = (
+        *(logits, marks, flags, None if sampled is None else sampled.contiguous()),
+        *(None if x is None else x.to(torch.float64).contiguous() for x in reals),
+        *(None if x is None else x.to(torch.int64).contiguous() for x in (top_k, seed, candidate, step)),
+    )
+    call = native.SampleCall(
+        *(None if x is None else x.data_ptr() for x in (*inputs, tokens)),
+        logits.stride(0),
+        marks.stride(0),
+        count,
+        vocab_size,
+        pad_token,
+        native.FLOAT32 if logits.dtype == torch.float32 else native.BFLOAT16,
+        do_sample,
+    )
+    native.check(native.library().clvp_fast_sample_cpu(ctypes.byref(call), torch.get_num_threads(), None))
+    return _advance(tokens, seen, lengths, done, stop_token, pad_token)
+
+
+def _in_native(device) -> bool:
+    """Whether the kernel on `device` is csrc/sample_isa.cpp, and not kernels/sampling.py."""
+    return device.type == "cpu" and not interpreted()
+
+
+def _missing(device):
+    if not _in_native(device):
+        return missing_for_triton(device)
+    from clvp_fast import native
+
+    return native.missing("cpu")
+
+
 def _kernel(logits, seen, lengths, done, *others):
+    if _in_native(logits.device):
+        return _native(logits, seen, lengths, done, *others)
+
     from clvp_fast.kernels import sampling
 
     tokens = logits.new_empty(logits.shape[0], dtype=torch.int64)
@@ -169,10 +220,13 @@ def _kernel(logits, seen, lengths, done, *others):
 
 
 def _unserved(logits, *others):
-    from clvp_fast.kernels.sampling import MAX_VOCAB
-
     if logits.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"logits must be float32, float16 or bfloat16, not {logits.dtype}"
+    if _in_native(logits.device):
+        return None if logits.shape[1] else "the vocabulary must have a token"
+
+    from clvp_fast.kernels.sampling import MAX_VOCAB
+
     if not 1 <= logits.shape[1] <= MAX_VOCAB:
         return f"the vocabulary must have 1 to {MAX_VOCAB} tokens, not {logits.shape[1]}"
     return None
@@ -188,6 +242,7 @@ _OPERATOR = Operator(
     fake=lambda logits, seen, lengths, *others: logits.new_empty(logits.shape[0], dtype=torch.int64),
     kernel=_kernel,
     unserved=_unserved,
+    missing=_missing,
 )
 
 # Each parameter's neutral value, which leaves its processor out, and what a number must fulfil.

@@ -1,7 +1,7 @@
-/* Random and hostile calls of log_mel (those of linear are in fuzz_linear.cpp), on a CPU and in the emulator of the
- * CUDA kernel, for the sanitizers of addresses and undefined behaviour: every array is an allocation of exactly its
- * size. A call that must be refused is, and leaves the features as they were; any other writes them all, and both
- * implementations agree. */
+/* Random and hostile calls of log_mel (those of linear and sample are in fuzz_linear.cpp and fuzz_sample.cpp), on a CPU
+ * and in the emulator of the CUDA kernel, for the sanitizers of addresses and undefined behaviour: every array is an
+ * allocation of exactly its size. A call that must be refused is, and leaves the features as they were; any other
+ * writes them all, and both implementations agree. */
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -15,6 +15,7 @@
 #include "../../csrc/clvp_fast.h"
 
 int fuzz_linear(int cases, unsigned seed);
+int fuzz_sample(int cases, unsigned seed);
 extern "C" int emulate_log_mel(const clvp_fast_log_mel *call, uint32_t seed, int64_t most_rows);
 
 #define REQUIRE(condition)                                                       \
@@ -232,7 +233,8 @@ int main(int count, char **arguments) {
         try_one();
         if (number % 8 == 0) try_half();
     }
-    if (fuzz_linear(cases, count > 2 ? atoi(arguments[2]) : 0)) return 1;
+    const unsigned seed = count > 2 ? atoi(arguments[2]) : 0;
+    if (fuzz_linear(cases, seed) || fuzz_sample(cases, seed)) return 1;
     for (int code = -50; code < 1000; ++code) REQUIRE(clvp_fast_error(code) != nullptr);
     printf("%d cases\n", cases);
 }

@@ -1,32 +1,19 @@
 """The CPU's kernel of linear, on every instruction set of this machine."""
 
-import ctypes
-
 import pytest
 import torch
 
-from clvp_fast import native
 from clvp_fast.ops.linear import _native, _reference, _torch
+from tests.kernels.isa import ABSENT, run_on
 from tests.kit import assert_within_budget, linear_operands
 
-pytestmark = pytest.mark.skipif(native.missing("cpu") is not None, reason=str(native.missing("cpu")))
+pytestmark = pytest.mark.skipif(ABSENT is not None, reason=str(ABSENT))
 
 
 @pytest.fixture(params=["avx512bf16", "avx512", "avx2", "portable"])
 def kernel(request, monkeypatch):
     """`linear`'s kernel on one instruction set."""
-    library, name = native.library(), request.param.encode()
-    if library.clvp_fast_linear_cpu(ctypes.byref(native.LinearCall(in_features=32)), 1, name) == -8:
-        pytest.skip(f"this machine has no {request.param}")
-
-    class Named:
-        @staticmethod
-        def clvp_fast_linear_cpu(call, threads, unnamed):
-            return library.clvp_fast_linear_cpu(call, threads, name)
-
-        clvp_fast_error = library.clvp_fast_error
-
-    monkeypatch.setattr(native, "library", lambda: Named)
+    run_on(request.param, monkeypatch)
     return _native
 
 

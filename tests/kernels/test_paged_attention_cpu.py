@@ -1,20 +1,18 @@
 """The CPU's kernel of the decode step, on every instruction set of this machine, with the bodies of the GPU's tests."""
 
-import ctypes
-
 import pytest
 import torch
 
 import clvp_fast
-from clvp_fast import native
 from clvp_fast.ops import paged_attention as op
 from clvp_fast.ops.paged_attention import decode_reference
 from tests.kernels import test_paged_attention as bodies
+from tests.kernels.isa import ABSENT, run_on
 from tests.kernels.test_paged_attention import PREFIX_INDEX, PREFIX_LENS, copied, decode, step
 from tests.kit import Guarded, assert_within_budget, strided
 
 pytestmark = [
-    pytest.mark.skipif(native.missing("cpu") is not None, reason=str(native.missing("cpu"))),
+    pytest.mark.skipif(ABSENT is not None, reason=str(ABSENT)),
     pytest.mark.skipif(bodies.DEVICE != "cpu", reason="the arguments lie on the GPU"),
 ]
 DTYPES = (torch.float32, torch.bfloat16)
@@ -22,23 +20,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 @pytest.fixture(params=["avx512", "avx2", "portable"], autouse=True)
 def isa(request, monkeypatch):
-    """Runs each test on one instruction set, by default dispatch."""
-    library, name = native.library(), request.param.encode()
-    if library.clvp_fast_paged_decode_cpu(ctypes.byref(native.PagedDecodeCall()), 1, name) == -8:
-        pytest.skip(f"this machine has no {request.param}")
-    whole = op._decode_native
-
-    def on_isa(*args):
-        class Named:
-            @staticmethod
-            def clvp_fast_paged_decode_cpu(call, threads, unnamed):
-                return library.clvp_fast_paged_decode_cpu(call, threads, name)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(native, "library", lambda: Named)
-            return whole(*args)
-
-    monkeypatch.setattr(op, "_decode_native", on_isa)
+    run_on(request.param, monkeypatch)
     with clvp_fast.backend(None):  # where a kernel is forced on a CPU, it is Triton's, interpreted
         yield request.param
 
