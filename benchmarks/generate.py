@@ -4,6 +4,7 @@ Every candidate has all its tokens. The error is that of logits; what a precisio
 by the workload `precision`. Memory is that of a process that does nothing else (`benchmarks/peak_memory.py`).
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 
@@ -63,10 +64,12 @@ def _class(
     name: str, model_of: Callable, options: dict, device: str, dtype: torch.dtype, shape: dict, smoke: bool
 ) -> Provider:
     model, text_tokens = model_of(), shape["text_tokens"]
-    error = 0.0
     if name.startswith("clvp_fast"):
         _require_equal_greedy_tokens(device, smoke, text_tokens)
         error = _class_error(model, device, smoke, text_tokens)
+    else:
+        expected = _forced_logits(stock_model(device, smoke=smoke), device, text_tokens, {})
+        error = furthest_logit(_forced_logits(model, device, text_tokens, options), expected)
     return Provider(name, partial(class_generate, model, device, shape, options), error, _tolerance(device, dtype))
 
 
@@ -124,6 +127,23 @@ def engine_generate(engine, device: str, shape: dict):
     if not (result.lengths == shape["new_tokens"]).all():
         raise RuntimeError(f"candidates should have {shape['new_tokens']} tokens each, and have {result.lengths}")
     return result
+
+
+@torch.no_grad()
+def _forced_logits(stock, device: str, text_tokens: int, options: dict, count: int = 3) -> torch.Tensor:
+    """Logits `[count, vocab_size]` of transformers' decoder loop, which is made to draw 0, 1, 2 and so on."""
+    ids, features = inputs(text_tokens, device)
+    prompt = stock.conditioning_encoder(input_ids=F.pad(ids, (0, 1)), input_features=features.to(stock.dtype))
+    drawn = itertools.count()
+
+    def force(tokens, scores):
+        return torch.full_like(scores, -torch.inf).index_fill(1, torch.tensor(next(drawn), device=device), 0.0)
+
+    options = options | {"output_logits": True, "return_dict_in_generate": True, "do_sample": False}
+    found = stock.speech_decoder_model.generate(
+        conditioning_embeds=prompt, max_new_tokens=count, logits_processor=[force], **options
+    )
+    return torch.cat(found.logits).float()
 
 
 @torch.no_grad()

@@ -40,13 +40,12 @@ def _task(device: str, shape: dict, dtype: torch.dtype, repeats: int) -> Task:
     def int8(layers):
         return [weight(layers.x) for weight in layers.quantized]
 
-    ways, absent = {"torch": (torch_s, dtype.itemsize)}, {}
+    ways = {"torch": (torch_s, dtype.itemsize)}
     if device == "cpu":
-        ways |= {"clvp_fast kernel": (plain, dtype.itemsize), "clvp_fast kernel, int8 weights": (int8, 1)}
-    else:
-        named, absent = ours(int8, "linear", device)
-        ways |= {f"{name}, int8 weights": (run, 1) for name, run in named.items()}
-        absent = {f"{name}, int8 weights": why for name, why in absent.items()}
+        ways["clvp_fast kernel"] = plain, dtype.itemsize
+    named, absent = ours(int8, "linear", device)
+    ways |= {f"{name}, int8 weights": (run, 1) for name, run in named.items()}
+    absent = {f"{name}, int8 weights": why for name, why in absent.items()}
     makers = {name: partial(_made, device, shape, dtype, name, *way) for name, way in ways.items()}
     return task("linear", shape, makers, repeats, absent, torch.no_grad)
 

@@ -171,7 +171,7 @@ def clvp_case(clips: int, device: str, threads: int | None = None) -> Case:
         absent=no_kernel | no_spectrograms,
         error=furthest,
         tolerance=_TOLERANCE,
-        repeats=30 if device == "cuda" or clips < 64 else 10,
+        repeats=30 if device == "cuda" or clips < 64 else 10 if clips < 256 else 5,
         threads=threads,
     )
 

@@ -38,6 +38,7 @@ def cases(
                 bytes=(3 * num_rows * width + weights + hidden + width) * dtype.itemsize,
                 flop=2 * num_rows * weights,
                 absent=absent,
+                repeats=10 if device == "cpu" and num_rows > 1000 else 30,
             )
 
 

@@ -20,6 +20,7 @@ from benchmarks import (
     tiers,
 )
 from benchmarks.harness import all_rows
+from benchmarks.models import stock_model
 from benchmarks.providers import Absent
 from clvp_fast import SamplingParams
 
@@ -176,6 +177,23 @@ def test_generate_draws_every_token_and_tells_the_memory_of_the_engine_alone(mon
         row = found[name]
         assert row["peak_bytes"] > row["import_bytes"] > 1e8 and row["weights_bytes"] > 1e6
         assert row["kv_bytes"] == (3 + 3) * 16 * 2 * 2 * 128 * (2 if "bfloat16" in name else 4)
+
+
+def test_transformers_over_a_static_cache_is_judged_by_its_logits(monkeypatch):
+    stock = stock_model("cpu", smoke=True)
+    expected = generate._forced_logits(stock, "cpu", 9, {})
+    static = {"cache_implementation": "static"}
+    assert expected.shape == (3, 8194) and not torch.equal(expected[1], expected[2])
+    assert tiers.furthest_logit(generate._forced_logits(stock, "cpu", 9, static), expected) < 1e-5
+    shape = {"candidates": 2, "new_tokens": 3, "text_tokens": 9}
+    arguments = ("name", lambda: stock, static, "cpu", torch.float32, shape, True)
+    assert generate._class(*arguments).error < 1e-5
+    forced = generate._forced_logits
+    monkeypatch.setattr(
+        generate, "_forced_logits", lambda *some: forced(*some) * (1.01 if some[-1] else 1)
+    )  # a cache that leads elsewhere
+    wrong = generate._class(*arguments)
+    assert wrong.error > wrong.tolerance
 
 
 def test_an_engine_that_computes_something_else_is_seen(monkeypatch):
