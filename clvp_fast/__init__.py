@@ -1,4 +1,4 @@
-"""CLVP, the candidate generator and judge of Tortoise TTS, on hand-written kernels.
+"""CLVP, the candidate generator and judge of Tortoise TTS, and CLAP, the judge of sound, on hand-written kernels.
 
 Importing this package imports nothing heavy: transformers, triton and matplotlib are loaded when a name that needs them
 is first used.
@@ -16,6 +16,17 @@ if (_root / "kernels").is_dir() and (_root / "setup.py").is_file() and not (_roo
     __path__.append(str(_root))
 
 _EXPORTS = {
+    "clvp_fast.models.clap.configuration": ["ClapAudioConfig", "ClapConfig", "ClapTextConfig"],
+    "clvp_fast.models.clap.feature_extraction": ["ClapFeatureExtractor"],
+    "clvp_fast.models.clap.processing": ["ClapProcessor"],
+    "clvp_fast.models.clap.modeling": [
+        "ClapAudioModel",
+        "ClapAudioModelWithProjection",
+        "ClapModel",
+        "ClapPreTrainedModel",
+        "ClapTextModel",
+        "ClapTextModelWithProjection",
+    ],
     "clvp_fast.models.clvp.configuration": ["ClvpConfig", "ClvpDecoderConfig", "ClvpEncoderConfig"],
     "clvp_fast.models.clvp.tokenization": ["ClvpTokenizer"],
     "clvp_fast.models.clvp.feature_extraction": ["ClvpFeatureExtractor"],

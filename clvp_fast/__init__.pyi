@@ -6,6 +6,21 @@ from clvp_fast.engine.requests import CandidateRequest as CandidateRequest, Cand
 from clvp_fast.engine.sampling_params import SamplingParams as SamplingParams
 from clvp_fast.engine.scoring import Ranking as Ranking, Scorer as Scorer
 from clvp_fast.engine.voices import Voice as Voice
+from clvp_fast.models.clap.configuration import (
+    ClapAudioConfig as ClapAudioConfig,
+    ClapConfig as ClapConfig,
+    ClapTextConfig as ClapTextConfig,
+)
+from clvp_fast.models.clap.feature_extraction import ClapFeatureExtractor as ClapFeatureExtractor
+from clvp_fast.models.clap.modeling import (
+    ClapAudioModel as ClapAudioModel,
+    ClapAudioModelWithProjection as ClapAudioModelWithProjection,
+    ClapModel as ClapModel,
+    ClapPreTrainedModel as ClapPreTrainedModel,
+    ClapTextModel as ClapTextModel,
+    ClapTextModelWithProjection as ClapTextModelWithProjection,
+)
+from clvp_fast.models.clap.processing import ClapProcessor as ClapProcessor
 from clvp_fast.models.clvp.accelerate import accelerate as accelerate
 from clvp_fast.models.clvp.configuration import (
     ClvpConfig as ClvpConfig,

@@ -14,6 +14,11 @@ FILES = {
     "E": "test_generation_on_engine.py",
     "L": "test_parity_generation.py",
     "A": "test_accelerate.py",
+    "M": "../clap/test_parity.py",
+    "K": "../clap/test_checkpoints.py",
+    "X": "../clap/test_feature_extraction.py",
+    "R": "../clap/test_processing.py",
+    "B": "../clap/test_bad_input.py",
 }
 TABLE = (ROOT / "docs" / "compatibility.md").read_text(encoding="utf-8")
 

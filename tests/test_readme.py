@@ -36,7 +36,7 @@ def reader(tmp_path, monkeypatch):
 
 
 def test_nothing_is_left_out():
-    assert len(blocks("python")) == 4
+    assert len(blocks("python")) == 5
     assert len(COMMANDS) == 8
     assert set(re.findall(r"^```(\S+)", README, flags=re.MULTILINE)) == {"python", "sh"}
 
@@ -89,6 +89,24 @@ def test_documented_example(reader, monkeypatch):
     codes = output[0]
     assert codes.dtype == torch.int64 and codes.shape[0] == 1 and codes.shape[1] >= 1
     assert all(torch.isfinite(part).all() for part in output[1:5])
+
+
+def test_clap_example(reader):
+    """With a small random CLAP in place of the hub's."""
+    import clvp_fast
+    from tests.models.clap.test_processing import tokenizer
+
+    folder = reader / "laion/clap-htsat-unfused"
+    folder.mkdir(parents=True)
+    extractor = clvp_fast.ClapFeatureExtractor(truncation="rand_trunc")
+    clvp_fast.ClapProcessor(extractor, tokenizer(reader)).save_pretrained(folder)
+    text = dict(vocab_size=300, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    audio = dict(patch_embeds_hidden_size=16, depths=[1, 1], num_attention_heads=[1, 2], hidden_size=32)
+    clvp_fast.ClapModel(clvp_fast.ClapConfig(text_config=text, audio_config=audio)).save_pretrained(folder)
+    names = {}
+    exec(compile(blocks("python")[4], "README.md", "exec"), names)
+    assert names["probabilities"].shape == (1, 2)
+    torch.testing.assert_close(names["probabilities"].sum(-1), torch.ones(1))
 
 
 def run(example: str) -> dict:

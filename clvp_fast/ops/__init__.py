@@ -9,6 +9,7 @@ from clvp_fast.ops.norm import add_norm, double_layer_norm
 from clvp_fast.ops.paged_attention import paged_attention_decode, paged_prefill
 from clvp_fast.ops.rotary_attention import rotary_attention, rotary_attention_weights
 from clvp_fast.ops.sampling import sample
+from clvp_fast.ops.window_attention import window_attention, window_attention_weights
 
 __all__ = [
     "ACTIVATIONS",
@@ -26,4 +27,6 @@ __all__ = [
     "rotary_attention",
     "rotary_attention_weights",
     "sample",
+    "window_attention",
+    "window_attention_weights",
 ]

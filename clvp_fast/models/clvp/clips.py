@@ -4,14 +4,31 @@ A clip that was read is float32 or int16 `[time]`: an array where it lies on the
 one 2-D tensor on a device stay one.
 """
 
+import logging
 from numbers import Real
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+logger = logging.getLogger(__name__)
 HOST = torch.device("cpu")
 NOT_FINITE = "{} has samples that are NaN or infinite: it was not decoded or scaled well."
+
+
+def check_sampling_rate(extractor: str, expected: int, given: int | None) -> None:
+    """Raise `ValueError` for samples of another rate than an extractor's; where none is given, warn."""
+    if given is None:
+        logger.warning(
+            "Pass `sampling_rate` to %s: without it, audio that is not at %d Hz gives wrong features silently.",
+            extractor,
+            expected,
+        )
+    elif given != expected:
+        raise ValueError(
+            f"{extractor} takes audio of {expected} Hz, but sampling_rate={given} was given: resample the audio to "
+            f"{expected} Hz."
+        )
 
 
 def clip_name(index: int, count: int) -> str:

@@ -114,7 +114,7 @@ class ClvpFeatureExtractor(SequenceFeatureExtractor):
                 where `return_tensors` needs one; tensors on several devices without `device`.
             TypeError: samples that are neither floats nor int16.
         """
-        self._check_sampling_rate(sampling_rate)
+        clips.check_sampling_rate(type(self).__name__, self.sampling_rate, sampling_rate)
         padding_value = kwargs.pop("padding_value", self.padding_value)
         if kwargs:
             logger.warning("%s does not know and ignores: %s.", type(self).__name__, ", ".join(sorted(kwargs)))
@@ -204,19 +204,6 @@ class ClvpFeatureExtractor(SequenceFeatureExtractor):
         if self.padding_side == "left":
             return torch.ge(place, lengths[0] - count, out=masks)
         return torch.lt(place, count, out=masks)
-
-    def _check_sampling_rate(self, sampling_rate: int | None):
-        if sampling_rate is None:
-            logger.warning(
-                "Pass `sampling_rate` to %s: without it, audio that is not at %d Hz gives wrong features silently.",
-                type(self).__name__,
-                self.sampling_rate,
-            )
-        elif sampling_rate != self.sampling_rate:
-            raise ValueError(
-                f"{type(self).__name__} takes audio of {self.sampling_rate} Hz, but sampling_rate={sampling_rate} was "
-                f"given: resample the audio to {self.sampling_rate} Hz."
-            )
 
 
 def _to_numpy(value):

@@ -9,7 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from clvp_fast import ops
 from clvp_fast.models.clvp.cache import GrowingLayer
-from clvp_fast.models.clvp.parameters import apply_linear, is_plain, pack_linears, transpose_storage
+from clvp_fast.models.clvp.parameters import apply_linear, is_plain, project_heads, transpose_storage
 
 
 class ClvpRMSNorm(nn.Module):
@@ -143,19 +143,7 @@ class ClvpSelfAttention(nn.Module):
 
     def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries, keys, values `[batch, length, heads, head_dim]`, where possible views of one projection."""
-        shape = (*hidden_states.shape[:-1], self.num_heads, self.head_dim)
-        linears = [self.q_proj, self.k_proj, self.v_proj]
-        packable = (
-            not torch.compiler.is_compiling()
-            and not torch.is_grad_enabled()
-            and all(is_plain(linear, nn.Linear) for linear in linears)
-            and len({linear.weight.dtype for linear in linears}) == 1
-            and hidden_states.device.type != "meta"
-        )
-        if not packable:
-            return tuple(linear(hidden_states).view(shape) for linear in linears)
-        packed = ops.linear(hidden_states, *pack_linears(linears))
-        return packed.view(*hidden_states.shape[:-1], 3, self.num_heads, self.head_dim).unbind(-3)
+        return project_heads([self.q_proj, self.k_proj, self.v_proj], hidden_states, self.num_heads)
 
     def forward(
         self,

@@ -33,6 +33,21 @@ def apply_linear(linear: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor
     return linear(hidden_states)
 
 
+def project_heads(linears: list[nn.Module], hidden_states: torch.Tensor, num_heads: int) -> tuple[torch.Tensor, ...]:
+    """`[..., heads, head_dim]` of each linear layer of one input, where possible views of one projection."""
+    packable = (
+        not torch.compiler.is_compiling()
+        and not torch.is_grad_enabled()
+        and all(is_plain(linear, nn.Linear) for linear in linears)
+        and len({linear.weight.dtype for linear in linears}) == 1
+        and hidden_states.device.type != "meta"
+    )
+    if not packable:
+        return tuple(linear(hidden_states).unflatten(-1, (num_heads, -1)) for linear in linears)
+    packed = ops.linear(hidden_states, *pack_linears(linears))
+    return packed.unflatten(-1, (len(linears), num_heads, -1)).unbind(-3)
+
+
 def pack_linears(linears: list[nn.Linear]) -> tuple[torch.Tensor, torch.Tensor | None]:
     """One `[sum of out, in]` weight and one bias for several linear layers of one input, as views of their parameters.
 

@@ -1,0 +1,1 @@
+"""CLAP: text and sound in one space. Configuration, modeling, features and processing."""

@@ -1,0 +1,115 @@
+"""From spectrograms to the patch embeddings of CLAP's audio tower, and the fusion of a long clip's crops."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from clvp_fast.models.clap.configuration import ClapAudioConfig
+from clvp_fast.models.clvp.layers import add_layer_norm
+
+
+def pair(value) -> tuple[int, int]:
+    """One number for both axes, or two."""
+    return (value, value) if isinstance(value, int) else tuple(value)
+
+
+def fold_spectrogram(spectrogram: torch.Tensor, spec_size: int, num_mel_bins: int) -> torch.Tensor:
+    """Spectrograms `[batch, channels, frames, mels]` to images `[batch, channels, rows, columns]` of `spec_size`.
+
+    Time is stretched to `spec_size * strips` frames and cut into `strips = spec_size // num_mel_bins` strips, which lie
+    one above the other; in each, mel channels are the rows.
+
+    Raises `ValueError` for spectrograms that are larger.
+    """
+    strips = spec_size // num_mel_bins
+    frames, mels = spec_size * strips, spec_size // strips
+    if spectrogram.shape[2] > frames or spectrogram.shape[3] > mels:
+        raise ValueError(
+            f"input_features hold {spectrogram.shape[2]} frames of {spectrogram.shape[3]} mel channels, and the model "
+            f"takes at most {frames} of {mels}: cut the clips with the feature extractor's max_length"
+        )
+    for size in ((frames, spectrogram.shape[3]), (frames, mels)):
+        if spectrogram.shape[2:] != size:
+            spectrogram = F.interpolate(spectrogram, size, mode="bicubic", align_corners=True)
+    image = spectrogram.unflatten(2, (strips, -1)).transpose(3, 4)
+    return image.flatten(2, 3)
+
+
+class ClapAudioAFFBlock(nn.Module):
+    """Attentional feature fusion: a weight for each place and channel of two images, from both of them."""
+
+    def __init__(self, config: ClapAudioConfig):
+        super().__init__()
+        width, inner = config.patch_embeds_hidden_size, config.patch_embeds_hidden_size // config.aff_block_r
+
+        def attention(*first: nn.Module) -> nn.Sequential:
+            return nn.Sequential(
+                *first,
+                nn.Conv2d(width, inner, kernel_size=1),
+                nn.BatchNorm2d(inner),
+                nn.ReLU(inplace=True),
+                nn.Conv2d(inner, width, kernel_size=1),
+                nn.BatchNorm2d(width),
+            )
+
+        self.local_att = attention()
+        self.global_att = attention(nn.AdaptiveAvgPool2d(1))
+        self.sigmoid = nn.Sigmoid()
+
+    def forward(self, hidden_states: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """Two images `[clips, channels, rows, columns]` → one."""
+        both = hidden_states + residual
+        weight = self.sigmoid(self.local_att(both) + self.global_att(both))
+        return 2 * hidden_states * weight + 2 * residual * (1 - weight)
+
+
+class ClapAudioPatchEmbed(nn.Module):
+    """Patches of the image to vectors. With `enable_fusion`, those of three crops are fused into a long clip's."""
+
+    def __init__(self, config: ClapAudioConfig):
+        super().__init__()
+        if not config.flatten_patch_embeds:
+            raise ValueError("flatten_patch_embeds must be True: the layers take a sequence of patches")
+        self.image_size = pair(config.spec_size)
+        self.in_channels = config.patch_embed_input_channels
+        size, self.patch_stride = pair(config.patch_size), pair(config.patch_stride)
+        self.grid_size = tuple(side // stride for side, stride in zip(self.image_size, self.patch_stride, strict=True))
+        padding = tuple((side - stride) // 2 for side, stride in zip(size, self.patch_stride, strict=True))
+        self.enable_fusion = config.enable_fusion
+        if self.enable_fusion and config.fusion_type == "channel_map":
+            raise ValueError("fusion_type 'channel_map' is not served: CLAP's checkpoints fuse by 'aff_2d'")
+        channels, width = config.patch_embed_input_channels, config.patch_embeds_hidden_size
+        self.proj = nn.Conv2d(channels, width, size, self.patch_stride, padding)
+        self.norm = nn.LayerNorm(width) if config.enable_patch_layer_norm else nn.Identity()
+        if self.enable_fusion:
+            self.fusion_model = ClapAudioAFFBlock(config)
+            stride = (self.patch_stride[0], self.patch_stride[1] * 3)
+            self.mel_conv2d = nn.Conv2d(channels, width, (size[0], size[1] * 3), stride, padding)
+
+    def forward(
+        self, images: torch.Tensor, crops: torch.Tensor | None = None, longer: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Images to `[batch, patches, channels]`.
+
+        Args:
+            images: `[batch, channels, rows, columns]`; of a model with fusion, of the whole clips.
+            crops: `[clips, 3, rows, columns]`, of the clips that are longer than the model's input.
+            longer: `[clips]`, int64: which clips of the batch those are.
+        """
+        if images.shape[2:] != self.image_size:
+            rows, columns = self.image_size
+            raise ValueError(
+                f"input_features make an image of {images.shape[2]} x {images.shape[3]}, and the model takes one of "
+                f"{rows} x {columns}: the extractor's feature_size must be the model's num_mel_bins"
+            )
+        embedded = self.proj(images)
+        if longer is not None and len(longer):
+            embedded = embedded.index_copy(0, longer, self._fuse(embedded[longer], crops))
+        embedded = embedded.flatten(2).transpose(1, 2)
+        return add_layer_norm(self.norm, embedded)[1] if isinstance(self.norm, nn.LayerNorm) else embedded
+
+    def _fuse(self, embedded: torch.Tensor, crops: torch.Tensor) -> torch.Tensor:
+        """The embeddings of whole clips `[clips, channels, rows, columns]` and of their crops, fused."""
+        local = self.mel_conv2d(crops.flatten(0, 1)[:, None]).unflatten(0, crops.shape[:2])
+        local = local.permute(0, 2, 3, 1, 4).flatten(3)  # the crops side by side
+        return self.fusion_model(embedded, F.pad(local, (0, embedded.shape[-1] - local.shape[-1])))

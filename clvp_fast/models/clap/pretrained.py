@@ -1,0 +1,68 @@
+"""The base class of all CLAP models: random weights, loading, options."""
+
+import math
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, initialization as init
+
+from clvp_fast.models.clap.configuration import ClapConfig
+
+
+class ClapPreTrainedModel(PreTrainedModel):
+    """Weights initialisation, and loading and saving of checkpoints, for all CLAP models."""
+
+    config: ClapConfig
+    config_class = ClapConfig
+    base_model_prefix = "clap"
+    input_modalities = ("audio", "text")
+    supports_gradient_checkpointing = False
+    _no_split_modules = ["ClapTextLayer", "ClapAudioLayer"]  # noqa: RUF012
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        factor = self.config.initializer_factor
+        if isinstance(module, nn.Embedding):
+            init.normal_(module.weight, mean=0.0, std=0.02 * factor)
+        elif isinstance(module, (nn.Linear, nn.Conv2d)):
+            std = (2 * self.config.hidden_size * self.config.num_hidden_layers) ** -0.5 * factor
+            init.normal_(module.weight, mean=0.0, std=std)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif hasattr(module, "initial_buffers"):
+            for name, value in module.initial_buffers().items():
+                init.copy_(getattr(module, name), value)
+            if hasattr(module, "relative_position_bias_table"):
+                init.zeros_(module.relative_position_bias_table)
+        elif hasattr(module, "logit_scale_a"):
+            for scale in (module.logit_scale_a, module.logit_scale_t):
+                init.constant_(scale, math.log(self.config.logit_scale_init_value))
+        else:
+            super()._init_weights(module)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
+        """Load a checkpoint: a directory, or a hub id. See `transformers.PreTrainedModel.from_pretrained`.
+
+        A tower, with or without its projection, is loaded from its own checkpoint or out of one of [`ClapModel`].
+        """
+        if config is None and cls.config_class is not ClapConfig and pretrained_model_name_or_path is not None:
+            hub = {
+                k: kwargs[k] for k in ("cache_dir", "token", "revision", "subfolder", "local_files_only") if k in kwargs
+            }
+            stored, _ = ClapConfig.get_config_dict(pretrained_model_name_or_path, **hub)
+            if stored.get("model_type") == "clap":
+                return cls._from_composite(pretrained_model_name_or_path, **kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+
+    @classmethod
+    def _from_composite(cls, path, output_loading_info: bool = False, **kwargs):
+        from clvp_fast.models.clap.modeling import ClapModel
+
+        composite, info = ClapModel.from_pretrained(path, output_loading_info=True, **kwargs)
+        part = composite.part(cls)
+        return (part, info) if output_loading_info else part
+
+    def option(self, name: str, given: bool | None) -> bool:
+        """A per-call option, or what the configuration says where the call says nothing."""
+        return bool(getattr(self.config, name, False) if given is None else given)

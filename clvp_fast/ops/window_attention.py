@@ -1,0 +1,207 @@
+"""Attention within the windows of an image, shifted cyclically or not (Swin, arXiv:2103.14030).
+
+The image is cut into windows of `window` x `window` places. With a shift, every window begins `shift` rows and columns
+later, and rows and columns go around the edges: a window at the seam then holds places from opposite edges, which are
+no neighbours, and SEAM is added to the scores between them.
+
+    scores = q k^T * scale + bias[head] (+ SEAM across the seam)        within a window
+    out    = softmax(scores) v
+
+Queries, keys and values are read where a projection left them, and the result is written where the next layer wants it:
+that places are gathered into windows and scattered back is inside the operator, and so is the mask.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from clvp_fast.ops.dispatch import Operator, check_same, needs_grad, shape_error
+
+# What Swin adds to the scores of places that only the shift brought together.
+SEAM = -100.0
+
+
+def _window_order(height, width, window, shift, device):
+    """The places of the image `[height * width]`, as row * width + column, window by window, each row by row."""
+    places = torch.arange(height * width, device=device).view(height, width).roll((-shift, -shift), (0, 1))
+    windows = places.view(height // window, window, width // window, window).transpose(1, 2)
+    return windows.reshape(-1)
+
+
+def _regions(size, window, shift, device):
+    """Which of three bands a row (or column) of the shifted image is from: bands of a window are not neighbours."""
+    place = torch.arange(size, device=device)
+    return (place >= size - window).long() + (place >= size - shift).long()
+
+
+def _seam(height, width, window, shift, device):
+    """Whether two places of a window are from different regions: bool `[windows, window ** 2, window ** 2]`."""
+    rows, columns = (_regions(size, window, shift, device) for size in (height, width))
+    region = rows[:, None] * 3 + columns
+    region = region.view(height // window, window, width // window, window).transpose(1, 2).reshape(-1, window**2)
+    return region[:, :, None] != region[:, None, :]
+
+
+def _gather(x, order):
+    """`[batch, height, width, num_heads, head_dim]` → the same places in window order, `[batch * places, channels]`."""
+    batch, places = x.shape[0], len(order)
+    rows = (torch.arange(batch, device=x.device)[:, None] * places + order).view(-1)
+    return x.flatten(0, 2).flatten(1).index_select(0, rows)
+
+
+def _in_windows(x, order, window):
+    """`[batch, height, width, num_heads, head_dim]` → `[batch, windows, num_heads, window ** 2, head_dim]`."""
+    batch, _, _, num_heads, head_dim = x.shape
+    return _gather(x, order).view(batch, -1, window**2, num_heads, head_dim).transpose(2, 3)
+
+
+def _in_image(out, order, shape):
+    """What `_in_windows` made of a tensor of `shape`, back in its place, contiguous."""
+    back = torch.empty_like(order)
+    back[order] = torch.arange(len(order), device=order.device)
+    return _gather(out.transpose(2, 3).reshape(shape), back).view(shape)
+
+
+def _scored_bias(bias, height, width, window, shift, dtype):
+    """What is added to the scores: `[windows or 1, num_heads, window ** 2, window ** 2]`."""
+    bias = bias.to(dtype).contiguous()[None]  # gathered from a table it may lie the other way round
+    if not shift:
+        return bias
+    return bias + _seam(height, width, window, shift, bias.device)[:, None].to(dtype) * SEAM
+
+
+def _weights(q, k, bias):
+    """Attention weights `[batch, windows, num_heads, window ** 2, window ** 2]` in the dtype of the scaled q."""
+    scores = q @ k.transpose(-1, -2)
+    scores = scores + bias if needs_grad(scores, bias) else scores.add_(bias)
+    return scores.softmax(-1)
+
+
+def _mix(weights, v, dropout_p):
+    return (F.dropout(weights, dropout_p) if dropout_p > 0 else weights) @ v
+
+
+def reference(q, k, v, bias, window, shift, scale, dropout_p=0.0):
+    """The mathematics, step by step, in float32 at least."""
+    compute, (batch, height, width, num_heads, head_dim) = torch.promote_types(q.dtype, torch.float32), q.shape
+
+    def windows(x):
+        x = x.to(compute).roll((-shift, -shift), (1, 2))
+        x = x.reshape(batch, height // window, window, width // window, window, num_heads, head_dim)
+        return x.permute(0, 1, 3, 5, 2, 4, 6).flatten(1, 2).flatten(3, 4)
+
+    weights = _weights(windows(q) * scale, windows(k), _scored_bias(bias, height, width, window, shift, compute))
+    out = _mix(weights, windows(v), dropout_p)
+    out = out.unflatten(1, (height // window, width // window)).unflatten(4, (window, window))
+    out = out.permute(0, 1, 4, 2, 5, 3, 6).reshape(q.shape)
+    return out.roll((shift, shift), (1, 2)).to(v.dtype)
+
+
+def _torch(q, k, v, bias, window, shift, scale, dropout_p=0.0):
+    shape, (_, height, width, num_heads, head_dim) = q.shape, q.shape
+    order = _window_order(height, width, window, shift, q.device)
+    bias = _scored_bias(bias, height, width, window, shift, q.dtype)
+    q, k, v = (_in_windows(x, order, window) for x in (q, k, v))
+    if q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16):
+        # SDPA's fused kernel is slower there, and torch copies operands of products that lie apart in any case.
+        out = _mix(_weights((q * scale).contiguous(), k.contiguous(), bias), v.contiguous(), dropout_p)
+        return _in_image(out, order, shape)
+    if shift:  # a bias a window: they stand beside the heads, so that the batch shares it
+        q, k, v, bias = (x.reshape(-1, bias.shape[0] * num_heads, window**2, x.shape[-1]) for x in (q, k, v, bias))
+    else:
+        q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p, scale=scale)
+    return _in_image(out.view(shape[0], -1, num_heads, window**2, head_dim), order, shape)
+
+
+def _fake(q, k, v, bias, window, shift, scale):
+    return v.new_empty(q.shape)
+
+
+_OPERATOR = Operator(
+    "window_attention",
+    "(Tensor q, Tensor k, Tensor v, Tensor bias, int window, int shift, float scale) -> Tensor",
+    reference=reference,
+    torch_path=_torch,
+    fake=_fake,
+)
+
+
+def _prepare(q, k, v, bias, window, shift, scale):
+    """Check the arguments, and fill in the scale."""
+    if q.ndim != 5:
+        raise shape_error("q", "[batch, height, width, num_heads, head_dim]", q)
+    _, height, width, num_heads, head_dim = q.shape
+    for name, x in (("k", k), ("v", v)):
+        if x.shape != q.shape:
+            raise shape_error(name, f"that of q, {list(q.shape)}", x)
+        check_same(name, x, "q", q)
+    if window < 1 or height % window or width % window:
+        raise ValueError(f"window must divide the image, {height} x {width}, and {window} does not: pad the image")
+    if not 0 <= shift < window:
+        raise ValueError(f"shift must be from 0 to window - 1 = {window - 1}, not {shift}")
+    if bias.shape != (num_heads, window**2, window**2):
+        raise shape_error("bias", f"[{num_heads}, {window**2}, {window**2}]", bias)
+    if not bias.is_floating_point():
+        raise TypeError(f"bias must be floating, not {bias.dtype}")
+    check_same("bias", bias, "q", q, dtype=False)
+    return head_dim**-0.5 if scale is None else scale
+
+
+def window_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bias: torch.Tensor,
+    *,
+    window: int,
+    shift: int = 0,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+) -> torch.Tensor:
+    """Attention of each place of an image to those of its window.
+
+    Args:
+        q: `[B, height, width, H, D]`, any strides (a view of a packed projection); float16, bfloat16, float32, float64.
+        k, v: the same, of the dtype of `q`.
+        bias: `[H, window ** 2, window ** 2]`, floating: added to the scores of each window, whose places count row by
+            row. A relative position bias, gathered from its table.
+        window: rows and columns of a window; it divides height and width.
+        shift: how many rows and columns later the windows begin, from 0 to `window - 1`; those at the seam are masked.
+        scale: of the scores; default `D ** -0.5`.
+        dropout_p: probability of dropping an attention weight (training).
+
+    Returns:
+        The shape of `q`, contiguous, the dtype of `v`: each place where it was.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices that do not match; a window that does not divide the image.
+        RuntimeError: a forced backend cannot serve.
+    """
+    args = (q, k, v, bias, window, shift, _prepare(q, k, v, bias, window, shift, scale))
+    if dropout_p > 0:
+        return _OPERATOR.choose(args, "dropout is for training")(*args, dropout_p)
+    return _OPERATOR.choose(args, "an input requires grad" if needs_grad(q, k, v, bias) else None)(*args)
+
+
+def window_attention_weights(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bias: torch.Tensor,
+    *,
+    window: int,
+    shift: int = 0,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`window_attention` that also returns the attention weights; in plain torch, whatever the backend.
+
+    Returns:
+        The output, and the weights before dropout `[B * windows, H, window ** 2, window ** 2]`, in the dtype of `q`:
+        window by window as they begin (a shifted window at the seam where its first place is), row by row.
+    """
+    scale, shape = _prepare(q, k, v, bias, window, shift, scale), q.shape
+    order = _window_order(*shape[1:3], window, shift, q.device)
+    q, k, v = (_in_windows(x, order, window) for x in (q, k, v))
+    weights = _weights(q * scale, k, _scored_bias(bias, *shape[1:3], window, shift, q.dtype))
+    return _in_image(_mix(weights, v, dropout_p), order, shape), weights.flatten(0, 1)
