@@ -33,18 +33,16 @@ def tasks(device: str, smoke: bool = False) -> Iterator[Task]:
 
 
 class Timed:
-    """Runs `call(samples)`, which returns the seconds of its parts, and keeps them."""
+    """Runs `call(samples)`, which returns the seconds of its parts; `told["parts"]` are those of all its runs."""
 
     def __init__(self, call: Callable[[np.ndarray], dict[str, float]], samples: np.ndarray):
-        self.call, self.samples, self.parts = call, samples, []
+        self.call, self.samples, self.parts, self.told = call, samples, [], {}
 
     def __call__(self) -> None:
         self.parts.append(self.call(self.samples))
-
-    def medians(self) -> dict[str, float]:
-        """Of all runs but the first, which warms up."""
-        kept = self.parts[1:]
-        return {name: float(np.median([parts[name] for parts in kept])) for name in kept[0]}
+        kept = self.parts[1:]  # the first run warms up
+        if kept:
+            self.told["parts"] = {name: float(np.median([parts[name] for parts in kept])) for name in kept[0]}
 
 
 def _task(device: str, preset: str, new_tokens: int, smoke: bool) -> Task:
@@ -74,14 +72,8 @@ def _engine(device: str, tier: Tier, settings: SamplingParams, smoke: bool) -> P
 def _provider(name: str, call: Callable, processor, error: float, tolerance: float) -> Provider:
     """`call(samples)` of one clip, which tells where its time goes."""
     samples = np.random.default_rng(0).normal(0, 0.1, SECONDS * processor.feature_extractor.sampling_rate)
-    timed, told = Timed(call, samples.astype(np.float32)), {}
-
-    def run() -> None:
-        timed()
-        if len(timed.parts) > 1:
-            told["parts"] = timed.medians()
-
-    return Provider(name, run, error, tolerance, counted=told)
+    timed = Timed(call, samples.astype(np.float32))
+    return Provider(name, timed, error, tolerance, counted=timed.told)
 
 
 def with_engine(engine, settings: SamplingParams, samples: np.ndarray) -> dict[str, float]:

@@ -62,9 +62,8 @@ def cases(device: str, smoke: bool = False):
                 return packed, *_angles(length, device)
 
             providers, absent = ours(call, "rotary_attention", device)
-            providers["torch, rotation and SDPA compiled"] = torch.compile(rotate_and_attend, dynamic=False)
-            one = partial(rotate_and_attend, rotate=torch.compile(rotated, dynamic=False))
-            providers |= sdpa.one_by_one(one, "rotation compiled")
+            attend = partial(rotate_and_attend, rotate=torch.compile(rotated, dynamic=False))
+            providers |= {"SDPA, rotation compiled": attend} | sdpa.one_by_one(attend, "rotation compiled")
             yield Case(
                 shape=dict(
                     batch=batch,

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from benchmarks.end_to_end import Timed
-from benchmarks.harness import Provider, Task, measure
+from benchmarks.harness import Provider, Task, task
 from benchmarks.kernels import name_of
 from benchmarks.scaling_model import Call
 from benchmarks.tiers import TIERS, engine_error, engine_of
@@ -51,7 +51,10 @@ def calls(device: str, smoke: bool = False) -> list[Call]:
 
 def tasks(device: str, smoke: bool = False) -> Iterator[Task]:
     for call in calls(device, smoke):
-        yield Task(asdict(call), partial(rows, device, call, smoke))
+        name = f"clvp_fast engine, {TIERS[device][0].name}"
+        makers = {name: partial(_made, device, call, smoke, name)}
+        counted = {"tokens": call.tokens, "dtype": name_of(TIERS[device][0].dtype)}
+        yield task("scaling", asdict(call), makers, 1 if smoke else 3, **counted)
 
 
 @cache
@@ -62,16 +65,13 @@ def _engine(device: str, smoke: bool):
     return engine_of(TIERS[device][0], device, smoke, base.slots, base.new_tokens, prompts)
 
 
-def rows(device: str, call: Call, smoke: bool) -> list[dict]:
+def _made(device: str, call: Call, smoke: bool, name: str) -> Provider:
     tier, engine = TIERS[device][0], _engine(device, smoke)
     requests = requests_of(call, engine.processor.feature_extractor.sampling_rate)
     settings = SamplingParams(call.candidates, max_new_tokens=call.new_tokens, seed=0)
     timed = Timed(partial(whole_call, engine, settings), requests)
-    name = f"clvp_fast engine, {tier.name}"
-    provider = Provider(name, timed, engine_error(tier, device, smoke, call.text_tokens), tier.tolerance)
-    counted = {"tokens": call.tokens, "dtype": name_of(tier.dtype)}
-    found = measure("scaling", asdict(call), [provider], 1 if smoke else 3, **counted)
-    return [row | {"parts": timed.medians()} if row["seconds"] else row for row in found]
+    error = engine_error(tier, device, smoke, call.text_tokens)
+    return Provider(name, timed, error, tier.tolerance, counted=timed.told)
 
 
 def requests_of(call: Call, sampling_rate: int) -> list[CandidateRequest]:

@@ -6,10 +6,17 @@ step for all layers, is not timed; writing the new keys and values is, as of our
 """
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 
 WORKSPACE_BYTES = 128 * 2**20
+
+
+@cache
+def _workspace(device: torch.device) -> torch.Tensor:
+    """Scratch of a call, which all may share: one runs after the other."""
+    return torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
 
 
 def _ends(counts: torch.Tensor) -> torch.Tensor:
@@ -48,8 +55,7 @@ def paged(q, k, v, k_pages, v_pages, own, lengths, prefix, prompts, index, arriv
     )
     indptr, indices, last = _listed(table, before + 1, page_size)
     rows, places = _places(before)
-    workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=q.device)
-    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD")
+    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(_workspace(q.device), "NHD")
     wrapper.plan(
         indptr, indices, last, heads, heads, head_dim, page_size, q_data_type=q.dtype, kv_data_type=k_pages.dtype
     )
@@ -81,8 +87,7 @@ def cascade(q, k, v, k_pages, v_pages, own, lengths, prefix, prompts, index, arr
     queries = _ends(torch.bincount(index.long(), minlength=len(prompts)))
     each = torch.arange(len(q) + 1, device=q.device).int()
     rows, places = _places(lengths)
-    workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=q.device)
-    wrapper = flashinfer.MultiLevelCascadeAttentionWrapper(2, workspace, "NHD")
+    wrapper = flashinfer.MultiLevelCascadeAttentionWrapper(2, _workspace(q.device), "NHD")
     levels = [list(level) for level in zip(upper, lower, strict=True)]
     wrapper.plan(
         [queries, each], *levels, heads, heads, head_dim, page_size, q_data_type=q.dtype, kv_data_type=k_pages.dtype

@@ -18,7 +18,7 @@ from benchmarks.providers import Absent, group_of, only
         ("scheduler, lag 0", "ours"),
         ("float32, int8 weights", "ours"),
         ("torch.stft, matmul, log", "torch"),
-        ("torch, rotation and SDPA compiled", "torch"),
+        ("torch, compiled", "torch"),
         ("torchaudio, log, norms", "torchaudio"),
         ("SDPA math, dense keys", "sdpa"),
         ("transformers' processors", "transformers"),

@@ -56,10 +56,12 @@ def test_providers_of_a_shape_stand_side_by_side(run):
     groups = {}
     for one in run.measured:
         groups.setdefault(one["group"], []).append(one["name"])
-    sample = {"clvp_fast torch", "clvp_fast reference", "transformers' processors"}
     of_sample = "sample candidates=3 vocabulary=8194 temperature=0.8 top_p=0.8"
-    assert {name: set(found) for name, found in groups.items()} == {of_sample: sample, "scheduler n=1": {"right"}}
-    assert "benchmark 'sample candidates=3 vocabulary=8194 temperature=0.8 top_p=0.8': 3 tests" in run.said
+    assert set(groups) == {of_sample, "scheduler n=1"} and groups["scheduler n=1"] == ["right"]
+    # Our kernel is there where a CPU has one.
+    ways = {"clvp_fast torch", "clvp_fast reference", "transformers' processors"}
+    assert set(groups[of_sample]) - {"clvp_fast kernel"} == ways
+    assert f"benchmark '{of_sample}': {len(groups[of_sample])} tests" in run.said
 
 
 def test_a_time_is_of_a_single_call_and_its_error_stands_beside_it(run):
@@ -69,7 +71,7 @@ def test_a_time_is_of_a_single_call_and_its_error_stands_beside_it(run):
 
 
 def test_a_wrong_provider_fails_and_one_that_cannot_be_had_says_why(run):
-    assert run.code == pytest.ExitCode.TESTS_FAILED and "4 passed, 4 skipped" in run.said and "1 failed" in run.said
+    assert run.code == pytest.ExitCode.TESTS_FAILED and f"1 failed, {len(run.measured)} passed, " in run.said
     assert "error nan is beyond 0.001: not timed" in run.said and "::n=1 wrong FAILED" in run.said
     for name, why in (
         ("flashmel, broken", "ZeroDivisionError: division by zero"),
