@@ -62,7 +62,7 @@ def load_audio(source: str | os.PathLike | BinaryIO, sampling_rate: int = 22050)
 
 
 def require_sound(samples: np.ndarray, name: str | os.PathLike) -> None:
-    """Refuses a recording that is silent throughout: it tells nothing of a voice."""
+    """Refuses a recording that is silent throughout: it tells nothing of a voice, or of anything else."""
     peak = float(np.abs(samples).max())
     if peak < SILENCE_PEAK:
-        raise ValueError(f"{name} is silent (peak {peak:.1e} of full scale); give a recording of speech")
+        raise ValueError(f"{name} is silent (peak {peak:.1e} of full scale); give one that can be heard")

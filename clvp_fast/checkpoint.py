@@ -8,7 +8,14 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from clvp_fast import ClvpConfig, ClvpFeatureExtractor, ClvpModelForConditionalGeneration, ClvpTokenizer
+from clvp_fast import (
+    ClapModel,
+    ClapProcessor,
+    ClvpConfig,
+    ClvpFeatureExtractor,
+    ClvpModelForConditionalGeneration,
+    ClvpTokenizer,
+)
 from clvp_fast.demo import demo_checkpoint
 
 _JSON_FILES = ("config.json", "vocab.json", "preprocessor_config.json")
@@ -40,24 +47,26 @@ def resolve_checkpoint(name: str | Path) -> str | Path:
     """
     if str(name) == "demo":
         name = demo_checkpoint()
+    return _folder_or_id(name, "'demo', a folder", (*_JSON_FILES, "merges.txt"))
+
+
+def _folder_or_id(name: str | Path, known: str, required: tuple[str, ...]) -> str | Path:
     path = Path(name).expanduser()
     if path.is_dir():
-        check_folder(path)
+        check_folder(path, required)
         return path
     if path.exists():
         raise ValueError(
             f"a checkpoint is a folder, and {path} is a file; `clvp-fast convert` makes one from .pth files"
         )
     if isinstance(name, Path) or str(name).count("/") != 1 or str(name).startswith((".", "~", "/")):
-        raise FileNotFoundError(
-            f"there is no checkpoint folder {path}; give 'demo', a folder, or a hub id as owner/name"
-        )
+        raise FileNotFoundError(f"there is no checkpoint folder {path}; give {known}, or a hub id as owner/name")
     return str(name)
 
 
-def check_folder(folder: Path) -> None:
+def check_folder(folder: Path, required: tuple[str, ...]) -> None:
     """Raises for the first file of a checkpoint folder that is missing, superfluous or truncated, in one sentence."""
-    for name in (*_JSON_FILES, "merges.txt"):
+    for name in required:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"checkpoint {folder} has no {name}")
     weights = [name for name in _WEIGHT_FILES if (folder / name).is_file()]
@@ -138,10 +147,34 @@ def load_checkpoint(
     return Checkpoint(str(name), model.to(device).eval(), tokenizer, feature_extractor)
 
 
-def _check_tensors(name: str | Path, report: dict) -> None:
+def load_clap(
+    name: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[ClapModel, ClapProcessor]:
+    """The CLAP model (in eval mode, on `device`, in `dtype`) and the processor of a folder or a hub id.
+
+    Raises:
+        FileNotFoundError, ValueError: as of `load_checkpoint`; there is no demo of CLAP.
+    """
+    if str(name) == "demo":
+        raise ValueError("there is no demo of CLAP; give a folder, or a hub id such as laion/clap-htsat-unfused")
+    source = _folder_or_id(name, "a folder", ("config.json",))
+    try:
+        processor = ClapProcessor.from_pretrained(source)
+        model, report = ClapModel.from_pretrained(
+            source, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except Exception as error:  # whatever a strange file makes of transformers' many loaders
+        raise ValueError(f"checkpoint {name} cannot be loaded: {_first_sentence(error)}") from error
+    # What is no weight is made, whether an older checkpoint has it or not.
+    made = {key for key, _ in model.named_buffers() if not key.endswith(("running_mean", "running_var"))}
+    _check_tensors(name, report | {"missing_keys": set(report["missing_keys"]) - made}, "CLAP")
+    return model.to(device).eval(), processor
+
+
+def _check_tensors(name: str | Path, report: dict, what: str = "CLVP") -> None:
     for kind, keys in (
         ("lacks tensors", report["missing_keys"]),
-        ("holds tensors that CLVP does not have", report["unexpected_keys"]),
+        (f"holds tensors that {what} does not have", report["unexpected_keys"]),
         ("holds tensors of another shape than its config.json says", report["mismatched_keys"]),
     ):
         if keys:

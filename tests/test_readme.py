@@ -11,9 +11,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from clvp_fast import ClapConfig, ClapFeatureExtractor, ClapModel, ClapProcessor
 from clvp_fast.audio import load_audio
 from clvp_fast.cli import main
 from clvp_fast.demo import demo_checkpoint
+from tests.models.clap.test_processing import tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -27,6 +29,17 @@ def blocks(language: str) -> list[str]:
 COMMANDS = [line for block in blocks("sh") for line in block.splitlines() if line]
 
 
+def small_clap(folder: Path) -> None:
+    """A small random CLAP below `folder`, under the hub id that the README names."""
+    folder = folder / "laion/clap-htsat-unfused"
+    folder.mkdir(parents=True)
+    extractor = ClapFeatureExtractor(truncation="rand_trunc")
+    ClapProcessor(extractor, tokenizer(folder)).save_pretrained(folder)
+    text = dict(vocab_size=300, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    audio = dict(patch_embeds_hidden_size=16, depths=[1, 1], num_attention_heads=[1, 2], hidden_size=32)
+    ClapModel(ClapConfig(text_config=text, audio_config=audio)).save_pretrained(folder)
+
+
 @pytest.fixture
 def reader(tmp_path, monkeypatch):
     """The folder of a person who follows the README: a clone with its examples."""
@@ -37,11 +50,12 @@ def reader(tmp_path, monkeypatch):
 
 def test_nothing_is_left_out():
     assert len(blocks("python")) == 5
-    assert len(COMMANDS) == 8
+    assert len(COMMANDS) == 9
     assert set(re.findall(r"^```(\S+)", README, flags=re.MULTILINE)) == {"python", "sh"}
 
 
 def test_commands_in_order(reader, capsys):
+    small_clap(reader)
     for command in COMMANDS:
         program, *arguments = shlex.split(command)
         if program == "make":  # only whether the target is there: it would set up another environment
@@ -93,16 +107,7 @@ def test_documented_example(reader, monkeypatch):
 
 def test_clap_example(reader):
     """With a small random CLAP in place of the hub's."""
-    import clvp_fast
-    from tests.models.clap.test_processing import tokenizer
-
-    folder = reader / "laion/clap-htsat-unfused"
-    folder.mkdir(parents=True)
-    extractor = clvp_fast.ClapFeatureExtractor(truncation="rand_trunc")
-    clvp_fast.ClapProcessor(extractor, tokenizer(reader)).save_pretrained(folder)
-    text = dict(vocab_size=300, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
-    audio = dict(patch_embeds_hidden_size=16, depths=[1, 1], num_attention_heads=[1, 2], hidden_size=32)
-    clvp_fast.ClapModel(clvp_fast.ClapConfig(text_config=text, audio_config=audio)).save_pretrained(folder)
+    small_clap(reader)
     names = {}
     exec(compile(blocks("python")[4], "README.md", "exec"), names)
     assert names["probabilities"].shape == (1, 2)

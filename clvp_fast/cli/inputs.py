@@ -8,18 +8,26 @@ from clvp_fast.checkpoint import Checkpoint, load_checkpoint, sayable_ids
 from clvp_fast.cli.report import note, quiet_transformers
 
 
+def device_for(arguments: argparse.Namespace) -> str:
+    """The device that the arguments name.
+
+    Raises:
+        ValueError: a GPU is asked for where there is none.
+    """
+    if arguments.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no CUDA device here; use --device cpu, or leave the option out")
+    return arguments.device
+
+
 def load_for(arguments: argparse.Namespace) -> Checkpoint:
     """The checkpoint that the arguments name, on the device and in the dtype that they name."""
     if not arguments.debug:
         quiet_transformers()
-    device = arguments.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    elif device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch sees no CUDA device here; use --device cpu, or leave the option out")
     checkpoint = load_checkpoint(
         arguments.checkpoint,
-        device=device,
+        device=device_for(arguments),
         dtype=getattr(torch, arguments.dtype),
         text_cleaning=arguments.text_cleaning,
     )

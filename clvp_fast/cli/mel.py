@@ -119,10 +119,7 @@ def find_recordings(places: list[str]) -> list[Recording]:
     """
     found = {}
     for place in map(Path, places):
-        files = _walk(place) if place.is_dir() else [place]
-        if not files:
-            raise ValueError(f"{place} has no recordings in it (WAV, FLAC, MP3 or OGG)")
-        for path in files:
+        for path in recordings_at(place):
             name = (path.relative_to(place) if path != place else Path(path.name)).with_suffix("").as_posix()
             other = found.setdefault(name, path)
             if other != path:
@@ -130,6 +127,19 @@ def find_recordings(places: list[str]) -> list[Recording]:
                     f"{other} and {path} would both be written to {name}.npy: rename one, or give them different --out"
                 )
     return [Recording(path, name) for name, path in found.items()]
+
+
+def recordings_at(place: Path) -> list[Path]:
+    """The file `place`, or the recordings of the folder `place` at any depth; what begins with a dot is left out.
+
+    Raises:
+        ValueError: a folder without a recording.
+        OSError: a folder that cannot be listed.
+    """
+    files = _walk(place) if place.is_dir() else [place]
+    if not files:
+        raise ValueError(f"{place} has no recordings in it (WAV, FLAC, MP3 or OGG)")
+    return files
 
 
 def _walk(folder: Path) -> list[Path]:

@@ -102,13 +102,38 @@ def _generate(commands, everywhere) -> None:
 
 
 def _score(commands, everywhere) -> None:
-    parser = commands.add_parser("score", parents=[everywhere], help="rank given speech codes against a text")
-    parser.add_argument(
-        "codes", help="codes.npz of `generate`, an .npy array [candidates, length], or a .json list of lists"
+    parser = commands.add_parser(
+        "score", parents=[everywhere], help="rank given speech codes against a text, or recordings against texts"
     )
-    parser.add_argument("text", help="what the codes should say")
+    parser.add_argument(
+        "codes",
+        nargs="?",
+        metavar="CODES",
+        help="codes.npz of `generate`, an .npy array [candidates, length], or a .json list of lists",
+    )
+    parser.add_argument("text", nargs="?", metavar="TEXT", help="what the codes should say")
+    parser.add_argument(
+        "--model",
+        choices=("clvp", "clap"),
+        default="clvp",
+        help="clvp: speech codes against a text; clap: --audio against --text (default: %(default)s)",
+    )
+    clap = parser.add_argument_group("with --model clap, in place of CODES and TEXT")
+    clap.add_argument(
+        "--audio", nargs="+", default=[], metavar="RECORDING", help="WAV, FLAC, MP3 or OGG, or folders of them"
+    )
+    clap.add_argument(
+        "--text", nargs="+", default=[], dest="texts", metavar="TEXT", help="each ranks the recordings by itself"
+    )
+    clap.add_argument("--seed", type=_seed, default=0, help="of the crops of long recordings (default: %(default)s)")
     _add_scoring(parser)
-    _add_checkpoint(parser)
+    parser.add_argument(
+        "--checkpoint",
+        metavar="NAME",
+        help="a folder or a hub id (default: 'demo', small and of random weights; with --model clap "
+        "laion/clap-htsat-unfused)",
+    )
+    parser.set_defaults(refuse=parser.error)
     _add_device(parser)
     _add_text_cleaning(parser)
 

@@ -1,4 +1,4 @@
-"""`clvp-fast score`: given speech codes, ranked against a text."""
+"""`clvp-fast score`: given speech codes, ranked against a text; or recordings against texts (`score_audio.py`)."""
 
 import argparse
 import json
@@ -19,6 +19,14 @@ _BATCH = 32
 
 
 def run(arguments: argparse.Namespace) -> None:
+    if arguments.model == "clap":
+        from clvp_fast.cli import score_audio
+
+        score_audio.run(arguments)
+        return
+    if arguments.codes is None or arguments.text is None or arguments.audio or arguments.texts:
+        arguments.refuse("CODES and TEXT are needed; --audio and --text go with --model clap")
+    arguments.checkpoint = arguments.checkpoint or "demo"
     codes, lengths = read_codes(Path(arguments.codes))
     checkpoint = load_for(arguments)
     ids = text_ids(checkpoint, arguments.text)

@@ -1,0 +1,127 @@
+"""`clvp-fast score --model clap`: recordings, or folders of them, ranked against texts."""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from clvp_fast.audio import load_audio, require_sound
+from clvp_fast.checkpoint import load_clap
+from clvp_fast.cli import report
+from clvp_fast.cli.inputs import device_for
+from clvp_fast.cli.mel import recordings_at
+from clvp_fast.cli.versions import versions
+
+DEFAULT_CHECKPOINT = "laion/clap-htsat-unfused"
+#: Recordings that go through the audio tower at a time.
+_BATCH = 8
+
+
+def run(arguments: argparse.Namespace) -> None:
+    if arguments.codes is not None or not arguments.audio or not arguments.texts:
+        arguments.refuse("--model clap needs --audio and --text, and takes no CODES")
+    empty = [text for text in arguments.texts if not text.strip()]
+    if empty:
+        raise ValueError("a text is empty; give a description of a sound")
+    paths = list(dict.fromkeys(path for place in arguments.audio for path in recordings_at(Path(place))))
+    if not arguments.debug:
+        report.quiet_transformers()
+    name = arguments.checkpoint or DEFAULT_CHECKPOINT
+    model, processor = load_clap(name, device=device_for(arguments), dtype=getattr(torch, arguments.dtype))
+    failed: list[tuple[Path, Exception]] = []
+    embeds, heard = embed_recordings(model, processor, paths, arguments.seed, failed)
+    for _, error in failed:
+        report.note(str(error))
+    if not heard:
+        raise ValueError(f"none of the {len(paths)} recordings can be used; the notes name each")
+    scores = (embed_texts(model, processor, arguments.texts) @ embeds.T) * model.logit_scale_a.detach().float().exp()
+    ranked = [
+        {"text": text, "recordings": ranking(row, heard)}
+        for text, row in zip(arguments.texts, scores.cpu().numpy(), strict=True)
+    ]
+    if arguments.json:
+        document = {"checkpoint": name, "seed": arguments.seed, "texts": ranked}
+        document["failed"] = [{"recording": str(path), "reason": str(error)} for path, error in failed]
+        report.print_json(document | {"versions": versions()})
+    else:
+        print_rankings(ranked)
+    if failed:
+        count = f"{len(failed)} of {len(paths)} recordings"
+        raise ValueError(f"{count} cannot be used, and the notes name each; the others are ranked")
+
+
+@torch.inference_mode()
+def embed_texts(model, processor, texts: list[str]) -> torch.Tensor:
+    """Normalised embeddings `[texts, projection_dim]`, float32."""
+    inputs = processor(text=texts, padding=True, return_tensors="pt").to(model.device)
+    return model.get_text_features(**inputs).pooler_output.float()
+
+
+@torch.inference_mode()
+def embed_recordings(
+    model, processor, paths: list[Path], seed: int, failed: list[tuple[Path, Exception]]
+) -> tuple[torch.Tensor, list[Path]]:
+    """Normalised embeddings `[recordings, projection_dim]`, float32, and which recordings they are of.
+
+    A recording that cannot be used is an error where it is the only one; among others it is added to `failed`.
+    """
+    extractor, embeds, heard = processor.feature_extractor, [], []
+    with report.counting_progress(len(paths) == 1) as progress:
+        task = progress.add_task("recordings", total=len(paths))
+        for batch in _batches(paths, extractor.sampling_rate, failed):
+            samples = [samples for _, samples in batch]
+            inputs = extractor(
+                samples, sampling_rate=extractor.sampling_rate, return_tensors="pt", seed=seed, device=model.device
+            )
+            features = inputs["input_features"].to(model.dtype)
+            embeds.append(model.get_audio_features(features, inputs["is_longer"]).pooler_output.float())
+            heard += [path for path, _ in batch]
+            progress.update(task, completed=len(heard) + len(failed))
+    return torch.cat(embeds) if embeds else torch.empty(0), heard
+
+
+def _batches(
+    paths: list[Path], sampling_rate: int, failed: list[tuple[Path, Exception]]
+) -> Iterator[list[tuple[Path, np.ndarray]]]:
+    """The recordings that can be used, with their samples, a few at a time."""
+    batch = []
+    for path in paths:
+        try:
+            samples, _ = load_audio(path, sampling_rate)
+            require_sound(samples, path)
+            batch.append((path, samples))
+        except (ValueError, OSError, MemoryError) as error:
+            if len(paths) == 1:
+                raise
+            failed.append((path, error))
+        if len(batch) == _BATCH:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def ranking(scores: np.ndarray, recordings: list[Path]) -> list[dict]:
+    """One row a recording, best score first: its rank (from 1), its path and its score."""
+    order = np.argsort(-scores, kind="stable")
+    return [
+        {"rank": rank, "recording": str(recordings[index]), "score": float(scores[index])}
+        for rank, index in enumerate(order, start=1)
+    ]
+
+
+def print_rankings(ranked: list[dict]) -> None:
+    """A table for each text."""
+    for one in ranked:
+        table = Table(title=escape(one["text"]), title_justify="left", header_style="bold")
+        table.add_column("rank", justify="right")
+        table.add_column("recording", overflow="fold")
+        table.add_column("score", justify="right")
+        for row in one["recordings"]:
+            table.add_row(str(row["rank"]), escape(row["recording"]), report.score_text(row["score"]))
+        Console(highlight=False).print(table)
