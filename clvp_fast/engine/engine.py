@@ -66,9 +66,12 @@ class CandidateEngine:
         latents: keep the decoder's states of the candidates, for the `latents` of results.
         deterministic: decode at one fixed number of rows, so that in half types too the bits of a candidate cannot
             depend on the batch.
+        persistent: steps of up to four candidates run as one launch, for who waits for few of them, on a CUDA device in
+            half types (`Runner` tells what it changes).
 
     Raises:
-        ValueError: a size that cannot be, too little memory for a single candidate, or `scoring` beside a `scorer`.
+        ValueError: a size that cannot be, too little memory for a single candidate, `scoring` beside a `scorer`, or a
+            device or model that `persistent` does not serve.
         TypeError: a `scorer` that is none.
     """
 
@@ -88,6 +91,7 @@ class CandidateEngine:
         scorer: Scorer | None = None,
         latents: bool = False,
         deterministic: bool = False,
+        persistent: bool = False,
     ):
         if scorer is not None:
             check_scorer(scorer)
@@ -98,7 +102,8 @@ class CandidateEngine:
         self.model = model.eval()
         self.processor = processor
         self._options = dict(page_size=page_size, page_dtype=page_dtype, weight_dtype=weight_dtype, latents=latents)
-        self._memory_fraction, self._deterministic, self._num_pages = memory_fraction, deterministic, num_pages
+        self._steps = dict(deterministic=deterministic, persistent=persistent)
+        self._memory_fraction, self._num_pages = memory_fraction, num_pages
         self.max_new_tokens = min(500, speech_limit(model)) if max_new_tokens is None else max_new_tokens
         if max_batch is None and model.device.type == "cpu":
             max_batch = CPU_BATCH
@@ -366,7 +371,7 @@ class CandidateEngine:
             self.memory.num_pages,
             max_batch=self.memory.max_batch,
             max_new_tokens=self.max_new_tokens,
-            deterministic=self._deterministic,
+            **self._steps,
             **self._options,
         )
 

@@ -79,6 +79,11 @@ def test_codes_are_the_same_in_every_company(parts, alone, lag, pages):
         assert_empty(engine)
 
 
+def test_a_persistent_step_needs_a_gpu(parts):
+    with pytest.raises(ValueError, match="no persistent decode step: "):
+        make(parts, persistent=True)
+
+
 def test_a_stopped_candidate_makes_room_for_the_next(parts, engine, monkeypatch):
     """Three candidates of very different lengths in two slots take fewer steps than two batches would."""
     small = make(parts, max_batch=2)

@@ -1,5 +1,5 @@
 """What tests of the engine watch, on a GPU too."""
 
-from tests.engine.conftest import happened
+from tests.engine.conftest import happened, parts
 
-__all__ = ["happened"]
+__all__ = ["happened", "parts"]

@@ -7,6 +7,7 @@ import torch
 
 from clvp_fast.engine.decoder import PagedDecoder
 from clvp_fast.engine.persistent import PersistentStep
+from clvp_fast.engine.sampling_params import SamplingParams
 from tests.csrc.test_persistent_decode import (
     DTYPES,
     ROWS,
@@ -17,6 +18,7 @@ from tests.csrc.test_persistent_decode import (
     with_pages,
     with_row,
 )
+from tests.engine.demo_engine import make, request
 from tests.gpu.test_runner_on_gpu import driver_of, replayed_alone
 
 pytestmark = pytest.mark.gpu
@@ -121,3 +123,15 @@ def test_a_runner_captures_it(dtype):
         found.append(driver.run())
     assert found[0] == found[1]
     assert any(len(tokens) > 4 for tokens in found[0].values())
+
+
+def test_the_engine_takes_it_for_few_candidates(parts, monkeypatch):
+    """The same candidates every time, drawn by the one launch as long as there are up to four of them."""
+    model, processor = parts
+    engine = make((copy.deepcopy(model).to("cuda", torch.bfloat16), processor), max_batch=4, persistent=True)
+    taken, step = [], PersistentStep.step
+    monkeypatch.setattr(PersistentStep, "step", lambda self, *args: taken.append(len(args[0])) or step(self, *args))
+    params = SamplingParams(num_candidates=3, max_new_tokens=12, seed=1)
+    results = [next(engine.generate(request(0), params)) for _ in range(2)]
+    assert taken and max(taken) <= 4
+    assert results[0].error is None and (results[0].codes == results[1].codes).all()
