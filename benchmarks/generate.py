@@ -53,9 +53,8 @@ def _task(device: str, shape: dict, smoke: bool) -> Task:
     makers[torch_name] = partial(_torch, torch_name, device, dtype, shape, smoke)
     for tier in TIERS[device]:
         makers[f"clvp_fast engine, {tier.name}"] = partial(_engine, tier, device, shape, smoke)
-    weights = sum(p.numel() for p in our_model(device, smoke=smoke).speech_decoder_model.parameters())
-    common = {"decoder_parameters": weights, "tokens": shape["candidates"] * shape["new_tokens"]}
-    return task("generate", shape, makers, 1 if smoke else 3 if device == "cpu" else 2, absent, **common)
+    tokens = shape["candidates"] * shape["new_tokens"]
+    return task("generate", shape, makers, 1 if smoke else 3 if device == "cpu" else 2, absent, tokens=tokens)
 
 
 def _tolerance(device: str, dtype: torch.dtype) -> float:

@@ -1,12 +1,13 @@
 """A run of the benchmarks: what is refused, kept, left out and compared."""
 
+import importlib
 import json
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import compare, harness, providers, run
+from benchmarks import compare, harness, models, providers, run
 from benchmarks.harness import Machine, Provider, Task, measure
 
 
@@ -86,6 +87,18 @@ def test_every_workload_is_a_module_with_tasks():
     for name in run.WORKLOADS:
         path = harness.ROOT / "benchmarks" / f"{name}.py"
         assert "\ndef tasks(device: str, smoke: bool = False) -> Iterator[Task]:" in path.read_text(), name
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.filterwarnings("ignore:.*takes the slower torch path")
+def test_tasks_name_their_providers_before_anything_is_made(device, monkeypatch):
+    monkeypatch.setattr(models, "ClvpConfig", None)  # without which no model is made
+    # The tables of log-mel's tasks lie on the device.
+    for name in [name for name in run.WORKLOADS if name != "log_mel" or device == "cpu"]:
+        tasks = list(importlib.import_module(f"benchmarks.{name}").tasks(device))
+        shapes = [harness.task_key({"workload": name, "shape": task.shape}) for task in tasks]
+        assert tasks and len(set(shapes)) == len(shapes), name
+        assert all(task.makers and not set(task.makers) & set(task.absent) and task.repeats > 1 for task in tasks), name
 
 
 def test_the_list_names_every_workload_and_group(capsys):
