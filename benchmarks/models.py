@@ -3,6 +3,7 @@ test. They never draw the start or the stop token, so that every candidate has a
 """
 
 import functools
+import inspect
 from contextlib import nullcontext
 
 import torch
@@ -23,8 +24,20 @@ def _made_on(device: str):
     return torch.device(device) if device != "cpu" else nullcontext()
 
 
-@functools.cache
-@torch.inference_mode(False)
+def _made_once(make):
+    """One model for each set of arguments, however they are written: `functools.cache` would make one for each way."""
+    made, signature = functools.cache(torch.inference_mode(False)(make)), inspect.signature(make)
+
+    @functools.wraps(make)
+    def get(*args, **kwargs):
+        given = signature.bind(*args, **kwargs)
+        given.apply_defaults()
+        return made(*given.args)
+
+    return get
+
+
+@_made_once
 def our_model(
     device: str, dtype: torch.dtype = torch.float32, smoke: bool = False
 ) -> ClvpModelForConditionalGeneration:
@@ -38,8 +51,7 @@ def our_model(
     return model.requires_grad_(False).to(device, dtype)
 
 
-@functools.cache
-@torch.inference_mode(False)
+@_made_once
 def stock_model(device: str, dtype: torch.dtype = torch.float32, smoke: bool = False):
     """transformers' own class, with the weights of [`our_model`]."""
     from transformers.models.clvp import configuration_clvp, modeling_clvp

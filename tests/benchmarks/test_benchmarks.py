@@ -1,8 +1,9 @@
 """The harness refuses what is wrong, and the tables of README.md and of the precision tiers say what rows say."""
 
 import pytest
+import torch
 
-from benchmarks import harness, report
+from benchmarks import harness, models, report
 
 
 def test_the_table_of_precision_tiers():
@@ -99,3 +100,9 @@ def test_a_fraction_of_the_limit_stands_in_rows_that_count(monkeypatch):
     stored = harness.with_context(rows, machine, "command")
     assert [row["seconds"]["median"] for row in stored] == [2.0] * 4
     assert [row.get("fraction_of_limit") for row in stored] == [0.25, 1.0, None, 0.125]
+
+
+def test_a_model_is_made_once_however_its_arguments_are_written():
+    model = models.our_model("cpu", torch.float32, True)
+    assert model is models.our_model("cpu", smoke=True) is models.our_model(device="cpu", smoke=True)
+    assert model is not models.our_model("cpu", torch.bfloat16, True)
