@@ -51,7 +51,8 @@ def _gather(x, order):
 def _in_windows(x, order, window):
     """`[batch, height, width, num_heads, head_dim]` → `[batch, windows, num_heads, window ** 2, head_dim]`."""
     batch, _, _, num_heads, head_dim = x.shape
-    return _gather(x, order).view(batch, -1, window**2, num_heads, head_dim).transpose(2, 3)
+    windows = len(order) // window**2
+    return _gather(x, order).view(batch, windows, window**2, num_heads, head_dim).transpose(2, 3)
 
 
 def _in_image(out, order, shape):
@@ -97,20 +98,21 @@ def reference(q, k, v, bias, window, shift, scale, dropout_p=0.0):
 
 
 def _torch(q, k, v, bias, window, shift, scale, dropout_p=0.0):
-    shape, (_, height, width, num_heads, head_dim) = q.shape, q.shape
+    shape, (height, width) = q.shape, q.shape[1:3]
     order = _window_order(height, width, window, shift, q.device)
     bias = _scored_bias(bias, height, width, window, shift, q.dtype)
     q, k, v = (_in_windows(x, order, window) for x in (q, k, v))
+    in_windows = q.shape
     if q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16):
         # SDPA's fused kernel is slower there, and torch copies operands of products that lie apart in any case.
         out = _mix(_weights((q * scale).contiguous(), k.contiguous(), bias), v.contiguous(), dropout_p)
         return _in_image(out, order, shape)
     if shift:  # a bias a window: they stand beside the heads, so that the batch shares it
-        q, k, v, bias = (x.reshape(-1, bias.shape[0] * num_heads, window**2, x.shape[-1]) for x in (q, k, v, bias))
+        q, k, v, bias = q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2), bias.flatten(0, 1)
     else:
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p, scale=scale)
-    return _in_image(out.view(shape[0], -1, num_heads, window**2, head_dim), order, shape)
+    return _in_image(out.view(in_windows), order, shape)
 
 
 def _fake(q, k, v, bias, window, shift, scale):

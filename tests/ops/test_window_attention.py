@@ -116,6 +116,15 @@ def test_dropout_drops_weights():
     assert torch.equal(same, weights) and not torch.allclose(dropped, whole)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shift", [0, 2])
+def test_empty_batch(shift, dtype):
+    args = operands(8, 8, 4, dtype, batch=0)
+    for backend in ("reference", "torch"):
+        with clvp_fast.backend(backend):
+            assert window_attention(*args, window=4, shift=shift).shape == (0, 8, 8, 3, 24)
+
+
 def test_compiles_whole():
     args = operands(8, 8, 4)
     compiled = torch.compile(window_attention, fullgraph=True, backend="aot_eager")

@@ -251,6 +251,15 @@ def test_half_types(dtype):
         assert errors[1] <= 1.5 * errors[0], (name, errors)
 
 
+@pytest.mark.parametrize("name", ["ClapTextModel", "ClapAudioModel"])
+@torch.no_grad()
+def test_compiles_whole(name):
+    _, ours = pair(name)
+    inputs = inputs_of(name, composite_config(clvp_fast))
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    assert_same(compiled(**inputs).pooler_output, ours(**inputs).pooler_output)
+
+
 @torch.no_grad()
 def test_backends_agree():
     _, ours = pair(shape="fused")
