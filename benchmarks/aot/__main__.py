@@ -21,7 +21,16 @@ from benchmarks.aot.compiling import ARCHITECTURES, compile_calls
 from benchmarks.aot.tables import RESULTS, write_tables
 from clvp_fast.native_build import CUDA_SOURCES
 
-TRITON_FAMILIES = ("rotary_attention", "mlp", "linear", "norm", "embedding", "paged_attention", "sampling")
+TRITON_FAMILIES = (
+    "rotary_attention",
+    "mlp",
+    "linear",
+    "norm",
+    "embedding",
+    "paged_attention",
+    "sampling",
+    "window_attention",
+)
 FAMILIES = (*TRITON_FAMILIES, *CUDA_SOURCES)
 
 

@@ -119,12 +119,36 @@ def _fake(q, k, v, bias, window, shift, scale):
     return v.new_empty(q.shape)
 
 
+def _kernel(q, k, v, bias, window, shift, scale):
+    from clvp_fast.kernels import window_attention as kernels
+
+    out = v.new_empty(q.shape)
+    if out.numel():
+        kernels.window_attention(q, k, v, bias.contiguous(), window, shift, scale, SEAM, out=out)
+    return out
+
+
+def _unserved(q, bias, window):
+    from clvp_fast.kernels.window_attention import MAX_HEAD_DIM, MAX_WINDOW
+
+    for name, x in (("q", q), ("bias", bias)):
+        if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+            return f"{name} must be float16, bfloat16 or float32, not {x.dtype}"
+    if q.shape[-1] > MAX_HEAD_DIM:
+        return f"head_dim must be at most {MAX_HEAD_DIM}, not {q.shape[-1]}"
+    if window > MAX_WINDOW:
+        return f"window must be at most {MAX_WINDOW}, not {window}"
+    return None
+
+
 _OPERATOR = Operator(
     "window_attention",
     "(Tensor q, Tensor k, Tensor v, Tensor bias, int window, int shift, float scale) -> Tensor",
     reference=reference,
     torch_path=_torch,
     fake=_fake,
+    kernel=_kernel,
+    unserved=lambda q, k, v, bias, window, shift, scale: _unserved(q, bias, window),
 )
 
 

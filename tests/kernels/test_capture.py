@@ -21,6 +21,11 @@ def attention():
     return [packed], lambda: ops.rotary_attention(*packed.unbind(2), cos=angles.cos(), sin=angles.sin(), causal=True)
 
 
+def windows():
+    packed, bias = draw(2, 16, 8, 3, HEADS, 24, seed=0), draw(HEADS, 64, 64, seed=1)
+    return [packed], lambda: ops.window_attention(*packed.unbind(3), bias, window=8, shift=4)
+
+
 def gated():
     x, w_in, w_out = draw(33, 96, seed=0), draw(256, 96, seed=1), draw(96, 128, seed=2)
     b_in, b_out = draw(256, seed=3), draw(96, seed=4)
@@ -99,7 +104,7 @@ def features():
     return [samples, filters], lambda: ops.log_mel(samples, lengths=lengths, **settings)
 
 
-CALLS = [attention, gated, plain, quantized, norm, embedding, decode, prefill, sampling, features]
+CALLS = [attention, windows, gated, plain, quantized, norm, embedding, decode, prefill, sampling, features]
 
 
 @pytest.mark.parametrize("make", CALLS, ids=[make.__name__ for make in CALLS])

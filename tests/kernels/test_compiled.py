@@ -21,6 +21,7 @@ MATRIX = {
     "rotary_attention": ("bf16", "one query"),
     "mlp": ("bfloat16, many rows", "-"),
     "paged_attention": ("prefill, 16 × 64, b", "-"),
+    "window_attention": ("8 × 8", "-"),
 }
 
 
