@@ -1,7 +1,7 @@
 """Window attention at the shapes of CLAP's audio tower: every stage, and the first one shifted.
 
 Rivals go about it as Swin's own code does: roll, cut into windows, attend under bias and mask, join, roll back; as it
-stands, and compiled.
+stands, compiled, and by each backend of torch's attention alone.
 """
 
 from collections.abc import Iterator
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from benchmarks.harness import Task
 from benchmarks.kernels import Case, name_of, ours, tasks as tasks_of
+from benchmarks.rivals import sdpa
 from clvp_fast.ops import window_attention
 from clvp_fast.ops.window_attention import SEAM
 
@@ -35,8 +36,8 @@ def as_swin(packed, bias, shift):
         packed, bias = packed.roll((-shift, -shift), (1, 2)), bias[None] + _mask(side, shift, packed)
     cut = packed.unflatten(2, (-1, WINDOW)).unflatten(1, (-1, WINDOW)).transpose(2, 3).flatten(3, 4)
     q, k, v = cut.permute(4, 0, 1, 2, 5, 3, 6).flatten(1, 3)  # of each [windows, heads, places, head_dim]
-    if shift:
-        bias = bias.repeat(batch, 1, 1, 1)
+    # Of four axes: torch's fused kernels refuse a mask of three.
+    bias = bias.repeat(batch, 1, 1, 1) if shift else bias[None]
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2)
     out = out.reshape(batch, side // WINDOW, side // WINDOW, WINDOW, WINDOW, heads, head_dim).transpose(2, 3)
     out = out.reshape(batch, side, side, heads, head_dim)
@@ -66,6 +67,7 @@ def cases(device: str, smoke: bool = False) -> Iterator[Case]:
 
             providers, absent = ours(call, "window_attention", device)
             rivals = {"torch as Swin": as_swin, "torch as Swin, compiled": torch.compile(as_swin, dynamic=False)}
+            rivals |= sdpa.one_by_one(as_swin, "as Swin")
             places, width = clips * side * side, heads * HEAD_DIM
             yield Case(
                 shape=dict(clips=clips, side=side, heads=heads, head_dim=HEAD_DIM, shift=shift, dtype=name_of(dtype)),

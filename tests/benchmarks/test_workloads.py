@@ -18,6 +18,7 @@ from benchmarks import (
     scheduler,
     score,
     tiers,
+    window_attention,
 )
 from benchmarks.harness import all_rows
 from benchmarks.models import stock_model
@@ -32,6 +33,12 @@ OPERATORS = [
         2,
         {"SDPA, rotation compiled", "SDPA math, rotation compiled", "SDPA flash, rotation compiled"},
         {"SDPA efficient, rotation compiled", "SDPA cudnn, rotation compiled"},
+    ),
+    (
+        window_attention,
+        4,
+        {"torch as Swin", "torch as Swin, compiled", "SDPA math, as Swin", "SDPA flash, as Swin"},
+        {"SDPA efficient, as Swin", "SDPA cudnn, as Swin"},
     ),
     (geglu_mlp, 2, {"torch, compiled"}, set()),
     (gelu_mlp, 2, {"torch, compiled"}, set()),
