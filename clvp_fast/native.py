@@ -102,6 +102,7 @@ class LinearCall(ctypes.Structure):
         ("weight", c_void_p),
         ("scale", c_void_p),
         ("bias", c_void_p),
+        ("residual", c_void_p),
         ("out", c_void_p),
         ("x_stride", c_int64),
         ("weight_stride", c_int64),

@@ -105,7 +105,8 @@ static inline int clvp_fast_check_linear(const struct clvp_fast_linear *call) {
     if (clvp_fast_misaligned(call->x, element) ||
         clvp_fast_misaligned(call->weight, clvp_fast_element_size(call->weight_dtype)) ||
         clvp_fast_misaligned(call->scale, sizeof(float)) || clvp_fast_misaligned(call->bias, element) ||
-        clvp_fast_misaligned(call->out, element))
+        clvp_fast_misaligned(call->residual, sizeof(float)) ||
+        clvp_fast_misaligned(call->out, call->residual ? sizeof(float) : element))
         return CLVP_FAST_MISALIGNED;
     return CLVP_FAST_OK;
 }

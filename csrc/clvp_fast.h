@@ -102,15 +102,16 @@ int clvp_fast_paged_decode_cpu(const struct clvp_fast_paged_decode *call, int32_
 
 enum clvp_fast_activation { CLVP_FAST_NO_ACTIVATION = 0, CLVP_FAST_GELU_TANH = 1 };
 
-/* A linear layer of few rows: out[m, n] = activation(scale[n] * sum_k x[m, k] * weight[n, k] + bias[n]), summed in
- * float32. The bits of a row depend on that row alone. */
+/* A linear layer of few rows: out[m, n] = activation(scale[n] * sum_k x[m, k] * weight[n, k] + bias[n]) +
+ * residual[m, n], summed in float32. The bits of a row depend on that row alone. */
 struct clvp_fast_linear {
-    const void *x;      /* [rows, in_features] of dtype, columns at stride 1 */
-    const void *weight; /* [out_features, in_features] of weight_dtype, columns at stride 1 */
-    const float *scale; /* [out_features]; null: 1 */
-    const void *bias;   /* [out_features] of dtype; null: none */
-    void *out;          /* [rows, out_features] of dtype, contiguous */
-    int64_t x_stride;   /* elements from one row to the next */
+    const void *x;         /* [rows, in_features] of dtype, columns at stride 1 */
+    const void *weight;    /* [out_features, in_features] of weight_dtype, columns at stride 1 */
+    const float *scale;    /* [out_features]; null: 1 */
+    const void *bias;      /* [out_features] of dtype; null: none */
+    const float *residual; /* [rows, out_features], contiguous; null: none */
+    void *out;             /* [rows, out_features] of dtype, with a residual float32; contiguous */
+    int64_t x_stride;      /* elements from one row to the next */
     int64_t weight_stride;
     int64_t rows, in_features, out_features; /* in_features: a multiple of 32 */
     int32_t dtype;                           /* FLOAT32 or BFLOAT16 */

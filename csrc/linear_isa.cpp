@@ -111,13 +111,19 @@ struct Affine {
     }
 };
 
-/* Scale, bias and activation of the sums of one row, and the rounding. */
-template <class In>
-CLVP_FAST_INLINE void finish(const clvp_fast_linear *call, const float *sums, const Affine<In> &affine, In *out,
+/* Scale, bias, activation and residual of the sums of one row, which goes to places from `to` on, and the rounding. */
+template <class In, class Out>
+CLVP_FAST_INLINE void finish(const clvp_fast_linear *call, const float *sums, const Affine<In> &affine, int64_t to,
                              int64_t count) {
+    Out *const out = (Out *)call->out + to;
     for (int64_t n = 0; n < count; n += LANES) {
         Floats y = load_floats(sums + n) * load_floats(affine.scale + n) + load_floats(affine.bias + n);
         if (call->activation == CLVP_FAST_GELU_TANH) y = gelu_tanh(y);
+        if (call->residual) {
+            float given[LANES] = {};
+            memcpy(given, call->residual + to + n, (count - n < LANES ? count - n : LANES) * sizeof *given);
+            y += load_floats(given);
+        }
         if (count - n >= LANES)
             store_floats(out + n, y);
         else
@@ -174,9 +180,13 @@ void run(const clvp_fast_linear *call, const void *packed, int64_t item, void *s
         }
     }
     const Affine<In> affine(call, first, count);
-    In *const out = (In *)call->out + first_row * call->out_features + first;
-    for (int64_t row = 0; row < rows; ++row)
-        finish<In>(call, sums + row * ITEM_COLUMNS, affine, out + row * call->out_features, count);
+    for (int64_t row = 0; row < rows; ++row) {
+        const int64_t to = (first_row + row) * call->out_features + first;
+        if (call->residual)
+            finish<In, float>(call, sums + row * ITEM_COLUMNS, affine, to, count);
+        else
+            finish<In, In>(call, sums + row * ITEM_COLUMNS, affine, to, count);
+    }
 }
 
 /* Room for rows up to a whole tile of any kind, in float32. */

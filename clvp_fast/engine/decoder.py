@@ -220,6 +220,11 @@ class PagedDecoder:
 
     def _after_attention(self, index: int, attended: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         """`attended` `[tokens, num_heads, head_dim]` and the residual `[tokens, hidden_size]` to a layer's result."""
-        products, layer = self._products[index], self.model.model.decoder.layers[index]
-        residual, normed = add_layer_norm(layer.post_attention_layernorm, products.out(attended.flatten(-2)), hidden)
+        products, norm = self._products[index], self.model.model.decoder.layers[index].post_attention_layernorm
+        attended = attended.flatten(-2)
+        if attended.device.type == "cpu":  # there the product adds the residual, and elsewhere the norm
+            residual = products.out(attended, hidden)
+            normed = self._normed(norm, residual)
+        else:
+            residual, normed = add_layer_norm(norm, products.out(attended), hidden)
         return products.mlp(normed, residual)

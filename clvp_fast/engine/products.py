@@ -22,8 +22,8 @@ class ModuleProducts:
         self.mlp = layer.mlp
         self._out_proj = layer.attn.out_proj
 
-    def out(self, attended: torch.Tensor) -> torch.Tensor:
-        return apply_linear(self._out_proj, attended)
+    def out(self, attended: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        return apply_linear(self._out_proj, attended, residual)
 
 
 class Int8Linear:
@@ -47,8 +47,8 @@ class Int8Linear:
             copies.copy_((wide / scales[:, None]).round())
         self.bias = bias
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return ops.linear(x, self.weight, self.bias, scale=self.scale)
+    def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        return ops.linear(x, self.weight, self.bias, scale=self.scale, residual=residual)
 
 
 class Int8Products:

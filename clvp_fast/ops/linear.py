@@ -1,6 +1,6 @@
 """Linear layers between the operators, and the product that is fastest at their number of rows.
 
-    out = activation((x W^T) * scale + b)
+    out = activation((x W^T) * scale + b) + residual
 
 Torch's own products serve where rows are many, and on a GPU. The few rows of a decode step on a CPU, which wait for the
 weights to come from memory, have a kernel in the native library of `csrc/`, and int8 weights on a GPU have one in
@@ -20,6 +20,7 @@ from clvp_fast.ops.dispatch import (
     Operator,
     as_rows,
     autocasts,
+    check_residual,
     check_same,
     interpreted,
     missing_for_triton,
@@ -32,7 +33,7 @@ MAX_ROWS = 512
 _FUSED = (None, "gelu_new", "gelu_pytorch_tanh")
 
 
-def _reference(x, weight, bias, scale, activation):
+def _reference(x, weight, bias, scale, activation, residual=None):
     """The mathematics, in float32 at least."""
     wide = torch.promote_types(x.dtype, torch.float32)
     out = x.to(wide) @ weight.to(wide).T
@@ -40,20 +41,31 @@ def _reference(x, weight, bias, scale, activation):
         out = out * scale.to(wide)
     if bias is not None:
         out = out + bias.to(wide)
-    return (out if activation is None else reference_activation(out, activation)).to(x.dtype)
+    out = out if activation is None else reference_activation(out, activation)
+    return out.to(x.dtype) if residual is None else out.to(residual.dtype) + residual
 
 
-def _torch(x, weight, bias, scale, activation):
+def _add(out, residual):
+    """`out + residual`, in the place of `out` where that may be."""
+    if residual is None:
+        return out
+    if out.dtype != residual.dtype or needs_grad(out, residual):  # autocast gives two dtypes too
+        return out + residual
+    return out.add_(residual)
+
+
+def _torch(x, weight, bias, scale, activation, residual=None):
     if scale is None:
         out = F.linear(x, weight, bias)
     else:
         out = F.linear(x, weight.to(x.dtype)) * scale.to(x.dtype)
         out = out if bias is None else out + bias
-    return out if activation is None else activate(out, activation)
+    out = out if activation is None else activate(out, activation)
+    return _add(out, residual)
 
 
-def _fake(x, weight, bias, scale, activation):
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+def _fake(x, weight, bias, scale, activation, residual=None):
+    return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype if residual is None else residual.dtype)
 
 
 def _in_triton(x, weight) -> bool:
@@ -65,33 +77,35 @@ def _kernel(*args):
     return (_triton if _in_triton(*args[:2]) else _native)(*args)
 
 
-def _operands(x, weight, bias, scale, activation):
+def _operands(x, weight, bias, scale, activation, residual=None):
     """x as rows, vectors contiguous, and the result to be written."""
-    out = _fake(x, weight, bias, scale, activation)
+    out = _fake(x, weight, bias, scale, activation, residual)
     return as_rows(x), *(None if vector is None else vector.contiguous() for vector in (bias, scale)), out
 
 
-def _triton(x, weight, bias, scale, activation):
+def _triton(x, weight, bias, scale, activation, residual=None):
     """kernels/linear.py."""
     from clvp_fast.kernels import linear as kernels
 
     rows, bias, scale, out = _operands(x, weight, bias, scale, activation)
     if out.numel() > 0:
         kernels.linear(rows, weight, scale, bias, activation or "linear", out=out.view(-1, len(weight)))
-    return out
+    return _add(out, residual)
 
 
-def _native(x, weight, bias, scale, activation):
+def _native(x, weight, bias, scale, activation, residual=None):
     """csrc/linear_isa.cpp."""
     from clvp_fast import native
 
-    rows, bias, scale, out = _operands(x, weight, bias, scale, activation)
+    rows, bias, scale, out = _operands(x, weight, bias, scale, activation, residual)
+    residual = None if residual is None else residual.contiguous()
     dtype = native.FLOAT32 if x.dtype == torch.float32 else native.BFLOAT16
     call = native.LinearCall(
         rows.data_ptr(),
         weight.data_ptr(),
         None if scale is None else scale.data_ptr(),
         None if bias is None else bias.data_ptr(),
+        None if residual is None else residual.data_ptr(),
         out.data_ptr(),
         rows.stride(0),
         weight.stride(0),
@@ -128,7 +142,7 @@ def _has_matrix_unit() -> bool:
         return False
 
 
-def _unserved(x, weight, bias, scale, activation):
+def _unserved(x, weight, bias, scale, activation, residual=None):
     if x.shape[-1] != weight.shape[1] or weight.shape[1] == 0:
         return f"it serves x with as many columns as the weights, at least one, not {x.shape[-1]}, {weight.shape[1]}"
     if bias is not None and (bias.dtype != x.dtype or bias.shape != weight.shape[:1]):
@@ -158,7 +172,7 @@ def _unserved_native(x, weight):
 
 _OPERATOR = Operator(
     "linear",
-    "(Tensor x, Tensor weight, Tensor? bias, Tensor? scale, str? activation) -> Tensor",
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor? scale, str? activation, Tensor? residual=None) -> Tensor",
     reference=_reference,
     torch_path=_torch,
     fake=_fake,
@@ -174,7 +188,7 @@ def _plain(x, *args) -> bool:
     For int8 weights on a GPU torch has no product, only one over a wider copy of them: that such a call is not served
     is for `Operator.choose` to tell.
     """
-    if needs_grad(x, *args[:2]) or torch.compiler.is_compiling() or autocasts(x.device):
+    if needs_grad(x, *args[:2], args[4]) or torch.compiler.is_compiling() or autocasts(x.device):
         return True
     if _in_triton(x, args[0]):
         return False
@@ -201,25 +215,35 @@ def linear(
     *,
     scale: torch.Tensor | None = None,
     activation: str | None = None,
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """A linear layer, with an activation behind it if one is named.
+    """A linear layer, with an activation behind it if one is named, and a residual added if one is given.
 
     Args:
         x: `[..., in]`.
         weight: `[out, in]`, of the dtype of `x`; or int8, with `scale` `[out]` float32, which each row is times.
         bias: `[out]`.
         activation: as `gelu_mlp` names them.
+        residual: `[..., out]`, of the dtype of `x` or, beside a half type, float32.
 
     Returns:
-        `[..., out]`, contiguous, of the dtype of `x`.
+        `[..., out]`, contiguous, of the dtype of the residual; without one that of `x`.
 
     Raises:
-        ValueError, TypeError: an unknown activation; a scale without int8, or none with it.
+        ValueError, TypeError: an unknown activation; a scale without int8, or none with it; a residual that is not of
+            the result's shape, or of another dtype or device.
     """
-    args = (x, weight, bias, scale, activation)
+    args = (x, weight, bias, scale, activation, residual)
     if activation is not None and activation not in ACTIVATIONS:
         raise ValueError(f"activation must be None or one of {', '.join(ACTIVATIONS)}, not {activation!r}")
     check_scale(scale, weight, x)
-    if activation is not None and activation not in _FUSED:
+    if residual is not None:
+        if residual.shape != (*x.shape[:-1], weight.shape[0]):
+            raise shape_error("residual", f"{[*x.shape[:-1], weight.shape[0]]}", residual)
+        if not autocasts(x.device):
+            check_residual(residual, x)
+        if residual.dtype != torch.float32 or activation not in _FUSED:
+            return _add(linear(x, weight, bias, scale=scale, activation=activation), residual)
+    if activation not in _FUSED:
         return activate(linear(x, weight, bias, scale=scale), activation)
     return (_OPERATOR.without_kernel() if _plain(*args) else _OPERATOR.choose(args))(*args)

@@ -15,14 +15,6 @@ from clvp_fast.ops.dispatch import Operator, as_rows, autocasts, check_residual,
 from clvp_fast.ops.linear import check_scale, linear
 
 
-def _add(out, residual):
-    if residual is None:
-        return out
-    if out.dtype != residual.dtype or needs_grad(out, residual):  # autocast gives two dtypes too
-        return out + residual
-    return out.add_(residual)
-
-
 def _out_dtype(x, residual):
     return x.dtype if residual is None else residual.dtype
 
@@ -54,7 +46,7 @@ def geglu_reference(x, w_in, b_in, w_out, b_out, residual, activation, dropout_p
 
 def _gelu_torch(x, w_in, b_in, w_out, b_out, residual, activation, scale_in=None, scale_out=None):
     hidden = linear(x, w_in, b_in, scale=scale_in, activation=activation)
-    return _add(linear(hidden, w_out, b_out, scale=scale_out), residual)
+    return linear(hidden, w_out, b_out, scale=scale_out, residual=residual)
 
 
 def _geglu_torch(x, w_in, b_in, w_out, b_out, residual, activation, dropout_p=0.0):
@@ -62,7 +54,7 @@ def _geglu_torch(x, w_in, b_in, w_out, b_out, residual, activation, dropout_p=0.
     h = h * activate(gate, activation)
     if dropout_p > 0:
         h = F.dropout(h, dropout_p)
-    return _add(linear(h, w_out, b_out), residual)
+    return linear(h, w_out, b_out, residual=residual)
 
 
 def _fake(x, w_in, b_in, w_out, b_out, residual, activation, scale_in=None, scale_out=None):

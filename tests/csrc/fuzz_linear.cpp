@@ -61,7 +61,7 @@ struct Matrix {
 };
 
 void spoil(clvp_fast_linear &call) {
-    switch (draw(0, 10)) {
+    switch (draw(0, 11)) {
         case 0: call.x = nullptr; break;
         case 1: call.weight = nullptr; break;
         case 2: call.out = nullptr; break;
@@ -71,7 +71,8 @@ void spoil(clvp_fast_linear &call) {
         case 6: call.in_features = draw(0, 1) ? 0 : INT64_MAX / 32 * 32; break;
         case 7: call.rows = draw(0, 1) ? -1 : INT64_MAX; break;
         case 8: call.activation = draw(0, 1) ? -1 : 2; break;
-        case 9: call.dtype = draw(0, 1) ? CLVP_FAST_FLOAT64 : 77; break;
+        case 9: call.residual = (const float *)((const char *)call.out + 2); break;
+        case 10: call.dtype = draw(0, 1) ? CLVP_FAST_FLOAT64 : 77; break;
         default: call.weight_dtype = CLVP_FAST_FLOAT16;
     }
 }
@@ -85,11 +86,15 @@ bool one_case() {
     const Matrix weight(outs, columns, draw(0, 2) ? columns : draw(-columns, 2 * columns),
                         draw(0, 1) ? dtype : CLVP_FAST_INT8);
     const Matrix bias(1, outs, outs, dtype), scale(1, outs, outs, CLVP_FAST_FLOAT32);
-    Matrix out(rows, outs, outs, dtype), alone(1, outs, outs, dtype);
+    const Matrix residual(rows, outs, outs, CLVP_FAST_FLOAT32);
+    const bool with_residual = draw(0, 1);
+    const int32_t out_dtype = with_residual ? CLVP_FAST_FLOAT32 : dtype;
+    Matrix out(rows, outs, outs, out_dtype), alone(1, outs, outs, out_dtype);
     clvp_fast_linear call = {};
     call.x = x.first(), call.weight = weight.first(), call.out = out.first();
     call.scale = draw(0, 1) ? (const float *)scale.first() : nullptr;
     call.bias = draw(0, 1) ? bias.first() : nullptr;
+    call.residual = with_residual ? (const float *)residual.first() : nullptr;
     call.x_stride = x.stride, call.weight_stride = weight.stride;
     call.rows = rows, call.in_features = columns, call.out_features = outs;
     call.dtype = dtype, call.weight_dtype = weight.dtype, call.activation = draw(0, 1);
@@ -112,11 +117,13 @@ bool one_case() {
             if (call.scale) sum *= scale.at(0, n);
             if (call.bias) sum += bias.at(0, n);
             if (call.activation) sum = gelu(sum);
-            const double room = dtype == CLVP_FAST_FLOAT32 ? 1e-4 : 4e-3;
+            if (with_residual) sum += residual.at(m, n);
+            const double room = out_dtype == CLVP_FAST_FLOAT32 ? 1e-4 : 4e-3;
             if (!(fabs(out.at(m, n) - sum) <= room * (1 + fabs(sum)))) return false;
         }
     const int64_t row = draw(0, rows - 1);
     call.x = x.first() + row * x.stride * x.size(), call.rows = 1, call.out = alone.first();
+    if (with_residual) call.residual += row * outs;
     if (clvp_fast_linear_cpu(&call, 1, isa) != CLVP_FAST_OK) return false;
     return !memcmp(alone.first(), out.first() + row * outs * out.size(), outs * out.size());
 }

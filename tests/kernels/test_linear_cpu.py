@@ -5,7 +5,7 @@ import torch
 
 from clvp_fast.ops.linear import _native, _reference, _torch
 from tests.kernels.isa import ABSENT, run_on
-from tests.kit import assert_within_budget, linear_operands
+from tests.kit import assert_within_budget, linear_operands, random, strided
 
 pytestmark = pytest.mark.skipif(ABSENT is not None, reason=str(ABSENT))
 
@@ -29,6 +29,21 @@ def test_is_the_reference(kernel, dtype, int8, rows, columns, outs):
     for args in ((x, weight, bias, scale, None), (x, weight, None, scale, "gelu_new")):
         wide = [None if tensor is None else tensor.double() for tensor in args[:4]]
         assert_within_budget(kernel(*args), _reference(*wide, args[4]), _torch(*args))
+
+
+@pytest.mark.parametrize("rows, outs", [(1, 1), (5, 49), (17, 130), (129, 47)])
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_residual_is_added_before_anything_is_rounded(kernel, dtype, int8, rows, outs):
+    """Beside a half type too the sum is float32, of which the product is as exact as in float32."""
+    x, weight, bias, scale = linear_operands(rows, 64, outs, dtype, int8)
+    residual = strided(random(rows, outs, seed=9))
+    for activation in (None, "gelu_new"):
+        out = kernel(x, weight, bias, scale, activation, residual)
+        wide = [None if tensor is None else tensor.double() for tensor in (x, weight, bias, scale)]
+        expected = _reference(*wide, activation, residual.double())
+        assert out.dtype == torch.float32
+        assert (out.double() - expected).abs().max() <= 2e-6 * (1 + expected.abs().max())
 
 
 @pytest.mark.parametrize("int8", [False, True])

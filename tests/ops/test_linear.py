@@ -11,7 +11,7 @@ from torch._subclasses import FakeTensorMode
 import clvp_fast
 from clvp_fast import ops
 from clvp_fast.ops.linear import _OPERATOR, MAX_ROWS, _kernel, _torch
-from tests.kit import assert_within_budget, linear_operands, strided
+from tests.kit import assert_within_budget, linear_operands, random, strided
 
 served = pytest.mark.skipif(
     clvp_fast.explain("linear", "cpu")[0].backend != "kernel", reason="the CPU's kernel does not serve here"
@@ -44,10 +44,31 @@ def test_equals_the_product_in_float64(backend, dtype, int8, with_bias, activati
     assert_within_budget(out, expected, baseline)
 
 
+@pytest.mark.parametrize("activation", [None, "gelu_new", "gelu"])
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("wide", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("backend", [None, "torch", "reference"])
+def test_a_residual_is_added(backend, dtype, wide, int8, activation):
+    """Of the dtype of x, or float32 beside a half type; the result has its dtype, and the residual stays."""
+    if wide and dtype == torch.float64:
+        wide = False
+    x, weight, bias, scale = operands(dtype=dtype, int8=int8)
+    residual = random(3, 50, seed=7, dtype=torch.float32 if wide else dtype)
+    before = residual.clone()
+    expected = exact(x, weight, bias, scale, activation) + residual.double()
+    baseline = residual + _torch(x, weight, bias, scale, activation)
+    with clvp_fast.backend(backend), warnings.catch_warnings(action="error"):
+        out = ops.linear(x, weight, bias, scale=scale, activation=activation, residual=residual)
+    assert out.dtype == residual.dtype and torch.equal(residual, before)
+    assert_within_budget(out, expected, baseline)
+
+
 @pytest.mark.parametrize("int8", [False, True])
 def test_registered(int8):
     x, weight, bias, scale = operands(int8=int8)
-    for args in ((x, weight, bias, scale, "gelu_new"), (x, weight, None, scale, None)):
+    residual = random(3, 50, seed=7)
+    for args in ((x, weight, bias, scale, "gelu_new"), (x, weight, None, scale, None, residual)):
         torch.library.opcheck(torch.ops.clvp_fast.linear.default, args)
 
 
@@ -102,10 +123,13 @@ def test_all_others_take_torch_s_own_product(kernel_calls):
     with clvp_fast.backend("torch"):
         ops.linear(x, weight, bias)
     torch.compile(ops.linear, fullgraph=True, backend="aot_eager")(x, weight, bias)
+    residual = torch.zeros(3, 50, requires_grad=True)
     weight.requires_grad_()
-    ops.linear(x, weight, bias).square().sum().backward()
-    expected = 2 * F.linear(x, weight, bias).detach().t() @ x
-    torch.testing.assert_close(weight.grad, expected, rtol=1e-4, atol=1e-3)
+    ops.linear(x, weight, bias, residual=residual).square().sum().backward()
+    gradient = 2 * F.linear(x, weight, bias).detach()
+    torch.testing.assert_close(weight.grad, gradient.t() @ x, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(residual.grad, gradient)
+    ops.linear(x, weight.detach(), bias, residual=residual).sum().backward()
     assert not kernel_calls
 
 
@@ -116,6 +140,8 @@ def test_all_others_take_torch_s_own_product(kernel_calls):
         (ValueError, "scale must have shape \\[50\\]", {"scale": torch.ones(49)}),
         (TypeError, "scale must be float32", {"scale": torch.ones(50, dtype=torch.float64)}),
         (ValueError, "activation must be None or one of", {"activation": "gelo"}),
+        (ValueError, "residual must have shape \\[3, 50\\]", {"residual": torch.ones(50)}),
+        (TypeError, "residual must have the dtype of x", {"residual": torch.ones(3, 50, dtype=torch.float64)}),
     ],
 )
 def test_what_cannot_be(error, says, change):

@@ -26,11 +26,15 @@ def is_plain(module: nn.Module, module_class: type[nn.Module]) -> bool:
     )
 
 
-def apply_linear(linear: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
-    """`linear(hidden_states)`, `[..., in]` → `[..., out]`, through the operator where that is the same."""
+def apply_linear(linear: nn.Module, hidden_states: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+    """`linear(hidden_states)`, `[..., in]` → `[..., out]`, through the operator where that is the same.
+
+    A residual is added, and the result has its dtype.
+    """
     if is_plain(linear, nn.Linear):
-        return ops.linear(hidden_states, linear.weight, linear.bias)
-    return linear(hidden_states)
+        return ops.linear(hidden_states, linear.weight, linear.bias, residual=residual)
+    out = linear(hidden_states)
+    return out if residual is None else residual + out
 
 
 def project_heads(linears: list[nn.Module], hidden_states: torch.Tensor, num_heads: int) -> tuple[torch.Tensor, ...]:
