@@ -16,6 +16,9 @@ sees too.
 
 Few rows (a decode step) are a launch's latency and two reductions; many rows are bound by memory: 128 threads hold 16
 bytes each of a row of 1024 half-precision elements, and up to 16 such programs lie on a multiprocessor.
+
+Patch merging's norm reads a row as four neighbours of an image, from where they lie: merged apart, the image would be
+read and written twice, and not once.
 """
 
 import torch
@@ -96,6 +99,26 @@ def _double_layer_norm_kernel(
     tl.store(out_ptr + row * out_stride + columns, normed, mask=inside)
 
 
+@triton.jit(do_not_specialize=["rows", "height", "image_width", "down", "across"])
+def _merge_norm_kernel(
+    x_ptr, weight_ptr, bias_ptr, out_ptr,
+    rows, height, image_width, down, across, x_strides, eps,
+    CHANNELS: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
+    columns = tl.arange(0, BLOCK_C)
+    inside = (row < rows) & (columns < 4 * CHANNELS)[None, :]
+    corner, channel = columns // CHANNELS, columns % CHANNELS
+    y = row // across % down * 2 + (corner % 2)[None, :]
+    x = row % across * 2 + (corner // 2)[None, :]
+    image = (row // (down * across)).to(tl.int64)
+    place = image * x_strides[0] + y.to(tl.int64) * x_strides[1] + x.to(tl.int64) * x_strides[2] + channel[None, :]
+    merged = tl.load(x_ptr + place, mask=inside & (y < height) & (x < image_width), other=0.0)  # [ROWS, BLOCK_C]
+    weight, bias = _affine(weight_ptr, bias_ptr, columns, 4 * CHANNELS)
+    normed = _layer_norm(merged.to(tl.float32), inside, weight, bias, eps, 4 * CHANNELS)
+    tl.store(out_ptr + row.to(tl.int64) * (4 * CHANNELS) + columns, normed, mask=inside)
+
+
 def _tile(rows: int, width: int) -> tuple[tuple[int], dict[str, int]]:
     """The grid, and the constants of a launch."""
     block = triton.next_power_of_2(width)
@@ -152,3 +175,22 @@ def double_layer_norm(
         x, weight1, bias1, weight2, bias2, first, out,
         rows, width, x.stride(0), first.stride(0), out.stride(0), eps1, eps2, **tile,
     )  # fmt: skip
+
+
+def merge_norm(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, *, out: torch.Tensor
+) -> None:
+    """Write the layer norm of each two by two neighbours of an image, of which some may lie off its end.
+
+    Args:
+        x: `[images, height, width, channels]`, not empty, channels at stride 1 and at most `MAX_WIDTH / 4`.
+        weight, bias: `[4 * channels]`, contiguous, in the order of columns, then rows; bias may be None.
+        out: `[images, ceil(height / 2), ceil(width / 2), 4 * channels]`, contiguous.
+    """
+    _, height, width, channels = x.shape
+    images, down, across, _ = out.shape
+    rows = images * down * across
+    grid, tile = _tile(rows, 4 * channels)
+    _merge_norm_kernel[grid](
+        x, weight, bias, out, rows, height, width, down, across, x.stride()[:3], eps, CHANNELS=channels, **tile
+    )

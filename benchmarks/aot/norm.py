@@ -23,6 +23,9 @@ def calls():
     yield "double_layer_norm fp32 8192", lambda: _double(8192, torch.float32, torch.float32)
     for dtype in (torch.bfloat16, torch.float16):
         yield f"double_layer_norm fp32 1024 to {_NAMES[dtype]}", lambda dtype=dtype: _double(1024, torch.float32, dtype)
+    for dtype in _NAMES:
+        for channels in (96, 192, 384):  # HTSAT
+            yield f"merge_norm {_NAMES[dtype]} 4 × {channels}", lambda c=channels, dtype=dtype: _merge(c, dtype)
 
 
 def _empty(*shape, dtype):
@@ -46,3 +49,8 @@ def _add_norm(kind, width, dtype, residual, stream=None):
 def _double(width, stream, dtype):
     x, out, weight = _empty(256, width, dtype=stream), _empty(256, width, dtype=dtype), _empty(width, dtype=dtype)
     norm.double_layer_norm(x, weight, weight, 1e-5, weight, weight, 1e-5, first=x, out=out)
+
+
+def _merge(channels, dtype):
+    x, weight = _empty(8, 16, 16, channels, dtype=dtype), _empty(4 * channels, dtype=dtype)
+    norm.merge_norm(x, weight, weight, 1e-5, out=_empty(8, 8, 8, 4 * channels, dtype=dtype))

@@ -4,6 +4,7 @@ from clvp_fast.ops.dispatch import backend, explain
 from clvp_fast.ops.embedding import embed
 from clvp_fast.ops.linear import linear
 from clvp_fast.ops.log_mel import log_mel
+from clvp_fast.ops.merge_norm import merge_norm
 from clvp_fast.ops.mlp import ACTIVATIONS, geglu_mlp, gelu_mlp
 from clvp_fast.ops.norm import add_norm, double_layer_norm
 from clvp_fast.ops.paged_attention import paged_attention_decode, paged_prefill
@@ -22,6 +23,7 @@ __all__ = [
     "gelu_mlp",
     "linear",
     "log_mel",
+    "merge_norm",
     "paged_attention_decode",
     "paged_prefill",
     "rotary_attention",

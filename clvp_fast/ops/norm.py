@@ -47,7 +47,7 @@ def reference(x, residual, weight, bias, eps, kind, out_dtype=None):
     return total, (normed if bias is None else normed + bias.to(wide.dtype)).to(dtype)
 
 
-def _layer_norm(x, weight, bias, eps, dtype):
+def layer_norm(x, weight, bias, eps, dtype):
     """Layer norm of `x` with a result of `dtype`, rounded once."""
     # torch's own gives the dtype of x, and takes no narrower weights.
     if dtype == x.dtype and weight.dtype.itemsize >= x.dtype.itemsize:
@@ -61,7 +61,7 @@ def _torch(x, residual, weight, bias, eps, kind, out_dtype=None):
     total = x if residual is None else x + residual
     dtype = _normed_dtype(x, weight, kind, out_dtype)
     if kind == "layer":
-        return total, _layer_norm(total, weight, bias, eps, dtype)
+        return total, layer_norm(total, weight, bias, eps, dtype)
     wide = total.to(torch.float32)
     # Not F.rms_norm: it differs from transformers' RMSNorm in the last bit.
     normed = (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(total.dtype)
@@ -82,11 +82,16 @@ def _fake(x, residual, weight, bias, eps, kind, out_dtype=None):
 
 def _unserved(x, out_dtype, *tensors):
     """Why the kernels cannot serve: `tensors` are those whose last axis is that of `x`, or None."""
+    return unserved(x.shape[-1], x.dtype, out_dtype, *(None if tensor is None else tensor.dtype for tensor in tensors))
+
+
+def unserved(width, *dtypes):
+    """Why the kernels cannot serve rows that are so wide, of tensors of such types, of which any may be None."""
     from clvp_fast.kernels.norm import MAX_WIDTH
 
-    if x.shape[-1] > MAX_WIDTH:
-        return f"rows must be at most {MAX_WIDTH} wide, not {x.shape[-1]}"
-    for dtype in (x.dtype, out_dtype, *(None if tensor is None else tensor.dtype for tensor in tensors)):
+    if width > MAX_WIDTH:
+        return f"rows must be at most {MAX_WIDTH} wide, not {width}"
+    for dtype in dtypes:
         if dtype is not None and dtype not in _KERNEL_DTYPES:
             return f"tensors must be float32, float16 or bfloat16, not {dtype}"
     return None
@@ -126,8 +131,8 @@ def _double_reference(x, weight1, bias1, eps1, weight2, bias2, eps2, out_dtype=N
 
 
 def _double_torch(x, weight1, bias1, eps1, weight2, bias2, eps2, out_dtype=None):
-    first = _layer_norm(x, weight1, bias1, eps1, x.dtype)
-    return first, _layer_norm(first, weight2, bias2, eps2, out_dtype or x.dtype)
+    first = layer_norm(x, weight1, bias1, eps1, x.dtype)
+    return first, layer_norm(first, weight2, bias2, eps2, out_dtype or x.dtype)
 
 
 def _double_fake(x, weight1, bias1, eps1, weight2, bias2, eps2, out_dtype=None):

@@ -58,6 +58,11 @@ def norm():
     return [x], lambda: torch.stack(ops.add_norm(x, x, weight=weight, bias=bias, eps=1e-5, kind="layer"))
 
 
+def merging():
+    x, weight, bias = draw(2, 5, 6, 24, seed=0), draw(96, seed=1), draw(96, seed=2)
+    return [x], lambda: ops.merge_norm(x, weight=weight, bias=bias, eps=1e-5)
+
+
 def embedding():
     ids = torch.arange(7, device=DEVICE)
     tables = draw(20, 96, seed=0), draw(10, 96, seed=1)
@@ -104,7 +109,7 @@ def features():
     return [samples, filters], lambda: ops.log_mel(samples, lengths=lengths, **settings)
 
 
-CALLS = [attention, windows, gated, plain, quantized, norm, embedding, decode, prefill, sampling, features]
+CALLS = [attention, windows, gated, plain, quantized, norm, merging, embedding, decode, prefill, sampling, features]
 
 
 @pytest.mark.parametrize("make", CALLS, ids=[make.__name__ for make in CALLS])

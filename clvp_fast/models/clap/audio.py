@@ -148,11 +148,8 @@ class ClapAudioPatchMerging(nn.Module):
     def forward(self, hidden_states: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         """`[batch, rows * columns, width]` → `[batch, ceil(rows / 2) * ceil(columns / 2), 2 * width]`."""
         image = hidden_states.unflatten(1, size)
-        if size[0] % 2 or size[1] % 2:
-            image = F.pad(image, (0, 0, 0, size[1] % 2, 0, size[0] % 2))
-        # [batch, rows, 2, columns, 2, width]: of the four, those of the first column come first.
-        merged = image.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).permute(0, 1, 3, 4, 2, 5).flatten(3)
-        return apply_linear(self.reduction, add_layer_norm(self.norm, merged.flatten(1, 2))[1])
+        merged = ops.merge_norm(image, weight=self.norm.weight, bias=self.norm.bias, eps=self.norm.eps)
+        return apply_linear(self.reduction, merged.flatten(1, 2))
 
 
 class ClapAudioStage(nn.Module):

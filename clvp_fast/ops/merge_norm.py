@@ -1,0 +1,93 @@
+"""Patch merging's layer norm (Swin, arXiv:2103.14030): four neighbours of an image become one place, normalised.
+
+    merged = [x(2i, 2j), x(2i + 1, 2j), x(2i, 2j + 1), x(2i + 1, 2j + 1)]      one behind the other; zeros off the image
+    out    = (merged - mean) * rsqrt(var + eps) * weight + bias                float32 at least
+
+A norm writes new rows in any case: the kernel gathers what it reads, and the merged image is never written.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from clvp_fast.ops import norm
+from clvp_fast.ops.dispatch import Operator, check_same, needs_grad, shape_error
+
+
+def _merged(x):
+    """`[batch, height, width, C]` → `[batch, ceil(height / 2), ceil(width / 2), 4 * C]`."""
+    height, width = x.shape[1:3]
+    if height % 2 or width % 2:
+        x = F.pad(x, (0, 0, 0, width % 2, 0, height % 2))
+    # [batch, rows, 2, columns, 2, C]: of the four, those of the first column come first.
+    return x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).permute(0, 1, 3, 4, 2, 5).flatten(3)
+
+
+def reference(x, weight, bias, eps):
+    """The mathematics, step by step."""
+    corners = [F.pad(x, (0, 0, 0, 1, 0, 1))[:, row:, column:][:, ::2, ::2] for column in (0, 1) for row in (0, 1)]
+    rows, columns = corners[-1].shape[1:3]
+    merged = torch.cat([corner[:, :rows, :columns] for corner in corners], -1)
+    return norm.reference(merged, None, weight, bias, eps, "layer")[1]
+
+
+def _torch(x, weight, bias, eps):
+    return norm.layer_norm(_merged(x), weight, bias, eps, x.dtype)
+
+
+def _fake(x, weight, bias, eps):
+    batch, height, width, channels = x.shape
+    return x.new_empty(batch, (height + 1) // 2, (width + 1) // 2, 4 * channels)
+
+
+def _kernel(x, weight, bias, eps):
+    from clvp_fast.kernels import norm as kernels
+
+    out = _fake(x, weight, bias, eps)
+    if out.numel():
+        x = x if x.stride(-1) == 1 else x.contiguous()
+        kernels.merge_norm(x, weight.contiguous(), None if bias is None else bias.contiguous(), eps, out=out)
+    return out
+
+
+def _unserved(x, weight, bias, eps):
+    return norm.unserved(4 * x.shape[-1], x.dtype, weight.dtype, None if bias is None else bias.dtype)
+
+
+_OPERATOR = Operator(
+    "merge_norm",
+    "(Tensor x, Tensor weight, Tensor? bias, float eps) -> Tensor",
+    reference=reference,
+    torch_path=_torch,
+    fake=_fake,
+    kernel=_kernel,
+    unserved=_unserved,
+)
+
+
+def merge_norm(x: torch.Tensor, *, weight: torch.Tensor, bias: torch.Tensor | None = None, eps: float) -> torch.Tensor:
+    """Merge each two by two neighbours of an image, and normalise what they hold together.
+
+    Args:
+        x: `[B, height, width, C]`, any strides; an odd last row or column is filled up with zeros.
+        weight: `[4 * C]`: for the neighbour itself, the one below, the one to the right, and the one below that.
+        bias: as `weight`, or None.
+        eps: added to the variance.
+
+    Returns:
+        `[B, ceil(height / 2), ceil(width / 2), 4 * C]`, contiguous, the dtype of `x`.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices that do not match.
+        RuntimeError: a forced backend cannot serve.
+    """
+    if x.ndim != 4:
+        raise shape_error("x", "[batch, height, width, channels]", x)
+    if weight.shape != (4 * x.shape[-1],):
+        raise shape_error("weight", f"[{4 * x.shape[-1]}], four times the channels of x", weight)
+    check_same("weight", weight, "x", x, dtype=False)
+    if bias is not None:
+        if bias.shape != weight.shape:
+            raise shape_error("bias", f"that of weight, {list(weight.shape)}", bias)
+        check_same("bias", bias, "weight", weight)
+    args = (x, weight, bias, eps)
+    return _OPERATOR.choose(args, "an input requires grad" if needs_grad(x, weight, bias) else None)(*args)
