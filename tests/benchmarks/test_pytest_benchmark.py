@@ -41,13 +41,16 @@ def run(tmp_path_factory):
     words = ["benchmarks/scheduler.py", "benchmarks/sample.py", "--smoke", "--benchmark-only", "-p", "replaced", "-v"]
     words += ["-p", "no:cacheprovider", f"--benchmark-json={folder / 'measured.json'}"]
     path = os.pathsep.join([str(folder), str(ROOT)])
+    # A worker of xdist says in the environment that it is one, and the plugin would measure nothing there.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *words],
         capture_output=True,
         text=True,
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": path, "COLUMNS": "300"},
+        env=environment | {"PYTHONPATH": path, "COLUMNS": "300"},
     )
+    assert (folder / "measured.json").exists(), done.stdout + done.stderr
     measured = json.loads((folder / "measured.json").read_text())["benchmarks"]
     return SimpleNamespace(code=done.returncode, said=done.stdout, measured=measured)
 
