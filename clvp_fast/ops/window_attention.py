@@ -97,22 +97,38 @@ def reference(q, k, v, bias, window, shift, scale, dropout_p=0.0):
     return out.roll((shift, shift), (1, 2)).to(v.dtype)
 
 
-def _torch(q, k, v, bias, window, shift, scale, dropout_p=0.0):
-    shape, (height, width) = q.shape, q.shape[1:3]
-    order = _window_order(height, width, window, shift, q.device)
-    bias = _scored_bias(bias, height, width, window, shift, q.dtype)
+def _matmul(q, k, v, bias, order, window, scale, dropout_p):
+    """Products and softmax of copies in window order: half types on a CPU.
+
+    SDPA's fused kernel is slower there, and torch copies operands of products that lie apart in any case.
+    """
+    shape = q.shape
+    q, k, v = (_in_windows(x, order, window).contiguous() for x in (q * scale, k, v))
+    return _in_image(_mix(_weights(q, k, bias), v, dropout_p), order, shape)
+
+
+def _sdpa(q, k, v, bias, order, window, scale, dropout_p):
+    """Torch's fused attention: on a GPU."""
+    shape = q.shape
     q, k, v = (_in_windows(x, order, window) for x in (q, k, v))
     in_windows = q.shape
-    if q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16):
-        # SDPA's fused kernel is slower there, and torch copies operands of products that lie apart in any case.
-        out = _mix(_weights((q * scale).contiguous(), k.contiguous(), bias), v.contiguous(), dropout_p)
-        return _in_image(out, order, shape)
-    if shift:  # a bias a window: they stand beside the heads, so that the batch shares it
+    if len(bias) > 1:  # a bias a window: they stand beside the heads, so that the batch shares it
         q, k, v, bias = q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2), bias.flatten(0, 1)
     else:
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p, scale=scale)
     return _in_image(out.view(in_windows), order, shape)
+
+
+def _torch(q, k, v, bias, window, shift, scale, dropout_p=0.0):
+    on_cpu, half = q.device.type == "cpu", q.dtype in (torch.bfloat16, torch.float16)
+    if on_cpu and not half:
+        # Rolled and turned copies are made by all threads, gathered ones by one: that took 1.1 to 1.8 times as long.
+        return reference(q, k, v, bias, window, shift, scale, dropout_p)
+    height, width = q.shape[1:3]
+    order = _window_order(height, width, window, shift, q.device)
+    bias = _scored_bias(bias, height, width, window, shift, q.dtype)
+    return (_matmul if on_cpu else _sdpa)(q, k, v, bias, order, window, scale, dropout_p)
 
 
 def _fake(q, k, v, bias, window, shift, scale):

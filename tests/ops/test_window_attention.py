@@ -1,5 +1,7 @@
 """`window_attention`: the torch path against the float64 reference, and both against attention as Swin defines it."""
 
+import sys
+
 import pytest
 import torch
 from transformers.models.clap.modeling_clap import ClapAudioLayer, window_partition, window_reverse
@@ -8,6 +10,7 @@ import clvp_fast
 from clvp_fast.ops import window_attention, window_attention_weights
 from tests.kit import assert_within_budget, random, strided
 
+module = sys.modules["clvp_fast.ops.window_attention"]  # the package's name for it is the function
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 # height, width, window, shift: of checkpoints (the last stage, and one before), oblong, odd, one place a window.
 SHAPES = [(8, 8, 8, 0), (16, 16, 8, 4), (8, 24, 8, 4), (12, 4, 4, 1), (15, 10, 5, 2), (8, 8, 8, 4), (3, 2, 1, 0)]
@@ -52,6 +55,19 @@ def check(args, window, shift):
 def test_torch_path_against_reference(shape, dtype):
     *size, window, shift = shape
     check(operands(*size, window, dtype), window, shift)
+
+
+@pytest.mark.parametrize("path", ["_sdpa", "_matmul"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_paths_over_windows_in_order(shape, path):
+    """Those of a GPU and of half types, here in float32: the choice is made for the machine."""
+    *size, window, shift = shape
+    args = operands(*size, window)
+    order = module._window_order(*size, window, shift, "cpu")
+    bias = module._scored_bias(args[3], *size, window, shift, torch.float32)
+    out = getattr(module, path)(*args[:3], bias, order, window, 24**-0.5, 0.0)
+    assert out.is_contiguous()
+    assert_within_budget(out, eager(*(x.double() for x in args), window, shift)[0], eager(*args, window, shift)[0])
 
 
 @pytest.mark.parametrize("shape", SHAPES)
