@@ -98,6 +98,20 @@ def missing_on_gpu(device: torch.device) -> str | None:
     return None
 
 
+def runs_natively(device: torch.device) -> bool:
+    """Whether an operator with two kernels runs that of the native library on `device`, a CPU, and not Triton's."""
+    return device.type == "cpu" and not interpreted()
+
+
+def missing_for_either(device: torch.device) -> str | None:
+    """Why neither Triton's kernel on a GPU nor the native library's on a CPU can run on `device`, or `None`."""
+    if not runs_natively(device):
+        return missing_for_triton(device)
+    from clvp_fast import native
+
+    return native.missing("cpu")
+
+
 class Operator:
     """One operator of the package, registered as `torch.ops.clvp_fast.<name>`.
 

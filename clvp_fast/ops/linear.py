@@ -25,6 +25,7 @@ from clvp_fast.ops.dispatch import (
     interpreted,
     missing_for_triton,
     needs_grad,
+    runs_natively,
     shape_error,
 )
 
@@ -70,7 +71,7 @@ def _fake(x, weight, bias, scale, activation, residual=None):
 
 def _in_triton(x, weight) -> bool:
     """Whether the kernel of these operands is kernels/linear.py, and not csrc/linear_isa.cpp."""
-    return weight.dtype == torch.int8 and (x.device.type != "cpu" or interpreted())
+    return weight.dtype == torch.int8 and not runs_natively(x.device)
 
 
 def _kernel(*args):
@@ -120,7 +121,7 @@ def _native(x, weight, bias, scale, activation, residual=None):
 
 
 def _missing(device):
-    return missing_for_triton(device) if device.type != "cpu" or interpreted() else _missing_native()
+    return _missing_native() if runs_natively(device) else missing_for_triton(device)
 
 
 def _missing_native():

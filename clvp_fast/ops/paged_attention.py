@@ -18,7 +18,7 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 
-from clvp_fast.ops.dispatch import Operator, check_same, interpreted, missing_for_triton, needs_grad, shape_error
+from clvp_fast.ops.dispatch import Operator, check_same, missing_for_either, needs_grad, runs_natively, shape_error
 
 FLOAT8 = torch.float8_e4m3fn
 HEAD_DIMS, PAGE_SIZES = (32, 64, 80, 96, 128), (16, 32)
@@ -229,7 +229,7 @@ def _decode_kernel(
     v_scale=None,
     arrivals=None,
 ):
-    if q.device.type == "cpu" and not interpreted():
+    if runs_natively(q.device):
         prefix = prefix_table, prefix_lens, prefix_index
         return _decode_native(q, k_new, v_new, k_pages, v_pages, block_table, seq_lens, prefix, scale)
 
@@ -284,16 +284,8 @@ def _unserved(q, k_pages, v_pages):
     return None
 
 
-def _decode_missing(device):
-    if device.type != "cpu" or interpreted():
-        return missing_for_triton(device)
-    from clvp_fast import native
-
-    return native.missing("cpu")
-
-
 def _decode_unserved(q, k_new, v_new, k_pages, v_pages, *others):
-    if q.device.type != "cpu" or interpreted():
+    if not runs_natively(q.device):
         return _unserved(q, k_pages, v_pages)
     if q.dtype not in (torch.float32, torch.bfloat16) or k_pages.dtype != q.dtype:
         return f"on a CPU it serves float32 and bfloat16, not {q.dtype} with pages of {k_pages.dtype}"
@@ -314,7 +306,7 @@ _DECODE = Operator(
     fake=lambda q, *others: torch.empty_like(q, memory_format=torch.contiguous_format),
     kernel=_decode_kernel,
     unserved=_decode_unserved,
-    missing=_decode_missing,
+    missing=missing_for_either,
 )
 _PREFILL = Operator(
     "paged_prefill",

@@ -13,7 +13,7 @@ import ctypes
 
 import torch
 
-from clvp_fast.ops.dispatch import Operator, check_same, interpreted, missing_for_triton, shape_error
+from clvp_fast.ops.dispatch import Operator, check_same, missing_for_either, runs_natively, shape_error
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
@@ -191,21 +191,8 @@ def _native(
     return _advance(tokens, seen, lengths, done, stop_token, pad_token)
 
 
-def _in_native(device) -> bool:
-    """Whether the kernel on `device` is csrc/sample_isa.cpp, and not kernels/sampling.py."""
-    return device.type == "cpu" and not interpreted()
-
-
-def _missing(device):
-    if not _in_native(device):
-        return missing_for_triton(device)
-    from clvp_fast import native
-
-    return native.missing("cpu")
-
-
 def _kernel(logits, seen, lengths, done, *others):
-    if _in_native(logits.device):
+    if runs_natively(logits.device):
         return _native(logits, seen, lengths, done, *others)
 
     from clvp_fast.kernels import sampling
@@ -222,7 +209,7 @@ def _kernel(logits, seen, lengths, done, *others):
 def _unserved(logits, *others):
     if logits.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"logits must be float32, float16 or bfloat16, not {logits.dtype}"
-    if _in_native(logits.device):
+    if runs_natively(logits.device):
         return None if logits.shape[1] else "the vocabulary must have a token"
 
     from clvp_fast.kernels.sampling import MAX_VOCAB
@@ -242,7 +229,7 @@ _OPERATOR = Operator(
     fake=lambda logits, seen, lengths, *others: logits.new_empty(logits.shape[0], dtype=torch.int64),
     kernel=_kernel,
     unserved=_unserved,
-    missing=_missing,
+    missing=missing_for_either,
 )
 
 # Each parameter's neutral value, which leaves its processor out, and what a number must fulfil.
