@@ -20,7 +20,7 @@ import torch
 
 from benchmarks.machine import Machine, peak_extra_bytes, seconds_of
 from benchmarks.providers import Absent, group_of, is_chosen
-from clvp_fast.cli.versions import versions
+from clvp_fast.versions import versions
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results"

@@ -125,3 +125,22 @@ def _inside(filename, folder: Path) -> bool:
 def write_json(path: Path, document) -> None:
     """`document` as indented UTF-8 JSON with a closing newline."""
     path.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """A path to write to, which becomes `target` in one rename when the block ends well, and vanishes when it does not.
+
+    Raises:
+        UnwritableError: it cannot be written, or the disk is full. What `target` was before is untouched.
+    """
+    scratch = target.with_name(f".{target.name}.part")
+    try:
+        yield scratch
+        with open(scratch, "rb") as handle:
+            os.fsync(handle.fileno())
+        os.replace(scratch, target)
+    except OSError as error:
+        raise UnwritableError.explain(error, target.parent) from error
+    finally:
+        scratch.unlink(missing_ok=True)

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from clvp_fast.checkpoint import Checkpoint, speech_limit
 from clvp_fast.cli import report
-from clvp_fast.cli.batch import Batch
-from clvp_fast.cli.inputs import load_for
+from clvp_fast.cli.generation import Generation
+from clvp_fast.cli.inputs import candidate_count, load_for
 from clvp_fast.cli.items import gather, read_texts
-from clvp_fast.engine.sampling_params import PRESETS, SamplingParams
+from clvp_fast.engine.sampling_params import SamplingParams
 from clvp_fast.files import staged_folder
 
 #: Tortoise generates and scores at most this many speech tokens (about 23 s of speech).
@@ -18,7 +18,7 @@ TORTOISE_MAX_TOKENS = 500
 
 
 def run(arguments: argparse.Namespace) -> None:
-    count = _candidate_count(arguments)
+    count = candidate_count(arguments)
     voice_file = _voice_file(arguments)
     texts = read_texts(arguments)
     with ExitStack() as staging:
@@ -28,13 +28,13 @@ def run(arguments: argparse.Namespace) -> None:
         checkpoint = load_for(arguments)
         sampling = _sampling(arguments, count, _max_new_tokens(checkpoint, arguments.max_new_tokens))
         items = gather(checkpoint, texts, arguments)
-        batch = Batch(checkpoint, items, sampling, folder, arguments)
-        batch.seconds["load"] = time.perf_counter() - started
-        document = batch.run()
+        generation = Generation(checkpoint, items, sampling, folder, arguments)
+        generation.seconds["load"] = time.perf_counter() - started
+        document = generation.run()
         if voice_file:
             items[0].voice.voice.save(voice_folder / voice_file.name)
     # Of several the summary names the folders.
-    files = ["summary.json"] if "requests" in document and not arguments.json else batch.files
+    files = ["summary.json"] if "requests" in document and not arguments.json else generation.files
     written = [Path(arguments.out, name) for name in files] + ([voice_file] if voice_file else [])
     _tell(document, written, arguments.json)
     failed = sum(item.error is not None for item in items)
@@ -52,16 +52,6 @@ def _voice_file(arguments: argparse.Namespace) -> Path | None:
     if path.is_dir():
         raise ValueError(f"--save-voice needs a file, and {path} is a folder; name a file in it")
     return path
-
-
-def _candidate_count(arguments: argparse.Namespace) -> int:
-    if not arguments.greedy:
-        return arguments.num_candidates or PRESETS.get(arguments.preset, 16)
-    if arguments.preset:
-        raise ValueError(f"--greedy gives one candidate, and --preset {arguments.preset} asks for many; leave one out")
-    if (arguments.num_candidates or 1) > 1:
-        raise ValueError("--greedy gives one candidate; leave --num-candidates out, or leave --greedy out")
-    return 1
 
 
 def _max_new_tokens(checkpoint: Checkpoint, asked: int | None) -> int:

@@ -6,10 +6,10 @@ from dataclasses import asdict
 import torch
 
 from clvp_fast.cli import report
-from clvp_fast.cli.versions import versions
 from clvp_fast.files import cache_folder
 from clvp_fast.models.clvp.generation import SERVED
 from clvp_fast.ops.dispatch import explain
+from clvp_fast.versions import versions
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""From the arguments of a command to checked tensors: the text, the device."""
+"""From the arguments of a command to checked tensors: the text, the device, how many."""
 
 import argparse
 
@@ -6,6 +6,7 @@ import torch
 
 from clvp_fast.checkpoint import Checkpoint, load_checkpoint, sayable_ids
 from clvp_fast.cli.report import note, quiet_transformers
+from clvp_fast.engine.sampling_params import PRESETS
 
 
 def device_for(arguments: argparse.Namespace) -> str:
@@ -34,6 +35,21 @@ def load_for(arguments: argparse.Namespace) -> Checkpoint:
     if checkpoint.name == "demo":
         note("checkpoint 'demo' has random weights: its candidates are no speech, and its scores mean nothing")
     return checkpoint
+
+
+def candidate_count(arguments: argparse.Namespace) -> int:
+    """How many candidates the arguments ask for.
+
+    Raises:
+        ValueError: several of greedy decoding.
+    """
+    if not arguments.greedy:
+        return arguments.num_candidates or PRESETS.get(arguments.preset, 16)
+    if arguments.preset:
+        raise ValueError(f"--greedy gives one candidate, and --preset {arguments.preset} asks for many; leave one out")
+    if (arguments.num_candidates or 1) > 1:
+        raise ValueError("--greedy gives one candidate; leave --num-candidates out, or leave --greedy out")
+    return 1
 
 
 def text_ids(checkpoint: Checkpoint, text: str, name: str = "") -> torch.Tensor:

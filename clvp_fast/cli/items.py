@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 
 from clvp_fast.checkpoint import Checkpoint
-from clvp_fast.cli import sentence
 from clvp_fast.cli.inputs import text_ids
-from clvp_fast.cli.voices import LoadedVoice, load_voice, voice_names
+from clvp_fast.cli.voices import noted_voice, voice_names
 from clvp_fast.engine.voices import VoiceCache
+from clvp_fast.errors import sentence
+from clvp_fast.voice_files import LoadedVoice
 
 _SLUG_LENGTH = 40
 
@@ -68,7 +69,7 @@ def gather(checkpoint: Checkpoint, texts: list[str], arguments: argparse.Namespa
     cache = VoiceCache(checkpoint.model, checkpoint.feature_extractor)
     items = []
     for name, place in zip(voice_names(places), places, strict=True):
-        voice, bad_voice = _tried(alone, load_voice, checkpoint, cache, place)
+        voice, bad_voice = _tried(alone, noted_voice, cache, place)
         for folder, text, (of_text, bad_text) in zip(folders, texts, ids, strict=True):
             folder = f"{name}/{folder}" if len(places) > 1 else folder
             items.append(Item(folder, text, place, of_text, voice, bad_voice or bad_text))

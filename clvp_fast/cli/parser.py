@@ -17,7 +17,7 @@ def build_parser() -> argparse.ArgumentParser:
     everywhere = argparse.ArgumentParser(add_help=False)
     everywhere.add_argument("--debug", action="store_true", help="show where an error came from")
     everywhere.add_argument("--json", action="store_true", help="print the result as JSON; notes stay on stderr")
-    for add in (_generate, _score, _mel, _convert, _info, _bench):
+    for add in (_generate, _batch, _score, _mel, _convert, _info, _bench):
         add(commands, everywhere)
     return parser
 
@@ -41,20 +41,9 @@ def _generate(commands, everywhere) -> None:
     )
     _add_checkpoint(parser)
     parser.add_argument("--out", default="out", metavar="DIR", help="folder for the results (default: %(default)s)")
-    parser.add_argument("--num-candidates", type=_positive_int, metavar="N", help="default: 16, or 1 with --greedy")
-    parser.add_argument(
-        "--preset",
-        choices=tuple(PRESETS),
-        help=f"Tortoise's number of candidates: {', '.join(f'{name} {count}' for name, count in PRESETS.items())}",
-    )
+    _add_candidates(parser)
     parser.add_argument(
         "--keep", type=_positive_int, metavar="K", help="write the codes of the K best alone (default: of all)"
-    )
-    parser.add_argument(
-        "--max-new-tokens",
-        type=_positive_int,
-        metavar="N",
-        help="longest candidate (default: 500, or what the checkpoint has positions for)",
     )
     _add_scoring(parser)
     parser.add_argument("--seed", type=_seed, default=0, help="of the random choices (default: %(default)s)")
@@ -64,39 +53,58 @@ def _generate(commands, everywhere) -> None:
         "--save-voice", metavar="FILE", help="save the voice, to be given as --voice without its recordings"
     )
     more.add_argument("--no-pictures", action="store_true", help="write no candidates.png")
-    sampling = parser.add_argument_group("sampling (defaults are Tortoise's)")
-    sampling.add_argument("--temperature", type=_positive_float, default=0.8, help="default: %(default)s")
-    sampling.add_argument("--top-p", type=_fraction, default=0.8, help="default: %(default)s")
-    sampling.add_argument(
-        "--top-k", type=_non_negative_int, default=50, help="0: of all tokens (default: %(default)s, as Tortoise runs)"
+    _add_sampling(parser)
+    _add_memory(parser)
+    _add_device(parser)
+    _add_text_cleaning(parser)
+
+
+def _batch(commands, everywhere) -> None:
+    parser = commands.add_parser(
+        "batch",
+        parents=[everywhere],
+        help="speech candidates for a whole corpus, to Parquet; goes on where it was stopped",
     )
-    sampling.add_argument("--typical-p", type=_fraction, default=1.0, help="1: off (default: %(default)s)")
-    sampling.add_argument("--min-p", type=_share, default=0.0, help="0: off (default: %(default)s)")
-    sampling.add_argument("--repetition-penalty", type=_positive_float, default=2.0, help="default: %(default)s")
-    sampling.add_argument("--greedy", action="store_true", help="always the likeliest token: one candidate")
-    memory = parser.add_argument_group("memory")
-    memory.add_argument(
-        "--batch-size",
-        type=_positive_int,
-        metavar="N",
-        help="candidates at a time, of all texts (default: what memory allows, up to 512 on a GPU and 16 on a CPU)",
+    parser.add_argument(
+        "input",
+        metavar="INPUT",
+        help="JSON lines, CSV or Parquet with columns id, text, voice and, if rows have their "
+        "own, num_candidates, max_new_tokens, temperature, seed and so on",
     )
-    memory.add_argument(
-        "--memory-fraction",
-        type=_fraction,
-        default=0.9,
-        help="of the memory that is free, how much may be used beside the weights (default: %(default)s)",
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the job; the same again goes on with it")
+    parser.add_argument(
+        "--voice",
+        metavar="VOICE",
+        help="of rows that name none: a recording, a folder of recordings of one speaker, or a saved voice",
     )
-    memory.add_argument(
-        "--int8-weights",
-        action="store_true",
-        help="decode over copies of the layers' weights in 8 bits: other candidates, and faster on a CPU",
+    _add_checkpoint(parser)
+    _add_candidates(parser)
+    parser.add_argument(
+        "--keep", type=_non_negative_int, default=1, metavar="K", help="write the K best of a row; 0: all (default: 1)"
     )
-    memory.add_argument(
-        "--float8-pages",
-        action="store_true",
-        help="keep keys and values in 8 bits: other candidates, and twice as many at a time on a GPU",
+    _add_scoring(parser)
+    parser.add_argument(
+        "--seed", type=_seed, default=0, help="of the job; a row's follows from it and its id (default: %(default)s)"
     )
+    parser.add_argument("--retry-failed", action="store_true", help="speak rows again that failed before")
+    more = parser.add_argument_group("more results")
+    more.add_argument("--latents", action="store_true", help="write the decoder's latents of the kept candidates too")
+    more.add_argument("--embeddings", action="store_true", help="write the embeddings of text and speech too")
+    more.add_argument("--shard-rows", type=_positive_int, metavar="N", help="rows of a file (default: 1024)")
+    cluster = parser.add_argument_group("on a cluster (pip install 'clvp-fast[ray]')")
+    cluster.add_argument(
+        "--ray",
+        nargs="?",
+        const=True,
+        metavar="ADDRESS",
+        help="a Ray cluster; without ADDRESS the one at hand, or this machine",
+    )
+    cluster.add_argument(
+        "--workers", type=_positive_int, metavar="N", help="at most (default: one for each GPU, or on CPUs one)"
+    )
+    cluster.add_argument("--threads", type=_positive_int, metavar="N", help="of a worker on a CPU (default: all)")
+    _add_sampling(parser)
+    _add_memory(parser)
     _add_device(parser)
     _add_text_cleaning(parser)
 
@@ -219,6 +227,60 @@ def _add_checkpoint(parser) -> None:
         default="demo",
         metavar="NAME",
         help="'demo' (small, random weights: no real speech), a folder, or a hub id (default: %(default)s)",
+    )
+
+
+def _add_candidates(parser) -> None:
+    parser.add_argument("--num-candidates", type=_positive_int, metavar="N", help="default: 16, or 1 with --greedy")
+    parser.add_argument(
+        "--preset",
+        choices=tuple(PRESETS),
+        help=f"Tortoise's number of candidates: {', '.join(f'{name} {count}' for name, count in PRESETS.items())}",
+    )
+    parser.add_argument(
+        "--max-new-tokens",
+        type=_positive_int,
+        metavar="N",
+        help="longest candidate (default: 500, or what the checkpoint has positions for)",
+    )
+
+
+def _add_sampling(parser) -> None:
+    sampling = parser.add_argument_group("sampling (defaults are Tortoise's)")
+    sampling.add_argument("--temperature", type=_positive_float, default=0.8, help="default: %(default)s")
+    sampling.add_argument("--top-p", type=_fraction, default=0.8, help="default: %(default)s")
+    sampling.add_argument(
+        "--top-k", type=_non_negative_int, default=50, help="0: of all tokens (default: %(default)s, as Tortoise runs)"
+    )
+    sampling.add_argument("--typical-p", type=_fraction, default=1.0, help="1: off (default: %(default)s)")
+    sampling.add_argument("--min-p", type=_share, default=0.0, help="0: off (default: %(default)s)")
+    sampling.add_argument("--repetition-penalty", type=_positive_float, default=2.0, help="default: %(default)s")
+    sampling.add_argument("--greedy", action="store_true", help="always the likeliest token: one candidate")
+
+
+def _add_memory(parser) -> None:
+    memory = parser.add_argument_group("memory")
+    memory.add_argument(
+        "--batch-size",
+        type=_positive_int,
+        metavar="N",
+        help="candidates at a time, of all texts (default: what memory allows, up to 512 on a GPU and 16 on a CPU)",
+    )
+    memory.add_argument(
+        "--memory-fraction",
+        type=_fraction,
+        default=0.9,
+        help="of the memory that is free, how much may be used beside the weights (default: %(default)s)",
+    )
+    memory.add_argument(
+        "--int8-weights",
+        action="store_true",
+        help="decode over copies of the layers' weights in 8 bits: other candidates, and faster on a CPU",
+    )
+    memory.add_argument(
+        "--float8-pages",
+        action="store_true",
+        help="keep keys and values in 8 bits: other candidates, and twice as many at a time on a GPU",
     )
 
 

@@ -1,36 +1,21 @@
 """Pictures of results, drawn without a display."""
 
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from clvp_fast.cli.voices import LoadedVoice
+from clvp_fast.plot_style import TOKENS_PER_SECOND, plot_style
+from clvp_fast.voice_files import LoadedVoice
 
-_STYLE = {
-    "font.family": "DejaVu Sans",
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 10,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "figure.dpi": 150,
-}
 #: Recordings that an overview shows.
 OVERVIEW_PANELS = 12
-# Speech tokens a second: one token of the original stands for 1024 samples at 22.05 kHz.
-_TOKENS_PER_SECOND = 22050 / 1024
 
 
 def draw_mel(path: Path, mel: np.ndarray, extractor, title: str) -> None:
     """The log-mel features `[bins, frames]` over time, as a PNG."""
-    with _style():
+    with plot_style():
         figure = Figure(figsize=(9, 3.2), layout="constrained")
         _mel_panel(figure, figure.subplots(), mel, extractor, title)
         figure.savefig(path, format="png")
@@ -41,7 +26,7 @@ def draw_mels(path: Path, mels: list[tuple[str, np.ndarray]], extractor, total: 
     columns = min(len(mels), 3)
     rows = -(-len(mels) // columns)
     norm = Normalize(min(mel.min() for _, mel in mels), max(mel.max() for _, mel in mels))
-    with _style():
+    with plot_style():
         figure = Figure(figsize=(12, 0.8 + 1.7 * rows), layout="constrained")
         title = "Log-mel features" + (f" of the first {len(mels)} of {total} recordings" if total > len(mels) else "")
         figure.suptitle(title, fontsize=11, x=0.01, ha="left")
@@ -63,7 +48,7 @@ def draw_candidates(path: Path, voice: LoadedVoice, extractor, rows: list[dict],
     A saved voice has no recording to show; a candidate without a score is left out.
     """
     total, rows = len(rows), [row for row in rows if row["score"] is not None]
-    with _style():
+    with plot_style():
         figure = Figure(figsize=(10, 7 if voice.mel is not None else 4), layout="constrained")
         figure.suptitle(_shorten(text, 110), fontsize=11, x=0.01, ha="left")
         lower = figure
@@ -79,14 +64,6 @@ def draw_candidates(path: Path, voice: LoadedVoice, extractor, rows: list[dict],
         else:
             score_axes.set(title="No candidate has a score: all of them are empty")
         figure.savefig(path, format="png")
-
-
-@contextmanager
-def _style() -> Iterator[None]:
-    with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
-        # A script that the font does not have shows as boxes in the title; that is no news on the terminal.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        yield
 
 
 def _mel_panel(figure, axes, mel: np.ndarray, extractor, title: str) -> None:
@@ -141,7 +118,7 @@ def _length_panel(axes, rows: list[dict], norm: Normalize) -> None:
     axes.set_ylim(*_limits([row["score"] for row in rows]))
     axes.grid(alpha=0.25)
     axes.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=3, handletextpad=0.2)
-    axes.set(title="Length and score", xlabel=f"speech tokens ({_TOKENS_PER_SECOND:.1f} to a second of speech)")
+    axes.set(title="Length and score", xlabel=f"speech tokens ({TOKENS_PER_SECOND:.1f} to a second of speech)")
 
 
 def _limits(scores: list[float]) -> tuple[float, float]:

@@ -11,8 +11,8 @@ import torch
 from clvp_fast.checkpoint import Checkpoint
 from clvp_fast.cli import report
 from clvp_fast.cli.inputs import load_for, text_ids
-from clvp_fast.cli.versions import versions
 from clvp_fast.engine.ranking import Ranker
+from clvp_fast.versions import versions
 
 #: Candidates that go through the speech encoder at a time: bounds the memory of long lists.
 _BATCH = 32

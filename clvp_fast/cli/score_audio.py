@@ -15,7 +15,7 @@ from clvp_fast.checkpoint import load_clap
 from clvp_fast.cli import report
 from clvp_fast.cli.inputs import device_for
 from clvp_fast.cli.mel import recordings_at
-from clvp_fast.cli.versions import versions
+from clvp_fast.versions import versions
 
 DEFAULT_CHECKPOINT = "laion/clap-htsat-unfused"
 #: Recordings that go through the audio tower at a time.

@@ -1,34 +1,15 @@
-"""The voices that `generate` speaks in: recordings, folders of recordings of one speaker, and saved voices."""
+"""The voices that `generate` speaks in: their names in its results, and notes on what was made of their recordings."""
 
 import os
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from clvp_fast.audio import RECORDING_SUFFIXES, load_audio, require_sound
-from clvp_fast.checkpoint import Checkpoint
 from clvp_fast.cli.report import note
-from clvp_fast.engine.voices import Voice, VoiceCache
+from clvp_fast.engine.voices import VoiceCache
+from clvp_fast.voice_files import LoadedVoice, load_voice
 
 # Names that a file system may take for one another are not both used.
 _PLAIN = re.compile(r"[^\w.-]+")
-
-
-@dataclass(frozen=True, eq=False)
-class LoadedVoice:
-    """A voice, and what a picture shows of it.
-
-    place: as it was given.
-    mel: log-mel features `[bins, frames]` float32 of its first recording, None of a saved voice.
-    recordings: how many were averaged, 0 for a saved voice.
-    """
-
-    place: str
-    voice: Voice
-    mel: np.ndarray | None
-    recordings: int
 
 
 def voice_names(places: list[str]) -> list[str]:
@@ -45,58 +26,9 @@ def voice_names(places: list[str]) -> list[str]:
     return names
 
 
-def load_voice(checkpoint: Checkpoint, voices: VoiceCache, place: str) -> LoadedVoice:
-    """The voice at `place`; what was changed of its recordings is noted.
-
-    Raises:
-        FileNotFoundError, ValueError: there is none, a recording cannot be used, or a saved voice is damaged or another
-            checkpoint's.
-    """
-    path = Path(place).expanduser()
-    if _is_saved(path):
-        voice = Voice.load(path)
-        try:
-            voices.conditioning(voice)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
-        return LoadedVoice(place, voice, None, 0)
-    recordings = _recordings(path) if path.is_dir() else [path]
-    mels = _features(checkpoint, recordings, path)
-    return LoadedVoice(place, voices.from_features(mels), mels[0], len(mels))
-
-
-def _is_saved(path: Path) -> bool:
-    """Whether a file is (or was to be) a safetensors file: by its name, or else by its beginning."""
-    if path.suffix == ".safetensors" or not path.is_file():
-        return path.suffix == ".safetensors"
-    with open(path, "rb") as file:
-        head = file.read(9)
-    return head[8:] == b"{" and int.from_bytes(head[:8], "little") <= path.stat().st_size
-
-
-def _recordings(folder: Path) -> list[Path]:
-    """The recordings right in a folder: those in its sub-folders may be other speakers'."""
-    found = sorted(path for path in folder.iterdir() if path.name.lower().endswith(RECORDING_SUFFIXES))
-    found = [path for path in found if path.is_file() and not path.name.startswith(".")]
-    if not found:
-        raise ValueError(f"{folder} has no recordings in it (WAV, FLAC, MP3 or OGG)")
-    return found
-
-
-def _features(checkpoint: Checkpoint, recordings: list[Path], place: Path) -> list[np.ndarray]:
-    """Log-mel features `[bins, frames]` float32 of each recording."""
-    extractor = checkpoint.feature_extractor
-    used = extractor.default_audio_length * extractor.sampling_rate
-    mels, remarks = [], []
-    for path in recordings:
-        samples, changed = load_audio(path, extractor.sampling_rate)
-        require_sound(samples[:used], path)
-        remarks += [changed] if changed else []
-        if len(samples) > used:
-            remarks.append(f"only the first {extractor.default_audio_length} s are used")
-        features = extractor(samples[:used], sampling_rate=extractor.sampling_rate, return_tensors="np")
-        mels.append(features["input_features"][0])
-    for remark in dict.fromkeys(remarks):
-        count = f"{remarks.count(remark)} of {len(recordings)} recordings: " if len(recordings) > 1 else ""
-        note(f"{place}: {count}{remark}")
-    return mels
+def noted_voice(voices: VoiceCache, place: str) -> LoadedVoice:
+    """`load_voice`, with a note for each of its remarks."""
+    voice = load_voice(voices, place)
+    for remark in voice.remarks:
+        note(f"{Path(place).expanduser()}: {remark}")
+    return voice

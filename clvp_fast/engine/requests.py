@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from clvp_fast.engine.sampling_params import SamplingParams
+from clvp_fast.errors import sentence
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,6 +95,17 @@ class CandidateResult:
     latents: dict[int, Any] | None = None
     timings: dict[str, float] = field(default_factory=dict)
     error: Exception | None = None
+
+    def failure(self, dtype: Any = "its dtype") -> str | None:
+        """Why nothing of the result can be used, in one sentence: its error, or scores that are not numbers; or None.
+
+        Only a candidate without tokens, which has nothing that could be judged by itself, may have a score of -inf.
+        """
+        if self.error is not None:
+            return sentence(self.error)
+        if not np.isfinite(self.scores[(self.lengths > 0) | (self.scores != -math.inf)]).all():
+            return f"the scores are not finite in {dtype}; try float32"
+        return None
 
     def best(self, k: int = 1) -> list[tuple[int, np.ndarray, float]]:
         """The `k` best candidates, the best first: index, codes `[length]` without stop and padding, and score.

@@ -274,7 +274,7 @@ def test_failures_on_the_way(generate, fails, voice, tmp_path, monkeypatch):
     outcome, out = generate(OTHER, OTHER, OTHER, "--voice", voice, "--batch-size", 5, code=1)
     rows = json.loads((out / "summary.json").read_text())["requests"]
     assert [row["error"] for row in rows] == [
-        "the scores are not finite in float32; try --dtype float32",
+        "the scores are not finite in float32; try float32",
         "this text cannot be ranked",
         None,
     ]
@@ -282,7 +282,7 @@ def test_failures_on_the_way(generate, fails, voice, tmp_path, monkeypatch):
     assert "2 of 3 requests failed" in outcome.err
     calls.clear()
     sentence = fails("generate", OTHER, "--voice", voice, "--out", tmp_path / "alone", *QUICK)
-    assert sentence == "the scores are not finite in float32; try --dtype float32"
+    assert sentence == "the scores are not finite in float32; try float32"
     assert not (tmp_path / "alone").exists()
 
 

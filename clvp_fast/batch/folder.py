@@ -1,0 +1,224 @@
+"""The folder of a job, from which it can go on after any end.
+
+    manifest.json       what the job is: settings, input, checkpoint; at the end also its shards
+    rows.parquet        the job's own copy of the input's rows
+    shards/             part-00000.parquet and so on: results, written whole or not at all
+    unfinished/         part-00007.arrows and so on: results of shards that are not complete yet
+    failures.jsonl      rows that could not be spoken, and why
+    summary.json, overview.png
+
+A shard carries the failures of its rows in its own metadata, so that one rename makes all of it known; failures.jsonl
+is put together from there. Nothing that comes from the input becomes a file's name.
+"""
+
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from clvp_fast.batch.outcomes import Outcome, from_table, to_table
+from clvp_fast.files import UnwritableError, replacing
+
+FORMAT = "clvp_fast.batch.1"
+_KEY = b"clvp_fast"
+
+
+class JobFolder:
+    """The files of one job, for one process at a time.
+
+    Raises:
+        UnwritableError: the folder cannot be made or written.
+        BlockingIOError: another process works on it.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        with explained(folder):
+            for part in (folder, self.shards, self.unfinished):
+                part.mkdir(parents=True, exist_ok=True)
+            self._lock = open(folder / ".lock", "a+")  # noqa: SIM115 - held until `close`
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._lock.seek(0)
+            owner = self._lock.read().strip() or "another process"
+            self._lock.close()
+            raise BlockingIOError(
+                f"{owner} is at work on {folder}: wait for its end, or choose another folder"
+            ) from error
+        self._lock.truncate(0)
+        self._lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+        self._lock.flush()
+
+        self._remove_leftovers()
+
+    def close(self) -> None:
+        """Lets others work on the folder; a process that dies does so too."""
+        self._lock.close()
+
+    @property
+    def shards(self) -> Path:
+        return self.folder / "shards"
+
+    @property
+    def unfinished(self) -> Path:
+        return self.folder / "unfinished"
+
+    @property
+    def rows(self) -> Path:
+        return self.folder / "rows.parquet"
+
+    @property
+    def failures(self) -> Path:
+        return self.folder / "failures.jsonl"
+
+    def shard_path(self, shard: int) -> Path:
+        return self.shards / f"part-{shard:05}.parquet"
+
+    def journal_path(self, shard: int) -> Path:
+        return self.unfinished / f"part-{shard:05}.arrows"
+
+    def has_shards(self) -> bool:
+        return any(self.shards.iterdir())
+
+    def read_manifest(self) -> dict[str, Any] | None:
+        """What the job is, or None where none was begun.
+
+        Raises:
+            ValueError: the manifest is damaged or of another version, or there are results of a job without one.
+        """
+        path = self.folder / "manifest.json"
+        if not path.exists():
+            if self.has_shards():
+                raise ValueError(f"{self.shards} has results, and {path} is not there: choose another folder")
+            return None
+        try:
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+            found = manifest["format"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is damaged ({error}): put it back, or choose another folder") from error
+        if found != FORMAT:
+            raise ValueError(
+                f"{path} is of the format {found!r}, and this version has {FORMAT!r}: choose another folder"
+            )
+        return manifest
+
+    def write_json(self, name: str, document: dict[str, Any]) -> None:
+        with replacing(self.folder / name) as path:
+            path.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def write_shard(self, shard: int, outcomes: Iterable[Outcome], schema: pa.Schema, settings: str) -> None:
+        """A shard of results, in the order of its rows; from then on its journal is of no use, and vanishes."""
+        outcomes = sorted(outcomes, key=lambda outcome: outcome.row)
+        failed = [_failure(outcome) for outcome in outcomes if outcome.error is not None]
+        about = {"shard": shard, "rows": len(outcomes), "settings": settings, "failures": failed}
+        table = to_table(outcomes, schema).replace_schema_metadata({_KEY: json.dumps(about)})
+        with replacing(self.shard_path(shard)) as path:
+            pq.write_table(table, path, compression="zstd", write_page_checksum=True)
+        self.append_failures(failed)
+        self.journal_path(shard).unlink(missing_ok=True)
+
+    def check_shard(self, shard: int, rows: int, settings: str) -> dict[str, Any] | None:
+        """What a shard says of itself, or None where there is none.
+
+        Raises:
+            ValueError: it is damaged, or is not of this job.
+        """
+        path = self.shard_path(shard)
+        if not path.exists():
+            return None
+        try:
+            table = pq.read_table(path, page_checksum_verification=True)
+            about = json.loads(table.schema.metadata[_KEY])
+            found = (about["shard"], about["rows"], about["settings"])
+        except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is damaged: {' '.join(str(error).split())}") from error
+        if found != (shard, rows, settings):
+            raise ValueError(f"{path} is of another job")
+        return about
+
+    def about(self, path: Path) -> dict[str, Any]:
+        """What a shard that was checked says of itself."""
+        return json.loads(pq.read_schema(path).metadata[_KEY])
+
+    def read_shard(self, shard: int) -> list[Outcome]:
+        """The outcomes of a shard that was checked, without its failures."""
+        return from_table(pq.read_table(self.shard_path(shard)))
+
+    def append_failures(self, failures: list[dict[str, Any]]) -> None:
+        with explained(self.folder), open(self.failures, "a", encoding="utf-8") as file:
+            file.writelines(_json_line(failure) for failure in failures)
+
+    def write_failures(self, failures: Iterable[dict[str, Any]]) -> None:
+        """All failures anew, in the order of the rows."""
+        with replacing(self.failures) as path, open(path, "w", encoding="utf-8") as file:
+            file.writelines(_json_line(failure) for failure in failures)
+
+    def _remove_leftovers(self) -> None:
+        """What a process that died was writing."""
+        for folder in (self.folder, self.shards, self.unfinished):
+            for path in folder.glob(".*.part"):
+                path.unlink()
+
+
+class Journal:
+    """Outcomes of a shard that is not complete, on disk within moments: what `SIGKILL` must not cost."""
+
+    def __init__(self, path: Path, outcomes: list[Outcome], schema: pa.Schema):
+        """Begins a journal with `outcomes`, in place of the one that they may come from."""
+        self._schema = schema
+        with explained(path.parent):
+            scratch = path.with_name(f".{path.name}.part")
+            self._file = open(scratch, "wb")  # noqa: SIM115 - held until `close`
+            self._writer = pa.ipc.new_stream(self._file, schema)
+            self.add(outcomes)
+            os.replace(scratch, path)
+
+    def add(self, outcomes: list[Outcome]) -> None:
+        with explained(Path(self._file.name).parent):
+            if outcomes:
+                self._writer.write_table(to_table(outcomes, self._schema))
+            self._file.flush()
+
+    def close(self) -> None:
+        with suppress(OSError):  # a disk that is full: what is there is read as far as it goes
+            self._writer.close()
+            self._file.close()
+
+    @staticmethod
+    def read(path: Path, schema: pa.Schema) -> list[Outcome]:
+        """The outcomes of a journal, as far as it was written."""
+        batches: list[pa.RecordBatch] = []
+        with suppress(pa.ArrowException, OSError, StopIteration), pa.OSFile(str(path)) as file:
+            reader = pa.ipc.open_stream(file)
+            while reader.schema.equals(schema):
+                batch = reader.read_next_batch()
+                batch.validate(full=True)
+                batches.append(batch)
+        return [outcome for batch in batches for outcome in from_table(pa.Table.from_batches([batch], schema))]
+
+
+def _failure(outcome: Outcome) -> dict[str, Any]:
+    return {"row": outcome.row, "id": outcome.id, "error": outcome.error}
+
+
+def _json_line(failure: dict[str, Any]) -> str:
+    return json.dumps(failure, ensure_ascii=False) + "\n"
+
+
+@contextmanager
+def explained(folder: Path) -> Iterator[None]:
+    """Errors of writing below `folder` as one sentence."""
+    try:
+        yield
+    except UnwritableError:
+        raise
+    except OSError as error:
+        raise UnwritableError.explain(error, folder) from error

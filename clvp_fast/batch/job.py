@@ -1,0 +1,314 @@
+"""`run`: a corpus to ranked candidates in a folder of Parquet shards, by a job that goes on where it was stopped."""
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from clvp_fast.batch.folder import FORMAT, JobFolder, Journal
+from clvp_fast.batch.inputs import RowFile, Task, digest_of, read_rows
+from clvp_fast.batch.outcomes import Outcome, outcome_schema, shard_schema
+from clvp_fast.batch.progress import Watch, watching
+from clvp_fast.batch.settings import Settings
+from clvp_fast.batch.summary import write_summary
+from clvp_fast.files import UnwritableError, replacing
+
+logger = logging.getLogger(__name__)
+
+#: Rows of a shard; latents take megabytes a row.
+SHARD_ROWS, SHARD_ROWS_WITH_LATENTS = 1024, 64
+# The journal of a shard is written this often, in seconds, which is what a sudden end costs at most beside what is
+# being decoded.
+_JOURNAL_SECONDS = 1.0
+
+
+def run(
+    input: str | Path,
+    out: str | Path,
+    *,
+    retry_failed: bool = False,
+    shard_rows: int | None = None,
+    ray: str | bool | None = None,
+    workers: int | None = None,
+    memory_fraction: float = 0.9,
+    progress: bool = True,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Candidates for all rows of a file, the best of each in Parquet files below `out`/shards.
+
+    Stopped at any moment, by a signal, a full disk or a power cut, and called again with the same arguments, it does
+    what is missing; the results are those of a run that was not stopped. Rows that cannot be spoken go to
+    `out`/failures.jsonl with the reason, and the others go on.
+
+    A line of the results is one kept candidate: `id` and `row` of the input (from 0, and in this order), `rank` from 1,
+    `candidate` (of so many `candidates`), `codes` (speech tokens before the stop), `length`, `stopped` (it came to its
+    end by itself), `score`, `tokens` (drawn for the row in all), `seed`, `settings` (a hash), `timings` in seconds;
+    with `embeddings` also `text_embedding` and `speech_embedding` `[projection_dim]`, and with `latents` the decoder's
+    `latents` `[tokens, hidden_size]`.
+
+    Args:
+        input: JSON lines, CSV or Parquet by its name, with columns `id`, `text`, `voice` (a recording, a folder of
+            recordings of one speaker, or a saved voice; relative to the input's folder) and, for rows that have their
+            own, `num_candidates`, `max_new_tokens`, `temperature` and so on, as [`SamplingParams`] names them.
+        out: the job's folder.
+        retry_failed: speak the rows again that failed before.
+        shard_rows: rows of a file of results; by default 1024, with latents 64.
+        ray: work on a Ray cluster: its address, or True for the one at hand, else one of this machine.
+        workers: of the cluster, at most; by default one for each GPU, or on CPUs one.
+        memory_fraction: of the memory that is free, how much may be used beside the weights.
+        progress: show a bar on stderr.
+        settings: as [`Settings`]: `checkpoint`, `voice`, `keep`, `num_candidates`, `dtype` and so on.
+
+    Returns:
+        What stands in `out`/summary.json: counts of rows, candidates, tokens and failures, seconds, rates.
+
+    Raises:
+        ValueError, FileNotFoundError: an input, a checkpoint or a setting that cannot be, or another than the job in
+            `out` was begun with; it says which.
+        UnwritableError: `out` cannot be written, or the disk is full.
+        BlockingIOError: another process works on `out`.
+    """
+    given = Settings(**settings)
+    source = Path(input).expanduser()
+    for name, value in (("shard_rows", shard_rows), ("workers", workers)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError(f"{name} must be a whole number from 1 up, not {value!r}")
+    if workers is not None and not ray:
+        raise ValueError("workers are of a Ray cluster: give ray=True or its address, or leave workers out")
+    if not source.is_file():
+        raise FileNotFoundError(f"there is no input at {source}")
+    with closing(JobFolder(Path(out).expanduser())) as folder:
+        manifest = folder.read_manifest()
+        identity = _identity(source, manifest, given, shard_rows)
+        if manifest is not None:
+            given = given.going_on_from(manifest["settings"])
+        rows = _rows(folder, source, identity["shard_rows"], manifest, progress)
+        job = None if manifest is None else _Job(folder, rows, given, retry_failed, progress)
+        if job is None or job.tasks:
+            with closing(_executor(given, memory_fraction, ray, workers)) as executor:
+                found = executor.description()
+                _check_checkpoint(manifest, found)
+                if job is None:
+                    manifest = {"format": FORMAT, **identity, "rows": rows.num_rows, **found}
+                    folder.write_json("manifest.json", manifest)
+                    job = _Job(folder, rows, Settings(**found["settings"]), retry_failed, progress)
+                with watching("speaking", rows.num_rows, job.rows_done, hidden=not progress) as watch:
+                    job.work(executor.outcomes(folder.rows, job.tasks), watch)
+        return write_summary(folder, manifest, job.now, job.seconds)
+
+
+def _identity(source: Path, manifest: dict | None, given: Settings, shard_rows: int | None) -> dict[str, Any]:
+    """What is known of the job before its rows are read; the same as in `manifest` if there is one."""
+    digest = digest_of(source)
+    if manifest is None:
+        default = SHARD_ROWS_WITH_LATENTS if given.latents else SHARD_ROWS
+        about = {"path": str(source.resolve()), "bytes": source.stat().st_size, "digest": digest}
+        return {"input": about, "shard_rows": shard_rows or default}
+    if digest != manifest["input"]["digest"]:
+        raise ValueError(
+            f"{source} is not what the job was begun with: its content has changed. Choose another folder for it"
+        )
+    if shard_rows not in (None, manifest["shard_rows"]):
+        raise ValueError(
+            f"the job was begun with other settings: shard_rows was {manifest['shard_rows']} and is {shard_rows}. "
+            "Leave it out to go on"
+        )
+    return {"input": manifest["input"], "shard_rows": manifest["shard_rows"]}
+
+
+def _check_checkpoint(manifest: dict | None, found: dict[str, Any]) -> None:
+    if manifest is None:
+        return
+    if manifest["checkpoint"] != found["checkpoint"]:
+        name = found["settings"]["checkpoint"]
+        raise ValueError(
+            f"checkpoint {name} is not what the job was begun with: its content has changed. Choose another folder"
+        )
+    for name, version in found["versions"].items():
+        before = manifest["versions"].get(name)
+        if before != version:
+            logger.warning("%s was %s when the job was begun, and is %s: results may differ", name, before, version)
+
+
+def _rows(folder: JobFolder, source: Path, shard_rows: int, manifest: dict | None, progress: bool) -> RowFile:
+    """The job's copy of its rows, made at its beginning, and again where it is damaged."""
+    if manifest is not None:
+        try:
+            return RowFile(folder.rows)
+        except (OSError, pa.ArrowException) as error:
+            logger.warning("%s is damaged (%s) and is made again from the input", folder.rows, error)
+    with watching("reading", 1, 0, hidden=not progress) as watch, replacing(folder.rows) as path:
+        RowFile.write(path, read_rows(source, watch.reach), shard_rows)
+    rows = RowFile(folder.rows)
+    if not rows.num_rows:
+        raise ValueError(f"{source} has no rows")
+    return rows
+
+
+def _executor(settings: Settings, memory_fraction: float, ray: str | bool | None, workers: int | None):
+    """Where outcomes come from: this process, or a cluster."""
+    if ray:
+        from clvp_fast.distributed import Cluster
+
+        return Cluster(settings, memory_fraction, None if ray is True else ray, workers)
+    return _Here(settings, memory_fraction)
+
+
+class _Here:
+    """This process as the only worker."""
+
+    def __init__(self, settings: Settings, memory_fraction: float):
+        from clvp_fast.batch.worker import Worker
+
+        self._worker = Worker(settings, memory_fraction)
+
+    def description(self) -> dict[str, Any]:
+        return self._worker.description()
+
+    def outcomes(self, path: Path, tasks: list[Task]) -> Iterator[Outcome]:
+        """Of the rows of tasks, which are taken as there is room for them."""
+        if self._worker.settings.device == "cuda":
+            self._worker.engine.warm_up()
+        rows = RowFile(path)
+        return self._worker.outcomes(row for task in tasks for row in task.rows_of(rows))
+
+    def close(self) -> None:
+        """Nothing outlives the process."""
+
+
+class _Shard:
+    """A shard that is not complete, with the outcomes of its rows that are known."""
+
+    def __init__(self, folder: JobFolder, shard: int, rows: int, known: list[Outcome], schema: pa.Schema):
+        self.rows = rows
+        self.done = {outcome.row: outcome for outcome in known}
+        self._journal = Journal(folder.journal_path(shard), known, schema)
+        self._waiting: list[Outcome] = []
+
+    def add(self, outcome: Outcome) -> bool:
+        """Whether the outcome is new: a cluster that loses a worker may do a row twice."""
+        if outcome.row in self.done:
+            return False
+        self.done[outcome.row] = outcome
+        self._waiting.append(outcome)
+        return True
+
+    def write(self) -> None:
+        """What was added goes to the journal."""
+        waiting, self._waiting = self._waiting, []
+        self._journal.add(waiting)
+
+    def close(self) -> None:
+        self._journal.close()
+
+
+class _Job:
+    """What is missing of a job, and the way of its outcomes into the folder.
+
+    Attributes:
+        tasks: what is missing.
+        rows_done: rows that were done before.
+        now: `rows`, `candidates` and `tokens` of this run; seconds: that it worked.
+    """
+
+    def __init__(self, folder: JobFolder, rows: RowFile, settings: Settings, retry_failed: bool, progress: bool):
+        """Looks through what is there: whole shards are done, damaged ones are not."""
+        self._folder, self._rows, self._digest = folder, rows, settings.digest
+        self._result_schema, self._outcome_schema = shard_schema(settings), outcome_schema(settings)
+        self._shards: dict[int, _Shard] = {}
+        self._written_at = 0.0
+        self.tasks: list[Task] = []
+        self.rows_done = 0
+        self.now = Counter(rows=0, candidates=0, tokens=0)
+        self.seconds = 0.0
+        failures: list[dict[str, Any]] = []
+        with watching("checking", rows.num_shards, 0, hidden=not (progress and folder.has_shards())) as watch:
+            for shard in range(rows.num_shards):
+                failures += self._look_at(shard, retry_failed)
+                watch.reach(shard + 1)
+        folder.write_failures(failures)
+
+    def _look_at(self, shard: int, retry_failed: bool) -> list[dict[str, Any]]:
+        """Find out what is missing of a shard; the failures that it has, if none of them is tried again."""
+        rows, journal = self._rows.rows_of(shard), self._folder.journal_path(shard)
+        about = self._checked(shard, rows)
+        if about is not None:
+            journal.unlink(missing_ok=True)
+            again = tuple(failure["row"] for failure in about["failures"]) if retry_failed else ()
+            self.rows_done += rows - len(again)
+            if again:
+                self.tasks.append(Task(shard, again))
+            return [] if again else about["failures"]
+        if journal.exists():
+            entry = self._open(shard, Journal.read(journal, self._outcome_schema))
+            self.rows_done += len(entry.done)
+            if len(entry.done) == rows:
+                self._complete(shard)
+            else:
+                first = shard * self._rows.shard_rows
+                self.tasks.append(Task(shard, tuple(set(range(first, first + rows)) - set(entry.done))))
+        else:
+            self.tasks.append(Task(shard))
+        return []
+
+    def _checked(self, shard: int, rows: int) -> dict[str, Any] | None:
+        try:
+            return self._folder.check_shard(shard, rows, self._digest)
+        except ValueError as error:
+            logger.warning("%s: its rows are spoken again", error)
+            self._folder.shard_path(shard).unlink()
+            return None
+
+    def work(self, outcomes: Iterable[Outcome], watch: Watch) -> None:
+        """Bring outcomes of the tasks into the folder.
+
+        Raises:
+            UnwritableError: they cannot be written; what was written before is kept.
+        """
+        started = time.perf_counter()
+        try:
+            for outcome in outcomes:
+                if self._receive(outcome):
+                    watch.count(outcome)
+        finally:
+            self.seconds = time.perf_counter() - started
+            for shard in self._shards.values():
+                with suppress(UnwritableError):
+                    shard.write()
+                shard.close()
+        if self._shards:
+            raise RuntimeError(f"nothing came back of rows in shards {sorted(self._shards)}: run the job again")
+
+    def _receive(self, outcome: Outcome) -> bool:
+        number = outcome.row // self._rows.shard_rows
+        shard = self._shards.get(number)
+        if shard is None:
+            # Of a shard that is whole but for its failures, which are tried again, those that are known.
+            whole = self._folder.shard_path(number).exists()
+            shard = self._open(number, self._folder.read_shard(number) if whole else [])
+        if not shard.add(outcome):
+            return False
+        self.now.update(rows=1, **outcome.drawn)
+        if len(shard.done) == shard.rows:
+            self._complete(number)
+        now = time.monotonic()
+        if now - self._written_at >= _JOURNAL_SECONDS:
+            self._written_at = now
+            for shard in self._shards.values():
+                shard.write()
+        return True
+
+    def _open(self, shard: int, known: list[Outcome]) -> _Shard:
+        rows = self._rows.rows_of(shard)
+        self._shards[shard] = _Shard(self._folder, shard, rows, known, self._outcome_schema)
+        return self._shards[shard]
+
+    def _complete(self, number: int) -> None:
+        shard = self._shards.pop(number)
+        shard.close()
+        self._folder.write_shard(number, shard.done.values(), self._result_schema, self._digest)

@@ -1,0 +1,124 @@
+"""What becomes of a row, as Arrow tables: a line for each kept candidate, or one line with the reason for none.
+
+This is the form in which results go into shards, into the journal of an unfinished shard, and between the workers of a
+cluster.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from clvp_fast.batch.rows import Row
+from clvp_fast.batch.settings import Settings
+from clvp_fast.engine.requests import CandidateResult
+
+_TIMINGS = pa.struct([(stage, pa.float32()) for stage in ("prepare", "queue", "decode", "rank")])
+_COLUMNS = [
+    ("row", pa.int64()),
+    ("id", pa.string()),
+    ("rank", pa.int32()),
+    ("candidate", pa.int32()),
+    ("candidates", pa.int32()),
+    ("codes", pa.list_(pa.int32())),
+    ("length", pa.int32()),
+    ("stopped", pa.bool_()),
+    ("score", pa.float32()),
+    ("tokens", pa.int64()),
+    ("seed", pa.int64()),
+    ("settings", pa.string()),
+    ("timings", _TIMINGS),
+]
+_EMBEDDINGS = [("text_embedding", pa.list_(pa.float32())), ("speech_embedding", pa.list_(pa.float32()))]
+_LATENTS = [("latents", pa.list_(pa.list_(pa.float32())))]
+_ERROR = [("error", pa.string())]
+
+
+def shard_schema(settings: Settings) -> pa.Schema:
+    """The columns of results: what `clvp_fast.batch.run` documents."""
+    more = (_EMBEDDINGS if settings.embeddings else []) + (_LATENTS if settings.latents else [])
+    return pa.schema(_COLUMNS + more)
+
+
+def outcome_schema(settings: Settings) -> pa.Schema:
+    """Those of results and failures: a line with an `error` has nothing but its row and id beside."""
+    return pa.schema([*shard_schema(settings), *pa.schema(_ERROR)])
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a row: lines of kept candidates, best first, as `shard_schema` has them, or an error."""
+
+    row: int
+    id: str | None
+    lines: tuple[dict[str, Any], ...] = ()
+    error: str | None = None
+
+    @property
+    def drawn(self) -> dict[str, int]:
+        """How many candidates and tokens were drawn for the row."""
+        return {name: self.lines[0][name] if self.lines else 0 for name in ("candidates", "tokens")}
+
+    @classmethod
+    def of(cls, row: Row, seed: int, result: CandidateResult, settings: Settings) -> "Outcome":
+        """A row's result; one that cannot be used is an error."""
+        if error := result.failure(settings.dtype):
+            return cls(row.index, row.id, error=error)
+        lines = []
+        tokens = int(result.lengths.sum() + result.stopped.sum())  # a stop is drawn too
+        for rank, candidate in enumerate(map(int, result.kept), start=1):
+            length = int(result.lengths[candidate])
+            line = {
+                "row": row.index,
+                "id": row.id,
+                "rank": rank,
+                "candidate": candidate,
+                "candidates": len(result.codes),
+                "codes": result.codes[candidate, :length],
+                "length": length,
+                "stopped": bool(result.stopped[candidate]),
+                "score": float(result.scores[candidate]),
+                "tokens": tokens,
+                # The column is signed, and so is the generator's key: the same 64 bits.
+                "seed": seed - 2**64 if seed >= 2**63 else seed,
+                "settings": settings.digest,
+                "timings": result.timings,
+            }
+            if settings.embeddings:
+                line["text_embedding"] = result.text_embeds
+                line["speech_embedding"] = result.speech_embeds[candidate]
+            if settings.latents:
+                line["latents"] = list(result.latents[candidate][0].float().cpu().numpy())
+            lines.append(line)
+        return cls(row.index, row.id, tuple(lines))
+
+
+def to_table(outcomes: Iterable[Outcome], schema: pa.Schema) -> pa.Table:
+    """Their lines, and where `schema` has an `error` also the failures'."""
+    lines: list[dict[str, Any]] = []
+    for outcome in outcomes:
+        if outcome.error is None:
+            lines += outcome.lines
+        elif "error" in schema.names:
+            lines.append({"row": outcome.row, "id": outcome.id, "error": outcome.error})
+    return pa.Table.from_pylist(lines, schema)
+
+
+def from_table(table: pa.Table) -> list[Outcome]:
+    """Outcomes in the order in which their rows first come; the inverse of `to_table`."""
+    lines: dict[int, list[dict[str, Any]]] = {}
+    for line in table.to_pylist():
+        lines.setdefault(line["row"], []).append(line)
+    return [_outcome(row, of_row) for row, of_row in lines.items()]
+
+
+def _outcome(row: int, lines: list[dict[str, Any]]) -> Outcome:
+    error = lines[0].get("error")
+    if error is not None:
+        return Outcome(row, lines[0]["id"], error=error)
+    for line in lines:
+        line.pop("error", None)
+        line["codes"] = np.array(line["codes"], dtype=np.int32)
+    return Outcome(row, lines[0]["id"], tuple(sorted(lines, key=lambda line: line["rank"])))

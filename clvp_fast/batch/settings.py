@@ -1,0 +1,132 @@
+"""What a job's results depend on beside its rows: settings to compare, hash, pickle and write as JSON."""
+
+import json
+from dataclasses import asdict, dataclass, fields, replace
+from hashlib import blake2b
+from typing import Any
+
+from clvp_fast.engine.sampling_params import SamplingParams
+
+#: What a run finds out where it is not told, and what a run that goes on takes over from the one before.
+_FOUND = ("max_new_tokens", "device", "batch_size", "threads")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of one job.
+
+    Args:
+        checkpoint: "demo", a folder, or a hub id.
+        voice: of the rows that name none: a recording, a folder of recordings, or a saved voice.
+        keep: how many of a row's best candidates are written; None: all.
+        num_candidates, max_new_tokens, do_sample, temperature, top_p, top_k, typical_p, min_p, repetition_penalty: as
+            [`SamplingParams`]; a row may have its own. `max_new_tokens` None: 500, or what the checkpoint's positions
+            allow.
+        seed: of the job; a row's own seed follows from it and the row's id.
+        scoring: "padded" or "trimmed", as [`CandidateEngine`].
+        latents: write the decoder's latents of the kept candidates.
+        embeddings: write the embeddings of the text and of the kept candidates' speech.
+        device: "cpu" or "cuda"; None: the GPU where there is one.
+        dtype: of the weights: "float32", "bfloat16" or "float16".
+        int8_weights, float8_pages: decode over 8-bit copies of weights, with 8-bit keys and values.
+        batch_size: candidates decoded at once; None: what memory allows.
+        threads: of the CPU, which torch's products may add up in other orders by; None: as torch has it.
+        text_cleaning: "tortoise" or "transformers".
+
+    Raises:
+        ValueError: a value that cannot be.
+    """
+
+    checkpoint: str = "demo"
+    voice: str | None = None
+    keep: int | None = 1
+    num_candidates: int | None = None
+    max_new_tokens: int | None = None
+    do_sample: bool = True
+    temperature: float = 0.8
+    top_p: float = 0.8
+    top_k: int = 0
+    typical_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 2.0
+    seed: int = 0
+    scoring: str = "padded"
+    latents: bool = False
+    embeddings: bool = False
+    device: str | None = None
+    dtype: str = "float32"
+    int8_weights: bool = False
+    float8_pages: bool = False
+    batch_size: int | None = None
+    threads: int | None = None
+    text_cleaning: str = "tortoise"
+
+    def __post_init__(self):
+        object.__setattr__(self, "num_candidates", self.sampling().num_candidates)
+        for name in ("keep", "batch_size", "threads"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name} must be a whole number from 1 up, or None, not {value!r}")
+        for name, known in _CHOICES.items():
+            if getattr(self, name) not in known:
+                shown = ", ".join(map(repr, known))
+                raise ValueError(f"{name} must be one of {shown}, not {getattr(self, name)!r}")
+
+    def sampling(self, **of_row: Any) -> SamplingParams:
+        """How candidates are drawn, with what a row has of its own.
+
+        Raises:
+            ValueError: a value that cannot be.
+        """
+        own = {name: getattr(self, name) for name in SAMPLING if getattr(self, name) is not None}
+        return SamplingParams(**own | of_row)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @property
+    def digest(self) -> str:
+        """16 hexadecimal digits that differ where any setting does."""
+        return blake2b(json.dumps(self.as_dict(), sort_keys=True).encode(), digest_size=8).hexdigest()
+
+    def going_on_from(self, before: dict[str, Any]) -> "Settings":
+        """These settings, with what is left open as the run that is continued found it out.
+
+        Raises:
+            ValueError: something else than in `before`; it is named, with both values.
+        """
+        adopted = {name: before.get(name) for name in _FOUND if getattr(self, name) is None}
+        settings = replace(self, **adopted)
+        changed = [
+            f"{name} was {before.get(name)!r} and is {value!r}"
+            for name, value in settings.as_dict().items()
+            if before.get(name) != value
+        ]
+        if changed:
+            raise ValueError(
+                f"the job was begun with other settings: {'; '.join(changed)}. Give those it was begun with to go on, "
+                "or another folder to begin anew"
+            )
+        return settings
+
+
+#: What a row may have of its own, and settings name for all.
+SAMPLING = (
+    "num_candidates",
+    "max_new_tokens",
+    "do_sample",
+    "temperature",
+    "top_p",
+    "top_k",
+    "typical_p",
+    "min_p",
+    "repetition_penalty",
+    "seed",
+)
+_CHOICES = {
+    "scoring": ("padded", "trimmed"),
+    "device": (None, "cpu", "cuda"),
+    "dtype": ("float32", "bfloat16", "float16"),
+    "text_cleaning": ("tortoise", "transformers"),
+}
+assert set(SAMPLING) <= {field.name for field in fields(Settings)}

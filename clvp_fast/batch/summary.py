@@ -1,0 +1,56 @@
+"""What is told of a job at its end: counts, rates and failures, and a picture of scores and lengths."""
+
+from collections import Counter
+from typing import Any
+
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from clvp_fast.batch.folder import JobFolder
+from clvp_fast.batch.overview import draw_overview
+
+# Reasons that the summary counts, the most frequent first; failures.jsonl has each row's.
+_REASONS = 10
+
+
+def write_summary(folder: JobFolder, manifest: dict[str, Any], now: Counter[str], seconds: float) -> dict[str, Any]:
+    """Writes manifest.json, failures.jsonl, summary.json and overview.png of a job that is done; returns the summary.
+
+    Args:
+        now: `rows`, `candidates` and `tokens` of this run. seconds: that it worked.
+    """
+    shards, failures = [], []
+    totals: Counter[str] = Counter()
+    paths = sorted(folder.shards.glob("part-*.parquet"))
+    for path in paths:
+        about = folder.about(path)
+        failures += about["failures"]
+        first = pq.read_table(path, columns=["candidates", "tokens"], filters=pc.field("rank") == 1)
+        counts = {
+            "spoken": first.num_rows,
+            "failed": len(about["failures"]),
+            "candidates": pc.sum(first["candidates"]).as_py() or 0,
+            "tokens": pc.sum(first["tokens"]).as_py() or 0,
+        }
+        totals.update(counts)
+        shards.append({"file": f"{folder.shards.name}/{path.name}", "bytes": path.stat().st_size, **counts})
+    folder.write_failures(sorted(failures, key=lambda failure: failure["row"]))
+    folder.write_json("manifest.json", manifest | {"shards": shards})
+    reasons = Counter(failure["error"] for failure in failures).most_common(_REASONS)
+    files = ["shards", "failures.jsonl", "manifest.json", "summary.json"]
+    if totals["spoken"]:
+        draw_overview(folder.folder / "overview.png", paths, manifest["rows"], totals["failed"])
+        files.append("overview.png")
+    summary = {
+        "rows": manifest["rows"],
+        **totals,
+        "failures": [{"error": error, "rows": rows} for error, rows in reasons],
+        "this_run": {
+            **now,
+            "seconds": round(seconds, 3),
+            **{f"{name}_per_second": round(count / seconds, 3) for name, count in now.items() if seconds},
+        },
+        "files": files,
+    }
+    folder.write_json("summary.json", summary)
+    return summary

@@ -1,0 +1,159 @@
+"""From rows to outcomes on one device: what a job's only process does, and each worker of a cluster."""
+
+import json
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from hashlib import blake2b
+from typing import Any
+
+import torch
+
+from clvp_fast.batch.outcomes import Outcome
+from clvp_fast.batch.rows import Row
+from clvp_fast.batch.settings import Settings
+from clvp_fast.checkpoint import Checkpoint, load_checkpoint
+from clvp_fast.engine.engine import CandidateEngine
+from clvp_fast.engine.memory import CPU_BATCH, MAX_BATCH
+from clvp_fast.engine.requests import CandidateRequest, CandidateResult
+from clvp_fast.engine.voices import Voice
+from clvp_fast.errors import sentence
+from clvp_fast.models.clvp.processing import ClvpProcessor
+from clvp_fast.versions import versions
+from clvp_fast.voice_files import load_voice
+
+# Voices that are kept by the place that they came from; each is some kilobytes.
+_VOICES = 1024
+# What a tensor's mark is made of.
+_SAMPLES = 4096
+
+
+class Worker:
+    """An engine over a checkpoint, and the voices that its rows name.
+
+    Half types decode in the engine's deterministic mode, so that what a row gives never depends on the rows beside it.
+
+    Args:
+        settings: what is open of them is found out here, and stands in the attribute.
+        memory_fraction: of the memory that is free, how much may be used beside the weights.
+
+    Raises:
+        FileNotFoundError, ValueError: a checkpoint that is not there or damaged, a GPU asked for where there is none,
+            `max_new_tokens` beyond the checkpoint's positions, too little memory.
+    """
+
+    def __init__(self, settings: Settings, memory_fraction: float = 0.9):
+        device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("device 'cuda': torch sees no CUDA device here; use 'cpu', or leave it out")
+        if settings.threads is not None:
+            torch.set_num_threads(settings.threads)
+        checkpoint = load_checkpoint(
+            settings.checkpoint,
+            device=device,
+            dtype=getattr(torch, settings.dtype),
+            text_cleaning=settings.text_cleaning,
+        )
+        self.engine = CandidateEngine(
+            checkpoint.model,
+            ClvpProcessor(checkpoint.feature_extractor, checkpoint.tokenizer),
+            max_batch=settings.batch_size or (CPU_BATCH if device == "cpu" else MAX_BATCH),
+            max_new_tokens=settings.max_new_tokens,
+            memory_fraction=memory_fraction,
+            weight_dtype=torch.int8 if settings.int8_weights else None,
+            page_dtype=torch.float8_e4m3fn if settings.float8_pages else None,
+            scoring=settings.scoring,
+            latents=settings.latents,
+            deterministic=settings.dtype != "float32",
+        )
+        self.settings = replace(
+            settings,
+            device=device,
+            max_new_tokens=self.engine.max_new_tokens,
+            batch_size=self.engine.memory.max_batch,
+            threads=torch.get_num_threads() if device == "cpu" else None,
+        )
+        self.mark = _mark(checkpoint)
+        self._voices: OrderedDict[str, Voice | Exception] = OrderedDict()
+
+    def description(self) -> dict[str, Any]:
+        """What a job's manifest says of who worked on it."""
+        return {"settings": self.settings.as_dict(), "checkpoint": self.mark, "versions": versions()}
+
+    def outcomes(self, rows: Iterable[Row]) -> Iterator[Outcome]:
+        """What becomes of rows, each as soon as it is known; they are taken from the iterable as there is room.
+
+        Raises:
+            ValueError: there is too little memory for a single candidate.
+        """
+        failed: deque[Outcome] = deque()
+        keep = self.settings.keep or 2**31
+        try:
+            for result in self.engine.generate(self._requests(rows, failed), keep=keep):
+                yield from _drained(failed)
+                yield self._outcome(result)
+        except torch.OutOfMemoryError as error:
+            raise ValueError(
+                "there is too little memory for a single candidate: free some, choose fewer max_new_tokens, or a half "
+                "type as dtype"
+            ) from error
+        yield from _drained(failed)
+
+    def _requests(self, rows: Iterable[Row], failed: deque[Outcome]) -> Iterator[CandidateRequest]:
+        """Requests for those rows that have a voice and parameters; the others go to `failed`."""
+        for row in rows:
+            try:
+                if row.error is not None:
+                    raise ValueError(row.error)
+                sampling = self.settings.sampling(**row.sampling | {"seed": row.seed(self.settings.seed)})
+                yield CandidateRequest(text=row.text, conditioning=self._voice(row.voice), sampling=sampling, id=row)
+            except (ValueError, TypeError, OSError) as error:
+                failed.append(Outcome(row.index, row.id, error=sentence(error)))
+
+    def _voice(self, place: str | None) -> Voice:
+        place = place or self.settings.voice
+        if place is None:
+            raise ValueError("the row names no voice, and the job has none for such rows")
+        if place not in self._voices:
+            try:
+                self._voices[place] = load_voice(self.engine.voices, place).voice
+            except (ValueError, TypeError, OSError) as error:
+                self._voices[place] = error  # its other rows need not look again
+            if len(self._voices) > _VOICES:
+                self._voices.popitem(last=False)
+        self._voices.move_to_end(place)
+        voice = self._voices[place]
+        if isinstance(voice, Exception):
+            raise voice
+        return voice
+
+    def _outcome(self, result: CandidateResult) -> Outcome:
+        row = result.request.id
+        return Outcome.of(row, result.request.sampling.seed, result, self.settings)
+
+
+def _drained(waiting: deque[Outcome]) -> Iterator[Outcome]:
+    while waiting:
+        yield waiting.popleft()
+
+
+def _mark(checkpoint: Checkpoint) -> str:
+    """32 hexadecimal digits of a checkpoint: of its configuration, vocabulary and features, and of samples of tensors.
+
+    Training changes next to all numbers of next to all tensors, so that some of each tell.
+    """
+    digest = blake2b(digest_size=16)
+    tokenizer, extractor = checkpoint.tokenizer, checkpoint.feature_extractor
+    config = {name: value for name, value in checkpoint.model.config.to_dict().items() if name not in _PASSING}
+    parts = [config, tokenizer.get_vocab(), extractor.to_dict()]
+    digest.update(json.dumps(parts, sort_keys=True, default=str).encode())
+    for name, tensor in checkpoint.model.state_dict().items():
+        flat = tensor.detach().reshape(-1)
+        samples = flat[:: max(1, flat.numel() // _SAMPLES)]
+        digest.update(f"{name} {list(tensor.shape)} ".encode())
+        digest.update(samples.to(device="cpu", dtype=torch.float64).numpy().tobytes())
+    return digest.hexdigest()
+
+
+# Of a configuration: where and by what it was loaded.
+_PASSING = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "_commit_hash")

@@ -1,0 +1,178 @@
+"""The texts and voices of one `generate`, decoded as one batch and written one by one."""
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+
+from clvp_fast import ClvpProcessor
+from clvp_fast.checkpoint import Checkpoint, stop_token
+from clvp_fast.cli import report
+from clvp_fast.cli.items import Item
+from clvp_fast.cli.progress import warm_up, watching
+from clvp_fast.cli.results import result_document, summary_row, write_arrays
+from clvp_fast.engine.engine import CandidateEngine
+from clvp_fast.engine.memory import CPU_BATCH, MAX_BATCH, human_bytes
+from clvp_fast.engine.requests import CandidateRequest, CandidateResult
+from clvp_fast.engine.sampling_params import SamplingParams
+from clvp_fast.files import write_json
+from clvp_fast.versions import versions
+
+
+class Generation:
+    """Items on their way through an engine into files below `folder`.
+
+    Args:
+        items: what is to be spoken; those with an error stay as they are, and those that fail get one.
+        sampling: of every item.
+        arguments: of the command line.
+
+    Attributes:
+        files: what was written, below `folder`.
+        seconds: by stage.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        items: list[Item],
+        sampling: SamplingParams,
+        folder: Path,
+        arguments: argparse.Namespace,
+    ):
+        self.checkpoint, self.items, self.sampling = checkpoint, items, sampling
+        self.folder, self.arguments = folder, arguments
+        self.files: list[str] = []
+        self.seconds: dict[str, float] = {}
+        self._shared: dict = {}  # what every document says
+        self._rows: dict[Item, dict] = {}  # of the summary, for those that were spoken
+        self._alone: dict | None = None  # the document of the only item
+        self._tokens = 0
+
+    def run(self) -> dict:
+        """Generates, ranks and writes all; returns the document of the only item, or the summary of several.
+
+        Raises:
+            ValueError: the only item fails, all of several do, or there is too little memory for a single candidate.
+        """
+        ready = [item for item in self.items if item.error is None]
+        if ready:
+            self._decode(ready)
+        self._note_failures()
+        if not self._rows and self._alone is None:
+            raise ValueError(f"none of the {len(self.items)} requests can be spoken; the notes name each")
+        measured = {
+            "seconds": {stage: round(seconds, 3) for stage, seconds in self.seconds.items()},
+            "tokens_per_second": round(self._tokens / self.seconds["generate_and_score"], 1),
+        }
+        if self._alone is not None:
+            return self._write_document("candidates.json", self._alone | measured)
+        rows = [self._rows.get(item) or summary_row(item, None) for item in self.items]
+        document = {"checkpoint": self.checkpoint.name, "requests": rows, **self._shared, **measured}
+        return self._write_document("summary.json", document)
+
+    def _decode(self, ready: list[Item]) -> None:
+        arguments, sampling = self.arguments, self.sampling
+        engine = self._engine(len(ready))
+        planned = engine.memory.max_batch
+        requests = [CandidateRequest(input_ids=item.ids[0], conditioning=item.voice.voice, id=item) for item in ready]
+        started = time.perf_counter()
+        self.seconds["write"] = 0.0
+        bar = watching(len(ready), sampling.num_candidates, sampling.max_new_tokens, stop_token(self.checkpoint.model))
+        with bar as watch:
+            keep = arguments.keep or sampling.num_candidates
+            try:
+                for result in engine.generate(requests, sampling, keep=keep, on_token=watch):
+                    watch.close(result.request)
+                    self._receive(result)
+                    watch.paused = self.seconds["write"]
+            except torch.OutOfMemoryError as error:
+                raise ValueError(
+                    "there is too little memory for a single candidate; free some, choose a smaller "
+                    "--max-new-tokens, or a half type with --dtype"
+                ) from error
+        self.seconds["generate_and_score"] = time.perf_counter() - started - self.seconds["write"]
+        if engine.memory.max_batch < planned:
+            report.note(f"memory ran out on the way: the rest was decoded {engine.memory.max_batch} at a time")
+
+    def _engine(self, num_requests: int) -> CandidateEngine:
+        """An engine with no more places than the requests have candidates; its plan of memory is noted."""
+        arguments, sampling, model = self.arguments, self.sampling, self.checkpoint.model
+        total = num_requests * sampling.num_candidates
+        engine = CandidateEngine(
+            model,
+            ClvpProcessor(self.checkpoint.feature_extractor, self.checkpoint.tokenizer),
+            max_batch=min(arguments.batch_size or (CPU_BATCH if model.device.type == "cpu" else MAX_BATCH), total),
+            max_new_tokens=sampling.max_new_tokens,
+            memory_fraction=arguments.memory_fraction,
+            weight_dtype=torch.int8 if arguments.int8_weights else None,
+            page_dtype=torch.float8_e4m3fn if arguments.float8_pages else None,
+            scoring=arguments.scoring,
+            latents=arguments.latents,
+        )
+        plan = engine.memory
+        report.note(
+            f"{total} candidates, {plan.max_batch} at a time, in {human_bytes(plan.total)} of the "
+            f"{human_bytes(plan.budget)} of memory that may be used"
+        )
+        self._shared = {
+            "settings": self._settings() | {"batch_size": plan.max_batch},
+            "memory": {"budget": plan.budget, "planned": plan.total, "parts": plan.parts},
+            "versions": versions(),
+        }
+        if model.device.type == "cuda":
+            self.seconds["warm_up"] = warm_up(engine)
+        return engine
+
+    def _receive(self, result: CandidateResult) -> None:
+        """Write a result, or put down why there is none."""
+        started = time.perf_counter()
+        item = result.request.id
+        item.error = result.failure(self.arguments.dtype)
+        if item.error and not item.folder:
+            raise ValueError(item.error)
+        if not item.error:
+            self._tokens += int(result.lengths.sum())
+            document = result_document(self.checkpoint, item, result) | self._shared
+            folder = self.folder / item.folder
+            folder.mkdir(parents=True, exist_ok=True)
+            length, pictures = self.sampling.max_new_tokens, not self.arguments.no_pictures
+            names = write_arrays(folder, self.checkpoint, item, result, document["candidates"], length, pictures)
+            self.files += [str(Path(item.folder, name)) for name in names]
+            if item.folder:
+                self._rows[item] = summary_row(item, self._write_document(f"{item.folder}/candidates.json", document))
+            else:
+                self._alone = document
+        self.seconds["write"] += time.perf_counter() - started
+
+    def _note_failures(self) -> None:
+        """A note for each reason, with the items that it holds for."""
+        reasons: dict[str, list[Item]] = {}
+        for item in self.items:
+            if item.error:
+                reasons.setdefault(item.error, []).append(item)
+        for reason, items in reasons.items():
+            more = f" and {len(items) - 1} more" if len(items) > 1 else ""
+            report.note(f"{items[0].folder}{more}: {reason}")
+
+    def _settings(self) -> dict:
+        sampling, arguments = self.sampling, self.arguments
+        names = ["do_sample", "temperature", "top_p", "top_k", "typical_p", "min_p", "repetition_penalty"]
+        if not sampling.do_sample:
+            names = ["do_sample", "repetition_penalty"]
+        names += ["num_candidates", "max_new_tokens", "seed"]
+        return {
+            **{name: getattr(sampling, name) for name in names},
+            "scoring": arguments.scoring,
+            "device": str(self.checkpoint.model.device),
+            "dtype": arguments.dtype,
+            "int8_weights": arguments.int8_weights,
+            "float8_pages": arguments.float8_pages,
+            "text_cleaning": arguments.text_cleaning,
+        }
+
+    def _write_document(self, name: str, document: dict) -> dict:
+        write_json(self.folder / name, document)
+        self.files.append(name)
+        return document

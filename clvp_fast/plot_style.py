@@ -1,0 +1,29 @@
+"""How pictures of results look; they are drawn without a display."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import matplotlib
+
+#: One token of the original stands for 1024 samples at 22.05 kHz.
+TOKENS_PER_SECOND = 22050 / 1024
+
+_STYLE = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "figure.dpi": 150,
+}
+
+
+@contextmanager
+def plot_style() -> Iterator[None]:
+    with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
+        # A script that the font does not have shows as boxes in the title; that is no news on the terminal.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        yield
