@@ -2,8 +2,8 @@
 
     manifest.json       what the job is: settings, input, checkpoint; at the end also its shards
     rows.parquet        the job's own copy of the input's rows
-    shards/             part-00000.parquet and so on: results, written whole or not at all
-    unfinished/         part-00007.arrows and so on: results of shards that are not complete yet
+    shards/             part-000000.parquet and so on: results, written whole or not at all
+    unfinished/         part-000007.journal and so on: results of shards that are not complete yet
     failures.jsonl      rows that could not be spoken, and why
     summary.json, overview.png
 
@@ -15,6 +15,8 @@ import fcntl
 import json
 import os
 import socket
+import struct
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -80,10 +82,10 @@ class JobFolder:
         return self.folder / "failures.jsonl"
 
     def shard_path(self, shard: int) -> Path:
-        return self.shards / f"part-{shard:05}.parquet"
+        return self.shards / f"part-{shard:06}.parquet"
 
     def journal_path(self, shard: int) -> Path:
-        return self.unfinished / f"part-{shard:05}.arrows"
+        return self.unfinished / f"part-{shard:06}.journal"
 
     def has_shards(self) -> bool:
         return any(self.shards.iterdir())
@@ -169,40 +171,54 @@ class JobFolder:
 
 
 class Journal:
-    """Outcomes of a shard that is not complete, on disk within moments: what `SIGKILL` must not cost."""
+    """Outcomes of a shard that is not complete, on disk within moments: what a sudden end must not cost.
+
+    Each addition is an Arrow stream behind its length and checksum, so that one that was not wholly written is known.
+    """
+
+    _HEAD = struct.Struct("<QI")
 
     def __init__(self, path: Path, outcomes: list[Outcome], schema: pa.Schema):
         """Begins a journal with `outcomes`, in place of the one that they may come from."""
         self._schema = schema
-        with explained(path.parent):
+        self._folder = path.parent
+        with explained(self._folder):
             scratch = path.with_name(f".{path.name}.part")
             self._file = open(scratch, "wb")  # noqa: SIM115 - held until `close`
-            self._writer = pa.ipc.new_stream(self._file, schema)
             self.add(outcomes)
             os.replace(scratch, path)
 
     def add(self, outcomes: list[Outcome]) -> None:
-        with explained(Path(self._file.name).parent):
-            if outcomes:
-                self._writer.write_table(to_table(outcomes, self._schema))
+        if not outcomes:
+            return
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, self._schema) as stream:
+            stream.write_table(to_table(outcomes, self._schema))
+        content = sink.getvalue()
+        with explained(self._folder):
+            self._file.write(self._HEAD.pack(len(content), zlib.crc32(content)))
+            self._file.write(content)
             self._file.flush()
 
     def close(self) -> None:
         with suppress(OSError):  # a disk that is full: what is there is read as far as it goes
-            self._writer.close()
             self._file.close()
 
-    @staticmethod
-    def read(path: Path, schema: pa.Schema) -> list[Outcome]:
+    @classmethod
+    def read(cls, path: Path, schema: pa.Schema) -> list[Outcome]:
         """The outcomes of a journal, as far as it was written."""
-        batches: list[pa.RecordBatch] = []
-        with suppress(pa.ArrowException, OSError, StopIteration), pa.OSFile(str(path)) as file:
-            reader = pa.ipc.open_stream(file)
-            while reader.schema.equals(schema):
-                batch = reader.read_next_batch()
-                batch.validate(full=True)
-                batches.append(batch)
-        return [outcome for batch in batches for outcome in from_table(pa.Table.from_batches([batch], schema))]
+        outcomes: list[Outcome] = []
+        with open(path, "rb") as file:
+            while len(head := file.read(cls._HEAD.size)) == cls._HEAD.size:
+                length, checksum = cls._HEAD.unpack(head)
+                content = file.read(min(length, path.stat().st_size))
+                if not length or len(content) < length or zlib.crc32(content) != checksum:
+                    break
+                table = pa.ipc.open_stream(content).read_all()
+                if not table.schema.equals(schema):
+                    break
+                outcomes += from_table(table)
+        return outcomes
 
 
 def _failure(outcome: Outcome) -> dict[str, Any]:

@@ -140,6 +140,7 @@ class RowFile:
 
     def __init__(self, path: Path):
         """Opens a copy. Raises `OSError` or `pyarrow.ArrowException` where it is damaged."""
+        self._path = path
         self._file = pq.ParquetFile(path, page_checksum_verification=True)
         self.num_rows = self._file.metadata.num_rows
         self.num_shards = self._file.metadata.num_row_groups
@@ -150,8 +151,11 @@ class RowFile:
         return self._file.metadata.row_group(shard).num_rows
 
     def shard(self, shard: int) -> list[Row]:
-        """The rows of a shard."""
-        records = self._file.read_row_group(shard).to_pylist()
+        """The rows of a shard. Raises `ValueError` where the copy is damaged."""
+        try:
+            records = self._file.read_row_group(shard).to_pylist()
+        except (OSError, pa.ArrowException) as error:
+            raise ValueError(f"{self._path} is damaged ({error}): remove it, and it is made again") from error
         return [_row(shard * self.shard_rows + place, record) for place, record in enumerate(records)]
 
     @staticmethod
@@ -219,7 +223,7 @@ def _repeated(marks: np.ndarray) -> dict[int, int]:
 
 def _mark_repeated(path: Path, repeated: dict[int, int], shard_rows: int) -> None:
     """Writes the copy once more, with errors in the rows whose ids came before."""
-    scratch = path.with_name(f"{path.name}.again")
+    scratch = path.with_name(f"{path.name}.again.part")
     rows = RowFile(path)
     with pq.ParquetWriter(scratch, _SCHEMA, compression="zstd", write_page_checksum=True) as writer:
         for shard in range(rows.num_shards):

@@ -73,7 +73,7 @@ def run(
         UnwritableError: `out` cannot be written, or the disk is full.
         BlockingIOError: another process works on `out`.
     """
-    given = Settings(**settings)
+    given = Settings(**_absolute(settings))
     source = Path(input).expanduser()
     for name, value in (("shard_rows", shard_rows), ("workers", workers)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
@@ -100,6 +100,16 @@ def run(
                 with watching("speaking", rows.num_rows, job.rows_done, hidden=not progress) as watch:
                     job.work(executor.outcomes(folder.rows, job.tasks), watch)
         return write_summary(folder, manifest, job.now, job.seconds)
+
+
+def _absolute(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings that mean the same wherever the job goes on from."""
+    places = {}
+    for name in ("checkpoint", "voice"):
+        place = settings.get(name)
+        if isinstance(place, (str, Path)) and (name == "voice" or Path(place).expanduser().exists()):
+            places[name] = str(Path(place).expanduser().resolve())
+    return settings | places
 
 
 def _identity(source: Path, manifest: dict | None, given: Settings, shard_rows: int | None) -> dict[str, Any]:
@@ -226,15 +236,16 @@ class _Job:
         self.rows_done = 0
         self.now = Counter(rows=0, candidates=0, tokens=0)
         self.seconds = 0.0
-        failures: list[dict[str, Any]] = []
         with watching("checking", rows.num_shards, 0, hidden=not (progress and folder.has_shards())) as watch:
-            for shard in range(rows.num_shards):
-                failures += self._look_at(shard, retry_failed)
-                watch.reach(shard + 1)
-        folder.write_failures(failures)
+            folder.write_failures(self._look_through(retry_failed, watch))
+
+    def _look_through(self, retry_failed: bool, watch: Watch) -> Iterator[dict[str, Any]]:
+        """The failures of whole shards that are not tried again, while the tasks are found."""
+        for shard in range(self._rows.num_shards):
+            yield from self._look_at(shard, retry_failed)
+            watch.reach(shard + 1)
 
     def _look_at(self, shard: int, retry_failed: bool) -> list[dict[str, Any]]:
-        """Find out what is missing of a shard; the failures that it has, if none of them is tried again."""
         rows, journal = self._rows.rows_of(shard), self._folder.journal_path(shard)
         about = self._checked(shard, rows)
         if about is not None:
@@ -246,12 +257,12 @@ class _Job:
             return [] if again else about["failures"]
         if journal.exists():
             entry = self._open(shard, Journal.read(journal, self._outcome_schema))
-            self.rows_done += len(entry.done)
-            if len(entry.done) == rows:
+            if len(entry.done) == rows:  # it ended right before the shard was written
                 self._complete(shard)
-            else:
-                first = shard * self._rows.shard_rows
-                self.tasks.append(Task(shard, tuple(set(range(first, first + rows)) - set(entry.done))))
+                return self._look_at(shard, retry_failed)
+            self.rows_done += len(entry.done)
+            first = shard * self._rows.shard_rows
+            self.tasks.append(Task(shard, tuple(row for row in range(first, first + rows) if row not in entry.done)))
         else:
             self.tasks.append(Task(shard))
         return []

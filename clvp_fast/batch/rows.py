@@ -45,7 +45,7 @@ class Row:
         """
         given = {name: value for name in COLUMNS if not _is_nothing(value := record.get(name))}
         row_id = given.pop("id", None)
-        if isinstance(row_id, (int, float, np.integer)):
+        if isinstance(row_id, (int, float, np.integer)) and not isinstance(row_id, bool):
             row_id = str(row_id)
         try:
             text, voice = given.pop("text", None), given.pop("voice", None)

@@ -19,12 +19,13 @@ def write_summary(folder: JobFolder, manifest: dict[str, Any], now: Counter[str]
     Args:
         now: `rows`, `candidates` and `tokens` of this run. seconds: that it worked.
     """
-    shards, failures = [], []
-    totals: Counter[str] = Counter()
+    shards = []
+    totals: Counter[str] = Counter(spoken=0, failed=0, candidates=0, tokens=0)
+    reasons: Counter[str] = Counter()
     paths = sorted(folder.shards.glob("part-*.parquet"))
     for path in paths:
         about = folder.about(path)
-        failures += about["failures"]
+        reasons.update(failure["error"] for failure in about["failures"])
         first = pq.read_table(path, columns=["candidates", "tokens"], filters=pc.field("rank") == 1)
         counts = {
             "spoken": first.num_rows,
@@ -34,17 +35,16 @@ def write_summary(folder: JobFolder, manifest: dict[str, Any], now: Counter[str]
         }
         totals.update(counts)
         shards.append({"file": f"{folder.shards.name}/{path.name}", "bytes": path.stat().st_size, **counts})
-    folder.write_failures(sorted(failures, key=lambda failure: failure["row"]))
+    folder.write_failures(failure for path in paths for failure in folder.about(path)["failures"])
     folder.write_json("manifest.json", manifest | {"shards": shards})
-    reasons = Counter(failure["error"] for failure in failures).most_common(_REASONS)
     files = ["shards", "failures.jsonl", "manifest.json", "summary.json"]
     if totals["spoken"]:
-        draw_overview(folder.folder / "overview.png", paths, manifest["rows"], totals["failed"])
+        draw_overview(folder.folder / "overview.png", paths, totals["failed"])
         files.append("overview.png")
     summary = {
         "rows": manifest["rows"],
         **totals,
-        "failures": [{"error": error, "rows": rows} for error, rows in reasons],
+        "failures": [{"error": error, "rows": rows} for error, rows in reasons.most_common(_REASONS)],
         "this_run": {
             **now,
             "seconds": round(seconds, 3),

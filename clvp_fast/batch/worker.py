@@ -39,7 +39,7 @@ class Worker:
 
     Raises:
         FileNotFoundError, ValueError: a checkpoint that is not there or damaged, a GPU asked for where there is none,
-            `max_new_tokens` beyond the checkpoint's positions, too little memory.
+            `max_new_tokens` beyond the checkpoint's positions, too little memory, a half type without a kernel here.
     """
 
     def __init__(self, settings: Settings, memory_fraction: float = 0.9):
@@ -54,18 +54,7 @@ class Worker:
             dtype=getattr(torch, settings.dtype),
             text_cleaning=settings.text_cleaning,
         )
-        self.engine = CandidateEngine(
-            checkpoint.model,
-            ClvpProcessor(checkpoint.feature_extractor, checkpoint.tokenizer),
-            max_batch=settings.batch_size or (CPU_BATCH if device == "cpu" else MAX_BATCH),
-            max_new_tokens=settings.max_new_tokens,
-            memory_fraction=memory_fraction,
-            weight_dtype=torch.int8 if settings.int8_weights else None,
-            page_dtype=torch.float8_e4m3fn if settings.float8_pages else None,
-            scoring=settings.scoring,
-            latents=settings.latents,
-            deterministic=settings.dtype != "float32",
-        )
+        self.engine = self._engine(checkpoint, settings, memory_fraction)
         self.settings = replace(
             settings,
             device=device,
@@ -75,6 +64,30 @@ class Worker:
         )
         self.mark = _mark(checkpoint)
         self._voices: OrderedDict[str, Voice | Exception] = OrderedDict()
+
+    @staticmethod
+    def _engine(checkpoint: Checkpoint, settings: Settings, memory_fraction: float) -> CandidateEngine:
+        default = CPU_BATCH if checkpoint.model.device.type == "cpu" else MAX_BATCH
+        options = dict(
+            max_batch=settings.batch_size or default,
+            max_new_tokens=settings.max_new_tokens,
+            memory_fraction=memory_fraction,
+            weight_dtype=torch.int8 if settings.int8_weights else None,
+            page_dtype=torch.float8_e4m3fn if settings.float8_pages else None,
+            scoring=settings.scoring,
+            latents=settings.latents,
+            deterministic=settings.dtype != "float32",
+        )
+        processor = ClvpProcessor(checkpoint.feature_extractor, checkpoint.tokenizer)
+        try:
+            return CandidateEngine(checkpoint.model, processor, **options)
+        except RuntimeError as error:
+            if not options["deterministic"] or isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise ValueError(
+                f"a job that can be stopped needs each row to give the same in every batch, which {settings.dtype} does "
+                f"not here: use another dtype ({error})"
+            ) from error
 
     def description(self) -> dict[str, Any]:
         """What a job's manifest says of who worked on it."""

@@ -1,0 +1,36 @@
+"""Jobs without a model, which end in milliseconds."""
+
+import pytest
+
+from clvp_fast.batch import job
+from tests.batch.jobs import NoModel, records, write_jsonl
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    return write_jsonl(tmp_path / "corpus.jsonl", records(50))
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    """Jobs run without a model; the executors that were made, and options for those to come."""
+    made: list[NoModel] = []
+    options: dict = {}
+
+    def executor(settings, *_):
+        made.append(NoModel(settings, **options))
+        return made[-1]
+
+    monkeypatch.setattr(job, "_executor", executor)
+    executor.made, executor.options = made, options
+    return executor
+
+
+@pytest.fixture
+def run(no_model, corpus, tmp_path):
+    """`run(...)` does the corpus, in shards of 8 rows, into `tmp_path`/out, and returns the summary."""
+
+    def do(source=corpus, out=tmp_path / "out", **options):
+        return job.run(source, out, **{"shard_rows": 8, "progress": False, **options})
+
+    return do

@@ -1,0 +1,67 @@
+"""Jobs that die, in processes of their own; run as `python -m tests.batch.deaths CORPUS FOLDER`.
+
+A child dies by SIGKILL at its first rename of a file, in another folder at its second, and so on, right before or right
+behind it; each job is then begun again. Prints how many died, a line each.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from clvp_fast.batch import job, summary
+from tests.batch.jobs import NoModel
+
+SHARD_ROWS = 20
+
+
+def in_child(work: Callable[[], object]) -> int:
+    """The status with which a copy of this process ended, which did `work`: 0, or minus the signal that killed it."""
+    child = os.fork()
+    if not child:
+        status = 1
+        try:
+            work()
+            status = 0
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def die_at(rename: int, behind: bool) -> None:
+    """From now on, this process ends at its `rename`-th rename."""
+    replace, left = os.replace, rename
+
+    def dying(source, target):
+        nonlocal left
+        left -= 1
+        if left or behind:
+            replace(source, target)
+        if not left:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    os.replace = dying
+
+
+def main(corpus: str, folder: str) -> None:
+    job._executor = lambda settings, *_: NoModel(settings)
+    job._JOURNAL_SECONDS = 0.0
+
+    def run(out: Path) -> None:
+        job.run(corpus, out, progress=False, shard_rows=SHARD_ROWS)
+
+    for behind in (False, True):
+        for rename in range(1, 100):
+            out = Path(folder, f"{'behind' if behind else 'before'}-{rename}")
+            status = in_child(lambda out=out, rename=rename, behind=behind: (die_at(rename, behind), run(out)))
+            if status == 0:
+                break
+            assert status == -signal.SIGKILL, status
+            assert in_child(lambda out=out: run(out)) == 0
+            print(out.name, flush=True)
+
+
+if __name__ == "__main__":
+    assert summary.draw_overview  # matplotlib is loaded before the children are made
+    main(*sys.argv[1:])

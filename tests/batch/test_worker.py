@@ -1,0 +1,175 @@
+"""The worker on the demo checkpoint: what rows give, what each depends on, and what it is known by."""
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from clvp_fast import CandidateEngine, CandidateRequest, Voice
+from clvp_fast.audio import load_audio
+from clvp_fast.batch.rows import Row
+from clvp_fast.batch.settings import Settings
+from clvp_fast.batch.worker import Worker, _mark
+from clvp_fast.checkpoint import Checkpoint
+from tests.batch.jobs import QUICK, VOICE, records
+
+
+@pytest.fixture(scope="module")
+def worker():
+    return Worker(Settings(**QUICK, keep=None))
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    return [Row.read(index, record, folder) for index, record in enumerate(records(24))]
+
+
+def lines(outcomes):
+    """By row: what an outcome is, without its timings."""
+    return {
+        outcome.row: outcome.error
+        or [
+            {name: value.tolist() if name == "codes" else value for name, value in line.items() if name != "timings"}
+            for line in outcome.lines
+        ]
+        for outcome in outcomes
+    }
+
+
+@pytest.fixture(scope="module")
+def together(worker, rows):
+    return lines(worker.outcomes(rows))
+
+
+def test_as_the_bare_engine(worker, rows, together):
+    """What the engine gives for the same requests, candidate by candidate."""
+    engine = CandidateEngine.from_pretrained("demo", device="cpu", max_batch=4, max_new_tokens=5)
+    audio, _ = load_audio(VOICE)
+    for row in rows[:4]:
+        sampling = worker.settings.sampling(**row.sampling, seed=row.seed(0))
+        request = CandidateRequest(text=row.text, audio=audio, sampling_rate=22050, sampling=sampling)
+        (result,) = engine.generate(request, keep=sampling.num_candidates)
+        assert len(together[row.index]) == sampling.num_candidates == (3 if row.index == 3 else 2)
+        for line, (candidate, codes, score) in zip(together[row.index], result.best(len(result.kept)), strict=True):
+            assert (line["candidate"], line["codes"]) == (candidate, codes.tolist())
+            assert line["score"] == pytest.approx(score, abs=1e-5)
+
+
+def test_rows_do_not_depend_on_each_other(worker, rows, together):
+    assert sorted(together) == list(range(24))
+    assert lines(worker.outcomes(reversed(rows))) == together
+    assert lines(worker.outcomes([rows[9]])) == {9: together[9]}
+
+
+def test_half_types_do_not_either(rows):
+    worker = Worker(Settings(**QUICK, dtype="bfloat16"))
+    assert worker.engine._steps["deterministic"]
+    assert lines(worker.outcomes([rows[9]])) == {9: lines(worker.outcomes(rows))[9]}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, which has kernels of every type")
+def test_half_types_that_would_are_refused():
+    with pytest.raises(ValueError, match="needs each row to give the same in every batch, which float16 does not here"):
+        Worker(Settings(**QUICK, dtype="float16"))
+
+
+def test_seeds(worker, rows, together):
+    """Another job's seed gives other tokens, another id too, and a row's own seed the same everywhere."""
+    row = rows[0]
+
+    def codes(row, seed=0):
+        other = Worker.__new__(Worker)
+        other.__dict__ = worker.__dict__ | {"settings": Settings(**worker.settings.as_dict() | {"seed": seed})}
+        (found,) = lines(other.outcomes([row])).values()
+        return [line["codes"] for line in found]
+
+    first = codes(row)
+    assert first == [line["codes"] for line in together[0]]
+    assert codes(row, 1) != first
+    assert codes(Row(0, "other", row.text)) != first
+    own = Row(0, "other", row.text, sampling={"seed": row.seed(0)})
+    assert codes(own) == codes(own, 1) == first
+
+
+def test_failures(worker, rows, together, tmp_path):
+    assert together[7] == f"there is no recording at {rows[7].voice}"
+    samples = np.zeros(22050, dtype=np.float32)
+    soundfile.write(tmp_path / "silent.wav", samples, 22050)
+    samples[100] = np.nan
+    soundfile.write(tmp_path / "nan.wav", samples, 22050, subtype="FLOAT")
+    (tmp_path / "text.wav").write_text("no recording")
+    (tmp_path / "none").mkdir()
+    bad = {
+        "the row has an error": Row(0, "a", error="the row has an error"),
+        "the text is empty": Row(1, "b", " "),
+        "the text is too long": Row(2, "c", "word " * 5000),
+        "nothing of the text": Row(3, "d", "\U0001f642"),
+        "is silent": Row(4, "e", "Hello.", str(tmp_path / "silent.wav")),
+        "NaN or infinite": Row(5, "f", "Hello.", str(tmp_path / "nan.wav")),
+        "cannot be read as a recording": Row(6, "g", "Hello.", str(tmp_path / "text.wav")),
+        "has no recordings in it": Row(7, "h", "Hello.", str(tmp_path / "none")),
+        "top_p must be above 0": Row(8, "i", "Hello.", sampling={"top_p": 0.0}),
+        "would all be equal": Row(9, "j", "Hello.", sampling={"do_sample": False}),
+        "max_new_tokens": Row(10, "k", "Hello.", sampling={"max_new_tokens": 6}),
+    }
+    found = lines(worker.outcomes([*bad.values(), Row(11, "l", "Hello.")]))
+    for said, row in bad.items():
+        assert said in found[row.index]
+    assert len(found[11]) == 2
+
+
+def test_voices(worker, tmp_path):
+    """A saved voice and a folder are as good as recordings, and a place is read once."""
+    Voice.save(worker._voice(str(VOICE)), tmp_path / "saved.safetensors")
+    (tmp_path / "speaker").mkdir()
+    (tmp_path / "speaker/one.flac").write_bytes(VOICE.read_bytes())
+    places = [None, str(tmp_path / "saved.safetensors"), str(tmp_path / "speaker")]
+    rows = [Row(index, "same", "Hello.", place) for index, place in enumerate(places)]
+    found = [[line["codes"] for line in found] for found in lines(worker.outcomes(rows)).values()]
+    assert found[0] == found[1] == found[2]
+    (tmp_path / "speaker/one.flac").unlink()
+    assert isinstance(lines(worker.outcomes(rows))[2], list)
+
+
+def test_no_voice():
+    worker = Worker(Settings(**QUICK | {"voice": None}))
+    (outcome,) = worker.outcomes([Row(0, "a", "Hello.")])
+    assert outcome.error == "the row names no voice, and the job has none for such rows"
+
+
+def test_what_is_found_out(worker):
+    found = Worker(Settings(device="cpu")).settings
+    assert (found.max_new_tokens, found.device, found.batch_size) == (500, "cpu", 16)
+    assert found.threads == torch.get_num_threads()
+    assert worker.description()["settings"] == worker.settings.as_dict()
+    assert "torch" in worker.description()["versions"]
+
+
+def test_mark_of_a_checkpoint(worker, tmp_path):
+    mark = worker.mark
+    assert Worker(Settings(**QUICK, keep=3)).mark == mark and len(mark) == 32
+    model, parts = worker.engine.model, worker.engine.processor
+    checkpoint = Checkpoint("demo", model, parts.tokenizer, parts.feature_extractor)
+    for parameter in (model.speech_decoder_model.lm_head.weight, next(model.text_encoder_model.parameters())):
+        before = parameter.detach().clone()
+        parameter.data += 1e-6
+        assert _mark(checkpoint) != mark
+        parameter.data.copy_(before)
+    assert _mark(checkpoint) == mark
+
+
+def test_no_gpu():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(ValueError, match="torch sees no CUDA device here"):
+        Worker(Settings(device="cuda"))
+
+
+def test_too_little_memory(worker, rows, monkeypatch):
+    def none(*_, **__):
+        raise torch.OutOfMemoryError("none left")
+
+    monkeypatch.setattr(worker.engine, "generate", none)
+    with pytest.raises(ValueError, match="too little memory for a single candidate"):
+        list(worker.outcomes(rows))
