@@ -85,8 +85,8 @@ class Worker:
             if not options["deterministic"] or isinstance(error, torch.OutOfMemoryError):
                 raise
             raise ValueError(
-                f"a job that can be stopped needs each row to give the same in every batch, which {settings.dtype} does "
-                f"not here: use another dtype ({error})"
+                "a job that can be stopped needs each row to give the same in every batch, which "
+                f"{settings.dtype} does not here: use another dtype ({error})"
             ) from error
 
     def description(self) -> dict[str, Any]:

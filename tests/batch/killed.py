@@ -1,0 +1,62 @@
+"""A job on the demo checkpoint that is killed and begun again.
+
+    python -m tests.batch.killed ROWS KILLS FOLDER [SEED]
+
+One run is undisturbed; another is killed by SIGKILL at random instants, so many times, and then comes to its end. What
+each kill struck is printed; `tests.batch.test_killed` compares the folders.
+"""
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+from clvp_fast.batch import job, worker
+from tests.batch.deaths import in_child
+from tests.batch.jobs import QUICK, records, write_jsonl
+
+
+def shards_of(out: Path) -> int:
+    return len(list((out / "shards").glob("*.parquet")))
+
+
+def journaled(out: Path) -> int:
+    return sum(path.stat().st_size for path in (out / "unfinished").glob("*"))
+
+
+def main(rows: str, kills: str, folder: str, seed: str = "0") -> None:
+    assert worker.Worker  # torch and transformers are loaded once, before the children are made
+    rng = random.Random(seed)
+    corpus = write_jsonl(Path(folder, "corpus.jsonl"), records(int(rows)))
+    shard_rows = -(-int(rows) // 12)
+    job._JOURNAL_SECONDS = 0.05
+
+    def run(out: Path) -> None:
+        job.run(corpus, out, progress=False, shard_rows=shard_rows, **QUICK)
+
+    assert in_child(lambda: run(Path(folder, "undisturbed"))) == 0
+
+    out, shards = Path(folder, "killed"), -(-int(rows) // shard_rows)
+    for number, share in enumerate(sorted(rng.uniform(0, 0.95) for _ in range(int(kills))), start=1):
+        child = os.fork()
+        if not child:
+            run(out)
+            os._exit(0)
+        # By progress rather than by the clock, which tells little on a machine that others use too.
+        while shards_of(out) < int(share * shards):
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 1))
+        os.kill(child, signal.SIGKILL)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert status == -signal.SIGKILL, status
+        print(f"killed {number}: {shards_of(out)} of {shards} shards, {journaled(out)} bytes of journals", flush=True)
+    assert in_child(lambda: run(out)) == 0
+    left = json.loads((out / "summary.json").read_text())["this_run"]["rows"]
+    print(f"the last run did {left} rows", flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,25 @@
+"""A job that is killed again and again gives what an undisturbed one gives."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.batch.jobs import assert_whole, failures, results
+
+# CLVP_FAST_KILLS="2000 20" is the long run; its 2 000 rows take minutes.
+ROWS, KILLS = os.environ.get("CLVP_FAST_KILLS", "150 6").split()
+
+
+def test_killed_at_random_instants(tmp_path):
+    command = [sys.executable, "-m", "tests.batch.killed", ROWS, KILLS, str(tmp_path)]
+    found = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert found.returncode == 0, found.stderr
+    print(found.stdout)
+    struck = [line for line in found.stdout.splitlines() if line.startswith("killed")]
+    assert len(struck) == int(KILLS)
+    assert any(": 0 of " not in line and ", 0 bytes" not in line for line in struck), struck  # in the midst of a shard
+    assert_whole(tmp_path / "killed", int(ROWS))
+    assert_whole(tmp_path / "undisturbed", int(ROWS))
+    assert results(tmp_path / "killed") == results(tmp_path / "undisturbed")
+    assert failures(tmp_path / "killed") == failures(tmp_path / "undisturbed")
