@@ -141,6 +141,9 @@ def replacing(target: Path) -> Iterator[Path]:
             os.fsync(handle.fileno())
         os.replace(scratch, target)
     except OSError as error:
+        # An error about another file, such as one that is read in the block, passes as it is.
+        if error.filename is not None and Path(error.filename) not in (scratch, target):
+            raise
         raise UnwritableError.explain(error, target.parent) from error
     finally:
         scratch.unlink(missing_ok=True)

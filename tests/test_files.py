@@ -8,7 +8,7 @@ import pytest
 from safetensors import SafetensorError
 
 from clvp_fast import files
-from clvp_fast.files import UnwritableError, build_folder_once, staged_folder
+from clvp_fast.files import UnwritableError, build_folder_once, replacing, staged_folder
 
 
 def contents(folder) -> dict[str, str]:
@@ -119,6 +119,26 @@ def test_permission_errors_are_explained(tmp_path, monkeypatch):
     monkeypatch.setattr(files.tempfile, "mkdtemp", refuse)
     with pytest.raises(UnwritableError, match="no permission to write there"), staged_folder(tmp_path):
         pytest.fail("the block must not run")
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "a.txt"
+    target.write_text("old")
+    with replacing(target) as path:
+        path.write_text("new")
+        assert contents(tmp_path)["a.txt"] == "old"
+    assert contents(tmp_path) == {"a.txt": "new"}
+    with pytest.raises(ValueError, match="wrong"), replacing(target) as path:
+        path.write_text("half")
+        raise ValueError("wrong")
+    with pytest.raises(UnwritableError, match="the disk is full"), replacing(target) as path:
+        path.write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert contents(tmp_path) == {"a.txt": "new"}
+    with pytest.raises(UnwritableError, match="cannot write into"), replacing(tmp_path / "none/a.txt") as path:
+        path.write_text("new")
+    with pytest.raises(FileNotFoundError, match=r"other\.txt"), replacing(target):
+        (tmp_path / "other.txt").read_text()
 
 
 def test_folder_is_built_once_by_racing_builders(tmp_path):

@@ -49,8 +49,8 @@ def reader(tmp_path, monkeypatch):
 
 
 def test_nothing_is_left_out():
-    assert len(blocks("python")) == 5
-    assert len(COMMANDS) == 9
+    assert len(blocks("python")) == 6
+    assert len(COMMANDS) == 10
     assert set(re.findall(r"^```(\S+)", README, flags=re.MULTILINE)) == {"python", "sh"}
 
 
@@ -70,6 +70,7 @@ def test_commands_in_order(reader, capsys):
     assert (reader / "out/candidates.png").exists() and (reader / "out/voice.npy").exists()
     texts = (reader / "examples/texts.txt").read_text().splitlines()
     assert len(list((reader / "out/texts").glob("00[1-9]-*/codes.npz"))) == len(texts) == 2
+    assert (reader / "out/corpus/shards/part-000000.parquet").exists()
     assert (reader / "out/texts/summary.json").exists() and (reader / "out/narrator.safetensors").exists()
 
 
@@ -112,6 +113,16 @@ def test_clap_example(reader):
     exec(compile(blocks("python")[4], "README.md", "exec"), names)
     assert names["probabilities"].shape == (1, 2)
     torch.testing.assert_close(names["probabilities"].sum(-1), torch.ones(1))
+
+
+def test_corpus_example(reader):
+    names = {}
+    exec(compile(blocks("python")[5], "README.md", "exec"), names)
+    assert names["summary"]["spoken"] == 3
+    best = names["best"].to_pylist()
+    assert [row["id"] for row in best] == ["canoe", "sheet", "depth"]
+    assert [row["candidates"] for row in best] == [4, 2, 4]
+    assert len({row["seed"] for row in best}) == 3
 
 
 def run(example: str) -> dict:

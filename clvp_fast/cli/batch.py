@@ -54,7 +54,7 @@ def _tell(summary: dict, out: Path, as_json: bool) -> None:
         report.print_json(summary | {"written": [str(path) for path in written]})
         return
     table = Table(header_style="bold")
-    for title in ("rows", "spoken", "failed", "candidates", "tokens", "rows a second", "tokens a second"):
+    for title in ("rows", "spoken", "failed", "candidates", "tokens", "rows/s", "tokens/s"):
         table.add_column(title, justify="right")
     now = summary["this_run"]
     rates = [now.get(f"{name}_per_second", math.nan) for name in ("rows", "tokens")]

@@ -1,0 +1,138 @@
+"""`clvp-fast batch` as a person runs it: options to settings, tables and JSON, exit codes and sentences."""
+
+import json
+
+import pytest
+
+from clvp_fast.batch import job
+from tests.batch.jobs import NoModel, assert_whole, failures, records, results, write_jsonl
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    return write_jsonl(tmp_path / "corpus.jsonl", [row for row in records(12) if "voice" not in row])
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """Jobs run without a model; what their executors were made of."""
+    made = []
+
+    def executor(settings, memory_fraction, ray, workers):
+        made.append((settings, memory_fraction, ray, workers))
+        return NoModel(settings)
+
+    monkeypatch.setattr(job, "_executor", executor)
+    return made
+
+
+TOGGLES = ("--int8-weights", "--latents", "--embeddings")
+QUICK = ("--num-candidates", 2, "--max-new-tokens", 5)
+
+
+def test_from_a_corpus_to_shards(cli, corpus, voice, tmp_path):
+    out = tmp_path / "out"
+    command = ("batch", corpus, "--out", out, "--voice", voice, *QUICK)
+    found = cli(*command)
+    assert found.code == 0, found.err
+    assert_whole(out, 11)
+    assert "tokens/s" in found.out and f"wrote {out / 'shards'}" in found.out
+    again = cli(*command, "--json")
+    assert again.code == 0 and json.loads(again.out)["spoken"] == 11
+    assert json.loads(again.out)["written"][0] == str(out / "shards")
+    assert again.err.count("\n") <= 2  # the bar that looks through the shards
+
+
+def test_failed_rows(cli, fails, made, tmp_path):
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", records(20))
+    out = tmp_path / "out"
+    found = cli("batch", corpus, "--out", out)
+    assert found.code == 1 and "rows" in found.out
+    last = found.err.splitlines()[-1]
+    assert last.startswith(
+        f"clvp-fast: error: 2 of 20 rows failed, and {out / 'failures.jsonl'} says why; --retry-failed"
+    )
+    assert [failure["row"] for failure in failures(out)] == [7, 18]
+    assert cli("batch", corpus, "--out", out, "--retry-failed").code == 1
+    assert len(made) == 2 and len(results(out)) == 18
+
+
+def test_options_become_settings(cli, made, corpus, voice, tmp_path):
+    def settings(*options):
+        found = cli("batch", corpus, "--out", tmp_path / f"out{len(made)}", *options)
+        assert found.code == 0, found.err
+        return made[-1][0]
+
+    plain = settings()
+    assert (plain.num_candidates, plain.keep, plain.top_k, plain.max_new_tokens, plain.device) == (
+        16,
+        1,
+        50,
+        None,
+        None,
+    )
+    assert (plain.dtype, plain.seed, plain.voice, plain.scoring, plain.threads) == ("float32", 0, None, "padded", None)
+    assert made[-1][1:] == (0.9, None, None)
+    many = settings(
+        *[
+            "--preset",
+            "fast",
+            "--keep",
+            "0",
+            "--dtype",
+            "bfloat16",
+            "--int8-weights",
+            "--latents",
+            "--embeddings",
+            "--seed",
+            "3",
+        ]
+    )
+    assert (many.num_candidates, many.keep, many.dtype, many.seed) == (96, None, "bfloat16", 3)
+    assert many.int8_weights and many.latents and many.embeddings and not many.float8_pages
+    other = settings(
+        "--voice", voice, *["--top-p", "0.5", "--temperature", "0.7", "--scoring", "trimmed", "--batch-size", "4"]
+    )
+    assert (other.top_p, other.temperature, other.scoring, other.batch_size) == (0.5, 0.7, "trimmed", 4)
+    assert other.voice == str(voice)
+    greedy = settings("--greedy", "--device", "cpu", "--threads", 3, "--memory-fraction", 0.5)
+    assert not greedy.do_sample and (greedy.num_candidates, greedy.device, greedy.threads) == (1, "cpu", 3)
+    assert made[-1][1:] == (0.5, None, None)
+    settings("--ray", "--workers", 2)
+    assert made[-1][2:] == (True, 2)
+    settings("--ray", "127.0.0.1:6379")
+    assert made[-1][2:] == ("127.0.0.1:6379", None)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--greedy", "--num-candidates", 2), "--greedy gives one candidate"),
+        (("--workers", 2), "workers are of a Ray cluster"),
+        (("--dtype", "float16"), "needs each row to give the same in every batch"),
+        (("--max-new-tokens", 100_000), "max_new_tokens"),
+        (("--checkpoint", "./nowhere"), "there is no checkpoint folder"),
+    ],
+)
+def test_bad_options(fails, corpus, tmp_path, options, said):
+    assert said in fails("batch", corpus, "--out", tmp_path / "out", *options)
+
+
+def test_bad_input(fails, tmp_path):
+    assert "there is no input at" in fails("batch", tmp_path / "none.csv", "--out", tmp_path / "out")
+
+
+def test_other_settings(cli, fails, made, corpus, tmp_path):
+    command = ("batch", corpus, "--out", tmp_path / "out")
+    assert cli(*command).code == 0
+    assert "temperature was 0.8 and is 0.9" in fails(*command, "--temperature", 0.9)
+
+
+def test_interrupted(cli, monkeypatch, corpus, tmp_path):
+    monkeypatch.setattr(job, "_executor", lambda settings, *_: NoModel(settings, stop_after=5))
+    found = cli("batch", corpus, "--out", tmp_path / "out")
+    assert found.code == 130
+    assert "interrupted; what is finished is kept, and the same command goes on from there" in found.err
+    monkeypatch.setattr(job, "_executor", lambda settings, *_: NoModel(settings))
+    assert cli("batch", corpus, "--out", tmp_path / "out").code == 0
+    assert_whole(tmp_path / "out", 11)
