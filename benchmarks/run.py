@@ -48,6 +48,7 @@ WORKLOADS = {
     "import_time": "import clvp_fast, against import torch",
     "linear": "linear layers of few rows",
     "scheduler": "what scheduling costs a decode step, on a null model",
+    "corpus": "a corpus through the job of clvp-fast batch, against the bare engine",
     "precision": "how far each precision tier is from float64",
 }
 

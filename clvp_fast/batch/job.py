@@ -166,16 +166,16 @@ def _executor(settings: Settings, memory_fraction: float, ray: str | bool | None
         from clvp_fast.distributed import Cluster
 
         return Cluster(settings, memory_fraction, None if ray is True else ray, workers)
-    return _Here(settings, memory_fraction)
+    from clvp_fast.batch.worker import Worker
+
+    return Here(Worker(settings, memory_fraction))
 
 
-class _Here:
+class Here:
     """This process as the only worker."""
 
-    def __init__(self, settings: Settings, memory_fraction: float):
-        from clvp_fast.batch.worker import Worker
-
-        self._worker = Worker(settings, memory_fraction)
+    def __init__(self, worker):
+        self._worker = worker
 
     def description(self) -> dict[str, Any]:
         return self._worker.description()

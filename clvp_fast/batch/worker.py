@@ -119,11 +119,12 @@ class Worker:
                 if row.error is not None:
                     raise ValueError(row.error)
                 sampling = self.settings.sampling(**row.sampling | {"seed": row.seed(self.settings.seed)})
-                yield CandidateRequest(text=row.text, conditioning=self._voice(row.voice), sampling=sampling, id=row)
+                yield CandidateRequest(text=row.text, conditioning=self.voice(row.voice), sampling=sampling, id=row)
             except (ValueError, TypeError, OSError) as error:
                 failed.append(Outcome(row.index, row.id, error=sentence(error)))
 
-    def _voice(self, place: str | None) -> Voice:
+    def voice(self, place: str | None) -> Voice:
+        """The voice at a place, the job's own for None; read once. Raises what `load_voice` does."""
         place = place or self.settings.voice
         if place is None:
             raise ValueError("the row names no voice, and the job has none for such rows")

@@ -5,6 +5,7 @@ import logging
 import os
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -388,6 +389,22 @@ def test_bad_settings(run, out, options, said):
         run(**options)
     assert said in str(caught.value)
     assert not out.exists()
+
+
+def test_memory_is_flat(run, tmp_path):
+    """Four times the rows, no more memory: what is held are the shards that are not complete."""
+
+    def peak(count):
+        source = write_jsonl(tmp_path / f"{count}.jsonl", records(count))
+        tracemalloc.start()
+        try:
+            run(source, tmp_path / f"out-{count}", shard_rows=50)
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    peak(100)
+    assert peak(2000) < 1.2 * peak(500)
 
 
 def test_bad_input(run, tmp_path):

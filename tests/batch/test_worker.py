@@ -121,7 +121,7 @@ def test_failures(worker, rows, together, tmp_path):
 
 def test_voices(worker, tmp_path):
     """A saved voice and a folder are as good as recordings, and a place is read once."""
-    Voice.save(worker._voice(str(VOICE)), tmp_path / "saved.safetensors")
+    Voice.save(worker.voice(str(VOICE)), tmp_path / "saved.safetensors")
     (tmp_path / "speaker").mkdir()
     (tmp_path / "speaker/one.flac").write_bytes(VOICE.read_bytes())
     places = [None, str(tmp_path / "saved.safetensors"), str(tmp_path / "speaker")]

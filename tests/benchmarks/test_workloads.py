@@ -5,6 +5,7 @@ import torch
 
 from benchmarks import (
     add_norm,
+    corpus,
     decode_step,
     end_to_end,
     geglu_mlp,
@@ -78,6 +79,16 @@ def test_a_provider_that_is_off_is_refused(monkeypatch):
     wrong, right = kernels.task_of("add_norm", case, "cpu", repeats=1).rows()
     assert (wrong["provider"], right["provider"]) == ("wrong", "right")
     assert wrong["seconds"] is None and right["seconds"] is not None
+
+
+def test_a_corpus_gives_what_the_bare_engine_gives(monkeypatch):
+    rows = all_rows(corpus, "cpu", smoke=True)
+    assert [row["provider"] for row in rows] == ["clvp_fast engine", "clvp_fast batch"]
+    assert all(row["error"] == 0 and row["ratio"] for row in rows)
+    batch = corpus._Both.batch
+    monkeypatch.setattr(corpus._Both, "batch", lambda self: batch(self) | {0: []})
+    rows = all_rows(corpus, "cpu", smoke=True)
+    assert [row["seconds"] is None for row in rows] == [True, False]  # what gives other codes gets no time
 
 
 @pytest.fixture
