@@ -32,12 +32,15 @@ _BLOCK = 1 << 20
 _BUCKET = 32
 
 
-def read_rows(path: Path, done: Callable[[int], None] = lambda share: None) -> Iterator[Row]:
+def read_rows(
+    path: Path, done: Callable[[float], None] = lambda share: None, unused: set[str] | None = None
+) -> Iterator[Row]:
     """The rows of a file, in its order. Those that cannot be read are rows with an error.
 
     Args:
         path: `.jsonl` (or `.ndjson`), `.csv`, or `.parquet`; voices in it are relative to its folder.
         done: told after each row which part of the file, from 0 to 1, is read.
+        unused: gets the names of columns that say nothing to a job.
 
     Raises:
         FileNotFoundError, ValueError: there is no such file, it is of another kind, or has no columns `id` and `text`.
@@ -48,7 +51,8 @@ def read_rows(path: Path, done: Callable[[int], None] = lambda share: None) -> I
     if path.suffix.lower() not in readers:
         raise ValueError(f"{path} must be one of {', '.join(readers)}, by its name")
     folder = path.resolve().parent
-    for index, record in enumerate(readers[path.suffix.lower()](path, done)):
+    unused = set() if unused is None else unused
+    for index, record in enumerate(readers[path.suffix.lower()](path, done, unused)):
         if isinstance(record, Exception):
             yield Row(index, None, error=str(record))
         else:
@@ -64,7 +68,7 @@ def digest_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _json_lines(path: Path, done) -> Iterator[Mapping[str, Any] | Exception]:
+def _json_lines(path: Path, done, unused: set[str]) -> Iterator[Mapping[str, Any] | Exception]:
     size = max(path.stat().st_size, 1)
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
@@ -75,13 +79,14 @@ def _json_lines(path: Path, done) -> Iterator[Mapping[str, Any] | Exception]:
                 record = json.loads(line.decode())
                 if not isinstance(record, dict):
                     raise ValueError("it holds no object")
+                unused.update(record.keys() - COLUMNS)
                 yield record
             except ValueError as error:  # of JSON and of UTF-8
                 yield ValueError(f'line {number} is no JSON object such as {{"id": "a", "text": "Hello."}}: {error}')
             done(file.tell() / size)
 
 
-def _csv(path: Path, done) -> Iterator[Mapping[str, Any] | Exception]:
+def _csv(path: Path, done, unused: set[str]) -> Iterator[Mapping[str, Any] | Exception]:
     size = max(path.stat().st_size, 1)
     with open(path, "rb") as file:
         # A byte that is no UTF-8 fails its own row.
@@ -90,7 +95,7 @@ def _csv(path: Path, done) -> Iterator[Mapping[str, Any] | Exception]:
         )
         reader = csv.reader(lines)
         header = [name.strip() for name in next(reader, [])]
-        _require_columns(path, header)
+        unused.update(_columns(path, header))
         while True:
             try:
                 values = next(reader, None)
@@ -106,13 +111,13 @@ def _csv(path: Path, done) -> Iterator[Mapping[str, Any] | Exception]:
             done(file.tell() / size)
 
 
-def _parquet(path: Path, done) -> Iterator[Mapping[str, Any]]:
+def _parquet(path: Path, done, unused: set[str]) -> Iterator[Mapping[str, Any]]:
     try:
         file = pq.ParquetFile(path)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path} cannot be read as Parquet: {error}") from error
     with file:
-        _require_columns(path, file.schema_arrow.names)
+        unused.update(_columns(path, file.schema_arrow.names))
         known = [name for name in file.schema_arrow.names if name in COLUMNS]
         read, total = 0, max(file.metadata.num_rows, 1)
         try:
@@ -124,11 +129,13 @@ def _parquet(path: Path, done) -> Iterator[Mapping[str, Any]]:
             raise ValueError(f"{path} is damaged from row {read} on: {error}") from error
 
 
-def _require_columns(path: Path, found: list[str]) -> None:
+def _columns(path: Path, found: list[str]) -> set[str]:
+    """Those of the columns found that say nothing to a job. Raises `ValueError` where one is missing."""
     missing = [name for name in ("id", "text") if name not in found]
     if missing:
         shown = ", ".join(map(repr, found[:12])) or "none"
         raise ValueError(f"{path} has no column {missing[0]!r}; its columns are {shown}")
+    return set(found) - COLUMNS
 
 
 class RowFile:

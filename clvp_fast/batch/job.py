@@ -152,8 +152,11 @@ def _rows(folder: JobFolder, source: Path, shard_rows: int, manifest: dict | Non
             return RowFile(folder.rows)
         except (OSError, pa.ArrowException) as error:
             logger.warning("%s is damaged (%s) and is made again from the input", folder.rows, error)
+    unused: set[str] = set()
     with watching("reading", 1, 0, hidden=not progress) as watch, replacing(folder.rows) as path:
-        RowFile.write(path, read_rows(source, watch.reach), shard_rows)
+        RowFile.write(path, read_rows(source, watch.reach, unused), shard_rows)
+    if unused:
+        logger.warning("columns of %s that say nothing to the job: %s", source, ", ".join(sorted(unused)))
     rows = RowFile(folder.rows)
     if not rows.num_rows:
         raise ValueError(f"{source} has no rows")

@@ -14,7 +14,7 @@ import numpy as np
 from clvp_fast.batch.settings import SAMPLING
 
 #: Columns that are looked at; others of an input are left alone.
-COLUMNS = ("id", "text", "voice", *SAMPLING)
+COLUMNS = frozenset(("id", "text", "voice", *SAMPLING))
 
 _TRUTH = {"true": True, "1": True, "false": False, "0": False}
 

@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict, dataclass, fields, replace
 from hashlib import blake2b
+from pathlib import Path
 from typing import Any
 
 from clvp_fast.engine.sampling_params import SamplingParams
@@ -62,6 +63,9 @@ class Settings:
     text_cleaning: str = "tortoise"
 
     def __post_init__(self):
+        for name in ("checkpoint", "voice"):
+            if isinstance(getattr(self, name), Path):
+                object.__setattr__(self, name, str(getattr(self, name)))
         object.__setattr__(self, "num_candidates", self.sampling().num_candidates)
         for name in ("keep", "batch_size", "threads"):
             value = getattr(self, name)

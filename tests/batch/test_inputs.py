@@ -37,11 +37,12 @@ def test_forms(tmp_path, kind):
     given = records(30)
     given[4]["text"] = 'Two lines,\n"quoted", ünïcode 🙂.'
     given[5] |= {"seed": 2**62, "do_sample": False, "speaker": "ignored"}
-    shares = []
-    rows = list(read_rows(WRITERS[kind](tmp_path / f"corpus{kind.upper()}", given), shares.append))
+    shares, unused = [], set()
+    rows = list(read_rows(WRITERS[kind](tmp_path / f"corpus{kind.upper()}", given), shares.append, unused))
     assert rows == [Row.read(index, record, tmp_path) for index, record in enumerate(given)]
     assert rows[7].voice == str(tmp_path / "nowhere.wav") and rows[5].sampling == {"seed": 2**62, "do_sample": False}
     assert shares == sorted(shares) and shares[-1] == 1
+    assert unused == {"speaker"}
 
 
 def test_bad_lines_of_json(tmp_path):
