@@ -99,6 +99,13 @@ def test_dead_at_every_write(corpus, tmp_path, run):
         assert (results(tmp_path / "dead" / name), failures(tmp_path / "dead" / name)) == expected, name
 
 
+def test_failures_are_told_while_the_job_runs(run, no_model, out):
+    no_model.options["stop_after"] = 12
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert [failure["row"] for failure in failures(out)] == [7]  # the first shard's, and the second is not whole
+
+
 def test_torn_journal(run, no_model, monkeypatch, out, undisturbed):
     """A journal is read as far as it was written, whatever its last bytes are."""
     monkeypatch.setattr(job, "_JOURNAL_SECONDS", 0.0)
