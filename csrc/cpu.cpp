@@ -27,8 +27,8 @@ std::vector<clvp_fast_isa> usable_isas() {
         __builtin_cpu_supports("avx512vl")) {
         const clvp_fast_isa avx512 = CLVP_FAST_USABLE("avx512", avx512);
         if (__builtin_cpu_supports("avx512bf16"))
-            usable.push_back(
-                {"avx512bf16", avx512.log_mel, &clvp_fast_linear_avx512bf16, avx512.attend, avx512.sample});
+            usable.push_back({"avx512bf16", avx512.log_mel, &clvp_fast_linear_avx512bf16, clvp_fast_attend_avx512bf16,
+                              avx512.sample});
         usable.push_back(avx512);
     }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
@@ -113,16 +113,20 @@ CLVP_FAST_EXPORT int clvp_fast_paged_decode_cpu(const clvp_fast_paged_decode *ca
     const clvp_fast_isa *const isa = clvp_fast_find_isa(isa_name);
     if (!isa) return CLVP_FAST_NO_ISA;
     if (num_threads < 1) return CLVP_FAST_BAD_SIZE;
-    /* Heads inside: those of a token lie side by side, and the kernel fetches the next one's ahead. */
-    const int64_t count = call->num_candidates * call->num_heads;
-    const auto attend = [&](void *scratch, int64_t item) {
-        isa->attend(call, item / call->num_heads, item % call->num_heads, scratch);
-    };
     /* A thread costs as much as attending to some ten thousand channels. */
     const int64_t tokens = int64_t{call->page_size} * (call->max_pages + call->max_prefix_pages);
-    const int64_t worth = 1 + count * tokens * call->head_dim / (1 << 18);
+    const int64_t worth = 1 + call->num_candidates * call->num_heads * tokens * call->head_dim / (1 << 18);
     const int32_t threads = static_cast<int32_t>(worth < num_threads ? worth : num_threads);
-    return share_out(count, threads, clvp_fast_attend_scratch(call), attend) ? CLVP_FAST_OK : CLVP_FAST_NO_MEMORY;
+    /* Heads of a token lie side by side, and the kernel fetches the next one's ahead: as many of a candidate stay
+     * together as leaves each thread some items. */
+    const int64_t parts = call->num_candidates ? 1 + (8 * threads - 1) / call->num_candidates : 1;
+    const int64_t heads = (call->num_heads + parts - 1) / parts, items = (call->num_heads + heads - 1) / heads;
+    const auto attend = [&](void *scratch, int64_t item) {
+        const int64_t first = item % items * heads, end = first + heads;
+        isa->attend(call, item / items, first, end < call->num_heads ? end : call->num_heads, scratch);
+    };
+    const bool done = share_out(call->num_candidates * items, threads, clvp_fast_attend_scratch(call), attend);
+    return done ? CLVP_FAST_OK : CLVP_FAST_NO_MEMORY;
 }
 
 CLVP_FAST_EXPORT int clvp_fast_linear_cpu(const clvp_fast_linear *call, int32_t num_threads, const char *isa_name) {

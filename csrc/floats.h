@@ -67,6 +67,28 @@ CLVP_FAST_INLINE void store_floats(uint16_t *to, Floats x, int64_t count = LANES
     memcpy(to, &halves, count >= LANES ? sizeof halves : count * sizeof *to);
 }
 
+/* Lane i is the sum over the lanes of x[i], for COUNT vectors: LANES, or half as many. Each round adds the upper half
+ * of what is left of every vector to the lower one. */
+template <int COUNT>
+CLVP_FAST_INLINE Floats fold(const Floats *from) {
+    using Lane = std::make_integer_sequence<int, LANES>;
+    Floats x[COUNT];
+    unroll<COUNT>([&](auto i) CLVP_FAST_INLINED { x[i] = from[i]; });
+#pragma GCC unroll 4
+    for (int half = COUNT / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+        for (int i = 0; i < half; ++i)
+            x[i] = interleave<float, 0>(x[i], x[i + half], Lane{}) + interleave<float, 1>(x[i], x[i + half], Lane{});
+    if constexpr (COUNT < LANES) {
+        float lanes[LANES];
+        store_floats(lanes, x[0]);
+        Floats upper = {};
+        memcpy(&upper, lanes + COUNT, COUNT * sizeof *lanes);
+        x[0] += upper;
+    }
+    return x[0];
+}
+
 /* exp(x) for x <= 0, to about one unit in the last place; 0 where float32 ends; NaN stays. Cody and Waite's reduction
  * by ln 2, then the Taylor series. */
 CLVP_FAST_INLINE Floats exponential(Floats exponent) {

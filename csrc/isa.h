@@ -18,10 +18,10 @@ struct clvp_fast_log_mel_isa {
                 int64_t first_frame, int num_bins, void *scratch);
 };
 
-/* Stores the new key and value of a candidate's head and attends with its query. scratch: see clvp_fast_attend_scratch.
- */
-typedef void (*clvp_fast_attend)(const struct clvp_fast_paged_decode *call, int64_t candidate, int64_t head,
-                                 void *scratch);
+/* Stores the new keys and values of heads first_head .. end_head - 1 of a candidate, and attends with their queries.
+ * scratch: see clvp_fast_attend_scratch. */
+typedef void (*clvp_fast_attend)(const struct clvp_fast_paged_decode *call, int64_t candidate, int64_t first_head,
+                                 int64_t end_head, void *scratch);
 
 /* A linear layer: x is packed once, then items are computed in any order. */
 struct clvp_fast_linear_isa {
@@ -51,15 +51,15 @@ const struct clvp_fast_isa *clvp_fast_find_isa(const char *name);
 #define CLVP_FAST_JOIN(what, isa) clvp_fast_##what##_##isa
 #define CLVP_FAST_OF(what, isa) CLVP_FAST_JOIN(what, isa)
 
-extern const struct clvp_fast_linear_isa clvp_fast_linear_avx512bf16;
-#define CLVP_FAST_DECLARE(isa)                                                                                 \
-    extern const struct clvp_fast_log_mel_isa CLVP_FAST_OF(log_mel, isa);                                      \
-    extern const struct clvp_fast_linear_isa CLVP_FAST_OF(linear, isa);                                        \
-    void CLVP_FAST_OF(attend, isa)(const struct clvp_fast_paged_decode *call, int64_t candidate, int64_t head, \
-                                   void *scratch);                                                             \
+#define CLVP_FAST_DECLARE(isa)                                                                                       \
+    extern const struct clvp_fast_log_mel_isa CLVP_FAST_OF(log_mel, isa);                                            \
+    extern const struct clvp_fast_linear_isa CLVP_FAST_OF(linear, isa);                                              \
+    void CLVP_FAST_OF(attend, isa)(const struct clvp_fast_paged_decode *call, int64_t candidate, int64_t first_head, \
+                                   int64_t end_head, void *scratch);                                                 \
     void CLVP_FAST_OF(sample, isa)(const struct clvp_fast_sample *call, int64_t row, void *scratch);
 CLVP_FAST_DECLARE(portable)
 #ifndef CLVP_FAST_PORTABLE_ONLY
 CLVP_FAST_DECLARE(avx2)
 CLVP_FAST_DECLARE(avx512)
+CLVP_FAST_DECLARE(avx512bf16) /* of which products of bfloat16 alone are compiled */
 #endif

@@ -47,26 +47,9 @@ template <class In>
 using ProductsOf = Single;
 #endif
 
-/* The vectors of sums of a tile, in whole groups of LANES. */
+/* The vectors of sums of a tile. */
 template <class Products>
-constexpr int SUMS = (Products::ROWS * Products::COLUMNS + LANES - 1) / LANES * LANES;
-
-/* Sums over the lanes of each vector. */
-template <int COUNT>
-CLVP_FAST_INLINE void fold(const Floats (&sums)[COUNT], float (&to)[COUNT]) {
-    using Lane = std::make_integer_sequence<int, LANES>;
-    unroll<COUNT / LANES>([&](auto group) CLVP_FAST_INLINED {
-        Floats x[LANES];
-        unroll<LANES>([&](auto i) CLVP_FAST_INLINED { x[i] = sums[group * LANES + i]; });
-#pragma GCC unroll 4
-        for (int half = LANES / 2; half > 0; half /= 2)
-#pragma GCC unroll 8
-            for (int i = 0; i < half; ++i)
-                x[i] =
-                    interleave<float, 0>(x[i], x[i + half], Lane{}) + interleave<float, 1>(x[i], x[i + half], Lane{});
-        store_floats(to + group * LANES, x[0]);
-    });
-}
+constexpr int SUMS = Products::ROWS * Products::COLUMNS;
 
 /* Rows of weights that will be wanted soon, `stride` bytes apart. They are fetched into the second-level cache, which
  * waits for more of them at a time than the first. */
@@ -79,7 +62,7 @@ struct Ahead {
 template <class Products, int AHEAD, class Weight>
 CLVP_FAST_INLINE void multiply(const typename Products::Stored *x, const Weight *const (&weights)[Products::COLUMNS],
                                const Ahead &ahead, int64_t columns, float (&to)[SUMS<Products>]) {
-    constexpr int COLUMNS = Products::COLUMNS, COUNT = Products::COUNT;
+    constexpr int COLUMNS = Products::COLUMNS, COUNT = Products::COUNT, WHOLE = SUMS<Products> / LANES;
     Floats sums[SUMS<Products>] = {};
     for (int64_t k = 0; k < columns; k += COUNT, x += Products::ROWS * COUNT) {
         typename Products::Unit weight[COLUMNS];
@@ -94,7 +77,9 @@ CLVP_FAST_INLINE void multiply(const typename Products::Stored *x, const Weight 
             });
         });
     }
-    fold(sums, to);
+    unroll<WHOLE>([&](auto i) CLVP_FAST_INLINED { store_floats(to + i * LANES, fold<LANES>(sums + i * LANES)); });
+    if constexpr (SUMS<Products> % LANES)
+        store_floats(to + WHOLE * LANES, fold<LANES / 2>(sums + WHOLE * LANES), LANES / 2);
 }
 
 /* Scales and biases of an item's columns as float32, 1 and 0 where there are none. */
@@ -102,12 +87,11 @@ template <class In>
 struct Affine {
     float scale[ITEM_COLUMNS], bias[ITEM_COLUMNS];
     Affine(const clvp_fast_linear *call, int64_t first, int64_t count) {
-        for (int64_t n = 0; n < ITEM_COLUMNS; ++n) {
-            In given[LANES] = {};
-            if (n < count && call->bias) given[0] = ((const In *)call->bias)[first + n];
-            bias[n] = load_floats(given)[0];
-            scale[n] = n < count && call->scale ? call->scale[first + n] : 1;
-        }
+        In given[ITEM_COLUMNS] = {};
+        if (call->bias) memcpy(given, (const In *)call->bias + first, count * sizeof *given);
+        for (int n = 0; n < ITEM_COLUMNS; n += LANES) store_floats(bias + n, load_floats(given + n));
+        for (int n = 0; n < ITEM_COLUMNS; ++n) scale[n] = 1;
+        if (call->scale) memcpy(scale, call->scale + first, count * sizeof *scale);
     }
 };
 
@@ -119,12 +103,15 @@ CLVP_FAST_INLINE void finish(const clvp_fast_linear *call, const float *sums, co
     for (int64_t n = 0; n < count; n += LANES) {
         Floats y = load_floats(sums + n) * load_floats(affine.scale + n) + load_floats(affine.bias + n);
         if (call->activation == CLVP_FAST_GELU_TANH) y = gelu_tanh(y);
-        if (call->residual) {
+        const bool whole = count - n >= LANES; /* known sizes are copied without a call */
+        if (call->residual && whole) {
+            y += load_floats(call->residual + to + n);
+        } else if (call->residual) {
             float given[LANES] = {};
-            memcpy(given, call->residual + to + n, (count - n < LANES ? count - n : LANES) * sizeof *given);
+            memcpy(given, call->residual + to + n, (count - n) * sizeof *given);
             y += load_floats(given);
         }
-        if (count - n >= LANES)
+        if (whole)
             store_floats(out + n, y);
         else
             store_floats(out + n, y, count - n);

@@ -1,4 +1,4 @@
-/* Attention of one head of one candidate over pages of keys and values, on a CPU. A vector holds channels while keys
+/* Attention of one candidate over pages of keys and values, on a CPU. A vector holds channels while keys
  * and values are read, and keys while their scores are turned into weights. Sums are float32, and their order depends
  * on the candidate's own tokens alone. Compiled once for each instruction set, as log_mel_isa.cpp is. */
 #include <string.h>
@@ -16,89 +16,104 @@ CLVP_FAST_INLINE void fetch(const Stored *from, int count) {
         __builtin_prefetch((const char *)from + byte, 0, 2);
 }
 
-/* Where the tokens of a candidate lie: offsets of their channels of one head, from the first page; returns how many. */
+/* Where tokens lie: offsets of their first channels, from the first page; returns how many there are. */
 int64_t find_tokens(const clvp_fast_paged_decode *call, const int32_t *pages, int64_t max_pages, int64_t tokens,
-                    int64_t head, int64_t *offsets) {
+                    int64_t *offsets) {
     int64_t found = 0;
     for (int64_t first = 0, page = 0; first < tokens && page < max_pages; first += call->page_size, ++page) {
         if (pages[page] < 0 || pages[page] >= call->num_pages) continue;
         const int64_t end = tokens - first < call->page_size ? tokens - first : call->page_size;
-        const int64_t start = pages[page] * call->page_strides[0] + head * call->page_strides[2];
+        const int64_t start = pages[page] * call->page_strides[0];
         for (int64_t token = 0; token < end; ++token) offsets[found++] = start + token * call->page_strides[1];
     }
     return found;
 }
 
-/* out[.. COUNT vectors] = sum of weights[t] * values[offsets[t]]. */
+/* products[i], summed over its lanes, is the product of a query and keys[i]. */
+template <class Stored>
+CLVP_FAST_INLINE void multiply(const Stored *q, const Stored *const (&keys)[LANES], int channels,
+                               Floats (&products)[LANES]) {
+    int channel = 0;
+#if defined(__AVX512BF16__)
+    if constexpr (std::is_same_v<Stored, uint16_t>)
+        for (; channel + 2 * LANES <= channels; channel += 2 * LANES) {
+            const __m512bh query = (__m512bh)_mm512_loadu_si512(q + channel);
+            unroll<LANES>([&](auto i) CLVP_FAST_INLINED {
+                const __m512bh key = (__m512bh)_mm512_loadu_si512(keys[i] + channel);
+                products[i] = (Floats)_mm512_dpbf16_ps((__m512)products[i], query, key);
+            });
+        }
+#endif
+    for (; channel < channels; channel += LANES) {
+        const Floats query = load_floats(q + channel);
+        unroll<LANES>([&](auto i) CLVP_FAST_INLINED { products[i] += query * load_floats(keys[i] + channel); });
+    }
+}
+
+/* Channels as float32, in an order that costs little to load: `in_order` turns it back. */
+template <int COUNT>
+CLVP_FAST_INLINE void load_channels(const float *from, Floats (&to)[COUNT]) {
+    unroll<COUNT>([&](auto i) CLVP_FAST_INLINED { to[i] = load_floats(from + LANES * i); });
+}
+template <int COUNT>
+CLVP_FAST_INLINE void in_order(const float *, Floats (&)[COUNT]) {}
+
+/* Of bfloat16 a vector's even channels, then its odd ones. */
+template <int COUNT>
+CLVP_FAST_INLINE void load_channels(const uint16_t *from, Floats (&to)[COUNT]) {
+    if constexpr (COUNT == 1) {
+        to[0] = load_floats(from);
+    } else {
+        unroll<COUNT / 2>([&](auto i) CLVP_FAST_INLINED {
+            Integers both;
+            memcpy(&both, from + 2 * LANES * i, sizeof both);
+            to[2 * i] = (Floats)(both << 16), to[2 * i + 1] = (Floats)(both & -65536);
+        });
+    }
+}
+template <int COUNT>
+CLVP_FAST_INLINE void in_order(const uint16_t *, Floats (&x)[COUNT]) {
+    using Lane = std::make_integer_sequence<int, LANES>;
+    unroll<COUNT / 2>([&](auto i) CLVP_FAST_INLINED {
+        const Floats even = x[2 * i], odd = x[2 * i + 1];
+        x[2 * i] = interleave<float, 0>(even, odd, Lane{}), x[2 * i + 1] = interleave<float, 1>(even, odd, Lane{});
+    });
+}
+
+/* out[.. COUNT vectors] = sum of weights[t] * values[offsets[t]]; COUNT is 1 or even. */
 template <int COUNT, class Stored>
 CLVP_FAST_INLINE void mix(Stored *out, const Stored *values, const int64_t *offsets, const float *weights,
                           int64_t tokens, float scale) {
-    Floats sum[COUNT] = {};
+    Floats sums[COUNT] = {};
     for (int64_t token = 0; token < tokens; ++token) {
-        const Stored *value = values + offsets[token];
-        unroll<COUNT>([&](auto i) CLVP_FAST_INLINED { sum[i] += load_floats(value + LANES * i) * weights[token]; });
+        Floats value[COUNT];
+        load_channels(values + offsets[token], value);
+        unroll<COUNT>([&](auto i) CLVP_FAST_INLINED { sums[i] += value[i] * weights[token]; });
     }
-    unroll<COUNT>([&](auto i) CLVP_FAST_INLINED { store_floats(out + LANES * i, sum[i] * scale); });
+    in_order(values, sums);
+    unroll<COUNT>([&](auto i) CLVP_FAST_INLINED { store_floats(out + LANES * i, sums[i] * scale); });
 }
 
+/* out[channels] of one head, whose pages and query these are, over tokens at `offsets`, at least one. */
 template <class Stored>
-void attend(const clvp_fast_paged_decode *call, int64_t candidate, int64_t head, void *scratch) {
+void attend_head(const clvp_fast_paged_decode *call, const Stored *q, const Stored *k_pages, const Stored *v_pages,
+                 const int64_t *offsets, int64_t tokens, float *scores, Stored *out) {
     const int channels = call->head_dim;
-    Stored *const out = (Stored *)call->out + (candidate * call->num_heads + head) * channels;
-    const int64_t length = call->seq_lens[candidate];
-    if (length < 0) {
-        memset(out, 0, channels * sizeof(Stored));
-        return;
-    }
-    Stored *const k_pages = (Stored *)call->k_pages, *const v_pages = (Stored *)call->v_pages;
-    const int32_t *const own = call->block_table + candidate * call->block_table_stride;
-    const int64_t place = length / call->page_size;
-    if (place < call->max_pages && own[place] >= 0 && own[place] < call->num_pages) {
-        const int64_t to = own[place] * call->page_strides[0] + length % call->page_size * call->page_strides[1] +
-                           head * call->page_strides[2];
-        const int64_t k = candidate * call->k_new_strides[0] + head * call->k_new_strides[1];
-        const int64_t v = candidate * call->v_new_strides[0] + head * call->v_new_strides[1];
-        memcpy(k_pages + to, (const Stored *)call->k_new + k, channels * sizeof(Stored));
-        memcpy(v_pages + to, (const Stored *)call->v_new + v, channels * sizeof(Stored));
-    }
-
-    float *const scores = (float *)scratch;
-    const int64_t room = (int64_t)call->page_size * ((int64_t)call->max_pages + call->max_prefix_pages) + 64;
-    int64_t *const offsets = (int64_t *)(scores + room);
-    int64_t tokens = 0;
-    const int64_t prefix = call->prefix_table ? call->prefix_index[candidate] : -1;
-    if (prefix >= 0 && prefix < call->num_prefixes)
-        tokens = find_tokens(call, call->prefix_table + prefix * call->prefix_table_stride, call->max_prefix_pages,
-                             call->prefix_lens[prefix], head, offsets);
-    tokens += find_tokens(call, own, call->max_pages, length + 1, head, offsets + tokens);
-    if (tokens == 0) {
-        memset(out, 0, channels * sizeof(Stored));
-        return;
-    }
-
     /* Scores, a vector of keys at a time: the last vector repeats a key, whose score is then taken out. */
-    const Stored *const q = (const Stored *)call->q + candidate * call->q_strides[0] + head * call->q_strides[1];
     const int64_t last = tokens - 1;
     Floats largest = Floats{} - __builtin_inff();
     for (int64_t first = 0; first < tokens; first += LANES) {
-        const Stored *key[LANES];
+        const Stored *keys[LANES];
         for (int lane = 0; lane < LANES; ++lane) {
             const int64_t offset = offsets[first + lane < last ? first + lane : last];
-            key[lane] = k_pages + offset;
+            keys[lane] = k_pages + offset;
             /* Tokens lie too far apart for the CPU to see what comes next: this head's values, the next one's keys. */
             fetch(v_pages + offset, channels);
-            fetch(key[lane] + call->page_strides[2], channels);
+            fetch(keys[lane] + call->page_strides[2], channels);
         }
         Floats products[LANES] = {};
-        for (int channel = 0; channel < channels; channel += LANES) {
-            const Floats query = load_floats(q + channel);
-            unroll<LANES>([&](auto lane)
-                              CLVP_FAST_INLINED { products[lane] += query * load_floats(key[lane] + channel); });
-        }
-        transpose<float>(products);
-        for (int half = LANES / 2; half > 0; half /= 2)
-            for (int i = 0; i < half; ++i) products[i] += products[i + half];
-        Floats score = products[0] * call->scale;
+        multiply(q, keys, channels, products);
+        Floats score = fold<LANES>(products) * call->scale;
         for (int64_t lane = tokens - first; lane < LANES; ++lane) score[lane] = -__builtin_inff();
         largest = score > largest ? score : largest;
         store_floats(scores + first, score);
@@ -121,13 +136,50 @@ void attend(const clvp_fast_paged_decode *call, int64_t candidate, int64_t head,
         mix<1>(out + channel, v_pages + channel, offsets, scores, tokens, 1 / sum);
 }
 
+template <class Stored>
+void attend(const clvp_fast_paged_decode *call, int64_t candidate, int64_t first_head, int64_t end_head,
+            void *scratch) {
+    const int channels = call->head_dim;
+    const int64_t length = call->seq_lens[candidate], place = length / call->page_size;
+    const int32_t *const own = call->block_table + candidate * call->block_table_stride;
+    Stored *const k_pages = (Stored *)call->k_pages, *const v_pages = (Stored *)call->v_pages;
+    int64_t stored_at = -1, tokens = 0;
+    if (length >= 0 && place < call->max_pages && own[place] >= 0 && own[place] < call->num_pages)
+        stored_at = own[place] * call->page_strides[0] + length % call->page_size * call->page_strides[1];
+
+    float *const scores = (float *)scratch;
+    const int64_t room = (int64_t)call->page_size * ((int64_t)call->max_pages + call->max_prefix_pages) + 64;
+    int64_t *const offsets = (int64_t *)(scores + room);
+    const int64_t prefix = length >= 0 && call->prefix_table ? call->prefix_index[candidate] : -1;
+    if (prefix >= 0 && prefix < call->num_prefixes)
+        tokens = find_tokens(call, call->prefix_table + prefix * call->prefix_table_stride, call->max_prefix_pages,
+                             call->prefix_lens[prefix], offsets);
+    tokens += find_tokens(call, own, call->max_pages, length + 1, offsets + tokens);
+
+    for (int64_t head = first_head; head < end_head; ++head) {
+        const int64_t at = head * call->page_strides[2];
+        if (stored_at >= 0) {
+            const int64_t k = candidate * call->k_new_strides[0] + head * call->k_new_strides[1];
+            const int64_t v = candidate * call->v_new_strides[0] + head * call->v_new_strides[1];
+            memcpy(k_pages + stored_at + at, (const Stored *)call->k_new + k, channels * sizeof(Stored));
+            memcpy(v_pages + stored_at + at, (const Stored *)call->v_new + v, channels * sizeof(Stored));
+        }
+        Stored *const out = (Stored *)call->out + (candidate * call->num_heads + head) * channels;
+        const Stored *const q = (const Stored *)call->q + candidate * call->q_strides[0] + head * call->q_strides[1];
+        if (tokens > 0)
+            attend_head(call, q, k_pages + at, v_pages + at, offsets, tokens, scores, out);
+        else
+            memset(out, 0, channels * sizeof(Stored));
+    }
+}
+
 }  // namespace
 }  // namespace clvp_fast
 
-void CLVP_FAST_OF(attend, CLVP_FAST_ISA)(const clvp_fast_paged_decode *call, int64_t candidate, int64_t head,
-                                         void *scratch) {
+void CLVP_FAST_OF(attend, CLVP_FAST_ISA)(const clvp_fast_paged_decode *call, int64_t candidate, int64_t first_head,
+                                         int64_t end_head, void *scratch) {
     if (call->dtype == CLVP_FAST_FLOAT32)
-        clvp_fast::attend<float>(call, candidate, head, scratch);
+        clvp_fast::attend<float>(call, candidate, first_head, end_head, scratch);
     else
-        clvp_fast::attend<uint16_t>(call, candidate, head, scratch);
+        clvp_fast::attend<uint16_t>(call, candidate, first_head, end_head, scratch);
 }

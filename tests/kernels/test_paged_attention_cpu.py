@@ -18,7 +18,7 @@ pytestmark = [
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-@pytest.fixture(params=["avx512", "avx2", "portable"], autouse=True)
+@pytest.fixture(params=["avx512bf16", "avx512", "avx2", "portable"], autouse=True)
 def isa(request, monkeypatch):
     run_on(request.param, monkeypatch)
     with clvp_fast.backend(None):  # where a kernel is forced on a CPU, it is Triton's, interpreted
@@ -49,6 +49,18 @@ def test_decode(dtype, prefix):
 def test_widths_and_pages_of_other_sizes(dtype, dim):
     check(step(dtype, [31, 32, 33, 150], [65, 32], [1, 0, -1, 1], dim=dim, page=32))
     check(step(dtype, [4, 5, 6], dim=dim, page=5))
+
+
+@pytest.mark.parametrize("dim", [16, 48, 64, 128])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_only_token_comes_back_bit_for_bit(dtype, dim):
+    args = step(dtype, [0, 0, 0], None, dim=dim)
+    assert torch.equal(decode(args), args[2])
+
+
+@pytest.mark.parametrize("candidates", [1, 3, 4, 9])
+def test_heads_that_the_items_of_a_candidate_do_not_divide(candidates):
+    check(step(lengths=[40] * candidates, prefix_lens=None, heads=5))
 
 
 def test_decode_of_strided_arguments():
