@@ -65,7 +65,8 @@ def needs_grad(*tensors: torch.Tensor | None) -> bool:
 
 def autocasts(device: torch.device) -> bool:
     """Whether torch's own functions cast what they are given on `device` now; dtypes then need not match."""
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    kind = device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def interpreted() -> bool:
@@ -212,6 +213,10 @@ class Operator:
         """The path that is taken where a kernel is not even wanted: the torch path, if the reference is not forced."""
         return self.reference if _forced == "reference" else self.torch_path
 
+    def with_kernel(self) -> Callable:
+        """What `choose` gives for inference that the kernel is known to serve."""
+        return getattr(self, {"reference": "reference", "torch": "torch_path"}.get(_forced, "registered"))
+
     def explain(self, device: torch.device) -> "Choice":
         """What `choose` does for inference on `device`."""
         reason = self.refusal(device)
@@ -261,7 +266,7 @@ def explain(name: str | None = None, device: str | torch.device | None = None) -
 
 def as_rows(x: torch.Tensor) -> torch.Tensor:
     """`[..., width]` as `[rows, width]` with columns at stride 1, as kernels take it: a view where there is one."""
-    x = x.reshape(-1, x.shape[-1])
+    x = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
     return x if x.stride(1) == 1 else x.contiguous()
 
 

@@ -144,10 +144,11 @@ def _has_matrix_unit() -> bool:
 
 
 def _unserved(x, weight, bias, scale, activation, residual=None):
-    if x.shape[-1] != weight.shape[1] or weight.shape[1] == 0:
-        return f"it serves x with as many columns as the weights, at least one, not {x.shape[-1]}, {weight.shape[1]}"
-    if bias is not None and (bias.dtype != x.dtype or bias.shape != weight.shape[:1]):
-        return f"bias must be [{weight.shape[0]}] of the dtype of x, {x.dtype}, not {list(bias.shape)}, {bias.dtype}"
+    rows, columns = weight.shape
+    if x.shape[-1] != columns or columns == 0:
+        return f"it serves x with as many columns as the weights, at least one, not {x.shape[-1]}, {columns}"
+    if bias is not None and (bias.dtype != x.dtype or bias.shape != (rows,)):
+        return f"bias must be [{rows}] of the dtype of x, {x.dtype}, not {list(bias.shape)}, {bias.dtype}"
     if activation not in _FUSED:
         return f"activation must be one of {_FUSED}, not {activation!r}"
     if _in_triton(x, weight):
@@ -156,17 +157,18 @@ def _unserved(x, weight, bias, scale, activation, residual=None):
     if x.device.type != "cpu":
         return "on a GPU it serves int8 weights, and torch's own products all others"
     # Interpreted, the operator has two kernels on a CPU, and `_missing` tells of the other.
-    return (_missing_native() if interpreted() else None) or _unserved_native(x, weight)
+    return (_missing_native() if interpreted() else None) or _unserved_native(x, weight, columns)
 
 
-def _unserved_native(x, weight):
-    if x.dtype not in (torch.float32, torch.bfloat16) or weight.dtype not in (x.dtype, torch.int8):
-        return f"it serves float32 and bfloat16 with weights of the same dtype or int8, not {x.dtype}, {weight.dtype}"
-    if weight.shape[1] % 32 or weight.stride(1) != 1:
+def _unserved_native(x, weight, columns):
+    dtype, weight_dtype = x.dtype, weight.dtype
+    if dtype not in (torch.float32, torch.bfloat16) or weight_dtype not in (dtype, torch.int8):
+        return f"it serves float32 and bfloat16 with weights of the same dtype or int8, not {dtype}, {weight_dtype}"
+    if columns % 32 or weight.stride(1) != 1:
         return f"it serves rows of 32 n columns, side by side in memory, not {list(weight.shape)}, {weight.stride()}"
-    if x.numel() // weight.shape[1] > MAX_ROWS:
-        return f"it serves up to {MAX_ROWS} rows, not {x.numel() // weight.shape[1]}"
-    if x.dtype == weight.dtype == torch.bfloat16 and _has_matrix_unit():
+    if x.numel() > MAX_ROWS * columns:
+        return f"it serves up to {MAX_ROWS} rows, not {x.numel() // columns}"
+    if dtype == weight_dtype == torch.bfloat16 and _has_matrix_unit():
         return "this CPU has a matrix unit for bfloat16, which torch's own products use"
     return None
 
@@ -183,17 +185,16 @@ _OPERATOR = Operator(
 )
 
 
-def _plain(x, *args) -> bool:
-    """Whether the call is one for torch's own product: training, tracing, or what the kernel does not serve.
+def _path(x, weight, *args):
+    """What a call runs: without training or tracing the kernel, or torch's own product where the kernel does not serve.
 
     For int8 weights on a GPU torch has no product, only one over a wider copy of them: that such a call is not served
     is for `Operator.choose` to tell.
     """
-    if needs_grad(x, *args[:2], args[4]) or torch.compiler.is_compiling() or autocasts(x.device):
-        return True
-    if _in_triton(x, args[0]):
-        return False
-    return _unserved(x, *args) is not None or _OPERATOR.refusal(x.device) is not None
+    if _in_triton(x, weight):
+        return _OPERATOR.choose((x, weight, *args))
+    served = _unserved(x, weight, *args) is None and _OPERATOR.refusal(x.device) is None
+    return _OPERATOR.with_kernel() if served else _OPERATOR.without_kernel()
 
 
 def check_scale(scale: torch.Tensor | None, weight: torch.Tensor, x: torch.Tensor, name: str = "scale") -> None:
@@ -238,13 +239,16 @@ def linear(
     if activation is not None and activation not in ACTIVATIONS:
         raise ValueError(f"activation must be None or one of {', '.join(ACTIVATIONS)}, not {activation!r}")
     check_scale(scale, weight, x)
+    cast = autocasts(x.device)
     if residual is not None:
         if residual.shape != (*x.shape[:-1], weight.shape[0]):
             raise shape_error("residual", f"{[*x.shape[:-1], weight.shape[0]]}", residual)
-        if not autocasts(x.device):
+        if not cast:
             check_residual(residual, x)
         if residual.dtype != torch.float32 or activation not in _FUSED:
             return _add(linear(x, weight, bias, scale=scale, activation=activation), residual)
     if activation not in _FUSED:
         return activate(linear(x, weight, bias, scale=scale), activation)
-    return (_OPERATOR.without_kernel() if _plain(*args) else _OPERATOR.choose(args))(*args)
+    if cast or torch.compiler.is_compiling() or needs_grad(x, weight, bias, residual):
+        return _OPERATOR.without_kernel()(*args)
+    return _path(*args)(*args)
