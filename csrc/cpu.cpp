@@ -135,12 +135,8 @@ CLVP_FAST_EXPORT int clvp_fast_linear_cpu(const clvp_fast_linear *call, int32_t 
     if (!isa) return CLVP_FAST_NO_ISA;
     if (num_threads < 1) return CLVP_FAST_BAD_SIZE;
     if (call->rows == 0 || call->out_features == 0) return CLVP_FAST_OK;
-    void *const packed = std::aligned_alloc(64, (isa->linear->packed_bytes(call) + 63) / 64 * 64);
-    if (!packed) return CLVP_FAST_NO_MEMORY;
-    isa->linear->pack(call, packed);
-    const auto run = [&](void *scratch, int64_t item) { isa->linear->run(call, packed, item, scratch); };
+    const auto run = [&](void *scratch, int64_t item) { isa->linear->run(call, item, scratch); };
     const bool done = share_out(isa->linear->items(call), num_threads, isa->linear->scratch_bytes(call), run);
-    std::free(packed);
     return done ? CLVP_FAST_OK : CLVP_FAST_NO_MEMORY;
 }
 

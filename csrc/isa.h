@@ -23,14 +23,12 @@ struct clvp_fast_log_mel_isa {
 typedef void (*clvp_fast_attend)(const struct clvp_fast_paged_decode *call, int64_t candidate, int64_t first_head,
                                  int64_t end_head, void *scratch);
 
-/* A linear layer: x is packed once, then items are computed in any order. */
+/* A linear layer, whose items are computed in any order. */
 struct clvp_fast_linear_isa {
-    size_t (*packed_bytes)(const struct clvp_fast_linear *call);
-    /* Scratch memory that a thread needs, aligned to 64 bytes, as `packed` is. */
+    /* Scratch memory that a thread needs, as `share_out` gives it. */
     size_t (*scratch_bytes)(const struct clvp_fast_linear *call);
     int64_t (*items)(const struct clvp_fast_linear *call);
-    void (*pack)(const struct clvp_fast_linear *call, void *packed);
-    void (*run)(const struct clvp_fast_linear *call, const void *packed, int64_t item, void *scratch);
+    void (*run)(const struct clvp_fast_linear *call, int64_t item, void *scratch);
 };
 
 /* Draws the token of a row. scratch: two floats for each token of the vocabulary, which is rounded up to 16. */

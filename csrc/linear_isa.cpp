@@ -118,12 +118,11 @@ CLVP_FAST_INLINE void finish(const clvp_fast_linear *call, const float *sums, co
     }
 }
 
-/* x by tiles: [tile][unit of columns][row], zeros for rows that there are not. */
+/* Rows of x by tiles: [tile][unit of columns][row], zeros for rows that there are not. */
 template <class In>
-void pack(const clvp_fast_linear *call, void *packed) {
+void pack(const clvp_fast_linear *call, int64_t first_row, int64_t end_row, typename ProductsOf<In>::Stored *to) {
     using Products = ProductsOf<In>;
-    typename Products::Stored *to = (typename Products::Stored *)packed;
-    for (int64_t first = 0; first < call->rows; first += Products::ROWS)
+    for (int64_t first = first_row; first < end_row; first += Products::ROWS)
         for (int64_t k = 0; k < call->in_features; k += Products::COUNT)
             for (int64_t row = first; row < first + Products::ROWS; ++row, to += Products::COUNT) {
                 typename Products::Unit unit = {};
@@ -132,11 +131,24 @@ void pack(const clvp_fast_linear *call, void *packed) {
             }
 }
 
+/* What a thread keeps: sums, and the rows of x that it packed last; other threads' copies would lie in their caches. */
+struct Scratch {
+    int64_t packed_end; /* one past the last of these rows */
+    alignas(64) float sums[ITEM_ROWS * ITEM_COLUMNS];
+    alignas(64) float x[]; /* room for a whole tile of any kind, in float32 */
+};
+
+size_t scratch_bytes(const clvp_fast_linear *call) {
+    const int64_t rows = call->rows < ITEM_ROWS ? (call->rows + 7) / 8 * 8 : ITEM_ROWS;
+    return sizeof(Scratch) + rows * call->in_features * sizeof(float);
+}
+
 int64_t groups_of(const clvp_fast_linear *call) { return (call->out_features + ITEM_COLUMNS - 1) / ITEM_COLUMNS; }
 
 template <class In, class Weight>
-void run(const clvp_fast_linear *call, const void *packed, int64_t item, void *scratch) {
+void run(const clvp_fast_linear *call, int64_t item, Scratch *scratch) {
     using Products = ProductsOf<In>;
+    using Stored = typename Products::Stored;
     constexpr int COLUMNS = Products::COLUMNS, ROWS = Products::ROWS;
     const int64_t columns = call->in_features, stride = call->weight_stride * (int64_t)sizeof(Weight);
     const int64_t first = item % groups_of(call) * ITEM_COLUMNS, first_row = item / groups_of(call) * ITEM_ROWS;
@@ -145,7 +157,11 @@ void run(const clvp_fast_linear *call, const void *packed, int64_t item, void *s
     const int64_t tiles = (rows + ROWS - 1) / ROWS;
     /* The tiles share out the fetching of the weights that come next, so that memory is read all the time. */
     const int64_t share = (COLUMNS + tiles - 1) / tiles;
-    float *const sums = (float *)scratch; /* [ITEM_ROWS][ITEM_COLUMNS] */
+    float *const sums = scratch->sums; /* [ITEM_ROWS][ITEM_COLUMNS] */
+    if (scratch->packed_end != first_row + rows) {
+        scratch->packed_end = first_row + rows;
+        pack<In>(call, first_row, first_row + rows, (Stored *)scratch->x);
+    }
 
     for (int64_t n = 0; n < count; n += COLUMNS) {
         const Weight *weights[COLUMNS];
@@ -154,7 +170,7 @@ void run(const clvp_fast_linear *call, const void *packed, int64_t item, void *s
                 (const Weight *)call->weight + (first + (n + j < count ? n + j : count - 1)) * call->weight_stride;
         for (int64_t tile = 0; tile < tiles; ++tile) {
             float products[SUMS<Products>];
-            const auto *const x = (const typename Products::Stored *)packed + (first_row + tile * ROWS) * columns;
+            const Stored *const x = (const Stored *)scratch->x + tile * ROWS * columns;
             const int64_t fetched = tile * share, left = COLUMNS - fetched;
             const Ahead next = {(const char *)weights[0] + (COLUMNS + fetched) * stride, stride};
             const int64_t wanted = left < 0 ? 0 : left < share ? left : share;
@@ -176,33 +192,19 @@ void run(const clvp_fast_linear *call, const void *packed, int64_t item, void *s
     }
 }
 
-/* Room for rows up to a whole tile of any kind, in float32. */
-size_t packed_bytes(const clvp_fast_linear *call) {
-    return (call->rows + 7) / 8 * 8 * call->in_features * sizeof(float);
-}
-
-size_t scratch_bytes(const clvp_fast_linear *) { return ITEM_ROWS * ITEM_COLUMNS * sizeof(float); }
-
 int64_t items(const clvp_fast_linear *call) { return groups_of(call) * ((call->rows + ITEM_ROWS - 1) / ITEM_ROWS); }
 
-void pack_any(const clvp_fast_linear *call, void *packed) {
-    if (call->dtype == CLVP_FAST_FLOAT32)
-        pack<float>(call, packed);
-    else
-        pack<uint16_t>(call, packed);
-}
-
-void run_any(const clvp_fast_linear *call, const void *packed, int64_t item, void *scratch) {
+void run_any(const clvp_fast_linear *call, int64_t item, void *given) {
     const bool int8 = call->weight_dtype == CLVP_FAST_INT8;
+    Scratch *const scratch = (Scratch *)given;
     if (call->dtype == CLVP_FAST_FLOAT32)
-        int8 ? run<float, int8_t>(call, packed, item, scratch) : run<float, float>(call, packed, item, scratch);
+        int8 ? run<float, int8_t>(call, item, scratch) : run<float, float>(call, item, scratch);
     else
-        int8 ? run<uint16_t, int8_t>(call, packed, item, scratch)
-             : run<uint16_t, uint16_t>(call, packed, item, scratch);
+        int8 ? run<uint16_t, int8_t>(call, item, scratch) : run<uint16_t, uint16_t>(call, item, scratch);
 }
 
 }  // namespace
 }  // namespace clvp_fast
 
-const clvp_fast_linear_isa CLVP_FAST_OF(linear, CLVP_FAST_ISA) = {
-    clvp_fast::packed_bytes, clvp_fast::scratch_bytes, clvp_fast::items, clvp_fast::pack_any, clvp_fast::run_any};
+const clvp_fast_linear_isa CLVP_FAST_OF(linear, CLVP_FAST_ISA) = {clvp_fast::scratch_bytes, clvp_fast::items,
+                                                                  clvp_fast::run_any};

@@ -35,7 +35,7 @@ inline void on_threads(int64_t count, const Loop &loop) {
 }
 
 /* Calls work(thread's scratch, item) for items 0 .. count - 1 on at most num_threads threads; false if memory is short.
- */
+ * Scratch memory lies at a multiple of 64 bytes, and begins with a zero of 64 bits. */
 template <class Work>
 inline bool share_out(int64_t count, int32_t num_threads, size_t scratch_bytes, const Work &work) {
     std::atomic<int64_t> next{0};
@@ -44,6 +44,7 @@ inline bool share_out(int64_t count, int32_t num_threads, size_t scratch_bytes, 
     const auto loop = [&] {
         void *scratch = scratch_bytes ? std::aligned_alloc(64, (scratch_bytes + 63) / 64 * 64) : nullptr;
         if (scratch_bytes && !scratch) return; /* The other threads do all of the work, if there are any. */
+        if (scratch) *static_cast<int64_t *>(scratch) = 0;
         for (int64_t first; (first = next.fetch_add(step, std::memory_order_relaxed)) < count;)
             for (int64_t item = first; item < first + step && item < count; ++item) work(scratch, item);
         std::free(scratch);
