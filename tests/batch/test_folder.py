@@ -1,0 +1,71 @@
+"""The files of a job, one by one."""
+
+import pytest
+
+from clvp_fast.batch.folder import JobFolder, Journal
+from clvp_fast.batch.outcomes import outcome_schema, shard_schema
+from clvp_fast.batch.rows import Row
+from clvp_fast.batch.settings import Settings
+from tests.batch.jobs import NoModel
+
+SETTINGS = Settings()
+
+
+@pytest.fixture
+def outcomes():
+    model = NoModel(SETTINGS)
+    return [
+        model.outcome(Row(index, f"{index}", "Hello.", "nowhere.wav" if index == 2 else None)) for index in range(4)
+    ]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    folder = JobFolder(tmp_path / "out")
+    yield folder
+    folder.close()
+
+
+def rows(outcomes):
+    return [(outcome.row, outcome.error) for outcome in outcomes]
+
+
+def test_a_journal_is_on_disk_before_it_is_closed(folder, outcomes):
+    """What a process has added is there when it is killed."""
+    schema, path = outcome_schema(SETTINGS), folder.journal_path(3)
+    journal = Journal(path, outcomes[:1], schema)
+    assert rows(Journal.read(path, schema)) == rows(outcomes[:1])
+    journal.add(outcomes[1:3])
+    assert rows(Journal.read(path, schema)) == rows(outcomes[:3])
+    journal.add([])
+    journal.add(outcomes[3:])
+    assert rows(Journal.read(path, schema)) == rows(outcomes)
+    journal.close()
+    assert path.parent.name == "unfinished" and [path] == list(path.parent.iterdir())
+
+
+def test_a_journal_of_other_columns_is_of_no_use(folder, outcomes):
+    path = folder.journal_path(0)
+    Journal(path, outcomes, outcome_schema(SETTINGS)).close()
+    assert Journal.read(path, outcome_schema(Settings(embeddings=True))) == []
+
+
+def test_a_shard_holds_lines_and_failures(folder, outcomes):
+    folder.write_shard(5, reversed(outcomes), shard_schema(SETTINGS), "digest")
+    about = folder.check_shard(5, 4, "digest")
+    assert about["failures"] == [{"row": 2, "id": "2", "error": outcomes[2].error}]
+    assert rows(folder.read_shard(5)) == [(0, None), (1, None), (3, None)]
+    assert folder.check_shard(4, 4, "digest") is None
+    for wrong in ((5, 3, "digest"), (5, 4, "other")):
+        with pytest.raises(ValueError, match="is of another job"):
+            folder.check_shard(*wrong)
+
+
+def test_leftovers_of_a_dead_process_vanish(tmp_path):
+    JobFolder(tmp_path).close()
+    left = [tmp_path / ".rows.parquet.part.again.part", tmp_path / "shards/.part-000009.parquet.part"]
+    for path in left:
+        path.write_text("half")
+    (tmp_path / ".mine").write_text("not the job's")
+    JobFolder(tmp_path).close()
+    assert not any(path.exists() for path in left) and (tmp_path / ".mine").exists()
