@@ -20,7 +20,7 @@ from clvp_fast.files import UnwritableError, build_folder_once, cache_folder
 #: `enum clvp_fast_dtype` of csrc/clvp_fast.h.
 FLOAT32, FLOAT64, INT16, FLOAT16, BFLOAT16, INT8 = range(6)
 #: `enum clvp_fast_activation`.
-NO_ACTIVATION, GELU_TANH = range(2)
+NO_ACTIVATION, GELU_TANH, GELU = range(3)
 
 _PACKAGE = Path(__file__).resolve().parent
 _PACKAGED = _PACKAGE / "_native"
@@ -112,6 +112,57 @@ class LinearCall(ctypes.Structure):
         ("dtype", c_int32),
         ("weight_dtype", c_int32),
         ("activation", c_int32),
+    )
+
+
+class MlpCall(ctypes.Structure):
+    """`struct clvp_fast_mlp` of csrc/clvp_fast.h, which explains the fields."""
+
+    _fields_ = (
+        ("x", c_void_p),
+        ("w_in", c_void_p),
+        ("b_in", c_void_p),
+        ("w_out", c_void_p),
+        ("b_out", c_void_p),
+        ("residual", c_void_p),
+        ("out", c_void_p),
+        ("x_stride", c_int64),
+        ("w_in_stride", c_int64),
+        ("w_out_stride", c_int64),
+        ("rows", c_int64),
+        ("in_features", c_int64),
+        ("inner_features", c_int64),
+        ("out_features", c_int64),
+        ("dtype", c_int32),
+        ("out_dtype", c_int32),
+        ("activation", c_int32),
+        ("item_rows", c_int32),
+    )
+
+
+class WindowAttentionCall(ctypes.Structure):
+    """`struct clvp_fast_window_attention` of csrc/clvp_fast.h, which explains the fields."""
+
+    _fields_ = (
+        ("q", c_void_p),
+        ("k", c_void_p),
+        ("v", c_void_p),
+        ("bias", c_void_p),
+        ("out", c_void_p),
+        ("q_strides", c_int64 * 4),
+        ("k_strides", c_int64 * 4),
+        ("v_strides", c_int64 * 4),
+        ("bias_strides", c_int64 * 3),
+        ("batch", c_int64),
+        ("height", c_int64),
+        ("width", c_int64),
+        ("num_heads", c_int32),
+        ("head_dim", c_int32),
+        ("window", c_int32),
+        ("shift", c_int32),
+        ("dtype", c_int32),
+        ("bias_dtype", c_int32),
+        ("scale", c_float),
     )
 
 
@@ -254,6 +305,10 @@ def _loaded() -> tuple[ctypes.CDLL | None, str]:
         found.clvp_fast_paged_decode_cpu.restype = c_int
         found.clvp_fast_linear_cpu.argtypes = [POINTER(LinearCall), c_int32, c_char_p]
         found.clvp_fast_linear_cpu.restype = c_int
+        found.clvp_fast_mlp_cpu.argtypes = [POINTER(MlpCall), c_int32, c_char_p]
+        found.clvp_fast_mlp_cpu.restype = c_int
+        found.clvp_fast_window_attention_cpu.argtypes = [POINTER(WindowAttentionCall), c_int32, c_char_p]
+        found.clvp_fast_window_attention_cpu.restype = c_int
         found.clvp_fast_sample_cpu.argtypes = [POINTER(SampleCall), c_int32, c_char_p]
         found.clvp_fast_sample_cpu.restype = c_int
         found.clvp_fast_cpu_isa.argtypes = []

@@ -28,8 +28,8 @@ ISA_FLAGS = {
     "portable": [],
 }
 # avx512bf16 has more to offer to products of bfloat16 alone.
-ISA_SOURCES = dict.fromkeys(ISA_FLAGS, ("log_mel", "paged_attention", "linear", "sample"))
-ISA_SOURCES["avx512bf16"] = ("paged_attention", "linear")
+_PRODUCTS = ("paged_attention", "linear", "mlp", "window_attention")
+ISA_SOURCES = dict.fromkeys(ISA_FLAGS, ("log_mel", *_PRODUCTS, "sample")) | {"avx512bf16": _PRODUCTS}
 CUDA_SOURCES = ("log_mel", "persistent_decode")
 _HOST_FLAGS = "-Xcompiler=-fPIC,-pthread,-fvisibility=hidden"
 # --threads 0: the architectures are compiled side by side on all cores.

@@ -111,6 +111,57 @@ static inline int clvp_fast_check_linear(const struct clvp_fast_linear *call) {
     return CLVP_FAST_OK;
 }
 
+/* CLVP_FAST_OK, or why a feed-forward block is refused. */
+static inline int clvp_fast_check_mlp(const struct clvp_fast_mlp *call) {
+    if (call == NULL) return CLVP_FAST_NULL_POINTER;
+    if ((call->dtype != CLVP_FAST_FLOAT32 && call->dtype != CLVP_FAST_BFLOAT16) ||
+        (call->out_dtype != call->dtype && call->out_dtype != CLVP_FAST_FLOAT32))
+        return CLVP_FAST_BAD_DTYPE;
+    /* So large that no product of two sizes overflows. */
+    const int64_t most = (int64_t)1 << 28;
+    if (call->rows < 0 || call->rows > most || call->in_features < 32 || call->in_features > most ||
+        call->in_features % 32 != 0 || call->inner_features < 0 || call->inner_features > most ||
+        call->out_features < 0 || call->out_features > most || call->x_stride > most || call->x_stride < -most ||
+        call->w_in_stride > most || call->w_in_stride < -most || call->w_out_stride > most ||
+        call->w_out_stride < -most || call->activation < CLVP_FAST_NO_ACTIVATION || call->activation > CLVP_FAST_GELU ||
+        call->item_rows < 1 || call->item_rows > 4096 ||
+        (call->w_out ? call->inner_features < 32 || call->inner_features % 32 != 0
+                     : call->inner_features != call->out_features))
+        return CLVP_FAST_BAD_SIZE;
+    if (call->rows == 0 || call->out_features == 0) return CLVP_FAST_OK;
+    if (!call->x || !call->w_in || !call->out) return CLVP_FAST_NULL_POINTER;
+    const size_t element = clvp_fast_element_size(call->dtype), out = clvp_fast_element_size(call->out_dtype);
+    if (clvp_fast_misaligned(call->x, element) || clvp_fast_misaligned(call->w_in, element) ||
+        clvp_fast_misaligned(call->b_in, element) || clvp_fast_misaligned(call->w_out, element) ||
+        clvp_fast_misaligned(call->b_out, element) || clvp_fast_misaligned(call->residual, out) ||
+        clvp_fast_misaligned(call->out, out))
+        return CLVP_FAST_MISALIGNED;
+    return CLVP_FAST_OK;
+}
+
+/* CLVP_FAST_OK, or why attention in windows is refused. */
+static inline int clvp_fast_check_window_attention(const struct clvp_fast_window_attention *call) {
+    if (call == NULL) return CLVP_FAST_NULL_POINTER;
+    if ((call->dtype != CLVP_FAST_FLOAT32 && call->dtype != CLVP_FAST_BFLOAT16) ||
+        (call->bias_dtype != CLVP_FAST_FLOAT32 && call->bias_dtype != CLVP_FAST_BFLOAT16))
+        return CLVP_FAST_BAD_DTYPE;
+    /* So large that no product of sizes overflows. */
+    const int64_t most = (int64_t)1 << 20;
+    if (call->window < 1 || call->window > 32 || call->shift < 0 || call->shift >= call->window || call->batch < 0 ||
+        call->batch > most || call->height < 0 || call->height > most || call->height % call->window != 0 ||
+        call->width < 0 || call->width > most || call->width % call->window != 0 || call->num_heads < 0 ||
+        call->num_heads > 4096 || call->head_dim < 1 || call->head_dim > 128)
+        return CLVP_FAST_BAD_SIZE;
+    if (call->batch == 0 || call->height == 0 || call->width == 0 || call->num_heads == 0) return CLVP_FAST_OK;
+    if (!call->q || !call->k || !call->v || !call->bias || !call->out) return CLVP_FAST_NULL_POINTER;
+    const size_t element = clvp_fast_element_size(call->dtype);
+    if (clvp_fast_misaligned(call->q, element) || clvp_fast_misaligned(call->k, element) ||
+        clvp_fast_misaligned(call->v, element) || clvp_fast_misaligned(call->out, element) ||
+        clvp_fast_misaligned(call->bias, clvp_fast_element_size(call->bias_dtype)))
+        return CLVP_FAST_MISALIGNED;
+    return CLVP_FAST_OK;
+}
+
 /* CLVP_FAST_OK, or why drawing tokens is refused. */
 static inline int clvp_fast_check_sample(const struct clvp_fast_sample *call) {
     if (call == NULL) return CLVP_FAST_NULL_POINTER;

@@ -100,7 +100,7 @@ struct clvp_fast_paged_decode {
 /* Threads and instruction set as above. The candidates' own pages must be theirs alone. */
 int clvp_fast_paged_decode_cpu(const struct clvp_fast_paged_decode *call, int32_t num_threads, const char *isa);
 
-enum clvp_fast_activation { CLVP_FAST_NO_ACTIVATION = 0, CLVP_FAST_GELU_TANH = 1 };
+enum clvp_fast_activation { CLVP_FAST_NO_ACTIVATION = 0, CLVP_FAST_GELU_TANH = 1, CLVP_FAST_GELU = 2 };
 
 /* A linear layer of few rows: out[m, n] = activation(scale[n] * sum_k x[m, k] * weight[n, k] + bias[n]) +
  * residual[m, n], summed in float32. The bits of a row depend on that row alone. */
@@ -121,6 +121,48 @@ struct clvp_fast_linear {
 
 /* Threads and instruction set as above. */
 int clvp_fast_linear_cpu(const struct clvp_fast_linear *call, int32_t num_threads, const char *isa);
+
+/* A feed-forward block of many rows: out = activation(x w_in^T + b_in) w_out^T + b_out + residual; or its first layer
+ * alone: out = activation(x w_in^T + b_in) + residual. Summed in float32; the values between the layers are rounded to
+ * bfloat16 where the CPU multiplies that. The bits of a row depend on that row alone. */
+struct clvp_fast_mlp {
+    const void *x;        /* [rows, in_features] of dtype, columns at stride 1 */
+    const void *w_in;     /* [inner_features, in_features] of dtype, columns at stride 1 */
+    const void *b_in;     /* [inner_features] of dtype; null: none */
+    const void *w_out;    /* [out_features, inner_features] of dtype, columns at stride 1; null: one layer */
+    const void *b_out;    /* [out_features] of dtype; null: none */
+    const void *residual; /* [rows, out_features] of out_dtype, contiguous; null: none */
+    void *out;            /* [rows, out_features] of out_dtype, contiguous */
+    int64_t x_stride;     /* elements from one row to the next */
+    int64_t w_in_stride, w_out_stride;
+    int64_t rows, in_features, inner_features; /* features: multiples of 32 */
+    int64_t out_features;                      /* with one layer inner_features, which then may be any number */
+    int32_t dtype;                             /* FLOAT32 or BFLOAT16 */
+    int32_t out_dtype;                         /* dtype or FLOAT32 */
+    int32_t activation;
+    int32_t item_rows; /* how many rows a thread computes at a time, 1 .. 4096 */
+};
+
+/* Threads and instruction set as above. */
+int clvp_fast_mlp_cpu(const struct clvp_fast_mlp *call, int32_t num_threads, const char *isa);
+
+/* Attention of each place of an image to those of its window, which begins `shift` rows and columns later than the
+ * image and goes around its edges: softmax(q k^T * scale + bias, and -100 between places from opposite edges) v. */
+struct clvp_fast_window_attention {
+    const void *q, *k, *v; /* [batch, height, width, num_heads, head_dim] of dtype, channels at stride 1 */
+    const void *bias;      /* [num_heads, window * window, window * window] of bias_dtype: of a query, of a key */
+    void *out;             /* as q, contiguous */
+    int64_t q_strides[4], k_strides[4], v_strides[4]; /* elements, of all axes but the last */
+    int64_t bias_strides[3];
+    int64_t batch, height, width; /* height and width: multiples of window */
+    int32_t num_heads, head_dim;  /* head_dim: 1 .. 128 */
+    int32_t window, shift;        /* window: 1 .. 32; shift: less than that */
+    int32_t dtype, bias_dtype;    /* FLOAT32 or BFLOAT16 */
+    float scale;
+};
+
+/* Threads and instruction set as above. */
+int clvp_fast_window_attention_cpu(const struct clvp_fast_window_attention *call, int32_t num_threads, const char *isa);
 
 /* The next token of each row of logits: repetition penalty, temperature, top-k, top-p, min-p and typical-p as
  * transformers applies them, and a draw. A row's token depends on that row alone. A row of nothing but NaN and -inf

@@ -15,8 +15,13 @@ using clvp_fast::share_out;
 
 namespace {
 
-#define CLVP_FAST_USABLE(name, isa)                                                            \
-    {name, &CLVP_FAST_OF(log_mel, isa), &CLVP_FAST_OF(linear, isa), CLVP_FAST_OF(attend, isa), \
+#define CLVP_FAST_USABLE(name, isa, products)   \
+    {name,                                      \
+     &CLVP_FAST_OF(log_mel, isa),               \
+     &CLVP_FAST_OF(linear, products),           \
+     &CLVP_FAST_OF(mlp, products),              \
+     &CLVP_FAST_OF(window_attention, products), \
+     CLVP_FAST_OF(attend, isa),                 \
      CLVP_FAST_OF(sample, isa)}
 
 std::vector<clvp_fast_isa> usable_isas() {
@@ -25,16 +30,13 @@ std::vector<clvp_fast_isa> usable_isas() {
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl")) {
-        const clvp_fast_isa avx512 = CLVP_FAST_USABLE("avx512", avx512);
-        if (__builtin_cpu_supports("avx512bf16"))
-            usable.push_back({"avx512bf16", avx512.log_mel, &clvp_fast_linear_avx512bf16, clvp_fast_attend_avx512bf16,
-                              avx512.sample});
-        usable.push_back(avx512);
+        if (__builtin_cpu_supports("avx512bf16")) usable.push_back(CLVP_FAST_USABLE("avx512bf16", avx512, avx512bf16));
+        usable.push_back(CLVP_FAST_USABLE("avx512", avx512, avx512));
     }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-        usable.push_back(CLVP_FAST_USABLE("avx2", avx2));
+        usable.push_back(CLVP_FAST_USABLE("avx2", avx2, avx2));
 #endif
-    usable.push_back(CLVP_FAST_USABLE("portable", portable));
+    usable.push_back(CLVP_FAST_USABLE("portable", portable, portable));
     return usable;
 }
 
@@ -137,6 +139,42 @@ CLVP_FAST_EXPORT int clvp_fast_linear_cpu(const clvp_fast_linear *call, int32_t 
     if (call->rows == 0 || call->out_features == 0) return CLVP_FAST_OK;
     const auto run = [&](void *scratch, int64_t item) { isa->linear->run(call, item, scratch); };
     const bool done = share_out(isa->linear->items(call), num_threads, isa->linear->scratch_bytes(call), run);
+    return done ? CLVP_FAST_OK : CLVP_FAST_NO_MEMORY;
+}
+
+CLVP_FAST_EXPORT int clvp_fast_mlp_cpu(const clvp_fast_mlp *call, int32_t num_threads, const char *isa_name) {
+    if (const int refused = clvp_fast_check_mlp(call)) return refused;
+    const clvp_fast_isa *const isa = clvp_fast_find_isa(isa_name);
+    if (!isa) return CLVP_FAST_NO_ISA;
+    if (num_threads < 1) return CLVP_FAST_BAD_SIZE;
+    if (call->rows == 0 || call->out_features == 0) return CLVP_FAST_OK;
+    void *const packed = std::aligned_alloc(64, (isa->mlp->packed_bytes(call) + 63) / 64 * 64);
+    if (!packed) return CLVP_FAST_NO_MEMORY;
+    share_out(isa->mlp->groups(call), num_threads, 0,
+              [&](void *, int64_t group) { isa->mlp->pack(call, group, packed); });
+    const auto run = [&](void *scratch, int64_t item) { isa->mlp->run(call, packed, item, scratch); };
+    const int64_t items = (call->rows + call->item_rows - 1) / call->item_rows;
+    const bool done = share_out(items, num_threads, isa->mlp->scratch_bytes(call), run);
+    std::free(packed);
+    return done ? CLVP_FAST_OK : CLVP_FAST_NO_MEMORY;
+}
+
+CLVP_FAST_EXPORT int clvp_fast_window_attention_cpu(const clvp_fast_window_attention *call, int32_t num_threads,
+                                                    const char *isa_name) {
+    if (const int refused = clvp_fast_check_window_attention(call)) return refused;
+    const clvp_fast_isa *const isa = clvp_fast_find_isa(isa_name);
+    if (!isa) return CLVP_FAST_NO_ISA;
+    if (num_threads < 1) return CLVP_FAST_BAD_SIZE;
+    const int64_t windows = (call->height / call->window) * (call->width / call->window);
+    const int64_t items = call->batch * windows * call->num_heads;
+    if (items == 0) return CLVP_FAST_OK;
+    const auto &kernel = *isa->window_attention;
+    void *const packed = std::aligned_alloc(64, (kernel.packed_bytes(call) + 63) / 64 * 64);
+    if (!packed) return CLVP_FAST_NO_MEMORY;
+    share_out(call->num_heads, num_threads, 0, [&](void *, int64_t head) { kernel.pack(call, head, packed); });
+    const auto run = [&](void *scratch, int64_t item) { kernel.run(call, packed, item, scratch); };
+    const bool done = share_out(items, num_threads, kernel.scratch_bytes(call), run);
+    std::free(packed);
     return done ? CLVP_FAST_OK : CLVP_FAST_NO_MEMORY;
 }
 

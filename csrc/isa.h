@@ -31,6 +31,27 @@ struct clvp_fast_linear_isa {
     void (*run)(const struct clvp_fast_linear *call, int64_t item, void *scratch);
 };
 
+/* Linear layers of many rows: groups of the weights' columns are packed once in any order, then items of item_rows rows
+ * are computed. */
+struct clvp_fast_mlp_isa {
+    size_t (*packed_bytes)(const struct clvp_fast_mlp *call);
+    /* Scratch memory that a thread needs, aligned to 64 bytes, as `packed` is. */
+    size_t (*scratch_bytes)(const struct clvp_fast_mlp *call);
+    int64_t (*groups)(const struct clvp_fast_mlp *call);
+    void (*pack)(const struct clvp_fast_mlp *call, int64_t group, void *packed);
+    void (*run)(const struct clvp_fast_mlp *call, const void *packed, int64_t item, void *scratch);
+};
+
+/* Attention in windows: the bias is packed once, head by head, then items are computed in any order: for each image,
+ * for each window, each head. */
+struct clvp_fast_window_attention_isa {
+    size_t (*packed_bytes)(const struct clvp_fast_window_attention *call);
+    /* Scratch memory that a thread needs, aligned to 64 bytes, as `packed` is. */
+    size_t (*scratch_bytes)(const struct clvp_fast_window_attention *call);
+    void (*pack)(const struct clvp_fast_window_attention *call, int64_t head, void *packed);
+    void (*run)(const struct clvp_fast_window_attention *call, const void *packed, int64_t item, void *scratch);
+};
+
 /* Draws the token of a row. scratch: two floats for each token of the vocabulary, which is rounded up to 16. */
 typedef void (*clvp_fast_sample_row)(const struct clvp_fast_sample *call, int64_t row, void *scratch);
 
@@ -38,6 +59,8 @@ struct clvp_fast_isa {
     const char *name;
     const struct clvp_fast_log_mel_isa *log_mel;
     const struct clvp_fast_linear_isa *linear;
+    const struct clvp_fast_mlp_isa *mlp;
+    const struct clvp_fast_window_attention_isa *window_attention;
     clvp_fast_attend attend;
     clvp_fast_sample_row sample;
 };
@@ -52,6 +75,8 @@ const struct clvp_fast_isa *clvp_fast_find_isa(const char *name);
 #define CLVP_FAST_DECLARE(isa)                                                                                       \
     extern const struct clvp_fast_log_mel_isa CLVP_FAST_OF(log_mel, isa);                                            \
     extern const struct clvp_fast_linear_isa CLVP_FAST_OF(linear, isa);                                              \
+    extern const struct clvp_fast_mlp_isa CLVP_FAST_OF(mlp, isa);                                                    \
+    extern const struct clvp_fast_window_attention_isa CLVP_FAST_OF(window_attention, isa);                          \
     void CLVP_FAST_OF(attend, isa)(const struct clvp_fast_paged_decode *call, int64_t candidate, int64_t first_head, \
                                    int64_t end_head, void *scratch);                                                 \
     void CLVP_FAST_OF(sample, isa)(const struct clvp_fast_sample *call, int64_t row, void *scratch);

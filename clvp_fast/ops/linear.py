@@ -2,19 +2,18 @@
 
     out = activation((x W^T) * scale + b) + residual
 
-Torch's own products serve where rows are many, and on a GPU. The few rows of a decode step on a CPU, which wait for the
-weights to come from memory, have a kernel in the native library of `csrc/`, and int8 weights on a GPU have one in
-Triton: both read weights as they lie, round nothing but the result, and give a row the same bits whatever rows are
-beside it.
+Torch's own products serve on a GPU. The few rows of a decode step on a CPU, which wait for the weights to come from
+memory, have a kernel in the native library of `csrc/`, and int8 weights on a GPU have one in Triton: both read weights
+as they lie, round nothing but the result, and give a row the same bits whatever rows are beside it. Many rows on a CPU
+have another one, which packs the weights first (many_rows.py).
 """
 
 import ctypes
-from functools import cache
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
+from clvp_fast.ops import many_rows
 from clvp_fast.ops.activations import ACTIVATIONS, activate, reference_activation
 from clvp_fast.ops.dispatch import (
     Operator,
@@ -29,8 +28,6 @@ from clvp_fast.ops.dispatch import (
     shape_error,
 )
 
-# Beyond these rows torch's own products are as fast on a CPU (benchmarks/linear.py).
-MAX_ROWS = 512
 _FUSED = (None, "gelu_new", "gelu_pytorch_tanh")
 
 
@@ -75,7 +72,13 @@ def _in_triton(x, weight) -> bool:
 
 
 def _kernel(*args):
-    return (_triton if _in_triton(*args[:2]) else _native)(*args)
+    if _in_triton(*args[:2]):
+        return _triton(*args)
+    return (_native_many if many_rows.are_many(args[0]) else _native)(*args)
+
+
+def _native_many(x, weight, bias, scale, activation, residual=None):
+    return many_rows.layers(x, weight, bias, None, None, residual, activation)
 
 
 def _operands(x, weight, bias, scale, activation, residual=None):
@@ -121,10 +124,10 @@ def _native(x, weight, bias, scale, activation, residual=None):
 
 
 def _missing(device):
-    return _missing_native() if runs_natively(device) else missing_for_triton(device)
+    return missing_native() if runs_natively(device) else missing_for_triton(device)
 
 
-def _missing_native():
+def missing_native():
     from clvp_fast import native
 
     if reason := native.missing("cpu"):
@@ -132,15 +135,6 @@ def _missing_native():
     if native.library().clvp_fast_cpu_isa() == b"portable":
         return "torch's own products serve a CPU that has neither AVX2 nor AVX-512"
     return None
-
-
-@cache
-def _has_matrix_unit() -> bool:
-    """Whether this CPU multiplies matrices of bfloat16 by itself (AMX), which torch's products make use of."""
-    try:
-        return "amx_bf16" in Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
 
 
 def _unserved(x, weight, bias, scale, activation, residual=None):
@@ -157,7 +151,10 @@ def _unserved(x, weight, bias, scale, activation, residual=None):
     if x.device.type != "cpu":
         return "on a GPU it serves int8 weights, and torch's own products all others"
     # Interpreted, the operator has two kernels on a CPU, and `_missing` tells of the other.
-    return (_missing_native() if interpreted() else None) or _unserved_native(x, weight, columns)
+    if interpreted() and (reason := missing_native()):
+        return reason
+    few = x.numel() <= many_rows.FEW_ROWS * columns
+    return _unserved_native(x, weight, columns) if few else many_rows.unserved(x, activation, weight)
 
 
 def _unserved_native(x, weight, columns):
@@ -166,9 +163,7 @@ def _unserved_native(x, weight, columns):
         return f"it serves float32 and bfloat16 with weights of the same dtype or int8, not {dtype}, {weight_dtype}"
     if columns % 32 or weight.stride(1) != 1:
         return f"it serves rows of 32 n columns, side by side in memory, not {list(weight.shape)}, {weight.stride()}"
-    if x.numel() > MAX_ROWS * columns:
-        return f"it serves up to {MAX_ROWS} rows, not {x.numel() // columns}"
-    if dtype == weight_dtype == torch.bfloat16 and _has_matrix_unit():
+    if dtype == weight_dtype == torch.bfloat16 and many_rows.has_matrix_unit():
         return "this CPU has a matrix unit for bfloat16, which torch's own products use"
     return None
 

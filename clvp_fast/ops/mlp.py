@@ -10,9 +10,20 @@ with a scale a row: (x W^T) * scale in place of x W^T.
 import torch
 import torch.nn.functional as F
 
+from clvp_fast.ops import many_rows
 from clvp_fast.ops.activations import ACTIVATIONS, activate, reference_activation
-from clvp_fast.ops.dispatch import Operator, as_rows, autocasts, check_residual, check_same, needs_grad, shape_error
-from clvp_fast.ops.linear import check_scale, linear
+from clvp_fast.ops.dispatch import (
+    Operator,
+    as_rows,
+    autocasts,
+    check_residual,
+    check_same,
+    missing_for_triton,
+    needs_grad,
+    runs_natively,
+    shape_error,
+)
+from clvp_fast.ops.linear import check_scale, linear, missing_native
 
 
 def _out_dtype(x, residual):
@@ -99,6 +110,21 @@ def _kernel(x, w_in, b_in, w_out, b_out, residual, activation, scale_in=None, sc
     return out
 
 
+def _gelu_kernel(x, w_in, b_in, w_out, b_out, residual, activation, *scales):
+    args = (x, w_in, b_in, w_out, b_out, residual, activation)
+    return many_rows.layers(*args) if runs_natively(x.device) else _kernel(*args, *scales, gated=False)
+
+
+def _gelu_missing(device):
+    return missing_native() if runs_natively(device) else missing_for_triton(device)
+
+
+def _gelu_unserved(x, w_in, b_in, w_out, b_out, residual, activation, *scales):
+    if runs_natively(x.device):
+        return many_rows.unserved(x, activation, w_in, w_out)
+    return _unserved(x, w_in, b_in, w_out, b_out, residual, activation, *scales)
+
+
 _ARGUMENTS = "Tensor x, Tensor w_in, Tensor b_in, Tensor w_out, Tensor b_out, Tensor? residual, str activation"
 _GELU = Operator(
     "gelu_mlp",
@@ -106,8 +132,9 @@ _GELU = Operator(
     reference=gelu_reference,
     torch_path=_gelu_torch,
     fake=_fake,
-    kernel=lambda *args: _kernel(*args, gated=False),
-    unserved=_unserved,
+    kernel=_gelu_kernel,
+    unserved=_gelu_unserved,
+    missing=_gelu_missing,
 )
 _GEGLU = Operator(
     "geglu_mlp",
@@ -191,7 +218,11 @@ def gelu_mlp(
     if scale_in is not None or scale_out is not None:
         args = (*args, scale_in, scale_out)
     _check(1, *args)
-    return _GELU.choose(args, _training(*args[:6]))(*args)
+    plain = _training(*args[:6])
+    if plain is None and runs_natively(x.device):
+        # On a CPU a kernel is for many rows alone: no reason to warn of others.
+        plain = "it is compiled" if torch.compiler.is_compiling() else _GELU.refusal(x.device) or _gelu_unserved(*args)
+    return _GELU.choose(args, plain)(*args)
 
 
 def geglu_mlp(

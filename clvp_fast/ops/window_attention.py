@@ -11,10 +11,12 @@ Queries, keys and values are read where a projection left them, and the result i
 that places are gathered into windows and scattered back is inside the operator, and so is the mask.
 """
 
+import ctypes
+
 import torch
 import torch.nn.functional as F
 
-from clvp_fast.ops.dispatch import Operator, check_same, needs_grad, shape_error
+from clvp_fast.ops.dispatch import Operator, check_same, missing_for_either, needs_grad, runs_natively, shape_error
 
 # What Swin adds to the scores of places that only the shift brought together.
 SEAM = -100.0
@@ -135,7 +137,40 @@ def _fake(q, k, v, bias, window, shift, scale):
     return v.new_empty(q.shape)
 
 
-def _kernel(q, k, v, bias, window, shift, scale):
+def _kernel(q, *args):
+    return (_native if runs_natively(q.device) else _triton)(q, *args)
+
+
+def _native(q, k, v, bias, window, shift, scale):
+    """csrc/window_attention_isa.cpp."""
+    from clvp_fast import native
+
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    out = v.new_empty(q.shape)
+    types = {torch.float32: native.FLOAT32, torch.bfloat16: native.BFLOAT16}
+    call = native.WindowAttentionCall(
+        q.data_ptr(),
+        k.data_ptr(),
+        v.data_ptr(),
+        bias.data_ptr(),
+        out.data_ptr(),
+        q.stride()[:4],
+        k.stride()[:4],
+        v.stride()[:4],
+        bias.stride(),
+        *q.shape,
+        window,
+        shift,
+        types[q.dtype],
+        types[bias.dtype],
+        scale,
+    )
+    native.check(native.library().clvp_fast_window_attention_cpu(ctypes.byref(call), torch.get_num_threads(), None))
+    return out
+
+
+def _triton(q, k, v, bias, window, shift, scale):
+    """kernels/window_attention.py."""
     from clvp_fast.kernels import window_attention as kernels
 
     out = v.new_empty(q.shape)
@@ -145,6 +180,8 @@ def _kernel(q, k, v, bias, window, shift, scale):
 
 
 def _unserved(q, bias, window):
+    if runs_natively(q.device):
+        return _unserved_native(q, bias, window)
     from clvp_fast.kernels.window_attention import MAX_HEAD_DIM, MAX_WINDOW
 
     for name, x in (("q", q), ("bias", bias)):
@@ -157,6 +194,15 @@ def _unserved(q, bias, window):
     return None
 
 
+def _unserved_native(q, bias, window):
+    for name, x in (("q", q), ("bias", bias)):
+        if x.dtype not in (torch.bfloat16, torch.float32):
+            return f"{name} must be bfloat16 or float32, not {x.dtype}"
+    if not 1 <= q.shape[-1] <= 128:
+        return f"head_dim must be from 1 to 128, not {q.shape[-1]}"
+    return None if window <= 32 else f"window must be at most 32, not {window}"
+
+
 _OPERATOR = Operator(
     "window_attention",
     "(Tensor q, Tensor k, Tensor v, Tensor bias, int window, int shift, float scale) -> Tensor",
@@ -165,6 +211,7 @@ _OPERATOR = Operator(
     fake=_fake,
     kernel=_kernel,
     unserved=lambda q, k, v, bias, window, shift, scale: _unserved(q, bias, window),
+    missing=missing_for_either,
 )
 
 
@@ -222,7 +269,10 @@ def window_attention(
     args = (q, k, v, bias, window, shift, _prepare(q, k, v, bias, window, shift, scale))
     if dropout_p > 0:
         return _OPERATOR.choose(args, "dropout is for training")(*args, dropout_p)
-    return _OPERATOR.choose(args, "an input requires grad" if needs_grad(q, k, v, bias) else None)(*args)
+    plain = "an input requires grad" if needs_grad(q, k, v, bias) else None
+    if plain is None and runs_natively(q.device):  # on a CPU nobody expects a kernel for every dtype
+        plain = _unserved_native(q, bias, window)
+    return _OPERATOR.choose(args, plain)(*args)
 
 
 def window_attention_weights(

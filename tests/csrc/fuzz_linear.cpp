@@ -5,60 +5,11 @@
 #include <stdio.h>
 #include <string.h>
 
-#include <memory>
-#include <random>
 #include <vector>
 
-#include "../../csrc/clvp_fast.h"
+#include "matrix.h"
 
 namespace {
-
-std::mt19937_64 engine;
-
-int64_t draw(int64_t least, int64_t most) { return std::uniform_int_distribution<int64_t>(least, most)(engine); }
-
-float to_float(uint16_t half) {
-    const uint32_t bits = (uint32_t)half << 16;
-    float value;
-    memcpy(&value, &bits, 4);
-    return value;
-}
-uint16_t to_half(float value) { /* of numbers that bfloat16 has */
-    uint32_t bits;
-    memcpy(&bits, &value, 4);
-    return bits >> 16;
-}
-
-/* A strided matrix in exactly the memory that it needs. Its values are eighths, which every dtype holds. */
-struct Matrix {
-    int64_t rows, columns, stride;
-    int32_t dtype;
-    std::unique_ptr<unsigned char[]> memory;
-    int64_t size() const { return dtype == CLVP_FAST_INT8 ? 1 : dtype == CLVP_FAST_FLOAT32 ? 4 : 2; }
-    unsigned char *first() const { return memory.get() + (stride < 0 ? -stride * (rows - 1) * size() : 0); }
-    Matrix(int64_t rows, int64_t columns, int64_t stride, int32_t dtype)
-        : rows(rows), columns(columns), stride(stride), dtype(dtype) {
-        const int64_t span = rows ? columns + llabs(stride) * (rows - 1) : 0;
-        memory.reset(new unsigned char[span * size()]);
-        for (int64_t i = 0; i < span; ++i) {
-            const float value = draw(-16, 16) / (dtype == CLVP_FAST_INT8 ? 1.0f : 8.0f);
-            const int8_t whole = (int8_t)value;
-            const uint16_t half = to_half(value);
-            unsigned char *const to = memory.get() + i * size();
-            if (dtype == CLVP_FAST_INT8) memcpy(to, &whole, 1);
-            if (dtype == CLVP_FAST_FLOAT32) memcpy(to, &value, 4);
-            if (dtype == CLVP_FAST_BFLOAT16) memcpy(to, &half, 2);
-        }
-    }
-    double at(int64_t row, int64_t column) const {
-        const unsigned char *const from = first() + (row * stride + column) * size();
-        if (dtype == CLVP_FAST_INT8) return (int8_t)*from;
-        float value;
-        uint16_t half;
-        if (dtype == CLVP_FAST_FLOAT32) return memcpy(&value, from, 4), value;
-        return memcpy(&half, from, 2), to_float(half);
-    }
-};
 
 void spoil(clvp_fast_linear &call) {
     switch (draw(0, 11)) {

@@ -1,6 +1,5 @@
 """Linear layers: every path is the product in float64, and each call takes the path that is meant for it."""
 
-import sys
 import warnings
 
 import pytest
@@ -10,7 +9,8 @@ from torch._subclasses import FakeTensorMode
 
 import clvp_fast
 from clvp_fast import ops
-from clvp_fast.ops.linear import _OPERATOR, MAX_ROWS, _kernel, _torch
+from clvp_fast.ops import many_rows
+from clvp_fast.ops.linear import _OPERATOR, _kernel, _torch
 from tests.kit import assert_within_budget, linear_operands, random, strided
 
 served = pytest.mark.skipif(
@@ -98,23 +98,48 @@ def kernel_calls(monkeypatch):
 @served
 def test_few_rows_of_inference_take_the_kernel(kernel_calls):
     for dtype, int8 in ((torch.float32, False), (torch.float32, True), (torch.bfloat16, True)):
-        x, weight, bias, scale = operands(MAX_ROWS, dtype=dtype, int8=int8)
+        x, weight, bias, scale = operands(many_rows.FEW_ROWS, dtype=dtype, int8=int8)
         ops.linear(x, weight, bias, scale=scale, activation="gelu_new")
     assert len(kernel_calls) == 3
 
 
 @served
+def test_many_rows_of_inference_take_theirs(kernel_calls):
+    for dtype in (torch.float32, torch.bfloat16):
+        x, weight, bias, _ = operands(many_rows.FEW_ROWS + 1, dtype=dtype)
+        residual = random(len(x), 50, seed=7)
+        served = many_rows.unserved(x, "gelu_new", weight) is None
+        assert served or "torch's own" in many_rows.unserved(x, None, weight) or many_rows.has_matrix_unit()
+        for args in ((None, None), ("gelu_new", None), ("gelu_new", residual)):
+            out = ops.linear(x, weight, bias, activation=args[0], residual=args[1])
+            expected = exact(x, weight, bias, None, args[0]) + (0 if args[1] is None else residual.double())
+            baseline = _torch(x, weight, bias, None, args[0], args[1])
+            assert_within_budget(out, expected, baseline)
+        assert len(kernel_calls) == (3 if served else 0)
+        kernel_calls.clear()
+
+
+@served
+def test_many_rows_that_torch_multiplies(kernel_calls, monkeypatch):
+    """Half types without products of theirs, int8 weights, columns of another number, a matrix unit."""
+    rows = many_rows.FEW_ROWS + 1
+    for dtype, columns, int8 in ((torch.float16, 64, False), (torch.float32, 48, False), (torch.float32, 64, True)):
+        ops.linear(*operands(rows, columns, dtype=dtype, int8=int8)[:3], scale=operands(rows, columns, int8=int8)[3])
+    monkeypatch.setattr(many_rows, "has_matrix_unit", lambda: True)
+    ops.linear(*operands(rows, dtype=torch.bfloat16)[:3])
+    assert not kernel_calls
+
+
+@served
 def test_a_matrix_unit_serves_bfloat16(kernel_calls, monkeypatch):
     for unit, calls in ((True, 0), (False, 1)):
-        monkeypatch.setattr(sys.modules["clvp_fast.ops.linear"], "_has_matrix_unit", lambda unit=unit: unit)
+        monkeypatch.setattr(many_rows, "has_matrix_unit", lambda unit=unit: unit)
         ops.linear(*operands(dtype=torch.bfloat16)[:3])
         assert len(kernel_calls) == calls
 
 
 @served
 def test_all_others_take_torch_s_own_product(kernel_calls):
-    x, weight, bias, _ = operands(MAX_ROWS + 1)
-    assert torch.equal(ops.linear(x, weight, bias), F.linear(x, weight, bias))
     x, weight, bias, _ = operands(columns=48)
     assert torch.equal(ops.linear(x, weight, bias), F.linear(x, weight, bias))
     x, weight, bias, _ = operands()

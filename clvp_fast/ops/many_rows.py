@@ -1,0 +1,83 @@
+"""csrc/mlp_isa.cpp: linear layers of many rows on a CPU, one behind another or one alone."""
+
+import ctypes
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from clvp_fast.ops.dispatch import as_rows
+
+# Rows that are few: beyond them packing the weights pays (benchmarks/linear.py).
+FEW_ROWS = 512
+ACTIVATIONS = {None: 0, "gelu_new": 1, "gelu_pytorch_tanh": 1, "gelu": 2}
+# Rows that a thread computes at a time: enough to make use of the weights that it reads, few enough for the values
+# between two layers to stay in its cache.
+_ITEM_ROWS = 128
+# Tiles of sums have as many rows at most.
+_TILE_ROWS = 8
+
+
+def are_many(x: torch.Tensor) -> bool:
+    """Whether `x`, `[..., columns]`, has more than FEW_ROWS rows."""
+    return x.numel() > FEW_ROWS * x.shape[-1]
+
+
+@cache
+def has_matrix_unit() -> bool:
+    """Whether this CPU multiplies matrices of bfloat16 by itself (AMX), which torch's products make use of."""
+    try:
+        return "amx_bf16" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+
+
+def unserved(x, activation, *weights):
+    """Why `layers` does not serve, or None. `weights` are those of one layer or of two, `[out, in]`."""
+    from clvp_fast import native
+
+    if not are_many(x):
+        return f"up to {FEW_ROWS} rows are few, and have products of their own"
+    isa = native.library().clvp_fast_cpu_isa().decode()
+    # Torch's own products are as fast elsewhere, or nobody has measured them.
+    if not (isa == "avx512bf16" or (isa == "avx512" and x.dtype == torch.float32)):
+        return f"many rows of {x.dtype} are for torch's own products on a CPU with {isa}"
+    if x.dtype == torch.bfloat16 and has_matrix_unit():
+        return "this CPU has a matrix unit for bfloat16, which torch's own products use"
+    for weight in weights:
+        if weight.dtype != x.dtype or x.dtype not in (torch.float32, torch.bfloat16):
+            return f"it serves many rows of float32 or bfloat16 and weights of that, not {x.dtype}, {weight.dtype}"
+        if weight.shape[1] % 32 or weight.shape[1] == 0 or weight.stride(1) != 1:
+            return f"it serves rows of 32 n columns, side by side, not {list(weight.shape)}, {weight.stride()}"
+    return None if activation in ACTIVATIONS else f"activation must be one of {tuple(ACTIVATIONS)}, not {activation!r}"
+
+
+def layers(x, w_in, b_in, w_out, b_out, residual, activation):
+    """Two layers, `activation(x w_in^T + b_in) w_out^T + b_out + residual`, or without w_out the first one + residual.
+
+    As `unserved` has let them pass. The result has the dtype of the residual; without one that of `x`.
+    """
+    from clvp_fast import native
+
+    outs = len(w_in if w_out is None else w_out)
+    out = x.new_empty((*x.shape[:-1], outs), dtype=x.dtype if residual is None else residual.dtype)
+    rows, threads = as_rows(x), torch.get_num_threads()
+    b_in, b_out, residual = (None if t is None else t.contiguous() for t in (b_in, b_out, residual))
+    # Four items a thread, so that none waits long for the others.
+    item_rows = -(-len(rows) // (4 * threads * _TILE_ROWS)) * _TILE_ROWS
+    types = {torch.float32: native.FLOAT32, torch.bfloat16: native.BFLOAT16}
+    call = native.MlpCall(
+        *(None if t is None else t.data_ptr() for t in (rows, w_in, b_in, w_out, b_out, residual, out)),
+        rows.stride(0),
+        w_in.stride(0),
+        0 if w_out is None else w_out.stride(0),
+        len(rows),
+        *reversed(w_in.shape),
+        outs,
+        types[x.dtype],
+        types[out.dtype],
+        ACTIVATIONS[activation],
+        min(item_rows, _ITEM_ROWS),
+    )
+    native.check(native.library().clvp_fast_mlp_cpu(ctypes.byref(call), threads, None))
+    return out

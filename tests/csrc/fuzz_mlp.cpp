@@ -1,0 +1,108 @@
+/* Random and hostile calls of layers of many rows on every instruction set: every array is an allocation of exactly its
+ * size. A call that must be refused is, and leaves the result as it was; any other is what the sums in float64 are, row
+ * by row with the same bits as that row alone. */
+#include <math.h>
+#include <stdio.h>
+#include <string.h>
+
+#include <vector>
+
+#include "matrix.h"
+
+namespace {
+
+void spoil(clvp_fast_mlp &call) {
+    switch (draw(0, 13)) {
+        case 0: call.x = nullptr; break;
+        case 1: call.w_in = nullptr; break;
+        case 2: call.out = nullptr; break;
+        case 3: call.x = (const char *)call.x + 1; break;
+        case 4: call.out = (char *)call.out + 1; break;
+        case 5: call.in_features += draw(1, 31); break;
+        case 6: call.in_features = draw(0, 1) ? 0 : INT64_MAX / 32 * 32; break;
+        case 7: call.rows = draw(0, 1) ? -1 : INT64_MAX; break;
+        case 8: call.activation = draw(0, 1) ? -1 : 3; break;
+        case 9: call.residual = (const char *)call.out + 1; break;
+        case 10: call.dtype = draw(0, 1) ? CLVP_FAST_INT8 : 77; break;
+        case 11: call.out_dtype = CLVP_FAST_FLOAT16; break;
+        case 12: call.item_rows = draw(0, 1) ? 0 : 4097; break;
+        default: call.inner_features += call.w_out ? 5 : 1;
+    }
+}
+
+double activate(int activation, double x) {
+    if (activation == CLVP_FAST_GELU) return 0.5 * x * (1 + erf(x / sqrt(2)));
+    if (activation == CLVP_FAST_GELU_TANH) return 0.5 * x * (1 + tanh(sqrt(2 / M_PI) * (x + 0.044715 * x * x * x)));
+    return x;
+}
+
+int64_t stride_of(int64_t columns) { return draw(0, 2) ? columns : draw(-columns, 2 * columns); }
+
+bool one_case() {
+    const int32_t dtype = draw(0, 1) ? CLVP_FAST_FLOAT32 : CLVP_FAST_BFLOAT16;
+    const int32_t out_dtype = draw(0, 1) ? dtype : CLVP_FAST_FLOAT32;
+    const bool two = draw(0, 1), with_residual = draw(0, 1);
+    const int64_t rows = draw(1, 30), columns = 32 * draw(1, 4), outs = draw(1, 110);
+    const int64_t inner = two ? 32 * draw(1, 3) : outs;
+    const Matrix x(rows, columns, stride_of(columns), dtype), w_in(inner, columns, stride_of(columns), dtype);
+    const Matrix w_out(outs, inner, stride_of(inner), dtype), b_in(1, inner, inner, dtype), b_out(1, outs, outs, dtype);
+    const Matrix residual(rows, outs, outs, out_dtype), out(rows, outs, outs, out_dtype);
+    const Matrix alone(1, outs, outs, out_dtype);
+    clvp_fast_mlp call = {};
+    call.x = x.first(), call.w_in = w_in.first(), call.out = out.first();
+    call.b_in = draw(0, 1) ? b_in.first() : nullptr, call.b_out = two && draw(0, 1) ? b_out.first() : nullptr;
+    call.w_out = two ? w_out.first() : nullptr;
+    call.residual = with_residual ? residual.first() : nullptr;
+    call.x_stride = x.stride, call.w_in_stride = w_in.stride, call.w_out_stride = w_out.stride;
+    call.rows = rows, call.in_features = columns, call.inner_features = inner, call.out_features = outs;
+    call.dtype = dtype, call.out_dtype = out_dtype, call.activation = draw(0, 2), call.item_rows = draw(1, 40);
+    const char *const names[] = {nullptr, "avx512bf16", "avx512", "avx2", "portable"};
+    const char *const isa = names[draw(0, 4)];
+    const int32_t threads = draw(1, 3);
+    if (draw(1, 6) == 1) {
+        clvp_fast_mlp spoilt = call;
+        spoil(spoilt);
+        const std::vector<unsigned char> before(out.first(), out.first() + rows * outs * out.size());
+        return clvp_fast_mlp_cpu(&spoilt, threads, isa) < 0 && !memcmp(before.data(), out.first(), before.size());
+    }
+    const int code = clvp_fast_mlp_cpu(&call, threads, isa);
+    if (code == CLVP_FAST_NO_ISA) return isa != nullptr;
+    if (code != CLVP_FAST_OK) return false;
+    std::vector<double> hidden(inner);
+    for (int64_t m = 0; m < rows; ++m) {
+        double size = 1; /* of what is summed: it is rounded to bfloat16 between the layers */
+        for (int64_t n = 0; n < inner; ++n) {
+            double sum = call.b_in ? b_in.at(0, n) : 0;
+            for (int64_t k = 0; k < columns; ++k) sum += x.at(m, k) * w_in.at(n, k);
+            hidden[n] = activate(call.activation, sum);
+            if (fabs(hidden[n]) > size) size = fabs(hidden[n]);
+        }
+        for (int64_t n = 0; n < outs; ++n) {
+            double sum = two ? (call.b_out ? b_out.at(0, n) : 0) : hidden[n];
+            for (int64_t k = 0; two && k < inner; ++k) sum += hidden[k] * w_out.at(n, k);
+            if (with_residual) sum += residual.at(m, n);
+            const double between = two && dtype == CLVP_FAST_BFLOAT16 ? 4e-3 * sqrt((double)inner) * size * 2 : 1e-4;
+            const double room = out_dtype == CLVP_FAST_FLOAT32 ? 1e-4 : 4e-3;
+            if (!(fabs(out.at(m, n) - sum) <= between + room * (1 + fabs(sum)))) return false;
+        }
+    }
+    const int64_t row = draw(0, rows - 1), bytes = outs * out.size();
+    call.x = x.first() + row * x.stride * x.size(), call.rows = 1, call.out = alone.first();
+    if (with_residual) call.residual = residual.first() + row * bytes;
+    if (clvp_fast_mlp_cpu(&call, 1, isa) != CLVP_FAST_OK) return false;
+    return !memcmp(alone.first(), out.first() + row * bytes, bytes);
+}
+
+}  // namespace
+
+/* 0, or 1 after a case that failed. */
+int fuzz_mlp(int cases, unsigned seed) {
+    engine.seed(seed);
+    if (clvp_fast_mlp_cpu(nullptr, 1, nullptr) != CLVP_FAST_NULL_POINTER) return 1;
+    for (int number = 0; number < cases; ++number)
+        if (!one_case()) {
+            fprintf(stderr, "mlp: case %d\n", number);
+            return 1;
+        }
+    return 0;
+}
