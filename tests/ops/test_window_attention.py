@@ -1,4 +1,4 @@
-"""`window_attention`: the torch path against the float64 reference, and both against attention as Swin defines it."""
+"""`window_attention`: its paths against the float64 reference, and both against attention as Swin defines it."""
 
 import sys
 
@@ -45,9 +45,11 @@ def eager(q, k, v, bias, window, shift):
 def check(args, window, shift):
     with clvp_fast.backend("reference"):
         reference = window_attention(*(x.double() for x in args), window=window, shift=shift)
-    actual = window_attention(*args, window=window, shift=shift)
-    assert actual.is_contiguous() and actual.dtype == args[2].dtype
-    assert_within_budget(actual, reference, eager(*args, window, shift)[0])
+    for backend in (None, "torch"):  # by default also a CPU's kernel
+        with clvp_fast.backend(backend):
+            actual = window_attention(*args, window=window, shift=shift)
+        assert actual.is_contiguous() and actual.dtype == args[2].dtype
+        assert_within_budget(actual, reference, eager(*args, window, shift)[0])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
