@@ -59,7 +59,9 @@ CLVP_FAST_INLINE __m512i load_bytes(const void *from, int64_t bytes) {
     const auto quarter = [&](int i) CLVP_FAST_INLINED {
         return _mm256_zextsi128_si256(_mm_loadu_si128((const __m128i *)from + i));
     };
-    const auto half = [&] CLVP_FAST_INLINED { return _mm512_zextsi256_si512(_mm256_loadu_si256((const __m256i *)from)); };
+    const auto half = [&] CLVP_FAST_INLINED {
+        return _mm512_zextsi256_si512(_mm256_loadu_si256((const __m256i *)from));
+    };
     if (bytes >= 64) return _mm512_loadu_si512(from);
     if (bytes == 48) return _mm512_inserti64x4(half(), quarter(2), 1);
     if (bytes == 32) return half();

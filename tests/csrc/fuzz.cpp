@@ -1,5 +1,5 @@
-/* Random and hostile calls of log_mel (those of linear and sample are in fuzz_linear.cpp and fuzz_sample.cpp), on a CPU
- * and in the emulator of the CUDA kernel, for the sanitizers of addresses and undefined behaviour: every array is an
+/* Random and hostile calls of log_mel (those of other functions are in fuzz_linear.cpp and its like), on a CPU and in
+ * the emulator of the CUDA kernel, for the sanitizers of addresses and undefined behaviour: every array is an
  * allocation of exactly its size. A call that must be refused is, and leaves the features as they were; any other
  * writes them all, and both implementations agree. */
 #include <math.h>
