@@ -52,28 +52,10 @@ CLVP_FAST_INLINE Floats load_floats(const int8_t *from) { return __builtin_conve
 /* bfloat16 is the upper half of a float32. */
 CLVP_FAST_INLINE Floats load_floats(const uint16_t *from) { return (Floats)(widen(from) << 16); }
 
-#if defined(__AVX512F__)
-/* The first `bytes` of a vector, zeros behind them. A load with a mask waits for the stores before it: quarters of a
- * vector have loads of their own. */
-CLVP_FAST_INLINE __m512i load_bytes(const void *from, int64_t bytes) {
-    const auto quarter = [&](int i) CLVP_FAST_INLINED {
-        return _mm256_zextsi128_si256(_mm_loadu_si128((const __m128i *)from + i));
-    };
-    const auto half = [&] CLVP_FAST_INLINED {
-        return _mm512_zextsi256_si512(_mm256_loadu_si256((const __m256i *)from));
-    };
-    if (bytes >= 64) return _mm512_loadu_si512(from);
-    if (bytes == 48) return _mm512_inserti64x4(half(), quarter(2), 1);
-    if (bytes == 32) return half();
-    if (bytes == 16) return _mm512_zextsi256_si512(quarter(0));
-    return _mm512_maskz_loadu_epi8(((uint64_t)1 << bytes) - 1, from);
-}
-#endif
-
 /* The first `count` lanes, if there are not so many in memory; zeros behind them. */
 CLVP_FAST_INLINE Floats load_floats(const float *from, int64_t count) {
 #if defined(__AVX512F__)
-    return (Floats)load_bytes(from, count * sizeof *from);
+    return (Floats)_mm512_maskz_loadu_ps((1u << count) - 1, from);
 #else
     float given[LANES] = {};
     memcpy(given, from, count * sizeof *given);
@@ -82,8 +64,8 @@ CLVP_FAST_INLINE Floats load_floats(const float *from, int64_t count) {
 }
 CLVP_FAST_INLINE Floats load_floats(const uint16_t *from, int64_t count) {
 #if defined(__AVX512F__)
-    const __m256i halves = _mm512_castsi512_si256(load_bytes(from, count * sizeof *from));
-    return (Floats)_mm512_slli_epi32(_mm512_maskz_cvtepu16_epi32(0xffff, halves), 16);
+    const __m256i halves = _mm256_maskz_loadu_epi16((1u << count) - 1, from);
+    return (Floats)((Integers)_mm512_maskz_cvtepu16_epi32(0xffff, halves) << 16);
 #else
     uint16_t given[LANES] = {};
     memcpy(given, from, count * sizeof *given);

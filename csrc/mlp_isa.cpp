@@ -85,28 +85,31 @@ void tile(const float *packed, int64_t columns, Matrix<const Product<In>> x, Mat
     const Product<In> *rows[ROWS];
     for (int i = 0; i < ROWS; ++i) rows[i] = x.row(i < count ? i : count - 1);
     Floats sums[ROWS][VECTORS] = {};
-    Floats earlier[ROWS][VECTORS];
     const float *weights = packed + COLUMNS;
-    for (int64_t k = 0; k < columns;) {
-        if (k > 0)
-            unroll<ROWS * VECTORS>([&](auto i) CLVP_FAST_INLINED {
-                Floats &sum = sums[i / VECTORS][i % VECTORS], &before = earlier[i / VECTORS][i % VECTORS];
-                before = k > PART<In> ? before + sum : sum;
-                sum = Floats{};
-            });
+    const auto sum_part = [&](int64_t k) CLVP_FAST_INLINED {
         const int64_t end = columns - k < PART<In> ? columns : k + PART<In>;
         for (; k < end; k += UNIT<In>, weights += COLUMNS) {
             Floats weight[VECTORS];
             unroll<VECTORS>([&](auto j) CLVP_FAST_INLINED { weight[j] = load_floats(weights + j * LANES); });
-            unroll<ROWS>([&](auto i) CLVP_FAST_INLINED {
-                unroll<VECTORS>([&](auto j)
-                                    CLVP_FAST_INLINED { sums[i][j] = dot(sums[i][j], rows[i] + k, weight[j]); });
+            unroll<ROWS * VECTORS>([&](auto i) CLVP_FAST_INLINED {
+                constexpr int row = i / VECTORS, j = i % VECTORS;
+                sums[row][j] = dot(sums[row][j], rows[row] + k, weight[j]);
             });
         }
-    }
-    if (columns > PART<In>)
+    };
+    sum_part(0);
+    if (columns > PART<In>) {
+        Floats totals[ROWS][VECTORS];
+        memcpy(totals, sums, sizeof totals);
+        for (int64_t k = PART<In>; k < columns; k += PART<In>) {
+            unroll<ROWS * VECTORS>([&](auto i) CLVP_FAST_INLINED { sums[i / VECTORS][i % VECTORS] = Floats{}; });
+            sum_part(k);
+            unroll<ROWS * VECTORS>(
+                [&](auto i) CLVP_FAST_INLINED { totals[i / VECTORS][i % VECTORS] += sums[i / VECTORS][i % VECTORS]; });
+        }
         unroll<ROWS * VECTORS>(
-            [&](auto i) CLVP_FAST_INLINED { sums[i / VECTORS][i % VECTORS] += earlier[i / VECTORS][i % VECTORS]; });
+            [&](auto i) CLVP_FAST_INLINED { sums[i / VECTORS][i % VECTORS] = totals[i / VECTORS][i % VECTORS]; });
+    }
     unroll<ROWS>([&](auto i) CLVP_FAST_INLINED {
         if (i >= count) return;
         const Out *const added = residual.first ? residual.row(i) : nullptr;

@@ -39,7 +39,7 @@ CLVP_FAST_INLINE Floats load_units(const In *from, int64_t count = LANES * UNIT<
         if (count >= 2 * LANES)
             memcpy(&units, from, sizeof units);
         else
-            units = (Floats)load_bytes(from, count * sizeof *from);
+            units = (Floats)_mm512_maskz_loadu_epi16((1u << count) - 1, from);
         return units;
     }
 }
