@@ -21,7 +21,7 @@ namespace {
      &CLVP_FAST_OF(linear, products),           \
      &CLVP_FAST_OF(mlp, products),              \
      &CLVP_FAST_OF(window_attention, products), \
-     CLVP_FAST_OF(attend, isa),                 \
+     CLVP_FAST_OF(attend, products),            \
      CLVP_FAST_OF(sample, isa)}
 
 std::vector<clvp_fast_isa> usable_isas() {

@@ -69,6 +69,11 @@ def autocasts(device: torch.device) -> bool:
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
+def forced() -> str | None:
+    """The backend that is forced, or `None`."""
+    return _forced
+
+
 def interpreted() -> bool:
     """Whether a kernel that runs on a CPU now is a Triton kernel in the interpreter: for tests, and when forced."""
     return _forced == "kernel" and os.environ.get("TRITON_INTERPRET") == "1"

@@ -1,4 +1,4 @@
-"""csrc/mlp_isa.cpp: linear layers of many rows on a CPU, one behind another or one alone."""
+"""csrc/mlp_isa.cpp: linear layers of many rows on a CPU, one behind another or one alone; it serves few as well."""
 
 import ctypes
 from functools import cache
@@ -36,8 +36,6 @@ def unserved(x, activation, *weights):
     """Why `layers` does not serve, or None. `weights` are those of one layer or of two, `[out, in]`."""
     from clvp_fast import native
 
-    if not are_many(x):
-        return f"up to {FEW_ROWS} rows are few, and have products of their own"
     isa = native.library().clvp_fast_cpu_isa().decode()
     # Torch's own products are as fast elsewhere, or nobody has measured them.
     if not (isa == "avx512bf16" or (isa == "avx512" and x.dtype == torch.float32)):

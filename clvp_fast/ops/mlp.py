@@ -18,6 +18,7 @@ from clvp_fast.ops.dispatch import (
     autocasts,
     check_residual,
     check_same,
+    forced,
     missing_for_triton,
     needs_grad,
     runs_natively,
@@ -219,9 +220,10 @@ def gelu_mlp(
         args = (*args, scale_in, scale_out)
     _check(1, *args)
     plain = _training(*args[:6])
-    if plain is None and runs_natively(x.device):
-        # On a CPU a kernel is for many rows alone: no reason to warn of others.
-        plain = "it is compiled" if torch.compiler.is_compiling() else _GELU.refusal(x.device) or _gelu_unserved(*args)
+    if plain is None and runs_natively(x.device) and forced() is None:
+        # The two products of few rows are faster alone; and nobody expects a CPU to have a kernel for all types.
+        others = torch.compiler.is_compiling() or not many_rows.are_many(x)
+        plain = "torch path" if others else _GELU.refusal(x.device) or _gelu_unserved(*args)
     return _GELU.choose(args, plain)(*args)
 
 
