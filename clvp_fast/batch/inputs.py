@@ -188,8 +188,23 @@ class Task:
     def rows_of(self, file: RowFile) -> list[Row]:
         """In buckets of like lengths, the longest first, so that none of them is the last to be waited for."""
         wanted = None if self.rows is None else set(self.rows)
-        rows = [row for row in file.shard(self.shard) if wanted is None or row.index in wanted]
-        return sorted(rows, key=lambda row: -(len(row.text or "") // _BUCKET))
+        return in_buckets(row for row in file.shard(self.shard) if wanted is None or row.index in wanted)
+
+
+def in_buckets(rows: Iterable[Row]) -> list[Row]:
+    """Rows by the length of their texts, roughly, the longest first."""
+    return sorted(rows, key=lambda row: -(len(row.text or "") // _BUCKET))
+
+
+def in_transit(rows: Iterable[Row]) -> pa.Table:
+    """Rows as they travel between machines."""
+    rows = list(rows)
+    return _table(rows).append_column("row", pa.array([row.index for row in rows], pa.int64()))
+
+
+def arrived(table: pa.Table) -> list[Row]:
+    """The inverse of `in_transit`."""
+    return [_row(record["row"], record) for record in table.to_pylist()]
 
 
 def _row(index: int, record: dict) -> Row:

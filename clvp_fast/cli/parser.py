@@ -100,7 +100,10 @@ def _batch(commands, everywhere) -> None:
         help="a Ray cluster; without ADDRESS the one at hand, or this machine",
     )
     cluster.add_argument(
-        "--workers", type=_positive_int, metavar="N", help="at most (default: one for each GPU, or on CPUs one)"
+        "--workers",
+        type=_positive_int,
+        metavar="N",
+        help="at most (default: one for each GPU, or without any for each machine)",
     )
     cluster.add_argument("--threads", type=_positive_int, metavar="N", help="of a worker on a CPU (default: all)")
     _add_sampling(parser)
