@@ -324,5 +324,6 @@ class _Job:
 
     def _complete(self, number: int) -> None:
         shard = self._shards.pop(number)
+        shard.write()  # if there is no room for the file of results, nothing has to be spoken again
         shard.close()
         self._folder.write_shard(number, shard.done.values(), self._result_schema, self._digest)

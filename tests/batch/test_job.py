@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import tracemalloc
@@ -181,6 +182,23 @@ def test_retry_failed(run, no_model, monkeypatch, out):
     assert [line for line in results(out) if line["row"] % 11 != 7] == spoken
 
 
+def test_ended_right_before_a_shard_is_written(run, no_model, monkeypatch, out, undisturbed):
+    """Its journal has all rows: none is spoken again, but those that failed if they are asked for."""
+
+    def ended(*_):
+        raise KeyboardInterrupt
+
+    for retry_failed in (False, True):
+        with monkeypatch.context() as patched:
+            patched.setattr(JobFolder, "write_shard", ended)
+            with pytest.raises(KeyboardInterrupt):
+                run()
+        run(retry_failed=retry_failed)
+        assert sorted(no_model.made[-1].asked) == [*([7] if retry_failed else []), *range(8, 50)]
+        assert (results(out), failures(out)) == undisturbed
+        shutil.rmtree(out)
+
+
 def test_retry_that_is_stopped(run, no_model, out):
     """What failed stays failed until it is spoken."""
     run()
@@ -188,9 +206,11 @@ def test_retry_that_is_stopped(run, no_model, out):
     no_model.options["stop_after"] = 2
     with pytest.raises(KeyboardInterrupt):
         run(retry_failed=True)
+    assert [failure["row"] for failure in failures(out)] == [7, 18]  # they have failed again, and two are not tried yet
     no_model.options.clear()
     run()
     assert (results(out), failures(out)) == expected
+    assert not list((out / "unfinished").iterdir())
     run(retry_failed=True)
     assert (results(out), failures(out)) == expected
     assert_whole(out, 50)
