@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 import shutil
 import signal
 import socket
@@ -20,6 +21,7 @@ import pytest
 from clvp_fast.batch import Settings, run
 from clvp_fast.batch.inputs import RowFile, Task, read_rows
 from clvp_fast.cli import main
+from clvp_fast.cli.parser import build_parser
 from clvp_fast.distributed import CandidateActor, Cluster, _JobActor, _piece_rows, _share
 from tests.batch.jobs import QUICK, VOICE, assert_whole, failures, records, results, write_jsonl
 
@@ -222,6 +224,24 @@ def test_a_pipeline_of_ones_own(ray):
     for line, other in zip(lines, wanted, strict=True):
         assert list(line["codes"]) == other["codes"]
         assert [line[name] for name in ("id", "score", "seed")] == [other[name] for name in ("id", "score", "seed")]
+
+
+def test_the_example_of_the_document(ray, tmp_path, monkeypatch):
+    (example,) = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs/scaling.md").read_text(), re.M | re.S)
+    assert "num_gpus=1" in example
+    shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(compile(example.replace("num_gpus=1", "num_cpus=1"), "scaling.md", "exec"), names)
+    found = sorted((line["id"], line["chapter"], line["error"]) for line in names["best"])
+    assert found == [("canoe", 1, None), ("sheet", 2, None)]
+    assert all(len(line["codes"]) == line["length"] for line in names["best"])
+
+
+def test_the_commands_of_the_document():
+    commands = re.findall(r"^clvp-fast (batch .*)$", (ROOT / "docs/scaling.md").read_text(), re.M)
+    (parsed,) = [build_parser().parse_args(command.split()) for command in commands]
+    assert parsed.ray is True and (ROOT / parsed.input).is_file() and (ROOT / parsed.voice).is_file()
 
 
 def workers_of(process: int) -> list[int]:

@@ -286,7 +286,7 @@ def test_the_figure_says_what_is_not_measured(tmp_path):
 
 def test_the_commands_of_the_document_are_ones():
     text = report.SCALING.read_text(encoding="utf-8")
-    (block,) = re.findall(r"^```sh\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+    block, *_ = re.findall(r"^```sh\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
     bench, make = block.splitlines()
     parsed = build_parser().parse_args(bench.split()[1:])
     assert parsed.command == "bench" and parsed.workload == ["scaling"] and "scaling" in WORKLOADS
