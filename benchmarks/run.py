@@ -49,6 +49,7 @@ WORKLOADS = {
     "linear": "linear layers of few rows",
     "scheduler": "what scheduling costs a decode step, on a null model",
     "corpus": "a corpus through the job of clvp-fast batch, against the bare engine",
+    "cluster": "a corpus through clvp-fast batch: one process, and the workers of a local Ray",
     "precision": "how far each precision tier is from float64",
 }
 
