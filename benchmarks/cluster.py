@@ -55,11 +55,11 @@ def tasks(device: str, smoke: bool = False) -> Iterator[Task]:
     name = "clvp_fast batch, Ray, " + ("two workers, threads: 1" if device == "cpu" else "a worker a GPU")
     makers[name] = partial(runs.cluster, name, rows)
     shape = {"rows": rows, "candidates": candidates, "new_tokens": new_tokens, "model": "demo"}
-    yield task("cluster", shape, makers, 1)
+    yield task("cluster", shape, makers, 1 if smoke else 2)
     rows, runs = SMOKE_IDLE if smoke else IDLE, _Runs(settings, WORKERS[device])
     here, cluster = "clvp_fast batch, one process", "clvp_fast batch, Ray"
     makers = {here: partial(runs.here_idle, here, rows), cluster: partial(runs.cluster, cluster, rows, IdleActor)}
-    yield task("cluster", {"rows": rows, "model": "none"}, makers, 1)
+    yield task("cluster", {"rows": rows, "model": "none"}, makers, 1 if smoke else 2)
 
 
 class _Runs:

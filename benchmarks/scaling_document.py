@@ -6,7 +6,8 @@ Calls are those of the workload `scaling`, the model is `benchmarks/scaling_mode
 from dataclasses import replace
 from math import ceil
 
-from benchmarks import scaling_model as model
+from benchmarks import cluster_document, scaling_model as model
+from benchmarks.cluster_document import table
 from benchmarks.document import cpu_first, seconds, thousands
 from benchmarks.scaling_model import CLVP, H200, SWEEPS, Call, Device, Types, sweeps
 
@@ -29,13 +30,18 @@ def document(rows: list[dict], figures: dict[str, str]) -> str:
     """
     ours = [row for row in rows if row["workload"] == "scaling" and row["seconds"]]
     devices = sorted({row["device"]["name"] for row in ours}, key=cpu_first)
-    found = [_measured(name, [row for row in ours if row["device"]["name"] == name], figures) for name in devices]
+    cluster = [row for row in rows if row["workload"] == "cluster" and row["seconds"]]
+    found = []
+    for name in devices:
+        found.append(_measured(name, [row for row in ours if row["device"]["name"] == name], figures))
+        found.append(cluster_document.measured([row for row in cluster if row["device"]["name"] == name]))
     if all("NVIDIA" in name for name in devices):
         found.insert(0, "## CPU\n\nNot measured.")
     if not any("NVIDIA" in name for name in devices):
         found.append("## NVIDIA GPU\n\nNot measured: none was at hand.")
+    many_gpus = cluster_document.modelled(cluster, H200, BF16)
     fitted = _fitted([row for row in ours if "H200" in row["device"]["name"]])
-    return "\n\n".join([*found, _modelled(fitted), _saturation(rows), _many(fitted)])
+    return "\n\n".join([*found, _modelled(fitted), _saturation(rows), _many(fitted), many_gpus])
 
 
 def _fitted(rows: list[dict]) -> Device | None:
@@ -52,10 +58,6 @@ def _off(row: dict, device: Device) -> float:
     return model.seconds(Call(**row["shape"]), device, TYPES[row["dtype"]]) / row["seconds"]["median"] - 1
 
 
-def _table(titles: list[str], lines: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [titles, ["---"] * len(titles), *lines])
-
-
 def _measured(name: str, rows: list[dict], figures: dict[str, str]) -> str:
     device, found = _fitted(rows), [f"## {name}", *([figures[name]] if name in figures else [])]
     for sweep, points in sweeps(rows).items():
@@ -68,7 +70,7 @@ def _measured(name: str, rows: list[dict], figures: dict[str, str]) -> str:
         found.append(f"{fixed[0].upper()}{fixed[1:]}; {shape['new_tokens']} tokens a candidate.")
         titles = [SWEEPS[sweep], "a call (20 % to 80 %)", "voice, decode, rank", "tokens/s"]
         titles += ["the model is off by"] * (device is not None)
-        found.append(_table(titles, [_point(row, sweep, device) for row in points]))
+        found.append(table(titles, [_point(row, sweep, device) for row in points]))
     return "\n\n".join([*found, _worth(rows, device)])
 
 
@@ -151,7 +153,7 @@ def _modelled(fitted: Device | None) -> str:
             f'bfloat16, and "below" stands for {said}.',
             f"One request, {STANDARD.text_tokens} text tokens, {STANDARD.new_tokens} tokens a candidate, all in "
             f"bfloat16, up to {STANDARD.slots} candidates at once:",
-            _table(titles, lines),
+            table(titles, lines),
         ]
     )
 
@@ -223,7 +225,7 @@ def _many(fitted: Device | None) -> str:
         [
             "## Several GPUs, by the model",
             f"Requests of {STANDARD.candidates} candidates, at the limit / below it:",
-            _table(titles, lines),
+            table(titles, lines),
             f"The results of a request, codes and embeddings of all candidates, are {size / 1e6:.1f} MB; "
             f"{leaving / 1e6:.0f} MB/s of them leave {max(GPUS)} GPUs at the limit.",
         ]

@@ -8,7 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import clvp_fast
-from benchmarks import plots, report, scaling, scaling_document, scaling_model as model, tiers
+from benchmarks import cluster_document, plots, report, scaling, scaling_document, scaling_model as model, tiers
 from benchmarks.harness import all_rows
 from benchmarks.models import our_model
 from benchmarks.run import WORKLOADS
@@ -213,7 +213,7 @@ def test_the_document_shows_each_sweep_beside_the_model():
     )
     assert "by 25% at most." in text and "## NVIDIA GPU\n\nNot measured: none was at hand." in text
     assert "an assumption that no GPU has confirmed, 60% of both limits" in text
-    assert text.count("Not measured") == 2
+    assert text.count("Not measured") == 3 and "### On a cluster\n\nNot measured." in text
 
 
 def test_too_few_calls_are_told_and_a_refused_one_is_left_out():
@@ -291,3 +291,33 @@ def test_the_commands_of_the_document_are_ones():
     parsed = build_parser().parse_args(bench.split()[1:])
     assert parsed.command == "bench" and parsed.workload == ["scaling"] and "scaling" in WORKLOADS
     assert f"\n{make.removeprefix('make ')}:" in (report.ROOT / "Makefile").read_text(encoding="utf-8")
+
+
+def cluster_row(provider, rows, work, **shape):
+    times = {"seconds": {"median": work + 3}, "parts": {"start": 2.0, "work": work}}
+    context = {"device": {"threads": 2}, "versions": {"torch": "1"}, "commit": "abc"}
+    return {
+        "provider": provider,
+        "shape": {"rows": rows, **shape},
+        "seconds": {"median": work + 3},
+        "parts": parts,
+    } | context
+
+
+def test_the_document_tells_of_clusters():
+    job = {"candidates": 16, "new_tokens": 64, "model": "demo"}
+    rows = [
+        cluster_row("one process", 48, 24.0, **job),
+        cluster_row("Ray, two workers", 48, 10.5, **job),
+        cluster_row("one process", 10000, 1.0, model="none"),
+        cluster_row("Ray", 10000, 20.0, model="none"),
+    ]
+    text = cluster_document.measured(rows)
+    assert "| one process | 27.0 s | 2.00 s | 2.00 | 1.00x |" in text
+    assert "| Ray, two workers | 13.5 s | 2.00 s | 4.00 | 2.00x |" in text  # 6 rows may be done when the first is seen
+    assert "takes in 10 000 rows a second in one process, and 500 over Ray" in text
+    assert cluster_document.measured(rows[:2]).endswith("Not measured.")
+    text = cluster_document.modelled(rows, model.H200, Types(2, 2))
+    one = 2 / model.seconds(cluster_document.ROWS["256 candidates of 500 tokens"], model.H200, Types(2, 2))
+    assert f"| 64 | {64 * one:.0f} | 500 (the job's own process) |" in text and f"{500 / one:.0f} GPUs at 256" in text
+    assert "not measured" in cluster_document.modelled([], model.H200, Types(2, 2))
