@@ -296,12 +296,7 @@ def test_the_commands_of_the_document_are_ones():
 def cluster_row(provider, rows, work, **shape):
     times = {"seconds": {"median": work + 3}, "parts": {"start": 2.0, "work": work}}
     context = {"device": {"threads": 2}, "versions": {"torch": "1"}, "commit": "abc"}
-    return {
-        "provider": provider,
-        "shape": {"rows": rows, **shape},
-        "seconds": {"median": work + 3},
-        "parts": parts,
-    } | context
+    return {"provider": provider, "shape": {"rows": rows, **shape}} | times | context
 
 
 def test_the_document_tells_of_clusters():
