@@ -59,7 +59,7 @@ def run(
         retry_failed: speak the rows again that failed before.
         shard_rows: rows of a file of results; by default 1024, with latents 64.
         ray: work on a Ray cluster: its address, or True for the one at hand, else one of this machine.
-        workers: of the cluster, at most; by default one for each GPU, or on CPUs one.
+        workers: of the cluster, at most; by default one for each GPU, or on CPUs for each machine.
         memory_fraction: of the memory that is free, how much may be used beside the weights.
         progress: show a bar on stderr.
         settings: as [`Settings`]: `checkpoint`, `voice`, `keep`, `num_candidates`, `dtype` and so on.
