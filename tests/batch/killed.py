@@ -12,7 +12,9 @@ import random
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
+from threading import Thread
 
 from clvp_fast.batch import job, worker
 from tests.batch.deaths import in_child
@@ -25,6 +27,14 @@ def shards_of(out: Path) -> int:
 
 def journaled(out: Path) -> int:
     return sum(path.stat().st_size for path in (out / "unfinished").glob("*"))
+
+
+def die_at(out: Path, shards: int, seconds: float) -> None:
+    """Kills this process so many seconds after so many shards are there."""
+    while shards_of(out) < shards:
+        time.sleep(0.005)
+    time.sleep(seconds)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def main(rows: str, kills: str, folder: str, seed: str = "0") -> None:
@@ -40,17 +50,12 @@ def main(rows: str, kills: str, folder: str, seed: str = "0") -> None:
     assert in_child(lambda: run(Path(folder, "undisturbed"))) == 0
 
     out, shards = Path(folder, "killed"), -(-int(rows) // shard_rows)
-    for number, share in enumerate(sorted(rng.uniform(0, 0.95) for _ in range(int(kills))), start=1):
-        child = os.fork()
-        if not child:
-            run(out)
-            os._exit(0)
-        # By progress rather than by the clock, which tells little on a machine that others use too.
-        while shards_of(out) < int(share * shards):
-            time.sleep(0.005)
-        time.sleep(rng.uniform(0, 1))
-        os.kill(child, signal.SIGKILL)
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    # By progress, which the child itself watches: by the clock of another process it might be done, on a busy machine.
+    # What is left behind the last kill takes several times as long as the wait for it.
+    shares = sorted(rng.uniform(0, 0.5) for _ in range(int(kills)))
+    for number, share in enumerate(shares, start=1):
+        death = partial(die_at, out, int(share * shards), rng.uniform(0, shard_rows / 100))
+        status = in_child(lambda death=death: (Thread(target=death, daemon=True).start(), run(out)))
         assert status == -signal.SIGKILL, status
         print(f"killed {number}: {shards_of(out)} of {shards} shards, {journaled(out)} bytes of journals", flush=True)
     assert in_child(lambda: run(out)) == 0
