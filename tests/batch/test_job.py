@@ -49,6 +49,11 @@ def test_whole(run, out):
     assert (out / "overview.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_counts_are_of_rows_however_many_are_kept(run):
+    summary = run(keep=2)
+    assert (summary["spoken"], summary["candidates"], summary["tokens"]) == (46, 92, 46 * 7)
+
+
 def test_rows_of_a_shard_come_longest_first(run, no_model, corpus):
     run()
     texts = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]

@@ -60,6 +60,8 @@ def test_results_that_cannot_be_used():
     # A candidate without tokens has nothing that could be judged.
     empty = result(lengths=np.array([2, 0, 3]), scores=np.array([0.1, -np.inf, 0.3]))
     assert Outcome.of(row, 0, empty, settings).error is None
+    nothing = result(lengths=np.array([2, 0, 3]), scores=np.array([0.1, np.nan, 0.3]))
+    assert "not finite" in Outcome.of(row, 0, nothing, settings).error
 
 
 @pytest.mark.parametrize("latents", [False, True])

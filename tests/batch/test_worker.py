@@ -92,6 +92,11 @@ def test_seeds(worker, rows, together):
     assert codes(own) == codes(own, 1) == first
 
 
+def test_failures_do_not_wait_for_the_end(worker):
+    bad, good = Row(0, "a", error="no"), Row(1, "b", "Hello.")
+    assert [outcome.row for outcome in worker.outcomes([bad, good])] == [0, 1]
+
+
 def test_failures(worker, rows, together, tmp_path):
     assert together[7] == f"there is no recording at {rows[7].voice}"
     samples = np.zeros(22050, dtype=np.float32)
