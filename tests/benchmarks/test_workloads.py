@@ -228,7 +228,8 @@ def test_an_engine_that_computes_something_else_is_seen(monkeypatch):
     monkeypatch.setattr(
         tiers.PagedDecoder, "step", lambda self, tokens, lens, *rest: step(self, tokens, lens + 1, *rest)
     )
-    assert tiers.engine_error(tier, "cpu", True, 30) > 10 * tier.tolerance
+    # It reads what no token has written, which may be NaN.
+    assert not tiers.engine_error(tier, "cpu", True, 30) <= 10 * tier.tolerance
 
 
 def test_a_candidate_without_all_its_tokens_is_no_measurement(monkeypatch):
