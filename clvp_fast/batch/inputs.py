@@ -7,7 +7,7 @@ whatever the input was, and a job that goes on for days does not depend on what 
 import csv
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -169,13 +169,13 @@ class RowFile:
     def write(path: Path, rows: Iterable[Row], shard_rows: int) -> None:
         """Copies rows. One whose id is also that of an earlier row gets an error, as results go by ids."""
         marks: list[np.ndarray] = []
-        with pq.ParquetWriter(path, _SCHEMA, compression="zstd", write_page_checksum=True) as writer:
+        with _writer(path) as writer:
             for group in _groups(rows, shard_rows):
                 marks.append(np.array([_mark(row.id) for row in group], dtype=np.uint64))
                 writer.write_table(_table(group))
         repeated = _repeated(np.concatenate(marks)) if marks else {}
         if repeated:
-            _mark_repeated(path, repeated, shard_rows)
+            _mark_repeated(path, repeated)
 
 
 @dataclass(frozen=True)
@@ -217,6 +217,10 @@ def _table(rows: list[Row]) -> pa.Table:
     return pa.table([pa.array(values, pa.string()) for values in zip(*columns, strict=True)], _SCHEMA)
 
 
+def _writer(path: Path) -> pq.ParquetWriter:
+    return pq.ParquetWriter(path, _SCHEMA, compression="zstd", write_page_checksum=True)
+
+
 def _groups(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
     group: list[Row] = []
     for row in rows:
@@ -243,16 +247,16 @@ def _repeated(marks: np.ndarray) -> dict[int, int]:
     return dict(zip(order[again].tolist(), first[again].tolist(), strict=True))
 
 
-def _mark_repeated(path: Path, repeated: dict[int, int], shard_rows: int) -> None:
+def _mark_repeated(path: Path, repeated: dict[int, int]) -> None:
     """Writes the copy once more, with errors in the rows whose ids came before."""
     scratch = path.with_name(f"{path.name}.again.part")
     rows = RowFile(path)
-    with pq.ParquetWriter(scratch, _SCHEMA, compression="zstd", write_page_checksum=True) as writer:
+    with _writer(scratch) as writer:
         for shard in range(rows.num_shards):
             group = rows.shard(shard)
             for place, row in enumerate(group):
                 if row.index in repeated and row.error is None:
                     error = f"its id is also that of row {repeated[row.index]}: give each row one of its own"
-                    group[place] = Row(row.index, row.id, row.text, row.voice, row.sampling, error)
+                    group[place] = replace(row, error=error)
             writer.write_table(_table(group))
     scratch.replace(path)

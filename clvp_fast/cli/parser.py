@@ -53,10 +53,7 @@ def _generate(commands, everywhere) -> None:
         "--save-voice", metavar="FILE", help="save the voice, to be given as --voice without its recordings"
     )
     more.add_argument("--no-pictures", action="store_true", help="write no candidates.png")
-    _add_sampling(parser)
-    _add_memory(parser)
-    _add_device(parser)
-    _add_text_cleaning(parser)
+    _add_decoding(parser)
 
 
 def _batch(commands, everywhere) -> None:
@@ -106,10 +103,7 @@ def _batch(commands, everywhere) -> None:
         help="at most (default: one for each GPU, or without any for each machine)",
     )
     cluster.add_argument("--threads", type=_positive_int, metavar="N", help="of a worker on a CPU (default: all)")
-    _add_sampling(parser)
-    _add_memory(parser)
-    _add_device(parser)
-    _add_text_cleaning(parser)
+    _add_decoding(parser)
 
 
 def _score(commands, everywhere) -> None:
@@ -246,6 +240,14 @@ def _add_candidates(parser) -> None:
         metavar="N",
         help="longest candidate (default: 500, or what the checkpoint has positions for)",
     )
+
+
+def _add_decoding(parser) -> None:
+    """What `generate` and `batch` ask of the engine alike."""
+    _add_sampling(parser)
+    _add_memory(parser)
+    _add_device(parser)
+    _add_text_cleaning(parser)
 
 
 def _add_sampling(parser) -> None:

@@ -123,11 +123,12 @@ def _native(x, weight, bias, scale, activation, residual=None):
     return out
 
 
-def _missing(device):
-    return missing_native() if runs_natively(device) else missing_for_triton(device)
+def missing(device: torch.device) -> str | None:
+    """Why neither Triton's kernel on a GPU nor the library's products on a CPU can run on `device`, or `None`."""
+    return _missing_native() if runs_natively(device) else missing_for_triton(device)
 
 
-def missing_native():
+def _missing_native():
     from clvp_fast import native
 
     if reason := native.missing("cpu"):
@@ -151,7 +152,7 @@ def _unserved(x, weight, bias, scale, activation, residual=None):
     if x.device.type != "cpu":
         return "on a GPU it serves int8 weights, and torch's own products all others"
     # Interpreted, the operator has two kernels on a CPU, and `_missing` tells of the other.
-    if interpreted() and (reason := missing_native()):
+    if interpreted() and (reason := _missing_native()):
         return reason
     few = x.numel() <= many_rows.FEW_ROWS * columns
     return _unserved_native(x, weight, columns) if few else many_rows.unserved(x, activation, weight)
@@ -176,7 +177,7 @@ _OPERATOR = Operator(
     fake=_fake,
     kernel=_kernel,
     unserved=_unserved,
-    missing=_missing,
+    missing=missing,
 )
 
 

@@ -19,12 +19,11 @@ from clvp_fast.ops.dispatch import (
     check_residual,
     check_same,
     forced,
-    missing_for_triton,
     needs_grad,
     runs_natively,
     shape_error,
 )
-from clvp_fast.ops.linear import check_scale, linear, missing_native
+from clvp_fast.ops.linear import check_scale, linear, missing
 
 
 def _out_dtype(x, residual):
@@ -116,10 +115,6 @@ def _gelu_kernel(x, w_in, b_in, w_out, b_out, residual, activation, *scales):
     return many_rows.layers(*args) if runs_natively(x.device) else _kernel(*args, *scales, gated=False)
 
 
-def _gelu_missing(device):
-    return missing_native() if runs_natively(device) else missing_for_triton(device)
-
-
 def _gelu_unserved(x, w_in, b_in, w_out, b_out, residual, activation, *scales):
     if runs_natively(x.device):
         return many_rows.unserved(x, activation, w_in, w_out)
@@ -135,7 +130,7 @@ _GELU = Operator(
     fake=_fake,
     kernel=_gelu_kernel,
     unserved=_gelu_unserved,
-    missing=_gelu_missing,
+    missing=missing,
 )
 _GEGLU = Operator(
     "geglu_mlp",
