@@ -218,14 +218,14 @@ class ClapAudioEncoder(nn.Module):
             return tokens.transpose(1, 2).unflatten(2, size)
 
         size = self.patch_embed.grid_size
-        images, attentions = [as_image(hidden_states)], []
+        images, attentions = [as_image(hidden_states)] if output_hidden_states else [], []
         for stage in self.layers:
             hidden_states, whole, weights = stage(hidden_states, size, output_attentions, always_partition)
-            if output_hidden_states_before_downsampling:
+            if output_hidden_states and output_hidden_states_before_downsampling:
                 images.append(as_image(whole))
             if stage.downsample is not None:
                 size = ((size[0] + 1) // 2, (size[1] + 1) // 2)
-            if not output_hidden_states_before_downsampling:
+            if output_hidden_states and not output_hidden_states_before_downsampling:
                 images.append(as_image(hidden_states))
             attentions.append(weights)
         normed = add_layer_norm(self.norm, hidden_states)[1]

@@ -70,15 +70,13 @@ class ClapTextModel(ClapPreTrainedModel):
         output_attentions = self.option("output_attentions", output_attentions)
         hidden_states = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds)
         mask = padding_mask(attention_mask, hidden_states.shape[1])
-        all_hidden_states, attentions = self.encoder(hidden_states, mask, output_attentions)
-        last_hidden_state = all_hidden_states[-1]
+        output_hidden_states = self.option("output_hidden_states", output_hidden_states)
+        encoded = self.encoder(hidden_states, mask, output_attentions, output_hidden_states)
         return BaseModelOutputWithPooling(
-            last_hidden_state=last_hidden_state,
-            pooler_output=None if self.pooler is None else self.pooler(last_hidden_state),
-            hidden_states=tuple(all_hidden_states)
-            if self.option("output_hidden_states", output_hidden_states)
-            else None,
-            attentions=tuple(attentions) if output_attentions else None,
+            last_hidden_state=encoded.last_hidden_state,
+            pooler_output=None if self.pooler is None else self.pooler(encoded.last_hidden_state),
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
         )
 
 

@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from transformers.modeling_outputs import BaseModelOutput
 
 from clvp_fast import ops
 from clvp_fast.models.clap.configuration import ClapTextConfig
@@ -156,15 +157,24 @@ class ClapTextEncoder(nn.Module):
         self.layer = nn.ModuleList([ClapTextLayer(config) for _ in range(config.num_hidden_layers)])
 
     def forward(
-        self, hidden_states: torch.Tensor, mask: torch.Tensor | None = None, output_attentions: bool = False
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
-        """`[batch, length, hidden_size]` → itself and the output of each layer, and each layer's attention weights."""
-        all_hidden_states, all_attentions = [hidden_states], []
+        self,
+        hidden_states: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+    ) -> BaseModelOutput:
+        """`[batch, length, hidden_size]` → the same; if asked for, the inputs of all layers too, and the weights."""
+        all_hidden_states, all_attentions = [], []
         for layer in self.layer:
+            if output_hidden_states:
+                all_hidden_states.append(hidden_states)
             hidden_states, weights = layer(hidden_states, mask, output_attentions)
-            all_hidden_states.append(hidden_states)
             all_attentions.append(weights)
-        return all_hidden_states, all_attentions
+        return BaseModelOutput(
+            last_hidden_state=hidden_states,
+            hidden_states=(*all_hidden_states, hidden_states) if output_hidden_states else None,
+            attentions=tuple(all_attentions) if output_attentions else None,
+        )
 
 
 class ClapTextPooler(nn.Module):

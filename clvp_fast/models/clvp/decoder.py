@@ -124,8 +124,10 @@ class ClvpDecoder(ClvpPreTrainedModel):
             mask = None if mask is None else mask[::candidates_per_prompt]
         hidden_states = self.drop(hidden_states)
 
-        all_hidden_states, all_attentions = [hidden_states], []
+        all_hidden_states, all_attentions = [], []
         for layer in self.layers:
+            if output_hidden_states:
+                all_hidden_states.append(hidden_states)
             hidden_states, weights = layer(
                 hidden_states,
                 mask,
@@ -133,7 +135,6 @@ class ClvpDecoder(ClvpPreTrainedModel):
                 output_attentions=output_attentions,
                 candidates_per_prompt=candidates_per_prompt,
             )
-            all_hidden_states.append(hidden_states)
             all_attentions.append(weights)
         _, hidden_states = add_layer_norm(self.layer_norm, hidden_states)
         if candidates_per_prompt > 1:
@@ -142,7 +143,7 @@ class ClvpDecoder(ClvpPreTrainedModel):
         return BaseModelOutputWithPastAndCrossAttentions(
             last_hidden_state=hidden_states,
             past_key_values=past_key_values,
-            hidden_states=(*all_hidden_states[:-1], hidden_states) if output_hidden_states else None,
+            hidden_states=(*all_hidden_states, hidden_states) if output_hidden_states else None,
             attentions=tuple(all_attentions) if output_attentions else None,
         )
 

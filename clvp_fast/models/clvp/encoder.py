@@ -135,10 +135,11 @@ class ClvpEncoder(ClvpPreTrainedModel):
             rotary = self.rotary_pos_emb(position_ids)
         mask = self.boolean_mask(attention_mask, hidden_states.shape[1])
 
-        all_hidden_states, all_attentions = [hidden_states], []
+        all_hidden_states, all_attentions = [], []
         for layer in self.layers:
+            if output_hidden_states:
+                all_hidden_states.append(hidden_states)
             hidden_states, weights = layer(hidden_states, rotary, mask, output_attentions)
-            all_hidden_states.append(hidden_states)
             all_attentions.append(weights)
         _, last_hidden_state = add_layer_norm(self.final_layer_norm, hidden_states)
         pooled = self.sequence_summary(last_hidden_state, attention_mask=mask)
@@ -147,7 +148,7 @@ class ClvpEncoder(ClvpPreTrainedModel):
             embeds=None if self.projection is None else self.projection(pooled),
             last_hidden_state=last_hidden_state,
             pooler_output=pooled,
-            hidden_states=(*all_hidden_states[:-1], last_hidden_state) if output_hidden_states else None,
+            hidden_states=(*all_hidden_states, last_hidden_state) if output_hidden_states else None,
             attentions=tuple(all_attentions) if output_attentions else None,
         )
 
