@@ -191,7 +191,8 @@ def build(csrc: Path, folder: Path, tools: Toolchain) -> dict:
 
 
 def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _run_all(commands: dict[str, list[str]], folder: Path) -> str:

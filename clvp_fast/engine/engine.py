@@ -14,13 +14,14 @@ import torch
 
 from clvp_fast.checkpoint import load_checkpoint, sayable_ids, speech_limit, stop_token, text_limit
 from clvp_fast.engine.decode_loop import DecodeLoop, Job
-from clvp_fast.engine.memory import CPU_BATCH, MemoryPlan, free_bytes, plan
+from clvp_fast.engine.memory import CPU_BATCH, MemoryPlan, free_bytes, plan, trim_heap
 from clvp_fast.engine.ranking import Ranker, diffusion_latents
 from clvp_fast.engine.requests import CandidateRequest, CandidateResult
 from clvp_fast.engine.runner import Runner
 from clvp_fast.engine.sampling_params import SamplingParams
 from clvp_fast.engine.scoring import Scorer, check_ranking, check_scorer
 from clvp_fast.engine.voices import Voice, VoiceCache
+from clvp_fast.models.clvp.parameters import arrange_parameters
 from clvp_fast.models.clvp.processing import ClvpProcessor
 
 # What fails a request and no other: bad input, a file that is not there.
@@ -100,6 +101,7 @@ class CandidateEngine:
                     f"scoring={scoring!r} is how the model's own encoders score: leave it out with a scorer"
                 )
         self.model = model.eval()
+        arrange_parameters(model)  # before the plan, which reads what is free
         self.processor = processor
         self._options = dict(page_size=page_size, page_dtype=page_dtype, weight_dtype=weight_dtype, latents=latents)
         self._steps = dict(deterministic=deterministic, persistent=persistent)
@@ -111,6 +113,7 @@ class CandidateEngine:
         self.voices = VoiceCache(model, processor.feature_extractor)
         self.scorer: Scorer = Ranker(model, mode=scoring) if scorer is None else scorer
         self._loop = DecodeLoop(self._runner(), latents)
+        trim_heap()  # behind copies of weights
         self._pending: dict[int, _Pending] = {}
         self._lock = threading.RLock()
         self._warm = False
@@ -381,8 +384,6 @@ class CandidateEngine:
         if not half:
             raise torch.OutOfMemoryError("there is too little memory to decode a single candidate: free some")
         self._loop.runner = None
-        if self.model.device.type == "cuda":
-            torch.cuda.empty_cache()
         self.memory = self._plan(half)
         for key, _, error in self._loop.restart(self._runner()):
             self._fail(key, error)
@@ -392,6 +393,8 @@ class CandidateEngine:
     def _result(self, pending: _Pending, job: Job) -> CandidateResult:
         """Rank a finished job's candidates."""
         decoded = time.perf_counter()
+        if self.model.device.type == "cpu":
+            trim_heap()
         stop = job.sampling.stop_token
         stopped = np.array([len(codes) > 0 and codes[-1] == stop for codes in job.codes])
         spoken = [codes[: len(codes) - ended] for codes, ended in zip(job.codes, stopped, strict=True)]

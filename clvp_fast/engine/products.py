@@ -5,7 +5,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from clvp_fast import ops
-from clvp_fast.models.clvp.parameters import apply_linear, is_plain
+from clvp_fast.models.clvp.parameters import apply_linear, is_plain, pack_linears
 
 # How many rows of weights are turned into 8 bits at once.
 _ROWS = 256
@@ -63,11 +63,8 @@ class Int8Products:
         plain = all(is_plain(linear, nn.Linear) for linear in (*linears, attn.out_proj))
         if not plain or not all(is_plain(conv, Conv1D) for conv in (mlp.c_fc, mlp.c_proj)):
             raise ValueError("int8 weights are made of plain linear layers: merge adapters, and remove hooks, first")
-        biases = [linear.bias for linear in linears]
         self._heads = attn.num_heads, attn.head_dim
-        self._qkv = Int8Linear(
-            torch.cat([linear.weight for linear in linears]), None if biases[0] is None else torch.cat(biases)
-        )
+        self._qkv = Int8Linear(*pack_linears(linears))
         self.out = Int8Linear(attn.out_proj.weight, attn.out_proj.bias)
         self._activation = mlp.config.activation_function
         self._in = Int8Linear(mlp.c_fc.weight.t(), mlp.c_fc.bias)

@@ -62,7 +62,8 @@ def _gelu_torch(x, w_in, b_in, w_out, b_out, residual, activation, scale_in=None
 
 def _geglu_torch(x, w_in, b_in, w_out, b_out, residual, activation, dropout_p=0.0):
     h, gate = linear(x, w_in, b_in).chunk(2, dim=-1)
-    h = h * activate(gate, activation)
+    gate = activate(gate, activation)
+    h = h * gate if needs_grad(h, gate) else gate.mul_(h)
     if dropout_p > 0:
         h = F.dropout(h, dropout_p)
     return linear(h, w_out, b_out, residual=residual)

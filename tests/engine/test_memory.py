@@ -1,12 +1,18 @@
 """Plans of pages and slots: arithmetic, held against what a runner really has."""
 
 import dataclasses
+import os
+import platform
 import re
+from pathlib import Path
 
 import pytest
 import torch
 
-from clvp_fast.engine.memory import DecoderSizes, MemoryPlan, human_bytes, plan
+from clvp_fast import ClvpProcessor
+from clvp_fast.checkpoint import load_checkpoint
+from clvp_fast.engine import engine
+from clvp_fast.engine.memory import DecoderSizes, MemoryPlan, human_bytes, plan, trim_heap
 from clvp_fast.engine.products import Int8Linear
 from clvp_fast.engine.runner import Runner
 from tests.engine.test_decoder import tiny
@@ -22,6 +28,7 @@ FULL = DecoderSizes(
     page_itemsize=2,
     on_cpu=False,
 )
+MIB = 2**20
 PAGE = 2 * 30 * 16 * 1024 * 2
 OWN, PREFIX = 32, 26
 
@@ -138,3 +145,33 @@ def test_human_bytes():
     counts = (0, 999, 1000, 12_345, 999_600, 1_234_567, 18_000_000_000, 999_700_000_000, 2_000_000_000_000)
     expected = ["0 B", "999 B", "1 kB", "12.3 kB", "1000 kB", "1.23 MB", "18 GB", "1000 GB", "2000 GB"]
     assert [human_bytes(count) for count in counts] == expected
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="trims the heap of glibc")
+def test_holes_between_what_is_kept_go_back_to_the_system():
+    blocks = [bytearray(MIB // 16) for _ in range(1600)]
+    del blocks[::2]
+    before = resident_bytes()
+    trim_heap()
+    assert before - resident_bytes() > 25 * MIB
+
+
+def test_an_engine_arranges_weights_before_it_plans():
+    """Later, freed weights would lie between what the run needs."""
+    checkpoint = load_checkpoint("demo")
+    attention = checkpoint.model.text_encoder_model.layers[0].self_attn
+    arranged = []
+
+    def planned(*args, **options):
+        linears = attention.q_proj, attention.k_proj, attention.v_proj
+        arranged.append(len({linear.weight.untyped_storage().data_ptr() for linear in linears}) == 1)
+        return plan(*args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "plan", planned)
+        engine.CandidateEngine(checkpoint.model, ClvpProcessor(checkpoint.feature_extractor, checkpoint.tokenizer))
+    assert arranged == [True]

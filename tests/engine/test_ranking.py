@@ -115,6 +115,9 @@ def test_memory_is_bounded(mode):
     sizes.clear()
     Ranker(model, mode=mode, pad_to=31, max_tokens=60).rank(texts(1)[0], candidates(lengths))
     assert sizes == ([60, 60, 60, 30] if mode == "padded" else [59, 2])
+    sizes.clear()
+    Ranker(model, mode=mode, pad_to=31).rank(texts(1)[0], candidates([30] * 35))
+    assert sizes == [1020, 30], "on a CPU"
 
 
 @pytest.mark.parametrize("mode", ["padded", "trimmed"])

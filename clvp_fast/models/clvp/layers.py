@@ -9,7 +9,14 @@ from transformers.pytorch_utils import Conv1D
 
 from clvp_fast import ops
 from clvp_fast.models.clvp.cache import GrowingLayer
-from clvp_fast.models.clvp.parameters import apply_linear, is_plain, project_heads, transpose_storage
+from clvp_fast.models.clvp.parameters import (
+    apply_linear,
+    can_pack,
+    is_plain,
+    pack_linears,
+    project_heads,
+    transpose_storage,
+)
 
 
 class ClvpRMSNorm(nn.Module):
@@ -70,8 +77,7 @@ class ClvpRotaryPositionalEmbedding(nn.Module):
     """Rotary angles of the encoders (arXiv:2104.09864), for the first `max(projection_dim / (2 heads), 32)` channels.
 
     `inv_freq` is part of the checkpoints. It and the angles stay in float32 when the model is cast to a half type:
-        bfloat16
-    cannot tell position 257 from 258.
+    bfloat16 cannot tell position 257 from 258.
     """
 
     def __init__(self, config):
@@ -141,9 +147,18 @@ class ClvpSelfAttention(nn.Module):
         self.q_proj = nn.Linear(self.embed_dim, self.embed_dim, bias=config.use_attention_bias)
         self.out_proj = nn.Linear(self.embed_dim, self.embed_dim)
 
+    def arrange_parameters(self) -> None:
+        """Let the weights of queries, keys and values lie one behind another, where they can."""
+        if can_pack(self._projections):
+            pack_linears(self._projections)
+
     def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries, keys, values `[batch, length, heads, head_dim]`, where possible views of one projection."""
-        return project_heads([self.q_proj, self.k_proj, self.v_proj], hidden_states, self.num_heads)
+        return project_heads(self._projections, hidden_states, self.num_heads)
+
+    @property
+    def _projections(self) -> list[nn.Module]:
+        return [self.q_proj, self.k_proj, self.v_proj]
 
     def forward(
         self,
@@ -277,6 +292,12 @@ class ClvpDecoderMLP(nn.Module):
         self.act = activation_module(config.activation_function)
         self.dropout = nn.Dropout(config.resid_pdrop)
 
+    def arrange_parameters(self) -> None:
+        """Keep the weights as `[out, in]`, where they can be."""
+        for conv in (self.c_fc, self.c_proj):
+            if is_plain(conv, Conv1D) and conv.weight.device.type != "meta":
+                transpose_storage(conv)
+
     def forward(self, hidden_states: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """`[..., hidden_size]` → the same, with `residual` added where given, whose dtype the result then has."""
         c_fc, c_proj = self.c_fc, self.c_proj
@@ -287,9 +308,8 @@ class ClvpDecoderMLP(nn.Module):
             and is_plain(c_proj, Conv1D)
             and self.config.activation_function in ops.ACTIVATIONS
         ):
-            if not torch.compiler.is_compiling() and hidden_states.device.type != "meta":
-                transpose_storage(c_fc)
-                transpose_storage(c_proj)
+            if not torch.compiler.is_compiling():
+                self.arrange_parameters()
             return ops.gelu_mlp(
                 hidden_states,
                 c_fc.weight.t(),

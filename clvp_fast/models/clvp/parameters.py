@@ -2,9 +2,11 @@
 
 Parameters are those of the checkpoints (`q_proj`, `k_proj`, ... each its own), in the storage that the operators want:
 query, key and value weights of a layer lie in one block, and `Conv1D` weights, which checkpoints keep as `[in, out]`,
-are transposed views of `[out, in]` storage. Both are made on first use, where the weights are found in another layout
-(after loading, moving or assigning them), and hold no second copy.
+are transposed views of `[out, in]` storage. Both are made on first use, or all at once by `arrange_parameters`, where
+the weights are found in another layout (after loading, moving or assigning them), and hold no second copy.
 """
+
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -39,17 +41,36 @@ def apply_linear(linear: nn.Module, hidden_states: torch.Tensor, residual: torch
 
 def project_heads(linears: list[nn.Module], hidden_states: torch.Tensor, num_heads: int) -> tuple[torch.Tensor, ...]:
     """`[..., heads, head_dim]` of each linear layer of one input, where possible views of one projection."""
-    packable = (
-        not torch.compiler.is_compiling()
-        and not torch.is_grad_enabled()
-        and all(is_plain(linear, nn.Linear) for linear in linears)
-        and len({linear.weight.dtype for linear in linears}) == 1
-        and hidden_states.device.type != "meta"
-    )
-    if not packable:
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not can_pack(linears):
         return tuple(linear(hidden_states).unflatten(-1, (num_heads, -1)) for linear in linears)
     packed = ops.linear(hidden_states, *pack_linears(linears))
     return packed.unflatten(-1, (len(linears), num_heads, -1)).unbind(-3)
+
+
+def can_pack(linears: list[nn.Module]) -> bool:
+    """Whether `pack_linears` serves: plain linear layers of one dtype, on a device that has storage."""
+    return (
+        all(is_plain(linear, nn.Linear) for linear in linears)
+        and len({linear.weight.dtype for linear in linears}) == 1
+        and linears[0].weight.device.type != "meta"
+    )
+
+
+def arrange_parameters(model: nn.Module) -> None:
+    """Bring the parameters of all layers of `model` into their storage, which first use would do one by one.
+
+    What a layer frees on first use lies between the other memory of that run, and is of no use for it.
+    """
+    for module in model.modules():
+        if isinstance(module, ArrangedModule):
+            module.arrange_parameters()
+
+
+@runtime_checkable
+class ArrangedModule(Protocol):
+    """A module whose parameters have a storage of their own."""
+
+    def arrange_parameters(self) -> None: ...
 
 
 def pack_linears(linears: list[nn.Linear]) -> tuple[torch.Tensor, torch.Tensor | None]:

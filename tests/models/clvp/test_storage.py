@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from clvp_fast import ClvpModelForConditionalGeneration
+from clvp_fast.models.clvp.parameters import arrange_parameters
 from tests.models.clvp.tiny import randomize, tiny_inputs, tiny_ours
 
 
@@ -68,6 +69,26 @@ def test_packed_after_every_change_of_the_parameters(change, tmp_path):
         expected = use(model)
     torch.testing.assert_close(use(model, dtype).float(), expected, rtol=0, atol=1e-5)
     check_packed(model)
+
+
+def test_arranged_at_once():
+    model, untouched = tiny_ours(), tiny_ours()
+    arrange_parameters(model)
+    check_packed(model)
+    assert torch.equal(use(model), use(untouched))
+
+
+def test_what_is_no_plain_layer_is_not_arranged():
+    model = tiny_ours()
+    layer = model.speech_decoder_model.model.decoder.layers[0]
+    layer.attn.k_proj.register_forward_hook(lambda *_: None)
+    layer.mlp.c_fc.register_forward_hook(lambda *_: None)
+    before = [parameter.data_ptr() for parameter in layer.parameters()]
+    layer.mlp.c_proj.register_forward_hook(lambda *_: None)
+    arrange_parameters(model)
+    assert [parameter.data_ptr() for parameter in layer.parameters()] == before
+    with torch.device("meta"):
+        arrange_parameters(ClvpModelForConditionalGeneration(model.config))  # has no storage
 
 
 def test_packed_under_inference_mode_and_trained_after():
