@@ -43,6 +43,7 @@ WORKLOADS = {
     "log_mel": "log-mel features, against every library that computes them",
     "clap": "CLAP's features and towers, against transformers'",
     "window_attention": "attention within windows, of CLAP's audio tower",
+    "merge_norm": "patch merging and its norm, of CLAP's audio tower",
     "sample": "drawing the next token, against transformers' processors",
     "add_norm": "residual addition and norm",
     "import_time": "import clvp_fast, against import torch",

@@ -137,6 +137,7 @@ class MlpCall(ctypes.Structure):
         ("out_dtype", c_int32),
         ("activation", c_int32),
         ("item_rows", c_int32),
+        ("gated", c_int32),
     )
 
 

@@ -124,7 +124,7 @@ static inline int clvp_fast_check_mlp(const struct clvp_fast_mlp *call) {
         call->out_features < 0 || call->out_features > most || call->x_stride > most || call->x_stride < -most ||
         call->w_in_stride > most || call->w_in_stride < -most || call->w_out_stride > most ||
         call->w_out_stride < -most || call->activation < CLVP_FAST_NO_ACTIVATION || call->activation > CLVP_FAST_GELU ||
-        call->item_rows < 1 || call->item_rows > 4096 ||
+        call->item_rows < 1 || call->item_rows > 4096 || call->gated < 0 || call->gated > (call->w_out ? 1 : 0) ||
         (call->w_out ? call->inner_features < 32 || call->inner_features % 32 != 0
                      : call->inner_features != call->out_features))
         return CLVP_FAST_BAD_SIZE;

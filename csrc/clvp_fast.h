@@ -122,13 +122,14 @@ struct clvp_fast_linear {
 /* Threads and instruction set as above. */
 int clvp_fast_linear_cpu(const struct clvp_fast_linear *call, int32_t num_threads, const char *isa);
 
-/* A feed-forward block of many rows: out = activation(x w_in^T + b_in) w_out^T + b_out + residual; or its first layer
- * alone: out = activation(x w_in^T + b_in) + residual. Summed in float32; the values between the layers are rounded to
- * bfloat16 where the CPU multiplies that. The bits of a row depend on that row alone. */
+/* A feed-forward block of many rows: out = activation(x w_in^T + b_in) w_out^T + b_out + residual; gated, the values
+ * between the layers are h * activation(g), h and g the halves of x w_in^T + b_in; or the first layer alone: out =
+ * activation(x w_in^T + b_in) + residual. Summed in float32; the values between the layers are rounded to bfloat16
+ * where the CPU multiplies that. The bits of a row depend on that row alone. */
 struct clvp_fast_mlp {
     const void *x;        /* [rows, in_features] of dtype, columns at stride 1 */
-    const void *w_in;     /* [inner_features, in_features] of dtype, columns at stride 1 */
-    const void *b_in;     /* [inner_features] of dtype; null: none */
+    const void *w_in;     /* [inner_features, in_features] of dtype, columns at stride 1; gated, twice as many rows */
+    const void *b_in;     /* [inner_features] of dtype, gated twice as many; null: none */
     const void *w_out;    /* [out_features, inner_features] of dtype, columns at stride 1; null: one layer */
     const void *b_out;    /* [out_features] of dtype; null: none */
     const void *residual; /* [rows, out_features] of out_dtype, contiguous; null: none */
@@ -141,6 +142,7 @@ struct clvp_fast_mlp {
     int32_t out_dtype;                         /* dtype or FLOAT32 */
     int32_t activation;
     int32_t item_rows; /* how many rows a thread computes at a time, 1 .. 4096 */
+    int32_t gated;     /* 1 with two layers alone, or 0 */
 };
 
 /* Threads and instruction set as above. */

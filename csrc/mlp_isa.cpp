@@ -32,12 +32,23 @@ struct Layer {
     }
 };
 
-Layer first_of(const clvp_fast_mlp *call) {
-    return {call->w_in, call->b_in, call->w_in_stride, call->in_features, call->inner_features};
-}
-Layer second_of(const clvp_fast_mlp *call) {
-    return {call->w_out, call->b_out, call->w_out_stride, call->inner_features, call->w_out ? call->out_features : 0};
-}
+/* The layers of a call, one behind another as they are packed; gates and the second layer may have no columns. */
+template <class In>
+struct Layers {
+    Layer first, gates, second;
+    explicit Layers(const clvp_fast_mlp *call)
+        : first{call->w_in, call->b_in, call->w_in_stride, call->in_features, call->inner_features},
+          gates{first},
+          second{call->w_out, call->b_out, call->w_out_stride, call->inner_features,
+                 call->w_out ? call->out_features : 0} {
+        gates.outs = call->gated ? first.outs : 0;
+        gates.weight = (const In *)first.weight + gates.outs * first.stride;
+        if (first.bias) gates.bias = (const In *)first.bias + gates.outs;
+    }
+    int64_t groups() const { return first.groups() + gates.groups() + second.groups(); }
+    static int64_t size(const Layer &layer) { return layer.groups() * layer.group_size<In>(); }
+    int64_t size() const { return size(first) + size(gates) + size(second); }
+};
 
 template <class In>
 void pack(const Layer &layer, int64_t group, float *to) {
@@ -77,11 +88,19 @@ struct Matrix {
     T *row(int64_t i) const { return first + i * stride; }
 };
 
-/* A tile of out = activation(x W^T + b) + residual: up to ROWS rows, of which `x`, `residual` and `out` hold the first,
- * and up to COLUMNS columns. */
-template <class In, int ACTIVATION, class Out>
-void tile(const float *packed, int64_t columns, Matrix<const Product<In>> x, Matrix<const Out> residual,
-          Matrix<Out> out, int64_t count, int64_t outs) {
+/* What an activation's result is joined with. */
+enum Join { ADDED, MULTIPLIED };
+
+template <int JOIN>
+CLVP_FAST_INLINE Floats join(Floats x, Floats other) {
+    return JOIN == MULTIPLIED ? x * other : x + other;
+}
+
+/* A tile of out = activation(x W^T + b) + other, or times it: up to ROWS rows, of which `x`, `other` (which may be
+ * `out`) and `out` hold the first, and up to COLUMNS columns. */
+template <class In, int ACTIVATION, int JOIN, class Out>
+void tile(const float *packed, int64_t columns, Matrix<const Product<In>> x, Matrix<const Out> other, Matrix<Out> out,
+          int64_t count, int64_t outs) {
     const Product<In> *rows[ROWS];
     for (int i = 0; i < ROWS; ++i) rows[i] = x.row(i < count ? i : count - 1);
     Floats sums[ROWS][VECTORS] = {};
@@ -112,38 +131,38 @@ void tile(const float *packed, int64_t columns, Matrix<const Product<In>> x, Mat
     }
     unroll<ROWS>([&](auto i) CLVP_FAST_INLINED {
         if (i >= count) return;
-        const Out *const added = residual.first ? residual.row(i) : nullptr;
+        const Out *const joined = other.first ? other.row(i) : nullptr;
         unroll<VECTORS>([&](auto j) CLVP_FAST_INLINED {
             constexpr int n = j * LANES;
             const Floats y = activate<ACTIVATION, Out>(sums[i][j] + load_floats(packed + n));
             if (outs - n >= LANES)
-                store_floats(out.row(i) + n, added ? y + load_floats(added + n) : y);
+                store_floats(out.row(i) + n, joined ? join<JOIN>(y, load_floats(joined + n)) : y);
             else if (outs > n)
-                store_floats(out.row(i) + n, added ? y + load_floats(added + n, outs - n) : y, outs - n);
+                store_floats(out.row(i) + n, joined ? join<JOIN>(y, load_floats(joined + n, outs - n)) : y, outs - n);
         });
     });
 }
 
 /* The same for any number of rows and columns. */
-template <class In, int ACTIVATION, class Out>
-void apply(const Layer &layer, const float *packed, Matrix<const Product<In>> x, int64_t count,
-           Matrix<const Out> residual, Matrix<Out> out) {
+template <class In, int ACTIVATION, int JOIN, class Out>
+void apply(const Layer &layer, const float *packed, Matrix<const Product<In>> x, int64_t count, Matrix<const Out> other,
+           Matrix<Out> out) {
     for (int64_t n = 0; n < layer.outs; n += COLUMNS, packed += layer.group_size<In>())
         for (int64_t m = 0; m < count; m += ROWS)
-            tile<In, ACTIVATION, Out>(packed, layer.columns, {x.row(m), x.stride},
-                                      {residual.first ? residual.row(m) + n : nullptr, residual.stride},
-                                      {out.row(m) + n, out.stride}, count - m, layer.outs - n);
+            tile<In, ACTIVATION, JOIN, Out>(packed, layer.columns, {x.row(m), x.stride},
+                                            {other.first ? other.row(m) + n : nullptr, other.stride},
+                                            {out.row(m) + n, out.stride}, count - m, layer.outs - n);
 }
 
-template <class In, class Out>
+template <class In, int JOIN = ADDED, class Out>
 void apply(int32_t activation, const Layer &layer, const float *packed, Matrix<const Product<In>> x, int64_t count,
-           Matrix<const Out> residual, Matrix<Out> out) {
+           Matrix<const Out> other, Matrix<Out> out) {
     if (activation == CLVP_FAST_GELU)
-        apply<In, CLVP_FAST_GELU>(layer, packed, x, count, residual, out);
+        apply<In, CLVP_FAST_GELU, JOIN>(layer, packed, x, count, other, out);
     else if (activation == CLVP_FAST_GELU_TANH)
-        apply<In, CLVP_FAST_GELU_TANH>(layer, packed, x, count, residual, out);
+        apply<In, CLVP_FAST_GELU_TANH, JOIN>(layer, packed, x, count, other, out);
     else
-        apply<In, CLVP_FAST_NO_ACTIVATION>(layer, packed, x, count, residual, out);
+        apply<In, CLVP_FAST_NO_ACTIVATION, JOIN>(layer, packed, x, count, other, out);
 }
 
 /* Scratch memory, in 32 bits, of an item's rows: values between two layers, and x where it has to be widened. */
@@ -159,7 +178,7 @@ int64_t x_stride(const clvp_fast_mlp *call) {
 template <class In, class Out>
 void run(const clvp_fast_mlp *call, const float *packed, int64_t first_row, int64_t count, float *scratch) {
     using Mid = Product<In>;
-    const Layer first = first_of(call), second = second_of(call);
+    const Layers<In> layers(call);
     const Matrix<const In> given = {(const In *)call->x + first_row * call->x_stride, call->x_stride};
     const int64_t outs = call->out_features, at = first_row * outs;
     const Matrix<Out> out = {(Out *)call->out + at, outs};
@@ -175,22 +194,21 @@ void run(const clvp_fast_mlp *call, const float *packed, int64_t first_row, int6
                 store_floats(scratch + row * x.stride + k, load_floats(given.row(row) + k));
         scratch += call->item_rows * x.stride;
     }
-    if (!call->w_out) return apply<In, Out>(call->activation, first, packed, x, count, residual, out);
+    if (!call->w_out) return apply<In, ADDED, Out>(call->activation, layers.first, packed, x, count, residual, out);
     const int64_t stride = inner_stride<In>(call) * UNIT<In>;
     const Matrix<Mid> inner = {(Mid *)scratch, stride};
-    apply<In, Mid>(call->activation, first, packed, x, count, {}, inner);
-    packed += first.groups() * first.group_size<In>();
-    apply<In, Out>(CLVP_FAST_NO_ACTIVATION, second, packed, {inner.first, stride}, count, residual, out);
-}
-
-template <class In>
-size_t packed_size(const clvp_fast_mlp *call) {
-    const Layer first = first_of(call), second = second_of(call);
-    return sizeof(float) * (first.groups() * first.group_size<In>() + second.groups() * second.group_size<In>());
+    const Matrix<const Mid> values = {inner.first, stride};
+    const int32_t activation = call->gated ? CLVP_FAST_NO_ACTIVATION : call->activation;
+    apply<In, ADDED, Mid>(activation, layers.first, packed, x, count, {}, inner);
+    packed += layers.size(layers.first);
+    if (call->gated) apply<In, MULTIPLIED, Mid>(call->activation, layers.gates, packed, x, count, values, inner);
+    packed += layers.size(layers.gates);
+    apply<In, ADDED, Out>(CLVP_FAST_NO_ACTIVATION, layers.second, packed, values, count, residual, out);
 }
 
 size_t packed_bytes(const clvp_fast_mlp *call) {
-    return call->dtype == CLVP_FAST_FLOAT32 ? packed_size<float>(call) : packed_size<uint16_t>(call);
+    const bool wide = call->dtype == CLVP_FAST_FLOAT32;
+    return sizeof(float) * (wide ? Layers<float>(call).size() : Layers<uint16_t>(call).size());
 }
 
 size_t scratch_bytes(const clvp_fast_mlp *call) {
@@ -200,16 +218,16 @@ size_t scratch_bytes(const clvp_fast_mlp *call) {
                  : inner_stride<uint16_t>(call) + x_stride<uint16_t>(call));
 }
 
-int64_t groups(const clvp_fast_mlp *call) { return first_of(call).groups() + second_of(call).groups(); }
+int64_t groups(const clvp_fast_mlp *call) { return Layers<float>(call).groups(); }
 
 template <class In>
 void pack(const clvp_fast_mlp *call, int64_t group, float *packed) {
-    const Layer first = first_of(call), second = second_of(call);
-    const int64_t place = group - first.groups();
-    if (place < 0)
-        pack<In>(first, group, packed + group * first.group_size<In>());
-    else
-        pack<In>(second, place, packed + first.groups() * first.group_size<In>() + place * second.group_size<In>());
+    const Layers<In> layers(call);
+    for (const Layer *layer : {&layers.first, &layers.gates, &layers.second}) {
+        if (group < layer->groups()) return pack<In>(*layer, group, packed + group * layer->group_size<In>());
+        group -= layer->groups();
+        packed += layers.size(*layer);
+    }
 }
 
 void pack_any(const clvp_fast_mlp *call, int64_t group, void *packed) {

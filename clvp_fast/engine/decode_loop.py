@@ -63,6 +63,7 @@ class DecodeLoop:
         self.latents = latents
         self.lag = int(runner.device.type == "cuda") if lag is None else lag
         self._jobs: dict[int, Job] = {}
+        self._finished: list[tuple[int, Job]] = []  # and not yet returned
         self._next_key = 0
         self._begin(runner)
 
@@ -84,7 +85,7 @@ class DecodeLoop:
     @property
     def idle(self) -> bool:
         """Whether nothing is left to do."""
-        return not self._jobs
+        return not self._jobs and not self._finished
 
     def add(self, job: Job) -> int:
         """Queue a job; returns its key. Raises `RequestTooLarge` if its pages can never be had."""
@@ -97,7 +98,8 @@ class DecodeLoop:
         self.scheduler.add(key, len(job.prompt), job.sampling.num_candidates, job.sampling.max_new_tokens)
 
     def cancel(self, key: int) -> None:
-        """Drop a job, whatever its state; keys of finished ones are left alone."""
+        """Drop a job, whatever its state; keys of those that were returned are left alone."""
+        self._finished = [(finished, job) for finished, job in self._finished if finished != key]
         if self._jobs.pop(key, None) is not None:
             self.scheduler.cancel(key)
             for row in np.flatnonzero(self._live).tolist():
@@ -123,15 +125,18 @@ class DecodeLoop:
         return refused
 
     def step(self) -> list[tuple[int, Job]]:
-        """One decode step of all that is running; returns the jobs that are finished by what is known then."""
+        """One decode step of all that is running; returns the jobs that are finished by what is known then.
+
+        What a listener raises comes through; the jobs that were finished are returned by the next call.
+        """
         step = self.scheduler.schedule()
         if step is not None:
             self._apply(step)
             handle = self.runner.decode(step.num_slots)
             self._under_way.append((step, handle, self._row_of_slot[: step.num_slots].copy()))
-        finished = []
         while len(self._under_way) > (self.lag if step is not None else 0):
-            finished += self._read(*self._under_way.popleft())
+            self._read(*self._under_way.popleft())
+        finished, self._finished = self._finished, []
         return finished
 
     def _apply(self, step) -> None:
@@ -161,8 +166,8 @@ class DecodeLoop:
         self._live[row] = False
         (self._ended_since[-1] if self._ended_since else self._free_rows).append(row)
 
-    def _read(self, step, handle, rows: np.ndarray) -> list[tuple[int, Job]]:
-        """Enter the tokens of a step into the rows that it was made for; returns the jobs that it finished."""
+    def _read(self, step, handle, rows: np.ndarray) -> None:
+        """Enter the tokens of a step into the rows that it was made for."""
         slots = np.flatnonzero(rows >= 0)
         slots = slots[self._live[rows[slots]]]  # what ended meanwhile drew one token too many
         rows, tokens, ended = rows[slots], self.runner.tokens(handle)[slots], self.runner.finished(handle)[slots]
@@ -179,11 +184,10 @@ class DecodeLoop:
             if self.latents:
                 job.latents[run.candidate] = self.runner.latents(run.slot, drawn)
             self._end(row)
-        finished = [(key, self._jobs.pop(key)) for key in self.scheduler.advance(slots[ended].tolist())]
+        self._finished += [(key, self._jobs.pop(key)) for key in self.scheduler.advance(slots[ended].tolist())]
         # Last of all, as a listener may cancel what it listens to.
         for on_token, candidate, token in told:
             on_token(candidate, token)
-        return finished
 
     def _news(self, run, token: int, count: int) -> tuple[Callable[[int, int], None], int, int] | None:
         """Whom to tell of the `count`-th token of a candidate, and what; None where no one listens, or has heard it."""

@@ -33,7 +33,7 @@ def has_matrix_unit() -> bool:
 
 
 def unserved(x, activation, *weights):
-    """Why `layers` does not serve, or None. `weights` are those of one layer or of two, `[out, in]`."""
+    """Why `layers` does not serve, or None. `weights` are those of one layer or of two, as it takes them."""
     from clvp_fast import native
 
     isa = native.library().clvp_fast_cpu_isa().decode()
@@ -50,9 +50,10 @@ def unserved(x, activation, *weights):
     return None if activation in ACTIVATIONS else f"activation must be one of {tuple(ACTIVATIONS)}, not {activation!r}"
 
 
-def layers(x, w_in, b_in, w_out, b_out, residual, activation):
+def layers(x, w_in, b_in, w_out, b_out, residual, activation, gated=False):
     """Two layers, `activation(x w_in^T + b_in) w_out^T + b_out + residual`, or without w_out the first one + residual.
 
+    `gated`: between the layers is the first half of `x w_in^T + b_in` times the activation of the second one.
     As `unserved` has let them pass. The result has the dtype of the residual; without one that of `x`.
     """
     from clvp_fast import native
@@ -70,12 +71,14 @@ def layers(x, w_in, b_in, w_out, b_out, residual, activation):
         w_in.stride(0),
         0 if w_out is None else w_out.stride(0),
         len(rows),
-        *reversed(w_in.shape),
+        w_in.shape[1],
+        len(w_in) if w_out is None else w_out.shape[1],
         outs,
         types[x.dtype],
         types[out.dtype],
         ACTIVATIONS[activation],
         min(item_rows, _ITEM_ROWS),
+        gated,
     )
     native.check(native.library().clvp_fast_mlp_cpu(ctypes.byref(call), threads, None))
     return out

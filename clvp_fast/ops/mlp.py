@@ -116,10 +116,33 @@ def _gelu_kernel(x, w_in, b_in, w_out, b_out, residual, activation, *scales):
     return many_rows.layers(*args) if runs_natively(x.device) else _kernel(*args, *scales, gated=False)
 
 
+def _geglu_kernel(*args):
+    return many_rows.layers(*args, gated=True) if runs_natively(args[0].device) else _kernel(*args, gated=True)
+
+
 def _gelu_unserved(x, w_in, b_in, w_out, b_out, residual, activation, *scales):
     if runs_natively(x.device):
         return many_rows.unserved(x, activation, w_in, w_out)
     return _unserved(x, w_in, b_in, w_out, b_out, residual, activation, *scales)
+
+
+def _geglu_unserved(x, w_in, b_in, w_out, b_out, residual, activation):
+    if runs_natively(x.device):
+        return many_rows.unserved(x, activation, w_in, w_out)
+    return _unserved(x, w_in, b_in, w_out, b_out, residual, activation)
+
+
+def _for_torch(operator, unserved, args):
+    """Why a block on a CPU is not for `operator`'s kernel, or None; one on a GPU is never refused here.
+
+    The two products of few rows are faster alone; and nobody expects a CPU to have a kernel for all types.
+    """
+    x = args[0]
+    if (plain := _training(*args[:6])) is not None or not runs_natively(x.device) or forced() is not None:
+        return plain
+    if torch.compiler.is_compiling() or not many_rows.are_many(x):
+        return "torch path"
+    return operator.refusal(x.device) or unserved(*args)
 
 
 _ARGUMENTS = "Tensor x, Tensor w_in, Tensor b_in, Tensor w_out, Tensor b_out, Tensor? residual, str activation"
@@ -139,8 +162,9 @@ _GEGLU = Operator(
     reference=geglu_reference,
     torch_path=_geglu_torch,
     fake=_fake,
-    kernel=lambda *args: _kernel(*args, gated=True),
-    unserved=_unserved,
+    kernel=_geglu_kernel,
+    unserved=_geglu_unserved,
+    missing=missing,
 )
 
 
@@ -215,12 +239,7 @@ def gelu_mlp(
     if scale_in is not None or scale_out is not None:
         args = (*args, scale_in, scale_out)
     _check(1, *args)
-    plain = _training(*args[:6])
-    if plain is None and runs_natively(x.device) and forced() is None:
-        # The two products of few rows are faster alone; and nobody expects a CPU to have a kernel for all types.
-        others = torch.compiler.is_compiling() or not many_rows.are_many(x)
-        plain = "torch path" if others else _GELU.refusal(x.device) or _gelu_unserved(*args)
-    return _GELU.choose(args, plain)(*args)
+    return _GELU.choose(args, _for_torch(_GELU, _gelu_unserved, args))(*args)
 
 
 def geglu_mlp(
@@ -253,4 +272,4 @@ def geglu_mlp(
     _check(2, *args)
     if dropout_p > 0:
         return _GEGLU.choose(args, "dropout is for training")(*args, dropout_p)
-    return _GEGLU.choose(args, _training(*args[:6]))(*args)
+    return _GEGLU.choose(args, _for_torch(_GEGLU, _geglu_unserved, args))(*args)

@@ -12,7 +12,7 @@
 namespace {
 
 void spoil(clvp_fast_mlp &call) {
-    switch (draw(0, 13)) {
+    switch (draw(0, 14)) {
         case 0: call.x = nullptr; break;
         case 1: call.w_in = nullptr; break;
         case 2: call.out = nullptr; break;
@@ -26,6 +26,7 @@ void spoil(clvp_fast_mlp &call) {
         case 10: call.dtype = draw(0, 1) ? CLVP_FAST_INT8 : 77; break;
         case 11: call.out_dtype = CLVP_FAST_FLOAT16; break;
         case 12: call.item_rows = draw(0, 1) ? 0 : 4097; break;
+        case 13: call.gated = call.w_out ? draw(0, 1) ? -1 : 2 : 1; break;
         default: call.inner_features += call.w_out ? 5 : 1;
     }
 }
@@ -41,11 +42,13 @@ int64_t stride_of(int64_t columns) { return draw(0, 2) ? columns : draw(-columns
 bool one_case() {
     const int32_t dtype = draw(0, 1) ? CLVP_FAST_FLOAT32 : CLVP_FAST_BFLOAT16;
     const int32_t out_dtype = draw(0, 1) ? dtype : CLVP_FAST_FLOAT32;
-    const bool two = draw(0, 1), with_residual = draw(0, 1);
+    const bool two = draw(0, 1), gated = two && draw(0, 1), with_residual = draw(0, 1);
     const int64_t rows = draw(1, 30), columns = 32 * draw(1, 4), outs = draw(1, 110);
     const int64_t inner = two ? 32 * draw(1, 3) : outs;
-    const Matrix x(rows, columns, stride_of(columns), dtype), w_in(inner, columns, stride_of(columns), dtype);
-    const Matrix w_out(outs, inner, stride_of(inner), dtype), b_in(1, inner, inner, dtype), b_out(1, outs, outs, dtype);
+    const int64_t firsts = gated ? 2 * inner : inner;
+    const Matrix x(rows, columns, stride_of(columns), dtype), w_in(firsts, columns, stride_of(columns), dtype);
+    const Matrix w_out(outs, inner, stride_of(inner), dtype), b_in(1, firsts, firsts, dtype);
+    const Matrix b_out(1, outs, outs, dtype);
     const Matrix residual(rows, outs, outs, out_dtype), out(rows, outs, outs, out_dtype);
     const Matrix alone(1, outs, outs, out_dtype);
     clvp_fast_mlp call = {};
@@ -56,6 +59,7 @@ bool one_case() {
     call.x_stride = x.stride, call.w_in_stride = w_in.stride, call.w_out_stride = w_out.stride;
     call.rows = rows, call.in_features = columns, call.inner_features = inner, call.out_features = outs;
     call.dtype = dtype, call.out_dtype = out_dtype, call.activation = draw(0, 2), call.item_rows = draw(1, 40);
+    call.gated = gated;
     const char *const names[] = {nullptr, "avx512bf16", "avx512", "avx2", "portable"};
     const char *const isa = names[draw(0, 4)];
     const int32_t threads = draw(1, 3);
@@ -71,17 +75,22 @@ bool one_case() {
     std::vector<double> hidden(inner);
     for (int64_t m = 0; m < rows; ++m) {
         double size = 1; /* of what is summed: it is rounded to bfloat16 between the layers */
-        for (int64_t n = 0; n < inner; ++n) {
+        const auto sum_of = [&](int64_t n) {
             double sum = call.b_in ? b_in.at(0, n) : 0;
             for (int64_t k = 0; k < columns; ++k) sum += x.at(m, k) * w_in.at(n, k);
-            hidden[n] = activate(call.activation, sum);
+            return sum;
+        };
+        for (int64_t n = 0; n < inner; ++n) {
+            const double gate = activate(call.activation, sum_of(gated ? inner + n : n));
+            hidden[n] = gated ? sum_of(n) * gate : gate;
             if (fabs(hidden[n]) > size) size = fabs(hidden[n]);
         }
         for (int64_t n = 0; n < outs; ++n) {
             double sum = two ? (call.b_out ? b_out.at(0, n) : 0) : hidden[n];
             for (int64_t k = 0; two && k < inner; ++k) sum += hidden[k] * w_out.at(n, k);
             if (with_residual) sum += residual.at(m, n);
-            const double between = two && dtype == CLVP_FAST_BFLOAT16 ? 4e-3 * sqrt((double)inner) * size * 2 : 1e-4;
+            const double rounding = dtype == CLVP_FAST_BFLOAT16 ? 8e-3 : 2e-6;
+            const double between = two ? rounding * sqrt((double)inner) * size : 1e-4;
             const double room = out_dtype == CLVP_FAST_FLOAT32 ? 1e-4 : 4e-3;
             if (!(fabs(out.at(m, n) - sum) <= between + room * (1 + fabs(sum)))) return false;
         }

@@ -30,3 +30,32 @@ def test_each_token_is_told_once(parts, monkeypatch, lag, trouble):
             assert heard[result.request, i] == row[:length].tolist() + [stop] * bool(stopped)
     assert len(heard) == 16
     assert_empty(engine)
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_an_interrupted_listener_loses_no_other_request(parts, lag):
+    """Also one that is finished by the same step."""
+    engine = make(parts, lag=lag)
+    stop = parts[0].config.decoder_config.vocab_size - 1
+    settings = dict(num_candidates=1, stop_token=stop)
+
+    def interrupted(asked, candidate, token):
+        heard.append(token)
+        if len(heard) == 6:
+            raise KeyboardInterrupt
+
+    for other_length in range(4, 10):
+        heard = []
+        other = engine.stream(
+            request(1, timeout=20, sampling=sampling(1, **settings | {"max_new_tokens": other_length}))
+        )
+        next(other)
+        with pytest.raises(KeyboardInterrupt):
+            list(
+                engine.generate(
+                    request(0, sampling=sampling(0, **settings | {"max_new_tokens": 6})), on_token=interrupted
+                )
+            )
+        result = list(other)[-1]
+        assert result.error is None and result.lengths.tolist() == [other_length]
+        assert_empty(engine)

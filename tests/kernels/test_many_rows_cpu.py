@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from clvp_fast.ops.many_rows import layers
-from clvp_fast.ops.mlp import _gelu_torch, gelu_reference
+from clvp_fast.ops.mlp import _geglu_torch, _gelu_torch, geglu_reference, gelu_reference
 from tests.kernels.isa import ABSENT, run_on
 from tests.kit import assert_within_budget, linear_operands, random, strided
 
@@ -16,9 +16,9 @@ def isa(request, monkeypatch):
     run_on(request.param, monkeypatch)
 
 
-def operands(rows, columns, inner, outs, dtype):
+def operands(rows, columns, inner, outs, dtype, gated=False):
     """x, and weights and biases of two layers."""
-    x, w_in, b_in, _ = linear_operands(rows, columns, inner, dtype, False)
+    x, w_in, b_in, _ = linear_operands(rows, columns, (1 + gated) * inner, dtype, False)
     _, w_out, b_out, _ = linear_operands(1, inner, outs, dtype, False)
     return x, w_in, b_in, w_out, b_out
 
@@ -33,14 +33,16 @@ SIZES = [(1, 32, 32, 33), (7, 64, 32, 13), (8, 96, 384, 96), (9, 32, 64, 49), (1
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_new"])
 @pytest.mark.parametrize("rows, columns, inner, outs", SIZES)
+@pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_two_layers_are_the_reference(dtype, rows, columns, inner, outs, activation):
-    args = operands(rows, columns, inner, outs, dtype)
+def test_two_layers_are_the_reference(dtype, gated, rows, columns, inner, outs, activation):
+    args = operands(rows, columns, inner, outs, dtype, gated)
+    reference, torch_path = (geglu_reference, _geglu_torch) if gated else (gelu_reference, _gelu_torch)
     others = (torch.float32,) if dtype == torch.float32 else (torch.bfloat16, torch.float32)
     for residual in (None, *(random(rows, outs, seed=7, dtype=other) for other in others)):
-        out = layers(*args, residual, activation)
-        expected = gelu_reference(*wide(*args, residual), activation)
-        assert_within_budget(out, expected, _gelu_torch(*args, residual, activation))
+        out = layers(*args, residual, activation, gated)
+        expected = reference(*wide(*args, residual), activation)
+        assert_within_budget(out, expected, torch_path(*args, residual, activation))
 
 
 @pytest.mark.parametrize("activation", [None, "gelu", "gelu_new"])
@@ -60,13 +62,14 @@ def test_one_layer_is_the_reference(dtype, rows, columns, _, outs, activation):
             assert out.dtype == torch.float32 and (out - expected).abs().max() <= room * (1 + expected.abs().max())
 
 
+@pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_row_has_the_bits_that_it_has_alone(dtype):
-    x, *weights = operands(300, 64, 96, 50, dtype)
+def test_a_row_has_the_bits_that_it_has_alone(dtype, gated):
+    x, *weights = operands(300, 64, 96, 50, dtype, gated)
     residual = random(300, 50, seed=7, dtype=dtype)
-    together = layers(x, *weights, residual, "gelu")
+    together = layers(x, *weights, residual, "gelu", gated)
     for row in (0, 1, 7, 8, 127, 128, 299):
-        alone = layers(x[row : row + 1], *weights, residual[row : row + 1], "gelu")
+        alone = layers(x[row : row + 1], *weights, residual[row : row + 1], "gelu", gated)
         assert torch.equal(alone[0], together[row])
 
 
@@ -82,13 +85,14 @@ def test_threads_change_no_bit():
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
+@pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_views_are_read_where_they_lie(dtype):
-    args = operands(20, 64, 96, 50, dtype)
+def test_views_are_read_where_they_lie(dtype, gated):
+    args = operands(20, 64, 96, 50, dtype, gated)
     residual = random(20, 50, seed=7, dtype=dtype)
-    expected = layers(*args, residual, "gelu")
-    assert torch.equal(layers(*(strided(x) for x in (*args, residual)), "gelu"), expected)
-    assert layers(args[0].view(4, 5, 64), *args[1:], residual.view(4, 5, 50), "gelu").shape == (4, 5, 50)
+    expected = layers(*args, residual, "gelu", gated)
+    assert torch.equal(layers(*(strided(x) for x in (*args, residual)), "gelu", gated), expected)
+    assert layers(args[0].view(4, 5, 64), *args[1:], residual.view(4, 5, 50), "gelu", gated).shape == (4, 5, 50)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

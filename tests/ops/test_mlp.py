@@ -86,28 +86,30 @@ def test_float32_residual_beside_a_half_type(name, dtype, backend):
     torch.library.opcheck(getattr(torch.ops.clvp_fast, f"{name}_mlp").default, args)
 
 
+@pytest.mark.parametrize("name", OPERATORS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_many_rows_on_a_cpu_take_one_kernel(dtype, monkeypatch):
+def test_many_rows_on_a_cpu_take_one_kernel(dtype, name, monkeypatch):
     """Both layers in one call, which plain torch's budget holds; few rows, gradients and a compiler do without it."""
-    tensors, r = arguments(1, dtype, (many_rows.FEW_ROWS + 1,), width=32, hidden=64)
+    mlp, halves = OPERATORS[name]
+    tensors, r = arguments(halves, dtype, (many_rows.FEW_ROWS + 1,), width=32, hidden=64)
     served = many_rows.unserved(tensors[0], "gelu", tensors[1], tensors[3]) is None
     calls, layers = [], many_rows.layers
-    monkeypatch.setattr(many_rows, "layers", lambda *args: calls.append(args[3]) or layers(*args))
+    monkeypatch.setattr(many_rows, "layers", lambda *args, **gated: calls.append(args[3]) or layers(*args, **gated))
     with clvp_fast.backend("reference"):
-        reference = gelu_mlp(*(t.double() for t in tensors), residual=r.double(), activation="gelu")
+        reference = mlp(*(t.double() for t in tensors), residual=r.double(), activation="gelu")
     with warnings.catch_warnings(action="error"):
         assert_within_budget(
-            gelu_mlp(*tensors, residual=r, activation="gelu"), reference, plain(1, *tensors, r, "gelu")
+            mlp(*tensors, residual=r, activation="gelu"), reference, plain(halves, *tensors, r, "gelu")
         )
         assert [w_out is not None for w_out in calls] == ([True] if served else [])
         calls.clear()
-        gelu_mlp(tensors[0][1:], *tensors[1:], activation="gelu")
-        gelu_mlp(*tensors, activation="relu")
-        gelu_mlp(*(t.clone().requires_grad_() for t in tensors), activation="gelu")
-        torch.compile(gelu_mlp, fullgraph=True, backend="aot_eager")(*tensors, activation="gelu")
+        mlp(tensors[0][1:], *tensors[1:], activation="gelu")
+        mlp(*tensors, activation="relu")
+        mlp(*(t.clone().requires_grad_() for t in tensors), activation="gelu")
+        torch.compile(mlp, fullgraph=True, backend="aot_eager")(*tensors, activation="gelu")
     assert all(w_out is None for w_out in calls)
     if served:
-        torch.library.opcheck(torch.ops.clvp_fast.gelu_mlp.default, (*tensors, r, "gelu"))
+        torch.library.opcheck(getattr(torch.ops.clvp_fast, f"{name}_mlp").default, (*tensors, r, "gelu"))
 
 
 @pytest.mark.usefixtures("threads")
