@@ -74,6 +74,8 @@ def _fake(x, w_in, b_in, w_out, b_out, residual, activation, scale_in=None, scal
 
 
 def _unserved(x, w_in, b_in, w_out, b_out, residual, activation, scale_in=None, scale_out=None):
+    if runs_natively(x.device):
+        return many_rows.unserved(x, activation, w_in, w_out)
     from clvp_fast.kernels.mlp import ACTIVATIONS as SERVED
 
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
@@ -120,19 +122,7 @@ def _geglu_kernel(*args):
     return many_rows.layers(*args, gated=True) if runs_natively(args[0].device) else _kernel(*args, gated=True)
 
 
-def _gelu_unserved(x, w_in, b_in, w_out, b_out, residual, activation, *scales):
-    if runs_natively(x.device):
-        return many_rows.unserved(x, activation, w_in, w_out)
-    return _unserved(x, w_in, b_in, w_out, b_out, residual, activation, *scales)
-
-
-def _geglu_unserved(x, w_in, b_in, w_out, b_out, residual, activation):
-    if runs_natively(x.device):
-        return many_rows.unserved(x, activation, w_in, w_out)
-    return _unserved(x, w_in, b_in, w_out, b_out, residual, activation)
-
-
-def _for_torch(operator, unserved, args):
+def _for_torch(operator, args):
     """Why a block on a CPU is not for `operator`'s kernel, or None; one on a GPU is never refused here.
 
     The two products of few rows are faster alone; and nobody expects a CPU to have a kernel for all types.
@@ -142,7 +132,7 @@ def _for_torch(operator, unserved, args):
         return plain
     if torch.compiler.is_compiling() or not many_rows.are_many(x):
         return "torch path"
-    return operator.refusal(x.device) or unserved(*args)
+    return operator.refusal(x.device) or _unserved(*args)
 
 
 _ARGUMENTS = "Tensor x, Tensor w_in, Tensor b_in, Tensor w_out, Tensor b_out, Tensor? residual, str activation"
@@ -153,7 +143,7 @@ _GELU = Operator(
     torch_path=_gelu_torch,
     fake=_fake,
     kernel=_gelu_kernel,
-    unserved=_gelu_unserved,
+    unserved=_unserved,
     missing=missing,
 )
 _GEGLU = Operator(
@@ -163,7 +153,7 @@ _GEGLU = Operator(
     torch_path=_geglu_torch,
     fake=_fake,
     kernel=_geglu_kernel,
-    unserved=_geglu_unserved,
+    unserved=_unserved,
     missing=missing,
 )
 
@@ -239,7 +229,7 @@ def gelu_mlp(
     if scale_in is not None or scale_out is not None:
         args = (*args, scale_in, scale_out)
     _check(1, *args)
-    return _GELU.choose(args, _for_torch(_GELU, _gelu_unserved, args))(*args)
+    return _GELU.choose(args, _for_torch(_GELU, args))(*args)
 
 
 def geglu_mlp(
@@ -272,4 +262,4 @@ def geglu_mlp(
     _check(2, *args)
     if dropout_p > 0:
         return _GEGLU.choose(args, "dropout is for training")(*args, dropout_p)
-    return _GEGLU.choose(args, _for_torch(_GEGLU, _geglu_unserved, args))(*args)
+    return _GEGLU.choose(args, _for_torch(_GEGLU, args))(*args)

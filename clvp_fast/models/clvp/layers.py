@@ -295,7 +295,7 @@ class ClvpDecoderMLP(nn.Module):
     def arrange_parameters(self) -> None:
         """Keep the weights as `[out, in]`, where they can be."""
         for conv in (self.c_fc, self.c_proj):
-            if is_plain(conv, Conv1D) and conv.weight.device.type != "meta":
+            if is_plain(conv, Conv1D):
                 transpose_storage(conv)
 
     def forward(self, hidden_states: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
@@ -309,7 +309,8 @@ class ClvpDecoderMLP(nn.Module):
             and self.config.activation_function in ops.ACTIVATIONS
         ):
             if not torch.compiler.is_compiling():
-                self.arrange_parameters()
+                transpose_storage(c_fc)
+                transpose_storage(c_proj)
             return ops.gelu_mlp(
                 hidden_states,
                 c_fc.weight.t(),

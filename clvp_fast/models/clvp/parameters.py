@@ -6,8 +6,6 @@ are transposed views of `[out, in]` storage. Both are made on first use, or all 
 the weights are found in another layout (after loading, moving or assigning them), and hold no second copy.
 """
 
-from typing import Protocol, runtime_checkable
-
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -62,15 +60,8 @@ def arrange_parameters(model: nn.Module) -> None:
     What a layer frees on first use lies between the other memory of that run, and is of no use for it.
     """
     for module in model.modules():
-        if isinstance(module, ArrangedModule):
+        if hasattr(module, "arrange_parameters"):
             module.arrange_parameters()
-
-
-@runtime_checkable
-class ArrangedModule(Protocol):
-    """A module whose parameters have a storage of their own."""
-
-    def arrange_parameters(self) -> None: ...
 
 
 def pack_linears(linears: list[nn.Linear]) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -111,6 +102,6 @@ def _lie_in_a_row(parameters: list[nn.Parameter]) -> bool:
 @torch.no_grad()
 @torch.inference_mode(False)
 def transpose_storage(conv: Conv1D) -> None:
-    """Keep the `[in, out]` weight of `conv` as the transposed view of contiguous `[out, in]` storage."""
-    if not conv.weight.t().is_contiguous():
+    """Keep the `[in, out]` weight of `conv` as the transposed view of contiguous `[out, in]` storage, if it has one."""
+    if not conv.weight.t().is_contiguous() and conv.weight.device.type != "meta":
         conv.weight.data = conv.weight.data.t().contiguous().t()
