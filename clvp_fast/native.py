@@ -138,6 +138,9 @@ class MlpCall(ctypes.Structure):
         ("activation", c_int32),
         ("item_rows", c_int32),
         ("gated", c_int32),
+        ("norm_weight", c_void_p),
+        ("norm_bias", c_void_p),
+        ("eps", c_float),
     )
 
 
@@ -164,6 +167,34 @@ class WindowAttentionCall(ctypes.Structure):
         ("dtype", c_int32),
         ("bias_dtype", c_int32),
         ("scale", c_float),
+    )
+
+
+class WindowBlockCall(ctypes.Structure):
+    """`struct clvp_fast_window_block` of csrc/clvp_fast.h, which explains the fields."""
+
+    _fields_ = (
+        ("x", c_void_p),
+        ("norm_weight", c_void_p),
+        ("norm_bias", c_void_p),
+        ("w_qkv", c_void_p),
+        ("b_qkv", c_void_p),
+        ("bias", c_void_p),
+        ("w_out", c_void_p),
+        ("b_out", c_void_p),
+        ("out", c_void_p),
+        ("w_qkv_stride", c_int64),
+        ("w_out_stride", c_int64),
+        ("bias_strides", c_int64 * 3),
+        ("batch", c_int64),
+        ("height", c_int64),
+        ("width", c_int64),
+        ("num_heads", c_int32),
+        ("head_dim", c_int32),
+        ("window", c_int32),
+        ("shift", c_int32),
+        ("dtype", c_int32),
+        ("eps", c_float),
     )
 
 
@@ -310,6 +341,8 @@ def _loaded() -> tuple[ctypes.CDLL | None, str]:
         found.clvp_fast_mlp_cpu.restype = c_int
         found.clvp_fast_window_attention_cpu.argtypes = [POINTER(WindowAttentionCall), c_int32, c_char_p]
         found.clvp_fast_window_attention_cpu.restype = c_int
+        found.clvp_fast_window_block_cpu.argtypes = [POINTER(WindowBlockCall), c_int32, c_char_p]
+        found.clvp_fast_window_block_cpu.restype = c_int
         found.clvp_fast_sample_cpu.argtypes = [POINTER(SampleCall), c_int32, c_char_p]
         found.clvp_fast_sample_cpu.restype = c_int
         found.clvp_fast_cpu_isa.argtypes = []

@@ -28,7 +28,7 @@ ISA_FLAGS = {
     "portable": [],
 }
 # avx512bf16 has more to offer to products of bfloat16 alone.
-_PRODUCTS = ("paged_attention", "linear", "mlp", "window_attention")
+_PRODUCTS = ("paged_attention", "linear", "mlp", "window_attention", "window_block")
 ISA_SOURCES = dict.fromkeys(ISA_FLAGS, ("log_mel", *_PRODUCTS, "sample")) | {"avx512bf16": _PRODUCTS}
 CUDA_SOURCES = ("log_mel", "persistent_decode")
 _HOST_FLAGS = "-Xcompiler=-fPIC,-pthread,-fvisibility=hidden"

@@ -124,7 +124,8 @@ static inline int clvp_fast_check_mlp(const struct clvp_fast_mlp *call) {
         call->out_features < 0 || call->out_features > most || call->x_stride > most || call->x_stride < -most ||
         call->w_in_stride > most || call->w_in_stride < -most || call->w_out_stride > most ||
         call->w_out_stride < -most || call->activation < CLVP_FAST_NO_ACTIVATION || call->activation > CLVP_FAST_GELU ||
-        call->item_rows < 1 || call->item_rows > 4096 || call->gated < 0 || call->gated > (call->w_out ? 1 : 0) ||
+        call->item_rows < 1 || call->item_rows > 4096 || (call->norm_bias && !call->norm_weight) || call->gated < 0 ||
+        call->gated > (call->w_out ? 1 : 0) ||
         (call->w_out ? call->inner_features < 32 || call->inner_features % 32 != 0
                      : call->inner_features != call->out_features))
         return CLVP_FAST_BAD_SIZE;
@@ -134,9 +135,19 @@ static inline int clvp_fast_check_mlp(const struct clvp_fast_mlp *call) {
     if (clvp_fast_misaligned(call->x, element) || clvp_fast_misaligned(call->w_in, element) ||
         clvp_fast_misaligned(call->b_in, element) || clvp_fast_misaligned(call->w_out, element) ||
         clvp_fast_misaligned(call->b_out, element) || clvp_fast_misaligned(call->residual, out) ||
+        clvp_fast_misaligned(call->norm_weight, element) || clvp_fast_misaligned(call->norm_bias, element) ||
         clvp_fast_misaligned(call->out, out))
         return CLVP_FAST_MISALIGNED;
     return CLVP_FAST_OK;
+}
+
+/* Whether images can be cut into such windows. */
+static inline int clvp_fast_are_windows(int64_t batch, int64_t height, int64_t width, int32_t num_heads,
+                                        int32_t head_dim, int32_t window, int32_t shift) {
+    const int64_t most = (int64_t)1 << 20; /* So large that no product of sizes overflows. */
+    return window >= 1 && window <= 32 && shift >= 0 && shift < window && batch >= 0 && batch <= most && height >= 0 &&
+           height <= most && height % window == 0 && width >= 0 && width <= most && width % window == 0 &&
+           num_heads >= 0 && num_heads <= 4096 && head_dim >= 1 && head_dim <= 128;
 }
 
 /* CLVP_FAST_OK, or why attention in windows is refused. */
@@ -145,12 +156,8 @@ static inline int clvp_fast_check_window_attention(const struct clvp_fast_window
     if ((call->dtype != CLVP_FAST_FLOAT32 && call->dtype != CLVP_FAST_BFLOAT16) ||
         (call->bias_dtype != CLVP_FAST_FLOAT32 && call->bias_dtype != CLVP_FAST_BFLOAT16))
         return CLVP_FAST_BAD_DTYPE;
-    /* So large that no product of sizes overflows. */
-    const int64_t most = (int64_t)1 << 20;
-    if (call->window < 1 || call->window > 32 || call->shift < 0 || call->shift >= call->window || call->batch < 0 ||
-        call->batch > most || call->height < 0 || call->height > most || call->height % call->window != 0 ||
-        call->width < 0 || call->width > most || call->width % call->window != 0 || call->num_heads < 0 ||
-        call->num_heads > 4096 || call->head_dim < 1 || call->head_dim > 128)
+    if (!clvp_fast_are_windows(call->batch, call->height, call->width, call->num_heads, call->head_dim, call->window,
+                               call->shift))
         return CLVP_FAST_BAD_SIZE;
     if (call->batch == 0 || call->height == 0 || call->width == 0 || call->num_heads == 0) return CLVP_FAST_OK;
     if (!call->q || !call->k || !call->v || !call->bias || !call->out) return CLVP_FAST_NULL_POINTER;
@@ -158,6 +165,29 @@ static inline int clvp_fast_check_window_attention(const struct clvp_fast_window
     if (clvp_fast_misaligned(call->q, element) || clvp_fast_misaligned(call->k, element) ||
         clvp_fast_misaligned(call->v, element) || clvp_fast_misaligned(call->out, element) ||
         clvp_fast_misaligned(call->bias, clvp_fast_element_size(call->bias_dtype)))
+        return CLVP_FAST_MISALIGNED;
+    return CLVP_FAST_OK;
+}
+
+/* CLVP_FAST_OK, or why the first half of a Swin layer is refused. */
+static inline int clvp_fast_check_window_block(const struct clvp_fast_window_block *call) {
+    if (call == NULL) return CLVP_FAST_NULL_POINTER;
+    if (call->dtype != CLVP_FAST_FLOAT32 && call->dtype != CLVP_FAST_BFLOAT16) return CLVP_FAST_BAD_DTYPE;
+    const int64_t most = (int64_t)1 << 28; /* So large that no product of two sizes overflows. */
+    if (!clvp_fast_are_windows(call->batch, call->height, call->width, call->num_heads, call->head_dim, call->window,
+                               call->shift) ||
+        call->num_heads < 1 || call->num_heads * call->head_dim % 32 != 0 || call->w_qkv_stride > most ||
+        call->w_qkv_stride < -most || call->w_out_stride > most || call->w_out_stride < -most)
+        return CLVP_FAST_BAD_SIZE;
+    if (call->batch == 0 || call->height == 0 || call->width == 0) return CLVP_FAST_OK;
+    if (!call->x || !call->norm_weight || !call->w_qkv || !call->bias || !call->w_out || !call->out)
+        return CLVP_FAST_NULL_POINTER;
+    const size_t element = clvp_fast_element_size(call->dtype);
+    if (clvp_fast_misaligned(call->x, element) || clvp_fast_misaligned(call->norm_weight, element) ||
+        clvp_fast_misaligned(call->norm_bias, element) || clvp_fast_misaligned(call->w_qkv, element) ||
+        clvp_fast_misaligned(call->b_qkv, element) || clvp_fast_misaligned(call->bias, element) ||
+        clvp_fast_misaligned(call->w_out, element) || clvp_fast_misaligned(call->b_out, element) ||
+        clvp_fast_misaligned(call->out, element))
         return CLVP_FAST_MISALIGNED;
     return CLVP_FAST_OK;
 }

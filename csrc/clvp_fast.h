@@ -143,6 +143,10 @@ struct clvp_fast_mlp {
     int32_t activation;
     int32_t item_rows; /* how many rows a thread computes at a time, 1 .. 4096 */
     int32_t gated;     /* 1 with two layers alone, or 0 */
+    /* [in_features] of dtype: x is first layer-normed over its columns; norm_weight null: it is not, norm_bias null: 0
+     */
+    const void *norm_weight, *norm_bias;
+    float eps; /* added to the variance */
 };
 
 /* Threads and instruction set as above. */
@@ -165,6 +169,27 @@ struct clvp_fast_window_attention {
 
 /* Threads and instruction set as above. */
 int clvp_fast_window_attention_cpu(const struct clvp_fast_window_attention *call, int32_t num_threads, const char *isa);
+
+/* The first half of a Swin layer: out = x + (attention in windows, as above, of queries, keys and values that are
+ * layer_norm(x) w_qkv^T + b_qkv) w_out^T + b_out, where scores are scaled by 1 / sqrt(head_dim). What lies between is
+ * rounded to dtype. The bits of an image depend on that image alone. */
+struct clvp_fast_window_block {
+    const void *x;                       /* [batch, height, width, channels] of dtype, contiguous */
+    const void *norm_weight, *norm_bias; /* [channels] of dtype; norm_bias null: none */
+    const void *w_qkv, *b_qkv; /* [3 * channels, channels] of dtype, columns at stride 1; [3 * channels], null: none */
+    const void *bias;          /* [num_heads, window * window, window * window] of dtype: of a query, of a key */
+    const void *w_out, *b_out; /* [channels, channels] of dtype, columns at stride 1; [channels], null: none */
+    void *out;                 /* as x; may be x */
+    int64_t w_qkv_stride, w_out_stride, bias_strides[3];
+    int64_t batch, height, width; /* height and width: multiples of window */
+    int32_t num_heads, head_dim;  /* channels are their product, a multiple of 32; head_dim: 1 .. 128 */
+    int32_t window, shift;        /* window: 1 .. 32; shift: less than that */
+    int32_t dtype;                /* FLOAT32 or BFLOAT16 */
+    float eps;                    /* added to the variance */
+};
+
+/* Threads and instruction set as above. */
+int clvp_fast_window_block_cpu(const struct clvp_fast_window_block *call, int32_t num_threads, const char *isa);
 
 /* The next token of each row of logits: repetition penalty, temperature, top-k, top-p, min-p and typical-p as
  * transformers applies them, and a draw. A row's token depends on that row alone. A row of nothing but NaN and -inf

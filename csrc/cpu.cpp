@@ -21,6 +21,7 @@ namespace {
      &CLVP_FAST_OF(linear, products),           \
      &CLVP_FAST_OF(mlp, products),              \
      &CLVP_FAST_OF(window_attention, products), \
+     &CLVP_FAST_OF(window_block, products),     \
      CLVP_FAST_OF(attend, products),            \
      CLVP_FAST_OF(sample, isa)}
 
@@ -38,6 +39,18 @@ std::vector<clvp_fast_isa> usable_isas() {
 #endif
     usable.push_back(CLVP_FAST_USABLE("portable", portable, portable));
     return usable;
+}
+
+/* Packs `groups` of what a kernel's items share, and runs the items. */
+template <class Kernel, class Call>
+int run_packed(const Kernel &kernel, const Call *call, int64_t groups, int64_t items, int32_t num_threads) {
+    void *const packed = std::aligned_alloc(64, (kernel.packed_bytes(call) + 63) / 64 * 64);
+    if (!packed) return CLVP_FAST_NO_MEMORY;
+    share_out(groups, num_threads, 0, [&](void *, int64_t group) { kernel.pack(call, group, packed); });
+    const auto run = [&](void *scratch, int64_t item) { kernel.run(call, packed, item, scratch); };
+    const bool done = share_out(items, num_threads, kernel.scratch_bytes(call), run);
+    std::free(packed);
+    return done ? CLVP_FAST_OK : CLVP_FAST_NO_MEMORY;
 }
 
 int64_t length_of(const clvp_fast_log_mel &call, int64_t row) { return call.lengths ? call.lengths[row] : call.time; }
@@ -148,15 +161,8 @@ CLVP_FAST_EXPORT int clvp_fast_mlp_cpu(const clvp_fast_mlp *call, int32_t num_th
     if (!isa) return CLVP_FAST_NO_ISA;
     if (num_threads < 1) return CLVP_FAST_BAD_SIZE;
     if (call->rows == 0 || call->out_features == 0) return CLVP_FAST_OK;
-    void *const packed = std::aligned_alloc(64, (isa->mlp->packed_bytes(call) + 63) / 64 * 64);
-    if (!packed) return CLVP_FAST_NO_MEMORY;
-    share_out(isa->mlp->groups(call), num_threads, 0,
-              [&](void *, int64_t group) { isa->mlp->pack(call, group, packed); });
-    const auto run = [&](void *scratch, int64_t item) { isa->mlp->run(call, packed, item, scratch); };
     const int64_t items = (call->rows + call->item_rows - 1) / call->item_rows;
-    const bool done = share_out(items, num_threads, isa->mlp->scratch_bytes(call), run);
-    std::free(packed);
-    return done ? CLVP_FAST_OK : CLVP_FAST_NO_MEMORY;
+    return run_packed(*isa->mlp, call, isa->mlp->groups(call), items, num_threads);
 }
 
 CLVP_FAST_EXPORT int clvp_fast_window_attention_cpu(const clvp_fast_window_attention *call, int32_t num_threads,
@@ -168,14 +174,18 @@ CLVP_FAST_EXPORT int clvp_fast_window_attention_cpu(const clvp_fast_window_atten
     const int64_t windows = (call->height / call->window) * (call->width / call->window);
     const int64_t items = call->batch * windows * call->num_heads;
     if (items == 0) return CLVP_FAST_OK;
-    const auto &kernel = *isa->window_attention;
-    void *const packed = std::aligned_alloc(64, (kernel.packed_bytes(call) + 63) / 64 * 64);
-    if (!packed) return CLVP_FAST_NO_MEMORY;
-    share_out(call->num_heads, num_threads, 0, [&](void *, int64_t head) { kernel.pack(call, head, packed); });
-    const auto run = [&](void *scratch, int64_t item) { kernel.run(call, packed, item, scratch); };
-    const bool done = share_out(items, num_threads, kernel.scratch_bytes(call), run);
-    std::free(packed);
-    return done ? CLVP_FAST_OK : CLVP_FAST_NO_MEMORY;
+    return run_packed(*isa->window_attention, call, call->num_heads, items, num_threads);
+}
+
+CLVP_FAST_EXPORT int clvp_fast_window_block_cpu(const clvp_fast_window_block *call, int32_t num_threads,
+                                                const char *isa_name) {
+    if (const int refused = clvp_fast_check_window_block(call)) return refused;
+    const clvp_fast_isa *const isa = clvp_fast_find_isa(isa_name);
+    if (!isa) return CLVP_FAST_NO_ISA;
+    if (num_threads < 1) return CLVP_FAST_BAD_SIZE;
+    const int64_t items = call->batch * (call->height / call->window) * (call->width / call->window);
+    if (items == 0) return CLVP_FAST_OK;
+    return run_packed(*isa->window_block, call, isa->window_block->groups(call), items, num_threads);
 }
 
 CLVP_FAST_EXPORT int clvp_fast_sample_cpu(const clvp_fast_sample *call, int32_t num_threads, const char *isa_name) {

@@ -52,6 +52,17 @@ struct clvp_fast_window_attention_isa {
     void (*run)(const struct clvp_fast_window_attention *call, const void *packed, int64_t item, void *scratch);
 };
 
+/* The first half of Swin layers: groups of weights and biases are packed once in any order, then windows of images are
+ * computed. */
+struct clvp_fast_window_block_isa {
+    size_t (*packed_bytes)(const struct clvp_fast_window_block *call);
+    /* Scratch memory that a thread needs, aligned to 64 bytes, as `packed` is. */
+    size_t (*scratch_bytes)(const struct clvp_fast_window_block *call);
+    int64_t (*groups)(const struct clvp_fast_window_block *call);
+    void (*pack)(const struct clvp_fast_window_block *call, int64_t group, void *packed);
+    void (*run)(const struct clvp_fast_window_block *call, const void *packed, int64_t item, void *scratch);
+};
+
 /* Draws the token of a row. scratch: two floats for each token of the vocabulary, which is rounded up to 16. */
 typedef void (*clvp_fast_sample_row)(const struct clvp_fast_sample *call, int64_t row, void *scratch);
 
@@ -61,6 +72,7 @@ struct clvp_fast_isa {
     const struct clvp_fast_linear_isa *linear;
     const struct clvp_fast_mlp_isa *mlp;
     const struct clvp_fast_window_attention_isa *window_attention;
+    const struct clvp_fast_window_block_isa *window_block;
     clvp_fast_attend attend;
     clvp_fast_sample_row sample;
 };
@@ -77,6 +89,7 @@ const struct clvp_fast_isa *clvp_fast_find_isa(const char *name);
     extern const struct clvp_fast_linear_isa CLVP_FAST_OF(linear, isa);                                              \
     extern const struct clvp_fast_mlp_isa CLVP_FAST_OF(mlp, isa);                                                    \
     extern const struct clvp_fast_window_attention_isa CLVP_FAST_OF(window_attention, isa);                          \
+    extern const struct clvp_fast_window_block_isa CLVP_FAST_OF(window_block, isa);                                  \
     void CLVP_FAST_OF(attend, isa)(const struct clvp_fast_paged_decode *call, int64_t candidate, int64_t first_head, \
                                    int64_t end_head, void *scratch);                                                 \
     void CLVP_FAST_OF(sample, isa)(const struct clvp_fast_sample *call, int64_t row, void *scratch);

@@ -23,6 +23,7 @@ int clvp_fast_sample_cpu(const clvp_fast_sample *, int32_t, const char *) { retu
 int clvp_fast_linear_cpu(const clvp_fast_linear *, int32_t, const char *) { return 0; }
 int clvp_fast_mlp_cpu(const clvp_fast_mlp *, int32_t, const char *) { return 0; }
 int clvp_fast_window_attention_cpu(const clvp_fast_window_attention *, int32_t, const char *) { return 0; }
+int clvp_fast_window_block_cpu(const clvp_fast_window_block *, int32_t, const char *) { return 0; }
 int clvp_fast_paged_decode_cpu(const clvp_fast_paged_decode *, int32_t, const char *) { return 0; }
 const char *clvp_fast_cpu_isa(void) { return "stand-in"; }
 const char *clvp_fast_error(int code) { return code == -7 ? "no memory, says the stand-in" : "another"; }
@@ -83,6 +84,7 @@ STRUCTURES = {
     "clvp_fast_linear": native.LinearCall,
     "clvp_fast_mlp": native.MlpCall,
     "clvp_fast_window_attention": native.WindowAttentionCall,
+    "clvp_fast_window_block": native.WindowBlockCall,
     "clvp_fast_sample": native.SampleCall,
     "clvp_fast_decoder_layer": native.DecoderLayer,
     "clvp_fast_persistent_decode": native.PersistentDecodeCall,

@@ -10,6 +10,7 @@ from clvp_fast.ops.norm import add_norm, double_layer_norm
 from clvp_fast.ops.paged_attention import paged_attention_decode, paged_prefill
 from clvp_fast.ops.rotary_attention import rotary_attention, rotary_attention_weights
 from clvp_fast.ops.sampling import sample
+from clvp_fast.ops.swin import mlp_block, window_block
 from clvp_fast.ops.window_attention import window_attention, window_attention_weights
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "linear",
     "log_mel",
     "merge_norm",
+    "mlp_block",
     "paged_attention_decode",
     "paged_prefill",
     "rotary_attention",
@@ -31,4 +33,5 @@ __all__ = [
     "sample",
     "window_attention",
     "window_attention_weights",
+    "window_block",
 ]

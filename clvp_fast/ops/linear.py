@@ -31,7 +31,7 @@ from clvp_fast.ops.dispatch import (
 _FUSED = (None, "gelu_new", "gelu_pytorch_tanh")
 
 
-def _reference(x, weight, bias, scale, activation, residual=None):
+def reference(x, weight, bias, scale, activation, residual=None):
     """The mathematics, in float32 at least."""
     wide = torch.promote_types(x.dtype, torch.float32)
     out = x.to(wide) @ weight.to(wide).T
@@ -172,7 +172,7 @@ def _unserved_native(x, weight, columns):
 _OPERATOR = Operator(
     "linear",
     "(Tensor x, Tensor weight, Tensor? bias, Tensor? scale, str? activation, Tensor? residual=None) -> Tensor",
-    reference=_reference,
+    reference=reference,
     torch_path=_torch,
     fake=_fake,
     kernel=_kernel,

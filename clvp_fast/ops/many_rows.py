@@ -50,10 +50,11 @@ def unserved(x, activation, *weights):
     return None if activation in ACTIVATIONS else f"activation must be one of {tuple(ACTIVATIONS)}, not {activation!r}"
 
 
-def layers(x, w_in, b_in, w_out, b_out, residual, activation, gated=False):
+def layers(x, w_in, b_in, w_out, b_out, residual, activation, gated=False, layer_norm=(None, None, 0.0)):
     """Two layers, `activation(x w_in^T + b_in) w_out^T + b_out + residual`, or without w_out the first one + residual.
 
     `gated`: between the layers is the first half of `x w_in^T + b_in` times the activation of the second one.
+    `layer_norm`: weight, bias and eps of a norm that x has first; without a weight it has none.
     As `unserved` has let them pass. The result has the dtype of the residual; without one that of `x`.
     """
     from clvp_fast import native
@@ -61,7 +62,8 @@ def layers(x, w_in, b_in, w_out, b_out, residual, activation, gated=False):
     outs = len(w_in if w_out is None else w_out)
     out = x.new_empty((*x.shape[:-1], outs), dtype=x.dtype if residual is None else residual.dtype)
     rows, threads = as_rows(x), torch.get_num_threads()
-    b_in, b_out, residual = (None if t is None else t.contiguous() for t in (b_in, b_out, residual))
+    *norm, eps = layer_norm
+    b_in, b_out, residual, *norm = (None if t is None else t.contiguous() for t in (b_in, b_out, residual, *norm))
     # Four items a thread, so that none waits long for the others.
     item_rows = -(-len(rows) // (4 * threads * _TILE_ROWS)) * _TILE_ROWS
     types = {torch.float32: native.FLOAT32, torch.bfloat16: native.BFLOAT16}
@@ -79,6 +81,8 @@ def layers(x, w_in, b_in, w_out, b_out, residual, activation, gated=False):
         ACTIVATIONS[activation],
         min(item_rows, _ITEM_ROWS),
         gated,
+        *(None if t is None else t.data_ptr() for t in norm),
+        eps,
     )
     native.check(native.library().clvp_fast_mlp_cpu(ctypes.byref(call), threads, None))
     return out

@@ -181,7 +181,7 @@ def _triton(q, k, v, bias, window, shift, scale):
 
 def _unserved(q, bias, window):
     if runs_natively(q.device):
-        return _unserved_native(q, bias, window)
+        return unserved_natively(q, bias, window)
     from clvp_fast.kernels.window_attention import MAX_HEAD_DIM, MAX_WINDOW
 
     for name, x in (("q", q), ("bias", bias)):
@@ -194,7 +194,7 @@ def _unserved(q, bias, window):
     return None
 
 
-def _unserved_native(q, bias, window):
+def unserved_natively(q, bias, window):
     for name, x in (("q", q), ("bias", bias)):
         if x.dtype not in (torch.bfloat16, torch.float32):
             return f"{name} must be bfloat16 or float32, not {x.dtype}"
@@ -271,7 +271,7 @@ def window_attention(
         return _OPERATOR.choose(args, "dropout is for training")(*args, dropout_p)
     plain = "an input requires grad" if needs_grad(q, k, v, bias) else None
     if plain is None and runs_natively(q.device):  # on a CPU nobody expects a kernel for every dtype
-        plain = _unserved_native(q, bias, window)
+        plain = unserved_natively(q, bias, window)
     return _OPERATOR.choose(args, plain)(*args)
 
 

@@ -12,7 +12,7 @@
 namespace {
 
 void spoil(clvp_fast_mlp &call) {
-    switch (draw(0, 14)) {
+    switch (draw(0, 15)) {
         case 0: call.x = nullptr; break;
         case 1: call.w_in = nullptr; break;
         case 2: call.out = nullptr; break;
@@ -27,6 +27,7 @@ void spoil(clvp_fast_mlp &call) {
         case 11: call.out_dtype = CLVP_FAST_FLOAT16; break;
         case 12: call.item_rows = draw(0, 1) ? 0 : 4097; break;
         case 13: call.gated = call.w_out ? draw(0, 1) ? -1 : 2 : 1; break;
+        case 14: call.norm_weight = nullptr, call.norm_bias = call.x; break;
         default: call.inner_features += call.w_out ? 5 : 1;
     }
 }
@@ -51,6 +52,7 @@ bool one_case() {
     const Matrix b_out(1, outs, outs, dtype);
     const Matrix residual(rows, outs, outs, out_dtype), out(rows, outs, outs, out_dtype);
     const Matrix alone(1, outs, outs, out_dtype);
+    const Matrix norm_weight(1, columns, columns, dtype), norm_bias(1, columns, columns, dtype);
     clvp_fast_mlp call = {};
     call.x = x.first(), call.w_in = w_in.first(), call.out = out.first();
     call.b_in = draw(0, 1) ? b_in.first() : nullptr, call.b_out = two && draw(0, 1) ? b_out.first() : nullptr;
@@ -60,6 +62,9 @@ bool one_case() {
     call.rows = rows, call.in_features = columns, call.inner_features = inner, call.out_features = outs;
     call.dtype = dtype, call.out_dtype = out_dtype, call.activation = draw(0, 2), call.item_rows = draw(1, 40);
     call.gated = gated;
+    const bool normed = draw(0, 1);
+    call.norm_weight = normed ? norm_weight.first() : nullptr, call.eps = 0.125;
+    call.norm_bias = normed && draw(0, 1) ? norm_bias.first() : nullptr;
     const char *const names[] = {nullptr, "avx512bf16", "avx512", "avx2", "portable"};
     const char *const isa = names[draw(0, 4)];
     const int32_t threads = draw(1, 3);
@@ -72,12 +77,19 @@ bool one_case() {
     const int code = clvp_fast_mlp_cpu(&call, threads, isa);
     if (code == CLVP_FAST_NO_ISA) return isa != nullptr;
     if (code != CLVP_FAST_OK) return false;
-    std::vector<double> hidden(inner);
+    std::vector<double> hidden(inner), row_of_x(columns);
     for (int64_t m = 0; m < rows; ++m) {
-        double size = 1; /* of what is summed: it is rounded to bfloat16 between the layers */
+        double size = 1; /* of what is summed: it is rounded to bfloat16 between the layers, and behind the norm */
+        for (int64_t k = 0; k < columns; ++k) row_of_x[k] = x.at(m, k);
+        if (normed)
+            layer_norm(row_of_x, call.eps, [&](int64_t k, double value) {
+                return value * norm_weight.at(0, k) + (call.norm_bias ? norm_bias.at(0, k) : 0);
+            });
+        double largest = 0;
+        for (const double value : row_of_x) largest = fmax(largest, fabs(value));
         const auto sum_of = [&](int64_t n) {
             double sum = call.b_in ? b_in.at(0, n) : 0;
-            for (int64_t k = 0; k < columns; ++k) sum += x.at(m, k) * w_in.at(n, k);
+            for (int64_t k = 0; k < columns; ++k) sum += row_of_x[k] * w_in.at(n, k);
             return sum;
         };
         for (int64_t n = 0; n < inner; ++n) {
@@ -89,8 +101,10 @@ bool one_case() {
             double sum = two ? (call.b_out ? b_out.at(0, n) : 0) : hidden[n];
             for (int64_t k = 0; two && k < inner; ++k) sum += hidden[k] * w_out.at(n, k);
             if (with_residual) sum += residual.at(m, n);
-            const double rounding = dtype == CLVP_FAST_BFLOAT16 ? 8e-3 : 2e-6;
-            const double between = two ? rounding * sqrt((double)inner) * size : 1e-4;
+            const double rounding = dtype == CLVP_FAST_BFLOAT16 ? 2e-2 : 2e-6;
+            const double first = normed ? 2 * rounding * largest * sqrt((double)columns) : 0;
+            const double inside = rounding * size + 2 * first * (gated ? size : 1);
+            const double between = two ? inside * sqrt((double)inner) : first + 1e-4;
             const double room = out_dtype == CLVP_FAST_FLOAT32 ? 1e-4 : 4e-3;
             if (!(fabs(out.at(m, n) - sum) <= between + room * (1 + fabs(sum)))) return false;
         }

@@ -1,12 +1,14 @@
 /* Random matrices for calls of the C interface, each in exactly the memory that it needs. */
 #pragma once
 
+#include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include <memory>
 #include <random>
+#include <vector>
 
 #include "../../csrc/clvp_fast.h"
 
@@ -58,5 +60,14 @@ struct Matrix {
         return memcpy(&half, from, 2), to_float(half);
     }
 };
+
+/* Norms a row, and gives affine(column, value) for each value. */
+template <class Affine>
+void layer_norm(std::vector<double> &row, double eps, const Affine &affine) {
+    double mean = 0, variance = 0;
+    for (const double value : row) mean += value / row.size();
+    for (const double value : row) variance += (value - mean) * (value - mean) / row.size();
+    for (size_t k = 0; k < row.size(); ++k) row[k] = affine(k, (row[k] - mean) / sqrt(variance + eps));
+}
 
 }  // namespace

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from clvp_fast.ops.linear import _native, _reference, _torch
+from clvp_fast.ops.linear import _native, _torch, reference
 from tests.kernels.isa import ABSENT, run_on
 from tests.kit import assert_within_budget, linear_operands, random, strided
 
@@ -28,7 +28,7 @@ def test_is_the_reference(kernel, dtype, int8, rows, columns, outs):
     x, weight, bias, scale = linear_operands(rows, columns, outs, dtype, int8)
     for args in ((x, weight, bias, scale, None), (x, weight, None, scale, "gelu_new")):
         wide = [None if tensor is None else tensor.double() for tensor in args[:4]]
-        assert_within_budget(kernel(*args), _reference(*wide, args[4]), _torch(*args))
+        assert_within_budget(kernel(*args), reference(*wide, args[4]), _torch(*args))
 
 
 @pytest.mark.parametrize("rows, outs", [(1, 1), (5, 49), (17, 130), (129, 47)])
@@ -41,7 +41,7 @@ def test_a_residual_is_added_before_anything_is_rounded(kernel, dtype, int8, row
     for activation in (None, "gelu_new"):
         out = kernel(x, weight, bias, scale, activation, residual)
         wide = [None if tensor is None else tensor.double() for tensor in (x, weight, bias, scale)]
-        expected = _reference(*wide, activation, residual.double())
+        expected = reference(*wide, activation, residual.double())
         assert out.dtype == torch.float32
         assert (out.double() - expected).abs().max() <= 2e-6 * (1 + expected.abs().max())
 

@@ -49,12 +49,12 @@ def test_two_layers_are_the_reference(dtype, gated, rows, columns, inner, outs, 
 @pytest.mark.parametrize("rows, columns, _, outs", SIZES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_one_layer_is_the_reference(dtype, rows, columns, _, outs, activation):
-    from clvp_fast.ops.linear import _reference, _torch
+    from clvp_fast.ops.linear import _torch, reference
 
     x, weight, bias, _ = linear_operands(rows, columns, outs, dtype, False)
     for b, residual in ((bias, None), (None, random(rows, outs, seed=9))):
         out = layers(x, weight, b, None, None, residual, activation)
-        expected = _reference(*wide(x, weight, b), None, activation, *wide(residual))
+        expected = reference(*wide(x, weight, b), None, activation, *wide(residual))
         if residual is None:
             assert_within_budget(out, expected, _torch(x, weight, b, None, activation))
         else:  # float32 beside a half type too: the product is as exact as in float32

@@ -102,6 +102,10 @@ class ClapAudioPatchEmbed(nn.Module):
                 f"input_features make an image of {images.shape[2]} x {images.shape[3]}, and the model takes one of "
                 f"{rows} x {columns}: the extractor's feature_size must be the model's num_mel_bins"
             )
+        if images.shape[1] == 1:
+            # One channel lies in both layouts; named the last one, it makes the patches' channels lie side by side.
+            rows, columns = images.shape[2:]
+            images = images.contiguous().as_strided(images.shape, (rows * columns, 1, columns, 1))
         embedded = self.proj(images)
         if longer is not None and len(longer):
             embedded = embedded.index_copy(0, longer, self._fuse(embedded[longer], crops))

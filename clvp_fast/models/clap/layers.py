@@ -21,24 +21,23 @@ class ClapIntermediate(nn.Module):
         return self.intermediate_act_fn(apply_linear(self.dense, hidden_states))
 
 
-def feed_forward(
-    intermediate: ClapIntermediate,
-    dense: nn.Module,
-    hidden_states: torch.Tensor,
-    residual: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """`dense(intermediate(hidden_states))`, `[..., width]`, with `residual` added where given."""
-    first = intermediate.dense
-    if (
+def is_plain_feed_forward(intermediate: nn.Module, dense: nn.Module) -> bool:
+    """Whether `dense(intermediate(x))` is what an operator computes of the two layers' weights."""
+    return (
         is_plain(intermediate, ClapIntermediate)
-        and is_plain(first, nn.Linear)
+        and is_plain(intermediate.dense, nn.Linear)
         and is_plain(dense, nn.Linear)
         and intermediate.hidden_act in ops.ACTIVATIONS
-    ):
-        weights = first.weight, first.bias, dense.weight, dense.bias
-        return ops.gelu_mlp(hidden_states, *weights, residual=residual, activation=intermediate.hidden_act)
-    hidden_states = dense(intermediate(hidden_states))
-    return hidden_states if residual is None else residual + hidden_states
+    )
+
+
+def feed_forward(intermediate: ClapIntermediate, dense: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+    """`dense(intermediate(hidden_states))`, `[..., width]`."""
+    if not is_plain_feed_forward(intermediate, dense):
+        return dense(intermediate(hidden_states))
+    first = intermediate.dense
+    weights = first.weight, first.bias, dense.weight, dense.bias
+    return ops.gelu_mlp(hidden_states, *weights, activation=intermediate.hidden_act)
 
 
 class ClapProjectionLayer(nn.Module):

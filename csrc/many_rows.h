@@ -1,0 +1,190 @@
+/* Linear layers of many rows, on a CPU. The weights are packed once a call into the order in which tiles of sums read
+ * them; bias, activation and residual are applied to sums that are still in the first-level cache. The order of a sum
+ * follows from the number of columns, so that a row has the same bits whatever rows are computed beside it. */
+#pragma once
+
+#include <math.h>
+#include <string.h>
+
+#include "clvp_fast.h"
+#include "products.h"
+
+namespace clvp_fast {
+namespace {
+
+/* A tile of sums, for which there are registers: rows, and vectors of a group of columns. */
+constexpr int ROWS = LANES == 16 ? 8 : 4, VECTORS = 3, COLUMNS = VECTORS * LANES;
+/* Rows of values in scratch memory lie so much further apart than they are long, in 32 bits: strides of 4 KB would fall
+ * on one set of the first-level cache. */
+constexpr int64_t GAP = 16;
+
+/* Columns that are summed one behind another: longer sums are made of parts, of which float32 has more to lose. */
+template <class In>
+constexpr int64_t PART = std::is_same_v<In, float> ? 256 : 1024;
+
+struct Layer {
+    const void *weight, *bias;
+    int64_t stride, columns, outs;
+    int64_t groups() const { return (outs + COLUMNS - 1) / COLUMNS; }
+    /* Of a packed group: its biases, then the weights, VECTORS vectors for 32 bits of columns; in float32. */
+    template <class In>
+    int64_t group_size() const {
+        return COLUMNS + columns / UNIT<In> * COLUMNS;
+    }
+};
+
+template <class In>
+void pack(const Layer &layer, int64_t group, float *to) {
+    const int64_t first = group * COLUMNS;
+    for (int64_t n = 0; n < COLUMNS; ++n) {
+        In given[LANES] = {};
+        if (layer.bias && first + n < layer.outs) given[0] = ((const In *)layer.bias)[first + n];
+        to[n] = load_floats(given)[0];
+    }
+    to += COLUMNS;
+    constexpr int64_t STEP = LANES * UNIT<In>;
+    for (int vector = 0; vector < VECTORS; ++vector) /* in turn: a CPU fetches some rows ahead, and not all of them */
+        for (int64_t k = 0; k < layer.columns; k += STEP) {
+            Floats block[LANES];
+            for (int lane = 0; lane < LANES; ++lane) {
+                const int64_t row = first + vector * LANES + lane;
+                block[lane] =
+                    row < layer.outs ? load_units<In>((const In *)layer.weight + row * layer.stride + k) : Floats{};
+            }
+            transpose<float>(block);
+            float *const units = to + k / UNIT<In> * COLUMNS + vector * LANES;
+            for (int unit = 0; unit < LANES; ++unit) store_floats(units + unit * COLUMNS, block[unit]);
+        }
+}
+
+template <int ACTIVATION, class Out>
+CLVP_FAST_INLINE Floats activate(Floats x) {
+    if constexpr (ACTIVATION == CLVP_FAST_GELU_TANH) return gelu_tanh(x);
+    if constexpr (ACTIVATION == CLVP_FAST_GELU) return std::is_same_v<Out, float> ? gelu(x) : gelu_for_half(x);
+    return x;
+}
+
+/* Where rows begin, and how far apart. */
+template <class T>
+struct Matrix {
+    T *first;
+    int64_t stride;
+    T *row(int64_t i) const { return first + i * stride; }
+};
+
+/* What an activation's result is joined with. */
+enum Join { ADDED, MULTIPLIED };
+
+template <int JOIN>
+CLVP_FAST_INLINE Floats join(Floats x, Floats other) {
+    return JOIN == MULTIPLIED ? x * other : x + other;
+}
+
+/* A tile of out = activation(x W^T + b) + other, or times it: up to ROWS rows, of which `x`, `other` (which may be
+ * `out`) and `out` hold the first, and up to COLUMNS columns. */
+template <class In, int ACTIVATION, int JOIN, class Out>
+void tile(const float *packed, int64_t columns, Matrix<const Product<In>> x, Matrix<const Out> other, Matrix<Out> out,
+          int64_t count, int64_t outs) {
+    const Product<In> *rows[ROWS];
+    for (int i = 0; i < ROWS; ++i) rows[i] = x.row(i < count ? i : count - 1);
+    Floats sums[ROWS][VECTORS] = {};
+    const float *weights = packed + COLUMNS;
+    const auto sum_part = [&](int64_t k) CLVP_FAST_INLINED {
+        const int64_t end = columns - k < PART<In> ? columns : k + PART<In>;
+        for (; k < end; k += UNIT<In>, weights += COLUMNS) {
+            Floats weight[VECTORS];
+            unroll<VECTORS>([&](auto j) CLVP_FAST_INLINED { weight[j] = load_floats(weights + j * LANES); });
+            unroll<ROWS * VECTORS>([&](auto i) CLVP_FAST_INLINED {
+                constexpr int row = i / VECTORS, j = i % VECTORS;
+                sums[row][j] = dot(sums[row][j], rows[row] + k, weight[j]);
+            });
+        }
+    };
+    sum_part(0);
+    if (columns > PART<In>) {
+        Floats totals[ROWS][VECTORS];
+        memcpy(totals, sums, sizeof totals);
+        for (int64_t k = PART<In>; k < columns; k += PART<In>) {
+            unroll<ROWS * VECTORS>([&](auto i) CLVP_FAST_INLINED { sums[i / VECTORS][i % VECTORS] = Floats{}; });
+            sum_part(k);
+            unroll<ROWS * VECTORS>(
+                [&](auto i) CLVP_FAST_INLINED { totals[i / VECTORS][i % VECTORS] += sums[i / VECTORS][i % VECTORS]; });
+        }
+        unroll<ROWS * VECTORS>(
+            [&](auto i) CLVP_FAST_INLINED { sums[i / VECTORS][i % VECTORS] = totals[i / VECTORS][i % VECTORS]; });
+    }
+    unroll<ROWS>([&](auto i) CLVP_FAST_INLINED {
+        if (i >= count) return;
+        const Out *const joined = other.first ? other.row(i) : nullptr;
+        unroll<VECTORS>([&](auto j) CLVP_FAST_INLINED {
+            constexpr int n = j * LANES;
+            const Floats y = activate<ACTIVATION, Out>(sums[i][j] + load_floats(packed + n));
+            if (outs - n >= LANES)
+                store_floats(out.row(i) + n, joined ? join<JOIN>(y, load_floats(joined + n)) : y);
+            else if (outs > n)
+                store_floats(out.row(i) + n, joined ? join<JOIN>(y, load_floats(joined + n, outs - n)) : y, outs - n);
+        });
+    });
+}
+
+/* The same for any number of rows and columns. */
+template <class In, int ACTIVATION, int JOIN, class Out>
+void apply(const Layer &layer, const float *packed, Matrix<const Product<In>> x, int64_t count, Matrix<const Out> other,
+           Matrix<Out> out) {
+    for (int64_t n = 0; n < layer.outs; n += COLUMNS, packed += layer.group_size<In>())
+        for (int64_t m = 0; m < count; m += ROWS)
+            tile<In, ACTIVATION, JOIN, Out>(packed, layer.columns, {x.row(m), x.stride},
+                                            {other.first ? other.row(m) + n : nullptr, other.stride},
+                                            {out.row(m) + n, out.stride}, count - m, layer.outs - n);
+}
+
+template <class In, int JOIN = ADDED, class Out>
+void apply(int32_t activation, const Layer &layer, const float *packed, Matrix<const Product<In>> x, int64_t count,
+           Matrix<const Out> other, Matrix<Out> out) {
+    if (activation == CLVP_FAST_GELU)
+        apply<In, CLVP_FAST_GELU, JOIN>(layer, packed, x, count, other, out);
+    else if (activation == CLVP_FAST_GELU_TANH)
+        apply<In, CLVP_FAST_GELU_TANH, JOIN>(layer, packed, x, count, other, out);
+    else
+        apply<In, CLVP_FAST_NO_ACTIVATION, JOIN>(layer, packed, x, count, other, out);
+}
+
+/* Layer norm of a row before it is multiplied; no weight: none. */
+template <class In>
+struct Norm {
+    const In *weight, *bias;
+    float eps;
+};
+
+CLVP_FAST_INLINE float total(Floats x) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps((__m512)x);
+#else
+    float lanes[LANES], sum = 0;
+    store_floats(lanes, x);
+    for (int i = 0; i < LANES; ++i) sum += lanes[i];
+    return sum;
+#endif
+}
+
+/* A row as it is multiplied, of a multiple of 32 columns: normed with statistics in float32, rounded once. */
+template <class In>
+void prepare(const In *row, const Norm<In> &norm, int64_t columns, Product<In> *to) {
+    Floats sum = {}, squares = {};
+    for (int64_t k = 0; norm.weight && k < columns; k += LANES) sum += load_floats(row + k);
+    const float mean = total(sum) / columns;
+    for (int64_t k = 0; norm.weight && k < columns; k += LANES) {
+        const Floats centred = load_floats(row + k) - mean;
+        squares += centred * centred;
+    }
+    const float factor = 1 / sqrtf(total(squares) / columns + norm.eps);
+    for (int64_t k = 0; k < columns; k += LANES) {
+        Floats x = load_floats(row + k);
+        if (norm.weight) x = (x - mean) * factor * load_floats(norm.weight + k);
+        if (norm.bias) x += load_floats(norm.bias + k);
+        store_floats(to + k, x);
+    }
+}
+
+}  // namespace
+}  // namespace clvp_fast

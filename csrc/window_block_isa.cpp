@@ -1,0 +1,149 @@
+/* The first half of a Swin layer, on a CPU: layer norm, projections, attention in windows, the projection of its output
+ * and the residual. An item is a window: all that lies between its rows of x and those of the result stays in the
+ * second-level cache. Compiled once for each instruction set, as log_mel_isa.cpp is. */
+#include "isa.h"
+#include "many_rows.h"
+#include "window_attention.h"
+
+namespace clvp_fast {
+namespace {
+
+Windows windows_of(const clvp_fast_window_block *call) {
+    const float scale = 1 / sqrtf((float)call->head_dim);
+    return {call->height, call->width, call->window, call->shift, call->num_heads, call->head_dim, scale};
+}
+
+int64_t channels_of(const clvp_fast_window_block *call) { return (int64_t)call->num_heads * call->head_dim; }
+
+/* What is packed, one behind another: biases of the scores, query, key and value weights, those of the output. */
+template <class In>
+struct Packed {
+    Layer qkv, out;
+    int64_t heads, bias_size;
+    explicit Packed(const clvp_fast_window_block *call)
+        : qkv{call->w_qkv, call->b_qkv, call->w_qkv_stride, channels_of(call), 3 * channels_of(call)},
+          out{call->w_out, call->b_out, call->w_out_stride, channels_of(call), channels_of(call)},
+          heads(call->num_heads),
+          bias_size(Bias<In>::packed_size(windows_of(call))) {}
+    int64_t qkv_at() const { return heads * bias_size; }
+    int64_t out_at() const { return qkv_at() + qkv.groups() * qkv.group_size<In>(); }
+    int64_t size() const { return out_at() + out.groups() * out.group_size<In>(); }
+};
+
+/* The scratch memory of a window, in bytes: its rows of x, as they are multiplied, queries, keys and values, and what
+ * attention needs. */
+template <class In>
+struct Space {
+    int64_t x_stride, factor_stride, qkv_stride; /* elements */
+    size_t factors, qkv, attention, size;
+    explicit Space(const clvp_fast_window_block *call) {
+        const Windows windows = windows_of(call);
+        const int64_t channels = channels_of(call), gap = GAP * sizeof(float);
+        x_stride = channels + gap / sizeof(In), qkv_stride = 3 * channels + gap / sizeof(In);
+        factor_stride = channels + gap / sizeof(Product<In>);
+        factors = windows.places() * x_stride * sizeof(In);
+        qkv = factors + windows.places() * factor_stride * sizeof(Product<In>);
+        attention = qkv + windows.places() * qkv_stride * sizeof(In);
+        size = attention + sizeof(float) * Room<In>(windows).size;
+    }
+};
+
+/* Queries, keys and values of a head, side by side in the rows of a window; the result goes where the queries were. */
+template <class In>
+struct Rows {
+    In *head;
+    int64_t stride, channels;
+    const In *q(int64_t place) const { return head + place * stride; }
+    const In *k(int64_t place) const { return head + place * stride + channels; }
+    const In *v(int64_t place) const { return head + place * stride + 2 * channels; }
+    In *out(int64_t place) const { return head + place * stride; }
+};
+
+template <class In>
+void run(const clvp_fast_window_block *call, const float *packed, int64_t item, char *scratch) {
+    using Factor = Product<In>;
+    const Windows windows = windows_of(call);
+    const Packed<In> parts(call);
+    const Space<In> space(call);
+    const int64_t channels = channels_of(call), places = windows.places(), image = item / windows.count();
+    const Window window(windows, item % windows.count());
+    const auto in_image = [&](int64_t place) {
+        return ((image * windows.height + window.at[place].row) * windows.width + window.at[place].column) * channels;
+    };
+    const Norm<In> norm = {(const In *)call->norm_weight, (const In *)call->norm_bias, call->eps};
+    const Matrix<In> x = {(In *)scratch, space.x_stride};
+    const Matrix<Factor> factors = {(Factor *)(scratch + space.factors), space.factor_stride};
+    const Matrix<const Factor> normed = {factors.first, factors.stride};
+    for (int64_t place = 0; place < places; ++place) {
+        memcpy(x.row(place), (const In *)call->x + in_image(place), channels * sizeof(In));
+        prepare(x.row(place), norm, channels, factors.row(place));
+    }
+    const Matrix<In> qkv = {(In *)(scratch + space.qkv), space.qkv_stride};
+    apply<In, CLVP_FAST_NO_ACTIVATION, ADDED, In>(parts.qkv, packed + parts.qkv_at(), normed, places, {}, qkv);
+
+    for (int64_t head = 0; head < windows.heads; ++head) {
+        const Rows<In> rows = {qkv.first + head * windows.channels, qkv.stride, channels};
+        attend<In>(windows, window, rows, packed + head * parts.bias_size, (float *)(scratch + space.attention));
+    }
+    Matrix<const Factor> attended;
+    if constexpr (std::is_same_v<In, Factor>) {
+        attended = {qkv.first, qkv.stride};
+    } else {
+        for (int64_t place = 0; place < places; ++place)
+            prepare(qkv.row(place), Norm<In>{}, channels, factors.row(place));
+        attended = normed;
+    }
+    apply<In, CLVP_FAST_NO_ACTIVATION, ADDED, In>(parts.out, packed + parts.out_at(), attended, places,
+                                                  {x.first, x.stride}, x);
+    for (int64_t place = 0; place < places; ++place)
+        memcpy((In *)call->out + in_image(place), x.row(place), channels * sizeof(In));
+}
+
+template <class In>
+void pack(const clvp_fast_window_block *call, int64_t group, float *packed) {
+    const Packed<In> parts(call);
+    if (group < parts.heads) {
+        const Bias<In> bias = {(const In *)call->bias, call->bias_strides};
+        return bias.pack(windows_of(call), group, packed + group * parts.bias_size);
+    }
+    group -= parts.heads;
+    if (group < parts.qkv.groups())
+        return pack<In>(parts.qkv, group, packed + parts.qkv_at() + group * parts.qkv.template group_size<In>());
+    group -= parts.qkv.groups();
+    pack<In>(parts.out, group, packed + parts.out_at() + group * parts.out.template group_size<In>());
+}
+
+bool wide(const clvp_fast_window_block *call) { return call->dtype == CLVP_FAST_FLOAT32; }
+
+size_t packed_bytes(const clvp_fast_window_block *call) {
+    return sizeof(float) * (wide(call) ? Packed<float>(call).size() : Packed<uint16_t>(call).size());
+}
+
+size_t scratch_bytes(const clvp_fast_window_block *call) {
+    return wide(call) ? Space<float>(call).size : Space<uint16_t>(call).size;
+}
+
+int64_t groups(const clvp_fast_window_block *call) {
+    const Packed<float> parts(call);
+    return parts.heads + parts.qkv.groups() + parts.out.groups();
+}
+
+void pack_any(const clvp_fast_window_block *call, int64_t group, void *packed) {
+    if (wide(call))
+        pack<float>(call, group, (float *)packed);
+    else
+        pack<uint16_t>(call, group, (float *)packed);
+}
+
+void run_any(const clvp_fast_window_block *call, const void *packed, int64_t item, void *scratch) {
+    if (wide(call))
+        run<float>(call, (const float *)packed, item, (char *)scratch);
+    else
+        run<uint16_t>(call, (const float *)packed, item, (char *)scratch);
+}
+
+}  // namespace
+}  // namespace clvp_fast
+
+const clvp_fast_window_block_isa CLVP_FAST_OF(window_block, CLVP_FAST_ISA) = {
+    clvp_fast::packed_bytes, clvp_fast::scratch_bytes, clvp_fast::groups, clvp_fast::pack_any, clvp_fast::run_any};
