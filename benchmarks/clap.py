@@ -16,8 +16,10 @@ PARTS = {
     "cpu": (
         dict(part="features", clips=16, seconds=10, truncation="rand_trunc"),
         dict(part="features", clips=4, seconds=60, truncation="fusion"),
+        dict(part="audio", clips=1, fusion=False),
         dict(part="audio", clips=4, fusion=False),
         dict(part="audio", clips=4, fusion=True),
+        dict(part="audio", clips=16, fusion=False),
         dict(part="text", texts=32, tokens=20),
     ),
     "cuda": (

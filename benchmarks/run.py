@@ -42,6 +42,7 @@ WORKLOADS = {
     "gelu_mlp": "the decoder's feed-forward block",
     "log_mel": "log-mel features, against every library that computes them",
     "clap": "CLAP's features and towers, against transformers'",
+    "swin": "the two halves of a Swin layer, of CLAP's audio tower",
     "window_attention": "attention within windows, of CLAP's audio tower",
     "merge_norm": "patch merging and its norm, of CLAP's audio tower",
     "sample": "drawing the next token, against transformers' processors",

@@ -19,6 +19,7 @@ from benchmarks import (
     sample,
     scheduler,
     score,
+    swin,
     tiers,
     window_attention,
 )
@@ -42,6 +43,7 @@ OPERATORS = [
         {"torch as Swin", "torch as Swin, compiled", "SDPA math, as Swin", "SDPA flash, as Swin"},
         {"SDPA efficient, as Swin", "SDPA cudnn, as Swin"},
     ),
+    (swin, 4, {"torch as Swin", "torch as Swin, compiled"}, set()),
     (merge_norm, 2, {"torch as Swin", "torch as Swin, compiled"}, set()),
     (geglu_mlp, 2, {"torch, compiled"}, set()),
     (gelu_mlp, 2, {"torch, compiled"}, set()),
