@@ -69,9 +69,9 @@ def cases(device: str, smoke: bool = False) -> Iterator[Case]:
                     ("window_block", window_call, window_as_swin, window_inputs, 4, 4 * WINDOW**2),
                     ("mlp_block", mlp_call, mlp_as_swin, mlp_inputs, 8, 0),
                 ):
+                    rivals = {"torch as Swin": rival, "torch as Swin, compiled": torch.compile(rival, dynamic=False)}
                     providers, absent = ours(call, name, device)
-                    if device == "cuda":  # of the kernels that its parts have
-                        providers["clvp_fast"] = call
+                    providers["clvp_fast"] = call  # by default: in one kernel or in parts
                     yield Case(
                         shape=shape | dict(half=name) | (dict(shift=shift) if scores else {}),
                         dtype=dtype,
@@ -79,7 +79,7 @@ def cases(device: str, smoke: bool = False) -> Iterator[Case]:
                         reference=lambda *arguments, rival=rival: rival(
                             *(x.double() if isinstance(x, torch.Tensor) else x for x in arguments)
                         ),
-                        providers={"torch as Swin": rival, "torch as Swin, compiled": torch.compile(rival)} | providers,
+                        providers=rivals | providers,
                         bytes=(2 * places * channels + weights * channels**2) * dtype.itemsize,
                         flop=places * channels * (2 * weights * channels + scores),
                         absent=absent,

@@ -43,7 +43,7 @@ OPERATORS = [
         {"torch as Swin", "torch as Swin, compiled", "SDPA math, as Swin", "SDPA flash, as Swin"},
         {"SDPA efficient, as Swin", "SDPA cudnn, as Swin"},
     ),
-    (swin, 4, {"torch as Swin", "torch as Swin, compiled"}, set()),
+    (swin, 4, {"torch as Swin", "torch as Swin, compiled", "clvp_fast"}, set()),
     (merge_norm, 2, {"torch as Swin", "torch as Swin, compiled"}, set()),
     (geglu_mlp, 2, {"torch, compiled"}, set()),
     (gelu_mlp, 2, {"torch, compiled"}, set()),
@@ -84,6 +84,30 @@ def test_a_provider_that_is_off_is_refused(monkeypatch):
     wrong, right = kernels.task_of("add_norm", case, "cpu", repeats=1).rows()
     assert (wrong["provider"], right["provider"]) == ("wrong", "right")
     assert wrong["seconds"] is None and right["seconds"] is not None
+
+
+def test_every_case_is_compiled():
+    """Of one function, torch compiles eight cases, and runs it as it stands for the others."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def double(x):
+        return 2 * x
+
+    for size in range(2, 14):
+        case = kernels.Case(
+            shape=dict(size=size),
+            dtype=torch.float32,
+            inputs=lambda seed, size=size: (torch.ones(size),),
+            reference=lambda x: 2 * x.double(),
+            providers={"torch": double, "torch, compiled": torch.compile(double, backend=backend, dynamic=False)},
+            bytes=1,
+        )
+        kernels.task_of("double", case, "cpu", repeats=1).rows()
+    assert len(graphs) == 12
 
 
 def test_a_corpus_gives_what_the_bare_engine_gives(monkeypatch):

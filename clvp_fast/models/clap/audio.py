@@ -9,7 +9,7 @@ from transformers.utils import can_return_tuple
 from clvp_fast import ops
 from clvp_fast.models.clap.audio_patches import ClapAudioPatchEmbed, fold_spectrogram
 from clvp_fast.models.clap.configuration import ClapAudioConfig
-from clvp_fast.models.clap.layers import ClapIntermediate, is_plain_feed_forward
+from clvp_fast.models.clap.layers import ClapIntermediate, feed_forward, is_plain_feed_forward
 from clvp_fast.models.clvp.layers import add_layer_norm
 from clvp_fast.models.clvp.parameters import apply_linear, can_pack, is_plain, pack_linears, project_heads
 
@@ -39,6 +39,10 @@ class ClapAudioSelfAttention(nn.Module):
         side = 2 * self.window_size - 1
         return {"relative_position_index": (rows + self.window_size - 1) * side + columns + self.window_size - 1}
 
+    def projections(self) -> list[nn.Module]:
+        """Of one input: queries, keys and values."""
+        return [self.query, self.key, self.value]
+
     def bias(self) -> torch.Tensor:
         """Of the scores, `[heads, places, places]`: by the distance of two places of a window."""
         return self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)
@@ -47,7 +51,7 @@ class ClapAudioSelfAttention(nn.Module):
         self, image: torch.Tensor, shift: int = 0, output_attentions: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`[batch, rows, columns, width]` → the same, and the attention weights of each window if asked for."""
-        query, key, value = project_heads([self.query, self.key, self.value], image, self.num_heads)
+        query, key, value = project_heads(self.projections(), image, self.num_heads)
         bias = self.bias()
         dropout_p = self.dropout.p if self.training else 0.0
         options = dict(window=self.window_size, shift=shift, dropout_p=dropout_p)
@@ -118,42 +122,8 @@ class ClapAudioLayer(nn.Module):
                     "smaller window or patch_stride, or always_partition=True"
                 )
             shift = 0
-        weights = None
-        if not output_attentions and self._attends_plainly(size):
-            hidden_states = self._attend_in_one(hidden_states.unflatten(1, size), shift).flatten(1, 2)
-        else:
-            attended, weights = self._attend(hidden_states, size, shift, output_attentions)
-            hidden_states = hidden_states + attended
-        return self._feed_forward(hidden_states), weights
-
-    def _attends_plainly(self, size: tuple[int, int]) -> bool:
-        """Whether `_attend_in_one` computes what the modules do, of an image of `size`."""
-        attention, window = self.attention.self, self.window_size
-        return (
-            not self.training
-            and not torch.is_grad_enabled()
-            and not torch.compiler.is_compiling()
-            and size[0] % window == 0
-            and size[1] % window == 0
-            and is_plain(self.attention, ClapAudioAttention)
-            and is_plain(attention, ClapAudioSelfAttention)
-            and is_plain(self.attention.output, ClapAudioDense)
-            and is_plain(self.attention.output.dense, nn.Linear)
-            and can_pack([attention.query, attention.key, attention.value])
-        )
-
-    def _attend_in_one(self, image: torch.Tensor, shift: int) -> torch.Tensor:
-        """The first half of the layer, `[batch, rows, columns, width]` → the same."""
-        norm, attention, dense = self.layernorm_before, self.attention.self, self.attention.output.dense
-        packed = pack_linears([attention.query, attention.key, attention.value])
-        weights = norm.weight, norm.bias, *packed, attention.bias(), dense.weight, dense.bias
-        return ops.window_block(image, *weights, window=self.window_size, shift=shift, eps=norm.eps)
-
-    def _attend(
-        self, hidden_states: torch.Tensor, size: tuple[int, int], shift: int, output_attentions: bool
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """What the first half of the layer adds, and the attention weights if asked for."""
-        (rows, columns), window = size, self.window_size
+        if not output_attentions and self._is_in_halves(hidden_states, size):
+            return self._in_halves(hidden_states, size, shift), None
         image = add_layer_norm(self.layernorm_before, hidden_states)[1].unflatten(1, size)
         below, right = -rows % window, -columns % window
         if below or right:
@@ -161,16 +131,39 @@ class ClapAudioLayer(nn.Module):
         attended, weights = self.attention(image, shift, output_attentions)
         if below or right:
             attended = attended[:, :rows, :columns]
-        return self._drop_path(attended.flatten(1, 2)), weights
+        attended = self._drop_path(attended.flatten(1, 2))
+        hidden_states, normed = add_layer_norm(self.layernorm_after, attended, hidden_states)
+        if self.training and self.output.dropout.p > 0:
+            inner = feed_forward(self.intermediate, self.output.dense, normed)
+            return hidden_states + self.output.dropout(inner), weights
+        return feed_forward(self.intermediate, self.output.dense, normed, hidden_states), weights
 
-    def _feed_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """The second half of the layer."""
+    def _is_in_halves(self, hidden_states: torch.Tensor, size: tuple[int, int]) -> bool:
+        """Whether `_in_halves` computes what the modules do, and sooner: on a GPU the second norm adds the residual."""
+        attention = self.attention
+        return (
+            hidden_states.device.type == "cpu"
+            and not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
+            and not (size[0] % self.window_size or size[1] % self.window_size)
+            and is_plain(attention, ClapAudioAttention)
+            and is_plain(attention.self, ClapAudioSelfAttention)
+            and can_pack(attention.self.projections())
+            and is_plain(attention.output, ClapAudioDense)
+            and is_plain(attention.output.dense, nn.Linear)
+            and is_plain(self.output, ClapAudioDense)
+            and is_plain_feed_forward(self.intermediate, self.output.dense)
+        )
+
+    def _in_halves(self, hidden_states: torch.Tensor, size: tuple[int, int], shift: int) -> torch.Tensor:
+        """`forward`, by the operators of the two halves."""
+        norm, attention, dense = self.layernorm_before, self.attention.self, self.attention.output.dense
+        packed = pack_linears(attention.projections())
+        weights = norm.weight, norm.bias, *packed, attention.bias(), dense.weight, dense.bias
+        options = dict(window=self.window_size, shift=shift, eps=norm.eps)
+        hidden_states = ops.window_block(hidden_states.unflatten(1, size), *weights, **options).flatten(1, 2)
         norm, first, last = self.layernorm_after, self.intermediate, self.output.dense
-        if not self.training and is_plain(self.output, ClapAudioDense) and is_plain_feed_forward(first, last):
-            weights = norm.weight, norm.bias, first.dense.weight, first.dense.bias, last.weight, last.bias
-            return ops.mlp_block(hidden_states, *weights, activation=first.hidden_act, eps=norm.eps)
-        normed = add_layer_norm(norm, hidden_states)[1]
-        return hidden_states + self.output(first(normed))
+        weights = norm.weight, norm.bias, first.dense.weight, first.dense.bias, last.weight, last.bias
+        return ops.mlp_block(hidden_states, *weights, activation=first.hidden_act, eps=norm.eps)
 
     def _drop_path(self, attended: torch.Tensor) -> torch.Tensor:
         """In training, leave the block out for some clips, and scale it up for the others (arXiv:1603.09382)."""

@@ -31,13 +31,19 @@ def is_plain_feed_forward(intermediate: nn.Module, dense: nn.Module) -> bool:
     )
 
 
-def feed_forward(intermediate: ClapIntermediate, dense: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
-    """`dense(intermediate(hidden_states))`, `[..., width]`."""
-    if not is_plain_feed_forward(intermediate, dense):
-        return dense(intermediate(hidden_states))
-    first = intermediate.dense
-    weights = first.weight, first.bias, dense.weight, dense.bias
-    return ops.gelu_mlp(hidden_states, *weights, activation=intermediate.hidden_act)
+def feed_forward(
+    intermediate: ClapIntermediate,
+    dense: nn.Module,
+    hidden_states: torch.Tensor,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`dense(intermediate(hidden_states))`, `[..., width]`, with `residual` added where given."""
+    if is_plain_feed_forward(intermediate, dense):
+        first = intermediate.dense
+        weights = first.weight, first.bias, dense.weight, dense.bias
+        return ops.gelu_mlp(hidden_states, *weights, residual=residual, activation=intermediate.hidden_act)
+    hidden_states = dense(intermediate(hidden_states))
+    return hidden_states if residual is None else residual + hidden_states
 
 
 class ClapProjectionLayer(nn.Module):
