@@ -35,6 +35,15 @@ def fold_spectrogram(spectrogram: torch.Tensor, spec_size: int, num_mel_bins: in
     return image.flatten(2, 3)
 
 
+def project(conv: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """Patches of images `[batch, channels, height, width]` to vectors, `[batch, rows, columns, width]`."""
+    if images.shape[1] == 1:
+        # One channel lies in both of torch's layouts; named the last one, it makes those of a patch lie side by side.
+        height, width = images.shape[2:]
+        images = images.contiguous().as_strided(images.shape, (height * width, 1, width, 1))
+    return conv(images).permute(0, 2, 3, 1)
+
+
 class ClapAudioAFFBlock(nn.Module):
     """Attentional feature fusion: a weight for each place and channel of two images, from both of them."""
 
@@ -102,18 +111,16 @@ class ClapAudioPatchEmbed(nn.Module):
                 f"input_features make an image of {images.shape[2]} x {images.shape[3]}, and the model takes one of "
                 f"{rows} x {columns}: the extractor's feature_size must be the model's num_mel_bins"
             )
-        if images.shape[1] == 1:
-            # One channel lies in both layouts; named the last one, it makes the patches' channels lie side by side.
-            rows, columns = images.shape[2:]
-            images = images.contiguous().as_strided(images.shape, (rows * columns, 1, columns, 1))
-        embedded = self.proj(images)
+        embedded = project(self.proj, images)
         if longer is not None and len(longer):
             embedded = embedded.index_copy(0, longer, self._fuse(embedded[longer], crops))
-        embedded = embedded.flatten(2).transpose(1, 2)
+        embedded = embedded.flatten(1, 2)
         return add_layer_norm(self.norm, embedded)[1] if isinstance(self.norm, nn.LayerNorm) else embedded
 
     def _fuse(self, embedded: torch.Tensor, crops: torch.Tensor) -> torch.Tensor:
-        """The embeddings of whole clips `[clips, channels, rows, columns]` and of their crops, fused."""
-        local = self.mel_conv2d(crops.flatten(0, 1)[:, None]).unflatten(0, crops.shape[:2])
-        local = local.permute(0, 2, 3, 1, 4).flatten(3)  # the crops side by side
-        return self.fusion_model(embedded, F.pad(local, (0, embedded.shape[-1] - local.shape[-1])))
+        """The embeddings of whole clips `[clips, rows, columns, width]` and of their crops, fused."""
+        local = project(self.mel_conv2d, crops.flatten(0, 1)[:, None]).unflatten(0, crops.shape[:2])
+        local = local.transpose(1, 2).flatten(2, 3)  # the crops side by side
+        local = F.pad(local, (0, 0, 0, embedded.shape[2] - local.shape[2]))
+        fused = self.fusion_model(embedded.permute(0, 3, 1, 2), local.permute(0, 3, 1, 2))
+        return fused.permute(0, 2, 3, 1)
