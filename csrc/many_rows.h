@@ -157,14 +157,13 @@ struct Norm {
 };
 
 CLVP_FAST_INLINE float total(Floats x) {
-#if defined(__AVX512F__)
-    return _mm512_reduce_add_ps((__m512)x);
-#else
-    float lanes[LANES], sum = 0;
+    float lanes[LANES];
     store_floats(lanes, x);
-    for (int i = 0; i < LANES; ++i) sum += lanes[i];
-    return sum;
-#endif
+#pragma GCC unroll 4
+    for (int half = LANES / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+        for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+    return lanes[0];
 }
 
 /* A row as it is multiplied, of a multiple of 32 columns: normed with statistics in float32, rounded once. */
