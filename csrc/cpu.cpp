@@ -41,12 +41,12 @@ std::vector<clvp_fast_isa> usable_isas() {
     return usable;
 }
 
-/* Packs `groups` of what a kernel's items share, and runs the items. */
-template <class Kernel, class Call>
-int run_packed(const Kernel &kernel, const Call *call, int64_t groups, int64_t items, int32_t num_threads) {
+/* Packs what a kernel's items share, and runs the items. */
+template <class Call>
+int run_packed(const clvp_fast_packing_isa<Call> &kernel, const Call *call, int64_t items, int32_t num_threads) {
     void *const packed = std::aligned_alloc(64, (kernel.packed_bytes(call) + 63) / 64 * 64);
     if (!packed) return CLVP_FAST_NO_MEMORY;
-    share_out(groups, num_threads, 0, [&](void *, int64_t group) { kernel.pack(call, group, packed); });
+    share_out(kernel.groups(call), num_threads, 0, [&](void *, int64_t group) { kernel.pack(call, group, packed); });
     const auto run = [&](void *scratch, int64_t item) { kernel.run(call, packed, item, scratch); };
     const bool done = share_out(items, num_threads, kernel.scratch_bytes(call), run);
     std::free(packed);
@@ -162,7 +162,7 @@ CLVP_FAST_EXPORT int clvp_fast_mlp_cpu(const clvp_fast_mlp *call, int32_t num_th
     if (num_threads < 1) return CLVP_FAST_BAD_SIZE;
     if (call->rows == 0 || call->out_features == 0) return CLVP_FAST_OK;
     const int64_t items = (call->rows + call->item_rows - 1) / call->item_rows;
-    return run_packed(*isa->mlp, call, isa->mlp->groups(call), items, num_threads);
+    return run_packed(*isa->mlp, call, items, num_threads);
 }
 
 CLVP_FAST_EXPORT int clvp_fast_window_attention_cpu(const clvp_fast_window_attention *call, int32_t num_threads,
@@ -174,7 +174,7 @@ CLVP_FAST_EXPORT int clvp_fast_window_attention_cpu(const clvp_fast_window_atten
     const int64_t windows = (call->height / call->window) * (call->width / call->window);
     const int64_t items = call->batch * windows * call->num_heads;
     if (items == 0) return CLVP_FAST_OK;
-    return run_packed(*isa->window_attention, call, call->num_heads, items, num_threads);
+    return run_packed(*isa->window_attention, call, items, num_threads);
 }
 
 CLVP_FAST_EXPORT int clvp_fast_window_block_cpu(const clvp_fast_window_block *call, int32_t num_threads,
@@ -185,7 +185,7 @@ CLVP_FAST_EXPORT int clvp_fast_window_block_cpu(const clvp_fast_window_block *ca
     if (num_threads < 1) return CLVP_FAST_BAD_SIZE;
     const int64_t items = call->batch * (call->height / call->window) * (call->width / call->window);
     if (items == 0) return CLVP_FAST_OK;
-    return run_packed(*isa->window_block, call, isa->window_block->groups(call), items, num_threads);
+    return run_packed(*isa->window_block, call, items, num_threads);
 }
 
 CLVP_FAST_EXPORT int clvp_fast_sample_cpu(const clvp_fast_sample *call, int32_t num_threads, const char *isa_name) {

@@ -31,37 +31,24 @@ struct clvp_fast_linear_isa {
     void (*run)(const struct clvp_fast_linear *call, int64_t item, void *scratch);
 };
 
-/* Linear layers of many rows: groups of the weights' columns are packed once in any order, then items of item_rows rows
- * are computed. */
-struct clvp_fast_mlp_isa {
-    size_t (*packed_bytes)(const struct clvp_fast_mlp *call);
+/* A kernel whose items share what is packed: groups of it are packed once in any order, then items are computed in any
+ * order. */
+template <class Call>
+struct clvp_fast_packing_isa {
+    size_t (*packed_bytes)(const Call *call);
     /* Scratch memory that a thread needs, aligned to 64 bytes, as `packed` is. */
-    size_t (*scratch_bytes)(const struct clvp_fast_mlp *call);
-    int64_t (*groups)(const struct clvp_fast_mlp *call);
-    void (*pack)(const struct clvp_fast_mlp *call, int64_t group, void *packed);
-    void (*run)(const struct clvp_fast_mlp *call, const void *packed, int64_t item, void *scratch);
+    size_t (*scratch_bytes)(const Call *call);
+    int64_t (*groups)(const Call *call);
+    void (*pack)(const Call *call, int64_t group, void *packed);
+    void (*run)(const Call *call, const void *packed, int64_t item, void *scratch);
 };
 
-/* Attention in windows: the bias is packed once, head by head, then items are computed in any order: for each image,
- * for each window, each head. */
-struct clvp_fast_window_attention_isa {
-    size_t (*packed_bytes)(const struct clvp_fast_window_attention *call);
-    /* Scratch memory that a thread needs, aligned to 64 bytes, as `packed` is. */
-    size_t (*scratch_bytes)(const struct clvp_fast_window_attention *call);
-    void (*pack)(const struct clvp_fast_window_attention *call, int64_t head, void *packed);
-    void (*run)(const struct clvp_fast_window_attention *call, const void *packed, int64_t item, void *scratch);
-};
-
-/* The first half of Swin layers: groups of weights and biases are packed once in any order, then windows of images are
- * computed. */
-struct clvp_fast_window_block_isa {
-    size_t (*packed_bytes)(const struct clvp_fast_window_block *call);
-    /* Scratch memory that a thread needs, aligned to 64 bytes, as `packed` is. */
-    size_t (*scratch_bytes)(const struct clvp_fast_window_block *call);
-    int64_t (*groups)(const struct clvp_fast_window_block *call);
-    void (*pack)(const struct clvp_fast_window_block *call, int64_t group, void *packed);
-    void (*run)(const struct clvp_fast_window_block *call, const void *packed, int64_t item, void *scratch);
-};
+/* Groups of the weights' columns; items of item_rows rows. */
+using clvp_fast_mlp_isa = clvp_fast_packing_isa<clvp_fast_mlp>;
+/* The bias of a head; for each image, for each window, each head. */
+using clvp_fast_window_attention_isa = clvp_fast_packing_isa<clvp_fast_window_attention>;
+/* The bias of a head, or a group of the weights' columns; for each image, each window. */
+using clvp_fast_window_block_isa = clvp_fast_packing_isa<clvp_fast_window_block>;
 
 /* Draws the token of a row. scratch: two floats for each token of the vocabulary, which is rounded up to 16. */
 typedef void (*clvp_fast_sample_row)(const struct clvp_fast_sample *call, int64_t row, void *scratch);
@@ -70,9 +57,9 @@ struct clvp_fast_isa {
     const char *name;
     const struct clvp_fast_log_mel_isa *log_mel;
     const struct clvp_fast_linear_isa *linear;
-    const struct clvp_fast_mlp_isa *mlp;
-    const struct clvp_fast_window_attention_isa *window_attention;
-    const struct clvp_fast_window_block_isa *window_block;
+    const clvp_fast_mlp_isa *mlp;
+    const clvp_fast_window_attention_isa *window_attention;
+    const clvp_fast_window_block_isa *window_block;
     clvp_fast_attend attend;
     clvp_fast_sample_row sample;
 };
@@ -87,9 +74,9 @@ const struct clvp_fast_isa *clvp_fast_find_isa(const char *name);
 #define CLVP_FAST_DECLARE(isa)                                                                                       \
     extern const struct clvp_fast_log_mel_isa CLVP_FAST_OF(log_mel, isa);                                            \
     extern const struct clvp_fast_linear_isa CLVP_FAST_OF(linear, isa);                                              \
-    extern const struct clvp_fast_mlp_isa CLVP_FAST_OF(mlp, isa);                                                    \
-    extern const struct clvp_fast_window_attention_isa CLVP_FAST_OF(window_attention, isa);                          \
-    extern const struct clvp_fast_window_block_isa CLVP_FAST_OF(window_block, isa);                                  \
+    extern const clvp_fast_mlp_isa CLVP_FAST_OF(mlp, isa);                                                           \
+    extern const clvp_fast_window_attention_isa CLVP_FAST_OF(window_attention, isa);                                 \
+    extern const clvp_fast_window_block_isa CLVP_FAST_OF(window_block, isa);                                         \
     void CLVP_FAST_OF(attend, isa)(const struct clvp_fast_paged_decode *call, int64_t candidate, int64_t first_head, \
                                    int64_t end_head, void *scratch);                                                 \
     void CLVP_FAST_OF(sample, isa)(const struct clvp_fast_sample *call, int64_t row, void *scratch);

@@ -31,6 +31,10 @@ struct Layer {
     int64_t group_size() const {
         return COLUMNS + columns / UNIT<In> * COLUMNS;
     }
+    template <class In>
+    int64_t size() const {
+        return groups() * group_size<In>();
+    }
 };
 
 template <class In>
@@ -149,13 +153,6 @@ void apply(int32_t activation, const Layer &layer, const float *packed, Matrix<c
         apply<In, CLVP_FAST_NO_ACTIVATION, JOIN>(layer, packed, x, count, other, out);
 }
 
-/* Layer norm of a row before it is multiplied; no weight: none. */
-template <class In>
-struct Norm {
-    const In *weight, *bias;
-    float eps;
-};
-
 CLVP_FAST_INLINE float total(Floats x) {
     float lanes[LANES];
     store_floats(lanes, x);
@@ -166,20 +163,32 @@ CLVP_FAST_INLINE float total(Floats x) {
     return lanes[0];
 }
 
-/* A row as it is multiplied, of a multiple of 32 columns: normed with statistics in float32, rounded once. */
+/* A row of a multiple of 32 columns, as it is multiplied. */
 template <class In>
-void prepare(const In *row, const Norm<In> &norm, int64_t columns, Product<In> *to) {
+void widen(const In *row, int64_t columns, Product<In> *to) {
+    for (int64_t k = 0; k < columns; k += LANES) store_floats(to + k, load_floats(row + k));
+}
+
+/* What a row is normed with: its weight, and a bias or null. */
+template <class In>
+struct Norm {
+    const In *weight, *bias;
+    float eps;
+};
+
+/* The layer norm of such a row, as it is multiplied: statistics in float32, rounded once. */
+template <class In>
+void layer_norm(const In *row, const Norm<In> &norm, int64_t columns, Product<In> *to) {
     Floats sum = {}, squares = {};
-    for (int64_t k = 0; norm.weight && k < columns; k += LANES) sum += load_floats(row + k);
+    for (int64_t k = 0; k < columns; k += LANES) sum += load_floats(row + k);
     const float mean = total(sum) / columns;
-    for (int64_t k = 0; norm.weight && k < columns; k += LANES) {
+    for (int64_t k = 0; k < columns; k += LANES) {
         const Floats centred = load_floats(row + k) - mean;
         squares += centred * centred;
     }
     const float factor = 1 / sqrtf(total(squares) / columns + norm.eps);
     for (int64_t k = 0; k < columns; k += LANES) {
-        Floats x = load_floats(row + k);
-        if (norm.weight) x = (x - mean) * factor * load_floats(norm.weight + k);
+        Floats x = (load_floats(row + k) - mean) * factor * load_floats(norm.weight + k);
         if (norm.bias) x += load_floats(norm.bias + k);
         store_floats(to + k, x);
     }

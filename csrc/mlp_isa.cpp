@@ -21,8 +21,7 @@ struct Layers {
         if (first.bias) gates.bias = (const In *)first.bias + gates.outs;
     }
     int64_t groups() const { return first.groups() + gates.groups() + second.groups(); }
-    static int64_t size(const Layer &layer) { return layer.groups() * layer.group_size<In>(); }
-    int64_t size() const { return size(first) + size(gates) + size(second); }
+    int64_t size() const { return first.size<In>() + gates.size<In>() + second.size<In>(); }
 };
 
 /* Scratch memory, in 32 bits, of an item's rows: values between two layers, and x where it is normed or widened. */
@@ -49,7 +48,11 @@ void run(const clvp_fast_mlp *call, const float *packed, int64_t first_row, int6
     if constexpr (std::is_same_v<In, Mid>) x = given;
     if (const int64_t stride = x_stride<In>(call)) {
         const Matrix<Mid> prepared = {(Mid *)scratch, stride * UNIT<In>};
-        for (int64_t row = 0; row < count; ++row) prepare(given.row(row), norm, call->in_features, prepared.row(row));
+        for (int64_t row = 0; row < count; ++row)
+            if (norm.weight)
+                layer_norm(given.row(row), norm, call->in_features, prepared.row(row));
+            else
+                widen(given.row(row), call->in_features, prepared.row(row));
         x = {prepared.first, prepared.stride};
         scratch += call->item_rows * stride;
     }
@@ -59,9 +62,9 @@ void run(const clvp_fast_mlp *call, const float *packed, int64_t first_row, int6
     const Matrix<const Mid> values = {inner.first, stride};
     const int32_t activation = call->gated ? CLVP_FAST_NO_ACTIVATION : call->activation;
     apply<In, ADDED, Mid>(activation, layers.first, packed, x, count, {}, inner);
-    packed += layers.size(layers.first);
+    packed += layers.first.template size<In>();
     if (call->gated) apply<In, MULTIPLIED, Mid>(call->activation, layers.gates, packed, x, count, values, inner);
-    packed += layers.size(layers.gates);
+    packed += layers.gates.template size<In>();
     apply<In, ADDED, Out>(CLVP_FAST_NO_ACTIVATION, layers.second, packed, values, count, residual, out);
 }
 
@@ -85,7 +88,7 @@ void pack(const clvp_fast_mlp *call, int64_t group, float *packed) {
     for (const Layer *layer : {&layers.first, &layers.gates, &layers.second}) {
         if (group < layer->groups()) return pack<In>(*layer, group, packed + group * layer->group_size<In>());
         group -= layer->groups();
-        packed += layers.size(*layer);
+        packed += layer->size<In>();
     }
 }
 

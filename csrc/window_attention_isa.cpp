@@ -50,6 +50,8 @@ size_t scratch_bytes(const clvp_fast_window_attention *call) {
            (call->dtype == CLVP_FAST_FLOAT32 ? Room<float>(windows).size : Room<uint16_t>(windows).size);
 }
 
+int64_t groups(const clvp_fast_window_attention *call) { return call->num_heads; }
+
 void pack_any(const clvp_fast_window_attention *call, int64_t head, void *packed) {
     const Windows windows = windows_of(call);
     float *const to = (float *)packed + head * Bias<float>::packed_size(windows);
@@ -70,4 +72,4 @@ void run_any(const clvp_fast_window_attention *call, const void *packed, int64_t
 }  // namespace clvp_fast
 
 const clvp_fast_window_attention_isa CLVP_FAST_OF(window_attention, CLVP_FAST_ISA) = {
-    clvp_fast::packed_bytes, clvp_fast::scratch_bytes, clvp_fast::pack_any, clvp_fast::run_any};
+    clvp_fast::packed_bytes, clvp_fast::scratch_bytes, clvp_fast::groups, clvp_fast::pack_any, clvp_fast::run_any};

@@ -26,8 +26,8 @@ struct Packed {
           heads(call->num_heads),
           bias_size(Bias<In>::packed_size(windows_of(call))) {}
     int64_t qkv_at() const { return heads * bias_size; }
-    int64_t out_at() const { return qkv_at() + qkv.groups() * qkv.group_size<In>(); }
-    int64_t size() const { return out_at() + out.groups() * out.group_size<In>(); }
+    int64_t out_at() const { return qkv_at() + qkv.size<In>(); }
+    int64_t size() const { return out_at() + out.size<In>(); }
 };
 
 /* The scratch memory of a window, in bytes: its rows of x, as they are multiplied, queries, keys and values, and what
@@ -76,7 +76,7 @@ void run(const clvp_fast_window_block *call, const float *packed, int64_t item, 
     const Matrix<const Factor> normed = {factors.first, factors.stride};
     for (int64_t place = 0; place < places; ++place) {
         memcpy(x.row(place), (const In *)call->x + in_image(place), channels * sizeof(In));
-        prepare(x.row(place), norm, channels, factors.row(place));
+        layer_norm(x.row(place), norm, channels, factors.row(place));
     }
     const Matrix<In> qkv = {(In *)(scratch + space.qkv), space.qkv_stride};
     apply<In, CLVP_FAST_NO_ACTIVATION, ADDED, In>(parts.qkv, packed + parts.qkv_at(), normed, places, {}, qkv);
@@ -89,8 +89,7 @@ void run(const clvp_fast_window_block *call, const float *packed, int64_t item, 
     if constexpr (std::is_same_v<In, Factor>) {
         attended = {qkv.first, qkv.stride};
     } else {
-        for (int64_t place = 0; place < places; ++place)
-            prepare(qkv.row(place), Norm<In>{}, channels, factors.row(place));
+        for (int64_t place = 0; place < places; ++place) widen(qkv.row(place), channels, factors.row(place));
         attended = normed;
     }
     apply<In, CLVP_FAST_NO_ACTIVATION, ADDED, In>(parts.out, packed + parts.out_at(), attended, places,

@@ -128,7 +128,7 @@ def _for_torch(operator, args):
     The two products of few rows are faster alone; and nobody expects a CPU to have a kernel for all types.
     """
     x = args[0]
-    if (plain := _training(*args[:6])) is not None or not runs_natively(x.device) or forced() is not None:
+    if (plain := training(*args[:6])) is not None or not runs_natively(x.device) or forced() is not None:
         return plain
     if torch.compiler.is_compiling() or not many_rows.are_many(x):
         return "torch path"
@@ -188,7 +188,7 @@ def _check(halves, x, w_in, b_in, w_out, b_out, residual, activation, scale_in=N
         check_residual(residual, x)
 
 
-def _training(*tensors):
+def training(*tensors):
     """Why a call is one for torch's own functions, or None."""
     if autocasts(tensors[0].device):
         return "autocast is on"

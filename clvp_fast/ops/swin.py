@@ -13,11 +13,16 @@ import torch
 
 from clvp_fast.ops import many_rows, norm
 from clvp_fast.ops.activations import ACTIVATIONS
-from clvp_fast.ops.dispatch import Operator, autocasts, check_same, forced, needs_grad, runs_natively, shape_error
+from clvp_fast.ops.dispatch import Operator, check_same, forced, runs_natively, shape_error
 from clvp_fast.ops.linear import linear, missing, reference as linear_reference
-from clvp_fast.ops.mlp import gelu_mlp, gelu_reference
+from clvp_fast.ops.mlp import gelu_mlp, gelu_reference, training
 from clvp_fast.ops.norm import add_norm
-from clvp_fast.ops.window_attention import reference as attention_reference, unserved_natively, window_attention
+from clvp_fast.ops.window_attention import (
+    check_windows,
+    reference as attention_reference,
+    unserved_natively,
+    window_attention,
+)
 
 
 def _window_reference(x, norm_weight, norm_bias, w_qkv, b_qkv, bias, w_out, b_out, window, shift, eps):
@@ -67,7 +72,7 @@ def _window_native(x, norm_weight, norm_bias, w_qkv, b_qkv, bias, w_out, b_out, 
 def _window_unserved(x, norm_weight, norm_bias, w_qkv, b_qkv, bias, w_out, b_out, window, shift, eps):
     heads = len(bias)
     return (
-        _unserved_norm(x, norm_weight, norm_bias, b_qkv, b_out, bias)
+        _unserved_type(x, norm_weight, norm_bias, b_qkv, b_out, bias)
         or many_rows.unserved(x, None, w_qkv, w_out)
         or unserved_natively(x.unflatten(-1, (heads, -1)), bias, window)
     )
@@ -89,10 +94,10 @@ def _mlp_native(x, norm_weight, norm_bias, w_in, b_in, w_out, b_out, activation,
 
 
 def _mlp_unserved(x, norm_weight, norm_bias, w_in, b_in, w_out, b_out, activation, eps):
-    return _unserved_norm(x, norm_weight, norm_bias, b_in, b_out) or many_rows.unserved(x, activation, w_in, w_out)
+    return _unserved_type(x, norm_weight, norm_bias, b_in, b_out) or many_rows.unserved(x, activation, w_in, w_out)
 
 
-def _unserved_norm(x, *vectors):
+def _unserved_type(x, *vectors):
     for vector in vectors:
         if vector is not None and vector.dtype != x.dtype:
             return f"all tensors must have the dtype of x, {x.dtype}, not {vector.dtype}"
@@ -140,8 +145,7 @@ def _run(operator, unserved, args, pays):
         not torch.compiler.is_compiling()
         and runs_natively(x.device)
         and (forced() == "kernel" or pays())
-        and not autocasts(x.device)
-        and not needs_grad(*(arg for arg in args if isinstance(arg, torch.Tensor)))
+        and training(*(arg for arg in args if isinstance(arg, torch.Tensor))) is None
         and operator.refusal(x.device) is None
         and unserved(*args) is None
     )
@@ -196,10 +200,7 @@ def window_block(
     heads, places = bias.shape[0], window**2
     if channels % heads:
         raise ValueError(f"the heads of bias must divide the channels of x, and {heads} does not divide {channels}")
-    if window < 1 or height % window or width % window:
-        raise ValueError(f"window must divide the image, {height} x {width}, and {window} does not: pad the image")
-    if not 0 <= shift < window:
-        raise ValueError(f"shift must be from 0 to window - 1 = {window - 1}, not {shift}")
+    check_windows(height, width, window, shift)
     wide = (channels,)
     _check(
         x,

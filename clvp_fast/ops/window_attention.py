@@ -215,6 +215,14 @@ _OPERATOR = Operator(
 )
 
 
+def check_windows(height: int, width: int, window: int, shift: int) -> None:
+    """Raise unless an image can be cut into such windows."""
+    if window < 1 or height % window or width % window:
+        raise ValueError(f"window must divide the image, {height} x {width}, and {window} does not: pad the image")
+    if not 0 <= shift < window:
+        raise ValueError(f"shift must be from 0 to window - 1 = {window - 1}, not {shift}")
+
+
 def _prepare(q, k, v, bias, window, shift, scale):
     """Check the arguments, and fill in the scale."""
     if q.ndim != 5:
@@ -224,10 +232,7 @@ def _prepare(q, k, v, bias, window, shift, scale):
         if x.shape != q.shape:
             raise shape_error(name, f"that of q, {list(q.shape)}", x)
         check_same(name, x, "q", q)
-    if window < 1 or height % window or width % window:
-        raise ValueError(f"window must divide the image, {height} x {width}, and {window} does not: pad the image")
-    if not 0 <= shift < window:
-        raise ValueError(f"shift must be from 0 to window - 1 = {window - 1}, not {shift}")
+    check_windows(height, width, window, shift)
     if bias.shape != (num_heads, window**2, window**2):
         raise shape_error("bias", f"[{num_heads}, {window**2}, {window**2}]", bias)
     if not bias.is_floating_point():

@@ -49,8 +49,7 @@ bool one_case() {
     call.x_stride = x.stride, call.weight_stride = weight.stride;
     call.rows = rows, call.in_features = columns, call.out_features = outs;
     call.dtype = dtype, call.weight_dtype = weight.dtype, call.activation = draw(0, 1);
-    const char *const names[] = {nullptr, "avx512bf16", "avx512", "avx2", "portable"};
-    const char *const isa = names[draw(0, 4)];
+    const char *const isa = draw_isa();
     const int32_t threads = draw(1, 3);
     if (draw(1, 6) == 1) {
         clvp_fast_linear spoilt = call;

@@ -65,8 +65,7 @@ bool one_case() {
     const bool normed = draw(0, 1);
     call.norm_weight = normed ? norm_weight.first() : nullptr, call.eps = 0.125;
     call.norm_bias = normed && draw(0, 1) ? norm_bias.first() : nullptr;
-    const char *const names[] = {nullptr, "avx512bf16", "avx512", "avx2", "portable"};
-    const char *const isa = names[draw(0, 4)];
+    const char *const isa = draw_isa();
     const int32_t threads = draw(1, 3);
     if (draw(1, 6) == 1) {
         clvp_fast_mlp spoilt = call;

@@ -6,16 +6,11 @@
 #include <string.h>
 
 #include <memory>
-#include <random>
 #include <vector>
 
-#include "../../csrc/clvp_fast.h"
+#include "matrix.h"
 
 namespace {
-
-std::mt19937_64 engine;
-
-int64_t draw(int64_t least, int64_t most) { return std::uniform_int_distribution<int64_t>(least, most)(engine); }
 
 template <class Value>
 std::unique_ptr<Value[]> filled(int64_t count, Value (*value)()) {
@@ -89,8 +84,7 @@ bool one_case() {
     call.rows = rows, call.vocab_size = vocab_size, call.pad_token = 123456;
     call.dtype = half ? CLVP_FAST_BFLOAT16 : CLVP_FAST_FLOAT32, call.do_sample = draw(0, 3) > 0;
 
-    const char *const names[] = {nullptr, "avx512bf16", "avx512", "avx2", "portable"};
-    const char *const isa = names[draw(0, 4)];
+    const char *const isa = draw_isa();
     const int32_t threads = draw(1, 3);
     if (draw(1, 6) == 1) {
         clvp_fast_sample spoilt = call;

@@ -54,8 +54,7 @@ bool one_case() {
     call.batch = batch, call.height = height, call.width = width, call.num_heads = heads, call.head_dim = channels;
     call.window = window, call.shift = shift, call.dtype = dtype, call.bias_dtype = bias.dtype;
     call.scale = 1 / sqrt((double)channels);
-    const char *const names[] = {nullptr, "avx512bf16", "avx512", "avx2", "portable"};
-    const char *const isa = names[draw(0, 4)];
+    const char *const isa = draw_isa();
     const int32_t threads = draw(1, 3);
     if (draw(1, 6) == 1) {
         clvp_fast_window_attention spoilt = call;

@@ -138,8 +138,7 @@ bool one_case() {
     call.batch = given.batch, call.height = given.height, call.width = given.width;
     call.num_heads = given.heads, call.head_dim = given.head_dim, call.window = given.window, call.shift = given.shift;
     call.dtype = given.dtype, call.eps = 64; /* so large that scores are not */
-    const char *const names[] = {nullptr, "avx512bf16", "avx512", "avx2", "portable"};
-    const char *const isa = names[draw(0, 4)];
+    const char *const isa = draw_isa();
     const int32_t threads = draw(1, 3);
     if (draw(1, 6) == 1) {
         clvp_fast_window_block spoilt = call;

@@ -18,6 +18,12 @@ std::mt19937_64 engine;
 
 int64_t draw(int64_t least, int64_t most) { return std::uniform_int_distribution<int64_t>(least, most)(engine); }
 
+/* An instruction set by name, which this machine may not have, or null for its best. */
+const char *draw_isa() {
+    const char *const names[] = {nullptr, "avx512bf16", "avx512", "avx2", "portable"};
+    return names[draw(0, 4)];
+}
+
 float to_float(uint16_t half) {
     const uint32_t bits = (uint32_t)half << 16;
     float value;
