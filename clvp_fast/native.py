@@ -7,6 +7,7 @@ changes with the sources, the flags and the compilers. `python -m clvp_fast.nati
 import argparse
 import ctypes
 import json
+import os
 import shutil
 import sys
 from contextlib import contextmanager, suppress
@@ -21,6 +22,9 @@ from clvp_fast.files import UnwritableError, build_folder_once, cache_folder
 FLOAT32, FLOAT64, INT16, FLOAT16, BFLOAT16, INT8 = range(6)
 #: `enum clvp_fast_activation`.
 NO_ACTIVATION, GELU_TANH, GELU = range(3)
+
+#: Instruction sets of a CPU that kernels are compiled for, the best first.
+ISAS = tuple(native_build.ISA_FLAGS)
 
 _PACKAGE = Path(__file__).resolve().parent
 _PACKAGED = _PACKAGE / "_native"
@@ -300,6 +304,7 @@ def library() -> ctypes.CDLL:
 
     Raises:
         NativeLibraryError: there is none; the message says why and what to do.
+        ValueError: `CLVP_FAST_ISA` names no instruction set, or one that this CPU lacks.
     """
     found, why = _loaded()
     if found is None:
@@ -318,6 +323,37 @@ def missing(device_type: str) -> str | None:
             return None
         return f"the native library was built without CUDA: {record()['no_cuda']} (see {folder() / native_build.LOG})"
     return None if device_type == "cpu" else f"the native library serves cpu and cuda, not {device_type}"
+
+
+def isa() -> str:
+    """Tells the instruction set that a CPU's kernels run on: its best, or the one that `CLVP_FAST_ISA` names.
+
+    Raises as `library` does.
+    """
+    return library().clvp_fast_cpu_isa().decode()
+
+
+def isas() -> tuple[str, ...]:
+    """Tells which of `ISAS` this CPU and the library have, the best first. Raises as `library` does."""
+    return tuple(name for name in ISAS if library().clvp_fast_has_isa(name.encode()))
+
+
+def choose_isa(name: str | None) -> None:
+    """Chooses the instruction set that a CPU's kernels run on from now on; `None`: the best that this CPU has.
+
+    Raises:
+        ValueError: `name` is no instruction set of `ISAS`, or one that the CPU or the library lacks.
+        NativeLibraryError: as `library`.
+    """
+    _choose_isa(library(), name, "choose_isa()")
+
+
+def _choose_isa(found: ctypes.CDLL, name: str | None, source: str) -> None:
+    if name is not None and name not in ISAS:
+        raise ValueError(f"{source} must be one of {', '.join(ISAS)}, not {name!r}")
+    if found.clvp_fast_choose_isa(name and name.encode()):
+        has = ", ".join(isa for isa in ISAS if found.clvp_fast_has_isa(isa.encode()))
+        raise ValueError(f"{source} is {name!r}, which this CPU lacks or the library was built without: it has {has}")
 
 
 def check(code: int) -> None:
@@ -347,6 +383,10 @@ def _loaded() -> tuple[ctypes.CDLL | None, str]:
         found.clvp_fast_sample_cpu.restype = c_int
         found.clvp_fast_cpu_isa.argtypes = []
         found.clvp_fast_cpu_isa.restype = c_char_p
+        found.clvp_fast_has_isa.argtypes = [c_char_p]
+        found.clvp_fast_has_isa.restype = c_int
+        found.clvp_fast_choose_isa.argtypes = [c_char_p]
+        found.clvp_fast_choose_isa.restype = c_int
         found.clvp_fast_error.argtypes = [c_int]
         found.clvp_fast_error.restype = c_char_p
         if hasattr(found, "clvp_fast_log_mel_cuda"):
@@ -360,6 +400,7 @@ def _loaded() -> tuple[ctypes.CDLL | None, str]:
         return None, str(error)
     except (OSError, AttributeError) as error:
         return None, f"the native library {path} cannot be loaded ({error}): remove its folder to have it built anew"
+    _choose_isa(found, os.environ.get("CLVP_FAST_ISA") or None, "the environment variable CLVP_FAST_ISA")
     return found, ""
 
 
@@ -448,7 +489,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     built, cuda = record(), missing("cuda")
     print(f"library  {folder() / native_build.LIBRARY}")
-    print(f"cpu      {library().clvp_fast_cpu_isa().decode()} here; {built['cxx_version']}")
+    print(f"cpu      {isa()} here; {built['cxx_version']}")
     served = ", ".join(f"sm_{arch}" for arch in built["architectures"]) + f"; nvcc {built['nvcc_version']}"
     print(f"cuda     {cuda or served}")
     return 0

@@ -64,11 +64,17 @@ struct clvp_fast_log_mel {
 };
 
 /* Runs on at most num_threads threads, on the named instruction set, "avx512bf16", "avx512", "avx2" or "portable"
- * (null: the best that this machine has), and returns when all is written. */
+ * (null: that which clvp_fast_cpu_isa names), and returns when all is written. */
 int clvp_fast_log_mel_cpu(const struct clvp_fast_log_mel *call, int32_t num_threads, const char *isa);
 
-/* The best instruction set that this machine has. */
+/* The instruction set of calls that name none: the best that this machine has, unless another one was chosen. */
 const char *clvp_fast_cpu_isa(void);
+
+/* 1 if this machine and this library have the named instruction set, else 0. */
+int clvp_fast_has_isa(const char *name);
+
+/* Chooses the instruction set of calls that name none; null: the best that this machine has. Not during such calls. */
+int clvp_fast_choose_isa(const char *name);
 
 /* Launches one kernel on the cudaStream_t `stream` of the current device and returns at once. Lengths and bands are not
  * read on the host: what is out of range is clamped. Present in libraries that were built with nvcc. */

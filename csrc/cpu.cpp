@@ -1,5 +1,6 @@
 /* The functions of the C interface for a CPU: checks, the choice of an instruction set, the work shared out over
  * threads. */
+#include <atomic>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -76,14 +77,30 @@ void limit_range(const clvp_fast_log_mel &call, int64_t row) {
 
 }  // namespace
 
+/* What calls that name no instruction set take; null for the machine's best. */
+static std::atomic<const clvp_fast_isa *> chosen{nullptr};
+
 const clvp_fast_isa *clvp_fast_find_isa(const char *name) {
     static const std::vector<clvp_fast_isa> usable = usable_isas();
+    if (!name) {
+        const clvp_fast_isa *const isa = chosen;
+        return isa ? isa : &usable[0];
+    }
     for (const clvp_fast_isa &isa : usable)
-        if (!name || !std::strcmp(name, isa.name)) return &isa;
+        if (!std::strcmp(name, isa.name)) return &isa;
     return nullptr;
 }
 
 CLVP_FAST_EXPORT const char *clvp_fast_cpu_isa(void) { return clvp_fast_find_isa(nullptr)->name; }
+
+CLVP_FAST_EXPORT int clvp_fast_has_isa(const char *name) { return name && clvp_fast_find_isa(name); }
+
+CLVP_FAST_EXPORT int clvp_fast_choose_isa(const char *name) {
+    const clvp_fast_isa *const isa = name ? clvp_fast_find_isa(name) : nullptr;
+    if (name && !isa) return CLVP_FAST_NO_ISA;
+    chosen = isa;
+    return CLVP_FAST_OK;
+}
 
 CLVP_FAST_EXPORT int clvp_fast_log_mel_cpu(const clvp_fast_log_mel *given, int32_t num_threads, const char *isa_name) {
     if (const int refused = clvp_fast_check(given, 0)) return refused;

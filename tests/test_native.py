@@ -26,6 +26,8 @@ int clvp_fast_window_attention_cpu(const clvp_fast_window_attention *, int32_t, 
 int clvp_fast_window_block_cpu(const clvp_fast_window_block *, int32_t, const char *) { return 0; }
 int clvp_fast_paged_decode_cpu(const clvp_fast_paged_decode *, int32_t, const char *) { return 0; }
 const char *clvp_fast_cpu_isa(void) { return "stand-in"; }
+int clvp_fast_has_isa(const char *) { return 0; }
+int clvp_fast_choose_isa(const char *name) { return name ? -8 : 0; }
 const char *clvp_fast_error(int code) { return code == -7 ? "no memory, says the stand-in" : "another"; }
 }
 """
@@ -69,6 +71,7 @@ def sources(tmp_path, monkeypatch):
     monkeypatch.setenv("CLVP_FAST_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("CUDA_HOME", NO_NVCC)
     monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.delenv("CLVP_FAST_ISA", raising=False)  # the stand-in has none
     forget()
     yield folder
     forget()
@@ -320,3 +323,8 @@ def test_the_command_says_what_there_is(sources, capsys):
     assert str(native.folder() / native_build.LIBRARY) in said and "stand-in here" in said and "no nvcc" in said
     assert native.main(["--require", "cuda"]) == 1
     assert "there is no nvcc" in capsys.readouterr().err
+
+
+def test_an_instruction_set_that_the_library_lacks_is_refused(sources):
+    with pytest.raises(ValueError, match="'avx2', which this CPU lacks or the library was built without"):
+        native.choose_isa("avx2")

@@ -133,7 +133,7 @@ def _missing_native():
 
     if reason := native.missing("cpu"):
         return reason
-    if native.library().clvp_fast_cpu_isa() == b"portable":
+    if native.isa() == "portable":
         return "torch's own products serve a CPU that has neither AVX2 nor AVX-512"
     return None
 

@@ -36,7 +36,7 @@ def unserved(x, activation, *weights):
     """Why `layers` does not serve, or None. `weights` are those of one layer or of two, as it takes them."""
     from clvp_fast import native
 
-    isa = native.library().clvp_fast_cpu_isa().decode()
+    isa = native.isa()
     # Torch's own products are as fast elsewhere, or nobody has measured them.
     if not (isa == "avx512bf16" or (isa == "avx512" and x.dtype == torch.float32)):
         return f"many rows of {x.dtype} are for torch's own products on a CPU with {isa}"

@@ -11,9 +11,9 @@ pytestmark = pytest.mark.skipif(ABSENT is not None, reason=str(ABSENT))
 
 
 @pytest.fixture(params=["avx512bf16", "avx512", "avx2", "portable"])
-def kernel(request, monkeypatch):
+def kernel(request):
     """`linear`'s kernel on one instruction set."""
-    run_on(request.param, monkeypatch)
+    run_on(request)
     return _native
 
 

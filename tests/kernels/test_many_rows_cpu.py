@@ -12,8 +12,8 @@ pytestmark = pytest.mark.skipif(ABSENT is not None, reason=str(ABSENT))
 
 
 @pytest.fixture(params=["avx512bf16", "avx512", "avx2", "portable"], autouse=True)
-def isa(request, monkeypatch):
-    run_on(request.param, monkeypatch)
+def isa(request):
+    run_on(request)
 
 
 def operands(rows, columns, inner, outs, dtype, gated=False):

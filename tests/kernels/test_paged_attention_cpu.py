@@ -19,8 +19,8 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 @pytest.fixture(params=["avx512bf16", "avx512", "avx2", "portable"], autouse=True)
-def isa(request, monkeypatch):
-    run_on(request.param, monkeypatch)
+def isa(request):
+    run_on(request)
     with clvp_fast.backend(None):  # where a kernel is forced on a CPU, it is Triton's, interpreted
         yield request.param
 

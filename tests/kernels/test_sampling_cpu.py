@@ -17,8 +17,8 @@ pytestmark = [
 
 
 @pytest.fixture(params=["avx512", "avx2", "portable"], autouse=True)
-def isa(request, monkeypatch):
-    run_on(request.param, monkeypatch)
+def isa(request):
+    run_on(request)
     with clvp_fast.backend(None):  # where a kernel is forced on a CPU, it is Triton's, interpreted
         assert clvp_fast.explain("sample", "cpu")[0].backend == "kernel"
         yield request.param

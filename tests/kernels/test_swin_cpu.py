@@ -14,8 +14,8 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 
 @pytest.fixture(params=["avx512bf16", "avx512", "avx2", "portable"], autouse=True)
-def isa(request, monkeypatch):
-    run_on(request.param, monkeypatch)
+def isa(request):
+    run_on(request)
 
 
 def wide(args):

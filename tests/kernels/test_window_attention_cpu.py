@@ -15,8 +15,8 @@ operator = sys.modules[clvp_fast.ops.window_attention.__module__]
 
 
 @pytest.fixture(params=["avx512bf16", "avx512", "avx2", "portable"], autouse=True)
-def isa(request, monkeypatch):
-    run_on(request.param, monkeypatch)
+def isa(request):
+    run_on(request)
 
 
 def inputs(height, width, window=8, heads=2, head_dim=24, images=1, dtype=torch.float32):
