@@ -23,6 +23,7 @@ from clvp_fast.models.clvp.generation import (
 from clvp_fast.models.clvp.layers import add_layer_norm
 from clvp_fast.models.clvp.parameters import apply_linear
 from clvp_fast.models.clvp.pretrained import ClvpPreTrainedModel
+from clvp_fast.models.transformers_versions import CACHE, CACHE_NAMES, takes_cache
 
 
 class ClvpForCausalLM(ClvpPreTrainedModel, GenerationMixin):
@@ -51,10 +52,11 @@ class ClvpForCausalLM(ClvpPreTrainedModel, GenerationMixin):
         self.lm_head = value
 
     @can_return_tuple
+    @takes_cache
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         attention_mask: torch.Tensor | None = None,
         token_type_ids: torch.LongTensor | None = None,
         position_ids: torch.LongTensor | None = None,
@@ -75,7 +77,7 @@ class ClvpForCausalLM(ClvpPreTrainedModel, GenerationMixin):
         """
         outputs = self.model(
             input_ids=input_ids,
-            past_key_values=past_key_values,
+            **{CACHE: cache},
             attention_mask=attention_mask,
             token_type_ids=token_type_ids,
             position_ids=position_ids,
@@ -96,15 +98,16 @@ class ClvpForCausalLM(ClvpPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithCrossAttentions(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: getattr(outputs, CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
 
+    @takes_cache
     def prepare_inputs_for_generation(
         self,
         input_ids: torch.LongTensor,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         num_prompts: int | None = None,
         is_first_iteration: bool = False,
@@ -113,7 +116,7 @@ class ClvpForCausalLM(ClvpPreTrainedModel, GenerationMixin):
         """`GenerationMixin`'s hook; `num_prompts` marks a generation that continues conditioning embeddings."""
         model_inputs = super().prepare_inputs_for_generation(
             input_ids,
-            past_key_values=past_key_values,
+            **{CACHE: cache},
             inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,
             **kwargs,
@@ -124,7 +127,7 @@ class ClvpForCausalLM(ClvpPreTrainedModel, GenerationMixin):
             model_inputs["position_ids"] = None
             model_inputs["embeds_have_positions"] = True
             recorded = model_inputs.get("output_attentions") or model_inputs.get("output_hidden_states")
-            if past_key_values is not None and not recorded:
+            if cache is not None and not recorded:
                 model_inputs["candidates_per_prompt"] = inputs_embeds.shape[0] // num_prompts
         else:
             # The k-th speech token stands at position k + 1, as in the original with its cache; training counted k.
@@ -204,8 +207,9 @@ class ClvpForCausalLM(ClvpPreTrainedModel, GenerationMixin):
             conditioning_embeds, attention_mask = pad_behind(conditioning_embeds, attention_mask)
         decoder = self.model.decoder
         start_embeds = decoder.input_embeds_layer(start) + decoder.position_embeds_layer(torch.zeros_like(start))
-        if (kwargs.get("cache_implementation") or settings.cache_implementation) is None:
-            kwargs.setdefault("past_key_values", GrowingCache())
+        cache_implementation = kwargs.get("cache_implementation") or settings.cache_implementation
+        if cache_implementation is None and kwargs.keys().isdisjoint(CACHE_NAMES):
+            kwargs[CACHE] = GrowingCache()
         return super().generate(
             start,
             generation_config,

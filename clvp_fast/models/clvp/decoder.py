@@ -10,6 +10,7 @@ from transformers.utils import can_return_tuple
 from clvp_fast.models.clvp.configuration import ClvpDecoderConfig
 from clvp_fast.models.clvp.layers import ClvpDecoderMLP, ClvpSelfAttention, add_layer_norm, embed
 from clvp_fast.models.clvp.pretrained import ClvpPreTrainedModel
+from clvp_fast.models.transformers_versions import CACHE, takes_cache
 
 
 class ClvpDecoderLayer(GradientCheckpointingLayer):
@@ -23,11 +24,12 @@ class ClvpDecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = nn.LayerNorm(hidden_size, eps=config.layer_norm_epsilon)
         self.mlp = ClvpDecoderMLP(config.n_inner if config.n_inner is not None else 4 * hidden_size, config)
 
+    @takes_cache
     def forward(
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         output_attentions: bool = False,
         candidates_per_prompt: int = 1,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -36,7 +38,7 @@ class ClvpDecoderLayer(GradientCheckpointingLayer):
         attended, weights = self.attn(
             normed,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            **{CACHE: cache},
             output_attentions=output_attentions,
             candidates_per_prompt=candidates_per_prompt,
         )
@@ -67,13 +69,14 @@ class ClvpDecoder(ClvpPreTrainedModel):
         self.input_embeds_layer = value
 
     @can_return_tuple
+    @takes_cache
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         token_type_ids: torch.LongTensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
@@ -100,12 +103,12 @@ class ClvpDecoder(ClvpPreTrainedModel):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         output_attentions = self.option("output_attentions", output_attentions)
         output_hidden_states = self.option("output_hidden_states", output_hidden_states)
-        if self.option("use_cache", use_cache) and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        if self.option("use_cache", use_cache) and cache is None:
+            cache = DynamicCache(config=self.config)
 
         given = input_ids if inputs_embeds is None else inputs_embeds
         length = given.shape[1]
-        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+        past_length = cache.get_seq_length() if cache is not None else 0
         if position_ids is None:
             position_ids = (torch.arange(length, device=given.device) + past_length)[None]
         if inputs_embeds is None:
@@ -131,7 +134,7 @@ class ClvpDecoder(ClvpPreTrainedModel):
             hidden_states, weights = layer(
                 hidden_states,
                 mask,
-                past_key_values=past_key_values,
+                **{CACHE: cache},
                 output_attentions=output_attentions,
                 candidates_per_prompt=candidates_per_prompt,
             )
@@ -142,7 +145,7 @@ class ClvpDecoder(ClvpPreTrainedModel):
 
         return BaseModelOutputWithPastAndCrossAttentions(
             last_hidden_state=hidden_states,
-            past_key_values=past_key_values,
+            **{CACHE: cache},
             hidden_states=(*all_hidden_states, hidden_states) if output_hidden_states else None,
             attentions=tuple(all_attentions) if output_attentions else None,
         )
@@ -166,13 +169,14 @@ class ClvpModel(ClvpPreTrainedModel):
         self.decoder.input_embeds_layer = value
 
     @can_return_tuple
+    @takes_cache
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         token_type_ids: torch.LongTensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs,
@@ -183,7 +187,7 @@ class ClvpModel(ClvpPreTrainedModel):
             attention_mask=attention_mask,
             token_type_ids=token_type_ids,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            **{CACHE: cache},
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,

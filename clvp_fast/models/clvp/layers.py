@@ -17,6 +17,7 @@ from clvp_fast.models.clvp.parameters import (
     project_heads,
     transpose_storage,
 )
+from clvp_fast.models.transformers_versions import takes_cache
 
 
 class ClvpRMSNorm(nn.Module):
@@ -160,12 +161,13 @@ class ClvpSelfAttention(nn.Module):
     def _projections(self) -> list[nn.Module]:
         return [self.q_proj, self.k_proj, self.v_proj]
 
+    @takes_cache
     def forward(
         self,
         hidden_states: torch.Tensor,
         rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         output_attentions: bool = False,
         num_queries: int | None = None,
         candidates_per_prompt: int = 1,
@@ -185,19 +187,19 @@ class ClvpSelfAttention(nn.Module):
         query, key, value = self.project(hidden_states)
         query = query[:, :num_queries]
         query_offset = None
-        if past_key_values is not None:
+        if cache is not None:
             new_key, new_value = (x.transpose(1, 2) for x in (key, value))
             if candidates_per_prompt > 1:
-                past_key_values.update(
+                cache.update(
                     new_key.repeat_interleave(candidates_per_prompt, 0),
                     new_value.repeat_interleave(candidates_per_prompt, 0),
                     self.layer_idx,
                 )
             else:
-                new_key, new_value = past_key_values.update(new_key, new_value, self.layer_idx)
-                if wants_whole_buffers(past_key_values, self.layer_idx, query, attention_mask):
+                new_key, new_value = cache.update(new_key, new_value, self.layer_idx)
+                if wants_whole_buffers(cache, self.layer_idx, query, attention_mask):
                     query_offset = new_key.shape[2] - 1
-                    new_key, new_value = past_key_values.layers[self.layer_idx].whole()
+                    new_key, new_value = cache.layers[self.layer_idx].whole()
                     if attention_mask is not None:
                         attention_mask = F.pad(attention_mask, (0, new_key.shape[2] - query_offset - 1))
                 key, value = new_key.transpose(1, 2), new_value.transpose(1, 2)

@@ -7,6 +7,7 @@ from transformers.pytorch_utils import Conv1D
 
 from clvp_fast.models.clvp.configuration import ClvpConfig, ClvpDecoderConfig, ClvpEncoderConfig
 from clvp_fast.models.clvp.layers import ClvpRotaryPositionalEmbedding
+from clvp_fast.models.transformers_versions import CACHE
 
 
 class ClvpPreTrainedModel(PreTrainedModel):
@@ -17,7 +18,7 @@ class ClvpPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["ClvpEncoderLayer", "ClvpDecoderLayer", "ClvpConditioningEncoder"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = [CACHE]  # noqa: RUF012
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -1,0 +1,71 @@
+"""What differs between the releases of transformers that are served, each difference with the release that brought it.
+
+No other module asks for the installed release. Inside this package a thing has its newest name; what callers and
+`GenerationMixin` see follows the installed release.
+
+5.20: a configuration names the classes of its parts in `sub_configs_defaults`, before in `sub_configs`. Our
+    configurations set both.
+5.24: the cache of keys and values is called `cache`, as an argument and as a field of outputs. It was
+    `past_key_values`, which is deprecated since.
+"""
+
+import functools
+import inspect
+import warnings
+from collections.abc import Callable
+
+import transformers
+from transformers.utils.deprecation import deprecate_kwarg
+
+#: The oldest release that is served, and the newest that is tested; pyproject.toml has the same bounds.
+OLDEST, NEWEST = (5, 17), (5, 24)
+
+INSTALLED = tuple(int(number) for number in transformers.__version__.split(".")[:2])
+
+#: What the installed release calls the cache of keys and values.
+CACHE = "cache" if INSTALLED >= (5, 24) else "past_key_values"
+#: Every name by which a call of `generate` may hand over a cache.
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")
+
+
+def check_release() -> None:
+    """Refuse a release of transformers that is too old, and warn of one that is newer than what was tested.
+
+    Raises:
+        ImportError: the installed release is older than `OLDEST`.
+    """
+    from clvp_fast import __version__
+
+    oldest, newest = (".".join(map(str, release)) for release in (OLDEST, NEWEST))
+    if INSTALLED < OLDEST:
+        raise ImportError(
+            f"clvp_fast {__version__} needs transformers {oldest} or newer, and transformers {transformers.__version__} "
+            f"is installed: install a release up to {newest}, as with pip install 'transformers=={newest}.*'"
+        )
+    if INSTALLED > NEWEST:
+        warnings.warn(
+            f"clvp_fast {__version__} is tested with transformers up to {newest}, and transformers "
+            f"{transformers.__version__} is installed: its results and arguments may differ",
+            stacklevel=2,
+        )
+
+
+def takes_cache(method: Callable) -> Callable:
+    """Let callers of a method name its parameter `cache` as the installed release does.
+
+    From 5.24 on, the old name is taken too, with transformers' own FutureWarning. Before, the signature shows the old
+    name alone.
+    """
+    if CACHE == "cache":
+        return deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")(method)
+
+    @functools.wraps(method)
+    def renamed(*args, **kwargs):
+        if CACHE in kwargs:
+            kwargs["cache"] = kwargs.pop(CACHE)
+        return method(*args, **kwargs)
+
+    signature = inspect.signature(method)
+    parameters = [p.replace(name=CACHE) if p.name == "cache" else p for p in signature.parameters.values()]
+    renamed.__signature__ = signature.replace(parameters=parameters)
+    return renamed
