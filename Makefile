@@ -29,7 +29,7 @@ CPP_SOURCES := $(wildcard csrc/* tests/csrc/*.cpp tests/csrc/*.h)
 DEMO_TEXT := The birch canoe slid on the smooth planks, and the doctor paid 25 dollars for it.
 DEMO_OUT ?= out/demo
 
-.PHONY: setup test demo lint format bench-cpu docs-benchmarks kernel-report gpu-check gpu-bench clean
+.PHONY: setup test demo lint format canary bench-cpu docs-benchmarks kernel-report gpu-check gpu-bench clean
 
 setup: $(RUNTIME_STAMP)
 
@@ -61,6 +61,10 @@ format: $(DEV_STAMP)
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/clang-format -i $(CPP_SOURCES)
+
+# By hand, once a month: the newest release of every dependency, in an environment of its own (8 GB with torch's CUDA build).
+canary:
+	$(PYTHON) tests/canary.py --workers $(TEST_WORKERS) -- $(PIP_ARGS)
 
 # Run again after an interrupt, it goes on behind what the code as it is has rows of; BENCH_ARGS="generate score" chooses.
 bench-cpu: $(RUNTIME_STAMP)
@@ -96,5 +100,5 @@ kernel-report: $(RUNTIME_STAMP)
 	$(PY) -m benchmarks.aot --write
 
 clean:
-	rm -rf $(VENV) build dist out ./*.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) .venv-canary build dist out ./*.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

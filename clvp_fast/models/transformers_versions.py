@@ -39,13 +39,13 @@ def check_release() -> None:
     oldest, newest = (".".join(map(str, release)) for release in (OLDEST, NEWEST))
     if INSTALLED < OLDEST:
         raise ImportError(
-            f"clvp_fast {__version__} needs transformers {oldest} or newer, and transformers {transformers.__version__} "
-            f"is installed: install a release up to {newest}, as with pip install 'transformers=={newest}.*'"
+            f"clvp_fast {__version__} needs transformers {oldest} or newer, and {transformers.__version__} is "
+            f"installed: install a newer one, as with pip install 'transformers=={newest}.*'"
         )
     if INSTALLED > NEWEST:
         warnings.warn(
-            f"clvp_fast {__version__} is tested with transformers up to {newest}, and transformers "
-            f"{transformers.__version__} is installed: its results and arguments may differ",
+            f"clvp_fast {__version__} is tested with transformers up to {newest}, and {transformers.__version__} is "
+            "installed: results and arguments may differ",
             stacklevel=2,
         )
 
