@@ -24,6 +24,7 @@ from clvp_fast import SamplingParams
 from clvp_fast.engine.persistent import MAX_ROWS, PersistentStep
 from clvp_fast.engine.runner import Runner
 from clvp_fast.engine.scheduler import Admission, Prefill, Step
+from clvp_fast.models.transformers_versions import CACHE
 
 CANDIDATES = {"cpu": (16, 1), "cuda": (256, 1, 64, 16)}
 TEXT_TOKENS, STORED = 60, 250
@@ -261,7 +262,7 @@ def _transformers(device: str, shape: dict, smoke: bool) -> Provider:
 
     @torch.no_grad()
     def run(tokens):
-        options = {"position_ids": position, "past_key_values": cache, "use_cache": True}
+        options = {"position_ids": position, CACHE: cache, "use_cache": True}
         logits = stock(input_ids=tokens[:, None], **options).logits[:, 0]
         cache.crop(-1)
         return logits
@@ -284,7 +285,7 @@ def _compiled_transformers(device: str, shape: dict, smoke: bool) -> Provider:
     positions = [torch.tensor([[stored + 1 + n]], device=device) for n in range(-(steps // 2), steps - steps // 2)]
 
     def step(tokens, position):
-        options = {"position_ids": position, "past_key_values": cache, "use_cache": True}
+        options = {"position_ids": position, CACHE: cache, "use_cache": True}
         return compiled(input_ids=tokens[:, None], **options).logits[:, 0]
 
     @torch.no_grad()

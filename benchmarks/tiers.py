@@ -13,6 +13,7 @@ from clvp_fast import CandidateEngine, ClvpProcessor
 from clvp_fast.checkpoint import text_limit
 from clvp_fast.demo import demo_checkpoint
 from clvp_fast.engine.decoder import PagedDecoder
+from clvp_fast.models.transformers_versions import CACHE
 from clvp_fast.ops.paged_attention import FLOAT8
 
 PAGE_SIZE = 16
@@ -80,7 +81,7 @@ def stock_logits(stock, prompts: torch.Tensor, tokens: torch.Tensor, cache=None)
     embeds = torch.cat([prompts, spoken], 1)
     everywhere = torch.arange(embeds.shape[1], device=tokens.device)
     embeds = embeds - decoder.position_embeds_layer(everywhere)
-    options = {"use_cache": False} if cache is None else {"past_key_values": cache, "use_cache": True}
+    options = {"use_cache": False} if cache is None else {CACHE: cache, "use_cache": True}
     logits = stock.speech_decoder_model(inputs_embeds=embeds, position_ids=everywhere[None], **options).logits
     return logits[:, prompts.shape[1] :]
 

@@ -1,12 +1,14 @@
 """What differs between the releases of transformers that are served, each difference with the release that brought it.
 
-No other module asks for the installed release. Inside this package a thing has its newest name; what callers and
-`GenerationMixin` see follows the installed release.
+No other module asks for the installed release, and this one imports nothing that an old release may lack. Inside this
+package a thing has its newest name; what callers and `GenerationMixin` see follows the installed release.
 
 5.20: a configuration names the classes of its parts in `sub_configs_defaults`, before in `sub_configs`. Our
     configurations set both.
 5.24: the cache of keys and values is called `cache`, as an argument and as a field of outputs. It was
     `past_key_values`, which is deprecated since.
+5.24: a layer whose gradients are checkpointed keeps the cache where there are no gradients. Before, it dropped the
+    cache in training mode, and `generate` of a model in that mode went on from the last token alone.
 """
 
 import functools
@@ -14,8 +16,8 @@ import inspect
 import warnings
 from collections.abc import Callable
 
+import torch
 import transformers
-from transformers.utils.deprecation import deprecate_kwarg
 
 #: The oldest release that is served, and the newest that is tested; pyproject.toml has the same bounds.
 OLDEST, NEWEST = (5, 17), (5, 24)
@@ -57,6 +59,8 @@ def takes_cache(method: Callable) -> Callable:
     name alone.
     """
     if CACHE == "cache":
+        from transformers.utils.deprecation import deprecate_kwarg
+
         return deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")(method)
 
     @functools.wraps(method)
@@ -69,3 +73,17 @@ def takes_cache(method: Callable) -> Callable:
     parameters = [p.replace(name=CACHE) if p.name == "cache" else p for p in signature.parameters.values()]
     renamed.__signature__ = signature.replace(parameters=parameters)
     return renamed
+
+
+class CheckpointsUnderGradients:
+    """Makes a `GradientCheckpointingLayer`, the base class behind it, checkpoint only under gradients, as 5.24 does."""
+
+    _checkpointing = False
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        return self._checkpointing and torch.is_grad_enabled()
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, value: bool) -> None:
+        self._checkpointing = value

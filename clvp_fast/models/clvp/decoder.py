@@ -6,14 +6,15 @@ from transformers import Cache, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
 
 from clvp_fast.models.clvp.configuration import ClvpDecoderConfig
 from clvp_fast.models.clvp.layers import ClvpDecoderMLP, ClvpSelfAttention, add_layer_norm, embed
 from clvp_fast.models.clvp.pretrained import ClvpPreTrainedModel
-from clvp_fast.models.transformers_versions import CACHE, takes_cache
+from clvp_fast.models.transformers_versions import CACHE, CheckpointsUnderGradients, takes_cache
 
 
-class ClvpDecoderLayer(GradientCheckpointingLayer):
+class ClvpDecoderLayer(CheckpointsUnderGradients, GradientCheckpointingLayer):
     """Pre-norm GPT-2 layer."""
 
     def __init__(self, config: ClvpDecoderConfig, layer_idx: int | None = None):
@@ -70,6 +71,7 @@ class ClvpDecoder(ClvpPreTrainedModel):
 
     @can_return_tuple
     @takes_cache
+    @merge_with_config_defaults  # of `use_cache`, which checkpointing of gradients turns off
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -103,7 +105,7 @@ class ClvpDecoder(ClvpPreTrainedModel):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         output_attentions = self.option("output_attentions", output_attentions)
         output_hidden_states = self.option("output_hidden_states", output_hidden_states)
-        if self.option("use_cache", use_cache) and cache is None:
+        if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
 
         given = input_ids if inputs_embeds is None else inputs_embeds
