@@ -22,14 +22,18 @@ constexpr int64_t GAP = 16;
 template <class In>
 constexpr int64_t PART = std::is_same_v<In, float> ? 256 : 1024;
 
+/* How many weights 32 bits hold: they are packed as they are given, and widened where they are multiplied. */
+template <class In>
+constexpr int PACKED = sizeof(float) / sizeof(In);
+
 struct Layer {
     const void *weight, *bias;
     int64_t stride, columns, outs;
     int64_t groups() const { return (outs + COLUMNS - 1) / COLUMNS; }
-    /* Of a packed group: its biases, then the weights, VECTORS vectors for 32 bits of columns; in float32. */
+    /* Of a packed group, in 32 bits: its biases in float32, then the weights, VECTORS vectors for 32 bits of columns. */
     template <class In>
     int64_t group_size() const {
-        return COLUMNS + columns / UNIT<In> * COLUMNS;
+        return COLUMNS + columns / PACKED<In> * COLUMNS;
     }
     template <class In>
     int64_t size() const {
@@ -46,17 +50,18 @@ void pack(const Layer &layer, int64_t group, float *to) {
         to[n] = load_floats(given)[0];
     }
     to += COLUMNS;
-    constexpr int64_t STEP = LANES * UNIT<In>;
+    constexpr int64_t STEP = LANES * PACKED<In>;
     for (int vector = 0; vector < VECTORS; ++vector) /* in turn: a CPU fetches some rows ahead, and not all of them */
         for (int64_t k = 0; k < layer.columns; k += STEP) {
             Floats block[LANES];
             for (int lane = 0; lane < LANES; ++lane) {
                 const int64_t row = first + vector * LANES + lane;
-                block[lane] =
-                    row < layer.outs ? load_units<In>((const In *)layer.weight + row * layer.stride + k) : Floats{};
+                block[lane] = Floats{};
+                if (row < layer.outs)
+                    memcpy(block + lane, (const In *)layer.weight + row * layer.stride + k, sizeof *block);
             }
             transpose<float>(block);
-            float *const units = to + k / UNIT<In> * COLUMNS + vector * LANES;
+            float *const units = to + k / PACKED<In> * COLUMNS + vector * LANES;
             for (int unit = 0; unit < LANES; ++unit) store_floats(units + unit * COLUMNS, block[unit]);
         }
 }
@@ -84,6 +89,41 @@ CLVP_FAST_INLINE Floats join(Floats x, Floats other) {
     return JOIN == MULTIPLIED ? x * other : x + other;
 }
 
+/* Weights as they are multiplied: 32 bits of columns, or where the CPU has no products of bfloat16 one of the two. */
+template <class In, int PART>
+CLVP_FAST_INLINE Floats factors(const float *units) {
+    if constexpr (UNIT<In> == PACKED<In>) return load_floats(units);
+    Integers pairs;
+    memcpy(&pairs, units, sizeof pairs);
+    if constexpr (!PART) return (Floats)(pairs << 16);
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    alignas(32) static const int32_t upper[8] = {-65536, -65536, -65536, -65536, -65536, -65536, -65536, -65536};
+    asm volatile("vpand %1, %0, %0" : "+x"(pairs) : "m"(upper));
+    return (Floats)pairs;
+#else
+    return (Floats)(pairs & -65536);
+#endif
+}
+
+/* sums[j] + a * b[j], for 32 bits of a row. */
+template <class In>
+CLVP_FAST_INLINE void add_products(Floats (&sums)[VECTORS], const Product<In> *a, const Floats (&b)[VECTORS]) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    /* With the sums and three weights, there is a register for one number of a row: compilers load several before they
+     * multiply, and let sums go through memory. */
+    Floats factor;
+    asm volatile(
+        "vbroadcastss %4, %3\n\t"
+        "vfmadd231ps %5, %3, %0\n\t"
+        "vfmadd231ps %6, %3, %1\n\t"
+        "vfmadd231ps %7, %3, %2"
+        : "+x"(sums[0]), "+x"(sums[1]), "+x"(sums[2]), "=&x"(factor)
+        : "m"(*a), "x"(b[0]), "x"(b[1]), "x"(b[2]));
+#else
+    unroll<VECTORS>([&](auto j) CLVP_FAST_INLINED { sums[j] = dot(sums[j], a, b[j]); });
+#endif
+}
+
 /* A tile of out = activation(x W^T + b) + other, or times it: up to ROWS rows, of which `x`, `other` (which may be
  * `out`) and `out` hold the first, and up to COLUMNS columns. */
 template <class In, int ACTIVATION, int JOIN, class Out>
@@ -95,14 +135,14 @@ void tile(const float *packed, int64_t columns, Matrix<const Product<In>> x, Mat
     const float *weights = packed + COLUMNS;
     const auto sum_part = [&](int64_t k) CLVP_FAST_INLINED {
         const int64_t end = columns - k < PART<In> ? columns : k + PART<In>;
-        for (; k < end; k += UNIT<In>, weights += COLUMNS) {
-            Floats weight[VECTORS];
-            unroll<VECTORS>([&](auto j) CLVP_FAST_INLINED { weight[j] = load_floats(weights + j * LANES); });
-            unroll<ROWS * VECTORS>([&](auto i) CLVP_FAST_INLINED {
-                constexpr int row = i / VECTORS, j = i % VECTORS;
-                sums[row][j] = dot(sums[row][j], rows[row] + k, weight[j]);
+        for (; k < end; k += PACKED<In>, weights += COLUMNS)
+            unroll<PACKED<In> / UNIT<In>>([&](auto part) CLVP_FAST_INLINED {
+                Floats weight[VECTORS];
+                unroll<VECTORS>([&](auto j) CLVP_FAST_INLINED { weight[j] = factors<In, part>(weights + j * LANES); });
+                unroll<ROWS>([&](auto i) CLVP_FAST_INLINED {
+                    add_products<In>(sums[i], rows[i] + k + part * UNIT<In>, weight);
+                });
             });
-        }
     };
     sum_part(0);
     if (columns > PART<In>) {

@@ -36,10 +36,8 @@ def unserved(x, activation, *weights):
     """Why `layers` does not serve, or None. `weights` are those of one layer or of two, as it takes them."""
     from clvp_fast import native
 
-    isa = native.isa()
-    # Torch's own products are as fast elsewhere, or nobody has measured them.
-    if not (isa == "avx512bf16" or (isa == "avx512" and x.dtype == torch.float32)):
-        return f"many rows of {x.dtype} are for torch's own products on a CPU with {isa}"
+    if native.isa() == "portable":
+        return "torch's own products of many rows serve a CPU that has neither AVX2 nor AVX-512"
     if x.dtype == torch.bfloat16 and has_matrix_unit():
         return "this CPU has a matrix unit for bfloat16, which torch's own products use"
     for weight in weights:
