@@ -30,7 +30,8 @@ struct Layer {
     const void *weight, *bias;
     int64_t stride, columns, outs;
     int64_t groups() const { return (outs + COLUMNS - 1) / COLUMNS; }
-    /* Of a packed group, in 32 bits: its biases in float32, then the weights, VECTORS vectors for 32 bits of columns. */
+    /* Of a packed group, in 32 bits: its biases in float32, then the weights, VECTORS vectors for 32 bits of columns.
+     */
     template <class In>
     int64_t group_size() const {
         return COLUMNS + columns / PACKED<In> * COLUMNS;

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from clvp_fast.ops.dispatch import Operator, check_same, needs_grad, shape_error
+from clvp_fast.ops.wide import multiplies_slowly
 
 
 def _rotate(x, cos, sin):
@@ -127,6 +128,9 @@ def _prefers_matmul(q, k, square):
 
 def _torch(q, k, v, cos, sin, mask, causal, query_offset, scale, dropout_p=0.0):
     q, k, v = _rotate_all(q, k, v, cos, sin, query_offset)
+    if multiplies_slowly(q):
+        wide = _torch(q.float(), k.float(), v.float(), None, None, mask, causal, query_offset, scale, dropout_p)
+        return wide.to(q.dtype)
     q_len, k_len = q.shape[1], k.shape[1]
     # `True if` makes a bool of a symbolic comparison, which SDPA refuses.
     square = True if causal and mask is None and query_offset == 0 and q_len == k_len else False  # noqa: SIM210

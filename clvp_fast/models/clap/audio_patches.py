@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from clvp_fast.models.clap.configuration import ClapAudioConfig
+from clvp_fast.models.clvp.convolution import Conv2d
 from clvp_fast.models.clvp.layers import add_layer_norm
 
 
@@ -54,10 +55,10 @@ class ClapAudioAFFBlock(nn.Module):
         def attention(*first: nn.Module) -> nn.Sequential:
             return nn.Sequential(
                 *first,
-                nn.Conv2d(width, inner, kernel_size=1),
+                Conv2d(width, inner, kernel_size=1),
                 nn.BatchNorm2d(inner),
                 nn.ReLU(inplace=True),
-                nn.Conv2d(inner, width, kernel_size=1),
+                Conv2d(inner, width, kernel_size=1),
                 nn.BatchNorm2d(width),
             )
 
@@ -88,12 +89,12 @@ class ClapAudioPatchEmbed(nn.Module):
         if self.enable_fusion and config.fusion_type == "channel_map":
             raise ValueError("fusion_type 'channel_map' is not served: CLAP's checkpoints fuse by 'aff_2d'")
         channels, width = config.patch_embed_input_channels, config.patch_embeds_hidden_size
-        self.proj = nn.Conv2d(channels, width, size, self.patch_stride, padding)
+        self.proj = Conv2d(channels, width, size, self.patch_stride, padding)
         self.norm = nn.LayerNorm(width) if config.enable_patch_layer_norm else nn.Identity()
         if self.enable_fusion:
             self.fusion_model = ClapAudioAFFBlock(config)
             stride = (self.patch_stride[0], self.patch_stride[1] * 3)
-            self.mel_conv2d = nn.Conv2d(channels, width, (size[0], size[1] * 3), stride, padding)
+            self.mel_conv2d = Conv2d(channels, width, (size[0], size[1] * 3), stride, padding)
 
     def forward(
         self, images: torch.Tensor, crops: torch.Tensor | None = None, longer: torch.Tensor | None = None

@@ -6,6 +6,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from clvp_fast.models.clvp.configuration import ClvpConfig
+from clvp_fast.models.clvp.convolution import Conv1d
 from clvp_fast.models.clvp.layers import ClvpSelfAttention
 
 
@@ -70,7 +71,7 @@ class ClvpConditioningEncoder(nn.Module):
         width = self.decoder_config.hidden_size
         self.text_token_embedding = nn.Embedding(self.text_config.vocab_size, width)
         self.text_position_embedding = nn.Embedding(self.decoder_config.max_text_tokens, width)
-        self.mel_conv = nn.Conv1d(self.decoder_config.feature_size, width, kernel_size=1)
+        self.mel_conv = Conv1d(self.decoder_config.feature_size, width, kernel_size=1)
         self.mel_conv.initializer_std = config.initializer_factor
         num_groups = self.compute_groupnorm_groups(width)
         num_blocks = self.decoder_config.num_mel_attn_blocks

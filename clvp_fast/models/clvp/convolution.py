@@ -1,0 +1,27 @@
+"""Convolutions whose arithmetic is float32 where torch's own is slow in bfloat16."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from clvp_fast.ops.wide import multiplies_slowly
+
+
+def _convolve(function, conv: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    bias = None if conv.bias is None else conv.bias.float()
+    options = (conv.stride, conv.padding, conv.dilation, conv.groups)
+    return function(x.float(), conv.weight.float(), bias, *options).to(x.dtype)
+
+
+class Conv1d(nn.Conv1d):
+    """torch's class, for padding with zeros: `[batch, channels, length]` to the same of other channels."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _convolve(F.conv1d, self, x) if multiplies_slowly(x) else super().forward(x)
+
+
+class Conv2d(nn.Conv2d):
+    """torch's class, for padding with zeros: `[batch, channels, height, width]` to the same of other sizes."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _convolve(F.conv2d, self, x) if multiplies_slowly(x) else super().forward(x)
