@@ -157,7 +157,8 @@ CLVP_FAST_EXPORT int clvp_fast_paged_decode_cpu(const clvp_fast_paged_decode *ca
         const int64_t first = item % items * heads, end = first + heads;
         isa->attend(call, item / items, first, end < call->num_heads ? end : call->num_heads, scratch);
     };
-    const bool done = share_out(call->num_candidates * items, threads, clvp_fast_attend_scratch(call), attend);
+    const bool done =
+        share_out(call->num_candidates * items, num_threads, threads, clvp_fast_attend_scratch(call), attend);
     return done ? CLVP_FAST_OK : CLVP_FAST_NO_MEMORY;
 }
 
@@ -215,6 +216,9 @@ CLVP_FAST_EXPORT int clvp_fast_sample_cpu(const clvp_fast_sample *call, int32_t 
     return share_out(call->rows, num_threads, scratch_bytes, draw) ? CLVP_FAST_OK : CLVP_FAST_NO_MEMORY;
 }
 
+/* Of the CUDA part, where the library has one. */
+extern "C" __attribute__((weak)) const char *clvp_fast_cuda_error(int code);
+
 CLVP_FAST_EXPORT const char *clvp_fast_error(int code) {
     switch (code) {
         case CLVP_FAST_OK: return "no error";
@@ -227,5 +231,6 @@ CLVP_FAST_EXPORT const char *clvp_fast_error(int code) {
         case CLVP_FAST_NO_MEMORY: return "memory could not be had";
         case CLVP_FAST_NO_ISA: return "this machine does not have the instruction set that was named";
     }
-    return code > 0 ? "a CUDA error, see its number" : "an unknown code";
+    if (code > 0 && clvp_fast_cuda_error) return clvp_fast_cuda_error(code);
+    return "an unknown code";
 }
