@@ -147,9 +147,9 @@ void attend(const clvp_fast_paged_decode *call, int64_t candidate, int64_t first
     if (length >= 0 && place < call->max_pages && own[place] >= 0 && own[place] < call->num_pages)
         stored_at = own[place] * call->page_strides[0] + length % call->page_size * call->page_strides[1];
 
-    float *const scores = (float *)scratch;
+    int64_t *const offsets = (int64_t *)scratch;
     const int64_t room = (int64_t)call->page_size * ((int64_t)call->max_pages + call->max_prefix_pages) + 64;
-    int64_t *const offsets = (int64_t *)(scores + room);
+    float *const scores = (float *)(offsets + room);
     const int64_t prefix = length >= 0 && call->prefix_table ? call->prefix_index[candidate] : -1;
     if (prefix >= 0 && prefix < call->num_prefixes)
         tokens = find_tokens(call, call->prefix_table + prefix * call->prefix_table_stride, call->max_prefix_pages,
