@@ -80,6 +80,13 @@ int clvp_fast_choose_isa(const char *name);
  * read on the host: what is out of range is clamped. Present in libraries that were built with nvcc. */
 int clvp_fast_log_mel_cuda(const struct clvp_fast_log_mel *call, void *stream);
 
+/* 0 where the CUDA part can serve on this machine; else 1, and up to `size` bytes of a sentence on what is missing: a
+ * driver, a newer driver, a device. Present in libraries that were built with nvcc. */
+int clvp_fast_cuda_missing(char *sentence, int32_t size);
+
+/* The same of log-mel of n_fft on the current device, which may have too little shared memory. */
+int clvp_fast_log_mel_cuda_missing(int32_t n_fft, char *sentence, int32_t size);
+
 /* One decode step over paged keys and values on a CPU: each candidate's new key and value are stored at place
  * seq_lens[n] of its own pages, and its query attends to its prefix and to its own tokens, the new one included.
  *
@@ -276,7 +283,8 @@ int64_t clvp_fast_persistent_decode_workspace(const struct clvp_fast_persistent_
  * and returns at once. Present in libraries that were built with nvcc. */
 int clvp_fast_persistent_decode_cuda(const struct clvp_fast_persistent_decode *call, void *stream);
 
-/* A sentence on a returned code; never null. */
+/* A sentence on a returned code, of a CUDA error with its number and name; never null. Valid until the thread's next
+ * call. */
 const char *clvp_fast_error(int code);
 
 #ifdef __cplusplus

@@ -3,6 +3,7 @@
 
 #include "check.h"
 #include "clvp_fast.h"
+#include "device.cuh"
 #include "log_mel_block.cuh"
 
 namespace clvp_fast {
@@ -66,16 +67,30 @@ int launch(const clvp_fast_log_mel &call, cudaStream_t stream) {
     if (columns > INT_MAX) return CLVP_FAST_BAD_SIZE;
     const int64_t rows = call.batch < 65535 ? call.batch : 65535;
     constexpr int bytes = sizeof(Shared<N>);
-    /* A property of the function on the current device: set at every call, as the device may be another. */
-    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    if (error != cudaSuccess) return error;
-    kernel<<<dim3(unsigned(columns), unsigned(rows)), Shape<N>::THREADS, bytes, stream>>>(call);
-    return cudaGetLastError();
+    void *arguments[] = {const_cast<clvp_fast_log_mel *>(&call)};
+    const Launch how = {reinterpret_cast<const void *>(kernel),
+                        dim3(unsigned(columns), unsigned(rows)),
+                        dim3(Shape<N>::THREADS),
+                        bytes,
+                        bytes,
+                        stream,
+                        false};
+    return start(how, arguments);
 }
 
 template <int N>
 int launch(const clvp_fast_log_mel &call, cudaStream_t stream) {
     return call.samples_dtype == CLVP_FAST_INT16 ? launch<N, int16_t>(call, stream) : launch<N, float>(call, stream);
+}
+
+int shared_bytes(int32_t n_fft) {
+    switch (n_fft) {
+        case 256: return sizeof(Shared<256>);
+        case 512: return sizeof(Shared<512>);
+        case 1024: return sizeof(Shared<1024>);
+        case 2048: return sizeof(Shared<2048>);
+        default: return sizeof(Shared<4096>);
+    }
 }
 
 }  // namespace
@@ -94,3 +109,14 @@ extern "C" __attribute__((visibility("default"))) int clvp_fast_log_mel_cuda(con
         default: return clvp_fast::launch<4096>(*call, on);
     }
 }
+
+extern "C" __attribute__((visibility("default"))) int clvp_fast_log_mel_cuda_missing(int32_t n_fft, char *sentence,
+                                                                                     int32_t size) {
+    return clvp_fast::shared_memory_missing(clvp_fast::shared_bytes(n_fft), sentence, size);
+}
+
+extern "C" __attribute__((visibility("default"))) int clvp_fast_cuda_missing(char *sentence, int32_t size) {
+    return clvp_fast::cuda_missing(sentence, size);
+}
+
+extern "C" const char *clvp_fast_cuda_error(int code) { return clvp_fast::cuda_error(code); }

@@ -3,6 +3,7 @@
 
 #include "check.h"
 #include "clvp_fast.h"
+#include "device.cuh"
 #include "persistent_decode.cuh"
 
 namespace clvp_fast {
@@ -76,20 +77,20 @@ __global__ void __launch_bounds__(THREADS, 1)
 
 template <class T, int N>
 int launch(const clvp_fast_persistent_decode &call, cudaStream_t stream) {
-    const void *kernel = reinterpret_cast<const void *>(persistent_decode<T, N>);
-    const int64_t bytes = shared_bytes<N>(call);
-    int device, multiprocessors;
-    cudaError_t error = cudaGetDevice(&device);
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-    /* A property of the function on the current device: set at every call, as the device may be another. */
-    if (error == cudaSuccess)
-        error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
-    if (error != cudaSuccess) return error;
+    int multiprocessors, most_bytes;
+    cudaError_t error = attribute(cudaDevAttrMultiProcessorCount, &multiprocessors);
+    if (error == cudaSuccess) error = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, &most_bytes);
+    if (error != cudaSuccess) return told(error);
     void *arguments[] = {const_cast<clvp_fast_persistent_decode *>(&call)};
-    /* Refuses a grid that does not fit on the device at once. */
-    error = cudaLaunchCooperativeKernel(kernel, dim3(unsigned(multiprocessors)), dim3(THREADS), arguments,
-                                        size_t(bytes), stream);
-    return error == cudaSuccess ? cudaGetLastError() : error;
+    /* Refused where the grid does not fit on the device at once. */
+    const Launch how = {reinterpret_cast<const void *>(persistent_decode<T, N>),
+                        dim3(unsigned(multiprocessors)),
+                        dim3(THREADS),
+                        int(shared_bytes<N>(call)),
+                        most_bytes,
+                        stream,
+                        true};
+    return start(how, arguments);
 }
 
 template <class T>

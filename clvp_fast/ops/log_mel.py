@@ -11,9 +11,11 @@ A frame that reaches a sample that is NaN or infinite is NaN in every channel, a
 frame is touched. The kernel is csrc/log_mel.cuh's, on a CPU (csrc/log_mel_isa.cpp) and on a GPU (csrc/log_mel_cuda.cu).
 """
 
+import ctypes
 import math
 import os
 from contextlib import nullcontext
+from functools import cache
 
 import torch
 
@@ -166,7 +168,18 @@ def _unserved(
         return f"it serves num_mels up to {MAX_MELS}, not {mel_filters.shape[1]}"
     if samples.is_cuda and _dtypes(samples, compute_dtype, dtype)[0] == torch.float64:
         return "on a GPU it computes in float32, not in float64"
-    return None
+    return _short_of_memory(window.numel(), samples.device) if samples.is_cuda else None
+
+
+@cache
+def _short_of_memory(n_fft, device):
+    """Why a block on a CUDA device has too little shared memory for the kernel, or None."""
+    from clvp_fast import native
+
+    told = ctypes.create_string_buffer(256)
+    with torch.cuda.device(device):
+        lacks = native.library().clvp_fast_log_mel_cuda_missing(n_fft, told, len(told))
+    return f"n_fft {n_fft} is too long for this device: {told.value.decode()}" if lacks else None
 
 
 def _missing(device):
