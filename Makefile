@@ -29,7 +29,7 @@ CPP_SOURCES := $(wildcard csrc/* tests/csrc/*.cpp tests/csrc/*.h tests/csrc/*/*.
 DEMO_TEXT := The birch canoe slid on the smooth planks, and the doctor paid 25 dollars for it.
 DEMO_OUT ?= out/demo
 
-.PHONY: setup test demo lint format canary bench-cpu docs-benchmarks kernel-report gpu-check gpu-bench clean
+.PHONY: setup test demo lint format portability canary bench-cpu docs-benchmarks kernel-report gpu-check gpu-bench clean
 
 setup: $(RUNTIME_STAMP)
 
@@ -95,6 +95,10 @@ gpu-bench:
 	$(require_gpu)
 	PYTHONPATH=. timeout --signal=INT $(GPU_SECONDS) $(GPU_PYTHON) -m benchmarks.run --device cuda --resume \
 	  --seconds $$(($(GPU_SECONDS) - 40)) $(BENCH_ARGS) || [ $$? -eq 124 ]
+
+# The library with the oldest compiler that is served, and for aarch64, whose programs run under QEMU.
+portability: $(RUNTIME_STAMP)
+	$(PY) -m tests.csrc.portability
 
 kernel-report: $(RUNTIME_STAMP)
 	$(PY) -m benchmarks.aot --write

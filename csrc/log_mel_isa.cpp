@@ -128,7 +128,8 @@ void run(const clvp_fast_log_mel *call, int64_t row, int64_t length, int64_t row
     const Sample *frame[2 * COUNT];
     for (int lane = 0; lane < 2 * COUNT; ++lane) {
         const int64_t number = first_frame + 2 * (lane % COUNT) + lane / COUNT;
-        const int64_t start = number * call->hop_length - n_fft / 2;
+        /* Past a row's last frame the product would overflow where the hop is huge. */
+        const int64_t start = number < row_frames ? number * call->hop_length - n_fft / 2 : 0;
         Sample *edge = scratch.edge + (int64_t)lane * n_fft;
         frame[lane] = edge;
         if (number >= row_frames)

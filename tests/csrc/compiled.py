@@ -5,6 +5,16 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 CSRC = HERE.parent.parent / "csrc"
+# fuzz.cpp has the program, and the others the functions that it calls.
+FUZZERS = (
+    "fuzz",
+    "fuzz_linear",
+    "fuzz_mlp",
+    "fuzz_window_attention",
+    "fuzz_window_block",
+    "fuzz_sample",
+    "fuzz_paged",
+)
 WARNINGS = ["-Wall", "-Wextra", "-Werror"]
 # Checks of accesses as calls, and none of local arrays, which are registers: inline they take minutes to compile.
 SANITIZED = [

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from clvp_fast import native_build
-from tests.csrc.compiled import CSRC, HERE, SANITIZED, build
+from tests.csrc.compiled import CSRC, FUZZERS, HERE, SANITIZED, build
 
 CASES = 600
 
@@ -14,8 +14,7 @@ CASES = 600
 def test_hostile_calls(tmp_path):
     tools = replace(native_build.find_toolchain(), cxx=("g++",), nvcc=None)
     commands = native_build.compile_commands(CSRC, tools)
-    fuzzers = "fuzz", "fuzz_linear", "fuzz_mlp", "fuzz_window_attention", "fuzz_window_block", "fuzz_sample", "fuzz_paged"
-    for stem in (*fuzzers, "emulator"):
+    for stem in (*FUZZERS, "emulator"):
         source = str(HERE / f"{stem}.cpp")
         commands[f"{stem}.o"] = ["g++", "-std=c++17", "-Wall", "-Wextra", "-c", source, "-o", f"{stem}.o"]
 
