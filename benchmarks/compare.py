@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.harness import git, stored_rows, task_key
+from benchmarks.machine import label
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,9 @@ def compare(first: str, second: str, results: Path) -> list[Difference]:
     before, after = timed_rows(first, results), timed_rows(second, results)
     found = [_difference(key, row, after[key]) for key, row in before.items() if key in after]
     if not found:
-        raise ValueError(f"{first} and {second} have no row of one device, shape and provider in common")
+        raise ValueError(
+            f"{first} and {second} have no row of one device, instruction set, shape and provider in common"
+        )
     return found
 
 
@@ -51,7 +54,7 @@ def timed_rows(name: str, results: Path) -> dict[tuple, dict]:
         ]
         if not rows:
             raise ValueError(f"{name} is no file or folder of rows, and {results} has no rows of a commit {name}")
-    return {(row["device"]["name"], *task_key(row), row["provider"]): row for row in rows if row["seconds"]}
+    return {(label(row["device"]), *task_key(row), row["provider"]): row for row in rows if row["seconds"]}
 
 
 def _difference(key: tuple, before: dict, after: dict) -> Difference:

@@ -1,5 +1,9 @@
-"""The measured part of docs/benchmarks.md: a section a device, in it a table a workload, all from the newest rows."""
+"""The measured part of docs/benchmarks.md: a section for each machine and instruction set, in it a table a workload.
 
+All from the newest rows.
+"""
+
+from benchmarks.machine import by_machine
 from benchmarks.run import WORKLOADS
 
 
@@ -33,35 +37,32 @@ _MORE = (
 )
 
 
-def cpu_first(device: str) -> tuple[bool, str]:
-    return "NVIDIA" in device, device
-
-
 def measured(rows: list[dict], figures: dict[str, str]) -> str:
-    """Sections of every device that has rows, a CPU first.
+    """Sections of every machine and instruction set that has rows, CPUs first.
 
     Args:
         rows: the newest of each task.
-        figures: by device, the figures' lines.
+        figures: by the label of a machine, the figures' lines.
     """
-    devices = sorted({row["device"]["name"] for row in rows}, key=cpu_first)
-    parts = [_section(name, [row for row in rows if row["device"]["name"] == name], figures) for name in devices]
-    if not any("NVIDIA" in name for name in devices):
+    machines = by_machine(rows)
+    parts = [_section(name, of_machine, figures) for name, of_machine in machines.items()]
+    if not any("NVIDIA" in name for name in machines):
         parts.append("## NVIDIA GPU\n\nNot measured: none was at hand.")
     return "\n\n".join(parts)
 
 
-def _section(device: str, rows: list[dict], figures: dict[str, str]) -> str:
-    parts = [f"## {device}", *([figures[device]] if device in figures else [])]
+def _section(name: str, rows: list[dict], figures: dict[str, str]) -> str:
+    parts, without = [f"## {name}", *([figures[name]] if name in figures else [])], []
     for workload, what in WORKLOADS.items():
         of_workload = [row for row in rows if row["workload"] == workload]
-        parts.append(f"### {workload}\n\n{what[0].upper()}{what[1:]}.\n\n{_table(of_workload)}")
-    return "\n\n".join(parts)
+        if of_workload:
+            parts.append(f"### {workload}\n\n{what[0].upper()}{what[1:]}.\n\n{_table(of_workload)}")
+        else:
+            without.append(workload)
+    return "\n\n".join([*parts, *([f"Not measured here: {', '.join(without)}."] if without else [])])
 
 
 def _table(rows: list[dict]) -> str:
-    if not rows:
-        return "Not measured."
     timed = [row for row in rows if row["seconds"]]
     more = [column for column in _MORE if any(row.get(column[1]) is not None for row in timed)]
     limited = any("fraction_of_limit" in row for row in timed)

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.machine import Machine, peak_extra_bytes, seconds_of
+from benchmarks.machine import Machine, label, peak_extra_bytes, seconds_of
 from benchmarks.providers import Absent, group_of, is_chosen
 from clvp_fast.versions import versions
 
@@ -213,7 +213,7 @@ def git(*arguments: str) -> str:
 
 
 def folder_of(machine: Machine, device: str, results: Path) -> Path:
-    """Where the rows of a device are."""
+    """Where the rows of a device are: those of all CPUs in one folder, which `label` tells apart."""
     return results / (device if device == "cpu" else "-".join(machine.name.lower().split()))
 
 
@@ -232,16 +232,16 @@ def task_key(row: dict) -> tuple[str, str]:
     return row["workload"], json.dumps(row["shape"], sort_keys=True)
 
 
-def measured_tasks(folder: Path, chosen: tuple[str, ...] | None = None) -> set[tuple[str, str]]:
-    """The tasks that were measured here with the code as it is, by the keys of `task_key`.
+def measured_tasks(folder: Path, machine: Machine, chosen: tuple[str, ...] | None = None) -> set[tuple[str, str]]:
+    """The tasks that were measured on such a machine with the code as it is, by the keys of `task_key`.
 
     chosen: the groups of providers that are asked for; rows of others' alone do not count.
     """
-    enough = (None, list(chosen)) if chosen else (None,)
+    enough, here = (None, list(chosen)) if chosen else (None,), label(machine.described())
     return {
         task_key(row)
         for row in stored_rows(folder)
-        if row.get("source") == source() and row.get("chosen_providers") in enough
+        if row.get("source") == source() and row.get("chosen_providers") in enough and label(row["device"]) == here
     }
 
 
@@ -263,7 +263,7 @@ def with_context(rows: list[dict], machine: Machine, command: str, chosen: tuple
     """
     context = {"chosen_providers": list(chosen)} if chosen else {}
     context |= {
-        "device": machine.__dict__,
+        "device": machine.described(),
         "versions": versions()
         | _versions_of_rivals()
         | ({"cuda": torch.version.cuda} if torch.cuda.is_initialized() else {}),

@@ -1,23 +1,35 @@
 """What a row says of the machine, and the clocks and counters of its device."""
 
+import os
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import torch
 
+from clvp_fast import native
+
+# What holds torch's libraries on a CPU down to an instruction set.
+TORCH_LIMITS = {"ATEN_CPU_CAPABILITY": "ATen", "ONEDNN_MAX_CPU_ISA": "oneDNN", "MKL_ENABLE_INSTRUCTIONS": "MKL"}
+# What tells CPUs of one name apart, by its key in /proc/cpuinfo: the first two on x86-64, the others on aarch64.
+_MODEL_KEYS = ("cpu family", "model", "CPU implementer", "CPU part")
+
 
 @dataclass
 class Machine:
-    """What a row says of the device, measured once a run."""
+    """What a row says of the device, measured once a run.
+
+    cpu: of a CPU, as `cpu_facts` tells; empty for a GPU.
+    """
 
     name: str
     threads: int
     copy_bytes_per_s: float
     matmul_flop_per_s: dict[str, float]
+    cpu: dict = field(default_factory=dict)
 
     @classmethod
     def measure(cls, device: str, smoke: bool = False) -> "Machine":
@@ -35,7 +47,13 @@ class Machine:
             threads=torch.get_num_threads(),
             copy_bytes_per_s=2 * source.nbytes / min(seconds_of(lambda: target.copy_(source)) for _ in range(5)),
             matmul_flop_per_s=rates,
+            cpu=cpu_facts() if device == "cpu" else {},
         )
+
+    def described(self) -> dict:
+        """The machine as a row has it, under "device"."""
+        measured = {"name": self.name, "threads": self.threads, "copy_bytes_per_s": self.copy_bytes_per_s}
+        return measured | {"matmul_flop_per_s": self.matmul_flop_per_s} | self.cpu
 
     def limit_seconds(self, row: dict) -> float | None:
         """The least time for the bytes and operations that a row counts, or None where it counts none."""
@@ -45,12 +63,81 @@ class Machine:
         return max(times, default=None)
 
 
+def label(device: dict) -> str:
+    """What tells a row's machine and instruction set from all others, for a reader and for whatever sorts rows.
+
+    Two rows may stand in one table, and be compared, where their labels are equal.
+
+    device: of a row, as `Machine.described` gives it. Rows of a GPU have its name alone, and rows from before
+        2026-11-28 no model of the CPU.
+    """
+    model = ", ".join(f"{key} {number}" for key, number in device.get("cpu_model", {}).items())
+    words = [f"{device['name']} ({model})" if model else device["name"]]
+    if "isa" in device:
+        words.append((device["isa"] or "no native library") + " forced" * device["isa_forced"])
+    words += [f"{TORCH_LIMITS[name]} at {value.lower()}" for name, value in device.get("torch_limits", {}).items()]
+    return ", ".join(words)
+
+
+def is_forced(device: dict) -> bool:
+    """Whether the device of a row was held down to less than it has."""
+    return bool(device.get("isa_forced") or device.get("torch_limits"))
+
+
+def by_machine(rows: list[dict]) -> dict[str, list[dict]]:
+    """The rows of each label: CPUs first, and of these the ones that were not held down."""
+    found = {}
+    for row in sorted(rows, key=lambda row: _rank(row["device"])):
+        found.setdefault(label(row["device"]), []).append(row)
+    return found
+
+
+def _rank(device: dict) -> tuple:
+    return "NVIDIA" in device["name"], is_forced(device), label(device)
+
+
+def cpu_facts() -> dict:
+    """What a row says of a CPU beside its name.
+
+    isa: the instruction set of the native library's kernels; None without a library. isa_forced: whether it is less
+    than the CPU has. torch_isa: that of torch's own kernels. torch_limits: the variables that hold torch's libraries
+    down, where they are set. cpu_model: by the keys of /proc/cpuinfo, what tells CPUs of one name apart. l2_bytes: of
+    a core.
+    """
+    isa = None if native.missing("cpu") else native.isa()
+    return {
+        "isa": isa,
+        "isa_forced": isa is not None and isa != native.isas()[0],
+        "torch_isa": torch.backends.cpu.get_cpu_capability(),
+        "torch_limits": {name: os.environ[name] for name in TORCH_LIMITS if os.environ.get(name)},
+        "cpu_model": {key: value for key, value in _first_cpu().items() if key in _MODEL_KEYS},
+        "l2_bytes": _l2_bytes(),
+    }
+
+
 def cpu_name() -> str:
+    return _first_cpu().get("model name") or platform.processor() or platform.machine()
+
+
+def _first_cpu() -> dict[str, str]:
+    """What /proc/cpuinfo says of the first CPU; empty where there is no such file."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+        first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+    except OSError:
+        return {}
+    pairs = (line.split(":", 1) for line in first.splitlines() if ":" in line)
+    return {key.strip(): value.strip() for key, value in pairs}
+
+
+def _l2_bytes() -> int | None:
+    """Bytes of a core's second cache; None where no one tells."""
+    for cache in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        try:
+            if (cache / "level").read_text().strip() == "2":
+                return int((cache / "size").read_text().strip().removesuffix("K")) * 1024
+        except (OSError, ValueError):
+            continue
+    return None
 
 
 def seconds_of(run: Callable[[], object]) -> float:

@@ -10,6 +10,7 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
+from benchmarks.machine import by_machine
 from benchmarks.scaling_model import SWEEPS, sweeps
 
 FIGURES = Path(__file__).parent.parent / "docs/benchmarks"
@@ -23,10 +24,10 @@ _TITLES = {
 
 
 def drawings(rows: list[dict]) -> dict[str, dict]:
-    """By file name, what each figure shows: `kind`, `device`, and its lines or points."""
+    """By file name, what each figure shows: `kind`, `device` (a machine's label), and its lines or points."""
     found = {}
-    for device in sorted({row["device"]["name"] for row in rows}):
-        timed = [row for row in rows if row["device"]["name"] == device and row["seconds"]]
+    for device, of_machine in by_machine(rows).items():
+        timed = [row for row in of_machine if row["seconds"]]
         stem = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
         points = _roofline(timed)
         if points:
@@ -102,7 +103,7 @@ def draw_all(rows: list[dict], folder: Path = FIGURES) -> None:
 
 
 def lines_of(rows: list[dict], kind: str | None = None) -> dict[str, str]:
-    """By device, the lines of Markdown that show its figures, or that of one kind."""
+    """By a machine's label, the lines of Markdown that show its figures, or that of one kind."""
     found = defaultdict(list)
     for name, drawing in drawings(rows).items():
         if kind in (None, drawing["kind"]):

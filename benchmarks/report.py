@@ -8,6 +8,7 @@ from pathlib import Path
 
 from benchmarks import document, plots, scaling_document
 from benchmarks.harness import RESULTS, ROOT, stored_rows, task_key
+from benchmarks.machine import by_machine, is_forced, label
 
 README = ROOT / "README.md"
 ARCHITECTURE = ROOT / "docs/architecture.md"
@@ -30,13 +31,13 @@ SHAPES = {
 
 
 def newest_rows(folder: Path = RESULTS) -> list[dict]:
-    """Of each device and task the rows of its last run of all providers, in the order of the files."""
+    """Of each machine and task the rows of the last run of all providers, in the order of the files."""
     newest: dict[tuple, dict[str, dict]] = {}
     for path in sorted(folder.glob("*/*.jsonl")):
         for row in stored_rows(path):
             if row.get("chosen_providers"):
                 continue  # a part of a task, and no new run of it
-            of_task = newest.setdefault((path.parent.name, *task_key(row)), {})
+            of_task = newest.setdefault((path.parent.name, label(row["device"]), *task_key(row)), {})
             if any(other["utc"] != row["utc"] for other in of_task.values()):
                 of_task.clear()
             of_task[row["provider"]] = row
@@ -44,19 +45,18 @@ def newest_rows(folder: Path = RESULTS) -> list[dict]:
 
 
 def table(rows: list[dict]) -> str:
-    """A table for each device, of what README shows."""
-    shown = [row for row in rows if row["workload"] in SHOWN and row["seconds"] and _is_shown(row)]
-    devices = sorted({row["device"]["name"] for row in shown}, key=document.cpu_first)
-    if not devices:
+    """A table for each device, of what README shows; machines that were held down are left to docs/benchmarks.md."""
+    shown = by_machine([row for row in rows if row["workload"] in SHOWN and row["seconds"] and _is_shown(row)])
+    if not shown:
         return "Not measured yet."
-    parts = [_device_table([row for row in shown if row["device"]["name"] == device]) for device in devices]
-    if not any("NVIDIA" in device for device in devices):
+    parts = [_device_table(of_machine) for of_machine in shown.values()]
+    if not any("NVIDIA" in name for name in shown):
         parts.append("GPU: not measured yet.")
     return "\n\n".join(parts)
 
 
 def _is_shown(row: dict) -> bool:
-    return SHAPES.get(row["workload"], lambda shape: True)(row["shape"])
+    return not is_forced(row["device"]) and SHAPES.get(row["workload"], lambda shape: True)(row["shape"])
 
 
 def _device_table(rows: list[dict]) -> str:
@@ -84,7 +84,7 @@ def _context(rows: list[dict]) -> str:
     for row in rows:
         device, versions = row["device"], row["versions"]
         where = (
-            f"on {device['name']}, {device['threads']} threads, torch {versions['torch']}, "
+            f"on {label(device)}, {device['threads']} threads, torch {versions['torch']}, "
             f"transformers {versions['transformers']}, at commit {row['commit']}"
         )
         measured.setdefault(where, {})[row["workload"]] = None
@@ -97,10 +97,12 @@ def _context(rows: list[dict]) -> str:
 
 
 def precision_table(rows: list[dict]) -> str:
-    """What each precision tier changes, the share of equal tokens with its standard error, and the time of a step."""
-    rows = [row for row in rows if row["workload"] == "precision" and row["seconds"]]
-    if not rows:
-        return "Not measured yet."
+    """A table a machine: what a tier changes, the share of equal tokens with its standard error, the time of a step."""
+    measured = by_machine([row for row in rows if row["workload"] == "precision" and row["seconds"]])
+    return "\n\n".join(map(_precision, measured.values())) or "Not measured yet."
+
+
+def _precision(rows: list[dict]) -> str:
     lines = [
         "| tier | logits off by | of that arithmetic | KL, nats a token | same greedy token | a step |",
         "|---|---|---|---|---|---|",
@@ -118,7 +120,7 @@ def precision_table(rows: list[dict]) -> str:
             *lines,
             "",
             f"{shape['candidates']} candidates, {shape['steps']} steps behind a prompt of {shape['prompt']}, "
-            f"{shape['layers']} layers of {shape['width']} channels, on {device['name']}, threads: "
+            f"{shape['layers']} layers of {shape['width']} channels, on {label(device)}, threads: "
             f"{device['threads']}, torch {rows[0]['versions']['torch']}, at commit {rows[0]['commit']}.",
         ]
     )

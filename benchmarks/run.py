@@ -26,6 +26,7 @@ from benchmarks.harness import (
     with_context,
     write_rows,
 )
+from benchmarks.machine import label
 from benchmarks.providers import GROUPS, only, parsed
 from clvp_fast.cli.parser import add_bench_arguments
 
@@ -133,8 +134,8 @@ def _measure(arguments: argparse.Namespace, results: Path, command: str, chosen:
     machine = Machine.measure(arguments.device, arguments.smoke)
     folder = folder_of(machine, arguments.device, results)
     require_writable(folder, arguments.workload or WORKLOADS)
-    print(f"{machine.name}, {machine.threads} threads, torch {torch.__version__}", flush=True)
-    known = measured_tasks(folder, chosen) if arguments.resume else set()
+    print(f"{label(machine.described())}, {machine.threads} threads, torch {torch.__version__}", flush=True)
+    known = measured_tasks(folder, machine, chosen) if arguments.resume else set()
     outcome = Outcome(folder=str(folder))
     for workload in arguments.workload or WORKLOADS:
         module = importlib.import_module(f"benchmarks.{workload}")

@@ -8,7 +8,8 @@ from math import ceil
 
 from benchmarks import cluster_document, scaling_model as model
 from benchmarks.cluster_document import table
-from benchmarks.document import cpu_first, seconds, thousands
+from benchmarks.document import seconds, thousands
+from benchmarks.machine import by_machine
 from benchmarks.scaling_model import CLVP, H200, SWEEPS, Call, Device, Types, sweeps
 
 TYPES = {"float32": Types(4, 4), "bfloat16": Types(2, 2), "float16": Types(2, 2)}
@@ -22,24 +23,24 @@ GPUS = {1: "one GPU", 8: "eight GPUs of a machine", 64: "eight such machines"}
 
 
 def document(rows: list[dict], figures: dict[str, str]) -> str:
-    """A section of each device that has rows of `scaling`, a CPU first, and one of the modelled GPU.
+    """A section of each machine that has rows of `scaling`, CPUs first, and one of the modelled GPU.
 
     Args:
         rows: the newest of each task, of all workloads.
-        figures: by device, the line of its figure.
+        figures: by a machine's label, the line of its figure.
     """
     ours = [row for row in rows if row["workload"] == "scaling" and row["seconds"]]
-    devices = sorted({row["device"]["name"] for row in ours}, key=cpu_first)
-    cluster = [row for row in rows if row["workload"] == "cluster" and row["seconds"]]
+    machines = by_machine(ours)
+    cluster = by_machine([row for row in rows if row["workload"] == "cluster" and row["seconds"]])
     found = []
-    for name in devices:
-        found.append(_measured(name, [row for row in ours if row["device"]["name"] == name], figures))
-        found.append(cluster_document.measured([row for row in cluster if row["device"]["name"] == name]))
-    if all("NVIDIA" in name for name in devices):
+    for name, of_machine in machines.items():
+        found.append(_measured(name, of_machine, figures))
+        found.append(cluster_document.measured(cluster.get(name, [])))
+    if all("NVIDIA" in name for name in machines):
         found.insert(0, "## CPU\n\nNot measured.")
-    if not any("NVIDIA" in name for name in devices):
+    if not any("NVIDIA" in name for name in machines):
         found.append("## NVIDIA GPU\n\nNot measured: none was at hand.")
-    many_gpus = cluster_document.modelled(cluster, H200, BF16)
+    many_gpus = cluster_document.modelled(next(iter(cluster.values()), []), H200, BF16)
     fitted = _fitted([row for row in ours if "H200" in row["device"]["name"]])
     return "\n\n".join([*found, _modelled(fitted), _saturation(rows), _many(fitted), many_gpus])
 
@@ -193,10 +194,11 @@ def _saturation(rows: list[dict]) -> str:
 
 
 def _host(rows: list[dict]) -> str:
-    """What the host's scheduling, as it was measured, is beside the shortest and the usual step."""
-    measured = [row["seconds"]["median"] for row in rows if row["workload"] == "scheduler" and row["seconds"]]
-    if not measured:
+    """What the host's scheduling, as it was measured, is beside the shortest and the usual step; of the first host."""
+    hosts = by_machine([row for row in rows if row["workload"] == "scheduler" and row["seconds"]])
+    if not hosts:
         return "- **The host's scheduling** is not measured."
+    measured = [row["seconds"]["median"] for row in next(iter(hosts.values()))]
     least, most = seconds(min(measured)), seconds(max(measured))
     one, usual = (max(measured) / sum(_half_way(candidates)) for candidates in (1, STANDARD.candidates))
     return (

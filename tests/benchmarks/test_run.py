@@ -158,7 +158,7 @@ def test_two_files_or_folders_are_compared_and_have_something_in_common(tmp_path
         (found,) = compare.compare(str(first), str(second), tmp_path)
         assert found.ratio == pytest.approx(0.5) and found.verdict == "faster"  # against the newest of the first
     two.write_text(row("aaa", "b", 1.0, 1.05, 1.2))
-    with pytest.raises(ValueError, match="have no row of one device, shape and provider in common"):
+    with pytest.raises(ValueError, match="have no row of one device, instruction set, shape and provider"):
         compare.compare(str(one), str(two), tmp_path)
 
 

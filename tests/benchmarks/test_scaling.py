@@ -240,7 +240,7 @@ def test_a_measured_h200_takes_the_place_of_the_assumption():
 
 
 def test_saturation_is_where_the_model_has_it():
-    scheduler = {"workload": "scheduler", "shape": {}, "provider": "scheduler"}
+    scheduler = {"workload": "scheduler", "shape": {}, "provider": "scheduler", "device": {"name": "cpu"}}
     scheduling = [scheduler | {"seconds": {"median": median}} for median in (1e-5, 2e-5)]
     text = scaling_document.document(scheduling, {})
     own = int(re.search(r"From (\d+) candidates on they are more", text).group(1))
