@@ -68,10 +68,12 @@ def _table(rows: list[dict]) -> str:
     limited = any("fraction_of_limit" in row for row in timed)
     titles = ["shape", "provider", "median (20 % to 80 %)", "speed", *["of the limit"] * limited, "error"]
     titles += [title for title, *_ in more]
+    gains = [_over_float32(row, timed) for row in rows]
+    titles += ["against float32"] * any(gains)
     common = _common([row["shape"] for row in rows])
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     shown = None
-    for row in rows:
+    for row, gain in zip(rows, gains, strict=True):
         shape = _words({name: value for name, value in row["shape"].items() if name not in common})
         cells = ["" if shape == shown else shape, row["provider"]]
         shown = shape
@@ -85,9 +87,19 @@ def _table(rows: list[dict]) -> str:
             cells.append(f"{row['fraction_of_limit']:.1%}" if "fraction_of_limit" in row else "")
         cells.append(f"{row['error']:.1e}")
         cells += [say(row) if row.get(key) is not None else "" for _, key, say in more]
+        cells += [gain] * any(gains)
         lines.append(f"| {' | '.join(cells)} |")
     everywhere = [f"{_words(common)[0].upper()}{_words(common)[1:]}.", ""] if common else []
     return "\n".join([*everywhere, *lines, "", *_absent(rows), _circumstances(rows)])
+
+
+def _over_float32(row: dict, rows: list[dict]) -> str:
+    """How much faster one of bfloat16 is than the same provider in float32, at the same shape; "" of all others."""
+    name = row["provider"].replace("bfloat16", "float32")
+    if name == row["provider"] or not row["seconds"]:
+        return ""
+    twins = [one["seconds"]["median"] for one in rows if (one["shape"], one["provider"]) == (row["shape"], name)]
+    return f"{twins[0] / row['seconds']['median']:.2f}x" if twins else ""
 
 
 def _common(shapes: list[dict]) -> dict:

@@ -16,7 +16,11 @@ from benchmarks.models import our_model, stock_model
 from clvp_fast.engine.ranking import Ranker
 
 SHAPES = {
-    "cpu": (dict(candidates=16, length=200), dict(candidates=16, shortest=40, length=200, padded_to=500)),
+    "cpu": (
+        dict(candidates=16, length=200),
+        dict(candidates=4, length=500),
+        dict(candidates=16, shortest=40, length=200, padded_to=500),
+    ),
     "cuda": (dict(candidates=256, length=500), dict(candidates=256, shortest=100, length=500, padded_to=500)),
 }
 SMOKE = (dict(candidates=3, length=9), dict(candidates=3, shortest=4, length=9, padded_to=12))

@@ -1,9 +1,11 @@
 """The harness refuses what is wrong, and the tables of README.md and of the precision tiers say what rows say."""
 
+import sys
+
 import pytest
 import torch
 
-from benchmarks import harness, models, report
+from benchmarks import harness, machine, models, report
 
 
 def test_the_table_of_precision_tiers():
@@ -19,8 +21,8 @@ def test_the_table_of_precision_tiers():
 
 def test_a_changed_number_in_readme_is_seen(tmp_path):
     rows = harness.measure("import_time", {}, [provider("a"), provider("b")], repeats=1)
-    machine = harness.Machine("cpu name", 2, 1e10, {"float32": 1e11})
-    harness.write_rows(harness.with_context(rows, machine, "command"), tmp_path / "cpu")
+    here = harness.Machine("cpu name", 2, 1e10, {"float32": 1e11})
+    harness.write_rows(harness.with_context(rows, here, "command"), tmp_path / "cpu")
     rows = report.newest_rows(tmp_path)
     readme = report.updated(f"before {report.BEGIN} {report.END} after", rows)
     assert "| import | b |" in readme and "cpu name" in readme and report.updated(readme, rows) == readme
@@ -67,9 +69,9 @@ def test_providers_take_turns():
 
 
 def test_rows_carry_their_circumstances_and_the_newest_count(tmp_path):
-    machine = harness.Machine("cpu name", 2, 1e10, {"float32": 1e11})
+    here = harness.Machine("cpu name", 2, 1e10, {"float32": 1e11})
     rows = harness.measure("w", {"n": 1}, [provider("a"), provider("b")], repeats=1)
-    both = [harness.with_context(rows, machine, "first"), harness.with_context(rows[:1], machine, "second")]
+    both = [harness.with_context(rows, here, "first"), harness.with_context(rows[:1], here, "second")]
     both[0] = [row | {"utc": "2026-01-01T00:00:00+00:00"} for row in both[0]]
     for rows in both:
         path = harness.write_rows(rows, tmp_path / "cpu")
@@ -82,14 +84,14 @@ def test_rows_carry_their_circumstances_and_the_newest_count(tmp_path):
     path.write_text(path.read_text()[:-20])  # killed while it wrote
     assert [row["command"] for row in harness.stored_rows(tmp_path / "cpu")] == ["first", "first"]
     # What is written behind it begins a line of its own.
-    harness.write_rows(harness.with_context(both[0][1:], machine, "third"), tmp_path / "cpu")
+    harness.write_rows(harness.with_context(both[0][1:], here, "third"), tmp_path / "cpu")
     assert [row["command"] for row in harness.stored_rows(tmp_path / "cpu")] == ["first", "first", "third"]
     assert not path.read_text().startswith("\n") and "\n\n" not in path.read_text()
 
 
 def test_a_fraction_of_the_limit_stands_in_rows_that_count(monkeypatch):
     monkeypatch.setattr(harness, "seconds_of", lambda run: 8.0)
-    machine = harness.Machine("cpu name", 2, 1e10, {"float32": 1e11, "bfloat16": 4e11})
+    here = harness.Machine("cpu name", 2, 1e10, {"float32": 1e11, "bfloat16": 4e11})
     four_times = harness.Provider("a", lambda: None, 0.0, 1e-3, calls=4)
     rows = harness.measure("w", {}, [four_times], repeats=1, bytes=5e9, flop=2e11, dtype="bfloat16")
     rows += harness.measure("w", {}, [four_times], repeats=1, bytes=5e9, flop=2e11)
@@ -97,9 +99,19 @@ def test_a_fraction_of_the_limit_stands_in_rows_that_count(monkeypatch):
     # What one provider counts replaces what all do.
     half = harness.Provider("half", lambda: None, 0.0, 1e-3, calls=4, counted={"bytes": 2.5e9, "flop": 0})
     rows += harness.measure("w", {}, [half], repeats=1, bytes=5e9, flop=2e11)
-    stored = harness.with_context(rows, machine, "command")
+    stored = harness.with_context(rows, here, "command")
     assert [row["seconds"]["median"] for row in stored] == [2.0] * 4
     assert [row.get("fraction_of_limit") for row in stored] == [0.25, 1.0, None, 0.125]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells a process's memory")
+def test_what_was_freed_before_does_not_hide_what_a_call_takes():
+    def run():
+        return [bytearray(b"x" * 2**16) for _ in range(2000)]
+
+    kept = run()
+    del kept[:-1]  # free now, and below what is still in use
+    assert machine.peak_extra_bytes(run) > 0.9 * 2000 * 2**16
 
 
 def test_a_model_is_made_once_however_its_arguments_are_written():

@@ -72,6 +72,30 @@ def test_columns_stand_where_rows_have_what_they_say():
     assert "| features 2.00 ms, decode 1.50 s |" in text and "| 40.0 µs | 1.02 |" in text and "| 51.2% |" in text
 
 
+def test_bfloat16_stands_beside_its_ratio_to_float32_of_the_same_shape():
+    short, long = {"candidates": 16, "length": 200}, {"candidates": 4, "length": 500}
+    rows = [
+        row("score", f"clvp_fast {name}", median=median, shape=shape)
+        for shape, name, median in (
+            (short, "float32", 3.0),
+            (short, "bfloat16", 2.0),
+            (long, "float32", 1.0),
+            (long, "bfloat16", 4.0),
+            (long, "engine, bfloat16", 1.0),
+        )
+    ]
+    lines = document.measured(rows, {}).splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
+    assert cells[0][-1] == "against float32"
+    assert [(line[1], line[-1]) for line in cells[2:]] == [
+        ("clvp_fast float32", ""),
+        ("clvp_fast bfloat16", "1.50x"),
+        ("clvp_fast float32", ""),
+        ("clvp_fast bfloat16", "0.25x"),
+        ("clvp_fast engine, bfloat16", ""),
+    ]
+
+
 def test_figures_are_drawn_once_for_the_same_rows(tmp_path):
     counted = dict(flop=1e9, bytes=1e9, dtype="float32")
     rows = [step(1, 0.5, **counted), step(16, 0.6, **counted | dict(flop=16e9, bytes=2e9))]
