@@ -6,27 +6,12 @@ import pytest
 import torch
 
 from clvp_fast.files import cache_folder
-
-
-def _repair_interpreter():
-    """NumPy 2.4 makes no index of an array of one element, which is what triton 3.6 interprets a loop's bound as."""
-    try:
-        from triton.runtime import interpreter
-    except ImportError:
-        return
-    patch = interpreter._patch_lang_tensor
-
-    def patched(tensor, scope):
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    interpreter._patch_lang_tensor = patched
-
+from tests.kit import interpreter
 
 # Triton reads this when it is imported; without a GPU its interpreter runs the kernels that a test forces.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
-    _repair_interpreter()
+    interpreter.repair()
 
 
 def pytest_addoption(parser):

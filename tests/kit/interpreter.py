@@ -1,0 +1,36 @@
+"""Triton's interpreter, repaired for tests: what NumPy 2.4 broke, and products of the same bits on every machine."""
+
+import numpy as np
+
+
+def repair() -> None:
+    """Repair the interpreter, before a kernel is defined; does nothing where Triton is not installed."""
+    try:
+        from triton.runtime import interpreter
+    except ImportError:
+        return
+    patch = interpreter._patch_lang_tensor
+    create_dot = interpreter.InterpreterBuilder.create_dot
+
+    def patched(tensor, scope):
+        patch(tensor, scope)
+        # NumPy 2.4 makes no index of an array of one element, which is what triton 3.6 interprets a loop's bound as.
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    def dot(self, a, b, d, *others):
+        if a.data.dtype != np.float32 and a.data.dtype != np.float16:
+            return create_dot(self, a, b, d, *others)
+        return interpreter.TensorHandle(product(a.data, b.data, d.data.dtype) + d.data, d.dtype.scalar)
+
+    interpreter._patch_lang_tensor = patched
+    interpreter.InterpreterBuilder.create_dot = dot
+
+
+def product(a: np.ndarray, b: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """`a` `[..., m, k]` times `b` `[..., k, n]`, each element summed from k = 0 on, one rounding a step.
+
+    A kernel promises a row's bits whatever rows lie beside it. NumPy's product is its BLAS's: which way that sums
+    depends on the sizes of a tile and on the CPU, and the promise could not be seen to hold.
+    """
+    terms = a.astype(dtype, copy=False)[..., None] * b.astype(dtype, copy=False)[..., None, :, :]
+    return np.add.reduce(terms, axis=-2)
