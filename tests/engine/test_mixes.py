@@ -7,18 +7,17 @@ import numpy as np
 import pytest
 import torch
 
-from clvp_fast import native, ops
+from clvp_fast import ops
 from clvp_fast.engine.decode_loop import DecodeLoop, Job
 from clvp_fast.engine.runner import Runner
 from clvp_fast.engine.sampling_params import SamplingParams
 from tests.engine.test_decoder import prompts, tiny
+from tests.kit import isa
 from tests.models.clvp.builders import STOP
 
 PAGE_SIZE, LONGEST, REQUESTS = 16, 40, 10
-needs_own_attention = pytest.mark.skipif(
-    native.missing("cpu") is not None,
-    reason=f"the torch path of attention reads lengths, and adds up by them: {native.missing('cpu')}",
-)
+# The torch path of attention reads lengths, and adds up by them.
+needs_own_attention = isa.needs("paged_attention_decode")
 
 
 class Setting:

@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from clvp_fast import native, ops
+from clvp_fast import ops
 from clvp_fast.engine import runner as runner_module, slots as slots_module
 from clvp_fast.engine.decoder import min_rows
 from clvp_fast.engine.runner import Runner
 from clvp_fast.engine.sampling_params import SamplingParams
 from clvp_fast.engine.scheduler import Admission, Prefill, Scheduler
-from clvp_fast.ops.dispatch import OPERATORS
 from tests.engine.test_decoder import Loop, prompts, tiny
+from tests.kit import isa
 from tests.models.clvp.builders import START, STOP
 
 PAGE_SIZE = 16
@@ -27,10 +27,8 @@ GREEDY = SamplingParams(do_sample=False, repetition_penalty=1.0, max_new_tokens=
 SAMPLED = SamplingParams(max_new_tokens=40, seed=5, temperature=1.3, top_p=0.95)
 
 
-needs_own_attention = pytest.mark.skipif(
-    native.missing("cpu") is not None,
-    reason=f"the torch path of attention reads lengths, and adds up by them: {native.missing('cpu')}",
-)
+# The torch path of attention reads lengths, and adds up by them.
+needs_own_attention = isa.needs("paged_attention_decode")
 
 
 @pytest.fixture(autouse=True)
@@ -339,7 +337,7 @@ def test_steps_have_enough_rows(monkeypatch):
 def test_few_rows_where_products_promise_their_bits(dtype, backend, changes, least):
     model = tiny().speech_decoder_model.to(dtype)
     model.config.update(changes)
-    if OPERATORS["linear"].explain(torch.device("cpu")).backend != "kernel":
+    if isa.why_unserved("linear", dtype):
         least = 1 if dtype == torch.bfloat16 else 16
     with ops.backend(backend):
         assert min_rows(model) == least

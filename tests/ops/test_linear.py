@@ -11,11 +11,9 @@ import clvp_fast
 from clvp_fast import ops
 from clvp_fast.ops import many_rows
 from clvp_fast.ops.linear import _OPERATOR, _kernel, _torch
-from tests.kit import assert_within_budget, linear_operands, random, strided
+from tests.kit import assert_within_budget, isa, linear_operands, random, strided
 
-served = pytest.mark.skipif(
-    clvp_fast.explain("linear", "cpu")[0].backend != "kernel", reason="the CPU's kernel does not serve here"
-)
+served = isa.needs("linear")
 
 
 def operands(rows=3, columns=64, outs=50, dtype=torch.float32, int8=False):
@@ -97,10 +95,12 @@ def kernel_calls(monkeypatch):
 
 @served
 def test_few_rows_of_inference_take_the_kernel(kernel_calls):
-    for dtype, int8 in ((torch.float32, False), (torch.float32, True), (torch.bfloat16, True)):
+    cases = ((torch.float32, False), (torch.float32, True), (torch.bfloat16, True), (torch.bfloat16, False))
+    for dtype, int8 in cases[: 3 if isa.why_unserved("linear", torch.bfloat16) else 4]:
+        kernel_calls.clear()
         x, weight, bias, scale = operands(many_rows.FEW_ROWS, dtype=dtype, int8=int8)
         ops.linear(x, weight, bias, scale=scale, activation="gelu_new")
-    assert len(kernel_calls) == 3
+        assert len(kernel_calls) == 1
 
 
 @served
@@ -108,14 +108,12 @@ def test_many_rows_of_inference_take_theirs(kernel_calls):
     for dtype in (torch.float32, torch.bfloat16):
         x, weight, bias, _ = operands(many_rows.FEW_ROWS + 1, dtype=dtype)
         residual = random(len(x), 50, seed=7)
-        served = many_rows.unserved(x, "gelu_new", weight) is None
-        assert served or "torch's own" in many_rows.unserved(x, None, weight) or many_rows.has_matrix_unit()
         for args in ((None, None), ("gelu_new", None), ("gelu_new", residual)):
             out = ops.linear(x, weight, bias, activation=args[0], residual=args[1])
             expected = exact(x, weight, bias, None, args[0]) + (0 if args[1] is None else residual.double())
             baseline = _torch(x, weight, bias, None, args[0], args[1])
             assert_within_budget(out, expected, baseline)
-        assert len(kernel_calls) == (3 if served else 0)
+        assert len(kernel_calls) == (0 if isa.why_unserved("many rows", dtype) else 3)
         kernel_calls.clear()
 
 

@@ -6,9 +6,8 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import clvp_fast
-from clvp_fast.ops import many_rows, mlp_block, window_block
-from clvp_fast.ops.dispatch import OPERATORS
-from tests.kit import assert_within_budget, random
+from clvp_fast.ops import mlp_block, window_block
+from tests.kit import assert_within_budget, isa, random
 from tests.ops.test_window_attention import eager as eager_attention
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -100,11 +99,10 @@ def called(run, *args):
     return seen.names
 
 
+@isa.needs("many rows")
 @cases
 def test_one_kernel_where_it_serves_and_pays(name):
     run, args = CASES[name]
-    if reason := OPERATORS[name].refusal(torch.device("cpu")) or many_rows.unserved(args[0], None, args[3]):
-        pytest.skip(reason)
     assert called(run, *args) == {name}
     leaf = args[1].clone().requires_grad_()
     assert name not in called(run, args[0], leaf, *args[2:])

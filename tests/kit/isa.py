@@ -1,0 +1,93 @@
+"""Expectations of a CPU's kernels: from its flags, `CLVP_FAST_ISA` and docs/kernels.md, and never from the package.
+
+A test that asks the package what serves, and skips where it answers "nothing", misses a fault that refuses all calls.
+"""
+
+import os
+import re
+import shutil
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+_AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
+# Flags of /proc/cpuinfo that an instruction set takes, the best first.
+_FLAGS = {
+    "avx512bf16": {*_AVX512, "avx512_bf16"},
+    "avx512": _AVX512,
+    "avx2": {"avx2", "fma"},
+    "portable": set(),
+}
+ISAS = tuple(_FLAGS)
+
+_EVERY = set(ISAS)
+_PRODUCTS = _EVERY - {"portable"}
+#: Operators of which a CPU has a kernel, and the instruction sets that they serve, by the type of their numbers: the
+#: table in docs/kernels.md. "many rows" are `linear` of more than 512 rows and the blocks that are made of such layers.
+SERVED = {
+    "log_mel": dict.fromkeys((torch.float32, torch.bfloat16), _EVERY),
+    "sample": dict.fromkeys((torch.float32, torch.bfloat16), _EVERY),
+    "paged_attention_decode": dict.fromkeys((torch.float32, torch.bfloat16), _EVERY),
+    "window_attention": dict.fromkeys((torch.float32, torch.bfloat16), _EVERY),
+    "linear": dict.fromkeys((torch.float32, torch.bfloat16, torch.int8), _PRODUCTS),
+    "many rows": {torch.float32: {"avx512bf16", "avx512"}, torch.bfloat16: {"avx512bf16"}},
+}
+
+
+@cache
+def cpu_flags() -> frozenset[str]:
+    """What Linux says that this CPU has; nothing on a machine that is not x86."""
+    found = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.M)
+    return frozenset(found[1].split()) if found else frozenset()
+
+
+def expected_isas() -> tuple[str, ...]:
+    """The instruction sets of this CPU, the best first."""
+    return tuple(name for name, flags in _FLAGS.items() if flags <= cpu_flags())
+
+
+def expected_isa() -> str:
+    """The instruction set that kernels run on when nothing but the environment has chosen one."""
+    return os.environ.get("CLVP_FAST_ISA") or expected_isas()[0]
+
+
+def has_matrix_unit() -> bool:
+    """Whether this CPU multiplies matrices of bfloat16 by itself, so that torch's products serve that type."""
+    return "amx_bf16" in cpu_flags()
+
+
+@cache
+def why_no_library() -> str | None:
+    """Why this machine cannot have the native library: it is compiled when it is needed, into the user's cache."""
+    if not any(map(shutil.which, (os.environ.get("CXX", ""), "g++", "c++", "clang++"))):
+        return "there is no C++ compiler, so there is no native library"
+    try:
+        home = Path(os.environ.get("CLVP_FAST_CACHE") or os.environ.get("XDG_CACHE_HOME") or Path.home())
+    except RuntimeError:  # this user has none
+        return "there is no home, so there is no native library"
+    while not home.exists():
+        home = home.parent
+    return None if os.access(home, os.W_OK) else "the cache cannot be written, so there is no native library"
+
+
+def why_unserved(operator: str, dtype: torch.dtype = torch.float32) -> str | None:
+    """Why this CPU's kernel of an entry of `SERVED` does not serve here by the documents, or None."""
+    if reason := why_no_library():
+        return reason
+    if expected_isa() not in SERVED[operator][dtype]:
+        return f"{operator} of {dtype} has no kernel on a CPU with {expected_isa()}"
+    products = operator in ("linear", "many rows")
+    if products and dtype == torch.bfloat16 and has_matrix_unit():
+        return "this CPU has a matrix unit for bfloat16, which torch's own products use"
+    return None
+
+
+def needs(operator: str, dtype: torch.dtype = torch.float32) -> pytest.MarkDecorator:
+    """The mark of a test of a CPU's kernel: skips it where by the documents the kernel does not serve."""
+    reason = why_unserved(operator, dtype)
+    return pytest.mark.skipif(reason is not None, reason=str(reason))
+
+
+needs_library = pytest.mark.skipif(why_no_library() is not None, reason=str(why_no_library()))
