@@ -29,7 +29,7 @@ CPP_SOURCES := $(wildcard csrc/* tests/csrc/*.cpp tests/csrc/*.h tests/csrc/*/*.
 DEMO_TEXT := The birch canoe slid on the smooth planks, and the doctor paid 25 dollars for it.
 DEMO_OUT ?= out/demo
 
-.PHONY: setup test demo lint format portability canary bench-cpu docs-benchmarks kernel-report gpu-check gpu-bench clean
+.PHONY: setup test test-all demo lint format portability canary bench-cpu docs-benchmarks kernel-report gpu-check gpu-bench clean
 
 setup: $(RUNTIME_STAMP)
 
@@ -46,7 +46,11 @@ $(DEV_STAMP): $(RUNTIME_STAMP)
 	$(PIP_INSTALL) -e '.[dev]'
 	@touch $@
 
+# Every promise of the README, in minutes. `make test-all` adds full-size models, long runs and whole grids.
 test: $(RUNTIME_STAMP)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(TEST_WORKERS) -m "not gpu and not slow and not full_size" $(PYTEST_ARGS)
+
+test-all: $(RUNTIME_STAMP)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(TEST_WORKERS) -m "not gpu" $(PYTEST_ARGS)
 
 demo: $(RUNTIME_STAMP)

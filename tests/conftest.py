@@ -8,6 +8,8 @@ import torch
 from clvp_fast.files import cache_folder
 from tests.kit import interpreter
 
+pytest_plugins = ["tests.kit.reporting"]
+
 # Triton reads this when it is imported; without a GPU its interpreter runs the kernels that a test forces.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"

@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 
 from clvp_fast import files
 from clvp_fast.files import UnwritableError, build_folder_once, replacing, staged_folder
+from tests.kit.waiting import BOUND
 
 
 def contents(folder) -> dict[str, str]:
@@ -145,7 +146,7 @@ def test_folder_is_built_once_by_racing_builders(tmp_path):
     target, barrier, built = tmp_path / "cache" / "demo-1", threading.Barrier(4), []
 
     def build(folder):
-        barrier.wait(timeout=10)  # all four are in the middle of building
+        barrier.wait(BOUND)  # all four are in the middle of building
         (folder / "a.txt").write_text("whole")
         built.append(folder)
 

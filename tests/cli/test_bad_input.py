@@ -21,6 +21,7 @@ from clvp_fast.cli import main
 from clvp_fast.demo import build_demo
 from clvp_fast.engine.runner import Runner
 from tests.cli.conftest import ROOT
+from tests.kit.waiting import BOUND
 
 TEXT = "The birch canoe slid on the smooth planks."
 QUICK = ("--num-candidates", 2, "--max-new-tokens", 8)
@@ -392,7 +393,7 @@ def test_ctrl_c(voice, tmp_path):
         noted = process.stderr.readline()  # decoding is about to begin
         time.sleep(0.7)
         process.send_signal(signal.SIGINT)
-        _, rest = process.communicate(timeout=60)
+        _, rest = process.communicate(timeout=BOUND)
     finally:
         process.kill()
     assert "random weights" in noted

@@ -8,6 +8,7 @@ import time
 import pytest
 
 from tests.engine.demo_engine import assert_empty, assert_same, make, request, sampling
+from tests.kit.waiting import BOUND, join
 
 
 def test_a_stream_given_up_midway_frees_its_request_alone(engine, alone):
@@ -130,12 +131,11 @@ def test_threads_share_one_batch(parts, alone):
         threads = [threading.Thread(target=user, args=(number,)) for number in range(6)]
         for thread in threads:
             thread.start()
-        for thread in threads:
-            thread.join(timeout=120)
+        join(*threads)
     finally:
         sys.setswitchinterval(interval)
     assert not failures, failures
-    assert len(served) == 18 and not any(thread.is_alive() for thread in threads)
+    assert len(served) == 18
     assert_empty(engine)
 
 
@@ -191,18 +191,26 @@ def test_a_result_that_another_thread_finishes_is_not_lost(engine, alone, monkey
 
 def test_a_cancelled_task_frees_its_requests_and_no_other_s(engine, alone):
     """It is cancelled while a thread decodes for it, which stops soon after."""
-    heard = []
+    heard, delivered = [], threading.Event()
+
+    def listen(*token):
+        heard.append(token)
+        delivered.wait(BOUND)  # however slow the event loop is, it has not decoded all by then
+        time.sleep(0.003)
 
     async def one(index, settings, **options):
         return [result async for result in engine.generate_async(request(index), settings, **options)]
 
     async def run():
         long = sampling(0, max_new_tokens=24, num_candidates=6)
-        slow = one(0, long, on_token=lambda *token: time.sleep(0.003) or heard.append(token))
+        slow = one(0, long, on_token=listen)
         cancelled, other = asyncio.create_task(slow), asyncio.create_task(one(4, sampling(4)))
         while not heard:
             await asyncio.sleep(0)
         cancelled.cancel()
+        for _ in range(5):  # turns of the loop in which the task hears of it
+            await asyncio.sleep(0)
+        delivered.set()
         with pytest.raises(asyncio.CancelledError):
             await cancelled
         left = {pending.job.sampling.num_candidates for pending in engine._pending.values()}

@@ -116,6 +116,7 @@ def process():
 @pytest.mark.skipif(
     not Path("/proc/self/statm").exists(), reason="no /proc here to read memory, threads and files from"
 )
+@pytest.mark.slow
 def test_ten_thousand_requests(engine, happened):
     voice = engine.voice(CandidateRequest(input_ids=[3], input_features=clips(1)))
     serve(engine, voice, 3)

@@ -13,6 +13,7 @@ from benchmarks.aot.native_library import parse, rows as native_rows
 from benchmarks.aot.tables import DOCUMENT, RESULTS, with_tables
 from clvp_fast import native, native_build
 from clvp_fast.native_build import CUDA_SOURCES
+from tests.kit.isa import needs_library
 
 # Bytes of shared memory that one program may have (CUDA C++ Programming Guide, technical specifications).
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -25,8 +26,17 @@ MATRIX = {
 }
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("family", TRITON_FAMILIES)
+# Minutes of compiling: `make test` has the families of few calls, for one architecture.
+LONG = ("rotary_attention", "mlp")
+
+
+@pytest.mark.parametrize(
+    "family, arch",
+    [
+        pytest.param(family, arch, marks=[pytest.mark.slow] if family in LONG or arch != 90 else [])
+        for family, arch in product(TRITON_FAMILIES, ARCHITECTURES)
+    ],
+)
 def test_every_configuration_compiles_without_spills(family, arch):
     rows = in_new_process(family, arch)
     assert rows
@@ -59,6 +69,7 @@ def _needs_nvcc():
     assert native.missing("cuda") is None
 
 
+@needs_library
 def test_the_native_library_compiles_without_warnings():
     assert native.missing("cpu") is None
     log = (native.folder() / native_build.LOG).read_text()

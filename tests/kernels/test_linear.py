@@ -80,7 +80,7 @@ def test_sizes(dtype, rows, sizes):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("inner", [512, 1000, 1040])
-@pytest.mark.parametrize("rows", [3, 100, 513])
+@pytest.mark.parametrize("rows", [3, 100, pytest.param(513, marks=pytest.mark.slow)])
 def test_a_sum_over_several_programs(rows, inner, dtype):
     split = mlp.workspace(rows, 24, inner, dtype.itemsize, True).partial > 0
     assert split == (rows <= 512)

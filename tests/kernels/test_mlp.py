@@ -45,7 +45,7 @@ def check(name, tensors, residual, activation="gelu"):
 
 
 # One of each regime, and their edges; three axes, one axis.
-ROWS = [(1,), (2, 8), (17,), (64,), (65,), (257,), (4097,)]
+ROWS = [(1,), (2, 8), (17,), (64,), (65,), (257,), pytest.param((4097,), marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

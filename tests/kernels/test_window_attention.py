@@ -57,7 +57,7 @@ def test_any_number_of_windows(images, height, width, dtype):
         check(inputs(height, width, heads=1, images=images, dtype=dtype), shift=shift)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [DTYPES[0], *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in DTYPES[1:])])
 def test_programs_of_several_windows(dtype, monkeypatch):
     args = inputs(40, 56, heads=2, images=1, dtype=dtype)
     alone = check(args, shift=4)
