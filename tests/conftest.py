@@ -71,8 +71,13 @@ def own_cache(tmp_path_factory):
 
     Native libraries are shared: their names change with all that they are made of, and each is checked before use.
     """
-    own, shared = tmp_path_factory.mktemp("cache"), cache_folder() / "native"
-    shared.mkdir(parents=True, exist_ok=True)
+    try:
+        shared = cache_folder() / "native"
+        shared.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # no home, or none that can be written: what the package then does is tested too
+        yield
+        return
+    own = tmp_path_factory.mktemp("cache")
     (own / "native").symlink_to(shared.resolve())
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CLVP_FAST_CACHE", str(own))
