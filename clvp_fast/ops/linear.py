@@ -189,6 +189,8 @@ def _path(x, weight, *args):
     """
     if _in_triton(x, weight):
         return _OPERATOR.choose((x, weight, *args))
+    if x.device.type == "cpu" and _OPERATOR.refusal(x.device) is not None:
+        return _OPERATOR.without_kernel()  # without the library, which is asked what it serves
     served = _unserved(x, weight, *args) is None and _OPERATOR.refusal(x.device) is None
     return _OPERATOR.with_kernel() if served else _OPERATOR.without_kernel()
 

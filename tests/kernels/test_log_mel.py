@@ -13,6 +13,7 @@ from clvp_fast.ops.dispatch import OPERATORS
 from clvp_fast.ops.log_mel import log_mel
 from tests.kernels.device import DEVICE
 from tests.kit import Guarded
+from tests.kit.isa import why_no_library
 from tests.ops.log_mel_bodies import Bodies, Path, noise, settings
 
 PATHS = {"cpu": Path("kernel", "cpu", "torch")} | (
@@ -22,15 +23,15 @@ PATHS = {"cpu": Path("kernel", "cpu", "torch")} | (
 
 @pytest.fixture(params=PATHS)
 def path(request):
-    if native.missing(request.param):
-        pytest.skip(native.missing(request.param))
+    if reason := why_no_library() if request.param == "cpu" else native.missing(request.param):
+        pytest.skip(reason)
     return PATHS[request.param]
 
 
 @pytest.fixture
 def on_cpu():
-    if native.missing("cpu"):
-        pytest.skip(native.missing("cpu"))
+    if reason := why_no_library():
+        pytest.skip(reason)
 
 
 def moved(options, path):

@@ -10,7 +10,7 @@ from transformers.activations import ACT2FN
 import clvp_fast
 from clvp_fast.ops import ACTIVATIONS, geglu_mlp, gelu_mlp, many_rows
 from clvp_fast.ops.linear import linear
-from tests.kit import assert_within_budget, in_int8, random, strided
+from tests.kit import assert_within_budget, in_int8, isa, random, strided
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 OPERATORS = {"gelu": (gelu_mlp, 1), "geglu": (geglu_mlp, 2)}
@@ -92,7 +92,7 @@ def test_many_rows_on_a_cpu_take_one_kernel(dtype, name, monkeypatch):
     """Both layers in one call, which plain torch's budget holds; few rows, gradients and a compiler do without it."""
     mlp, halves = OPERATORS[name]
     tensors, r = arguments(halves, dtype, (many_rows.FEW_ROWS + 1,), width=32, hidden=64)
-    served = many_rows.unserved(tensors[0], "gelu", tensors[1], tensors[3]) is None
+    served = isa.why_unserved("many rows", dtype) is None
     calls, layers = [], many_rows.layers
     monkeypatch.setattr(many_rows, "layers", lambda *args, **gated: calls.append(args[3]) or layers(*args, **gated))
     with clvp_fast.backend("reference"):
