@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.engine.demo_engine import assert_empty, make, request, sampling
+from tests.kit.waiting import BOUND
 
 
 @pytest.mark.parametrize("lag", [0, 1])
@@ -47,7 +48,7 @@ def test_an_interrupted_listener_loses_no_other_request(parts, lag):
     for other_length in range(4, 10):
         heard = []
         other = engine.stream(
-            request(1, timeout=20, sampling=sampling(1, **settings | {"max_new_tokens": other_length}))
+            request(1, timeout=BOUND, sampling=sampling(1, **settings | {"max_new_tokens": other_length}))
         )
         next(other)
         with pytest.raises(KeyboardInterrupt):
