@@ -40,7 +40,7 @@ $(PY):
 
 $(RUNTIME_STAMP): pyproject.toml setup.py $(CONSTRAINTS) | $(PY)
 	$(PIP_INSTALL) -e '.[kernels,test]'
-	@touch $@
+	@echo '$(CONSTRAINTS)' > $@
 
 $(DEV_STAMP): $(RUNTIME_STAMP)
 	$(PIP_INSTALL) -e '.[dev]'

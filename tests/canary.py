@@ -106,7 +106,9 @@ def main() -> int:
     pytest = [python, "-m", "pytest", "-n", options.workers, "-q", "-m", "not gpu", f"--junitxml={report}", *suites]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     report.unlink(missing_ok=True)
-    subprocess.run(pytest, cwd=ROOT, env=environment)
+    status = subprocess.run(pytest, cwd=ROOT, env=environment).returncode
+    if not report.is_file():
+        sys.exit(f"pytest ended without a report (status {status}): {options.venv} is as it was installed, look there")
     lines = rows(ElementTree.parse(report).getroot(), installed(python))
     print(f"\nPython {'.'.join(map(str, sys.version_info[:3]))}, the newest of everything that pip offers:\n")
     print(table(lines))

@@ -14,6 +14,8 @@ FILES = {
     "E": "test_generation_on_engine.py",
     "L": "test_parity_generation.py",
     "A": "test_accelerate.py",
+    "D": "test_parity_loop.py",
+    "V": "../test_transformers_versions.py",
     "M": "../clap/test_parity.py",
     "K": "../clap/test_checkpoints.py",
     "X": "../clap/test_feature_extraction.py",
