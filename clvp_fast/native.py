@@ -325,6 +325,7 @@ def missing(device_type: str) -> str | None:
     return None if device_type == "cpu" else f"the native library serves cpu and cuda, not {device_type}"
 
 
+@cache
 def isa() -> str:
     """Tells the instruction set that a CPU's kernels run on: its best, or the one that `CLVP_FAST_ISA` names.
 
@@ -351,8 +352,9 @@ def choose_isa(name: str | None) -> None:
 def _choose_isa(found: ctypes.CDLL, name: str | None, source: str) -> None:
     if name is not None and name not in ISAS:
         raise ValueError(f"{source} must be one of {', '.join(ISAS)}, not {name!r}")
+    isa.cache_clear()
     if found.clvp_fast_choose_isa(name and name.encode()):
-        has = ", ".join(isa for isa in ISAS if found.clvp_fast_has_isa(isa.encode()))
+        has = ", ".join(known for known in ISAS if found.clvp_fast_has_isa(known.encode()))
         raise ValueError(f"{source} is {name!r}, which this CPU lacks or the library was built without: it has {has}")
 
 

@@ -24,7 +24,7 @@ def min_rows(model) -> int:
     if weight.device.type != "cpu" or weight.dtype != torch.float32:
         return 1
     widths = config.hidden_size, config.n_inner or 4 * config.hidden_size
-    served = OPERATORS["linear"].explain(weight.device).backend == "kernel"
+    served = OPERATORS["linear"].explain(weight.device, weight.dtype).backend == "kernel"
     return 1 if served and not any(width % 32 for width in widths) else _MIN_MKL_ROWS
 
 

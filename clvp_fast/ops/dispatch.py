@@ -18,7 +18,7 @@ import os
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -131,6 +131,10 @@ class Operator:
         fake: the results' shapes and dtypes, as empty tensors.
         kernel: allocates the results and launches; imports `clvp_fast.kernels` when called. `None`: there is none.
         unserved: tells why the kernel cannot serve these arguments (a dtype, a size), or returns `None`.
+        unserved_type: tells why it serves no tensors of a dtype on a device, or returns `None`: the part of `unserved`
+            that is known before a call.
+        calls: which calls the kernel is for where nothing is forced and it is not for all, as `explain` says it.
+        yields: whether calls take the torch path, and do not raise, where the kernel is forced and cannot serve.
         missing: tells why the kernel cannot run on a device, or returns `None`.
         expected_on: types of the devices where a missing kernel is worth a warning.
     """
@@ -146,6 +150,9 @@ class Operator:
         unaliased: Callable | None = None,
         kernel: Callable | None = None,
         unserved: Callable[..., str | None] = lambda *args: None,
+        unserved_type: Callable[[torch.device, torch.dtype], str | None] = lambda device, dtype: None,
+        calls: str = "",
+        yields: bool = False,
         missing: Callable[[torch.device], str | None] = missing_for_triton,
         expected_on: tuple[str, ...] = ("cuda",),
     ):
@@ -155,6 +162,9 @@ class Operator:
         self._unaliased = unaliased or torch_path
         self.kernel = kernel
         self._unserved = unserved
+        self._unserved_type = unserved_type
+        self._calls = calls
+        self._yields = yields
         self._missing = missing
         self._expected_on = expected_on
         self._refusals: dict[tuple[torch.device, bool], str | None] = {}
@@ -222,51 +232,83 @@ class Operator:
         """What `choose` gives for inference that the kernel is known to serve."""
         return getattr(self, {"reference": "reference", "torch": "torch_path"}.get(_forced, "registered"))
 
-    def explain(self, device: torch.device) -> "Choice":
-        """What `choose` does for inference on `device`."""
-        reason = self.refusal(device)
+    def explain(self, device: torch.device, dtype: torch.dtype) -> "Choice":
+        """What `choose` does for inference with tensors of `dtype` on `device`."""
+        reason = self.refusal(device) or self._unserved_type(device, dtype)
         refused = {} if reason is None else {"kernel": reason}
         chosen = _forced or ("torch" if reason else "kernel")
+        if chosen == "kernel" and reason and self._yields:
+            chosen = "torch"
         for name in BACKENDS:
             if name != chosen and name not in refused:
-                refused[name] = f"{chosen} is forced" if _forced else f"{chosen} is faster"
-        return Choice(self.name, str(device), None if chosen in refused else chosen, refused)
+                refused[name] = f"{_forced} is forced" if _forced else f"{chosen} is faster"
+        calls = self._calls if chosen == "kernel" and _forced is None else ""
+        serves = None if chosen in refused else chosen
+        return Choice(self.name, str(device), str(dtype).removeprefix("torch."), serves, refused, calls)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """An operator's backend on a device (`None`: the forced one cannot serve), and why each other one is not used."""
+    """An operator's backend on a device, and why each other one is not used.
+
+    dtype: of the tensors, as "float32"; "float32, bfloat16" where the same holds for both.
+    backend: `None` where the forced one cannot serve.
+    calls: which calls the backend is for; empty: for all that it takes.
+    """
 
     operator: str
     device: str
+    dtype: str
     backend: str | None
     refused: dict[str, str]
+    calls: str = ""
 
 
 class Choices(list):
     """A list of `Choice` that prints as a table."""
 
     def __str__(self) -> str:
-        rows = [("operator", "device", "backend", "not used")]
+        rows = [("operator", "device", "dtype", "backend", "for, and not used")]
         for choice in self:
-            refused = "; ".join(f"{name}: {reason}" for name, reason in choice.refused.items())
-            rows.append((choice.operator, choice.device, choice.backend or "none", refused))
-        widths = [max(len(row[column]) for row in rows) for column in range(3)]
+            told = [f"for {choice.calls}"] if choice.calls else []
+            told += [f"{name}: {reason}" for name, reason in choice.refused.items()]
+            rows.append((choice.operator, choice.device, choice.dtype, choice.backend or "none", "; ".join(told)))
+        widths = [max(len(row[column]) for row in rows) for column in range(4)]
         lines = [
-            "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]]) for row in rows
+            "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[4]]) for row in rows
         ]
         return "\n".join(lines)
 
 
-def explain(name: str | None = None, device: str | torch.device | None = None) -> Choices:
-    """Which backend each operator, or the one called `name`, uses on `device`, and why not the others.
+def explain(
+    name: str | None = None, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+) -> Choices:
+    """Tell which backend each operator, or the one called `name`, uses on `device`, and why not the others.
 
-    `device` defaults to the GPU if there is one, else the CPU. Raises `ValueError` for an unknown operator.
+    `device` defaults to the GPU if there is one, else the CPU. `dtype` is that of all floating point tensors of a call;
+    by default there is a row for float32 and bfloat16, or two where they differ. Calls are those of inference.
+    Raises `ValueError` for an unknown operator, and for a dtype that is no floating point type.
     """
     if name is not None and name not in OPERATORS:
         raise ValueError(f"there is no operator {name!r}; there are {', '.join(sorted(OPERATORS))}")
     device = torch.device(device or ("cuda:0" if torch.cuda.is_available() else "cpu"))
-    return Choices(OPERATORS[key].explain(device) for key in sorted(OPERATORS) if name in (None, key))
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype must be a floating point type such as torch.bfloat16, or None, not {dtype!r}")
+    dtypes = (torch.float32, torch.bfloat16) if dtype is None else (dtype,)
+    choices = Choices()
+    for key in sorted(OPERATORS) if name is None else (name,):
+        first, *others = (OPERATORS[key].explain(device, each) for each in dtypes)
+        if all(replace(other, dtype=first.dtype) == first for other in others):
+            first, others = replace(first, dtype=", ".join(choice.dtype for choice in (first, *others))), []
+        choices += (first, *others)
+    return choices
+
+
+def unserved_by_triton(name: str, dtype: torch.dtype) -> str | None:
+    """Why a Triton kernel does not take the tensor `name` of `dtype`, or `None`."""
+    if dtype in (torch.float32, torch.float16, torch.bfloat16):
+        return None
+    return f"{name} must be float32, float16 or bfloat16, not {dtype}"
 
 
 def as_rows(x: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ out = token_table[token_ids] + position_table[position_ids]
 import torch
 import torch.nn.functional as F
 
-from clvp_fast.ops.dispatch import Operator, check_floating, check_same, needs_grad, shape_error
+from clvp_fast.ops.dispatch import Operator, check_floating, check_same, needs_grad, shape_error, unserved_by_triton
 
 
 def reference(token_ids, position_ids, token_table, position_table, out_dtype=None):
@@ -29,8 +29,8 @@ def _fake(token_ids, position_ids, token_table, position_table, out_dtype=None):
 
 def _unserved(token_ids, position_ids, token_table, position_table, out_dtype=None):
     for name, dtype in (("the tables", token_table.dtype), ("out_dtype", out_dtype or token_table.dtype)):
-        if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            return f"{name} must be float32, float16 or bfloat16, not {dtype}"
+        if reason := unserved_by_triton(name, dtype):
+            return reason
     return None
 
 
@@ -56,6 +56,7 @@ _OPERATOR = Operator(
     fake=_fake,
     kernel=_kernel,
     unserved=_unserved,
+    unserved_type=lambda device, dtype: unserved_by_triton("the tables", dtype),
 )
 
 

@@ -131,11 +131,15 @@ def missing(device: torch.device) -> str | None:
 def _missing_native():
     from clvp_fast import native
 
-    if reason := native.missing("cpu"):
-        return reason
-    if native.isa() == "portable":
-        return "torch's own products serve a CPU that has neither AVX2 nor AVX-512"
-    return None
+    return native.missing("cpu")
+
+
+def _unserved_type(device, dtype):
+    """Why no x of `dtype`, with weights of that, is served on `device`, or None."""
+    if device.type != "cpu":
+        return "on a GPU it serves int8 weights, and torch's own products all others"
+    # Interpreted, the operator has two kernels on a CPU, and `missing` tells of the other.
+    return (_missing_native() if interpreted() else None) or many_rows.unserved_type(dtype)
 
 
 def _unserved(x, weight, bias, scale, activation, residual=None):
@@ -149,23 +153,18 @@ def _unserved(x, weight, bias, scale, activation, residual=None):
     if _in_triton(x, weight):
         half = x.dtype in (torch.float16, torch.bfloat16)
         return None if half or x.dtype == torch.float32 else f"x must be float32, float16 or bfloat16, not {x.dtype}"
-    if x.device.type != "cpu":
-        return "on a GPU it serves int8 weights, and torch's own products all others"
-    # Interpreted, the operator has two kernels on a CPU, and `_missing` tells of the other.
-    if interpreted() and (reason := _missing_native()):
+    int8 = weight.dtype == torch.int8
+    if reason := many_rows.unserved_type(x.dtype, int8) if int8 else _unserved_type(x.device, x.dtype):
         return reason
     few = x.numel() <= many_rows.FEW_ROWS * columns
     return _unserved_native(x, weight, columns) if few else many_rows.unserved(x, activation, weight)
 
 
 def _unserved_native(x, weight, columns):
-    dtype, weight_dtype = x.dtype, weight.dtype
-    if dtype not in (torch.float32, torch.bfloat16) or weight_dtype not in (dtype, torch.int8):
-        return f"it serves float32 and bfloat16 with weights of the same dtype or int8, not {dtype}, {weight_dtype}"
+    if weight.dtype not in (x.dtype, torch.int8):
+        return f"it serves weights of the dtype of x, {x.dtype}, or int8, not {weight.dtype}"
     if columns % 32 or weight.stride(1) != 1:
         return f"it serves rows of 32 n columns, side by side in memory, not {list(weight.shape)}, {weight.stride()}"
-    if dtype == weight_dtype == torch.bfloat16 and many_rows.has_matrix_unit():
-        return "this CPU has a matrix unit for bfloat16, which torch's own products use"
     return None
 
 
@@ -177,6 +176,9 @@ _OPERATOR = Operator(
     fake=_fake,
     kernel=_kernel,
     unserved=_unserved,
+    unserved_type=_unserved_type,
+    calls=f"rows of 32 n columns; up to {many_rows.FEW_ROWS} of them with int8 weights too",
+    yields=True,
     missing=missing,
 )
 

@@ -166,7 +166,12 @@ def _unserved(
         return f"it serves n_fft {', '.join(map(str, N_FFTS))}, not {window.numel()}"
     if mel_filters.shape[1] > MAX_MELS:
         return f"it serves num_mels up to {MAX_MELS}, not {mel_filters.shape[1]}"
-    if samples.is_cuda and _dtypes(samples, compute_dtype, dtype)[0] == torch.float64:
+    return _unserved_type(samples.device, _dtypes(samples, compute_dtype, dtype)[0])
+
+
+def _unserved_type(device, dtype):
+    """Why the kernel does not compute in `dtype`, or None; samples are converted from any."""
+    if device.type == "cuda" and dtype == torch.float64:
         return "on a GPU it computes in float32, not in float64"
     return _short_of_memory(window.numel(), samples.device) if samples.is_cuda else None
 
@@ -222,6 +227,7 @@ _OPERATOR = Operator(
     fake=_fake,
     kernel=_kernel,
     unserved=_unserved,
+    unserved_type=_unserved_type,
     missing=_missing,
     expected_on=("cpu", "cuda"),
 )

@@ -32,17 +32,26 @@ def has_matrix_unit() -> bool:
         return False
 
 
-def unserved(x, activation, *weights):
-    """Why `layers` does not serve, or None. `weights` are those of one layer or of two, as it takes them."""
+def unserved_type(dtype, int8=False):
+    """Why this CPU's kernels of linear layers take no x of `dtype`, with weights of that or `int8`, or None."""
     from clvp_fast import native
 
     if native.isa() == "portable":
-        return "torch's own products of many rows serve a CPU that has neither AVX2 nor AVX-512"
-    if x.dtype == torch.bfloat16 and has_matrix_unit():
+        return "torch's own products serve a CPU that has neither AVX2 nor AVX-512"
+    if dtype not in (torch.float32, torch.bfloat16):
+        return f"on a CPU it serves float32 and bfloat16, not {dtype}"
+    if dtype == torch.bfloat16 and not int8 and has_matrix_unit():
         return "this CPU has a matrix unit for bfloat16, which torch's own products use"
+    return None
+
+
+def unserved(x, activation, *weights):
+    """Why `layers` does not serve, or None. `weights` are those of one layer or of two, as it takes them."""
+    if reason := unserved_type(x.dtype):
+        return reason
     for weight in weights:
-        if weight.dtype != x.dtype or x.dtype not in (torch.float32, torch.bfloat16):
-            return f"it serves many rows of float32 or bfloat16 and weights of that, not {x.dtype}, {weight.dtype}"
+        if weight.dtype != x.dtype:
+            return f"it serves many rows with weights of the dtype of x, {x.dtype}, not {weight.dtype}"
         if weight.shape[1] % 32 or weight.shape[1] == 0 or weight.stride(1) != 1:
             return f"it serves rows of 32 n columns, side by side, not {list(weight.shape)}, {weight.stride()}"
     return None if activation in ACTIVATIONS else f"activation must be one of {tuple(ACTIVATIONS)}, not {activation!r}"

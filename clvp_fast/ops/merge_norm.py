@@ -61,6 +61,7 @@ _OPERATOR = Operator(
     fake=_fake,
     kernel=_kernel,
     unserved=_unserved,
+    unserved_type=norm.unserved_type,
 )
 
 

@@ -22,6 +22,7 @@ from clvp_fast.ops.dispatch import (
     needs_grad,
     runs_natively,
     shape_error,
+    unserved_by_triton,
 )
 from clvp_fast.ops.linear import check_scale, linear, missing
 
@@ -73,13 +74,19 @@ def _fake(x, w_in, b_in, w_out, b_out, residual, activation, scale_in=None, scal
     return x.new_empty((*x.shape[:-1], w_out.shape[0]), dtype=_out_dtype(x, residual))
 
 
+def _unserved_type(device, dtype):
+    if runs_natively(device):
+        return many_rows.unserved_type(dtype)
+    return unserved_by_triton("x", dtype)
+
+
 def _unserved(x, w_in, b_in, w_out, b_out, residual, activation, scale_in=None, scale_out=None):
     if runs_natively(x.device):
         return many_rows.unserved(x, activation, w_in, w_out)
     from clvp_fast.kernels.mlp import ACTIVATIONS as SERVED
 
-    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"x must be float32, float16 or bfloat16, not {x.dtype}"
+    if reason := _unserved_type(x.device, x.dtype):
+        return reason
     if activation not in SERVED:
         return f"activation must be one of {', '.join(SERVED)}, not {activation!r}"
     return None
@@ -136,6 +143,7 @@ def _for_torch(operator, args):
 
 
 _ARGUMENTS = "Tensor x, Tensor w_in, Tensor b_in, Tensor w_out, Tensor b_out, Tensor? residual, str activation"
+_CALLS = f"more than {many_rows.FEW_ROWS} rows on a CPU, where fewer are two calls of linear"
 _GELU = Operator(
     "gelu_mlp",
     f"({_ARGUMENTS}, Tensor? scale_in=None, Tensor? scale_out=None) -> Tensor",
@@ -144,6 +152,8 @@ _GELU = Operator(
     fake=_fake,
     kernel=_gelu_kernel,
     unserved=_unserved,
+    unserved_type=_unserved_type,
+    calls=_CALLS,
     missing=missing,
 )
 _GEGLU = Operator(
@@ -154,6 +164,8 @@ _GEGLU = Operator(
     fake=_fake,
     kernel=_geglu_kernel,
     unserved=_unserved,
+    unserved_type=_unserved_type,
+    calls=_CALLS,
     missing=missing,
 )
 

@@ -22,6 +22,7 @@ from clvp_fast.ops.dispatch import (
     check_same,
     needs_grad,
     shape_error,
+    unserved_by_triton,
 )
 
 
@@ -92,9 +93,13 @@ def unserved(width, *dtypes):
     if width > MAX_WIDTH:
         return f"rows must be at most {MAX_WIDTH} wide, not {width}"
     for dtype in dtypes:
-        if dtype is not None and dtype not in _KERNEL_DTYPES:
-            return f"tensors must be float32, float16 or bfloat16, not {dtype}"
+        if dtype is not None and (reason := unserved_type(None, dtype)):
+            return reason
     return None
+
+
+def unserved_type(device, dtype):
+    return unserved_by_triton("tensors", dtype)
 
 
 def _kernel(x, residual, weight, bias, eps, kind, out_dtype=None):
@@ -108,7 +113,6 @@ def _kernel(x, residual, weight, bias, eps, kind, out_dtype=None):
     return total, normed
 
 
-_KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # A registered operator may not return its argument: without a residual its first result is empty, and x stands in.
 _OPERATOR = Operator(
     "add_norm",
@@ -122,6 +126,7 @@ _OPERATOR = Operator(
     unserved=lambda x, residual, weight, bias, eps, kind, out_dtype=None: _unserved(
         x, out_dtype, residual, weight, bias
     ),
+    unserved_type=unserved_type,
 )
 
 
@@ -163,6 +168,7 @@ _DOUBLE = Operator(
     unserved=lambda x, weight1, bias1, eps1, weight2, bias2, eps2, out_dtype=None: _unserved(
         x, out_dtype, weight1, bias1, weight2, bias2
     ),
+    unserved_type=unserved_type,
 )
 
 

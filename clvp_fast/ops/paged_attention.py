@@ -18,7 +18,15 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 
-from clvp_fast.ops.dispatch import Operator, check_same, missing_for_either, needs_grad, runs_natively, shape_error
+from clvp_fast.ops.dispatch import (
+    Operator,
+    check_same,
+    missing_for_either,
+    needs_grad,
+    runs_natively,
+    shape_error,
+    unserved_by_triton,
+)
 
 FLOAT8 = torch.float8_e4m3fn
 HEAD_DIMS, PAGE_SIZES = (32, 64, 80, 96, 128), (16, 32)
@@ -267,9 +275,13 @@ def _prefill_kernel(q, k, v, cu_seqlens, k_pages, v_pages, block_table, scale, k
     return out
 
 
+def _unserved_type(device, dtype):
+    return unserved_by_triton("q", dtype)
+
+
 def _unserved(q, k_pages, v_pages):
-    if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"it serves float32, float16 and bfloat16, not {q.dtype}"
+    if reason := _unserved_type(q.device, q.dtype):
+        return reason
     if k_pages.dtype not in (q.dtype, FLOAT8):
         return f"it serves pages of the dtype of q, {q.dtype}, or of {FLOAT8}, not of {k_pages.dtype}"
     if k_pages.dtype == FLOAT8 and q.is_cuda and torch.cuda.get_device_capability(q.device) < (8, 9):
@@ -284,11 +296,19 @@ def _unserved(q, k_pages, v_pages):
     return None
 
 
+def _decode_unserved_type(device, dtype):
+    if not runs_natively(device):
+        return _unserved_type(device, dtype)
+    return None if dtype in (torch.float32, torch.bfloat16) else f"on a CPU q must be float32 or bfloat16, not {dtype}"
+
+
 def _decode_unserved(q, k_new, v_new, k_pages, v_pages, *others):
     if not runs_natively(q.device):
         return _unserved(q, k_pages, v_pages)
-    if q.dtype not in (torch.float32, torch.bfloat16) or k_pages.dtype != q.dtype:
-        return f"on a CPU it serves float32 and bfloat16, not {q.dtype} with pages of {k_pages.dtype}"
+    if reason := _decode_unserved_type(q.device, q.dtype):
+        return reason
+    if k_pages.dtype != q.dtype:
+        return f"on a CPU it serves pages of the dtype of q, {q.dtype}, not of {k_pages.dtype}"
     if q.shape[2] % 16 or q.shape[2] > 128:
         return f"on a CPU it serves a head_dim that is a multiple of 16 up to 128, not {q.shape[2]}"
     if k_pages.stride(3) != 1 or v_pages.stride() != k_pages.stride():
@@ -306,6 +326,7 @@ _DECODE = Operator(
     fake=lambda q, *others: torch.empty_like(q, memory_format=torch.contiguous_format),
     kernel=_decode_kernel,
     unserved=_decode_unserved,
+    unserved_type=_decode_unserved_type,
     missing=missing_for_either,
 )
 _PREFILL = Operator(
@@ -317,6 +338,7 @@ _PREFILL = Operator(
     fake=lambda q, *others: torch.empty_like(q, memory_format=torch.contiguous_format),
     kernel=_prefill_kernel,
     unserved=lambda q, k, v, cu_seqlens, k_pages, v_pages, *others: _unserved(q, k_pages, v_pages),
+    unserved_type=_unserved_type,
 )
 
 

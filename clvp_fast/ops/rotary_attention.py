@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 
-from clvp_fast.ops.dispatch import Operator, check_same, needs_grad, shape_error
+from clvp_fast.ops.dispatch import Operator, check_same, needs_grad, shape_error, unserved_by_triton
 from clvp_fast.ops.wide import multiplies_slowly
 
 
@@ -171,9 +171,13 @@ def _kernel(q, k, v, cos, sin, mask, causal, query_offset, scale):
     return out
 
 
+def _unserved_type(device, dtype):
+    return unserved_by_triton("q", dtype)
+
+
 def _unserved(q, scale):
-    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return f"q must be float16, bfloat16 or float32, not {q.dtype}"
+    if reason := _unserved_type(q.device, q.dtype):
+        return reason
     if q.shape[-1] > 128:
         return f"head_dim must be at most 128, not {q.shape[-1]}"
     if not scale > 0:
@@ -190,6 +194,7 @@ _OPERATOR = Operator(
     fake=_fake,
     kernel=_kernel,
     unserved=lambda q, k, v, cos, sin, mask, causal, query_offset, scale: _unserved(q, scale),
+    unserved_type=_unserved_type,
 )
 
 
@@ -225,6 +230,7 @@ _RAGGED = Operator(
     fake=_fake,
     kernel=_ragged_kernel,
     unserved=lambda q, k, v, cu_seqlens, max_seqlen, cos, sin, causal, scale: _unserved(q, scale),
+    unserved_type=_unserved_type,
 )
 
 

@@ -13,7 +13,14 @@ import ctypes
 
 import torch
 
-from clvp_fast.ops.dispatch import Operator, check_same, missing_for_either, runs_natively, shape_error
+from clvp_fast.ops.dispatch import (
+    Operator,
+    check_same,
+    missing_for_either,
+    runs_natively,
+    shape_error,
+    unserved_by_triton,
+)
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
@@ -206,9 +213,13 @@ def _kernel(logits, seen, lengths, done, *others):
     return tokens
 
 
+def _unserved_type(device, dtype):
+    return unserved_by_triton("logits", dtype)
+
+
 def _unserved(logits, *others):
-    if logits.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"logits must be float32, float16 or bfloat16, not {logits.dtype}"
+    if reason := _unserved_type(logits.device, logits.dtype):
+        return reason
     if runs_natively(logits.device):
         return None if logits.shape[1] else "the vocabulary must have a token"
 
@@ -229,6 +240,7 @@ _OPERATOR = Operator(
     fake=lambda logits, seen, lengths, *others: logits.new_empty(logits.shape[0], dtype=torch.int64),
     kernel=_kernel,
     unserved=_unserved,
+    unserved_type=_unserved_type,
     missing=missing_for_either,
 )
 

@@ -104,6 +104,10 @@ def _unserved_type(x, *vectors):
     return None
 
 
+def _unserved_dtype(device, dtype):
+    return many_rows.unserved_type(dtype)
+
+
 def _missing(device: torch.device) -> str | None:
     return missing(device) if runs_natively(device) else "it serves a CPU; elsewhere its parts have kernels"
 
@@ -121,6 +125,8 @@ _WINDOW = Operator(
     fake=_fake,
     kernel=_window_native,
     unserved=_window_unserved,
+    unserved_type=_unserved_dtype,
+    calls="two windows a thread or more; fewer go through its parts",
     missing=_missing,
     expected_on=(),
 )
@@ -133,6 +139,8 @@ _MLP = Operator(
     fake=_fake,
     kernel=_mlp_native,
     unserved=_mlp_unserved,
+    unserved_type=_unserved_dtype,
+    calls=f"more than {many_rows.FEW_ROWS} rows, in bfloat16 32 a thread or more; fewer go through its parts",
     missing=_missing,
     expected_on=(),
 )

@@ -16,7 +16,15 @@ import ctypes
 import torch
 import torch.nn.functional as F
 
-from clvp_fast.ops.dispatch import Operator, check_same, missing_for_either, needs_grad, runs_natively, shape_error
+from clvp_fast.ops.dispatch import (
+    Operator,
+    check_same,
+    missing_for_either,
+    needs_grad,
+    runs_natively,
+    shape_error,
+    unserved_by_triton,
+)
 
 # What Swin adds to the scores of places that only the shift brought together.
 SEAM = -100.0
@@ -185,8 +193,8 @@ def _unserved(q, bias, window):
     from clvp_fast.kernels.window_attention import MAX_HEAD_DIM, MAX_WINDOW
 
     for name, x in (("q", q), ("bias", bias)):
-        if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-            return f"{name} must be float16, bfloat16 or float32, not {x.dtype}"
+        if reason := unserved_by_triton(name, x.dtype):
+            return reason
     if q.shape[-1] > MAX_HEAD_DIM:
         return f"head_dim must be at most {MAX_HEAD_DIM}, not {q.shape[-1]}"
     if window > MAX_WINDOW:
@@ -194,10 +202,18 @@ def _unserved(q, bias, window):
     return None
 
 
+def _unserved_type_natively(name, dtype):
+    return None if dtype in (torch.bfloat16, torch.float32) else f"{name} must be bfloat16 or float32, not {dtype}"
+
+
+def _unserved_type(device, dtype):
+    return (_unserved_type_natively if runs_natively(device) else unserved_by_triton)("q", dtype)
+
+
 def unserved_natively(q, bias, window):
     for name, x in (("q", q), ("bias", bias)):
-        if x.dtype not in (torch.bfloat16, torch.float32):
-            return f"{name} must be bfloat16 or float32, not {x.dtype}"
+        if reason := _unserved_type_natively(name, x.dtype):
+            return reason
     if not 1 <= q.shape[-1] <= 128:
         return f"head_dim must be from 1 to 128, not {q.shape[-1]}"
     return None if window <= 32 else f"window must be at most 32, not {window}"
@@ -211,6 +227,7 @@ _OPERATOR = Operator(
     fake=_fake,
     kernel=_kernel,
     unserved=lambda q, k, v, bias, window, shift, scale: _unserved(q, bias, window),
+    unserved_type=_unserved_type,
     missing=missing_for_either,
 )
 

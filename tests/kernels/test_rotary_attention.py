@@ -277,7 +277,7 @@ def test_what_the_kernel_does_not_serve():
     (q, k, v), _ = inputs(3, 5, R=0)
     big = [x.repeat(1, 1, 1, 3)[..., :136] for x in (q, k, v)]
     cases = [
-        ([x.double() for x in (q, k, v)], {}, "q must be float16, bfloat16 or float32, not torch.float64"),
+        ([x.double() for x in (q, k, v)], {}, "q must be float32, float16 or bfloat16, not torch.float64"),
         (big, {}, "head_dim must be at most 128, not 136"),
         ((q, k, v), {"scale": 0.0}, "scale must be positive, not 0.0"),
         ((q.clone().requires_grad_(), k, v), {}, "requires grad"),

@@ -208,8 +208,8 @@ def test_what_the_kernel_does_not_serve():
     q, k, v, bias = inputs(9, 9, 9, head_dim=33)
     small = [x[..., :24] for x in (q, k, v)]
     cases = [
-        ([x.double() for x in (*small, bias)], {}, "q must be float16, bfloat16 or float32, not torch.float64"),
-        ((*small, bias.double()), {}, "bias must be float16, bfloat16 or float32, not torch.float64"),
+        ([x.double() for x in (*small, bias)], {}, "q must be float32, float16 or bfloat16, not torch.float64"),
+        ((*small, bias.double()), {}, "bias must be float32, float16 or bfloat16, not torch.float64"),
         ((q, k, v, bias), {}, "head_dim must be at most 32, not 33"),
         ((*small, bias), {}, "window must be at most 8, not 9"),
         ((small[0].clone().requires_grad_(), *small[1:], bias), {}, "requires grad"),
