@@ -5,6 +5,7 @@ from dataclasses import asdict
 
 import torch
 
+from clvp_fast import native, native_build
 from clvp_fast.cli import report
 from clvp_fast.files import cache_folder
 from clvp_fast.models.clvp.generation import SERVED
@@ -17,7 +18,8 @@ def run(arguments: argparse.Namespace) -> None:
     document = {
         "versions": versions(),
         "devices": devices(),
-        "cache": str(cache_folder()),
+        "library": library(),
+        "cache": cache(),
         "generate": SERVED,
         "operators": [asdict(choice) for choice in operators],
     }
@@ -27,12 +29,39 @@ def run(arguments: argparse.Namespace) -> None:
     rows = [
         ("versions", "  ".join(f"{name} {number}" for name, number in document["versions"].items())),
         *(("device", device) for device in document["devices"]),
-        ("cache", document["cache"]),
+        ("library", _told(document["library"])),
+        ("cache", document["cache"] or "none: this user has no home"),
         ("generate", document["generate"]),
     ]
     for title, value in rows:
         print(f"{title:<10}{value}")
     print(f"\n{operators}")
+
+
+def library() -> dict:
+    """Where the native library lies and what its kernels run on, or why there is none.
+
+    `path`, `isa` and whether that is `forced`; or `missing`, a sentence.
+    """
+    if reason := native.missing("cpu"):
+        return {"missing": reason}
+    isa = native.isa()
+    return {"path": str(native.folder() / native_build.LIBRARY), "isa": isa, "forced": isa != native.isas()[0]}
+
+
+def _told(found: dict) -> str:
+    if "missing" in found:
+        return f"none: {found['missing']}"
+    forced = ", forced by CLVP_FAST_ISA" if found["forced"] else ""
+    return f"{found['path']}: {found['isa']}{forced}"
+
+
+def cache() -> str | None:
+    """The folder of what the package builds, or `None` where there is no home to have it in."""
+    try:
+        return str(cache_folder())
+    except (RuntimeError, OSError):
+        return None
 
 
 def devices() -> list[str]:

@@ -3,7 +3,6 @@
 import pytest
 
 from clvp_fast import native
-from clvp_fast.ops.dispatch import OPERATORS
 from tests.kit.isa import expected_isas, why_no_library
 
 ABSENT = why_no_library()
@@ -14,11 +13,5 @@ def run_on(request: pytest.FixtureRequest) -> None:
     if request.param not in expected_isas():
         pytest.skip(f"this CPU has no {request.param}")
     before = native.isa()
-    request.addfinalizer(lambda: _choose(before))
-    _choose(request.param)
-
-
-def _choose(isa: str) -> None:
-    native.choose_isa(isa)
-    for operator in OPERATORS.values():
-        operator._refusals.clear()  # some follow from the instruction set
+    request.addfinalizer(lambda: native.choose_isa(before))
+    native.choose_isa(request.param)

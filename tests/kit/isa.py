@@ -32,7 +32,7 @@ SERVED = {
     "paged_attention_decode": dict.fromkeys((torch.float32, torch.bfloat16), _EVERY),
     "window_attention": dict.fromkeys((torch.float32, torch.bfloat16), _EVERY),
     "linear": dict.fromkeys((torch.float32, torch.bfloat16, torch.int8), _PRODUCTS),
-    "many rows": {torch.float32: {"avx512bf16", "avx512"}, torch.bfloat16: {"avx512bf16"}},
+    "many rows": dict.fromkeys((torch.float32, torch.bfloat16), _PRODUCTS),
 }
 
 
