@@ -14,7 +14,6 @@ README = ROOT / "README.md"
 ARCHITECTURE = ROOT / "docs/architecture.md"
 BENCHMARKS = ROOT / "docs/benchmarks.md"
 SCALING = ROOT / "docs/scaling.md"
-BEGIN, END = "<!-- measured:begin -->", "<!-- measured:end -->"
 # What README shows: workload, and how a reader would call it.
 SHOWN = {
     "generate": "generate {candidates} candidates of {new_tokens} tokens, whole call",
@@ -126,11 +125,28 @@ def _precision(rows: list[dict]) -> str:
     )
 
 
-def updated(text: str, rows: list[dict], make: Callable[[list[dict]], str] = table) -> str:
-    """`text` with what stands between the marks made from `rows` by `make`."""
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    return f"{before}{BEGIN}\n{make(rows)}\n{END}{after}"
+def gain(rows: list[dict]) -> str:
+    """One line of how much less time a whole call takes than transformers' on the first CPU that was not held down."""
+    own, other = "clvp_fast engine, float32", "transformers float32"
+    whole = [row for row in rows if row["workload"] == "generate" and row["seconds"] and not is_forced(row["device"])]
+    for name, of_machine in by_machine([row for row in whole if "NVIDIA" not in row["device"]["name"]]).items():
+        times = {row["provider"]: row["seconds"]["median"] for row in of_machine}
+        if {own, other} <= times.keys():
+            row = of_machine[0]
+            return (
+                f"**{times[other] / times[own]:.1f} times as fast as transformers** in float32 to "
+                f"{SHOWN['generate'].format(**row['shape'])}, {_seconds(times[own])} for {_seconds(times[other])}, on "
+                f"{name}, {row['device']['threads']} threads ([how, and all else](docs/benchmarks.md))."
+            )
+    return "Not measured yet."
+
+
+def updated(text: str, rows: list[dict], make: Callable[[list[dict]], str] = table, part: str = "measured") -> str:
+    """`text` with what stands between the marks of `part` made from `rows` by `make`."""
+    begin, end = f"<!-- {part}:begin -->", f"<!-- {part}:end -->"
+    before, rest = text.split(begin)
+    _, after = rest.split(end)
+    return f"{before}{begin}\n{make(rows)}\n{end}{after}"
 
 
 def benchmarks(rows: list[dict]) -> str:
@@ -141,10 +157,17 @@ def scaling(rows: list[dict]) -> str:
     return scaling_document.document(rows, plots.lines_of(rows, "scaling"))
 
 
-DOCUMENTS = ((README, table), (ARCHITECTURE, precision_table), (BENCHMARKS, benchmarks), (SCALING, scaling))
+# A document, what makes a part of it from rows, and the part's name in its marks.
+DOCUMENTS = (
+    (README, gain, "gain"),
+    (README, table, "measured"),
+    (ARCHITECTURE, precision_table, "measured"),
+    (BENCHMARKS, benchmarks, "measured"),
+    (SCALING, scaling, "measured"),
+)
 
 if __name__ == "__main__":
     newest = newest_rows()
     plots.draw_all(newest)
-    for path, make in DOCUMENTS:
-        path.write_text(updated(path.read_text(encoding="utf-8"), newest, make), encoding="utf-8")
+    for path, make, part in DOCUMENTS:
+        path.write_text(updated(path.read_text(encoding="utf-8"), newest, make, part), encoding="utf-8")

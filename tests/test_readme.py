@@ -49,8 +49,8 @@ def reader(tmp_path, monkeypatch):
 
 
 def test_nothing_is_left_out():
-    assert len(blocks("python")) == 6
-    assert len(COMMANDS) == 10
+    assert len(blocks("python")) == 7
+    assert len(COMMANDS) == 11
     assert set(re.findall(r"^```(\S+)", README, flags=re.MULTILINE)) == {"python", "sh"}
 
 
@@ -60,6 +60,12 @@ def test_commands_in_order(reader, capsys):
         program, *arguments = shlex.split(command)
         if program == "make":  # only whether the target is there: it would set up another environment
             done = subprocess.run(["make", "-n", *arguments], cwd=ROOT, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+        elif program == "pip":  # only whether it could: this environment has the package already
+            options = ["--dry-run", "--no-deps", "--no-build-isolation", "--quiet"]
+            done = subprocess.run(
+                [sys.executable, "-m", "pip", *arguments, *options], cwd=ROOT, capture_output=True, text=True
+            )
             assert done.returncode == 0, done.stderr
         elif "autoregressive.pth" in arguments:  # needs files that are not to be had; its own tests make some
             assert main(arguments) == 1
@@ -74,22 +80,32 @@ def test_commands_in_order(reader, capsys):
     assert (reader / "out/texts/summary.json").exists() and (reader / "out/narrator.safetensors").exists()
 
 
+def test_first_screen(reader, capsys):
+    """At most 40 lines, and an example of six that prints what stands beside it, whatever the instruction set."""
+    screen = README.split("\n## ")[0]
+    example = blocks("python")[0]
+    assert len(screen.splitlines()) <= 40 and example in screen
+    assert len([line for line in example.splitlines() if line]) == 6
+    exec(compile(example, "README.md", "exec"), {})
+    assert capsys.readouterr().out.strip() == re.search(r"# (\[[\d, ]+\])", example)[1]
+
+
 def test_first_example(reader):
     torch.manual_seed(0)
-    names = run(blocks("python")[0])
+    names = run(blocks("python")[1])
     assert names["best"].dtype == torch.int64 and names["best"].ndim == 1
     scores = names["candidates"].logits_per_text[0]
     assert scores.shape == (4,) and torch.isfinite(scores).all()
 
 
 def test_engine_example(reader, capsys):
-    exec(compile(blocks("python")[2], "README.md", "exec"), {})
+    exec(compile(blocks("python")[3], "README.md", "exec"), {})
     printed = capsys.readouterr().out
     assert printed.count("array(") == 4 and "One sentence. [(" in printed and "And another. [(" in printed
 
 
 def test_scorer_example(reader):
-    scores = run(blocks("python")[3])["scores"]
+    scores = run(blocks("python")[4])["scores"]
     assert scores.shape == (1, 2) and torch.isfinite(scores).all() and scores[0, 0] != scores[0, 1]
 
 
@@ -100,7 +116,7 @@ def test_documented_example(reader, monkeypatch):
     dataset = SimpleNamespace(cast_column=lambda column, audio: rows)
     module = SimpleNamespace(load_dataset=lambda *a, **k: dataset, Audio=lambda sampling_rate: None)
     monkeypatch.setitem(sys.modules, "datasets", module)
-    output = run(blocks("python")[1])["generated_output"]
+    output = run(blocks("python")[2])["generated_output"]
     codes = output[0]
     assert codes.dtype == torch.int64 and codes.shape[0] == 1 and codes.shape[1] >= 1
     assert all(torch.isfinite(part).all() for part in output[1:5])
@@ -110,14 +126,14 @@ def test_clap_example(reader):
     """With a small random CLAP in place of the hub's."""
     small_clap(reader)
     names = {}
-    exec(compile(blocks("python")[4], "README.md", "exec"), names)
+    exec(compile(blocks("python")[5], "README.md", "exec"), names)
     assert names["probabilities"].shape == (1, 2)
     torch.testing.assert_close(names["probabilities"].sum(-1), torch.ones(1))
 
 
 def test_corpus_example(reader):
     names = {}
-    exec(compile(blocks("python")[5], "README.md", "exec"), names)
+    exec(compile(blocks("python")[6], "README.md", "exec"), names)
     assert names["summary"]["spoken"] == 3
     best = names["best"].to_pylist()
     assert [row["id"] for row in best] == ["canoe", "sheet", "depth"]

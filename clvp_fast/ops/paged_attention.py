@@ -299,7 +299,7 @@ def _unserved(q, k_pages, v_pages):
 def _decode_unserved_type(device, dtype):
     if not runs_natively(device):
         return _unserved_type(device, dtype)
-    return None if dtype in (torch.float32, torch.bfloat16) else f"on a CPU q must be float32 or bfloat16, not {dtype}"
+    return None if dtype in (torch.float32, torch.bfloat16) else f"on a CPU it serves float32 and bfloat16, not {dtype}"
 
 
 def _decode_unserved(q, k_new, v_new, k_pages, v_pages, *others):

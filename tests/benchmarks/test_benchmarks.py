@@ -24,7 +24,7 @@ def test_a_changed_number_in_readme_is_seen(tmp_path):
     here = harness.Machine("cpu name", 2, 1e10, {"float32": 1e11})
     harness.write_rows(harness.with_context(rows, here, "command"), tmp_path / "cpu")
     rows = report.newest_rows(tmp_path)
-    readme = report.updated(f"before {report.BEGIN} {report.END} after", rows)
+    readme = report.updated("before <!-- measured:begin --> <!-- measured:end --> after", rows)
     assert "| import | b |" in readme and "cpu name" in readme and report.updated(readme, rows) == readme
     rows[1]["seconds"]["median"] += 1.0
     assert report.updated(readme, rows) != readme

@@ -25,10 +25,23 @@ def step(candidates, median, **more):
     return row("decode_step", "clvp_fast float32", median=median, shape=shape, tokens=candidates, **more)
 
 
-@pytest.mark.parametrize(("path", "make"), report.DOCUMENTS, ids=["README", "architecture", "benchmarks", "scaling"])
-def test_documents_say_what_the_rows_say(path, make):
+@pytest.mark.parametrize(
+    ("path", "make", "part"), report.DOCUMENTS, ids=["gain", "README", "architecture", "benchmarks", "scaling"]
+)
+def test_documents_say_what_the_rows_say(path, make, part):
     text = path.read_text(encoding="utf-8")
-    assert report.updated(text, report.newest_rows(), make) == text, "run: make docs-benchmarks"
+    assert report.updated(text, report.newest_rows(), make, part) == text, "run: make docs-benchmarks"
+
+
+def test_the_gain_is_of_one_machine_that_was_not_held_down():
+    shape = {"candidates": 16, "new_tokens": 64}
+    theirs = row("generate", "transformers float32", median=20.0, shape=shape)
+    ours = row("generate", "clvp_fast engine, float32", median=8.0, shape=shape)
+    assert "**2.5 times as fast" in report.gain([theirs, ours]) and "8.00 s for 20.00 s" in report.gain([theirs, ours])
+    elsewhere = ours | {"device": ours["device"] | {"name": "another"}}
+    held_down = [one | {"device": one["device"] | {"isa": "avx2", "isa_forced": True}} for one in (theirs, ours)]
+    for rows in ([theirs, elsewhere], held_down, [ours]):
+        assert report.gain(rows) == "Not measured yet."
 
 
 def test_figures_show_what_the_rows_say():
