@@ -87,7 +87,7 @@ def test_first_screen(reader, capsys):
     assert len(screen.splitlines()) <= 40 and example in screen
     assert len([line for line in example.splitlines() if line]) == 6
     exec(compile(example, "README.md", "exec"), {})
-    assert capsys.readouterr().out.strip() == re.search(r"# (\[[\d, ]+\])", example)[1]
+    assert capsys.readouterr().out.strip() == re.search(r"# speech tokens: (\[[\d, ]+\])", example)[1]
 
 
 def test_first_example(reader):
