@@ -25,6 +25,7 @@ import torch
 BACKENDS = ("reference", "torch", "kernel")
 LIBRARY = torch.library.Library("clvp_fast", "DEF")
 OPERATORS: dict[str, "Operator"] = {}
+_NO_KERNEL = "there is no kernel for this operator yet"
 
 
 def _checked(name: str, source: str) -> str:
@@ -184,7 +185,7 @@ class Operator:
     def refusal(self, device: torch.device) -> str | None:
         """Why the kernel cannot serve on `device`, or `None` where it serves. Warns, once, if it should have served."""
         if self.kernel is None:
-            return "there is no kernel for this operator yet"
+            return _NO_KERNEL
         key = (device, _forced == "kernel")
         if key not in self._refusals:
             self._refusals[key] = self._missing(device)
@@ -234,7 +235,8 @@ class Operator:
 
     def explain(self, device: torch.device, dtype: torch.dtype) -> "Choice":
         """What `choose` does for inference with tensors of `dtype` on `device`."""
-        reason = self.refusal(device) or self._unserved_type(device, dtype)
+        # Not `refusal`, which warns: who asks is told, and a call that takes the slower path still warns.
+        reason = _NO_KERNEL if self.kernel is None else self._missing(device) or self._unserved_type(device, dtype)
         refused = {} if reason is None else {"kernel": reason}
         chosen = _forced or ("torch" if reason else "kernel")
         if chosen == "kernel" and reason and self._yields:
