@@ -1,7 +1,8 @@
 """Packaging of clvp_fast. `kernels/` stands at the top level of the repository and installs as `clvp_fast.kernels`.
 
-A wheel carries the native library in clvp_fast/_native and is tagged for the platform; where it cannot be compiled the
-wheel goes without, in one sentence. An editable install carries none: clvp_fast/native.py compiles it at first use.
+A wheel carries the parts of the native library that can be compiled in clvp_fast/_native, for all instruction sets, and
+is tagged by the oldest glibc that they run with; what cannot be compiled is told in one sentence. An editable install
+carries none: clvp_fast/native.py compiles it at first use.
 """
 
 import shutil
@@ -16,13 +17,16 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).resolve().parent
 
 
-def _native_build():
-    """clvp_fast/native_build.py by its path: what the package itself imports need not be there."""
-    spec = spec_from_file_location("native_build", ROOT / "clvp_fast/native_build.py")
+def _load(name):
+    """A module of the package by its path: what the package itself imports need not be there."""
+    spec = spec_from_file_location(name, ROOT / f"clvp_fast/{name}.py")
     module = module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
+
+
+native_build, native_calls = _load("native_build"), _load("native_calls")
 
 
 class BuildWithLibrary(build_py):
@@ -30,31 +34,33 @@ class BuildWithLibrary(build_py):
         super().run()
         if self.editable_mode:
             return
-        native_build = _native_build()
-        folder = Path(self.build_lib) / "clvp_fast/_native"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        try:
-            record = native_build.build(ROOT / "csrc", folder, native_build.find_toolchain())
-        except native_build.BuildError as error:
-            shutil.rmtree(folder)
-            print(f"{error.log}clvp_fast is installed without its native library: {error}")
-            return
-        if record["no_cuda"]:
-            print(f"clvp_fast's native library is built without CUDA: {record['no_cuda']}")
+        shutil.rmtree(Path(self.build_lib) / "clvp_fast/_native", ignore_errors=True)
+        for part in native_build.LIBRARIES:
+            folder = Path(self.build_lib) / "clvp_fast/_native" / part
+            folder.mkdir(parents=True)
+            try:
+                tools = native_build.find_toolchain(part, elsewhere=True)
+                native_build.build(ROOT / "csrc", folder, tools, part, native_calls.VERSION)
+            except native_build.BuildError as error:
+                shutil.rmtree(folder)
+                print(f"{error.log}clvp_fast is installed without its native library for {part}: {error}")
 
 
 class PlatformWheel(bdist_wheel):
     def run(self):
         self.run_command("build")
-        if (Path(self.get_finalized_command("build").build_lib) / "clvp_fast/_native").is_dir():
+        if self._libraries():
             self.root_is_pure = False
             self.distribution.has_ext_modules = lambda: True  # installs among the platform's files
         super().run()
 
     def get_tag(self):
         _, _, platform = super().get_tag()
-        return "py3", "none", platform  # ctypes loads the library: no Python ABI is in it
+        # ctypes loads the libraries: no Python ABI is in them.
+        return "py3", "none", native_build.platform_tag(self._libraries(), platform)
+
+    def _libraries(self):
+        return sorted(Path(self.get_finalized_command("build").build_lib).glob("clvp_fast/_native/*/lib*.so"))
 
 
 setup(

@@ -7,11 +7,15 @@ are spread widely enough that sampling has a choice to make.
 """
 
 import json
+import tempfile
+import warnings
+from functools import cache
 from pathlib import Path
 
 import torch
 
-from clvp_fast.files import build_folder_once, cache_folder
+from clvp_fast.errors import sentence
+from clvp_fast.files import UnwritableError, build_folder_once, cache_folder
 
 #: Names the folder in the cache: a change of anything below makes a new one.
 DEMO_VERSION = "demo-1"
@@ -36,8 +40,23 @@ _MERGES = """
 
 
 def demo_checkpoint() -> Path:
-    """The folder of the `demo` checkpoint, built once into the user's cache (21 MB, about a second)."""
-    return build_folder_once(cache_folder() / DEMO_VERSION, build_demo)
+    """The folder of the `demo` checkpoint, built once into the user's cache (21 MB, about a second).
+
+    Where the cache cannot be written, the folder is a temporary one of this process, which ends with it.
+    """
+    try:
+        return build_folder_once(cache_folder() / DEMO_VERSION, build_demo)
+    except UnwritableError as error:
+        return Path(_temporary(sentence(error)).name)
+
+
+@cache
+def _temporary(reason: str) -> tempfile.TemporaryDirectory:
+    """The checkpoint in a folder that only this user can see, and that is removed when the process ends."""
+    warnings.warn(f"the demo checkpoint is built for this run alone: {reason}", stacklevel=3)
+    folder = tempfile.TemporaryDirectory(prefix="clvp-fast-demo-")
+    build_demo(Path(folder.name))
+    return folder
 
 
 def build_demo(folder: Path) -> None:

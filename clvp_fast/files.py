@@ -5,9 +5,10 @@ import json
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -28,12 +29,44 @@ class UnwritableError(OSError):
 
 
 def cache_folder() -> Path:
-    """Where the package keeps what it builds: `$CLVP_FAST_CACHE`, else clvp_fast in the user's cache folder."""
+    """Where the package keeps what it builds: `$CLVP_FAST_CACHE`, else clvp_fast in the user's cache folder.
+
+    Raises:
+        UnwritableError: the user has no home folder, and neither `CLVP_FAST_CACHE` nor `XDG_CACHE_HOME` names another.
+    """
     chosen = os.environ.get("CLVP_FAST_CACHE")
-    if chosen:
-        return Path(chosen).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "clvp_fast"
+    try:
+        if chosen:
+            return Path(chosen).expanduser()
+        return (Path(base) if base else Path.home() / ".cache") / "clvp_fast"
+    except RuntimeError as error:
+        raise UnwritableError(
+            errno.ENOENT, "this user has no home folder for a cache: name a folder in CLVP_FAST_CACHE"
+        ) from error
+
+
+def make_private(folder: Path) -> None:
+    """Makes `folder` and those above it that are not there, for this user alone."""
+    for place in reversed([place for place in (folder, *folder.parents) if not place.exists()]):
+        with suppress(FileExistsError):  # another process was faster
+            place.mkdir(mode=0o700)
+
+
+def changeable_by_others(path: Path, root: Path) -> str | None:
+    """Tells in a clause why another user could change what lies at `path`, as its folders up to `root` are; or None.
+
+    Root may. Where the sticky bit is set, as of /tmp, others may not touch what is not theirs.
+    """
+    for place in (path, *path.parents):
+        found = os.stat(place)
+        if found.st_uid not in (0, os.geteuid()):
+            return f"{place} belongs to another user (number {found.st_uid})"
+        if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not found.st_mode & stat.S_ISVTX:
+            return f"other users may write into {place}"
+        if place == root:
+            break
+    return None
 
 
 @contextmanager
@@ -91,7 +124,7 @@ def build_folder_once(target: Path, build) -> Path:
     if target.is_dir():
         return target
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        make_private(target.parent)
         scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     except OSError as error:
         raise UnwritableError.explain(error, target.parent) from error

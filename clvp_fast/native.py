@@ -1,27 +1,47 @@
-"""The native library of `csrc/`, loaded through ctypes: where it is found, and the prototypes of its functions.
+"""The native library of `csrc/`, loaded through ctypes: where it is found, and why it cannot be had.
 
-An installed package carries it. In a checkout it is compiled at first use into the user's cache, under a name that
-changes with the sources, the flags and the compilers. `python -m clvp_fast.native` prints what there is.
+An installed package carries it. In a checkout each part, for a CPU and for CUDA, is compiled when it is first needed,
+into the user's cache, under a name that changes with its sources, flags and compilers. Nothing depends on it: where it
+is missing, operators take their torch paths. `python -m clvp_fast.native` prints what there is.
 """
 
 import argparse
 import ctypes
 import json
 import os
+import shlex
 import shutil
 import sys
+import warnings
 from contextlib import contextmanager, suppress
-from ctypes import POINTER, c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 
 from clvp_fast import native_build
-from clvp_fast.files import UnwritableError, build_folder_once, cache_folder
-
-#: `enum clvp_fast_dtype` of csrc/clvp_fast.h.
-FLOAT32, FLOAT64, INT16, FLOAT16, BFLOAT16, INT8 = range(6)
-#: `enum clvp_fast_activation`.
-NO_ACTIVATION, GELU_TANH, GELU = range(3)
+from clvp_fast.errors import sentence
+from clvp_fast.files import UnwritableError, build_folder_once, cache_folder, changeable_by_others, make_private
+from clvp_fast.native_calls import (  # what callers fill a call with
+    BFLOAT16 as BFLOAT16,
+    FLOAT16 as FLOAT16,
+    FLOAT32 as FLOAT32,
+    FLOAT64 as FLOAT64,
+    GELU as GELU,
+    GELU_TANH as GELU_TANH,
+    INT8 as INT8,
+    INT16 as INT16,
+    NO_ACTIVATION as NO_ACTIVATION,
+    VERSION,
+    DecoderLayer as DecoderLayer,
+    LinearCall as LinearCall,
+    LogMelCall as LogMelCall,
+    MlpCall as MlpCall,
+    PagedDecodeCall as PagedDecodeCall,
+    PersistentDecodeCall as PersistentDecodeCall,
+    SampleCall as SampleCall,
+    WindowAttentionCall as WindowAttentionCall,
+    WindowBlockCall as WindowBlockCall,
+    set_prototypes,
+)
 
 #: Instruction sets of a CPU that kernels are compiled for, the best first.
 ISAS = tuple(native_build.ISA_FLAGS)
@@ -29,284 +49,22 @@ ISAS = tuple(native_build.ISA_FLAGS)
 _PACKAGE = Path(__file__).resolve().parent
 _PACKAGED = _PACKAGE / "_native"
 _SOURCES = _PACKAGE.parent / "csrc"
+_DRIVER = "libcuda.so.1"
+_VARIABLE = "the environment variable CLVP_FAST_ISA"
 
 
 class NativeLibraryError(RuntimeError):
     """The native library cannot be had; the message says in one sentence what is missing and what to do."""
 
 
-class LogMelCall(ctypes.Structure):
-    """`struct clvp_fast_log_mel` of csrc/clvp_fast.h, which explains the fields."""
-
-    _fields_ = (
-        ("samples", c_void_p),
-        ("lengths", c_void_p),
-        ("window", c_void_p),
-        ("twiddles", c_void_p),
-        ("mel_filters", c_void_p),
-        ("bands", c_void_p),
-        ("mel_norms", c_void_p),
-        ("features", c_void_p),
-        ("clip_maxima", c_void_p),
-        ("batch", c_int64),
-        ("time", c_int64),
-        ("samples_stride", c_int64),
-        ("hop_length", c_int64),
-        ("frames", c_int64),
-        ("n_fft", c_int32),
-        ("num_mels", c_int32),
-        ("samples_dtype", c_int32),
-        ("compute_dtype", c_int32),
-        ("features_dtype", c_int32),
-        ("decibels", c_int32),
-        ("log_floor", c_double),
-        ("top_db", c_double),
-    )
-
-
-class PagedDecodeCall(ctypes.Structure):
-    """`struct clvp_fast_paged_decode` of csrc/clvp_fast.h, which explains the fields."""
-
-    _fields_ = (
-        ("q", c_void_p),
-        ("k_new", c_void_p),
-        ("v_new", c_void_p),
-        ("k_pages", c_void_p),
-        ("v_pages", c_void_p),
-        ("out", c_void_p),
-        ("block_table", c_void_p),
-        ("seq_lens", c_void_p),
-        ("prefix_table", c_void_p),
-        ("prefix_lens", c_void_p),
-        ("prefix_index", c_void_p),
-        ("q_strides", c_int64 * 2),
-        ("k_new_strides", c_int64 * 2),
-        ("v_new_strides", c_int64 * 2),
-        ("page_strides", c_int64 * 3),
-        ("block_table_stride", c_int64),
-        ("prefix_table_stride", c_int64),
-        ("num_candidates", c_int64),
-        ("num_pages", c_int64),
-        ("num_prefixes", c_int64),
-        ("num_heads", c_int32),
-        ("head_dim", c_int32),
-        ("page_size", c_int32),
-        ("max_pages", c_int32),
-        ("max_prefix_pages", c_int32),
-        ("dtype", c_int32),
-        ("scale", c_float),
-    )
-
-
-class LinearCall(ctypes.Structure):
-    """`struct clvp_fast_linear` of csrc/clvp_fast.h, which explains the fields."""
-
-    _fields_ = (
-        ("x", c_void_p),
-        ("weight", c_void_p),
-        ("scale", c_void_p),
-        ("bias", c_void_p),
-        ("residual", c_void_p),
-        ("out", c_void_p),
-        ("x_stride", c_int64),
-        ("weight_stride", c_int64),
-        ("rows", c_int64),
-        ("in_features", c_int64),
-        ("out_features", c_int64),
-        ("dtype", c_int32),
-        ("weight_dtype", c_int32),
-        ("activation", c_int32),
-    )
-
-
-class MlpCall(ctypes.Structure):
-    """`struct clvp_fast_mlp` of csrc/clvp_fast.h, which explains the fields."""
-
-    _fields_ = (
-        ("x", c_void_p),
-        ("w_in", c_void_p),
-        ("b_in", c_void_p),
-        ("w_out", c_void_p),
-        ("b_out", c_void_p),
-        ("residual", c_void_p),
-        ("out", c_void_p),
-        ("x_stride", c_int64),
-        ("w_in_stride", c_int64),
-        ("w_out_stride", c_int64),
-        ("rows", c_int64),
-        ("in_features", c_int64),
-        ("inner_features", c_int64),
-        ("out_features", c_int64),
-        ("dtype", c_int32),
-        ("out_dtype", c_int32),
-        ("activation", c_int32),
-        ("item_rows", c_int32),
-        ("gated", c_int32),
-        ("norm_weight", c_void_p),
-        ("norm_bias", c_void_p),
-        ("eps", c_float),
-    )
-
-
-class WindowAttentionCall(ctypes.Structure):
-    """`struct clvp_fast_window_attention` of csrc/clvp_fast.h, which explains the fields."""
-
-    _fields_ = (
-        ("q", c_void_p),
-        ("k", c_void_p),
-        ("v", c_void_p),
-        ("bias", c_void_p),
-        ("out", c_void_p),
-        ("q_strides", c_int64 * 4),
-        ("k_strides", c_int64 * 4),
-        ("v_strides", c_int64 * 4),
-        ("bias_strides", c_int64 * 3),
-        ("batch", c_int64),
-        ("height", c_int64),
-        ("width", c_int64),
-        ("num_heads", c_int32),
-        ("head_dim", c_int32),
-        ("window", c_int32),
-        ("shift", c_int32),
-        ("dtype", c_int32),
-        ("bias_dtype", c_int32),
-        ("scale", c_float),
-    )
-
-
-class WindowBlockCall(ctypes.Structure):
-    """`struct clvp_fast_window_block` of csrc/clvp_fast.h, which explains the fields."""
-
-    _fields_ = (
-        ("x", c_void_p),
-        ("norm_weight", c_void_p),
-        ("norm_bias", c_void_p),
-        ("w_qkv", c_void_p),
-        ("b_qkv", c_void_p),
-        ("bias", c_void_p),
-        ("w_out", c_void_p),
-        ("b_out", c_void_p),
-        ("out", c_void_p),
-        ("w_qkv_stride", c_int64),
-        ("w_out_stride", c_int64),
-        ("bias_strides", c_int64 * 3),
-        ("batch", c_int64),
-        ("height", c_int64),
-        ("width", c_int64),
-        ("num_heads", c_int32),
-        ("head_dim", c_int32),
-        ("window", c_int32),
-        ("shift", c_int32),
-        ("dtype", c_int32),
-        ("eps", c_float),
-    )
-
-
-class SampleCall(ctypes.Structure):
-    """`struct clvp_fast_sample` of csrc/clvp_fast.h, which explains the fields."""
-
-    _fields_ = (
-        ("logits", c_void_p),
-        ("seen", c_void_p),
-        ("done", c_void_p),
-        ("sampled", c_void_p),
-        ("temperature", c_void_p),
-        ("top_p", c_void_p),
-        ("typical_p", c_void_p),
-        ("min_p", c_void_p),
-        ("repetition_penalty", c_void_p),
-        ("top_k", c_void_p),
-        ("seed", c_void_p),
-        ("candidate", c_void_p),
-        ("step", c_void_p),
-        ("tokens", c_void_p),
-        ("logits_stride", c_int64),
-        ("seen_stride", c_int64),
-        ("rows", c_int64),
-        ("vocab_size", c_int64),
-        ("pad_token", c_int64),
-        ("dtype", c_int32),
-        ("do_sample", c_int32),
-    )
-
-
-class DecoderLayer(ctypes.Structure):
-    """`struct clvp_fast_decoder_layer` of csrc/clvp_fast.h, which explains the fields."""
-
-    _fields_ = tuple(
-        (name, c_void_p)
-        for name in (
-            "input_norm_weight",
-            "input_norm_bias",
-            "qkv_weight",
-            "qkv_bias",
-            "out_weight",
-            "out_bias",
-            "post_norm_weight",
-            "post_norm_bias",
-            "mlp_in_weight",
-            "mlp_in_bias",
-            "mlp_out_weight",
-            "mlp_out_bias",
-            "k_pages",
-            "v_pages",
-        )
-    )
-
-
-class PersistentDecodeCall(ctypes.Structure):
-    """`struct clvp_fast_persistent_decode` of csrc/clvp_fast.h, which explains the fields."""
-
-    _fields_ = (
-        ("layers", c_void_p),
-        ("token_table", c_void_p),
-        ("position_table", c_void_p),
-        ("first_norm_weight", c_void_p),
-        ("first_norm_bias", c_void_p),
-        ("final_norm_weight", c_void_p),
-        ("final_norm_bias", c_void_p),
-        ("head_weight", c_void_p),
-        ("head_bias", c_void_p),
-        ("tokens", c_void_p),
-        ("seq_lens", c_void_p),
-        ("block_table", c_void_p),
-        ("prefix_table", c_void_p),
-        ("prefix_lens", c_void_p),
-        ("prefix_index", c_void_p),
-        ("hidden", c_void_p),
-        ("logits", c_void_p),
-        ("workspace", c_void_p),
-        ("page_strides", c_int64 * 3),
-        ("block_table_stride", c_int64),
-        ("prefix_table_stride", c_int64),
-        ("num_pages", c_int64),
-        ("num_prefixes", c_int64),
-        ("num_candidates", c_int32),
-        ("num_layers", c_int32),
-        ("hidden_size", c_int32),
-        ("intermediate_size", c_int32),
-        ("vocab_size", c_int32),
-        ("num_positions", c_int32),
-        ("page_size", c_int32),
-        ("max_pages", c_int32),
-        ("max_prefix_pages", c_int32),
-        ("contiguous_positions", c_int32),
-        ("dtype", c_int32),
-        ("layer_eps", c_float),
-        ("first_eps", c_float),
-        ("final_eps", c_float),
-        ("scale", c_float),
-    )
-
-
-def library() -> ctypes.CDLL:
-    """The library with its prototypes set, compiled first where that is needed.
+def library(part: str = "cpu") -> ctypes.CDLL:
+    """The library's part for `"cpu"` or `"cuda"` with its prototypes set, compiled first where that is needed.
 
     Raises:
         NativeLibraryError: there is none; the message says why and what to do.
         ValueError: `CLVP_FAST_ISA` names no instruction set, or one that this CPU lacks.
     """
-    found, why = _loaded()
+    found, why = _loaded(part)
     if found is None:
         raise NativeLibraryError(why)
     return found
@@ -314,15 +72,20 @@ def library() -> ctypes.CDLL:
 
 @cache
 def missing(device_type: str) -> str | None:
-    """Why the library cannot serve on `"cpu"` or `"cuda"`, or None where it can. Compiles it where that is needed."""
-    found, why = _loaded()
-    if found is None:
-        return why
-    if device_type == "cuda":
-        if hasattr(found, "clvp_fast_log_mel_cuda"):
-            return None
-        return f"the native library was built without CUDA: {record()['no_cuda']} (see {folder() / native_build.LOG})"
-    return None if device_type == "cpu" else f"the native library serves cpu and cuda, not {device_type}"
+    """Why the library cannot serve on `"cpu"` or `"cuda"`, or None where it can. Compiles it where that is needed.
+
+    Where it is missing on a CPU this warns, once a process.
+    """
+    if device_type not in native_build.LIBRARIES:
+        return f"the native library serves cpu and cuda, not {device_type}"
+    why = _no_device() if device_type == "cuda" else None
+    if why is None:
+        found, why = _loaded(device_type)
+        if found is not None:
+            return _driver_refusal(found) if device_type == "cuda" else None
+    if device_type == "cpu":
+        warnings.warn(f"clvp_fast takes slower torch paths on the CPU: {why}", stacklevel=2)
+    return why
 
 
 @cache
@@ -346,12 +109,16 @@ def choose_isa(name: str | None) -> None:
         ValueError: `name` is no instruction set of `ISAS`, or one that the CPU or the library lacks.
         NativeLibraryError: as `library`.
     """
+    _check_name(name, "choose_isa()")
     _choose_isa(library(), name, "choose_isa()")
 
 
-def _choose_isa(found: ctypes.CDLL, name: str | None, source: str) -> None:
+def _check_name(name: str | None, source: str) -> None:
     if name is not None and name not in ISAS:
         raise ValueError(f"{source} must be one of {', '.join(ISAS)}, not {name!r}")
+
+
+def _choose_isa(found: ctypes.CDLL, name: str | None, source: str) -> None:
     isa.cache_clear()
     if found.clvp_fast_choose_isa(name and name.encode()):
         has = ", ".join(known for known in ISAS if found.clvp_fast_has_isa(known.encode()))
@@ -359,100 +126,157 @@ def _choose_isa(found: ctypes.CDLL, name: str | None, source: str) -> None:
 
 
 def check(code: int) -> None:
-    """Raises `RuntimeError` with the library's own sentence if a function of it returned other than 0."""
+    """Raises `RuntimeError` with the library's own sentence if a function of it returned other than 0.
+
+    A positive code is an error of CUDA, for which its part has the words.
+    """
     if code:
-        raise RuntimeError(library().clvp_fast_error(code).decode())
+        told = library().clvp_fast_error
+        if code > 0 and hasattr(library("cuda"), "clvp_fast_cuda_error"):
+            told = library("cuda").clvp_fast_cuda_error
+            told.argtypes, told.restype = [ctypes.c_int], ctypes.c_char_p
+        raise RuntimeError(told(code).decode())
 
 
 @cache
-def _loaded() -> tuple[ctypes.CDLL | None, str]:
+def _loaded(part: str) -> tuple[ctypes.CDLL | None, str]:
+    """A part, or None and why."""
+    forced = os.environ.get("CLVP_FAST_ISA") or None
+    if part == "cpu":
+        _check_name(forced, _VARIABLE)
     try:
-        path = folder() / native_build.LIBRARY
+        path = folder(part) / native_build.LIBRARIES[part]
         found = ctypes.CDLL(str(path))
-        found.clvp_fast_log_mel_cpu.argtypes = [POINTER(LogMelCall), c_int32, c_char_p]
-        found.clvp_fast_log_mel_cpu.restype = c_int
-        found.clvp_fast_paged_decode_cpu.argtypes = [POINTER(PagedDecodeCall), c_int32, c_char_p]
-        found.clvp_fast_paged_decode_cpu.restype = c_int
-        found.clvp_fast_linear_cpu.argtypes = [POINTER(LinearCall), c_int32, c_char_p]
-        found.clvp_fast_linear_cpu.restype = c_int
-        found.clvp_fast_mlp_cpu.argtypes = [POINTER(MlpCall), c_int32, c_char_p]
-        found.clvp_fast_mlp_cpu.restype = c_int
-        found.clvp_fast_window_attention_cpu.argtypes = [POINTER(WindowAttentionCall), c_int32, c_char_p]
-        found.clvp_fast_window_attention_cpu.restype = c_int
-        found.clvp_fast_window_block_cpu.argtypes = [POINTER(WindowBlockCall), c_int32, c_char_p]
-        found.clvp_fast_window_block_cpu.restype = c_int
-        found.clvp_fast_sample_cpu.argtypes = [POINTER(SampleCall), c_int32, c_char_p]
-        found.clvp_fast_sample_cpu.restype = c_int
-        found.clvp_fast_cpu_isa.argtypes = []
-        found.clvp_fast_cpu_isa.restype = c_char_p
-        found.clvp_fast_has_isa.argtypes = [c_char_p]
-        found.clvp_fast_has_isa.restype = c_int
-        found.clvp_fast_choose_isa.argtypes = [c_char_p]
-        found.clvp_fast_choose_isa.restype = c_int
-        found.clvp_fast_error.argtypes = [c_int]
-        found.clvp_fast_error.restype = c_char_p
-        if hasattr(found, "clvp_fast_log_mel_cuda"):
-            found.clvp_fast_log_mel_cuda.argtypes = [POINTER(LogMelCall), c_void_p]
-            found.clvp_fast_log_mel_cuda.restype = c_int
-            found.clvp_fast_persistent_decode_cuda.argtypes = [POINTER(PersistentDecodeCall), c_void_p]
-            found.clvp_fast_persistent_decode_cuda.restype = c_int
-            found.clvp_fast_persistent_decode_workspace.argtypes = [POINTER(PersistentDecodeCall)]
-            found.clvp_fast_persistent_decode_workspace.restype = c_int64
     except NativeLibraryError as error:
         return None, str(error)
-    except (OSError, AttributeError) as error:
-        return None, f"the native library {path} cannot be loaded ({error}): remove its folder to have it built anew"
-    _choose_isa(found, os.environ.get("CLVP_FAST_ISA") or None, "the environment variable CLVP_FAST_ISA")
+    except OSError as error:
+        return None, f"the native library {path} cannot be loaded ({error}): {_anew()}"
+    version = getattr(found, "clvp_fast_version", None)
+    if version is not None:
+        version.restype = ctypes.c_char_p
+    if version is None or version() != VERSION.encode():
+        return None, f"the native library {path} belongs to another version of clvp_fast: {_anew()}"
+    set_prototypes(found, part)
+    if part == "cpu":
+        _choose_isa(found, forced, _VARIABLE)
     return found, ""
 
 
-@cache
-def folder() -> Path:
-    """The folder of the library, its header, its record and its build log. Raises as `library` does."""
-    if (_SOURCES / native_build.HEADER).is_file():
-        return _cached(_SOURCES)
-    if _record(_PACKAGED) is None:
-        raise NativeLibraryError(
-            "this installation of clvp-fast holds no whole native library: reinstall it where there is a C++ compiler"
-        )
-    return _PACKAGED
+def _anew() -> str:
+    rebuild = "run python -m clvp_fast.native --rebuild"
+    return rebuild if _is_checkout() else "install clvp-fast again"
 
 
-def _cached(sources: Path) -> Path:
-    """The folder of the library made from `sources`, in the user's cache."""
+def _no_device() -> str | None:
+    """Why no CUDA device is visible, or None. Asks the driver, as torch need not be loaded."""
     try:
-        place = cache_folder() / "native"
-        tools = native_build.find_toolchain()
-        target = place / native_build.content_hash(sources, tools)
-        if _record(target) is None:
-            place.mkdir(parents=True, exist_ok=True)
+        driver = ctypes.CDLL(_DRIVER)
+    except OSError:
+        return f"there is no NVIDIA driver ({_DRIVER} cannot be loaded)"
+    count = ctypes.c_int(0)
+    code = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
+    return None if not code and count.value else f"the NVIDIA driver shows no device (CUresult {code})"
+
+
+def _driver_refusal(found: ctypes.CDLL) -> str | None:
+    """What the CUDA part itself says of the driver and the devices, or None where it can serve."""
+    if not hasattr(found, "clvp_fast_cuda_missing"):
+        return None
+    said = ctypes.create_string_buffer(512)
+    found.clvp_fast_cuda_missing.argtypes = [ctypes.c_char_p, ctypes.c_int32]
+    return said.value.decode() if found.clvp_fast_cuda_missing(said, len(said)) else None
+
+
+def _is_checkout() -> bool:
+    return (_SOURCES / native_build.HEADER).is_file()
+
+
+@cache
+def folder(part: str = "cpu") -> Path:
+    """The folder of a part of the library, its header, record and build log. Raises as `library` does."""
+    if _is_checkout():
+        return _cached(part)
+    where = _PACKAGED / part
+    if _record(where, part) is None:
+        compiler = {"cpu": "a C++ compiler", "cuda": "nvcc"}[part]
+        raise NativeLibraryError(
+            f"this installation of clvp-fast holds no whole {_name(part)}: reinstall it where there is {compiler}"
+        )
+    return where
+
+
+def _name(part: str) -> str:
+    return {"cpu": "native library", "cuda": "native library for CUDA"}[part]
+
+
+def _cached(part: str, anew: bool = False) -> Path:
+    """The folder of the part made from the sources, in the user's cache; `anew`: whatever is there already."""
+    place = None
+    try:
+        root = cache_folder()
+        place = root / "native"
+        tools = native_build.find_toolchain(part)
+        target = place / native_build.content_hash(_SOURCES, tools, part, VERSION)
+        if anew or _record(target, part) is None:
+            make_private(place)
+            _check_private(place, root)
             with _one_process(place):
-                if _record(target) is None:
-                    shutil.rmtree(target, ignore_errors=True)  # damaged
-                    _build(sources, target, tools)
-    except RuntimeError as error:  # no compiler, a build that failed, a user without a home
-        raise NativeLibraryError(f"the native library cannot be built: {error}") from error
+                if anew or _record(target, part) is None:
+                    shutil.rmtree(target, ignore_errors=True)  # old or damaged
+                    _build(part, target, tools, anew)
+        _check_private(target / native_build.LIBRARIES[part], root)
+    except native_build.BuildError as error:
+        raise NativeLibraryError(f"the {_name(part)} cannot be built: {error}") from error
     except OSError as error:
         reason = error if isinstance(error, UnwritableError) else UnwritableError.explain(error, place)
         raise NativeLibraryError(
-            f"the native library cannot be built: {reason} (the environment variable CLVP_FAST_CACHE names it)"
+            f"the {_name(part)} cannot be built: {sentence(reason)} (the environment variable CLVP_FAST_CACHE names it)"
         ) from error
     return target
 
 
-def _build(sources: Path, target: Path, tools: native_build.Toolchain) -> None:
-    """A failure leaves its log beside the place of the library, and is not tried again while the log is there."""
-    log = target.with_suffix(".log")
-    again = f"{log} has what it said; remove that file to try again"
-    if log.exists():
-        raise native_build.BuildError(f"{tools.cxx_version} did not compile it; {again}")
-    named = f"{tools.cxx_version}" + (f" and nvcc {tools.nvcc_version}" if tools.nvcc else "")
-    print(f"clvp_fast: building the native library (once) with {named}", file=sys.stderr, flush=True)
+def _check_private(path: Path, root: Path) -> None:
+    if reason := changeable_by_others(path, root):
+        raise native_build.BuildError(
+            f"{reason}, and code is loaded from there: remove it, or name a folder of your own in CLVP_FAST_CACHE"
+        )
+
+
+def _build(part: str, target: Path, tools: native_build.Toolchain, anew: bool) -> None:
+    """A failure leaves a record and a log beside the place of the library, and is tried again if asked for alone."""
+    failure, log = target.with_suffix(".json"), target.with_suffix(".log")
+    again = f"({log} has all that it said; python -m clvp_fast.native --rebuild tries again)"
+    if failure.exists() and not anew:
+        told = json.loads(failure.read_text(encoding="utf-8"))
+        raise native_build.BuildError(f"{told['version']} did not compile it: {told['error']} {again}")
+    failure.unlink(missing_ok=True)
+    show = _progress(f"clvp_fast: building the {_name(part)} (once) with {tools}")
     try:
-        build_folder_once(target, lambda scratch: native_build.build(sources, scratch, tools))
+        build_folder_once(target, lambda scratch: native_build.build(_SOURCES, scratch, tools, part, VERSION, show))
     except native_build.BuildError as error:
+        compiler = tools.nvcc or shlex.join(tools.cxx)
+        told = {"compiler": compiler, "version": str(tools), "error": _first_error(error.log)}
         log.write_text(error.log, encoding="utf-8")
-        raise native_build.BuildError(f"{error}; {again}") from error
+        failure.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+        raise native_build.BuildError(f"{error}: {told['error']} {again}") from error
+
+
+def _first_error(log: str) -> str:
+    said = [line.strip() for line in log.splitlines() if not line.startswith("$ ") and line.strip()]
+    return next((line for line in said if "error:" in line), said[-1] if said else "it said nothing")
+
+
+def _progress(title: str):
+    """A function that shows how many files of all are compiled: on a terminal in one line, else at each quarter."""
+    on_terminal = sys.stderr.isatty()
+
+    def show(done: int, total: int) -> None:
+        if on_terminal:
+            print(f"\r{title}: {done}/{total}", end="\n" if done == total else "", file=sys.stderr, flush=True)
+        elif 4 * done // total > 4 * (done - 1) // total:
+            print(f"{title}: {done}/{total}", file=sys.stderr, flush=True)
+
+    return show
 
 
 @contextmanager
@@ -466,35 +290,55 @@ def _one_process(place: Path):
         yield
 
 
-def record() -> dict:
-    """What the library was built with: the fields of `native_build.Toolchain`. Raises as `library` does."""
-    return _record(folder())
+def record(part: str = "cpu") -> dict:
+    """What a part was built with: see `native_build.build`. Raises as `library` does."""
+    return _record(folder(part), part)
 
 
-def _record(where: Path) -> dict | None:
-    """The record of the library in `where`, or None if it is not there, or not as it was built."""
+def _record(where: Path, part: str) -> dict | None:
+    """The record of the part in `where`, or None if it is not there, or not as it was built."""
     try:
         record = json.loads((where / native_build.RECORD).read_text(encoding="utf-8"))
-        whole = record["sha256"] == native_build.sha256(where / native_build.LIBRARY)
+        whole = record["sha256"] == native_build.sha256(where / native_build.LIBRARIES[part])
     except (OSError, ValueError, KeyError):
         return None
     return record if whole else None
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m clvp_fast.native", description="Builds the library if needed.")
-    parser.add_argument("--require", choices=("cpu", "cuda"), default="cpu", help="what it must serve; else exit 1")
+    parser = argparse.ArgumentParser(
+        prog="python -m clvp_fast.native", description="Builds the library if needed, and prints what there is of it."
+    )
+    parser.add_argument("--require", choices=("cpu", "cuda"), default="cpu", help="what must be built; else exit 1")
+    parser.add_argument("--rebuild", action="store_true", help="build it anew, also after a failure")
     arguments = parser.parse_args(argv)
-    absent = missing("cpu") or missing(arguments.require)
-    if absent:
-        print(absent, file=sys.stderr)
+    parts = ("cpu", "cuda") if arguments.require == "cuda" or _no_device() is None else ("cpu",)
+    try:
+        for part in parts if arguments.rebuild else ():
+            if not _is_checkout():
+                raise NativeLibraryError("an installed library is not rebuilt: install clvp-fast again")
+            _cached(part, anew=True)
+        library()
+        if arguments.require == "cuda":
+            library("cuda")
+    except (NativeLibraryError, ValueError) as error:
+        print(error, file=sys.stderr)
         return 1
-    built, cuda = record(), missing("cuda")
-    print(f"library  {folder() / native_build.LIBRARY}")
-    print(f"cpu      {isa()} here; {built['cxx_version']}")
-    served = ", ".join(f"sm_{arch}" for arch in built["architectures"]) + f"; nvcc {built['nvcc_version']}"
-    print(f"cuda     {cuda or served}")
+    built = record()
+    without = f", without {', '.join(built['left_out'])}" if built["left_out"] else ""
+    print(f"library  {folder() / native_build.LIBRARIES['cpu']}")
+    print(f"cpu      {isa()} here; compiled for {', '.join(built['isas'])}{without}; {built['cxx_version']}")
+    print(f"cuda     {_cuda_line(parts)}")
     return 0
+
+
+def _cuda_line(parts: tuple[str, ...]) -> str:
+    if "cuda" not in parts or _loaded("cuda")[0] is None:
+        return missing("cuda")
+    built = record("cuda")
+    served = ", ".join(f"sm_{arch}" for arch in built["architectures"]) + f"; nvcc {built['nvcc_version']}"
+    refused = missing("cuda")
+    return f"{folder('cuda') / native_build.LIBRARIES['cuda']}; {served}" + (f"; {refused}" if refused else "")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """How the native library is compiled: one description for setup.py, which loads this file by its path, and native.py.
 
-Imports the standard library alone. The library is `csrc/` compiled by a C++ compiler, and by nvcc where there is one.
+Imports the standard library alone. The library has two parts, each a shared object of its own: what `csrc/` has for a
+CPU, compiled by a C++ compiler for several instruction sets, and what it has for a GPU, compiled by nvcc.
 """
 
 import hashlib
@@ -11,15 +12,20 @@ import re
 import shlex
 import shutil
 import subprocess
-import sysconfig
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from threading import Event
 
-LIBRARY, RECORD, LOG, HEADER = "libclvp_fast.so", "build.json", "build.log", "clvp_fast.h"
+#: The parts, and their files.
+LIBRARIES = {"cpu": "libclvp_fast.so", "cuda": "libclvp_fast_cuda.so"}
+RECORD, LOG, HEADER = "build.json", "build.log", "clvp_fast.h"
 
 # NaN and infinity keep their meaning: no -ffast-math.
 _NUMERICS = ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-pthread", "-fvisibility=hidden", "-Wall", "-Wextra", *_NUMERICS]
+STATIC_FLAGS = ["-static-libstdc++", "-static-libgcc"]
 _AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"]
 ISA_FLAGS = {
     "avx512bf16": [*_AVX512, "-mavx512bf16"],
@@ -27,14 +33,25 @@ ISA_FLAGS = {
     "avx2": ["-mavx2", "-mfma"],
     "portable": [],
 }
-# avx512bf16 has more to offer to products of bfloat16 alone.
-_PRODUCTS = ("paged_attention", "linear", "mlp", "window_attention", "window_block")
+# What a CPU with an instruction set has among the flags of /proc/cpuinfo; `usable_isas` of csrc/cpu.cpp asks the same.
+_CPU_AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
+_CPU_FLAGS = {
+    "avx512bf16": _CPU_AVX512 | {"avx512_bf16"},
+    "avx512": _CPU_AVX512,
+    "avx2": {"avx2", "fma"},
+    "portable": set(),
+}
+# avx512bf16 has more to offer to products of bfloat16 alone. The slowest to compile come first.
+_PRODUCTS = ("mlp", "window_block", "linear", "window_attention", "paged_attention")
 ISA_SOURCES = dict.fromkeys(ISA_FLAGS, ("log_mel", *_PRODUCTS, "sample")) | {"avx512bf16": _PRODUCTS}
+_STEMS = (*_PRODUCTS[:2], "log_mel", *_PRODUCTS[2:], "sample")
 CUDA_SOURCES = ("log_mel", "persistent_decode")
 _HOST_FLAGS = "-Xcompiler=-fPIC,-pthread,-fvisibility=hidden"
 # --threads 0: the architectures are compiled side by side on all cores.
 NVCC_FLAGS = ["-std=c++17", "-O3", "-lineinfo", "--threads=0", "-Xptxas=-v,--warn-on-spills", _HOST_FLAGS]
 ARCHITECTURES = (80, 90, 100)
+# What every machine with glibc has: a wheel of libraries that need no more is tagged by the version of glibc.
+_GLIBC = {"libc.so.6", "libm.so.6", "libdl.so.2", "libpthread.so.0", "librt.so.1"}
 
 
 class BuildError(RuntimeError):
@@ -47,21 +64,32 @@ class BuildError(RuntimeError):
 
 @dataclass(frozen=True)
 class Toolchain:
-    """The compilers of this machine. Without nvcc, `nvcc` is None and `no_cuda` says why."""
+    """The compilers of a part, and what they compile for.
+
+    `machine` is the processor's architecture, `static` whether the C++ runtime becomes a part of the library.
+    """
 
     cxx: tuple[str, ...]
     cxx_version: str
-    nvcc: str | None
-    nvcc_version: str | None
-    architectures: tuple[int, ...]
-    no_cuda: str | None
+    machine: str
+    isas: tuple[str, ...]
+    static: bool = False
+    nvcc: str | None = None
+    nvcc_version: str | None = None
+    architectures: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        return self.cxx_version + (f" and nvcc {self.nvcc_version}" if self.nvcc else "")
 
 
-def find_toolchain() -> Toolchain:
-    """`CXX`, else g++, c++ or clang++ of PATH; nvcc of `CUDA_HOME`, else of PATH or /usr/local/cuda.
+def find_toolchain(part: str = "cpu", elsewhere: bool = False) -> Toolchain:
+    """`CXX`, else g++, c++ or clang++ of PATH; for CUDA also nvcc of `CUDA_HOME`, else of PATH or /usr/local/cuda.
+
+    `elsewhere`: the library is for other machines too, with all instruction sets of the architecture, and depends on
+    no C++ runtime.
 
     Raises:
-        BuildError: there is no C++ compiler that works.
+        BuildError: there is no compiler that works.
     """
     if os.name == "nt":
         raise BuildError("it is made for Linux and macOS")
@@ -76,10 +104,31 @@ def find_toolchain() -> Toolchain:
     version = _output([*cxx, "--version"]).partition("\n")[0]
     if not version:
         raise BuildError(f"{shlex.join(cxx)} is no C++ compiler that works: install g++, or name another in CXX")
-    return Toolchain(tuple(cxx), version, **_find_nvcc())
+    machine = _output([*cxx, "-dumpmachine"]).partition("-")[0]
+    cuda = _find_nvcc() if part == "cuda" else {}
+    if reason := cuda.pop("no_cuda", None):
+        raise BuildError(reason)
+    return Toolchain(tuple(cxx), version, machine, _isas_of(machine, elsewhere), elsewhere, **cuda)
+
+
+def _isas_of(machine: str, elsewhere: bool) -> tuple[str, ...]:
+    if machine != "x86_64":
+        return ("portable",)
+    here = machine == platform.machine() and not elsewhere
+    return cpu_isas() if here else tuple(ISA_FLAGS)
+
+
+def cpu_isas() -> tuple[str, ...]:
+    """Those of this CPU, which is an x86, the best first; all of them where the system does not tell."""
+    try:
+        flags = re.search(r"^flags\s*:(.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        flags = None
+    return tuple(isa for isa in ISA_FLAGS if flags is None or _CPU_FLAGS[isa] <= set(flags[1].split()))
 
 
 def _find_nvcc() -> dict:
+    """Fields of a `Toolchain`; without an nvcc that works, `no_cuda` says why."""
     home = os.environ.get("CUDA_HOME")
     if home:
         nvcc, where = shutil.which("nvcc", path=os.path.join(home, "bin")), f"in CUDA_HOME ({home})"
@@ -89,9 +138,9 @@ def _find_nvcc() -> dict:
     known = _output([nvcc, "--list-gpu-code"]).split() if version else []
     architectures = tuple(arch for arch in ARCHITECTURES if f"sm_{arch}" in known)
     if architectures:
-        return {"nvcc": nvcc, "nvcc_version": version[1], "architectures": architectures, "no_cuda": None}
+        return {"nvcc": nvcc, "nvcc_version": version[1], "architectures": architectures}
     absent = f"{nvcc} compiles for none of its architectures" if nvcc else f"there is no nvcc {where}"
-    return {"nvcc": None, "nvcc_version": None, "architectures": (), "no_cuda": absent}
+    return {"nvcc": None, "no_cuda": absent}
 
 
 def _output(command: list[str]) -> str:
@@ -103,38 +152,41 @@ def _output(command: list[str]) -> str:
     return done.stdout if done.returncode == 0 else ""
 
 
-def compile_commands(csrc: Path, tools: Toolchain) -> dict[str, list[str]]:
-    """Object file to the command that makes it, in the folder where the command runs."""
-    x86 = platform.machine() in ("x86_64", "AMD64")
+def compile_commands(csrc: Path, tools: Toolchain, part: str = "cpu", version: str = "") -> dict[str, list[str]]:
+    """Object file to the command that makes it, in the folder where the command runs; the slowest first.
+
+    `version` is what the library answers to `clvp_fast_version`.
+    """
     cxx = [*tools.cxx, *CXX_FLAGS]
-    only = [] if x86 else ["-DCLVP_FAST_PORTABLE_ONLY"]
-    commands = {"cpu.o": [*cxx, *only, "-c", f"{csrc}/cpu.cpp", "-o", "cpu.o"]}
-    for isa in ISA_FLAGS if x86 else ["portable"]:
-        flags = [*only, f"-DCLVP_FAST_ISA={isa}", *ISA_FLAGS[isa]]
-        for stem in ISA_SOURCES[isa]:
-            name = f"{stem}_{isa}.o"
-            commands[name] = [*cxx, *flags, "-c", f"{csrc}/{stem}_isa.cpp", "-o", name]
-    if tools.nvcc:
+    commands = {}
+    if part == "cpu":
+        for stem in _STEMS:
+            for isa in (isa for isa in tools.isas if stem in ISA_SOURCES[isa]):
+                flags = [f"-DCLVP_FAST_ISA={isa}", *ISA_FLAGS[isa]]
+                name = f"{stem}_{isa}.o"
+                commands[name] = [*cxx, *flags, "-c", f"{csrc}/{stem}_isa.cpp", "-o", name]
+        has = [f"-DCLVP_FAST_HAS_{isa.upper()}" for isa in tools.isas]
+        commands["cpu.o"] = [*cxx, *has, "-c", f"{csrc}/cpu.cpp", "-o", "cpu.o"]
+    else:
         targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in tools.architectures]
         newest = tools.architectures[-1]
         targets.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
         nvcc = [tools.nvcc, *_host_compiler(tools), *NVCC_FLAGS, *targets]
-        for name in _cuda_objects():
+        for name in (f"{stem}_cuda.o" for stem in CUDA_SOURCES):
             commands[name] = [*nvcc, "-c", f"{csrc}/{name[:-2]}.cu", "-o", name]
+    named = f'-DCLVP_FAST_VERSION="{version}"'
+    commands["version.o"] = [*cxx, named, "-c", f"{csrc}/version.cpp", "-o", "version.o"]
     return commands
 
 
-def _cuda_objects() -> list[str]:
-    return [f"{stem}_cuda.o" for stem in CUDA_SOURCES]
-
-
-def link_command(objects: list[str], tools: Toolchain) -> list[str]:
+def link_command(objects: list[str], tools: Toolchain, part: str = "cpu") -> list[str]:
     """The command that makes the library. nvcc links its own runtime statically: torch may carry another."""
-    if set(_cuda_objects()) & set(objects):
-        linker = [tools.nvcc, *_host_compiler(tools), "-cudart=static", "-Xcompiler=-pthread"]
+    static = STATIC_FLAGS if tools.static else []
+    if part == "cuda":
+        linker = [tools.nvcc, *_host_compiler(tools), "-cudart=static", "-Xcompiler=" + ",".join(["-pthread", *static])]
     else:
-        linker = [*tools.cxx, "-pthread"]
-    return [*linker, "-shared", *objects, "-o", LIBRARY]
+        linker = [*tools.cxx, "-pthread", *static]
+    return [*linker, "-shared", *objects, "-o", LIBRARIES[part]]
 
 
 def _host_compiler(tools: Toolchain) -> list[str]:
@@ -142,52 +194,94 @@ def _host_compiler(tools: Toolchain) -> list[str]:
     return ["-ccbin", tools.cxx[0]] if len(tools.cxx) == 1 else []
 
 
-def content_hash(csrc: Path, tools: Toolchain) -> str:
-    """16 hexadecimal digits that change with a source, a flag, a compiler's version or the processor's architecture."""
-    commands = compile_commands(Path("csrc"), tools)
-    digest = hashlib.sha256()
-    described = [platform.system(), platform.machine(), commands, link_command(list(commands), tools), asdict(tools)]
-    digest.update(json.dumps(described).encode())
-    for path in sorted(csrc.rglob("*")):
-        if path.suffix in (".h", ".cuh", ".cpp", ".cu"):
-            content = path.read_bytes()
-            digest.update(f"\n{path.relative_to(csrc).as_posix()} {len(content)}\n".encode() + content)
+def content_hash(csrc: Path, tools: Toolchain, part: str = "cpu", version: str = "") -> str:
+    """16 hexadecimal digits that change with a source of the part, a flag, a compiler's version or the version."""
+    commands = compile_commands(Path("csrc"), tools, part, version)
+    link = link_command(list(commands), tools, part)
+    digest = hashlib.sha256(json.dumps([platform.system(), commands, link, asdict(tools)]).encode())
+    sources = {word[5:] for command in commands.values() for word in command if word.startswith("csrc/")}
+    for name, content in sorted(_with_included(csrc, sources).items()):
+        digest.update(f"\n{name} {len(content)}\n".encode() + content)
     return digest.hexdigest()[:16]
 
 
-def build(csrc: Path, folder: Path, tools: Toolchain) -> dict:
-    """Compiles `csrc` into the existing `folder`: the library, its header, the compilers' log, and a record of it all.
+def _with_included(csrc: Path, names: set[str]) -> dict[str, bytes]:
+    """The text of files of `csrc`, and of those that they include."""
+    found, left = {}, {name for name in names if (csrc / name).is_file()}
+    while left:
+        name = left.pop()
+        found[name] = (csrc / name).read_bytes()
+        included = re.findall(r'^\s*#\s*include\s+"([^"]+)"', found[name].decode(errors="replace"), re.MULTILINE)
+        left |= {other for other in included if other not in found and (csrc / other).is_file()}
+    return found
 
-    If the CUDA part alone does not compile, the library is made without it, and `no_cuda` of the record says so.
+
+def build(
+    csrc: Path,
+    folder: Path,
+    tools: Toolchain,
+    part: str = "cpu",
+    version: str = "",
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict:
+    """Compiles a part of `csrc` into the existing `folder`: the library, its header, the compilers' log, a record.
+
+    An instruction set that the compiler does not know is left out. `progress` is told how many of how many files are
+    compiled.
 
     Returns:
-        The record: the toolchain's fields, `no_cuda` (None: the library has its CUDA part) and the library's `sha256`.
+        The record: the toolchain's fields, `left_out` (names of instruction sets) and the library's `sha256`.
 
     Raises:
-        BuildError: the C++ part does not compile or link; `log` has what the compilers said.
+        BuildError: it does not compile or link; `log` has what the compilers said.
     """
-    commands = compile_commands(csrc.resolve(), tools)
     work = folder / "objects"
     work.mkdir()
-    log = _run_all(commands, work)
-    built = [name for name in commands if (work / name).exists()]
-    no_cuda = tools.no_cuda
-    cuda = set(_cuda_objects())
-    if tools.nvcc and not cuda <= set(built):
-        no_cuda = f"nvcc {tools.nvcc_version} did not compile the CUDA part"
-        built = [name for name in built if name not in cuda]
-    failed = set(commands) - set(built) - cuda
-    if not failed:
-        log += _run(link_command(built, tools), work)
-    if failed or not (work / LIBRARY).exists():
-        raise BuildError(f"{tools.cxx_version} did not compile it", log)
-    os.replace(work / LIBRARY, folder / LIBRARY)
+    wanted, tools = tools.isas, _known(tools, work)
+    commands = compile_commands(csrc.resolve(), tools, part, version)
+    log = _run_all(commands, work, progress)
+    if all((work / name).exists() for name in commands):
+        log += _run(link_command(list(commands), tools, part), work)
+    library = folder / LIBRARIES[part]
+    if not (work / library.name).exists():
+        raise BuildError(f"{tools} did not compile it", log)
+    os.replace(work / library.name, library)
+    library.chmod(0o755)
     shutil.copyfile(csrc / HEADER, folder / HEADER)
     shutil.rmtree(work)
-    record = asdict(tools) | {"no_cuda": no_cuda, "sha256": sha256(folder / LIBRARY)}
+    left_out = [isa for isa in wanted if isa not in tools.isas]
+    record = asdict(tools) | {"left_out": left_out, "sha256": sha256(library)}
     (folder / LOG).write_text(log, encoding="utf-8")
     (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return record
+
+
+def _known(tools: Toolchain, folder: Path) -> Toolchain:
+    """`tools` without what the C++ compiler does not know or have: instruction sets, a static C++ runtime."""
+    (folder / "probe.cpp").write_text("int clvp_fast_probe;\n")
+
+    def works(flags: list[str]) -> bool:
+        _run([*tools.cxx, "-shared", "-fPIC", *flags, "probe.cpp", "-o", "probe.so"], folder)
+        found = (folder / "probe.so").exists()
+        (folder / "probe.so").unlink(missing_ok=True)
+        return found
+
+    isas = [isa for isa in tools.isas if not ISA_FLAGS[isa] or works(ISA_FLAGS[isa])]
+    if "avx512" not in isas:  # of which avx512bf16 takes what it has no code of its own for
+        isas = [isa for isa in isas if isa != "avx512bf16"]
+    return replace(tools, isas=tuple(isas), static=tools.static and works(STATIC_FLAGS))
+
+
+def platform_tag(libraries: list[Path], tag: str) -> str:
+    """`tag`, such as linux_x86_64, as manylinux of the oldest glibc that has what `libraries` need of it.
+
+    The tag stays as it is where they need another library, and where there is no objdump to tell.
+    """
+    said = [_output(["objdump", "-p", str(library)]) for library in libraries]
+    needed = {name for text in said for name in re.findall(r"^\s*NEEDED\s+(\S+)", text, re.MULTILINE)}
+    minors = [int(minor) for text in said for minor in re.findall(r"\bGLIBC_2\.(\d+)", text)]
+    others = {name for name in needed - _GLIBC if not name.startswith("ld-linux")}
+    return re.sub("^linux_", f"manylinux_2_{max(minors)}_", tag) if minors and all(said) and not others else tag
 
 
 def sha256(path: Path) -> str:
@@ -195,17 +289,33 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _run_all(commands: dict[str, list[str]], folder: Path) -> str:
-    """Runs the commands in `folder`, side by side where there is ninja; returns what they print."""
-    search = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
-    ninja = shutil.which("ninja", path=search)  # pip puts it beside Python, which need not be on PATH
-    if ninja is None:
-        return "".join(_run(command, folder) for command in commands.values())
-    lines = ["rule run", "  command = $line", ""]
-    for output, command in commands.items():
-        lines += [f"build {output}: run", f"  line = {shlex.join(command).replace('$', '$$')}", ""]
-    (folder / "build.ninja").write_text("\n".join(lines), encoding="utf-8")
-    return _run([ninja, "-v", "-k", "0"], folder)
+def _run_all(commands: dict[str, list[str]], folder: Path, progress: Callable[[int, int], None]) -> str:
+    """Runs the commands in `folder`, one a core; returns what they print. After a failure no other one begins."""
+    stopped = Event()
+
+    def run(name: str) -> str:
+        if stopped.is_set():
+            return ""
+        said = _run(commands[name], folder)
+        if not (folder / name).exists():
+            stopped.set()
+        return said
+
+    progress(0, len(commands))
+    with ThreadPoolExecutor(_cores()) as threads:
+        runs = [threads.submit(run, name) for name in commands]
+        try:
+            for done, _ in enumerate(as_completed(runs), start=1):
+                progress(done, len(runs))
+        except BaseException:
+            stopped.set()
+            raise
+    return "".join(run.result() for run in runs)
+
+
+def _cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _run(command: list[str], folder: Path) -> str:

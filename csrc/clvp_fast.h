@@ -1,4 +1,4 @@
-/* The C interface of the native library: what Python loads through ctypes (clvp_fast/native.py holds the prototypes).
+/* The C interface of the native library: what Python loads through ctypes (clvp_fast/native_calls.py holds the prototypes).
  *
  * No torch, no allocation that outlives a call, no exception across the boundary. Every function returns
  * CLVP_FAST_OK, a clvp_fast_status for a call that it refuses before it touches memory, or a cudaError_t, which is
@@ -286,6 +286,9 @@ int clvp_fast_persistent_decode_cuda(const struct clvp_fast_persistent_decode *c
 /* A sentence on a returned code, of a CUDA error with its number and name; never null. Valid until the thread's next
  * call. */
 const char *clvp_fast_error(int code);
+
+/* What Python compares with its own prototypes before it calls anything; each part of the library has one. */
+const char *clvp_fast_version(void);
 
 #ifdef __cplusplus
 }

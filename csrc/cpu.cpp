@@ -26,15 +26,19 @@ namespace {
      CLVP_FAST_OF(attend, products),            \
      CLVP_FAST_OF(sample, isa)}
 
+/* Those that this is compiled with and this CPU has, the best first. */
 std::vector<clvp_fast_isa> usable_isas() {
     std::vector<clvp_fast_isa> usable;
-#if !defined(CLVP_FAST_PORTABLE_ONLY)
-    __builtin_cpu_init();
+#if defined(CLVP_FAST_HAS_AVX512)
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl")) {
+#if defined(CLVP_FAST_HAS_AVX512BF16)
         if (__builtin_cpu_supports("avx512bf16")) usable.push_back(CLVP_FAST_USABLE("avx512bf16", avx512, avx512bf16));
+#endif
         usable.push_back(CLVP_FAST_USABLE("avx512", avx512, avx512));
     }
+#endif
+#if defined(CLVP_FAST_HAS_AVX2)
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
         usable.push_back(CLVP_FAST_USABLE("avx2", avx2, avx2));
 #endif

@@ -81,8 +81,6 @@ const struct clvp_fast_isa *clvp_fast_find_isa(const char *name);
                                    int64_t end_head, void *scratch);                                                 \
     void CLVP_FAST_OF(sample, isa)(const struct clvp_fast_sample *call, int64_t row, void *scratch);
 CLVP_FAST_DECLARE(portable)
-#ifndef CLVP_FAST_PORTABLE_ONLY
 CLVP_FAST_DECLARE(avx2)
 CLVP_FAST_DECLARE(avx512)
 CLVP_FAST_DECLARE(avx512bf16) /* of which products of bfloat16 alone are compiled */
-#endif

@@ -1,16 +1,19 @@
 """The native library is found, compiled once and whole, and its absence is one sentence. Stand-ins are compiled."""
 
 import ctypes
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import types
+import warnings
 from pathlib import Path
 
 import pytest
 
-from clvp_fast import native, native_build
+from clvp_fast import files, native, native_build, native_calls
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = """
@@ -26,7 +29,7 @@ int clvp_fast_window_attention_cpu(const clvp_fast_window_attention *, int32_t, 
 int clvp_fast_window_block_cpu(const clvp_fast_window_block *, int32_t, const char *) { return 0; }
 int clvp_fast_paged_decode_cpu(const clvp_fast_paged_decode *, int32_t, const char *) { return 0; }
 const char *clvp_fast_cpu_isa(void) { return "stand-in"; }
-int clvp_fast_has_isa(const char *) { return 0; }
+int clvp_fast_has_isa(const char *name) { return *name == 'p'; }
 int clvp_fast_choose_isa(const char *name) { return name ? -8 : 0; }
 const char *clvp_fast_error(int code) { return code == -7 ? "no memory, says the stand-in" : "another"; }
 }
@@ -51,9 +54,20 @@ NO_NVCC = "/nonexistent"
 needs_nvcc = pytest.mark.skipif(native_build._find_nvcc()["nvcc"] is None, reason="there is no nvcc")
 
 
+REMEMBERED = (native.missing, native._loaded, native.folder)
+
+
 def forget():
-    for cached in (native.missing, native._loaded, native.folder):
+    for cached in REMEMBERED:
         cached.cache_clear()
+
+
+def missing(device="cpu"):
+    """`native.missing` of a process that has asked for nothing yet."""
+    forget()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return native.missing(device)
 
 
 @pytest.fixture
@@ -61,7 +75,8 @@ def sources(tmp_path, monkeypatch):
     """The folder of a tiny library's sources, which the loader takes for csrc/; an empty cache, and no nvcc."""
     folder = tmp_path / "some csrc"
     folder.mkdir()
-    shutil.copy(ROOT / "csrc/clvp_fast.h", folder)
+    for name in ("clvp_fast.h", "version.cpp"):
+        shutil.copy(ROOT / "csrc" / name, folder)
     (folder / "cpu.cpp").write_text(CPU)
     for stem in native_build.ISA_SOURCES["portable"]:
         (folder / f"{stem}_isa.cpp").write_text("namespace { int CLVP_FAST_ISA = 0; }\n")
@@ -70,6 +85,8 @@ def sources(tmp_path, monkeypatch):
     monkeypatch.setattr(native, "_SOURCES", folder)
     monkeypatch.setenv("CLVP_FAST_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("CUDA_HOME", NO_NVCC)
+    monkeypatch.setattr(native, "_DRIVER", "libno-such-driver.so")
+    monkeypatch.setattr(native_build, "cpu_isas", lambda: ("portable",))  # as few files as can be
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.delenv("CLVP_FAST_ISA", raising=False)  # the stand-in has none
     forget()
@@ -122,14 +139,17 @@ def test_built_at_first_use_and_found_after(sources, tmp_path, capfd, monkeypatc
     assert native.library().clvp_fast_cpu_isa() == b"stand-in"
     assert native.library().clvp_fast_log_mel_cpu(ctypes.byref(native.LogMelCall()), 1, None) == -7
     said = capfd.readouterr().err
-    assert said.count("\n") == 1 and "building the native library (once)" in said
+    told = re.findall(r"^clvp_fast: building the native library \(once\) with .+: (\d+)/(\d+)$", said, re.MULTILINE)
+    assert said.count("\n") == len(told) == 5, said
+    assert told[0][0] == "0" and told[-1][0] == told[-1][1]
     (folder,) = built_folders(tmp_path)
     assert sorted(path.name for path in folder.iterdir()) == [
         "build.json",
         "build.log",
         "clvp_fast.h",
-        native_build.LIBRARY,
+        "libclvp_fast.so",
     ]
+    assert folder.parent.stat().st_mode & 0o777 == folder.parents[1].stat().st_mode & 0o777 == 0o700
 
     forget()
     monkeypatch.setattr(native_build, "build", lambda *_: pytest.fail("it is there already"))
@@ -145,55 +165,201 @@ def test_a_code_is_raised_with_the_library_s_sentence(sources):
 
 
 def test_the_hash_changes_with_whatever_changes_the_library(sources, tmp_path, monkeypatch):
-    tools = native_build.find_toolchain()
-    seen = [native_build.content_hash(sources, tools)]
-    assert native_build.content_hash(sources, native_build.find_toolchain()) == seen[0]
-    for name in ("cpu.cpp", "clvp_fast.h", "log_mel_cuda.cu"):
+    def found():
+        return native_build.content_hash(sources, native_build.find_toolchain(), "cpu", "1")
+
+    seen = [found()]
+    assert found() == seen[0]
+    for name in ("cpu.cpp", "clvp_fast.h", "version.cpp"):
         with open(sources / name, "a") as handle:
             handle.write("\n")
-        seen.append(native_build.content_hash(sources, tools))
-    (sources / "more.cuh").write_text("")
-    seen.append(native_build.content_hash(sources, tools))
-    (sources / "more.cuh").rename(sources / "moved.cuh")
-    seen.append(native_build.content_hash(sources, tools))
-    (sources / "notes.md").write_text("says nothing to a compiler")
-    assert native_build.content_hash(sources, tools) == seen[-1]
+        seen.append(found())
+    (sources / "mlp_isa.cpp").write_text('#  include "more.cuh"\n')
+    seen.append(found())
+    (sources / "more.cuh").write_text('#include "deeper.h"\n')
+    seen.append(found())
+    (sources / "deeper.h").write_text("int deep;\n")
+    seen.append(found())
+    for name in ("notes.md", "other.h", "log_mel_cuda.cu"):  # which no source of this part includes
+        (sources / name).write_text("says nothing to this compiler")
+    assert found() == seen[-1]
+    seen.append(native_build.content_hash(sources, native_build.find_toolchain(), "cpu", "2"))
     with monkeypatch.context() as patch:
         patch.setattr(native_build, "CXX_FLAGS", [*native_build.CXX_FLAGS, "-O2"])
-        seen.append(native_build.content_hash(sources, tools))
-    with monkeypatch.context() as patch:
-        patch.setattr(native_build.platform, "machine", lambda: "aarch64")
-        seen.append(native_build.content_hash(sources, tools))
+        seen.append(found())
     monkeypatch.setenv("CXX", str(tmp_path / "g++"))
     for version in ("99.1", "99.2"):  # a compiler that is updated in its place
         (tmp_path / "g++").write_text(f"#!/bin/sh\necho g++ {version}\n")
         (tmp_path / "g++").chmod(0o755)
-        seen.append(native_build.content_hash(sources, native_build.find_toolchain()))
+        seen.append(found())
     assert len(set(seen)) == len(seen)
 
 
-@needs_nvcc
-def test_nvcc_that_appears_makes_a_new_library_with_cuda(sources, tmp_path, monkeypatch):
-    assert native.missing("cpu") is None
-    why = native.missing("cuda")
-    assert "there is no nvcc in CUDA_HOME (/nonexistent)" in why and "build.log" in why
-    assert not hasattr(native.library(), "clvp_fast_log_mel_cuda")
+def test_each_part_has_a_hash_of_its_own(sources):
+    tools = {
+        "cpu": native_build.find_toolchain(),
+        "cuda": native_build.Toolchain(("g++",), "g++ 1", "x86_64", (), nvcc="nvcc", architectures=(90,)),
+    }
 
+    def found():
+        return {part: native_build.content_hash(sources, tools[part], part) for part in tools}
+
+    before = found()
+    (sources / "log_mel_cuda.cu").write_text(CUDA + "\n")
+    after = found()
+    assert after["cpu"] == before["cpu"] and after["cuda"] != before["cuda"]
+    (sources / "cpu.cpp").write_text(CPU + "\n")
+    assert found()["cpu"] != after["cpu"] and found()["cuda"] == after["cuda"]
+
+
+def test_a_cpu_s_sets_are_those_that_the_library_finds():
+    """Python reads /proc/cpuinfo, C++ asks the processor."""
+    if missing() is not None:
+        pytest.skip(missing())
+    assert native.record()["left_out"] or native.isas() == native_build.cpu_isas()
+
+
+@pytest.mark.parametrize(
+    "machine, elsewhere, expected",
+    [
+        ("x86_64-linux-gnu", False, ("avx2", "portable")),
+        ("x86_64-linux-gnu", True, native.ISAS),
+        ("aarch64-linux-gnu", False, ("portable",)),
+        ("aarch64-linux-gnu", True, ("portable",)),
+    ],
+)
+def test_a_build_gives_what_its_machine_can_use(monkeypatch, tmp_path, machine, elsewhere, expected):
+    compiler = tmp_path / "g++"
+    compiler.write_text(f'#!/bin/sh\n[ "$1" = -dumpmachine ] && echo {machine} || echo g++ 99\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setattr(native_build.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(native_build, "cpu_isas", lambda: ("avx2", "portable"))
+    tools = native_build.find_toolchain(elsewhere=elsewhere)
+    assert tools.isas == expected
+    commands = native_build.compile_commands(Path("csrc"), tools)
+    compiled = {name.removesuffix(".o").rpartition("_")[2] for name in commands} - {"cpu.o", "cpu", "version"}
+    assert compiled == set(expected)
+    assert {word for word in commands["cpu.o"] if word.startswith("-DCLVP_FAST_HAS")} == {
+        f"-DCLVP_FAST_HAS_{isa.upper()}" for isa in expected
+    }
+
+
+def test_an_instruction_set_that_the_compiler_does_not_know_is_left_out(sources, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(native_build, "cpu_isas", lambda: native.ISAS)
+    monkeypatch.setattr(native_build.platform, "machine", lambda: "x86_64")
+    for unknown, left_out in (("-mavx512bf16", ["avx512bf16"]), ("-mavx512bw", ["avx512bf16", "avx512"])):
+        (tmp_path / "g++").write_text(
+            f'#!/bin/sh\ncase "$*" in *{unknown}*) echo "error: unrecognized {unknown}"; exit 1;; esac\nexec g++ "$@"\n'
+        )
+        (tmp_path / "g++").chmod(0o755)
+        monkeypatch.setenv("CXX", str(tmp_path / "g++"))
+        shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+        assert missing() is None
+        assert native.record()["left_out"] == left_out
+        assert native.record()["isas"] == [isa for isa in native.ISAS if isa not in left_out]
+        assert native.main([]) == 0
+        assert f"without {', '.join(left_out)}; " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("left_out", ["avx512bf16", "avx512", "avx2"])
+def test_the_library_has_nothing_of_a_set_that_is_left_out(tmp_path, left_out):
+    """Of csrc/cpu.cpp itself: what it needs of each instruction set."""
+    isas = native.ISAS[native.ISAS.index(left_out) + 1 :]
+    tools = native_build.Toolchain(native_build.find_toolchain().cxx, "", "x86_64", isas)
+    command = native_build.compile_commands(ROOT / "csrc", tools)["cpu.o"]
+    if native_build.find_toolchain().machine != "x86_64":
+        pytest.skip("x86's alone")
+    subprocess.run([*command, "-O0"], cwd=tmp_path, check=True)
+    names = subprocess.run(["nm", "-u", "cpu.o"], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    found = set(re.findall(r"clvp_fast_linear_(\w+)", names))
+    assert found == set(isas)
+
+
+DRIVER = """
+extern "C" {
+int cuInit(unsigned) { return RETURNED; }
+int cuDeviceGetCount(int *count) { *count = DEVICES; return 0; }
+}
+"""
+
+
+@pytest.fixture
+def driver(tmp_path, monkeypatch):
+    """Puts a stand-in in the place of NVIDIA's driver, which returns a code and shows some devices."""
+
+    def put(code, devices):
+        library = tmp_path / f"libcuda_{code}_{devices}.so"
+        (tmp_path / "driver.cpp").write_text(DRIVER)
+        values = [f"-DRETURNED={code}", f"-DDEVICES={devices}"]
+        command = ["g++", "-shared", "-fPIC", *values, str(tmp_path / "driver.cpp"), "-o", str(library)]
+        subprocess.run(command, check=True)
+        monkeypatch.setattr(native, "_DRIVER", str(library))
+
+    return put
+
+
+def test_the_cuda_part_is_compiled_where_a_device_is_visible_alone(sources, driver, monkeypatch):
     monkeypatch.delenv("CUDA_HOME")
-    forget()
-    assert native.missing("cuda") is None and native.missing("cpu") is None
-    assert native.library().clvp_fast_log_mel_cuda.argtypes is not None
+    asked = []
+    monkeypatch.setattr(native, "_loaded", lambda part: asked.append(part) or (types.SimpleNamespace(), ""))
+    assert "no NVIDIA driver" in missing_uncached("cuda")
+    for code, devices in ((100, 1), (0, 0)):
+        driver(code, devices)
+        assert missing_uncached("cuda") == f"the NVIDIA driver shows no device (CUresult {code})"
+    assert not asked
+    driver(0, 1)
+    assert missing_uncached("cuda") is None and asked == ["cuda"]
+
+
+def missing_uncached(part):
+    return native.missing.__wrapped__(part)
+
+
+def test_what_the_cuda_part_says_of_the_driver_is_a_reason(sources, driver, monkeypatch):
+    driver(0, 1)
+
+    class Said:
+        def __call__(self, sentence, size):
+            sentence.value = b"the driver is too old"[: size - 1]
+            return self.code
+
+    said = Said()
+    part = types.SimpleNamespace(clvp_fast_cuda_missing=said)
+    monkeypatch.setattr(native, "_loaded", lambda name: (part, ""))
+    said.code = 1
+    assert missing_uncached("cuda") == "the driver is too old"
+    said.code = 0
+    assert missing_uncached("cuda") is None
+
+
+def test_no_nvcc_is_a_reason_of_the_cuda_part_alone(sources, driver):
+    driver(0, 1)
+    assert missing("cuda") == (
+        "the native library for CUDA cannot be built: there is no nvcc in CUDA_HOME (/nonexistent)"
+    )
+    assert missing("cpu") is None
+
+
+@needs_nvcc
+def test_the_cuda_part_lies_beside_that_for_a_cpu(sources, tmp_path, monkeypatch, driver):
+    assert missing("cpu") is None
+    assert not hasattr(native.library(), "clvp_fast_log_mel_cuda")
+    monkeypatch.delenv("CUDA_HOME")
+    driver(0, 1)
+    assert missing("cuda") is None and missing("cpu") is None
+    assert native.library("cuda").clvp_fast_log_mel_cuda.argtypes is not None
     assert len(built_folders(tmp_path)) == 2
-    log = (native.folder() / native_build.LOG).read_text()
+    log = (native.folder("cuda") / native_build.LOG).read_text()
     assert all(f"for 'sm_{arch}'" in log for arch in native_build.ARCHITECTURES)
-    dump = (native.folder() / native_build.LIBRARY).read_bytes()
+    dump = (native.folder("cuda") / "libclvp_fast_cuda.so").read_bytes()
     assert b"libcudart.so" not in dump, "the CUDA runtime must be linked statically"
 
     (sources / "log_mel_cuda.cu").write_text(CUDA + "does not compile\n")
-    forget()
-    assert native.missing("cpu") is None
-    assert "did not compile the CUDA part" in native.missing("cuda")
-    assert "does not compile" in (native.folder() / native_build.LOG).read_text()
+    assert missing("cpu") is None
+    why = missing("cuda")
+    assert "did not compile it: " in why and "does not compile" not in why and "\n" not in why
+    assert "does not compile" in next((tmp_path / "cache/native").glob("*.log")).read_text()
 
 
 @pytest.mark.parametrize("device", ["mps", "meta"])
@@ -204,45 +370,109 @@ def test_other_devices_are_refused(sources, device):
 @pytest.mark.parametrize("compiler", ["/bin/false", "/nonexistent/g++", "no-such-compiler"])
 def test_a_compiler_that_does_not_work(sources, monkeypatch, compiler):
     monkeypatch.setenv("CXX", compiler)
-    assert "no C++ compiler that works" in native.missing("cpu") and compiler in native.missing("cpu")
-    assert native.missing("cuda") == native.missing("cpu")
+    assert "no C++ compiler that works" in missing() and compiler in missing()
     with pytest.raises(native.NativeLibraryError, match="or name another in CXX"):
         native.library()
 
 
 def test_a_compiler_of_open_quotes(sources, monkeypatch):
     monkeypatch.setenv("CXX", "g++ '")
-    assert native.missing("cpu") == "the native library cannot be built: CXX is no command (No closing quotation)"
+    assert missing() == "the native library cannot be built: CXX is no command (No closing quotation)"
 
 
 def test_no_compiler(sources, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert native.missing("cpu") == (
+    assert missing() == (
         "the native library cannot be built: there is no C++ compiler: install g++, or name one in CXX"
     )
 
 
-def test_a_failed_build_keeps_its_log_and_is_not_repeated(sources, tmp_path, monkeypatch, capfd):
-    (sources / "log_mel_isa.cpp").write_text("int 1avx();\n")
-    why = native.missing("cpu")
+def test_a_failed_build_keeps_its_record_and_is_not_repeated(sources, tmp_path, monkeypatch, capfd):
+    (sources / "log_mel_isa.cpp").write_text("int broken = nobody_knows;\n")
+    why = missing()
     (log,) = (tmp_path / "cache/native").glob("*.log")
-    assert str(log) in why and "\n" not in why and "did not compile it" in why
-    assert "1avx" in log.read_text()
+    assert str(log) in why and "\n" not in why and "did not compile it: " in why and "nobody_knows" in why
+    assert "nobody_knows" in log.read_text()
     assert built_folders(tmp_path) == []
     assert "building" in capfd.readouterr().err
+    told = json.loads(log.with_suffix(".json").read_text())
+    tools = native_build.find_toolchain()
+    assert told.keys() == {"compiler", "version", "error"}
+    assert told["compiler"] == tools.cxx[0] and told["version"] == str(tools) and "nobody_knows" in told["error"]
 
-    forget()
     with monkeypatch.context() as patch:
         patch.setattr(native_build, "build", lambda *_: pytest.fail("it failed before"))
-        assert str(log) in native.missing("cpu")
+        assert missing() == why
+    (tmp_path / "g++").write_text('#!/bin/sh\n[ "$1" = --version ] && echo "g++ 99" || exec g++ "$@"\n')
+    (tmp_path / "g++").chmod(0o755)
+    with monkeypatch.context() as patch:  # another compiler may do better
+        patch.setenv("CXX", str(tmp_path / "g++"))
+        missing()
+        assert "with g++ 99: 0/" in capfd.readouterr().err
     (sources / "log_mel_isa.cpp").write_text("namespace { int CLVP_FAST_ISA = 0; }\n")
-    forget()
-    assert native.missing("cpu") is None
+    assert missing() is None
+
+
+def test_rebuild_tries_again_and_replaces_what_is_there(sources, tmp_path, monkeypatch, capfd):
+    with monkeypatch.context() as patch:
+        patch.setattr(native_build, "CXX_FLAGS", [*native_build.CXX_FLAGS, f"-include{tmp_path}/later.h"])
+        why = missing()
+        assert "--rebuild" in why
+        (tmp_path / "later.h").write_text("")
+        assert missing() == why  # nothing that the name is made of has changed
+        capfd.readouterr()
+        forget()
+        assert native.main([]) == 1 and capfd.readouterr().err == why + "\n"
+        forget()
+        assert native.main(["--rebuild"]) == 0 and "building" in capfd.readouterr().err
+        assert missing() is None
+        assert [path.suffix for path in (tmp_path / "cache/native").glob("*.json")] == []
+        (native.folder() / "here before").touch()
+        forget()
+        assert native.main(["--rebuild"]) == 0 and missing() is None
+        assert not (native.folder() / "here before").exists()
+
+
+def test_an_installed_library_is_not_rebuilt(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(native, "_SOURCES", tmp_path / "none")
+    assert native.main(["--rebuild"]) == 1
+    assert capsys.readouterr().err == "an installed library is not rebuilt: install clvp-fast again\n"
+
+
+@pytest.mark.parametrize("version", ["another", None])
+def test_a_library_of_another_version_is_told(sources, monkeypatch, version):
+    if version:
+        monkeypatch.setattr(native, "VERSION", version)
+        assert missing() is None
+        found = native.folder()
+        monkeypatch.setattr(native, "_cached", lambda part: found)
+        monkeypatch.setattr(native, "VERSION", native_calls.VERSION)
+    else:  # as libraries were before they had a version
+        (sources / "version.cpp").write_text("int clvp_fast_nothing;\n")
+    why = missing()
+    assert re.fullmatch(
+        r"the native library .*/libclvp_fast.so belongs to another version of clvp_fast: "
+        r"run python -m clvp_fast.native --rebuild",
+        why,
+    )
+
+
+def test_the_version_changes_with_the_prototypes(monkeypatch):
+    seen = {native_calls._version()}
+    monkeypatch.setitem(native_calls.FUNCTIONS["cpu"], "clvp_fast_error", (ctypes.c_char_p, ctypes.c_int64))
+    seen.add(native_calls._version())
+
+    class MoreCall(ctypes.Structure):
+        _fields_ = (("a", ctypes.c_int32),)
+
+    monkeypatch.setattr(native_calls, "MoreCall", MoreCall, raising=False)
+    seen.add(native_calls._version())
+    assert len(seen) == 3 and native_calls.VERSION in seen
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "gone", "record"])
 def test_a_damaged_library_is_built_anew(sources, damage):
-    library = native.folder() / native_build.LIBRARY
+    library = native.folder() / "libclvp_fast.so"
     whole = library.read_bytes()
     if damage == "gone":
         library.unlink()
@@ -258,8 +488,9 @@ def test_a_damaged_library_is_built_anew(sources, damage):
 
 def test_a_cache_that_cannot_be_written(sources, tmp_path):
     (tmp_path / "cache").write_text("a file")
-    why = native.missing("cpu")
+    why = missing()
     assert "a file stands where the folder should be" in why and "CLVP_FAST_CACHE" in why and "\n" not in why
+    assert "[Errno" not in why
 
 
 def test_a_user_without_a_home(sources, monkeypatch):
@@ -269,25 +500,66 @@ def test_a_user_without_a_home(sources, monkeypatch):
     monkeypatch.delenv("CLVP_FAST_CACHE")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(Path, "home", homeless)
-    assert native.missing("cpu") == "the native library cannot be built: Could not determine home directory."
+    why = missing()
+    assert why.startswith("the native library cannot be built: this user has no home folder") and "\n" not in why
+    assert "CLVP_FAST_CACHE" in why
+
+
+@pytest.mark.parametrize("place", ["cache", "cache/native", "cache/native/HASH", "cache/native/HASH/libclvp_fast.so"])
+def test_nothing_is_loaded_that_others_may_change(sources, tmp_path, place, monkeypatch):
+    assert missing() is None
+    place = tmp_path / place.replace("HASH", native.folder().name)
+    mode = place.stat().st_mode
+    for bits in (0o020, 0o002):
+        place.chmod(mode | bits)
+        why = missing()
+        assert f"other users may write into {place}, and code is loaded from there" in why and "\n" not in why
+    place.chmod(mode)
+    assert missing() is None
+
+    real = os.stat
+
+    def another_s(path, **how):
+        found = real(path, **how)
+        return types.SimpleNamespace(st_uid=12345, st_mode=found.st_mode) if Path(path) == place else found
+
+    monkeypatch.setattr(files.os, "stat", another_s)
+    reason = files.changeable_by_others(place, tmp_path / "cache")
+    assert reason == f"{place} belongs to another user (number 12345)"
+
+
+def test_nothing_is_built_where_others_may_write(sources, tmp_path, capfd):
+    (tmp_path / "cache").mkdir(mode=0o700)
+    (tmp_path / "cache").chmod(0o777)
+    assert "other users may write into" in missing()
+    assert capfd.readouterr().err == "" and built_folders(tmp_path) == []
+    (tmp_path / "cache").chmod(0o1777)  # as /tmp: each user's folders are his own
+    assert missing() is None
+
+
+def test_a_missing_library_is_told_once(sources, monkeypatch):
+    monkeypatch.setenv("CXX", "/nonexistent/g++")
+    forget()
+    with pytest.warns(UserWarning, match="slower torch paths on the CPU: the native library cannot be built") as told:
+        native.missing("cpu")
+        native.missing("cpu")
+    assert len(told) == 1
 
 
 def test_an_installation_without_a_library(sources, tmp_path, monkeypatch):
     monkeypatch.setattr(native, "_SOURCES", tmp_path / "none")
     monkeypatch.setattr(native, "_PACKAGED", tmp_path / "empty")
-    assert "reinstall it where there is a C++ compiler" in native.missing("cpu")
+    assert "reinstall it where there is a C++ compiler" in missing()
 
 
-def test_without_ninja_the_compilers_run_one_by_one(sources, tmp_path, monkeypatch):
-    real = shutil.which
-    monkeypatch.setattr(
-        native_build.shutil, "which", lambda name, **how: None if name == "ninja" else real(name, **how)
-    )
-    assert native.missing("cpu") is None
-    log = (native.folder() / native_build.LOG).read_text()
-    commands = re.findall(r"^\$ (.*)", log, re.MULTILINE)
-    assert len(commands) == len(native_build.compile_commands(sources, native_build.find_toolchain())) + 1
-    assert all("g++" in command for command in commands)
+def test_a_failure_stops_what_has_not_begun(tmp_path):
+    commands = {name: ["sh", "-c", f"echo ran {name}; test {name} = a && touch a"] for name in "abcdefgh"}
+    shown = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native_build, "_cores", lambda: 1)
+        log = native_build._run_all(commands, tmp_path, lambda *progress: shown.append(progress))
+    assert re.findall(r"^ran (\w)$", log, re.MULTILINE) == ["a", "b"]
+    assert shown == [(done, 8) for done in range(9)]
 
 
 def test_two_processes_at_once_leave_one_whole_library(sources, tmp_path):
@@ -320,7 +592,7 @@ def test_nothing_heavy_is_loaded():
 def test_the_command_says_what_there_is(sources, capsys):
     assert native.main([]) == 0
     said = capsys.readouterr().out
-    assert str(native.folder() / native_build.LIBRARY) in said and "stand-in here" in said and "no nvcc" in said
+    assert str(native.folder() / "libclvp_fast.so") in said and "stand-in here" in said and "no NVIDIA driver" in said
     assert native.main(["--require", "cuda"]) == 1
     assert "there is no nvcc" in capsys.readouterr().err
 
@@ -328,3 +600,21 @@ def test_the_command_says_what_there_is(sources, capsys):
 def test_an_instruction_set_that_the_library_lacks_is_refused(sources):
     with pytest.raises(ValueError, match="'avx2', which this CPU lacks or the library was built without"):
         native.choose_isa("avx2")
+
+
+@pytest.mark.parametrize("compiler", ["g++", "/nonexistent/g++"])
+@pytest.mark.parametrize(
+    "name, says",
+    [
+        ("SSE", "the environment variable CLVP_FAST_ISA must be one of avx512bf16, avx512, avx2, portable, not 'SSE'"),
+        ("avx2", "CLVP_FAST_ISA is 'avx2', which this CPU lacks or the library was built without: it has portable"),
+    ],
+)
+def test_a_wrong_name_in_the_environment_is_one_sentence(sources, monkeypatch, capsys, name, says, compiler):
+    """An unknown one with no library too; whether the CPU has a set, only the library knows."""
+    monkeypatch.setenv("CLVP_FAST_ISA", name)
+    monkeypatch.setenv("CXX", compiler)
+    forget()
+    assert native.main([]) == 1
+    said = capsys.readouterr().err.splitlines()
+    assert (says if compiler == "g++" or name == "SSE" else "no C++ compiler that works") in said[-1]

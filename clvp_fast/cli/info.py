@@ -7,7 +7,8 @@ import torch
 
 from clvp_fast import native, native_build
 from clvp_fast.cli import report
-from clvp_fast.files import cache_folder
+from clvp_fast.errors import sentence
+from clvp_fast.files import UnwritableError, cache_folder
 from clvp_fast.models.clvp.generation import SERVED
 from clvp_fast.ops.dispatch import explain
 from clvp_fast.versions import versions
@@ -46,7 +47,7 @@ def library() -> dict:
     if reason := native.missing("cpu"):
         return {"missing": reason}
     isa = native.isa()
-    return {"path": str(native.folder() / native_build.LIBRARY), "isa": isa, "forced": isa != native.isas()[0]}
+    return {"path": str(native.folder() / native_build.LIBRARIES["cpu"]), "isa": isa, "forced": isa != native.isas()[0]}
 
 
 def _told(found: dict) -> str:
@@ -56,12 +57,12 @@ def _told(found: dict) -> str:
     return f"{found['path']}: {found['isa']}{forced}"
 
 
-def cache() -> str | None:
-    """The folder of what the package builds, or `None` where there is no home to have it in."""
+def cache() -> str:
+    """The cache folder, or why there is none."""
     try:
         return str(cache_folder())
-    except (RuntimeError, OSError):
-        return None
+    except UnwritableError as error:
+        return f"none: {sentence(error)}"
 
 
 def devices() -> list[str]:

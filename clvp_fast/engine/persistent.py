@@ -194,10 +194,10 @@ class PersistentStep:
             raise native.NativeLibraryError(absent)
 
     def _workspace_bytes(self, call: native.PersistentDecodeCall) -> int:
-        return native.library().clvp_fast_persistent_decode_workspace(call)
+        return native.library("cuda").clvp_fast_persistent_decode_workspace(call)
 
     def _launch(self, call: native.PersistentDecodeCall) -> None:
         device = self.decoder.device
         with torch.cuda.device(device):
             stream = torch.cuda.current_stream(device).cuda_stream
-            native.check(native.library().clvp_fast_persistent_decode_cuda(call, stream))
+            native.check(native.library("cuda").clvp_fast_persistent_decode_cuda(call, stream))

@@ -21,6 +21,7 @@ from clvp_fast.ops.dispatch import (
     autocasts,
     check_residual,
     check_same,
+    forced,
     interpreted,
     missing_for_triton,
     needs_grad,
@@ -191,9 +192,9 @@ def _path(x, weight, *args):
     """
     if _in_triton(x, weight):
         return _OPERATOR.choose((x, weight, *args))
-    if x.device.type == "cpu" and _OPERATOR.refusal(x.device) is not None:
-        return _OPERATOR.without_kernel()  # without the library, which is asked what it serves
-    served = _unserved(x, weight, *args) is None and _OPERATOR.refusal(x.device) is None
+    if forced() in ("reference", "torch"):
+        return _OPERATOR.without_kernel()
+    served = _OPERATOR.refusal(x.device) is None and _unserved(x, weight, *args) is None
     return _OPERATOR.with_kernel() if served else _OPERATOR.without_kernel()
 
 

@@ -155,7 +155,7 @@ def _kernel(
     else:
         with torch.cuda.device(device):
             stream = torch.cuda.current_stream(device).cuda_stream
-            native.check(native.library().clvp_fast_log_mel_cuda(call, stream))
+            native.check(native.library("cuda").clvp_fast_log_mel_cuda(call, stream))
     return features.to(result)
 
 
@@ -229,7 +229,6 @@ _OPERATOR = Operator(
     unserved=_unserved,
     unserved_type=_unserved_type,
     missing=_missing,
-    expected_on=("cpu", "cuda"),
 )
 
 

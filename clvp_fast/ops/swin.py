@@ -152,7 +152,7 @@ def _run(operator, unserved, args, pays):
     in_one = (
         not torch.compiler.is_compiling()
         and runs_natively(x.device)
-        and (forced() == "kernel" or pays())
+        and (forced() == "kernel" or (forced() is None and pays()))
         and training(*(arg for arg in args if isinstance(arg, torch.Tensor))) is None
         and operator.refusal(x.device) is None
         and unserved(*args) is None

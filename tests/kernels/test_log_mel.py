@@ -130,7 +130,7 @@ def test_nothing_is_read_or_written_outside(path, case, ragged):
     if path.device == "cpu":
         native.check(native.library().clvp_fast_log_mel_cpu(call, 2, None))
     else:
-        native.check(native.library().clvp_fast_log_mel_cuda(call, torch.cuda.current_stream().cuda_stream))
+        native.check(native.library("cuda").clvp_fast_log_mel_cuda(call, torch.cuda.current_stream().cuda_stream))
     out.check()
     assert torch.equal(out.tensor.cpu(), expected)
     for name, values in arrays.items():
