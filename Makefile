@@ -29,7 +29,7 @@ CPP_SOURCES := $(wildcard csrc/* tests/csrc/*.cpp tests/csrc/*.h tests/csrc/*/*.
 DEMO_TEXT := The birch canoe slid on the smooth planks, and the doctor paid 25 dollars for it.
 DEMO_OUT ?= out/demo
 
-.PHONY: setup test test-all demo lint format portability canary bench-cpu docs-benchmarks kernel-report gpu-check gpu-bench clean
+.PHONY: setup test test-all wheel demo lint format portability canary bench-cpu docs-benchmarks kernel-report gpu-check gpu-bench clean
 
 setup: $(RUNTIME_STAMP)
 
@@ -55,6 +55,14 @@ test-all: $(RUNTIME_STAMP)
 
 demo: $(RUNTIME_STAMP)
 	$(PY) -m clvp_fast generate "$(DEMO_TEXT)" --voice examples/voice.flac --checkpoint demo --out $(DEMO_OUT)
+
+# dist/*.whl with the native library, for all instruction sets and, where nvcc is, for CUDA. auditwheel confirms its tag.
+wheel: $(DEV_STAMP)
+	rm -rf build dist
+	$(PY) -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation -w dist .
+	$(VENV)/bin/auditwheel show dist/*.whl
+	@tag=$$($(VENV)/bin/auditwheel show dist/*.whl | tr '\n' ' ' | sed 's/.* platform tag: "\([^"]*\)".*/\1/'); \
+	  case $$(echo dist/*.whl) in *-$$tag.whl) ;; *) echo "the wheel's tag is not $$tag"; exit 1;; esac
 
 lint: $(DEV_STAMP)
 	$(VENV)/bin/ruff check .

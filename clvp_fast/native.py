@@ -228,10 +228,9 @@ def _cached(part: str, anew: bool = False) -> Path:
     except native_build.BuildError as error:
         raise NativeLibraryError(f"the {_name(part)} cannot be built: {error}") from error
     except OSError as error:
-        reason = error if isinstance(error, UnwritableError) else UnwritableError.explain(error, place)
-        raise NativeLibraryError(
-            f"the {_name(part)} cannot be built: {sentence(reason)} (the environment variable CLVP_FAST_CACHE names it)"
-        ) from error
+        reason = sentence(error if isinstance(error, UnwritableError) else UnwritableError.explain(error, place))
+        named = "" if "CLVP_FAST_CACHE" in reason else " (the environment variable CLVP_FAST_CACHE names it)"
+        raise NativeLibraryError(f"the {_name(part)} cannot be built: {reason}{named}") from error
     return target
 
 

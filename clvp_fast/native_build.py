@@ -26,6 +26,8 @@ RECORD, LOG, HEADER = "build.json", "build.log", "clvp_fast.h"
 _NUMERICS = ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-pthread", "-fvisibility=hidden", "-Wall", "-Wextra", *_NUMERICS]
 STATIC_FLAGS = ["-static-libstdc++", "-static-libgcc"]
+# What is linked in is seen by nobody else, and what nobody calls is left out, as it may need a newer glibc.
+_HIDDEN = ["-Xlinker", "--exclude-libs=ALL", "-Xlinker", "--gc-sections"]
 _AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"]
 ISA_FLAGS = {
     "avx512bf16": [*_AVX512, "-mavx512bf16"],
@@ -181,12 +183,12 @@ def compile_commands(csrc: Path, tools: Toolchain, part: str = "cpu", version: s
 
 def link_command(objects: list[str], tools: Toolchain, part: str = "cpu") -> list[str]:
     """The command that makes the library. nvcc links its own runtime statically: torch may carry another."""
-    static = STATIC_FLAGS if tools.static else []
+    flags = ["-pthread", *(STATIC_FLAGS if tools.static else [])]
     if part == "cuda":
-        linker = [tools.nvcc, *_host_compiler(tools), "-cudart=static", "-Xcompiler=" + ",".join(["-pthread", *static])]
+        linker = [tools.nvcc, *_host_compiler(tools), "-cudart=static", "-Xcompiler=" + ",".join(flags)]
     else:
-        linker = [*tools.cxx, "-pthread", *static]
-    return [*linker, "-shared", *objects, "-o", LIBRARIES[part]]
+        linker = [*tools.cxx, *flags]
+    return [*linker, "-shared", *objects, *(_HIDDEN if tools.static else []), "-o", LIBRARIES[part]]
 
 
 def _host_compiler(tools: Toolchain) -> list[str]:
@@ -269,7 +271,7 @@ def _known(tools: Toolchain, folder: Path) -> Toolchain:
     isas = [isa for isa in tools.isas if not ISA_FLAGS[isa] or works(ISA_FLAGS[isa])]
     if "avx512" not in isas:  # of which avx512bf16 takes what it has no code of its own for
         isas = [isa for isa in isas if isa != "avx512bf16"]
-    return replace(tools, isas=tuple(isas), static=tools.static and works(STATIC_FLAGS))
+    return replace(tools, isas=tuple(isas), static=tools.static and works([*STATIC_FLAGS, *_HIDDEN]))
 
 
 def platform_tag(libraries: list[Path], tag: str) -> str:

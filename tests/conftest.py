@@ -22,6 +22,7 @@ def pytest_addoption(parser):
         action="store_true",
         help="on a CPU, run every operator's Triton kernel in the interpreter where it can serve, as a GPU would",
     )
+    parser.addoption("--wheel", help="the wheel that tests/test_packaging.py installs, in place of one that it builds")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -2,6 +2,10 @@
 
 import hashlib
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,8 +13,9 @@ from safetensors.torch import load_file
 
 from clvp_fast import ClvpModelForConditionalGeneration, ClvpProcessor, ClvpTokenizer
 from clvp_fast.checkpoint import load_checkpoint, resolve_checkpoint
+from clvp_fast.cli import main
 from clvp_fast.demo import DEMO_VERSION, build_demo, demo_checkpoint
-from clvp_fast.files import cache_folder
+from clvp_fast.files import UnwritableError, cache_folder
 
 
 @pytest.fixture(scope="module")
@@ -107,3 +112,47 @@ def test_cache_folder(monkeypatch, tmp_path):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert cache_folder() == tmp_path / "home" / ".cache" / "clvp_fast"
+
+
+def homeless(monkeypatch):
+    def home():
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("CLVP_FAST_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", home)
+
+
+def test_no_home_is_one_sentence_and_info_shows_the_rest(monkeypatch, capsys):
+    homeless(monkeypatch)
+    with pytest.raises(UnwritableError, match="no home folder for a cache: name a folder in CLVP_FAST_CACHE"):
+        cache_folder()
+    assert main(["info", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["cache"].startswith("none: this user has no home folder") and told["operators"]
+
+
+@pytest.mark.parametrize("cache", ["a file", "no home"])
+def test_a_cache_that_cannot_be_written(tmp_path, cache):
+    """The checkpoint lies in a folder of this user's and this run's own."""
+    code = """
+import os, stat, sys
+from pathlib import Path
+from clvp_fast.demo import demo_checkpoint
+if sys.argv[1] == "no home":
+    def homeless():
+        raise RuntimeError
+    Path.home = homeless
+folder = demo_checkpoint()
+assert folder == demo_checkpoint() and (folder / "model.safetensors").stat().st_size > 1e6
+print(folder, oct(stat.S_IMODE(folder.stat().st_mode)))"""
+    environment = {name: value for name, value in os.environ.items() if name != "XDG_CACHE_HOME"}
+    environment |= {"PYTHONPATH": str(Path(__file__).parents[1]), "TMPDIR": str(tmp_path), "CLVP_FAST_CACHE": ""}
+    if cache == "a file":
+        (tmp_path / "cache").write_text("")
+        environment["CLVP_FAST_CACHE"] = str(tmp_path / "cache")
+    command = [sys.executable, "-c", code, cache]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    folder, mode = done.stdout.split()
+    assert Path(folder).parent == tmp_path and mode == "0o700"
+    assert not Path(folder).exists() and done.stderr.count("is built for this run alone: ") == 1

@@ -8,7 +8,7 @@ import pytest
 from safetensors import SafetensorError
 
 from clvp_fast import files
-from clvp_fast.files import UnwritableError, build_folder_once, replacing, staged_folder
+from clvp_fast.files import UnwritableError, build_folder_once, make_private, replacing, staged_folder
 from tests.kit.waiting import BOUND
 
 
@@ -169,3 +169,17 @@ def test_a_failed_build_leaves_nothing(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         build_folder_once(tmp_path / "demo-1", build)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_folders_that_are_made_are_the_user_s_alone(tmp_path):
+    before = os.umask(0o002)
+    try:
+        make_private(tmp_path / "a" / "b")
+        build_folder_once(tmp_path / "c" / "demo-1", lambda folder: None)
+    finally:
+        os.umask(before)
+    assert {(tmp_path / name).stat().st_mode & 0o777 for name in ("a", "a/b", "c")} == {0o700}
+    make_private(tmp_path / "a" / "b")
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(NotADirectoryError):
+        make_private(tmp_path / "file" / "a")

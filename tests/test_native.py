@@ -618,3 +618,48 @@ def test_a_wrong_name_in_the_environment_is_one_sentence(sources, monkeypatch, c
     assert native.main([]) == 1
     said = capsys.readouterr().err.splitlines()
     assert (says if compiler == "g++" or name == "SSE" else "no C++ compiler that works") in said[-1]
+
+
+WITHOUT = """
+import sys, warnings
+import torch
+from clvp_fast import native, ops
+from clvp_fast.ops import dispatch, swin
+from clvp_fast.ops.linear import linear
+
+torch.manual_seed(0)
+calls, norm = [], torch.rand(64)
+for dtype in (torch.float32, torch.bfloat16):
+    for rows in (3, 600):
+        x, w, b = torch.randn(rows, 64, dtype=dtype), torch.randn(64, 64, dtype=dtype), torch.randn(64, dtype=dtype)
+        calls.append(lambda x=x, w=w, b=b: linear(x, w, b, activation="gelu_new"))
+        calls.append(lambda x=x, w=w, b=b: ops.gelu_mlp(x, w, b, w, b, residual=x))
+        calls.append(lambda x=x, w=w, b=b: swin.mlp_block(x, b, b, w, b, w, b, activation="gelu", eps=1e-5))
+with warnings.catch_warnings(record=True) as told, torch.no_grad():
+    warnings.simplefilter("always")
+    found = [call() for call in calls]
+    with dispatch.backend("torch"):
+        expected = [call() for call in calls]
+    dispatch.explain(device="cpu")
+assert all(torch.equal(one, other) for one, other in zip(found, expected))
+print(len(found), len(told), *(warning.message for warning in told), sep="|")
+"""
+
+
+def test_operators_take_their_torch_paths_without_a_library(tmp_path):
+    """More rows than 512 too, of which each asks for its instruction set; all of it is told once a process."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "CLVP_FAST_CACHE": str(tmp_path), "CXX": "/nonexistent/g++"}
+    environment.pop("CLVP_FAST_BACKEND", None)
+    done = subprocess.run([sys.executable, "-c", WITHOUT], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    calls, told, why = done.stdout.strip().split("|")
+    assert (calls, told) == ("12", "1")
+    assert why.startswith("clvp_fast takes slower torch paths on the CPU: the native library cannot be built: ")
+
+
+def test_a_forced_torch_path_compiles_nothing(tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "CLVP_FAST_CACHE": str(tmp_path), "CLVP_FAST_BACKEND": "torch"}
+    code = WITHOUT.replace('    dispatch.explain(device="cpu")\n', "")
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout == "12|0\n", done.stdout + done.stderr
+    assert list(tmp_path.iterdir()) == []

@@ -1,6 +1,7 @@
 """What must hold of the package as installed: bare checkout, wheel, lazy imports, no triton."""
 
 import ast
+import json
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import clvp_fast
+from clvp_fast import native_build
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = ("torch", "transformers", "triton", "matplotlib", "numpy", "soundfile", "rich")
@@ -49,8 +51,10 @@ def source(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def wheel(source, tmp_path_factory) -> Path:
+def wheel(source, tmp_path_factory, request) -> Path:
     """The wheel of the source distribution, its native library without CUDA (tests/kernels compiles that)."""
+    if given := request.config.getoption("--wheel"):
+        return Path(given).resolve()
     work = tmp_path_factory.mktemp("wheel")
     build = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
     run_command(sys.executable, "-c", build, work, cwd=source)
@@ -80,18 +84,94 @@ def test_wheel_imports(wheel, tmp_path):
 
 def test_wheel_carries_the_native_library(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    native = tmp_path / "site/clvp_fast/_native"
     code = """
 from clvp_fast import native
-print(native.folder(), native.missing("cpu"), native.missing("cuda"), native.library().clvp_fast_cpu_isa().decode())"""
+print(native.folder(), native.missing("cpu"), native.library().clvp_fast_cpu_isa().decode())"""
     said = run_python(code, tmp_path / "site", cwd=tmp_path)
-    assert said.startswith(f"{tmp_path}/site/clvp_fast/_native None ")
-    assert "built without CUDA: there is no nvcc" in said
+    assert said.startswith(f"{native}/cpu None ")
     assert said.endswith((" avx512bf16", " avx512", " avx2", " portable"))
-    assert (tmp_path / "site/clvp_fast/_native/clvp_fast.h").read_bytes() == (ROOT / "csrc/clvp_fast.h").read_bytes()
+    assert (native / "cpu/clvp_fast.h").read_bytes() == (ROOT / "csrc/clvp_fast.h").read_bytes()
+    recorded = json.loads((native / "cpu/build.json").read_text())
+    if recorded["machine"] == "x86_64":  # also those that this CPU lacks
+        assert [*recorded["isas"], *recorded["left_out"]] == list(native_build.ISA_FLAGS)
+        assert "avx2" in recorded["isas"]
     # The library holds no Python ABI; a platform's name, and not `any`, is in the tag.
     assert re.fullmatch(r"clvp_fast-[\d.]+-py3-none-(?!any)\w+\.whl", wheel.name)
     (purity,) = (tmp_path / "site").glob("*.dist-info/WHEEL")
     assert "Root-Is-Purelib: false" in purity.read_text()
+
+
+def test_wheel_needs_nothing_but_glibc(wheel, tmp_path):
+    """And its tag names the glibc that has what it needs: `make wheel` asks auditwheel for the same."""
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    needed, minors = set(), set()
+    for library in tmp_path.glob("clvp_fast/_native/*/lib*.so"):
+        said = run_command("readelf", "--wide", "--dynamic", "--dyn-syms", library, cwd=tmp_path)
+        needed |= set(re.findall(r"\(NEEDED\) .*\[(.+)\]", said))
+        minors |= {int(minor) for minor in re.findall(r"@GLIBC_2\.(\d+)", said)}
+    assert {name.split(".")[0] for name in needed} <= {
+        "libc",
+        "libm",
+        "libdl",
+        "libpthread",
+        "librt",
+        "ld-linux-x86-64",
+    }
+    assert f"-manylinux_2_{max(minors)}_" in wheel.name
+
+
+@pytest.fixture(scope="module")
+def fresh(wheel, tmp_path_factory):
+    """Runs a command in an environment with the wheel: no compiler on PATH, no source tree, a home of its own.
+
+    The packages that the wheel depends on are those of the tests.
+    """
+    home = tmp_path_factory.mktemp("fresh")
+    run_command(sys.executable, "-m", "venv", "--without-pip", home / "env", cwd=home)
+    install = [sys.executable, "-m", "pip", "--python", home / "env/bin/python", "install", "--no-deps", "--no-index"]
+    run_command(*install, wheel, cwd=home)
+    (site,) = home.glob("env/lib/python*/site-packages")
+    (site / "tests.pth").write_text("\n".join(path for path in sys.path if path.endswith("-packages")))
+    shutil.copytree(ROOT / "examples", home / "examples")
+    kept = {
+        name: value for name, value in os.environ.items() if not re.match("CLVP_FAST_CACHE|XDG_|CUDA_HOME|CXX", name)
+    }
+    kept |= {"PYTHONPATH": "", "PATH": str(home / "env/bin"), "HOME": str(home)}
+
+    def run(program, *arguments):
+        command = [str(home / "env/bin" / program), *arguments]
+        done = subprocess.run(command, cwd=home, env=kept, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "slower torch path" not in done.stderr
+        return done.stdout
+
+    return home, run
+
+
+def test_an_installed_wheel_runs_the_demo(fresh):
+    home, run = fresh
+    code = "import shutil, clvp_fast; from clvp_fast import native; print(native.folder(), shutil.which('g++'))"
+    (site,) = home.glob("env/lib/python*/site-packages")
+    assert run("python", "-c", code) == f"{site}/clvp_fast/_native/cpu None\n"
+    text = "The birch canoe slid on the smooth planks."
+    options = ["--voice", "examples/voice.flac", "--checkpoint", "demo", "--max-new-tokens", "20", "--out", "out"]
+    run("clvp-fast", "generate", text, *options)
+    assert (home / "out/codes.npz").exists() and (home / "out/candidates.png").exists()
+    assert not (home / ".cache/clvp_fast/native").exists(), "nothing is compiled"
+
+
+def test_an_installed_wheel_runs_the_documented_example(fresh):
+    """The README's first one that loads a checkpoint; the demo stands for the hub's."""
+    _, run = fresh
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    examples = re.findall(r"^```python\n(.*?)^```$", readme, flags=re.MULTILINE | re.DOTALL)
+    example = next(example for example in examples if "susnato/clvp_dev" in example)
+    folder = run("python", "-c", "from clvp_fast.demo import demo_checkpoint; print(demo_checkpoint())").strip()
+    shape = run(
+        "python", "-c", example.replace("susnato/clvp_dev", folder) + "\nprint(*best.shape, best.dtype)"
+    ).split()
+    assert int(shape[-2]) > 0 and shape[-1] == "torch.int64"
 
 
 def test_install_without_a_compiler(source, tmp_path):
@@ -101,9 +181,8 @@ def test_install_without_a_compiler(source, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     code = "from clvp_fast import native; print(native.missing('cpu'))"
     said = run_python(code, tmp_path / "site", cwd=tmp_path)
-    assert (
-        said
-        == "this installation of clvp-fast holds no whole native library: reinstall it where there is a C++ compiler"
+    assert said == (
+        "this installation of clvp-fast holds no whole native library: reinstall it where there is a C++ compiler"
     )
 
 
