@@ -1,4 +1,5 @@
-/* The C interface of the native library: what Python loads through ctypes (clvp_fast/native_calls.py holds the prototypes).
+/* The C interface of the native library: what Python loads through ctypes (clvp_fast/native_calls.py holds the
+ * prototypes).
  *
  * No torch, no allocation that outlives a call, no exception across the boundary. Every function returns
  * CLVP_FAST_OK, a clvp_fast_status for a call that it refuses before it touches memory, or a cudaError_t, which is
