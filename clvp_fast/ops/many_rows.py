@@ -36,8 +36,6 @@ def unserved_type(dtype, int8=False):
     """Why this CPU's kernels of linear layers take no x of `dtype`, with weights of that or `int8`, or None."""
     from clvp_fast import native
 
-    if reason := native.missing("cpu"):
-        return reason
     if native.isa() == "portable":
         return "torch's own products serve a CPU that has neither AVX2 nor AVX-512"
     if dtype not in (torch.float32, torch.bfloat16):
