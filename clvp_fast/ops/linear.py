@@ -194,7 +194,9 @@ def _path(x, weight, *args):
         return _OPERATOR.choose((x, weight, *args))
     if forced() in ("reference", "torch"):
         return _OPERATOR.without_kernel()
-    served = _OPERATOR.refusal(x.device) is None and _unserved(x, weight, *args) is None
+    if x.device.type == "cpu" and _OPERATOR.refusal(x.device) is not None:
+        return _OPERATOR.without_kernel()  # without the library, which is asked what it serves
+    served = _unserved(x, weight, *args) is None and _OPERATOR.refusal(x.device) is None
     return _OPERATOR.with_kernel() if served else _OPERATOR.without_kernel()
 
 
