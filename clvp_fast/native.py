@@ -131,10 +131,7 @@ def check(code: int) -> None:
     A positive code is an error of CUDA, for which its part has the words.
     """
     if code:
-        told = library().clvp_fast_error
-        if code > 0 and hasattr(library("cuda"), "clvp_fast_cuda_error"):
-            told = library("cuda").clvp_fast_cuda_error
-            told.argtypes, told.restype = [ctypes.c_int], ctypes.c_char_p
+        told = library("cuda").clvp_fast_cuda_error if code > 0 else library().clvp_fast_error
         raise RuntimeError(told(code).decode())
 
 
@@ -180,10 +177,7 @@ def _no_device() -> str | None:
 
 def _driver_refusal(found: ctypes.CDLL) -> str | None:
     """What the CUDA part itself says of the driver and the devices, or None where it can serve."""
-    if not hasattr(found, "clvp_fast_cuda_missing"):
-        return None
     said = ctypes.create_string_buffer(512)
-    found.clvp_fast_cuda_missing.argtypes = [ctypes.c_char_p, ctypes.c_int32]
     return said.value.decode() if found.clvp_fast_cuda_missing(said, len(said)) else None
 
 

@@ -301,6 +301,9 @@ FUNCTIONS = {
         "clvp_fast_log_mel_cuda": _on_cuda(LogMelCall),
         "clvp_fast_persistent_decode_cuda": _on_cuda(PersistentDecodeCall),
         "clvp_fast_persistent_decode_workspace": (c_int64, POINTER(PersistentDecodeCall)),
+        "clvp_fast_cuda_missing": (c_int, c_char_p, c_int32),
+        "clvp_fast_log_mel_cuda_missing": (c_int, c_int32, c_char_p, c_int32),
+        "clvp_fast_cuda_error": (c_char_p, c_int),
     },
 }
 

@@ -88,6 +88,10 @@ int clvp_fast_cuda_missing(char *sentence, int32_t size);
 /* The same of log-mel of n_fft on the current device, which may have too little shared memory. */
 int clvp_fast_log_mel_cuda_missing(int32_t n_fft, char *sentence, int32_t size);
 
+/* CUDA's own name, number and words for the error that a function of the CUDA part returned; valid until the thread's
+ * next call. */
+const char *clvp_fast_cuda_error(int code);
+
 /* One decode step over paged keys and values on a CPU: each candidate's new key and value are stored at place
  * seq_lens[n] of its own pages, and its query attends to its prefix and to its own tokens, the new one included.
  *

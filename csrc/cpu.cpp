@@ -220,9 +220,6 @@ CLVP_FAST_EXPORT int clvp_fast_sample_cpu(const clvp_fast_sample *call, int32_t 
     return share_out(call->rows, num_threads, scratch_bytes, draw) ? CLVP_FAST_OK : CLVP_FAST_NO_MEMORY;
 }
 
-/* Of the CUDA part, where the library has one. */
-extern "C" __attribute__((weak)) const char *clvp_fast_cuda_error(int code);
-
 CLVP_FAST_EXPORT const char *clvp_fast_error(int code) {
     switch (code) {
         case CLVP_FAST_OK: return "no error";
@@ -235,6 +232,5 @@ CLVP_FAST_EXPORT const char *clvp_fast_error(int code) {
         case CLVP_FAST_NO_MEMORY: return "memory could not be had";
         case CLVP_FAST_NO_ISA: return "this machine does not have the instruction set that was named";
     }
-    if (code > 0 && clvp_fast_cuda_error) return clvp_fast_cuda_error(code);
     return "an unknown code";
 }

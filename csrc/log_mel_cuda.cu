@@ -119,4 +119,6 @@ extern "C" __attribute__((visibility("default"))) int clvp_fast_cuda_missing(cha
     return clvp_fast::cuda_missing(sentence, size);
 }
 
-extern "C" const char *clvp_fast_cuda_error(int code) { return clvp_fast::cuda_error(code); }
+extern "C" __attribute__((visibility("default"))) const char *clvp_fast_cuda_error(int code) {
+    return clvp_fast::cuda_error(code);
+}

@@ -47,6 +47,9 @@ MORE_CUDA = """
 #include "clvp_fast.h"
 #pragma GCC visibility push(default)
 int clvp_fast_persistent_decode_cuda(const clvp_fast_persistent_decode *, void *) { return 0; }
+int clvp_fast_cuda_missing(char *, int32_t) { return 0; }
+int clvp_fast_log_mel_cuda_missing(int32_t, char *, int32_t) { return 0; }
+const char *clvp_fast_cuda_error(int) { return "an error of the stand-in"; }
 int64_t clvp_fast_persistent_decode_workspace(const clvp_fast_persistent_decode *) { return 256; }
 """
 NO_NVCC = "/nonexistent"

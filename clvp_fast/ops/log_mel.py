@@ -166,14 +166,16 @@ def _unserved(
         return f"it serves n_fft {', '.join(map(str, N_FFTS))}, not {window.numel()}"
     if mel_filters.shape[1] > MAX_MELS:
         return f"it serves num_mels up to {MAX_MELS}, not {mel_filters.shape[1]}"
-    return _unserved_type(samples.device, _dtypes(samples, compute_dtype, dtype)[0])
+    if reason := _unserved_type(samples.device, _dtypes(samples, compute_dtype, dtype)[0]):
+        return reason
+    return _short_of_memory(window.numel(), samples.device) if samples.is_cuda else None
 
 
 def _unserved_type(device, dtype):
     """Why the kernel does not compute in `dtype`, or None; samples are converted from any."""
     if device.type == "cuda" and dtype == torch.float64:
         return "on a GPU it computes in float32, not in float64"
-    return _short_of_memory(window.numel(), samples.device) if samples.is_cuda else None
+    return None
 
 
 @cache
@@ -183,7 +185,7 @@ def _short_of_memory(n_fft, device):
 
     told = ctypes.create_string_buffer(256)
     with torch.cuda.device(device):
-        lacks = native.library().clvp_fast_log_mel_cuda_missing(n_fft, told, len(told))
+        lacks = native.library("cuda").clvp_fast_log_mel_cuda_missing(n_fft, told, len(told))
     return f"n_fft {n_fft} is too long for this device: {told.value.decode()}" if lacks else None
 
 
