@@ -50,6 +50,8 @@ _PACKAGE = Path(__file__).resolve().parent
 _PACKAGED = _PACKAGE / "_native"
 _SOURCES = _PACKAGE.parent / "csrc"
 _DRIVER = "libcuda.so.1"
+# Why the library is missing on a CPU, as long as no caller of an operator was told.
+_untold: set[str] = set()
 _VARIABLE = "the environment variable CLVP_FAST_ISA"
 
 
@@ -72,10 +74,7 @@ def library(part: str = "cpu") -> ctypes.CDLL:
 
 @cache
 def missing(device_type: str) -> str | None:
-    """Why the library cannot serve on `"cpu"` or `"cuda"`, or None where it can. Compiles it where that is needed.
-
-    Where it is missing on a CPU this warns, once a process.
-    """
+    """Why the library cannot serve on `"cpu"` or `"cuda"`, or None where it can. Compiles it where that is needed."""
     if device_type not in native_build.LIBRARIES:
         return f"the native library serves cpu and cuda, not {device_type}"
     why = _no_device() if device_type == "cuda" else None
@@ -84,8 +83,15 @@ def missing(device_type: str) -> str | None:
         if found is not None:
             return _driver_refusal(found) if device_type == "cuda" else None
     if device_type == "cpu":
-        warnings.warn(f"clvp_fast takes slower torch paths on the CPU: {why}", stacklevel=2)
+        _untold.add(why)
     return why
+
+
+def warn_of(reason: str) -> None:
+    """Warns, once a process, if `reason` is that for which the library cannot serve on a CPU."""
+    if reason in _untold:
+        _untold.discard(reason)
+        warnings.warn(f"clvp_fast takes slower torch paths on the CPU: {reason}", stacklevel=5)
 
 
 @cache

@@ -304,8 +304,8 @@ def driver(tmp_path, monkeypatch):
 
 def test_the_cuda_part_is_compiled_where_a_device_is_visible_alone(sources, driver, monkeypatch):
     monkeypatch.delenv("CUDA_HOME")
-    asked = []
-    monkeypatch.setattr(native, "_loaded", lambda part: asked.append(part) or (types.SimpleNamespace(), ""))
+    asked, part = [], types.SimpleNamespace(clvp_fast_cuda_missing=lambda sentence, size: 0)
+    monkeypatch.setattr(native, "_loaded", lambda name: asked.append(name) or (part, ""))
     assert "no NVIDIA driver" in missing_uncached("cuda")
     for code, devices in ((100, 1), (0, 0)):
         driver(code, devices)
@@ -544,8 +544,9 @@ def test_a_missing_library_is_told_once(sources, monkeypatch):
     monkeypatch.setenv("CXX", "/nonexistent/g++")
     forget()
     with pytest.warns(UserWarning, match="slower torch paths on the CPU: the native library cannot be built") as told:
-        native.missing("cpu")
-        native.missing("cpu")
+        for _ in range(2):
+            native.warn_of(native.missing("cpu"))
+            native.warn_of("another reason")
     assert len(told) == 1
 
 

@@ -188,9 +188,13 @@ class Operator:
             return _NO_KERNEL
         key = (device, _forced == "kernel")
         if key not in self._refusals:
-            self._refusals[key] = self._missing(device)
-            if self._refusals[key] is not None and device.type in self._expected_on:
-                self._warn(self._refusals[key])
+            reason = self._refusals[key] = self._missing(device)
+            if reason is not None and device.type in self._expected_on:
+                self._warn(reason)
+            if reason is not None and device.type == "cpu":
+                from clvp_fast import native
+
+                native.warn_of(reason)
         return self._refusals[key]
 
     @torch.compiler.assume_constant_result

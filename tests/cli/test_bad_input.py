@@ -350,12 +350,13 @@ def test_full_disk_keeps_the_old_results(cli, fails, voice, tmp_path, monkeypatc
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_cache_that_cannot_be_written(fails, voice, tmp_path, monkeypatch):
+def test_cache_that_cannot_be_written(cli, voice, tmp_path, monkeypatch):
     (tmp_path / "cache").write_text("a file")
     monkeypatch.setenv("CLVP_FAST_CACHE", str(tmp_path / "cache"))
-    sentence = fails("generate", TEXT, "--voice", voice, "--out", tmp_path / "out", *QUICK)
-    assert sentence.startswith(f"cannot write into {tmp_path}/cache: ")
-    assert not (tmp_path / "out").exists()
+    with pytest.warns(UserWarning, match=f"for this run alone: cannot write into {tmp_path}/cache: "):
+        outcome = cli("generate", TEXT, "--voice", voice, "--out", tmp_path / "out", *QUICK)
+    assert outcome.code == 0
+    assert (tmp_path / "out/codes.npz").exists()
 
 
 def test_interrupt_in_process(cli, voice, tmp_path, monkeypatch):

@@ -5,12 +5,15 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
+import pytest
+
 from clvp_fast import native_build
 from tests.csrc.compiled import CSRC, FUZZERS, HERE, SANITIZED, build
 
 CASES = 600
 
 
+@pytest.mark.slow
 def test_hostile_calls(tmp_path):
     tools = replace(native_build.find_toolchain(), cxx=("g++",), nvcc=None)
     commands = native_build.compile_commands(CSRC, tools)

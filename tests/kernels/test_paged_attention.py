@@ -415,7 +415,7 @@ def test_what_the_kernel_does_not_serve_is_said():
     wide = {name: args[i].double() for i, name in enumerate(("q", "k_new", "v_new", "k_pages", "v_pages"))}
     narrow = {name: args[i][..., :16] for i, name in enumerate(("q", "k_new", "v_new", "k_pages", "v_pages"))}
     cases = [
-        (changed(**wide), r"float32, float16 and bfloat16, not torch\.float64"),
+        (changed(**wide), r"float32, float16 or bfloat16, not torch\.float64"),
         (
             changed(k_pages=args[3].half(), v_pages=args[4].half()),
             r"of the dtype of q, torch\.float32.* not of torch\.float16",

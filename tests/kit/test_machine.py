@@ -16,8 +16,8 @@ AVX512 = "avx512f avx512bw avx512dq avx512vl avx2 fma"
     [
         (f"{AVX512} avx512_bf16", ("avx512bf16", "avx512", "avx2", "portable"), True, True),
         (f"{AVX512} avx512_bf16 amx_bf16", ("avx512bf16", "avx512", "avx2", "portable"), False, False),
-        (AVX512, ("avx512", "avx2", "portable"), True, False),
-        ("avx2 fma sse2", ("avx2", "portable"), True, False),
+        (AVX512, ("avx512", "avx2", "portable"), True, True),
+        ("avx2 fma sse2", ("avx2", "portable"), True, True),
         ("avx2 avx512f", ("portable",), False, False),
         ("", ("portable",), False, False),
     ],
