@@ -136,7 +136,8 @@ def gain(rows: list[dict]) -> str:
             return (
                 f"**{times[other] / times[own]:.1f} times as fast as transformers** in float32 to "
                 f"{SHOWN['generate'].format(**row['shape'])}, {_seconds(times[own])} for {_seconds(times[other])}, on "
-                f"{name}, {row['device']['threads']} threads ([how, and all else](docs/benchmarks.md))."
+                f"{name}, {row['device']['threads']} threads, at commit {row['commit']} "
+                "([how, and all else](docs/benchmarks.md))."
             )
     return "Not measured yet."
 

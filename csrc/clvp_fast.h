@@ -78,11 +78,11 @@ int clvp_fast_has_isa(const char *name);
 int clvp_fast_choose_isa(const char *name);
 
 /* Launches one kernel on the cudaStream_t `stream` of the current device and returns at once. Lengths and bands are not
- * read on the host: what is out of range is clamped. Present in libraries that were built with nvcc. */
+ * read on the host: what is out of range is clamped. Of the CUDA part. */
 int clvp_fast_log_mel_cuda(const struct clvp_fast_log_mel *call, void *stream);
 
 /* 0 where the CUDA part can serve on this machine; else 1, and up to `size` bytes of a sentence on what is missing: a
- * driver, a newer driver, a device. Present in libraries that were built with nvcc. */
+ * driver, a newer driver, a device. Of the CUDA part. */
 int clvp_fast_cuda_missing(char *sentence, int32_t size);
 
 /* The same of log-mel of n_fft on the current device, which may have too little shared memory. */
@@ -285,11 +285,10 @@ struct clvp_fast_persistent_decode {
 int64_t clvp_fast_persistent_decode_workspace(const struct clvp_fast_persistent_decode *call);
 
 /* Launches one cooperative kernel, a block on each multiprocessor, on the cudaStream_t `stream` of the current device
- * and returns at once. Present in libraries that were built with nvcc. */
+ * and returns at once. Of the CUDA part. */
 int clvp_fast_persistent_decode_cuda(const struct clvp_fast_persistent_decode *call, void *stream);
 
-/* A sentence on a returned code, of a CUDA error with its number and name; never null. Valid until the thread's next
- * call. */
+/* A sentence on a clvp_fast_status; never null. */
 const char *clvp_fast_error(int code);
 
 /* What Python compares with its own prototypes before it calls anything; each part of the library has one. */

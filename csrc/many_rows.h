@@ -22,7 +22,8 @@ constexpr int64_t GAP = 16;
 template <class In>
 constexpr int64_t PART = std::is_same_v<In, float> ? 256 : 1024;
 
-/* How many weights 32 bits hold: they are packed as they are given, and widened where they are multiplied. */
+/* How many weights a unit of 32 bits holds: they are packed as they are given, and widened where they are multiplied.
+ */
 template <class In>
 constexpr int PACKED = sizeof(float) / sizeof(In);
 
@@ -30,8 +31,7 @@ struct Layer {
     const void *weight, *bias;
     int64_t stride, columns, outs;
     int64_t groups() const { return (outs + COLUMNS - 1) / COLUMNS; }
-    /* Of a packed group, in 32 bits: its biases in float32, then the weights, VECTORS vectors for 32 bits of columns.
-     */
+    /* Of a packed group, in 32 bits: its biases in float32, then the weights, VECTORS vectors for a unit of columns. */
     template <class In>
     int64_t group_size() const {
         return COLUMNS + columns / PACKED<In> * COLUMNS;
@@ -91,12 +91,12 @@ CLVP_FAST_INLINE Floats join(Floats x, Floats other) {
 }
 
 /* Weights as they are multiplied: 32 bits of columns, or where the CPU has no products of bfloat16 one of the two. */
-template <class In, int PART>
+template <class In, int WHICH>
 CLVP_FAST_INLINE Floats factors(const float *units) {
     if constexpr (UNIT<In> == PACKED<In>) return load_floats(units);
     Integers pairs;
     memcpy(&pairs, units, sizeof pairs);
-    if constexpr (!PART) return (Floats)(pairs << 16);
+    if constexpr (!WHICH) return (Floats)(pairs << 16);
 #if defined(__AVX2__) && !defined(__AVX512F__)
     alignas(32) static const int32_t upper[8] = {-65536, -65536, -65536, -65536, -65536, -65536, -65536, -65536};
     asm volatile("vpand %1, %0, %0" : "+x"(pairs) : "m"(upper));

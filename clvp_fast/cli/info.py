@@ -31,7 +31,7 @@ def run(arguments: argparse.Namespace) -> None:
         ("versions", "  ".join(f"{name} {number}" for name, number in document["versions"].items())),
         *(("device", device) for device in document["devices"]),
         ("library", _told(document["library"])),
-        ("cache", document["cache"] or "none: this user has no home"),
+        ("cache", document["cache"]),
         ("generate", document["generate"]),
     ]
     for title, value in rows:

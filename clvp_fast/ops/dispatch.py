@@ -317,6 +317,11 @@ def unserved_by_triton(name: str, dtype: torch.dtype) -> str | None:
     return f"{name} must be float32, float16 or bfloat16, not {dtype}"
 
 
+def unserved_natively(dtype: torch.dtype) -> str | None:
+    """Why a kernel of the native library does not take tensors of `dtype` on a CPU, or `None`."""
+    return None if dtype in (torch.float32, torch.bfloat16) else f"on a CPU it serves float32 and bfloat16, not {dtype}"
+
+
 def as_rows(x: torch.Tensor) -> torch.Tensor:
     """`[..., width]` as `[rows, width]` with columns at stride 1, as kernels take it: a view where there is one."""
     x = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])

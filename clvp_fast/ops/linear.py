@@ -192,11 +192,10 @@ def _path(x, weight, *args):
     """
     if _in_triton(x, weight):
         return _OPERATOR.choose((x, weight, *args))
-    if forced() in ("reference", "torch"):
+    if x.device.type != "cpu" or forced() in ("reference", "torch"):
         return _OPERATOR.without_kernel()
-    if x.device.type == "cpu" and _OPERATOR.refusal(x.device) is not None:
-        return _OPERATOR.without_kernel()  # without the library, which is asked what it serves
-    served = _unserved(x, weight, *args) is None and _OPERATOR.refusal(x.device) is None
+    # In this order: without the library nobody can tell what it serves.
+    served = _OPERATOR.refusal(x.device) is None and _unserved(x, weight, *args) is None
     return _OPERATOR.with_kernel() if served else _OPERATOR.without_kernel()
 
 

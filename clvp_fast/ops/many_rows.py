@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from clvp_fast.ops.dispatch import as_rows
+from clvp_fast.ops.dispatch import as_rows, unserved_natively
 
 # Rows that are few: beyond them packing the weights pays (benchmarks/linear.py).
 FEW_ROWS = 512
@@ -38,8 +38,8 @@ def unserved_type(dtype, int8=False):
 
     if native.isa() == "portable":
         return "torch's own products serve a CPU that has neither AVX2 nor AVX-512"
-    if dtype not in (torch.float32, torch.bfloat16):
-        return f"on a CPU it serves float32 and bfloat16, not {dtype}"
+    if reason := unserved_natively(dtype):
+        return reason
     if dtype == torch.bfloat16 and not int8 and has_matrix_unit():
         return "this CPU has a matrix unit for bfloat16, which torch's own products use"
     return None

@@ -26,6 +26,7 @@ from clvp_fast.ops.dispatch import (
     runs_natively,
     shape_error,
     unserved_by_triton,
+    unserved_natively,
 )
 
 FLOAT8 = torch.float8_e4m3fn
@@ -299,7 +300,7 @@ def _unserved(q, k_pages, v_pages):
 def _decode_unserved_type(device, dtype):
     if not runs_natively(device):
         return _unserved_type(device, dtype)
-    return None if dtype in (torch.float32, torch.bfloat16) else f"on a CPU it serves float32 and bfloat16, not {dtype}"
+    return unserved_natively(dtype)
 
 
 def _decode_unserved(q, k_new, v_new, k_pages, v_pages, *others):

@@ -72,7 +72,7 @@ def _window_native(x, norm_weight, norm_bias, w_qkv, b_qkv, bias, w_out, b_out, 
 def _window_unserved(x, norm_weight, norm_bias, w_qkv, b_qkv, bias, w_out, b_out, window, shift, eps):
     heads = len(bias)
     return (
-        _unserved_type(x, norm_weight, norm_bias, b_qkv, b_out, bias)
+        _unequal_types(x, norm_weight, norm_bias, b_qkv, b_out, bias)
         or many_rows.unserved(x, None, w_qkv, w_out)
         or unserved_natively(x.unflatten(-1, (heads, -1)), bias, window)
     )
@@ -94,17 +94,17 @@ def _mlp_native(x, norm_weight, norm_bias, w_in, b_in, w_out, b_out, activation,
 
 
 def _mlp_unserved(x, norm_weight, norm_bias, w_in, b_in, w_out, b_out, activation, eps):
-    return _unserved_type(x, norm_weight, norm_bias, b_in, b_out) or many_rows.unserved(x, activation, w_in, w_out)
+    return _unequal_types(x, norm_weight, norm_bias, b_in, b_out) or many_rows.unserved(x, activation, w_in, w_out)
 
 
-def _unserved_type(x, *vectors):
+def _unequal_types(x, *vectors):
     for vector in vectors:
         if vector is not None and vector.dtype != x.dtype:
             return f"all tensors must have the dtype of x, {x.dtype}, not {vector.dtype}"
     return None
 
 
-def _unserved_dtype(device, dtype):
+def _unserved_type(device, dtype):
     return many_rows.unserved_type(dtype)
 
 
@@ -125,7 +125,7 @@ _WINDOW = Operator(
     fake=_fake,
     kernel=_window_native,
     unserved=_window_unserved,
-    unserved_type=_unserved_dtype,
+    unserved_type=_unserved_type,
     calls="two windows a thread or more; fewer go through its parts",
     missing=_missing,
     expected_on=(),
@@ -139,7 +139,7 @@ _MLP = Operator(
     fake=_fake,
     kernel=_mlp_native,
     unserved=_mlp_unserved,
-    unserved_type=_unserved_dtype,
+    unserved_type=_unserved_type,
     calls=f"more than {many_rows.FEW_ROWS} rows, in bfloat16 32 a thread or more; fewer go through its parts",
     missing=_missing,
     expected_on=(),

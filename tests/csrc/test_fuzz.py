@@ -15,7 +15,7 @@ CASES = 600
 
 @pytest.mark.slow
 def test_hostile_calls(tmp_path):
-    tools = replace(native_build.find_toolchain(), cxx=("g++",), nvcc=None)
+    tools = replace(native_build.find_toolchain(), cxx=("g++",))
     commands = native_build.compile_commands(CSRC, tools)
     for stem in (*FUZZERS, "emulator"):
         source = str(HERE / f"{stem}.cpp")
