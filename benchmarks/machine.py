@@ -108,7 +108,7 @@ def cpu_facts() -> dict:
     isa = None if native.missing("cpu") else native.isa()
     return {
         "isa": isa,
-        "isa_forced": isa is not None and isa != native.isas()[0],
+        "isa_forced": isa is not None and native.is_held_down(),
         "torch_isa": torch.backends.cpu.get_cpu_capability(),
         "torch_limits": {name: os.environ[name] for name in TORCH_LIMITS if os.environ.get(name)},
         "cpu_model": {key: value for key, value in _first_cpu().items() if key in _MODEL_KEYS},

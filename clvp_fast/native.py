@@ -108,6 +108,11 @@ def isas() -> tuple[str, ...]:
     return tuple(name for name in ISAS if library().clvp_fast_has_isa(name.encode()))
 
 
+def is_held_down() -> bool:
+    """Tells whether the kernels run on a lower instruction set than this CPU has. Raises as `library` does."""
+    return isa() != isas()[0]
+
+
 def choose_isa(name: str | None) -> None:
     """Chooses the instruction set that a CPU's kernels run on from now on; `None`: the best that this CPU has.
 
@@ -192,7 +197,7 @@ def _is_checkout() -> bool:
 
 
 @cache
-def folder(part: str = "cpu") -> Path:
+def folder(part: str, /) -> Path:
     """The folder of a part of the library, its header, record and build log. Raises as `library` does."""
     if _is_checkout():
         return _cached(part)
@@ -325,7 +330,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     built = record()
     without = f", without {', '.join(built['left_out'])}" if built["left_out"] else ""
-    print(f"library  {folder() / native_build.LIBRARIES['cpu']}")
+    print(f"library  {folder('cpu') / native_build.LIBRARIES['cpu']}")
     print(f"cpu      {isa()} here; compiled for {', '.join(built['isas'])}{without}; {built['cxx_version']}")
     print(f"cuda     {_cuda_line(parts)}")
     return 0

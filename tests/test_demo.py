@@ -11,11 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from clvp_fast import ClvpModelForConditionalGeneration, ClvpProcessor, ClvpTokenizer
+from clvp_fast import ClvpModelForConditionalGeneration, ClvpProcessor, ClvpTokenizer, native
 from clvp_fast.checkpoint import load_checkpoint, resolve_checkpoint
 from clvp_fast.cli import main
 from clvp_fast.demo import DEMO_VERSION, build_demo, demo_checkpoint
 from clvp_fast.files import UnwritableError, cache_folder
+from tests.kit.isa import forget_library
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +124,19 @@ def homeless(monkeypatch):
     monkeypatch.setattr(Path, "home", home)
 
 
-def test_no_home_is_one_sentence_and_info_shows_the_rest(monkeypatch, capsys):
+@pytest.fixture
+def no_library_yet(monkeypatch):
+    """This process has not asked for the native library; what the test learns of it is forgotten."""
+    monkeypatch.setattr(native, "_untold", set())
+    forget_library()
+    yield
+    forget_library()
+
+
+@pytest.mark.parametrize("loaded", [False, True], ids=["library not asked for", "library loaded"])
+def test_no_home_is_one_sentence_and_info_shows_the_rest(monkeypatch, capsys, loaded, no_library_yet):
+    if loaded:
+        native.missing("cpu")
     homeless(monkeypatch)
     with pytest.raises(UnwritableError, match="no home folder for a cache: name a folder in CLVP_FAST_CACHE"):
         cache_folder()

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from clvp_fast import files, native, native_build, native_calls
+from tests.kit.isa import forget_library
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = """
@@ -57,17 +58,9 @@ NO_NVCC = "/nonexistent"
 needs_nvcc = pytest.mark.skipif(native_build._find_nvcc()["nvcc"] is None, reason="there is no nvcc")
 
 
-REMEMBERED = (native.missing, native._loaded, native.folder)
-
-
-def forget():
-    for cached in REMEMBERED:
-        cached.cache_clear()
-
-
 def missing(device="cpu"):
     """`native.missing` of a process that has asked for nothing yet."""
-    forget()
+    forget_library()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return native.missing(device)
@@ -92,9 +85,9 @@ def sources(tmp_path, monkeypatch):
     monkeypatch.setattr(native_build, "cpu_isas", lambda: ("portable",))  # as few files as can be
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.delenv("CLVP_FAST_ISA", raising=False)  # the stand-in has none
-    forget()
+    forget_library()
     yield folder
-    forget()
+    forget_library()
 
 
 def built_folders(tmp_path) -> list[Path]:
@@ -154,7 +147,7 @@ def test_built_at_first_use_and_found_after(sources, tmp_path, capfd, monkeypatc
     ]
     assert folder.parent.stat().st_mode & 0o777 == folder.parents[1].stat().st_mode & 0o777 == 0o700
 
-    forget()
+    forget_library()
     monkeypatch.setattr(native_build, "build", lambda *_: pytest.fail("it is there already"))
     monkeypatch.setattr(native, "_one_process", lambda *_: pytest.fail("a cache that is only read needs no lock"))
     assert native.missing("cpu") is None
@@ -424,16 +417,16 @@ def test_rebuild_tries_again_and_replaces_what_is_there(sources, tmp_path, monke
         (tmp_path / "later.h").write_text("")
         assert missing() == why  # nothing that the name is made of has changed
         capfd.readouterr()
-        forget()
+        forget_library()
         assert native.main([]) == 1 and capfd.readouterr().err == why + "\n"
-        forget()
+        forget_library()
         assert native.main(["--rebuild"]) == 0 and "building" in capfd.readouterr().err
         assert missing() is None
         assert [path.suffix for path in (tmp_path / "cache/native").glob("*.json")] == []
-        (native.folder() / "here before").touch()
-        forget()
+        (native.folder("cpu") / "here before").touch()
+        forget_library()
         assert native.main(["--rebuild"]) == 0 and missing() is None
-        assert not (native.folder() / "here before").exists()
+        assert not (native.folder("cpu") / "here before").exists()
 
 
 def test_an_installed_library_is_not_rebuilt(tmp_path, monkeypatch, capsys):
@@ -447,7 +440,7 @@ def test_a_library_of_another_version_is_told(sources, monkeypatch, version):
     if version:
         monkeypatch.setattr(native, "VERSION", version)
         assert missing() is None
-        found = native.folder()
+        found = native.folder("cpu")
         monkeypatch.setattr(native, "_cached", lambda part: found)
         monkeypatch.setattr(native, "VERSION", native_calls.VERSION)
     else:  # as libraries were before they had a version
@@ -475,7 +468,7 @@ def test_the_version_changes_with_the_prototypes(monkeypatch):
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "gone", "record"])
 def test_a_damaged_library_is_built_anew(sources, damage):
-    library = native.folder() / "libclvp_fast.so"
+    library = native.folder("cpu") / "libclvp_fast.so"
     whole = library.read_bytes()
     if damage == "gone":
         library.unlink()
@@ -483,7 +476,7 @@ def test_a_damaged_library_is_built_anew(sources, damage):
         (library.parent / native_build.RECORD).write_text("{")
     else:
         library.write_bytes(whole[: len(whole) // 2 if damage == "cut" else 0])
-    forget()
+    forget_library()
     assert native.missing("cpu") is None
     assert native.library().clvp_fast_cpu_isa() == b"stand-in"
     assert library.stat().st_size == len(whole)
@@ -511,7 +504,7 @@ def test_a_user_without_a_home(sources, monkeypatch):
 @pytest.mark.parametrize("place", ["cache", "cache/native", "cache/native/HASH", "cache/native/HASH/libclvp_fast.so"])
 def test_nothing_is_loaded_that_others_may_change(sources, tmp_path, place, monkeypatch):
     assert missing() is None
-    place = tmp_path / place.replace("HASH", native.folder().name)
+    place = tmp_path / place.replace("HASH", native.folder("cpu").name)
     mode = place.stat().st_mode
     for bits in (0o020, 0o002):
         place.chmod(mode | bits)
@@ -542,7 +535,7 @@ def test_nothing_is_built_where_others_may_write(sources, tmp_path, capfd):
 
 def test_a_missing_library_is_told_once(sources, monkeypatch):
     monkeypatch.setenv("CXX", "/nonexistent/g++")
-    forget()
+    forget_library()
     with pytest.warns(UserWarning, match="slower torch paths on the CPU: the native library cannot be built") as told:
         for _ in range(2):
             native.warn_of(native.missing("cpu"))
@@ -596,7 +589,8 @@ def test_nothing_heavy_is_loaded():
 def test_the_command_says_what_there_is(sources, capsys):
     assert native.main([]) == 0
     said = capsys.readouterr().out
-    assert str(native.folder() / "libclvp_fast.so") in said and "stand-in here" in said and "no NVIDIA driver" in said
+    assert str(native.folder("cpu") / "libclvp_fast.so") in said
+    assert "stand-in here" in said and "no NVIDIA driver" in said
     assert native.main(["--require", "cuda"]) == 1
     assert "there is no nvcc" in capsys.readouterr().err
 
@@ -618,7 +612,7 @@ def test_a_wrong_name_in_the_environment_is_one_sentence(sources, monkeypatch, c
     """An unknown one with no library too; whether the CPU has a set, only the library knows."""
     monkeypatch.setenv("CLVP_FAST_ISA", name)
     monkeypatch.setenv("CXX", compiler)
-    forget()
+    forget_library()
     assert native.main([]) == 1
     said = capsys.readouterr().err.splitlines()
     assert (says if compiler == "g++" or name == "SSE" else "no C++ compiler that works") in said[-1]

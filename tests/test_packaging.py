@@ -87,7 +87,7 @@ def test_wheel_carries_the_native_library(wheel, tmp_path):
     native = tmp_path / "site/clvp_fast/_native"
     code = """
 from clvp_fast import native
-print(native.folder(), native.missing("cpu"), native.library().clvp_fast_cpu_isa().decode())"""
+print(native.folder("cpu"), native.missing("cpu"), native.library().clvp_fast_cpu_isa().decode())"""
     said = run_python(code, tmp_path / "site", cwd=tmp_path)
     assert said.startswith(f"{native}/cpu None ")
     assert said.endswith((" avx512bf16", " avx512", " avx2", " portable"))
@@ -151,7 +151,7 @@ def fresh(wheel, tmp_path_factory):
 
 def test_an_installed_wheel_runs_the_demo(fresh):
     home, run = fresh
-    code = "import shutil, clvp_fast; from clvp_fast import native; print(native.folder(), shutil.which('g++'))"
+    code = "import shutil, clvp_fast; from clvp_fast import native; print(native.folder('cpu'), shutil.which('g++'))"
     (site,) = home.glob("env/lib/python*/site-packages")
     assert run("python", "-c", code) == f"{site}/clvp_fast/_native/cpu None\n"
     text = "The birch canoe slid on the smooth planks."

@@ -46,8 +46,8 @@ def library() -> dict:
     """
     if reason := native.missing("cpu"):
         return {"missing": reason}
-    isa = native.isa()
-    return {"path": str(native.folder() / native_build.LIBRARIES["cpu"]), "isa": isa, "forced": isa != native.isas()[0]}
+    path = native.folder("cpu") / native_build.LIBRARIES["cpu"]
+    return {"path": str(path), "isa": native.isa(), "forced": native.is_held_down()}
 
 
 def _told(found: dict) -> str:

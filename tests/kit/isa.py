@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from clvp_fast import native
+
 _AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
 # Flags of /proc/cpuinfo that an instruction set takes, the best first.
 _FLAGS = {
@@ -88,6 +90,15 @@ def needs(operator: str, dtype: torch.dtype = torch.float32) -> pytest.MarkDecor
     """The mark of a test of a CPU's kernel: skips it where by the documents the kernel does not serve."""
     reason = why_unserved(operator, dtype)
     return pytest.mark.skipif(reason is not None, reason=str(reason))
+
+
+_REMEMBERED = (native.missing, native.isa, native.folder, native._loaded)  # the functions, also behind stand-ins
+
+
+def forget_library() -> None:
+    """Makes this process one that has not asked for the native library yet."""
+    for function in _REMEMBERED:
+        function.cache_clear()
 
 
 needs_library = pytest.mark.skipif(why_no_library() is not None, reason=str(why_no_library()))

@@ -183,15 +183,15 @@ def test_info_tells_the_instruction_set(capsys, sets):
     for name in sets:
         assert main(["info", "--json"]) == 0
         library = json.loads(capsys.readouterr().out)["library"]
-        assert library == {"path": str(native.folder() / "libclvp_fast.so"), "isa": name, "forced": name != best}
+        assert library == {"path": str(native.folder("cpu") / "libclvp_fast.so"), "isa": name, "forced": name != best}
         assert main(["info"]) == 0
         line = next(row for row in capsys.readouterr().out.splitlines() if row.startswith("library"))
-        assert str(native.folder()) in line and name in line and ("forced" in line) == (name != best)
+        assert str(native.folder("cpu")) in line and name in line and ("forced" in line) == (name != best)
 
 
 def test_info_without_a_library(capsys, monkeypatch, operators):
     monkeypatch.setattr(native, "_loaded", lambda *part: (None, "there is no C++ compiler"))
-    native.missing.cache_clear()
+    isa.forget_library()
     try:
         with warnings.catch_warnings(action="error"):  # said once, in its line
             assert main(["info"]) == 0
@@ -200,4 +200,4 @@ def test_info_without_a_library(capsys, monkeypatch, operators):
         assert main(["info", "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["library"] == {"missing": "there is no C++ compiler"}
     finally:
-        native.missing.cache_clear()
+        isa.forget_library()
