@@ -17,6 +17,8 @@ import clvp_fast
 from clvp_fast import native_build
 
 ROOT = Path(__file__).resolve().parents[1]
+# All of the library is compiled for it once more, where --wheel names none.
+of_a_built_wheel = pytest.mark.slow
 HEAVY = ("torch", "transformers", "triton", "matplotlib", "numpy", "soundfile", "rich")
 
 
@@ -62,6 +64,7 @@ def wheel(source, tmp_path_factory, request) -> Path:
     return wheel_of(sdist, work, CUDA_HOME="/nonexistent")
 
 
+@of_a_built_wheel
 def test_wheel_holds_the_package_and_no_top_level_kernels(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     top_level = {name.split("/")[0] for name in names}
@@ -73,6 +76,7 @@ def test_wheel_holds_the_package_and_no_top_level_kernels(wheel):
         assert f"clvp_fast/kernels/{source.name}" in names
 
 
+@of_a_built_wheel
 def test_wheel_imports(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     (tmp_path / "site/clvp_fast/kernels").mkdir(exist_ok=True)
@@ -82,6 +86,7 @@ def test_wheel_imports(wheel, tmp_path):
     assert Path(kernels) == tmp_path / "site/clvp_fast/kernels"
 
 
+@of_a_built_wheel
 def test_wheel_carries_the_native_library(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     native = tmp_path / "site/clvp_fast/_native"
@@ -102,6 +107,7 @@ print(native.folder("cpu"), native.missing("cpu"), native.library().clvp_fast_cp
     assert "Root-Is-Purelib: false" in purity.read_text()
 
 
+@of_a_built_wheel
 def test_wheel_needs_nothing_but_glibc(wheel, tmp_path):
     """And its tag names the glibc that has what it needs: `make wheel` asks auditwheel for the same."""
     zipfile.ZipFile(wheel).extractall(tmp_path)
@@ -149,6 +155,7 @@ def fresh(wheel, tmp_path_factory):
     return home, run
 
 
+@of_a_built_wheel
 def test_an_installed_wheel_runs_the_demo(fresh):
     home, run = fresh
     code = "import shutil, clvp_fast; from clvp_fast import native; print(native.folder('cpu'), shutil.which('g++'))"
@@ -161,6 +168,7 @@ def test_an_installed_wheel_runs_the_demo(fresh):
     assert not (home / ".cache/clvp_fast/native").exists(), "nothing is compiled"
 
 
+@of_a_built_wheel
 def test_an_installed_wheel_runs_the_documented_example(fresh):
     """The README's first one that loads a checkpoint; the demo stands for the hub's."""
     _, run = fresh

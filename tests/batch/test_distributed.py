@@ -191,8 +191,9 @@ def test_how_many_rows_go_to_a_worker_at_a_time():
     assert _piece_rows(settings, 2, 160) == 10 and _piece_rows(settings, 2, 3) == 1
 
 
-def test_addresses_where_no_cluster_is(corpus, tmp_path, capsys):
-    pytest.importorskip("ray", reason="Ray is not installed: pip install 'clvp-fast[ray]'")
+def test_addresses_where_no_cluster_is(corpus, tmp_path, capsys, monkeypatch):
+    ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'clvp-fast[ray]'")
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)  # whatever other tests have begun
     with socket.socket() as closed, socket.create_server(("127.0.0.1", 0)) as other:
         closed.bind(("127.0.0.1", 0))  # and listens not
         threading.Thread(target=lambda: other.accept()[0].sendall(b"HTTP/1.1 400 Bad Request\r\n"), daemon=True).start()

@@ -1,7 +1,10 @@
 """Programs and libraries of the tests, compiled by g++ from `tests/csrc/` and `csrc/`."""
 
+import fcntl
 import subprocess
 from pathlib import Path
+
+import pytest
 
 HERE = Path(__file__).parent
 CSRC = HERE.parent.parent / "csrc"
@@ -32,4 +35,16 @@ def build(target: Path, *sources: Path, flags: list[str]) -> Path:
     command = ["g++", "-std=c++17", "-pthread", *WARNINGS, *flags, *map(str, sources), "-o", str(target)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    return target
+
+
+def emulator(source: str, factory: pytest.TempPathFactory) -> Path:
+    """The library of the emulator in `source`, compiled once a run: workers that share its tests wait for each other."""
+    shared = factory.getbasetemp()
+    shared = shared.parent if shared.name.startswith("popen-") else shared
+    target = shared / f"{Path(source).stem}.so"
+    with open(target.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            build(target.with_suffix(".part"), HERE / source, flags=["-O1", "-fPIC", "-shared"]).rename(target)
     return target

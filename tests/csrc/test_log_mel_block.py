@@ -10,7 +10,7 @@ import torch
 import clvp_fast
 from clvp_fast import native
 from clvp_fast.ops.log_mel import log_mel
-from tests.csrc.compiled import HERE, build
+from tests.csrc import compiled
 from tests.kit import assert_within_budget, random
 
 SIZES = (256, 512, 1024, 2048, 4096)
@@ -25,8 +25,7 @@ GUARD = 64
 
 @pytest.fixture(scope="module")
 def emulator(tmp_path_factory):
-    target = tmp_path_factory.mktemp("emulator") / "emulator.so"
-    library = ctypes.CDLL(str(build(target, HERE / "emulator.cpp", flags=["-O1", "-fPIC", "-shared"])))
+    library = ctypes.CDLL(str(compiled.emulator("emulator.cpp", tmp_path_factory)))
     library.emulate_log_mel.argtypes = [ctypes.POINTER(native.LogMelCall), ctypes.c_uint32, ctypes.c_int64]
     library.bank_passes.argtypes = [ctypes.c_int32, ctypes.POINTER(ctypes.c_int32)]
     library.bank_passes.restype = None

@@ -13,7 +13,7 @@ from clvp_fast.engine import runner
 from clvp_fast.engine.decoder import PagedDecoder
 from clvp_fast.engine.persistent import PersistentStep, unserved
 from clvp_fast.engine.sampling_params import SamplingParams
-from tests.csrc.compiled import HERE, build
+from tests.csrc import compiled
 from tests.engine.test_decoder import prompts, tiny
 from tests.engine.test_runner import Driver, stopping
 from tests.kit import assert_within_budget
@@ -28,9 +28,7 @@ PREFIXES = (20, 131)
 
 @pytest.fixture(scope="module")
 def emulator(tmp_path_factory):
-    target = tmp_path_factory.mktemp("emulator") / "emulator.so"
-    flags = ["-O1", "-fPIC", "-shared"]
-    library = ctypes.CDLL(str(build(target, HERE / "persistent_emulator.cpp", flags=flags)))
+    library = ctypes.CDLL(str(compiled.emulator("persistent_emulator.cpp", tmp_path_factory)))
     call, integer = ctypes.POINTER(native.PersistentDecodeCall), ctypes.c_int32
     library.emulate_persistent_decode.argtypes = [call, integer, integer, integer, ctypes.POINTER(ctypes.c_int64)]
     library.workspace_bytes.argtypes = [call]
