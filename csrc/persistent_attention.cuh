@@ -74,7 +74,7 @@ CLVP_FAST_INLINE void fetch(Run &run, const clvp_fast_persistent_decode &call, c
     int pages[KEY_LANES];
     unroll<KEY_LANES>([&](auto i) {
         const int place = place_of(run, keys, i);
-        pages[i] = place < keys_of(row) - 1 ? page_of(run, call, row, place) : -1;
+        pages[i] = place < row.stored ? page_of(run, call, row, place) : -1;
     });
     run.settle();
     unroll<KEY_LANES>([&](auto i) {
@@ -98,28 +98,28 @@ CLVP_FAST_INLINE void prefetch(Run &run, const clvp_fast_persistent_decode &call
     if (keys.candidate < 0) return;
     const Row &row = shared.rows[keys.candidate];
     const int place = keys.begin + run.thread % KEYS;
-    const int page = place < keys_of(row) - 1 ? page_of(run, call, row, place) : -1;
+    const int page = place < row.stored ? page_of(run, call, row, place) : -1;
     if (page < 0) return;
     const int64_t offset = offset_of(run, call, row, keys.head, place, page);
     run.prefetch(static_cast<const uint16_t *>(layer.k_pages) + offset);
     run.prefetch(static_cast<const uint16_t *>(layer.v_pages) + offset);
 }
 
-/* Puts the new token's key and value behind the stored ones, and stores them. */
+/* Puts the new token's key and value behind the stored ones, and stores them; not where it has no place or no page. */
 template <class Run>
 CLVP_FAST_INLINE void append(Run &run, const clvp_fast_persistent_decode &call, const Row &row,
                              const clvp_fast_decoder_layer &layer, const Keys &keys, const uint16_t *qkv,
                              KeysAndValues &held) {
-    const int last = keys_of(row) - 1;
-    if (last < keys.begin || last >= keys.begin + KEYS) return;
+    const int last = row.stored;
+    if (last == keys_of(row) || last < keys.begin || last >= keys.begin + KEYS) return;
     unroll<KEY_LANES>([&](auto i) {
         if (place_of(run, keys, i) != last) return;
+        const int page = page_of(run, call, row, last);
+        if (page < 0) return;
         const auto *key = qkv + call.hidden_size + keys.head * HEAD_DIM + run.thread % KEY_LANES * VECTOR;
         held.there |= 1u << i;
         held.k[i] = run.fresh(reinterpret_cast<const Packed *>(key));
         held.v[i] = run.fresh(reinterpret_cast<const Packed *>(key + call.hidden_size));
-        const int page = page_of(run, call, row, last);
-        if (page < 0) return;
         const int64_t offset = offset_of(run, call, row, keys.head, last, page);
         *reinterpret_cast<Packed *>(static_cast<uint16_t *>(layer.k_pages) + offset) = held.k[i];
         *reinterpret_cast<Packed *>(static_cast<uint16_t *>(layer.v_pages) + offset) = held.v[i];

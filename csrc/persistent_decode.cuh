@@ -123,7 +123,8 @@ CLVP_FAST_INLINE Row row_of(Run &run, const clvp_fast_persistent_decode &call, i
         row.prefix_pages = call.prefix_table + request * call.prefix_table_stride;
     }
     const int room = call.max_pages * call.page_size;
-    row.own = stored < 0 ? 0 : 1 + (stored < room ? stored : room);
+    row.own = stored < 0 ? 0 : stored < room ? stored + 1 : room;
+    row.stored = row.prefix + (place < room ? place : room);
     row.own_pages = call.block_table + n * call.block_table_stride;
     return row;
 }

@@ -47,7 +47,8 @@ CLVP_FAST_INLINE float element(const Packed &packed, int index) {
 /* Where a candidate's tokens are. */
 struct Row {
     const int32_t *own_pages, *prefix_pages;
-    int own, prefix; /* tokens in own pages, the new one among them, and of the prefix; 0: inactive */
+    int own, prefix; /* tokens in own pages, the new one last if the table has a place for it, and of the prefix */
+    int stored;      /* both without the new one; all are 0 where the candidate is inactive */
     int token, position;
 };
 

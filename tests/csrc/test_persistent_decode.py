@@ -151,7 +151,8 @@ def hold_to_the_decoder(run, scene):
     assert torch.equal(data.isnan(), untouched)
     stored_before = with_pages(scene)["pages"].data
     new = stored_before.isnan() & ~untouched
-    assert new.sum() == active.sum() * data[:, :, 0, 0].numel()
+    stores = active & (scene["seq_lens"] < scene["block_table"].shape[1] * PAGE_SIZE)
+    assert new.sum() == stores.sum() * data[:, :, 0, 0].numel()
     assert_within_budget(data[new], right[new], other[new], "new keys and values")
     kept = ~stored_before.isnan()
     assert torch.equal(data[kept], stored_before[kept])
@@ -234,6 +235,50 @@ def test_ids_out_of_their_tables(emulator):
         found = emulated(emulator, missing)
         assert torch.equal(found[1][:2], right[1][:2])
         assert found[1][2].isfinite().all() and not torch.equal(found[1][2], right[1][2])
+
+
+def full_table(stored, monkeypatch):
+    """A scene whose first row has no place for its new token, which is left out of the decoder's own step as well.
+
+    128 keys fill both tables: one more would be a second part of every head, for which there is no room.
+    """
+    scene = scene_of(decoder_of(torch.bfloat16), [(32, 0), (5, 0)], [96])
+    for name, width in (("block_table", 2), ("prefix_table", 6)):
+        scene[name] = scene[name][:, :width].contiguous()
+    scene["seq_lens"][0] = stored
+    attend = clvp_fast.ops.paged_attention_decode
+
+    def left_out(q, k_new, v_new, *, k_pages, v_pages, block_table, seq_lens, **tables):
+        """Row 0 stores and attends to the last token of its table once more, in the place of the new one."""
+        last, news = (block_table[0, -1], PAGE_SIZE - 1), (k_new.clone(), v_new.clone())
+        for new, pages in zip(news, (k_pages, v_pages), strict=True):
+            new[0] = pages[last]
+        lengths = torch.cat((seq_lens.new_tensor([31]), seq_lens[1:]))
+        return attend(q, *news, k_pages, v_pages, block_table, lengths, **tables)
+
+    monkeypatch.setattr(clvp_fast.ops, "paged_attention_decode", left_out)
+    return scene
+
+
+@pytest.mark.parametrize("stored", [32, 33, 200])
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_a_full_table(emulator, monkeypatch, blocks, stored):
+    """A new token past its table is left out: none of the next row's pages is written, and nobody attends to it."""
+    compare(emulator, full_table(stored, monkeypatch), blocks=blocks)
+
+
+def test_a_new_token_without_a_page_is_left_out(emulator):
+    """As one that was stored there would be: a row's first token then attends to nothing."""
+    scene = scene_of(decoder_of(torch.bfloat16), [(0, -1), (5, 0)])
+    right = emulated(emulator, with_pages(scene))
+    other = with_pages(scene) | {"block_table": scene["block_table"].clone()}
+    other["block_table"][0, 0] = -1
+    before = other["pages"].data.clone()
+    found = emulated(emulator, other)
+    for mine, whole in zip(found[:2], right[:2], strict=True):
+        assert torch.equal(mine[1], whole[1]) and mine[0].isfinite().all() and not torch.equal(mine[0], whole[0])
+    changed = (other["pages"].data.view(torch.int16) != before.view(torch.int16)).nonzero()
+    assert changed[:, 2].unique().tolist() == [scene["block_table"][1, 0]]
 
 
 # Field: a value, and the code of csrc/clvp_fast.h that refuses it.

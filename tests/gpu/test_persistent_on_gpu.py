@@ -12,6 +12,7 @@ from tests.csrc.test_persistent_decode import (
     DTYPES,
     ROWS,
     decoder_of,
+    full_table,
     hold_to_the_decoder,
     scene_of,
     tensors,
@@ -60,6 +61,10 @@ def test_any_width(sizes):
     hidden, inner = sizes
     changes = dict(hidden_size=hidden, num_attention_heads=hidden // 64, n_inner=inner, num_hidden_layers=1)
     hold_to_the_decoder(run, scene_of(decoder_of(torch.float16, vocab_size=301, **changes), ROWS[:2]))
+
+
+def test_a_full_table(monkeypatch):
+    hold_to_the_decoder(run, full_table(32, monkeypatch))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
