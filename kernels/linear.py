@@ -15,7 +15,8 @@ int8 weights are loaded once, as they lie, and widened in registers on their way
 number of each of the three types, so nothing is rounded, and no wider copy is ever stored. Moved at least (counted):
 `columns * depth` bytes of weights and `4 * columns` of scales; x and out once. The decoder's four matrices are 12.6 MB
 a layer, against 25.2 MB in 2-byte types. A float32 x is rounded to what TF32 holds, and the rest is multiplied apart:
-as the weights are exact, these two TF32 products leave 2^-23 of a product at most, and mostly nothing.
+as the weights are exact, these two TF32 products leave 2^-23 of a product at most, and mostly nothing. The matrix unit
+cuts its sums off where float32 rounds, so that long ones shrink: a tile's begins at zero, and is added in registers.
 
 A row's bits over int8 weights depend neither on the other rows nor on their number: a tile has 32 rows of weights at
 most whatever the rows of x, so that the instruction is always `mma.sync`, and sums run over the depth in one order.
@@ -121,12 +122,13 @@ def _linear_kernel(
             x = tl.load(x_ptrs, mask=in_x & inside[:, None], other=0.0)
         if scale_ptr is not None:
             weight = _widen(weight, x.dtype)
-            if x.dtype == tl.float32:
-                # To the 11 digits that TF32 holds; the rest has 12 at most.
-                high = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
-                acc = tl.dot(weight, x - high, acc, input_precision=PRECISION)
-                x = high
-        acc = tl.dot(weight, x, acc, input_precision=PRECISION)
+        if scale_ptr is not None and x.dtype == tl.float32:
+            # To the 11 digits that TF32 holds; the rest has 12 at most.
+            high = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+            rest = tl.dot(weight, x - high, input_precision=PRECISION)
+            acc += tl.dot(weight, high, rest, input_precision=PRECISION)
+        else:
+            acc = tl.dot(weight, x, acc, input_precision=PRECISION)
         weight_ptrs += BLOCK_K * weight_stride_k
         x_ptrs += BLOCK_K
 
@@ -169,7 +171,7 @@ _FEWEST_COLUMNS = 16  # of a matrix instruction, in Triton
 _INT8_FEW = {2: Tiles(32, 64, 128, 4, 4), 4: Tiles(32, 64, 64, 4, 4)}
 _INT8_MANY = {2: Tiles(32, 128, 128, 4, 3), 4: Tiles(32, 128, 64, 4, 3)}
 # Sizes that are no multiples of a tile or of 16 take registers for their masks and addresses.
-_INT8_ODD = {2: Tiles(32, 32, 64, 4, 4), 4: Tiles(32, 32, 32, 4, 4)}
+_INT8_ODD = {2: Tiles(32, 32, 64, 4, 4), 4: Tiles(16, 32, 32, 4, 4)}
 _FEW_PROGRAMS = 64  # of which GPUs have more multiprocessors: half the tile then makes twice as many
 
 
@@ -187,7 +189,10 @@ def int8_tiles(rows: int, columns: int, depth: int, parts: int, element_size: in
     if rows > few.BLOCK_R:
         return _INT8_MANY[element_size]
     tiles = few_rows(few, rows)
-    return tiles._replace(BLOCK_N=16) if triton.cdiv(columns, tiles.BLOCK_N) * parts < _FEW_PROGRAMS else tiles
+    # More than 32 rows of float32, whose two products begin sums of their own, spill registers at twice the tile.
+    crowded = element_size == 4 and tiles.BLOCK_R > 32
+    few_programs = triton.cdiv(columns, tiles.BLOCK_N) * parts < _FEW_PROGRAMS
+    return tiles._replace(BLOCK_N=16) if crowded or few_programs else tiles
 
 
 def launch(x, weight, scale, bias, residual, out, partial, arrivals, activation, gated, tiles, parts, zeros):

@@ -7,7 +7,7 @@ import clvp_fast
 from clvp_fast.kernels import paged_attention as kernels
 from clvp_fast.ops import paged_attention_decode, paged_prefill
 from clvp_fast.ops.paged_attention import FLOAT8, decode_reference, prefill_reference
-from tests.kernels.device import DEVICE, DTYPES
+from tests.kernels.device import DEVICE, DTYPES, times
 from tests.kit import Guarded, PagePool, assert_within_budget, random, strided
 
 LENGTHS = [0, 1, 15, 16, 17, 33, 5, -1, 31, -3]  # own tokens before the step: page ± 1, none, inactive slots
@@ -67,7 +67,7 @@ def check(call, reference, args, pages_at, rows=slice(None), **options):
     with clvp_fast.backend("torch"):
         baseline = call(torch_args, **options)
     out = call(args, **options)
-    assert_within_budget(out[rows], expected[rows], baseline[rows])
+    assert_within_budget(out[rows], expected[rows], baseline[rows], times=times(out.dtype))
     for i in pages_at:
         assert torch.equal(args[i], exact[i].to(args[i].dtype))
     return out
@@ -352,7 +352,7 @@ def test_prefill_then_decode_is_attention_over_all(dtype):
     with clvp_fast.backend("torch"):
         attend = clvp_fast.ops.rotary_attention
         reference, baseline = attend(q.double(), k.double(), v.double(), causal=True), attend(q, k, v, causal=True)
-    assert_within_budget(torch.cat(outputs, 1), reference, baseline)
+    assert_within_budget(torch.cat(outputs, 1), reference, baseline, times=times(q.dtype))
 
 
 def float8(args, scales):
@@ -379,7 +379,7 @@ def test_float8_pages(dtype, call, reference):
     torch_args, expected = copied(args), reference(*exact, *scales)
     with clvp_fast.backend("torch"):
         baseline = call(torch_args, **options)
-    assert_within_budget(call(args, **options)[rows], expected[rows], baseline[rows])
+    assert_within_budget(call(args, **options)[rows], expected[rows], baseline[rows], times=times(dtype))
     for i in pages:
         assert torch.equal(args[i].view(torch.uint8), exact[i].view(torch.uint8))
         assert torch.equal(torch_args[i].view(torch.uint8), exact[i].view(torch.uint8))

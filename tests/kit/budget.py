@@ -1,7 +1,13 @@
-"""Tolerance as a budget: twice the error of a plain implementation in the same dtype, plus rounding."""
+"""Tolerance as a budget: so many times the error of a plain implementation in the same dtype, plus rounding."""
 
 import torch
 
+# How often a result may have the error of plain torch in its dtype.
+TIMES = 2
+# And where a GPU's matrix unit makes float32 products of TF32: it cuts its sums off (tests/kit/matrix_unit.py has the
+# sources). Emulated over the tests of the kernels, an A100's kind of unit has up to 3.4 times the error of float32's
+# own sums, at narrow widths, where those are of a few roundings; with two digits more in place of one, 5.1 times.
+MATRIX_UNIT_TIMES = 6
 # There is nothing more exact to judge float64 by: other orders of summation are allowed a few more last bits.
 _FLOAT64_ROUNDINGS = 256
 
@@ -15,10 +21,11 @@ def assert_within_budget(
     reference: torch.Tensor,
     baseline: torch.Tensor | None = None,
     name: str = "result",
+    times: float = TIMES,
 ) -> None:
     """Assert that `actual` is as good as its dtype allows, by maximum and by RMS.
 
-    The error against `reference` (float64, made from the same inputs) may be twice that of `baseline`, a plain torch
+    The error against `reference` (float64, made from the same inputs) may be `times` that of `baseline`, a plain torch
     implementation in the dtype of `actual`, plus the rounding of the reference to that dtype. A reference so small
     that a wrong result would fit the budget, and two names of one storage, are refused.
     """
@@ -39,8 +46,8 @@ def assert_within_budget(
     allowed_max, allowed_rms = noise * reference.abs().max().item(), noise * _rms(reference)
     if baseline is not None:
         baseline_error = (baseline.double() - reference).abs()
-        allowed_max += 2 * baseline_error.max().item()
-        allowed_rms += 2 * _rms(baseline_error)
+        allowed_max += times * baseline_error.max().item()
+        allowed_rms += times * _rms(baseline_error)
     assert _rms(reference) >= 20 * allowed_rms, (
         f"{name}: the reference's RMS {_rms(reference):.3g} is below 20 times the tolerance {allowed_rms:.3g}: "
         "a wrong result could pass"

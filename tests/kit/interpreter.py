@@ -17,13 +17,18 @@ def repair() -> None:
         # NumPy 2.4 makes no index of an array of one element, which is what triton 3.6 interprets a loop's bound as.
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
-    def dot(self, a, b, d, *others):
+    def dot(self, a, b, d, precision, *others):
         if a.data.dtype != np.float32 and a.data.dtype != np.float16:
-            return create_dot(self, a, b, d, *others)
-        return interpreter.TensorHandle(product(a.data, b.data, d.data.dtype) + d.data, d.dtype.scalar)
+            return create_dot(self, a, b, d, precision, *others)
+        return interpreter.TensorHandle(summed(a.data, b.data, d.data, precision.name), d.dtype.scalar)
 
     interpreter._patch_lang_tensor = patched
     interpreter.InterpreterBuilder.create_dot = dot
+
+
+def summed(a: np.ndarray, b: np.ndarray, total: np.ndarray, precision: str) -> np.ndarray:
+    """`total` and the product of `a` and `b`, whatever `precision` a kernel asks a GPU's matrix unit for."""
+    return product(a, b, total.dtype) + total
 
 
 def product(a: np.ndarray, b: np.ndarray, dtype: np.dtype) -> np.ndarray:
