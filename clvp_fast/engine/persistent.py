@@ -10,6 +10,7 @@ from clvp_fast import native
 from clvp_fast.engine.decoder import KVPages, PagedDecoder
 from clvp_fast.models.clvp.layers import ClvpDecoderMLP
 from clvp_fast.models.clvp.parameters import is_plain, pack_linears, transpose_storage
+from clvp_fast.ops.dispatch import device_guard
 
 #: The most candidates of a step.
 MAX_ROWS = 4
@@ -197,7 +198,6 @@ class PersistentStep:
         return native.library("cuda").clvp_fast_persistent_decode_workspace(call)
 
     def _launch(self, call: native.PersistentDecodeCall) -> None:
-        device = self.decoder.device
-        with torch.cuda.device(device):
-            stream = torch.cuda.current_stream(device).cuda_stream
+        with device_guard(self.decoder.device):
+            stream = torch.cuda.current_stream().cuda_stream
             native.check(native.library("cuda").clvp_fast_persistent_decode_cuda(call, stream))

@@ -12,6 +12,7 @@ number of rows on any machine and in any dtype.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from clvp_fast.engine.decoder import PagedDecoder, min_rows
 from clvp_fast.engine.persistent import MAX_ROWS, PersistentStep
 from clvp_fast.engine.scheduler import batch_buckets
 from clvp_fast.engine.slots import NEUTRAL, SlotState, to_device
-from clvp_fast.ops.dispatch import OPERATORS
+from clvp_fast.ops.dispatch import OPERATORS, device_guard
 
 # How many tokens of several prompts are prefilled at once.
 PREFILL_TOKENS = 8192
@@ -34,6 +35,17 @@ def _single_token(eos_token_id: int | list[int] | None) -> int:
     if len(tokens) != 1:
         raise ValueError(f"a candidate ends with one token, and the decoder's eos_token_id names {len(tokens)}")
     return -2 if tokens[0] is None else tokens[0]
+
+
+def _on_its_device(method):
+    """A runner's method with the runner's device as the current one, to which streams, events and captures belong."""
+
+    @wraps(method)
+    def guarded(self, *args, **kwargs):
+        with device_guard(self.device):
+            return method(self, *args, **kwargs)
+
+    return guarded
 
 
 @dataclass(frozen=True)
@@ -140,6 +152,7 @@ class Runner:
             self._latents = torch.empty(shape, dtype=decoder.dtype, device=device)
 
     @torch.inference_mode()
+    @_on_its_device
     def warm_up(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Capture the step of each batch bucket, the largest first, with `progress(captured, buckets)` after each.
 
@@ -155,7 +168,7 @@ class Runner:
             return
         sizes = [self._capacity] if self.deterministic else batch_buckets(self._capacity)
         self._graphs.clear()
-        current, side = torch.cuda.current_stream(self.device), torch.cuda.Stream(self.device)
+        current, side = torch.cuda.current_stream(), torch.cuda.Stream()
         pool = torch.cuda.graph_pool_handle()
         for count, size in enumerate(reversed(sizes), 1):
             # Once without capture: kernels are compiled, parameters packed, buffers made.
@@ -164,7 +177,8 @@ class Runner:
                 self._step(size)
             current.wait_stream(side)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
+            # Torch's own stream for captures is one for all devices.
+            with torch.cuda.graph(graph, pool=pool, stream=side):
                 self._step(size)
             self._graphs[size] = graph
             if progress is not None:
@@ -172,6 +186,7 @@ class Runner:
         self._addresses = self.decoder.addresses()
 
     @torch.inference_mode()
+    @_on_its_device
     def apply(self, step, prompts: Mapping[Any, torch.Tensor], params: Mapping[Any, Any]) -> None:
         """Bring a scheduler's changes to the device, and prefill what is new.
 
@@ -198,6 +213,7 @@ class Runner:
         self._prefill(step.prefills, prompts)
 
     @torch.inference_mode()
+    @_on_its_device
     def decode(self, num_slots: int) -> StepHandle:
         """Start one step of the slots below `num_slots`, and do not wait for it."""
         if not 1 <= num_slots <= self.max_batch:

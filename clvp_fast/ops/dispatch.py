@@ -17,7 +17,7 @@ a CPU, runs a kernel only when it is forced.
 import os
 import warnings
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -105,6 +105,11 @@ def missing_on_gpu(device: torch.device) -> str | None:
     return None
 
 
+def device_guard(device: torch.device) -> AbstractContextManager:
+    """A context in which `device` is torch's current one, where launches, streams and events go; nothing on a CPU."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 def runs_natively(device: torch.device) -> bool:
     """Whether an operator with two kernels runs that of the native library on `device`, a CPU, and not Triton's."""
     return device.type == "cpu" and not interpreted()
@@ -171,8 +176,8 @@ class Operator:
         self._refusals: dict[tuple[torch.device, bool], str | None] = {}
         self._warned: set[str] = set()
         LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-        for key in ("CPU", "CUDA"):
-            LIBRARY.impl(name, self._registered, key)
+        LIBRARY.impl(name, self._registered, "CPU")
+        LIBRARY.impl(name, self._registered_on_gpu, "CUDA")
         torch.library.register_fake(f"clvp_fast::{name}", fake, lib=LIBRARY)
         self.registered = getattr(torch.ops.clvp_fast, name).default
         OPERATORS[name] = self
@@ -180,6 +185,11 @@ class Operator:
     def _registered(self, *args):
         refused = self.refusal(args[0].device) or self._unserved(*args)
         return (self._unaliased if refused else self.kernel)(*args)
+
+    def _registered_on_gpu(self, *args):
+        # Kernels are launched on the current device, wherever their tensors lie.
+        with device_guard(args[0].device):
+            return self._registered(*args)
 
     @torch.compiler.assume_constant_result
     def refusal(self, device: torch.device) -> str | None:

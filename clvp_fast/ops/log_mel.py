@@ -19,7 +19,7 @@ from functools import cache
 
 import torch
 
-from clvp_fast.ops.dispatch import Operator, check_same, missing_on_gpu, needs_grad, shape_error
+from clvp_fast.ops.dispatch import Operator, check_same, device_guard, missing_on_gpu, needs_grad, shape_error
 from clvp_fast.ops.log_mel_tables import converted, filters_and_bands, table, twiddles
 
 N_FFTS, MAX_MELS = (256, 512, 1024, 2048, 4096), 256
@@ -153,9 +153,8 @@ def _kernel(
     if on_cpu:
         native.check(native.library().clvp_fast_log_mel_cpu(call, torch.get_num_threads(), None))
     else:
-        with torch.cuda.device(device):
-            stream = torch.cuda.current_stream(device).cuda_stream
-            native.check(native.library("cuda").clvp_fast_log_mel_cuda(call, stream))
+        stream = torch.cuda.current_stream().cuda_stream
+        native.check(native.library("cuda").clvp_fast_log_mel_cuda(call, stream))
     return features.to(result)
 
 
@@ -184,7 +183,7 @@ def _short_of_memory(n_fft, device):
     from clvp_fast import native
 
     told = ctypes.create_string_buffer(256)
-    with torch.cuda.device(device):
+    with device_guard(device):
         lacks = native.library("cuda").clvp_fast_log_mel_cuda_missing(n_fft, told, len(told))
     return f"n_fft {n_fft} is too long for this device: {told.value.decode()}" if lacks else None
 

@@ -61,7 +61,4 @@ def twiddles(n_fft, dtype, device):
 
 
 def _capturing(device):
-    if device.type != "cuda":
-        return False
-    with torch.cuda.device(device):
-        return torch.cuda.is_current_stream_capturing()
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

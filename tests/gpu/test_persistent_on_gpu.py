@@ -23,15 +23,16 @@ from tests.engine.demo_engine import make, request
 from tests.gpu.test_runner_on_gpu import driver_of, replayed_alone
 
 pytestmark = pytest.mark.gpu
+DEVICE = "cuda"
 FULL = dict(hidden_size=1024, num_attention_heads=16, vocab_size=8194)
 
 
 def on_gpu(scene):
     """The scene there; its step, its arguments, and its pages."""
-    decoder = PagedDecoder(copy.deepcopy(scene["decoder"].model).to("cuda"))
+    decoder = PagedDecoder(copy.deepcopy(scene["decoder"].model).to(DEVICE))
     pages = decoder.pages(scene["pages"].data.shape[2], scene["pages"].page_size)
     pages.data.copy_(scene["pages"].data)
-    arguments = [tensor.cuda() for tensor in tensors(scene)]
+    arguments = [tensor.to(DEVICE) for tensor in tensors(scene)]
     return PersistentStep(decoder, pages, arguments[2].shape[1], arguments[3].shape[1]), arguments, pages
 
 

@@ -19,10 +19,10 @@ FLOAT8 = pytest.param(
 )
 
 
-def driver_of(dtype=torch.float32, params=VARIED, **options):
+def driver_of(dtype=torch.float32, params=VARIED, device="cuda", **options):
     model = stopping(tiny())
-    prompt_list = [prompt.to("cuda", dtype) for prompt in prompts(model, LENGTHS)]
-    return Driver(model.to("cuda", dtype), prompt_list, params, **options)
+    prompt_list = [prompt.to(device, dtype) for prompt in prompts(model, LENGTHS)]
+    return Driver(model.to(device, dtype), prompt_list, params, **options)
 
 
 def replayed_alone(runner):
