@@ -20,8 +20,8 @@ counters of arrivals are set to 0 by the first launch. The number of parts depen
 
 A row's bits do not depend on the other rows as long as their number stays within one regime: up to 64, 256, 1024, 4096
 rows, and more; over int8 weights up to 512 rows, and more. float32 products are made of three TF32 products each
-(`tf32x3`), which leaves an error of about 2^-21 of a product, near float32's own; Triton's default, one TF32 product,
-would leave 2^-11.
+(`tf32x3`), which leaves an error of about 2^-21 of a product, and each tile's are added up outside of the matrix unit,
+which cuts its sums off (docs/kernels.md); Triton's default, one TF32 product, would leave 2^-11.
 """
 
 from typing import NamedTuple
