@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from clvp_fast import files, native, native_build, native_calls
-from tests.kit.isa import forget_library
+from tests.kit.isa import forget_library, needs_compiler, why_no_compiler
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = """
@@ -69,6 +69,8 @@ def missing(device="cpu"):
 @pytest.fixture
 def sources(tmp_path, monkeypatch):
     """The folder of a tiny library's sources, which the loader takes for csrc/; an empty cache, and no nvcc."""
+    if reason := why_no_compiler():
+        pytest.skip(reason)
     folder = tmp_path / "some csrc"
     folder.mkdir()
     for name in ("clvp_fast.h", "version.cpp"):
@@ -107,6 +109,7 @@ STRUCTURES = {
 }
 
 
+@needs_compiler
 @pytest.mark.parametrize("struct", STRUCTURES)
 def test_the_structure_is_the_header_s(struct, tmp_path):
     """The same names in the same order, each at the compiler's own offset; the same numbers of the enums."""
@@ -258,6 +261,7 @@ def test_an_instruction_set_that_the_compiler_does_not_know_is_left_out(sources,
         assert f"without {', '.join(left_out)}; " in capsys.readouterr().out
 
 
+@needs_compiler
 @pytest.mark.parametrize("left_out", ["avx512bf16", "avx512", "avx2"])
 def test_the_library_has_nothing_of_a_set_that_is_left_out(tmp_path, left_out):
     """Of csrc/cpu.cpp itself: what it needs of each instruction set."""

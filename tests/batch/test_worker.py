@@ -12,6 +12,7 @@ from clvp_fast.batch.settings import Settings
 from clvp_fast.batch.worker import Worker, _mark
 from clvp_fast.checkpoint import Checkpoint
 from tests.batch.jobs import QUICK, VOICE, records
+from tests.kit import isa
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +63,7 @@ def test_rows_do_not_depend_on_each_other(worker, rows, together):
     assert lines(worker.outcomes([rows[9]])) == {9: together[9]}
 
 
+@isa.needs("paged_attention_decode", torch.bfloat16)
 def test_half_types_do_not_either(rows):
     worker = Worker(Settings(**QUICK, dtype="bfloat16"))
     assert worker.engine._steps["deterministic"]

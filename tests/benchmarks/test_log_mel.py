@@ -8,6 +8,7 @@ import torch
 
 from benchmarks import kernels, log_mel
 from benchmarks.harness import all_rows
+from tests.kit.isa import needs_library
 
 LOG_MEL = {
     "torch.stft, matmul, log",
@@ -44,6 +45,7 @@ def asrfront_stub(off: float = 0.0):
 
 
 @pytest.mark.filterwarnings("ignore:At least one mel filter")
+@needs_library
 def test_log_mel_providers_agree(short_clips, monkeypatch):
     module = type(sys)("asrfront")
     module.gemma4 = type(sys)("asrfront.gemma4")
@@ -72,6 +74,7 @@ def test_log_mel_providers_agree(short_clips, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:At least one mel filter")
+@needs_library
 def test_a_wrong_or_absent_asrfront_is_told(short_clips, monkeypatch):
     module = type(sys)("asrfront")
     module.gemma4 = type(sys)("asrfront.gemma4")
@@ -100,6 +103,7 @@ def test_the_gate_of_log_mel_sees_every_clip(short_clips):
         assert not case.error(each, expected) <= case.tolerance
 
 
+@needs_library
 def test_a_rival_that_breaks_is_told_and_one_that_runs_is_judged(short_clips, monkeypatch):
     class Broken:
         def __init__(self, **options):

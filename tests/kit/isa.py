@@ -61,10 +61,16 @@ def has_matrix_unit() -> bool:
 
 
 @cache
+def why_no_compiler() -> str | None:
+    compilers = (os.environ.get("CXX", ""), "g++", "c++", "clang++")
+    return None if any(map(shutil.which, compilers)) else "there is no C++ compiler, so there is no native library"
+
+
+@cache
 def why_no_library() -> str | None:
     """Why this machine cannot have the native library: it is compiled when it is needed, into the user's cache."""
-    if not any(map(shutil.which, (os.environ.get("CXX", ""), "g++", "c++", "clang++"))):
-        return "there is no C++ compiler, so there is no native library"
+    if reason := why_no_compiler():
+        return reason
     try:
         home = Path(os.environ.get("CLVP_FAST_CACHE") or os.environ.get("XDG_CACHE_HOME") or Path.home())
     except RuntimeError:  # this user has none
@@ -101,4 +107,5 @@ def forget_library() -> None:
         function.cache_clear()
 
 
+needs_compiler = pytest.mark.skipif(why_no_compiler() is not None, reason=str(why_no_compiler()))
 needs_library = pytest.mark.skipif(why_no_library() is not None, reason=str(why_no_library()))
