@@ -1,12 +1,13 @@
-"""Reading recordings: any format that libsndfile reads, any sampling rate, one channel out."""
+"""Reading recordings: any format that libsndfile reads, any sampling rate, one channel out.
+
+soundfile and soxr are imported by who reads a recording: an engine that is given features needs neither.
+"""
 
 import os
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-import soundfile
-import soxr
 
 #: How the names of recordings end in a folder, in lower case.
 RECORDING_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg")
@@ -39,6 +40,8 @@ def load_audio(source: str | os.PathLike | BinaryIO, sampling_rate: int = 22050)
             raise FileNotFoundError(f"there is no recording at {name}")
         if not source.is_file():
             raise ValueError(f"a recording must be a file, and {name} is a folder")
+    import soundfile
+
     try:
         samples, rate = soundfile.read(source, dtype="float32", always_2d=True)
     except (soundfile.LibsndfileError, OSError, TypeError) as error:
@@ -54,6 +57,8 @@ def load_audio(source: str | os.PathLike | BinaryIO, sampling_rate: int = 22050)
         notes.append(f"{channels} channels mixed down to one")
     samples = samples.mean(axis=1)
     if rate != sampling_rate:
+        import soxr
+
         samples = soxr.resample(samples, rate, sampling_rate, quality="HQ")
         notes.append(f"resampled from {rate} Hz to {sampling_rate} Hz")
         if len(samples) == 0:

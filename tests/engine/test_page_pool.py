@@ -2,12 +2,15 @@
 
 from collections import Counter
 
-import hypothesis.strategies as st
 import pytest
-from hypothesis import settings
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from clvp_fast.engine.page_pool import OutOfPages, PagePool
+
+pytest.importorskip("hypothesis")  # which a GPU machine may lack
+
+import hypothesis.strategies as st
+from hypothesis import settings
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 
 class Accounting(RuleBasedStateMachine):

@@ -2,13 +2,16 @@
 
 import sys
 
-import hypothesis.strategies as st
 import pytest
-from hypothesis import given, settings
-from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from clvp_fast.engine.scheduler import Admission, Prefill, RequestTooLarge, Scheduler, batch_buckets
 from tests.engine.null_engine import Engine
+
+pytest.importorskip("hypothesis")  # which a GPU machine may lack
+
+import hypothesis.strategies as st
+from hypothesis import given, settings
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 
 class AnyOrder(RuleBasedStateMachine):
