@@ -15,6 +15,11 @@ def seconds(value: float) -> str:
     return f"{value * 1e6:.1f} µs"
 
 
+def speed(row: dict) -> str:
+    """How much faster than what it is compared with; "" where that has no time."""
+    return "" if row["ratio"] is None else f"{row['ratio']:.2f}x"
+
+
 def thousands(value: float) -> str:
     return f"{value:,.0f}".replace(",", " ") if value >= 10 else f"{value:.1f}"
 
@@ -82,7 +87,7 @@ def _table(rows: list[dict]) -> str:
             continue
         spread = row["seconds"]
         cells += [f"{seconds(spread['median'])} ({seconds(spread['q20'])} to {seconds(spread['q80'])})"]
-        cells += [f"{row['ratio']:.2f}x"]
+        cells += [speed(row)]
         if limited:
             cells.append(f"{row['fraction_of_limit']:.1%}" if "fraction_of_limit" in row else "")
         cells.append(f"{row['error']:.1e}")

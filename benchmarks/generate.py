@@ -93,9 +93,10 @@ def _torch(name: str, device: str, dtype: torch.dtype, shape: dict, smoke: bool)
 
 def _engine(tier: Tier, device: str, shape: dict, smoke: bool) -> Provider:
     _require_equal_greedy_tokens(device, smoke, shape["text_tokens"])
+    # Before the engine is made: its pages and those of the process that is measured would not fit beside each other.
+    memory = peak_memory(tier.name, device, shape, smoke) if shape["candidates"] > 1 else {}
     engine = engine_of(tier, device, smoke, shape["candidates"], shape["new_tokens"])
     error = engine_error(tier, device, smoke, shape["text_tokens"])
-    memory = peak_memory(tier.name, device, shape, smoke) if shape["candidates"] > 1 else {}
     run = partial(engine_generate, engine, device, shape)
     return Provider(f"clvp_fast engine, {tier.name}", run, error, tier.tolerance, counted=memory)
 

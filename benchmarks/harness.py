@@ -51,7 +51,8 @@ class Provider:
 class Task:
     """One shape of a workload: a run writes its rows as soon as they are measured, and can leave out what it has.
 
-    shape: as in its rows, which no other task of the workload has. rows: measures them. makers: by name, what makes
+    shape: as in its rows, which no other task of the workload has. rows: measures them. row: measures one provider
+        alone, by its name, and raises `Absent` where it cannot be had. makers: by name, what makes
         each provider and judges it; the first is what the others are compared with. repeats: how often each is timed.
         absent: by name, why a provider cannot be had. around: what a provider must be made and run in.
     """
@@ -62,6 +63,7 @@ class Task:
     repeats: int = 1
     absent: dict[str, str] = field(default_factory=dict)
     around: Callable[[], AbstractContextManager] = nullcontext
+    row: Callable[[str], dict] | None = None
 
 
 def task(
@@ -81,7 +83,18 @@ def task(
             providers, missing = made(makers)
             return measure(workload, shape, providers, repeats, absent=absent | missing, **counted)
 
-    return Task(shape, rows, makers, repeats, absent, around)
+    def row(name: str) -> dict:
+        if name in absent:
+            raise Absent(absent[name])
+        with around():
+            providers, missing = made({name: makers[name]})
+            found = measure(workload, shape, providers, repeats, absent=missing, **counted)
+        if not found:
+            raise Absent(missing[name])
+        # What it is compared with may come later, or has gone: who reads the rows divides.
+        return found[0] | {"alone": True, "ratio": None, "compared_with": next(iter(makers))}
+
+    return Task(shape, rows, makers, repeats, absent, around, row)
 
 
 def made(makers: dict[str, Callable[[], Provider]]) -> tuple[list[Provider], dict[str, str]]:
@@ -117,9 +130,11 @@ def measure(
         counted: bytes and operations that must move, for the row.
 
     A provider whose error is beyond its tolerance gets a row that says so, without a time: no green, no speed. A rival
-    that breaks when it is run is absent. Providers that are not asked for (`providers.only`) have no part.
+    that breaks when it is run is added to `absent`. Providers that are not asked for (`providers.only`) have no part.
     """
-    absent = {name: why for name, why in (absent or {}).items() if is_chosen(name)}
+    absent = {} if absent is None else absent
+    for name in [name for name in absent if not is_chosen(name)]:
+        del absent[name]
     providers = [provider for provider in providers if is_chosen(provider.name)]
     rows = []
 
@@ -187,10 +202,13 @@ def all_rows(module, device: str, **options) -> list[dict]:
 
 
 @cache
-def source() -> str:
-    """A mark of the code that is measured: another one, and rows are of another program. Sixteen hex digits."""
+def source(*more: str) -> str:
+    """A mark of the code that is measured: another one, and rows are of another program. Sixteen hex digits.
+
+    more: further folders, beside `SOURCES`.
+    """
     digest = hashlib.sha256()
-    for folder in SOURCES:
+    for folder in (*SOURCES, *more):
         for path in sorted((ROOT / folder).rglob("*")):
             if path.suffix in (".py", ".cpp", ".cu", ".cuh", ".h"):
                 digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())

@@ -85,7 +85,7 @@ def ours(call: Callable[..., torch.Tensor], operator: str, device: str) -> tuple
     return found, absent
 
 
-def _copies(arguments: tuple, device: str) -> int:
+def copies(arguments: tuple, device: str) -> int:
     if device == "cpu":
         return 1
     size = sum(x.nbytes for x in arguments if isinstance(x, torch.Tensor))
@@ -134,7 +134,7 @@ class _Shared:
         if case.error is None:
             baseline = next(iter(case.providers.values()))
             self.tolerance = 2 * self.error(baseline) + torch.finfo(case.dtype).eps
-        self.sets += [case.inputs(seed) for seed in range(1, _copies(self.sets[0], device))]
+        self.sets += [case.inputs(seed) for seed in range(1, copies(self.sets[0], device))]
 
     def error(self, run: Callable[..., torch.Tensor] | Planned) -> float:
         """How far a way's result is from what is right; its arguments, which it may write, are made anew."""

@@ -10,7 +10,7 @@ A rival that cannot be had is named in the rows, with the reason: `pip install t
 
 import math
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from transformers.audio_utils import mel_filter_bank, window_function
 
 import clvp_fast
 from benchmarks.harness import Task
-from benchmarks.kernels import Case, Planned, tasks as tasks_of
+from benchmarks.kernels import Case, Planned, bound, tasks as tasks_of
 from benchmarks.rivals import asrfront_mel, mel_spectrogram
 from clvp_fast import ClvpFeatureExtractor
 from clvp_fast.ops import log_mel
@@ -70,33 +70,37 @@ def _by(name: str, call: Callable[..., torch.Tensor]) -> Callable[..., torch.Ten
     return run
 
 
-def _ours(settings: dict, device: str) -> tuple[dict, dict]:
+def _ours(settings: Callable[[], dict], device: str) -> tuple[dict, dict]:
     """The operator by its kernel, in float32 and, on a CPU, in float64, as the extractor computes."""
     refused = clvp_fast.explain("log_mel", device)[0].refused.get("kernel")
     if refused:
         return {}, {"clvp_fast kernel": refused}
-    providers = {"clvp_fast kernel": _by("kernel", lambda samples: log_mel(samples, **settings))}
+    providers = {"clvp_fast kernel": _by("kernel", lambda samples: log_mel(samples, **settings()))}
     if device == "cpu":
-        double = settings | {"compute_dtype": torch.float64, "dtype": torch.float32}
-        providers["clvp_fast kernel, float64"] = _by("kernel", lambda samples: log_mel(samples, **double))
+        double = {"compute_dtype": torch.float64, "dtype": torch.float32}
+        providers["clvp_fast kernel, float64"] = _by("kernel", lambda samples: log_mel(samples, **settings(), **double))
     return providers, {}
 
 
-def _stft(settings: dict) -> Callable[[torch.Tensor], torch.Tensor]:
+def _stft(settings: Callable[[], dict]) -> Planned:
     """What a careful user of torch writes."""
-    window, hop, norms = settings["window"], settings["hop_length"], settings["mel_norms"][:, None]
-    filters, floor = settings["mel_filters"].T.contiguous(), settings["log_floor"]
 
-    def run(samples):
-        spectrum = torch.stft(samples, len(window), hop, window=window, return_complex=True)
-        return (filters @ torch.view_as_real(spectrum).square().sum(-1)).clamp(min=floor).log() / norms
+    def plan(samples):
+        tables = settings()
+        window, hop, norms = tables["window"], tables["hop_length"], tables["mel_norms"][:, None]
+        filters, floor = tables["mel_filters"].T.contiguous(), tables["log_floor"]
 
-    return run
+        def run():
+            spectrum = torch.stft(samples, len(window), hop, window=window, return_complex=True)
+            return (filters @ torch.view_as_real(spectrum).square().sum(-1)).clamp(min=floor).log() / norms
+
+        return run
+
+    return Planned(plan)
 
 
-def _mel_spectrograms(settings: dict, device: str) -> tuple[dict, dict]:
+def _mel_spectrograms(settings: Callable[[], dict], device: str) -> tuple[dict, dict]:
     """torchaudio's transform with the logarithm and the norms behind it, and flashmel's with and without them."""
-    norms = settings["mel_norms"][:, None]
     options = {"sample_rate": RATE, "n_fft": N_FFT, "hop_length": HOP, "n_mels": NUM_MELS}
     options |= {"f_max": 8000.0, "norm": "slaney", "mel_scale": "htk"}
 
@@ -109,7 +113,7 @@ def _mel_spectrograms(settings: dict, device: str) -> tuple[dict, dict]:
 
     def normalised(module: str) -> Planned:
         def plan(samples):
-            mel = alone(module).plan(samples)
+            mel, norms = alone(module).plan(samples), settings()["mel_norms"][:, None]
             return lambda: mel().clamp(min=FLOOR).log() / norms
 
         return Planned(plan)
@@ -155,19 +159,19 @@ def _operator_reference(samples: torch.Tensor, settings: dict) -> torch.Tensor:
 
 def clvp_case(clips: int, device: str, threads: int | None = None) -> Case:
     """CLVP's own features, normalised; the filters are the extractor's."""
-    settings = _settings(device)
+    settings = cache(partial(_settings, device))  # which lie on the device, and are made when a provider is
     kernel, no_kernel = _ours(settings, device)
     spectrograms, no_spectrograms = _mel_spectrograms(settings, device)
-    torch_path = {"clvp_fast torch": _by("torch", lambda samples: log_mel(samples, **settings))}
+    torch_path = {"clvp_fast torch": _by("torch", lambda samples: log_mel(samples, **settings()))}
     extractors = _extractors() if device == "cpu" and clips <= _EXTRACTORS_UP_TO else {}
     shape = dict(clips=clips, seconds=SECONDS, n_fft=N_FFT, hop_length=HOP, num_mels=NUM_MELS)
     return Case(
         shape=shape if device == "cuda" else shape | {"threads": threads or torch.get_num_threads()},
         dtype=torch.float32,
         inputs=lambda seed: make_clips(seed, clips, RATE, device),
-        reference=lambda samples: _operator_reference(samples, settings),
+        reference=lambda samples: _operator_reference(samples, settings()),
         providers={"torch.stft, matmul, log": _stft(settings)} | torch_path | kernel | spectrograms | extractors,
-        **_counted(clips, 1 + SECONDS * RATE // HOP, SECONDS * RATE, settings),
+        **_counted(clips, 1 + SECONDS * RATE // HOP, SECONDS * RATE, _settings("cpu")),
         absent=no_kernel | no_spectrograms,
         error=furthest,
         tolerance=_TOLERANCE,
@@ -212,9 +216,13 @@ def asrfront_case(clips: int, threads: int | None = None) -> Case:
         ours, theirs = expected
         return furthest(result, theirs if result.shape[1:] == theirs.shape[1:] else ours)
 
-    kernel, absent = _ours(settings, "cpu")
-    providers = {"torch.stft, matmul, log": _stft(settings)} | kernel
-    providers = {name: lambda samples, run=run: run(samples[:, :used]) for name, run in providers.items()}
+    kernel, absent = _ours(lambda: settings, "cpu")
+    providers = {"torch.stft, matmul, log": _stft(lambda: settings)} | kernel
+
+    def of_used(run):
+        return Planned(lambda samples: bound(run, (samples[:, :used],)))
+
+    providers = {name: of_used(run) for name, run in providers.items()}
     providers["asrfront"] = asrfront_mel.gemma4
     return Case(
         shape=dict(

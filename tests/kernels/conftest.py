@@ -1,8 +1,9 @@
-"""Every test of this folder forces the kernels; on a machine with a GPU it belongs to `-m gpu`."""
+"""Every test of this folder forces the kernels; on a machine with a GPU those that run there belong to `-m gpu`."""
 
 from pathlib import Path
 
 import pytest
+import torch
 
 import clvp_fast
 from tests.kernels.device import DEVICE
@@ -11,8 +12,21 @@ from tests.kernels.device import DEVICE
 def pytest_collection_modifyitems(items):
     if DEVICE == "cuda":
         for item in items:
-            if Path(__file__).parent in item.path.parents:
+            if Path(__file__).parent in item.path.parents and _runs_there(item):
                 item.add_marker(pytest.mark.gpu)
+    for item in items:
+        if any(value is torch.bfloat16 for value in _parameters(item).values()):
+            item.add_marker(pytest.mark.bfloat16)
+
+
+def _runs_there(item) -> bool:
+    """Tests of a CPU's kernels are in files of their own, or say so by a fixture; compiling needs no GPU either."""
+    of_cpu = item.path.stem.endswith("_cpu") or "on_cpu" in item.fixturenames
+    return not (of_cpu or item.path.stem == "test_compiled" or _parameters(item).get("path") == "cpu")
+
+
+def _parameters(item) -> dict:
+    return item.callspec.params if hasattr(item, "callspec") else {}
 
 
 @pytest.fixture(autouse=True)

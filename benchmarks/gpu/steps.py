@@ -1,0 +1,91 @@
+"""What is run on a GPU, in which order, and for how long.
+
+The order is that of what one wants to know first. Limits of all steps together are those of half an hour at a GPU; they
+were set where none was at hand.
+"""
+
+import sys
+from pathlib import Path
+
+from benchmarks.gpu.supervise import Step
+from benchmarks.harness import ROOT
+
+#: The tests that the sanitizers watch, one a line: each kernel once where it writes and reads most oddly.
+SANITIZED = ROOT / "tests/gpu/sanitized.txt"
+#: Kernels first: what is measured of ours and torch's, by workload.
+KERNELS = (
+    "paged_attention",
+    "gelu_mlp",
+    "sample",
+    "rotary_attention",
+    "log_mel",
+    "add_norm",
+    "linear",
+    "geglu_mlp",
+    "window_attention",
+    "merge_norm",
+    "swin",
+)
+MODELS = ("decode_step", "generate", "score", "clap", "end_to_end")
+OURS, RIVALS = "ours,torch", "sdpa,transformers,flashinfer,torchaudio,flashmel"
+# A kernel that waits for itself for ever would be this one: it comes behind all else.
+ONE_LAUNCH, ALL_ELSE = "one launch", "^(?!.*one launch)"
+
+
+def check(sanitizer: str) -> list[Step]:
+    """The tests of a GPU. sanitizer: the command of compute-sanitizer."""
+
+    def watched(tool: str, *environment: str) -> Step:
+        program = (*environment, sanitizer, "--tool", tool, "--error-exitcode", "1")
+        command = (*program, *_pytest("gpu", "tests/kernels", "--only-tests-in", str(SANITIZED)))
+        return Step(tool, command, 90, 60, sanitized=True)
+
+    no_capture = "--ignore=tests/kernels/test_capture.py"
+    return [
+        Step("kernels in bfloat16", _pytest("gpu and bfloat16", "tests/kernels", no_capture), 150, 60, workers=8),
+        Step("native library", _pytest("gpu", "tests/gpu/test_native_on_gpu.py"), 90, 90),
+        Step(
+            "engine",
+            _pytest("gpu", "tests/gpu/test_runner_on_gpu.py", "tests/gpu/test_int8_on_gpu.py", "tests/engine"),
+            120,
+            60,
+            workers=4,
+        ),
+        Step("capture", _pytest("gpu", "tests/kernels/test_capture.py"), 40, 30),
+        Step("models", _pytest("gpu", *(f"tests/gpu/test_{it}_on_gpu.py" for it in ("models", "clap", "features"))), 60, 30),
+        Step("kernels in other types", _pytest("gpu and not bfloat16", "tests/kernels", no_capture), 150, 60, workers=8),
+        # The checker sees a tensor's bounds where every tensor is an allocation of its own.
+        watched("memcheck", "env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1"),
+        watched("racecheck"),
+        Step("persistent step", _pytest("gpu", "tests/gpu/test_persistent_on_gpu.py"), 60, 30),
+    ]
+
+
+def bench(rows: Path) -> list[Step]:
+    """The measurements. rows: the folder for them."""
+
+    def step(name: str, workloads: tuple[str, ...], seconds: float, groups: str = OURS, names: str = ALL_ELSE) -> Step:
+        words = ("-m", "benchmarks.gpu.measuring", *workloads, "--groups", groups, "--names", names, "--rows", str(rows))
+        return Step(name, (sys.executable, *words), seconds, 60)
+
+    return [
+        step("rows of kernels", KERNELS, 210),
+        step("rows of the decode step", ("decode_step",), 90),
+        step("rows of generate", ("generate",), 100),
+        step("rows of score", ("score", "clap"), 50),
+        step("rows end to end", ("end_to_end",), 40),
+        step("rows of rivals", (*KERNELS, *MODELS), 150, RIVALS),
+        step("rows of the persistent step", ("decode_step",), 30, names=ONE_LAUNCH),
+    ]
+
+
+def evidence(sanitizer: str, rows: Path) -> list[Step]:
+    """Tests, measurements, and behind both the persistent step."""
+    *tests, persistent = check(sanitizer)
+    *measured, one_launch = bench(rows)
+    return [*tests, *measured, persistent, one_launch]
+
+
+def _pytest(markers: str, *words: str) -> tuple[str, ...]:
+    plugins = ("-p", "benchmarks.gpu.testing", "-p", "no:cacheprovider")
+    return (sys.executable, "-m", "pytest", "-q", *plugins, "-m", markers, *words)
