@@ -12,11 +12,13 @@ CONSTRAINTS ?= .ci/constraints.txt
 PIP_ARGS ?=
 PYTEST_ARGS ?=
 TEST_WORKERS ?= 2
-# gpu-check and gpu-bench use the torch that is installed on the GPU machine, not a virtual environment.
+# The gpu targets use the torch that is installed on the GPU machine, not a virtual environment.
 GPU_PYTHON ?= python3
 SANITIZER ?= compute-sanitizer
-# What the measurements may take; each workload's rows are written as it ends, the most important first.
+# What one call of them may take, and where it writes.
 GPU_SECONDS ?= 540
+GPU_OUT ?= out/gpu
+GPU_ARGS ?=
 BENCH_ARGS ?=
 
 PY := $(VENV)/bin/python
@@ -29,7 +31,7 @@ CPP_SOURCES := $(wildcard csrc/* tests/csrc/*.cpp tests/csrc/*.h tests/csrc/*/*.
 DEMO_TEXT := The birch canoe slid on the smooth planks, and the doctor paid 25 dollars for it.
 DEMO_OUT ?= out/demo
 
-.PHONY: setup test test-all wheel demo lint format portability canary bench-cpu docs-benchmarks kernel-report gpu-check gpu-bench clean
+.PHONY: setup test test-all wheel demo lint format portability canary bench-cpu docs-benchmarks kernel-report gpu-check gpu-bench gpu-evidence clean
 
 setup: $(RUNTIME_STAMP)
 
@@ -87,26 +89,24 @@ bench-cpu: $(RUNTIME_STAMP)
 docs-benchmarks: $(RUNTIME_STAMP)
 	$(PY) -m benchmarks.report
 
-define require_gpu
-@$(GPU_PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null \
-  || { echo "$@ needs a CUDA device, and $(GPU_PYTHON) with a torch that sees it (choose with GPU_PYTHON=...)"; exit 1; }
+# In parts of at most GPU_SECONDS: called again, they go on. All is written to GPU_OUT as it comes, and the last line names
+# what failed. GPU_ARGS=--count tells without a GPU what would be run.
+define on_gpu
+PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $(GPU_PYTHON) -m benchmarks.gpu $(@:gpu-%=%) --out $(GPU_OUT) \
+  --seconds $(GPU_SECONDS) --sanitizer $(SANITIZER) $(GPU_ARGS)
 endef
 
-# Correct on this GPU, and clean to the memory checker, which needs every tensor to be an allocation of its own. Compiling takes
-# most of the first run's time, so several processes share it where pytest-xdist is there; the second finds all in the cache.
+# Correct on this GPU, and clean to the memory checker.
 gpu-check:
-	$(require_gpu)
-	PYTHONPATH=. $(GPU_PYTHON) -m clvp_fast.native --require cuda
-	PYTHONPATH=. $(GPU_PYTHON) -m pytest -m gpu tests/gpu tests/kernels $(PYTEST_ARGS) \
-	  $$($(GPU_PYTHON) -c 'import xdist; print("-n 8")' 2>/dev/null)
-	PYTHONPATH=. PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --error-exitcode 1 \
-	  $(GPU_PYTHON) -m pytest -q -m gpu tests/kernels --ignore tests/kernels/test_compiled.py -k "bits or nothing or writes or alone or log_mel"
+	$(on_gpu)
 
-# A shape that is begun late is interrupted (124); its rows, and those that were left, come when it is run again.
+# Kernels and models beside their rivals.
 gpu-bench:
-	$(require_gpu)
-	PYTHONPATH=. timeout --signal=INT $(GPU_SECONDS) $(GPU_PYTHON) -m benchmarks.run --device cuda --resume \
-	  --seconds $$(($(GPU_SECONDS) - 40)) $(BENCH_ARGS) || [ $$? -eq 124 ]
+	$(on_gpu)
+
+# Both, and a table against the aims of docs/kernels.md.
+gpu-evidence:
+	$(on_gpu)
 
 # The library with the oldest compiler that is served, and for aarch64, whose programs run under QEMU.
 portability: $(RUNTIME_STAMP)

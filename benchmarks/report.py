@@ -4,10 +4,9 @@ docs/scaling.md, and the figures.
 """
 
 from collections.abc import Callable
-from pathlib import Path
 
 from benchmarks import document, plots, scaling_document
-from benchmarks.harness import RESULTS, ROOT, stored_rows, task_key
+from benchmarks.harness import ROOT, newest_rows
 from benchmarks.machine import by_machine, is_forced, label
 
 README = ROOT / "README.md"
@@ -27,36 +26,6 @@ SHAPES = {
     "log_mel": lambda shape: (shape["clips"], shape["n_fft"]) == (64, 1024),
     "score": lambda shape: "padded_to" not in shape,
 }
-
-
-def newest_rows(folder: Path = RESULTS) -> list[dict]:
-    """Of each machine and task the rows of the last run of all providers, in the order of the files."""
-    newest: dict[tuple, dict[str, dict]] = {}
-    for path in sorted(folder.glob("*/*.jsonl")):
-        for row in stored_rows(path):
-            if row.get("chosen_providers"):
-                continue  # a part of a task, and no new run of it
-            of_task = newest.setdefault((path.parent.name, label(row["device"]), *task_key(row)), {})
-            if any(_run_of(other) != _run_of(row) for other in of_task.values()):
-                of_task.clear()
-            of_task[row["provider"]] = row
-    return [row for of_task in newest.values() for row in _compared(of_task)]
-
-
-def _run_of(row: dict) -> str:
-    """What the rows of one run have in common; providers that were measured alone, that they are of the same code."""
-    return row["source"] if row.get("alone") else row["utc"]
-
-
-def _compared(of_task: dict[str, dict]) -> list[dict]:
-    """Rows of a task; those that were measured alone get their ratio to what they are compared with, which is first."""
-    rows = list(of_task.values())
-    baseline = of_task.get(rows[0].get("compared_with")) if rows[0].get("alone") else None
-    if baseline is None or not baseline["seconds"]:
-        return rows
-    median = baseline["seconds"]["median"]
-    rows.sort(key=lambda row: row is not baseline)
-    return [row | {"ratio": median / row["seconds"]["median"]} if row["seconds"] else row for row in rows]
 
 
 def table(rows: list[dict]) -> str:

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.document import seconds
-from benchmarks.harness import ROOT, source
-from benchmarks.report import newest_rows
+from benchmarks.harness import ROOT, newest_rows, source
 
 DOCUMENT = ROOT / "docs/kernels.md"
 #: Bytes a second for which the aims are stated: those of an H200's memory.

@@ -1,7 +1,8 @@
 """What the steps would run, in which order, and how much device memory it would take: counted without a GPU.
 
 Bytes of the models' rows are those of weights, keys and values that the process must hold at once; those of a kernel's
-rows its inputs. What a library takes beside them nobody counts here: `measuring.MOST_BYTES` holds it back on the device.
+rows its inputs. What a library takes beside them nobody counts here: on the device `measuring.MOST_BYTES` is the most
+that torch gives.
 """
 
 import os

@@ -40,10 +40,15 @@ def check(sanitizer: str) -> list[Step]:
         command = (*program, *_pytest("gpu", "tests/kernels", "--only-tests-in", str(SANITIZED)))
         return Step(tool, command, 90, 60, sanitized=True)
 
-    no_capture = "--ignore=tests/kernels/test_capture.py"
+    triton = "tests/kernels", "--ignore=tests/kernels/test_capture.py", "--ignore=tests/kernels/test_log_mel.py"
     return [
-        Step("kernels in bfloat16", _pytest("gpu and bfloat16", "tests/kernels", no_capture), 150, 60, workers=8),
-        Step("native library", _pytest("gpu", "tests/gpu/test_native_on_gpu.py"), 90, 90),
+        Step("kernels in bfloat16", _pytest("gpu and bfloat16", *triton), 150, 60, workers=8),
+        Step(
+            "native library",
+            _pytest("gpu", "tests/gpu/test_native_on_gpu.py", "tests/kernels/test_log_mel.py"),
+            100,
+            90,
+        ),
         Step(
             "engine",
             _pytest("gpu", "tests/gpu/test_runner_on_gpu.py", "tests/gpu/test_int8_on_gpu.py", "tests/engine"),
@@ -52,8 +57,13 @@ def check(sanitizer: str) -> list[Step]:
             workers=4,
         ),
         Step("capture", _pytest("gpu", "tests/kernels/test_capture.py"), 40, 30),
-        Step("models", _pytest("gpu", *(f"tests/gpu/test_{it}_on_gpu.py" for it in ("models", "clap", "features"))), 60, 30),
-        Step("kernels in other types", _pytest("gpu and not bfloat16", "tests/kernels", no_capture), 150, 60, workers=8),
+        Step(
+            "models",
+            _pytest("gpu", *(f"tests/gpu/test_{it}_on_gpu.py" for it in ("models", "clap", "features"))),
+            60,
+            30,
+        ),
+        Step("kernels in other types", _pytest("gpu and not bfloat16", *triton), 150, 60, workers=8),
         # The checker sees a tensor's bounds where every tensor is an allocation of its own.
         watched("memcheck", "env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1"),
         watched("racecheck"),
@@ -65,7 +75,17 @@ def bench(rows: Path) -> list[Step]:
     """The measurements. rows: the folder for them."""
 
     def step(name: str, workloads: tuple[str, ...], seconds: float, groups: str = OURS, names: str = ALL_ELSE) -> Step:
-        words = ("-m", "benchmarks.gpu.measuring", *workloads, "--groups", groups, "--names", names, "--rows", str(rows))
+        words = (
+            "-m",
+            "benchmarks.gpu.measuring",
+            *workloads,
+            "--groups",
+            groups,
+            "--names",
+            names,
+            "--rows",
+            str(rows),
+        )
         return Step(name, (sys.executable, *words), seconds, 60)
 
     return [
@@ -74,7 +94,7 @@ def bench(rows: Path) -> list[Step]:
         step("rows of generate", ("generate",), 100),
         step("rows of score", ("score", "clap"), 50),
         step("rows end to end", ("end_to_end",), 40),
-        step("rows of rivals", (*KERNELS, *MODELS), 150, RIVALS),
+        step("rows of rivals", (*KERNELS, *MODELS), 120, RIVALS),
         step("rows of the persistent step", ("decode_step",), 30, names=ONE_LAUNCH),
     ]
 

@@ -7,12 +7,12 @@ import os
 import re
 import signal
 import subprocess
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
+from time import monotonic, time_ns
 
 from benchmarks.gpu.journal import Journal
 
@@ -52,7 +52,7 @@ def run_step(step: Step, journal: Journal, deadline: float, logs: Path, environm
     deadline: of the part, by `time.monotonic()`. A step that ends with it is not late: it goes on in the next part.
     """
     journal.write(step.name, "begin step")
-    end = min(time.monotonic() + step.seconds, deadline)
+    end = min(monotonic() + step.seconds, deadline)
     logs.mkdir(parents=True, exist_ok=True)
     whole: list[bool] = []
     threads = [
@@ -65,15 +65,15 @@ def run_step(step: Step, journal: Journal, deadline: float, logs: Path, environm
         thread.join()
     if len(whole) == step.workers and all(whole):
         journal.write(step.name, "whole")
-    elif time.monotonic() >= end and end < deadline:
+    elif monotonic() >= end and end < deadline:
         journal.write(step.name, "late")
 
 
 def _share(step: Step, journal: Journal, share: int, end: float, logs: Path, environment: dict[str, str]) -> bool:
     """Go through one worker's items, with a new process behind each that is lost; whether all came to something."""
     stem = re.sub(r"\W+", "-", step.name)
-    while time.monotonic() < end:
-        worker = f"{share}.{time.time_ns():x}"
+    while monotonic() < end:
+        worker = f"{share}.{time_ns():x}"
         try:
             hung, said, code = _run(step, journal, worker, share, end, logs / f"{stem}.log", environment)
         except OSError as error:
@@ -84,12 +84,14 @@ def _share(step: Step, journal: Journal, share: int, end: float, logs: Path, env
         if step.sanitized and not found:  # ended before it could say anything
             journal.write(step.name, "taken back", worker=worker)
         if step.sanitized and any(map(int, found)):
-            journal.write(step.name, "broken", why=f"{' and '.join(found)} errors in the sanitizer's summary: {stem}.log")
+            journal.write(
+                step.name, "broken", why=f"{' and '.join(found)} errors in the sanitizer's summary: {stem}.log"
+            )
         if journal.is_done(step.name, worker):
             return True
         if item is not None and item == hung:
             journal.write(step.name, "end", item=item, worker="", outcome="hung", why=f"{step.item_seconds:.0f} s")
-        elif time.monotonic() >= end:
+        elif monotonic() >= end:
             return False
         elif item is not None and hung is None:
             why = f"exit code {code}: {said[-500:]}"
@@ -127,12 +129,12 @@ def _run(
 
 def _watched(process: subprocess.Popen, step: Step, journal: Journal, worker: str, end: float) -> str | None:
     """Wait until the process ends or must be ended; the item that hangs, if one does."""
-    known, since = None, time.monotonic()
-    while process.poll() is None and time.monotonic() < end:
+    known, since = None, monotonic()
+    while process.poll() is None and monotonic() < end:
         item = journal.open_item(step.name, worker)
         if item != known:
-            known, since = item, time.monotonic()
-        if known is not None and time.monotonic() - since > step.item_seconds:
+            known, since = item, monotonic()
+        if known is not None and monotonic() - since > step.item_seconds:
             return known
         with suppress(subprocess.TimeoutExpired):
             process.wait(_PAUSE)
@@ -147,9 +149,8 @@ def _kill(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def end_with_the_supervisor() -> None:
-    """Of a worker: end this process when the one that started it is gone, whose end of the pipe closes then."""
-    descriptor = os.dup(0)  # pytest takes the other one for itself
+def end_with_the_supervisor(descriptor: int = 0) -> None:
+    """Of a worker: end this process when the supervisor is gone, and with it the other end of standard input."""
 
     def wait() -> None:
         while os.read(descriptor, 1024):

@@ -3,6 +3,7 @@
 It leaves out tests that have come to something already and those of other workers, and writes down each as it comes.
 """
 
+import os
 import sys
 import zlib
 from pathlib import Path
@@ -13,6 +14,8 @@ from benchmarks.gpu.journal import Journal
 from benchmarks.gpu.supervise import DEVICE_LOST, device_is_lost, end_with_the_supervisor
 
 _LONGEST_WHY = 3000
+# Standard input as the supervisor gave it: pytest puts another in its place when it begins.
+_INPUT = os.dup(0)
 
 
 def pytest_addoption(parser):
@@ -23,7 +26,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     if config.getoption("--journal"):
-        end_with_the_supervisor()
+        end_with_the_supervisor(_INPUT)
         config.pluginmanager.register(_Worker(config))
 
 

@@ -7,6 +7,7 @@ import re
 import pytest
 
 from benchmarks import conftest, document, plots, providers, report
+from benchmarks.harness import write_rows
 from benchmarks.run import WORKLOADS
 from clvp_fast.cli.parser import build_parser
 
@@ -42,6 +43,23 @@ def test_the_gain_is_of_one_machine_that_was_not_held_down():
     held_down = [one | {"device": one["device"] | {"isa": "avx2", "isa_forced": True}} for one in (theirs, ours)]
     for rows in ([theirs, elsewhere], held_down, [ours]):
         assert report.gain(rows) == "Not measured yet."
+
+
+def test_rows_that_were_measured_alone_are_compared_when_they_are_read(tmp_path):
+    """Each has a time of its own; those of one code belong together, and the one they are compared with comes first."""
+
+    def alone(provider, median, utc, source="s"):
+        how = dict(alone=True, ratio=None, compared_with="torch", source=source)
+        return row("decode_step", provider, median=median, utc=utc, **how)
+
+    old, ours, theirs = alone("other", 1.0, "1", "old"), alone("clvp_fast", 2.0, "2"), alone("torch", 4.0, "3")
+    write_rows([old, ours], tmp_path / "card")
+    assert [one["ratio"] for one in report.newest_rows(tmp_path)] == [None]
+    assert "| clvp_fast | 2.00 s (2.00 s to 2.20 s) |  |" in document.measured(report.newest_rows(tmp_path), {})
+    write_rows([theirs], tmp_path / "card")
+    found = report.newest_rows(tmp_path)
+    assert [(one["provider"], one["ratio"]) for one in found] == [("torch", 1.0), ("clvp_fast", 2.0)]
+    assert "2.00x" in document.measured(found, {})
 
 
 def test_figures_show_what_the_rows_say():

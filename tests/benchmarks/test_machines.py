@@ -131,5 +131,5 @@ def test_a_run_replaces_and_resumes_its_own_rows_alone(measured, monkeypatch, tm
 
 
 def test_every_row_of_a_cpu_says_its_instruction_set():
-    for found in harness.stored_rows(report.RESULTS / "cpu"):
+    for found in harness.stored_rows(harness.RESULTS / "cpu"):
         assert found["device"]["isa"] in (*native.ISAS, None) and isinstance(found["device"]["isa_forced"], bool)
