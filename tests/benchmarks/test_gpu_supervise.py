@@ -146,6 +146,25 @@ def test_a_part_without_time_leaves_its_steps_to_the_next(place):
     assert command.verdict(planned, place.journal) == "all of 2 steps are well"
 
 
+def test_the_command_writes_a_table_and_ends_with_what_failed(place, monkeypatch, capsys):
+    monkeypatch.setattr(command, "card_of", lambda python: "a card")
+    monkeypatch.setattr(command.steps, "evidence", lambda sanitizer, rows: [place.step("one"), place.step("two")])
+    monkeypatch.setenv("PLANTED_FOLDER", str(place.folder))
+    place.tests.write_text("def test_it():\n    pass\n")
+    words, out = ["evidence", "--out", str(place.folder / "out")], place.folder / "out"
+    assert command.main(words) == command.OK
+    said = capsys.readouterr().out
+    assert said.startswith(f"a card; everything goes to {out}\n") and said.endswith("all of 2 steps are well\n")
+    assert (out / "evidence.md").read_text() in said and "aim, scaled to a card" in said
+    assert sorted(path.name for path in out.iterdir()) == ["evidence.md", "journal.jsonl", "logs"]
+    # Another card begins anew, and a test that fails is told.
+    monkeypatch.setattr(command, "card_of", lambda python: "another card")
+    place.tests.write_text("def test_it():\n    assert False\n")
+    assert command.main(words) == command.FAILED
+    assert capsys.readouterr().out.splitlines()[-1] == "FAILED: one, two"
+    assert command.main([*words, "--seconds", "0"]) == command.FAILED
+
+
 SANITIZER = """
 import subprocess, sys
 code = subprocess.run(sys.argv[2:]).returncode
