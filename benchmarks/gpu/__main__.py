@@ -75,7 +75,7 @@ def card_of(python: str) -> str | None:
 def run(planned: Iterable[Step], journal: Journal, out: Path, deadline: float) -> int:
     """Run the steps that are not whole until `deadline`; those that were late come behind those that had no turn."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environment = os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
     for step in sorted(planned, key=lambda step: journal.state(step.name).late):
         state = journal.state(step.name)
         if state.whole or time.monotonic() >= deadline:

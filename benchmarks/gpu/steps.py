@@ -31,43 +31,49 @@ OURS, RIVALS = "ours,torch", "sdpa,transformers,flashinfer,torchaudio,flashmel"
 # A kernel that waits for itself for ever would be this one: it comes behind all else.
 ONE_LAUNCH, ALL_ELSE = "one launch", "^(?!.*one launch)"
 
+# Of each process of tests, of which several run at once; rows are measured with all threads.
+ONE_THREAD = ("env", "OMP_NUM_THREADS=1")
+
 
 def check(sanitizer: str) -> list[Step]:
     """The tests of a GPU. sanitizer: the command of compute-sanitizer."""
 
     def watched(tool: str, *environment: str) -> Step:
-        program = (*environment, sanitizer, "--tool", tool, "--error-exitcode", "1")
-        command = (*program, *_pytest("gpu", "tests/kernels", "--only-tests-in", str(SANITIZED)))
-        return Step(tool, command, 90, 60, sanitized=True)
+        program = (sanitizer, "--tool", tool, "--error-exitcode", "1")
+        tests = _pytest("gpu", "tests/kernels", "--only-tests-in", str(SANITIZED))
+        return Step(tool, (*ONE_THREAD, *environment, *program, *tests), 90, 60, sanitized=True)
+
+    def tests(markers: str, *words: str) -> tuple[str, ...]:
+        return (*ONE_THREAD, *_pytest(markers, *words))
 
     triton = "tests/kernels", "--ignore=tests/kernels/test_capture.py", "--ignore=tests/kernels/test_log_mel.py"
     return [
-        Step("kernels in bfloat16", _pytest("gpu and bfloat16", *triton), 150, 60, workers=8),
+        Step("kernels in bfloat16", tests("gpu and bfloat16", *triton), 150, 60, workers=8),
         Step(
             "native library",
-            _pytest("gpu", "tests/gpu/test_native_on_gpu.py", "tests/kernels/test_log_mel.py"),
+            tests("gpu", "tests/gpu/test_native_on_gpu.py", "tests/kernels/test_log_mel.py"),
             100,
             90,
         ),
         Step(
             "engine",
-            _pytest("gpu", "tests/gpu/test_runner_on_gpu.py", "tests/gpu/test_int8_on_gpu.py", "tests/engine"),
+            tests("gpu", "tests/gpu/test_runner_on_gpu.py", "tests/gpu/test_int8_on_gpu.py", "tests/engine"),
             120,
             60,
             workers=4,
         ),
-        Step("capture", _pytest("gpu", "tests/kernels/test_capture.py"), 40, 30),
+        Step("capture", tests("gpu", "tests/kernels/test_capture.py"), 40, 30),
         Step(
             "models",
-            _pytest("gpu", *(f"tests/gpu/test_{it}_on_gpu.py" for it in ("models", "clap", "features"))),
+            tests("gpu", *(f"tests/gpu/test_{it}_on_gpu.py" for it in ("models", "clap", "features"))),
             60,
             30,
         ),
-        Step("kernels in other types", _pytest("gpu and not bfloat16", *triton), 150, 60, workers=8),
+        Step("kernels in other types", tests("gpu and not bfloat16", *triton), 150, 60, workers=8),
         # The checker sees a tensor's bounds where every tensor is an allocation of its own.
-        watched("memcheck", "env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1"),
+        watched("memcheck", "PYTORCH_NO_CUDA_MEMORY_CACHING=1"),
         watched("racecheck"),
-        Step("persistent step", _pytest("gpu", "tests/gpu/test_persistent_on_gpu.py"), 60, 30),
+        Step("persistent step", tests("gpu", "tests/gpu/test_persistent_on_gpu.py"), 60, 30),
     ]
 
 
