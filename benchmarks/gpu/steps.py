@@ -57,7 +57,11 @@ def check(sanitizer: str) -> list[Step]:
         ),
         Step(
             "engine",
-            tests("gpu", "tests/gpu/test_runner_on_gpu.py", "tests/gpu/test_int8_on_gpu.py", "tests/engine"),
+            tests(
+                "gpu",
+                *(f"tests/gpu/test_{it}.py" for it in ("runner_on_gpu", "int8_on_gpu", "second_device")),
+                "tests/engine",
+            ),
             120,
             60,
             workers=4,

@@ -43,6 +43,7 @@ def test_the_packages_are_hidden():
     assert python(tried).split() == list(HIDDEN)
 
 
+@pytest.mark.slow
 def test_kernels_are_tested_and_measured_without_the_packages():
     """In the interpreter, and at small sizes, which is what this machine can do of it."""
     done = hidden(sys.executable, "-m", "pytest", "-q", "tests/kernels/test_embedding.py")

@@ -92,6 +92,7 @@ def test_a_journal_that_ends_anywhere_is_read_and_written_on(place):
     assert list(other.lines()) == [] and not other.ended("s")
 
 
+@pytest.mark.slow
 def test_each_fault_of_a_row_costs_itself_alone(place):
     rows = place.folder / "rows"
     words = ("-m", "benchmarks.gpu.measuring", "tests.benchmarks.planted", "--groups", "ours,torch", "--device", "cpu")

@@ -20,9 +20,11 @@ def pytest_collection_modifyitems(items):
 
 
 def _runs_there(item) -> bool:
-    """Tests of a CPU's kernels are in files of their own, or say so by a fixture; compiling needs no GPU either."""
+    """Tests of a CPU's kernels are in files of their own, or say so by a fixture; compiling and emulating need none."""
     of_cpu = item.path.stem.endswith("_cpu") or "on_cpu" in item.fixturenames
-    return not (of_cpu or item.path.stem == "test_compiled" or _parameters(item).get("path") == "cpu")
+    return not (
+        of_cpu or item.path.stem in ("test_compiled", "test_matrix_unit") or _parameters(item).get("path") == "cpu"
+    )
 
 
 def _parameters(item) -> dict:
