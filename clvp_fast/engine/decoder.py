@@ -4,7 +4,7 @@ import torch
 
 from clvp_fast import ops
 from clvp_fast.engine.products import Int8Products, ModuleProducts
-from clvp_fast.models.clvp.layers import add_layer_norm, embed
+from clvp_fast.models.clvp.layers import add_norm, embed
 from clvp_fast.models.clvp.parameters import apply_linear
 from clvp_fast.ops.dispatch import OPERATORS
 from clvp_fast.ops.paged_attention import FLOAT8
@@ -216,7 +216,7 @@ class PagedDecoder:
 
     def _normed(self, norm, hidden: torch.Tensor) -> torch.Tensor:
         """The layer norm of the residual, in the dtype of the weights that it is multiplied with."""
-        return add_layer_norm(norm, hidden, out_dtype=self.dtype)[1]
+        return add_norm(norm, hidden, out_dtype=self.dtype)[1]
 
     def _after_attention(self, index: int, attended: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         """`attended` `[tokens, num_heads, head_dim]` and the residual `[tokens, hidden_size]` to a layer's result."""
@@ -226,5 +226,5 @@ class PagedDecoder:
             residual = products.out(attended, hidden)
             normed = self._normed(norm, residual)
         else:
-            residual, normed = add_layer_norm(norm, products.out(attended), hidden)
+            residual, normed = add_norm(norm, products.out(attended), hidden)
         return products.mlp(normed, residual)

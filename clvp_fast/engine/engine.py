@@ -23,6 +23,7 @@ from clvp_fast.engine.scoring import Scorer, check_ranking, check_scorer
 from clvp_fast.engine.voices import Voice, VoiceCache
 from clvp_fast.models.clvp.parameters import arrange_parameters
 from clvp_fast.models.clvp.processing import ClvpProcessor
+from clvp_fast.models.plain import PlainModel
 
 # What fails a request and no other: bad input, a file that is not there.
 _REQUEST_ERRORS = (ValueError, TypeError, OSError)
@@ -71,8 +72,9 @@ class CandidateEngine:
             half types (`Runner` tells what it changes).
 
     Raises:
-        ValueError: a size that cannot be, too little memory for a single candidate, `scoring` beside a `scorer`, or a
-            device or model that `persistent` does not serve.
+        ValueError: a model with hooks, adapters or replaced modules, which the engine would not call; a size that
+            cannot be, too little memory for a single candidate, `scoring` beside a `scorer`, or a device or model that
+            `persistent` does not serve.
         TypeError: a `scorer` that is none.
     """
 
@@ -100,6 +102,7 @@ class CandidateEngine:
                 raise ValueError(
                     f"scoring={scoring!r} is how the model's own encoders score: leave it out with a scorer"
                 )
+        self._plain = PlainModel(model)
         self.model = model.eval()
         arrange_parameters(model)  # before the plan, which reads what is free
         self.processor = processor
@@ -268,6 +271,7 @@ class CandidateEngine:
         try:
             if not isinstance(request, CandidateRequest):
                 raise TypeError(f"a request must be a CandidateRequest, not {type(request).__name__}")
+            self._plain.check()
             with self._lock, torch.inference_mode():
                 text_ids = self._text_ids(request)
                 prompt = self._prompt(request, text_ids)

@@ -9,7 +9,8 @@ from transformers.pytorch_utils import Conv1D
 from clvp_fast import native
 from clvp_fast.engine.decoder import KVPages, PagedDecoder
 from clvp_fast.models.clvp.layers import ClvpDecoderMLP
-from clvp_fast.models.clvp.parameters import is_plain, pack_linears, transpose_storage
+from clvp_fast.models.clvp.parameters import pack_linears, transpose_storage
+from clvp_fast.models.plain import activation_name, is_plain
 from clvp_fast.ops.dispatch import device_guard
 
 #: The most candidates of a step.
@@ -40,9 +41,12 @@ def unserved(decoder: PagedDecoder, page_dtype: torch.dtype | None = None) -> st
         return f"it serves an inner size that is a multiple of 8 up to {MAX_INNER}, not {inner}"
     if config.vocab_size > MAX_VOCAB or decoder.num_layers > MAX_LAYERS:
         return f"it serves up to {MAX_VOCAB} tokens of vocabulary and {MAX_LAYERS} layers"
-    if config.activation_function not in ("gelu_new", "gelu_pytorch_tanh"):
+    if (found := _changed(causal_lm)) is not None:
+        return found
+    names = {activation_name(layer.mlp.act) for layer in causal_lm.model.decoder.layers}
+    if not names <= {"gelu_new", "gelu_pytorch_tanh"}:
         return f"its activation is gelu_new, not {config.activation_function}"
-    return _changed(causal_lm)
+    return None
 
 
 def _changed(causal_lm: nn.Module) -> str | None:

@@ -5,7 +5,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from clvp_fast import ops
-from clvp_fast.models.clvp.parameters import apply_linear, is_plain, pack_linears
+from clvp_fast.models.clvp.parameters import apply_linear, pack_linears
+from clvp_fast.models.plain import activation_name, is_plain
 
 # How many rows of weights are turned into 8 bits at once.
 _ROWS = 256
@@ -61,12 +62,13 @@ class Int8Products:
         attn, mlp = layer.attn, layer.mlp
         linears = [attn.q_proj, attn.k_proj, attn.v_proj]
         plain = all(is_plain(linear, nn.Linear) for linear in (*linears, attn.out_proj))
-        if not plain or not all(is_plain(conv, Conv1D) for conv in (mlp.c_fc, mlp.c_proj)):
+        activation = activation_name(mlp.act)
+        if not plain or activation is None or not all(is_plain(conv, Conv1D) for conv in (mlp.c_fc, mlp.c_proj)):
             raise ValueError("int8 weights are made of plain linear layers: merge adapters, and remove hooks, first")
         self._heads = attn.num_heads, attn.head_dim
         self._qkv = Int8Linear(*pack_linears(linears))
         self.out = Int8Linear(attn.out_proj.weight, attn.out_proj.bias)
-        self._activation = mlp.config.activation_function
+        self._activation = activation
         self._in = Int8Linear(mlp.c_fc.weight.t(), mlp.c_fc.bias)
         self._out = Int8Linear(mlp.c_proj.weight.t(), mlp.c_proj.bias)
 

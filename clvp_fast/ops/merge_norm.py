@@ -13,7 +13,7 @@ from clvp_fast.ops import norm
 from clvp_fast.ops.dispatch import Operator, check_same, needs_grad, shape_error
 
 
-def _merged(x):
+def merge(x):
     """`[batch, height, width, C]` → `[batch, ceil(height / 2), ceil(width / 2), 4 * C]`."""
     height, width = x.shape[1:3]
     if height % 2 or width % 2:
@@ -31,7 +31,7 @@ def reference(x, weight, bias, eps):
 
 
 def _torch(x, weight, bias, eps):
-    return norm.layer_norm(_merged(x), weight, bias, eps, x.dtype)
+    return norm.layer_norm(merge(x), weight, bias, eps, x.dtype)
 
 
 def _fake(x, weight, bias, eps):

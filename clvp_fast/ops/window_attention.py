@@ -43,7 +43,7 @@ def _regions(size, window, shift, device):
     return (place >= size - window).long() + (place >= size - shift).long()
 
 
-def _seam(height, width, window, shift, device):
+def seam(height, width, window, shift, device):
     """Whether two places of a window are from different regions: bool `[windows, window ** 2, window ** 2]`."""
     rows, columns = (_regions(size, window, shift, device) for size in (height, width))
     region = rows[:, None] * 3 + columns
@@ -77,7 +77,7 @@ def _scored_bias(bias, height, width, window, shift, dtype):
     bias = bias.to(dtype).contiguous()[None]  # gathered from a table it may lie the other way round
     if not shift:
         return bias
-    return bias + _seam(height, width, window, shift, bias.device)[:, None].to(dtype) * SEAM
+    return bias + seam(height, width, window, shift, bias.device)[:, None].to(dtype) * SEAM
 
 
 def _weights(q, k, bias):

@@ -6,7 +6,7 @@ from torch import nn
 
 from clvp_fast.models.clap.configuration import ClapAudioConfig
 from clvp_fast.models.clvp.convolution import Conv2d
-from clvp_fast.models.clvp.layers import add_layer_norm
+from clvp_fast.models.clvp.layers import add_norm
 
 
 def pair(value) -> tuple[int, int]:
@@ -81,7 +81,6 @@ class ClapAudioPatchEmbed(nn.Module):
         if not config.flatten_patch_embeds:
             raise ValueError("flatten_patch_embeds must be True: the layers take a sequence of patches")
         self.image_size = pair(config.spec_size)
-        self.in_channels = config.patch_embed_input_channels
         size, self.patch_stride = pair(config.patch_size), pair(config.patch_stride)
         self.grid_size = tuple(side // stride for side, stride in zip(self.image_size, self.patch_stride, strict=True))
         padding = tuple((side - stride) // 2 for side, stride in zip(size, self.patch_stride, strict=True))
@@ -96,7 +95,18 @@ class ClapAudioPatchEmbed(nn.Module):
             stride = (self.patch_stride[0], self.patch_stride[1] * 3)
             self.mel_conv2d = Conv2d(channels, width, (size[0], size[1] * 3), stride, padding)
 
-    def forward(
+    def forward(self, hidden_states: torch.Tensor, is_longer_idx: torch.Tensor | None = None) -> torch.Tensor:
+        """Images `[batch, channels, rows, columns]` to `[batch, patches, channels]`.
+
+        With fusion the channels are a whole clip and three crops, which count for the clips of `is_longer_idx`,
+        `[clips]` int64.
+        """
+        if not self.enable_fusion:
+            return self.embed(hidden_states)
+        crops = hidden_states[is_longer_idx, 1:] if len(is_longer_idx) else None
+        return self.embed(hidden_states[:, :1], crops, is_longer_idx)
+
+    def embed(
         self, images: torch.Tensor, crops: torch.Tensor | None = None, longer: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Images to `[batch, patches, channels]`.
@@ -115,8 +125,7 @@ class ClapAudioPatchEmbed(nn.Module):
         embedded = project(self.proj, images)
         if longer is not None and len(longer):
             embedded = embedded.index_copy(0, longer, self._fuse(embedded[longer], crops))
-        embedded = embedded.flatten(1, 2)
-        return add_layer_norm(self.norm, embedded)[1] if isinstance(self.norm, nn.LayerNorm) else embedded
+        return add_norm(self.norm, embedded.flatten(1, 2))[1]
 
     def _fuse(self, embedded: torch.Tensor, crops: torch.Tensor) -> torch.Tensor:
         """The embeddings of whole clips `[clips, rows, columns, width]` and of their crops, fused."""

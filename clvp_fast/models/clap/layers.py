@@ -4,16 +4,15 @@ import torch
 from torch import nn
 
 from clvp_fast import ops
-from clvp_fast.models.clvp.layers import activation_module
-from clvp_fast.models.clvp.parameters import apply_linear, is_plain
+from clvp_fast.models.clvp.parameters import apply_linear
+from clvp_fast.models.plain import activation_module, activation_name, is_plain
 
 
-class ClapIntermediate(nn.Module):
+class Intermediate(nn.Module):
     """First half of a feed-forward layer: a linear layer and its activation."""
 
     def __init__(self, width: int, inner: int, hidden_act: str):
         super().__init__()
-        self.hidden_act = hidden_act
         self.dense = nn.Linear(width, inner)
         self.intermediate_act_fn = activation_module(hidden_act)
 
@@ -21,29 +20,48 @@ class ClapIntermediate(nn.Module):
         return self.intermediate_act_fn(apply_linear(self.dense, hidden_states))
 
 
-def is_plain_feed_forward(intermediate: nn.Module, dense: nn.Module) -> bool:
-    """Whether `dense(intermediate(x))` is what an operator computes of the two layers' weights."""
-    return (
-        is_plain(intermediate, ClapIntermediate)
+class Dense(nn.Module):
+    """The end of a block of the audio tower: a linear layer, and dropout."""
+
+    def __init__(self, inner: int, width: int, dropout: float):
+        super().__init__()
+        self.dense = nn.Linear(inner, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, hidden_states: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
+        return self.dropout(apply_linear(self.dense, hidden_states))
+
+
+def feed_forward_activation(
+    intermediate: nn.Module, kind: type[Intermediate], output: nn.Module, output_kind: type[nn.Module]
+) -> str | None:
+    """The activation of a feed-forward layer, of which an operator reads the weights; None if it has to be called.
+
+    Args:
+        intermediate: its first half, of the class `kind`.
+        output: its second, of the class `output_kind`: the linear layer `dense`, and what comes behind it.
+    """
+    if (
+        is_plain(intermediate, kind)
         and is_plain(intermediate.dense, nn.Linear)
-        and is_plain(dense, nn.Linear)
-        and intermediate.hidden_act in ops.ACTIVATIONS
-    )
+        and is_plain(output, output_kind)
+        and is_plain(output.dense, nn.Linear)
+    ):
+        return activation_name(intermediate.intermediate_act_fn)
+    return None
 
 
 def feed_forward(
-    intermediate: ClapIntermediate,
-    dense: nn.Module,
+    intermediate: Intermediate,
+    dense: nn.Linear,
     hidden_states: torch.Tensor,
+    activation: str,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`dense(intermediate(hidden_states))`, `[..., width]`, with `residual` added where given."""
-    if is_plain_feed_forward(intermediate, dense):
-        first = intermediate.dense
-        weights = first.weight, first.bias, dense.weight, dense.bias
-        return ops.gelu_mlp(hidden_states, *weights, residual=residual, activation=intermediate.hidden_act)
-    hidden_states = dense(intermediate(hidden_states))
-    return hidden_states if residual is None else residual + hidden_states
+    first = intermediate.dense
+    weights = first.weight, first.bias, dense.weight, dense.bias
+    return ops.gelu_mlp(hidden_states, *weights, residual=residual, activation=activation)
 
 
 class ClapProjectionLayer(nn.Module):

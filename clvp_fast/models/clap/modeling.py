@@ -67,16 +67,21 @@ class ClapTextModel(ClapPreTrainedModel):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if input_ids is not None:
             self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
-        output_attentions = self.option("output_attentions", output_attentions)
-        hidden_states = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds)
+        hidden_states = self.embeddings(
+            input_ids=input_ids, position_ids=position_ids, token_type_ids=token_type_ids, inputs_embeds=inputs_embeds
+        )
         mask = padding_mask(attention_mask, hidden_states.shape[1])
-        output_hidden_states = self.option("output_hidden_states", output_hidden_states)
-        encoded = self.encoder(hidden_states, mask, output_attentions, output_hidden_states)
+        attentions = [] if self.option("output_attentions", output_attentions) else None
+        layer_inputs = [] if self.option("output_hidden_states", output_hidden_states) else None
+        # What transformers' modules do not take is named where it says something.
+        asked = {"attentions": attentions, "layer_inputs": layer_inputs}
+        asked = {name: found for name, found in asked.items() if found is not None}
+        encoded = self.encoder(hidden_states, attention_mask=mask, **asked)[0]
         return BaseModelOutputWithPooling(
-            last_hidden_state=encoded.last_hidden_state,
-            pooler_output=None if self.pooler is None else self.pooler(encoded.last_hidden_state),
-            hidden_states=encoded.hidden_states,
-            attentions=encoded.attentions,
+            last_hidden_state=encoded,
+            pooler_output=None if self.pooler is None else self.pooler(encoded),
+            hidden_states=None if layer_inputs is None else (*layer_inputs, encoded),
+            attentions=None if attentions is None else tuple(attentions),
         )
 
 
@@ -120,7 +125,7 @@ class ClapAudioModel(ClapPreTrainedModel):
         """
         if input_features is None:
             raise ValueError("You must specify input_features")
-        return self.audio_encoder(input_features, is_longer, **kwargs)
+        return self.audio_encoder(input_features=input_features, is_longer=is_longer, **kwargs)
 
 
 class ClapModel(ClapPreTrainedModel):
@@ -233,11 +238,11 @@ class ClapModel(ClapPreTrainedModel):
 
     def _text(self, input_ids, attention_mask, position_ids, **kwargs) -> BaseModelOutputWithPooling:
         kwargs["return_dict"] = True
-        return self.text_model(input_ids, attention_mask, position_ids=position_ids, **kwargs)
+        return self.text_model(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs)
 
     def _audio(self, input_features, is_longer, **kwargs) -> BaseModelOutputWithPooling:
         kwargs["return_dict"] = True
-        return self.audio_model(input_features, is_longer, **kwargs)
+        return self.audio_model(input_features=input_features, is_longer=is_longer, **kwargs)
 
 
 def _contrastive_loss(logits_per_text: torch.Tensor, logits_per_audio: torch.Tensor) -> torch.Tensor:
@@ -278,7 +283,9 @@ class ClapTextModelWithProjection(ClapPreTrainedModel):
     ) -> ClapTextModelOutput:
         """Embed texts; arguments as of [`ClapTextModel`]. Returns [`ClapTextModelOutput`], or a tuple."""
         kwargs["return_dict"] = True
-        outputs = self.text_model(input_ids, attention_mask, position_ids=position_ids, **kwargs)
+        outputs = self.text_model(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs
+        )
         return ClapTextModelOutput(
             text_embeds=self.text_projection(outputs.pooler_output),
             last_hidden_state=outputs.last_hidden_state,
@@ -311,7 +318,7 @@ class ClapAudioModelWithProjection(ClapPreTrainedModel):
     ) -> ClapAudioModelOutput:
         """Embed clips; arguments as of [`ClapAudioModel`]. Returns [`ClapAudioModelOutput`], or a tuple."""
         kwargs["return_dict"] = True
-        outputs = self.audio_model(input_features, is_longer, **kwargs)
+        outputs = self.audio_model(input_features=input_features, is_longer=is_longer, **kwargs)
         return ClapAudioModelOutput(
             audio_embeds=self.audio_projection(outputs.pooler_output),
             last_hidden_state=outputs.last_hidden_state,

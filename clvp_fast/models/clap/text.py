@@ -6,9 +6,10 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from clvp_fast import ops
 from clvp_fast.models.clap.configuration import ClapTextConfig
-from clvp_fast.models.clap.layers import ClapIntermediate, feed_forward
-from clvp_fast.models.clvp.layers import add_layer_norm
+from clvp_fast.models.clap.layers import Intermediate, feed_forward, feed_forward_activation
+from clvp_fast.models.clvp.layers import add_norm
 from clvp_fast.models.clvp.parameters import apply_linear, project_heads
+from clvp_fast.models.plain import is_plain
 
 
 class ClapTextEmbeddings(nn.Module):
@@ -41,14 +42,19 @@ class ClapTextEmbeddings(nn.Module):
         inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """`[batch, length]` ids, or `[batch, length, hidden_size]` embeddings → `[batch, length, hidden_size]`."""
+        size = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
         if position_ids is None:
             position_ids = self.positions(input_ids if inputs_embeds is None else inputs_embeds)
+            if not is_plain(self.position_embeddings, nn.Embedding):
+                position_ids = position_ids.expand(size)  # which a hook sees
         if token_type_ids is None:
             token_type_ids = self.token_type_ids[:, :1]
+            if not is_plain(self.token_type_embeddings, nn.Embedding):
+                token_type_ids = token_type_ids.expand(size)
         if inputs_embeds is None:
             inputs_embeds = self.word_embeddings(input_ids)
         embedded = inputs_embeds + self.token_type_embeddings(token_type_ids) + self.position_embeddings(position_ids)
-        return self.dropout(add_layer_norm(self.LayerNorm, embedded)[1])
+        return self.dropout(add_norm(self.LayerNorm, embedded)[1])
 
     def positions(self, inputs: torch.Tensor) -> torch.LongTensor:
         """The positions of ids `[batch, length]`, among which padding has none, or of embeddings, all places in turn.
@@ -77,6 +83,7 @@ class ClapTextSelfAttention(nn.Module):
         width, self.num_heads = config.hidden_size, config.num_attention_heads
         if width % self.num_heads:
             raise ValueError(f"hidden_size must be a multiple of num_attention_heads, got {width} and {self.num_heads}")
+        self.attention_dropout = config.attention_probs_dropout_prob
         self.scale = (width // self.num_heads) ** -0.5
         self.query = nn.Linear(width, width)
         self.key = nn.Linear(width, width)
@@ -84,19 +91,24 @@ class ClapTextSelfAttention(nn.Module):
         self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
 
     def forward(
-        self, hidden_states: torch.Tensor, mask: torch.Tensor | None = None, output_attentions: bool = False
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        need_weights: bool = True,
+        **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """`[batch, length, hidden_size]` → the same, and the weights `[batch, heads, length, length]` if asked for."""
+        """`[batch, length, hidden_size]` → the same, and the weights `[batch, heads, length, length]` if needed."""
         query, key, value = project_heads([self.query, self.key, self.value], hidden_states, self.num_heads)
-        options = dict(mask=mask, scale=self.scale, dropout_p=self.dropout.p if self.training else 0.0)
-        if output_attentions:
+        dropout_p = self.attention_dropout if self.training else 0.0
+        options = dict(mask=attention_mask, scale=self.scale, dropout_p=dropout_p)
+        if need_weights:
             attended, weights = ops.rotary_attention_weights(query, key, value, **options)
         else:
             attended, weights = ops.rotary_attention(query, key, value, **options), None
         return attended.flatten(-2), weights
 
 
-class ClapTextOutput(nn.Module):
+class _Output(nn.Module):
     """The end of a block: a linear layer, the residual, their norm."""
 
     def __init__(self, config: ClapTextConfig, inner: int):
@@ -105,13 +117,25 @@ class ClapTextOutput(nn.Module):
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, hidden_states: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, input_tensor: torch.Tensor) -> torch.Tensor:
         """`[..., inner]` and the residual `[..., hidden_size]` → `[..., hidden_size]`."""
-        return self.add(apply_linear(self.dense, hidden_states), residual)
+        return self.add(apply_linear(self.dense, hidden_states), input_tensor)
 
     def add(self, hidden_states: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """The same of what the linear layer gave already."""
-        return add_layer_norm(self.LayerNorm, self.dropout(hidden_states), residual)[1]
+        return add_norm(self.LayerNorm, self.dropout(hidden_states), residual)[1]
+
+
+class ClapTextSelfOutput(_Output):
+    """The end of the attention."""
+
+
+class ClapTextIntermediate(Intermediate):
+    """First half of the feed-forward layer."""
+
+
+class ClapTextOutput(_Output):
+    """The end of the feed-forward layer."""
 
 
 class ClapTextAttention(nn.Module):
@@ -120,14 +144,22 @@ class ClapTextAttention(nn.Module):
     def __init__(self, config: ClapTextConfig):
         super().__init__()
         self.self = ClapTextSelfAttention(config)
-        self.output = ClapTextOutput(config, config.hidden_size)
+        self.output = ClapTextSelfOutput(config, config.hidden_size)
 
     def forward(
-        self, hidden_states: torch.Tensor, mask: torch.Tensor | None = None, output_attentions: bool = False
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """`[batch, length, hidden_size]` → the same, and the attention weights if asked for."""
-        attended, weights = self.self(hidden_states, mask, output_attentions)
-        return self.output(attended, hidden_states), weights
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        attentions: list[torch.Tensor] | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        """`[batch, length, hidden_size]` → the same; the attention's weights are put behind `attentions`."""
+        # Hooks see all that transformers' attention returns.
+        plain = {} if not is_plain(self.self, ClapTextSelfAttention) else {"need_weights": attentions is not None}
+        attended, weights = self.self(hidden_states, attention_mask=attention_mask, **plain)
+        if attentions is not None:
+            attentions.append(weights)
+        return self.output(attended, hidden_states)
 
 
 class ClapTextLayer(nn.Module):
@@ -136,16 +168,19 @@ class ClapTextLayer(nn.Module):
     def __init__(self, config: ClapTextConfig):
         super().__init__()
         self.attention = ClapTextAttention(config)
-        self.intermediate = ClapIntermediate(config.hidden_size, config.intermediate_size, config.hidden_act)
+        self.intermediate = ClapTextIntermediate(config.hidden_size, config.intermediate_size, config.hidden_act)
         self.output = ClapTextOutput(config, config.intermediate_size)
 
     def forward(
-        self, hidden_states: torch.Tensor, mask: torch.Tensor | None = None, output_attentions: bool = False
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """`[batch, length, hidden_size]` → the same, and the attention weights if asked for."""
-        hidden_states, weights = self.attention(hidden_states, mask, output_attentions)
-        inner = feed_forward(self.intermediate, self.output.dense, hidden_states)
-        return self.output.add(inner, hidden_states), weights
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs
+    ) -> torch.Tensor:
+        """`[batch, length, hidden_size]` → the same; `kwargs` are those of the attention."""
+        hidden_states = self.attention(hidden_states, attention_mask=attention_mask, **kwargs)
+        halves = self.intermediate, ClapTextIntermediate, self.output, ClapTextOutput
+        if (activation := feed_forward_activation(*halves)) is None:
+            return self.output(self.intermediate(hidden_states), hidden_states)
+        inner = feed_forward(self.intermediate, self.output.dense, hidden_states, activation)
+        return self.output.add(inner, hidden_states)
 
 
 class ClapTextEncoder(nn.Module):
@@ -159,22 +194,19 @@ class ClapTextEncoder(nn.Module):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        mask: torch.Tensor | None = None,
-        output_attentions: bool = False,
-        output_hidden_states: bool = False,
+        attention_mask: torch.Tensor | None = None,
+        layer_inputs: list[torch.Tensor] | None = None,
+        **kwargs,
     ) -> BaseModelOutput:
-        """`[batch, length, hidden_size]` → the same; if asked for, the inputs of all layers too, and the weights."""
-        all_hidden_states, all_attentions = [], []
+        """`[batch, length, hidden_size]` → the same; the inputs of all layers are put behind `layer_inputs`.
+
+        `kwargs` are those of the layers.
+        """
         for layer in self.layer:
-            if output_hidden_states:
-                all_hidden_states.append(hidden_states)
-            hidden_states, weights = layer(hidden_states, mask, output_attentions)
-            all_attentions.append(weights)
-        return BaseModelOutput(
-            last_hidden_state=hidden_states,
-            hidden_states=(*all_hidden_states, hidden_states) if output_hidden_states else None,
-            attentions=tuple(all_attentions) if output_attentions else None,
-        )
+            if layer_inputs is not None:
+                layer_inputs.append(hidden_states)
+            hidden_states = layer(hidden_states, attention_mask, **kwargs)
+        return BaseModelOutput(last_hidden_state=hidden_states)
 
 
 class ClapTextPooler(nn.Module):

@@ -8,8 +8,8 @@ from torch import nn
 
 from clvp_fast.models.clvp import modeling
 from clvp_fast.models.clvp.layers import ClvpRotaryPositionalEmbedding
-from clvp_fast.models.clvp.parameters import is_plain
 from clvp_fast.models.clvp.pretrained import ClvpPreTrainedModel
+from clvp_fast.models.plain import is_plain
 
 _CLASSES = ("ClvpModelForConditionalGeneration", "ClvpForCausalLM", "ClvpModel", "ClvpDecoder", "ClvpEncoder")
 
@@ -66,7 +66,6 @@ def _check_modules(model: nn.Module, ours: nn.Module) -> None:
             # torch's class, of which ours of that name is one
             or (issubclass(type(expected[where]), kind) and kind.__name__ == type(expected[where]).__name__)
             or (kind.__module__ == type(model).__module__ and kind.__name__ == type(expected[where]).__name__)
-            or (kind is nn.Identity and isinstance(expected[where], nn.Dropout))
         )
         named = f"module {where}" if where else "the model"
         if not same:
@@ -74,8 +73,7 @@ def _check_modules(model: nn.Module, ours: nn.Module) -> None:
                 f"{named} is a {kind.__module__}.{kind.__name__}, which is no part of transformers' CLVP: "
                 "merge or take off adapters and quantisation first"
             )
-        hooked = module._backward_hooks or module._backward_pre_hooks or not is_plain(module, kind)
-        if hooked or getattr(module, "_compiled_call_impl", None) is not None:
+        if not is_plain(module, kind):
             raise ValueError(
                 f"{named} has hooks, a forward of its own, or is compiled, which would be lost: take them off, and put "
                 "them on what accelerate() returns"

@@ -20,7 +20,7 @@ from clvp_fast.models.clvp.generation import (
     pad_behind,
     split_prompts,
 )
-from clvp_fast.models.clvp.layers import add_layer_norm
+from clvp_fast.models.clvp.layers import add_norm
 from clvp_fast.models.clvp.parameters import apply_linear
 from clvp_fast.models.clvp.pretrained import ClvpPreTrainedModel
 from clvp_fast.models.transformers_versions import CACHE, CACHE_NAMES, takes_cache
@@ -90,7 +90,7 @@ class ClvpForCausalLM(ClvpPreTrainedModel, GenerationMixin):
             hidden_states = hidden_states[:, logits_to_keep]
         elif logits_to_keep:
             hidden_states = hidden_states[:, -logits_to_keep:]
-        logits = apply_linear(self.lm_head, add_layer_norm(self.final_norm, hidden_states)[1])
+        logits = apply_linear(self.lm_head, add_norm(self.final_norm, hidden_states)[1])
 
         loss = None
         if labels is not None:

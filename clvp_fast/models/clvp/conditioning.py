@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 from clvp_fast.models.clvp.configuration import ClvpConfig
 from clvp_fast.models.clvp.convolution import Conv1d
 from clvp_fast.models.clvp.layers import ClvpSelfAttention
+from clvp_fast.models.plain import is_plain
 
 
 class PaddedText:
@@ -101,9 +102,13 @@ class ClvpConditioningEncoder(nn.Module):
 
         def block(index: int, frames: torch.Tensor) -> torch.Tensor:
             normed = self.group_norms[index](frames).transpose(1, 2)
-            # Only the first frame goes on after the last block: the others need not attend there.
-            num_queries = 1 if index == len(self.mel_attn_blocks) - 1 else None
-            attended, _ = self.mel_attn_blocks[index](normed, num_queries=num_queries)
+            attention, num_queries, plain = self.mel_attn_blocks[index], None, {}
+            if is_plain(attention, ClvpSelfAttention):
+                # Only the first frame goes on after the last block: the others need not attend there.
+                if index == len(self.mel_attn_blocks) - 1 and is_plain(attention.out_proj, nn.Linear):
+                    num_queries = 1
+                plain = dict(need_weights=False, num_queries=num_queries)
+            attended = attention(normed, **plain)[0]
             return frames[..., :num_queries] + attended.transpose(1, 2)
 
         frames = self.mel_conv(input_features)
@@ -111,21 +116,20 @@ class ClvpConditioningEncoder(nn.Module):
             frames = checkpoint(block, index, frames, use_reentrant=False) if recompute else block(index, frames)
         return frames[..., 0]
 
-    def embed_text(
+    def _surround(
         self,
         input_ids: torch.Tensor | None,
         inputs_embeds: torch.Tensor | None,
         attention_mask: torch.Tensor | None,
-        num_ends: int,
-        by_mask: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token plus position embeddings of the text between its begin token and `num_ends` end tokens, and their mask.
+        num_ends: int | None,
+    ) -> PaddedText:
+        """The text between its begin token and `num_ends` end tokens, at its own ends, which the mask tells.
 
-        Where the text ends is told by the mask, or (for one end) by transformers' rule, which looks for token 0.
-        `[texts, length + 1 + num_ends, hidden_size]` and `[texts, length + 1 + num_ends]`.
+        `None`: one end token, where transformers' rule puts it, which looks for token 0.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        by_mask, num_ends = num_ends is not None, 1 if num_ends is None else num_ends
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         limit = self.decoder_config.max_text_tokens - 1 - num_ends
         if not 0 < tokens.shape[1] <= limit:
@@ -137,22 +141,24 @@ class ClvpConditioningEncoder(nn.Module):
             raise ValueError(
                 f"attention_mask must be {list(tokens.shape[:2])} as the text is, got {list(attention_mask.shape)}"
             )
-        table = self.text_token_embedding.weight
         bos, eos = self.text_config.bos_token_id, self.text_config.eos_token_id
         text = PaddedText(tokens, attention_mask)
         if inputs_embeds is None and not by_mask:
             ids = insert_eos_at_first_pad(F.pad(input_ids, (1, 0), value=bos), 0, eos)
-            text = PaddedText(ids, F.pad(text.mask, (2, 0), value=1))
-        else:
-            if inputs_embeds is not None:
-                bos, eos = table[bos], table[eos]
-            text = text.surround(bos, None)
-            for _ in range(num_ends):
-                text = text.surround(None, eos)
-        embeds = self.text_token_embedding(text.tokens) if inputs_embeds is None else text.tokens
+            return PaddedText(ids, F.pad(text.mask, (2, 0), value=1))
+        if inputs_embeds is not None:
+            bos, eos = self.text_token_embedding(torch.tensor([bos, eos], device=tokens.device))
+        text = text.surround(bos, None)
+        for _ in range(num_ends):
+            text = text.surround(None, eos)
+        return text
+
+    def _embed_text(self, text: PaddedText) -> torch.Tensor:
+        """Token plus position embeddings `[texts, length, hidden_size]`."""
+        embeds = self.text_token_embedding(text.tokens) if text.tokens.dim() == 2 else text.tokens
         # Padding on the left stands before position 0: any row of the table will do for it.
         positions = (text.mask.cumsum(-1) - 1).clamp(min=0)
-        return embeds + self.text_position_embedding(positions), text.mask
+        return embeds + self.text_position_embedding(positions)
 
     def forward(
         self,
@@ -160,6 +166,7 @@ class ClvpConditioningEncoder(nn.Module):
         input_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         attention_mask: torch.LongTensor | None = None,
+        num_ends: int | None = None,
     ) -> torch.Tensor:
         """The decoder's prompt `[batch, 1 + text, hidden_size]`: one voice vector, then the text's embeddings.
 
@@ -167,11 +174,13 @@ class ClvpConditioningEncoder(nn.Module):
             input_features: `[clips, feature_size, frames]`.
             input_ids: `[texts, length]`; or `inputs_embeds` `[texts, length, hidden_size]`, embedded without positions.
             attention_mask: `[texts, length]`, 1 = a token, 0 = padding.
+            num_ends: how many end tokens stand behind each text, where the mask says that it ends; None: one, where
+                transformers puts it.
 
         One text goes with any number of clips, and one clip with any number of texts; else their numbers must be equal.
         """
-        text_embeds, _ = self.embed_text(input_ids, inputs_embeds, attention_mask, num_ends=1, by_mask=False)
-        return self.join(self.encode_voice(input_features), text_embeds)
+        text = self._surround(input_ids, inputs_embeds, attention_mask, num_ends)
+        return self.join(self.encode_voice(input_features), self._embed_text(text))
 
     def prompt(
         self,
@@ -186,10 +195,18 @@ class ClvpConditioningEncoder(nn.Module):
         Against `forward`: the end token stands `num_ends` times, and a padded text is surrounded at its own ends on
             either side of padding.
         """
-        text = self.prompt_text(input_ids, inputs_embeds, attention_mask, num_ends)
+        self._check_mask(attention_mask)
+        mask = self._surround(input_ids, inputs_embeds, attention_mask, num_ends).mask
         if not input_features.isfinite().all():
             raise ValueError("input_features hold NaN or infinite values: is the recording damaged?")
-        return self.join_prompt(self.encode_voice(input_features), *text)
+        embeds = self(  # called, as transformers does: it may be hooked
+            input_features=input_features,
+            input_ids=input_ids,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            num_ends=num_ends,
+        )
+        return embeds, self._prompt_mask(embeds, mask)
 
     def prompt_text(
         self,
@@ -199,16 +216,26 @@ class ClvpConditioningEncoder(nn.Module):
         num_ends: int = 2,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What the text makes of `prompt`: embeddings `[texts, text, hidden_size]` and mask `[texts, text]`."""
+        self._check_mask(attention_mask)
+        text = self._surround(input_ids, inputs_embeds, attention_mask, num_ends)
+        return self._embed_text(text), text.mask
+
+    @staticmethod
+    def _check_mask(attention_mask: torch.Tensor | None) -> None:
         if attention_mask is not None and not attention_mask.bool().any(1).all():
             raise ValueError("attention_mask hides every token of a text: each text must keep at least one")
-        return self.embed_text(input_ids, inputs_embeds, attention_mask, num_ends=num_ends, by_mask=True)
+
+    @staticmethod
+    def _prompt_mask(embeds: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """The mask of prompts `embeds` from that of their texts: one place more, of the voice."""
+        return F.pad(mask, (1, 0), value=1).expand(embeds.shape[0], -1)
 
     def join_prompt(
         self, voices: torch.Tensor, text_embeds: torch.Tensor, mask: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`prompt` of voices that were encoded before, `[clips, hidden_size]`, and of what `prompt_text` returned."""
         embeds = self.join(voices, text_embeds)
-        return embeds, F.pad(mask, (1, 0), value=1).expand(embeds.shape[0], -1)
+        return embeds, self._prompt_mask(embeds, mask)
 
     @staticmethod
     def join(voices: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:

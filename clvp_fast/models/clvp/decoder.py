@@ -9,8 +9,15 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 
 from clvp_fast.models.clvp.configuration import ClvpDecoderConfig
-from clvp_fast.models.clvp.layers import ClvpDecoderMLP, ClvpSelfAttention, add_layer_norm, embed
+from clvp_fast.models.clvp.layers import (
+    ClvpDecoderMLP,
+    ClvpSelfAttention,
+    add_feed_forward,
+    add_norm,
+    embed,
+)
 from clvp_fast.models.clvp.pretrained import ClvpPreTrainedModel
+from clvp_fast.models.plain import is_plain
 from clvp_fast.models.transformers_versions import CACHE, CheckpointsUnderGradients, takes_cache
 
 
@@ -29,22 +36,33 @@ class ClvpDecoderLayer(CheckpointsUnderGradients, GradientCheckpointingLayer):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
         cache: Cache | None = None,
-        output_attentions: bool = False,
-        candidates_per_prompt: int = 1,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """`[batch, length, hidden_size]` → the same, and the attention weights with `output_attentions`."""
-        _, normed = add_layer_norm(self.input_layernorm, hidden_states)
-        attended, weights = self.attn(
-            normed,
-            attention_mask=attention_mask,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        use_cache: bool | None = False,
+        attentions: list[torch.Tensor] | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        """`[batch, length, hidden_size]` → the same; the attention's weights are put behind `attentions`.
+
+        `kwargs` are the attention's.
+        """
+        attention = self.attn
+        # Hooks see all that transformers' attention returns.
+        plain = {} if not is_plain(attention, ClvpSelfAttention) else {"need_weights": attentions is not None}
+        attended, weights = attention(
+            add_norm(self.input_layernorm, hidden_states)[1],
             **{CACHE: cache},
-            output_attentions=output_attentions,
-            candidates_per_prompt=candidates_per_prompt,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            use_cache=use_cache,
+            **plain,
+            **kwargs,
         )
-        residual, normed = add_layer_norm(self.post_attention_layernorm, attended, hidden_states)
-        return self.mlp(normed, residual), weights
+        if attentions is not None:
+            attentions.append(weights)
+        residual, normed = add_norm(self.post_attention_layernorm, attended, hidden_states)
+        return add_feed_forward(self.mlp, ClvpDecoderMLP, normed, residual)
 
 
 class ClvpDecoder(ClvpPreTrainedModel):
@@ -130,18 +148,22 @@ class ClvpDecoder(ClvpPreTrainedModel):
         hidden_states = self.drop(hidden_states)
 
         all_hidden_states, all_attentions = [], []
+        # What transformers' layers do not take is named where it says something.
+        asked = {"attentions": all_attentions} if output_attentions else {}
+        if candidates_per_prompt > 1:
+            asked["candidates_per_prompt"] = candidates_per_prompt
         for layer in self.layers:
             if output_hidden_states:
                 all_hidden_states.append(hidden_states)
-            hidden_states, weights = layer(
+            hidden_states = layer(
                 hidden_states,
-                mask,
                 **{CACHE: cache},
-                output_attentions=output_attentions,
-                candidates_per_prompt=candidates_per_prompt,
+                attention_mask=mask,
+                position_ids=position_ids,
+                use_cache=use_cache,
+                **asked,
             )
-            all_attentions.append(weights)
-        _, hidden_states = add_layer_norm(self.layer_norm, hidden_states)
+        _, hidden_states = add_norm(self.layer_norm, hidden_states)
         if candidates_per_prompt > 1:
             hidden_states = hidden_states.repeat_interleave(candidates_per_prompt, 0)
 

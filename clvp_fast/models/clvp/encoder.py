@@ -13,11 +13,13 @@ from clvp_fast.models.clvp.layers import (
     ClvpRotaryPositionalEmbedding,
     ClvpSelfAttention,
     ClvpSequenceSummary,
-    add_layer_norm,
+    add_feed_forward,
+    add_norm,
 )
 from clvp_fast.models.clvp.outputs import ClvpEncoderOutput
 from clvp_fast.models.clvp.parameters import apply_linear
 from clvp_fast.models.clvp.pretrained import ClvpPreTrainedModel
+from clvp_fast.models.plain import changed_module, is_plain
 
 
 class ClvpEncoderLayer(GradientCheckpointingLayer):
@@ -35,16 +37,30 @@ class ClvpEncoderLayer(GradientCheckpointingLayer):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
+        rotary_pos_emb: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None = None,
         attention_mask: torch.Tensor | None = None,
-        output_attentions: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """`[batch, length, hidden_size]` → the same, and the attention weights with `output_attentions`."""
-        attended, weights = self.self_attn(
-            self.input_rmsnorm(hidden_states), rotary, attention_mask, output_attentions=output_attentions
+        position_ids: torch.LongTensor | None = None,
+        attentions: list[torch.Tensor] | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        """`[batch, length, hidden_size]` → the same; the attention's weights are put behind `attentions`.
+
+        `rotary_pos_emb` and `position_ids` are as [`ClvpSelfAttention`] takes them.
+        """
+        attention = self.self_attn
+        # Hooks see all that transformers' attention returns.
+        plain = {} if not is_plain(attention, ClvpSelfAttention) else {"need_weights": attentions is not None}
+        attended, weights = attention(
+            self.input_rmsnorm(hidden_states),
+            rotary_pos_emb=rotary_pos_emb,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            **plain,
         )
-        residual, normed = self.post_attention_rmsnorm.add(attended, hidden_states)
-        return self.mlp(normed, residual), weights
+        if attentions is not None:
+            attentions.append(weights)
+        residual, normed = add_norm(self.post_attention_rmsnorm, attended, hidden_states)
+        return add_feed_forward(self.mlp, ClvpEncoderMLP, normed, residual)
 
     def packed(
         self,
@@ -65,7 +81,7 @@ class ClvpEncoderLayer(GradientCheckpointingLayer):
             max_seqlen=max_seqlen,
         )
         attended = apply_linear(attention.out_proj, attended.flatten(-2))
-        residual, normed = self.post_attention_rmsnorm.add(attended, hidden_states)
+        residual, normed = add_norm(self.post_attention_rmsnorm, attended, hidden_states)
         return self.mlp(normed, residual)
 
 
@@ -88,6 +104,7 @@ class ClvpEncoder(ClvpPreTrainedModel):
         self.rotary_pos_emb = ClvpRotaryPositionalEmbedding(config) if config.use_rotary_embedding else None
         self.layers = nn.ModuleList([ClvpEncoderLayer(config) for _ in range(config.num_hidden_layers)])
         self.sequence_summary = ClvpSequenceSummary(config)
+        self.pool_padding = self.sequence_summary.pool_padding
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.projection = None
         if with_projection:
@@ -128,21 +145,22 @@ class ClvpEncoder(ClvpPreTrainedModel):
         output_hidden_states = self.option("output_hidden_states", output_hidden_states)
 
         hidden_states = self.token_embedding(input_ids) if inputs_embeds is None else inputs_embeds
+        if position_ids is None:
+            position_ids = torch.arange(hidden_states.shape[1], device=hidden_states.device)[None]
         rotary = None
         if self.rotary_pos_emb is not None:
-            if position_ids is None:
-                position_ids = torch.arange(hidden_states.shape[1], device=hidden_states.device)[None]
-            rotary = self.rotary_pos_emb(position_ids)
+            rotary = self.rotary_pos_emb.cos_sin(position_ids) if self._turns() else self.rotary_pos_emb(hidden_states)
         mask = self.boolean_mask(attention_mask, hidden_states.shape[1])
 
         all_hidden_states, all_attentions = [], []
+        asked = {"attentions": all_attentions} if output_attentions else {}
         for layer in self.layers:
             if output_hidden_states:
                 all_hidden_states.append(hidden_states)
-            hidden_states, weights = layer(hidden_states, rotary, mask, output_attentions)
-            all_attentions.append(weights)
-        _, last_hidden_state = add_layer_norm(self.final_layer_norm, hidden_states)
-        pooled = self.sequence_summary(last_hidden_state, attention_mask=mask)
+            hidden_states = layer(hidden_states, rotary, mask, position_ids, **asked)
+        _, last_hidden_state = add_norm(self.final_layer_norm, hidden_states)
+        masked = {} if self.pool_padding else {"attention_mask": mask}
+        pooled = self.sequence_summary(last_hidden_state, **masked)
 
         return ClvpEncoderOutput(
             embeds=None if self.projection is None else self.projection(pooled),
@@ -152,10 +170,17 @@ class ClvpEncoder(ClvpPreTrainedModel):
             attentions=tuple(all_attentions) if output_attentions else None,
         )
 
+    def _turns(self) -> bool:
+        """Whether cosines and sines may stand in the place of the angles that modules would be given."""
+        return is_plain(self.rotary_pos_emb, ClvpRotaryPositionalEmbedding) and all(
+            is_plain(layer, ClvpEncoderLayer) and is_plain(layer.self_attn, ClvpSelfAttention) for layer in self.layers
+        )
+
     def embed_packed(self, input_ids: torch.LongTensor, cu_seqlens: torch.Tensor, max_seqlen: int) -> torch.Tensor:
         """Embed sequences of any lengths without padding, each as `forward` embeds it alone.
 
-        For inference: no dropout, no recomputation for gradients.
+        For inference: no dropout, no recomputation for gradients. Where a module of the encoder is not plain, each
+        sequence goes through `forward`.
 
         Args:
             input_ids: `[tokens]`, the sequences one behind another.
@@ -165,13 +190,16 @@ class ClvpEncoder(ClvpPreTrainedModel):
         Returns:
             `[sequences, projection_dim]`.
         """
+        if changed_module(self, self.kinds) is not None:
+            rows = input_ids.split(cu_seqlens.diff().tolist())
+            return torch.cat([self(input_ids=row[None]).embeds for row in rows])
         hidden_states = self.token_embedding(input_ids)
         rotary = None
         if self.rotary_pos_emb is not None:
-            rotary = self.rotary_pos_emb(torch.arange(max_seqlen, device=input_ids.device)[None])
+            rotary = self.rotary_pos_emb.cos_sin(torch.arange(max_seqlen, device=input_ids.device)[None])
         for layer in self.layers:
             hidden_states = layer.packed(hidden_states, rotary, cu_seqlens, max_seqlen)
-        _, last_hidden_state = add_layer_norm(self.final_layer_norm, hidden_states)
+        _, last_hidden_state = add_norm(self.final_layer_norm, hidden_states)
         # One place a sequence is left, which every kind of summary takes as it is.
         pooled = self._pool_packed(last_hidden_state, cu_seqlens)
         return self.projection(self.sequence_summary(pooled[:, None]))

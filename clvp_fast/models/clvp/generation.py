@@ -25,9 +25,8 @@ from transformers.generation import (
     TopPLogitsWarper,
     TypicalLogitsWarper,
 )
-from transformers.pytorch_utils import Conv1D
 
-from clvp_fast.models.clvp.parameters import is_plain
+from clvp_fast.models.plain import changed_module
 from clvp_fast.ops.dispatch import autocasts
 
 LOGGER = logging.getLogger(__name__)
@@ -123,25 +122,13 @@ def _stop_token(eos_token_id: Any) -> int:
 
 def check_model(model) -> None:
     """Raise `NotServed` where a `ClvpForCausalLM` does more than its class on its parameters, or not on one device."""
-    from clvp_fast.models.clvp.causal_lm import ClvpForCausalLM
-    from clvp_fast.models.clvp.decoder import ClvpDecoder, ClvpDecoderLayer, ClvpModel
-    from clvp_fast.models.clvp.layers import ClvpDecoderMLP, ClvpSelfAttention
-
-    own = {ClvpForCausalLM, ClvpModel, ClvpDecoder, ClvpDecoderLayer, ClvpSelfAttention, ClvpDecoderMLP, Conv1D}
-    own |= {nn.ModuleList, nn.LayerNorm, nn.Linear, nn.Dropout, nn.Embedding}
+    if (found := changed_module(model, model.kinds)) is not None:
+        raise NotServed(found)
     for name, module in model.named_modules():
-        where = f"module {name}" if name else "the model"
-        # An activation is whatever the configuration names.
-        if type(module) not in own and not name.endswith(".act"):
-            raise NotServed(f"{where} is a {type(module).__name__} of another package or subclass")
-        if not is_plain(module, type(module)):
-            raise NotServed(f"{where} has hooks or a forward of its own")
-        if getattr(module, "_compiled_call_impl", None) is not None:
-            raise NotServed(f"{where} is compiled")
         # The probability of `nn.Dropout` is its `p`, and that of attention's weights a number too.
         dropout = module.p if isinstance(module, nn.Dropout) else getattr(module, "dropout", 0)
         if module.training and isinstance(dropout, (int, float)) and dropout > 0:
-            raise NotServed(f"{where} is in training mode, with dropout")
+            raise NotServed(f"module {name} is in training mode, with dropout")
     kinds = {(type(p), p.device, p.dtype) for p in model.parameters()}
     if len(kinds) > 1 or next(iter(kinds))[0] is not nn.Parameter:
         raise NotServed("the parameters are not all of one kind, dtype and device")

@@ -4,7 +4,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import Cache
-from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
 from clvp_fast import ops
@@ -12,11 +11,11 @@ from clvp_fast.models.clvp.cache import GrowingLayer
 from clvp_fast.models.clvp.parameters import (
     apply_linear,
     can_pack,
-    is_plain,
     pack_linears,
     project_heads,
     transpose_storage,
 )
+from clvp_fast.models.plain import activation_module, activation_name, is_plain
 from clvp_fast.models.transformers_versions import takes_cache
 
 
@@ -29,28 +28,37 @@ class ClvpRMSNorm(nn.Module):
         self.variance_epsilon = eps
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.add(hidden_states)[1]
-
-    def add(self, hidden_states: torch.Tensor, residual: torch.Tensor | None = None):
-        """The new residual `hidden_states + residual`, and its norm; both `[..., hidden_size]`."""
-        return ops.add_norm(hidden_states, residual, weight=self.weight, eps=self.variance_epsilon, kind="rms")
+        return ops.add_norm(hidden_states, None, weight=self.weight, eps=self.variance_epsilon, kind="rms")[1]
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
 
 
-def add_layer_norm(
-    norm: nn.LayerNorm,
+def add_norm(
+    norm: nn.Module,
     hidden_states: torch.Tensor,
     residual: torch.Tensor | None = None,
     out_dtype: torch.dtype | None = None,
-):
-    """The new residual `hidden_states + residual`, and its layer norm of `out_dtype`; both `[..., hidden_size]`.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The new residual `hidden_states + residual`, and `norm` of it, of `out_dtype`; both `[..., hidden_size]`.
 
     `out_dtype` is by default that of `hidden_states`. The residual may be float32 beside a half type, and stays so.
     """
-    affine = dict(weight=norm.weight, bias=norm.bias, eps=norm.eps)
-    return ops.add_norm(hidden_states, residual, **affine, kind="layer", out_dtype=out_dtype)
+    if is_plain(norm, nn.LayerNorm) and norm.weight is not None:
+        affine = dict(weight=norm.weight, bias=norm.bias, eps=norm.eps)
+        return ops.add_norm(hidden_states, residual, **affine, kind="layer", out_dtype=out_dtype)
+    if is_plain(norm, ClvpRMSNorm):
+        affine = dict(weight=norm.weight, eps=norm.variance_epsilon)
+        return ops.add_norm(hidden_states, residual, **affine, kind="rms", out_dtype=out_dtype)
+    total = hidden_states if residual is None else residual + hidden_states
+    return total, norm(total if out_dtype is None else total.to(out_dtype))
+
+
+def add_feed_forward(
+    mlp: nn.Module, kind: type[nn.Module], hidden_states: torch.Tensor, residual: torch.Tensor
+) -> torch.Tensor:
+    """`residual + mlp(hidden_states)`, `[..., hidden_size]`; an `mlp` of the class `kind` adds on its way."""
+    return mlp(hidden_states, residual) if is_plain(mlp, kind) else residual + mlp(hidden_states)
 
 
 def embed(
@@ -102,14 +110,22 @@ class ClvpRotaryPositionalEmbedding(nn.Module):
             self.inv_freq = precise.to(self.inv_freq.device)
         return self
 
-    def forward(self, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Angles `[1, length, dim]`, float32 or wider, of the places of `hidden_states` `[batch, length, ...]`."""
+        angles = self._angles(torch.arange(hidden_states.shape[1], device=hidden_states.device)[None])
+        return torch.cat((angles, angles), -1)
+
+    def cos_sin(self, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines `[batch or 1, length, 1, dim / 2]`, float32 or wider, of `[batch or 1, length]` positions.
 
         Both halves of the rotary channels turn by the same angles.
         """
-        inv_freq = self.inv_freq.to(torch.promote_types(self.inv_freq.dtype, torch.float32))
-        angles = (position_ids[..., None].to(inv_freq.dtype) * inv_freq)[:, :, None]
+        angles = self._angles(position_ids)[:, :, None]
         return angles.cos(), angles.sin()
+
+    def _angles(self, position_ids: torch.Tensor) -> torch.Tensor:
+        inv_freq = self.inv_freq.to(torch.promote_types(self.inv_freq.dtype, torch.float32))
+        return position_ids[..., None].to(inv_freq.dtype) * inv_freq
 
 
 def wants_whole_buffers(cache: Cache, layer_idx: int, query: torch.Tensor, mask: torch.Tensor | None) -> bool:
@@ -165,25 +181,33 @@ class ClvpSelfAttention(nn.Module):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
+        rotary_pos_emb: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None = None,
         attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
         cache: Cache | None = None,
-        output_attentions: bool = False,
+        use_cache: bool | None = False,
+        need_weights: bool = True,
         num_queries: int | None = None,
         candidates_per_prompt: int = 1,
+        **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attend over `hidden_states` `[batch, length, hidden_size]` and what the cache holds.
 
         Args:
-            rotary: cosines and sines of the positions, for the encoders.
+            rotary_pos_emb: for the encoders, the angles `[1, places, dim]` that `position_ids` pick from; or cosines
+                and sines, picked already.
             attention_mask: True or 1 = attend: `[batch, keys]`; or `[batch, 1, queries, keys]`, boolean or additive,
                 which then says all (causality too).
+            position_ids: `[batch or 1, length]`, with angles.
+            use_cache: changes nothing.
+            need_weights: also return the attention's weights.
             num_queries: compute the first `num_queries` places alone.
             candidates_per_prompt: how many rows of the cache each row of the batch fills.
 
         Returns:
-            `[batch, queries, hidden_size]`, and the weights `[batch, heads, queries, keys]` with `output_attentions`.
+            `[batch, queries, hidden_size]`, and the weights `[batch, heads, queries, keys]` with `need_weights`.
         """
+        cos, sin = self._cos_sin(rotary_pos_emb, position_ids)
         query, key, value = self.project(hidden_states)
         query = query[:, :num_queries]
         query_offset = None
@@ -204,7 +228,6 @@ class ClvpSelfAttention(nn.Module):
                         attention_mask = F.pad(attention_mask, (0, new_key.shape[2] - query_offset - 1))
                 key, value = new_key.transpose(1, 2), new_value.transpose(1, 2)
 
-        cos, sin = rotary if rotary is not None else (None, None)
         arguments = dict(
             cos=cos,
             sin=sin,
@@ -215,25 +238,20 @@ class ClvpSelfAttention(nn.Module):
             dropout_p=self.dropout if self.training else 0.0,
         )
         weights = None
-        if output_attentions:
+        if need_weights:
             attended, weights = ops.rotary_attention_weights(query, key, value, **arguments)
         else:
             attended = ops.rotary_attention(query, key, value, **arguments)
         return apply_linear(self.out_proj, attended.flatten(-2)), weights
 
-
-# Documented for CLVP ("selu"), or usual, and missing from transformers' own table.
-_MORE_ACTIVATIONS = {"selu": nn.SELU, "elu": nn.ELU}
-
-
-def activation_module(name: str) -> nn.Module:
-    """The activation that a configuration names."""
-    if name in ACT2FN:
-        return ACT2FN[name]
-    if name not in _MORE_ACTIVATIONS:
-        known = ", ".join(sorted({*ACT2FN, *_MORE_ACTIVATIONS}))
-        raise ValueError(f"unknown activation {name!r}: choose one of {known}")
-    return _MORE_ACTIVATIONS[name]()
+    @staticmethod
+    def _cos_sin(rotary_pos_emb, position_ids) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        if not isinstance(rotary_pos_emb, torch.Tensor):
+            return rotary_pos_emb or (None, None)
+        if position_ids is None:
+            raise ValueError("position_ids must be given with rotary_pos_emb, whose angles they pick")
+        angles = rotary_pos_emb.squeeze(0)[position_ids]
+        return angles.cos(), angles.sin()
 
 
 class ClvpGatedLinearUnit(nn.Module):
@@ -265,8 +283,15 @@ class ClvpEncoderMLP(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """`[..., hidden_size]` → the same, with `residual` added where given, whose dtype the result then has."""
-        proj, fc2 = self.fc1.proj, self.fc2
-        if is_plain(proj, nn.Linear) and is_plain(fc2, nn.Linear) and self.config.hidden_act in ops.ACTIVATIONS:
+        fc1, fc2 = self.fc1, self.fc2
+        if (
+            is_plain(fc1, ClvpGatedLinearUnit)
+            and is_plain(fc1.proj, nn.Linear)
+            and (activation := activation_name(fc1.activation_fn)) is not None
+            and is_plain(self.dropout_layer, nn.Dropout)
+            and is_plain(fc2, nn.Linear)
+        ):
+            proj = fc1.proj
             return ops.geglu_mlp(
                 hidden_states,
                 proj.weight,
@@ -274,10 +299,10 @@ class ClvpEncoderMLP(nn.Module):
                 fc2.weight,
                 fc2.bias,
                 residual=residual,
-                activation=self.config.hidden_act,
+                activation=activation,
                 dropout_p=self.dropout_layer.p if self.training else 0.0,
             )
-        hidden_states = fc2(self.dropout_layer(self.fc1(hidden_states)))
+        hidden_states = fc2(self.dropout_layer(fc1(hidden_states)))
         return hidden_states if residual is None else residual + hidden_states
 
 
@@ -303,12 +328,12 @@ class ClvpDecoderMLP(nn.Module):
     def forward(self, hidden_states: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """`[..., hidden_size]` → the same, with `residual` added where given, whose dtype the result then has."""
         c_fc, c_proj = self.c_fc, self.c_proj
-        training = self.training and self.dropout.p > 0
         if (
-            not training
-            and is_plain(c_fc, Conv1D)
+            is_plain(c_fc, Conv1D)
+            and (activation := activation_name(self.act)) is not None
             and is_plain(c_proj, Conv1D)
-            and self.config.activation_function in ops.ACTIVATIONS
+            and is_plain(self.dropout, nn.Dropout)
+            and not (self.training and self.dropout.p > 0)
         ):
             if not torch.compiler.is_compiling():
                 transpose_storage(c_fc)
@@ -320,7 +345,7 @@ class ClvpDecoderMLP(nn.Module):
                 c_proj.weight.t(),
                 c_proj.bias,
                 residual=residual,
-                activation=self.config.activation_function,
+                activation=activation,
             )
         hidden_states = self.dropout(c_proj(self.act(c_fc(hidden_states))))
         return hidden_states if residual is None else residual + hidden_states
@@ -343,8 +368,9 @@ class ClvpSequenceSummary(nn.Module):
             self.summary = nn.Linear(config.hidden_size, config.num_labels if to_labels else config.hidden_size)
         activation = getattr(config, "summary_activation", None)
         self.activation = activation_module(activation) if activation else nn.Identity()
-        self.first_dropout = nn.Dropout(getattr(config, "summary_first_dropout", 0.0))
-        self.last_dropout = nn.Dropout(getattr(config, "summary_last_dropout", 0.0))
+        first, last = (getattr(config, f"summary_{which}_dropout", 0.0) for which in ("first", "last"))
+        self.first_dropout = nn.Dropout(first) if first > 0 else nn.Identity()
+        self.last_dropout = nn.Dropout(last) if last > 0 else nn.Identity()
 
     def forward(
         self,

@@ -327,7 +327,8 @@ class ClvpModelForConditionalGeneration(ClvpPreTrainedModel, GenerationMixin):
         """Embed texts with one end token behind them, as the original scores them."""
         encoder, end = self.text_encoder_model, self.config.text_config.eos_token_id
         if inputs_embeds is not None:
-            text = PaddedText(inputs_embeds, attention_mask).surround(None, encoder.token_embedding.weight[end])
+            end_embeds = encoder.token_embedding(torch.tensor(end, device=inputs_embeds.device))
+            text = PaddedText(inputs_embeds, attention_mask).surround(None, end_embeds)
             tokens = dict(inputs_embeds=text.tokens)
         else:
             text = PaddedText(input_ids, attention_mask).surround(None, end)

@@ -11,19 +11,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from clvp_fast import ops
-
-
-def is_plain(module: nn.Module, module_class: type[nn.Module]) -> bool:
-    """Whether calling `module` does nothing but its class's own computation on its parameters.
-
-    Adapters replace modules, and offloading and users hook them; those have to be called, not looked through.
-    """
-    return (
-        type(module) is module_class
-        and "forward" not in module.__dict__
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
-    )
+from clvp_fast.models.plain import is_plain
 
 
 def apply_linear(linear: nn.Module, hidden_states: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
@@ -46,11 +34,11 @@ def project_heads(linears: list[nn.Module], hidden_states: torch.Tensor, num_hea
 
 
 def can_pack(linears: list[nn.Module]) -> bool:
-    """Whether `pack_linears` serves: plain linear layers of one dtype, on a device that has storage."""
+    """Whether `pack_linears` serves: plain linear layers of one dtype, all with a bias or none."""
     return (
         all(is_plain(linear, nn.Linear) for linear in linears)
         and len({linear.weight.dtype for linear in linears}) == 1
-        and linears[0].weight.device.type != "meta"
+        and len({linear.bias is None for linear in linears}) == 1
     )
 
 
@@ -103,5 +91,5 @@ def _lie_in_a_row(parameters: list[nn.Parameter]) -> bool:
 @torch.inference_mode(False)
 def transpose_storage(conv: Conv1D) -> None:
     """Keep the `[in, out]` weight of `conv` as the transposed view of contiguous `[out, in]` storage, if it has one."""
-    if not conv.weight.t().is_contiguous() and conv.weight.device.type != "meta":
+    if not conv.weight.t().is_contiguous():
         conv.weight.data = conv.weight.data.t().contiguous().t()

@@ -7,6 +7,7 @@ from transformers.pytorch_utils import Conv1D
 
 from clvp_fast.models.clvp.configuration import ClvpConfig, ClvpDecoderConfig, ClvpEncoderConfig
 from clvp_fast.models.clvp.layers import ClvpRotaryPositionalEmbedding
+from clvp_fast.models.plain import kinds_of
 from clvp_fast.models.transformers_versions import CACHE
 
 
@@ -19,6 +20,11 @@ class ClvpPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["ClvpEncoderLayer", "ClvpDecoderLayer", "ClvpConditioningEncoder"]  # noqa: RUF012
     _skip_keys_device_placement = [CACHE]  # noqa: RUF012
+
+    def post_init(self) -> None:
+        super().post_init()
+        #: The class of each module as it was made, by which replaced ones are told.
+        self.kinds = kinds_of(self)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

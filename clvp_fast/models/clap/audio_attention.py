@@ -1,0 +1,135 @@
+"""Window attention of CLAP's audio tower, over a whole image at once or window by window."""
+
+import math
+
+import torch
+from torch import nn
+
+from clvp_fast import ops
+from clvp_fast.models.clap.configuration import ClapAudioConfig
+from clvp_fast.models.clap.layers import Dense
+from clvp_fast.models.clvp.parameters import apply_linear, project_heads
+from clvp_fast.models.plain import is_plain
+
+
+def cut_windows(image: torch.Tensor, window: int, shift: int) -> torch.Tensor:
+    """`[batch, rows, columns, width]` → `[batch * windows, window ** 2, width]`, windows begin `shift` places later."""
+    if shift:
+        image = image.roll((-shift, -shift), (1, 2))
+    cut = image.unflatten(2, (-1, window)).unflatten(1, (-1, window)).transpose(2, 3)
+    return cut.reshape(-1, window**2, image.shape[3])
+
+
+def join_windows(windows: torch.Tensor, shape: torch.Size, window: int, shift: int) -> torch.Tensor:
+    """What `cut_windows` made of an image of a shape, back in its place."""
+    batch, rows, columns, _ = shape
+    cut = windows.reshape(batch, rows // window, columns // window, window, window, -1)
+    image = cut.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    return image.roll((shift, shift), (1, 2)) if shift else image
+
+
+class ClapAudioSelfAttention(nn.Module):
+    """Attention within windows, with a bias for each distance of two places."""
+
+    def __init__(self, config: ClapAudioConfig, width: int, num_heads: int):
+        super().__init__()
+        if width % num_heads:
+            raise ValueError(f"a stage's width must be a multiple of its heads, got {width} and {num_heads}")
+        self.num_heads = num_heads
+        self.window_size = config.window_size
+        distances = (2 * self.window_size - 1) ** 2
+        self.relative_position_bias_table = nn.Parameter(torch.zeros(distances, num_heads))
+        for name, value in self.initial_buffers().items():
+            self.register_buffer(name, value)
+        self.query = nn.Linear(width, width, bias=config.qkv_bias)
+        self.key = nn.Linear(width, width, bias=config.qkv_bias)
+        self.value = nn.Linear(width, width, bias=config.qkv_bias)
+        self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
+
+    def initial_buffers(self) -> dict[str, torch.Tensor]:
+        """Part of the checkpoints: rows of the bias table, by two places of a window, `[places, places]`."""
+        place = torch.arange(self.window_size**2)
+        rows, columns = (x[:, None] - x for x in (place // self.window_size, place % self.window_size))
+        side = 2 * self.window_size - 1
+        return {"relative_position_index": (rows + self.window_size - 1) * side + columns + self.window_size - 1}
+
+    def projections(self) -> list[nn.Module]:
+        """Of one input: queries, keys and values."""
+        return [self.query, self.key, self.value]
+
+    def bias(self) -> torch.Tensor:
+        """Of the scores, `[heads, places, places]`: by the distance of two places of a window."""
+        return self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        output_attentions: bool = False,
+    ) -> tuple[torch.Tensor, ...]:
+        """`[batch * windows, places, width]` → the same, and the attention weights if asked for.
+
+        `attention_mask` `[windows, places, places]` is added to the scores.
+        """
+        query, key, value = (
+            linear(hidden_states).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for linear in self.projections()
+        )
+        scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1]) + self.bias()
+        if attention_mask is not None:
+            scores = (scores.unflatten(0, (-1, len(attention_mask))) + attention_mask[:, None]).flatten(0, 1)
+        weights = self.dropout(scores.softmax(-1))
+        attended = (weights @ value).transpose(1, 2).flatten(2)
+        return (attended, weights) if output_attentions else (attended,)
+
+    def attend(self, image: torch.Tensor, shift: int, output_attentions: bool) -> tuple[torch.Tensor, ...]:
+        """The same of all windows of an image `[batch, rows, columns, width]`, which begin `shift` places later."""
+        query, key, value = project_heads(self.projections(), image, self.num_heads)
+        dropout_p = self.dropout.p if self.training else 0.0
+        options = dict(window=self.window_size, shift=shift, dropout_p=dropout_p)
+        if output_attentions:
+            attended, weights = ops.window_attention_weights(query, key, value, self.bias(), **options)
+        else:
+            attended, weights = ops.window_attention(query, key, value, self.bias(), **options), None
+        return attended.flatten(-2), weights
+
+
+class ClapAudioSelfOutput(Dense):
+    """The end of the attention."""
+
+
+class ClapAudioAttention(nn.Module):
+    """Window attention and the projection of its output."""
+
+    def __init__(self, config: ClapAudioConfig, width: int, num_heads: int):
+        super().__init__()
+        self.self = ClapAudioSelfAttention(config, width, num_heads)
+        self.output = ClapAudioSelfOutput(width, width, config.attention_probs_dropout_prob)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        output_attentions: bool = False,
+    ) -> tuple[torch.Tensor, ...]:
+        """`[batch * windows, places, width]` → the same, and the attention weights if asked for."""
+        attended, *weights = self.self(hidden_states, attention_mask, output_attentions)
+        return (self.output(attended, hidden_states), *weights)
+
+    def is_plain_inside(self) -> bool:
+        """Whether `attend` computes what the modules inside do."""
+        attention, output = self.self, self.output
+        return (
+            is_plain(attention, ClapAudioSelfAttention)
+            and all(is_plain(linear, nn.Linear) for linear in attention.projections())
+            and is_plain(attention.dropout, nn.Dropout)
+            and is_plain(output, ClapAudioSelfOutput)
+            and is_plain(output.dense, nn.Linear)
+            and is_plain(output.dropout, nn.Dropout)
+        )
+
+    def attend(
+        self, image: torch.Tensor, shift: int, output_attentions: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`forward` of all windows of an image `[batch, rows, columns, width]`, which begin `shift` places later."""
+        attended, weights = self.self.attend(image, shift, output_attentions)
+        return self.output.dropout(apply_linear(self.output.dense, attended)), weights

@@ -1,0 +1,125 @@
+"""The one rule for fused paths: a path reads modules' parameters only while each of those modules is plain.
+
+A plain module does nothing but its own class's computation on its own parameters: it is of that very class, with that
+class's forward, without hooks of any kind or a compiled call, and its parameters are ordinary ones on a device that has
+storage. Adapters replace modules, parametrizations change their classes, pruning, weight norms and users hook them,
+offloading puts other forwards in and leaves parameters on "meta", quantisation puts other tensors in: all of those have
+to be called, one module after another, with what transformers' modules take and give.
+"""
+
+import torch
+from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
+from transformers.activations import ACT2FN
+
+from clvp_fast import ops
+
+# Documented for CLVP ("selu"), or usual, and missing from transformers' own table.
+_MORE_ACTIVATIONS = {"selu": nn.SELU, "elu": nn.ELU}
+# A subclass of a user's has this package's modules, and may compute anything.
+_PACKAGES = ("clvp_fast", "torch", "transformers")
+# `functional_call` and `torch.func` put tensors in the place of parameters.
+_PARAMETERS = (nn.Parameter, torch.Tensor)
+
+
+def activation_module(name: str) -> nn.Module:
+    """The activation that a configuration names."""
+    if name in ACT2FN:
+        return ACT2FN[name]
+    if name not in _MORE_ACTIVATIONS:
+        known = ", ".join(sorted({*ACT2FN, *_MORE_ACTIVATIONS}))
+        raise ValueError(f"unknown activation {name!r}: choose one of {known}")
+    return _MORE_ACTIVATIONS[name]()
+
+
+# By class, the name that operators know a configuration's activation by, and its settings.
+_ACTIVATIONS: dict[type[nn.Module], tuple[str, float | None, float | None]] = {}
+
+
+def _settings(activation: nn.Module) -> tuple[float | None, float | None]:
+    return activation.__dict__.get("negative_slope"), activation.__dict__.get("alpha")
+
+
+for _name in ops.ACTIVATIONS:
+    if _name in ACT2FN or _name in _MORE_ACTIVATIONS:
+        _module = activation_module(_name)
+        _ACTIVATIONS.setdefault(type(_module), (_name, *_settings(_module)))
+
+
+def is_plain(module: nn.Module | None, kind: type[nn.Module]) -> bool:
+    """Whether calling `module` does nothing but the computation of the class `kind` on the module's parameters.
+
+    Says nothing of the modules inside.
+    """
+    return (
+        type(module) is kind
+        and "forward" not in module.__dict__
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and not module._backward_hooks
+        and not module._backward_pre_hooks
+        and module._compiled_call_impl is None
+        and all(p is None or (type(p) in _PARAMETERS and not p.is_meta) for p in module._parameters.values())
+        and not _has_any_global_hook()
+    )
+
+
+def activation_name(module: nn.Module) -> str | None:
+    """The name in `ops.ACTIVATIONS` of what `module` computes; None if it is not plain, or none that operators know."""
+    name, *settings = _ACTIVATIONS.get(type(module), (None, None, None))
+    known = name is not None and is_plain(module, type(module)) and tuple(settings) == _settings(module)
+    return name if known else None
+
+
+def kinds_of(model: nn.Module) -> dict[str, type[nn.Module]]:
+    """The class of each module of `model`, by its name."""
+    return {name: type(module) for name, module in model.named_modules()}
+
+
+def changed_module(model: nn.Module, kinds: dict[str, type[nn.Module]]) -> str | None:
+    """What is the first module of `model` that is not plain, of the classes `kinds`; None if all are.
+
+    Returns the beginning of a sentence, as "module layers.0.mlp has hooks".
+    """
+    for name, module in model.named_modules():
+        where = f"module {name}" if name else "the model"
+        kind = type(module)
+        if kind is not kinds.get(name) or kind.__module__.partition(".")[0] not in _PACKAGES:
+            return f"{where} is a {kind.__name__} of another package or subclass"
+        if getattr(module, "_compiled_call_impl", None) is not None:
+            return f"{where} is compiled"
+        if any(p is not None and p.is_meta for p in module._parameters.values()):
+            return f"{where} has parameters without storage, as offloading leaves them"
+        if not is_plain(module, kind):
+            return f"{where} has hooks, a forward of its own, or parameters of another kind"
+    return None
+
+
+class PlainModel:
+    """A promise that a model is plain, and stays so, for what reads its parameters over many calls.
+
+    Args:
+        model: a model of this package.
+
+    Raises:
+        ValueError: a module of it is not plain, with its name and what to do.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._model = model
+        if (found := changed_module(model, model.kinds)) is not None:
+            raise ValueError(f"{found}, and the engine reads its parameters: {_ADVICE}")
+        self._modules = [(module, type(module), tuple(module._modules.values())) for module in model.modules()]
+
+    def check(self) -> None:
+        """Raise `ValueError` if anything was attached to a module, or put in its place, since this was made."""
+        for module, kind, children in self._modules:
+            if tuple(module._modules.values()) != children or not is_plain(module, kind):
+                found = changed_module(self._model, self._model.kinds) or "a module of the model was replaced"
+                raise ValueError(f"{found} since the engine was made, which reads its parameters: {_ADVICE}")
+
+
+_ADVICE = (
+    "take it off (merge adapters) and make the engine anew, or use generate(use_engine=False) of the model, which "
+    "calls its modules"
+)
