@@ -90,8 +90,10 @@ def changed_module(model: nn.Module, kinds: dict[str, type[nn.Module]]) -> str |
             return f"{where} is compiled"
         if any(p is not None and p.is_meta for p in module._parameters.values()):
             return f"{where} has parameters without storage, as offloading leaves them"
+        if any(p is not None and type(p) not in _PARAMETERS for p in module._parameters.values()):
+            return f"{where} has parameters of another kind, as quantisation makes them"
         if not is_plain(module, kind):
-            return f"{where} has hooks, a forward of its own, or parameters of another kind"
+            return f"{where} has hooks or a forward of its own"
     return None
 
 

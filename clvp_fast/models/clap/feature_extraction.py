@@ -16,6 +16,8 @@ from clvp_fast.ops.log_mel import log_mel, num_frames
 
 logger = logging.getLogger(__name__)
 TRUNCATIONS, PADDINGS = ("fusion", "rand_trunc"), ("repeatpad", "repeat", "pad")
+# transformers' names for other extractors: here the longest that is allowed is the one length, so they mean silence.
+_SILENCE = ("max_length", "longest", "do_not_pad")
 # As `power_to_db` of transformers: power below this is -100 dB.
 _FLOOR = 1e-10
 # Clips that are laid out and transformed at a time.
@@ -121,7 +123,8 @@ class ClapFeatureExtractor(SequenceFeatureExtractor):
             raw_speech: mono samples: one clip as a 1-D array, tensor or list of floats, or a batch as a 2-D
                 `[batch, time]` array or tensor or a list of clips. Floats lie in [-1, 1]; int16 is scaled to that.
             truncation: "fusion" or "rand_trunc"; None: the extractor's own.
-            padding: "repeatpad", "repeat" or "pad"; None or True: the extractor's own; False: "pad".
+            padding: "repeatpad", "repeat" or "pad"; None or True: the extractor's own; False, "max_length", "longest"
+                and "do_not_pad": "pad".
             max_length: in samples, to which clips are filled up or cropped; None: `max_length_s` seconds.
             sampling_rate: of `raw_speech`, in Hz: pass it, so that a wrong one is an error and not a wrong result.
             return_tensors: "pt", "np", or None for lists of numpy arrays.
@@ -146,7 +149,7 @@ class ClapFeatureExtractor(SequenceFeatureExtractor):
             logger.warning("%s does not know and ignores: %s.", type(self).__name__, ", ".join(sorted(kwargs)))
         truncation = _one_of("truncation", self.truncation if truncation is None else truncation, TRUNCATIONS)
         padding = self.padding if padding is None or padding is True else padding or "pad"
-        padding = _one_of("padding", padding, PADDINGS)
+        padding = "pad" if padding in _SILENCE else _one_of("padding", padding, PADDINGS)
         limit = max_length or self.nb_max_samples
         if limit < 1:
             raise ValueError(f"max_length must be at least 1 sample, not {limit}.")
@@ -154,7 +157,10 @@ class ClapFeatureExtractor(SequenceFeatureExtractor):
         found, device = clips.read_clips(raw_speech, None if device is None else torch.device(device))
         plans = self._plan(clips.lengths_of(found), limit, truncation, seed)
         features = self._features(found, plans, limit, truncation, padding, device)
-        outputs = {"input_features": features, "is_longer": torch.tensor([[plan.longer] for plan in plans])}
+        outputs = {
+            "input_features": features,
+            "is_longer": torch.tensor([[plan.longer] for plan in plans], device="cpu"),
+        }
         if return_tensors in (TensorType.PYTORCH, "pt"):
             outputs["is_longer"] = outputs["is_longer"].to(device)
             return BatchFeature(outputs, tensor_type=return_tensors)
@@ -187,12 +193,12 @@ class ClapFeatureExtractor(SequenceFeatureExtractor):
         """`[clips, 4 or 1, frames, feature_size]`."""
         frames = num_frames(limit, self.fft_window_size, self.hop_length)
         channels = 4 if truncation == "fusion" else 1
-        features = torch.empty(len(plans), channels, frames, self.feature_size, device=device)
+        features = torch.empty(len(plans), channels, frames, self.feature_size, dtype=torch.float32, device=device)
         tables = self._tables(truncation, device)
         equal = [place for place, plan in enumerate(plans) if plan.crops is None and not plan.whole]
         for first in range(0, len(equal), _GROUP):
             group = equal[first : first + _GROUP]
-            rows = torch.empty(len(group), limit, device=device)
+            rows = torch.empty(len(group), limit, dtype=torch.float32, device=device)
             for row, place in zip(rows, group, strict=True):
                 start = plans[place].start
                 _fill(row, _as_floats(found[place])[start : start + limit], padding)
@@ -261,7 +267,7 @@ def _draw_thirds(draws, count: int) -> tuple[int, ...]:
 def _as_floats(clip) -> torch.Tensor:
     if isinstance(clip, np.ndarray):  # torch takes no reversed array, and warns of one that may not be written
         clip = torch.from_numpy(np.require(clip, requirements=["C", "W"]))
-    return clip / 32768 if clip.dtype == torch.int16 else clip
+    return clip.float() / 32768 if clip.dtype == torch.int16 else clip
 
 
 def _fill(row: torch.Tensor, clip: torch.Tensor, padding: str) -> None:

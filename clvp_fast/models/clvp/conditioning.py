@@ -102,13 +102,12 @@ class ClvpConditioningEncoder(nn.Module):
 
         def block(index: int, frames: torch.Tensor) -> torch.Tensor:
             normed = self.group_norms[index](frames).transpose(1, 2)
-            attention, num_queries, plain = self.mel_attn_blocks[index], None, {}
-            if is_plain(attention, ClvpSelfAttention):
-                # Only the first frame goes on after the last block: the others need not attend there.
-                if index == len(self.mel_attn_blocks) - 1 and is_plain(attention.out_proj, nn.Linear):
-                    num_queries = 1
-                plain = dict(need_weights=False, num_queries=num_queries)
-            attended = attention(normed, **plain)[0]
+            attention = self.mel_attn_blocks[index]
+            if not is_plain(attention, ClvpSelfAttention) or not is_plain(attention.out_proj, nn.Linear):
+                return (attention(normed)[0] + frames.transpose(1, 2)).transpose(1, 2)
+            # Only the first frame goes on after the last block: the others need not attend there.
+            num_queries = 1 if index == len(self.mel_attn_blocks) - 1 else None
+            attended, _ = attention(normed, num_queries=num_queries, need_weights=False)
             return frames[..., :num_queries] + attended.transpose(1, 2)
 
         frames = self.mel_conv(input_features)

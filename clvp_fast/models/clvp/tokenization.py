@@ -88,8 +88,6 @@ class ClvpTokenizer(PreTrainedTokenizer):
         self.add_eos_token = add_eos_token
         self.text_cleaning = text_cleaning
         self.cache = {}
-        if text_cleaning != "transformers":
-            kwargs["text_cleaning"] = text_cleaning
 
         def special(token):
             return AddedToken(token, special=True) if isinstance(token, str) else token
@@ -102,6 +100,14 @@ class ClvpTokenizer(PreTrainedTokenizer):
             pad_token=special(pad_token),
             add_prefix_space=add_prefix_space,
             **{"special_tokens_pattern": "none", **kwargs},
+        )
+        # The base class keeps what it is given, and gives these two to itself with another meaning.
+        self.init_kwargs |= dict(
+            vocab_file=vocab_file,
+            merges_file=merges_file,
+            add_bos_token=add_bos_token,
+            add_eos_token=add_eos_token,
+            text_cleaning=text_cleaning,
         )
         if text_cleaning == "tortoise":
             self.split_special_tokens = True

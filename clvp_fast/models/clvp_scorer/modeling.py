@@ -70,6 +70,11 @@ class CLVPPreTrainedModel(ClvpPreTrainedModel):
             )
         super().__init__(config, *args, **kwargs)
 
+    def _vocab_size(self, name: str) -> int:
+        """How many rows the encoder of the ids called `name` has."""
+        side = "text_config" if name == "input_ids" else "speech_config"
+        return getattr(self.config, side, self.config).vocab_size
+
     def _encode(
         self,
         encoder: ClvpEncoder,
@@ -80,7 +85,7 @@ class CLVPPreTrainedModel(ClvpPreTrainedModel):
         output_hidden_states: bool | None,
     ) -> ClvpEncoderOutput:
         return encoder(
-            input_ids=_checked(token_ids, name, encoder.config.vocab_size),
+            input_ids=_checked(token_ids, name, self._vocab_size(name)),
             attention_mask=attention_mask,
             output_attentions=self.option("output_attentions", output_attentions),
             output_hidden_states=self.option("output_hidden_states", output_hidden_states),

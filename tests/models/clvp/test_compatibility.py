@@ -302,7 +302,7 @@ class TestForward:
         else:
             half = copy.deepcopy(model).to(dtype)
         assert half.dtype == dtype
-        cos, sin = half.text_encoder_model.rotary_pos_emb(torch.arange(600)[None])
+        cos, sin = half.text_encoder_model.rotary_pos_emb.cos_sin(torch.arange(600)[None])
         assert cos.dtype == torch.float32
         assert torch.cat([cos, sin], -1).unique(dim=1).shape[1] == 600
         ids, features = tiny_inputs()

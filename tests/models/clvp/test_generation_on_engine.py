@@ -411,7 +411,7 @@ def test_models_that_are_left_to_the_loop(change):
 def test_hooks_are_called(caplog):
     model, seen = tiny(), []
     model.speech_decoder_model.model.decoder.layers[0].register_forward_hook(
-        lambda module, inputs, output: seen.append(output[0].shape[1])
+        lambda module, inputs, output: seen.append(output.shape[1])
     )
     assert reason(model, caplog).endswith("layers.0 has hooks or a forward of its own") and seen == [12, 1]
 
