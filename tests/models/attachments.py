@@ -31,7 +31,7 @@ class Wrapped(nn.Module):
         return halved(self.inner(*args, **kwargs))
 
 
-def _replace(model: nn.Module, name: str, module: nn.Module) -> Callable[[], None]:
+def replace(model: nn.Module, name: str, module: nn.Module) -> Callable[[], None]:
     parent, _, leaf = name.rpartition(".")
     parent = model.get_submodule(parent)
     replaced = parent._modules[leaf]
@@ -59,15 +59,15 @@ def own_forward(model, name):
 
 
 def another_activation(model, name):
-    return _replace(model, name, nn.Hardtanh(-0.5, 0.7))
+    return replace(model, name, nn.Hardtanh(-0.5, 0.7))
 
 
 def identity(model, name):
-    return _replace(model, name, nn.Identity())
+    return replace(model, name, nn.Identity())
 
 
 def wrapped(model, name):
-    return _replace(model, name, Wrapped(model.get_submodule(name)))
+    return replace(model, name, Wrapped(model.get_submodule(name)))
 
 
 ATTACHED = (forward_hook, forward_pre_hook, backward_hook, own_forward, another_activation, identity, wrapped)

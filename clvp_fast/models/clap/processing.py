@@ -5,6 +5,7 @@ import inspect
 from transformers import BatchFeature, ProcessorMixin, RobertaTokenizerFast
 
 from clvp_fast.models.clap.feature_extraction import PADDINGS, TRUNCATIONS, ClapFeatureExtractor
+from clvp_fast.models.clvp import clips
 
 # Options that mean nothing to a tokenizer.
 _AUDIO_OPTIONS = {"sampling_rate", "seed", "device"}
@@ -42,9 +43,11 @@ class ClapProcessor(ProcessorMixin):
             `input_ids` and `attention_mask` of the text; `input_features` and `is_longer` of the audio.
 
         Raises:
-            ValueError: neither text nor audio; an option given twice; what tokenizer and extractor refuse.
+            ValueError: neither text nor audio, or inputs of other names; an option given twice; what tokenizer and
+                extractor refuse.
             TypeError: text that is no string.
         """
+        clips.refuse_other_inputs(type(self).__name__, kwargs)
         if text is None and audio is None:
             raise ValueError("neither text nor audio was given: pass at least one of them.")
         text_kwargs, audio_kwargs = _sort_options(kwargs, has_text=text is not None)

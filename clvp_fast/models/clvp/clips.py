@@ -16,6 +16,14 @@ HOST = torch.device("cpu")
 NOT_FINITE = "{} has samples that are NaN or infinite: it was not decoded or scaled well."
 
 
+def refuse_other_inputs(processor: str, options: dict) -> None:
+    """Raise `ValueError` for inputs by names that are no input of a processor, which would be dropped in silence."""
+    for name in ("audios", "raw_speech", "images", "videos"):
+        if options.get(name) is not None:
+            what = "pass the audio as audio=" if name in ("audios", "raw_speech") else "leave it out"
+            raise ValueError(f"{processor} takes text and audio, and nothing called {name}: {what}.")
+
+
 def check_sampling_rate(extractor: str, expected: int, given: int | None) -> None:
     """Raise `ValueError` for samples of another rate than an extractor's; where none is given, warn."""
     if given is None:

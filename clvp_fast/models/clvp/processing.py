@@ -4,6 +4,7 @@ import inspect
 
 from transformers import BatchFeature, ProcessorMixin
 
+from clvp_fast.models.clvp import clips
 from clvp_fast.models.clvp.feature_extraction import ClvpFeatureExtractor
 from clvp_fast.models.clvp.tokenization import ClvpTokenizer
 
@@ -44,9 +45,11 @@ class ClvpProcessor(ProcessorMixin):
             `attention_mask` (of the samples).
 
         Raises:
-            ValueError: neither text nor audio, or one of them twice; what the tokenizer and the extractor refuse.
+            ValueError: neither text nor audio, or one of them twice, or inputs of other names; what the tokenizer and
+                the extractor refuse.
             TypeError: text that is no string.
         """
+        clips.refuse_other_inputs(type(self).__name__, kwargs)
         text, audio = _sort_inputs(inputs, text, audio, raw_speech)
         text_kwargs, audio_kwargs = _sort_options(kwargs, has_text=text is not None)
         outputs = {}

@@ -237,7 +237,13 @@ class ClvpTokenizer(PreTrainedTokenizer):
         options = {name: True for name in ("add_bos_token", "add_eos_token") if getattr(self, name)}
         if options and push_to_hub:
             raise ValueError("save a tokenizer with add_bos_token or add_eos_token first, then push the directory.")
-        files = super().save_pretrained(save_directory, legacy_format, filename_prefix, push_to_hub, **kwargs)
+        cleaning = self.init_kwargs.pop("text_cleaning")
+        if cleaning != "transformers":  # which transformers does not know
+            self.init_kwargs["text_cleaning"] = cleaning
+        try:
+            files = super().save_pretrained(save_directory, legacy_format, filename_prefix, push_to_hub, **kwargs)
+        finally:
+            self.init_kwargs["text_cleaning"] = cleaning
         if options:
             # The base class leaves these two out of what it writes.
             (path,) = (name for name in files if str(name).endswith("tokenizer_config.json"))

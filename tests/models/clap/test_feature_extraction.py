@@ -9,7 +9,7 @@ import torch
 from transformers.models.clap.feature_extraction_clap import ClapFeatureExtractor as StockExtractor
 
 import clvp_fast
-from clvp_fast import ClapFeatureExtractor
+from clvp_fast import ClapFeatureExtractor, ClvpFeatureExtractor
 from tests.data import data_path
 
 RATE = 8000
@@ -222,7 +222,7 @@ def test_real_speech_at_full_size():
         (dict(sampling_rate=16000), ValueError, r"takes audio of 8000 Hz, but sampling_rate=16000 was given: resample"),
         (dict(truncation="middle"), ValueError, "truncation must be one of 'fusion', 'rand_trunc', not 'middle'"),
         (dict(truncation=True), ValueError, "truncation must be one of"),
-        (dict(padding="longest"), ValueError, "padding must be one of 'repeatpad', 'repeat', 'pad', not 'longest'"),
+        (dict(padding="short"), ValueError, "padding must be one of 'repeatpad', 'repeat', 'pad', not 'short'"),
         (dict(max_length=-1), ValueError, "max_length must be at least 1 sample, not -1"),
         (dict(raw_speech=[]), ValueError, "no audio was given"),
         (dict(raw_speech=[CLIPS[0], []]), ValueError, "clip 1 is empty"),
@@ -243,3 +243,58 @@ def test_warnings(ours, caplog):
         ours(CLIPS[0], do_dance=True)
     assert "Pass `sampling_rate`" in caplog.text and "8000 Hz" in caplog.text
     assert "does not know and ignores: do_dance." in caplog.text
+
+
+@pytest.mark.parametrize("padding", ["max_length", "longest", "do_not_pad", False])
+@pytest.mark.parametrize("truncation", ["fusion", "rand_trunc"])
+def test_paddings_of_other_extractors_mean_silence(stock, ours, padding, truncation):
+    found = []
+    for extractor in (stock, ours):
+        np.random.seed(5)
+        found.append(extractor(CLIPS, padding=padding, truncation=truncation, sampling_rate=RATE, return_tensors="np"))
+    assert_same(found[1], found[0])
+    repeated = ours(CLIPS, seed=1, sampling_rate=RATE, return_tensors="np")["input_features"]
+    silent = ours(CLIPS, seed=1, padding=padding, sampling_rate=RATE, return_tensors="np")["input_features"]
+    assert np.abs(repeated - silent).max() > 1
+    kept = ClapFeatureExtractor(**SMALL | dict(padding="max_length"))  # as a setting of the extractor too
+    assert np.array_equal(silent, kept(CLIPS, seed=1, sampling_rate=RATE, return_tensors="np")["input_features"])
+
+
+@pytest.fixture(params=["bfloat16", "float16", "float64", "meta"])
+def another_default(request):
+    """torch's default dtype, or its default device, is another than usual."""
+    if request.param == "meta":
+        torch.set_default_device("meta")
+        yield
+        torch.set_default_device(None)
+    else:
+        torch.set_default_dtype(getattr(torch, request.param))
+        yield
+        torch.set_default_dtype(torch.float32)
+
+
+# Made before any default is changed.
+AS_INT16 = [(clip * 32767).astype(np.int16) for clip in CLIPS]
+HEARD = {
+    f"{name} of {kind}": (make, clips)
+    for name, make in {"clap": lambda: ClapFeatureExtractor(**SMALL), "clvp": ClvpFeatureExtractor}.items()
+    for kind, clips in {"floats": CLIPS, "int16": AS_INT16, "lists": [CLIPS[0].tolist()]}.items()
+}
+
+
+def heard(case: str) -> np.ndarray:
+    make, clips = HEARD[case]
+    extractor = make()
+    options = dict(seed=1) if case.startswith("clap") else {}
+    rate = extractor.sampling_rate
+    return extractor(clips, sampling_rate=rate, return_tensors="pt", **options)["input_features"].numpy()
+
+
+EXPECTED = {case: heard(case) for case in HEARD}
+
+
+@pytest.mark.usefixtures("another_default")
+@pytest.mark.parametrize("case", HEARD)
+def test_defaults_of_torch_change_nothing(case):
+    assert EXPECTED[case].std() > 0.1
+    assert np.array_equal(heard(case), EXPECTED[case])

@@ -137,3 +137,13 @@ def test_texts_and_clips_to_similarities(ours):
 def test_bad_input(ours, call, error, message):
     with pytest.raises(error, match=message):
         ours(**call)
+
+
+@pytest.mark.parametrize("name", ["audios", "raw_speech", "images"])
+def test_inputs_by_other_names_are_not_dropped(stock, ours, name):
+    """transformers refuses the first, and drops the others."""
+    if name == "audios":
+        with pytest.raises(ValueError, match="`audio` instead"):
+            stock(text=TEXTS[0], audios=CLIPS[0])
+    with pytest.raises(ValueError, match=f"ClapProcessor takes text and audio, and nothing called {name}: "):
+        ours(text=TEXTS[0], **{name: CLIPS[0]})

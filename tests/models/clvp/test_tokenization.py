@@ -1,5 +1,6 @@
 """`ClvpTokenizer` against transformers' tokenizer, and with Tortoise's cleaning against Tortoise's tokenizer.json."""
 
+import inspect
 import json
 import random
 
@@ -240,3 +241,26 @@ def test_kept_words_are_bounded(files, monkeypatch):
     for word in range(40):
         tokenizer("a" * (word + 1))
         assert len(tokenizer.cache) <= 5
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, dict(add_bos_token=True), dict(add_eos_token=True, text_cleaning="tortoise", errors="strict")],
+    ids=["defaults", "one", "several"],
+)
+def test_every_parameter_is_in_init_kwargs(tmp_path, options):
+    """As transformers' own tests of tokenizers ask, made anew and loaded again."""
+    files = small_vocabulary(tmp_path)
+    made = ClvpTokenizer(*files, **options)
+    made.save_pretrained(tmp_path / "saved")
+    defaults = {
+        name: parameter.default
+        for name, parameter in inspect.signature(ClvpTokenizer.__init__).parameters.items()
+        if parameter.kind is parameter.POSITIONAL_OR_KEYWORD and name != "self"
+    }
+    for tokenizer in (made, ClvpTokenizer.from_pretrained(tmp_path / "saved")):
+        assert defaults.keys() <= tokenizer.init_kwargs.keys()
+        for name, value in (defaults | options).items():
+            if not name.endswith("_file"):
+                assert str(tokenizer.init_kwargs[name]) == str(value), name
+    assert made.init_kwargs["vocab_file"] == files[0] and made.init_kwargs["merges_file"] == files[1]
