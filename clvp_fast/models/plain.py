@@ -64,6 +64,11 @@ def is_plain(module: nn.Module | None, kind: type[nn.Module]) -> bool:
     )
 
 
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether `module` is a plain linear layer with a bias, which feed-forward operators want."""
+    return is_plain(module, nn.Linear) and module.bias is not None
+
+
 def activation_name(module: nn.Module) -> str | None:
     """The name in `ops.ACTIVATIONS` of what `module` computes; None if it is not plain, or none that operators know."""
     name, *settings = _ACTIVATIONS.get(type(module), (None, None, None))

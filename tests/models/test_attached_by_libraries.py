@@ -103,17 +103,33 @@ def norms_without_gains(model):
             replace(model, name, nn.LayerNorm(module.normalized_shape, module.eps, elementwise_affine=False))
 
 
+def norms_without_offsets(model):
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.LayerNorm:
+            norm = nn.LayerNorm(module.normalized_shape, module.eps, bias=False)
+            norm.weight = module.weight
+            replace(model, name, norm)
+
+
+def linears_without_biases(model):
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear:
+            linear = nn.Linear(module.in_features, module.out_features, bias=False)
+            linear.weight = module.weight
+            replace(model, name, linear)
+
+
+TORCH = (pruned, pruned_for_good, parametrized, old_weight_norm, weight_norm, spectral_norm, norms_without_gains)
+TORCH += (norms_without_offsets, linears_without_biases)
+
+
 def on_all_modules(model):
     """torch's hook on the calls of all modules; the test takes it off."""
     hook = lambda module, args, output: output * 0.9 if isinstance(module, nn.Linear) else None  # noqa: E731
     return nn.modules.module.register_module_forward_hook(hook)
 
 
-@pytest.mark.parametrize(
-    "attach",
-    [pruned, pruned_for_good, parametrized, old_weight_norm, weight_norm, spectral_norm, norms_without_gains],
-    ids=lambda attach: attach.__name__,
-)
+@pytest.mark.parametrize("attach", TORCH, ids=lambda attach: attach.__name__)
 @pytest.mark.parametrize("model", MODELS)
 def test_torch(model, attach):
     stock, ours, inputs = MODELS[model]()
@@ -213,9 +229,11 @@ def test_peft(model, adapt):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             adapted.append(peft.get_peft_model(one, adapt(peft, one)).base_model.model.eval())
-        with torch.no_grad():
-            for index, (_, parameter) in enumerate(sorted(one.named_parameters(), key=lambda pair: pair[0])):
-                if parameter.requires_grad:
-                    noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index))
-                    parameter.add_(0.05 * noise)
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(0)
+        trained = {name: p for name, p in stock.named_parameters() if p.requires_grad}
+        for name, parameter in trained.items():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+            ours.get_parameter(name).copy_(parameter)
+    assert trained
     assert_both(*adapted, inputs, before)

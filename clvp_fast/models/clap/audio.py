@@ -11,7 +11,7 @@ from clvp_fast.models.clap.audio_attention import ClapAudioAttention, cut_window
 from clvp_fast.models.clap.audio_patches import ClapAudioPatchEmbed, fold_spectrogram, pair
 from clvp_fast.models.clap.configuration import ClapAudioConfig
 from clvp_fast.models.clap.layers import Dense, Intermediate, feed_forward, feed_forward_activation
-from clvp_fast.models.clvp.layers import add_norm
+from clvp_fast.models.clvp.layers import add_norm, is_plain_layer_norm
 from clvp_fast.models.clvp.parameters import apply_linear, can_pack, pack_linears
 from clvp_fast.models.plain import is_plain
 from clvp_fast.ops.merge_norm import merge
@@ -120,7 +120,7 @@ class ClapAudioLayer(nn.Module):
             hidden_states.device.type == "cpu"
             and not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
             and not (size[0] % self.window_size or size[1] % self.window_size)
-            and all(is_plain(norm, nn.LayerNorm) for norm in (self.layernorm_before, self.layernorm_after))
+            and all(is_plain_layer_norm(norm) for norm in (self.layernorm_before, self.layernorm_after))
             and (is_plain(self.drop_path, nn.Identity) or is_plain(self.drop_path, ClapDropPath))
             and is_plain(self.output.dropout, nn.Dropout)
             and is_plain(attention, ClapAudioAttention)
@@ -153,7 +153,7 @@ class ClapAudioPatchMerging(nn.Module):
     def forward(self, input_feature: torch.Tensor, input_dimensions: tuple[int, int]) -> torch.Tensor:
         """`[batch, rows * columns, width]` → `[batch, ceil(rows / 2) * ceil(columns / 2), 2 * width]`."""
         image, norm = input_feature.unflatten(1, input_dimensions), self.norm
-        if is_plain(norm, nn.LayerNorm) and norm.weight is not None:
+        if is_plain_layer_norm(norm):
             merged = ops.merge_norm(image, weight=norm.weight, bias=norm.bias, eps=norm.eps).flatten(1, 2)
         else:
             merged = norm(merge(image).flatten(1, 2))

@@ -9,7 +9,7 @@ from clvp_fast import ops
 from clvp_fast.models.clap.configuration import ClapAudioConfig
 from clvp_fast.models.clap.layers import Dense
 from clvp_fast.models.clvp.parameters import apply_linear, project_heads
-from clvp_fast.models.plain import is_plain
+from clvp_fast.models.plain import is_plain, is_plain_linear
 
 
 def cut_windows(image: torch.Tensor, window: int, shift: int) -> torch.Tensor:
@@ -123,7 +123,7 @@ class ClapAudioAttention(nn.Module):
             and all(is_plain(linear, nn.Linear) for linear in attention.projections())
             and is_plain(attention.dropout, nn.Dropout)
             and is_plain(output, ClapAudioSelfOutput)
-            and is_plain(output.dense, nn.Linear)
+            and is_plain_linear(output.dense)
             and is_plain(output.dropout, nn.Dropout)
         )
 

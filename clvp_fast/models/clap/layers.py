@@ -5,7 +5,7 @@ from torch import nn
 
 from clvp_fast import ops
 from clvp_fast.models.clvp.parameters import apply_linear
-from clvp_fast.models.plain import activation_module, activation_name, is_plain
+from clvp_fast.models.plain import activation_module, activation_name, is_plain, is_plain_linear
 
 
 class Intermediate(nn.Module):
@@ -43,9 +43,9 @@ def feed_forward_activation(
     """
     if (
         is_plain(intermediate, kind)
-        and is_plain(intermediate.dense, nn.Linear)
+        and is_plain_linear(intermediate.dense)
         and is_plain(output, output_kind)
-        and is_plain(output.dense, nn.Linear)
+        and is_plain_linear(output.dense)
     ):
         return activation_name(intermediate.intermediate_act_fn)
     return None

@@ -15,7 +15,7 @@ from clvp_fast.models.clvp.parameters import (
     project_heads,
     transpose_storage,
 )
-from clvp_fast.models.plain import activation_module, activation_name, is_plain
+from clvp_fast.models.plain import activation_module, activation_name, is_plain, is_plain_linear
 from clvp_fast.models.transformers_versions import takes_cache
 
 
@@ -34,6 +34,11 @@ class ClvpRMSNorm(nn.Module):
         return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
 
 
+def is_plain_layer_norm(norm: nn.Module) -> bool:
+    """Whether `norm` is a plain layer norm with a gain and an offset, which operators can read."""
+    return is_plain(norm, nn.LayerNorm) and norm.weight is not None and norm.bias is not None
+
+
 def add_norm(
     norm: nn.Module,
     hidden_states: torch.Tensor,
@@ -44,7 +49,7 @@ def add_norm(
 
     `out_dtype` is by default that of `hidden_states`. The residual may be float32 beside a half type, and stays so.
     """
-    if is_plain(norm, nn.LayerNorm) and norm.weight is not None:
+    if is_plain_layer_norm(norm):
         affine = dict(weight=norm.weight, bias=norm.bias, eps=norm.eps)
         return ops.add_norm(hidden_states, residual, **affine, kind="layer", out_dtype=out_dtype)
     if is_plain(norm, ClvpRMSNorm):
@@ -286,10 +291,10 @@ class ClvpEncoderMLP(nn.Module):
         fc1, fc2 = self.fc1, self.fc2
         if (
             is_plain(fc1, ClvpGatedLinearUnit)
-            and is_plain(fc1.proj, nn.Linear)
+            and is_plain_linear(fc1.proj)
             and (activation := activation_name(fc1.activation_fn)) is not None
             and is_plain(self.dropout_layer, nn.Dropout)
-            and is_plain(fc2, nn.Linear)
+            and is_plain_linear(fc2)
         ):
             proj = fc1.proj
             return ops.geglu_mlp(

@@ -1,0 +1,101 @@
+"""An engine reads a plain model's parameters: what is attached to a module is told, when it is made and later."""
+
+from types import SimpleNamespace
+
+import pytest
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+
+from clvp_fast import CandidateEngine, CandidateRequest, ClvpFeatureExtractor, SamplingParams
+from tests.engine.test_decoder import tiny
+from tests.kit import random
+from tests.models.attachments import ATTACHED, replace
+
+PARTS = [
+    "speech_decoder_model.model.decoder.layers.1.mlp.act",
+    "speech_decoder_model.model.decoder.layers.0",
+    "speech_decoder_model.final_norm",
+    "conditioning_encoder.group_norms.0",
+    "text_encoder_model.layers.0.self_attn.out_proj",
+    "speech_encoder_model.sequence_summary",
+]
+
+
+def engine(model):
+    processor = SimpleNamespace(feature_extractor=ClvpFeatureExtractor(feature_size=20), tokenizer=None)
+    return CandidateEngine(model, processor, max_batch=2, max_new_tokens=8)
+
+
+def result(of):
+    settings = SamplingParams(do_sample=False, repetition_penalty=1.0, max_new_tokens=8, seed=0)
+    (found,) = of.generate(
+        CandidateRequest(input_ids=[5, 9, 17], input_features=random(1, 20, 40, seed=4), sampling=settings)
+    )
+    return found
+
+
+def told(part: str, when: str = "") -> str:
+    return rf"^module {part.replace('.', '[.]')} (has|is) .*{when}, (and the engine|which) reads its parameters: take it off"
+
+
+def pruned(model, part):
+    module = next(
+        m for m in model.get_submodule(part).modules() if isinstance(getattr(m, "weight", None), nn.Parameter)
+    )
+    prune.l1_unstructured(module, "weight", 0.2)
+
+
+def normed(model, part):
+    module = next(
+        m for m in model.get_submodule(part).modules() if isinstance(getattr(m, "weight", None), nn.Parameter)
+    )
+    parametrizations.weight_norm(module)
+
+
+def compiled(model, part):
+    model.get_submodule(part).compile(backend="eager")
+
+
+def subclassed(model, part):
+    module = model.get_submodule(part)
+    module.__class__ = type("Mine", (type(module),), {"__module__": "mine"})
+
+
+@pytest.mark.parametrize("attach", [*ATTACHED, compiled, subclassed], ids=lambda attach: attach.__name__)
+@pytest.mark.parametrize("part", PARTS)
+def test_what_is_attached_is_told_before_and_after(part, attach):
+    model = tiny()
+    made = engine(model)
+    before = result(made)
+    assert before.error is None
+    attach(model, part)
+    after = result(made)
+    with pytest.raises(type(after.error), match=told(part, "since the engine was made")):
+        raise after.error
+    assert isinstance(after.error, ValueError)
+    with pytest.raises(ValueError, match=told(part)):
+        engine(model)
+
+
+@pytest.mark.parametrize("attach", [pruned, normed], ids=lambda attach: attach.__name__)
+def test_parametrizations_are_told(attach):
+    model = tiny()
+    made = engine(model)
+    attach(model, "speech_decoder_model.model.decoder.layers.0")
+    for raised in (lambda: engine(model), lambda: (_ for _ in ()).throw(result(made).error)):
+        with pytest.raises(ValueError, match=r"^module speech_decoder_model.model.decoder.layers.0\.\S+ (has|is) "):
+            raised()
+
+
+def test_a_request_after_it_was_taken_off():
+    """The engine serves again, with the same codes; another module of the same class is not the one it reads."""
+    model = tiny()
+    made = engine(model)
+    expected = result(made)
+    handle = model.speech_decoder_model.lm_head.register_forward_hook(lambda *_: None)
+    assert result(made).error is not None
+    handle.remove()
+    found = result(made)
+    assert found.error is None and found.codes.tolist() == expected.codes.tolist()
+    replace(model, "speech_decoder_model.lm_head", nn.Linear(128, 300))
+    assert "since the engine was made" in str(result(made).error)
