@@ -16,6 +16,8 @@ FILES = {
     "A": "test_accelerate.py",
     "D": "test_parity_loop.py",
     "V": "../test_transformers_versions.py",
+    "H": "../test_attached.py",
+    "N": "../test_attached_by_libraries.py",
     "M": "../clap/test_parity.py",
     "K": "../clap/test_checkpoints.py",
     "X": "../clap/test_feature_extraction.py",

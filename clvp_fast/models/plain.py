@@ -51,17 +51,23 @@ def is_plain(module: nn.Module | None, kind: type[nn.Module]) -> bool:
 
     Says nothing of the modules inside.
     """
-    return (
-        type(module) is kind
-        and "forward" not in module.__dict__
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
-        and not module._backward_hooks
-        and not module._backward_pre_hooks
-        and module._compiled_call_impl is None
-        and all(p is None or (type(p) in _PARAMETERS and not p.is_meta) for p in module._parameters.values())
-        and not _has_any_global_hook()
-    )
+    if type(module) is not kind:
+        return False
+    state = module.__dict__  # dictionaries, not attributes: this is asked of every module of every layer
+    if (
+        "forward" in state
+        or state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+        or module._compiled_call_impl is not None
+        or _has_any_global_hook()
+    ):
+        return False
+    for parameter in state["_parameters"].values():
+        if parameter is not None and (type(parameter) not in _PARAMETERS or parameter.is_meta):
+            return False
+    return True
 
 
 def is_plain_linear(module: nn.Module) -> bool:

@@ -35,7 +35,8 @@ def result(of):
 
 
 def told(part: str, when: str = "") -> str:
-    return rf"^module {part.replace('.', '[.]')} (has|is) .*{when}, (and the engine|which) reads its parameters: take it off"
+    name = part.replace(".", "[.]")
+    return rf"^module {name} (has|is) .*{when}, (and the engine|which) reads its parameters: take it off"
 
 
 def pruned(model, part):
