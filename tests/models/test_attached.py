@@ -204,3 +204,20 @@ def test_as_in_transformers(model, attach):
 @pytest.mark.parametrize("model", ["clvp", "clap"])
 def test_as_in_transformers_inside_of_parts(model, attach):
     check(model, attach, inside=True)
+
+
+def test_generation_calls_the_conditioning_encoder():
+    """As transformers does, whose hooks change the prompt."""
+    _, ours = clvp.pair()
+    call = dict(input_ids=clvp.texts(), input_features=clvp.clips(), do_sample=False, max_new_tokens=8)
+    before, seen = ours.generate(**call)[0], []
+
+    def hook(module, args, output):
+        seen.append(output.shape)
+        return output.flip(-1)
+
+    handle = ours.conditioning_encoder.register_forward_hook(hook)
+    assert not torch.equal(ours.generate(**call)[0], before)
+    assert seen == [(2, 1 + 7 + 3, 128)]  # the voice, the text, its begin token and two end tokens
+    handle.remove()
+    assert torch.equal(ours.generate(**call)[0], before)
