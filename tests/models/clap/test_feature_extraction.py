@@ -252,7 +252,9 @@ def test_paddings_of_other_extractors_mean_silence(stock, ours, padding, truncat
     for extractor in (stock, ours):
         np.random.seed(5)
         found.append(extractor(CLIPS, padding=padding, truncation=truncation, sampling_rate=RATE, return_tensors="np"))
-    assert_same(found[1], found[0])
+    # transformers 5.17 knew no booleans here, and took False for the extractor's own.
+    if padding is not False or "bool" in str(type(stock).__call__.__annotations__["padding"]):
+        assert_same(found[1], found[0])
     repeated = ours(CLIPS, seed=1, sampling_rate=RATE, return_tensors="np")["input_features"]
     silent = ours(CLIPS, seed=1, padding=padding, sampling_rate=RATE, return_tensors="np")["input_features"]
     assert np.abs(repeated - silent).max() > 1
