@@ -39,6 +39,11 @@ class Job:
     told: list[int] = field(init=False)
     started_at: float | None = field(init=False)
 
+    @property
+    def done(self) -> bool:
+        """Whether all of its candidates are drawn."""
+        return all(codes is not None for codes in self.codes)
+
     def __post_init__(self):
         self.told = [0] * self.sampling.num_candidates
         self.begin()
@@ -63,7 +68,8 @@ class DecodeLoop:
         self.latents = latents
         self.lag = int(runner.device.type == "cuda") if lag is None else lag
         self._jobs: dict[int, Job] = {}
-        self._finished: list[tuple[int, Job]] = []  # and not yet returned
+        self.finished: deque[tuple[int, Job]] = deque()  # and not yet taken
+        self._news: deque[tuple[Job, int, int, int]] = deque()  # job, candidate, token and its number, not yet told
         self._next_key = 0
         self._begin(runner)
 
@@ -85,7 +91,7 @@ class DecodeLoop:
     @property
     def idle(self) -> bool:
         """Whether nothing is left to do."""
-        return not self._jobs and not self._finished
+        return not self._jobs and not self.finished
 
     def add(self, job: Job) -> int:
         """Queue a job; returns its key. Raises `RequestTooLarge` if its pages can never be had."""
@@ -99,27 +105,33 @@ class DecodeLoop:
 
     def cancel(self, key: int) -> None:
         """Drop a job, whatever its state; keys of those that were returned are left alone."""
-        self._finished = [(finished, job) for finished, job in self._finished if finished != key]
+        self.finished = deque((finished, job) for finished, job in self.finished if finished != key)
         if self._jobs.pop(key, None) is not None:
             self.scheduler.cancel(key)
             for row in np.flatnonzero(self._live).tolist():
                 if self._key_of_row[row] == key:
                     self._end(row)
 
-    def restart(self, runner: Runner) -> list[tuple[int, Job, Exception]]:
-        """Begin every job anew on another runner: a job's tokens depend on its seed alone, so none is another one.
+    def restart(self, runner: Runner, jobs: dict[int, Job]) -> list[tuple[int, Exception]]:
+        """Forget all, and begin `jobs` anew on a runner without candidates, by their keys and in their order.
 
-        Returns the jobs that do not fit it, with the reasons.
+        A job's tokens depend on its seed alone, so none is another one; a job that is done is finished again. Nothing
+        that is known of earlier steps is used: this works after a step that was broken off anywhere.
+
+        Returns the keys of jobs that do not fit the runner, with the reasons.
         """
-        jobs, self._jobs = self._jobs, {}
+        self._jobs, self.finished = {}, deque()
         self._begin(runner)
         refused = []
         for key, job in jobs.items():
+            if job.done:
+                self.finished.append((key, job))
+                continue
             job.begin()
             try:
                 self._schedule(key, job)
             except ValueError as error:
-                refused.append((key, job, error))
+                refused.append((key, error))
             else:
                 self._jobs[key] = job
         return refused
@@ -129,6 +141,17 @@ class DecodeLoop:
 
         What a listener raises comes through; the jobs that were finished are returned by the next call.
         """
+        self.advance()
+        self.tell()
+        finished = list(self.finished)
+        self.finished.clear()
+        return finished
+
+    def advance(self) -> None:
+        """Decode one step: jobs that are done go to `finished`, and `tell` tells what was drawn.
+
+        Whatever it raises, `restart` must be called before the next step.
+        """
         step = self.scheduler.schedule()
         if step is not None:
             self._apply(step)
@@ -136,8 +159,17 @@ class DecodeLoop:
             self._under_way.append((step, handle, self._row_of_slot[: step.num_slots].copy()))
         while len(self._under_way) > (self.lag if step is not None else 0):
             self._read(*self._under_way.popleft())
-        finished, self._finished = self._finished, []
-        return finished
+
+    def tell(self) -> None:
+        """Tell listeners, in the order of drawing. They may cancel what they listen to, and what they raise is raised.
+
+        One that begins anew draws the same tokens again, which are no news.
+        """
+        while self._news:
+            job, candidate, token, count = self._news.popleft()
+            if count > job.told[candidate]:
+                job.told[candidate] = count
+                job.on_token(candidate, token)
 
     def _apply(self, step) -> None:
         """Bring the scheduler's changes to the device, and to the rows."""
@@ -173,26 +205,16 @@ class DecodeLoop:
         rows, tokens, ended = rows[slots], self.runner.tokens(handle)[slots], self.runner.finished(handle)[slots]
         self._codes[rows, self._drawn[rows]] = tokens
         self._drawn[rows] += 1
-        told = []
         if any(job.on_token is not None for job in self._jobs.values()):
-            drawn = zip(slots.tolist(), tokens.tolist(), self._drawn[rows].tolist(), strict=True)
-            told = [news for slot, token, count in drawn if (news := self._news(step.runs[slot], token, count))]
+            for slot, token, count in zip(slots.tolist(), tokens.tolist(), self._drawn[rows].tolist(), strict=True):
+                run = step.runs[slot]
+                if (job := self._jobs[run.key]).on_token is not None:
+                    self._news.append((job, run.candidate, token, count))
         for slot, row in zip(slots[ended].tolist(), rows[ended].tolist(), strict=True):
             run, drawn = step.runs[slot], int(self._drawn[row])
             job = self._jobs[run.key]
-            job.codes[run.candidate] = self._codes[row, :drawn].copy()
             if self.latents:
                 job.latents[run.candidate] = self.runner.latents(run.slot, drawn)
+            job.codes[run.candidate] = self._codes[row, :drawn].copy()  # last: with its codes a candidate is done
             self._end(row)
-        self._finished += [(key, self._jobs.pop(key)) for key in self.scheduler.advance(slots[ended].tolist())]
-        # Last of all, as a listener may cancel what it listens to.
-        for on_token, candidate, token in told:
-            on_token(candidate, token)
-
-    def _news(self, run, token: int, count: int) -> tuple[Callable[[int, int], None], int, int] | None:
-        """Whom to tell of the `count`-th token of a candidate, and what; None where no one listens, or has heard it."""
-        job = self._jobs[run.key]
-        if job.on_token is None or count <= job.told[run.candidate]:
-            return None
-        job.told[run.candidate] = count
-        return job.on_token, run.candidate, token
+        self.finished += [(key, self._jobs.pop(key)) for key in self.scheduler.advance(slots[ended].tolist())]

@@ -5,6 +5,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,13 +26,17 @@ from clvp_fast.models.clvp.parameters import arrange_parameters
 from clvp_fast.models.clvp.processing import ClvpProcessor
 from clvp_fast.models.plain import PlainModel
 
-# What fails a request and no other: bad input, a file that is not there.
-_REQUEST_ERRORS = (ValueError, TypeError, OSError)
+# How many steps that a request had a part in may break off before it fails: who is to blame cannot be told.
+_BROKEN_STEPS = 2
 
 
 @dataclass(eq=False)
 class _Pending:
-    """A request between its submission and its result."""
+    """A request from its submission until its caller takes the result.
+
+    What is pending, with the codes that its job has drawn, is all that must outlive a step that breaks off. One
+    assignment makes a request finished: that of `result`.
+    """
 
     request: CandidateRequest
     text_ids: torch.Tensor
@@ -40,6 +45,8 @@ class _Pending:
     keep: int
     submitted: float
     prepared: float
+    result: CandidateResult | None = None
+    broken_steps: int = 0
 
     @property
     def deadline(self) -> float:
@@ -119,6 +126,7 @@ class CandidateEngine:
         trim_heap()  # behind copies of weights
         self._pending: dict[int, _Pending] = {}
         self._lock = threading.RLock()
+        self._torn = False  # from the beginning of a change of the loop to its end
         self._warm = False
 
     @classmethod
@@ -152,6 +160,8 @@ class CandidateEngine:
         """
         started = time.perf_counter()
         with self._lock:
+            with self._changing():
+                pass  # mended, if need be
             self._loop.runner.warm_up(progress)
             self._warm = True
         return time.perf_counter() - started
@@ -188,15 +198,15 @@ class CandidateEngine:
 
     def _generate(self, requests, sampling, keep, on_token, given_up: threading.Event) -> Iterator[CandidateResult]:
         results: deque[CandidateResult] = deque()
-        more = True
+        more, end = True, object()
         try:
             while not given_up.is_set():
                 while more and self._has_room():
-                    request = next(requests, None)
-                    more = request is not None
+                    request = next(requests, end)
+                    more = request is not end
                     if more:
                         self._submit(request, sampling, keep, on_token, results)
-                # In this order, as another thread may finish what is pending at any time.
+                self._take(results)
                 done = not more and not self._keys(lambda pending: pending.results is results)
                 while results:
                     yield results.popleft()
@@ -212,6 +222,12 @@ class CandidateEngine:
         with self._lock:
             return [key for key, pending in self._pending.items() if chosen(pending)]
 
+    def _take(self, results: deque) -> None:
+        """Move what is finished of a caller's requests to its `results`."""
+        with self._lock:
+            for key in self._keys(lambda pending: pending.results is results and pending.result is not None):
+                results.append(self._pending.pop(key).result)
+
     def stream(
         self, request: CandidateRequest, sampling: SamplingParams | None = None, *, keep: int = 1
     ) -> Iterator[tuple[int, int] | CandidateResult]:
@@ -226,6 +242,7 @@ class CandidateEngine:
         try:
             while not results and self._keys(lambda pending: pending.results is results):
                 self._advance()
+                self._take(results)
                 while drawn:
                     yield drawn.popleft()
             yield from results
@@ -257,13 +274,14 @@ class CandidateEngine:
             self._cancel(key)
 
     def _cancel(self, key: int) -> None:
-        with self._lock:
+        with self._lock, self._changing():
             self._pending.pop(key, None)
             self._loop.cancel(key)
 
     def _has_room(self) -> bool:
         """Whether fewer candidates wait than decode at once."""
-        waiting = sum(len(p.job.codes) for p in list(self._pending.values()) if p.job.started_at is None)
+        pending = [pending for pending in list(self._pending.values()) if pending.result is None]
+        waiting = sum(len(one.job.codes) for one in pending if one.job.started_at is None)
         return waiting < self.memory.max_batch
 
     def _submit(self, request, sampling, keep, on_token, results: deque) -> None:
@@ -276,22 +294,29 @@ class CandidateEngine:
                 text_ids = self._text_ids(request)
                 prompt = self._prompt(request, text_ids)
                 job = Job(prompt, self._settings(request.sampling or sampling))
-                key = self._loop.add(job)
-                if on_token is not None:
-                    job.on_token = partial(self._tell, key, on_token)
                 prepared = time.perf_counter()
-                self._pending[key] = _Pending(request, text_ids, job, results, keep, submitted, prepared)
-        except _REQUEST_ERRORS as error:
+                pending = _Pending(request, text_ids, job, results, keep, submitted, prepared)
+                if on_token is not None:
+                    job.on_token = partial(self._tell, pending, on_token)
+                refused = None
+                with self._changing():
+                    try:
+                        self._pending[self._loop.add(job)] = pending
+                    except ValueError as error:  # which changes nothing
+                        refused = error
+                if refused is not None:
+                    raise refused
+        except Exception as error:  # nothing but this request has a part in it
             results.append(CandidateResult(request, error=error, timings={"queue": time.perf_counter() - submitted}))
 
-    def _tell(self, key: int, on_token, candidate: int, token: int) -> None:
+    def _tell(self, pending: _Pending, on_token, candidate: int, token: int) -> None:
         """Tell a listener, unless its request has ended meanwhile; if it raises, that request fails and no other."""
-        if (pending := self._pending.get(key)) is None:
+        if pending.result is not None or not self._keys(lambda other: other is pending):
             return
         try:
             on_token(pending.request, candidate, token)
         except Exception as error:
-            if key in self._pending:
+            for key in self._keys(lambda other: other is pending):
                 self._fail(key, error)
 
     def _settings(self, sampling: SamplingParams) -> SamplingParams:
@@ -336,30 +361,74 @@ class CandidateEngine:
         text, _ = encoder.prompt_text(text_ids[None].to(self.model.device))
         return encoder.join(self.voices.conditioning(self.voice(request)), text)[0]
 
+    @contextmanager
+    def _changing(self):
+        """Around every change of the loop, which is whole at its beginning and, unless it raises, at its end.
+
+        What breaks off within (Ctrl-C, no memory, a bug) leaves the loop torn, and whoever changes it next mends it
+        first. So nothing has to be put right while an exception is under way, when the next one may come.
+        """
+        if self._torn:
+            self._mend()
+        self._torn = True
+        yield
+        self._torn = False
+
+    def _mend(self) -> None:
+        """Empty all slots and pages, and begin what is pending anew, to the same codes."""
+        runner = self._loop.runner
+        if runner is None:
+            runner = self._runner()
+            if self._warm:
+                runner.warm_up()
+        else:
+            runner.reset()
+        jobs = {key: pending.job for key, pending in self._pending.items() if pending.result is None}
+        for key, error in self._loop.restart(runner, jobs):
+            self._pending[key].result = self._failure(self._pending[key], error)
+        self._torn = False
+
     def _advance(self) -> None:
-        """One step of everything; finished, timed out and failed requests go to their results."""
+        """One step of everything; finished, timed out and failed requests have their results then."""
         with self._lock, torch.inference_mode():
             try:
-                finished = self._loop.step()
+                with self._changing():
+                    self._loop.advance()
             except torch.OutOfMemoryError:
-                finished = []
                 self._shrink()
-            for key, job in finished:
-                if (pending := self._pending.pop(key, None)) is not None:
-                    pending.results.append(self._result(pending, job))
+            except Exception as error:
+                self._blame(error)
+            self._loop.tell()
+            while self._loop.finished:
+                key, job = self._loop.finished[0]
+                pending = self._pending.get(key)
+                if pending is not None and pending.result is None:
+                    pending.result = self._result(pending, job)
+                self._loop.finished.popleft()
             now = time.perf_counter()
             for key, pending in list(self._pending.items()):
-                if now > pending.deadline:
+                if pending.result is None and now > pending.deadline:
                     error = TimeoutError(
                         f"the request was not finished within its timeout of {pending.request.timeout} s"
                     )
                     self._fail(key, error)
 
+    def _blame(self, error: Exception) -> None:
+        """Let requests that had a part in a step that broke off be drawn again, or fail with its error."""
+        pending = [(key, one) for key, one in self._pending.items() if one.result is None and not one.job.done]
+        for key, one in [each for each in pending if each[1].job.started_at is not None] or pending:
+            one.broken_steps += 1
+            if one.broken_steps >= _BROKEN_STEPS:
+                self._fail(key, error)
+
     def _fail(self, key: int, error: Exception) -> None:
-        pending = self._pending[key]
-        self._cancel(key)
-        seconds = time.perf_counter() - pending.submitted
-        pending.results.append(CandidateResult(pending.request, error=error, timings={"queue": seconds}))
+        with self._changing():
+            self._pending[key].result = self._failure(self._pending[key], error)
+            self._loop.cancel(key)
+
+    @staticmethod
+    def _failure(pending: _Pending, error: Exception) -> CandidateResult:
+        return CandidateResult(pending.request, error=error, timings={"queue": time.perf_counter() - pending.submitted})
 
     def _plan(self, max_batch: int | None) -> MemoryPlan:
         planned = plan(
@@ -389,13 +458,16 @@ class CandidateEngine:
             raise torch.OutOfMemoryError("there is too little memory to decode a single candidate: free some")
         self._loop.runner = None
         self.memory = self._plan(half)
-        for key, _, error in self._loop.restart(self._runner()):
-            self._fail(key, error)
-        if self._warm:
-            self._loop.runner.warm_up()
+        self._mend()
 
     def _result(self, pending: _Pending, job: Job) -> CandidateResult:
-        """Rank a finished job's candidates."""
+        """Rank a finished job's candidates; what that raises (a scorer may be the caller's) is the result's error."""
+        try:
+            return self._ranked(pending, job)
+        except Exception as error:
+            return CandidateResult(pending.request, error=error)
+
+    def _ranked(self, pending: _Pending, job: Job) -> CandidateResult:
         decoded = time.perf_counter()
         if self.model.device.type == "cpu":
             trim_heap()
@@ -407,19 +479,16 @@ class CandidateEngine:
         for row, of_candidate in zip(codes, spoken, strict=True):
             row[: len(of_candidate)] = of_candidate
         result = CandidateResult(pending.request, codes=codes, lengths=lengths, stopped=stopped)
-        try:
-            ranking = self.scorer.score(pending.request, pending.text_ids, spoken, job.sampling.max_new_tokens)
-            check_ranking(ranking, self.scorer, len(spoken))
-            result.kept = ranking.top(min(pending.keep, len(spoken))).cpu().numpy()
-            result.scores, result.text_embeds, result.speech_embeds = (
-                None if tensor is None else tensor.float().cpu().numpy()
-                for tensor in (ranking.scores, ranking.text_embeds, ranking.speech_embeds)
-            )
-            if self._loop.latents:
-                kept = result.kept.tolist()
-                result.latents = {i: diffusion_latents(job.latents[i], int(lengths[i])) for i in kept}
-        except Exception as error:  # a scorer may be the caller's own, and others' results must not be lost for it
-            return CandidateResult(pending.request, error=error)
+        ranking = self.scorer.score(pending.request, pending.text_ids, spoken, job.sampling.max_new_tokens)
+        check_ranking(ranking, self.scorer, len(spoken))
+        result.kept = ranking.top(min(pending.keep, len(spoken))).cpu().numpy()
+        result.scores, result.text_embeds, result.speech_embeds = (
+            None if tensor is None else tensor.float().cpu().numpy()
+            for tensor in (ranking.scores, ranking.text_embeds, ranking.speech_embeds)
+        )
+        if self._loop.latents:
+            kept = result.kept.tolist()
+            result.latents = {i: diffusion_latents(job.latents[i], int(lengths[i])) for i in kept}
         ranked = time.perf_counter()
         result.timings = {
             "prepare": pending.prepared - pending.submitted,

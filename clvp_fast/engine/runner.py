@@ -232,6 +232,13 @@ class Runner:
         event.record()
         return StepHandle(host, num_slots, event)
 
+    @torch.inference_mode()
+    @_on_its_device
+    def reset(self) -> None:
+        """Empty every slot after a step that was broken off. Handles of earlier steps mean nothing from then on."""
+        self.slots.clear()
+        self._arrivals.zero_()
+
     def tokens(self, handle: StepHandle) -> np.ndarray:
         """What each slot drew in a step, `[num_slots]` int64; -1: the slot took no part, or had finished before."""
         return handle.wait()[0]

@@ -76,6 +76,11 @@ class SlotState:
         self._greedy = np.zeros(rows, dtype=bool)
         self._known = {name: np.full(rows, value, dtype=np.float64) for name, value in NEUTRAL.items()}
 
+    def clear(self) -> None:
+        """Make every slot inactive, whatever it held."""
+        self.tensors["seq_lens"].fill_(-1)
+        self._forget(np.arange(self.rows))
+
     def first(self, rows: int) -> dict[str, torch.Tensor]:
         """`tensors` of the first `rows` slots; tables of prefixes whole."""
         return {name: x if name in ("prefix_table", "prefix_lens") else x[:rows] for name, x in self.tensors.items()}

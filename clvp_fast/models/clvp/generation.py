@@ -269,7 +269,7 @@ def _decode(loop, jobs: list, smaller: Callable[[int], Any]) -> None:
                 raise
             LOGGER.debug("memory ran out: starting again with %d candidates at once", at_once)
             loop.runner = None  # its pages first
-            if loop.restart(smaller(at_once)):
+            if loop.restart(smaller(at_once), dict(enumerate(jobs))):
                 raise
 
 
