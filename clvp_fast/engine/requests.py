@@ -21,9 +21,10 @@ class CandidateRequest:
 
     Args:
         text: to be cleaned and tokenized; or `input_ids`: token ids `[length]`.
-        audio: mono samples `[num_samples]`, or a list of clips of one voice, which are averaged as Tortoise does; with
-            `sampling_rate`, in Hz. Or `input_features`: log-mel of the clip `[1, channels, frames]`; or
-            `conditioning`: a voice that the engine has saved.
+        audio: mono samples `[num_samples]` with `sampling_rate`, in Hz; or the path of a recording; or a dict of
+            "array" and "sampling_rate", as datasets gives it; or a list of such clips of one voice, which are averaged
+            as Tortoise does. Or `input_features`: log-mel of the clip `[1, channels, frames]`; or
+            `conditioning`: a voice that the engine has saved, its path, or a bare latent `[hidden_size]`.
         sampling: None: the parameters given to `generate`.
         timeout: seconds from submission, after which the request fails; None: it waits.
         id: anything of the caller's own; the engine does not look at it.

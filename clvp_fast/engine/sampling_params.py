@@ -7,13 +7,16 @@ from numbers import Integral, Real
 # Tortoise's presets, by the number of candidates that they draw (`num_autoregressive_samples`).
 PRESETS = {"ultra_fast": 16, "fast": 96, "standard": 256, "high_quality": 256}
 
+#: The most candidates of one request.
+MAX_CANDIDATES = 65_536
+
 # What a field must be. Seeds are the 64 bits of a counter-based generator's key, signed or not.
 _WHOLE = {
-    "num_candidates": (lambda x: x >= 1, "a whole number from 1 up"),
-    "top_k": (lambda x: x >= 0, "a whole number from 0 (keep all) up"),
-    "max_new_tokens": (lambda x: x >= 1, "a whole number from 1 up"),
+    "num_candidates": (lambda x: 1 <= x <= MAX_CANDIDATES, f"a whole number from 1 to {MAX_CANDIDATES}"),
+    "top_k": (lambda x: 0 <= x < 2**31, "a whole number from 0 (keep all) to 2147483647"),
+    "max_new_tokens": (lambda x: 1 <= x < 2**31, "a whole number from 1 to 2147483647"),
     "seed": (lambda x: -(2**63) <= x < 2**64, "a whole number of 64 bits, or None to draw one"),
-    "stop_token": (lambda x: x >= 0, "a token id, or None for the decoder's own eos_token_id"),
+    "stop_token": (lambda x: 0 <= x < 2**31, "a token id, or None for the decoder's own eos_token_id"),
 }
 _REAL = {
     "temperature": (lambda x: 0 < x < math.inf, "above 0 (for the likeliest token, do_sample=False)"),
@@ -22,6 +25,15 @@ _REAL = {
     "min_p": (lambda x: 0 <= x <= 1, "from 0 (keep all) to 1"),
     "repetition_penalty": (lambda x: 0 < x < math.inf, "above 0 (1 punishes nothing)"),
 }
+
+
+def shorten(value) -> str:
+    """`repr(value)`, cut to what a sentence can hold; Python refuses to print whole numbers of thousands of digits."""
+    try:
+        text = repr(value)
+    except Exception:
+        return f"a {type(value).__name__} that cannot be printed"
+    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 @dataclass(frozen=True)
@@ -75,8 +87,11 @@ class SamplingParams:
         value = getattr(self, name)
         # True is a number to Python, and a mistake here; NaN holds no comparison.
         if isinstance(value, bool) or not isinstance(value, kind) or not holds(value):
-            raise ValueError(f"{name} must be {wanted}, not {value!r}")
-        self._set(name, convert(value))
+            raise ValueError(f"{name} must be {wanted}, not {shorten(value)}")
+        try:
+            self._set(name, convert(value))
+        except OverflowError:  # a whole number that no float holds
+            raise ValueError(f"{name} must be {wanted}, not {shorten(value)}") from None
 
     def _set(self, name, value):
         object.__setattr__(self, name, value)  # frozen to everyone else

@@ -165,6 +165,25 @@ class VoiceCache:
                 )
         return self._get(_digest("features", "", *clips), lambda: [torch.tensor(clip) for clip in clips])
 
+    def from_vector(self, vector) -> Voice:
+        """The voice of a bare latent `[hidden_size]` or `[1, hidden_size]`, taken as this checkpoint's own.
+
+        Raises:
+            TypeError: no floating point array or tensor; ValueError: another shape, NaN or infinite values.
+        """
+        width = len(self.fingerprint)
+        if not isinstance(vector, (torch.Tensor, np.ndarray)):
+            raise TypeError(
+                f"conditioning must be a Voice, its path or a latent [{width}], not {type(vector).__name__}"
+            )
+        vector = torch.as_tensor(vector).detach().cpu()
+        if vector.shape not in ((width,), (1, width)) or not vector.is_floating_point():
+            raise ValueError(f"conditioning must be floats [{width}], not {vector.dtype} {list(vector.shape)}")
+        if not vector.isfinite().all():
+            raise ValueError("conditioning holds NaN or infinite values")
+        wide = vector.to(torch.promote_types(vector.dtype, torch.float32), copy=True)
+        return Voice(wide.flatten(), self.fingerprint)
+
     def conditioning(self, voice: Voice) -> torch.Tensor:
         """`[1, hidden_size]` in the model's dtype, where the model is: `join_prompt` puts it before texts.
 

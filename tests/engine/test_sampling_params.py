@@ -58,11 +58,11 @@ def test_greedy_has_one_candidate():
 @pytest.mark.parametrize(
     ("field", "values", "wanted"),
     [
-        ("num_candidates", [0, -1, 1.5, "4", True, np.float32(2)], "a whole number from 1 up"),
-        ("top_k", [-1, 0.5, 3.0, False, float("nan")], "a whole number from 0"),
-        ("max_new_tokens", [0, -5, 2.0, None, True], "a whole number from 1 up"),
+        ("num_candidates", [0, -1, 65_537, 10**12, 1.5, "4", True, np.float32(2)], "a whole number from 1 to 65536"),
+        ("top_k", [-1, 2**63, 10**22, 0.5, 3.0, False, float("nan")], "a whole number from 0"),
+        ("max_new_tokens", [0, -5, 2**31, 2.0, None, True], "a whole number from 1 to"),
         ("seed", [2**64, -(2**63) - 1, 0.0, True, "0"], "a whole number of 64 bits"),
-        ("stop_token", [-1, 1.0, False], "a token id"),
+        ("stop_token", [-1, 2**31, 1.0, False], "a token id"),
         ("temperature", [0, 0.0, -0.5, float("nan"), float("inf"), True, None, "1", 1j], "above 0 .*do_sample=False"),
         ("top_p", [0, 0.0, -0.1, 1.0001, 2, float("nan"), True, None], "above 0 and at most 1"),
         ("typical_p", [0, -0.1, 1.5, float("nan"), True, None], "above 0 and at most 1"),
@@ -97,3 +97,11 @@ def test_they_are_values():
         params.seed = 2
     assert replace(params, seed=2) == SamplingParams(seed=2)
     assert pickle.loads(pickle.dumps(params)) == params and len({params, SamplingParams(seed=1)}) == 1
+
+
+@pytest.mark.parametrize("value", [10**400, 10**5000], ids=["400 digits", "5000 digits"])
+def test_a_number_that_no_float_holds_is_one_short_sentence(value):
+    for name in ("temperature", "repetition_penalty", "num_candidates", "seed"):
+        with pytest.raises(ValueError, match=f"^{name} must be ") as refusal:
+            SamplingParams(**{name: value})
+        assert len(str(refusal.value)) < 250
