@@ -5,7 +5,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import copy_context
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -134,7 +136,7 @@ class CandidateEngine:
         arrange_parameters(model)  # before the plan, which reads what is free
         self.processor = processor
         self._options = dict(page_size=page_size, page_dtype=page_dtype, weight_dtype=weight_dtype, latents=latents)
-        self._steps = dict(deterministic=deterministic, persistent=persistent)
+        self._kind_of_steps = dict(deterministic=deterministic, persistent=persistent)
         self._memory_fraction, self._num_pages = memory_fraction, num_pages
         self.max_new_tokens = min(500, speech_limit(model)) if max_new_tokens is None else max_new_tokens
         if max_batch is None and model.device.type == "cpu":
@@ -146,6 +148,7 @@ class CandidateEngine:
         trim_heap()  # behind copies of weights
         self._pending: dict[int, _Pending] = {}
         self._lock = threading.RLock()
+        self._steps = 0
         self._torn = False  # from the beginning of a change of the loop to its end
         self._warm = False
 
@@ -227,13 +230,14 @@ class CandidateEngine:
                     if more:
                         self._submit(request, sampling, keep, on_token, results, place)
                         place += 1
+                seen = self._steps
                 self._take(results)
                 done = not more and not self._keys(lambda pending: pending.results is results)
                 while results:
                     yield results.popleft()
                 if done:
                     return
-                self._advance()
+                self._advance(seen)
         finally:
             for key in self._keys(lambda pending: pending.results is results):
                 self._cancel(key)
@@ -273,21 +277,24 @@ class CandidateEngine:
     async def generate_async(
         self, requests: Iterable[CandidateRequest] | CandidateRequest, sampling: SamplingParams | None = None, **options
     ) -> AsyncIterator[CandidateResult]:
-        """`generate` for asyncio: the work is done in a thread, and several tasks share one batch."""
-        given_up, step = threading.Event(), None
+        """`generate` for asyncio: a thread of each call's own does the work, and all calls share one batch."""
+        given_up = threading.Event()
         iterator = self._iterate(requests, sampling, given_up=given_up, **options)
+        loop, context = asyncio.get_running_loop(), copy_context()
+        thread = ThreadPoolExecutor(1, "clvp_fast generate_async")
         try:
             while True:
-                step = asyncio.ensure_future(asyncio.to_thread(next, iterator, None))
+                step = loop.run_in_executor(thread, context.run, next, iterator, None)
+                step.add_done_callback(lambda step: step.cancelled() or step.exception())  # which no one may ask for
                 if (result := await asyncio.shield(step)) is None:
                     return
                 yield result
         finally:
-            # Who is cancelled while a thread decodes for it waits for the end of that step, which has the iterator.
+            # Behind the step that may be under way, which ends first, and even if this task is cancelled once more.
             given_up.set()
-            if step is not None and not step.done():
-                await asyncio.wait([step])
-            iterator.close()
+            closed = loop.run_in_executor(thread, iterator.close)
+            thread.shutdown(wait=False)
+            await asyncio.shield(closed)
 
     def cancel(self, request: CandidateRequest) -> None:
         """Drop a request that was submitted; its candidates' places and pages are free at once. It gives no result."""
@@ -432,9 +439,16 @@ class CandidateEngine:
             self._pending[key].result = self._failure(self._pending[key], error)
         self._torn = False
 
-    def _advance(self) -> None:
-        """One step of everything; finished, timed out and failed requests have their results then."""
+    def _advance(self, seen: int | None = None) -> None:
+        """One step of everything; finished, timed out and failed requests have their results then.
+
+        Args:
+            seen: how many steps the caller knew of: there is none to do for it where another thread has done one since.
+        """
         with self._lock, torch.inference_mode():
+            if seen is not None and seen != self._steps:
+                return
+            self._steps += 1
             try:
                 with self._changing():
                     self._loop.advance()
@@ -491,7 +505,7 @@ class CandidateEngine:
             self.memory.num_pages,
             max_batch=self.memory.max_batch,
             max_new_tokens=self.max_new_tokens,
-            **self._steps,
+            **self._kind_of_steps,
             **self._options,
         )
 
