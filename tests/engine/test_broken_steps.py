@@ -67,7 +67,7 @@ def null_engine(lag):
     engine.model = SimpleNamespace(device=torch.device("cuda"))  # where no heap is trimmed
     engine.memory, engine.scorer = SimpleNamespace(max_batch=3), NullScorer()
     engine._pending, engine._lock, engine._torn, engine._warm = {}, threading.RLock(), False, False
-    engine._steps = 0
+    engine._steps, engine._plain = 0, SimpleNamespace(check=lambda: None)
     engine._text_ids = lambda request: torch.tensor(request.input_ids)
     engine._prompt = lambda request, ids: torch.zeros(len(ids), 1)
     engine._settings = lambda params: params
