@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from clvp_fast.audio import load_audio
-from clvp_fast.checkpoint import load_checkpoint, sayable_ids, speech_limit, stop_token, text_limit
+from clvp_fast.checkpoint import load_checkpoint, speech_limit, stop_token
 from clvp_fast.engine.decode_loop import DecodeLoop, Job
+from clvp_fast.engine.door import clips_of, ids_of_text
 from clvp_fast.engine.memory import CPU_BATCH, MemoryPlan, free_bytes, plan, trim_heap
 from clvp_fast.engine.ranking import Ranker, diffusion_latents
 from clvp_fast.engine.requests import CandidateRequest, CandidateResult
@@ -31,25 +31,6 @@ from clvp_fast.models.plain import PlainModel
 
 # How many steps that a request had a part in may break off before it fails: who is to blame cannot be told.
 _BROKEN_STEPS = 2
-
-
-def _whole_numbers(ids) -> torch.Tensor:
-    """`ids` of any integer dtype as int64 `[length]` on the host; ValueError for whatever else."""
-    try:
-        array = ids.detach().cpu().numpy() if isinstance(ids, torch.Tensor) else np.asarray(ids)
-    except (TypeError, ValueError, RuntimeError):
-        array = None
-    if array is None or array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-        found = type(ids).__name__ if array is None or array.dtype == object else f"{array.dtype} {list(array.shape)}"
-        raise ValueError(f"input_ids must be whole numbers [length], not {found}")
-    if array.size and array.max() >= 2**63:
-        raise ValueError(f"input_ids must be token ids, not {array.max()}")
-    return torch.from_numpy(array.astype(np.int64))
-
-
-def _is_clip(value) -> bool:
-    """Whether a member of a list is a clip of its own, and no sample."""
-    return isinstance(value, (str, Path, dict, bytes)) or np.ndim(value) > 0
 
 
 @dataclass(eq=False)
@@ -358,15 +339,7 @@ class CandidateEngine:
         return replace(sampling, seed=seed, stop_token=stop)
 
     def _text_ids(self, request: CandidateRequest) -> torch.Tensor:
-        if request.input_ids is None:
-            return torch.tensor(sayable_ids(self.model, self.processor.tokenizer, request.text))
-        ids = _whole_numbers(request.input_ids)
-        limit, vocab_size = text_limit(self.model), self.model.config.text_config.vocab_size
-        if not 0 < len(ids) <= limit:
-            raise ValueError(f"input_ids are {len(ids)}, and this checkpoint takes 1 to {limit}; split the text up")
-        if ids.min() < 0 or ids.max() >= vocab_size:
-            raise ValueError(f"input_ids must lie from 0 to {vocab_size - 1}, not {ids.min()} to {ids.max()}")
-        return ids
+        return ids_of_text(request, self.model, self.processor.tokenizer)
 
     def voice(self, request: CandidateRequest) -> Voice:
         """The voice of a request, from the cache where it is known; `save` it, and give it as `conditioning`."""
@@ -376,35 +349,7 @@ class CandidateEngine:
             return conditioning if isinstance(conditioning, Voice) else self.voices.from_vector(conditioning)
         if request.input_features is not None:
             return self.voices.from_features(request.input_features)
-        return self.voices.from_clips(*self._recordings(request.audio, request.sampling_rate))
-
-    def _recordings(self, audio, sampling_rate: int | None) -> tuple[list, int]:
-        """Clips of samples and their rate: of paths, of datasets' `{"array", "sampling_rate"}`, or as they are."""
-        clips = []
-        if isinstance(audio, (list, tuple)) and not audio:
-            raise ValueError("a voice needs at least one clip")
-        for clip in audio if isinstance(audio, (list, tuple)) and any(map(_is_clip, audio)) else [audio]:
-            rate = sampling_rate
-            if isinstance(clip, (str, Path)):
-                rate = self.processor.feature_extractor.sampling_rate
-                clip, _ = load_audio(clip, rate)
-            elif isinstance(clip, dict):
-                if not {"array", "sampling_rate"} <= clip.keys():
-                    raise TypeError(f"audio as a dict needs 'array' and 'sampling_rate', and has {[*clip][:5]}")
-                clip, rate = clip["array"], clip["sampling_rate"]
-                if sampling_rate not in (None, rate):
-                    raise ValueError(f"sampling_rate={sampling_rate} is not the {rate!r} Hz that the clip says")
-            elif isinstance(clip, (bytes, bytearray, memoryview)):
-                raise TypeError(
-                    "audio must be samples, a path, or a dict of 'array' and 'sampling_rate', not "
-                    f"{type(clip).__name__}"
-                )
-            if rate is None:
-                raise ValueError("audio needs its sampling_rate, in Hz")
-            clips.append((clip, rate))
-        if len(rates := {rate for _, rate in clips}) > 1:
-            raise ValueError(f"the clips of one voice need one sampling_rate, not {sorted(rates)}")
-        return [clip for clip, _ in clips], rates.pop()
+        return self.voices.from_clips(*clips_of(request, self.processor.feature_extractor.sampling_rate))
 
     def _prompt(self, request: CandidateRequest, text_ids: torch.Tensor) -> torch.Tensor:
         """`[1 + text, hidden_size]`: what the candidates continue, without the start token."""
