@@ -10,10 +10,10 @@ from clvp_fast.checkpoint import sayable_ids, text_limit
 from clvp_fast.engine.requests import CandidateRequest
 
 
-def ids_of_text(request: CandidateRequest, model, tokenizer) -> torch.Tensor:
+def ids_of_text(request: CandidateRequest, model, processor) -> torch.Tensor:
     """The ids int64 `[length]` of a request's text, or those that it brings; ValueError for what `model` cannot say."""
     if request.input_ids is None:
-        return torch.tensor(sayable_ids(model, tokenizer, request.text))
+        return torch.tensor(sayable_ids(model, processor.tokenizer, request.text))
     ids = _whole_numbers(request.input_ids)
     limit, vocab_size = text_limit(model), model.config.text_config.vocab_size
     if not 0 < len(ids) <= limit:

@@ -339,7 +339,7 @@ class CandidateEngine:
         return replace(sampling, seed=seed, stop_token=stop)
 
     def _text_ids(self, request: CandidateRequest) -> torch.Tensor:
-        return ids_of_text(request, self.model, self.processor.tokenizer)
+        return ids_of_text(request, self.model, self.processor)
 
     def voice(self, request: CandidateRequest) -> Voice:
         """The voice of a request, from the cache where it is known; `save` it, and give it as `conditioning`."""
