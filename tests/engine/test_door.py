@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import soundfile
 import torch
 
 from clvp_fast.checkpoint import text_limit
@@ -76,6 +75,7 @@ def test_a_bare_latent_is_a_voice(engine, alone):
 
 def test_audio_is_a_path_or_a_dict_of_datasets(engine, alone, tmp_path):
     samples = clip(3 % 2)
+    soundfile = pytest.importorskip("soundfile")
     soundfile.write(tmp_path / "a.wav", samples, RATE, subtype="FLOAT")
     of_datasets = {"array": samples, "sampling_rate": RATE, "path": None}
     for audio in (tmp_path / "a.wav", str(tmp_path / "a.wav"), of_datasets, [of_datasets]):
