@@ -6,7 +6,6 @@ all is well, 1 where something failed, and 3 where nothing failed and something 
 """
 
 import argparse
-import os
 import subprocess
 import sys
 import time
@@ -74,14 +73,12 @@ def card_of(python: str) -> str | None:
 
 def run(planned: Iterable[Step], journal: Journal, out: Path, deadline: float) -> int:
     """Run the steps that are not whole until `deadline`; those that were late come behind those that had no turn."""
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environment = os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
     for step in sorted(planned, key=lambda step: journal.state(step.name).late):
         state = journal.state(step.name)
         if state.whole or time.monotonic() >= deadline:
             continue
         began = time.monotonic()
-        run_step(step, journal, deadline, out / "logs", environment)
+        run_step(step, journal, deadline, out / "logs", steps.environment())
         print(f"{time.monotonic() - began:5.0f} s  {told(step, journal.state(step.name))}", flush=True)
     states = [journal.state(step.name) for step in planned]
     if any(map(_failed, states)):

@@ -5,7 +5,6 @@ rows its inputs. What a library takes beside them nobody counts here: on the dev
 that torch gives.
 """
 
-import os
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -17,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from benchmarks import end_to_end, kernels
 from benchmarks.gpu.measuring import Item, arguments_of, items_of
+from benchmarks.gpu.steps import environment
 from benchmarks.gpu.supervise import Step
 from benchmarks.harness import ROOT
 from benchmarks.tiers import PAGE_SIZE, TIERS
@@ -55,13 +55,12 @@ def is_measuring(step: Step) -> bool:
 def tests_of(step: Step) -> list[str]:
     """The ids of a step's tests, as pytest collects them where torch says that there is a GPU."""
     words = step.command[step.command.index(sys.executable) :]  # without the sanitizer before it
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
         [*words, "--collect-only", "-p", "benchmarks.gpu.pretended"],
         capture_output=True,
         text=True,
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": path},
+        env=environment(),
     )
     if done.returncode:
         raise RuntimeError(f"the tests of {step.name} cannot be collected: {done.stdout[-2000:]}{done.stderr[-2000:]}")

@@ -4,6 +4,7 @@ The order is that of what one wants to know first. Limits of all steps together 
 were set where none was at hand.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -33,6 +34,12 @@ ONE_LAUNCH, ALL_ELSE = "one launch", "^(?!.*one launch)"
 
 # Of each process of tests, of which several run at once; rows are measured with all threads.
 ONE_THREAD = ("env", "OMP_NUM_THREADS=1")
+
+
+def environment() -> dict[str, str]:
+    """Of programs that import this checkout first, and then what a `PYTHONPATH` from outside names."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
 
 
 def check(sanitizer: str) -> list[Step]:

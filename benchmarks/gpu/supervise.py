@@ -29,8 +29,8 @@ class Step:
     """What some workers do.
 
     command: of a worker; `worker_arguments` come behind it. seconds: that the step may take. item_seconds: that an item
-        may take. workers: that share its items. fine: the exit codes of a worker that did its work, whatever its items
-        came to. sanitized: the command is a sanitizer's, and what a worker passed counts when its summary is clean.
+        may take. workers: that share its items. sanitized: the command is a sanitizer's, and what a worker passed
+        counts when its summary is clean.
     """
 
     name: str

@@ -305,28 +305,30 @@ class CandidateEngine:
                 prompt = self._prompt(request, text_ids)
                 job = Job(prompt, self._settings(request.sampling or sampling))
                 prepared = time.perf_counter()
-                pending = _Pending(request, text_ids, job, results, keep, submitted, prepared)
-                if on_token is not None:
-                    job.on_token = partial(self._tell, pending, on_token)
                 refused = None
                 with self._changing():
                     try:
-                        self._pending[self._loop.add(job)] = pending
+                        key = self._loop.add(job)
                     except ValueError as error:  # which changes nothing
                         refused = error
+                    else:
+                        if on_token is not None:
+                            job.on_token = partial(self._tell, key, on_token)
+                        self._pending[key] = _Pending(request, text_ids, job, results, keep, submitted, prepared)
                 if refused is not None:
                     raise refused
         except Exception as error:  # nothing but this request has a part in it
             results.append(CandidateResult(request, error=error, timings={"queue": time.perf_counter() - submitted}))
 
-    def _tell(self, pending: _Pending, on_token, candidate: int, token: int) -> None:
+    def _tell(self, key: int, on_token, candidate: int, token: int) -> None:
         """Tell a listener, unless its request has ended meanwhile; if it raises, that request fails and no other."""
-        if pending.result is not None or not self._keys(lambda other: other is pending):
+        pending = self._pending.get(key)
+        if pending is None or pending.result is not None:
             return
         try:
             on_token(pending.request, candidate, token)
         except Exception as error:
-            for key in self._keys(lambda other: other is pending):
+            if key in self._pending:
                 self._fail(key, error)
 
     def _settings(self, sampling: SamplingParams) -> SamplingParams:

@@ -1,7 +1,6 @@
 """What is raised inside a step, at any line of the engine, loses no page and no request, and the next call goes on."""
 
 import itertools
-import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +17,7 @@ from clvp_fast.engine.sampling_params import SamplingParams
 from clvp_fast.engine.scoring import Ranking
 from tests.engine.demo_engine import assert_empty, assert_same, make, request, sampling
 from tests.engine.null_engine import NullDevice
+from tests.kit.tracing import traced_by
 
 FOLDER = str(Path(clvp_fast.engine.__file__).parent)
 
@@ -110,12 +110,8 @@ def traced(call, point, error):
                 raise error
         return trace
 
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
+    with traced_by(trace):
         call()
-    finally:
-        sys.settrace(before)
     return executed
 
 

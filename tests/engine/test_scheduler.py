@@ -1,11 +1,10 @@
 """The scheduler against a null device that writes and reads every token of every page, under any order of events."""
 
-import sys
-
 import pytest
 
 from clvp_fast.engine.scheduler import Admission, Prefill, RequestTooLarge, Scheduler, batch_buckets
 from tests.engine.null_engine import Engine
+from tests.kit.tracing import traced_by
 
 pytest.importorskip("hypothesis")  # which a GPU machine may lack
 
@@ -279,12 +278,8 @@ def opcodes(call):
         count += event == "opcode"
         return trace
 
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
+    with traced_by(trace):
         call()
-    finally:
-        sys.settrace(before)
     return count
 
 

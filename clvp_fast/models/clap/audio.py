@@ -8,7 +8,7 @@ from transformers.utils import can_return_tuple
 
 from clvp_fast import ops
 from clvp_fast.models.clap.audio_attention import ClapAudioAttention, cut_windows, join_windows
-from clvp_fast.models.clap.audio_patches import ClapAudioPatchEmbed, fold_spectrogram, pair
+from clvp_fast.models.clap.audio_patches import ClapAudioPatchEmbed, fold_spectrogram
 from clvp_fast.models.clap.configuration import ClapAudioConfig
 from clvp_fast.models.clap.layers import Dense, Intermediate, feed_forward, feed_forward_activation
 from clvp_fast.models.clvp.layers import add_norm, is_plain_layer_norm
@@ -204,9 +204,7 @@ class ClapAudioEncoder(nn.Module):
         super().__init__()
         self.config = config
         self.patch_embed = ClapAudioPatchEmbed(config)
-        self.grid_size = tuple(
-            side // stride for side, stride in zip(pair(config.spec_size), pair(config.patch_stride), strict=True)
-        )
+        self.grid_size = self.patch_embed.grid_size  # also where another module is put in its place
         rates = torch.linspace(0, config.drop_path_rate, sum(config.depths), device="cpu").tolist()
         self.layers = nn.ModuleList()
         for stage, depth in enumerate(config.depths):

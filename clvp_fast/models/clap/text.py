@@ -7,7 +7,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from clvp_fast import ops
 from clvp_fast.models.clap.configuration import ClapTextConfig
 from clvp_fast.models.clap.layers import Intermediate, feed_forward, feed_forward_activation
-from clvp_fast.models.clvp.layers import add_norm
+from clvp_fast.models.clvp.layers import add_norm, attend
 from clvp_fast.models.clvp.parameters import apply_linear, project_heads
 from clvp_fast.models.plain import is_plain
 
@@ -154,11 +154,7 @@ class ClapTextAttention(nn.Module):
         **kwargs,
     ) -> torch.Tensor:
         """`[batch, length, hidden_size]` → the same; the attention's weights are put behind `attentions`."""
-        # Hooks see all that transformers' attention returns.
-        plain = {} if not is_plain(self.self, ClapTextSelfAttention) else {"need_weights": attentions is not None}
-        attended, weights = self.self(hidden_states, attention_mask=attention_mask, **plain)
-        if attentions is not None:
-            attentions.append(weights)
+        attended = attend(self.self, ClapTextSelfAttention, hidden_states, attentions, attention_mask=attention_mask)
         return self.output(attended, hidden_states)
 
 

@@ -14,10 +14,10 @@ from clvp_fast.models.clvp.layers import (
     ClvpSelfAttention,
     add_feed_forward,
     add_norm,
+    attend,
     embed,
 )
 from clvp_fast.models.clvp.pretrained import ClvpPreTrainedModel
-from clvp_fast.models.plain import is_plain
 from clvp_fast.models.transformers_versions import CACHE, CheckpointsUnderGradients, takes_cache
 
 
@@ -47,20 +47,17 @@ class ClvpDecoderLayer(CheckpointsUnderGradients, GradientCheckpointingLayer):
 
         `kwargs` are the attention's.
         """
-        attention = self.attn
-        # Hooks see all that transformers' attention returns.
-        plain = {} if not is_plain(attention, ClvpSelfAttention) else {"need_weights": attentions is not None}
-        attended, weights = attention(
+        attended = attend(
+            self.attn,
+            ClvpSelfAttention,
             add_norm(self.input_layernorm, hidden_states)[1],
+            attentions,
             **{CACHE: cache},
             attention_mask=attention_mask,
             position_ids=position_ids,
             use_cache=use_cache,
-            **plain,
             **kwargs,
         )
-        if attentions is not None:
-            attentions.append(weights)
         residual, normed = add_norm(self.post_attention_layernorm, attended, hidden_states)
         return add_feed_forward(self.mlp, ClvpDecoderMLP, normed, residual)
 

@@ -15,6 +15,7 @@ from clvp_fast.models.clvp.layers import (
     ClvpSequenceSummary,
     add_feed_forward,
     add_norm,
+    attend,
 )
 from clvp_fast.models.clvp.outputs import ClvpEncoderOutput
 from clvp_fast.models.clvp.parameters import apply_linear
@@ -47,18 +48,15 @@ class ClvpEncoderLayer(GradientCheckpointingLayer):
 
         `rotary_pos_emb` and `position_ids` are as [`ClvpSelfAttention`] takes them.
         """
-        attention = self.self_attn
-        # Hooks see all that transformers' attention returns.
-        plain = {} if not is_plain(attention, ClvpSelfAttention) else {"need_weights": attentions is not None}
-        attended, weights = attention(
+        attended = attend(
+            self.self_attn,
+            ClvpSelfAttention,
             self.input_rmsnorm(hidden_states),
+            attentions,
             rotary_pos_emb=rotary_pos_emb,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            **plain,
         )
-        if attentions is not None:
-            attentions.append(weights)
         residual, normed = add_norm(self.post_attention_rmsnorm, attended, hidden_states)
         return add_feed_forward(self.mlp, ClvpEncoderMLP, normed, residual)
 

@@ -59,6 +59,26 @@ def add_norm(
     return total, norm(total if out_dtype is None else total.to(out_dtype))
 
 
+def attend(
+    attention: nn.Module,
+    kind: type[nn.Module],
+    hidden_states: torch.Tensor,
+    attentions: list[torch.Tensor] | None,
+    **arguments,
+) -> torch.Tensor:
+    """What `attention` makes of `hidden_states`; its weights are put behind `attentions`, if that is a list.
+
+    A plain one of the class `kind` computes no weights that nobody wants. Others, and hooks, see all that transformers'
+    attention returns.
+    """
+    if is_plain(attention, kind):
+        arguments["need_weights"] = attentions is not None
+    attended, weights = attention(hidden_states, **arguments)
+    if attentions is not None:
+        attentions.append(weights)
+    return attended
+
+
 def add_feed_forward(
     mlp: nn.Module, kind: type[nn.Module], hidden_states: torch.Tensor, residual: torch.Tensor
 ) -> torch.Tensor:
