@@ -1,25 +1,52 @@
-"""Reading recordings: any format that libsndfile reads, any sampling rate, one channel out.
+"""Reading recordings: any format that libsndfile reads, any sampling rate, one channel out, as far as it is asked."""
 
-soundfile and soxr are imported by who reads a recording: an engine that is given features needs neither.
-"""
-
+import io
+import math
 import os
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+import soundfile
+import soxr
 
-#: How the names of recordings end in a folder, in lower case.
-RECORDING_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg")
-#: Below this peak (-80 dB of full scale) a recording counts as silent.
-SILENCE_PEAK = 1e-4
+from clvp_fast.levels import SILENCE_PEAK, wrong_scale
+
+#: How the names of recordings end in a folder, in lower case: those that libsndfile reads, and those that it does not.
+READ_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".aiff", ".aif", ".aifc", ".au", ".snd", ".caf")
+READ_SUFFIXES += (".w64", ".rf64")
+UNREAD_SUFFIXES = (".m4a", ".m4b", ".mp4", ".aac", ".wma", ".webm", ".mka", ".amr", ".3gp", ".ac3", ".ape", ".wv")
+RECORDING_SUFFIXES = READ_SUFFIXES + UNREAD_SUFFIXES
+
+# Frames that are read at a time, and seconds beyond those asked for, which resampling looks ahead into.
+_BLOCK, _MARGIN = 1 << 16, 1.0
+# Channels that leave less than this part of themselves when they are mixed down cancel each other.
+_CANCELLED = 1e-3
+# What comes through a pipe is kept whole, as a reader goes back and forth in it.
+_PIPE = 256 << 20
+
+
+@dataclass(frozen=True, eq=False)
+class Audio:
+    """What was read of a recording.
+
+    samples: float32 `[num_samples]`, one channel, full scale at 1.0. seconds: of the whole recording.
+    changes: what was made of it, a sentence each. cut: whether it goes on behind what was asked for.
+    """
+
+    samples: np.ndarray
+    seconds: float
+    changes: tuple[str, ...] = ()
+    cut: bool = False
 
 
 def load_audio(source: str | os.PathLike | BinaryIO, sampling_rate: int = 22050) -> tuple[np.ndarray, str | None]:
     """A recording as mono samples at `sampling_rate`.
 
     Args:
-        source: a WAV, FLAC, MP3 or OGG file, by path or as an open binary file.
+        source: a WAV, FLAC, MP3 or OGG file, or another that libsndfile reads, by path or as an open binary file.
         sampling_rate: in Hz; a recording at another rate is resampled with soxr (HQ).
 
     Returns:
@@ -28,46 +55,107 @@ def load_audio(source: str | os.PathLike | BinaryIO, sampling_rate: int = 22050)
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: not a positive sampling rate, not a readable recording, no samples in it, or samples that are NaN
-            or infinite. A silent recording is returned: `require_sound` refuses it.
+        ValueError: not a positive sampling rate, not a readable recording, no samples in it, samples that are NaN or
+            infinite or at another scale than 1, or channels that cancel each other. A silent recording is returned:
+            `require_sound` refuses it.
     """
+    audio = read_audio(source, sampling_rate)
+    return audio.samples, "; ".join(audio.changes) or None
+
+
+def read_audio(source: str | os.PathLike | BinaryIO, sampling_rate: int = 22050, seconds: float | None = None) -> Audio:
+    """`load_audio` of the first `seconds`, or of all for None; no more is read, and nothing behind is looked at."""
     if isinstance(sampling_rate, bool) or not isinstance(sampling_rate, (int, np.integer)) or sampling_rate <= 0:
         raise ValueError(f"sampling_rate must be a positive whole number of Hz, got {sampling_rate!r}")
     name = source if isinstance(source, (str, os.PathLike)) else getattr(source, "name", "the given file object")
     if isinstance(source, (str, os.PathLike)):
-        source = Path(source)
-        if not source.exists():
-            raise FileNotFoundError(f"there is no recording at {name}")
-        if not source.is_file():
-            raise ValueError(f"a recording must be a file, and {name} is a folder")
-    import soundfile
-
+        source = _readable(Path(source))
     try:
-        samples, rate = soundfile.read(source, dtype="float32", always_2d=True)
-    except (soundfile.LibsndfileError, OSError, TypeError) as error:
-        raise ValueError(f"{name} cannot be read as a recording (WAV, FLAC, MP3 or OGG): {error}") from error
+        with soundfile.SoundFile(source) as file:
+            rate, channels = file.samplerate, file.channels
+            frames = None if seconds is None else math.ceil((seconds + _MARGIN) * rate)
+            samples, peak = _mixed_down(_blocks(file, frames))
+            whole = max(file.frames, len(samples)) if file.seekable() else len(samples)
+    except (soundfile.SoundFileError, OSError, TypeError) as error:
+        reason = getattr(error, "error_string", error)
+        raise ValueError(f"{name} cannot be read as a recording (WAV, FLAC, MP3 or OGG): {reason}") from error
 
-    if len(samples) == 0:
-        raise ValueError(f"{name} is empty: it has no samples")
-    if not np.isfinite(samples).all():
-        raise ValueError(f"{name} holds samples that are NaN or infinite; export the recording again")
-    notes = []
-    channels = samples.shape[1]
-    if channels > 1:
-        notes.append(f"{channels} channels mixed down to one")
-    samples = samples.mean(axis=1)
+    _check(samples, peak, channels, name)
+    changes = [f"{channels} channels mixed down to one"] if channels > 1 else []
     if rate != sampling_rate:
-        import soxr
-
         samples = soxr.resample(samples, rate, sampling_rate, quality="HQ")
-        notes.append(f"resampled from {rate} Hz to {sampling_rate} Hz")
+        changes.append(f"resampled from {rate} Hz to {sampling_rate} Hz")
         if len(samples) == 0:
             raise ValueError(f"{name} is too short: nothing is left of it at {sampling_rate} Hz")
-    return np.ascontiguousarray(samples, dtype=np.float32), "; ".join(notes) or None
+    used = len(samples) if seconds is None else int(seconds * sampling_rate)
+    return Audio(samples[:used].copy(), whole / rate, tuple(changes), len(samples) > used)
 
 
-def require_sound(samples: np.ndarray, name: str | os.PathLike) -> None:
-    """Refuses a recording that is silent throughout: it tells nothing of a voice, or of anything else."""
+def _readable(path: Path) -> bytes | BinaryIO:
+    """A path as libsndfile takes it, whatever bytes its name has; of a pipe, which has no way back, its content."""
+    if not path.exists():
+        raise FileNotFoundError(f"there is no recording at {path}")
+    if path.is_dir():
+        raise ValueError(f"a recording must be a file, and {path} is a folder")
+    if path.is_file():
+        return os.fsencode(path)
+    with open(path, "rb") as pipe:
+        content = pipe.read(_PIPE + 1)
+    if len(content) > _PIPE:
+        raise ValueError(f"{path} is a pipe, and gives more than {_PIPE >> 20} MiB: give a file")
+    return io.BytesIO(content)
+
+
+def _blocks(file: soundfile.SoundFile, frames: int | None) -> Iterator[np.ndarray]:
+    """The first `frames` of a file, or all: float32 `[block, channels]` each."""
+    while frames is None or frames > 0:
+        block = file.read(_BLOCK if frames is None else min(_BLOCK, frames), dtype="float32", always_2d=True)
+        if not len(block):
+            return
+        frames = None if frames is None else frames - len(block)
+        yield block
+
+
+def _mixed_down(blocks: Iterator[np.ndarray]) -> tuple[np.ndarray, float]:
+    """One channel `[frames]`, and the peak of all channels; NaN or infinite where a sample is."""
+    mono, peak = [np.empty(0, dtype=np.float32)], np.float32(0)
+    with np.errstate(over="ignore", invalid="ignore"):
+        for block in blocks:
+            peak = np.maximum(peak, np.abs(block).max())
+            mono.append(block.mean(axis=1))
+    return np.concatenate(mono), float(peak)
+
+
+def _check(samples: np.ndarray, peak: float, channels: int, name: str | os.PathLike) -> None:
+    if len(samples) == 0:
+        raise ValueError(f"{name} is empty: it has no samples")
+    if not math.isfinite(peak):
+        raise ValueError(f"{name} holds samples that are NaN or infinite; export the recording again")
+    _require_scale(peak, name)
+    left = float(np.abs(samples).max())
+    if channels > 1 and peak >= SILENCE_PEAK and left < _CANCELLED * peak:
+        raise ValueError(
+            f"{name} cannot be mixed down to one channel: its channels cancel each other; give one of them"
+        )
+
+
+def _require_scale(peak: float, name: str | os.PathLike) -> None:
+    if reason := wrong_scale(peak):
+        raise ValueError(f"{name} {reason}")
+
+
+def require_sound(samples: np.ndarray, name: str | os.PathLike, cut: float | None = None) -> None:
+    """Refuses samples that tell nothing of a voice or of anything else: silent ones, and floats of another scale.
+
+    Args:
+        cut: of a recording that goes on, how many seconds `samples` are.
+    """
     peak = float(np.abs(samples).max())
+    _require_scale(peak, name)
     if peak < SILENCE_PEAK:
+        if cut is not None:
+            raise ValueError(
+                f"{name}: its first {cut:g} s are silent (peak {peak:.1e} of full scale), and no more is used; cut "
+                "them off"
+            )
         raise ValueError(f"{name} is silent (peak {peak:.1e} of full scale); give one that can be heard")

@@ -17,6 +17,7 @@ from clvp_fast import (
     ClvpTokenizer,
 )
 from clvp_fast.demo import demo_checkpoint
+from clvp_fast.files import user_path
 
 _JSON_FILES = ("config.json", "vocab.json", "preprocessor_config.json")
 _OPTIONAL_JSON_FILES = ("generation_config.json", "tokenizer_config.json", "model.safetensors.index.json")
@@ -51,7 +52,7 @@ def resolve_checkpoint(name: str | Path) -> str | Path:
 
 
 def _folder_or_id(name: str | Path, known: str, required: tuple[str, ...]) -> str | Path:
-    path = Path(name).expanduser()
+    path = user_path(name)
     if path.is_dir():
         check_folder(path, required)
         return path

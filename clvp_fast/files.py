@@ -28,6 +28,11 @@ class UnwritableError(OSError):
         return cls(error.errno, f"cannot write into {folder}: {reason}")
 
 
+def user_path(place: str | os.PathLike) -> Path:
+    """`place` as a path; a user's `~` at its beginning is that home folder, and any other `~` part of a name."""
+    return Path(os.path.expanduser(place))
+
+
 def cache_folder() -> Path:
     """Where the package keeps what it builds: `$CLVP_FAST_CACHE`, else clvp_fast in the user's cache folder.
 
@@ -155,9 +160,22 @@ def _inside(filename, folder: Path) -> bool:
     return isinstance(filename, (str, os.PathLike)) and Path(filename).is_relative_to(folder)
 
 
+def json_text(document, encoding: str = "utf-8", indent: int | None = 2) -> str:
+    """`document` as JSON with a closing newline; in ASCII if `encoding` cannot say what is in it.
+
+    That is so in any encoding for names of files that are no UTF-8, which Python holds as lone surrogates.
+    """
+    text = json.dumps(document, indent=indent, ensure_ascii=False)
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        text = json.dumps(document, indent=indent)
+    return text + "\n"
+
+
 def write_json(path: Path, document) -> None:
     """`document` as indented UTF-8 JSON with a closing newline."""
-    path.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(json_text(document), encoding="utf-8")
 
 
 @contextmanager

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
-from clvp_fast.audio import RECORDING_SUFFIXES, load_audio, require_sound
+from clvp_fast.audio import RECORDING_SUFFIXES, UNREAD_SUFFIXES, read_audio, require_sound
 from clvp_fast.engine.voices import Voice, VoiceCache
+from clvp_fast.files import user_path
 from clvp_fast.models.clvp.feature_extraction import ClvpFeatureExtractor
 
 
@@ -34,7 +35,7 @@ def load_voice(voices: VoiceCache, place: str | Path) -> LoadedVoice:
         FileNotFoundError, ValueError: there is none, a recording cannot be used, or a saved voice is damaged or another
             checkpoint's.
     """
-    path = Path(place).expanduser()
+    path = user_path(place)
     if _is_saved(path):
         voice = Voice.load(path)
         try:
@@ -42,8 +43,10 @@ def load_voice(voices: VoiceCache, place: str | Path) -> LoadedVoice:
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
         return LoadedVoice(str(place), voice, None, 0)
-    recordings = _recordings(path) if path.is_dir() else [path]
+    recordings, unread = _recordings(path) if path.is_dir() else ([path], [])
     mels, remarks = _features(voices.feature_extractor, recordings)
+    if unread:
+        remarks += (f"left out, as libsndfile does not read them: {', '.join(file.name for file in unread)}",)
     return LoadedVoice(str(place), voices.from_features(mels), mels[0], len(mels), remarks)
 
 
@@ -56,26 +59,31 @@ def _is_saved(path: Path) -> bool:
     return head[8:] == b"{" and int.from_bytes(head[:8], "little") <= path.stat().st_size
 
 
-def _recordings(folder: Path) -> list[Path]:
-    """The recordings right in a folder: those in its sub-folders may be other speakers'."""
+def _recordings(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The recordings right in a folder, and those of formats that cannot be read.
+
+    Those in its sub-folders may be other speakers'.
+    """
     found = sorted(path for path in folder.iterdir() if path.name.lower().endswith(RECORDING_SUFFIXES))
     found = [path for path in found if path.is_file() and not path.name.startswith(".")]
-    if not found:
-        raise ValueError(f"{folder} has no recordings in it (WAV, FLAC, MP3 or OGG)")
-    return found
+    unread = [path for path in found if path.name.lower().endswith(UNREAD_SUFFIXES)]
+    if len(unread) == len(found):
+        beside = f", and none can be read of {', '.join(path.name for path in unread)}" if unread else ""
+        raise ValueError(f"{folder} has no recordings in it (WAV, FLAC, MP3 or OGG){beside}")
+    return [path for path in found if path not in unread], unread
 
 
 def _features(extractor: ClvpFeatureExtractor, recordings: list[Path]) -> tuple[list[np.ndarray], tuple[str, ...]]:
     """Log-mel features `[bins, frames]` float32 of each recording, and what was changed of them."""
-    used = extractor.default_audio_length * extractor.sampling_rate
+    seconds = extractor.default_audio_length
     mels, remarks = [], []
     for path in recordings:
-        samples, changed = load_audio(path, extractor.sampling_rate)
-        require_sound(samples[:used], path)
-        remarks += [changed] if changed else []
-        if len(samples) > used:
-            remarks.append(f"only the first {extractor.default_audio_length} s are used")
-        features = extractor(samples[:used], sampling_rate=extractor.sampling_rate, return_tensors="np")
+        audio = read_audio(path, extractor.sampling_rate, seconds)
+        require_sound(audio.samples, path, seconds if audio.cut else None)
+        remarks += ["; ".join(audio.changes)] if audio.changes else []
+        if audio.cut:
+            remarks.append(f"only the first {seconds} s are used")
+        features = extractor(audio.samples, sampling_rate=extractor.sampling_rate, return_tensors="np")
         mels.append(features["input_features"][0])
     return mels, tuple(
         (f"{remarks.count(remark)} of {len(recordings)} recordings: " if len(recordings) > 1 else "") + remark

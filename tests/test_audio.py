@@ -1,13 +1,18 @@
 """Recordings in every format and rate come out as one channel at the wanted rate, or as a clear refusal."""
 
 import io
+import os
+import threading
+from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 import soxr
 
-from clvp_fast.audio import load_audio, require_sound
+from clvp_fast import audio
+from clvp_fast.audio import load_audio, read_audio, require_sound
 from tests.data import data_path
 
 
@@ -110,6 +115,116 @@ def test_no_samples(tmp_path):
     soundfile.write(tmp_path / "a.wav", np.zeros(0), 22050)
     with pytest.raises(ValueError, match="is empty"):
         load_audio(tmp_path / "a.wav")
+
+
+@pytest.mark.parametrize("suffix", ["wav", "flac", "mp3", "ogg"])
+@pytest.mark.parametrize("rate", [8000, 22050, 44100])
+@pytest.mark.parametrize("channels", [1, 2])
+def test_a_beginning_is_that_of_the_whole(tmp_path, suffix, rate, channels):
+    """Bit for bit, and no more is read than a second beyond it."""
+    path = tmp_path / f"a.{suffix}"
+    noise = np.random.default_rng(0).normal(size=(9 * rate, channels)) * 0.1
+    soundfile.write(path, noise, rate)
+    whole = read_audio(path)
+    part = read_audio(path, seconds=6)
+    assert np.array_equal(part.samples, whole.samples[: 6 * 22050]) and len(part.samples) == 6 * 22050
+    assert part.cut and not whole.cut and not read_audio(path, seconds=60).cut
+    assert part.seconds == whole.seconds == pytest.approx(9, abs=0.2)
+    assert np.array_equal(read_audio(path, seconds=60).samples, whole.samples)
+
+
+def test_an_hour_is_not_read(tmp_path, monkeypatch):
+    read = []
+    original = soundfile.SoundFile.read
+
+    def counted(self, frames=-1, **options):
+        block = original(self, frames, **options)
+        read.append(len(block))
+        return block
+
+    with soundfile.SoundFile(tmp_path / "a.flac", "w", 16000, 2) as file:
+        for _ in range(60):
+            file.write(np.random.default_rng(0).normal(size=(60 * 16000, 2)) * 0.1)
+    monkeypatch.setattr(soundfile.SoundFile, "read", counted)
+    found = read_audio(tmp_path / "a.flac", seconds=6)
+    assert sum(read) == 7 * 16000 and max(read) <= 1 << 16
+    assert found.seconds == 3600 and found.cut
+
+
+def test_what_is_behind_is_not_looked_at(tmp_path):
+    samples = tone(22050, 20.0)
+    samples[10 * 22050 :] = np.nan
+    soundfile.write(tmp_path / "a.wav", samples, 22050, subtype="FLOAT")
+    assert len(read_audio(tmp_path / "a.wav", seconds=6).samples) == 6 * 22050
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        read_audio(tmp_path / "a.wav")
+
+
+def test_channels_that_cancel(tmp_path):
+    for left in (0.0, 1e-5):
+        soundfile.write(tmp_path / "a.wav", np.stack([tone(22050), (left - 1) * tone(22050)], axis=1), 22050)
+        with pytest.raises(ValueError, match=r"a\.wav cannot be mixed down .*: its channels cancel each other"):
+            load_audio(tmp_path / "a.wav")
+    soundfile.write(tmp_path / "a.wav", np.stack([tone(22050), -0.9 * tone(22050)], axis=1), 22050)
+    assert np.abs(load_audio(tmp_path / "a.wav")[0]).max() == pytest.approx(0.025, rel=0.01)
+    soundfile.write(tmp_path / "a.wav", np.zeros((22050, 2)), 22050)
+    load_audio(tmp_path / "a.wav")  # silent, which is another matter
+
+
+@pytest.mark.parametrize("scale", [2**15, 2**31, 127])
+def test_floats_of_another_scale(tmp_path, scale):
+    soundfile.write(tmp_path / "a.wav", tone(22050) * np.float32(scale), 22050, subtype="FLOAT")
+    with pytest.raises(ValueError, match=r"a\.wav has floats up to .*, and full scale is 1: divide them by"):
+        load_audio(tmp_path / "a.wav")
+    with pytest.raises(ValueError, match="the audio has floats up to"):
+        require_sound(tone(22050) * np.float32(scale), "the audio")
+
+
+def test_floats_somewhat_over_full_scale(tmp_path):
+    """As studios write them."""
+    soundfile.write(tmp_path / "a.wav", tone(22050) * 8, 22050, subtype="FLOAT")
+    assert np.abs(load_audio(tmp_path / "a.wav")[0]).max() == pytest.approx(4, rel=0.01)
+
+
+def test_a_name_that_is_no_utf_8(tmp_path):
+    path = tmp_path / os.fsdecode(b"\xff.wav")
+    soundfile.write(os.fsencode(path), tone(22050), 22050, format="WAV")
+    assert len(load_audio(path)[0]) == 11025
+    path.write_text("no sound")
+    with pytest.raises(ValueError, match="cannot be read as a recording"):
+        load_audio(path)
+
+
+def test_a_pipe(tmp_path, monkeypatch):
+    """It is read as a file is, up to a bound."""
+    soundfile.write(tmp_path / "a.wav", tone(22050, 20.0), 22050)
+    content = (tmp_path / "a.wav").read_bytes()
+    os.mkfifo(tmp_path / "pipe")
+
+    def read(**options):
+        writer = threading.Thread(target=lambda: _write(tmp_path / "pipe", content))
+        writer.start()
+        try:
+            return read_audio(tmp_path / "pipe", **options)
+        finally:
+            writer.join()
+
+    assert np.array_equal(read(seconds=6).samples, read_audio(tmp_path / "a.wav", seconds=6).samples)
+    assert read().seconds == 20
+    monkeypatch.setattr(audio, "_PIPE", 1 << 20)
+    with pytest.raises(ValueError, match="is a pipe, and gives more than 1 MiB"):
+        read_audio(Path("/dev/zero"))
+
+
+def _write(path, content):
+    with suppress(BrokenPipeError), open(path, "wb") as pipe:
+        pipe.write(content)
+
+
+def test_silence_at_the_beginning(tmp_path):
+    samples = np.concatenate([np.zeros(7 * 22050), tone(22050)])
+    with pytest.raises(ValueError, match=r"^a\.wav: its first 6 s are silent \(peak 0.0e\+00"):
+        require_sound(samples[: 6 * 22050], "a.wav", 6)
 
 
 def test_silence_is_refused_by_name(tmp_path):

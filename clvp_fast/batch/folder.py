@@ -2,6 +2,7 @@
 
     manifest.json       what the job is: settings, input, checkpoint; at the end also its shards
     rows.parquet        the job's own copy of the input's rows
+    voices/             recordings that stood in the rows themselves, by their content; not there where none did
     shards/             part-000000.parquet and so on: results, written whole or not at all
     unfinished/         part-000007.journal and so on: results of shards that are not complete yet
     failures.jsonl      rows that could not be spoken, and why
@@ -19,6 +20,7 @@ import struct
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clvp_fast.batch.outcomes import Outcome, from_table, to_table
-from clvp_fast.files import UnwritableError, replacing
+from clvp_fast.files import UnwritableError, json_text, replacing, write_json
 
 FORMAT = "clvp_fast.batch.1"
 _KEY = b"clvp_fast"
@@ -81,6 +83,16 @@ class JobFolder:
     def failures(self) -> Path:
         return self.folder / "failures.jsonl"
 
+    def keep_voice(self, content: bytes) -> Path:
+        """The file of a recording that stood in a row, written if it is not there."""
+        path = Path(os.path.abspath(self.folder / "voices" / blake2b(content, digest_size=16).hexdigest()))
+        if not path.exists():
+            with explained(self.folder):
+                path.parent.mkdir(exist_ok=True)
+            with replacing(path) as scratch:
+                scratch.write_bytes(content)
+        return path
+
     def shard_path(self, shard: int) -> Path:
         return self.shards / f"part-{shard:06}.parquet"
 
@@ -114,7 +126,7 @@ class JobFolder:
 
     def write_json(self, name: str, document: dict[str, Any]) -> None:
         with replacing(self.folder / name) as path:
-            path.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            write_json(path, document)
 
     def write_shard(self, shard: int, outcomes: Iterable[Outcome], schema: pa.Schema, settings: str) -> None:
         """A shard of results, in the order of its rows; from then on its journal is of no use, and vanishes."""
@@ -156,12 +168,12 @@ class JobFolder:
 
     def append_failures(self, failures: list[dict[str, Any]]) -> None:
         with explained(self.folder), open(self.failures, "a", encoding="utf-8") as file:
-            file.writelines(_json_line(failure) for failure in failures)
+            file.writelines(json_text(failure, indent=None) for failure in failures)
 
     def write_failures(self, failures: Iterable[dict[str, Any]]) -> None:
         """All failures anew, in the order of the rows."""
         with replacing(self.failures) as path, open(path, "w", encoding="utf-8") as file:
-            file.writelines(_json_line(failure) for failure in failures)
+            file.writelines(json_text(failure, indent=None) for failure in failures)
 
     def _remove_leftovers(self) -> None:
         """What a process that died was writing."""
@@ -223,10 +235,6 @@ class Journal:
 
 def _failure(outcome: Outcome) -> dict[str, Any]:
     return {"row": outcome.row, "id": outcome.id, "error": outcome.error}
-
-
-def _json_line(failure: dict[str, Any]) -> str:
-    return json.dumps(failure, ensure_ascii=False) + "\n"
 
 
 @contextmanager

@@ -6,16 +6,21 @@ whatever the input was, and a job that goes on for days does not depend on what 
 
 import csv
 import json
+import os
+import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from clvp_fast.batch.failures import failure_of
 from clvp_fast.batch.rows import COLUMNS, Row
 
 _SCHEMA = pa.schema(
@@ -30,10 +35,17 @@ _SCHEMA = pa.schema(
 _BLOCK = 1 << 20
 # Rows whose texts differ by less than this many characters are in one bucket.
 _BUCKET = 32
+# How deep a line of JSON may nest.
+_NESTING = 64
+# Rows that are read at a time where they may hold recordings.
+_RECORDINGS = 8
 
 
 def read_rows(
-    path: Path, done: Callable[[float], None] = lambda share: None, unused: set[str] | None = None
+    path: Path,
+    done: Callable[[float], None] = lambda share: None,
+    unused: set[str] | None = None,
+    keep: Callable[[bytes], Path] | None = None,
 ) -> Iterator[Row]:
     """The rows of a file, in its order. Those that cannot be read are rows with an error.
 
@@ -41,22 +53,31 @@ def read_rows(
         path: `.jsonl` (or `.ndjson`), `.csv`, or `.parquet`; voices in it are relative to its folder.
         done: told after each row which part of the file, from 0 to 1, is read.
         unused: gets the names of columns that say nothing to a job.
+        keep: as of [`Row.read`].
 
     Raises:
-        FileNotFoundError, ValueError: there is no such file, it is of another kind, or has no columns `id` and `text`.
+        FileNotFoundError, ValueError: there is no such file, it is of another kind, it lacks a column `id` or `text` or
+            has one twice, or it is damaged so that it cannot be told which rows it has; file and line are named.
     """
     readers = {".jsonl": _json_lines, ".ndjson": _json_lines, ".csv": _csv, ".parquet": _parquet}
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no input at {path}")
+    require_file(path)
     if path.suffix.lower() not in readers:
         raise ValueError(f"{path} must be one of {', '.join(readers)}, by its name")
-    folder = path.resolve().parent
+    folder = Path(os.path.abspath(path)).parent  # beside a link, not beside what it leads to
     unused = set() if unused is None else unused
     for index, record in enumerate(readers[path.suffix.lower()](path, done, unused)):
         if isinstance(record, Exception):
-            yield Row(index, None, error=str(record))
+            yield Row(index, None, error=failure_of(record))
         else:
-            yield Row.read(index, record, folder)
+            yield Row.read(index, record, folder, keep)
+
+
+def require_file(path: Path) -> None:
+    """Raises for an input that is no file."""
+    if path.is_dir():
+        raise ValueError(f"the input {path} is a folder: give a file of rows, such as a .parquet file in it")
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no input at {path}")
 
 
 def digest_of(path: Path) -> str:
@@ -72,43 +93,92 @@ def _json_lines(path: Path, done, unused: set[str]) -> Iterator[Mapping[str, Any
     size = max(path.stat().st_size, 1)
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
-            line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+            line = _first(path, line) if number == 1 else line
             if not line.strip():
                 continue
             try:
-                record = json.loads(line.decode())
-                if not isinstance(record, dict):
-                    raise ValueError("it holds no object")
+                record = _json_object(line)
                 unused.update(record.keys() - COLUMNS)
                 yield record
             except ValueError as error:  # of JSON and of UTF-8
-                yield ValueError(f'line {number} is no JSON object such as {{"id": "a", "text": "Hello."}}: {error}')
+                yield ValueError(
+                    f'{path}, line {number}: no JSON object such as {{"id": "a", "text": "Hello."}}: {error}'
+                )
             done(file.tell() / size)
+
+
+def _json_object(line: bytes) -> dict[str, Any]:
+    if line.count(b"[") + line.count(b"{") > _NESTING and _depth(line) > _NESTING:
+        raise ValueError(f"it nests more than {_NESTING} deep")
+    record = json.loads(line.decode(), object_pairs_hook=_object)
+    if not isinstance(record, dict):
+        raise ValueError("it holds no object")
+    return record
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(found := dict(pairs)) < len(pairs):
+        raise ValueError(f"it has {_repeated_name([name for name, _ in pairs])!r} twice")
+    return found
+
+
+def _depth(line: bytes) -> int:
+    deepest = depth = 0
+    for sign in re.sub(rb'"(?:[^"\\]|\\.)*"|[^][{}]', b"", line):
+        depth += 1 if sign in b"[{" else -1
+        deepest = max(deepest, depth)
+    return deepest
 
 
 def _csv(path: Path, done, unused: set[str]) -> Iterator[Mapping[str, Any] | Exception]:
-    size = max(path.stat().st_size, 1)
+    size, line = max(path.stat().st_size, 1), ""
+
+    def lines(file) -> Iterator[str]:
+        nonlocal line
+        for number, content in enumerate(file):
+            # A byte that is no UTF-8 fails its own row.
+            line = (content if number else _first(path, content)).decode(errors="surrogateescape")
+            yield line
+
     with open(path, "rb") as file:
-        # A byte that is no UTF-8 fails its own row.
-        lines = (
-            line.decode("utf-8-sig" if not start else "utf-8", "surrogateescape") for start, line in enumerate(file)
-        )
-        reader = csv.reader(lines)
-        header = [name.strip() for name in next(reader, [])]
-        unused.update(_columns(path, header))
+        reader = csv.reader(lines(file), strict=True)
+        header = None
         while True:
+            start = reader.line_num + 1
+            place = f"{path}, line {start}"
             try:
                 values = next(reader, None)
+                wrong = (
+                    None
+                    if values is None or len(values) in (0, len(header or values))
+                    else (f"{len(values)} values, and the header has {len(header)}")
+                )
             except csv.Error as error:
-                yield ValueError(f"line {reader.line_num} is no row of CSV: {error}")
-                continue
-            if values is None:
-                return
-            if len(values) not in (0, len(header)):
-                yield ValueError(f"line {reader.line_num} has {len(values)} values, and the header {len(header)}")
+                values, wrong = [], f"no row of CSV: {error}"
+            # Where a row ends that lies on several lines, or whose quotes do not close, cannot be told if it is bad.
+            if wrong and (header is None or reader.line_num > start or line.count('"') % 2):
+                raise ValueError(
+                    f"{place}: {wrong}; is a quote in the row that begins there not closed, or not doubled?"
+                )
+            if wrong:
+                yield ValueError(f"{place}: {wrong}")
+            elif values is None:
+                break
+            elif header is None:
+                header = [name.strip() for name in values]
+                unused.update(_columns(path, header))
             elif values:
                 yield dict(zip(header, values, strict=True))
             done(file.tell() / size)
+        if header is None:
+            _columns(path, [])
+
+
+def _first(path: Path, line: bytes) -> bytes:
+    """The first line of a text, without the mark of UTF-8. Raises `ValueError` where it has that of UTF-16."""
+    if line.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise ValueError(f"{path} is UTF-16: save it as UTF-8")
+    return line.removeprefix(b"\xef\xbb\xbf")
 
 
 def _parquet(path: Path, done, unused: set[str]) -> Iterator[Mapping[str, Any]]:
@@ -117,25 +187,54 @@ def _parquet(path: Path, done, unused: set[str]) -> Iterator[Mapping[str, Any]]:
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path} cannot be read as Parquet: {error}") from error
     with file:
-        unused.update(_columns(path, file.schema_arrow.names))
-        known = [name for name in file.schema_arrow.names if name in COLUMNS]
+        schema = file.schema_arrow
+        unused.update(_columns(path, schema.names))
+        known = [name for name in schema.names if name in COLUMNS]
+        # What older versions of Arrow make of a UUID.
+        numbered = schema.field("id").type == pa.binary(16)
+        rows = 1024 if "voice" not in known or _is_short(schema.field("voice").type) else _RECORDINGS
         read, total = 0, max(file.metadata.num_rows, 1)
         try:
-            for batch in file.iter_batches(1024, columns=known):
-                yield from batch.to_pylist()
+            for batch in file.iter_batches(rows, columns=known):
+                for record in _records(batch):
+                    yield record | ({"id": UUID(bytes=record["id"])} if numbered and record["id"] else {})
                 read += len(batch)
                 done(read / total)
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
             raise ValueError(f"{path} is damaged from row {read} on: {error}") from error
 
 
+def _records(batch: pa.RecordBatch) -> list[dict[str, Any]]:
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError:  # as bytes, so that each row fails for itself
+        columns = [column.cast(pa.binary()) if _is_short(column.type) else column for column in batch.columns]
+        return pa.table(columns, batch.schema.names).to_pylist()
+
+
+def _is_short(kind: pa.DataType) -> bool:
+    """Whether a column is one of paths, and none of recordings."""
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
 def _columns(path: Path, found: list[str]) -> set[str]:
-    """Those of the columns found that say nothing to a job. Raises `ValueError` where one is missing."""
+    """Those of the columns found that say nothing to a job.
+
+    Raises:
+        ValueError: a column is missing, or one that says something is there twice.
+    """
     missing = [name for name in ("id", "text") if name not in found]
     if missing:
         shown = ", ".join(map(repr, found[:12])) or "none"
         raise ValueError(f"{path} has no column {missing[0]!r}; its columns are {shown}")
+    if repeated := _repeated_name([name for name in found if name in COLUMNS]):
+        raise ValueError(f"{path} has the column {repeated!r} twice: leave one")
     return set(found) - COLUMNS
+
+
+def _repeated_name(names: list[str]) -> str | None:
+    return next((name for name, times in Counter(names).items() if times > 1), None)
 
 
 class RowFile:

@@ -1,6 +1,7 @@
 """`run`: a corpus to ranked candidates in a folder of Parquet shards, by a job that goes on where it was stopped."""
 
 import logging
+import os
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -11,12 +12,12 @@ from typing import Any
 import pyarrow as pa
 
 from clvp_fast.batch.folder import FORMAT, JobFolder, Journal
-from clvp_fast.batch.inputs import RowFile, Task, digest_of, read_rows
+from clvp_fast.batch.inputs import RowFile, Task, digest_of, read_rows, require_file
 from clvp_fast.batch.outcomes import Outcome, outcome_schema, shard_schema
 from clvp_fast.batch.progress import Watch, watching
 from clvp_fast.batch.settings import Settings
 from clvp_fast.batch.summary import write_summary
-from clvp_fast.files import UnwritableError, replacing
+from clvp_fast.files import UnwritableError, replacing, user_path
 
 logger = logging.getLogger(__name__)
 
@@ -47,14 +48,16 @@ def run(
 
     A line of the results is one kept candidate: `id` and `row` of the input (from 0, and in this order), `rank` from 1,
     `candidate` (of so many `candidates`), `codes` (speech tokens before the stop), `length`, `stopped` (it came to its
-    end by itself), `score`, `tokens` (drawn for the row in all), `seed`, `settings` (a hash), `timings` in seconds;
-    with `embeddings` also `text_embedding` and `speech_embedding` `[projection_dim]`, and with `latents` the decoder's
+    end by itself), `score`, `tokens` (drawn for the row in all), `seed`, `settings` (a hash), `timings` in seconds,
+    `remarks` (sentences on what was cut, resampled, left out or written in Latin letters of its text and voice); with
+    `embeddings` also `text_embedding` and `speech_embedding` `[projection_dim]`, and with `latents` the decoder's
     `latents` `[tokens, hidden_size]`.
 
     Args:
         input: JSON lines, CSV or Parquet by its name, with columns `id`, `text`, `voice` (a recording, a folder of
             recordings of one speaker, or a saved voice; relative to the input's folder) and, for rows that have their
-            own, `num_candidates`, `max_new_tokens`, `temperature` and so on, as [`SamplingParams`] names them.
+            own, `num_candidates`, `max_new_tokens`, `temperature` and so on, as [`SamplingParams`] names them. In
+            Parquet `voice` may also hold recordings themselves, as bytes or as `{"bytes", "path"}`.
         out: the job's folder.
         retry_failed: speak the rows again that failed before.
         shard_rows: rows of a file of results; by default 1024, with latents 64.
@@ -74,15 +77,14 @@ def run(
         BlockingIOError: another process works on `out`.
     """
     given = Settings(**_absolute(settings))
-    source = Path(input).expanduser()
+    source = user_path(input)
     for name, value in (("shard_rows", shard_rows), ("workers", workers)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ValueError(f"{name} must be a whole number from 1 up, not {value!r}")
     if workers is not None and not ray:
         raise ValueError("workers are of a Ray cluster: give ray=True or its address, or leave workers out")
-    if not source.is_file():
-        raise FileNotFoundError(f"there is no input at {source}")
-    with closing(JobFolder(Path(out).expanduser())) as folder:
+    require_file(source)
+    with closing(JobFolder(user_path(out))) as folder:
         manifest = folder.read_manifest()
         identity = _identity(source, manifest, given, shard_rows)
         if manifest is not None:
@@ -103,12 +105,12 @@ def run(
 
 
 def _absolute(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings that mean the same wherever the job goes on from."""
+    """Settings that mean the same wherever the job goes on from; links are kept, as what they lead to may move."""
     places = {}
     for name in ("checkpoint", "voice"):
         place = settings.get(name)
-        if isinstance(place, (str, Path)) and (name == "voice" or Path(place).expanduser().exists()):
-            places[name] = str(Path(place).expanduser().resolve())
+        if isinstance(place, (str, Path)) and (name == "voice" or (str(place) != "demo" and user_path(place).exists())):
+            places[name] = os.path.abspath(user_path(place))
     return settings | places
 
 
@@ -117,7 +119,7 @@ def _identity(source: Path, manifest: dict | None, given: Settings, shard_rows: 
     digest = digest_of(source)
     if manifest is None:
         default = SHARD_ROWS_WITH_LATENTS if given.latents else SHARD_ROWS
-        about = {"path": str(source.resolve()), "bytes": source.stat().st_size, "digest": digest}
+        about = {"path": os.path.abspath(source), "bytes": source.stat().st_size, "digest": digest}
         return {"input": about, "shard_rows": shard_rows or default}
     if digest != manifest["input"]["digest"]:
         raise ValueError(
@@ -154,7 +156,7 @@ def _rows(folder: JobFolder, source: Path, shard_rows: int, manifest: dict | Non
             logger.warning("%s is damaged (%s) and is made again from the input", folder.rows, error)
     unused: set[str] = set()
     with watching("reading", 1, 0, hidden=not progress) as watch, replacing(folder.rows) as path:
-        RowFile.write(path, read_rows(source, watch.reach, unused), shard_rows)
+        RowFile.write(path, read_rows(source, watch.reach, unused, folder.keep_voice), shard_rows)
     if unused:
         logger.warning("columns of %s that say nothing to the job: %s", source, ", ".join(sorted(unused)))
     rows = RowFile(folder.rows)
@@ -234,6 +236,7 @@ class _Job:
         self._folder, self._rows, self._digest = folder, rows, settings.digest
         self._result_schema, self._outcome_schema = shard_schema(settings), outcome_schema(settings)
         self._shards: dict[int, _Shard] = {}
+        self._whole: set[int] = set()  # shards that were completed in this run
         self._written_at = 0.0
         self.tasks: list[Task] = []
         self.rows_done = 0
@@ -300,6 +303,8 @@ class _Job:
 
     def _receive(self, outcome: Outcome) -> bool:
         number = outcome.row // self._rows.shard_rows
+        if number in self._whole:  # of a row that was done twice
+            return False
         shard = self._shards.get(number)
         if shard is None:
             # Of a shard that is whole but for its failures, which are tried again, those that are known.
@@ -310,6 +315,7 @@ class _Job:
         self.now.update(rows=1, **outcome.drawn)
         if len(shard.done) == shard.rows:
             self._complete(number)
+            self._whole.add(number)
         now = time.monotonic()
         if now - self._written_at >= _JOURNAL_SECONDS:
             self._written_at = now

@@ -4,7 +4,7 @@ This is the form in which results go into shards, into the journal of an unfinis
 cluster.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,7 @@ _COLUMNS = [
     ("seed", pa.int64()),
     ("settings", pa.string()),
     ("timings", _TIMINGS),
+    ("remarks", pa.list_(pa.string())),
 ]
 _EMBEDDINGS = [("text_embedding", pa.list_(pa.float32())), ("speech_embedding", pa.list_(pa.float32()))]
 _LATENTS = [("latents", pa.list_(pa.list_(pa.float32())))]
@@ -62,8 +63,14 @@ class Outcome:
         return {name: self.lines[0][name] if self.lines else 0 for name in ("candidates", "tokens")}
 
     @classmethod
-    def of(cls, row: Row, seed: int, result: CandidateResult, settings: Settings) -> "Outcome":
-        """A row's result; one that cannot be used is an error."""
+    def of(
+        cls, row: Row, seed: int, result: CandidateResult, settings: Settings, remarks: Sequence[str] = ()
+    ) -> "Outcome":
+        """A row's result; one that cannot be used is an error.
+
+        Args:
+            seed: that was used. remarks: sentences on what was made of the row's text and voice.
+        """
         if error := result.failure(settings.dtype):
             return cls(row.index, row.id, error=error)
         lines = []
@@ -85,6 +92,7 @@ class Outcome:
                 "seed": seed - 2**64 if seed >= 2**63 else seed,
                 "settings": settings.digest,
                 "timings": result.timings,
+                "remarks": list(remarks),
             }
             if settings.embeddings:
                 line["text_embedding"] = result.text_embeds

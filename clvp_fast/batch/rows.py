@@ -2,21 +2,28 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from decimal import Decimal
 from hashlib import blake2b
 from numbers import Integral
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import numpy as np
 
+from clvp_fast.batch.failures import failure_of
 from clvp_fast.batch.settings import SAMPLING
+from clvp_fast.files import user_path
 
 #: Columns that are looked at; others of an input are left alone.
 COLUMNS = frozenset(("id", "text", "voice", *SAMPLING))
 
 _TRUTH = {"true": True, "1": True, "false": False, "0": False}
+# A recording that stands in a row itself has at most so many bytes, and a path that comes as bytes at most as many as
+# Linux takes.
+_RECORDING, _PATH = 64 << 20, 4096
 
 
 @dataclass(frozen=True)
@@ -36,33 +43,32 @@ class Row:
     error: str | None = None
 
     @classmethod
-    def read(cls, index: int, record: Mapping[str, Any], folder: Path | None = None) -> "Row":
+    def read(
+        cls,
+        index: int,
+        record: Mapping[str, Any],
+        folder: Path | None = None,
+        keep: Callable[[bytes], Path] | None = None,
+    ) -> "Row":
         """A row of what a file or a table has in its columns; what is wrong with it becomes its error.
 
         Args:
-            record: values by column; numbers may be given as text. None, NaN and "" stand for nothing.
+            record: values by column; numbers may be given as text, and text as bytes of UTF-8. None, NaN and "" stand
+                for nothing. `voice` is a path, a recording's own bytes, or both as `{"bytes", "path"}`: bytes win.
             folder: that relative paths of voices start from.
+            keep: puts a recording's bytes into a file; None: a row that has them is an error.
         """
-        given = {name: value for name in COLUMNS if not _is_nothing(value := record.get(name))}
-        row_id = given.pop("id", None)
-        if isinstance(row_id, (int, float, np.integer)) and not isinstance(row_id, bool):
-            row_id = str(row_id)
+        row_id = None
         try:
-            text, voice = given.pop("text", None), given.pop("voice", None)
-            if not isinstance(row_id, str):
-                found, row_id = row_id, None
-                raise ValueError(f"each row needs an id of its own, a string or a number, not {found!r}")
-            if not isinstance(text, str):
-                raise ValueError("the row has no text" if text is None else f"text must be a string, not {text!r}")
-            if voice is not None and not isinstance(voice, str):
-                raise ValueError(f"voice must be the path of a file or folder, not {voice!r}")
-            for name, value in (("id", row_id), ("text", text), ("voice", voice or "")):
-                _require_unicode(name, value)
-            if voice is not None and folder is not None:
-                voice = str(folder / Path(voice).expanduser())
-            sampling = {name: _number(name, value) for name, value in given.items()}
-        except ValueError as error:
-            return cls(index, _printable(row_id), error=str(error))
+            given = {name: value for name in COLUMNS if not _is_nothing(value := record.get(name))}
+            row_id = _id(given.pop("id", None))
+            if "text" not in given:
+                raise ValueError("the row has no text")
+            text, voice = _text("text", given.pop("text")), given.pop("voice", None)
+            sampling = {name: _number(name, value) for name, value in given.items() if name != "voice"}
+            voice = None if voice is None else _voice(voice, folder, keep)
+        except Exception as error:
+            return cls(index, row_id, error=failure_of(error))
         return cls(index, row_id, text, voice, sampling)
 
     def seed(self, job_seed: int) -> int:
@@ -77,35 +83,84 @@ class Row:
 
 
 def _is_nothing(value: Any) -> bool:
-    return value is None or (isinstance(value, str) and not value) or (isinstance(value, float) and math.isnan(value))
+    return value is None or value in ("", b"") or (isinstance(value, float) and math.isnan(value))
 
 
-def _require_unicode(name: str, value: str) -> None:
+def _id(value: Any) -> str:
+    if isinstance(value, (int, float, np.integer, Decimal, UUID)) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, (str, bytes)):
+        raise ValueError(f"each row needs an id of its own, a string or a number, not {value!r}")
+    return _text("id", value)
+
+
+def _text(name: str, value: Any) -> str:
+    """A string, also one that came as bytes: some writers of Parquet leave out that a column is text."""
     try:
-        value.encode()
-    except UnicodeEncodeError as error:
+        if isinstance(value, bytes):
+            return value.decode()
+        if isinstance(value, str):
+            value.encode()
+            return value
+    except UnicodeError as error:
         raise ValueError(f"{name} is not valid Unicode ({error.reason}): save the input as UTF-8") from error
+    raise ValueError(f"{name} must be a string, not {value!r}")
 
 
-def _printable(value: str | None) -> str | None:
-    return None if value is None else value.encode(errors="backslashreplace").decode()
+def _voice(value: Any, folder: Path | None, keep: Callable[[bytes], Path] | None) -> str:
+    """The path of a voice; that of a file that is made of a recording in the row itself."""
+    recording = value if isinstance(value, bytes) and not _is_path(value) else None
+    if isinstance(value, Mapping) and value.keys() & {"bytes", "path"}:
+        recording, value = value.get("bytes") or None, value.get("path")
+        if recording is None and _is_nothing(value):
+            raise ValueError("voice has neither bytes nor a path")
+    if recording is None:
+        if not isinstance(value, (str, bytes)):
+            raise ValueError(f"voice must be the path of a file or folder, not {value!r}")
+        voice = _text("voice", value)
+        return voice if folder is None else str(folder / user_path(voice))
+    if not isinstance(recording, bytes):
+        raise ValueError(f"bytes of a voice must be a recording's, not {recording!r}")
+    if len(recording) > _RECORDING:
+        raise ValueError(
+            f"the recording in the row has {len(recording)} bytes, and may have {_RECORDING >> 20} MiB: cut it, "
+            "or give its path"
+        )
+    if keep is None:
+        raise ValueError("voice must be the path of a file or folder here, not a recording's bytes")
+    return str(keep(recording))
+
+
+def _is_path(content: bytes) -> bool:
+    """Whether bytes are a path: every recording has bytes that are none of text."""
+    try:
+        return len(content) <= _PATH and b"\0" not in content and content.decode().isprintable()
+    except UnicodeDecodeError:
+        return False
 
 
 def _number(name: str, value: Any) -> int | float | bool:
     """A number as SamplingParams takes it; whether its value can be is looked at there."""
     if hasattr(value, "item"):  # numpy's
         value = value.item()
+    number = _plain(value)
     if name == "do_sample":
-        truth = value if isinstance(value, bool) else _TRUTH.get(str(value).strip().lower())
+        truth = value if isinstance(value, bool) else _TRUTH.get(str(number).strip().lower())
         if truth is None:
             raise ValueError(f"do_sample must be true or false, not {value!r}")
         return truth
-    try:
-        number = float(value) if isinstance(value, str) and not value.strip().lstrip("+-").isdigit() else value
-        number = int(number) if isinstance(number, str) else number
-    except ValueError:
-        number = None
     if isinstance(number, bool) or not isinstance(number, (Integral, float)):
         raise ValueError(f"{name} must be a number, not {value!r}")
+    return number
+
+
+def _plain(value: Any) -> Any:
+    """A number that came as text or Decimal as Python's own, and a whole one as int; anything else as it is."""
+    try:
+        if isinstance(value, (str, Decimal)):
+            digits = str(value).strip()
+            value = int(digits) if digits.lstrip("+-").isdigit() else float(digits)
+    except ValueError:
+        return value
     # Tables that miss a value in a column of whole numbers have them as floats.
-    return int(number) if isinstance(number, float) and number.is_integer() else number
+    return int(value) if isinstance(value, float) and value.is_integer() else value

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 from clvp_fast.batch.folder import JobFolder
 from clvp_fast.batch.overview import draw_overview
 
-# Reasons that the summary counts, the most frequent first; failures.jsonl has each row's.
+# Reasons and remarks that the summary counts, the most frequent first; failures.jsonl has each row's.
 _REASONS = 10
 
 
@@ -22,11 +22,15 @@ def write_summary(folder: JobFolder, manifest: dict[str, Any], now: Counter[str]
     shards = []
     totals: Counter[str] = Counter(spoken=0, failed=0, candidates=0, tokens=0)
     reasons: Counter[str] = Counter()
+    remarks: Counter[str] = Counter()
     paths = sorted(folder.shards.glob("part-*.parquet"))
     for path in paths:
         about = folder.about(path)
         reasons.update(failure["error"] for failure in about["failures"])
-        first = pq.read_table(path, columns=["candidates", "tokens"], filters=pc.field("rank") == 1)
+        found = [name for name in ("candidates", "tokens", "remarks") if name in pq.read_schema(path).names]
+        first = pq.read_table(path, columns=found, filters=pc.field("rank") == 1)
+        if "remarks" in found:  # earlier versions wrote none
+            remarks.update(pc.list_flatten(first["remarks"]).to_pylist())
         counts = {
             "spoken": first.num_rows,
             "failed": len(about["failures"]),
@@ -45,6 +49,7 @@ def write_summary(folder: JobFolder, manifest: dict[str, Any], now: Counter[str]
         "rows": manifest["rows"],
         **totals,
         "failures": [{"error": error, "rows": rows} for error, rows in reasons.most_common(_REASONS)],
+        "remarks": [{"remark": remark, "rows": rows} for remark, rows in remarks.most_common(_REASONS)],
         "this_run": {
             **now,
             "seconds": round(seconds, 3),

@@ -5,10 +5,12 @@ from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from hashlib import blake2b
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from clvp_fast.batch.failures import failure_of
 from clvp_fast.batch.outcomes import Outcome
 from clvp_fast.batch.rows import Row
 from clvp_fast.batch.settings import Settings
@@ -17,8 +19,8 @@ from clvp_fast.engine.engine import CandidateEngine
 from clvp_fast.engine.memory import CPU_BATCH, MAX_BATCH
 from clvp_fast.engine.requests import CandidateRequest, CandidateResult
 from clvp_fast.engine.voices import Voice
-from clvp_fast.errors import sentence
 from clvp_fast.models.clvp.processing import ClvpProcessor
+from clvp_fast.text_remarks import text_remarks
 from clvp_fast.versions import versions
 from clvp_fast.voice_files import load_voice
 
@@ -63,7 +65,7 @@ class Worker:
             threads=torch.get_num_threads() if device == "cpu" else None,
         )
         self.mark = _mark(checkpoint)
-        self._voices: OrderedDict[str, Voice | Exception] = OrderedDict()
+        self._voices: OrderedDict[str, tuple[Voice, tuple[str, ...]] | str] = OrderedDict()
 
     @staticmethod
     def _engine(checkpoint: Checkpoint, settings: Settings, memory_fraction: float) -> CandidateEngine:
@@ -105,7 +107,7 @@ class Worker:
             for result in self.engine.generate(self._requests(rows, failed), keep=keep):
                 yield from _drained(failed)
                 yield self._outcome(result)
-        except torch.OutOfMemoryError as error:
+        except (torch.OutOfMemoryError, MemoryError) as error:
             raise ValueError(
                 "there is too little memory for a single candidate: free some, choose fewer max_new_tokens, or a half "
                 "type as dtype"
@@ -116,34 +118,59 @@ class Worker:
         """Requests for those rows that have a voice and parameters; the others go to `failed`."""
         for row in rows:
             try:
-                if row.error is not None:
-                    raise ValueError(row.error)
-                sampling = self.settings.sampling(**row.sampling | {"seed": row.seed(self.settings.seed)})
-                yield CandidateRequest(text=row.text, conditioning=self.voice(row.voice), sampling=sampling, id=row)
-            except (ValueError, TypeError, OSError) as error:
-                failed.append(Outcome(row.index, row.id, error=sentence(error)))
+                request = self._request(row)
+            except Exception as error:
+                failed.append(Outcome(row.index, row.id, error=failure_of(error)))
+            else:
+                yield request
 
-    def voice(self, place: str | None) -> Voice:
-        """The voice at a place, the job's own for None; read once. Raises what `load_voice` does."""
+    def _request(self, row: Row) -> CandidateRequest:
+        if row.error is not None:
+            raise ValueError(row.error)
+        sampling = self.settings.sampling(**row.sampling | {"seed": row.seed(self.settings.seed)})
+        voice, remarks = self.voice(row.voice)
+        return CandidateRequest(text=row.text, conditioning=voice, sampling=sampling, id=(row, remarks))
+
+    def voice(self, place: str | None) -> tuple[Voice, tuple[str, ...]]:
+        """The voice at a place, the job's own for None, and what was made of its recordings; read once.
+
+        Raises:
+            ValueError: there is none, and why.
+            Exception: a fault of the job, as `failure_of` tells it.
+        """
         place = place or self.settings.voice
         if place is None:
             raise ValueError("the row names no voice, and the job has none for such rows")
         if place not in self._voices:
             try:
-                self._voices[place] = load_voice(self.engine.voices, place).voice
-            except (ValueError, TypeError, OSError) as error:
-                self._voices[place] = error  # its other rows need not look again
+                _require_kept(Path(place))
+                loaded = load_voice(self.engine.voices, place)
+                self._voices[place] = loaded.voice, loaded.remarks
+            except Exception as error:
+                self._voices[place] = failure_of(error)  # its other rows need not look again
             if len(self._voices) > _VOICES:
                 self._voices.popitem(last=False)
         self._voices.move_to_end(place)
         voice = self._voices[place]
-        if isinstance(voice, Exception):
-            raise voice
+        if isinstance(voice, str):
+            raise ValueError(voice)
         return voice
 
     def _outcome(self, result: CandidateResult) -> Outcome:
-        row = result.request.id
-        return Outcome.of(row, result.request.sampling.seed, result, self.settings)
+        row, remarks = result.request.id
+        try:
+            if result.error is not None:
+                raise result.error
+            remarks += text_remarks(self.engine.processor.tokenizer, row.text)
+            return Outcome.of(row, result.request.sampling.seed, result, self.settings, remarks)
+        except Exception as error:
+            return Outcome(row.index, row.id, error=failure_of(error))
+
+
+def _require_kept(place: Path) -> None:
+    """Raises `ValueError` for a pipe or a device: a job that goes on later could not read it again, or waits for it."""
+    if place.exists() and not (place.is_file() or place.is_dir()):
+        raise ValueError(f"voice must be the path of a file or folder, and {place} is a pipe or a device")
 
 
 def _drained(waiting: deque[Outcome]) -> Iterator[Outcome]:

@@ -1,5 +1,6 @@
 """The command `clvp-fast`. Exit codes: 0 done, 1 an error told in one sentence, 2 wrong usage, 130 interrupted."""
 
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -13,6 +14,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line (`sys.argv` by default) and returns its exit code."""
     arguments = build_parser().parse_args(argv)
     kept = "nothing was written"
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: what an encoding cannot say is no error
     try:
         command = import_module(f"clvp_fast.cli.{arguments.command}")
         kept = getattr(command, "INTERRUPTED", kept)

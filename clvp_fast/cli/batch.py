@@ -4,7 +4,6 @@ import argparse
 import math
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from clvp_fast.batch import run as run_job
@@ -40,6 +39,8 @@ def run(arguments: argparse.Namespace) -> None:
                 "batch_size": arguments.batch_size,
             },
         )
+    for made in summary["remarks"]:
+        report.note(f"{made['rows']} of {summary['rows']} rows: {made['remark']}")
     _tell(summary, Path(arguments.out), arguments.json)
     if summary["failed"]:
         raise ValueError(
@@ -60,5 +61,5 @@ def _tell(summary: dict, out: Path, as_json: bool) -> None:
     rates = [now.get(f"{name}_per_second", math.nan) for name in ("rows", "tokens")]
     counts = [str(summary[name]) for name in ("rows", "spoken", "failed", "candidates", "tokens")]
     table.add_row(*counts, *("" if math.isnan(rate) else f"{rate:.3g}" for rate in rates))
-    Console(highlight=False).print(table)
+    report.print_table(table)
     report.print_written(written)

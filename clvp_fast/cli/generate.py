@@ -11,7 +11,7 @@ from clvp_fast.cli.generation import Generation
 from clvp_fast.cli.inputs import candidate_count, load_for
 from clvp_fast.cli.items import gather, read_texts
 from clvp_fast.engine.sampling_params import SamplingParams
-from clvp_fast.files import staged_folder
+from clvp_fast.files import staged_folder, user_path
 
 #: Tortoise generates and scores at most this many speech tokens (about 23 s of speech).
 TORTOISE_MAX_TOKENS = 500
@@ -48,7 +48,7 @@ def _voice_file(arguments: argparse.Namespace) -> Path | None:
         return None
     if len(arguments.voice) > 1:
         raise ValueError(f"--save-voice saves one voice, and {len(arguments.voice)} are given; name one --voice")
-    path = Path(arguments.save_voice).expanduser()
+    path = user_path(arguments.save_voice)
     if path.is_dir():
         raise ValueError(f"--save-voice needs a file, and {path} is a folder; name a file in it")
     return path

@@ -7,6 +7,7 @@ import torch
 from clvp_fast.checkpoint import Checkpoint, load_checkpoint, sayable_ids
 from clvp_fast.cli.report import note, quiet_transformers
 from clvp_fast.engine.sampling_params import PRESETS
+from clvp_fast.text_remarks import text_remarks
 
 
 def device_for(arguments: argparse.Namespace) -> str:
@@ -53,7 +54,7 @@ def candidate_count(arguments: argparse.Namespace) -> int:
 
 
 def text_ids(checkpoint: Checkpoint, text: str, name: str = "") -> torch.Tensor:
-    """Token ids `[1, length]` (int64, on the model's device) of `text`; characters that are lost are noted.
+    """Token ids `[1, length]` (int64, on the model's device) of `text`; what becomes of its characters is noted.
 
     Args:
         name: what the note calls one of several texts.
@@ -61,25 +62,7 @@ def text_ids(checkpoint: Checkpoint, text: str, name: str = "") -> torch.Tensor:
     Raises:
         ValueError: nothing sayable in the text, or more tokens than the checkpoint has positions for.
     """
-    tokenizer = checkpoint.tokenizer
-    ids = sayable_ids(checkpoint.model, tokenizer, text)
-    lost = [char for char in dict.fromkeys(text) if not char.isspace() and _is_lost(char, text, tokenizer)]
-    if lost:
-        shown = " ".join(lost[:10]) + (f" and {len(lost) - 10} more" if len(lost) > 10 else "")
-        note(f"{f'{name}: ' if name else ''}characters that the checkpoint does not know were left out: {shown}")
+    ids = sayable_ids(checkpoint.model, checkpoint.tokenizer, text)
+    for remark in text_remarks(checkpoint.tokenizer, text):
+        note(f"{f'{name}: ' if name else ''}{remark}")
     return torch.tensor([ids], device=checkpoint.model.device)
-
-
-def _is_lost(char: str, text: str, tokenizer) -> bool:
-    """Whether `char` gives no token of its own and taking it out of `text` leaves the known tokens as they are.
-
-    Alone is not enough: a currency sign says nothing by itself, and turns the number behind it into a sum of money.
-    """
-    alone = tokenizer(char)["input_ids"]
-    if set(alone) - {tokenizer.unk_token_id}:
-        return False
-    with_it, without_it = (
-        [token for token in tokenizer(some)["input_ids"] if token != tokenizer.unk_token_id]
-        for some in (text, text.replace(char, ""))
-    )
-    return with_it == without_it

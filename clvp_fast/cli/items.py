@@ -46,7 +46,8 @@ def read_texts(arguments: argparse.Namespace) -> list[str]:
     name = "the standard input" if arguments.texts == "-" else arguments.texts
     try:
         content = sys.stdin.buffer.read() if arguments.texts == "-" else Path(arguments.texts).read_bytes()
-        lines = content.decode("utf-8-sig").splitlines()
+        # At newlines alone: other separators of Unicode stand inside texts.
+        lines = re.split("\r\n|\r|\n", content.decode("utf-8-sig"))
     except FileNotFoundError as error:
         raise FileNotFoundError(f"there is no file of texts at {name}") from error
     except UnicodeDecodeError as error:

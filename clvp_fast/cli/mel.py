@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from clvp_fast import ClvpFeatureExtractor
-from clvp_fast.audio import RECORDING_SUFFIXES, load_audio, require_sound
+from clvp_fast.audio import RECORDING_SUFFIXES, UNREAD_SUFFIXES, read_audio, require_sound
 from clvp_fast.checkpoint import resolve_checkpoint
 from clvp_fast.cli import report
 from clvp_fast.cli.pictures import OVERVIEW_PANELS, draw_mel, draw_mels
@@ -120,7 +120,9 @@ def find_recordings(places: list[str]) -> list[Recording]:
     found = {}
     for place in map(Path, places):
         for path in recordings_at(place):
-            name = (path.relative_to(place) if path != place else Path(path.name)).with_suffix("").as_posix()
+            name = path.relative_to(place) if path != place else Path(path.name)
+            # What cannot be read is named, and writes nothing.
+            name = (name if path.name.lower().endswith(UNREAD_SUFFIXES) else name.with_suffix("")).as_posix()
             other = found.setdefault(name, path)
             if other != path:
                 raise ValueError(
@@ -188,16 +190,11 @@ def _read_ahead(recordings: list[Recording], extractor, whole: bool) -> Iterator
 
 
 def _read(recording: Recording, extractor, whole: bool) -> Sound:
-    with np.errstate(over="ignore"):
-        samples, changed = load_audio(recording.path, extractor.sampling_rate)
-    if not np.isfinite(samples).all():
-        raise ValueError(f"{recording.path} is too loud to be mixed down or resampled; export the recording again")
-    seconds = round(len(samples) / extractor.sampling_rate, 3)
-    used = extractor.default_audio_length * extractor.sampling_rate
-    if not whole and len(samples) > used:
-        samples = samples[:used].copy()  # so that the rest is freed
-    require_sound(samples, recording.path)
-    return Sound(recording, samples, seconds, changed)
+    seconds = None if whole else extractor.default_audio_length
+    audio = read_audio(recording.path, extractor.sampling_rate, seconds)
+    require_sound(audio.samples, recording.path, seconds if audio.cut else None)
+    changes = audio.changes + ((f"only the first {seconds} s are used",) if audio.cut else ())
+    return Sound(recording, audio.samples, round(audio.seconds, 3), "; ".join(changes) or None)
 
 
 def _features(extractor, batch: list[Sound], whole: bool) -> list[np.ndarray]:
@@ -216,6 +213,7 @@ def _writer(folder: Path, npz: bool) -> Iterator[Callable[[str, np.ndarray], Non
     with zipfile.ZipFile(folder / "features.npz", "w") as archive:
 
         def write(name: str, mel: np.ndarray) -> None:
+            name = name.encode(errors="backslashreplace").decode()  # an archive's names are UTF-8
             with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
                 np.lib.format.write_array(member, mel)
 

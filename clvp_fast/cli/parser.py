@@ -135,8 +135,8 @@ def _score(commands, everywhere) -> None:
     parser.add_argument(
         "--checkpoint",
         metavar="NAME",
-        help="a folder or a hub id (default: 'demo', small and of random weights; with --model clap "
-        "laion/clap-htsat-unfused)",
+        help="a folder or a hub id (default: 'demo', small and of random weights, and ./demo is a folder of that name; "
+        "with --model clap laion/clap-htsat-unfused)",
     )
     parser.set_defaults(refuse=parser.error)
     _add_device(parser)
@@ -223,7 +223,8 @@ def _add_checkpoint(parser) -> None:
         "--checkpoint",
         default="demo",
         metavar="NAME",
-        help="'demo' (small, random weights: no real speech), a folder, or a hub id (default: %(default)s)",
+        help="'demo' (small, random weights: no real speech; a folder of that name is ./demo), a folder, or a hub id "
+        "(default: %(default)s)",
     )
 
 

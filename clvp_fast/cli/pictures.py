@@ -17,7 +17,7 @@ def draw_mel(path: Path, mel: np.ndarray, extractor, title: str) -> None:
     """The log-mel features `[bins, frames]` over time, as a PNG."""
     with plot_style():
         figure = Figure(figsize=(9, 3.2), layout="constrained")
-        _mel_panel(figure, figure.subplots(), mel, extractor, title)
+        _mel_panel(figure, figure.subplots(), mel, extractor, _shorten(title, 110))
         figure.savefig(path, format="png")
 
 
@@ -127,6 +127,6 @@ def _limits(scores: list[float]) -> tuple[float, float]:
 
 
 def _shorten(text: str, width: int) -> str:
-    # A dollar sign would switch matplotlib to mathematical notation.
-    text = " ".join(text.split()).replace("$", r"\$")
+    # A dollar sign would switch matplotlib to mathematical notation, and of a name that is no UTF-8 it draws nothing.
+    text = " ".join(text.split()).replace("$", r"\$").encode(errors="replace").decode()
     return text if len(text) <= width else text[: width - 1] + "…"

@@ -1,6 +1,5 @@
 """What the commands say: notes and progress on stderr, the result as a table or as JSON on stdout."""
 
-import json
 import logging
 import math
 import sys
@@ -20,6 +19,8 @@ from rich.progress import (
 )
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
+
+from clvp_fast.files import json_text
 
 notes_console = Console(stderr=True, highlight=False)
 
@@ -49,10 +50,22 @@ def quiet_transformers() -> None:
 
 
 def print_json(document) -> None:
-    json.dump(document, sys.stdout, indent=2, ensure_ascii=False)
-    sys.stdout.write("\n")
+    sys.stdout.write(json_text(document, sys.stdout.encoding or "utf-8"))
 
 
+def print_table(table: Table) -> None:
+    """A table on stdout. In a narrow terminal columns that fold give way, and if that is too little, lines break."""
+    needed = 1
+    for column in table.columns:
+        column.no_wrap = column.overflow != "fold"
+        cells = [len(str(cell)) for cell in (column.header, *column.cells)]
+        needed += 3 + (max(cells) if column.no_wrap else min(_FOLDED, max(cells)))
+    console = Console(highlight=False)
+    Console(highlight=False, width=max(console.width, needed)).print(table)
+
+
+# A column that folds keeps as many characters.
+_FOLDED = 16
 #: Rows of a table that a person looks through; the files have all.
 _SHOWN = 32
 
@@ -85,7 +98,7 @@ def print_ranking(rows: list[dict]) -> None:
     for row in rows[:_SHOWN]:
         cut = "" if row.get("stopped", True) else "+"
         table.add_row(str(row["rank"]), str(row["candidate"]), f"{row['tokens']}{cut}", score_text(row["score"]))
-    Console(highlight=False).print(table)
+    print_table(table)
     if len(rows) > _SHOWN:
         Console(highlight=False).print(f"and {len(rows) - _SHOWN} more")
 
@@ -103,7 +116,7 @@ def print_summary(rows: list[dict]) -> None:
         else:
             cut = "" if best["stopped"] else "+"
             table.add_row(row["folder"], str(best["candidate"]), f"{best['tokens']}{cut}", score_text(best["score"]))
-    Console(highlight=False).print(table)
+    print_table(table)
     if len(rows) > _SHOWN:
         Console(highlight=False).print(f"and {len(rows) - _SHOWN} more")
 

@@ -11,6 +11,7 @@ from clvp_fast.cli import report
 from clvp_fast.cli.items import Item
 from clvp_fast.cli.pictures import draw_candidates
 from clvp_fast.engine.requests import CandidateResult
+from clvp_fast.text_remarks import text_remarks
 
 
 def result_document(checkpoint: Checkpoint, item: Item, result: CandidateResult) -> dict:
@@ -22,6 +23,7 @@ def result_document(checkpoint: Checkpoint, item: Item, result: CandidateResult)
         "text": item.text,
         "voice": item.place,
         "checkpoint": checkpoint.name,
+        "remarks": [*item.voice.remarks, *text_remarks(checkpoint.tokenizer, item.text)],
         "candidates": rows,
         "timings": {name: round(seconds, 3) for name, seconds in result.timings.items()},
     }

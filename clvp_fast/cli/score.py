@@ -12,6 +12,7 @@ from clvp_fast.checkpoint import Checkpoint
 from clvp_fast.cli import report
 from clvp_fast.cli.inputs import load_for, text_ids
 from clvp_fast.engine.ranking import Ranker
+from clvp_fast.text_remarks import text_remarks
 from clvp_fast.versions import versions
 
 #: Candidates that go through the speech encoder at a time: bounds the memory of long lists.
@@ -37,6 +38,7 @@ def run(arguments: argparse.Namespace) -> None:
     rows = report.ranking(scores, lengths)
     if arguments.json:
         document = {"text": arguments.text, "codes": arguments.codes, "checkpoint": arguments.checkpoint}
+        document["remarks"] = list(text_remarks(checkpoint.tokenizer, arguments.text))
         report.print_json(document | {"candidates": rows, "versions": versions()})
     else:
         report.print_ranking(rows)

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -124,4 +123,4 @@ def print_rankings(ranked: list[dict]) -> None:
         table.add_column("score", justify="right")
         for row in one["recordings"]:
             table.add_row(str(row["rank"]), escape(row["recording"]), report.score_text(row["score"]))
-        Console(highlight=False).print(table)
+        report.print_table(table)

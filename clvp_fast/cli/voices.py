@@ -6,6 +6,7 @@ from pathlib import Path
 
 from clvp_fast.cli.report import note
 from clvp_fast.engine.voices import VoiceCache
+from clvp_fast.files import user_path
 from clvp_fast.voice_files import LoadedVoice, load_voice
 
 # Names that a file system may take for one another are not both used.
@@ -30,5 +31,5 @@ def noted_voice(voices: VoiceCache, place: str) -> LoadedVoice:
     """`load_voice`, with a note for each of its remarks."""
     voice = load_voice(voices, place)
     for remark in voice.remarks:
-        note(f"{Path(place).expanduser()}: {remark}")
+        note(f"{user_path(place)}: {remark}")
     return voice

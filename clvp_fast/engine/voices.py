@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from clvp_fast.audio import require_sound
-from clvp_fast.files import staged_folder
+from clvp_fast.files import staged_folder, user_path
 from clvp_fast.models.clvp.feature_extraction import ClvpFeatureExtractor
 from clvp_fast.models.clvp.modeling import ClvpModelForConditionalGeneration
 
@@ -50,7 +50,7 @@ class Voice:
             UnwritableError: the folder cannot be made or written.
             ValueError: `path` is a folder.
         """
-        path = Path(path).expanduser()
+        path = user_path(path)
         if path.is_dir():
             raise ValueError(f"a voice is saved to a file, and {path} is a folder")
         with staged_folder(path.parent) as folder:
@@ -65,7 +65,7 @@ class Voice:
             FileNotFoundError: there is no such file.
             ValueError: the file is damaged, or is no voice.
         """
-        path = Path(path).expanduser()
+        path = user_path(path)
         if not path.is_file():
             raise FileNotFoundError(f"there is no voice at {path}")
         try:
@@ -131,7 +131,9 @@ class VoiceCache:
         clips = [_host_array(clip) for clip in (clips if isinstance(clips, (list, tuple)) else [clips])]
         if not clips:
             raise ValueError("a voice needs at least one clip")
-        used = self.feature_extractor.default_audio_length * self.feature_extractor.sampling_rate
+        seconds = self.feature_extractor.default_audio_length
+        used = seconds * self.feature_extractor.sampling_rate
+        cut = [seconds if clip.ndim == 1 and len(clip) > used else None for clip in clips]
         clips = [clip[:used] if clip.ndim == 1 else clip for clip in clips]
         settings = json.dumps([self.feature_extractor.to_dict(), sampling_rate], sort_keys=True, default=str)
         key = _digest("clips", settings, *clips)
@@ -140,7 +142,8 @@ class VoiceCache:
             extracted = self.feature_extractor(clips, sampling_rate=sampling_rate, return_tensors="pt")
             for index, clip in enumerate(clips):
                 scale = 1 / 32768 if clip.dtype == np.int16 else 1
-                require_sound(clip * np.float32(scale), f"clip {index}" if len(clips) > 1 else "the audio")
+                name = f"clip {index}" if len(clips) > 1 else "the audio"
+                require_sound(clip * np.float32(scale), name, cut[index])
             return list(extracted["input_features"])
 
         return self._get(key, features)

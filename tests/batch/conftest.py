@@ -34,3 +34,13 @@ def run(no_model, corpus, tmp_path):
         return job.run(source, out, **{"shard_rows": 8, "progress": False, **options})
 
     return do
+
+
+@pytest.fixture
+def null_job(monkeypatch):
+    """Jobs run with a worker over an engine without a model; exceptions that results are to have, by the row's id."""
+    from tests.batch.null_worker import null_worker
+
+    strange: dict[str, Exception] = {}
+    monkeypatch.setattr(job, "_executor", lambda settings, *_: job.Here(null_worker(settings, strange)))
+    return strange

@@ -2,6 +2,8 @@
 
 import csv
 import json
+from decimal import Decimal
+from uuid import UUID
 
 import numpy as np
 import pyarrow as pa
@@ -10,7 +12,7 @@ import pytest
 
 from clvp_fast.batch.inputs import RowFile, Task, digest_of, read_rows
 from clvp_fast.batch.rows import Row
-from tests.batch.jobs import records, write_jsonl
+from tests.batch.jobs import VOICE, records, write_jsonl
 
 
 def write_csv(path, rows):
@@ -59,7 +61,37 @@ def test_bad_lines_of_json(tmp_path):
     assert (first.id, first.text, last.id, last.index) == ("0", "a", "2", 4)
     assert [row.index for row in bad] == [1, 2, 3] and all(row.id is None for row in bad)
     for row, line in zip(bad, (2, 4, 5), strict=True):
-        assert row.error.startswith(f"line {line} is no JSON object such as")
+        assert row.error.startswith(f"{tmp_path / 'corpus.jsonl'}, line {line}: no JSON object such as")
+
+
+def nested(depth: int) -> str:
+    return '{"id": "a", "text": "[[{{", "more": ' + "[" * (depth - 1) + "]" * (depth - 1) + "}"
+
+
+def test_lines_of_json_that_cannot_be_told(tmp_path):
+    """Names that come twice, and nesting beyond a bound, which Python's reader would not survive."""
+    path = tmp_path / "corpus.jsonl"
+    lines = [
+        '{"id": "a", "text": "b", "text": "c"}',
+        nested(65),
+        nested(100_000),
+        '{"id": ' + "1" * 5000 + "}",
+        nested(64),
+    ]
+    path.write_text("\n".join(lines))
+    *bad, last = read_rows(path)
+    said = ["it has 'text' twice", "it nests more than 64 deep", "it nests more than 64 deep", "digits"]
+    assert len(bad) == len(said) and last.error is None
+    for number, (row, reason) in enumerate(zip(bad, said, strict=True), start=1):
+        assert f"corpus.jsonl, line {number}: " in row.error and reason in row.error
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
+def test_utf_16(tmp_path, suffix):
+    path = tmp_path / f"corpus{suffix}"
+    path.write_bytes("id,text\na,b\n".encode("utf-16"))
+    with pytest.raises(ValueError, match="is UTF-16: save it as UTF-8"):
+        list(read_rows(path))
 
 
 def test_bad_lines_of_csv(tmp_path):
@@ -70,10 +102,143 @@ def test_bad_lines_of_csv(tmp_path):
     assert [row.id for row in rows] == ["a", None, "c", None, "e", None, "g"]
     assert [row.index for row in rows] == list(range(7))
     assert rows[0].text == "Hello." and rows[4].text == "x\r\ny" and rows[6].text == "Bye."
-    assert rows[1].error == "line 4 has 2 values, and the header 3"
+    assert rows[1].error == f"{tmp_path / 'corpus.csv'}, line 4: 2 values, and the header has 3"
     assert "text is not valid Unicode" in rows[2].error
-    assert rows[3].error == "line 6 has 4 values, and the header 3"
-    assert "line 9 is no row of CSV: field larger" in rows[5].error
+    assert rows[3].error == f"{tmp_path / 'corpus.csv'}, line 6: 4 values, and the header has 3"
+    assert "corpus.csv, line 9: no row of CSV: field larger" in rows[5].error
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        ('id,text\na,Hello.\nb,"open\nc,Bye.\n', 3),  # to the end of the file
+        ('id,text\na,"open\nb,"Hello."\nc,Bye.\n', 2),  # to a quote in another row
+        ('id,text\na,"open\nb,"",""\n', 2),  # to what looks like the end of a value
+        ('id,text\na,Hello.\nb,"open' + "\nc,Bye." * 40_000, 3),  # beyond the longest value
+        ('"id,text\na,Hello.\n', 1),
+    ],
+)
+def test_quotes_that_swallow_rows(tmp_path, content, line):
+    """Which rows there are cannot be told, so that none is taken."""
+    (tmp_path / "corpus.csv").write_text(content)
+    with pytest.raises(ValueError, match=rf"corpus\.csv, line {line}: .*is a quote in the row that begins there"):
+        list(read_rows(tmp_path / "corpus.csv"))
+
+
+def test_quotes_inside_of_values(tmp_path):
+    """One that is not doubled fails its own row, and one in a value without quotes is part of it."""
+    (tmp_path / "corpus.csv").write_text('id,text\na,"He said "hi" to me"\nb,5" wide\nc,"He said ""hi"""\n')
+    first, *others = read_rows(tmp_path / "corpus.csv")
+    assert "corpus.csv, line 2: no row of CSV" in first.error
+    assert [row.text for row in others] == ['5" wide', 'He said "hi"']
+
+
+@pytest.mark.parametrize("header", ["id,text,text", "id,text,id", "id, text,text ,voice", "id,text,seed,seed"])
+def test_doubled_columns(tmp_path, header):
+    (tmp_path / "corpus.csv").write_text(f"{header}\na,b,c,d\n")
+    with pytest.raises(ValueError, match=r"corpus\.csv has the column '(id|text|seed)' twice"):
+        list(read_rows(tmp_path / "corpus.csv"))
+    names = [name.strip() for name in header.split(",")]
+    pq.write_table(pa.table([["a"]] * len(names), names), tmp_path / "corpus.parquet")
+    with pytest.raises(ValueError, match=r"corpus\.parquet has the column '(id|text|seed)' twice"):
+        list(read_rows(tmp_path / "corpus.parquet"))
+
+
+def test_doubled_columns_that_say_nothing(tmp_path):
+    (tmp_path / "corpus.csv").write_text("id,text,,\na,b,,\n")
+    assert [row.text for row in read_rows(tmp_path / "corpus.csv")] == ["b"]
+
+
+def test_beside_a_link(tmp_path):
+    """As from a store of blobs: voices are looked for where the link is."""
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus/rows.jsonl").symlink_to(
+        write_jsonl(tmp_path / "blobs/f00", [{"id": "a", "text": "b", "voice": "a.wav"}])
+    )
+    (row,) = read_rows(tmp_path / "corpus/rows.jsonl")
+    assert row.voice == str(tmp_path / "corpus/a.wav")
+
+
+def test_a_folder(tmp_path):
+    with pytest.raises(ValueError, match=r"is a folder: give a file of rows"):
+        list(read_rows(tmp_path))
+
+
+KINDS = {
+    "id": [
+        (pa.array([b"a", b"b"], pa.binary()), ["a", "b"]),  # Spark
+        (pa.array(["a", "b"], pa.large_string()), ["a", "b"]),  # pandas, polars
+        (pa.array(["a", "b"]).dictionary_encode(), ["a", "b"]),  # categories of pandas
+        (pa.array(["a", "b"], pa.string_view()), ["a", "b"]),
+        (pa.array([UUID(int=1), UUID(int=2)], pa.uuid()), [str(UUID(int=1)), str(UUID(int=2))]),  # DuckDB
+        (pa.array([UUID(int=1).bytes, UUID(int=2).bytes], pa.binary(16)), [str(UUID(int=1)), str(UUID(int=2))]),
+        (pa.array([Decimal(1), Decimal(2)], pa.decimal128(18, 0)), ["1", "2"]),
+        (pa.array([1, 2], pa.uint64()), ["1", "2"]),
+    ],
+    "text": [
+        (pa.array([b"a", "é".encode()], pa.large_binary()), ["a", "é"]),
+        (pa.array(["a", "é"]).dictionary_encode(), ["a", "é"]),
+    ],
+    "temperature": [
+        (pa.array([Decimal("0.70"), None], pa.decimal128(5, 2)), [0.7, None]),
+        (pa.array([0.5, None], pa.float16()), [0.5, None]),
+    ],
+    "num_candidates": [
+        (pa.array([Decimal("4.00"), None], pa.decimal128(5, 2)), [4, None]),
+        (pa.array([4, None], pa.int8()), [4, None]),
+    ],
+    "do_sample": [(pa.array([1.0, 0.0]), [True, False]), (pa.array([True, False]), [True, False])],
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_types_of_parquet(tmp_path, name):
+    """As DuckDB, Spark, pandas and datasets write them."""
+    for column, expected in KINDS[name]:
+        table = {"id": pa.array(["x", "y"]), "text": pa.array(["Hello."] * 2)} | {name: column}
+        pq.write_table(pa.table(table), tmp_path / "corpus.parquet", store_schema=column.type != pa.binary(16))
+        rows = list(read_rows(tmp_path / "corpus.parquet"))
+        assert [row.error for row in rows] == [None, None], column.type
+        found = [getattr(row, name, None) if name in ("id", "text") else row.sampling.get(name) for row in rows]
+        assert found == expected and list(map(type, found)) == list(map(type, expected)), column.type
+
+
+def test_text_of_parquet_that_is_no_utf_8(tmp_path):
+    """Each row fails for itself, also where the column is said to be text."""
+    texts = pa.array([b"a", b"\xff", b"c"], pa.binary())
+    for column in (texts, pa.Array.from_buffers(pa.string(), 3, texts.buffers())):
+        pq.write_table(pa.table({"id": ["x", "y", "z"], "text": column}), tmp_path / "corpus.parquet")
+        rows = list(read_rows(tmp_path / "corpus.parquet"))
+        assert [row.text for row in rows] == ["a", None, "c"]
+        assert rows[1].id == "y" and "text is not valid Unicode" in rows[1].error
+
+
+def test_recordings_in_cells(tmp_path):
+    """`bytes` win over `path`, as in datasets; a path alone, or bytes that are a path, are as good as text."""
+    content = VOICE.read_bytes()
+    struct = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    given = [{"bytes": content, "path": "a.wav"}, {"bytes": None, "path": "a.wav"}, {"bytes": None, "path": None}, None]
+    kept = []
+
+    def keep(found):
+        kept.append(found)
+        return tmp_path / "kept"
+
+    def read(column, keep=keep):
+        table = pa.table({"id": list("abcd"), "text": ["Hello."] * 4, "voice": column})
+        pq.write_table(table, tmp_path / "corpus.parquet")
+        return list(read_rows(tmp_path / "corpus.parquet", keep=keep))
+
+    rows = read(pa.array(given, struct))
+    assert [row.voice for row in rows] == [str(tmp_path / "kept"), str(tmp_path / "a.wav"), None, None]
+    assert kept == [content] and rows[2].error == "voice has neither bytes nor a path" and rows[3].error is None
+    rows = read(pa.array([content, b"a.wav", "é.wav".encode(), None], pa.binary()))
+    assert [row.voice for row in rows] == [str(tmp_path / name) for name in ("kept", "a.wav", "é.wav")] + [None]
+    assert kept == [content] * 2
+    rows = read(pa.array([content, bytes(5), b"RIFF\xff", bytes((64 << 20) + 1)], pa.large_binary()))
+    assert "the recording in the row has 67108865 bytes, and may have 64 MiB" in rows[3].error and len(kept) == 5
+    assert "not a recording's bytes" in read(pa.array(given, struct), None)[0].error
 
 
 @pytest.mark.parametrize("kind", [".csv", ".parquet"])

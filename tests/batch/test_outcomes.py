@@ -26,7 +26,7 @@ def result(**changed):
 
 def test_lines_of_a_result():
     settings = Settings(num_candidates=3, keep=2, embeddings=True)
-    outcome = Outcome.of(Row(4, "a", "Hello."), 2**64 - 1, result(), settings)
+    outcome = Outcome.of(Row(4, "a", "Hello."), 2**64 - 1, result(), settings, ("a remark",))
     first, second = to_table([outcome], shard_schema(settings)).to_pylist()
     assert first == {
         "row": 4,
@@ -42,11 +42,19 @@ def test_lines_of_a_result():
         "seed": -1,
         "settings": settings.digest,
         "timings": {"prepare": 0.25, "queue": 0.5, "decode": 1.0, "rank": 2.0},
+        "remarks": ["a remark"],
         "text_embedding": [1, 2],
         "speech_embedding": [2, 3],
     }
     assert second["codes"] == [1, 2, 3] and second["rank"] == 2 and not second["stopped"]
     assert outcome.drawn == {"candidates": 3, "tokens": 8}
+
+
+@pytest.mark.parametrize("seed", [0, 2**63 - 1, 2**63, 2**63 + 1, 2**64 - 1])
+def test_seeds_are_the_same_64_bits(seed):
+    outcome = Outcome.of(Row(4, "a", "Hello."), seed, result(), Settings(num_candidates=3))
+    found = to_table([outcome], shard_schema(Settings()))["seed"][0].as_py()
+    assert found.to_bytes(8, "little", signed=True) == seed.to_bytes(8, "little")
 
 
 def test_results_that_cannot_be_used():

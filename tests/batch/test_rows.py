@@ -1,11 +1,13 @@
 """Rows: what a record may hold, and what is told of one that cannot be spoken."""
 
 import math
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from clvp_fast.batch.failures import LONGEST
 from clvp_fast.batch.rows import Row
 
 
@@ -21,6 +23,7 @@ def test_voice_is_found_from_the_folder():
     assert voice("clips/a.wav") == "/corpus/clips/a.wav"
     assert voice("/clips/a.wav") == "/clips/a.wav"
     assert voice("~/a.wav") == str(Path.home() / "a.wav")
+    assert voice("~draft.wav") == "/corpus/~draft.wav"  # there is no such user
     assert Row.read(0, {"id": "a", "text": "Hello.", "voice": "a.wav"}).voice == "a.wav"
 
 
@@ -71,13 +74,19 @@ def test_ids(given):
         ({"id": "a", "text": "Hello.", "top_k": True}, "top_k must be a number, not True"),
         ({"id": "a", "text": "Hello.", "do_sample": "perhaps"}, "do_sample must be true or false, not 'perhaps'"),
         ({"id": "a", "text": "Hello.", "seed": [1]}, "seed must be a number, not [1]"),
+        ({"id": "a", "text": "Hello.", "voice": {"array": [0.1]}}, "voice must be the path of a file or folder"),
+        ({"id": "a", "text": "Hello.", "voice": {"bytes": "x"}}, "bytes of a voice must be a recording's, not 'x'"),
+        ({"id": "a", "text": "Hello.", "seed": "1" * 5000}, "seed must be a number, not '111"),
+        ({"id": "a", "text": "Hello.", "top_k": Decimal("NaN")}, "top_k must be a number"),
+        ({"id": "a", "text": {"x": "y" * 10**6}}, "text must be a string, not {'x': 'yyy"),
+        ({"id": b"\xff", "text": "Hello."}, "id is not valid Unicode"),
         ({"id": "a", "text": "\ud800"}, "text is not valid Unicode"),
         ({"id": "\udcff", "text": "Hello."}, "id is not valid Unicode"),
     ],
 )
 def test_bad_records(record, said):
     row = Row.read(5, record)
-    assert row.index == 5 and said in row.error and row.text is None
+    assert row.index == 5 and said in row.error and row.text is None and len(row.error) <= LONGEST
     (row.id or "").encode()
 
 

@@ -1,16 +1,23 @@
 """The worker on the demo checkpoint: what rows give, what each depends on, and what it is known by."""
 
+import os
+from collections import OrderedDict
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import soundfile
 import torch
 
-from clvp_fast import CandidateEngine, CandidateRequest, Voice
+from clvp_fast import CandidateEngine, CandidateRequest, CandidateResult, Voice
 from clvp_fast.audio import load_audio
+from clvp_fast.batch import worker as of_worker
+from clvp_fast.batch.outcomes import Outcome
 from clvp_fast.batch.rows import Row
 from clvp_fast.batch.settings import Settings
 from clvp_fast.batch.worker import Worker, _mark
 from clvp_fast.checkpoint import Checkpoint
+from clvp_fast.voice_files import LoadedVoice
 from tests.batch.jobs import QUICK, VOICE, records
 from tests.kit import isa
 
@@ -128,7 +135,7 @@ def test_failures(worker, rows, together, tmp_path):
 
 def test_voices(worker, tmp_path):
     """A saved voice and a folder are as good as recordings, and a place is read once."""
-    Voice.save(worker.voice(str(VOICE)), tmp_path / "saved.safetensors")
+    Voice.save(worker.voice(str(VOICE))[0], tmp_path / "saved.safetensors")
     (tmp_path / "speaker").mkdir()
     (tmp_path / "speaker/one.flac").write_bytes(VOICE.read_bytes())
     places = [None, str(tmp_path / "saved.safetensors"), str(tmp_path / "speaker")]
@@ -137,6 +144,97 @@ def test_voices(worker, tmp_path):
     assert found[0] == found[1] == found[2]
     (tmp_path / "speaker/one.flac").unlink()
     assert isinstance(lines(worker.outcomes(rows))[2], list)
+
+
+def test_voices_that_are_kept(worker, monkeypatch):
+    """Those that were used last, and no more."""
+    loaded = []
+
+    def load(voices, place):
+        loaded.append(place)
+        return LoadedVoice(place, place.upper(), None, 1)
+
+    monkeypatch.setattr(of_worker, "load_voice", load)
+    monkeypatch.setattr(of_worker, "_VOICES", 2)
+    monkeypatch.setattr(worker, "_voices", OrderedDict())
+    found = [worker.voice(place)[0] for place in ("a", "b", "a", "c", "a", "b")]
+    assert found == ["A", "B", "A", "C", "A", "B"]
+    assert loaded == ["a", "b", "c", "b"] and list(worker._voices) == ["a", "b"]
+
+
+def test_voices_that_a_job_cannot_read_again(worker, tmp_path):
+    """Nothing waits for who would write into a pipe."""
+    os.mkfifo(tmp_path / "pipe.wav")
+    rows = [Row(0, "a", "Hello.", str(tmp_path / "pipe.wav")), Row(1, "b", "Hello.", "/dev/zero")]
+    for outcome in worker.outcomes(rows):
+        assert "voice must be the path of a file or folder, and" in outcome.error
+        assert outcome.error.endswith("is a pipe or a device")
+
+
+def test_remarks(worker, tmp_path):
+    """What was made of a voice and a text is told with each result."""
+    samples, rate = soundfile.read(VOICE)
+    long = np.tile(samples, 7 * rate // len(samples) + 1)
+    soundfile.write(tmp_path / "two.wav", np.stack([long, long], axis=1), rate)
+    rows = [Row(0, "a", "Hello \U0001f642 東京.", str(tmp_path / "two.wav")), Row(1, "b", "Hello.")]
+    found = lines(worker.outcomes(rows))
+    assert found[0][0]["remarks"] == [
+        "2 channels mixed down to one",
+        "only the first 6 s are used",
+        "characters that the checkpoint does not know were left out: \U0001f642",
+        "characters of other scripts were written in Latin letters: 東 京",
+    ]
+    assert "channels" not in str(found[1][0]["remarks"]) and "characters" not in str(found[1][0]["remarks"])
+
+
+@pytest.mark.parametrize("strange", [OverflowError("x"), MemoryError("x"), RuntimeError("x"), RecursionError("x")])
+def test_any_exception_of_a_row_fails_it_alone(worker, monkeypatch, strange):
+    def load(voices, place):
+        raise strange
+
+    with monkeypatch.context() as patched:
+        patched.setattr(of_worker, "load_voice", load)
+        rows = [Row(0, "a", "Hello.", "/bad.wav"), Row(1, "b", "Hello."), Row(2, "c", "Hello.", "/bad.wav")]
+        found = lines(worker.outcomes(rows))
+    said = f"{type(strange).__name__}: x"
+    assert found[0] == found[2] == said and len(found[1]) == 2
+
+    original = Outcome.of.__func__
+
+    def of(cls, row, *arguments):
+        if row.id == "a":
+            raise strange
+        return original(cls, row, *arguments)
+
+    monkeypatch.setattr(Outcome, "of", classmethod(of))
+    found = lines(worker.outcomes([Row(0, "a", "Hello."), Row(1, "b", "Hello.")]))
+    assert found[0] == said and len(found[1]) == 2
+
+
+def test_numbers_beyond_all_bounds(worker):
+    """They fail their rows, and take neither memory nor the job."""
+    beyond = [{"num_candidates": 10**12}, {"top_k": 10**22}, {"seed": 2**64}, {"max_new_tokens": 2**63}]
+    rows = [Row(index, f"{index}", "Hello.", sampling=sampling) for index, sampling in enumerate(beyond)]
+    found = lines(worker.outcomes([*rows, Row(9, "good", "Hello.")]))
+    assert all(isinstance(found[row.index], str) for row in rows) and len(found[9]) == 2
+
+
+def test_latents(rows):
+    """Those of each kept candidate are the bare engine's."""
+    settings = Settings(**QUICK, keep=2, latents=True)
+    worker = Worker(settings)
+    engine = CandidateEngine.from_pretrained("demo", device="cpu", max_batch=4, max_new_tokens=5, latents=True)
+    for outcome in worker.outcomes(rows[:3]):
+        row = rows[outcome.row]
+        voice, _ = worker.voice(row.voice)
+        sampling = worker.settings.sampling(**row.sampling, seed=row.seed(0))
+        request = CandidateRequest(text=row.text, conditioning=voice, sampling=sampling)
+        (result,) = engine.generate(request, keep=2)
+        assert [line["candidate"] for line in outcome.lines] == list(result.kept) and len(outcome.lines) == 2
+        for line in outcome.lines:
+            expected = result.latents[line["candidate"]][0]
+            assert len(expected) and expected.std() > 0.1
+            np.testing.assert_allclose(np.array(line["latents"]), expected.numpy(), rtol=1e-4, atol=1e-4)
 
 
 def test_no_voice():
@@ -166,6 +264,44 @@ def test_mark_of_a_checkpoint(worker, tmp_path):
     assert _mark(checkpoint) == mark
 
 
+def test_mark_tells_what_is_not_a_number(worker):
+    """A setting of the model, a word of the vocabulary, a feature, and tensors that are swapped or of another form."""
+    model, parts = worker.engine.model, worker.engine.processor
+    tokenizer, extractor = parts.tokenizer, parts.feature_extractor
+    config, vocabulary, state = model.config.to_dict(), tokenizer.get_vocab(), model.state_dict()
+    features = extractor.to_dict()
+
+    def mark(config=config, vocabulary=vocabulary, features=features, state=state):
+        return _mark(
+            Checkpoint(
+                "demo",
+                SimpleNamespace(config=SimpleNamespace(to_dict=lambda: config), state_dict=lambda: state),
+                SimpleNamespace(get_vocab=lambda: vocabulary),
+                SimpleNamespace(to_dict=lambda: features),
+            )
+        )
+
+    one, other, *_ = [name for name, tensor in state.items() if tensor.ndim == 2]
+    first, second, *_ = vocabulary
+    swapped = state | {one: state[other], other: state[one]}
+    changed = [
+        mark(config=config | {"logit_scale_init_value": 0.5}),
+        mark(config=config | {"decoder_config": config["decoder_config"] | {"layer_norm_epsilon": 0.5}}),
+        mark(vocabulary=vocabulary | {first: vocabulary[second], second: vocabulary[first]}),
+        mark(features=features | {"hop_length": 128}),
+        mark(state={swapped_name(name, one, other): tensor for name, tensor in state.items()}),
+        mark(state=swapped),
+        mark(state=state | {one: state[one].reshape(-1)}),
+    ]
+    assert mark() == worker.mark and len({mark(), *changed}) == 1 + len(changed)
+    passing = ("_name_or_path", "transformers_version", "dtype")
+    assert mark(config=config | dict.fromkeys(passing, "other")) == mark()
+
+
+def swapped_name(name, one, other):
+    return {one: other, other: one}.get(name, name)
+
+
 def test_no_gpu():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
@@ -180,3 +316,21 @@ def test_too_little_memory(worker, rows, monkeypatch):
     monkeypatch.setattr(worker.engine, "generate", none)
     with pytest.raises(ValueError, match="too little memory for a single candidate"):
         list(worker.outcomes(rows))
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("none left"), OSError(28, "No space left on device")])
+def test_faults_of_the_job_are_no_rows(worker, rows, monkeypatch, error):
+    """Of a result as of a voice: nothing is told as a row's failure."""
+    failed = CandidateResult(worker._request(rows[0]), error=error)
+    with monkeypatch.context() as patched:
+        patched.setattr(worker.engine, "generate", lambda requests, keep: iter([failed]))
+        with pytest.raises((ValueError, OSError), match=r"too little memory for a single candidate|No space left"):
+            list(worker.outcomes(rows))
+
+    def load(voices, place):
+        raise error
+
+    monkeypatch.setattr(of_worker, "load_voice", load)
+    with pytest.raises((ValueError, OSError), match=r"too little memory for a single candidate|No space left"):
+        list(worker.outcomes([Row(0, "a", "Hello.", "/bad.wav")]))
+    assert "/bad.wav" not in worker._voices

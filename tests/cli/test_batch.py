@@ -57,6 +57,14 @@ def test_failed_rows(cli, fails, made, tmp_path):
     assert len(made) == 2 and len(results(out)) == 18
 
 
+def test_remarks_are_noted_with_their_rows(cli, voice, tmp_path):
+    rows = [{"id": index, "text": f"東 {word}.", "voice": str(voice)} for index, word in enumerate(("yes", "no"))]
+    found = cli("batch", write_jsonl(tmp_path / "corpus.jsonl", rows), "--out", tmp_path / "out", *QUICK)
+    assert found.code == 0, found.err
+    assert "note: 2 of 2 rows: characters of other scripts were written in Latin letters: 東\n" in found.err
+    assert "note: 2 of 2 rows: only the first 6 s are used\n" in found.err
+
+
 def test_options_become_settings(cli, made, corpus, voice, tmp_path):
     def settings(*options):
         found = cli("batch", corpus, "--out", tmp_path / f"out{len(made)}", *options)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from clvp_fast.checkpoint import load_checkpoint
 from clvp_fast.cli import report
-from clvp_fast.cli.items import text_folders
+from clvp_fast.cli.items import read_texts, text_folders
 from clvp_fast.cli.voices import voice_names
 from clvp_fast.demo import build_demo
 from clvp_fast.engine.ranking import Ranker
@@ -102,6 +103,63 @@ def test_texts_of_a_file(generate, voice, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(OTHER.encode())))
     _, piped = generate("--voice", voice, "--texts", "-", out="piped")
     np.testing.assert_array_equal(codes(piped / "001-no"), codes(out / "002-no"))
+
+
+def test_lines_end_at_newlines(tmp_path):
+    """Separators of Unicode, which `str.splitlines` knows too, are part of a text."""
+    texts = ["One\u2028two.", "One\vtwo.", "One\ftwo.", "One\x1ctwo.", "One\x85two.", "Last"]
+    (tmp_path / "texts.txt").write_text(
+        "\n".join(texts[:3]) + "\r\n" + "\r".join(texts[3:]), encoding="utf-8", newline=""
+    )
+    assert read_texts(SimpleNamespace(texts=str(tmp_path / "texts.txt"))) == texts
+
+
+def test_a_name_that_is_no_utf_8(generate, voice, low, tmp_path):
+    """Its results are written beside those of the others."""
+    strange = tmp_path / os.fsdecode(b"l\xffw.wav")
+    low.rename(strange)
+    outcome, out = generate("Yes.", "--voice", voice, "--voice", strange, "--json")
+    document = json.loads(outcome.out)
+    assert [row["voice"] for row in document["requests"]] == [str(voice), str(strange)]
+    assert all(row["error"] is None for row in document["requests"])
+    assert document["written"] and json.loads((out / "summary.json").read_text())["requests"] == document["requests"]
+    assert sorted(path.parent.parent.name for path in out.rglob("codes.npz")) == ["l-w", "voice"]
+
+
+def test_other_scripts_are_noted(generate, voice):
+    outcome, out = generate("東京 is big.", "--voice", voice)
+    said = "characters of other scripts were written in Latin letters: 東 京"
+    assert f"note: {said}\n" in outcome.err and outcome.err.count("Latin letters") == 1
+    assert said in json.loads((out / "candidates.json").read_text())["remarks"]
+    outcome, out = generate("A café, naïve Ångström.", "--voice", voice, out="plain")
+    assert "Latin letters" not in outcome.err
+    assert json.loads((out / "candidates.json").read_text())["remarks"] == ["only the first 6 s are used"]
+
+
+def test_a_folder_named_demo(generate, fails, voice, tmp_path, monkeypatch):
+    """'demo' is the checkpoint that the package builds, wherever the command runs, and the help says so."""
+    (tmp_path / "demo").mkdir()
+    monkeypatch.chdir(tmp_path)
+    outcome, _ = generate("Yes.", "--voice", voice, "--checkpoint", "demo")
+    assert "checkpoint 'demo' has random weights" in outcome.err
+    assert "has no config.json" in fails("generate", "Yes.", "--voice", voice, "--checkpoint", "./demo", "--out", "o")
+
+
+def test_formats_of_a_folder_of_one_speaker(generate, fails, voice, low, tmp_path):
+    """What the library does not read is named, and the others are averaged."""
+    (tmp_path / "speaker").mkdir()
+    low.rename(tmp_path / "speaker/low.wav")
+    samples, rate = soundfile.read(voice)
+    soundfile.write(tmp_path / "speaker/voice.aiff", samples, rate)
+    (tmp_path / "speaker/other.m4a").write_bytes(b"\0\0\0 ftypM4A ")
+    outcome, out = generate("Yes.", "--voice", tmp_path / "speaker")
+    assert "left out, as libsndfile does not read them: other.m4a" in outcome.err
+    assert "2 of 2 recordings: only the first 6 s are used" in outcome.err
+    assert any("other.m4a" in remark for remark in json.loads((out / "candidates.json").read_text())["remarks"])
+    for name in ("low.wav", "voice.aiff"):
+        (tmp_path / "speaker" / name).unlink()
+    sentence = fails("generate", "Yes.", "--voice", tmp_path / "speaker", "--out", tmp_path / "no")
+    assert "none can be read of other.m4a" in sentence
 
 
 def test_file_of_texts_that_is_none(fails, voice, tmp_path):

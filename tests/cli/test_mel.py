@@ -3,15 +3,18 @@
 import errno
 import json
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import soundfile
 
 from clvp_fast import ClvpFeatureExtractor, files
-from clvp_fast.audio import load_audio
+from clvp_fast.audio import load_audio, read_audio
 from clvp_fast.cli import mel, report
 from clvp_fast.demo import build_demo
+from tests.cli.conftest import ROOT
 
 SECONDS = {"a": 0.9, "deep/b": 7.3, "deep/deeper/c.d": 6.0, "z": 0.013}
 
@@ -57,7 +60,7 @@ def recordings(folder) -> dict:
 
 def test_mel_is_what_the_model_sees(cli, voice, tmp_path):
     outcome = cli("mel", voice, "--out", tmp_path)
-    assert outcome.code == 0 and outcome.err == ""
+    assert outcome.code == 0 and outcome.err == f"note: {voice}: only the first 6 s are used\n"
     written = np.load(tmp_path / "voice.npy")
     np.testing.assert_array_equal(written, expected(voice))
     assert written.shape == (80, 517) and written.dtype == np.float32
@@ -160,9 +163,9 @@ def spoil(folder) -> dict[str, str]:
         "d_empty.wav": "has no samples",
         "e_silent.wav": "is silent",
         "f_nan.wav": "NaN or infinite",
-        "y_late.wav": "is silent",  # in the six seconds that are used
+        "y_late.wav": "its first 6 s are silent",
         "g_away.wav": "no recording",
-        "h_loud.wav": "too loud",
+        "h_loud.wav": "has floats up to 3e+38, and full scale is 1",
     }
 
 
@@ -302,10 +305,10 @@ def test_memory_does_not_grow_with_the_number(cli, tmp_path, monkeypatch):
         (tmp_path / f"in/{index}.wav").symlink_to(tmp_path / "one.wav")
     decoded, done, most, batches = [], [], [0], []
 
-    def load(path, rate):
+    def load(path, rate, seconds):
         decoded.append(path)
         most[0] = max(most[0], len(decoded) - len(done))
-        return load_audio(path, rate)
+        return read_audio(path, rate, seconds)
 
     def extract(self, clips, **options):
         batches.append(len(clips))
@@ -313,13 +316,57 @@ def test_memory_does_not_grow_with_the_number(cli, tmp_path, monkeypatch):
         return original(self, clips, **options)
 
     original = ClvpFeatureExtractor.__call__
-    monkeypatch.setattr(mel, "load_audio", load)
+    monkeypatch.setattr(mel, "read_audio", load)
     monkeypatch.setattr(mel.torch, "get_num_threads", lambda: 2)
     monkeypatch.setattr(ClvpFeatureExtractor, "__call__", extract)
     monkeypatch.setattr(mel, "_BATCH_SAMPLES", 4 * 44100)
     assert cli("mel", tmp_path / "in", "--out", tmp_path / "out").code == 0
     assert batches == [4] * 7 + [2]
     assert len(decoded) == 30 and most[0] <= 4 + 3  # a batch, and what two threads have decoded ahead
+
+
+@pytest.mark.parametrize("npz", [False, True])
+def test_formats_of_a_folder(cli, voice, tmp_path, npz):
+    """Each that the library reads, and the name of each that it does not; what is no recording is left alone."""
+    samples, rate = soundfile.read(voice)
+    for suffix in ("aiff", "opus", "au", "caf", "w64", "oga", "AIF"):
+        given = {"opus": ("OGG", "OPUS", 48000), "oga": ("OGG", "VORBIS", rate)}.get(suffix, (None, None, rate))
+        format = given[0] or {"AIF": "AIFF"}.get(suffix)
+        soundfile.write(tmp_path / f"in-{suffix}.{suffix}", samples, given[2], format=format, subtype=given[1])
+    soundfile.write(tmp_path / "both.flac", samples, rate)
+    (tmp_path / "both.m4a").write_bytes(b"\0\0\0 ftypM4A ")
+    (tmp_path / "notes.txt").write_text("Hello.")
+    outcome = cli("mel", tmp_path, "--out", tmp_path / "out", "--json", *(["--npz"] if npz else []))
+    document = json.loads(outcome.out)
+    names = {row["name"] for row in document["recordings"]}
+    assert names == {"both", *(f"in-{suffix}" for suffix in ("aiff", "opus", "au", "caf", "w64", "oga", "AIF"))}
+    (failed,) = document["failed"]
+    assert failed["recording"].endswith("both.m4a") and "cannot be read as a recording" in failed["reason"]
+    assert outcome.code == 1 and "both.m4a" in outcome.err and "notes.txt" not in outcome.err
+
+
+@pytest.mark.parametrize("npz", [False, True])
+def test_a_name_that_is_no_utf_8(voice, tmp_path, npz):
+    """As the system's other programs write it; what cannot hold it has it escaped."""
+    name = os.fsdecode(b"v\xffice.flac")
+    (tmp_path / name).write_bytes(voice.read_bytes())
+    command = [sys.executable, "-m", "clvp_fast", "mel", name, "--out", "out", "--json", *(["--npz"] if npz else [])]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    found = subprocess.run(command, capture_output=True, cwd=tmp_path, env=environment)
+    assert found.returncode == 0, found.stderr
+    (row,) = json.loads(found.stdout)["recordings"]
+    assert row["recording"] == name
+    written = np.load(tmp_path / "out/features.npz") if npz else {"": np.load(tmp_path / f"out/{name[:-5]}.npy")}
+    assert [array.shape for array in dict(written).values()] == [(80, 517)]
+
+
+def test_a_pipe(voice, tmp_path):
+    command = f"cat {voice} | {sys.executable} -m clvp_fast mel /dev/stdin --out out"
+    found = subprocess.run(
+        command, shell=True, capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+    assert found.returncode == 0, found.stderr
+    np.testing.assert_array_equal(np.load(tmp_path / "out/stdin.npy"), expected(voice))
 
 
 def test_a_long_list_is_cut(capsys, tmp_path):

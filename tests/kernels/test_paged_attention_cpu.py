@@ -1,5 +1,7 @@
 """The CPU's kernel of the decode step, on every instruction set of this machine, with the bodies of the GPU's tests."""
 
+import warnings
+
 import pytest
 import torch
 
@@ -49,6 +51,24 @@ def test_decode(dtype, prefix):
 def test_widths_and_pages_of_other_sizes(dtype, dim):
     check(step(dtype, [31, 32, 33, 150], [65, 32], [1, 0, -1, 1], dim=dim, page=32))
     check(step(dtype, [4, 5, 6], dim=dim, page=5))
+
+
+@pytest.mark.parametrize("dim", [24, 40, 144, 160, 256])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_widths_that_it_does_not_serve(dtype, dim):
+    """Torch's path does, and a kernel that is asked for says why not."""
+    args = step(dtype, dim=dim)
+    exact = copied(args, wide=True)
+    expected = decode_reference(*exact)
+    with clvp_fast.backend("torch"):
+        baseline = decode(copied(args))
+    assert f"a multiple of 16 up to 128, not {dim}" in op._decode_unserved(*args)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # once, that the kernel does not serve
+        out = decode(args)
+    active = args[6] >= 0
+    assert_within_budget(out[active], expected[active], baseline[active])
+    assert torch.equal(out, baseline)
 
 
 @pytest.mark.parametrize("dim", [16, 48, 64, 128])

@@ -80,6 +80,23 @@ def test_leading_axes_and_strides():
     torch.testing.assert_close(ops.linear(x, weight.T.contiguous().T, bias), expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", [None, "torch", "reference"])
+def test_a_vector(backend, dtype):
+    """`[in]` gives `[out]`, of a linear layer and of the blocks that are made of them, also where it is a column."""
+    x, weight, bias, _ = operands(1, dtype=dtype)
+    back, bias_back = random(64, 50, seed=8, dtype=dtype), random(64, seed=9, dtype=dtype)
+    half, bias_half = random(64, 25, seed=8, dtype=dtype), random(64, seed=9, dtype=dtype)
+    with clvp_fast.backend(backend):
+        for vector in (x[0], torch.stack([x[0], x[0]], 1)[:, 0]):
+            out = ops.linear(vector, weight, bias)
+            assert out.shape == (50,) and torch.equal(out, ops.linear(x, weight, bias)[0])
+            out = ops.gelu_mlp(vector, weight, bias, back, bias_back)
+            assert out.shape == (64,) and torch.equal(out, ops.gelu_mlp(x, weight, bias, back, bias_back)[0])
+            out = ops.geglu_mlp(vector, weight, bias, half, bias_half)
+            assert out.shape == (64,) and torch.equal(out, ops.geglu_mlp(x, weight, bias, half, bias_half)[0])
+
+
 @pytest.fixture
 def kernel_calls(monkeypatch):
     """How many calls the kernel served."""

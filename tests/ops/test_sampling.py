@@ -92,6 +92,20 @@ def test_draw_is_the_inverse_cdf_of_transformers_probabilities(settings, backend
         assert tokens[n] == expected
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("top_p", [0.0, 1e-9])
+@pytest.mark.parametrize("more", [{}, {"top_k": 5}, {"temperature": 3.0}], ids=str)
+def test_the_likeliest_token_is_never_removed(top_p, more, backend):
+    """Whatever is drawn, and wherever the likeliest token stands."""
+    logits = random(64, 97, seed=1, scale=0.1)
+    given = {"seed": 3, "candidate": torch.arange(64), "step": 0, "stop_token": STOP, "pad_token": PAD}
+    with clvp_fast.backend(backend):
+        tokens = sample(logits, *state(64, 97), top_p=top_p, **given, **more)
+        rows = sample(logits, *state(64, 97), top_p=torch.full((64,), top_p), **given, **more)
+    assert torch.equal(tokens, logits.argmax(1)) and torch.equal(rows, tokens)
+    assert len(set(tokens.tolist())) > 20
+
+
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_distribution_and_forbidden_tokens(settings):
     """Chi-squared over 20000 candidates against transformers' exact probabilities; nothing outside their support."""

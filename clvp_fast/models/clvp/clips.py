@@ -5,11 +5,14 @@ one 2-D tensor on a device stay one.
 """
 
 import logging
+import math
 from numbers import Real
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+
+from clvp_fast.levels import SILENCE_PEAK, wrong_scale
 
 logger = logging.getLogger(__name__)
 HOST = torch.device("cpu")
@@ -102,14 +105,25 @@ def _read_clip(clip, name: str, device: torch.device):
         raise ValueError(f"{name} is no plain sequence of samples: {error}.") from error
     _check_form(samples, name)
     if samples.dtype == np.int16:
+        _tell_level(max(-int(samples.min()), int(samples.max())) / 32768, name)
         return samples
     if not np.issubdtype(samples.dtype, np.floating):
         raise _wrong_type(samples.dtype, name)
     with np.errstate(over="ignore"):
         samples = samples.astype(np.float32, copy=False)
-    if not np.isfinite(samples).all():
+    peak = float(np.maximum(-samples.min(), samples.max()))  # NaN where a sample is
+    if not math.isfinite(peak):
         raise ValueError(NOT_FINITE.format(name))
+    _tell_level(peak, name)
     return samples
+
+
+def _tell_level(peak: float, name: str) -> None:
+    """Warn of samples whose features are surely not what is meant."""
+    if reason := wrong_scale(peak):
+        logger.warning("%s %s.", name, reason)
+    elif peak < SILENCE_PEAK:
+        logger.warning("%s is silent: its peak is %.1e of full scale.", name, peak)
 
 
 def _read_tensor(clip: torch.Tensor, name: str) -> torch.Tensor:

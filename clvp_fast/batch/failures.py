@@ -1,0 +1,49 @@
+"""The one place where an exception becomes a row's failure, and where a fault of the job is told from it."""
+
+import errno
+
+from clvp_fast.errors import sentence
+from clvp_fast.files import UnwritableError
+from clvp_fast.native import NativeLibraryError
+
+#: Characters of a failure, at most: a row may hold megabytes, and its failure tells its kind and its beginning.
+LONGEST = 500
+
+# What the system refuses to every row alike: no room on the disk, no memory, no more files, a file server that is gone.
+_SYSTEM = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.ENOMEM,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ESTALE,
+    errno.ENOTCONN,
+}
+
+
+def failure_of(error: Exception) -> str:
+    """Why a row cannot be spoken, in one sentence of at most `LONGEST` characters.
+
+    Raises:
+        Exception: `error` itself, where it says nothing of the row: it stops the job, and its rows stay to be done.
+    """
+    if is_of_the_job(error):
+        raise error
+    return shortened(sentence(error))
+
+
+def is_of_the_job(error: Exception) -> bool:
+    """Whether other rows would fail likewise: the disk, the system, the library or the device refuse to work."""
+    import torch  # not at the top: who only reads rows need not load it
+
+    device = (torch.OutOfMemoryError, torch.AcceleratorError)
+    if isinstance(error, (UnwritableError, NativeLibraryError, ImportError, *device)):
+        return True
+    return isinstance(error, OSError) and error.errno in _SYSTEM
+
+
+def shortened(text: str) -> str:
+    """`text` as valid Unicode, cut after `LONGEST` characters."""
+    text = text.encode(errors="backslashreplace").decode()
+    return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"

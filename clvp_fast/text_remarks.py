@@ -1,0 +1,53 @@
+"""What becomes of a text's characters before they are tokens, for who asks to be told."""
+
+import unicodedata
+from functools import lru_cache
+
+from clvp_fast.models.clvp.tokenization import ClvpTokenizer
+
+# Characters that a sentence names.
+_SHOWN = 10
+
+
+def text_remarks(tokenizer: ClvpTokenizer, text: str) -> tuple[str, ...]:
+    """Sentences on the characters of `text` that are left out, and on those that are written in Latin letters."""
+    lost, romanised = [], []
+    for char in dict.fromkeys(text):
+        if _is_lost(char, text, tokenizer):
+            lost.append(char)
+        elif _is_foreign(char):
+            romanised.append(char)
+    said = (
+        ("characters that the checkpoint does not know were left out", lost),
+        ("characters of other scripts were written in Latin letters", romanised),
+    )
+    return tuple(f"{what}: {_shown(chars)}" for what, chars in said if chars)
+
+
+def _is_lost(char: str, text: str, tokenizer: ClvpTokenizer) -> bool:
+    """Whether `char` gives no token of its own and taking it out of `text` leaves the known tokens as they are.
+
+    Alone is not enough: a currency sign says nothing by itself, and turns the number behind it into a sum of money.
+    """
+    if char.isspace() or _says_something(tokenizer, char):
+        return False
+    with_it, without_it = (
+        [token for token in tokenizer(some)["input_ids"] if token != tokenizer.unk_token_id]
+        for some in (text, text.replace(char, ""))
+    )
+    return with_it == without_it
+
+
+@lru_cache(maxsize=4096)
+def _says_something(tokenizer: ClvpTokenizer, char: str) -> bool:
+    return bool(set(tokenizer(char)["input_ids"]) - {tokenizer.unk_token_id})
+
+
+def _is_foreign(char: str) -> bool:
+    return (
+        not char.isascii() and (char.isalpha() or char.isdecimal()) and "LATIN" not in unicodedata.name(char, "LATIN")
+    )
+
+
+def _shown(chars: list[str]) -> str:
+    return " ".join(chars[:_SHOWN]) + (f" and {len(chars) - _SHOWN} more" if len(chars) > _SHOWN else "")

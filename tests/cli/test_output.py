@@ -1,0 +1,84 @@
+"""What is printed survives any encoding and any width of a terminal."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from rich.table import Table
+
+from clvp_fast.cli import report
+from clvp_fast.files import json_text
+from tests.cli.conftest import ROOT
+from tests.cli.test_generate import QUICK
+
+DOCUMENT = {"text": "Yes 🙂 é", "file": os.fsdecode(b"v\xff.wav"), "score": 0.5}
+
+
+def run(*argv, cwd, **environment) -> subprocess.CompletedProcess:
+    """The command in a process of its own, whose output is bytes."""
+    command = [sys.executable, "-m", "clvp_fast", *map(str, argv)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | environment
+    return subprocess.run(command, capture_output=True, cwd=cwd, env=environment)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1", "ascii", "cp1252", "utf-16"])
+def test_json_is_whole_in_every_encoding(encoding):
+    text = json_text(DOCUMENT, encoding)
+    assert json.loads(text.encode(encoding).decode(encoding)) == DOCUMENT
+    plain = {"text": "é"}
+    assert ("\\u00e9" in json_text(plain, encoding)) == (encoding == "ascii")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_json_into_a_pipe(voice, tmp_path, encoding):
+    found = run(
+        *("generate", "Yes 🙂", *QUICK, "--no-pictures", "--voice", voice, "--out", "é🙂", "--json"),
+        cwd=tmp_path,
+        PYTHONIOENCODING=encoding,
+    )
+    assert found.returncode == 0, found.stderr
+    document = json.loads(found.stdout.decode(encoding))
+    assert document["text"] == "Yes 🙂" and "é🙂/candidates.json" in document["written"]
+    assert json.loads((tmp_path / "é🙂/candidates.json").read_text(encoding="utf-8"))["text"] == "Yes 🙂"
+
+
+def test_a_table_into_a_pipe(voice, tmp_path):
+    found = run(
+        *("generate", "Yes 🙂", *QUICK, "--no-pictures", "--voice", voice, "--out", "é🙂"),
+        cwd=tmp_path,
+        PYTHONIOENCODING="ascii",
+    )
+    assert found.returncode == 0, found.stderr
+    assert b"wrote \\xe9\\U0001f642/candidates.json" in found.stdout and b"score" in found.stdout
+
+
+@pytest.mark.parametrize("columns", [1, 20, 33, 80])
+def test_scores_can_be_read_in_any_terminal(monkeypatch, capsys, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    scores = np.array([123.4567, -0.0312, -99.125])
+    report.print_ranking(report.ranking(scores, np.array([500, 1, 37])))
+    shown = capsys.readouterr().out
+    assert "…" not in shown and all(f"{score:.4f}" in shown for score in scores) and "candidate" in shown
+
+
+def test_folders_give_way_to_numbers(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "50")
+    best = {"candidate": 3, "tokens": 41, "score": -12.5, "stopped": True}
+    report.print_summary([{"folder": "001-the-birch-canoe-slid-on-the-smooth-planks", "best": best}])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 50 and any("-12.5000" in line for line in lines)
+    assert "".join(line[1:].split("│")[0].split("┃")[0].strip() for line in lines if "│" in line).startswith("001-the")
+
+
+def test_wide_tables_are_as_wide_as_the_terminal_lets_them(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "60")
+    table = Table()
+    table.add_column("recording", overflow="fold")
+    table.add_column("score")
+    table.add_row("x" * 200, "1.0000")
+    report.print_table(table)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) == 60 and "".join(lines).count("x") == 200
