@@ -83,7 +83,7 @@ class Row:
 
 
 def _is_nothing(value: Any) -> bool:
-    return value is None or value in ("", b"") or (isinstance(value, float) and math.isnan(value))
+    return value is None or value in ("", b"") or (isinstance(value, (float, Decimal)) and math.isnan(value))
 
 
 def _id(value: Any) -> str:

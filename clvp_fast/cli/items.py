@@ -93,7 +93,7 @@ def _tried(alone: bool, make: Callable, *arguments) -> tuple:
     """What `make` gives and None, or None and the sentence of its error; where it is `alone`, that error passes."""
     try:
         return make(*arguments), None
-    except (ValueError, OSError) as error:
+    except Exception as error:
         if alone:
             raise
         return None, sentence(error)

@@ -165,7 +165,7 @@ def _batches(recordings: list[Recording], extractor, whole: bool, failed: list) 
     for recording, decoded in _read_ahead(recordings, extractor, whole):
         try:
             batch.append(decoded.result())
-        except (ValueError, OSError, MemoryError) as error:
+        except Exception as error:
             if len(recordings) == 1:
                 raise
             failed.append((recording, error))

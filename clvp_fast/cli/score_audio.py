@@ -94,7 +94,7 @@ def _batches(
             samples, _ = load_audio(path, sampling_rate)
             require_sound(samples, path)
             batch.append((path, samples))
-        except (ValueError, OSError, MemoryError) as error:
+        except Exception as error:
             if len(paths) == 1:
                 raise
             failed.append((path, error))

@@ -13,7 +13,7 @@ import soundfile
 from safetensors.numpy import load_file, save_file
 
 from clvp_fast.checkpoint import load_checkpoint
-from clvp_fast.cli import report
+from clvp_fast.cli import items, report
 from clvp_fast.cli.items import read_texts, text_folders
 from clvp_fast.cli.voices import voice_names
 from clvp_fast.demo import build_demo
@@ -103,6 +103,20 @@ def test_texts_of_a_file(generate, voice, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(OTHER.encode())))
     _, piped = generate("--voice", voice, "--texts", "-", out="piped")
     np.testing.assert_array_equal(codes(piped / "001-no"), codes(out / "002-no"))
+
+
+def test_any_exception_of_a_voice_fails_it_alone(generate, voice, low, monkeypatch):
+    load = items.noted_voice
+
+    def strange(cache, place):
+        if place == str(low):
+            raise OverflowError("what nobody expects")
+        return load(cache, place)
+
+    monkeypatch.setattr(items, "noted_voice", strange)
+    outcome, out = generate("Yes.", "--voice", voice, "--voice", low, code=1)
+    assert "OverflowError: what nobody expects" in outcome.err and "1 of 2 requests failed" in outcome.err
+    assert [path.parent.parent.name for path in out.rglob("codes.npz")] == ["voice"]
 
 
 def test_lines_end_at_newlines(tmp_path):
