@@ -1,4 +1,7 @@
-"""Reading recordings: any format that libsndfile reads, any sampling rate, one channel out, as far as it is asked."""
+"""Reading recordings: any format that libsndfile reads, any sampling rate, one channel out, as far as it is asked.
+
+soundfile and soxr are imported by who reads a recording: an engine that is given features needs neither.
+"""
 
 import io
 import math
@@ -6,13 +9,14 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
-import soundfile
-import soxr
 
 from clvp_fast.levels import SILENCE_PEAK, wrong_scale
+
+if TYPE_CHECKING:
+    import soundfile
 
 #: How the names of recordings end in a folder, in lower case: those that libsndfile reads, and those that it does not.
 READ_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".aiff", ".aif", ".aifc", ".au", ".snd", ".caf")
@@ -70,6 +74,8 @@ def read_audio(source: str | os.PathLike | BinaryIO, sampling_rate: int = 22050,
     name = source if isinstance(source, (str, os.PathLike)) else getattr(source, "name", "the given file object")
     if isinstance(source, (str, os.PathLike)):
         source = _readable(Path(source))
+    import soundfile
+
     try:
         with soundfile.SoundFile(source) as file:
             rate, channels = file.samplerate, file.channels
@@ -83,6 +89,8 @@ def read_audio(source: str | os.PathLike | BinaryIO, sampling_rate: int = 22050,
     _check(samples, peak, channels, name)
     changes = [f"{channels} channels mixed down to one"] if channels > 1 else []
     if rate != sampling_rate:
+        import soxr
+
         samples = soxr.resample(samples, rate, sampling_rate, quality="HQ")
         changes.append(f"resampled from {rate} Hz to {sampling_rate} Hz")
         if len(samples) == 0:
@@ -106,7 +114,7 @@ def _readable(path: Path) -> bytes | BinaryIO:
     return io.BytesIO(content)
 
 
-def _blocks(file: soundfile.SoundFile, frames: int | None) -> Iterator[np.ndarray]:
+def _blocks(file: "soundfile.SoundFile", frames: int | None) -> Iterator[np.ndarray]:
     """The first `frames` of a file, or all: float32 `[block, channels]` each."""
     while frames is None or frames > 0:
         block = file.read(_BLOCK if frames is None else min(_BLOCK, frames), dtype="float32", always_2d=True)

@@ -14,8 +14,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line (`sys.argv` by default) and returns its exit code."""
     arguments = build_parser().parse_args(argv)
     kept = "nothing was written"
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: what an encoding cannot say is no error
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # what an encoding cannot say is escaped
     try:
         command = import_module(f"clvp_fast.cli.{arguments.command}")
         kept = getattr(command, "INTERRUPTED", kept)

@@ -21,7 +21,9 @@ class NullEngine:
 
     def __init__(self, max_new_tokens: int, strange: dict[str, Exception] | None = None):
         self.max_new_tokens, self.strange = max_new_tokens, strange or {}
-        self.processor = SimpleNamespace(tokenizer=ClvpTokenizer.from_pretrained(resolve_checkpoint("demo")))
+        self.processor = SimpleNamespace(
+            tokenizer=ClvpTokenizer.from_pretrained(resolve_checkpoint("demo"), text_cleaning="tortoise")
+        )
         self.voices = SimpleNamespace(
             feature_extractor=ClvpFeatureExtractor(), from_features=lambda mels: f"{len(mels)} recordings"
         )

@@ -189,11 +189,14 @@ def test_remarks(worker, tmp_path):
 
 @pytest.mark.parametrize("strange", [OverflowError("x"), MemoryError("x"), RuntimeError("x"), RecursionError("x")])
 def test_any_exception_of_a_row_fails_it_alone(worker, monkeypatch, strange):
+    worker.voice(str(VOICE))
+
     def load(voices, place):
         raise strange
 
     with monkeypatch.context() as patched:
         patched.setattr(of_worker, "load_voice", load)
+        patched.setattr(worker, "_voices", OrderedDict({str(VOICE): worker._voices[str(VOICE)]}))
         rows = [Row(0, "a", "Hello.", "/bad.wav"), Row(1, "b", "Hello."), Row(2, "c", "Hello.", "/bad.wav")]
         found = lines(worker.outcomes(rows))
     said = f"{type(strange).__name__}: x"
@@ -331,6 +334,7 @@ def test_faults_of_the_job_are_no_rows(worker, rows, monkeypatch, error):
         raise error
 
     monkeypatch.setattr(of_worker, "load_voice", load)
+    monkeypatch.setattr(worker, "_voices", OrderedDict())
     with pytest.raises((ValueError, OSError), match=r"too little memory for a single candidate|No space left"):
         list(worker.outcomes([Row(0, "a", "Hello.", "/bad.wav")]))
     assert "/bad.wav" not in worker._voices

@@ -32,15 +32,14 @@ def test_json_is_whole_in_every_encoding(encoding):
     assert ("\\u00e9" in json_text(plain, encoding)) == (encoding == "ascii")
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
-def test_json_into_a_pipe(voice, tmp_path, encoding):
+def test_json_into_a_pipe(voice, tmp_path):
     found = run(
         *("generate", "Yes 🙂", *QUICK, "--no-pictures", "--voice", voice, "--out", "é🙂", "--json"),
         cwd=tmp_path,
-        PYTHONIOENCODING=encoding,
+        PYTHONIOENCODING="latin-1",
     )
     assert found.returncode == 0, found.stderr
-    document = json.loads(found.stdout.decode(encoding))
+    document = json.loads(found.stdout.decode("latin-1"))
     assert document["text"] == "Yes 🙂" and "é🙂/candidates.json" in document["written"]
     assert json.loads((tmp_path / "é🙂/candidates.json").read_text(encoding="utf-8"))["text"] == "Yes 🙂"
 
