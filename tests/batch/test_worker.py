@@ -202,6 +202,16 @@ def test_any_exception_of_a_row_fails_it_alone(worker, monkeypatch, strange):
     said = f"{type(strange).__name__}: x"
     assert found[0] == found[2] == said and len(found[1]) == 2
 
+    def request(**given):
+        if given["id"][0].id == "a":
+            raise strange
+        return CandidateRequest(**given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(of_worker, "CandidateRequest", request)
+        found = lines(worker.outcomes([Row(0, "a", "Hello."), Row(1, "b", "Hello.")]))
+    assert found[0] == said and len(found[1]) == 2
+
     original = Outcome.of.__func__
 
     def of(cls, row, *arguments):
