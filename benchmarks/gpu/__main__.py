@@ -50,8 +50,8 @@ def main(argv: list[str] | None = None) -> int:
     card = card_of(sys.executable)
     if card is None:
         print(
-            f"{arguments.what} needs a CUDA device that answers, and {sys.executable} with a torch that sees it (choose "
-            "with GPU_PYTHON=...); --count tells without one what would be run",
+            f"{arguments.what} needs a CUDA device that answers, and a torch in {sys.executable} that sees it (choose "
+            "another with GPU_PYTHON=...); --count tells without a GPU what would be run",
             file=sys.stderr,
         )
         return FAILED

@@ -66,7 +66,7 @@ def table(folder: Path, card: str, journal: Journal) -> str:
         row = next((row for row in rows if _is_of(row, aim)), None)
         cells = [aim.words, aim.provider]
         if row is None:
-            why = "no row" + next((f": {_told(end)}" for end in reversed(ends) if _is_end_of(end["item"], aim)), "")
+            why = "no row" + next((f": {_told(end)}" for end in reversed(ends) if is_of(end["item"], aim)), "")
             lines.append(f"| {' | '.join([*cells, f'{seconds(aim.seconds)} at 4.8 TB/s', why, ''])} |")
             continue
         scaled = aim.seconds * BANDWIDTH / row["device"]["copy_bytes_per_s"]
@@ -82,8 +82,8 @@ def _is_of(row: dict, aim: Aim) -> bool:
     return same and all(row["shape"].get(name) == value for name, value in aim.shape.items())
 
 
-def _is_end_of(item: str, aim: Aim) -> bool:
-    """Whether an item of the journal is the measurement of an aim."""
+def is_of(item: str, aim: Aim) -> bool:
+    """Whether an item, by its name, is the measurement of an aim."""
     found = re.fullmatch(rf"{aim.workload} ({{.*}}) {re.escape(aim.provider)}", item)
     return found is not None and aim.shape.items() <= json.loads(found[1]).items()
 

@@ -141,7 +141,7 @@ class Watch:
 
     def _take(self, line: bytes) -> None:
         try:
-            found = json.loads(line)
+            found = json.loads(line.decode(errors="replace"))
         except json.JSONDecodeError:
             return  # it was cut off
         if found.get("worker") != self._worker:

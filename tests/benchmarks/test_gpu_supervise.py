@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -57,6 +58,8 @@ def test_workers_share_the_tests(place):
     place.tests.write_text("import pytest\n@pytest.mark.parametrize('n', range(40))\ndef test_it(n):\n    pass\n")
     place.run(place.step(workers=3))
     lines = [line for line in place.journal.lines("tests") if line["event"] == "end"]
+    events = Counter(line["event"] for line in map(json.loads, place.journal.path.read_text().splitlines()))
+    assert events == {"begin step": 1, "begin": 40, "end": 40, "done": 3, "whole": 1}
     assert len(lines) == 40 and len({line["worker"] for line in lines}) == 3
     assert place.journal.state("tests").whole
 
@@ -99,16 +102,16 @@ def test_a_watch_reads_only_what_is_new(place):
     """However the lines come, in pieces or many at once; what it has read may be gone."""
     place.journal.write("s", "begin", item="before", worker="w")
     watch, path = Watch(place.journal, "w"), place.journal.path
-    seen, begin = [], path.stat().st_size
+    seen, read = [], path.stat().st_size
     for worker in ("w", "other"):
         place.journal.write("s", "begin", item="it", worker=worker)
         place.journal.write("s", "end", item="it", worker=worker, outcome="passed", why="w")
     place.journal.write("s", "done", worker="w")
     whole = path.read_bytes()
-    for length in range(begin, len(whole) + 1):
-        read = whole.rfind(b"\n", 0, length - 1) + 1
-        path.write_bytes(b"\0" * read + whole[read:length])
+    for length in (*range(read, len(whole), 5), len(whole)):
+        path.write_bytes(b"\xff" * read + whole[read:length])
         seen.append((watch.look(), watch.ended, watch.done))
+        read = whole.rfind(b"\n", 0, length) + 1
     assert list(dict.fromkeys(seen)) == [(None, 0, False), ("it", 0, False), (None, 1, False), (None, 1, True)]
 
 
@@ -201,6 +204,14 @@ def test_the_command_writes_a_table_and_ends_with_what_failed(place, called, mon
     assert called(FINE, "--seconds", "0") == command.FAILED
     monkeypatch.setattr(command, "card_of", lambda python: "another card")
     assert called(FINE) == command.OK
+
+
+def test_a_gpu_that_does_not_answer_is_none(tmp_path):
+    python = tmp_path / "python"
+    for answer, card in (("echo 'NVIDIA H200'", "NVIDIA H200"), ("echo", None), ("exec sleep 1000", None)):
+        python.write_text(f"#!/bin/sh\n{answer}\n")
+        python.chmod(0o755)
+        assert command.card_of(str(python), 1.0 if "sleep" in answer else LONG) == card
 
 
 def test_the_command_says_in_a_sentence_why_it_cannot_begin(place, called, monkeypatch, capsys):
@@ -343,11 +354,3 @@ def test_what_cannot_be_written_is_said(place, monkeypatch):
     monkeypatch.setattr(supervise, "_share", full)
     with pytest.raises(OSError, match="No space left"):
         place.run(place.worker("", workers=3))
-
-
-def test_lines_are_json_of_a_few_words(place):
-    place.tests.write_text("def test_it():\n    pass\n")
-    place.run(place.step())
-    lines = [json.loads(line) for line in place.journal.path.read_text().splitlines()]
-    assert [line["event"] for line in lines] == ["begin step", "begin", "end", "done", "whole"]
-    assert all(line["mark"] == "code on card" and line["step"] == "tests" for line in lines)
