@@ -51,10 +51,10 @@ class _Worker:
         items[:] = mine
 
     def pytest_collectreport(self, report):
-        """A file that cannot be imported costs its own tests."""
-        if report.failed:
-            why = report.longreprtext[-_LONGEST_WHY:]
-            self._write("end", item=f"collecting {report.nodeid}", outcome="failed", why=why)
+        """A file that cannot be imported costs its own tests; said once, for who ends an item is taken to get on."""
+        item = f"collecting {report.nodeid}"
+        if report.failed and item not in self._journal.ended(self._step):
+            self._write("end", item=item, outcome="failed", why=report.longreprtext[-_LONGEST_WHY:])
 
     def pytest_runtest_logstart(self, nodeid):
         self._reports = {}

@@ -299,6 +299,10 @@ def test_a_file_that_cannot_be_imported_costs_its_own_tests(place):
     state = place.journal.state("tests")
     assert state.whole and [name.rpartition(":")[2] for name in state.passed] == ["test_it"] and not state.broken
     assert state.failed == ["collecting test_other.py: failed"]
+    # Were it to stop everything, as pytest does by itself, no worker would be started for ever.
+    place.run(Step("stopped", (*step.command[:-1], str(place.tests.parent)), LONG, LONG))
+    assert "collecting test_other.py: failed" in place.journal.state("stopped").failed
+    assert "exit code 2" in place.journal.state("stopped").broken
 
 
 def test_a_step_in_which_nothing_ran_is_red(place, capsys):
