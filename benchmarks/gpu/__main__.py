@@ -6,16 +6,18 @@ all is well, 1 where something failed, and 3 where nothing failed and something 
 """
 
 import argparse
+import math
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from benchmarks.gpu import aims, steps
 from benchmarks.gpu.journal import Journal, State
 from benchmarks.gpu.supervise import Step, run_step
 from benchmarks.harness import ROOT, source
+from clvp_fast.versions import versions
 
 OK, FAILED, LEFT = 0, 1, 3
 _SHOWN = 20
@@ -25,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("what", choices=("check", "bench", "evidence"))
     parser.add_argument("--out", type=Path, default=ROOT / "out/gpu", help="default: %(default)s")
-    parser.add_argument("--seconds", type=float, default=540, help="of this part (default: %(default)s)")
+    parser.add_argument("--seconds", type=_seconds, default=540, help="of this part (default: %(default)s)")
     parser.add_argument("--sanitizer", default="compute-sanitizer")
     parser.add_argument(
         "--count", action="store_true", help="run nothing: what would be run, and its memory; needs no GPU"
@@ -48,37 +50,78 @@ def main(argv: list[str] | None = None) -> int:
     card = card_of(sys.executable)
     if card is None:
         print(
-            f"{arguments.what} needs a CUDA device, and {sys.executable} with a torch that sees it (choose with "
-            "GPU_PYTHON=...); --count tells without one what would be run",
+            f"{arguments.what} needs a CUDA device that answers, and a torch in {sys.executable} that sees it (choose "
+            "another with GPU_PYTHON=...); --count tells without a GPU what would be run",
             file=sys.stderr,
         )
         return FAILED
-    journal = Journal(out / "journal.jsonl", f"{source('tests')} on {card}")
+    having = versions()
+    libraries = ", ".join(f"{name} {having[name]}" for name in ("torch", "triton", "transformers"))
+    journal = Journal(out / "journal.jsonl", f"{source('tests')} on {card} with {libraries}")
     print(f"{card}; everything goes to {out}", flush=True)
-    code = run(planned, journal, out, begin + arguments.seconds)
-    if arguments.what != "check":
-        table = aims.table(out, card)
-        (out / "evidence.md").write_text(table)
-        print(table)
+
+    def table() -> str:
+        text = aims.table(out, card, journal)
+        (out / "evidence.md").write_text(text)
+        return text
+
+    measures = arguments.what != "check"
+    try:
+        with journal.held():
+            code = run(planned, journal, out, begin + arguments.seconds, table if measures else lambda: None)
+            if measures:
+                print(table())
+    except BlockingIOError:
+        print(f"another run writes to {out}: wait for its end, for two at once slow each other down", file=sys.stderr)
+        return FAILED
+    except OSError as error:
+        print(f"{out} cannot be written ({error}): choose another place with GPU_OUT=...", file=sys.stderr)
+        return FAILED
     print(verdict(planned, journal), flush=True)
     return code
 
 
-def card_of(python: str) -> str | None:
-    """The name of the GPU that torch sees, asked in a process that ends: this one holds nothing of it."""
+def _seconds(word: str) -> float:
+    try:
+        seconds = float(word)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"a number of seconds was expected, such as 540, and not {word!r}")
+    return seconds
+
+
+def card_of(python: str, seconds: float = 120) -> str | None:
+    """The name of the GPU that torch sees, asked in a process that ends: this one holds nothing of it.
+
+    None where there is no GPU, or no answer within `seconds`.
+    """
     ask = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
-    done = subprocess.run([python, "-c", ask], capture_output=True, text=True)
+    try:
+        done = subprocess.run([python, "-c", ask], capture_output=True, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return None
     return done.stdout.strip() or None
 
 
-def run(planned: Iterable[Step], journal: Journal, out: Path, deadline: float) -> int:
-    """Run the steps that are not whole until `deadline`; those that were late come behind those that had no turn."""
+def run(
+    planned: Iterable[Step],
+    journal: Journal,
+    out: Path,
+    deadline: float,
+    after: Callable[[], object] = lambda: None,
+) -> int:
+    """Run the steps that are not whole until `deadline`; those that were late come behind those that had no turn.
+
+    after: is called behind each. Raises `OSError` where nothing can be written.
+    """
     for step in sorted(planned, key=lambda step: journal.state(step.name).late):
         state = journal.state(step.name)
         if state.whole or time.monotonic() >= deadline:
             continue
         began = time.monotonic()
         run_step(step, journal, deadline, out / "logs", steps.environment())
+        after()
         print(f"{time.monotonic() - began:5.0f} s  {told(step, journal.state(step.name))}", flush=True)
     states = [journal.state(step.name) for step in planned]
     if any(map(_failed, states)):
@@ -92,7 +135,8 @@ def _failed(state: State) -> bool:
 
 def told(step: Step, state: State) -> str:
     """A line on a step, and a line for each thing that is wrong."""
-    words = [f"{state.passed} well"]
+    words = [f"{len(state.passed)} well"]
+    words += [f"{len(state.left_out)} left out"] if state.left_out else []
     words += [f"{len(state.failed)} FAILED"] if state.failed else []
     words += ["BROKEN"] if state.broken else []
     if not state.whole:

@@ -3,10 +3,13 @@
 An aim is stated for `BANDWIDTH`; on a card whose copies run at another rate, which is measured, it is so much longer.
 """
 
+import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.document import seconds
+from benchmarks.gpu.journal import Journal
 from benchmarks.harness import ROOT, newest_rows, source
 
 DOCUMENT = ROOT / "docs/kernels.md"
@@ -51,18 +54,20 @@ AIMS = (
 )
 
 
-def table(folder: Path, card: str) -> str:
-    """Each aim, scaled to the card, beside its newest row in `folder` of the code as it is."""
+def table(folder: Path, card: str, journal: Journal) -> str:
+    """Each aim, scaled to the card, beside its newest row in `folder` of the code as it is, or why there is none."""
     rows = [row for row in newest_rows(folder) if row["device"]["name"] == card and row["source"] == source()]
     lines = [
         f"| aim, scaled to {card} | provider | aim | measured | measured / aim |",
         "|---|---|---|---|---|",
     ]
+    ends = [line for line in journal.lines() if line["event"] == "end"]
     for aim in AIMS:
         row = next((row for row in rows if _is_of(row, aim)), None)
         cells = [aim.words, aim.provider]
         if row is None:
-            lines.append(f"| {' | '.join([*cells, f'{seconds(aim.seconds)} at 4.8 TB/s', 'no row', ''])} |")
+            why = "no row" + next((f": {_told(end)}" for end in reversed(ends) if is_of(end["item"], aim)), "")
+            lines.append(f"| {' | '.join([*cells, f'{seconds(aim.seconds)} at 4.8 TB/s', why, ''])} |")
             continue
         scaled = aim.seconds * BANDWIDTH / row["device"]["copy_bytes_per_s"]
         median = row["seconds"] and row["seconds"]["median"]
@@ -75,6 +80,18 @@ def table(folder: Path, card: str) -> str:
 def _is_of(row: dict, aim: Aim) -> bool:
     same = row["workload"] == aim.workload and row["provider"] == aim.provider
     return same and all(row["shape"].get(name) == value for name, value in aim.shape.items())
+
+
+def is_of(item: str, aim: Aim) -> bool:
+    """Whether an item, by its name, is the measurement of an aim."""
+    found = re.fullmatch(rf"{aim.workload} ({{.*}}) {re.escape(aim.provider)}", item)
+    return found is not None and aim.shape.items() <= json.loads(found[1]).items()
+
+
+def _told(end: dict) -> str:
+    """What an item came to, in one cell."""
+    first = next(iter(end["why"].strip().splitlines()), "")
+    return f"{end['outcome']} ({first[:200]})".replace("|", "\\|")
 
 
 def in_document() -> str:

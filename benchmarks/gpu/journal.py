@@ -1,25 +1,41 @@
 """What each item came to, a line of JSON as it comes: what is killed at any moment leaves all lines before.
 
-A line counts for the code and the card that it was written for; another program, or another card, begins anew.
+A line counts for what it was written for, the code, the card and the libraries: with others all begins anew.
 """
 
+import errno
+import fcntl
 import json
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-#: Outcomes of an item that make its step fail; all others are fine.
+#: Outcomes of an item that make its step fail.
 FAILED = ("failed", "hung", "died")
+#: Outcomes of an item that could not be done here. All others are fine.
+LEFT_OUT = ("skipped", "absent")
 
 
 @dataclass(frozen=True)
 class Journal:
-    """The lines of one file that count for `mark`, which names the code and the card."""
+    """The lines of one file that count for `mark`, which names the code, the card and the libraries."""
 
     path: Path
     mark: str
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Within it, nobody else holds this file. Raises `BlockingIOError` where somebody does already."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield
+        finally:
+            os.close(descriptor)
 
     def write(self, step: str, event: str, **more) -> None:
         """Append a line in one piece; one that was cut off before it stays alone."""
@@ -29,7 +45,9 @@ class Journal:
         try:
             size = os.fstat(descriptor).st_size
             cut_off = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
-            os.write(descriptor, ("\n" * cut_off + json.dumps(line | more) + "\n").encode())
+            text = ("\n" * cut_off + json.dumps(line | more) + "\n").encode()
+            if os.write(descriptor, text) < len(text):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
         finally:
             os.close(descriptor)
 
@@ -55,23 +73,14 @@ class Journal:
                 found = {item: end for item, end in found.items() if end["worker"] != line["worker"]}
         return found
 
-    def open_item(self, step: str, worker: str) -> str | None:
-        """What a worker has begun and not ended."""
-        begun = None
-        for line in self.lines(step):
-            if line.get("worker") == worker and line["event"] in ("begin", "end"):
-                begun = line["item"] if line["event"] == "begin" else None
-        return begun
-
-    def is_done(self, step: str, worker: str) -> bool:
-        """Whether a worker has come to the end of its items."""
-        return any(line["event"] == "done" and line["worker"] == worker for line in self.lines(step))
-
     def state(self, step: str) -> "State":
         """How a step stands."""
-        ended = self.ended(step)
-        state = State(sum(end["outcome"] not in FAILED for end in ended.values()))
-        state.failed = [f"{item}: {end['outcome']}" for item, end in ended.items() if end["outcome"] in FAILED]
+        ended = self.ended(step).items()
+        state = State(
+            passed=[item for item, end in ended if end["outcome"] not in FAILED + LEFT_OUT],
+            left_out=[f"{item}: {end['why'].strip()}" for item, end in ended if end["outcome"] in LEFT_OUT],
+            failed=[f"{item}: {end['outcome']}" for item, end in ended if end["outcome"] in FAILED],
+        )
         for line in self.lines(step):
             if line["event"] == "begin step":
                 state.broken, state.whole = None, False
@@ -81,17 +90,63 @@ class Journal:
                 state.late += 1
             elif line["event"] == "whole":
                 state.whole = True
+        if state.whole and not state.passed and not state.failed and state.broken is None:
+            why = f"; the first: {state.left_out[0]}" if state.left_out else ""
+            state.broken = f"nothing ran, {len(state.left_out)} left out{why}"
         return state
 
 
 @dataclass
 class State:
-    """passed: items that are fine. failed: those that are not, and what they came to. broken: why a worker could not do
-    its work at all. late: how often the step ran out of its time. whole: every item has come to something.
+    """passed: items that are fine. left_out: those that could not be done here, and why. failed: those that are not
+    fine, and what they came to. broken: why the step did not do its work at all. late: how often it ran out of its
+    time. whole: every item has come to something.
     """
 
-    passed: int
-    failed: list[str] | None = None
+    passed: list[str]
+    left_out: list[str]
+    failed: list[str]
     broken: str | None = None
     late: int = 0
     whole: bool = False
+
+
+class Watch:
+    """What a worker that begins now is at, by the lines that it has written so far.
+
+    item: that it has begun and not ended. ended: how many items it has ended. done: whether it has come to the end of
+        its items. Each is as `look` found it, which reads what was not read before.
+    """
+
+    def __init__(self, journal: Journal, worker: str):
+        self._path, self._worker = journal.path, worker
+        self._read = journal.path.stat().st_size if journal.path.exists() else 0
+        self.item: str | None = None
+        self.ended = 0
+        self.done = False
+
+    def look(self) -> str | None:
+        """Read on; returns `item`."""
+        if not self._path.exists():
+            return None
+        with self._path.open("rb") as file:
+            file.seek(self._read)
+            found = file.read()
+        whole = found[: found.rfind(b"\n") + 1]
+        self._read += len(whole)
+        for line in whole.splitlines():
+            if self._worker.encode() in line:
+                self._take(line)
+        return self.item
+
+    def _take(self, line: bytes) -> None:
+        try:
+            found = json.loads(line.decode(errors="replace"))
+        except json.JSONDecodeError:
+            return  # it was cut off
+        if found.get("worker") != self._worker:
+            return
+        if found["event"] in ("begin", "end"):
+            self.item = found["item"] if found["event"] == "begin" else None
+        self.ended += found["event"] == "end"
+        self.done |= found["event"] == "done"

@@ -9,6 +9,7 @@ import gc
 import importlib
 import itertools
 import json
+import math
 import re
 import sys
 import traceback
@@ -50,13 +51,26 @@ def items_of(workloads: list[str], groups: tuple[str, ...], names: str, device: 
     """
     tasks = []
     for workload in workloads:
-        module = importlib.import_module(workload if "." in workload else f"benchmarks.{workload}")
-        tasks.append([(workload, task) for task in module.tasks(device, smoke=smoke)])
+        tasks.append([(workload, task) for task in _tasks_of(workload, device, smoke)])
     for turn in itertools.zip_longest(*tasks):
         for workload, task in filter(None, turn):
             for name in [*task.makers, *task.absent]:
                 if group_of(name) in groups and re.search(names, name):
                     yield Item(workload, task, name)
+
+
+def _tasks_of(workload: str, device: str, smoke: bool) -> list[Task]:
+    """A workload's tasks; where they cannot be had, one whose row tells why."""
+    try:
+        module = importlib.import_module(workload if "." in workload else f"benchmarks.{workload}")
+        return list(module.tasks(device, smoke=smoke))
+    except Exception as error:
+        found = error
+
+    def row(name: str) -> dict:
+        raise found
+
+    return [Task({}, lambda: [], {"clvp_fast tasks": lambda: row("")}, row=row)]
 
 
 def arguments_of(argv: list[str] | None = None) -> argparse.Namespace:
@@ -77,9 +91,9 @@ def main() -> int:
     end_with_the_supervisor()
     device, step = arguments.device, arguments.step
     journal = Journal(Path(arguments.journal), arguments.mark)
+    memory = torch.cuda.get_device_properties(0).total_memory if device == "cuda" else math.inf
     if device == "cuda":
-        free_or_all = MOST_BYTES / torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(free_or_all, 1.0))
+        torch.cuda.set_per_process_memory_fraction(min(MOST_BYTES / memory, 1.0))
     machine = Machine.measure(device, arguments.smoke)
     folder = folder_of(machine, device, arguments.rows)
     ended = journal.ended(step)
@@ -87,17 +101,20 @@ def main() -> int:
         if item.name in ended:
             continue
         journal.write(step, "begin", item=item.name, worker=arguments.worker)
-        outcome, why = _measure(item, machine, folder)
-        _free(device)
+        outcome, why = _measure(item, machine, folder, memory)
+        # Asked first: where it never answers, the row is open still, and hangs.
+        lost = outcome == "failed" and device == "cuda" and device_is_lost(torch.cuda.synchronize)
+        if not lost:
+            _free(device)
         journal.write(step, "end", item=item.name, worker=arguments.worker, outcome=outcome, why=why)
-        if outcome == "failed" and device == "cuda" and device_is_lost(torch.cuda.synchronize):
+        if lost:
             return DEVICE_LOST
     journal.write(step, "done", worker=arguments.worker)
     return 0
 
 
-def _measure(item: Item, machine: Machine, folder: Path) -> tuple[str, str]:
-    """Write the item's row; what it came to, and why."""
+def _measure(item: Item, machine: Machine, folder: Path, memory: float) -> tuple[str, str]:
+    """Write the item's row; what it came to, and why. memory: bytes of the device."""
     on_gpu = torch.cuda.is_initialized()
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
@@ -105,6 +122,9 @@ def _measure(item: Item, machine: Machine, folder: Path) -> tuple[str, str]:
         row = item.task.row(item.provider)
     except Absent as reason:
         return "absent", str(reason)
+    except torch.OutOfMemoryError as error:
+        small = memory < MOST_BYTES
+        return "absent" if small else "failed", f"a device of {memory / 1e9:.0f} GB: {error}"[:3000]
     except Exception as error:  # this row; the others are measured
         traceback.print_exc()
         return "failed", f"{type(error).__name__}: {error}"[:3000]

@@ -124,5 +124,5 @@ def evidence(sanitizer: str, rows: Path) -> list[Step]:
 
 
 def _pytest(markers: str, *words: str) -> tuple[str, ...]:
-    plugins = ("-p", "benchmarks.gpu.testing", "-p", "no:cacheprovider")
-    return (sys.executable, "-m", "pytest", "-q", *plugins, "-m", markers, *words)
+    options = ("--continue-on-collection-errors", "-p", "benchmarks.gpu.testing", "-p", "no:cacheprovider")
+    return (sys.executable, "-m", "pytest", "-q", *options, "-m", markers, *words)

@@ -5,6 +5,7 @@ An item that hangs or kills its worker costs itself alone: it is written down, a
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 from collections.abc import Callable
@@ -13,14 +14,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
 from time import monotonic, time_ns
+from typing import BinaryIO
 
-from benchmarks.gpu.journal import Journal
+from benchmarks.gpu.journal import Journal, Watch
 
 #: How a worker ends whose device can no longer be used: another one goes on behind it.
 DEVICE_LOST = 75
 #: How a worker ends whose supervisor is gone.
 ALONE = 70
 _PAUSE = 0.5
+#: Seconds that a sanitizer has to tell what it has seen, when its worker is ended.
+GRACE = 5.0
+# Of what a worker printed, this much is read again; all of it is in the step's log.
+_TAIL_BYTES = 100_000
 _SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)")
 
 
@@ -40,6 +46,10 @@ class Step:
     workers: int = 1
     sanitized: bool = False
 
+    @property
+    def grace(self) -> float:
+        return GRACE if self.sanitized else 0.0
+
 
 def worker_arguments(step: Step, journal: Journal, worker: str, share: int) -> list[str]:
     words = ["--journal", str(journal.path), "--mark", journal.mark, "--step", step.name]
@@ -50,22 +60,30 @@ def run_step(step: Step, journal: Journal, deadline: float, logs: Path, environm
     """Run a step until all of its items have come to something, its time is over, or `deadline` is.
 
     deadline: of the part, by `time.monotonic()`. A step that ends with it is not late: it goes on in the next part.
+    Raises `OSError` where the journal or the logs cannot be written.
     """
     journal.write(step.name, "begin step")
     end = min(monotonic() + step.seconds, deadline)
     logs.mkdir(parents=True, exist_ok=True)
     whole: list[bool] = []
-    threads = [
-        Thread(target=lambda n=n: whole.append(_share(step, journal, n, end, logs, environment)), daemon=True)
-        for n in range(step.workers)
-    ]
+    errors: list[OSError] = []
+
+    def share(n: int) -> None:
+        try:
+            whole.append(_share(step, journal, n, end - step.grace, logs, environment))
+        except OSError as error:
+            errors.append(error)
+
+    threads = [Thread(target=share, args=(n,), daemon=True) for n in range(step.workers)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    if len(whole) == step.workers and all(whole):
+    for error in errors:
+        raise error
+    if all(whole):
         journal.write(step.name, "whole")
-    elif monotonic() >= end and end < deadline:
+    elif monotonic() >= end - step.grace and end < deadline:
         journal.write(step.name, "late")
 
 
@@ -74,65 +92,71 @@ def _share(step: Step, journal: Journal, share: int, end: float, logs: Path, env
     stem = re.sub(r"\W+", "-", step.name)
     while monotonic() < end:
         worker = f"{share}.{time_ns():x}"
-        try:
-            hung, said, code = _run(step, journal, worker, share, end, logs / f"{stem}.log", environment)
-        except OSError as error:
-            journal.write(step.name, "broken", why=f"it cannot be started: {error}")
-            return False
-        item = journal.open_item(step.name, worker)
-        found = _SUMMARY.findall(said)
-        if step.sanitized and not found:  # ended before it could say anything
+        own, watch = logs / f"{stem}-{worker}.part", Watch(journal, worker)
+        with own.open("wb") as output:
+            try:
+                process = _start(step, journal, worker, share, output, environment)
+            except OSError as error:
+                journal.write(step.name, "broken", why=f"it cannot be started: {error}")
+                return False
+            try:
+                hung = _watched(process, step, watch, end)
+            finally:
+                _end(process, step.grace)
+        said, item = _moved(own, logs / f"{stem}.log"), watch.look()
+        told = _SUMMARY.findall(said)
+        if step.sanitized and not told:  # ended before it could say anything
             journal.write(step.name, "taken back", worker=worker)
-        if step.sanitized and any(map(int, found)):
+        if any(map(int, told)):
+            why = f"{' and '.join(told)} errors: {stem}.log"
             journal.write(
-                step.name, "broken", why=f"{' and '.join(found)} errors in the sanitizer's summary: {stem}.log"
+                step.name, "end", item=f"the sanitizer's summary of {worker}", worker="", outcome="failed", why=why
             )
-        if journal.is_done(step.name, worker):
+        if watch.done:
             return True
-        if item is not None and item == hung:
-            journal.write(step.name, "end", item=item, worker="", outcome="hung", why=f"{step.item_seconds:.0f} s")
+        code = process.returncode
+        if hung is not None:
+            if item == hung:
+                journal.write(step.name, "end", item=item, worker="", outcome="hung", why=f"{step.item_seconds:.0f} s")
         elif monotonic() >= end:
             return False
-        elif item is not None and hung is None:
-            why = f"exit code {code}: {said[-500:]}"
+        elif item is not None or (watch.ended and code != DEVICE_LOST and not told):
+            item, why = item or f"between two items, {worker}", f"exit code {code}: {said[-1500:]}"
             journal.write(step.name, "end", item=item, worker="", outcome="died", why=why)
-        elif code != DEVICE_LOST and not found and hung is None:
+        elif not watch.ended:
             journal.write(step.name, "broken", why=f"exit code {code}: {said[-1500:]}")
             return False
     return False
 
 
-def _run(
-    step: Step, journal: Journal, worker: str, share: int, end: float, log: Path, environment: dict[str, str]
-) -> tuple[str | None, str, int]:
-    """One process from its begin to its end: the item that hung, if one did, what it printed, and its exit code."""
-    own = log.with_name(f"{log.stem}-{worker}.part")
-    with own.open("wb") as output:
-        process = subprocess.Popen(
-            [*step.command, *worker_arguments(step, journal, worker, share)],
-            stdin=subprocess.PIPE,  # the worker ends when this process does
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            env=environment,
-        )
-        try:
-            hung = _watched(process, step, journal, worker, end)
-        finally:
-            _kill(process)
-    said = own.read_text(errors="replace")
-    with log.open("a") as whole:  # few files: one a step
-        whole.write(said)
+def _start(
+    step: Step, journal: Journal, worker: str, share: int, output: BinaryIO, environment: dict[str, str]
+) -> subprocess.Popen:
+    return subprocess.Popen(
+        [*step.command, *worker_arguments(step, journal, worker, share)],
+        stdin=subprocess.PIPE,  # the worker ends when this process does
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        env=environment,
+    )
+
+
+def _moved(own: Path, log: Path) -> str:
+    """The end of what a worker printed, which moves into the step's log: few files, one a step."""
+    with own.open("rb") as said, log.open("ab") as whole:
+        shutil.copyfileobj(said, whole)
+        said.seek(max(said.tell() - _TAIL_BYTES, 0))
+        tail = said.read().decode(errors="replace")
     own.unlink()
-    return hung, said, process.returncode
+    return tail
 
 
-def _watched(process: subprocess.Popen, step: Step, journal: Journal, worker: str, end: float) -> str | None:
+def _watched(process: subprocess.Popen, step: Step, watch: Watch, end: float) -> str | None:
     """Wait until the process ends or must be ended; the item that hangs, if one does."""
     known, since = None, monotonic()
     while process.poll() is None and monotonic() < end:
-        item = journal.open_item(step.name, worker)
-        if item != known:
+        if (item := watch.look()) != known:
             known, since = item, monotonic()
         if known is not None and monotonic() - since > step.item_seconds:
             return known
@@ -141,11 +165,13 @@ def _watched(process: subprocess.Popen, step: Step, journal: Journal, worker: st
     return None
 
 
-def _kill(process: subprocess.Popen) -> None:
-    """End the process and all that it started."""
+def _end(process: subprocess.Popen, grace: float) -> None:
+    """End the process and all that it started. grace: seconds for what a sanitizer says when its worker has ended."""
+    process.stdin.close()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(grace)
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    process.stdin.close()
     process.wait()
 
 

@@ -50,6 +50,12 @@ class _Worker:
         config.hook.pytest_deselected(items=[item for item in items if item not in kept])
         items[:] = mine
 
+    def pytest_collectreport(self, report):
+        """A file that cannot be imported costs its own tests; said once, for who ends an item is taken to get on."""
+        item = f"collecting {report.nodeid}"
+        if report.failed and item not in self._journal.ended(self._step):
+            self._write("end", item=item, outcome="failed", why=report.longreprtext[-_LONGEST_WHY:])
+
     def pytest_runtest_logstart(self, nodeid):
         self._reports = {}
         self._write("begin", item=nodeid)
@@ -64,8 +70,10 @@ class _Worker:
         outcome = "failed" if failed else "skipped" if skipped else "passed"
         why = (failed or skipped)[0].longreprtext[-_LONGEST_WHY:] if failed or skipped else ""
         seconds = round(sum(report.duration for report in reports), 3)
+        # Asked first: where it never answers, the test is open still, and hangs.
+        lost = bool(failed and (cuda := _cuda()) and device_is_lost(cuda.synchronize))
         self._write("end", item=nodeid, outcome=outcome, seconds=seconds, why=why)
-        if failed and (cuda := _cuda()) and device_is_lost(cuda.synchronize):
+        if lost:
             pytest.exit("the device is lost", returncode=DEVICE_LOST)
 
     @pytest.hookimpl(trylast=True)

@@ -49,6 +49,32 @@ def test_last():
     note("last")
 """
 
+# A worker that starts at once, in place of pytest's.
+WORKER = """
+import json, os, sys, time
+words = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+
+def write(event, **more):
+    line = {name: words["--" + name] for name in ("mark", "step", "worker")} | {"event": event} | more
+    with open(words["--journal"], "a") as file:
+        file.write(json.dumps(line) + "\\n")
+
+def begin(item):
+    write("begin", item=item)
+
+def end(item, outcome="passed", why=""):
+    begin(item)
+    write("end", item=item, outcome=outcome, why=why)
+
+def done():
+    write("done")
+
+def ended(step):
+    with open(words["--journal"]) as file:
+        return [line["item"] for line in map(json.loads, file) if line["event"] == "end" and line["step"] == step]
+
+"""
+
 
 class Place:
     """A folder with a journal, planted tests, and the environment of workers."""
@@ -64,6 +90,10 @@ class Place:
     def step(self, name="tests", seconds=LONG, prefix=(), **options) -> Step:
         command = (*prefix, *PYTEST, "--rootdir", str(self.tests.parent), str(self.tests))
         return Step(name, command, seconds, LONG, **options)
+
+    def worker(self, code: str, name="tests", seconds=LONG, **options) -> Step:
+        """A step whose workers are `WORKER` and `code`."""
+        return Step(name, (sys.executable, "-S", "-c", WORKER + code), seconds, LONG, **options)
 
     def run(self, step: Step, deadline: float = float("inf")) -> None:
         run_step(step, self.journal, deadline, self.folder / "logs", self.environment)

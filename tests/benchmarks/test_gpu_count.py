@@ -1,5 +1,6 @@
 """What the GPU commands would run, counted on a CPU with the packages hidden that a GPU machine lacks."""
 
+import json
 import os
 import re
 import subprocess
@@ -7,13 +8,15 @@ import sys
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks.gpu import aims, steps
+from benchmarks.gpu import aims, measuring, steps
+from benchmarks.gpu.journal import Journal
 from benchmarks.gpu.measuring import MOST_BYTES
-from benchmarks.harness import ROOT, source, write_rows
+from benchmarks.harness import ROOT, Task, source, write_rows
 from tests.kit.hidden.sitecustomize import HIDDEN
 
 HIDING = ROOT / "tests/kit/hidden"
@@ -31,11 +34,33 @@ def python(code: str) -> str:
     return done.stdout
 
 
-def collected(*words: str) -> list[str]:
-    pytest_ = (sys.executable, "-m", "pytest", "-q", "-p", "benchmarks.gpu.pretended", "-p", "no:cacheprovider")
-    done = hidden(*pytest_, "--collect-only", *words)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return [line for line in done.stdout.splitlines() if re.match(r"tests/\S+\.py::", line)]
+COUNTED = """
+import pytest
+from pathlib import Path
+from benchmarks.gpu import pretended, counting, steps
+
+class Markers:
+    def pytest_collection_finish(self, session):
+        for item in session.items:
+            print("test", item.nodeid, *{mark.name for mark in item.iter_markers()}, sep="|")
+
+words = ["-q", "--collect-only", "-p", "no:cacheprovider", "-m", "gpu", "tests/kernels", "tests/gpu", "tests/engine"]
+assert pytest.main(words, [pretended, Markers()]) == 0
+for step in steps.bench(Path("rows")):
+    for item in counting.rows_of(step):
+        size = None if item.provider in item.task.absent else counting.held(item)
+        print("row", step.name, item.workload, item.provider, item.name, size, sep="|")
+"""
+
+
+@pytest.fixture(scope="module")
+def counted():
+    """What a GPU would be given: of each test its id and markers, and of each row what it is and its bytes."""
+    lines = [line.split("|") for line in python(COUNTED).splitlines() if line.startswith(("test|", "row|"))]
+    return SimpleNamespace(
+        marks={name: marks for kind, name, *marks in lines if kind == "test"},
+        rows=[words for kind, *words in lines if kind == "row"],
+    )
 
 
 def test_the_packages_are_hidden():
@@ -55,14 +80,14 @@ def test_kernels_are_tested_and_measured_without_the_packages():
     assert all(re.search(rf"^ *{name} clvp_fast", said, re.MULTILINE) for name in workloads), said
 
 
-def test_what_runs_on_a_gpu_is_all_that_the_steps_run():
+def test_what_runs_on_a_gpu_is_all_that_the_steps_run(counted):
     """And nothing of it is a CPU's, or compiles alone."""
-    everything = collected("-m", "gpu", "tests/kernels", "tests/gpu", "tests/engine")
+    everything = list(counted.marks)
     files = Counter(name.partition("::")[0] for name in everything)
     assert len(everything) > 1000 and not [name for name in files if name.endswith(("_cpu.py", "test_compiled.py"))]
     assert not [name for name in everything if "test_log_mel" in name and "[cpu" in name]
-    first = collected("-m", "gpu and bfloat16", "tests/kernels")
-    assert 200 < len(first) < len(everything) and set(first) < set(everything)
+    kernels = [name for name in everything if name.startswith("tests/kernels/")]
+    assert 200 < sum("bfloat16" in counted.marks[name] for name in kernels) < len(kernels) / 2
     sanitized = steps.SANITIZED.read_text().splitlines()
     assert len(set(sanitized)) == 40 and set(sanitized) < set(everything)
     kernels = {name for name in files if name.startswith("tests/kernels/")}
@@ -72,17 +97,9 @@ def test_what_runs_on_a_gpu_is_all_that_the_steps_run():
     assert all(any(name.startswith(word) for word in words) for name in files)
 
 
-def test_the_rows_and_their_memory():
+def test_the_rows_and_their_memory(counted):
     """In their order: kernels, of each workload the first shape first, then models, then rivals; all fit."""
-    said = python(
-        "from pathlib import Path\n"
-        "from benchmarks.gpu import pretended, counting, steps\n"
-        "for step in steps.bench(Path('rows')):\n"
-        "    for item in counting.rows_of(step):\n"
-        "        absent = item.provider in item.task.absent\n"
-        "        print(step.name, item.workload, item.provider, None if absent else counting.held(item), sep='|')\n"
-    )
-    rows = [line.split("|") for line in said.splitlines() if line.count("|") == 3]
+    rows = counted.rows
     names = list(dict.fromkeys(step for step, *_ in rows))
     assert names == [step.name for step in steps.bench(Path("rows"))]
     first = list(dict.fromkeys(workload for step, workload, *_ in rows if step == names[0]))
@@ -91,7 +108,10 @@ def test_the_rows_and_their_memory():
     shapes = len(list(dict.fromkeys(of_kernels)))
     changes = [before for before, after in pairwise(of_kernels) if before != after]
     assert changes[:shapes] == list(steps.KERNELS), "the first shape of each workload comes first"
-    assert not any("one launch" in provider for step, _, provider, _ in rows if step != names[-1])
+    assert not any("one launch" in provider for step, _, provider, *_ in rows if step != names[-1])
+    assert not any(provider == "clvp_fast tasks" for _, _, provider, *_ in rows), "a workload tells of no row"
+    for aim in aims.AIMS:
+        assert sum(aims.is_of(item, aim) for _, _, _, item, _ in rows) == 1, aim
     sizes = [int(size) for *_, size in rows if size != "None"]
     assert len(sizes) > 200 and 30e9 < max(sizes) < MOST_BYTES
 
@@ -120,13 +140,14 @@ def test_make_keeps_a_python_path(target, tmp_path):
     assert "path: .\n" in done.stdout
 
 
+@pytest.mark.slow
 def test_without_a_gpu_the_commands_say_so(tmp_path):
     done = hidden("make", "gpu-evidence", f"GPU_PYTHON={sys.executable}", f"GPU_OUT={tmp_path}")
     assert done.returncode and "needs a CUDA device" in done.stderr and "--count tells" in done.stderr
 
 
 @pytest.mark.slow
-def test_the_whole_command_counts():
+def test_the_whole_command_counts(counted):
     done = hidden("make", "gpu-evidence", f"GPU_PYTHON={sys.executable}", "GPU_ARGS=--count", PYTHONPATH=str(HIDING))
     assert done.returncode == 0, done.stdout + done.stderr
     told = re.findall(r"^(\S.*): (\d+) (tests|rows)\b", done.stdout, re.MULTILINE)
@@ -134,9 +155,8 @@ def test_the_whole_command_counts():
     assert [name for name, *_ in told] == [step.name for step in planned]
     assert all(int(count) > 0 for _, count, _ in told)
     tests = {name: int(count) for name, count, kind in told if kind == "tests"}
-    everything = collected("-m", "gpu", "tests/kernels", "tests/gpu", "tests/engine")
     assert tests["memcheck"] == tests["racecheck"] == 40
-    assert sum(tests.values()) - 80 == len(everything)
+    assert sum(tests.values()) - 80 == len(counted.marks)
 
 
 def aim_row(aim: aims.Aim, seconds: float, copy: float) -> dict:
@@ -158,11 +178,37 @@ def test_aims_scale_by_the_card_s_bandwidth(tmp_path):
     folder = tmp_path / "nvidia-test"
     write_rows([aim_row(first, 3 * first.seconds, aims.BANDWIDTH / 2)], folder)
     write_rows([aim_row(second, 1.0, aims.BANDWIDTH) | {"seconds": None, "refused": "wrong"}], folder)
-    lines = aims.table(tmp_path, "NVIDIA Test").splitlines()[2:]
+    journal = Journal(tmp_path / "journal.jsonl", "code on card")
+    lines = aims.table(tmp_path, "NVIDIA Test", journal).splitlines()[2:]
     assert len(lines) == len(aims.AIMS)
     assert "| 1.20 ms at 2.40 TB/s | 1.80 ms | 1.50 |" in lines[0] and "| wrong |" in lines[1]
-    assert all("no row" in line for line in lines[2:])
-    assert all("no row" in line for line in aims.table(tmp_path, "another card").splitlines()[2:])
+    assert all(line.endswith("| no row |  |") for line in lines[2:])
+    assert all("no row" in line for line in aims.table(tmp_path, "another card", journal).splitlines()[2:])
+    # Of a row that there is not, what the journal has of it.
+    third = aims.AIMS[2]
+    item = f"{third.workload} {json.dumps(third.shape | {'more': 1})} {third.provider}"
+    journal.write("rows", "end", item=item, worker="w", outcome="failed", why="RuntimeError: a | b\n and more")
+    lines = aims.table(tmp_path, "NVIDIA Test", journal).splitlines()[2:]
+    assert lines[2].endswith("| no row: failed (RuntimeError: a \\| b) |  |") and lines[3].endswith("| no row |  |")
+
+
+def test_a_workload_without_tasks_costs_itself_alone():
+    names = ["tests.benchmarks.no_such_workload", "tests.benchmarks.planted"]
+    missing, *others = measuring.items_of(names, ("ours", "torch"), "", "cpu", smoke=True)
+    assert missing.workload == names[0] and others and {item.workload for item in others} == {names[1]}
+    with pytest.raises(ModuleNotFoundError):
+        missing.task.row(missing.provider)
+
+
+@pytest.mark.parametrize(("memory", "outcome"), [(24e9, "absent"), (141e9, "failed")])
+def test_a_row_that_a_small_card_cannot_hold_is_absent(memory, outcome, tmp_path):
+    def row(name):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    item = measuring.Item("generate", Task({}, list, row=row), "clvp_fast engine")
+    machine = SimpleNamespace(described=dict)
+    found, why = measuring._measure(item, machine, tmp_path, memory)
+    assert found == outcome and why == f"a device of {memory / 1e9:.0f} GB: CUDA out of memory"
 
 
 def test_the_document_has_the_aims():
