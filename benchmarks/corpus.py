@@ -60,7 +60,7 @@ class _Both:
 
     def engine(self) -> dict[int, list[int]]:
         engine, settings = self._worker.engine, self._worker.settings
-        voice = self._worker.voice(VOICE)
+        voice, _ = self._worker.voice(VOICE)
         requests = (
             CandidateRequest(
                 text=row.text,

@@ -265,6 +265,7 @@ def has_results(out: Path) -> bool:
     return any(path.stat().st_size > 4000 for path in (out / "unfinished").glob("*.journal"))
 
 
+@pytest.mark.slow
 def test_a_worker_is_killed(ray, corpus, single, tmp_path, monkeypatch):
     killed: list[int] = []
 

@@ -123,7 +123,7 @@ def same_bits(found, expected):
 @pytest.mark.parametrize(
     "dtype, options, mixes",
     [
-        (torch.float32, {}, 50),
+        (torch.float32, {}, 25),
         (torch.bfloat16, dict(deterministic=True, max_batch=20), 25),
         (torch.float32, dict(weight_dtype=torch.int8), 15),
         (torch.bfloat16, dict(weight_dtype=torch.int8, deterministic=True, max_batch=20), 15),

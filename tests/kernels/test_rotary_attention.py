@@ -212,11 +212,12 @@ def test_rotation_is_rounded_once(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("q_len", [1, 20])
 def test_bits_do_not_depend_on_the_batch(q_len, dtype):
-    qkv, angles = inputs(q_len, 40, 32, 16, B=17, H=1, dtype=dtype)
-    mask = make_mask("left", 17, q_len, 40)
+    rows = 17 if q_len == 1 or DEVICE == "cuda" else 5
+    qkv, angles = inputs(q_len, 40, 32, 16, B=rows, H=1, dtype=dtype)
+    mask = make_mask("left", rows, q_len, 40)
     out = rotary_attention(*qkv, mask=mask, causal=True, **angles)
     assert torch.equal(out, rotary_attention(*qkv, mask=mask, causal=True, **angles))
-    for row in (0, 16):
+    for row in (0, rows - 1):
         alone = [x[row : row + 1] for x in qkv]
         assert torch.equal(
             out[row : row + 1], rotary_attention(*alone, mask=mask[row : row + 1], causal=True, **angles)

@@ -14,7 +14,7 @@ from tests.kernels.device import DEVICE, DTYPES
 from tests.kit import random, strided
 
 STOP, PAD = 3, 96
-ROWS = 6 if DEVICE == "cpu" else 512
+ROWS = 3 if DEVICE == "cpu" else 512
 TORTOISE = {"temperature": 0.8, "top_p": 0.8, "repetition_penalty": 2.0}
 ALL = {"temperature": 1.5, "top_k": 30, "top_p": 0.95, "min_p": 0.02, "typical_p": 0.9, "repetition_penalty": 1.3}
 NEUTRAL = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "typical_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}

@@ -180,13 +180,13 @@ def test_unknown_backend_is_refused():
     ("value", "expected"),
     [
         ("cuda", "CLVP_FAST_BACKEND must be one of reference, torch, kernel, not 'cuda'"),
-        ("reference", "None reference"),
+        ("reference", "None reference\nFalse"),
     ],
 )
 def test_environment_variable(value, expected):
-    code = "import clvp_fast; c = clvp_fast.explain('add_norm')[0]; print(c.refused.get('reference'), c.backend)"
-    run = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | {"CLVP_FAST_BACKEND": value}, capture_output=True, text=True
-    )
+    code = "import clvp_fast; c = clvp_fast.explain('add_norm')[0]; print(c.refused.get('reference'), c.backend);"
+    code += "from clvp_fast.ops import paged_attention; print(paged_attention._debug)"
+    environment = os.environ | {"CLVP_FAST_BACKEND": value, "CLVP_FAST_DEBUG": "0"}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert expected in run.stdout + run.stderr
     assert (run.returncode == 0) == (value == "reference")

@@ -1,6 +1,7 @@
 """What torch does with models: export, compilation, checkpointing of gradients, moves between types and devices."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -67,8 +68,10 @@ def test_compile_in_one_graph(name, grad):
     torch._dynamo.reset()
     stock, ours = pair(name)
     compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
+    # Another size is compiled anew, with free sizes: once, where it is cheap.
+    sizes = (2, 3) if name != "ClvpModelForConditionalGeneration" and not grad else (2,)
     with torch.set_grad_enabled(grad):
-        for inputs in (inputs_of(name), inputs_of(name, 3)):
+        for inputs in map(partial(inputs_of, name), sizes):
             if name == "ClvpForCausalLM":
                 inputs["use_cache"] = False
             assert_same(main_output(compiled(**inputs)), main_output(stock(**inputs)))
@@ -114,10 +117,9 @@ def test_dropout_in_training(name):
     torch.manual_seed(0)
     noisy = main_output(ours.train()(**inputs_of(name)))
     assert (noisy - plain).abs().max() > 1e-2
+    often = {key: value.repeat(300, 1) for key, value in inputs_of(name).items()}  # each row drops on its own
     with torch.no_grad():
-        samples = [
-            torch.stack([main_output(model.train()(**inputs_of(name))) for _ in range(300)]) for model in (stock, ours)
-        ]
+        samples = [main_output(model.train()(**often)).unflatten(0, (300, -1)) for model in (stock, ours)]
     (mean, spread), (own_mean, own_spread) = ((sample.mean(0), sample.std(0)) for sample in samples)
     assert (own_mean - mean).abs().mean() < 0.15 * spread.mean()
     assert abs(own_spread.mean() / spread.mean() - 1) < 0.05

@@ -50,7 +50,7 @@ def test_ids_and_decoded_text_equal_transformers(files):
     stock, ours = StockTokenizer(*files), ClvpTokenizer(*files)
     assert ours.get_vocab() == stock.get_vocab() and len(ours) == len(stock) and ours.vocab_size == stock.vocab_size
     count = 0
-    for text in texts(3000, seed=3):
+    for text in texts(1500, seed=3):
         try:
             expected = stock(text)
         except ValueError:
@@ -61,7 +61,7 @@ def test_ids_and_decoded_text_equal_transformers(files):
             decoded = ours.decode(expected["input_ids"], **options)
             assert decoded == stock.decode(expected["input_ids"], **options), repr(text)
         count += 1
-    assert count > 2800
+    assert count > 1400
 
 
 def test_batches_padding_truncation_and_pairs_equal_transformers(files):
