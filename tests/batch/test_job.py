@@ -405,7 +405,7 @@ except OSError as error:
 def test_columns_without_a_meaning_are_told(run, tmp_path, caplog):
     rows = [{"id": 1, "text": "Hello.", "temprature": 0.5}, {"id": 2, "text": "Bye.", "speaker": "x"}]
     run(write_jsonl(tmp_path / "wide.jsonl", rows))
-    assert "say nothing to the job: speaker, temprature" in caplog.text
+    assert "say nothing to the job: 'speaker', 'temprature'" in caplog.text
 
 
 def test_unwritable_folder(run, tmp_path):
