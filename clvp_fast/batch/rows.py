@@ -139,7 +139,7 @@ def _voice(value: Any, folder: Path | None, keep: Callable[[bytes], Path] | None
 def _is_path(content: bytes) -> bool:
     """Whether bytes are a path: every recording has bytes that are none of text."""
     try:
-        return len(content) <= _PATH and b"\0" not in content and content.decode().isprintable()
+        return len(content) <= _PATH and content.decode().isprintable()
     except UnicodeDecodeError:
         return False
 

@@ -118,6 +118,7 @@ def test_bad_lines_of_csv(tmp_path):
         ('id,text\na,"open\nb,"",""\n', 2),  # to what looks like the end of a value
         ('id,text\na,Hello.\nb,"open' + "\nc,Bye." * 40_000, 3),  # beyond the longest value
         ('"id,text\na,Hello.\n', 1),
+        ('id,text,voice\na,"x"y,"open\nb,c,d"\ne,f,\n', 2),  # behind what is wrong already
         ('id,text\na,Hello.\nb,"one\ntwo",x\nc,Bye.\n', 3),  # closed, and a value too many
     ],
 )
@@ -292,9 +293,28 @@ def test_recordings_in_cells(tmp_path):
     rows = read(pa.array([content, b"a.wav", "é.wav".encode(), None], pa.binary()))
     assert [row.voice for row in rows] == [str(tmp_path / name) for name in ("kept", "a.wav", "é.wav")] + [None]
     assert kept == [content] * 2
+    rows = read(pa.array([b"a" * 4097, b"a\nb", b"a\0b", b"a" * 255], pa.binary()))
+    assert kept[2:] == [b"a" * 4097, b"a\nb", b"a\0b"] and rows[3].voice == str(tmp_path / ("a" * 255))
+    del kept[2:]
     rows = read(pa.array([content, bytes(5), b"RIFF\xff", bytes((64 << 20) + 1)], pa.large_binary()))
     assert "the recording in the row has 67108865 bytes, and may have 64 MiB" in rows[3].error and len(kept) == 5
     assert "not a recording's bytes" in read(pa.array(given, struct), None)[0].error
+
+
+@pytest.mark.parametrize(("kind", "rows"), [(pa.string(), 1024), (pa.large_binary(), 8)])
+def test_few_recordings_are_held_at_a_time(tmp_path, monkeypatch, kind, rows):
+    voices = pa.array([b"a.wav"] * 1500, pa.binary()).cast(kind)
+    table = {"id": pa.array(range(1500)), "text": ["Hello."] * 1500, "voice": voices}
+    pq.write_table(pa.table(table), tmp_path / "corpus.parquet")
+    batches, held = pq.ParquetFile.iter_batches, []
+
+    def watched(*arguments, **options):
+        for batch in batches(*arguments, **options):
+            held.append(len(batch))
+            yield batch
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", watched)
+    assert len(list(read_rows(tmp_path / "corpus.parquet"))) == 1500 and max(held) == rows
 
 
 @pytest.mark.parametrize("kind", [".csv", ".parquet"])
