@@ -272,6 +272,11 @@ def test_what_is_found_out(worker):
     found = Worker(Settings(device="cpu")).settings
     assert (found.max_new_tokens, found.device, found.batch_size) == (500, "cpu", 16)
     assert found.threads == torch.get_num_threads()
+    asked = []
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(torch, "set_num_threads", asked.append)
+        Worker(Settings(device="cpu", threads=3))
+    assert asked == [3]
     assert worker.description()["settings"] == worker.settings.as_dict()
     assert "torch" in worker.description()["versions"]
 
