@@ -212,6 +212,8 @@ def test_channels_that_cancel(tmp_path):
     assert np.abs(load_audio(tmp_path / "a.wav")[0]).max() == pytest.approx(0.025, rel=0.01)
     soundfile.write(tmp_path / "a.wav", np.zeros((22050, 2)), 22050)
     load_audio(tmp_path / "a.wav")  # silent, which is another matter
+    soundfile.write(tmp_path / "a.wav", np.stack([tone(22050), -tone(22050)], axis=1) * 1e-4, 22050, subtype="FLOAT")
+    load_audio(tmp_path / "a.wav")  # and so is this
 
 
 @pytest.mark.parametrize("scale", [2**15, 2**31, 127])

@@ -140,6 +140,15 @@ def test_full_disk_while_rows_are_copied(null_job, tmp_path, monkeypatch):
     assert job.run(tmp_path / "corpus.parquet", tmp_path / "out", progress=False)["spoken"] == 1
 
 
+def test_reasons_are_counted(null_job, tmp_path):
+    """The most frequent first."""
+    rows = [{"id": index, "voice": str(VOICE)} for index in range(2)]
+    rows += [{"id": index, "text": "Hello.", "top_k": "many"} for index in range(5, 8)]
+    summary = job.run(write_jsonl(tmp_path / "corpus.jsonl", rows), tmp_path / "out", progress=False)
+    assert [found["rows"] for found in summary["failures"]] == [3, 2]
+    assert summary["failures"][1]["error"] == "the row has no text"
+
+
 def test_remarks_are_counted(null_job, tmp_path):
     rows = [{"id": index, "text": f"東 {index}.", "voice": str(VOICE)} for index in range(3)]
     rows.append({"id": "x", "text": "Hello.", "voice": str(VOICE)})
