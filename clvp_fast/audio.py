@@ -6,6 +6,7 @@ soundfile and soxr are imported by who reads a recording: an engine that is give
 import io
 import math
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,16 +21,32 @@ if TYPE_CHECKING:
 
 #: How the names of recordings end in a folder, in lower case: those that libsndfile reads, and those that it does not.
 READ_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".aiff", ".aif", ".aifc", ".au", ".snd", ".caf")
-READ_SUFFIXES += (".w64", ".rf64")
+READ_SUFFIXES += (".w64", ".rf64", ".mp2", ".sph", ".nist", ".voc")
 UNREAD_SUFFIXES = (".m4a", ".m4b", ".mp4", ".aac", ".wma", ".webm", ".mka", ".amr", ".3gp", ".ac3", ".ape", ".wv")
+UNREAD_SUFFIXES += (".mkv", ".mov", ".spx", ".tta", ".dsf")
 RECORDING_SUFFIXES = READ_SUFFIXES + UNREAD_SUFFIXES
 
 # Frames that are read at a time, and seconds beyond those asked for, which resampling looks ahead into.
 _BLOCK, _MARGIN = 1 << 16, 1.0
 # Channels that leave less than this part of themselves when they are mixed down cancel each other.
 _CANCELLED = 1e-3
+# A recording that ends before this part of the length in its header is torn; that of MP3 is now and then an estimate.
+_TORN = 0.9
 # What comes through a pipe is kept whole, as a reader goes back and forth in it.
 _PIPE = 256 << 20
+
+
+def is_recording(path: Path) -> bool:
+    """Whether what lies in a folder is to be read as a recording: by its name, but for hidden files and folders.
+
+    Raises:
+        ValueError: it is a pipe or a device, which nobody may ever write into.
+    """
+    if path.name.startswith(".") or not path.name.lower().endswith(RECORDING_SUFFIXES) or path.is_dir():
+        return False
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is a pipe or a device among recordings: move it away, or name it by itself")
+    return True
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,13 +98,17 @@ def read_audio(source: str | os.PathLike | BinaryIO, sampling_rate: int = 22050,
             rate, channels = file.samplerate, file.channels
             frames = None if seconds is None else math.ceil((seconds + _MARGIN) * rate)
             samples, peak = _mixed_down(_blocks(file, frames))
-            whole = max(file.frames, len(samples)) if file.seekable() else len(samples)
+            named = max(file.frames, len(samples)) if file.seekable() else len(samples)
+            named = round(named * _torn_by(file.extra_info))
     except (soundfile.SoundFileError, OSError, TypeError) as error:
-        reason = getattr(error, "error_string", error)
-        raise ValueError(f"{name} cannot be read as a recording (WAV, FLAC, MP3 or OGG): {reason}") from error
+        raise ValueError(f"{name} cannot be read as a recording (WAV, FLAC, MP3 or OGG): {_reason(error)}") from error
 
     _check(samples, peak, channels, name)
+    ended = frames is None or len(samples) < frames
+    whole = len(samples) if ended else named
     changes = [f"{channels} channels mixed down to one"] if channels > 1 else []
+    if ended and len(samples) < _TORN * named:
+        changes.append(f"torn off after {whole / rate:.2f} s of the {named / rate:.2f} s that its header names")
     if rate != sampling_rate:
         import soxr
 
@@ -97,6 +118,22 @@ def read_audio(source: str | os.PathLike | BinaryIO, sampling_rate: int = 22050,
             raise ValueError(f"{name} is too short: nothing is left of it at {sampling_rate} Hz")
     used = len(samples) if seconds is None else int(seconds * sampling_rate)
     return Audio(samples[:used].copy(), whole / rate, tuple(changes), len(samples) > used)
+
+
+def _reason(error: Exception) -> str:
+    """What libsndfile says, but for a file that it can open and says not to be there."""
+    said = str(getattr(error, "error_string", error))
+    return "Format not recognised." if said.startswith("File does not exist") else said
+
+
+def _torn_by(log: str) -> float:
+    """How many times the samples that are there the header of a WAV file names; libsndfile corrects it in silence.
+
+    Who writes into a pipe names as many as 32 bits can, which says nothing.
+    """
+    found = re.search(r"^data : (\d+) \(should be (\d+)\)", log, re.MULTILINE)
+    named, there = map(int, found.groups()) if found else (0, 0)
+    return named / there if there < named < 0x7FFF_0000 and there else 1.0
 
 
 def _readable(path: Path) -> bytes | BinaryIO:
@@ -139,6 +176,9 @@ def _check(samples: np.ndarray, peak: float, channels: int, name: str | os.PathL
         raise ValueError(f"{name} is empty: it has no samples")
     if not math.isfinite(peak):
         raise ValueError(f"{name} holds samples that are NaN or infinite; export the recording again")
+    low, high = float(samples.min()), float(samples.max())
+    if high - low < SILENCE_PEAK <= max(high, -low):
+        raise ValueError(f"{name} holds nothing but a constant level ({high:.3g}), which cannot be heard")
     _require_scale(peak, name)
     left = float(np.abs(samples).max())
     if channels > 1 and peak >= SILENCE_PEAK and left < _CANCELLED * peak:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from clvp_fast.audio import RECORDING_SUFFIXES, UNREAD_SUFFIXES, read_audio, require_sound
+from clvp_fast.audio import UNREAD_SUFFIXES, is_recording, read_audio, require_sound
 from clvp_fast.engine.voices import Voice, VoiceCache
 from clvp_fast.files import user_path
 from clvp_fast.models.clvp.feature_extraction import ClvpFeatureExtractor
@@ -64,8 +64,7 @@ def _recordings(folder: Path) -> tuple[list[Path], list[Path]]:
 
     Those in its sub-folders may be other speakers'.
     """
-    found = sorted(path for path in folder.iterdir() if path.name.lower().endswith(RECORDING_SUFFIXES))
-    found = [path for path in found if path.is_file() and not path.name.startswith(".")]
+    found = sorted(filter(is_recording, folder.iterdir()))
     unread = [path for path in found if path.name.lower().endswith(UNREAD_SUFFIXES)]
     if len(unread) == len(found):
         beside = f", and none can be read of {', '.join(path.name for path in unread)}" if unread else ""

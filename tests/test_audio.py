@@ -102,6 +102,49 @@ def test_truncated_flac(tmp_path):
         load_audio(tmp_path / "a.flac")
 
 
+@pytest.mark.parametrize("suffix", ["wav", "mp3"])
+def test_torn_recordings_are_told(tmp_path, suffix):
+    """Half of a file is half of a recording, of which its header names the whole."""
+    path = tmp_path / f"a.{suffix}"
+    soundfile.write(path, tone(22050, 4.0) + np.random.default_rng(0).normal(size=4 * 22050) * 0.1, 22050)
+    assert load_audio(path)[1] is None
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    found = read_audio(path)
+    assert found.seconds == len(found.samples) / 22050 < 2.5
+    assert found.changes == (f"torn off after {found.seconds:.2f} s of the 4.00 s that its header names",)
+    assert read_audio(path, seconds=6).changes == found.changes and not read_audio(path, seconds=6).cut
+    assert not read_audio(path, seconds=0.5).changes  # what is missing is not asked for
+
+
+@pytest.mark.parametrize("named", [0xFFFF_FFFF, 0x7FFF_FFFF, 0x7FFF_F000])
+def test_a_length_that_was_not_known(tmp_path, named):
+    """As of who wrote into a pipe."""
+    soundfile.write(tmp_path / "a.wav", tone(22050), 22050)
+    content = bytearray((tmp_path / "a.wav").read_bytes())
+    place = content.index(b"data") + 4
+    content[place : place + 4] = named.to_bytes(4, "little")
+    (tmp_path / "a.wav").write_bytes(content)
+    found = read_audio(tmp_path / "a.wav")
+    assert len(found.samples) == 11025 and found.seconds == 0.5 and not found.changes
+
+
+@pytest.mark.parametrize("samples", [np.full(22050, 0.5), np.full((44100, 2), -0.2), np.array([0.5])])
+@pytest.mark.parametrize("rate", [22050, 48000])
+def test_a_constant_level_is_no_sound(tmp_path, samples, rate):
+    soundfile.write(tmp_path / "a.wav", samples, rate)
+    with pytest.raises(ValueError, match=r"a\.wav holds nothing but a constant level \((0.5|-0.2)\)"):
+        load_audio(tmp_path / "a.wav")
+    soundfile.write(tmp_path / "a.wav", tone(rate) * 0.5 + 0.4, rate)
+    load_audio(tmp_path / "a.wav")
+
+
+def test_junk_by_the_name_of_mp3(tmp_path):
+    """libsndfile says that it is not there, which it is."""
+    (tmp_path / "a.mp3").write_bytes(np.random.default_rng(0).bytes(50_000))
+    with pytest.raises(ValueError, match=r"a\.mp3 cannot be read as a recording .*: Format not recognised"):
+        load_audio(tmp_path / "a.mp3")
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_nan_and_infinity(tmp_path, bad):
     samples = tone(22050)
@@ -169,6 +212,8 @@ def test_channels_that_cancel(tmp_path):
     assert np.abs(load_audio(tmp_path / "a.wav")[0]).max() == pytest.approx(0.025, rel=0.01)
     soundfile.write(tmp_path / "a.wav", np.zeros((22050, 2)), 22050)
     load_audio(tmp_path / "a.wav")  # silent, which is another matter
+    soundfile.write(tmp_path / "a.wav", np.stack([tone(22050), -tone(22050)], axis=1) * 1e-4, 22050, subtype="FLOAT")
+    load_audio(tmp_path / "a.wav")  # and so is this
 
 
 @pytest.mark.parametrize("scale", [2**15, 2**31, 127])

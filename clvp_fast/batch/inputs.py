@@ -76,6 +76,8 @@ def require_file(path: Path) -> None:
     """Raises for an input that is no file."""
     if path.is_dir():
         raise ValueError(f"the input {path} is a folder: give a file of rows, such as a .parquet file in it")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"the input {path} is a pipe or a device, and a job reads it more than once: give a file")
     if not path.is_file():
         raise FileNotFoundError(f"there is no input at {path}")
 
@@ -154,7 +156,7 @@ def _csv(path: Path, done, unused: set[str]) -> Iterator[Mapping[str, Any] | Exc
                     else (f"{len(values)} values, and the header has {len(header)}")
                 )
             except csv.Error as error:
-                values, wrong = [], f"no row of CSV: {error}"
+                values, wrong = [], f"no row of CSV: {_reason(error)}"
             # Where a row ends that lies on several lines, or whose quotes do not close, cannot be told if it is bad.
             if wrong and (header is None or reader.line_num > start or line.count('"') % 2):
                 raise ValueError(
@@ -164,7 +166,7 @@ def _csv(path: Path, done, unused: set[str]) -> Iterator[Mapping[str, Any] | Exc
                 yield ValueError(f"{place}: {wrong}")
             elif values is None:
                 break
-            elif header is None:
+            elif values and header is None:
                 header = [name.strip() for name in values]
                 unused.update(_columns(path, header))
             elif values:
@@ -174,10 +176,21 @@ def _csv(path: Path, done, unused: set[str]) -> Iterator[Mapping[str, Any] | Exc
             _columns(path, [])
 
 
+def _reason(error: csv.Error) -> str:
+    """What Python's reader says, without its advice to programmers."""
+    return "a carriage return stands outside of quotes" if "new-line character" in str(error) else str(error)
+
+
 def _first(path: Path, line: bytes) -> bytes:
-    """The first line of a text, without the mark of UTF-8. Raises `ValueError` where it has that of UTF-16."""
-    if line.startswith((b"\xff\xfe", b"\xfe\xff")):
+    """The first line of a text, without the mark of UTF-8.
+
+    Raises:
+        ValueError: it is UTF-16, or its lines end in a way that makes one line of the whole file.
+    """
+    if line.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in line[:2]:
         raise ValueError(f"{path} is UTF-16: save it as UTF-8")
+    if b"\r" in line.rstrip(b"\r\n") and not line.endswith(b"\n"):
+        raise ValueError(f"{path} ends its lines with carriage returns alone: save it with newlines")
     return line.removeprefix(b"\xef\xbb\xbf")
 
 
@@ -205,11 +218,20 @@ def _parquet(path: Path, done, unused: set[str]) -> Iterator[Mapping[str, Any]]:
 
 
 def _records(batch: pa.RecordBatch) -> list[dict[str, Any]]:
+    """The rows of a batch. Text that is no UTF-8 comes as bytes, and any other value that Python cannot say as the
+    exception that tells why, so that each row fails for itself."""
     try:
         return batch.to_pylist()
-    except UnicodeDecodeError:  # as bytes, so that each row fails for itself
-        columns = [column.cast(pa.binary()) if _is_short(column.type) else column for column in batch.columns]
-        return pa.table(columns, batch.schema.names).to_pylist()
+    except (ValueError, OverflowError):
+        columns = [[_cell(value) for value in column] for column in batch.columns]
+        return [dict(zip(batch.schema.names, values, strict=True)) for values in zip(*columns, strict=True)]
+
+
+def _cell(value: pa.Scalar) -> Any:
+    try:
+        return value.as_py()
+    except (ValueError, OverflowError) as error:
+        return value.as_buffer().to_pybytes() if isinstance(value, pa.BinaryScalar) else error
 
 
 def _is_short(kind: pa.DataType) -> bool:
@@ -227,7 +249,9 @@ def _columns(path: Path, found: list[str]) -> set[str]:
     missing = [name for name in ("id", "text") if name not in found]
     if missing:
         shown = ", ".join(map(repr, found[:12])) or "none"
-        raise ValueError(f"{path} has no column {missing[0]!r}; its columns are {shown}")
+        other = next((sign for sign in ";\t|" if len(found) == 1 and sign in found[0]), None)
+        advice = f"; separate values by commas, not by {other!r}" if other else ""
+        raise ValueError(f"{path} has no column {missing[0]!r}; its columns are {shown}{advice}")
     if repeated := _repeated_name([name for name in found if name in COLUMNS]):
         raise ValueError(f"{path} has the column {repeated!r} twice: leave one")
     return set(found) - COLUMNS

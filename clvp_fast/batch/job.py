@@ -158,7 +158,7 @@ def _rows(folder: JobFolder, source: Path, shard_rows: int, manifest: dict | Non
     with watching("reading", 1, 0, hidden=not progress) as watch, replacing(folder.rows) as path:
         RowFile.write(path, read_rows(source, watch.reach, unused, folder.keep_voice), shard_rows)
     if unused:
-        logger.warning("columns of %s that say nothing to the job: %s", source, ", ".join(sorted(unused)))
+        logger.warning("columns of %s that say nothing to the job: %s", source, ", ".join(map(repr, sorted(unused))))
     rows = RowFile(folder.rows)
     if not rows.num_rows:
         raise ValueError(f"{source} has no rows")

@@ -15,6 +15,7 @@ import numpy as np
 
 from clvp_fast.batch.failures import failure_of
 from clvp_fast.batch.settings import SAMPLING
+from clvp_fast.errors import sentence
 from clvp_fast.files import user_path
 
 #: Columns that are looked at; others of an input are left alone.
@@ -54,7 +55,8 @@ class Row:
 
         Args:
             record: values by column; numbers may be given as text, and text as bytes of UTF-8. None, NaN and "" stand
-                for nothing. `voice` is a path, a recording's own bytes, or both as `{"bytes", "path"}`: bytes win.
+                for nothing, and an exception for a value that could not be read. `voice` is a path, a recording's own
+                bytes, or both as `{"bytes", "path"}`: bytes win.
             folder: that relative paths of voices start from.
             keep: puts a recording's bytes into a file; None: a row that has them is an error.
         """
@@ -62,6 +64,9 @@ class Row:
         try:
             given = {name: value for name in COLUMNS if not _is_nothing(value := record.get(name))}
             row_id = _id(given.pop("id", None))
+            for name, value in given.items():
+                if isinstance(value, Exception):
+                    raise ValueError(f"{name} cannot be read: {sentence(value)}")
             if "text" not in given:
                 raise ValueError("the row has no text")
             text, voice = _text("text", given.pop("text")), given.pop("voice", None)
@@ -134,7 +139,7 @@ def _voice(value: Any, folder: Path | None, keep: Callable[[bytes], Path] | None
 def _is_path(content: bytes) -> bool:
     """Whether bytes are a path: every recording has bytes that are none of text."""
     try:
-        return len(content) <= _PATH and b"\0" not in content and content.decode().isprintable()
+        return len(content) <= _PATH and content.decode().isprintable()
     except UnicodeDecodeError:
         return False
 

@@ -14,6 +14,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line (`sys.argv` by default) and returns its exit code."""
     arguments = build_parser().parse_args(argv)
     kept = "nothing was written"
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who started us, and written to all the same
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - as long as the process
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # what an encoding cannot say is escaped

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from clvp_fast import ClvpFeatureExtractor
-from clvp_fast.audio import RECORDING_SUFFIXES, UNREAD_SUFFIXES, read_audio, require_sound
+from clvp_fast.audio import UNREAD_SUFFIXES, is_recording, read_audio, require_sound
 from clvp_fast.checkpoint import resolve_checkpoint
 from clvp_fast.cli import report
 from clvp_fast.cli.pictures import OVERVIEW_PANELS, draw_mel, draw_mels
@@ -151,11 +151,7 @@ def _walk(folder: Path) -> list[Path]:
     found = []
     for place, subfolders, files in os.walk(folder, onerror=refuse):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        found += [
-            Path(place, name)
-            for name in files
-            if not name.startswith(".") and name.lower().endswith(RECORDING_SUFFIXES)
-        ]
+        found += filter(is_recording, (Path(place, name) for name in files))
     return sorted(found)
 
 
@@ -233,6 +229,7 @@ def _row(sound: Sound, mel: np.ndarray) -> dict:
         "seconds": sound.seconds,
         "min": float(mel.min()),
         "max": float(mel.max()),
+        "remark": sound.changed,
     }
 
 

@@ -27,7 +27,7 @@ notes_console = Console(stderr=True, highlight=False)
 
 def note(text: str) -> None:
     """One line for the person who watches, on stderr."""
-    notes_console.print(f"note: {text}", markup=False, soft_wrap=True)
+    notes_console.print(f"note: {' '.join(text.splitlines())}", markup=False, soft_wrap=True)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """`clvp-fast score --model clap`: recordings, or folders of them, ranked against texts."""
 
 import argparse
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,7 +34,10 @@ def run(arguments: argparse.Namespace) -> None:
     name = arguments.checkpoint or DEFAULT_CHECKPOINT
     model, processor = load_clap(name, device=device_for(arguments), dtype=getattr(torch, arguments.dtype))
     failed: list[tuple[Path, Exception]] = []
-    embeds, heard = embed_recordings(model, processor, paths, arguments.seed, failed)
+    remarks: dict[Path, str] = {}
+    embeds, heard = embed_recordings(model, processor, paths, arguments.seed, failed, remarks)
+    for remark, count in Counter(remarks.values()).items():
+        report.note(f"{paths[0] if len(paths) == 1 else f'{count} of the recordings'}: {remark}")
     for _, error in failed:
         report.note(str(error))
     if not heard:
@@ -45,6 +49,7 @@ def run(arguments: argparse.Namespace) -> None:
     ]
     if arguments.json:
         document = {"checkpoint": name, "seed": arguments.seed, "texts": ranked}
+        document["remarks"] = [{"recording": str(path), "remark": remark} for path, remark in remarks.items()]
         document["failed"] = [{"recording": str(path), "reason": str(error)} for path, error in failed]
         report.print_json(document | {"versions": versions()})
     else:
@@ -63,16 +68,17 @@ def embed_texts(model, processor, texts: list[str]) -> torch.Tensor:
 
 @torch.inference_mode()
 def embed_recordings(
-    model, processor, paths: list[Path], seed: int, failed: list[tuple[Path, Exception]]
+    model, processor, paths: list[Path], seed: int, failed: list[tuple[Path, Exception]], remarks: dict[Path, str]
 ) -> tuple[torch.Tensor, list[Path]]:
     """Normalised embeddings `[recordings, projection_dim]`, float32, and which recordings they are of.
 
-    A recording that cannot be used is an error where it is the only one; among others it is added to `failed`.
+    A recording that cannot be used is an error where it is the only one; among others it is added to `failed`. What was
+    changed of one, or left out, is added to `remarks`.
     """
     extractor, embeds, heard = processor.feature_extractor, [], []
     with report.counting_progress(len(paths) == 1) as progress:
         task = progress.add_task("recordings", total=len(paths))
-        for batch in _batches(paths, extractor.sampling_rate, failed):
+        for batch in _batches(paths, extractor, failed, remarks):
             samples = [samples for _, samples in batch]
             inputs = extractor(
                 samples, sampling_rate=extractor.sampling_rate, return_tensors="pt", seed=seed, device=model.device
@@ -85,14 +91,17 @@ def embed_recordings(
 
 
 def _batches(
-    paths: list[Path], sampling_rate: int, failed: list[tuple[Path, Exception]]
+    paths: list[Path], extractor, failed: list[tuple[Path, Exception]], remarks: dict[Path, str]
 ) -> Iterator[list[tuple[Path, np.ndarray]]]:
     """The recordings that can be used, with their samples, a few at a time."""
     batch = []
     for path in paths:
         try:
-            samples, _ = load_audio(path, sampling_rate)
+            samples, changes = load_audio(path, extractor.sampling_rate)
             require_sound(samples, path)
+            said = [remark for remark in (changes, _cropped(samples, extractor)) if remark]
+            if said:
+                remarks[path] = "; ".join(said)
             batch.append((path, samples))
         except Exception as error:
             if len(paths) == 1:
@@ -103,6 +112,16 @@ def _batches(
             batch = []
     if batch:
         yield batch
+
+
+def _cropped(samples: np.ndarray, extractor) -> str | None:
+    """What the extractor does with a recording that is longer than the model takes."""
+    if len(samples) <= extractor.nb_max_samples:
+        return None
+    seconds = f"{extractor.max_length_s:g} s"
+    if extractor.truncation == "rand_trunc":
+        return f"only {seconds} of it are used, from a place that the seed draws"
+    return f"longer than {seconds}: it is heard shrunk, and in three stretches of {seconds} that the seed draws"
 
 
 def ranking(scores: np.ndarray, recordings: list[Path]) -> list[dict]:

@@ -3,7 +3,7 @@
 import pytest
 
 from clvp_fast.batch import job
-from tests.batch.jobs import NoModel, records, write_jsonl
+from tests.batch.jobs import NoModel, failures, records, results, write_jsonl
 
 
 @pytest.fixture
@@ -27,13 +27,26 @@ def no_model(monkeypatch):
 
 
 @pytest.fixture
-def run(no_model, corpus, tmp_path):
-    """`run(...)` does the corpus, in shards of 8 rows, into `tmp_path`/out, and returns the summary."""
+def run(no_model, corpus, out):
+    """`run(...)` does the corpus, in shards of 8 rows, into `out`, and returns the summary."""
 
-    def do(source=corpus, out=tmp_path / "out", **options):
+    def do(source=corpus, out=out, **options):
         return job.run(source, out, **{"shard_rows": 8, "progress": False, **options})
 
     return do
+
+
+@pytest.fixture
+def out(tmp_path):
+    """The folder that `run` writes into."""
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def undisturbed(run, tmp_path):
+    """Results and failures of a run that nothing stops."""
+    run(out=tmp_path / "undisturbed")
+    return results(tmp_path / "undisturbed"), failures(tmp_path / "undisturbed")
 
 
 @pytest.fixture

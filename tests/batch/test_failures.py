@@ -46,7 +46,8 @@ def test_length_is_bounded():
         ImportError("no unidecode"),
         torch.OutOfMemoryError("none left"),
         torch.AcceleratorError("an illegal memory access"),
-        *(OSError(number, "no") for number in (errno.ENOSPC, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE)),
+        *(OSError(number, "no") for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENFILE)),
+        *(OSError(number, "no") for number in (errno.ENOMEM, errno.ESTALE, errno.ENOTCONN)),
     ],
 )
 def test_of_the_job(error):

@@ -71,10 +71,13 @@ def csv_rows(path, rng, count):
             row = record(rng, index)
             values = [row.get(name, "") for name in names]
             spoilt = rng.random()
+            # A row of several lines with too few or too many values is none that can be told from an open quote.
+            whole = any("\n" in str(value) for value in values)
             if spoilt < 0.05:
                 file.write(f'row-{index},"He said "no"",{VOICE}\r\n')
             else:
-                writer.writerow(values[:-1] if spoilt < 0.1 else values + [1] if spoilt < 0.15 else values)
+                ragged = values[:-1] if spoilt < 0.1 else values + [1] if spoilt < 0.15 else values
+                writer.writerow(values if whole else ragged)
 
 
 def parquet_rows(path, rng, count):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from decimal import Decimal
 from uuid import UUID
 
@@ -89,9 +90,10 @@ def test_lines_of_json_that_cannot_be_told(tmp_path):
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
 def test_utf_16(tmp_path, suffix):
     path = tmp_path / f"corpus{suffix}"
-    path.write_bytes("id,text\na,b\n".encode("utf-16"))
-    with pytest.raises(ValueError, match="is UTF-16: save it as UTF-8"):
-        list(read_rows(path))
+    for encoding in ("utf-16", "utf-16-le", "utf-16-be", "utf-32"):  # with a mark, and without
+        path.write_bytes("id,text\na,b\n".encode(encoding))
+        with pytest.raises(ValueError, match="is UTF-16: save it as UTF-8"):
+            list(read_rows(path))
 
 
 def test_bad_lines_of_csv(tmp_path):
@@ -116,6 +118,8 @@ def test_bad_lines_of_csv(tmp_path):
         ('id,text\na,"open\nb,"",""\n', 2),  # to what looks like the end of a value
         ('id,text\na,Hello.\nb,"open' + "\nc,Bye." * 40_000, 3),  # beyond the longest value
         ('"id,text\na,Hello.\n', 1),
+        ('id,text,voice\na,"x"y,"open\nb,c,d"\ne,f,\n', 2),  # behind what is wrong already
+        ('id,text\na,Hello.\nb,"one\ntwo",x\nc,Bye.\n', 3),  # closed, and a value too many
     ],
 )
 def test_quotes_that_swallow_rows(tmp_path, content, line):
@@ -147,6 +151,41 @@ def test_doubled_columns(tmp_path, header):
 def test_doubled_columns_that_say_nothing(tmp_path):
     (tmp_path / "corpus.csv").write_text("id,text,,\na,b,,\n")
     assert [row.text for row in read_rows(tmp_path / "corpus.csv")] == ["b"]
+
+
+@pytest.mark.parametrize("sign", [";", "\t", "|"])
+def test_other_separators(tmp_path, sign):
+    (tmp_path / "corpus.csv").write_text(f"id{sign}text\na{sign}Hello.\n")
+    with pytest.raises(ValueError, match=r"has no column 'id'; .*; separate values by commas, not by ") as caught:
+        list(read_rows(tmp_path / "corpus.csv"))
+    assert str(caught.value).endswith(repr(sign))
+
+
+def test_ends_of_lines(tmp_path):
+    """Blank lines are none, before the header either; carriage returns alone make one line of the file."""
+    path = tmp_path / "corpus.csv"
+    path.write_bytes(b"\n\r\nid,text\r\n\r\r\na,Hello.\n")
+    assert [row.text for row in read_rows(path)] == ["Hello."]
+    path.write_bytes(b"id,text\na,Hel\rlo.\nb,Bye.\n")
+    first, second = read_rows(path)
+    assert first.error == f"{path}, line 2: no row of CSV: a carriage return stands outside of quotes"
+    assert second.text == "Bye."
+    for content in (b"id,text\ra,Hello.\r", b"id,text\ra,Hello."):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="ends its lines with carriage returns alone: save it with newlines"):
+            list(read_rows(path))
+    path = tmp_path / "corpus.jsonl"
+    path.write_bytes(b'{"id": 1, "text": "a"}\r{"id": 2, "text": "b"}')
+    with pytest.raises(ValueError, match="ends its lines with carriage returns alone"):
+        list(read_rows(path))
+    path.write_bytes(b'{"id": 1,\r"text": "a"}\r\n{"id": 2, "text": "b"}')
+    assert [row.text for row in read_rows(path)] == ["a", "b"]
+
+
+def test_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / "corpus.jsonl")
+    with pytest.raises(ValueError, match=r"corpus\.jsonl is a pipe or a device, .*: give a file"):
+        list(read_rows(tmp_path / "corpus.jsonl"))
 
 
 def test_beside_a_link(tmp_path):
@@ -214,6 +253,24 @@ def test_text_of_parquet_that_is_no_utf_8(tmp_path):
         assert rows[1].id == "y" and "text is not valid Unicode" in rows[1].error
 
 
+def test_values_of_parquet_that_python_cannot_say(tmp_path):
+    """A path that is no UTF-8 beside a recording's bytes, or a number of another kind: the row fails alone."""
+    names = pa.array([b"a.wav", b"\xff", b"c.wav"], pa.binary())
+    paths = pa.Array.from_buffers(pa.string(), 3, names.buffers())
+    voice = pa.StructArray.from_arrays([pa.array([VOICE.read_bytes()] * 3), paths], ["bytes", "path"])
+    path = tmp_path / "corpus.parquet"
+    pq.write_table(pa.table({"id": ["x", "y", "z"], "text": ["a", "b", "c"], "voice": voice}), path)
+    rows = list(read_rows(path, keep=lambda content: tmp_path / "kept"))
+    assert [row.id for row in rows] == ["x", "y", "z"] and [row.error is None for row in rows] == [True, False, True]
+    assert rows[1].error.startswith("voice cannot be read: 'utf-8' codec can't decode byte 0xff")
+
+    seeds = pa.array([None, 2**55, 3], pa.timestamp("ms"))
+    pq.write_table(pa.table({"id": ["x", "y", "z"], "text": ["a", "b", "c"], "seed": seeds}), path)
+    rows = list(read_rows(path))
+    assert rows[0].error is None and rows[1].id == "y" and rows[1].error.startswith("seed cannot be read: ")
+    assert rows[2].error.startswith("seed must be a number, not datetime.datetime(")
+
+
 def test_recordings_in_cells(tmp_path):
     """`bytes` win over `path`, as in datasets; a path alone, or bytes that are a path, are as good as text."""
     content = VOICE.read_bytes()
@@ -236,9 +293,28 @@ def test_recordings_in_cells(tmp_path):
     rows = read(pa.array([content, b"a.wav", "é.wav".encode(), None], pa.binary()))
     assert [row.voice for row in rows] == [str(tmp_path / name) for name in ("kept", "a.wav", "é.wav")] + [None]
     assert kept == [content] * 2
+    rows = read(pa.array([b"a" * 4097, b"a\nb", b"a\0b", b"a" * 255], pa.binary()))
+    assert kept[2:] == [b"a" * 4097, b"a\nb", b"a\0b"] and rows[3].voice == str(tmp_path / ("a" * 255))
+    del kept[2:]
     rows = read(pa.array([content, bytes(5), b"RIFF\xff", bytes((64 << 20) + 1)], pa.large_binary()))
     assert "the recording in the row has 67108865 bytes, and may have 64 MiB" in rows[3].error and len(kept) == 5
     assert "not a recording's bytes" in read(pa.array(given, struct), None)[0].error
+
+
+@pytest.mark.parametrize(("kind", "rows"), [(pa.string(), 1024), (pa.large_binary(), 8)])
+def test_few_recordings_are_held_at_a_time(tmp_path, monkeypatch, kind, rows):
+    voices = pa.array([b"a.wav"] * 1500, pa.binary()).cast(kind)
+    table = {"id": pa.array(range(1500)), "text": ["Hello."] * 1500, "voice": voices}
+    pq.write_table(pa.table(table), tmp_path / "corpus.parquet")
+    batches, held = pq.ParquetFile.iter_batches, []
+
+    def watched(*arguments, **options):
+        for batch in batches(*arguments, **options):
+            held.append(len(batch))
+            yield batch
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", watched)
+    assert len(list(read_rows(tmp_path / "corpus.parquet"))) == 1500 and max(held) == rows
 
 
 @pytest.mark.parametrize("kind", [".csv", ".parquet"])

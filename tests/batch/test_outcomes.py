@@ -91,3 +91,12 @@ def test_there_and_back(latents):
     assert to_table(again, schema).equals(table)
     # Shards have no failures among their lines.
     assert to_table(again, shard_schema(settings)).num_rows == 12
+
+
+def test_lines_in_another_order():
+    """A cluster may give them so: the best candidate is first all the same."""
+    settings = Settings(num_candidates=3, keep=2)
+    outcome = Outcome.of(Row(4, "a", "Hello."), 0, result(), settings)
+    table = to_table([outcome], outcome_schema(settings)).take([1, 0])
+    (found,) = from_table(table)
+    assert [line["rank"] for line in found.lines] == [1, 2] and found.lines[0]["codes"].tolist() == [7]

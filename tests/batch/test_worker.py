@@ -162,6 +162,18 @@ def test_voices_that_are_kept(worker, monkeypatch):
     assert loaded == ["a", "b", "c", "b"] and list(worker._voices) == ["a", "b"]
 
 
+def test_a_voice_that_is_none_is_looked_for_once(worker, monkeypatch):
+    asked = []
+
+    def load(voices, place):
+        asked.append(place)
+        raise FileNotFoundError(f"there is no recording at {place}")
+
+    monkeypatch.setattr(of_worker, "load_voice", load)
+    found = lines(worker.outcomes([Row(index, f"{index}", "Hello.", "/nowhere.wav") for index in range(3)]))
+    assert set(found.values()) == {"there is no recording at /nowhere.wav"} and asked == ["/nowhere.wav"]
+
+
 def test_voices_that_a_job_cannot_read_again(worker, tmp_path):
     """Nothing waits for who would write into a pipe."""
     os.mkfifo(tmp_path / "pipe.wav")
@@ -260,6 +272,11 @@ def test_what_is_found_out(worker):
     found = Worker(Settings(device="cpu")).settings
     assert (found.max_new_tokens, found.device, found.batch_size) == (500, "cpu", 16)
     assert found.threads == torch.get_num_threads()
+    asked = []
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(torch, "set_num_threads", asked.append)
+        Worker(Settings(device="cpu", threads=3))
+    assert asked == [3]
     assert worker.description()["settings"] == worker.settings.as_dict()
     assert "torch" in worker.description()["versions"]
 
@@ -275,6 +292,17 @@ def test_mark_of_a_checkpoint(worker, tmp_path):
         assert _mark(checkpoint) != mark
         parameter.data.copy_(before)
     assert _mark(checkpoint) == mark
+    # A part of a matrix is enough, and the last bit of all numbers.
+    matrix = model.speech_decoder_model.lm_head.weight
+    for change in (
+        lambda: matrix.data[1024:1152].add_(1.0),
+        lambda: matrix.data.copy_(torch.nextafter(matrix, matrix + 1)),
+    ):
+        before = matrix.detach().clone()
+        with torch.no_grad():
+            change()
+        assert _mark(checkpoint) != mark
+        matrix.data.copy_(before)
 
 
 def test_mark_tells_what_is_not_a_number(worker):

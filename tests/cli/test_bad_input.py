@@ -85,6 +85,9 @@ def test_unreadable_voice(generate_fails, tmp_path):
     (tmp_path / "clip.wav").write_text("not a sound")
     assert "cannot be read as a recording (WAV, FLAC, MP3 or OGG)" in generate_fails(TEXT, tmp_path / "clip.wav")
     assert f"{tmp_path}/clip.wav cannot be read as a recording" in generate_fails(TEXT, tmp_path), "one of a folder's"
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked/a.wav").symlink_to(tmp_path / "gone.wav")
+    assert f"there is no recording at {tmp_path}/linked/a.wav" in generate_fails(TEXT, tmp_path / "linked")
     (tmp_path / "speakers" / "someone").mkdir(parents=True)
     shutil.copy(ROOT / "examples/voice.flac", tmp_path / "speakers" / "someone")
     assert "has no recordings in it" in generate_fails(TEXT, tmp_path / "speakers"), "those below are other speakers'"

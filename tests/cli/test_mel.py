@@ -73,6 +73,9 @@ def test_a_whole_recording(cli, voice, tmp_path):
     written = np.load(tmp_path / "voice.npy")
     np.testing.assert_array_equal(written, expected(voice, whole=True))
     assert row["shape"] == [80, 1 + len(samples) // 256] == list(written.shape)
+    assert row["remark"] is None
+    (row,) = json.loads(cli("mel", voice, "--out", tmp_path, "--json").out)["recordings"]
+    assert row["remark"] == "only the first 6 s are used"
 
 
 def test_mel_norms_of_a_checkpoint(cli, voice, tmp_path):
@@ -221,6 +224,15 @@ def test_places_that_cannot_be_taken(fails, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(mel.os, "scandir", scandir)
     assert fails("mel", folder, "--out", out) == f"Permission denied: {folder}"
     assert not out.exists()
+
+
+def test_a_pipe_in_a_folder(fails, folder, tmp_path):
+    """Nobody may ever write into it, so that nothing waits for it."""
+    os.mkfifo(folder / "deep/pipe.wav")
+    sentence = fails("mel", folder, "--out", tmp_path / "out")
+    assert sentence.startswith(f"{folder}/deep/pipe.wav is a pipe or a device among recordings: move it away")
+    sentence = fails("generate", "Yes.", "--voice", folder / "deep", "--out", tmp_path / "out")
+    assert sentence.startswith(f"{folder}/deep/pipe.wav is a pipe or a device among recordings: move it away")
 
 
 def test_a_file_where_a_subfolder_should_be(fails, folder, tmp_path):

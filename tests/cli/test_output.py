@@ -44,6 +44,22 @@ def test_json_into_a_pipe(voice, tmp_path):
     assert json.loads((tmp_path / "é🙂/candidates.json").read_text(encoding="utf-8"))["text"] == "Yes 🙂"
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "<&-"])
+def test_closed_streams(voice, tmp_path, closed):
+    """As of a service that closes what it does not read: the files are written all the same."""
+    command = [sys.executable, "-m", "clvp_fast", "mel", str(voice), "--out", "out", "--json"]
+    shell = ["/bin/sh", "-c", f'exec "$@" {closed}', "sh", *command]
+    found = subprocess.run(shell, capture_output=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert found.returncode == 0, found.stderr
+    assert (tmp_path / "out/voice.npy").exists() and b"Error" not in found.stderr
+    assert (json.loads(found.stdout)["recordings"] if found.stdout else []) or ">&-" in closed.replace("2>&-", "")
+
+
+def test_a_note_is_one_line(capsys):
+    report.note("a\nb.wav: resampled")
+    assert capsys.readouterr().err == "note: a b.wav: resampled\n"
+
+
 def test_a_table_into_a_pipe(voice, tmp_path):
     found = run(
         *("generate", "Yes 🙂", *QUICK, "--no-pictures", "--voice", voice, "--out", "é🙂"),

@@ -86,6 +86,21 @@ def test_table_and_order_of_files(cli, checkpoint, recordings):
     assert len(json.loads(cli(*call, *files, files[0], "--json").out)["texts"][0]["recordings"]) == 2
 
 
+def test_what_was_changed_is_told(cli, checkpoint, recordings):
+    """On stderr once a kind, and in the document by recording."""
+    call = ["score", "--model", "clap", "--checkpoint", checkpoint, "--text", "rain", "--json", "--audio"]
+    outcome = cli(*call, recordings)
+    remarks = {found["recording"]: found["remark"] for found in json.loads(outcome.out)["remarks"]}
+    crop = "longer than 1 s: it is heard shrunk, and in three stretches of 1 s that the seed draws"
+    assert remarks == {
+        str(recordings / "more/long.flac"): f"resampled from 44100 Hz to 48000 Hz; {crop}",
+        str(recordings / "other.ogg"): "resampled from 16000 Hz to 48000 Hz",
+    }
+    assert all(f"note: 1 of the recordings: {remark}\n" in outcome.err for remark in remarks.values())
+    outcome = cli(*call, recordings / "short.wav")
+    assert "note: " not in outcome.err and json.loads(outcome.out)["remarks"] == []
+
+
 def test_seed_and_half_types(cli, checkpoint, recordings):
     call = ["score", "--model", "clap", "--checkpoint", checkpoint, "--text", *TEXTS, "--json", "--audio", recordings]
     plain, again, seeded, half = (

@@ -1,5 +1,7 @@
 """A CPU's kernels are used where the documents say so; a fault that refuses everything is seen here."""
 
+import warnings
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ import clvp_fast
 from clvp_fast import native, ops
 from clvp_fast.ops import many_rows
 from clvp_fast.ops.dispatch import OPERATORS
-from tests.kit import isa, random
+from tests.kit import PagePool, isa, random
 
 # Blocks of linear layers have a kernel where those have one.
 LAYERS = ("linear", "gelu_mlp", "geglu_mlp", "window_block", "mlp_block")
@@ -34,6 +36,28 @@ def test_a_kernel_serves_where_the_documents_say(name):
 def test_many_rows_are_served_where_the_documents_say(dtype):
     x, weight = random(600, 64, seed=0, dtype=dtype), random(96, 64, seed=1, dtype=dtype)
     assert (many_rows.unserved(x, "gelu_new", weight) is None) == (isa.why_unserved("many rows", dtype) is None)
+
+
+@pytest.mark.parametrize("head_dim", [16, 24, 128, 144])
+def test_a_decode_step_of_any_head_dim(head_dim, monkeypatch):
+    """The kernel serves multiples of 16 up to 128; torch serves the others, which is told."""
+    served = head_dim in (16, 128) and isa.why_unserved("paged_attention_decode") is None
+    operator = OPERATORS["paged_attention_decode"]
+    monkeypatch.setattr(operator, "_warned", set())
+    calls = []
+    monkeypatch.setattr(operator, "kernel", lambda *args, kernel=operator.kernel: calls.append(args) or kernel(*args))
+    pool = PagePool(8, 16, 2, head_dim, seed=0, dtype=torch.float32)
+    own = pool.store([20], room=1)
+    q, k, v = (random(1, 2, head_dim, seed=seed, scale=scale) for seed, scale in ((1, 4.0), (2, 1.0), (3, 1.0)))
+    with warnings.catch_warnings(record=True, action="always") as told:
+        out = ops.paged_attention_decode(q, k, v, pool.k, pool.v, own.table, torch.tensor([20], dtype=torch.int32))
+    keys, values = torch.cat([own.k[0], k]).double(), torch.cat([own.v[0], v]).double()
+    weights = torch.einsum("hd,khd->hk", q[0].double() * head_dim**-0.5, keys).softmax(-1)
+    torch.testing.assert_close(out[0].double(), torch.einsum("hk,khd->hd", weights, values), rtol=1e-4, atol=1e-5)
+    assert len(calls) == served
+    if isa.why_no_library() is None:
+        said = f"on a CPU it serves a head_dim that is a multiple of 16 up to 128, not {head_dim}"
+        assert [said in str(warning.message) for warning in told] == ([] if served else [True])
 
 
 @pytest.mark.parametrize("rows", [3, 600])
