@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from clvp_fast.engine.work import Work
 from tests.engine.demo_engine import assert_empty, assert_same, make, request, sampling
 from tests.kit.waiting import BOUND, join
 
@@ -20,7 +21,7 @@ def test_a_stream_given_up_midway_frees_its_request_alone(engine, alone):
     for candidate, token in (next(stream) for _ in range(2)):
         assert token == alone[7].codes[candidate, 0]
     stream.close()
-    assert given_up not in [pending.request for pending in engine._pending.values()]
+    assert given_up not in [pending.request for pending in engine._work.pending]
     results += iterator
     assert len(results) == 2
     for result in results:
@@ -177,14 +178,15 @@ def test_a_stream_that_is_cancelled_elsewhere_ends(engine):
 
 def test_a_result_that_another_thread_finishes_is_not_lost(engine, alone, monkeypatch):
     """Between two looks at what is pending, as far as can be: all is decoded to the end there."""
-    keys = engine._keys
+    take = Work.take
 
-    def late(chosen):
-        while not engine._loop.idle:
-            engine._advance()
-        return keys(chosen)
+    def late(work, call):
+        results = take(work, call)
+        while not work.loop.idle:
+            engine._turns.take(work.step)
+        return results
 
-    monkeypatch.setattr(engine, "_keys", late)
+    monkeypatch.setattr(Work, "take", late)
     (result,) = engine.generate(request(5), sampling(5))
     assert_same(result, alone[5])
 
@@ -213,7 +215,7 @@ def test_a_cancelled_task_frees_its_requests_and_no_other_s(engine, alone):
         delivered.set()
         with pytest.raises(asyncio.CancelledError):
             await cancelled
-        left = {pending.job.sampling.num_candidates for pending in engine._pending.values()}
+        left = {pending.job.sampling.num_candidates for pending in engine._work.pending}
         return await other, left
 
     (result,), left = asyncio.run(run())

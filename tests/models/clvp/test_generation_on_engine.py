@@ -3,6 +3,7 @@
 import copy
 import functools
 import logging
+from weakref import ref
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ import clvp_fast
 from clvp_fast import ClvpModelForConditionalGeneration
 from clvp_fast.engine import memory
 from clvp_fast.engine.runner import Runner
+from clvp_fast.models.clvp import generation
 from clvp_fast.models.clvp.generation import EngineLoop, NotServed
 from tests.models.clvp.builders import START, STOP, clips, codes, composite_config, randomize, texts
 
@@ -238,6 +240,27 @@ def test_memory_that_runs_out_halves_the_batch(monkeypatch, runners):
     monkeypatch.setattr(Runner, "decode", always)
     with pytest.raises(torch.OutOfMemoryError, match="planted"):
         model.generate(texts(1), clips(1), **settings)
+
+
+def test_the_old_runner_is_gone_when_the_smaller_one_is_planned(monkeypatch):
+    """Its pages are the memory that was missing; the error's own frames hold on to it too."""
+    model, settings = tiny(), TORTOISE | dict(num_return_sequences=4, max_new_tokens=6)
+    decode, make_runner, old, gone = Runner.decode, generation._runner, [], []
+
+    def failing(self, num_slots):
+        if not old:
+            old.append(ref(self))
+            raise torch.OutOfMemoryError("planted")
+        return decode(self, num_slots)
+
+    def runner(*arguments):
+        gone.extend(one() is None for one in old)
+        return make_runner(*arguments)
+
+    monkeypatch.setattr(Runner, "decode", failing)
+    monkeypatch.setattr(generation, "_runner", runner)
+    model.generate(texts(1), clips(1), use_engine=True, **settings)
+    assert gone == [True]
 
 
 def test_too_little_memory_leaves_the_loop(monkeypatch, caplog):
