@@ -455,6 +455,24 @@ def test_masks_that_hide_a_start_token():
         model.generate(conditioning_embeds=embeds, attention_mask=mask, max_new_tokens=2, use_engine=True)
 
 
+def test_masks_that_hide_a_whole_prompt():
+    """The engine refuses to be asked for it; the loop serves it, and the other rows are as without."""
+    model = tiny().speech_decoder_model
+    embeds = prompts(tiny())
+    whole = torch.ones(3, embeds.shape[1] + 1, dtype=torch.long)
+    mask = whole.clone()
+    mask[1, :-1] = 0
+    settings = dict(conditioning_embeds=embeds, pad_token_id=7, **PENALISED)
+    with pytest.raises(ValueError, match="hides a whole prompt, or its start token"):
+        model.generate(attention_mask=mask, use_engine=True, **settings)
+    found = model.generate(attention_mask=mask, use_engine=False, **settings)
+    assert torch.equal(model.generate(attention_mask=mask, **settings), found)
+    expected = model.generate(attention_mask=whole, use_engine=False, **settings)
+    assert not torch.equal(found[1], expected[1])
+    for row in (0, 2):
+        assert found[row, : expected.shape[1]].tolist() == expected[row, : found.shape[1]].tolist()
+
+
 def test_token_ids_are_continued_by_the_loop():
     model = tiny().speech_decoder_model
     with pytest.raises(ValueError, match="use_engine=True needs conditioning_embeds"):
