@@ -27,6 +27,11 @@ class Turns:
         """Whether this thread has the turn or waits for it, which a finalizer or a callback may find."""
         return threading.get_ident() in list(self._tickets.values())
 
+    def refuse_mine(self) -> None:
+        """Raise `RuntimeError` inside of a turn of this thread, which would wait for itself."""
+        if self.mine:
+            raise RuntimeError("an engine cannot be asked for more within its own step, by a listener or a scorer")
+
     def take(self, function: Callable[[], T], unless: Callable[[], bool] = lambda: False) -> T | None:
         """What `function` returns, called in a turn of this thread; None if `unless()` is true before that comes.
 
@@ -34,8 +39,7 @@ class Turns:
         """
         if unless():
             return None
-        if self.mine:
-            raise RuntimeError("an engine cannot be asked for more within its own step, by a listener or a scorer")
+        self.refuse_mine()
         ticket, called = SimpleQueue(), False
         try:
             self._tickets[ticket] = threading.get_ident()

@@ -194,6 +194,7 @@ class CandidateEngine:
 
     def _fill(self, call: Call) -> None:
         """Take requests of a call while there is room."""
+        self._turns.refuse_mine()
         while call.more and self._work.has_room:
             request = next(call.requests, _END)
             if request is _END:
