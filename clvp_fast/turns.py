@@ -35,12 +35,13 @@ class Turns:
     def take(self, function: Callable[[], T], unless: Callable[[], bool] = lambda: False) -> T | None:
         """What `function` returns, called in a turn of this thread; None if `unless()` is true before that comes.
 
-        `unless` is asked anew whenever a turn has ended. Raises `RuntimeError` inside of a turn of this thread.
+        `unless` is asked anew when this thread's turn comes, and now and then before. Raises `RuntimeError` inside of a
+        turn of this thread.
         """
         if unless():
             return None
         self.refuse_mine()
-        ticket, called = SimpleQueue(), False
+        ticket = SimpleQueue()
         try:
             self._tickets[ticket] = threading.get_ident()
             while next(iter(list(self._tickets))) is not ticket:
@@ -48,11 +49,8 @@ class Turns:
                     ticket.get(timeout=_PATIENCE)
                 if unless():
                     return None
-            if unless():
-                return None
-            called = True
             return function()
         finally:
             self._tickets.pop(ticket, None)
-            for other in list(self._tickets)[: None if called else 1]:
-                other.put(None)
+            for oldest in list(self._tickets)[:1]:
+                oldest.put(None)
