@@ -2,6 +2,7 @@
 #
 #   make demo  PYTHON=python3.12     another interpreter for .venv
 #   make test  PYTEST_ARGS="tests/ops -k rotary"
+#   make stress SECONDS=600
 #   make setup CONSTRAINTS=          the newest versions that pyproject.toml allows, instead of the tested ones
 #   make setup PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 #                                    a machine without a GPU: torch's CPU build (0.2 GB) instead of the CUDA build (3 GB)
@@ -12,6 +13,8 @@ CONSTRAINTS ?= .ci/constraints.txt
 PIP_ARGS ?=
 PYTEST_ARGS ?=
 TEST_WORKERS ?= 2
+# How long `make stress` takes.
+SECONDS ?= 3600
 # The gpu targets use the torch that is installed on the GPU machine, not a virtual environment.
 GPU_PYTHON ?= python3
 SANITIZER ?= compute-sanitizer
@@ -31,7 +34,7 @@ CPP_SOURCES := $(wildcard csrc/* tests/csrc/*.cpp tests/csrc/*.h tests/csrc/*/*.
 DEMO_TEXT := The birch canoe slid on the smooth planks, and the doctor paid 25 dollars for it.
 DEMO_OUT ?= out/demo
 
-.PHONY: setup test test-all wheel demo lint format portability canary bench-cpu docs-benchmarks kernel-report gpu-check gpu-bench gpu-evidence clean
+.PHONY: setup test test-all wheel demo lint format portability canary stress bench-cpu docs-benchmarks kernel-report gpu-check gpu-bench gpu-evidence clean
 
 setup: $(RUNTIME_STAMP)
 
@@ -79,6 +82,10 @@ format: $(DEV_STAMP)
 # By hand, once a month: the newest release of every dependency, in an environment of its own (8 GB with torch's CUDA build).
 canary:
 	$(PYTHON) tests/canary.py --workers $(TEST_WORKERS) -- $(PIP_ARGS)
+
+# By hand: tasks, threads, planted faults, cancellations and timeouts on one engine; its figures become a row.
+stress: $(RUNTIME_STAMP)
+	OMP_NUM_THREADS=1 $(PY) -m benchmarks.stress --seconds $(SECONDS)
 
 # Run again after an interrupt, it goes on behind what the code as it is has rows of; BENCH_ARGS="generate score" chooses.
 bench-cpu: $(RUNTIME_STAMP)

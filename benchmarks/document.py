@@ -38,8 +38,24 @@ _MORE = (
     ("same greedy token", "greedy", lambda row: f"{row['greedy']:.1%}"),
     ("slowest hundredth", "slow_step_seconds", lambda row: seconds(row["slow_step_seconds"])),
     ("last fifth over first", "late_over_early", lambda row: f"{row['late_over_early']:.2f}"),
+    (
+        "what became of the requests",
+        "ended",
+        lambda row: ", ".join(f"{name} {thousands(count)}" for name, count in row["ended"].items()),
+    ),
+    ("faults planted", "planted", lambda row: thousands(row["planted"])),
+    ("memory grew by", "grown_bytes", lambda row: f"{row['grown_bytes'] / 2**20:.1f} MiB"),
     ("first call adds", "peak_extra_bytes", lambda row: f"{row['peak_extra_bytes'] / 2**20:.0f} MiB"),
 )
+
+# Workloads that are no part of `benchmarks.run`.
+_BY_HAND = {
+    "stress": (
+        "`make stress`: one engine under tasks of asyncio and threads, with faults planted at random in its steps, "
+        "cancellations and timeouts. The time is that of a request from its task's call to its result, and the error "
+        "counts requests that were lost, wrong or hanging"
+    )
+}
 
 
 def measured(rows: list[dict], figures: dict[str, str]) -> str:
@@ -58,11 +74,11 @@ def measured(rows: list[dict], figures: dict[str, str]) -> str:
 
 def _section(name: str, rows: list[dict], figures: dict[str, str]) -> str:
     parts, without = [f"## {name}", *([figures[name]] if name in figures else [])], []
-    for workload, what in WORKLOADS.items():
+    for workload, what in (WORKLOADS | _BY_HAND).items():
         of_workload = [row for row in rows if row["workload"] == workload]
         if of_workload:
             parts.append(f"### {workload}\n\n{what[0].upper()}{what[1:]}.\n\n{_table(of_workload)}")
-        else:
+        elif workload in WORKLOADS:
             without.append(workload)
     return "\n\n".join([*parts, *([f"Not measured here: {', '.join(without)}."] if without else [])])
 

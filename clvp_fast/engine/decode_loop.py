@@ -94,14 +94,19 @@ class DecodeLoop:
         return not self._jobs and not self.finished
 
     def add(self, job: Job) -> int:
-        """Queue a job; returns its key. Raises `RequestTooLarge` if its pages can never be had."""
-        key, self._next_key = self._next_key, self._next_key + 1
-        self._schedule(key, job)
-        self._jobs[key] = job
-        return key
+        """Queue a job from its beginning, or as finished if it is done; returns its key.
 
-    def _schedule(self, key: int, job: Job) -> None:
-        self.scheduler.add(key, len(job.prompt), job.sampling.num_candidates, job.sampling.max_new_tokens)
+        Its tokens depend on its seed alone, so a job that was broken off draws the same ones again. Raises
+        `RequestTooLarge` if its pages can never be had.
+        """
+        key, self._next_key = self._next_key, self._next_key + 1
+        if job.done:
+            self.finished.append((key, job))
+        else:
+            job.begin()
+            self.scheduler.add(key, len(job.prompt), job.sampling.num_candidates, job.sampling.max_new_tokens)
+            self._jobs[key] = job
+        return key
 
     def cancel(self, key: int) -> None:
         """Drop a job, whatever its state; keys of those that were returned are left alone."""
@@ -112,29 +117,13 @@ class DecodeLoop:
                 if self._key_of_row[row] == key:
                     self._end(row)
 
-    def restart(self, runner: Runner, jobs: dict[int, Job]) -> list[tuple[int, Exception]]:
-        """Forget all, and begin `jobs` anew on a runner without candidates, by their keys and in their order.
+    def restart(self, runner: Runner) -> None:
+        """Forget all jobs, on a runner without candidates.
 
-        A job's tokens depend on its seed alone, so none is another one; a job that is done is finished again. Nothing
-        that is known of earlier steps is used: this works after a step that was broken off anywhere.
-
-        Returns the keys of jobs that do not fit the runner, with the reasons.
+        Nothing that is known of earlier steps is used: this works after a step that was broken off anywhere.
         """
         self._jobs, self.finished = {}, deque()
         self._begin(runner)
-        refused = []
-        for key, job in jobs.items():
-            if job.done:
-                self.finished.append((key, job))
-                continue
-            job.begin()
-            try:
-                self._schedule(key, job)
-            except ValueError as error:
-                refused.append((key, error))
-            else:
-                self._jobs[key] = job
-        return refused
 
     def step(self) -> list[tuple[int, Job]]:
         """One decode step of all that is running; returns the jobs that are finished by what is known then.

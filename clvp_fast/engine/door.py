@@ -1,13 +1,77 @@
-"""What a request brings, looked at once: its text as ids, and its recordings as clips of samples and their rate."""
+"""The door of the engine: what a request brings is looked at here, once, before it takes part in a step."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from clvp_fast.audio import load_audio
-from clvp_fast.checkpoint import sayable_ids, text_limit
+from clvp_fast.checkpoint import sayable_ids, stop_token, text_limit
+from clvp_fast.engine.decode_loop import Job
 from clvp_fast.engine.requests import CandidateRequest
+from clvp_fast.engine.sampling_params import SamplingParams
+from clvp_fast.engine.voices import Voice, VoiceCache
+from clvp_fast.models.plain import PlainModel
+
+
+class Door:
+    """Checks requests against a checkpoint, and makes of them what the decoder continues. For one thread at a time.
+
+    Args:
+        model, processor: of the checkpoint.
+
+    Raises:
+        ValueError: a model with hooks, adapters or replaced modules, which an engine would not call.
+    """
+
+    def __init__(self, model, processor):
+        self.model, self.processor = model, processor
+        self._plain = PlainModel(model)
+        self.voices = VoiceCache(model, processor.feature_extractor)
+
+    @torch.inference_mode()
+    def admit(self, request: CandidateRequest, sampling: SamplingParams, place: int) -> tuple[torch.Tensor, Job]:
+        """A request's text ids int64 `[length]` on the host, and the job of decoding it.
+
+        Args:
+            sampling: of a request that has none of its own.
+            place: how many requests of its call came before it.
+
+        Raises:
+            Exception: any; it belongs to this request. `ValueError` and `TypeError` say in a sentence what to do.
+        """
+        if not isinstance(request, CandidateRequest):
+            found = type(request).__name__
+            raise TypeError(f"a request must be a CandidateRequest, and number {place} (from 0) is {found}")
+        self._plain.check()
+        text_ids = ids_of_text(request, self.model, self.processor)
+        return text_ids, Job(self.prompt(request, text_ids), self._settings(request.sampling or sampling))
+
+    def prompt(self, request: CandidateRequest, text_ids: torch.Tensor) -> torch.Tensor:
+        """`[1 + text, hidden_size]`: what the candidates continue, without the start token."""
+        encoder = self.model.conditioning_encoder
+        text, _ = encoder.prompt_text(text_ids[None].to(self.model.device))
+        return encoder.join(self.voices.conditioning(self.voice(request)), text)[0]
+
+    def voice(self, request: CandidateRequest) -> Voice:
+        """The voice of a request, from the cache where it is known."""
+        if (conditioning := request.conditioning) is not None:
+            if isinstance(conditioning, (str, Path)):
+                return Voice.load(conditioning)
+            return conditioning if isinstance(conditioning, Voice) else self.voices.from_vector(conditioning)
+        if request.input_features is not None:
+            return self.voices.from_features(request.input_features)
+        return self.voices.from_clips(*clips_of(request, self.processor.feature_extractor.sampling_rate))
+
+    def _settings(self, sampling: SamplingParams) -> SamplingParams:
+        """Sampling with a seed and a stop token."""
+        seed = int(torch.randint(2**63 - 1, ())) if sampling.seed is None else sampling.seed
+        stop = stop_token(self.model) if sampling.stop_token is None else sampling.stop_token
+        vocab_size = self.model.config.decoder_config.vocab_size
+        if stop >= vocab_size:
+            raise ValueError(f"stop_token={stop} is no token of the checkpoint, which has {vocab_size}")
+        return replace(sampling, seed=seed, stop_token=stop)
 
 
 def ids_of_text(request: CandidateRequest, model, processor) -> torch.Tensor:

@@ -73,7 +73,7 @@ def test_rows_do_not_depend_on_each_other(worker, rows, together):
 @isa.needs("paged_attention_decode", torch.bfloat16)
 def test_half_types_do_not_either(rows):
     worker = Worker(Settings(**QUICK, dtype="bfloat16"))
-    assert worker.engine._kind_of_steps["deterministic"]
+    assert worker.engine._work.loop.runner.deterministic
     assert lines(worker.outcomes([rows[9]])) == {9: lines(worker.outcomes(rows))[9]}
 
 

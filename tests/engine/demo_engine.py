@@ -12,8 +12,8 @@ TEXTS = ("Hello.", "The birch canoe slid on the smooth planks.", "No.", "Glue th
 
 def make(parts, lag=0, **options):
     engine = CandidateEngine(*parts, **{"max_batch": 6, "max_new_tokens": 24, **options})
-    engine._loop.lag = lag
-    engine._loop._begin(engine._loop.runner)
+    engine._work.loop.lag = lag
+    engine._work.loop._begin(engine._work.loop.runner)
     return engine
 
 
@@ -32,8 +32,8 @@ def sampling(index=0, **options):
 
 
 def assert_empty(engine):
-    assert engine._loop.idle and not engine._pending
-    assert engine._loop.scheduler.schedule() is None and engine._loop.scheduler.pool.used_pages == 0
+    assert engine._work.loop.idle and not engine._work.pending
+    assert engine._work.loop.scheduler.schedule() is None and engine._work.loop.scheduler.pool.used_pages == 0
 
 
 def assert_same(result, expected):

@@ -88,14 +88,14 @@ def test_a_stopped_candidate_makes_room_for_the_next(parts, engine, monkeypatch)
     """Three candidates of very different lengths in two slots take fewer steps than two batches would."""
     small = make(parts, max_batch=2)
     steps = 0
-    decode = small._loop.runner.decode
+    decode = small._work.loop.runner.decode
 
     def counted(slots):
         nonlocal steps
         steps += 1
         return decode(slots)
 
-    monkeypatch.setattr(small._loop.runner, "decode", counted)
+    monkeypatch.setattr(small._work.loop.runner, "decode", counted)
     lengths = (20, 4, 16)
     results = list(small.generate([request(0, sampling=sampling(num_candidates=1, max_new_tokens=n)) for n in lengths]))
     assert [result.lengths[0] for result in results] == [4, 20, 16] or results[0].stopped[0]
@@ -151,7 +151,7 @@ def test_a_request_that_can_never_fit(parts):
 def test_iteration_stopped_midway_frees_everything(engine, alone):
     iterator = engine.generate(request(i, sampling=sampling(i)) for i in range(6))
     next(iterator)
-    assert not engine._loop.idle
+    assert not engine._work.loop.idle
     iterator.close()
     assert_empty(engine)
     (result,) = engine.generate(request(5), sampling(5))
@@ -215,7 +215,7 @@ def test_tasks_share_one_batch(engine, alone):
 
 def test_memory_that_runs_out_halves_the_batch_and_loses_nothing(parts, alone, monkeypatch):
     engine = make(parts)
-    decode, calls = type(engine._loop.runner).decode, []
+    decode, calls = type(engine._work.loop.runner).decode, []
 
     def failing(self, slots):
         calls.append(slots)
@@ -223,7 +223,7 @@ def test_memory_that_runs_out_halves_the_batch_and_loses_nothing(parts, alone, m
             raise torch.OutOfMemoryError("no memory, says the test")
         return decode(self, slots)
 
-    monkeypatch.setattr(type(engine._loop.runner), "decode", failing)
+    monkeypatch.setattr(type(engine._work.loop.runner), "decode", failing)
     by_request = {request(i, sampling=sampling(i)): i for i in range(8)}
     results = list(engine.generate(by_request))
     assert len(results) == 8 and engine.memory.max_batch == 1
@@ -252,7 +252,7 @@ def test_latents_are_those_of_a_pass_over_the_codes(parts):
     asked = request(1)
     (result,) = engine.generate(asked, SamplingParams(num_candidates=4, max_new_tokens=20, seed=1), keep=2)
     assert set(result.latents) == set(result.kept.tolist())
-    prompt = engine._prompt(asked, torch.tensor(processor.tokenizer(asked.text)["input_ids"]))
+    prompt = engine._door.prompt(asked, torch.tensor(processor.tokenizer(asked.text)["input_ids"]))
     for index, codes, _ in result.best(2):
         decoder = model.speech_decoder_model
         with torch.no_grad():

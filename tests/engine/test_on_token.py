@@ -14,14 +14,14 @@ from tests.kit.waiting import BOUND
 def test_each_token_is_told_once(parts, monkeypatch, lag, trouble):
     engine = make(parts, lag=lag, **({"num_pages": 14} if trouble == "preempted" else {}))
     if trouble == "out of memory":
-        decode, steps = engine._loop.runner.decode, iter(range(10**6))
+        decode, steps = engine._work.loop.runner.decode, iter(range(10**6))
 
         def full(num_slots):
             if next(steps) == 9:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return decode(num_slots)
 
-        monkeypatch.setattr(engine._loop.runner, "decode", full)
+        monkeypatch.setattr(engine._work.loop.runner, "decode", full)
     heard = defaultdict(list)
     requests = [request(i, sampling=sampling(i, num_candidates=4, max_new_tokens=24)) for i in range(4)]
     stop = parts[0].config.decoder_config.eos_token_id

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
@@ -100,3 +101,28 @@ def test_a_request_after_it_was_taken_off():
     assert found.error is None and found.codes.tolist() == expected.codes.tolist()
     replace(model, "speech_decoder_model.lm_head", nn.Linear(128, 300))
     assert "since the engine was made" in str(result(made).error)
+
+
+def test_lora_is_told_before_it_is_merged_and_served_after():
+    """And `generate()` of the classes calls the adapted modules meanwhile, as `use_engine=False` does."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    model = tiny()
+    inputs = dict(input_ids=torch.tensor([[5, 9, 17]]), input_features=random(1, 20, 40, seed=4))
+    settings = dict(do_sample=False, max_new_tokens=8, repetition_penalty=1.0, return_dict_in_generate=True)
+
+    def generated(**options):
+        return model.generate(**inputs, **settings, **options).sequences
+
+    before = generated()
+    config = peft.LoraConfig(r=4, init_lora_weights=False, target_modules=["q_proj", "v_proj", "out_proj"])
+    adapted = peft.get_peft_model(model, config).eval()
+    told = r"is a \S+ of another package or subclass.*merge adapters.*generate\(use_engine=False\)"
+    with pytest.raises(ValueError, match=told):
+        engine(model)
+    found = generated()
+    assert torch.equal(found, generated(use_engine=False)) and not torch.equal(found, before)
+    with pytest.raises(ValueError, match="of another package or subclass"):
+        generated(use_engine=True)
+    merged = adapted.merge_and_unload()
+    codes = result(engine(merged)).codes[0]
+    assert codes.tolist() == found[0, 1 : 1 + len(codes)].tolist()

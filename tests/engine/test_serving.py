@@ -7,8 +7,10 @@ import time
 
 import pytest
 
+from clvp_fast.engine.work import Work
 from tests.engine.demo_engine import assert_empty, assert_same, make, request, sampling
-from tests.kit.waiting import BOUND, join
+from tests.engine.null_runner import NullRunner, asked, codes, null_engine, null_request
+from tests.kit.waiting import BOUND, join, wait_for
 
 
 def test_a_stream_given_up_midway_frees_its_request_alone(engine, alone):
@@ -20,7 +22,7 @@ def test_a_stream_given_up_midway_frees_its_request_alone(engine, alone):
     for candidate, token in (next(stream) for _ in range(2)):
         assert token == alone[7].codes[candidate, 0]
     stream.close()
-    assert given_up not in [pending.request for pending in engine._pending.values()]
+    assert given_up not in [pending.request for pending in engine._work.pending]
     results += iterator
     assert len(results) == 2
     for result in results:
@@ -177,14 +179,15 @@ def test_a_stream_that_is_cancelled_elsewhere_ends(engine):
 
 def test_a_result_that_another_thread_finishes_is_not_lost(engine, alone, monkeypatch):
     """Between two looks at what is pending, as far as can be: all is decoded to the end there."""
-    keys = engine._keys
+    take = Work.take
 
-    def late(chosen):
-        while not engine._loop.idle:
-            engine._advance()
-        return keys(chosen)
+    def late(work, call):
+        results = take(work, call)
+        while not work.loop.idle:
+            engine._turns.take(work.step)
+        return results
 
-    monkeypatch.setattr(engine, "_keys", late)
+    monkeypatch.setattr(Work, "take", late)
     (result,) = engine.generate(request(5), sampling(5))
     assert_same(result, alone[5])
 
@@ -213,7 +216,7 @@ def test_a_cancelled_task_frees_its_requests_and_no_other_s(engine, alone):
         delivered.set()
         with pytest.raises(asyncio.CancelledError):
             await cancelled
-        left = {pending.job.sampling.num_candidates for pending in engine._pending.values()}
+        left = {pending.job.sampling.num_candidates for pending in engine._work.pending}
         return await other, left
 
     (result,), left = asyncio.run(run())
@@ -238,4 +241,130 @@ def test_a_listener_that_raises_fails_its_request_alone(engine, alone):
     assert len(results) == 3
     for result in results:
         assert_same(result, alone[others[result.request]])
+    assert_empty(engine)
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_the_only_job_is_cancelled_with_its_step_under_way(lag):
+    engine = null_engine(lag)
+    asked = null_request(2)  # of three tokens
+    stream = engine.stream(asked)
+    next(stream)
+    loop = engine._work.loop
+    assert len(loop._under_way) == lag
+    engine.cancel(asked)
+    assert not loop._live.any() and loop.step() == []
+    assert list(stream) == []
+    assert_empty(engine)
+
+
+def test_exactly_as_many_requests_are_taken_as_fit(monkeypatch):
+    """As many candidates wait as decode at once: with four slots those of four requests, then those of four more."""
+    engine, taken, seen = null_engine(max_batch=4, num_pages=100), [], []
+    decode = NullRunner.decode
+
+    def requests():
+        for seed in range(9, 18):  # of whose first candidate has 1 + seed % 9 tokens
+            taken.append(seed)
+            yield null_request(9 * seed + 8)
+
+    def around(self, num_slots):
+        seen.append((len(taken), len(self.decoding)))
+        return decode(self, num_slots)
+
+    monkeypatch.setattr(NullRunner, "decode", around)
+    assert len(list(engine.generate(requests()))) == 9
+    assert seen[:2] == [(4, 4), (8, 4)]
+
+
+def test_timings_of_a_request_that_is_admitted_in_parts(monkeypatch):
+    """The queue ends with the start of its first candidate, and decoding begins there."""
+    engine, steps, decode = null_engine(max_batch=1), [], NullRunner.decode
+
+    def around(self, num_slots):
+        steps.append(time.perf_counter())
+        return decode(self, num_slots)
+
+    monkeypatch.setattr(NullRunner, "decode", around)
+    before = time.perf_counter()
+    (result,) = engine.generate(null_request(3, num_candidates=4))
+    assert len(result.codes) == 4 and len(steps) >= 4
+    assert result.timings["prepare"] + result.timings["queue"] <= steps[0] - before
+    assert result.timings["decode"] >= steps[-1] - steps[0] > 0
+
+
+def test_an_engine_is_not_asked_for_results_within_its_own_step():
+    """By a listener or a scorer, which would wait for itself: it fails its request alone."""
+    engine = null_engine()
+    expected = codes(engine.generate(asked()))
+
+    def listen(heard, candidate, token):
+        if heard.sampling.seed == 1:
+            list(engine.generate(null_request(2)))
+
+    results = list(engine.generate(asked(), on_token=listen))
+    assert codes(results) == {seed: of for seed, of in expected.items() if seed != 1}
+    (error,) = (result.error for result in results if result.error is not None)
+    assert isinstance(error, RuntimeError) and "within its own step" in str(error)
+    assert_empty(engine)
+
+
+def test_an_iterator_that_is_collected_within_a_step_breaks_nothing():
+    """Garbage is collected anywhere: its requests are given up then, and freed at the step's end."""
+    engine = null_engine(1)
+    expected = codes(engine.generate(asked()))
+    abandoned = [engine.generate(asked())]
+    next(abandoned[0])
+
+    def listen(*_):
+        abandoned.clear()
+
+    assert codes(engine.generate(asked(), on_token=listen)) == expected
+    assert not abandoned
+    assert_empty(engine)
+
+
+def test_bad_requests_without_end_are_told_one_by_one():
+    engine = null_engine()
+    engine._door.admit = lambda *_: {}["a bad request"]
+
+    def endless():
+        while True:
+            yield null_request()
+
+    results = engine.generate(endless())
+    assert all(isinstance(next(results).error, KeyError) for _ in range(5))
+
+
+def test_who_works_for_long_keeps_nobody_waiting(monkeypatch):
+    """Eight threads make steps without end; who cancels or submits meanwhile has its turn behind those that wait."""
+    engine, ending, steps = null_engine(max_batch=4, num_pages=100), threading.Event(), [0]
+    decode = NullRunner.decode
+
+    def around(self, num_slots):
+        steps[0] += 1
+        time.sleep(0)
+        return decode(self, num_slots)
+
+    monkeypatch.setattr(NullRunner, "decode", around)
+
+    def endless():
+        while not ending.is_set():
+            yield null_request(8)
+
+    threads = [threading.Thread(target=lambda: all(engine.generate(endless()))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    wait_for(lambda: steps[0] > 10, pause=0)
+    for _ in range(20):
+        doomed = null_request(5, num_candidates=3)
+        stream = engine.stream(doomed)
+        next(stream)
+        before = steps[0]
+        engine.cancel(doomed)
+        assert steps[0] - before <= 2, "the step under way, and one more at most"
+        assert doomed not in [pending.request for pending in engine._work.pending]
+        assert all(isinstance(item, tuple) for item in stream)
+    ending.set()
+    join(*threads)
     assert_empty(engine)

@@ -35,8 +35,8 @@ def engine():
     processor = SimpleNamespace(feature_extractor=clvp_fast.ClvpFeatureExtractor(feature_size=20), tokenizer=None)
     # Few pages, so that candidates are preempted now and then.
     engine = CandidateEngine(model, processor, max_batch=48, max_new_tokens=40, num_pages=45, scoring="trimmed")
-    engine._loop.lag = 1
-    engine._loop._begin(engine._loop.runner)
+    engine._work.loop.lag = 1
+    engine._work.loop._begin(engine._work.loop.runner)
     return engine
 
 
@@ -69,8 +69,8 @@ def serve(engine, voice, count):
     abandoned = engine.generate(requests(engine.memory.max_batch, voice))
     next(abandoned)
     abandoned.close()
-    assert len(given) == count and engine._loop.idle and not engine._pending
-    assert engine._loop.scheduler.schedule() is None and engine._loop.scheduler.pool.used_pages == 0
+    assert len(given) == count and engine._work.loop.idle and not engine._work.pending
+    assert engine._work.loop.scheduler.schedule() is None and engine._work.loop.scheduler.pool.used_pages == 0
     return ended
 
 

@@ -18,15 +18,15 @@ async def one(engine, index, **options):
 def test_all_tasks_enter_the_batch(parts, alone, monkeypatch):
     """More than the threads of the event loop's own pool, which has two here: no step is made before all are in."""
     engine, everyone = make(parts, max_batch=64), threading.Event()
-    advance = engine._advance
+    step = engine._step
 
-    def gated(seen):
-        if len(engine._pending) == 16:
+    def gated(*arguments):
+        if len(engine._work.pending) == 16:
             everyone.set()
         assert everyone.wait(BOUND)
-        advance(seen)
+        step(*arguments)
 
-    monkeypatch.setattr(engine, "_advance", gated)
+    monkeypatch.setattr(engine, "_step", gated)
 
     async def run():
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(2))
@@ -71,11 +71,11 @@ def test_a_wait_that_times_out_ends_within_a_step(parts, monkeypatch):
         task = asyncio.create_task(one(engine, 11, on_token=on_token))
         while not started.is_set():
             await asyncio.sleep(0)
-        before = engine._steps
+        before = engine._work.steps
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        assert engine._steps - before <= 2
+        assert engine._work.steps - before <= 2
         assert_empty(engine)
 
     asyncio.run(run())

@@ -258,19 +258,21 @@ def _decode(loop, jobs: list, smaller: Callable[[int], Any]) -> None:
     """Fill the codes of `jobs`; where memory runs out on the way, anew on `smaller(slots)` with half the slots."""
     candidates, at_once = sum(len(job.codes) for job in jobs), loop.runner.max_batch
     LOGGER.debug("generate() runs on the engine: prompts %d, candidates %d, at once %d", len(jobs), candidates, at_once)
-    for job in jobs:
-        loop.add(job)
-    while not loop.idle:
+    while True:
+        for job in jobs:
+            loop.add(job)
         try:
-            loop.step()
+            while not loop.idle:
+                loop.step()
+            return
         except torch.OutOfMemoryError:
-            at_once //= 2
-            if not at_once:
+            if at_once == 1:
                 raise
-            LOGGER.debug("memory ran out: starting again with %d candidates at once", at_once)
-            loop.runner = None  # its pages first
-            if loop.restart(smaller(at_once), dict(enumerate(jobs))):
-                raise
+        # Behind the clause, since the error's frames hold the runner whose memory is wanted.
+        at_once //= 2
+        LOGGER.debug("memory ran out: starting again with %d candidates at once", at_once)
+        loop.runner = None
+        loop.restart(smaller(at_once))
 
 
 def _padded(codes: list[np.ndarray], start_token: int, pad_token: int) -> torch.Tensor:

@@ -3,6 +3,7 @@
 import copy
 import functools
 import logging
+from weakref import ref
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ import clvp_fast
 from clvp_fast import ClvpModelForConditionalGeneration
 from clvp_fast.engine import memory
 from clvp_fast.engine.runner import Runner
+from clvp_fast.models.clvp import generation
 from clvp_fast.models.clvp.generation import EngineLoop, NotServed
 from tests.models.clvp.builders import START, STOP, clips, codes, composite_config, randomize, texts
 
@@ -240,6 +242,27 @@ def test_memory_that_runs_out_halves_the_batch(monkeypatch, runners):
         model.generate(texts(1), clips(1), **settings)
 
 
+def test_the_old_runner_is_gone_when_the_smaller_one_is_planned(monkeypatch):
+    """Its pages are the memory that was missing; the error's own frames hold on to it too."""
+    model, settings = tiny(), TORTOISE | dict(num_return_sequences=4, max_new_tokens=6)
+    decode, make_runner, old, gone = Runner.decode, generation._runner, [], []
+
+    def failing(self, num_slots):
+        if not old:
+            old.append(ref(self))
+            raise torch.OutOfMemoryError("planted")
+        return decode(self, num_slots)
+
+    def runner(*arguments):
+        gone.extend(one() is None for one in old)
+        return make_runner(*arguments)
+
+    monkeypatch.setattr(Runner, "decode", failing)
+    monkeypatch.setattr(generation, "_runner", runner)
+    model.generate(texts(1), clips(1), use_engine=True, **settings)
+    assert gone == [True]
+
+
 def test_too_little_memory_leaves_the_loop(monkeypatch, caplog):
     model, sampled = tiny(), TORTOISE | dict(max_new_tokens=12)
     torch.manual_seed(4)
@@ -430,6 +453,24 @@ def test_masks_that_hide_a_start_token():
     mask[1, -1] = 0
     with pytest.raises(ValueError, match="hides a whole prompt, or its start token"):
         model.generate(conditioning_embeds=embeds, attention_mask=mask, max_new_tokens=2, use_engine=True)
+
+
+def test_masks_that_hide_a_whole_prompt():
+    """The engine refuses to be asked for it; the loop serves it, and the other rows are as without."""
+    model = tiny().speech_decoder_model
+    embeds = prompts(tiny())
+    whole = torch.ones(3, embeds.shape[1] + 1, dtype=torch.long)
+    mask = whole.clone()
+    mask[1, :-1] = 0
+    settings = dict(conditioning_embeds=embeds, pad_token_id=7, **PENALISED)
+    with pytest.raises(ValueError, match="hides a whole prompt, or its start token"):
+        model.generate(attention_mask=mask, use_engine=True, **settings)
+    found = model.generate(attention_mask=mask, use_engine=False, **settings)
+    assert torch.equal(model.generate(attention_mask=mask, **settings), found)
+    expected = model.generate(attention_mask=whole, use_engine=False, **settings)
+    assert not torch.equal(found[1], expected[1])
+    for row in (0, 2):
+        assert found[row, : expected.shape[1]].tolist() == expected[row, : found.shape[1]].tolist()
 
 
 def test_token_ids_are_continued_by_the_loop():

@@ -1,0 +1,259 @@
+"""A step of the engine is a transaction: whatever is raised in it, the next one goes on.
+
+The pending requests, with the codes that their jobs have drawn, are all that has to outlive an exception. Scheduler,
+pages, slots and steps under way follow from them: after a step that broke off they are thrown away and made again, and
+candidates draw the same codes again. So nothing has to be put right while an exception is under way, when the next one
+may come, and no type of exception has to be guessed.
+
+A request that fails step after step is found by halves: the requests under way are decoded in two groups, a group that
+fails in two smaller ones, and the request that fails alone has the exception for its error.
+"""
+
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+from clvp_fast.engine.calls import Call, Pending
+from clvp_fast.engine.decode_loop import DecodeLoop, Job
+from clvp_fast.engine.memory import MemoryPlan, trim_heap
+from clvp_fast.engine.ranking import diffusion_latents
+from clvp_fast.engine.requests import CandidateRequest, CandidateResult
+from clvp_fast.engine.runner import Runner
+from clvp_fast.engine.scheduler import RequestTooLarge
+from clvp_fast.engine.scoring import Scorer, check_ranking
+
+# So many steps may break off before one of a request's company is looked for: most faults come once.
+_BROKEN_STEPS = 2
+
+
+class Work:
+    """The requests of all calls, and the batch that they are decoded in.
+
+    `warm_up`, `step` and `settle` are for one thread at a time; the others for any.
+
+    Args:
+        scorer: ranks candidates.
+        plan: sizes for so many candidates at once.
+        make_runner: of a plan.
+        max_batch: for the first plan.
+        latents: keep the decoder's states for results.
+    """
+
+    def __init__(
+        self,
+        scorer: Scorer,
+        plan: Callable[[int | None], MemoryPlan],
+        make_runner: Callable[[MemoryPlan], Runner],
+        max_batch: int | None,
+        latents: bool = False,
+    ):
+        self.scorer = scorer
+        self._plan, self._make_runner = plan, make_runner
+        self.memory = plan(max_batch)
+        self.loop = DecodeLoop(make_runner(self.memory), latents)
+        self.pending: dict[Pending, None] = {}  # in the order of submission
+        self.steps = 0  # that came to their end
+        self._entered: dict[int, Pending] = {}  # those in the loop, by their keys there
+        self._groups: list[list[Pending]] = []  # of which only the first is decoded, while there are any
+        self._torn = False  # from the beginning of a change of the loop to its end
+        self._warm = False
+
+    @property
+    def has_room(self) -> bool:
+        """Whether fewer candidates wait than decode at once."""
+        jobs = [pending.job for pending in list(self.pending) if not pending.settled]
+        return sum(len(job.codes) for job in jobs if job.started_at is None) < self.memory.max_batch
+
+    def drop(self, request: CandidateRequest) -> None:
+        """Owe a request no longer. Its places are free after `settle`, or at the end of the step under way."""
+        for pending in list(self.pending):
+            if pending.request is request:
+                pending.dropped = True
+
+    def take(self, call: Call) -> list[CandidateResult]:
+        """The results of a call that have come since."""
+        settled = [pending for pending in list(call.owed) if pending.settled]
+        for pending in settled:
+            self.pending.pop(pending, None)
+            del call.owed[pending]
+        return [pending.result for pending in settled if not pending.dropped]
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether somebody waits for everything that is pending."""
+        return not any(pending.dropped or pending.abandoned for pending in list(self.pending))
+
+    def settle(self) -> None:
+        """Free the places and pages of what nobody waits for."""
+        if self.loop.runner is None:
+            return  # nothing is held, and the next step makes a runner, which takes long
+        with self._changing():
+            self._sweep()
+
+    def warm_up(self, progress: Callable[[int, int], None] | None) -> None:
+        self._mend()
+        self.loop.runner.warm_up(progress)
+        self._warm = True
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """One step of everything; finished, timed out and failed requests have their results then.
+
+        Raises `torch.OutOfMemoryError` where memory is too little for a single candidate, and whatever is raised where
+        not even an empty batch can be made or no request had a part in it.
+        """
+        failure, memory_ran_out = None, False
+        try:
+            self._mend()
+            failure = self._attempt()
+        except torch.OutOfMemoryError:
+            memory_ran_out = True
+        # Behind the clause, since the error's frames hold the runner whose memory is wanted.
+        if memory_ran_out:
+            self._shrink()
+        elif failure is not None:
+            self._mend()  # first: where the device itself is lost this raises, and no request is to blame
+            self._blame(failure)
+        self.steps += 1
+
+    def _attempt(self) -> Exception | None:
+        """A step; the error that it broke off with, which may be that of a request, is returned."""
+        try:
+            with self._changing():
+                self._sweep()
+                self._enter()
+                self.loop.advance()
+            self.loop.tell()
+            self._rank()
+            with self._changing():
+                self._sweep()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            return error
+        return None
+
+    @contextmanager
+    def _changing(self):
+        """Around every change of the loop, which is whole at its beginning and, unless it raises, at its end."""
+        self._mend()
+        self._torn = True
+        yield
+        self._torn = False
+
+    def _mend(self) -> None:
+        """After a change that broke off: begin with nothing under way, and no slot or page held."""
+        if not self._torn:
+            return
+        runner = self.loop.runner
+        if runner is None:
+            runner = self._make_runner(self.memory)
+            if self._warm:
+                runner.warm_up()
+        else:
+            runner.reset()
+        self._entered = {}
+        self.loop.restart(runner)
+        self._torn = False
+
+    def _sweep(self) -> None:
+        """Let go of requests that have their result, are out of time, or were given up."""
+        now = time.perf_counter()
+        for pending in list(self.pending):
+            if pending.abandoned:
+                pending.dropped = True
+            elif not pending.settled and now > pending.deadline:
+                timeout = pending.request.timeout
+                pending.fail(TimeoutError(f"the request was not finished within its timeout of {timeout} s"))
+            if pending.settled and self._entered.pop(pending.key, None) is not None:
+                self.loop.cancel(pending.key)
+            if pending.dropped:
+                self.pending.pop(pending, None)
+
+    def _enter(self) -> None:
+        """Bring into the loop what is not in it; while groups are decoded one by one, only of the first."""
+        while self._groups and all(pending.settled for pending in self._groups[0]):
+            self._groups = self._groups[1:]
+        for pending in self._under_way():
+            if pending.key not in self._entered:
+                try:
+                    pending.key = self.loop.add(pending.job)
+                except RequestTooLarge as error:
+                    pending.fail(error)
+                else:
+                    self._entered[pending.key] = pending
+
+    def _under_way(self) -> list[Pending]:
+        group = self._groups[0] if self._groups else list(self.pending)
+        return [pending for pending in group if not pending.settled]
+
+    def _blame(self, error: Exception) -> None:
+        """Go on without the request that breaks off steps, as soon as it is known which one does."""
+        traceback.clear_frames(error.__traceback__)  # which hold a runner for as long as the error is kept
+        suspects = [pending for pending in self._under_way() if not pending.job.done]
+        if not suspects:
+            raise error
+        for pending in suspects:
+            pending.broken_steps += 1
+        if max(pending.broken_steps for pending in suspects) < _BROKEN_STEPS:
+            return
+        if len(suspects) == 1:
+            suspects[0].fail(error)
+        else:
+            half = len(suspects) // 2
+            self._groups = [suspects[:half], suspects[half:], *self._groups[1:]]
+
+    def _shrink(self) -> None:
+        """Go on with half the batch after memory ran out; what was being decoded starts again, to the same codes."""
+        half = self.memory.max_batch // 2
+        if not half:
+            raise torch.OutOfMemoryError("there is too little memory to decode a single candidate: free some")
+        self.loop.runner = None
+        self.memory = self._plan(half)
+
+    def _rank(self) -> None:
+        """Give finished jobs their results. A scorer may be the caller's own: what it raises fails one request."""
+        while self.loop.finished:
+            key, job = self.loop.finished[0]
+            pending = self._entered.get(key)
+            if pending is not None and not pending.settled:
+                try:
+                    pending.result = ranked(pending, job, self.scorer, self.loop.latents)
+                except Exception as error:
+                    pending.result = CandidateResult(pending.request, error=error)
+            self.loop.finished.popleft()
+
+
+def ranked(pending: Pending, job: Job, scorer: Scorer, latents: bool) -> CandidateResult:
+    """The result of a job whose candidates are all drawn."""
+    decoded = time.perf_counter()
+    if job.prompt.device.type == "cpu":
+        trim_heap()
+    stop = job.sampling.stop_token
+    stopped = np.array([len(codes) > 0 and codes[-1] == stop for codes in job.codes])
+    spoken = [codes[: len(codes) - ended] for codes, ended in zip(job.codes, stopped, strict=True)]
+    lengths = np.array([len(codes) for codes in spoken])
+    codes = np.full((len(spoken), max(lengths.max(), 1)), stop, dtype=np.int64)
+    for row, of_candidate in zip(codes, spoken, strict=True):
+        row[: len(of_candidate)] = of_candidate
+    result = CandidateResult(pending.request, codes=codes, lengths=lengths, stopped=stopped)
+    ranking = scorer.score(pending.request, pending.text_ids, spoken, job.sampling.max_new_tokens)
+    check_ranking(ranking, scorer, len(spoken))
+    result.kept = ranking.top(min(pending.keep, len(spoken))).cpu().numpy()
+    result.scores, result.text_embeds, result.speech_embeds = (
+        None if tensor is None else tensor.float().cpu().numpy()
+        for tensor in (ranking.scores, ranking.text_embeds, ranking.speech_embeds)
+    )
+    if latents:
+        result.latents = {i: diffusion_latents(job.latents[i], int(lengths[i])) for i in result.kept.tolist()}
+    result.timings = {
+        "prepare": pending.prepared - pending.submitted,
+        "queue": job.started_at - pending.prepared,
+        "decode": decoded - job.started_at,
+        "rank": time.perf_counter() - decoded,
+    }
+    return result

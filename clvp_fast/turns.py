@@ -1,0 +1,56 @@
+"""Turns of threads at one thing, in the order in which they asked for them."""
+
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from queue import Empty, SimpleQueue
+from typing import TypeVar
+
+T = TypeVar("T")
+
+# Seconds after which a thread that waits looks again by itself: an interrupt may have kept the word from it.
+_PATIENCE = 0.05
+
+
+class Turns:
+    """One thread at a time, the one that has waited longest: whoever works for long keeps nobody from a short turn.
+
+    The oldest ticket has the turn. A ticket is given back in a `finally` whose first call does so: Python raises a
+    signal's exception behind calls, never before the first one, so that no interrupt leaves a turn taken.
+    """
+
+    def __init__(self):
+        self._tickets: dict[SimpleQueue, int] = {}  # and the threads that have them, in the order of asking
+
+    @property
+    def mine(self) -> bool:
+        """Whether this thread has the turn or waits for it, which a finalizer or a callback may find."""
+        return threading.get_ident() in list(self._tickets.values())
+
+    def refuse_mine(self) -> None:
+        """Raise `RuntimeError` inside of a turn of this thread, which would wait for itself."""
+        if self.mine:
+            raise RuntimeError("an engine cannot be asked for more within its own step, by a listener or a scorer")
+
+    def take(self, function: Callable[[], T], unless: Callable[[], bool] = lambda: False) -> T | None:
+        """What `function` returns, called in a turn of this thread; None if `unless()` is true before that comes.
+
+        `unless` is asked anew when this thread's turn comes, and now and then before. Raises `RuntimeError` inside of a
+        turn of this thread.
+        """
+        if unless():
+            return None
+        self.refuse_mine()
+        ticket = SimpleQueue()
+        try:
+            self._tickets[ticket] = threading.get_ident()
+            while next(iter(list(self._tickets))) is not ticket:
+                with suppress(Empty):
+                    ticket.get(timeout=_PATIENCE)
+                if unless():
+                    return None
+            return function()
+        finally:
+            self._tickets.pop(ticket, None)
+            for oldest in list(self._tickets)[:1]:
+                oldest.put(None)

@@ -1,0 +1,168 @@
+"""Turns come in the order of asking, one at a time, and no exception or interrupt keeps one."""
+
+import gc
+import random
+import signal
+import threading
+import time
+
+import pytest
+
+from clvp_fast.turns import Turns
+from tests.kit.waiting import BOUND, join, wait_for
+
+
+def held(turns):
+    """A thread that has the turn until the event is set."""
+    inside, let_go = threading.Event(), threading.Event()
+
+    def hold():
+        inside.set()
+        assert let_go.wait(BOUND)
+
+    thread = threading.Thread(target=turns.take, args=(hold,))
+    thread.start()
+    assert inside.wait(BOUND)
+    return thread, let_go
+
+
+def waiting(turns, function, **options):
+    """A thread that has asked, behind those that have asked before."""
+    before = len(turns._tickets)
+    thread = threading.Thread(target=turns.take, args=(function,), kwargs=options)
+    thread.start()
+    wait_for(lambda: len(turns._tickets) == before + 1, pause=0)
+    return thread
+
+
+def test_in_the_order_of_asking():
+    turns, order = Turns(), []
+    holder, let_go = held(turns)
+    threads = [waiting(turns, lambda number=number: order.append(number)) for number in range(20)]
+    let_go.set()
+    join(holder, *threads)
+    assert order == list(range(20))
+
+
+def test_who_asks_again_and_again_stands_behind_who_waits():
+    turns, order = Turns(), []
+    holder, let_go = held(turns)
+
+    def worker():
+        for _ in range(50):
+            turns.take(lambda: order.append("worker"))
+
+    hungry = threading.Thread(target=worker)
+    hungry.start()
+    wait_for(lambda: len(turns._tickets) == 2, pause=0)
+    short = waiting(turns, lambda: order.append("short"))
+    let_go.set()
+    join(holder, hungry, short)
+    assert order.index("short") == 1 and len(order) == 51
+
+
+def test_one_at_a_time():
+    turns, inside, most = Turns(), [], []
+
+    def function():
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0)
+        inside.pop()
+
+    def user():
+        for _ in range(200):
+            turns.take(function)
+
+    threads = [threading.Thread(target=user) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    join(*threads)
+    assert len(most) == 1600 and max(most) == 1
+
+
+def test_what_nobody_needs_any_more_is_not_done():
+    turns, done, called = Turns(), [], []
+    holder, let_go = held(turns)
+    threads = [waiting(turns, lambda: called.append(1), unless=lambda: bool(done)) for _ in range(5)]
+    done.append(1)
+    join(*threads)  # while the turn is held
+    let_go.set()
+    join(holder)
+    assert (
+        not called and turns.take(lambda: 7, unless=lambda: False) == 7 and turns.take(lambda: 7, lambda: True) is None
+    )
+
+
+def test_an_error_ends_a_turn_and_a_turn_is_not_taken_twice():
+    turns = Turns()
+    with pytest.raises(LookupError):
+        turns.take(lambda: {}[1])
+    with pytest.raises(RuntimeError, match="within its own step"):
+        turns.take(lambda: turns.take(lambda: 7))
+    assert not turns.mine and turns.take(lambda: turns.mine) and turns.take(lambda: 7) == 7
+
+
+def test_a_finalizer_finds_that_its_thread_waits():
+    """Garbage is collected anywhere, also in a thread that waits for its turn."""
+    turns, found = Turns(), []
+
+    class Cycle:
+        def __init__(self):
+            self.own = self
+
+        def __del__(self):
+            found.append(turns.mine)
+
+    def collect():
+        Cycle()
+        gc.collect()
+        return False
+
+    collect()
+    holder, let_go = held(turns)
+    waiter = waiting(turns, lambda: None, unless=collect)
+    wait_for(lambda: found.count(True), pause=0)
+    let_go.set()
+    join(holder, waiter)
+    assert found[0] is False and True in found
+
+
+def test_interrupts_at_any_moment():
+    """A signal's exception in the main thread, 2000 times: others go on, and none is in a turn beside another."""
+    turns, inside, clashes, served = Turns(), [], [], [0] * 3
+    chance, ending = random.Random(0), threading.Event()
+
+    def function():
+        inside.append(1)
+        if len(inside) > 1:
+            clashes.append(1)
+        inside.clear()
+
+    def user(number):
+        while not ending.is_set():
+            turns.take(function)
+            served[number] += 1
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    threads = [threading.Thread(target=user, args=(number,)) for number in range(3)]
+    before = signal.signal(signal.SIGALRM, interrupt)
+    interrupted = 0
+    try:
+        for thread in threads:
+            thread.start()
+        while interrupted < 2000:
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 1e-6 + 2e-4 * chance.random())
+                while True:
+                    turns.take(function)
+            except KeyboardInterrupt:
+                interrupted += 1
+                inside.clear()
+    finally:
+        signal.signal(signal.SIGALRM, before)
+        ending.set()
+    join(*threads)
+    assert not turns._tickets and not clashes and min(served) > 0
