@@ -147,7 +147,7 @@ def test_interrupts_at_any_moment():
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    threads = [threading.Thread(target=user, args=(number,)) for number in range(3)]
+    threads = [threading.Thread(target=user, args=(number,), daemon=True) for number in range(3)]
     before = signal.signal(signal.SIGALRM, interrupt)
     interrupted = 0
     try:
@@ -162,6 +162,7 @@ def test_interrupts_at_any_moment():
                 interrupted += 1
                 inside.clear()
     finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
         ending.set()
     join(*threads)

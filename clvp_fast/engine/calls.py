@@ -97,5 +97,4 @@ def tell(of: "ref[Pending]", candidate: int, token: int) -> None:
     try:
         pending.listener(pending.request, candidate, token)
     except Exception as error:
-        if not pending.settled:
-            pending.fail(error)
+        pending.fail(error)  # where the listener has dropped it meanwhile, no one asks for that

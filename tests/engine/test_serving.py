@@ -309,31 +309,37 @@ def test_an_engine_is_not_asked_for_results_within_its_own_step():
     assert_empty(engine)
 
 
-def test_an_iterator_that_is_collected_within_a_step_breaks_nothing():
+def test_an_iterator_that_is_collected_within_a_step_breaks_nothing(monkeypatch):
     """Garbage is collected anywhere: its requests are given up then, and freed at the step's end."""
-    engine = null_engine(1)
+    engine, decode = null_engine(1), NullRunner.decode
     expected = codes(engine.generate(asked()))
     abandoned = [engine.generate(asked())]
     next(abandoned[0])
+    broken_off = []
 
-    def listen(*_):
+    def around(self, num_slots):
         abandoned.clear()
+        broken_off.append(engine._work.loop.runner is not self or not engine._work._torn)
+        return decode(self, num_slots)
 
-    assert codes(engine.generate(asked(), on_token=listen)) == expected
-    assert not abandoned
+    monkeypatch.setattr(NullRunner, "decode", around)
+    assert codes(engine.generate(asked())) == expected
+    assert not any(broken_off)
     assert_empty(engine)
 
 
 def test_bad_requests_without_end_are_told_one_by_one():
-    engine = null_engine()
+    engine, taken = null_engine(), []
     engine._door.admit = lambda *_: {}["a bad request"]
 
-    def endless():
-        while True:
+    def many():
+        while len(taken) < 1000:
+            taken.append(1)
             yield null_request()
 
-    results = engine.generate(endless())
+    results = engine.generate(many())
     assert all(isinstance(next(results).error, KeyError) for _ in range(5))
+    assert len(taken) == 5
 
 
 def test_who_works_for_long_keeps_nobody_waiting(monkeypatch):
