@@ -18,7 +18,6 @@ from benchmarks.models import stock_model
 from benchmarks.tiers import TIERS, Tier, engine_error, engine_of
 from clvp_fast import CandidateRequest, ClvpProcessor, SamplingParams
 from clvp_fast.demo import demo_checkpoint
-from clvp_fast.engine.voices import VoiceCache
 
 TEXT = "The birch canoe slid on the smooth planks, and the doctor paid 25 dollars for it."
 KEEP, SECONDS = 3, 6
@@ -78,7 +77,7 @@ def _provider(name: str, call: Callable, processor, error: float, tolerance: flo
 
 def with_engine(engine, settings: SamplingParams, samples: np.ndarray) -> dict[str, float]:
     extractor = engine.processor.feature_extractor
-    engine.voices = VoiceCache(engine.model, extractor)  # every run meets the voice for the first time
+    engine.voices.clear()  # every run meets the voice for the first time
     begin = perf_counter()
     features = extractor(samples, sampling_rate=extractor.sampling_rate, return_tensors="pt")["input_features"]
     extracted = perf_counter()

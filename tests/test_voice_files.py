@@ -48,6 +48,6 @@ def test_remarks_on_a_text():
         "characters of other scripts were written in Latin letters: 東 京",
     )
     assert text_remarks(tokenizer, "He has ٣ of them.")[-1].endswith(": ٣")
-    many = "".join(chr(0x4E00 + number) for number in range(12))
+    many = "東京大阪名古屋札幌福岡仙"
     (remark,) = text_remarks(tokenizer, f"{many} is big.")
     assert remark.endswith(f": {' '.join(many[:10])} and 2 more")

@@ -22,7 +22,7 @@ from clvp_fast.engine.requests import CandidateRequest, CandidateResult
 from clvp_fast.engine.runner import Runner
 from clvp_fast.engine.sampling_params import SamplingParams
 from clvp_fast.engine.scoring import Scorer, check_scorer
-from clvp_fast.engine.voices import Voice
+from clvp_fast.engine.voices import Voice, VoiceCache
 from clvp_fast.engine.work import Work
 from clvp_fast.models.clvp.parameters import arrange_parameters
 from clvp_fast.models.clvp.processing import ClvpProcessor
@@ -90,7 +90,7 @@ class CandidateEngine:
         self._door = Door(model, processor)
         self.model = model.eval()
         arrange_parameters(model)  # before the plan, which reads what is free
-        self.processor, self.voices = processor, self._door.voices
+        self.processor = processor
         self.scorer: Scorer = Ranker(model, mode=scoring) if scorer is None else scorer
         self.max_new_tokens = min(500, speech_limit(model)) if max_new_tokens is None else max_new_tokens
         if max_batch is None and model.device.type == "cpu":
@@ -278,6 +278,11 @@ class CandidateEngine:
         """
         self._work.drop(request)
         self._settle()
+
+    @property
+    def voices(self) -> VoiceCache:
+        """The voices that requests have brought."""
+        return self._door.voices
 
     def voice(self, request: CandidateRequest) -> Voice:
         """The voice of a request, from the cache where it is known; `save` it, and give it as `conditioning`."""
