@@ -75,8 +75,12 @@ def serve(engine, voice, count):
 
 
 def reachable(root):
-    """How many objects and entries something holds on to; classes, functions and modules aside, and all behind them."""
+    """How many objects and entries something holds on to; classes, functions and modules aside, and all behind them.
+
+    Numbers count as entries of what holds them alone: whether two of them are one object depends on their size.
+    """
     kinds = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.CodeType, types.FrameType)
+    kinds += (int, float)
     found, waiting, entries = {id(root)}, [root], 0
     while waiting:
         for one in gc.get_referents(waiting.pop()):
