@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
+from clvp_fast.files import is_special
 from clvp_fast.levels import SILENCE_PEAK, wrong_scale
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def is_recording(path: Path) -> bool:
     """
     if path.name.startswith(".") or not path.name.lower().endswith(RECORDING_SUFFIXES) or path.is_dir():
         return False
-    if path.exists() and not path.is_file():
+    if is_special(path):
         raise ValueError(f"{path} is a pipe or a device among recordings: move it away, or name it by itself")
     return True
 

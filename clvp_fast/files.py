@@ -33,6 +33,11 @@ def user_path(place: str | os.PathLike) -> Path:
     return Path(os.path.expanduser(place))
 
 
+def is_special(path: Path) -> bool:
+    """Whether `path` is a pipe, a socket or a device: neither file nor folder, and there."""
+    return path.exists() and not (path.is_file() or path.is_dir())
+
+
 def cache_folder() -> Path:
     """Where the package keeps what it builds: `$CLVP_FAST_CACHE`, else clvp_fast in the user's cache folder.
 

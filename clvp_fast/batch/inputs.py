@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 
 from clvp_fast.batch.failures import failure_of
 from clvp_fast.batch.rows import COLUMNS, Row
+from clvp_fast.files import is_special
 
 _SCHEMA = pa.schema(
     [
@@ -76,7 +77,7 @@ def require_file(path: Path) -> None:
     """Raises for an input that is no file."""
     if path.is_dir():
         raise ValueError(f"the input {path} is a folder: give a file of rows, such as a .parquet file in it")
-    if path.exists() and not path.is_file():
+    if is_special(path):
         raise ValueError(f"the input {path} is a pipe or a device, and a job reads it more than once: give a file")
     if not path.is_file():
         raise FileNotFoundError(f"there is no input at {path}")

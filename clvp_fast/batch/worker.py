@@ -19,6 +19,7 @@ from clvp_fast.engine.engine import CandidateEngine
 from clvp_fast.engine.memory import CPU_BATCH, MAX_BATCH
 from clvp_fast.engine.requests import CandidateRequest, CandidateResult
 from clvp_fast.engine.voices import Voice
+from clvp_fast.files import is_special
 from clvp_fast.models.clvp.processing import ClvpProcessor
 from clvp_fast.text_remarks import text_remarks
 from clvp_fast.versions import versions
@@ -169,7 +170,7 @@ class Worker:
 
 def _require_kept(place: Path) -> None:
     """Raises `ValueError` for a pipe or a device: a job that goes on later could not read it again, or waits for it."""
-    if place.exists() and not (place.is_file() or place.is_dir()):
+    if is_special(place):
         raise ValueError(f"voice must be the path of a file or folder, and {place} is a pipe or a device")
 
 

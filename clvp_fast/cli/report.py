@@ -22,6 +22,9 @@ from transformers.utils import logging as transformers_logging
 
 from clvp_fast.files import json_text
 
+# Characters that a column keeps which folds in a narrow terminal.
+_FOLDED = 16
+
 notes_console = Console(stderr=True, highlight=False)
 
 
@@ -64,8 +67,6 @@ def print_table(table: Table) -> None:
     Console(highlight=False, width=max(console.width, needed)).print(table)
 
 
-# A column that folds keeps as many characters.
-_FOLDED = 16
 #: Rows of a table that a person looks through; the files have all.
 _SHOWN = 32
 

@@ -180,12 +180,16 @@ class CandidateEngine:
             raise ValueError(f"keep must be at least 1, not {keep}")
         return Call(iter(requests), sampling or SamplingParams(), keep, on_token)
 
-    def _results(self, call: Call) -> Iterator[CandidateResult]:
+    def _results(self, call: Call, drawn: deque[tuple[int, int]] | None = None) -> Iterator:
+        """The results of a call as they come; before them what its listener has put into `drawn` until then."""
         try:
             while not call.closed:
                 self._fill(call)
                 seen = self._work.steps
-                yield from self._work.take(call)
+                results = self._work.take(call)
+                while drawn:
+                    yield drawn.popleft()
+                yield from results
                 if call.ended:
                     return
                 self._step(call, seen)
@@ -232,22 +236,7 @@ class CandidateEngine:
         """(candidate, token) as they are drawn, and last of all the request's result; a cancelled one has none."""
         drawn: deque[tuple[int, int]] = deque()
         call = self._call(request, sampling, keep, lambda request, *token: drawn.append(token))
-        return self._streamed(call, drawn)
-
-    def _streamed(self, call: Call, drawn: deque[tuple[int, int]]) -> Iterator[tuple[int, int] | CandidateResult]:
-        try:
-            while not call.closed:
-                self._fill(call)
-                seen = self._work.steps
-                results = self._work.take(call)
-                while drawn:
-                    yield drawn.popleft()
-                yield from results
-                if call.ended:
-                    return
-                self._step(call, seen)
-        finally:
-            self._close(call)
+        return self._results(call, drawn)
 
     async def generate_async(
         self, requests: Iterable[CandidateRequest] | CandidateRequest, sampling: SamplingParams | None = None, **options

@@ -24,6 +24,10 @@ def broken(monkeypatch, fault):
     monkeypatch.setattr(NullRunner, "decode", around)
 
 
+def bug(runner):
+    raise RuntimeError("a bug")
+
+
 def some(count=8):
     return [null_request(seed, 1 + seed % 3, 9 - seed % 4, timeout=None) for seed in range(count)]
 
@@ -65,12 +69,8 @@ def test_a_fault_that_comes_once_fails_nobody(lag, monkeypatch):
 
 def test_a_fault_of_nobody_fails_each_in_turn(lag, monkeypatch):
     engine = null_engine(lag)
-
-    def fault(runner):
-        raise RuntimeError("a bug")
-
     with monkeypatch.context() as patched:
-        broken(patched, fault)
+        broken(patched, bug)
         results = list(engine.generate(some()))
     assert len(results) == 8 and {str(result.error) for result in results} == {"a bug"}
     assert codes(engine.generate(some())) == codes(null_engine(lag).generate(some()))
@@ -80,12 +80,8 @@ def test_a_fault_of_nobody_fails_each_in_turn(lag, monkeypatch):
 def test_a_kept_error_holds_no_runner(lag, monkeypatch):
     """Its frames would keep the pages of one that a smaller one has replaced since."""
     engine = null_engine(lag)
-
-    def fault(runner):
-        raise RuntimeError("a bug")
-
     with monkeypatch.context() as patched:
-        broken(patched, fault)
+        broken(patched, bug)
         (result,) = engine.generate(null_request())
     old = ref(engine._work.loop.runner)
     engine._work.loop.runner, engine._work._torn = None, True
