@@ -2,8 +2,8 @@
 
 import pytest
 
-from clvp_fast.batch import job
-from tests.batch.jobs import NoModel, failures, records, results, write_jsonl
+from clvp_fast.batch import job, summary
+from tests.batch.jobs import NoModel, blank_overview, failures, records, results, write_jsonl
 
 
 @pytest.fixture
@@ -22,6 +22,7 @@ def no_model(monkeypatch):
         return made[-1]
 
     monkeypatch.setattr(job, "_executor", executor)
+    monkeypatch.setattr(summary, "draw_overview", blank_overview)
     executor.made, executor.options = made, options
     return executor
 
@@ -56,4 +57,5 @@ def null_job(monkeypatch):
 
     strange: dict[str, Exception] = {}
     monkeypatch.setattr(job, "_executor", lambda settings, *_: job.Here(null_worker(settings, strange)))
+    monkeypatch.setattr(summary, "draw_overview", blank_overview)
     return strange

@@ -1,7 +1,8 @@
-"""Jobs that die, in processes of their own; run as `python -m tests.batch.deaths CORPUS FOLDER`.
+"""Jobs that die, in processes of their own; run as `python -m tests.batch.deaths CORPUS FOLDER MOMENT...`.
 
-A child dies by SIGKILL at its first rename of a file, in another folder at its second, and so on, right before or right
-behind it; each job is then begun again. Prints how many died, a line each.
+A child dies by SIGKILL at its first rename of a file, in another folder at its second, and so on, with the moments
+`before` and `behind` right before and right behind each, with `either` by turns before and behind; each job is then
+begun again. Prints how many died, a line each.
 """
 
 import os
@@ -11,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from clvp_fast.batch import job, summary
-from tests.batch.jobs import NoModel
+from tests.batch.jobs import NoModel, blank_overview
 
 SHARD_ROWS = 20
 
@@ -44,16 +45,18 @@ def die_at(rename: int, behind: bool) -> None:
     os.replace = dying
 
 
-def main(corpus: str, folder: str) -> None:
+def main(corpus: str, folder: str, *moments: str) -> None:
     job._executor = lambda settings, *_: NoModel(settings)
     job._JOURNAL_SECONDS = 0.0
+    summary.draw_overview = blank_overview
 
     def run(out: Path) -> None:
         job.run(corpus, out, progress=False, shard_rows=SHARD_ROWS)
 
-    for behind in (False, True):
+    for moment in moments:
         for rename in range(1, 100):
-            out = Path(folder, f"{'behind' if behind else 'before'}-{rename}")
+            behind = moment == "behind" or (moment == "either" and rename % 2 == 0)
+            out = Path(folder, f"{moment}-{rename}")
             status = in_child(lambda out=out, rename=rename, behind=behind: (die_at(rename, behind), run(out)))
             if status == 0:
                 break
@@ -63,5 +66,4 @@ def main(corpus: str, folder: str) -> None:
 
 
 if __name__ == "__main__":
-    assert summary.draw_overview  # matplotlib is loaded before the children are made
     main(*sys.argv[1:])

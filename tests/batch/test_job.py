@@ -14,12 +14,14 @@ import pytest
 from clvp_fast.batch import job
 from clvp_fast.batch.folder import JobFolder, Journal
 from clvp_fast.batch.outcomes import outcome_schema
+from clvp_fast.batch.overview import draw_overview
 from clvp_fast.files import UnwritableError
 from tests.batch.deaths import SHARD_ROWS
 from tests.batch.jobs import NoModel, assert_whole, failures, records, results, rewrite, write_jsonl
 
 
-def test_whole(run, out):
+def test_whole(run, out, monkeypatch):
+    monkeypatch.setattr("clvp_fast.batch.summary.draw_overview", draw_overview)
     summary = run()
     assert_whole(out, 50)
     assert len(failures(out)) == 4 and failures(out)[0]["row"] == 7 and failures(out)[0]["id"] == "row-7"
@@ -76,16 +78,17 @@ def test_interrupted_anywhere(run, no_model, out, undisturbed):
     assert (results(out), failures(out)) == undisturbed
 
 
-def test_dead_at_every_write(corpus, tmp_path, run):
-    """Before and behind each rename of a file that there is in a job, the process is gone."""
+@pytest.mark.parametrize("moments", [["either"], pytest.param(["before", "behind"], marks=pytest.mark.slow)])
+def test_dead_at_every_write(corpus, tmp_path, run, moments):
+    """Before or behind each rename of a file that there is in a job, the process is gone."""
     run(out=tmp_path / "out", shard_rows=SHARD_ROWS)
     expected = results(tmp_path / "out"), failures(tmp_path / "out")
-    command = [sys.executable, "-m", "tests.batch.deaths", str(corpus), str(tmp_path / "dead")]
+    command = [sys.executable, "-m", "tests.batch.deaths", str(corpus), str(tmp_path / "dead"), *moments]
     found = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert found.returncode == 0, found.stderr
     died = found.stdout.split()
     # Rows, manifest, failures, a journal and a shard for each of three shards, and the four files at the end.
-    assert len(died) == 2 * (3 + 2 * 3 + 4), died
+    assert len(died) == len(moments) * (3 + 2 * 3 + 4), died
     for name in died:
         assert_whole(tmp_path / "dead" / name, 50)
         assert (results(tmp_path / "dead" / name), failures(tmp_path / "dead" / name)) == expected, name
