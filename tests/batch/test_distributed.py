@@ -206,6 +206,7 @@ def test_addresses_where_no_cluster_is(corpus, tmp_path, capsys, monkeypatch):
             assert says in (told := capsys.readouterr().err) and "--debug" not in told
 
 
+@pytest.mark.slow
 def test_a_pipeline_of_ones_own(ray):
     data = ray.data.from_items([{"id": f"p{i}", "text": f"Hello {i}.", "speaker": i} for i in range(6)])
     spoken = data.map_batches(

@@ -23,6 +23,7 @@ from clvp_fast.engine.voices import Voice, VoiceCache
 from tests.cli.test_generate import QUICK, TEXT
 
 OTHER = "No."
+DRAWN = [option for option in QUICK if option != "--no-pictures"]
 
 
 @pytest.fixture
@@ -38,7 +39,7 @@ def generate(cli, tmp_path):
     """Runs `generate` into a folder, and returns the outcome and the folder."""
 
     def run(*argv, out="out", code=0):
-        outcome = cli("generate", *QUICK, *argv, "--out", tmp_path / out, "--no-pictures")
+        outcome = cli("generate", *QUICK, *argv, "--out", tmp_path / out)
         assert outcome.code == code, outcome
         return outcome, tmp_path / out
 
@@ -319,7 +320,7 @@ def test_candidates_that_stop_at_once(cli, voice, tmp_path):
     save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
     for scoring in ("trimmed", "padded"):
         out = tmp_path / scoring
-        argv = ("--voice", voice, "--checkpoint", checkpoint, "--out", out, *QUICK, "--scoring", scoring)
+        argv = ("--voice", voice, "--checkpoint", checkpoint, "--out", out, *DRAWN, "--scoring", scoring)
         outcome = cli("generate", TEXT, *argv)
         assert outcome.code == 0, outcome.err
         assert "Infinity" not in (out / "candidates.json").read_text()

@@ -34,7 +34,7 @@ def test_json_is_whole_in_every_encoding(encoding):
 
 def test_json_into_a_pipe(voice, tmp_path):
     found = run(
-        *("generate", "Yes 🙂", *QUICK, "--no-pictures", "--voice", voice, "--out", "é🙂", "--json"),
+        *("generate", "Yes 🙂", *QUICK, "--voice", voice, "--out", "é🙂", "--json"),
         cwd=tmp_path,
         PYTHONIOENCODING="latin-1",
     )
@@ -44,7 +44,9 @@ def test_json_into_a_pipe(voice, tmp_path):
     assert json.loads((tmp_path / "é🙂/candidates.json").read_text(encoding="utf-8"))["text"] == "Yes 🙂"
 
 
-@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "<&-"])
+@pytest.mark.parametrize(
+    "closed", [">&- 2>&-", "<&-", *(pytest.param(one, marks=pytest.mark.slow) for one in (">&-", "2>&-"))]
+)
 def test_closed_streams(voice, tmp_path, closed):
     """As of a service that closes what it does not read: the files are written all the same."""
     command = [sys.executable, "-m", "clvp_fast", "mel", str(voice), "--out", "out", "--json"]
@@ -62,7 +64,7 @@ def test_a_note_is_one_line(capsys):
 
 def test_a_table_into_a_pipe(voice, tmp_path):
     found = run(
-        *("generate", "Yes 🙂", *QUICK, "--no-pictures", "--voice", voice, "--out", "é🙂"),
+        *("generate", "Yes 🙂", *QUICK, "--voice", voice, "--out", "é🙂"),
         cwd=tmp_path,
         PYTHONIOENCODING="ascii",
     )

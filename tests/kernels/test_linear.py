@@ -102,7 +102,7 @@ def test_float32_residual_beside_a_half_type(rows, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("sizes", [(512, 96), (100, 31)])
+@pytest.mark.parametrize("sizes", [(512, 96), pytest.param((100, 31), marks=pytest.mark.slow)])
 def test_a_row_has_the_bits_that_it_has_alone(sizes, dtype):
     """In every regime of rows, which share the instruction and the order of the sums; and the same twice."""
     x, weight, bias, scale = operands(dtype, (140,), *sizes)
