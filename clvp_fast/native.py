@@ -19,7 +19,14 @@ from pathlib import Path
 
 from clvp_fast import native_build
 from clvp_fast.errors import sentence
-from clvp_fast.files import UnwritableError, build_folder_once, cache_folder, changeable_by_others, make_private
+from clvp_fast.files import (
+    UnwritableError,
+    build_folder_once,
+    cache_folder,
+    changeable_by_others,
+    make_private,
+    write_json,
+)
 from clvp_fast.native_calls import (  # what callers fill a call with
     BFLOAT16 as BFLOAT16,
     FLOAT16 as FLOAT16,
@@ -250,8 +257,8 @@ def _build(part: str, target: Path, tools: native_build.Toolchain, anew: bool) -
     """A failure leaves a record and a log beside the place of the library, and is tried again if asked for alone."""
     failure, log = target.with_suffix(".json"), target.with_suffix(".log")
     again = f"({log} has all that it said; python -m clvp_fast.native --rebuild tries again)"
-    if failure.exists() and not anew:
-        told = json.loads(failure.read_text(encoding="utf-8"))
+    told = _failed_before(failure)
+    if told is not None and not anew:
         raise native_build.BuildError(f"{told['version']} did not compile it: {told['error']} {again}")
     failure.unlink(missing_ok=True)
     show = _progress(f"clvp_fast: building the {_name(part)} (once) with {tools}")
@@ -261,8 +268,17 @@ def _build(part: str, target: Path, tools: native_build.Toolchain, anew: bool) -
         compiler = tools.nvcc or shlex.join(tools.cxx)
         told = {"compiler": compiler, "version": str(tools), "error": _first_error(error.log)}
         log.write_text(error.log, encoding="utf-8")
-        failure.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+        write_json(failure, told)
         raise native_build.BuildError(f"{error}: {told['error']} {again}") from error
+
+
+def _failed_before(failure: Path) -> dict | None:
+    """The record of a build that failed, or None where there is none, or none that is whole."""
+    try:
+        told = json.loads(failure.read_text(encoding="utf-8"))
+        return told if {"version", "error"} <= told.keys() else None
+    except (FileNotFoundError, ValueError, AttributeError):  # it was being written when the disk was full
+        return None
 
 
 def _first_error(log: str) -> str:

@@ -413,6 +413,17 @@ def test_a_failed_build_keeps_its_record_and_is_not_repeated(sources, tmp_path, 
     assert missing() is None
 
 
+@pytest.mark.parametrize("left", ["", "{}", "null", '{"version": "g++'])
+def test_a_record_that_is_not_whole_is_none(sources, tmp_path, left):
+    """As a full disk or a killed process leaves it: the library is built again."""
+    folder = tmp_path / "cache/native"
+    folder.mkdir(parents=True, mode=0o700)
+    name = native_build.content_hash(sources, native_build.find_toolchain(), "cpu", native.VERSION)
+    (folder / f"{name}.json").write_text(left)
+    assert missing() is None
+    assert [path.name for path in built_folders(tmp_path)] == [name]
+
+
 def test_rebuild_tries_again_and_replaces_what_is_there(sources, tmp_path, monkeypatch, capfd):
     with monkeypatch.context() as patch:
         patch.setattr(native_build, "CXX_FLAGS", [*native_build.CXX_FLAGS, f"-include{tmp_path}/later.h"])
