@@ -1,4 +1,4 @@
-# The targets are the steps that CI runs. `make demo` and `make test` need Python 3.11 or newer and g++, nothing else.
+# The targets are the steps that CI runs. `make demo` and `make test` need Python 3.11 or newer; with a C++ compiler they are faster.
 #
 #   make demo  PYTHON=python3.12     another interpreter for .venv
 #   make test  PYTEST_ARGS="tests/ops -k rotary"
@@ -103,8 +103,8 @@ docs-benchmarks: $(RUNTIME_STAMP)
 # In parts of at most GPU_SECONDS: called again, they go on. All is written to GPU_OUT as it comes, and the last line names
 # what failed. GPU_ARGS=--count tells without a GPU what would be run.
 define on_gpu
-PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $(GPU_PYTHON) -m benchmarks.gpu $(@:gpu-%=%) --out $(GPU_OUT) \
-  --seconds $(GPU_SECONDS) --sanitizer $(SANITIZER) $(GPU_ARGS)
+PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $(GPU_PYTHON) -m benchmarks.gpu $(@:gpu-%=%) --out '$(GPU_OUT)' \
+  --seconds '$(GPU_SECONDS)' --sanitizer '$(SANITIZER)' $(GPU_ARGS)
 endef
 
 # Correct on this GPU, and clean to the memory checker.

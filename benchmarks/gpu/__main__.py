@@ -26,7 +26,7 @@ _SHOWN = 20
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("what", choices=("check", "bench", "evidence"))
-    parser.add_argument("--out", type=Path, default=ROOT / "out/gpu", help="default: %(default)s")
+    parser.add_argument("--out", type=_folder, default=ROOT / "out/gpu", help="default: %(default)s")
     parser.add_argument("--seconds", type=_seconds, default=540, help="of this part (default: %(default)s)")
     parser.add_argument("--sanitizer", default="compute-sanitizer")
     parser.add_argument(
@@ -45,7 +45,8 @@ def main(argv: list[str] | None = None) -> int:
         pretended.pretend()
         from benchmarks.gpu import counting
 
-        print(counting.counted(planned))
+        for line in counting.counted(planned):
+            print(line, flush=True)
         return OK
     card = card_of(sys.executable)
     if card is None:
@@ -79,6 +80,12 @@ def main(argv: list[str] | None = None) -> int:
         return FAILED
     print(verdict(planned, journal), flush=True)
     return code
+
+
+def _folder(word: str) -> Path:
+    if not word:
+        raise argparse.ArgumentTypeError("a folder was expected, such as out/gpu, and not ''")
+    return Path(word)
 
 
 def _seconds(word: str) -> float:

@@ -7,7 +7,7 @@ that torch gives.
 
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cache, partial
 from unittest import mock
 
@@ -28,17 +28,15 @@ _AROUND_TEXT = 3
 _COPIES = {"transformers, static": 2, "transformers": 3, "torch": 2}
 
 
-def counted(planned: Iterable[Step]) -> str:
-    """A line a step, and of measurements a line a row."""
-    lines = []
+def counted(planned: Iterable[Step]) -> Iterator[str]:
+    """Yield a line a step, as it is counted, and of measurements a line a row."""
     for step in planned:
         kind = "rows" if is_measuring(step) else "tests"
         items = rows_of(step) if kind == "rows" else tests_of(step)
         workers = f" by {step.workers} workers" if step.workers > 1 else ""
-        lines.append(f"{step.name}: {len(items)} {kind}{workers}, at most {step.seconds:.0f} s")
+        yield f"{step.name}: {len(items)} {kind}{workers}, at most {step.seconds:.0f} s"
         if kind == "rows":
-            lines += [f"  {_memory(item)}  {item.name}" for item in items]
-    return "\n".join(lines)
+            yield from (f"  {_memory(item)}  {item.name}" for item in items)
 
 
 def _memory(item: Item) -> str:

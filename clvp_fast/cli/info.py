@@ -67,7 +67,7 @@ def cache() -> str:
 
 def devices() -> list[str]:
     """A line for the CPU and one for each CUDA device that torch sees."""
-    found = [f"cpu: {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"]
+    found = [f"cpu: {torch.get_num_threads()} threads, torch's own code on {torch.backends.cpu.get_cpu_capability()}"]
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         properties = torch.cuda.get_device_properties(index)
         memory = properties.total_memory / 2**30

@@ -140,6 +140,15 @@ def test_make_keeps_a_python_path(target, tmp_path):
     assert "path: .\n" in done.stdout
 
 
+def test_make_hands_on_each_value_as_one_word(tmp_path):
+    """A folder of two words is one, and an empty value is not taken for the next option's."""
+    told = tmp_path / "python"
+    told.write_text('#!/bin/sh\nfor word; do echo "<$word>"; done\n')
+    told.chmod(0o755)
+    done = hidden("make", "gpu-check", f"GPU_PYTHON={told}", "GPU_OUT=of two words", "GPU_SECONDS=")
+    assert "<--out>\n<of two words>\n<--seconds>\n<>\n<--sanitizer>" in done.stdout, done.stdout + done.stderr
+
+
 @pytest.mark.slow
 def test_without_a_gpu_the_commands_say_so(tmp_path):
     done = hidden("make", "gpu-evidence", f"GPU_PYTHON={sys.executable}", f"GPU_OUT={tmp_path}")

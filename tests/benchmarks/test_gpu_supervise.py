@@ -215,7 +215,10 @@ def test_a_gpu_that_does_not_answer_is_none(tmp_path):
 
 
 def test_the_command_says_in_a_sentence_why_it_cannot_begin(place, called, monkeypatch, capsys):
-    for words in ("soon", "nan", "inf", "-1"):
+    with pytest.raises(SystemExit):
+        called(FINE, "--out", "")
+    assert "such as out/gpu, and not ''" in capsys.readouterr().err
+    for words in ("soon", "nan", "inf", "-1", ""):
         with pytest.raises(SystemExit):
             called(FINE, "--seconds", words)
         assert f"such as 540, and not {words!r}" in capsys.readouterr().err
