@@ -54,6 +54,45 @@ def test_each_fault_of_a_test_costs_itself_alone(place):
     assert [path.name for path in (place.folder / "logs").iterdir()] == ["tests.log"]
 
 
+def test_what_a_hanging_worker_has_started_ends_with_it(place):
+    """As the tests that a sanitizer started."""
+    code = (
+        "import subprocess; folder = os.environ['PLANTED_FOLDER']\n"
+        "if ended('tests'): done(); sys.exit()\n"
+        "child = subprocess.Popen(['sleep', '10000']); begin('it')\n"
+        "for name in ('child', 'hangs'): open(f'{folder}/{name}', 'w').write(str(child.pid))\n"
+        "child.wait()"
+    )
+    place.run(place.worker(code, seconds=float("inf")))
+    child = Path("/proc") / (place.folder / "child").read_text()
+    wait_for(lambda: not child.exists() or "Z" in (child / "stat").read_text())
+    assert place.outcomes() == dict(it="hung")
+
+
+def test_what_ends_while_its_worker_is_ended_has_not_hung(place, monkeypatch):
+    monkeypatch.setattr(supervise, "GRACE", LONG)
+    code = (
+        "if ended('tests'): done(); print('ERROR SUMMARY: 0 errors'); sys.exit()\n"
+        "begin('it'); open(os.environ['PLANTED_FOLDER'] + '/hangs', 'w').close(); sys.stdin.read()\n"
+        "write('end', item='it', outcome='passed', why=''); print('ERROR SUMMARY: 0 errors')"
+    )
+    place.run(place.worker(code, seconds=float("inf"), sanitized=True))
+    assert place.outcomes() == dict(it="passed")
+
+
+@pytest.mark.parametrize(("items", "hangs"), [("aabbcc", None), ("aaaa", "a"), ("abbbb", "b")])
+def test_an_item_s_time_begins_with_it(items, hangs, monkeypatch):
+    left, now = list(items), [0.0]
+
+    def wait(seconds):
+        now[0] += 40.0
+
+    monkeypatch.setattr(supervise, "monotonic", lambda: now[0])
+    process = SimpleNamespace(poll=lambda: None if left else 0, wait=wait)
+    watch = SimpleNamespace(look=lambda: left.pop(0))
+    assert supervise._watched(process, Step("s", (), LONG, item_seconds=60.0), watch, LONG) == hangs
+
+
 def test_workers_share_the_tests(place):
     place.tests.write_text("import pytest\n@pytest.mark.parametrize('n', range(40))\ndef test_it(n):\n    pass\n")
     place.run(place.step(workers=3))
@@ -249,14 +288,13 @@ def test_a_sanitizer_s_word_is_the_step_s_for_good(place, said, errors):
     assert state.whole and state.passed == ["one", "two"] and len(state.failed) == errors and not state.broken
 
 
-def test_what_passed_under_a_sanitizer_that_was_silent_is_run_again(place):
+def test_what_passed_under_a_sanitizer_that_was_silent_does_not_count(place):
     code = (
-        "end('one')\n"
-        "if ended('tests').count('one') == 1: begin('dies'); sys.exit(3)\n"
+        "if 'one' not in ended('tests'): end('one'); begin('dies'); sys.exit(3)\n"
         "done(); print('ERROR SUMMARY: 0 errors')"
     )
     place.run(place.worker(code, sanitized=True))
-    assert place.outcomes() == dict(one="passed", dies="died")
+    assert place.outcomes() == dict(dies="died")
 
 
 SANITIZER = """
