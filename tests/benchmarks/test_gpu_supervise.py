@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks.gpu import __main__ as command, steps, supervise, testing
-from benchmarks.gpu.journal import Journal, Watch
+from benchmarks.gpu.journal import Journal, State, Watch
 from benchmarks.gpu.supervise import Step
 from benchmarks.harness import ROOT, stored_rows
 from tests.benchmarks.planted_tests import LONG, TESTS, Place
@@ -195,6 +195,7 @@ def test_a_step_that_is_late_or_broken_stops_no_other(place, capsys):
     assert command.verdict(planned, place.journal) == "FAILED: asleep, broken, absent"
     said = capsys.readouterr().out
     assert "no such thing" in said and "OUT OF ITS TIME" in said and "it cannot be started" in said
+    assert not place.journal.state("absent").whole, "it may be there when all is called again"
     # A late step comes last when all is called again.
     planned[0] = place.worker(FINE, "asleep")
     assert command.run(planned, place.journal, place.folder, float("inf")) == command.FAILED
@@ -229,6 +230,8 @@ def called(place, monkeypatch):
 
 def test_the_command_writes_a_table_and_ends_with_what_failed(place, called, monkeypatch, capsys):
     out = place.folder / "out"
+    assert called(FINE, "--seconds", "0") == command.LEFT
+    assert capsys.readouterr().out.endswith("left for another part, so call it again: one, two\n")
     assert called(FINE) == command.OK
     said = capsys.readouterr().out
     assert said.startswith(f"a card; everything goes to {out}\n") and said.endswith("all of 2 steps are well\n")
@@ -243,6 +246,24 @@ def test_the_command_writes_a_table_and_ends_with_what_failed(place, called, mon
     assert called(FINE, "--seconds", "0") == command.FAILED
     monkeypatch.setattr(command, "card_of", lambda python: "another card")
     assert called(FINE) == command.OK
+
+
+def test_of_many_failures_the_first_are_told():
+    state = State(passed=[], left_out=[], failed=[f"test {n}: failed" for n in range(25)], whole=True)
+    first, *lines, last = command.told(Step("tests", (), LONG, LONG), state).splitlines()
+    assert first.endswith("0 well, 25 FAILED") and len(lines) == 20 and last.strip() == "... and 5 more, in the journal"
+
+
+def test_tests_alone_have_no_table(place, called, monkeypatch, capsys):
+    monkeypatch.setattr(command.steps, "check", lambda sanitizer: [place.worker(FINE)])
+    assert command.main(["check", "--out", str(place.folder / "out")]) == command.OK
+    assert "aim" not in capsys.readouterr().out and not (place.folder / "out/evidence.md").exists()
+
+
+def test_a_worker_whose_device_is_lost_costs_the_test_that_lost_it(place):
+    code = f"if ended('tests'): done(); sys.exit()\nend('it', 'failed', 'why'); sys.exit({supervise.DEVICE_LOST})"
+    place.run(place.worker(code))
+    assert place.outcomes() == dict(it="failed") and place.journal.state("tests").whole
 
 
 def test_a_gpu_that_does_not_answer_is_none(tmp_path):
