@@ -65,6 +65,8 @@ def run_step(step: Step, journal: Journal, deadline: float, logs: Path, environm
     journal.write(step.name, "begin step")
     end = min(monotonic() + step.seconds, deadline)
     logs.mkdir(parents=True, exist_ok=True)
+    for left in sorted(logs.glob(f"{_stem(step)}-*.part")):  # by a part that was killed
+        _moved(left, logs / f"{_stem(step)}.log")
     whole: list[bool] = []
     errors: list[OSError] = []
 
@@ -89,7 +91,7 @@ def run_step(step: Step, journal: Journal, deadline: float, logs: Path, environm
 
 def _share(step: Step, journal: Journal, share: int, end: float, logs: Path, environment: dict[str, str]) -> bool:
     """Go through one worker's items, with a new process behind each that is lost; whether all came to something."""
-    stem = re.sub(r"\W+", "-", step.name)
+    stem = _stem(step)
     while monotonic() < end:
         worker = f"{share}.{time_ns():x}"
         own, watch = logs / f"{stem}-{worker}.part", Watch(journal, worker)
@@ -127,6 +129,11 @@ def _share(step: Step, journal: Journal, share: int, end: float, logs: Path, env
             journal.write(step.name, "broken", why=f"exit code {code}: {said[-1500:]}")
             return False
     return False
+
+
+def _stem(step: Step) -> str:
+    """What the names of a step's logs begin with."""
+    return re.sub(r"\W+", "-", step.name)
 
 
 def _start(

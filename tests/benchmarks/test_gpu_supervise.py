@@ -118,6 +118,7 @@ def test_a_killed_part_leaves_no_process_and_goes_on_where_it_was(place):
     place.run(place.step())
     assert place.outcomes()["hangs"] == "passed" and place.outcomes()["last"] == "passed"
     assert place.ran() == ["first", "hangs", "hangs", "fails", "dies", "last"]
+    assert [path.name for path in (place.folder / "logs").iterdir()] == ["tests.log"], "few files, however often killed"
 
 
 def test_a_journal_that_ends_anywhere_is_read_and_written_on(place):
