@@ -232,7 +232,9 @@ def _cached(part: str, anew: bool = False) -> Path:
         if anew or _record(target, part) is None:
             make_private(place)
             _check_private(place, root)
-            with _one_process(place):
+            with _one_process(place) as alone:
+                for left in place.glob(f".{target.name}-*") if alone else ():  # by a process that was killed
+                    shutil.rmtree(left, ignore_errors=True)
                 if anew or _record(target, part) is None:
                     shutil.rmtree(target, ignore_errors=True)  # old or damaged
                     _build(part, target, tools, anew)
@@ -301,13 +303,18 @@ def _progress(title: str):
 
 @contextmanager
 def _one_process(place: Path):
-    """Lets one process build while others wait. Where a disk knows no locks, each builds and one result stays."""
+    """Lets one process build while others wait; gives whether it does.
+
+    Where a disk knows no locks, each builds and one result stays.
+    """
     import fcntl  # not on Windows, where there is no library either
 
     with open(place / ".lock", "w") as handle:
+        alone = False
         with suppress(OSError):
             fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+            alone = True
+        yield alone
 
 
 def record(part: str = "cpu") -> dict:

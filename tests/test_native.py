@@ -415,11 +415,12 @@ def test_a_failed_build_keeps_its_record_and_is_not_repeated(sources, tmp_path, 
 
 @pytest.mark.parametrize("left", ["", "{}", "null", '{"version": "g++'])
 def test_a_record_that_is_not_whole_is_none(sources, tmp_path, left):
-    """As a full disk or a killed process leaves it: the library is built again."""
+    """As a full disk or a killed process leaves it: the library is built again, and what was begun is removed."""
     folder = tmp_path / "cache/native"
     folder.mkdir(parents=True, mode=0o700)
     name = native_build.content_hash(sources, native_build.find_toolchain(), "cpu", native.VERSION)
     (folder / f"{name}.json").write_text(left)
+    (folder / f".{name}-killed/objects").mkdir(parents=True)
     assert missing() is None
     assert [path.name for path in built_folders(tmp_path)] == [name]
 
