@@ -127,6 +127,13 @@ def test_all_steps_together_take_25_minutes_at_most():
     assert len(set(names)) == len(names)
 
 
+def test_the_checkers_watch_their_steps():
+    memcheck, racecheck = [step for step in steps.check("sanitizer") if step.sanitized]
+    for step in (memcheck, racecheck):
+        assert f" sanitizer --tool {step.name} --error-exitcode 1 {sys.executable} " in " ".join(step.command)
+    assert "PYTORCH_NO_CUDA_MEMORY_CACHING=1" in memcheck.command, "each tensor has bounds of its own"
+
+
 @pytest.mark.parametrize("target", ["gpu-check", "gpu-bench", "gpu-evidence"])
 def test_make_keeps_a_python_path(target, tmp_path):
     """A path that is given from outside stands behind the repository, and in all that the commands start."""
@@ -187,6 +194,7 @@ def test_aims_scale_by_the_card_s_bandwidth(tmp_path):
     folder = tmp_path / "nvidia-test"
     write_rows([aim_row(first, 3 * first.seconds, aims.BANDWIDTH / 2)], folder)
     write_rows([aim_row(second, 1.0, aims.BANDWIDTH) | {"seconds": None, "refused": "wrong"}], folder)
+    write_rows([aim_row(aims.AIMS[3], 1.0, aims.BANDWIDTH) | {"source": "of other code"}], folder)
     journal = Journal(tmp_path / "journal.jsonl", "code on card")
     lines = aims.table(tmp_path, "NVIDIA Test", journal).splitlines()[2:]
     assert len(lines) == len(aims.AIMS)
