@@ -1,5 +1,6 @@
 """The worker on the demo checkpoint: what rows give, what each depends on, and what it is known by."""
 
+import itertools
 import os
 from collections import OrderedDict
 from types import SimpleNamespace
@@ -286,23 +287,19 @@ def test_mark_of_a_checkpoint(worker, tmp_path):
     assert Worker(Settings(**QUICK, keep=3)).mark == mark and len(mark) == 32
     model, parts = worker.engine.model, worker.engine.processor
     checkpoint = Checkpoint("demo", model, parts.tokenizer, parts.feature_extractor)
-    for parameter in (model.speech_decoder_model.lm_head.weight, next(model.text_encoder_model.parameters())):
-        before = parameter.detach().clone()
-        parameter.data += 1e-6
-        assert _mark(checkpoint) != mark
-        parameter.data.copy_(before)
-    assert _mark(checkpoint) == mark
-    # A part of a matrix is enough, and the last bit of all numbers.
-    matrix = model.speech_decoder_model.lm_head.weight
-    for change in (
-        lambda: matrix.data[1024:1152].add_(1.0),
-        lambda: matrix.data.copy_(torch.nextafter(matrix, matrix + 1)),
-    ):
+    changes = (
+        lambda numbers: numbers[1].add_(1e-6),  # a row
+        lambda numbers: numbers[-1, -1].copy_(torch.nextafter(numbers[-1, -1], numbers[-1, -1] + 1)),  # a bit
+        lambda numbers: numbers[:2].copy_(numbers[:2].flip(0)),  # the places of two rows
+    )
+    matrices = model.speech_decoder_model.lm_head.weight, next(model.text_encoder_model.parameters())
+    for matrix, change in itertools.product(matrices, changes):
         before = matrix.detach().clone()
         with torch.no_grad():
-            change()
-        assert _mark(checkpoint) != mark
-        matrix.data.copy_(before)
+            change(matrix)
+            assert _mark(checkpoint) != mark
+            matrix.copy_(before)
+    assert _mark(checkpoint) == mark
 
 
 def test_mark_tells_what_is_not_a_number(worker):
