@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 
 from clvp_fast import __version__
 from clvp_fast.engine.sampling_params import PRESETS
@@ -27,7 +28,9 @@ def _generate(commands, everywhere) -> None:
         "generate", parents=[everywhere], help="speech candidates for texts in voices, best first"
     )
     texts = parser.add_mutually_exclusive_group(required=True)
-    texts.add_argument("text", nargs="*", default=[], metavar="TEXT", help="what is to be said; may be several")
+    texts.add_argument(
+        "text", nargs="*", type=_text, default=[], metavar="TEXT", help="what is to be said; may be several"
+    )
     texts.add_argument(
         "--texts", metavar="FILE", help="a text a line, blank lines left out; - reads the standard input"
     )
@@ -116,7 +119,7 @@ def _score(commands, everywhere) -> None:
         metavar="CODES",
         help="codes.npz of `generate`, an .npy array [candidates, length], or a .json list of lists",
     )
-    parser.add_argument("text", nargs="?", metavar="TEXT", help="what the codes should say")
+    parser.add_argument("text", nargs="?", type=_text, metavar="TEXT", help="what the codes should say")
     parser.add_argument(
         "--model",
         choices=("clvp", "clap"),
@@ -128,7 +131,13 @@ def _score(commands, everywhere) -> None:
         "--audio", nargs="+", default=[], metavar="RECORDING", help="WAV, FLAC, MP3 or OGG, or folders of them"
     )
     clap.add_argument(
-        "--text", nargs="+", default=[], dest="texts", metavar="TEXT", help="each ranks the recordings by itself"
+        "--text",
+        nargs="+",
+        type=_text,
+        default=[],
+        dest="texts",
+        metavar="TEXT",
+        help="each ranks the recordings by itself",
     )
     clap.add_argument("--seed", type=_seed, default=0, help="of the crops of long recordings (default: %(default)s)")
     _add_scoring(parser)
@@ -311,6 +320,18 @@ def _add_text_cleaning(parser) -> None:
         default="tortoise",
         help="how numbers, years and accents are spelt out; checkpoints were trained with tortoise's (default)",
     )
+
+
+def _text(given: str) -> str:
+    """A text of the command line. Bytes that the locale cannot say, which Python holds as surrogates, are UTF-8."""
+    try:
+        given.encode()
+    except UnicodeEncodeError:
+        try:
+            return os.fsencode(given).decode()
+        except UnicodeError as error:
+            raise argparse.ArgumentTypeError(f"{given!r} is not UTF-8 text ({error})") from error
+    return given
 
 
 def _number(kind, accept, wanted: str):

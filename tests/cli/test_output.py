@@ -57,6 +57,21 @@ def test_closed_streams(voice, tmp_path, closed):
     assert (json.loads(found.stdout)["recordings"] if found.stdout else []) or ">&-" in closed.replace("2>&-", "")
 
 
+@pytest.mark.parametrize("locale", [{"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}, {"PYTHONUTF8": "1"}])
+def test_texts_are_utf_8_in_any_locale(tmp_path, locale):
+    """An old locale says next to none of their bytes; those that are no UTF-8 are told, and nothing is spoken."""
+    code = "import sys; from clvp_fast.cli.parser import build_parser; "
+    code += "print(ascii(build_parser().parse_args(sys.argv[1:]).text))"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUTF8": "0"} | locale
+    for words, shown in (("Ça 東京 🙂", None), (b"caf\xe9", b"argument TEXT: 'caf\\udce9' is not UTF-8 text")):
+        command = [sys.executable, "-c", code, "generate", words, "--voice", "v.wav"]
+        found = subprocess.run(command, capture_output=True, env=environment)
+        if shown is None:
+            assert found.stdout.decode().strip() == ascii([words]), found.stderr
+        else:
+            assert found.returncode == 2 and shown in found.stderr
+
+
 def test_a_note_is_one_line(capsys):
     report.note("a\nb.wav: resampled")
     assert capsys.readouterr().err == "note: a b.wav: resampled\n"
