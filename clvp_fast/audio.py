@@ -55,7 +55,7 @@ class Audio:
     """What was read of a recording.
 
     samples: float32 `[num_samples]`, one channel, full scale at 1.0. seconds: of the whole recording.
-    changes: what was made of it, a sentence each. cut: whether it goes on behind what was asked for.
+    changes: what was made of it and left out of it, a sentence each. cut: whether it goes on behind what was asked for.
     """
 
     samples: np.ndarray
@@ -118,7 +118,10 @@ def read_audio(source: str | os.PathLike | BinaryIO, sampling_rate: int = 22050,
         if len(samples) == 0:
             raise ValueError(f"{name} is too short: nothing is left of it at {sampling_rate} Hz")
     used = len(samples) if seconds is None else int(seconds * sampling_rate)
-    return Audio(samples[:used].copy(), whole / rate, tuple(changes), len(samples) > used)
+    cut = len(samples) > used
+    if cut:
+        changes.append(f"only the first {seconds:g} s are used")
+    return Audio(samples[:used].copy(), whole / rate, tuple(changes), cut)
 
 
 def _reason(error: Exception) -> str:

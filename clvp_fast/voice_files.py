@@ -1,5 +1,6 @@
 """Voices from files: a recording, a folder of recordings of one speaker, or a voice that was saved."""
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,16 +76,15 @@ def _recordings(folder: Path) -> tuple[list[Path], list[Path]]:
 def _features(extractor: ClvpFeatureExtractor, recordings: list[Path]) -> tuple[list[np.ndarray], tuple[str, ...]]:
     """Log-mel features `[bins, frames]` float32 of each recording, and what was changed of them."""
     seconds = extractor.default_audio_length
-    mels, remarks = [], []
+    mels: list[np.ndarray] = []
+    remarks: Counter[str] = Counter()
     for path in recordings:
         audio = read_audio(path, extractor.sampling_rate, seconds)
         require_sound(audio.samples, path, seconds if audio.cut else None)
-        remarks += ["; ".join(audio.changes)] if audio.changes else []
-        if audio.cut:
-            remarks.append(f"only the first {seconds} s are used")
+        remarks.update(audio.changes)
         features = extractor(audio.samples, sampling_rate=extractor.sampling_rate, return_tensors="np")
         mels.append(features["input_features"][0])
+    many = len(recordings) > 1
     return mels, tuple(
-        (f"{remarks.count(remark)} of {len(recordings)} recordings: " if len(recordings) > 1 else "") + remark
-        for remark in dict.fromkeys(remarks)
+        f"{count} of {len(recordings)} recordings: {remark}" if many else remark for remark, count in remarks.items()
     )

@@ -189,8 +189,7 @@ def _read(recording: Recording, extractor, whole: bool) -> Sound:
     seconds = None if whole else extractor.default_audio_length
     audio = read_audio(recording.path, extractor.sampling_rate, seconds)
     require_sound(audio.samples, recording.path, seconds if audio.cut else None)
-    changes = audio.changes + ((f"only the first {seconds} s are used",) if audio.cut else ())
-    return Sound(recording, audio.samples, round(audio.seconds, 3), "; ".join(changes) or None)
+    return Sound(recording, audio.samples, round(audio.seconds, 3), "; ".join(audio.changes) or None)
 
 
 def _features(extractor, batch: list[Sound], whole: bool) -> list[np.ndarray]:

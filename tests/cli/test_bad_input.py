@@ -106,7 +106,8 @@ def test_stereo_and_resampled_voice_is_noted(cli, write_clip, tmp_path):
     clip = write_clip(np.random.default_rng(0).normal(size=(16000, 2)) * 0.1, rate=16000)
     outcome = cli("generate", TEXT, "--voice", clip, "--out", tmp_path / "out", *QUICK)
     assert outcome.code == 0
-    assert "2 channels mixed down to one; resampled from 16000 Hz to 22050 Hz" in outcome.err
+    for remark in ("2 channels mixed down to one", "resampled from 16000 Hz to 22050 Hz"):
+        assert f"note: {clip}: {remark}\n" in outcome.err
 
 
 def test_wrong_sampling_rate_given_as_such():
