@@ -36,6 +36,13 @@ def write_jsonl(path: Path, rows: list[dict]) -> Path:
     return path
 
 
+def write_parquet(path, rows):
+    pq.write_table(
+        pa.Table.from_pylist(rows, pa.unify_schemas([pa.Table.from_pylist([row]).schema for row in rows])), path
+    )
+    return path
+
+
 def results(out: Path) -> list[dict]:
     """The lines of all shards, in their order, without what differs between equal runs."""
     lines: list[dict] = []

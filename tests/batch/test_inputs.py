@@ -1,19 +1,16 @@
-"""Corpora as files: the same rows in each form, rows that cannot be read, and the job's own copy."""
+"""Corpora as files: the same rows in each form, and rows of JSON and CSV that cannot be read."""
 
 import csv
 import json
 import os
-from decimal import Decimal
-from uuid import UUID
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from clvp_fast.batch.inputs import RowFile, Task, digest_of, read_rows
+from clvp_fast.batch.inputs import digest_of, read_rows
 from clvp_fast.batch.rows import Row
-from tests.batch.jobs import VOICE, records, write_jsonl
+from tests.batch.jobs import records, write_jsonl, write_parquet
 
 
 def write_csv(path, rows):
@@ -22,13 +19,6 @@ def write_csv(path, rows):
         writer = csv.DictWriter(file, names)
         writer.writeheader()
         writer.writerows(rows)
-    return path
-
-
-def write_parquet(path, rows):
-    pq.write_table(
-        pa.Table.from_pylist(rows, pa.unify_schemas([pa.Table.from_pylist([row]).schema for row in rows])), path
-    )
     return path
 
 
@@ -204,134 +194,10 @@ def test_a_folder(tmp_path):
         list(read_rows(tmp_path))
 
 
-KINDS = {
-    "id": [
-        (pa.array([b"a", b"b"], pa.binary()), ["a", "b"]),  # Spark
-        (pa.array(["a", "b"], pa.large_string()), ["a", "b"]),  # pandas, polars
-        (pa.array(["a", "b"]).dictionary_encode(), ["a", "b"]),  # categories of pandas
-        (pa.array(["a", "b"], pa.string_view()), ["a", "b"]),
-        (pa.array([UUID(int=1), UUID(int=2)], pa.uuid()), [str(UUID(int=1)), str(UUID(int=2))]),  # DuckDB
-        (pa.array([UUID(int=1).bytes, UUID(int=2).bytes], pa.binary(16)), [str(UUID(int=1)), str(UUID(int=2))]),
-        (pa.array([Decimal(1), Decimal(2)], pa.decimal128(18, 0)), ["1", "2"]),
-        (pa.array([1, 2], pa.uint64()), ["1", "2"]),
-    ],
-    "text": [
-        (pa.array([b"a", "é".encode()], pa.large_binary()), ["a", "é"]),
-        (pa.array(["a", "é"]).dictionary_encode(), ["a", "é"]),
-    ],
-    "temperature": [
-        (pa.array([Decimal("0.70"), None], pa.decimal128(5, 2)), [0.7, None]),
-        (pa.array([0.5, None], pa.float16()), [0.5, None]),
-    ],
-    "num_candidates": [
-        (pa.array([Decimal("4.00"), None], pa.decimal128(5, 2)), [4, None]),
-        (pa.array([4, None], pa.int8()), [4, None]),
-    ],
-    "do_sample": [(pa.array([1.0, 0.0]), [True, False]), (pa.array([True, False]), [True, False])],
-}
-
-
-@pytest.mark.parametrize("name", KINDS)
-def test_types_of_parquet(tmp_path, name):
-    """As DuckDB, Spark, pandas and datasets write them."""
-    for column, expected in KINDS[name]:
-        table = {"id": pa.array(["x", "y"]), "text": pa.array(["Hello."] * 2)} | {name: column}
-        pq.write_table(pa.table(table), tmp_path / "corpus.parquet", store_schema=column.type != pa.binary(16))
-        rows = list(read_rows(tmp_path / "corpus.parquet"))
-        assert [row.error for row in rows] == [None, None], column.type
-        found = [getattr(row, name, None) if name in ("id", "text") else row.sampling.get(name) for row in rows]
-        assert found == expected and list(map(type, found)) == list(map(type, expected)), column.type
-
-
-def test_text_of_parquet_that_is_no_utf_8(tmp_path):
-    """Each row fails for itself, also where the column is said to be text."""
-    texts = pa.array([b"a", b"\xff", b"c"], pa.binary())
-    for column in (texts, pa.Array.from_buffers(pa.string(), 3, texts.buffers())):
-        pq.write_table(pa.table({"id": ["x", "y", "z"], "text": column}), tmp_path / "corpus.parquet")
-        rows = list(read_rows(tmp_path / "corpus.parquet"))
-        assert [row.text for row in rows] == ["a", None, "c"]
-        assert rows[1].id == "y" and "text is not valid Unicode" in rows[1].error
-
-
-def test_values_of_parquet_that_python_cannot_say(tmp_path):
-    """A path that is no UTF-8 beside a recording's bytes, or a number of another kind: the row fails alone."""
-    names = pa.array([b"a.wav", b"\xff", b"c.wav"], pa.binary())
-    paths = pa.Array.from_buffers(pa.string(), 3, names.buffers())
-    voice = pa.StructArray.from_arrays([pa.array([VOICE.read_bytes()] * 3), paths], ["bytes", "path"])
-    path = tmp_path / "corpus.parquet"
-    pq.write_table(pa.table({"id": ["x", "y", "z"], "text": ["a", "b", "c"], "voice": voice}), path)
-    rows = list(read_rows(path, keep=lambda content: tmp_path / "kept"))
-    assert [row.id for row in rows] == ["x", "y", "z"] and [row.error is None for row in rows] == [True, False, True]
-    assert rows[1].error.startswith("voice cannot be read: 'utf-8' codec can't decode byte 0xff")
-
-    seeds = pa.array([None, 2**55, 3], pa.timestamp("ms"))
-    pq.write_table(pa.table({"id": ["x", "y", "z"], "text": ["a", "b", "c"], "seed": seeds}), path)
-    rows = list(read_rows(path))
-    assert rows[0].error is None and rows[1].id == "y" and rows[1].error.startswith("seed cannot be read: ")
-    assert rows[2].error.startswith("seed must be a number, not datetime.datetime(")
-
-
-def test_recordings_in_cells(tmp_path):
-    """`bytes` win over `path`, as in datasets; a path alone, or bytes that are a path, are as good as text."""
-    content = VOICE.read_bytes()
-    struct = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    given = [{"bytes": content, "path": "a.wav"}, {"bytes": None, "path": "a.wav"}, {"bytes": None, "path": None}, None]
-    kept = []
-
-    def keep(found):
-        kept.append(found)
-        return tmp_path / "kept"
-
-    def read(column, keep=keep):
-        table = pa.table({"id": list("abcd"), "text": ["Hello."] * 4, "voice": column})
-        pq.write_table(table, tmp_path / "corpus.parquet")
-        return list(read_rows(tmp_path / "corpus.parquet", keep=keep))
-
-    rows = read(pa.array(given, struct))
-    assert [row.voice for row in rows] == [str(tmp_path / "kept"), str(tmp_path / "a.wav"), None, None]
-    assert kept == [content] and rows[2].error == "voice has neither bytes nor a path" and rows[3].error is None
-    rows = read(pa.array([content, b"a.wav", "é.wav".encode(), None], pa.binary()))
-    assert [row.voice for row in rows] == [str(tmp_path / name) for name in ("kept", "a.wav", "é.wav")] + [None]
-    assert kept == [content] * 2
-    rows = read(pa.array([b"a" * 4097, b"a\nb", b"a\0b", b"a" * 255], pa.binary()))
-    assert kept[2:] == [b"a" * 4097, b"a\nb", b"a\0b"] and rows[3].voice == str(tmp_path / ("a" * 255))
-    del kept[2:]
-    rows = read(pa.array([content, bytes(5), b"RIFF\xff", bytes((64 << 20) + 1)], pa.large_binary()))
-    assert "the recording in the row has 67108865 bytes, and may have 64 MiB" in rows[3].error and len(kept) == 5
-    assert "not a recording's bytes" in read(pa.array(given, struct), None)[0].error
-
-
-@pytest.mark.parametrize(("kind", "rows"), [(pa.string(), 1024), (pa.large_binary(), 8)])
-def test_few_recordings_are_held_at_a_time(tmp_path, monkeypatch, kind, rows):
-    voices = pa.array([b"a.wav"] * 1500, pa.binary()).cast(kind)
-    table = {"id": pa.array(range(1500)), "text": ["Hello."] * 1500, "voice": voices}
-    pq.write_table(pa.table(table), tmp_path / "corpus.parquet")
-    batches, held = pq.ParquetFile.iter_batches, []
-
-    def watched(*arguments, **options):
-        for batch in batches(*arguments, **options):
-            held.append(len(batch))
-            yield batch
-
-    monkeypatch.setattr(pq.ParquetFile, "iter_batches", watched)
-    assert len(list(read_rows(tmp_path / "corpus.parquet"))) == 1500 and max(held) == rows
-
-
 @pytest.mark.parametrize("kind", [".csv", ".parquet"])
 def test_missing_columns(tmp_path, kind):
     path = WRITERS[kind](tmp_path / f"corpus{kind}", [{"name": "a", "text": "Hello."}])
     with pytest.raises(ValueError, match=r"has no column 'id'; its columns are 'name', 'text'"):
-        list(read_rows(path))
-
-
-def test_damaged_parquet(tmp_path):
-    path = write_parquet(tmp_path / "corpus.parquet", records(2000))
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-100])
-    with pytest.raises(ValueError, match="cannot be read as Parquet"):
-        list(read_rows(path))
-    path.write_bytes(whole[:300] + bytes(200) + whole[500:])
-    with pytest.raises(ValueError, match="is damaged from row"):
         list(read_rows(path))
 
 
@@ -342,62 +208,6 @@ def test_digest(tmp_path):
     assert first == digest_of(path)
     path.write_bytes(b"x" * (1 << 20) + b"z")
     assert digest_of(path) != first and len(first) == 32
-
-
-def copy(tmp_path, rows, shard_rows):
-    RowFile.write(tmp_path / "rows.parquet", rows, shard_rows)
-    return RowFile(tmp_path / "rows.parquet")
-
-
-@pytest.mark.parametrize(("count", "sizes"), [(0, []), (1, [1]), (6, [6]), (7, [6, 1]), (18, [6, 6, 6])])
-def test_copy(tmp_path, count, sizes):
-    rows = [Row.read(index, record) for index, record in enumerate(records(count))]
-    file = copy(tmp_path, iter(rows), 6)
-    assert (file.num_rows, file.num_shards) == (count, len(sizes))
-    assert [file.rows_of(shard) for shard in range(len(sizes))] == sizes
-    assert [row for shard in range(len(sizes)) for row in file.shard(shard)] == rows
-
-
-def test_copy_keeps_everything(tmp_path):
-    rows = [
-        Row(0, "a", "Hello.", "/voices/a.wav", {"seed": 2**63, "temperature": 0.1, "do_sample": False}),
-        Row(1, None, error="line 2 is no JSON"),
-        Row(2, "ünïcode 🙂\0", "two\nlines"),
-    ]
-    assert copy(tmp_path, rows, 2).shard(0) + copy(tmp_path, rows, 2).shard(1) == rows
-
-
-def test_ids_that_come_again(tmp_path):
-    rows = [Row(index, row_id, "Hello.") for index, row_id in enumerate(["a", "b", "a", None, "c", None, "b", "a"])]
-    rows[6] = Row(6, "b", error="it has an error already")
-    file = copy(tmp_path, rows, 3)
-    found = [row for shard in range(3) for row in file.shard(shard)]
-    errors = [row.error for row in found]
-    assert errors[2] == errors[7] == "its id is also that of row 0: give each row one of its own"
-    assert errors[6] == "it has an error already"
-    assert [errors[i] for i in (0, 1, 3, 4, 5)] == [None] * 5
-    assert [row.id for row in found] == [row.id for row in rows]
-    assert [path.name for path in tmp_path.iterdir()] == ["rows.parquet"]
-
-
-def test_damaged_copy(tmp_path):
-    file = copy(tmp_path, [Row(i, f"{i}", "Hello." * i) for i in range(50)], 50)
-    content = bytearray((tmp_path / "rows.parquet").read_bytes())
-    content[60] ^= 0xFF
-    (tmp_path / "rows.parquet").write_bytes(content)
-    file = RowFile(tmp_path / "rows.parquet")
-    with pytest.raises(ValueError, match=r"rows\.parquet is damaged .* remove it, and it is made again"):
-        file.shard(0)
-
-
-def test_tasks(tmp_path):
-    rng = np.random.default_rng(0)
-    rows = [Row(index, f"{index}", "x" * int(rng.integers(1, 200))) for index in range(20)]
-    file = copy(tmp_path, rows, 12)
-    every = Task(1).rows_of(file)
-    assert sorted(row.index for row in every) == list(range(12, 20))
-    assert [len(row.text) // 32 for row in every] == sorted((len(row.text) // 32 for row in every), reverse=True)
-    assert sorted(row.index for row in Task(1, (13, 19)).rows_of(file)) == [13, 19]
 
 
 def test_bad_json_numbers_are_no_texts(tmp_path):

@@ -8,6 +8,8 @@ import pytest
 from clvp_fast.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
+TEXT = "The birch canoe slid on the smooth planks."
+QUICK = ("--num-candidates", 2, "--max-new-tokens", 8)
 
 
 @dataclass
@@ -50,5 +52,17 @@ def fails(cli):
         assert last.startswith("clvp-fast: error: "), outcome.err
         assert not any("error" in line for line in notes)
         return last.removeprefix("clvp-fast: error: ")
+
+    return run
+
+
+@pytest.fixture
+def generate_fails(fails, voice, tmp_path):
+    """Runs `generate` with something bad, asserts that nothing was written, and returns the sentence."""
+
+    def run(text=TEXT, clip=voice, *argv):
+        sentence = fails("generate", text, "--voice", clip, "--out", tmp_path / "out", *QUICK, *argv)
+        assert not (tmp_path / "out").exists()
+        return sentence
 
     return run

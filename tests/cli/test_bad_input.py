@@ -1,42 +1,17 @@
 """Bad input: one clear sentence, exit code 1, and no file written."""
 
-import errno
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
 import soundfile
 import torch
-from safetensors.torch import load_file, save_file
 
-from clvp_fast import ClvpFeatureExtractor, files
+from clvp_fast import ClvpFeatureExtractor
 from clvp_fast.checkpoint import load_checkpoint
-from clvp_fast.cli import main
-from clvp_fast.demo import build_demo
 from clvp_fast.engine.runner import Runner
-from tests.cli.conftest import ROOT
-from tests.kit.waiting import BOUND
-
-TEXT = "The birch canoe slid on the smooth planks."
-QUICK = ("--num-candidates", 2, "--max-new-tokens", 8)
-
-
-@pytest.fixture
-def generate_fails(fails, voice, tmp_path):
-    """Runs `generate` with something bad, asserts that nothing was written, and returns the sentence."""
-
-    def run(text=TEXT, clip=voice, *argv):
-        sentence = fails("generate", text, "--voice", clip, "--out", tmp_path / "out", *QUICK, *argv)
-        assert not (tmp_path / "out").exists()
-        return sentence
-
-    return run
+from tests.cli.conftest import QUICK, ROOT, TEXT
 
 
 @pytest.fixture
@@ -175,91 +150,7 @@ def test_unreadable_codes(fails, tmp_path):
     assert "has no array named 'codes'" in fails("score", tmp_path / "other.npz", TEXT)
 
 
-# Checkpoint
-
-
-@pytest.fixture
-def folder(tmp_path):
-    (tmp_path / "checkpoint").mkdir()
-    build_demo(tmp_path / "checkpoint")
-    return tmp_path / "checkpoint"
-
-
-@pytest.fixture
-def checkpoint_fails(generate_fails, voice, folder):
-    return lambda: generate_fails(TEXT, voice, "--checkpoint", folder)
-
-
-@pytest.mark.parametrize(
-    "name", ["config.json", "vocab.json", "merges.txt", "preprocessor_config.json", "model.safetensors"]
-)
-def test_missing_file(checkpoint_fails, folder, name):
-    (folder / name).unlink()
-    sentence = checkpoint_fails()
-    assert str(folder) in sentence and name in sentence
-
-
-@pytest.mark.parametrize("name", ["config.json", "vocab.json", "preprocessor_config.json", "model.safetensors"])
-@pytest.mark.parametrize("keep", [0, 0.5])
-def test_truncated_file(checkpoint_fails, folder, name, keep):
-    whole = (folder / name).read_bytes()
-    (folder / name).write_bytes(whole[: int(len(whole) * keep)])
-    sentence = checkpoint_fails()
-    assert f"{folder}/{name} is damaged" in sentence
-
-
-def test_superfluous_weights(checkpoint_fails, folder):
-    (folder / "model.safetensors.index.json").write_text('{"weight_map": {}}')
-    assert "both model.safetensors and model.safetensors.index.json" in checkpoint_fails()
-
-
-def test_shards_that_do_not_match_the_index(checkpoint_fails, folder):
-    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
-    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert "lacks model-00002-of-00002.safetensors" in checkpoint_fails()
-    shutil.copy(folder / "model-00001-of-00002.safetensors", folder / "model-00002-of-00002.safetensors")
-    shutil.copy(folder / "model-00001-of-00002.safetensors", folder / "model-00003-of-00002.safetensors")
-    assert "holds model-00003-of-00002.safetensors" in checkpoint_fails()
-
-
-NORM = "speech_decoder_model.final_norm.weight"
-
-
-def test_missing_superfluous_and_misshapen_tensors(checkpoint_fails, folder):
-    tensors = load_file(folder / "model.safetensors")
-
-    def saved(**changed):
-        save_file(
-            {key: value for key, value in (tensors | changed).items() if value is not None},
-            folder / "model.safetensors",
-            metadata={"format": "pt"},
-        )
-
-    saved(**{NORM: None})
-    assert f"lacks tensors: {NORM}" in checkpoint_fails()
-    saved(extra=torch.ones(3))
-    assert "holds tensors that CLVP does not have: extra" in checkpoint_fails()
-    saved(**{NORM: torch.ones(7)})
-    assert f"of another shape than its config.json says: {NORM} [7] instead of [128]" in checkpoint_fails()
-    saved()
-    assert main(["generate", TEXT, "--voice", str(ROOT / "examples/voice.flac"), "--checkpoint", str(folder),
-                 "--out", str(folder / "out"), "--num-candidates", "1", "--max-new-tokens", "4"]) == 0  # fmt: skip
-
-
-def test_vocabulary_larger_than_the_embedding(checkpoint_fails, folder):
-    vocabulary = json.loads((folder / "vocab.json").read_text())
-    vocabulary["zzz"] = 300
-    (folder / "vocab.json").write_text(json.dumps(vocabulary))
-    assert "vocab.json numbers 301 tokens, and config.json has rows for 256" in checkpoint_fails()
-
-
-@pytest.mark.parametrize("change", [{"hidden_size": "wide"}, {"num_attention_heads": 3}, {"vocab_size": 100}])
-def test_configuration_that_cannot_be(checkpoint_fails, folder, change):
-    config = json.loads((folder / "config.json").read_text())
-    config["decoder_config"] |= change
-    (folder / "config.json").write_text(json.dumps(config))
-    assert checkpoint_fails().startswith(f"checkpoint {folder} ")
+# Memory
 
 
 def test_too_little_memory_for_one_candidate(generate_fails, monkeypatch):
@@ -292,121 +183,3 @@ def test_memory_that_runs_out_on_the_way(cli, voice, tmp_path, monkeypatch):
     assert "memory ran out on the way: the rest was decoded 1 at a time" in outcomes[1].err
     whole, halved = (np.load(tmp_path / name / "codes.npz")["codes"] for name in ("whole", "halved"))
     np.testing.assert_array_equal(whole, halved)
-
-
-def test_no_such_checkpoint(generate_fails, voice, tmp_path):
-    for name in (tmp_path / "nowhere", "./nowhere", "nowhere"):
-        assert "there is no checkpoint folder" in generate_fails(TEXT, voice, "--checkpoint", name)
-    (tmp_path / "clvp2.pth").write_bytes(b"x")
-    assert "a checkpoint is a folder" in generate_fails(TEXT, voice, "--checkpoint", tmp_path / "clvp2.pth")
-
-
-def test_hub_id_that_cannot_be_had(generate_fails, voice, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    sentence = generate_fails(TEXT, voice, "--checkpoint", "nobody/nothing-of-this-name")
-    assert sentence.startswith("checkpoint nobody/nothing-of-this-name cannot be loaded: ")
-
-
-# Output
-
-
-@pytest.mark.parametrize("command", ["generate", "mel", "convert"])
-def test_unwritable_folder(fails, voice, tmp_path, command):
-    (tmp_path / "out").write_text("a file")
-    argv = {
-        "generate": ("generate", TEXT, "--voice", voice, *QUICK),
-        "mel": ("mel", voice),
-        "convert": ("convert", "--autoregressive", tmp_path / "a.pth", "--clvp", tmp_path / "c.pth"),
-    }[command]
-    sentence = fails(*argv, "--out", tmp_path / "out")
-    assert sentence == (
-        f"cannot write into {tmp_path}/out: a file stands where the folder should be; choose another folder"
-    )
-    assert (tmp_path / "out").read_text() == "a file"
-
-
-def test_unwritable_place_for_the_voice(generate_fails, voice, tmp_path):
-    (tmp_path / "a file").write_text("a file")
-    sentence = generate_fails(TEXT, voice, "--save-voice", tmp_path / "a file" / "anna.safetensors")
-    assert sentence.startswith(f"cannot write into {tmp_path}/a file: a file stands where the folder should be")
-    sentence = generate_fails(TEXT, voice, "--save-voice", tmp_path)
-    assert sentence == f"--save-voice needs a file, and {tmp_path} is a folder; name a file in it"
-    saved = tmp_path / "voices" / "anna.safetensors"
-    generate_fails("{}", voice, "--save-voice", saved)
-    assert not saved.parent.exists(), "a text that fails saves no voice either"
-
-
-def test_full_disk_keeps_the_old_results(cli, fails, voice, tmp_path, monkeypatch):
-    argv = ("generate", TEXT, "--voice", voice, "--out", tmp_path, *QUICK)
-    assert cli(*argv).code == 0
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-
-    def full(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(files.os, "fsync", full)
-        sentence = fails(*argv, "--seed", 5)
-    assert sentence == f"cannot write into {tmp_path}: the disk is full; free some space or choose another folder"
-    with monkeypatch.context() as patch:
-        patch.setattr("clvp_fast.cli.results.draw_candidates", full)
-        assert "the disk is full" in fails(*argv, "--seed", 5)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-
-
-def test_cache_that_cannot_be_written(cli, voice, tmp_path, monkeypatch):
-    (tmp_path / "cache").write_text("a file")
-    monkeypatch.setenv("CLVP_FAST_CACHE", str(tmp_path / "cache"))
-    with pytest.warns(UserWarning, match=f"for this run alone: cannot write into {tmp_path}/cache: "):
-        outcome = cli("generate", TEXT, "--voice", voice, "--out", tmp_path / "out", *QUICK)
-    assert outcome.code == 0
-    assert (tmp_path / "out/codes.npz").exists()
-
-
-def test_interrupt_in_process(cli, voice, tmp_path, monkeypatch):
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("clvp_fast.cli.results.draw_candidates", interrupt)
-    outcome = cli("generate", TEXT, "--voice", voice, "--out", tmp_path / "out", *QUICK)
-    assert outcome.code == 130
-    assert outcome.err.endswith("clvp-fast: interrupted; nothing was written\n")
-    assert not (tmp_path / "out").exists()
-
-
-def test_ctrl_c(voice, tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "clvp_fast",
-        "generate",
-        TEXT,
-        "--voice",
-        str(voice),
-        "--out",
-        str(tmp_path / "out"),
-    ]
-    process = subprocess.Popen(
-        [*command, "--num-candidates", "4000", "--batch-size", "8"],
-        cwd=ROOT,
-        stderr=subprocess.PIPE,
-        text=True,
-        # A test run in the background ignores SIGINT, and its children would too.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
-    try:
-        noted = process.stderr.readline()  # decoding is about to begin
-        time.sleep(0.7)
-        process.send_signal(signal.SIGINT)
-        _, rest = process.communicate(timeout=BOUND)
-    finally:
-        process.kill()
-    assert "random weights" in noted
-    assert process.returncode == 130
-    assert rest.endswith("clvp-fast: interrupted; nothing was written\n") and "Traceback" not in rest
-    assert not (tmp_path / "out").exists()
-
-
-def test_debug_shows_where(voice, tmp_path):
-    with pytest.raises(FileNotFoundError):
-        main(["mel", str(tmp_path / "no.wav"), "--out", str(tmp_path / "out"), "--debug"])
