@@ -27,6 +27,8 @@ _WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+# Characters of a text: those that are looked at, and those that a sentence on it names.
+_LONGEST_TEXT, _SHOWN = 1 << 16, 80
 
 
 @dataclass
@@ -216,13 +218,19 @@ def sayable_ids(model: ClvpModelForConditionalGeneration, tokenizer: ClvpTokeniz
     """The token ids of a text.
 
     Raises:
-        ValueError: nothing sayable in the text, or more tokens than the checkpoint has positions for.
+        ValueError: nothing sayable in the text, more tokens than the checkpoint has positions for, or more than 65,536
+            characters.
     """
     if not text.strip():
         raise ValueError("the text is empty; give the sentence that is to be said")
+    if len(text) > _LONGEST_TEXT:  # spelling out its numbers alone would hold up the others for minutes
+        raise ValueError(
+            f"the text is too long: {len(text)} characters, and at most {_LONGEST_TEXT} are looked at; split it up"
+        )
     ids = tokenizer(text)["input_ids"]
     if not set(ids) - {tokenizer.unk_token_id, *tokenizer(" ")["input_ids"]}:
-        raise ValueError(f"nothing of the text {text!r} is in the checkpoint's vocabulary; write it in Latin letters")
+        shown = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+        raise ValueError(f"nothing of the text {shown!r} is in the checkpoint's vocabulary; write it in Latin letters")
     if len(ids) > text_limit(model):
         raise ValueError(
             f"the text is too long: {len(ids)} tokens, and this checkpoint takes {text_limit(model)}; split it up"

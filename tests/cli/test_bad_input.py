@@ -34,12 +34,18 @@ def test_empty_text(generate_fails, text):
 def test_text_over_the_limit(generate_fails):
     sentence = generate_fails("a b " * 150)
     assert sentence.startswith("the text is too long: ") and "this checkpoint takes 401" in sentence
+    sentence = generate_fails("$1," * 30_000)
+    assert sentence == "the text is too long: 90000 characters, and at most 65536 are looked at; split it up"
 
 
 @pytest.mark.parametrize("cleaning, text", [("transformers", "你好，世界"), ("tortoise", "😀 🎉"), ("tortoise", "{}")])
 def test_text_of_unknown_characters(generate_fails, voice, cleaning, text):
     sentence = generate_fails(text, voice, "--text-cleaning", cleaning)
     assert sentence.startswith("nothing of the text ") and text in sentence
+
+
+def test_long_texts_are_named_by_their_beginning(generate_fails):
+    assert f"nothing of the text '{'😀' * 80}…' is in" in generate_fails("😀" * 1000)
 
 
 def test_unknown_characters_are_named(cli, voice, tmp_path):

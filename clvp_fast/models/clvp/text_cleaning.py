@@ -77,8 +77,9 @@ def _clean(text: str, ordinal: Callable[[str], str], number: Callable[[str], str
     text = text.lower()
     text = re.sub(r"[0-9][0-9,]+[0-9]", lambda match: match[0].replace(",", ""), text)
     text = re.sub(r"\$([0-9.,]*[0-9])", lambda match: _dollars(match[1]), text)
-    text = re.sub(r"[0-9]++\.[0-9]+", lambda match: match[0].replace(".", " point "), text)
-    text = re.sub(r"[0-9]++(?:st|nd|rd|th)", lambda match: ordinal(match[0]), text)
+    # Only from the first of some digits: tried from each of them, a long number would take the square of its length.
+    text = re.sub(r"(?<![0-9])[0-9]++\.[0-9]+", lambda match: match[0].replace(".", " point "), text)
+    text = re.sub(r"(?<![0-9])[0-9]++(?:st|nd|rd|th)", lambda match: ordinal(match[0]), text)
     text = re.sub(r"[0-9]+", lambda match: number(match[0]), text)
     for pattern, long in _ABBREVIATIONS:
         text = pattern.sub(long, text)

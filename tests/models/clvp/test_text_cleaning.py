@@ -98,6 +98,12 @@ def test_numbers_too_long_to_name():
             clean_like_tortoise(text)
 
 
+def test_long_numbers_take_a_time_that_grows_with_their_length():
+    """If it grew with the square, this would take a quarter of an hour."""
+    digits = "9" * 500_000
+    assert clean_like_transformers(f"{digits} {digits}th") == "number out of range number out of rangeth"
+
+
 def test_inflect_and_unidecode_are_imported_when_first_needed():
     script = (
         "import sys; from clvp_fast.models.clvp.text_cleaning import *; clean_like_transformers('1st');"
