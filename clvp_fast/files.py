@@ -29,7 +29,13 @@ class UnwritableError(OSError):
 
 
 def user_path(place: str | os.PathLike) -> Path:
-    """`place` as a path; a user's `~` at its beginning is that home folder, and any other `~` part of a name."""
+    """`place` as a path; a user's `~` at its beginning is that home folder, and any other `~` part of a name.
+
+    Raises:
+        ValueError: it is "", as of a variable that is not set: Python takes that for the working folder.
+    """
+    if not os.fspath(place):
+        raise ValueError("a path is empty: it must be that of a file or a folder, and . is the working folder")
     return Path(os.path.expanduser(place))
 
 

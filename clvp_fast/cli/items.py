@@ -44,6 +44,8 @@ def read_texts(arguments: argparse.Namespace) -> list[str]:
     if arguments.texts is None:
         return arguments.text
     name = "the standard input" if arguments.texts == "-" else arguments.texts
+    if arguments.texts == "-" and sys.stdin is None:
+        raise ValueError("the standard input is closed; give a file of texts")
     try:
         content = sys.stdin.buffer.read() if arguments.texts == "-" else Path(arguments.texts).read_bytes()
         # At newlines alone: other separators of Unicode stand inside texts.

@@ -32,18 +32,21 @@ def _generate(commands, everywhere) -> None:
         "text", nargs="*", type=_text, default=[], metavar="TEXT", help="what is to be said; may be several"
     )
     texts.add_argument(
-        "--texts", metavar="FILE", help="a text a line, blank lines left out; - reads the standard input"
+        "--texts", type=_path, metavar="FILE", help="a text a line, blank lines left out; - reads the standard input"
     )
     parser.add_argument(
         "--voice",
         required=True,
+        type=_path,
         action="append",
         metavar="VOICE",
         help="a recording (WAV, FLAC, MP3, OGG; its first 6 s count), a folder of recordings of one speaker, which are "
         "averaged, or a voice that --save-voice wrote; repeated: every text in every voice",
     )
     _add_checkpoint(parser)
-    parser.add_argument("--out", default="out", metavar="DIR", help="folder for the results (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=_path, default="out", metavar="DIR", help="folder for the results (default: %(default)s)"
+    )
     _add_candidates(parser)
     parser.add_argument(
         "--keep", type=_positive_int, metavar="K", help="write the codes of the K best alone (default: of all)"
@@ -53,7 +56,7 @@ def _generate(commands, everywhere) -> None:
     more = parser.add_argument_group("more results")
     more.add_argument("--latents", action="store_true", help="write the decoder's latents of the kept candidates too")
     more.add_argument(
-        "--save-voice", metavar="FILE", help="save the voice, to be given as --voice without its recordings"
+        "--save-voice", type=_path, metavar="FILE", help="save the voice, to be given as --voice without its recordings"
     )
     more.add_argument("--no-pictures", action="store_true", help="write no candidates.png")
     _add_decoding(parser)
@@ -67,13 +70,17 @@ def _batch(commands, everywhere) -> None:
     )
     parser.add_argument(
         "input",
+        type=_path,
         metavar="INPUT",
         help="JSON lines, CSV or Parquet with columns id, text, voice and, if rows have their "
         "own, num_candidates, max_new_tokens, temperature, seed and so on",
     )
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the job; the same again goes on with it")
+    parser.add_argument(
+        "--out", type=_path, required=True, metavar="DIR", help="folder of the job; the same again goes on with it"
+    )
     parser.add_argument(
         "--voice",
+        type=_path,
         metavar="VOICE",
         help="of rows that name none: a recording, a folder of recordings of one speaker, or a saved voice",
     )
@@ -128,7 +135,12 @@ def _score(commands, everywhere) -> None:
     )
     clap = parser.add_argument_group("with --model clap, in place of CODES and TEXT")
     clap.add_argument(
-        "--audio", nargs="+", default=[], metavar="RECORDING", help="WAV, FLAC, MP3 or OGG, or folders of them"
+        "--audio",
+        nargs="+",
+        type=_path,
+        default=[],
+        metavar="RECORDING",
+        help="WAV, FLAC, MP3 or OGG, or folders of them",
     )
     clap.add_argument(
         "--text",
@@ -143,6 +155,7 @@ def _score(commands, everywhere) -> None:
     _add_scoring(parser)
     parser.add_argument(
         "--checkpoint",
+        type=_path,
         metavar="NAME",
         help="a folder or a hub id (default: 'demo', small and of random weights, and ./demo is a folder of that name; "
         "with --model clap laion/clap-htsat-unfused)",
@@ -159,16 +172,20 @@ def _mel(commands, everywhere) -> None:
     parser.add_argument(
         "recordings",
         nargs="+",
+        type=_path,
         metavar="RECORDING",
         help="WAV, FLAC, MP3 or OGG, or a folder: all recordings in it, and its sub-folders are kept in the results",
     )
     parser.add_argument(
         "--checkpoint",
+        type=_path,
         metavar="NAME",
         help="take rate, bins and mel norms from this checkpoint (default: CLVP's, no norms)",
     )
     parser.add_argument("--whole", action="store_true", help="whole recordings instead of their first 6 s, unpadded")
-    parser.add_argument("--out", default="out", metavar="DIR", help="folder for the results (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=_path, default="out", metavar="DIR", help="folder for the results (default: %(default)s)"
+    )
     parser.add_argument(
         "--npz", action="store_true", help="one features.npz with an array for each recording, instead of an .npy each"
     )
@@ -183,7 +200,7 @@ def _convert(commands, everywhere) -> None:
     )
     parser.add_argument("--autoregressive", required=True, metavar="FILE", help="autoregressive.pth")
     parser.add_argument("--clvp", required=True, metavar="FILE", help="clvp2.pth")
-    parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
+    parser.add_argument("--out", type=_path, required=True, metavar="DIR", help="the folder to write")
     parser.add_argument(
         "--tokenizer", metavar="FILE", help="tokenizer.json (default: looked for beside the checkpoints)"
     )
@@ -230,6 +247,7 @@ def add_bench_arguments(parser) -> None:
 def _add_checkpoint(parser) -> None:
     parser.add_argument(
         "--checkpoint",
+        type=_path,
         default="demo",
         metavar="NAME",
         help="'demo' (small, random weights: no real speech; a folder of that name is ./demo), a folder, or a hub id "
@@ -331,6 +349,12 @@ def _text(given: str) -> str:
             return os.fsencode(given).decode()
         except UnicodeError as error:
             raise argparse.ArgumentTypeError(f"{given!r} is not UTF-8 text ({error})") from error
+    return given
+
+
+def _path(given: str) -> str:
+    if not given:
+        raise argparse.ArgumentTypeError("it is empty: name a file or a folder; . is the working folder")
     return given
 
 

@@ -1,5 +1,6 @@
 """A job without a model: what it is given, what is told of its rows, and what of it is a row's and what its own."""
 
+import json
 import tracemalloc
 from pathlib import Path
 
@@ -31,12 +32,17 @@ def test_unwritable_folder(run, tmp_path):
     ("options", "said"),
     [
         ({"shard_rows": 0}, "shard_rows must be a whole number from 1 up, not 0"),
+        ({"shard_rows": True}, "shard_rows must be a whole number from 1 up, not True"),
         ({"workers": 2}, "workers are of a Ray cluster"),
+        ({"ray": False, "workers": 2}, "workers are of a Ray cluster"),
         ({"ray": True, "workers": 0}, "workers must be a whole number from 1 up"),
         ({"keep": 0}, "keep must be a whole number from 1 up"),
         ({"top_p": 2.0}, "top_p must be above 0 and at most 1"),
         ({"dtype": "int8"}, "dtype must be one of 'float32'"),
         ({"device": "tpu"}, "device must be one of None, 'cpu', 'cuda'"),
+        ({"voice": ""}, "a path is empty: it must be that of"),
+        ({"out": ""}, "a path is empty: it must be that of"),
+        ({"source": ""}, "a path is empty: it must be that of"),
     ],
 )
 def test_bad_settings(run, out, options, said):
@@ -166,6 +172,41 @@ def test_a_folder_named_demo(run, no_model, tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             run(out=tmp_path / f"out-{settings.count('/')}", checkpoint=name)
         assert no_model.made[-1].settings.checkpoint == settings
+
+
+def test_checkpoints_of_a_home_folder(run, no_model, tmp_path, monkeypatch):
+    """They are looked for there, and are the same wherever the job goes on from."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine").mkdir()
+    no_model.options["stop_after"] = 5
+    with pytest.raises(KeyboardInterrupt):
+        run(checkpoint="~/mine")
+    assert no_model.made[-1].settings.checkpoint == str(tmp_path / "mine")
+
+
+def test_shards_with_latents_are_small(run, no_model, tmp_path):
+    """Of rows that take megabytes each."""
+    no_model.options["stop_after"] = 0
+    for latents, rows in ((False, 1024), (True, 64)):
+        with pytest.raises(KeyboardInterrupt):
+            run(out=tmp_path / f"{latents}", latents=latents, shard_rows=None)
+        assert json.loads((tmp_path / f"{latents}/manifest.json").read_text())["shard_rows"] == rows
+
+
+def test_bars(run, monkeypatch):
+    """There is none of looking through a folder that is new, and it ends where all is looked through."""
+    bars, reached = [], []
+
+    def watched(what, total, done, hidden):
+        bars.append((what, total, hidden))
+        return watching(what, total, done, True)
+
+    monkeypatch.setattr(job, "watching", watched)
+    run(progress=True)
+    assert bars == [("reading", 1, False), ("checking", 7, True), ("speaking", 50, False)]
+    monkeypatch.setattr(Watch, "reach", lambda self, done: reached.append(done))
+    run(progress=True)
+    assert bars[3:] == [("checking", 7, False)] and reached == [1, 2, 3, 4, 5, 6, 7]
 
 
 def test_links_are_kept(run, no_model, tmp_path):

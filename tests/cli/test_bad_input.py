@@ -103,6 +103,33 @@ def test_mel_refuses_the_same(fails, write_clip, tmp_path):
     assert not out.exists()
 
 
+# Paths
+
+
+@pytest.mark.parametrize(
+    ("argv", "name"),
+    [
+        (("generate", TEXT, "--voice", ""), "--voice"),
+        (("generate", TEXT, "--voice", "v.wav", "--out", ""), "--out"),
+        (("generate", "--texts", "", "--voice", "v.wav"), "--texts"),
+        (("batch", "", "--out", "out"), "INPUT"),
+        (("mel", ""), "RECORDING"),
+        (("score", "--model", "clap", "--audio", "", "--text", TEXT), "--audio"),
+    ],
+)
+def test_paths_that_are_empty(cli, argv, name):
+    """As of variables that are not set: the working folder is not taken in their place."""
+    outcome = cli(*argv)
+    assert outcome.code == 2
+    assert f"argument {name}: it is empty: name a file or a folder; . is the working folder" in outcome.err
+
+
+def test_texts_of_a_closed_input(fails, voice, monkeypatch, tmp_path):
+    monkeypatch.setattr("sys.stdin", None)
+    sentence = fails("generate", "--texts", "-", "--voice", voice, "--out", tmp_path / "out")
+    assert sentence == "the standard input is closed; give a file of texts"
+
+
 # Numbers
 
 
