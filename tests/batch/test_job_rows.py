@@ -1,5 +1,6 @@
 """A job without a model: what it is given, what is told of its rows, and what of it is a row's and what its own."""
 
+import itertools
 import json
 import tracemalloc
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from clvp_fast.batch import job
 from clvp_fast.batch.failures import LONGEST
+from clvp_fast.batch.folder import Journal
 from clvp_fast.batch.progress import Watch, watching
 from clvp_fast.files import UnwritableError
 from clvp_fast.native import NativeLibraryError
@@ -115,6 +117,26 @@ def test_faults_of_the_job_keep_what_is_finished(run, no_model, monkeypatch, out
     run()
     assert len(no_model.made[-1].asked) == 50 - after
     assert (results(out), failures(out)) == undisturbed
+
+
+def test_a_full_disk_hides_no_fault(run, monkeypatch):
+    """What stopped the job is told, though what came before it cannot be written, and journals are closed."""
+    closed = []
+
+    def faulty(self, path, tasks):
+        yield from itertools.islice(outcomes(self, path, tasks), 5)
+        monkeypatch.setattr(Journal, "add", full)
+        raise NativeLibraryError("the library cannot be had: install g++")
+
+    def full(self, outcomes):
+        raise UnwritableError(28, "the disk is full")
+
+    outcomes, close = NoModel.outcomes, Journal.close
+    monkeypatch.setattr(NoModel, "outcomes", faulty)
+    monkeypatch.setattr(Journal, "close", lambda self: closed.append(close(self)))
+    with pytest.raises(NativeLibraryError, match="install g"):
+        run()
+    assert closed == [None]
 
 
 def test_recordings_in_cells(null_job, tmp_path, monkeypatch):
