@@ -3,6 +3,7 @@
 import argparse
 import json
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -49,20 +50,23 @@ def read_codes(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: not an .npz with `codes`, an .npy or a .json; not whole numbers; rows of unequal length; no row.
+        ValueError: not an .npz with `codes`, an .npy or a .json; not whole numbers; rows of unequal length; no row;
+            lengths that the rows do not have.
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no file of codes at {path}")
     try:
         content = json.loads(path.read_text(encoding="utf-8")) if path.suffix == ".json" else np.load(path)
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+        if isinstance(content, np.lib.npyio.NpzFile):
+            content = {name: content[name] for name in ("codes", "lengths") if name in content}
+    except (OSError, EOFError, ValueError, RecursionError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} cannot be read as .npz, .npy or .json of speech codes") from error
     if isinstance(content, np.ndarray | list):
         content = {"codes": content}
-    if "codes" not in content:
+    if not isinstance(content, dict) or "codes" not in content:
         raise ValueError(f"{path} has no array named 'codes'")
     try:
-        codes, lengths = np.asarray(content["codes"]), content.get("lengths")
+        codes = np.asarray(content["codes"])
     except ValueError as error:
         raise ValueError(
             f"{path}: every list of codes must have the same length; pad them as `generate` does"
@@ -72,10 +76,25 @@ def read_codes(path: Path) -> tuple[np.ndarray, np.ndarray]:
     if codes.ndim != 2 or codes.size == 0 or codes.dtype.kind not in "iu":
         shape = list(codes.shape)
         raise ValueError(f"{path}: codes must be whole numbers [candidates, length], got {codes.dtype} {shape}")
-    lengths = np.full(len(codes), codes.shape[1]) if lengths is None else np.asarray(lengths)
-    if lengths.shape != (len(codes),):
-        raise ValueError(f"{path}: {len(codes)} candidates need as many lengths, got {list(lengths.shape)}")
-    return codes.astype(np.int64), lengths
+    if codes.max() >= 2**63:
+        raise ValueError(f"{path}: codes must be those of speech, got {codes.max()}")
+    return codes.astype(np.int64), _lengths(path, content.get("lengths"), codes)
+
+
+def _lengths(path: Path, given, codes: np.ndarray) -> np.ndarray:
+    """How many tokens of each row of `codes` were spoken: all where none are `given`."""
+    rows, longest = codes.shape
+    if given is None:
+        return np.full(rows, longest)
+    try:
+        lengths = np.asarray(given)
+    except ValueError:  # lists of unequal lengths
+        lengths = np.empty(0, dtype=object)
+    if lengths.dtype.kind in "iu" and lengths.shape != (rows,):
+        raise ValueError(f"{path}: {rows} candidates need as many lengths, got {list(lengths.shape)}")
+    if lengths.dtype.kind not in "iu" or lengths.min() < 0 or lengths.max() > longest:
+        raise ValueError(f"{path}: lengths must be whole numbers from 0 to {longest}, as many as a row has codes")
+    return lengths
 
 
 @torch.inference_mode()
@@ -99,8 +118,6 @@ def score(checkpoint: Checkpoint, ids: torch.Tensor, codes: np.ndarray) -> np.nd
 def score_trimmed(checkpoint: Checkpoint, ids: torch.Tensor, codes: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """As `score`, of the first `lengths[i]` codes of row i alone; -inf for a row without any."""
     _check_range(checkpoint, codes)
-    if lengths.dtype.kind not in "iu" or lengths.min() < 0 or lengths.max() > codes.shape[1]:
-        raise ValueError(f"lengths must be whole numbers from 0 to {codes.shape[1]}, as many as a row has codes")
     rows = [row[:length] for row, length in zip(codes, lengths, strict=True)]
     return Ranker(checkpoint.model, mode="trimmed").rank(ids[0], rows).scores.cpu().numpy()
 

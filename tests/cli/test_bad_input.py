@@ -167,6 +167,13 @@ def test_device_that_is_not_there(generate_fails, voice):
         ([[1, 9000]], "codes must lie from 0 to 8193 for this checkpoint, got 1 to 9000"),
         ([[-1, 2]], "codes must lie from 0 to 8193"),
         ({"scores": [1]}, "has no array named 'codes'"),
+        (5, "has no array named 'codes'"),
+        ({"codes": [[1, 2]], "lengths": [1, 2]}, "1 candidates need as many lengths, got [2]"),
+        ({"codes": [[1, 2]], "lengths": ["a"]}, "lengths must be whole numbers from 0 to 2"),
+        ({"codes": [[1, 2]], "lengths": [1.5]}, "lengths must be whole numbers from 0 to 2"),
+        ({"codes": [[1, 2]], "lengths": [-1]}, "lengths must be whole numbers from 0 to 2"),
+        ({"codes": [[1, 2]], "lengths": [3]}, "lengths must be whole numbers from 0 to 2"),
+        ({"codes": [[1, 2]] * 2, "lengths": [[1], [1, 2]]}, "lengths must be whole numbers from 0 to 2"),
     ],
 )
 def test_bad_codes(fails, tmp_path, content, expected):
@@ -179,6 +186,17 @@ def test_unreadable_codes(fails, tmp_path):
     for name in ("codes.npz", "codes.npy", "codes.json"):
         (tmp_path / name).write_text("{ not this")
         assert "cannot be read as .npz, .npy or .json" in fails("score", tmp_path / name, TEXT)
+    (tmp_path / "codes.json").write_text("[" * 100_000)
+    assert "cannot be read as .npz, .npy or .json" in fails("score", tmp_path / "codes.json", TEXT)
+    np.save(tmp_path / "codes.npy", np.array([[2**64 - 1]], dtype=np.uint64))
+    assert "codes must be those of speech, got 18446744073709551615" in fails("score", tmp_path / "codes.npy", TEXT)
+    for array in (np.array([[1, None]], dtype=object), np.arange(1000).reshape(10, 100)):
+        np.savez(tmp_path / "codes.npz", codes=array)
+        if array.dtype != object:
+            content = bytearray((tmp_path / "codes.npz").read_bytes())
+            content[500] ^= 0xFF
+            (tmp_path / "codes.npz").write_bytes(content)
+        assert "cannot be read as .npz, .npy or .json" in fails("score", tmp_path / "codes.npz", TEXT)
     np.savez(tmp_path / "other.npz", scores=np.ones(3))
     assert "has no array named 'codes'" in fails("score", tmp_path / "other.npz", TEXT)
 
