@@ -12,6 +12,7 @@ import pytest
 from clvp_fast.batch import job
 from clvp_fast.batch.failures import LONGEST
 from clvp_fast.batch.folder import Journal
+from clvp_fast.batch.inputs import RowFile
 from clvp_fast.batch.progress import Watch, watching
 from clvp_fast.files import UnwritableError
 from clvp_fast.native import NativeLibraryError
@@ -148,6 +149,8 @@ def test_recordings_in_cells(null_job, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     summary = job.run("corpus.parquet", "out", progress=False)
     assert (summary["spoken"], summary["failed"]) == (5, 1)
+    rows = RowFile(tmp_path / "out/rows.parquet").shard(0)
+    assert all(Path(row.voice).is_absolute() for row in rows)  # it may go on from another working folder
     (failure,) = failures(tmp_path / "out")
     assert "cannot be read as a recording" in failure["error"] and len(failure["error"]) < LONGEST
     assert sorted(len(path.read_bytes()) for path in (tmp_path / "out/voices").iterdir()) == [len(content), 600_000]
