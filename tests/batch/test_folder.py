@@ -1,11 +1,17 @@
 """The files of a job, one by one."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from clvp_fast.batch.folder import JobFolder, Journal
 from clvp_fast.batch.outcomes import outcome_schema, shard_schema
 from clvp_fast.batch.rows import Row
 from clvp_fast.batch.settings import Settings
+from clvp_fast.files import UnwritableError
 from tests.batch.jobs import NoModel
 
 SETTINGS = Settings()
@@ -69,3 +75,20 @@ def test_leftovers_of_a_dead_process_vanish(tmp_path):
     (tmp_path / ".mine").write_text("not the job's")
     JobFolder(tmp_path).close()
     assert not any(path.exists() for path in left) and (tmp_path / ".mine").exists()
+
+
+def test_failures_that_cannot_be_written(folder):
+    folder.failures.mkdir()
+    for write in (folder.append_failures, folder.write_failures):
+        with pytest.raises(UnwritableError, match="cannot write into"):
+            write([{"row": 0, "id": "a", "error": "no"}])
+
+
+def test_failures_are_utf_8_in_any_locale(tmp_path):
+    code = (
+        "import pathlib, sys; from clvp_fast.batch.folder import JobFolder; folder = JobFolder(pathlib.Path('out')); "
+    )
+    code += "failure = {'id': '\\xe9 \\u6771'}; folder.write_failures([failure]); folder.append_failures([failure])"
+    old = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(Path(__file__).parents[2])}
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env=os.environ | old)
+    assert (tmp_path / "out/failures.jsonl").read_text(encoding="utf-8") == '{"id": "é 東"}\n' * 2
