@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from clvp_fast.batch.folder import JobFolder, Journal
@@ -50,6 +52,26 @@ def test_a_journal_is_on_disk_before_it_is_closed(folder, outcomes):
     assert path.parent.name == "unfinished" and [path] == list(path.parent.iterdir())
 
 
+def test_a_length_that_is_none(folder, outcomes):
+    """Of what was torn: it asks for no memory."""
+    schema, path = outcome_schema(SETTINGS), folder.journal_path(0)
+    Journal(path, outcomes, schema).close()
+    content = path.read_bytes()
+    for torn in (b"\xff" * 64, bytes(64)):
+        path.write_bytes(content + torn)
+        assert rows(Journal.read(path, schema)) == rows(outcomes)
+
+
+def test_a_journal_is_closed_on_a_full_disk(folder, outcomes):
+    journal = Journal(folder.journal_path(0), [], outcome_schema(SETTINGS))
+    journal.close()
+    journal._file = open("/dev/full", "wb")  # noqa: SIM115 - closed by the journal
+    with pytest.raises(UnwritableError, match="the disk is full"):
+        journal.add(outcomes)
+    journal.close()
+    assert journal._file.closed
+
+
 def test_a_journal_of_other_columns_is_of_no_use(folder, outcomes):
     path = folder.journal_path(0)
     Journal(path, outcomes, outcome_schema(SETTINGS)).close()
@@ -67,6 +89,31 @@ def test_a_shard_holds_lines_and_failures(folder, outcomes):
             folder.check_shard(*wrong)
 
 
+def test_a_table_of_others_is_no_shard(folder):
+    pq.write_table(pa.table({"a": [1]}), folder.shard_path(0))
+    with pytest.raises(ValueError, match=r"part-000000\.parquet is damaged"):
+        folder.check_shard(0, 1, "digest")
+
+
+def test_no_changed_byte_of_a_shard_is_taken(folder, outcomes):
+    """Most of those in compressed pages would be read without an error, as other results."""
+    folder.write_shard(0, outcomes, shard_schema(SETTINGS), "digest")
+    path, pages = folder.shard_path(0), pq.read_metadata(folder.shard_path(0)).row_group(0)
+    column = pages.column(pages.num_columns - 1)
+    end = (column.dictionary_page_offset or column.data_page_offset) + column.total_compressed_size
+    content, table = path.read_bytes(), pq.read_table(path)
+    refused = 0
+    for place in range(4, end, 29):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 0x15]) + content[place + 1 :])
+        try:
+            folder.check_shard(0, 4, "digest")
+        except ValueError:
+            refused += 1
+        else:
+            assert pq.read_table(path).equals(table), place
+    assert refused > end / 29 / 2
+
+
 def test_leftovers_of_a_dead_process_vanish(tmp_path):
     JobFolder(tmp_path).close()
     left = [tmp_path / ".rows.parquet.part.again.part", tmp_path / "shards/.part-000009.parquet.part"]
@@ -75,6 +122,12 @@ def test_leftovers_of_a_dead_process_vanish(tmp_path):
     (tmp_path / ".mine").write_text("not the job's")
     JobFolder(tmp_path).close()
     assert not any(path.exists() for path in left) and (tmp_path / ".mine").exists()
+
+
+def test_voices_that_cannot_be_kept(folder):
+    (folder.folder / "voices").write_text("a file")
+    with pytest.raises(UnwritableError, match="a file stands where the folder should be"):
+        folder.keep_voice(b"content")
 
 
 def test_failures_that_cannot_be_written(folder):
