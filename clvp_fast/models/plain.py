@@ -75,6 +75,11 @@ def is_plain_linear(module: nn.Module) -> bool:
     return is_plain(module, nn.Linear) and module.bias is not None
 
 
+def drop_probability(dropout: nn.Dropout) -> float:
+    """What `dropout` drops now: its own mode decides, which may be another than that of the module around it."""
+    return dropout.p if dropout.training else 0.0
+
+
 def activation_name(module: nn.Module) -> str | None:
     """The name in `ops.ACTIVATIONS` of what `module` computes; None if it is not plain, or none that operators know."""
     name, *settings = _ACTIVATIONS.get(type(module), (None, None, None))

@@ -119,8 +119,14 @@ def linears_without_biases(model):
             replace(model, name, linear)
 
 
+def embeddings_of_bounded_norm(model):
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            module.max_norm = 0.3
+
+
 TORCH = (pruned, pruned_for_good, parametrized, old_weight_norm, weight_norm, spectral_norm, norms_without_gains)
-TORCH += (norms_without_offsets, linears_without_biases)
+TORCH += (norms_without_offsets, linears_without_biases, embeddings_of_bounded_norm)
 
 
 def on_all_modules(model):
@@ -137,6 +143,25 @@ def test_torch(model, attach):
     attach(stock)
     attach(ours)
     assert_both(stock.eval(), ours.eval(), inputs, before)
+
+
+@pytest.mark.parametrize("dropping", [True, False], ids=["dropouts alone", "all but dropouts"])
+@pytest.mark.parametrize("model", MODELS)
+def test_modules_in_training_mode(model, dropping):
+    """Each dropout layer has a mode of its own, as Monte Carlo dropout uses it. All of them drop everything here."""
+    stock, ours, inputs = MODELS[model]()
+    before = outputs(stock, inputs)
+    for one in (stock, ours):
+        for module in one.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 1.0
+            # Attention's probability is a number, zero in these models; the mode of a batch norm is another matter.
+            module.training = dropping == isinstance(module, nn.Dropout) and not isinstance(module, nn.BatchNorm2d)
+    if dropping:
+        assert_both(stock, ours, inputs, before)
+    else:
+        assert_both(stock, ours, inputs)
+        assert_same(outputs(ours, inputs), before, tolerance=3e-5)
 
 
 @pytest.mark.parametrize("model", MODELS)

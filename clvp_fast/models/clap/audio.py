@@ -13,7 +13,7 @@ from clvp_fast.models.clap.configuration import ClapAudioConfig
 from clvp_fast.models.clap.layers import Dense, Intermediate, feed_forward, feed_forward_activation
 from clvp_fast.models.clvp.layers import add_norm, is_plain_layer_norm
 from clvp_fast.models.clvp.parameters import apply_linear, can_pack, pack_linears
-from clvp_fast.models.plain import is_plain
+from clvp_fast.models.plain import drop_probability, is_plain
 from clvp_fast.ops.merge_norm import merge
 from clvp_fast.ops.window_attention import SEAM, seam
 
@@ -33,8 +33,12 @@ class ClapDropPath(nn.Module):
         super().__init__()
         self.drop_prob = drop_prob
 
+    @property
+    def drops(self) -> bool:
+        return self.training and self.drop_prob > 0
+
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if not self.training or self.drop_prob == 0:
+        if not self.drops:
             return hidden_states
         kept = 1 - self.drop_prob
         shape = len(hidden_states), *[1] * (hidden_states.ndim - 1)
@@ -88,7 +92,7 @@ class ClapAudioLayer(nn.Module):
         hidden_states, normed = add_norm(self.layernorm_after, attended, hidden_states)
         if activation is None:
             hidden_states = hidden_states + self.output(self.intermediate(normed))
-        elif not is_plain(self.output.dropout, nn.Dropout) or (self.training and self.output.dropout.p > 0):
+        elif not is_plain(self.output.dropout, nn.Dropout) or drop_probability(self.output.dropout):
             inner = feed_forward(self.intermediate, self.output.dense, normed, activation)
             hidden_states = hidden_states + self.output.dropout(inner)
         else:
@@ -118,13 +122,17 @@ class ClapAudioLayer(nn.Module):
         attention = self.attention
         return (
             hidden_states.device.type == "cpu"
-            and not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
+            and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
             and not (size[0] % self.window_size or size[1] % self.window_size)
             and all(is_plain_layer_norm(norm) for norm in (self.layernorm_before, self.layernorm_after))
-            and (is_plain(self.drop_path, nn.Identity) or is_plain(self.drop_path, ClapDropPath))
+            and (
+                is_plain(self.drop_path, nn.Identity)
+                or (is_plain(self.drop_path, ClapDropPath) and not self.drop_path.drops)
+            )
             and is_plain(self.output.dropout, nn.Dropout)
             and is_plain(attention, ClapAudioAttention)
             and attention.is_plain_inside()
+            and not any(map(drop_probability, (attention.self.dropout, attention.output.dropout, self.output.dropout)))
             and can_pack(attention.self.projections())
         )
 

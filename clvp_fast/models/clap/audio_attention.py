@@ -9,7 +9,7 @@ from clvp_fast import ops
 from clvp_fast.models.clap.configuration import ClapAudioConfig
 from clvp_fast.models.clap.layers import Dense
 from clvp_fast.models.clvp.parameters import apply_linear, project_heads
-from clvp_fast.models.plain import is_plain, is_plain_linear
+from clvp_fast.models.plain import drop_probability, is_plain, is_plain_linear
 
 
 def cut_windows(image: torch.Tensor, window: int, shift: int) -> torch.Tensor:
@@ -84,8 +84,7 @@ class ClapAudioSelfAttention(nn.Module):
     def attend(self, image: torch.Tensor, shift: int, output_attentions: bool) -> tuple[torch.Tensor, ...]:
         """The same of all windows of an image `[batch, rows, columns, width]`, which begin `shift` places later."""
         query, key, value = project_heads(self.projections(), image, self.num_heads)
-        dropout_p = self.dropout.p if self.training else 0.0
-        options = dict(window=self.window_size, shift=shift, dropout_p=dropout_p)
+        options = dict(window=self.window_size, shift=shift, dropout_p=drop_probability(self.dropout))
         if output_attentions:
             attended, weights = ops.window_attention_weights(query, key, value, self.bias(), **options)
         else:

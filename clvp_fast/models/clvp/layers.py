@@ -15,7 +15,7 @@ from clvp_fast.models.clvp.parameters import (
     project_heads,
     transpose_storage,
 )
-from clvp_fast.models.plain import activation_module, activation_name, is_plain, is_plain_linear
+from clvp_fast.models.plain import activation_module, activation_name, drop_probability, is_plain, is_plain_linear
 from clvp_fast.models.transformers_versions import takes_cache
 
 
@@ -86,6 +86,16 @@ def add_feed_forward(
     return mlp(hidden_states, residual) if is_plain(mlp, kind) else residual + mlp(hidden_states)
 
 
+def is_plain_embedding(layer: nn.Module) -> bool:
+    """Whether `layer` is a plain embedding that does nothing but look rows up, and add up their gradients."""
+    return (
+        is_plain(layer, nn.Embedding)
+        and layer.max_norm is None
+        and layer.padding_idx is None
+        and not (layer.scale_grad_by_freq or layer.sparse)
+    )
+
+
 def embed(
     token_layer: nn.Embedding,
     token_ids: torch.Tensor,
@@ -98,10 +108,7 @@ def embed(
     `out_dtype` is that of the sum, by default that of the tables.
     """
     layers = token_layer, position_layer
-    if (
-        all(is_plain(layer, nn.Embedding) for layer in layers)
-        and token_layer.weight.dtype == position_layer.weight.dtype
-    ):
+    if all(map(is_plain_embedding, layers)) and token_layer.weight.dtype == position_layer.weight.dtype:
         return ops.embed(token_ids, position_ids, token_layer.weight, position_layer.weight, out_dtype=out_dtype)
     rows, places = token_layer(token_ids), position_layer(position_ids)
     return rows + places if out_dtype is None else rows.to(out_dtype) + places.to(out_dtype)
@@ -325,7 +332,7 @@ class ClvpEncoderMLP(nn.Module):
                 fc2.bias,
                 residual=residual,
                 activation=activation,
-                dropout_p=self.dropout_layer.p if self.training else 0.0,
+                dropout_p=drop_probability(self.dropout_layer),
             )
         hidden_states = fc2(self.dropout_layer(fc1(hidden_states)))
         return hidden_states if residual is None else residual + hidden_states
@@ -358,7 +365,7 @@ class ClvpDecoderMLP(nn.Module):
             and (activation := activation_name(self.act)) is not None
             and is_plain(c_proj, Conv1D)
             and is_plain(self.dropout, nn.Dropout)
-            and not (self.training and self.dropout.p > 0)
+            and not drop_probability(self.dropout)
         ):
             if not torch.compiler.is_compiling():
                 transpose_storage(c_fc)
