@@ -9,7 +9,7 @@ import torch
 from clvp_fast.audio import load_audio
 from clvp_fast.checkpoint import sayable_ids, stop_token, text_limit
 from clvp_fast.engine.decode_loop import Job
-from clvp_fast.engine.requests import CandidateRequest
+from clvp_fast.engine.requests import CandidateRequest, check_rate
 from clvp_fast.engine.sampling_params import SamplingParams
 from clvp_fast.engine.voices import Voice, VoiceCache
 from clvp_fast.models.plain import PlainModel
@@ -101,8 +101,9 @@ def clips_of(request: CandidateRequest, own_rate: int) -> tuple[list, int]:
             if not {"array", "sampling_rate"} <= clip.keys():
                 raise TypeError(f"audio as a dict needs 'array' and 'sampling_rate', and has {[*clip][:5]}")
             clip, rate = clip["array"], clip["sampling_rate"]
+            check_rate(rate)
             if request.sampling_rate not in (None, rate):
-                raise ValueError(f"sampling_rate={request.sampling_rate} is not the {rate!r} Hz that the clip says")
+                raise ValueError(f"sampling_rate={request.sampling_rate} is not the {rate} Hz that the clip says")
         elif isinstance(clip, (bytes, bytearray, memoryview)):
             raise TypeError(
                 f"audio must be samples, a path, or a dict of 'array' and 'sampling_rate', not {type(clip).__name__}"

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from dataclasses import replace
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 from weakref import ref
 
@@ -20,7 +21,7 @@ from clvp_fast.engine.memory import CPU_BATCH, MemoryPlan, free_bytes, plan, tri
 from clvp_fast.engine.ranking import Ranker
 from clvp_fast.engine.requests import CandidateRequest, CandidateResult
 from clvp_fast.engine.runner import Runner
-from clvp_fast.engine.sampling_params import SamplingParams
+from clvp_fast.engine.sampling_params import SamplingParams, shorten
 from clvp_fast.engine.scoring import Scorer, check_scorer
 from clvp_fast.engine.voices import Voice, VoiceCache
 from clvp_fast.engine.work import Work
@@ -176,8 +177,12 @@ class CandidateEngine:
     def _call(self, requests, sampling=None, keep=1, on_token=None) -> Call:
         if isinstance(requests, CandidateRequest):
             requests = [requests]
-        if keep < 1:
-            raise ValueError(f"keep must be at least 1, not {keep}")
+        if sampling is not None and not isinstance(sampling, SamplingParams):
+            raise TypeError(f"sampling must be SamplingParams, not {type(sampling).__name__}")
+        if isinstance(keep, bool) or not isinstance(keep, Integral) or keep < 1:
+            raise ValueError(f"keep must be a whole number from 1 up, not {shorten(keep)}")
+        if on_token is not None and not callable(on_token):
+            raise TypeError(f"on_token must be callable, and is {shorten(on_token)}")
         return Call(iter(requests), sampling or SamplingParams(), keep, on_token)
 
     def _results(self, call: Call, drawn: deque[tuple[int, int]] | None = None) -> Iterator:

@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
 
-from clvp_fast.engine.sampling_params import SamplingParams
+from clvp_fast.engine.sampling_params import SamplingParams, shorten
 from clvp_fast.errors import sentence
 
 
@@ -50,13 +51,10 @@ class CandidateRequest:
             raise ValueError(f"text must be one string, not {type(self.text).__name__}: give a request for each text")
         if self.audio is None and self.sampling_rate is not None:
             raise ValueError("sampling_rate is that of audio, which is not given: leave it out")
-        rate, timeout = self.sampling_rate, self.timeout
-        if rate is not None and (isinstance(rate, bool) or not isinstance(rate, Integral) or rate <= 0):
-            raise ValueError(f"sampling_rate must be a positive whole number of Hz, not {rate!r}")
-        if timeout is not None and (
-            isinstance(timeout, bool) or not isinstance(timeout, Real) or not 0 < timeout < math.inf
-        ):
-            raise ValueError(f"timeout must be a number of seconds above 0, or None to wait, not {timeout!r}")
+        if self.sampling_rate is not None:
+            check_rate(self.sampling_rate)
+        if self.timeout is not None:
+            object.__setattr__(self, "timeout", _seconds(self.timeout))
         if self.sampling is not None and not isinstance(self.sampling, SamplingParams):
             raise ValueError(f"sampling must be SamplingParams, not {type(self.sampling).__name__}")
 
@@ -65,6 +63,23 @@ class CandidateRequest:
         if len(given) != 1:
             found = " and ".join(given) or "none of them"
             raise ValueError(f"a request needs exactly one of {', '.join(names)}, and {found} came")
+
+
+def check_rate(rate) -> None:
+    """Raise `ValueError` for a sampling rate that is none."""
+    if isinstance(rate, bool) or not isinstance(rate, Integral) or rate <= 0:
+        raise ValueError(f"sampling_rate must be a positive whole number of Hz, not {shorten(rate)}")
+
+
+def _seconds(timeout) -> float:
+    """A timeout as a float; `ValueError` for what is none."""
+    seconds = math.nan
+    if isinstance(timeout, Real) and not isinstance(timeout, bool):
+        with suppress(OverflowError):  # a number that no float holds
+            seconds = float(timeout)
+    if not 0 < seconds < math.inf:
+        raise ValueError(f"timeout must be a number of seconds above 0, or None to wait, not {shorten(timeout)}")
+    return seconds
 
 
 @dataclass(eq=False)

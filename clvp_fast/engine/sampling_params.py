@@ -89,9 +89,12 @@ class SamplingParams:
         if isinstance(value, bool) or not isinstance(value, kind) or not holds(value):
             raise ValueError(f"{name} must be {wanted}, not {shorten(value)}")
         try:
-            self._set(name, convert(value))
-        except OverflowError:  # a whole number that no float holds
-            raise ValueError(f"{name} must be {wanted}, not {shorten(value)}") from None
+            converted = convert(value)
+        except OverflowError:  # a number that no float holds
+            converted = math.inf
+        if not holds(converted):  # a fraction that a float rounds to 0
+            raise ValueError(f"{name} must be {wanted}, not {shorten(value)}")
+        self._set(name, converted)
 
     def _set(self, name, value):
         object.__setattr__(self, name, value)  # frozen to everyone else

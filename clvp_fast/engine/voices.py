@@ -16,6 +16,8 @@ from clvp_fast.files import staged_folder, user_path
 from clvp_fast.models.clvp.feature_extraction import ClvpFeatureExtractor
 from clvp_fast.models.clvp.modeling import ClvpModelForConditionalGeneration
 
+# The floating types that numpy has too.
+_OF_NUMPY = (torch.float16, torch.float32, torch.float64)
 _FORMAT = "clvp_fast.voice.1"
 
 #: Two encoders are the same if their answers to one input differ by less than this part of their length: that is ten
@@ -153,6 +155,7 @@ class VoiceCache:
 
         Raises:
             ValueError: no clip, another number of bins than the checkpoint's, no frame, NaN or infinite values.
+            TypeError: no numbers.
         """
         if isinstance(input_features, (list, tuple)):
             clips = [_host_array(clip) for clip in input_features]
@@ -162,6 +165,8 @@ class VoiceCache:
         if not clips:
             raise ValueError("a voice needs at least one clip")
         for index, clip in enumerate(clips):
+            if clip.dtype.kind not in "fiu":
+                raise TypeError(f"input_features must be floats [bins, frames], not {clip.dtype} {list(clip.shape)}")
             if not np.isfinite(clip).all():
                 raise ValueError(
                     f"input_features of clip {index} hold NaN or infinite values: is the recording damaged?"
@@ -179,9 +184,10 @@ class VoiceCache:
             raise TypeError(
                 f"conditioning must be a Voice, its path or a latent [{width}], not {type(vector).__name__}"
             )
-        vector = torch.as_tensor(vector).detach().cpu()
-        if vector.shape not in ((width,), (1, width)) or not vector.is_floating_point():
+        is_float = vector.is_floating_point() if isinstance(vector, torch.Tensor) else vector.dtype.kind == "f"
+        if vector.shape not in ((width,), (1, width)) or not is_float:
             raise ValueError(f"conditioning must be floats [{width}], not {vector.dtype} {list(vector.shape)}")
+        vector = torch.as_tensor(_host_array(vector))
         if not vector.isfinite().all():
             raise ValueError("conditioning holds NaN or infinite values")
         wide = vector.to(torch.promote_types(vector.dtype, torch.float32), copy=True)
@@ -240,7 +246,7 @@ class VoiceCache:
 def _host_array(values) -> np.ndarray:
     if isinstance(values, torch.Tensor):
         values = values.detach().cpu()
-        return (values.float() if values.dtype == torch.bfloat16 else values).numpy()
+        return (values if values.dtype in _OF_NUMPY or not values.is_floating_point() else values.float()).numpy()
     return np.asarray(values)
 
 

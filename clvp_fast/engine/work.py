@@ -168,7 +168,7 @@ class Work:
                 pending.dropped = True
             elif not pending.settled and now > pending.deadline:
                 timeout = pending.request.timeout
-                pending.fail(TimeoutError(f"the request was not finished within its timeout of {timeout} s"))
+                pending.fail(TimeoutError(f"the request was not finished within its timeout of {timeout:g} s"))
             if pending.settled and self._entered.pop(pending.key, None) is not None:
                 self.loop.cancel(pending.key)
             if pending.dropped:

@@ -67,7 +67,15 @@ def test_a_bare_latent_is_a_voice(engine, alone):
         asked = CandidateRequest(text=request(3).text, conditioning=latent)
         (result,) = engine.generate(asked, sampling(3))
         assert_same(result, alone[3])
-    for other in (vector[:5], vector.long(), vector * torch.nan, (vector, vector), 7, {"a": 1}):
+    for other in (
+        vector[:5],
+        vector.long(),
+        vector * torch.nan,
+        (vector, vector),
+        7,
+        {"a": 1},
+        np.array([None] * len(vector)),
+    ):
         (result,) = engine.generate(CandidateRequest(text="x", conditioning=other), sampling(3))
         assert "conditioning" in str(result.error)
     assert_empty(engine)
@@ -87,10 +95,28 @@ def test_audio_is_a_path_or_a_dict_of_datasets(engine, alone, tmp_path):
         "needs 'array' and 'sampling_rate'": {"bytes": b""},
         "one sampling_rate": [of_datasets, of_datasets | {"sampling_rate": 16000}],
         "audio needs its sampling_rate": samples,
+        "sampling_rate must be a positive whole number": of_datasets | {"sampling_rate": [RATE]},
+        "sampling_rate must be a positive": [of_datasets, of_datasets | {"sampling_rate": "22050"}],
     }
     for message, audio in refused.items():
         (result,) = engine.generate(CandidateRequest(text="x", audio=audio), sampling(3))
         assert message in str(result.error)
+
+
+def test_features_are_floats(engine):
+    for features in ("mel", object(), np.zeros((1, 80, 4), complex), [np.array(["a"])]):
+        error = spoken(engine, audio=None, sampling_rate=None, input_features=features).error
+        assert isinstance(error, TypeError) and str(error).startswith("input_features must be floats [bins, frames]")
+
+
+def test_arguments_of_a_call_are_looked_at_before_its_first_request(engine):
+    for keep in (0, 1.5, True, "2", float("nan"), None):
+        with pytest.raises(ValueError, match="keep must be a whole number from 1 up, not "):
+            engine.generate(request(0), keep=keep)
+    with pytest.raises(TypeError, match="sampling must be SamplingParams, not dict"):
+        engine.generate(request(0), {"top_k": 3})
+    with pytest.raises(TypeError, match="on_token must be callable, and is 5"):
+        engine.generate(request(0), on_token=5)
 
 
 def test_none_among_requests_is_an_error_with_its_place(engine, alone):

@@ -279,8 +279,3 @@ def test_from_pretrained_takes_names_of_dtypes():
     engine = CandidateEngine.from_pretrained("demo", device="cpu", dtype="bfloat16", max_batch=2, max_new_tokens=8)
     (result,) = engine.generate(request(0), sampling(num_candidates=2, max_new_tokens=6))
     assert result.error is None and np.isfinite(result.scores).all()
-
-
-def test_keep_below_one_is_refused(engine):
-    with pytest.raises(ValueError, match="keep must be at least 1, not 0"):
-        engine.generate(request(0), keep=0)

@@ -3,6 +3,7 @@
 import inspect
 import pickle
 from dataclasses import FrozenInstanceError, replace
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -105,3 +106,9 @@ def test_a_number_that_no_float_holds_is_one_short_sentence(value):
         with pytest.raises(ValueError, match=f"^{name} must be ") as refusal:
             SamplingParams(**{name: value})
         assert len(str(refusal.value)) < 250
+
+
+def test_a_fraction_that_a_float_rounds_to_zero_is_none():
+    for name in ("temperature", "top_p", "typical_p", "repetition_penalty"):
+        with pytest.raises(ValueError, match=f"^{name} must be above 0"):
+            SamplingParams(**{name: Fraction(1, 10**400)})
