@@ -13,6 +13,7 @@ from clvp_fast.engine.requests import CandidateRequest, check_rate
 from clvp_fast.engine.sampling_params import SamplingParams
 from clvp_fast.engine.voices import Voice, VoiceCache
 from clvp_fast.models.plain import PlainModel
+from clvp_fast.ops.dispatch import uncast
 
 
 class Door:
@@ -51,8 +52,9 @@ class Door:
     def prompt(self, request: CandidateRequest, text_ids: torch.Tensor) -> torch.Tensor:
         """`[1 + text, hidden_size]`: what the candidates continue, without the start token."""
         encoder = self.model.conditioning_encoder
-        text, _ = encoder.prompt_text(text_ids[None].to(self.model.device))
-        return encoder.join(self.voices.conditioning(self.voice(request)), text)[0]
+        with uncast(self.model.device):
+            text, _ = encoder.prompt_text(text_ids[None].to(self.model.device))
+            return encoder.join(self.voices.conditioning(self.voice(request)), text)[0]
 
     def voice(self, request: CandidateRequest) -> Voice:
         """The voice of a request, from the cache where it is known."""
@@ -66,7 +68,7 @@ class Door:
 
     def _settings(self, sampling: SamplingParams) -> SamplingParams:
         """Sampling with a seed and a stop token."""
-        seed = int(torch.randint(2**63 - 1, ())) if sampling.seed is None else sampling.seed
+        seed = int(torch.randint(2**63 - 1, (), device="cpu")) if sampling.seed is None else sampling.seed
         stop = stop_token(self.model) if sampling.stop_token is None else sampling.stop_token
         vocab_size = self.model.config.decoder_config.vocab_size
         if stop >= vocab_size:
@@ -77,7 +79,7 @@ class Door:
 def ids_of_text(request: CandidateRequest, model, processor) -> torch.Tensor:
     """The ids int64 `[length]` of a request's text, or those that it brings; ValueError for what `model` cannot say."""
     if request.input_ids is None:
-        return torch.tensor(sayable_ids(model, processor.tokenizer, request.text))
+        return torch.tensor(sayable_ids(model, processor.tokenizer, request.text), device="cpu")
     ids = _whole_numbers(request.input_ids)
     limit, vocab_size = text_limit(model), model.config.text_config.vocab_size
     if not 0 < len(ids) <= limit:

@@ -11,6 +11,7 @@ from clvp_fast.engine.requests import CandidateRequest
 from clvp_fast.engine.scoring import Ranking
 from clvp_fast.models.clvp.modeling import ClvpModelForConditionalGeneration
 from clvp_fast.models.clvp.similarity import normalized
+from clvp_fast.ops.dispatch import uncast
 
 MODES = ("padded", "trimmed")
 
@@ -60,7 +61,8 @@ class Ranker:
         pad_to = max_codes + 1
         while True:
             try:
-                return self.rank(text_ids, codes, pad_to=pad_to)
+                with uncast(self.model.device):
+                    return self.rank(text_ids, codes, pad_to=pad_to)
             except torch.OutOfMemoryError:
                 if self.max_tokens <= pad_to:
                     raise
@@ -105,9 +107,11 @@ class Ranker:
         spoken = [index for index, row in enumerate(rows) if mode == "padded" or len(row)]
         speech_embeds = self._speech([rows[index] for index in spoken], mode, pad_to, text_embeds)
         scale = self.model.logit_scale.float().exp()
-        owner = self._to_device(torch.arange(len(texts)).repeat_interleave(torch.tensor(counts)))
+        owner = self._to_device(
+            torch.arange(len(texts), device="cpu").repeat_interleave(torch.tensor(counts, device="cpu"))
+        )
         if len(spoken) < len(rows):
-            place = self._to_device(torch.tensor(spoken, dtype=torch.long))
+            place = self._to_device(torch.tensor(spoken, dtype=torch.long, device="cpu"))
             speech_embeds = speech_embeds.new_zeros(len(rows), text_embeds.shape[1]).index_copy(0, place, speech_embeds)
             offset = torch.full_like(speech_embeds[:, 0], -torch.inf).index_fill(0, place, 0)
         else:
@@ -143,7 +147,7 @@ class Ranker:
         """Embeddings `[rows, projection_dim]` of token ids on the host, none of them padded."""
         embeds = []
         for part in self._parts(rows):
-            lengths = torch.tensor([0, *map(len, part)])
+            lengths = torch.tensor([0, *map(len, part)], device="cpu")
             cu_seqlens = self._to_device(lengths.cumsum(0).int())
             embeds.append(encoder.embed_packed(self._to_device(torch.cat(part)), cu_seqlens, max(map(len, part))))
         return torch.cat(embeds)

@@ -23,7 +23,7 @@ from clvp_fast.engine.decoder import PagedDecoder, min_rows
 from clvp_fast.engine.persistent import MAX_ROWS, PersistentStep
 from clvp_fast.engine.scheduler import batch_buckets
 from clvp_fast.engine.slots import NEUTRAL, SlotState, to_device
-from clvp_fast.ops.dispatch import OPERATORS, device_guard
+from clvp_fast.ops.dispatch import OPERATORS, device_guard, uncast
 
 # How many tokens of several prompts are prefilled at once.
 PREFILL_TOKENS = 8192
@@ -38,11 +38,14 @@ def _single_token(eos_token_id: int | list[int] | None) -> int:
 
 
 def _on_its_device(method):
-    """A runner's method with the runner's device as the current one, to which streams, events and captures belong."""
+    """A runner's method with the runner's device as the current one, to which streams, events and captures belong.
+
+    Autocast of the thread that calls is off: its steps are those of all threads.
+    """
 
     @wraps(method)
     def guarded(self, *args, **kwargs):
-        with device_guard(self.device):
+        with device_guard(self.device), uncast(self.device):
             return method(self, *args, **kwargs)
 
     return guarded
@@ -226,7 +229,7 @@ class Runner:
         results = self._result(rows)
         if self.device.type != "cuda":
             return StepHandle(results.cpu().clone(), num_slots)
-        host = torch.empty(results.shape, dtype=results.dtype, pin_memory=True)
+        host = torch.empty(results.shape, dtype=results.dtype, device="cpu", pin_memory=True)
         host.copy_(results, non_blocking=True)
         event = torch.cuda.Event()
         event.record()

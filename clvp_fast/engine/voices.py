@@ -15,6 +15,7 @@ from clvp_fast.audio import require_sound
 from clvp_fast.files import staged_folder, user_path
 from clvp_fast.models.clvp.feature_extraction import ClvpFeatureExtractor
 from clvp_fast.models.clvp.modeling import ClvpModelForConditionalGeneration
+from clvp_fast.ops.dispatch import uncast
 
 # The floating types that numpy has too.
 _OF_NUMPY = (torch.float16, torch.float32, torch.float64)
@@ -171,7 +172,7 @@ class VoiceCache:
                 raise ValueError(
                     f"input_features of clip {index} hold NaN or infinite values: is the recording damaged?"
                 )
-        return self._get(_digest("features", "", *clips), lambda: [torch.tensor(clip) for clip in clips])
+        return self._get(_digest("features", "", *clips), lambda: [torch.tensor(clip, device="cpu") for clip in clips])
 
     def from_vector(self, vector) -> Voice:
         """The voice of a bare latent `[hidden_size]` or `[1, hidden_size]`, taken as this checkpoint's own.
@@ -187,7 +188,7 @@ class VoiceCache:
         is_float = vector.is_floating_point() if isinstance(vector, torch.Tensor) else vector.dtype.kind == "f"
         if vector.shape not in ((width,), (1, width)) or not is_float:
             raise ValueError(f"conditioning must be floats [{width}], not {vector.dtype} {list(vector.shape)}")
-        vector = torch.as_tensor(_host_array(vector))
+        vector = torch.as_tensor(_host_array(vector), device="cpu")
         if not vector.isfinite().all():
             raise ValueError("conditioning holds NaN or infinite values")
         wide = vector.to(torch.promote_types(vector.dtype, torch.float32), copy=True)
@@ -217,7 +218,7 @@ class VoiceCache:
         """
         if self._fingerprint is None:
             bins = self.model.config.decoder_config.feature_size
-            probe = torch.arange(bins * 8, dtype=torch.float64).view(1, bins, 8).sin()
+            probe = torch.arange(bins * 8, dtype=torch.float64, device="cpu").view(1, bins, 8).sin()
             self._fingerprint = self._encode(probe[0]).float().cpu()
         return self._fingerprint
 
@@ -240,7 +241,8 @@ class VoiceCache:
     def _encode(self, features: torch.Tensor) -> torch.Tensor:
         """Features `[bins, frames]` to `[hidden_size]`, in the model's dtype and on its device."""
         features = features.to(device=self.model.device, dtype=self.model.dtype)
-        return self.model.conditioning_encoder.encode_voice(features[None])[0]
+        with uncast(features.device):
+            return self.model.conditioning_encoder.encode_voice(features[None])[0]
 
 
 def _host_array(values) -> np.ndarray:

@@ -110,6 +110,11 @@ def device_guard(device: torch.device) -> AbstractContextManager:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
+def uncast(device: torch.device) -> AbstractContextManager:
+    """A context without autocast on `device`, for what many threads share and one of them runs."""
+    return torch.autocast(device.type, enabled=False) if autocasts(device) else nullcontext()
+
+
 def runs_natively(device: torch.device) -> bool:
     """Whether an operator with two kernels runs that of the native library on `device`, a CPU, and not Triton's."""
     return device.type == "cpu" and not interpreted()

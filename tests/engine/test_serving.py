@@ -5,7 +5,9 @@ import sys
 import threading
 import time
 
+import numpy as np
 import pytest
+import torch
 
 from clvp_fast.engine.work import Work
 from tests.engine.demo_engine import assert_empty, assert_same, make, request, sampling
@@ -374,3 +376,18 @@ def test_who_works_for_long_keeps_nobody_waiting(monkeypatch):
     ending.set()
     join(*threads)
     assert_empty(engine)
+
+
+@pytest.mark.parametrize(
+    "mode", [torch.autocast("cpu", torch.bfloat16), torch.device("meta")], ids=["autocast", "device"]
+)
+def test_modes_of_the_thread_that_steps_are_its_own(parts, alone, mode):
+    """Its steps are those of all threads: neither its autocast nor its default device has a say in them."""
+    for scoring in ("padded", "trimmed"):
+        engine = make(parts, scoring=scoring)  # with no voice in its cache
+        with mode:
+            (result,) = engine.generate(request(3), sampling(3))
+        if scoring == "padded":
+            assert_same(result, alone[3])
+        else:
+            assert result.error is None and np.array_equal(result.codes, alone[3].codes)
