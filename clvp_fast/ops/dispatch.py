@@ -21,6 +21,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
+from torch.autograd import forward_ad
 
 BACKENDS = ("reference", "torch", "kernel")
 LIBRARY = torch.library.Library("clvp_fast", "DEF")
@@ -59,9 +60,19 @@ def backend(name: str | None):
 
 def needs_grad(*tensors: torch.Tensor | None) -> bool:
     """Whether autograd has to follow an operator on these tensors (`None` entries are absent arguments)."""
+    if _is_forward():
+        return True
     if not torch.is_grad_enabled():
         return False
     return any(t is not None and t.requires_grad for t in tensors)
+
+
+def _is_forward() -> bool:
+    """Whether derivatives are computed forward (`torch.func.jvp`), which functions of torch's alone can follow.
+
+    They are with `torch.no_grad()` too. Its fused attention cannot, and references have none.
+    """
+    return forward_ad._current_level >= 0
 
 
 def autocasts(device: torch.device) -> bool:
@@ -225,7 +236,7 @@ class Operator:
         a kernel serves on the device but not these arguments.
         Raises `RuntimeError` where the kernel is forced and cannot serve.
         """
-        if _forced == "reference":
+        if _forced == "reference" or _is_forward():
             return self.reference
         if _forced == "torch" or (self.kernel is None and _forced is None):
             return self.torch_path
@@ -245,8 +256,8 @@ class Operator:
         return self.torch_path
 
     def without_kernel(self) -> Callable:
-        """The path that is taken where a kernel is not even wanted: the torch path, if the reference is not forced."""
-        return self.reference if _forced == "reference" else self.torch_path
+        """The path that is taken where a kernel is not even wanted: the torch path, if the reference is not."""
+        return self.reference if _forced == "reference" or _is_forward() else self.torch_path
 
     def with_kernel(self) -> Callable:
         """What `choose` gives for inference that the kernel is known to serve."""

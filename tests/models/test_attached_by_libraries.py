@@ -175,6 +175,58 @@ def test_hooks_on_all_modules(model):
         handle.remove()
 
 
+TEXTS = {"encoder": _encoder, "clap's text": lambda: _clap("ClapTextModelWithProjection")}
+
+
+@pytest.mark.parametrize("model", TEXTS)
+def test_derivatives_forward(model):
+    """`torch.func.jvp`, with or without `torch.no_grad()`: neither kernels nor torch's fused attention follow them."""
+    stock, ours, _ = TEXTS[model]()
+    found = []
+    for one in (stock, ours):
+        one.requires_grad_(False)
+        embeds = one.get_input_embeddings()(clvp.texts(2, 5) % 50)
+        for grad in (False, True):
+            with torch.set_grad_enabled(grad):
+                call = lambda x, one=one: one(inputs_embeds=x).last_hidden_state  # noqa: E731
+                found.append(torch.func.jvp(call, (embeds,), (embeds.cos(),)))
+    for tangents in found[1:]:
+        assert_same(dict(enumerate(tangents)), dict(enumerate(found[0])), tolerance=3e-5)
+
+
+@pytest.mark.parametrize("model", TEXTS)
+def test_an_ensemble_in_one_call(model):
+    """`functional_call` under `vmap`: the tensors in the place of parameters are the caller's, and stay as they lie."""
+    stock, ours, _ = TEXTS[model]()
+    found = []
+    for one in (stock, ours):
+        stacked = {name: torch.stack([p.detach(), p.detach() * 0.9]) for name, p in one.named_parameters()}
+        ids = dict(input_ids=clvp.texts(2, 5) % 50)
+        call = lambda state, one=one, ids=ids: torch.func.functional_call(one, state, (), ids)  # noqa: E731
+        with torch.no_grad():
+            found.append(torch.vmap(lambda state, call=call: call(state).last_hidden_state)(stacked))
+            alone = {name: p[1].clone() for name, p in stacked.items()}
+            places = {name: p.data_ptr() for name, p in alone.items()}
+            assert_same(call(alone).last_hidden_state, found[-1][1], tolerance=3e-5)
+        assert {name: p.data_ptr() for name, p in alone.items()} == places
+    assert_same(found[1], found[0], tolerance=3e-5)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_parameters_of_inference_mode(model):
+    """A model that was made there is called there and elsewhere; its storage cannot move."""
+    stock, ours, inputs = MODELS[model]()
+    with torch.inference_mode():
+        for one in (stock, ours):
+            for module in one.modules():
+                for name, parameter in module._parameters.items():
+                    if parameter is not None:
+                        module._parameters[name] = nn.Parameter(parameter.clone(), requires_grad=False)
+    assert_both(stock, ours, inputs)
+    with torch.inference_mode():
+        assert_both(stock, ours, inputs)
+
+
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("how", ["cpu", "disk"])
 def test_offloading(model, how, tmp_path):

@@ -34,11 +34,21 @@ def project_heads(linears: list[nn.Module], hidden_states: torch.Tensor, num_hea
 
 
 def can_pack(linears: list[nn.Module]) -> bool:
-    """Whether `pack_linears` serves: plain linear layers of one dtype, all with a bias or none."""
+    """Whether `pack_linears` serves: plain linear layers of one dtype, all with a bias or none; their storage moves."""
     return (
-        all(is_plain(linear, nn.Linear) for linear in linears)
+        all(is_plain(linear, nn.Linear) and _is_movable(linear.weight) for linear in linears)
         and len({linear.weight.dtype for linear in linears}) == 1
         and len({linear.bias is None for linear in linears}) == 1
+    )
+
+
+def _is_movable(weight: torch.Tensor) -> bool:
+    """Whether a weight's storage may be another: it is the module's own, of no inference mode, under no `torch.func`.
+
+    `functional_call` puts a caller's tensors in the place of weights, and what a transform makes ends with it.
+    """
+    return (
+        type(weight) is nn.Parameter and not weight.is_inference() and not torch._C._are_functorch_transforms_active()
     )
 
 
@@ -91,5 +101,5 @@ def _lie_in_a_row(parameters: list[nn.Parameter]) -> bool:
 @torch.inference_mode(False)
 def transpose_storage(conv: Conv1D) -> None:
     """Keep the `[in, out]` weight of `conv` as the transposed view of contiguous `[out, in]` storage, if it has one."""
-    if not conv.weight.t().is_contiguous():
+    if _is_movable(conv.weight) and not conv.weight.t().is_contiguous():
         conv.weight.data = conv.weight.data.t().contiguous().t()
