@@ -1,15 +1,29 @@
 """Turns of threads at one thing, in the order in which they asked for them."""
 
+import os
 import threading
 from collections.abc import Callable
 from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import TypeVar
+from weakref import WeakSet
 
 T = TypeVar("T")
 
 # Seconds after which a thread that waits looks again by itself: an interrupt may have kept the word from it.
 _PATIENCE = 0.05
+
+
+_ALL: WeakSet["Turns"] = WeakSet()
+
+
+def _forget_threads() -> None:
+    """In the child of a fork: the other threads are not there, and their turns would never end."""
+    for turns in _ALL:
+        turns._tickets.clear()
+
+
+os.register_at_fork(after_in_child=_forget_threads)
 
 
 class Turns:
@@ -21,6 +35,7 @@ class Turns:
 
     def __init__(self):
         self._tickets: dict[SimpleQueue, int] = {}  # and the threads that have them, in the order of asking
+        _ALL.add(self)
 
     @property
     def mine(self) -> bool:

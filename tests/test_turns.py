@@ -1,10 +1,12 @@
 """Turns come in the order of asking, one at a time, and no exception or interrupt keeps one."""
 
 import gc
+import os
 import random
 import signal
 import threading
 import time
+import warnings
 
 import pytest
 
@@ -167,3 +169,21 @@ def test_interrupts_at_any_moment():
         ending.set()
     join(*threads)
     assert not turns._tickets and not clashes and min(served) > 0
+
+
+def test_the_child_of_a_fork_waits_for_no_thread_of_its_parent():
+    turns = Turns()
+    holder, let_go = held(turns)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # newer Pythons warn of a fork beside threads
+        child = os.fork()
+    if child == 0:
+        signal.alarm(int(BOUND))
+        try:
+            os._exit(turns.take(lambda: 7))
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    let_go.set()
+    join(holder)
+    assert os.waitstatus_to_exitcode(status) == 7
