@@ -98,6 +98,9 @@ def test_audio_is_a_path_or_a_dict_of_datasets(engine, alone, tmp_path):
         "sampling_rate must be a positive whole number": of_datasets | {"sampling_rate": [RATE]},
         "not '22050'": [of_datasets, of_datasets | {"sampling_rate": "22050"}],
     }
+    conflict = CandidateRequest(text="x", audio=of_datasets, sampling_rate=16000)
+    (result,) = engine.generate(conflict, sampling(3))
+    assert "sampling_rate=16000 is not the 22050 Hz that the clip says" in str(result.error)
     for message, audio in refused.items():
         (result,) = engine.generate(CandidateRequest(text="x", audio=audio), sampling(3))
         assert message in str(result.error)
