@@ -12,8 +12,6 @@ T = TypeVar("T")
 
 # Seconds after which a thread that waits looks again by itself: an interrupt may have kept the word from it.
 _PATIENCE = 0.05
-
-
 _ALL: WeakSet["Turns"] = WeakSet()
 
 
@@ -23,7 +21,8 @@ def _forget_threads() -> None:
         turns._tickets.clear()
 
 
-os.register_at_fork(after_in_child=_forget_threads)
+if hasattr(os, "register_at_fork"):  # not on Windows, which forks no process
+    os.register_at_fork(after_in_child=_forget_threads)
 
 
 class Turns:

@@ -70,9 +70,10 @@ def needs_grad(*tensors: torch.Tensor | None) -> bool:
 def _is_forward() -> bool:
     """Whether derivatives are computed forward (`torch.func.jvp`), which functions of torch's alone can follow.
 
-    They are with `torch.no_grad()` too. Its fused attention cannot, and references have none.
+    They are with `torch.no_grad()` too. Its fused attention cannot, and references have none. torch has no public name
+    for the level.
     """
-    return forward_ad._current_level >= 0
+    return getattr(forward_ad, "_current_level", -1) >= 0
 
 
 def autocasts(device: torch.device) -> bool:

@@ -45,11 +45,13 @@ def can_pack(linears: list[nn.Module]) -> bool:
 def _is_movable(weight: torch.Tensor) -> bool:
     """Whether a weight's storage may be another: it is the module's own, of no inference mode, under no `torch.func`.
 
-    `functional_call` puts a caller's tensors in the place of weights, and what a transform makes ends with it.
+    `functional_call` puts a caller's tensors in the place of weights, and what a transform makes ends with it. Whether
+    one is under way has no public name in torch.
     """
-    return (
-        type(weight) is nn.Parameter and not weight.is_inference() and not torch._C._are_functorch_transforms_active()
-    )
+    if type(weight) is not nn.Parameter or weight.is_inference():
+        return False
+    transformed = getattr(torch._C, "_are_functorch_transforms_active", None)
+    return transformed is None or not transformed()
 
 
 def arrange_parameters(model: nn.Module) -> None:
