@@ -24,6 +24,7 @@ from benchmarks.machine import process_memory
 from clvp_fast import CandidateEngine, CandidateRequest, SamplingParams
 from clvp_fast.engine.decode_loop import DecodeLoop
 from clvp_fast.engine.door import Door
+from clvp_fast.engine.requests import CandidateResult
 from clvp_fast.engine.runner import Runner
 from clvp_fast.engine.work import Work
 
@@ -203,12 +204,12 @@ class Stress:
                     self._one(list(self.engine.generate(self._request(kind))), kind)
                     continue
                 stream = self.engine.stream(self._request(kind))
-                next(stream)
-                if chosen.random() < 0.5:
+                first = next(stream)  # of a request that failed before its first token, the result
+                if not isinstance(first, CandidateResult) and chosen.random() < 0.5:
                     stream.close()
                     self.ended["cancelled"] += 1
                     continue
-                *_, result = stream
+                *_, result = [first, *stream]
                 self._judge(result, kind)
             except BaseException as error:
                 self._explain(error)
