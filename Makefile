@@ -1,4 +1,5 @@
-# The targets are the steps that CI runs. `make demo` and `make test` need Python 3.11 or newer; with a C++ compiler they are faster.
+# The targets are the steps that CI runs. `make demo` and `make test` need Python 3.11 or newer; with a C++ compiler they
+# build the native library and use it.
 #
 #   make demo  PYTHON=python3.12     another interpreter for .venv
 #   make test  PYTEST_ARGS="tests/ops -k rotary"
