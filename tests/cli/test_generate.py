@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-TEXT = "The birch canoe slid on the smooth planks."
+from tests.cli.conftest import TEXT
+
 # To draw a picture takes almost half of the time of so short a command.
 QUICK = ("--num-candidates", 5, "--max-new-tokens", 60, "--no-pictures")
 
