@@ -1,4 +1,4 @@
-/* The CUDA kernel's blocks on a CPU: the phases of csrc/log_mel_block.cuh, thread by thread.
+/* The CUDA kernel's blocks on a CPU: the phases of csrc/cuda/log_mel_block.cuh, thread by thread.
  *
  * Between two barriers of the block the warps run one after another, each through all its phases; within a phase, lane
  * after lane; both in an order drawn at random. So a phase that needs a barrier which is not there finds what was not
@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "../../csrc/check.h"
-#include "../../csrc/log_mel_block.cuh"
+#include "../../csrc/cuda/log_mel_block.cuh"
 
 using namespace clvp_fast;
 

@@ -1,11 +1,11 @@
 /* The next token of one candidate, on a CPU: the processors and the draw of kernels/sampling.py, whose order and ties
  * these are. Nothing is sorted: sorting would find one threshold, the smallest score up to which the weights of a row
  * add up to a bound, and the order of floats is that of their bits. Sums are of doubles. Compiled once for each
- * instruction set, as log_mel_isa.cpp is. */
+ * instruction set, as log_mel.cpp is. */
 #include <math.h>
 
+#include "dispatch.h"
 #include "floats.h"
-#include "isa.h"
 
 namespace clvp_fast {
 namespace {

@@ -4,7 +4,7 @@
 #include <math.h>
 
 #include "halves.cuh"
-#include "log_mel_shape.cuh"
+#include "log_mel_layout.cuh"
 
 namespace clvp_fast {
 

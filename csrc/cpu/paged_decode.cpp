@@ -1,10 +1,10 @@
 /* Attention of one candidate over pages of keys and values, on a CPU. A vector holds channels while keys
  * and values are read, and keys while their scores are turned into weights. Sums are float32, and their order depends
- * on the candidate's own tokens alone. Compiled once for each instruction set, as log_mel_isa.cpp is. */
+ * on the candidate's own tokens alone. Compiled once for each instruction set, as log_mel.cpp is. */
 #include <string.h>
 
+#include "dispatch.h"
 #include "floats.h"
-#include "isa.h"
 
 namespace clvp_fast {
 namespace {

@@ -1,8 +1,8 @@
 /* The first half of a Swin layer, on a CPU: layer norm, projections, attention in windows, the projection of its output
  * and the residual. An item is a window: all that lies between its rows of x and those of the result stays in the
- * second-level cache. Compiled once for each instruction set, as log_mel_isa.cpp is. */
-#include "isa.h"
-#include "many_rows.h"
+ * second-level cache. Compiled once for each instruction set, as log_mel.cpp is. */
+#include "dispatch.h"
+#include "packed_layers.h"
 #include "window_attention.h"
 
 namespace clvp_fast {

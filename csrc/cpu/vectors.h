@@ -7,7 +7,7 @@
 #include <type_traits>
 #include <utility>
 
-#include "inline.h"
+#include "../inline.h"
 
 namespace clvp_fast {
 namespace {

@@ -4,7 +4,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#include "clvp_fast.h"
+#include "../clvp_fast.h"
 
 /* Log-mel of a block of frames of one row. */
 struct clvp_fast_log_mel_isa {

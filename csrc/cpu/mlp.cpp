@@ -1,8 +1,8 @@
 /* Linear layers of many rows, on a CPU: one behind another, or one alone, and a layer norm before them. What is normed
  * and the values between two layers stay in the second-level cache. Compiled once for each instruction set, as
- * log_mel_isa.cpp is. */
-#include "isa.h"
-#include "many_rows.h"
+ * log_mel.cpp is. */
+#include "dispatch.h"
+#include "packed_layers.h"
 
 namespace clvp_fast {
 namespace {

@@ -6,8 +6,8 @@
 #include <cstring>
 #include <vector>
 
-#include "check.h"
-#include "isa.h"
+#include "../check.h"
+#include "dispatch.h"
 #include "threads.h"
 
 #define CLVP_FAST_EXPORT extern "C" __attribute__((visibility("default")))

@@ -3,9 +3,9 @@
 
 #include <math.h>
 
-#include "clvp_fast.h"
+#include "../clvp_fast.h"
+#include "../inline.h"
 #include "halves.cuh"
-#include "inline.h"
 
 namespace clvp_fast {
 

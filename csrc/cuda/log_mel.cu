@@ -1,8 +1,8 @@
-/* The CUDA kernel of log_mel: csrc/log_mel_block.cuh on a GPU. */
+/* The CUDA kernel of log_mel: csrc/cuda/log_mel_block.cuh on a GPU. */
 #include <limits.h>
 
-#include "check.h"
-#include "clvp_fast.h"
+#include "../check.h"
+#include "../clvp_fast.h"
 #include "device.cuh"
 #include "log_mel_block.cuh"
 

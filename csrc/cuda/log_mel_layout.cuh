@@ -1,8 +1,8 @@
 /* How the CUDA kernel of log_mel lays a block's work and its shared memory out. */
 #pragma once
 
-#include "clvp_fast.h"
-#include "log_mel.cuh"
+#include "../clvp_fast.h"
+#include "../fourier.h"
 
 namespace clvp_fast {
 

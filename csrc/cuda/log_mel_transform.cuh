@@ -12,7 +12,7 @@
 
 #include <math.h>
 
-#include "log_mel_shape.cuh"
+#include "log_mel_layout.cuh"
 
 namespace clvp_fast {
 

@@ -1,8 +1,8 @@
 /* Attention in windows, on a CPU: an item is one head of one window. Compiled once for each instruction set, as
- * log_mel_isa.cpp is. */
+ * log_mel.cpp is. */
 #include "window_attention.h"
 
-#include "isa.h"
+#include "dispatch.h"
 
 namespace clvp_fast {
 namespace {

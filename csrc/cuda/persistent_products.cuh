@@ -2,7 +2,7 @@
  * input, times the input of all candidates in shared memory. */
 #pragma once
 
-#include "persistent_shape.cuh"
+#include "persistent_layout.cuh"
 
 namespace clvp_fast {
 

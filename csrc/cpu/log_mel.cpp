@@ -2,12 +2,12 @@
  * imaginary part of a complex transform, so that every operation is one on whole vectors. Neighbours are about equally
  * loud, and what rounding carries over from one to the other is small.
  * Compiled once for each instruction set (-DCLVP_FAST_ISA=portable, avx2, avx512), with vectors as wide as it has. */
-#include "isa.h"
+#include "dispatch.h"
 
 #include <string.h>
 
-#include "lanes.h"
-#include "log_mel.cuh"
+#include "../fourier.h"
+#include "vectors.h"
 
 namespace clvp_fast {
 namespace {
@@ -101,7 +101,7 @@ struct Scratch {
 template <class Real, class Sample>
 CLVP_FAST_INLINE void gather(Complex<Vector<Real>> *z, const Sample *const *frame, const Real *window, int n_fft) {
     constexpr int COUNT = Lanes<Real>::COUNT;
-    /* One half from the pair of frames, see log_mel.cuh. */
+    /* One half from the pair of frames, see fourier.h. */
     constexpr Real SCALE = std::is_integral_v<Sample> ? Real(0.5 / 32768) : Real(0.5);
     for (int first = 0; first < n_fft; first += COUNT) {
         Vector<Real> x[COUNT];

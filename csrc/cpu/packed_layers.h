@@ -6,7 +6,7 @@
 #include <math.h>
 #include <string.h>
 
-#include "clvp_fast.h"
+#include "../clvp_fast.h"
 #include "products.h"
 
 namespace clvp_fast {

@@ -5,7 +5,7 @@
 
 #include <string.h>
 
-#include "clvp_fast.h"
+#include "../clvp_fast.h"
 #include "products.h"
 
 namespace clvp_fast {

@@ -1,10 +1,10 @@
 /* Linear layers for the few rows of a decode step, on a CPU: dot products of rows of x with rows of the weights as they
  * lie in memory, which is read once. A sum's order depends on nothing but the number of columns, so that a row has the
- * same bits whatever rows are computed beside it. Compiled once for each instruction set, as log_mel_isa.cpp is. */
+ * same bits whatever rows are computed beside it. Compiled once for each instruction set, as log_mel.cpp is. */
 #include <string.h>
 
+#include "dispatch.h"
 #include "floats.h"
-#include "isa.h"
 
 namespace clvp_fast {
 namespace {

@@ -1,8 +1,8 @@
-/* The persistent decode step on a GPU: csrc/persistent_decode.cuh as one cooperative launch. */
+/* The persistent decode step on a GPU: csrc/cuda/persistent_decode.cuh as one cooperative launch. */
 #include <limits.h>
 
-#include "check.h"
-#include "clvp_fast.h"
+#include "../check.h"
+#include "../clvp_fast.h"
 #include "device.cuh"
 #include "persistent_decode.cuh"
 
