@@ -17,8 +17,8 @@ static inline size_t clvp_fast_element_size(int32_t dtype) {
 
 static inline int clvp_fast_misaligned(const void *pointer, size_t size) { return (uintptr_t)pointer % size != 0; }
 
-/* CLVP_FAST_OK, or why a CPU (cuda = 0) or a GPU (cuda = 1) refuses the call. */
-static inline int clvp_fast_check(const struct clvp_fast_log_mel *call, int cuda) {
+/* CLVP_FAST_OK, or why a CPU (cuda = 0) or a GPU (cuda = 1) refuses log-mel. */
+static inline int clvp_fast_check_log_mel(const struct clvp_fast_log_mel *call, int cuda) {
     if (call == NULL) return CLVP_FAST_NULL_POINTER;
 
     const int32_t in = call->samples_dtype, compute = call->compute_dtype, out = call->features_dtype;

@@ -107,7 +107,7 @@ CLVP_FAST_EXPORT int clvp_fast_choose_isa(const char *name) {
 }
 
 CLVP_FAST_EXPORT int clvp_fast_log_mel_cpu(const clvp_fast_log_mel *given, int32_t num_threads, const char *isa_name) {
-    if (const int refused = clvp_fast_check(given, 0)) return refused;
+    if (const int refused = clvp_fast_check_log_mel(given, 0)) return refused;
     const clvp_fast_isa *const isa = clvp_fast_find_isa(isa_name);
     if (!isa) return CLVP_FAST_NO_ISA;
     const clvp_fast_log_mel &call = *given;
