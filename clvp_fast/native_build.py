@@ -35,8 +35,7 @@ ISA_FLAGS = {
     "avx2": ["-mavx2", "-mfma"],
     "portable": [],
 }
-# What a CPU with an instruction set has among the flags of /proc/cpuinfo; `usable_isas` of csrc/cpu/interface.cpp asks
-# the same.
+# What a CPU with an instruction set has among the flags of /proc/cpuinfo; csrc/cpu/dispatch.cpp asks the same.
 _CPU_AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
 _CPU_FLAGS = {
     "avx512bf16": _CPU_AVX512 | {"avx512_bf16"},
@@ -169,7 +168,8 @@ def compile_commands(csrc: Path, tools: Toolchain, part: str = "cpu", version: s
                 name = f"{stem}_{isa}.o"
                 commands[name] = [*cxx, *flags, "-c", f"{csrc}/cpu/{stem}.cpp", "-o", name]
         has = [f"-DCLVP_FAST_HAS_{isa.upper()}" for isa in tools.isas]
-        commands["interface.o"] = [*cxx, *has, "-c", f"{csrc}/cpu/interface.cpp", "-o", "interface.o"]
+        commands["dispatch.o"] = [*cxx, *has, "-c", f"{csrc}/cpu/dispatch.cpp", "-o", "dispatch.o"]
+        commands["interface.o"] = [*cxx, "-c", f"{csrc}/cpu/interface.cpp", "-o", "interface.o"]
     else:
         targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in tools.architectures]
         newest = tools.architectures[-1]

@@ -80,12 +80,6 @@ static inline int clvp_fast_check_paged_decode(const struct clvp_fast_paged_deco
     return CLVP_FAST_OK;
 }
 
-/* Bytes that attending of one head needs: a score and a place of each token, and room for the last vectors. */
-static inline size_t clvp_fast_attend_scratch(const struct clvp_fast_paged_decode *call) {
-    const size_t tokens = (size_t)call->page_size * ((size_t)call->max_pages + (size_t)call->max_prefix_pages);
-    return (tokens + 64) * (sizeof(float) + sizeof(int64_t));
-}
-
 /* CLVP_FAST_OK, or why a linear layer is refused. */
 static inline int clvp_fast_check_linear(const struct clvp_fast_linear *call) {
     if (call == NULL) return CLVP_FAST_NULL_POINTER;
