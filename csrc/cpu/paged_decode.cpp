@@ -34,17 +34,18 @@ template <class Stored>
 CLVP_FAST_INLINE void add_products(const Stored *q, const Stored *const (&keys)[LANES], int channels,
                                    Floats (&products)[LANES]) {
     int channel = 0;
-    const auto add = [&](auto products_of) CLVP_FAST_INLINED {
-        using Products = decltype(products_of);
+    using Products = ProductsOf<Stored>;
+    if constexpr (Products::COUNT > LANES)
         for (; channel + Products::COUNT <= channels; channel += Products::COUNT) {
-            const auto query = Products::load(q + channel);
+            const typename Products::Factors query = Products::load(q + channel);
             unroll<LANES>([&](auto i) CLVP_FAST_INLINED {
                 products[i] = Products::dot(products[i], query, Products::load(keys[i] + channel));
             });
         }
-    };
-    add(ProductsOf<Stored>{});
-    if constexpr (!std::is_same_v<ProductsOf<Stored>, Single>) add(Single{}); /* 16 channels may be left of pairs */
+    for (; channel < channels; channel += LANES) {
+        const Floats query = load_floats(q + channel);
+        unroll<LANES>([&](auto i) CLVP_FAST_INLINED { products[i] += query * load_floats(keys[i] + channel); });
+    }
 }
 
 /* Channels as float32, in an order that costs little to load: `in_order` turns it back. */
