@@ -34,7 +34,7 @@ PIP_INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check $(if $(C
 RUNTIME_STAMP := $(VENV)/.stamp-runtime
 DEV_STAMP := $(VENV)/.stamp-dev
 
-CPP_SOURCES := $(wildcard csrc/* tests/csrc/*.cpp tests/csrc/*.h tests/csrc/*/*.h)
+CPP_SOURCES := $(wildcard csrc/*.* csrc/*/*.* tests/csrc/*.cpp tests/csrc/*.h tests/csrc/*/*.h)
 
 DEMO_TEXT := The birch canoe slid on the smooth planks, and the doctor paid 25 dollars for it.
 DEMO_OUT ?= out/demo

@@ -1,7 +1,7 @@
 """How the native library is compiled: one description for setup.py, which loads this file by its path, and native.py.
 
-Imports the standard library alone. The library has two parts, each a shared object of its own: what `csrc/` has for a
-CPU, compiled by a C++ compiler for several instruction sets, and what it has for a GPU, compiled by nvcc.
+Imports the standard library alone. The library has two parts, each a shared object of its own: `csrc/cpu/`, compiled by
+a C++ compiler for several instruction sets, and `csrc/cuda/`, compiled by nvcc.
 """
 
 import hashlib
@@ -35,7 +35,7 @@ ISA_FLAGS = {
     "avx2": ["-mavx2", "-mfma"],
     "portable": [],
 }
-# What a CPU with an instruction set has among the flags of /proc/cpuinfo; `usable_isas` of csrc/cpu.cpp asks the same.
+# What a CPU with an instruction set has among the flags of /proc/cpuinfo; csrc/cpu/dispatch.cpp asks the same.
 _CPU_AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
 _CPU_FLAGS = {
     "avx512bf16": _CPU_AVX512 | {"avx512_bf16"},
@@ -44,7 +44,7 @@ _CPU_FLAGS = {
     "portable": set(),
 }
 # avx512bf16 has more to offer to products of bfloat16 alone. The slowest to compile come first.
-_PRODUCTS = ("mlp", "window_block", "linear", "window_attention", "paged_attention")
+_PRODUCTS = ("mlp", "window_block", "linear", "window_attention", "paged_decode")
 ISA_SOURCES = dict.fromkeys(ISA_FLAGS, ("log_mel", *_PRODUCTS, "sample")) | {"avx512bf16": _PRODUCTS}
 _STEMS = (*_PRODUCTS[:2], "log_mel", *_PRODUCTS[2:], "sample")
 CUDA_SOURCES = ("log_mel", "persistent_decode")
@@ -166,16 +166,17 @@ def compile_commands(csrc: Path, tools: Toolchain, part: str = "cpu", version: s
             for isa in (isa for isa in tools.isas if stem in ISA_SOURCES[isa]):
                 flags = [f"-DCLVP_FAST_ISA={isa}", *ISA_FLAGS[isa]]
                 name = f"{stem}_{isa}.o"
-                commands[name] = [*cxx, *flags, "-c", f"{csrc}/{stem}_isa.cpp", "-o", name]
+                commands[name] = [*cxx, *flags, "-c", f"{csrc}/cpu/{stem}.cpp", "-o", name]
         has = [f"-DCLVP_FAST_HAS_{isa.upper()}" for isa in tools.isas]
-        commands["cpu.o"] = [*cxx, *has, "-c", f"{csrc}/cpu.cpp", "-o", "cpu.o"]
+        commands["dispatch.o"] = [*cxx, *has, "-c", f"{csrc}/cpu/dispatch.cpp", "-o", "dispatch.o"]
+        commands["interface.o"] = [*cxx, "-c", f"{csrc}/cpu/interface.cpp", "-o", "interface.o"]
     else:
         targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in tools.architectures]
         newest = tools.architectures[-1]
         targets.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
         nvcc = [tools.nvcc, *_host_compiler(tools), *NVCC_FLAGS, *targets]
-        for name in (f"{stem}_cuda.o" for stem in CUDA_SOURCES):
-            commands[name] = [*nvcc, "-c", f"{csrc}/{name[:-2]}.cu", "-o", name]
+        for stem in CUDA_SOURCES:
+            commands[f"{stem}.o"] = [*nvcc, "-c", f"{csrc}/cuda/{stem}.cu", "-o", f"{stem}.o"]
     named = f'-DCLVP_FAST_VERSION="{version}"'
     commands["version.o"] = [*cxx, named, "-c", f"{csrc}/version.cpp", "-o", "version.o"]
     return commands
@@ -201,20 +202,23 @@ def content_hash(csrc: Path, tools: Toolchain, part: str = "cpu", version: str =
     commands = compile_commands(Path("csrc"), tools, part, version)
     link = link_command(list(commands), tools, part)
     digest = hashlib.sha256(json.dumps([platform.system(), commands, link, asdict(tools)]).encode())
-    sources = {word[5:] for command in commands.values() for word in command if word.startswith("csrc/")}
-    for name, content in sorted(_with_included(csrc, sources).items()):
+    for name, content in sorted(part_sources(csrc, tools, part).items()):
         digest.update(f"\n{name} {len(content)}\n".encode() + content)
     return digest.hexdigest()[:16]
 
 
-def _with_included(csrc: Path, names: set[str]) -> dict[str, bytes]:
-    """The text of files of `csrc`, and of those that they include."""
-    found, left = {}, {name for name in names if (csrc / name).is_file()}
+def part_sources(csrc: Path, tools: Toolchain, part: str = "cpu") -> dict[str, bytes]:
+    """The files of `csrc` that a part is made of, by their paths there: what is compiled, and what that includes."""
+    commands = compile_commands(Path("csrc"), tools, part)
+    left = {word.removeprefix("csrc/") for command in commands.values() for word in command if word.startswith("csrc/")}
+    found = {}
     while left:
         name = left.pop()
+        if name in found or not (csrc / name).is_file():
+            continue
         found[name] = (csrc / name).read_bytes()
         included = re.findall(r'^\s*#\s*include\s+"([^"]+)"', found[name].decode(errors="replace"), re.MULTILINE)
-        left |= {other for other in included if other not in found and (csrc / other).is_file()}
+        left |= {os.path.normpath(Path(name).parent / other) for other in included}
     return found
 
 

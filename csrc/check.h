@@ -17,8 +17,8 @@ static inline size_t clvp_fast_element_size(int32_t dtype) {
 
 static inline int clvp_fast_misaligned(const void *pointer, size_t size) { return (uintptr_t)pointer % size != 0; }
 
-/* CLVP_FAST_OK, or why a CPU (cuda = 0) or a GPU (cuda = 1) refuses the call. */
-static inline int clvp_fast_check(const struct clvp_fast_log_mel *call, int cuda) {
+/* CLVP_FAST_OK, or why a CPU (cuda = 0) or a GPU (cuda = 1) refuses log-mel. */
+static inline int clvp_fast_check_log_mel(const struct clvp_fast_log_mel *call, int cuda) {
     if (call == NULL) return CLVP_FAST_NULL_POINTER;
 
     const int32_t in = call->samples_dtype, compute = call->compute_dtype, out = call->features_dtype;
@@ -78,12 +78,6 @@ static inline int clvp_fast_check_paged_decode(const struct clvp_fast_paged_deco
         clvp_fast_misaligned(call->prefix_index, 4))
         return CLVP_FAST_MISALIGNED;
     return CLVP_FAST_OK;
-}
-
-/* Bytes that attending of one head needs: a score and a place of each token, and room for the last vectors. */
-static inline size_t clvp_fast_attend_scratch(const struct clvp_fast_paged_decode *call) {
-    const size_t tokens = (size_t)call->page_size * ((size_t)call->max_pages + (size_t)call->max_prefix_pages);
-    return (tokens + 64) * (sizeof(float) + sizeof(int64_t));
 }
 
 /* CLVP_FAST_OK, or why a linear layer is refused. */

@@ -18,7 +18,7 @@ from tests.kit.isa import forget_library, needs_compiler, why_no_compiler
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = """
-#include "clvp_fast.h"
+#include "../clvp_fast.h"
 #include <thread>
 extern "C" {
 #pragma GCC visibility push(default)
@@ -36,7 +36,7 @@ const char *clvp_fast_error(int code) { return code == -7 ? "no memory, says the
 }
 """
 CUDA = """
-#include "clvp_fast.h"
+#include "../clvp_fast.h"
 __global__ void scale(float *x) { x[threadIdx.x] *= 2; }
 #pragma GCC visibility push(default)
 int clvp_fast_log_mel_cuda(const clvp_fast_log_mel *call, void *stream) {
@@ -45,7 +45,7 @@ int clvp_fast_log_mel_cuda(const clvp_fast_log_mel *call, void *stream) {
 }
 """
 MORE_CUDA = """
-#include "clvp_fast.h"
+#include "../clvp_fast.h"
 #pragma GCC visibility push(default)
 int clvp_fast_persistent_decode_cuda(const clvp_fast_persistent_decode *, void *) { return 0; }
 int clvp_fast_cuda_missing(char *, int32_t) { return 0; }
@@ -72,14 +72,16 @@ def sources(tmp_path, monkeypatch):
     if reason := why_no_compiler():
         pytest.skip(reason)
     folder = tmp_path / "some csrc"
-    folder.mkdir()
+    for inner in ("cpu", "cuda"):
+        (folder / inner).mkdir(parents=True)
     for name in ("clvp_fast.h", "version.cpp"):
         shutil.copy(ROOT / "csrc" / name, folder)
-    (folder / "cpu.cpp").write_text(CPU)
+    (folder / "cpu/interface.cpp").write_text(CPU)
+    (folder / "cpu/dispatch.cpp").write_text("namespace { int nothing; }\n")
     for stem in native_build.ISA_SOURCES["portable"]:
-        (folder / f"{stem}_isa.cpp").write_text("namespace { int CLVP_FAST_ISA = 0; }\n")
-    (folder / "log_mel_cuda.cu").write_text(CUDA)
-    (folder / "persistent_decode_cuda.cu").write_text(MORE_CUDA)
+        (folder / f"cpu/{stem}.cpp").write_text("namespace { int CLVP_FAST_ISA = 0; }\n")
+    (folder / "cuda/log_mel.cu").write_text(CUDA)
+    (folder / "cuda/persistent_decode.cu").write_text(MORE_CUDA)
     monkeypatch.setattr(native, "_SOURCES", folder)
     monkeypatch.setenv("CLVP_FAST_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("CUDA_HOME", NO_NVCC)
@@ -169,17 +171,18 @@ def test_the_hash_changes_with_whatever_changes_the_library(sources, tmp_path, m
 
     seen = [found()]
     assert found() == seen[0]
-    for name in ("cpu.cpp", "clvp_fast.h", "version.cpp"):
+    for name in ("cpu/interface.cpp", "clvp_fast.h", "version.cpp"):
         with open(sources / name, "a") as handle:
             handle.write("\n")
         seen.append(found())
-    (sources / "mlp_isa.cpp").write_text('#  include "more.cuh"\n')
+    (sources / "cpu/mlp.cpp").write_text('#  include "more.cuh"\n')
     seen.append(found())
-    (sources / "more.cuh").write_text('#include "deeper.h"\n')
+    (sources / "cpu/more.cuh").write_text('#include "../deeper.h"\n')
     seen.append(found())
     (sources / "deeper.h").write_text("int deep;\n")
     seen.append(found())
-    for name in ("notes.md", "other.h", "log_mel_cuda.cu"):  # which no source of this part includes
+    # Which no source of this part includes: a file is looked for beside the one that includes it.
+    for name in ("notes.md", "more.cuh", "cpu/deeper.h", "cuda/log_mel.cu"):
         (sources / name).write_text("says nothing to this compiler")
     assert found() == seen[-1]
     seen.append(native_build.content_hash(sources, native_build.find_toolchain(), "cpu", "2"))
@@ -204,10 +207,10 @@ def test_each_part_has_a_hash_of_its_own(sources):
         return {part: native_build.content_hash(sources, tools[part], part) for part in tools}
 
     before = found()
-    (sources / "log_mel_cuda.cu").write_text(CUDA + "\n")
+    (sources / "cuda/log_mel.cu").write_text(CUDA + "\n")
     after = found()
     assert after["cpu"] == before["cpu"] and after["cuda"] != before["cuda"]
-    (sources / "cpu.cpp").write_text(CPU + "\n")
+    (sources / "cpu/interface.cpp").write_text(CPU + "\n")
     assert found()["cpu"] != after["cpu"] and found()["cuda"] == after["cuda"]
 
 
@@ -237,9 +240,9 @@ def test_a_build_gives_what_its_machine_can_use(monkeypatch, tmp_path, machine, 
     tools = native_build.find_toolchain(elsewhere=elsewhere)
     assert tools.isas == expected
     commands = native_build.compile_commands(Path("csrc"), tools)
-    compiled = {name.removesuffix(".o").rpartition("_")[2] for name in commands} - {"cpu.o", "cpu", "version"}
+    compiled = {name.removesuffix(".o").rpartition("_")[2] for name in commands} - {"dispatch", "interface", "version"}
     assert compiled == set(expected)
-    assert {word for word in commands["cpu.o"] if word.startswith("-DCLVP_FAST_HAS")} == {
+    assert {word for word in commands["dispatch.o"] if word.startswith("-DCLVP_FAST_HAS")} == {
         f"-DCLVP_FAST_HAS_{isa.upper()}" for isa in expected
     }
 
@@ -264,15 +267,16 @@ def test_an_instruction_set_that_the_compiler_does_not_know_is_left_out(sources,
 @needs_compiler
 @pytest.mark.parametrize("left_out", ["avx512bf16", "avx512", "avx2"])
 def test_the_library_has_nothing_of_a_set_that_is_left_out(tmp_path, left_out):
-    """Of csrc/cpu.cpp itself: what it needs of each instruction set."""
+    """Of csrc/cpu/dispatch.cpp itself: what it needs of each instruction set."""
     isas = native.ISAS[native.ISAS.index(left_out) + 1 :]
     tools = native_build.Toolchain(native_build.find_toolchain().cxx, "", "x86_64", isas)
-    command = native_build.compile_commands(ROOT / "csrc", tools)["cpu.o"]
+    command = native_build.compile_commands(ROOT / "csrc", tools)["dispatch.o"]
     if native_build.find_toolchain().machine != "x86_64":
         pytest.skip("x86's alone")
     subprocess.run([*command, "-O0"], cwd=tmp_path, check=True)
-    names = subprocess.run(["nm", "-u", "cpu.o"], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
-    found = set(re.findall(r"clvp_fast_linear_(\w+)", names))
+    command = ["nm", "-u", "--demangle", "dispatch.o"]
+    names = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    found = set(re.findall(r"clvp_fast::linear_(\w+)", names))
     assert found == set(isas)
 
 
@@ -355,7 +359,7 @@ def test_the_cuda_part_lies_beside_that_for_a_cpu(sources, tmp_path, monkeypatch
     dump = (native.folder("cuda") / "libclvp_fast_cuda.so").read_bytes()
     assert b"libcudart.so" not in dump, "the CUDA runtime must be linked statically"
 
-    (sources / "log_mel_cuda.cu").write_text(CUDA + "does not compile\n")
+    (sources / "cuda/log_mel.cu").write_text(CUDA + "does not compile\n")
     assert missing("cpu") is None
     why = missing("cuda")
     assert "did not compile it: " in why and "does not compile" not in why and "\n" not in why
@@ -388,7 +392,7 @@ def test_no_compiler(sources, monkeypatch, tmp_path):
 
 
 def test_a_failed_build_keeps_its_record_and_is_not_repeated(sources, tmp_path, monkeypatch, capfd):
-    (sources / "log_mel_isa.cpp").write_text("int broken = nobody_knows;\n")
+    (sources / "cpu/log_mel.cpp").write_text("int broken = nobody_knows;\n")
     why = missing()
     (log,) = (tmp_path / "cache/native").glob("*.log")
     assert str(log) in why and "\n" not in why and "did not compile it: " in why and "nobody_knows" in why
@@ -409,7 +413,7 @@ def test_a_failed_build_keeps_its_record_and_is_not_repeated(sources, tmp_path, 
         patch.setenv("CXX", str(tmp_path / "g++"))
         missing()
         assert "with g++ 99: 0/" in capfd.readouterr().err
-    (sources / "log_mel_isa.cpp").write_text("namespace { int CLVP_FAST_ISA = 0; }\n")
+    (sources / "cpu/log_mel.cpp").write_text("namespace { int CLVP_FAST_ISA = 0; }\n")
     assert missing() is None
 
 

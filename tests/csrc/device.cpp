@@ -1,5 +1,5 @@
-/* csrc/device.cuh against CUDA's answers, which a test writes down before. */
-#include "../../csrc/device.cuh"
+/* csrc/cuda/device.cuh against CUDA's answers, which a test writes down before. */
+#include "../../csrc/cuda/device.cuh"
 
 /* What CUDA answers: versions, number of devices, shared memory of a block, errors by function; and what it was told.
  */

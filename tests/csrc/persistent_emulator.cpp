@@ -1,11 +1,12 @@
-/* The persistent decode step on a CPU: csrc/persistent_decode.cuh by as many blocks as one likes, all at the same time.
+/* The persistent decode step on a CPU: csrc/cuda/persistent_decode.cuh by as many blocks as one likes, all at the same
+ * time.
  *
  * Shared memory, and the workspace past its counter, hold NaN before. */
 #include <algorithm>
 #include <cstring>
 
 #include "../../csrc/check.h"
-#include "../../csrc/persistent_decode.cuh"
+#include "../../csrc/cuda/persistent_decode.cuh"
 #include "fibers.h"
 
 using namespace clvp_fast;

@@ -65,10 +65,10 @@ def _check(cxx: str, flags: list[str], run: list[str], folder: Path) -> str | No
     with patch.dict(os.environ, CXX=cxx):
         library = native_build.compile_commands(CSRC, native_build.find_toolchain(elsewhere=True))
     plain = [cxx, "-std=c++17", "-O1", "-pthread", "-fPIC", *flags, f"-I{HERE / 'stand_in'}"]
-    tests = (*FUZZERS, "emulator", "persistent_emulator", "known", "halves", "device")
+    tests = (*FUZZERS, "log_mel_emulator", "persistent_emulator", "known", "halves", "device")
     commands = {name: [*command, *flags] for name, command in library.items()}
     commands |= {f"{stem}.o": [*plain, "-c", f"{HERE / stem}.cpp", "-o", f"{stem}.o"] for stem in tests}
-    fuzz = [f"{stem}.o" for stem in (*FUZZERS, "emulator")]
+    fuzz = [f"{stem}.o" for stem in (*FUZZERS, "log_mel_emulator")]
     links = {
         "known": [*plain, "known.o", *library, "-o", "known"],
         "fuzz": [*plain, *fuzz, *library, "-o", "fuzz"],

@@ -1,4 +1,4 @@
-"""What the library makes of the CUDA driver's and runtime's answers, which a stand-in gives: csrc/device.cuh."""
+"""What the library makes of the CUDA driver's and runtime's answers, which a stand-in gives: csrc/cuda/device.cuh."""
 
 import ctypes
 import re
@@ -129,7 +129,7 @@ NVCC = native_build._find_nvcc()["nvcc"]
 def test_the_true_runtime_finds_no_driver(tmp_path):
     source = tmp_path / "asks.cu"
     source.write_text(
-        f'#include "{CSRC}/device.cuh"\n'
+        f'#include "{CSRC}/cuda/device.cuh"\n'
         'extern "C" int missing(char *sentence, int size) { return clvp_fast::cuda_missing(sentence, size); }\n'
         'extern "C" const char *error_of(int code) { return clvp_fast::cuda_error(code); }\n'
     )

@@ -17,7 +17,7 @@ CASES = 600
 def test_hostile_calls(tmp_path):
     tools = replace(native_build.find_toolchain(), cxx=("g++",))
     commands = native_build.compile_commands(CSRC, tools)
-    for stem in (*FUZZERS, "emulator"):
+    for stem in (*FUZZERS, "log_mel_emulator"):
         source = str(HERE / f"{stem}.cpp")
         commands[f"{stem}.o"] = ["g++", "-std=c++17", "-Wall", "-Wextra", "-c", source, "-o", f"{stem}.o"]
 

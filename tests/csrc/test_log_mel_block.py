@@ -1,4 +1,4 @@
-"""The CUDA kernel's blocks, run on the CPU by `emulator.cpp`, against the float64 reference."""
+"""The CUDA kernel's blocks, run on the CPU by `log_mel_emulator.cpp`, against the float64 reference."""
 
 import ctypes
 import math
@@ -25,7 +25,7 @@ GUARD = 64
 
 @pytest.fixture(scope="module")
 def emulator(tmp_path_factory):
-    library = ctypes.CDLL(str(compiled.emulator("emulator.cpp", tmp_path_factory)))
+    library = ctypes.CDLL(str(compiled.emulator("log_mel_emulator.cpp", tmp_path_factory)))
     library.emulate_log_mel.argtypes = [ctypes.POINTER(native.LogMelCall), ctypes.c_uint32, ctypes.c_int64]
     library.bank_passes.argtypes = [ctypes.c_int32, ctypes.POINTER(ctypes.c_int32)]
     library.bank_passes.restype = None

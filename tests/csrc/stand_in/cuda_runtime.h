@@ -1,4 +1,4 @@
-/* What csrc/device.cuh asks of CUDA, for a machine without it: tests/csrc/device.cpp answers. */
+/* What csrc/cuda/device.cuh asks of CUDA, for a machine without it: tests/csrc/device.cpp answers. */
 #pragma once
 
 #include <stddef.h>

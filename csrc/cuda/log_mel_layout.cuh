@@ -1,14 +1,14 @@
-/* How the CUDA kernel of log_mel lays a block's work and its shared memory out. */
+/* How the CUDA kernel of log_mel lays out a block's work and its shared memory. */
 #pragma once
 
-#include "clvp_fast.h"
-#include "log_mel.cuh"
+#include "../clvp_fast.h"
+#include "../fourier.h"
 
 namespace clvp_fast {
 
 /* How the work on frames of N samples is laid out. */
 template <int N_FFT>
-struct Shape {
+struct Layout {
     static constexpr int N = N_FFT;
     static constexpr int FOLD = N <= 1024 ? 1 : N / 1024;
     static constexpr int M = N / FOLD;
@@ -38,7 +38,7 @@ struct Band {
 };
 
 /* FRAMES frames of one clip. */
-struct Tile {
+struct FrameRange {
     const void *samples; /* of the row */
     int64_t row, length, first_frame;
     int64_t begin;   /* where the first frame begins, before the padding is reflected */
@@ -48,13 +48,13 @@ struct Tile {
 /* Also what all threads share and registers have no room for. */
 template <int N>
 struct Shared {
-    using S = Shape<N>;
-    Tile tile;
-    float power[S::ROWS * S::STRIDE];
+    using L = Layout<N>;
+    FrameRange range;
+    float power[L::ROWS * L::STRIDE];
     /* The twiddle of row k1 = 4 a + b, column n2 of a job of residue r is low[kind][b][n2] * high[a][n2]. */
-    Complex<float> low[S::KINDS][4][S::R2], high[S::R1 / 4][S::R2];
+    Complex<float> low[L::KINDS][4][L::R2], high[L::R1 / 4][L::R2];
     Band bands[256];
-    int not_finite[S::FRAMES];
+    int not_finite[L::FRAMES];
     uint32_t bins; /* the end of the last band */
     float log_floor;
     uint32_t loudest, last_block;
@@ -63,7 +63,7 @@ struct Shared {
 /* What a thread keeps in registers from phase to phase. */
 template <int N>
 struct Registers {
-    Complex<float> x[Shape<N>::R2];
+    Complex<float> x[Layout<N>::R2];
     uint32_t loudest;
 };
 
@@ -93,39 +93,39 @@ struct Job {
     int residue; /* bins FOLD * k + residue */
 };
 
-template <class S>
+template <class L>
 CLVP_FAST_INLINE int residue_of(int kind) {
-    return kind == Job::SUM ? 0 : kind == Job::ALTERNATE ? S::FOLD / 2 : 1;
+    return kind == Job::SUM ? 0 : kind == Job::ALTERNATE ? L::FOLD / 2 : 1;
 }
 
-template <class S>
+template <class L>
 CLVP_FAST_INLINE Job job_of(int thread, int round) {
-    const int group = thread / S::T;
+    const int group = thread / L::T;
     Job job = {};
-    job.thread = thread % S::T;
-    if constexpr (S::T == 16) {
+    job.thread = thread % L::T;
+    if constexpr (L::T == 16) {
         job.pair = group / 2 + 8 * (group % 2); /* 16 columns apart: no bank in common */
     } else {
-        job.pair = (round * S::GROUPS + group) / S::FOLD;
-        job.index = (round * S::GROUPS + group) % S::FOLD;
+        job.pair = (round * L::GROUPS + group) / L::FOLD;
+        job.index = (round * L::GROUPS + group) % L::FOLD;
     }
     job.kind = job.index == 0 ? Job::SUM : job.index == 1 ? Job::ALTERNATE : Job::QUARTER;
     job.frame = job.index == 3;
-    job.residue = residue_of<S>(job.kind);
+    job.residue = residue_of<L>(job.kind);
     return job;
 }
 
 /* The cell of element (k1, n2) of a job's exchange. */
-template <class S>
+template <class L>
 CLVP_FAST_INLINE int exchange_cell(Job job, int k1, int n2) {
-    const int row = S::JOB_ROWS * job.index + S::ROW_STEP * (k1 % S::HALF) + n2 + S::SHIFT * (k1 / S::HALF);
-    return row * S::STRIDE + 2 * job.pair + k1 / S::HALF;
+    const int row = L::JOB_ROWS * job.index + L::ROW_STEP * (k1 % L::HALF) + n2 + L::SHIFT * (k1 / L::HALF);
+    return row * L::STRIDE + 2 * job.pair + k1 / L::HALF;
 }
 
 /* Whether the whole warp has nothing to transform. A warp's first pair is its earliest. */
 template <int N>
 CLVP_FAST_INLINE bool idle(const Shared<N> &shared, int thread, int round) {
-    return 2 * job_of<Shape<N>>(thread & ~31, round).pair >= shared.tile.true_frames;
+    return 2 * job_of<Layout<N>>(thread & ~31, round).pair >= shared.range.true_frames;
 }
 
 }  // namespace clvp_fast

@@ -1,8 +1,8 @@
-/* The persistent decode step on a GPU: csrc/persistent_decode.cuh as one cooperative launch. */
+/* The persistent decode step on a GPU: csrc/cuda/persistent_decode.cuh as one cooperative launch. */
 #include <limits.h>
 
-#include "check.h"
-#include "clvp_fast.h"
+#include "../check.h"
+#include "../clvp_fast.h"
 #include "device.cuh"
 #include "persistent_decode.cuh"
 
@@ -23,12 +23,12 @@ struct GpuRun {
         return __ldg(place);
     }
     /* Volatile: stays in front of the barrier that it is to be loaded before. Weights are of no use to the L1 cache. */
-    __device__ __forceinline__ Packed constant(const Packed *place) {
-        Packed packed;
+    __device__ __forceinline__ Halves constant(const Halves *place) {
+        Halves halves;
         asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(packed.words[0]), "=r"(packed.words[1]), "=r"(packed.words[2]), "=r"(packed.words[3])
+                     : "=r"(halves.words[0]), "=r"(halves.words[1]), "=r"(halves.words[2]), "=r"(halves.words[3])
                      : "l"(place));
-        return packed;
+        return halves;
     }
     /* What other blocks wrote before the last barrier: from the L2 cache. */
     __device__ __forceinline__ float fresh(const float *place) { return __ldcg(place); }
@@ -36,7 +36,7 @@ struct GpuRun {
         const float2 pair = __ldcg(reinterpret_cast<const float2 *>(place));
         return {pair.x, pair.y};
     }
-    __device__ __forceinline__ Packed fresh(const Packed *place) {
+    __device__ __forceinline__ Halves fresh(const Halves *place) {
         const uint4 four = __ldcg(reinterpret_cast<const uint4 *>(place));
         return {{four.x, four.y, four.z, four.w}};
     }

@@ -4,7 +4,7 @@
 #include <math.h>
 
 #include "halves.cuh"
-#include "log_mel_shape.cuh"
+#include "log_mel_layout.cuh"
 
 namespace clvp_fast {
 
@@ -17,7 +17,7 @@ CLVP_FAST_INLINE float number_of(uint32_t ordered) {
     return float_of(ordered >> 31 ? ordered & 0x7fffffffu : ~ordered);
 }
 
-CLVP_FAST_INLINE void store(const clvp_fast_log_mel &call, int64_t place, float value) {
+CLVP_FAST_INLINE void store_feature(const clvp_fast_log_mel &call, int64_t place, float value) {
     if (call.features_dtype == CLVP_FAST_FLOAT32) {
         static_cast<float *>(call.features)[place] = value;
     } else {
@@ -27,41 +27,41 @@ CLVP_FAST_INLINE void store(const clvp_fast_log_mel &call, int64_t place, float 
 }
 /* A feature that another block may have written. */
 template <class Run>
-CLVP_FAST_INLINE float stored(Run &run, const clvp_fast_log_mel &call, int64_t place) {
+CLVP_FAST_INLINE float stored_feature(Run &run, const clvp_fast_log_mel &call, int64_t place) {
     if (call.features_dtype == CLVP_FAST_FLOAT32) return run.fresh(static_cast<const float *>(call.features) + place);
     const uint16_t bits = run.fresh(static_cast<const uint16_t *>(call.features) + place);
     return call.features_dtype == CLVP_FAST_FLOAT16 ? of_float16(bits) : float_of(uint32_t(bits) << 16);
 }
 
-/* All channels of the tile's frames. */
+/* All channels of the range's frames. */
 template <int N, class Sample>
 CLVP_FAST_INLINE void mel(const Shared<N> &shared, const clvp_fast_log_mel &call, int thread, Registers<N> &registers) {
-    using S = Shape<N>;
-    const Tile &tile = shared.tile;
-    const int lane = thread % S::FRAMES;
-    const int64_t frame = tile.first_frame + lane;
-    const bool true_frame = lane < tile.true_frames, bad = shared.not_finite[lane], limited = call.top_db >= 0;
+    using L = Layout<N>;
+    const FrameRange &range = shared.range;
+    const int lane = thread % L::FRAMES;
+    const int64_t frame = range.first_frame + lane;
+    const bool true_frame = lane < range.true_frames, bad = shared.not_finite[lane], limited = call.top_db >= 0;
     /* Powers are four times too large, and those of integers not yet divided by 32768: all exact. */
     const float scale = sizeof(Sample) == 2 ? 0.25f / (32768.f * 32768.f) : 0.25f, floor = shared.log_floor;
-    constexpr int STEP = S::THREADS / S::FRAMES;
-    int channel = thread / S::FRAMES;
-    const auto *filters = static_cast<const float *>(call.mel_filters) + S::BINS * channel;
+    constexpr int STEP = L::THREADS / L::FRAMES;
+    int channel = thread / L::FRAMES;
+    const auto *filters = static_cast<const float *>(call.mel_filters) + L::BINS * channel;
     const auto *norms = static_cast<const float *>(call.mel_norms);
-    int64_t place = (tile.row * call.num_mels + channel) * call.frames + frame;
+    int64_t place = (range.row * call.num_mels + channel) * call.frames + frame;
     uint32_t loudest = 0;
-    for (; channel < call.num_mels; channel += STEP, filters += STEP * S::BINS, place += STEP * call.frames) {
+    for (; channel < call.num_mels; channel += STEP, filters += STEP * L::BINS, place += STEP * call.frames) {
         float value = 0.f;
         if (true_frame) {
             const Band band = shared.bands[channel];
-            const float *weight = filters + band.first, *power = shared.power + S::STRIDE * band.first + lane;
+            const float *weight = filters + band.first, *power = shared.power + L::STRIDE * band.first + lane;
             int count = band.last - band.first;
             /* Four sums: shorter chains of additions, and less rounding in a wide band. */
             float sums[4] = {};
             CLVP_FAST_UNROLL(1)
-            for (; count >= 4; count -= 4, weight += 4, power += 4 * S::STRIDE)
-                unroll<4>([&](auto i) { sums[i] += read_only(weight + i) * power[S::STRIDE * i]; });
+            for (; count >= 4; count -= 4, weight += 4, power += 4 * L::STRIDE)
+                unroll<4>([&](auto i) { sums[i] += read_only(weight + i) * power[L::STRIDE * i]; });
             CLVP_FAST_UNROLL(1)
-            for (; count > 0; --count, ++weight, power += S::STRIDE) sums[0] += read_only(weight) * *power;
+            for (; count > 0; --count, ++weight, power += L::STRIDE) sums[0] += read_only(weight) * *power;
             value = scale * ((sums[0] + sums[1]) + (sums[2] + sums[3]));
             value = value < floor ? floor : value;
             value = call.decibels ? 10.f * log10f(value) : logf(value);
@@ -69,7 +69,7 @@ CLVP_FAST_INLINE void mel(const Shared<N> &shared, const clvp_fast_log_mel &call
             if (limited && value == value && ordered(value) > loudest) loudest = ordered(value);
             if (norms) value /= read_only(norms + channel);
         }
-        if (frame < call.frames) store(call, place, value);
+        if (frame < call.frames) store_feature(call, place, value);
     }
     registers.loudest = loudest;
 }
@@ -79,13 +79,13 @@ template <int N, class Run>
 CLVP_FAST_INLINE void clamp(Run &run, const Shared<N> &shared, const clvp_fast_log_mel &call, int thread) {
     const auto *norms = static_cast<const float *>(call.mel_norms);
     const float least = number_of(shared.loudest) - float(call.top_db);
-    for (int channel = thread / 32; channel < call.num_mels; channel += Shape<N>::THREADS / 32) {
+    for (int channel = thread / 32; channel < call.num_mels; channel += Layout<N>::THREADS / 32) {
         const float norm = norms ? read_only(norms + channel) : 1.f;
         const float bound = norms ? least / norm : least;
-        const int64_t begin = (shared.tile.row * call.num_mels + channel) * call.frames;
-        for (int64_t frame = thread % 32; frame <= shared.tile.length / call.hop_length; frame += 32) {
-            const float value = stored(run, call, begin + frame);
-            if (norm < 0 ? value > bound : value < bound) store(call, begin + frame, bound);
+        const int64_t begin = (shared.range.row * call.num_mels + channel) * call.frames;
+        for (int64_t frame = thread % 32; frame <= shared.range.length / call.hop_length; frame += 32) {
+            const float value = stored_feature(run, call, begin + frame);
+            if (norm < 0 ? value > bound : value < bound) store_feature(call, begin + frame, bound);
         }
     }
 }

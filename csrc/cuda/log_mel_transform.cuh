@@ -12,7 +12,7 @@
 
 #include <math.h>
 
-#include "log_mel_shape.cuh"
+#include "log_mel_layout.cuh"
 
 namespace clvp_fast {
 
@@ -33,38 +33,38 @@ struct Source {
 /* x += one source in the real parts and one in the imaginary parts. SAME: both are of one block and sign. */
 template <int N, class Sample, bool SAME>
 CLVP_FAST_INLINE void add_samples(Shared<N> &shared, const clvp_fast_log_mel &call, Job job, Source re, Source im,
-                                  Complex<float> (&x)[Shape<N>::R2]) {
-    using S = Shape<N>;
-    const Tile &tile = shared.tile;
-    const auto *samples = static_cast<const Sample *>(tile.samples);
+                                  Complex<float> (&x)[Layout<N>::R2]) {
+    using L = Layout<N>;
+    const FrameRange &range = shared.range;
+    const auto *samples = static_cast<const Sample *>(range.samples);
     const auto *window = static_cast<const float *>(call.window) + job.thread;
     const auto weight = [&](const Source &of, int i) {
-        const float value = read_only(window + S::M * of.fold + S::T * i);
-        return S::FOLD == 1 ? value : of.sign * value;
+        const float value = read_only(window + L::M * of.fold + L::T * i);
+        return L::FOLD == 1 ? value : of.sign * value;
     };
-    const auto begin = [&](const Source &of) { return tile.begin + (2 * job.pair + of.frame) * call.hop_length; };
-    const auto there = [&](const Source &of) { return 2 * job.pair + of.frame < tile.true_frames; };
-    const auto inside = [&](const Source &of) { return there(of) && begin(of) >= 0 && begin(of) + N <= tile.length; };
+    const auto begin = [&](const Source &of) { return range.begin + (2 * job.pair + of.frame) * call.hop_length; };
+    const auto there = [&](const Source &of) { return 2 * job.pair + of.frame < range.true_frames; };
+    const auto inside = [&](const Source &of) { return there(of) && begin(of) >= 0 && begin(of) + N <= range.length; };
     if (inside(re) && inside(im)) {
-        const Sample *a = samples + begin(re) + S::M * re.fold + job.thread;
-        const Sample *b = samples + begin(im) + S::M * im.fold + job.thread;
-        unroll<S::R2>([&](auto i) {
+        const Sample *a = samples + begin(re) + L::M * re.fold + job.thread;
+        const Sample *b = samples + begin(im) + L::M * im.fold + job.thread;
+        unroll<L::R2>([&](auto i) {
             const float weight_re = weight(re, i), weight_im = SAME ? weight_re : weight(im, i);
-            x[i].re += weight_re * float(read_only(a + S::T * i));
-            x[i].im += weight_im * float(read_only(b + S::T * i));
+            x[i].re += weight_re * float(read_only(a + L::T * i));
+            x[i].im += weight_im * float(read_only(b + L::T * i));
         });
         return;
     }
     /* A rolled loop, that passes samples through cells that only this thread uses until the next barrier. */
-    float *own = shared.power + exchange_cell<S>(job, job.thread, 0);
+    float *own = shared.power + exchange_cell<L>(job, job.thread, 0);
     const auto add = [&](auto part, const Source &of) {
         if (!there(of)) return;
-        const int64_t place = begin(of) + S::M * of.fold + job.thread;
+        const int64_t place = begin(of) + L::M * of.fold + job.thread;
         CLVP_FAST_UNROLL(1)
-        for (int i = 0; i < S::R2; ++i)
-            own[S::STRIDE * i] =
-                weight(of, i) * float(read_only(samples + reflect_near(place + S::T * i, tile.length)));
-        unroll<S::R2>([&](auto i) { (part == 0 ? x[i].re : x[i].im) += own[S::STRIDE * i]; });
+        for (int i = 0; i < L::R2; ++i)
+            own[L::STRIDE * i] =
+                weight(of, i) * float(read_only(samples + reflect_near(place + L::T * i, range.length)));
+        unroll<L::R2>([&](auto i) { (part == 0 ? x[i].re : x[i].im) += own[L::STRIDE * i]; });
     };
     add(Index<0>{}, re);
     add(Index<1>{}, im);
@@ -72,11 +72,11 @@ CLVP_FAST_INLINE void add_samples(Shared<N> &shared, const clvp_fast_log_mel &ca
 
 /* The folded samples of a job; those of a frame that is not there count as 0. */
 template <int N, class Sample>
-CLVP_FAST_INLINE void load(Shared<N> &shared, const clvp_fast_log_mel &call, Job job,
-                           Complex<float> (&x)[Shape<N>::R2]) {
-    using S = Shape<N>;
-    unroll<S::R2>([&](auto i) { x[i] = {0.f, 0.f}; });
-    if (S::FOLD == 4 && job.kind == Job::QUARTER) {
+CLVP_FAST_INLINE void load_folded(Shared<N> &shared, const clvp_fast_log_mel &call, Job job,
+                                  Complex<float> (&x)[Layout<N>::R2]) {
+    using L = Layout<N>;
+    unroll<L::R2>([&](auto i) { x[i] = {0.f, 0.f}; });
+    if (L::FOLD == 4 && job.kind == Job::QUARTER) {
         CLVP_FAST_UNROLL(1)
         for (int fold = 0; fold < 4; fold += 2) {
             const float sign = fold == 0 ? 1.f : -1.f;
@@ -85,7 +85,7 @@ CLVP_FAST_INLINE void load(Shared<N> &shared, const clvp_fast_log_mel &call, Job
         return;
     }
     CLVP_FAST_UNROLL(1)
-    for (int fold = 0; fold < S::FOLD; ++fold) {
+    for (int fold = 0; fold < L::FOLD; ++fold) {
         const float sign = job.kind == Job::ALTERNATE && fold % 2 ? -1.f : 1.f;
         add_samples<N, Sample, true>(shared, call, job, {0, fold, sign}, {1, fold, sign}, x);
     }
@@ -94,8 +94,8 @@ CLVP_FAST_INLINE void load(Shared<N> &shared, const clvp_fast_log_mel &call, Job
 /* Marks a frame that reaches a sample which is not finite, and takes this thread's part of it for 0, so that the other
  * frame of the pair stays what it is. A frame whose samples are so large that their sum overflows is taken for one. */
 template <int N>
-CLVP_FAST_INLINE void remove_not_finite(Shared<N> &shared, Job job, Complex<float> (&x)[Shape<N>::R2]) {
-    constexpr int COUNT = Shape<N>::R2;
+CLVP_FAST_INLINE void remove_not_finite(Shared<N> &shared, Job job, Complex<float> (&x)[Layout<N>::R2]) {
+    constexpr int COUNT = Layout<N>::R2;
     /* One sum tells at half the price of two; a product that overflows makes it a false alarm, and no more. */
     float products[4] = {};
     unroll<COUNT>([&](auto i) { products[i % 4] += x[i].re * x[i].im; });
@@ -115,44 +115,44 @@ CLVP_FAST_INLINE void remove_not_finite(Shared<N> &shared, Job job, Complex<floa
 /* Loads, transforms of radix R1, twiddles. */
 template <int N, class Sample>
 CLVP_FAST_INLINE void first_stage(Shared<N> &shared, const clvp_fast_log_mel &call, Job job,
-                                  Complex<float> (&x)[Shape<N>::R2]) {
-    using S = Shape<N>;
-    load<N, Sample>(shared, call, job, x);
+                                  Complex<float> (&x)[Layout<N>::R2]) {
+    using L = Layout<N>;
+    load_folded<N, Sample>(shared, call, job, x);
     if (job.kind != Job::QUARTER) remove_not_finite<N>(shared, job, x);
-    if constexpr (S::FOLD > 1) {
+    if constexpr (L::FOLD > 1) {
         if (job.kind != Job::SUM) {
             const auto *twiddles = static_cast<const Complex<float> *>(call.twiddles);
-            const int step = S::T * job.residue;
-            unroll<S::R2>([&](auto i) {
+            const int step = L::T * job.residue;
+            unroll<L::R2>([&](auto i) {
                 const Complex<float> twiddle = read_only(twiddles + step * i);
                 x[i] = multiply(x[i], twiddle.re, twiddle.im);
             });
         }
     }
-    unroll<S::COLUMNS>([&](auto column) {
-        Complex<float> down[S::R1];
-        unroll<S::R1>([&](auto row) { down[row] = x[S::COLUMNS * row + column]; });
-        dft<S::R1>(down);
-        unroll<S::R1>([&](auto row) { x[S::COLUMNS * row + column] = down[row]; });
+    unroll<L::COLUMNS>([&](auto column) {
+        Complex<float> down[L::R1];
+        unroll<L::R1>([&](auto row) { down[row] = x[L::COLUMNS * row + column]; });
+        dft<L::R1>(down);
+        unroll<L::R1>([&](auto row) { x[L::COLUMNS * row + column] = down[row]; });
     });
 
     const auto &low = shared.low[job.kind];
-    unroll<S::COLUMNS>([&](auto column) {
-        const int n2 = job.thread + S::T * column;
+    unroll<L::COLUMNS>([&](auto column) {
+        const int n2 = job.thread + L::T * column;
         Complex<float> ones[4];
         unroll<4>([&](auto b) { ones[b] = low[b][n2]; });
-        unroll<S::R1 / 4>([&](auto a) {
+        unroll<L::R1 / 4>([&](auto a) {
             const Complex<float> fours = shared.high[a][n2];
             unroll<4>([&](auto b) {
                 constexpr int k1 = 4 * a.value + b.value;
-                if constexpr (k1 == 0 && S::FOLD == 1) return;
+                if constexpr (k1 == 0 && L::FOLD == 1) return;
                 Complex<float> twiddle = ones[b];
-                if constexpr (b.value == 0 && S::FOLD == 1) {
+                if constexpr (b.value == 0 && L::FOLD == 1) {
                     twiddle = fours;
                 } else if constexpr (a.value > 0) {
                     twiddle = multiply(twiddle, fours.re, fours.im);
                 }
-                auto &value = x[S::COLUMNS * k1 + column];
+                auto &value = x[L::COLUMNS * k1 + column];
                 value = multiply(value, twiddle.re, twiddle.im);
             });
         });
@@ -160,52 +160,52 @@ CLVP_FAST_INLINE void first_stage(Shared<N> &shared, const clvp_fast_log_mel &ca
 }
 
 template <int N, int PART>
-CLVP_FAST_INLINE void put(Shared<N> &shared, Job job, const Complex<float> (&x)[Shape<N>::R2]) {
-    using S = Shape<N>;
-    unroll<S::COLUMNS>([&](auto column) {
-        unroll<S::R1>([&](auto k1) {
-            const auto &value = x[S::COLUMNS * k1 + column];
-            shared.power[exchange_cell<S>(job, k1, job.thread + S::T * column)] = PART == 0 ? value.re : value.im;
+CLVP_FAST_INLINE void put(Shared<N> &shared, Job job, const Complex<float> (&x)[Layout<N>::R2]) {
+    using L = Layout<N>;
+    unroll<L::COLUMNS>([&](auto column) {
+        unroll<L::R1>([&](auto k1) {
+            const auto &value = x[L::COLUMNS * k1 + column];
+            shared.power[exchange_cell<L>(job, k1, job.thread + L::T * column)] = PART == 0 ? value.re : value.im;
         });
     });
 }
 
 template <int N, int PART>
-CLVP_FAST_INLINE void get(const Shared<N> &shared, Job job, Complex<float> (&x)[Shape<N>::R2]) {
-    using S = Shape<N>;
-    const float *own = shared.power + exchange_cell<S>(job, job.thread, 0);
-    unroll<S::R2>([&](auto n2) { (PART == 0 ? x[n2].re : x[n2].im) = own[S::STRIDE * n2]; });
+CLVP_FAST_INLINE void get(const Shared<N> &shared, Job job, Complex<float> (&x)[Layout<N>::R2]) {
+    using L = Layout<N>;
+    const float *own = shared.power + exchange_cell<L>(job, job.thread, 0);
+    unroll<L::R2>([&](auto n2) { (PART == 0 ? x[n2].re : x[n2].im) = own[L::STRIDE * n2]; });
 }
 
 /* x[k2] of thread t is bin K = FOLD * (t + T * k2) + residue; bins from the last band's end on are left out. All lanes
  * of a warp take part in `from`, outside of any branch. */
 template <int N, class Run>
 CLVP_FAST_INLINE void power(Run &run, Shared<N> &shared, Job job, bool work, Registers<N> &registers) {
-    using S = Shape<N>;
+    using L = Layout<N>;
     auto &x = registers.x;
     const int t = job.thread, bins = work ? int(shared.bins) : 0;
     const bool own = job.kind == Job::SUM && t == 0;
-    const int partner = job.kind == Job::SUM ? (S::T - t) % S::T : S::T - 1 - t;
+    const int partner = job.kind == Job::SUM ? (L::T - t) % L::T : L::T - 1 - t;
     float *column = shared.power + 2 * job.pair;
-    float *place = column + S::STRIDE * (S::FOLD * t + job.residue);
-    unroll<S::R2 / 2>([&](auto k2) {
-        constexpr int first = S::FOLD * S::T * k2.value, last = S::R2 - 1 - k2.value;
-        Complex<float> mirrored = run.template from<S::T, last>(registers, partner);
+    float *place = column + L::STRIDE * (L::FOLD * t + job.residue);
+    unroll<L::R2 / 2>([&](auto k2) {
+        constexpr int first = L::FOLD * L::T * k2.value, last = L::R2 - 1 - k2.value;
+        Complex<float> mirrored = run.template from<L::T, last>(registers, partner);
         if (first >= bins) return;
-        if (S::FOLD == 4 && job.kind == Job::QUARTER) {
-            float *back = column + S::STRIDE * (4 * (S::T - 1 - t) + 3) + job.frame;
-            place[S::STRIDE * first + job.frame] = 4 * (x[k2].re * x[k2].re + x[k2].im * x[k2].im);
-            back[S::STRIDE * first] = 4 * (x[last].re * x[last].re + x[last].im * x[last].im);
+        if (L::FOLD == 4 && job.kind == Job::QUARTER) {
+            float *back = column + L::STRIDE * (4 * (L::T - 1 - t) + 3) + job.frame;
+            place[L::STRIDE * first + job.frame] = 4 * (x[k2].re * x[k2].re + x[k2].im * x[k2].im);
+            back[L::STRIDE * first] = 4 * (x[last].re * x[last].re + x[last].im * x[last].im);
             return;
         }
-        if (own) mirrored = x[(S::R2 - k2) % S::R2];
-        place[S::STRIDE * first] = power_of_real(x[k2], mirrored);
-        place[S::STRIDE * first + 1] = power_of_imaginary(x[k2], mirrored);
+        if (own) mirrored = x[(L::R2 - k2) % L::R2];
+        place[L::STRIDE * first] = power_of_real(x[k2], mirrored);
+        place[L::STRIDE * first + 1] = power_of_imaginary(x[k2], mirrored);
     });
     if (own && N / 2 < bins) {
-        const Complex<float> nyquist = x[S::R2 / 2];
-        column[S::STRIDE * (N / 2)] = power_of_real(nyquist, nyquist);
-        column[S::STRIDE * (N / 2) + 1] = power_of_imaginary(nyquist, nyquist);
+        const Complex<float> nyquist = x[L::R2 / 2];
+        column[L::STRIDE * (N / 2)] = power_of_real(nyquist, nyquist);
+        column[L::STRIDE * (N / 2) + 1] = power_of_imaginary(nyquist, nyquist);
     }
 }
 

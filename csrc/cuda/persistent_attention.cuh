@@ -13,31 +13,32 @@ struct Keys {
 
 /* 8 channels of each of a thread's keys, which place_of counts. */
 struct KeysAndValues {
-    Packed k[KEY_LANES], v[KEY_LANES];
+    Halves k[KEY_LANES], v[KEY_LANES];
     uint32_t there; /* a bit for each of the keys that exist */
 };
 
-CLVP_FAST_INLINE int keys_of(const Row &row) { return row.prefix + row.own; }
-CLVP_FAST_INLINE int parts_of(const Row &row) { return (keys_of(row) + PART - 1) / PART; }
+CLVP_FAST_INLINE int num_keys(const Candidate &candidate) { return candidate.prefix + candidate.own; }
+CLVP_FAST_INLINE int num_parts(const Candidate &candidate) { return (num_keys(candidate) + PART_KEYS - 1) / PART_KEYS; }
 
 /* What the team of this warp does in a round. */
 template <int N, class Run>
-CLVP_FAST_INLINE Keys keys_of(const Run &run, const PersistentShared<N> &shared, int num_heads, int round) {
+CLVP_FAST_INLINE Keys keys_of_warp(const Run &run, const PersistentShared<N> &shared, int num_heads, int round) {
     const int warp = run.thread / 32;
-    int unit = (round * TEAMS + warp / TEAM_WARPS) * run.blocks + run.block;
+    int piece = (round * TEAMS + warp / TEAM_WARPS) * run.blocks + run.block;
     for (int n = 0; n < N; ++n) {
-        const int parts = parts_of(shared.rows[n]), units = num_heads * parts;
-        if (unit < units) return {n, unit / parts, unit % parts, unit % parts * PART + warp % TEAM_WARPS * KEYS};
-        unit -= units;
+        const int parts = num_parts(shared.candidates[n]), pieces = num_heads * parts;
+        if (piece < pieces)
+            return {n, piece / parts, piece % parts, piece % parts * PART_KEYS + warp % TEAM_WARPS * WARP_KEYS};
+        piece -= pieces;
     }
     return {-1, 0, 0, 0};
 }
 
 template <int N, class Run>
-CLVP_FAST_INLINE int rounds_of(const Run &run, const PersistentShared<N> &shared, int num_heads) {
-    int units = 0;
-    for (int n = 0; n < N; ++n) units += num_heads * parts_of(shared.rows[n]);
-    return (units + TEAMS * run.blocks - 1) / (TEAMS * run.blocks);
+CLVP_FAST_INLINE int num_rounds(const Run &run, const PersistentShared<N> &shared, int num_heads) {
+    int pieces = 0;
+    for (int n = 0; n < N; ++n) pieces += num_heads * num_parts(shared.candidates[n]);
+    return (pieces + TEAMS * run.blocks - 1) / (TEAMS * run.blocks);
 }
 
 /* The place of a lane's i-th key among the candidate's; lanes of a group of KEY_LANES hold the same key. */
@@ -48,20 +49,20 @@ CLVP_FAST_INLINE int place_of(const Run &run, const Keys &keys, int i) {
 
 /* The page of a key; -1: there is none. */
 template <class Run>
-CLVP_FAST_INLINE int page_of(Run &run, const clvp_fast_persistent_decode &call, const Row &row, int place) {
-    const bool own = place >= row.prefix;
-    const int at = own ? place - row.prefix : place;
-    const int page = run.constant((own ? row.own_pages : row.prefix_pages) + at / call.page_size);
+CLVP_FAST_INLINE int page_of(Run &run, const clvp_fast_persistent_decode &call, const Candidate &candidate, int place) {
+    const bool own = place >= candidate.prefix;
+    const int at = own ? place - candidate.prefix : place;
+    const int page = run.constant((own ? candidate.own_pages : candidate.prefix_pages) + at / call.page_size);
     return page >= 0 && page < call.num_pages ? page : -1;
 }
 
 /* Where a key's page has the lane's channels. */
 template <class Run>
-CLVP_FAST_INLINE int64_t offset_of(const Run &run, const clvp_fast_persistent_decode &call, const Row &row, int head,
-                                   int place, int page) {
-    const int at = place >= row.prefix ? place - row.prefix : place;
+CLVP_FAST_INLINE int64_t offset_of(const Run &run, const clvp_fast_persistent_decode &call, const Candidate &candidate,
+                                   int head, int place, int page) {
+    const int at = place >= candidate.prefix ? place - candidate.prefix : place;
     return page * call.page_strides[0] + at % call.page_size * call.page_strides[1] + head * call.page_strides[2] +
-           run.thread % KEY_LANES * VECTOR;
+           run.thread % KEY_LANES * HALVES;
 }
 
 /* Loads what is stored already: all but the new token, whose key comes out of this step. */
@@ -70,21 +71,21 @@ CLVP_FAST_INLINE void fetch(Run &run, const clvp_fast_persistent_decode &call, c
                             const clvp_fast_decoder_layer &layer, const Keys &keys, KeysAndValues &held) {
     held.there = 0;
     if (keys.candidate < 0) return;
-    const Row &row = shared.rows[keys.candidate];
+    const Candidate &candidate = shared.candidates[keys.candidate];
     int pages[KEY_LANES];
     unroll<KEY_LANES>([&](auto i) {
         const int place = place_of(run, keys, i);
-        pages[i] = place < row.stored ? page_of(run, call, row, place) : -1;
+        pages[i] = place < candidate.stored ? page_of(run, call, candidate, place) : -1;
     });
     run.settle();
     unroll<KEY_LANES>([&](auto i) {
-        held.k[i] = held.v[i] = Packed{};
+        held.k[i] = held.v[i] = Halves{};
         if (pages[i] >= 0) {
-            const int64_t offset = offset_of(run, call, row, keys.head, place_of(run, keys, i), pages[i]);
+            const int64_t offset = offset_of(run, call, candidate, keys.head, place_of(run, keys, i), pages[i]);
             held.there |= 1u << i;
             /* Written by this kernel's forerunners, and not by itself: as good as constant. */
-            held.k[i] = packed(run, static_cast<const uint16_t *>(layer.k_pages) + offset);
-            held.v[i] = packed(run, static_cast<const uint16_t *>(layer.v_pages) + offset);
+            held.k[i] = load_halves(run, static_cast<const uint16_t *>(layer.k_pages) + offset);
+            held.v[i] = load_halves(run, static_cast<const uint16_t *>(layer.v_pages) + offset);
         }
         run.settle();
     });
@@ -94,35 +95,35 @@ CLVP_FAST_INLINE void fetch(Run &run, const clvp_fast_persistent_decode &call, c
 template <int N, class Run>
 CLVP_FAST_INLINE void prefetch(Run &run, const clvp_fast_persistent_decode &call, const PersistentShared<N> &shared,
                                const clvp_fast_decoder_layer &layer) {
-    const Keys keys = keys_of(run, shared, call.hidden_size / HEAD_DIM, 0);
+    const Keys keys = keys_of_warp(run, shared, call.hidden_size / HEAD_DIM, 0);
     if (keys.candidate < 0) return;
-    const Row &row = shared.rows[keys.candidate];
-    const int place = keys.begin + run.thread % KEYS;
-    const int page = place < row.stored ? page_of(run, call, row, place) : -1;
+    const Candidate &candidate = shared.candidates[keys.candidate];
+    const int place = keys.begin + run.thread % WARP_KEYS;
+    const int page = place < candidate.stored ? page_of(run, call, candidate, place) : -1;
     if (page < 0) return;
-    const int64_t offset = offset_of(run, call, row, keys.head, place, page);
+    const int64_t offset = offset_of(run, call, candidate, keys.head, place, page);
     run.prefetch(static_cast<const uint16_t *>(layer.k_pages) + offset);
     run.prefetch(static_cast<const uint16_t *>(layer.v_pages) + offset);
 }
 
 /* Puts the new token's key and value behind the stored ones, and stores them; not where it has no place or no page. */
 template <class Run>
-CLVP_FAST_INLINE void append(Run &run, const clvp_fast_persistent_decode &call, const Row &row,
+CLVP_FAST_INLINE void append(Run &run, const clvp_fast_persistent_decode &call, const Candidate &candidate,
                              const clvp_fast_decoder_layer &layer, const Keys &keys, const uint16_t *qkv,
                              KeysAndValues &held) {
-    const int last = row.stored;
-    if (last == keys_of(row) || last < keys.begin || last >= keys.begin + KEYS) return;
+    const int last = candidate.stored;
+    if (last == num_keys(candidate) || last < keys.begin || last >= keys.begin + WARP_KEYS) return;
     unroll<KEY_LANES>([&](auto i) {
         if (place_of(run, keys, i) != last) return;
-        const int page = page_of(run, call, row, last);
+        const int page = page_of(run, call, candidate, last);
         if (page < 0) return;
-        const auto *key = qkv + call.hidden_size + keys.head * HEAD_DIM + run.thread % KEY_LANES * VECTOR;
+        const auto *key = qkv + call.hidden_size + keys.head * HEAD_DIM + run.thread % KEY_LANES * HALVES;
         held.there |= 1u << i;
-        held.k[i] = run.fresh(reinterpret_cast<const Packed *>(key));
-        held.v[i] = run.fresh(reinterpret_cast<const Packed *>(key + call.hidden_size));
-        const int64_t offset = offset_of(run, call, row, keys.head, last, page);
-        *reinterpret_cast<Packed *>(static_cast<uint16_t *>(layer.k_pages) + offset) = held.k[i];
-        *reinterpret_cast<Packed *>(static_cast<uint16_t *>(layer.v_pages) + offset) = held.v[i];
+        held.k[i] = run.fresh(reinterpret_cast<const Halves *>(key));
+        held.v[i] = run.fresh(reinterpret_cast<const Halves *>(key + call.hidden_size));
+        const int64_t offset = offset_of(run, call, candidate, keys.head, last, page);
+        *reinterpret_cast<Halves *>(static_cast<uint16_t *>(layer.k_pages) + offset) = held.k[i];
+        *reinterpret_cast<Halves *>(static_cast<uint16_t *>(layer.v_pages) + offset) = held.v[i];
     });
 }
 
@@ -131,12 +132,12 @@ template <class T, int N, class Run>
 CLVP_FAST_INLINE void attend(Run &run, const clvp_fast_persistent_decode &call, PersistentShared<N> &shared,
                              const Keys &keys, const uint16_t *qkv, const KeysAndValues &held) {
     const int warp = run.thread / 32, lane = run.thread % 32;
-    const auto *query = qkv + keys.head * HEAD_DIM + lane % KEY_LANES * VECTOR;
-    const Packed q = run.fresh(reinterpret_cast<const Packed *>(query));
+    const auto *query = qkv + keys.head * HEAD_DIM + lane % KEY_LANES * HALVES;
+    const Halves q = run.fresh(reinterpret_cast<const Halves *>(query));
     float scores[KEY_LANES];
     unroll<KEY_LANES>([&](auto i) {
         scores[i] = 0.f;
-        unroll<VECTOR>([&](auto d) { scores[i] += element<T>(q, d) * element<T>(held.k[i], d); });
+        unroll<HALVES>([&](auto d) { scores[i] += element<T>(q, d) * element<T>(held.k[i], d); });
     });
     scatter_sum<KEY_LANES, KEY_LANES / 2, 1>(run, scores);
     /* Now lane j of a group holds the score of the group's j-th key, in units of log2. */
@@ -151,20 +152,20 @@ CLVP_FAST_INLINE void attend(Run &run, const clvp_fast_persistent_decode &call, 
     float total = weight;
     unroll<5>([&](auto bit) { total += run.exchange(total, 16 >> bit); });
 
-    float mixed[VECTOR] = {};
+    float mixed[HALVES] = {};
     unroll<KEY_LANES>([&](auto i) {
         const float w = run.from_lane(weight, lane / KEY_LANES * KEY_LANES + i);
-        unroll<VECTOR>([&](auto d) { mixed[d] += w * element<T>(held.v[i], d); });
+        unroll<HALVES>([&](auto d) { mixed[d] += w * element<T>(held.v[i], d); });
     });
-    scatter_sum<VECTOR, 16, KEY_LANES>(run, mixed);
-    constexpr int KEPT = VECTOR * KEY_LANES / 32; /* channels that a lane has in the end */
+    scatter_sum<HALVES, 16, KEY_LANES>(run, mixed);
+    constexpr int KEPT = HALVES * KEY_LANES / 32; /* channels that a lane has in the end */
     unroll<KEPT>(
-        [&](auto d) { shared.mixed[warp][lane % KEY_LANES * VECTOR + lane / KEY_LANES * KEPT + d] = mixed[d]; });
+        [&](auto d) { shared.mixed[warp][lane % KEY_LANES * HALVES + lane / KEY_LANES * KEPT + d] = mixed[d]; });
     if (lane == 0) shared.found[warp] = {top, total};
 }
 
 /* Adds one piece of a softmax to what was gathered so far. */
-CLVP_FAST_INLINE void gather(Found &sum, float &mixed, const Found &found, float part) {
+CLVP_FAST_INLINE void merge(Found &sum, float &mixed, const Found &found, float part) {
     if (found.total == 0.f) return;
     const float top = found.top > sum.top ? found.top : sum.top;
     const float keep = exp2f(sum.top - top), add = exp2f(found.top - top);
@@ -177,15 +178,15 @@ template <class T, int N, class Run>
 CLVP_FAST_INLINE void attention(Run &run, const clvp_fast_persistent_decode &call, PersistentShared<N> &shared,
                                 const clvp_fast_decoder_layer &layer) {
     const int num_heads = call.hidden_size / HEAD_DIM, most = most_parts(call);
-    const int rounds = rounds_of(run, shared, num_heads);
+    const int rounds = num_rounds(run, shared, num_heads);
     CLVP_FAST_UNROLL(1)
     for (int round = 0; round < rounds; ++round) {
-        const Keys keys = keys_of(run, shared, num_heads, round);
+        const Keys keys = keys_of_warp(run, shared, num_heads, round);
         KeysAndValues held;
         fetch(run, call, shared, layer, keys, held);
         if (keys.candidate >= 0) {
             const uint16_t *qkv = shared.qkv + 3 * keys.candidate * call.hidden_size;
-            append(run, call, shared.rows[keys.candidate], layer, keys, qkv, held);
+            append(run, call, shared.candidates[keys.candidate], layer, keys, qkv, held);
             attend<T>(run, call, shared, keys, qkv, held);
         }
         run.sync();
@@ -195,7 +196,7 @@ CLVP_FAST_INLINE void attention(Run &run, const clvp_fast_persistent_decode &cal
             Found sum = {-INFINITY, 0.f};
             float mixed = 0.f;
             for (int warp = first; warp < first + TEAM_WARPS; ++warp)
-                gather(sum, mixed, shared.found[warp], shared.mixed[warp][channel]);
+                merge(sum, mixed, shared.found[warp], shared.mixed[warp][channel]);
             const int64_t place = (int64_t(keys.candidate) * num_heads + keys.head) * most + keys.part;
             shared.mixed_parts[place * HEAD_DIM + channel] = mixed;
             if (channel == 0) shared.found_parts[place] = sum;
@@ -206,7 +207,7 @@ CLVP_FAST_INLINE void attention(Run &run, const clvp_fast_persistent_decode &cal
 
 /* Merges the parts of every head into the out-projection's input [N, hidden_size]; zeros for an inactive candidate. */
 template <class T, int N, class Run>
-CLVP_FAST_INLINE void stage_attended(Run &run, const clvp_fast_persistent_decode &call,
+CLVP_FAST_INLINE void write_attended(Run &run, const clvp_fast_persistent_decode &call,
                                      const PersistentShared<N> &shared, uint16_t *input) {
     const int hidden = call.hidden_size, most = most_parts(call);
     CLVP_FAST_UNROLL(1)
@@ -215,11 +216,11 @@ CLVP_FAST_INLINE void stage_attended(Run &run, const clvp_fast_persistent_decode
         const int64_t first = (int64_t(n) * (hidden / HEAD_DIM) + channel / HEAD_DIM) * most;
         Found sum = {-INFINITY, 0.f};
         float mixed = 0.f;
-        const int count = parts_of(shared.rows[n]);
+        const int count = num_parts(shared.candidates[n]);
         CLVP_FAST_UNROLL(4)
         for (int part = 0; part < count; ++part)
-            gather(sum, mixed, run.fresh(shared.found_parts + first + part),
-                   run.fresh(shared.mixed_parts + (first + part) * HEAD_DIM + channel % HEAD_DIM));
+            merge(sum, mixed, run.fresh(shared.found_parts + first + part),
+                  run.fresh(shared.mixed_parts + (first + part) * HEAD_DIM + channel % HEAD_DIM));
         input[index] = T::narrow(sum.total > 0.f ? mixed / sum.total : 0.f);
     }
     run.sync();

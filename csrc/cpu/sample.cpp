@@ -1,21 +1,21 @@
 /* The next token of one candidate, on a CPU: the processors and the draw of kernels/sampling.py, whose order and ties
  * these are. Nothing is sorted: sorting would find one threshold, the smallest score up to which the weights of a row
  * add up to a bound, and the order of floats is that of their bits. Sums are of doubles. Compiled once for each
- * instruction set, as log_mel_isa.cpp is. */
+ * instruction set, as log_mel.cpp is. */
 #include <math.h>
 
+#include "dispatch.h"
 #include "floats.h"
-#include "isa.h"
 
 namespace clvp_fast {
 namespace {
 
 using Doubles = Vector<double>;
-constexpr int WIDE = Lanes<double>::COUNT;
+constexpr int DOUBLE_LANES = Lanes<double>::COUNT;
 
 CLVP_FAST_INLINE double sum_of(Doubles x) {
     double sum = 0;
-    for (int lane = 0; lane < WIDE; ++lane) sum += x[lane];
+    for (int lane = 0; lane < DOUBLE_LANES; ++lane) sum += x[lane];
     return sum;
 }
 
@@ -31,7 +31,7 @@ struct Row {
 template <class Weight, class Kept>
 CLVP_FAST_INLINE double sum_where(int64_t first, int64_t end, const Weight &weight, const Kept &kept) {
     Doubles sum = {};
-    for (int64_t i = first; i < end; i += WIDE) sum += kept(i) ? weight(i) : Doubles{};
+    for (int64_t i = first; i < end; i += DOUBLE_LANES) sum += kept(i) ? weight(i) : Doubles{};
     return sum_of(sum);
 }
 
@@ -162,14 +162,14 @@ uint32_t philox(uint64_t key, uint64_t low, uint64_t high) {
 
 /* The first token whose cumulated weight exceeds `share` of all, or the last that may be drawn. */
 int64_t draw(const Row &row, int64_t vocab_size, double share) {
-    constexpr int64_t BLOCK = 64;
+    constexpr int64_t SPAN = 64;
     const auto weight = [&](int64_t i) CLVP_FAST_INLINED { return load<double>(row.weights + i); };
     const auto all = [](int64_t) CLVP_FAST_INLINED { return Doubles{} == Doubles{}; };
     const double target = share * sum_where(0, row.size, weight, all);
     double before = 0;
     int64_t last = 0;
-    for (int64_t first = 0; first < vocab_size; first += BLOCK) {
-        const int64_t end = first + BLOCK < row.size ? first + BLOCK : row.size;
+    for (int64_t first = 0; first < vocab_size; first += SPAN) {
+        const int64_t end = first + SPAN < row.size ? first + SPAN : row.size;
         const double sum = sum_where(first, end, weight, all);
         if (sum > 0) {
             double cumulated = before;
@@ -182,7 +182,7 @@ int64_t draw(const Row &row, int64_t vocab_size, double share) {
         before += sum;
     }
     /* Rounding alone kept the sum from the target. */
-    for (int64_t i = last; i < row.size && i < last + BLOCK; ++i)
+    for (int64_t i = last; i < row.size && i < last + SPAN; ++i)
         if (row.weights[i] > 0) last = i;
     return last;
 }
@@ -214,12 +214,21 @@ int64_t sample_row(const clvp_fast_sample *call, int64_t index, Row &row) {
     return draw(row, vocab_size, (bits + 0.5) / 4294967296.0);
 }
 
-}  // namespace
-}  // namespace clvp_fast
+int64_t items(const clvp_fast_sample *call) { return call->rows; }
 
-void CLVP_FAST_OF(sample, CLVP_FAST_ISA)(const clvp_fast_sample *call, int64_t index, void *scratch) {
-    using namespace clvp_fast;
-    const int64_t size = (call->vocab_size + LANES - 1) / LANES * LANES;
+int64_t padded_size(const clvp_fast_sample *call) { return (call->vocab_size + LANES - 1) / LANES * LANES; }
+
+/* Scores and weights. */
+size_t scratch_bytes(const clvp_fast_sample *call) { return 2 * sizeof(float) * padded_size(call); }
+
+void run(const clvp_fast_sample *call, int64_t index, void *scratch) {
+    const int64_t size = padded_size(call);
     Row row = {(float *)scratch, (float *)scratch + size, size, 0};
     call->tokens[index] = call->done[index] ? call->pad_token : sample_row(call, index, row);
 }
+
+}  // namespace
+
+const Kernel<clvp_fast_sample> CLVP_FAST_OF(sample, CLVP_FAST_ISA) = {items, scratch_bytes, run};
+
+}  // namespace clvp_fast

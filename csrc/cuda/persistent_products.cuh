@@ -2,7 +2,7 @@
  * input, times the input of all candidates in shared memory. */
 #pragma once
 
-#include "persistent_shape.cuh"
+#include "persistent_layout.cuh"
 
 namespace clvp_fast {
 
@@ -25,11 +25,11 @@ CLVP_FAST_INLINE void scatter_sum(Run &run, float *values) {
 
 /* Eight numbers that nobody writes during the launch. */
 template <class Run>
-CLVP_FAST_INLINE Packed packed(Run &run, const uint16_t *place) {
-    return run.constant(reinterpret_cast<const Packed *>(place));
+CLVP_FAST_INLINE Halves load_halves(Run &run, const uint16_t *place) {
+    return run.constant(reinterpret_cast<const Halves *>(place));
 }
 
-struct Matrix {
+struct Linear {
     const void *weight, *bias; /* [rows, columns], [rows] or null */
     int rows, columns;
 };
@@ -59,40 +59,40 @@ CLVP_FAST_INLINE Share share_of(const Run &run, int rows, int columns) {
 }
 
 /* A thread's weights of one batch of rows. */
-struct Tile {
-    Packed weights[TILE_ROWS][PASSES];
+struct HeldWeights {
+    Halves rows[HELD_ROWS][PASSES];
 };
 
 /* The first channel of a lane's eight. */
 template <class Run>
 CLVP_FAST_INLINE int channel_of(const Run &run, const Share &share, int pass) {
-    return share.slice * SLICE + pass * (SLICE / PASSES) + run.thread % 32 * VECTOR;
+    return share.slice * SLICE + pass * (SLICE / PASSES) + run.thread % 32 * HALVES;
 }
 
 template <class Run>
-CLVP_FAST_INLINE void fetch(Run &run, Tile &tile, const Matrix &matrix, const Share &share, int batch) {
-    const auto *weight = static_cast<const uint16_t *>(matrix.weight) + int64_t(share.first) * matrix.columns;
-    unroll<TILE_ROWS>([&](auto r) {
-        const int row = (batch * TILE_ROWS + r) * share.groups + share.group;
+CLVP_FAST_INLINE void fetch(Run &run, HeldWeights &held, const Linear &linear, const Share &share, int batch) {
+    const auto *weight = static_cast<const uint16_t *>(linear.weight) + int64_t(share.first) * linear.columns;
+    unroll<HELD_ROWS>([&](auto r) {
+        const int row = (batch * HELD_ROWS + r) * share.groups + share.group;
         unroll<PASSES>([&](auto pass) {
             const int channel = channel_of(run, share, pass);
-            const bool there = share.group < share.groups && row < share.count && channel < matrix.columns;
-            tile.weights[r][pass] = there ? packed(run, weight + int64_t(row) * matrix.columns + channel) : Packed{};
+            const bool there = share.group < share.groups && row < share.count && channel < linear.columns;
+            held.rows[r][pass] = there ? load_halves(run, weight + int64_t(row) * linear.columns + channel) : Halves{};
         });
     });
 }
 
 template <class Run>
-CLVP_FAST_INLINE void fetch(Run &run, Tile &tile, const Matrix &matrix) {
-    fetch(run, tile, matrix, share_of(run, matrix.rows, matrix.columns), 0);
+CLVP_FAST_INLINE void fetch(Run &run, HeldWeights &held, const Linear &linear) {
+    fetch(run, held, linear, share_of(run, linear.rows, linear.columns), 0);
 }
 
 /* Brings this block's rows of weights towards the L2 cache. */
 template <class Run>
-CLVP_FAST_INLINE void prefetch(Run &run, const Matrix &matrix) {
-    const Share share = share_of(run, matrix.rows, matrix.columns);
-    const auto *weight = static_cast<const char *>(matrix.weight) + 2 * int64_t(share.first) * matrix.columns;
-    const int lines = int((2 * int64_t(share.count) * matrix.columns + 127) / 128);
+CLVP_FAST_INLINE void prefetch(Run &run, const Linear &linear) {
+    const Share share = share_of(run, linear.rows, linear.columns);
+    const auto *weight = static_cast<const char *>(linear.weight) + 2 * int64_t(share.first) * linear.columns;
+    const int lines = int((2 * int64_t(share.count) * linear.columns + 127) / 128);
     CLVP_FAST_UNROLL(1)
     for (int line = run.thread; line < lines; line += THREADS) run.prefetch(weight + 128 * int64_t(line));
 }
@@ -105,39 +105,39 @@ CLVP_FAST_INLINE void prefetch(Run &run, const void *vector, int count) {
 }
 
 /* y[n, row] = sum over k of weight[row, k] * input[n, k], for the block's rows: done(row, n, y + bias) in one thread.
- * `tile` holds the first batch of rows; all threads see `input` [N, columns] already. */
+ * `held` holds the first batch of rows; all threads see `input` [N, columns] already. */
 template <class T, int N, class Run, class Done>
-CLVP_FAST_INLINE void product(Run &run, PersistentShared<N> &shared, const uint16_t *input, Tile &tile,
-                              const Matrix &matrix, int num_candidates, Done done) {
-    constexpr int VALUES = TILE_ROWS * N;
+CLVP_FAST_INLINE void product(Run &run, PersistentShared<N> &shared, const uint16_t *input, HeldWeights &held,
+                              const Linear &linear, int num_candidates, Done done) {
+    constexpr int VALUES = HELD_ROWS * N;
     CLVP_FAST_UNROLL(1)
     for (int batch = 0;; ++batch) {
-        const Share share = share_of(run, matrix.rows, matrix.columns);
-        const int lane = run.thread % 32, batch_rows = TILE_ROWS * share.groups;
+        const Share share = share_of(run, linear.rows, linear.columns);
+        const int lane = run.thread % 32, batch_rows = HELD_ROWS * share.groups;
         if (batch * batch_rows >= share.count) break;
-        if (batch > 0) fetch(run, tile, matrix, share, batch);
+        if (batch > 0) fetch(run, held, linear, share, batch);
         /* The thread that ends a row's sum. */
         const int mine = run.thread / N, n = run.thread % N, local = batch * batch_rows + mine;
         const bool ends = mine < batch_rows && local < share.count && n < num_candidates;
         const int row = share.first + local;
         float bias = 0.f;
-        if (ends && matrix.bias) bias = T::widen(run.constant(static_cast<const uint16_t *>(matrix.bias) + row));
+        if (ends && linear.bias) bias = T::widen(run.constant(static_cast<const uint16_t *>(linear.bias) + row));
 
         float sums[VALUES] = {};
         unroll<PASSES>([&](auto pass) {
             const int channel = channel_of(run, share, pass);
-            if (channel >= matrix.columns) return;
+            if (channel >= linear.columns) return;
             constexpr int AT_ONCE = N < 2 ? N : 2; /* candidates whose input has room in registers */
             unroll<N / AT_ONCE>([&](auto part) {
-                float x[AT_ONCE][VECTOR];
+                float x[AT_ONCE][HALVES];
                 unroll<AT_ONCE>([&](auto n) {
-                    const uint16_t *place = input + (part * AT_ONCE + n) * matrix.columns + channel;
-                    const Packed packed = *reinterpret_cast<const Packed *>(place);
-                    unroll<VECTOR>([&](auto i) { x[n][i] = element<T>(packed, i); });
+                    const uint16_t *place = input + (part * AT_ONCE + n) * linear.columns + channel;
+                    const Halves halves = *reinterpret_cast<const Halves *>(place);
+                    unroll<HALVES>([&](auto i) { x[n][i] = element<T>(halves, i); });
                 });
-                unroll<TILE_ROWS>([&](auto r) {
-                    unroll<VECTOR>([&](auto i) {
-                        const float weight = element<T>(tile.weights[r][pass], i);
+                unroll<HELD_ROWS>([&](auto r) {
+                    unroll<HALVES>([&](auto i) {
+                        const float weight = element<T>(held.rows[r][pass], i);
                         unroll<AT_ONCE>([&](auto n) { sums[r * N + part * AT_ONCE + n] += weight * x[n][i]; });
                     });
                 });

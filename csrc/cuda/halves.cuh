@@ -4,7 +4,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#include "inline.h"
+#include "../inline.h"
 
 namespace clvp_fast {
 

@@ -62,7 +62,7 @@ CLVP_FAST_INLINE void layer_norm(Run &run, PersistentShared<N> &shared, float (&
 }
 
 template <class T, int N, class Run>
-CLVP_FAST_INLINE void stage(Run &run, uint16_t *input, const float (&values)[N][NORM_ITEMS], int hidden) {
+CLVP_FAST_INLINE void write_input(Run &run, uint16_t *input, const float (&values)[N][NORM_ITEMS], int hidden) {
     unroll<NORM_ITEMS>([&](auto i) {
         const int channel = run.thread + i * THREADS;
         if (channel < hidden) unroll<N>([&](auto n) { input[n * hidden + channel] = T::narrow(values[n][i]); });
@@ -90,7 +90,7 @@ CLVP_FAST_INLINE void embed(Run &run, const clvp_fast_persistent_decode &call, c
     const int hidden = call.hidden_size;
     const Share share = share_of(run, hidden, hidden);
     unroll<N>([&](auto n) {
-        const int token = shared.rows[n].token, position = shared.rows[n].position;
+        const int token = shared.candidates[n].token, position = shared.candidates[n].position;
         unroll<NORM_ITEMS>([&](auto i) {
             const int channel = run.thread + i * THREADS;
             values[n][i] = 0.f;
@@ -108,25 +108,25 @@ CLVP_FAST_INLINE void embed(Run &run, const clvp_fast_persistent_decode &call, c
 
 /* The candidates of a step; one thread a candidate calls it. */
 template <class Run>
-CLVP_FAST_INLINE Row row_of(Run &run, const clvp_fast_persistent_decode &call, int n) {
-    Row row = {};
-    if (n >= call.num_candidates) return row;
+CLVP_FAST_INLINE Candidate candidate_of(Run &run, const clvp_fast_persistent_decode &call, int n) {
+    Candidate candidate = {};
+    if (n >= call.num_candidates) return candidate;
     const int64_t token = run.constant(call.tokens + n);
-    row.token = token >= 0 && token < call.vocab_size ? int(token) : -1;
+    candidate.token = token >= 0 && token < call.vocab_size ? int(token) : -1;
     const int stored = run.constant(call.seq_lens + n), place = stored < 0 ? 0 : stored;
     const int64_t position = int64_t(place) + (!call.contiguous_positions && place > 0);
-    row.position = position < call.num_positions ? int(position) : -1;
+    candidate.position = position < call.num_positions ? int(position) : -1;
     const int request = stored < 0 || !call.prefix_table ? -1 : run.constant(call.prefix_index + n);
     if (request >= 0 && request < call.num_prefixes) {
         const int length = run.constant(call.prefix_lens + request), room = call.max_prefix_pages * call.page_size;
-        row.prefix = length < 0 ? 0 : length < room ? length : room;
-        row.prefix_pages = call.prefix_table + request * call.prefix_table_stride;
+        candidate.prefix = length < 0 ? 0 : length < room ? length : room;
+        candidate.prefix_pages = call.prefix_table + request * call.prefix_table_stride;
     }
     const int room = call.max_pages * call.page_size;
-    row.own = stored < 0 ? 0 : stored < room ? stored + 1 : room;
-    row.stored = row.prefix + (place < room ? place : room);
-    row.own_pages = call.block_table + n * call.block_table_stride;
-    return row;
+    candidate.own = stored < 0 ? 0 : stored < room ? stored + 1 : room;
+    candidate.stored = candidate.prefix + (place < room ? place : room);
+    candidate.own_pages = call.block_table + n * call.block_table_stride;
+    return candidate;
 }
 
 CLVP_FAST_INLINE float gelu_tanh(float x) {
@@ -136,17 +136,17 @@ CLVP_FAST_INLINE float gelu_tanh(float x) {
 /* Everything that one block does. */
 template <class T, int N, class Run>
 CLVP_FAST_INLINE void decode_step(Run &run, const clvp_fast_persistent_decode &call, char *memory) {
-    const int hidden = call.hidden_size, inner = call.intermediate_size, rows = call.num_candidates;
+    const int hidden = call.hidden_size, inner = call.intermediate_size, candidates = call.num_candidates;
     auto &shared = *reinterpret_cast<PersistentShared<N> *>(memory);
-    auto *input = reinterpret_cast<uint16_t *>(memory + up(sizeof(PersistentShared<N>)));
+    auto *input = reinterpret_cast<uint16_t *>(memory + aligned(sizeof(PersistentShared<N>)));
     auto *layers =
-        reinterpret_cast<clvp_fast_decoder_layer *>(reinterpret_cast<char *>(input) + up(input_bytes<N>(call)));
+        reinterpret_cast<clvp_fast_decoder_layer *>(reinterpret_cast<char *>(input) + aligned(input_bytes<N>(call)));
     auto *counter = static_cast<uint32_t *>(call.workspace);
 
     constexpr int WORDS = sizeof(clvp_fast_decoder_layer) / 8;
     for (int word = run.thread; word < WORDS * call.num_layers; word += THREADS)
         reinterpret_cast<int64_t *>(layers)[word] = run.constant(reinterpret_cast<const int64_t *>(call.layers) + word);
-    if (run.thread < N) shared.rows[run.thread] = row_of(run, call, run.thread);
+    if (run.thread < N) shared.candidates[run.thread] = candidate_of(run, call, run.thread);
     if (run.thread == 0) {
         const Workspace at = workspace_of(call);
         auto *base = static_cast<char *>(call.workspace);
@@ -159,32 +159,32 @@ CLVP_FAST_INLINE void decode_step(Run &run, const clvp_fast_persistent_decode &c
     }
     run.sync();
 
-    const Matrix head = {call.head_weight, call.head_bias, call.vocab_size, hidden};
-    const auto qkv_of = [&](int layer) -> Matrix {
+    const Linear head = {call.head_weight, call.head_bias, call.vocab_size, hidden};
+    const auto qkv_of = [&](int layer) -> Linear {
         if (layer == call.num_layers) return head;
         return {layers[layer].qkv_weight, layers[layer].qkv_bias, 3 * hidden, hidden};
     };
-    const auto out_of = [&](int layer) -> Matrix {
+    const auto out_of = [&](int layer) -> Linear {
         return {layers[layer].out_weight, layers[layer].out_bias, hidden, hidden};
     };
     float values[N][NORM_ITEMS];
-    Tile tile;
-    fetch(run, tile, qkv_of(0));
+    HeldWeights held;
+    fetch(run, held, qkv_of(0));
     CLVP_FAST_UNROLL(1)
     for (int index = 0; index < call.num_layers; ++index) {
         const clvp_fast_decoder_layer &layer = layers[index];
-        const Matrix mlp_in = {layer.mlp_in_weight, layer.mlp_in_bias, inner, hidden};
-        const Matrix mlp_out = {layer.mlp_out_weight, layer.mlp_out_bias, hidden, inner};
+        const Linear mlp_in = {layer.mlp_in_weight, layer.mlp_in_bias, inner, hidden};
+        const Linear mlp_out = {layer.mlp_out_weight, layer.mlp_out_bias, hidden, inner};
 
         /* Queries, keys and values. */
         if (index == 0) {
             embed<T>(run, call, shared, values);
         } else {
-            read_residual(run, shared.before, values, hidden, rows);
+            read_residual(run, shared.before, values, hidden, candidates);
         }
         layer_norm<T>(run, shared, values, hidden, layer.input_norm_weight, layer.input_norm_bias, call.layer_eps);
-        stage<T>(run, input, values, hidden);
-        product<T>(run, shared, input, tile, qkv_of(index), rows,
+        write_input<T>(run, input, values, hidden);
+        product<T>(run, shared, input, held, qkv_of(index), candidates,
                    [&](int row, int n, float sum) { shared.qkv[3 * n * hidden + row] = T::narrow(sum); });
         prefetch(run, call, shared, layer);
         prefetch(run, out_of(index));
@@ -196,25 +196,25 @@ CLVP_FAST_INLINE void decode_step(Run &run, const clvp_fast_persistent_decode &c
         run.grid_sync(counter);
 
         attention<T>(run, call, shared, layer);
-        fetch(run, tile, out_of(index));
+        fetch(run, held, out_of(index));
         prefetch(run, mlp_in);
         run.grid_sync(counter);
 
-        stage_attended<T>(run, call, shared, input);
-        product<T>(run, shared, input, tile, out_of(index), rows, [&](int row, int n, float sum) {
+        write_attended<T>(run, call, shared, input);
+        product<T>(run, shared, input, held, out_of(index), candidates, [&](int row, int n, float sum) {
             const int place = n * hidden + row;
             shared.between[place] = run.fresh(shared.before + place) + T::widen(T::narrow(sum));
         });
-        fetch(run, tile, mlp_in);
+        fetch(run, held, mlp_in);
         prefetch(run, mlp_out);
         run.grid_sync(counter);
 
-        read_residual(run, shared.between, values, hidden, rows);
+        read_residual(run, shared.between, values, hidden, candidates);
         layer_norm<T>(run, shared, values, hidden, layer.post_norm_weight, layer.post_norm_bias, call.layer_eps);
-        stage<T>(run, input, values, hidden);
-        product<T>(run, shared, input, tile, mlp_in, rows,
+        write_input<T>(run, input, values, hidden);
+        product<T>(run, shared, input, held, mlp_in, candidates,
                    [&](int row, int n, float sum) { shared.inner[n * inner + row] = T::narrow(gelu_tanh(sum)); });
-        fetch(run, tile, mlp_out);
+        fetch(run, held, mlp_out);
         prefetch(run, qkv_of(index + 1));
         if (index + 1 < call.num_layers) {
             prefetch(run, layers[index + 1].input_norm_weight, hidden);
@@ -230,25 +230,26 @@ CLVP_FAST_INLINE void decode_step(Run &run, const clvp_fast_persistent_decode &c
         run.grid_sync(counter);
 
         CLVP_FAST_UNROLL(1)
-        for (int place = run.thread * VECTOR; place < N * inner; place += THREADS * VECTOR)
-            *reinterpret_cast<Packed *>(input + place) =
-                place < rows * inner ? run.fresh(reinterpret_cast<const Packed *>(shared.inner + place)) : Packed{};
+        for (int place = run.thread * HALVES; place < N * inner; place += THREADS * HALVES)
+            *reinterpret_cast<Halves *>(input + place) =
+                place < candidates * inner ? run.fresh(reinterpret_cast<const Halves *>(shared.inner + place))
+                                           : Halves{};
         run.sync();
-        product<T>(run, shared, input, tile, mlp_out, rows, [&](int row, int n, float sum) {
+        product<T>(run, shared, input, held, mlp_out, candidates, [&](int row, int n, float sum) {
             const int place = n * hidden + row;
             shared.before[place] = run.fresh(shared.between + place) + sum;
         });
-        fetch(run, tile, qkv_of(index + 1));
+        fetch(run, held, qkv_of(index + 1));
         run.grid_sync(counter);
     }
 
-    read_residual(run, shared.before, values, hidden, rows);
+    read_residual(run, shared.before, values, hidden, candidates);
     layer_norm<T>(run, shared, values, hidden, call.first_norm_weight, call.first_norm_bias, call.first_eps);
     layer_norm<T>(run, shared, values, hidden, call.final_norm_weight, call.final_norm_bias, call.final_eps);
-    stage<T>(run, input, values, hidden);
-    for (int place = run.thread; run.block == 0 && place < rows * hidden; place += THREADS)
+    write_input<T>(run, input, values, hidden);
+    for (int place = run.thread; run.block == 0 && place < candidates * hidden; place += THREADS)
         static_cast<uint16_t *>(call.hidden)[place] = input[place];
-    product<T>(run, shared, input, tile, head, rows, [&](int row, int n, float sum) {
+    product<T>(run, shared, input, held, head, candidates, [&](int row, int n, float sum) {
         static_cast<uint16_t *>(call.logits)[int64_t(n) * call.vocab_size + row] = T::narrow(sum);
     });
 }

@@ -1,4 +1,5 @@
-/* Vectors as wide as the instruction set that this is compiled for has: loading, storing and turning blocks of them. */
+/* Vectors as wide as the instruction set that this is compiled for has: loading, storing and turning squares of them.
+ */
 #pragma once
 
 #include <stdint.h>
@@ -7,7 +8,7 @@
 #include <type_traits>
 #include <utility>
 
-#include "inline.h"
+#include "../inline.h"
 
 namespace clvp_fast {
 namespace {
@@ -32,21 +33,21 @@ using Vector = typename Lanes<Real>::Vector;
 
 template <class To, class From>
 CLVP_FAST_INLINE Vector<To> load(const From *from) {
-    typedef From Packed __attribute__((vector_size(Lanes<To>::COUNT * sizeof(From))));
-    Packed packed;
-    memcpy(&packed, from, sizeof packed);
-    return __builtin_convertvector(packed, Vector<To>);
+    typedef From Stored __attribute__((vector_size(Lanes<To>::COUNT * sizeof(From))));
+    Stored stored;
+    memcpy(&stored, from, sizeof stored);
+    return __builtin_convertvector(stored, Vector<To>);
 }
 
 /* The first `count` lanes, to memory of any alignment. */
 template <class Real, class To>
 CLVP_FAST_INLINE void store(To *to, Vector<Real> x, int64_t count) {
-    typedef To Packed __attribute__((vector_size(Lanes<Real>::COUNT * sizeof(To))));
-    const Packed packed = __builtin_convertvector(x, Packed);
+    typedef To Stored __attribute__((vector_size(Lanes<Real>::COUNT * sizeof(To))));
+    const Stored stored = __builtin_convertvector(x, Stored);
     if (count >= Lanes<Real>::COUNT)
-        memcpy(to, &packed, sizeof packed);
+        memcpy(to, &stored, sizeof stored);
     else
-        memcpy(to, &packed, count * sizeof(To));
+        memcpy(to, &stored, count * sizeof(To));
 }
 
 /* a[0], b[0], a[1], b[1], ... from the lower (HALF = 0) or upper (HALF = 1) halves of a and b. */

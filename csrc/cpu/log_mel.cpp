@@ -1,13 +1,13 @@
-/* Log-mel of one block of frames on a CPU: a lane is a pair of neighbouring frames, one in the real and one in the
- * imaginary part of a complex transform, so that every operation is one on whole vectors. Neighbours are about equally
- * loud, and what rounding carries over from one to the other is small.
- * Compiled once for each instruction set (-DCLVP_FAST_ISA=portable, avx2, avx512), with vectors as wide as it has. */
-#include "isa.h"
+/* Log-mel on a CPU. An item is some frames of one row: a lane is a pair of neighbouring frames, one in the real and one
+ * in the imaginary part of a complex transform, so that every operation is one on whole vectors. Neighbours are about
+ * equally loud, and what rounding carries over from one to the other is small. Compiled once for each instruction set
+ * (-DCLVP_FAST_ISA=portable, avx2, avx512), with vectors as wide as it has. */
+#include "dispatch.h"
 
 #include <string.h>
 
-#include "lanes.h"
-#include "log_mel.cuh"
+#include "../fourier.h"
+#include "vectors.h"
 
 namespace clvp_fast {
 namespace {
@@ -87,11 +87,11 @@ void transform(int n_fft, Complex<Vector<Real>> *z, const Real *twiddles, Comple
     }
 }
 
-/* A task's scratch memory, in the order in which it lies there. */
+/* An item's scratch memory, in the order in which it lies there. */
 template <class Real, class Sample>
 struct Scratch {
     Complex<Vector<Real>> *z, *power; /* [n_fft], [n_fft / 2 + 1] */
-    Sample *edge;                     /* [frames, n_fft]: frames that had to be mirrored or do not exist */
+    Sample *edge;                     /* [item_frames, n_fft]: frames that had to be mirrored or do not exist */
 
     Scratch(const clvp_fast_log_mel *call, void *memory)
         : z((Complex<Vector<Real>> *)memory), power(z + call->n_fft), edge((Sample *)(power + call->n_fft / 2 + 1)) {}
@@ -99,9 +99,10 @@ struct Scratch {
 
 /* The windowed samples of 2 * COUNT frames: the first COUNT in the real parts, the others in the imaginary ones. */
 template <class Real, class Sample>
-CLVP_FAST_INLINE void gather(Complex<Vector<Real>> *z, const Sample *const *frame, const Real *window, int n_fft) {
+CLVP_FAST_INLINE void load_windowed(Complex<Vector<Real>> *z, const Sample *const *frame, const Real *window,
+                                    int n_fft) {
     constexpr int COUNT = Lanes<Real>::COUNT;
-    /* One half from the pair of frames, see log_mel.cuh. */
+    /* One half from the pair of frames, see fourier.h. */
     constexpr Real SCALE = std::is_integral_v<Sample> ? Real(0.5 / 32768) : Real(0.5);
     for (int first = 0; first < n_fft; first += COUNT) {
         Vector<Real> x[COUNT];
@@ -139,7 +140,7 @@ void run(const clvp_fast_log_mel *call, int64_t row, int64_t length, int64_t row
         else
             for (int i = 0; i < n_fft; ++i) edge[i] = samples[reflect(start + i, length)];
     }
-    gather(scratch.z, frame, window, n_fft);
+    load_windowed(scratch.z, frame, window, n_fft);
     transform(n_fft, scratch.z, twiddles, scratch.power, num_bins);
 
     /* Bin 0 is the plain sum of a frame's samples, so it tells of those that are NaN or infinite. They have spoilt the
@@ -153,7 +154,7 @@ void run(const clvp_fast_log_mel *call, int64_t row, int64_t length, int64_t row
         frame[lane] = (Sample *)memset(scratch.edge + (int64_t)lane * n_fft, 0, n_fft * sizeof(Sample));
     }
     if (again) {
-        gather(scratch.z, frame, window, n_fft);
+        load_windowed(scratch.z, frame, window, n_fft);
         transform(n_fft, scratch.z, twiddles, scratch.power, num_bins);
     }
 
@@ -196,35 +197,79 @@ void run(const clvp_fast_log_mel *call, int64_t row, int64_t length, int64_t row
     }
 }
 
-using Run = decltype(clvp_fast_log_mel_isa::run);
+using RunFunction = decltype(&run<float, float, float>);
 
 template <class Real, class Feature>
-Run run_of_samples(int32_t dtype) {
+RunFunction run_of_samples(int32_t dtype) {
     if (dtype == CLVP_FAST_INT16) return run<Real, int16_t, Feature>;
     if (dtype == CLVP_FAST_FLOAT64) return run<Real, double, Feature>;
     return run<Real, float, Feature>;
 }
 
-void run_of_dtypes(const clvp_fast_log_mel *call, int64_t row, int64_t length, int64_t row_frames, int64_t first_frame,
-                   int num_bins, void *scratch) {
-    const int32_t in = call->samples_dtype;
-    const Run chosen = call->compute_dtype == CLVP_FAST_FLOAT32    ? run_of_samples<float, float>(in)
-                       : call->features_dtype == CLVP_FAST_FLOAT32 ? run_of_samples<double, float>(in)
-                                                                   : run_of_samples<double, double>(in);
-    chosen(call, row, length, row_frames, first_frame, num_bins, scratch);
-}
-
-int64_t frames(const clvp_fast_log_mel *call) {
+/* How many frames an item has. */
+int64_t item_frames(const clvp_fast_log_mel *call) {
     return 2 * (VECTOR_BYTES / (call->compute_dtype == CLVP_FAST_FLOAT64 ? 8 : 4));
 }
 
+/* Of one row. */
+int64_t row_items(const clvp_fast_log_mel *call) { return (call->frames + item_frames(call) - 1) / item_frames(call); }
+
+int64_t items(const clvp_fast_log_mel *call) { return call->batch * row_items(call); }
+
+int64_t length_of(const clvp_fast_log_mel *call, int64_t row) {
+    return call->lengths ? call->lengths[row] : call->time;
+}
+
+void run_any(const clvp_fast_log_mel *call, int64_t item, void *scratch) {
+    const int64_t row = item / row_items(call), first_frame = item % row_items(call) * item_frames(call);
+    const int64_t length = length_of(call, row);
+    int num_bins = 1; /* one past the last bin of any band */
+    for (int32_t mel = 0; mel < call->num_mels; ++mel)
+        if (call->bands[2 * mel + 1] > num_bins) num_bins = call->bands[2 * mel + 1];
+    const int32_t in = call->samples_dtype;
+    const RunFunction chosen = call->compute_dtype == CLVP_FAST_FLOAT32    ? run_of_samples<float, float>(in)
+                               : call->features_dtype == CLVP_FAST_FLOAT32 ? run_of_samples<double, float>(in)
+                                                                           : run_of_samples<double, double>(in);
+    chosen(call, row, length, 1 + length / call->hop_length, first_frame, num_bins, scratch);
+}
+
+/* Raises what lies more than top_db under the loudest value of a row's true frames to it, and divides by the norms. */
+template <class Real, class Feature>
+void limit_range(const clvp_fast_log_mel *call, int64_t row) {
+    Feature *const features = (Feature *)call->features + row * call->num_mels * call->frames;
+    const Real *const norms = (const Real *)call->mel_norms;
+    const int64_t row_frames = 1 + length_of(call, row) / call->hop_length;
+    Feature loudest = -Feature(__builtin_inf());
+    for (int64_t mel = 0; mel < call->num_mels; ++mel)
+        for (int64_t frame = 0; frame < row_frames; ++frame) {
+            const Feature value = features[mel * call->frames + frame];
+            if (value > loudest) loudest = value; /* NaN is not */
+        }
+    const Feature lowest = loudest - Feature(call->top_db);
+    for (int64_t mel = 0; mel < call->num_mels; ++mel)
+        for (int64_t frame = 0; frame < row_frames; ++frame) {
+            Feature &value = features[mel * call->frames + frame];
+            if (value < lowest) value = lowest;
+            if (norms) value /= Feature(norms[mel]);
+        }
+}
+
+void limit_any(const clvp_fast_log_mel *call, int64_t row) {
+    if (call->compute_dtype == CLVP_FAST_FLOAT32)
+        limit_range<float, float>(call, row);
+    else if (call->features_dtype == CLVP_FAST_FLOAT32)
+        limit_range<double, float>(call, row);
+    else
+        limit_range<double, double>(call, row);
+}
+
 size_t scratch_bytes(const clvp_fast_log_mel *call) {
-    const size_t edge = (size_t)frames(call) * call->n_fft * sizeof(double);
+    const size_t edge = (size_t)item_frames(call) * call->n_fft * sizeof(double);
     return edge + (size_t)(call->n_fft + call->n_fft / 2 + 1) * 2 * VECTOR_BYTES;
 }
 
 }  // namespace
-}  // namespace clvp_fast
 
-const clvp_fast_log_mel_isa CLVP_FAST_OF(log_mel, CLVP_FAST_ISA) = {clvp_fast::frames, clvp_fast::scratch_bytes,
-                                                                    clvp_fast::run_of_dtypes};
+const LogMelKernel CLVP_FAST_OF(log_mel, CLVP_FAST_ISA) = {{items, scratch_bytes, run_any}, limit_any};
+
+}  // namespace clvp_fast

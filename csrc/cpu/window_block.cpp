@@ -1,8 +1,8 @@
 /* The first half of a Swin layer, on a CPU: layer norm, projections, attention in windows, the projection of its output
  * and the residual. An item is a window: all that lies between its rows of x and those of the result stays in the
- * second-level cache. Compiled once for each instruction set, as log_mel_isa.cpp is. */
-#include "isa.h"
-#include "many_rows.h"
+ * second-level cache. Compiled once for each instruction set, as log_mel.cpp is. */
+#include "dispatch.h"
+#include "packed_layers.h"
 #include "window_attention.h"
 
 namespace clvp_fast {
@@ -17,10 +17,10 @@ int64_t channels_of(const clvp_fast_window_block *call) { return (int64_t)call->
 
 /* What is packed, one behind another: biases of the scores, query, key and value weights, those of the output. */
 template <class In>
-struct Packed {
+struct Parts {
     Layer qkv, out;
     int64_t heads, bias_size;
-    explicit Packed(const clvp_fast_window_block *call)
+    explicit Parts(const clvp_fast_window_block *call)
         : qkv{call->w_qkv, call->b_qkv, call->w_qkv_stride, channels_of(call), 3 * channels_of(call)},
           out{call->w_out, call->b_out, call->w_out_stride, channels_of(call), channels_of(call)},
           heads(call->num_heads),
@@ -33,18 +33,18 @@ struct Packed {
 /* The scratch memory of a window, in bytes: its rows of x, as they are multiplied, queries, keys and values, and what
  * attention needs. */
 template <class In>
-struct Space {
+struct Scratch {
     int64_t x_stride, factor_stride, qkv_stride; /* elements */
     size_t factors, qkv, attention, size;
-    explicit Space(const clvp_fast_window_block *call) {
+    explicit Scratch(const clvp_fast_window_block *call) {
         const Windows windows = windows_of(call);
         const int64_t channels = channels_of(call), gap = GAP * sizeof(float);
         x_stride = channels + gap / sizeof(In), qkv_stride = 3 * channels + gap / sizeof(In);
-        factor_stride = channels + gap / sizeof(Product<In>);
+        factor_stride = channels + gap / sizeof(Factor<In>);
         factors = windows.places() * x_stride * sizeof(In);
-        qkv = factors + windows.places() * factor_stride * sizeof(Product<In>);
+        qkv = factors + windows.places() * factor_stride * sizeof(Factor<In>);
         attention = qkv + windows.places() * qkv_stride * sizeof(In);
-        size = attention + sizeof(float) * Room<In>(windows).size;
+        size = attention + sizeof(float) * AttentionScratch<In>(windows).size;
     }
 };
 
@@ -61,10 +61,9 @@ struct Rows {
 
 template <class In>
 void run(const clvp_fast_window_block *call, const float *packed, int64_t item, char *scratch) {
-    using Factor = Product<In>;
     const Windows windows = windows_of(call);
-    const Packed<In> parts(call);
-    const Space<In> space(call);
+    const Parts<In> parts(call);
+    const Scratch<In> space(call);
     const int64_t channels = channels_of(call), places = windows.places(), image = item / windows.count();
     const Window window(windows, item % windows.count());
     const auto in_image = [&](int64_t place) {
@@ -72,8 +71,8 @@ void run(const clvp_fast_window_block *call, const float *packed, int64_t item, 
     };
     const Norm<In> norm = {(const In *)call->norm_weight, (const In *)call->norm_bias, call->eps};
     const Matrix<In> x = {(In *)scratch, space.x_stride};
-    const Matrix<Factor> factors = {(Factor *)(scratch + space.factors), space.factor_stride};
-    const Matrix<const Factor> normed = {factors.first, factors.stride};
+    const Matrix<Factor<In>> factors = {(Factor<In> *)(scratch + space.factors), space.factor_stride};
+    const Matrix<const Factor<In>> normed = {factors.first, factors.stride};
     for (int64_t place = 0; place < places; ++place) {
         memcpy(x.row(place), (const In *)call->x + in_image(place), channels * sizeof(In));
         layer_norm(x.row(place), norm, channels, factors.row(place));
@@ -85,8 +84,8 @@ void run(const clvp_fast_window_block *call, const float *packed, int64_t item, 
         const Rows<In> rows = {qkv.first + head * windows.channels, qkv.stride, channels};
         attend<In>(windows, window, rows, packed + head * parts.bias_size, (float *)(scratch + space.attention));
     }
-    Matrix<const Factor> attended;
-    if constexpr (std::is_same_v<In, Factor>) {
+    Matrix<const Factor<In>> attended;
+    if constexpr (std::is_same_v<In, Factor<In>>) {
         attended = {qkv.first, qkv.stride};
     } else {
         for (int64_t place = 0; place < places; ++place) widen(qkv.row(place), channels, factors.row(place));
@@ -100,49 +99,53 @@ void run(const clvp_fast_window_block *call, const float *packed, int64_t item, 
 
 template <class In>
 void pack(const clvp_fast_window_block *call, int64_t group, float *packed) {
-    const Packed<In> parts(call);
+    const Parts<In> parts(call);
     if (group < parts.heads) {
         const Bias<In> bias = {(const In *)call->bias, call->bias_strides};
         return bias.pack(windows_of(call), group, packed + group * parts.bias_size);
     }
     group -= parts.heads;
     if (group < parts.qkv.groups())
-        return pack<In>(parts.qkv, group, packed + parts.qkv_at() + group * parts.qkv.template group_size<In>());
+        return pack_group<In>(parts.qkv, group, packed + parts.qkv_at() + group * parts.qkv.template group_size<In>());
     group -= parts.qkv.groups();
-    pack<In>(parts.out, group, packed + parts.out_at() + group * parts.out.template group_size<In>());
+    pack_group<In>(parts.out, group, packed + parts.out_at() + group * parts.out.template group_size<In>());
 }
 
-bool wide(const clvp_fast_window_block *call) { return call->dtype == CLVP_FAST_FLOAT32; }
+bool is_float32(const clvp_fast_window_block *call) { return call->dtype == CLVP_FAST_FLOAT32; }
 
 size_t packed_bytes(const clvp_fast_window_block *call) {
-    return sizeof(float) * (wide(call) ? Packed<float>(call).size() : Packed<uint16_t>(call).size());
+    return sizeof(float) * (is_float32(call) ? Parts<float>(call).size() : Parts<uint16_t>(call).size());
 }
 
 size_t scratch_bytes(const clvp_fast_window_block *call) {
-    return wide(call) ? Space<float>(call).size : Space<uint16_t>(call).size;
+    return is_float32(call) ? Scratch<float>(call).size : Scratch<uint16_t>(call).size;
 }
 
+int64_t items(const clvp_fast_window_block *call) { return call->batch * windows_of(call).count(); }
+
+/* The bias of a head, or a group of the weights' columns. */
 int64_t groups(const clvp_fast_window_block *call) {
-    const Packed<float> parts(call);
+    const Parts<float> parts(call);
     return parts.heads + parts.qkv.groups() + parts.out.groups();
 }
 
 void pack_any(const clvp_fast_window_block *call, int64_t group, void *packed) {
-    if (wide(call))
+    if (is_float32(call))
         pack<float>(call, group, (float *)packed);
     else
         pack<uint16_t>(call, group, (float *)packed);
 }
 
 void run_any(const clvp_fast_window_block *call, const void *packed, int64_t item, void *scratch) {
-    if (wide(call))
+    if (is_float32(call))
         run<float>(call, (const float *)packed, item, (char *)scratch);
     else
         run<uint16_t>(call, (const float *)packed, item, (char *)scratch);
 }
 
 }  // namespace
-}  // namespace clvp_fast
 
-const clvp_fast_window_block_isa CLVP_FAST_OF(window_block, CLVP_FAST_ISA) = {
-    clvp_fast::packed_bytes, clvp_fast::scratch_bytes, clvp_fast::groups, clvp_fast::pack_any, clvp_fast::run_any};
+const PackingKernel<clvp_fast_window_block> CLVP_FAST_OF(window_block, CLVP_FAST_ISA) = {
+    items, packed_bytes, scratch_bytes, groups, pack_any, run_any};
+
+}  // namespace clvp_fast

@@ -1,8 +1,8 @@
 /* Linear layers of many rows, on a CPU: one behind another, or one alone, and a layer norm before them. What is normed
  * and the values between two layers stay in the second-level cache. Compiled once for each instruction set, as
- * log_mel_isa.cpp is. */
-#include "isa.h"
-#include "many_rows.h"
+ * log_mel.cpp is. */
+#include "dispatch.h"
+#include "packed_layers.h"
 
 namespace clvp_fast {
 namespace {
@@ -27,16 +27,16 @@ struct Layers {
 /* Scratch memory, in 32 bits, of an item's rows: values between two layers, and x where it is normed or widened. */
 template <class In>
 int64_t inner_stride(const clvp_fast_mlp *call) {
-    return call->w_out ? (call->inner_features / UNIT<In> + LANES - 1) / LANES * LANES + GAP : 0;
+    return call->w_out ? (call->inner_features / UNIT_FACTORS<In> + LANES - 1) / LANES * LANES + GAP : 0;
 }
 template <class In>
 int64_t x_stride(const clvp_fast_mlp *call) {
-    return std::is_same_v<In, Product<In>> && !call->norm_weight ? 0 : call->in_features / UNIT<In> + GAP;
+    return std::is_same_v<In, Factor<In>> && !call->norm_weight ? 0 : call->in_features / UNIT_FACTORS<In> + GAP;
 }
 
 template <class In, class Out>
 void run(const clvp_fast_mlp *call, const float *packed, int64_t first_row, int64_t count, float *scratch) {
-    using Mid = Product<In>;
+    using Mid = Factor<In>;
     const Layers<In> layers(call);
     const Matrix<const In> given = {(const In *)call->x + first_row * call->x_stride, call->x_stride};
     const int64_t outs = call->out_features, at = first_row * outs;
@@ -47,7 +47,7 @@ void run(const clvp_fast_mlp *call, const float *packed, int64_t first_row, int6
     Matrix<const Mid> x;
     if constexpr (std::is_same_v<In, Mid>) x = given;
     if (const int64_t stride = x_stride<In>(call)) {
-        const Matrix<Mid> prepared = {(Mid *)scratch, stride * UNIT<In>};
+        const Matrix<Mid> prepared = {(Mid *)scratch, stride * UNIT_FACTORS<In>};
         for (int64_t row = 0; row < count; ++row)
             if (norm.weight)
                 layer_norm(given.row(row), norm, call->in_features, prepared.row(row));
@@ -57,7 +57,7 @@ void run(const clvp_fast_mlp *call, const float *packed, int64_t first_row, int6
         scratch += call->item_rows * stride;
     }
     if (!call->w_out) return apply<In, ADDED, Out>(call->activation, layers.first, packed, x, count, residual, out);
-    const int64_t stride = inner_stride<In>(call) * UNIT<In>;
+    const int64_t stride = inner_stride<In>(call) * UNIT_FACTORS<In>;
     const Matrix<Mid> inner = {(Mid *)scratch, stride};
     const Matrix<const Mid> values = {inner.first, stride};
     const int32_t activation = call->gated ? CLVP_FAST_NO_ACTIVATION : call->activation;
@@ -80,13 +80,17 @@ size_t scratch_bytes(const clvp_fast_mlp *call) {
                  : inner_stride<uint16_t>(call) + x_stride<uint16_t>(call));
 }
 
+int64_t items(const clvp_fast_mlp *call) {
+    return call->out_features ? (call->rows + call->item_rows - 1) / call->item_rows : 0;
+}
+
 int64_t groups(const clvp_fast_mlp *call) { return Layers<float>(call).groups(); }
 
 template <class In>
 void pack(const clvp_fast_mlp *call, int64_t group, float *packed) {
     const Layers<In> layers(call);
     for (const Layer *layer : {&layers.first, &layers.gates, &layers.second}) {
-        if (group < layer->groups()) return pack<In>(*layer, group, packed + group * layer->group_size<In>());
+        if (group < layer->groups()) return pack_group<In>(*layer, group, packed + group * layer->group_size<In>());
         group -= layer->groups();
         packed += layer->size<In>();
     }
@@ -112,7 +116,8 @@ void run_any(const clvp_fast_mlp *call, const void *packed, int64_t item, void *
 }
 
 }  // namespace
-}  // namespace clvp_fast
 
-const clvp_fast_mlp_isa CLVP_FAST_OF(mlp, CLVP_FAST_ISA) = {clvp_fast::packed_bytes, clvp_fast::scratch_bytes,
-                                                            clvp_fast::groups, clvp_fast::pack_any, clvp_fast::run_any};
+const PackingKernel<clvp_fast_mlp> CLVP_FAST_OF(mlp, CLVP_FAST_ISA) = {items,  packed_bytes, scratch_bytes,
+                                                                       groups, pack_any,     run_any};
+
+}  // namespace clvp_fast

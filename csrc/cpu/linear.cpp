@@ -1,10 +1,10 @@
 /* Linear layers for the few rows of a decode step, on a CPU: dot products of rows of x with rows of the weights as they
  * lie in memory, which is read once. A sum's order depends on nothing but the number of columns, so that a row has the
- * same bits whatever rows are computed beside it. Compiled once for each instruction set, as log_mel_isa.cpp is. */
+ * same bits whatever rows are computed beside it. Compiled once for each instruction set, as log_mel.cpp is. */
 #include <string.h>
 
-#include "floats.h"
-#include "isa.h"
+#include "dispatch.h"
+#include "products.h"
 
 namespace clvp_fast {
 namespace {
@@ -13,43 +13,13 @@ namespace {
 constexpr int ITEM_COLUMNS = 48;
 constexpr int ITEM_ROWS = 128;
 
-/* What products are made of: float32 from anything. A tile of sums has as many rows and columns as there are registers
- * for, and few enough rows for a tile of x to stay in the first-level cache. */
-struct Single {
-    static constexpr int ROWS = 4, COLUMNS = LANES == 16 ? 6 : 2;
-    typedef Floats Unit;
-    typedef float Stored;
-    static constexpr int COUNT = LANES;
-    template <class From>
-    CLVP_FAST_INLINE Unit load(const From *from) {
-        return load_floats(from);
-    }
-    CLVP_FAST_INLINE Floats dot(Floats sum, Unit a, Unit b) { return sum + a * b; }
-};
-
-#if defined(__AVX512BF16__)
-/* Pairs of bfloat16, which hold whole numbers up to 256 exactly; their products are summed in float32. */
-struct Pairs {
-    static constexpr int ROWS = 8, COLUMNS = 3;
-    typedef __m512bh Unit;
-    typedef uint16_t Stored;
-    static constexpr int COUNT = 2 * LANES;
-    CLVP_FAST_INLINE Unit load(const uint16_t *from) { return (Unit)_mm512_loadu_si512(from); }
-    CLVP_FAST_INLINE Unit load(const int8_t *from) {
-        return _mm512_cvtne2ps_pbh((__m512)load_floats(from + LANES), (__m512)load_floats(from));
-    }
-    CLVP_FAST_INLINE Floats dot(Floats sum, Unit a, Unit b) { return (Floats)_mm512_dpbf16_ps((__m512)sum, a, b); }
-};
-template <class In>
-using ProductsOf = std::conditional_t<std::is_same_v<In, uint16_t>, Pairs, Single>;
-#else
-template <class In>
-using ProductsOf = Single;
-#endif
-
-/* The vectors of sums of a tile. */
+/* A tile of sums has as many rows and columns as there are registers for, and few enough rows for a tile of x to stay
+ * in the first-level cache. */
 template <class Products>
-constexpr int SUMS = Products::ROWS * Products::COLUMNS;
+struct Tile {
+    static constexpr bool PAIRS = std::is_same_v<typename Products::Stored, uint16_t>;
+    static constexpr int ROWS = PAIRS ? 8 : 4, COLUMNS = PAIRS ? 3 : LANES == 16 ? 6 : 2, SUMS = ROWS * COLUMNS;
+};
 
 /* Rows of weights that will be wanted soon, `stride` bytes apart. They are fetched into the second-level cache, which
  * waits for more of them at a time than the first. */
@@ -60,25 +30,26 @@ struct Ahead {
 
 /* to[row][column] of a tile: x is packed, weights are rows. AHEAD rows are fetched meanwhile. */
 template <class Products, int AHEAD, class Weight>
-CLVP_FAST_INLINE void multiply(const typename Products::Stored *x, const Weight *const (&weights)[Products::COLUMNS],
-                               const Ahead &ahead, int64_t columns, float (&to)[SUMS<Products>]) {
-    constexpr int COLUMNS = Products::COLUMNS, COUNT = Products::COUNT, WHOLE = SUMS<Products> / LANES;
-    Floats sums[SUMS<Products>] = {};
-    for (int64_t k = 0; k < columns; k += COUNT, x += Products::ROWS * COUNT) {
-        typename Products::Unit weight[COLUMNS];
+CLVP_FAST_INLINE void multiply_tile(const typename Products::Stored *x,
+                                    const Weight *const (&weights)[Tile<Products>::COLUMNS], const Ahead &ahead,
+                                    int64_t columns, float (&to)[Tile<Products>::SUMS]) {
+    constexpr int COLUMNS = Tile<Products>::COLUMNS, COUNT = Products::COUNT, WHOLE = Tile<Products>::SUMS / LANES;
+    Floats sums[Tile<Products>::SUMS] = {};
+    for (int64_t k = 0; k < columns; k += COUNT, x += Tile<Products>::ROWS * COUNT) {
+        typename Products::Factors weight[COLUMNS];
         unroll<COLUMNS>([&](auto j) CLVP_FAST_INLINED { weight[j] = Products::load(weights[j] + k); });
         unroll<AHEAD>([&](auto j) CLVP_FAST_INLINED {
             __builtin_prefetch(ahead.first + j * ahead.stride + k * (int64_t)sizeof(Weight), 0, 2);
         });
-        unroll<Products::ROWS>([&](auto i) CLVP_FAST_INLINED {
-            const typename Products::Unit row = Products::load(x + i * COUNT);
+        unroll<Tile<Products>::ROWS>([&](auto i) CLVP_FAST_INLINED {
+            const typename Products::Factors row = Products::load(x + i * COUNT);
             unroll<COLUMNS>([&](auto j) CLVP_FAST_INLINED {
                 sums[i * COLUMNS + j] = Products::dot(sums[i * COLUMNS + j], row, weight[j]);
             });
         });
     }
     unroll<WHOLE>([&](auto i) CLVP_FAST_INLINED { store_floats(to + i * LANES, fold<LANES>(sums + i * LANES)); });
-    if constexpr (SUMS<Products> % LANES)
+    if constexpr (Tile<Products>::SUMS % LANES)
         store_floats(to + WHOLE * LANES, fold<LANES / 2>(sums + WHOLE * LANES), LANES / 2);
 }
 
@@ -118,16 +89,16 @@ CLVP_FAST_INLINE void finish(const clvp_fast_linear *call, const float *sums, co
     }
 }
 
-/* Rows of x by tiles: [tile][unit of columns][row], zeros for rows that there are not. */
+/* Rows of x by tiles: [tile][vector of columns][row], zeros for rows that there are not. */
 template <class In>
-void pack(const clvp_fast_linear *call, int64_t first_row, int64_t end_row, typename ProductsOf<In>::Stored *to) {
+void pack_rows(const clvp_fast_linear *call, int64_t first_row, int64_t end_row, typename ProductsOf<In>::Stored *to) {
     using Products = ProductsOf<In>;
-    for (int64_t first = first_row; first < end_row; first += Products::ROWS)
+    for (int64_t first = first_row; first < end_row; first += Tile<Products>::ROWS)
         for (int64_t k = 0; k < call->in_features; k += Products::COUNT)
-            for (int64_t row = first; row < first + Products::ROWS; ++row, to += Products::COUNT) {
-                typename Products::Unit unit = {};
-                if (row < call->rows) unit = Products::load((const In *)call->x + row * call->x_stride + k);
-                memcpy(to, &unit, sizeof unit);
+            for (int64_t row = first; row < first + Tile<Products>::ROWS; ++row, to += Products::COUNT) {
+                typename Products::Factors factors = {};
+                if (row < call->rows) factors = Products::load((const In *)call->x + row * call->x_stride + k);
+                memcpy(to, &factors, sizeof factors);
             }
 }
 
@@ -149,7 +120,7 @@ template <class In, class Weight>
 void run(const clvp_fast_linear *call, int64_t item, Scratch *scratch) {
     using Products = ProductsOf<In>;
     using Stored = typename Products::Stored;
-    constexpr int COLUMNS = Products::COLUMNS, ROWS = Products::ROWS;
+    constexpr int COLUMNS = Tile<Products>::COLUMNS, ROWS = Tile<Products>::ROWS;
     const int64_t columns = call->in_features, stride = call->weight_stride * (int64_t)sizeof(Weight);
     const int64_t first = item % groups_of(call) * ITEM_COLUMNS, first_row = item / groups_of(call) * ITEM_ROWS;
     const int64_t count = call->out_features - first < ITEM_COLUMNS ? call->out_features - first : ITEM_COLUMNS;
@@ -160,7 +131,7 @@ void run(const clvp_fast_linear *call, int64_t item, Scratch *scratch) {
     float *const sums = scratch->sums; /* [ITEM_ROWS][ITEM_COLUMNS] */
     if (scratch->packed_end != first_row + rows) {
         scratch->packed_end = first_row + rows;
-        pack<In>(call, first_row, first_row + rows, (Stored *)scratch->x);
+        pack_rows<In>(call, first_row, first_row + rows, (Stored *)scratch->x);
     }
 
     for (int64_t n = 0; n < count; n += COLUMNS) {
@@ -169,13 +140,13 @@ void run(const clvp_fast_linear *call, int64_t item, Scratch *scratch) {
             weights[j] =
                 (const Weight *)call->weight + (first + (n + j < count ? n + j : count - 1)) * call->weight_stride;
         for (int64_t tile = 0; tile < tiles; ++tile) {
-            float products[SUMS<Products>];
+            float products[Tile<Products>::SUMS];
             const Stored *const x = (const Stored *)scratch->x + tile * ROWS * columns;
             const int64_t fetched = tile * share, left = COLUMNS - fetched;
             const Ahead next = {(const char *)weights[0] + (COLUMNS + fetched) * stride, stride};
             const int64_t wanted = left < 0 ? 0 : left < share ? left : share;
             unroll<COLUMNS + 1>([&](auto ahead) CLVP_FAST_INLINED {
-                if (ahead == wanted) multiply<Products, ahead>(x, weights, next, columns, products);
+                if (ahead == wanted) multiply_tile<Products, ahead>(x, weights, next, columns, products);
             });
             for (int row = 0; row < ROWS; ++row)
                 memcpy(sums + (tile * ROWS + row) * ITEM_COLUMNS + n, products + row * COLUMNS,
@@ -204,7 +175,7 @@ void run_any(const clvp_fast_linear *call, int64_t item, void *given) {
 }
 
 }  // namespace
-}  // namespace clvp_fast
 
-const clvp_fast_linear_isa CLVP_FAST_OF(linear, CLVP_FAST_ISA) = {clvp_fast::scratch_bytes, clvp_fast::items,
-                                                                  clvp_fast::run_any};
+const Kernel<clvp_fast_linear> CLVP_FAST_OF(linear, CLVP_FAST_ISA) = {items, scratch_bytes, run_any};
+
+}  // namespace clvp_fast

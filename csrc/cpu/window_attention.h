@@ -5,7 +5,7 @@
 
 #include <string.h>
 
-#include "clvp_fast.h"
+#include "../clvp_fast.h"
 #include "products.h"
 
 namespace clvp_fast {
@@ -14,29 +14,31 @@ namespace {
 /* What is added to the scores of places that only the shift brought together: SEAM of ops/window_attention.py. */
 constexpr float SEAM = -100;
 /* Keys whose scores are computed side by side. */
-constexpr int KEYS = 8;
+constexpr int KEYS_AT_ONCE = 8;
 
-constexpr int64_t up(int64_t size, int64_t to) { return (size + to - 1) / to * to; }
+constexpr int64_t round_up(int64_t size, int64_t to) { return (size + to - 1) / to * to; }
 
 /* An image cut into windows, and the heads that attend in them. */
 struct Windows {
-    int64_t height, width, window, shift, heads, channels; /* of a head */
+    int64_t height, width, size, shift, heads, channels; /* size: of a window; channels: of a head */
     float scale;
-    int64_t places() const { return window * window; }
-    int64_t lanes() const { return up(places(), LANES > KEYS ? LANES : KEYS); }
-    int64_t across() const { return width / window; }
-    int64_t count() const { return across() * (height / window); }
+    int64_t places() const { return size * size; }
+    int64_t lanes() const { return round_up(places(), LANES > KEYS_AT_ONCE ? LANES : KEYS_AT_ONCE); }
+    int64_t across() const { return width / size; }
+    int64_t count() const { return across() * (height / size); }
 };
 
 /* The scratch memory of a window, in 32 bits. */
 template <class In>
-struct Room {
+struct AttentionScratch {
     int64_t places, lanes, width;
-    /* q and k [width][lanes]; v [lanes / UNIT][width * UNIT]; of LANES queries, scores [lanes][LANES] and weights
-     * [lanes / UNIT][LANES]. */
+    /* q and k [width][lanes]; v [lanes / UNIT_FACTORS][width * UNIT_FACTORS]; of LANES queries, scores [lanes][LANES]
+     * and weights [lanes / UNIT_FACTORS][LANES]. */
     int64_t q, k, v, scores, weights, size;
-    explicit Room(const Windows &windows)
-        : places(windows.places()), lanes(windows.lanes()), width(up(windows.channels, LANES * UNIT<In>) / UNIT<In>) {
+    explicit AttentionScratch(const Windows &windows)
+        : places(windows.places()),
+          lanes(windows.lanes()),
+          width(round_up(windows.channels, LANES * UNIT_FACTORS<In>) / UNIT_FACTORS<In>) {
         int64_t used = 0;
         const auto take = [&](int64_t count) { return (used += count) - count; };
         q = take(width * lanes), k = take(width * lanes), v = take(width * lanes);
@@ -75,7 +77,7 @@ struct Window {
     bool seam; /* whether there are several bands */
 
     Window(const Windows &all, int64_t number) {
-        const int64_t size = all.window, row = number / all.across() * size, column = number % all.across() * size;
+        const int64_t size = all.size, row = number / all.across() * size, column = number % all.across() * size;
         const auto around = [&](int64_t place, int64_t end) {
             return (int32_t)(place + all.shift < end ? place + all.shift : place + all.shift - end);
         };
@@ -95,12 +97,12 @@ struct Window {
 
 /* Sums over keys of COUNT channels for LANES queries, times `scale`, to the queries' places of the result. */
 template <class In, int COUNT>
-CLVP_FAST_INLINE void mix(const Product<In> *values, int64_t stride, const float *weights, int64_t units, Floats scale,
+CLVP_FAST_INLINE void mix(const Factor<In> *values, int64_t stride, const float *weights, int64_t units, Floats scale,
                           In *const *out, int64_t queries, int64_t channels) {
     Floats sums[LANES] = {};
     for (int64_t unit = 0; unit < units; ++unit, values += stride, weights += LANES) {
         const Floats weight = load_floats(weights);
-        unroll<COUNT>([&](auto i) CLVP_FAST_INLINED { sums[i] = dot(sums[i], values + i * UNIT<In>, weight); });
+        unroll<COUNT>([&](auto i) CLVP_FAST_INLINED { sums[i] = dot(sums[i], values + i * UNIT_FACTORS<In>, weight); });
     }
     unroll<COUNT>([&](auto i) CLVP_FAST_INLINED { sums[i] *= scale; });
     transpose<float>(sums);
@@ -118,17 +120,19 @@ CLVP_FAST_INLINE void store_weights(float *to, Floats first, Floats second) {
 template <class In>
 Floats score(const Windows &windows, const Window &window, const float *packed, const float *q, const float *k,
              int64_t first, float *scores) {
-    const int64_t places = windows.places(), lanes = windows.lanes(), units = up(windows.channels, UNIT<In>) / UNIT<In>;
+    const int64_t places = windows.places(), lanes = windows.lanes(),
+                  units = round_up(windows.channels, UNIT_FACTORS<In>) / UNIT_FACTORS<In>;
     const Floats band = load_floats(window.bands + first);
     Floats largest = Floats{} - __builtin_inff();
-    for (int64_t key = 0; key < places; key += KEYS) {
-        Floats sums[KEYS] = {};
+    for (int64_t key = 0; key < places; key += KEYS_AT_ONCE) {
+        Floats sums[KEYS_AT_ONCE] = {};
         for (int64_t unit = 0; unit < units; ++unit) {
             const Floats query = load_floats(q + unit * lanes + first);
-            const Product<In> *const keys = (const Product<In> *)(k + unit * lanes + key);
-            unroll<KEYS>([&](auto i) CLVP_FAST_INLINED { sums[i] = dot(sums[i], keys + i * UNIT<In>, query); });
+            const Factor<In> *const keys = (const Factor<In> *)(k + unit * lanes + key);
+            unroll<KEYS_AT_ONCE>([&](auto i)
+                                     CLVP_FAST_INLINED { sums[i] = dot(sums[i], keys + i * UNIT_FACTORS<In>, query); });
         }
-        unroll<KEYS>([&](auto i) CLVP_FAST_INLINED {
+        unroll<KEYS_AT_ONCE>([&](auto i) CLVP_FAST_INLINED {
             if (key + i >= places) return;
             Floats score = sums[i] * windows.scale + load_floats(packed + (key + i) * lanes + first);
             if (window.seam) score += band != window.bands[key + i] ? Floats{} + SEAM : Floats{};
@@ -143,15 +147,15 @@ Floats score(const Windows &windows, const Window &window, const float *packed, 
 template <class In>
 Floats weigh(int64_t places, const float *scores, Floats largest, float *weights) {
     Floats sum = {};
-    for (int64_t key = 0; key < places; key += UNIT<In>, weights += LANES) {
+    for (int64_t key = 0; key < places; key += UNIT_FACTORS<In>, weights += LANES) {
         Floats weight[2] = {};
-        for (int i = 0; i < UNIT<In>; ++i)
+        for (int i = 0; i < UNIT_FACTORS<In>; ++i)
             if (key + i < places) {
                 const Floats exponent = load_floats(scores + (key + i) * LANES) - largest;
-                weight[i] = UNIT<In> == 2 ? exponential_for_half(exponent) : exponential(exponent);
+                weight[i] = UNIT_FACTORS<In> == 2 ? exponential_for_half(exponent) : exponential(exponent);
                 sum += weight[i];
             }
-        if constexpr (UNIT<In> == 2)
+        if constexpr (UNIT_FACTORS<In> == 2)
             store_weights(weights, weight[0], weight[1]);
         else
             store_weights(weights, weight[0]);
@@ -163,46 +167,47 @@ Floats weigh(int64_t places, const float *scores, Floats largest, float *weights
  * where its queries do. */
 template <class In, class Rows>
 void attend(const Windows &windows, const Window &window, const Rows &rows, const float *packed, float *scratch) {
-    using Factor = Product<In>;
-    const Room<In> room(windows);
-    const int64_t channels = windows.channels, places = room.places;
-    float *const q = scratch + room.q, *const k = scratch + room.k, *const v = scratch + room.v;
-    constexpr int64_t STEP = LANES * UNIT<In>;
+    const AttentionScratch<In> space(windows);
+    const int64_t channels = windows.channels, places = space.places;
+    float *const q = scratch + space.q, *const k = scratch + space.k, *const v = scratch + space.v;
+    constexpr int64_t STEP = LANES * UNIT_FACTORS<In>;
     for (int64_t channel = 0; channel < channels; channel += STEP)
-        for (int64_t first = 0; first < room.lanes; first += LANES) {
+        for (int64_t first = 0; first < space.lanes; first += LANES) {
             const int64_t count = channels - channel < STEP ? channels - channel : STEP;
             const auto turn = [&](const auto &row, float *to) CLVP_FAST_INLINED {
-                Floats block[LANES];
+                Floats square[LANES];
                 for (int64_t lane = 0; lane < LANES; ++lane)
-                    block[lane] = first + lane < places ? load_units<In>(row(first + lane) + channel, count) : Floats{};
-                transpose<float>(block);
-                to += channel / UNIT<In> * room.lanes + first;
-                for (int i = 0; i < LANES; ++i) store_floats(to + i * room.lanes, block[i]);
+                    square[lane] =
+                        first + lane < places ? load_units<In>(row(first + lane) + channel, count) : Floats{};
+                transpose<float>(square);
+                to += channel / UNIT_FACTORS<In> * space.lanes + first;
+                for (int i = 0; i < LANES; ++i) store_floats(to + i * space.lanes, square[i]);
             };
             turn([&](int64_t place) { return rows.q(place); }, q);
             turn([&](int64_t place) { return rows.k(place); }, k);
         }
-    for (int64_t key = 0; key < places; key += UNIT<In>)
+    for (int64_t key = 0; key < places; key += UNIT_FACTORS<In>)
         for (int64_t channel = 0; channel < channels; channel += LANES) {
             const int64_t count = channels - channel < LANES ? channels - channel : LANES;
             Floats value[2] = {};
-            for (int i = 0; i < UNIT<In>; ++i)
+            for (int i = 0; i < UNIT_FACTORS<In>; ++i)
                 if (key + i < places) value[i] = load_floats(rows.v(key + i) + channel, count);
-            float *const to = v + key / UNIT<In> * room.width * UNIT<In> + channel;
-            if constexpr (UNIT<In> == 2)
+            float *const to = v + key / UNIT_FACTORS<In> * space.width * UNIT_FACTORS<In> + channel;
+            if constexpr (UNIT_FACTORS<In> == 2)
                 store_floats(to, (Floats)((Integers)value[1] | (((Integers)value[0] >> 16) & 0xffff)));
             else
                 store_floats(to, value[0]);
         }
 
-    float *const scores = scratch + room.scores, *const weights = scratch + room.weights;
-    const int64_t pairs = up(places, UNIT<In>) / UNIT<In>, stride = room.width * UNIT<In> * UNIT<In>;
+    float *const scores = scratch + space.scores, *const weights = scratch + space.weights;
+    const int64_t pairs = round_up(places, UNIT_FACTORS<In>) / UNIT_FACTORS<In>,
+                  stride = space.width * UNIT_FACTORS<In> * UNIT_FACTORS<In>;
     for (int64_t first = 0; first < places; first += LANES) {
         const int64_t queries = places - first;
         const Floats largest = score<In>(windows, window, packed, q, k, first, scores);
         const Floats sum = weigh<In>(places, scores, largest, weights);
         for (int64_t channel = 0; channel < channels; channel += LANES) {
-            const Factor *const values = (const Factor *)(v + channel);
+            const Factor<In> *const values = (const Factor<In> *)(v + channel);
             const int64_t left = channels - channel;
             In *out[LANES];
             for (int64_t lane = 0; lane < LANES && lane < queries; ++lane) out[lane] = rows.out(first + lane) + channel;

@@ -6,7 +6,7 @@
 #include <math.h>
 #include <string.h>
 
-#include "clvp_fast.h"
+#include "../clvp_fast.h"
 #include "products.h"
 
 namespace clvp_fast {
@@ -18,14 +18,15 @@ constexpr int ROWS = LANES == 16 ? 8 : 4, VECTORS = 3, COLUMNS = VECTORS * LANES
  * on one set of the first-level cache. */
 constexpr int64_t GAP = 16;
 
-/* Columns that are summed one behind another: longer sums are made of parts, of which float32 has more to lose. */
+/* Columns that are summed one behind another: longer sums are made of several chains, of which float32 has more to
+ * lose. */
 template <class In>
-constexpr int64_t PART = std::is_same_v<In, float> ? 256 : 1024;
+constexpr int64_t CHAIN = std::is_same_v<In, float> ? 256 : 1024;
 
 /* How many weights a unit of 32 bits holds: they are packed as they are given, and widened where they are multiplied.
  */
 template <class In>
-constexpr int PACKED = sizeof(float) / sizeof(In);
+constexpr int UNIT_WEIGHTS = sizeof(float) / sizeof(In);
 
 struct Layer {
     const void *weight, *bias;
@@ -34,7 +35,7 @@ struct Layer {
     /* Of a packed group, in 32 bits: its biases in float32, then the weights, VECTORS vectors for a unit of columns. */
     template <class In>
     int64_t group_size() const {
-        return COLUMNS + columns / PACKED<In> * COLUMNS;
+        return COLUMNS + columns / UNIT_WEIGHTS<In> * COLUMNS;
     }
     template <class In>
     int64_t size() const {
@@ -43,7 +44,7 @@ struct Layer {
 };
 
 template <class In>
-void pack(const Layer &layer, int64_t group, float *to) {
+void pack_group(const Layer &layer, int64_t group, float *to) {
     const int64_t first = group * COLUMNS;
     for (int64_t n = 0; n < COLUMNS; ++n) {
         In given[LANES] = {};
@@ -51,19 +52,19 @@ void pack(const Layer &layer, int64_t group, float *to) {
         to[n] = load_floats(given)[0];
     }
     to += COLUMNS;
-    constexpr int64_t STEP = LANES * PACKED<In>;
+    constexpr int64_t STEP = LANES * UNIT_WEIGHTS<In>;
     for (int vector = 0; vector < VECTORS; ++vector) /* in turn: a CPU fetches some rows ahead, and not all of them */
         for (int64_t k = 0; k < layer.columns; k += STEP) {
-            Floats block[LANES];
+            Floats square[LANES];
             for (int lane = 0; lane < LANES; ++lane) {
                 const int64_t row = first + vector * LANES + lane;
-                block[lane] = Floats{};
+                square[lane] = Floats{};
                 if (row < layer.outs)
-                    memcpy(block + lane, (const In *)layer.weight + row * layer.stride + k, sizeof *block);
+                    memcpy(square + lane, (const In *)layer.weight + row * layer.stride + k, sizeof *square);
             }
-            transpose<float>(block);
-            float *const units = to + k / PACKED<In> * COLUMNS + vector * LANES;
-            for (int unit = 0; unit < LANES; ++unit) store_floats(units + unit * COLUMNS, block[unit]);
+            transpose<float>(square);
+            float *const units = to + k / UNIT_WEIGHTS<In> * COLUMNS + vector * LANES;
+            for (int unit = 0; unit < LANES; ++unit) store_floats(units + unit * COLUMNS, square[unit]);
         }
 }
 
@@ -93,7 +94,7 @@ CLVP_FAST_INLINE Floats join(Floats x, Floats other) {
 /* Weights as they are multiplied: 32 bits of columns, or where the CPU has no products of bfloat16 one of the two. */
 template <class In, int WHICH>
 CLVP_FAST_INLINE Floats factors(const float *units) {
-    if constexpr (UNIT<In> == PACKED<In>) return load_floats(units);
+    if constexpr (UNIT_FACTORS<In> == UNIT_WEIGHTS<In>) return load_floats(units);
     Integers pairs;
     memcpy(&pairs, units, sizeof pairs);
     if constexpr (!WHICH) return (Floats)(pairs << 16);
@@ -108,7 +109,7 @@ CLVP_FAST_INLINE Floats factors(const float *units) {
 
 /* sums[j] + a * b[j], for 32 bits of a row. */
 template <class In>
-CLVP_FAST_INLINE void add_products(Floats (&sums)[VECTORS], const Product<In> *a, const Floats (&b)[VECTORS]) {
+CLVP_FAST_INLINE void add_products(Floats (&sums)[VECTORS], const Factor<In> *a, const Floats (&b)[VECTORS]) {
 #if defined(__AVX2__) && !defined(__AVX512F__)
     /* With the sums and three weights, there is a register for one number of a row: compilers load several before they
      * multiply, and let sums go through memory. */
@@ -128,30 +129,30 @@ CLVP_FAST_INLINE void add_products(Floats (&sums)[VECTORS], const Product<In> *a
 /* A tile of out = activation(x W^T + b) + other, or times it: up to ROWS rows, of which `x`, `other` (which may be
  * `out`) and `out` hold the first, and up to COLUMNS columns. */
 template <class In, int ACTIVATION, int JOIN, class Out>
-void tile(const float *packed, int64_t columns, Matrix<const Product<In>> x, Matrix<const Out> other, Matrix<Out> out,
+void tile(const float *packed, int64_t columns, Matrix<const Factor<In>> x, Matrix<const Out> other, Matrix<Out> out,
           int64_t count, int64_t outs) {
-    const Product<In> *rows[ROWS];
+    const Factor<In> *rows[ROWS];
     for (int i = 0; i < ROWS; ++i) rows[i] = x.row(i < count ? i : count - 1);
     Floats sums[ROWS][VECTORS] = {};
     const float *weights = packed + COLUMNS;
-    const auto sum_part = [&](int64_t k) CLVP_FAST_INLINED {
-        const int64_t end = columns - k < PART<In> ? columns : k + PART<In>;
-        for (; k < end; k += PACKED<In>, weights += COLUMNS)
-            unroll<PACKED<In> / UNIT<In>>([&](auto part) CLVP_FAST_INLINED {
+    const auto sum_chain = [&](int64_t k) CLVP_FAST_INLINED {
+        const int64_t end = columns - k < CHAIN<In> ? columns : k + CHAIN<In>;
+        for (; k < end; k += UNIT_WEIGHTS<In>, weights += COLUMNS)
+            unroll<UNIT_WEIGHTS<In> / UNIT_FACTORS<In>>([&](auto which) CLVP_FAST_INLINED {
                 Floats weight[VECTORS];
-                unroll<VECTORS>([&](auto j) CLVP_FAST_INLINED { weight[j] = factors<In, part>(weights + j * LANES); });
+                unroll<VECTORS>([&](auto j) CLVP_FAST_INLINED { weight[j] = factors<In, which>(weights + j * LANES); });
                 unroll<ROWS>([&](auto i) CLVP_FAST_INLINED {
-                    add_products<In>(sums[i], rows[i] + k + part * UNIT<In>, weight);
+                    add_products<In>(sums[i], rows[i] + k + which * UNIT_FACTORS<In>, weight);
                 });
             });
     };
-    sum_part(0);
-    if (columns > PART<In>) {
+    sum_chain(0);
+    if (columns > CHAIN<In>) {
         Floats totals[ROWS][VECTORS];
         memcpy(totals, sums, sizeof totals);
-        for (int64_t k = PART<In>; k < columns; k += PART<In>) {
+        for (int64_t k = CHAIN<In>; k < columns; k += CHAIN<In>) {
             unroll<ROWS * VECTORS>([&](auto i) CLVP_FAST_INLINED { sums[i / VECTORS][i % VECTORS] = Floats{}; });
-            sum_part(k);
+            sum_chain(k);
             unroll<ROWS * VECTORS>(
                 [&](auto i) CLVP_FAST_INLINED { totals[i / VECTORS][i % VECTORS] += sums[i / VECTORS][i % VECTORS]; });
         }
@@ -174,7 +175,7 @@ void tile(const float *packed, int64_t columns, Matrix<const Product<In>> x, Mat
 
 /* The same for any number of rows and columns. */
 template <class In, int ACTIVATION, int JOIN, class Out>
-void apply(const Layer &layer, const float *packed, Matrix<const Product<In>> x, int64_t count, Matrix<const Out> other,
+void apply(const Layer &layer, const float *packed, Matrix<const Factor<In>> x, int64_t count, Matrix<const Out> other,
            Matrix<Out> out) {
     for (int64_t n = 0; n < layer.outs; n += COLUMNS, packed += layer.group_size<In>())
         for (int64_t m = 0; m < count; m += ROWS)
@@ -184,7 +185,7 @@ void apply(const Layer &layer, const float *packed, Matrix<const Product<In>> x,
 }
 
 template <class In, int JOIN = ADDED, class Out>
-void apply(int32_t activation, const Layer &layer, const float *packed, Matrix<const Product<In>> x, int64_t count,
+void apply(int32_t activation, const Layer &layer, const float *packed, Matrix<const Factor<In>> x, int64_t count,
            Matrix<const Out> other, Matrix<Out> out) {
     if (activation == CLVP_FAST_GELU)
         apply<In, CLVP_FAST_GELU, JOIN>(layer, packed, x, count, other, out);
@@ -206,7 +207,7 @@ CLVP_FAST_INLINE float total(Floats x) {
 
 /* A row of a multiple of 32 columns, as it is multiplied. */
 template <class In>
-void widen(const In *row, int64_t columns, Product<In> *to) {
+void widen(const In *row, int64_t columns, Factor<In> *to) {
     for (int64_t k = 0; k < columns; k += LANES) store_floats(to + k, load_floats(row + k));
 }
 
@@ -219,7 +220,7 @@ struct Norm {
 
 /* The layer norm of such a row, as it is multiplied: statistics in float32, rounded once. */
 template <class In>
-void layer_norm(const In *row, const Norm<In> &norm, int64_t columns, Product<In> *to) {
+void layer_norm(const In *row, const Norm<In> &norm, int64_t columns, Factor<In> *to) {
     Floats sum = {}, squares = {};
     for (int64_t k = 0; k < columns; k += LANES) sum += load_floats(row + k);
     const float mean = total(sum) / columns;

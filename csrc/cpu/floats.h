@@ -8,7 +8,7 @@
 #include <immintrin.h>
 #endif
 
-#include "lanes.h"
+#include "vectors.h"
 
 namespace clvp_fast {
 namespace {

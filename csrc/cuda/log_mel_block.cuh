@@ -8,7 +8,7 @@
  *   mel          bands, floor, logarithm, division, coalesced stores: a lane a frame, a warp a channel
  *   clamp        top_db: the last block of a row to finish raises what lies too low
  *
- * Everything here runs on the host too, thread by thread (tests/csrc/emulator.cpp): `block` is the one text of
+ * Everything here runs on the host too, thread by thread (tests/csrc/log_mel_emulator.cpp): `block` is the one text of
  * the phases and barriers, and `Run` says how threads run it. */
 #pragma once
 
@@ -19,52 +19,53 @@ namespace clvp_fast {
 
 enum class Barrier { WARP, BLOCK };
 
-/* Tables, once for all tiles of a block; shared.bins is zero before. */
+/* Tables, once for all ranges of a block; shared.bins is zero before. */
 template <int N, class Run>
 CLVP_FAST_INLINE void prepare(Run &run, Shared<N> &shared, const clvp_fast_log_mel &call, int thread) {
-    using S = Shape<N>;
+    using L = Layout<N>;
     const auto *twiddles = static_cast<const Complex<float> *>(call.twiddles);
     CLVP_FAST_UNROLL(1)
-    for (int entry = thread; entry < (4 * S::KINDS + S::R1 / 4) * S::R2; entry += S::THREADS) {
-        const int n2 = entry % S::R2, row = entry / S::R2, kind = row / 4;
-        if (kind < S::KINDS) {
-            shared.low[kind][row % 4][n2] = read_only(twiddles + n2 * (S::FOLD * (row % 4) + residue_of<S>(kind)));
+    for (int entry = thread; entry < (4 * L::KINDS + L::R1 / 4) * L::R2; entry += L::THREADS) {
+        const int n2 = entry % L::R2, row = entry / L::R2, kind = row / 4;
+        if (kind < L::KINDS) {
+            shared.low[kind][row % 4][n2] = read_only(twiddles + n2 * (L::FOLD * (row % 4) + residue_of<L>(kind)));
         } else {
-            const int a = row - 4 * S::KINDS;
-            shared.high[a][n2] = read_only(twiddles + n2 * S::FOLD * 4 * a);
+            const int a = row - 4 * L::KINDS;
+            shared.high[a][n2] = read_only(twiddles + n2 * L::FOLD * 4 * a);
         }
     }
     Band band = {0, 0};
     if (thread < call.num_mels) {
         const int first = read_only(call.bands + 2 * thread), last = read_only(call.bands + 2 * thread + 1);
-        if (last > 0 && first < last) band = {first < 0 ? 0 : first, last > S::BINS ? S::BINS : last};
+        if (last > 0 && first < last) band = {first < 0 ? 0 : first, last > L::BINS ? L::BINS : last};
         if (band.first >= band.last) band = {0, 0};
         shared.bands[thread] = band;
     }
     run.max(&shared.bins, uint32_t(band.last), thread);
 }
 
-/* The tile `column` of a row; one thread calls it. */
+/* The range of frames `column` of a row; one thread calls it. */
 template <int N, class Sample>
-CLVP_FAST_INLINE void begin_tile(Shared<N> &shared, const clvp_fast_log_mel &call, int64_t row, int64_t column) {
-    constexpr int FRAMES = Shape<N>::FRAMES;
+CLVP_FAST_INLINE void begin_range(Shared<N> &shared, const clvp_fast_log_mel &call, int64_t row, int64_t column) {
+    constexpr int FRAMES = Layout<N>::FRAMES;
     int64_t length = call.lengths ? read_only(call.lengths + row) : call.time;
     length = length < 1 ? 1 : length > call.time ? call.time : length;
     const int64_t first = column * FRAMES, left = 1 + length / call.hop_length - first;
-    shared.tile.samples = static_cast<const Sample *>(call.samples) + row * call.samples_stride;
-    shared.tile.row = row;
-    shared.tile.length = length;
-    shared.tile.first_frame = first;
-    shared.tile.begin = first * call.hop_length - N / 2;
-    shared.tile.true_frames = left < 0 ? 0 : left < FRAMES ? int(left) : FRAMES;
+    shared.range.samples = static_cast<const Sample *>(call.samples) + row * call.samples_stride;
+    shared.range.row = row;
+    shared.range.length = length;
+    shared.range.first_frame = first;
+    shared.range.begin = first * call.hop_length - N / 2;
+    shared.range.true_frames = left < 0 ? 0 : left < FRAMES ? int(left) : FRAMES;
     shared.loudest = 0;
 }
 
-/* Everything that one block does: the tile `column` of `columns` of the rows first_row, first_row + row_step, ... */
+/* Everything that one block does: the range of frames `column` of `columns`, of the rows first_row, first_row +
+ * row_step, ... */
 template <int N, class Sample, class Run>
 CLVP_FAST_INLINE void block(Run &run, Shared<N> *shared, const clvp_fast_log_mel *call, int64_t column, int64_t columns,
                             int64_t first_row, int64_t row_step) {
-    using S = Shape<N>;
+    using L = Layout<N>;
     using R = Registers<N>;
     run.template phase<Barrier::BLOCK>([=](auto &, int thread, R &) {
         if (thread != 0) return;
@@ -74,33 +75,33 @@ CLVP_FAST_INLINE void block(Run &run, Shared<N> *shared, const clvp_fast_log_mel
     for (int64_t row = first_row; row < call->batch; row += row_step) {
         run.template phase<Barrier::BLOCK>([=](auto &run, int thread, R &) {
             if (row == first_row) prepare<N>(run, *shared, *call, thread);
-            if (thread < S::FRAMES) shared->not_finite[thread] = 0;
-            if (thread == 0) begin_tile<N, Sample>(*shared, *call, row, column);
+            if (thread < L::FRAMES) shared->not_finite[thread] = 0;
+            if (thread == 0) begin_range<N, Sample>(*shared, *call, row, column);
         });
         CLVP_FAST_UNROLL(1)
-        for (int round = 0; round < S::ROUNDS; ++round) {
+        for (int round = 0; round < L::ROUNDS; ++round) {
             run.template phase<Barrier::WARP>([=](auto &, int thread, R &registers) {
                 if (idle(*shared, thread, round)) return;
-                first_stage<N, Sample>(*shared, *call, job_of<S>(thread, round), registers.x);
+                first_stage<N, Sample>(*shared, *call, job_of<L>(thread, round), registers.x);
             });
             run.template phase<Barrier::WARP>([=](auto &, int thread, R &registers) {
-                if (!idle(*shared, thread, round)) put<N, 0>(*shared, job_of<S>(thread, round), registers.x);
+                if (!idle(*shared, thread, round)) put<N, 0>(*shared, job_of<L>(thread, round), registers.x);
             });
             run.template phase<Barrier::WARP>([=](auto &, int thread, R &registers) {
-                if (!idle(*shared, thread, round)) get<N, 0>(*shared, job_of<S>(thread, round), registers.x);
+                if (!idle(*shared, thread, round)) get<N, 0>(*shared, job_of<L>(thread, round), registers.x);
             });
             run.template phase<Barrier::WARP>([=](auto &, int thread, R &registers) {
-                if (!idle(*shared, thread, round)) put<N, 1>(*shared, job_of<S>(thread, round), registers.x);
+                if (!idle(*shared, thread, round)) put<N, 1>(*shared, job_of<L>(thread, round), registers.x);
             });
             /* The powers of a pair lie where its jobs exchanged, and a folded frame is several warps' work. */
-            constexpr Barrier exchanged = S::FOLD == 1 ? Barrier::WARP : Barrier::BLOCK;
+            constexpr Barrier exchanged = L::FOLD == 1 ? Barrier::WARP : Barrier::BLOCK;
             run.template phase<exchanged>([=](auto &, int thread, R &registers) {
                 if (idle(*shared, thread, round)) return;
-                get<N, 1>(*shared, job_of<S>(thread, round), registers.x);
-                dft<S::R2>(registers.x);
+                get<N, 1>(*shared, job_of<L>(thread, round), registers.x);
+                dft<L::R2>(registers.x);
             });
             run.template phase<Barrier::WARP>([=](auto &run, int thread, R &registers) {
-                power<N>(run, *shared, job_of<S>(thread, round), !idle(*shared, thread, round), registers);
+                power<N>(run, *shared, job_of<L>(thread, round), !idle(*shared, thread, round), registers);
             });
         }
         run.template phase<Barrier::BLOCK>([](auto &, int, R &) {});

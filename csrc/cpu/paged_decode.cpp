@@ -1,17 +1,17 @@
 /* Attention of one candidate over pages of keys and values, on a CPU. A vector holds channels while keys
  * and values are read, and keys while their scores are turned into weights. Sums are float32, and their order depends
- * on the candidate's own tokens alone. Compiled once for each instruction set, as log_mel_isa.cpp is. */
+ * on the candidate's own tokens alone. Compiled once for each instruction set, as log_mel.cpp is. */
 #include <string.h>
 
-#include "floats.h"
-#include "isa.h"
+#include "dispatch.h"
+#include "products.h"
 
 namespace clvp_fast {
 namespace {
 
 /* Brings `count` elements into the second-level cache, if there is memory at that place. */
 template <class Stored>
-CLVP_FAST_INLINE void fetch(const Stored *from, int count) {
+CLVP_FAST_INLINE void prefetch(const Stored *from, int count) {
     for (int byte = 0; byte < count * (int)sizeof(Stored); byte += 64)
         __builtin_prefetch((const char *)from + byte, 0, 2);
 }
@@ -31,19 +31,17 @@ int64_t find_tokens(const clvp_fast_paged_decode *call, const int32_t *pages, in
 
 /* products[i], summed over its lanes, is the product of a query and keys[i]. */
 template <class Stored>
-CLVP_FAST_INLINE void multiply(const Stored *q, const Stored *const (&keys)[LANES], int channels,
-                               Floats (&products)[LANES]) {
+CLVP_FAST_INLINE void add_products(const Stored *q, const Stored *const (&keys)[LANES], int channels,
+                                   Floats (&products)[LANES]) {
     int channel = 0;
-#if defined(__AVX512BF16__)
-    if constexpr (std::is_same_v<Stored, uint16_t>)
-        for (; channel + 2 * LANES <= channels; channel += 2 * LANES) {
-            const __m512bh query = (__m512bh)_mm512_loadu_si512(q + channel);
+    using Products = ProductsOf<Stored>;
+    if constexpr (Products::COUNT > LANES)
+        for (; channel + Products::COUNT <= channels; channel += Products::COUNT) {
+            const typename Products::Factors query = Products::load(q + channel);
             unroll<LANES>([&](auto i) CLVP_FAST_INLINED {
-                const __m512bh key = (__m512bh)_mm512_loadu_si512(keys[i] + channel);
-                products[i] = (Floats)_mm512_dpbf16_ps((__m512)products[i], query, key);
+                products[i] = Products::dot(products[i], query, Products::load(keys[i] + channel));
             });
         }
-#endif
     for (; channel < channels; channel += LANES) {
         const Floats query = load_floats(q + channel);
         unroll<LANES>([&](auto i) CLVP_FAST_INLINED { products[i] += query * load_floats(keys[i] + channel); });
@@ -108,11 +106,11 @@ void attend_head(const clvp_fast_paged_decode *call, const Stored *q, const Stor
             const int64_t offset = offsets[first + lane < last ? first + lane : last];
             keys[lane] = k_pages + offset;
             /* Tokens lie too far apart for the CPU to see what comes next: this head's values, the next one's keys. */
-            fetch(v_pages + offset, channels);
-            fetch(keys[lane] + call->page_strides[2], channels);
+            prefetch(v_pages + offset, channels);
+            prefetch(keys[lane] + call->page_strides[2], channels);
         }
         Floats products[LANES] = {};
-        multiply(q, keys, channels, products);
+        add_products(q, keys, channels, products);
         Floats score = fold<LANES>(products) * call->scale;
         for (int64_t lane = tokens - first; lane < LANES; ++lane) score[lane] = -__builtin_inff();
         largest = score > largest ? score : largest;
@@ -136,9 +134,18 @@ void attend_head(const clvp_fast_paged_decode *call, const Stored *q, const Stor
         mix<1>(out + channel, v_pages + channel, offsets, scores, tokens, 1 / sum);
 }
 
+/* The most tokens of a candidate, and room for the last vectors. */
+int64_t most_tokens(const clvp_fast_paged_decode *call) {
+    return (int64_t)call->page_size * ((int64_t)call->max_pages + call->max_prefix_pages) + 64;
+}
+
+/* A score and a place of each token. */
+size_t scratch_bytes(const clvp_fast_paged_decode *call) {
+    return most_tokens(call) * (sizeof(float) + sizeof(int64_t));
+}
+
 template <class Stored>
-void attend(const clvp_fast_paged_decode *call, int64_t candidate, int64_t first_head, int64_t end_head,
-            void *scratch) {
+void run(const clvp_fast_paged_decode *call, int64_t candidate, int64_t first_head, int64_t end_head, void *scratch) {
     const int channels = call->head_dim;
     const int64_t length = call->seq_lens[candidate], place = length / call->page_size;
     const int32_t *const own = call->block_table + candidate * call->block_table_stride;
@@ -148,8 +155,7 @@ void attend(const clvp_fast_paged_decode *call, int64_t candidate, int64_t first
         stored_at = own[place] * call->page_strides[0] + length % call->page_size * call->page_strides[1];
 
     int64_t *const offsets = (int64_t *)scratch;
-    const int64_t room = (int64_t)call->page_size * ((int64_t)call->max_pages + call->max_prefix_pages) + 64;
-    float *const scores = (float *)(offsets + room);
+    float *const scores = (float *)(offsets + most_tokens(call));
     const int64_t prefix = length >= 0 && call->prefix_table ? call->prefix_index[candidate] : -1;
     if (prefix >= 0 && prefix < call->num_prefixes)
         tokens = find_tokens(call, call->prefix_table + prefix * call->prefix_table_stride, call->max_prefix_pages,
@@ -173,13 +179,16 @@ void attend(const clvp_fast_paged_decode *call, int64_t candidate, int64_t first
     }
 }
 
-}  // namespace
-}  // namespace clvp_fast
-
-void CLVP_FAST_OF(attend, CLVP_FAST_ISA)(const clvp_fast_paged_decode *call, int64_t candidate, int64_t first_head,
-                                         int64_t end_head, void *scratch) {
+void run_any(const clvp_fast_paged_decode *call, int64_t candidate, int64_t first_head, int64_t end_head,
+             void *scratch) {
     if (call->dtype == CLVP_FAST_FLOAT32)
-        clvp_fast::attend<float>(call, candidate, first_head, end_head, scratch);
+        run<float>(call, candidate, first_head, end_head, scratch);
     else
-        clvp_fast::attend<uint16_t>(call, candidate, first_head, end_head, scratch);
+        run<uint16_t>(call, candidate, first_head, end_head, scratch);
 }
+
+}  // namespace
+
+const PagedDecodeKernel CLVP_FAST_OF(paged_decode, CLVP_FAST_ISA) = {scratch_bytes, run_any};
+
+}  // namespace clvp_fast

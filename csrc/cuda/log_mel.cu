@@ -1,8 +1,8 @@
-/* The CUDA kernel of log_mel: csrc/log_mel_block.cuh on a GPU. */
+/* The CUDA kernel of log_mel: csrc/cuda/log_mel_block.cuh on a GPU. */
 #include <limits.h>
 
-#include "check.h"
-#include "clvp_fast.h"
+#include "../check.h"
+#include "../clvp_fast.h"
 #include "device.cuh"
 #include "log_mel_block.cuh"
 
@@ -53,7 +53,7 @@ struct GpuRun {
 };
 
 template <int N, class Sample>
-__global__ void __launch_bounds__(Shape<N>::THREADS, Shape<N>::BLOCKS_PER_SM)
+__global__ void __launch_bounds__(Layout<N>::THREADS, Layout<N>::BLOCKS_PER_SM)
     log_mel(const __grid_constant__ clvp_fast_log_mel call) {
     extern __shared__ __align__(16) unsigned char memory[];
     GpuRun<N> run;
@@ -63,14 +63,14 @@ __global__ void __launch_bounds__(Shape<N>::THREADS, Shape<N>::BLOCKS_PER_SM)
 template <int N, class Sample>
 int launch(const clvp_fast_log_mel &call, cudaStream_t stream) {
     const auto kernel = log_mel<N, Sample>;
-    const int64_t columns = (call.frames + Shape<N>::FRAMES - 1) / Shape<N>::FRAMES;
+    const int64_t columns = (call.frames + Layout<N>::FRAMES - 1) / Layout<N>::FRAMES;
     if (columns > INT_MAX) return CLVP_FAST_BAD_SIZE;
     const int64_t rows = call.batch < 65535 ? call.batch : 65535;
     constexpr int bytes = sizeof(Shared<N>);
     void *arguments[] = {const_cast<clvp_fast_log_mel *>(&call)};
     const Launch how = {reinterpret_cast<const void *>(kernel),
                         dim3(unsigned(columns), unsigned(rows)),
-                        dim3(Shape<N>::THREADS),
+                        dim3(Layout<N>::THREADS),
                         bytes,
                         bytes,
                         stream,
@@ -98,7 +98,7 @@ int shared_bytes(int32_t n_fft) {
 
 extern "C" __attribute__((visibility("default"))) int clvp_fast_log_mel_cuda(const clvp_fast_log_mel *call,
                                                                              void *stream) {
-    const int refused = clvp_fast_check(call, 1);
+    const int refused = clvp_fast_check_log_mel(call, 1);
     if (refused != CLVP_FAST_OK || call->batch == 0) return refused;
     const auto on = static_cast<cudaStream_t>(stream);
     switch (call->n_fft) {

@@ -1,4 +1,4 @@
-/* The CUDA kernel's blocks on a CPU: the phases of csrc/log_mel_block.cuh, thread by thread.
+/* The CUDA kernel's blocks on a CPU: the phases of csrc/cuda/log_mel_block.cuh, thread by thread.
  *
  * Between two barriers of the block the warps run one after another, each through all its phases; within a phase, lane
  * after lane; both in an order drawn at random. So a phase that needs a barrier which is not there finds what was not
@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "../../csrc/check.h"
-#include "../../csrc/log_mel_block.cuh"
+#include "../../csrc/cuda/log_mel_block.cuh"
 
 using namespace clvp_fast;
 
@@ -20,7 +20,7 @@ namespace {
 template <int N>
 class HostRun {
 public:
-    explicit HostRun(uint32_t seed) : random_(seed), registers_(Shape<N>::THREADS) {
+    explicit HostRun(uint32_t seed) : random_(seed), registers_(Layout<N>::THREADS) {
         memset(static_cast<void *>(registers_.data()), 0xff, registers_.size() * sizeof registers_[0]);
     }
 
@@ -48,7 +48,7 @@ public:
 
 private:
     void run() {
-        std::vector<int> warps(Shape<N>::THREADS / 32), lanes(32);
+        std::vector<int> warps(Layout<N>::THREADS / 32), lanes(32);
         std::iota(warps.begin(), warps.end(), 0);
         std::iota(lanes.begin(), lanes.end(), 0);
         std::shuffle(warps.begin(), warps.end(), random_);
@@ -68,7 +68,7 @@ private:
 
 template <int N, class Sample>
 int launch(const clvp_fast_log_mel &call, uint32_t seed, int64_t most_rows) {
-    const int64_t columns = (call.frames + Shape<N>::FRAMES - 1) / Shape<N>::FRAMES;
+    const int64_t columns = (call.frames + Layout<N>::FRAMES - 1) / Layout<N>::FRAMES;
     const int64_t rows = std::min(call.batch, most_rows);
     std::vector<int64_t> blocks(columns * rows);
     std::iota(blocks.begin(), blocks.end(), 0);
@@ -100,19 +100,19 @@ int passes(const std::vector<int> &words) {
 
 template <int N>
 void count_passes(int32_t *most) {
-    using S = Shape<N>;
+    using L = Layout<N>;
     most[0] = most[1] = most[2] = 0;
-    for (int round = 0; round < S::ROUNDS; ++round) {
-        for (int warp = 0; warp < S::THREADS; warp += 32) {
-            for (int element = 0; element < S::R2; ++element) {
+    for (int round = 0; round < L::ROUNDS; ++round) {
+        for (int warp = 0; warp < L::THREADS; warp += 32) {
+            for (int element = 0; element < L::R2; ++element) {
                 std::vector<int> put, get, power;
                 for (int thread = warp; thread < warp + 32; ++thread) {
-                    const Job job = job_of<S>(thread, round);
-                    const int n2 = job.thread + S::T * (element % S::COLUMNS), k1 = element / S::COLUMNS;
-                    put.push_back(exchange_cell<S>(job, k1, n2));
-                    get.push_back(exchange_cell<S>(job, job.thread, element));
-                    const int bin = S::FOLD * (job.thread + S::T * (element / 2)) + job.residue;
-                    power.push_back(S::STRIDE * bin + 2 * job.pair);
+                    const Job job = job_of<L>(thread, round);
+                    const int n2 = job.thread + L::T * (element % L::COLUMNS), k1 = element / L::COLUMNS;
+                    put.push_back(exchange_cell<L>(job, k1, n2));
+                    get.push_back(exchange_cell<L>(job, job.thread, element));
+                    const int bin = L::FOLD * (job.thread + L::T * (element / 2)) + job.residue;
+                    power.push_back(L::STRIDE * bin + 2 * job.pair);
                 }
                 most[0] = std::max(most[0], passes(put));
                 most[1] = std::max(most[1], passes(get));
@@ -126,7 +126,7 @@ void count_passes(int32_t *most) {
 
 /* The CUDA function on host memory. `seed` draws the order of everything. A block takes every `most_rows`th row. */
 extern "C" int emulate_log_mel(const clvp_fast_log_mel *call, uint32_t seed, int64_t most_rows) {
-    const int refused = clvp_fast_check(call, 1);
+    const int refused = clvp_fast_check_log_mel(call, 1);
     if (refused != CLVP_FAST_OK || call->batch == 0) return refused;
     switch (call->n_fft) {
         case 256: return launch<256>(*call, seed, most_rows);

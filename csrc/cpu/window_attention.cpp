@@ -1,8 +1,8 @@
 /* Attention in windows, on a CPU: an item is one head of one window. Compiled once for each instruction set, as
- * log_mel_isa.cpp is. */
+ * log_mel.cpp is. */
 #include "window_attention.h"
 
-#include "isa.h"
+#include "dispatch.h"
 
 namespace clvp_fast {
 namespace {
@@ -46,10 +46,15 @@ size_t packed_bytes(const clvp_fast_window_attention *call) {
 
 size_t scratch_bytes(const clvp_fast_window_attention *call) {
     const Windows windows = windows_of(call);
-    return sizeof(float) *
-           (call->dtype == CLVP_FAST_FLOAT32 ? Room<float>(windows).size : Room<uint16_t>(windows).size);
+    return sizeof(float) * (call->dtype == CLVP_FAST_FLOAT32 ? AttentionScratch<float>(windows).size
+                                                             : AttentionScratch<uint16_t>(windows).size);
 }
 
+int64_t items(const clvp_fast_window_attention *call) {
+    return call->batch * windows_of(call).count() * call->num_heads;
+}
+
+/* The bias of a head. */
 int64_t groups(const clvp_fast_window_attention *call) { return call->num_heads; }
 
 void pack_any(const clvp_fast_window_attention *call, int64_t head, void *packed) {
@@ -69,7 +74,8 @@ void run_any(const clvp_fast_window_attention *call, const void *packed, int64_t
 }
 
 }  // namespace
-}  // namespace clvp_fast
 
-const clvp_fast_window_attention_isa CLVP_FAST_OF(window_attention, CLVP_FAST_ISA) = {
-    clvp_fast::packed_bytes, clvp_fast::scratch_bytes, clvp_fast::groups, clvp_fast::pack_any, clvp_fast::run_any};
+const PackingKernel<clvp_fast_window_attention> CLVP_FAST_OF(window_attention, CLVP_FAST_ISA) = {
+    items, packed_bytes, scratch_bytes, groups, pack_any, run_any};
+
+}  // namespace clvp_fast

@@ -3,9 +3,9 @@
 
 #include <math.h>
 
-#include "clvp_fast.h"
+#include "../clvp_fast.h"
+#include "../inline.h"
 #include "halves.cuh"
-#include "inline.h"
 
 namespace clvp_fast {
 
@@ -14,18 +14,18 @@ constexpr int WARPS = 16, THREADS = 32 * WARPS;
 constexpr int HEAD_DIM = 64;
 
 /* A product's rows are dealt to the blocks in one piece each. In a block, a warp has SLICE channels of several rows:
- * 16 bytes a lane, TILE_ROWS * PASSES of them in registers before its input is there. */
-constexpr int TILE_ROWS = 4, PASSES = 2, VECTOR = 8, SLICE = 32 * VECTOR * PASSES;
+ * 16 bytes a lane, HELD_ROWS * PASSES of them in registers before its input is there. */
+constexpr int HELD_ROWS = 4, PASSES = 2, HALVES = 8, SLICE = 32 * HALVES * PASSES;
 
-/* Attention deals parts of PART keys of a head to teams of four warps, each with KEYS keys. */
-constexpr int KEYS = 32, TEAM_WARPS = 4, TEAMS = WARPS / TEAM_WARPS, PART = KEYS * TEAM_WARPS;
-constexpr int KEY_LANES = HEAD_DIM / VECTOR; /* lanes that hold a key, and keys that a lane holds 8 channels of */
+/* Attention deals parts of PART_KEYS keys of a head to teams of four warps, each with WARP_KEYS keys. */
+constexpr int WARP_KEYS = 32, TEAM_WARPS = 4, TEAMS = WARPS / TEAM_WARPS, PART_KEYS = WARP_KEYS * TEAM_WARPS;
+constexpr int KEY_LANES = HEAD_DIM / HALVES; /* lanes that hold a key, and keys that a lane holds 8 channels of */
 
 /* Channels of a row that a thread holds while the row is normed. */
 constexpr int NORM_ITEMS = 4, MAX_HIDDEN = NORM_ITEMS * THREADS;
 
 /* 16 bytes: 8 numbers of a half type. */
-struct alignas(16) Packed {
+struct alignas(16) Halves {
     uint32_t words[4];
 };
 
@@ -39,13 +39,13 @@ struct Float16 {
 };
 
 template <class T>
-CLVP_FAST_INLINE float element(const Packed &packed, int index) {
-    const uint32_t word = packed.words[index / 2];
+CLVP_FAST_INLINE float element(const Halves &halves, int index) {
+    const uint32_t word = halves.words[index / 2];
     return T::widen(uint16_t(index % 2 ? word >> 16 : word));
 }
 
 /* Where a candidate's tokens are. */
-struct Row {
+struct Candidate {
     const int32_t *own_pages, *prefix_pages;
     int own, prefix; /* tokens in own pages, the new one last if the table has a place for it, and of the prefix */
     int stored;      /* both without the new one; all are 0 where the candidate is inactive */
@@ -57,16 +57,16 @@ struct Found {
     float top, total;
 };
 
-/* Shared memory of a block that works for N rows; the rows' input of a product and the layers stand behind it. */
+/* Shared memory of a block that works for N candidates; their input of a product and the layers stand behind it. */
 template <int N>
 struct PersistentShared {
-    Row rows[N];
+    Candidate candidates[N];
     float *before, *between; /* the residual before and between a layer's two parts, [num_candidates, hidden_size] */
     uint16_t *qkv, *inner;   /* [num_candidates, 3 * hidden_size], [num_candidates, intermediate_size] */
     Found *found_parts;      /* [num_candidates, num_heads, most_parts] */
     float *mixed_parts;      /* the same with HEAD_DIM channels each */
     float statistics[2][WARPS][N];
-    float sums[WARPS * TILE_ROWS * N];
+    float sums[WARPS * HELD_ROWS * N];
     Found found[WARPS];
     float mixed[WARPS][HEAD_DIM];
 };
@@ -76,25 +76,25 @@ struct Workspace {
     int64_t before, between, qkv, inner, found, mixed, end; /* the residual before and between a layer's two parts */
 };
 
-CLVP_FAST_INLINE int64_t up(int64_t bytes) { return (bytes + 255) / 256 * 256; }
+CLVP_FAST_INLINE int64_t aligned(int64_t bytes) { return (bytes + 255) / 256 * 256; }
 
 /* The most parts that a candidate's keys can have. */
 CLVP_FAST_INLINE int most_parts(const clvp_fast_persistent_decode &call) {
     const int64_t pages = int64_t(call.max_pages) + (call.prefix_table ? call.max_prefix_pages : 0);
-    return int((pages * call.page_size + PART - 1) / PART);
+    return int((pages * call.page_size + PART_KEYS - 1) / PART_KEYS);
 }
 
 CLVP_FAST_INLINE Workspace workspace_of(const clvp_fast_persistent_decode &call) {
-    const int64_t rows = call.num_candidates, hidden = call.hidden_size;
-    const int64_t parts = rows * (hidden / HEAD_DIM) * most_parts(call);
+    const int64_t candidates = call.num_candidates, hidden = call.hidden_size;
+    const int64_t parts = candidates * (hidden / HEAD_DIM) * most_parts(call);
     Workspace at;
     at.before = 256; /* the barrier's counter comes first */
-    at.between = at.before + up(4 * rows * hidden);
-    at.qkv = at.between + up(4 * rows * hidden);
-    at.inner = at.qkv + up(2 * 3 * rows * hidden);
-    at.found = at.inner + up(2 * rows * call.intermediate_size);
-    at.mixed = at.found + up(int64_t(sizeof(Found)) * parts);
-    at.end = at.mixed + up(4 * HEAD_DIM * parts);
+    at.between = at.before + aligned(4 * candidates * hidden);
+    at.qkv = at.between + aligned(4 * candidates * hidden);
+    at.inner = at.qkv + aligned(2 * 3 * candidates * hidden);
+    at.found = at.inner + aligned(2 * candidates * call.intermediate_size);
+    at.mixed = at.found + aligned(int64_t(sizeof(Found)) * parts);
+    at.end = at.mixed + aligned(4 * HEAD_DIM * parts);
     return at;
 }
 
@@ -107,7 +107,7 @@ CLVP_FAST_INLINE int64_t input_bytes(const clvp_fast_persistent_decode &call) {
 
 template <int N>
 CLVP_FAST_INLINE int64_t shared_bytes(const clvp_fast_persistent_decode &call) {
-    return int64_t(up(sizeof(PersistentShared<N>))) + up(input_bytes<N>(call)) +
+    return int64_t(aligned(sizeof(PersistentShared<N>))) + aligned(input_bytes<N>(call)) +
            int64_t(sizeof(clvp_fast_decoder_layer)) * call.num_layers;
 }
 

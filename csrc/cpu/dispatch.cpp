@@ -1,0 +1,58 @@
+/* The choice of an instruction set. */
+#include "dispatch.h"
+
+#include <atomic>
+#include <cstring>
+#include <vector>
+
+namespace clvp_fast {
+namespace {
+
+#define CLVP_FAST_KERNELS(name, isa, products)  \
+    {name,                                      \
+     &CLVP_FAST_OF(log_mel, isa),               \
+     &CLVP_FAST_OF(linear, products),           \
+     &CLVP_FAST_OF(mlp, products),              \
+     &CLVP_FAST_OF(window_attention, products), \
+     &CLVP_FAST_OF(window_block, products),     \
+     &CLVP_FAST_OF(paged_decode, products),     \
+     &CLVP_FAST_OF(sample, isa)}
+
+/* Of the instruction sets that this is compiled with and this CPU has, the best first. */
+std::vector<Kernels> usable_kernels() {
+    std::vector<Kernels> usable;
+#if defined(CLVP_FAST_HAS_AVX512)
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl")) {
+#if defined(CLVP_FAST_HAS_AVX512BF16)
+        if (__builtin_cpu_supports("avx512bf16")) usable.push_back(CLVP_FAST_KERNELS("avx512bf16", avx512, avx512bf16));
+#endif
+        usable.push_back(CLVP_FAST_KERNELS("avx512", avx512, avx512));
+    }
+#endif
+#if defined(CLVP_FAST_HAS_AVX2)
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+        usable.push_back(CLVP_FAST_KERNELS("avx2", avx2, avx2));
+#endif
+    usable.push_back(CLVP_FAST_KERNELS("portable", portable, portable));
+    return usable;
+}
+
+std::atomic<const Kernels *> chosen{nullptr};
+
+}  // namespace
+
+const Kernels *find_kernels(const char *isa) {
+    static const std::vector<Kernels> usable = usable_kernels();
+    if (!isa) {
+        const Kernels *const kernels = chosen;
+        return kernels ? kernels : &usable[0];
+    }
+    for (const Kernels &kernels : usable)
+        if (!std::strcmp(isa, kernels.isa)) return &kernels;
+    return nullptr;
+}
+
+void choose_kernels(const Kernels *kernels) { chosen = kernels; }
+
+}  // namespace clvp_fast
