@@ -10,6 +10,7 @@ import torch
 
 import clvp_fast
 from clvp_fast.ops import dispatch
+from tests.kit import operators
 
 operator_reason = [None]
 X = torch.tensor([1.0])
@@ -22,11 +23,16 @@ def triple():
         "test_triple",
         "(Tensor x) -> Tensor",
         reference=lambda x: x + x + x,
-        torch_path=lambda x: x * 3.0 + 100,
         fake=lambda x: torch.empty_like(x),
-        kernel=lambda x: x * 3.0 + 200,
-        unserved=lambda x: "x must be float32, not float64" if x.dtype == torch.float64 else None,
-        missing=lambda device: operator_reason[0],
+        implementations=(
+            dispatch.Implementation(
+                "triton",
+                lambda x: x * 3.0 + 200,
+                lambda x: "x must be float32, not float64" if x.dtype == torch.float64 else None,
+                missing=lambda device: operator_reason[0],
+            ),
+            dispatch.Implementation("torch", lambda x: x * 3.0 + 100),
+        ),
     )
     yield made
     del dispatch.OPERATORS["test_triple"]
@@ -75,7 +81,7 @@ def test_forced_kernel_that_cannot_serve_says_why(operator, monkeypatch):
         assert call(operator) == 203
         with pytest.raises(RuntimeError, match=r"clvp_fast\.test_triple was forced .* on cpu: an input requires grad"):
             call(operator, training="an input requires grad")
-        monkeypatch.setattr(operator, "kernel", None)
+        operators.use(monkeypatch, operator, operator.implementations[1:])
         with pytest.raises(RuntimeError, match="there is no kernel for this operator yet; choose backend 'torch'"):
             call(operator)
 
@@ -100,14 +106,10 @@ def test_a_kernel_missing_on_a_gpu_warns_once(operator, monkeypatch):
         assert call(operator) == 103
 
 
-def test_a_kernel_missing_on_a_cpu_warns_where_it_is_expected(operator, monkeypatch):
+def test_a_kernel_missing_on_a_cpu_is_no_news(operator):
     operator_reason[0] = "no compiler"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert call(operator) == 103
-    forget(operator)
-    monkeypatch.setattr(operator, "_expected_on", ("cpu", "cuda"))
-    with pytest.warns(UserWarning, match=r"clvp_fast\.test_triple takes the slower torch path: no compiler"):
         assert call(operator) == 103
 
 
@@ -170,8 +172,10 @@ def test_explain(operator):
 
 def test_unknown_backend_is_refused():
     with (
-        pytest.raises(ValueError, match="backend\\(\\) must be one of reference, torch, kernel, not 'cuda'"),
-        clvp_fast.backend("cuda"),
+        pytest.raises(
+            ValueError, match="backend\\(\\) must be one of reference, torch, kernel, triton, cuda, cpu, not 'gpu'"
+        ),
+        clvp_fast.backend("gpu"),
     ):
         pass
 
@@ -179,7 +183,7 @@ def test_unknown_backend_is_refused():
 @pytest.mark.parametrize(
     ("value", "expected"),
     [
-        ("cuda", "CLVP_FAST_BACKEND must be one of reference, torch, kernel, not 'cuda'"),
+        ("gpu", "CLVP_FAST_BACKEND must be one of reference, torch, kernel, triton, cuda, cpu, not 'gpu'"),
         ("reference", "None reference\nFalse"),
     ],
 )
