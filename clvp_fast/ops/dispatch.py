@@ -23,6 +23,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch.autograd import forward_ad
 
+from clvp_fast.ops.choice import Choice, Choices
+
 BACKENDS = ("reference", "torch", "kernel")
 KERNELS = ("triton", "cuda", "cpu")
 LIBRARY = torch.library.Library("clvp_fast", "DEF")
@@ -61,16 +63,17 @@ def backend(name: str | None):
 
 def needs_grad(*tensors: torch.Tensor | None) -> bool:
     """Whether autograd has to follow an operator on these tensors (`None` entries are absent arguments)."""
-    if getattr(forward_ad, "_current_level", -1) >= 0:
-        return True
-    if not torch.is_grad_enabled():
-        return False
-    return any(t is not None and t.requires_grad for t in tensors)
+    return gradient(*tensors) is not None
 
 
 def gradient(*tensors: torch.Tensor | None) -> str | None:
-    """Why a call with these tensors is not for a kernel, or `None`: autograd has to follow it."""
-    return "an input requires grad" if needs_grad(*tensors) else None
+    """Why autograd keeps a call with these tensors from the kernels, or `None`."""
+    if getattr(forward_ad, "_current_level", -1) < 0:
+        if not torch.is_grad_enabled():
+            return None
+        if not any(t is not None and t.requires_grad for t in tensors):
+            return None
+    return "an input requires grad"
 
 
 def autocasts(device: torch.device) -> bool:
@@ -222,12 +225,12 @@ class Operator:
         self.torch = plain.run
         self._refusals: dict[tuple[str, torch.device, str | None], str | None] = {}
         # Which kernels are asked, by what is forced and whether it is on a CPU; elsewhere at least one, for its reason.
+        # Triton's come first where kernels are forced on a CPU: its interpreter runs them there.
         self._asked = {}
         for on_cpu in (False, True):
             made = tuple(each for each in kernels if (each.name == "cpu") == on_cpu) or tuple(kernels)
-            self._asked |= dict.fromkeys(((backend, on_cpu) for backend in (None, "reference", "torch")), made)
-            # Interpreted, Triton's kernels come first on a CPU too.
-            self._asked["kernel", on_cpu] = tuple(kernels) if on_cpu else made
+            for backend in (None, *BACKENDS):
+                self._asked[backend, on_cpu] = tuple(kernels) if on_cpu and backend == "kernel" else made
             for backend in KERNELS:
                 self._asked[backend, on_cpu] = tuple(each for each in kernels if each.name == backend)
 
@@ -302,7 +305,7 @@ class Operator:
         kernels = ", ".join(each.name for each in self.implementations[:-1])
         return f"{_forced} is forced, and it has {kernels}" if kernels else "there is no kernel for this operator yet"
 
-    def explain(self, device: torch.device, dtype: torch.dtype) -> "Choice":
+    def explain(self, device: torch.device, dtype: torch.dtype) -> Choice:
         """What `choose` does for inference with tensors of `dtype` on `device`."""
         # Not `_refusal`, which warns: who asks is told, and a call that takes the slower path still warns.
         kernel, why, absent = None, None, None
@@ -327,41 +330,6 @@ class Operator:
         serves = None if chosen in refused else chosen
         ran = kernel.name if serves == "kernel" else serves
         return Choice(self.name, str(device), str(dtype).removeprefix("torch."), serves, refused, calls, ran)
-
-
-@dataclass(frozen=True)
-class Choice:
-    """An operator's backend on a device, and why each other one is not used.
-
-    dtype: of the tensors, as "float32"; "float32, bfloat16" where the same holds for both.
-    backend: `None` where the forced one cannot serve.
-    calls: which calls the backend is for; empty: for all that it takes.
-    implementation: which kernel the backend is, "triton", "cuda" or "cpu"; else the backend.
-    """
-
-    operator: str
-    device: str
-    dtype: str
-    backend: str | None
-    refused: dict[str, str]
-    calls: str = ""
-    implementation: str | None = None
-
-
-class Choices(list):
-    """A list of `Choice` that prints as a table."""
-
-    def __str__(self) -> str:
-        rows = [("operator", "device", "dtype", "backend", "for, and not used")]
-        for choice in self:
-            told = [f"for {choice.calls}"] if choice.calls else []
-            told += [f"{name}: {reason}" for name, reason in choice.refused.items()]
-            rows.append((choice.operator, choice.device, choice.dtype, choice.backend or "none", "; ".join(told)))
-        widths = [max(len(row[column]) for row in rows) for column in range(4)]
-        lines = [
-            "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[4]]) for row in rows
-        ]
-        return "\n".join(lines)
 
 
 def explain(
@@ -395,8 +363,8 @@ def unserved_by_triton(name: str, dtype: torch.dtype) -> str | None:
     return f"{name} must be float32, float16 or bfloat16, not {dtype}"
 
 
-def unserved_natively(dtype: torch.dtype) -> str | None:
-    """Why a kernel of the native library does not take tensors of `dtype` on a CPU, or `None`."""
+def unserved_natively(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why a kernel of the native library does not take tensors of `dtype` on `device`, a CPU, or `None`."""
     return None if dtype in (torch.float32, torch.bfloat16) else f"on a CPU it serves float32 and bfloat16, not {dtype}"
 
 

@@ -141,17 +141,19 @@ def _why_not_triton(x, weight, bias, scale, activation, residual=None):
 
 
 def _why_not_cpu(x, weight, bias, scale, activation, residual=None):
-    if reason := _why_not(x, weight, bias, activation) or many_rows.unserved_type(x.dtype, weight.dtype == torch.int8):
+    int8 = weight.dtype == torch.int8
+    if reason := _why_not(x, weight, bias, activation) or many_rows.unserved_type(x.device, x.dtype, int8):
         return reason
     if many_rows.are_many(x):
         return many_rows.unserved(x, activation, weight)
-    if weight.dtype not in (x.dtype, torch.int8):
+    if not int8 and weight.dtype != x.dtype:
         return f"it serves weights of the dtype of x, {x.dtype}, or int8, not {weight.dtype}"
     if weight.shape[1] % 32 or weight.stride(1) != 1:
         return f"it serves rows of 32 n columns, side by side in memory, not {list(weight.shape)}, {weight.stride()}"
     return None
 
 
+_CALLS = f"rows of 32 n columns; up to {many_rows.FEW_ROWS} of them with int8 weights too"
 _OPERATOR = Operator(
     "linear",
     "(Tensor x, Tensor weight, Tensor? bias, Tensor? scale, str? activation, Tensor? residual=None) -> Tensor",
@@ -160,14 +162,7 @@ _OPERATOR = Operator(
     implementations=(
         # For int8 weights torch has no product, only one over a wider copy of them.
         Implementation("triton", _triton, _why_not_triton, _why_not_type_triton, pays=_takes_int8),
-        Implementation(
-            "cpu",
-            _cpu,
-            _why_not_cpu,
-            lambda device, dtype: many_rows.unserved_type(dtype),
-            calls=f"rows of 32 n columns; up to {many_rows.FEW_ROWS} of them with int8 weights too",
-            warns=False,
-        ),
+        Implementation("cpu", _cpu, _why_not_cpu, many_rows.unserved_type, calls=_CALLS, warns=False),
         Implementation("torch", _torch),
     ),
     yields=lambda x, weight, *others: weight.dtype != torch.int8 or (x.device.type == "cpu" and not interpreted()),

@@ -76,6 +76,10 @@ def _fake(x, w_in, b_in, w_out, b_out, residual, activation, scale_in=None, scal
     return x.new_empty((*x.shape[:-1], w_out.shape[0]), dtype=_out_dtype(x, residual))
 
 
+def _why_not_type_triton(device, dtype):
+    return unserved_by_triton("x", dtype)
+
+
 def _why_not_triton(x, w_in, b_in, w_out, b_out, residual, activation, *scales):
     from clvp_fast.kernels.mlp import ACTIVATIONS as SERVED
 
@@ -118,7 +122,7 @@ def _triton(x, w_in, b_in, w_out, b_out, residual, activation, scale_in=None, sc
     return out
 
 
-def _native(x, w_in, b_in, w_out, b_out, residual, activation, *scales, gated=False):
+def _cpu(x, w_in, b_in, w_out, b_out, residual, activation, *scales, gated=False):
     return many_rows.layers(x, w_in, b_in, w_out, b_out, residual, activation, gated=gated)
 
 
@@ -128,23 +132,11 @@ def _pays(x, *others):
 
 
 def _implementations(plain, gated):
+    triton, cpu = partial(_triton, gated=gated), partial(_cpu, gated=gated)
+    # Nobody expects a CPU to have a kernel for all types.
     return (
-        Implementation(
-            "triton",
-            partial(_triton, gated=gated),
-            _why_not_triton,
-            lambda device, dtype: unserved_by_triton("x", dtype),
-            calls=_CALLS,
-        ),
-        Implementation(
-            "cpu",
-            partial(_native, gated=gated),
-            _why_not_cpu,
-            lambda device, dtype: many_rows.unserved_type(dtype),
-            pays=_pays,
-            calls=_CALLS,
-            warns=False,  # nobody expects a CPU to have a kernel for all types
-        ),
+        Implementation("triton", triton, _why_not_triton, _why_not_type_triton, calls=_CALLS),
+        Implementation("cpu", cpu, _why_not_cpu, many_rows.unserved_type, _pays, _CALLS, warns=False),
         Implementation("torch", plain),
     )
 

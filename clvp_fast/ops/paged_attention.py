@@ -193,28 +193,14 @@ def _contiguous_last(*tensors):
     return [x if x is None or x.shape[-1] < 2 or x.stride(-1) == 1 else x.contiguous() for x in tensors]
 
 
-def _decode_native(
-    q,
-    k_new,
-    v_new,
-    k_pages,
-    v_pages,
-    block_table,
-    seq_lens,
-    prefix_table,
-    prefix_lens,
-    prefix_index,
-    scale,
-    k_scale=None,
-    v_scale=None,
-    arrivals=None,
-):
+def _decode_native(q, k_new, v_new, k_pages, v_pages, block_table, seq_lens, *others):
     """csrc/paged_attention_isa.cpp."""
     from clvp_fast import native
 
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     q, k_new, v_new, block_table, seq_lens = _contiguous_last(q, k_new, v_new, block_table, seq_lens)
-    prefix = prefix_table, *_ = _contiguous_last(prefix_table, prefix_lens, prefix_index)
+    prefix, scale = _contiguous_last(*others[:3]), others[3]
+    prefix_table = prefix[0]
     call = native.PagedDecodeCall(
         *(x.data_ptr() for x in (q, k_new, v_new, k_pages, v_pages, out, block_table, seq_lens)),
         *(None if x is None else x.data_ptr() for x in prefix),
@@ -313,7 +299,7 @@ def _decode_why_not_triton(q, k_new, v_new, k_pages, v_pages, *others):
 
 
 def _decode_why_not_cpu(q, k_new, v_new, k_pages, v_pages, *others):
-    if reason := unserved_natively(q.dtype):
+    if reason := unserved_natively(q.device, q.dtype):
         return reason
     if k_pages.dtype != q.dtype:
         return f"on a CPU it serves pages of the dtype of q, {q.dtype}, not of {k_pages.dtype}"
@@ -333,7 +319,7 @@ _DECODE = Operator(
     fake=lambda q, *others: torch.empty_like(q, memory_format=torch.contiguous_format),
     implementations=(
         Implementation("triton", _decode_triton, _decode_why_not_triton, _why_not_type),
-        Implementation("cpu", _decode_native, _decode_why_not_cpu, lambda device, dtype: unserved_natively(dtype)),
+        Implementation("cpu", _decode_native, _decode_why_not_cpu, unserved_natively),
         Implementation("torch", _decode_torch),
     ),
 )

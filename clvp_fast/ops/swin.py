@@ -8,6 +8,7 @@ else they are the operators that they are made of.
 """
 
 import ctypes
+from functools import partial
 
 import torch
 
@@ -104,10 +105,6 @@ def _unequal_types(x, *vectors):
     return None
 
 
-def _why_not_type(device, dtype):
-    return many_rows.unserved_type(dtype)
-
-
 def _missing(device):
     return missing_natively(device) if device.type == "cpu" else "it serves a CPU; elsewhere its parts have kernels"
 
@@ -128,6 +125,7 @@ def _fake(x, *others):
     return x.new_empty(x.shape)
 
 
+_implementation = partial(Implementation, "cpu", why_not_type=many_rows.unserved_type, warns=False, missing=_missing)
 _WINDOW = Operator(
     "window_block",
     "(Tensor x, Tensor norm_weight, Tensor? norm_bias, Tensor w_qkv, Tensor? b_qkv, Tensor bias, Tensor w_out,"
@@ -135,15 +133,11 @@ _WINDOW = Operator(
     reference=_window_reference,
     fake=_fake,
     implementations=(
-        Implementation(
-            "cpu",
+        _implementation(
             _window_native,
             _window_why_not,
-            _why_not_type,
             pays=_window_pays,
             calls="two windows a thread or more; fewer go through its parts",
-            warns=False,
-            missing=_missing,
         ),
         Implementation("torch", _window_parts),
     ),
@@ -157,15 +151,11 @@ _MLP = Operator(
     reference=_mlp_reference,
     fake=_fake,
     implementations=(
-        Implementation(
-            "cpu",
+        _implementation(
             _mlp_native,
             _mlp_why_not,
-            _why_not_type,
             pays=_mlp_pays,
             calls=f"more than {many_rows.FEW_ROWS} rows, in bfloat16 32 a thread or more; fewer go through its parts",
-            warns=False,
-            missing=_missing,
         ),
         Implementation("torch", _mlp_parts),
     ),
