@@ -2,6 +2,7 @@
 
 import gc
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -30,21 +31,22 @@ def pytest_addoption(parser):
 def kernels_by_default(request):
     if not request.config.getoption("--interpret-kernels"):
         return
-    from clvp_fast.ops.dispatch import OPERATORS, missing_for_triton
+    from clvp_fast.ops.dispatch import OPERATORS
 
     for operator in OPERATORS.values():
-        if operator._missing is missing_for_triton:
-            operator._missing = lambda device: None
-            operator._unserved = _but_no_bfloat16(operator._unserved)
+        kernel, *others = operator.implementations
+        if kernel.name == "triton" and len(others) == 1:
+            why_not = _but_no_bfloat16(kernel.why_not)
+            operator.use((replace(kernel, missing=lambda device: None, why_not=why_not), *others))
 
 
-def _but_no_bfloat16(unserved):
+def _but_no_bfloat16(why_not):
     """The interpreter's bfloat16 products are wrong (triton 3.6 and 3.9)."""
 
     def refuse(*args):
         if any(isinstance(x, torch.Tensor) and x.dtype == torch.bfloat16 for x in args):
             return "bfloat16 cannot be interpreted"
-        return unserved(*args)
+        return why_not(*args)
 
     return refuse
 

@@ -15,6 +15,7 @@ from clvp_fast.engine.persistent import PersistentStep
 from clvp_fast.ops import dispatch
 from tests.engine.test_decoder import prompts, tiny
 from tests.engine.test_runner import GREEDY, Driver
+from tests.kit import operators
 
 FIRST, SECOND = torch.device("cuda", 0), torch.device("cuda", 1)
 
@@ -91,8 +92,7 @@ def arguments(operator, tensor):
 def operator(request, monkeypatch):
     """Each operator, as if its kernel served everything."""
     operator = dispatch.OPERATORS[request.param]
-    monkeypatch.setattr(operator, "refusal", lambda device: None)
-    monkeypatch.setattr(operator, "_unserved", lambda *args: None)
+    operators.change(monkeypatch, operator, missing=lambda device: None, why_not=lambda *args: None)
     return operator
 
 
@@ -100,7 +100,7 @@ def test_a_kernel_is_launched_on_the_device_of_its_tensors(operator, current, mo
     def kernel(*args):
         raise KeyError(args[0].device, current[-1])
 
-    monkeypatch.setattr(operator, "kernel", kernel)
+    operators.change(monkeypatch, operator, run=kernel)
     with pytest.raises(KeyError) as raised:
         operator.registered(*arguments(operator, Away()))
     assert raised.value.args == (SECOND, SECOND) and current == [FIRST]
@@ -110,7 +110,7 @@ def test_on_a_cpu_no_device_is_asked_for(operator, monkeypatch):
     def kernel(*args):
         raise KeyError(args[0].device)
 
-    monkeypatch.setattr(operator, "kernel", kernel)
+    operators.change(monkeypatch, operator, run=kernel)
     monkeypatch.setattr(dispatch, "device_guard", None)
     with pytest.raises(KeyError, match="cpu"):
         operator.registered(*arguments(operator, torch.zeros(2, 2)))

@@ -1,17 +1,17 @@
-"""Which code an operator runs: its reference, its torch path, or its kernel.
+"""Which code an operator runs: its reference, or one of its implementations.
 
-An `Operator` holds one hot path three times, with one positional signature:
+An `Operator` holds one hot path several times, with one positional signature:
 
 - `reference`: plain torch that states the mathematics, any dtype up to float64;
-- `torch_path`: as fast as torch allows, differentiable, on any device;
-- `kernel`: Triton, or C++ and CUDA, inference only, loaded at first use, run behind the registered
-  `torch.ops.clvp_fast.<name>`.
+- `implementations`, best first: kernels (`"triton"`, `"cuda"` for a GPU, `"cpu"` for the native library's), inference
+  only, loaded at first use; and the last one, `"torch"`: as fast as torch allows, differentiable, on any device.
 
-The first two are called inline, so that autograd, `torch.compile` and `torch.export` see plain torch; the kernel runs
-behind the registered operator, which the compiler keeps as one opaque call. By default a kernel serves where it can,
-and the torch path everywhere else. `CLVP_FAST_BACKEND=reference|torch|kernel`, read once at import, or
-`with clvp_fast.backend(...)` forces one; a forced backend that cannot serve raises. Triton's interpreter, for tests on
-a CPU, runs a kernel only when it is forced.
+A call takes the first implementation that serves and pays. Reference and torch are called inline, so that autograd,
+`torch.compile` and `torch.export` see plain torch; a kernel runs behind the registered `torch.ops.clvp_fast.<name>`,
+which the compiler keeps as one opaque call. `CLVP_FAST_BACKEND`, read once at import, or `with clvp_fast.backend(...)`
+forces `"reference"`, `"torch"`, `"kernel"` (the first implementation that serves and is not torch) or one
+implementation by its name; a forced backend that cannot serve raises. Triton's interpreter, for tests on a CPU, runs a
+kernel only when it is forced.
 """
 
 import os
@@ -23,15 +23,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch.autograd import forward_ad
 
+from clvp_fast.ops.choice import Choice, Choices
+
 BACKENDS = ("reference", "torch", "kernel")
+KERNELS = ("triton", "cuda", "cpu")
 LIBRARY = torch.library.Library("clvp_fast", "DEF")
 OPERATORS: dict[str, "Operator"] = {}
-_NO_KERNEL = "there is no kernel for this operator yet"
 
 
 def _checked(name: str, source: str) -> str:
-    if name not in BACKENDS:
-        raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}, not {name!r}")
+    if name not in BACKENDS + KERNELS:
+        raise ValueError(f"{source} must be one of {', '.join(BACKENDS + KERNELS)}, not {name!r}")
     return name
 
 
@@ -43,10 +45,11 @@ if _forced is not None:
 
 @contextmanager
 def backend(name: str | None):
-    """Force `"reference"`, `"torch"` or `"kernel"` for every operator of the process; `None`: the default choice.
+    """Force one backend for every operator of the process; `None`: the default choice.
 
-    Nests, and restores the former choice on exit. Raises `ValueError` for an unknown name. An operator that the forced
-    backend cannot serve raises `RuntimeError`, with the reason, when it is called.
+    `"reference"`, `"torch"`, `"kernel"` (the first kernel that serves), or the kernels of one kind: `"triton"`,
+    `"cuda"` or `"cpu"`. Nests, and restores the former choice on exit. Raises `ValueError` for an unknown name. An
+    operator that the forced backend cannot serve raises `RuntimeError`, with the reason, when it is called.
     """
     global _forced
     if name is not None:
@@ -60,20 +63,17 @@ def backend(name: str | None):
 
 def needs_grad(*tensors: torch.Tensor | None) -> bool:
     """Whether autograd has to follow an operator on these tensors (`None` entries are absent arguments)."""
-    if _is_forward():
-        return True
-    if not torch.is_grad_enabled():
-        return False
-    return any(t is not None and t.requires_grad for t in tensors)
+    return gradient(*tensors) is not None
 
 
-def _is_forward() -> bool:
-    """Whether derivatives are computed forward (`torch.func.jvp`), which functions of torch's alone can follow.
-
-    They are with `torch.no_grad()` too. Its fused attention cannot, and references have none. torch has no public name
-    for the level.
-    """
-    return getattr(forward_ad, "_current_level", -1) >= 0
+def gradient(*tensors: torch.Tensor | None) -> str | None:
+    """Why autograd keeps a call with these tensors from the kernels, or `None`."""
+    if getattr(forward_ad, "_current_level", -1) < 0:
+        if not torch.is_grad_enabled():
+            return None
+        if not any(t is not None and t.requires_grad for t in tensors):
+            return None
+    return "an input requires grad"
 
 
 def autocasts(device: torch.device) -> bool:
@@ -82,14 +82,9 @@ def autocasts(device: torch.device) -> bool:
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
-def forced() -> str | None:
-    """The backend that is forced, or `None`."""
-    return _forced
-
-
 def interpreted() -> bool:
-    """Whether a kernel that runs on a CPU now is a Triton kernel in the interpreter: for tests, and when forced."""
-    return _forced == "kernel" and os.environ.get("TRITON_INTERPRET") == "1"
+    """Whether Triton's kernels run in its interpreter, on a CPU: for tests, and when they are forced."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def missing_for_triton(device: torch.device) -> str | None:
@@ -99,9 +94,9 @@ def missing_for_triton(device: torch.device) -> str | None:
     except ImportError:
         return "triton is not installed (pip install 'clvp-fast[kernels]')"
     if device.type == "cpu":
-        if os.environ.get("TRITON_INTERPRET") != "1":
+        if not interpreted():
             return "kernels need an NVIDIA GPU (or, for tests, TRITON_INTERPRET=1)"
-        return None if _forced == "kernel" else "Triton's interpreter runs a kernel only when it is forced"
+        return None if _forced in ("kernel", "triton") else "Triton's interpreter runs a kernel only when it is forced"
     return missing_on_gpu(device)
 
 
@@ -127,18 +122,59 @@ def uncast(device: torch.device) -> AbstractContextManager:
     return torch.autocast(device.type, enabled=False) if autocasts(device) else nullcontext()
 
 
-def runs_natively(device: torch.device) -> bool:
-    """Whether an operator with two kernels runs that of the native library on `device`, a CPU, and not Triton's."""
-    return device.type == "cpu" and not interpreted()
-
-
-def missing_for_either(device: torch.device) -> str | None:
-    """Why neither Triton's kernel on a GPU nor the native library's on a CPU can run on `device`, or `None`."""
-    if not runs_natively(device):
-        return missing_for_triton(device)
+def missing_natively(device: torch.device) -> str | None:
+    """Why the native library's kernels for a CPU cannot run on `device`, or `None`."""
+    if device.type != "cpu":
+        return f"it serves a CPU, not a {device.type} device"
     from clvp_fast import native
 
     return native.missing("cpu")
+
+
+def missing_for_cuda(device: torch.device) -> str | None:
+    """Why the native library's kernels for a GPU cannot run on `device`, or `None`."""
+    if reason := missing_on_gpu(device):
+        return reason
+    from clvp_fast import native
+
+    return native.missing("cuda")
+
+
+_MISSING = {
+    "triton": missing_for_triton,
+    "cuda": missing_for_cuda,
+    "cpu": missing_natively,
+    "torch": lambda device: None,
+}
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to run an operator. `run`, `why_not` and `pays` take the schema's arguments by position.
+
+    name: "triton", "cuda" or "cpu"; or "torch", which serves all and stands last.
+    run: allocates the results and launches; imports `clvp_fast.kernels` or the native library when it is called.
+    why_not: tells why it does not serve these arguments (a dtype, a size), or returns `None`.
+    why_not_type: tells why it serves no tensors of a dtype on a device, or returns `None`: what of `why_not` is known
+        before a call.
+    pays: whether a call is one for it where nothing is forced; `None`: each that it serves.
+    calls: those that pay, as `explain` says it.
+    warns: whether a call that it does not serve, on a device where it runs, is worth a warning.
+    missing: tells why it cannot run on a device, or returns `None`; by default as its name says.
+    """
+
+    name: str
+    run: Callable
+    why_not: Callable[..., str | None] = lambda *args: None
+    why_not_type: Callable[[torch.device, torch.dtype], str | None] = lambda device, dtype: None
+    pays: Callable[..., bool] | None = None
+    calls: str = ""
+    warns: bool = True
+    missing: Callable[[torch.device], str | None] | None = None
+
+    def __post_init__(self):
+        if self.missing is None:
+            object.__setattr__(self, "missing", _MISSING[self.name])
 
 
 class Operator:
@@ -148,18 +184,13 @@ class Operator:
         name: the operator's name; its module, kernel file, tests and benchmark share it.
         schema: arguments and results as `torch.library` writes them, such as `"(Tensor x, float eps) -> Tensor"`. A
             tensor that the operator writes is declared `Tensor(a!)`; no result may alias an argument.
-        reference: the oracle. Takes the schema's arguments by position, as do the next four.
-        torch_path: the path without a kernel.
-        unaliased: the torch path for the registered operator, where `torch_path` may return an argument.
-        fake: the results' shapes and dtypes, as empty tensors.
-        kernel: allocates the results and launches; imports `clvp_fast.kernels` when called. `None`: there is none.
-        unserved: tells why the kernel cannot serve these arguments (a dtype, a size), or returns `None`.
-        unserved_type: tells why it serves no tensors of a dtype on a device, or returns `None`: the part of `unserved`
-            that is known before a call.
-        calls: which calls the kernel is for where nothing is forced and it is not for all, as `explain` says it.
-        yields: whether calls take the torch path, and do not raise, where the kernel is forced and cannot serve.
-        missing: tells why the kernel cannot run on a device, or returns `None`.
-        expected_on: types of the devices where a missing kernel is worth a warning.
+        reference: the oracle. Takes the schema's arguments by position.
+        fake: the results' shapes and dtypes, as empty tensors, of the same arguments.
+        implementations: best first, torch's last.
+        unaliased: torch's for the registered operator, where its `run` may return an argument.
+        yields: whether a call that a forced kernel cannot serve takes torch's implementation and does not raise.
+            `None`: no call does.
+        parts: the operators that torch's implementation is made of, if it is nothing else: each raises for itself.
     """
 
     def __init__(
@@ -168,30 +199,19 @@ class Operator:
         schema: str,
         *,
         reference: Callable,
-        torch_path: Callable,
         fake: Callable,
+        implementations: tuple[Implementation, ...],
         unaliased: Callable | None = None,
-        kernel: Callable | None = None,
-        unserved: Callable[..., str | None] = lambda *args: None,
-        unserved_type: Callable[[torch.device, torch.dtype], str | None] = lambda device, dtype: None,
-        calls: str = "",
-        yields: bool = False,
-        missing: Callable[[torch.device], str | None] = missing_for_triton,
-        expected_on: tuple[str, ...] = ("cuda",),
+        yields: Callable[..., bool] | None = None,
+        parts: tuple[str, ...] = (),
     ):
         self.name = name
         self.reference = reference
-        self.torch_path = torch_path
-        self._unaliased = unaliased or torch_path
-        self.kernel = kernel
-        self._unserved = unserved
-        self._unserved_type = unserved_type
-        self._calls = calls
+        self._unaliased = unaliased
         self._yields = yields
-        self._missing = missing
-        self._expected_on = expected_on
-        self._refusals: dict[tuple[torch.device, bool], str | None] = {}
+        self._parts = parts
         self._warned: set[str] = set()
+        self.use(implementations)
         LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         LIBRARY.impl(name, self._registered, "CPU")
         LIBRARY.impl(name, self._registered_on_gpu, "CUDA")
@@ -199,9 +219,28 @@ class Operator:
         self.registered = getattr(torch.ops.clvp_fast, name).default
         OPERATORS[name] = self
 
+    def use(self, implementations: tuple[Implementation, ...]) -> None:
+        """Take these implementations; nothing is known of where they can run."""
+        *kernels, plain = self.implementations = tuple(implementations)
+        self.torch = plain.run
+        self._refusals: dict[tuple[str, torch.device, str | None], str | None] = {}
+        # Which kernels are asked, by what is forced and whether it is on a CPU; elsewhere at least one, for its reason.
+        # Triton's come first where kernels are forced on a CPU: its interpreter runs them there.
+        self._asked = {}
+        for on_cpu in (False, True):
+            made = tuple(each for each in kernels if (each.name == "cpu") == on_cpu) or tuple(kernels)
+            for backend in (None, *BACKENDS):
+                self._asked[backend, on_cpu] = tuple(kernels) if on_cpu and backend == "kernel" else made
+            for backend in KERNELS:
+                self._asked[backend, on_cpu] = tuple(each for each in kernels if each.name == backend)
+
     def _registered(self, *args):
-        refused = self.refusal(args[0].device) or self._unserved(*args)
-        return (self._unaliased if refused else self.kernel)(*args)
+        # A compiled graph may hand it anything, and whoever calls it has chosen: whether a kernel pays is not asked.
+        device = args[0].device
+        for each in self._asked[_forced, device.type == "cpu"]:
+            if self._refusal(each.name, device) is None and each.why_not(*args) is None:
+                return each.run(*args)
+        return (self._unaliased or self.torch)(*args)
 
     def _registered_on_gpu(self, *args):
         # Kernels are launched on the current device, wherever their tensors lie.
@@ -209,14 +248,13 @@ class Operator:
             return self._registered(*args)
 
     @torch.compiler.assume_constant_result
-    def refusal(self, device: torch.device) -> str | None:
-        """Why the kernel cannot serve on `device`, or `None` where it serves. Warns, once, if it should have served."""
-        if self.kernel is None:
-            return _NO_KERNEL
-        key = (device, _forced == "kernel")
+    def _refusal(self, name: str, device: torch.device) -> str | None:
+        """Why the implementation of that name cannot run on `device`, or `None`. Warns, once, if it should run."""
+        key = (name, device, _forced)
         if key not in self._refusals:
-            reason = self._refusals[key] = self._missing(device)
-            if reason is not None and device.type in self._expected_on:
+            (found,) = (each for each in self.implementations if each.name == name)
+            reason = self._refusals[key] = found.missing(device)
+            if reason is not None and device.type == "cuda" and name != "cpu":
                 self._warn(reason)
             if reason is not None and device.type == "cpu":
                 from clvp_fast import native
@@ -234,83 +272,64 @@ class Operator:
         """The callable for one call with the schema's arguments `args`, of which the first is a tensor.
 
         `training` says why the call is not inference (kernels serve inference alone), or is `None`. Warns, once, where
-        a kernel serves on the device but not these arguments.
-        Raises `RuntimeError` where the kernel is forced and cannot serve.
+        a kernel runs on the device and does not serve these arguments.
+        Raises `RuntimeError` where a kernel is forced and cannot serve.
         """
-        if _forced == "reference" or _is_forward():
+        forced = _forced
+        # Derivatives that are computed forward need functions of torch's alone: its fused attention has none.
+        if forced == "reference" or getattr(forward_ad, "_current_level", -1) >= 0:
             return self.reference
-        if _forced == "torch" or (self.kernel is None and _forced is None):
-            return self.torch_path
-        device = args[0].device
-        reason = training or self.refusal(device)
-        if reason is None:
-            reason = self._unserved(*args)
-            if reason is None:
-                return self.registered
-            if _forced is None:
-                self._warn(reason)
-        if _forced == "kernel":
-            raise RuntimeError(
-                f"the kernel of clvp_fast.{self.name} was forced and cannot serve on {device}: {reason}; "
-                "choose backend 'torch' or 'reference', or force none"
-            )
-        return self.torch_path
+        if forced == "torch" or (training is not None and (forced is None or self._yields is not None)):
+            return self.torch
+        device, why, absent = args[0].device, training, None
+        if training is None:
+            for each in self._asked[forced, device.type == "cpu"]:
+                if forced is None and each.pays is not None and not each.pays(*args):
+                    continue
+                absent = self._refusal(each.name, device)
+                if absent is None:
+                    reason = each.why_not(*args)
+                    if reason is None:
+                        return self.registered
+                    if forced is None and each.warns:
+                        self._warn(reason)
+                    why = why or reason
+        if forced is None or (self._yields is not None and self._yields(*args)):
+            return self.torch
+        raise RuntimeError(
+            f"the kernel of clvp_fast.{self.name} was forced and cannot serve on {device}: "
+            f"{why or absent or self._no_kernel()}; choose backend 'torch' or 'reference', or force none"
+        )
 
-    def without_kernel(self) -> Callable:
-        """The path that is taken where a kernel is not even wanted: the torch path, if the reference is not."""
-        return self.reference if _forced == "reference" or _is_forward() else self.torch_path
+    def _no_kernel(self) -> str:
+        kernels = ", ".join(each.name for each in self.implementations[:-1])
+        return f"{_forced} is forced, and it has {kernels}" if kernels else "there is no kernel for this operator yet"
 
-    def with_kernel(self) -> Callable:
-        """What `choose` gives for inference that the kernel is known to serve."""
-        return getattr(self, {"reference": "reference", "torch": "torch_path"}.get(_forced, "registered"))
-
-    def explain(self, device: torch.device, dtype: torch.dtype) -> "Choice":
+    def explain(self, device: torch.device, dtype: torch.dtype) -> Choice:
         """What `choose` does for inference with tensors of `dtype` on `device`."""
-        # Not `refusal`, which warns: who asks is told, and a call that takes the slower path still warns.
-        reason = _NO_KERNEL if self.kernel is None else self._missing(device) or self._unserved_type(device, dtype)
-        refused = {} if reason is None else {"kernel": reason}
-        chosen = _forced or ("torch" if reason else "kernel")
-        if chosen == "kernel" and reason and self._yields:
-            chosen = "torch"
+        # Not `_refusal`, which warns: who asks is told, and a call that takes the slower path still warns.
+        kernel, why, absent = None, None, None
+        for each in self._asked[_forced, device.type == "cpu"]:
+            absent = each.missing(device)
+            if absent is None:
+                reason = each.why_not_type(device, dtype)
+                if reason is None:
+                    kernel = each
+                    break
+                why = why or reason
+        why = why or absent or self._no_kernel()
+        refused = {} if kernel else {"kernel": why}
+        chosen = "kernel" if _forced in KERNELS else _forced or ("kernel" if kernel else "torch")
+        if chosen == "kernel" and not kernel and self._yields:
+            parts = (OPERATORS[part].explain(device, dtype).backend for part in self._parts)
+            chosen = "torch" if all(parts) else "kernel"
         for name in BACKENDS:
             if name != chosen and name not in refused:
                 refused[name] = f"{_forced} is forced" if _forced else f"{chosen} is faster"
-        calls = self._calls if chosen == "kernel" and _forced is None else ""
+        calls = kernel.calls if chosen == "kernel" and kernel and _forced is None else ""
         serves = None if chosen in refused else chosen
-        return Choice(self.name, str(device), str(dtype).removeprefix("torch."), serves, refused, calls)
-
-
-@dataclass(frozen=True)
-class Choice:
-    """An operator's backend on a device, and why each other one is not used.
-
-    dtype: of the tensors, as "float32"; "float32, bfloat16" where the same holds for both.
-    backend: `None` where the forced one cannot serve.
-    calls: which calls the backend is for; empty: for all that it takes.
-    """
-
-    operator: str
-    device: str
-    dtype: str
-    backend: str | None
-    refused: dict[str, str]
-    calls: str = ""
-
-
-class Choices(list):
-    """A list of `Choice` that prints as a table."""
-
-    def __str__(self) -> str:
-        rows = [("operator", "device", "dtype", "backend", "for, and not used")]
-        for choice in self:
-            told = [f"for {choice.calls}"] if choice.calls else []
-            told += [f"{name}: {reason}" for name, reason in choice.refused.items()]
-            rows.append((choice.operator, choice.device, choice.dtype, choice.backend or "none", "; ".join(told)))
-        widths = [max(len(row[column]) for row in rows) for column in range(4)]
-        lines = [
-            "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[4]]) for row in rows
-        ]
-        return "\n".join(lines)
+        ran = kernel.name if serves == "kernel" else serves
+        return Choice(self.name, str(device), str(dtype).removeprefix("torch."), serves, refused, calls, ran)
 
 
 def explain(
@@ -344,8 +363,8 @@ def unserved_by_triton(name: str, dtype: torch.dtype) -> str | None:
     return f"{name} must be float32, float16 or bfloat16, not {dtype}"
 
 
-def unserved_natively(dtype: torch.dtype) -> str | None:
-    """Why a kernel of the native library does not take tensors of `dtype` on a CPU, or `None`."""
+def unserved_natively(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why a kernel of the native library does not take tensors of `dtype` on `device`, a CPU, or `None`."""
     return None if dtype in (torch.float32, torch.bfloat16) else f"on a CPU it serves float32 and bfloat16, not {dtype}"
 
 

@@ -6,7 +6,15 @@ out = token_table[token_ids] + position_table[position_ids]
 import torch
 import torch.nn.functional as F
 
-from clvp_fast.ops.dispatch import Operator, check_floating, check_same, needs_grad, shape_error, unserved_by_triton
+from clvp_fast.ops.dispatch import (
+    Implementation,
+    Operator,
+    check_floating,
+    check_same,
+    needs_grad,
+    shape_error,
+    unserved_by_triton,
+)
 
 
 def reference(token_ids, position_ids, token_table, position_table, out_dtype=None):
@@ -27,14 +35,14 @@ def _fake(token_ids, position_ids, token_table, position_table, out_dtype=None):
     return token_table.new_empty((*token_ids.shape, token_table.shape[1]), dtype=out_dtype)
 
 
-def _unserved(token_ids, position_ids, token_table, position_table, out_dtype=None):
+def _why_not(token_ids, position_ids, token_table, position_table, out_dtype=None):
     for name, dtype in (("the tables", token_table.dtype), ("out_dtype", out_dtype or token_table.dtype)):
         if reason := unserved_by_triton(name, dtype):
             return reason
     return None
 
 
-def _kernel(token_ids, position_ids, token_table, position_table, out_dtype=None):
+def _triton(token_ids, position_ids, token_table, position_table, out_dtype=None):
     from clvp_fast.kernels import embedding
 
     out = _fake(token_ids, position_ids, token_table, position_table, out_dtype)
@@ -52,11 +60,11 @@ _OPERATOR = Operator(
     "(Tensor token_ids, Tensor position_ids, Tensor token_table, Tensor position_table, ScalarType? out_dtype=None)"
     " -> Tensor",
     reference=reference,
-    torch_path=_torch,
     fake=_fake,
-    kernel=_kernel,
-    unserved=_unserved,
-    unserved_type=lambda device, dtype: unserved_by_triton("the tables", dtype),
+    implementations=(
+        Implementation("triton", _triton, _why_not, lambda device, dtype: unserved_by_triton("the tables", dtype)),
+        Implementation("torch", _torch),
+    ),
 )
 
 

@@ -16,17 +16,17 @@ import torch.nn.functional as F
 from clvp_fast.ops import many_rows
 from clvp_fast.ops.activations import ACTIVATIONS, activate, reference_activation
 from clvp_fast.ops.dispatch import (
+    Implementation,
     Operator,
     as_rows,
     autocasts,
     check_residual,
     check_same,
-    forced,
+    gradient,
     interpreted,
-    missing_for_triton,
     needs_grad,
-    runs_natively,
     shape_error,
+    unserved_by_triton,
 )
 
 _FUSED = (None, "gelu_new", "gelu_pytorch_tanh")
@@ -65,21 +65,6 @@ def _torch(x, weight, bias, scale, activation, residual=None):
 
 def _fake(x, weight, bias, scale, activation, residual=None):
     return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype if residual is None else residual.dtype)
-
-
-def _in_triton(x, weight) -> bool:
-    """Whether the kernel of these operands is kernels/linear.py, and not csrc/linear_isa.cpp."""
-    return weight.dtype == torch.int8 and not runs_natively(x.device)
-
-
-def _kernel(*args):
-    if _in_triton(*args[:2]):
-        return _triton(*args)
-    return (_native_many if many_rows.are_many(args[0]) else _native)(*args)
-
-
-def _native_many(x, weight, bias, scale, activation, residual=None):
-    return many_rows.layers(x, weight, bias, None, None, residual, activation)
 
 
 def _operands(x, weight, bias, scale, activation, residual=None):
@@ -124,79 +109,64 @@ def _native(x, weight, bias, scale, activation, residual=None):
     return out
 
 
-def missing(device: torch.device) -> str | None:
-    """Why neither Triton's kernel on a GPU nor the library's products on a CPU can run on `device`, or `None`."""
-    return _missing_native() if runs_natively(device) else missing_for_triton(device)
+def _cpu(*args):
+    return (_native_many if many_rows.are_many(args[0]) else _native)(*args)
 
 
-def _missing_native():
-    from clvp_fast import native
-
-    return native.missing("cpu")
+def _native_many(x, weight, bias, scale, activation, residual=None):
+    return many_rows.layers(x, weight, bias, None, None, residual, activation)
 
 
-def _unserved_type(device, dtype):
-    """Why no x of `dtype`, with weights of that, is served on `device`, or None."""
-    if device.type != "cpu":
-        return "on a GPU it serves int8 weights, and torch's own products all others"
-    # Interpreted, the operator has two kernels on a CPU, and `missing` tells of the other.
-    return (_missing_native() if interpreted() else None) or many_rows.unserved_type(dtype)
+def _takes_int8(x, weight, *others):
+    return weight.dtype == torch.int8
 
 
-def _unserved(x, weight, bias, scale, activation, residual=None):
+def _why_not(x, weight, bias, activation):
     rows, columns = weight.shape
     if x.shape[-1] != columns or columns == 0:
         return f"it serves x with as many columns as the weights, at least one, not {x.shape[-1]}, {columns}"
     if bias is not None and (bias.dtype != x.dtype or bias.shape != (rows,)):
         return f"bias must be [{rows}] of the dtype of x, {x.dtype}, not {list(bias.shape)}, {bias.dtype}"
-    if activation not in _FUSED:
-        return f"activation must be one of {_FUSED}, not {activation!r}"
-    if _in_triton(x, weight):
-        half = x.dtype in (torch.float16, torch.bfloat16)
-        return None if half or x.dtype == torch.float32 else f"x must be float32, float16 or bfloat16, not {x.dtype}"
+    return None if activation in _FUSED else f"activation must be one of {_FUSED}, not {activation!r}"
+
+
+def _why_not_type_triton(device, dtype):
+    return "on a GPU it serves int8 weights, and torch's own products all others"
+
+
+def _why_not_triton(x, weight, bias, scale, activation, residual=None):
+    if weight.dtype != torch.int8:
+        return _why_not_type_triton(x.device, x.dtype)
+    return _why_not(x, weight, bias, activation) or unserved_by_triton("x", x.dtype)
+
+
+def _why_not_cpu(x, weight, bias, scale, activation, residual=None):
     int8 = weight.dtype == torch.int8
-    if reason := many_rows.unserved_type(x.dtype, int8) if int8 else _unserved_type(x.device, x.dtype):
+    if reason := _why_not(x, weight, bias, activation) or many_rows.unserved_type(x.device, x.dtype, int8):
         return reason
-    few = x.numel() <= many_rows.FEW_ROWS * columns
-    return _unserved_native(x, weight, columns) if few else many_rows.unserved(x, activation, weight)
-
-
-def _unserved_native(x, weight, columns):
-    if weight.dtype not in (x.dtype, torch.int8):
+    if many_rows.are_many(x):
+        return many_rows.unserved(x, activation, weight)
+    if not int8 and weight.dtype != x.dtype:
         return f"it serves weights of the dtype of x, {x.dtype}, or int8, not {weight.dtype}"
-    if columns % 32 or weight.stride(1) != 1:
+    if weight.shape[1] % 32 or weight.stride(1) != 1:
         return f"it serves rows of 32 n columns, side by side in memory, not {list(weight.shape)}, {weight.stride()}"
     return None
 
 
+_CALLS = f"rows of 32 n columns; up to {many_rows.FEW_ROWS} of them with int8 weights too"
 _OPERATOR = Operator(
     "linear",
     "(Tensor x, Tensor weight, Tensor? bias, Tensor? scale, str? activation, Tensor? residual=None) -> Tensor",
     reference=reference,
-    torch_path=_torch,
     fake=_fake,
-    kernel=_kernel,
-    unserved=_unserved,
-    unserved_type=_unserved_type,
-    calls=f"rows of 32 n columns; up to {many_rows.FEW_ROWS} of them with int8 weights too",
-    yields=True,
-    missing=missing,
+    implementations=(
+        # For int8 weights torch has no product, only one over a wider copy of them.
+        Implementation("triton", _triton, _why_not_triton, _why_not_type_triton, pays=_takes_int8),
+        Implementation("cpu", _cpu, _why_not_cpu, many_rows.unserved_type, calls=_CALLS, warns=False),
+        Implementation("torch", _torch),
+    ),
+    yields=lambda x, weight, *others: weight.dtype != torch.int8 or (x.device.type == "cpu" and not interpreted()),
 )
-
-
-def _path(x, weight, *args):
-    """What a call runs: without training or tracing the kernel, or torch's own product where the kernel does not serve.
-
-    For int8 weights on a GPU torch has no product, only one over a wider copy of them: that such a call is not served
-    is for `Operator.choose` to tell.
-    """
-    if _in_triton(x, weight):
-        return _OPERATOR.choose((x, weight, *args))
-    if x.device.type != "cpu" or forced() in ("reference", "torch"):
-        return _OPERATOR.without_kernel()
-    # In this order: without the library nobody can tell what it serves.
-    served = _OPERATOR.refusal(x.device) is None and _unserved(x, weight, *args) is None
-    return _OPERATOR.with_kernel() if served else _OPERATOR.without_kernel()
 
 
 def check_scale(scale: torch.Tensor | None, weight: torch.Tensor, x: torch.Tensor, name: str = "scale") -> None:
@@ -251,6 +221,8 @@ def linear(
             return _add(linear(x, weight, bias, scale=scale, activation=activation), residual)
     if activation not in _FUSED:
         return activate(linear(x, weight, bias, scale=scale), activation)
-    if cast or torch.compiler.is_compiling() or needs_grad(x, weight, bias, residual):
-        return _OPERATOR.without_kernel()(*args)
-    return _path(*args)(*args)
+    if cast or torch.compiler.is_compiling():
+        training = "autocast is on, or a compiler"
+    else:
+        training = gradient(x, weight, bias, residual)
+    return _OPERATOR.choose(args, training)(*args)

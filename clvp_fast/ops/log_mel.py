@@ -19,7 +19,15 @@ from functools import cache
 
 import torch
 
-from clvp_fast.ops.dispatch import Operator, check_same, device_guard, missing_on_gpu, needs_grad, shape_error
+from clvp_fast.ops.dispatch import (
+    Implementation,
+    Operator,
+    check_same,
+    device_guard,
+    gradient,
+    missing_for_cuda,
+    shape_error,
+)
 from clvp_fast.ops.log_mel_tables import converted, filters_and_bands, table, twiddles
 
 N_FFTS, MAX_MELS = (256, 512, 1024, 2048, 4096), 256
@@ -158,23 +166,27 @@ def _kernel(
     return features.to(result)
 
 
-def _unserved(
+def _why_not(
     samples, window, mel_filters, hop_length, lengths, mel_norms, log_floor, decibels, top_db, compute_dtype, dtype
 ):
     if window.numel() not in N_FFTS:
         return f"it serves n_fft {', '.join(map(str, N_FFTS))}, not {window.numel()}"
     if mel_filters.shape[1] > MAX_MELS:
         return f"it serves num_mels up to {MAX_MELS}, not {mel_filters.shape[1]}"
-    if reason := _unserved_type(samples.device, _dtypes(samples, compute_dtype, dtype)[0]):
-        return reason
-    return _short_of_memory(window.numel(), samples.device) if samples.is_cuda else None
-
-
-def _unserved_type(device, dtype):
-    """Why the kernel does not compute in `dtype`, or None; samples are converted from any."""
-    if device.type == "cuda" and dtype == torch.float64:
-        return "on a GPU it computes in float32, not in float64"
     return None
+
+
+def _why_not_on_gpu(samples, window, *others):
+    if reason := _why_not(samples, window, *others):
+        return reason
+    if reason := _why_not_type_on_gpu(samples.device, _dtypes(samples, *others[-2:])[0]):
+        return reason
+    return _short_of_memory(window.numel(), samples.device)
+
+
+def _why_not_type_on_gpu(device, dtype):
+    """Why the kernel does not compute in `dtype`, or None; samples are converted from any."""
+    return "on a GPU it computes in float32, not in float64" if dtype == torch.float64 else None
 
 
 @cache
@@ -188,12 +200,10 @@ def _short_of_memory(n_fft, device):
     return f"n_fft {n_fft} is too long for this device: {told.value.decode()}" if lacks else None
 
 
-def _missing(device):
+def _missing_on_gpu(device):
     if device.type not in ("cpu", "cuda"):
         return f"the kernel needs a CPU or an NVIDIA GPU, not a {device.type} device"
-    from clvp_fast import native
-
-    return (missing_on_gpu(device) if device.type == "cuda" else None) or native.missing(device.type)
+    return missing_for_cuda(device)
 
 
 def num_frames(time, n_fft, hop_length):
@@ -224,12 +234,12 @@ _OPERATOR = Operator(
     "(Tensor samples, Tensor window, Tensor mel_filters, int hop_length, Tensor? lengths, Tensor? mel_norms, "
     "float log_floor, bool decibels, float? top_db, ScalarType? compute_dtype, ScalarType? dtype) -> Tensor",
     reference=reference,
-    torch_path=_torch,
     fake=_fake,
-    kernel=_kernel,
-    unserved=_unserved,
-    unserved_type=_unserved_type,
-    missing=_missing,
+    implementations=(
+        Implementation("cuda", _kernel, _why_not_on_gpu, _why_not_type_on_gpu, missing=_missing_on_gpu),
+        Implementation("cpu", _kernel, _why_not),
+        Implementation("torch", _torch),
+    ),
 )
 
 
@@ -301,7 +311,7 @@ def log_mel(
     _check_settings(hop_length, log_floor, decibels, top_db, compute, result)
     if lengths is not None:
         _check_lengths(lengths, samples)
-    grad = "an input requires grad" if needs_grad(samples, window, mel_filters, mel_norms) else None
+    grad = gradient(samples, window, mel_filters, mel_norms)
     args = (samples, window, mel_filters, hop_length, lengths, mel_norms, log_floor, decibels, top_db, compute, result)
     if samples.shape[0] == 0:
         return _fake(*args)

@@ -32,13 +32,13 @@ def has_matrix_unit() -> bool:
         return False
 
 
-def unserved_type(dtype, int8=False):
-    """Why this CPU's kernels of linear layers take no x of `dtype`, with weights of that or `int8`, or None."""
+def unserved_type(device, dtype, int8=False):
+    """Why the kernels of linear layers take no x of `dtype` on this CPU, with weights of that or `int8`, or None."""
     from clvp_fast import native
 
     if native.isa() == "portable":
         return "torch's own products serve a CPU that has neither AVX2 nor AVX-512"
-    if reason := unserved_natively(dtype):
+    if reason := unserved_natively(device, dtype):
         return reason
     if dtype == torch.bfloat16 and not int8 and has_matrix_unit():
         return "this CPU has a matrix unit for bfloat16, which torch's own products use"
@@ -47,7 +47,7 @@ def unserved_type(dtype, int8=False):
 
 def unserved(x, activation, *weights):
     """Why `layers` does not serve, or None. `weights` are those of one layer or of two, as it takes them."""
-    if reason := unserved_type(x.dtype):
+    if reason := unserved_type(x.device, x.dtype):
         return reason
     for weight in weights:
         if weight.dtype != x.dtype:

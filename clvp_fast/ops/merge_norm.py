@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from clvp_fast.ops import norm
-from clvp_fast.ops.dispatch import Operator, check_same, needs_grad, shape_error
+from clvp_fast.ops.dispatch import Implementation, Operator, check_same, gradient, shape_error
 
 
 def merge(x):
@@ -39,7 +39,7 @@ def _fake(x, weight, bias, eps):
     return x.new_empty(batch, (height + 1) // 2, (width + 1) // 2, 4 * channels)
 
 
-def _kernel(x, weight, bias, eps):
+def _triton(x, weight, bias, eps):
     from clvp_fast.kernels import norm as kernels
 
     out = _fake(x, weight, bias, eps)
@@ -49,7 +49,7 @@ def _kernel(x, weight, bias, eps):
     return out
 
 
-def _unserved(x, weight, bias, eps):
+def _why_not(x, weight, bias, eps):
     return norm.unserved(4 * x.shape[-1], x.dtype, weight.dtype, None if bias is None else bias.dtype)
 
 
@@ -57,11 +57,8 @@ _OPERATOR = Operator(
     "merge_norm",
     "(Tensor x, Tensor weight, Tensor? bias, float eps) -> Tensor",
     reference=reference,
-    torch_path=_torch,
     fake=_fake,
-    kernel=_kernel,
-    unserved=_unserved,
-    unserved_type=norm.unserved_type,
+    implementations=(Implementation("triton", _triton, _why_not, norm.unserved_type), Implementation("torch", _torch)),
 )
 
 
@@ -91,4 +88,4 @@ def merge_norm(x: torch.Tensor, *, weight: torch.Tensor, bias: torch.Tensor | No
             raise shape_error("bias", f"that of weight, {list(weight.shape)}", bias)
         check_same("bias", bias, "weight", weight)
     args = (x, weight, bias, eps)
-    return _OPERATOR.choose(args, "an input requires grad" if needs_grad(x, weight, bias) else None)(*args)
+    return _OPERATOR.choose(args, gradient(x, weight, bias))(*args)

@@ -7,24 +7,26 @@ The result has the dtype of the residual, which may be float32 beside half types
 with a scale a row: (x W^T) * scale in place of x W^T.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 
 from clvp_fast.ops import many_rows
 from clvp_fast.ops.activations import ACTIVATIONS, activate, reference_activation
 from clvp_fast.ops.dispatch import (
+    Implementation,
     Operator,
     as_rows,
     autocasts,
     check_residual,
     check_same,
-    forced,
+    gradient,
     needs_grad,
-    runs_natively,
     shape_error,
     unserved_by_triton,
 )
-from clvp_fast.ops.linear import check_scale, linear, missing
+from clvp_fast.ops.linear import check_scale, linear
 
 
 def _out_dtype(x, residual):
@@ -74,25 +76,25 @@ def _fake(x, w_in, b_in, w_out, b_out, residual, activation, scale_in=None, scal
     return x.new_empty((*x.shape[:-1], w_out.shape[0]), dtype=_out_dtype(x, residual))
 
 
-def _unserved_type(device, dtype):
-    if runs_natively(device):
-        return many_rows.unserved_type(dtype)
+def _why_not_type_triton(device, dtype):
     return unserved_by_triton("x", dtype)
 
 
-def _unserved(x, w_in, b_in, w_out, b_out, residual, activation, scale_in=None, scale_out=None):
-    if runs_natively(x.device):
-        return many_rows.unserved(x, activation, w_in, w_out)
+def _why_not_triton(x, w_in, b_in, w_out, b_out, residual, activation, *scales):
     from clvp_fast.kernels.mlp import ACTIVATIONS as SERVED
 
-    if reason := _unserved_type(x.device, x.dtype):
+    if reason := unserved_by_triton("x", x.dtype):
         return reason
     if activation not in SERVED:
         return f"activation must be one of {', '.join(SERVED)}, not {activation!r}"
     return None
 
 
-def _kernel(x, w_in, b_in, w_out, b_out, residual, activation, scale_in=None, scale_out=None, *, gated):
+def _why_not_cpu(x, w_in, b_in, w_out, b_out, residual, activation, *scales):
+    return many_rows.unserved(x, activation, w_in, w_out)
+
+
+def _triton(x, w_in, b_in, w_out, b_out, residual, activation, scale_in=None, scale_out=None, *, gated=False):
     from clvp_fast.kernels import mlp
 
     outer, inner = w_out.shape
@@ -120,26 +122,23 @@ def _kernel(x, w_in, b_in, w_out, b_out, residual, activation, scale_in=None, sc
     return out
 
 
-def _gelu_kernel(x, w_in, b_in, w_out, b_out, residual, activation, *scales):
-    args = (x, w_in, b_in, w_out, b_out, residual, activation)
-    return many_rows.layers(*args) if runs_natively(x.device) else _kernel(*args, *scales, gated=False)
+def _cpu(x, w_in, b_in, w_out, b_out, residual, activation, *scales, gated=False):
+    return many_rows.layers(x, w_in, b_in, w_out, b_out, residual, activation, gated=gated)
 
 
-def _geglu_kernel(*args):
-    return many_rows.layers(*args, gated=True) if runs_natively(args[0].device) else _kernel(*args, gated=True)
+def _pays(x, *others):
+    """The two products of few rows are faster alone, and a compiler sees through them."""
+    return many_rows.are_many(x) and not torch.compiler.is_compiling()
 
 
-def _for_torch(operator, args):
-    """Why a block on a CPU is not for `operator`'s kernel, or None; one on a GPU is never refused here.
-
-    The two products of few rows are faster alone; and nobody expects a CPU to have a kernel for all types.
-    """
-    x = args[0]
-    if (plain := training(*args[:6])) is not None or not runs_natively(x.device) or forced() is not None:
-        return plain
-    if torch.compiler.is_compiling() or not many_rows.are_many(x):
-        return "torch path"
-    return operator.refusal(x.device) or _unserved(*args)
+def _implementations(plain, gated):
+    triton, cpu = partial(_triton, gated=gated), partial(_cpu, gated=gated)
+    # Nobody expects a CPU to have a kernel for all types.
+    return (
+        Implementation("triton", triton, _why_not_triton, _why_not_type_triton, calls=_CALLS),
+        Implementation("cpu", cpu, _why_not_cpu, many_rows.unserved_type, _pays, _CALLS, warns=False),
+        Implementation("torch", plain),
+    )
 
 
 _ARGUMENTS = "Tensor x, Tensor w_in, Tensor b_in, Tensor w_out, Tensor b_out, Tensor? residual, str activation"
@@ -148,25 +147,15 @@ _GELU = Operator(
     "gelu_mlp",
     f"({_ARGUMENTS}, Tensor? scale_in=None, Tensor? scale_out=None) -> Tensor",
     reference=gelu_reference,
-    torch_path=_gelu_torch,
     fake=_fake,
-    kernel=_gelu_kernel,
-    unserved=_unserved,
-    unserved_type=_unserved_type,
-    calls=_CALLS,
-    missing=missing,
+    implementations=_implementations(_gelu_torch, gated=False),
 )
 _GEGLU = Operator(
     "geglu_mlp",
     f"({_ARGUMENTS}) -> Tensor",
     reference=geglu_reference,
-    torch_path=_geglu_torch,
     fake=_fake,
-    kernel=_geglu_kernel,
-    unserved=_unserved,
-    unserved_type=_unserved_type,
-    calls=_CALLS,
-    missing=missing,
+    implementations=_implementations(_geglu_torch, gated=True),
 )
 
 
@@ -202,9 +191,7 @@ def _check(halves, x, w_in, b_in, w_out, b_out, residual, activation, scale_in=N
 
 def training(*tensors):
     """Why a call is one for torch's own functions, or None."""
-    if autocasts(tensors[0].device):
-        return "autocast is on"
-    return "an input requires grad" if needs_grad(*tensors) else None
+    return "autocast is on" if autocasts(tensors[0].device) else gradient(*tensors)
 
 
 def gelu_mlp(
@@ -241,7 +228,7 @@ def gelu_mlp(
     if scale_in is not None or scale_out is not None:
         args = (*args, scale_in, scale_out)
     _check(1, *args)
-    return _GELU.choose(args, _for_torch(_GELU, args))(*args)
+    return _GELU.choose(args, training(*args[:6]))(*args)
 
 
 def geglu_mlp(
@@ -274,4 +261,4 @@ def geglu_mlp(
     _check(2, *args)
     if dropout_p > 0:
         return _GEGLU.choose(args, "dropout is for training")(*args, dropout_p)
-    return _GEGLU.choose(args, _for_torch(_GEGLU, args))(*args)
+    return _GEGLU.choose(args, training(*args[:6]))(*args)

@@ -15,11 +15,13 @@ import torch
 import torch.nn.functional as F
 
 from clvp_fast.ops.dispatch import (
+    Implementation,
     Operator,
     as_rows,
     check_floating,
     check_residual,
     check_same,
+    gradient,
     needs_grad,
     shape_error,
     unserved_by_triton,
@@ -81,11 +83,6 @@ def _fake(x, residual, weight, bias, eps, kind, out_dtype=None):
     return total, x.new_empty(x.shape, dtype=_normed_dtype(x, weight, kind, out_dtype))
 
 
-def _unserved(x, out_dtype, *tensors):
-    """Why the kernels cannot serve: `tensors` are those whose last axis is that of `x`, or None."""
-    return unserved(x.shape[-1], x.dtype, out_dtype, *(None if tensor is None else tensor.dtype for tensor in tensors))
-
-
 def unserved(width, *dtypes):
     """Why the kernels cannot serve rows that are so wide, of tensors of such types, of which any may be None."""
     from clvp_fast.kernels.norm import MAX_WIDTH
@@ -102,7 +99,12 @@ def unserved_type(device, dtype):
     return unserved_by_triton("tensors", dtype)
 
 
-def _kernel(x, residual, weight, bias, eps, kind, out_dtype=None):
+def _why_not(x, residual, weight, bias, eps, kind, out_dtype=None):
+    others = (None if tensor is None else tensor.dtype for tensor in (residual, weight, bias))
+    return unserved(x.shape[-1], x.dtype, out_dtype, *others)
+
+
+def _triton(x, residual, weight, bias, eps, kind, out_dtype=None):
     from clvp_fast.kernels import norm
 
     total, normed = _fake(x, residual, weight, bias, eps, kind, out_dtype)
@@ -119,14 +121,9 @@ _OPERATOR = Operator(
     "(Tensor x, Tensor? residual, Tensor weight, Tensor? bias, float eps, str kind, ScalarType? out_dtype=None)"
     " -> (Tensor, Tensor)",
     reference=reference,
-    torch_path=_torch,
-    unaliased=_unaliased,
     fake=_fake,
-    kernel=_kernel,
-    unserved=lambda x, residual, weight, bias, eps, kind, out_dtype=None: _unserved(
-        x, out_dtype, residual, weight, bias
-    ),
-    unserved_type=unserved_type,
+    implementations=(Implementation("triton", _triton, _why_not, unserved_type), Implementation("torch", _torch)),
+    unaliased=_unaliased,
 )
 
 
@@ -144,7 +141,12 @@ def _double_fake(x, weight1, bias1, eps1, weight2, bias2, eps2, out_dtype=None):
     return x.new_empty(x.shape), x.new_empty(x.shape, dtype=out_dtype)
 
 
-def _double_kernel(x, weight1, bias1, eps1, weight2, bias2, eps2, out_dtype=None):
+def _double_why_not(x, weight1, bias1, eps1, weight2, bias2, eps2, out_dtype=None):
+    others = (None if tensor is None else tensor.dtype for tensor in (weight1, bias1, weight2, bias2))
+    return unserved(x.shape[-1], x.dtype, out_dtype, *others)
+
+
+def _double_triton(x, weight1, bias1, eps1, weight2, bias2, eps2, out_dtype=None):
     from clvp_fast.kernels import norm
 
     first, second = _double_fake(x, weight1, bias1, eps1, weight2, bias2, eps2, out_dtype)
@@ -162,13 +164,11 @@ _DOUBLE = Operator(
     "(Tensor x, Tensor weight1, Tensor? bias1, float eps1, Tensor weight2, Tensor? bias2, float eps2,"
     " ScalarType? out_dtype=None) -> (Tensor, Tensor)",
     reference=_double_reference,
-    torch_path=_double_torch,
     fake=_double_fake,
-    kernel=_double_kernel,
-    unserved=lambda x, weight1, bias1, eps1, weight2, bias2, eps2, out_dtype=None: _unserved(
-        x, out_dtype, weight1, bias1, weight2, bias2
+    implementations=(
+        Implementation("triton", _double_triton, _double_why_not, unserved_type),
+        Implementation("torch", _double_torch),
     ),
-    unserved_type=unserved_type,
 )
 
 
@@ -222,9 +222,8 @@ def add_norm(
         if residual.shape != x.shape:
             raise shape_error("residual", f"that of x, {list(x.shape)}", residual)
         check_residual(residual, x)
-    grad = "an input requires grad" if needs_grad(x, residual, weight, bias) else None
     args = (x, residual, weight, bias, eps, kind, out_dtype)
-    total, normed = _OPERATOR.choose(args, grad)(*args)
+    total, normed = _OPERATOR.choose(args, gradient(x, residual, weight, bias))(*args)
     return (x if residual is None else total), normed
 
 
@@ -256,6 +255,5 @@ def double_layer_norm(
     check_floating("out_dtype", out_dtype)
     _check_affine(x, weight1, bias1, "1")
     _check_affine(x, weight2, bias2, "2")
-    grad = "an input requires grad" if needs_grad(x, weight1, bias1, weight2, bias2) else None
     args = (x, weight1, bias1, eps1, weight2, bias2, eps2, out_dtype)
-    return _DOUBLE.choose(args, grad)(*args)
+    return _DOUBLE.choose(args, gradient(x, weight1, bias1, weight2, bias2))(*args)

@@ -19,11 +19,10 @@ import torch
 import torch.nn.functional as F
 
 from clvp_fast.ops.dispatch import (
+    Implementation,
     Operator,
     check_same,
-    missing_for_either,
     needs_grad,
-    runs_natively,
     shape_error,
     unserved_by_triton,
     unserved_natively,
@@ -194,12 +193,13 @@ def _contiguous_last(*tensors):
     return [x if x is None or x.shape[-1] < 2 or x.stride(-1) == 1 else x.contiguous() for x in tensors]
 
 
-def _decode_native(q, k_new, v_new, k_pages, v_pages, block_table, seq_lens, prefix, scale):
-    """The CPU's kernel: csrc/paged_attention_isa.cpp."""
+def _decode_native(q, k_new, v_new, k_pages, v_pages, block_table, seq_lens, *others):
+    """csrc/paged_attention_isa.cpp."""
     from clvp_fast import native
 
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    q, k_new, v_new, block_table, seq_lens, *prefix = _contiguous_last(q, k_new, v_new, block_table, seq_lens, *prefix)
+    q, k_new, v_new, block_table, seq_lens = _contiguous_last(q, k_new, v_new, block_table, seq_lens)
+    prefix, scale = _contiguous_last(*others[:3]), others[3]
     prefix_table = prefix[0]
     call = native.PagedDecodeCall(
         *(x.data_ptr() for x in (q, k_new, v_new, k_pages, v_pages, out, block_table, seq_lens)),
@@ -222,7 +222,7 @@ def _decode_native(q, k_new, v_new, k_pages, v_pages, block_table, seq_lens, pre
     return out
 
 
-def _decode_kernel(
+def _decode_triton(
     q,
     k_new,
     v_new,
@@ -238,10 +238,7 @@ def _decode_kernel(
     v_scale=None,
     arrivals=None,
 ):
-    if runs_natively(q.device):
-        prefix = prefix_table, prefix_lens, prefix_index
-        return _decode_native(q, k_new, v_new, k_pages, v_pages, block_table, seq_lens, prefix, scale)
-
+    """kernels/paged_attention.py."""
     from clvp_fast.kernels import paged_attention as kernels
 
     num_candidates, num_heads, head_dim = q.shape
@@ -265,7 +262,7 @@ def _decode_kernel(
     return out
 
 
-def _prefill_kernel(q, k, v, cu_seqlens, k_pages, v_pages, block_table, scale, k_scale=None, v_scale=None):
+def _prefill_triton(q, k, v, cu_seqlens, k_pages, v_pages, block_table, scale, k_scale=None, v_scale=None):
     from clvp_fast.kernels import paged_attention as kernels
 
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -276,12 +273,12 @@ def _prefill_kernel(q, k, v, cu_seqlens, k_pages, v_pages, block_table, scale, k
     return out
 
 
-def _unserved_type(device, dtype):
+def _why_not_type(device, dtype):
     return unserved_by_triton("q", dtype)
 
 
-def _unserved(q, k_pages, v_pages):
-    if reason := _unserved_type(q.device, q.dtype):
+def _why_not(q, k_pages, v_pages):
+    if reason := unserved_by_triton("q", q.dtype):
         return reason
     if k_pages.dtype not in (q.dtype, FLOAT8):
         return f"it serves pages of the dtype of q, {q.dtype}, or of {FLOAT8}, not of {k_pages.dtype}"
@@ -297,16 +294,12 @@ def _unserved(q, k_pages, v_pages):
     return None
 
 
-def _decode_unserved_type(device, dtype):
-    if not runs_natively(device):
-        return _unserved_type(device, dtype)
-    return unserved_natively(dtype)
+def _decode_why_not_triton(q, k_new, v_new, k_pages, v_pages, *others):
+    return _why_not(q, k_pages, v_pages)
 
 
-def _decode_unserved(q, k_new, v_new, k_pages, v_pages, *others):
-    if not runs_natively(q.device):
-        return _unserved(q, k_pages, v_pages)
-    if reason := _decode_unserved_type(q.device, q.dtype):
+def _decode_why_not_cpu(q, k_new, v_new, k_pages, v_pages, *others):
+    if reason := unserved_natively(q.device, q.dtype):
         return reason
     if k_pages.dtype != q.dtype:
         return f"on a CPU it serves pages of the dtype of q, {q.dtype}, not of {k_pages.dtype}"
@@ -323,23 +316,28 @@ _DECODE = Operator(
     "Tensor seq_lens, Tensor? prefix_table, Tensor? prefix_lens, Tensor? prefix_index, float scale, "
     "Tensor? k_scale=None, Tensor? v_scale=None, Tensor(c!)? arrivals=None) -> Tensor",
     reference=decode_reference,
-    torch_path=_decode_torch,
     fake=lambda q, *others: torch.empty_like(q, memory_format=torch.contiguous_format),
-    kernel=_decode_kernel,
-    unserved=_decode_unserved,
-    unserved_type=_decode_unserved_type,
-    missing=missing_for_either,
+    implementations=(
+        Implementation("triton", _decode_triton, _decode_why_not_triton, _why_not_type),
+        Implementation("cpu", _decode_native, _decode_why_not_cpu, unserved_natively),
+        Implementation("torch", _decode_torch),
+    ),
 )
 _PREFILL = Operator(
     "paged_prefill",
     "(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor block_table, "
     "float scale, Tensor? k_scale=None, Tensor? v_scale=None) -> Tensor",
     reference=prefill_reference,
-    torch_path=_prefill_torch,
     fake=lambda q, *others: torch.empty_like(q, memory_format=torch.contiguous_format),
-    kernel=_prefill_kernel,
-    unserved=lambda q, k, v, cu_seqlens, k_pages, v_pages, *others: _unserved(q, k_pages, v_pages),
-    unserved_type=_unserved_type,
+    implementations=(
+        Implementation(
+            "triton",
+            _prefill_triton,
+            lambda q, k, v, cu_seqlens, k_pages, v_pages, *others: _why_not(q, k_pages, v_pages),
+            _why_not_type,
+        ),
+        Implementation("torch", _prefill_torch),
+    ),
 )
 
 

@@ -9,7 +9,15 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 
-from clvp_fast.ops.dispatch import Operator, check_same, needs_grad, shape_error, unserved_by_triton
+from clvp_fast.ops.dispatch import (
+    Implementation,
+    Operator,
+    check_same,
+    gradient,
+    needs_grad,
+    shape_error,
+    unserved_by_triton,
+)
 from clvp_fast.ops.wide import multiplies_slowly
 
 
@@ -161,7 +169,7 @@ def _fake(q, k, v, *others):
     return v.new_empty(q.shape)
 
 
-def _kernel(q, k, v, cos, sin, mask, causal, query_offset, scale):
+def _triton(q, k, v, cos, sin, mask, causal, query_offset, scale):
     from clvp_fast.kernels import rotary_attention as kernels
 
     out = v.new_empty(q.shape)
@@ -171,12 +179,13 @@ def _kernel(q, k, v, cos, sin, mask, causal, query_offset, scale):
     return out
 
 
-def _unserved_type(device, dtype):
+def _why_not_type(device, dtype):
     return unserved_by_triton("q", dtype)
 
 
-def _unserved(q, scale):
-    if reason := _unserved_type(q.device, q.dtype):
+def _why_not(q, *others):
+    scale = others[-1]
+    if reason := unserved_by_triton("q", q.dtype):
         return reason
     if q.shape[-1] > 128:
         return f"head_dim must be at most 128, not {q.shape[-1]}"
@@ -190,11 +199,8 @@ _OPERATOR = Operator(
     "(Tensor q, Tensor k, Tensor v, Tensor? cos, Tensor? sin, Tensor? mask, bool causal, SymInt query_offset, "
     "float scale) -> Tensor",
     reference=reference,
-    torch_path=_torch,
     fake=_fake,
-    kernel=_kernel,
-    unserved=lambda q, k, v, cos, sin, mask, causal, query_offset, scale: _unserved(q, scale),
-    unserved_type=_unserved_type,
+    implementations=(Implementation("triton", _triton, _why_not, _why_not_type), Implementation("torch", _torch)),
 )
 
 
@@ -212,7 +218,7 @@ def _one_by_one(attend):
     return ragged
 
 
-def _ragged_kernel(q, k, v, cu_seqlens, max_seqlen, cos, sin, causal, scale):
+def _ragged_triton(q, k, v, cu_seqlens, max_seqlen, cos, sin, causal, scale):
     from clvp_fast.kernels import rotary_attention as kernels
 
     out = v.new_empty(q.shape)
@@ -226,11 +232,11 @@ _RAGGED = Operator(
     "(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, SymInt max_seqlen, Tensor? cos, Tensor? sin, bool causal, "
     "float scale) -> Tensor",
     reference=_one_by_one(reference),
-    torch_path=_one_by_one(_torch),
     fake=_fake,
-    kernel=_ragged_kernel,
-    unserved=lambda q, k, v, cu_seqlens, max_seqlen, cos, sin, causal, scale: _unserved(q, scale),
-    unserved_type=_unserved_type,
+    implementations=(
+        Implementation("triton", _ragged_triton, _why_not, _why_not_type),
+        Implementation("torch", _one_by_one(_torch)),
+    ),
 )
 
 
@@ -313,11 +319,10 @@ def _ragged(q, k, v, cu_seqlens, max_seqlen, cos, sin, causal, scale):
         raise ValueError(f"max_seqlen must be the length of the longest sequence of cu_seqlens, not {max_seqlen}")
     _check_angles(cos, sin, q, (1,), max_seqlen)
     args = (q, k, v, cu_seqlens, max_seqlen, cos, sin, causal, q.shape[2] ** -0.5 if scale is None else scale)
-    if needs_grad(q, k, v, cos, sin):
-        return _RAGGED.choose(args, "an input requires grad")(*args)
-    if torch.compiler.is_compiling():  # the torch path reads lengths on the host: one opaque call
+    training = gradient(q, k, v, cos, sin)
+    if training is None and torch.compiler.is_compiling():  # torch's reads lengths on the host: one opaque call
         return _RAGGED.registered(*args)
-    return _RAGGED.choose(args)(*args)
+    return _RAGGED.choose(args, training)(*args)
 
 
 def rotary_attention(
@@ -369,8 +374,7 @@ def rotary_attention(
     args = (q, k, v, cos, sin, mask, causal, query_offset, scale)
     if dropout_p > 0:
         return _OPERATOR.choose(args, "dropout is for training")(*args, dropout_p)
-    grad = "an input requires grad" if needs_grad(q, k, v, cos, sin) else None
-    return _OPERATOR.choose(args, grad)(*args)
+    return _OPERATOR.choose(args, gradient(q, k, v, cos, sin))(*args)
 
 
 def rotary_attention_weights(

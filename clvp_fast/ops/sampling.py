@@ -14,10 +14,9 @@ import ctypes
 import torch
 
 from clvp_fast.ops.dispatch import (
+    Implementation,
     Operator,
     check_same,
-    missing_for_either,
-    runs_natively,
     shape_error,
     unserved_by_triton,
 )
@@ -198,10 +197,8 @@ def _native(
     return _advance(tokens, seen, lengths, done, stop_token, pad_token)
 
 
-def _kernel(logits, seen, lengths, done, *others):
-    if runs_natively(logits.device):
-        return _native(logits, seen, lengths, done, *others)
-
+def _triton(logits, seen, lengths, done, *others):
+    """kernels/sampling.py."""
     from clvp_fast.kernels import sampling
 
     tokens = logits.new_empty(logits.shape[0], dtype=torch.int64)
@@ -213,21 +210,24 @@ def _kernel(logits, seen, lengths, done, *others):
     return tokens
 
 
-def _unserved_type(device, dtype):
+def _why_not_type(device, dtype):
     return unserved_by_triton("logits", dtype)
 
 
-def _unserved(logits, *others):
-    if reason := _unserved_type(logits.device, logits.dtype):
-        return reason
-    if runs_natively(logits.device):
-        return None if logits.shape[1] else "the vocabulary must have a token"
-
+def _why_not_triton(logits, *others):
     from clvp_fast.kernels.sampling import MAX_VOCAB
 
+    if reason := unserved_by_triton("logits", logits.dtype):
+        return reason
     if not 1 <= logits.shape[1] <= MAX_VOCAB:
         return f"the vocabulary must have 1 to {MAX_VOCAB} tokens, not {logits.shape[1]}"
     return None
+
+
+def _why_not_cpu(logits, *others):
+    if reason := unserved_by_triton("logits", logits.dtype):
+        return reason
+    return None if logits.shape[1] else "the vocabulary must have a token"
 
 
 _OPERATOR = Operator(
@@ -236,12 +236,12 @@ _OPERATOR = Operator(
     "Tensor? top_p, Tensor? typical_p, Tensor? min_p, Tensor? repetition_penalty, Tensor seed, Tensor candidate, "
     "Tensor step, int stop_token, int pad_token, bool do_sample, Tensor? sampled) -> Tensor",
     reference=reference,
-    torch_path=_torch,
     fake=lambda logits, seen, lengths, *others: logits.new_empty(logits.shape[0], dtype=torch.int64),
-    kernel=_kernel,
-    unserved=_unserved,
-    unserved_type=_unserved_type,
-    missing=missing_for_either,
+    implementations=(
+        Implementation("triton", _triton, _why_not_triton, _why_not_type),
+        Implementation("cpu", _native, _why_not_cpu, _why_not_type),
+        Implementation("torch", _torch),
+    ),
 )
 
 # Each parameter's neutral value, which leaves its processor out, and what a number must fulfil.

@@ -8,13 +8,14 @@ else they are the operators that they are made of.
 """
 
 import ctypes
+from functools import partial
 
 import torch
 
 from clvp_fast.ops import many_rows, norm
 from clvp_fast.ops.activations import ACTIVATIONS
-from clvp_fast.ops.dispatch import Operator, check_same, forced, runs_natively, shape_error
-from clvp_fast.ops.linear import linear, missing, reference as linear_reference
+from clvp_fast.ops.dispatch import Implementation, Operator, check_same, missing_natively, shape_error
+from clvp_fast.ops.linear import linear, reference as linear_reference
 from clvp_fast.ops.mlp import gelu_mlp, gelu_reference, training
 from clvp_fast.ops.norm import add_norm
 from clvp_fast.ops.window_attention import (
@@ -69,7 +70,7 @@ def _window_native(x, norm_weight, norm_bias, w_qkv, b_qkv, bias, w_out, b_out, 
     return out
 
 
-def _window_unserved(x, norm_weight, norm_bias, w_qkv, b_qkv, bias, w_out, b_out, window, shift, eps):
+def _window_why_not(x, norm_weight, norm_bias, w_qkv, b_qkv, bias, w_out, b_out, window, shift, eps):
     heads = len(bias)
     return (
         _unequal_types(x, norm_weight, norm_bias, b_qkv, b_out, bias)
@@ -93,7 +94,7 @@ def _mlp_native(x, norm_weight, norm_bias, w_in, b_in, w_out, b_out, activation,
     return many_rows.layers(x, w_in, b_in, w_out, b_out, x, activation, layer_norm=(norm_weight, norm_bias, eps))
 
 
-def _mlp_unserved(x, norm_weight, norm_bias, w_in, b_in, w_out, b_out, activation, eps):
+def _mlp_why_not(x, norm_weight, norm_bias, w_in, b_in, w_out, b_out, activation, eps):
     return _unequal_types(x, norm_weight, norm_bias, b_in, b_out) or many_rows.unserved(x, activation, w_in, w_out)
 
 
@@ -104,60 +105,70 @@ def _unequal_types(x, *vectors):
     return None
 
 
-def _unserved_type(device, dtype):
-    return many_rows.unserved_type(dtype)
+def _missing(device):
+    return missing_natively(device) if device.type == "cpu" else "it serves a CPU; elsewhere its parts have kernels"
 
 
-def _missing(device: torch.device) -> str | None:
-    return missing(device) if runs_natively(device) else "it serves a CPU; elsewhere its parts have kernels"
+def _window_pays(x, norm_weight, norm_bias, w_qkv, b_qkv, bias, w_out, b_out, window, shift, eps):
+    """An item is a window: where there are few, parts are shared out better among the threads."""
+    batch, height, width = x.shape[:3]
+    return batch * (height // window) * (width // window) >= 2 * torch.get_num_threads()
+
+
+def _mlp_pays(x, *others):
+    """Whether packing the weights pays (benchmarks/swin.py): halves pack in less time than floats."""
+    fewest = 32 * torch.get_num_threads() if x.dtype == torch.bfloat16 else many_rows.FEW_ROWS + 1
+    return x.numel() >= fewest * x.shape[-1]
 
 
 def _fake(x, *others):
     return x.new_empty(x.shape)
 
 
+_implementation = partial(Implementation, "cpu", why_not_type=many_rows.unserved_type, warns=False, missing=_missing)
 _WINDOW = Operator(
     "window_block",
     "(Tensor x, Tensor norm_weight, Tensor? norm_bias, Tensor w_qkv, Tensor? b_qkv, Tensor bias, Tensor w_out,"
     " Tensor? b_out, int window, int shift, float eps) -> Tensor",
     reference=_window_reference,
-    torch_path=_window_parts,
     fake=_fake,
-    kernel=_window_native,
-    unserved=_window_unserved,
-    unserved_type=_unserved_type,
-    calls="two windows a thread or more; fewer go through its parts",
-    missing=_missing,
-    expected_on=(),
+    implementations=(
+        _implementation(
+            _window_native,
+            _window_why_not,
+            pays=_window_pays,
+            calls="two windows a thread or more; fewer go through its parts",
+        ),
+        Implementation("torch", _window_parts),
+    ),
+    yields=lambda *args: True,
+    parts=("add_norm", "linear", "window_attention"),
 )
 _MLP = Operator(
     "mlp_block",
     "(Tensor x, Tensor norm_weight, Tensor? norm_bias, Tensor w_in, Tensor b_in, Tensor w_out, Tensor b_out,"
     " str activation, float eps) -> Tensor",
     reference=_mlp_reference,
-    torch_path=_mlp_parts,
     fake=_fake,
-    kernel=_mlp_native,
-    unserved=_mlp_unserved,
-    unserved_type=_unserved_type,
-    calls=f"more than {many_rows.FEW_ROWS} rows, in bfloat16 32 a thread or more; fewer go through its parts",
-    missing=_missing,
-    expected_on=(),
+    implementations=(
+        _implementation(
+            _mlp_native,
+            _mlp_why_not,
+            pays=_mlp_pays,
+            calls=f"more than {many_rows.FEW_ROWS} rows, in bfloat16 32 a thread or more; fewer go through its parts",
+        ),
+        Implementation("torch", _mlp_parts),
+    ),
+    yields=lambda *args: True,
+    parts=("add_norm", "gelu_mlp"),
 )
 
 
-def _run(operator, unserved, args, pays):
-    """In one kernel where it serves and pays, else in parts, which themselves tell what they cannot serve."""
-    x = args[0]
-    in_one = (
-        not torch.compiler.is_compiling()
-        and runs_natively(x.device)
-        and (forced() == "kernel" or (forced() is None and pays()))
-        and training(*(arg for arg in args if isinstance(arg, torch.Tensor))) is None
-        and operator.refusal(x.device) is None
-        and unserved(*args) is None
-    )
-    return (operator.with_kernel() if in_one else operator.without_kernel())(*args)
+def _training(args):
+    """Why a call is one for its parts, or None: they tell what they cannot serve, and a compiler sees through them."""
+    if torch.compiler.is_compiling():
+        return "a compiler takes its parts"
+    return training(*(arg for arg in args if isinstance(arg, torch.Tensor)))
 
 
 def _check(x, **expected):
@@ -204,7 +215,7 @@ def window_block(
     """
     if x.ndim != 4:
         raise shape_error("x", "[batch, height, width, channels]", x)
-    batch, height, width, channels = x.shape
+    _, height, width, channels = x.shape
     heads, places = bias.shape[0], window**2
     if channels % heads:
         raise ValueError(f"the heads of bias must divide the channels of x, and {heads} does not divide {channels}")
@@ -221,15 +232,7 @@ def window_block(
         b_out=(b_out, wide),
     )
     args = (x, norm_weight, norm_bias, w_qkv, b_qkv, bias, w_out, b_out, window, shift, eps)
-    # An item is a window: where there are few, parts are shared out better among the threads.
-    windows = batch * (height // window) * (width // window)
-    return _run(_WINDOW, _window_unserved, args, lambda: windows >= 2 * torch.get_num_threads())
-
-
-def _enough_rows(x: torch.Tensor) -> bool:
-    """Whether packing the weights pays (benchmarks/swin.py): halves pack in less time than floats."""
-    fewest = 32 * torch.get_num_threads() if x.dtype == torch.bfloat16 else many_rows.FEW_ROWS + 1
-    return x.numel() >= fewest * x.shape[-1]
+    return _WINDOW.choose(args, _training(args))(*args)
 
 
 def mlp_block(
@@ -274,4 +277,4 @@ def mlp_block(
         b_out=(b_out, wide),
     )
     args = (x, norm_weight, norm_bias, w_in, b_in, w_out, b_out, activation, eps)
-    return _run(_MLP, _mlp_unserved, args, lambda: _enough_rows(x))
+    return _MLP.choose(args, _training(args))(*args)

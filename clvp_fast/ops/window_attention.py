@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 
 from clvp_fast.ops.dispatch import (
+    Implementation,
     Operator,
     check_same,
-    missing_for_either,
+    gradient,
     needs_grad,
-    runs_natively,
     shape_error,
     unserved_by_triton,
 )
@@ -145,10 +145,6 @@ def _fake(q, k, v, bias, window, shift, scale):
     return v.new_empty(q.shape)
 
 
-def _kernel(q, *args):
-    return (_native if runs_natively(q.device) else _triton)(q, *args)
-
-
 def _native(q, k, v, bias, window, shift, scale):
     """csrc/window_attention_isa.cpp."""
     from clvp_fast import native
@@ -187,9 +183,7 @@ def _triton(q, k, v, bias, window, shift, scale):
     return out
 
 
-def _unserved(q, bias, window):
-    if runs_natively(q.device):
-        return unserved_natively(q, bias, window)
+def _why_not_triton(q, k, v, bias, window, shift, scale):
     from clvp_fast.kernels.window_attention import MAX_HEAD_DIM, MAX_WINDOW
 
     for name, x in (("q", q), ("bias", bias)):
@@ -206,10 +200,6 @@ def _unserved_type_natively(name, dtype):
     return None if dtype in (torch.bfloat16, torch.float32) else f"{name} must be bfloat16 or float32, not {dtype}"
 
 
-def _unserved_type(device, dtype):
-    return (_unserved_type_natively if runs_natively(device) else unserved_by_triton)("q", dtype)
-
-
 def unserved_natively(q, bias, window):
     for name, x in (("q", q), ("bias", bias)):
         if reason := _unserved_type_natively(name, x.dtype):
@@ -223,12 +213,18 @@ _OPERATOR = Operator(
     "window_attention",
     "(Tensor q, Tensor k, Tensor v, Tensor bias, int window, int shift, float scale) -> Tensor",
     reference=reference,
-    torch_path=_torch,
     fake=_fake,
-    kernel=_kernel,
-    unserved=lambda q, k, v, bias, window, shift, scale: _unserved(q, bias, window),
-    unserved_type=_unserved_type,
-    missing=missing_for_either,
+    implementations=(
+        Implementation("triton", _triton, _why_not_triton, lambda device, dtype: unserved_by_triton("q", dtype)),
+        Implementation(
+            "cpu",
+            _native,
+            lambda q, k, v, bias, window, shift, scale: unserved_natively(q, bias, window),
+            lambda device, dtype: _unserved_type_natively("q", dtype),
+            warns=False,  # nobody expects a CPU to have a kernel for every dtype
+        ),
+        Implementation("torch", _torch),
+    ),
 )
 
 
@@ -291,10 +287,7 @@ def window_attention(
     args = (q, k, v, bias, window, shift, _prepare(q, k, v, bias, window, shift, scale))
     if dropout_p > 0:
         return _OPERATOR.choose(args, "dropout is for training")(*args, dropout_p)
-    plain = "an input requires grad" if needs_grad(q, k, v, bias) else None
-    if plain is None and runs_natively(q.device):  # on a CPU nobody expects a kernel for every dtype
-        plain = unserved_natively(q, bias, window)
-    return _OPERATOR.choose(args, plain)(*args)
+    return _OPERATOR.choose(args, gradient(q, k, v, bias))(*args)
 
 
 def window_attention_weights(

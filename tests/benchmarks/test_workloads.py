@@ -27,6 +27,8 @@ from benchmarks.harness import all_rows
 from benchmarks.models import stock_model
 from benchmarks.providers import Absent
 from clvp_fast import SamplingParams
+from clvp_fast.ops import dispatch
+from tests.kit import operators
 
 OURS = {"clvp_fast torch", "clvp_fast reference"}
 # Module, tasks of a smoke test, rivals that a CPU has, and what it has not.
@@ -64,6 +66,8 @@ OPERATORS = [
 def test_providers_agree(module, tasks, here, absent, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda run, **options: run)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # a forced kernel is a CPU's own
+    for operator in dispatch.OPERATORS.values():
+        operators.forget(monkeypatch, operator)
     rows = all_rows(module, "cpu", smoke=True)
     # Our kernel is measured, or it is told why not.
     kernel = {"clvp_fast kernel"} if any(row["provider"] == "clvp_fast kernel" for row in rows) else set()

@@ -62,7 +62,7 @@ def test_widths_that_it_does_not_serve(dtype, dim):
     expected = decode_reference(*exact)
     with clvp_fast.backend("torch"):
         baseline = decode(copied(args))
-    assert f"a multiple of 16 up to 128, not {dim}" in op._decode_unserved(*args)
+    assert f"a multiple of 16 up to 128, not {dim}" in op._decode_why_not_cpu(*args)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # once, that the kernel does not serve
         out = decode(args)

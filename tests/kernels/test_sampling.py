@@ -291,5 +291,5 @@ def test_what_is_not_served_is_named():
         (torch.zeros(2, 97, dtype=torch.float64, device=DEVICE), "float32, float16 or bfloat16, not torch.float64"),
         (torch.zeros(1, 16385, device=DEVICE), "1 to 16384 tokens, not 16385"),
     ):
-        with pytest.raises(RuntimeError, match=message):
+        with clvp_fast.backend("triton"), pytest.raises(RuntimeError, match=message):
             draw(logits)

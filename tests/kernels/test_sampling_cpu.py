@@ -97,4 +97,4 @@ def test_float64_is_torch_s():
     logits = random(3, 97, seed=4, dtype=torch.float64)
     _OPERATOR._warned.clear()
     with pytest.warns(UserWarning, match="slower torch path: logits must be float32, float16 or bfloat16"):
-        assert _OPERATOR.choose((logits, *state(3, 97))) is _OPERATOR.torch_path
+        assert _OPERATOR.choose((logits, *state(3, 97))) is _OPERATOR.torch

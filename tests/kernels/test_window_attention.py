@@ -217,5 +217,5 @@ def test_what_the_kernel_does_not_serve():
         ((*small, bias), {"dropout_p": 0.5}, "dropout is for training"),
     ]
     for args, options, message in cases:
-        with pytest.raises(RuntimeError, match=message):
+        with clvp_fast.backend("triton"), pytest.raises(RuntimeError, match=message):
             window_attention(*args, window=9, **options)

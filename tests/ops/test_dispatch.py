@@ -4,12 +4,15 @@ import os
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 import torch
 
 import clvp_fast
 from clvp_fast.ops import dispatch
+from tests.kit import operators
 
 operator_reason = [None]
 X = torch.tensor([1.0])
@@ -22,11 +25,16 @@ def triple():
         "test_triple",
         "(Tensor x) -> Tensor",
         reference=lambda x: x + x + x,
-        torch_path=lambda x: x * 3.0 + 100,
         fake=lambda x: torch.empty_like(x),
-        kernel=lambda x: x * 3.0 + 200,
-        unserved=lambda x: "x must be float32, not float64" if x.dtype == torch.float64 else None,
-        missing=lambda device: operator_reason[0],
+        implementations=(
+            dispatch.Implementation(
+                "triton",
+                lambda x: x * 3.0 + 200,
+                lambda x: "x must be float32, not float64" if x.dtype == torch.float64 else None,
+                missing=lambda device: operator_reason[0],
+            ),
+            dispatch.Implementation("torch", lambda x: x * 3.0 + 100),
+        ),
     )
     yield made
     del dispatch.OPERATORS["test_triple"]
@@ -75,9 +83,101 @@ def test_forced_kernel_that_cannot_serve_says_why(operator, monkeypatch):
         assert call(operator) == 203
         with pytest.raises(RuntimeError, match=r"clvp_fast\.test_triple was forced .* on cpu: an input requires grad"):
             call(operator, training="an input requires grad")
-        monkeypatch.setattr(operator, "kernel", None)
+        operators.use(monkeypatch, operator, operator.implementations[1:])
         with pytest.raises(RuntimeError, match="there is no kernel for this operator yet; choose backend 'torch'"):
             call(operator)
+
+
+@pytest.fixture
+def several(operator, monkeypatch):
+    """The operator with a kernel on a CPU too: of at most two numbers, for which it pays from two on."""
+    triton, plain = operator.implementations
+    triton = replace(triton, missing=dispatch.missing_for_triton)
+    cpu = dispatch.Implementation(
+        "cpu",
+        lambda x: x * 3.0 + 300,
+        lambda x: "x must have two numbers" if len(x) > 2 else None,
+        lambda device, dtype: "x must be narrow" if dtype == torch.float64 else None,
+        pays=lambda x: len(x) > 1,
+        calls="two numbers",
+        missing=lambda device: operator_reason[0],
+    )
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    operators.use(monkeypatch, operator, (triton, cpu, plain))
+    return operator
+
+
+def taken(operator, length, dtype=torch.float32):
+    return operator.choose((torch.ones(length, dtype=dtype),))(torch.ones(length, dtype=dtype))[0].item()
+
+
+def test_the_first_that_serves_and_pays_is_taken(several):
+    assert taken(several, 2) == 303
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert taken(several, 1) == 103
+    with pytest.warns(UserWarning, match="test_triple takes the slower torch path: x must have two numbers"):
+        assert taken(several, 3) == 103
+    (choice,) = clvp_fast.explain("test_triple", "cpu", torch.float32)
+    assert (choice.backend, choice.implementation, choice.calls) == ("kernel", "cpu", "two numbers")
+    (choice,) = clvp_fast.explain("test_triple", "cpu", torch.float64)
+    assert (choice.backend, choice.implementation) == ("torch", "torch")
+    assert choice.refused["kernel"] == "x must be narrow"
+
+
+def test_an_implementation_is_forced_by_its_name(several, monkeypatch):
+    for backend in ("cpu", "kernel"):
+        with clvp_fast.backend(backend):
+            assert taken(several, 1) == 303  # it need not pay
+            with pytest.raises(RuntimeError, match="on cpu: x must have two numbers; "):
+                taken(several, 3)
+            assert clvp_fast.explain("test_triple", "cpu")[0].implementation == "cpu"
+    with clvp_fast.backend("cuda"):
+        with pytest.raises(RuntimeError, match="on cpu: cuda is forced, and it has triton, cpu; "):
+            taken(several, 2)
+        (choice,) = clvp_fast.explain("test_triple", "cpu")
+        assert choice.backend is choice.implementation is None
+        assert choice.refused["kernel"] == "cuda is forced, and it has triton, cpu"
+    with clvp_fast.backend("triton"), pytest.raises(RuntimeError, match="on cpu: kernels need an NVIDIA GPU"):
+        taken(several, 2)
+    operators.forget(monkeypatch, several)
+    operator_reason[0] = "no compiler"
+    with clvp_fast.backend("kernel"), pytest.raises(RuntimeError, match="on cpu: no compiler; "):
+        taken(several, 2)
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+def test_an_interpreted_kernel_comes_first_where_it_is_forced(several, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert taken(several, 2) == 303
+    with clvp_fast.backend("triton"):
+        assert taken(several, 2) == 203
+    with clvp_fast.backend("kernel"):
+        assert taken(several, 2) == 203
+        assert clvp_fast.explain("test_triple", "cpu")[0].implementation == "triton"
+        assert taken(several, 2, torch.float64) == 303  # the next in the list
+        with pytest.raises(RuntimeError, match="on cpu: x must be float32, not float64; "):
+            taken(several, 3, torch.float64)
+
+
+def test_a_call_that_may_yield_takes_torch_s(several, monkeypatch):
+    monkeypatch.setattr(several, "_yields", lambda x: len(x) == 3)
+    with clvp_fast.backend("kernel"):
+        assert taken(several, 3) == 103
+        assert call(several, training="an input requires grad") == 103
+        with pytest.raises(RuntimeError, match="on cpu: x must have two numbers; "):
+            taken(several, 4)
+
+
+def test_a_device_is_asked_once(several, monkeypatch):
+    asked = []
+    for name in (None, "kernel"):
+        with clvp_fast.backend(name):
+            operators.change(monkeypatch, several, "cpu", missing=asked.append)
+            for length in (2, 2, 1, 2):
+                taken(several, length)
+            assert asked == [torch.device("cpu")]
+            asked.clear()
 
 
 def test_requires_grad_means_training():
@@ -100,14 +200,10 @@ def test_a_kernel_missing_on_a_gpu_warns_once(operator, monkeypatch):
         assert call(operator) == 103
 
 
-def test_a_kernel_missing_on_a_cpu_warns_where_it_is_expected(operator, monkeypatch):
+def test_a_kernel_missing_on_a_cpu_is_no_news(operator):
     operator_reason[0] = "no compiler"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert call(operator) == 103
-    forget(operator)
-    monkeypatch.setattr(operator, "_expected_on", ("cpu", "cuda"))
-    with pytest.warns(UserWarning, match=r"clvp_fast\.test_triple takes the slower torch path: no compiler"):
         assert call(operator) == 103
 
 
@@ -170,8 +266,10 @@ def test_explain(operator):
 
 def test_unknown_backend_is_refused():
     with (
-        pytest.raises(ValueError, match="backend\\(\\) must be one of reference, torch, kernel, not 'cuda'"),
-        clvp_fast.backend("cuda"),
+        pytest.raises(
+            ValueError, match="backend\\(\\) must be one of reference, torch, kernel, triton, cuda, cpu, not 'gpu'"
+        ),
+        clvp_fast.backend("gpu"),
     ):
         pass
 
@@ -179,7 +277,7 @@ def test_unknown_backend_is_refused():
 @pytest.mark.parametrize(
     ("value", "expected"),
     [
-        ("cuda", "CLVP_FAST_BACKEND must be one of reference, torch, kernel, not 'cuda'"),
+        ("gpu", "CLVP_FAST_BACKEND must be one of reference, torch, kernel, triton, cuda, cpu, not 'gpu'"),
         ("reference", "None reference\nFalse"),
     ],
 )

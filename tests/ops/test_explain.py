@@ -1,5 +1,6 @@
 """What `explain` says is what calls do: each operator, type, instruction set of this CPU, and forced backend."""
 
+import functools
 import json
 import warnings
 
@@ -11,7 +12,7 @@ from clvp_fast import native, ops
 from clvp_fast.cli import main
 from clvp_fast.ops import many_rows
 from clvp_fast.ops.dispatch import OPERATORS
-from tests.kit import isa
+from tests.kit import isa, operators as kit_operators
 
 ROWS = many_rows.FEW_ROWS + 1
 TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -74,8 +75,7 @@ def operators(monkeypatch):
     """Operators that nothing was asked before, on a CPU whose Triton kernels no interpreter runs."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     for operator in OPERATORS.values():
-        monkeypatch.setattr(operator, "_refusals", {})
-        monkeypatch.setattr(operator, "_warned", set())
+        kit_operators.forget(monkeypatch, operator)
     return OPERATORS
 
 
@@ -98,8 +98,9 @@ def taken(operator, call, monkeypatch) -> str | None:
         return lambda *args: seen.append(backend) or path(*args)
 
     with monkeypatch.context() as patch:
-        for backend, name in (("reference", "reference"), ("torch", "torch_path"), ("kernel", "kernel")):
-            patch.setattr(operator, name, noted(backend, getattr(operator, name)))
+        patch.setattr(operator, "reference", noted("reference", operator.reference))
+        for backend in ("torch", "kernel"):
+            kit_operators.change(patch, operator, backend, around_run=functools.partial(noted, backend))
         try:
             call()
         except RuntimeError as error:
@@ -160,10 +161,12 @@ def test_what_a_kernel_is_for_is_said_and_few_rows_go_another_way(name, operator
 
 def test_types_that_differ_have_a_row_each(operators, monkeypatch):
     linear = operators["linear"]
-    monkeypatch.setattr(linear, "_missing", lambda device: None)
     for slow, expected in ((None, ["float32, bfloat16"]), (torch.bfloat16, ["float32", "bfloat16"])):
-        monkeypatch.setattr(
-            linear, "_unserved_type", lambda device, dtype, slow=slow: "slow" if dtype == slow else None
+        kit_operators.change(
+            monkeypatch,
+            linear,
+            missing=lambda device: None,
+            why_not_type=lambda device, dtype, slow=slow: "slow" if dtype == slow else None,
         )
         rows = clvp_fast.explain("linear", "cpu")
         assert [row.dtype for row in rows] == expected

@@ -10,8 +10,8 @@ from torch._subclasses import FakeTensorMode
 import clvp_fast
 from clvp_fast import ops
 from clvp_fast.ops import many_rows
-from clvp_fast.ops.linear import _OPERATOR, _kernel, _torch
-from tests.kit import assert_within_budget, isa, linear_operands, random, strided
+from clvp_fast.ops.linear import _OPERATOR, _torch
+from tests.kit import assert_within_budget, isa, linear_operands, operators, random, strided
 
 served = isa.needs("linear")
 
@@ -102,11 +102,7 @@ def kernel_calls(monkeypatch):
     """How many calls the kernel served."""
     calls = []
 
-    def counted(*args):
-        calls.append(args)
-        return _kernel(*args)
-
-    monkeypatch.setattr(_OPERATOR, "kernel", counted)
+    operators.change(monkeypatch, _OPERATOR, around_run=lambda run: lambda *args: calls.append(args) or run(*args))
     return calls
 
 
@@ -195,8 +191,7 @@ def test_what_cannot_be(error, says, change):
 @pytest.fixture
 def on_a_gpu(monkeypatch):
     """Operands of a GPU that is not there: they have shapes, dtypes and a device. Nothing was refused before."""
-    monkeypatch.setattr(_OPERATOR, "_refusals", {})
-    monkeypatch.setattr(_OPERATOR, "_warned", set())
+    operators.forget(monkeypatch, _OPERATOR)
 
     def make(**options):
         return [None if x is None else torch.empty(x.shape, dtype=x.dtype, device="cuda") for x in operands(**options)]
@@ -224,7 +219,7 @@ def test_a_gpu_without_the_kernel_warns_for_int8_alone(on_a_gpu):
 
 def test_a_gpu_with_the_kernel_takes_it_for_int8_alone(on_a_gpu, monkeypatch):
     calls = []
-    monkeypatch.setattr(_OPERATOR, "_missing", lambda device: None)
+    operators.change(monkeypatch, _OPERATOR, missing=lambda device: None)
     monkeypatch.setattr(_OPERATOR, "registered", lambda *args: calls.append(args[1].dtype))
     with warnings.catch_warnings(action="error"):
         for options in ({}, {"rows": 3000}, {"columns": 33}, {"dtype": torch.float16}):

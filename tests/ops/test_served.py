@@ -9,7 +9,7 @@ import clvp_fast
 from clvp_fast import native, ops
 from clvp_fast.ops import many_rows
 from clvp_fast.ops.dispatch import OPERATORS
-from tests.kit import PagePool, isa, random
+from tests.kit import PagePool, isa, operators, random
 
 # Blocks of linear layers have a kernel where those have one.
 LAYERS = ("linear", "gelu_mlp", "geglu_mlp", "window_block", "mlp_block")
@@ -43,9 +43,8 @@ def test_a_decode_step_of_any_head_dim(head_dim, monkeypatch):
     """The kernel serves multiples of 16 up to 128; torch serves the others, which is told."""
     served = head_dim in (16, 128) and isa.why_unserved("paged_attention_decode") is None
     operator = OPERATORS["paged_attention_decode"]
-    monkeypatch.setattr(operator, "_warned", set())
     calls = []
-    monkeypatch.setattr(operator, "kernel", lambda *args, kernel=operator.kernel: calls.append(args) or kernel(*args))
+    operators.change(monkeypatch, operator, around_run=lambda run: lambda *args: calls.append(args) or run(*args))
     pool = PagePool(8, 16, 2, head_dim, seed=0, dtype=torch.float32)
     own = pool.store([20], room=1)
     q, k, v = (random(1, 2, head_dim, seed=seed, scale=scale) for seed, scale in ((1, 4.0), (2, 1.0), (3, 1.0)))
@@ -68,7 +67,7 @@ def test_without_the_library_torch_s_products_serve(rows, monkeypatch):
     monkeypatch.setattr(native, "missing", lambda device_type: "there is no C++ compiler")
     monkeypatch.setattr(native, "library", absent)
     for name in LAYERS:
-        monkeypatch.setattr(OPERATORS[name], "_refusals", {})
+        operators.forget(monkeypatch, OPERATORS[name])
     x, weight = random(rows, 64, seed=0), random(96, 64, seed=1)
     torch.testing.assert_close(ops.linear(x, weight, None), x @ weight.T)
     back, bias = random(64, 96, seed=2), random(64, seed=3)

@@ -1,0 +1,31 @@
+"""Operators whose implementations a test changes, or that know nothing of this machine yet."""
+
+from dataclasses import replace
+
+
+def change(monkeypatch, operator, of: str = "kernel", **changes) -> None:
+    """Change fields of an operator's implementations until the test ends: of its kernels, of torch's or of one by name.
+
+    A function that is given as `around_run` takes an implementation's own `run` and returns the new one.
+    """
+    around = changes.pop("around_run", None)
+
+    def changed(each):
+        if of not in (each.name, "torch" if each.name == "torch" else "kernel"):
+            return each
+        return replace(each, **changes, **({"run": around(each.run)} if around else {}))
+
+    use(monkeypatch, operator, tuple(changed(each) for each in operator.implementations))
+
+
+def use(monkeypatch, operator, implementations: tuple) -> None:
+    """Give an operator other implementations until the test ends; it has warned of nothing."""
+    for name in ("implementations", "torch", "_refusals", "_asked"):
+        monkeypatch.setattr(operator, name, getattr(operator, name))  # restored at the end
+    monkeypatch.setattr(operator, "_warned", set())
+    operator.use(implementations)
+
+
+def forget(monkeypatch, operator) -> None:
+    """Let an operator ask again where its kernels can run, and warn again."""
+    use(monkeypatch, operator, operator.implementations)
