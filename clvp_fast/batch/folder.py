@@ -27,10 +27,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from clvp_fast import __version__
 from clvp_fast.batch.outcomes import Outcome, from_table, to_table
 from clvp_fast.files import UnwritableError, json_text, replacing, write_json
 
-FORMAT = "clvp_fast.batch.1"
+#: Rises with every change of what settings mean; from 1 to 2 `top_k` became 50 where Python says nothing of it.
+FORMAT = "clvp_fast.batch.2"
 _KEY = b"clvp_fast"
 
 
@@ -119,8 +121,10 @@ class JobFolder:
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is damaged ({error}): put it back, or choose another folder") from error
         if found != FORMAT:
+            before = manifest.get("versions", {}).get("clvp_fast", "the version that began it")
             raise ValueError(
-                f"{path} is of the format {found!r}, and this version has {FORMAT!r}: choose another folder"
+                f"{path} is of the format {found!r}, and this version has {FORMAT!r}: finish it with clvp_fast "
+                f"{before}{' as it was then' if before == __version__ else ''}, or choose another folder"
             )
         return manifest
 

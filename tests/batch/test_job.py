@@ -285,9 +285,11 @@ def test_damaged_manifest(run, out):
         (out / "manifest.json").write_text(content)
         with pytest.raises(ValueError, match=r"manifest\.json is damaged"):
             run()
-    (out / "manifest.json").write_text('{"format": "clvp_fast.batch.0"}')
-    with pytest.raises(ValueError, match=r"of the format 'clvp_fast\.batch\.0'"):
-        run()
+    for versions, named in (({}, "the version that began it"), ({"clvp_fast": "0.0.9"}, r"clvp_fast 0\.0\.9, or")):
+        manifest = {"format": "clvp_fast.batch.1", "versions": versions}
+        (out / "manifest.json").write_text(json.dumps(manifest))
+        with pytest.raises(ValueError, match=rf"of the format 'clvp_fast\.batch\.1', .*: finish it with .*{named}"):
+            run()
     (out / "manifest.json").unlink()
     with pytest.raises(ValueError, match=r"has results, and .*manifest\.json is not there"):
         run()
