@@ -236,9 +236,3 @@ def sayable_ids(model: ClvpModelForConditionalGeneration, tokenizer: ClvpTokeniz
             f"the text is too long: {len(ids)} tokens, and this checkpoint takes {text_limit(model)}; split it up"
         )
     return ids
-
-
-def stop_token(model: ClvpModelForConditionalGeneration) -> int:
-    """The id that ends a candidate: the decoder's, whatever a generation config says of the text's."""
-    stop = model.config.decoder_config.eos_token_id
-    return stop[0] if isinstance(stop, list) else stop

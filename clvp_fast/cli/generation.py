@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from clvp_fast import ClvpProcessor
-from clvp_fast.checkpoint import Checkpoint, stop_token
+from clvp_fast.checkpoint import Checkpoint
 from clvp_fast.cli import report
 from clvp_fast.cli.items import Item
 from clvp_fast.cli.progress import warm_up, watching
@@ -17,6 +17,7 @@ from clvp_fast.engine.memory import CPU_BATCH, MAX_BATCH, human_bytes
 from clvp_fast.engine.requests import CandidateRequest, CandidateResult
 from clvp_fast.engine.sampling_params import SamplingParams
 from clvp_fast.files import write_json
+from clvp_fast.models.clvp.tokens import stop_token
 from clvp_fast.versions import versions
 
 
@@ -79,7 +80,8 @@ class Generation:
         requests = [CandidateRequest(input_ids=item.ids[0], conditioning=item.voice.voice, id=item) for item in ready]
         started = time.perf_counter()
         self.seconds["write"] = 0.0
-        bar = watching(len(ready), sampling.num_candidates, sampling.max_new_tokens, stop_token(self.checkpoint.model))
+        stop = stop_token(self.checkpoint.model.config.decoder_config)
+        bar = watching(len(ready), sampling.num_candidates, sampling.max_new_tokens, stop)
         with bar as watch:
             keep = arguments.keep or sampling.num_candidates
             try:

@@ -23,18 +23,11 @@ from clvp_fast.engine.decoder import PagedDecoder, min_rows
 from clvp_fast.engine.persistent import MAX_ROWS, PersistentStep
 from clvp_fast.engine.scheduler import batch_buckets
 from clvp_fast.engine.slots import NEUTRAL, SlotState, to_device
+from clvp_fast.models.clvp.tokens import stop_token
 from clvp_fast.ops.dispatch import OPERATORS, device_guard, uncast
 
 # How many tokens of several prompts are prefilled at once.
 PREFILL_TOKENS = 8192
-
-
-def _single_token(eos_token_id: int | list[int] | None) -> int:
-    """The stop token of a configuration; none is a token that is never drawn."""
-    tokens = eos_token_id if isinstance(eos_token_id, (list, tuple)) else [eos_token_id]
-    if len(tokens) != 1:
-        raise ValueError(f"a candidate ends with one token, and the decoder's eos_token_id names {len(tokens)}")
-    return -2 if tokens[0] is None else tokens[0]
 
 
 def _on_its_device(method):
@@ -136,7 +129,7 @@ class Runner:
             vocab_size=decoder.vocab_size,
             max_new_tokens=max_new_tokens,
             start_token=config.bos_token_id,
-            stop_token=_single_token(config.eos_token_id),
+            stop_token=stop_token(config),
             device=device,
         )
         self.pages = decoder.pages(num_pages, page_size, page_dtype)

@@ -174,6 +174,9 @@ def test_device_that_is_not_there(generate_fails, voice):
         ({"codes": [[1, 2]], "lengths": [-1]}, "lengths must be whole numbers from 0 to 2"),
         ({"codes": [[1, 2]], "lengths": [3]}, "lengths must be whole numbers from 0 to 2"),
         ({"codes": [[1, 2]] * 2, "lengths": [[1], [1, 2]]}, "lengths must be whole numbers from 0 to 2"),
+        ({"codes": [[1, 2]], "candidates": [1, 2]}, "1 candidates need as many candidates, got [2]"),
+        ({"codes": [[1, 2]], "candidates": [{}]}, "candidates must be whole numbers from 0, the number of each row"),
+        ({"codes": [[1, 2]], "candidates": [-1]}, "candidates must be whole numbers from 0, the number of each row"),
     ],
 )
 def test_bad_codes(fails, tmp_path, content, expected):
