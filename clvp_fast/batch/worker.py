@@ -15,13 +15,12 @@ from clvp_fast.batch.failures import failure_of
 from clvp_fast.batch.outcomes import Outcome
 from clvp_fast.batch.rows import Row
 from clvp_fast.batch.settings import Settings
-from clvp_fast.checkpoint import Checkpoint, load_checkpoint
+from clvp_fast.checkpoint import Checkpoint, best_device, load_checkpoint
+from clvp_fast.engine.building import build_engine
 from clvp_fast.engine.engine import CandidateEngine
-from clvp_fast.engine.memory import CPU_BATCH, MAX_BATCH
 from clvp_fast.engine.requests import CandidateRequest, CandidateResult
 from clvp_fast.engine.voices import Voice
 from clvp_fast.files import is_special
-from clvp_fast.models.clvp.processing import ClvpProcessor
 from clvp_fast.text_remarks import text_remarks
 from clvp_fast.versions import versions
 from clvp_fast.voice_files import load_voice
@@ -45,7 +44,7 @@ class Worker:
     """
 
     def __init__(self, settings: Settings, memory_fraction: float = 0.9):
-        device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = settings.device or best_device()
         if device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device 'cuda': torch sees no CUDA device here; use 'cpu', or leave it out")
         if settings.threads is not None:
@@ -69,22 +68,11 @@ class Worker:
 
     @staticmethod
     def _engine(checkpoint: Checkpoint, settings: Settings, memory_fraction: float) -> CandidateEngine:
-        default = CPU_BATCH if checkpoint.model.device.type == "cpu" else MAX_BATCH
-        options = dict(
-            max_batch=settings.batch_size or default,
-            max_new_tokens=settings.max_new_tokens,
-            memory_fraction=memory_fraction,
-            weight_dtype=torch.int8 if settings.int8_weights else None,
-            page_dtype=torch.float8_e4m3fn if settings.float8_pages else None,
-            scoring=settings.scoring,
-            latents=settings.latents,
-            deterministic=settings.dtype != "float32",
-        )
-        processor = ClvpProcessor(checkpoint.feature_extractor, checkpoint.tokenizer)
+        deterministic = settings.dtype != "float32"
         try:
-            return CandidateEngine(checkpoint.model, processor, **options)
+            return build_engine(checkpoint, settings, memory_fraction, deterministic=deterministic)
         except RuntimeError as error:
-            if not options["deterministic"] or isinstance(error, torch.OutOfMemoryError):
+            if not deterministic or isinstance(error, torch.OutOfMemoryError):
                 raise
             raise ValueError(
                 "a job that can be stopped needs each row to give the same in every batch, which "

@@ -5,16 +5,14 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
-from clvp_fast.checkpoint import Checkpoint, speech_limit
+from clvp_fast.checkpoint import Checkpoint, token_limit
 from clvp_fast.cli import report
 from clvp_fast.cli.generation import Generation
 from clvp_fast.cli.inputs import load_for, sampling_of
 from clvp_fast.cli.items import gather, read_texts
 from clvp_fast.engine.sampling_params import SamplingParams
 from clvp_fast.files import staged_folder, user_path
-
-#: Tortoise generates and scores at most this many speech tokens (about 23 s of speech).
-TORTOISE_MAX_TOKENS = 500
+from clvp_fast.models.clvp.tokens import most_codes
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -55,9 +53,9 @@ def _voice_file(arguments: argparse.Namespace) -> Path | None:
 
 
 def _max_new_tokens(checkpoint: Checkpoint, asked: int | None) -> int:
-    limit = speech_limit(checkpoint.model)
     if asked is None:
-        return min(TORTOISE_MAX_TOKENS, limit)
+        return token_limit(checkpoint.model)
+    limit = most_codes(checkpoint.model.config.decoder_config)
     if asked > limit:
         raise ValueError(f"--max-new-tokens {asked}: this checkpoint has positions for {limit} speech tokens")
     return asked

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from clvp_fast.checkpoint import Checkpoint, load_checkpoint, sayable_ids
+from clvp_fast.checkpoint import Checkpoint, best_device, load_checkpoint, sayable_ids
 from clvp_fast.cli.report import note, quiet_transformers
 from clvp_fast.engine.sampling_params import PRESETS, SAMPLING
 from clvp_fast.text_remarks import text_remarks
@@ -18,7 +18,7 @@ def device_for(arguments: argparse.Namespace) -> str:
         ValueError: a GPU is asked for where there is none.
     """
     if arguments.device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return best_device()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no CUDA device here; use --device cpu, or leave the option out")
     return arguments.device

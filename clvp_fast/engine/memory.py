@@ -10,6 +10,7 @@ import torch
 
 from clvp_fast.engine.decoder import min_rows
 from clvp_fast.engine.runner import PREFILL_TOKENS
+from clvp_fast.engine.sampling_params import SamplingParams
 from clvp_fast.engine.scheduler import batch_buckets
 
 # Beyond these slots a step is bound by the keys and values that it reads, and more of them gain next to nothing.
@@ -18,6 +19,11 @@ MAX_BATCH = 512
 CPU_BATCH = 16
 # Bytes that the torch path of `sample` has at once for a token of the vocabulary: scores, their order, running sums.
 _SAMPLE_BYTES = 56
+
+
+def default_batch(device: torch.device) -> int:
+    """The most slots on a device, where nothing is said of them."""
+    return CPU_BATCH if device.type == "cpu" else MAX_BATCH
 
 
 @dataclass(frozen=True)
@@ -138,7 +144,7 @@ def plan(
     free_bytes: int,
     memory_fraction: float = 0.9,
     max_batch: int | None = None,
-    max_new_tokens: int = 500,
+    max_new_tokens: int = SamplingParams.max_new_tokens,
     page_size: int = 16,
     *,
     max_prefix_len: int | None = None,

@@ -6,6 +6,7 @@ from numbers import Integral
 import torch
 
 from clvp_fast.engine.requests import CandidateRequest
+from clvp_fast.engine.sampling_params import SamplingParams
 from clvp_fast.engine.scoring import Ranking
 from clvp_fast.models.clvp.modeling import ClvpModelForConditionalGeneration
 from clvp_fast.models.clvp.similarity import normalized
@@ -37,7 +38,7 @@ class Ranker:
         model: ClvpModelForConditionalGeneration,
         *,
         mode: str = "padded",
-        pad_to: int = 501,
+        pad_to: int = SamplingParams.max_new_tokens + 1,
         max_tokens: int | None = None,
     ):
         if max_tokens is None:

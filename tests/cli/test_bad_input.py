@@ -141,8 +141,8 @@ def test_unequal_counts_of_texts_and_clips():
 
 
 def test_more_tokens_than_positions(fails, voice, tmp_path):
-    sentence = fails("generate", TEXT, "--voice", voice, "--out", tmp_path / "out", "--max-new-tokens", 608)
-    assert sentence == "--max-new-tokens 608: this checkpoint has positions for 607 speech tokens"
+    sentence = fails("generate", TEXT, "--voice", voice, "--out", tmp_path / "out", "--max-new-tokens", 609)
+    assert sentence == "--max-new-tokens 609: this checkpoint has positions for 608 speech tokens"
 
 
 def test_greedy_candidates(fails, voice, tmp_path):

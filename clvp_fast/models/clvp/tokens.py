@@ -25,6 +25,14 @@ def stop_token(config: ClvpDecoderConfig) -> int:
     return -2 if tokens[0] is None else tokens[0]
 
 
+def most_codes(config: ClvpDecoderConfig) -> int:
+    """The greatest number of codes of a candidate that the decoder has positions for.
+
+    The start token is at 0, and the last code is not entered; without `contiguous_positions` position 1 is left out.
+    """
+    return config.max_position_embeddings - int(not getattr(config, "contiguous_positions", False))
+
+
 def fill_up(rows: Sequence[np.ndarray], length: int, fill: int) -> np.ndarray:
     """Rows of tokens, none of more than `length`, as one array `[rows, length]` int64 with `fill` behind their ends."""
     filled = np.full((len(rows), length), fill, dtype=np.int64)
