@@ -2,9 +2,10 @@
 
 import json
 import zlib
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,6 @@ from clvp_fast.files import is_special
 from clvp_fast.text_remarks import text_remarks
 from clvp_fast.versions import versions
 from clvp_fast.voice_files import load_voice
-
-# Voices that are kept by the place that they came from; each is some kilobytes.
-_VOICES = 1024
 
 
 class Worker:
@@ -64,7 +62,6 @@ class Worker:
             threads=torch.get_num_threads() if device == "cpu" else None,
         )
         self.mark = _mark(checkpoint)
-        self._voices: OrderedDict[str, tuple[Voice, tuple[str, ...]] | str] = OrderedDict()
 
     @staticmethod
     def _engine(checkpoint: Checkpoint, settings: Settings, memory_fraction: float) -> CandidateEngine:
@@ -129,20 +126,19 @@ class Worker:
         place = place or self.settings.voice
         if place is None:
             raise ValueError("the row names no voice, and the job has none for such rows")
-        if place not in self._voices:
-            try:
-                _require_kept(Path(place))
-                loaded = load_voice(self.engine.voices, place)
-                self._voices[place] = loaded.voice, loaded.remarks
-            except Exception as error:
-                self._voices[place] = failure_of(error)  # its other rows need not look again
-            if len(self._voices) > _VOICES:
-                self._voices.popitem(last=False)
-        self._voices.move_to_end(place)
-        voice = self._voices[place]
+        voice = self.engine.voices.at(place, partial(self._read_voice, place))
         if isinstance(voice, str):
             raise ValueError(voice)
         return voice
+
+    def _read_voice(self, place: str) -> tuple[Voice, tuple[str, ...]] | str:
+        """A voice and its remarks; or why there is none, for which its other rows need not look again."""
+        try:
+            _require_kept(Path(place))
+            loaded = load_voice(self.engine.voices, place)
+            return loaded.voice, loaded.remarks
+        except Exception as error:
+            return failure_of(error)
 
     def _outcome(self, result: CandidateResult) -> Outcome:
         row, remarks = result.request.id
