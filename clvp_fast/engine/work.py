@@ -210,11 +210,7 @@ class Work:
 
     def _shrink(self) -> None:
         """Go on with half the batch after memory ran out; what was being decoded starts again, to the same codes."""
-        half = self.memory.max_batch // 2
-        if not half:
-            raise torch.OutOfMemoryError("there is too little memory to decode a single candidate: free some")
-        self.loop.runner = None
-        self.memory = self._plan(half)
+        self.memory = self._plan(self.loop.halve(self.memory.max_batch))
 
     def _rank(self) -> None:
         """Give finished jobs their results. A scorer may be the caller's own: what it raises fails one request."""

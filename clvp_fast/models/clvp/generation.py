@@ -270,8 +270,6 @@ def _decode(loop, jobs: list, smaller: Callable[[int], Any]) -> None:
         except torch.OutOfMemoryError:
             if at_once == 1:
                 raise
-        # Behind the clause, since the error's frames hold the runner whose memory is wanted.
-        at_once //= 2
+        at_once = loop.halve(at_once)
         LOGGER.debug("memory ran out: starting again with %d candidates at once", at_once)
-        loop.runner = None
         loop.restart(smaller(at_once))
