@@ -27,7 +27,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from clvp_fast import __version__
 from clvp_fast.batch.outcomes import Outcome, from_table, to_table
 from clvp_fast.files import UnwritableError, json_text, replacing, write_json
 
@@ -117,14 +116,13 @@ class JobFolder:
             return None
         try:
             manifest = json.loads(path.read_text(encoding="utf-8"))
-            found = manifest["format"]
-        except (ValueError, KeyError, TypeError) as error:
+            found, version = manifest["format"], manifest.get("versions", {}).get("clvp_fast", "an unknown version")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is damaged ({error}): put it back, or choose another folder") from error
         if found != FORMAT:
-            before = manifest.get("versions", {}).get("clvp_fast", "the version that began it")
             raise ValueError(
-                f"{path} is of the format {found!r}, and this version has {FORMAT!r}: finish it with clvp_fast "
-                f"{before}{' as it was then' if before == __version__ else ''}, or choose another folder"
+                f"{path} is of the format {found!r}, and this version has {FORMAT!r}: finish it with the "
+                f"clvp_fast that began it ({version}), or choose another folder"
             )
         return manifest
 

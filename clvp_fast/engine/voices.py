@@ -151,7 +151,7 @@ class VoiceCache:
                 require_sound(clip * np.float32(scale), name, cut[index])
             return self._voice(extracted["input_features"])
 
-        return self._get(key, voice)
+        return self.at(key, voice)
 
     def from_features(self, input_features) -> Voice:
         """The voice of log-mel features `[bins, frames]` or `[clips, bins, frames]`, or of a list of `[bins, frames]`.
@@ -175,7 +175,7 @@ class VoiceCache:
                     f"input_features of clip {index} hold NaN or infinite values: is the recording damaged?"
                 )
         tensors = (torch.tensor(clip, device="cpu") for clip in clips)
-        return self._get(_digest("features", "", *clips), lambda: self._voice(tensors))
+        return self.at(_digest("features", "", *clips), lambda: self._voice(tensors))
 
     def from_vector(self, vector) -> Voice:
         """The voice of a bare latent `[hidden_size]` or `[1, hidden_size]`, taken as this checkpoint's own.
@@ -225,11 +225,8 @@ class VoiceCache:
             self._fingerprint = self._encode(probe[0]).float().cpu()
         return self._fingerprint
 
-    def at(self, place: str, read: Callable[[], Any]) -> Any:
-        """What `read()` made of a place, which is asked once while it is kept; what it raises is not kept."""
-        return self._get(place, read)
-
-    def _get(self, key: bytes | str, make: Callable[[], Any]) -> Any:
+    def at(self, key: bytes | str, make: Callable[[], Any]) -> Any:
+        """What `make()` gave for a digest or a place, called once while that is kept; what it raises is not."""
         if key not in self._kept:
             self._kept[key] = make()
             if len(self._kept) > self.capacity:
