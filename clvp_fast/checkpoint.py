@@ -20,7 +20,7 @@ from clvp_fast import (
 from clvp_fast.demo import demo_checkpoint
 from clvp_fast.engine.sampling_params import SamplingParams
 from clvp_fast.files import user_path
-from clvp_fast.models.clvp.tokens import most_codes
+from clvp_fast.models.clvp.tokens import most_codes, most_text
 
 _JSON_FILES = ("config.json", "vocab.json", "preprocessor_config.json")
 _OPTIONAL_JSON_FILES = ("generation_config.json", "tokenizer_config.json", "model.safetensors.index.json")
@@ -222,8 +222,8 @@ def token_limit(model: ClvpModelForConditionalGeneration) -> int:
 
 
 def text_limit(model: ClvpModelForConditionalGeneration) -> int:
-    """The greatest number of text tokens: three places are taken by the tokens that are put around a text."""
-    return model.config.decoder_config.max_text_tokens - 3
+    """The greatest number of tokens of a text."""
+    return most_text(model.config.decoder_config)
 
 
 def sayable_ids(model: ClvpModelForConditionalGeneration, tokenizer: ClvpTokenizer, text: str) -> list[int]:

@@ -12,6 +12,7 @@ from clvp_fast.engine.decoder import min_rows
 from clvp_fast.engine.runner import PREFILL_TOKENS
 from clvp_fast.engine.sampling_params import SamplingParams
 from clvp_fast.engine.scheduler import batch_buckets
+from clvp_fast.models.clvp.tokens import longest_prompt
 
 # Beyond these slots a step is bound by the keys and values that it reads, and more of them gain next to nothing.
 MAX_BATCH = 512
@@ -176,7 +177,7 @@ def plan(
     if min(max_new_tokens, page_size) < 1:
         raise ValueError(f"max_new_tokens and page_size must be from 1 up, not {max_new_tokens} and {page_size}")
     if max_prefix_len is None:
-        max_prefix_len = model.config.max_text_tokens + 1
+        max_prefix_len = longest_prompt(model.config)
     sizes = model if isinstance(model, DecoderSizes) else DecoderSizes.of(model, page_dtype, weight_dtype)
     budget = int(free_bytes * memory_fraction)
     own, prefix = (-(-tokens // page_size) for tokens in (max_new_tokens, max_prefix_len))

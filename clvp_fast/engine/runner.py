@@ -23,7 +23,7 @@ from clvp_fast.engine.decoder import PagedDecoder, min_rows
 from clvp_fast.engine.persistent import MAX_ROWS, PersistentStep
 from clvp_fast.engine.scheduler import batch_buckets
 from clvp_fast.engine.slots import NEUTRAL, SlotState, to_device
-from clvp_fast.models.clvp.tokens import stop_token
+from clvp_fast.models.clvp.tokens import longest_prompt, stop_token
 from clvp_fast.ops.dispatch import OPERATORS, device_guard, uncast
 
 # How many tokens of several prompts are prefilled at once.
@@ -113,7 +113,7 @@ class Runner:
         if capture and device.type != "cuda":
             raise ValueError(f"steps are captured on a CUDA device, and the model is on {device}: leave out capture")
         self.device, self.max_batch, self.max_new_tokens = device, max_batch, max_new_tokens
-        self.max_prefix_len = config.max_text_tokens + 1 if max_prefix_len is None else max_prefix_len
+        self.max_prefix_len = longest_prompt(config) if max_prefix_len is None else max_prefix_len
         self.deterministic = deterministic
         self._captures = device.type == "cuda" if capture is None else capture
         self._min_rows = min_rows(model)

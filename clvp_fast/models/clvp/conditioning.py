@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 from clvp_fast.models.clvp.configuration import ClvpConfig
 from clvp_fast.models.clvp.convolution import Conv1d
 from clvp_fast.models.clvp.layers import ClvpSelfAttention
-from clvp_fast.models.clvp.tokens import PaddedText, insert_eos_at_first_pad
+from clvp_fast.models.clvp.tokens import PaddedText, insert_eos_at_first_pad, most_text
 from clvp_fast.models.plain import is_plain
 
 
@@ -84,7 +84,7 @@ class ClvpConditioningEncoder(nn.Module):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         by_mask, num_ends = num_ends is not None, 1 if num_ends is None else num_ends
         tokens = input_ids if inputs_embeds is None else inputs_embeds
-        limit = self.decoder_config.max_text_tokens - 1 - num_ends
+        limit = most_text(self.decoder_config, num_ends)
         if not 0 < tokens.shape[1] <= limit:
             raise ValueError(
                 f"the text must have 1 to {limit} tokens for this checkpoint, it has {tokens.shape[1]}: "

@@ -33,6 +33,16 @@ def most_codes(config: ClvpDecoderConfig) -> int:
     return config.max_position_embeddings - int(not getattr(config, "contiguous_positions", False))
 
 
+def most_text(config: ClvpDecoderConfig, num_ends: int = 2) -> int:
+    """The greatest number of tokens of a text, which has positions with a begin token and `num_ends` end tokens."""
+    return config.max_text_tokens - 1 - num_ends
+
+
+def longest_prompt(config: ClvpDecoderConfig) -> int:
+    """The greatest length of a prompt: the voice, and a text with what stands around it."""
+    return 1 + config.max_text_tokens
+
+
 def fill_up(rows: Sequence[np.ndarray], length: int, fill: int) -> np.ndarray:
     """Rows of tokens, none of more than `length`, as one array `[rows, length]` int64 with `fill` behind their ends."""
     filled = np.full((len(rows), length), fill, dtype=np.int64)
