@@ -112,7 +112,7 @@ def with_transformers(model, processor, settings: SamplingParams, samples: np.nd
         max_new_tokens=settings.max_new_tokens,
         num_return_sequences=settings.num_candidates,
         do_sample=True,
-        top_k=0,
+        top_k=settings.top_k,
         top_p=settings.top_p,
         temperature=settings.temperature,
         repetition_penalty=settings.repetition_penalty,

@@ -17,7 +17,7 @@ from clvp_fast.ops.sampling import reference as sample_reference
 
 VOCABULARY, TOKENS_SO_FAR = 8194, 200
 CANDIDATES = {"cpu": (16,), "cuda": (256, 16), "smoke": (3,)}
-# Tortoise's own settings.
+# What Tortoise sets itself; top_k it has from transformers' defaults.
 TEMPERATURE, TOP_P, PENALTY = 0.8, 0.8, 2.0
 
 
@@ -58,11 +58,14 @@ def reference(logits, seen, lengths, done, candidate, seed, step, temperature, t
     return torch.cat((tokens[:, None].double(), processors(logits, drawn).isfinite().double()), 1)
 
 
-def processors(logits, drawn):
-    chain = LogitsProcessorList(
+def chain() -> LogitsProcessorList:
+    return LogitsProcessorList(
         [RepetitionPenaltyLogitsProcessor(PENALTY), TemperatureLogitsWarper(TEMPERATURE), TopPLogitsWarper(TOP_P)]
     )
-    return chain(drawn, logits)
+
+
+def processors(logits, drawn):
+    return chain()(drawn, logits)
 
 
 def with_processors(logits, seen, lengths, done, candidate, seed, step, temperature, top_p, penalty, drawn):

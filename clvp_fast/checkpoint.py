@@ -14,10 +14,13 @@ from clvp_fast import (
     ClvpConfig,
     ClvpFeatureExtractor,
     ClvpModelForConditionalGeneration,
+    ClvpProcessor,
     ClvpTokenizer,
 )
 from clvp_fast.demo import demo_checkpoint
+from clvp_fast.engine.sampling_params import SamplingParams
 from clvp_fast.files import user_path
+from clvp_fast.models.clvp.tokens import most_codes, most_text
 
 _JSON_FILES = ("config.json", "vocab.json", "preprocessor_config.json")
 _OPTIONAL_JSON_FILES = ("generation_config.json", "tokenizer_config.json", "model.safetensors.index.json")
@@ -39,6 +42,15 @@ class Checkpoint:
     model: ClvpModelForConditionalGeneration
     tokenizer: ClvpTokenizer
     feature_extractor: ClvpFeatureExtractor
+
+    @property
+    def processor(self) -> ClvpProcessor:
+        return ClvpProcessor(self.feature_extractor, self.tokenizer)
+
+
+def best_device() -> str:
+    """The GPU where there is one, else the CPU."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def resolve_checkpoint(name: str | Path) -> str | Path:
@@ -204,14 +216,14 @@ def _first_sentence(error: Exception) -> str:
     return lines[0].removesuffix(".") if lines else type(error).__name__
 
 
-def speech_limit(model: ClvpModelForConditionalGeneration) -> int:
-    """The greatest number of speech tokens that the decoder has positions for."""
-    return model.config.decoder_config.max_position_embeddings - 1
+def token_limit(model: ClvpModelForConditionalGeneration) -> int:
+    """The speech tokens of the longest candidate where nothing is said of it: Tortoise's, if there are positions."""
+    return min(SamplingParams.max_new_tokens, most_codes(model.config.decoder_config))
 
 
 def text_limit(model: ClvpModelForConditionalGeneration) -> int:
-    """The greatest number of text tokens: three places are taken by the tokens that are put around a text."""
-    return model.config.decoder_config.max_text_tokens - 3
+    """The greatest number of tokens of a text."""
+    return most_text(model.config.decoder_config)
 
 
 def sayable_ids(model: ClvpModelForConditionalGeneration, tokenizer: ClvpTokenizer, text: str) -> list[int]:
@@ -236,9 +248,3 @@ def sayable_ids(model: ClvpModelForConditionalGeneration, tokenizer: ClvpTokeniz
             f"the text is too long: {len(ids)} tokens, and this checkpoint takes {text_limit(model)}; split it up"
         )
     return ids
-
-
-def stop_token(model: ClvpModelForConditionalGeneration) -> int:
-    """The id that ends a candidate: the decoder's, whatever a generation config says of the text's."""
-    stop = model.config.decoder_config.eos_token_id
-    return stop[0] if isinstance(stop, list) else stop

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from benchmarks.kernels import captured
 from benchmarks.rivals.torch_decoder import TorchLayers
+from clvp_fast import SamplingParams
 
 STRETCH = 128
 
@@ -20,7 +21,7 @@ class TorchGenerator:
     Args:
         model: transformers' `ClvpModelForConditionalGeneration`.
         candidates, new_tokens: of each call.
-        temperature, top_p, penalty: as transformers' processors apply them, one after the other.
+        temperature, top_k, top_p, penalty: as transformers' processors apply them, one after the other.
         capture: replay steps as CUDA graphs.
     """
 
@@ -29,14 +30,15 @@ class TorchGenerator:
         model,
         candidates: int,
         new_tokens: int,
-        temperature: float = 0.8,
-        top_p: float = 0.8,
-        penalty: float = 2.0,
+        temperature: float = SamplingParams.temperature,
+        top_k: int = SamplingParams.top_k,
+        top_p: float = SamplingParams.top_p,
+        penalty: float = SamplingParams.repetition_penalty,
         capture: bool = False,
     ):
         self.model, self.layers = model, TorchLayers(model.speech_decoder_model)
         self.candidates, self.new_tokens, self.capture = candidates, new_tokens, capture
-        self.temperature, self.top_p, self.penalty = temperature, top_p, penalty
+        self.temperature, self.top_k, self.top_p, self.penalty = temperature, top_k, top_p, penalty
         self.config, device = model.config.decoder_config, model.device
         self.token = torch.zeros(candidates, dtype=torch.long, device=device)
         self.place = torch.zeros(1, dtype=torch.long, device=device)  # of the token among the candidate's own
@@ -131,7 +133,8 @@ class TorchGenerator:
         """Draw the next token from `self.logits` without a word to the host."""
         logits = self.logits.float()
         logits = torch.where(self.seen, torch.where(logits < 0, logits * self.penalty, logits / self.penalty), logits)
-        chances, order = (logits / self.temperature).softmax(-1).sort(descending=True)
+        scores, order = (logits / self.temperature).topk(min(self.top_k or logits.shape[-1], logits.shape[-1]))
+        chances = scores.softmax(-1)
         chances = chances.masked_fill(chances.cumsum(-1) - chances > self.top_p, 0)
         # The largest of chances over exponential numbers falls on each as often as its chance says.
         drawn = (chances / torch.empty_like(chances).exponential_()).argmax(-1, keepdim=True)

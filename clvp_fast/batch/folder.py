@@ -30,7 +30,8 @@ import pyarrow.parquet as pq
 from clvp_fast.batch.outcomes import Outcome, from_table, to_table
 from clvp_fast.files import UnwritableError, json_text, replacing, write_json
 
-FORMAT = "clvp_fast.batch.1"
+#: Rises with every change of what settings mean; from 1 to 2 `top_k` became 50 where Python says nothing of it.
+FORMAT = "clvp_fast.batch.2"
 _KEY = b"clvp_fast"
 
 
@@ -115,12 +116,13 @@ class JobFolder:
             return None
         try:
             manifest = json.loads(path.read_text(encoding="utf-8"))
-            found = manifest["format"]
-        except (ValueError, KeyError, TypeError) as error:
+            found, version = manifest["format"], manifest.get("versions", {}).get("clvp_fast", "an unknown version")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is damaged ({error}): put it back, or choose another folder") from error
         if found != FORMAT:
             raise ValueError(
-                f"{path} is of the format {found!r}, and this version has {FORMAT!r}: choose another folder"
+                f"{path} is of the format {found!r}, and this version has {FORMAT!r}: finish it with the "
+                f"clvp_fast that began it ({version}), or choose another folder"
             )
         return manifest
 

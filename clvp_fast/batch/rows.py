@@ -14,7 +14,7 @@ from uuid import UUID
 import numpy as np
 
 from clvp_fast.batch.failures import failure_of
-from clvp_fast.batch.settings import SAMPLING
+from clvp_fast.engine.sampling_params import SAMPLING
 from clvp_fast.errors import sentence
 from clvp_fast.files import user_path
 

@@ -1,12 +1,12 @@
 """What a job's results depend on beside its rows: settings to compare, hash, pickle and write as JSON."""
 
 import json
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from clvp_fast.engine.sampling_params import SamplingParams
+from clvp_fast.engine.sampling_params import SAMPLING, SamplingParams
 
 #: What a run finds out where it is not told, and what a run that goes on takes over from the one before.
 _FOUND = ("max_new_tokens", "device", "batch_size", "threads")
@@ -43,13 +43,13 @@ class Settings:
     keep: int | None = 1
     num_candidates: int | None = None
     max_new_tokens: int | None = None
-    do_sample: bool = True
-    temperature: float = 0.8
-    top_p: float = 0.8
-    top_k: int = 0
-    typical_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 2.0
+    do_sample: bool = SamplingParams.do_sample
+    temperature: float = SamplingParams.temperature
+    top_p: float = SamplingParams.top_p
+    top_k: int = SamplingParams.top_k
+    typical_p: float = SamplingParams.typical_p
+    min_p: float = SamplingParams.min_p
+    repetition_penalty: float = SamplingParams.repetition_penalty
     seed: int = 0
     scoring: str = "padded"
     latents: bool = False
@@ -66,7 +66,10 @@ class Settings:
         for name in ("checkpoint", "voice"):
             if isinstance(getattr(self, name), Path):
                 object.__setattr__(self, name, str(getattr(self, name)))
-        object.__setattr__(self, "num_candidates", self.sampling().num_candidates)
+        # As numbers of Python's own, by which equal settings have one digest whoever gave them.
+        for name, value in asdict(self.sampling()).items():
+            if name in SAMPLING and (name, self.max_new_tokens) != ("max_new_tokens", None):
+                object.__setattr__(self, name, value)
         for name in ("keep", "batch_size", "threads"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
@@ -82,7 +85,8 @@ class Settings:
         Raises:
             ValueError: a value that cannot be.
         """
-        own = {name: getattr(self, name) for name in SAMPLING if getattr(self, name) is not None}
+        own = {name: getattr(self, name) for name in SAMPLING}
+        own = {name: value for name, value in own.items() if value is not None or name == "top_k"}  # None: keep all
         return SamplingParams(**own | of_row)
 
     def as_dict(self) -> dict[str, Any]:
@@ -114,23 +118,9 @@ class Settings:
         return settings
 
 
-#: What a row may have of its own, and settings name for all.
-SAMPLING = (
-    "num_candidates",
-    "max_new_tokens",
-    "do_sample",
-    "temperature",
-    "top_p",
-    "top_k",
-    "typical_p",
-    "min_p",
-    "repetition_penalty",
-    "seed",
-)
 _CHOICES = {
     "scoring": ("padded", "trimmed"),
     "device": (None, "cpu", "cuda"),
     "dtype": ("float32", "bfloat16", "float16"),
     "text_cleaning": ("tortoise", "transformers"),
 }
-assert set(SAMPLING) <= {field.name for field in fields(Settings)}

@@ -27,10 +27,8 @@ def write_summary(folder: JobFolder, manifest: dict[str, Any], now: Counter[str]
     for path in paths:
         about = folder.about(path)
         reasons.update(failure["error"] for failure in about["failures"])
-        found = [name for name in ("candidates", "tokens", "remarks") if name in pq.read_schema(path).names]
-        first = pq.read_table(path, columns=found, filters=pc.field("rank") == 1)
-        if "remarks" in found:  # earlier versions wrote none
-            remarks.update(pc.list_flatten(first["remarks"]).to_pylist())
+        first = pq.read_table(path, columns=["candidates", "tokens", "remarks"], filters=pc.field("rank") == 1)
+        remarks.update(pc.list_flatten(first["remarks"]).to_pylist())
         counts = {
             "spoken": first.num_rows,
             "failed": len(about["failures"]),

@@ -2,9 +2,10 @@
 
 import json
 import zlib
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -15,19 +16,15 @@ from clvp_fast.batch.failures import failure_of
 from clvp_fast.batch.outcomes import Outcome
 from clvp_fast.batch.rows import Row
 from clvp_fast.batch.settings import Settings
-from clvp_fast.checkpoint import Checkpoint, load_checkpoint
+from clvp_fast.checkpoint import Checkpoint, best_device, load_checkpoint
+from clvp_fast.engine.building import build_engine
 from clvp_fast.engine.engine import CandidateEngine
-from clvp_fast.engine.memory import CPU_BATCH, MAX_BATCH
 from clvp_fast.engine.requests import CandidateRequest, CandidateResult
 from clvp_fast.engine.voices import Voice
 from clvp_fast.files import is_special
-from clvp_fast.models.clvp.processing import ClvpProcessor
 from clvp_fast.text_remarks import text_remarks
 from clvp_fast.versions import versions
 from clvp_fast.voice_files import load_voice
-
-# Voices that are kept by the place that they came from; each is some kilobytes.
-_VOICES = 1024
 
 
 class Worker:
@@ -45,7 +42,7 @@ class Worker:
     """
 
     def __init__(self, settings: Settings, memory_fraction: float = 0.9):
-        device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = settings.device or best_device()
         if device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device 'cuda': torch sees no CUDA device here; use 'cpu', or leave it out")
         if settings.threads is not None:
@@ -65,26 +62,14 @@ class Worker:
             threads=torch.get_num_threads() if device == "cpu" else None,
         )
         self.mark = _mark(checkpoint)
-        self._voices: OrderedDict[str, tuple[Voice, tuple[str, ...]] | str] = OrderedDict()
 
     @staticmethod
     def _engine(checkpoint: Checkpoint, settings: Settings, memory_fraction: float) -> CandidateEngine:
-        default = CPU_BATCH if checkpoint.model.device.type == "cpu" else MAX_BATCH
-        options = dict(
-            max_batch=settings.batch_size or default,
-            max_new_tokens=settings.max_new_tokens,
-            memory_fraction=memory_fraction,
-            weight_dtype=torch.int8 if settings.int8_weights else None,
-            page_dtype=torch.float8_e4m3fn if settings.float8_pages else None,
-            scoring=settings.scoring,
-            latents=settings.latents,
-            deterministic=settings.dtype != "float32",
-        )
-        processor = ClvpProcessor(checkpoint.feature_extractor, checkpoint.tokenizer)
+        deterministic = settings.dtype != "float32"
         try:
-            return CandidateEngine(checkpoint.model, processor, **options)
+            return build_engine(checkpoint, settings, memory_fraction, deterministic=deterministic)
         except RuntimeError as error:
-            if not options["deterministic"] or isinstance(error, torch.OutOfMemoryError):
+            if not deterministic or isinstance(error, torch.OutOfMemoryError):
                 raise
             raise ValueError(
                 "a job that can be stopped needs each row to give the same in every batch, which "
@@ -141,20 +126,19 @@ class Worker:
         place = place or self.settings.voice
         if place is None:
             raise ValueError("the row names no voice, and the job has none for such rows")
-        if place not in self._voices:
-            try:
-                _require_kept(Path(place))
-                loaded = load_voice(self.engine.voices, place)
-                self._voices[place] = loaded.voice, loaded.remarks
-            except Exception as error:
-                self._voices[place] = failure_of(error)  # its other rows need not look again
-            if len(self._voices) > _VOICES:
-                self._voices.popitem(last=False)
-        self._voices.move_to_end(place)
-        voice = self._voices[place]
+        voice = self.engine.voices.at(place, partial(self._read_voice, place))
         if isinstance(voice, str):
             raise ValueError(voice)
         return voice
+
+    def _read_voice(self, place: str) -> tuple[Voice, tuple[str, ...]] | str:
+        """A voice and its remarks; or why there is none, for which its other rows need not look again."""
+        try:
+            _require_kept(Path(place))
+            loaded = load_voice(self.engine.voices, place)
+            return loaded.voice, loaded.remarks
+        except Exception as error:
+            return failure_of(error)
 
     def _outcome(self, result: CandidateResult) -> Outcome:
         row, remarks = result.request.id

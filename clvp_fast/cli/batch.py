@@ -7,9 +7,8 @@ from pathlib import Path
 from rich.table import Table
 
 from clvp_fast.batch import run as run_job
-from clvp_fast.batch.settings import SAMPLING
 from clvp_fast.cli import report
-from clvp_fast.cli.inputs import candidate_count
+from clvp_fast.cli.inputs import sampling_of
 
 #: What an interrupt leaves.
 INTERRUPTED = "what is finished is kept, and the same command goes on from there"
@@ -20,7 +19,7 @@ _PLAIN = ("checkpoint", "voice", "scoring", "latents", "embeddings", "dtype", "i
 def run(arguments: argparse.Namespace) -> None:
     if not arguments.debug:
         report.quiet_transformers()
-    settings = {name: getattr(arguments, name) for name in (*SAMPLING, *_PLAIN) if hasattr(arguments, name)}
+    settings = sampling_of(arguments) | {name: getattr(arguments, name) for name in _PLAIN}
     with report.noting_warnings():
         summary = run_job(
             arguments.input,
@@ -32,9 +31,7 @@ def run(arguments: argparse.Namespace) -> None:
             memory_fraction=arguments.memory_fraction,
             **settings
             | {
-                "num_candidates": candidate_count(arguments),
                 "keep": None if arguments.keep == 0 else arguments.keep,
-                "do_sample": not arguments.greedy,
                 "device": None if arguments.device == "auto" else arguments.device,
                 "batch_size": arguments.batch_size,
             },

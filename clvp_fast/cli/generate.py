@@ -5,20 +5,18 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
-from clvp_fast.checkpoint import Checkpoint, speech_limit
+from clvp_fast.checkpoint import Checkpoint, token_limit
 from clvp_fast.cli import report
 from clvp_fast.cli.generation import Generation
-from clvp_fast.cli.inputs import candidate_count, load_for
+from clvp_fast.cli.inputs import load_for, sampling_of
 from clvp_fast.cli.items import gather, read_texts
 from clvp_fast.engine.sampling_params import SamplingParams
 from clvp_fast.files import staged_folder, user_path
-
-#: Tortoise generates and scores at most this many speech tokens (about 23 s of speech).
-TORTOISE_MAX_TOKENS = 500
+from clvp_fast.models.clvp.tokens import most_codes
 
 
 def run(arguments: argparse.Namespace) -> None:
-    count = candidate_count(arguments)
+    given = sampling_of(arguments)
     voice_file = _voice_file(arguments)
     texts = read_texts(arguments)
     with ExitStack() as staging:
@@ -26,7 +24,7 @@ def run(arguments: argparse.Namespace) -> None:
         voice_folder = staging.enter_context(staged_folder(voice_file.parent)) if voice_file else None
         started = time.perf_counter()
         checkpoint = load_for(arguments)
-        sampling = _sampling(arguments, count, _max_new_tokens(checkpoint, arguments.max_new_tokens))
+        sampling = SamplingParams(**given | {"max_new_tokens": _max_new_tokens(checkpoint, given["max_new_tokens"])})
         items = gather(checkpoint, texts, arguments)
         generation = Generation(checkpoint, items, sampling, folder, arguments)
         generation.seconds["load"] = time.perf_counter() - started
@@ -55,22 +53,12 @@ def _voice_file(arguments: argparse.Namespace) -> Path | None:
 
 
 def _max_new_tokens(checkpoint: Checkpoint, asked: int | None) -> int:
-    limit = speech_limit(checkpoint.model)
     if asked is None:
-        return min(TORTOISE_MAX_TOKENS, limit)
+        return token_limit(checkpoint.model)
+    limit = most_codes(checkpoint.model.config.decoder_config)
     if asked > limit:
         raise ValueError(f"--max-new-tokens {asked}: this checkpoint has positions for {limit} speech tokens")
     return asked
-
-
-def _sampling(arguments: argparse.Namespace, count: int, max_new_tokens: int) -> SamplingParams:
-    names = ("temperature", "top_p", "top_k", "typical_p", "min_p", "repetition_penalty", "seed")
-    return SamplingParams(
-        num_candidates=count,
-        max_new_tokens=max_new_tokens,
-        do_sample=not arguments.greedy,
-        **{name: getattr(arguments, name) for name in names},
-    )
 
 
 def _tell(document: dict, written: list[Path], as_json: bool) -> None:

@@ -6,17 +6,18 @@ from pathlib import Path
 
 import torch
 
-from clvp_fast import ClvpProcessor
-from clvp_fast.checkpoint import Checkpoint, stop_token
+from clvp_fast.checkpoint import Checkpoint
 from clvp_fast.cli import report
 from clvp_fast.cli.items import Item
 from clvp_fast.cli.progress import warm_up, watching
 from clvp_fast.cli.results import result_document, summary_row, write_arrays
+from clvp_fast.engine.building import build_engine
 from clvp_fast.engine.engine import CandidateEngine
-from clvp_fast.engine.memory import CPU_BATCH, MAX_BATCH, human_bytes
+from clvp_fast.engine.memory import human_bytes
 from clvp_fast.engine.requests import CandidateRequest, CandidateResult
 from clvp_fast.engine.sampling_params import SamplingParams
 from clvp_fast.files import write_json
+from clvp_fast.models.clvp.tokens import stop_token
 from clvp_fast.versions import versions
 
 
@@ -79,7 +80,8 @@ class Generation:
         requests = [CandidateRequest(input_ids=item.ids[0], conditioning=item.voice.voice, id=item) for item in ready]
         started = time.perf_counter()
         self.seconds["write"] = 0.0
-        bar = watching(len(ready), sampling.num_candidates, sampling.max_new_tokens, stop_token(self.checkpoint.model))
+        stop = stop_token(self.checkpoint.model.config.decoder_config)
+        bar = watching(len(ready), sampling.num_candidates, sampling.max_new_tokens, stop)
         with bar as watch:
             keep = arguments.keep or sampling.num_candidates
             try:
@@ -98,19 +100,8 @@ class Generation:
 
     def _engine(self, num_requests: int) -> CandidateEngine:
         """An engine with no more places than the requests have candidates; its plan of memory is noted."""
-        arguments, sampling, model = self.arguments, self.sampling, self.checkpoint.model
-        total = num_requests * sampling.num_candidates
-        engine = CandidateEngine(
-            model,
-            ClvpProcessor(self.checkpoint.feature_extractor, self.checkpoint.tokenizer),
-            max_batch=min(arguments.batch_size or (CPU_BATCH if model.device.type == "cpu" else MAX_BATCH), total),
-            max_new_tokens=sampling.max_new_tokens,
-            memory_fraction=arguments.memory_fraction,
-            weight_dtype=torch.int8 if arguments.int8_weights else None,
-            page_dtype=torch.float8_e4m3fn if arguments.float8_pages else None,
-            scoring=arguments.scoring,
-            latents=arguments.latents,
-        )
+        total = num_requests * self.sampling.num_candidates
+        engine = build_engine(self.checkpoint, self.arguments, self.arguments.memory_fraction, candidates=total)
         plan = engine.memory
         report.note(
             f"{total} candidates, {plan.max_batch} at a time, in {human_bytes(plan.total)} of the "
@@ -121,7 +112,7 @@ class Generation:
             "memory": {"budget": plan.budget, "planned": plan.total, "parts": plan.parts},
             "versions": versions(),
         }
-        if model.device.type == "cuda":
+        if self.checkpoint.model.device.type == "cuda":
             self.seconds["warm_up"] = warm_up(engine)
         return engine
 

@@ -1,12 +1,13 @@
 """From the arguments of a command to checked tensors: the text, the device, how many."""
 
 import argparse
+from typing import Any
 
 import torch
 
-from clvp_fast.checkpoint import Checkpoint, load_checkpoint, sayable_ids
+from clvp_fast.checkpoint import Checkpoint, best_device, load_checkpoint, sayable_ids
 from clvp_fast.cli.report import note, quiet_transformers
-from clvp_fast.engine.sampling_params import PRESETS
+from clvp_fast.engine.sampling_params import PRESETS, SAMPLING
 from clvp_fast.text_remarks import text_remarks
 
 
@@ -17,7 +18,7 @@ def device_for(arguments: argparse.Namespace) -> str:
         ValueError: a GPU is asked for where there is none.
     """
     if arguments.device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return best_device()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no CUDA device here; use --device cpu, or leave the option out")
     return arguments.device
@@ -38,19 +39,19 @@ def load_for(arguments: argparse.Namespace) -> Checkpoint:
     return checkpoint
 
 
-def candidate_count(arguments: argparse.Namespace) -> int:
-    """How many candidates the arguments ask for.
+def sampling_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the arguments say of each of `SAMPLING`; None where they leave it open.
 
     Raises:
-        ValueError: several of greedy decoding.
+        ValueError: several candidates of greedy decoding.
     """
-    if not arguments.greedy:
-        return arguments.num_candidates or PRESETS.get(arguments.preset, 16)
-    if arguments.preset:
+    if arguments.greedy and arguments.preset:
         raise ValueError(f"--greedy gives one candidate, and --preset {arguments.preset} asks for many; leave one out")
-    if (arguments.num_candidates or 1) > 1:
+    if arguments.greedy and (arguments.num_candidates or 1) > 1:
         raise ValueError("--greedy gives one candidate; leave --num-candidates out, or leave --greedy out")
-    return 1
+    given = {name: getattr(arguments, name) for name in SAMPLING if name != "do_sample"}
+    given["num_candidates"] = arguments.num_candidates or PRESETS.get(arguments.preset)
+    return given | {"do_sample": not arguments.greedy}
 
 
 def text_ids(checkpoint: Checkpoint, text: str, name: str = "") -> torch.Tensor:

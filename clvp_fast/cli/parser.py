@@ -5,7 +5,7 @@ import math
 import os
 
 from clvp_fast import __version__
-from clvp_fast.engine.sampling_params import PRESETS
+from clvp_fast.engine.sampling_params import NUM_CANDIDATES, PRESETS, RANGES, SamplingParams
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -52,7 +52,9 @@ def _generate(commands, everywhere) -> None:
         "--keep", type=_positive_int, metavar="K", help="write the codes of the K best alone (default: of all)"
     )
     _add_scoring(parser)
-    parser.add_argument("--seed", type=_seed, default=0, help="of the random choices (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=_sampling["seed"], default=0, help="of the random choices (default: %(default)s)"
+    )
     more = parser.add_argument_group("more results")
     more.add_argument("--latents", action="store_true", help="write the decoder's latents of the kept candidates too")
     more.add_argument(
@@ -91,7 +93,10 @@ def _batch(commands, everywhere) -> None:
     )
     _add_scoring(parser)
     parser.add_argument(
-        "--seed", type=_seed, default=0, help="of the job; a row's follows from it and its id (default: %(default)s)"
+        "--seed",
+        type=_sampling["seed"],
+        default=0,
+        help="of the job; a row's follows from it and its id (default: %(default)s)",
     )
     parser.add_argument("--retry-failed", action="store_true", help="speak rows again that failed before")
     more = parser.add_argument_group("more results")
@@ -256,7 +261,12 @@ def _add_checkpoint(parser) -> None:
 
 
 def _add_candidates(parser) -> None:
-    parser.add_argument("--num-candidates", type=_positive_int, metavar="N", help="default: 16, or 1 with --greedy")
+    parser.add_argument(
+        "--num-candidates",
+        type=_sampling["num_candidates"],
+        metavar="N",
+        help=f"default: {NUM_CANDIDATES}, or 1 with --greedy",
+    )
     parser.add_argument(
         "--preset",
         choices=tuple(PRESETS),
@@ -264,9 +274,9 @@ def _add_candidates(parser) -> None:
     )
     parser.add_argument(
         "--max-new-tokens",
-        type=_positive_int,
+        type=_sampling["max_new_tokens"],
         metavar="N",
-        help="longest candidate (default: 500, or what the checkpoint has positions for)",
+        help=f"longest candidate (default: {SamplingParams.max_new_tokens}, or what the checkpoint has positions for)",
     )
 
 
@@ -280,14 +290,16 @@ def _add_decoding(parser) -> None:
 
 def _add_sampling(parser) -> None:
     sampling = parser.add_argument_group("sampling (defaults are Tortoise's)")
-    sampling.add_argument("--temperature", type=_positive_float, default=0.8, help="default: %(default)s")
-    sampling.add_argument("--top-p", type=_fraction, default=0.8, help="default: %(default)s")
-    sampling.add_argument(
-        "--top-k", type=_non_negative_int, default=50, help="0: of all tokens (default: %(default)s, as Tortoise runs)"
-    )
-    sampling.add_argument("--typical-p", type=_fraction, default=1.0, help="1: off (default: %(default)s)")
-    sampling.add_argument("--min-p", type=_share, default=0.0, help="0: off (default: %(default)s)")
-    sampling.add_argument("--repetition-penalty", type=_positive_float, default=2.0, help="default: %(default)s")
+    for name, meaning in (
+        ("temperature", "default: %(default)s"),
+        ("top_p", "default: %(default)s"),
+        ("top_k", "0: of all tokens (default: %(default)s, as Tortoise runs)"),
+        ("typical_p", "1: off (default: %(default)s)"),
+        ("min_p", "0: off (default: %(default)s)"),
+        ("repetition_penalty", "default: %(default)s"),
+    ):
+        option = f"--{name.replace('_', '-')}"
+        sampling.add_argument(option, type=_sampling[name], default=getattr(SamplingParams, name), help=meaning)
     sampling.add_argument("--greedy", action="store_true", help="always the likeliest token: one candidate")
 
 
@@ -374,6 +386,9 @@ def _number(kind, accept, wanted: str):
 _positive_int = _number(int, lambda value: value >= 1, "a whole number from 1 on")
 _seed = _number(int, lambda value: 0 <= value < 2**63, "a whole number from 0 to 2^63 - 1")
 _non_negative_int = _number(int, lambda value: value >= 0, "a whole number from 0 on")
-_positive_float = _number(float, lambda value: 0 < value < math.inf, "a number above 0")
 _fraction = _number(float, lambda value: 0 < value <= 1, "a number above 0 and at most 1")
-_share = _number(float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
+# By the name of a field of `SamplingParams`.
+_sampling = {
+    name: _number(allowed.kind, allowed.holds, f"{'a number ' if allowed.kind is float else ''}{allowed.wanted}")
+    for name, allowed in RANGES.items()
+}

@@ -71,17 +71,20 @@ def print_table(table: Table) -> None:
 _SHOWN = 32
 
 
-def ranking(scores: np.ndarray, lengths: np.ndarray, stopped: np.ndarray | None = None) -> list[dict]:
+def ranking(
+    scores: np.ndarray, lengths: np.ndarray, stopped: np.ndarray | None = None, numbers: np.ndarray | None = None
+) -> list[dict]:
     """One row a candidate, best score first.
 
-    A row has its rank (from 1), the number of the candidate (from 0, as given), its tokens, its score (None where it
-    has none: an empty candidate under `--scoring trimmed`), and whether it came to its end, where `stopped` tells. All
-    arrays are `[candidates]`.
+    A row has its rank (from 1), the number of the candidate (of `numbers`, or its place, from 0), its tokens, its score
+    (None where it has none: an empty candidate under `--scoring trimmed`), and whether it came to its end, where
+    `stopped` tells. All arrays are `[candidates]`.
     """
     rows = []
     for rank, index in enumerate(np.argsort(-scores, kind="stable"), start=1):
         score = float(scores[index])
-        row = {"rank": rank, "candidate": int(index), "tokens": int(lengths[index])}
+        number = index if numbers is None else numbers[index]
+        row = {"rank": rank, "candidate": int(number), "tokens": int(lengths[index])}
         row["score"] = None if score == -math.inf else score
         rows.append(row if stopped is None else row | {"stopped": bool(stopped[index])})
     return rows

@@ -3,14 +3,13 @@
 from pathlib import Path
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 
 from clvp_fast.checkpoint import Checkpoint
 from clvp_fast.cli import report
 from clvp_fast.cli.items import Item
 from clvp_fast.cli.pictures import draw_candidates
 from clvp_fast.engine.requests import CandidateResult
+from clvp_fast.models.clvp.tokens import finished_codes
 from clvp_fast.text_remarks import text_remarks
 
 
@@ -47,7 +46,8 @@ def write_arrays(
     kept = np.asarray(result.kept)
     np.savez_compressed(
         folder / "codes.npz",
-        codes=final_codes(checkpoint, result.codes[kept], length),
+        # As the next stage takes them, from the stop on as Tortoise fixes them; one that was cut keeps its own end.
+        codes=finished_codes(result.codes[kept], length, checkpoint.model.config.decoder_config).numpy(),
         lengths=result.lengths[kept],
         scores=result.scores[kept],
         candidates=kept,
@@ -62,17 +62,6 @@ def write_arrays(
         np.savez(folder / "latents.npz", **latents)
         written.append("latents.npz")
     return written
-
-
-def final_codes(checkpoint: Checkpoint, codes: np.ndarray, length: int) -> np.ndarray:
-    """Codes `[N, longest]` as the next stage takes them: `[N, length]`, from the stop on as Tortoise fixes them.
-
-    A candidate that was cut keeps its own end.
-    """
-    decoder = checkpoint.model.config.decoder_config
-    padded = F.pad(torch.from_numpy(codes), (0, length - codes.shape[1]), value=decoder.eos_token_id)
-    # What is dropped here is the column of the start token.
-    return checkpoint.model.fix_speech_decoder_output(F.pad(padded, (1, 0), value=decoder.bos_token_id)).numpy()
 
 
 def summary_row(item: Item, document: dict | None) -> dict:

@@ -13,6 +13,8 @@ from clvp_fast.checkpoint import Checkpoint
 from clvp_fast.cli import report
 from clvp_fast.cli.inputs import load_for, text_ids
 from clvp_fast.engine.ranking import Ranker
+from clvp_fast.models.clvp.similarity import normalized
+from clvp_fast.models.clvp.tokens import end_text, known_codes
 from clvp_fast.text_remarks import text_remarks
 from clvp_fast.versions import versions
 
@@ -29,14 +31,14 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.codes is None or arguments.text is None or arguments.audio or arguments.texts:
         arguments.refuse("CODES and TEXT are needed; --audio and --text go with --model clap")
     arguments.checkpoint = arguments.checkpoint or "demo"
-    codes, lengths = read_codes(Path(arguments.codes))
+    codes, lengths, numbers = read_codes(Path(arguments.codes))
     checkpoint = load_for(arguments)
     ids = text_ids(checkpoint, arguments.text)
     if arguments.scoring == "trimmed":
         scores = score_trimmed(checkpoint, ids, codes, lengths)
     else:
         scores = score(checkpoint, ids, codes)
-    rows = report.ranking(scores, lengths)
+    rows = report.ranking(scores, lengths, numbers=numbers)
     if arguments.json:
         document = {"text": arguments.text, "codes": arguments.codes, "checkpoint": arguments.checkpoint}
         document["remarks"] = list(text_remarks(checkpoint.tokenizer, arguments.text))
@@ -45,20 +47,22 @@ def run(arguments: argparse.Namespace) -> None:
         report.print_ranking(rows)
 
 
-def read_codes(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Speech codes `[candidates, length]` (int64) of a file, and how many tokens of each were spoken `[candidates]`.
+def read_codes(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Speech codes `[candidates, length]` (int64) of a file, how many tokens of each were spoken, and its number.
+
+    The latter two are `[candidates]`: `lengths` and `candidates` of the file, by default whole rows, counted from 0.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: not an .npz with `codes`, an .npy or a .json; not whole numbers; rows of unequal length; no row;
-            lengths that the rows do not have.
+            lengths that the rows do not have; numbers that are none.
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no file of codes at {path}")
     try:
         content = json.loads(path.read_text(encoding="utf-8")) if path.suffix == ".json" else np.load(path)
         if isinstance(content, np.lib.npyio.NpzFile):
-            content = {name: content[name] for name in ("codes", "lengths") if name in content}
+            content = {name: content[name] for name in ("codes", "lengths", "candidates") if name in content}
     except (OSError, EOFError, ValueError, RecursionError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} cannot be read as .npz, .npy or .json of speech codes") from error
     if isinstance(content, np.ndarray | list):
@@ -78,39 +82,42 @@ def read_codes(path: Path) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(f"{path}: codes must be whole numbers [candidates, length], got {codes.dtype} {shape}")
     if codes.max() >= 2**63:
         raise ValueError(f"{path}: codes must be those of speech, got {codes.max()}")
-    return codes.astype(np.int64), _lengths(path, content.get("lengths"), codes)
-
-
-def _lengths(path: Path, given, codes: np.ndarray) -> np.ndarray:
-    """How many tokens of each row of `codes` were spoken: all where none are `given`."""
     rows, longest = codes.shape
-    if given is None:
-        return np.full(rows, longest)
+    lengths = _of_rows(path, content, "lengths", rows, longest, f"from 0 to {longest}, as many as a row has codes")
+    numbers = _of_rows(path, content, "candidates", rows, 2**63 - 1, "from 0, the number of each row")
+    return (
+        codes.astype(np.int64),
+        np.full(rows, longest) if lengths is None else lengths,
+        np.arange(rows) if numbers is None else numbers,
+    )
+
+
+def _of_rows(path: Path, content, name: str, rows: int, most: int, wanted: str) -> np.ndarray | None:
+    """The whole numbers `[rows]` from 0 to `most` that a file may have beside its codes."""
+    if content.get(name) is None:
+        return None
     try:
-        lengths = np.asarray(given)
+        numbers = np.asarray(content[name])
     except ValueError:  # lists of unequal lengths
-        lengths = np.empty(0, dtype=object)
-    if lengths.dtype.kind in "iu" and lengths.shape != (rows,):
-        raise ValueError(f"{path}: {rows} candidates need as many lengths, got {list(lengths.shape)}")
-    if lengths.dtype.kind not in "iu" or lengths.min() < 0 or lengths.max() > longest:
-        raise ValueError(f"{path}: lengths must be whole numbers from 0 to {longest}, as many as a row has codes")
-    return lengths
+        numbers = np.empty(0, dtype=object)
+    if numbers.dtype.kind in "iu" and numbers.shape != (rows,):
+        raise ValueError(f"{path}: {rows} candidates need as many {name}, got {list(numbers.shape)}")
+    if numbers.dtype.kind not in "iu" or numbers.min() < 0 or numbers.max() > most:
+        raise ValueError(f"{path}: {name} must be whole numbers {wanted}")
+    return numbers
 
 
 @torch.inference_mode()
 def score(checkpoint: Checkpoint, ids: torch.Tensor, codes: np.ndarray) -> np.ndarray:
     """Scaled cosine similarity `[candidates]` (float32) of the text `ids` `[1, length]` with each row of `codes`."""
     model = checkpoint.model
-    speech, decoder = model.config.speech_config, model.config.decoder_config
     _check_range(checkpoint, codes)
-    # The start and the stop token have no row in the speech encoder: generate() scores them as the filling code.
-    codes = np.where(codes < speech.vocab_size, codes, decoder.decoder_fixing_codes[0])
-    # generate() scores the text with one stop behind it, as Tortoise does.
-    ids = torch.nn.functional.pad(ids, (0, 1), value=model.config.text_config.eos_token_id)
-    text = torch.nn.functional.normalize(model.text_encoder_model(input_ids=ids).embeds.float(), dim=-1)
+    given = known_codes(torch.from_numpy(codes), model.config).to(model.device)
+    ids, _ = end_text(ids, None, model.config.text_config.eos_token_id)
+    text = normalized(model.text_encoder_model(input_ids=ids).embeds.float())
     scores = []
-    for part in torch.from_numpy(codes).to(model.device).split(_BATCH):
-        embeds = torch.nn.functional.normalize(model.speech_encoder_model(input_ids=part).embeds.float(), dim=-1)
+    for part in given.split(_BATCH):
+        embeds = normalized(model.speech_encoder_model(input_ids=part).embeds.float())
         scores.append(embeds @ text[0])
     return (torch.cat(scores) * model.logit_scale.float().exp()).cpu().numpy()
 

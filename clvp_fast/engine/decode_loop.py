@@ -125,6 +125,17 @@ class DecodeLoop:
         self._jobs, self.finished = {}, deque()
         self._begin(runner)
 
+    def halve(self, places: int) -> int:
+        """After memory ran out with so many places: half of them, for a runner that `restart` gets.
+
+        The old runner is let go of, since its memory is what is wanted. Call it behind the clause that caught the
+        error, whose frames hold the runner too. Raises `torch.OutOfMemoryError` where there was one place.
+        """
+        if places == 1:
+            raise torch.OutOfMemoryError("there is too little memory to decode a single candidate: free some")
+        self.runner = None
+        return places // 2
+
     def step(self) -> list[tuple[int, Job]]:
         """One decode step of all that is running; returns the jobs that are finished by what is known then.
 

@@ -6,6 +6,7 @@ from clvp_fast import ops
 from clvp_fast.engine.products import Int8Products, ModuleProducts
 from clvp_fast.models.clvp.layers import add_norm, embed
 from clvp_fast.models.clvp.parameters import apply_linear
+from clvp_fast.models.clvp.tokens import most_codes
 from clvp_fast.ops.dispatch import OPERATORS
 from clvp_fast.ops.paged_attention import FLOAT8
 
@@ -111,7 +112,7 @@ class PagedDecoder:
     @property
     def max_new_tokens(self) -> int:
         """How many tokens the position table lets a candidate draw; its first row is the start token's."""
-        return self.model.config.max_position_embeddings - int(not self.contiguous_positions)
+        return most_codes(self.model.config)
 
     def addresses(self) -> tuple[int, ...]:
         """Where the parameters lie: what is captured reads these places."""

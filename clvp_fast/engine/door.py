@@ -7,11 +7,12 @@ import numpy as np
 import torch
 
 from clvp_fast.audio import load_audio
-from clvp_fast.checkpoint import sayable_ids, stop_token, text_limit
+from clvp_fast.checkpoint import sayable_ids, text_limit
 from clvp_fast.engine.decode_loop import Job
 from clvp_fast.engine.requests import CandidateRequest, check_rate
 from clvp_fast.engine.sampling_params import SamplingParams
 from clvp_fast.engine.voices import Voice, VoiceCache
+from clvp_fast.models.clvp.tokens import stop_token
 from clvp_fast.models.plain import PlainModel
 from clvp_fast.ops.dispatch import uncast
 
@@ -69,10 +70,11 @@ class Door:
     def _settings(self, sampling: SamplingParams) -> SamplingParams:
         """Sampling with a seed and a stop token."""
         seed = int(torch.randint(2**63 - 1, (), device="cpu")) if sampling.seed is None else sampling.seed
-        stop = stop_token(self.model) if sampling.stop_token is None else sampling.stop_token
-        vocab_size = self.model.config.decoder_config.vocab_size
-        if stop >= vocab_size:
-            raise ValueError(f"stop_token={stop} is no token of the checkpoint, which has {vocab_size}")
+        decoder = self.model.config.decoder_config
+        # The decoder's, whatever a generation config says of the text's.
+        stop = stop_token(decoder) if sampling.stop_token is None else sampling.stop_token
+        if stop >= decoder.vocab_size:
+            raise ValueError(f"stop_token={stop} is no token of the checkpoint, which has {decoder.vocab_size}")
         return replace(sampling, seed=seed, stop_token=stop)
 
 

@@ -14,10 +14,10 @@ from weakref import ref
 
 import torch
 
-from clvp_fast.checkpoint import load_checkpoint, speech_limit
+from clvp_fast.checkpoint import best_device, load_checkpoint, token_limit
 from clvp_fast.engine.calls import Call, Pending, tell
 from clvp_fast.engine.door import Door
-from clvp_fast.engine.memory import CPU_BATCH, MemoryPlan, free_bytes, plan, trim_heap
+from clvp_fast.engine.memory import MemoryPlan, default_batch, free_bytes, plan, trim_heap
 from clvp_fast.engine.ranking import Ranker
 from clvp_fast.engine.requests import CandidateRequest, CandidateResult
 from clvp_fast.engine.runner import Runner
@@ -26,7 +26,6 @@ from clvp_fast.engine.scoring import Scorer, check_scorer
 from clvp_fast.engine.voices import Voice, VoiceCache
 from clvp_fast.engine.work import Work
 from clvp_fast.models.clvp.parameters import arrange_parameters
-from clvp_fast.models.clvp.processing import ClvpProcessor
 from clvp_fast.turns import Turns
 
 _END = object()
@@ -93,9 +92,7 @@ class CandidateEngine:
         arrange_parameters(model)  # before the plan, which reads what is free
         self.processor = processor
         self.scorer: Scorer = Ranker(model, mode=scoring) if scorer is None else scorer
-        self.max_new_tokens = min(500, speech_limit(model)) if max_new_tokens is None else max_new_tokens
-        if max_batch is None and model.device.type == "cpu":
-            max_batch = CPU_BATCH
+        self.max_new_tokens = token_limit(model) if max_new_tokens is None else max_new_tokens
         decoder = model.speech_decoder_model
         sizes = dict(
             max_new_tokens=self.max_new_tokens,
@@ -109,7 +106,7 @@ class CandidateEngine:
             self.scorer,
             partial(_planned, decoder, memory_fraction, num_pages, sizes),
             partial(_runner, decoder, sizes | dict(deterministic=deterministic, persistent=persistent)),
-            max_batch,
+            default_batch(model.device) if max_batch is None else max_batch,
             latents,
         )
         trim_heap()  # behind copies of weights
@@ -133,10 +130,9 @@ class CandidateEngine:
             text_cleaning: as [`ClvpTokenizer`] takes it.
             options: of the constructor.
         """
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        checkpoint = load_checkpoint(name, device=device, dtype=dtype, text_cleaning=text_cleaning)
-        return cls(checkpoint.model, ClvpProcessor(checkpoint.feature_extractor, checkpoint.tokenizer), **options)
+        checkpoint = load_checkpoint(name, device=device or best_device(), dtype=dtype, text_cleaning=text_cleaning)
+        return cls(checkpoint.model, checkpoint.processor, **options)
 
     def warm_up(self, progress: Callable[[int, int], None] | None = None) -> float:
         """Capture the decode step for every batch size, and return the seconds that it took; nothing to do on a CPU.

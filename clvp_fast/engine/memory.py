@@ -10,7 +10,9 @@ import torch
 
 from clvp_fast.engine.decoder import min_rows
 from clvp_fast.engine.runner import PREFILL_TOKENS
+from clvp_fast.engine.sampling_params import SamplingParams
 from clvp_fast.engine.scheduler import batch_buckets
+from clvp_fast.models.clvp.tokens import longest_prompt
 
 # Beyond these slots a step is bound by the keys and values that it reads, and more of them gain next to nothing.
 MAX_BATCH = 512
@@ -18,6 +20,11 @@ MAX_BATCH = 512
 CPU_BATCH = 16
 # Bytes that the torch path of `sample` has at once for a token of the vocabulary: scores, their order, running sums.
 _SAMPLE_BYTES = 56
+
+
+def default_batch(device: torch.device) -> int:
+    """The most slots on a device, where nothing is said of them."""
+    return CPU_BATCH if device.type == "cpu" else MAX_BATCH
 
 
 @dataclass(frozen=True)
@@ -138,7 +145,7 @@ def plan(
     free_bytes: int,
     memory_fraction: float = 0.9,
     max_batch: int | None = None,
-    max_new_tokens: int = 500,
+    max_new_tokens: int = SamplingParams.max_new_tokens,
     page_size: int = 16,
     *,
     max_prefix_len: int | None = None,
@@ -170,7 +177,7 @@ def plan(
     if min(max_new_tokens, page_size) < 1:
         raise ValueError(f"max_new_tokens and page_size must be from 1 up, not {max_new_tokens} and {page_size}")
     if max_prefix_len is None:
-        max_prefix_len = model.config.max_text_tokens + 1
+        max_prefix_len = longest_prompt(model.config)
     sizes = model if isinstance(model, DecoderSizes) else DecoderSizes.of(model, page_dtype, weight_dtype)
     budget = int(free_bytes * memory_fraction)
     own, prefix = (-(-tokens // page_size) for tokens in (max_new_tokens, max_prefix_len))

@@ -4,13 +4,13 @@ from collections.abc import Iterator, Sequence
 from numbers import Integral
 
 import torch
-import torch.nn.functional as F
-from torch.nn.utils.rnn import pad_sequence
 
 from clvp_fast.engine.requests import CandidateRequest
+from clvp_fast.engine.sampling_params import SamplingParams
 from clvp_fast.engine.scoring import Ranking
 from clvp_fast.models.clvp.modeling import ClvpModelForConditionalGeneration
 from clvp_fast.models.clvp.similarity import normalized
+from clvp_fast.models.clvp.tokens import end_text, finished_codes, known_codes, stop_token
 from clvp_fast.ops.dispatch import uncast
 
 MODES = ("padded", "trimmed")
@@ -38,7 +38,7 @@ class Ranker:
         model: ClvpModelForConditionalGeneration,
         *,
         mode: str = "padded",
-        pad_to: int = 501,
+        pad_to: int = SamplingParams.max_new_tokens + 1,
         max_tokens: int | None = None,
     ):
         if max_tokens is None:
@@ -134,13 +134,9 @@ class Ranker:
             raise ValueError(
                 f"pad_to={pad_to} leaves no room for a candidate of {longest} codes: use {longest + 1} at least"
             )
-        decoder = self.model.config.decoder_config
-        padded = pad_sequence(rows, batch_first=True, padding_value=decoder.eos_token_id)
-        padded = F.pad(padded, (0, pad_to - 1 - longest), value=decoder.eos_token_id)
-        # What is dropped here is the column of the start token.
-        fixed = self.model.fix_speech_decoder_output(F.pad(padded, (1, 0), value=decoder.bos_token_id))
-        parts = fixed.split(max(self.max_tokens // (pad_to - 1), 1))
-        embeds = [self.model._encode_speech(self._to_device(part)).embeds for part in parts]
+        codes = known_codes(finished_codes(rows, pad_to - 1, self.model.config.decoder_config), self.model.config)
+        parts = codes.split(max(self.max_tokens // (pad_to - 1), 1))
+        embeds = [self.model.speech_encoder_model(input_ids=self._to_device(part)).embeds for part in parts]
         return normalized(torch.cat(embeds).float())
 
     def _embed(self, encoder, rows: list[torch.Tensor]) -> torch.Tensor:
@@ -174,21 +170,19 @@ class Ranker:
             raise ValueError("the text is empty: give at least one token")
         if text.min() < 0 or text.max() >= config.vocab_size:
             raise ValueError(f"text ids must lie from 0 to {config.vocab_size - 1}, got {text.min()} to {text.max()}")
-        return F.pad(text, (0, 1), value=config.eos_token_id)
+        return end_text(text[None], None, config.eos_token_id)[0][0]
 
     def _candidates(self, codes: Sequence) -> list[torch.Tensor]:
-        """The codes on the host; one that the encoder has no row for (the start token) counts as the filling code."""
+        """The codes on the host, those that the encoder has no row for (the start token) as the filling code."""
         decoder = self.model.config.decoder_config
         rows = [_host_ids(row, "a candidate") for row in codes]
-        everything = torch.cat(rows)
+        everything, stop = torch.cat(rows), stop_token(decoder)
         if len(everything) and (everything.min() < 0 or everything.max() >= decoder.vocab_size):
             found = f"{everything.min()} to {everything.max()}"
             raise ValueError(f"speech tokens must lie from 0 to {decoder.vocab_size - 1}, got {found}")
-        if (everything == decoder.eos_token_id).any():
-            raise ValueError(f"a candidate holds the stop token {decoder.eos_token_id}: cut it off there")
-        known = everything < self.model.config.speech_config.vocab_size
-        everything = everything.where(known, decoder.decoder_fixing_codes[0])
-        return list(everything.split([len(row) for row in rows]))
+        if (everything == stop).any():
+            raise ValueError(f"a candidate holds the stop token {stop}: cut it off there")
+        return list(known_codes(everything, self.model.config).split([len(row) for row in rows]))
 
 
 def _host_ids(ids, name: str) -> torch.Tensor:

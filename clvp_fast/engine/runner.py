@@ -23,18 +23,11 @@ from clvp_fast.engine.decoder import PagedDecoder, min_rows
 from clvp_fast.engine.persistent import MAX_ROWS, PersistentStep
 from clvp_fast.engine.scheduler import batch_buckets
 from clvp_fast.engine.slots import NEUTRAL, SlotState, to_device
+from clvp_fast.models.clvp.tokens import longest_prompt, stop_token
 from clvp_fast.ops.dispatch import OPERATORS, device_guard, uncast
 
 # How many tokens of several prompts are prefilled at once.
 PREFILL_TOKENS = 8192
-
-
-def _single_token(eos_token_id: int | list[int] | None) -> int:
-    """The stop token of a configuration; none is a token that is never drawn."""
-    tokens = eos_token_id if isinstance(eos_token_id, (list, tuple)) else [eos_token_id]
-    if len(tokens) != 1:
-        raise ValueError(f"a candidate ends with one token, and the decoder's eos_token_id names {len(tokens)}")
-    return -2 if tokens[0] is None else tokens[0]
 
 
 def _on_its_device(method):
@@ -120,7 +113,7 @@ class Runner:
         if capture and device.type != "cuda":
             raise ValueError(f"steps are captured on a CUDA device, and the model is on {device}: leave out capture")
         self.device, self.max_batch, self.max_new_tokens = device, max_batch, max_new_tokens
-        self.max_prefix_len = config.max_text_tokens + 1 if max_prefix_len is None else max_prefix_len
+        self.max_prefix_len = longest_prompt(config) if max_prefix_len is None else max_prefix_len
         self.deterministic = deterministic
         self._captures = device.type == "cuda" if capture is None else capture
         self._min_rows = min_rows(model)
@@ -136,7 +129,7 @@ class Runner:
             vocab_size=decoder.vocab_size,
             max_new_tokens=max_new_tokens,
             start_token=config.bos_token_id,
-            stop_token=_single_token(config.eos_token_id),
+            stop_token=stop_token(config),
             device=device,
         )
         self.pages = decoder.pages(num_pages, page_size, page_dtype)

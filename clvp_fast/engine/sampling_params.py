@@ -1,29 +1,46 @@
 """How candidates are drawn: transformers' meanings, Tortoise's defaults."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from numbers import Integral, Real
+from typing import Any
 
 # Tortoise's presets, by the number of candidates that they draw (`num_autoregressive_samples`).
 PRESETS = {"ultra_fast": 16, "fast": 96, "standard": 256, "high_quality": 256}
 
-#: The most candidates of one request.
-MAX_CANDIDATES = 65_536
+#: The candidates of a request that says nothing of them, and the most of one request.
+NUM_CANDIDATES, MAX_CANDIDATES = 16, 65_536
 
-# What a field must be. Seeds are the 64 bits of a counter-based generator's key, signed or not.
-_WHOLE = {
-    "num_candidates": (lambda x: 1 <= x <= MAX_CANDIDATES, f"a whole number from 1 to {MAX_CANDIDATES}"),
-    "top_k": (lambda x: 0 <= x < 2**31, "a whole number from 0 (keep all) to 2147483647"),
-    "max_new_tokens": (lambda x: 1 <= x < 2**31, "a whole number from 1 to 2147483647"),
-    "seed": (lambda x: -(2**63) <= x < 2**64, "a whole number of 64 bits, or None to draw one"),
-    "stop_token": (lambda x: 0 <= x < 2**31, "a token id, or None for the decoder's own eos_token_id"),
-}
-_REAL = {
-    "temperature": (lambda x: 0 < x < math.inf, "above 0 (for the likeliest token, do_sample=False)"),
-    "top_p": (lambda x: 0 < x <= 1, "above 0 and at most 1 (1 keeps all)"),
-    "typical_p": (lambda x: 0 < x <= 1, "above 0 and at most 1 (1 keeps all)"),
-    "min_p": (lambda x: 0 <= x <= 1, "from 0 (keep all) to 1"),
-    "repetition_penalty": (lambda x: 0 < x < math.inf, "above 0 (1 punishes nothing)"),
+
+@dataclass(frozen=True)
+class Range:
+    """What a field of [`SamplingParams`] may be.
+
+    Args:
+        kind: `int` or `float`, which a value becomes.
+        holds: whether a number lies in it.
+        wanted: what sentences say of it; `remark`: what those add that speak of Python.
+    """
+
+    kind: type
+    holds: Callable[[Any], bool]
+    wanted: str
+    remark: str = ""
+
+
+# Seeds are the 64 bits of a counter-based generator's key, signed or not.
+RANGES = {
+    "num_candidates": Range(int, lambda x: 1 <= x <= MAX_CANDIDATES, f"a whole number from 1 to {MAX_CANDIDATES}"),
+    "top_k": Range(int, lambda x: 0 <= x < 2**31, "a whole number from 0 (keep all) to 2147483647"),
+    "max_new_tokens": Range(int, lambda x: 1 <= x < 2**31, "a whole number from 1 to 2147483647"),
+    "seed": Range(int, lambda x: -(2**63) <= x < 2**64, "a whole number of 64 bits", ", or None to draw one"),
+    "stop_token": Range(int, lambda x: 0 <= x < 2**31, "a token id", ", or None for the decoder's own eos_token_id"),
+    "temperature": Range(float, lambda x: 0 < x < math.inf, "above 0", " (for the likeliest token, do_sample=False)"),
+    "top_p": Range(float, lambda x: 0 < x <= 1, "above 0 and at most 1 (1 keeps all)"),
+    "typical_p": Range(float, lambda x: 0 < x <= 1, "above 0 and at most 1 (1 keeps all)"),
+    "min_p": Range(float, lambda x: 0 <= x <= 1, "from 0 (keep all) to 1"),
+    "repetition_penalty": Range(float, lambda x: 0 < x < math.inf, "above 0 (1 punishes nothing)"),
 }
 
 
@@ -40,6 +57,9 @@ def shorten(value) -> str:
 class SamplingParams:
     """Parameters of one request's candidates, checked and turned into Python's own numbers.
 
+    The defaults are those that Tortoise runs with, whose `top_k` of 50 is one of transformers; the command line and
+    jobs over a corpus have theirs from here.
+
     Args:
         num_candidates: how many are drawn; None: 16, or the one that greedy decoding has.
         temperature, top_k, top_p, typical_p, min_p, repetition_penalty: as transformers' processors, applied as the
@@ -55,7 +75,7 @@ class SamplingParams:
 
     num_candidates: int | None = None
     temperature: float = 0.8
-    top_k: int | None = 0
+    top_k: int | None = 50
     top_p: float = 0.8
     typical_p: float = 1.0
     min_p: float = 0.0
@@ -69,31 +89,31 @@ class SamplingParams:
         if not isinstance(self.do_sample, bool):
             raise ValueError(f"do_sample must be True or False, not {self.do_sample!r}")
         if self.num_candidates is None:
-            self._set("num_candidates", 16 if self.do_sample else 1)
+            self._set("num_candidates", NUM_CANDIDATES if self.do_sample else 1)
         if self.top_k is None:
             self._set("top_k", 0)
-        for name, rule in _WHOLE.items():
+        for name, allowed in RANGES.items():
             if getattr(self, name) is not None or name not in ("seed", "stop_token"):
-                self._check(name, Integral, int, *rule)
-        for name, rule in _REAL.items():
-            self._check(name, Real, float, *rule)
+                self._check(name, allowed)
         if not self.do_sample and self.num_candidates > 1:
             raise ValueError(
                 f"{self.num_candidates} candidates of greedy decoding (do_sample=False) would all be equal: "
                 "ask for num_candidates=1, or sample"
             )
 
-    def _check(self, name, kind, convert, holds, wanted):
+    def _check(self, name: str, allowed: Range):
         value = getattr(self, name)
+        refusal = f"{name} must be {allowed.wanted}{allowed.remark}, not {shorten(value)}"
         # True is a number to Python, and a mistake here; NaN holds no comparison.
-        if isinstance(value, bool) or not isinstance(value, kind) or not holds(value):
-            raise ValueError(f"{name} must be {wanted}, not {shorten(value)}")
+        kind = Integral if allowed.kind is int else Real
+        if isinstance(value, bool) or not isinstance(value, kind) or not allowed.holds(value):
+            raise ValueError(refusal)
         try:
-            converted = convert(value)
+            converted = allowed.kind(value)
         except OverflowError:  # a number that no float holds
             converted = math.inf
-        if not holds(converted):  # a fraction that a float rounds to 0
-            raise ValueError(f"{name} must be {wanted}, not {shorten(value)}")
+        if not allowed.holds(converted):  # a fraction that a float rounds to 0
+            raise ValueError(refusal)
         self._set(name, converted)
 
     def _set(self, name, value):
@@ -108,3 +128,7 @@ class SamplingParams:
         if name not in PRESETS:
             raise ValueError(f"there is no preset {name!r}; there are {', '.join(PRESETS)}")
         return cls(**{"num_candidates": PRESETS[name], **overrides})
+
+
+#: What options of the command line, settings of a job and its rows may say; a stop token is the checkpoint's.
+SAMPLING = tuple(field.name for field in fields(SamplingParams) if field.name != "stop_token")

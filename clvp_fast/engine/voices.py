@@ -2,9 +2,11 @@
 
 import json
 from collections import OrderedDict
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -87,7 +89,7 @@ class Voice:
 
 
 class VoiceCache:
-    """Voices by the content of their clips, the `capacity` that were used last; for one thread.
+    """Voices by the content of their clips or the place that they came from; for one thread.
 
     A voice of several clips is the mean of the clips' vectors, as in original Tortoise. Of each clip the first
     `default_audio_length` seconds are used (shorter ones are padded), where the original takes a piece at random.
@@ -95,29 +97,29 @@ class VoiceCache:
     Args:
         model: in eval mode, where it will compute. After its weights were changed or moved, call `clear`.
         feature_extractor: of the checkpoint.
-        capacity: how many voices are kept; a voice takes some kilobytes.
+        capacity: how many are kept, those that were used last; a voice takes some kilobytes.
     """
 
     def __init__(
         self,
         model: ClvpModelForConditionalGeneration,
         feature_extractor: ClvpFeatureExtractor,
-        capacity: int = 256,
+        capacity: int = 2048,
     ):
         if capacity < 1:
             raise ValueError(f"capacity must be at least 1 voice, not {capacity}")
         self.model = model
         self.feature_extractor = feature_extractor
         self.capacity = capacity
-        self._voices: OrderedDict[bytes, Voice] = OrderedDict()
+        self._kept: OrderedDict[bytes | str, Any] = OrderedDict()
         self._fingerprint: torch.Tensor | None = None
 
     def __len__(self) -> int:
-        return len(self._voices)
+        return len(self._kept)
 
     def clear(self) -> None:
         """Forget all voices, and the mark of the checkpoint."""
-        self._voices.clear()
+        self._kept.clear()
         self._fingerprint = None
 
     def from_clips(self, clips, sampling_rate: int | None = None) -> Voice:
@@ -141,15 +143,15 @@ class VoiceCache:
         settings = json.dumps([self.feature_extractor.to_dict(), sampling_rate], sort_keys=True, default=str)
         key = _digest("clips", settings, *clips)
 
-        def features() -> list[torch.Tensor]:
+        def voice() -> Voice:
             extracted = self.feature_extractor(clips, sampling_rate=sampling_rate, return_tensors="pt")
             for index, clip in enumerate(clips):
                 scale = 1 / 32768 if clip.dtype == np.int16 else 1
                 name = f"clip {index}" if len(clips) > 1 else "the audio"
                 require_sound(clip * np.float32(scale), name, cut[index])
-            return list(extracted["input_features"])
+            return self._voice(extracted["input_features"])
 
-        return self._get(key, features)
+        return self.at(key, voice)
 
     def from_features(self, input_features) -> Voice:
         """The voice of log-mel features `[bins, frames]` or `[clips, bins, frames]`, or of a list of `[bins, frames]`.
@@ -172,7 +174,8 @@ class VoiceCache:
                 raise ValueError(
                     f"input_features of clip {index} hold NaN or infinite values: is the recording damaged?"
                 )
-        return self._get(_digest("features", "", *clips), lambda: [torch.tensor(clip, device="cpu") for clip in clips])
+        tensors = (torch.tensor(clip, device="cpu") for clip in clips)
+        return self.at(_digest("features", "", *clips), lambda: self._voice(tensors))
 
     def from_vector(self, vector) -> Voice:
         """The voice of a bare latent `[hidden_size]` or `[1, hidden_size]`, taken as this checkpoint's own.
@@ -222,19 +225,23 @@ class VoiceCache:
             self._fingerprint = self._encode(probe[0]).float().cpu()
         return self._fingerprint
 
-    def _get(self, key: bytes, features) -> Voice:
-        voice = self._voices.get(key)
-        if voice is None:
-            # One clip at a time, so that a clip gives the same bits in every company.
-            vectors = torch.stack([self._encode(clip) for clip in features()])
-            mean = vectors.to(torch.promote_types(vectors.dtype, torch.float32)).mean(0)
-            voice = Voice(mean.cpu(), self.fingerprint)
-            if not voice.vector.isfinite().all():
-                raise ValueError("the voice came out as NaN or infinite: try a wider dtype than that of the model")
-            self._voices[key] = voice
-            if len(self._voices) > self.capacity:
-                self._voices.popitem(last=False)
-        self._voices.move_to_end(key)
+    def at(self, key: bytes | str, make: Callable[[], Any]) -> Any:
+        """What `make()` gave for a digest or a place, called once while that is kept; what it raises is not."""
+        if key not in self._kept:
+            self._kept[key] = make()
+            if len(self._kept) > self.capacity:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(key)
+        return self._kept[key]
+
+    def _voice(self, features: Iterable[torch.Tensor]) -> Voice:
+        """The mean of clips `[bins, frames]`."""
+        # One clip at a time, so that a clip gives the same bits in every company.
+        vectors = torch.stack([self._encode(clip) for clip in features])
+        mean = vectors.to(torch.promote_types(vectors.dtype, torch.float32)).mean(0)
+        voice = Voice(mean.cpu(), self.fingerprint)
+        if not voice.vector.isfinite().all():
+            raise ValueError("the voice came out as NaN or infinite: try a wider dtype than that of the model")
         return voice
 
     @torch.no_grad()

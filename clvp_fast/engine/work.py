@@ -25,6 +25,7 @@ from clvp_fast.engine.requests import CandidateRequest, CandidateResult
 from clvp_fast.engine.runner import Runner
 from clvp_fast.engine.scheduler import RequestTooLarge
 from clvp_fast.engine.scoring import Scorer, check_ranking
+from clvp_fast.models.clvp.tokens import fill_up
 
 # So many steps may break off before one of a request's company is looked for: most faults come once.
 _BROKEN_STEPS = 2
@@ -209,11 +210,7 @@ class Work:
 
     def _shrink(self) -> None:
         """Go on with half the batch after memory ran out; what was being decoded starts again, to the same codes."""
-        half = self.memory.max_batch // 2
-        if not half:
-            raise torch.OutOfMemoryError("there is too little memory to decode a single candidate: free some")
-        self.loop.runner = None
-        self.memory = self._plan(half)
+        self.memory = self._plan(self.loop.halve(self.memory.max_batch))
 
     def _rank(self) -> None:
         """Give finished jobs their results. A scorer may be the caller's own: what it raises fails one request."""
@@ -237,9 +234,7 @@ def ranked(pending: Pending, job: Job, scorer: Scorer, latents: bool) -> Candida
     stopped = np.array([len(codes) > 0 and codes[-1] == stop for codes in job.codes])
     spoken = [codes[: len(codes) - ended] for codes, ended in zip(job.codes, stopped, strict=True)]
     lengths = np.array([len(codes) for codes in spoken])
-    codes = np.full((len(spoken), max(lengths.max(), 1)), stop, dtype=np.int64)
-    for row, of_candidate in zip(codes, spoken, strict=True):
-        row[: len(of_candidate)] = of_candidate
+    codes = fill_up(spoken, max(lengths.max(), 1), stop)
     result = CandidateResult(pending.request, codes=codes, lengths=lengths, stopped=stopped)
     ranking = scorer.score(pending.request, pending.text_ids, spoken, job.sampling.max_new_tokens)
     check_ranking(ranking, scorer, len(spoken))

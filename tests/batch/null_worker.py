@@ -1,6 +1,5 @@
 """A job's own worker over an engine without a model: rows are read and checked as ever, and nothing is drawn."""
 
-from collections import OrderedDict
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -10,6 +9,14 @@ from clvp_fast import ClvpFeatureExtractor, ClvpTokenizer
 from clvp_fast.batch.worker import Worker
 from clvp_fast.checkpoint import resolve_checkpoint
 from clvp_fast.engine.requests import CandidateResult
+from clvp_fast.engine.voices import VoiceCache
+
+
+class _NullVoices(VoiceCache):
+    """Reads recordings, and encodes none."""
+
+    def from_features(self, input_features) -> str:
+        return f"{len(input_features)} recordings"
 
 
 class NullEngine:
@@ -24,9 +31,7 @@ class NullEngine:
         self.processor = SimpleNamespace(
             tokenizer=ClvpTokenizer.from_pretrained(resolve_checkpoint("demo"), text_cleaning="tortoise")
         )
-        self.voices = SimpleNamespace(
-            feature_extractor=ClvpFeatureExtractor(), from_features=lambda mels: f"{len(mels)} recordings"
-        )
+        self.voices = _NullVoices(None, ClvpFeatureExtractor())
 
     def generate(self, requests, keep):
         for request in requests:
@@ -55,5 +60,4 @@ def null_worker(settings, strange: dict[str, Exception] | None = None) -> Worker
     worker.settings = replace(settings, device="cpu", max_new_tokens=4, batch_size=8, threads=1)
     worker.engine = NullEngine(4, strange)
     worker.mark = "mark"
-    worker._voices = OrderedDict()
     return worker

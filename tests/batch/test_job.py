@@ -281,13 +281,18 @@ def _described(executor, **changed):
 
 def test_damaged_manifest(run, out):
     run()
-    for content in ("{", "{}", "[]"):
+    for content in ("{", "{}", "[]", '{"format": "clvp_fast.batch.1", "versions": 1}'):
         (out / "manifest.json").write_text(content)
         with pytest.raises(ValueError, match=r"manifest\.json is damaged"):
             run()
-    (out / "manifest.json").write_text('{"format": "clvp_fast.batch.0"}')
-    with pytest.raises(ValueError, match=r"of the format 'clvp_fast\.batch\.0'"):
-        run()
+    for versions, named in (({}, "an unknown version"), ({"clvp_fast": "0.0.9"}, r"0\.0\.9")):
+        manifest = {"format": "clvp_fast.batch.1", "versions": versions}
+        (out / "manifest.json").write_text(json.dumps(manifest))
+        with pytest.raises(
+            ValueError,
+            match=rf"of the format 'clvp_fast\.batch\.1', .*: finish it with the clvp_fast that began it .{named}.,",
+        ):
+            run()
     (out / "manifest.json").unlink()
     with pytest.raises(ValueError, match=r"has results, and .*manifest\.json is not there"):
         run()

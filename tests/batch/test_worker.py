@@ -156,11 +156,12 @@ def test_voices_that_are_kept(worker, monkeypatch):
         return LoadedVoice(place, place.upper(), None, 1)
 
     monkeypatch.setattr(of_worker, "load_voice", load)
-    monkeypatch.setattr(of_worker, "_VOICES", 2)
-    monkeypatch.setattr(worker, "_voices", OrderedDict())
+    kept: OrderedDict = OrderedDict()
+    monkeypatch.setattr(worker.engine.voices, "capacity", 2)
+    monkeypatch.setattr(worker.engine.voices, "_kept", kept)
     found = [worker.voice(place)[0] for place in ("a", "b", "a", "c", "a", "b")]
     assert found == ["A", "B", "A", "C", "A", "B"]
-    assert loaded == ["a", "b", "c", "b"] and list(worker._voices) == ["a", "b"]
+    assert loaded == ["a", "b", "c", "b"] and list(kept) == ["a", "b"]
 
 
 def test_a_voice_that_is_none_is_looked_for_once(worker, monkeypatch):
@@ -209,7 +210,8 @@ def test_any_exception_of_a_row_fails_it_alone(worker, monkeypatch, strange):
 
     with monkeypatch.context() as patched:
         patched.setattr(of_worker, "load_voice", load)
-        patched.setattr(worker, "_voices", OrderedDict({str(VOICE): worker._voices[str(VOICE)]}))
+        known = worker.engine.voices._kept[str(VOICE)]
+        patched.setattr(worker.engine.voices, "_kept", OrderedDict({str(VOICE): known}))
         rows = [Row(0, "a", "Hello.", "/bad.wav"), Row(1, "b", "Hello."), Row(2, "c", "Hello.", "/bad.wav")]
         found = lines(worker.outcomes(rows))
     said = f"{type(strange).__name__}: x"
@@ -369,7 +371,6 @@ def test_faults_of_the_job_are_no_rows(worker, rows, monkeypatch, error):
         raise error
 
     monkeypatch.setattr(of_worker, "load_voice", load)
-    monkeypatch.setattr(worker, "_voices", OrderedDict())
     with pytest.raises((ValueError, OSError), match=r"too little memory for a single candidate|No space left"):
         list(worker.outcomes([Row(0, "a", "Hello.", "/bad.wav")]))
-    assert "/bad.wav" not in worker._voices
+    assert "/bad.wav" not in worker.engine.voices._kept

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import LogitsProcessorList, TopKLogitsWarper
 
 from benchmarks import paged_attention, sample, tiers
 from benchmarks.models import inputs, stock_model
@@ -154,9 +155,10 @@ def test_the_torch_generator_decodes_as_transformers_does(capture, run_again):
     assert len(run_again) == 2 * capture  # of 14 tokens, the prompt being of 12, and of 21
 
 
-def test_the_torch_generator_draws_what_may_be_drawn():
+@pytest.mark.parametrize("top_k", [0, 3, 50])
+def test_the_torch_generator_draws_what_may_be_drawn(top_k):
     """Against transformers' processors: what they forbid is never drawn, and what is likely comes as often."""
-    generator = TorchGenerator(stock_model("cpu", smoke=True), 4000, 5)
+    generator = TorchGenerator(stock_model("cpu", smoke=True), 4000, 5, top_k=top_k)
     torch.manual_seed(0)
     logits = 3 * torch.randn(1, 40).repeat(4000, 1)
     generator.logits, generator.seen = logits, torch.zeros(4000, 40, dtype=torch.bool)
@@ -165,7 +167,9 @@ def test_the_torch_generator_draws_what_may_be_drawn():
     seen = generator.seen.clone()
     generator._draw()
     drawn = generator.token
-    chances = sample.processors(logits[:1], before[None]).softmax(-1)[0]
+    penalty, *others = sample.chain()
+    chain = LogitsProcessorList([penalty, TopKLogitsWarper(top_k or 40), *others])  # temperature keeps the order
+    chances = chain(before[None], logits[:1]).softmax(-1)[0]
     assert not (chances[drawn] == 0).any() and 2 <= (chances > 0).sum() < 30
     often = torch.bincount(drawn, minlength=40) / 4000
     assert (often - chances).abs().max() < 4 * (0.25 / 4000) ** 0.5

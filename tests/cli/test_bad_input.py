@@ -141,8 +141,8 @@ def test_unequal_counts_of_texts_and_clips():
 
 
 def test_more_tokens_than_positions(fails, voice, tmp_path):
-    sentence = fails("generate", TEXT, "--voice", voice, "--out", tmp_path / "out", "--max-new-tokens", 608)
-    assert sentence == "--max-new-tokens 608: this checkpoint has positions for 607 speech tokens"
+    sentence = fails("generate", TEXT, "--voice", voice, "--out", tmp_path / "out", "--max-new-tokens", 609)
+    assert sentence == "--max-new-tokens 609: this checkpoint has positions for 608 speech tokens"
 
 
 def test_greedy_candidates(fails, voice, tmp_path):
@@ -174,6 +174,9 @@ def test_device_that_is_not_there(generate_fails, voice):
         ({"codes": [[1, 2]], "lengths": [-1]}, "lengths must be whole numbers from 0 to 2"),
         ({"codes": [[1, 2]], "lengths": [3]}, "lengths must be whole numbers from 0 to 2"),
         ({"codes": [[1, 2]] * 2, "lengths": [[1], [1, 2]]}, "lengths must be whole numbers from 0 to 2"),
+        ({"codes": [[1, 2]], "candidates": [1, 2]}, "1 candidates need as many candidates, got [2]"),
+        ({"codes": [[1, 2]], "candidates": [{}]}, "candidates must be whole numbers from 0, the number of each row"),
+        ({"codes": [[1, 2]], "candidates": [-1]}, "candidates must be whole numbers from 0, the number of each row"),
     ],
 )
 def test_bad_codes(fails, tmp_path, content, expected):

@@ -34,7 +34,7 @@ def test_info(cli):
         ["generate", "hello", "--voice", "a.wav", "--temperature", "nan"],
         ["generate", "hello", "--voice", "a.wav", "--top-p", "1.5"],
         ["generate", "hello", "--voice", "a.wav", "--dtype", "float8"],
-        ["generate", "hello", "--voice", "a.wav", "--seed", "-1"],
+        ["generate", "hello", "--voice", "a.wav", "--seed", str(2**64)],
         ["generate", "--voice", "a.wav"],
         ["generate", "hello", "--texts", "texts.txt", "--voice", "a.wav"],
         ["generate", "hello", "--voice", "a.wav", "--preset", "slow"],

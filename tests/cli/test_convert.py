@@ -41,7 +41,7 @@ def test_original_files_to_candidates(cli, files, voice, tmp_path):
     assert outcome.code == 0, outcome.err
     assert "random weights" not in outcome.err
     document = json.loads(outcome.out)
-    assert document["settings"]["max_new_tokens"] == 63  # of 64 positions
+    assert document["settings"]["max_new_tokens"] == 64  # a position each, the first of them the start token's
     outcome = cli("score", tmp_path / "out/codes.npz", TEXT, *at, "--json")
     assert outcome.code == 0, outcome.err
     np.testing.assert_allclose(

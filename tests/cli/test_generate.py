@@ -115,6 +115,18 @@ def test_default_length_is_what_the_checkpoint_has_positions_for(generate):
     assert document["candidates"][0]["stopped"]
 
 
+def test_score_keeps_the_numbers_of_candidates(cli, generate, tmp_path):
+    """`codes.npz` has the kept ones, best first; a number says which latents and which seed are theirs."""
+    _, codes, document = generate(*QUICK, "--keep", 4, "--no-pictures")
+    kept = [row["candidate"] for row in document["candidates"][:4]]
+    assert kept != sorted(kept) and kept == codes["candidates"].tolist()
+    found = cli("score", tmp_path / "out/codes.npz", TEXT, "--json")
+    assert [row["candidate"] for row in json.loads(found.out)["candidates"]] == kept
+    other = cli("score", tmp_path / "out/codes.npz", "Something else is said here.", "--json")
+    rows = json.loads(other.out)["candidates"]
+    assert {row["candidate"]: row["tokens"] for row in rows} == dict(zip(kept, codes["lengths"].tolist(), strict=True))
+
+
 @pytest.mark.parametrize("form", ["npz", "npy", "json"])
 def test_score_gives_the_scores_of_generate(cli, generate, tmp_path, form):
     _, codes, document = generate(*QUICK)

@@ -24,7 +24,7 @@ PAGE_SIZE = 16
 # So many that a row has its bits by any product.
 ROWS = 16
 GREEDY = SamplingParams(do_sample=False, repetition_penalty=1.0, max_new_tokens=40, seed=0)
-SAMPLED = SamplingParams(max_new_tokens=40, seed=5, temperature=1.3, top_p=0.95)
+SAMPLED = SamplingParams(max_new_tokens=40, seed=5, temperature=1.3, top_k=0, top_p=0.95)
 
 
 # The torch path of attention reads lengths, and adds up by them.

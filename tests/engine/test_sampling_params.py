@@ -17,7 +17,7 @@ def test_defaults_are_tortoises():
     params = SamplingParams()
     assert (params.num_candidates, params.temperature, params.top_p, params.repetition_penalty) == (16, 0.8, 0.8, 2.0)
     assert (params.max_new_tokens, params.do_sample, params.seed, params.stop_token) == (500, True, None, None)
-    assert (params.top_k, params.typical_p, params.min_p) == (0, 1.0, 0.0)
+    assert (params.top_k, params.typical_p, params.min_p) == (50, 1.0, 0.0)  # 50: of transformers
 
 
 def test_names_are_transformers_and_the_operators():
@@ -87,7 +87,7 @@ def test_the_bounds_themselves_are_allowed():
 
 def test_numpys_numbers_become_pythons():
     params = SamplingParams(num_candidates=np.int64(3), top_p=np.float32(0.5), seed=np.uint64(2**64 - 1), top_k=None)
-    assert params == SamplingParams(num_candidates=3, top_p=0.5, seed=2**64 - 1)
+    assert params == SamplingParams(num_candidates=3, top_p=0.5, seed=2**64 - 1, top_k=0)
     assert (type(params.num_candidates), type(params.top_p), type(params.seed)) == (int, float, int)
     assert params.top_k == 0
 

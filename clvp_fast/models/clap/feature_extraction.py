@@ -267,7 +267,7 @@ def _draw_thirds(draws, count: int) -> tuple[int, ...]:
 def _as_floats(clip) -> torch.Tensor:
     if isinstance(clip, np.ndarray):  # torch takes no reversed array, and warns of one that may not be written
         clip = torch.from_numpy(np.require(clip, requirements=["C", "W"]))
-    return clip.float() / 32768 if clip.dtype == torch.int16 else clip
+    return clips.as_floats(clip)
 
 
 def _fill(row: torch.Tensor, clip: torch.Tensor, padding: str) -> None:

@@ -13,7 +13,8 @@ from clvp_fast.models.clap.configuration import ClapAudioConfig, ClapConfig, Cla
 from clvp_fast.models.clap.layers import ClapProjectionLayer
 from clvp_fast.models.clap.outputs import ClapAudioModelOutput, ClapOutput, ClapTextModelOutput
 from clvp_fast.models.clap.pretrained import ClapPreTrainedModel
-from clvp_fast.models.clap.text import ClapTextEmbeddings, ClapTextEncoder, ClapTextPooler, padding_mask
+from clvp_fast.models.clap.text import ClapTextEmbeddings, ClapTextEncoder, ClapTextPooler
+from clvp_fast.models.masks import boolean_mask
 
 
 class ClapTextModel(ClapPreTrainedModel):
@@ -70,7 +71,7 @@ class ClapTextModel(ClapPreTrainedModel):
         hidden_states = self.embeddings(
             input_ids=input_ids, position_ids=position_ids, token_type_ids=token_type_ids, inputs_embeds=inputs_embeds
         )
-        mask = padding_mask(attention_mask, hidden_states.shape[1])
+        mask = boolean_mask(attention_mask, hidden_states.shape[1], " as the text")
         attentions = [] if self.option("output_attentions", output_attentions) else None
         layer_inputs = [] if self.option("output_hidden_states", output_hidden_states) else None
         # What transformers' modules do not take is named where it says something.

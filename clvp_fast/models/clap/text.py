@@ -215,15 +215,3 @@ class ClapTextPooler(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.activation(apply_linear(self.dense, hidden_states[:, 0]))
-
-
-def padding_mask(attention_mask: torch.Tensor | None, length: int) -> torch.Tensor | None:
-    """A mask `[batch, length]` as booleans; masks of four axes, boolean or additive, pass.
-
-    Raises `ValueError` for any other shape.
-    """
-    if attention_mask is None or attention_mask.ndim == 4:
-        return attention_mask
-    if attention_mask.ndim != 2 or attention_mask.shape[1] != length:
-        raise ValueError(f"attention_mask must be [batch, {length}] as the text, got {list(attention_mask.shape)}")
-    return attention_mask.bool()

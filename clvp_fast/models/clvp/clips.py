@@ -165,7 +165,7 @@ def lay_out(clips, held: list[int], lengths: list[int], fill: float, left: bool,
     integers = all(map(_is_int16, clips[:1] if whole else clips)) and (fill == 0 or held == lengths)
     fill = 0 if integers else fill
     if whole:
-        rows = clips[:, : held[0]] if integers else _as_floats(clips[:, : held[0]])
+        rows = clips[:, : held[0]] if integers else as_floats(clips[:, : held[0]])
         missing = width - held[0]
         return F.pad(rows, (missing, 0) if left else (0, missing), value=fill) if missing else rows
     on_host = isinstance(clips[0], np.ndarray)
@@ -176,7 +176,7 @@ def lay_out(clips, held: list[int], lengths: list[int], fill: float, left: bool,
     for row, clip, count, length in zip(rows, clips, held, lengths, strict=True):
         start = length - count if left else 0
         row[:start] = fill
-        row[start : start + count] = clip[:count] if integers else _as_floats(clip[:count])
+        row[start : start + count] = clip[:count] if integers else as_floats(clip[:count])
         row[start + count :] = fill
     return torch.from_numpy(rows).to(device) if on_host else rows
 
@@ -185,7 +185,8 @@ def _is_int16(samples) -> bool:
     return samples.dtype == (torch.int16 if isinstance(samples, torch.Tensor) else np.int16)
 
 
-def _as_floats(samples):
+def as_floats(samples):
+    """Samples in [-1, 1], an array or a tensor as they are."""
     if not _is_int16(samples):
         return samples
     return (samples.float() if isinstance(samples, torch.Tensor) else samples.astype(np.float32)) / 32768

@@ -8,54 +8,8 @@ from torch.utils.checkpoint import checkpoint
 from clvp_fast.models.clvp.configuration import ClvpConfig
 from clvp_fast.models.clvp.convolution import Conv1d
 from clvp_fast.models.clvp.layers import ClvpSelfAttention
+from clvp_fast.models.clvp.tokens import PaddedText, insert_eos_at_first_pad, most_text
 from clvp_fast.models.plain import is_plain
-
-
-class PaddedText:
-    """Token ids `[batch, length]` (or embeddings) and their mask, to which tokens are added at a text's own ends."""
-
-    def __init__(self, tokens: torch.Tensor, mask: torch.Tensor | None):
-        self.tokens = tokens
-        self.mask = tokens.new_ones(tokens.shape[:2], dtype=torch.long) if mask is None else mask.long()
-
-    def surround(self, before: torch.Tensor | None, after: torch.Tensor | None) -> "PaddedText":
-        """One token before the first real one of each row, one after the last, whichever side the padding is on.
-
-        `before` and `after` are a token id, or an embedding `[hidden]`; `None` adds nothing.
-        """
-        tokens, mask = self.tokens, self.mask
-        if before is not None:
-            tokens, mask = self._insert(tokens, mask, before, mask.argmax(1))
-        if after is not None:
-            end = mask.shape[1] - mask.flip(1).argmax(1)
-            tokens, mask = self._insert(tokens, mask, after, end)
-        return PaddedText(tokens, mask)
-
-    @staticmethod
-    def _insert(tokens, mask, token, place):
-        """Row by row, `token` inserted at column `place` `[batch]`."""
-        column = torch.arange(tokens.shape[1] + 1, device=tokens.device)[None]
-        place = place[:, None]
-        source = column - (column > place).long()
-        source = source.clamp(max=tokens.shape[1] - 1)
-        here = column == place
-        mask = mask.gather(1, source).masked_fill(here, 1)
-        if tokens.dim() == 3:
-            source, here = source[..., None], here[..., None]
-        return torch.where(here, token, tokens.take_along_dim(source, 1)), mask
-
-
-def insert_eos_at_first_pad(input_ids: torch.Tensor, pad_token_id: int, eos_token_id: int) -> torch.Tensor:
-    """`eos_token_id` before the first `pad_token_id` of each row `[batch, length]`, at the end of rows without one.
-
-    transformers' rule, which looks at values, not at the mask: `forward` keeps it, with the numbers that follow from
-    it.
-    """
-    is_pad = F.pad(input_ids == pad_token_id, (0, 1), value=True)
-    first_pad = is_pad.int().argmax(1, keepdim=True)
-    column = torch.arange(input_ids.shape[1] + 1, device=input_ids.device)[None]
-    source = torch.where(column < first_pad, column, (column - 1).clamp(min=0)).expand(input_ids.shape[0], -1)
-    return input_ids.gather(1, source).masked_fill(column == first_pad, eos_token_id)
 
 
 class ClvpConditioningEncoder(nn.Module):
@@ -130,7 +84,7 @@ class ClvpConditioningEncoder(nn.Module):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         by_mask, num_ends = num_ends is not None, 1 if num_ends is None else num_ends
         tokens = input_ids if inputs_embeds is None else inputs_embeds
-        limit = self.decoder_config.max_text_tokens - 1 - num_ends
+        limit = most_text(self.decoder_config, num_ends)
         if not 0 < tokens.shape[1] <= limit:
             raise ValueError(
                 f"the text must have 1 to {limit} tokens for this checkpoint, it has {tokens.shape[1]}: "

@@ -18,6 +18,7 @@ from clvp_fast.models.clvp.layers import (
     embed,
 )
 from clvp_fast.models.clvp.pretrained import ClvpPreTrainedModel
+from clvp_fast.models.masks import ALL_KEYS, boolean_mask
 from clvp_fast.models.transformers_versions import CACHE, CheckpointsUnderGradients, takes_cache
 
 
@@ -136,9 +137,7 @@ class ClvpDecoder(ClvpPreTrainedModel):
             hidden_states = inputs_embeds + self.position_embeds_layer(position_ids)
         if token_type_ids is not None:
             hidden_states = hidden_states + self.input_embeds_layer(token_type_ids.view(-1, length))
-        mask = attention_mask
-        if mask is not None and mask.dim() != 4:
-            mask = self.boolean_mask(mask, past_length + length)
+        mask = boolean_mask(attention_mask, past_length + length, ALL_KEYS)
         if candidates_per_prompt > 1:
             hidden_states = hidden_states[::candidates_per_prompt]
             mask = None if mask is None else mask[::candidates_per_prompt]

@@ -20,6 +20,7 @@ from clvp_fast.models.clvp.layers import (
 from clvp_fast.models.clvp.outputs import ClvpEncoderOutput
 from clvp_fast.models.clvp.parameters import apply_linear
 from clvp_fast.models.clvp.pretrained import ClvpPreTrainedModel
+from clvp_fast.models.masks import ALL_KEYS, boolean_mask
 from clvp_fast.models.plain import changed_module, is_plain
 
 
@@ -148,7 +149,7 @@ class ClvpEncoder(ClvpPreTrainedModel):
         rotary = None
         if self.rotary_pos_emb is not None:
             rotary = self.rotary_pos_emb.cos_sin(position_ids) if self._turns() else self.rotary_pos_emb(hidden_states)
-        mask = self.boolean_mask(attention_mask, hidden_states.shape[1])
+        mask = boolean_mask(attention_mask, hidden_states.shape[1], ALL_KEYS)
 
         all_hidden_states, all_attentions = [], []
         asked = {"attentions": all_attentions} if output_attentions else {}

@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import GenerationConfig
 from transformers.generation import (
@@ -26,6 +26,7 @@ from transformers.generation import (
     TypicalLogitsWarper,
 )
 
+from clvp_fast.models.clvp.tokens import fill_up
 from clvp_fast.models.plain import changed_module
 from clvp_fast.ops.dispatch import autocasts
 
@@ -211,8 +212,9 @@ class EngineLoop:
         _decode(loop, jobs, lambda max_batch: _runner(model, self.prompts, sampling, max_batch))
 
         pad = stop if generation_config.pad_token_id is None else generation_config.pad_token_id
-        sequences = _padded([codes for job in jobs for codes in job.codes], model.config.bos_token_id, pad)
-        sequences = sequences.to(input_ids.device)
+        start, codes = model.config.bos_token_id, [codes for job in jobs for codes in job.codes]
+        drawn = torch.from_numpy(fill_up(codes, max(map(len, codes)), pad)).to(input_ids.device)
+        sequences = F.pad(drawn, (1, 0), value=start)
         return GenerateDecoderOnlyOutput(sequences) if generation_config.return_dict_in_generate else sequences
 
 
@@ -268,17 +270,6 @@ def _decode(loop, jobs: list, smaller: Callable[[int], Any]) -> None:
         except torch.OutOfMemoryError:
             if at_once == 1:
                 raise
-        # Behind the clause, since the error's frames hold the runner whose memory is wanted.
-        at_once //= 2
+        at_once = loop.halve(at_once)
         LOGGER.debug("memory ran out: starting again with %d candidates at once", at_once)
-        loop.runner = None
         loop.restart(smaller(at_once))
-
-
-def _padded(codes: list[np.ndarray], start_token: int, pad_token: int) -> torch.Tensor:
-    """Rows of codes, each behind the start token, `[rows, 1 + longest]` int64, filled up with `pad_token`."""
-    sequences = np.full((len(codes), 1 + max(map(len, codes))), pad_token, dtype=np.int64)
-    sequences[:, 0] = start_token
-    for row, drawn in zip(sequences, codes, strict=True):
-        row[1 : 1 + len(drawn)] = drawn
-    return torch.from_numpy(sequences)

@@ -12,13 +12,14 @@ from transformers import GenerationConfig, GenerationMixin
 from transformers.utils import can_return_tuple
 
 from clvp_fast.models.clvp.causal_lm import ClvpForCausalLM
-from clvp_fast.models.clvp.conditioning import ClvpConditioningEncoder, PaddedText
+from clvp_fast.models.clvp.conditioning import ClvpConditioningEncoder
 from clvp_fast.models.clvp.configuration import ClvpConfig, ClvpDecoderConfig, ClvpEncoderConfig
 from clvp_fast.models.clvp.decoder import ClvpDecoder, ClvpModel
 from clvp_fast.models.clvp.encoder import ClvpEncoder
 from clvp_fast.models.clvp.outputs import ClvpEncoderOutput, ClvpOutput
 from clvp_fast.models.clvp.pretrained import ClvpPreTrainedModel
 from clvp_fast.models.clvp.similarity import contrastive_loss, similarity
+from clvp_fast.models.clvp.tokens import end_text, fix_ends, known_codes, stop_token
 
 __all__ = [
     "ClvpConditioningEncoder",
@@ -95,15 +96,7 @@ class ClvpModelForConditionalGeneration(ClvpPreTrainedModel, GenerationMixin):
         Returns:
             `[candidates, length]`.
         """
-        fill, *tail = self.config.decoder_config.decoder_fixing_codes
-        codes = speech_ids[:, 1:]
-        length = codes.shape[1]
-        is_stop = codes == self.speech_decoder_model.config.eos_token_id
-        tail = tail[max(len(tail) - length, 0) :]
-        ending = codes.new_tensor([fill] * (length - len(tail)) + tail)
-        place = torch.arange(length, device=codes.device)
-        stopped = (is_stop.cumsum(1) > 0) | (is_stop.any(1, keepdim=True) & (place >= length - 3))
-        return torch.where(stopped, ending, codes)
+        return fix_ends(speech_ids[:, 1:], self.speech_decoder_model.config)
 
     @can_return_tuple
     def get_text_features(
@@ -164,9 +157,7 @@ class ClvpModelForConditionalGeneration(ClvpPreTrainedModel, GenerationMixin):
 
     def _encode_speech(self, codes: torch.LongTensor, **kwargs) -> ClvpEncoderOutput:
         """Embed generated codes; one that the encoder has no row for (the start token) counts as the filling code."""
-        known = codes < self.config.speech_config.vocab_size
-        fill = self.config.decoder_config.decoder_fixing_codes[0]
-        return self.speech_encoder_model(input_ids=torch.where(known, codes, fill), **kwargs)
+        return self.speech_encoder_model(input_ids=known_codes(codes, self.config), **kwargs)
 
     @can_return_tuple
     def forward(
@@ -297,7 +288,7 @@ class ClvpModelForConditionalGeneration(ClvpPreTrainedModel, GenerationMixin):
         sequences = generated.sequences
         if pad_to_max_mel_tokens is not None:
             missing = max(pad_to_max_mel_tokens - sequences.shape[1], 0)
-            sequences = F.pad(sequences, (0, missing), value=self.speech_decoder_model.config.eos_token_id)
+            sequences = F.pad(sequences, (0, missing), value=stop_token(self.speech_decoder_model.config))
         codes = self.fix_speech_decoder_output(sequences)
 
         speech_outputs = self._encode_speech(codes, output_hidden_states=output_hidden_states)
@@ -325,12 +316,8 @@ class ClvpModelForConditionalGeneration(ClvpPreTrainedModel, GenerationMixin):
 
     def _encode_text_with_end(self, input_ids, inputs_embeds, attention_mask, **kwargs) -> ClvpEncoderOutput:
         """Embed texts with one end token behind them, as the original scores them."""
-        encoder, end = self.text_encoder_model, self.config.text_config.eos_token_id
+        encoder, end, name = self.text_encoder_model, self.config.text_config.eos_token_id, "input_ids"
         if inputs_embeds is not None:
-            end_embeds = encoder.token_embedding(torch.tensor(end, device=inputs_embeds.device))
-            text = PaddedText(inputs_embeds, attention_mask).surround(None, end_embeds)
-            tokens = dict(inputs_embeds=text.tokens)
-        else:
-            text = PaddedText(input_ids, attention_mask).surround(None, end)
-            tokens = dict(input_ids=text.tokens)
-        return encoder(**tokens, attention_mask=None if attention_mask is None else text.mask, **kwargs)
+            end, name = encoder.token_embedding(torch.tensor(end, device=inputs_embeds.device)), "inputs_embeds"
+        tokens, mask = end_text(input_ids if inputs_embeds is None else inputs_embeds, attention_mask, end)
+        return encoder(**{name: tokens}, attention_mask=mask, **kwargs)

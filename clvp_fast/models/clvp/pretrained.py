@@ -71,15 +71,3 @@ class ClvpPreTrainedModel(PreTrainedModel):
     def option(self, name: str, given: bool | None) -> bool:
         """A per-call option, or what the configuration says where the call says nothing."""
         return bool(getattr(self.config, name, False) if given is None else given)
-
-    @staticmethod
-    def boolean_mask(attention_mask: torch.Tensor | None, num_keys: int) -> torch.Tensor | None:
-        """A padding mask `[batch, num_keys]` as booleans; masks of four axes, boolean or additive, pass."""
-        if attention_mask is None or attention_mask.dim() == 4:
-            return attention_mask
-        if attention_mask.dim() != 2 or attention_mask.shape[1] != num_keys:
-            raise ValueError(
-                f"attention_mask must be [batch, {num_keys}] (all keys, those in the cache included), "
-                f"got {list(attention_mask.shape)}"
-            )
-        return attention_mask.bool()

@@ -1,0 +1,43 @@
+"""The engine of a checkpoint, from settings as the command line and jobs over a corpus name them."""
+
+from typing import Any
+
+import torch
+
+from clvp_fast.checkpoint import Checkpoint
+from clvp_fast.engine.engine import CandidateEngine
+from clvp_fast.engine.memory import default_batch
+
+
+def build_engine(
+    checkpoint: Checkpoint,
+    settings: Any,
+    memory_fraction: float,
+    *,
+    candidates: int | None = None,
+    deterministic: bool = False,
+) -> CandidateEngine:
+    """The engine that decodes and scores as `settings` say.
+
+    Args:
+        settings: what has `batch_size`, `max_new_tokens`, `scoring`, `latents`, `int8_weights` and `float8_pages`: a
+            job's [`Settings`], or arguments of the command line. The first two may be None, as for [`CandidateEngine`].
+        candidates: how many there are to decode, beyond which no places are made; None: it is not known.
+        memory_fraction, deterministic: as for [`CandidateEngine`].
+
+    Raises:
+        ValueError, RuntimeError: as [`CandidateEngine`].
+    """
+    places = settings.batch_size or default_batch(checkpoint.model.device)
+    return CandidateEngine(
+        checkpoint.model,
+        checkpoint.processor,
+        max_batch=places if candidates is None else min(places, candidates),
+        max_new_tokens=settings.max_new_tokens,
+        memory_fraction=memory_fraction,
+        weight_dtype=torch.int8 if settings.int8_weights else None,
+        page_dtype=torch.float8_e4m3fn if settings.float8_pages else None,
+        scoring=settings.scoring,
+        latents=settings.latents,
+        deterministic=deterministic,
+    )

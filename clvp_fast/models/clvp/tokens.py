@@ -1,0 +1,138 @@
+"""What texts and speech codes are to the encoders: their ends, what fills them up, and codes that have no row.
+
+A text is scored with one end token behind it. Candidates are filled up with stop tokens to one length, and `fix_ends`
+makes codes of silence of everything from the first one on.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from clvp_fast.models.clvp.configuration import ClvpConfig, ClvpDecoderConfig
+
+
+def stop_token(config: ClvpDecoderConfig) -> int:
+    """The one token that ends a candidate; -2, which is never drawn, where the configuration has none.
+
+    Raises `ValueError` where it has several.
+    """
+    stop = config.eos_token_id
+    tokens = stop if isinstance(stop, (list, tuple)) else [stop]
+    if len(tokens) != 1:
+        raise ValueError(f"a candidate ends with one token, and the decoder's eos_token_id names {len(tokens)}")
+    return -2 if tokens[0] is None else tokens[0]
+
+
+def most_codes(config: ClvpDecoderConfig) -> int:
+    """The greatest number of codes of a candidate that the decoder has positions for.
+
+    The start token is at 0, and the last code is not entered; without `contiguous_positions` position 1 is left out.
+    """
+    return config.max_position_embeddings - int(not getattr(config, "contiguous_positions", False))
+
+
+def most_text(config: ClvpDecoderConfig, num_ends: int = 2) -> int:
+    """The greatest number of tokens of a text, which has positions with a begin token and `num_ends` end tokens."""
+    return config.max_text_tokens - 1 - num_ends
+
+
+def longest_prompt(config: ClvpDecoderConfig) -> int:
+    """The greatest length of a prompt: the voice, and a text with what stands around it."""
+    return 1 + config.max_text_tokens
+
+
+def fill_up(rows: Sequence[np.ndarray], length: int, fill: int) -> np.ndarray:
+    """Rows of tokens, none of more than `length`, as one array `[rows, length]` int64 with `fill` behind their ends."""
+    filled = np.full((len(rows), length), fill, dtype=np.int64)
+    for row, tokens in zip(filled, rows, strict=True):
+        row[: len(tokens)] = tokens
+    return filled
+
+
+def fix_ends(tokens: torch.Tensor, config: ClvpDecoderConfig) -> torch.Tensor:
+    """Codes of what the decoder drew, `[candidates, length]` without start tokens, as the original makes them.
+
+    In a row with a stop token, everything from the first one on becomes `decoder_fixing_codes[0]`, and the last three
+    places become the other fixing codes; other rows stay.
+    """
+    fill, *tail = config.decoder_fixing_codes
+    length = tokens.shape[1]
+    is_stop = tokens == stop_token(config)
+    tail = tail[max(len(tail) - length, 0) :]
+    ending = tokens.new_tensor([fill] * (length - len(tail)) + tail)
+    place = torch.arange(length, device=tokens.device)
+    stopped = (is_stop.cumsum(1) > 0) | (is_stop.any(1, keepdim=True) & (place >= length - 3))
+    return torch.where(stopped, ending, tokens)
+
+
+def finished_codes(rows: Sequence[np.ndarray], length: int, config: ClvpDecoderConfig) -> torch.Tensor:
+    """Candidates, each up to its stop token, filled up and fixed: `[candidates, length]` int64 on the host."""
+    return fix_ends(torch.from_numpy(fill_up(rows, length, stop_token(config))), config)
+
+
+def known_codes(codes: torch.Tensor, config: ClvpConfig) -> torch.Tensor:
+    """Codes with the filling code for those that the speech encoder has no row for, as start and stop token."""
+    return torch.where(codes < config.speech_config.vocab_size, codes, config.decoder_config.decoder_fixing_codes[0])
+
+
+def end_text(
+    tokens: torch.Tensor, mask: torch.Tensor | None, end: int | torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Texts with one end token behind each, as the original scores them, and their mask.
+
+    Args:
+        tokens: ids `[texts, length]`, or embeddings `[texts, length, hidden_size]`.
+        mask: `[texts, length]`, 1 = a token, 0 = padding on either side; None: all are tokens.
+        end: the token's id, or its embedding `[hidden_size]`.
+    """
+    text = PaddedText(tokens, mask).surround(None, end)
+    return text.tokens, None if mask is None else text.mask
+
+
+class PaddedText:
+    """Token ids `[batch, length]` (or embeddings) and their mask, to which tokens are added at a text's own ends."""
+
+    def __init__(self, tokens: torch.Tensor, mask: torch.Tensor | None):
+        self.tokens = tokens
+        self.mask = tokens.new_ones(tokens.shape[:2], dtype=torch.long) if mask is None else mask.long()
+
+    def surround(self, before: torch.Tensor | None, after: torch.Tensor | None) -> "PaddedText":
+        """One token before the first real one of each row, one after the last, whichever side the padding is on.
+
+        `before` and `after` are a token id, or an embedding `[hidden]`; `None` adds nothing.
+        """
+        tokens, mask = self.tokens, self.mask
+        if before is not None:
+            tokens, mask = self._insert(tokens, mask, before, mask.argmax(1))
+        if after is not None:
+            end = mask.shape[1] - mask.flip(1).argmax(1)
+            tokens, mask = self._insert(tokens, mask, after, end)
+        return PaddedText(tokens, mask)
+
+    @staticmethod
+    def _insert(tokens, mask, token, place):
+        """Row by row, `token` inserted at column `place` `[batch]`."""
+        column = torch.arange(tokens.shape[1] + 1, device=tokens.device)[None]
+        place = place[:, None]
+        source = column - (column > place).long()
+        source = source.clamp(max=tokens.shape[1] - 1)
+        here = column == place
+        mask = mask.gather(1, source).masked_fill(here, 1)
+        if tokens.dim() == 3:
+            source, here = source[..., None], here[..., None]
+        return torch.where(here, token, tokens.take_along_dim(source, 1)), mask
+
+
+def insert_eos_at_first_pad(input_ids: torch.Tensor, pad_token_id: int, eos_token_id: int) -> torch.Tensor:
+    """`eos_token_id` before the first `pad_token_id` of each row `[batch, length]`, at the end of rows without one.
+
+    transformers' rule, which looks at values, not at the mask: `forward` keeps it, with the numbers that follow from
+    it.
+    """
+    is_pad = F.pad(input_ids == pad_token_id, (0, 1), value=True)
+    first_pad = is_pad.int().argmax(1, keepdim=True)
+    column = torch.arange(input_ids.shape[1] + 1, device=input_ids.device)[None]
+    source = torch.where(column < first_pad, column, (column - 1).clamp(min=0)).expand(input_ids.shape[0], -1)
+    return input_ids.gather(1, source).masked_fill(column == first_pad, eos_token_id)

@@ -1,0 +1,22 @@
+"""Masks of attention, which CLVP and CLAP read alike."""
+
+import torch
+
+#: What a message says of the length that CLVP's masks have.
+ALL_KEYS = " (all keys, those in the cache included)"
+
+
+def boolean_mask(attention_mask: torch.Tensor | None, length: int, remark: str = "") -> torch.Tensor | None:
+    """A padding mask `[batch, length]` as booleans; masks of four axes, boolean or additive, pass, and None does.
+
+    Args:
+        remark: what a message says of the length.
+
+    Raises:
+        ValueError: any other shape.
+    """
+    if attention_mask is None or attention_mask.ndim == 4:
+        return attention_mask
+    if attention_mask.ndim != 2 or attention_mask.shape[1] != length:
+        raise ValueError(f"attention_mask must be [batch, {length}]{remark}, got {list(attention_mask.shape)}")
+    return attention_mask.bool()
