@@ -1,4 +1,4 @@
-"""What nvcc made of `csrc/*_cuda.cu`, read from the log of the native library's own build."""
+"""What nvcc made of `csrc/cuda/*.cu`, read from the log of the native library's own build."""
 
 import re
 import subprocess
@@ -9,7 +9,7 @@ from clvp_fast import native, native_build
 def rows(family: str, arch: int) -> list[dict]:
     """One row for each kernel of a source in the library for `arch`.
 
-    `family` is the source's name without `_cuda.cu`, and that of its kernels. Raises `RuntimeError` where the library
+    `family` is the source's name without `.cu`, and that of its kernels. Raises `RuntimeError` where the library
     has no CUDA part; a device need not be there.
     """
     found = parse((native.folder("cuda") / native_build.LOG).read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""The decode step of few candidates as one launch: csrc/persistent_decode.cuh over the decoder's weights and pages."""
+"""The decode step of few candidates as one launch: csrc/cuda/persistent_decode.cuh over the decoder's weights and pages."""
 
 import ctypes
 

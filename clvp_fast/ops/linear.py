@@ -84,7 +84,7 @@ def _triton(x, weight, bias, scale, activation, residual=None):
 
 
 def _native(x, weight, bias, scale, activation, residual=None):
-    """csrc/linear_isa.cpp."""
+    """csrc/cpu/linear.cpp."""
     from clvp_fast import native
 
     rows, bias, scale, out = _operands(x, weight, bias, scale, activation, residual)

@@ -8,7 +8,7 @@ A signal of n samples has 1 + (n + 2 * (n_fft // 2) - n_fft) // hop_length frame
 10 log10, and what lies more than `top_db` under the loudest value of a row is raised to that, before the division.
 
 A frame that reaches a sample that is NaN or infinite is NaN in every channel, and counts as no loudest value; no other
-frame is touched. The kernel is csrc/log_mel.cuh's, on a CPU (csrc/log_mel_isa.cpp) and on a GPU (csrc/log_mel_cuda.cu).
+frame is touched. The kernel is csrc/fourier.h's, on a CPU (csrc/cpu/log_mel.cpp) and on a GPU (csrc/cuda/log_mel.cu).
 """
 
 import ctypes

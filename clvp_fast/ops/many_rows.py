@@ -1,4 +1,4 @@
-"""csrc/mlp_isa.cpp: linear layers of many rows on a CPU, one or two, and a norm before them; it serves few as well."""
+"""csrc/cpu/mlp.cpp: linear layers of many rows on a CPU, one or two, and a norm before them; it serves few as well."""
 
 import ctypes
 from functools import cache

@@ -194,7 +194,7 @@ def _contiguous_last(*tensors):
 
 
 def _decode_native(q, k_new, v_new, k_pages, v_pages, block_table, seq_lens, *others):
-    """csrc/paged_attention_isa.cpp."""
+    """csrc/cpu/paged_decode.cpp."""
     from clvp_fast import native
 
     out = torch.empty_like(q, memory_format=torch.contiguous_format)

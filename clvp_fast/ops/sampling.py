@@ -170,7 +170,7 @@ def _native(
     logits, seen, lengths, done, temperature, top_k, top_p, typical_p, min_p, repetition_penalty, seed, candidate, step,
     stop_token, pad_token, do_sample, sampled,
 ):  # fmt: skip
-    """csrc/sample_isa.cpp."""
+    """csrc/cpu/sample.cpp."""
     from clvp_fast import native
 
     count, vocab_size = logits.shape

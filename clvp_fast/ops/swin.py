@@ -43,7 +43,7 @@ def _window_parts(x, norm_weight, norm_bias, w_qkv, b_qkv, bias, w_out, b_out, w
 
 
 def _window_native(x, norm_weight, norm_bias, w_qkv, b_qkv, bias, w_out, b_out, window, shift, eps):
-    """csrc/window_block_isa.cpp."""
+    """csrc/cpu/window_block.cpp."""
     from clvp_fast import native
 
     out, heads = x.new_empty(x.shape), len(bias)

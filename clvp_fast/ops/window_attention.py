@@ -146,7 +146,7 @@ def _fake(q, k, v, bias, window, shift, scale):
 
 
 def _native(q, k, v, bias, window, shift, scale):
-    """csrc/window_attention_isa.cpp."""
+    """csrc/cpu/window_attention.cpp."""
     from clvp_fast import native
 
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
