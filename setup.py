@@ -2,7 +2,7 @@
 
 A wheel carries the parts of the native library that can be compiled in clvp_fast/_native, for all instruction sets, and
 is tagged by the oldest glibc that they run with; what cannot be compiled is told in one sentence. An editable install
-carries none: clvp_fast/native.py compiles it at first use.
+carries none: clvp_fast/native/__init__.py compiles it at first use.
 """
 
 import shutil
@@ -19,14 +19,14 @@ ROOT = Path(__file__).resolve().parent
 
 def _load(name):
     """A module of the package by its path: what the package itself imports need not be there."""
-    spec = spec_from_file_location(name, ROOT / f"clvp_fast/{name}.py")
+    spec = spec_from_file_location(f"native_{name}", ROOT / f"clvp_fast/native/{name}.py")
     module = module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
 
 
-native_build, native_calls = _load("native_build"), _load("native_calls")
+native_build, native_calls = _load("build"), _load("calls")
 
 
 class BuildWithLibrary(build_py):

@@ -28,8 +28,7 @@ import torch
 from benchmarks.corpus import VOICE, WORDS
 from benchmarks.harness import Provider, Task, task
 from benchmarks.providers import Absent
-from clvp_fast import distributed
-from clvp_fast.batch import Settings, job
+from clvp_fast.batch import Settings, job, ray_workers
 from clvp_fast.batch.inputs import RowFile, arrived
 from clvp_fast.batch.outcomes import Outcome, outcome_schema, to_table
 from clvp_fast.batch.rows import Row
@@ -82,7 +81,7 @@ class _Runs:
     def here_idle(self, name: str, rows: int) -> Provider:
         return self._provider(name, rows, 1, lambda: _Idle(replace(self._settings, threads=1)))
 
-    def cluster(self, name: str, rows: int, actor: type = distributed._JobActor) -> Provider:
+    def cluster(self, name: str, rows: int, actor: type = ray_workers._JobActor) -> Provider:
         try:
             import ray.data  # noqa: F401
         except ImportError as error:
@@ -90,10 +89,10 @@ class _Runs:
         threads = 1 if self._settings.device == "cpu" else None
         settings = replace(self._settings, threads=threads)
 
-        def executor() -> distributed.Cluster:
-            return distributed.Cluster(settings, MEMORY_FRACTION, "local", self._workers)
+        def executor() -> ray_workers.Cluster:
+            return ray_workers.Cluster(settings, MEMORY_FRACTION, "local", self._workers)
 
-        with patch.object(distributed, "_JobActor", actor):
+        with patch.object(ray_workers, "_JobActor", actor):
             return self._provider(name, rows, threads, executor, actor)
 
     def _provider(self, name: str, rows: int, threads: int | None, executor: Callable, actor=None) -> Provider:
@@ -101,7 +100,7 @@ class _Runs:
         settings = replace(self._settings, threads=threads)
 
         def run() -> dict[int, list[int]]:
-            with patch.object(distributed, "_JobActor", actor or distributed._JobActor):
+            with patch.object(ray_workers, "_JobActor", actor or ray_workers._JobActor):
                 return _job(settings, rows, executor, told)
 
         before = torch.get_num_threads()

@@ -3,7 +3,7 @@
 from benchmarks import scaling_model as model
 from benchmarks.document import seconds, thousands
 from benchmarks.scaling_model import Call, Device, Types
-from clvp_fast.distributed import _TURNS
+from clvp_fast.batch.ray_workers import _TURNS
 
 # Rows of a corpus: of many long candidates, two at once, and of few short ones.
 ROWS = {

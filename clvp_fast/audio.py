@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
-from clvp_fast.files import is_special
-from clvp_fast.levels import SILENCE_PEAK, wrong_scale
+from clvp_fast.io.files import is_special
+from clvp_fast.io.levels import SILENCE_PEAK, wrong_scale
 
 if TYPE_CHECKING:
     import soundfile

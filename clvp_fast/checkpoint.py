@@ -18,9 +18,8 @@ from clvp_fast import (
     ClvpTokenizer,
 )
 from clvp_fast.demo import demo_checkpoint
-from clvp_fast.engine.sampling_params import SamplingParams
-from clvp_fast.files import user_path
-from clvp_fast.models.clvp.tokens import most_codes, most_text
+from clvp_fast.io.files import user_path
+from clvp_fast.models.clvp.tokens import most_text
 
 _JSON_FILES = ("config.json", "vocab.json", "preprocessor_config.json")
 _OPTIONAL_JSON_FILES = ("generation_config.json", "tokenizer_config.json", "model.safetensors.index.json")
@@ -214,11 +213,6 @@ def _check_vocabulary(name: str | Path, tokenizer: ClvpTokenizer, config: ClvpCo
 def _first_sentence(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return lines[0].removesuffix(".") if lines else type(error).__name__
-
-
-def token_limit(model: ClvpModelForConditionalGeneration) -> int:
-    """The speech tokens of the longest candidate where nothing is said of it: Tortoise's, if there are positions."""
-    return min(SamplingParams.max_new_tokens, most_codes(model.config.decoder_config))
 
 
 def text_limit(model: ClvpModelForConditionalGeneration) -> int:

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from clvp_fast.errors import sentence
-from clvp_fast.files import UnwritableError, build_folder_once, cache_folder
+from clvp_fast.io.errors import sentence
+from clvp_fast.io.files import UnwritableError, build_folder_once, cache_folder
 
 #: Names the folder in the cache: a change of anything below makes a new one.
 DEMO_VERSION = "demo-1"

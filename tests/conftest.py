@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from clvp_fast.files import cache_folder, make_private
+from clvp_fast.io.files import cache_folder, make_private
 from tests.kit import interpreter
 
 pytest_plugins = ["tests.kit.reporting"]

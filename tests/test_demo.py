@@ -15,7 +15,7 @@ from clvp_fast import ClvpModelForConditionalGeneration, ClvpProcessor, ClvpToke
 from clvp_fast.checkpoint import load_checkpoint, resolve_checkpoint
 from clvp_fast.cli import main
 from clvp_fast.demo import DEMO_VERSION, build_demo, demo_checkpoint
-from clvp_fast.files import UnwritableError, cache_folder
+from clvp_fast.io.files import UnwritableError, cache_folder
 from tests.kit.isa import forget_library
 
 

@@ -7,8 +7,8 @@ import threading
 import pytest
 from safetensors import SafetensorError
 
-from clvp_fast import files
-from clvp_fast.files import UnwritableError, build_folder_once, make_private, replacing, staged_folder
+from clvp_fast.io import files
+from clvp_fast.io.files import UnwritableError, build_folder_once, make_private, replacing, staged_folder
 from tests.kit.waiting import BOUND
 
 

@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from clvp_fast import files, native, native_build, native_calls
+from clvp_fast import native
+from clvp_fast.io import files
+from clvp_fast.native import build, calls
 from tests.kit.isa import forget_library, needs_compiler, why_no_compiler
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,7 +57,7 @@ int64_t clvp_fast_persistent_decode_workspace(const clvp_fast_persistent_decode 
 """
 NO_NVCC = "/nonexistent"
 
-needs_nvcc = pytest.mark.skipif(native_build._find_nvcc()["nvcc"] is None, reason="there is no nvcc")
+needs_nvcc = pytest.mark.skipif(build._find_nvcc()["nvcc"] is None, reason="there is no nvcc")
 
 
 def missing(device="cpu"):
@@ -78,7 +80,7 @@ def sources(tmp_path, monkeypatch):
         shutil.copy(ROOT / "csrc" / name, folder)
     (folder / "cpu/interface.cpp").write_text(CPU)
     (folder / "cpu/dispatch.cpp").write_text("namespace { int nothing; }\n")
-    for stem in native_build.ISA_SOURCES["portable"]:
+    for stem in build.ISA_SOURCES["portable"]:
         (folder / f"cpu/{stem}.cpp").write_text("namespace { int CLVP_FAST_ISA = 0; }\n")
     (folder / "cuda/log_mel.cu").write_text(CUDA)
     (folder / "cuda/persistent_decode.cu").write_text(MORE_CUDA)
@@ -86,7 +88,7 @@ def sources(tmp_path, monkeypatch):
     monkeypatch.setenv("CLVP_FAST_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("CUDA_HOME", NO_NVCC)
     monkeypatch.setattr(native, "_DRIVER", "libno-such-driver.so")
-    monkeypatch.setattr(native_build, "cpu_isas", lambda: ("portable",))  # as few files as can be
+    monkeypatch.setattr(build, "cpu_isas", lambda: ("portable",))  # as few files as can be
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.delenv("CLVP_FAST_ISA", raising=False)  # the stand-in has none
     forget_library()
@@ -127,7 +129,7 @@ def test_the_structure_is_the_header_s(struct, tmp_path):
     (tmp_path / "layout.cpp").write_text(
         f'#include "clvp_fast.h"\n#include <cstddef>\n#include <cstdio>\nint main() {{ {printing} }}\n'
     )
-    compiler = native_build.find_toolchain().cxx
+    compiler = build.find_toolchain().cxx
     subprocess.run([*compiler, f"-I{ROOT / 'csrc'}", "layout.cpp", "-o", "layout"], cwd=tmp_path, check=True)
     printed = subprocess.run([tmp_path / "layout"], capture_output=True, text=True, check=True).stdout
     expected = [getattr(structure, name).offset for name in names]
@@ -153,7 +155,7 @@ def test_built_at_first_use_and_found_after(sources, tmp_path, capfd, monkeypatc
     assert folder.parent.stat().st_mode & 0o777 == folder.parents[1].stat().st_mode & 0o777 == 0o700
 
     forget_library()
-    monkeypatch.setattr(native_build, "build", lambda *_: pytest.fail("it is there already"))
+    monkeypatch.setattr(build, "build", lambda *_: pytest.fail("it is there already"))
     monkeypatch.setattr(native, "_one_process", lambda *_: pytest.fail("a cache that is only read needs no lock"))
     assert native.missing("cpu") is None
     assert capfd.readouterr().err == ""
@@ -167,7 +169,7 @@ def test_a_code_is_raised_with_the_library_s_sentence(sources):
 
 def test_the_hash_changes_with_whatever_changes_the_library(sources, tmp_path, monkeypatch):
     def found():
-        return native_build.content_hash(sources, native_build.find_toolchain(), "cpu", "1")
+        return build.content_hash(sources, build.find_toolchain(), "cpu", "1")
 
     seen = [found()]
     assert found() == seen[0]
@@ -185,9 +187,9 @@ def test_the_hash_changes_with_whatever_changes_the_library(sources, tmp_path, m
     for name in ("notes.md", "more.cuh", "cpu/deeper.h", "cuda/log_mel.cu"):
         (sources / name).write_text("says nothing to this compiler")
     assert found() == seen[-1]
-    seen.append(native_build.content_hash(sources, native_build.find_toolchain(), "cpu", "2"))
+    seen.append(build.content_hash(sources, build.find_toolchain(), "cpu", "2"))
     with monkeypatch.context() as patch:
-        patch.setattr(native_build, "CXX_FLAGS", [*native_build.CXX_FLAGS, "-O2"])
+        patch.setattr(build, "CXX_FLAGS", [*build.CXX_FLAGS, "-O2"])
         seen.append(found())
     monkeypatch.setenv("CXX", str(tmp_path / "g++"))
     for version in ("99.1", "99.2"):  # a compiler that is updated in its place
@@ -199,12 +201,12 @@ def test_the_hash_changes_with_whatever_changes_the_library(sources, tmp_path, m
 
 def test_each_part_has_a_hash_of_its_own(sources):
     tools = {
-        "cpu": native_build.find_toolchain(),
-        "cuda": native_build.Toolchain(("g++",), "g++ 1", "x86_64", (), nvcc="nvcc", architectures=(90,)),
+        "cpu": build.find_toolchain(),
+        "cuda": build.Toolchain(("g++",), "g++ 1", "x86_64", (), nvcc="nvcc", architectures=(90,)),
     }
 
     def found():
-        return {part: native_build.content_hash(sources, tools[part], part) for part in tools}
+        return {part: build.content_hash(sources, tools[part], part) for part in tools}
 
     before = found()
     (sources / "cuda/log_mel.cu").write_text(CUDA + "\n")
@@ -218,7 +220,7 @@ def test_a_cpu_s_sets_are_those_that_the_library_finds():
     """Python reads /proc/cpuinfo, C++ asks the processor."""
     if missing() is not None:
         pytest.skip(missing())
-    assert native.record()["left_out"] or native.isas() == native_build.cpu_isas()
+    assert native.record()["left_out"] or native.isas() == build.cpu_isas()
 
 
 @pytest.mark.parametrize(
@@ -235,11 +237,11 @@ def test_a_build_gives_what_its_machine_can_use(monkeypatch, tmp_path, machine, 
     compiler.write_text(f'#!/bin/sh\n[ "$1" = -dumpmachine ] && echo {machine} || echo g++ 99\n')
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
-    monkeypatch.setattr(native_build.platform, "machine", lambda: "x86_64")
-    monkeypatch.setattr(native_build, "cpu_isas", lambda: ("avx2", "portable"))
-    tools = native_build.find_toolchain(elsewhere=elsewhere)
+    monkeypatch.setattr(build.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(build, "cpu_isas", lambda: ("avx2", "portable"))
+    tools = build.find_toolchain(elsewhere=elsewhere)
     assert tools.isas == expected
-    commands = native_build.compile_commands(Path("csrc"), tools)
+    commands = build.compile_commands(Path("csrc"), tools)
     compiled = {name.removesuffix(".o").rpartition("_")[2] for name in commands} - {"dispatch", "interface", "version"}
     assert compiled == set(expected)
     assert {word for word in commands["dispatch.o"] if word.startswith("-DCLVP_FAST_HAS")} == {
@@ -248,8 +250,8 @@ def test_a_build_gives_what_its_machine_can_use(monkeypatch, tmp_path, machine, 
 
 
 def test_an_instruction_set_that_the_compiler_does_not_know_is_left_out(sources, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(native_build, "cpu_isas", lambda: native.ISAS)
-    monkeypatch.setattr(native_build.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(build, "cpu_isas", lambda: native.ISAS)
+    monkeypatch.setattr(build.platform, "machine", lambda: "x86_64")
     for unknown, left_out in (("-mavx512bf16", ["avx512bf16"]), ("-mavx512bw", ["avx512bf16", "avx512"])):
         (tmp_path / "g++").write_text(
             f'#!/bin/sh\ncase "$*" in *{unknown}*) echo "error: unrecognized {unknown}"; exit 1;; esac\nexec g++ "$@"\n'
@@ -269,9 +271,9 @@ def test_an_instruction_set_that_the_compiler_does_not_know_is_left_out(sources,
 def test_the_library_has_nothing_of_a_set_that_is_left_out(tmp_path, left_out):
     """Of csrc/cpu/dispatch.cpp itself: what it needs of each instruction set."""
     isas = native.ISAS[native.ISAS.index(left_out) + 1 :]
-    tools = native_build.Toolchain(native_build.find_toolchain().cxx, "", "x86_64", isas)
-    command = native_build.compile_commands(ROOT / "csrc", tools)["dispatch.o"]
-    if native_build.find_toolchain().machine != "x86_64":
+    tools = build.Toolchain(build.find_toolchain().cxx, "", "x86_64", isas)
+    command = build.compile_commands(ROOT / "csrc", tools)["dispatch.o"]
+    if build.find_toolchain().machine != "x86_64":
         pytest.skip("x86's alone")
     subprocess.run([*command, "-O0"], cwd=tmp_path, check=True)
     command = ["nm", "-u", "--demangle", "dispatch.o"]
@@ -306,7 +308,7 @@ def driver(tmp_path, monkeypatch):
 def test_the_cuda_part_is_compiled_where_a_device_is_visible_alone(sources, driver, monkeypatch):
     monkeypatch.delenv("CUDA_HOME")
     asked, part = [], types.SimpleNamespace(clvp_fast_cuda_missing=lambda sentence, size: 0)
-    monkeypatch.setattr(native, "_loaded", lambda name: asked.append(name) or (part, ""))
+    monkeypatch.setattr(native, "loaded", lambda name: asked.append(name) or (part, ""))
     assert "no NVIDIA driver" in missing_uncached("cuda")
     for code, devices in ((100, 1), (0, 0)):
         driver(code, devices)
@@ -330,7 +332,7 @@ def test_what_the_cuda_part_says_of_the_driver_is_a_reason(sources, driver, monk
 
     said = Said()
     part = types.SimpleNamespace(clvp_fast_cuda_missing=said)
-    monkeypatch.setattr(native, "_loaded", lambda name: (part, ""))
+    monkeypatch.setattr(native, "loaded", lambda name: (part, ""))
     said.code = 1
     assert missing_uncached("cuda") == "the driver is too old"
     said.code = 0
@@ -354,8 +356,8 @@ def test_the_cuda_part_lies_beside_that_for_a_cpu(sources, tmp_path, monkeypatch
     assert missing("cuda") is None and missing("cpu") is None
     assert native.library("cuda").clvp_fast_log_mel_cuda.argtypes is not None
     assert len(built_folders(tmp_path)) == 2
-    log = (native.folder("cuda") / native_build.LOG).read_text()
-    assert all(f"for 'sm_{arch}'" in log for arch in native_build.ARCHITECTURES)
+    log = (native.folder("cuda") / build.LOG).read_text()
+    assert all(f"for 'sm_{arch}'" in log for arch in build.ARCHITECTURES)
     dump = (native.folder("cuda") / "libclvp_fast_cuda.so").read_bytes()
     assert b"libcudart.so" not in dump, "the CUDA runtime must be linked statically"
 
@@ -400,12 +402,12 @@ def test_a_failed_build_keeps_its_record_and_is_not_repeated(sources, tmp_path, 
     assert built_folders(tmp_path) == []
     assert "building" in capfd.readouterr().err
     told = json.loads(log.with_suffix(".json").read_text())
-    tools = native_build.find_toolchain()
+    tools = build.find_toolchain()
     assert told.keys() == {"compiler", "version", "error"}
     assert told["compiler"] == tools.cxx[0] and told["version"] == str(tools) and "nobody_knows" in told["error"]
 
     with monkeypatch.context() as patch:
-        patch.setattr(native_build, "build", lambda *_: pytest.fail("it failed before"))
+        patch.setattr(build, "build", lambda *_: pytest.fail("it failed before"))
         assert missing() == why
     (tmp_path / "g++").write_text('#!/bin/sh\n[ "$1" = --version ] && echo "g++ 99" || exec g++ "$@"\n')
     (tmp_path / "g++").chmod(0o755)
@@ -422,7 +424,7 @@ def test_a_record_that_is_not_whole_is_none(sources, tmp_path, left):
     """As a full disk or a killed process leaves it: the library is built again, and what was begun is removed."""
     folder = tmp_path / "cache/native"
     folder.mkdir(parents=True, mode=0o700)
-    name = native_build.content_hash(sources, native_build.find_toolchain(), "cpu", native.VERSION)
+    name = build.content_hash(sources, build.find_toolchain(), "cpu", native.VERSION)
     (folder / f"{name}.json").write_text(left)
     (folder / f".{name}-killed/objects").mkdir(parents=True)
     assert missing() is None
@@ -431,7 +433,7 @@ def test_a_record_that_is_not_whole_is_none(sources, tmp_path, left):
 
 def test_rebuild_tries_again_and_replaces_what_is_there(sources, tmp_path, monkeypatch, capfd):
     with monkeypatch.context() as patch:
-        patch.setattr(native_build, "CXX_FLAGS", [*native_build.CXX_FLAGS, f"-include{tmp_path}/later.h"])
+        patch.setattr(build, "CXX_FLAGS", [*build.CXX_FLAGS, f"-include{tmp_path}/later.h"])
         why = missing()
         assert "--rebuild" in why
         (tmp_path / "later.h").write_text("")
@@ -461,8 +463,8 @@ def test_a_library_of_another_version_is_told(sources, monkeypatch, version):
         monkeypatch.setattr(native, "VERSION", version)
         assert missing() is None
         found = native.folder("cpu")
-        monkeypatch.setattr(native, "_cached", lambda part: found)
-        monkeypatch.setattr(native, "VERSION", native_calls.VERSION)
+        monkeypatch.setattr(native, "cached", lambda part: found)
+        monkeypatch.setattr(native, "VERSION", calls.VERSION)
     else:  # as libraries were before they had a version
         (sources / "version.cpp").write_text("int clvp_fast_nothing;\n")
     why = missing()
@@ -474,16 +476,16 @@ def test_a_library_of_another_version_is_told(sources, monkeypatch, version):
 
 
 def test_the_version_changes_with_the_prototypes(monkeypatch):
-    seen = {native_calls._version()}
-    monkeypatch.setitem(native_calls.FUNCTIONS["cpu"], "clvp_fast_error", (ctypes.c_char_p, ctypes.c_int64))
-    seen.add(native_calls._version())
+    seen = {calls._version()}
+    monkeypatch.setitem(calls.FUNCTIONS["cpu"], "clvp_fast_error", (ctypes.c_char_p, ctypes.c_int64))
+    seen.add(calls._version())
 
     class MoreCall(ctypes.Structure):
         _fields_ = (("a", ctypes.c_int32),)
 
-    monkeypatch.setattr(native_calls, "MoreCall", MoreCall, raising=False)
-    seen.add(native_calls._version())
-    assert len(seen) == 3 and native_calls.VERSION in seen
+    monkeypatch.setattr(calls, "MoreCall", MoreCall, raising=False)
+    seen.add(calls._version())
+    assert len(seen) == 3 and calls.VERSION in seen
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "gone", "record"])
@@ -493,7 +495,7 @@ def test_a_damaged_library_is_built_anew(sources, damage):
     if damage == "gone":
         library.unlink()
     elif damage == "record":
-        (library.parent / native_build.RECORD).write_text("{")
+        (library.parent / build.RECORD).write_text("{")
     else:
         library.write_bytes(whole[: len(whole) // 2 if damage == "cut" else 0])
     forget_library()
@@ -573,8 +575,8 @@ def test_a_failure_stops_what_has_not_begun(tmp_path):
     commands = {name: ["sh", "-c", f"echo ran {name}; test {name} = a && touch a"] for name in "abcdefgh"}
     shown = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native_build, "_cores", lambda: 1)
-        log = native_build._run_all(commands, tmp_path, lambda *progress: shown.append(progress))
+        patch.setattr(build, "_cores", lambda: 1)
+        log = build._run_all(commands, tmp_path, lambda *progress: shown.append(progress))
     assert re.findall(r"^ran (\w)$", log, re.MULTILINE) == ["a", "b"]
     assert shown == [(done, 8) for done in range(9)]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import clvp_fast
-from clvp_fast import native_build
+from clvp_fast.native import build
 
 ROOT = Path(__file__).resolve().parents[1]
 # All of the library is compiled for it once more, where --wheel names none.
@@ -99,7 +99,7 @@ print(native.folder("cpu"), native.missing("cpu"), native.library().clvp_fast_cp
     assert (native / "cpu/clvp_fast.h").read_bytes() == (ROOT / "csrc/clvp_fast.h").read_bytes()
     recorded = json.loads((native / "cpu/build.json").read_text())
     if recorded["machine"] == "x86_64":  # also those that this CPU lacks
-        assert [*recorded["isas"], *recorded["left_out"]] == list(native_build.ISA_FLAGS)
+        assert [*recorded["isas"], *recorded["left_out"]] == list(build.ISA_FLAGS)
         assert "avx2" in recorded["isas"]
     # The library holds no Python ABI; a platform's name, and not `any`, is in the tag.
     assert re.fullmatch(r"clvp_fast-[\d.]+-py3-none-(?!any)\w+\.whl", wheel.name)

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from clvp_fast import native_build
+from clvp_fast.native import build
 
 ROOT = Path(__file__).resolve().parents[1]
 SUFFIXES = {".cpp", ".h", ".cu", ".cuh"}
-TOOLS = native_build.Toolchain(("g++",), "", "x86_64", tuple(native_build.ISA_FLAGS), nvcc="nvcc", architectures=(90,))
+TOOLS = build.Toolchain(("g++",), "", "x86_64", tuple(build.ISA_FLAGS), nvcc="nvcc", architectures=(90,))
 
 
 def files_in(folder: str) -> set[str]:
@@ -22,7 +22,7 @@ def files_in(folder: str) -> set[str]:
 
 def test_every_file_is_of_a_part_of_the_library():
     """A source that no part compiles and no other file includes would be dead; so would its line in the hash."""
-    parts = {part: set(native_build.part_sources(ROOT / "csrc", TOOLS, part)) for part in native_build.LIBRARIES}
+    parts = {part: set(build.part_sources(ROOT / "csrc", TOOLS, part)) for part in build.LIBRARIES}
     assert {f"csrc/{name}" for name in parts["cpu"] | parts["cuda"]} == files_in("csrc")
     assert {name.partition("/")[0] for name in parts["cpu"] if "/" in name} == {"cpu"}
     assert {name.partition("/")[0] for name in parts["cuda"] if "/" in name} == {"cuda"}

@@ -10,7 +10,7 @@ import warnings
 
 import pytest
 
-from clvp_fast.turns import Turns
+from clvp_fast.engine.turns import Turns
 from tests.kit.waiting import BOUND, join, wait_for
 
 

@@ -8,8 +8,8 @@ import soundfile
 
 from clvp_fast import ClvpFeatureExtractor, ClvpTokenizer
 from clvp_fast.checkpoint import resolve_checkpoint
-from clvp_fast.text_remarks import text_remarks
-from clvp_fast.voice_files import load_voice
+from clvp_fast.engine.voice_files import load_voice
+from clvp_fast.models.clvp.text_remarks import text_remarks
 
 
 @pytest.fixture

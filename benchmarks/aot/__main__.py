@@ -19,7 +19,7 @@ import triton
 from benchmarks.aot import native_library
 from benchmarks.aot.compiling import ARCHITECTURES, compile_calls
 from benchmarks.aot.tables import RESULTS, write_tables
-from clvp_fast.native_build import CUDA_SOURCES
+from clvp_fast.native.build import CUDA_SOURCES
 
 TRITON_FAMILIES = (
     "rotary_attention",

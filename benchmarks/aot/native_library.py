@@ -3,7 +3,8 @@
 import re
 import subprocess
 
-from clvp_fast import native, native_build
+from clvp_fast import native
+from clvp_fast.native import build
 
 
 def rows(family: str, arch: int) -> list[dict]:
@@ -12,7 +13,7 @@ def rows(family: str, arch: int) -> list[dict]:
     `family` is the source's name without `.cu`, and that of its kernels. Raises `RuntimeError` where the library
     has no CUDA part; a device need not be there.
     """
-    found = parse((native.folder("cuda") / native_build.LOG).read_text(encoding="utf-8"))
+    found = parse((native.folder("cuda") / build.LOG).read_text(encoding="utf-8"))
     found = [row for row in found if row["arch"] == arch and row["kernel"].partition("<")[0] == family]
     return [row | {"nvcc": native.record("cuda")["nvcc_version"]} for row in found]
 

@@ -2,8 +2,8 @@
 
 import errno
 
-from clvp_fast.errors import sentence
-from clvp_fast.files import UnwritableError
+from clvp_fast.io.errors import sentence
+from clvp_fast.io.files import UnwritableError
 from clvp_fast.native import NativeLibraryError
 
 #: Characters of a failure, at most: a row may hold megabytes, and its failure tells its kind and its beginning.

@@ -28,7 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clvp_fast.batch.outcomes import Outcome, from_table, to_table
-from clvp_fast.files import UnwritableError, json_text, replacing, write_json
+from clvp_fast.io.files import UnwritableError, json_text, replacing, write_json
 
 #: Rises with every change of what settings mean; from 1 to 2 `top_k` became 50 where Python says nothing of it.
 FORMAT = "clvp_fast.batch.2"

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from clvp_fast.batch.failures import failure_of
 from clvp_fast.batch.rows import COLUMNS, Row
-from clvp_fast.files import is_special
+from clvp_fast.io.files import is_special
 
 _SCHEMA = pa.schema(
     [

@@ -17,7 +17,7 @@ from clvp_fast.batch.outcomes import Outcome, outcome_schema, shard_schema
 from clvp_fast.batch.progress import Watch, watching
 from clvp_fast.batch.settings import Settings
 from clvp_fast.batch.summary import write_summary
-from clvp_fast.files import UnwritableError, replacing, user_path
+from clvp_fast.io.files import UnwritableError, replacing, user_path
 
 logger = logging.getLogger(__name__)
 
@@ -168,7 +168,7 @@ def _rows(folder: JobFolder, source: Path, shard_rows: int, manifest: dict | Non
 def _executor(settings: Settings, memory_fraction: float, ray: str | bool | None, workers: int | None):
     """Where outcomes come from: this process, or a cluster."""
     if ray:
-        from clvp_fast.distributed import Cluster
+        from clvp_fast.batch.ray_workers import Cluster
 
         return Cluster(settings, memory_fraction, None if ray is True else ray, workers)
     from clvp_fast.batch.worker import Worker

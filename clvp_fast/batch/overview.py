@@ -7,8 +7,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from matplotlib.figure import Figure
 
-from clvp_fast.files import replacing
-from clvp_fast.plot_style import TOKENS_PER_SECOND, plot_style
+from clvp_fast.io.files import replacing
+from clvp_fast.io.plot_style import TOKENS_PER_SECOND, plot_style
 
 _BINS = 60
 _BLUE, _RED = "#35618f", "#c8553d"

@@ -15,8 +15,8 @@ import numpy as np
 
 from clvp_fast.batch.failures import failure_of
 from clvp_fast.engine.sampling_params import SAMPLING
-from clvp_fast.errors import sentence
-from clvp_fast.files import user_path
+from clvp_fast.io.errors import sentence
+from clvp_fast.io.files import user_path
 
 #: Columns that are looked at; others of an input are left alone.
 COLUMNS = frozenset(("id", "text", "voice", *SAMPLING))

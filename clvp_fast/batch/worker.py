@@ -20,11 +20,11 @@ from clvp_fast.checkpoint import Checkpoint, best_device, load_checkpoint
 from clvp_fast.engine.building import build_engine
 from clvp_fast.engine.engine import CandidateEngine
 from clvp_fast.engine.requests import CandidateRequest, CandidateResult
+from clvp_fast.engine.voice_files import load_voice
 from clvp_fast.engine.voices import Voice
-from clvp_fast.files import is_special
-from clvp_fast.text_remarks import text_remarks
+from clvp_fast.io.files import is_special
+from clvp_fast.models.clvp.text_remarks import text_remarks
 from clvp_fast.versions import versions
-from clvp_fast.voice_files import load_voice
 
 
 class Worker:
@@ -181,3 +181,11 @@ def _mark(checkpoint: Checkpoint) -> str:
 
 # Of a configuration: where and by what it was loaded.
 _PASSING = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "_commit_hash")
+
+
+def ready_worker(settings: Settings, memory_fraction: float) -> Worker:
+    """A [`Worker`] whose first rows wait for nothing that a GPU can prepare. Raises as `Worker` does."""
+    worker = Worker(settings, memory_fraction)
+    if worker.settings.device == "cuda":
+        worker.engine.warm_up()
+    return worker

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from clvp_fast.cli.parser import build_parser
-from clvp_fast.errors import sentence
+from clvp_fast.io.errors import sentence
 
 
 def main(argv: Sequence[str] | None = None) -> int:

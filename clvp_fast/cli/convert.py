@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from clvp_fast.cli import report
-from clvp_fast.files import staged_folder
+from clvp_fast.io.files import staged_folder
 from clvp_fast.models.clvp import convert_tortoise
 
 

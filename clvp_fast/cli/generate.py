@@ -5,13 +5,14 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
-from clvp_fast.checkpoint import Checkpoint, token_limit
+from clvp_fast.checkpoint import Checkpoint
 from clvp_fast.cli import report
 from clvp_fast.cli.generation import Generation
 from clvp_fast.cli.inputs import load_for, sampling_of
 from clvp_fast.cli.items import gather, read_texts
+from clvp_fast.engine.door import token_limit
 from clvp_fast.engine.sampling_params import SamplingParams
-from clvp_fast.files import staged_folder, user_path
+from clvp_fast.io.files import staged_folder, user_path
 from clvp_fast.models.clvp.tokens import most_codes
 
 

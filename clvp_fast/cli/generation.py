@@ -16,7 +16,7 @@ from clvp_fast.engine.engine import CandidateEngine
 from clvp_fast.engine.memory import human_bytes
 from clvp_fast.engine.requests import CandidateRequest, CandidateResult
 from clvp_fast.engine.sampling_params import SamplingParams
-from clvp_fast.files import write_json
+from clvp_fast.io.files import write_json
 from clvp_fast.models.clvp.tokens import stop_token
 from clvp_fast.versions import versions
 

@@ -5,11 +5,12 @@ from dataclasses import asdict
 
 import torch
 
-from clvp_fast import native, native_build
+from clvp_fast import native
 from clvp_fast.cli import report
-from clvp_fast.errors import sentence
-from clvp_fast.files import UnwritableError, cache_folder
-from clvp_fast.models.clvp.generation import SERVED
+from clvp_fast.engine.generation import SERVED
+from clvp_fast.io.errors import sentence
+from clvp_fast.io.files import UnwritableError, cache_folder
+from clvp_fast.native import build
 from clvp_fast.ops.dispatch import explain
 from clvp_fast.versions import versions
 
@@ -46,7 +47,7 @@ def library() -> dict:
     """
     if reason := native.missing("cpu"):
         return {"missing": reason}
-    path = native.folder("cpu") / native_build.LIBRARIES["cpu"]
+    path = native.folder("cpu") / build.LIBRARIES["cpu"]
     return {"path": str(path), "isa": native.isa(), "forced": native.is_held_down()}
 
 

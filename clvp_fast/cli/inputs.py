@@ -8,7 +8,7 @@ import torch
 from clvp_fast.checkpoint import Checkpoint, best_device, load_checkpoint, sayable_ids
 from clvp_fast.cli.report import note, quiet_transformers
 from clvp_fast.engine.sampling_params import PRESETS, SAMPLING
-from clvp_fast.text_remarks import text_remarks
+from clvp_fast.models.clvp.text_remarks import text_remarks
 
 
 def device_for(arguments: argparse.Namespace) -> str:

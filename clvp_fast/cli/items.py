@@ -12,9 +12,9 @@ import torch
 from clvp_fast.checkpoint import Checkpoint
 from clvp_fast.cli.inputs import text_ids
 from clvp_fast.cli.voices import noted_voice, voice_names
+from clvp_fast.engine.voice_files import LoadedVoice
 from clvp_fast.engine.voices import VoiceCache
-from clvp_fast.errors import sentence
-from clvp_fast.voice_files import LoadedVoice
+from clvp_fast.io.errors import sentence
 
 _SLUG_LENGTH = 40
 

@@ -22,7 +22,7 @@ from clvp_fast.audio import UNREAD_SUFFIXES, is_recording, read_audio, require_s
 from clvp_fast.checkpoint import resolve_checkpoint
 from clvp_fast.cli import report
 from clvp_fast.cli.pictures import OVERVIEW_PANELS, draw_mel, draw_mels
-from clvp_fast.files import staged_folder
+from clvp_fast.io.files import staged_folder
 
 #: Samples that go through the extractor at a time, unless one recording alone has more.
 _BATCH_SAMPLES = 1 << 21

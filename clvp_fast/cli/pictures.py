@@ -6,8 +6,8 @@ import numpy as np
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from clvp_fast.plot_style import TOKENS_PER_SECOND, plot_style
-from clvp_fast.voice_files import LoadedVoice
+from clvp_fast.engine.voice_files import LoadedVoice
+from clvp_fast.io.plot_style import TOKENS_PER_SECOND, plot_style
 
 #: Recordings that an overview shows.
 OVERVIEW_PANELS = 12

@@ -20,7 +20,7 @@ from rich.progress import (
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
-from clvp_fast.files import json_text
+from clvp_fast.io.files import json_text
 
 # Characters that a column keeps which folds in a narrow terminal.
 _FOLDED = 16

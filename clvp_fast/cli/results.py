@@ -9,8 +9,8 @@ from clvp_fast.cli import report
 from clvp_fast.cli.items import Item
 from clvp_fast.cli.pictures import draw_candidates
 from clvp_fast.engine.requests import CandidateResult
+from clvp_fast.models.clvp.text_remarks import text_remarks
 from clvp_fast.models.clvp.tokens import finished_codes
-from clvp_fast.text_remarks import text_remarks
 
 
 def result_document(checkpoint: Checkpoint, item: Item, result: CandidateResult) -> dict:

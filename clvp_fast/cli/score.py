@@ -14,8 +14,8 @@ from clvp_fast.cli import report
 from clvp_fast.cli.inputs import load_for, text_ids
 from clvp_fast.engine.ranking import Ranker
 from clvp_fast.models.clvp.similarity import normalized
+from clvp_fast.models.clvp.text_remarks import text_remarks
 from clvp_fast.models.clvp.tokens import end_text, known_codes
-from clvp_fast.text_remarks import text_remarks
 from clvp_fast.versions import versions
 
 #: Candidates that go through the speech encoder at a time: bounds the memory of long lists.

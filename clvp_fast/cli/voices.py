@@ -5,9 +5,9 @@ import re
 from pathlib import Path
 
 from clvp_fast.cli.report import note
+from clvp_fast.engine.voice_files import LoadedVoice, load_voice
 from clvp_fast.engine.voices import VoiceCache
-from clvp_fast.files import user_path
-from clvp_fast.voice_files import LoadedVoice, load_voice
+from clvp_fast.io.files import user_path
 
 # Names that a file system may take for one another are not both used.
 _PLAIN = re.compile(r"[^\w.-]+")

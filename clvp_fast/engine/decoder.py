@@ -4,9 +4,9 @@ import torch
 
 from clvp_fast import ops
 from clvp_fast.engine.products import Int8Products, ModuleProducts
-from clvp_fast.models.clvp.layers import add_norm, embed
-from clvp_fast.models.clvp.parameters import apply_linear
 from clvp_fast.models.clvp.tokens import most_codes
+from clvp_fast.models.common.layers import add_norm, embed
+from clvp_fast.models.common.parameters import apply_linear
 from clvp_fast.ops.dispatch import OPERATORS
 from clvp_fast.ops.paged_attention import FLOAT8
 

@@ -12,9 +12,15 @@ from clvp_fast.engine.decode_loop import Job
 from clvp_fast.engine.requests import CandidateRequest, check_rate
 from clvp_fast.engine.sampling_params import SamplingParams
 from clvp_fast.engine.voices import Voice, VoiceCache
-from clvp_fast.models.clvp.tokens import stop_token
-from clvp_fast.models.plain import PlainModel
+from clvp_fast.models.clvp.modeling import ClvpModelForConditionalGeneration
+from clvp_fast.models.clvp.tokens import most_codes, stop_token
+from clvp_fast.models.common.plain import PlainModel
 from clvp_fast.ops.dispatch import uncast
+
+
+def token_limit(model: ClvpModelForConditionalGeneration) -> int:
+    """The speech tokens of the longest candidate where nothing is said of it: Tortoise's, if there are positions."""
+    return min(SamplingParams.max_new_tokens, most_codes(model.config.decoder_config))
 
 
 class Door:

@@ -14,19 +14,19 @@ from weakref import ref
 
 import torch
 
-from clvp_fast.checkpoint import best_device, load_checkpoint, token_limit
+from clvp_fast.checkpoint import best_device, load_checkpoint
 from clvp_fast.engine.calls import Call, Pending, tell
-from clvp_fast.engine.door import Door
+from clvp_fast.engine.door import Door, token_limit
 from clvp_fast.engine.memory import MemoryPlan, default_batch, free_bytes, plan, trim_heap
 from clvp_fast.engine.ranking import Ranker
 from clvp_fast.engine.requests import CandidateRequest, CandidateResult
 from clvp_fast.engine.runner import Runner
 from clvp_fast.engine.sampling_params import SamplingParams, shorten
 from clvp_fast.engine.scoring import Scorer, check_scorer
+from clvp_fast.engine.turns import Turns
 from clvp_fast.engine.voices import Voice, VoiceCache
 from clvp_fast.engine.work import Work
-from clvp_fast.models.clvp.parameters import arrange_parameters
-from clvp_fast.turns import Turns
+from clvp_fast.models.common.parameters import arrange_parameters
 
 _END = object()
 

@@ -1,4 +1,4 @@
-"""The decode step of few candidates as one launch: csrc/cuda/persistent_decode.cuh over the decoder's weights and pages."""
+"""The decode step of few candidates as one launch: csrc/cuda/persistent_decode.cuh over weights and pages."""
 
 import ctypes
 
@@ -9,8 +9,8 @@ from transformers.pytorch_utils import Conv1D
 from clvp_fast import native
 from clvp_fast.engine.decoder import KVPages, PagedDecoder
 from clvp_fast.models.clvp.layers import ClvpDecoderMLP
-from clvp_fast.models.clvp.parameters import pack_linears, transpose_storage
-from clvp_fast.models.plain import activation_name, is_plain
+from clvp_fast.models.common.parameters import pack_linears, transpose_storage
+from clvp_fast.models.common.plain import activation_name, is_plain
 from clvp_fast.ops.dispatch import device_guard
 
 #: The most candidates of a step.

@@ -5,8 +5,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from clvp_fast import ops
-from clvp_fast.models.clvp.parameters import apply_linear, pack_linears
-from clvp_fast.models.plain import activation_name, is_plain
+from clvp_fast.models.common.parameters import apply_linear, pack_linears
+from clvp_fast.models.common.plain import activation_name, is_plain
 
 # How many rows of weights are turned into 8 bits at once.
 _ROWS = 256

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from clvp_fast.engine.sampling_params import SamplingParams, shorten
-from clvp_fast.errors import sentence
+from clvp_fast.io.errors import sentence
 
 
 @dataclass(frozen=True, eq=False)

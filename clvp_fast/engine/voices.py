@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from clvp_fast.audio import require_sound
-from clvp_fast.files import staged_folder, user_path
+from clvp_fast.io.files import staged_folder, user_path
 from clvp_fast.models.clvp.feature_extraction import ClvpFeatureExtractor
 from clvp_fast.models.clvp.modeling import ClvpModelForConditionalGeneration
 from clvp_fast.ops.dispatch import uncast

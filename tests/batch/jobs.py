@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from clvp_fast.batch.inputs import RowFile
 from clvp_fast.batch.outcomes import Outcome
 from clvp_fast.batch.settings import Settings
-from clvp_fast.files import replacing
+from clvp_fast.io.files import replacing
 
 VOICE = Path(__file__).resolve().parents[2] / "examples/voice.flac"
 WORDS = "the birch canoe slid on smooth planks and a doctor paid 25 dollars glue sheet to dark blue background"

@@ -19,9 +19,10 @@ import pytest
 
 from clvp_fast.batch import Settings, run
 from clvp_fast.batch.inputs import RowFile, Task, read_rows
+from clvp_fast.batch.ray_workers import Cluster, _JobActor, _piece_rows, _share
 from clvp_fast.cli import main
 from clvp_fast.cli.parser import build_parser
-from clvp_fast.distributed import CandidateActor, Cluster, _JobActor, _piece_rows, _share
+from clvp_fast.distributed import CandidateActor
 from tests.batch.jobs import QUICK, VOICE, assert_whole, failures, records, results, write_jsonl
 from tests.kit.waiting import join, wait_for
 

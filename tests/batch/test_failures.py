@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from clvp_fast.batch.failures import LONGEST, failure_of
-from clvp_fast.files import UnwritableError
+from clvp_fast.io.files import UnwritableError
 from clvp_fast.native import NativeLibraryError
 
 

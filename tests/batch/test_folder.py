@@ -13,7 +13,7 @@ from clvp_fast.batch.folder import JobFolder, Journal
 from clvp_fast.batch.outcomes import outcome_schema, shard_schema
 from clvp_fast.batch.rows import Row
 from clvp_fast.batch.settings import Settings
-from clvp_fast.files import UnwritableError
+from clvp_fast.io.files import UnwritableError
 from tests.batch.jobs import NoModel
 
 SETTINGS = Settings()

@@ -15,7 +15,7 @@ from clvp_fast.batch import job
 from clvp_fast.batch.folder import JobFolder, Journal
 from clvp_fast.batch.outcomes import outcome_schema
 from clvp_fast.batch.overview import draw_overview
-from clvp_fast.files import UnwritableError
+from clvp_fast.io.files import UnwritableError
 from tests.batch.deaths import SHARD_ROWS
 from tests.batch.jobs import NoModel, assert_whole, failures, records, results, rewrite, write_jsonl
 

@@ -14,7 +14,7 @@ from clvp_fast.batch.failures import LONGEST
 from clvp_fast.batch.folder import Journal
 from clvp_fast.batch.inputs import RowFile
 from clvp_fast.batch.progress import Watch, watching
-from clvp_fast.files import UnwritableError
+from clvp_fast.io.files import UnwritableError
 from clvp_fast.native import NativeLibraryError
 from tests.batch.jobs import VOICE, NoModel, assert_whole, failures, records, results, write_jsonl
 

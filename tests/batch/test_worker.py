@@ -18,7 +18,7 @@ from clvp_fast.batch.rows import Row
 from clvp_fast.batch.settings import Settings
 from clvp_fast.batch.worker import Worker, _mark
 from clvp_fast.checkpoint import Checkpoint
-from clvp_fast.voice_files import LoadedVoice
+from clvp_fast.engine.voice_files import LoadedVoice
 from tests.batch.jobs import QUICK, VOICE, records
 from tests.kit import isa
 

@@ -16,7 +16,7 @@ from benchmarks.scaling_model import Call, Device, Sizes, Stage, Types
 from clvp_fast import CandidateRequest, ClvpConfig, ClvpModelForConditionalGeneration, SamplingParams
 from clvp_fast.cli.parser import build_parser
 from clvp_fast.engine.decoder import PagedDecoder
-from clvp_fast.models import plain
+from clvp_fast.models.common import plain
 
 # Of the models of a smoke test.
 TINY = Sizes(2, 128, 512, 8194, 2, 80, 2, 128, 256)

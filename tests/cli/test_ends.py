@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from clvp_fast import files
 from clvp_fast.cli import main
+from clvp_fast.io import files
 from tests.cli.conftest import QUICK, ROOT, TEXT
 from tests.kit.waiting import BOUND
 

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import soundfile
 
-from clvp_fast import ClvpFeatureExtractor, files
+from clvp_fast import ClvpFeatureExtractor
 from clvp_fast.audio import load_audio, read_audio
 from clvp_fast.cli import mel, report
 from clvp_fast.demo import build_demo
+from clvp_fast.io import files
 
 SECONDS = {"a": 0.9, "deep/b": 7.3, "deep/deeper/c.d": 6.0, "z": 0.013}
 

@@ -10,7 +10,7 @@ import pytest
 from rich.table import Table
 
 from clvp_fast.cli import report
-from clvp_fast.files import json_text
+from clvp_fast.io.files import json_text
 from tests.cli.conftest import ROOT
 from tests.cli.test_generate import QUICK
 

@@ -30,7 +30,7 @@ SANITIZED = [
 ]
 
 
-def build(target: Path, *sources: Path, flags: list[str]) -> Path:
+def compile_cpp(target: Path, *sources: Path, flags: list[str]) -> Path:
     """Compile and link `target`; fails with what the compiler says."""
     command = ["g++", "-std=c++17", "-pthread", *WARNINGS, *flags, *map(str, sources), "-o", str(target)]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -46,5 +46,5 @@ def emulator(source: str, factory: pytest.TempPathFactory) -> Path:
     with open(target.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists():
-            build(target.with_suffix(".part"), HERE / source, flags=["-O1", "-fPIC", "-shared"]).rename(target)
+            compile_cpp(target.with_suffix(".part"), HERE / source, flags=["-O1", "-fPIC", "-shared"]).rename(target)
     return target

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
-from clvp_fast import native_build
+from clvp_fast.native import build
 from tests.csrc.compiled import CSRC, FUZZERS, HERE, WARNINGS
 
 CASES = 150
@@ -63,7 +63,7 @@ def _have(program: str) -> bool:
 def _check(cxx: str, flags: list[str], run: list[str], folder: Path) -> str | None:
     """Compiles the library's objects and the tests' programs with `cxx`, and runs these; returns what went wrong."""
     with patch.dict(os.environ, CXX=cxx):
-        library = native_build.compile_commands(CSRC, native_build.find_toolchain(elsewhere=True))
+        library = build.compile_commands(CSRC, build.find_toolchain(elsewhere=True))
     plain = [cxx, "-std=c++17", "-O1", "-pthread", "-fPIC", *flags, f"-I{HERE / 'stand_in'}"]
     tests = (*FUZZERS, "log_mel_emulator", "persistent_emulator", "known", "halves", "device")
     commands = {name: [*command, *flags] for name, command in library.items()}

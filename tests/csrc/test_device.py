@@ -9,8 +9,9 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from clvp_fast import native, native_build
-from tests.csrc.compiled import CSRC, HERE, build
+from clvp_fast import native
+from clvp_fast.native import build
+from tests.csrc.compiled import CSRC, HERE, compile_cpp
 
 INSUFFICIENT_DRIVER, NO_DEVICE, UNKNOWN = 35, 100, 999
 FIELDS = "driver runtime count shared_bytes count_error device_error attribute_error launch_error"
@@ -27,7 +28,7 @@ class Answers(ctypes.Structure):
 def library(tmp_path_factory):
     target = tmp_path_factory.mktemp("device") / "device.so"
     flags = ["-O1", "-fPIC", "-shared", f"-I{HERE / 'stand_in'}"]
-    library = ctypes.CDLL(str(build(target, HERE / "device.cpp", flags=flags)))
+    library = ctypes.CDLL(str(compile_cpp(target, HERE / "device.cpp", flags=flags)))
     library.error_of.restype = ctypes.c_char_p
     return library
 
@@ -121,7 +122,7 @@ def test_log_mel_says_why_a_device_is_too_small(library, answers, monkeypatch):
     _short_of_memory.cache_clear()
 
 
-NVCC = native_build._find_nvcc()["nvcc"]
+NVCC = build._find_nvcc()["nvcc"]
 
 
 @pytest.mark.skipif(NVCC is None, reason="there is no nvcc")

@@ -7,16 +7,16 @@ from dataclasses import replace
 
 import pytest
 
-from clvp_fast import native_build
-from tests.csrc.compiled import CSRC, FUZZERS, HERE, SANITIZED, build
+from clvp_fast.native import build
+from tests.csrc.compiled import CSRC, FUZZERS, HERE, SANITIZED, compile_cpp
 
 CASES = 600
 
 
 @pytest.mark.slow
 def test_hostile_calls(tmp_path):
-    tools = replace(native_build.find_toolchain(), cxx=("g++",))
-    commands = native_build.compile_commands(CSRC, tools)
+    tools = replace(build.find_toolchain(), cxx=("g++",))
+    commands = build.compile_commands(CSRC, tools)
     for stem in (*FUZZERS, "log_mel_emulator"):
         source = str(HERE / f"{stem}.cpp")
         commands[f"{stem}.o"] = ["g++", "-std=c++17", "-Wall", "-Wextra", "-c", source, "-o", f"{stem}.o"]
@@ -26,7 +26,7 @@ def test_hostile_calls(tmp_path):
 
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         list(threads.map(compile_one, reversed(commands.values())))
-    program = build(tmp_path / "fuzz", *(tmp_path / name for name in commands), flags=SANITIZED)
+    program = compile_cpp(tmp_path / "fuzz", *(tmp_path / name for name in commands), flags=SANITIZED)
     done = subprocess.run([program, str(CASES)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout == f"{CASES} cases\n"

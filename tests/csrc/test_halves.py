@@ -5,7 +5,7 @@ import ctypes
 import numpy as np
 import pytest
 
-from tests.csrc.compiled import HERE, build
+from tests.csrc.compiled import HERE, compile_cpp
 
 HALVES = np.arange(1 << 16, dtype=np.uint16)
 
@@ -13,7 +13,7 @@ HALVES = np.arange(1 << 16, dtype=np.uint16)
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
     target = tmp_path_factory.mktemp("halves") / "halves.so"
-    return ctypes.CDLL(str(build(target, HERE / "halves.cpp", flags=["-O1", "-fPIC", "-shared"])))
+    return ctypes.CDLL(str(compile_cpp(target, HERE / "halves.cpp", flags=["-O1", "-fPIC", "-shared"])))
 
 
 def converted(function, given, dtype):

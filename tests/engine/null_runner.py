@@ -10,8 +10,8 @@ from clvp_fast.engine.engine import CandidateEngine
 from clvp_fast.engine.requests import CandidateRequest
 from clvp_fast.engine.sampling_params import SamplingParams
 from clvp_fast.engine.scoring import Ranking
+from clvp_fast.engine.turns import Turns
 from clvp_fast.engine.work import Work
-from clvp_fast.turns import Turns
 from tests.engine.null_engine import NullDevice
 
 

@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 
 from clvp_fast import ClvpFeatureExtractor
 from clvp_fast.engine.voices import Voice, VoiceCache
-from clvp_fast.files import UnwritableError
+from clvp_fast.io.files import UnwritableError
 from tests.models.clvp.builders import SHAPES, assert_same, clips, pair, texts
 
 RATE = 16000

@@ -11,8 +11,9 @@ from benchmarks.aot.__main__ import FAMILIES, TRITON_FAMILIES, in_new_process
 from benchmarks.aot.compiling import ARCHITECTURES
 from benchmarks.aot.native_library import parse, rows as native_rows
 from benchmarks.aot.tables import DOCUMENT, RESULTS, with_tables
-from clvp_fast import native, native_build
-from clvp_fast.native_build import CUDA_SOURCES
+from clvp_fast import native
+from clvp_fast.native import build
+from clvp_fast.native.build import CUDA_SOURCES
 from tests.kit.isa import needs_library
 
 # Bytes of shared memory that one program may have (CUDA C++ Programming Guide, technical specifications).
@@ -65,18 +66,18 @@ def test_every_family_is_compiled():
 
 def _needs_nvcc():
     try:
-        native_build.find_toolchain("cuda")
-    except native_build.BuildError as error:
+        build.find_toolchain("cuda")
+    except build.BuildError as error:
         pytest.skip(str(error))
     assert native.library("cuda")
 
 
 @needs_library
-@pytest.mark.parametrize("part", native_build.LIBRARIES)
+@pytest.mark.parametrize("part", build.LIBRARIES)
 def test_the_native_library_compiles_without_warnings(part):
     if part == "cuda":
         _needs_nvcc()
-    log = (native.folder(part) / native_build.LOG).read_text()
+    log = (native.folder(part) / build.LOG).read_text()
     assert "-Wall" in log and "-Wextra" in log
     said = [line for line in log.splitlines() if re.search(r"\bwarning\b", line, re.IGNORECASE)]
     assert not said, said

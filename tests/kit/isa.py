@@ -98,7 +98,7 @@ def needs(operator: str, dtype: torch.dtype = torch.float32) -> pytest.MarkDecor
     return pytest.mark.skipif(reason is not None, reason=str(reason))
 
 
-_REMEMBERED = (native.missing, native.isa, native.folder, native._loaded)  # the functions, also behind stand-ins
+_REMEMBERED = (native.missing, native.isa, native.folder, native.loaded)  # the functions, also behind stand-ins
 
 
 def forget_library() -> None:

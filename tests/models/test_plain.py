@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from clvp_fast.models.plain import is_plain
+from clvp_fast.models.common.plain import is_plain
 
 
 class Own(nn.Linear):

@@ -193,7 +193,7 @@ def test_info_tells_the_instruction_set(capsys, sets):
 
 
 def test_info_without_a_library(capsys, monkeypatch, operators):
-    monkeypatch.setattr(native, "_loaded", lambda *part: (None, "there is no C++ compiler"))
+    monkeypatch.setattr(native, "loaded", lambda *part: (None, "there is no C++ compiler"))
     isa.forget_library()
     try:
         with warnings.catch_warnings(action="error"):  # said once, in its line

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from clvp_fast.models.clvp.convolution import Conv1d, Conv2d
+from clvp_fast.models.common.convolution import Conv1d, Conv2d
 from clvp_fast.ops import rotary_attention as attention, wide
 from tests.kit import queries_keys_values, random
 

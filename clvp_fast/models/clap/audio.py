@@ -11,9 +11,9 @@ from clvp_fast.models.clap.audio_attention import ClapAudioAttention, cut_window
 from clvp_fast.models.clap.audio_patches import ClapAudioPatchEmbed, fold_spectrogram
 from clvp_fast.models.clap.configuration import ClapAudioConfig
 from clvp_fast.models.clap.layers import Dense, Intermediate, feed_forward, feed_forward_activation
-from clvp_fast.models.clvp.layers import add_norm, is_plain_layer_norm
-from clvp_fast.models.clvp.parameters import apply_linear, can_pack, pack_linears
-from clvp_fast.models.plain import drop_probability, is_plain
+from clvp_fast.models.common.layers import add_norm, is_plain_layer_norm
+from clvp_fast.models.common.parameters import apply_linear, can_pack, pack_linears
+from clvp_fast.models.common.plain import drop_probability, is_plain
 from clvp_fast.ops.merge_norm import merge
 from clvp_fast.ops.window_attention import SEAM, seam
 

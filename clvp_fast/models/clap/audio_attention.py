@@ -8,8 +8,8 @@ from torch import nn
 from clvp_fast import ops
 from clvp_fast.models.clap.configuration import ClapAudioConfig
 from clvp_fast.models.clap.layers import Dense
-from clvp_fast.models.clvp.parameters import apply_linear, project_heads
-from clvp_fast.models.plain import drop_probability, is_plain, is_plain_linear
+from clvp_fast.models.common.parameters import apply_linear, project_heads
+from clvp_fast.models.common.plain import drop_probability, is_plain, is_plain_linear
 
 
 def cut_windows(image: torch.Tensor, window: int, shift: int) -> torch.Tensor:

@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from clvp_fast.models.clap.configuration import ClapAudioConfig
-from clvp_fast.models.clvp.convolution import Conv2d
-from clvp_fast.models.clvp.layers import add_norm
+from clvp_fast.models.common.convolution import Conv2d
+from clvp_fast.models.common.layers import add_norm
 
 
 def pair(value) -> tuple[int, int]:

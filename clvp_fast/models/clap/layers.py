@@ -4,8 +4,8 @@ import torch
 from torch import nn
 
 from clvp_fast import ops
-from clvp_fast.models.clvp.parameters import apply_linear
-from clvp_fast.models.plain import activation_module, activation_name, is_plain, is_plain_linear
+from clvp_fast.models.common.parameters import apply_linear
+from clvp_fast.models.common.plain import activation_module, activation_name, is_plain, is_plain_linear
 
 
 class Intermediate(nn.Module):

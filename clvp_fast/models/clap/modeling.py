@@ -14,7 +14,7 @@ from clvp_fast.models.clap.layers import ClapProjectionLayer
 from clvp_fast.models.clap.outputs import ClapAudioModelOutput, ClapOutput, ClapTextModelOutput
 from clvp_fast.models.clap.pretrained import ClapPreTrainedModel
 from clvp_fast.models.clap.text import ClapTextEmbeddings, ClapTextEncoder, ClapTextPooler
-from clvp_fast.models.masks import boolean_mask
+from clvp_fast.models.common.masks import boolean_mask
 
 
 class ClapTextModel(ClapPreTrainedModel):

@@ -5,7 +5,7 @@ import inspect
 from transformers import BatchFeature, ProcessorMixin, RobertaTokenizerFast
 
 from clvp_fast.models.clap.feature_extraction import PADDINGS, TRUNCATIONS, ClapFeatureExtractor
-from clvp_fast.models.clvp import clips
+from clvp_fast.models.common import clips
 
 # Options that mean nothing to a tokenizer.
 _AUDIO_OPTIONS = {"sampling_rate", "seed", "device"}

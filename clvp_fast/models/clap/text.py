@@ -7,9 +7,9 @@ from transformers.modeling_outputs import BaseModelOutput
 from clvp_fast import ops
 from clvp_fast.models.clap.configuration import ClapTextConfig
 from clvp_fast.models.clap.layers import Intermediate, feed_forward, feed_forward_activation
-from clvp_fast.models.clvp.layers import add_norm, attend
-from clvp_fast.models.clvp.parameters import apply_linear, project_heads
-from clvp_fast.models.plain import is_plain
+from clvp_fast.models.common.layers import add_norm, attend
+from clvp_fast.models.common.parameters import apply_linear, project_heads
+from clvp_fast.models.common.plain import is_plain
 
 
 class ClapTextEmbeddings(nn.Module):

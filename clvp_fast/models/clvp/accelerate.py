@@ -9,7 +9,7 @@ from torch import nn
 from clvp_fast.models.clvp import modeling
 from clvp_fast.models.clvp.layers import ClvpRotaryPositionalEmbedding
 from clvp_fast.models.clvp.pretrained import ClvpPreTrainedModel
-from clvp_fast.models.plain import is_plain
+from clvp_fast.models.common.plain import is_plain
 
 _CLASSES = ("ClvpModelForConditionalGeneration", "ClvpForCausalLM", "ClvpModel", "ClvpDecoder", "ClvpEncoder")
 

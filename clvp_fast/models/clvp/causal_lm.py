@@ -10,19 +10,9 @@ from transformers.utils import can_return_tuple
 from clvp_fast.models.clvp.cache import GrowingCache
 from clvp_fast.models.clvp.configuration import ClvpDecoderConfig
 from clvp_fast.models.clvp.decoder import ClvpModel
-from clvp_fast.models.clvp.generation import (
-    LOGGER,
-    EngineLoop,
-    NotServed,
-    check_call,
-    check_model,
-    merged_settings,
-    pad_behind,
-    split_prompts,
-)
-from clvp_fast.models.clvp.layers import add_norm
-from clvp_fast.models.clvp.parameters import apply_linear
 from clvp_fast.models.clvp.pretrained import ClvpPreTrainedModel
+from clvp_fast.models.common.layers import add_norm
+from clvp_fast.models.common.parameters import apply_linear
 from clvp_fast.models.transformers_versions import CACHE, CACHE_NAMES, takes_cache
 
 
@@ -176,6 +166,8 @@ class ClvpForCausalLM(ClvpPreTrainedModel, GenerationMixin):
         if inputs is not None or kwargs.get("input_ids") is not None:
             raise ValueError("conditioning_embeds are continued from the start token: do not give token ids with them")
 
+        from clvp_fast.engine import generation  # which is made of this module's classes
+
         batch, prompt, _ = conditioning_embeds.shape
         settings = generation_config if generation_config is not None else self.generation_config
         self._check_length(prompt, settings, kwargs)
@@ -195,16 +187,16 @@ class ClvpForCausalLM(ClvpPreTrainedModel, GenerationMixin):
                 return self._generate_on_engine(
                     start, generation_config, *args, embeds=conditioning_embeds, attention_mask=attention_mask, **kwargs
                 )
-            except NotServed as reason:
+            except generation.NotServed as reason:
                 if use_engine:
                     raise ValueError(
                         f"use_engine=True, and the engine cannot serve this call: {reason}; leave use_engine out"
                     ) from reason
-                LOGGER.debug("generate() runs on transformers' loop: %s", reason)
+                generation.LOGGER.debug("generate() runs on transformers' loop: %s", reason)
 
-        if merged_settings(self, generation_config, kwargs)["repetition_penalty"] not in (None, 1):
+        if generation.merged_settings(self, generation_config, kwargs)["repetition_penalty"] not in (None, 1):
             # transformers 5.23 passes over as many drawn tokens as there is padding in front.
-            conditioning_embeds, attention_mask = pad_behind(conditioning_embeds, attention_mask)
+            conditioning_embeds, attention_mask = generation.pad_behind(conditioning_embeds, attention_mask)
         decoder = self.model.decoder
         start_embeds = decoder.input_embeds_layer(start) + decoder.position_embeds_layer(torch.zeros_like(start))
         cache_implementation = kwargs.get("cache_implementation") or settings.cache_implementation
@@ -230,9 +222,11 @@ class ClvpForCausalLM(ClvpPreTrainedModel, GenerationMixin):
         **kwargs,
     ):
         """`generate` with the engine in the place of the loop; raises `NotServed`, with the reason, where it cannot."""
-        check_call(self, generation_config, args, kwargs)
-        check_model(self)
-        engine = EngineLoop(split_prompts(embeds, attention_mask))
+        from clvp_fast.engine import generation
+
+        generation.check_call(self, generation_config, args, kwargs)
+        generation.check_model(self)
+        engine = generation.EngineLoop(generation.split_prompts(embeds, attention_mask))
         return super().generate(
             start,
             generation_config,

@@ -6,10 +6,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from clvp_fast.models.clvp.configuration import ClvpConfig
-from clvp_fast.models.clvp.convolution import Conv1d
 from clvp_fast.models.clvp.layers import ClvpSelfAttention
 from clvp_fast.models.clvp.tokens import PaddedText, insert_eos_at_first_pad, most_text
-from clvp_fast.models.plain import is_plain
+from clvp_fast.models.common.convolution import Conv1d
+from clvp_fast.models.common.plain import is_plain
 
 
 class ClvpConditioningEncoder(nn.Module):

@@ -9,16 +9,10 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 
 from clvp_fast.models.clvp.configuration import ClvpDecoderConfig
-from clvp_fast.models.clvp.layers import (
-    ClvpDecoderMLP,
-    ClvpSelfAttention,
-    add_feed_forward,
-    add_norm,
-    attend,
-    embed,
-)
+from clvp_fast.models.clvp.layers import ClvpDecoderMLP, ClvpSelfAttention
 from clvp_fast.models.clvp.pretrained import ClvpPreTrainedModel
-from clvp_fast.models.masks import ALL_KEYS, boolean_mask
+from clvp_fast.models.common.layers import add_feed_forward, add_norm, attend, embed
+from clvp_fast.models.common.masks import ALL_KEYS, boolean_mask
 from clvp_fast.models.transformers_versions import CACHE, CheckpointsUnderGradients, takes_cache
 
 

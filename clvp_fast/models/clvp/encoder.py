@@ -9,19 +9,16 @@ from clvp_fast import ops
 from clvp_fast.models.clvp.configuration import ClvpEncoderConfig
 from clvp_fast.models.clvp.layers import (
     ClvpEncoderMLP,
-    ClvpRMSNorm,
     ClvpRotaryPositionalEmbedding,
     ClvpSelfAttention,
     ClvpSequenceSummary,
-    add_feed_forward,
-    add_norm,
-    attend,
 )
 from clvp_fast.models.clvp.outputs import ClvpEncoderOutput
-from clvp_fast.models.clvp.parameters import apply_linear
 from clvp_fast.models.clvp.pretrained import ClvpPreTrainedModel
-from clvp_fast.models.masks import ALL_KEYS, boolean_mask
-from clvp_fast.models.plain import changed_module, is_plain
+from clvp_fast.models.common.layers import ClvpRMSNorm, add_feed_forward, add_norm, attend
+from clvp_fast.models.common.masks import ALL_KEYS, boolean_mask
+from clvp_fast.models.common.parameters import apply_linear
+from clvp_fast.models.common.plain import changed_module, is_plain
 
 
 class ClvpEncoderLayer(GradientCheckpointingLayer):

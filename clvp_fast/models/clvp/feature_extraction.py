@@ -9,7 +9,7 @@ from transformers import BatchFeature, SequenceFeatureExtractor
 from transformers.audio_utils import mel_filter_bank, window_function
 from transformers.utils import PaddingStrategy, TensorType
 
-from clvp_fast.models.clvp import clips
+from clvp_fast.models.common import clips
 from clvp_fast.ops.log_mel import log_mel, num_frames
 
 logger = logging.getLogger(__name__)

@@ -8,110 +8,21 @@ from transformers.pytorch_utils import Conv1D
 
 from clvp_fast import ops
 from clvp_fast.models.clvp.cache import GrowingLayer
-from clvp_fast.models.clvp.parameters import (
+from clvp_fast.models.common.parameters import (
     apply_linear,
     can_pack,
     pack_linears,
     project_heads,
     transpose_storage,
 )
-from clvp_fast.models.plain import activation_module, activation_name, drop_probability, is_plain, is_plain_linear
+from clvp_fast.models.common.plain import (
+    activation_module,
+    activation_name,
+    drop_probability,
+    is_plain,
+    is_plain_linear,
+)
 from clvp_fast.models.transformers_versions import takes_cache
-
-
-class ClvpRMSNorm(nn.Module):
-    """`weight * x / rms(x)` over the last axis, statistics in float32 (arXiv:1910.07467)."""
-
-    def __init__(self, hidden_size: int, eps: float = 1e-6):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(hidden_size))
-        self.variance_epsilon = eps
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return ops.add_norm(hidden_states, None, weight=self.weight, eps=self.variance_epsilon, kind="rms")[1]
-
-    def extra_repr(self) -> str:
-        return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
-
-
-def is_plain_layer_norm(norm: nn.Module) -> bool:
-    """Whether `norm` is a plain layer norm with a gain and an offset, which operators can read."""
-    return is_plain(norm, nn.LayerNorm) and norm.weight is not None and norm.bias is not None
-
-
-def add_norm(
-    norm: nn.Module,
-    hidden_states: torch.Tensor,
-    residual: torch.Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The new residual `hidden_states + residual`, and `norm` of it, of `out_dtype`; both `[..., hidden_size]`.
-
-    `out_dtype` is by default that of `hidden_states`. The residual may be float32 beside a half type, and stays so.
-    """
-    if is_plain_layer_norm(norm):
-        affine = dict(weight=norm.weight, bias=norm.bias, eps=norm.eps)
-        return ops.add_norm(hidden_states, residual, **affine, kind="layer", out_dtype=out_dtype)
-    if is_plain(norm, ClvpRMSNorm):
-        affine = dict(weight=norm.weight, eps=norm.variance_epsilon)
-        return ops.add_norm(hidden_states, residual, **affine, kind="rms", out_dtype=out_dtype)
-    total = hidden_states if residual is None else residual + hidden_states
-    return total, norm(total if out_dtype is None else total.to(out_dtype))
-
-
-def attend(
-    attention: nn.Module,
-    kind: type[nn.Module],
-    hidden_states: torch.Tensor,
-    attentions: list[torch.Tensor] | None,
-    **arguments,
-) -> torch.Tensor:
-    """What `attention` makes of `hidden_states`; its weights are put behind `attentions`, if that is a list.
-
-    A plain one of the class `kind` computes no weights that nobody wants. Others, and hooks, see all that transformers'
-    attention returns.
-    """
-    if is_plain(attention, kind):
-        arguments["need_weights"] = attentions is not None
-    attended, weights = attention(hidden_states, **arguments)
-    if attentions is not None:
-        attentions.append(weights)
-    return attended
-
-
-def add_feed_forward(
-    mlp: nn.Module, kind: type[nn.Module], hidden_states: torch.Tensor, residual: torch.Tensor
-) -> torch.Tensor:
-    """`residual + mlp(hidden_states)`, `[..., hidden_size]`; an `mlp` of the class `kind` adds on its way."""
-    return mlp(hidden_states, residual) if is_plain(mlp, kind) else residual + mlp(hidden_states)
-
-
-def is_plain_embedding(layer: nn.Module) -> bool:
-    """Whether `layer` is a plain embedding that does nothing but look rows up, and add up their gradients."""
-    return (
-        is_plain(layer, nn.Embedding)
-        and layer.max_norm is None
-        and layer.padding_idx is None
-        and not (layer.scale_grad_by_freq or layer.sparse)
-    )
-
-
-def embed(
-    token_layer: nn.Embedding,
-    token_ids: torch.Tensor,
-    position_layer: nn.Embedding,
-    position_ids: torch.Tensor,
-    out_dtype: torch.dtype | None = None,
-) -> torch.Tensor:
-    """Token plus position embeddings `[batch, length, hidden_size]`; ids `[batch, length]`, positions shared or not.
-
-    `out_dtype` is that of the sum, by default that of the tables.
-    """
-    layers = token_layer, position_layer
-    if all(map(is_plain_embedding, layers)) and token_layer.weight.dtype == position_layer.weight.dtype:
-        return ops.embed(token_ids, position_ids, token_layer.weight, position_layer.weight, out_dtype=out_dtype)
-    rows, places = token_layer(token_ids), position_layer(position_ids)
-    return rows + places if out_dtype is None else rows.to(out_dtype) + places.to(out_dtype)
 
 
 class ClvpRotaryPositionalEmbedding(nn.Module):

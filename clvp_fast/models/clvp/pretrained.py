@@ -7,7 +7,7 @@ from transformers.pytorch_utils import Conv1D
 
 from clvp_fast.models.clvp.configuration import ClvpConfig, ClvpDecoderConfig, ClvpEncoderConfig
 from clvp_fast.models.clvp.layers import ClvpRotaryPositionalEmbedding
-from clvp_fast.models.plain import kinds_of
+from clvp_fast.models.common.plain import kinds_of
 from clvp_fast.models.transformers_versions import CACHE
 
 

@@ -4,9 +4,9 @@ import inspect
 
 from transformers import BatchFeature, ProcessorMixin
 
-from clvp_fast.models.clvp import clips
 from clvp_fast.models.clvp.feature_extraction import ClvpFeatureExtractor
 from clvp_fast.models.clvp.tokenization import ClvpTokenizer
+from clvp_fast.models.common import clips
 
 # Options that mean nothing to a tokenizer.
 _AUDIO_OPTIONS = {"sampling_rate", "padding_value", "device"}

@@ -11,7 +11,8 @@ import torch
 from transformers.models.clvp.feature_extraction_clvp import ClvpFeatureExtractor as StockExtractor
 
 from clvp_fast import ClvpFeatureExtractor, backend
-from clvp_fast.models.clvp import clips, feature_extraction
+from clvp_fast.models.clvp import feature_extraction
+from clvp_fast.models.common import clips
 from tests.data import data_path
 
 RATE = 22050

@@ -20,10 +20,9 @@ from transformers.generation.streamers import BaseStreamer
 
 import clvp_fast
 from clvp_fast import ClvpModelForConditionalGeneration
-from clvp_fast.engine import memory
+from clvp_fast.engine import generation, memory
+from clvp_fast.engine.generation import EngineLoop, NotServed
 from clvp_fast.engine.runner import Runner
-from clvp_fast.models.clvp import generation
-from clvp_fast.models.clvp.generation import EngineLoop, NotServed
 from tests.models.clvp.builders import START, STOP, clips, codes, composite_config, randomize, texts
 
 LOGGER = "clvp_fast.models.clvp.generation"

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from clvp_fast import ClvpModelForConditionalGeneration, ops
-from clvp_fast.models.clvp.parameters import arrange_parameters
+from clvp_fast.models.common.parameters import arrange_parameters
 from tests.models.clvp.tiny import randomize, tiny_inputs, tiny_ours
 
 

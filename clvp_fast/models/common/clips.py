@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from clvp_fast.levels import SILENCE_PEAK, wrong_scale
+from clvp_fast.io.levels import SILENCE_PEAK, wrong_scale
 
 logger = logging.getLogger(__name__)
 HOST = torch.device("cpu")

@@ -5,7 +5,6 @@ into the user's cache, under a name that changes with its sources, flags and com
 is missing, operators take their torch paths. `python -m clvp_fast.native` prints what there is.
 """
 
-import argparse
 import ctypes
 import json
 import os
@@ -17,9 +16,8 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
-from clvp_fast import native_build
-from clvp_fast.errors import sentence
-from clvp_fast.files import (
+from clvp_fast.io.errors import sentence
+from clvp_fast.io.files import (
     UnwritableError,
     build_folder_once,
     cache_folder,
@@ -27,7 +25,8 @@ from clvp_fast.files import (
     make_private,
     write_json,
 )
-from clvp_fast.native_calls import (  # what callers fill a call with
+from clvp_fast.native import build
+from clvp_fast.native.calls import (  # what callers fill a call with
     BFLOAT16 as BFLOAT16,
     FLOAT16 as FLOAT16,
     FLOAT32 as FLOAT32,
@@ -51,9 +50,9 @@ from clvp_fast.native_calls import (  # what callers fill a call with
 )
 
 #: Instruction sets of a CPU that kernels are compiled for, the best first.
-ISAS = tuple(native_build.ISA_FLAGS)
+ISAS = tuple(build.ISA_FLAGS)
 
-_PACKAGE = Path(__file__).resolve().parent
+_PACKAGE = Path(__file__).resolve().parents[1]
 _PACKAGED = _PACKAGE / "_native"
 _SOURCES = _PACKAGE.parent / "csrc"
 _DRIVER = "libcuda.so.1"
@@ -73,7 +72,7 @@ def library(part: str = "cpu") -> ctypes.CDLL:
         NativeLibraryError: there is none; the message says why and what to do.
         ValueError: `CLVP_FAST_ISA` names no instruction set, or one that this CPU lacks.
     """
-    found, why = _loaded(part)
+    found, why = loaded(part)
     if found is None:
         raise NativeLibraryError(why)
     return found
@@ -82,11 +81,11 @@ def library(part: str = "cpu") -> ctypes.CDLL:
 @cache
 def missing(device_type: str) -> str | None:
     """Why the library cannot serve on `"cpu"` or `"cuda"`, or None where it can. Compiles it where that is needed."""
-    if device_type not in native_build.LIBRARIES:
+    if device_type not in build.LIBRARIES:
         return f"the native library serves cpu and cuda, not {device_type}"
-    why = _no_device() if device_type == "cuda" else None
+    why = no_device() if device_type == "cuda" else None
     if why is None:
-        found, why = _loaded(device_type)
+        found, why = loaded(device_type)
         if found is not None:
             return _driver_refusal(found) if device_type == "cuda" else None
     if device_type == "cpu":
@@ -154,13 +153,13 @@ def check(code: int) -> None:
 
 
 @cache
-def _loaded(part: str) -> tuple[ctypes.CDLL | None, str]:
+def loaded(part: str) -> tuple[ctypes.CDLL | None, str]:
     """A part, or None and why."""
     forced = os.environ.get("CLVP_FAST_ISA") or None
     if part == "cpu":
         _check_name(forced, _VARIABLE)
     try:
-        path = folder(part) / native_build.LIBRARIES[part]
+        path = folder(part) / build.LIBRARIES[part]
         found = ctypes.CDLL(str(path))
     except NativeLibraryError as error:
         return None, str(error)
@@ -179,10 +178,10 @@ def _loaded(part: str) -> tuple[ctypes.CDLL | None, str]:
 
 def _anew() -> str:
     rebuild = "run python -m clvp_fast.native --rebuild"
-    return rebuild if _is_checkout() else "install clvp-fast again"
+    return rebuild if is_checkout() else "install clvp-fast again"
 
 
-def _no_device() -> str | None:
+def no_device() -> str | None:
     """Why no CUDA device is visible, or None. Asks the driver, as torch need not be loaded."""
     try:
         driver = ctypes.CDLL(_DRIVER)
@@ -199,15 +198,15 @@ def _driver_refusal(found: ctypes.CDLL) -> str | None:
     return said.value.decode() if found.clvp_fast_cuda_missing(said, len(said)) else None
 
 
-def _is_checkout() -> bool:
-    return (_SOURCES / native_build.HEADER).is_file()
+def is_checkout() -> bool:
+    return (_SOURCES / build.HEADER).is_file()
 
 
 @cache
 def folder(part: str, /) -> Path:
     """The folder of a part of the library, its header, record and build log. Raises as `library` does."""
-    if _is_checkout():
-        return _cached(part)
+    if is_checkout():
+        return cached(part)
     where = _PACKAGED / part
     if _record(where, part) is None:
         compiler = {"cpu": "a C++ compiler", "cuda": "nvcc"}[part]
@@ -221,14 +220,14 @@ def _name(part: str) -> str:
     return {"cpu": "native library", "cuda": "native library for CUDA"}[part]
 
 
-def _cached(part: str, anew: bool = False) -> Path:
+def cached(part: str, anew: bool = False) -> Path:
     """The folder of the part made from the sources, in the user's cache; `anew`: whatever is there already."""
     place = None
     try:
         root = cache_folder()
         place = root / "native"
-        tools = native_build.find_toolchain(part)
-        target = place / native_build.content_hash(_SOURCES, tools, part, VERSION)
+        tools = build.find_toolchain(part)
+        target = place / build.content_hash(_SOURCES, tools, part, VERSION)
         if anew or _record(target, part) is None:
             make_private(place)
             _check_private(place, root)
@@ -238,8 +237,8 @@ def _cached(part: str, anew: bool = False) -> Path:
                 if anew or _record(target, part) is None:
                     shutil.rmtree(target, ignore_errors=True)  # old or damaged
                     _build(part, target, tools, anew)
-        _check_private(target / native_build.LIBRARIES[part], root)
-    except native_build.BuildError as error:
+        _check_private(target / build.LIBRARIES[part], root)
+    except build.BuildError as error:
         raise NativeLibraryError(f"the {_name(part)} cannot be built: {error}") from error
     except OSError as error:
         reason = sentence(error if isinstance(error, UnwritableError) else UnwritableError.explain(error, place))
@@ -250,28 +249,28 @@ def _cached(part: str, anew: bool = False) -> Path:
 
 def _check_private(path: Path, root: Path) -> None:
     if reason := changeable_by_others(path, root):
-        raise native_build.BuildError(
+        raise build.BuildError(
             f"{reason}, and code is loaded from there: remove it, or name a folder of your own in CLVP_FAST_CACHE"
         )
 
 
-def _build(part: str, target: Path, tools: native_build.Toolchain, anew: bool) -> None:
+def _build(part: str, target: Path, tools: build.Toolchain, anew: bool) -> None:
     """A failure leaves a record and a log beside the place of the library, and is tried again if asked for alone."""
     failure, log = target.with_suffix(".json"), target.with_suffix(".log")
     again = f"({log} has all that it said; python -m clvp_fast.native --rebuild tries again)"
     told = _failed_before(failure)
     if told is not None and not anew:
-        raise native_build.BuildError(f"{told['version']} did not compile it: {told['error']} {again}")
+        raise build.BuildError(f"{told['version']} did not compile it: {told['error']} {again}")
     failure.unlink(missing_ok=True)
     show = _progress(f"clvp_fast: building the {_name(part)} (once) with {tools}")
     try:
-        build_folder_once(target, lambda scratch: native_build.build(_SOURCES, scratch, tools, part, VERSION, show))
-    except native_build.BuildError as error:
+        build_folder_once(target, lambda scratch: build.build(_SOURCES, scratch, tools, part, VERSION, show))
+    except build.BuildError as error:
         compiler = tools.nvcc or shlex.join(tools.cxx)
         told = {"compiler": compiler, "version": str(tools), "error": _first_error(error.log)}
         log.write_text(error.log, encoding="utf-8")
         write_json(failure, told)
-        raise native_build.BuildError(f"{error}: {told['error']} {again}") from error
+        raise build.BuildError(f"{error}: {told['error']} {again}") from error
 
 
 def _failed_before(failure: Path) -> dict | None:
@@ -318,55 +317,15 @@ def _one_process(place: Path):
 
 
 def record(part: str = "cpu") -> dict:
-    """What a part was built with: see `native_build.build`. Raises as `library` does."""
+    """What a part was built with: see `build.build`. Raises as `library` does."""
     return _record(folder(part), part)
 
 
 def _record(where: Path, part: str) -> dict | None:
     """The record of the part in `where`, or None if it is not there, or not as it was built."""
     try:
-        record = json.loads((where / native_build.RECORD).read_text(encoding="utf-8"))
-        whole = record["sha256"] == native_build.sha256(where / native_build.LIBRARIES[part])
+        record = json.loads((where / build.RECORD).read_text(encoding="utf-8"))
+        whole = record["sha256"] == build.sha256(where / build.LIBRARIES[part])
     except (OSError, ValueError, KeyError):
         return None
     return record if whole else None
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m clvp_fast.native", description="Builds the library if needed, and prints what there is of it."
-    )
-    parser.add_argument("--require", choices=("cpu", "cuda"), default="cpu", help="what must be built; else exit 1")
-    parser.add_argument("--rebuild", action="store_true", help="build it anew, also after a failure")
-    arguments = parser.parse_args(argv)
-    parts = ("cpu", "cuda") if arguments.require == "cuda" or _no_device() is None else ("cpu",)
-    try:
-        for part in parts if arguments.rebuild else ():
-            if not _is_checkout():
-                raise NativeLibraryError("an installed library is not rebuilt: install clvp-fast again")
-            _cached(part, anew=True)
-        library()
-        if arguments.require == "cuda":
-            library("cuda")
-    except (NativeLibraryError, ValueError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    built = record()
-    without = f", without {', '.join(built['left_out'])}" if built["left_out"] else ""
-    print(f"library  {folder('cpu') / native_build.LIBRARIES['cpu']}")
-    print(f"cpu      {isa()} here; compiled for {', '.join(built['isas'])}{without}; {built['cxx_version']}")
-    print(f"cuda     {_cuda_line(parts)}")
-    return 0
-
-
-def _cuda_line(parts: tuple[str, ...]) -> str:
-    if "cuda" not in parts or _loaded("cuda")[0] is None:
-        return missing("cuda")
-    built = record("cuda")
-    served = ", ".join(f"sm_{arch}" for arch in built["architectures"]) + f"; nvcc {built['nvcc_version']}"
-    refused = missing("cuda")
-    return f"{folder('cuda') / native_build.LIBRARIES['cuda']}; {served}" + (f"; {refused}" if refused else "")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -26,11 +26,16 @@ from transformers.generation import (
     TypicalLogitsWarper,
 )
 
+from clvp_fast.engine.decode_loop import DecodeLoop, Job
+from clvp_fast.engine.memory import MAX_BATCH, free_bytes, plan
+from clvp_fast.engine.runner import Runner
+from clvp_fast.engine.sampling_params import SamplingParams
 from clvp_fast.models.clvp.tokens import fill_up
-from clvp_fast.models.plain import changed_module
+from clvp_fast.models.common.plain import changed_module
 from clvp_fast.ops.dispatch import autocasts
 
-LOGGER = logging.getLogger(__name__)
+# Of documented name: what said where `generate()` runs before it stood beside the engine, too.
+LOGGER = logging.getLogger("clvp_fast.models.clvp.generation")
 
 #: What runs where, in one sentence.
 SERVED = (
@@ -191,8 +196,6 @@ class EngineLoop:
 
         Raises `NotServed` for prepared settings that the engine does not know, and for too little memory.
         """
-        from clvp_fast.engine.decode_loop import DecodeLoop, Job
-
         for part in (*logits_processor, *stopping_criteria):
             if type(part) not in (*_PROCESSORS, *_CRITERIA):
                 raise NotServed(f"it is prepared with {type(part).__name__}")
@@ -223,8 +226,6 @@ def _sampling_params(settings: GenerationConfig, max_new_tokens: int, stop_token
 
     Raises `ValueError` for values that the engine does not take.
     """
-    from clvp_fast.engine.sampling_params import SamplingParams
-
     neutral = dict(repetition_penalty=1.0)
     if settings.do_sample:
         neutral |= dict(temperature=1.0, top_k=0, top_p=1.0, typical_p=1.0, min_p=0.0)
@@ -243,9 +244,6 @@ def _runner(model, prompts: list[torch.Tensor], sampling, max_batch: int | None 
 
     Raises `ValueError` where memory is too little for one candidate.
     """
-    from clvp_fast.engine.memory import MAX_BATCH, free_bytes, plan
-    from clvp_fast.engine.runner import Runner
-
     if max_batch is None:
         max_batch = min(len(prompts) * sampling.num_candidates, MAX_BATCH)
     lengths = dict(max_new_tokens=sampling.max_new_tokens, max_prefix_len=max(map(len, prompts)))

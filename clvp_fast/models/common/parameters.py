@@ -11,7 +11,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from clvp_fast import ops
-from clvp_fast.models.plain import is_plain
+from clvp_fast.models.common.plain import is_plain
 
 
 def apply_linear(linear: nn.Module, hidden_states: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:

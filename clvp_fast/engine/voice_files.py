@@ -8,7 +8,7 @@ import numpy as np
 
 from clvp_fast.audio import UNREAD_SUFFIXES, is_recording, read_audio, require_sound
 from clvp_fast.engine.voices import Voice, VoiceCache
-from clvp_fast.files import user_path
+from clvp_fast.io.files import user_path
 from clvp_fast.models.clvp.feature_extraction import ClvpFeatureExtractor
 
 

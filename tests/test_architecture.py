@@ -1,0 +1,97 @@
+"""The table of docs/architecture.md against the imports: which room of the package knows which, and none upwards."""
+
+import ast
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import clvp_fast
+
+ROOT = Path(__file__).resolve().parent.parent
+# Of the package's own root: its table of names, which knows all, and the command line's entrance.
+ROOT_MODULES = ("clvp_fast", "clvp_fast.__main__")
+ROW = re.compile(r"^\| `(\S+)` \| [^|]+ \| ([^|]+) \|$", re.MULTILINE)
+
+
+def _rooms() -> dict[str, list[str]]:
+    """The rooms of the table from top to bottom, each with those that it says it knows."""
+    text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    table = text.split("## Layers")[1].split("\n## ")[0]
+    return {room: re.findall(r"`(\S+)`", known) for room, known in ROW.findall(table)}
+
+
+def _modules() -> dict[str, Path]:
+    files = [*(ROOT / "clvp_fast").rglob("*.py"), *(ROOT / "kernels").glob("*.py")]
+    return {_name(path): path for path in files}
+
+
+def _name(path: Path) -> str:
+    place = path.relative_to(ROOT).with_suffix("")
+    parts = ["clvp_fast", *place.parts] if place.parts[0] == "kernels" else list(place.parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def _imports(nodes: Iterable[ast.AST], modules: dict[str, Path]) -> set[str]:
+    """Modules of the package that statements import; a name of the root counts as its module."""
+    exported = {name: module for module, names in clvp_fast._EXPORTS.items() for name in names}
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"imports have whole names: {ast.unparse(node)}"
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                of_root = exported.get(alias.name) if node.module == "clvp_fast" else None
+                found.add(of_root or (inner if inner in modules else node.module))
+    return found & modules.keys() - set(ROOT_MODULES)
+
+
+def _tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def _room_of(module: str, rooms: list[str]) -> str:
+    place = module.removeprefix("clvp_fast.").replace(".", "/")
+    inside = [room for room in rooms if place == room.removesuffix(".py") or f"{place}/".startswith(room)]
+    assert inside, f"docs/architecture.md has no room for {module}"
+    return max(inside, key=len)
+
+
+def _known(rooms: list[str]) -> dict[str, set[str]]:
+    """What the modules of each room import, also within functions."""
+    modules = _modules()
+    known: dict[str, set[str]] = {room: set() for room in rooms}
+    for module in modules.keys() - set(ROOT_MODULES):
+        here = _room_of(module, rooms)
+        known[here] |= {_room_of(other, rooms) for other in _imports(ast.walk(_tree(modules[module])), modules)} - {
+            here
+        }
+    return known
+
+
+def test_each_room_knows_what_the_table_says():
+    rooms = _rooms()
+    assert len(rooms) > 10
+    assert {room: sorted(names) for room, names in rooms.items()} == {
+        room: sorted(names) for room, names in _known(list(rooms)).items()
+    }
+
+
+def test_rooms_know_those_below_them():
+    rooms = _rooms()
+    order = list(rooms)
+    upwards = {(room, other) for room in rooms for other in rooms[room] if order.index(other) < order.index(room)}
+    # `generate()` of the classes asks the engine at the moment of a call.
+    assert upwards == {("models/clvp/", "engine/")}
+
+
+def test_no_circle_of_imports():
+    """Of what modules import while they are imported themselves."""
+    modules = _modules()
+    names = modules.keys() - set(ROOT_MODULES)
+    left = {name: _imports(_tree(modules[name]).body, modules) - {name} for name in names}
+    while leaves := [name for name, others in left.items() if not others & left.keys()]:
+        for name in leaves:
+            del left[name]
+    assert not left
