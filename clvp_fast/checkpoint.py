@@ -18,6 +18,7 @@ from clvp_fast import (
     ClvpTokenizer,
 )
 from clvp_fast.demo import demo_checkpoint
+from clvp_fast.io.errors import cut
 from clvp_fast.io.files import user_path
 from clvp_fast.models.clvp.tokens import most_text
 
@@ -235,8 +236,9 @@ def sayable_ids(model: ClvpModelForConditionalGeneration, tokenizer: ClvpTokeniz
         )
     ids = tokenizer(text)["input_ids"]
     if not set(ids) - {tokenizer.unk_token_id, *tokenizer(" ")["input_ids"]}:
-        shown = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
-        raise ValueError(f"nothing of the text {shown!r} is in the checkpoint's vocabulary; write it in Latin letters")
+        raise ValueError(
+            f"nothing of the text {cut(text, _SHOWN)!r} is in the checkpoint's vocabulary; write it in Latin letters"
+        )
     if len(ids) > text_limit(model):
         raise ValueError(
             f"the text is too long: {len(ids)} tokens, and this checkpoint takes {text_limit(model)}; split it up"

@@ -2,7 +2,7 @@
 
 import errno
 
-from clvp_fast.io.errors import sentence
+from clvp_fast.io.errors import cut, sentence
 from clvp_fast.io.files import UnwritableError
 from clvp_fast.native import NativeLibraryError
 
@@ -30,7 +30,8 @@ def failure_of(error: Exception) -> str:
     """
     if is_of_the_job(error):
         raise error
-    return shortened(sentence(error))
+    text = sentence(error).encode(errors="backslashreplace").decode()  # valid Unicode
+    return cut(text, LONGEST)
 
 
 def is_of_the_job(error: Exception) -> bool:
@@ -41,9 +42,3 @@ def is_of_the_job(error: Exception) -> bool:
     if isinstance(error, (UnwritableError, NativeLibraryError, ImportError, *device)):
         return True
     return isinstance(error, OSError) and error.errno in _SYSTEM
-
-
-def shortened(text: str) -> str:
-    """`text` as valid Unicode, cut after `LONGEST` characters."""
-    text = text.encode(errors="backslashreplace").decode()
-    return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"

@@ -6,6 +6,7 @@ import os
 
 from clvp_fast import __version__
 from clvp_fast.engine.sampling_params import NUM_CANDIDATES, PRESETS, RANGES, SamplingParams
+from clvp_fast.io.files import user_path
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -365,8 +366,10 @@ def _text(given: str) -> str:
 
 
 def _path(given: str) -> str:
-    if not given:
-        raise argparse.ArgumentTypeError("it is empty: name a file or a folder; . is the working folder")
+    try:
+        user_path(given)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
     return given
 
 

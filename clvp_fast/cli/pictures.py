@@ -7,6 +7,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from clvp_fast.engine.voice_files import LoadedVoice
+from clvp_fast.io.errors import cut
 from clvp_fast.io.plot_style import TOKENS_PER_SECOND, plot_style
 
 #: Recordings that an overview shows.
@@ -129,4 +130,4 @@ def _limits(scores: list[float]) -> tuple[float, float]:
 def _shorten(text: str, width: int) -> str:
     # A dollar sign would switch matplotlib to mathematical notation, and of a name that is no UTF-8 it draws nothing.
     text = " ".join(text.split()).replace("$", r"\$").encode(errors="replace").decode()
-    return text if len(text) <= width else text[: width - 1] + "…"
+    return cut(text, width)

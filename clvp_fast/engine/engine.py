@@ -21,11 +21,12 @@ from clvp_fast.engine.memory import MemoryPlan, default_batch, free_bytes, plan,
 from clvp_fast.engine.ranking import Ranker
 from clvp_fast.engine.requests import CandidateRequest, CandidateResult
 from clvp_fast.engine.runner import Runner
-from clvp_fast.engine.sampling_params import SamplingParams, shorten
+from clvp_fast.engine.sampling_params import SamplingParams
 from clvp_fast.engine.scoring import Scorer, check_scorer
 from clvp_fast.engine.turns import Turns
 from clvp_fast.engine.voices import Voice, VoiceCache
 from clvp_fast.engine.work import Work
+from clvp_fast.io.errors import shown
 from clvp_fast.models.common.parameters import arrange_parameters
 
 _END = object()
@@ -176,9 +177,9 @@ class CandidateEngine:
         if sampling is not None and not isinstance(sampling, SamplingParams):
             raise TypeError(f"sampling must be SamplingParams, not {type(sampling).__name__}")
         if isinstance(keep, bool) or not isinstance(keep, Integral) or keep < 1:
-            raise ValueError(f"keep must be a whole number from 1 up, not {shorten(keep)}")
+            raise ValueError(f"keep must be a whole number from 1 up, not {shown(keep)}")
         if on_token is not None and not callable(on_token):
-            raise TypeError(f"on_token must be callable, and is {shorten(on_token)}")
+            raise TypeError(f"on_token must be callable, and is {shown(on_token)}")
         return Call(iter(requests), sampling or SamplingParams(), keep, on_token)
 
     def _results(self, call: Call, drawn: deque[tuple[int, int]] | None = None) -> Iterator:

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from clvp_fast.engine.sampling_params import SamplingParams, shorten
-from clvp_fast.io.errors import sentence
+from clvp_fast.engine.sampling_params import SamplingParams
+from clvp_fast.io.errors import sentence, shown
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +68,7 @@ class CandidateRequest:
 def check_rate(rate) -> None:
     """Raise `ValueError` for a sampling rate that is none."""
     if isinstance(rate, bool) or not isinstance(rate, Integral) or rate <= 0:
-        raise ValueError(f"sampling_rate must be a positive whole number of Hz, not {shorten(rate)}")
+        raise ValueError(f"sampling_rate must be a positive whole number of Hz, not {shown(rate)}")
 
 
 def _seconds(timeout) -> float:
@@ -78,7 +78,7 @@ def _seconds(timeout) -> float:
         with suppress(OverflowError):  # a number that no float holds
             seconds = float(timeout)
     if not 0 < seconds < math.inf:
-        raise ValueError(f"timeout must be a number of seconds above 0, or None to wait, not {shorten(timeout)}")
+        raise ValueError(f"timeout must be a number of seconds above 0, or None to wait, not {shown(timeout)}")
     return seconds
 
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Any
 
+from clvp_fast.io.errors import shown
+
 # Tortoise's presets, by the number of candidates that they draw (`num_autoregressive_samples`).
 PRESETS = {"ultra_fast": 16, "fast": 96, "standard": 256, "high_quality": 256}
 
@@ -42,15 +44,6 @@ RANGES = {
     "min_p": Range(float, lambda x: 0 <= x <= 1, "from 0 (keep all) to 1"),
     "repetition_penalty": Range(float, lambda x: 0 < x < math.inf, "above 0 (1 punishes nothing)"),
 }
-
-
-def shorten(value) -> str:
-    """`repr(value)`, cut to what a sentence can hold; Python refuses to print whole numbers of thousands of digits."""
-    try:
-        text = repr(value)
-    except Exception:
-        return f"a {type(value).__name__} that cannot be printed"
-    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 @dataclass(frozen=True)
@@ -103,7 +96,7 @@ class SamplingParams:
 
     def _check(self, name: str, allowed: Range):
         value = getattr(self, name)
-        refusal = f"{name} must be {allowed.wanted}{allowed.remark}, not {shorten(value)}"
+        refusal = f"{name} must be {allowed.wanted}{allowed.remark}, not {shown(value)}"
         # True is a number to Python, and a mistake here; NaN holds no comparison.
         kind = Integral if allowed.kind is int else Real
         if isinstance(value, bool) or not isinstance(value, kind) or not allowed.holds(value):

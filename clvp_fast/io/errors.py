@@ -10,3 +10,16 @@ def sentence(error: Exception) -> str:
     if isinstance(error, (ValueError, TypeError, OSError)):
         return text
     return f"{type(error).__name__}: {text}"
+
+
+def shown(value, longest: int = 100) -> str:
+    """`repr(value)`, cut to what a sentence can hold; Python refuses to print whole numbers of thousands of digits."""
+    try:
+        return cut(repr(value), longest)
+    except Exception:
+        return f"a {type(value).__name__} that cannot be printed"
+
+
+def cut(text: str, longest: int) -> str:
+    """`text`, of which no more than `longest` characters are left; three dots say that there were more."""
+    return text if len(text) <= longest else text[: longest - 1] + "…"

@@ -121,7 +121,10 @@ def test_paths_that_are_empty(cli, argv, name):
     """As of variables that are not set: the working folder is not taken in their place."""
     outcome = cli(*argv)
     assert outcome.code == 2
-    assert f"argument {name}: it is empty: name a file or a folder; . is the working folder" in outcome.err
+    assert (
+        f"argument {name}: a path is empty: it must be that of a file or a folder, and . is the working folder"
+        in outcome.err
+    )
 
 
 def test_texts_of_a_closed_input(fails, voice, monkeypatch, tmp_path):
