@@ -30,8 +30,8 @@ _WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-# Characters of a text: those that are looked at, and those that a sentence on it names.
-_LONGEST_TEXT, _SHOWN = 1 << 16, 80
+# Characters of a text: those that are looked at, and those that a sentence on it has room for.
+_LONGEST_TEXT, _SHOWN = 1 << 16, 81
 
 
 @dataclass
