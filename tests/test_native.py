@@ -16,6 +16,7 @@ import pytest
 from clvp_fast import native
 from clvp_fast.io import files
 from clvp_fast.native import build, calls
+from clvp_fast.native.__main__ import main
 from tests.kit.isa import forget_library, needs_compiler, why_no_compiler
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -262,7 +263,7 @@ def test_an_instruction_set_that_the_compiler_does_not_know_is_left_out(sources,
         assert missing() is None
         assert native.record()["left_out"] == left_out
         assert native.record()["isas"] == [isa for isa in native.ISAS if isa not in left_out]
-        assert native.main([]) == 0
+        assert main([]) == 0
         assert f"without {', '.join(left_out)}; " in capsys.readouterr().out
 
 
@@ -440,20 +441,20 @@ def test_rebuild_tries_again_and_replaces_what_is_there(sources, tmp_path, monke
         assert missing() == why  # nothing that the name is made of has changed
         capfd.readouterr()
         forget_library()
-        assert native.main([]) == 1 and capfd.readouterr().err == why + "\n"
+        assert main([]) == 1 and capfd.readouterr().err == why + "\n"
         forget_library()
-        assert native.main(["--rebuild"]) == 0 and "building" in capfd.readouterr().err
+        assert main(["--rebuild"]) == 0 and "building" in capfd.readouterr().err
         assert missing() is None
         assert [path.suffix for path in (tmp_path / "cache/native").glob("*.json")] == []
         (native.folder("cpu") / "here before").touch()
         forget_library()
-        assert native.main(["--rebuild"]) == 0 and missing() is None
+        assert main(["--rebuild"]) == 0 and missing() is None
         assert not (native.folder("cpu") / "here before").exists()
 
 
 def test_an_installed_library_is_not_rebuilt(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(native, "_SOURCES", tmp_path / "none")
-    assert native.main(["--rebuild"]) == 1
+    assert main(["--rebuild"]) == 1
     assert capsys.readouterr().err == "an installed library is not rebuilt: install clvp-fast again\n"
 
 
@@ -609,11 +610,11 @@ def test_nothing_heavy_is_loaded():
 
 
 def test_the_command_says_what_there_is(sources, capsys):
-    assert native.main([]) == 0
+    assert main([]) == 0
     said = capsys.readouterr().out
     assert str(native.folder("cpu") / "libclvp_fast.so") in said
     assert "stand-in here" in said and "no NVIDIA driver" in said
-    assert native.main(["--require", "cuda"]) == 1
+    assert main(["--require", "cuda"]) == 1
     assert "there is no nvcc" in capsys.readouterr().err
 
 
@@ -635,7 +636,7 @@ def test_a_wrong_name_in_the_environment_is_one_sentence(sources, monkeypatch, c
     monkeypatch.setenv("CLVP_FAST_ISA", name)
     monkeypatch.setenv("CXX", compiler)
     forget_library()
-    assert native.main([]) == 1
+    assert main([]) == 1
     said = capsys.readouterr().err.splitlines()
     assert (says if compiler == "g++" or name == "SSE" else "no C++ compiler that works") in said[-1]
 

@@ -10,15 +10,15 @@ import pytest
 import torch
 
 import clvp_fast.engine
+from clvp_fast.engine import turns
 from tests.engine.demo_engine import assert_empty, assert_same, make, request, sampling
 from tests.engine.null_runner import asked, codes, null_engine
 from tests.kit.tracing import traced_by
 from tests.kit.waiting import join
 
-FOLDER = str(Path(clvp_fast.engine.__file__).parent)
-
-
-SOURCES = {path: Path(path).read_text().splitlines() for path in map(str, Path(FOLDER).glob("*.py"))}
+# Without the turns: a line trace raises where no signal's exception comes, before the first call of their `finally`.
+FILES = set(Path(clvp_fast.engine.__file__).parent.glob("*.py")) - {Path(turns.__file__)}
+SOURCES = {str(path): path.read_text().splitlines() for path in FILES}
 
 
 def enters_or_leaves_with(frame):
@@ -30,7 +30,7 @@ def traced(call, at_line):
     """`call()`, with `at_line(file, number)` called at each line of the engine that this thread executes."""
 
     def trace(frame, event, argument):
-        if not frame.f_code.co_filename.startswith(FOLDER):
+        if frame.f_code.co_filename not in SOURCES:
             return None
         if event == "line" and not enters_or_leaves_with(frame):
             at_line(frame.f_code.co_filename, frame.f_lineno)
@@ -96,7 +96,7 @@ def test_a_step_that_breaks_off_at_any_line_loses_nothing(lag, error, each, caps
     with capsys.disabled():
         ended = f"{came_through} came through, {failed} failed"
         print(f"\n{error.__name__}, lag {lag}: raised at {len(points)} points, {ended}")
-    assert len(points) > 100 * (each + 1)
+    assert len(points) > 90 * (each + 1)
     if error is KeyboardInterrupt:
         assert came_through == len(points) and failed == 0
     else:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+pytest.importorskip("pyarrow")  # which a GPU machine may lack
 from clvp_fast.batch import Settings
 from clvp_fast.checkpoint import load_checkpoint
 from clvp_fast.cli.parser import build_parser

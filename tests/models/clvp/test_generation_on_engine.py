@@ -20,7 +20,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import clvp_fast
 from clvp_fast import ClvpModelForConditionalGeneration
-from clvp_fast.engine import generation, memory
+from clvp_fast.engine import generation
 from clvp_fast.engine.generation import EngineLoop, NotServed
 from clvp_fast.engine.runner import Runner
 from tests.models.clvp.builders import START, STOP, clips, codes, composite_config, randomize, texts
@@ -210,7 +210,7 @@ def test_what_does_not_fit_is_decoded_in_parts(monkeypatch, runners):
     whole = sequences()
     # 3 pages for each of 24 candidates, and 1 for each of 2 prompts.
     assert runners == [(24 * 3 + 2, 24)]
-    monkeypatch.setattr(memory, "free_bytes", lambda device: 1_500_000)
+    monkeypatch.setattr(generation, "free_bytes", lambda device: 1_500_000)
     assert torch.equal(sequences(), whole)
     assert runners[1][1] < 24
 
@@ -266,7 +266,7 @@ def test_too_little_memory_leaves_the_loop(monkeypatch, caplog):
     model, sampled = tiny(), TORTOISE | dict(max_new_tokens=12)
     torch.manual_seed(4)
     expected = model.generate(texts(), clips(), use_engine=False, **sampled)[0]
-    monkeypatch.setattr(memory, "free_bytes", lambda device: 1000)
+    monkeypatch.setattr(generation, "free_bytes", lambda device: 1000)
     with pytest.raises(ValueError, match=r"use_engine=True, and the engine .* one candidate of 4 tokens .* needs"):
         model.generate(texts(), clips(), max_new_tokens=4, use_engine=True)
     assert reason(model, caplog, max_new_tokens=4).startswith("one candidate of 4 tokens")
