@@ -37,6 +37,7 @@ _MORE = (
     ("KL, nats a token", "kl", lambda row: f"{row['kl']:.1e}"),
     ("same greedy token", "greedy", lambda row: f"{row['greedy']:.1%}"),
     ("slowest hundredth", "slow_step_seconds", lambda row: seconds(row["slow_step_seconds"])),
+    ("Python calls a step", "python_calls", lambda row: thousands(row["python_calls"])),
     ("last fifth over first", "late_over_early", lambda row: f"{row['late_over_early']:.2f}"),
     (
         "what became of the requests",

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from benchmarks.harness import Provider, Task, task
 from benchmarks.kernels import captured, name_of, ours
 from clvp_fast import ops
-from clvp_fast.engine.products import Int8Linear
+from clvp_fast.engine.products import Product, in_int8
 
 ROWS = {"cpu": (1, 4, 16, 64, 128), "cuda": (1, 4, 16, 64, 128, 256, 512)}
 SHAPES = ((3072, 1024), (1024, 1024), (4096, 1024), (1024, 4096))
@@ -57,7 +57,7 @@ class Layers:
         draw = partial(torch.randn, generator=torch.Generator(device).manual_seed(rows), device=device)
         self.weights = [draw(out, width).to(dtype) for _ in range(layers)]
         self.x, self.bias = draw(rows, width).to(dtype), draw(out).to(dtype)
-        self.quantized = [Int8Linear(weight, self.bias) for weight in self.weights]
+        self.quantized = [in_int8(Product(weight, self.bias)) for weight in self.weights]
 
     def expected(self, int8: bool) -> torch.Tensor:
         """The first product in float64; of weights in 8 bits, what they stand for."""

@@ -15,7 +15,7 @@ import torch
 from benchmarks.harness import Provider, Task, task
 from clvp_fast import ClvpDecoderConfig, ClvpForCausalLM
 from clvp_fast.engine.decoder import PagedDecoder
-from clvp_fast.engine.products import Int8Linear
+from clvp_fast.engine.products import Product, in_int8
 from clvp_fast.ops.paged_attention import FLOAT8
 
 
@@ -84,7 +84,7 @@ def round_to_int8(model: ClvpForCausalLM) -> ClvpForCausalLM:
         for name in ("attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.out_proj", "mlp.c_fc", "mlp.c_proj"):
             weight = layer.get_submodule(name).weight
             in_columns = name.startswith("mlp")
-            copied = Int8Linear(weight.t() if in_columns else weight, None)
+            copied = in_int8(Product(weight.t() if in_columns else weight, None))
             meant = copied.weight.to(torch.promote_types(weight.dtype, FP32)) * copied.scale[:, None]
             weight.data = meant.t() if in_columns else meant
     return model

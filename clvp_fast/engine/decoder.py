@@ -3,10 +3,10 @@
 import torch
 
 from clvp_fast import ops
-from clvp_fast.engine.products import Int8Products, ModuleProducts
+from clvp_fast.engine.step import BoundStep, bind_decoder
+from clvp_fast.engine.weights import DecoderWeights
 from clvp_fast.models.clvp.tokens import most_codes
-from clvp_fast.models.common.layers import add_norm, embed
-from clvp_fast.models.common.parameters import apply_linear
+from clvp_fast.ops.binding import Room
 from clvp_fast.ops.dispatch import OPERATORS
 from clvp_fast.ops.paged_attention import FLOAT8
 
@@ -76,7 +76,8 @@ class PagedDecoder:
             head's do not); by default over the model's own.
 
     Raises:
-        ValueError: another `weight_dtype`, or int8 for layers with adapters or hooks.
+        ValueError: another `weight_dtype`; a model whose parameters do not say what it computes, or int8 for an
+            activation that the operators do not know, with the reason.
     """
 
     def __init__(self, model, residual_dtype: torch.dtype | None = None, weight_dtype: torch.dtype | None = None):
@@ -89,11 +90,41 @@ class PagedDecoder:
         self.hidden_size = config.hidden_size
         self.head_dim = self.hidden_size // self.num_heads
         self.vocab_size = config.vocab_size
-        self.contiguous_positions = bool(getattr(config, "contiguous_positions", False))
         self._residual_dtype = residual_dtype
         self.weight_dtype = weight_dtype
-        products = ModuleProducts if weight_dtype is None else Int8Products
-        self._products = [products(layer) for layer in model.model.decoder.layers]
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Take the model's weights anew, where they lie now, and make copies in 8 bits anew.
+
+        Raises `ValueError` as the constructor. What was bound before goes on with the old ones.
+        """
+        weights = DecoderWeights.take(self.model)
+        if isinstance(weights, str):
+            raise ValueError(f"{weights}, and the engine reads its parameters: take it off (merge adapters) first")
+        self.weights = weights if self.weight_dtype is None else weights.in_int8()
+        self._addresses = weights.addresses()
+
+    @property
+    def has_moved(self) -> bool:
+        """Whether the model's parameters lie elsewhere than `weights` reads them."""
+        return self.weights.addresses() != self._addresses
+
+    def follow(self) -> bool:
+        """Take the weights anew if they have moved, and tell whether they had.
+
+        Raises `RuntimeError` where copies were made of them: it is for who moved them to say `refresh()`.
+        """
+        if not self.has_moved:
+            return False
+        if self.weight_dtype is not None:
+            raise RuntimeError("the model's parameters moved after copies in 8 bits were made: call refresh()")
+        self.refresh()
+        return True
+
+    @property
+    def contiguous_positions(self) -> bool:
+        return bool(getattr(self.model.config, "contiguous_positions", False))
 
     @property
     def residual_dtype(self) -> torch.dtype:
@@ -113,10 +144,6 @@ class PagedDecoder:
     def max_new_tokens(self) -> int:
         """How many tokens the position table lets a candidate draw; its first row is the start token's."""
         return most_codes(self.model.config)
-
-    def addresses(self) -> tuple[int, ...]:
-        """Where the parameters lie: what is captured reads these places."""
-        return tuple(parameter.data_ptr() for parameter in self.model.parameters())
 
     def pages(self, num_pages: int, page_size: int, dtype: torch.dtype | None = None) -> KVPages:
         """Pages for this decoder, by default of its own dtype; of float8 with scales that follow from the weights."""
@@ -153,14 +180,15 @@ class PagedDecoder:
             cu_seqlens: `[S + 1]` int32: prompt s has rows `cu_seqlens[s]` to `cu_seqlens[s + 1]`; the last is T.
             block_table: `[S, max_pages]` int32, the pages of each prompt.
         """
+        self.follow()
         hidden = prompt_embeds.to(self.residual_dtype)
-        layers = self.model.model.decoder.layers
+        layers = self.weights.layers
         for index, layer in enumerate(layers):
-            q, k, v = self._products[index].project(self._normed(layer.input_layernorm, hidden))
+            q, k, v = layer.project(layer.input_norm(hidden, self.dtype))
             attended = ops.paged_prefill(q, k, v, cu_seqlens, **pages.layer(index), block_table=block_table)
             # Of the last layer keys and values are all that a candidate will read.
             if index < len(layers) - 1:
-                hidden = self._after_attention(index, attended, hidden)
+                hidden = layer.behind_attention(attended.flatten(-2), hidden)
 
     def step(
         self,
@@ -188,44 +216,44 @@ class PagedDecoder:
             The hidden states `[N, hidden_size]` after both final norms, and logits `[N, vocab_size]`, both of the
             model's dtype.
         """
-        decoder = self.model.model.decoder
-        places = seq_lens.clamp(min=0)
-        # The k-th speech token stands at position k + 1, as in the original with its cache; training counted k.
-        positions = places if self.contiguous_positions else places + (places > 0)
-        hidden = embed(
-            decoder.input_embeds_layer, tokens, decoder.position_embeds_layer, positions, out_dtype=self.residual_dtype
+        bound = self.bind(
+            tokens,
+            seq_lens,
+            block_table,
+            prefix_table,
+            prefix_lens,
+            prefix_index,
+            pages,
+            arrivals,
+            Room(len(tokens), self.device),
         )
-        tables = dict(prefix_table=prefix_table, prefix_lens=prefix_lens, prefix_index=prefix_index, arrivals=arrivals)
-        for index, layer in enumerate(decoder.layers):
-            q, k, v = self._products[index].project(self._normed(layer.input_layernorm, hidden))
-            attended = ops.paged_attention_decode(
-                q, k, v, **pages.layer(index), block_table=block_table, seq_lens=seq_lens, **tables
-            )
-            hidden = self._after_attention(index, attended, hidden)
-        first, second = decoder.layer_norm, self.model.final_norm
-        _, hidden = ops.double_layer_norm(
-            hidden,
-            weight1=first.weight,
-            bias1=first.bias,
-            eps1=first.eps,
-            weight2=second.weight,
-            bias2=second.bias,
-            eps2=second.eps,
-            out_dtype=self.dtype,
+        for call in bound.calls:
+            call()
+        return bound.hidden, bound.logits
+
+    def bind(
+        self,
+        tokens: torch.Tensor,
+        seq_lens: torch.Tensor,
+        block_table: torch.Tensor,
+        prefix_table: torch.Tensor,
+        prefix_lens: torch.Tensor,
+        prefix_index: torch.Tensor,
+        pages: KVPages,
+        arrivals: torch.Tensor | None,
+        room: Room,
+    ) -> BoundStep:
+        """The calls that `step` makes of these tensors, for any number of steps over what they then hold.
+
+        Args:
+            room: for at least as many rows; steps that share it run one after another.
+        """
+        self.follow()
+        tables = dict(
+            block_table=block_table,
+            prefix_table=prefix_table,
+            prefix_lens=prefix_lens,
+            prefix_index=prefix_index,
+            arrivals=arrivals,
         )
-        return hidden, apply_linear(self.model.lm_head, hidden)
-
-    def _normed(self, norm, hidden: torch.Tensor) -> torch.Tensor:
-        """The layer norm of the residual, in the dtype of the weights that it is multiplied with."""
-        return add_norm(norm, hidden, out_dtype=self.dtype)[1]
-
-    def _after_attention(self, index: int, attended: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        """`attended` `[tokens, num_heads, head_dim]` and the residual `[tokens, hidden_size]` to a layer's result."""
-        products, norm = self._products[index], self.model.model.decoder.layers[index].post_attention_layernorm
-        attended = attended.flatten(-2)
-        if attended.device.type == "cpu":  # there the product adds the residual, and elsewhere the norm
-            residual = products.out(attended, hidden)
-            normed = self._normed(norm, residual)
-        else:
-            residual, normed = add_norm(norm, products.out(attended), hidden)
-        return products.mlp(normed, residual)
+        return bind_decoder(self, tokens, seq_lens, tables, pages, room)

@@ -211,9 +211,10 @@ def _fixed(
     # Of a slot: thirteen 64-bit numbers and three of 32 bits, tables, the bitmap of seen tokens, counters, results.
     words = 2 * 13 + 3 + own + prefix + -(-sizes.vocab_size // 32) + sizes.num_heads + 4
     # Of a row of activations: the residual before and after, in float32 at least; its norm, a projection, and the
-    # widest between them.
+    # widest between them. A step keeps all of them, and in their own places what attention takes and gives.
     widest = max(4 * sizes.hidden_size, sizes.intermediate_size)
     activations = 2 * sizes.hidden_size * max(4, sizes.itemsize) + (2 * sizes.hidden_size + widest) * sizes.itemsize
+    kept = activations + 4 * sizes.hidden_size * sizes.itemsize
     logits = sizes.vocab_size * (sizes.itemsize + (_SAMPLE_BYTES if sizes.on_cpu else 0))
     # The attention's kernel keeps a float32 sum for each part of a row's tokens, about one a page or two.
     partial = 0 if sizes.on_cpu else 4 * (own + prefix) * (sizes.hidden_size + 2 * sizes.num_heads)
@@ -222,6 +223,6 @@ def _fixed(
         "weights": sizes.copied_weights,
         "slots": 4 * words * rows,
         "latents": rows * (max_new_tokens + 1) * sizes.hidden_size * sizes.itemsize if latents else 0,
-        "step": rows * (activations + logits + partial),
+        "step": rows * (kept + logits + partial),
         "prefill": prefilled * activations,
     }

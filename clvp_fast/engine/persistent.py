@@ -1,16 +1,15 @@
 """The decode step of few candidates as one launch: csrc/cuda/persistent_decode.cuh over weights and pages."""
 
 import ctypes
+from functools import partial
 
 import torch
-from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from clvp_fast import native
 from clvp_fast.engine.decoder import KVPages, PagedDecoder
-from clvp_fast.models.clvp.layers import ClvpDecoderMLP
-from clvp_fast.models.common.parameters import pack_linears, transpose_storage
-from clvp_fast.models.common.plain import activation_name, is_plain
+from clvp_fast.engine.step import BoundStep
+from clvp_fast.engine.weights import DecoderWeights, LayerWeights
+from clvp_fast.ops.binding import Room
 from clvp_fast.ops.dispatch import device_guard
 
 #: The most candidates of a step.
@@ -41,34 +40,17 @@ def unserved(decoder: PagedDecoder, page_dtype: torch.dtype | None = None) -> st
         return f"it serves an inner size that is a multiple of 8 up to {MAX_INNER}, not {inner}"
     if config.vocab_size > MAX_VOCAB or decoder.num_layers > MAX_LAYERS:
         return f"it serves up to {MAX_VOCAB} tokens of vocabulary and {MAX_LAYERS} layers"
-    if (found := _changed(causal_lm)) is not None:
-        return found
-    names = {activation_name(layer.mlp.act) for layer in causal_lm.model.decoder.layers}
-    if not names <= {"gelu_new", "gelu_pytorch_tanh"}:
+    weights = DecoderWeights.take(causal_lm)
+    if isinstance(weights, str):
+        return weights
+    dtypes = {str(parameter.dtype) for parameter in weights.parameters()}
+    if len(dtypes) > 1:
+        return f"it serves weights of one dtype, not {', '.join(sorted(dtypes))}"
+    if any(len(layer.projections) > 1 for layer in weights.layers):
+        return "it serves weights of queries, keys and values that lie in a row"
+    if not {layer.activation for layer in weights.layers} <= {"gelu_new", "gelu_pytorch_tanh"}:
         return f"its activation is gelu_new, not {config.activation_function}"
     return None
-
-
-def _changed(causal_lm: nn.Module) -> str | None:
-    """A module that would have to be called, because it does more than its class's own computation."""
-    stack = causal_lm.model.decoder
-    expected = [
-        (stack.input_embeds_layer, nn.Embedding),
-        (stack.position_embeds_layer, nn.Embedding),
-        (stack.layer_norm, nn.LayerNorm),
-        (causal_lm.final_norm, nn.LayerNorm),
-        (causal_lm.lm_head, nn.Linear),
-    ]
-    for layer in stack.layers:
-        attn, mlp = layer.attn, layer.mlp
-        expected += [(norm, nn.LayerNorm) for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
-        expected += [(linear, nn.Linear) for linear in (attn.q_proj, attn.k_proj, attn.v_proj, attn.out_proj)]
-        expected += [(mlp, ClvpDecoderMLP), (mlp.c_fc, Conv1D), (mlp.c_proj, Conv1D)]
-    for module, kind in expected:
-        if not is_plain(module, kind):
-            return f"a {kind.__name__} of the decoder is hooked or replaced: merge adapters, and remove hooks, first"
-    dtypes = {str(parameter.dtype) for module, _ in expected for parameter in module.parameters()}
-    return None if len(dtypes) == 1 else f"it serves weights of one dtype, not {', '.join(sorted(dtypes))}"
 
 
 def _address(tensor: torch.Tensor | None) -> int | None:
@@ -103,19 +85,19 @@ class PersistentStep:
             raise ValueError(f"no persistent decode step: {reason}")
         self.decoder, self.pages, self._widths = decoder, pages, (max_pages, max_prefix_pages)
         self._require()
-        causal_lm, config = decoder.model, decoder.model.config
-        stack = causal_lm.model.decoder
-        eps = {norm.eps for layer in stack.layers for norm in (layer.input_layernorm, layer.post_attention_layernorm)}
+        decoder.follow()
+        weights, layers = decoder.weights, decoder.weights.layers
+        eps = {norm.eps for layer in layers for norm in (layer.input_norm, layer.post_norm)}
         if len(eps) > 1:
             raise ValueError(f"no persistent decode step: the layers' norms have different eps, {sorted(eps)}")
-        table = [self._layer(index, layer) for index, layer in enumerate(stack.layers)]
+        table = [self._layer(index, layer) for index, layer in enumerate(layers)]
         self._layers = torch.tensor(table, dtype=torch.int64, device=decoder.device)
-        first, final, head = stack.layer_norm, causal_lm.final_norm, causal_lm.lm_head
+        first, final, head = weights.last_norm, weights.final_norm, weights.head
         page_strides = pages.data.stride()[2:5]
         self._call = native.PersistentDecodeCall(
             layers=self._layers.data_ptr(),
-            token_table=_address(stack.input_embeds_layer.weight),
-            position_table=_address(stack.position_embeds_layer.weight),
+            token_table=_address(weights.token_table),
+            position_table=_address(weights.position_table),
             first_norm_weight=_address(first.weight),
             first_norm_bias=_address(first.bias),
             final_norm_weight=_address(final.weight),
@@ -127,9 +109,9 @@ class PersistentStep:
             num_candidates=MAX_ROWS,
             num_layers=decoder.num_layers,
             hidden_size=decoder.hidden_size,
-            intermediate_size=stack.layers[0].mlp.c_fc.nf,
-            vocab_size=config.vocab_size,
-            num_positions=stack.position_embeds_layer.num_embeddings,
+            intermediate_size=len(layers[0].mlp_in.weight),
+            vocab_size=decoder.vocab_size,
+            num_positions=len(weights.position_table),
             page_size=pages.page_size,
             max_pages=max_pages,
             max_prefix_pages=max_prefix_pages,
@@ -138,7 +120,7 @@ class PersistentStep:
             layer_eps=eps.pop(),
             first_eps=first.eps,
             final_eps=final.eps,
-            scale=stack.layers[0].attn.scale,
+            scale=decoder.head_dim**-0.5,
         )
         # A prefix table, so that there is room for its parts; each call names its own.
         self._call.prefix_table = self._layers.data_ptr()
@@ -157,7 +139,31 @@ class PersistentStep:
         prefix_index: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Arguments, of which the last axis is contiguous, and results as of `PagedDecoder.step`; up to four rows."""
-        decoder, call, count = self.decoder, self._call, len(tokens)
+        bound = self.bind(
+            tokens,
+            seq_lens,
+            block_table,
+            prefix_table,
+            prefix_lens,
+            prefix_index,
+            Room(len(tokens), self.decoder.device),
+        )
+        for call in bound.calls:
+            call()
+        return bound.hidden, bound.logits
+
+    def bind(
+        self,
+        tokens: torch.Tensor,
+        seq_lens: torch.Tensor,
+        block_table: torch.Tensor,
+        prefix_table: torch.Tensor,
+        prefix_lens: torch.Tensor,
+        prefix_index: torch.Tensor,
+        room: Room,
+    ) -> BoundStep:
+        """The one call that `step` makes of these tensors, as `PagedDecoder.bind`."""
+        decoder, count = self.decoder, len(tokens)
         if not 1 <= count <= MAX_ROWS:
             raise ValueError(f"a persistent decode step has 1 to {MAX_ROWS} candidates, not {count}")
         widths = block_table.shape[1], prefix_table.shape[1]
@@ -166,8 +172,9 @@ class PersistentStep:
         rows = tokens, seq_lens, block_table, prefix_table, prefix_lens, prefix_index
         if any(row.stride(-1) != 1 for row in rows if row.shape[-1] > 1):
             raise ValueError("tokens, lengths and tables must be contiguous along their last axis")
-        hidden = torch.empty(count, decoder.hidden_size, dtype=decoder.dtype, device=decoder.device)
-        logits = torch.empty(count, decoder.vocab_size, dtype=decoder.dtype, device=decoder.device)
+        hidden = room("normed", count, decoder.hidden_size, dtype=decoder.dtype)
+        logits = room("logits", count, decoder.vocab_size, dtype=decoder.dtype)
+        call = native.PersistentDecodeCall.from_buffer_copy(self._call)
         call.tokens, call.seq_lens = tokens.data_ptr(), seq_lens.data_ptr()
         call.block_table, call.block_table_stride = block_table.data_ptr(), block_table.stride(0)
         call.prefix_table, call.prefix_table_stride = prefix_table.data_ptr(), prefix_table.stride(0)
@@ -175,19 +182,15 @@ class PersistentStep:
         call.max_pages, call.max_prefix_pages = widths
         call.num_candidates, call.num_prefixes = count, len(prefix_table)
         call.hidden, call.logits = hidden.data_ptr(), logits.data_ptr()
-        self._launch(call)
-        return hidden, logits
+        return BoundStep((partial(self._launch, call),), hidden, logits)
 
-    def _layer(self, index: int, layer: nn.Module) -> list[int]:
-        """The fields of `native.DecoderLayer`; weights are packed as the layer's own step packs them."""
-        attn, mlp = layer.attn, layer.mlp
-        qkv, qkv_bias = pack_linears([attn.q_proj, attn.k_proj, attn.v_proj])
-        for conv in (mlp.c_fc, mlp.c_proj):
-            transpose_storage(conv)
-        tensors = [layer.input_layernorm.weight, layer.input_layernorm.bias, qkv, qkv_bias]
-        tensors += [attn.out_proj.weight, attn.out_proj.bias]
-        tensors += [layer.post_attention_layernorm.weight, layer.post_attention_layernorm.bias]
-        tensors += [mlp.c_fc.weight.t(), mlp.c_fc.bias, mlp.c_proj.weight.t(), mlp.c_proj.bias]
+    def _layer(self, index: int, layer: LayerWeights) -> list[int]:
+        """The fields of `native.DecoderLayer`."""
+        norms = layer.input_norm, layer.post_norm
+        products = layer.projections[0], layer.out, layer.mlp_in, layer.mlp_out
+        before, behind = ([norm.weight, norm.bias] for norm in norms)
+        qkv, out, first, second = ([product.weight, product.bias] for product in products)
+        tensors = [*before, *qkv, *out, *behind, *first, *second]
         pages = self.pages.data[index].unbind(0)
         return [_address(tensor) or 0 for tensor in (*tensors, *pages)]
 

@@ -1,91 +1,45 @@
-"""The matrix products of a decoder layer: through the layer's own modules, or over int8 weights of the engine's."""
+"""The linear layers of a decoder as the engine computes them: over the model's own weights, or copies in 8 bits."""
+
+from dataclasses import dataclass
 
 import torch
-from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from clvp_fast import ops
-from clvp_fast.models.common.parameters import apply_linear, pack_linears
-from clvp_fast.models.common.plain import activation_name, is_plain
+from clvp_fast.ops.binding import Call, Room
+from clvp_fast.ops.linear import bind_linear
 
 # How many rows of weights are turned into 8 bits at once.
 _ROWS = 256
 
 
-class ModuleProducts:
-    """The products of a `ClvpDecoderLayer` by its modules; its parameters are shared.
+@dataclass(frozen=True)
+class Product:
+    """A linear layer: `weight` `[out, in]`, `bias` `[out]` or None; with int8 weights `scale` `[out]` float32."""
 
-    All take and give rows `[tokens, ...]` of the model's dtype.
-    """
-
-    def __init__(self, layer: nn.Module):
-        self.project = layer.attn.project
-        self.mlp = layer.mlp
-        self._out_proj = layer.attn.out_proj
-
-    def out(self, attended: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        return apply_linear(self._out_proj, attended, residual)
-
-
-class Int8Linear:
-    """A linear layer over a copy of its weights in 8 bits, symmetric, with a scale for each row.
-
-    Args:
-        weight: `[out, in]`.
-        bias: `[out]`, or None; shared.
-    """
-
-    @torch.no_grad()
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None):
-        # Rows side by side, as all kernels read them best, also where `weight` is a view that has columns so.
-        self.weight = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-        self.scale = torch.empty(len(weight), device=weight.device)
-        # Some rows at a time, as copies of whole weights in float32 would leave holes in the heap.
-        for rows, copies, scales in zip(*(x.split(_ROWS) for x in (weight, self.weight, self.scale)), strict=True):
-            wide = rows.float()
-            # A row of zeros has any scale; the smallest normal number keeps it from 0 / 0.
-            scales.copy_(wide.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / 127)
-            copies.copy_((wide / scales[:, None]).round())
-        self.bias = bias
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    scale: torch.Tensor | None = None
 
     def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """`[..., in]` to `[..., out]`; a residual is added, and the result has its dtype."""
         return ops.linear(x, self.weight, self.bias, scale=self.scale, residual=residual)
 
+    def bind(self, out: torch.Tensor, room: Room, x: torch.Tensor, residual: torch.Tensor | None = None) -> Call:
+        """The same into `out`, as `bind_linear` tells."""
+        return bind_linear(out, room, x, self.weight, self.bias, scale=self.scale, residual=residual)
 
-class Int8Products:
-    """The products of a `ClvpDecoderLayer` over int8 copies of its weights, made here; activations stay as they are.
 
-    Raises `ValueError` if a linear layer has been replaced or hooked: its weights would not say what it computes.
-    """
-
-    def __init__(self, layer: nn.Module):
-        attn, mlp = layer.attn, layer.mlp
-        linears = [attn.q_proj, attn.k_proj, attn.v_proj]
-        plain = all(is_plain(linear, nn.Linear) for linear in (*linears, attn.out_proj))
-        activation = activation_name(mlp.act)
-        if not plain or activation is None or not all(is_plain(conv, Conv1D) for conv in (mlp.c_fc, mlp.c_proj)):
-            raise ValueError("int8 weights are made of plain linear layers: merge adapters, and remove hooks, first")
-        self._heads = attn.num_heads, attn.head_dim
-        self._qkv = Int8Linear(*pack_linears(linears))
-        self.out = Int8Linear(attn.out_proj.weight, attn.out_proj.bias)
-        self._activation = activation
-        self._in = Int8Linear(mlp.c_fc.weight.t(), mlp.c_fc.bias)
-        self._out = Int8Linear(mlp.c_proj.weight.t(), mlp.c_proj.bias)
-
-    def project(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries, keys and values `[tokens, num_heads, head_dim]`, views of one projection."""
-        return self._qkv(hidden).view(*hidden.shape[:-1], 3, *self._heads).unbind(-3)
-
-    def mlp(self, hidden: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        first, second = self._in, self._out
-        return ops.gelu_mlp(
-            hidden,
-            first.weight,
-            first.bias,
-            second.weight,
-            second.bias,
-            residual=residual,
-            activation=self._activation,
-            scale_in=first.scale,
-            scale_out=second.scale,
-        )
+@torch.no_grad()
+def in_int8(product: Product) -> Product:
+    """The product over a copy of its weights in 8 bits, symmetric, with a scale for each row; the bias is shared."""
+    weight = product.weight
+    # Rows side by side, as all kernels read them best, also where `weight` is a view that has columns so.
+    copied = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    scale = torch.empty(len(weight), device=weight.device)
+    # Some rows at a time, as copies of whole weights in float32 would leave holes in the heap.
+    for rows, copies, scales in zip(*(x.split(_ROWS) for x in (weight, copied, scale)), strict=True):
+        wide = rows.float()
+        # A row of zeros has any scale; the smallest normal number keeps it from 0 / 0.
+        scales.copy_(wide.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / 127)
+        copies.copy_((wide / scales[:, None]).round())
+    return Product(copied, product.bias, scale)

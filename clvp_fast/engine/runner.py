@@ -1,8 +1,8 @@
 """The data plane: pages, the state of decoding slots, and the step that advances them all.
 
 Only here the host and the device exchange anything: a scheduler's changes go there before a step, in one copy
-(`slots.py`), tokens come back behind it and are read when wanted. Within a step nothing is read on the host:
-embed → layers → norms → head → sample → state.
+(`slots.py`), tokens come back behind it and are read when wanted. Within a step nothing is read on the host, and
+nothing decided: a step is a list of calls, bound at the first of its kind (`step.py`).
 
 The bits of a row. Our operators treat each row alone; torch's matrix products promise less, in float32 on a CPU
 (`decoder.min_rows`) and in float64, where hardly two numbers of rows agree. So a step has at least as many rows as give
@@ -12,22 +12,25 @@ number of rows on any machine and in any dtype.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import numpy as np
 import torch
 
-from clvp_fast import ops
 from clvp_fast.engine.decoder import PagedDecoder, min_rows
 from clvp_fast.engine.persistent import MAX_ROWS, PersistentStep
 from clvp_fast.engine.scheduler import batch_buckets
-from clvp_fast.engine.slots import NEUTRAL, SlotState, to_device
+from clvp_fast.engine.slots import SlotState, to_device
+from clvp_fast.engine.step import ENTERED, bind_draw
 from clvp_fast.models.clvp.tokens import longest_prompt, stop_token
-from clvp_fast.ops.dispatch import OPERATORS, device_guard, uncast
+from clvp_fast.ops.binding import Call, Room
+from clvp_fast.ops.dispatch import OPERATORS, device_guard, situation, uncast
 
 # How many tokens of several prompts are prefilled at once.
 PREFILL_TOKENS = 8192
+# How many steps, of other rows or settings, are kept bound: a few hundred kilobytes each.
+MAX_BOUND = 32
 
 
 def _on_its_device(method):
@@ -119,9 +122,10 @@ class Runner:
         self._min_rows = min_rows(model)
         self._prefill_tokens = 0 if deterministic or device.type == "cpu" else PREFILL_TOKENS
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        self._addresses: tuple[int, ...] = ()
+        self._bound: dict[tuple, tuple[Call, ...]] = {}
 
         rows = self._capacity = max(max_batch, self._min_rows)
+        self._room = Room(rows, device)
         self.slots = SlotState(
             rows,
             -(-max_new_tokens // page_size),
@@ -158,6 +162,8 @@ class Runner:
             return
         if self.slots.active.any():
             raise RuntimeError("warm_up() runs steps of its own: call it while no candidate holds a slot")
+        if self.decoder.follow():
+            self._bound.clear()
         if self._persistent is not None:
             self._make_persistent()  # where the parameters lie now
         if not self._captures:
@@ -179,7 +185,6 @@ class Runner:
             self._graphs[size] = graph
             if progress is not None:
                 progress(count, len(sizes))
-        self._addresses = self.decoder.addresses()
 
     @torch.inference_mode()
     @_on_its_device
@@ -197,9 +202,11 @@ class Runner:
         """
         if not (step.freed_slots or step.prefills or step.admitted or step.new_pages or step.moves):
             return
-        noted = self._graphs or self._persistent is not None
-        if noted and step.admitted and self.decoder.addresses() != self._addresses:
-            raise RuntimeError("the model's parameters moved after warm_up(): call it again when no candidate runs")
+        if step.admitted and self.decoder.has_moved:
+            if self._graphs or self._persistent is not None:
+                raise RuntimeError("the model's parameters moved after warm_up(): call it again when no candidate runs")
+            self.decoder.follow()
+            self._bound.clear()
         for prefill in step.prefills:
             self._check_prompt(prefill, prompts[prefill.key])
         self.slots.apply(step, params)
@@ -257,7 +264,7 @@ class Runner:
     def _make_persistent(self) -> None:
         tables = (self.slots.tensors[name].shape[1] for name in ("block_table", "prefix_table"))
         self._persistent = PersistentStep(self.decoder, self.pages, *tables)
-        self._addresses = self.decoder.addresses()
+        self._bound.clear()
 
     def _refuse_torch_attention(self) -> None:
         """Raise where attention would take its torch path, whose sums are as long as the longest row's."""
@@ -290,36 +297,29 @@ class Runner:
 
         `shortcuts`: numbers in the place of tensors for `sample`, where that spares work and changes no token.
         """
-        state = self.slots.first(rows)
-        seq_lens, lengths = state["seq_lens"], state["lengths"]
-        inactive = seq_lens < 0
-        names = ("token", "seq_lens", "block_table", "prefix_table", "prefix_lens", "prefix_index")
-        arguments = [state[name] for name in names]
+        key = (rows, *situation(), *shortcuts.items())
+        calls = self._bound.pop(key, None) or self._bind(rows, shortcuts)
+        self._bound[key] = calls  # behind the others: the first are those of long ago
+        if len(self._bound) > MAX_BOUND:
+            del self._bound[next(iter(self._bound))]
+        for call in calls:
+            call()
+
+    def _bind(self, rows: int, shortcuts: dict[str, float | bool]) -> tuple[Call, ...]:
+        """The calls of a step; all decisions are made here."""
+        state, room = self.slots.first(rows), self._room
+        inactive = room("inactive", rows, dtype=torch.bool)
+        entered = [state[name] for name in ENTERED]
         if self._persistent is not None and rows <= MAX_ROWS:
-            hidden, logits = self._persistent.step(*arguments)
+            bound = self._persistent.bind(*entered, room)
         else:
-            hidden, logits = self.decoder.step(*arguments, self.pages, self._arrivals[:rows])
+            bound = self.decoder.bind(*entered, self.pages, self._arrivals[:rows], room)
+        calls = [partial(torch.lt, state["seq_lens"], 0, out=inactive), *bound.calls]
         if self._latents is not None:
             # Inactive rows write behind the states that they have, of which there are `lengths`.
-            self._latents.index_put_((self._rows[:rows], lengths), hidden)
-        # Each slot has a stop token of its own, so that `sample` is told of none: it leaves `inactive` as it is.
-        tokens = ops.sample(
-            logits,
-            state["seen"],
-            lengths,
-            inactive,
-            seed=state["seed"],
-            candidate=state["candidate"],
-            step=lengths,
-            stop_token=-1,
-            pad_token=-1,
-            **{name: state[name] for name in (*NEUTRAL, "do_sample")} | shortcuts,
-        )
-        stopped = inactive | (tokens == state["stop"]) | (lengths >= state["limit"])
-        torch.clamp(tokens, min=0, out=state["token"])
-        # The tokens drawn so far are those stored before the next step, the start token for the one not entered yet.
-        seq_lens.copy_(lengths).masked_fill_(stopped, -1)
-        torch.stack((tokens, stopped.long()), out=self._result(rows))
+            places = self._rows[:rows], state["lengths"]
+            calls.append(partial(self._latents.index_put_, places, bound.hidden))
+        return *calls, *bind_draw(state, inactive, bound.logits, self._result(rows), shortcuts, room)
 
     def _check_prompt(self, prefill, prompt: torch.Tensor) -> None:
         expected = prefill.prefix_len, self.decoder.hidden_size

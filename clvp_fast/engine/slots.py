@@ -75,9 +75,12 @@ class SlotState:
         self.active = np.zeros(rows, dtype=bool)
         self._greedy = np.zeros(rows, dtype=bool)
         self._known = {name: np.full(rows, value, dtype=np.float64) for name, value in NEUTRAL.items()}
+        # By a number of rows, what `shortcuts` found since the slots changed last.
+        self._found: dict[int, dict[str, float | bool]] = {}
 
     def clear(self) -> None:
         """Make every slot inactive, whatever it held."""
+        self._found.clear()
         self.tensors["seq_lens"].fill_(-1)
         self._forget(np.arange(self.rows))
 
@@ -90,12 +93,15 @@ class SlotState:
 
         Of a parameter its neutral value, where all have that; of `do_sample` what the active ones agree on.
         """
+        if rows in self._found:
+            return self._found[rows]
         found: dict[str, float | bool] = {
             name: value for name, value in NEUTRAL.items() if (self._known[name][:rows] == value).all()
         }
         greedy, active = self._greedy[:rows], self.active[:rows]
         if not greedy.any() or greedy[active].all():
             found["do_sample"] = not greedy.any()
+        self._found[rows] = found
         return found
 
     def apply(self, step, params: Mapping[Any, Any]) -> None:
@@ -104,6 +110,7 @@ class SlotState:
         Raises `ValueError` for parameters (by key, `SamplingParams`) without a seed or with too many new tokens.
         """
         states = {key: self._request_state(key, params[key]) for key in {a.key for a in step.admitted}}
+        self._found.clear()
         updates = _Updates(self._offsets)
         slots = np.array([admission.slot for admission in step.admitted], dtype=np.int64)
         sources, targets = np.array(step.moves, dtype=np.int64).reshape(-1, 2).T

@@ -12,6 +12,7 @@ import shlex
 import shutil
 import sys
 import warnings
+from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -150,6 +151,25 @@ def check(code: int) -> None:
     if code:
         told = library("cuda").clvp_fast_cuda_error if code > 0 else library().clvp_fast_error
         raise RuntimeError(told(code).decode())
+
+
+def bound(function: str, call: ctypes.Structure, threads: int, *kept: object) -> Callable[[], None]:
+    """Makes a call of a CPU's kernel of what `call` says now, to be called any number of times.
+
+    Args:
+        function: its name in `csrc/clvp_fast.h`.
+        threads: how many it runs on.
+        kept: what has to live as long, as `call` holds its addresses.
+
+    Calling it raises `RuntimeError` as `check`.
+    """
+    entrance, pointer = getattr(library(), function), ctypes.byref(call)
+
+    def run(kept: tuple = kept) -> None:
+        if code := entrance(pointer, threads, None):
+            check(code)
+
+    return run
 
 
 @cache

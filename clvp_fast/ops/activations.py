@@ -1,10 +1,12 @@
 """Activations by the names of transformers' configurations."""
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
+from clvp_fast.ops.binding import Call, copying
 from clvp_fast.ops.dispatch import needs_grad
 
 
@@ -55,6 +57,12 @@ def activate(x: torch.Tensor, activation: str) -> torch.Tensor:
     if needs_grad(x):
         return ACTIVATIONS[activation](x)
     return _IN_PLACE.get(activation, ACTIVATIONS[activation])(x)
+
+
+def bind_activation(x: torch.Tensor, activation: str) -> Call:
+    """A call that puts the activation of `x` in its place; for inference."""
+    in_place = _IN_PLACE.get(activation)
+    return copying(partial(ACTIVATIONS[activation], x), x) if in_place is None else partial(in_place, x)
 
 
 def reference_activation(x: torch.Tensor, activation: str) -> torch.Tensor:

@@ -19,10 +19,12 @@ import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch.autograd import forward_ad
 
+from clvp_fast.ops.binding import Call, Results, Room, copying
 from clvp_fast.ops.choice import Choice, Choices
 
 BACKENDS = ("reference", "torch", "kernel")
@@ -59,6 +61,11 @@ def backend(name: str | None):
         yield
     finally:
         _forced = before
+
+
+def situation() -> tuple:
+    """What a choice depends on besides a call's arguments: what was bound in another one is to be bound anew."""
+    return _forced, getattr(forward_ad, "_current_level", -1) >= 0, torch.get_num_threads()
 
 
 def needs_grad(*tensors: torch.Tensor | None) -> bool:
@@ -141,6 +148,7 @@ def missing_for_cuda(device: torch.device) -> str | None:
 
 
 _MISSING = {
+    "reference": lambda device: None,
     "triton": missing_for_triton,
     "cuda": missing_for_cuda,
     "cpu": missing_natively,
@@ -161,6 +169,8 @@ class Implementation:
     calls: those that pay, as `explain` says it.
     warns: whether a call that it does not serve, on a device where it runs, is worth a warning.
     missing: tells why it cannot run on a device, or returns `None`; by default as its name says.
+    bind: of results to be written, `Room` and the arguments makes a call without arguments (`Operator.bind`), or `None`
+        where `run` has to see the arguments at each call. By default `run` serves, and its results are copied.
     """
 
     name: str
@@ -171,6 +181,7 @@ class Implementation:
     calls: str = ""
     warns: bool = True
     missing: Callable[[torch.device], str | None] | None = None
+    bind: Callable[..., Call | None] | None = None
 
     def __post_init__(self):
         if self.missing is None:
@@ -207,6 +218,7 @@ class Operator:
     ):
         self.name = name
         self.reference = reference
+        self._oracle = Implementation("reference", reference)
         self._unaliased = unaliased
         self._yields = yields
         self._parts = parts
@@ -275,12 +287,34 @@ class Operator:
         a kernel runs on the device and does not serve these arguments.
         Raises `RuntimeError` where a kernel is forced and cannot serve.
         """
+        chosen = self._choose(args, training)
+        return self.registered if chosen.name in KERNELS else chosen.run
+
+    def bind(self, args: tuple, out: Results, room: Room) -> Call:
+        """A call without arguments that computes `args` into `out`: who computes it is chosen here, and never again.
+
+        For inference. The tensors of `args` and `out` stay where they are; what they hold is read at each call. On a
+        GPU their device is the current one then. `situation()` has what else the choice depends on.
+
+        Args:
+            args: the schema's arguments, of which the first is a tensor.
+            out: the result, or one of each; `None` in the place of one that nobody wants.
+            room: for what is computed on the way.
+
+        Raises as `choose`.
+        """
+        chosen = self._choose(args)
+        call = None if chosen.bind is None else chosen.bind(out, room, *args)
+        return copying(partial(chosen.run, *args), out) if call is None else call
+
+    def _choose(self, args: tuple, training: str | None = None) -> Implementation:
         forced = _forced
         # Derivatives that are computed forward need functions of torch's alone: its fused attention has none.
         if forced == "reference" or getattr(forward_ad, "_current_level", -1) >= 0:
-            return self.reference
+            return self._oracle
+        plain = self.implementations[-1]
         if forced == "torch" or (training is not None and (forced is None or self._yields is not None)):
-            return self.torch
+            return plain
         device, why, absent = args[0].device, training, None
         if training is None:
             for each in self._asked[forced, device.type == "cpu"]:
@@ -290,12 +324,12 @@ class Operator:
                 if absent is None:
                     reason = each.why_not(*args)
                     if reason is None:
-                        return self.registered
+                        return each
                     if forced is None and each.warns:
                         self._warn(reason)
                     why = why or reason
         if forced is None or (self._yields is not None and self._yields(*args)):
-            return self.torch
+            return plain
         raise RuntimeError(
             f"the kernel of clvp_fast.{self.name} was forced and cannot serve on {device}: "
             f"{why or absent or self._no_kernel()}; choose backend 'torch' or 'reference', or force none"

@@ -6,6 +6,7 @@ out = token_table[token_ids] + position_table[position_ids]
 import torch
 import torch.nn.functional as F
 
+from clvp_fast.ops.binding import Call, Room, writing
 from clvp_fast.ops.dispatch import (
     Implementation,
     Operator,
@@ -35,6 +36,10 @@ def _fake(token_ids, position_ids, token_table, position_table, out_dtype=None):
     return token_table.new_empty((*token_ids.shape, token_table.shape[1]), dtype=out_dtype)
 
 
+def _why_not_type(device, dtype):
+    return unserved_by_triton("the tables", dtype)
+
+
 def _why_not(token_ids, position_ids, token_table, position_table, out_dtype=None):
     for name, dtype in (("the tables", token_table.dtype), ("out_dtype", out_dtype or token_table.dtype)):
         if reason := unserved_by_triton(name, dtype):
@@ -42,10 +47,10 @@ def _why_not(token_ids, position_ids, token_table, position_table, out_dtype=Non
     return None
 
 
-def _triton(token_ids, position_ids, token_table, position_table, out_dtype=None):
+def _triton(token_ids, position_ids, token_table, position_table, out_dtype=None, *, out=None):
     from clvp_fast.kernels import embedding
 
-    out = _fake(token_ids, position_ids, token_table, position_table, out_dtype)
+    out = _fake(token_ids, position_ids, token_table, position_table, out_dtype) if out is None else out
     if out.numel():
         length = token_ids.shape[-1] if token_ids.ndim else 1
         positions = position_ids.expand(token_ids.shape).reshape(-1, length)
@@ -62,7 +67,7 @@ _OPERATOR = Operator(
     reference=reference,
     fake=_fake,
     implementations=(
-        Implementation("triton", _triton, _why_not, lambda device, dtype: unserved_by_triton("the tables", dtype)),
+        Implementation("triton", _triton, _why_not, _why_not_type, bind=writing(_triton)),
         Implementation("torch", _torch),
     ),
 )
@@ -99,6 +104,27 @@ def embed(
         IndexError: an id outside its table, from torch on a CPU. On a GPU nothing can be raised without waiting for it:
             the kernel makes the rows of such ids NaN.
     """
+    args = (token_ids, position_ids, token_table, position_table, out_dtype)
+    _check(*args)
+    grad = "an embedding table requires grad" if needs_grad(token_table, position_table) else None
+    return _OPERATOR.choose(args, grad)(*args)
+
+
+def bind_embed(
+    out: torch.Tensor,
+    room: Room,
+    token_ids: torch.Tensor,
+    position_ids: torch.Tensor,
+    token_table: torch.Tensor,
+    position_table: torch.Tensor,
+) -> Call:
+    """`embed` of these arguments into `out`, in its dtype, bound as `Operator.bind` tells."""
+    args = (token_ids, position_ids, token_table, position_table, out.dtype)
+    _check(*args)
+    return _OPERATOR.bind(args, out, room)
+
+
+def _check(token_ids, position_ids, token_table, position_table, out_dtype):
     check_floating("out_dtype", out_dtype)
     _check_ids("token_ids", token_ids, token_ids)
     _check_ids("position_ids", position_ids, token_ids)
@@ -112,6 +138,3 @@ def embed(
     # Compared from the last axis on: an axis is equal, or 1, or absent.
     if len(shape) > len(whole) or any(a not in (1, b) for a, b in zip(shape[::-1], whole[::-1], strict=False)):
         raise shape_error("position_ids", f"{list(whole)}, that of token_ids, or one that expands to it", position_ids)
-    grad = "an embedding table requires grad" if needs_grad(token_table, position_table) else None
-    args = (token_ids, position_ids, token_table, position_table, out_dtype)
-    return _OPERATOR.choose(args, grad)(*args)

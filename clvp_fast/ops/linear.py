@@ -8,13 +8,14 @@ as they lie, round nothing but the result, and give a row the same bits whatever
 have another one, which packs the weights first (many_rows.py).
 """
 
-import ctypes
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
 from clvp_fast.ops import many_rows
-from clvp_fast.ops.activations import ACTIVATIONS, activate, reference_activation
+from clvp_fast.ops.activations import ACTIVATIONS, activate, bind_activation, reference_activation
+from clvp_fast.ops.binding import Call, Room, copying, in_turn, side_by_side
 from clvp_fast.ops.dispatch import (
     Implementation,
     Operator,
@@ -53,12 +54,15 @@ def _add(out, residual):
     return out.add_(residual)
 
 
-def _torch(x, weight, bias, scale, activation, residual=None):
+def _product(x, weight, bias, scale):
     if scale is None:
-        out = F.linear(x, weight, bias)
-    else:
-        out = F.linear(x, weight.to(x.dtype)) * scale.to(x.dtype)
-        out = out if bias is None else out + bias
+        return F.linear(x, weight, bias)
+    out = F.linear(x, weight.to(x.dtype)) * scale.to(x.dtype)
+    return out if bias is None else out + bias
+
+
+def _torch(x, weight, bias, scale, activation, residual=None):
+    out = _product(x, weight, bias, scale)
     out = out if activation is None else activate(out, activation)
     return _add(out, residual)
 
@@ -67,27 +71,48 @@ def _fake(x, weight, bias, scale, activation, residual=None):
     return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype if residual is None else residual.dtype)
 
 
-def _operands(x, weight, bias, scale, activation, residual=None):
-    """x as rows, vectors contiguous, and the result to be written."""
-    out = _fake(x, weight, bias, scale, activation, residual)
-    return as_rows(x), *(None if vector is None else vector.contiguous() for vector in (bias, scale)), out
+def _bind_torch(out, room, x, weight, bias, scale, activation, residual=None):
+    product = partial(_product, x, weight, bias, scale)
+    if residual is not None:
+        return None if activation is not None else lambda: torch.add(product(), residual, out=out)
+    write = partial(F.linear, x, weight, bias, out=out) if scale is None else copying(product, out)
+    return write if activation is None else in_turn(write, bind_activation(out, activation))
 
 
-def _triton(x, weight, bias, scale, activation, residual=None):
+def _operands(x, bias, scale):
+    """x as rows, and vectors contiguous."""
+    return as_rows(x), *(None if vector is None else vector.contiguous() for vector in (bias, scale))
+
+
+def _triton(x, weight, bias, scale, activation, residual=None, *, out=None):
     """kernels/linear.py."""
     from clvp_fast.kernels import linear as kernels
 
-    rows, bias, scale, out = _operands(x, weight, bias, scale, activation)
+    rows, bias, scale = _operands(x, bias, scale)
+    out = _fake(x, weight, bias, scale, activation) if out is None else out
     if out.numel() > 0:
         kernels.linear(rows, weight, scale, bias, activation or "linear", out=out.view(-1, len(weight)))
     return _add(out, residual)
 
 
+def _bind_triton(out, room, *args):
+    residual = args[-1]
+    # A wider residual has the result in its own type.
+    return None if residual is not None and residual.dtype != args[0].dtype else partial(_triton, *args, out=out)
+
+
 def _native(x, weight, bias, scale, activation, residual=None):
     """csrc/cpu/linear.cpp."""
+    out = _fake(x, weight, bias, scale, activation, residual)
+    _native_call(out, x, weight, bias, scale, activation, residual)()
+    return out
+
+
+def _native_call(out, x, weight, bias, scale, activation, residual):
+    """The kernel's call on these tensors, or on contiguous copies that are made now where they have to be."""
     from clvp_fast import native
 
-    rows, bias, scale, out = _operands(x, weight, bias, scale, activation, residual)
+    rows, bias, scale = _operands(x, bias, scale)
     residual = None if residual is None else residual.contiguous()
     dtype = native.FLOAT32 if x.dtype == torch.float32 else native.BFLOAT16
     call = native.LinearCall(
@@ -105,8 +130,14 @@ def _native(x, weight, bias, scale, activation, residual=None):
         native.INT8 if weight.dtype == torch.int8 else dtype,
         native.NO_ACTIVATION if activation is None else native.GELU_TANH,
     )
-    native.check(native.library().clvp_fast_linear_cpu(ctypes.byref(call), torch.get_num_threads(), None))
-    return out
+    kept = rows, weight, bias, scale, residual, out
+    return native.bound("clvp_fast_linear_cpu", call, torch.get_num_threads(), *kept)
+
+
+def _bind_cpu(out, room, x, weight, bias, scale, activation, residual=None):
+    if many_rows.are_many(x) or not side_by_side(out, x, bias, scale, residual):
+        return None
+    return _native_call(out, x, weight, bias, scale, activation, residual)
 
 
 def _cpu(*args):
@@ -161,9 +192,9 @@ _OPERATOR = Operator(
     fake=_fake,
     implementations=(
         # For int8 weights torch has no product, only one over a wider copy of them.
-        Implementation("triton", _triton, _why_not_triton, _why_not_type_triton, pays=_takes_int8),
-        Implementation("cpu", _cpu, _why_not_cpu, many_rows.unserved_type, calls=_CALLS, warns=False),
-        Implementation("torch", _torch),
+        Implementation("triton", _triton, _why_not_triton, _why_not_type_triton, pays=_takes_int8, bind=_bind_triton),
+        Implementation("cpu", _cpu, _why_not_cpu, many_rows.unserved_type, calls=_CALLS, warns=False, bind=_bind_cpu),
+        Implementation("torch", _torch, bind=_bind_torch),
     ),
     yields=lambda x, weight, *others: weight.dtype != torch.int8 or (x.device.type == "cpu" and not interpreted()),
 )
@@ -208,17 +239,10 @@ def linear(
             the result's shape, or of another dtype or device.
     """
     args = (x, weight, bias, scale, activation, residual)
-    if activation is not None and activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be None or one of {', '.join(ACTIVATIONS)}, not {activation!r}")
-    check_scale(scale, weight, x)
     cast = autocasts(x.device)
-    if residual is not None:
-        if residual.shape != (*x.shape[:-1], weight.shape[0]):
-            raise shape_error("residual", f"{[*x.shape[:-1], weight.shape[0]]}", residual)
-        if not cast:
-            check_residual(residual, x)
-        if residual.dtype != torch.float32 or activation not in _FUSED:
-            return _add(linear(x, weight, bias, scale=scale, activation=activation), residual)
+    _check(*args, cast)
+    if residual is not None and (residual.dtype != torch.float32 or activation not in _FUSED):
+        return _add(linear(x, weight, bias, scale=scale, activation=activation), residual)
     if activation not in _FUSED:
         return activate(linear(x, weight, bias, scale=scale), activation)
     if cast or torch.compiler.is_compiling():
@@ -226,3 +250,40 @@ def linear(
     else:
         training = gradient(x, weight, bias, residual)
     return _OPERATOR.choose(args, training)(*args)
+
+
+def bind_linear(
+    out: torch.Tensor,
+    room: Room,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    scale: torch.Tensor | None = None,
+    activation: str | None = None,
+    residual: torch.Tensor | None = None,
+) -> Call:
+    """`linear` of these arguments into `out`, bound as `Operator.bind` tells; it has the bits of `linear`."""
+    args = (x, weight, bias, scale, activation, residual)
+    _check(*args, cast=False)
+    if residual is not None and residual.dtype != torch.float32:
+        product = bind_linear(out, room, x, weight, bias, scale=scale, activation=activation)
+        return in_turn(product, partial(out.add_, residual))
+    if activation not in _FUSED:
+        if residual is not None:
+            settings = dict(scale=scale, activation=activation, residual=residual)
+            return copying(partial(linear, x, weight, bias, **settings), out)
+        product = bind_linear(out, room, x, weight, bias, scale=scale)
+        return in_turn(product, bind_activation(out, activation))
+    return _OPERATOR.bind(args, out, room)
+
+
+def _check(x, weight, bias, scale, activation, residual, cast):
+    if activation is not None and activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be None or one of {', '.join(ACTIVATIONS)}, not {activation!r}")
+    check_scale(scale, weight, x)
+    if residual is not None:
+        if residual.shape != (*x.shape[:-1], weight.shape[0]):
+            raise shape_error("residual", f"{[*x.shape[:-1], weight.shape[0]]}", residual)
+        if not cast:
+            check_residual(residual, x)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from clvp_fast.ops import many_rows
 from clvp_fast.ops.activations import ACTIVATIONS, activate, reference_activation
+from clvp_fast.ops.binding import Call, Room, in_turn, writing
 from clvp_fast.ops.dispatch import (
     Implementation,
     Operator,
@@ -26,7 +27,7 @@ from clvp_fast.ops.dispatch import (
     shape_error,
     unserved_by_triton,
 )
-from clvp_fast.ops.linear import check_scale, linear
+from clvp_fast.ops.linear import bind_linear, check_scale, linear
 
 
 def _out_dtype(x, residual):
@@ -63,6 +64,14 @@ def _gelu_torch(x, w_in, b_in, w_out, b_out, residual, activation, scale_in=None
     return linear(hidden, w_out, b_out, scale=scale_out, residual=residual)
 
 
+def _bind_gelu_torch(out, room, x, w_in, b_in, w_out, b_out, residual, activation, scale_in=None, scale_out=None):
+    hidden = room("mlp", len(x), len(w_in), dtype=x.dtype)
+    return in_turn(
+        bind_linear(hidden, room, x, w_in, b_in, scale=scale_in, activation=activation),
+        bind_linear(out, room, hidden, w_out, b_out, scale=scale_out, residual=residual),
+    )
+
+
 def _geglu_torch(x, w_in, b_in, w_out, b_out, residual, activation, dropout_p=0.0):
     h, gate = linear(x, w_in, b_in).chunk(2, dim=-1)
     gate = activate(gate, activation)
@@ -94,11 +103,11 @@ def _why_not_cpu(x, w_in, b_in, w_out, b_out, residual, activation, *scales):
     return many_rows.unserved(x, activation, w_in, w_out)
 
 
-def _triton(x, w_in, b_in, w_out, b_out, residual, activation, scale_in=None, scale_out=None, *, gated=False):
+def _triton(x, w_in, b_in, w_out, b_out, residual, activation, scale_in=None, scale_out=None, *, gated=False, out=None):
     from clvp_fast.kernels import mlp
 
     outer, inner = w_out.shape
-    out = _fake(x, w_in, b_in, w_out, b_out, residual, activation)
+    out = _fake(x, w_in, b_in, w_out, b_out, residual, activation) if out is None else out
     if out.numel() == 0:
         return out
     flat = as_rows(x)
@@ -131,13 +140,13 @@ def _pays(x, *others):
     return many_rows.are_many(x) and not torch.compiler.is_compiling()
 
 
-def _implementations(plain, gated):
+def _implementations(plain, gated, bind=None):
     triton, cpu = partial(_triton, gated=gated), partial(_cpu, gated=gated)
     # Nobody expects a CPU to have a kernel for all types.
     return (
-        Implementation("triton", triton, _why_not_triton, _why_not_type_triton, calls=_CALLS),
+        Implementation("triton", triton, _why_not_triton, _why_not_type_triton, calls=_CALLS, bind=writing(triton)),
         Implementation("cpu", cpu, _why_not_cpu, many_rows.unserved_type, _pays, _CALLS, warns=False),
-        Implementation("torch", plain),
+        Implementation("torch", plain, bind=bind),
     )
 
 
@@ -148,7 +157,7 @@ _GELU = Operator(
     f"({_ARGUMENTS}, Tensor? scale_in=None, Tensor? scale_out=None) -> Tensor",
     reference=gelu_reference,
     fake=_fake,
-    implementations=_implementations(_gelu_torch, gated=False),
+    implementations=_implementations(_gelu_torch, gated=False, bind=_bind_gelu_torch),
 )
 _GEGLU = Operator(
     "geglu_mlp",
@@ -229,6 +238,26 @@ def gelu_mlp(
         args = (*args, scale_in, scale_out)
     _check(1, *args)
     return _GELU.choose(args, training(*args[:6]))(*args)
+
+
+def bind_gelu_mlp(
+    out: torch.Tensor,
+    room: Room,
+    x: torch.Tensor,
+    w_in: torch.Tensor,
+    b_in: torch.Tensor,
+    w_out: torch.Tensor,
+    b_out: torch.Tensor,
+    *,
+    residual: torch.Tensor | None = None,
+    activation: str = "gelu_new",
+    scale_in: torch.Tensor | None = None,
+    scale_out: torch.Tensor | None = None,
+) -> Call:
+    """`gelu_mlp` of these arguments, `x` `[N, H]`, into `out`, bound as `Operator.bind` tells."""
+    args = (x, w_in, b_in, w_out, b_out, residual, activation, scale_in, scale_out)
+    _check(1, *args)
+    return _GELU.bind(args, out, room)
 
 
 def geglu_mlp(

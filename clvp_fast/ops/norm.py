@@ -14,6 +14,7 @@ hundreds of decode steps of sixty norms.
 import torch
 import torch.nn.functional as F
 
+from clvp_fast.ops.binding import Call, Room, writing
 from clvp_fast.ops.dispatch import (
     Implementation,
     Operator,
@@ -104,10 +105,10 @@ def _why_not(x, residual, weight, bias, eps, kind, out_dtype=None):
     return unserved(x.shape[-1], x.dtype, out_dtype, *others)
 
 
-def _triton(x, residual, weight, bias, eps, kind, out_dtype=None):
+def _triton(x, residual, weight, bias, eps, kind, out_dtype=None, *, out=None):
     from clvp_fast.kernels import norm
 
-    total, normed = _fake(x, residual, weight, bias, eps, kind, out_dtype)
+    total, normed = _fake(x, residual, weight, bias, eps, kind, out_dtype) if out is None else out
     if x.numel():
         others = (None, None) if residual is None else (as_rows(residual), as_rows(total))
         weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
@@ -122,7 +123,10 @@ _OPERATOR = Operator(
     " -> (Tensor, Tensor)",
     reference=reference,
     fake=_fake,
-    implementations=(Implementation("triton", _triton, _why_not, unserved_type), Implementation("torch", _torch)),
+    implementations=(
+        Implementation("triton", _triton, _why_not, unserved_type, bind=writing(_triton)),
+        Implementation("torch", _torch),
+    ),
     unaliased=_unaliased,
 )
 
@@ -146,10 +150,10 @@ def _double_why_not(x, weight1, bias1, eps1, weight2, bias2, eps2, out_dtype=Non
     return unserved(x.shape[-1], x.dtype, out_dtype, *others)
 
 
-def _double_triton(x, weight1, bias1, eps1, weight2, bias2, eps2, out_dtype=None):
+def _double_triton(x, weight1, bias1, eps1, weight2, bias2, eps2, out_dtype=None, *, out=None):
     from clvp_fast.kernels import norm
 
-    first, second = _double_fake(x, weight1, bias1, eps1, weight2, bias2, eps2, out_dtype)
+    first, second = _double_fake(x, weight1, bias1, eps1, weight2, bias2, eps2, out_dtype) if out is None else out
     if x.numel():
         weight1, bias1, weight2, bias2 = (
             None if affine is None else affine.contiguous() for affine in (weight1, bias1, weight2, bias2)
@@ -166,7 +170,7 @@ _DOUBLE = Operator(
     reference=_double_reference,
     fake=_double_fake,
     implementations=(
-        Implementation("triton", _double_triton, _double_why_not, unserved_type),
+        Implementation("triton", _double_triton, _double_why_not, unserved_type, bind=writing(_double_triton)),
         Implementation("torch", _double_torch),
     ),
 )
@@ -212,6 +216,33 @@ def add_norm(
     Raises:
         ValueError, TypeError: an unknown kind, or shapes, dtypes or devices that do not match.
     """
+    args = (x, residual, weight, bias, eps, kind, out_dtype)
+    _check(*args)
+    total, normed = _OPERATOR.choose(args, gradient(x, residual, weight, bias))(*args)
+    return (x if residual is None else total), normed
+
+
+def bind_add_norm(
+    out: tuple[torch.Tensor | None, torch.Tensor],
+    room: Room,
+    x: torch.Tensor,
+    residual: torch.Tensor | None = None,
+    *,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    eps: float,
+    kind: str,
+) -> Call:
+    """`add_norm` of these arguments into `out`, in its dtypes, bound as `Operator.bind` tells.
+
+    The first result is None where there is no residual, and only there.
+    """
+    args = (x, residual, weight, bias, eps, kind, out[1].dtype)
+    _check(*args)
+    return _OPERATOR.bind(args, out, room)
+
+
+def _check(x, residual, weight, bias, eps, kind, out_dtype):
     if kind != "rms" and kind != "layer":
         raise ValueError(f"kind must be 'rms' or 'layer', not {kind!r}")
     if bias is not None and kind == "rms":
@@ -222,9 +253,6 @@ def add_norm(
         if residual.shape != x.shape:
             raise shape_error("residual", f"that of x, {list(x.shape)}", residual)
         check_residual(residual, x)
-    args = (x, residual, weight, bias, eps, kind, out_dtype)
-    total, normed = _OPERATOR.choose(args, gradient(x, residual, weight, bias))(*args)
-    return (x if residual is None else total), normed
 
 
 def double_layer_norm(
@@ -252,8 +280,30 @@ def double_layer_norm(
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not match.
     """
+    args = (x, weight1, bias1, eps1, weight2, bias2, eps2, out_dtype)
+    _check_double(*args)
+    return _DOUBLE.choose(args, gradient(x, weight1, bias1, weight2, bias2))(*args)
+
+
+def bind_double_layer_norm(
+    out: tuple[torch.Tensor, torch.Tensor],
+    room: Room,
+    x: torch.Tensor,
+    *,
+    weight1: torch.Tensor,
+    bias1: torch.Tensor | None,
+    eps1: float,
+    weight2: torch.Tensor,
+    bias2: torch.Tensor | None,
+    eps2: float,
+) -> Call:
+    """`double_layer_norm` of these arguments into `out`, the second in its dtype, bound as `Operator.bind` tells."""
+    args = (x, weight1, bias1, eps1, weight2, bias2, eps2, out[1].dtype)
+    _check_double(*args)
+    return _DOUBLE.bind(args, out, room)
+
+
+def _check_double(x, weight1, bias1, eps1, weight2, bias2, eps2, out_dtype):
     check_floating("out_dtype", out_dtype)
     _check_affine(x, weight1, bias1, "1")
     _check_affine(x, weight2, bias2, "2")
-    args = (x, weight1, bias1, eps1, weight2, bias2, eps2, out_dtype)
-    return _DOUBLE.choose(args, gradient(x, weight1, bias1, weight2, bias2))(*args)

@@ -13,11 +13,13 @@ On a CPU the decode step has a kernel of its own, in the native library of `csrc
 
 import ctypes
 import os
+from functools import partial
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 
+from clvp_fast.ops.binding import Call, Room, in_turn, writing
 from clvp_fast.ops.dispatch import (
     Implementation,
     Operator,
@@ -193,11 +195,24 @@ def _contiguous_last(*tensors):
     return [x if x is None or x.shape[-1] < 2 or x.stride(-1) == 1 else x.contiguous() for x in tensors]
 
 
-def _decode_native(q, k_new, v_new, k_pages, v_pages, block_table, seq_lens, *others):
+def _decode_native(q, *others):
     """csrc/cpu/paged_decode.cpp."""
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    _native_call(out, q, *others)()
+    return out
+
+
+def _bind_native(out, room, q, k_new, v_new, k_pages, v_pages, *others):
+    tensors = q, k_new, v_new, *others[:5]
+    if not all(mine is x for mine, x in zip(_contiguous_last(*tensors), tensors, strict=True)):
+        return None
+    return _native_call(out, q, k_new, v_new, k_pages, v_pages, *others)
+
+
+def _native_call(out, q, k_new, v_new, k_pages, v_pages, block_table, seq_lens, *others):
+    """The kernel's call on these tensors, or on copies that are made now where neighbours do not lie side by side."""
     from clvp_fast import native
 
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
     q, k_new, v_new, block_table, seq_lens = _contiguous_last(q, k_new, v_new, block_table, seq_lens)
     prefix, scale = _contiguous_last(*others[:3]), others[3]
     prefix_table = prefix[0]
@@ -218,8 +233,8 @@ def _decode_native(q, k_new, v_new, k_pages, v_pages, block_table, seq_lens, *ot
         native.FLOAT32 if q.dtype == torch.float32 else native.BFLOAT16,
         scale,
     )
-    native.check(native.library().clvp_fast_paged_decode_cpu(ctypes.byref(call), torch.get_num_threads(), None))
-    return out
+    kept = out, q, k_new, v_new, k_pages, v_pages, block_table, seq_lens, *prefix
+    return native.bound("clvp_fast_paged_decode_cpu", call, torch.get_num_threads(), *kept)
 
 
 def _decode_triton(
@@ -237,12 +252,14 @@ def _decode_triton(
     k_scale=None,
     v_scale=None,
     arrivals=None,
+    *,
+    out=None,
 ):
     """kernels/paged_attention.py."""
     from clvp_fast.kernels import paged_attention as kernels
 
     num_candidates, num_heads, head_dim = q.shape
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
     if out.numel() == 0:
         return out
     own, prefix = (0 if table is None else table.shape[1] * k_pages.shape[1] for table in (block_table, prefix_table))
@@ -318,8 +335,8 @@ _DECODE = Operator(
     reference=decode_reference,
     fake=lambda q, *others: torch.empty_like(q, memory_format=torch.contiguous_format),
     implementations=(
-        Implementation("triton", _decode_triton, _decode_why_not_triton, _why_not_type),
-        Implementation("cpu", _decode_native, _decode_why_not_cpu, unserved_natively),
+        Implementation("triton", _decode_triton, _decode_why_not_triton, _why_not_type, bind=writing(_decode_triton)),
+        Implementation("cpu", _decode_native, _decode_why_not_cpu, unserved_natively, bind=_bind_native),
         Implementation("torch", _decode_torch),
     ),
 )
@@ -470,6 +487,46 @@ def paged_attention_decode(
             exist, a length passes its table, or a request is unknown.
         RuntimeError: an argument requires grad, or a forced backend cannot serve.
     """
+    scale = q.shape[2] ** -0.5 if scale is None and q.ndim == 3 else scale
+    tables = (block_table, seq_lens, prefix_table, prefix_lens, prefix_index)
+    args = (q, k_new, v_new, k_pages, v_pages, *tables, scale, k_scale, v_scale, arrivals)
+    _check_decode(*args)
+    if _debug and not torch.compiler.is_compiling():
+        _check_decode_values(k_pages, *tables)
+    return _call(_DECODE, args)
+
+
+def bind_paged_attention_decode(
+    out: torch.Tensor,
+    room: Room,
+    q: torch.Tensor,
+    k_new: torch.Tensor,
+    v_new: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    *,
+    prefix_table: torch.Tensor | None = None,
+    prefix_lens: torch.Tensor | None = None,
+    prefix_index: torch.Tensor | None = None,
+    scale: float,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+    arrivals: torch.Tensor | None = None,
+) -> Call:
+    """`paged_attention_decode` of these arguments into `out`, contiguous, bound as `Operator.bind` tells."""
+    tables = (block_table, seq_lens, prefix_table, prefix_lens, prefix_index)
+    args = (q, k_new, v_new, k_pages, v_pages, *tables, scale, k_scale, v_scale, arrivals)
+    _check_decode(*args)
+    call = _DECODE.bind(args, out, room)
+    return in_turn(partial(_check_decode_values, k_pages, *tables), call) if _debug else call
+
+
+def _check_decode(
+    q, k_new, v_new, k_pages, v_pages, block_table, seq_lens, prefix_table, prefix_lens, prefix_index, scale, k_scale,
+    v_scale, arrivals,
+):  # fmt: skip
     _check(q, k_new, v_new, ("k_new", "v_new"), k_pages, v_pages, k_scale, v_scale)
     num_candidates = q.shape[0]
     _check_index("block_table", block_table, q, num_candidates, None)
@@ -484,11 +541,6 @@ def paged_attention_decode(
         _check_index("arrivals", arrivals, q, num_candidates, q.shape[1])
         if not arrivals.is_contiguous():
             raise ValueError(f"arrivals must be contiguous, not of strides {arrivals.stride()}")
-    scale = q.shape[2] ** -0.5 if scale is None else scale
-    tables = (block_table, seq_lens, prefix_table, prefix_lens, prefix_index)
-    if _debug and not torch.compiler.is_compiling():
-        _check_decode_values(k_pages, *tables)
-    return _call(_DECODE, (q, k_new, v_new, k_pages, v_pages, *tables, scale, k_scale, v_scale, arrivals))
 
 
 def paged_prefill(

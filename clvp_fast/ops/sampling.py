@@ -9,10 +9,11 @@ depend on these three alone, not on the batch.
 The kernels sort nothing. On a GPU Triton's serves, on a CPU that of the native library of `csrc/`.
 """
 
-import ctypes
+from functools import partial
 
 import torch
 
+from clvp_fast.ops.binding import Call, Room, copying, in_turn, writing
 from clvp_fast.ops.dispatch import (
     Implementation,
     Operator,
@@ -171,18 +172,47 @@ def _native(
     stop_token, pad_token, do_sample, sampled,
 ):  # fmt: skip
     """csrc/cpu/sample.cpp."""
-    from clvp_fast import native
-
-    count, vocab_size = logits.shape
-    logits = (logits.float() if logits.dtype == torch.float16 else logits).contiguous()
-    marks, flags = seen.contiguous(), done.contiguous()
-    tokens = logits.new_empty(count, dtype=torch.int64)
     reals = (temperature, top_p, typical_p, min_p, repetition_penalty)
     inputs = (
-        *(logits, marks, flags, None if sampled is None else sampled.contiguous()),
+        (logits.float() if logits.dtype == torch.float16 else logits).contiguous(),
+        *(None if x is None else x.contiguous() for x in (seen, done, sampled)),
         *(None if x is None else x.to(torch.float64).contiguous() for x in reals),
         *(None if x is None else x.to(torch.int64).contiguous() for x in (top_k, seed, candidate, step)),
     )
+    tokens = logits.new_empty(len(logits), dtype=torch.int64)
+    _native_call(tokens, inputs, pad_token, do_sample)()
+    return _advance(tokens, seen, lengths, done, stop_token, pad_token)
+
+
+def _bind_native(
+    out, room, logits, seen, lengths, done, temperature, top_k, top_p, typical_p, min_p, repetition_penalty, seed,
+    candidate, step, stop_token, pad_token, do_sample, sampled,
+):  # fmt: skip
+    reals = (temperature, top_p, typical_p, min_p, repetition_penalty)
+    whole = (top_k, seed, candidate, step)
+    types = (*(x.dtype for x in (seen, done)), torch.bool, *[torch.float64] * len(reals), *[torch.int64] * len(whole))
+    given = (seen, done, sampled, *reals, *whole)
+    if logits.dtype == torch.float16 or not logits.is_contiguous():
+        return None
+    inputs, copies = [logits], []
+    for number, (x, dtype) in enumerate(zip(given, types, strict=True)):
+        if x is not None and (x.dtype != dtype or not x.is_contiguous()):
+            wanted = room(f"sample {number}", *x.shape, dtype=dtype)
+            copies.append(partial(wanted.copy_, x))
+            x = wanted
+        inputs.append(x)
+    tokens = room("sample", len(logits), dtype=torch.int64)
+    draw = _native_call(tokens, tuple(inputs), pad_token, do_sample)
+    enter = partial(_advance, tokens, seen, lengths, done, stop_token, pad_token)
+    return in_turn(*copies, draw, copying(enter, out))
+
+
+def _native_call(tokens, inputs, pad_token, do_sample):
+    """The kernel's call on the tensors that `struct clvp_fast_sample` names, contiguous, and of its types."""
+    from clvp_fast import native
+
+    logits, marks = inputs[:2]
+    count, vocab_size = logits.shape
     call = native.SampleCall(
         *(None if x is None else x.data_ptr() for x in (*inputs, tokens)),
         logits.stride(0),
@@ -193,15 +223,14 @@ def _native(
         native.FLOAT32 if logits.dtype == torch.float32 else native.BFLOAT16,
         do_sample,
     )
-    native.check(native.library().clvp_fast_sample_cpu(ctypes.byref(call), torch.get_num_threads(), None))
-    return _advance(tokens, seen, lengths, done, stop_token, pad_token)
+    return native.bound("clvp_fast_sample_cpu", call, torch.get_num_threads(), tokens, *inputs)
 
 
-def _triton(logits, seen, lengths, done, *others):
+def _triton(logits, seen, lengths, done, *others, out=None):
     """kernels/sampling.py."""
     from clvp_fast.kernels import sampling
 
-    tokens = logits.new_empty(logits.shape[0], dtype=torch.int64)
+    tokens = logits.new_empty(logits.shape[0], dtype=torch.int64) if out is None else out
     if len(tokens):
         logits = logits if logits.stride(1) == 1 else logits.contiguous()
         *others, sampled = others
@@ -238,8 +267,8 @@ _OPERATOR = Operator(
     reference=reference,
     fake=lambda logits, seen, lengths, *others: logits.new_empty(logits.shape[0], dtype=torch.int64),
     implementations=(
-        Implementation("triton", _triton, _why_not_triton, _why_not_type),
-        Implementation("cpu", _native, _why_not_cpu, _why_not_type),
+        Implementation("triton", _triton, _why_not_triton, _why_not_type, bind=writing(_triton)),
+        Implementation("cpu", _native, _why_not_cpu, _why_not_type, bind=_bind_native),
         Implementation("torch", _torch),
     ),
 )
@@ -337,6 +366,42 @@ def sample(
     Raises:
         ValueError, TypeError: shapes, dtypes, devices or numbers that cannot be.
     """
+    settings = (temperature, top_k, top_p, typical_p, min_p, repetition_penalty)
+    numbers = (seed, candidate, step)
+    args = _arguments(logits, seen, lengths, done, settings, numbers, stop_token, pad_token, do_sample)
+    return _OPERATOR.choose(args)(*args)
+
+
+def bind_sample(
+    out: torch.Tensor,
+    room: Room,
+    logits: torch.Tensor,
+    seen: torch.Tensor,
+    lengths: torch.Tensor,
+    done: torch.Tensor,
+    *,
+    temperature: float | torch.Tensor = 1.0,
+    top_k: int | torch.Tensor = 0,
+    top_p: float | torch.Tensor = 1.0,
+    typical_p: float | torch.Tensor = 1.0,
+    min_p: float | torch.Tensor = 0.0,
+    repetition_penalty: float | torch.Tensor = 1.0,
+    seed: torch.Tensor,
+    candidate: torch.Tensor,
+    step: torch.Tensor,
+    stop_token: int,
+    pad_token: int,
+    do_sample: bool | torch.Tensor = True,
+) -> Call:
+    """`sample` of these arguments into `out`, `[N]` int64, bound as `Operator.bind` tells."""
+    settings = (temperature, top_k, top_p, typical_p, min_p, repetition_penalty)
+    numbers = (seed, candidate, step)
+    args = _arguments(logits, seen, lengths, done, settings, numbers, stop_token, pad_token, do_sample)
+    return _OPERATOR.bind(args, out, room)
+
+
+def _arguments(logits, seen, lengths, done, settings, numbers, stop_token, pad_token, do_sample):
+    """The operator's arguments, checked: of the settings those that are not neutral, as tensors."""
     if logits.ndim != 2:
         raise shape_error("logits", "[candidates, vocabulary]", logits)
     count, vocab_size = logits.shape
@@ -351,10 +416,8 @@ def sample(
         if dtype is not None and tensor.dtype != dtype:
             raise TypeError(f"{name} must be {dtype}, not {tensor.dtype}")
         check_same(name, tensor, "logits", logits, dtype=False)
-    given = (temperature, top_k, top_p, typical_p, min_p, repetition_penalty)
-    names = ("temperature", "top_k", "top_p", "typical_p", "min_p", "repetition_penalty")
-    parameters = [_parameter(name, value, logits) for name, value in zip(names, given, strict=True)]
-    numbers = [_number(name, x, logits) for name, x in (("seed", seed), ("candidate", candidate), ("step", step))]
+    parameters = [_parameter(name, value, logits) for name, value in zip(_PARAMETERS, settings, strict=True)]
+    names = ("seed", "candidate", "step")
+    numbers = [_number(name, value, logits) for name, value in zip(names, numbers, strict=True)]
     choice = _choice(do_sample, logits)
-    args = (logits, seen, lengths, done, *parameters, *numbers, stop_token, pad_token, *choice)
-    return _OPERATOR.choose(args)(*args)
+    return logits, seen, lengths, done, *parameters, *numbers, stop_token, pad_token, *choice

@@ -9,10 +9,11 @@ import torch
 
 import clvp_fast
 from clvp_fast import ClvpDecoderConfig, ClvpForCausalLM, native
-from clvp_fast.engine import runner
+from clvp_fast.engine import runner, step as step_module
 from clvp_fast.engine.decoder import PagedDecoder
 from clvp_fast.engine.persistent import PersistentStep, unserved
 from clvp_fast.engine.sampling_params import SamplingParams
+from clvp_fast.ops.binding import copying
 from tests.csrc import compiled
 from tests.engine.test_decoder import prompts, tiny
 from tests.engine.test_runner import Driver, stopping
@@ -246,7 +247,6 @@ def full_table(stored, monkeypatch):
     for name, width in (("block_table", 2), ("prefix_table", 6)):
         scene[name] = scene[name][:, :width].contiguous()
     scene["seq_lens"][0] = stored
-    attend = clvp_fast.ops.paged_attention_decode
 
     def left_out(q, k_new, v_new, *, k_pages, v_pages, block_table, seq_lens, **tables):
         """Row 0 stores and attends to the last token of its table once more, in the place of the new one."""
@@ -254,9 +254,12 @@ def full_table(stored, monkeypatch):
         for new, pages in zip(news, (k_pages, v_pages), strict=True):
             new[0] = pages[last]
         lengths = torch.cat((seq_lens.new_tensor([31]), seq_lens[1:]))
-        return attend(q, *news, k_pages, v_pages, block_table, lengths, **tables)
+        return clvp_fast.ops.paged_attention_decode(q, *news, k_pages, v_pages, block_table, lengths, **tables)
 
-    monkeypatch.setattr(clvp_fast.ops, "paged_attention_decode", left_out)
+    def bind(out, room, *args, **tables):
+        return copying(functools.partial(left_out, *args, **tables), out)
+
+    monkeypatch.setattr(step_module, "bind_paged_attention_decode", bind)
     return scene
 
 
@@ -339,7 +342,7 @@ UNSERVED = {
     "heads": lambda: (decoder_of(torch.bfloat16, num_attention_heads=4), None),
     "inner size": lambda: (decoder_of(torch.bfloat16, n_inner=100), None),
     "activation": lambda: (decoder_of(torch.bfloat16, activation_function="relu"), None),
-    "hooked": lambda: (hooked(decoder_of(torch.bfloat16)), None),
+    "has hooks": lambda: (hooked(decoder_of(torch.bfloat16)), None),
 }
 
 

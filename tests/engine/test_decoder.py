@@ -5,8 +5,9 @@ import torch
 
 from clvp_fast import ops
 from clvp_fast.engine.decoder import PagedDecoder
-from clvp_fast.models.clvp.layers import ClvpDecoderMLP
+from clvp_fast.ops.dispatch import OPERATORS
 from clvp_fast.ops.paged_attention import FLOAT8
+from tests.kit import operators
 from tests.models.clvp.builders import SHAPES, START, STOP, clips, pair, texts
 
 PAGE_SIZE, STEPS = 16, 36
@@ -156,13 +157,14 @@ def test_parameters_are_shared():
     model = tiny().speech_decoder_model
     before = sum(p.numel() for p in model.parameters())
     decoder = PagedDecoder(model)
-    addresses = decoder.addresses()
-    greedy(model, prompts(tiny()), [0])
     assert decoder.model is model and sum(p.numel() for p in model.parameters()) == before
-    assert decoder.addresses() != addresses, "packed at first use"
-    settled = decoder.addresses()
+    of_model = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    layer = decoder.weights.layers[1]
+    read = [layer.projections[0].weight, layer.out.weight, layer.mlp_in.weight, layer.post_norm.bias]
+    assert all(tensor.untyped_storage().data_ptr() in of_model for tensor in read)
+    settled = decoder.weights.addresses()
     greedy(model, prompts(tiny()), [0])
-    assert decoder.addresses() == settled
+    assert decoder.weights.addresses() == settled and not decoder.has_moved
 
 
 def test_kernels_in_the_interpreter():
@@ -204,14 +206,17 @@ def test_a_half_type_keeps_its_residual_in_float32(dtype):
 
 def test_the_residual_is_float32_in_every_layer_of_prefill_and_step(monkeypatch):
     model = tiny().speech_decoder_model.to(torch.bfloat16)
-    seen, forward = [], ClvpDecoderMLP.forward
+    seen = []
 
-    def watched(self, hidden_states, residual):
-        out = forward(self, hidden_states, residual)
-        seen.append((hidden_states.dtype, residual.dtype, out.dtype))
-        return out
+    def around(run):
+        def watched(x, w_in, b_in, w_out, b_out, residual, *others):
+            out = run(x, w_in, b_in, w_out, b_out, residual, *others)
+            seen.append((x.dtype, residual.dtype, out.dtype))
+            return out
 
-    monkeypatch.setattr(ClvpDecoderMLP, "forward", watched)
+        return watched
+
+    operators.change(monkeypatch, OPERATORS["gelu_mlp"], "torch", around_run=around)
     greedy(model, [prompt.bfloat16() for prompt in prompts(tiny())], [0, 1, 2], steps=2)
     assert seen == [(torch.bfloat16, torch.float32, torch.float32)] * (1 + 2 * 2)
 

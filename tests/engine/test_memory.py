@@ -13,7 +13,6 @@ from clvp_fast import ClvpProcessor
 from clvp_fast.checkpoint import load_checkpoint
 from clvp_fast.engine import engine
 from clvp_fast.engine.memory import DecoderSizes, MemoryPlan, human_bytes, plan, trim_heap
-from clvp_fast.engine.products import Int8Linear
 from clvp_fast.engine.runner import Runner
 from tests.engine.test_decoder import tiny
 
@@ -99,7 +98,9 @@ def test_parts_are_those_of_a_runner(dtype, max_batch, page_dtype, weight_dtype)
     assert found.parts["pages"] == runner.pages.data.nbytes
     assert found.parts["latents"] == runner._latents.nbytes
     assert found.max_prefix_len == runner.max_prefix_len == 65
-    copies = [one for layer in runner.decoder._products for one in vars(layer).values() if isinstance(one, Int8Linear)]
+    layers = runner.decoder.weights.layers
+    products = [one for layer in layers for one in (*layer.projections, layer.out, layer.mlp_in, layer.mlp_out)]
+    copies = [one for one in products if one.scale is not None]
     assert found.parts["weights"] == sum(one.weight.nbytes + one.scale.nbytes for one in copies)
     assert bool(copies) == (weight_dtype is not None)
     state = runner.slots._arena.nbytes + runner._arrivals.nbytes
@@ -108,7 +109,7 @@ def test_parts_are_those_of_a_runner(dtype, max_batch, page_dtype, weight_dtype)
 
 
 def test_a_step_stays_within_its_part():
-    """The most bytes that a step of the model on a CPU holds at once, as torch's profiler counts them."""
+    """What a step of the model on a CPU keeps, and the most bytes that it holds besides, as torch's profiler counts."""
     model = tiny().speech_decoder_model
     found = plan(model, 10**8, max_batch=64, max_new_tokens=50)
     runner = Runner(model, found.num_pages, found.page_size, found.max_batch, found.max_new_tokens)
@@ -116,7 +117,7 @@ def test_a_step_stays_within_its_part():
         runner._step(64)
         with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             runner._step(64)
-    held = peak = 0
+    held = peak = sum(block.nbytes for block in runner._room._blocks.values())
     for event in profile.profiler.kineto_results.events():
         if event.name() == "[memory]":
             held += event.nbytes()

@@ -643,7 +643,6 @@ def test_replays_in_the_place_of_steps():
 
     runner._graphs = {size: SimpleNamespace(replay=partial(replay, size)) for size in (16, 20, 24)}
     runner._step = lambda *args, **options: pytest.fail("a step that could be replayed ran eagerly")
-    runner._addresses = runner.decoder.addresses()
     for slot, key in enumerate((2, 4, 0)):
         driver.admit(slot, key)
     driver.step()

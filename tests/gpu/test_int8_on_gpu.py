@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from clvp_fast.engine.products import Int8Linear
+from clvp_fast.engine.products import Product, in_int8
 from clvp_fast.ops import gelu_mlp, linear
 from tests.kit import random
 
@@ -15,7 +15,7 @@ COUNTS = (1, 2, 15, 16, 17, 32, 33, 63, 64, 65, 100, 128, 129, 200, 256, 257, 40
 
 def layer(outs, columns, seed, dtype):
     weight = random(outs, columns, seed=seed, scale=columns**-0.5, device="cuda")
-    return Int8Linear(weight, random(outs, seed=seed + 1, dtype=dtype, device="cuda"))
+    return in_int8(Product(weight, random(outs, seed=seed + 1, dtype=dtype, device="cuda")))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

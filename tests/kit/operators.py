@@ -13,7 +13,9 @@ def change(monkeypatch, operator, of: str = "kernel", **changes) -> None:
     def changed(each):
         if of not in (each.name, "torch" if each.name == "torch" else "kernel"):
             return each
-        return replace(each, **changes, **({"run": around(each.run)} if around else {}))
+        run = {"run": around(each.run)} if around else {}
+        # Of another `run`, what is bound is that.
+        return replace(each, **changes, **run, **({"bind": None} if run or "run" in changes else {}))
 
     use(monkeypatch, operator, tuple(changed(each) for each in operator.implementations))
 

@@ -1,0 +1,164 @@
+"""The decode step as a list of calls: who computes what, and where, is said when the list is made, and never within it.
+
+embed → layers → norms → head → draw → state, over tensors that stay where they are: a step of some number of rows is
+bound once, and made any number of times. What a choice depends on besides is `dispatch.situation`.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+
+from clvp_fast.engine.slots import NEUTRAL
+from clvp_fast.engine.weights import LayerWeights
+from clvp_fast.ops.binding import Call, Room, copying
+from clvp_fast.ops.embedding import bind_embed
+from clvp_fast.ops.mlp import bind_gelu_mlp
+from clvp_fast.ops.norm import bind_add_norm, bind_double_layer_norm
+from clvp_fast.ops.paged_attention import bind_paged_attention_decode
+from clvp_fast.ops.sampling import bind_sample
+
+if TYPE_CHECKING:
+    from clvp_fast.engine.decoder import KVPages, PagedDecoder
+
+#: What a decoder's step reads of the slots' state, in the order in which it takes it.
+ENTERED = ("token", "seq_lens", "block_table", "prefix_table", "prefix_lens", "prefix_index")
+
+
+@dataclass(frozen=True)
+class BoundStep:
+    """Calls that enter a token of each row, and where they leave hidden states and logits of the next ones."""
+
+    calls: tuple[Call, ...]
+    hidden: torch.Tensor
+    logits: torch.Tensor
+
+
+def bind_decoder(
+    decoder: "PagedDecoder",
+    tokens: torch.Tensor,
+    seq_lens: torch.Tensor,
+    tables: dict[str, torch.Tensor | None],
+    pages: "KVPages",
+    room: Room,
+) -> BoundStep:
+    """`PagedDecoder.step` of these tensors; `tables` are those of `paged_attention_decode`, with its `arrivals`."""
+    weights, rows, shape = decoder.weights, len(tokens), (len(tokens), decoder.hidden_size)
+    residual, between = (room(name, *shape, dtype=decoder.residual_dtype) for name in ("residual", "between"))
+    normed = room("normed", *shape, dtype=decoder.dtype)
+    logits = room("logits", rows, decoder.vocab_size, dtype=decoder.dtype)
+    positions = room("positions", rows, dtype=seq_lens.dtype)
+    calls = [
+        *_positions(positions, seq_lens, decoder.contiguous_positions, room),
+        bind_embed(residual, room, tokens, positions, weights.token_table, weights.position_table),
+    ]
+    for index, layer in enumerate(weights.layers):
+        attended = room("attended", *shape, dtype=decoder.dtype)
+        stored = {"seq_lens": seq_lens, **tables, **pages.layer(index), "scale": decoder.head_dim**-0.5}
+        calls += _attention(attended, room, layer, residual, normed, stored)
+        calls += _behind_attention(attended, room, layer, residual, between, normed)
+    first, second = weights.last_norm, weights.final_norm
+    affines = {f"{name}{n}": x for n, norm in ((1, first), (2, second)) for name, x in vars(norm).items()}
+    calls += [
+        bind_double_layer_norm((between, normed), room, residual, **affines),
+        weights.head.bind(logits, room, normed),
+    ]
+    return BoundStep(tuple(calls), normed, logits)
+
+
+def _positions(positions: torch.Tensor, seq_lens: torch.Tensor, contiguous: bool, room: Room) -> list[Call]:
+    """Of what follows `seq_lens` tokens: the k-th speech token stands at position k + 1, as in the original with its
+    cache; training counted k, and so do contiguous positions.
+    """
+    calls = [partial(torch.clamp, seq_lens, min=0, out=positions)]
+    if not contiguous:
+        begun = room("begun", len(seq_lens), dtype=torch.bool)
+        calls += [partial(torch.gt, positions, 0, out=begun), partial(torch.add, positions, begun, out=positions)]
+    return calls
+
+
+def _attention(
+    attended: torch.Tensor, room: Room, layer: LayerWeights, residual: torch.Tensor, normed: torch.Tensor, stored: dict
+) -> list[Call]:
+    """The norm of the residual, its projections, and attention over what is `stored`."""
+    calls = [bind_add_norm((None, normed), room, residual, **vars(layer.input_norm), kind="layer")]
+    rows, heads = len(attended), layer.num_heads
+    projected = []
+    for number, product in enumerate(layer.projections):
+        out = room(f"projection {number}", rows, len(product.weight), dtype=normed.dtype)
+        calls.append(product.bind(out, room, normed))
+        projected += out.view(rows, -1, heads, attended.shape[1] // heads).unbind(1)
+    calls.append(bind_paged_attention_decode(attended.view_as(projected[0]), room, *projected, **stored))
+    return calls
+
+
+def _behind_attention(
+    attended: torch.Tensor,
+    room: Room,
+    layer: LayerWeights,
+    residual: torch.Tensor,
+    between: torch.Tensor,
+    normed: torch.Tensor,
+) -> list[Call]:
+    """From what attention gave to the next layer's residual, in the place of this layer's."""
+    norm = dict(**vars(layer.post_norm), kind="layer")
+    if attended.device.type == "cpu":  # there the product adds the residual, and elsewhere the norm
+        calls = [
+            layer.out.bind(between, room, attended, residual),
+            bind_add_norm((None, normed), room, between, **norm),
+        ]
+    else:
+        out = room("out", *attended.shape, dtype=attended.dtype)
+        calls = [
+            layer.out.bind(out, room, attended),
+            bind_add_norm((between, normed), room, out, residual, **norm),
+        ]
+    if layer.activation is None:
+        return [*calls, copying(partial(layer.mlp, normed, between), residual)]
+    return [*calls, bind_gelu_mlp(residual, room, normed, **layer.block(), residual=between)]
+
+
+def bind_draw(
+    state: dict[str, torch.Tensor],
+    inactive: torch.Tensor,
+    logits: torch.Tensor,
+    results: torch.Tensor,
+    shortcuts: dict[str, float | bool],
+    room: Room,
+) -> list[Call]:
+    """The tokens of logits `[rows, vocab_size]` into the slots' state, and into `results` with whether they were last.
+
+    `state` of the first rows, of which those are `inactive` whose token means nothing; `results` `[2, rows]` int64;
+    `shortcuts`: numbers in the place of tensors for `sample`, where that spares work and changes no token.
+    """
+    tokens, lengths, seq_lens = results[0], state["lengths"], state["seq_lens"]
+    settings = {name: state[name] for name in (*NEUTRAL, "do_sample")} | shortcuts
+    # Each slot has a stop token of its own, so that `sample` is told of none: it leaves `inactive` as it is.
+    draw = bind_sample(
+        tokens,
+        room,
+        logits,
+        state["seen"],
+        lengths,
+        inactive,
+        seed=state["seed"],
+        candidate=state["candidate"],
+        step=lengths,
+        stop_token=-1,
+        pad_token=-1,
+        **settings,
+    )
+    stopped, spent = (room(name, len(tokens), dtype=torch.bool) for name in ("stopped", "spent"))
+    return [
+        draw,
+        partial(torch.eq, tokens, state["stop"], out=stopped),
+        partial(torch.ge, lengths, state["limit"], out=spent),
+        partial(stopped.logical_or_, spent),
+        partial(stopped.logical_or_, inactive),
+        partial(torch.clamp, tokens, min=0, out=state["token"]),
+        # The tokens drawn so far are those stored before the next step, the start token for the one not entered yet.
+        partial(seq_lens.copy_, lengths),
+        partial(seq_lens.masked_fill_, stopped, -1),
+        partial(results[1].copy_, stopped),
+    ]

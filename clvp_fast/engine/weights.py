@@ -1,0 +1,171 @@
+"""What the engine reads of a decoder: parameters, as the operators take them."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from clvp_fast import ops
+from clvp_fast.engine.products import Product, in_int8
+from clvp_fast.models.common.layers import is_plain_embedding
+from clvp_fast.models.common.parameters import can_pack, pack_linears, transpose_storage
+from clvp_fast.models.common.plain import activation_name, changed_module, drop_probability
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A layer norm: `weight` `[hidden_size]`, `bias` alike or None."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    eps: float
+
+    def __call__(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Of `x` `[..., hidden_size]`, in `dtype`."""
+        return ops.add_norm(x, None, **vars(self), kind="layer", out_dtype=dtype)[1]
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """One layer of a decoder.
+
+    projections: of queries, keys and values, one behind another: one product, or three where their weights cannot lie
+        in a row.
+    activation: by its name in `ops.ACTIVATIONS`; None: the operators do not know it, and `mlp`, which is plain, is
+        called.
+    """
+
+    num_heads: int
+    input_norm: Norm
+    projections: tuple[Product, ...]
+    out: Product
+    post_norm: Norm
+    mlp_in: Product
+    mlp_out: Product
+    activation: str | None
+    mlp: nn.Module
+
+    def project(self, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Queries, keys and values `[tokens, num_heads, head_dim]` of `[tokens, hidden_size]`."""
+        heads = self.num_heads, hidden.shape[-1] // self.num_heads
+        projected = [product(hidden).unflatten(-1, (-1, *heads)).unbind(-3) for product in self.projections]
+        return tuple(one for several in projected for one in several)
+
+    def behind_attention(self, attended: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """`attended` and the residual, `[tokens, hidden_size]` both, to the layer's result in the residual's dtype."""
+        if attended.device.type == "cpu":  # there the product adds the residual, and elsewhere the norm
+            residual = self.out(attended, residual)
+            return self.feed_forward(self.post_norm(residual, attended.dtype), residual)
+        affine = dict(**vars(self.post_norm), kind="layer")
+        residual, normed = ops.add_norm(self.out(attended), residual, **affine)
+        return self.feed_forward(normed, residual)
+
+    def feed_forward(self, hidden: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """Both products, an activation between them, and the residual, whose dtype the result has."""
+        if self.activation is None:
+            return self.mlp(hidden, residual)
+        return ops.gelu_mlp(hidden, **self.block(), residual=residual)
+
+    def block(self) -> dict:
+        """What `gelu_mlp` takes of the layer."""
+        first, second = self.mlp_in, self.mlp_out
+        return dict(
+            w_in=first.weight,
+            b_in=first.bias,
+            w_out=second.weight,
+            b_out=second.bias,
+            activation=self.activation,
+            scale_in=first.scale,
+            scale_out=second.scale,
+        )
+
+
+@dataclass(frozen=True)
+class DecoderWeights:
+    """The parameters of a `ClvpForCausalLM`, shared, in the storage that operators read best.
+
+    In-place changes are seen. Where parameters come to lie elsewhere, these are the old ones: `addresses` tells, and
+    they are to be taken again.
+    """
+
+    model: nn.Module
+    token_table: torch.Tensor
+    position_table: torch.Tensor
+    layers: tuple[LayerWeights, ...]
+    last_norm: Norm
+    final_norm: Norm
+    head: Product
+
+    @classmethod
+    @torch.no_grad()
+    def take(cls, model: nn.Module) -> "DecoderWeights | str":
+        """The weights of a `ClvpForCausalLM` in eval mode, or why its parameters do not say what it computes."""
+        if (reason := changed_module(model, model.kinds)) is not None:
+            return reason
+        stack = model.model.decoder
+        tables = stack.input_embeds_layer, stack.position_embeds_layer
+        if not all(map(is_plain_embedding, tables)) or tables[0].weight.dtype != tables[1].weight.dtype:
+            return "the embeddings of tokens and positions do more than look rows up, or have two dtypes"
+        if any(drop_probability(layer.mlp.dropout) for layer in stack.layers):
+            return "dropout is on: call model.eval()"
+        norms = [norm for layer in stack.layers for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
+        if any(norm.weight is None for norm in (*norms, stack.layer_norm, model.final_norm)):
+            return "a layer norm has no gain"
+        return cls(
+            model,
+            *(table.weight for table in tables),
+            tuple(map(_layer, stack.layers)),
+            *map(_norm, (stack.layer_norm, model.final_norm)),
+            Product(model.lm_head.weight, model.lm_head.bias),
+        )
+
+    def in_int8(self) -> "DecoderWeights":
+        """The same with copies of the layers' products in 8 bits, made now: later changes of the weights do not reach
+        them.
+
+        Raises `ValueError` for an activation that the operators do not know.
+        """
+        if any(layer.activation is None for layer in self.layers):
+            raise ValueError("int8 weights need an activation that the operators know: choose another, or no int8")
+        names = ("out", "mlp_in", "mlp_out")
+        layers = (
+            replace(
+                layer,
+                projections=tuple(map(in_int8, layer.projections)),
+                **{name: in_int8(getattr(layer, name)) for name in names},
+            )
+            for layer in self.layers
+        )
+        return replace(self, layers=tuple(layers))
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The parameters that are read, as the model has them now."""
+        return list(self.model.parameters())
+
+    def addresses(self) -> tuple[int, ...]:
+        """Where the parameters lie now."""
+        return tuple(parameter.data_ptr() for parameter in self.parameters())
+
+
+def _norm(norm: nn.LayerNorm) -> Norm:
+    return Norm(norm.weight, norm.bias, norm.eps)
+
+
+def _layer(layer: nn.Module) -> LayerWeights:
+    """One layer's weights; those that are to lie otherwise are moved."""
+    attn, mlp = layer.attn, layer.mlp
+    linears = [attn.q_proj, attn.k_proj, attn.v_proj]
+    pairs = [pack_linears(linears)] if can_pack(linears) else [(linear.weight, linear.bias) for linear in linears]
+    for conv in (mlp.c_fc, mlp.c_proj):
+        transpose_storage(conv)
+    return LayerWeights(
+        attn.num_heads,
+        _norm(layer.input_layernorm),
+        tuple(Product(*pair) for pair in pairs),
+        Product(attn.out_proj.weight, attn.out_proj.bias),
+        _norm(layer.post_attention_layernorm),
+        Product(mlp.c_fc.weight.t(), mlp.c_fc.bias),
+        Product(mlp.c_proj.weight.t(), mlp.c_proj.bias),
+        activation_name(mlp.act),
+        mlp,
+    )
