@@ -6,8 +6,8 @@ import torch
 import clvp_fast
 from clvp_fast.kernels import norm
 from clvp_fast.ops import merge_norm
-from tests.kernels.device import DEVICE, DTYPES
 from tests.kit import Guarded, assert_within_budget, random, strided
+from tests.kit.device import DEVICE, DTYPES
 
 EPS = 1e-2
 

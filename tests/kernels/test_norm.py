@@ -9,8 +9,8 @@ from transformers.models.clvp.modeling_clvp import ClvpRMSNorm
 import clvp_fast
 from clvp_fast.kernels import norm
 from clvp_fast.ops.norm import add_norm, double_layer_norm
-from tests.kernels.device import DEVICE, DTYPES
 from tests.kit import Guarded, assert_within_budget, random, strided
+from tests.kit.device import DEVICE, DTYPES
 
 EPS = 1e-2
 

@@ -10,8 +10,8 @@ import torch
 import clvp_fast
 from clvp_fast.kernels import sampling
 from clvp_fast.ops.sampling import _row_scores, philox, sample
-from tests.kernels.device import DEVICE, DTYPES
 from tests.kit import random, strided
+from tests.kit.device import DEVICE, DTYPES
 
 STOP, PAD = 3, 96
 ROWS = 3 if DEVICE == "cpu" else 512

@@ -6,19 +6,19 @@ import torch
 import clvp_fast
 from clvp_fast.ops.sampling import _OPERATOR
 from tests.kernels import test_sampling as bodies
-from tests.kernels.isa import ABSENT, run_on
 from tests.kernels.test_sampling import ALL, SETTINGS, TIED, TORTOISE, check, draw, state
 from tests.kit import random
+from tests.kit.isa import needs_library, run_on
 
 pytestmark = [
-    pytest.mark.skipif(ABSENT is not None, reason=str(ABSENT)),
+    needs_library,
     pytest.mark.skipif(bodies.DEVICE != "cpu", reason="the arguments lie on the GPU"),
 ]
 
 
 @pytest.fixture(params=["avx512", "avx2", "portable"], autouse=True)
 def isa(request):
-    run_on(request)
+    run_on(request, request.param)
     with clvp_fast.backend(None):  # where a kernel is forced on a CPU, it is Triton's, interpreted
         assert clvp_fast.explain("sample", "cpu")[0].backend == "kernel"
         yield request.param
