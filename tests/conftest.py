@@ -52,6 +52,9 @@ def _but_no_bfloat16(why_not):
 
 
 def pytest_collection_modifyitems(items):
+    for item in items:
+        if hasattr(item, "callspec") and any(value is torch.bfloat16 for value in item.callspec.params.values()):
+            item.add_marker(pytest.mark.bfloat16)
     if torch.cuda.is_available():
         return
     for item in items:

@@ -47,13 +47,14 @@ def check(sanitizer: str) -> list[Step]:
 
     def watched(tool: str, *environment: str) -> Step:
         program = (sanitizer, "--tool", tool, "--error-exitcode", "1")
-        tests = _pytest("gpu", "tests/kernels", "--only-tests-in", str(SANITIZED))
+        tests = _pytest("gpu", "tests/ops", "tests/kernels", "--only-tests-in", str(SANITIZED))
         return Step(tool, (*ONE_THREAD, *environment, *program, *tests), 90, 60, sanitized=True)
 
     def tests(markers: str, *words: str) -> tuple[str, ...]:
         return (*ONE_THREAD, *_pytest(markers, *words))
 
-    triton = "tests/kernels", "--ignore=tests/kernels/test_capture.py", "--ignore=tests/kernels/test_log_mel.py"
+    apart = "tests/kernels/test_capture.py", "tests/kernels/test_log_mel.py"
+    triton = "tests/ops", "tests/kernels", *(f"--ignore={file}" for file in apart)
     return [
         Step("kernels in bfloat16", tests("gpu and bfloat16", *triton), 150, 60, workers=8),
         Step(

@@ -19,6 +19,8 @@ from benchmarks.gpu.measuring import MOST_BYTES
 from benchmarks.harness import ROOT, Task, source, write_rows
 from tests.kit.hidden.sitecustomize import HIDDEN
 
+#: Where kernels are tested.
+OF_KERNELS = ("tests/ops/", "tests/kernels/")
 HIDING = ROOT / "tests/kit/hidden"
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU need not be pretended here")
 
@@ -44,7 +46,8 @@ class Markers:
         for item in session.items:
             print("test", item.nodeid, *{mark.name for mark in item.iter_markers()}, sep="|")
 
-words = ["-q", "--collect-only", "-p", "no:cacheprovider", "-m", "gpu", "tests/kernels", "tests/gpu", "tests/engine"]
+words = ["-q", "--collect-only", "-p", "no:cacheprovider", "-m", "gpu"]
+words += ["tests/ops", "tests/kernels", "tests/gpu", "tests/engine"]
 assert pytest.main(words, [pretended, Markers()]) == 0
 for step in steps.bench(Path("rows")):
     for item in counting.rows_of(step):
@@ -71,7 +74,7 @@ def test_the_packages_are_hidden():
 @pytest.mark.slow
 def test_kernels_are_tested_and_measured_without_the_packages():
     """In the interpreter, and at small sizes, which is what this machine can do of it."""
-    done = hidden(sys.executable, "-m", "pytest", "-q", "tests/kernels/test_embedding.py")
+    done = hidden(sys.executable, "-m", "pytest", "-q", "tests/ops/test_embedding.py")
     assert done.returncode == 0 and "passed" in done.stdout, done.stdout + done.stderr
     workloads = ["add_norm", "decode_step", "end_to_end"]
     said = python(
@@ -86,11 +89,11 @@ def test_what_runs_on_a_gpu_is_all_that_the_steps_run(counted):
     files = Counter(name.partition("::")[0] for name in everything)
     assert len(everything) > 1000 and not [name for name in files if name.endswith(("_cpu.py", "test_compiled.py"))]
     assert not [name for name in everything if "test_log_mel" in name and "[cpu" in name]
-    kernels = [name for name in everything if name.startswith("tests/kernels/")]
+    kernels = [name for name in everything if name.startswith(OF_KERNELS)]
     assert 200 < sum("bfloat16" in counted.marks[name] for name in kernels) < len(kernels) / 2
     sanitized = steps.SANITIZED.read_text().splitlines()
     assert len(set(sanitized)) == 40 and set(sanitized) < set(everything)
-    kernels = {name for name in files if name.startswith("tests/kernels/")}
+    kernels = {name for name in files if name.startswith(OF_KERNELS)}
     assert {name.partition("::")[0] for name in sanitized} == kernels - {"tests/kernels/test_capture.py"}
     # Each file of it is in a step.
     words = [word for step in steps.check("sanitizer") for word in step.command]

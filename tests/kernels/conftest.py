@@ -3,10 +3,9 @@
 from pathlib import Path
 
 import pytest
-import torch
 
 import clvp_fast
-from tests.kernels.device import DEVICE
+from tests.kit.device import DEVICE
 
 
 def pytest_collection_modifyitems(items):
@@ -14,9 +13,6 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if Path(__file__).parent in item.path.parents and _runs_there(item):
                 item.add_marker(pytest.mark.gpu)
-    for item in items:
-        if any(value is torch.bfloat16 for value in _parameters(item).values()):
-            item.add_marker(pytest.mark.bfloat16)
 
 
 def _runs_there(item) -> bool:

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from clvp_fast import ops
-from tests.kernels.device import DEVICE
 from tests.kit import PagePool, random
+from tests.kit.device import DEVICE
 
 pytestmark = pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device")
 HEADS, DIM = 2, 64

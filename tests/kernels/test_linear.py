@@ -6,8 +6,8 @@ import torch
 import clvp_fast
 from clvp_fast.kernels import linear as kernels, mlp
 from clvp_fast.ops import gelu_mlp, linear
-from tests.kernels.device import DEVICE, DTYPES
 from tests.kit import POISON, Guarded, assert_within_budget, random, strided
+from tests.kit.device import DEVICE, DTYPES
 
 
 def quantized(outs, columns, seed):

@@ -4,16 +4,16 @@ import pytest
 import torch
 
 from clvp_fast.ops.linear import _native, _torch, reference
-from tests.kernels.isa import ABSENT, run_on
 from tests.kit import assert_within_budget, linear_operands, random, strided
+from tests.kit.isa import needs_library, run_on
 
-pytestmark = pytest.mark.skipif(ABSENT is not None, reason=str(ABSENT))
+pytestmark = needs_library
 
 
 @pytest.fixture(params=["avx512bf16", "avx512", "avx2", "portable"])
 def kernel(request):
     """`linear`'s kernel on one instruction set."""
-    run_on(request)
+    run_on(request, request.param)
     return _native
 
 

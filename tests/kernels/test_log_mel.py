@@ -11,8 +11,8 @@ from clvp_fast import native
 from clvp_fast.ops import log_mel_tables
 from clvp_fast.ops.dispatch import OPERATORS
 from clvp_fast.ops.log_mel import log_mel
-from tests.kernels.device import DEVICE
 from tests.kit import Guarded
+from tests.kit.device import DEVICE
 from tests.kit.isa import why_no_library
 from tests.ops.log_mel_bodies import Bodies, Path, noise, settings
 

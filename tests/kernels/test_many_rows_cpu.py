@@ -5,15 +5,15 @@ import torch
 
 from clvp_fast.ops.many_rows import layers
 from clvp_fast.ops.mlp import _geglu_torch, _gelu_torch, geglu_reference, gelu_reference
-from tests.kernels.isa import ABSENT, run_on
 from tests.kit import assert_within_budget, linear_operands, random, strided
+from tests.kit.isa import needs_library, run_on
 
-pytestmark = pytest.mark.skipif(ABSENT is not None, reason=str(ABSENT))
+pytestmark = needs_library
 
 
 @pytest.fixture(params=["avx512bf16", "avx512", "avx2", "portable"], autouse=True)
 def isa(request):
-    run_on(request)
+    run_on(request, request.param)
 
 
 def operands(rows, columns, inner, outs, dtype, gated=False):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.kernels import device, test_linear, test_mlp, test_paged_attention, test_rotary_attention
-from tests.kit import interpreter, matrix_unit
+from tests.kernels import test_linear, test_mlp, test_paged_attention, test_rotary_attention
+from tests.kit import device, interpreter, matrix_unit
 
 pytestmark = pytest.mark.skipif(device.DEVICE == "cuda", reason="on a GPU the unit itself is tested")
 # An A100's, and units that have more than it: digits, products at a time, or both.

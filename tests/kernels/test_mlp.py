@@ -8,8 +8,8 @@ import torch
 import clvp_fast
 from clvp_fast.kernels import mlp
 from clvp_fast.ops import geglu_mlp, gelu_mlp
-from tests.kernels.device import DEVICE, DTYPES, times
 from tests.kit import POISON, Guarded, assert_within_budget, random, strided
+from tests.kit.device import DEVICE, DTYPES, times
 
 OPERATORS = {"gelu_mlp": (gelu_mlp, 1), "geglu_mlp": (geglu_mlp, 2)}
 NAMES = list(OPERATORS)

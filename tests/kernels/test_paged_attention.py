@@ -7,8 +7,8 @@ import clvp_fast
 from clvp_fast.kernels import paged_attention as kernels
 from clvp_fast.ops import paged_attention_decode, paged_prefill
 from clvp_fast.ops.paged_attention import FLOAT8, decode_reference, prefill_reference
-from tests.kernels.device import DEVICE, DTYPES, times
 from tests.kit import Guarded, PagePool, assert_within_budget, random, strided
+from tests.kit.device import DEVICE, DTYPES, times
 
 LENGTHS = [0, 1, 15, 16, 17, 33, 5, -1, 31, -3]  # own tokens before the step: page ± 1, none, inactive slots
 PREFIX_LENS = [17, 1, 16, 0, 40]

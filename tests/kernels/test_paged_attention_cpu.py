@@ -9,12 +9,12 @@ import clvp_fast
 from clvp_fast.ops import paged_attention as op
 from clvp_fast.ops.paged_attention import decode_reference
 from tests.kernels import test_paged_attention as bodies
-from tests.kernels.isa import ABSENT, run_on
 from tests.kernels.test_paged_attention import PREFIX_INDEX, PREFIX_LENS, copied, decode, step
 from tests.kit import Guarded, assert_within_budget, strided
+from tests.kit.isa import needs_library, run_on
 
 pytestmark = [
-    pytest.mark.skipif(ABSENT is not None, reason=str(ABSENT)),
+    needs_library,
     pytest.mark.skipif(bodies.DEVICE != "cpu", reason="the arguments lie on the GPU"),
 ]
 DTYPES = (torch.float32, torch.bfloat16)
@@ -22,7 +22,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 @pytest.fixture(params=["avx512bf16", "avx512", "avx2", "portable"], autouse=True)
 def isa(request):
-    run_on(request)
+    run_on(request, request.param)
     with clvp_fast.backend(None):  # where a kernel is forced on a CPU, it is Triton's, interpreted
         yield request.param
 

@@ -6,8 +6,8 @@ import torch
 import clvp_fast
 from clvp_fast.kernels import rotary_attention as kernels
 from clvp_fast.ops import rotary_attention
-from tests.kernels.device import DEVICE, DTYPES, times
 from tests.kit import Guarded, assert_within_budget, generator, queries_keys_values, random, strided
+from tests.kit.device import DEVICE, DTYPES, times
 
 OPS = torch.ops.clvp_fast
 

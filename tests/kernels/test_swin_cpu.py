@@ -5,17 +5,17 @@ import torch
 
 import clvp_fast
 from clvp_fast.ops import swin
-from tests.kernels.isa import ABSENT, run_on
 from tests.kit import assert_within_budget, strided
+from tests.kit.isa import needs_library, run_on
 from tests.ops.test_swin import mlp_operands, window_operands
 
-pytestmark = pytest.mark.skipif(ABSENT is not None, reason=str(ABSENT))
+pytestmark = needs_library
 DTYPES = [torch.float32, torch.bfloat16]
 
 
 @pytest.fixture(params=["avx512bf16", "avx512", "avx2", "portable"], autouse=True)
 def isa(request):
-    run_on(request)
+    run_on(request, request.param)
 
 
 def wide(args):

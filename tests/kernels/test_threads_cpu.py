@@ -3,11 +3,9 @@
 import subprocess
 import sys
 
-import pytest
+from tests.kit.isa import needs_library
 
-from tests.kernels.isa import ABSENT
-
-pytestmark = pytest.mark.skipif(ABSENT is not None, reason=str(ABSENT))
+pytestmark = needs_library
 
 COUNT = """
 import os

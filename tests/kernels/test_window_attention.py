@@ -7,8 +7,8 @@ import clvp_fast
 from clvp_fast.kernels import window_attention as kernels
 from clvp_fast.ops import window_attention
 from clvp_fast.ops.window_attention import SEAM
-from tests.kernels.device import DEVICE, DTYPES, times
 from tests.kit import Guarded, assert_within_budget, random, strided
+from tests.kit.device import DEVICE, DTYPES, times
 
 
 def inputs(height, width, window=8, heads=2, head_dim=24, images=1, seed=0, dtype=torch.float32):

@@ -6,17 +6,17 @@ import pytest
 import torch
 
 import clvp_fast.ops
-from tests.kernels.isa import ABSENT, run_on
 from tests.kit import assert_within_budget, random, strided
+from tests.kit.isa import needs_library, run_on
 
-pytestmark = pytest.mark.skipif(ABSENT is not None, reason=str(ABSENT))
+pytestmark = needs_library
 DTYPES = [torch.float32, torch.bfloat16]
 operator = sys.modules[clvp_fast.ops.window_attention.__module__]
 
 
 @pytest.fixture(params=["avx512bf16", "avx512", "avx2", "portable"], autouse=True)
 def isa(request):
-    run_on(request)
+    run_on(request, request.param)
 
 
 def inputs(height, width, window=8, heads=2, head_dim=24, images=1, dtype=torch.float32):

@@ -107,5 +107,14 @@ def forget_library() -> None:
         function.cache_clear()
 
 
+def run_on(request: pytest.FixtureRequest, name: str) -> None:
+    """Run the CPU's kernels on one instruction set until the fixture ends; skips the test where this CPU has none."""
+    if name not in expected_isas():
+        pytest.skip(f"this CPU has no {name}")
+    before = native.isa()
+    request.addfinalizer(lambda: native.choose_isa(before))
+    native.choose_isa(name)
+
+
 needs_compiler = pytest.mark.skipif(why_no_compiler() is not None, reason=str(why_no_compiler()))
 needs_library = pytest.mark.skipif(why_no_library() is not None, reason=str(why_no_library()))

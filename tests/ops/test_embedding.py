@@ -1,51 +1,108 @@
-"""`embed`: against plain indexing, with gradients, shapes that expand, and what is refused."""
+"""`embed`: plain indexing on every backend, layouts, what is outside the tables, memory, gradients, what is refused."""
 
 import pytest
 import torch
 
-import clvp_fast
+from clvp_fast.kernels import embedding
 from clvp_fast.ops.embedding import embed
-from tests.kit import random
+from tests.kit import Guarded, random, strided
+from tests.kit.backends import TRITON, on
+
+EVERY = ("reference", "torch", *TRITON)
 
 
-def tables(dtype=torch.float32, width=12):
-    return random(50, width, seed=0, dtype=dtype), random(20, width, seed=1, dtype=dtype)
+def tables(dtype=torch.float32, width=12, device="cpu"):
+    return tuple(random(rows, width, seed=seed, dtype=dtype, device=device) for seed, rows in enumerate((50, 20)))
 
 
-def ids(*shape, below, seed=0):
-    return torch.randint(below, shape, generator=torch.Generator().manual_seed(seed))
+def ids(*shape, below, seed=0, device="cpu"):
+    return torch.randint(below, shape, generator=torch.Generator().manual_seed(seed)).to(device)
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_rows_are_added(dtype, backend):
-    token_table, position_table = tables(dtype)
-    tokens, positions = ids(3, 5, below=50), ids(3, 5, below=20, seed=1)
-    with clvp_fast.backend(backend):
-        for place in (positions, positions[:1], positions[0], positions[:, :1], positions[0, 0]):
-            out = embed(tokens, place, token_table, position_table)
-            assert out.shape == (3, 5, 12) and out.dtype == dtype
-            for b in range(3):
-                for t in range(5):
-                    position = place.expand(3, 5)[b, t]
-                    assert torch.equal(out[b, t], token_table[tokens[b, t]] + position_table[position])
-        out = embed(tokens[0, 0].int(), positions[0, 0].int(), token_table, position_table)
-        assert torch.equal(out, token_table[tokens[0, 0]] + position_table[positions[0, 0]])
-        assert embed(tokens[:0], positions[:1], token_table, position_table).shape == (0, 5, 12)
+def operands(device, *shape, **options):
+    """Tokens, positions and both tables."""
+    numbers = ids(*shape, below=50, device=device), ids(*shape, below=20, seed=1, device=device)
+    return *numbers, *tables(device=device, **options)
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference"])
-@pytest.mark.parametrize("out_dtype", [torch.float32, torch.float16, torch.float64])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_sum_is_rounded_once(dtype, out_dtype, backend):
-    token_table, position_table = tables(dtype)
-    tokens, positions = ids(3, 5, below=50), ids(1, 5, below=20, seed=1)
-    with clvp_fast.backend(backend):
-        out = embed(tokens, positions, token_table, position_table, out_dtype=out_dtype)
-    total = token_table.float()[tokens] + position_table.float()[positions]
-    assert out.dtype == out_dtype and torch.equal(out, total.to(out_dtype))
-    args = tokens, positions, token_table, position_table, out_dtype
-    torch.library.opcheck(torch.ops.clvp_fast.embed.default, args)
+def check(tokens, positions, token_table, position_table, out_dtype=None):
+    """Each row is the sum of its two, rounded once: from float32, or from float64 where the tables are."""
+    out = embed(tokens, positions, token_table, position_table, out_dtype=out_dtype)
+    wide = torch.promote_types(token_table.dtype, torch.float32)
+    total = token_table.to(wide)[tokens.long()] + position_table.to(wide)[positions.expand(tokens.shape).long()]
+    dtype = out_dtype or token_table.dtype
+    assert out.dtype == dtype and torch.equal(out, total.to(dtype))
+    return out
+
+
+@pytest.mark.parametrize("width", [1, 12, 31, 768, 1025])
+@on(*EVERY, types="dtype")
+def test_rows_are_added(backend, dtype, width):
+    tokens, positions, *both = operands(backend.device, 2, 5, dtype=dtype, width=width)
+    check(tokens, positions, *both)
+    check(tokens[:, :1].int(), positions[:1, :1], *both)
+    check(tokens[0, 0].int(), positions[0, 0].int(), *both)
+    assert embed(tokens[:0], positions[:1], *both).shape == (0, 5, width)
+
+
+@on(*EVERY, types="dtype, out_dtype")
+def test_a_sum_of_another_type(backend, dtype, out_dtype):
+    tokens, positions, *both = operands(backend.device, 3, 5, dtype=dtype, width=33)
+    check(tokens, positions[:1], *both, out_dtype=out_dtype)
+
+
+@on(*EVERY)
+def test_layouts(backend):
+    tokens, positions, token_table, position_table = operands(backend.device, 3, 5, width=40)
+    for place in (positions, positions[:1], positions[0], positions[:, :1], positions[0, 0], strided(positions)):
+        check(tokens, place, token_table, position_table)
+    check(strided(tokens), positions, strided(token_table), strided(position_table))
+    check(tokens.T.contiguous().T, positions, token_table.T.contiguous().T, position_table.T.contiguous().T)
+    check(tokens[:, None].expand(3, 2, 5), positions[0], token_table, position_table)
+    check(tokens[1], positions[1], token_table, position_table)
+    check(tokens[1, 1], positions[1, 1], token_table, position_table)
+
+
+@on(*TRITON)
+def test_ids_outside_the_tables_make_rows_of_nan(backend):
+    """Not the row of another id, not a fault, and not the neighbours' business."""
+    tokens, positions, *both = operands(backend.device, 2, 6, width=40)
+    tokens[0, 1], tokens[0, 3], positions[1, 2], positions[1, 5] = 50, -1, 20, -(2**40)
+    out = embed(tokens, positions, *both)
+    bad = torch.zeros(2, 6, dtype=torch.bool, device=backend.device)
+    bad[0, 1] = bad[0, 3] = bad[1, 2] = bad[1, 5] = True
+    assert torch.equal(out.isnan(), bad[..., None].expand(-1, -1, 40))
+    tokens, positions = tokens.masked_fill(bad, 0), positions.masked_fill(bad, 0)
+    assert torch.equal(out[~bad], embed(tokens, positions, *both)[~bad])
+
+
+@pytest.mark.parametrize("width", [40, 1025])
+@on(*TRITON)
+def test_nothing_is_written_outside(backend, width):
+    tokens, positions, *both = operands(backend.device, 3, 2, width=width)
+    positions = positions[:1].expand(3, -1)
+    out = Guarded(3, 2, width, dtype=torch.float32, device=backend.device)
+    embedding.embed(tokens, positions, *map(strided, both), out=out.tensor)
+    out.check()
+    assert torch.equal(out.tensor, check(tokens, positions, *both))
+
+
+@on("default", *TRITON, types="dtype", among=(torch.float32, torch.bfloat16))
+def test_registered(backend, dtype):
+    tokens, positions, *both = operands(backend.device, 3, 5, dtype=dtype)
+    for out_dtype in (None, *({torch.float32, torch.float16, torch.float64} & {*backend.dtypes})):
+        torch.library.opcheck(torch.ops.clvp_fast.embed.default, (tokens, positions[:1], *both, out_dtype))
+
+
+@on(*TRITON)
+def test_what_the_kernel_does_not_serve(backend):
+    args = operands(backend.device, 2, 3, width=8)
+    with pytest.raises(RuntimeError, match=r"out_dtype must be float32, float16 or bfloat16, not torch\.float64"):
+        embed(*args, out_dtype=torch.float64)
+    with pytest.raises(RuntimeError, match=r"or bfloat16, not torch\.float64"):
+        embed(*args[:2], *(table.double() for table in args[2:]))
+    with torch.enable_grad(), pytest.raises(RuntimeError, match="requires grad"):
+        embed(*args[:2], args[2].clone().requires_grad_(), args[3])
 
 
 def test_gradients_and_compiled():

@@ -1,63 +1,123 @@
-"""`merge_norm`: every path against transformers' own way, in float64; gradients, bad input."""
+"""`merge_norm`: every backend against transformers' own way, in float64; layouts, memory, bits, gradients, errors."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from transformers.models.clap.modeling_clap import ClapAudioPatchMerging
 
-import clvp_fast
+from clvp_fast.kernels import norm
 from clvp_fast.ops import merge_norm
-from tests.kit import assert_within_budget, random, strided
+from tests.kit import Guarded, assert_within_budget, random, strided
+from tests.kit.backends import TRITON, on
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 EPS = 1e-2
-SIZES = [(4, 6), (5, 4), (2, 7), (1, 1), (3, 3)]
+EVERY = ("reference", "torch", *TRITON)
+# Even and odd sides, one place alone, widths of one and beyond a power of two.
+SHAPES = [(2, 4, 6, 96), (1, 5, 4, 24), (2, 2, 7, 7), (3, 3, 3, 1), (1, 1, 1, 40), (1, 2, 2, 384), (4, 10, 6, 16)]
+SHAPES += [(2, *sides, 6) for sides in ((4, 6), (5, 4), (2, 7), (1, 1), (3, 3))]
 
 
-def arguments(height, width, channels=6, dtype=torch.float32):
-    x = random(2, height, width, channels, seed=0, dtype=dtype, scale=3.0) + 1
-    return x, *(random(4 * channels, seed=seed, dtype=dtype) for seed in (1, 2))
+def arguments(*shape, dtype=torch.float32, device="cpu"):
+    x = random(*shape, seed=0, dtype=dtype, scale=3.0, device=device) + 1
+    weight, bias = (random(4 * shape[-1], seed=seed, dtype=dtype, device=device) for seed in (1, 2))
+    return x, dict(weight=weight, bias=bias, eps=EPS)
 
 
-def stock(x, weight, bias):
+def stock(x, weight, bias, eps=EPS):
     """transformers' patch merging up to its norm; its linear layer is left out."""
     merging = ClapAudioPatchMerging.__new__(ClapAudioPatchMerging)  # whose arguments differ between versions
     torch.nn.Module.__init__(merging)
-    merging.norm = torch.nn.LayerNorm(4 * x.shape[3], eps=EPS)
-    merging.norm.weight.data, merging.norm.bias.data = weight, bias
+    merging.norm = torch.nn.LayerNorm(4 * x.shape[3], eps=eps)
+    merging.norm.weight.data, merging.norm.bias.data = weight, torch.zeros_like(weight) if bias is None else bias
     merging.reduction = torch.nn.Identity()
     out = merging(x.flatten(1, 2), tuple(x.shape[1:3]))
     return out.detach().view(len(x), -(-x.shape[1] // 2), -(-x.shape[2] // 2), -1)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("backend", ["torch", "reference"])
-@pytest.mark.parametrize("size", SIZES)
-def test_as_transformers(size, backend, dtype):
-    x, weight, bias = arguments(*size, dtype=dtype)
-    expected = stock(*(t.double() for t in (x, weight, bias)))
-    with clvp_fast.backend(backend):
-        for image in (x, strided(x)):
-            out = merge_norm(image, weight=weight, bias=bias, eps=EPS)
-            assert out.dtype == dtype and out.is_contiguous()
-            assert_within_budget(out, expected, stock(x, weight, bias))
-        none = torch.zeros_like(bias)
-        without = merge_norm(x, weight=weight, eps=EPS)
-        assert_within_budget(without, stock(x.double(), weight.double(), none.double()), stock(x, weight, none))
+def check(x, options):
+    out = merge_norm(x, **options)
+    wide = {name: t.double() if isinstance(t, torch.Tensor) else t for name, t in options.items()}
+    assert_within_budget(out, stock(x.double(), **wide), stock(x, **options))
+    assert out.is_contiguous() and out.dtype == x.dtype
+    return out
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@on(*EVERY, types="dtype")
+def test_as_transformers(backend, dtype, shape):
+    x, options = arguments(*shape, dtype=dtype, device=backend.device)
+    check(x, options)
+    check(x, options | {"bias": None})
+
+
+@on(*EVERY, types="dtype")
+def test_strided_inputs_and_poison(backend, dtype):
+    x, options = arguments(3, 5, 6, 24, dtype=dtype, device=backend.device)
+    expected = check(x, options)
+    across, turned = x.transpose(1, 3).contiguous().transpose(1, 3), x.transpose(1, 2).contiguous().transpose(1, 2)
+    batched = x.transpose(0, 1).contiguous().transpose(0, 1)
+    affine = {"weight": strided(options["weight"]), "bias": strided(options["bias"])}
+    for view in (strided(x), across, turned, batched):
+        assert torch.equal(check(view, options), expected)
+    assert torch.equal(merge_norm(x, **options | affine), expected)
+
+
+@on(*TRITON, types="dtype")
+def test_writes_all_of_its_output_and_nothing_else(backend, dtype):
+    x, options = arguments(3, 5, 4, 24, dtype=dtype, device=backend.device)
+    out = Guarded(3, 3, 2, 96, dtype=dtype, device=backend.device)
+    norm.merge_norm(x, options["weight"], options["bias"], EPS, out=out.tensor)
+    out.check()
+    assert torch.equal(out.tensor, merge_norm(x, **options))
+
+
+@on(*TRITON, types="dtype")
+def test_bits_do_not_depend_on_the_batch(backend, dtype):
+    x, options = arguments(17, 5, 4, 24, dtype=dtype, device=backend.device)
+    out = merge_norm(x, **options)
+    assert torch.equal(out, merge_norm(x, **options))
+    for image in (0, 16):
+        assert torch.equal(out[image : image + 1], merge_norm(x[image : image + 1], **options))
+
+
+@on(*EVERY)
+def test_nan_stays_in_its_place(backend):
+    x, options = arguments(2, 4, 4, 24, device=backend.device)
+    expected = merge_norm(x, **options)
+    x[1, 2, 1, 5] = float("nan")
+    out = merge_norm(x, **options)
+    reached = torch.zeros_like(out, dtype=torch.bool)
+    reached[1, 1, 0] = True
+    assert out[reached].isnan().all() and torch.equal(out[~reached], expected[~reached])
+
+
+@on(*TRITON)
+def test_nothing_to_do_and_what_is_not_served(backend):
+    x, options = arguments(1, 4, 4, 8, device=backend.device)
+    assert merge_norm(x[:0], **options).shape == (0, 2, 2, 32)
+    torch.library.opcheck(torch.ops.clvp_fast.merge_norm.default, (x, *options.values()))
+    big, wide = arguments(1, 1, 1, 2049, device=backend.device)
+    with pytest.raises(RuntimeError, match="rows must be at most 8192 wide, not 8196"):
+        merge_norm(big, **wide)
+    with pytest.raises(RuntimeError, match="tensors must be float32, float16 or bfloat16"):
+        merge_norm(x.double(), **options)
+    with pytest.raises(RuntimeError, match="requires grad"):
+        merge_norm(x.requires_grad_(), **options)
 
 
 def test_gradients():
-    args = [t.requires_grad_() for t in arguments(3, 4, channels=2, dtype=torch.float64)]
+    x, options = arguments(2, 3, 4, 2, dtype=torch.float64)
+    args = [t.requires_grad_() for t in (x, options["weight"], options["bias"])]
     assert torch.autograd.gradcheck(lambda x, w, b: merge_norm(x, weight=w, bias=b, eps=EPS), args, fast_mode=True)
 
 
 def test_compiles_whole_and_is_registered():
-    x, weight, bias = arguments(5, 4)
+    x, options = arguments(2, 5, 4, 6)
     compiled = torch.compile(merge_norm, fullgraph=True, backend="aot_eager")
-    expected = merge_norm(x, weight=weight, bias=bias, eps=EPS)
-    torch.testing.assert_close(compiled(x, weight=weight, bias=bias, eps=EPS), expected)
+    expected = merge_norm(x, **options)
+    torch.testing.assert_close(compiled(x, **options), expected)
     assert not torch.allclose(expected, F.layer_norm(expected, expected.shape[-1:]))
-    torch.library.opcheck(torch.ops.clvp_fast.merge_norm.default, (x, weight, None, EPS))
+    torch.library.opcheck(torch.ops.clvp_fast.merge_norm.default, (x, options["weight"], None, EPS))
 
 
 @pytest.mark.parametrize(
@@ -70,6 +130,6 @@ def test_compiles_whole_and_is_registered():
     ],
 )
 def test_bad_input(changes, error, message):
-    x, weight, bias = arguments(4, 4)
+    x, options = arguments(2, 4, 4, 6)
     with pytest.raises(error, match=message):
-        merge_norm(**dict(x=x, weight=weight, bias=bias, eps=EPS) | changes)
+        merge_norm(**dict(x=x) | options | changes)

@@ -1,4 +1,8 @@
-"""`sample`: Philox against known answers, processors and draws against transformers', both paths against each other."""
+"""`sample`: Philox against known answers, draws against transformers' processors, every backend's tokens and state
+against the reference's, ties included. State, memory and errors are in test_sampling_state.py.
+
+The interpreter takes 20 ms for a row and 0.2 s for a threshold, whatever the vocabulary: few rows there.
+"""
 
 import pytest
 import torch
@@ -7,38 +11,83 @@ import clvp_fast
 from clvp_fast.ops import sample
 from clvp_fast.ops.sampling import philox
 from tests.kit import generator, random
+from tests.kit.backends import TRITON, on
 from tests.kit.processors import processors
 
-STOP, PAD = 3, 96
-BACKENDS = ["torch", "reference"]
+STOP, PAD, SEED, STEP = 3, 96, 2**63 + 12345, 7
+KERNELS = ("cpu", *TRITON)
+EVERY = ("reference", "torch", *KERNELS)
+ROWS = {"interpreted": 3, "gpu": 512}  # elsewhere 64
+TORTOISE = {"temperature": 0.8, "top_p": 0.8, "repetition_penalty": 2.0}
+ALL = {"temperature": 1.5, "top_k": 30, "top_p": 0.95, "min_p": 0.02, "typical_p": 0.9, "repetition_penalty": 1.3}
+NEUTRAL = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "typical_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
 SETTINGS = [
     {},
     {"temperature": 0.7},
     {"top_k": 5},
     {"top_k": 1},
+    {"top_k": 1000},
     {"top_p": 0.8},
     {"top_p": 0.01},
+    {"top_p": 0.0},
     {"min_p": 0.1},
+    {"min_p": 1.0},
     {"typical_p": 0.6},
     {"typical_p": 0.01},
     {"repetition_penalty": 2.0},
+    {"repetition_penalty": 0.5},
+    {"top_k": 20, "typical_p": 0.5},
     {"temperature": 0.8, "top_k": 20, "top_p": 0.8, "repetition_penalty": 2.0},
-    {"temperature": 1.5, "top_k": 30, "top_p": 0.95, "min_p": 0.02, "typical_p": 0.9, "repetition_penalty": 1.3},
+    TORTOISE,
+    ALL,
 ]
 
 
-def state(count, vocab_size, seen=()):
+def state(count, vocab_size, seen=(), device="cpu"):
     """An empty state in which the tokens `seen` are marked in every row."""
     bitmap = torch.zeros(count, -(-vocab_size // 32), dtype=torch.int32)
     for token in seen:
         bitmap[:, token // 32] |= torch.tensor(1, dtype=torch.int32) << (token % 32)
-    return bitmap, torch.zeros(count, dtype=torch.int32), torch.zeros(count, dtype=torch.bool)
+    empty = torch.zeros(count, dtype=torch.int32), torch.zeros(count, dtype=torch.bool)
+    return tuple(x.to(device) for x in (bitmap, *empty))
+
+
+def marked(row):
+    return {32 * w + b for w in range(len(row)) for b in range(32) if int(row[w]) >> b & 1}
+
+
+def draw(logits, states=None, seen=(), **settings):
+    given = {"seed": SEED, "candidate": torch.arange(len(logits), device=logits.device), "step": STEP}
+    given |= {"stop_token": STOP, "pad_token": PAD} | settings
+    return sample(logits, *(states or state(*logits.shape, seen, logits.device)), **given)
+
+
+def check(logits, seen=(), **settings):
+    """Tokens and states are the reference's."""
+    ours, theirs = (state(*logits.shape, seen, logits.device) for _ in range(2))
+    tokens = draw(logits, ours, **settings)
+    with clvp_fast.backend("reference"):
+        expected = draw(logits, theirs, **settings)
+    assert torch.equal(tokens, expected)
+    for mine, wanted in zip(ours, theirs, strict=True):
+        assert torch.equal(mine, wanted)
+    return tokens
 
 
 def processed(logits, seen, settings):
     """What transformers makes of `[N, V]` logits after the tokens `seen`."""
     ids = torch.tensor([seen] * len(logits), dtype=torch.long).view(len(logits), len(seen))
-    return processors(settings)(ids, logits)
+    return processors(settings)(ids, logits.cpu())
+
+
+def columns(rows, device, **dtypes):
+    """A tensor of each setting, which has an element a row, at a stride."""
+    found = {}
+    for name, value in NEUTRAL.items():
+        dtype = dtypes.get(name, torch.int64 if name == "top_k" else torch.float64)
+        column = torch.tensor([row.get(name, value) for row in rows], device=device).to(dtype)
+        found[name] = torch.stack((column, column * 0), 1)[:, 0]
+    return found
 
 
 def words(text):
@@ -67,56 +116,43 @@ def test_philox_known_answers(counter, key, answer):
     assert tuple(int(t) for t in tensors) == words(answer)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_draw_is_the_inverse_cdf_of_transformers_probabilities(settings, backend):
+@on(*EVERY)
+def test_draw_is_the_inverse_cdf_of_transformers_probabilities(backend, settings):
     """Token for token: the first whose cumulated probability exceeds the Philox number of (seed, candidate, step)."""
-    count, vocab_size, seen, seed = 64, 97, [1, 31, 32, 63, 96], 2**63 + 12345
-    logits = random(count, vocab_size, seed=1, scale=2.0)
-    rows = torch.arange(count)
-    with clvp_fast.backend(backend):
-        tokens = sample(
-            logits,
-            *state(count, vocab_size, seen),
-            seed=seed,
-            candidate=rows,
-            step=7,
-            stop_token=STOP,
-            pad_token=PAD,
-            **settings,
-        )
+    seen = [1, 31, 32, 63, 96]
+    logits = random(ROWS.get(backend.name, 64), 97, seed=1, scale=2.0, device=backend.device)
+    tokens = check(logits, seen, **settings)
     cumulated = processed(logits, seen, settings).double().softmax(-1).cumsum(-1)
-    for n in range(count):
-        word = philox((7, 0, n, 0), (seed & 0xFFFFFFFF, seed >> 32))[0]
+    for n in range(min(len(logits), 64)):
+        word = philox((STEP, 0, n, 0), (SEED & 0xFFFFFFFF, SEED >> 32))[0]
         expected = (cumulated[n] > (word + 0.5) / 2**32 * cumulated[n, -1]).nonzero()[0, 0]
         assert tokens[n] == expected
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@on("torch", "cpu")
+def test_tokens_of_the_reference_over_more_of_them(backend, settings):
+    check(random(60, 1025, seed=1, scale=2.0), [1, 31, 32, 63, 96], **settings)
+
+
 @pytest.mark.parametrize("top_p", [0.0, 1e-9])
 @pytest.mark.parametrize("more", [{}, {"top_k": 5}, {"temperature": 3.0}], ids=str)
-def test_the_likeliest_token_is_never_removed(top_p, more, backend):
+@on("reference", "torch", "cpu", "gpu")
+def test_the_likeliest_token_is_never_removed(backend, more, top_p):
     """Whatever is drawn, and wherever the likeliest token stands."""
-    logits = random(64, 97, seed=1, scale=0.1)
-    given = {"seed": 3, "candidate": torch.arange(64), "step": 0, "stop_token": STOP, "pad_token": PAD}
-    with clvp_fast.backend(backend):
-        tokens = sample(logits, *state(64, 97), top_p=top_p, **given, **more)
-        rows = sample(logits, *state(64, 97), top_p=torch.full((64,), top_p), **given, **more)
+    logits = random(64, 97, seed=1, scale=0.1, device=backend.device)
+    tokens = draw(logits, top_p=top_p, **more)
+    rows = draw(logits, top_p=torch.full((64,), top_p, device=backend.device), **more)
     assert torch.equal(tokens, logits.argmax(1)) and torch.equal(rows, tokens)
     assert len(set(tokens.tolist())) > 20
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_distribution_and_forbidden_tokens(settings):
-    """Chi-squared over 20000 candidates against transformers' exact probabilities; nothing outside their support."""
-    count, vocab_size, seen = 20000, 40, [2, 5]
-    logits = random(1, vocab_size, seed=3, scale=1.5)
+def distribution(logits, count, seen, settings):
+    """Chi-squared against transformers' exact probabilities; nothing outside their support."""
     exact = processed(logits, seen, settings)[0].double().softmax(-1)
-    candidates = torch.arange(count)
-    given = {"seed": 5, "step": 0, "stop_token": STOP, "pad_token": PAD}
-    rows = logits.expand(count, -1)
-    tokens = sample(rows, *state(count, vocab_size, seen), candidate=candidates, **given, **settings)
-    drawn = torch.bincount(tokens, minlength=vocab_size).double()
+    tokens = draw(logits.expand(count, -1), seen=seen, **settings).cpu()
+    drawn = torch.bincount(tokens, minlength=logits.shape[1]).double()
     assert drawn[exact == 0].sum() == 0
     expected = exact * count
     common = expected >= 5
@@ -128,165 +164,185 @@ def test_distribution_and_forbidden_tokens(settings):
     assert statistic < degrees + 5 * (2 * degrees) ** 0.5 + 5
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_settings_of_each_row(backend):
-    """A row with its own settings gives what it gives alone, with its neighbours' paths taken or not."""
-    rows = [setting for setting in SETTINGS for _ in range(4)]
-    neutral = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "typical_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
-    logits = random(len(rows), 300, seed=2, scale=2.0)
-    settings = {
-        name: torch.tensor(
-            [row.get(name, value) for row in rows], dtype=torch.int64 if name == "top_k" else torch.float64
-        )
-        for name, value in neutral.items()
-    }
-    seen = [1, 31, 32, 255]
-    candidates = torch.arange(len(rows)) * 1000
-    given = {"seed": 1, "step": 2**33, "stop_token": STOP, "pad_token": PAD}
-    with clvp_fast.backend(backend):
-        together = sample(logits, *state(len(rows), 300, seen), candidate=candidates, **given, **settings)
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@on("default", "cpu", "gpu")
+def test_distribution_and_forbidden_tokens(backend, settings):
+    logits = random(1, 40, seed=3, scale=1.5, device=backend.device)
+    distribution(logits, 20000, [2, 5], settings)
+    logits[0, 4] = -torch.inf
+    distribution(logits[:, :8], 300, [], settings)
+
+
+@on("interpreted")
+def test_distribution_of_few(backend):
+    logits = random(1, 8, seed=8, scale=1.5)
+    logits[0, 4] = -torch.inf
+    distribution(logits, 300, [], {"temperature": 1.3, "min_p": 0.02})
+
+
+def check_vocabulary(backend, vocab_size, settings):
+    logits = random(2, vocab_size, seed=2, scale=2.0, device=backend.device)
+    logits[:, -1] += 4.0  # the last token is drawn often enough
+    check(logits, [0, vocab_size - 1], **settings)
+
+
+# Powers of two, a little above one (two tiles), and others.
+@pytest.mark.parametrize("vocab_size", [1, 2, 31, 33, 64, 130, 144, 145, 300, 1025, 8194])
+@pytest.mark.parametrize("settings", [TORTOISE, ALL], ids=["tortoise", "all"])
+@on(*TRITON)
+def test_vocabularies(backend, vocab_size, settings):
+    check_vocabulary(backend, vocab_size, settings)
+
+
+# Around a vector, and more than a GPU's kernel serves.
+@pytest.mark.parametrize("vocab_size", [1, 2, 15, 16, 17, 33, 63, 64, 65, 300, 8194, 70000])
+@pytest.mark.parametrize("settings", [TORTOISE, ALL], ids=["tortoise", "all"])
+@on("cpu")
+def test_vocabularies_of_vectors(backend, vocab_size, settings):
+    check_vocabulary(backend, vocab_size, settings)
+
+
+def check_dtype(backend, dtype):
+    """Logits of a half type are processed in float32."""
+    logits = random(ROWS.get(backend.name, 64), 97, seed=3, scale=3.0, dtype=dtype, device=backend.device)
+    assert torch.equal(check(logits, [5, 6], **TORTOISE), draw(logits.float(), seen=[5, 6], **TORTOISE))
+
+
+@on("default", *EVERY, types="dtype", among=(torch.float32, torch.float16, torch.bfloat16))
+def test_dtypes(backend, dtype):
+    check_dtype(backend, dtype)
+
+
+@on("cpu")
+def test_float16(backend):
+    check_dtype(backend, torch.float16)
+
+
+TIED = [{"top_p": p} for p in (0.71, 0.33, 0.09, 0.0)] + [{"top_k": 7}, {"typical_p": 0.4}, {"top_k": 9, "top_p": 0.57}]
+
+
+@pytest.mark.parametrize("settings", TIED, ids=str)
+@on("torch", *KERNELS)
+def test_ties_are_broken_as_a_stable_sort_does(backend, settings):
+    """Logits of a few values: of equal ones top-p keeps the last tokens, top-k and typical-p all."""
+    logits = (random(ROWS.get(backend.name, 64), 130, seed=4, scale=1.5) * 1.5).round() / 1.5
+    logits[:, 128] = logits[:, 5] = logits[:, 60] = 1.0
+    logits[:2, 7] = logits[:2, 70] = logits[1, 128] = 6.0
+    check(logits.to(backend.device), **settings)
+
+
+@pytest.mark.parametrize("top_p", [0.0, 1e-7, 0.0049, 0.305, 0.705])
+@on("torch", *KERNELS)
+def test_equal_logits(backend, top_p):
+    """Every token is a tie: 1 - top_p of them go, the first ones; one stays."""
+    logits = torch.full((4, 100), -2.5, device=backend.device)
+    tokens = check(logits, top_p=torch.full((4,), top_p, device=backend.device))
+    assert tokens.min() >= (99 if top_p < 0.01 else 100 - round(100 * top_p + 0.5))
+
+
+@on(*EVERY)
+def test_a_mass_exactly_at_the_bound_is_removed(backend):
+    """Weights 1/2, 1/2 and 1, of which top-p 1/2 keeps the last alone."""
+    logits = torch.tensor([[0.0, -0.6931472, -torch.inf, -0.6931472]], device=backend.device).expand(6, -1)
+    assert check(logits, top_p=0.5).tolist() == [0] * 6
+
+
+@pytest.mark.parametrize("vocab_size", [97, 130])
+@on(*EVERY)
+def test_greedy_is_transformers(backend, vocab_size):
+    logits = random(5 if backend.name == "interpreted" else 30, vocab_size, seed=5, scale=2.0, device=backend.device)
+    logits[0, 7:9] = 50.0  # equal ones: the first
+    logits[1, -2] = 50.0
+    logits[2, 0] = logits[2, -1] = 50.0
+    logits[3] = -torch.inf
+    logits[3, 33] = -1e30
+    for first in (0, 1):
+        seen = list(range(first, vocab_size - 1, 3))
+        tokens = check(logits, seen, repetition_penalty=3.0, temperature=0.5, top_k=2, do_sample=False)
+        assert tokens[0] == (8 if 7 in seen else 7) and tokens[1] == vocab_size - 2 and tokens[3] == 33
+        assert tokens[2] == (vocab_size - 1 if 0 in seen else 0)
+        assert torch.equal(tokens.cpu(), processed(logits, seen, {"repetition_penalty": 3.0}).argmax(-1))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, TORTOISE, ALL, {"temperature": 1.5, "top_p": 0.8, "typical_p": 0.9, "repetition_penalty": 1.7}],
+    ids=["none", "tortoise", "all", "typical"],
+)
+@on(*EVERY, types="dtype", among=(torch.float32, torch.bfloat16))
+def test_greedy_rows_among_sampled_ones(backend, dtype, settings):
+    """The first of the largest penalised scores, whatever the row's other parameters; the others draw as without."""
+    count, seen = 7 if backend.name == "interpreted" else 40, [1, 31, 32, 129]
+    logits = random(count, 130, seed=12, scale=2.0, device=backend.device).to(dtype)
+    logits[0, 7:9] = logits[2, 128] = logits[2, 60] = 50.0
+    flags = torch.zeros(count, 3, dtype=torch.bool, device=backend.device)
+    flags[:, 0], flags[:, 2] = True, True
+    flags[1::2, 1] = True
+    sampled = flags[:, 1]  # at a stride
+    given = columns([settings] * count, backend.device)
+    if settings:
+        given["temperature"][~sampled] = 1e-44  # which would make all of them infinite
+        given["top_k"][~sampled] = 1
+    states = state(count, 130, seen, backend.device)
+    tokens = check(logits, seen, do_sample=sampled, **given)
+    penalty = settings.get("repetition_penalty", 1.0)
+    greedy = draw(logits, states, do_sample=False, repetition_penalty=penalty)
+    drawn = draw(logits, seen=seen, **settings)
+    assert torch.equal(tokens, torch.where(sampled, drawn, greedy))
+    assert tokens[0] == 7 and tokens[2] == 60 and (drawn != greedy)[sampled].any()
+    assert states[1].tolist() == [1] * count
+    for row, token in zip(states[0], greedy.tolist(), strict=True):
+        assert marked(row) == {*seen, token}
+
+
+@on(*EVERY)
+def test_each_row_has_its_settings(backend):
+    """A row gives what it gives alone, with its neighbours' paths taken or not, neutral parameters among them."""
+    few = [SETTINGS[n] for n in (0, 1, 5, 7, 9)] + [TORTOISE]
+    rows = few if backend.name == "interpreted" else [row for row in SETTINGS for _ in range(4)]
+    logits, seen = random(len(rows), 300, seed=6, scale=2.0, device=backend.device), [1, 31, 32, 255]
+    singles = dict.fromkeys(("temperature", "typical_p", "min_p", "repetition_penalty"), torch.float32)
+    for dtypes in (singles, {}):
+        together = check(logits, seen, **columns(rows, backend.device, **dtypes), step=2**33)
+        if dtypes and backend.name == "interpreted":
+            continue
         for n, row in enumerate(rows):
-            alone = sample(logits[n : n + 1], *state(1, 300, seen), candidate=candidates[n : n + 1], **given, **row)
-            assert alone[0] == together[n]
+            assert draw(logits[n : n + 1], seen=seen, candidate=n, step=2**33, **row)[0] == together[n]
 
 
-def test_draw_does_not_depend_on_the_batch():
-    logits, order = random(50, 97, seed=4), torch.randperm(50, generator=generator(0))
-    numbers = torch.arange(50)
-    given = {"top_p": 0.9, "seed": 11, "stop_token": STOP, "pad_token": PAD}
-    whole = sample(logits, *state(50, 97), candidate=numbers, step=numbers * 3, **given)
-    mixed = sample(logits[order], *state(50, 97), candidate=numbers[order], step=numbers[order] * 3, **given)
+@on("default", *EVERY)
+def test_the_draw_depends_on_row_and_numbers_alone(backend):
+    logits, rows = random(17, 97, seed=7, device=backend.device), torch.arange(17, device=backend.device)
+    whole = draw(logits, candidate=rows, step=rows * 3, top_p=0.9)
+    assert torch.equal(draw(logits, candidate=rows), draw(logits, candidate=rows))
+    for n in (0, 11, 16):
+        alone = draw(logits[n : n + 1], candidate=rows[n : n + 1], step=rows[n : n + 1] * 3, top_p=0.9)
+        assert alone[0] == whole[n]
+
+
+@on("default", "reference", "torch", "cpu", "gpu")
+def test_other_numbers_give_other_tokens(backend):
+    order, numbers = (x.to(backend.device) for x in (torch.randperm(50, generator=generator(0)), torch.arange(50)))
+    logits = random(50, 97, seed=4, device=backend.device)
+    given = {"top_p": 0.9, "seed": 11, "candidate": numbers, "step": numbers * 3}
+    whole = draw(logits, **given)
+    mixed = draw(logits[order], **given | {"candidate": numbers[order], "step": numbers[order] * 3})
     assert torch.equal(mixed, whole[order])
     for change in ({"seed": 12}, {"candidate": numbers + 1}, {"step": numbers * 3 + 1}):
-        options = {"candidate": numbers, "step": numbers * 3} | given | change
-        assert not torch.equal(sample(logits, *state(50, 97), **options), whole)
+        assert not torch.equal(draw(logits, **given | change), whole)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_greedy_is_transformers(backend):
-    logits, seen = random(30, 97, seed=5, scale=2.0), [int(t) for t in range(0, 97, 3)]
-    logits[0, 7:9] = 50.0  # equal ones: the first
-    with clvp_fast.backend(backend):
-        tokens = sample(
-            logits,
-            *state(30, 97, seen),
-            repetition_penalty=3.0,
-            temperature=0.5,
-            top_k=2,
-            seed=0,
-            candidate=0,
-            step=0,
-            stop_token=STOP,
-            pad_token=PAD,
-            do_sample=False,
-        )
-    assert torch.equal(tokens, processed(logits, seen, {"repetition_penalty": 3.0}).argmax(-1)) and tokens[0] == 7
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_greedy_rows_among_sampled_ones(dtype, backend):
-    """The first of the largest penalised scores, whatever the row's other parameters; the others draw as without."""
-    count, seen = 40, [1, 31, 32, 96]
-    logits = random(count, 97, seed=8, scale=2.0).to(dtype)
-    logits[3, 40:60] = 50.0
-    sampled = torch.arange(count) % 3 == 1
-    given = {"seed": 3, "candidate": torch.arange(count), "step": 2, "stop_token": STOP, "pad_token": PAD}
-    settings = {"top_p": 0.8, "repetition_penalty": 1.7, "typical_p": 0.9}
-    temperature = torch.where(sampled, 1.5, 1e-44)
-    with clvp_fast.backend(backend):
-        drawn, greedy = (
-            sample(logits, *state(count, 97, seen), do_sample=choice, temperature=1.5, **given, **settings)
-            for choice in (True, False)
-        )
-        states = state(count, 97, seen)
-        tokens = sample(logits, *states, do_sample=sampled, temperature=temperature, **given, **settings)
-    assert torch.equal(tokens, torch.where(sampled, drawn, greedy))
-    assert tokens[3] == 40 and (drawn != greedy)[sampled].any()
-    assert states[1].tolist() == [1] * count
-    for row, token in zip(states[0], tokens.tolist(), strict=True):
-        assert {32 * w + b for w in range(4) for b in range(32) if int(row[w]) >> b & 1} == {*seen, token}
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_state_is_updated_in_place(backend):
-    wanted = [0, 31, 32, 63, STOP, 95, 64, 50]
-    logits = torch.full((8, 97), -50.0)
-    logits[torch.arange(8), torch.tensor(wanted)] = 50.0
-    seen, lengths, done = state(8, 97, [5])
-    lengths += 4
-    done[6:] = True
-    before = seen.clone()
-    with clvp_fast.backend(backend):
-        tokens = sample(logits, seen, lengths, done, seed=0, candidate=0, step=0, stop_token=STOP, pad_token=PAD)
-    assert tokens.tolist() == [*wanted[:6], PAD, PAD]
-    assert lengths.tolist() == [5] * 6 + [4] * 2
-    assert done.tolist() == [False] * 4 + [True, False, True, True]
-    for n in range(8):
-        bits = {32 * w + b for w in range(4) for b in range(32) if int(seen[n, w]) >> b & 1}
-        assert bits == ({5, wanted[n]} if n < 6 else {5})
-    assert torch.equal(seen[6:], before[6:])
-
-
-def test_low_precision_logits_are_processed_in_float32():
-    logits = random(40, 97, seed=6, scale=3.0, dtype=torch.bfloat16)
-    given = {"top_p": 0.7, "candidate": torch.arange(40), "seed": 0, "step": 0, "stop_token": STOP, "pad_token": PAD}
-    low, wide = (sample(x, *state(40, 97), **given) for x in (logits, logits.float()))
-    assert torch.equal(low, wide)
-
-
-def test_registered_and_compiled():
-    logits = random(6, 97, seed=0)
-    whole = torch.arange(6)
-    op = torch.ops.clvp_fast.sample.default
-    floats = [torch.full((6,), x, dtype=torch.float64) for x in (0.8, 0.9, 0.8, 0.01, 1.5)]
-    parameters = [floats[0], whole + 3, *floats[1:]]
-    args = (logits, *state(6, 97, [4]), *parameters, whole, whole, whole, STOP, PAD, True)
-    torch.library.opcheck(op, (*args, None))
-    torch.library.opcheck(op, (*args, whole > 2))
-    torch.library.opcheck(op, (logits, *state(6, 97), *[None] * 6, whole, whole, whole, STOP, PAD, False, None))
-    given = {"top_p": 0.9, "repetition_penalty": 2.0, "seed": 3, "stop_token": STOP, "pad_token": PAD}
-    given["do_sample"] = whole > 2
-
-    def run(logits, *states, candidate, step):
-        return sample(logits, *states, candidate=candidate, step=step, **given)
-
-    ours, theirs = state(6, 97, [4]), state(6, 97, [4])
-    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
-    assert torch.equal(
-        compiled(logits, *ours, candidate=whole, step=whole), run(logits, *theirs, candidate=whole, step=whole)
-    )
-    for mine, expected in zip(ours, theirs, strict=True):
-        assert torch.equal(mine, expected)
-
-
-def test_bad_arguments_are_named():
-    logits, (seen, lengths, done) = random(4, 97, seed=0), state(4, 97)
-    good = {"seed": 0, "candidate": 0, "step": 0, "stop_token": STOP, "pad_token": PAD}
-    cases = [
-        ((logits[0], seen, lengths, done), {}, ValueError, "logits must have shape"),
-        ((logits, seen[:, :3], lengths, done), {}, ValueError, r"seen must have shape \[4, 4\], not \[4, 3\]"),
-        ((logits, seen.long(), lengths, done), {}, TypeError, "seen must be torch.int32"),
-        ((logits, seen, lengths[1:], done), {}, ValueError, "lengths must have shape"),
-        ((logits, seen, lengths, done.int()), {}, TypeError, "done must be torch.bool"),
-        ((logits, seen, lengths, done.to("meta")), {}, ValueError, "done is on meta and logits on cpu"),
-        (
-            (logits, seen, lengths, done),
-            {"temperature": 0.0},
-            ValueError,
-            r"temperature must be above 0 .*do_sample=False",
-        ),
-        ((logits, seen, lengths, done), {"top_k": 1.5}, ValueError, "top_k must be a whole number"),
-        ((logits, seen, lengths, done), {"top_p": 1.1}, ValueError, "top_p must be from 0 to 1, not 1.1"),
-        ((logits, seen, lengths, done), {"typical_p": 0}, ValueError, "typical_p must be above 0"),
-        ((logits, seen, lengths, done), {"min_p": -1}, ValueError, "min_p must be from 0 to 1"),
-        ((logits, seen, lengths, done), {"repetition_penalty": 0}, ValueError, "repetition_penalty must be above 0"),
-        ((logits, seen, lengths, done), {"top_p": torch.ones(3)}, ValueError, "top_p must have shape"),
-        ((logits, seen, lengths, done), {"step": torch.ones(4)}, TypeError, "step must be int64"),
-        ((logits, seen, lengths, done), {"do_sample": torch.ones(4)}, TypeError, "do_sample must be torch.bool"),
-        ((logits, seen, lengths, done), {"do_sample": done[1:]}, ValueError, r"do_sample must have shape \[4\]"),
-        ((logits, seen, lengths, done), {"do_sample": done.to("meta")}, ValueError, "do_sample is on meta"),
+@on(*EVERY)
+def test_philox_of_all_64_bits(backend):
+    """Over equal logits the token is the random number itself, scaled."""
+    seeds = [0, 1, 2**63 + 12345, 2**64 - 1, 5 << 32]
+    candidates, steps = [0, 2**33 + 7, 3, 2**62, 9 << 32], [0, 1, 2**40 + 1, 2**32 - 1, 2**32]
+    numbers = [
+        torch.tensor([x - 2**64 if x >= 2**63 else x for x in values], device=backend.device)
+        for values in (seeds, candidates, steps)
     ]
-    for given, change, error, message in cases:
-        with pytest.raises(error, match=message):
-            sample(*given, **good | change)
+    given = dict(zip(("seed", "candidate", "step"), numbers, strict=True))
+    tokens = draw(torch.zeros(5, 4096, device=backend.device), **given)
+    for token, seed, candidate, step in zip(tokens.tolist(), seeds, candidates, steps, strict=True):
+        words = (step & 0xFFFFFFFF, step >> 32, candidate & 0xFFFFFFFF, candidate >> 32)
+        assert token == philox(words, (seed & 0xFFFFFFFF, seed >> 32))[0] >> 20

@@ -1,0 +1,64 @@
+"""The backends on which the cases of an operator run, and the mark that says on which of them a case does.
+
+reference, torch: the operator's own, on a CPU; default: what a call takes there by itself.
+cpu: the native library's kernels, on each instruction set.
+interpreted: the Triton kernels in Triton's interpreter, which a process without a GPU chooses when it begins.
+gpu: the kernels on a GPU.
+"""
+
+from dataclasses import dataclass
+from itertools import product
+
+import pytest
+import torch
+
+from tests.kit import isa
+from tests.kit.device import DEVICE
+
+#: Both ways to run a kernel that is written in Triton.
+TRITON = ("interpreted", "gpu")
+_ALL = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_ON_A_GPU = pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU its kernels are compiled and not interpreted")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One backend: its name, what it forces (`clvp_fast.backend`), its device, its types and its instruction set."""
+
+    name: str
+    forced: str | None
+    dtypes: tuple[torch.dtype, ...] = _ALL
+    device: str = "cpu"
+    marks: tuple[pytest.MarkDecorator, ...] = ()
+    isa: str | None = None
+
+    @property
+    def id(self) -> str:
+        return f"{self.name}-{self.isa}" if self.isa else self.name
+
+
+BACKENDS = (
+    Backend("reference", "reference"),
+    Backend("torch", "torch"),
+    Backend("default", None),
+    *(Backend("cpu", "cpu", _ALL[:2], marks=(isa.needs_library,), isa=name) for name in isa.ISAS),
+    # The interpreter's bfloat16 products are wrong (triton 3.6 and 3.9), so that type is tested on a GPU alone.
+    Backend("interpreted", "kernel", (torch.float32, torch.float16), marks=(_ON_A_GPU,)),
+    Backend("gpu", "kernel", _ALL[:3], "cuda", (pytest.mark.gpu,)),
+)
+
+
+def on(*names: str, types: str = "", among: tuple[torch.dtype, ...] = _ALL) -> pytest.MarkDecorator:
+    """The mark of a case that runs on these backends, each of which forces itself (the fixture `backend`).
+
+    types: the case's arguments that are dtypes, "dtype" or "dtype, out_dtype"; each takes those of the backend, as far
+    as they are `among` these.
+    """
+    assert set(names) <= {backend.name for backend in BACKENDS}, names
+    arguments = [name.strip() for name in types.split(",") if types]
+    cases = []
+    for backend in (backend for name in names for backend in BACKENDS if backend.name == name):
+        for dtypes in product([dtype for dtype in backend.dtypes if dtype in among], repeat=len(arguments)):
+            words = (backend.id, *(str(dtype).removeprefix("torch.") for dtype in dtypes))
+            cases.append(pytest.param(backend, *dtypes, id="-".join(words), marks=backend.marks))
+    return pytest.mark.parametrize(["backend", *arguments], cases, indirect=["backend"])

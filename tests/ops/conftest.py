@@ -1,0 +1,15 @@
+"""The fixture over which an operator's cases run."""
+
+import pytest
+
+import clvp_fast
+from tests.kit.isa import run_on
+
+
+@pytest.fixture
+def backend(request):
+    """A `Backend` of tests/kit/backends.py, forced, on its instruction set; the mark `on` there says which."""
+    if request.param.isa:
+        run_on(request, request.param.isa)
+    with clvp_fast.backend(request.param.forced):
+        yield request.param
