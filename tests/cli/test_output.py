@@ -1,5 +1,6 @@
 """What is printed survives any encoding and any width of a terminal."""
 
+import io
 import json
 import os
 import subprocess
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from rich.table import Table
 
-from clvp_fast.cli import report
+from clvp_fast.cli import main, report
 from clvp_fast.io.files import json_text
 from tests.cli.conftest import ROOT
 from tests.cli.test_generate import QUICK
@@ -17,11 +18,20 @@ from tests.cli.test_generate import QUICK
 DOCUMENT = {"text": "Yes 🙂 é", "file": os.fsdecode(b"v\xff.wav"), "score": 0.5}
 
 
-def run(*argv, cwd, **environment) -> subprocess.CompletedProcess:
-    """The command in a process of its own, whose output is bytes."""
-    command = [sys.executable, "-m", "clvp_fast", *map(str, argv)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)} | environment
-    return subprocess.run(command, capture_output=True, cwd=cwd, env=environment)
+@pytest.fixture
+def piped(monkeypatch, tmp_path):
+    """Runs a command in `tmp_path` as if its output were a pipe of an encoding, and returns the bytes in it."""
+
+    def run(*argv, encoding: str) -> bytes:
+        pipe = io.BytesIO()
+        stdout = io.TextIOWrapper(pipe, encoding, write_through=True)
+        monkeypatch.chdir(tmp_path)
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", stdout)
+            assert main(list(map(str, argv))) == 0
+        return pipe.getvalue()
+
+    return run
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "latin-1", "ascii", "cp1252", "utf-16"])
@@ -32,20 +42,16 @@ def test_json_is_whole_in_every_encoding(encoding):
     assert ("\\u00e9" in json_text(plain, encoding)) == (encoding == "ascii")
 
 
-def test_json_into_a_pipe(voice, tmp_path):
-    found = run(
-        *("generate", "Yes 🙂", *QUICK, "--voice", voice, "--out", "é🙂", "--json"),
-        cwd=tmp_path,
-        PYTHONIOENCODING="latin-1",
-    )
-    assert found.returncode == 0, found.stderr
-    document = json.loads(found.stdout.decode("latin-1"))
+def test_json_into_a_pipe(piped, voice, tmp_path):
+    arguments = ("generate", "Yes 🙂", *QUICK, "--voice", voice, "--out", "é🙂", "--json")
+    document = json.loads(piped(*arguments, encoding="latin-1").decode("latin-1"))
     assert document["text"] == "Yes 🙂" and "é🙂/candidates.json" in document["written"]
     assert json.loads((tmp_path / "é🙂/candidates.json").read_text(encoding="utf-8"))["text"] == "Yes 🙂"
 
 
 @pytest.mark.parametrize(
-    "closed", [">&- 2>&-", "<&-", *(pytest.param(one, marks=pytest.mark.slow) for one in (">&-", "2>&-"))]
+    "closed",
+    ["<&- >&- 2>&-", *(pytest.param(one, marks=pytest.mark.slow) for one in (">&- 2>&-", "<&-", ">&-", "2>&-"))],
 )
 def test_closed_streams(voice, tmp_path, closed):
     """As of a service that closes what it does not read: the files are written all the same."""
@@ -77,14 +83,9 @@ def test_a_note_is_one_line(capsys):
     assert capsys.readouterr().err == "note: a b.wav: resampled\n"
 
 
-def test_a_table_into_a_pipe(voice, tmp_path):
-    found = run(
-        *("generate", "Yes 🙂", *QUICK, "--voice", voice, "--out", "é🙂"),
-        cwd=tmp_path,
-        PYTHONIOENCODING="ascii",
-    )
-    assert found.returncode == 0, found.stderr
-    assert b"wrote \\xe9\\U0001f642/candidates.json" in found.stdout and b"score" in found.stdout
+def test_a_table_into_a_pipe(piped, voice):
+    found = piped("generate", "Yes 🙂", *QUICK, "--voice", voice, "--out", "é🙂", encoding="ascii")
+    assert b"wrote \\xe9\\U0001f642/candidates.json" in found and b"score" in found
 
 
 @pytest.mark.parametrize("columns", [1, 20, 33, 80])
