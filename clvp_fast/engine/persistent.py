@@ -181,7 +181,9 @@ class PersistentStep:
     def _layer(self, index: int, layer: nn.Module) -> list[int]:
         """The fields of `native.DecoderLayer`; weights are packed as the layer's own step packs them."""
         attn, mlp = layer.attn, layer.mlp
-        qkv, qkv_bias = pack_linears([attn.q_proj, attn.k_proj, attn.v_proj])
+        if (packed := pack_linears([attn.q_proj, attn.k_proj, attn.v_proj])) is None:
+            raise ValueError("no persistent decode step: weights of queries, keys and values cannot lie in a row")
+        qkv, qkv_bias = packed
         for conv in (mlp.c_fc, mlp.c_proj):
             transpose_storage(conv)
         tensors = [layer.input_layernorm.weight, layer.input_layernorm.bias, qkv, qkv_bias]

@@ -66,7 +66,11 @@ class Int8Products:
         if not plain or activation is None or not all(is_plain(conv, Conv1D) for conv in (mlp.c_fc, mlp.c_proj)):
             raise ValueError("int8 weights are made of plain linear layers: merge adapters, and remove hooks, first")
         self._heads = attn.num_heads, attn.head_dim
-        self._qkv = Int8Linear(*pack_linears(linears))
+        packed = pack_linears(linears)
+        if packed is None:  # they cannot be moved; what is made here is a copy in any case
+            biases = [linear.bias for linear in linears]
+            packed = torch.cat([linear.weight for linear in linears]), None if None in biases else torch.cat(biases)
+        self._qkv = Int8Linear(*packed)
         self.out = Int8Linear(attn.out_proj.weight, attn.out_proj.bias)
         self._activation = activation
         self._in = Int8Linear(mlp.c_fc.weight.t(), mlp.c_fc.bias)
