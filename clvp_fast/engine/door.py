@@ -38,6 +38,11 @@ class Door:
         self._plain = PlainModel(model)
         self.voices = VoiceCache(model, processor.feature_extractor)
 
+    def refresh(self) -> None:
+        """Take the model as it is now, without the voices that were made before. Raises as the constructor."""
+        self._plain = PlainModel(self.model)
+        self.voices.clear()
+
     @torch.inference_mode()
     def admit(self, request: CandidateRequest, sampling: SamplingParams, place: int) -> tuple[torch.Tensor, Job]:
         """A request's text ids int64 `[length]` on the host, and the job of decoding it.

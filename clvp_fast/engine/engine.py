@@ -16,6 +16,7 @@ import torch
 
 from clvp_fast.checkpoint import best_device, load_checkpoint
 from clvp_fast.engine.calls import Call, Pending, tell
+from clvp_fast.engine.decode_loop import Job
 from clvp_fast.engine.door import Door, token_limit
 from clvp_fast.engine.memory import MemoryPlan, default_batch, free_bytes, plan, trim_heap
 from clvp_fast.engine.ranking import Ranker
@@ -48,7 +49,8 @@ class CandidateEngine:
         page_size: tokens a page of keys and values, 16 or 32.
         page_dtype: `torch.float8_e4m3fn` to keep keys and values in 8 bits; by default the model's dtype.
         weight_dtype: `torch.int8` to decode with copies of the layers' weights in 8 bits, which are made here; by
-            default with the model's own. docs/architecture.md tells what either changes.
+            default with the model's own. docs/architecture.md tells what either changes, and `refresh` when copies
+            have to be made anew.
         scoring: "padded", as the original scores, or "trimmed" ([`Ranker`] explains them).
         scorer: a [`Scorer`] that ranks candidates in place of `model`'s own encoders.
         latents: keep the decoder's states of the candidates, for the `latents` of results.
@@ -89,9 +91,8 @@ class CandidateEngine:
                     f"scoring={scoring!r} is how the model's own encoders score: leave it out with a scorer"
                 )
         self._door = Door(model, processor)
-        self.model = model.eval()
-        arrange_parameters(model)  # before the plan, which reads what is free
-        self.processor = processor
+        self.model, self.processor = model, processor
+        self._take_model()
         self.scorer: Scorer = Ranker(model, mode=scoring) if scorer is None else scorer
         self.max_new_tokens = token_limit(model) if max_new_tokens is None else max_new_tokens
         decoder = model.speech_decoder_model
@@ -144,6 +145,33 @@ class CandidateEngine:
         started = time.perf_counter()
         self._turns.take(partial(self._work.warm_up, progress))
         return time.perf_counter() - started
+
+    def refresh(self) -> None:
+        """Make anew what was made of the model's weights, after those were changed or moved.
+
+        An engine reads the model's own weights, and a change in place (`copy_`, `load_state_dict`, an optimizer's step)
+        is seen by the next request. What is made of weights stays as it was until this is called: copies in 8 bits
+        (`weight_dtype`), the scales of pages in 8 bits (`page_dtype`), captured steps (`warm_up`, `persistent`), and
+        the pages of a model that was cast or moved to another device. Until then each request is refused, with a
+        `ValueError` that says so. It compares the parameters' addresses and version counters, and neither shows a write
+        through `.data` (`weight.data.copy_(...)`): call this after one, for voices that are kept too.
+
+        Raises:
+            RuntimeError: requests are under way, or a listener or scorer of the engine calls this.
+            ValueError: as the constructor, of the model as it is now.
+        """
+        self._turns.take(self._refresh)
+
+    def _refresh(self) -> None:
+        self._work.require_idle()
+        self._door.refresh()
+        self._take_model()
+        self._work.renew()
+        trim_heap()
+
+    def _take_model(self) -> None:
+        self.model.eval()
+        arrange_parameters(self.model)  # before the plan, which reads what is free
 
     @property
     def memory(self) -> MemoryPlan:
@@ -210,7 +238,7 @@ class CandidateEngine:
             place, call.taken = call.taken, call.taken + 1
             call.owed[pending] = None
             try:
-                admit = partial(self._door.admit, request, call.sampling, place)
+                admit = partial(self._admit, request, call.sampling, place)
                 pending.text_ids, pending.job = self._turns.take(admit)
                 pending.job.on_token = None if call.listener is None else partial(tell, ref(pending))
                 pending.prepared = time.perf_counter()
@@ -218,6 +246,11 @@ class CandidateEngine:
             except Exception as error:  # nothing but this request has a part in it
                 pending.fail(error)
                 return  # its caller hears of it first: it may go on for ever like this
+
+    def _admit(self, request: CandidateRequest, sampling: SamplingParams, place: int) -> tuple[torch.Tensor, Job]:
+        admitted = self._door.admit(request, sampling, place)
+        self._work.check_weights()
+        return admitted
 
     def _step(self, call: Call, seen: int) -> None:
         """One step of everything, unless another thread has made one since `seen`."""

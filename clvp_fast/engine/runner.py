@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from clvp_fast.engine.decoder import PagedDecoder, min_rows
+from clvp_fast.engine.marks import Marks
 from clvp_fast.engine.persistent import MAX_ROWS, PersistentStep
 from clvp_fast.engine.scheduler import batch_buckets
 from clvp_fast.engine.slots import SlotState, to_device
@@ -137,6 +138,10 @@ class Runner:
             device=device,
         )
         self.pages = decoder.pages(num_pages, page_size, page_dtype)
+        self._made_for = decoder.dtype, decoder.device
+        self._copied: Marks | None = None
+        if weight_dtype is not None or self.pages.scales is not None:
+            self._copied = Marks(model.model.decoder.layers, "model.decoder.layers.")
         if deterministic:
             self._refuse_torch_attention()
         self._persistent: PersistentStep | None = None
@@ -260,6 +265,20 @@ class Runner:
         if self._latents is None:
             raise RuntimeError("this runner keeps no latents: make it with latents=True")
         return self._latents[slot, :length].clone()
+
+    def outdated(self) -> str | None:
+        """Why steps would not compute what the model's weights say now, as the beginning of a sentence; None: they do.
+
+        A write through `.data`, after a copy was made, is not seen.
+        """
+        if (found := (self.decoder.dtype, self.decoder.device)) != self._made_for:
+            dtype, device = self._made_for
+            return f"the decoder is {found[0]} on {found[1]} now, and its pages were made for {dtype} on {device}"
+        if self._copied is not None and (name := self._copied.changed()) is not None:
+            return f"parameter {name} of the decoder was changed or moved after copies were made in 8 bits"
+        if (self._graphs or self._persistent is not None) and self.decoder.has_moved:
+            return "parameters of the decoder were moved after steps were captured that read them where they lay"
+        return None
 
     def _make_persistent(self) -> None:
         tables = (self.slots.tensors[name].shape[1] for name in ("block_table", "prefix_table"))

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from clvp_fast.audio import require_sound
+from clvp_fast.engine.marks import Marks
 from clvp_fast.io.files import staged_folder, user_path
 from clvp_fast.models.clvp.feature_extraction import ClvpFeatureExtractor
 from clvp_fast.models.clvp.modeling import ClvpModelForConditionalGeneration
@@ -95,7 +96,8 @@ class VoiceCache:
     `default_audio_length` seconds are used (shorter ones are padded), where the original takes a piece at random.
 
     Args:
-        model: in eval mode, where it will compute. After its weights were changed or moved, call `clear`.
+        model: in eval mode, where it will compute. Voices that were made with other weights are forgotten: changed and
+            moved ones are noticed, but for writes through `.data` (`weight.data.copy_(...)`), after which call `clear`.
         feature_extractor: of the checkpoint.
         capacity: how many are kept, those that were used last; a voice takes some kilobytes.
     """
@@ -111,16 +113,20 @@ class VoiceCache:
         self.model = model
         self.feature_extractor = feature_extractor
         self.capacity = capacity
-        self._kept: OrderedDict[bytes | str, Any] = OrderedDict()
-        self._fingerprint: torch.Tensor | None = None
+        self.clear()
 
     def __len__(self) -> int:
         return len(self._kept)
 
     def clear(self) -> None:
         """Forget all voices, and the mark of the checkpoint."""
-        self._kept.clear()
-        self._fingerprint = None
+        self._kept: OrderedDict[bytes | str, Any] = OrderedDict()
+        self._fingerprint: torch.Tensor | None = None
+        self._marks = Marks(self.model.conditioning_encoder)
+
+    def _follow(self) -> None:
+        if self._marks.changed() is not None:
+            self.clear()
 
     def from_clips(self, clips, sampling_rate: int | None = None) -> Voice:
         """The voice of recordings.
@@ -219,6 +225,7 @@ class VoiceCache:
 
         Unlike a hash of the weights, it is nearly the same in every dtype that the checkpoint is loaded in.
         """
+        self._follow()
         if self._fingerprint is None:
             bins = self.model.config.decoder_config.feature_size
             probe = torch.arange(bins * 8, dtype=torch.float64, device="cpu").view(1, bins, 8).sin()
@@ -227,6 +234,7 @@ class VoiceCache:
 
     def at(self, key: bytes | str, make: Callable[[], Any]) -> Any:
         """What `make()` gave for a digest or a place, called once while that is kept; what it raises is not."""
+        self._follow()
         if key not in self._kept:
             self._kept[key] = make()
             if len(self._kept) > self.capacity:

@@ -8,7 +8,7 @@ from torch import nn
 from clvp_fast import ops
 from clvp_fast.engine.products import Product, in_int8
 from clvp_fast.models.common.layers import is_plain_embedding
-from clvp_fast.models.common.parameters import can_pack, pack_linears, transpose_storage
+from clvp_fast.models.common.parameters import pack_linears, transpose_storage
 from clvp_fast.models.common.plain import activation_name, changed_module, drop_probability
 
 
@@ -155,7 +155,8 @@ def _layer(layer: nn.Module) -> LayerWeights:
     """One layer's weights; those that are to lie otherwise are moved."""
     attn, mlp = layer.attn, layer.mlp
     linears = [attn.q_proj, attn.k_proj, attn.v_proj]
-    pairs = [pack_linears(linears)] if can_pack(linears) else [(linear.weight, linear.bias) for linear in linears]
+    packed = pack_linears(linears)
+    pairs = [(linear.weight, linear.bias) for linear in linears] if packed is None else [packed]
     for conv in (mlp.c_fc, mlp.c_proj):
         transpose_storage(conv)
     return LayerWeights(

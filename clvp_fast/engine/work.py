@@ -95,6 +95,27 @@ class Work:
         with self._changing():
             self._sweep()
 
+    def check_weights(self) -> None:
+        """Raise `ValueError` where steps would not compute what the model's weights say now."""
+        runner = self.loop.runner
+        if runner is not None and (found := runner.outdated()) is not None:
+            raise ValueError(f"{found}: call engine.refresh(), which makes anew what was made of the weights")
+
+    def require_idle(self) -> None:
+        """Raise `RuntimeError` while requests are under way."""
+        self.settle()
+        if waiting := sum(not pending.settled for pending in list(self.pending)):
+            raise RuntimeError(
+                f"refresh() is for an engine that decodes nothing, and requests are under way ({waiting}), begun with "
+                "the weights as they were: wait for their results or cancel them, and call it again"
+            )
+
+    def renew(self) -> None:
+        """Plan and make the runner anew, where nothing is under way, and warm it up if the old one was."""
+        self.loop.runner, self._torn = None, True  # first, since its memory is what the new one is made of
+        self.memory = self._plan(self.memory.max_batch)
+        self._mend()
+
     def warm_up(self, progress: Callable[[int, int], None] | None) -> None:
         self._mend()
         self.loop.runner.warm_up(progress)

@@ -31,6 +31,9 @@ class NullRunner:
     def warm_up(self, progress=None):
         pass
 
+    def outdated(self):
+        return None
+
     def reset(self):
         self.null, self.params = NullDevice(self.pages.data.shape[3], {}), {}
 

@@ -12,7 +12,7 @@ from clvp_fast.models.clap.audio_patches import ClapAudioPatchEmbed, fold_spectr
 from clvp_fast.models.clap.configuration import ClapAudioConfig
 from clvp_fast.models.clap.layers import Dense, Intermediate, feed_forward, feed_forward_activation
 from clvp_fast.models.common.layers import add_norm, is_plain_layer_norm
-from clvp_fast.models.common.parameters import apply_linear, can_pack, pack_linears
+from clvp_fast.models.common.parameters import apply_linear, packed_linears
 from clvp_fast.models.common.plain import drop_probability, is_plain
 from clvp_fast.ops.merge_norm import merge
 from clvp_fast.ops.window_attention import SEAM, seam
@@ -133,7 +133,7 @@ class ClapAudioLayer(nn.Module):
             and is_plain(attention, ClapAudioAttention)
             and attention.is_plain_inside()
             and not any(map(drop_probability, (attention.self.dropout, attention.output.dropout, self.output.dropout)))
-            and can_pack(attention.self.projections())
+            and packed_linears(attention.self.projections()) is not None
         )
 
     def _in_halves(
@@ -141,7 +141,7 @@ class ClapAudioLayer(nn.Module):
     ) -> torch.Tensor:
         """`forward`, by the operators of the two halves."""
         norm, attention, dense = self.layernorm_before, self.attention.self, self.attention.output.dense
-        packed = pack_linears(attention.projections())
+        packed = packed_linears(attention.projections())
         weights = norm.weight, norm.bias, *packed, attention.bias(), dense.weight, dense.bias
         options = dict(window=self.window_size, shift=shift, eps=norm.eps)
         hidden_states = ops.window_block(hidden_states.unflatten(1, size), *weights, **options).flatten(1, 2)

@@ -8,7 +8,7 @@ from torch import nn
 from clvp_fast import ops
 from clvp_fast.models.clap.configuration import ClapAudioConfig
 from clvp_fast.models.clap.layers import Dense
-from clvp_fast.models.common.parameters import apply_linear, project_heads
+from clvp_fast.models.common.parameters import ArrangedLayer, apply_linear, pack_linears, project_heads
 from clvp_fast.models.common.plain import drop_probability, is_plain, is_plain_linear
 
 
@@ -28,7 +28,7 @@ def join_windows(windows: torch.Tensor, shape: torch.Size, window: int, shift: i
     return image.roll((shift, shift), (1, 2)) if shift else image
 
 
-class ClapAudioSelfAttention(nn.Module):
+class ClapAudioSelfAttention(ArrangedLayer):
     """Attention within windows, with a bias for each distance of two places."""
 
     def __init__(self, config: ClapAudioConfig, width: int, num_heads: int):
@@ -52,6 +52,10 @@ class ClapAudioSelfAttention(nn.Module):
         rows, columns = (x[:, None] - x for x in (place // self.window_size, place % self.window_size))
         side = 2 * self.window_size - 1
         return {"relative_position_index": (rows + self.window_size - 1) * side + columns + self.window_size - 1}
+
+    def arrange_parameters(self) -> None:
+        """Let the weights of queries, keys and values lie one behind another, where they can."""
+        pack_linears(self.projections())
 
     def projections(self) -> list[nn.Module]:
         """Of one input: queries, keys and values."""

@@ -7,6 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel, initialization as init
 
 from clvp_fast.models.clap.configuration import ClapConfig
+from clvp_fast.models.common.parameters import arrange_parameters
 
 
 class ClapPreTrainedModel(PreTrainedModel):
@@ -18,6 +19,10 @@ class ClapPreTrainedModel(PreTrainedModel):
     input_modalities = ("audio", "text")
     supports_gradient_checkpointing = False
     _no_split_modules = ["ClapTextLayer", "ClapAudioLayer"]  # noqa: RUF012
+
+    def post_init(self) -> None:
+        super().post_init()
+        arrange_parameters(self)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -53,7 +58,9 @@ class ClapPreTrainedModel(PreTrainedModel):
             stored, _ = ClapConfig.get_config_dict(pretrained_model_name_or_path, **hub)
             if stored.get("model_type") == "clap":
                 return cls._from_composite(pretrained_model_name_or_path, **kwargs)
-        return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+        arrange_parameters(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
 
     @classmethod
     def _from_composite(cls, path, output_loading_info: bool = False, **kwargs):

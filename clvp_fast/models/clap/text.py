@@ -8,7 +8,7 @@ from clvp_fast import ops
 from clvp_fast.models.clap.configuration import ClapTextConfig
 from clvp_fast.models.clap.layers import Intermediate, feed_forward, feed_forward_activation
 from clvp_fast.models.common.layers import add_norm, attend
-from clvp_fast.models.common.parameters import apply_linear, project_heads
+from clvp_fast.models.common.parameters import ArrangedLayer, apply_linear, pack_linears, project_heads
 from clvp_fast.models.common.plain import is_plain
 
 
@@ -75,7 +75,7 @@ class ClapTextEmbeddings(nn.Module):
         return positions
 
 
-class ClapTextSelfAttention(nn.Module):
+class ClapTextSelfAttention(ArrangedLayer):
     """Multi-head attention over a padded batch of texts."""
 
     def __init__(self, config: ClapTextConfig):
@@ -90,6 +90,14 @@ class ClapTextSelfAttention(nn.Module):
         self.value = nn.Linear(width, width)
         self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
 
+    def arrange_parameters(self) -> None:
+        """Let the weights of queries, keys and values lie one behind another, where they can."""
+        pack_linears(self._projections)
+
+    @property
+    def _projections(self) -> list[nn.Module]:
+        return [self.query, self.key, self.value]
+
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -98,7 +106,7 @@ class ClapTextSelfAttention(nn.Module):
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`[batch, length, hidden_size]` → the same, and the weights `[batch, heads, length, length]` if needed."""
-        query, key, value = project_heads([self.query, self.key, self.value], hidden_states, self.num_heads)
+        query, key, value = project_heads(self._projections, hidden_states, self.num_heads)
         dropout_p = self.attention_dropout if self.training else 0.0
         options = dict(mask=attention_mask, scale=self.scale, dropout_p=dropout_p)
         if need_weights:

@@ -9,8 +9,8 @@ from transformers.pytorch_utils import Conv1D
 from clvp_fast import ops
 from clvp_fast.models.clvp.cache import GrowingLayer
 from clvp_fast.models.common.parameters import (
+    ArrangedLayer,
     apply_linear,
-    can_pack,
     pack_linears,
     project_heads,
     transpose_storage,
@@ -85,7 +85,7 @@ def wants_whole_buffers(cache: Cache, layer_idx: int, query: torch.Tensor, mask:
     )
 
 
-class ClvpSelfAttention(nn.Module):
+class ClvpSelfAttention(ArrangedLayer):
     """Multi-head self-attention: rotary in the encoders, causal in the decoder, plain in the conditioning encoder."""
 
     def __init__(self, config, layer_idx: int | None = None, causal: bool = False):
@@ -109,8 +109,7 @@ class ClvpSelfAttention(nn.Module):
 
     def arrange_parameters(self) -> None:
         """Let the weights of queries, keys and values lie one behind another, where they can."""
-        if can_pack(self._projections):
-            pack_linears(self._projections)
+        pack_linears(self._projections)
 
     def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries, keys, values `[batch, length, heads, head_dim]`, where possible views of one projection."""
@@ -249,7 +248,7 @@ class ClvpEncoderMLP(nn.Module):
         return hidden_states if residual is None else residual + hidden_states
 
 
-class ClvpDecoderMLP(nn.Module):
+class ClvpDecoderMLP(ArrangedLayer):
     """The feed-forward layer of the decoder, with GPT-2's `Conv1D` weights."""
 
     def __init__(self, intermediate_size: int, config):
@@ -278,9 +277,6 @@ class ClvpDecoderMLP(nn.Module):
             and is_plain(self.dropout, nn.Dropout)
             and not drop_probability(self.dropout)
         ):
-            if not torch.compiler.is_compiling():
-                transpose_storage(c_fc)
-                transpose_storage(c_proj)
             return ops.gelu_mlp(
                 hidden_states,
                 c_fc.weight.t(),

@@ -7,6 +7,7 @@ from transformers.pytorch_utils import Conv1D
 
 from clvp_fast.models.clvp.configuration import ClvpConfig, ClvpDecoderConfig, ClvpEncoderConfig
 from clvp_fast.models.clvp.layers import ClvpRotaryPositionalEmbedding
+from clvp_fast.models.common.parameters import arrange_parameters
 from clvp_fast.models.common.plain import kinds_of
 from clvp_fast.models.transformers_versions import CACHE
 
@@ -25,6 +26,7 @@ class ClvpPreTrainedModel(PreTrainedModel):
         super().post_init()
         #: The class of each module as it was made, by which replaced ones are told.
         self.kinds = kinds_of(self)
+        arrange_parameters(self)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -58,7 +60,9 @@ class ClvpPreTrainedModel(PreTrainedModel):
             stored, _ = ClvpConfig.get_config_dict(pretrained_model_name_or_path, **hub)
             if stored.get("model_type") == "clvp":
                 return cls._from_composite(pretrained_model_name_or_path, config_type or "text_config", **kwargs)
-        return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+        arrange_parameters(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
 
     @classmethod
     def _from_composite(cls, path, config_type: str, output_loading_info: bool = False, **kwargs):

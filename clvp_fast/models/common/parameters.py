@@ -1,9 +1,12 @@
-"""The storage of parameters.
+"""The storage of parameters: arranged where they change, and only read where they are used.
 
 Parameters are those of the checkpoints (`q_proj`, `k_proj`, ... each its own), in the storage that the operators want:
 query, key and value weights of a layer lie in one block, and `Conv1D` weights, which checkpoints keep as `[in, out]`,
-are transposed views of `[out, in]` storage. Both are made on first use, or all at once by `arrange_parameters`, where
-the weights are found in another layout (after loading, moving or assigning them), and hold no second copy.
+are transposed views of `[out, in]` storage. There is no second copy, so that changes in place are seen.
+
+An [`ArrangedLayer`] arranges its own when it is loaded, moved, cast, copied or gets another module; models do so at the
+end of their making. What no module hears of (`linear.weight = ...`, `weight.data = ...`) leaves parameters where they
+were put: layers are then computed one by one, until `arrange_parameters`, or an engine of the model, arranges again.
 """
 
 import torch
@@ -27,81 +30,151 @@ def apply_linear(linear: nn.Module, hidden_states: torch.Tensor, residual: torch
 
 def project_heads(linears: list[nn.Module], hidden_states: torch.Tensor, num_heads: int) -> tuple[torch.Tensor, ...]:
     """`[..., heads, head_dim]` of each linear layer of one input, where possible views of one projection."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not can_pack(linears):
+    packed = None if torch.compiler.is_compiling() or torch.is_grad_enabled() else packed_linears(linears)
+    if packed is None:
         return tuple(linear(hidden_states).unflatten(-1, (num_heads, -1)) for linear in linears)
-    packed = ops.linear(hidden_states, *pack_linears(linears))
-    return packed.unflatten(-1, (len(linears), num_heads, -1)).unbind(-3)
+    return ops.linear(hidden_states, *packed).unflatten(-1, (len(linears), num_heads, -1)).unbind(-3)
+
+
+def packed_linears(linears: list[nn.Module]) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+    """One `[sum of out, in]` weight and one bias of several linear layers of one input, views of their parameters.
+
+    None where the parameters do not lie one behind another, or a layer is not plain. Nothing is moved.
+    """
+    for linear in linears:
+        if not is_plain(linear, nn.Linear):
+            return None
+    weight, biases = _joined([linear.weight for linear in linears]), [linear.bias for linear in linears]
+    if weight is None:
+        return None
+    if biases[0] is None:
+        return (weight, None) if biases.count(None) == len(biases) else None
+    bias = _joined(biases)
+    return None if bias is None else (weight, bias)
+
+
+def _joined(parameters: list[nn.Parameter | None]) -> torch.Tensor | None:
+    """One view of parameters that lie one behind another; None of others."""
+    first = parameters[0]
+    if type(first) is not nn.Parameter:  # `functional_call` puts tensors there that may have no address
+        return None
+    begin = end = first.data_ptr()
+    dtype, strides, rows = first.dtype, first.stride(), 0
+    for parameter in parameters:
+        if (
+            type(parameter) is not nn.Parameter
+            or parameter.data_ptr() != end
+            or parameter.dtype != dtype
+            or parameter.stride() != strides
+            or not parameter.is_contiguous()
+        ):
+            return None
+        end += parameter.nbytes
+        rows += len(parameter)
+    # Neighbours by chance are of other storages.
+    storage = first.untyped_storage()
+    if end - storage.data_ptr() > storage.nbytes() or begin == end:
+        return None
+    return first.as_strided((rows, *first.shape[1:]), strides)
+
+
+class ArrangedLayer(nn.Module):
+    """A layer that keeps parameters of its modules in the operators' storage, wherever it hears that they changed.
+
+    A subclass says in `arrange_parameters` how they are to lie. That is called when the layer was moved or cast
+    (`_apply`), loaded, copied or unpickled, and when one of its modules was replaced; never by `forward`.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.register_load_state_dict_post_hook(_arrange_loaded)
+
+    def arrange_parameters(self) -> None:
+        """Bring parameters into their storage, where they are not in it and may be."""
+        raise NotImplementedError
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self.arrange_parameters()
+        return self
+
+    def __setattr__(self, name, value):
+        replaces = isinstance(value, nn.Module) and name in self._modules
+        super().__setattr__(name, value)
+        if replaces:
+            self.arrange_parameters()
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self.arrange_parameters()
+
+
+def _arrange_loaded(layer: ArrangedLayer, incompatible_keys) -> None:
+    layer.arrange_parameters()
+
+
+def arrange_parameters(model: nn.Module) -> None:
+    """Bring the parameters of all layers of `model` into their storage."""
+    for module in model.modules():
+        if isinstance(module, ArrangedLayer):
+            module.arrange_parameters()
 
 
 def can_pack(linears: list[nn.Module]) -> bool:
-    """Whether `pack_linears` serves: plain linear layers of one dtype, all with a bias or none; their storage moves."""
+    """Whether the parameters of plain linear layers of one input can be moved behind one another.
+
+    They must be of one dtype and device, all layers with a bias or none, and their storage such as may be another.
+    """
+    if not all(is_plain(linear, nn.Linear) for linear in linears):
+        return False
+    weights, biases = ([linear._parameters.get(name) for linear in linears] for name in ("weight", "bias"))
+    parameters = weights if biases.count(None) == len(biases) else weights + biases
     return (
-        all(is_plain(linear, nn.Linear) and _is_movable(linear.weight) for linear in linears)
-        and len({linear.weight.dtype for linear in linears}) == 1
-        and len({linear.bias is None for linear in linears}) == 1
+        all(map(_is_movable, parameters))
+        and len(set(map(id, parameters))) == len(parameters)
+        and all(parameter.numel() for parameter in parameters)  # DeepSpeed leaves empty ones
+        and len({(parameter.dtype, parameter.device) for parameter in parameters}) == 1
+        and len({weight.shape[1:] for weight in weights}) == 1
     )
 
 
-def _is_movable(weight: torch.Tensor) -> bool:
-    """Whether a weight's storage may be another: it is the module's own, of no inference mode, under no `torch.func`.
+def _is_movable(parameter: torch.Tensor | None) -> bool:
+    """Whether a parameter's storage may be another.
 
-    `functional_call` puts a caller's tensors in the place of weights, and what a transform makes ends with it. Whether
-    one is under way has no public name in torch.
+    It is the module's own, of no inference mode, under no `torch.func`, and no other process reads it.
+    `functional_call` puts a caller's tensors in the place of parameters, and what a transform makes ends with it.
+    Whether one is under way has no public name in torch.
     """
-    if type(weight) is not nn.Parameter or weight.is_inference():
+    if type(parameter) is not nn.Parameter or parameter.is_inference():
+        return False
+    if parameter.device.type == "cpu" and parameter.is_shared():
         return False
     transformed = getattr(torch._C, "_are_functorch_transforms_active", None)
     return transformed is None or not transformed()
 
 
-def arrange_parameters(model: nn.Module) -> None:
-    """Bring the parameters of all layers of `model` into their storage, which first use would do one by one.
-
-    What a layer frees on first use lies between the other memory of that run, and is of no use for it.
-    """
-    for module in model.modules():
-        if hasattr(module, "arrange_parameters"):
-            module.arrange_parameters()
-
-
-def pack_linears(linears: list[nn.Linear]) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """One `[sum of out, in]` weight and one bias for several linear layers of one input, as views of their parameters.
-
-    Where the parameters do not lie one behind the other yet, they are moved there; this must not be called under
-    autograd.
-    """
-    weights = [linear.weight for linear in linears]
-    biases = [linear.bias for linear in linears]
-    return _pack(weights), None if biases[0] is None else _pack(biases)
+def pack_linears(linears: list[nn.Module]) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+    """What `packed_linears` gives, behind moving parameters that do not lie so yet; None where they cannot be moved."""
+    if (packed := packed_linears(linears)) is None and can_pack(linears):
+        _pack([linear.weight for linear in linears])
+        if linears[0].bias is not None:
+            _pack([linear.bias for linear in linears])
+        packed = packed_linears(linears)
+    return packed
 
 
 @torch.no_grad()
 @torch.inference_mode(False)  # else the parameters became inference tensors, of no use for training
-def _pack(parameters: list[nn.Parameter]) -> torch.Tensor:
-    first = parameters[0]
-    if _lie_in_a_row(parameters):
-        return first.as_strided((sum(p.shape[0] for p in parameters), *first.shape[1:]), first.stride())
-    packed = torch.cat([p.data for p in parameters])
-    for parameter, view in zip(parameters, packed.split([p.shape[0] for p in parameters]), strict=True):
+def _pack(parameters: list[nn.Parameter]) -> None:
+    packed = torch.cat([parameter.data for parameter in parameters])
+    for parameter, view in zip(parameters, packed.split([len(parameter) for parameter in parameters]), strict=True):
         parameter.data = view
-    return packed
-
-
-def _lie_in_a_row(parameters: list[nn.Parameter]) -> bool:
-    storage = parameters[0].untyped_storage().data_ptr()
-    address = parameters[0].data_ptr()
-    for parameter in parameters:
-        if parameter.data_ptr() != address or parameter.untyped_storage().data_ptr() != storage:
-            return False
-        if not parameter.is_contiguous():
-            return False
-        address += parameter.numel() * parameter.element_size()
-    return True
 
 
 @torch.no_grad()
 @torch.inference_mode(False)
 def transpose_storage(conv: Conv1D) -> None:
     """Keep the `[in, out]` weight of `conv` as the transposed view of contiguous `[out, in]` storage, if it has one."""
-    if _is_movable(conv.weight) and not conv.weight.t().is_contiguous():
-        conv.weight.data = conv.weight.data.t().contiguous().t()
+    weight = conv._parameters.get("weight")
+    if _is_movable(weight) and weight.dim() == 2 and not weight.t().is_contiguous():
+        weight.data = weight.data.t().contiguous().t()
