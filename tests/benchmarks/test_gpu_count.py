@@ -88,13 +88,16 @@ def test_what_runs_on_a_gpu_is_all_that_the_steps_run(counted):
     everything = list(counted.marks)
     files = Counter(name.partition("::")[0] for name in everything)
     assert len(everything) > 1000 and not [name for name in files if name.endswith(("_cpu.py", "test_compiled.py"))]
-    assert not [name for name in everything if "test_log_mel" in name and "[cpu" in name]
+    assert not [name for name in everything if re.search(r"\[(cpu|interpreted|torch|reference|default)\b", name)]
     kernels = [name for name in everything if name.startswith(OF_KERNELS)]
     assert 200 < sum("bfloat16" in counted.marks[name] for name in kernels) < len(kernels) / 2
     sanitized = steps.SANITIZED.read_text().splitlines()
     assert len(set(sanitized)) == 40 and set(sanitized) < set(everything)
-    kernels = {name for name in files if name.startswith(OF_KERNELS)}
-    assert {name.partition("::")[0] for name in sanitized} == kernels - {"tests/kernels/test_capture.py"}
+    # Of each operator, whose files share the beginning of their names.
+    stems = {Path(name).stem for name in files if name.startswith(OF_KERNELS)} - {"test_capture"}
+    watched = {Path(name.partition("::")[0]).stem for name in sanitized}
+    assert watched <= stems
+    assert all(any(stem.startswith(other) or other.startswith(stem) for other in watched) for stem in stems)
     # Each file of it is in a step.
     words = [word for step in steps.check("sanitizer") for word in step.command]
     assert all(any(name.startswith(word) for word in words) for name in files)

@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from tests.kernels import test_linear, test_mlp, test_paged_attention, test_rotary_attention
+from tests.kernels import test_mlp, test_paged_attention, test_rotary_attention
 from tests.kit import device, interpreter, matrix_unit
+from tests.kit.backends import BACKENDS
+from tests.ops import test_linear
 
 pytestmark = pytest.mark.skipif(device.DEVICE == "cuda", reason="on a GPU the unit itself is tested")
+(INTERPRETED,) = (backend for backend in BACKENDS if backend.name == "interpreted")
 # An A100's, and units that have more than it: digits, products at a time, or both.
 UNITS = {
     "A100": {},
@@ -68,13 +71,13 @@ def test_one_product_of_tf32_is_refused(monkeypatch, case):
 
 def test_over_int8_weights_the_error_does_not_grow_with_the_depth(unit):
     """Within the budget of rounded sums, as long sums are added up outside of the unit."""
-    test_linear.check_linear(*test_linear.operands(torch.float32, (2,), 4096, 16))
+    test_linear.check(INTERPRETED, *test_linear.operands((2,), 4096, 16, int8=True))
 
 
 def test_in_the_unit_alone_it_would(monkeypatch):
     """A sum is cut off at each step, and shrinks: by 2e-5 at a depth of 4096, where tests on a GPU allow 1e-5."""
     use(monkeypatch)
-    x, weight, _, _ = test_linear.operands(torch.float32, (2,), 4096, 16)
+    x, weight, _, _ = test_linear.operands((2,), 4096, 16, int8=True)
     exact = weight.double() @ x.double().T
     found = matrix_unit.dot(weight.float().numpy(), x.numpy().T, np.zeros((16, 2), np.float32), "TF32x3")
     assert (torch.from_numpy(found).double() - exact).abs().max() > 1e-5 * exact.abs().max()

@@ -12,13 +12,15 @@ from itertools import product
 import pytest
 import torch
 
-from tests.kit import isa
-from tests.kit.device import DEVICE
+from tests.kit import device, isa
+from tests.kit.budget import TIMES
 
 #: Both ways to run a kernel that is written in Triton.
 TRITON = ("interpreted", "gpu")
 _ALL = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_ON_A_GPU = pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU its kernels are compiled and not interpreted")
+_INTERPRETED = pytest.mark.skipif(
+    device.DEVICE == "cuda", reason="on a GPU its kernels are compiled and not interpreted"
+)
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,10 @@ class Backend:
     marks: tuple[pytest.MarkDecorator, ...] = ()
     isa: str | None = None
 
+    def times(self, dtype: torch.dtype) -> float:
+        """How often products of `dtype` may have the error of plain torch."""
+        return device.times(dtype) if self.name in TRITON else TIMES
+
     @property
     def id(self) -> str:
         return f"{self.name}-{self.isa}" if self.isa else self.name
@@ -43,7 +49,7 @@ BACKENDS = (
     Backend("default", None),
     *(Backend("cpu", "cpu", _ALL[:2], marks=(isa.needs_library,), isa=name) for name in isa.ISAS),
     # The interpreter's bfloat16 products are wrong (triton 3.6 and 3.9), so that type is tested on a GPU alone.
-    Backend("interpreted", "kernel", (torch.float32, torch.float16), marks=(_ON_A_GPU,)),
+    Backend("interpreted", "kernel", (torch.float32, torch.float16), marks=(_INTERPRETED,)),
     Backend("gpu", "kernel", _ALL[:3], "cuda", (pytest.mark.gpu,)),
 )
 

@@ -1,77 +1,154 @@
-"""Linear layers: every path is the product in float64, and each call takes the path that is meant for it."""
+"""Linear layers: every backend is the product in float64, over int8 weights too; residuals, layouts, bits, memory.
+
+The CPU's kernel is called itself, on instruction sets too on which the operator leaves products to torch.
+"""
 
 import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch._subclasses import FakeTensorMode
 
-import clvp_fast
 from clvp_fast import ops
-from clvp_fast.ops import many_rows
-from clvp_fast.ops.linear import _OPERATOR, _torch
-from tests.kit import assert_within_budget, isa, linear_operands, operators, random, strided
+from clvp_fast.kernels import linear as kernels
+from clvp_fast.ops.linear import _native, _torch
+from tests.kit import POISON, Guarded, assert_within_budget, random, strided
+from tests.kit.backends import TRITON, on
 
-served = isa.needs("linear")
+PLAIN = ("default", "torch", "reference")
+INT8 = pytest.mark.parametrize("int8", [False, True])
 
 
-def operands(rows=3, columns=64, outs=50, dtype=torch.float32, int8=False):
-    return linear_operands(rows, columns, outs, dtype, int8)
+def quantized(outs, columns, seed=2, device="cpu"):
+    """int8 weights that reach both ends, and scales of several sizes."""
+    weight = (60 * random(outs, columns, seed=seed, device=device)).round().clamp(-128, 127).to(torch.int8)
+    return weight, (random(outs, seed=seed + 1, device=device).abs() + 0.1) / 60 / columns**0.5
+
+
+def operands(rows=(3,), columns=64, outs=50, dtype=torch.float32, int8=False, device="cpu"):
+    """x `[*rows, columns]`, weight, bias and the scale of the rows of int8 weights."""
+    x = random(*rows, columns, seed=1, dtype=dtype, device=device)
+    bias = random(outs, seed=4, dtype=dtype, device=device)
+    if not int8:
+        return x, (random(outs, columns, seed=2, device=device) / columns**0.5).to(dtype), bias, None
+    weight, scale = quantized(outs, columns, device=device)
+    return x, weight, bias, scale
+
+
+def run(backend, x, weight, bias=None, scale=None, activation=None, residual=None):
+    if backend.name == "cpu":
+        return _native(x, weight, bias, scale, activation, residual)
+    with warnings.catch_warnings():
+        if backend.name in PLAIN:
+            warnings.simplefilter("error")
+        return ops.linear(x, weight, bias, scale=scale, activation=activation, residual=residual)
 
 
 def exact(x, weight, bias, scale, activation):
     out = x.double() @ weight.double().T * (1 if scale is None else scale[:, None].double().T)
     out = out if bias is None else out + bias.double()
-    return out if activation is None else F.gelu(out, approximate="tanh" if activation == "gelu_new" else "none")
+    return out if activation is None else F.gelu(out, approximate="none" if activation == "gelu" else "tanh")
+
+
+def check(backend, x, weight, bias=None, scale=None, activation=None):
+    out = run(backend, x, weight, bias, scale, activation)
+    assert out.dtype == x.dtype and out.is_contiguous()
+    assert_within_budget(out, exact(x, weight, bias, scale, activation), _torch(x, weight, bias, scale, activation))
+    return out
 
 
 @pytest.mark.parametrize("activation", [None, "gelu_new", "gelu"])
 @pytest.mark.parametrize("with_bias", [True, False])
-@pytest.mark.parametrize("int8", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("backend", [None, "torch", "reference"])
+@INT8
+@on(*PLAIN, types="dtype")
 def test_equals_the_product_in_float64(backend, dtype, int8, with_bias, activation):
     x, weight, bias, scale = operands(dtype=dtype, int8=int8)
-    bias = bias if with_bias else None
-    expected = exact(x, weight, bias, scale, activation)
-    baseline = _torch(x, weight, bias, scale, activation)
-    with clvp_fast.backend(backend), warnings.catch_warnings(action="error"):
-        out = ops.linear(x, weight, bias, scale=scale, activation=activation)
-    assert out.dtype == dtype and out.shape == expected.shape and out.is_contiguous()
-    assert_within_budget(out, expected, baseline)
+    check(backend, x, weight, bias if with_bias else None, scale, activation)
+
+
+@pytest.mark.parametrize("activation", [None, "gelu_new", "gelu_pytorch_tanh", "gelu"])
+@pytest.mark.parametrize("with_bias", [False, True])
+@on(*TRITON, types="dtype")
+def test_every_epilogue(backend, dtype, with_bias, activation):
+    x, weight, bias, scale = operands((3, 5), 256, 64, dtype, int8=True, device=backend.device)
+    check(backend, x, weight, bias if with_bias else None, scale, activation)
+
+
+# Each tile's edges, and several tiles.
+@pytest.mark.parametrize("rows", [(1,), (2, 8), (17,), (33,), (64,), (65,), (2, 100)])
+@on(*TRITON, types="dtype")
+def test_every_regime(backend, dtype, rows):
+    check(backend, *operands(rows, 256, 64, dtype, int8=True, device=backend.device), "gelu_new")
+
+
+# Columns and outputs that end within a tile or are few; more outputs than small tiles are for.
+@pytest.mark.parametrize("sizes", [(1, 1), (100, 31), (144, 48), (128, 2112), (1040, 80)])
+@pytest.mark.parametrize("rows", [5, 70])
+@on(*TRITON, types="dtype")
+def test_sizes(backend, dtype, rows, sizes):
+    check(backend, *operands((rows,), *sizes, dtype, int8=True, device=backend.device))
+
+
+# Around the tiles (4 or 8 rows, 2, 3 or 6 columns) and an item (128 rows, 48 columns); the decoder's own widths.
+@pytest.mark.parametrize(
+    "rows, columns, outs",
+    [(1, 32, 1), (3, 64, 7), (4, 96, 48), (5, 32, 49), (17, 1024, 130), (128, 32, 47), (129, 64, 97), (300, 32, 5)],
+)
+@INT8
+@on("cpu", types="dtype")
+def test_sizes_of_vectors(backend, dtype, int8, rows, columns, outs):
+    x, weight, bias, scale = operands((rows,), columns, outs, dtype, int8)
+    check(backend, x, weight, bias, scale)
+    check(backend, x, weight, None, scale, "gelu_new")
 
 
 @pytest.mark.parametrize("activation", [None, "gelu_new", "gelu"])
-@pytest.mark.parametrize("int8", [False, True])
+@INT8
 @pytest.mark.parametrize("wide", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("backend", [None, "torch", "reference"])
+@on(*PLAIN, types="dtype")
 def test_a_residual_is_added(backend, dtype, wide, int8, activation):
     """Of the dtype of x, or float32 beside a half type; the result has its dtype, and the residual stays."""
     if wide and dtype == torch.float64:
         wide = False
-    x, weight, bias, scale = operands(dtype=dtype, int8=int8)
+    args = (*operands(dtype=dtype, int8=int8), activation)
     residual = random(3, 50, seed=7, dtype=torch.float32 if wide else dtype)
     before = residual.clone()
-    expected = exact(x, weight, bias, scale, activation) + residual.double()
-    baseline = residual + _torch(x, weight, bias, scale, activation)
-    with clvp_fast.backend(backend), warnings.catch_warnings(action="error"):
-        out = ops.linear(x, weight, bias, scale=scale, activation=activation, residual=residual)
+    out = run(backend, *args, residual)
     assert out.dtype == residual.dtype and torch.equal(residual, before)
-    assert_within_budget(out, expected, baseline)
+    assert_within_budget(out, exact(*args) + residual.double(), residual + _torch(*args))
 
 
-@pytest.mark.parametrize("int8", [False, True])
-def test_registered(int8):
+@pytest.mark.parametrize("rows, outs", [(1, 1), (5, 49), (17, 130), (129, 47)])
+@INT8
+@on("cpu", types="dtype")
+def test_a_residual_is_added_before_anything_is_rounded(backend, dtype, int8, rows, outs):
+    """Beside a half type too the sum is float32, of which the product is as exact as in float32."""
+    tensors, residual = operands((rows,), 64, outs, dtype, int8), strided(random(rows, outs, seed=9))
+    for activation in (None, "gelu_new"):
+        out = run(backend, *tensors, activation, residual)
+        expected = exact(*tensors, activation) + residual.double()
+        assert out.dtype == torch.float32
+        assert (out.double() - expected).abs().max() <= 2e-6 * (1 + expected.abs().max())
+
+
+@INT8
+@on("default")
+def test_registered_by_default(backend, int8):
     x, weight, bias, scale = operands(int8=int8)
-    residual = random(3, 50, seed=7)
-    for args in ((x, weight, bias, scale, "gelu_new"), (x, weight, None, scale, None, residual)):
+    for args in ((x, weight, bias, scale, "gelu_new"), (x, weight, None, scale, None, random(3, 50, seed=7))):
         torch.library.opcheck(torch.ops.clvp_fast.linear.default, args)
 
 
-def test_leading_axes_and_strides():
-    x, weight, bias, _ = operands(6)
+@on(*TRITON, types="dtype", among=(torch.float32, torch.float16))
+def test_registered(backend, dtype):
+    x, weight, bias, scale = operands((2, 3), 256, 64, dtype, int8=True, device=backend.device)
+    for args in ((x, weight, bias, scale, "gelu_new"), (x, weight, None, scale, None)):
+        torch.library.opcheck(torch.ops.clvp_fast.linear.default, args)
+
+
+@on(*PLAIN)
+def test_leading_axes_and_strides(backend):
+    x, weight, bias, _ = operands((6,))
     expected = ops.linear(x, weight, bias)
     assert torch.equal(ops.linear(x.view(2, 3, 64), weight, bias), expected.view(2, 3, 50))
     assert ops.linear(x.view(1, 6, 64)[:, :0], weight, bias).shape == (1, 0, 50)
@@ -80,10 +157,21 @@ def test_leading_axes_and_strides():
     torch.testing.assert_close(ops.linear(x, weight.T.contiguous().T, bias), expected, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", [None, "torch", "reference"])
+@on(*TRITON, types="dtype")
+def test_strides_of_int8_weights(backend, dtype):
+    x, weight, bias, scale = operands((2, 7), 256, 64, dtype, int8=True, device=backend.device)
+    expected = run(backend, x, weight, bias, scale)
+    by_columns, spaced = weight.t().contiguous().t(), torch.stack((weight, weight), -1)[..., 0]
+    for view in (weight, by_columns, spaced, torch.cat((weight, weight), 1)[:, :256]):
+        out = run(backend, strided(x), view, strided(bias), strided(scale))
+        assert out.is_contiguous() and torch.equal(out, expected)
+    assert run(backend, x[:0], weight, bias, scale).shape == (0, 7, 64)
+
+
+@on(*PLAIN)
 def test_a_vector(backend):
     """`[in]` gives `[out]`, of a linear layer and of the blocks that are made of them, also where it is a column."""
-    x, weight, bias, _ = operands(1)
+    x, weight, bias, _ = operands((1,))
     back, bias_back = random(64, 50, seed=8), random(64, seed=9)
     half, bias_half = random(64, 25, seed=8), random(64, seed=9)
     calls = (
@@ -91,82 +179,122 @@ def test_a_vector(backend):
         lambda x: ops.gelu_mlp(x, weight, bias, back, bias_back),
         lambda x: ops.geglu_mlp(x, weight, bias, half, bias_half),
     )
-    with clvp_fast.backend(backend):
-        for call in calls:
-            for vector in (x[0], torch.stack([x[0], x[0]], 1)[:, 0]):
-                torch.testing.assert_close(call(vector), call(x)[0], rtol=1e-5, atol=1e-5)
+    for call in calls:
+        for vector in (x[0], torch.stack([x[0], x[0]], 1)[:, 0]):
+            torch.testing.assert_close(call(vector), call(x)[0], rtol=1e-5, atol=1e-5)
 
 
-@pytest.fixture
-def kernel_calls(monkeypatch):
-    """How many calls the kernel served."""
-    calls = []
-
-    operators.change(monkeypatch, _OPERATOR, around_run=lambda run: lambda *args: calls.append(args) or run(*args))
-    return calls
-
-
-@served
-def test_few_rows_of_inference_take_the_kernel(kernel_calls):
-    cases = ((torch.float32, False), (torch.float32, True), (torch.bfloat16, True), (torch.bfloat16, False))
-    for dtype, int8 in cases[: 3 if isa.why_unserved("linear", torch.bfloat16) else 4]:
-        kernel_calls.clear()
-        x, weight, bias, scale = operands(many_rows.FEW_ROWS, dtype=dtype, int8=int8)
-        ops.linear(x, weight, bias, scale=scale, activation="gelu_new")
-        assert len(kernel_calls) == 1
+def check_bits(backend, args, rows):
+    """A row has the bits that it has alone, in every regime of rows, and the same twice."""
+    x, *others = args
+    whole = run(backend, x, *others, "gelu_new")
+    assert torch.equal(run(backend, x, *others, "gelu_new"), whole)
+    for part in rows:
+        assert torch.equal(run(backend, x[part], *others, "gelu_new"), whole[part])
 
 
-@served
-def test_many_rows_of_inference_take_theirs(kernel_calls):
-    for dtype in (torch.float32, torch.bfloat16):
-        x, weight, bias, _ = operands(many_rows.FEW_ROWS + 1, dtype=dtype)
-        residual = random(len(x), 50, seed=7)
-        for args in ((None, None), ("gelu_new", None), ("gelu_new", residual)):
-            out = ops.linear(x, weight, bias, activation=args[0], residual=args[1])
-            expected = exact(x, weight, bias, None, args[0]) + (0 if args[1] is None else residual.double())
-            baseline = _torch(x, weight, bias, None, args[0], args[1])
-            assert_within_budget(out, expected, baseline)
-        assert len(kernel_calls) == (0 if isa.why_unserved("many rows", dtype) else 3)
-        kernel_calls.clear()
+@on(*TRITON, types="dtype")
+def test_a_row_has_the_bits_that_it_has_alone(backend, dtype):
+    args = operands((140,), 512, 96, dtype, int8=True, device=backend.device)
+    check_bits(backend, args, [slice(139 - count, -1) for count in (1, 17, 40, 65, 129)])
 
 
-@served
-def test_many_rows_that_torch_multiplies(kernel_calls, monkeypatch):
-    """Half types without products of theirs, int8 weights, columns of another number, a matrix unit."""
-    rows = many_rows.FEW_ROWS + 1
-    for dtype, columns, int8 in ((torch.float16, 64, False), (torch.float32, 48, False), (torch.float32, 64, True)):
-        ops.linear(*operands(rows, columns, dtype=dtype, int8=int8)[:3], scale=operands(rows, columns, int8=int8)[3])
-    monkeypatch.setattr(many_rows, "has_matrix_unit", lambda: True)
-    ops.linear(*operands(rows, dtype=torch.bfloat16)[:3])
-    assert not kernel_calls
+@pytest.mark.slow
+@on(*TRITON, types="dtype")
+def test_a_row_has_the_bits_that_it_has_alone_at_odd_sizes(backend, dtype):
+    args = operands((140,), 100, 31, dtype, int8=True, device=backend.device)
+    check_bits(backend, args, [slice(139 - count, -1) for count in (1, 17, 40, 65, 129)])
 
 
-@served
-def test_a_matrix_unit_serves_bfloat16(kernel_calls, monkeypatch):
-    for unit, calls in ((True, 0), (False, 1)):
-        monkeypatch.setattr(many_rows, "has_matrix_unit", lambda unit=unit: unit)
-        ops.linear(*operands(dtype=torch.bfloat16)[:3])
-        assert len(kernel_calls) == calls
+@INT8
+@on("cpu", types="dtype")
+def test_a_row_has_the_bits_that_it_has_alone_on_a_cpu(backend, dtype, int8):
+    args = operands((133,), 256, 100, dtype, int8)
+    check_bits(backend, args, [slice(row, row + 1) for row in (0, 1, 3, 4, 127, 128, 132)])
 
 
-@served
-def test_all_others_take_torch_s_own_product(kernel_calls):
-    x, weight, bias, _ = operands(columns=48)
-    assert torch.equal(ops.linear(x, weight, bias), F.linear(x, weight, bias))
-    x, weight, bias, _ = operands()
-    with torch.autocast("cpu", torch.bfloat16):
-        assert ops.linear(x, weight, bias).dtype == torch.bfloat16
-    with clvp_fast.backend("torch"):
-        ops.linear(x, weight, bias)
-    torch.compile(ops.linear, fullgraph=True, backend="aot_eager")(x, weight, bias)
-    residual = torch.zeros(3, 50, requires_grad=True)
-    weight.requires_grad_()
-    ops.linear(x, weight, bias, residual=residual).square().sum().backward()
-    gradient = 2 * F.linear(x, weight, bias).detach()
-    torch.testing.assert_close(weight.grad, gradient.t() @ x, rtol=1e-4, atol=1e-3)
-    torch.testing.assert_close(residual.grad, gradient)
-    ops.linear(x, weight.detach(), bias, residual=residual).sum().backward()
-    assert not kernel_calls
+@on("cpu")
+def test_threads_change_no_bit(backend):
+    args = operands((9,), 64, 500)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(run(backend, *args))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("rows, sizes", [(19, (256, 64)), (70, (256, 64)), (19, (100, 31))])
+@on(*TRITON, types="dtype")
+def test_all_is_written_and_nothing_else(backend, dtype, rows, sizes):
+    x, weight, bias, scale = operands((rows,), *sizes, dtype, int8=True, device=backend.device)
+    # The rows behind x, weight and scale would show.
+    tail = torch.full_like(x[:3], POISON)
+    guarded = torch.cat((x, tail))[:rows], torch.cat((weight, weight[:2] | 127))[: len(weight)]
+    scales = torch.cat((scale, torch.full_like(scale[:3], POISON)))[: len(scale)]
+    out = Guarded(rows, len(weight), dtype=dtype, device=backend.device)
+    kernels.linear(*guarded, scales, bias, "gelu_new", out=out.tensor)
+    out.check()
+    assert torch.equal(out.tensor, run(backend, x, weight, bias, scale, "gelu_new"))
+
+
+@on(*TRITON)
+def test_float32_is_not_tf32(backend):
+    """Operands whose products TF32 alone would round: a sum that cancels keeps what its last digits say."""
+    x = torch.ones(1, 64, device=backend.device)
+    x[0, :32] += torch.arange(32, device=backend.device) * 2**-23
+    weight = torch.ones(16, 64, dtype=torch.int8, device=backend.device)
+    weight[:, 32:] = -1
+    out = run(backend, x, weight, scale=torch.full((16,), 2.0**23, device=backend.device))
+    torch.testing.assert_close(out, torch.full_like(out, 496.0), rtol=0, atol=96)  # sums of 32 ones end in 2^-19
+
+
+@on(*TRITON, types="dtype")
+def test_every_int8_is_exact(backend, dtype):
+    columns = torch.arange(-128, 128, device=backend.device).to(torch.int8)
+    x = torch.eye(256, device=backend.device, dtype=dtype)
+    out = run(backend, x, columns.expand(16, 256).contiguous(), scale=torch.ones(16, device=backend.device))
+    assert torch.equal(out, columns.to(dtype)[:, None].expand(256, 16))
+
+
+@on("cpu", *TRITON, types="dtype")
+def test_a_bad_number_stays_in_its_row(backend, dtype):
+    for int8 in (False, True) if backend.name == "cpu" else (True,):
+        x, weight, bias, scale = operands((6,), 256, 64, dtype, int8, backend.device)
+        x[2, 5], x[4, 63] = torch.nan, torch.inf
+        out = run(backend, x, weight, bias, scale, "gelu_new")
+        assert out[2].isnan().all() and not out[4].isfinite().all() and out[[0, 1, 3, 5]].isfinite().all()
+
+
+@pytest.mark.parametrize("value", [-1e30, -200.0, -88.0, -20.0, -1e-30, 0.0, 1e-30, 5.0, 88.0, 1e18, float("inf")])
+@on("cpu")
+def test_gelu_at_its_ends(backend, value):
+    x, weight = torch.full((1, 32), value), torch.zeros(3, 32)
+    weight[:, 0] = 1.0
+    x[:, 1:] = 0
+    got = run(backend, x, weight, activation="gelu_new").double()
+    expected = torch.nn.functional.gelu(torch.tensor(value, dtype=torch.float64), approximate="tanh")
+    torch.testing.assert_close(got, expected.expand(1, 3), rtol=1e-6, atol=1e-12)
+
+
+@on(*TRITON)
+def test_what_the_kernel_does_not_serve(backend):
+    x, weight, bias, scale = operands((3,), 256, 64, int8=True, device=backend.device)
+    with pytest.raises(RuntimeError, match=r"linear was forced .* x must be float32, float16 or bfloat16, not"):
+        run(backend, x.double(), weight, bias.double(), scale)
+    with pytest.raises(RuntimeError, match=r"bias must be \[64\] of the dtype of x, torch\.float32, not \[63\]"):
+        run(backend, x, weight, bias[:-1], scale)
+    with pytest.raises(RuntimeError, match=r"it serves x with as many columns as the weights, .* not 256, 255"):
+        run(backend, x, weight[:, :-1], bias, scale)
+
+
+@on(*TRITON)
+def test_gradients_take_torch_s_product(backend):
+    x, weight, bias, scale = operands((3,), 256, 64, int8=True, device=backend.device)
+    run(backend, x.requires_grad_(), weight, bias, scale).sum().backward()
+    torch.testing.assert_close(x.grad, (weight * scale[:, None]).sum(0).expand(3, -1), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -186,48 +314,3 @@ def test_what_cannot_be(error, says, change):
         ops.linear(x, weight, bias, **{"scale": scale} | change)
     with pytest.raises(ValueError, match="it is given, and the weights are"):
         ops.linear(x, weight.float(), bias, scale=scale)
-
-
-@pytest.fixture
-def on_a_gpu(monkeypatch):
-    """Operands of a GPU that is not there: they have shapes, dtypes and a device. Nothing was refused before."""
-    operators.forget(monkeypatch, _OPERATOR)
-
-    def make(**options):
-        return [None if x is None else torch.empty(x.shape, dtype=x.dtype, device="cuda") for x in operands(**options)]
-
-    with FakeTensorMode():
-        yield make
-
-
-@pytest.mark.skipif(torch.version.cuda is not None, reason="tells what a torch without CUDA does")
-def test_a_gpu_without_the_kernel_warns_for_int8_alone(on_a_gpu):
-    plain, int8 = on_a_gpu(dtype=torch.bfloat16), on_a_gpu(dtype=torch.bfloat16, int8=True)
-    with warnings.catch_warnings(action="error"):
-        assert ops.linear(*plain[:3]).shape == (3, 50)
-        with clvp_fast.backend("torch"):
-            ops.linear(*int8[:3], scale=int8[3])
-    with pytest.warns(UserWarning, match="linear takes the slower torch path: kernels need an NVIDIA GPU"):
-        assert ops.linear(*int8[:3], scale=int8[3]).shape == (3, 50)
-    with warnings.catch_warnings(action="error"):  # once
-        ops.linear(*int8[:3], scale=int8[3])
-    with clvp_fast.backend("kernel"):
-        assert ops.linear(*plain[:3]).shape == (3, 50)
-        with pytest.raises(RuntimeError, match="linear was forced and cannot serve on cuda"):
-            ops.linear(*int8[:3], scale=int8[3])
-
-
-def test_a_gpu_with_the_kernel_takes_it_for_int8_alone(on_a_gpu, monkeypatch):
-    calls = []
-    operators.change(monkeypatch, _OPERATOR, missing=lambda device: None)
-    monkeypatch.setattr(_OPERATOR, "registered", lambda *args: calls.append(args[1].dtype))
-    with warnings.catch_warnings(action="error"):
-        for options in ({}, {"rows": 3000}, {"columns": 33}, {"dtype": torch.float16}):
-            x, weight, bias, scale = on_a_gpu(int8=True, **options)
-            ops.linear(x, weight, bias, scale=scale, activation="gelu_new")
-            ops.linear(*on_a_gpu(**options)[:3])
-    assert calls == [torch.int8] * 4
-    x, weight, bias, scale = on_a_gpu(int8=True, dtype=torch.float64)
-    with pytest.warns(UserWarning, match="x must be float32, float16 or bfloat16, not torch.float64"):
-        ops.linear(x, weight, bias, scale=scale)
-    assert len(calls) == 4

@@ -1,4 +1,7 @@
-"""`window_block` and `mlp_block`: their paths against float64, the choice between one kernel and parts, bad input."""
+"""`window_block` and `mlp_block`: every backend against float64; layouts, bits and bad numbers of the CPU's kernels;
+the choice between one kernel and parts; bad input."""
+
+from functools import partial
 
 import pytest
 import torch
@@ -6,12 +9,13 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import clvp_fast
-from clvp_fast.ops import mlp_block, window_block
-from tests.kit import assert_within_budget, isa, random
+from clvp_fast.ops import mlp_block, swin, window_block
+from tests.kit import assert_within_budget, isa, random, strided
+from tests.kit.backends import on
 from tests.ops.test_window_attention import eager as eager_attention
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 EPS = 1e-5
+ACTIVATIONS = {"gelu": F.gelu, "gelu_new": partial(F.gelu, approximate="tanh")}
 
 
 def window_operands(height, width, window, heads, head_dim, dtype=torch.float32, batch=2):
@@ -55,29 +59,139 @@ CASES = {
 cases = pytest.mark.parametrize("name", CASES)
 
 
-def eager(x, norm_weight, norm_bias, w_first, b_first, *others):
+def eager(x, norm_weight, norm_bias, w_first, b_first, *others, window=4, shift=2, activation="gelu"):
     """As transformers goes about either half: each step by itself."""
     normed = F.layer_norm(x, norm_weight.shape, norm_weight, norm_bias, EPS)
     inner = F.linear(normed, w_first, b_first)
     if x.ndim == 4:
         bias, w_last, b_last = others
         q, k, v = (part.unflatten(-1, (len(bias), -1)) for part in inner.chunk(3, -1))
-        inner = eager_attention(q, k, v, bias, 4, 2)[0].flatten(-2)
+        inner = eager_attention(q, k, v, bias, window, shift)[0].flatten(-2)
     else:
-        inner, (w_last, b_last) = F.gelu(inner), others
+        inner, (w_last, b_last) = ACTIVATIONS[activation](inner), others
     return x + F.linear(inner, w_last, b_last)
 
 
-@pytest.mark.parametrize("backend", [None, "torch", "reference"])
-@pytest.mark.parametrize("dtype", DTYPES)
 @cases
-def test_paths_against_eager_code(name, dtype, backend):
+@on("default", "torch", "reference", types="dtype")
+def test_against_eager_code(backend, dtype, name):
     run, args = CASES[name]
     args = [arg.to(dtype) for arg in args]
-    with clvp_fast.backend(backend):
-        out = run(*args)
+    out = run(*args)
     assert out.dtype == dtype and out.shape == args[0].shape and out.is_contiguous()
     assert_within_budget(out, eager(*(arg.double() for arg in args)), eager(*args))
+
+
+def wide(args):
+    return [None if arg is None else arg.double() for arg in args]
+
+
+def in_plain_torch(parts, args):
+    with clvp_fast.backend("torch"):
+        return parts(*args)
+
+
+def check_window(args):
+    actual = swin._window_native(*args)
+    assert actual.is_contiguous() and actual.dtype == args[0].dtype
+    *tensors, window, shift, _ = args
+    expected = eager(*wide(tensors), window=window, shift=shift)
+    assert_within_budget(actual, expected, in_plain_torch(swin._window_parts, args))
+    return actual
+
+
+def check_mlp(args):
+    actual = swin._mlp_native(*args)
+    assert actual.is_contiguous() and actual.dtype == args[0].dtype
+    *tensors, activation, _ = args
+    expected = eager(*wide(tensors), activation=activation)
+    assert_within_budget(actual, expected, in_plain_torch(swin._mlp_parts, args))
+
+
+# Channels of checkpoints and around a group of 48 columns; heads around a vector; places that fill no vector.
+@pytest.mark.parametrize(
+    "height, width, window, shift, heads, head_dim",
+    [
+        (16, 8, 8, 4, 4, 24),
+        (8, 8, 8, 0, 1, 32),
+        (14, 7, 7, 3, 2, 32),
+        (4, 6, 2, 1, 8, 4),
+        (3, 3, 3, 0, 1, 128),
+        (5, 4, 1, 0, 2, 16),
+        (24, 12, 12, 5, 3, 32),
+    ],
+)
+@on("cpu", types="dtype")
+def test_window_block(backend, dtype, height, width, window, shift, heads, head_dim):
+    args = window_operands(height, width, window, heads, head_dim, dtype)
+    check_window((*args, window, shift, EPS))
+
+
+@on("cpu", types="dtype")
+def test_window_block_without_biases(backend, dtype):
+    args = list(window_operands(8, 16, 4, 2, 16, dtype))
+    for absent in ((2,), (4,), (7,), (2, 4, 7)):
+        given = [None if i in absent else arg for i, arg in enumerate(args)]
+        check_window((*given, 4, 2, EPS))
+
+
+@on("cpu", types="dtype")
+def test_window_block_of_strided_tensors(backend, dtype):
+    x, norm_weight, norm_bias, w_qkv, b_qkv, bias, w_out, b_out = window_operands(8, 8, 4, 2, 16, dtype)
+    expected = check_window((x, norm_weight, norm_bias, w_qkv, b_qkv, bias, w_out, b_out, 4, 2, EPS))
+    gathered = bias.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    rows = [torch.cat([w, w], 1)[:, : w.shape[1]] for w in (w_qkv, w_out)]  # further apart than they are long
+    others = strided(x), strided(norm_weight), strided(norm_bias), rows[0], strided(b_qkv), gathered, rows[1], b_out
+    assert torch.equal(swin._window_native(*others, 4, 2, EPS), expected)
+
+
+@on("cpu", types="dtype")
+def test_an_image_has_the_bits_that_it_has_alone(backend, dtype):
+    x, *others = window_operands(16, 16, 8, 2, 16, dtype, batch=3)
+    together, before = swin._window_native(x, *others, 8, 4, EPS), torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            for image in range(3):
+                alone = swin._window_native(x[image : image + 1], *others, 8, 4, EPS)
+                assert torch.equal(alone[0], together[image])
+    finally:
+        torch.set_num_threads(before)
+
+
+@on("cpu", types="dtype")
+def test_large_offsets_and_small_variances(backend, dtype):
+    """A mean far from zero costs float32 statistics no digits, and eps is in the root."""
+    x, *others = window_operands(4, 4, 4, 2, 16, dtype)
+    check_window((x + 30, *others, 4, 0, EPS))
+    check_window((x * 1e-3, *others, 4, 0, EPS))
+
+
+@on("cpu", types="dtype")
+def test_a_bad_number_spoils_its_window_alone(backend, dtype):
+    x, *others = window_operands(8, 8, 4, 2, 16, dtype)
+    whole = swin._window_native(x, *others, 4, 0, EPS)
+    x[0, 1, 2, 3] = torch.nan
+    out = swin._window_native(x, *others, 4, 0, EPS)
+    assert out[0, :4, :4].isnan().all()
+    assert torch.equal(out[0, 4:], whole[0, 4:]) and torch.equal(out[1:], whole[1:])
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_new"])
+@pytest.mark.parametrize("rows, channels, inner", [(1, 32, 32), (9, 96, 384), (130, 64, 96), (40, 384, 32)])
+@on("cpu", types="dtype")
+def test_mlp_block(backend, dtype, rows, channels, inner, activation):
+    args = (*mlp_operands(rows, channels, inner, dtype), activation, EPS)
+    check_mlp(args)
+    check_mlp([None if i == 2 else arg for i, arg in enumerate(args)])
+
+
+@on("cpu", types="dtype")
+def test_a_row_has_the_bits_that_it_has_alone(backend, dtype):
+    x, *weights = mlp_operands(300, 64, 96, dtype)
+    together = swin._mlp_native(x, *weights, "gelu", EPS)
+    for row in (0, 7, 8, 127, 128, 299):
+        assert torch.equal(swin._mlp_native(x[row : row + 1], *weights, "gelu", EPS)[0], together[row])
 
 
 class Called(TorchDispatchMode):

@@ -3,17 +3,11 @@
 import pytest
 import torch
 
+from clvp_fast.ops.linear import _torch, reference as linear_reference
 from clvp_fast.ops.many_rows import layers
 from clvp_fast.ops.mlp import _geglu_torch, _gelu_torch, geglu_reference, gelu_reference
 from tests.kit import assert_within_budget, linear_operands, random, strided
-from tests.kit.isa import needs_library, run_on
-
-pytestmark = needs_library
-
-
-@pytest.fixture(params=["avx512bf16", "avx512", "avx2", "portable"], autouse=True)
-def isa(request):
-    run_on(request, request.param)
+from tests.kit.backends import on
 
 
 def operands(rows, columns, inner, outs, dtype, gated=False):
@@ -34,8 +28,8 @@ SIZES = [(1, 32, 32, 33), (7, 64, 32, 13), (8, 96, 384, 96), (9, 32, 64, 49), (1
 @pytest.mark.parametrize("activation", ["gelu", "gelu_new"])
 @pytest.mark.parametrize("rows, columns, inner, outs", SIZES)
 @pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_two_layers_are_the_reference(dtype, gated, rows, columns, inner, outs, activation):
+@on("cpu", types="dtype")
+def test_two_layers_are_the_reference(backend, dtype, gated, rows, columns, inner, outs, activation):
     args = operands(rows, columns, inner, outs, dtype, gated)
     reference, torch_path = (geglu_reference, _geglu_torch) if gated else (gelu_reference, _gelu_torch)
     others = (torch.float32,) if dtype == torch.float32 else (torch.bfloat16, torch.float32)
@@ -47,14 +41,12 @@ def test_two_layers_are_the_reference(dtype, gated, rows, columns, inner, outs, 
 
 @pytest.mark.parametrize("activation", [None, "gelu", "gelu_new"])
 @pytest.mark.parametrize("rows, columns, _, outs", SIZES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_one_layer_is_the_reference(dtype, rows, columns, _, outs, activation):
-    from clvp_fast.ops.linear import _torch, reference
-
+@on("cpu", types="dtype")
+def test_one_layer_is_the_reference(backend, dtype, rows, columns, _, outs, activation):
     x, weight, bias, _ = linear_operands(rows, columns, outs, dtype, False)
     for b, residual in ((bias, None), (None, random(rows, outs, seed=9))):
         out = layers(x, weight, b, None, None, residual, activation)
-        expected = reference(*wide(x, weight, b), None, activation, *wide(residual))
+        expected = linear_reference(*wide(x, weight, b), None, activation, *wide(residual))
         if residual is None:
             assert_within_budget(out, expected, _torch(x, weight, b, None, activation))
         else:  # float32 beside a half type too: the product is as exact as in float32
@@ -63,8 +55,8 @@ def test_one_layer_is_the_reference(dtype, rows, columns, _, outs, activation):
 
 
 @pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_row_has_the_bits_that_it_has_alone(dtype, gated):
+@on("cpu", types="dtype")
+def test_a_row_has_the_bits_that_it_has_alone(backend, dtype, gated):
     x, *weights = operands(300, 64, 96, 50, dtype, gated)
     residual = random(300, 50, seed=7, dtype=dtype)
     together = layers(x, *weights, residual, "gelu", gated)
@@ -73,7 +65,8 @@ def test_a_row_has_the_bits_that_it_has_alone(dtype, gated):
         assert torch.equal(alone[0], together[row])
 
 
-def test_threads_change_no_bit():
+@on("cpu")
+def test_threads_change_no_bit(backend):
     args = operands(700, 64, 96, 50, torch.float32)
     before, results = torch.get_num_threads(), []
     try:
@@ -86,8 +79,8 @@ def test_threads_change_no_bit():
 
 
 @pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_views_are_read_where_they_lie(dtype, gated):
+@on("cpu", types="dtype")
+def test_views_are_read_where_they_lie(backend, dtype, gated):
     args = operands(20, 64, 96, 50, dtype, gated)
     residual = random(20, 50, seed=7, dtype=dtype)
     expected = layers(*args, residual, "gelu", gated)
@@ -95,8 +88,8 @@ def test_views_are_read_where_they_lie(dtype, gated):
     assert layers(args[0].view(4, 5, 64), *args[1:], residual.view(4, 5, 50), "gelu", gated).shape == (4, 5, 50)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_bad_number_stays_in_its_row(dtype):
+@on("cpu", types="dtype")
+def test_a_bad_number_stays_in_its_row(backend, dtype):
     x, *weights = operands(20, 64, 96, 50, dtype)
     x[2, 5], x[11, 63] = torch.nan, torch.inf
     out = layers(x, *weights, None, "gelu")
@@ -104,8 +97,8 @@ def test_a_bad_number_stays_in_its_row(dtype):
     assert out[[row for row in range(20) if row not in (2, 11)]].isfinite().all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gelu_from_end_to_end(dtype):
+@on("cpu", types="dtype")
+def test_gelu_from_end_to_end(backend, dtype):
     """Also where products of its parts would overflow or where nothing is left of it."""
     values = torch.cat([torch.linspace(-14, 14, 999), torch.tensor([-1e30, -1e18, -88.0, -1e-30, 0.0, 88.0, 1e30])])
     x, weight = torch.zeros(len(values), 32), torch.zeros(3, 32)
