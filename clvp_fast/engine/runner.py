@@ -188,6 +188,20 @@ class Runner:
 
     @torch.inference_mode()
     @_on_its_device
+    def refresh(self) -> None:
+        """Take the model's parameters anew, where they lie now, and make copies of them in 8 bits anew.
+
+        Captured steps are forgotten: steps run without until `warm_up` is called again. Raises `ValueError` for a model
+        whose parameters do not say any more what it computes.
+        """
+        self.decoder.refresh()
+        self._bound.clear()
+        self._graphs.clear()
+        if self._persistent is not None:
+            self._make_persistent()
+
+    @torch.inference_mode()
+    @_on_its_device
     def apply(self, step, prompts: Mapping[Any, torch.Tensor], params: Mapping[Any, Any]) -> None:
         """Bring a scheduler's changes to the device, and prefill what is new.
 

@@ -9,7 +9,8 @@ import torch
 
 import clvp_fast
 from clvp_fast.kernels import sampling
-from clvp_fast.ops.sampling import _row_scores, philox, sample
+from clvp_fast.ops.sampling import sample
+from clvp_fast.ops.sampling_torch import philox, row_scores
 from tests.kernels.device import DEVICE, DTYPES
 from tests.kit import random, strided
 
@@ -196,7 +197,7 @@ def test_distribution_and_forbidden_tokens(settings):
     logits = random(1, vocab_size, seed=8, scale=1.5, device=DEVICE)
     logits[0, 4] = -torch.inf
     parameters = ((NEUTRAL | settings)[name] for name in ("temperature", "top_k", "top_p", "typical_p", "min_p"))
-    scores = _row_scores(logits[0].clone(), *parameters)
+    scores = row_scores(logits[0].clone(), *parameters)
     exact = scores.double().softmax(-1).cpu()
     tokens = draw(logits.expand(count, -1), **settings).cpu()
     drawn = torch.bincount(tokens, minlength=vocab_size).double()
