@@ -16,6 +16,7 @@ from benchmarks.harness import Provider, Task, task
 from clvp_fast import ClvpDecoderConfig, ClvpForCausalLM
 from clvp_fast.engine.decoder import PagedDecoder
 from clvp_fast.engine.products import Product, in_int8
+from clvp_fast.ops.binding import Room
 from clvp_fast.ops.paged_attention import FLOAT8
 
 
@@ -105,22 +106,28 @@ class Candidates:
         self.pages = self.decoder.pages(count * own + shared, PAGE_SIZE, tier.pages)
         self.seq_lens = torch.zeros(count, dtype=torch.int32, device=device)
         pages = torch.arange(count * own + shared, dtype=torch.int32, device=device)
-        self.tables = {
+        tables = {
             "block_table": pages[: count * own].view(count, own),
             "prefix_table": pages[count * own :][None],
             "prefix_lens": torch.tensor([shape.prompt], dtype=torch.int32, device=device),
             "prefix_index": torch.zeros(count, dtype=torch.int32, device=device),
         }
-        if device.type == "cuda":
-            self.tables["arrivals"] = torch.zeros(count, self.decoder.num_heads, dtype=torch.int32, device=device)
+        arrivals = torch.zeros(count, self.decoder.num_heads, dtype=torch.int32, device=device)
         bounds = torch.tensor([0, shape.prompt], dtype=torch.int32, device=device)
         prompt = random_prompt(shape).to(tier.prompt or tier.dtype).to(device, tier.dtype)
-        self.decoder.prefill(prompt, bounds, self.pages, self.tables["prefix_table"])
+        self.decoder.prefill(prompt, bounds, self.pages, tables["prefix_table"])
+        self._tokens, room = torch.zeros(count, dtype=torch.int64, device=device), Room(count, device)
+        self._bound = self.decoder.bind(
+            self._tokens, self.seq_lens, **tables, pages=self.pages, arrivals=arrivals, room=room
+        )
 
     def step(self, tokens: torch.Tensor, place: int) -> torch.Tensor:
         """Logits `[candidates, vocab_size]` behind `tokens`, the `place`-th ones."""
         self.seq_lens.fill_(place)
-        return self.decoder.step(tokens, self.seq_lens, pages=self.pages, **self.tables)[1]
+        self._tokens.copy_(tokens)
+        for call in self._bound.calls:
+            call()
+        return self._bound.logits.clone()
 
 
 def drawn(model: ClvpForCausalLM, shape: Shape) -> torch.Tensor:

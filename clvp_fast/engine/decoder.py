@@ -7,7 +7,7 @@ from clvp_fast.engine.step import BoundStep, bind_decoder
 from clvp_fast.engine.weights import DecoderWeights
 from clvp_fast.models.clvp.tokens import most_codes
 from clvp_fast.ops.binding import Room
-from clvp_fast.ops.dispatch import OPERATORS
+from clvp_fast.ops.dispatch import OPERATORS, device_guard
 from clvp_fast.ops.paged_attention import FLOAT8
 
 # On x86 with torch 2.13 (MKL) a float32 row has the same bits in all products of 12 rows or more, and others below.
@@ -90,18 +90,15 @@ class PagedDecoder:
         self.hidden_size = config.hidden_size
         self.head_dim = self.hidden_size // self.num_heads
         self.vocab_size = config.vocab_size
+        self.contiguous_positions = bool(getattr(config, "contiguous_positions", False))
         self._residual_dtype = residual_dtype
         self.weight_dtype = weight_dtype
-        self.refresh()
+        self._take_weights()
 
-    def refresh(self) -> None:
-        """Take the model's weights anew, where they lie now, and make copies in 8 bits anew.
-
-        Raises `ValueError` as the constructor. What was bound before goes on with the old ones.
-        """
+    def _take_weights(self) -> None:
         weights = DecoderWeights.take(self.model)
         if isinstance(weights, str):
-            raise ValueError(f"{weights}, and the engine reads its parameters: take it off (merge adapters) first")
+            raise ValueError(weights)
         self.weights = weights if self.weight_dtype is None else weights.in_int8()
         self._addresses = weights.addresses()
 
@@ -113,18 +110,15 @@ class PagedDecoder:
     def follow(self) -> bool:
         """Take the weights anew if they have moved, and tell whether they had.
 
-        Raises `RuntimeError` where copies were made of them: it is for who moved them to say `refresh()`.
+        Steps that were bound before go on with the old ones. Raises `RuntimeError` where copies were made of them, for
+        which there is `CandidateEngine.refresh`.
         """
         if not self.has_moved:
             return False
         if self.weight_dtype is not None:
-            raise RuntimeError("the model's parameters moved after copies in 8 bits were made: call refresh()")
-        self.refresh()
+            raise RuntimeError("the model's parameters moved after copies in 8 bits were made: call engine.refresh()")
+        self._take_weights()
         return True
-
-    @property
-    def contiguous_positions(self) -> bool:
-        return bool(getattr(self.model.config, "contiguous_positions", False))
 
     @property
     def residual_dtype(self) -> torch.dtype:
@@ -162,7 +156,8 @@ class PagedDecoder:
         scales = torch.empty(self.num_layers, 2, self.num_heads, device=self.device)
         for index, layer in enumerate(self.model.model.decoder.layers):
             norm = layer.input_layernorm
-            gain, offset = norm.weight.float(), norm.bias.float()
+            gain = norm.weight.float()
+            offset = torch.zeros_like(gain) if norm.bias is None else norm.bias.float()
             for which, linear in enumerate((layer.attn.k_proj, layer.attn.v_proj)):
                 weight = linear.weight.float()
                 mean = weight @ offset if linear.bias is None else weight @ offset + linear.bias.float()
@@ -227,8 +222,9 @@ class PagedDecoder:
             arrivals,
             Room(len(tokens), self.device),
         )
-        for call in bound.calls:
-            call()
+        with device_guard(self.device):
+            for call in bound.calls:
+                call()
         return bound.hidden, bound.logits
 
     def bind(

@@ -101,16 +101,16 @@ class DecoderWeights:
     def take(cls, model: nn.Module) -> "DecoderWeights | str":
         """The weights of a `ClvpForCausalLM` in eval mode, or why its parameters do not say what it computes."""
         if (reason := changed_module(model, model.kinds)) is not None:
-            return reason
+            return f"{reason}, and the engine reads its parameters: take it off (merge adapters) first"
         stack = model.model.decoder
         tables = stack.input_embeds_layer, stack.position_embeds_layer
         if not all(map(is_plain_embedding, tables)) or tables[0].weight.dtype != tables[1].weight.dtype:
-            return "the embeddings of tokens and positions do more than look rows up, or have two dtypes"
+            return "an embedding does more than look rows up, or the two have other dtypes: the engine reads tables"
         if any(drop_probability(layer.mlp.dropout) for layer in stack.layers):
-            return "dropout is on: call model.eval()"
+            return "the model is in training mode, with dropout: call its eval()"
         norms = [norm for layer in stack.layers for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
         if any(norm.weight is None for norm in (*norms, stack.layer_norm, model.final_norm)):
-            return "a layer norm has no gain"
+            return "a layer norm has no weight, which the engine reads: give it one of ones"
         return cls(
             model,
             *(table.weight for table in tables),

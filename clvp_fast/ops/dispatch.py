@@ -148,7 +148,6 @@ def missing_for_cuda(device: torch.device) -> str | None:
 
 
 _MISSING = {
-    "reference": lambda device: None,
     "triton": missing_for_triton,
     "cuda": missing_for_cuda,
     "cpu": missing_natively,
@@ -218,7 +217,6 @@ class Operator:
     ):
         self.name = name
         self.reference = reference
-        self._oracle = Implementation("reference", reference)
         self._unaliased = unaliased
         self._yields = yields
         self._parts = parts
@@ -288,6 +286,8 @@ class Operator:
         Raises `RuntimeError` where a kernel is forced and cannot serve.
         """
         chosen = self._choose(args, training)
+        if chosen is None:
+            return self.reference
         return self.registered if chosen.name in KERNELS else chosen.run
 
     def bind(self, args: tuple, out: Results, room: Room) -> Call:
@@ -304,14 +304,17 @@ class Operator:
         Raises as `choose`.
         """
         chosen = self._choose(args)
+        if chosen is None:
+            return copying(partial(self.reference, *args), out)
         call = None if chosen.bind is None else chosen.bind(out, room, *args)
         return copying(partial(chosen.run, *args), out) if call is None else call
 
-    def _choose(self, args: tuple, training: str | None = None) -> Implementation:
+    def _choose(self, args: tuple, training: str | None = None) -> Implementation | None:
+        """The implementation for one call; `None`: the reference."""
         forced = _forced
         # Derivatives that are computed forward need functions of torch's alone: its fused attention has none.
         if forced == "reference" or getattr(forward_ad, "_current_level", -1) >= 0:
-            return self._oracle
+            return None
         plain = self.implementations[-1]
         if forced == "torch" or (training is not None and (forced is None or self._yields is not None)):
             return plain
@@ -388,48 +391,3 @@ def explain(
             first, others = replace(first, dtype=", ".join(choice.dtype for choice in (first, *others))), []
         choices += (first, *others)
     return choices
-
-
-def unserved_by_triton(name: str, dtype: torch.dtype) -> str | None:
-    """Why a Triton kernel does not take the tensor `name` of `dtype`, or `None`."""
-    if dtype in (torch.float32, torch.float16, torch.bfloat16):
-        return None
-    return f"{name} must be float32, float16 or bfloat16, not {dtype}"
-
-
-def unserved_natively(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why a kernel of the native library does not take tensors of `dtype` on `device`, a CPU, or `None`."""
-    return None if dtype in (torch.float32, torch.bfloat16) else f"on a CPU it serves float32 and bfloat16, not {dtype}"
-
-
-def as_rows(x: torch.Tensor) -> torch.Tensor:
-    """`[..., width]` as `[rows, width]` with columns at stride 1, as kernels take it: a view where there is one."""
-    x = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
-def shape_error(name: str, expected: str, tensor: torch.Tensor) -> ValueError:
-    """The error for a tensor argument of the wrong shape."""
-    return ValueError(f"{name} must have shape {expected}, not {list(tensor.shape)}")
-
-
-def check_same(name: str, tensor: torch.Tensor, like_name: str, like: torch.Tensor, dtype: bool = True) -> None:
-    """Raise unless `tensor` lies on the device of `like` and, if asked, has its dtype."""
-    if tensor.device != like.device:
-        raise ValueError(f"{name} is on {tensor.device} and {like_name} on {like.device}: move them to one device")
-    if dtype and tensor.dtype != like.dtype:
-        raise TypeError(f"{name} must have the dtype of {like_name}, {like.dtype}, not {tensor.dtype}")
-
-
-def check_residual(residual: torch.Tensor, x: torch.Tensor) -> None:
-    """Raise unless `residual` lies where `x` does and has its dtype or, beside a half type, float32."""
-    if residual.dtype == torch.float32 and x.dtype in (torch.float16, torch.bfloat16):
-        check_same("residual", residual, "x", x, dtype=False)
-    else:
-        check_same("residual", residual, "x", x)
-
-
-def check_floating(name: str, dtype: torch.dtype | None) -> None:
-    """Raise unless `dtype` is None or a type of real numbers."""
-    if dtype is not None and not dtype.is_floating_point:
-        raise TypeError(f"{name} must be a floating point type, not {dtype}")

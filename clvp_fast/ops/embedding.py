@@ -7,15 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from clvp_fast.ops.binding import Call, Room, writing
-from clvp_fast.ops.dispatch import (
-    Implementation,
-    Operator,
-    check_floating,
-    check_same,
-    needs_grad,
-    shape_error,
-    unserved_by_triton,
-)
+from clvp_fast.ops.checks import check_floating, check_same, shape_error, unserved_by_triton
+from clvp_fast.ops.dispatch import Implementation, Operator, needs_grad
 
 
 def reference(token_ids, position_ids, token_table, position_table, out_dtype=None):

@@ -16,19 +16,8 @@ import torch.nn.functional as F
 from clvp_fast.ops import many_rows
 from clvp_fast.ops.activations import ACTIVATIONS, activate, bind_activation, reference_activation
 from clvp_fast.ops.binding import Call, Room, copying, in_turn, side_by_side
-from clvp_fast.ops.dispatch import (
-    Implementation,
-    Operator,
-    as_rows,
-    autocasts,
-    check_residual,
-    check_same,
-    gradient,
-    interpreted,
-    needs_grad,
-    shape_error,
-    unserved_by_triton,
-)
+from clvp_fast.ops.checks import as_rows, check_residual, check_same, shape_error, unserved_by_triton
+from clvp_fast.ops.dispatch import Implementation, Operator, autocasts, gradient, interpreted, needs_grad
 
 _FUSED = (None, "gelu_new", "gelu_pytorch_tanh")
 

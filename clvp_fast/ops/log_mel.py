@@ -19,15 +19,8 @@ from functools import cache
 
 import torch
 
-from clvp_fast.ops.dispatch import (
-    Implementation,
-    Operator,
-    check_same,
-    device_guard,
-    gradient,
-    missing_for_cuda,
-    shape_error,
-)
+from clvp_fast.ops.checks import check_same, shape_error
+from clvp_fast.ops.dispatch import Implementation, Operator, device_guard, gradient, missing_for_cuda
 from clvp_fast.ops.log_mel_tables import converted, filters_and_bands, table, twiddles
 
 N_FFTS, MAX_MELS = (256, 512, 1024, 2048, 4096), 256

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from clvp_fast.ops.dispatch import as_rows, unserved_natively
+from clvp_fast.ops.checks import as_rows, unserved_natively
 
 # Rows that are few: beyond them packing the weights pays (benchmarks/linear.py).
 FEW_ROWS = 512

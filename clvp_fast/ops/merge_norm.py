@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from clvp_fast.ops import norm
-from clvp_fast.ops.dispatch import Implementation, Operator, check_same, gradient, shape_error
+from clvp_fast.ops.checks import check_same, shape_error
+from clvp_fast.ops.dispatch import Implementation, Operator, gradient
 
 
 def merge(x):

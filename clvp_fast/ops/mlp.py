@@ -15,18 +15,8 @@ import torch.nn.functional as F
 from clvp_fast.ops import many_rows
 from clvp_fast.ops.activations import ACTIVATIONS, activate, reference_activation
 from clvp_fast.ops.binding import Call, Room, in_turn, writing
-from clvp_fast.ops.dispatch import (
-    Implementation,
-    Operator,
-    as_rows,
-    autocasts,
-    check_residual,
-    check_same,
-    gradient,
-    needs_grad,
-    shape_error,
-    unserved_by_triton,
-)
+from clvp_fast.ops.checks import as_rows, check_residual, check_same, shape_error, unserved_by_triton
+from clvp_fast.ops.dispatch import Implementation, Operator, autocasts, gradient, needs_grad
 from clvp_fast.ops.linear import bind_linear, check_scale, linear
 
 

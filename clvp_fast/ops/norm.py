@@ -15,18 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from clvp_fast.ops.binding import Call, Room, writing
-from clvp_fast.ops.dispatch import (
-    Implementation,
-    Operator,
-    as_rows,
-    check_floating,
-    check_residual,
-    check_same,
-    gradient,
-    needs_grad,
-    shape_error,
-    unserved_by_triton,
-)
+from clvp_fast.ops.checks import as_rows, check_floating, check_residual, check_same, shape_error, unserved_by_triton
+from clvp_fast.ops.dispatch import Implementation, Operator, gradient, needs_grad
 
 
 def _normed_dtype(x, weight, kind, out_dtype):

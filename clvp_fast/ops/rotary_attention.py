@@ -9,15 +9,8 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 
-from clvp_fast.ops.dispatch import (
-    Implementation,
-    Operator,
-    check_same,
-    gradient,
-    needs_grad,
-    shape_error,
-    unserved_by_triton,
-)
+from clvp_fast.ops.checks import check_same, shape_error, unserved_by_triton
+from clvp_fast.ops.dispatch import Implementation, Operator, gradient, needs_grad
 from clvp_fast.ops.wide import multiplies_slowly
 
 

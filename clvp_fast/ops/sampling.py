@@ -14,157 +14,9 @@ from functools import partial
 import torch
 
 from clvp_fast.ops.binding import Call, Room, copying, in_turn, writing
-from clvp_fast.ops.dispatch import (
-    Implementation,
-    Operator,
-    check_same,
-    shape_error,
-    unserved_by_triton,
-)
-
-_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
-_LOW = 0xFFFFFFFF
-
-
-def philox(counter: tuple, key: tuple) -> tuple:
-    """Philox-4x32-10: four 32-bit words from a counter of four and a key of two, as ints or int64 tensors."""
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(10):
-        # A tensor's product wraps at 64 bits, and `>>` drags its sign along: the mask leaves the high word.
-        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c1, c2, c3 = ((p1 >> 32) & _LOW) ^ c1 ^ k0, p1 & _LOW, ((p0 >> 32) & _LOW) ^ c3 ^ k1, p0 & _LOW
-        k0, k1 = (k0 + _KEY_STEPS[0]) & _LOW, (k1 + _KEY_STEPS[1]) & _LOW
-    return c0, c1, c2, c3
-
-
-def _halves(x):
-    return x & _LOW, (x >> 32) & _LOW
-
-
-def _uniform(seed, candidate, step):
-    """One number in (0, 1) from 32 random bits."""
-    return (philox((*_halves(step), *_halves(candidate)), _halves(seed))[0] + 0.5) * 2.0**-32
-
-
-def _seen_tokens(seen, vocab_size):
-    """The bitmap `[N, words]` as bool `[N, vocab_size]`."""
-    bits = (seen[:, :, None] >> torch.arange(32, dtype=torch.int32, device=seen.device)) & 1
-    return bits.flatten(1)[:, :vocab_size].bool()
-
-
-def _advance(tokens, seen, lengths, done, stop_token, pad_token):
-    """Enter the tokens of unfinished candidates into their state; finished ones get `pad_token`."""
-    tokens = torch.where(done, pad_token, tokens)
-    word = torch.where(done, 0, tokens)[:, None] // 32
-    before = seen.gather(1, word)
-    bit = torch.ones_like(before) << (tokens[:, None] % 32).to(seen.dtype)
-    seen.scatter_(1, word, torch.where(done[:, None], before, before | bit))
-    lengths += ~done
-    done |= tokens == stop_token
-    return tokens
-
-
-def _row_scores(scores, temperature, top_k, top_p, typical_p, min_p):
-    """transformers' warpers in their order, on one row; what may not be drawn becomes -inf."""
-    scores = scores / temperature
-    if 0 < top_k < len(scores):
-        scores = scores.masked_fill(scores < scores.topk(top_k).values[-1], -torch.inf)
-    if top_p < 1:
-        ascending, order = scores.sort(stable=True)
-        removed = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
-        removed[-1] = False
-        scores = scores.index_fill(0, order[removed], -torch.inf)
-    if min_p > 0:
-        probabilities = scores.softmax(-1)
-        scores = scores.masked_fill(probabilities < min_p * probabilities.max(), -torch.inf)
-    if typical_p < 1:
-        log_p = scores.log_softmax(-1)
-        surprise = (-log_p + (log_p * log_p.exp()).nansum()).abs()
-        ascending, order = surprise.sort(stable=True)
-        last = int((scores[order].softmax(-1).cumsum(-1) < typical_p).sum().clamp(max=len(scores) - 1))
-        removed = ascending > ascending[last]
-        scores = scores.index_fill(0, order[removed], -torch.inf)
-    return scores
-
-
-def reference(
-    logits, seen, lengths, done, temperature, top_k, top_p, typical_p, min_p, repetition_penalty, seed, candidate, step,
-    stop_token, pad_token, do_sample, sampled,
-):  # fmt: skip
-    """One candidate after another."""
-    tokens = torch.zeros_like(lengths, dtype=torch.int64)
-    known = _seen_tokens(seen, logits.shape[1])
-    for n, row in enumerate(logits.to(torch.promote_types(logits.dtype, torch.float32))):
-        if repetition_penalty is not None:
-            penalty = repetition_penalty[n].item()
-            row = torch.where(known[n], torch.where(row < 0, row * penalty, row / penalty), row)
-        if not (do_sample if sampled is None else sampled[n]):
-            tokens[n] = row.argmax()
-            continue
-        neutral = ((temperature, 1.0), (top_k, 0), (top_p, 1.0), (typical_p, 1.0), (min_p, 0.0))
-        scores = _row_scores(row, *(default if x is None else x[n].item() for x, default in neutral))
-        cumulated = scores.double().softmax(-1).cumsum(0)
-        target = _uniform(seed[n].item(), candidate[n].item(), step[n].item()) * cumulated[-1]
-        tokens[n] = (cumulated > target).nonzero()[0, 0]
-    return _advance(tokens, seen, lengths, done, stop_token, pad_token)
-
-
-def _filter_sorted(scores, top_k, top_p):
-    """Top-k and top-p from one sort of `[N, V]`."""
-    ascending, order = scores.sort(stable=True)
-    if top_k is not None:
-        size = scores.shape[1]
-        place = size - torch.where(top_k > 0, top_k, size).clamp(max=size)
-        ascending = ascending.masked_fill(ascending < ascending.gather(1, place[:, None]), -torch.inf)
-    if top_p is not None:
-        tail = (1 - top_p.double()).to(scores.dtype)[:, None]
-        removed = (ascending.softmax(-1).cumsum(-1) <= tail) & (top_p < 1)[:, None]
-        removed[:, -1] = False
-        ascending = ascending.masked_fill(removed, -torch.inf)
-    return torch.empty_like(scores).scatter_(1, order, ascending)
-
-
-def _filter_typical(scores, mass):
-    log_p = scores.log_softmax(-1)
-    surprise = (-log_p + (log_p * log_p.exp()).nansum(-1, keepdim=True)).abs()
-    ascending, order = surprise.sort(stable=True)
-    cumulated = scores.gather(1, order).softmax(-1).cumsum(-1)
-    last = (cumulated < mass.to(scores.dtype)[:, None]).sum(-1, keepdim=True).clamp(max=scores.shape[1] - 1)
-    removed = (ascending > ascending.gather(1, last)) & (mass < 1)[:, None]
-    return scores.masked_fill(torch.empty_like(removed).scatter_(1, order, removed), -torch.inf)
-
-
-def _torch(
-    logits, seen, lengths, done, temperature, top_k, top_p, typical_p, min_p, repetition_penalty, seed, candidate, step,
-    stop_token, pad_token, do_sample, sampled,
-):  # fmt: skip
-    scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if repetition_penalty is not None:
-        penalty = repetition_penalty.to(scores.dtype)[:, None]
-        penalised = torch.where(scores < 0, scores * penalty, scores / penalty)
-        scores = torch.where(_seen_tokens(seen, scores.shape[1]), penalised, scores)
-    likeliest = None if do_sample and sampled is None else scores.argmax(-1)
-    if not do_sample:
-        return _advance(likeliest, seen, lengths, done, stop_token, pad_token)
-    if temperature is not None:
-        scores = scores / temperature.to(scores.dtype)[:, None]
-    if top_k is not None or top_p is not None:
-        scores = _filter_sorted(scores, top_k, top_p)
-    if min_p is not None:
-        probabilities = scores.softmax(-1)
-        least = min_p.to(scores.dtype)[:, None] * probabilities.amax(-1, keepdim=True)
-        scores = scores.masked_fill(probabilities < least, -torch.inf)
-    if typical_p is not None:
-        scores = _filter_typical(scores, typical_p)
-    # float64: in float32 a sum of 8194 terms would move the bounds of the rare tokens.
-    cumulated = scores.double().softmax(-1).cumsum(-1)
-    target = _uniform(seed, candidate, step)[:, None] * cumulated[:, -1:]
-    tokens = (cumulated <= target).sum(-1)
-    if sampled is not None:
-        tokens = torch.where(sampled, tokens, likeliest)
-    return _advance(tokens, seen, lengths, done, stop_token, pad_token)
+from clvp_fast.ops.checks import check_same, shape_error, unserved_by_triton
+from clvp_fast.ops.dispatch import Implementation, Operator
+from clvp_fast.ops.sampling_torch import advance, reference, sample_torch
 
 
 def _native(
@@ -181,7 +33,7 @@ def _native(
     )
     tokens = logits.new_empty(len(logits), dtype=torch.int64)
     _native_call(tokens, inputs, pad_token, do_sample)()
-    return _advance(tokens, seen, lengths, done, stop_token, pad_token)
+    return advance(tokens, seen, lengths, done, stop_token, pad_token)
 
 
 def _bind_native(
@@ -203,7 +55,7 @@ def _bind_native(
         inputs.append(x)
     tokens = room("sample", len(logits), dtype=torch.int64)
     draw = _native_call(tokens, tuple(inputs), pad_token, do_sample)
-    enter = partial(_advance, tokens, seen, lengths, done, stop_token, pad_token)
+    enter = partial(advance, tokens, seen, lengths, done, stop_token, pad_token)
     return in_turn(*copies, draw, copying(enter, out))
 
 
@@ -269,7 +121,7 @@ _OPERATOR = Operator(
     implementations=(
         Implementation("triton", _triton, _why_not_triton, _why_not_type, bind=writing(_triton)),
         Implementation("cpu", _native, _why_not_cpu, _why_not_type, bind=_bind_native),
-        Implementation("torch", _torch),
+        Implementation("torch", sample_torch),
     ),
 )
 

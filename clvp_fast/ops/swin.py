@@ -14,7 +14,8 @@ import torch
 
 from clvp_fast.ops import many_rows, norm
 from clvp_fast.ops.activations import ACTIVATIONS
-from clvp_fast.ops.dispatch import Implementation, Operator, check_same, missing_natively, shape_error
+from clvp_fast.ops.checks import check_same, shape_error
+from clvp_fast.ops.dispatch import Implementation, Operator, missing_natively
 from clvp_fast.ops.linear import linear, reference as linear_reference
 from clvp_fast.ops.mlp import gelu_mlp, gelu_reference, training
 from clvp_fast.ops.norm import add_norm

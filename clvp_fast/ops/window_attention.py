@@ -16,15 +16,8 @@ import ctypes
 import torch
 import torch.nn.functional as F
 
-from clvp_fast.ops.dispatch import (
-    Implementation,
-    Operator,
-    check_same,
-    gradient,
-    needs_grad,
-    shape_error,
-    unserved_by_triton,
-)
+from clvp_fast.ops.checks import check_same, shape_error, unserved_by_triton
+from clvp_fast.ops.dispatch import Implementation, Operator, gradient, needs_grad
 
 # What Swin adds to the scores of places that only the shift brought together.
 SEAM = -100.0

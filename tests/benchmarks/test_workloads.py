@@ -11,6 +11,7 @@ from benchmarks import (
     geglu_mlp,
     gelu_mlp,
     generate,
+    host_step,
     kernels,
     merge_norm,
     paged_attention,
@@ -136,6 +137,14 @@ def test_the_null_engine_serves_all_and_tells_how_slow_the_slow_steps_are(few_ca
     assert all(row["error"] == 0 and 0 < row["seconds"]["median"] < 1 for row in rows)
     assert all(row["slow_step_seconds"] > 0 and row["shape"]["new_tokens"] == 500 for row in rows)
     assert not any("late_over_early" in row for row in rows)
+
+
+def test_a_step_of_the_host_is_timed_and_its_calls_are_counted():
+    rows = all_rows(host_step, "cpu", smoke=True)
+    assert [row["provider"] for row in rows] == ["null model", "demo checkpoint"]
+    assert all(row["error"] == 0 and 0 < row["seconds"]["median"] < 1 for row in rows)
+    null, demo = (row["python_calls"] for row in rows)
+    assert 10 < null < demo
 
 
 def test_growth_compares_the_end_of_a_long_run_with_its_beginning():

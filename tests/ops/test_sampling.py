@@ -9,7 +9,7 @@ import torch
 
 import clvp_fast
 from clvp_fast.ops import sample
-from clvp_fast.ops.sampling import philox
+from clvp_fast.ops.sampling_torch import philox
 from tests.kit import generator, random
 from tests.kit.backends import TRITON, on
 from tests.kit.processors import processors
