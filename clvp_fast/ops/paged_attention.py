@@ -14,6 +14,7 @@ On a CPU the decode step has a kernel of its own, in the native library of `csrc
 import ctypes
 import os
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -188,7 +189,7 @@ def _prefill_torch(q, k, v, cu_seqlens, k_pages, v_pages, block_table, scale, k_
     return out
 
 
-def _contiguous_last(*tensors):
+def _contiguous_last(*tensors: torch.Tensor | None) -> list[Any]:  # None for None, and a tensor for each other
     """The tensors, copied where neighbours along the last dimension do not lie side by side."""
     return [x if x is None or x.shape[-1] < 2 or x.stride(-1) == 1 else x.contiguous() for x in tensors]
 

@@ -161,7 +161,7 @@ def _torch(
     cumulated = scores.double().softmax(-1).cumsum(-1)
     target = _uniform(seed, candidate, step)[:, None] * cumulated[:, -1:]
     tokens = (cumulated <= target).sum(-1)
-    if sampled is not None:
+    if sampled is not None and likeliest is not None:  # both or neither
         tokens = torch.where(sampled, tokens, likeliest)
     return _advance(tokens, seen, lengths, done, stop_token, pad_token)
 
