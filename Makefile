@@ -39,7 +39,7 @@ CPP_SOURCES := $(wildcard csrc/*.* csrc/*/*.* tests/csrc/*.cpp tests/csrc/*.h te
 DEMO_TEXT := The birch canoe slid on the smooth planks, and the doctor paid 25 dollars for it.
 DEMO_OUT ?= out/demo
 
-.PHONY: setup test test-all wheel demo lint format portability canary stress bench-cpu docs-benchmarks kernel-report gpu-check gpu-bench gpu-evidence clean
+.PHONY: setup test test-all wheel demo lint types format portability canary stress bench-cpu docs-benchmarks kernel-report gpu-check gpu-bench gpu-evidence clean
 
 setup: $(RUNTIME_STAMP)
 
@@ -78,6 +78,10 @@ lint: $(DEV_STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/clang-format --dry-run --Werror $(CPP_SOURCES)
+
+# What the package promises in `py.typed`; the rooms that it holds for are in pyproject.toml.
+types: $(DEV_STAMP)
+	$(VENV)/bin/basedpyright --pythonpath $(PY)
 
 format: $(DEV_STAMP)
 	$(VENV)/bin/ruff check --fix .

@@ -90,12 +90,11 @@ def read_audio(source: str | os.PathLike | BinaryIO, sampling_rate: int = 22050,
     if isinstance(sampling_rate, bool) or not isinstance(sampling_rate, (int, np.integer)) or sampling_rate <= 0:
         raise ValueError(f"sampling_rate must be a positive whole number of Hz, got {sampling_rate!r}")
     name = source if isinstance(source, (str, os.PathLike)) else getattr(source, "name", "the given file object")
-    if isinstance(source, (str, os.PathLike)):
-        source = _readable(Path(source))
+    content = _readable(Path(source)) if isinstance(source, (str, os.PathLike)) else source
     import soundfile
 
     try:
-        with soundfile.SoundFile(source) as file:
+        with soundfile.SoundFile(content) as file:  # pyright: ignore[reportArgumentType] - a path may be bytes
             rate, channels = file.samplerate, file.channels
             frames = None if seconds is None else math.ceil((seconds + _MARGIN) * rate)
             samples, peak = _mixed_down(_blocks(file, frames))

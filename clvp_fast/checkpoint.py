@@ -4,6 +4,7 @@ import json
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -221,6 +222,10 @@ def text_limit(model: ClvpModelForConditionalGeneration) -> int:
     return most_text(model.config.decoder_config)
 
 
+def _ids(tokenizer: ClvpTokenizer, text: str) -> list[int]:
+    return cast(list[int], tokenizer(text)["input_ids"])  # transformers types what every tokenizer may give
+
+
 def sayable_ids(model: ClvpModelForConditionalGeneration, tokenizer: ClvpTokenizer, text: str) -> list[int]:
     """The token ids of a text.
 
@@ -234,8 +239,9 @@ def sayable_ids(model: ClvpModelForConditionalGeneration, tokenizer: ClvpTokeniz
         raise ValueError(
             f"the text is too long: {len(text)} characters, and at most {_LONGEST_TEXT} are looked at; split it up"
         )
-    ids = tokenizer(text)["input_ids"]
-    if not set(ids) - {tokenizer.unk_token_id, *tokenizer(" ")["input_ids"]}:
+    ids = _ids(tokenizer, text)
+    silent = [tokenizer.unk_token_id, *_ids(tokenizer, " ")]
+    if all(token in silent for token in ids):
         raise ValueError(
             f"nothing of the text {cut(text, _SHOWN)!r} is in the checkpoint's vocabulary; write it in Latin letters"
         )

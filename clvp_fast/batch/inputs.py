@@ -145,7 +145,7 @@ def _csv(path: Path, done, unused: set[str]) -> Iterator[Mapping[str, Any] | Exc
 
     with open(path, "rb") as file:
         reader = csv.reader(lines(file), strict=True)
-        header = None
+        header: list[str] | None = None
         while True:
             start = reader.line_num + 1
             place = f"{path}, line {start}"
@@ -154,7 +154,7 @@ def _csv(path: Path, done, unused: set[str]) -> Iterator[Mapping[str, Any] | Exc
                 wrong = (
                     None
                     if values is None or len(values) in (0, len(header or values))
-                    else (f"{len(values)} values, and the header has {len(header)}")
+                    else (f"{len(values)} values, and the header has {len(header or values)}")
                 )
             except csv.Error as error:
                 values, wrong = [], f"no row of CSV: {_reason(error)}"
@@ -170,7 +170,7 @@ def _csv(path: Path, done, unused: set[str]) -> Iterator[Mapping[str, Any] | Exc
             elif values and header is None:
                 header = [name.strip() for name in values]
                 unused.update(_columns(path, header))
-            elif values:
+            elif values and header is not None:
                 yield dict(zip(header, values, strict=True))
             done(file.tell() / size)
         if header is None:

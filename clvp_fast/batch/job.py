@@ -101,6 +101,7 @@ def run(
                     job = _Job(folder, rows, Settings(**found["settings"]), retry_failed, progress)
                 with watching("speaking", rows.num_rows, job.rows_done, hidden=not progress) as watch:
                     job.work(executor.outcomes(folder.rows, job.tasks), watch)
+        assert manifest is not None  # read, or written just now
         return write_summary(folder, manifest, job.now, job.seconds)
 
 

@@ -95,9 +95,11 @@ class Outcome:
                 "remarks": list(remarks),
             }
             if settings.embeddings:
+                assert result.speech_embeds is not None  # the engine's own scorer embeds
                 line["text_embedding"] = result.text_embeds
                 line["speech_embedding"] = result.speech_embeds[candidate]
             if settings.latents:
+                assert result.latents is not None  # as the engine was asked
                 line["latents"] = list(result.latents[candidate][0].float().cpu().numpy())
             lines.append(line)
         return cls(row.index, row.id, tuple(lines))

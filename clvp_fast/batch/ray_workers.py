@@ -6,7 +6,7 @@ Importing this module imports neither Ray nor torch.
 import logging
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -55,7 +55,7 @@ class _Share:
     """What each worker has: CPUs or a GPU, its settings, and a part of its machine's memory."""
 
     workers: int
-    resources: dict[str, int]
+    resources: dict[str, Any]  # options of Ray: "num_cpus" or "num_gpus"
     settings: Settings
     memory_fraction: float
 
@@ -81,7 +81,7 @@ class Cluster:
     ):
         self._ray = _imported()
         self._started = _connect(self._ray, address)
-        self._stream: Iterator[Outcome] | None = None
+        self._stream: Generator[Outcome, None, None] | None = None
         try:
             nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
             self._share = _share(settings, memory_fraction, nodes, workers)
@@ -122,18 +122,18 @@ class Cluster:
         self._stream = self._outcomes(path.absolute(), tasks)
         return self._stream
 
-    def _outcomes(self, path: Path, tasks: list[Task]) -> Iterator[Outcome]:
+    def _outcomes(self, path: Path, tasks: list[Task]) -> Generator[Outcome, None, None]:
         from ray.data import ActorPoolStrategy, TaskPoolStrategy, from_items
 
         share, file = self._share, RowFile(path)
         size = _piece_rows(share.settings, share.workers, sum(_count(task, file) for task in tasks))
         pieces = [
-            {"shard": piece.shard, "rows": list(piece.rows)} for task in tasks for piece in _cut(task, file, size)
+            {"shard": piece.shard, "rows": list(piece.rows or ())} for task in tasks for piece in _cut(task, file, size)
         ]
         workers = min(share.workers, len(pieces))
         here = self._ray.get_runtime_context().get_node_id()
         rows = from_items(pieces, override_num_blocks=len(pieces)).map_batches(
-            _read,
+            _read,  # pyright: ignore[reportArgumentType] - Ray types a function without `fn_kwargs`
             fn_kwargs={"path": path},
             batch_size=None,
             batch_format="pyarrow",
@@ -227,6 +227,7 @@ def _share(settings: Settings, memory_fraction: float, nodes: list[dict[str, flo
 
 def _piece_rows(settings: Settings, workers: int, rows: int) -> int:
     """How many rows a worker gets at a time: enough to keep its engine full, and few enough to share them."""
+    assert settings.batch_size is not None and settings.num_candidates is not None  # the first worker has found them
     at_once = settings.batch_size / settings.num_candidates
     return max(1, min(rows // (workers * _TURNS), max(_PIECE, int(_WAVES * at_once))))
 

@@ -107,7 +107,7 @@ def _text(name: str, value: Any) -> str:
         if isinstance(value, str):
             value.encode()
             return value
-    except UnicodeError as error:
+    except (UnicodeDecodeError, UnicodeEncodeError) as error:
         raise ValueError(f"{name} is not valid Unicode ({error.reason}): save the input as UTF-8") from error
     raise ValueError(f"{name} must be a string, not {value!r}")
 
@@ -144,7 +144,7 @@ def _is_path(content: bytes) -> bool:
         return False
 
 
-def _number(name: str, value: Any) -> int | float | bool:
+def _number(name: str, value: Any) -> Integral | float | bool:
     """A number as SamplingParams takes it; whether its value can be is looked at there."""
     if hasattr(value, "item"):  # numpy's
         value = value.item()

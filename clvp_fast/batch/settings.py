@@ -46,7 +46,7 @@ class Settings:
     do_sample: bool = SamplingParams.do_sample
     temperature: float = SamplingParams.temperature
     top_p: float = SamplingParams.top_p
-    top_k: int = SamplingParams.top_k
+    top_k: int | None = SamplingParams.top_k
     typical_p: float = SamplingParams.typical_p
     min_p: float = SamplingParams.min_p
     repetition_penalty: float = SamplingParams.repetition_penalty
@@ -85,7 +85,7 @@ class Settings:
         Raises:
             ValueError: a value that cannot be.
         """
-        own = {name: getattr(self, name) for name in SAMPLING}
+        own: dict[str, Any] = {name: getattr(self, name) for name in SAMPLING}
         own = {name: value for name, value in own.items() if value is not None or name == "top_k"}  # None: keep all
         return SamplingParams(**own | of_row)
 

@@ -3,6 +3,7 @@
 from collections import Counter
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
@@ -28,12 +29,12 @@ def write_summary(folder: JobFolder, manifest: dict[str, Any], now: Counter[str]
         about = folder.about(path)
         reasons.update(failure["error"] for failure in about["failures"])
         first = pq.read_table(path, columns=["candidates", "tokens", "remarks"], filters=pc.field("rank") == 1)
-        remarks.update(pc.list_flatten(first["remarks"]).to_pylist())
+        remarks.update(pc.call_function("list_flatten", [first["remarks"]]).to_pylist())
         counts = {
             "spoken": first.num_rows,
             "failed": len(about["failures"]),
-            "candidates": pc.sum(first["candidates"]).as_py() or 0,
-            "tokens": pc.sum(first["tokens"]).as_py() or 0,
+            "candidates": _sum(first["candidates"]),
+            "tokens": _sum(first["tokens"]),
         }
         totals.update(counts)
         shards.append({"file": f"{folder.shards.name}/{path.name}", "bytes": path.stat().st_size, **counts})
@@ -57,3 +58,7 @@ def write_summary(folder: JobFolder, manifest: dict[str, Any], now: Counter[str]
     }
     folder.write_json("summary.json", summary)
     return summary
+
+
+def _sum(column: pa.ChunkedArray) -> int:
+    return pc.call_function("sum", [column]).as_py() or 0

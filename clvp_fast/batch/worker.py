@@ -146,7 +146,9 @@ class Worker:
             if result.error is not None:
                 raise result.error
             remarks += text_remarks(self.engine.processor.tokenizer, row.text)
-            return Outcome.of(row, result.request.sampling.seed, result, self.settings, remarks)
+            sampling = result.request.sampling
+            assert sampling is not None and sampling.seed is not None  # of `_request`
+            return Outcome.of(row, sampling.seed, result, self.settings, remarks)
         except Exception as error:
             return Outcome(row.index, row.id, error=failure_of(error))
 

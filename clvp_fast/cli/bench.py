@@ -19,7 +19,8 @@ def run(arguments: argparse.Namespace) -> None:
         return
     results = Path(arguments.results or benchmarks.RESULTS)
     if arguments.compare:
-        differences = benchmarks.compare(*arguments.compare, results)
+        first, second = arguments.compare
+        differences = benchmarks.compare(first, second, results)
         _tell(arguments.json, [asdict(one) for one in differences], benchmarks.printed(differences))
         return
     try:

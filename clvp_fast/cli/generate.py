@@ -25,13 +25,16 @@ def run(arguments: argparse.Namespace) -> None:
         voice_folder = staging.enter_context(staged_folder(voice_file.parent)) if voice_file else None
         started = time.perf_counter()
         checkpoint = load_for(arguments)
-        sampling = SamplingParams(**given | {"max_new_tokens": _max_new_tokens(checkpoint, given["max_new_tokens"])})
+        given["max_new_tokens"] = _max_new_tokens(checkpoint, given["max_new_tokens"])
+        sampling = SamplingParams(**given)
         items = gather(checkpoint, texts, arguments)
         generation = Generation(checkpoint, items, sampling, folder, arguments)
         generation.seconds["load"] = time.perf_counter() - started
         document = generation.run()
-        if voice_file:
-            items[0].voice.voice.save(voice_folder / voice_file.name)
+        if voice_file and voice_folder:
+            spoken_in = items[0].voice
+            assert spoken_in is not None  # the only voice, and a bad one has ended the run
+            spoken_in.voice.save(voice_folder / voice_file.name)
     # Of several the summary names the folders.
     files = ["summary.json"] if "requests" in document and not arguments.json else generation.files
     written = [Path(arguments.out, name) for name in files] + ([voice_file] if voice_file else [])

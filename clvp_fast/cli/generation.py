@@ -50,6 +50,8 @@ class Generation:
         self._rows: dict[Item, dict] = {}  # of the summary, for those that were spoken
         self._alone: dict | None = None  # the document of the only item
         self._tokens = 0
+        assert sampling.num_candidates is not None  # filled in where none were given
+        self._candidates = sampling.num_candidates
 
     def run(self) -> dict:
         """Generates, ranks and writes all; returns the document of the only item, or the summary of several.
@@ -77,13 +79,13 @@ class Generation:
         arguments, sampling = self.arguments, self.sampling
         engine = self._engine(len(ready))
         planned = engine.memory.max_batch
-        requests = [CandidateRequest(input_ids=item.ids[0], conditioning=item.voice.voice, id=item) for item in ready]
+        requests = [_request(item) for item in ready]
         started = time.perf_counter()
         self.seconds["write"] = 0.0
         stop = stop_token(self.checkpoint.model.config.decoder_config)
-        bar = watching(len(ready), sampling.num_candidates, sampling.max_new_tokens, stop)
+        bar = watching(len(ready), self._candidates, sampling.max_new_tokens, stop)
         with bar as watch:
-            keep = arguments.keep or sampling.num_candidates
+            keep = arguments.keep or self._candidates
             try:
                 for result in engine.generate(requests, sampling, keep=keep, on_token=watch):
                     watch.close(result.request)
@@ -100,7 +102,7 @@ class Generation:
 
     def _engine(self, num_requests: int) -> CandidateEngine:
         """An engine with no more places than the requests have candidates; its plan of memory is noted."""
-        total = num_requests * self.sampling.num_candidates
+        total = num_requests * self._candidates
         engine = build_engine(self.checkpoint, self.arguments, self.arguments.memory_fraction, candidates=total)
         plan = engine.memory
         report.note(
@@ -119,7 +121,7 @@ class Generation:
     def _receive(self, result: CandidateResult) -> None:
         """Write a result, or put down why there is none."""
         started = time.perf_counter()
-        item = result.request.id
+        item: Item = result.request.id
         item.error = result.failure(self.arguments.dtype)
         if item.error and not item.folder:
             raise ValueError(item.error)
@@ -167,3 +169,8 @@ class Generation:
         write_json(self.folder / name, document)
         self.files.append(name)
         return document
+
+
+def _request(item: Item) -> CandidateRequest:
+    assert item.ids is not None and item.voice is not None  # it has no error
+    return CandidateRequest(input_ids=item.ids[0], conditioning=item.voice.voice, id=item)

@@ -54,7 +54,7 @@ def draw_candidates(path: Path, voice: LoadedVoice, extractor, rows: list[dict],
         figure.suptitle(_shorten(text, 110), fontsize=11, x=0.01, ha="left")
         lower = figure
         if voice.mel is not None:
-            upper, lower = figure.subfigures(2, 1, height_ratios=[1, 1.25])
+            upper, lower = figure.subfigures(2, 1, height_ratios=[1, 1.25])  # pyright: ignore[reportGeneralTypeIssues] - an array of both
             of = f" of the first of {voice.recordings} recordings" if voice.recordings > 1 else ""
             _mel_panel(upper, upper.subplots(), voice.mel, extractor, f"Voice: log-mel features{of}")
         score_axes, length_axes = lower.subplots(1, 2, width_ratios=[1.6, 1])

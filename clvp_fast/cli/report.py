@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -84,7 +85,7 @@ def ranking(
     for rank, index in enumerate(np.argsort(-scores, kind="stable"), start=1):
         score = float(scores[index])
         number = index if numbers is None else numbers[index]
-        row = {"rank": rank, "candidate": int(number), "tokens": int(lengths[index])}
+        row: dict[str, Any] = {"rank": rank, "candidate": int(number), "tokens": int(lengths[index])}
         row["score"] = None if score == -math.inf else score
         rows.append(row if stopped is None else row | {"stopped": bool(stopped[index])})
     return rows

@@ -15,6 +15,7 @@ from clvp_fast.models.clvp.tokens import finished_codes
 
 def result_document(checkpoint: Checkpoint, item: Item, result: CandidateResult) -> dict:
     """What candidates.json says of one result: the candidates, best first, and the engine's timings."""
+    assert item.voice is not None  # it was spoken in
     rows = report.ranking(result.scores, result.lengths, result.stopped)
     for row in rows:
         row["kept"] = row["rank"] <= len(result.kept)
@@ -47,13 +48,14 @@ def write_arrays(
     np.savez_compressed(
         folder / "codes.npz",
         # As the next stage takes them, from the stop on as Tortoise fixes them; one that was cut keeps its own end.
-        codes=finished_codes(result.codes[kept], length, checkpoint.model.config.decoder_config).numpy(),
+        codes=finished_codes(list(result.codes[kept]), length, checkpoint.model.config.decoder_config).numpy(),
         lengths=result.lengths[kept],
         scores=result.scores[kept],
         candidates=kept,
     )
     written = ["codes.npz"]
     if pictures:
+        assert item.voice is not None  # as above
         draw_candidates(folder / "candidates.png", item.voice, checkpoint.feature_extractor, rows, item.text)
         written.append("candidates.png")
     if result.latents is not None:

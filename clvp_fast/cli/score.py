@@ -5,6 +5,7 @@ import json
 import zipfile
 import zlib
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ def run(arguments: argparse.Namespace) -> None:
         score_audio.run(arguments)
         return
     if arguments.codes is None or arguments.text is None or arguments.audio or arguments.texts:
-        arguments.refuse("CODES and TEXT are needed; --audio and --text go with --model clap")
+        return arguments.refuse("CODES and TEXT are needed; --audio and --text go with --model clap")
     arguments.checkpoint = arguments.checkpoint or "demo"
     codes, lengths, numbers = read_codes(Path(arguments.codes))
     checkpoint = load_for(arguments)
@@ -113,7 +114,7 @@ def score(checkpoint: Checkpoint, ids: torch.Tensor, codes: np.ndarray) -> np.nd
     model = checkpoint.model
     _check_range(checkpoint, codes)
     given = known_codes(torch.from_numpy(codes), model.config).to(model.device)
-    ids, _ = end_text(ids, None, model.config.text_config.eos_token_id)
+    ids, _ = end_text(ids, None, cast(int, model.config.text_config.eos_token_id))
     text = normalized(model.text_encoder_model(input_ids=ids).embeds.float())
     scores = []
     for part in given.split(_BATCH):

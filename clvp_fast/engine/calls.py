@@ -92,7 +92,7 @@ def tell(of: "ref[Pending]", candidate: int, token: int) -> None:
     By a weak reference, since the request holds the job that holds this.
     """
     pending = of()
-    if pending is None or pending.settled:
+    if pending is None or pending.settled or pending.listener is None:
         return
     try:
         pending.listener(pending.request, candidate, token)

@@ -2,7 +2,9 @@
 
 from collections.abc import Iterator, Sequence
 from numbers import Integral
+from typing import cast, overload
 
+import numpy as np
 import torch
 
 from clvp_fast.engine.requests import CandidateRequest
@@ -67,6 +69,24 @@ class Ranker:
                 if self.max_tokens <= pad_to:
                     raise
                 self.max_tokens //= 2
+
+    @overload
+    def rank(
+        self,
+        text_ids: torch.Tensor | np.ndarray | Sequence[int],
+        codes: Sequence,
+        mode: str | None = None,
+        pad_to: int | None = None,
+    ) -> Ranking: ...
+
+    @overload
+    def rank(
+        self,
+        text_ids: Sequence[torch.Tensor | np.ndarray | Sequence[int]],
+        codes: Sequence,
+        mode: str | None = None,
+        pad_to: int | None = None,
+    ) -> list[Ranking]: ...
 
     @torch.inference_mode()
     def rank(
@@ -170,7 +190,7 @@ class Ranker:
             raise ValueError("the text is empty: give at least one token")
         if text.min() < 0 or text.max() >= config.vocab_size:
             raise ValueError(f"text ids must lie from 0 to {config.vocab_size - 1}, got {text.min()} to {text.max()}")
-        return end_text(text[None], None, config.eos_token_id)[0][0]
+        return end_text(text[None], None, cast(int, config.eos_token_id))[0][0]
 
     def _candidates(self, codes: Sequence) -> list[torch.Tensor]:
         """The codes on the host, those that the encoder has no row for (the start token) as the filling code."""

@@ -1,7 +1,6 @@
 """What a user asks of the engine, and what comes back. Arrays on the way out are numpy's; nothing here needs torch."""
 
 import math
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from numbers import Integral, Real
@@ -42,7 +41,7 @@ class CandidateRequest:
     conditioning: Any = field(default=None, repr=False)
     sampling: SamplingParams | None = None
     timeout: float | None = None
-    id: object | None = None
+    id: Any = None
 
     def __post_init__(self):
         self._exactly_one("text", "input_ids")
@@ -82,6 +81,10 @@ def _seconds(timeout) -> float:
     return seconds
 
 
+# What a failed request has of its result. Who uses a field has looked at `error` first: its type leaves None out.
+_NOT_MADE: Any = None
+
+
 @dataclass(eq=False)
 class CandidateResult:
     """All candidates of a request, in the order of their indices; or the error that kept them from being made.
@@ -101,13 +104,13 @@ class CandidateResult:
     """
 
     request: CandidateRequest
-    codes: np.ndarray | None = None
-    lengths: np.ndarray | None = None
-    stopped: np.ndarray | None = None
-    scores: np.ndarray | None = None
+    codes: np.ndarray = _NOT_MADE
+    lengths: np.ndarray = _NOT_MADE
+    stopped: np.ndarray = _NOT_MADE
+    scores: np.ndarray = _NOT_MADE
     text_embeds: np.ndarray | None = None
     speech_embeds: np.ndarray | None = None
-    kept: Sequence[int] | None = None
+    kept: np.ndarray = _NOT_MADE
     latents: dict[int, Any] | None = None
     timings: dict[str, float] = field(default_factory=dict)
     error: Exception | None = None

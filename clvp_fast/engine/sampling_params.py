@@ -88,7 +88,7 @@ class SamplingParams:
         for name, allowed in RANGES.items():
             if getattr(self, name) is not None or name not in ("seed", "stop_token"):
                 self._check(name, allowed)
-        if not self.do_sample and self.num_candidates > 1:
+        if not self.do_sample and (self.num_candidates or 0) > 1:
             raise ValueError(
                 f"{self.num_candidates} candidates of greedy decoding (do_sample=False) would all be equal: "
                 "ask for num_candidates=1, or sample"
@@ -102,7 +102,7 @@ class SamplingParams:
         if isinstance(value, bool) or not isinstance(value, kind) or not allowed.holds(value):
             raise ValueError(refusal)
         try:
-            converted = allowed.kind(value)
+            converted = allowed.kind(getattr(self, name))
         except OverflowError:  # a number that no float holds
             converted = math.inf
         if not allowed.holds(converted):  # a fraction that a float rounds to 0

@@ -3,13 +3,14 @@
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import matplotlib
 
 #: One token of the original stands for 1024 samples at 22.05 kHz.
 TOKENS_PER_SECOND = 22050 / 1024
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {  # of names that matplotlib lists as literals
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "axes.spines.top": False,

@@ -242,7 +242,7 @@ def _name(part: str) -> str:
 
 def cached(part: str, anew: bool = False) -> Path:
     """The folder of the part made from the sources, in the user's cache; `anew`: whatever is there already."""
-    place = None
+    place: Path | None = None
     try:
         root = cache_folder()
         place = root / "native"
@@ -261,7 +261,8 @@ def cached(part: str, anew: bool = False) -> Path:
     except build.BuildError as error:
         raise NativeLibraryError(f"the {_name(part)} cannot be built: {error}") from error
     except OSError as error:
-        reason = sentence(error if isinstance(error, UnwritableError) else UnwritableError.explain(error, place))
+        known = isinstance(error, UnwritableError)
+        reason = sentence(error if known or place is None else UnwritableError.explain(error, place))
         named = "" if "CLVP_FAST_CACHE" in reason else " (the environment variable CLVP_FAST_CACHE names it)"
         raise NativeLibraryError(f"the {_name(part)} cannot be built: {reason}{named}") from error
     return target
@@ -338,7 +339,9 @@ def _one_process(place: Path):
 
 def record(part: str = "cpu") -> dict:
     """What a part was built with: see `build.build`. Raises as `library` does."""
-    return _record(folder(part), part)
+    found = _record(folder(part), part)
+    assert found is not None  # a folder has one that is whole
+    return found
 
 
 def _record(where: Path, part: str) -> dict | None:

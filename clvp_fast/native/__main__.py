@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _cuda_line(parts: tuple[str, ...]) -> str:
     if "cuda" not in parts or native.loaded("cuda")[0] is None:
-        return native.missing("cuda")
+        return str(native.missing("cuda"))
     built = native.record("cuda")
     served = ", ".join(f"sm_{arch}" for arch in built["architectures"]) + f"; nvcc {built['nvcc_version']}"
     refused = native.missing("cuda")

@@ -137,9 +137,9 @@ def _find_nvcc() -> dict:
     else:
         nvcc, where = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin"), "on PATH"
     version = re.search(r"V([\d.]+)", _output([nvcc, "--version"])) if nvcc else None
-    known = _output([nvcc, "--list-gpu-code"]).split() if version else []
+    known = _output([nvcc, "--list-gpu-code"]).split() if nvcc and version else []
     architectures = tuple(arch for arch in ARCHITECTURES if f"sm_{arch}" in known)
-    if architectures:
+    if version and architectures:
         return {"nvcc": nvcc, "nvcc_version": version[1], "architectures": architectures}
     absent = f"{nvcc} compiles for none of its architectures" if nvcc else f"there is no nvcc {where}"
     return {"nvcc": None, "no_cuda": absent}

@@ -318,7 +318,9 @@ def set_prototypes(library: ctypes.CDLL, part: str) -> None:
 def _version() -> str:
     """16 hexadecimal digits that change with any structure or function above."""
     structures = [kind for kind in globals().values() if isinstance(kind, type) and issubclass(kind, ctypes.Structure)]
-    described = [(kind.__name__, [(name, type_.__name__) for name, type_ in kind._fields_]) for kind in structures]
+    described: list[tuple[str, list]] = [
+        (kind.__name__, [(field[0], field[1].__name__) for field in kind._fields_]) for kind in structures
+    ]
     for functions in FUNCTIONS.values():
         described += [(name, [type_.__name__ for type_ in types]) for name, types in functions.items()]
     return hashlib.sha256(repr(described).encode()).hexdigest()[:16]

@@ -182,9 +182,9 @@ class Implementation:
     missing: Callable[[torch.device], str | None] | None = None
     bind: Callable[..., Call | None] | None = None
 
-    def __post_init__(self):
-        if self.missing is None:
-            object.__setattr__(self, "missing", _MISSING[self.name])
+    def missing_on(self, device: torch.device) -> str | None:
+        """Why it cannot run on `device`, or `None`."""
+        return (self.missing or _MISSING[self.name])(device)
 
 
 class Operator:
@@ -263,7 +263,7 @@ class Operator:
         key = (name, device, _forced)
         if key not in self._refusals:
             (found,) = (each for each in self.implementations if each.name == name)
-            reason = self._refusals[key] = found.missing(device)
+            reason = self._refusals[key] = found.missing_on(device)
             if reason is not None and device.type == "cuda" and name != "cpu":
                 self._warn(reason)
             if reason is not None and device.type == "cpu":
@@ -347,7 +347,7 @@ class Operator:
         # Not `_refusal`, which warns: who asks is told, and a call that takes the slower path still warns.
         kernel, why, absent = None, None, None
         for each in self._asked[_forced, device.type == "cpu"]:
-            absent = each.missing(device)
+            absent = each.missing_on(device)
             if absent is None:
                 reason = each.why_not_type(device, dtype)
                 if reason is None:
@@ -365,7 +365,7 @@ class Operator:
                 refused[name] = f"{_forced} is forced" if _forced else f"{chosen} is faster"
         calls = kernel.calls if chosen == "kernel" and kernel and _forced is None else ""
         serves = None if chosen in refused else chosen
-        ran = kernel.name if serves == "kernel" else serves
+        ran = kernel.name if kernel and serves == "kernel" else serves
         return Choice(self.name, str(device), str(dtype).removeprefix("torch."), serves, refused, calls, ran)
 
 

@@ -22,7 +22,8 @@ def table(tensor, dtype, make):
         return make(tensor, dtype)
     stream = torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else None
     state = tensor._version, tensor.data_ptr()
-    tables, key = _TABLES.setdefault(tensor, {}), (make, dtype, stream)
+    tables: dict = _TABLES.setdefault(tensor, {})  # pyright: ignore[reportAssignmentType] - torch's own has no types
+    key = make, dtype, stream
     found, made = tables.get(key, (None, None))
     if found != state:
         made = make(tensor, dtype)

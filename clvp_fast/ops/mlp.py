@@ -8,6 +8,7 @@ with a scale a row: (x W^T) * scale in place of x W^T.
 """
 
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,7 @@ def _out_dtype(x, residual):
     return x.dtype if residual is None else residual.dtype
 
 
-def _wide(*tensors):
+def _wide(*tensors: torch.Tensor | None) -> list[Any]:  # None for None, and a tensor for each other
     return [None if t is None else t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors]
 
 

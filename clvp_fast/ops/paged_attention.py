@@ -15,6 +15,7 @@ import ctypes
 import os
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import torch
 
@@ -28,7 +29,7 @@ HEAD_DIMS, PAGE_SIZES = (32, 64, 80, 96, 128), (16, 32)
 _debug = os.environ.get("CLVP_FAST_DEBUG") == "1"
 
 
-def _contiguous_last(*tensors):
+def _contiguous_last(*tensors: torch.Tensor | None) -> list[Any]:  # None for None, and a tensor for each other
     """The tensors, copied where neighbours along the last dimension do not lie side by side."""
     return [x if x is None or x.shape[-1] < 2 or x.stride(-1) == 1 else x.contiguous() for x in tensors]
 

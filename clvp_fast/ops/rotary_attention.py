@@ -5,6 +5,7 @@ out = softmax(scale * q' k'^T + mask) v'
 """
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +45,7 @@ def _rotate_all(q, k, v, cos, sin, query_offset):
     return _rotate(q, cos[:, rows], sin[:, rows]), _rotate(k, cos, sin), _rotate(v, cos, sin)
 
 
-def _allowed(mask, causal, q_len, k_len, query_offset, device):
+def _allowed(mask: torch.Tensor | None, causal, q_len, k_len, query_offset, device) -> Any:
     """Who attends to whom, bool, broadcastable to [B, H, Tq, Tk]; None: everyone to everything."""
     if mask is not None and mask.ndim == 2:
         mask = mask[:, None, None, :]
@@ -252,7 +253,7 @@ def _check_angles(cos, sin, q, batches, k_len):
     check_same("sin", sin, "cos", cos)
 
 
-def _prepare(q, k, v, cos, sin, mask, causal, query_offset, scale):
+def _prepare(q, k, v, cos, sin, mask, causal, query_offset, scale) -> tuple[int, float]:
     """Check the arguments and fill in the defaults: (query_offset, scale)."""
     if q.ndim != 4:
         raise shape_error("q", "[batch, query_len, num_heads, head_dim]", q)

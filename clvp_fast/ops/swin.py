@@ -48,8 +48,9 @@ def _window_native(x, norm_weight, norm_bias, w_qkv, b_qkv, bias, w_out, b_out, 
     from clvp_fast import native
 
     out, heads = x.new_empty(x.shape), len(bias)
-    x, norm_weight, norm_bias, b_qkv, b_out = (
-        None if t is None else t.contiguous() for t in (x, norm_weight, norm_bias, b_qkv, b_out)
+    x = x.contiguous()
+    norm_weight, norm_bias, b_qkv, b_out = (
+        None if t is None else t.contiguous() for t in (norm_weight, norm_bias, b_qkv, b_out)
     )
     call = native.WindowBlockCall(
         *(

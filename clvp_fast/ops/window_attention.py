@@ -229,7 +229,7 @@ def check_windows(height: int, width: int, window: int, shift: int) -> None:
         raise ValueError(f"shift must be from 0 to window - 1 = {window - 1}, not {shift}")
 
 
-def _prepare(q, k, v, bias, window, shift, scale):
+def _prepare(q, k, v, bias, window, shift, scale) -> float:
     """Check the arguments, and fill in the scale."""
     if q.ndim != 5:
         raise shape_error("q", "[batch, height, width, num_heads, head_dim]", q)
@@ -301,7 +301,8 @@ def window_attention_weights(
         window by window as they begin (a shifted window at the seam where its first place is), row by row.
     """
     scale, shape = _prepare(q, k, v, bias, window, shift, scale), q.shape
-    order = _window_order(*shape[1:3], window, shift, q.device)
+    height, width = shape[1:3]
+    order = _window_order(height, width, window, shift, q.device)
     q, k, v = (_in_windows(x, order, window) for x in (q, k, v))
-    weights = _weights(q * scale, k, _scored_bias(bias, *shape[1:3], window, shift, q.dtype))
+    weights = _weights(q * scale, k, _scored_bias(bias, height, width, window, shift, q.dtype))
     return _in_image(_mix(weights, v, dropout_p), order, shape), weights.flatten(0, 1)

@@ -3,6 +3,8 @@
 Field names, defaults and JSON are those of transformers' classes, so that checkpoints travel both ways.
 """
 
+from typing import TYPE_CHECKING, Any, ClassVar
+
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
@@ -133,11 +135,26 @@ class ClapConfig(PreTrainedConfig):
 
     model_type = "clap"
     # transformers up to 5.17 reads `sub_configs`, later ones `sub_configs_defaults`.
-    sub_configs = {"text_config": ClapTextConfig, "audio_config": ClapAudioConfig}  # noqa: RUF012
-    sub_configs_defaults = dict(sub_configs)  # noqa: RUF012
+    sub_configs: ClassVar[Any] = {"text_config": ClapTextConfig, "audio_config": ClapAudioConfig}
+    sub_configs_defaults: ClassVar[Any] = dict(sub_configs)
 
-    text_config: dict | PreTrainedConfig | None = None
-    audio_config: dict | PreTrainedConfig | None = None
+    if TYPE_CHECKING:  # what may be given, and what `__post_init__` makes of it
+        text_config: ClapTextConfig
+        audio_config: ClapAudioConfig
+
+        def __init__(
+            self,
+            text_config: dict | ClapTextConfig | None = None,
+            audio_config: dict | ClapAudioConfig | None = None,
+            logit_scale_init_value: float = 1 / 0.07,
+            projection_dim: int = 512,
+            projection_hidden_act: str = "relu",
+            initializer_factor: float = 1.0,
+            **kwargs: Any,
+        ): ...
+    else:
+        text_config: dict | PreTrainedConfig | None = None
+        audio_config: dict | PreTrainedConfig | None = None
     logit_scale_init_value: float = 1 / 0.07
     projection_dim: int = 512
     projection_hidden_act: str = "relu"

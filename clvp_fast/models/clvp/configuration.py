@@ -6,6 +6,7 @@ absent, and written only where set.
 """
 
 import os
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -43,7 +44,7 @@ class ClvpEncoderConfig(PreTrainedConfig):
     """
 
     model_type = "clvp_encoder"
-    base_config_key = ["text_config", "speech_config"]  # noqa: RUF012
+    base_config_key: ClassVar[Any] = ["text_config", "speech_config"]
 
     vocab_size: int = 256
     hidden_size: int = 768
@@ -152,16 +153,32 @@ class ClvpConfig(PreTrainedConfig):
 
     model_type = "clvp"
     # transformers up to 5.17 reads `sub_configs`, later ones `sub_configs_defaults`.
-    sub_configs = {  # noqa: RUF012
+    sub_configs: ClassVar[Any] = {
         "text_config": ClvpEncoderConfig,
         "speech_config": ClvpEncoderConfig,
         "decoder_config": ClvpDecoderConfig,
     }
-    sub_configs_defaults = dict(sub_configs)  # noqa: RUF012
+    sub_configs_defaults: ClassVar[Any] = dict(sub_configs)
 
-    text_config: dict | PreTrainedConfig | None = None
-    speech_config: dict | PreTrainedConfig | None = None
-    decoder_config: dict | PreTrainedConfig | None = None
+    if TYPE_CHECKING:  # what may be given, and what `__post_init__` makes of it
+        text_config: ClvpEncoderConfig
+        speech_config: ClvpEncoderConfig
+        decoder_config: ClvpDecoderConfig
+
+        def __init__(
+            self,
+            text_config: dict | ClvpEncoderConfig | None = None,
+            speech_config: dict | ClvpEncoderConfig | None = None,
+            decoder_config: dict | ClvpDecoderConfig | None = None,
+            projection_dim: int = 768,
+            logit_scale_init_value: float = 2.6592,
+            initializer_factor: float = 1.0,
+            **kwargs: Any,
+        ): ...
+    else:
+        text_config: dict | PreTrainedConfig | None = None
+        speech_config: dict | PreTrainedConfig | None = None
+        decoder_config: dict | PreTrainedConfig | None = None
     projection_dim: int = 768
     logit_scale_init_value: float = 2.6592
     initializer_factor: float = 1.0

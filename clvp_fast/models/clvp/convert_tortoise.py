@@ -8,8 +8,9 @@ import json
 import logging
 import pickle
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -141,7 +142,7 @@ class Original:
             )
         return hidden_size // HEAD_DIM
 
-    def convert(self, rules: Iterator[Rule], dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
+    def convert(self, rules: Iterable[Rule], dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
         rules = list(rules)
         missing = [rule.source for rule in rules if rule.source not in self.tensors]
         if missing:
@@ -199,7 +200,7 @@ def _decoder_config(original: Original) -> dict:
 def encoder_configs(original: Original) -> dict:
     """What `clvp2.pth` tells of the configuration: `text_config`, `speech_config` and `projection_dim`."""
     projection_dim = original.shape("to_text_latent.weight", 2)[0]
-    configs = dict(projection_dim=projection_dim)
+    configs: dict[str, Any] = dict(projection_dim=projection_dim)
     for side in ("text", "speech"):
         vocab_size, hidden_size = original.shape(f"{side}_emb.weight", 2)
         layers = f"{side}_transformer.transformer.attn_layers.layers."

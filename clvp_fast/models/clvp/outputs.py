@@ -62,8 +62,10 @@ class ClvpOutput(ModelOutput):
 
     def candidate_scores(self) -> torch.Tensor:
         """Each text against its own candidates: `[texts, candidates of a text]`, cut out of `logits_per_text`."""
-        texts, candidates = self.logits_per_text.shape
+        logits = self.logits_per_text
+        assert logits is not None  # every forward of the whole model gives them
+        texts, candidates = logits.shape
         if candidates % texts:
             raise ValueError(f"{candidates} candidates cannot be shared out among {texts} texts")
-        own = self.logits_per_text.view(texts, texts, candidates // texts)
+        own = logits.view(texts, texts, candidates // texts)
         return own.diagonal(dim1=0, dim2=1).t()

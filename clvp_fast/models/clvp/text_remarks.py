@@ -2,6 +2,7 @@
 
 import unicodedata
 from functools import lru_cache
+from typing import cast
 
 from clvp_fast.models.clvp.tokenization import ClvpTokenizer
 
@@ -40,7 +41,7 @@ def _is_lost(char: str, text: str, tokenizer: ClvpTokenizer) -> bool:
 
 @lru_cache(maxsize=4096)
 def _says_something(tokenizer: ClvpTokenizer, char: str) -> bool:
-    return bool(set(tokenizer(char)["input_ids"]) - {tokenizer.unk_token_id})
+    return any(token != tokenizer.unk_token_id for token in cast(list[int], tokenizer(char)["input_ids"]))
 
 
 def _is_foreign(char: str) -> bool:

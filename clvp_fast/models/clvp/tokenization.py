@@ -209,7 +209,7 @@ class ClvpTokenizer(PreTrainedTokenizer):
             if token in self.encoder or token in self.added_tokens_encoder:
                 text = text.replace(token, " ")
         if self.unk_token:
-            text = text.replace(self.unk_token, "")
+            text = text.replace(str(self.unk_token), "")
         return text.replace("   ", " ").replace("  ", " ")
 
     # Files
@@ -228,7 +228,7 @@ class ClvpTokenizer(PreTrainedTokenizer):
             json.dump(self.encoder, file, indent=2, sort_keys=True, ensure_ascii=False)
             file.write("\n")
         with open(merges_file, "w", encoding="utf-8") as file:
-            pairs = sorted(self.bpe_ranks, key=self.bpe_ranks.get)
+            pairs = sorted(self.bpe_ranks, key=self.bpe_ranks.__getitem__)
             file.writelines(f"{line}\n" for line in (_VERSION_LINE, *(" ".join(pair) for pair in pairs)))
         return vocab_file, merges_file
 
@@ -271,8 +271,9 @@ def _read_merges(path) -> list[tuple[str, str]]:
         lines = file.read().split("\n")
     if lines[0].startswith("#version"):
         del lines[0]
-    pairs = [tuple(line.split()) for line in lines if line.strip()]
-    for pair in pairs:
+    pairs = []
+    for pair in (line.split() for line in lines if line.strip()):
         if len(pair) != 2:
             raise ValueError(f"each line of the merges file {path} holds two tokens, but one is {' '.join(pair)!r}.")
+        pairs.append((pair[0], pair[1]))
     return pairs

@@ -43,7 +43,7 @@ def longest_prompt(config: ClvpDecoderConfig) -> int:
     return 1 + config.max_text_tokens
 
 
-def fill_up(rows: Sequence[np.ndarray], length: int, fill: int) -> np.ndarray:
+def fill_up(rows: Sequence[np.ndarray | torch.Tensor], length: int, fill: int) -> np.ndarray:
     """Rows of tokens, none of more than `length`, as one array `[rows, length]` int64 with `fill` behind their ends."""
     filled = np.full((len(rows), length), fill, dtype=np.int64)
     for row, tokens in zip(filled, rows, strict=True):
@@ -67,7 +67,7 @@ def fix_ends(tokens: torch.Tensor, config: ClvpDecoderConfig) -> torch.Tensor:
     return torch.where(stopped, ending, tokens)
 
 
-def finished_codes(rows: Sequence[np.ndarray], length: int, config: ClvpDecoderConfig) -> torch.Tensor:
+def finished_codes(rows: Sequence[np.ndarray | torch.Tensor], length: int, config: ClvpDecoderConfig) -> torch.Tensor:
     """Candidates, each up to its stop token, filled up and fixed: `[candidates, length]` int64 on the host."""
     return fix_ends(torch.from_numpy(fill_up(rows, length, stop_token(config))), config)
 
@@ -98,7 +98,7 @@ class PaddedText:
         self.tokens = tokens
         self.mask = tokens.new_ones(tokens.shape[:2], dtype=torch.long) if mask is None else mask.long()
 
-    def surround(self, before: torch.Tensor | None, after: torch.Tensor | None) -> "PaddedText":
+    def surround(self, before: int | torch.Tensor | None, after: int | torch.Tensor | None) -> "PaddedText":
         """One token before the first real one of each row, one after the last, whichever side the padding is on.
 
         `before` and `after` are a token id, or an embedding `[hidden]`; `None` adds nothing.

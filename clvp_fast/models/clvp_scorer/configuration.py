@@ -5,6 +5,7 @@ checkpoint, and its share of a full CLVP checkpoint's.
 """
 
 import os
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -65,11 +66,25 @@ class CLVPConfig(PreTrainedConfig):
 
     model_type = SCORER_TYPE
     # transformers up to 5.17 reads `sub_configs`, later ones `sub_configs_defaults`.
-    sub_configs = {"text_config": CLVPTextConfig, "speech_config": CLVPSpeechConfig}  # noqa: RUF012
-    sub_configs_defaults = dict(sub_configs)  # noqa: RUF012
+    sub_configs: ClassVar[Any] = {"text_config": CLVPTextConfig, "speech_config": CLVPSpeechConfig}
+    sub_configs_defaults: ClassVar[Any] = dict(sub_configs)
 
-    text_config: dict | PreTrainedConfig | None = None
-    speech_config: dict | PreTrainedConfig | None = None
+    if TYPE_CHECKING:  # what may be given, and what `__post_init__` makes of it
+        text_config: CLVPTextConfig
+        speech_config: CLVPSpeechConfig
+
+        def __init__(
+            self,
+            text_config: dict | CLVPTextConfig | None = None,
+            speech_config: dict | CLVPSpeechConfig | None = None,
+            projection_dim: int | None = None,
+            logit_scale_init_value: float = 2.6592,
+            initializer_factor: float = 1.0,
+            **kwargs: Any,
+        ): ...
+    else:
+        text_config: dict | PreTrainedConfig | None = None
+        speech_config: dict | PreTrainedConfig | None = None
     projection_dim: int | None = None
     logit_scale_init_value: float = 2.6592
     initializer_factor: float = 1.0
@@ -108,7 +123,10 @@ class CLVPConfig(PreTrainedConfig):
         return cls.from_dict(config_dict, **kwargs)
 
 
-def _load_side(cls: type[ClvpEncoderConfig], name: str | os.PathLike, **kwargs) -> ClvpEncoderConfig:
+_Side = TypeVar("_Side", bound=ClvpEncoderConfig)
+
+
+def _load_side(cls: type[_Side], name: str | os.PathLike, **kwargs) -> _Side:
     config_dict, kwargs = cls.get_config_dict(name, **kwargs)
     whole = (ClvpConfig.model_type, CLVPConfig.model_type)
     _check_type(cls, name, config_dict, *whole, ClvpEncoderConfig.model_type, cls.model_type)

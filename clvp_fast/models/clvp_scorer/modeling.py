@@ -30,6 +30,9 @@ __all__ = [
 ]
 
 _DECODER = r"^(conditioning_encoder|speech_decoder_model)\."
+# What one side leaves of a checkpoint of both.
+_NOT_TEXT = [_DECODER, r"^speech_encoder_model\.", r"^logit_scale$"]
+_NOT_SPEECH = [_DECODER, r"^text_encoder_model\.", r"^logit_scale$"]
 
 
 def _checked(token_ids: torch.Tensor | None, name: str, vocab_size: int) -> torch.Tensor:
@@ -55,6 +58,11 @@ def _pooled(output: ClvpEncoderOutput) -> BaseModelOutputWithPooling:
     )
 
 
+def _embeds(output: ClvpEncoderOutput) -> torch.Tensor:
+    assert output.embeds is not None  # the encoders of `CLVPModel` project
+    return output.embeds
+
+
 class CLVPPreTrainedModel(ClvpPreTrainedModel):
     """Weights initialisation, and loading and saving of checkpoints, for the scorer's classes."""
 
@@ -63,6 +71,7 @@ class CLVPPreTrainedModel(ClvpPreTrainedModel):
     base_model_prefix = "clvp"
 
     def __init__(self, config, *args, **kwargs):
+        assert self.config_class is not None  # each class of this file has one
         if not isinstance(config, self.config_class):
             raise TypeError(
                 f"{type(self).__name__} takes a {self.config_class.__name__}, not a {type(config).__name__}: "
@@ -98,7 +107,7 @@ class _TextSide(CLVPPreTrainedModel):
     config_class = CLVPTextConfig
     # Under this name the encoder lies in a full checkpoint; transformers adds it to the keys of a lone ClvpEncoder.
     base_model_prefix = "text_encoder_model"
-    _keys_to_ignore_on_load_unexpected = [_DECODER, r"^speech_encoder_model\.", r"^logit_scale$"]  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = _NOT_TEXT
     with_projection: bool
 
     def __init__(self, config: CLVPTextConfig):
@@ -122,7 +131,7 @@ class CLVPTextModel(_TextSide):
 
     with_projection = False
     _keys_to_ignore_on_load_unexpected = [  # noqa: RUF012
-        *_TextSide._keys_to_ignore_on_load_unexpected,
+        *_NOT_TEXT,
         r"^(text_encoder_model\.)?projection\.",
     ]
 
@@ -183,7 +192,7 @@ class _SpeechSide(CLVPPreTrainedModel):
     config_class = CLVPSpeechConfig
     base_model_prefix = "speech_encoder_model"
     main_input_name = "speech_ids"
-    _keys_to_ignore_on_load_unexpected = [_DECODER, r"^text_encoder_model\.", r"^logit_scale$"]  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = _NOT_SPEECH
     with_projection: bool
 
     def __init__(self, config: CLVPSpeechConfig):
@@ -207,7 +216,7 @@ class CLVPSpeechModel(_SpeechSide):
 
     with_projection = False
     _keys_to_ignore_on_load_unexpected = [  # noqa: RUF012
-        *_SpeechSide._keys_to_ignore_on_load_unexpected,
+        *_NOT_SPEECH,
         r"^(speech_encoder_model\.)?projection\.",
     ]
 
@@ -299,7 +308,7 @@ class CLVPModel(CLVPPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Embed texts `[texts, length]`: `[texts, projection_dim]`, not normalised. Arguments as those of `forward`."""
-        return self._encode(self.text_encoder_model, "input_ids", input_ids, attention_mask, False, False).embeds
+        return _embeds(self._encode(self.text_encoder_model, "input_ids", input_ids, attention_mask, False, False))
 
     def get_speech_features(
         self,
@@ -307,7 +316,7 @@ class CLVPModel(CLVPPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Embed speech tokens `[clips, length]`: `[clips, projection_dim]`, not normalised."""
-        return self._encode(self.speech_encoder_model, "speech_ids", speech_ids, attention_mask, False, False).embeds
+        return _embeds(self._encode(self.speech_encoder_model, "speech_ids", speech_ids, attention_mask, False, False))
 
     @can_return_tuple
     def forward(
@@ -340,7 +349,7 @@ class CLVPModel(CLVPPreTrainedModel):
         asked = (output_attentions, output_hidden_states)
         text = self._encode(self.text_encoder_model, "input_ids", input_ids, text_attention_mask, *asked)
         speech = self._encode(self.speech_encoder_model, "speech_ids", speech_ids, speech_attention_mask, *asked)
-        scores = similarity(text.embeds, speech.embeds, self.logit_scale)
+        scores = similarity(_embeds(text), _embeds(speech), self.logit_scale)
         return CLVPOutput(
             loss=contrastive_loss(scores["logits_per_text"]) if return_loss else None,
             **scores,

@@ -1,5 +1,7 @@
 """What layers of CLVP and CLAP share: norms, embeddings, calls of attention and feed-forward blocks, plain or not."""
 
+from typing import Any, TypeGuard
+
 import torch
 from torch import nn
 
@@ -22,7 +24,7 @@ class ClvpRMSNorm(nn.Module):
         return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
 
 
-def is_plain_layer_norm(norm: nn.Module) -> bool:
+def is_plain_layer_norm(norm: Any) -> TypeGuard[nn.LayerNorm]:
     """Whether `norm` is a plain layer norm with a gain and an offset, which operators can read."""
     return is_plain(norm, nn.LayerNorm) and norm.weight is not None and norm.bias is not None
 
@@ -38,11 +40,13 @@ def add_norm(
     `out_dtype` is by default that of `hidden_states`. The residual may be float32 beside a half type, and stays so.
     """
     if is_plain_layer_norm(norm):
-        affine = dict(weight=norm.weight, bias=norm.bias, eps=norm.eps)
-        return ops.add_norm(hidden_states, residual, **affine, kind="layer", out_dtype=out_dtype)
+        return ops.add_norm(
+            hidden_states, residual, weight=norm.weight, bias=norm.bias, eps=norm.eps, kind="layer", out_dtype=out_dtype
+        )
     if is_plain(norm, ClvpRMSNorm):
-        affine = dict(weight=norm.weight, eps=norm.variance_epsilon)
-        return ops.add_norm(hidden_states, residual, **affine, kind="rms", out_dtype=out_dtype)
+        return ops.add_norm(
+            hidden_states, residual, weight=norm.weight, eps=norm.variance_epsilon, kind="rms", out_dtype=out_dtype
+        )
     total = hidden_states if residual is None else residual + hidden_states
     return total, norm(total if out_dtype is None else total.to(out_dtype))
 

@@ -7,6 +7,8 @@ offloading puts other forwards in and leaves parameters on "meta", quantisation 
 to be called, one module after another, with what transformers' modules take and give.
 """
 
+from typing import Any, TypeGuard, TypeVar
+
 import torch
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
@@ -20,6 +22,8 @@ _MORE_ACTIVATIONS = {"selu": nn.SELU, "elu": nn.ELU}
 _PACKAGES = ("clvp_fast", "torch", "transformers")
 # `functional_call` and `torch.func` put tensors in the place of parameters.
 _PARAMETERS = (nn.Parameter, torch.Tensor)
+
+Kind = TypeVar("Kind", bound=nn.Module)
 
 
 def activation_module(name: str) -> nn.Module:
@@ -46,7 +50,7 @@ for _name in ops.ACTIVATIONS:
         _ACTIVATIONS.setdefault(type(_module), (_name, *_settings(_module)))
 
 
-def is_plain(module: nn.Module | None, kind: type[nn.Module]) -> bool:
+def is_plain(module: Any, kind: type[Kind]) -> TypeGuard[Kind]:
     """Whether calling `module` does nothing but the computation of the class `kind` on the module's parameters.
 
     Says nothing of the modules inside.
@@ -70,7 +74,7 @@ def is_plain(module: nn.Module | None, kind: type[nn.Module]) -> bool:
     return True
 
 
-def is_plain_linear(module: nn.Module) -> bool:
+def is_plain_linear(module: Any) -> TypeGuard[nn.Linear]:
     """Whether `module` is a plain linear layer with a bias, which feed-forward operators want."""
     return is_plain(module, nn.Linear) and module.bias is not None
 
@@ -80,7 +84,7 @@ def drop_probability(dropout: nn.Dropout) -> float:
     return dropout.p if dropout.training else 0.0
 
 
-def activation_name(module: nn.Module) -> str | None:
+def activation_name(module: Any) -> str | None:
     """The name in `ops.ACTIVATIONS` of what `module` computes; None if it is not plain, or none that operators know."""
     name, *settings = _ACTIVATIONS.get(type(module), (None, None, None))
     known = name is not None and is_plain(module, type(module)) and tuple(settings) == _settings(module)
@@ -123,7 +127,7 @@ class PlainModel:
         ValueError: a module of it is not plain, with its name and what to do.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: Any):
         self._model = model
         if (found := changed_module(model, model.kinds)) is not None:
             raise ValueError(f"{found}, and the engine reads its parameters: {_ADVICE}")
