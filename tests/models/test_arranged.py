@@ -114,11 +114,11 @@ def assign(model, new):
 
 
 def replace_modules(model, new):
+    load(model, new)
     for (name, module), other in zip([*model.named_modules()], new.modules(), strict=True):
         if isinstance(module, (nn.Linear, Conv1D)):
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, copy.deepcopy(other))
-    load(model, new)
 
 
 def cast_there_and_back(model, new):
@@ -167,6 +167,7 @@ def test_a_change_that_no_module_hears_of_is_computed_as_it_lies(make, change, u
 def on_meta_and_back(model):
     empty = copy.deepcopy(model).to("meta")
     empty.to_empty(device="cpu")
+    assert lying_otherwise(empty) == []
     # Buffers of the rest of the model are no parameters, and as empty.
     empty.load_state_dict(model.state_dict())
     return empty
