@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -33,7 +34,7 @@ class Room:
         return self._blocks[key][:rows]
 
 
-def copying(run: Callable[[], object], out: Results) -> Call:
+def copying(run: Callable[[], Any], out: Results) -> Call:
     """A call that computes by `run`, and copies what comes of it into `out`."""
     if isinstance(out, torch.Tensor):
         return lambda: out.copy_(run())

@@ -64,7 +64,9 @@ def _bind_torch(out, room, x, weight, bias, scale, activation, residual=None):
     product = partial(_product, x, weight, bias, scale)
     if residual is not None:
         return None if activation is not None else lambda: torch.add(product(), residual, out=out)
-    write = partial(F.linear, x, weight, bias, out=out) if scale is None else copying(product, out)
+    # torch's stub of `linear` leaves `out` out.
+    plain = partial(F.linear, x, weight, bias, out=out)  # pyright: ignore[reportCallIssue]
+    write = plain if scale is None else copying(product, out)
     return write if activation is None else in_turn(write, bind_activation(out, activation))
 
 
