@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from tests.kernels import test_mlp, test_paged_attention, test_rotary_attention
+from tests.kernels import test_paged_attention, test_rotary_attention
 from tests.kit import device, interpreter, matrix_unit
 from tests.kit.backends import BACKENDS
-from tests.ops import test_linear
+from tests.ops import test_linear, test_mlp
 
 pytestmark = pytest.mark.skipif(device.DEVICE == "cuda", reason="on a GPU the unit itself is tested")
 (INTERPRETED,) = (backend for backend in BACKENDS if backend.name == "interpreted")
@@ -41,7 +41,7 @@ def decode():
 
 
 def block():
-    test_mlp.test_every_regime("geglu_mlp", (1,), torch.float32)
+    test_mlp.test_every_regime(INTERPRETED, torch.float32, "geglu_mlp", (1,))
 
 
 # Those of the kernels' tests that came closest to the budget.

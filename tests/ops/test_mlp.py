@@ -1,6 +1,9 @@
-"""`gelu_mlp` and `geglu_mlp`: against the float64 reference; activations against transformers' table."""
+"""`gelu_mlp` and `geglu_mlp`: every backend against float64 in every regime; activations of transformers' table; split
+sums, bits, memory, gradients. Errors and the choice of a kernel are in test_mlp_calls.py, int8 weights in
+test_mlp_int8.py.
+"""
 
-import warnings
+import functools
 
 import pytest
 import torch
@@ -8,32 +11,57 @@ import torch.nn.functional as F
 from transformers.activations import ACT2FN
 
 import clvp_fast
-from clvp_fast.ops import ACTIVATIONS, geglu_mlp, gelu_mlp, many_rows
-from clvp_fast.ops.linear import linear
-from tests.kit import assert_within_budget, in_int8, isa, random, strided
+from clvp_fast.kernels import mlp
+from clvp_fast.ops import ACTIVATIONS, geglu_mlp, gelu_mlp
+from tests.kit import POISON, Guarded, assert_within_budget, random, strided
+from tests.kit.backends import TRITON, on
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-OPERATORS = {"gelu": (gelu_mlp, 1), "geglu": (geglu_mlp, 2)}
+OPERATORS = {"gelu_mlp": (gelu_mlp, 1), "geglu_mlp": (geglu_mlp, 2)}
+NAMES = pytest.mark.parametrize("name", OPERATORS)
+HALF_TYPES = (torch.bfloat16, torch.float16)
+# transformers' own rounds between its steps.
+FUSED = {"gelu": F.gelu, "gelu_new": functools.partial(F.gelu, approximate="tanh"), "selu": F.selu, "elu": F.elu}
 
 
-def arguments(halves, dtype, rows=(2, 7), width=24, hidden=40, residual=True):
-    x = random(*rows, width, seed=0, dtype=dtype)
+def arguments(name, dtype=torch.float32, rows=(2, 7), width=40, inner=72, outer=24, device="cpu"):
+    """x, weights and biases of two layers; a residual."""
+    halves = OPERATORS[name][1]
+
+    def draw(*shape, seed, scale=1.0):
+        return random(*shape, seed=seed, dtype=dtype, scale=scale, device=device)
+
     tensors = [
-        x,
-        random(hidden * halves, width, seed=1, dtype=dtype, scale=0.3),
-        random(hidden * halves, seed=2, dtype=dtype),
-        random(width, hidden, seed=3, dtype=dtype, scale=0.2),
-        random(width, seed=4, dtype=dtype),
+        draw(*rows, width, seed=0),
+        draw(inner * halves, width, seed=1, scale=2 * width**-0.5),
+        draw(inner * halves, seed=2),
+        draw(outer, inner, seed=3, scale=inner**-0.5),
+        draw(outer, seed=4),
     ]
-    return tensors, random(*rows, width, seed=5, dtype=dtype) if residual else None
+    return tensors, draw(*rows, outer, seed=5)
 
 
-def plain(halves, x, w_in, b_in, w_out, b_out, residual, activation):
+def plain(name, x, w_in, b_in, w_out, b_out, residual, activation):
     hidden = x @ w_in.T + b_in
-    act = F.gelu if activation == "gelu" else lambda x: F.gelu(x, approximate="tanh")
-    hidden = act(hidden) if halves == 1 else hidden.chunk(2, -1)[0] * act(hidden.chunk(2, -1)[1])
+    act = FUSED.get(activation) or ACT2FN[activation]
+    hidden = act(hidden) if name == "gelu_mlp" else hidden.chunk(2, -1)[0] * act(hidden.chunk(2, -1)[1])
     out = hidden @ w_out.T + b_out
     return out if residual is None else out + residual
+
+
+def check(backend, name, tensors, residual, activation="gelu"):
+    """A kernel has torch's implementation beside it, which has plain torch's."""
+    operator = OPERATORS[name][0]
+    kept = None if residual is None else residual.clone()
+    actual = operator(*tensors, residual=residual, activation=activation)
+    assert actual.is_contiguous() and (residual is None or torch.equal(residual, kept))
+    wide = [None if t is None else t.double() for t in (*tensors, residual)]
+    if backend.name in TRITON:
+        with clvp_fast.backend("torch"):
+            baseline = operator(*tensors, residual=residual, activation=activation).clone()
+    else:
+        baseline = plain(name, *tensors, residual, activation)
+    assert_within_budget(actual, plain(name, *wide, activation), baseline, times=backend.times(actual.dtype))
+    return actual
 
 
 @pytest.fixture(params=[1, 4], ids=["one thread", "threads"])
@@ -43,90 +71,165 @@ def threads(request, monkeypatch):
 
 
 @pytest.mark.usefixtures("threads")
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [(1,), (1, 1), (3, 6), (300,)])
 @pytest.mark.parametrize("residual", [False, True])
-@pytest.mark.parametrize("name", OPERATORS)
-def test_against_reference(name, residual, rows, dtype):
-    operator, halves = OPERATORS[name]
-    tensors, r = arguments(halves, dtype, rows, residual=residual)
+@NAMES
+@on("default", "reference", types="dtype")
+def test_on_threads(backend, dtype, name, residual, rows):
+    tensors, added = arguments(name, dtype, rows)
     for activation in ("gelu", "gelu_new"):
-        wide = [t.double() for t in tensors]
-        with clvp_fast.backend("reference"):
-            reference = operator(*wide, residual=None if r is None else r.double(), activation=activation)
-        kept = None if r is None else r.clone()
-        actual = operator(*tensors, residual=r, activation=activation)
-        assert actual.is_contiguous()
-        assert_within_budget(actual, reference, plain(halves, *tensors, r, activation))
-        assert r is None or torch.equal(r, kept)
+        check(backend, name, tensors, added if residual else None, activation)
 
 
-@pytest.mark.usefixtures("threads")
-@pytest.mark.parametrize("backend", ["torch", "reference"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", OPERATORS)
-def test_float32_residual_beside_a_half_type(name, dtype, backend):
-    """The result is float32: of a large residual no digit is lost, nor of the product that is added to it."""
-    operator, halves = OPERATORS[name]
-    tensors, _ = arguments(halves, dtype, (3, 20))
-    r = random(3, 20, 24, seed=5, scale=300.0)
-    wide = [t.double() for t in tensors]
-    with clvp_fast.backend("reference"):
-        product = operator(*wide)
-    with clvp_fast.backend(backend):
-        out = operator(*tensors, residual=r)
+# One of each regime, and their edges; three axes, one axis.
+@pytest.mark.parametrize(
+    "rows", [(1,), (2, 8), (17,), (64,), (65,), (257,), pytest.param((4097,), marks=pytest.mark.slow)]
+)
+@NAMES
+@on(*TRITON, types="dtype")
+def test_every_regime(backend, dtype, name, rows):
+    check(backend, name, *arguments(name, dtype, rows, device=backend.device))
+
+
+@pytest.mark.parametrize("activation", mlp.ACTIVATIONS)
+@NAMES
+@on(*TRITON, types="dtype")
+def test_every_activation(backend, dtype, name, activation):
+    check(backend, name, *arguments(name, dtype, (5,), device=backend.device), activation)
+
+
+@pytest.mark.parametrize("widths", [(1, 2, 1), (33, 65, 31), (128, 64, 128), (16, 130, 200)])
+@pytest.mark.parametrize("residual", [False, True])
+@NAMES
+@on("default", *TRITON)
+def test_odd_sizes(backend, name, residual, widths):
+    tensors, added = arguments(name, torch.float32, (7,), *widths, device=backend.device)
+    check(backend, name, tensors, added if residual else None)
+
+
+@pytest.mark.parametrize("inner", [512, 1000, 1040])
+@pytest.mark.parametrize("rows", [3, 70])
+@on(*TRITON, types="dtype")
+def test_a_sum_over_several_programs(backend, dtype, rows, inner):
+    """The parts are whole tiles, or end in the middle of one; what is left is summed in one part too."""
+    assert mlp.workspace(rows, 40, inner, dtype.itemsize).partial > 0
+    check(backend, "gelu_mlp", *arguments("gelu_mlp", dtype, (rows,), 40, inner, 40, backend.device))
+
+
+def check_float32_residual(name, tensors, times):
+    """Of a large residual no digit is lost, nor of the product that is added to it."""
+    operator, activation = OPERATORS[name][0], "gelu"
+    residual = 300 * random(*tensors[0].shape[:-1], len(tensors[4]), seed=5, device=tensors[0].device)
+    out = operator(*tensors, residual=residual, activation=activation)
     assert out.dtype == torch.float32
-    activation = {"gelu": "gelu_new", "geglu": "gelu"}[name]
-    added, baseline = out.double() - r.double(), plain(halves, *tensors, None, activation)
-    noise = torch.finfo(torch.float32).eps * r.abs().max().item()
-    error = (added - product).abs().max()
-    assert error <= 2 * (baseline.double() - product).abs().max() + noise
-    assert noise < 0.1 * (baseline.double() - product).abs().max()
-    args = (*tensors, r, "gelu")
-    torch.library.opcheck(getattr(torch.ops.clvp_fast, f"{name}_mlp").default, args)
+    product = plain(name, *(t.double() for t in tensors), None, activation)
+    with clvp_fast.backend("torch"):
+        baseline = operator(*tensors, activation=activation).double()
+    noise = torch.finfo(torch.float32).eps * residual.abs().max().item()
+    allowed = (baseline - product).abs().max()
+    assert (out.double() - residual.double() - product).abs().max() <= times * allowed + noise
+    assert noise < 0.2 / times * allowed
 
 
-@pytest.mark.parametrize("name", OPERATORS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_many_rows_on_a_cpu_take_one_kernel(dtype, name, monkeypatch):
-    """Both layers in one call, which plain torch's budget holds; few rows, gradients and a compiler do without it."""
-    mlp, halves = OPERATORS[name]
-    tensors, r = arguments(halves, dtype, (many_rows.FEW_ROWS + 1,), width=32, hidden=64)
-    served = isa.why_unserved("many rows", dtype) is None
-    calls, layers = [], many_rows.layers
-    monkeypatch.setattr(many_rows, "layers", lambda *args, **gated: calls.append(args[3]) or layers(*args, **gated))
-    with clvp_fast.backend("reference"):
-        reference = mlp(*(t.double() for t in tensors), residual=r.double(), activation="gelu")
-    with warnings.catch_warnings(action="error"):
-        assert_within_budget(
-            mlp(*tensors, residual=r, activation="gelu"), reference, plain(halves, *tensors, r, "gelu")
-        )
-        assert [w_out is not None for w_out in calls] == ([True] if served else [])
-        calls.clear()
-        mlp(tensors[0][1:], *tensors[1:], activation="gelu")
-        mlp(*tensors, activation="relu")
-        mlp(*(t.clone().requires_grad_() for t in tensors), activation="gelu")
-        torch.compile(mlp, fullgraph=True, backend="aot_eager")(*tensors, activation="gelu")
-    assert all(w_out is None for w_out in calls)
-    if served:
-        torch.library.opcheck(getattr(torch.ops.clvp_fast, f"{name}_mlp").default, (*tensors, r, "gelu"))
+@pytest.mark.parametrize("inner", [72, 512])
+@pytest.mark.parametrize("rows", [(3,), (2, 8), (70,), (257,)])
+@NAMES
+@on(*TRITON, types="dtype", among=HALF_TYPES)
+def test_float32_residual_beside_a_half_type(backend, dtype, name, rows, inner):
+    """With a split sum and without."""
+    check_float32_residual(name, arguments(name, dtype, rows, inner=inner, device=backend.device)[0], 1)
 
 
 @pytest.mark.usefixtures("threads")
-@pytest.mark.parametrize("name", OPERATORS)
-def test_strided_inputs_and_transposed_weights(name):
-    operator, halves = OPERATORS[name]
-    (x, w_in, b_in, w_out, b_out), r = arguments(halves, torch.float32, rows=(2, 10))
-    expected = operator(x, w_in, b_in, w_out, b_out, residual=r)
+@NAMES
+@on("torch", "reference", types="dtype", among=HALF_TYPES)
+def test_float32_residual_beside_a_half_type_on_threads(backend, dtype, name):
+    tensors, _ = arguments(name, dtype, (3, 20))
+    check_float32_residual(name, tensors, 2)
+    args = (*tensors, random(3, 20, 24, seed=5), "gelu")
+    with clvp_fast.backend(None):
+        torch.library.opcheck(getattr(torch.ops.clvp_fast, name).default, args)
+
+
+@NAMES
+@on("default", *TRITON, types="dtype", among=(torch.float32, *HALF_TYPES))
+def test_strides(backend, dtype, name):
+    tensors, residual = arguments(name, dtype, (3, 6), device=backend.device)
+    expected = check(backend, name, tensors, residual)
+    views = [strided(t) for t in (*tensors, residual)]
+    run = functools.partial(OPERATORS[name][0], activation="gelu")
+    by_columns = [t.t().contiguous().t() if t.ndim == 2 else t for t in tensors]  # as `Conv1D` keeps its weights
+    for given, added in ((views[:5], views[5]), (by_columns, residual)):
+        if backend.name in TRITON:
+            assert torch.equal(run(*given, residual=added), expected)
+        else:
+            check(backend, name, given, added)
+
+
+@pytest.mark.usefixtures("threads")
+@NAMES
+@on("default")
+def test_strides_on_threads(backend, name):
+    (x, w_in, b_in, w_out, b_out), r = arguments(name, rows=(2, 10))
+    run = OPERATORS[name][0]
+    expected = run(x, w_in, b_in, w_out, b_out, residual=r)
     views = [strided(x), w_in.T.contiguous().T, strided(b_in), w_out.T.contiguous().T, b_out]
-    torch.testing.assert_close(operator(*views, residual=strided(r)), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(run(*views, residual=strided(r)), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("inner", [72, 512])
+@NAMES
+@on(*TRITON, types="dtype")
+def test_all_is_written_and_nothing_else(backend, dtype, name, inner):
+    tensors, residual = arguments(name, dtype, (19,), inner=inner, device=backend.device)
+    hidden = Guarded(19, inner, dtype=dtype, device=backend.device)
+    out = Guarded(19, 24, dtype=dtype, device=backend.device)
+    size = mlp.workspace(19, 24, inner, dtype.itemsize)
+    partial = torch.full((size.partial + 5,), POISON, device=backend.device)
+    arrivals = torch.full((size.arrivals + 5,), 77, dtype=torch.int32, device=backend.device)
+    scratch = {"partial": partial, "arrivals": arrivals}
+    mlp.mlp(*tensors, residual, "gelu", name == "geglu_mlp", hidden=hidden.tensor, out=out.tensor, **scratch)
+    hidden.check("hidden")
+    out.check("out")
+    assert torch.equal(out.tensor, OPERATORS[name][0](*tensors, residual=residual, activation="gelu"))
+    assert partial[size.partial :].isnan().all() and (arrivals[size.arrivals :] == 77).all()
+
+
+@NAMES
+@on(*TRITON, types="dtype")
+def test_bits(backend, dtype, name):
+    """The same twice, and a row the same alone and among sixteen others."""
+    tensors, residual = arguments(name, dtype, (17,), inner=512, device=backend.device)
+    run = OPERATORS[name][0]
+    whole = run(*tensors, residual=residual)
+    assert torch.equal(run(*tensors, residual=residual), whole)
+    for row in (0, 9, 16):
+        alone = run(tensors[0][row : row + 1], *tensors[1:], residual=residual[row : row + 1])
+        assert torch.equal(alone[0], whole[row])
+    more, added = (t.repeat(3, 1)[:40] for t in (tensors[0], residual))
+    assert torch.equal(run(more, *tensors[1:], residual=added)[:17], whole)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_new", "quick_gelu", "silu", "relu"])
+@NAMES
+@on(*TRITON)
+def test_extreme_values(backend, name, activation):
+    """Activations saturate where their exponentials overflow, and NaN stays NaN."""
+    operator, halves = OPERATORS[name]
+    x = torch.tensor([[1e4], [-1e4], [200.0], [-200.0], [0.0]], device=backend.device)
+    one, zero = torch.ones(1, 1, device=backend.device), torch.zeros(1, device=backend.device)
+    tensors = [x, one.expand(halves, 1), zero.expand(halves), one, zero]
+    with clvp_fast.backend("reference"):
+        expected = operator(*(t.double() for t in tensors), activation=activation)
+    torch.testing.assert_close(operator(*tensors, activation=activation).double(), expected, rtol=1e-6, atol=1e-6)
+    assert operator(x * POISON, *tensors[1:], activation=activation).isnan().all()
 
 
 @pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
 @pytest.mark.parametrize("grad", [False, True])
 def test_activations_are_those_of_transformers(activation, grad):
     theirs = {"selu": F.selu, "elu": F.elu}.get(activation) or ACT2FN[activation]
-    (x, w_in, b_in, w_out, b_out), _ = arguments(1, torch.float64)
+    (x, w_in, b_in, w_out, b_out), _ = arguments("gelu_mlp", torch.float64)
     x.requires_grad_(grad)
     expected = F.linear(theirs(F.linear(x, w_in, b_in)), w_out, b_out)
     for backend in ("torch", "reference"):
@@ -138,10 +241,10 @@ def test_activations_are_those_of_transformers(activation, grad):
         torch.testing.assert_close(*grads, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("name", OPERATORS)
+@NAMES
 def test_gradients(name):
-    operator, halves = OPERATORS[name]
-    tensors, r = arguments(halves, torch.float64, rows=(3,), width=4, hidden=5)
+    operator = OPERATORS[name][0]
+    tensors, r = arguments(name, torch.float64, (3,), 4, 5, 4)
     leaves = [t.requires_grad_() for t in (*tensors, r)]
 
     def run(*t):
@@ -156,7 +259,7 @@ def test_gradients(name):
 
 
 def test_dropout_keeps_the_mean():
-    tensors, r = arguments(2, torch.float32, rows=(4,))
+    tensors, r = arguments("geglu_mlp", rows=(4,))
     for backend in ("reference", "torch"):
         torch.manual_seed(0)
         with clvp_fast.backend(backend):
@@ -164,97 +267,3 @@ def test_dropout_keeps_the_mean():
         assert not torch.equal(drawn[0], drawn[1])
         deviation = (drawn.mean(0) - geglu_mlp(*tensors, residual=r)).abs() / (drawn.std(0) / 20)
         assert deviation.mean() < 1.1 and deviation.max() < 6
-
-
-@pytest.mark.parametrize("residual", [False, True])
-@pytest.mark.parametrize("name", OPERATORS)
-def test_registered_and_compiled(name, residual):
-    operator, halves = OPERATORS[name]
-    tensors, r = arguments(halves, torch.float32, residual=residual)
-    op = getattr(torch.ops.clvp_fast, f"{name}_mlp").default
-    torch.library.opcheck(op, (*tensors, r, "gelu_new"))
-    expected = operator(*tensors, residual=r, activation="gelu_new")
-    torch.testing.assert_close(op(*tensors, r, "gelu_new"), expected, rtol=0, atol=0)
-    for dynamic in (False, True):
-        compiled = torch.compile(
-            lambda *t: operator(*t, residual=r, activation="gelu_new"),
-            fullgraph=True,
-            backend="aot_eager",
-            dynamic=dynamic,
-        )
-        torch.testing.assert_close(compiled(*tensors), expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.usefixtures("threads")
-@pytest.mark.parametrize("rows", [1, 15, 16, 256, 257])
-@pytest.mark.parametrize("bias", [False, True])
-def test_linear(rows, bias):
-    """Both ways round of the product."""
-    x, weight = random(rows, 24, seed=0), random(10, 24, seed=1)
-    b = random(10, seed=2) if bias else None
-    exact = F.linear(x.double(), weight.double(), None if b is None else b.double())
-    for given in (x, strided(x), x.view(1, rows, 24)):
-        actual = linear(given, weight, b)
-        assert actual.is_contiguous()
-        assert_within_budget(actual.view(rows, 10), exact, F.linear(x, weight, b))
-
-
-def test_bad_arguments_are_named():
-    (x, w_in, b_in, w_out, b_out), r = arguments(1, torch.float32)
-    cases = [
-        ((x, w_in, b_in, w_out, b_out), {"activation": "gelo"}, ValueError, "activation must be one of gelu, gelu_new"),
-        ((x, w_in.T, b_in, w_out, b_out), {}, ValueError, r"w_in must have shape \[intermediate, 24\], not \[24, 40\]"),
-        ((x, w_in, b_in[1:], w_out, b_out), {}, ValueError, r"b_in must have shape \[40\], not \[39\]"),
-        ((x, w_in, b_in, w_out.T, b_out), {}, ValueError, r"w_out must have shape \[out, 40\]"),
-        ((x, w_in, b_in, w_out, b_out[1:]), {}, ValueError, "b_out must have shape"),
-        ((x, w_in, b_in.double(), w_out, b_out), {}, TypeError, "b_in must have the dtype of x"),
-        ((x, w_in, b_in, w_out.to("meta"), b_out), {}, ValueError, "w_out is on meta and x on cpu"),
-        ((x, w_in, b_in, w_out, b_out), {"residual": r[:, 1:]}, ValueError, "residual must have shape"),
-        ((x, w_in, b_in, w_out, b_out), {"residual": r.half()}, TypeError, "residual must have the dtype of x"),
-    ]
-    for given, options, error, message in cases:
-        with pytest.raises(error, match=message):
-            gelu_mlp(*given, **options)
-    with pytest.raises(ValueError, match="w_in must have shape"):
-        geglu_mlp(x, w_in[1:], b_in[1:], w_out, b_out)
-
-
-def int8_weights(tensors):
-    """`tensors` with int8 weights, the scales of their rows, and the weights that they stand for."""
-    x, w_in, b_in, w_out, b_out = tensors
-    whole, scales = zip(*map(in_int8, (w_in, w_out)), strict=True)
-    meant = [w.double() * scale[:, None].double() for w, scale in zip(whole, scales, strict=True)]
-    named = {"scale_in": scales[0], "scale_out": scales[1]}
-    return [x, whole[0], b_in, whole[1], b_out], named, [x, meant[0], b_in, meant[1], b_out]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("backend", [None, "torch", "reference"])
-def test_int8_weights(backend, dtype):
-    tensors, residual = arguments(1, dtype, width=32, hidden=64)
-    quantized, named, meant = int8_weights(tensors)
-    expected = plain(1, *(t.double() for t in meant), residual.double(), "gelu_new")
-    with clvp_fast.backend("torch"):
-        baseline = gelu_mlp(*quantized, **named, residual=residual)
-    with clvp_fast.backend(backend):
-        assert_within_budget(gelu_mlp(*quantized, **named, residual=residual), expected, baseline)
-        wide = gelu_mlp(*quantized, **named, residual=residual.float())
-        assert wide.dtype == torch.float32
-    torch.library.opcheck(torch.ops.clvp_fast.gelu_mlp.default, (*quantized, residual, "gelu_new", *named.values()))
-
-
-def test_int8_weights_come_with_their_scales():
-    tensors, residual = arguments(1, torch.float32)
-    quantized, named, _ = int8_weights(tensors)
-    mixed = [*quantized[:3], tensors[3], quantized[4]]
-    cases = [
-        (TypeError, "w_in must have the dtype of x", quantized, {}),
-        (ValueError, "scale_out belongs to weights of int8: it is missing", quantized, {"scale_in": named["scale_in"]}),
-        (ValueError, "scale_out is missing: both weights are int8, or none", mixed, {"scale_in": named["scale_in"]}),
-        (ValueError, "scale_in belongs to weights of int8: it is given", tensors, named),
-        (ValueError, r"scale_in must have shape \[40\]", quantized, named | {"scale_in": named["scale_out"]}),
-        (TypeError, "scale_in must be float32", quantized, named | {"scale_in": named["scale_in"].double()}),
-    ]
-    for error, message, given, scales in cases:
-        with pytest.raises(error, match=message):
-            gelu_mlp(*given, **scales, residual=residual)
