@@ -6,7 +6,7 @@ bound once, and made any number of times. What a choice depends on besides is `d
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -124,7 +124,7 @@ def bind_draw(
     inactive: torch.Tensor,
     logits: torch.Tensor,
     results: torch.Tensor,
-    shortcuts: dict[str, float | bool],
+    shortcuts: dict[str, Any],
     room: Room,
 ) -> list[Call]:
     """The tokens of logits `[rows, vocab_size]` into the slots' state, and into `results` with whether they were last.

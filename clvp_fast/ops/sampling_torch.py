@@ -142,6 +142,6 @@ def sample_torch(
     cumulated = scores.double().softmax(-1).cumsum(-1)
     target = _uniform(seed, candidate, step)[:, None] * cumulated[:, -1:]
     tokens = (cumulated <= target).sum(-1)
-    if likeliest is not None:
+    if sampled is not None and likeliest is not None:
         tokens = torch.where(sampled, tokens, likeliest)
     return advance(tokens, seen, lengths, done, stop_token, pad_token)
