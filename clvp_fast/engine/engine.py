@@ -28,7 +28,7 @@ from clvp_fast.engine.turns import Turns
 from clvp_fast.engine.voices import Voice, VoiceCache
 from clvp_fast.engine.work import Work
 from clvp_fast.io.errors import shown
-from clvp_fast.models.common.parameters import arrange_parameters
+from clvp_fast.models.common.parameters import arrange_for_decoding
 
 _END = object()
 
@@ -171,7 +171,7 @@ class CandidateEngine:
 
     def _take_model(self) -> None:
         self.model.eval()
-        arrange_parameters(self.model)  # before the plan, which reads what is free
+        arrange_for_decoding(self.model)  # before the plan, which reads what is free
 
     @property
     def memory(self) -> MemoryPlan:

@@ -71,7 +71,7 @@ def _positions(positions: torch.Tensor, seq_lens: torch.Tensor, contiguous: bool
     """Of what follows `seq_lens` tokens: the k-th speech token stands at position k + 1, as in the original with its
     cache; training counted k, and so do contiguous positions.
     """
-    calls = [partial(torch.clamp, seq_lens, min=0, out=positions)]
+    calls: list[Call] = [partial(torch.clamp, seq_lens, min=0, out=positions)]
     if not contiguous:
         begun = room("begun", len(seq_lens), dtype=torch.bool)
         calls += [partial(torch.gt, positions, 0, out=begun), partial(torch.add, positions, begun, out=positions)]

@@ -122,11 +122,13 @@ class VoiceCache:
         """Forget all voices, and the mark of the checkpoint."""
         self._kept: OrderedDict[bytes | str, Any] = OrderedDict()
         self._fingerprint: torch.Tensor | None = None
-        self._marks = Marks(self.model.conditioning_encoder)
+        self._marks: Marks | None = None  # of the weights that the first of them is made with
 
     def _follow(self) -> None:
-        if self._marks.changed() is not None:
+        if self._marks is not None and self._marks.changed() is not None:
             self.clear()
+        if self._marks is None:
+            self._marks = Marks(self.model.conditioning_encoder)
 
     def from_clips(self, clips, sampling_rate: int | None = None) -> Voice:
         """The voice of recordings.

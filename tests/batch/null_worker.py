@@ -4,6 +4,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
+from torch import nn
 
 from clvp_fast import ClvpFeatureExtractor, ClvpTokenizer
 from clvp_fast.batch.worker import Worker
@@ -31,7 +32,7 @@ class NullEngine:
         self.processor = SimpleNamespace(
             tokenizer=ClvpTokenizer.from_pretrained(resolve_checkpoint("demo"), text_cleaning="tortoise")
         )
-        self.voices = _NullVoices(None, ClvpFeatureExtractor())
+        self.voices = _NullVoices(SimpleNamespace(conditioning_encoder=nn.Module()), ClvpFeatureExtractor())
 
     def generate(self, requests, keep):
         for request in requests:

@@ -72,10 +72,10 @@ def addresses(model: nn.Module) -> list[tuple]:
 
 
 def lying_otherwise(model: nn.Module) -> list[str]:
-    """The layers whose projections do not lie in a row, or whose `Conv1D` weights are not `[out, in]` inside."""
+    """The layers whose projections do not lie in a row, or whose `Conv1D` weights are not as checkpoints have them."""
     found = []
     for name, module in model.named_modules():
-        if isinstance(module, Conv1D) and not module.weight.t().is_contiguous():
+        if isinstance(module, Conv1D) and not module.weight.is_contiguous():
             found.append(name)
         for trio in (("q_proj", "k_proj", "v_proj"), ("query", "key", "value")):
             linears = [module._modules[key] for key in trio if key in module._modules]

@@ -12,7 +12,7 @@ from clvp_fast.models.clvp.configuration import ClvpDecoderConfig
 from clvp_fast.models.clvp.decoder import ClvpModel
 from clvp_fast.models.clvp.pretrained import ClvpPreTrainedModel
 from clvp_fast.models.common.layers import add_norm
-from clvp_fast.models.common.parameters import apply_linear
+from clvp_fast.models.common.parameters import apply_linear, arrange_for_decoding
 from clvp_fast.models.transformers_versions import CACHE, CACHE_NAMES, takes_cache
 
 
@@ -197,6 +197,7 @@ class ClvpForCausalLM(ClvpPreTrainedModel, GenerationMixin):
         if generation.merged_settings(self, generation_config, kwargs)["repetition_penalty"] not in (None, 1):
             # transformers 5.23 passes over as many drawn tokens as there is padding in front.
             conditioning_embeds, attention_mask = generation.pad_behind(conditioning_embeds, attention_mask)
+        arrange_for_decoding(self)
         decoder = self.model.decoder
         start_embeds = decoder.input_embeds_layer(start) + decoder.position_embeds_layer(torch.zeros_like(start))
         cache_implementation = kwargs.get("cache_implementation") or settings.cache_implementation

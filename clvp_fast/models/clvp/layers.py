@@ -13,7 +13,6 @@ from clvp_fast.models.common.parameters import (
     apply_linear,
     pack_linears,
     project_heads,
-    transpose_storage,
 )
 from clvp_fast.models.common.plain import (
     activation_module,
@@ -248,7 +247,7 @@ class ClvpEncoderMLP(nn.Module):
         return hidden_states if residual is None else residual + hidden_states
 
 
-class ClvpDecoderMLP(ArrangedLayer):
+class ClvpDecoderMLP(nn.Module):
     """The feed-forward layer of the decoder, with GPT-2's `Conv1D` weights."""
 
     def __init__(self, intermediate_size: int, config):
@@ -260,12 +259,6 @@ class ClvpDecoderMLP(ArrangedLayer):
         self.c_proj.initializer_std = config.initializer_range / (2 * config.num_hidden_layers) ** 0.5
         self.act = activation_module(config.activation_function)
         self.dropout = nn.Dropout(config.resid_pdrop)
-
-    def arrange_parameters(self) -> None:
-        """Keep the weights as `[out, in]`, where they can be."""
-        for conv in (self.c_fc, self.c_proj):
-            if is_plain(conv, Conv1D):
-                transpose_storage(conv)
 
     def forward(self, hidden_states: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """`[..., hidden_size]` → the same, with `residual` added where given, whose dtype the result then has."""

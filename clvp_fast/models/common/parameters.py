@@ -2,7 +2,8 @@
 
 Parameters are those of the checkpoints (`q_proj`, `k_proj`, ... each its own), in the storage that the operators want:
 query, key and value weights of a layer lie in one block, and `Conv1D` weights, which checkpoints keep as `[in, out]`,
-are transposed views of `[out, in]` storage. There is no second copy, so that changes in place are seen.
+become transposed views of `[out, in]` storage before candidates are drawn. There is no second copy, so that changes
+in place are seen.
 
 An [`ArrangedLayer`] arranges its own when it is loaded, moved, cast, copied or gets another module; models do so at the
 end of their making. What no module hears of (`linear.weight = ...`, `weight.data = ...`) leaves parameters where they
@@ -118,6 +119,18 @@ def arrange_parameters(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, ArrangedLayer):
             module.arrange_parameters()
+
+
+def arrange_for_decoding(model: nn.Module) -> None:
+    """Bring all parameters of `model` into the storage that a decode step reads fastest: `Conv1D` weights too.
+
+    Those lie as checkpoints have them until candidates are drawn, since what torch offers for a module's weights
+    (pruning, for one) looks at them as one row of numbers.
+    """
+    arrange_parameters(model)
+    for module in model.modules():
+        if is_plain(module, Conv1D):
+            transpose_storage(module)
 
 
 def can_pack(linears: list[nn.Module]) -> bool:

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from clvp_fast import ClvpModelForConditionalGeneration, ops
-from clvp_fast.models.common.parameters import arrange_parameters
+from clvp_fast.models.common.parameters import arrange_for_decoding
 from tests.models.clvp.tiny import randomize, tiny_inputs, tiny_ours
 
 
@@ -33,7 +33,7 @@ def check_packed(model) -> None:
         assert len({weight.untyped_storage().data_ptr() for weight in weights}) == 1
         assert weights[1].data_ptr() == weights[0].data_ptr() + weights[0].numel() * weights[0].element_size()
     for layer in decoder.layers:
-        assert layer.mlp.c_fc.weight.shape == (128, 512) and layer.mlp.c_fc.weight.t().is_contiguous()
+        assert layer.mlp.c_fc.weight.shape == (128, 512)
     assert storages(model) == parameter_bytes(model)
 
 
@@ -71,10 +71,22 @@ def test_packed_after_every_change_of_the_parameters(change, tmp_path):
     check_packed(model)
 
 
-def test_arranged_at_once():
+@torch.no_grad()
+def drawn(model) -> None:
+    ids, features = tiny_inputs()
+    model.generate(ids, features, max_new_tokens=2, use_engine=False)
+
+
+@pytest.mark.parametrize("arrange", [arrange_for_decoding, drawn])
+def test_weights_are_transposed_before_candidates_are_drawn(arrange):
     model, untouched = tiny_ours(), tiny_ours()
-    arrange_parameters(model)
+    arrange(model)
     check_packed(model)
+    both = (one.speech_decoder_model.model.decoder.layers for one in (model, untouched))
+    for layer, as_loaded in zip(*both, strict=True):
+        for name in ("c_fc", "c_proj"):
+            assert getattr(layer.mlp, name).weight.t().is_contiguous()
+            assert getattr(as_loaded.mlp, name).weight.is_contiguous()
     assert torch.equal(use(model), use(untouched))
 
 
@@ -85,10 +97,10 @@ def test_what_is_no_plain_layer_is_not_arranged():
     layer.mlp.c_fc.register_forward_hook(lambda *_: None)
     before = [parameter.data_ptr() for parameter in layer.parameters()]
     layer.mlp.c_proj.register_forward_hook(lambda *_: None)
-    arrange_parameters(model)
+    arrange_for_decoding(model)
     assert [parameter.data_ptr() for parameter in layer.parameters()] == before
     with torch.device("meta"):
-        arrange_parameters(ClvpModelForConditionalGeneration(model.config))  # has no storage
+        arrange_for_decoding(ClvpModelForConditionalGeneration(model.config))  # has no storage
 
 
 def test_packed_under_inference_mode_and_trained_after():
