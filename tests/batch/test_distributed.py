@@ -310,6 +310,7 @@ def test_the_driver_is_killed_and_the_job_goes_on_anywhere(ray, corpus, single, 
     assert_same(out, single)
 
 
+@pytest.mark.slow  # CI runs it: a cluster's workers die here, which takes as long as all others together
 def test_a_checkpoint_that_a_worker_cannot_load(ray, corpus, tmp_path):
     """It is told by the first worker that is asked, and where that one has it, by any other that has it not."""
     with pytest.raises(FileNotFoundError, match="no-such-folder"):

@@ -13,7 +13,8 @@ from tests.batch.jobs import assert_whole, failures, results
 LONG = os.environ.get("CLVP_FAST_KILLS", "150 6").split()
 
 
-@pytest.mark.parametrize("rows, kills", [("13", "1"), pytest.param(*LONG, marks=pytest.mark.slow)])
+@pytest.mark.slow  # `make test` has deaths at every write (test_job.py)
+@pytest.mark.parametrize("rows, kills", [LONG])
 def test_killed_at_random_instants(tmp_path, rows, kills):
     command = [sys.executable, "-m", "tests.batch.killed", rows, kills, str(tmp_path)]
     found = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])

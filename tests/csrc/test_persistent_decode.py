@@ -173,7 +173,9 @@ def test_any_length(emulator, own, prefix):
     compare(emulator, scene_of(decoder, [(own, 0), (3, -1)], [prefix]), blocks=1, seed=own)
 
 
-@pytest.mark.parametrize("sizes", [(64, 8), (1088, 1608), (2048, 520), (320, 8192)])
+@pytest.mark.parametrize(
+    "sizes", [(64, 8), (1088, 1608), *(pytest.param(one, marks=pytest.mark.slow) for one in ((2048, 520), (320, 8192)))]
+)
 def test_any_width(emulator, sizes):
     """Widths that leave lanes, warps or blocks without work, and that need several slices and batches of rows."""
     hidden, inner = sizes
