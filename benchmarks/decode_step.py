@@ -24,6 +24,7 @@ from clvp_fast import SamplingParams
 from clvp_fast.engine.persistent import MAX_ROWS, PersistentStep
 from clvp_fast.engine.runner import Runner
 from clvp_fast.engine.scheduler import Admission, Prefill, Step
+from clvp_fast.engine.step import ENTERED
 from clvp_fast.models.transformers_versions import CACHE
 
 CANDIDATES = {"cpu": (16, 1), "cuda": (256, 1, 64, 16)}
@@ -151,8 +152,7 @@ class StoredCandidates:
         """How far the step's logits are from transformers'."""
         self.reset(self.stored)
         state, decoder = self.runner.slots.first(self.candidates), self.runner.decoder
-        names = ("token", "seq_lens", "block_table", "prefix_table", "prefix_lens", "prefix_index")
-        arguments = [state[name] for name in names]
+        arguments = [state[name] for name in ENTERED]
         if self._persistent:
             widths = (self.runner.slots.tensors[name].shape[1] for name in ("block_table", "prefix_table"))
             _, logits = PersistentStep(decoder, self.runner.pages, *widths).step(*arguments)

@@ -125,9 +125,7 @@ class Candidates:
         """Logits `[candidates, vocab_size]` behind `tokens`, the `place`-th ones."""
         self.seq_lens.fill_(place)
         self._tokens.copy_(tokens)
-        for call in self._bound.calls:
-            call()
-        return self._bound.logits.clone()
+        return self._bound.run()[1].clone()
 
 
 def drawn(model: ClvpForCausalLM, shape: Shape) -> torch.Tensor:

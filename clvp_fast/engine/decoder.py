@@ -223,9 +223,7 @@ class PagedDecoder:
             Room(len(tokens), self.device),
         )
         with device_guard(self.device):
-            for call in bound.calls:
-                call()
-        return bound.hidden, bound.logits
+            return bound.run()
 
     def bind(
         self,

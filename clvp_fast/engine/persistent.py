@@ -129,28 +129,12 @@ class PersistentStep:
         self._workspace = torch.zeros(room, dtype=torch.uint8, device=decoder.device)
         self._call.workspace = self._workspace.data_ptr()
 
-    def step(
-        self,
-        tokens: torch.Tensor,
-        seq_lens: torch.Tensor,
-        block_table: torch.Tensor,
-        prefix_table: torch.Tensor,
-        prefix_lens: torch.Tensor,
-        prefix_index: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Arguments, of which the last axis is contiguous, and results as of `PagedDecoder.step`; up to four rows."""
-        bound = self.bind(
-            tokens,
-            seq_lens,
-            block_table,
-            prefix_table,
-            prefix_lens,
-            prefix_index,
-            Room(len(tokens), self.decoder.device),
-        )
-        for call in bound.calls:
-            call()
-        return bound.hidden, bound.logits
+    def step(self, *entered: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of tensors in the order of `ENTERED`, whose last axis is contiguous, results as `PagedDecoder.step` has them.
+
+        They have up to four rows.
+        """
+        return self.bind(*entered, Room(len(entered[0]), self.decoder.device)).run()
 
     def bind(
         self,

@@ -34,6 +34,12 @@ class BoundStep:
     hidden: torch.Tensor
     logits: torch.Tensor
 
+    def run(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Make the calls once; hidden states and logits, which the next run writes over."""
+        for call in self.calls:
+            call()
+        return self.hidden, self.logits
+
 
 def bind_decoder(
     decoder: "PagedDecoder",

@@ -65,7 +65,16 @@ def backend(name: str | None):
 
 def situation() -> tuple:
     """What a choice depends on besides a call's arguments: what was bound in another one is to be bound anew."""
-    return _forced, getattr(forward_ad, "_current_level", -1) >= 0, torch.get_num_threads()
+    return _forced, _is_forward(), torch.get_num_threads()
+
+
+def _is_forward() -> bool:
+    """Whether derivatives are computed forward (`torch.func.jvp`), which functions of torch's alone can follow.
+
+    They are with `torch.no_grad()` too. Its fused attention cannot, and references have none. torch has no public name
+    for the level.
+    """
+    return getattr(forward_ad, "_current_level", -1) >= 0
 
 
 def needs_grad(*tensors: torch.Tensor | None) -> bool:
@@ -75,12 +84,9 @@ def needs_grad(*tensors: torch.Tensor | None) -> bool:
 
 def gradient(*tensors: torch.Tensor | None) -> str | None:
     """Why autograd keeps a call with these tensors from the kernels, or `None`."""
-    if getattr(forward_ad, "_current_level", -1) < 0:
-        if not torch.is_grad_enabled():
-            return None
-        if not any(t is not None and t.requires_grad for t in tensors):
-            return None
-    return "an input requires grad"
+    if _is_forward() or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
+        return "an input requires grad"
+    return None
 
 
 def autocasts(device: torch.device) -> bool:
@@ -312,8 +318,7 @@ class Operator:
     def _choose(self, args: tuple, training: str | None = None) -> Implementation | None:
         """The implementation for one call; `None`: the reference."""
         forced = _forced
-        # Derivatives that are computed forward need functions of torch's alone: its fused attention has none.
-        if forced == "reference" or getattr(forward_ad, "_current_level", -1) >= 0:
+        if forced == "reference" or _is_forward():
             return None
         plain = self.implementations[-1]
         if forced == "torch" or (training is not None and (forced is None or self._yields is not None)):
