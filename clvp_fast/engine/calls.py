@@ -50,7 +50,6 @@ class Pending:
     """A request from its submission until its caller takes the result.
 
     job: once the request was checked and its prompt made, with `text_ids`; `prepared` says when.
-    key: of its job in the decode loop.
     broken_steps: how many steps that it had a part in broke off.
     """
 
@@ -62,7 +61,6 @@ class Pending:
     text_ids: torch.Tensor | None = None
     job: Job | None = None
     prepared: float = 0.0
-    key: int | None = None
     broken_steps: int = 0
     result: CandidateResult | None = None
     dropped: bool = False

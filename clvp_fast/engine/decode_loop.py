@@ -18,9 +18,9 @@ from clvp_fast.engine.sampling_params import SamplingParams
 from clvp_fast.engine.scheduler import Scheduler
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Job:
-    """A request on its way: its prompt, its parameters, and what its candidates have drawn.
+    """A request on its way: its prompt, its parameters, and what its candidates have drawn; the scheduler's key of it.
 
     prompt: `[length, hidden_size]`, voice and text without the start token, on the device.
     sampling: with its seed and stop token.
@@ -67,10 +67,9 @@ class DecodeLoop:
     def __init__(self, runner: Runner, latents: bool = False, lag: int | None = None):
         self.latents = latents
         self.lag = int(runner.device.type == "cuda") if lag is None else lag
-        self._jobs: dict[int, Job] = {}
-        self.finished: deque[tuple[int, Job]] = deque()  # and not yet taken
+        self._jobs: set[Job] = set()  # that the scheduler has
+        self.finished: deque[Job] = deque()  # and not yet taken
         self._news: deque[tuple[Job, int, int, int]] = deque()  # job, candidate, token and its number, not yet told
-        self._next_key = 0
         self._begin(runner)
 
     def _begin(self, runner: Runner) -> None:
@@ -81,7 +80,7 @@ class DecodeLoop:
         self._codes = np.zeros((rows, runner.max_new_tokens), dtype=np.int64)
         self._drawn = np.zeros(rows, dtype=np.int64)
         self._live = np.zeros(rows, dtype=bool)
-        self._key_of_row: list[int | None] = [None] * rows
+        self._job_of_row: list[Job | None] = [None] * rows
         self._row_of_slot = np.full(runner.max_batch, -1)
         self._free_rows = list(range(rows))
         # By step: rows whose candidate ended after it was made. They are free when the steps that hold them are read.
@@ -93,28 +92,27 @@ class DecodeLoop:
         """Whether nothing is left to do."""
         return not self._jobs and not self.finished
 
-    def add(self, job: Job) -> int:
-        """Queue a job from its beginning, or as finished if it is done; returns its key.
+    def add(self, job: Job) -> None:
+        """Queue a job from its beginning, or as finished if it is done.
 
         Its tokens depend on its seed alone, so a job that was broken off draws the same ones again. Raises
         `RequestTooLarge` if its pages can never be had.
         """
-        key, self._next_key = self._next_key, self._next_key + 1
         if job.done:
-            self.finished.append((key, job))
+            self.finished.append(job)
         else:
             job.begin()
-            self.scheduler.add(key, len(job.prompt), job.sampling.num_candidates, job.sampling.max_new_tokens)
-            self._jobs[key] = job
-        return key
+            self.scheduler.add(job, len(job.prompt), job.sampling.num_candidates, job.sampling.max_new_tokens)
+            self._jobs.add(job)
 
-    def cancel(self, key: int) -> None:
-        """Drop a job, whatever its state; keys of those that were returned are left alone."""
-        self.finished = deque((finished, job) for finished, job in self.finished if finished != key)
-        if self._jobs.pop(key, None) is not None:
-            self.scheduler.cancel(key)
+    def cancel(self, job: Job) -> None:
+        """Drop a job, whatever its state; those that were returned are left alone."""
+        self.finished = deque(finished for finished in self.finished if finished is not job)
+        if job in self._jobs:
+            self._jobs.remove(job)
+            self.scheduler.cancel(job)
             for row in np.flatnonzero(self._live).tolist():
-                if self._key_of_row[row] == key:
+                if self._job_of_row[row] is job:
                     self._end(row)
 
     def restart(self, runner: Runner) -> None:
@@ -122,7 +120,7 @@ class DecodeLoop:
 
         Nothing that is known of earlier steps is used: this works after a step that was broken off anywhere.
         """
-        self._jobs, self.finished = {}, deque()
+        self._jobs, self.finished = set(), deque()
         self._begin(runner)
 
     def halve(self, places: int) -> int:
@@ -136,7 +134,7 @@ class DecodeLoop:
         self.runner = None
         return places // 2
 
-    def step(self) -> list[tuple[int, Job]]:
+    def step(self) -> list[Job]:
         """One decode step of all that is running; returns the jobs that are finished by what is known then.
 
         What a listener raises comes through; the jobs that were finished are returned by the next call.
@@ -175,8 +173,8 @@ class DecodeLoop:
         """Bring the scheduler's changes to the device, and to the rows."""
         self.runner.apply(
             step,
-            prompts={prefill.key: self._jobs[prefill.key].prompt for prefill in step.prefills},
-            params={admission.key: self._jobs[admission.key].sampling for admission in step.admitted},
+            prompts={prefill.key: prefill.key.prompt for prefill in step.prefills},
+            params={admission.key: admission.key.sampling for admission in step.admitted},
         )
         while len(self._ended_since) > self.lag:
             self._free_rows += self._ended_since.popleft()
@@ -186,9 +184,9 @@ class DecodeLoop:
                 self._end(int(row))  # preempted: it starts again in another row
             self._row_of_slot[slot] = -1
         for admission in step.admitted:
-            job, row = self._jobs[admission.key], self._free_rows.pop()
+            job, row = admission.key, self._free_rows.pop()
             job.started_at = job.started_at or time.perf_counter()
-            self._key_of_row[row] = admission.key
+            self._job_of_row[row] = job
             self._drawn[row], self._live[row], self._row_of_slot[admission.slot] = 0, True, row
         for source, target in step.moves:
             self._row_of_slot[target], self._row_of_slot[source] = self._row_of_slot[source], -1
@@ -205,16 +203,18 @@ class DecodeLoop:
         rows, tokens, ended = rows[slots], self.runner.tokens(handle)[slots], self.runner.finished(handle)[slots]
         self._codes[rows, self._drawn[rows]] = tokens
         self._drawn[rows] += 1
-        if any(job.on_token is not None for job in self._jobs.values()):
+        if any(job.on_token is not None for job in self._jobs):
             for slot, token, count in zip(slots.tolist(), tokens.tolist(), self._drawn[rows].tolist(), strict=True):
                 run = step.runs[slot]
-                if (job := self._jobs[run.key]).on_token is not None:
-                    self._news.append((job, run.candidate, token, count))
+                if run.key.on_token is not None:
+                    self._news.append((run.key, run.candidate, token, count))
         for slot, row in zip(slots[ended].tolist(), rows[ended].tolist(), strict=True):
             run, drawn = step.runs[slot], int(self._drawn[row])
-            job = self._jobs[run.key]
+            job: Job = run.key
             if self.latents:
                 job.latents[run.candidate] = self.runner.latents(run.slot, drawn)
             job.codes[run.candidate] = self._codes[row, :drawn].copy()  # last: with its codes a candidate is done
             self._end(row)
-        self.finished += [(key, self._jobs.pop(key)) for key in self.scheduler.advance(slots[ended].tolist())]
+        ended = self.scheduler.advance(slots[ended].tolist())
+        self._jobs.difference_update(ended)
+        self.finished += ended

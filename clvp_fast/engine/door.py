@@ -15,7 +15,6 @@ from clvp_fast.engine.voices import Voice, VoiceCache
 from clvp_fast.models.clvp.modeling import ClvpModelForConditionalGeneration
 from clvp_fast.models.clvp.tokens import most_codes, stop_token
 from clvp_fast.models.common.plain import PlainModel
-from clvp_fast.ops.dispatch import uncast
 
 
 def token_limit(model: ClvpModelForConditionalGeneration) -> int:
@@ -64,9 +63,8 @@ class Door:
     def prompt(self, request: CandidateRequest, text_ids: torch.Tensor) -> torch.Tensor:
         """`[1 + text, hidden_size]`: what the candidates continue, without the start token."""
         encoder = self.model.conditioning_encoder
-        with uncast(self.model.device):
-            text, _ = encoder.prompt_text(text_ids[None].to(self.model.device))
-            return encoder.join(self.voices.conditioning(self.voice(request)), text)[0]
+        text, _ = encoder.prompt_text(text_ids[None].to(self.model.device))
+        return encoder.join(self.voices.conditioning(self.voice(request)), text)[0]
 
     def voice(self, request: CandidateRequest) -> Voice:
         """The voice of a request, from the cache where it is known."""

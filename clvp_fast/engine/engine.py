@@ -29,6 +29,7 @@ from clvp_fast.engine.voices import Voice, VoiceCache
 from clvp_fast.engine.work import Work
 from clvp_fast.io.errors import shown
 from clvp_fast.models.common.parameters import arrange_for_decoding
+from clvp_fast.ops.dispatch import uncast
 
 _END = object()
 
@@ -112,7 +113,8 @@ class CandidateEngine:
             latents,
         )
         trim_heap()  # behind copies of weights
-        self._turns = Turns()
+        # A turn computes for all threads: the autocast of the one that has it is not theirs.
+        self._turns = Turns(lambda: uncast(model.device))
 
     @classmethod
     def from_pretrained(

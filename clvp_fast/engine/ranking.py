@@ -13,7 +13,6 @@ from clvp_fast.engine.scoring import Ranking
 from clvp_fast.models.clvp.modeling import ClvpModelForConditionalGeneration
 from clvp_fast.models.clvp.similarity import normalized
 from clvp_fast.models.clvp.tokens import end_text, finished_codes, known_codes, stop_token
-from clvp_fast.ops.dispatch import uncast
 
 MODES = ("padded", "trimmed")
 
@@ -63,8 +62,7 @@ class Ranker:
         pad_to = max_codes + 1
         while True:
             try:
-                with uncast(self.model.device):
-                    return self.rank(text_ids, codes, pad_to=pad_to)
+                return self.rank(text_ids, codes, pad_to=pad_to)
             except torch.OutOfMemoryError:
                 if self.max_tokens <= pad_to:
                     raise

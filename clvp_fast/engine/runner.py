@@ -26,7 +26,7 @@ from clvp_fast.engine.slots import SlotState, to_device
 from clvp_fast.engine.step import ENTERED, bind_draw
 from clvp_fast.models.clvp.tokens import longest_prompt, stop_token
 from clvp_fast.ops.binding import Call, Room
-from clvp_fast.ops.dispatch import OPERATORS, device_guard, situation, uncast
+from clvp_fast.ops.dispatch import OPERATORS, device_guard, situation
 
 # How many tokens of several prompts are prefilled at once.
 PREFILL_TOKENS = 8192
@@ -35,14 +35,11 @@ MAX_BOUND = 32
 
 
 def _on_its_device(method):
-    """A runner's method with the runner's device as the current one, to which streams, events and captures belong.
-
-    Autocast of the thread that calls is off: its steps are those of all threads.
-    """
+    """A runner's method with the runner's device as the current one, to which streams, events and captures belong."""
 
     @wraps(method)
     def guarded(self, *args, **kwargs):
-        with device_guard(self.device), uncast(self.device):
+        with device_guard(self.device):
             return method(self, *args, **kwargs)
 
     return guarded
@@ -343,10 +340,10 @@ class Runner:
     def _check_prompt(self, prefill, prompt: torch.Tensor) -> None:
         expected = prefill.prefix_len, self.decoder.hidden_size
         if prompt.shape != expected:
-            raise ValueError(f"the prompt of request {prefill.key!r} must be {[*expected]}, not {[*prompt.shape]}")
+            raise ValueError(f"a prompt must be {[*expected]}, not {[*prompt.shape]}")
         if prefill.prefix_len > self.max_prefix_len:
             raise ValueError(
-                f"the prompt of request {prefill.key!r} has {prefill.prefix_len} tokens, and there is room for "
+                f"a prompt has {prefill.prefix_len} tokens, and there is room for "
                 f"{self.max_prefix_len}: split the text, or make room with max_prefix_len"
             )
 

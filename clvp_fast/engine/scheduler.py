@@ -12,12 +12,15 @@ to its end. `schedule` touches what changes and no candidate besides.
 """
 
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Hashable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from clvp_fast.engine.page_pool import PagePool
+
+#: Of a request: anything that can be hashed. What is told of the request names it by this.
+Key = Any
 
 
 class RequestTooLarge(ValueError):
@@ -27,7 +30,7 @@ class RequestTooLarge(ValueError):
 class Prefill(NamedTuple):
     """Write the `prefix_len` tokens of a prompt into `pages`, which row `prefix_row` of the prefix table then names."""
 
-    key: Hashable
+    key: Key
     prefix_row: int
     pages: list[int]
     prefix_len: int
@@ -37,7 +40,7 @@ class Admission(NamedTuple):
     """Candidate `candidate` of request `key` starts in `slot`, at its step 0, behind the prefix of `prefix_row`."""
 
     slot: int
-    key: Hashable
+    key: Key
     candidate: int
     prefix_row: int
 
@@ -52,7 +55,7 @@ class Run:
     pages: list[int] = field(default_factory=list)
 
     @property
-    def key(self) -> Hashable:
+    def key(self) -> Key:
         return self.request.key
 
 
@@ -83,7 +86,7 @@ class Step:
 class _Request:
     """A request with candidates that wait or run; its prefix is in pages from the first admission on."""
 
-    key: Hashable
+    key: Key
     prefix_len: int
     own_pages: int  # the most that one candidate needs
     waiting: deque[int]  # candidates, in order
@@ -119,8 +122,8 @@ class Scheduler:
         self.max_batch = max_batch
         self.max_new_tokens_limit = max_new_tokens_limit
         self.lag = lag
-        self._requests: dict[Hashable, _Request] = {}
-        self._waiting: OrderedDict[Hashable, _Request] = OrderedDict()  # requests with waiting candidates, in order
+        self._requests: dict[Key, _Request] = {}
+        self._waiting: OrderedDict[Key, _Request] = OrderedDict()  # requests with waiting candidates, in order
         self._running: dict[Run, None] = {}  # in the order of admission, which is that of age
         self._idle: set[_Request] = set()  # with a prefix in pages, and no candidate running
         self._slots: list[Run | None] = [None] * max_batch
@@ -136,7 +139,7 @@ class Scheduler:
         for size in batch_buckets(max_batch):
             self._bucket += [size] * (size + 1 - len(self._bucket))
 
-    def add(self, key: Hashable, prefix_len: int, num_candidates: int, max_new_tokens: int) -> None:
+    def add(self, key: Key, prefix_len: int, num_candidates: int, max_new_tokens: int) -> None:
         """Queue a request behind all others.
 
         Raises `RequestTooLarge` where not even one candidate of it could ever come to its end, `ValueError` for a key
@@ -164,7 +167,7 @@ class Scheduler:
         request = _Request(key, prefix_len, own_pages, deque(range(num_candidates)))
         self._requests[key] = self._waiting[key] = request
 
-    def cancel(self, key: Hashable) -> None:
+    def cancel(self, key: Key) -> None:
         """Forget a request, whatever has become of its candidates; its slots and pages are free at once.
 
         Raises `KeyError` for a request that neither waits nor runs.
@@ -197,7 +200,7 @@ class Scheduler:
         self._next += 1
         return step
 
-    def advance(self, finished_slots: Iterable[int]) -> list[Hashable]:
+    def advance(self, finished_slots: Iterable[int]) -> list[Key]:
         """Take off their slots the candidates that drew their last token in the oldest step in flight.
 
         Args:

@@ -109,7 +109,7 @@ class SlotState:
 
         Raises `ValueError` for parameters (by key, `SamplingParams`) without a seed or with too many new tokens.
         """
-        states = {key: self._request_state(key, params[key]) for key in {a.key for a in step.admitted}}
+        states = {key: self._request_state(params[key]) for key in {a.key for a in step.admitted}}
         self._found.clear()
         updates = _Updates(self._offsets)
         slots = np.array([admission.slot for admission in step.admitted], dtype=np.int64)
@@ -165,13 +165,13 @@ class SlotState:
         for name, values in zip(_REAL, wide[:, len(_WHOLE) :].view(np.float64).T, strict=True):
             self._known[name][slots] = values
 
-    def _request_state(self, key, params) -> np.ndarray:
+    def _request_state(self, params) -> np.ndarray:
         """The 64-bit state of a request's candidates, floating numbers as their bits; `candidate` is left open."""
         if params.seed is None:
-            raise ValueError(f"the parameters of request {key!r} have no seed: draw one before it is admitted")
+            raise ValueError("the parameters of a request have no seed: draw one before it is admitted")
         if params.max_new_tokens > self._max_new_tokens:
             raise ValueError(
-                f"request {key!r} may draw {params.max_new_tokens} tokens, and there is room for {self._max_new_tokens}"
+                f"a request may draw {params.max_new_tokens} tokens, and there is room for {self._max_new_tokens}"
             )
         whole = dict(
             token=self._start_token,

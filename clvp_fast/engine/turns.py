@@ -3,7 +3,7 @@
 import os
 import threading
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from queue import Empty, SimpleQueue
 from typing import TypeVar
 from weakref import WeakSet
@@ -30,9 +30,13 @@ class Turns:
 
     The oldest ticket has the turn. A ticket is given back in a `finally` whose first call does so: Python raises a
     signal's exception behind calls, never before the first one, so that no interrupt leaves a turn taken.
+
+    Args:
+        context: entered for each turn.
     """
 
-    def __init__(self):
+    def __init__(self, context: Callable[[], AbstractContextManager] = nullcontext):
+        self._context = context
         self._tickets: dict[SimpleQueue, int] = {}  # and the threads that have them, in the order of asking
         _ALL.add(self)
 
@@ -63,7 +67,8 @@ class Turns:
                     ticket.get(timeout=_PATIENCE)
                 if unless():
                     return None
-            return function()
+            with self._context():
+                return function()
         finally:
             self._tickets.pop(ticket, None)
             for oldest in list(self._tickets)[:1]:

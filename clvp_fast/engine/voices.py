@@ -258,7 +258,7 @@ class VoiceCache:
     def _encode(self, features: torch.Tensor) -> torch.Tensor:
         """Features `[bins, frames]` to `[hidden_size]`, in the model's dtype and on its device."""
         features = features.to(device=self.model.device, dtype=self.model.dtype)
-        with uncast(features.device):
+        with uncast(features.device):  # whoever asks first, the voice is kept for all
             return self.model.conditioning_encoder.encode_voice(features[None])[0]
 
 

@@ -58,7 +58,7 @@ class Work:
         self.loop = DecodeLoop(make_runner(self.memory), latents)
         self.pending: dict[Pending, None] = {}  # in the order of submission
         self.steps = 0  # that came to their end
-        self._entered: dict[int, Pending] = {}  # those in the loop, by their keys there
+        self._entered: dict[Job, Pending] = {}  # those in the loop
         self._groups: list[list[Pending]] = []  # of which only the first is decoded, while there are any
         self._torn = False  # from the beginning of a change of the loop to its end
         self._warm = False
@@ -191,8 +191,8 @@ class Work:
             elif not pending.settled and now > pending.deadline:
                 timeout = pending.request.timeout
                 pending.fail(TimeoutError(f"the request was not finished within its timeout of {timeout:g} s"))
-            if pending.settled and self._entered.pop(pending.key, None) is not None:
-                self.loop.cancel(pending.key)
+            if pending.settled and self._entered.pop(pending.job, None) is not None:
+                self.loop.cancel(pending.job)
             if pending.dropped:
                 self.pending.pop(pending, None)
 
@@ -201,13 +201,13 @@ class Work:
         while self._groups and all(pending.settled for pending in self._groups[0]):
             self._groups = self._groups[1:]
         for pending in self._under_way():
-            if pending.key not in self._entered:
+            if pending.job not in self._entered:
                 try:
-                    pending.key = self.loop.add(pending.job)
+                    self.loop.add(pending.job)
                 except RequestTooLarge as error:
                     pending.fail(error)
                 else:
-                    self._entered[pending.key] = pending
+                    self._entered[pending.job] = pending
 
     def _under_way(self) -> list[Pending]:
         group = self._groups[0] if self._groups else list(self.pending)
@@ -236,8 +236,8 @@ class Work:
     def _rank(self) -> None:
         """Give finished jobs their results. A scorer may be the caller's own: what it raises fails one request."""
         while self.loop.finished:
-            key, job = self.loop.finished[0]
-            pending = self._entered.get(key)
+            job = self.loop.finished[0]
+            pending = self._entered.get(job)
             if pending is not None and not pending.settled:
                 try:
                     pending.result = ranked(pending, job, self.scorer, self.loop.latents)

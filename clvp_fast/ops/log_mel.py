@@ -14,13 +14,12 @@ frame is touched. The kernel is csrc/fourier.h's, on a CPU (csrc/cpu/log_mel.cpp
 import ctypes
 import math
 import os
-from contextlib import nullcontext
 from functools import cache
 
 import torch
 
 from clvp_fast.ops.checks import check_same, shape_error
-from clvp_fast.ops.dispatch import Implementation, Operator, device_guard, gradient, missing_for_cuda
+from clvp_fast.ops.dispatch import Implementation, Operator, device_guard, gradient, missing_for_cuda, uncast
 from clvp_fast.ops.log_mel_tables import converted, filters_and_bands, table, twiddles
 
 N_FFTS, MAX_MELS = (256, 512, 1024, 2048, 4096), 256
@@ -308,15 +307,8 @@ def log_mel(
     args = (samples, window, mel_filters, hop_length, lengths, mel_norms, log_floor, decibels, top_db, compute, result)
     if samples.shape[0] == 0:
         return _fake(*args)
-    with _without_autocast(samples.device.type):
+    with uncast(samples.device):  # no half type holds the power of a spectrum
         return _OPERATOR.choose(args, grad)(*args)
-
-
-def _without_autocast(device_type):
-    """No half type holds the power of a spectrum."""
-    if torch.amp.is_autocast_available(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
 
 
 def _check_settings(hop_length, log_floor, decibels, top_db, compute, result):

@@ -86,14 +86,15 @@ class Setting:
             num_pages=least + random.choice([0, 2, 6, 200]), max_batch=random.randint(1, 40), lag=random.randint(0, 1)
         )
         arrivals = sorted((random.choice([0, random.randint(0, 60)]), order) for order in range(len(chosen)))
-        jobs, numbers, step = [], {}, 0
+        jobs, numbers, step = [], {}, 0  # numbers: of each job that was added
         while arrivals or not loop.idle:
             while arrivals and (arrivals[0][0] <= step or loop.idle):
                 number = chosen[arrivals.pop(0)[1]]
-                numbers[loop.add(self.job(number))] = number
+                loop.add(job := self.job(number))
+                numbers[job] = number
             if random.random() < 0.02:
                 loop.cancel(random.choice([*numbers]))
-            jobs += [(numbers[key], job) for key, job in loop.step()]
+            jobs += [(numbers[job], job) for job in loop.step()]
             step += 1
         finish(loop)
         return jobs
@@ -103,7 +104,7 @@ def finish(loop):
     """Step until nothing is left, not even pages; the jobs that finished meanwhile."""
     jobs = []
     while not loop.idle:
-        jobs += [job for _, job in loop.step()]
+        jobs += loop.step()
     assert loop.step() == [] and loop.scheduler.schedule() is None and loop.scheduler.pool.used_pages == 0
     return jobs
 

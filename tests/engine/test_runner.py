@@ -510,7 +510,7 @@ def test_bad_input():
         Runner(decoder, 4, PAGE_SIZE, 2, 8, capture=True)
     short, long = prompts(model, (4, 40))
     cases = [
-        (short[:, :-1], GREEDY, {}, r"the prompt of request 0 must be \[8, 128\], not \[8, 127\]"),
+        (short[:, :-1], GREEDY, {}, r"a prompt must be \[8, 128\], not \[8, 127\]"),
         (long, GREEDY, dict(max_prefix_len=40), "has 44 tokens, and there is room for 40"),
         (short, SamplingParams(max_new_tokens=40), {}, "have no seed"),
         (short, SamplingParams(max_new_tokens=41, seed=0), {}, "may draw 41 tokens, and there is room for 40"),
