@@ -134,7 +134,7 @@ def arrange_for_decoding(model: nn.Module) -> None:
             transpose_storage(module)
 
 
-def can_pack(linears: list[nn.Module]) -> TypeGuard[list[nn.Linear]]:
+def can_pack(linears: Sequence[nn.Module]) -> TypeGuard[Sequence[nn.Linear]]:
     """Whether the parameters of plain linear layers of one input can be moved behind one another.
 
     They must be of one dtype and device, all layers with a bias or none, and their storage such as may be another.
@@ -167,7 +167,7 @@ def _is_movable(parameter: torch.Tensor | None) -> TypeGuard[nn.Parameter]:
     return transformed is None or not transformed()
 
 
-def pack_linears(linears: list[nn.Module]) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+def pack_linears(linears: Sequence[nn.Module]) -> tuple[torch.Tensor, torch.Tensor | None] | None:
     """What `packed_linears` gives, behind moving parameters that do not lie so yet; None where they cannot be moved."""
     if (packed := packed_linears(linears)) is None and can_pack(linears):
         _pack([linear.weight for linear in linears])
