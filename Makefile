@@ -79,7 +79,7 @@ lint: $(DEV_STAMP)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/clang-format --dry-run --Werror $(CPP_SOURCES)
 
-# What the package promises in `py.typed`; the rooms that it holds for are in pyproject.toml.
+# What the package promises in `py.typed`.
 types: $(DEV_STAMP)
 	$(VENV)/bin/basedpyright --pythonpath $(PY)
 

@@ -5,7 +5,6 @@ import json
 import zipfile
 import zlib
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ from clvp_fast.cli.inputs import load_for, text_ids
 from clvp_fast.engine.ranking import Ranker
 from clvp_fast.models.clvp.similarity import normalized
 from clvp_fast.models.clvp.text_remarks import text_remarks
-from clvp_fast.models.clvp.tokens import end_text, known_codes
+from clvp_fast.models.clvp.tokens import end_text, known_codes, text_end
 from clvp_fast.versions import versions
 
 #: Candidates that go through the speech encoder at a time: bounds the memory of long lists.
@@ -114,7 +113,7 @@ def score(checkpoint: Checkpoint, ids: torch.Tensor, codes: np.ndarray) -> np.nd
     model = checkpoint.model
     _check_range(checkpoint, codes)
     given = known_codes(torch.from_numpy(codes), model.config).to(model.device)
-    ids, _ = end_text(ids, None, cast(int, model.config.text_config.eos_token_id))
+    ids, _ = end_text(ids, None, text_end(model.config.text_config))
     text = normalized(model.text_encoder_model(input_ids=ids).embeds.float())
     scores = []
     for part in given.split(_BATCH):

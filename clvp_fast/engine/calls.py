@@ -18,7 +18,7 @@ from clvp_fast.engine.requests import CandidateRequest, CandidateResult
 from clvp_fast.engine.sampling_params import SamplingParams
 
 # Told (request, candidate, token).
-Listener = Callable[[CandidateRequest, int, int], None]
+Listener = Callable[[CandidateRequest, int, int], object]
 
 
 @dataclass(eq=False)
@@ -58,8 +58,8 @@ class Pending:
     keep: int
     listener: Listener | None
     submitted: float = field(default_factory=time.perf_counter)
-    text_ids: torch.Tensor | None = None
-    job: Job | None = None
+    text_ids: torch.Tensor = field(init=False, repr=False)
+    job: Job = field(init=False, repr=False)
     prepared: float = 0.0
     broken_steps: int = 0
     result: CandidateResult | None = None

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from clvp_fast.engine.runner import Runner
+from clvp_fast.engine.runner import Runner, StepHandle
 from clvp_fast.engine.sampling_params import SamplingParams
-from clvp_fast.engine.scheduler import Scheduler
+from clvp_fast.engine.scheduler import Scheduler, Step
 
 
 @dataclass(eq=False, repr=False)
@@ -45,14 +45,19 @@ class Job:
         return all(codes is not None for codes in self.codes)
 
     def __post_init__(self):
+        assert self.sampling.num_candidates is not None  # filled in where none were given
         self.told = [0] * self.sampling.num_candidates
         self.begin()
 
     def begin(self) -> None:
         """With nothing drawn."""
-        self.codes = [None] * self.sampling.num_candidates
-        self.latents = [None] * self.sampling.num_candidates
+        self.codes = [None] * len(self.told)
+        self.latents = [None] * len(self.told)
         self.started_at = None
+
+    def all_codes(self) -> list[np.ndarray]:
+        """The codes of a job that is done."""
+        return [codes for codes in self.codes if codes is not None]
 
 
 class DecodeLoop:
@@ -73,7 +78,7 @@ class DecodeLoop:
         self._begin(runner)
 
     def _begin(self, runner: Runner) -> None:
-        self.runner = runner
+        self.runner: Runner | None = runner
         num_pages, page_size = runner.pages.data.shape[2:4]
         self.scheduler = Scheduler(num_pages, page_size, runner.max_batch, runner.max_new_tokens, self.lag)
         rows = (self.lag + 1) * runner.max_batch
@@ -85,7 +90,8 @@ class DecodeLoop:
         self._free_rows = list(range(rows))
         # By step: rows whose candidate ended after it was made. They are free when the steps that hold them are read.
         self._ended_since: deque[list[int]] = deque()
-        self._under_way: deque = deque()  # (step, handle of its tokens, the row of each of its slots)
+        # The step, the handle of its tokens, the row of each of its slots.
+        self._under_way: deque[tuple[Step, StepHandle, np.ndarray]] = deque()
 
     @property
     def idle(self) -> bool:
@@ -102,7 +108,7 @@ class DecodeLoop:
             self.finished.append(job)
         else:
             job.begin()
-            self.scheduler.add(job, len(job.prompt), job.sampling.num_candidates, job.sampling.max_new_tokens)
+            self.scheduler.add(job, len(job.prompt), len(job.codes), job.sampling.max_new_tokens)
             self._jobs.add(job)
 
     def cancel(self, job: Job) -> None:
@@ -150,13 +156,14 @@ class DecodeLoop:
 
         Whatever it raises, `restart` must be called before the next step.
         """
-        step = self.scheduler.schedule()
+        step, runner = self.scheduler.schedule(), self.runner
+        assert runner is not None  # `restart` came behind `halve`
         if step is not None:
-            self._apply(step)
-            handle = self.runner.decode(step.num_slots)
+            self._apply(runner, step)
+            handle = runner.decode(step.num_slots)
             self._under_way.append((step, handle, self._row_of_slot[: step.num_slots].copy()))
         while len(self._under_way) > (self.lag if step is not None else 0):
-            self._read(*self._under_way.popleft())
+            self._read(runner, *self._under_way.popleft())
 
     def tell(self) -> None:
         """Tell listeners, in the order of drawing. They may cancel what they listen to, and what they raise is raised.
@@ -165,13 +172,13 @@ class DecodeLoop:
         """
         while self._news:
             job, candidate, token, count = self._news.popleft()
-            if count > job.told[candidate]:
+            if job.on_token is not None and count > job.told[candidate]:
                 job.told[candidate] = count
                 job.on_token(candidate, token)
 
-    def _apply(self, step) -> None:
+    def _apply(self, runner: Runner, step: Step) -> None:
         """Bring the scheduler's changes to the device, and to the rows."""
-        self.runner.apply(
+        runner.apply(
             step,
             prompts={prefill.key: prefill.key.prompt for prefill in step.prefills},
             params={admission.key: admission.key.sampling for admission in step.admitted},
@@ -196,11 +203,11 @@ class DecodeLoop:
         self._live[row] = False
         (self._ended_since[-1] if self._ended_since else self._free_rows).append(row)
 
-    def _read(self, step, handle, rows: np.ndarray) -> None:
+    def _read(self, runner: Runner, step: Step, handle: StepHandle, rows: np.ndarray) -> None:
         """Enter the tokens of a step into the rows that it was made for."""
         slots = np.flatnonzero(rows >= 0)
         slots = slots[self._live[rows[slots]]]  # what ended meanwhile drew one token too many
-        rows, tokens, ended = rows[slots], self.runner.tokens(handle)[slots], self.runner.finished(handle)[slots]
+        rows, tokens, ended = rows[slots], runner.tokens(handle)[slots], runner.finished(handle)[slots]
         self._codes[rows, self._drawn[rows]] = tokens
         self._drawn[rows] += 1
         if any(job.on_token is not None for job in self._jobs):
@@ -212,7 +219,7 @@ class DecodeLoop:
             run, drawn = step.runs[slot], int(self._drawn[row])
             job: Job = run.key
             if self.latents:
-                job.latents[run.candidate] = self.runner.latents(run.slot, drawn)
+                job.latents[run.candidate] = runner.latents(run.slot, drawn)
             job.codes[run.candidate] = self._codes[row, :drawn].copy()  # last: with its codes a candidate is done
             self._end(row)
         ended = self.scheduler.advance(slots[ended].tolist())

@@ -1,10 +1,13 @@
 """The decoder over pages of keys and values: prompts are prefilled, candidates advance one token a step."""
 
+from typing import TypedDict
+
 import torch
 
 from clvp_fast import ops
 from clvp_fast.engine.step import BoundStep, bind_decoder
-from clvp_fast.engine.weights import DecoderWeights
+from clvp_fast.engine.weights import DecoderWeights, layers_of
+from clvp_fast.models.clvp.causal_lm import ClvpForCausalLM
 from clvp_fast.models.clvp.tokens import most_codes
 from clvp_fast.ops.binding import Room
 from clvp_fast.ops.dispatch import OPERATORS, device_guard
@@ -16,7 +19,16 @@ _MIN_MKL_ROWS = 16
 _FLOAT8_RANGE = 16.0
 
 
-def min_rows(model) -> int:
+class LayerPages(TypedDict):
+    """One layer's arguments of the paged operators: pages `[num_pages, page_size, num_heads, head_dim]`, and scales."""
+
+    k_pages: torch.Tensor
+    v_pages: torch.Tensor
+    k_scale: torch.Tensor | None
+    v_scale: torch.Tensor | None
+
+
+def min_rows(model: ClvpForCausalLM) -> int:
     """How few rows a step may have, so that their number has no say in the bits of any: 1 where products promise that.
 
     Products of bfloat16 and float16 do, and the CPU's own kernel of `linear`; other float32 products on a CPU do not.
@@ -55,10 +67,10 @@ class KVPages:
         self.data = torch.empty(num_layers, 2, num_pages, page_size, num_heads, head_dim, dtype=dtype, device=device)
         self.scales = scales
 
-    def layer(self, index: int) -> dict[str, torch.Tensor | None]:
-        """One layer's arguments of the paged operators; the pages are `[num_pages, page_size, num_heads, head_dim]`."""
+    def layer(self, index: int) -> LayerPages:
+        """One layer's pages."""
         k_scale, v_scale = (None, None) if self.scales is None else self.scales[index]
-        return dict(k_pages=self.data[index, 0], v_pages=self.data[index, 1], k_scale=k_scale, v_scale=v_scale)
+        return LayerPages(k_pages=self.data[index, 0], v_pages=self.data[index, 1], k_scale=k_scale, v_scale=v_scale)
 
 
 class PagedDecoder:
@@ -80,7 +92,12 @@ class PagedDecoder:
             activation that the operators do not know, with the reason.
     """
 
-    def __init__(self, model, residual_dtype: torch.dtype | None = None, weight_dtype: torch.dtype | None = None):
+    def __init__(
+        self,
+        model: ClvpForCausalLM,
+        residual_dtype: torch.dtype | None = None,
+        weight_dtype: torch.dtype | None = None,
+    ):
         if weight_dtype not in (None, torch.int8):
             raise ValueError(f"weight_dtype must be torch.int8, or None for the model's own, not {weight_dtype}")
         config = model.config
@@ -154,7 +171,7 @@ class PagedDecoder:
         spread follow from the weights, and do not depend on what is decoded.
         """
         scales = torch.empty(self.num_layers, 2, self.num_heads, device=self.device)
-        for index, layer in enumerate(self.model.model.decoder.layers):
+        for index, layer in enumerate(layers_of(self.model)):
             norm = layer.input_layernorm
             gain = norm.weight.float()
             offset = torch.zeros_like(gain) if norm.bias is None else norm.bias.float()

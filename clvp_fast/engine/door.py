@@ -89,7 +89,7 @@ class Door:
 
 def ids_of_text(request: CandidateRequest, model, processor) -> torch.Tensor:
     """The ids int64 `[length]` of a request's text, or those that it brings; ValueError for what `model` cannot say."""
-    if request.input_ids is None:
+    if request.text is not None:
         return torch.tensor(sayable_ids(model, processor.tokenizer, request.text), device="cpu")
     ids = _whole_numbers(request.input_ids)
     limit, vocab_size = text_limit(model), model.config.text_config.vocab_size

@@ -3,19 +3,20 @@
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from dataclasses import replace
 from functools import partial
 from numbers import Integral
 from pathlib import Path
+from typing import Any
 from weakref import ref
 
 import torch
 
 from clvp_fast.checkpoint import best_device, load_checkpoint
-from clvp_fast.engine.calls import Call, Pending, tell
+from clvp_fast.engine.calls import Call, Listener, Pending, tell
 from clvp_fast.engine.decode_loop import Job
 from clvp_fast.engine.door import Door, token_limit
 from clvp_fast.engine.memory import MemoryPlan, default_batch, free_bytes, plan, trim_heap
@@ -28,10 +29,11 @@ from clvp_fast.engine.turns import Turns
 from clvp_fast.engine.voices import Voice, VoiceCache
 from clvp_fast.engine.work import Work
 from clvp_fast.io.errors import shown
+from clvp_fast.models.clvp.causal_lm import ClvpForCausalLM
 from clvp_fast.models.common.parameters import arrange_for_decoding
 from clvp_fast.ops.dispatch import uncast
 
-_END = object()
+_END: Any = object()  # of requests
 
 
 class CandidateEngine:
@@ -134,8 +136,8 @@ class CandidateEngine:
             text_cleaning: as [`ClvpTokenizer`] takes it.
             options: of the constructor.
         """
-        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        checkpoint = load_checkpoint(name, device=device or best_device(), dtype=dtype, text_cleaning=text_cleaning)
+        weights: torch.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        checkpoint = load_checkpoint(name, device=device or best_device(), dtype=weights, text_cleaning=text_cleaning)
         return cls(checkpoint.model, checkpoint.processor, **options)
 
     def warm_up(self, progress: Callable[[int, int], None] | None = None) -> float:
@@ -201,7 +203,13 @@ class CandidateEngine:
         """
         return self._results(self._call(requests, sampling, keep, on_token))
 
-    def _call(self, requests, sampling=None, keep=1, on_token=None) -> Call:
+    def _call(
+        self,
+        requests: Iterable[CandidateRequest] | CandidateRequest,
+        sampling: SamplingParams | None = None,
+        keep: int = 1,
+        on_token: Listener | None = None,
+    ) -> Call:
         if isinstance(requests, CandidateRequest):
             requests = [requests]
         if sampling is not None and not isinstance(sampling, SamplingParams):
@@ -212,7 +220,7 @@ class CandidateEngine:
             raise TypeError(f"on_token must be callable, and is {shown(on_token)}")
         return Call(iter(requests), sampling or SamplingParams(), keep, on_token)
 
-    def _results(self, call: Call, drawn: deque[tuple[int, int]] | None = None) -> Iterator:
+    def _results(self, call: Call, drawn: deque[tuple[int, int]] | None = None) -> Generator[Any, None, None]:
         """The results of a call as they come; before them what its listener has put into `drawn` until then."""
         try:
             while not call.closed:
@@ -285,7 +293,7 @@ class CandidateEngine:
         thread = ThreadPoolExecutor(1, "clvp_fast generate_async")
         try:
             while True:
-                step = loop.run_in_executor(thread, context.run, next, iterator, None)
+                step = loop.run_in_executor(thread, lambda: context.run(next, iterator, None))
                 step.add_done_callback(lambda step: step.cancelled() or step.exception())  # which no one may ask for
                 if (result := await asyncio.shield(step)) is None:
                     return
@@ -316,10 +324,16 @@ class CandidateEngine:
         return voice() if self._turns.mine else self._turns.take(voice)
 
 
-def _planned(decoder, memory_fraction: float, num_pages: int | None, sizes: dict, max_batch: int | None) -> MemoryPlan:
+def _planned(
+    decoder: ClvpForCausalLM,
+    memory_fraction: float,
+    num_pages: int | None,
+    sizes: dict[str, Any],
+    max_batch: int | None,
+) -> MemoryPlan:
     planned = plan(decoder, free_bytes(decoder.device), memory_fraction, max_batch, **sizes)
     return planned if num_pages is None else replace(planned, num_pages=num_pages)
 
 
-def _runner(decoder, options: dict, memory: MemoryPlan) -> Runner:
+def _runner(decoder: ClvpForCausalLM, options: dict[str, Any], memory: MemoryPlan) -> Runner:
     return Runner(decoder, memory.num_pages, max_batch=memory.max_batch, **options)

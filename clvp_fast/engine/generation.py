@@ -17,9 +17,11 @@ from transformers import GenerationConfig
 from transformers.generation import (
     EosTokenCriteria,
     GenerateDecoderOnlyOutput,
+    LogitsProcessorList,
     MaxLengthCriteria,
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
+    StoppingCriteriaList,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -30,6 +32,7 @@ from clvp_fast.engine.decode_loop import DecodeLoop, Job
 from clvp_fast.engine.memory import MAX_BATCH, free_bytes, plan
 from clvp_fast.engine.runner import Runner
 from clvp_fast.engine.sampling_params import SamplingParams
+from clvp_fast.models.clvp.causal_lm import ClvpForCausalLM
 from clvp_fast.models.clvp.tokens import fill_up
 from clvp_fast.models.common.plain import changed_module
 from clvp_fast.ops.dispatch import autocasts
@@ -82,7 +85,7 @@ class NotServed(Exception):
     """A generation that the engine cannot decode, and why."""
 
 
-def check_call(model, given: GenerationConfig | None, args: tuple, kwargs: Mapping[str, Any]) -> None:
+def check_call(model: ClvpForCausalLM, given: GenerationConfig | None, args: tuple, kwargs: Mapping[str, Any]) -> None:
     """Raise `NotServed` where a call of `generate` asks for what the engine does not know.
 
     Args:
@@ -106,7 +109,9 @@ def check_call(model, given: GenerationConfig | None, args: tuple, kwargs: Mappi
     _stop_token(model.config.eos_token_id)
 
 
-def merged_settings(model, given: GenerationConfig | None, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def merged_settings(
+    model: ClvpForCausalLM, given: GenerationConfig | None, kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
     """The settings of a call as `GenerationMixin` merges them: keywords, `given`, the model's; None: its default."""
     settings = vars(GenerationConfig()) | vars(model.generation_config)
     if given is not None:
@@ -126,7 +131,7 @@ def _stop_token(eos_token_id: Any) -> int:
     return tokens[0]
 
 
-def check_model(model) -> None:
+def check_model(model: ClvpForCausalLM) -> None:
     """Raise `NotServed` where a `ClvpForCausalLM` does more than its class on its parameters, or not on one device."""
     if (found := changed_module(model, model.kinds)) is not None:
         raise NotServed(found)
@@ -185,13 +190,13 @@ class EngineLoop:
 
     def __call__(
         self,
-        model,
+        model: ClvpForCausalLM,
         input_ids: torch.Tensor,
-        logits_processor,
-        stopping_criteria,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
         generation_config: GenerationConfig,
         **model_kwargs,
-    ):
+    ) -> GenerateDecoderOnlyOutput | torch.Tensor:
         """Token ids `[batch * num_return_sequences, 1 + generated]`, as `GenerationMixin` returns them.
 
         Raises `NotServed` for prepared settings that the engine does not know, and for too little memory.
@@ -200,6 +205,8 @@ class EngineLoop:
             if type(part) not in (*_PROCESSORS, *_CRITERIA):
                 raise NotServed(f"it is prepared with {type(part).__name__}")
         stop = _stop_token(generation_config.eos_token_id)
+        if stopping_criteria.max_length is None:
+            raise NotServed("it has no greatest length")
         # The start token is all of `input_ids`, and counts as one of `max_length`.
         max_new_tokens = stopping_criteria.max_length - input_ids.shape[1]
         try:
@@ -215,18 +222,20 @@ class EngineLoop:
         _decode(loop, jobs, lambda max_batch: _runner(model, self.prompts, sampling, max_batch))
 
         pad = stop if generation_config.pad_token_id is None else generation_config.pad_token_id
-        start, codes = model.config.bos_token_id, [codes for job in jobs for codes in job.codes]
+        start, codes = model.config.bos_token_id, [codes for job in jobs for codes in job.all_codes()]
         drawn = torch.from_numpy(fill_up(codes, max(map(len, codes)), pad)).to(input_ids.device)
         sequences = F.pad(drawn, (1, 0), value=start)
-        return GenerateDecoderOnlyOutput(sequences) if generation_config.return_dict_in_generate else sequences
+        if not generation_config.return_dict_in_generate:
+            return sequences
+        return GenerateDecoderOnlyOutput(sequences)  # pyright: ignore[reportArgumentType] - torch makes no `LongTensor`
 
 
-def _sampling_params(settings: GenerationConfig, max_new_tokens: int, stop_token: int):
+def _sampling_params(settings: GenerationConfig, max_new_tokens: int, stop_token: int) -> SamplingParams:
     """Prepared settings as the engine's, without a seed; None leaves a processor out, as in transformers.
 
     Raises `ValueError` for values that the engine does not take.
     """
-    neutral = dict(repetition_penalty=1.0)
+    neutral: dict[str, Any] = dict(repetition_penalty=1.0)
     if settings.do_sample:
         neutral |= dict(temperature=1.0, top_k=0, top_p=1.0, typical_p=1.0, min_p=0.0)
     values = {name: getattr(settings, name, None) for name in neutral}
@@ -239,24 +248,33 @@ def _sampling_params(settings: GenerationConfig, max_new_tokens: int, stop_token
     )
 
 
-def _runner(model, prompts: list[torch.Tensor], sampling, max_batch: int | None = None):
+def _runner(
+    model: ClvpForCausalLM, prompts: list[torch.Tensor], sampling: SamplingParams, max_batch: int | None = None
+) -> Runner:
     """A runner of up to `max_batch` slots, with no more pages than candidates of the prompts can fill.
 
     Raises `ValueError` where memory is too little for one candidate.
     """
     if max_batch is None:
-        max_batch = min(len(prompts) * sampling.num_candidates, MAX_BATCH)
-    lengths = dict(max_new_tokens=sampling.max_new_tokens, max_prefix_len=max(map(len, prompts)))
-    planned = plan(model, free_bytes(model.device), max_batch=max_batch, page_size=_PAGE_SIZE, **lengths)
-    own, prefix = (-(-tokens // _PAGE_SIZE) for tokens in lengths.values())
-    num_pages = min(planned.num_pages, planned.max_batch * own + len(prompts) * prefix)
-    return Runner(model, num_pages, _PAGE_SIZE, planned.max_batch, capture=False, **lengths)
+        max_batch = min(len(prompts) * (sampling.num_candidates or 1), MAX_BATCH)
+    longest, prefix = sampling.max_new_tokens, max(map(len, prompts))
+    planned = plan(
+        model,
+        free_bytes(model.device),
+        max_batch=max_batch,
+        page_size=_PAGE_SIZE,
+        max_new_tokens=longest,
+        max_prefix_len=prefix,
+    )
+    own_pages, prefix_pages = (-(-tokens // _PAGE_SIZE) for tokens in (longest, prefix))
+    num_pages = min(planned.num_pages, planned.max_batch * own_pages + len(prompts) * prefix_pages)
+    return Runner(model, num_pages, _PAGE_SIZE, planned.max_batch, longest, max_prefix_len=prefix, capture=False)
 
 
 @torch.inference_mode()
-def _decode(loop, jobs: list, smaller: Callable[[int], Any]) -> None:
+def _decode(loop: DecodeLoop, jobs: list[Job], smaller: Callable[[int], Runner]) -> None:
     """Fill the codes of `jobs`; where memory runs out on the way, anew on `smaller(slots)` with half the slots."""
-    candidates, at_once = sum(len(job.codes) for job in jobs), loop.runner.max_batch
+    candidates, at_once = sum(len(job.codes) for job in jobs), loop.scheduler.max_batch
     LOGGER.debug("generate() runs on the engine: prompts %d, candidates %d, at once %d", len(jobs), candidates, at_once)
     while True:
         for job in jobs:

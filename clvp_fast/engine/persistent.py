@@ -35,7 +35,7 @@ def unserved(decoder: PagedDecoder, page_dtype: torch.dtype | None = None) -> st
             f"it serves heads of {HEAD_DIM} channels and hidden_size up to {MAX_HIDDEN}, not heads of "
             f"{decoder.head_dim} and {decoder.hidden_size}"
         )
-    inner = causal_lm.model.decoder.layers[0].mlp.c_fc.nf
+    inner = len(decoder.weights.layers[0].mlp_in.weight)
     if inner > MAX_INNER or inner % 8:
         return f"it serves an inner size that is a multiple of 8 up to {MAX_INNER}, not {inner}"
     if config.vocab_size > MAX_VOCAB or decoder.num_layers > MAX_LAYERS:
@@ -134,7 +134,7 @@ class PersistentStep:
 
         They have up to four rows.
         """
-        return self.bind(*entered, Room(len(entered[0]), self.decoder.device)).run()
+        return self.bind(*entered, room=Room(len(entered[0]), self.decoder.device)).run()
 
     def bind(
         self,

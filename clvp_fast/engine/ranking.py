@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from numbers import Integral
-from typing import cast, overload
+from typing import overload
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from clvp_fast.engine.sampling_params import SamplingParams
 from clvp_fast.engine.scoring import Ranking
 from clvp_fast.models.clvp.modeling import ClvpModelForConditionalGeneration
 from clvp_fast.models.clvp.similarity import normalized
-from clvp_fast.models.clvp.tokens import end_text, finished_codes, known_codes, stop_token
+from clvp_fast.models.clvp.tokens import end_text, finished_codes, known_codes, stop_token, text_end
 
 MODES = ("padded", "trimmed")
 
@@ -188,7 +188,7 @@ class Ranker:
             raise ValueError("the text is empty: give at least one token")
         if text.min() < 0 or text.max() >= config.vocab_size:
             raise ValueError(f"text ids must lie from 0 to {config.vocab_size - 1}, got {text.min()} to {text.max()}")
-        return end_text(text[None], None, cast(int, config.eos_token_id))[0][0]
+        return end_text(text[None], None, text_end(config))[0][0]
 
     def _candidates(self, codes: Sequence) -> list[torch.Tensor]:
         """The codes on the host, those that the encoder has no row for (the start token) as the filling code."""

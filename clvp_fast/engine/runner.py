@@ -13,7 +13,7 @@ number of rows on any machine and in any dtype.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial, wraps
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -21,10 +21,12 @@ import torch
 from clvp_fast.engine.decoder import PagedDecoder, min_rows
 from clvp_fast.engine.marks import Marks
 from clvp_fast.engine.persistent import MAX_ROWS, PersistentStep
-from clvp_fast.engine.scheduler import batch_buckets
+from clvp_fast.engine.sampling_params import SamplingParams
+from clvp_fast.engine.scheduler import Prefill, Step, batch_buckets
 from clvp_fast.engine.slots import SlotState, to_device
 from clvp_fast.engine.step import ENTERED, bind_draw
-from clvp_fast.models.clvp.tokens import longest_prompt, stop_token
+from clvp_fast.models.clvp.causal_lm import ClvpForCausalLM
+from clvp_fast.models.clvp.tokens import longest_prompt, start_token, stop_token
 from clvp_fast.ops.binding import Call, Room
 from clvp_fast.ops.dispatch import OPERATORS, device_guard, situation
 
@@ -33,12 +35,15 @@ PREFILL_TOKENS = 8192
 # How many steps, of other rows or settings, are kept bound: a few hundred kilobytes each.
 MAX_BOUND = 32
 
+P = ParamSpec("P")
+R = TypeVar("R")
 
-def _on_its_device(method):
+
+def _on_its_device(method: "Callable[Concatenate[Runner, P], R]") -> "Callable[Concatenate[Runner, P], R]":
     """A runner's method with the runner's device as the current one, to which streams, events and captures belong."""
 
     @wraps(method)
-    def guarded(self, *args, **kwargs):
+    def guarded(self: "Runner", *args: P.args, **kwargs: P.kwargs) -> R:
         with device_guard(self.device):
             return method(self, *args, **kwargs)
 
@@ -86,7 +91,7 @@ class Runner:
     @torch.no_grad()
     def __init__(
         self,
-        model,
+        model: ClvpForCausalLM,
         num_pages: int,
         page_size: int,
         max_batch: int,
@@ -130,7 +135,7 @@ class Runner:
             -(-self.max_prefix_len // page_size),
             vocab_size=decoder.vocab_size,
             max_new_tokens=max_new_tokens,
-            start_token=config.bos_token_id,
+            start_token=start_token(config),
             stop_token=stop_token(config),
             device=device,
         )
@@ -190,7 +195,7 @@ class Runner:
 
     @torch.inference_mode()
     @_on_its_device
-    def apply(self, step, prompts: Mapping[Any, torch.Tensor], params: Mapping[Any, Any]) -> None:
+    def apply(self, step: Step, prompts: Mapping[Any, torch.Tensor], params: Mapping[Any, SamplingParams]) -> None:
         """Bring a scheduler's changes to the device, and prefill what is new.
 
         Args:
@@ -308,7 +313,7 @@ class Runner:
             self._results[rows] = torch.empty(2, rows, dtype=torch.int64, device=self.device)
         return self._results[rows]
 
-    def _step(self, rows: int, **shortcuts) -> None:
+    def _step(self, rows: int, **shortcuts: float | bool) -> None:
         """One step of the first `rows` slots: their state is updated, and `_result` written.
 
         `shortcuts`: numbers in the place of tensors for `sample`, where that spares work and changes no token.
@@ -327,9 +332,9 @@ class Runner:
         inactive = room("inactive", rows, dtype=torch.bool)
         entered = [state[name] for name in ENTERED]
         if self._persistent is not None and rows <= MAX_ROWS:
-            bound = self._persistent.bind(*entered, room)
+            bound = self._persistent.bind(*entered, room=room)
         else:
-            bound = self.decoder.bind(*entered, self.pages, self._arrivals[:rows], room)
+            bound = self.decoder.bind(*entered, pages=self.pages, arrivals=self._arrivals[:rows], room=room)
         calls = [partial(torch.lt, state["seq_lens"], 0, out=inactive), *bound.calls]
         if self._latents is not None:
             # Inactive rows write behind the states that they have, of which there are `lengths`.
@@ -337,7 +342,7 @@ class Runner:
             calls.append(partial(self._latents.index_put_, places, bound.hidden))
         return *calls, *bind_draw(state, inactive, bound.logits, self._result(rows), shortcuts, room)
 
-    def _check_prompt(self, prefill, prompt: torch.Tensor) -> None:
+    def _check_prompt(self, prefill: Prefill, prompt: torch.Tensor) -> None:
         expected = prefill.prefix_len, self.decoder.hidden_size
         if prompt.shape != expected:
             raise ValueError(f"a prompt must be {[*expected]}, not {[*prompt.shape]}")
@@ -347,7 +352,7 @@ class Runner:
                 f"{self.max_prefix_len}: split the text, or make room with max_prefix_len"
             )
 
-    def _prefill(self, prefills, prompts: Mapping[Any, torch.Tensor]) -> None:
+    def _prefill(self, prefills: list[Prefill], prompts: Mapping[Any, torch.Tensor]) -> None:
         """Prefill prompts into the pages that the prefix table names: several at once, or one by one."""
         group, tokens = [], 0
         for number, prefill in enumerate(prefills, 1):

@@ -264,21 +264,24 @@ class Scheduler:
 
     def _enter(self, request: _Request, step: Step) -> Run:
         """The next waiting candidate of a request takes the lowest free slot."""
-        run = Run(request, request.waiting.popleft(), heappop(self._free_slots))
+        slot, row = heappop(self._free_slots), request.prefix_row
+        assert row is not None  # `_start` came first
+        run = Run(request, request.waiting.popleft(), slot)
         if not request.waiting:
             del self._waiting[request.key]
         self._idle.discard(request)
         request.running.add(run)
         self.pool.share(request.prefix_pages)
         self._running[run] = None
-        self._slots[run.slot] = run
-        self._num_slots = max(self._num_slots, run.slot + 1)
-        step.admitted.append(Admission(run.slot, request.key, run.candidate, request.prefix_row))
+        self._slots[slot] = run
+        self._num_slots = max(self._num_slots, slot + 1)
+        step.admitted.append(Admission(slot, request.key, run.candidate, row))
         return run
 
     def _give(self, step: Step, runs: list[Run]) -> None:
         """One more page for each of `runs`, of which the last one, if any, is full."""
         for run, page in zip(runs, self.pool.allocate(len(runs)), strict=True):
+            assert run.slot is not None
             step.new_pages.append((run.slot, len(run.pages), page))
             run.pages.append(page)
         self._due[self._next + self.page_size] += runs
@@ -295,17 +298,17 @@ class Scheduler:
 
     def _stop(self, run: Run) -> None:
         """Take a candidate off its slot; the request's own reference to the prefix stays."""
-        request = run.request
+        request, slot = run.request, run.slot
+        assert slot is not None
         self.pool.release(run.pages)
         self.pool.release(request.prefix_pages)
         del self._running[run]
         request.running.discard(run)
         if not request.running:
             self._idle.add(request)
-        self._slots[run.slot] = None
-        heappush(self._free_slots, run.slot)
-        self._freed.append(run.slot)
-        run.slot = None
+        self._slots[slot] = run.slot = None
+        heappush(self._free_slots, slot)
+        self._freed.append(slot)
 
     def _drop_idle(self) -> None:
         """Give up prefixes that no running candidate uses; they are prefilled again when their turn comes."""
@@ -313,6 +316,7 @@ class Scheduler:
             self._drop_prefix(request)
 
     def _drop_prefix(self, request: _Request) -> None:
+        assert request.prefix_row is not None
         self.pool.release(request.prefix_pages)
         self._free_rows.append(request.prefix_row)
         request.prefix_pages, request.prefix_row = [], None
@@ -333,6 +337,7 @@ class Scheduler:
         while self._num_slots > active:
             source, target = self._num_slots - 1, heappop(self._free_slots)
             run = self._slots[source]
+            assert run is not None  # `_trim` stopped there
             self._slots[source], self._slots[target], run.slot = None, run, target
             heappush(self._free_slots, source)
             step.moves.append((source, target))

@@ -9,6 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
+
+from clvp_fast.engine.sampling_params import SamplingParams
+from clvp_fast.engine.scheduler import Admission, Step
 
 # State of a slot in 64 bits: whole numbers, then floating ones. `lengths` counts the tokens drawn.
 _WHOLE = ("token", "lengths", "limit", "stop", "seed", "candidate", "top_k", "do_sample")
@@ -42,10 +46,10 @@ class SlotState:
         max_new_tokens: int,
         start_token: int,
         stop_token: int,
-        device: torch.types.Device,
+        device: torch.device,
     ):
         self.rows = rows
-        self.device = torch.device(device)
+        self.device = device
         self._max_new_tokens = max_new_tokens
         self._start_token, self._stop_token = start_token, stop_token
         shapes = dict(
@@ -104,7 +108,7 @@ class SlotState:
         self._found[rows] = found
         return found
 
-    def apply(self, step, params: Mapping[Any, Any]) -> None:
+    def apply(self, step: Step, params: Mapping[Any, SamplingParams]) -> None:
         """Enter a scheduler's `Step`, prefills aside: slots freed, candidates admitted, pages entered, slots moved.
 
         Raises `ValueError` for parameters (by key, `SamplingParams`) without a seed or with too many new tokens.
@@ -148,7 +152,14 @@ class SlotState:
         for name, value in NEUTRAL.items():
             self._known[name][slots] = value
 
-    def _admit(self, updates: "_Updates", admitted, slots: np.ndarray, states, params) -> None:
+    def _admit(
+        self,
+        updates: "_Updates",
+        admitted: list[Admission],
+        slots: np.ndarray,
+        states: Mapping[Any, np.ndarray],
+        params: Mapping[Any, SamplingParams],
+    ) -> None:
         """Put the first state of candidates, and their parameters."""
         wide = np.stack([states[admission.key] for admission in admitted])
         wide[:, _WHOLE.index("candidate")] = [admission.candidate for admission in admitted]
@@ -165,7 +176,7 @@ class SlotState:
         for name, values in zip(_REAL, wide[:, len(_WHOLE) :].view(np.float64).T, strict=True):
             self._known[name][slots] = values
 
-    def _request_state(self, params) -> np.ndarray:
+    def _request_state(self, params: SamplingParams) -> np.ndarray:
         """The 64-bit state of a request's candidates, floating numbers as their bits; `candidate` is left open."""
         if params.seed is None:
             raise ValueError("the parameters of a request have no seed: draw one before it is admitted")
@@ -199,7 +210,7 @@ class _Updates:
         self._offsets = offsets
         self._words, self._values = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
 
-    def put(self, part: str, words, values) -> None:
+    def put(self, part: str, words: ArrayLike, values: ArrayLike) -> None:
         """Write `values` (one for all, or one each) at `words` of a part of the arena, counted from its start."""
         words = np.asarray(words, dtype=np.int64) + self._offsets[part]
         self._words.append(words)

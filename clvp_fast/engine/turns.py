@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from queue import Empty, SimpleQueue
-from typing import TypeVar
+from typing import TypeVar, overload
 from weakref import WeakSet
 
 T = TypeVar("T")
@@ -49,6 +49,12 @@ class Turns:
         """Raise `RuntimeError` inside of a turn of this thread, which would wait for itself."""
         if self.mine:
             raise RuntimeError("an engine cannot be asked for more within its own step, by a listener or a scorer")
+
+    @overload
+    def take(self, function: Callable[[], T]) -> T: ...
+
+    @overload
+    def take(self, function: Callable[[], T], unless: Callable[[], bool]) -> T | None: ...
 
     def take(self, function: Callable[[], T], unless: Callable[[], bool] = lambda: False) -> T | None:
         """What `function` returns, called in a turn of this thread; None if `unless()` is true before that comes.

@@ -7,6 +7,8 @@ from torch import nn
 
 from clvp_fast import ops
 from clvp_fast.engine.products import Product, in_int8
+from clvp_fast.models.clvp.causal_lm import ClvpForCausalLM
+from clvp_fast.models.clvp.decoder import ClvpDecoderLayer
 from clvp_fast.models.common.layers import is_plain_embedding
 from clvp_fast.models.common.parameters import pack_linears, transpose_storage
 from clvp_fast.models.common.plain import activation_name, changed_module, drop_probability
@@ -88,7 +90,7 @@ class DecoderWeights:
     they are to be taken again.
     """
 
-    model: nn.Module
+    model: ClvpForCausalLM
     token_table: torch.Tensor
     position_table: torch.Tensor
     layers: tuple[LayerWeights, ...]
@@ -98,7 +100,7 @@ class DecoderWeights:
 
     @classmethod
     @torch.no_grad()
-    def take(cls, model: nn.Module) -> "DecoderWeights | str":
+    def take(cls, model: ClvpForCausalLM) -> "DecoderWeights | str":
         """The weights of a `ClvpForCausalLM` in eval mode, or why its parameters do not say what it computes."""
         if (reason := changed_module(model, model.kinds)) is not None:
             return f"{reason}, and the engine reads its parameters: take it off (merge adapters) first"
@@ -106,16 +108,19 @@ class DecoderWeights:
         tables = stack.input_embeds_layer, stack.position_embeds_layer
         if not all(map(is_plain_embedding, tables)) or tables[0].weight.dtype != tables[1].weight.dtype:
             return "an embedding does more than look rows up, or the two have other dtypes: the engine reads tables"
-        if any(drop_probability(layer.mlp.dropout) for layer in stack.layers):
+        layers = layers_of(model)
+        if any(drop_probability(layer.mlp.dropout) for layer in layers):
             return "the model is in training mode, with dropout: call its eval()"
-        norms = [norm for layer in stack.layers for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
+        norms = [norm for layer in layers for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
         if any(norm.weight is None for norm in (*norms, stack.layer_norm, model.final_norm)):
             return "a layer norm has no weight, which the engine reads: give it one of ones"
         return cls(
             model,
-            *(table.weight for table in tables),
-            tuple(map(_layer, stack.layers)),
-            *map(_norm, (stack.layer_norm, model.final_norm)),
+            tables[0].weight,
+            tables[1].weight,
+            tuple(map(_layer, layers)),
+            _norm(stack.layer_norm),
+            _norm(model.final_norm),
             Product(model.lm_head.weight, model.lm_head.bias),
         )
 
@@ -147,11 +152,20 @@ class DecoderWeights:
         return tuple(parameter.data_ptr() for parameter in self.parameters())
 
 
+def layers_of(model: ClvpForCausalLM) -> list[ClvpDecoderLayer]:
+    """The layers of a model none of whose modules was replaced."""
+    layers = []
+    for layer in model.model.decoder.layers:
+        assert isinstance(layer, ClvpDecoderLayer)
+        layers.append(layer)
+    return layers
+
+
 def _norm(norm: nn.LayerNorm) -> Norm:
     return Norm(norm.weight, norm.bias, norm.eps)
 
 
-def _layer(layer: nn.Module) -> LayerWeights:
+def _layer(layer: ClvpDecoderLayer) -> LayerWeights:
     """One layer's weights; those that are to lie otherwise are moved."""
     attn, mlp = layer.attn, layer.mlp
     linears = [attn.q_proj, attn.k_proj, attn.v_proj]

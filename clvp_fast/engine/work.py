@@ -11,7 +11,7 @@ fails in two smaller ones, and the request that fails alone has the exception fo
 
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -81,7 +81,7 @@ class Work:
         for pending in settled:
             self.pending.pop(pending, None)
             del call.owed[pending]
-        return [pending.result for pending in settled if not pending.dropped]
+        return [pending.result for pending in settled if pending.result is not None and not pending.dropped]
 
     @property
     def is_settled(self) -> bool:
@@ -118,6 +118,7 @@ class Work:
 
     def warm_up(self, progress: Callable[[int, int], None] | None) -> None:
         self._mend()
+        assert self.loop.runner is not None
         self.loop.runner.warm_up(progress)
         self._warm = True
 
@@ -160,7 +161,7 @@ class Work:
         return None
 
     @contextmanager
-    def _changing(self):
+    def _changing(self) -> Iterator[None]:
         """Around every change of the loop, which is whole at its beginning and, unless it raises, at its end."""
         self._mend()
         self._torn = True
@@ -251,18 +252,19 @@ def ranked(pending: Pending, job: Job, scorer: Scorer, latents: bool) -> Candida
     decoded = time.perf_counter()
     if job.prompt.device.type == "cpu":
         trim_heap()
-    stop = job.sampling.stop_token
-    stopped = np.array([len(codes) > 0 and codes[-1] == stop for codes in job.codes])
-    spoken = [codes[: len(codes) - ended] for codes, ended in zip(job.codes, stopped, strict=True)]
+    drawn, stop = job.all_codes(), job.sampling.stop_token
+    assert stop is not None and job.started_at is not None  # the door has said one, and the job is done
+    stopped = np.array([len(codes) > 0 and codes[-1] == stop for codes in drawn])
+    spoken = [codes[: len(codes) - ended] for codes, ended in zip(drawn, stopped, strict=True)]
     lengths = np.array([len(codes) for codes in spoken])
     codes = fill_up(spoken, max(lengths.max(), 1), stop)
     result = CandidateResult(pending.request, codes=codes, lengths=lengths, stopped=stopped)
     ranking = scorer.score(pending.request, pending.text_ids, spoken, job.sampling.max_new_tokens)
     check_ranking(ranking, scorer, len(spoken))
     result.kept = ranking.top(min(pending.keep, len(spoken))).cpu().numpy()
-    result.scores, result.text_embeds, result.speech_embeds = (
-        None if tensor is None else tensor.float().cpu().numpy()
-        for tensor in (ranking.scores, ranking.text_embeds, ranking.speech_embeds)
+    result.scores = ranking.scores.float().cpu().numpy()
+    result.text_embeds, result.speech_embeds = (
+        None if x is None else x.float().cpu().numpy() for x in (ranking.text_embeds, ranking.speech_embeds)
     )
     if latents:
         result.latents = {i: diffusion_latents(job.latents[i], int(lengths[i])) for i in result.kept.tolist()}

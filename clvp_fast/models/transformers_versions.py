@@ -71,7 +71,7 @@ def takes_cache(method: Callable) -> Callable:
 
     signature = inspect.signature(method)
     parameters = [p.replace(name=CACHE) if p.name == "cache" else p for p in signature.parameters.values()]
-    renamed.__signature__ = signature.replace(parameters=parameters)
+    renamed.__dict__["__signature__"] = signature.replace(parameters=parameters)
     return renamed
 
 

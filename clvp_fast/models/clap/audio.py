@@ -111,7 +111,8 @@ class ClapAudioLayer(nn.Module):
         else:
             mask = None
             if shift > 0:
-                mask = seam(*image.shape[1:3], window, shift, image.device).to(image.dtype) * SEAM
+                _, height, width, _ = image.shape
+                mask = seam(height, width, window, shift, image.device).to(image.dtype) * SEAM
             windows = cut_windows(image, window, shift)
             windows, *weights = self.attention(windows, mask, output_attentions=output_attentions)
             attended = join_windows(windows, image.shape, window, shift)
@@ -142,11 +143,12 @@ class ClapAudioLayer(nn.Module):
         """`forward`, by the operators of the two halves."""
         norm, attention, dense = self.layernorm_before, self.attention.self, self.attention.output.dense
         packed = packed_linears(attention.projections())
+        assert packed is not None  # `_is_in_halves` has looked
         weights = norm.weight, norm.bias, *packed, attention.bias(), dense.weight, dense.bias
-        options = dict(window=self.window_size, shift=shift, eps=norm.eps)
-        hidden_states = ops.window_block(hidden_states.unflatten(1, size), *weights, **options).flatten(1, 2)
-        norm, first, last = self.layernorm_after, self.intermediate, self.output.dense
-        weights = norm.weight, norm.bias, first.dense.weight, first.dense.bias, last.weight, last.bias
+        image, window = hidden_states.unflatten(1, size), self.window_size
+        hidden_states = ops.window_block(image, *weights, window=window, shift=shift, eps=norm.eps).flatten(1, 2)
+        norm, first, last = self.layernorm_after, self.intermediate.dense, self.output.dense
+        weights = norm.weight, norm.bias, first.weight, first.bias, last.weight, last.bias
         return ops.mlp_block(hidden_states, *weights, activation=activation, eps=norm.eps)
 
 
@@ -274,13 +276,16 @@ class ClapAudioEncoder(nn.Module):
             normed = self.batch_norm(input_features.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         else:
             normed = self.batch_norm(input_features.transpose(1, 3)).transpose(1, 3)
-        if not self.config.enable_fusion or not is_plain(self.patch_embed, ClapAudioPatchEmbed):
+        if longer is None or not is_plain(self.patch_embed, ClapAudioPatchEmbed):
             return self.patch_embed(fold_spectrogram(normed, *fold), longer)
         crops = fold_spectrogram(normed[longer, 1:], *fold) if len(longer) else None
         return self.patch_embed.embed(fold_spectrogram(normed[:, :1], *fold), crops, longer)
 
     def _check(self, input_features: torch.Tensor, is_longer: torch.Tensor | None) -> torch.Tensor | None:
-        """Raise for what is no input of this model; which clips are longer than its input, `[clips]` int64."""
+        """Raise for what is no input of this model; which clips are longer than its input, `[clips]` int64.
+
+        None without fusion, where that makes no difference.
+        """
         fusion, mels = self.config.enable_fusion, self.config.num_mel_bins
         channels = 4 if fusion else self.config.patch_embed_input_channels
         shape = list(input_features.shape)

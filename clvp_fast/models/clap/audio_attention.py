@@ -31,6 +31,8 @@ def join_windows(windows: torch.Tensor, shape: torch.Size, window: int, shift: i
 class ClapAudioSelfAttention(ArrangedLayer):
     """Attention within windows, with a bias for each distance of two places."""
 
+    relative_position_index: torch.Tensor
+
     def __init__(self, config: ClapAudioConfig, width: int, num_heads: int):
         super().__init__()
         if width % num_heads:
@@ -85,14 +87,15 @@ class ClapAudioSelfAttention(ArrangedLayer):
         attended = (weights @ value).transpose(1, 2).flatten(2)
         return (attended, weights) if output_attentions else (attended,)
 
-    def attend(self, image: torch.Tensor, shift: int, output_attentions: bool) -> tuple[torch.Tensor, ...]:
+    def attend(
+        self, image: torch.Tensor, shift: int, output_attentions: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The same of all windows of an image `[batch, rows, columns, width]`, which begin `shift` places later."""
         query, key, value = project_heads(self.projections(), image, self.num_heads)
-        options = dict(window=self.window_size, shift=shift, dropout_p=drop_probability(self.dropout))
-        if output_attentions:
-            attended, weights = ops.window_attention_weights(query, key, value, self.bias(), **options)
-        else:
-            attended, weights = ops.window_attention(query, key, value, self.bias(), **options), None
+        operator = ops.window_attention_weights if output_attentions else ops.window_attention
+        dropout_p = drop_probability(self.dropout)
+        found = operator(query, key, value, self.bias(), window=self.window_size, shift=shift, dropout_p=dropout_p)
+        attended, weights = found if isinstance(found, tuple) else (found, None)
         return attended.flatten(-2), weights
 
 

@@ -82,8 +82,9 @@ class ClapAudioPatchEmbed(nn.Module):
             raise ValueError("flatten_patch_embeds must be True: the layers take a sequence of patches")
         self.image_size = pair(config.spec_size)
         size, self.patch_stride = pair(config.patch_size), pair(config.patch_stride)
-        self.grid_size = tuple(side // stride for side, stride in zip(self.image_size, self.patch_stride, strict=True))
-        padding = tuple((side - stride) // 2 for side, stride in zip(size, self.patch_stride, strict=True))
+        (rows, columns), (down, across) = self.image_size, self.patch_stride
+        self.grid_size = rows // down, columns // across
+        padding = (size[0] - down) // 2, (size[1] - across) // 2
         self.enable_fusion = config.enable_fusion
         if self.enable_fusion and config.fusion_type == "channel_map":
             raise ValueError("fusion_type 'channel_map' is not served: CLAP's checkpoints fuse by 'aff_2d'")
@@ -92,8 +93,7 @@ class ClapAudioPatchEmbed(nn.Module):
         self.norm = nn.LayerNorm(width) if config.enable_patch_layer_norm else nn.Identity()
         if self.enable_fusion:
             self.fusion_model = ClapAudioAFFBlock(config)
-            stride = (self.patch_stride[0], self.patch_stride[1] * 3)
-            self.mel_conv2d = Conv2d(channels, width, (size[0], size[1] * 3), stride, padding)
+            self.mel_conv2d = Conv2d(channels, width, (size[0], size[1] * 3), (down, across * 3), padding)
 
     def forward(self, hidden_states: torch.Tensor, is_longer_idx: torch.Tensor | None = None) -> torch.Tensor:
         """Images `[batch, channels, rows, columns]` to `[batch, patches, channels]`.
@@ -103,6 +103,7 @@ class ClapAudioPatchEmbed(nn.Module):
         """
         if not self.enable_fusion:
             return self.embed(hidden_states)
+        assert is_longer_idx is not None  # the encoder gives it with fusion
         crops = hidden_states[is_longer_idx, 1:] if len(is_longer_idx) else None
         return self.embed(hidden_states[:, :1], crops, is_longer_idx)
 
@@ -113,7 +114,7 @@ class ClapAudioPatchEmbed(nn.Module):
 
         Args:
             images: `[batch, channels, rows, columns]`; of a model with fusion, of the whole clips.
-            crops: `[clips, 3, rows, columns]`, of the clips that are longer than the model's input.
+            crops: `[clips, 3, rows, columns]`, of the clips that are longer than the model's input; None without any.
             longer: `[clips]`, int64: which clips of the batch those are.
         """
         if images.shape[2:] != self.image_size:
@@ -123,7 +124,7 @@ class ClapAudioPatchEmbed(nn.Module):
                 f"{rows} x {columns}: the extractor's feature_size must be the model's num_mel_bins"
             )
         embedded = project(self.proj, images)
-        if longer is not None and len(longer):
+        if longer is not None and crops is not None:
             embedded = embedded.index_copy(0, longer, self._fuse(embedded[longer], crops))
         return add_norm(self.norm, embedded.flatten(1, 2))[1]
 

@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass
+from functools import partial
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -91,15 +92,16 @@ class ClapFeatureExtractor(SequenceFeatureExtractor):
         self.nb_max_samples = max_length_s * sampling_rate
         self.frequency_min = frequency_min
         self.frequency_max = frequency_max
-        filters = dict(
+        filters = partial(
+            mel_filter_bank,
             num_frequency_bins=self.nb_frequency_bins,
             num_mel_filters=feature_size,
             min_frequency=frequency_min,
             max_frequency=frequency_max,
             sampling_rate=sampling_rate,
         )
-        self.mel_filters = mel_filter_bank(**filters, norm=None, mel_scale="htk")
-        self.mel_filters_slaney = mel_filter_bank(**filters, norm="slaney", mel_scale="slaney")
+        self.mel_filters = filters(norm=None, mel_scale="htk")
+        self.mel_filters_slaney = filters(norm="slaney", mel_scale="slaney")
 
     def to_dict(self) -> dict:
         """The fields of the JSON file, without the mel filters that they define."""
@@ -209,7 +211,7 @@ class ClapFeatureExtractor(SequenceFeatureExtractor):
             if plan.crops is None and not plan.whole:
                 continue
             mel = self._mel(_as_floats(found[place])[None].to(device), tables, [place], len(plans))[0]
-            if plan.whole:
+            if plan.crops is None:
                 features[place] = mel
                 continue
             size = (frames, self.feature_size)

@@ -6,7 +6,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, initialization as init
 
+from clvp_fast.models.clap.audio_attention import ClapAudioSelfAttention
 from clvp_fast.models.clap.configuration import ClapConfig
+from clvp_fast.models.clap.text import ClapTextEmbeddings
 from clvp_fast.models.common.parameters import arrange_parameters
 
 
@@ -16,7 +18,7 @@ class ClapPreTrainedModel(PreTrainedModel):
     config: ClapConfig
     config_class = ClapConfig
     base_model_prefix = "clap"
-    input_modalities = ("audio", "text")
+    input_modalities: str | tuple[str, ...] = ("audio", "text")
     supports_gradient_checkpointing = False
     _no_split_modules = ["ClapTextLayer", "ClapAudioLayer"]  # noqa: RUF012
 
@@ -34,14 +36,14 @@ class ClapPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, mean=0.0, std=std)
             if module.bias is not None:
                 init.zeros_(module.bias)
-        elif hasattr(module, "initial_buffers"):
+        elif isinstance(module, (ClapAudioSelfAttention, ClapTextEmbeddings)):
             for name, value in module.initial_buffers().items():
                 init.copy_(getattr(module, name), value)
-            if hasattr(module, "relative_position_bias_table"):
+            if isinstance(module, ClapAudioSelfAttention):
                 init.zeros_(module.relative_position_bias_table)
         elif hasattr(module, "logit_scale_a"):
-            for scale in (module.logit_scale_a, module.logit_scale_t):
-                init.constant_(scale, math.log(self.config.logit_scale_init_value))
+            for name in ("logit_scale_a", "logit_scale_t"):
+                init.constant_(getattr(module, name), math.log(self.config.logit_scale_init_value))
         else:
             super()._init_weights(module)
 

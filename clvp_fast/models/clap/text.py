@@ -15,6 +15,8 @@ from clvp_fast.models.common.plain import is_plain
 class ClapTextEmbeddings(nn.Module):
     """Sum of token, type and position embeddings, normalised. Positions count from `pad_token_id + 1` on."""
 
+    token_type_ids: torch.Tensor
+
     def __init__(self, config: ClapTextConfig):
         super().__init__()
         self.padding_idx = config.pad_token_id
@@ -36,15 +38,17 @@ class ClapTextEmbeddings(nn.Module):
 
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
-        token_type_ids: torch.LongTensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """`[batch, length]` ids, or `[batch, length, hidden_size]` embeddings → `[batch, length, hidden_size]`."""
-        size = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        assert given is not None  # the model takes exactly one
+        size = given.shape[:2]
         if position_ids is None:
-            position_ids = self.positions(input_ids if inputs_embeds is None else inputs_embeds)
+            position_ids = self.positions(given)
             if not is_plain(self.position_embeddings, nn.Embedding):
                 position_ids = position_ids.expand(size)  # which a hook sees
         if token_type_ids is None:
@@ -56,20 +60,23 @@ class ClapTextEmbeddings(nn.Module):
         embedded = inputs_embeds + self.token_type_embeddings(token_type_ids) + self.position_embeddings(position_ids)
         return self.dropout(add_norm(self.LayerNorm, embedded)[1])
 
-    def positions(self, inputs: torch.Tensor) -> torch.LongTensor:
+    def positions(self, inputs: torch.Tensor) -> torch.Tensor:
         """The positions of ids `[batch, length]`, among which padding has none, or of embeddings, all places in turn.
 
-        Raises `ValueError` for a text with more tokens than there are positions.
+        Raises `ValueError` for a text with more tokens than there are positions, and without a `pad_token_id`.
         """
-        length, first = inputs.shape[1], self.padding_idx + 1
+        padding = self.padding_idx
+        if padding is None:
+            raise ValueError("positions count from pad_token_id + 1 on, and it is None: give position_ids")
+        length, first = inputs.shape[1], padding + 1
         if inputs.ndim == 3:
             positions = torch.arange(first, first + length, device=inputs.device)[None]
         else:
-            present = inputs.ne(self.padding_idx).long()
-            positions = present.cumsum(1) * present + self.padding_idx
+            present = inputs.ne(padding).long()
+            positions = present.cumsum(1) * present + padding
         if first + length > self.max_positions and int(positions.max()) >= self.max_positions:
             raise ValueError(
-                f"a text of {int(positions.max()) - self.padding_idx} tokens is too long: the model has positions for "
+                f"a text of {int(positions.max()) - padding} tokens is too long: the model has positions for "
                 f"{self.max_positions - first}; cut it with truncation=True, max_length={self.max_positions - first}"
             )
         return positions
@@ -108,11 +115,9 @@ class ClapTextSelfAttention(ArrangedLayer):
         """`[batch, length, hidden_size]` → the same, and the weights `[batch, heads, length, length]` if needed."""
         query, key, value = project_heads(self._projections, hidden_states, self.num_heads)
         dropout_p = self.attention_dropout if self.training else 0.0
-        options = dict(mask=attention_mask, scale=self.scale, dropout_p=dropout_p)
-        if need_weights:
-            attended, weights = ops.rotary_attention_weights(query, key, value, **options)
-        else:
-            attended, weights = ops.rotary_attention(query, key, value, **options), None
+        operator = ops.rotary_attention_weights if need_weights else ops.rotary_attention
+        found = operator(query, key, value, mask=attention_mask, scale=self.scale, dropout_p=dropout_p)
+        attended, weights = found if isinstance(found, tuple) else (found, None)
         return attended.flatten(-2), weights
 
 

@@ -40,6 +40,7 @@ def accelerate(model: nn.Module) -> ClvpPreTrainedModel:
             f"accelerate() takes a CLVP model of transformers ({', '.join(_CLASSES)}), not {type(model).__module__}."
             f"{name}: of a wrapper or a compiled model, give the model inside"
         )
+    assert isinstance(model, transformers.PreTrainedModel)  # as all of those are
     ours_class = getattr(modeling, name)
     with torch.device("meta"):
         ours = ours_class(ours_class.config_class.from_dict(model.config.to_dict()))
@@ -51,8 +52,9 @@ def accelerate(model: nn.Module) -> ClvpPreTrainedModel:
         module.training = theirs[where].training
         if isinstance(module, ClvpRotaryPositionalEmbedding):
             _restore_precision(module)
-        if getattr(theirs[where], "generation_config", None) is not None:
-            module.generation_config = copy.deepcopy(theirs[where].generation_config)
+        settings = getattr(theirs[where], "generation_config", None)
+        if settings is not None and isinstance(module, ClvpPreTrainedModel):
+            module.generation_config = copy.deepcopy(settings)
     return ours
 
 

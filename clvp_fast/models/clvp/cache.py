@@ -16,50 +16,51 @@ class GrowingLayer(DynamicLayer):
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
-        self._buffers = (None, None)
+        self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         length = self.get_seq_length()
         new_length = length + key_states.shape[-2]
-        if not self._holds(length, new_length):
-            self._buffers = tuple(
-                self._grown(old, new, length, new_length)
-                for old, new in ((self.keys, key_states), (self.values, value_states))
+        buffers = self._buffers
+        if buffers is None or not self._holds(buffers, length, new_length):
+            buffers = self._buffers = (
+                self._grown(self.keys, key_states, length, new_length),
+                self._grown(self.values, value_states, length, new_length),
             )
-        for buffer, new in zip(self._buffers, (key_states, value_states), strict=True):
+        for buffer, new in zip(buffers, (key_states, value_states), strict=True):
             buffer[..., length:new_length, :] = new
-        self.keys, self.values = (buffer[..., :new_length, :] for buffer in self._buffers)
+        self.keys, self.values = (buffer[..., :new_length, :] for buffer in buffers)
         return self.keys, self.values
 
     def whole(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The contiguous buffers `[batch, heads, capacity, head_dim]` that `keys` and `values` begin."""
+        assert self._buffers is not None  # an update made them
         return self._buffers
 
-    def _holds(self, length: int, new_length: int) -> bool:
+    def _holds(self, buffers: tuple[torch.Tensor, torch.Tensor], length: int, new_length: int) -> bool:
         """Whether `keys` and `values` are still this layer's own views, with room behind them."""
         return all(
-            buffer is not None
+            current is not None
             and new_length <= buffer.shape[-2]
             and current.data_ptr() == buffer.data_ptr()
             and current.stride() == buffer.stride()
             and current.shape[:-2] == buffer.shape[:-2]
-            for buffer, current in zip(self._buffers, (self.keys, self.values), strict=True)
+            for buffer, current in zip(buffers, (self.keys, self.values), strict=True)
         )
 
-    def _grown(self, old: torch.Tensor, new: torch.Tensor, length: int, new_length: int) -> torch.Tensor:
+    def _grown(self, old: torch.Tensor | None, new: torch.Tensor, length: int, new_length: int) -> torch.Tensor:
         batch, heads, _, head_dim = new.shape
         # Zeros, not garbage: `whole` shows what lies behind the length, and a weight of 0 does not swallow a NaN.
         buffer = new.new_zeros((batch, heads, new_length + self.growth, head_dim))
-        if length:
+        if old is not None and length:
             buffer[..., :length, :] = old
         return buffer
 
     def reset(self) -> None:
         # Not the base class's: transformers 5.17 keeps the length there and zeroes what it holds.
-        self.keys = self.values = None
-        self._buffers = (None, None)
+        self.keys = self.values = self._buffers = None
         self.is_initialized = False
 
 

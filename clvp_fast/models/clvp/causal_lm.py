@@ -11,6 +11,7 @@ from clvp_fast.models.clvp.cache import GrowingCache
 from clvp_fast.models.clvp.configuration import ClvpDecoderConfig
 from clvp_fast.models.clvp.decoder import ClvpModel
 from clvp_fast.models.clvp.pretrained import ClvpPreTrainedModel
+from clvp_fast.models.clvp.tokens import start_token
 from clvp_fast.models.common.layers import add_norm
 from clvp_fast.models.common.parameters import apply_linear, arrange_for_decoding
 from clvp_fast.models.transformers_versions import CACHE, CACHE_NAMES, takes_cache
@@ -104,7 +105,8 @@ class ClvpForCausalLM(ClvpPreTrainedModel, GenerationMixin):
         **kwargs,
     ) -> dict:
         """`GenerationMixin`'s hook; `num_prompts` marks a generation that continues conditioning embeddings."""
-        model_inputs = super().prepare_inputs_for_generation(
+        # transformers types `self` there, and in `generate`, by a protocol that none of its models meets.
+        model_inputs = super().prepare_inputs_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
             input_ids,
             **{CACHE: cache},
             inputs_embeds=inputs_embeds,
@@ -118,6 +120,7 @@ class ClvpForCausalLM(ClvpPreTrainedModel, GenerationMixin):
             model_inputs["embeds_have_positions"] = True
             recorded = model_inputs.get("output_attentions") or model_inputs.get("output_hidden_states")
             if cache is not None and not recorded:
+                assert inputs_embeds is not None  # `generate` gives them with `num_prompts`
                 model_inputs["candidates_per_prompt"] = inputs_embeds.shape[0] // num_prompts
         else:
             # The k-th speech token stands at position k + 1, as in the original with its cache; training counted k.
@@ -162,7 +165,7 @@ class ClvpForCausalLM(ClvpPreTrainedModel, GenerationMixin):
                 raise ValueError("use_engine=True needs conditioning_embeds: the engine continues no token ids")
             if attention_mask is not None:
                 kwargs["attention_mask"] = attention_mask
-            return super().generate(inputs, generation_config, *args, **kwargs)
+            return self._generate(inputs, generation_config, *args, **kwargs)
         if inputs is not None or kwargs.get("input_ids") is not None:
             raise ValueError("conditioning_embeds are continued from the start token: do not give token ids with them")
 
@@ -171,7 +174,7 @@ class ClvpForCausalLM(ClvpPreTrainedModel, GenerationMixin):
         batch, prompt, _ = conditioning_embeds.shape
         settings = generation_config if generation_config is not None else self.generation_config
         self._check_length(prompt, settings, kwargs)
-        start = torch.full((batch, 1), self.config.bos_token_id, device=conditioning_embeds.device)
+        start = torch.full((batch, 1), start_token(self.config), device=conditioning_embeds.device)
         if attention_mask is None:
             attention_mask = start.new_ones((batch, prompt + 1))
         elif attention_mask.shape == (batch, prompt):
@@ -203,7 +206,7 @@ class ClvpForCausalLM(ClvpPreTrainedModel, GenerationMixin):
         cache_implementation = kwargs.get("cache_implementation") or settings.cache_implementation
         if cache_implementation is None and kwargs.keys().isdisjoint(CACHE_NAMES):
             kwargs[CACHE] = GrowingCache()
-        return super().generate(
+        return self._generate(
             start,
             generation_config,
             *args,
@@ -212,6 +215,10 @@ class ClvpForCausalLM(ClvpPreTrainedModel, GenerationMixin):
             num_prompts=batch,
             **kwargs,
         )
+
+    def _generate(self, *args, **kwargs):
+        """`generate` of transformers."""
+        return super().generate(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue] - as above
 
     def _generate_on_engine(
         self,
@@ -228,7 +235,7 @@ class ClvpForCausalLM(ClvpPreTrainedModel, GenerationMixin):
         generation.check_call(self, generation_config, args, kwargs)
         generation.check_model(self)
         engine = generation.EngineLoop(generation.split_prompts(embeds, attention_mask))
-        return super().generate(
+        return self._generate(
             start,
             generation_config,
             *args,

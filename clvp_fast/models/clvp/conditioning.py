@@ -7,7 +7,7 @@ from torch.utils.checkpoint import checkpoint
 
 from clvp_fast.models.clvp.configuration import ClvpConfig
 from clvp_fast.models.clvp.layers import ClvpSelfAttention
-from clvp_fast.models.clvp.tokens import PaddedText, insert_eos_at_first_pad, most_text
+from clvp_fast.models.clvp.tokens import PaddedText, insert_eos_at_first_pad, most_text, text_end
 from clvp_fast.models.common.convolution import Conv1d
 from clvp_fast.models.common.plain import is_plain
 
@@ -84,6 +84,7 @@ class ClvpConditioningEncoder(nn.Module):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         by_mask, num_ends = num_ends is not None, 1 if num_ends is None else num_ends
         tokens = input_ids if inputs_embeds is None else inputs_embeds
+        assert tokens is not None
         limit = most_text(self.decoder_config, num_ends)
         if not 0 < tokens.shape[1] <= limit:
             raise ValueError(
@@ -94,10 +95,10 @@ class ClvpConditioningEncoder(nn.Module):
             raise ValueError(
                 f"attention_mask must be {list(tokens.shape[:2])} as the text is, got {list(attention_mask.shape)}"
             )
-        bos, eos = self.text_config.bos_token_id, self.text_config.eos_token_id
+        bos, eos = self.text_config.bos_token_id, text_end(self.text_config)
         text = PaddedText(tokens, attention_mask)
         if inputs_embeds is None and not by_mask:
-            ids = insert_eos_at_first_pad(F.pad(input_ids, (1, 0), value=bos), 0, eos)
+            ids = insert_eos_at_first_pad(F.pad(tokens, (1, 0), value=bos), 0, eos)
             return PaddedText(ids, F.pad(text.mask, (2, 0), value=1))
         if inputs_embeds is not None:
             bos, eos = self.text_token_embedding(torch.tensor([bos, eos], device=tokens.device))
@@ -118,7 +119,7 @@ class ClvpConditioningEncoder(nn.Module):
         input_features: torch.Tensor,
         input_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        attention_mask: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
         num_ends: int | None = None,
     ) -> torch.Tensor:
         """The decoder's prompt `[batch, 1 + text, hidden_size]`: one voice vector, then the text's embeddings.
@@ -140,7 +141,7 @@ class ClvpConditioningEncoder(nn.Module):
         input_features: torch.Tensor,
         input_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        attention_mask: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
         num_ends: int = 2,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The prompt as Tortoise generates from it, with the mask `[batch, 1 + text]` that tells padding from text.
@@ -165,7 +166,7 @@ class ClvpConditioningEncoder(nn.Module):
         self,
         input_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        attention_mask: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
         num_ends: int = 2,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What the text makes of `prompt`: embeddings `[texts, text, hidden_size]` and mask `[texts, text]`."""

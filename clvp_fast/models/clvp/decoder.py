@@ -1,5 +1,7 @@
 """The decoder of speech tokens, without a head."""
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import Cache, DynamicCache
@@ -119,16 +121,18 @@ class ClvpDecoder(ClvpPreTrainedModel):
             cache = DynamicCache(config=self.config)
 
         given = input_ids if inputs_embeds is None else inputs_embeds
+        assert given is not None
         length = given.shape[1]
         past_length = cache.get_seq_length() if cache is not None else 0
-        if position_ids is None:
-            position_ids = (torch.arange(length, device=given.device) + past_length)[None]
+        positions = position_ids
+        if positions is None:
+            positions = (torch.arange(length, device=given.device) + past_length)[None]
         if inputs_embeds is None:
-            hidden_states = embed(self.input_embeds_layer, input_ids, self.position_embeds_layer, position_ids)
+            hidden_states = embed(self.input_embeds_layer, given, self.position_embeds_layer, positions)
         elif embeds_have_positions:
             hidden_states = inputs_embeds
         else:
-            hidden_states = inputs_embeds + self.position_embeds_layer(position_ids)
+            hidden_states = inputs_embeds + self.position_embeds_layer(positions)
         if token_type_ids is not None:
             hidden_states = hidden_states + self.input_embeds_layer(token_type_ids.view(-1, length))
         mask = boolean_mask(attention_mask, past_length + length, ALL_KEYS)
@@ -139,7 +143,7 @@ class ClvpDecoder(ClvpPreTrainedModel):
 
         all_hidden_states, all_attentions = [], []
         # What transformers' layers do not take is named where it says something.
-        asked = {"attentions": all_attentions} if output_attentions else {}
+        asked: dict[str, list | int] = {"attentions": all_attentions} if output_attentions else {}
         if candidates_per_prompt > 1:
             asked["candidates_per_prompt"] = candidates_per_prompt
         for layer in self.layers:
@@ -149,7 +153,7 @@ class ClvpDecoder(ClvpPreTrainedModel):
                 hidden_states,
                 **{CACHE: cache},
                 attention_mask=mask,
-                position_ids=position_ids,
+                position_ids=positions,
                 use_cache=use_cache,
                 **asked,
             )
@@ -157,9 +161,10 @@ class ClvpDecoder(ClvpPreTrainedModel):
         if candidates_per_prompt > 1:
             hidden_states = hidden_states.repeat_interleave(candidates_per_prompt, 0)
 
+        kept: dict[str, Any] = {CACHE: cache}
         return BaseModelOutputWithPastAndCrossAttentions(
             last_hidden_state=hidden_states,
-            **{CACHE: cache},
+            **kept,
             hidden_states=(*all_hidden_states, hidden_states) if output_hidden_states else None,
             attentions=tuple(all_attentions) if output_attentions else None,
         )

@@ -141,11 +141,12 @@ class ClvpEncoder(ClvpPreTrainedModel):
         output_hidden_states = self.option("output_hidden_states", output_hidden_states)
 
         hidden_states = self.token_embedding(input_ids) if inputs_embeds is None else inputs_embeds
-        if position_ids is None:
-            position_ids = torch.arange(hidden_states.shape[1], device=hidden_states.device)[None]
+        positions = position_ids
+        if positions is None:
+            positions = torch.arange(hidden_states.shape[1], device=hidden_states.device)[None]
         rotary = None
         if self.rotary_pos_emb is not None:
-            rotary = self.rotary_pos_emb.cos_sin(position_ids) if self._turns() else self.rotary_pos_emb(hidden_states)
+            rotary = self.rotary_pos_emb.cos_sin(positions) if self._turns() else self.rotary_pos_emb(hidden_states)
         mask = boolean_mask(attention_mask, hidden_states.shape[1], ALL_KEYS)
 
         all_hidden_states, all_attentions = [], []
@@ -153,7 +154,7 @@ class ClvpEncoder(ClvpPreTrainedModel):
         for layer in self.layers:
             if output_hidden_states:
                 all_hidden_states.append(hidden_states)
-            hidden_states = layer(hidden_states, rotary, mask, position_ids, **asked)
+            hidden_states = layer(hidden_states, rotary, mask, positions, **asked)
         _, last_hidden_state = add_norm(self.final_layer_norm, hidden_states)
         masked = {} if self.pool_padding else {"attention_mask": mask}
         pooled = self.sequence_summary(last_hidden_state, **masked)
@@ -185,7 +186,12 @@ class ClvpEncoder(ClvpPreTrainedModel):
 
         Returns:
             `[sequences, projection_dim]`.
+
+        Raises:
+            ValueError: the encoder has no projection.
         """
+        if self.projection is None:
+            raise ValueError("embed_packed() returns projections, and this encoder has none: make it with_projection")
         if changed_module(self, self.kinds) is not None:
             rows = input_ids.split(cu_seqlens.diff().tolist())
             return torch.cat([self(input_ids=row[None]).embeds for row in rows])
@@ -194,6 +200,7 @@ class ClvpEncoder(ClvpPreTrainedModel):
         if self.rotary_pos_emb is not None:
             rotary = self.rotary_pos_emb.cos_sin(torch.arange(max_seqlen, device=input_ids.device)[None])
         for layer in self.layers:
+            assert isinstance(layer, ClvpEncoderLayer)  # nothing has changed
             hidden_states = layer.packed(hidden_states, rotary, cu_seqlens, max_seqlen)
         _, last_hidden_state = add_norm(self.final_layer_norm, hidden_states)
         # One place a sequence is left, which every kind of summary takes as it is.

@@ -140,25 +140,27 @@ class ClvpFeatureExtractor(SequenceFeatureExtractor):
 
         tensors = return_tensors in (TensorType.PYTORCH, "pt")
         target = device if tensors else clips.HOST
-        outputs = {"input_features": self._features(found, held, lengths, padding_value, device, target)}
+        features = self._features(found, held, lengths, padding_value, device, target)
+        outputs: dict[str, torch.Tensor | list[torch.Tensor]] = {"input_features": features}
         if self.return_attention_mask if return_attention_mask is None else return_attention_mask:
             outputs["attention_mask"] = self._masks(held, lengths, target)
-        if not tensors:
-            outputs = {name: _to_numpy(value) for name, value in outputs.items()}
+        if tensors:
+            return BatchFeature(outputs, tensor_type=return_tensors)
+        arrays = {name: _to_numpy(value) for name, value in outputs.items()}
         if return_tensors is None:
-            outputs["input_features"] = list(outputs["input_features"])
-        return BatchFeature(outputs, tensor_type=return_tensors)
+            arrays["input_features"] = list(arrays["input_features"])
+        return BatchFeature(arrays, tensor_type=return_tensors)
 
-    def _features(self, found, held, lengths, fill, device, target):
+    def _features(self, found, held, lengths, fill, device, target) -> torch.Tensor | list[torch.Tensor]:
         """Features of the clips on `target`: `[clips, num_mels, frames]`, or a list where lengths differ."""
         if min(lengths) == max(lengths):
             return self._extract(found, range(len(held)), held, lengths, fill, device).to(target)
-        features = [None] * len(held)
+        features: dict[int, torch.Tensor] = {}
         for group in clips.similar_lengths(lengths):
             part = self._extract(found, group, held, lengths, fill, device).to(target)
             for place, mel in zip(group, part, strict=True):
                 features[place] = mel[:, : num_frames(lengths[place], self.n_fft, self.hop_length)].contiguous()
-        return features
+        return [features[place] for place in range(len(held))]
 
     def _extract(self, found, group, held, lengths, fill, device) -> torch.Tensor:
         """Features `[clips, num_mels, frames]` of the clips at the places `group`, 0 past a clip's own."""
@@ -178,7 +180,7 @@ class ClvpFeatureExtractor(SequenceFeatureExtractor):
     def _parameters(self, device: torch.device) -> dict:
         """What `log_mel` is given on `device`, kept as long as the attributes that it is made of are the same."""
         norms = None if self.mel_norms is None else np.array(self.mel_norms, dtype=np.float64)
-        made_of = self.n_fft, np.array(self.mel_filters), norms
+        made_of: tuple = self.n_fft, np.array(self.mel_filters), norms
         kept = _PARAMETERS.setdefault(self, {})
         if device in kept and all(map(np.array_equal, kept[device][0], made_of)):
             return kept[device][1]
@@ -194,7 +196,7 @@ class ClvpFeatureExtractor(SequenceFeatureExtractor):
         kept[device] = made_of, parameters
         return parameters
 
-    def _masks(self, held, lengths, device):
+    def _masks(self, held, lengths, device) -> torch.Tensor | list[torch.Tensor]:
         """Which samples are a clip's own: int32 `[clips, samples]`, 1 and 0, or a list where lengths differ."""
         if min(lengths) < max(lengths):
             return [self._masks([count], [length], device)[0] for count, length in zip(held, lengths, strict=True)]
@@ -206,7 +208,7 @@ class ClvpFeatureExtractor(SequenceFeatureExtractor):
         return torch.lt(place, count, out=masks)
 
 
-def _to_numpy(value):
+def _to_numpy(value: torch.Tensor | list[torch.Tensor]) -> np.ndarray | list[np.ndarray]:
     return value.numpy() if isinstance(value, torch.Tensor) else [part.numpy() for part in value]
 
 

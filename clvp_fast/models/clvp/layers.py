@@ -70,7 +70,7 @@ class ClvpRotaryPositionalEmbedding(nn.Module):
         return position_ids[..., None].to(inv_freq.dtype) * inv_freq
 
 
-def wants_whole_buffers(cache: Cache, layer_idx: int, query: torch.Tensor, mask: torch.Tensor | None) -> bool:
+def wants_whole_buffers(query: torch.Tensor, mask: torch.Tensor | None) -> bool:
     """Whether a decoding step should attend over a growing cache's whole buffers, the spare room masked by causality.
 
     torch's CPU products in half types copy operands with gaps between the heads, all keys and values at every step.
@@ -79,7 +79,6 @@ def wants_whole_buffers(cache: Cache, layer_idx: int, query: torch.Tensor, mask:
         query.device.type == "cpu"
         and query.dtype in (torch.bfloat16, torch.float16)
         and query.shape[1] == 1
-        and isinstance(cache.layers[layer_idx], GrowingLayer)
         and (mask is None or mask.dim() == 2)
     )
 
@@ -112,7 +111,8 @@ class ClvpSelfAttention(ArrangedLayer):
 
     def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries, keys, values `[batch, length, heads, head_dim]`, where possible views of one projection."""
-        return project_heads(self._projections, hidden_states, self.num_heads)
+        query, key, value = project_heads(self._projections, hidden_states, self.num_heads)
+        return query, key, value
 
     @property
     def _projections(self) -> list[nn.Module]:
@@ -153,6 +153,7 @@ class ClvpSelfAttention(ArrangedLayer):
         query = query[:, :num_queries]
         query_offset = None
         if cache is not None:
+            assert self.layer_idx is not None  # as every layer of the decoder has it
             new_key, new_value = (x.transpose(1, 2) for x in (key, value))
             if candidates_per_prompt > 1:
                 cache.update(
@@ -162,14 +163,19 @@ class ClvpSelfAttention(ArrangedLayer):
                 )
             else:
                 new_key, new_value = cache.update(new_key, new_value, self.layer_idx)
-                if wants_whole_buffers(cache, self.layer_idx, query, attention_mask):
+                kept = cache.layers[self.layer_idx]
+                if isinstance(kept, GrowingLayer) and wants_whole_buffers(query, attention_mask):
                     query_offset = new_key.shape[2] - 1
-                    new_key, new_value = cache.layers[self.layer_idx].whole()
+                    new_key, new_value = kept.whole()
                     if attention_mask is not None:
                         attention_mask = F.pad(attention_mask, (0, new_key.shape[2] - query_offset - 1))
                 key, value = new_key.transpose(1, 2), new_value.transpose(1, 2)
 
-        arguments = dict(
+        operator = ops.rotary_attention_weights if need_weights else ops.rotary_attention
+        found = operator(
+            query,
+            key,
+            value,
             cos=cos,
             sin=sin,
             mask=attention_mask,
@@ -178,11 +184,7 @@ class ClvpSelfAttention(ArrangedLayer):
             scale=self.scale,
             dropout_p=self.dropout if self.training else 0.0,
         )
-        weights = None
-        if need_weights:
-            attended, weights = ops.rotary_attention_weights(query, key, value, **arguments)
-        else:
-            attended = ops.rotary_attention(query, key, value, **arguments)
+        attended, weights = found if isinstance(found, tuple) else (found, None)
         return apply_linear(self.out_proj, attended.flatten(-2)), weights
 
     @staticmethod
@@ -311,13 +313,13 @@ class ClvpSequenceSummary(nn.Module):
         attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """`[batch, length, hidden_size]` → `[batch, hidden_size]`; `attention_mask` is `[batch, length]`."""
-        masked = attention_mask is not None and attention_mask.dim() == 2 and not self.pool_padding
-        if masked and self.summary_type == "mean":
-            weight = attention_mask.to(hidden_states.dtype)[..., None]
+        mask = None if attention_mask is None or attention_mask.dim() != 2 or self.pool_padding else attention_mask
+        if mask is not None and self.summary_type == "mean":
+            weight = mask.to(hidden_states.dtype)[..., None]
             pooled = (hidden_states * weight).sum(1) / weight.sum(1).clamp(min=1)
-        elif masked and self.summary_type != "cls_index":
-            places = torch.arange(hidden_states.shape[1], device=hidden_states.device) * attention_mask.bool()
-            first = attention_mask.bool().int().argmax(1)
+        elif mask is not None and self.summary_type != "cls_index":
+            places = torch.arange(hidden_states.shape[1], device=hidden_states.device) * mask.bool()
+            first = mask.bool().int().argmax(1)
             pooled = self._gather(hidden_states, places.argmax(1) if self.summary_type == "last" else first)
         elif self.summary_type == "mean":
             pooled = hidden_states.mean(dim=1)

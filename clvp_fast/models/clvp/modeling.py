@@ -19,7 +19,7 @@ from clvp_fast.models.clvp.encoder import ClvpEncoder
 from clvp_fast.models.clvp.outputs import ClvpEncoderOutput, ClvpOutput
 from clvp_fast.models.clvp.pretrained import ClvpPreTrainedModel
 from clvp_fast.models.clvp.similarity import contrastive_loss, similarity
-from clvp_fast.models.clvp.tokens import end_text, fix_ends, known_codes, stop_token
+from clvp_fast.models.clvp.tokens import end_text, fix_ends, known_codes, stop_token, text_end
 
 __all__ = [
     "ClvpConditioningEncoder",
@@ -84,7 +84,7 @@ class ClvpModelForConditionalGeneration(ClvpPreTrainedModel, GenerationMixin):
     def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.text_encoder_model.token_embedding = value
 
-    def fix_speech_decoder_output(self, speech_ids: torch.LongTensor) -> torch.LongTensor:
+    def fix_speech_decoder_output(self, speech_ids: torch.Tensor) -> torch.Tensor:
         """Make codes of what the decoder generated, as the original does before it scores them.
 
         The first column (the start token) is dropped. In a row with a stop token, everything from the first one on
@@ -138,7 +138,7 @@ class ClvpModelForConditionalGeneration(ClvpPreTrainedModel, GenerationMixin):
             `[batch, projection_dim]`, not normalised.
         """
         if speech_ids is not None:
-            return self.speech_encoder_model(input_ids=speech_ids, attention_mask=attention_mask).embeds
+            return _embeds(self.speech_encoder_model(input_ids=speech_ids, attention_mask=attention_mask))
         if (input_ids is None and conditioning_encoder_inputs_embeds is None) or input_features is None:
             raise ValueError(
                 "Either speech_ids or input_ids/conditioning_encoder_inputs_embeds and input_features must be provided."
@@ -153,9 +153,9 @@ class ClvpModelForConditionalGeneration(ClvpPreTrainedModel, GenerationMixin):
                 conditioning_embeds=embeds, attention_mask=mask, generation_config=settings, **others
             )
             codes = self.fix_speech_decoder_output(sequences)
-            return self._encode_speech(codes).embeds
+            return _embeds(self._encode_speech(codes))
 
-    def _encode_speech(self, codes: torch.LongTensor, **kwargs) -> ClvpEncoderOutput:
+    def _encode_speech(self, codes: torch.Tensor, **kwargs) -> ClvpEncoderOutput:
         """Embed generated codes; one that the encoder has no row for (the start token) counts as the filling code."""
         return self.speech_encoder_model(input_ids=known_codes(codes, self.config), **kwargs)
 
@@ -199,7 +199,7 @@ class ClvpModelForConditionalGeneration(ClvpPreTrainedModel, GenerationMixin):
             attention_mask=attention_mask,
             **kwargs,
         )
-        scores = similarity(text_outputs.embeds, speech_outputs.embeds, self.logit_scale)
+        scores = similarity(_embeds(text_outputs), _embeds(speech_outputs), self.logit_scale)
         return ClvpOutput(
             loss=contrastive_loss(scores["logits_per_text"]) if return_loss else None,
             **scores,
@@ -295,29 +295,34 @@ class ClvpModelForConditionalGeneration(ClvpPreTrainedModel, GenerationMixin):
         text_outputs = self._encode_text_with_end(
             input_ids, text_encoder_inputs_embeds, attention_mask, output_hidden_states=output_hidden_states
         )
-        fields = dict(
+        recorded = generated if return_dict else {}
+        output = ClvpOutput(
             speech_ids=codes,
-            **similarity(text_outputs.embeds, speech_outputs.embeds, self.logit_scale),
+            **similarity(_embeds(text_outputs), _embeds(speech_outputs), self.logit_scale),
             text_model_output=text_outputs.pooler_output,
             speech_model_output=speech_outputs.pooler_output,
             decoder_hidden_states=generated.get("hidden_states"),
             text_encoder_hidden_states=text_outputs.hidden_states,
             speech_encoder_hidden_states=speech_outputs.hidden_states,
+            sequences=sequences if return_dict else None,
+            scores=recorded.get("scores"),
+            logits=recorded.get("logits"),
+            decoder_attentions=recorded.get("attentions"),
         )
-        if not return_dict:
-            return ClvpOutput(**fields).to_tuple()
-        return ClvpOutput(
-            **fields,
-            sequences=sequences,
-            scores=generated.get("scores"),
-            logits=generated.get("logits"),
-            decoder_attentions=generated.get("attentions"),
-        )
+        return output if return_dict else output.to_tuple()
 
     def _encode_text_with_end(self, input_ids, inputs_embeds, attention_mask, **kwargs) -> ClvpEncoderOutput:
         """Embed texts with one end token behind them, as the original scores them."""
-        encoder, end, name = self.text_encoder_model, self.config.text_config.eos_token_id, "input_ids"
-        if inputs_embeds is not None:
-            end, name = encoder.token_embedding(torch.tensor(end, device=inputs_embeds.device)), "inputs_embeds"
-        tokens, mask = end_text(input_ids if inputs_embeds is None else inputs_embeds, attention_mask, end)
-        return encoder(**{name: tokens}, attention_mask=mask, **kwargs)
+        encoder, end = self.text_encoder_model, text_end(self.config.text_config)
+        if inputs_embeds is None:
+            tokens, mask = end_text(input_ids, attention_mask, end)
+            return encoder(input_ids=tokens, attention_mask=mask, **kwargs)
+        end = encoder.token_embedding(torch.tensor(end, device=inputs_embeds.device))
+        embeds, mask = end_text(inputs_embeds, attention_mask, end)
+        return encoder(inputs_embeds=embeds, attention_mask=mask, **kwargs)
+
+
+def _embeds(output: ClvpEncoderOutput) -> torch.Tensor:
+    """The embeddings that an encoder with a projection gives, as both of the composite have it."""
+    assert output.embeds is not None
+    return output.embeds

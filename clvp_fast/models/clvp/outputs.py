@@ -45,7 +45,7 @@ class ClvpOutput(ModelOutput):
     """
 
     loss: torch.Tensor | None = None
-    speech_ids: torch.LongTensor | None = None
+    speech_ids: torch.Tensor | None = None
     logits_per_speech: torch.Tensor | None = None
     logits_per_text: torch.Tensor | None = None
     text_embeds: torch.Tensor | None = None
@@ -55,7 +55,7 @@ class ClvpOutput(ModelOutput):
     decoder_hidden_states: tuple | None = None
     text_encoder_hidden_states: tuple[torch.Tensor, ...] | None = None
     speech_encoder_hidden_states: tuple[torch.Tensor, ...] | None = None
-    sequences: torch.LongTensor | None = None
+    sequences: torch.Tensor | None = None
     scores: tuple[torch.Tensor, ...] | None = None
     logits: tuple[torch.Tensor, ...] | None = None
     decoder_attentions: tuple | None = None

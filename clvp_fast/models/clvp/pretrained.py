@@ -35,12 +35,12 @@ class ClvpPreTrainedModel(PreTrainedModel):
         if isinstance(module, (nn.Linear, Conv1D, nn.Conv1d, nn.Embedding)):
             std = getattr(module, "initializer_std", 0.02 * self.config.initializer_factor)
             init.normal_(module.weight, mean=0.0, std=std)
-            if getattr(module, "bias", None) is not None:
-                init.zeros_(module.bias)
+            if isinstance(bias := getattr(module, "bias", None), torch.Tensor):
+                init.zeros_(bias)
         elif isinstance(module, ClvpRotaryPositionalEmbedding):
             init.copy_(module.inv_freq, module.initial_inv_freq())
-        elif isinstance(getattr(module, "logit_scale", None), nn.Parameter):
-            init.constant_(module.logit_scale, self.config.logit_scale_init_value)
+        elif isinstance(scale := getattr(module, "logit_scale", None), nn.Parameter):
+            init.constant_(scale, self.config.logit_scale_init_value)
         else:
             super()._init_weights(module)
 

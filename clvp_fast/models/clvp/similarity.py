@@ -1,7 +1,18 @@
 """How alike texts and speech are, from their embeddings."""
 
+from typing import TypedDict
+
 import torch
 import torch.nn.functional as F
+
+
+class Similarity(TypedDict):
+    """The fields of an output that compare texts with speech; see `similarity`."""
+
+    logits_per_speech: torch.Tensor
+    logits_per_text: torch.Tensor
+    text_embeds: torch.Tensor
+    speech_embeds: torch.Tensor
 
 
 def normalized(embeds: torch.Tensor) -> torch.Tensor:
@@ -9,9 +20,7 @@ def normalized(embeds: torch.Tensor) -> torch.Tensor:
     return embeds / embeds.norm(p=2, dim=-1, keepdim=True)
 
 
-def similarity(
-    text_embeds: torch.Tensor, speech_embeds: torch.Tensor, logit_scale: torch.Tensor
-) -> dict[str, torch.Tensor]:
+def similarity(text_embeds: torch.Tensor, speech_embeds: torch.Tensor, logit_scale: torch.Tensor) -> Similarity:
     """The fields of an output that compare texts with speech.
 
     Args:
@@ -25,7 +34,7 @@ def similarity(
     """
     text_embeds, speech_embeds = normalized(text_embeds), normalized(speech_embeds)
     logits_per_text = text_embeds @ speech_embeds.t() * logit_scale.exp()
-    return dict(
+    return Similarity(
         logits_per_speech=logits_per_text.t(),
         logits_per_text=logits_per_text,
         text_embeds=text_embeds,

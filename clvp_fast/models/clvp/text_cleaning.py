@@ -174,7 +174,9 @@ def _inflect_words(number: int | str, **options) -> str:
             f"the text has a number of {len(digits)} digits ({digits[:12]}...), but numbers have names up to "
             f"{_MAX_NAMED_DIGITS} digits: shorten it or write its digits apart."
         )
-    return _inflect_engine().number_to_words(number, **options)
+    words = _inflect_engine().number_to_words(str(number), **options)
+    assert isinstance(words, str)  # `wantlist` alone makes it a list
+    return words
 
 
 def _transliterate(text: str) -> str:

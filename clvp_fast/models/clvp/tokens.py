@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from clvp_fast.models.clvp.configuration import ClvpConfig, ClvpDecoderConfig
+from clvp_fast.models.clvp.configuration import ClvpConfig, ClvpDecoderConfig, ClvpEncoderConfig
 
 
 def stop_token(config: ClvpDecoderConfig) -> int:
@@ -23,6 +23,22 @@ def stop_token(config: ClvpDecoderConfig) -> int:
     if len(tokens) != 1:
         raise ValueError(f"a candidate ends with one token, and the decoder's eos_token_id names {len(tokens)}")
     return -2 if tokens[0] is None else tokens[0]
+
+
+def start_token(config: ClvpDecoderConfig) -> int:
+    """The token that a candidate begins with. Raises `ValueError` where the configuration has none."""
+    if config.bos_token_id is None:
+        raise ValueError("a candidate begins with the decoder's bos_token_id, and that is None: set it")
+    return config.bos_token_id
+
+
+def text_end(config: ClvpEncoderConfig) -> int:
+    """The one token that ends a text. Raises `ValueError` where the configuration has none or several."""
+    end = config.eos_token_id
+    tokens = end if isinstance(end, (list, tuple)) else [end]
+    if len(tokens) != 1 or tokens[0] is None:
+        raise ValueError(f"a text ends with one token, and the text encoder's eos_token_id is {end}: set it to one")
+    return tokens[0]
 
 
 def most_codes(config: ClvpDecoderConfig) -> int:

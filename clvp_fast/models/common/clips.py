@@ -168,8 +168,7 @@ def lay_out(clips, held: list[int], lengths: list[int], fill: float, left: bool,
         rows = clips[:, : held[0]] if integers else as_floats(clips[:, : held[0]])
         missing = width - held[0]
         return F.pad(rows, (missing, 0) if left else (0, missing), value=fill) if missing else rows
-    on_host = isinstance(clips[0], np.ndarray)
-    if on_host:
+    if isinstance(clips[0], np.ndarray):
         rows = np.empty((len(clips), width), dtype=np.int16 if integers else np.float32)
     else:
         rows = torch.empty(len(clips), width, dtype=torch.int16 if integers else torch.float32, device=device)
@@ -178,7 +177,7 @@ def lay_out(clips, held: list[int], lengths: list[int], fill: float, left: bool,
         row[:start] = fill
         row[start : start + count] = clip[:count] if integers else as_floats(clip[:count])
         row[start + count :] = fill
-    return torch.from_numpy(rows).to(device) if on_host else rows
+    return torch.from_numpy(rows).to(device) if isinstance(rows, np.ndarray) else rows
 
 
 def _is_int16(samples) -> bool:

@@ -16,6 +16,8 @@ def _convolve(function, conv: nn.Module, x: torch.Tensor) -> torch.Tensor:
 class Conv1d(nn.Conv1d):
     """torch's class, for padding with zeros: `[batch, channels, length]` to the same of other channels."""
 
+    initializer_std: float  # of random weights, where a model sets one
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return _convolve(F.conv1d, self, x) if multiplies_slowly(x) else super().forward(x)
 

@@ -10,6 +10,9 @@ end of their making. What no module hears of (`linear.weight = ...`, `weight.dat
 were put: layers are then computed one by one, until `arrange_parameters`, or an engine of the model, arranges again.
 """
 
+from collections.abc import Sequence
+from typing import TypeGuard
+
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -37,24 +40,22 @@ def project_heads(linears: list[nn.Module], hidden_states: torch.Tensor, num_hea
     return ops.linear(hidden_states, *packed).unflatten(-1, (len(linears), num_heads, -1)).unbind(-3)
 
 
-def packed_linears(linears: list[nn.Module]) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+def packed_linears(linears: Sequence[nn.Module]) -> tuple[torch.Tensor, torch.Tensor | None] | None:
     """One `[sum of out, in]` weight and one bias of several linear layers of one input, views of their parameters.
 
     None where the parameters do not lie one behind another, or a layer is not plain. Nothing is moved.
     """
-    for linear in linears:
-        if not is_plain(linear, nn.Linear):
-            return None
-    weight, biases = _joined([linear.weight for linear in linears]), [linear.bias for linear in linears]
-    if weight is None:
+    plain = [linear for linear in linears if is_plain(linear, nn.Linear)]
+    if len(plain) < len(linears) or (weight := _joined([linear.weight for linear in plain])) is None:
         return None
+    biases: list[torch.Tensor | None] = [linear.bias for linear in plain]
     if biases[0] is None:
         return (weight, None) if biases.count(None) == len(biases) else None
     bias = _joined(biases)
     return None if bias is None else (weight, bias)
 
 
-def _joined(parameters: list[nn.Parameter | None]) -> torch.Tensor | None:
+def _joined(parameters: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
     """One view of parameters that lie one behind another; None of others."""
     first = parameters[0]
     if type(first) is not nn.Parameter:  # `functional_call` puts tensors there that may have no address
@@ -133,7 +134,7 @@ def arrange_for_decoding(model: nn.Module) -> None:
             transpose_storage(module)
 
 
-def can_pack(linears: list[nn.Module]) -> bool:
+def can_pack(linears: Sequence[nn.Module]) -> TypeGuard[Sequence[nn.Linear]]:
     """Whether the parameters of plain linear layers of one input can be moved behind one another.
 
     They must be of one dtype and device, all layers with a bias or none, and their storage such as may be another.
@@ -142,16 +143,16 @@ def can_pack(linears: list[nn.Module]) -> bool:
         return False
     weights, biases = ([linear._parameters.get(name) for linear in linears] for name in ("weight", "bias"))
     parameters = weights if biases.count(None) == len(biases) else weights + biases
+    movable = [parameter for parameter in parameters if _is_movable(parameter)]
     return (
-        all(map(_is_movable, parameters))
-        and len(set(map(id, parameters))) == len(parameters)
-        and all(parameter.numel() for parameter in parameters)  # DeepSpeed leaves empty ones
-        and len({(parameter.dtype, parameter.device) for parameter in parameters}) == 1
-        and len({weight.shape[1:] for weight in weights}) == 1
+        len(set(map(id, movable))) == len(parameters)
+        and all(parameter.numel() for parameter in movable)  # DeepSpeed leaves empty ones
+        and len({(parameter.dtype, parameter.device) for parameter in movable}) == 1
+        and len({weight.shape[1:] for weight in movable[: len(weights)]}) == 1
     )
 
 
-def _is_movable(parameter: torch.Tensor | None) -> bool:
+def _is_movable(parameter: torch.Tensor | None) -> TypeGuard[nn.Parameter]:
     """Whether a parameter's storage may be another.
 
     It is the module's own, of no inference mode, under no `torch.func`, and no other process reads it.
@@ -166,7 +167,7 @@ def _is_movable(parameter: torch.Tensor | None) -> bool:
     return transformed is None or not transformed()
 
 
-def pack_linears(linears: list[nn.Module]) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+def pack_linears(linears: Sequence[nn.Module]) -> tuple[torch.Tensor, torch.Tensor | None] | None:
     """What `packed_linears` gives, behind moving parameters that do not lie so yet; None where they cannot be moved."""
     if (packed := packed_linears(linears)) is None and can_pack(linears):
         _pack([linear.weight for linear in linears])
@@ -178,7 +179,7 @@ def pack_linears(linears: list[nn.Module]) -> tuple[torch.Tensor, torch.Tensor |
 
 @torch.no_grad()
 @torch.inference_mode(False)  # else the parameters became inference tensors, of no use for training
-def _pack(parameters: list[nn.Parameter]) -> None:
+def _pack(parameters: list[torch.Tensor]) -> None:
     packed = torch.cat([parameter.data for parameter in parameters])
     for parameter, view in zip(parameters, packed.split([len(parameter) for parameter in parameters]), strict=True):
         parameter.data = view

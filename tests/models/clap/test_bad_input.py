@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import clvp_fast
-from tests.models.clap.builders import composite_config, features, pair, texts
+from tests.models.clap.builders import SHAPES, composite_config, features, pair, texts
 
 
 def audio(shape="unfused"):
@@ -30,6 +30,16 @@ def test_text():
         model(inputs_embeds=torch.zeros(1, 39, 48))
     long[:, 38] = 1  # padding takes no position
     assert model(long).last_hidden_state.shape == (2, 39, 48)
+
+
+def test_no_padding_token():
+    """Positions count from it."""
+    fields = SHAPES["unfused"]["text_config"] | dict(pad_token_id=None)
+    model = clvp_fast.ClapTextModel(clvp_fast.ClapTextConfig(**fields)).eval()
+    ids, _ = texts()
+    with pytest.raises(ValueError, match=r"positions count from pad_token_id \+ 1 on, and it is None: give position_i"):
+        model(ids)
+    assert model(ids, position_ids=torch.arange(9)[None]).last_hidden_state.shape == (3, 9, 48)
 
 
 def test_no_features():

@@ -369,6 +369,8 @@ def test_what_a_later_transformers_prepares_is_left_to_the_loop():
         decode(model, start, LogitsProcessorList([warmer, unknown]), StoppingCriteriaList([longest]), settings)
     with pytest.raises(NotServed, match="it is prepared with MaxTimeCriteria"):
         decode(model, start, LogitsProcessorList(), StoppingCriteriaList([longest, MaxTimeCriteria(60)]), settings)
+    with pytest.raises(NotServed, match="it has no greatest length"):
+        decode(model, start, LogitsProcessorList(), StoppingCriteriaList(), settings)
 
 
 def hook(model):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from clvp_fast import backend
+from clvp_fast import ClvpEncoder, backend
 from tests.models.clvp.builders import SHAPES, assert_same, pair, texts
 
 LENGTHS = [3, 1, 12, 1, 2, 7]
@@ -44,6 +44,12 @@ def test_through_the_kernels():
     expected = ours.embed_packed(*packed(rows))
     with backend("kernel"):
         assert_same(ours.embed_packed(*packed(rows)), expected)
+
+
+def test_without_projection():
+    _, ours = pair("ClvpEncoder")
+    with pytest.raises(ValueError, match=r"embed_packed\(\) returns projections, and this encoder has none"):
+        ClvpEncoder(ours.config, with_projection=False).embed_packed(*packed([texts(1, 5)[0]]))
 
 
 @torch.no_grad()
