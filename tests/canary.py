@@ -25,6 +25,7 @@ SUITES = {
         "models/clvp/test_feature_extraction.py",
         "models/clap/test_feature_extraction.py",
         "ops/test_log_mel.py",
+        "ops/test_log_mel_calls.py",
     ],
     "safetensors": ["models/clvp/test_parity_checkpoints.py", "models/clap/test_checkpoints.py"],
     "huggingface_hub": ["models/clvp/test_parity_checkpoints.py", "models/clap/test_checkpoints.py"],
