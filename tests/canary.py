@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SUITES = {
     "torch": ["models", "ops"],
     "transformers": ["models"],
-    "triton": ["ops/test_norm.py", "ops/test_mlp.py", "kernels/test_rotary_attention.py"],
+    "triton": ["ops/test_norm.py", "ops/test_mlp.py", "ops/test_rotary_attention.py"],
     "numpy": [
         "models/clvp/test_feature_extraction.py",
         "models/clap/test_feature_extraction.py",
