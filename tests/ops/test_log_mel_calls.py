@@ -16,6 +16,7 @@ from clvp_fast.ops import log_mel_tables
 from clvp_fast.ops.dispatch import OPERATORS
 from clvp_fast.ops.log_mel import log_mel
 from tests.kit import Guarded
+from tests.kit.operators import opcheck
 from tests.ops.test_log_mel import FLOOR, doubles, noise, over, run, settings, to
 
 NATIVE = over("cpu", "gpu")
@@ -131,7 +132,7 @@ def test_registered_kernel(backend):
         lengths = None if lengths is None else lengths.to(backend.device)
         inputs = (samples.to(backend.device), *parameters[:2], 60, lengths, parameters[2], 1e-5)
         for more in ((False, None, None, None), (True, 20.0, torch.float32, torch.float16)):
-            torch.library.opcheck(torch.ops.clvp_fast.log_mel.default, inputs + more)
+            opcheck(backend, torch.ops.clvp_fast.log_mel.default, inputs + more)
 
 
 @NATIVE
