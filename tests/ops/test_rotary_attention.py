@@ -137,12 +137,19 @@ def test_masks_and_lengths(backend, dtype, mask, causal):
     check_masks(backend, dtype, mask, causal)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@MASKS
+@on("gpu", types="dtype", among=HALF_TYPES)
+def test_masks_and_lengths_in_half_types(backend, dtype, mask, causal):
+    check_masks(backend, dtype, mask, causal)
+
+
 # Masks are read alike in every type.
 @pytest.mark.slow
 @pytest.mark.parametrize("causal", [False, True])
 @MASKS
-@on(*TRITON, types="dtype", among=HALF_TYPES)
-def test_masks_and_lengths_in_half_types(backend, dtype, mask, causal):
+@on("interpreted", types="dtype", among=HALF_TYPES)
+def test_masks_and_lengths_in_float16(backend, dtype, mask, causal):
     check_masks(backend, dtype, mask, causal)
 
 
