@@ -20,11 +20,12 @@ ROOT = Path(__file__).resolve().parents[1]
 SUITES = {
     "torch": ["models", "ops"],
     "transformers": ["models"],
-    "triton": ["ops/test_norm.py", "ops/test_mlp.py", "kernels/test_rotary_attention.py"],
+    "triton": ["ops/test_norm.py", "ops/test_mlp.py", "ops/test_rotary_attention.py"],
     "numpy": [
         "models/clvp/test_feature_extraction.py",
         "models/clap/test_feature_extraction.py",
         "ops/test_log_mel.py",
+        "ops/test_log_mel_calls.py",
     ],
     "safetensors": ["models/clvp/test_parity_checkpoints.py", "models/clap/test_checkpoints.py"],
     "huggingface_hub": ["models/clvp/test_parity_checkpoints.py", "models/clap/test_checkpoints.py"],

@@ -53,13 +53,14 @@ def check(sanitizer: str) -> list[Step]:
     def tests(markers: str, *words: str) -> tuple[str, ...]:
         return (*ONE_THREAD, *_pytest(markers, *words))
 
-    apart = "tests/kernels/test_capture.py", "tests/kernels/test_log_mel.py"
+    log_mel = "tests/ops/test_log_mel.py", "tests/ops/test_log_mel_calls.py"
+    apart = "tests/kernels/test_capture.py", *log_mel
     triton = "tests/ops", "tests/kernels", *(f"--ignore={file}" for file in apart)
     return [
         Step("kernels in bfloat16", tests("gpu and bfloat16", *triton), 150, 60, workers=8),
         Step(
             "native library",
-            tests("gpu", "tests/gpu/test_native_on_gpu.py", "tests/kernels/test_log_mel.py"),
+            tests("gpu", "tests/gpu/test_native_on_gpu.py", *log_mel),
             100,
             90,
         ),

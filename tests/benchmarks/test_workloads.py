@@ -24,6 +24,7 @@ from benchmarks import (
     tiers,
     window_attention,
 )
+from benchmarks.gpu.steps import KERNELS
 from benchmarks.harness import all_rows
 from benchmarks.models import stock_model
 from benchmarks.providers import Absent
@@ -59,6 +60,27 @@ OPERATORS = [
     ),
     (sample, 1, {"transformers' processors"}, set()),
 ]
+
+#: The workload of an operator that has none of its own name.
+MEASURED_IN = {
+    "double_layer_norm": "add_norm",
+    "paged_attention_decode": "paged_attention",
+    "paged_prefill": "paged_attention",
+    "rotary_attention_ragged": "rotary_attention",
+    "window_block": "swin",
+    "mlp_block": "swin",
+}
+# Of the time of a model it is nothing that one could see.
+UNMEASURED = {"embed"}
+# Their providers are of their own kind, and have tests of their own.
+TESTED_ELSEWHERE = {"linear", "log_mel"}
+
+
+def test_every_operator_has_a_workload_that_is_tested_and_measured():
+    names = {name for name in dispatch.OPERATORS if not name.startswith("test_")} - UNMEASURED
+    workloads = {MEASURED_IN.get(name, name) for name in names}
+    assert set(KERNELS) == workloads and len(set(KERNELS)) == len(KERNELS)
+    assert {module.__name__.split(".")[1] for module, *_ in OPERATORS} == workloads - TESTED_ELSEWHERE
 
 
 @pytest.mark.parametrize(

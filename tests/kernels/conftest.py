@@ -16,15 +16,8 @@ def pytest_collection_modifyitems(items):
 
 
 def _runs_there(item) -> bool:
-    """Tests of a CPU's kernels are in files of their own, or say so by a fixture; compiling and emulating need none."""
-    of_cpu = item.path.stem.endswith("_cpu") or "on_cpu" in item.fixturenames
-    return not (
-        of_cpu or item.path.stem in ("test_compiled", "test_matrix_unit") or _parameters(item).get("path") == "cpu"
-    )
-
-
-def _parameters(item) -> dict:
-    return item.callspec.params if hasattr(item, "callspec") else {}
+    """Compiling and emulating need no GPU, and threads are a CPU's."""
+    return item.path.stem not in ("test_compiled", "test_matrix_unit", "test_threads_cpu")
 
 
 @pytest.fixture(autouse=True)

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from clvp_fast import ops
+from clvp_fast.ops.dispatch import OPERATORS, Operator
 from tests.kit import PagePool, random
 from tests.kit.device import DEVICE
 
-pytestmark = pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device")
 HEADS, DIM = 2, 64
 
 
@@ -19,6 +19,11 @@ def attention():
     packed = draw(3, 70, 3, HEADS, DIM, seed=0)
     angles = draw(1, 70, 32, seed=1, dtype=torch.float32)
     return [packed], lambda: ops.rotary_attention(*packed.unbind(2), cos=angles.cos(), sin=angles.sin(), causal=True)
+
+
+def ragged():
+    packed, bounds = draw(70, 3, HEADS, DIM, seed=0), torch.tensor([0, 5, 5, 70], dtype=torch.int32, device=DEVICE)
+    return [packed], lambda: ops.rotary_attention(*packed.unbind(1), causal=True, cu_seqlens=bounds, max_seqlen=65)
 
 
 def windows():
@@ -56,6 +61,12 @@ def quantized():
 def norm():
     x, weight, bias = draw(9, 200, seed=0), draw(200, seed=1), draw(200, seed=2)
     return [x], lambda: torch.stack(ops.add_norm(x, x, weight=weight, bias=bias, eps=1e-5, kind="layer"))
+
+
+def two_norms():
+    x, affine = draw(9, 200, seed=0), draw(4, 200, seed=1)
+    named = dict(zip(("weight1", "bias1", "weight2", "bias2"), affine, strict=True))
+    return [x], lambda: torch.stack(ops.double_layer_norm(x, **named, eps1=1e-5, eps2=1e-5))
 
 
 def merging():
@@ -110,8 +121,23 @@ def features():
 
 
 CALLS = [attention, windows, gated, plain, quantized, norm, merging, embedding, decode, prefill, sampling, features]
+CALLS += [ragged, two_norms]
 
 
+def test_every_operator_of_a_gpu_has_a_call(monkeypatch):
+    seen = set()
+
+    def choose(self, *_):
+        seen.add(self.name)  # and its reference, which calls no other operator, is what runs
+
+    monkeypatch.setattr(Operator, "_choose", choose)
+    for make in CALLS:
+        make()[1]()
+    on_gpu = {name for name, it in OPERATORS.items() if {"triton", "cuda"} & {each.name for each in it.implementations}}
+    assert seen >= {name for name in on_gpu if not name.startswith("test_")}
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device")
 @pytest.mark.parametrize("make", CALLS, ids=[make.__name__ for make in CALLS])
 @torch.no_grad()
 def test_capture_and_replay_on_new_inputs(make):

@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests.kernels import test_paged_attention, test_rotary_attention
 from tests.kit import device, interpreter, matrix_unit
 from tests.kit.backends import BACKENDS
-from tests.ops import test_linear, test_mlp
+from tests.ops import test_linear, test_mlp, test_paged_attention, test_rotary_attention_calls
 
 pytestmark = pytest.mark.skipif(device.DEVICE == "cuda", reason="on a GPU the unit itself is tested")
 (INTERPRETED,) = (backend for backend in BACKENDS if backend.name == "interpreted")
@@ -33,11 +32,11 @@ def unit(request, monkeypatch):
 
 
 def attention():
-    test_rotary_attention.test_one_query_over_a_cache(torch.float32)
+    test_rotary_attention_calls.test_one_query_over_a_cache(INTERPRETED, torch.float32)
 
 
 def decode():
-    test_paged_attention.test_decode_widths_and_pages_of_32(torch.float32, 128)
+    test_paged_attention.test_decode_widths_and_pages_of_32(INTERPRETED, torch.float32, 128)
 
 
 def block():

@@ -6,7 +6,7 @@ interpreted: the Triton kernels in Triton's interpreter, which a process without
 gpu: the kernels on a GPU.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import pytest
@@ -54,17 +54,23 @@ BACKENDS = (
 )
 
 
-def on(*names: str, types: str = "", among: tuple[torch.dtype, ...] = _ALL) -> pytest.MarkDecorator:
+def on(*names: str, types: str = "", among: tuple[torch.dtype, ...] = _ALL, sets: bool = True) -> pytest.MarkDecorator:
     """The mark of a case that runs on these backends, each of which forces itself (the fixture `backend`).
 
     types: the case's arguments that are dtypes, "dtype" or "dtype, out_dtype"; each takes those of the backend, as far
     as they are `among` these.
+    sets: False: the CPU's kernels on the instruction set that is chosen already, and not on each.
     """
     assert set(names) <= {backend.name for backend in BACKENDS}, names
     arguments = [name.strip() for name in types.split(",") if types]
     cases = []
-    for backend in (backend for name in names for backend in BACKENDS if backend.name == name):
+    for backend in _named(names, sets):
         for dtypes in product([dtype for dtype in backend.dtypes if dtype in among], repeat=len(arguments)):
             words = (backend.id, *(str(dtype).removeprefix("torch.") for dtype in dtypes))
             cases.append(pytest.param(backend, *dtypes, id="-".join(words), marks=backend.marks))
     return pytest.mark.parametrize(["backend", *arguments], cases, indirect=["backend"])
+
+
+def _named(names: tuple[str, ...], sets: bool) -> list[Backend]:
+    found = [backend for name in names for backend in BACKENDS if backend.name == name]
+    return found if sets else list({backend.name: replace(backend, isa=None) for backend in found}.values())

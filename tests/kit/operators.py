@@ -1,6 +1,10 @@
-"""Operators whose implementations a test changes, or that know nothing of this machine yet."""
+"""Operators whose implementations a test changes, that know nothing of this machine yet, or that torch checks."""
 
 from dataclasses import replace
+
+import torch
+
+from clvp_fast.ops.dispatch import OPERATORS
 
 
 def change(monkeypatch, operator, of: str = "kernel", **changes) -> None:
@@ -31,3 +35,18 @@ def use(monkeypatch, operator, implementations: tuple) -> None:
 def forget(monkeypatch, operator) -> None:
     """Let an operator ask again where its kernels can run, and warn again."""
     use(monkeypatch, operator, operator.implementations)
+
+
+def opcheck(backend, registered, args, **options) -> None:
+    """`torch.library.opcheck` of a registered operator; on a kernel's backend, of one whose kernel serves `args`.
+
+    A registered operator takes torch's implementation where no kernel serves, as compiled graphs must: the check would
+    be of that, and tell of no kernel.
+    """
+    kinds = {"cpu": ("cpu",), "interpreted": ("triton",), "gpu": ("triton", "cuda")}.get(backend.name)
+    if kinds is not None:
+        operator = OPERATORS[registered.name().removeprefix("clvp_fast::")]
+        kernels = [each for each in operator.implementations if each.name in kinds]
+        refusals = [operator._refusal(each.name, args[0].device) or each.why_not(*args) for each in kernels]
+        assert None in refusals, f"{registered} is torch's on {backend.id}: {refusals or 'it has no kernel there'}"
+    torch.library.opcheck(registered, args, **options)

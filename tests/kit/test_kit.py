@@ -3,7 +3,10 @@
 import pytest
 import torch
 
+import clvp_fast
 from tests.kit import POISON, Guarded, PagePool, assert_within_budget, queries_keys_values, random, strided
+from tests.kit.backends import BACKENDS
+from tests.kit.operators import opcheck
 
 BATCH, LENGTH, HEADS, DIM, WIDTH = 2, 9, 3, 16, 5
 
@@ -167,3 +170,17 @@ def test_sequences_of_one_pool_share_no_page():
     pages = torch.cat(owned).tolist()
     assert len(set(pages)) == len(pages) and pages != sorted(pages)
     assert not set(pages) & {int(first.table[0, -1]), int(second.table[0, -1])}
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype", "why"),
+    [
+        ("interpreted", torch.float64, "float32, float16 or bfloat16, not torch.float64"),
+        ("cpu", torch.float32, "no kernel"),
+    ],
+)
+def test_an_operator_that_takes_torch_s_path_is_not_checked_as_a_kernel(backend, dtype, why):
+    backend = next(each for each in BACKENDS if each.name == backend)
+    x, weight = random(3, 8, seed=0, dtype=dtype), random(8, seed=1, dtype=dtype)
+    with clvp_fast.backend(backend.forced), pytest.raises(AssertionError, match=why):
+        opcheck(backend, torch.ops.clvp_fast.add_norm.default, (x, None, weight, None, 1e-5, "rms"))

@@ -3,6 +3,7 @@
 import pytest
 
 import clvp_fast
+from clvp_fast import native
 from tests.kit.isa import run_on
 
 
@@ -13,3 +14,10 @@ def backend(request):
         run_on(request, request.param.isa)
     with clvp_fast.backend(request.param.forced):
         yield request.param
+
+
+@pytest.fixture
+def cuda_part(backend):
+    """A GPU's cases of what is in the native library's CUDA part skip, with the reason, where it cannot be had."""
+    if backend.name == "gpu" and (reason := native.missing("cuda")):
+        pytest.skip(reason)

@@ -7,6 +7,7 @@ from clvp_fast.kernels import embedding
 from clvp_fast.ops.embedding import embed
 from tests.kit import Guarded, random, strided
 from tests.kit.backends import TRITON, on
+from tests.kit.operators import opcheck
 
 EVERY = ("reference", "torch", *TRITON)
 
@@ -91,7 +92,7 @@ def test_nothing_is_written_outside(backend, width):
 def test_registered(backend, dtype):
     tokens, positions, *both = operands(backend.device, 3, 5, dtype=dtype)
     for out_dtype in (None, *({torch.float32, torch.float16, torch.float64} & {*backend.dtypes})):
-        torch.library.opcheck(torch.ops.clvp_fast.embed.default, (tokens, positions[:1], *both, out_dtype))
+        opcheck(backend, torch.ops.clvp_fast.embed.default, (tokens, positions[:1], *both, out_dtype))
 
 
 @on(*TRITON)

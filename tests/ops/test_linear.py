@@ -14,6 +14,7 @@ from clvp_fast.kernels import linear as kernels
 from clvp_fast.ops.linear import _native, _torch
 from tests.kit import POISON, Guarded, assert_within_budget, random, strided
 from tests.kit.backends import TRITON, on
+from tests.kit.operators import opcheck
 
 PLAIN = ("default", "torch", "reference")
 INT8 = pytest.mark.parametrize("int8", [False, True])
@@ -143,7 +144,7 @@ def test_registered_by_default(backend, int8):
 def test_registered(backend, dtype):
     x, weight, bias, scale = operands((2, 3), 256, 64, dtype, int8=True, device=backend.device)
     for args in ((x, weight, bias, scale, "gelu_new"), (x, weight, None, scale, None)):
-        torch.library.opcheck(torch.ops.clvp_fast.linear.default, args)
+        opcheck(backend, torch.ops.clvp_fast.linear.default, args)
 
 
 @on(*PLAIN)

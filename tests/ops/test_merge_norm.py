@@ -9,6 +9,7 @@ from clvp_fast.kernels import norm
 from clvp_fast.ops import merge_norm
 from tests.kit import Guarded, assert_within_budget, random, strided
 from tests.kit.backends import TRITON, on
+from tests.kit.operators import opcheck
 
 EPS = 1e-2
 EVERY = ("reference", "torch", *TRITON)
@@ -95,7 +96,7 @@ def test_nan_stays_in_its_place(backend):
 def test_nothing_to_do_and_what_is_not_served(backend):
     x, options = arguments(1, 4, 4, 8, device=backend.device)
     assert merge_norm(x[:0], **options).shape == (0, 2, 2, 32)
-    torch.library.opcheck(torch.ops.clvp_fast.merge_norm.default, (x, *options.values()))
+    opcheck(backend, torch.ops.clvp_fast.merge_norm.default, (x, *options.values()))
     big, wide = arguments(1, 1, 1, 2049, device=backend.device)
     with pytest.raises(RuntimeError, match="rows must be at most 8192 wide, not 8196"):
         merge_norm(big, **wide)

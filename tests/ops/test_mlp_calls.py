@@ -11,6 +11,7 @@ from clvp_fast.ops import geglu_mlp, gelu_mlp, many_rows
 from clvp_fast.ops.linear import linear
 from tests.kit import assert_within_budget, in_int8, isa, random, strided
 from tests.kit.backends import TRITON, on
+from tests.kit.operators import opcheck
 from tests.ops.test_mlp import NAMES, OPERATORS, arguments, plain, threads
 
 __all__ = ["threads"]
@@ -46,9 +47,9 @@ def test_many_rows_on_a_cpu_take_one_kernel(dtype, name, monkeypatch):
 def test_registered(backend, name, residual):
     tensors, added = arguments(name, rows=(2, 3), inner=512, device=backend.device)
     op = getattr(torch.ops.clvp_fast, name).default
-    torch.library.opcheck(op, (*tensors, added if residual else None, "gelu"))
+    opcheck(backend, op, (*tensors, added if residual else None, "gelu"))
     if residual:  # float32 beside a half type
-        torch.library.opcheck(op, (*(tensor.half() for tensor in tensors), added, "gelu"))
+        opcheck(backend, op, (*(tensor.half() for tensor in tensors), added, "gelu"))
     assert OPERATORS[name][0](tensors[0][:0], *tensors[1:], residual=added[:0]).shape == (0, 3, 24)
 
 

@@ -10,6 +10,7 @@ from clvp_fast.kernels import mlp
 from clvp_fast.ops import gelu_mlp
 from tests.kit import assert_within_budget, random
 from tests.kit.backends import TRITON, on
+from tests.kit.operators import opcheck
 from tests.ops.test_linear import quantized
 
 HALF_TYPES = (torch.float16, torch.bfloat16)
@@ -89,4 +90,4 @@ def test_a_row_has_the_bits_that_it_has_alone(backend, dtype):
 def test_registered(backend, dtype):
     tensors, named = block(backend, dtype, (2, 3), inner=512)
     args = (*tensors, named["residual"], "gelu_new", named["scale_in"], named["scale_out"])
-    torch.library.opcheck(torch.ops.clvp_fast.gelu_mlp.default, args)
+    opcheck(backend, torch.ops.clvp_fast.gelu_mlp.default, args)

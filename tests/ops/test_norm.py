@@ -12,6 +12,7 @@ from clvp_fast.kernels import norm
 from clvp_fast.ops.norm import add_norm, double_layer_norm
 from tests.kit import Guarded, assert_within_budget, random, strided
 from tests.kit.backends import TRITON, on
+from tests.kit.operators import opcheck
 
 EVERY = ("reference", "torch", *TRITON)
 KINDS = pytest.mark.parametrize("kind", ["rms", "layer"])
@@ -218,11 +219,11 @@ def test_bits_do_not_depend_on_the_batch(backend, dtype, kind, width):
 def test_registered(backend, kind, residual):
     x, settings = rows(2, 5, 16, device=backend.device), options(kind, 16, device=backend.device)
     r = rows(2, 5, 16, device=backend.device, seed=3) if residual else None
-    torch.library.opcheck(torch.ops.clvp_fast.add_norm.default, (x, r, *settings.values()))
+    opcheck(backend, torch.ops.clvp_fast.add_norm.default, (x, r, *settings.values()))
     # float32 beside a half type: results of two types.
     half = to(HALF, settings).values()
     mixed = (x.half(), r, *half) if residual else (x, r, *half, HALF)
-    torch.library.opcheck(torch.ops.clvp_fast.add_norm.default, mixed)
+    opcheck(backend, torch.ops.clvp_fast.add_norm.default, mixed)
 
 
 @on(*TRITON)
@@ -404,11 +405,11 @@ def test_double_layer_norm_registered(backend):
     x, one = rows(2, 5, 16, device=backend.device), options("layer", 16, device=backend.device)
     affine = (one["weight"], one["bias"], EPS)
     op = torch.ops.clvp_fast.double_layer_norm.default
-    torch.library.opcheck(op, (x, *affine, *affine))
-    torch.library.opcheck(op, (x, affine[0], None, EPS, *affine))
+    opcheck(backend, op, (x, *affine, *affine))
+    opcheck(backend, op, (x, affine[0], None, EPS, *affine))
     halves = HALF_TYPES if backend.name == "default" else (HALF,)
     for dtype in halves:
-        torch.library.opcheck(op, (x, *affine, *affine, dtype))
+        opcheck(backend, op, (x, *affine, *affine, dtype))
 
 
 def test_double_layer_norm_compiled_and_gradients():

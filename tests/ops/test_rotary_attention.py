@@ -1,4 +1,5 @@
-"""`rotary_attention`: the torch path against the float64 reference, and both against transformers' own attention."""
+"""`rotary_attention` on every backend: numbers against float64 and transformers' own attention; masks, geometries,
+ragged sequences."""
 
 import pytest
 import torch
@@ -8,29 +9,46 @@ from transformers.models.clvp.modeling_clvp import ClvpRotaryPositionalEmbedding
 import clvp_fast
 from clvp_fast.ops import rotary_attention, rotary_attention_weights
 from tests.kit import assert_within_budget, generator, queries_keys_values, random, strided
+from tests.kit.backends import TRITON, on
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+PLAIN = ("reference", "torch")
+HALF_TYPES = (torch.bfloat16, torch.float16)
+THREE = (torch.float32, *HALF_TYPES)
 B, H, D, R = 3, 2, 40, 32
 
 
-def angles(length, batch=1, dtype=torch.float32, rotary_dim=R):
-    frequencies = 10000 ** (-torch.arange(0, rotary_dim, 2, dtype=torch.float64) / rotary_dim)
+def frequencies(length, batch=1, dtype=torch.float32, rotary_dim=R):
+    steps = 10000 ** (-torch.arange(0, rotary_dim, 2, dtype=torch.float64) / rotary_dim)
     places = torch.arange(length)[None] + 7 * torch.arange(batch)[:, None]
-    emb = (places[..., None] * frequencies).repeat(1, 1, 2)
+    emb = (places[..., None] * steps).repeat(1, 1, 2)
     return {"cos": emb.cos().to(dtype), "sin": emb.sin().to(dtype)}
 
 
-def make_mask(kind, q_len, k_len, seed=5):
-    """Padding on either side: row 0 has none, row 1 some, row 2 all but one key (so that causal rows run empty)."""
-    places = torch.arange(k_len)
+def inputs(q_len, k_len, D=64, R=32, B=2, H=2, seed=0, dtype=torch.float32, angle_batch=1, device="cpu"):
+    """q, k, v, and angles whose two halves differ: nothing says that they agree."""
+    qkv = queries_keys_values(B, q_len, k_len, H, D, seed=seed, dtype=dtype, device=device)
+    angles = random(angle_batch, k_len, R, seed=seed + 7, scale=3.0, device=device) if R else None
+    return qkv, {} if angles is None else {"cos": angles.cos(), "sin": angles.sin()}
+
+
+def make_mask(kind, batch, q_len, k_len, device="cpu", fewest=None):
+    """Padding left or right, but for `fewest` keys in one row; rows that may attend to nothing; or a mask of its own
+    for each query."""
+    places = torch.arange(k_len, device=device)
+    ends = torch.linspace(0, k_len, batch + 1)[1:].int().tolist()
+    ends[0] = fewest or ends[0]
     if kind == "left":
-        return torch.stack([places >= n for n in (0, k_len // 3, k_len - 1)])
+        return torch.stack([places >= k_len - n for n in ends])
     if kind == "right":
-        return torch.stack([places < n for n in (k_len, k_len - k_len // 3, 1)])
+        return torch.stack([places < n for n in reversed(ends)])
     if kind == "nothing":
-        return torch.zeros(B, k_len, dtype=torch.bool)
+        return torch.zeros(batch, k_len, dtype=torch.bool, device=device)
     if kind == "square":
-        return torch.rand(1, 1, q_len, k_len, generator=generator(seed)) > 0.5
+        return (torch.rand(1, 1, q_len, k_len, generator=generator(5)) > 0.6).to(device)
+    if kind == "rows":
+        return (torch.rand(batch, 1, 1, k_len, generator=generator(6)) > 0.6).to(device)
+    if kind == "additive":
+        return random(batch, 1, q_len, k_len, seed=5, scale=2.0, device=device)
     return None
 
 
@@ -56,88 +74,245 @@ def eager(q, k, v, cos=None, sin=None, mask=None, causal=False, query_offset=Non
     return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v)
 
 
-def check(q, k, v, **options):
-    doubled = {
-        n: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for n, x in options.items()
-    }
-    with clvp_fast.backend("reference"):
-        reference = rotary_attention(q.double(), k.double(), v.double(), **doubled)
-    actual = rotary_attention(q, k, v, **options)
-    assert actual.is_contiguous() and actual.dtype == v.dtype
-    assert_within_budget(actual, reference, eager(q, k, v, **options))
+def wide(x):
+    return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+def attend(backend, *qkv, **options):
+    with clvp_fast.backend(backend):
+        return rotary_attention(*qkv, **options)
+
+
+def check(backend, qkv, **options):
+    actual = rotary_attention(*qkv, **options)
+    assert actual.is_contiguous() and actual.dtype == qkv[2].dtype
+    reference = attend("reference", *map(wide, qkv), **{name: wide(x) for name, x in options.items()})
+    baseline = attend("torch", *qkv, **options).clone() if backend.name in TRITON else eager(*qkv, **options)
+    assert_within_budget(actual, reference, baseline, times=backend.times(actual.dtype))
+    return actual
+
+
 @pytest.mark.parametrize("rotary", [False, True])
 @pytest.mark.parametrize("mask", [None, "left", "right", "nothing", "square"])
 @pytest.mark.parametrize("causal", [False, True])
-def test_torch_path_against_reference(dtype, rotary, mask, causal):
+@on("default", types="dtype")
+def test_torch_path_against_reference(backend, dtype, rotary, mask, causal):
     for q_len, k_len in ((1, 1), (1, 33), (2, 33), (7, 33), (33, 33)):
         q, k, v = queries_keys_values(B, q_len, k_len, H, D, seed=k_len + q_len, dtype=dtype)
-        check(q, k, v, mask=make_mask(mask, q_len, k_len), causal=causal, **(angles(k_len) if rotary else {}))
+        check(
+            backend,
+            (q, k, v),
+            mask=make_mask(mask, B, q_len, k_len, fewest=1),
+            causal=causal,
+            **(frequencies(k_len) if rotary else {}),
+        )
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_float32_angles_rotate_in_float32(dtype, backend):
+@pytest.mark.parametrize(
+    "D, R",
+    [(64, 32), (64, 0), (64, 64), (32, 32), (32, 0), (80, 32), (80, 0), (96, 32), (96, 96), (128, 32), (128, 0)]
+    + [(128, 128), (64, 2), (64, 20), (40, 32), (8, 4), (24, 24), (1, 0), (120, 66)],
+)
+@on(*TRITON, types="dtype")
+def test_geometries(backend, dtype, D, R):
+    qkv, angles = inputs(18, 18, D, R, B=1, dtype=dtype, device=backend.device)
+    check(backend, qkv, causal=True, **angles)
+
+
+def check_masks(backend, dtype, mask, causal):
+    for q_len, k_len in ((1, 1), (1, 65), (17, 150), (65, 65)):
+        qkv, angles = inputs(
+            q_len, k_len, 32, 16, B=2, H=1, seed=q_len + k_len, dtype=dtype, angle_batch=2, device=backend.device
+        )
+        check(backend, qkv, mask=make_mask(mask, 2, q_len, k_len, backend.device), causal=causal, **angles)
+
+
+MASKS = pytest.mark.parametrize("mask", [None, "left", "right", "nothing", "square", "rows", "additive"])
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@MASKS
+@on(*TRITON, types="dtype", among=(torch.float32,))
+def test_masks_and_lengths(backend, dtype, mask, causal):
+    check_masks(backend, dtype, mask, causal)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@MASKS
+@on("gpu", types="dtype", among=HALF_TYPES)
+def test_masks_and_lengths_in_half_types(backend, dtype, mask, causal):
+    check_masks(backend, dtype, mask, causal)
+
+
+# Masks are read alike in every type.
+@pytest.mark.slow
+@pytest.mark.parametrize("causal", [False, True])
+@MASKS
+@on("interpreted", types="dtype", among=HALF_TYPES)
+def test_masks_and_lengths_in_float16(backend, dtype, mask, causal):
+    check_masks(backend, dtype, mask, causal)
+
+
+@pytest.mark.parametrize("q_len, k_len", [(128, 128), (129, 127), (63, 200), (260, 260)])
+@on(*TRITON)
+def test_tiles_and_their_ends(backend, q_len, k_len):
+    for causal in (False, True)[: 1 + (q_len <= k_len)]:
+        qkv, _ = inputs(q_len, k_len, R=0, B=1, H=1, device=backend.device)
+        check(backend, qkv, causal=causal)
+
+
+@on(*PLAIN, types="dtype", among=HALF_TYPES)
+def test_float32_angles_rotate_in_float32(backend, dtype):
     """Seen through one key, whose value comes out as it was rotated: rounded once."""
     q, k, v = queries_keys_values(200, 1, 1, H, D, seed=0, dtype=dtype)
-    turn = angles(1, batch=200)
-    with clvp_fast.backend(backend):
-        out = rotary_attention(q, k, v, **turn)
+    turn = frequencies(1, batch=200)
+    out = rotary_attention(q, k, v, **turn)
     exact = eager(*(x.double() for x in (q, k, v)), **{name: x.double() for name, x in turn.items()})
     assert (out == exact.to(dtype)).double().mean() > 0.999
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("head_dim", [32, 64, 128])
-def test_head_sizes_and_strided_inputs(dtype, head_dim):
-    q, k, v = (strided(x) for x in queries_keys_values(2, 9, 9, 3, head_dim, seed=head_dim, dtype=dtype))
-    mask = strided(make_mask("left", 9, 9)[:2])
-    check(q, k, v, mask=mask, causal=True, **angles(9, batch=2))
-    packed = random(2, 9, 3, 3, head_dim, seed=1, dtype=dtype)
-    check(*packed.unbind(2), **angles(9, rotary_dim=head_dim))
+@on(*TRITON, types="dtype", among=HALF_TYPES)
+def test_rotation_is_rounded_once(backend, dtype):
+    """Seen through one key, whose value comes out as it was rotated."""
+    qkv, angles = inputs(1, 1, 128, 128, B=12, H=1, dtype=dtype, angle_batch=12, device=backend.device)
+    out = rotary_attention(*qkv, **angles)
+    exact = attend("reference", *map(wide, qkv), **{name: wide(x) for name, x in angles.items()})
+    assert (out == exact.to(dtype)).double().mean() > 0.999
+    check(backend, qkv, **{name: x.to(dtype) for name, x in angles.items()})
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_one_query_over_keys_stored_by_head(dtype):
-    """The layout of a key-value cache, with room behind the keys that nobody may read."""
-    q, k, v = queries_keys_values(5, 1, 50, H, D, seed=2, dtype=dtype)
-    room = [torch.full((5, H, 64, D), float("nan"), dtype=dtype) for _ in range(2)]
-    for buffer, x in zip(room, (k, v), strict=True):
-        buffer[:, :, :50] = x.transpose(1, 2)
-    k, v = (buffer[:, :, :50].transpose(1, 2) for buffer in room)
-    check(q, k, v, causal=True)
-    check(q, k, v, mask=torch.arange(50) >= torch.tensor([[0], [3], [49], [17], [25]]), causal=True)
+@on(*PLAIN)
+def test_angles_that_both_halves_share(backend):
+    q, k, v = queries_keys_values(2, 4, 9, H, D, seed=3, dtype=torch.float64)
+    angles = random(2, 9, R // 2, seed=0, dtype=torch.float64)
+    twice = {"cos": torch.cat((angles, angles), -1).cos(), "sin": torch.cat((angles, angles), -1).sin()}
+    once = {"cos": angles[:, :, None].cos(), "sin": angles[:, :, None].sin()}
+    expected = eager(q, k, v, causal=True, **twice)
+    for turn in (once, twice):
+        out = rotary_attention(q, k, v, causal=True, **turn)
+        torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+    weights = rotary_attention_weights(q, k, v, causal=True, **once)[1]
+    torch.testing.assert_close(weights, rotary_attention_weights(q, k, v, causal=True, **twice)[1])
+
+
+@pytest.mark.parametrize("D, R", [(64, 32), (40, 20), (32, 32)])
+@on(*TRITON, types="dtype")
+def test_angles_that_both_halves_share_in_a_kernel(backend, dtype, D, R):
+    qkv, angles = inputs(20, 70, D, R // 2, dtype=dtype, angle_batch=2, device=backend.device)
+    twice = {name: torch.cat((x, x), -1) for name, x in angles.items()}
+    once = {name: strided(x[:, :, None]) for name, x in angles.items()}
+    out = check(backend, qkv, causal=True, **once)
+    assert torch.equal(out, rotary_attention(*qkv, causal=True, **twice))
 
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("offset", [0, 4, 12])
-def test_query_offset_picks_rows_of_the_whole(causal, offset):
+@on("default")
+def test_query_offset_picks_rows_of_the_whole(backend, causal, offset):
     q, k, v = queries_keys_values(2, 20, 20, H, D, seed=9)
-    whole = rotary_attention(q, k, v, causal=causal, **angles(20))
-    part = rotary_attention(q[:, offset : offset + 8], k, v, causal=causal, query_offset=offset, **angles(20))
+    whole = rotary_attention(q, k, v, causal=causal, **frequencies(20))
+    part = rotary_attention(q[:, offset : offset + 8], k, v, causal=causal, query_offset=offset, **frequencies(20))
     torch.testing.assert_close(part, whole[:, offset : offset + 8], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("causal", [False, True])
+@on(*TRITON)
+def test_query_offset(backend, causal):
+    qkv, angles = inputs(90, 90, B=1, device=backend.device)
+    whole = rotary_attention(*qkv, causal=causal, **angles)
+    for offset, q_len in ((0, 1), (89, 1), (3, 40)):
+        part = (qkv[0][:, offset : offset + q_len], *qkv[1:])
+        out = check(backend, part, causal=causal, query_offset=offset, **angles)
+        torch.testing.assert_close(out, whole[:, offset : offset + q_len], rtol=1e-5, atol=1e-5)
+
+
+@on(*PLAIN, types="dtype", among=THREE)
 def test_query_without_keys_gets_the_mean_of_all_values(backend, dtype):
     q, k, v = queries_keys_values(2, 6, 6, H, D, seed=4, dtype=dtype)
     mask = torch.tensor([[True] * 6, [False] * 6])
-    with clvp_fast.backend(backend):
-        out = rotary_attention(q * 20, k, v, mask=mask)
+    out = rotary_attention(q * 20, k, v, mask=mask)
     expected = v[1].double().mean(0).expand(6, H, D)
     torch.testing.assert_close(out[1].double(), expected, rtol=0, atol=4 * torch.finfo(dtype).eps)
 
 
-def test_additive_mask_equals_boolean():
+@pytest.mark.parametrize("additive", [False, True])
+@on(*TRITON, types="dtype")
+def test_query_without_keys_gets_the_mean_where_the_loop_ends_early(backend, dtype, additive):
+    """All of them: those after it too, where causality ends the loop over keys early."""
+    (q, k, v), _ = inputs(200, 200, 32, R=0, H=1, dtype=dtype, device=backend.device)
+    mask = make_mask("left", 2, 200, 200, backend.device)
+    assert not mask[0, :100].any()
+    if additive:
+        mask = torch.zeros(2, 1, 1, 200, device=backend.device).masked_fill_(
+            ~mask[:, None, None], torch.finfo(torch.float32).min
+        )
+    out = rotary_attention(q * 20, k, v, mask=mask, causal=True)
+    expected = v[0].double().mean(0).expand(100, 1, 32)
+    torch.testing.assert_close(out[0, :100].double(), expected, rtol=0, atol=2 * torch.finfo(dtype).eps)
+
+
+@on("default")
+def test_additive_mask_equals_boolean(backend):
     q, k, v = queries_keys_values(2, 6, 6, H, D, seed=4)
     allowed = torch.rand(2, 1, 6, 6, generator=generator(0)) > 0.4
     added = torch.zeros(2, 1, 6, 6).masked_fill_(~allowed, torch.finfo(torch.float32).min)
     for causal in (False, True):
         expected = rotary_attention(q, k, v, mask=allowed, causal=causal)
         torch.testing.assert_close(rotary_attention(q, k, v, mask=added, causal=causal), expected, rtol=1e-5, atol=1e-5)
+
+
+@on(*TRITON, types="dtype")
+def test_extreme_scores(backend, dtype):
+    (q, k, v), _ = inputs(20, 70, R=0, dtype=dtype, device=backend.device)
+    check(backend, (q * 80, k * 50, v))
+    q[:], k[:] = 40, 30  # one score for all keys
+    check(backend, (q, k, v))
+    check(backend, (q, -k, v), mask=make_mask("right", 2, 20, 70, backend.device))
+
+
+def ragged(lengths, dtype=torch.float32):
+    q, k, v = (x[0] for x in queries_keys_values(1, sum(lengths), sum(lengths), H, D, seed=1, dtype=dtype))
+    bounds = torch.tensor([0, *lengths]).cumsum(0).int()
+    return (q, k, v), {"cu_seqlens": bounds, "max_seqlen": max(lengths)}
+
+
+def ragged_inputs(lengths, D=64, R=32, dtype=torch.float32, device="cpu"):
+    tokens = sum(lengths)
+    q, k, v = (x[0] for x in queries_keys_values(1, tokens, tokens, 1, D, seed=1, dtype=dtype, device=device))
+    bounds = torch.tensor([0, *lengths]).cumsum(0).int().to(device)
+    return (q, k, v), bounds, inputs(1, max(lengths), D, R, device=device)[1]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("rotary", [False, True])
+@on(*PLAIN, types="dtype")
+def test_ragged_sequences_attend_each_to_itself(backend, dtype, rotary, causal):
+    lengths = (5, 0, 17, 1, 33)
+    qkv, bounds = ragged(lengths, dtype)
+    turn = frequencies(33) if rotary else {}
+    out = rotary_attention(*qkv, causal=causal, **bounds, **turn)
+    assert out.shape == qkv[0].shape and out.dtype == dtype
+    start = 0
+    for length in lengths:
+        alone = [x[None, start : start + length] for x in qkv]
+        own = {name: x[:, :length] for name, x in turn.items()}
+        if length:
+            wide = {name: x.double() for name, x in own.items()}
+            expected = eager(*(x.double() for x in alone), causal=causal, **wide)[0]
+            baseline = eager(*alone, causal=causal, **own)[0]
+            assert_within_budget(out[start : start + length].clone(), expected, baseline)
+        start += length
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("D, R", [(32, 16), (40, 0)])
+@on(*TRITON, types="dtype")
+def test_ragged_sequences(backend, dtype, D, R, causal):
+    qkv, bounds, angles = ragged_inputs((0, 1, 17, 130, 64), D, R, dtype, device=backend.device)
+    check(backend, qkv, cu_seqlens=bounds, max_seqlen=130, causal=causal, **angles)
+    packed = torch.stack(qkv, 1)
+    out = rotary_attention(*packed.unbind(1), cu_seqlens=bounds, max_seqlen=130, causal=causal, **angles)
+    assert torch.equal(out, rotary_attention(*qkv, cu_seqlens=bounds, max_seqlen=130, causal=causal, **angles))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -148,7 +323,7 @@ def test_equals_transformers(dtype, masked):
     theirs = ClvpSelfAttention(config).eval().to(dtype)
     hidden = random(B, 9, 80, seed=1, dtype=dtype, scale=4.0)
     position = ClvpRotaryPositionalEmbedding(config)(hidden)
-    mask = make_mask("left", 9, 9) if masked else None
+    mask = make_mask("left", B, 9, 9, fewest=1) if masked else None
     added = (
         None
         if mask is None
@@ -170,176 +345,3 @@ def test_equals_transformers(dtype, masked):
         torch.testing.assert_close(theirs.out_proj(out.flatten(2)), expected, **tolerance)
         torch.testing.assert_close(weights, expected_weights, **tolerance)
         torch.testing.assert_close(theirs.out_proj(plain.flatten(2)), expected, **tolerance)
-
-
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("mask", [None, "left"])
-def test_gradients(causal, mask):
-    q, k, v = (x.requires_grad_() for x in queries_keys_values(B, 3, 5, H, 8, seed=3, dtype=torch.float64))
-    options = {"mask": make_mask(mask, 3, 5), "causal": causal, **angles(5, dtype=torch.float64, rotary_dim=6)}
-    assert torch.autograd.gradcheck(lambda *x: rotary_attention(*x, **options), (q, k, v))
-    grad_out = random(B, 3, H, 8, seed=8, dtype=torch.float64)
-    ours = torch.autograd.grad(rotary_attention(q, k, v, **options), (q, k, v), grad_out)
-    with clvp_fast.backend("reference"):
-        theirs = torch.autograd.grad(rotary_attention(q, k, v, **options), (q, k, v), grad_out)
-    for mine, expected in zip(ours, theirs, strict=True):
-        assert_within_budget(mine, expected)
-
-
-def test_gradients_under_an_additive_mask():
-    """Rows that run empty included: each of their weights is 1 / keys, in the backward too."""
-    q, k, v = (x.requires_grad_() for x in queries_keys_values(2, 4, 4, H, 8, seed=3, dtype=torch.float64))
-    added = torch.zeros(2, 1, 4, 4, dtype=torch.float64)
-    added[1] = torch.finfo(torch.float64).min
-    grad_out = random(2, 4, H, 8, seed=8, dtype=torch.float64)
-    grad_v = torch.autograd.grad(rotary_attention(q, k, v, mask=added), v, grad_out)[0]
-    assert_within_budget(grad_v[1], grad_out[1].mean(0).expand(4, H, 8).clone())
-
-
-def test_dropout_drops_weights_and_keeps_the_mean():
-    q, k, v = queries_keys_values(2, 4, 8, H, D, seed=6)
-    for backend in ("reference", "torch"):
-        torch.manual_seed(0)
-        with clvp_fast.backend(backend):
-            drawn = torch.stack([rotary_attention(q, k, v, dropout_p=0.3) for _ in range(400)])
-        exact = rotary_attention(q, k, v)
-        assert not torch.equal(drawn[0], drawn[1])
-        deviation = (drawn.mean(0) - exact).abs() / (drawn.std(0) / 20)
-        assert deviation.mean() < 1.1 and deviation.max() < 6
-    out, weights = rotary_attention_weights(q, k, v, dropout_p=0.3)
-    torch.testing.assert_close(weights.sum(-1), torch.ones(2, H, 4))
-    assert not torch.allclose(out, exact)
-
-
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compiles_whole(dynamic):
-    def run(q, k, v, cos, sin, mask):
-        first = rotary_attention(q, k, v, cos=cos, sin=sin, mask=mask, causal=True)
-        second = rotary_attention(first, k, v, causal=True)
-        return rotary_attention(second[:, -1:], k, v, mask=mask, causal=True), second
-
-    q, k, v = queries_keys_values(B, 9, 9, H, D, seed=3)
-    arguments = (q, k, v, *angles(9).values(), make_mask("left", 9, 9))
-    compiled = torch.compile(run, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    for actual, expected in zip(compiled(*arguments), run(*arguments), strict=True):
-        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("backend", ["reference", "torch"])
-def test_angles_that_both_halves_share(backend):
-    q, k, v = queries_keys_values(2, 4, 9, H, D, seed=3, dtype=torch.float64)
-    angles = random(2, 9, R // 2, seed=0, dtype=torch.float64)
-    twice = {"cos": torch.cat((angles, angles), -1).cos(), "sin": torch.cat((angles, angles), -1).sin()}
-    once = {"cos": angles[:, :, None].cos(), "sin": angles[:, :, None].sin()}
-    expected = eager(q, k, v, causal=True, **twice)
-    with clvp_fast.backend(backend):
-        for turn in (once, twice):
-            out = rotary_attention(q, k, v, causal=True, **turn)
-            torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
-    weights = rotary_attention_weights(q, k, v, causal=True, **once)[1]
-    torch.testing.assert_close(weights, rotary_attention_weights(q, k, v, causal=True, **twice)[1])
-
-
-def ragged(lengths, dtype=torch.float32):
-    q, k, v = (x[0] for x in queries_keys_values(1, sum(lengths), sum(lengths), H, D, seed=1, dtype=dtype))
-    bounds = torch.tensor([0, *lengths]).cumsum(0).int()
-    return (q, k, v), {"cu_seqlens": bounds, "max_seqlen": max(lengths)}
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("rotary", [False, True])
-@pytest.mark.parametrize("backend", ["reference", "torch"])
-def test_ragged_sequences_attend_each_to_itself(backend, rotary, causal, dtype):
-    lengths = (5, 0, 17, 1, 33)
-    qkv, bounds = ragged(lengths, dtype)
-    turn = angles(33) if rotary else {}
-    with clvp_fast.backend(backend):
-        out = rotary_attention(*qkv, causal=causal, **bounds, **turn)
-    assert out.shape == qkv[0].shape and out.dtype == dtype
-    start = 0
-    for length in lengths:
-        alone = [x[None, start : start + length] for x in qkv]
-        own = {name: x[:, :length] for name, x in turn.items()}
-        if length:
-            wide = {name: x.double() for name, x in own.items()}
-            expected = eager(*(x.double() for x in alone), causal=causal, **wide)[0]
-            baseline = eager(*alone, causal=causal, **own)[0]
-            assert_within_budget(out[start : start + length].clone(), expected, baseline)
-        start += length
-
-
-def test_gradients_of_ragged_sequences():
-    qkv, bounds = ragged((2, 0, 3), torch.float64)
-    turn = angles(3, dtype=torch.float64)
-    qkv = [x[..., :34].detach().requires_grad_() for x in qkv]
-    assert torch.autograd.gradcheck(lambda *x: rotary_attention(*x, causal=True, **bounds, **turn), qkv)
-
-
-def test_compiles_ragged_sequences_whole():
-    qkv, bounds = ragged((4, 1, 6))
-    turn = angles(6)
-
-    def run(q, k, v):
-        return rotary_attention(q, k, v, causal=True, **bounds, **turn) * 2
-
-    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(*qkv), run(*qkv), rtol=1e-5, atol=1e-5)
-    args = (*qkv, bounds["cu_seqlens"], 6, turn["cos"], turn["sin"], True, 0.2)
-    torch.library.opcheck(torch.ops.clvp_fast.rotary_attention_ragged.default, args)
-
-
-def test_bad_ragged_arguments_are_named():
-    (q, k, v), bounds = ragged((3, 5))
-    ends = bounds["cu_seqlens"]
-    cases = [
-        ((q[None], k, v), {}, ValueError, r"q must have shape \[tokens, num_heads, head_dim\] \(with cu_seqlens\)"),
-        ((q, k[1:], v), {}, ValueError, r"k must have shape that of q, \[8, 2, 40\], not \[7, 2, 40\]"),
-        ((q, k, v.double()), {}, TypeError, "v must have the dtype of q"),
-        ((q, k, v), {"cu_seqlens": ends.long()}, TypeError, "cu_seqlens must be int32, not torch.int64"),
-        ((q, k, v), {"cu_seqlens": ends[None]}, ValueError, r"cu_seqlens must have shape \[sequences \+ 1\]"),
-        ((q, k, v), {"cu_seqlens": ends.to("meta")}, ValueError, "cu_seqlens is on meta and q on cpu"),
-        ((q, k, v), {"max_seqlen": None}, ValueError, "max_seqlen must be the length of the longest"),
-        ((q, k, v), angles(4), ValueError, r"cos must have shape \[1, 5, an even number of at most 40\]"),
-        ((q, k, v), angles(5, batch=2), ValueError, r"cos must have shape \[1, 5"),
-        ((q, k, v), {"mask": torch.ones(2, 5, dtype=torch.bool)}, ValueError, "together with cu_seqlens"),
-        ((q, k, v), {"dropout_p": 0.1}, ValueError, "together with cu_seqlens"),
-        ((q, k, v), {"query_offset": 1}, ValueError, "together with cu_seqlens"),
-    ]
-    for arguments, options, error, message in cases:
-        with pytest.raises(error, match=message):
-            rotary_attention(*arguments, **{**bounds, **options})
-
-
-def test_registered_operator():
-    q, k, v = queries_keys_values(B, 3, 5, H, D, seed=3)
-    options = angles(5)
-    op = torch.ops.clvp_fast.rotary_attention.default
-    for mask in (None, make_mask("left", 3, 5)):
-        torch.library.opcheck(op, (q, k, v, options["cos"], options["sin"], mask, True, 2, D**-0.5))
-    expected = rotary_attention(q, k, v, causal=True, **options)
-    actual = op(q, k, v, options["cos"], options["sin"], None, True, 2, D**-0.5)
-    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
-
-
-def test_bad_arguments_are_named():
-    q, k, v = queries_keys_values(2, 3, 5, H, D, seed=0)
-    cos, sin = angles(5).values()
-    cases = [
-        ((q[0], k, v), {}, ValueError, "q must have shape"),
-        ((q, k[:, :, :1], v), {}, ValueError, r"k must have shape \[2, key_len, 2, 40\], not \[2, 5, 1, 40\]"),
-        ((q, k, v[:, :3]), {}, ValueError, "v must have shape"),
-        ((q, k.double(), v), {}, TypeError, "k must have the dtype of q"),
-        ((q, k.to("meta"), v), {}, ValueError, "k is on meta and q on cpu"),
-        ((q, k, v), {"cos": cos}, ValueError, "together"),
-        ((q, k, v), {"cos": cos[:, :3], "sin": sin[:, :3]}, ValueError, "cos must have shape"),
-        ((q, k, v), {"cos": cos, "sin": sin[..., :8]}, ValueError, "sin must have shape"),
-        ((q, k, v), {"cos": cos[:, :, None], "sin": sin}, ValueError, r"or \[1 or 2, 5, 1, half of it\]"),
-        ((q, k, v), {"mask": torch.ones(2, 5, dtype=torch.long)}, TypeError, "mask must be bool"),
-        ((q, k, v), {"mask": torch.ones(2, 3, dtype=torch.bool)}, ValueError, r"mask must have shape \[2, 5\]"),
-        ((q, k, v), {"causal": True, "query_offset": 3}, ValueError, "rows 3 to 6 must lie within the 5 keys"),
-        ((k, q, q), {"causal": True}, ValueError, "query_offset"),
-    ]
-    for arguments, options, error, message in cases:
-        with pytest.raises(error, match=message):
-            rotary_attention(*arguments, **options)

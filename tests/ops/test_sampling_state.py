@@ -9,6 +9,7 @@ from clvp_fast.ops import sample
 from clvp_fast.ops.sampling import _OPERATOR
 from tests.kit import random, strided
 from tests.kit.backends import TRITON, on
+from tests.kit.operators import opcheck
 from tests.ops.test_sampling import ALL, EVERY, KERNELS, PAD, STOP, TORTOISE, check, draw, marked, state
 
 
@@ -86,10 +87,10 @@ def test_registered(backend):
     floats = [torch.full((count,), x, dtype=torch.float64, device=device) for x in (0.8, 0.9, 0.8, 0.01, 1.5)]
     marks = state(count, 97, [4], device)
     args = (logits, *marks, floats[0], rows + 3, *floats[1:], rows, rows, rows, STOP, PAD, True)
-    torch.library.opcheck(op, (*args, None))
-    torch.library.opcheck(op, (*args, rows > count // 2))
+    opcheck(backend, op, (*args, None))
+    opcheck(backend, op, (*args, rows > count // 2))
     empty = state(count, 97, device=device)
-    torch.library.opcheck(op, (logits, *empty, *[None] * 6, rows, rows, rows, STOP, PAD, False, None))
+    opcheck(backend, op, (logits, *empty, *[None] * 6, rows, rows, rows, STOP, PAD, False, None))
     assert draw(logits[:0]).shape == (0,)
     rows = random(3, 97, seed=0, device=device)
     assert torch.equal(draw(rows.T.contiguous().T), draw(rows))

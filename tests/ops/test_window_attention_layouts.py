@@ -8,6 +8,7 @@ from clvp_fast.ops import window_attention
 from clvp_fast.ops.window_attention import SEAM
 from tests.kit import Guarded, random, strided
 from tests.kit.backends import TRITON, on
+from tests.kit.operators import opcheck
 from tests.ops.test_window_attention import KERNELS, PLAIN, check, operands
 
 
@@ -130,4 +131,4 @@ def test_nothing_to_do(backend, dtype):
 @on("default", *TRITON)
 def test_registered_operator(backend):
     for args in ((*operands(8, 16, device=backend.device), 8, shift, 0.2) for shift in (0, 4)):
-        torch.library.opcheck(torch.ops.clvp_fast.window_attention.default, args)
+        opcheck(backend, torch.ops.clvp_fast.window_attention.default, args)
