@@ -114,23 +114,21 @@ def calls_of_a_step(requests: Requests) -> int:
 def tasks(device: str, smoke: bool = False) -> Iterator[Task]:
     steps = SMOKE[1] if smoke else STEPS
     for candidates in SMOKE[:1] if smoke else CANDIDATES:
-        shape = {"candidates": candidates, "steps": steps, "prompt": PROMPT}
-        makers = {
-            "null model": partial(_null, candidates, steps),
-            "demo checkpoint": partial(_demo, candidates, steps, device),
-        }
-        yield task("host_step", shape, makers, 1 if smoke else 5)
+        for model, make in (("null", _null), ("demo", partial(_demo, device))):
+            # They are two shapes, and no rivals.
+            shape = {"model": model, "candidates": candidates, "steps": steps, "prompt": PROMPT}
+            yield task("host_step", shape, {"clvp_fast": partial(make, candidates, steps)}, 1 if smoke else 5)
 
 
 def _null(candidates: int, steps: int) -> Provider:
     requests = Requests(NullRunner(candidates, steps), candidates, steps)
     wrong = sum(len(codes) != steps for codes in requests.run())
-    return Provider("null model", requests.run, wrong, 0, steps, {"python_calls": calls_of_a_step(requests)})
+    return Provider("clvp_fast", requests.run, wrong, 0, steps, {"python_calls": calls_of_a_step(requests)})
 
 
-def _demo(candidates: int, steps: int, device: str) -> Provider:
+def _demo(device: str, candidates: int, steps: int) -> Provider:
     """Its error is how many tokens the first candidate draws otherwise than alone."""
     requests = Requests(demo_runner(candidates, steps, device), candidates, steps)
     alone = Requests(demo_runner(1, steps, device), 1, steps)
     wrong = int((requests.run()[0] != alone.run()[0]).sum())
-    return Provider("demo checkpoint", requests.run, wrong, 0, steps, {"python_calls": calls_of_a_step(requests)})
+    return Provider("clvp_fast", requests.run, wrong, 0, steps, {"python_calls": calls_of_a_step(requests)})
