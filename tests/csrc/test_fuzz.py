@@ -10,7 +10,7 @@ import pytest
 from clvp_fast.native import build
 from tests.csrc.compiled import CSRC, FUZZERS, HERE, SANITIZED, compile_cpp
 
-CASES = 600
+CASES = 400
 
 
 @pytest.mark.slow
