@@ -1,4 +1,4 @@
-/* The C interface of the native library: what Python loads through ctypes (clvp_fast/native_calls.py holds the
+/* The C interface of the native library: what Python loads through ctypes (clvp_fast/native/calls.py holds the
  * prototypes).
  *
  * No torch, no allocation that outlives a call, no exception across the boundary. Every function returns

@@ -162,7 +162,8 @@ class DecodeLoop:
             self._apply(runner, step)
             handle = runner.decode(step.num_slots)
             self._under_way.append((step, handle, self._row_of_slot[: step.num_slots].copy()))
-        while len(self._under_way) > (self.lag if step is not None else 0):
+        # Behind the last job nothing is worth waiting for, and what is under way would keep that job.
+        while len(self._under_way) > (self.lag if step is not None and self._jobs else 0):
             self._read(runner, *self._under_way.popleft())
 
     def tell(self) -> None:
@@ -200,7 +201,7 @@ class DecodeLoop:
         self._ended_since.append([])
 
     def _end(self, row: int) -> None:
-        self._live[row] = False
+        self._live[row], self._job_of_row[row] = False, None
         (self._ended_since[-1] if self._ended_since else self._free_rows).append(row)
 
     def _read(self, runner: Runner, step: Step, handle: StepHandle, rows: np.ndarray) -> None:

@@ -228,6 +228,7 @@ class PagedDecoder:
             The hidden states `[N, hidden_size]` after both final norms, and logits `[N, vocab_size]`, both of the
             model's dtype.
         """
+        self.follow()
         bound = self.bind(
             tokens,
             seq_lens,
@@ -256,10 +257,11 @@ class PagedDecoder:
     ) -> BoundStep:
         """The calls that `step` makes of these tensors, for any number of steps over what they then hold.
 
+        Of the weights as they were taken last: whoever keeps steps calls `follow`, and drops them where it says so.
+
         Args:
             room: for at least as many rows; steps that share it run one after another.
         """
-        self.follow()
         tables = dict(
             block_table=block_table,
             prefix_table=prefix_table,

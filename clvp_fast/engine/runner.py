@@ -280,6 +280,8 @@ class Runner:
             return f"parameter {name} of the decoder was changed or moved after copies were made in 8 bits"
         if (self._graphs or self._persistent is not None) and self.decoder.has_moved:
             return "parameters of the decoder were moved after steps were captured that read them where they lay"
+        if self.decoder.weight_dtype is not None and self.decoder.has_moved:
+            return "parameters of the decoder were moved after copies of others were made in 8 bits"
         return None
 
     def _make_persistent(self) -> None:

@@ -303,6 +303,8 @@ class Scheduler:
         self.pool.release(run.pages)
         self.pool.release(request.prefix_pages)
         del self._running[run]
+        if not self._running:
+            self._due.clear()  # which would keep requests that have ended
         request.running.discard(run)
         if not request.running:
             self._idle.add(request)

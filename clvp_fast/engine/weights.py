@@ -86,8 +86,8 @@ class LayerWeights:
 class DecoderWeights:
     """The parameters of a `ClvpForCausalLM`, shared, in the storage that operators read best.
 
-    In-place changes are seen. Where parameters come to lie elsewhere, these are the old ones: `addresses` tells, and
-    they are to be taken again.
+    In-place changes are seen. Where parameters come to lie elsewhere, these are the old ones, which stay in memory for
+    as long as steps that read them may run: `addresses` tells, and they are to be taken again.
     """
 
     model: ClvpForCausalLM
@@ -116,12 +116,12 @@ class DecoderWeights:
             return "a layer norm has no weight, which the engine reads: give it one of ones"
         return cls(
             model,
-            tables[0].weight,
-            tables[1].weight,
+            tables[0].weight.detach(),
+            tables[1].weight.detach(),
             tuple(map(_layer, layers)),
             _norm(stack.layer_norm),
             _norm(model.final_norm),
-            Product(model.lm_head.weight, model.lm_head.bias),
+            _product(model.lm_head.weight, model.lm_head.bias),
         )
 
     def in_int8(self) -> "DecoderWeights":
@@ -162,7 +162,16 @@ def layers_of(model: ClvpForCausalLM) -> list[ClvpDecoderLayer]:
 
 
 def _norm(norm: nn.LayerNorm) -> Norm:
-    return Norm(norm.weight, norm.bias, norm.eps)
+    return Norm(*_kept(norm.weight, norm.bias), norm.eps)
+
+
+def _product(weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
+    return Product(*_kept(weight, bias))
+
+
+def _kept(weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Tensors of their own over the storage of parameters, which they keep where a parameter is given another."""
+    return weight.detach(), None if bias is None else bias.detach()
 
 
 def _layer(layer: ClvpDecoderLayer) -> LayerWeights:
@@ -176,11 +185,11 @@ def _layer(layer: ClvpDecoderLayer) -> LayerWeights:
     return LayerWeights(
         attn.num_heads,
         _norm(layer.input_layernorm),
-        tuple(Product(*pair) for pair in pairs),
-        Product(attn.out_proj.weight, attn.out_proj.bias),
+        tuple(_product(*pair) for pair in pairs),
+        _product(attn.out_proj.weight, attn.out_proj.bias),
         _norm(layer.post_attention_layernorm),
-        Product(mlp.c_fc.weight.t(), mlp.c_fc.bias),
-        Product(mlp.c_proj.weight.t(), mlp.c_proj.bias),
+        _product(mlp.c_fc.weight.t(), mlp.c_fc.bias),
+        _product(mlp.c_proj.weight.t(), mlp.c_proj.bias),
         activation_name(mlp.act),
         mlp,
     )

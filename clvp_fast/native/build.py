@@ -1,4 +1,4 @@
-"""How the native library is compiled: one description for setup.py, which loads this file by its path, and native.py.
+"""How the native library is compiled: one description for setup.py, which loads this file by its path, and the loader.
 
 Imports the standard library alone. The library has two parts, each a shared object of its own: `csrc/cpu/`, compiled by
 a C++ compiler for several instruction sets, and `csrc/cuda/`, compiled by nvcc.

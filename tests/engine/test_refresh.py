@@ -227,3 +227,16 @@ def test_voices_follow_their_encoder():
         model.conditioning_encoder.mel_conv.weight.mul_(1.5)
     assert not torch.equal(made.voice(request()).vector, vector)
     assert codes(made) == anew(model)
+
+
+def test_moving_what_was_not_copied_is_refused_at_the_door():
+    """Beside copies in 8 bits the head's own weights are read; moved, they would break off everybody's steps."""
+    model = tiny()
+    made = engine(model, weight_dtype=torch.int8)
+    before = codes(made)
+    head = model.speech_decoder_model.lm_head
+    head.weight.data = head.weight.data.clone()
+    with pytest.raises(ValueError, match=r"copies of others were made in 8 bits: call engine\.refresh\(\)"):
+        raise result(made).error
+    made.refresh()
+    assert codes(made) == before

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from clvp_fast import ops
 from clvp_fast.engine import runner as runner_module, slots as slots_module
-from clvp_fast.engine.decoder import min_rows
+from clvp_fast.engine.decoder import PagedDecoder, min_rows
 from clvp_fast.engine.runner import Runner
 from clvp_fast.engine.sampling_params import SamplingParams
 from clvp_fast.engine.scheduler import Admission, Prefill, Scheduler
@@ -673,3 +673,35 @@ def test_state_is_laid_out_as_named():
     assert state["seq_lens"].tolist() == [-1, 0, -1, -1, 0] + [-1] * 11
     assert np.bitwise_count(state["seen"].view(np.uint32)).sum(1).tolist() == [0, 1, 0, 0, 1] + [0] * 11
     assert state["seen"].view(np.uint32)[4, START // 32] == 1 << START % 32
+
+
+def test_steps_that_were_bound_before_a_move_end_with_it():
+    """A request under way goes on over the weights it began with; the next one has the new ones, at any row count."""
+    model = tiny()
+    (prompt,) = prompts(model, (9,))
+    driver = Driver(model, [prompt] * 4, [GREEDY] * 4)
+    driver.admit(0, 0)
+    driver.admit(1, 1)
+    for _ in range(3):
+        driver.step()
+    for parameter in model.speech_decoder_model.model.decoder.layers[1].parameters():
+        parameter.data = 1.5 * parameter.data
+    driver.free(1)
+    driver.run()  # one row: another step is bound
+    driver._prefilled = {}  # prompts anew
+    driver.admit(0, 2)
+    driver.admit(1, 3)
+    assert driver.run()[3, 0] == expected_tokens(model, prompt)
+
+
+def test_a_bound_step_keeps_the_storage_it_reads():
+    model = tiny()
+    decoder = PagedDecoder(model.speech_decoder_model)
+    weights, layer = decoder.weights, model.speech_decoder_model.model.decoder.layers[0]
+    first = weights.layers[0]
+    taken = first.out.weight, first.out.bias, first.input_norm.weight, weights.head.weight
+    places, values = [one.data_ptr() for one in taken], [one.clone() for one in taken]
+    for parameter in (*layer.parameters(), *model.speech_decoder_model.lm_head.parameters()):
+        parameter.data = 2 * parameter.data
+    assert decoder.has_moved and [one.data_ptr() for one in taken] == places
+    assert all(torch.equal(one, value) for one, value in zip(taken, values, strict=True))

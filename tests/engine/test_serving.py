@@ -1,14 +1,17 @@
 """Streams, cancelling, timeouts, threads and tasks: what is given up leaves nothing, the others lose nothing."""
 
 import asyncio
+import gc
 import sys
 import threading
 import time
+from weakref import WeakSet
 
 import numpy as np
 import pytest
 import torch
 
+from clvp_fast.engine.decode_loop import DecodeLoop
 from clvp_fast.engine.work import Work
 from tests.engine.demo_engine import assert_empty, assert_same, make, request, sampling
 from tests.engine.null_runner import NullRunner, asked, codes, null_engine, null_request
@@ -391,3 +394,15 @@ def test_modes_of_the_thread_that_steps_are_its_own(parts, alone, mode):
             assert_same(result, alone[3])
         else:
             assert result.error is None and np.array_equal(result.codes, alone[3].codes)
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_results_outlive_what_they_were_made_with(lag, monkeypatch):
+    """Prompts and states on the device are let go of with the last result."""
+    engine, jobs = null_engine(lag), WeakSet()
+    add = DecodeLoop.add
+    monkeypatch.setattr(DecodeLoop, "add", lambda loop, job: (jobs.add(job), add(loop, job))[1])
+    results = list(engine.generate(asked()))
+    engine._work.loop.runner = None  # the null one notes all that it is told
+    gc.collect()
+    assert len(results) == 4 and not jobs
