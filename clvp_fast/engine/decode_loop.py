@@ -85,7 +85,7 @@ class DecodeLoop:
         self._codes = np.zeros((rows, runner.max_new_tokens), dtype=np.int64)
         self._drawn = np.zeros(rows, dtype=np.int64)
         self._live = np.zeros(rows, dtype=bool)
-        self._job_of_row: list[Job | None] = [None] * rows
+        self._job_of_row: list[Job | None] = [None] * rows  # of the live ones
         self._row_of_slot = np.full(runner.max_batch, -1)
         self._free_rows = list(range(rows))
         # By step: rows whose candidate ended after it was made. They are free when the steps that hold them are read.
@@ -117,8 +117,8 @@ class DecodeLoop:
         if job in self._jobs:
             self._jobs.remove(job)
             self.scheduler.cancel(job)
-            for row in np.flatnonzero(self._live).tolist():
-                if self._job_of_row[row] is job:
+            for row, other in enumerate(self._job_of_row):
+                if other is job:
                     self._end(row)
 
     def restart(self, runner: Runner) -> None:
