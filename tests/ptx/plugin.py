@@ -4,7 +4,9 @@ Their ids say "interpreted" as everywhere; bfloat16 is among their types. TRITON
 uses. The run ends with a line a kernel: how many of its PTX instructions ran.
 """
 
+import json
 import os
+from pathlib import Path
 
 import pytest
 
@@ -21,7 +23,7 @@ os.environ["TRITON_INTERPRET"] = "1"  # what the project asks for before it runs
 from tests.kit import device  # noqa: E402
 
 device.emulate()
-_REPORTS = pytest.StashKey()
+_REPORTS, _OPTIONS = pytest.StashKey(), pytest.StashKey()
 
 
 def pytest_addoption(parser):
@@ -29,7 +31,14 @@ def pytest_addoption(parser):
     group.addoption("--ptx-arch", type=int, default=80, help="compute capability that kernels are compiled for")
     group.addoption("--ptx-no-checks", action="store_true", help="without the checks for races")
     group.addoption("--ptx-truncate", action="store_true", help="matrix units round toward zero")
+    group.addoption("--ptx-record", metavar="FILE", help="write what passed and which instructions ran, as JSON")
     group.addoption("--ptx-random-warps", action="store_true", help="a warp at a time, in random order: slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if "float8" in item.name and config.option.ptx_arch < 89:
+            item.add_marker(pytest.mark.skip(reason="float8 needs sm_89"))
 
 
 def pytest_configure(config):
@@ -42,14 +51,25 @@ def pytest_configure(config):
         rounding="truncate" if config.option.ptx_truncate else "nearest",
     )  # fmt: skip
     context = emulated(config.option.ptx_arch, options)
+    config.stash[_OPTIONS] = options
     config.stash[_REPORTS] = context.__enter__()
     config.add_cleanup(lambda: context.__exit__(None, None, None))
+
+
+@pytest.fixture(autouse=True)
+def racing(request, monkeypatch):
+    if request.node.get_closest_marker("racing"):
+        monkeypatch.setattr(request.config.stash[_OPTIONS], "global_races", False)
 
 
 def pytest_terminal_summary(terminalreporter, config):
     from tests.ptx.coverage import ran
 
     reports = config.stash[_REPORTS]
+    if file := config.option.ptx_record:
+        every = [one for lines in ran(reports).values() for one in lines.values()]
+        passed = len(terminalreporter.stats.get("passed", ()))
+        Path(file).write_text(json.dumps({"passed": passed, "ran": sum(every), "instructions": len(every)}))
     for name, lines in sorted(ran(reports).items()):
         terminalreporter.write_line(f"ptx: {name}: {sum(lines.values())} of {len(lines)} instructions ran")
     steps = sum(report.instructions for report in reports)

@@ -35,7 +35,7 @@ class Options:
 
 @dataclass
 class Report:
-    """What a launch was: instructions that a batch executed, and the basic blocks that ran."""
+    """What a launch was: instructions that batches executed, and the basic blocks that ran."""
 
     kernel: str
     program: object
