@@ -38,9 +38,11 @@ _MAX_ROWS = 16  # of one program, where rows are short
 @triton.jit
 def _layer_norm(x, inside, weight, bias, eps, width):
     """Layer norm of the rows of a float32 tile whose columns outside are 0."""
-    mean = tl.sum(x, 1) / width
+    # Correctly rounded, which `/` is not on a GPU: the mean of a constant row is its number, and its norm the bias.
+    count = tl.cast(width, tl.float32)
+    mean = tl.div_rn(tl.sum(x, 1), count)
     centred = tl.where(inside, x - mean[:, None], 0.0)
-    scale = tl.rsqrt(tl.sum(centred * centred, 1) / width + eps)
+    scale = tl.rsqrt(tl.div_rn(tl.sum(centred * centred, 1), count) + eps)
     return centred * scale[:, None] * weight + bias
 
 
