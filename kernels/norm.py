@@ -25,6 +25,8 @@ import torch
 import triton
 import triton.language as tl
 
+from clvp_fast.kernels.overlap import overlapping, wait_for_inputs
+
 MAX_WIDTH = 8192
 
 # (BLOCK_C up to, elements of a program, num_warps), 2026-11: 8 elements a thread up to 1024 wide, 16 above. The tile
@@ -36,9 +38,11 @@ _MAX_ROWS = 16  # of one program, where rows are short
 @triton.jit
 def _layer_norm(x, inside, weight, bias, eps, width):
     """Layer norm of the rows of a float32 tile whose columns outside are 0."""
-    mean = tl.sum(x, 1) / width
+    # Correctly rounded, which `/` is not on a GPU: the mean of a constant row is its number, and its norm the bias.
+    count = tl.cast(width, tl.float32)
+    mean = tl.div_rn(tl.sum(x, 1), count)
     centred = tl.where(inside, x - mean[:, None], 0.0)
-    scale = tl.rsqrt(tl.sum(centred * centred, 1) / width + eps)
+    scale = tl.rsqrt(tl.div_rn(tl.sum(centred * centred, 1), count) + eps)
     return centred * scale[:, None] * weight + bias
 
 
@@ -58,11 +62,12 @@ def _affine(weight_ptr, bias_ptr, columns, width):
 def _add_norm_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, total_ptr, out_ptr,
     rows, width, x_stride, residual_stride, total_stride, out_stride, eps,
-    RMS: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+    RMS: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     columns = tl.arange(0, BLOCK_C)
     inside = (row < rows) & (columns < width)[None, :]
+    wait_for_inputs(OVERLAPS)
     weight, bias = _affine(weight_ptr, bias_ptr, columns, width)
 
     x = tl.load(x_ptr + row * x_stride + columns, mask=inside, other=0.0)  # [ROWS, BLOCK_C]
@@ -84,12 +89,12 @@ def _add_norm_kernel(
 def _double_layer_norm_kernel(
     x_ptr, weight1_ptr, bias1_ptr, weight2_ptr, bias2_ptr, first_ptr, out_ptr,
     rows, width, x_stride, first_stride, out_stride, eps1, eps2,
-    ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_C: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     columns = tl.arange(0, BLOCK_C)
     inside = (row < rows) & (columns < width)[None, :]
-
+    wait_for_inputs(OVERLAPS)
     x = tl.load(x_ptr + row * x_stride + columns, mask=inside, other=0.0)  # [ROWS, BLOCK_C]
     weight, bias = _affine(weight1_ptr, bias1_ptr, columns, width)
     first = _layer_norm(x.to(tl.float32), inside, weight, bias, eps1, width).to(x.dtype)
@@ -152,7 +157,7 @@ def add_norm(
     _add_norm_kernel[grid](
         x, residual, weight, bias, total, out,
         rows, width, x.stride(0), 0 if residual is None else residual.stride(0),
-        0 if total is None else total.stride(0), out.stride(0), eps, RMS=kind == "rms", **tile,
+        0 if total is None else total.stride(0), out.stride(0), eps, RMS=kind == "rms", **tile, **overlapping(),
     )  # fmt: skip
 
 
@@ -173,7 +178,7 @@ def double_layer_norm(
     grid, tile = _tile(rows, width)
     _double_layer_norm_kernel[grid](
         x, weight1, bias1, weight2, bias2, first, out,
-        rows, width, x.stride(0), first.stride(0), out.stride(0), eps1, eps2, **tile,
+        rows, width, x.stride(0), first.stride(0), out.stride(0), eps1, eps2, **tile, **overlapping(),
     )  # fmt: skip
 
 

@@ -19,6 +19,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from benchmarks.aot.uniform_registers import unwritten
+
 ARCHITECTURES = (80, 90, 100)
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
@@ -61,15 +63,16 @@ def _launches(arch: int):
         yield launched
 
 
-def _resources(cubin: bytes) -> dict[str, int]:
-    """Registers a thread, and bytes of local memory: nothing but spilled registers lies there."""
+def _printed(tool: str, option: str, cubin: bytes) -> str:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        printed = subprocess.run(
-            [TOOLS / "cuobjdump", "--dump-resource-usage", path], capture_output=True, text=True, check=True
-        ).stdout
-    found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", printed))
+        return subprocess.run([TOOLS / tool, option, path], capture_output=True, text=True, check=True).stdout
+
+
+def _resources(cubin: bytes) -> dict[str, int]:
+    """Registers a thread, and bytes of local memory: nothing but spilled registers lies there."""
+    found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", _printed("cuobjdump", "--dump-resource-usage", cubin)))
     return {"registers": int(found["REG"]), "spilled_bytes": int(found["STACK"]) + int(found["LOCAL"])}
 
 
@@ -83,7 +86,8 @@ def _matrix_instruction(ptx: str) -> str:
 def compile_calls(calls: Iterable[tuple[str, Callable[[], object]]], arch: int) -> list[dict]:
     """One row for each kernel that the calls `(label, thunk)` launch, compiled for `arch`.
 
-    Raises `RuntimeError` in a process whose kernels are interpreted, and for a call that launches nothing.
+    Raises `RuntimeError` in a process whose kernels are interpreted, for a call that launches nothing, and for a kernel
+    whose wgmmas have operands at addresses that nothing wrote.
     """
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise RuntimeError("kernels are interpreted in this process: start one without TRITON_INTERPRET=1 to compile")
@@ -94,6 +98,9 @@ def compile_calls(calls: Iterable[tuple[str, Callable[[], object]]], arch: int) 
         if not launched:
             raise RuntimeError(f"the call {label!r} launched no kernel")
         for place, compiled in enumerate(launched):
+            instruction = _matrix_instruction(compiled.asm["ptx"])
+            if instruction == "wgmma" and (lost := unwritten(_printed("nvdisasm", "-c", compiled.asm["cubin"]))):
+                raise RuntimeError(f"ptxas lost what these read, in {compiled.metadata.name} ({label}): {lost}")
             rows.append(
                 {
                     "call": label,
@@ -103,7 +110,7 @@ def compile_calls(calls: Iterable[tuple[str, Callable[[], object]]], arch: int) 
                     "num_warps": compiled.metadata.num_warps,
                     "num_stages": compiled.metadata.num_stages,
                     "shared_bytes": compiled.metadata.shared,
-                    "matrix_instruction": _matrix_instruction(compiled.asm["ptx"]),
+                    "matrix_instruction": instruction,
                     "asynchronous_copies": "cp.async" in compiled.asm["ptx"],
                     **_resources(compiled.asm["cubin"]),
                 }

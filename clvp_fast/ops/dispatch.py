@@ -89,10 +89,14 @@ def gradient(*tensors: torch.Tensor | None) -> str | None:
     return None
 
 
+@torch.compiler.assume_constant_result  # Dynamo of torch 2.11 cannot trace it
+def _has_autocast(kind: str) -> bool:
+    return torch.amp.is_autocast_available(kind)
+
+
 def autocasts(device: torch.device) -> bool:
     """Whether torch's own functions cast what they are given on `device` now; dtypes then need not match."""
-    kind = device.type
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return _has_autocast(device.type) and torch.is_autocast_enabled(device.type)
 
 
 def interpreted() -> bool:

@@ -65,8 +65,11 @@ def _bias(mask, causal, q_len, k_len, query_offset, device, dtype):
     """What is added to the scores, broadcastable to [B, H, Tq, Tk]; None: nothing."""
     if mask is not None and mask.dtype != torch.bool:
         triangle = _allowed(None, causal, q_len, k_len, query_offset, device)
+        lowest = torch.finfo(dtype).min
+        if torch.finfo(mask.dtype).min < lowest:  # which would become -inf
+            mask = mask.clamp(min=lowest)
         mask = mask.to(dtype)
-        return mask if triangle is None else mask.masked_fill(~triangle, torch.finfo(dtype).min)
+        return mask if triangle is None else mask.masked_fill(~triangle, lowest)
     allowed = _allowed(mask, causal, q_len, k_len, query_offset, device)
     return None if allowed is None else _additive(allowed, dtype)
 
@@ -128,6 +131,33 @@ def _prefers_matmul(q, k, square):
     return q_len == 1 and (q.dtype == torch.float16 or k.stride(1) == head_dim)
 
 
+def _weighs_alike(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether SDPA itself weighs all keys of a query alike where their scores are the dtype's smallest number.
+
+    A GPU's fused kernels multiply scores by log2(e) first: they overflow to -inf, and the result is 0. float16's
+    smallest number does not swallow the scores that it is added to.
+    """
+    return device.type == "cpu" and dtype != torch.float16
+
+
+# What is added to a score and swallows it.
+_SWALLOWS = -1e30
+
+
+def _seeing(q, mask, causal, k_len, query_offset):
+    """q, mask and causal in whose place a query that may attend to nothing has equal scores, and every key allowed."""
+    geometry = (causal, q.shape[1], k_len, query_offset, q.device)
+    if mask.dtype == torch.bool:
+        allowed = _allowed(mask, *geometry)
+        empty = ~allowed.any(-1, keepdim=True)
+        mask = allowed | empty
+    else:
+        added = _bias(mask, *geometry, torch.promote_types(q.dtype, torch.float32))
+        empty = (added < _SWALLOWS).all(-1, keepdim=True)
+        mask = added.masked_fill(empty, 0)
+    return q.masked_fill(empty.transpose(1, 2), 0), mask, False
+
+
 def _torch(q, k, v, cos, sin, mask, causal, query_offset, scale, dropout_p=0.0):
     q, k, v = _rotate_all(q, k, v, cos, sin, query_offset)
     if multiplies_slowly(q):
@@ -138,14 +168,12 @@ def _torch(q, k, v, cos, sin, mask, causal, query_offset, scale, dropout_p=0.0):
     square = True if causal and mask is None and query_offset == 0 and q_len == k_len else False  # noqa: SIM210
     additive = mask is not None and mask.dtype != torch.bool
     grad = needs_grad(q, k, v)
-    if mask is not None and not additive and (grad or q.dtype == torch.float16):
-        # A query without keys: float16's smallest number does not swallow its scores, and SDPA's backward takes each of
-        # its weights for 1. With equal scores and every key allowed both are right.
-        allowed = _allowed(mask, causal, q_len, k_len, query_offset, q.device)
-        empty = ~allowed.any(-1, keepdim=True)
-        q, mask, causal = q.masked_fill(empty.transpose(1, 2), 0), allowed | empty, False
+    weighed = additive and grad  # by two products, as eager attention does
+    if mask is not None and not weighed and (grad or not _weighs_alike(q.device, q.dtype)):
+        # SDPA's backward, too, takes each weight of a query without keys for 1.
+        q, mask, causal = _seeing(q, mask, causal, k_len, query_offset)
     bias = None if square else _bias(mask, causal, q_len, k_len, query_offset, q.device, q.dtype)
-    if _prefers_matmul(q, k, square) or (additive and grad):
+    if _prefers_matmul(q, k, square) or weighed:
         return _mix(_weights(q * scale, k, bias), v, dropout_p)
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2),

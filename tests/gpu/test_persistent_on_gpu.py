@@ -7,6 +7,7 @@ import torch
 
 from clvp_fast.engine.decoder import PagedDecoder
 from clvp_fast.engine.persistent import PersistentStep
+from clvp_fast.engine.runner import Runner
 from clvp_fast.engine.sampling_params import SamplingParams
 from tests.csrc.test_persistent_decode import (
     DTYPES,
@@ -135,9 +136,13 @@ def test_the_engine_takes_it_for_few_candidates(parts, monkeypatch):
     """The same candidates every time, drawn by the one launch as long as there are up to four of them."""
     model, processor = parts
     engine = make((copy.deepcopy(model).to("cuda", torch.bfloat16), processor), max_batch=4, persistent=True)
-    taken, step = [], PersistentStep.step
-    monkeypatch.setattr(PersistentStep, "step", lambda self, *args: taken.append(len(args[0])) or step(self, *args))
+    steps, launched = [], []
+    decode, launch = Runner.decode, PersistentStep._launch
+    monkeypatch.setattr(Runner, "decode", lambda self, num_slots: steps.append(num_slots) or decode(self, num_slots))
+    monkeypatch.setattr(
+        PersistentStep, "_launch", lambda self, call: launched.append(call.num_candidates) or launch(self, call)
+    )
     params = SamplingParams(num_candidates=3, max_new_tokens=12, seed=1)
     results = [next(engine.generate(request(0), params)) for _ in range(2)]
-    assert taken and max(taken) <= 4
+    assert steps and launched == steps
     assert results[0].error is None and (results[0].codes == results[1].codes).all()

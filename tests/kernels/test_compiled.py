@@ -11,6 +11,7 @@ from benchmarks.aot.__main__ import FAMILIES, TRITON_FAMILIES, in_new_process
 from benchmarks.aot.compiling import ARCHITECTURES
 from benchmarks.aot.native_library import parse, rows as native_rows
 from benchmarks.aot.tables import DOCUMENT, RESULTS, with_tables
+from benchmarks.aot.uniform_registers import unwritten
 from clvp_fast import native
 from clvp_fast.native import build
 from clvp_fast.native.build import CUDA_SOURCES
@@ -128,3 +129,34 @@ ptxas info    : Used 40 registers, used 1 barriers, 360 bytes cmem[0]
         "kernel": "", "arch": 80, "registers": 141, "shared_bytes": 4096, "stack_bytes": 512, "spilled_bytes": 32
     }  # fmt: skip
     assert "256" in small["kernel"] and "1024" in large["kernel"]
+
+
+def test_a_register_that_nothing_wrote_is_found():
+    """As ptxas 12.8 compiled rotary attention of 40 channels with 32 turning, and as it had to."""
+    sass = """
+.text.kernel:
+        /*0000*/                   ULDC.64 UR24, c[0x0][0x208] ;
+        /*0010*/                   UMOV UR8, URZ ;
+        /*0020*/                   USGXT.U32 UR30, UR24, 0xe ;
+        /*0030*/                   UMOV UR31, 0xc0000010 ;
+        /*0040*/               @P1 BRA `(.L_x_0) ;
+        /*0050*/                   UIADD3 UR26, UP0, UR30, 0x20, URZ ;
+        /*0060*/                   UIADD3.X UR27, UR8, -0x3ffffff0, URZ, UP0, !UPT ;
+.L_x_1:
+        /*0070*/              @!P2 LDG.E.U16 R140, desc[UR24][R24.64+0x20] ;
+        /*0080*/                   HGMMA.64x16x16.F32 R128, R24, gdesc[UR28].tnspB, R128 ;
+        /*0090*/                   HGMMA.64x16x16.F32 R128, R28, gdesc[UR24].tnspB, R128, gsb0 ;
+        /*00a0*/              @!P1 BRA `(.L_x_1) ;
+.L_x_0:
+        /*00b0*/                   EXIT ;
+"""
+    assert unwritten(sass) == []
+    lost = sass.replace("UR26, UP0, UR30,", "UR26, UP0, UR26,").replace("UR27, UR8,", "UR27, UR27,")
+    assert [line[:4] for line in unwritten(lost)] == ["0050", "0060"]
+    on_one_path = sass.replace(
+        "        /*00b0*/                   EXIT", "        /*00b0*/                   UMOV UR4, UR26"
+    )
+    assert [line[:4] for line in unwritten(on_one_path)] == ["00b0"]
+    # Both operands in shared memory: all four registers are read.
+    both = sass.replace("R24, gdesc[UR28].tnspB", "gdesc[UR28]")
+    assert [line[:4] for line in unwritten(both)] == ["0080"]

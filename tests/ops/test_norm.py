@@ -108,14 +108,22 @@ def test_float32_residual_beside_a_half_type(backend, dtype, kind, width, out_dt
     assert total.dtype == torch.float32 and torch.equal(total, x.float() + r)
     assert normed.dtype == (out_dtype or dtype)
     expected = exact(total, settings)
-    assert_within_budget(normed, expected, expected.to(normed.dtype))
-    if normed.dtype == dtype:  # rounded once: twice would differ in one of ten
-        assert (normed == expected.to(dtype)).float().mean() > 0.98
+
+    def check_rounding(normed):
+        assert_within_budget(normed, expected, expected.to(normed.dtype))
+        if normed.dtype == dtype:  # rounded once: twice would differ in one of ten
+            assert (normed == expected.to(dtype)).float().mean() > 0.98
+
+    check_rounding(normed)
     alone = add_norm(x[7:8], r[7:8], **settings, out_dtype=out_dtype)
     assert torch.equal(alone[0], total[7:8]) and torch.equal(alone[1], normed[7:8])
     # The stream alone, as a layer's first norm sees it.
-    again = add_norm(total, **settings, out_dtype=out_dtype or dtype)
-    assert again[0] is total and torch.equal(again[1], normed)
+    same, again = add_norm(total, **settings, out_dtype=out_dtype or dtype)
+    assert same is total and again.dtype == normed.dtype
+    if backend.name == "gpu":  # compiled for other arguments: threads hold other columns, and add them in another order
+        check_rounding(again)
+    else:
+        assert torch.equal(again, normed)
 
 
 @KINDS
