@@ -40,6 +40,11 @@ class Backend:
         return device.times(dtype) if self.name in TRITON else TIMES
 
     @property
+    def compiled(self) -> bool:
+        """Whether its Triton kernels are: other arguments may then give other code, that sums in another order."""
+        return self.name == "gpu" or (self.name == "interpreted" and device.EMULATED)
+
+    @property
     def id(self) -> str:
         return f"{self.name}-{self.isa}" if self.isa else self.name
 

@@ -11,12 +11,13 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Of Triton's interpreter, whose bfloat16 products are wrong (triton 3.6 and 3.9).
 DTYPES = [torch.float32, torch.float16]
 MATRIX_UNIT = DEVICE == "cuda"
+EMULATED = False
 
 
 def emulate() -> None:
     """In the interpreter's place, run kernels as PTX from here on (tests/ptx); before `backends` is imported."""
-    global MATRIX_UNIT
-    MATRIX_UNIT = True
+    global MATRIX_UNIT, EMULATED
+    MATRIX_UNIT = EMULATED = True
     DTYPES.append(torch.bfloat16)
 
 
