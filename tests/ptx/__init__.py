@@ -5,8 +5,9 @@ numbers change from version to version.
 
 parse.py: PTX text to kernels of basic blocks.
 translate.py, arithmetic.py, transfers.py: a basic block to a Python function over arrays with an element a thread.
-integers.py, floats.py, matrices.py: what instructions compute.
+integers.py, floats.py, matrices.py, atomics.py: what instructions compute.
 threads.py, machine.py: warps, CTAs, barriers, control flow, grids.
-regions.py, globals.py, shared.py, copies.py, exchange.py: memory, its order, asynchronous copies, what warps exchange.
-launching.py, plugin.py: the project's launchers and tests on it.
+regions.py, global_memory.py, shared_memory.py, dependent.py: memory, and in which order it is read and written.
+groups.py, copies.py, warpgroups.py: what ends later than it begins. exchange.py: what the lanes of a warp exchange.
+launching.py, plugin.py: the project's launchers and tests on it. suites.py, __main__.py: what CI and `make` run.
 """

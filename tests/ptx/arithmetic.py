@@ -269,8 +269,8 @@ class Arithmetic:
             assert to != "bf16" or BITS[kind] <= 16, "float32 does not hold it"
             return f"f4_to_bf16({value}.astype(f4))" if to == "bf16" else f"{value}.astype({numpy})"
         if to == "bf16":
-            assert rounding in ("rn", "rz") and kind == "f32", "a rounding to bf16"
-            return f"f4_to_bf16({value}, {rounding!r})"
+            assert rounding in ("rn", "rz", None) and kind in ("f32", "f16"), "a rounding to bf16"
+            return f"f4_to_bf16({value}.astype(f4), {rounding or 'rn'!r})"
         if not is_float(to):
             return f"to_integer({value}, {numpy}, {rounding!r})"
         if rounding in _WHOLE:

@@ -83,6 +83,20 @@ class Exchange:
             rows = np.ascontiguousarray(halves.transpose(0, 1, 3, 2)).view(u4)
         return [np.ascontiguousarray(rows[:, i]).reshape(t.n) for i in range(count)]
 
+    def store_matrix(self, base, offset, words, transposed, mask, line):
+        """stmatrix: `load_matrix` the other way."""
+        t, count = self.t, len(words)
+        t.check_whole_warps(mask, line)
+        used = t.lane < 8 * count
+        used = used if mask is None else used & mask
+        rows = np.stack([word.reshape(-1, 8, 4) for word in words], 1)  # [warps, count, 8, 4]
+        if transposed:
+            halves = np.ascontiguousarray(rows).view(u2).reshape(-1, count, 8, 8)
+            rows = np.ascontiguousarray(halves.transpose(0, 1, 3, 2)).view(u4)
+        whole = np.zeros((t.n // 32, 32, 4), u4)
+        whole[:, : 8 * count] = rows.reshape(-1, 8 * count, 4)
+        self.shared.store(base, offset, used, list(whole.reshape(t.n, 4).T), line)
+
     def mma(self, shape, a_kind, b_kind, d_kind, a, b, c, mask, line):
         self.t.check_whole_warps(mask, line)
         a, b, c = ([word.reshape(-1, 32) for word in part] for part in (a, b, c))

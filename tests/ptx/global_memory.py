@@ -19,8 +19,8 @@ def grain_of(kernel) -> int:
 class GlobalMemory:
     """What a batch sees of it; notes on writers are the whole grid's."""
 
-    def __init__(self, run, threads):
-        self.memory, self.notes, self.t = run.memory, run.notes, threads
+    def __init__(self, run, threads, dependent):
+        self.memory, self.notes, self.t, self.dependent = run.memory, run.notes, threads, dependent
         self.checked = run.options.global_races
         self.fenced = any(i.op[0] in ("membar", "fence") for i in run.program.kernel.instructions())
 
@@ -30,6 +30,7 @@ class GlobalMemory:
         def fail(kind, text, lanes):
             self.t.fail(f"global {what} {kind}", text, lanes, line)
 
+        self.dependent.touches(mask, line)
         return address, *self.memory.places(address, size, mask, fail)
 
     def load(self, base, offset, mask, size, count, line, acquire=False):

@@ -7,6 +7,7 @@ import numpy as np
 
 from tests.ptx import floats, global_memory, integers, kinds
 from tests.ptx.copies import Copies
+from tests.ptx.dependent import Dependent
 from tests.ptx.exchange import Exchange
 from tests.ptx.global_memory import GlobalMemory
 from tests.ptx.kinds import i8, u1, u2, u4, u8
@@ -15,11 +16,18 @@ from tests.ptx.regions import FIRST, SHARED_WINDOW, Fault, Memory
 from tests.ptx.shared_memory import GenericMemory, SharedMemory
 from tests.ptx.threads import Options, Report, Threads
 from tests.ptx.translate import Translator
+from tests.ptx.warpgroups import Warpgroups
 
 _NAMES = {name: value for part in (integers, floats) for name, value in vars(part).items() if name[0] != "_"}
 _NAMES |= kinds.NAMES | {"np": np, "where": np.where}
 # Instructions that need the whole warp: threads wait before a block that has one until the others have caught up.
-_OF_WARPS = ("shfl", "mma", "ldmatrix", "redux", "vote", "bar", "barrier")
+_OF_WARPS = {"shfl", "mma", "ldmatrix", "stmatrix", "redux", "vote", "bar", "barrier"}
+
+
+def _together(block) -> int:
+    """How many threads a block wants together: those of a warpgroup, of a warp, or one."""
+    names = {i.op[0] for i in block.instructions()}
+    return 128 if "wgmma" in names else 32 if names & _OF_WARPS else 1
 
 
 class Program:
@@ -34,7 +42,7 @@ class Program:
             symbols[name] = FIRST | len(self.data)
             self.data += content.ljust(-(-len(content) // 64) * 64 or 64, b"\0")
         self.translator = Translator(kernel, symbols)
-        self.of_warps = [any(i.op[0] in _OF_WARPS for i in block.instructions()) for block in kernel.blocks]
+        self.needs = [_together(block) for block in kernel.blocks]
         self._functions = {}
 
     @classmethod
@@ -109,7 +117,8 @@ class _Batch:
         self.r, self.program, self.t = run, run.program, Threads(run, ctas)
         self.n = n = self.t.n
         self.shared_memory = SharedMemory(run, self.t)
-        self.global_memory = GlobalMemory(run, self.t)
+        self.dependent = Dependent(run.program.kernel, self.t)
+        self.global_memory = GlobalMemory(run, self.t, self.dependent)
         self.generic_memory = GenericMemory(self.t, self.shared_memory, self.global_memory)
         self.copies = Copies(self.t, self.shared_memory, self.global_memory)
         self.exchange = Exchange(self.t, self.shared_memory)
@@ -117,6 +126,7 @@ class _Batch:
         poison = {1: np.zeros(n, np.bool_), 8: np.full(n, 0xAD, u1), 16: np.full(n, 0xDEAD, u2),
                   32: np.full(n, 0xFFFFDEAD, u4), 64: np.full(n, 0xFFFFDEADFFFFDEAD, u8)}  # fmt: skip
         self.registers = [poison[bits] for _, bits in run.program.kernel.registers.values()]
+        self.warpgroups = Warpgroups(self.t, self.shared_memory, self.registers)
         self.constants, self._special, self._params = [], {}, {}
         # Block to the threads that are at its beginning (None: all of the batch); and where those at a barrier go on.
         self.ready: dict[int, np.ndarray | None] = {0: self.t.live.copy() if run.options.random_warps else None}
@@ -147,9 +157,8 @@ class _Batch:
         if self.r.options.random_warps:
             return int(self.r.rng.choice(list(self.ready)))
         order = sorted(self.ready)
-        fits = (
-            i for i in order if not self.program.of_warps[i] or self.ready[i] is None or self.t.whole(self.ready[i])
-        )
+        needs = self.program.needs
+        fits = (i for i in order if needs[i] == 1 or self.ready[i] is None or self.t.whole(self.ready[i], needs[i]))
         return next(fits, order[0])
 
     def _take(self, index):
@@ -176,6 +185,7 @@ class _Batch:
             return [(target, yes), (index + 1, no)] if yes.any() else [(index + 1, mask)]
         if end.op[0] in ("ret", "exit"):
             gone, stay = self._sides(end, mask)
+            self.dependent.ends(gone)
             self.t.live &= ~gone
             self._release()
             return [(index + 1, stay)] if stay.any() else []

@@ -46,7 +46,9 @@ class SharedMemory:
         self.last_read = np.full(cells, -1, i8)  # by anyone
         self.read, self.reader = (np.full((threads.warps, cells), -1, i8) for _ in range(2))
         self.in_flight = np.zeros(cells, np.bool_)  # an asynchronous copy has yet to write it
-        self.any_in_flight = False
+        self.products = np.zeros(cells, i8)  # asynchronous products that may yet read it
+        self.any_in_flight = self.any_products = False
+        self.proxy = Proxy(threads, cells)
 
     def places(self, address, size, mask, line):
         """Places in `bytes` of `size` bytes at addresses (int64) in the CTA's shared memory."""
@@ -95,7 +97,8 @@ class SharedMemory:
         cells, lanes = self.cells(place, size, mask)
         if (self.writer[cells] == NOBODY).any():
             self.t.fail("shared memory", "atomic on what nobody has written", None, line)
-        self.writer[cells], self.written[cells] = self.t.thread[lanes], -1
+        self.written_by(cells, lanes)
+        self.written[cells] = -1
         order_of = self.t.lanes_of(mask)
         self.t.rng.shuffle(order_of)
         view = self.views[size, 1].view(kind)
@@ -138,6 +141,8 @@ class SharedMemory:
         if self.options.races:
             if self.any_in_flight and self.in_flight[cells].any():
                 t.fail("shared memory race", "write to where an asynchronous copy is on its way", None, line)
+            if self.any_products and self.products[cells].any():
+                t.fail("shared memory race", "write to what a product that was not waited for reads", None, line)
             self._check_readers(cells, lanes, line)
             writer, stamp = self.writer[cells], self.written[cells]
             clash = (writer != t.thread[lanes]) & (writer != NOBODY) & t.recent(stamp, lanes)
@@ -148,7 +153,17 @@ class SharedMemory:
                 if wrong.any():
                     what = "write to what another thread wrote, no barrier between"
                     t.fail("shared memory race", what, t.mask_of(lanes[clash][wrong]), line)
-        self.writer[cells], self.written[cells] = t.thread[lanes], t.stamp[lanes]
+        self.written_by(cells, lanes)
+
+    def written_by(self, cells, lanes):
+        self.writer[cells], self.written[cells] = self.t.thread[lanes], self.t.stamp[lanes]
+        self.proxy.written[cells] = self.proxy.count
+
+    def read_by(self, cells, lane):
+        """By the warp that begins with this thread, as a whole."""
+        warp, stamp = self.t.own_warp[lane], self.t.stamp[lane]
+        self.last_read[cells] = np.maximum(self.last_read[cells], stamp)
+        self.read[warp, cells], self.reader[warp, cells] = stamp, SEVERAL
 
     def _check_readers(self, cells, lanes, line):
         t = self.t
@@ -164,6 +179,24 @@ class SharedMemory:
                 if wrong.any():
                     what = f"write to what warp {warp} reads, no barrier between"
                     t.fail("shared memory race", what, t.mask_of(lanes[clash][wrong]), line)
+
+
+class Proxy:
+    """Which writes a fence.proxy.async has made visible to asynchronous products (PTX ISA, "Async Proxy").
+
+    written: of each cell, the count of fences when it was written. fenced: of each thread, the count at its own last
+    fence; stamp: and what it had passed then.
+    """
+
+    def __init__(self, threads, cells):
+        self.t, self.count = threads, 0
+        self.written = np.zeros(cells, i8)
+        self.fenced, self.stamp = np.full(threads.n, -1, i8), np.full(threads.n, -1, i8)
+
+    def fence(self, mask):
+        self.count += 1
+        here = slice(None) if mask is None else mask
+        self.fenced[here], self.stamp[here] = self.count, self.t.stamp[here]
 
 
 class GenericMemory:

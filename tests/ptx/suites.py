@@ -10,7 +10,7 @@ KERNELS = ROOT / "kernels"
 ROWS = Path(__file__).with_name("checked.jsonl")
 #: Tests that CI always runs, a line each.
 CORE = Path(__file__).with_name("core.txt")
-TARGETS = (80,)
+TARGETS = (80, 90)
 
 #: Files of kernels/ that launch nothing.
 NO_KERNELS = {"target", "overlap"}

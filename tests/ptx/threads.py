@@ -88,6 +88,11 @@ class Threads:
         later = (stamp >> _WARP_BITS) < (now >> _WARP_BITS)
         return later | ((warp == self.own_warp[lanes]) & ((stamp < now) | (not self.options.warp_races)))
 
+    @staticmethod
+    def behind_a_barrier(stamp, later):
+        """Whether a barrier of the CTA lies between two stamps."""
+        return (stamp >> _WARP_BITS) < (later >> _WARP_BITS)
+
     def recent(self, stamp, lanes):
         """Whether no barrier of the CTA lies behind a stamp; false also where there is none (-1)."""
         return (stamp >> _WARP_BITS) >= (self.stamp[lanes] >> _WARP_BITS)
@@ -129,9 +134,9 @@ class Threads:
         mask[lanes] = True
         return mask
 
-    def whole(self, mask):
-        """Whether of each warp all threads that have not returned are here, or none."""
-        here, live = mask.reshape(-1, 32), self.live.reshape(-1, 32)
+    def whole(self, mask, size=32):
+        """Whether of each warp (128: warpgroup) all threads that have not returned are here, or none."""
+        here, live = mask.reshape(-1, size), self.live.reshape(-1, size)
         return not (here.any(1) & (here != live).any(1)).any()
 
     def check_whole_warps(self, mask, line):

@@ -94,10 +94,16 @@ class Transfers:
     def _op_prefetch(self, ins, mask):
         return [], []
 
-    def _op_fence(self, ins, mask):
-        return [], []
+    _op_membar = _op_prefetch
 
-    _op_membar = _op_fence
+    def _op_fence(self, ins, mask):
+        if "proxy" not in ins.op:
+            return [], []
+        assert ins.op[2].startswith("async"), "a proxy"
+        return [], [f"s.shared_memory.proxy.fence({mask})"]
+
+    def _op_griddepcontrol(self, ins, mask):
+        return [], [f"s.dependent.wait({mask})"] if ins.op[1] == "wait" else []
 
     # --- warps --------------------------------------------------------------------------------------------------------
 
@@ -131,6 +137,36 @@ class Transfers:
         base, offset = self.address(ins.args[1])
         where = f"{base}, {offset}, {len(targets)}, {'trans' in op}, {mask}, {ins.line}"
         return self._loaded(targets, "b32"), [f"L = s.exchange.load_matrix({where})"]
+
+    def _op_stmatrix(self, ins, mask):
+        op, words = ins.op, _list(ins.args[1])
+        assert "m8n8" in op and op[-1] == "b16", "a shape of stmatrix"
+        base, offset = self.address(ins.args[0])
+        words = "[" + ", ".join(self.raw(word, 32) for word in words) + "]"
+        return [], [f"s.exchange.store_matrix({base}, {offset}, {words}, {'trans' in op}, {mask}, {ins.line})"]
+
+    def _op_wgmma(self, ins, mask):
+        op, args = ins.op, ins.args
+        if op[1] == "fence":
+            return [], [f"s.warpgroups.fence({mask})"]
+        if op[1] == "commit_group":
+            return [], [f"s.warpgroups.commit({mask})"]
+        if op[1] == "wait_group":
+            return [], [f"s.warpgroups.wait({int(args[0])}, {mask})"]
+        shape, kinds = next(p for p in op if p.startswith("m64n")), op[-3:]
+        if kinds[0] != "f32" or kinds[1] != kinds[2] or kinds[1] not in ("f16", "bf16", "tf32"):
+            return self.unsupported(ins)
+        target, a, b, scale, *signs = args
+        signs, across = [int(x) for x in signs[:2]], [int(x) for x in signs[2:]]
+        a_across = across.pop(0) if len(across) == 2 else 0
+        left = self._indices(a) if isinstance(a, list) else self.raw(a, 64)
+        scale = self.raw(scale, 1) if scale.isdigit() else self.predicate(scale)
+        where = f"{shape[4:].split('k')[0]}, {kinds[1]!r}, {self._indices(target)}, {left}, {bool(a_across)}"
+        where += f", {self.raw(b, 64)}, {bool(across[0]) if across else False}, {scale}, {signs}, {mask}, {ins.line}"
+        return [], [f"s.warpgroups.product({where})"]
+
+    def _indices(self, names):
+        return str([self.kernel.registers[name][0] for name in names])
 
     def _op_mma(self, ins, mask):
         op, kinds = ins.op, ins.op[-4:]

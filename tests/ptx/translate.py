@@ -24,6 +24,8 @@ class Translator(Arithmetic, Transfers):
         self.kernel = kernel
         self.symbols = symbols
         self.constants: dict[tuple[str, int], int] = {}
+        products = (i for i in kernel.instructions() if i.op[:2] == ["wgmma", "mma_async"])
+        self.of_products = {name for i in products for part in i.args[:2] if isinstance(part, list) for name in part}
 
     def block(self, instructions: list[Instruction], masked: bool) -> str:
         lines = ["def block(s, R, C, M):"]
@@ -41,6 +43,8 @@ class Translator(Arithmetic, Transfers):
             lines.append(f"m = {'~' * ins.negated}{self.register(ins.guard)}{' & M' * masked}")
             mask = "m"
         written, calls = getattr(self, f"_op_{ins.op[0]}", self._arithmetic)(ins, mask)
+        if self.of_products and ins.op[0] != "wgmma":
+            lines += self._touch(ins, {name for name, _ in written}, mask)
         lines += calls
         if len(written) > 1:  # all are read before any is written
             lines += [f"t{place} = {expression}" for place, (_, expression) in enumerate(written)]
@@ -51,6 +55,15 @@ class Translator(Arithmetic, Transfers):
                 f"{register} = " + (expression if mask == "None" else f"where({mask}, {expression}, {register})")
             )
         return lines
+
+    def _touch(self, ins, written, mask):
+        """Tells of registers that asynchronous products use too."""
+        names = {name for arg in ins.args for name in (arg if isinstance(arg, (list, tuple)) else [arg])}
+        read, wrote = (
+            sorted(self.kernel.registers[name][0] for name in some & self.of_products)
+            for some in (names - written, written)
+        )
+        return [f"s.warpgroups.touch({read}, {wrote}, {mask}, {ins.line})"] if read or wrote else []
 
     # --- operands -----------------------------------------------------------------------------------------------------
 
