@@ -28,8 +28,6 @@ import torch
 import triton
 import triton.language as tl
 
-from clvp_fast.kernels.overlap import overlapping, prefetch, wait_for_inputs
-
 ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu", "swish", "linear")
 
 
@@ -80,23 +78,12 @@ def _sum_of_parts(acc, partial_ptr, arrivals_ptr, tile, part, PARTS: tl.constexp
     return acc, last
 
 
-@triton.jit
-def _prefetch_weights(weight_ptr, weight_row, in_weight, begin, end, stride_n, stride_k):
-    """Bring a program's part of the weights, whose rows lie along the depth, into the L2 cache."""
-    LINE: tl.constexpr = 1024 // weight_ptr.dtype.element_ty.primitive_bitwidth
-    row_ptrs = weight_ptr + weight_row.to(tl.int64)[:, None] * stride_n
-    for start in range(begin, end, 8 * LINE):
-        k = start + tl.arange(0, 8) * LINE
-        prefetch(row_ptrs + k[None, :] * stride_k, in_weight[:, None] & (k < end)[None, :])
-
-
 @triton.jit(do_not_specialize=["rows"])
 def _linear_kernel(
     x_ptr, weight_ptr, scale_ptr, bias_ptr, residual_ptr, out_ptr, partial_ptr, arrivals_ptr,
     rows, columns, depth, x_stride, weight_stride_n, weight_stride_k, residual_stride, out_stride,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, EVEN_DEPTH: tl.constexpr, PARTS: tl.constexpr, ZEROS: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
-    OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """One program: `columns` of `out` from one tile of weights, for BLOCK_R rows; or a part of the sum over `depth`."""
     TILE: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
@@ -104,6 +91,9 @@ def _linear_kernel(
     tile = tl.program_id(0) % tiles
     part = tl.program_id(0) // tiles % PARTS
     row_tile = tl.program_id(0) // tiles // PARTS
+    if ZEROS > 0 and tl.program_id(0) == 0:
+        tl.store(arrivals_ptr + tl.arange(0, ZEROS), tl.zeros([ZEROS], tl.int32))
+
     lane = tl.arange(0, BLOCK_N)
     if GATED:
         column = tile * TILE + lane // 16 * 8 + lane % 8
@@ -115,11 +105,6 @@ def _linear_kernel(
     per_part = tl.cdiv(tl.cdiv(depth, PARTS), BLOCK_K) * BLOCK_K
     begin = part * per_part
     end = tl.minimum(depth, begin + per_part)
-    if OVERLAPS and BLOCK_R <= 64:  # more rows wait for products, and not for weights
-        _prefetch_weights(weight_ptr, weight_row, column < columns, begin, end, weight_stride_n, weight_stride_k)
-    wait_for_inputs(OVERLAPS)
-    if ZEROS > 0 and tl.program_id(0) == 0:
-        tl.store(arrivals_ptr + tl.arange(0, ZEROS), tl.zeros([ZEROS], tl.int32))
     k = begin + tl.arange(0, BLOCK_K)
     weight_ptrs = weight_ptr + weight_row.to(tl.int64)[:, None] * weight_stride_n + k[None, :] * weight_stride_k
     x_ptrs = x_ptr + row.to(tl.int64)[None, :] * x_stride + k[:, None]
@@ -219,7 +204,7 @@ def launch(x, weight, scale, bias, residual, out, partial, arrivals, activation,
         x, weight, scale, bias, residual, out, partial, arrivals,
         rows, columns, depth, x.stride(0), *weight.stride(), 0 if residual is None else residual.stride(0),
         out.stride(0), ACTIVATION=activation, GATED=gated, EVEN_DEPTH=depth % (tiles.BLOCK_K * parts) == 0,
-        PARTS=parts, ZEROS=zeros, PRECISION="tf32x3" if exact else "tf32", **tiles._asdict(), **overlapping(),
+        PARTS=parts, ZEROS=zeros, PRECISION="tf32x3" if exact else "tf32", **tiles._asdict(),
     )  # fmt: skip
 
 
