@@ -39,6 +39,8 @@ import torch
 import triton
 import triton.language as tl
 
+from clvp_fast.kernels.target import architecture
+
 LOG2E = 1.4426950408889634
 NONE = tl.constexpr(2**31 - 1)
 FLOAT8_MAX = tl.constexpr(448.0)
@@ -427,16 +429,18 @@ def paged_prefill_kernel(
 # Keys that one program of a decode step attends to, at most: part of the numerics, so one for all types and devices.
 SPLIT = 256
 # Measured on an H200 for 64 channels; no spilled register on sm_80, sm_90 and sm_100, with triton 3.6.0 and 3.7.1.
-# (bytes of an element of q, channels of a tile): keys of a tile, warps, stages
+# (bytes of an element of q, channels of a tile): keys of a tile, warps, stages, registers of a thread at most. With
+# fewer registers more programs are on a multiprocessor, and fill one another's waits.
 _DECODE = {
-    (2, 32): (32, 1, 3),
-    (2, 64): (32, 2, 3),
-    (2, 128): (32, 4, 3),
-    (4, 32): (32, 1, 3),
-    (4, 64): (32, 2, 3),
-    (4, 128): (32, 4, 3),
+    (2, 32): (32, 1, 3, None),
+    (2, 64): (32, 2, 3, 128),
+    (2, 128): (32, 4, 3, None),
+    (4, 32): (32, 1, 3, None),
+    (4, 64): (32, 2, 3, None),
+    (4, 128): (32, 4, 3, None),
 }
-# The same: queries of a tile (64 rows are one wgmma), keys of a tile, warps, stages
+_MORE_REGISTERS = 144  # what float8 takes, and sm_100
+# Queries of a tile (64 rows are one wgmma), keys of a tile, warps, stages; chosen by compiling
 _PREFILL = {
     (2, 32): (64, 64, 4, 3),
     (2, 64): (64, 64, 4, 3),
@@ -488,7 +492,9 @@ def paged_attention_decode(
     num_candidates, num_heads, head_dim = q.shape
     num_pages, page_size = k_pages.shape[:2]
     block_d = triton.next_power_of_2(head_dim)
-    block_n, num_warps, num_stages = _DECODE[q.element_size(), block_d]
+    block_n, num_warps, num_stages, registers = _DECODE[q.element_size(), block_d]
+    if registers is not None and (k_scale is not None or architecture() >= 100):
+        registers = _MORE_REGISTERS
     own_capacity = block_table.shape[1] * page_size
     prefix_capacity, num_requests, prefix_row = 0, 0, 0
     if prefix_table is not None:
@@ -508,6 +514,7 @@ def paged_attention_decode(
         NUM_HEADS=num_heads, HEAD_DIM=head_dim, BLOCK_D=block_d, PAGE_SIZE=page_size, BLOCK_M=rows, BLOCK_N=block_n,
         SPLIT=SPLIT, ONE_PART=own_splits + prefix_splits == 1, FLOAT8=k_scale is not None,
         PRECISION=_precision(q.dtype), STAGES=num_stages, num_warps=num_warps, num_stages=num_stages,
+        maxnreg=registers,
     )  # fmt: skip
 
 
