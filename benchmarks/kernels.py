@@ -94,21 +94,39 @@ def copies(arguments: tuple, device: str) -> int:
 
 
 def captured(run: Callable[[], object]) -> Callable[[], object] | None:
-    """The replay of a CUDA graph of `run`, or None where it cannot be captured (it reads results on the host)."""
+    """The replay of a CUDA graph of `run`, or None where it cannot be captured (it reads results on the host).
+
+    Raises `torch.OutOfMemoryError` where memory is short: what is slower without a graph must not be taken for it.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         run()
-        run()
-    torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     try:
+        # Asked before a capture, not by one: after a capture that fails, torch 2.11 frees no memory any more.
+        with torch.cuda.stream(stream), _raising_where_it_waits():
+            run()
+        torch.cuda.current_stream().wait_stream(stream)
         with torch.cuda.graph(graph):
             run()
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError:
         torch.cuda.synchronize()
         return None
     return graph.replay
+
+
+@contextmanager
+def _raising_where_it_waits() -> Iterator[None]:
+    """Within it, an operation that waits for the device raises `RuntimeError`."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 def _relative(result: torch.Tensor, expected: torch.Tensor) -> float:

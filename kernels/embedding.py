@@ -15,8 +15,6 @@ import torch
 import triton
 import triton.language as tl
 
-from clvp_fast.kernels.overlap import overlapping, wait_for_inputs
-
 # Elements of a row that one program adds, and its warps, 2026-11: 8 elements a thread.
 _BLOCK_C, _WARPS = 1024, 4
 
@@ -27,13 +25,12 @@ def _embed_kernel(
     length, num_tokens, num_positions, width,
     token_ids_batch_stride, token_ids_stride, position_ids_batch_stride, position_ids_stride,
     token_table_stride, position_table_stride,
-    BLOCK_C: tl.constexpr, OVERLAPS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     place = tl.program_id(0).to(tl.int64)
     b, t = place // length, place % length
     columns = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = columns < width
-    wait_for_inputs(OVERLAPS)
 
     token = tl.load(token_ids_ptr + b * token_ids_batch_stride + t * token_ids_stride).to(tl.int64)
     position = tl.load(position_ids_ptr + b * position_ids_batch_stride + t * position_ids_stride).to(tl.int64)
@@ -61,5 +58,5 @@ def embed(
         token_ids, position_ids, token_table, position_table, out,
         length, token_table.shape[0], position_table.shape[0], width,
         *token_ids.stride(), *position_ids.stride(), token_table.stride(0), position_table.stride(0),
-        BLOCK_C=block, num_warps=_WARPS, **overlapping(),
+        BLOCK_C=block, num_warps=_WARPS,
     )  # fmt: skip

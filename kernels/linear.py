@@ -4,7 +4,7 @@
 
 x `[rows, depth]`, float32, float16 or bfloat16; W `[columns, depth]` of the same type, or int8 with a float32 scale a
 row; sums and epilogue in float32, `out` rounded once. `kernels/mlp.py` makes the feed-forward blocks of two such
-launches; here is the one of int8 weights by themselves, `linear`.
+launches; here is one launch by itself, `linear`.
 
 A program computes a tile `W x^T`: the weights' rows are those of the matrix instruction, the rows of x its columns. So
 one kernel serves both regimes: an instruction takes as few as 8 columns but wants 64 rows (`wgmma`), and of a decoding
@@ -27,8 +27,6 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-
-from clvp_fast.kernels.overlap import overlapping, prefetch, wait_for_inputs
 
 ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu", "swish", "linear")
 
@@ -80,23 +78,12 @@ def _sum_of_parts(acc, partial_ptr, arrivals_ptr, tile, part, PARTS: tl.constexp
     return acc, last
 
 
-@triton.jit
-def _prefetch_weights(weight_ptr, weight_row, in_weight, begin, end, stride_n, stride_k):
-    """Bring a program's part of the weights, whose rows lie along the depth, into the L2 cache."""
-    LINE: tl.constexpr = 1024 // weight_ptr.dtype.element_ty.primitive_bitwidth
-    row_ptrs = weight_ptr + weight_row.to(tl.int64)[:, None] * stride_n
-    for start in range(begin, end, 8 * LINE):
-        k = start + tl.arange(0, 8) * LINE
-        prefetch(row_ptrs + k[None, :] * stride_k, in_weight[:, None] & (k < end)[None, :])
-
-
 @triton.jit(do_not_specialize=["rows"])
 def _linear_kernel(
     x_ptr, weight_ptr, scale_ptr, bias_ptr, residual_ptr, out_ptr, partial_ptr, arrivals_ptr,
     rows, columns, depth, x_stride, weight_stride_n, weight_stride_k, residual_stride, out_stride,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, EVEN_DEPTH: tl.constexpr, PARTS: tl.constexpr, ZEROS: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
-    OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """One program: `columns` of `out` from one tile of weights, for BLOCK_R rows; or a part of the sum over `depth`."""
     TILE: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
@@ -104,6 +91,9 @@ def _linear_kernel(
     tile = tl.program_id(0) % tiles
     part = tl.program_id(0) // tiles % PARTS
     row_tile = tl.program_id(0) // tiles // PARTS
+    if ZEROS > 0 and tl.program_id(0) == 0:
+        tl.store(arrivals_ptr + tl.arange(0, ZEROS), tl.zeros([ZEROS], tl.int32))
+
     lane = tl.arange(0, BLOCK_N)
     if GATED:
         column = tile * TILE + lane // 16 * 8 + lane % 8
@@ -115,11 +105,6 @@ def _linear_kernel(
     per_part = tl.cdiv(tl.cdiv(depth, PARTS), BLOCK_K) * BLOCK_K
     begin = part * per_part
     end = tl.minimum(depth, begin + per_part)
-    if OVERLAPS and BLOCK_R <= 64:  # more rows wait for products, and not for weights
-        _prefetch_weights(weight_ptr, weight_row, column < columns, begin, end, weight_stride_n, weight_stride_k)
-    wait_for_inputs(OVERLAPS)
-    if ZEROS > 0 and tl.program_id(0) == 0:
-        tl.store(arrivals_ptr + tl.arange(0, ZEROS), tl.zeros([ZEROS], tl.int32))
     k = begin + tl.arange(0, BLOCK_K)
     weight_ptrs = weight_ptr + weight_row.to(tl.int64)[:, None] * weight_stride_n + k[None, :] * weight_stride_k
     x_ptrs = x_ptr + row.to(tl.int64)[None, :] * x_stride + k[:, None]
@@ -180,7 +165,7 @@ class Tiles(NamedTuple):
 
 
 _FEWEST_COLUMNS = 16  # of a matrix instruction, in Triton
-# Tiles over int8 weights by bytes of an element of x: up to 64 rows of x, and more. Compiled without spills for sm_80,
+# Over int8 weights by bytes of an element of x: up to 64 rows of x, and more. Compiled without spills for sm_80,
 # sm_90 and sm_100 (docs/kernels.md), 2026-11. Up to 32 rows, 28 KB of weights are on their way in a program: seven of
 # the eight steps of 1024 columns. A type has one BLOCK_K, by which float32's two products alternate.
 _INT8_FEW = {2: Tiles(32, 64, 128, 4, 4), 4: Tiles(32, 64, 64, 4, 4)}
@@ -188,22 +173,47 @@ _INT8_MANY = {2: Tiles(32, 128, 128, 4, 3), 4: Tiles(32, 128, 64, 4, 3)}
 # Sizes that are no multiples of a tile or of 16 take registers for their masks and addresses.
 _INT8_ODD = {2: Tiles(32, 32, 64, 4, 4), 4: Tiles(16, 32, 32, 4, 4)}
 _FEW_PROGRAMS = 64  # of which GPUs have more multiprocessors: half the tile then makes twice as many
+# Over weights of the type of x, by bytes of an element and number of rows (up to), 2026-11, compiled without spills for
+# sm_80, sm_90 and sm_100 (docs/kernels.md); 2-byte types measured on an H200. Up to 64 rows, 32 weight rows a program
+# make 128 programs of a 4096 x 1024 matrix, in each of which 24 KB of weights and more are on their way. 64 weight rows
+# and more make `wgmma`.
+_FEW, _BATCH, _MANY = 64, 1024, None
+_REGIMES = {
+    2: {_FEW: Tiles(32, 64, 128, 4, 4), _BATCH: Tiles(64, 128, 64, 4, 4), _MANY: Tiles(128, 128, 64, 8, 3)},
+    4: {_FEW: Tiles(32, 64, 64, 4, 4), _BATCH: Tiles(64, 64, 32, 4, 3), _MANY: Tiles(64, 128, 32, 8, 3)},
+}
+# Sizes that are no multiples of a tile or of 16 take registers for their masks and addresses.
+_ODD = {2: Tiles(64, 128, 32, 8, 4), 4: Tiles(64, 64, 32, 8, 3)}
 
 
-def few_rows(tiles: Tiles, rows: int) -> Tiles:
-    """`tiles` with no more columns than so few rows of x need."""
+def _few_rows(tiles: Tiles, rows: int, stages: int) -> Tiles:
+    """`tiles` with no more columns than so few rows of x need; then also with so many stages."""
     columns = max(triton.next_power_of_2(rows), _FEWEST_COLUMNS)
-    return tiles._replace(BLOCK_R=columns, num_stages=8 if columns <= 32 else tiles.num_stages)
+    return tiles._replace(BLOCK_R=columns, num_stages=stages if columns <= 32 else tiles.num_stages)
 
 
-def int8_tiles(rows: int, columns: int, depth: int, parts: int, element_size: int) -> Tiles:
+def tiles_for(rows: int, columns: int, depth: int, parts: int, element_size: int, int8: bool) -> Tiles:
+    """For `columns` results a row, each of the two that a gated column needs counted as one, from sums over `depth`.
+
+    element_size: bytes of an element of x.
+    """
+    if int8:
+        return _int8_tiles(rows, columns, depth, parts, element_size)
+    regime = next((limit for limit in (_FEW, _BATCH) if rows <= limit), _MANY)
+    tiles = _REGIMES[element_size][regime]
+    if regime == _FEW:
+        return _few_rows(tiles, rows, 4 if element_size == 2 else 8)
+    return _ODD[element_size] if columns % 16 or depth % (64 * parts) else tiles
+
+
+def _int8_tiles(rows: int, columns: int, depth: int, parts: int, element_size: int) -> Tiles:
     """Over int8 weights, for an x with elements of so many bytes. Never 64 rows of weights, which would be `wgmma`."""
     few = _INT8_FEW[element_size]
     if columns % 16 or depth % (few.BLOCK_K * parts):
         return _INT8_ODD[element_size]
     if rows > few.BLOCK_R:
         return _INT8_MANY[element_size]
-    tiles = few_rows(few, rows)
+    tiles = _few_rows(few, rows, 8)
     # More than 32 rows of float32, whose two products begin sums of their own, spill registers at twice the tile.
     crowded = element_size == 4 and tiles.BLOCK_R > 32
     few_programs = triton.cdiv(columns, tiles.BLOCK_N) * parts < _FEW_PROGRAMS
@@ -219,27 +229,28 @@ def launch(x, weight, scale, bias, residual, out, partial, arrivals, activation,
         x, weight, scale, bias, residual, out, partial, arrivals,
         rows, columns, depth, x.stride(0), *weight.stride(), 0 if residual is None else residual.stride(0),
         out.stride(0), ACTIVATION=activation, GATED=gated, EVEN_DEPTH=depth % (tiles.BLOCK_K * parts) == 0,
-        PARTS=parts, ZEROS=zeros, PRECISION="tf32x3" if exact else "tf32", **tiles._asdict(), **overlapping(),
+        PARTS=parts, ZEROS=zeros, PRECISION="tf32x3" if exact else "tf32", **tiles._asdict(),
     )  # fmt: skip
 
 
 def linear(
     x: torch.Tensor,
     weight: torch.Tensor,
-    scale: torch.Tensor,
+    scale: torch.Tensor | None,
     bias: torch.Tensor | None,
     activation: str,
     *,
     out: torch.Tensor,
 ) -> None:
-    """Write a linear layer over int8 weights, in one launch.
+    """Write a linear layer, in one launch.
 
     Args:
         x: `[rows, depth]`, at least one row. Columns at stride 1, in `out` too.
-        weight: `[columns, depth]` int8, at any strides; fastest with rows contiguous and 16 n bytes apart.
-        scale: `[columns]` float32, contiguous; bias: `[columns]`, contiguous, or None.
+        weight: `[columns, depth]`, of the dtype of `x` or int8, at any strides; fastest with rows contiguous and 16 n
+            bytes apart.
+        scale: `[columns]` float32, contiguous, with int8 weights alone; bias: `[columns]`, contiguous, or None.
         activation: one of `ACTIVATIONS`, `"linear"` for none.
         out: `[rows, columns]` of the dtype of `x`; written.
     """
-    tiles = int8_tiles(*out.shape, x.shape[1], 1, x.element_size())
+    tiles = tiles_for(*out.shape, x.shape[1], 1, x.element_size(), weight.dtype == torch.int8)
     launch(x, weight, scale, bias, None, out, None, None, activation, False, tiles, 1, 0)

@@ -18,7 +18,7 @@ The second product of few rows has few tiles and a long sum, so the sum is split
 float32, and the last one to arrive adds all parts in their order: no launch more, and the same bits every time. The
 counters of arrivals are set to 0 by the first launch. The number of parts depends on the shape of W_out alone.
 
-A row's bits do not depend on the other rows as long as their number stays within one regime: up to 64, 256, 1024, 4096
+A row's bits do not depend on the other rows as long as their number stays within one regime: up to 64, 256, 1024
 rows, and more; over int8 weights up to 512 rows, and more. float32 products are made of three TF32 products each
 (`tf32x3`), which leaves an error of about 2^-21 of a product, and each tile's are added up outside of the matrix unit,
 which cuts its sums off (docs/kernels.md); Triton's default, one TF32 product, would leave 2^-11.
@@ -29,49 +29,12 @@ from typing import NamedTuple
 import torch
 import triton
 
-from clvp_fast.kernels.linear import ACTIVATIONS as ACTIVATIONS, Tiles, few_rows, int8_tiles, launch
-from clvp_fast.kernels.target import architecture
+from clvp_fast.kernels.linear import ACTIVATIONS as ACTIVATIONS, launch, tiles_for
 
-# By bytes of an element and number of rows (up to), 2026-11, compiled without spills for sm_80, sm_90 and sm_100
-# (docs/kernels.md). Up to 64 rows, 32 weight rows a program make 128 programs of a 4096 x 1024 matrix, in each of which
-# 24 to 56 KB of weights are on their way: at 4.3 TB/s and 1 us of latency, 132 multiprocessors want 33 KB each. 64
-# weight rows and more make `wgmma`.
-_FEW, _BATCH, _SOME, _MOST = 64, 1024, 4096, None
-_REGIMES = {
-    2: {
-        _FEW: (32, 64, 128, 4, 4),
-        _BATCH: (64, 128, 64, 4, 4),
-        _SOME: (128, 128, 64, 8, 3),
-        _MOST: (128, 256, 64, 8, 4),
-    },
-    4: {_FEW: (32, 64, 64, 4, 4), _BATCH: (64, 64, 32, 4, 3), _SOME: (64, 128, 32, 8, 3), _MOST: (64, 128, 32, 8, 3)},
-}
-# Sizes that are no multiples of a tile or of 16 take registers for their masks and addresses.
-_ODD = {2: Tiles(64, 128, 32, 8, 4), 4: Tiles(64, 64, 32, 8, 3)}
 # Up to which the second product is split, parts of more rows would be much to write and read; and over int8 weights.
 _SPLIT_ROWS, _INT8_SPLIT_ROWS = 256, 512
 _PROGRAMS = 128  # what the parts of a split sum should come to; most GPUs of the kind have 108 to 148 multiprocessors
 _SHORTEST_PART = 256
-
-
-def _tiles(
-    rows: int, columns: int, depth: int, parts: int, element_size: int, int8: bool, out_size: int | None = None
-) -> Tiles:
-    """For `columns` results a row, each of the two a gated column needs counted as one, from sums over `depth`.
-
-    element_size, out_size: bytes of an element of x and, where they differ, of the result.
-    """
-    if int8:
-        return int8_tiles(rows, columns, depth, parts, element_size)
-    regimes = _REGIMES[element_size]
-    regime = next((limit for limit in (_FEW, _BATCH, _SOME) if rows <= limit), _MOST)
-    if regime == _FEW:
-        return few_rows(Tiles(*regimes[_FEW]), rows)
-    if columns % 16 or depth % (64 * parts):
-        return _ODD[element_size]
-    if regime == _MOST and element_size == 2 and (architecture() < 90 or out_size == 4):
-        regime = _SOME  # the larger tile spills registers, and on sm_80 needs more shared memory than there is
-    return Tiles(*regimes[regime])
 
 
 def _parts(rows: int, outer: int, inner: int, int8: bool) -> int:
@@ -94,14 +57,13 @@ def workspace(rows: int, outer: int, inner: int, element_size: int, int8: bool =
     parts = _parts(rows, outer, inner, int8)
     if parts == 1:
         return Workspace(0, 0)
-    tiles = _tiles(rows, outer, inner, parts, element_size, int8)
+    tiles = tiles_for(rows, outer, inner, parts, element_size, int8)
     count = triton.cdiv(outer, tiles.BLOCK_N) * triton.cdiv(rows, tiles.BLOCK_R)
     return Workspace(count * parts * tiles.BLOCK_N * tiles.BLOCK_R, triton.next_power_of_2(count))
 
 
 def _launch(x, weight, scale, bias, residual, out, partial, arrivals, activation, gated, parts, zeros):
-    int8, sizes = scale is not None, (x.element_size(), out.element_size())
-    tiles = _tiles(*out.shape, x.shape[1], parts, sizes[0], int8, sizes[1])
+    tiles = tiles_for(*out.shape, x.shape[1], parts, x.element_size(), scale is not None)
     launch(x, weight, scale, bias, residual, out, partial, arrivals, activation, gated, tiles, parts, zeros)
 
 

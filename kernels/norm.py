@@ -25,8 +25,6 @@ import torch
 import triton
 import triton.language as tl
 
-from clvp_fast.kernels.overlap import overlapping, wait_for_inputs
-
 MAX_WIDTH = 8192
 
 # (BLOCK_C up to, elements of a program, num_warps), 2026-11: 8 elements a thread up to 1024 wide, 16 above. The tile
@@ -62,12 +60,11 @@ def _affine(weight_ptr, bias_ptr, columns, width):
 def _add_norm_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, total_ptr, out_ptr,
     rows, width, x_stride, residual_stride, total_stride, out_stride, eps,
-    RMS: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr, OVERLAPS: tl.constexpr,
+    RMS: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     columns = tl.arange(0, BLOCK_C)
     inside = (row < rows) & (columns < width)[None, :]
-    wait_for_inputs(OVERLAPS)
     weight, bias = _affine(weight_ptr, bias_ptr, columns, width)
 
     x = tl.load(x_ptr + row * x_stride + columns, mask=inside, other=0.0)  # [ROWS, BLOCK_C]
@@ -89,12 +86,12 @@ def _add_norm_kernel(
 def _double_layer_norm_kernel(
     x_ptr, weight1_ptr, bias1_ptr, weight2_ptr, bias2_ptr, first_ptr, out_ptr,
     rows, width, x_stride, first_stride, out_stride, eps1, eps2,
-    ROWS: tl.constexpr, BLOCK_C: tl.constexpr, OVERLAPS: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     columns = tl.arange(0, BLOCK_C)
     inside = (row < rows) & (columns < width)[None, :]
-    wait_for_inputs(OVERLAPS)
+
     x = tl.load(x_ptr + row * x_stride + columns, mask=inside, other=0.0)  # [ROWS, BLOCK_C]
     weight, bias = _affine(weight1_ptr, bias1_ptr, columns, width)
     first = _layer_norm(x.to(tl.float32), inside, weight, bias, eps1, width).to(x.dtype)
@@ -157,7 +154,7 @@ def add_norm(
     _add_norm_kernel[grid](
         x, residual, weight, bias, total, out,
         rows, width, x.stride(0), 0 if residual is None else residual.stride(0),
-        0 if total is None else total.stride(0), out.stride(0), eps, RMS=kind == "rms", **tile, **overlapping(),
+        0 if total is None else total.stride(0), out.stride(0), eps, RMS=kind == "rms", **tile,
     )  # fmt: skip
 
 
@@ -178,7 +175,7 @@ def double_layer_norm(
     grid, tile = _tile(rows, width)
     _double_layer_norm_kernel[grid](
         x, weight1, bias1, weight2, bias2, first, out,
-        rows, width, x.stride(0), first.stride(0), out.stride(0), eps1, eps2, **tile, **overlapping(),
+        rows, width, x.stride(0), first.stride(0), out.stride(0), eps1, eps2, **tile,
     )  # fmt: skip
 
 

@@ -39,7 +39,7 @@ import torch
 import triton
 import triton.language as tl
 
-from clvp_fast.kernels.overlap import overlapping, wait_for_inputs
+from clvp_fast.kernels.target import architecture
 
 LOG2E = 1.4426950408889634
 NONE = tl.constexpr(2**31 - 1)
@@ -151,48 +151,26 @@ def _own_keys(
 
 
 @triton.jit
-def _part(
-    other, last, own_parts, prefix_parts, own_splits, num_parts, top_ptr, total_ptr, partial_ptr, part_at, dims,
-    in_head, HEAD_DIM: tl.constexpr,
+def _other_parts(
+    parts, own_parts, own_splits, num_parts, top_ptr, total_ptr, partial_ptr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One partial result of some rows: nothing where a row has no such part."""
-    filled = last & (other < num_parts)
-    filled &= tl.where(other < own_splits, other < own_parts, other - own_splits < prefix_parts)
-    mixed_ptr = partial_ptr + other * HEAD_DIM + part_at[:, None] * HEAD_DIM + dims[None, :]
-    # From the L2 cache: the L1 cache of this multiprocessor may be older.
-    top = tl.load(top_ptr + other + part_at, mask=filled, other=-float("inf"), cache_modifier=".cg")
-    total = tl.load(total_ptr + other + part_at, mask=filled, other=0.0, cache_modifier=".cg")
-    mixed = tl.load(mixed_ptr, mask=filled[:, None] & in_head[None, :], other=0.0, cache_modifier=".cg")
+    """The first `parts` partial results of one candidate's head, added in the order of their keys: those of its own
+    keys but the last, then its prefix's.
+    """
+    one, dims = tl.arange(0, 1), tl.arange(0, BLOCK_D)
+    top = tl.full([1], -float("inf"), tl.float32)
+    total = tl.zeros([1], tl.float32)
+    mixed = tl.zeros([1, BLOCK_D], tl.float32)
+    for n in range(0, parts):
+        part = tl.where(n < own_parts - 1, n, n - own_parts + 1 + own_splits)
+        # From the L2 cache: the L1 cache of this multiprocessor may be older.
+        other_top = tl.load(top_ptr + part + one, cache_modifier=".cg")
+        other_total = tl.load(total_ptr + part + one, cache_modifier=".cg")
+        place = part * HEAD_DIM + dims[None, :]
+        other_mixed = tl.load(partial_ptr + place, mask=(dims < HEAD_DIM)[None, :], other=0.0, cache_modifier=".cg")
+        top, total, mixed = _merged(top, total, mixed, other_top, other_total, other_mixed)
     return top, total, mixed
-
-
-@triton.jit
-def _merge_parts(
-    last, own_parts, prefix_parts, own_splits, num_parts, top_ptr, total_ptr, partial_ptr, out_ptr, part_at, out_at,
-    ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Write the results of the rows that are `last` to be worked on, their parts added in one order."""
-    dims = tl.arange(0, BLOCK_D)
-    in_head = dims < HEAD_DIM
-    whole = (
-        tl.full([ROWS], -float("inf"), tl.float32),
-        tl.zeros([ROWS], tl.float32),
-        tl.zeros([ROWS, BLOCK_D], tl.float32),
-    )
-    for other in tl.range(0, num_parts, 2, num_stages=1, loop_unroll_factor=1):
-        # Two at once: one waits for the cache as long as several.
-        first = _part(
-            other, last, own_parts, prefix_parts, own_splits, num_parts, top_ptr, total_ptr, partial_ptr, part_at, dims,
-            in_head, HEAD_DIM,
-        )  # fmt: skip
-        second = _part(
-            other + 1, last, own_parts, prefix_parts, own_splits, num_parts, top_ptr, total_ptr, partial_ptr, part_at,
-            dims, in_head, HEAD_DIM,
-        )  # fmt: skip
-        whole = _merged(*whole, *first)
-        whole = _merged(*whole, *second)
-    result = whole[2] / tl.where(last, whole[1], 1.0)[:, None]
-    tl.store(out_ptr + out_at[:, None] + dims[None, :], result, mask=last[:, None] & in_head[None, :])
 
 
 @triton.jit
@@ -212,6 +190,23 @@ def _own_part(
     if (place < 0) & (part == 0):
         tl.store(out_ptr + dims, tl.zeros([BLOCK_D], out_ptr.dtype.element_ty), mask=in_head)
     if (place >= 0) & (part < own_parts):
+        last = part == own_parts - 1
+        others, arrived = 0, 0
+        before = tl.full([1], -float("inf"), tl.float32), tl.zeros([1], tl.float32), tl.zeros([1, BLOCK_D], tl.float32)
+        if not ONE_PART:
+            _request, prefix_length = _prefix(
+                row, True, place, prefix_index_ptr, prefix_lens_ptr, num_requests, prefix_capacity
+            )
+            if last:
+                others = own_parts - 1 + tl.cdiv(prefix_length, SPLIT)
+                arrived = tl.atomic_add(arrivals_ptr, 0, sem="acquire")
+                tl.debug_barrier()
+                if (
+                    arrived == others
+                ):  # mostly: the prefix is read first, and waiting behind the keys costs a round trip
+                    before = _other_parts(
+                        others, own_parts, own_splits, num_parts, top_ptr, total_ptr, partial_ptr, HEAD_DIM, BLOCK_D
+                    )
         q = tl.load(q_ptr + dims, mask=in_head, other=0.0).to(tl.float32)
         table_ptr = block_table_ptr + row.to(tl.int64) * own_row
         begin = part * SPLIT
@@ -220,7 +215,7 @@ def _own_part(
             q, k_pages_ptr, v_pages_ptr, table_ptr, begin, end, num_pages, scale, page_stride, token_stride,
             HEAD_DIM, BLOCK_D, PAGE_SIZE, BLOCK_N, SPLIT, STAGES,
         )  # fmt: skip
-        if part == own_parts - 1:
+        if last:
             # The new token is the last key; no program reads the place where it is stored.
             wide_row = row.to(tl.int64)
             k_new = tl.load(k_new_ptr + wide_row * k_row + head * k_head + dims, mask=in_head, other=0.0)
@@ -235,35 +230,32 @@ def _own_part(
             new_score = tl.zeros([1], tl.float32) + tl.sum(q * k_new.to(tl.float32)) * scale
             top, total, mixed = _merged(top, total, mixed, new_score, 1.0, v_new.to(tl.float32)[None, :])
         mixed *= v_scale
-        if ONE_PART:
+        if last:
+            if not ONE_PART:
+                if arrived != others:
+                    while arrived < others:
+                        arrived = tl.atomic_add(arrivals_ptr, 0, sem="acquire")
+                    tl.debug_barrier()
+                    before = _other_parts(
+                        others, own_parts, own_splits, num_parts, top_ptr, total_ptr, partial_ptr, HEAD_DIM, BLOCK_D
+                    )
+                tl.store(arrivals_ptr, 0)
+                top, total, mixed = _merged(*before, top, total, mixed)
             tl.store(out_ptr + dims[None, :], mixed / total[:, None], mask=in_head[None, :])
         else:
-            nothing = tl.arange(0, 1)
+            one = tl.arange(0, 1)
             tl.store(partial_ptr + part * HEAD_DIM + dims[None, :], mixed, mask=in_head[None, :])
-            tl.store(top_ptr + part + nothing, top)
-            tl.store(total_ptr + part + nothing, total)
-            _request, prefix_length = _prefix(
-                row, True, place, prefix_index_ptr, prefix_lens_ptr, num_requests, prefix_capacity
-            )
-            prefix_parts = tl.cdiv(prefix_length, SPLIT)
-            # All threads' stores come before the counter's release, and its acquire before all threads' loads.
-            tl.debug_barrier()
-            arrived = tl.atomic_add(arrivals_ptr, 1, sem="acq_rel")
-            tl.debug_barrier()
-            if arrived == own_parts + prefix_parts - 1:
-                tl.store(arrivals_ptr, 0)
-                _merge_parts(
-                    nothing == 0, own_parts, prefix_parts, own_splits, num_parts, top_ptr, total_ptr, partial_ptr,
-                    out_ptr, nothing, nothing, 1, HEAD_DIM, BLOCK_D,
-                )  # fmt: skip
+            tl.store(top_ptr + part + one, top)
+            tl.store(total_ptr + part + one, total)
+            tl.debug_barrier()  # all threads' stores come before the counter's release
+            tl.atomic_add(arrivals_ptr, 1, sem="release")
 
 
 @triton.jit
 def _prefix_part(
     first_row, part, begin, q_ptr, k_pages_ptr, v_pages_ptr, seq_lens_ptr, prefix_table_ptr, prefix_lens_ptr,
-    prefix_index_ptr, v_scale, out_ptr, partial_ptr, top_ptr, total_ptr, arrivals_ptr, num_candidates, num_requests,
-    num_pages, own_capacity, prefix_capacity, own_splits, num_parts, scale, q_row, page_stride, token_stride,
-    prefix_row,
+    prefix_index_ptr, v_scale, partial_ptr, top_ptr, total_ptr, arrivals_ptr, num_candidates, num_requests, num_pages,
+    prefix_capacity, num_parts, scale, q_row, page_stride, token_stride, prefix_row,
     NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -274,11 +266,9 @@ def _prefix_part(
     candidates = first_row + lanes
     real = candidates < num_candidates
     places = tl.load(seq_lens_ptr + candidates, mask=real, other=-1)
-    own_parts = tl.minimum(tl.minimum(places, own_capacity) // SPLIT + 1, own_splits)
     request, prefix_lengths = _prefix(
         candidates, real, places, prefix_index_ptr, prefix_lens_ptr, num_requests, prefix_capacity
     )
-    prefix_parts = tl.cdiv(prefix_lengths, SPLIT)
     # Row i of the tile attends to the keys of this part of request `lists[i]`, or to nothing.
     lists = tl.where(begin < prefix_lengths, request, NONE)
     q_at = (lanes * q_row)[:, None] + dims[None, :]
@@ -308,17 +298,8 @@ def _prefix_part(
         tl.store(top_ptr + part + part_at, top, mask=chosen)
         tl.store(total_ptr + part + part_at, total, mask=chosen)
         current = tl.min(tl.where(lists > current, lists, NONE))
-    works = lists != NONE
-    tl.debug_barrier()
-    arrived = tl.atomic_add(arrivals_ptr + lanes * NUM_HEADS, 1, mask=works, sem="acq_rel")
-    last = works & (arrived == own_parts + prefix_parts - 1)
-    if tl.max(last.to(tl.int32)) > 0:
-        tl.debug_barrier()
-        tl.store(arrivals_ptr + lanes * NUM_HEADS, 0, mask=last)
-        _merge_parts(
-            last, own_parts, prefix_parts, own_splits, num_parts, top_ptr, total_ptr, partial_ptr, out_ptr,
-            part_at, lanes * (NUM_HEADS * HEAD_DIM), BLOCK_M, HEAD_DIM, BLOCK_D,
-        )  # fmt: skip
+    tl.debug_barrier()  # all threads' stores come before the counters' release
+    tl.atomic_add(arrivals_ptr + lanes * NUM_HEADS, 1, mask=lists != NONE, sem="release")
 
 
 @triton.jit(do_not_specialize=_DECODE_SIZES)
@@ -330,9 +311,8 @@ def paged_attention_decode_kernel(
     k_head, v_row, v_head, page_stride, token_stride, head_stride, own_row, prefix_row,
     NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, ONE_PART: tl.constexpr, FLOAT8: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr, OVERLAPS: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    wait_for_inputs(OVERLAPS)
     num_parts = own_splits + prefix_splits
     head = tl.program_id(0) % NUM_HEADS
     work = tl.program_id(0) // NUM_HEADS
@@ -369,9 +349,9 @@ def paged_attention_decode_kernel(
         split = work % prefix_splits
         _prefix_part(
             first_row, own_splits + split, split * SPLIT, q_ptr, k_pages_ptr, v_pages_ptr, seq_lens_ptr,
-            prefix_table_ptr, prefix_lens_ptr, prefix_index_ptr, v_scale, out_ptr, partial_ptr, top_ptr, total_ptr,
-            arrivals_ptr, num_candidates, num_requests, num_pages, own_capacity, prefix_capacity, own_splits, num_parts,
-            scale, q_row, page_stride, token_stride, prefix_row,
+            prefix_table_ptr, prefix_lens_ptr, prefix_index_ptr, v_scale, partial_ptr, top_ptr, total_ptr, arrivals_ptr,
+            num_candidates, num_requests, num_pages, prefix_capacity, num_parts, scale, q_row, page_stride,
+            token_stride, prefix_row,
             NUM_HEADS, HEAD_DIM, BLOCK_D, PAGE_SIZE, BLOCK_M, BLOCK_N, SPLIT, PRECISION,
         )  # fmt: skip
 
@@ -449,16 +429,18 @@ def paged_prefill_kernel(
 # Keys that one program of a decode step attends to, at most: part of the numerics, so one for all types and devices.
 SPLIT = 256
 # Measured on an H200 for 64 channels; no spilled register on sm_80, sm_90 and sm_100, with triton 3.6.0 and 3.7.1.
-# (bytes of an element of q, channels of a tile): keys of a tile, warps, stages
+# (bytes of an element of q, channels of a tile): keys of a tile, warps, stages, registers of a thread at most. With
+# fewer registers more programs are on a multiprocessor, and fill one another's waits.
 _DECODE = {
-    (2, 32): (32, 1, 3),
-    (2, 64): (32, 2, 3),
-    (2, 128): (32, 4, 3),
-    (4, 32): (32, 1, 3),
-    (4, 64): (32, 2, 3),
-    (4, 128): (32, 4, 3),
+    (2, 32): (32, 1, 3, None),
+    (2, 64): (32, 2, 3, 128),
+    (2, 128): (32, 4, 3, None),
+    (4, 32): (32, 1, 3, None),
+    (4, 64): (32, 2, 3, None),
+    (4, 128): (32, 4, 3, None),
 }
-# The same: queries of a tile (64 rows are one wgmma), keys of a tile, warps, stages
+_MORE_REGISTERS = 144  # what float8 takes, and sm_100
+# Queries of a tile (64 rows are one wgmma), keys of a tile, warps, stages; chosen by compiling
 _PREFILL = {
     (2, 32): (64, 64, 4, 3),
     (2, 64): (64, 64, 4, 3),
@@ -510,7 +492,9 @@ def paged_attention_decode(
     num_candidates, num_heads, head_dim = q.shape
     num_pages, page_size = k_pages.shape[:2]
     block_d = triton.next_power_of_2(head_dim)
-    block_n, num_warps, num_stages = _DECODE[q.element_size(), block_d]
+    block_n, num_warps, num_stages, registers = _DECODE[q.element_size(), block_d]
+    if registers is not None and (k_scale is not None or architecture() >= 100):
+        registers = _MORE_REGISTERS
     own_capacity = block_table.shape[1] * page_size
     prefix_capacity, num_requests, prefix_row = 0, 0, 0
     if prefix_table is not None:
@@ -530,7 +514,7 @@ def paged_attention_decode(
         NUM_HEADS=num_heads, HEAD_DIM=head_dim, BLOCK_D=block_d, PAGE_SIZE=page_size, BLOCK_M=rows, BLOCK_N=block_n,
         SPLIT=SPLIT, ONE_PART=own_splits + prefix_splits == 1, FLOAT8=k_scale is not None,
         PRECISION=_precision(q.dtype), STAGES=num_stages, num_warps=num_warps, num_stages=num_stages,
-        **overlapping(),
+        maxnreg=registers,
     )  # fmt: skip
 
 

@@ -289,13 +289,13 @@ def _rotary_attention(
         tl.store(out_ptr + 2 * HALF + channel[None, :], acc_rest * share, mask=inside)
 
 
-# Up to so many queries share the tile of a decoding step.
-_FEW = 16
+# Up to so many queries share the tile of a decoding step, and up to so many fill one tile of half the size.
+_FEW, _SHORT = 16, 64
 
 
-def _configuration(dtype, few, width, half_pad, tables, masked, mask_rows):
+def _configuration(dtype, queries, width, half_pad, tables, masked, mask_rows):
     """(BLOCK_M, BLOCK_N, num_warps, num_stages), compiled without a spill for sm_80, sm_90 and sm_100 (2026-11)."""
-    arch = architecture()
+    arch, few = architecture(), queries <= _FEW
     if dtype == torch.float32:
         if width > 64 or mask_rows:
             return 16, 32, 8, 2
@@ -304,16 +304,19 @@ def _configuration(dtype, few, width, half_pad, tables, masked, mask_rows):
         return (64, 16, 4, 2) if arch < 90 else (64, 32, 8, 1) if arch >= 100 else (64, 32, 8 if masked else 4, 2)
     if few:
         return (16, 64, 4, 2) if width <= 64 else (16, 32, 4, 2)
+    rest_pad = width - 2 * half_pad
+    if 90 <= arch < 100 and half_pad and rest_pad < 64 and rest_pad not in (0, 2 * half_pad):
+        # ptxas 12.8 can leave addresses of wgmma's operands unwritten where their rows are of two lengths
+        # (benchmarks/aot/uniform_registers.py). 32 queries are too few for wgmma, and mma takes registers.
+        return 32, 16, 4, 2
     if mask_rows:
         return 64, 32, 8, 2
     if arch < 90:
         return (128, 64, 8, 2) if width <= 64 else (64, 32 if width <= 128 else 16, 8, 2)
-    # At 48, one product has 16 channels and the other 32. Over 64 keys, ptxas 12.8 then takes the operand of 16 from
-    # addresses in registers that nothing wrote (benchmarks/aot/uniform_registers.py).
-    if width > 64 or width == 48:
+    if width > 64:
         return (128, 32, 8, 2) if half_pad else (64, 64, 4, 2)
     if half_pad == 0 or (tables == 1 and half_pad <= 16):
-        return 128, 64, 4, 3
+        return (64, 32, 4, 3) if queries <= _SHORT and not masked else (128, 64, 4, 3)
     return (128, 64, 8, 3) if masked or half_pad > 16 else (128, 64, 4, 2)
 
 
@@ -324,19 +327,18 @@ def rotary_attention(q, k, v, cos, sin, mask, causal, query_offset, scale, *, ou
     """
     sizes = q.shape[0], q.shape[1], k.shape[1]
     strides = q.stride(), k.stride(), v.stride()
-    few = q.shape[1] <= _FEW
-    _launch(q, k, v, cos, sin, mask, None, out, sizes, strides, causal, query_offset, scale, few)
+    _launch(q, k, v, cos, sin, mask, None, out, sizes, strides, causal, query_offset, scale, q.shape[1])
 
 
 def rotary_attention_ragged(q, k, v, cu_seqlens, max_seqlen, cos, sin, causal, scale, *, out):
     """q, k, v and out `[tokens, H, D]`, out contiguous; as `rotary_attention` for each of the sequences."""
     sizes = cu_seqlens.shape[0] - 1, max_seqlen, max_seqlen
     strides = ((0, *x.stride()) for x in (q, k, v))
-    # Few or many: the tile may not depend on the longest of the sequences.
-    _launch(q, k, v, cos, sin, None, cu_seqlens, out, sizes, strides, causal, 0, scale, few=False)
+    # The tile may not depend on the longest of the sequences.
+    _launch(q, k, v, cos, sin, None, cu_seqlens, out, sizes, strides, causal, 0, scale, queries=_SHORT + 1)
 
 
-def _launch(q, k, v, cos, sin, mask, cu_seqlens, out, sizes, strides, causal, query_offset, scale, few):
+def _launch(q, k, v, cos, sin, mask, cu_seqlens, out, sizes, strides, causal, query_offset, scale, queries):
     batch, q_len, k_len = sizes
     num_heads, head_dim = q.shape[-2:]
     tables = 1 if cos is not None and cos.ndim == 4 else 2
@@ -349,7 +351,7 @@ def _launch(q, k, v, cos, sin, mask, cu_seqlens, out, sizes, strides, causal, qu
     mask_rows = mask is not None and mask.shape[1] > 1
     width = 2 * half_pad + rest_pad
     block_m, block_n, num_warps, num_stages = _configuration(
-        q.dtype, few, width, half_pad, tables, mask is not None, mask_rows
+        q.dtype, queries, width, half_pad, tables, mask is not None, mask_rows
     )
     num_tiles = triton.cdiv(q_len, block_m)
     _rotary_attention[(num_tiles * num_heads * batch,)](

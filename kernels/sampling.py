@@ -30,8 +30,6 @@ import torch
 import triton
 import triton.language as tl
 
-from clvp_fast.kernels.overlap import overlapping, wait_for_inputs
-
 MAX_VOCAB = 16384
 CHUNK = 32  # tokens of one step of the draw's outer sum
 
@@ -231,9 +229,8 @@ def _sample_kernel(
     seed_ptr, candidate_ptr, step_ptr, sampled_ptr, out_ptr,
     vocab_size, logits_stride, seen_stride, seen_word_stride, lengths_stride, done_stride, sampled_stride,
     stop_token, pad_token,
-    DO_SAMPLE: tl.constexpr, BLOCK: tl.constexpr, SMALL: tl.constexpr, CHUNK: tl.constexpr, OVERLAPS: tl.constexpr,
+    DO_SAMPLE: tl.constexpr, BLOCK: tl.constexpr, SMALL: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    wait_for_inputs(OVERLAPS)
     row = tl.program_id(0).to(tl.int64)
     if tl.load(done_ptr + row * done_stride):
         tl.store(out_ptr + row, pad_token)
@@ -321,5 +318,5 @@ def sample(
         seed, candidate, step, sampled, out,
         vocab_size, logits.stride(0), *seen.stride(), lengths.stride(0), done.stride(0),
         0 if sampled is None else sampled.stride(0), stop_token, pad_token,
-        DO_SAMPLE=do_sample, **_tiles(vocab_size), **overlapping(),
+        DO_SAMPLE=do_sample, **_tiles(vocab_size),
     )  # fmt: skip

@@ -8,18 +8,17 @@ from triton.runtime import driver
 _HOPPER = 90, 132
 
 
-def interpreted() -> bool:
-    """Whether kernels run in the interpreter of Triton."""
+def _interpreted() -> bool:
     return triton.knobs.runtime.interpret
 
 
 def architecture() -> int:
     """Compute capability of the current device as two digits: 80, 90, 100, ..."""
-    return _HOPPER[0] if interpreted() else driver.active.get_current_target().arch
+    return _HOPPER[0] if _interpreted() else driver.active.get_current_target().arch
 
 
 def multiprocessors() -> int:
     """Streaming multiprocessors of the current device."""
-    if interpreted() or not torch.cuda.is_available():
+    if _interpreted() or not torch.cuda.is_available():
         return _HOPPER[1]
     return torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count

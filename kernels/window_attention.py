@@ -134,7 +134,7 @@ def _window_attention(
 
 # Compiled without a spill for sm_80, sm_90 and sm_100 (2026-11). Float32 operands, split in parts, leave no registers
 # for a second stage, nor on sm_80 for heads of 64.
-_NUM_WARPS, _STAGES, _STAGES_FLOAT32 = 4, 2, 1
+_NUM_WARPS, _STAGES, _STAGES_FLOAT32 = 4, 3, 1
 _MOST_WINDOWS = 16  # of one program
 _PROGRAMS = 8  # of a multiprocessor, before a program takes several windows
 

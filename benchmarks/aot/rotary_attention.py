@@ -11,6 +11,7 @@ def calls():
     for dtype in _NAMES:
         yield _dense(64, 32, dtype)  # the encoders
         yield _dense(64, 32, dtype, shared=True)
+        yield _dense(64, 32, dtype, shared=True, q_len=60)
         yield _dense(64, 0, dtype, causal=True)  # the decoder's prompt
         yield _dense(64, 0, dtype, causal=True, q_len=1)  # its steps
     for dtype in (torch.bfloat16, torch.float32):
@@ -21,8 +22,8 @@ def calls():
         yield _dense(64, 0, dtype, mask="additive")
     yield _dense(64, 32, torch.bfloat16, causal=True, mask="keys", shared=True)
     yield _dense(128, 32, torch.bfloat16, mask="keys")
-    yield _dense(40, 32, torch.bfloat16, causal=True)  # the products of unequal widths, 16 and 32
-    yield _dense(40, 32, torch.bfloat16, mask="keys")
+    yield _dense(40, 32, torch.float16, causal=True)  # rows of 32 and of 16 channels: mma on sm_90
+    yield _dense(40, 32, torch.float16, mask="keys")
     yield _dense(48, 16, torch.float16, causal=True)
     yield _dense(128, 128, torch.bfloat16, q_len=1)
     yield _dense(64, 0, torch.bfloat16, causal=True, mask="square")
@@ -59,9 +60,8 @@ def _dense(head_dim, rotary_dim, dtype, causal=False, mask=None, q_len=500, shar
         kernels.rotary_attention(q, k, v, angles, angles, masks[mask], causal, 0, head_dim**-0.5, out=out)
 
     parts = [_NAMES[dtype], f"{head_dim}, {rotary_dim} turn"]
-    parts += (
-        ["angles shared"] * shared + ["causal"] * causal + [f"{mask} mask"] * bool(mask) + ["one query"] * (q_len == 1)
-    )
+    parts += ["angles shared"] * shared + ["causal"] * causal + [f"{mask} mask"] * bool(mask)
+    parts += ["one query"] * (q_len == 1) + [f"{q_len} queries"] * (1 < q_len < 500)
     return ", ".join(parts), launch
 
 

@@ -18,7 +18,7 @@ from typing import BinaryIO
 
 from benchmarks.gpu.journal import Journal, Watch
 
-#: How a worker ends whose device can no longer be used: another one goes on behind it.
+#: How a worker ends that can no longer use its device, or enough of its memory: another one goes on behind it.
 DEVICE_LOST = 75
 #: How a worker ends whose supervisor is gone.
 ALONE = 70

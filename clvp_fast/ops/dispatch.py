@@ -180,6 +180,7 @@ class Implementation:
     missing: tells why it cannot run on a device, or returns `None`; by default as its name says.
     bind: of results to be written, `Room` and the arguments makes a call without arguments (`Operator.bind`), or `None`
         where `run` has to see the arguments at each call. By default `run` serves, and its results are copied.
+    pays_bound: as `pays`, of a call that is bound: it costs the host less, or nothing once it is captured.
     """
 
     name: str
@@ -191,6 +192,7 @@ class Implementation:
     warns: bool = True
     missing: Callable[[torch.device], str | None] | None = None
     bind: Callable[..., Call | None] | None = None
+    pays_bound: Callable[..., bool] | None = None
 
     def missing_on(self, device: torch.device) -> str | None:
         """Why it cannot run on `device`, or `None`."""
@@ -313,13 +315,13 @@ class Operator:
 
         Raises as `choose`.
         """
-        chosen = self._choose(args)
+        chosen = self._choose(args, bound=True)
         if chosen is None:
             return copying(partial(self.reference, *args), out)
         call = None if chosen.bind is None else chosen.bind(out, room, *args)
         return copying(partial(chosen.run, *args), out) if call is None else call
 
-    def _choose(self, args: tuple, training: str | None = None) -> Implementation | None:
+    def _choose(self, args: tuple, training: str | None = None, bound: bool = False) -> Implementation | None:
         """The implementation for one call; `None`: the reference."""
         forced = _forced
         if forced == "reference" or _is_forward():
@@ -330,7 +332,8 @@ class Operator:
         device, why, absent = args[0].device, training, None
         if training is None:
             for each in self._asked[forced, device.type == "cpu"]:
-                if forced is None and each.pays is not None and not each.pays(*args):
+                pays = each.pays_bound if bound and each.pays_bound is not None else each.pays
+                if forced is None and pays is not None and not pays(*args):
                     continue
                 absent = self._refusal(each.name, device)
                 if absent is None:

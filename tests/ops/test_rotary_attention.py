@@ -111,7 +111,8 @@ def test_torch_path_against_reference(backend, dtype, rotary, mask, causal):
 @pytest.mark.parametrize(
     "D, R",
     [(64, 32), (64, 0), (64, 64), (32, 32), (32, 0), (80, 32), (80, 0), (96, 32), (96, 96), (128, 32), (128, 0)]
-    + [(128, 128), (64, 2), (64, 20), (40, 32), (8, 4), (24, 24), (1, 0), (120, 66)],
+    + [(128, 128), (64, 2), (64, 20), (40, 32), (48, 16), (48, 32), (8, 4), (24, 24), (1, 0), (120, 66)]
+    + [(88, 64), (128, 96)],
 )
 @on(*TRITON, types="dtype")
 def test_geometries(backend, dtype, D, R):
