@@ -1,8 +1,9 @@
-"""`python -m tests.ptx core` and `check`: the tests of the kernels on their PTX, without a GPU.
+"""`python -m tests.ptx core`, `check` and `mutate`: the tests of the kernels on their PTX, without a GPU.
 
 core: those of core.txt, and all of each kernel whose source is not that of its committed row. What CI runs.
 check: all of every kernel on every target. A kernel whose tests passed gets its row in checked.jsonl; called again, it
 goes on with those whose source, tests or emulator are not those of their row.
+mutate: plants faults in the kernels of core.txt, and tells which its tests see; called again, it goes on.
 """
 
 import argparse
@@ -89,11 +90,29 @@ def check(kernels: list[str], targets: list[int], workers: int, again: bool) -> 
     return bool(failed)
 
 
+def mutate(kernels: list[str], targets: list[int], seconds: float) -> int:
+    """Each kernel on each target has the same share of the time."""
+    folder = ROOT / "out/ptx-mutants"
+    folder.mkdir(parents=True, exist_ok=True)
+    share = seconds / len(kernels) / len(targets)
+    for target in targets:
+        for kernel in kernels:
+            mine = tuple(suites.files(kernel))
+            tests = [line for line in suites.CORE.read_text().splitlines() if line.startswith(mine)]
+            wanted = ["--ptx-mutants", str(folder / f"{kernel}-sm_{target}.jsonl"), "--ptx-seconds", str(share)]
+            command = _command(target, "-p", "tests.ptx.mutating", *wanted, *tests)
+            run = subprocess.run(command, cwd=ROOT, env=_environment(), capture_output=True, text=True)
+            told = [line for line in run.stdout.splitlines() if line.startswith("ptx: ") and " seen, in " in line]
+            print("\n".join([f"sm_{target} {kernel}", *(told or [run.stdout[-3000:], run.stderr[-3000:]])]), flush=True)
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.ptx", description=__doc__)
-    parser.add_argument("what", choices=("core", "check"))
-    parser.add_argument("kernel", nargs="*", help=f"check: {', '.join(suites.SUITES)}; all by default")
-    parser.add_argument("--arch", type=int, nargs="+", default=suites.TARGETS, help="check: compute capabilities")
+    parser.add_argument("what", choices=("core", "check", "mutate"))
+    parser.add_argument("kernel", nargs="*", help=f"check, mutate: {', '.join(suites.SUITES)}; all by default")
+    parser.add_argument("--arch", type=int, nargs="+", default=suites.TARGETS, help="check, mutate: capabilities")
+    parser.add_argument("--seconds", type=float, default=3600, help="mutate: for all")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--again", action="store_true", help="check: also what has passed as it is")
     arguments = parser.parse_args(argv)
@@ -101,6 +120,8 @@ def main(argv: list[str] | None = None) -> int:
         return core(arguments.workers)
     if unknown := sorted(set(arguments.kernel) - set(suites.SUITES)):
         parser.error(f"no kernel {', '.join(unknown)}")
+    if arguments.what == "mutate":
+        return mutate(arguments.kernel or list(suites.SUITES), arguments.arch, arguments.seconds)
     return check(arguments.kernel or list(suites.SUITES), arguments.arch, arguments.workers, arguments.again)
 
 

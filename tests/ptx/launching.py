@@ -4,7 +4,6 @@ The launchers are the project's own: what runs is what they would launch, their 
 """
 
 import struct
-from collections.abc import Callable
 from contextlib import contextmanager
 from unittest import mock
 
@@ -37,10 +36,11 @@ def _flat(value, kind):
         yield value, kind
 
 
-def execute(compiled, grid, bound: dict, options: Options, transform: Callable[[str], str] | None = None):
-    """One launch of a compiled kernel; `bound` has its arguments. `transform` may plant a fault in the text."""
-    text = compiled.asm["ptx"]
-    program = Program.of(transform(text) if transform else text, compiled.metadata.name)
+def execute(compiled, grid, bound: dict, options: Options):
+    """One launch of a compiled kernel; `bound` has its arguments."""
+    program = Program.of(compiled.asm["ptx"], compiled.metadata.name)
+    if options.swap and options.swap[0] is program:
+        program = options.swap[1]
     memory, raw, layout = new_memory(program), b"", list(program.kernel.params.values())
     values = [
         (name, *pair)
@@ -66,7 +66,7 @@ def execute(compiled, grid, bound: dict, options: Options, transform: Callable[[
 
 
 @contextmanager
-def emulated(arch: int = 80, options: Options | None = None, transform: Callable[[str], str] | None = None):
+def emulated(arch: int = 80, options: Options | None = None):
     """Inside, a launch runs here, and its report joins the list that this gives. The process has no driver after."""
     options, reports, run = options or Options(), [], JITFunction.run
 
@@ -75,7 +75,7 @@ def emulated(arch: int = 80, options: Options | None = None, transform: Callable
         if not warmup:
             bound, _, _ = self.device_caches[arch][4](*args, **kwargs | {"debug": False, "instrumentation_mode": ""})
             sizes = grid(bound) if callable(grid) else grid
-            reports.append(execute(compiled, sizes, bound, options, transform))
+            reports.append(execute(compiled, sizes, bound, options))
         return compiled
 
     driver.set_active(Driver(arch, "cpu"))

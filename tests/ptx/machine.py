@@ -35,8 +35,8 @@ class Program:
 
     _cache: ClassVar[dict[str, dict[str, "Program"]]] = {}
 
-    def __init__(self, module: Module, kernel: Kernel):
-        self.kernel, self.data = kernel, b""
+    def __init__(self, module: Module, kernel: Kernel, key: str):
+        self.kernel, self.key, self.data = kernel, key, b""
         symbols = {name: at for name, (at, _) in kernel.shared.items()}
         for name, content in module.data.items():
             symbols[name] = FIRST | len(self.data)
@@ -51,7 +51,7 @@ class Program:
         key = hashlib.sha256(text.encode()).hexdigest()
         if key not in cls._cache:
             module = parse(text)
-            cls._cache[key] = {kernel.name: cls(module, kernel) for kernel in module.kernels.values()}
+            cls._cache[key] = {kernel.name: cls(module, kernel, key[:12]) for kernel in module.kernels.values()}
         programs = cls._cache[key]
         return programs[name] if name else next(iter(programs.values()))
 
@@ -147,6 +147,8 @@ class _Batch:
             function(self, self.registers, self.constants, mask)
             report.instructions += len(blocks[index].body) + 1
             report.blocks.add(index)
+            if self.r.options.limit and report.instructions > self.r.options.limit:
+                self.t.fail("endless", f"more than {self.r.options.limit} instructions", mask)
             for place, group in self._end(index, mask):
                 if group is not None and self.ready.get(place) is not None:
                     group = group | self.ready[place]

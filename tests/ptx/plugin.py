@@ -23,7 +23,7 @@ os.environ["TRITON_INTERPRET"] = "1"  # what the project asks for before it runs
 from tests.kit import device  # noqa: E402
 
 device.emulate()
-_REPORTS, _OPTIONS = pytest.StashKey(), pytest.StashKey()
+REPORTS, OPTIONS = pytest.StashKey(), pytest.StashKey()
 
 
 def pytest_addoption(parser):
@@ -51,21 +51,21 @@ def pytest_configure(config):
         rounding="truncate" if config.option.ptx_truncate else "nearest",
     )  # fmt: skip
     context = emulated(config.option.ptx_arch, options)
-    config.stash[_OPTIONS] = options
-    config.stash[_REPORTS] = context.__enter__()
+    config.stash[OPTIONS] = options
+    config.stash[REPORTS] = context.__enter__()
     config.add_cleanup(lambda: context.__exit__(None, None, None))
 
 
 @pytest.fixture(autouse=True)
 def racing(request, monkeypatch):
     if request.node.get_closest_marker("racing"):
-        monkeypatch.setattr(request.config.stash[_OPTIONS], "global_races", False)
+        monkeypatch.setattr(request.config.stash[OPTIONS], "global_races", False)
 
 
 def pytest_terminal_summary(terminalreporter, config):
     from tests.ptx.coverage import ran
 
-    reports = config.stash[_REPORTS]
+    reports = config.stash[REPORTS]
     if file := config.option.ptx_record:
         every = [one for lines in ran(reports).values() for one in lines.values()]
         passed = len(terminalreporter.stats.get("passed", ()))

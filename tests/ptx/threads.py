@@ -22,6 +22,7 @@ class Options:
     races: shared memory, between threads with no barrier between them. warp_races: the same within a warp.
     global_races: the same in global memory, also between CTAs. seed: shuffles the CTAs; None leaves their order.
     lanes: threads that run at once. rounding: of matrix sums, "nearest" or "truncate". random_warps: a warp at a time.
+    limit: instructions of a launch. swap: a program, and what runs in its place.
     """
 
     races: bool = True
@@ -31,6 +32,8 @@ class Options:
     seed: int | None = 0
     rounding: str = "nearest"
     random_warps: bool = False
+    limit: int | None = None
+    swap: tuple | None = None
 
 
 @dataclass
