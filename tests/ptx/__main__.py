@@ -1,9 +1,9 @@
 """`python -m tests.ptx core`, `check` and `mutate`: the tests of the kernels on their PTX, without a GPU.
 
-core: those of core.txt, and all of each kernel whose source is not that of its committed row. What CI runs.
+core: those of core_sm80.txt and core_sm90.txt, and all of each kernel whose source is not that of its committed row.
 check: all of every kernel on every target. A kernel whose tests passed gets its row in checked.jsonl; called again, it
 goes on with those whose source, tests or emulator are not those of their row.
-mutate: plants faults in the kernels of core.txt, and tells which its tests see; called again, it goes on.
+mutate: plants faults in the kernels of these files, and tells which its tests see; called again, it goes on.
 """
 
 import argparse
@@ -37,16 +37,17 @@ def _command(target: int, *arguments: str) -> list[str]:
     return [sys.executable, "-m", "pytest", "-q", *plugin, *arguments]
 
 
-def core(workers: int) -> int:
-    tests = suites.CORE.read_text().splitlines()
-    for kernel in suites.changed("sm_80"):
+def core(target: int, workers: int) -> bool:
+    """Whether all passed."""
+    tests = suites.core(target)
+    for kernel in suites.changed(f"sm_{target}"):
         print(
             f"{kernel}: its source is not that of its row in checked.jsonl, so that all of its tests are run",
             flush=True,
         )
         tests += suites.files(kernel)
     spread = ["-n", str(workers), "--dist", "worksteal"] if workers > 1 else []
-    return subprocess.run(_command(80, *spread, *tests), cwd=ROOT, env=_environment()).returncode
+    return not subprocess.run(_command(target, *spread, *tests), cwd=ROOT, env=_environment()).returncode
 
 
 def _check(kernel: str, target: int) -> bool:
@@ -98,7 +99,9 @@ def mutate(kernels: list[str], targets: list[int], seconds: float) -> int:
     for target in targets:
         for kernel in kernels:
             mine = tuple(suites.files(kernel))
-            tests = [line for line in suites.CORE.read_text().splitlines() if line.startswith(mine)]
+            tests = [line for line in suites.core(target) if line.startswith(mine)]
+            if not tests:
+                continue
             wanted = ["--ptx-mutants", str(folder / f"{kernel}-sm_{target}.jsonl"), "--ptx-seconds", str(share)]
             command = _command(target, "-p", "tests.ptx.mutating", *wanted, *tests)
             run = subprocess.run(command, cwd=ROOT, env=_environment(), capture_output=True, text=True)
@@ -111,13 +114,13 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.ptx", description=__doc__)
     parser.add_argument("what", choices=("core", "check", "mutate"))
     parser.add_argument("kernel", nargs="*", help=f"check, mutate: {', '.join(suites.SUITES)}; all by default")
-    parser.add_argument("--arch", type=int, nargs="+", default=suites.TARGETS, help="check, mutate: capabilities")
+    parser.add_argument("--arch", type=int, nargs="+", default=suites.TARGETS, help="compute capabilities")
     parser.add_argument("--seconds", type=float, default=3600, help="mutate: for all")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--again", action="store_true", help="check: also what has passed as it is")
     arguments = parser.parse_args(argv)
     if arguments.what == "core":
-        return core(arguments.workers)
+        return not all([core(target, arguments.workers) for target in arguments.arch])
     if unknown := sorted(set(arguments.kernel) - set(suites.SUITES)):
         parser.error(f"no kernel {', '.join(unknown)}")
     if arguments.what == "mutate":

@@ -20,6 +20,8 @@ from tests.ptx.warpgroups import Warpgroups
 
 _NAMES = {name: value for part in (integers, floats) for name, value in vars(part).items() if name[0] != "_"}
 _NAMES |= kinds.NAMES | {"np": np, "where": np.where}
+# Turns in which no batch of CTAs ends, before they are taken for deadlocked.
+_PATIENCE = 20000
 # Instructions that need the whole warp: threads wait before a block that has one until the others have caught up.
 _OF_WARPS = {"shfl", "mma", "ldmatrix", "stmatrix", "redux", "vote", "bar", "barrier"}
 
@@ -28,6 +30,11 @@ def _together(block) -> int:
     """How many threads a block wants together: those of a warpgroup, of a warp, or one."""
     names = {i.op[0] for i in block.instructions()}
     return 128 if "wgmma" in names else 32 if names & _OF_WARPS else 1
+
+
+def _polls(block) -> bool:
+    """Whether a block looks at what other CTAs may write meanwhile."""
+    return any("acquire" in i.op or "acq_rel" in i.op for i in block.body)
 
 
 class Program:
@@ -42,6 +49,7 @@ class Program:
             symbols[name] = FIRST | len(self.data)
             self.data += content.ljust(-(-len(content) // 64) * 64 or 64, b"\0")
         self.translator = Translator(kernel, symbols)
+        self.polls = [_polls(block) for block in kernel.blocks]
         self.needs = [_together(block) for block in kernel.blocks]
         self._functions = {}
 
@@ -77,10 +85,26 @@ def launch(program: Program, grid, threads: int, shared_bytes: int, params: byte
     memory.freeze()
     run = _Run(program, grid, threads, shared_bytes, params, memory, options or Options())
     per_batch = max(1, run.options.lanes // threads)
+    todo = [run.order[start : start + per_batch] for start in range(0, run.count, per_batch)]
     with np.errstate(all="ignore"):
-        for start in range(0, run.count, per_batch):
-            _Batch(run, run.order[start : start + per_batch]).run()
+        _take_turns(run, todo)
     return run.report
+
+
+def _take_turns(run, todo):
+    """One batch behind the other; where one polls for what others write, the next begins beside it."""
+    alive, turns = [], 0
+    while todo or alive:
+        if todo:
+            alive.append(_Batch(run, todo.pop(0)).run())
+        for batch in alive if not todo else alive[-1:]:
+            if next(batch, None) is None:
+                alive.remove(batch)
+                turns = 0
+                break
+        turns += 1
+        if turns > _PATIENCE:
+            raise Fault(f"{run.program.kernel.name}: deadlock: CTAs poll for what no other writes")
 
 
 class _Notes:
@@ -131,10 +155,12 @@ class _Batch:
         # Block to the threads that are at its beginning (None: all of the batch); and where those at a barrier go on.
         self.ready: dict[int, np.ndarray | None] = {0: self.t.live.copy() if run.options.random_warps else None}
         self.waiting: list[tuple[int, np.ndarray]] = []
+        self.polled: dict[int, int] = {}  # how often a block was run that looks for what others write
 
     # --- control ------------------------------------------------------------------------------------------------------
 
     def run(self):
+        """A generator, which yields where threads look once more for what others write."""
         report, blocks = self.r.report, self.program.kernel.blocks
         while self.ready or self.waiting:
             if not self.ready:
@@ -149,16 +175,20 @@ class _Batch:
             report.blocks.add(index)
             if self.r.options.limit and report.instructions > self.r.options.limit:
                 self.t.fail("endless", f"more than {self.r.options.limit} instructions", mask)
+            if self.program.polls[index]:
+                self.polled[index] = self.polled.get(index, 0) + 1
             for place, group in self._end(index, mask):
                 if group is not None and self.ready.get(place) is not None:
                     group = group | self.ready[place]
                 self.ready[place] = group
+            if self.polled.get(index, 0) > 1:
+                yield True
 
     def _choose(self):
         """The first block, so that others catch up; but none where part of a warp would meet what all must."""
         if self.r.options.random_warps:
             return int(self.r.rng.choice(list(self.ready)))
-        order = sorted(self.ready)
+        order = sorted(self.ready, key=lambda index: (self.polled.get(index, 0), index))
         needs = self.program.needs
         fits = (i for i in order if needs[i] == 1 or self.ready[i] is None or self.t.whole(self.ready[i], needs[i]))
         return next(fits, order[0])

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from tests.ptx import machine
 from tests.ptx.assembled import run
 from tests.ptx.regions import Fault
 
@@ -150,3 +151,36 @@ def test_a_copy_of_no_bytes_brings_zeros_and_reads_nothing():
     selp.b32 %r2, 4, 0, %p1; cp.async.ca.shared.global [%r1], [%d4+4], 4, %r2; cp.async.wait_all;
     ld.shared.b32 %r3, [%r1]; st.global.b32 [%d6], %r3;"""
     assert (run(body, np.arange(32, dtype=np.uint32), shared=128) == [*range(1, 32), 0]).all()
+
+
+POLL = """mov.u32 %r1, %ctaid.x; setp.ne.u32 %p1, %r1, 0; mul.wide.u32 %d7, %r1, 128; add.s64 %d7, %d0, %d7;
+add.s64 %d7, %d7, %d3; @%p1 bra WRITE;
+LOOK: atom.global.gpu.acquire.add.u32 %r9, [%d1], 0; bar.warp.sync -1; setp.lt.u32 %p2, %r9, {}; @%p2 bra LOOK;
+ld.global.b32 %r3, [%d7+128]; ld.global.b32 %r4, [%d7+256]; add.s32 %r3, %r3, %r4; st.global.b32 [%d6], %r3; bra END;
+WRITE: add.s32 %r2, %r0, %r1; st.global.b32 [%d7], %r2; bar.sync 0; setp.eq.u32 %p3, %r0, 0;
+@%p3 atom.global.gpu.release.add.u32 %r9, [%d1], 1;
+END: """
+
+
+def poll(wanted, **options):
+    """The first of three CTAs waits until so many others have counted themselves."""
+    return run(POLL.format(wanted), np.zeros(96, np.uint32), np.zeros(1, np.uint32), grid=3, **options)
+
+
+@pytest.mark.parametrize("lanes", [4096, 32])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_cta_that_polls_lets_others_go_on(lanes, seed):
+    assert (poll(2, lanes=lanes, seed=seed) == 2 * np.arange(32) + 3).all()
+
+
+def test_what_is_read_too_early_is_seen():
+    with pytest.raises(Fault, match="nothing orders"):
+        for seed in range(8):
+            poll(1, lanes=32, seed=seed)
+
+
+@pytest.mark.parametrize("lanes", [4096, 32])
+def test_polling_for_what_nobody_writes_is_a_deadlock(monkeypatch, lanes):
+    monkeypatch.setattr(machine, "_PATIENCE", 50)
+    with pytest.raises(Fault, match="deadlock"):
+        poll(3, lanes=lanes)

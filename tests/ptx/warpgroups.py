@@ -100,12 +100,12 @@ class Warpgroups:
         right, more = self._operand(b, n, kind, b_across, groups, mask, line)
         cells = more if cells is None else np.concatenate([cells, more], 1)
         done = (signs[0] * signs[1] * (left @ right.transpose(0, 2, 1))).reshape(len(warps), 16, n)
-        before = [self.pending.get(index, self.registers[index]).reshape(-1, 32)[warps] for index in target]
+        before = [self._sum(index).reshape(-1, 32)[warps] for index in target]
         added = scale.reshape(-1, 32)[warps, :1, None]
         total = rounded(np.where(added, accumulator(before).view(f4) + done, done), t.options.rounding).view(u4)
         here = self.groups.mask(mask)
         for index, word in zip(target, lanes(total), strict=True):
-            whole = self.pending.get(index, self.registers[index]).copy()
+            whole = self._sum(index).copy()
             whole.reshape(-1, 32)[warps] = word
             self.pending[index] = whole
         for index in (*target, *held):
@@ -114,6 +114,12 @@ class Warpgroups:
             self.shared.products[mine] += 1
         self.shared.any_products = True
         self.groups.begin(_Product(here, tuple(target), frozenset((*target, *held)), cells, groups))
+
+    def _sum(self, index):
+        """What a register holds or, of threads whose product is under way, will hold."""
+        if index not in self.pending:
+            return self.registers[index]
+        return np.where(self.busy[index], self.pending[index], self.registers[index])
 
     def _check_registers(self, every, held, mask, line):
         for index in every:
@@ -180,9 +186,10 @@ class Warpgroups:
 
     def _settle(self, operands):
         """Registers are free where no younger product uses them."""
-        left = [product for group in self.groups.groups for product in group.begun] + self.groups.open
+        left = [(p, p.mask & group.mask) for group in self.groups.groups for p in group.begun]
+        left += [(p, p.mask) for p in self.groups.open]
         for index in operands:
-            users = [product.mask for product in left if index in product.operands]
+            users = [mask for product, mask in left if index in product.operands]
             self.busy.pop(index)
             if users and np.logical_or.reduce(users).any():
                 self.busy[index] = np.logical_or.reduce(users)
