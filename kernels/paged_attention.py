@@ -112,6 +112,16 @@ def _listed(table_ptr, begin, end, num_pages, PAGE_SIZE: tl.constexpr, SPLIT: tl
 
 
 @triton.jit
+def _sum_of_products(x, y):
+    """The sum over the first axis, the same in every thread that holds it.
+
+    Where a thread holds one product, the compiler would fuse it with the sum of it and a neighbour's, which then rounds
+    otherwise than the neighbour's own.
+    """
+    return tl.sum(tl.fma(x, y + tl.zeros_like(x), tl.zeros_like(x)), 0)
+
+
+@triton.jit
 def _own_keys(
     q, k_pages_ptr, v_pages_ptr, table_ptr, begin, end, num_pages, scale, page_stride, token_stride,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr,
@@ -147,7 +157,7 @@ def _own_keys(
     whole_top = tl.max(top, 0)
     share = tl.exp2(top - tl.where(whole_top == -float("inf"), 0.0, whole_top))
     one = tl.zeros([1], tl.float32)
-    return one + whole_top, one + tl.sum(total * share, 0), tl.sum(mixed * share[:, None], 0)[None, :]
+    return one + whole_top, one + _sum_of_products(total, share), _sum_of_products(mixed, share[:, None])[None, :]
 
 
 @triton.jit
@@ -227,7 +237,7 @@ def _own_part(
                 new_at = new_page.to(tl.int64) * page_stride + place % PAGE_SIZE * token_stride
                 tl.store(k_pages_ptr + new_at + dims, k_new, mask=in_head)
                 tl.store(v_pages_ptr + new_at + dims, v_new, mask=in_head)
-            new_score = tl.zeros([1], tl.float32) + tl.sum(q * k_new.to(tl.float32)) * scale
+            new_score = tl.zeros([1], tl.float32) + _sum_of_products(q, k_new.to(tl.float32)) * scale
             top, total, mixed = _merged(top, total, mixed, new_score, 1.0, v_new.to(tl.float32)[None, :])
         mixed *= v_scale
         if last:
