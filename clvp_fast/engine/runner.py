@@ -80,7 +80,7 @@ class Runner:
             `paged_attention_decode` too, whose torch path would look at all rows, refused here.
         capture: replay steps as CUDA graphs, once `warm_up` has captured them; None: on CUDA.
         persistent: steps of up to four rows are one launch (`persistent.py`); they round in another order than larger
-            ones, and nobody has measured them yet.
+            ones. On an H200 that gains a quarter for one candidate, and loses for four.
 
     Raises:
         ValueError: sizes that cannot be, with their bounds; capturing without CUDA; a model that `persistent` does not
