@@ -469,7 +469,7 @@ _DECODE = {
     (4, 64): (32, 2, 3, None),
     (4, 128): (32, 4, 3, None),
 }
-_MORE_REGISTERS = 144  # what float8 takes, and sm_100
+_MORE_REGISTERS = 144  # what float8 takes, and other architectures than sm_90
 # Queries of a tile (64 rows are one wgmma), keys of a tile, warps, stages; chosen by compiling
 _PREFILL = {
     (2, 32): (64, 64, 4, 3),
@@ -523,7 +523,7 @@ def paged_attention_decode(
     num_pages, page_size = k_pages.shape[:2]
     block_d = triton.next_power_of_2(head_dim)
     block_n, num_warps, num_stages, registers = _DECODE[q.element_size(), block_d]
-    if registers is not None and (k_scale is not None or architecture() >= 100):
+    if registers is not None and (k_scale is not None or architecture() // 10 != 9):
         registers = _MORE_REGISTERS
     own_capacity = block_table.shape[1] * page_size
     prefix_capacity, num_requests, prefix_row = 0, 0, 0
