@@ -14,7 +14,7 @@ CONSTRAINTS ?= .ci/constraints.txt
 PIP_ARGS ?=
 PYTEST_ARGS ?=
 TEST_WORKERS ?= 2
-# How long `make stress` takes.
+# How long `make stress` and `make ptx-mutate` take.
 SECONDS ?= 3600
 # The gpu targets use the torch that is installed on the GPU machine, not a virtual environment.
 GPU_PYTHON ?= python3
@@ -23,6 +23,7 @@ SANITIZER ?= compute-sanitizer
 GPU_SECONDS ?= 540
 GPU_OUT ?= out/gpu
 GPU_ARGS ?=
+PTX_ARGS ?=
 BENCH_ARGS ?=
 
 PY := $(VENV)/bin/python
@@ -39,7 +40,7 @@ CPP_SOURCES := $(wildcard csrc/*.* csrc/*/*.* tests/csrc/*.cpp tests/csrc/*.h te
 DEMO_TEXT := The birch canoe slid on the smooth planks, and the doctor paid 25 dollars for it.
 DEMO_OUT ?= out/demo
 
-.PHONY: setup test test-all wheel demo lint types format portability canary stress bench-cpu docs-benchmarks kernel-report gpu-check gpu-bench gpu-evidence clean
+.PHONY: setup test test-all wheel demo lint types format portability canary stress bench-cpu docs-benchmarks kernel-report ptx-core ptx-check ptx-mutate gpu-check gpu-bench gpu-evidence clean
 
 setup: $(RUNTIME_STAMP)
 
@@ -104,6 +105,18 @@ bench-cpu: $(RUNTIME_STAMP)
 # Every number and figure of the documents, from the rows in benchmarks/results.
 docs-benchmarks: $(RUNTIME_STAMP)
 	$(PY) -m benchmarks.report
+
+# Kernels as compiled, without a GPU (docs/ptx.md): a fixed core, and all of each kernel that was changed.
+ptx-core: $(RUNTIME_STAMP)
+	$(PY) -m tests.ptx core --workers $(TEST_WORKERS)
+
+# All of every kernel, into tests/ptx/checked.jsonl; interrupted, it goes on. PTX_ARGS="norm --arch 80" chooses.
+ptx-check: $(RUNTIME_STAMP)
+	$(PY) -m tests.ptx check --workers $(TEST_WORKERS) $(PTX_ARGS)
+
+# Faults planted in compiled kernels for SECONDS, into out/ptx-mutants: which their tests see. Called again, it goes on.
+ptx-mutate: $(RUNTIME_STAMP)
+	$(PY) -m tests.ptx mutate --seconds $(SECONDS) $(PTX_ARGS)
 
 # In parts of at most GPU_SECONDS: called again, they go on. All is written to GPU_OUT as it comes, and the last line names
 # what failed. GPU_ARGS=--count tells without a GPU what would be run.

@@ -25,11 +25,14 @@ ARCHITECTURES = (80, 90, 100)
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
-class _Driver:
-    """As much of a CUDA driver as compiling needs. Devices are numbered by architecture: Triton caches by device."""
+class Driver:
+    """As much of a CUDA driver as compiling needs. Devices are numbered by architecture: Triton caches by device.
 
-    def __init__(self, arch: int):
-        self._arch = arch
+    device: where the tensors of launchers lie.
+    """
+
+    def __init__(self, arch: int, device: str = "meta"):
+        self._arch, self._device = arch, device
 
     def get_current_target(self):
         return GPUTarget("cuda", self._arch, 32)
@@ -41,7 +44,7 @@ class _Driver:
         return 0
 
     def get_active_torch_device(self):
-        return torch.device("meta")
+        return torch.device(self._device)
 
 
 @contextmanager
@@ -55,7 +58,7 @@ def _launches(arch: int):
         launched.append(compiled)
         return compiled
 
-    driver.set_active(_Driver(arch))
+    driver.set_active(Driver(arch))
     with mock.patch.object(JITFunction, "run", compiling):
         yield launched
 

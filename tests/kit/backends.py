@@ -2,7 +2,8 @@
 
 reference, torch: the operator's own, on a CPU; default: what a call takes there by itself.
 cpu: the native library's kernels, on each instruction set.
-interpreted: the Triton kernels in Triton's interpreter, which a process without a GPU chooses when it begins.
+interpreted: the Triton kernels in Triton's interpreter, which a process without a GPU chooses when it begins; its
+    bfloat16 products are wrong. A process that begins with tests/ptx/plugin.py runs the compiled kernels there.
 gpu: the kernels on a GPU.
 """
 
@@ -39,6 +40,11 @@ class Backend:
         return device.times(dtype) if self.name in TRITON else TIMES
 
     @property
+    def compiled(self) -> bool:
+        """Whether its Triton kernels are: other arguments may then give other code, that sums in another order."""
+        return self.name == "gpu" or (self.name == "interpreted" and device.EMULATED)
+
+    @property
     def id(self) -> str:
         return f"{self.name}-{self.isa}" if self.isa else self.name
 
@@ -48,8 +54,7 @@ BACKENDS = (
     Backend("torch", "torch"),
     Backend("default", None),
     *(Backend("cpu", "cpu", _ALL[:2], marks=(isa.needs_library,), isa=name) for name in isa.ISAS),
-    # The interpreter's bfloat16 products are wrong (triton 3.6 and 3.9), so that type is tested on a GPU alone.
-    Backend("interpreted", "kernel", (torch.float32, torch.float16), marks=(_INTERPRETED,)),
+    Backend("interpreted", "kernel", tuple(device.DTYPES), marks=(_INTERPRETED,)),
     Backend("gpu", "kernel", _ALL[:3], "cuda", (pytest.mark.gpu,)),
 )
 

@@ -200,6 +200,7 @@ def test_prefill_leaves_out_what_does_not_exist(backend):
         [-640, -640, 5, 60, -640, 70],
     ],
 )
+@pytest.mark.racing
 @on(*TRITON)
 def test_prefill_with_wrong_bounds_writes_no_other_memory(backend, bounds):
     args = ragged(sequences=[20, 40, 7, 20, 0], heads=1, device=backend.device)

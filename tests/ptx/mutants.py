@@ -1,0 +1,104 @@
+"""Small faults in compiled kernels, one at a time: whether the tests see each of them."""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from tests.ptx.kinds import BITS, is_float
+from tests.ptx.machine import Program
+from tests.ptx.parse import Block, Instruction
+
+_NEXT = {"lt": "le", "le": "lt", "gt": "ge", "ge": "gt"}
+_ORDERS = {"acquire", "release", "acq_rel"}
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """program: whose kernel is changed. block, place: where its instruction is, None: at the block's end.
+
+    what: the kind of fault. changed: the instruction in its place, None: there is none.
+    """
+
+    program: Program
+    block: int
+    place: int | None
+    what: str
+    changed: Instruction | None
+
+    @property
+    def instruction(self) -> Instruction:
+        block = self.program.kernel.blocks[self.block]
+        return block.end if self.place is None else block.body[self.place]
+
+    def build(self) -> Program:
+        """The program with the fault; what is translated already of other blocks is kept."""
+        old = self.program.kernel.blocks[self.block]
+        body, end = list(old.body), old.end
+        if self.place is None:
+            end = self.changed
+        else:
+            body[self.place : self.place + 1] = [self.changed] if self.changed else []
+        blocks = list(self.program.kernel.blocks)
+        blocks[self.block] = Block(old.label, body, end)
+        made = copy.copy(self.program)
+        made.kernel = replace(self.program.kernel, blocks=blocks)
+        made._functions = {key: f for key, f in self.program._functions.items() if key[0] != self.block}
+        return made
+
+
+def mutants(program: Program) -> Iterator[Mutant]:
+    """All single faults that are made here of a program."""
+    for number, block in enumerate(program.kernel.blocks):
+        for place, instruction in enumerate(block.body):
+            for what, changed in _faults(instruction):
+                yield Mutant(program, number, place, what, changed)
+        if block.end is not None and block.end.op[0] in ("bar", "barrier"):
+            yield Mutant(program, number, None, "barrier removed", None)
+
+
+def _faults(i: Instruction) -> Iterator[tuple[str, Instruction | None]]:
+    op, args = i.op, i.args
+    if op[:2] == ["bar", "warp"]:
+        yield "barrier removed", None
+    if op[:3] == ["cp", "async", "wait_group"] or op[:2] == ["wgmma", "wait_group"]:
+        yield "wait weakened", replace(i, args=[str(int(args[0]) + 1)])
+    if op[:2] == ["wgmma", "fence"] or op[:2] == ["fence", "proxy"]:
+        yield "fence removed", None
+    if op[0] == "griddepcontrol" and op[1] == "wait":
+        yield "wait weakened", None
+    if op[0] == "setp" and op[1] in _NEXT and not is_float(op[-1]):
+        yield "comparison", replace(i, op=[op[0], _NEXT[op[1]], *op[2:]])
+    if op[0] in ("sub", "selp"):
+        yield "operands swapped", replace(i, args=[args[0], args[2], args[1], *args[3:]])
+    if op[0] in ("atom", "red", "ld", "st") and _ORDERS & set(op):
+        yield "order relaxed", replace(i, op=["relaxed" if piece in _ORDERS else piece for piece in op])
+    if "param" not in op and (op[0] in ("ld", "st", "ldmatrix", "stmatrix") or op[:2] == ["cp", "async"]):
+        for place, arg in enumerate(args):
+            if isinstance(arg, tuple) and arg[0] == "address":
+                moved = (arg[0], arg[1], arg[2] + _width(i))
+                yield "offset shifted", replace(i, args=[*args[:place], moved, *args[place + 1 :]])
+
+
+def _width(i: Instruction) -> int:
+    """Bytes that an instruction moves of each thread."""
+    if i.op[0] in ("ldmatrix", "stmatrix"):
+        return 16
+    if i.op[0] == "cp":
+        return int(i.args[2], 0)
+    count = max((len(arg) for arg in i.args if isinstance(arg, list)), default=1)
+    return BITS[i.op[-1]] // 8 * count
+
+
+def summary(rows: list[dict]) -> list[str]:
+    """A line for each kernel and kind; and how many places of the source never had one that was seen."""
+    lines = []
+    for kernel, what in sorted({(row["fault"][0], row["fault"][3]) for row in rows}):
+        mine = [row for row in rows if (row["fault"][0], row["fault"][3]) == (kernel, what)]
+        places = {row["where"]: False for row in mine}
+        for row in mine:
+            places[row["where"]] |= row["seen"] is not None
+        seen = sum(row["seen"] is not None for row in mine)
+        lines.append(
+            f"ptx: {kernel}: {what}: {seen} of {len(mine)} seen, in {sum(places.values())} of {len(places)} places"
+        )
+    return lines

@@ -1,0 +1,76 @@
+"""`pytest -p tests.ptx.plugin`: the tests of the kernels on their PTX, instead of in Triton's interpreter.
+
+Their ids say "interpreted" as everywhere; bfloat16 is among their types. TRITON_CACHE_DIR must be a folder that no GPU
+uses. The run ends with a line a kernel: how many of its PTX instructions ran.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+if not os.environ.get("TRITON_CACHE_DIR"):
+    raise SystemExit(
+        "tests.ptx.plugin: TRITON_CACHE_DIR must name a folder of its own, as what is compiled here lacks a cubin"
+    )
+os.environ["TRITON_INTERPRET"] = "0"
+import triton
+
+triton.knobs.runtime.interpret = False  # whatever the environment says from here on
+os.environ["TRITON_INTERPRET"] = "1"  # what the project asks for before it runs kernels on a CPU
+
+from tests.kit import device  # noqa: E402
+
+device.emulate()
+REPORTS, OPTIONS = pytest.StashKey(), pytest.StashKey()
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("ptx")
+    group.addoption("--ptx-arch", type=int, default=80, help="compute capability that kernels are compiled for")
+    group.addoption("--ptx-no-checks", action="store_true", help="without the checks for races")
+    group.addoption("--ptx-truncate", action="store_true", help="matrix units round toward zero")
+    group.addoption("--ptx-record", metavar="FILE", help="write what passed and which instructions ran, as JSON")
+    group.addoption("--ptx-random-warps", action="store_true", help="a warp at a time, in random order: slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if "float8" in item.name and config.option.ptx_arch < 89:
+            item.add_marker(pytest.mark.skip(reason="float8 needs sm_89"))
+
+
+def pytest_configure(config):
+    from tests.ptx.launching import emulated
+    from tests.ptx.machine import Options
+
+    checks = not config.option.ptx_no_checks
+    options = Options(
+        races=checks, warp_races=checks, global_races=checks, random_warps=config.option.ptx_random_warps,
+        rounding="truncate" if config.option.ptx_truncate else "nearest",
+    )  # fmt: skip
+    context = emulated(config.option.ptx_arch, options)
+    config.stash[OPTIONS] = options
+    config.stash[REPORTS] = context.__enter__()
+    config.add_cleanup(lambda: context.__exit__(None, None, None))
+
+
+@pytest.fixture(autouse=True)
+def racing(request, monkeypatch):
+    if request.node.get_closest_marker("racing"):
+        monkeypatch.setattr(request.config.stash[OPTIONS], "global_races", False)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    from tests.ptx.coverage import ran
+
+    reports = config.stash[REPORTS]
+    if file := config.option.ptx_record:
+        every = [one for lines in ran(reports).values() for one in lines.values()]
+        passed = len(terminalreporter.stats.get("passed", ()))
+        Path(file).write_text(json.dumps({"passed": passed, "ran": sum(every), "instructions": len(every)}))
+    for name, lines in sorted(ran(reports).items()):
+        terminalreporter.write_line(f"ptx: {name}: {sum(lines.values())} of {len(lines)} instructions ran")
+    steps = sum(report.instructions for report in reports)
+    terminalreporter.write_line(f"ptx: {len(reports)} launches, {steps} instructions of batches of CTAs")

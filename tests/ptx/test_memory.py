@@ -1,0 +1,152 @@
+"""Memory: what lies outside, was never written or has not arrived, and what nothing orders, is a fault."""
+
+import numpy as np
+import pytest
+
+from tests.ptx.assembled import run
+from tests.ptx.regions import Fault
+
+
+@pytest.mark.parametrize(
+    "body, what",
+    [
+        ("ld.global.b32 %r1, [%d4+4];", "read out of bounds: 4 bytes at 128 of 128 bytes of a"),
+        ("ld.global.b32 %r1, [%d4+-4];", "out of bounds"),
+        ("st.global.b32 [%d6+4], %r0;", "write out of bounds: 4 bytes at 128 of 128 bytes of out"),
+        ("ld.global.v2.b32 {%r1, %r2}, [%d4];", "misaligned"),
+        ("mov.b64 %d7, 0; ld.global.b32 %r1, [%d7];", "null"),
+        ("st.global.b32 [%d2], %r0;", "different values to one place"),
+        ("ld.shared.b32 %r1, [%r0];", "misaligned"),
+        ("mov.b32 %r1, 0; ld.shared.b32 %r2, [%r1];", "nobody has written"),
+        ("mov.b32 %r1, 64; st.shared.b32 [%r1], %r1;", "shared memory out of bounds"),
+        ("mov.b32 %r1, 0; st.shared.b32 [%r1], %r0;", "different values to one place"),
+    ],
+)
+def test_faults(body, what):
+    with pytest.raises(Fault, match=what):
+        run(body, shared=64)
+
+
+def test_a_thread_that_is_switched_off_does_no_harm():
+    run("setp.lt.u32 %p1, %r0, 31; @%p1 ld.global.b32 %r1, [%d4+4];")
+
+
+def test_words_of_many_widths():
+    a = np.arange(64, dtype=np.uint32) * 0x01030507
+    body = """mul.wide.u32 %d7, %r0, 8; add.s64 %d7, %d0, %d7; ld.global.v2.b32 {%r1, %r2}, [%d7];
+    ld.global.u8 %r3, [%d7+1]; ld.global.s16 %r4, [%d7+6]; xor.b32 %r1, %r1, %r2; xor.b32 %r1, %r1, %r3;
+    xor.b32 %r1, %r1, %r4; st.global.b32 [%d6], %r1;"""
+    first, second = a[::2], a[1::2]
+    signed = (second >> 16).astype(np.uint16).view(np.int16).astype(np.int32).view(np.uint32)
+    assert (run(body, a) == first ^ second ^ (first >> 8 & 255) ^ signed).all()
+
+
+NEIGHBOUR = """add.s32 %r1, %r0, 7; st.global.b32 [%d6], %r1; {} xor.b32 %r3, %r0, 1; mul.wide.u32 %d7, %r3, 4;
+add.s64 %d7, %d2, %d7; ld.global.b32 %r2, [%d7]; {} st.global.b32 [%d6], %r2;"""
+
+
+def test_what_another_thread_wrote_is_read_behind_a_barrier():
+    assert (run(NEIGHBOUR.format("bar.sync 0;", "bar.sync 0;")) == (np.arange(32) ^ 1) + 7).all()
+    with pytest.raises(Fault, match="nothing orders"):
+        run(NEIGHBOUR.format("", "bar.sync 0;"))
+
+
+# --- atomics ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "op, value, expected",
+    [
+        ("add.u32", "%r0", 5 + 496),
+        ("max.u32", "%r0", 31),
+        ("min.u32", "%r0", 0),
+        ("or.b32", "%r0", 31),
+        ("inc.u32", "6", 2),
+    ],
+)
+def test_atomics(op, value, expected):
+    """inc counts 5, 6, 0, 1 and so on: 32 steps from 5 within 0 to 6."""
+    a = np.full(32, 5, np.uint32)
+    run(f"atom.global.{op} %r1, [%d0], {value};", a)
+    assert a[0] == expected
+
+
+def test_a_lock_has_one_owner():
+    out = run("atom.global.cas.b32 %r1, [%d0], 0, 1; st.global.b32 [%d6], %r1;", np.zeros(32, np.uint32))
+    assert sorted(out) == [0] + [1] * 31
+
+
+SPLIT = """mov.u32 %r1, %ctaid.x; setp.eq.u32 %p1, %r0, 0; mul.wide.u32 %d7, %r1, 256; add.s64 %d7, %d0, %d7;
+add.s64 %d7, %d7, %d3; add.s32 %r2, %r0, %r1; st.global.b32 [%d7], %r2; {before}
+mov.b32 %r9, 0; @%p1 atom.global.gpu.{order}.add.u32 %r9, [%d1], 1; mov.u32 %r5, memory; @%p1 st.shared.b32 [%r5], %r9;
+bar.sync 0; ld.shared.b32 %r9, [%r5]; setp.ne.u32 %p2, %r9, 3; @%p2 bra END;
+xor.b32 %r3, %r0, 32; mul.wide.u32 %d8, %r3, 4; add.s64 %d8, %d0, %d8; ld.global.b32 %r10, [%d8];
+ld.global.b32 %r11, [%d8+256]; add.s32 %r10, %r10, %r11; ld.global.b32 %r11, [%d8+512]; add.s32 %r10, %r10, %r11;
+ld.global.b32 %r11, [%d8+768]; add.s32 %r10, %r10, %r11; st.global.b32 [%d6], %r10;
+END: """
+
+
+def last_arrives(before, order, **options):
+    """Four CTAs write; the last that counts itself adds up what all wrote."""
+    words, count = np.zeros(256, np.uint32), np.zeros(1, np.uint32)
+    return run(SPLIT.format(before=before, order=order), words, count, threads=64, grid=4, shared=16, **options)
+
+
+@pytest.mark.parametrize("lanes", [4096, 64])
+def test_the_last_cta_to_arrive_sees_what_the_others_wrote(lanes):
+    """All at once, and one behind the other."""
+    assert (last_arrives("bar.sync 0;", "acq_rel", lanes=lanes) == 4 * (np.arange(64) ^ 32) + 6).all()
+
+
+@pytest.mark.parametrize(
+    "before, order",
+    [("", "acq_rel"), ("bar.sync 0;", "relaxed"), ("bar.sync 0;", "release"), ("bar.sync 0;", "acquire")],
+)
+def test_a_weaker_order_between_ctas_is_seen(before, order):
+    with pytest.raises(Fault, match="nothing orders"):
+        last_arrives(before, order)
+
+
+# --- asynchronous copies ----------------------------------------------------------------------------------------------
+
+COPY = """mov.u32 %r5, memory; shl.b32 %r1, %r0, 2; add.s32 %r1, %r1, %r5; xor.b32 %r2, %r1, 128;
+cp.async.ca.shared.global [%r1+0], [%d4+0], 0x4; cp.async.commit_group;
+cp.async.ca.shared.global [%r1+256], [%d4+0], 0x4; cp.async.commit_group;
+cp.async.wait_group {left}; {barrier} ld.shared.b32 %r3, [%r2+{second}]; st.global.b32 [%d6], %r3;"""
+
+
+def copied(left, barrier, second):
+    return run(
+        COPY.format(left=left, barrier=barrier, second=second),
+        np.arange(5, 69, dtype=np.uint32),
+        threads=64,
+        shared=512,
+    )
+
+
+def test_copies_arrive_with_their_group():
+    expected = (np.arange(64) ^ 32) + 5
+    assert (copied(1, "bar.sync 0;", 0) == expected).all()
+    assert (copied(0, "bar.sync 0;", 256) == expected).all()
+
+
+def test_a_copy_is_read_no_earlier():
+    with pytest.raises(Fault, match="has yet to bring"):
+        copied(1, "bar.sync 0;", 256)
+    with pytest.raises(Fault, match="no barrier between"):
+        copied(0, "", 256)
+
+
+def test_nobody_writes_where_a_copy_is_on_its_way():
+    body = """mov.u32 %r5, memory; shl.b32 %r1, %r0, 2; add.s32 %r1, %r1, %r5;
+    cp.async.ca.shared.global [%r1], [%d4], 4; cp.async.commit_group; {} st.shared.b32 [%r1], %r0;"""
+    run(body.format("cp.async.wait_group 0;"), shared=128)
+    with pytest.raises(Fault, match="on its way"):
+        run(body.format(""), shared=128)
+
+
+def test_a_copy_of_no_bytes_brings_zeros_and_reads_nothing():
+    body = """mov.u32 %r5, memory; shl.b32 %r1, %r0, 2; add.s32 %r1, %r1, %r5; setp.lt.u32 %p1, %r0, 31;
+    selp.b32 %r2, 4, 0, %p1; cp.async.ca.shared.global [%r1], [%d4+4], 4, %r2; cp.async.wait_all;
+    ld.shared.b32 %r3, [%r1]; st.global.b32 [%d6], %r3;"""
+    assert (run(body, np.arange(32, dtype=np.uint32), shared=128) == [*range(1, 32), 0]).all()

@@ -1,0 +1,48 @@
+"""Every kernel has its tests here, and the rows are of kernels that are."""
+
+from tests.ptx import suites
+
+
+def test_every_kernel_has_a_suite():
+    kernels = {path.stem for path in suites.KERNELS.glob("*.py")} - suites.NO_KERNELS
+    assert kernels == set(suites.SUITES)
+
+
+def test_every_file_of_kernel_tests_belongs_to_a_suite():
+    """Those whose cases run on Triton's backends, but for what tests the choice of them."""
+    named = {name for kernel in suites.SUITES for name in suites.files(kernel)}
+    found = {
+        f"tests/ops/{path.name}"
+        for path in (suites.ROOT / "tests/ops").glob("test_*.py")
+        if "*TRITON" in path.read_text()
+    }
+    assert found <= named and all((suites.ROOT / name).exists() for name in named)
+
+
+def test_rows_are_of_kernels():
+    assert {kernel for kernel, _ in suites.rows()} <= set(suites.SUITES)
+
+
+def test_a_source_is_what_it_imports_too(monkeypatch, tmp_path):
+    (tmp_path / "target.py").write_text("x = 1\n")
+    (tmp_path / "norm.py").write_text("from clvp_fast.kernels.target import x\n")
+    monkeypatch.setattr(suites, "KERNELS", tmp_path)
+    before = suites.source_hash("norm")
+    (tmp_path / "target.py").write_text("x = 2\n")
+    assert suites.source_hash("norm") != before
+
+
+def test_a_changed_kernel_is_one_without_the_row_of_its_source(monkeypatch, tmp_path):
+    monkeypatch.setattr(suites, "ROWS", tmp_path / "rows.jsonl")
+    assert suites.changed("sm_80") == list(suites.SUITES)
+    suites.write(dict(kernel="norm", target="sm_80", source=suites.source_hash("norm")))
+    suites.write(dict(kernel="mlp", target="sm_80", source="another"))
+    suites.write(dict(kernel="linear", target="sm_90", source=suites.source_hash("linear")))
+    assert suites.changed("sm_80") == [name for name in suites.SUITES if name != "norm"]
+
+
+def test_the_core_has_a_test_of_every_kernel():
+    lines = suites.CORE.read_text().splitlines()
+    assert lines == sorted(set(lines)) and all("[interpreted" in line for line in lines)
+    for kernel in suites.SUITES:
+        assert any(line.startswith(tuple(suites.files(kernel))) for line in lines), kernel
