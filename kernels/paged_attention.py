@@ -459,8 +459,8 @@ def paged_prefill_kernel(
 # Keys that one program of a decode step attends to, at most: part of the numerics, so one for all types and devices.
 SPLIT = 256
 # Measured on an H200 for 64 channels; no spilled register on sm_80, sm_90 and sm_100, with triton 3.6.0 and 3.7.1.
-# (bytes of an element of q, channels of a tile): keys of a tile, warps, stages, registers of a thread at most. With
-# fewer registers more programs are on a multiprocessor, and fill one another's waits.
+# (bytes of an element of q, channels of a tile): keys of a tile, warps, stages, registers of a thread at most on sm_90.
+# With fewer registers more programs are on a multiprocessor, and fill one another's waits.
 _DECODE = {
     (2, 32): (32, 1, 3, None),
     (2, 64): (32, 2, 3, 128),
@@ -469,7 +469,7 @@ _DECODE = {
     (4, 64): (32, 2, 3, None),
     (4, 128): (32, 4, 3, None),
 }
-_MORE_REGISTERS = 144  # what float8 takes, and other architectures than sm_90
+_MORE_REGISTERS = 144  # what float8 takes, and pages of 32
 # Queries of a tile (64 rows are one wgmma), keys of a tile, warps, stages; chosen by compiling
 _PREFILL = {
     (2, 32): (64, 64, 4, 3),
@@ -523,7 +523,9 @@ def paged_attention_decode(
     num_pages, page_size = k_pages.shape[:2]
     block_d = triton.next_power_of_2(head_dim)
     block_n, num_warps, num_stages, registers = _DECODE[q.element_size(), block_d]
-    if registers is not None and (k_scale is not None or architecture() // 10 != 9):
+    if architecture() // 10 != 9:
+        registers = None
+    elif registers is not None and (k_scale is not None or page_size > 16):
         registers = _MORE_REGISTERS
     own_capacity = block_table.shape[1] * page_size
     prefix_capacity, num_requests, prefix_row = 0, 0, 0
