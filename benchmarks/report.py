@@ -18,7 +18,7 @@ SHOWN = {
     "generate": "generate {candidates} candidates of {new_tokens} tokens, whole call",
     "end_to_end": "text and clip to the best of preset {preset}, {new_tokens} tokens a candidate",
     "score": "embed {candidates} candidates of {length} tokens",
-    "log_mel": "log-mel of {clips} clips of {seconds} s, threads: {threads}",
+    "log_mel": "log-mel of {clips} clips of {seconds} s{on_threads}",
     "import_time": "import",
 }
 # Of a workload with several shapes, those that are shown.
@@ -47,12 +47,17 @@ def _device_table(rows: list[dict]) -> str:
     lines = ["| what | provider | median | speed | error | peak memory |", "|---|---|---|---|---|---|"]
     for workload, title in SHOWN.items():
         lines += [
-            f"| {title.format(**row['shape'])} | {row['provider']} | {_seconds(row['seconds']['median'])} | "
+            f"| {_titled(title, row['shape'])} | {row['provider']} | {_seconds(row['seconds']['median'])} | "
             f"{document.speed(row)} | {row['error']:.1e} | {_memory(row['peak_extra_bytes'])} |"
             for row in rows
             if row["workload"] == workload
         ]
     return "\n".join([*lines, "", _context(rows)])
+
+
+def _titled(title: str, shape: dict) -> str:
+    """`title` of a shape, of which a CPU's says on how many threads."""
+    return title.format(on_threads=f", threads: {shape['threads']}" if "threads" in shape else "", **shape)
 
 
 def _seconds(seconds: float) -> str:

@@ -103,7 +103,9 @@ def _batch(commands, everywhere) -> None:
     more = parser.add_argument_group("more results")
     more.add_argument("--latents", action="store_true", help="write the decoder's latents of the kept candidates too")
     more.add_argument("--embeddings", action="store_true", help="write the embeddings of text and speech too")
-    more.add_argument("--shard-rows", type=_positive_int, metavar="N", help="rows of a file (default: 1024)")
+    more.add_argument(
+        "--shard-rows", type=_positive_int, metavar="N", help="rows of a file (default: 1024; 64 with --latents)"
+    )
     cluster = parser.add_argument_group("on a cluster (pip install 'clvp-fast[ray]')")
     cluster.add_argument(
         "--ray",

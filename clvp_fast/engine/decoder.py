@@ -36,7 +36,7 @@ def min_rows(model: ClvpForCausalLM) -> int:
     weight, config = model.lm_head.weight, model.config
     if weight.device.type != "cpu" or weight.dtype != torch.float32:
         return 1
-    widths = config.hidden_size, config.n_inner or 4 * config.hidden_size
+    widths = config.hidden_size, config.inner_size
     served = OPERATORS["linear"].explain(weight.device, weight.dtype).backend == "kernel"
     return 1 if served and not any(width % 32 for width in widths) else _MIN_MKL_ROWS
 

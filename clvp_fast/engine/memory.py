@@ -33,7 +33,7 @@ class DecoderSizes:
 
     Args:
         itemsize, page_itemsize: bytes of a parameter, and of a stored key's or value's channel.
-        on_cpu: CPU: the torch path samples, prompts are prefilled one by one.
+        on_cpu: what a step needs beside its pages is counted as on a CPU, where prompts are prefilled one by one.
         min_rows: of a step.
         copied_weights: bytes of the layers' weights in 8 bits, if they are made.
     """
@@ -60,7 +60,7 @@ class DecoderSizes:
             num_layers=config.num_hidden_layers,
             num_heads=config.num_attention_heads,
             hidden_size=config.hidden_size,
-            intermediate_size=4 * config.hidden_size if config.n_inner is None else config.n_inner,
+            intermediate_size=config.inner_size,
             vocab_size=config.vocab_size,
             itemsize=weight.dtype.itemsize,
             page_itemsize=(page_dtype or weight.dtype).itemsize,
@@ -72,7 +72,7 @@ class DecoderSizes:
 
 def _layer_weights(model: Any) -> int:
     """How many weights the layers' products have, their scales of rows counted by their bytes."""
-    hidden, inner = model.config.hidden_size, model.config.n_inner or 4 * model.config.hidden_size
+    hidden, inner = model.config.hidden_size, model.config.inner_size
     return model.config.num_hidden_layers * (4 * hidden * hidden + 2 * hidden * inner + 4 * (5 * hidden + inner))
 
 

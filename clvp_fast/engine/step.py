@@ -1,7 +1,7 @@
 """The decode step as a list of calls: who computes what, and where, is said when the list is made, and never within it.
 
 embed → layers → norms → head → draw → state, over tensors that stay where they are: a step of some number of rows is
-bound once, and made any number of times. What a choice depends on besides is `dispatch.situation`.
+bound once, and made any number of times. A choice depends on `dispatch.situation` besides.
 """
 
 from dataclasses import dataclass

@@ -96,8 +96,12 @@ class Work:
             self._sweep()
 
     def check_weights(self) -> None:
-        """Raise `ValueError` where steps would not compute what the model's weights say now."""
+        """Raise `ValueError` where steps would not compute what the model's weights say now, and `RuntimeError` where
+        they would not be `deterministic`, as the engine was made, under the backend that is forced.
+        """
         runner = self.loop.runner
+        if runner is not None:
+            runner.require_kernel()
         if runner is not None and (found := runner.outdated()) is not None:
             raise ValueError(f"{found}: call engine.refresh(), which makes anew what was made of the weights")
 

@@ -61,16 +61,22 @@ def _additive(allowed, dtype):
     return torch.zeros_like(allowed, dtype=dtype).masked_fill_(~allowed, torch.finfo(dtype).min)
 
 
+def _added(mask, causal, q_len, k_len, query_offset, device, dtype) -> torch.Tensor:
+    """An additive mask in `dtype`, and its smallest number where causality forbids."""
+    triangle = _allowed(None, causal, q_len, k_len, query_offset, device)
+    lowest = torch.finfo(dtype).min
+    if torch.finfo(mask.dtype).min < lowest:  # which would become -inf
+        mask = mask.clamp(min=lowest)
+    mask = mask.to(dtype)
+    return mask if triangle is None else mask.masked_fill(~triangle, lowest)
+
+
 def _bias(mask, causal, q_len, k_len, query_offset, device, dtype):
     """What is added to the scores, broadcastable to [B, H, Tq, Tk]; None: nothing."""
+    geometry = (mask, causal, q_len, k_len, query_offset, device)
     if mask is not None and mask.dtype != torch.bool:
-        triangle = _allowed(None, causal, q_len, k_len, query_offset, device)
-        lowest = torch.finfo(dtype).min
-        if torch.finfo(mask.dtype).min < lowest:  # which would become -inf
-            mask = mask.clamp(min=lowest)
-        mask = mask.to(dtype)
-        return mask if triangle is None else mask.masked_fill(~triangle, lowest)
-    allowed = _allowed(mask, causal, q_len, k_len, query_offset, device)
+        return _added(*geometry, dtype)
+    allowed = _allowed(*geometry)
     return None if allowed is None else _additive(allowed, dtype)
 
 
@@ -152,7 +158,7 @@ def _seeing(q, mask, causal, k_len, query_offset):
         empty = ~allowed.any(-1, keepdim=True)
         mask = allowed | empty
     else:
-        added = _bias(mask, *geometry, torch.promote_types(q.dtype, torch.float32))
+        added = _added(mask, *geometry, torch.promote_types(q.dtype, torch.float32))
         empty = (added < _SWALLOWS).all(-1, keepdim=True)
         mask = added.masked_fill(empty, 0)
     return q.masked_fill(empty.transpose(1, 2), 0), mask, False

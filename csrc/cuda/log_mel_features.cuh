@@ -43,7 +43,7 @@ CLVP_FAST_INLINE void mel(const Shared<N> &shared, const clvp_fast_log_mel &call
     const bool true_frame = lane < range.true_frames, bad = shared.not_finite[lane], limited = call.top_db >= 0;
     /* Powers are four times too large, and those of integers not yet divided by 32768: all exact. */
     const float scale = sizeof(Sample) == 2 ? 0.25f / (32768.f * 32768.f) : 0.25f, floor = shared.log_floor;
-    constexpr int STEP = L::THREADS / L::FRAMES;
+    constexpr int STEP = L::THREADS / L::FRAMES, WIDE = 64;
     int channel = thread / L::FRAMES;
     const auto *filters = static_cast<const float *>(call.mel_filters) + L::BINS * channel;
     const auto *norms = static_cast<const float *>(call.mel_norms);
@@ -54,15 +54,22 @@ CLVP_FAST_INLINE void mel(const Shared<N> &shared, const clvp_fast_log_mel &call
         if (true_frame) {
             const Band band = shared.bands[channel];
             const float *weight = filters + band.first, *power = shared.power + L::STRIDE * band.first + lane;
-            int count = band.last - band.first;
-            /* Four sums: shorter chains of additions, and less rounding in a wide band. */
-            float sums[4] = {};
+            int left = band.last - band.first;
+            /* Short chains of additions, for less rounding in a wide band: four sums for every WIDE bins. */
+            float total = 0.f;
             CLVP_FAST_UNROLL(1)
-            for (; count >= 4; count -= 4, weight += 4, power += 4 * L::STRIDE)
-                unroll<4>([&](auto i) { sums[i] += read_only(weight + i) * power[L::STRIDE * i]; });
-            CLVP_FAST_UNROLL(1)
-            for (; count > 0; --count, ++weight, power += L::STRIDE) sums[0] += read_only(weight) * *power;
-            value = scale * ((sums[0] + sums[1]) + (sums[2] + sums[3]));
+            while (left > 0) {
+                float sums[4] = {};
+                int count = left < WIDE ? left : WIDE;
+                left -= count;
+                CLVP_FAST_UNROLL(1)
+                for (; count >= 4; count -= 4, weight += 4, power += 4 * L::STRIDE)
+                    unroll<4>([&](auto i) { sums[i] += read_only(weight + i) * power[L::STRIDE * i]; });
+                CLVP_FAST_UNROLL(1)
+                for (; count > 0; --count, ++weight, power += L::STRIDE) sums[0] += read_only(weight) * *power;
+                total += (sums[0] + sums[1]) + (sums[2] + sums[3]);
+            }
+            value = scale * total;
             value = value < floor ? floor : value;
             value = call.decibels ? 10.f * log10f(value) : logf(value);
             if (bad) value = NAN;

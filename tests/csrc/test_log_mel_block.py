@@ -183,6 +183,20 @@ def test_channels(emulator, n_fft, num_mels):
     compare(emulator, random(2, 20 * n_fft, seed=8), hop=n_fft // 2, **arguments(n_fft, num_mels))
 
 
+@pytest.mark.parametrize("n_fft", [2048, 4096])
+def test_a_wide_band_is_summed_in_short_chains(emulator, n_fft):
+    """All bins in one band whose power is about 1: its logarithm's error is the relative one of the sum, an ulp. Four
+    sums over the whole band have 1.2 to 1.5, torch 1.1 to 1.4, and short chains less than one."""
+    bins = n_fft // 2 + 1
+    filters, bands = random(1, bins, seed=1).abs(), torch.tensor([[0, bins]], dtype=torch.int32)
+    given = {"window": torch.hann_window(n_fft), "bands": bands, "hop": n_fft // 8}
+    samples = random(4, 8 * n_fft, seed=2)
+    filters /= expected("reference", torch.float64, samples, filters=filters, **given)[0].mean().exp().float()
+    reference, _ = expected("reference", torch.float64, samples, filters=filters, **given)
+    error = run(emulator, samples, filters=filters, **given) - reference
+    assert reference.abs().max() < 0.5 and error.square().mean().sqrt() < 1.1 * torch.finfo(torch.float32).eps
+
+
 @pytest.mark.parametrize("features_dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("with_norms", [True, False])
 @pytest.mark.parametrize("top_db", [-1.0, 0.0, 30.0])

@@ -31,6 +31,9 @@ class NullRunner:
     def warm_up(self, progress=None):
         pass
 
+    def require_kernel(self):
+        pass
+
     def outdated(self):
         return None
 

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from clvp_fast import CandidateEngine, CandidateRequest, ClvpFeatureExtractor, SamplingParams
+from clvp_fast import CandidateEngine, CandidateRequest, ClvpFeatureExtractor, SamplingParams, backend
 from tests.engine.test_decoder import tiny
-from tests.kit import random
+from tests.kit import isa, random
 
 WHAT_TO_DO = r": call engine\.refresh\(\), which makes anew what was made of the weights$"
 LAYER = "speech_decoder_model.model.decoder.layers.1"
@@ -240,3 +240,14 @@ def test_moving_what_was_not_copied_is_refused_at_the_door():
         raise result(made).error
     made.refresh()
     assert codes(made) == before
+
+
+@isa.needs("paged_attention_decode")
+def test_a_deterministic_engine_refuses_requests_under_torch_s_attention():
+    """At the door: a step that is bound to it would fail everybody's."""
+    of = engine(tiny(), deterministic=True)
+    expected = codes(of)
+    with backend("torch"):
+        error = result(of).error
+    assert isinstance(error, RuntimeError) and "deterministic=True needs the kernel" in str(error)
+    assert codes(of) == expected

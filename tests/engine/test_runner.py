@@ -542,6 +542,16 @@ def test_deterministic_needs_attention_that_treats_each_row_alone():
 
 
 @needs_own_attention
+def test_deterministic_steps_stay_so_under_a_backend_that_is_forced_later():
+    """Bound anew under torch's, they would sum over as many keys as the longest row has."""
+    driver = Driver(tiny(), [prompts(tiny())[0]], [GREEDY], deterministic=True)
+    driver.admit(0, 0)
+    driver.step()
+    with ops.backend("torch"), pytest.raises(RuntimeError, match="deterministic=True needs the kernel"):
+        driver.step()
+
+
+@needs_own_attention
 @pytest.mark.parametrize("lag", [0, 1])
 @pytest.mark.parametrize("num_pages, max_batch", [(200, 24), (14, 24)])
 def test_what_the_scheduler_plans(num_pages, max_batch, lag):

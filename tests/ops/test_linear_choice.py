@@ -134,3 +134,22 @@ def test_a_gpu_with_the_kernel_takes_it_for_int8_alone(on_a_gpu, monkeypatch):
     with pytest.warns(UserWarning, match="x must be float32, float16 or bfloat16, not torch.float64"):
         ops.linear(x, weight, bias, scale=scale)
     assert len(calls) == 4
+
+
+@pytest.mark.parametrize(
+    "rows, columns, dtype, ours",
+    [
+        (16, 48, torch.bfloat16, True),
+        (1, 48, torch.float16, True),
+        (17, 48, torch.bfloat16, False),
+        (17, 50, torch.bfloat16, True),  # no multiple of 8, as the head's 8194
+        (1, 48, torch.float32, False),
+    ],
+)
+def test_a_bound_step_on_a_gpu_takes_the_kernel_for_few_rows(on_a_gpu, monkeypatch, rows, columns, dtype, ours):
+    """In half types; a call that is not bound goes on with torch's, which costs the host less."""
+    operators.change(monkeypatch, _OPERATOR, missing=lambda device: None)
+    x, weight = (on_a_gpu(rows=(count,), dtype=dtype)[0] for count in (rows, columns))
+    args = x, weight, None, None, None, None
+    assert (_OPERATOR._choose(args, bound=True).name == "triton") == ours
+    assert _OPERATOR._choose(args).name == "torch"

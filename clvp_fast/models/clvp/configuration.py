@@ -137,6 +137,11 @@ class ClvpDecoderConfig(PreTrainedConfig):
     decoder_fixing_codes: list[int] | tuple[int, ...] = (83, 45, 45, 248)
     add_cross_attention: bool = False
 
+    @property
+    def inner_size(self) -> int:
+        """The width of the feed-forward layers."""
+        return 4 * self.hidden_size if self.n_inner is None else self.n_inner
+
 
 @strict
 class ClvpConfig(PreTrainedConfig):

@@ -27,7 +27,7 @@ class ClvpDecoderLayer(CheckpointsUnderGradients, GradientCheckpointingLayer):
         self.input_layernorm = nn.LayerNorm(hidden_size, eps=config.layer_norm_epsilon)
         self.attn = ClvpSelfAttention(config, layer_idx=layer_idx, causal=True)
         self.post_attention_layernorm = nn.LayerNorm(hidden_size, eps=config.layer_norm_epsilon)
-        self.mlp = ClvpDecoderMLP(config.n_inner if config.n_inner is not None else 4 * hidden_size, config)
+        self.mlp = ClvpDecoderMLP(config.inner_size, config)
 
     @takes_cache
     def forward(

@@ -43,7 +43,7 @@ def _names(prefix: str, name: str) -> tuple[str, ...]:
 def decoder_rules(config: ClvpConfig) -> Iterator[Rule]:
     """The tensors of `autoregressive.pth`."""
     decoder = config.decoder_config
-    width, inner = decoder.hidden_size, decoder.n_inner or 4 * decoder.hidden_size
+    width, inner = decoder.hidden_size, decoder.inner_size
     yield _table("text_embedding", "conditioning_encoder.text_token_embedding", config.text_config.vocab_size, width)
     yield _table(
         "text_pos_embedding.emb", "conditioning_encoder.text_position_embedding", decoder.max_text_tokens, width
