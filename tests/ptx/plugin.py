@@ -31,6 +31,9 @@ def pytest_addoption(parser):
     group.addoption("--ptx-arch", type=int, default=80, help="compute capability that kernels are compiled for")
     group.addoption("--ptx-no-checks", action="store_true", help="without the checks for races")
     group.addoption("--ptx-truncate", action="store_true", help="matrix units round toward zero")
+    group.addoption(
+        "--ptx-random-copies", action="store_true", help="of copies that differ in last bits, any is written"
+    )
     group.addoption("--ptx-record", metavar="FILE", help="write what passed and which instructions ran, as JSON")
     group.addoption("--ptx-random-warps", action="store_true", help="a warp at a time, in random order: slow")
 
@@ -48,6 +51,7 @@ def pytest_configure(config):
     checks = not config.option.ptx_no_checks
     options = Options(
         races=checks, warp_races=checks, global_races=checks, random_warps=config.option.ptx_random_warps,
+        random_copies=config.option.ptx_random_copies,
         rounding="truncate" if config.option.ptx_truncate else "nearest",
     )  # fmt: skip
     context = emulated(config.option.ptx_arch, options)
@@ -72,5 +76,11 @@ def pytest_terminal_summary(terminalreporter, config):
         Path(file).write_text(json.dumps({"passed": passed, "ran": sum(every), "instructions": len(every)}))
     for name, lines in sorted(ran(reports).items()):
         terminalreporter.write_line(f"ptx: {name}: {sum(lines.values())} of {len(lines)} instructions ran")
+    differ = {
+        (r.kernel, i.where) for r in reports for i in r.program.kernel.instructions() if i.line in r.copies_differ
+    }
+    for kernel, where in sorted(differ):
+        told = f"ptx: {kernel}: lanes write copies of one element that differ in their last bits, source {where}"
+        terminalreporter.write_line(told)
     steps = sum(report.instructions for report in reports)
     terminalreporter.write_line(f"ptx: {len(reports)} launches, {steps} instructions of batches of CTAs")

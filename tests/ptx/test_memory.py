@@ -184,3 +184,15 @@ def test_polling_for_what_nobody_writes_is_a_deadlock(monkeypatch, lanes):
     monkeypatch.setattr(machine, "_PATIENCE", 50)
     with pytest.raises(Fault, match="deadlock"):
         poll(3, lanes=lanes)
+
+
+COPIES = """mov.u32 %r5, memory; setp.eq.u32 %p1, %r0, {}; selp.b32 %r1, 0f3F800001, 0f3F800000, %p1;
+st.shared.b32 [%r5], %r1; bar.sync 0; ld.shared.b32 %r2, [%r5]; st.global.b32 [%d6], %r2;"""
+
+
+def test_of_copies_that_differ_in_the_last_bit_the_last_lane_s_stays_or_any():
+    assert (run(COPIES.format(31), shared=16) == 0x3F800001).all() and (
+        run(COPIES.format(30), shared=16) == 0x3F800000
+    ).all()
+    drawn = {int(run(COPIES.format(30), shared=16, random_copies=True, seed=seed)[0]) for seed in range(200)}
+    assert drawn == {0x3F800000, 0x3F800001}

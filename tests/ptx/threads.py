@@ -22,7 +22,8 @@ class Options:
     races: shared memory, between threads with no barrier between them. warp_races: the same within a warp.
     global_races: the same in global memory, also between CTAs. seed: shuffles the CTAs; None leaves their order.
     lanes: threads that run at once. rounding: of matrix sums, "nearest" or "truncate". random_warps: a warp at a time.
-    limit: instructions of a launch. swap: a program, and what runs in its place.
+    limit: instructions of a launch. swap: a program, and what runs in its place. random_copies: of copies of a float32
+    whose last bits differ, any is written.
     """
 
     races: bool = True
@@ -32,18 +33,23 @@ class Options:
     seed: int | None = 0
     rounding: str = "nearest"
     random_warps: bool = False
+    random_copies: bool = False
     limit: int | None = None
     swap: tuple | None = None
 
 
 @dataclass
 class Report:
-    """What a launch was: instructions that batches executed, and the basic blocks that ran."""
+    """What a launch was: instructions that batches executed, and the basic blocks that ran.
+
+    copies_differ: lines that write copies of one element that are not equal.
+    """
 
     kernel: str
     program: object
     instructions: int = 0
     blocks: set[int] = field(default_factory=set)
+    copies_differ: set[int] = field(default_factory=set)
 
 
 class Threads:
