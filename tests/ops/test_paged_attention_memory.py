@@ -68,7 +68,10 @@ def test_decode_of_strided_arguments(backend):
     args = step(lengths=LENGTHS[3:8], device=backend.device)
     expected = decode(copied(args))
     given = [strided(x) if isinstance(x, torch.Tensor) else x for x in args]
-    assert torch.equal(decode(given), expected)
+    if backend.compiled:  # for other strides of the pages: threads hold other channels, and add them in another order
+        torch.testing.assert_close(decode(given), expected, rtol=1e-5, atol=1e-6)
+    else:
+        assert torch.equal(decode(given), expected)
     some = [strided(x) if i in (0, 2, 7) else x for i, x in enumerate(copied(args))]
     assert torch.equal(decode(some), expected)
     scattered = [
