@@ -8,6 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = ROOT / "kernels"
 ROWS = Path(__file__).with_name("checked.jsonl")
+PAGE = ROOT / "docs/ptx.md"
 TARGETS = (80, 90)
 
 #: Files of kernels/ that launch nothing.
@@ -69,9 +70,20 @@ def rows() -> dict[tuple[str, str], dict]:
 
 
 def write(row: dict) -> None:
-    """Puts a row in the place of that of its kernel and target."""
+    """Puts a row in the place of that of its kernel and target, and the rows into the page."""
     every = rows() | {(row["kernel"], row["target"]): row}
     ROWS.write_text("".join(json.dumps(every[key]) + "\n" for key in sorted(every)))
+    PAGE.write_text(with_table(PAGE.read_text()))
+
+
+def with_table(document: str) -> str:
+    """The page with its table made of the rows."""
+    lines = ["| kernel | target | tests | seconds | instructions that ran | triton |", "|---|---|---|---|---|---|"]
+    for (kernel, target), row in sorted(rows().items()):
+        share = f"{row['ran']} of {row['instructions']}"
+        lines.append(f"| {kernel} | {target} | {row['tests']} | {row['seconds']} | {share} | {row['triton']} |")
+    head, rest = document.split("<!-- checked -->\n")
+    return "\n".join([head + "<!-- checked -->", *lines, rest[rest.index("<!-- end -->") :]])
 
 
 def changed(target: str) -> list[str]:

@@ -23,6 +23,11 @@ def test_rows_are_of_kernels():
     assert {kernel for kernel, _ in suites.rows()} <= set(suites.SUITES)
 
 
+def test_the_page_shows_the_rows():
+    page = suites.PAGE.read_text()
+    assert suites.with_table(page) == page
+
+
 def test_a_source_is_what_it_imports_too(monkeypatch, tmp_path):
     (tmp_path / "target.py").write_text("x = 1\n")
     (tmp_path / "norm.py").write_text("from clvp_fast.kernels.target import x\n")
@@ -34,10 +39,13 @@ def test_a_source_is_what_it_imports_too(monkeypatch, tmp_path):
 
 def test_a_changed_kernel_is_one_without_the_row_of_its_source(monkeypatch, tmp_path):
     monkeypatch.setattr(suites, "ROWS", tmp_path / "rows.jsonl")
+    monkeypatch.setattr(suites, "PAGE", tmp_path / "page.md")
+    suites.PAGE.write_text("<!-- checked -->\n<!-- end -->\n")
     assert suites.changed("sm_80") == list(suites.SUITES)
-    suites.write(dict(kernel="norm", target="sm_80", source=suites.source_hash("norm")))
-    suites.write(dict(kernel="mlp", target="sm_80", source="another"))
-    suites.write(dict(kernel="linear", target="sm_90", source=suites.source_hash("linear")))
+    passed = dict(tests=1, seconds=1, ran=1, instructions=1, triton="3.7.1")
+    suites.write(dict(kernel="norm", target="sm_80", source=suites.source_hash("norm"), **passed))
+    suites.write(dict(kernel="mlp", target="sm_80", source="another", **passed))
+    suites.write(dict(kernel="linear", target="sm_90", source=suites.source_hash("linear"), **passed))
     assert suites.changed("sm_80") == [name for name in suites.SUITES if name != "norm"]
 
 
