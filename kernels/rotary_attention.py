@@ -315,8 +315,10 @@ def _configuration(dtype, queries, width, half_pad, tables, masked, mask_rows):
         return (128, 64, 8, 2) if width <= 64 else (64, 32 if width <= 128 else 16, 8, 2)
     if width > 64:
         return (128, 32, 8, 2) if half_pad else (64, 64, 4, 2)
+    if queries <= _SHORT and half_pad <= 16 and not masked:
+        return 64, 32, 4, 3
     if half_pad == 0 or (tables == 1 and half_pad <= 16):
-        return (64, 32, 4, 3) if queries <= _SHORT and not masked else (128, 64, 4, 3)
+        return 128, 64, 4, 3
     return (128, 64, 8, 3) if masked or half_pad > 16 else (128, 64, 4, 2)
 
 

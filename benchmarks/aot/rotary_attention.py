@@ -11,6 +11,7 @@ def calls():
     for dtype in _NAMES:
         yield _dense(64, 32, dtype)  # the encoders
         yield _dense(64, 32, dtype, shared=True)
+        yield _dense(64, 32, dtype, q_len=60)
         yield _dense(64, 32, dtype, shared=True, q_len=60)
         yield _dense(64, 0, dtype, causal=True)  # the decoder's prompt
         yield _dense(64, 0, dtype, causal=True, q_len=1)  # its steps
