@@ -66,7 +66,7 @@ def _check(kernel: str, target: int) -> bool:
         flush=True,
     )
     if not passed:
-        print(run.stdout[-6000:] + run.stderr[-2000:], flush=True)
+        print(run.stdout[-6000:] + run.stderr[-2000:] + f"exit status {run.returncode}", flush=True)
         return False
     row = dict(
         kernel=kernel, target=f"sm_{target}", source=suites.source_hash(kernel), checker=suites.checker_hash(kernel)
