@@ -16,9 +16,9 @@ candidate's bits are the same alone and in any company.
 Own keys are multiplied without the matrix unit, which has 16 rows where there is one query. Each of the 32 keys of a
 tile has an online softmax of its own, so that no thread waits for another until the end. On an H200, 256 candidates of
 250 own tokens and a prompt of 60, bfloat16, take 81 us where tiles of the matrix unit took 87 and the bytes at the rate
-of a copy are 62; float32 144 for 222, float8 62 to 66 for 110. What lost: 64 keys a tile (88), 128 keys a part (87),
-pages with a head's tokens side by side (1 % better). A last own part that waits for the others and adds them takes 76,
-but a launch would rely on the order in which programs start.
+of a copy are 62; float32 144 for 222, float8 66 for 110 (with 128 registers). What lost: 64 keys a tile (88), 128 keys
+a part (87), pages with a head's tokens side by side (1 % better). A last own part that waits for the others and adds
+them takes 76, but a launch would rely on the order in which programs start.
 
 Heads are the fastest index of the grid: the rows of a token, contiguous over heads, are fetched by neighbours at one
 time. The page numbers of a part are read once, at its start, and wait in registers.
@@ -458,7 +458,8 @@ def paged_prefill_kernel(
 
 # Keys that one program of a decode step attends to, at most: part of the numerics, so one for all types and devices.
 SPLIT = 256
-# Measured on an H200 for 64 channels; no spilled register on sm_80, sm_90 and sm_100, with triton 3.6.0 and 3.7.1.
+# Measured on an H200 for 64 channels. With triton 3.7.1 no register is spilled on sm_80, sm_90 and sm_100; with 3.6.0 two
+# are, of 16-bit types on sm_90 (as it was measured) and of bfloat16 on sm_80.
 # (bytes of an element of q, channels of a tile): keys of a tile, warps, stages, registers of a thread at most on sm_90.
 # With fewer registers more programs are on a multiprocessor, and fill one another's waits.
 _DECODE = {
@@ -470,7 +471,8 @@ _DECODE = {
     (4, 128): (32, 4, 3, None),
 }
 _MORE_REGISTERS = 144  # what float8 takes, and pages of 32
-# Queries of a tile (64 rows are one wgmma), keys of a tile, warps, stages; chosen by compiling
+# Chosen by compiling, not by timing: no spilled register on sm_80, sm_90 and sm_100, with triton 3.6.0 and 3.7.1.
+# Queries of a tile (64 rows are one wgmma), keys of a tile, warps, stages
 _PREFILL = {
     (2, 32): (64, 64, 4, 3),
     (2, 64): (64, 64, 4, 3),

@@ -156,8 +156,8 @@ class CandidateEngine:
         An engine reads the model's own weights, and a change in place (`copy_`, `load_state_dict`, an optimizer's step)
         is seen by the next request. This makes anew copies in 8 bits (`weight_dtype`), the scales of pages in 8 bits
         (`page_dtype`), captured steps (`warm_up`, `persistent`), and the pages of a model that was cast or moved to
-        another device: all of it stays as it was until then. Until then each request is refused, with a
-        `ValueError` that says so. It compares the parameters' addresses and version counters, and neither shows a write
+        another device. All of it stays as it was until then, and each request is refused with a `ValueError` that
+        says so. It compares the parameters' addresses and version counters, and neither shows a write
         through `.data` (`weight.data.copy_(...)`): call this after one, for voices that are kept too.
 
         Raises:
