@@ -458,8 +458,8 @@ def paged_prefill_kernel(
 
 # Keys that one program of a decode step attends to, at most: part of the numerics, so one for all types and devices.
 SPLIT = 256
-# Measured on an H200 for 64 channels. With triton 3.7.1 no register is spilled on sm_80, sm_90 and sm_100; with 3.6.0 two
-# are, of 16-bit types on sm_90 (as it was measured) and of bfloat16 on sm_80.
+# Measured on an H200 for 64 channels. With triton 3.7.1 no register is spilled on sm_80, sm_90 and sm_100; with 3.6.0
+# two are, of 16-bit types on sm_90 (as it was measured) and of bfloat16 on sm_80.
 # (bytes of an element of q, channels of a tile): keys of a tile, warps, stages, registers of a thread at most on sm_90.
 # With fewer registers more programs are on a multiprocessor, and fill one another's waits.
 _DECODE = {
