@@ -19,6 +19,7 @@ from clvp_fast.checkpoint import best_device, load_checkpoint
 from clvp_fast.engine.calls import Call, Listener, Pending, tell
 from clvp_fast.engine.decode_loop import Job
 from clvp_fast.engine.door import Door, token_limit
+from clvp_fast.engine.latents import diffusion_latents
 from clvp_fast.engine.memory import MemoryPlan, default_batch, free_bytes, plan, trim_heap
 from clvp_fast.engine.ranking import Ranker
 from clvp_fast.engine.requests import CandidateRequest, CandidateResult
@@ -56,7 +57,8 @@ class CandidateEngine:
             have to be made anew.
         scoring: "padded", as the original scores, or "trimmed" ([`Ranker`] explains them).
         scorer: a [`Scorer`] that ranks candidates in place of `model`'s own encoders.
-        latents: keep the decoder's states of the candidates, for the `latents` of results.
+        latents: results have the latents of their best candidates, as Tortoise hands them to its diffusion: a second
+            pass over the codes of each (`diffusion_latents` tells which).
         deterministic: decode at one fixed number of rows, so that in half types too the bits of a candidate cannot
             depend on the batch.
         persistent: steps of up to four candidates run as one launch, for who waits for few of them, on a CUDA device in
@@ -104,7 +106,6 @@ class CandidateEngine:
             page_size=page_size,
             page_dtype=page_dtype,
             weight_dtype=weight_dtype,
-            latents=latents,
         )
         # Functions and no methods: an engine that nobody holds frees its pages at once.
         self._work = Work(
@@ -112,7 +113,7 @@ class CandidateEngine:
             partial(_planned, decoder, memory_fraction, num_pages, sizes),
             partial(_runner, decoder, sizes | dict(deterministic=deterministic, persistent=persistent)),
             default_batch(model.device) if max_batch is None else max_batch,
-            latents,
+            partial(diffusion_latents, decoder) if latents else None,
         )
         trim_heap()  # behind copies of weights
         # A turn computes for all threads: the autocast of the one that has it is not theirs.

@@ -1,4 +1,4 @@
-"""How well candidates fit their text: scores, embeddings, the best k; and the latents for the stage that follows."""
+"""How well candidates fit their text: scores, embeddings, the best k."""
 
 from collections.abc import Iterator, Sequence
 from numbers import Integral
@@ -211,34 +211,3 @@ def _host_ids(ids, name: str) -> torch.Tensor:
     if tensor.numel() and (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool):
         raise TypeError(f"{name} must hold whole numbers, not {tensor.dtype}")
     return tensor.long()
-
-
-def diffusion_latents(hidden: torch.Tensor, length: int) -> torch.Tensor:
-    """The latents of a candidate as Tortoise's diffusion takes them.
-
-    The original runs the decoder a second time over prompt, start token and codes (`return_latent=True`), takes the
-    states behind both final norms at the places of speech, and strips the last two, those of the last code and of the
-    stop token that it added: what is left is, for each code, the state that predicted it. A decoder that generated the
-    candidate had these states at hand: step s, fed with token s (the start token for s = 0), predicted code s.
-
-    What differs from the original:
-    - Its second pass sees the codes padded to full length and after fix-up, where everything from the stop on is
-      the code of silence. It then keeps the latents up to eight places into the silence. These states came from codes
-      that were never generated; here the latents end with the last code. Those of the codes themselves do not depend on
-      what follows.
-    - It counts positions 0, 1, 2, ... in that pass. The steps did so too with `contiguous_positions` of the decoder's
-      configuration; without, the latents are those of the positions that the candidate was generated with.
-
-    Args:
-        hidden: `[steps, hidden_size]`, the states behind both final norms, step by step; a candidate that stopped
-            has one more than codes.
-        length: how many codes to give the latents of, at most `steps`.
-
-    Returns:
-        `[1, length, hidden_size]` float32, a copy.
-    """
-    if hidden.ndim != 2:
-        raise ValueError(f"hidden must be [steps, hidden_size] of one candidate, got {list(hidden.shape)}")
-    if not 0 <= length <= len(hidden):
-        raise ValueError(f"length must lie from 0 to the {len(hidden)} steps of the candidate, got {length}")
-    return hidden[None, :length].to(torch.float32, copy=True)
