@@ -59,6 +59,8 @@ class CandidateEngine:
         scorer: a [`Scorer`] that ranks candidates in place of `model`'s own encoders.
         latents: results have the latents of their best candidates, as Tortoise hands them to its diffusion: a second
             pass over the codes of each (`diffusion_latents` tells which).
+        text_ends: how many end tokens a prompt has behind its text: the two that Tortoise's API gives, or one for ids
+            that bring the other.
         deterministic: decode at one fixed number of rows, so that in half types too the bits of a candidate cannot
             depend on the batch.
         persistent: steps of up to four candidates run as one launch, for who waits for few of them, on a CUDA device in
@@ -86,6 +88,7 @@ class CandidateEngine:
         scoring: str = "padded",
         scorer: Scorer | None = None,
         latents: bool = False,
+        text_ends: int = 2,
         deterministic: bool = False,
         persistent: bool = False,
     ):
@@ -95,7 +98,7 @@ class CandidateEngine:
                 raise ValueError(
                     f"scoring={scoring!r} is how the model's own encoders score: leave it out with a scorer"
                 )
-        self._door = Door(model, processor)
+        self._door = Door(model, processor, text_ends)
         self.model, self.processor = model, processor
         self._take_model()
         self.scorer: Scorer = Ranker(model, mode=scoring) if scorer is None else scorer

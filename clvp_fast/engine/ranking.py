@@ -1,8 +1,8 @@
 """How well candidates fit their text: scores, embeddings, the best k."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from numbers import Integral
-from typing import overload
+from typing import TypeVar, overload
 
 import numpy as np
 import torch
@@ -15,6 +15,8 @@ from clvp_fast.models.clvp.similarity import normalized
 from clvp_fast.models.clvp.tokens import end_text, finished_codes, known_codes, stop_token, text_end
 
 MODES = ("padded", "trimmed")
+
+Ranked = TypeVar("Ranked")
 
 
 class Ranker:
@@ -60,11 +62,29 @@ class Ranker:
     def score(self, request: CandidateRequest, text_ids: torch.Tensor, codes: Sequence, max_codes: int) -> Ranking:
         """`rank` with room for `max_codes`; where memory runs out, in smaller parts from then on."""
         pad_to = max_codes + 1
+        return self._in_parts(pad_to, lambda: self.rank(text_ids, codes, pad_to=pad_to))
+
+    @torch.no_grad()
+    def score_fixed(self, text_ids: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+        """Scores `[candidates]` float32 of codes that are fixed already, as original CLVP gives them to pairs.
+
+        Where memory runs out, in smaller parts from then on.
+
+        Args:
+            text_ids: `[length]` whole numbers, the text with its end token.
+            codes: `[candidates, length]` int64, fixed and of one length.
+        """
+        text = normalized(self._embed(self.model.text_encoder_model, [text_ids.long().cpu()]).float())
+        speech = self._in_parts(codes.shape[1], lambda: self._fixed(codes))
+        return (speech * text).sum(1) * self.model.logit_scale.float().exp()
+
+    def _in_parts(self, longest: int, rank: Callable[[], Ranked]) -> Ranked:
+        """`rank()`, again with half of `max_tokens` where memory runs out, down to one candidate."""
         while True:
             try:
-                return self.rank(text_ids, codes, pad_to=pad_to)
+                return rank()
             except torch.OutOfMemoryError:
-                if self.max_tokens <= pad_to:
+                if self.max_tokens <= longest:
                     raise
                 self.max_tokens //= 2
 
@@ -152,8 +172,11 @@ class Ranker:
             raise ValueError(
                 f"pad_to={pad_to} leaves no room for a candidate of {longest} codes: use {longest + 1} at least"
             )
-        codes = known_codes(finished_codes(rows, pad_to - 1, self.model.config.decoder_config), self.model.config)
-        parts = codes.split(max(self.max_tokens // (pad_to - 1), 1))
+        return self._fixed(finished_codes(rows, pad_to - 1, self.model.config.decoder_config))
+
+    def _fixed(self, codes: torch.Tensor) -> torch.Tensor:
+        """Normalised embeddings `[rows, projection_dim]` float32 of codes `[rows, length]` that are pooled whole."""
+        parts = known_codes(codes, self.model.config).split(max(self.max_tokens // codes.shape[1], 1))
         embeds = [self.model.speech_encoder_model(input_ids=self._to_device(part)).embeds for part in parts]
         return normalized(torch.cat(embeds).float())
 
@@ -178,6 +201,8 @@ class Ranker:
 
     def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
         device = self.model.device
+        if tensor.device == device:
+            return tensor
         return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
     def _text(self, text_ids) -> torch.Tensor:

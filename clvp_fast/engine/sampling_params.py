@@ -61,8 +61,8 @@ class SamplingParams:
         do_sample: False: greedy, the likeliest token after the repetition penalty.
         seed: candidate i's tokens depend on checkpoint, request, seed and i alone. None: the engine draws one.
         stop_token: ends a candidate; None: the decoder's `eos_token_id`.
-        penalize_prompt: the repetition penalty falls on code 1 from the beginning, as on the start token. The original's
-            prompt is a row of 1s for it; transformers' own prompt is the start token alone.
+        penalize_prompt: the repetition penalty falls on code 1 from the beginning, as on the start token: to the
+            original its prompt is a row of 1s, to transformers the start token alone.
 
     Raises:
         ValueError: a value that cannot be, or several candidates of greedy decoding, which would all be equal.
