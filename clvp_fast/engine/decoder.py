@@ -117,12 +117,12 @@ class PagedDecoder:
         if isinstance(weights, str):
             raise ValueError(weights)
         self.weights = weights if self.weight_dtype is None else weights.in_int8()
-        self._addresses = weights.addresses()
+        self._sources = weights.sources()
 
     @property
     def has_moved(self) -> bool:
-        """Whether the model's parameters lie elsewhere than `weights` reads them."""
-        return self.weights.addresses() != self._addresses
+        """Whether the model's parameters lie elsewhere than `weights` reads them, or a norm has another `eps`."""
+        return self.weights.sources() != self._sources
 
     def follow(self) -> bool:
         """Take the weights anew if they have moved, and tell whether they had.

@@ -65,7 +65,7 @@ def _address(tensor: torch.Tensor | None) -> int | None:
 class PersistentStep:
     """A decoder's step for up to four candidates, over pages of its own dtype; see [`PagedDecoder.step`].
 
-    Parameters are shared; where they lie is noted here, so they may not move afterwards (`DecoderWeights.addresses`).
+    Parameters are shared; where they lie is noted here, so they may not move afterwards (`DecoderWeights.sources`).
     One step at a time: all use one workspace.
 
     Args:
