@@ -29,6 +29,7 @@ from transformers.generation import (
 )
 
 from clvp_fast.engine.decode_loop import DecodeLoop, Job
+from clvp_fast.engine.defaults import PAGE_SIZE
 from clvp_fast.engine.memory import MAX_BATCH, free_bytes, plan
 from clvp_fast.engine.runner import Runner
 from clvp_fast.engine.sampling_params import SamplingParams
@@ -78,7 +79,6 @@ _PROCESSORS = (
     TypicalLogitsWarper,
 )
 _CRITERIA = (MaxLengthCriteria, EosTokenCriteria)
-_PAGE_SIZE = 16
 
 
 class NotServed(Exception):
@@ -267,13 +267,13 @@ def _runner(
         model,
         free_bytes(model.device),
         max_batch=max_batch,
-        page_size=_PAGE_SIZE,
+        page_size=PAGE_SIZE,
         max_new_tokens=longest,
         max_prefix_len=prefix,
     )
-    own_pages, prefix_pages = (-(-tokens // _PAGE_SIZE) for tokens in (longest, prefix))
+    own_pages, prefix_pages = (-(-tokens // PAGE_SIZE) for tokens in (longest, prefix))
     num_pages = min(planned.num_pages, planned.max_batch * own_pages + len(prompts) * prefix_pages)
-    return Runner(model, num_pages, _PAGE_SIZE, planned.max_batch, longest, max_prefix_len=prefix, capture=False)
+    return Runner(model, num_pages, PAGE_SIZE, planned.max_batch, longest, max_prefix_len=prefix, capture=False)
 
 
 @torch.inference_mode()

@@ -124,9 +124,9 @@ class PersistentStep:
         )
         # A prefix table, so that there is room for its parts; each call names its own.
         self._call.prefix_table = self._layers.data_ptr()
-        room = self._workspace_bytes(self._call)
+        size = self._workspace_bytes(self._call)
         # The barrier's counter begins at zero, and is left as the next launch wants it.
-        self._workspace = torch.zeros(room, dtype=torch.uint8, device=decoder.device)
+        self._workspace = torch.zeros(size, dtype=torch.uint8, device=decoder.device)
         self._call.workspace = self._workspace.data_ptr()
 
     def step(self, *entered: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
