@@ -206,7 +206,7 @@ class VoiceCache:
                 )
             if vector[1].shape not in ((2 * width,), (1, 2 * width)):
                 raise ValueError(
-                    f"conditioning: the latent of the diffusion must be [1, {2 * width}] beside one of [1, {width}], not "
+                    f"conditioning: the diffusion's latent must be [1, {2 * width}] beside one of [1, {width}], not "
                     f"{list(vector[1].shape)}: is the pair another model's?"
                 )
             vector = vector[0]

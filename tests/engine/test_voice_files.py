@@ -108,8 +108,8 @@ def test_bad_latents(cache, tmp_path):
     width = len(cache.fingerprint)
     one, two = torch.zeros(1, width), torch.zeros(1, 2 * width)
     for content, message in (
-        ((one, one), rf"the latent of the diffusion must be \[1, {2 * width}\]"),
-        ((two, two), rf"conditioning must be floats \[{width}\]|the latent of the diffusion"),
+        ((one, one), rf"the diffusion's latent must be \[1, {2 * width}\]"),
+        ((two, two), rf"conditioning must be floats \[{width}\]|the diffusion's latent"),
         ((one, two, two), "3 parts came"),
         ((one, "two"), "2 parts came"),
         ((one * torch.nan, two), "NaN or infinite"),
