@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from clvp_fast import ClapConfig, ClapFeatureExtractor, ClapModel, ClapProcessor
+import clvp_fast
+from clvp_fast import ClapConfig, ClapFeatureExtractor, ClapModel, ClapProcessor, batch, ops
 from clvp_fast.audio import load_audio
 from clvp_fast.cli import main
 from clvp_fast.cli.parser import build_parser
@@ -171,6 +172,31 @@ def test_commands_of_scaling():
     measured, written = commands("docs/scaling.md")
     assert build_parser().parse_args(measured.split()[1:]).workload == ["scaling"]
     assert would_run("make", written.split()[1:]).returncode == 0
+
+
+def test_the_reference_has_every_public_name():
+    pages = [page for page in PAGES if page.startswith("docs/reference/")]
+    named = [name for page in pages for name in re.findall(r"^::: clvp_fast\.(\S+)$", text_of(page), re.MULTILINE)]
+    operators = {name for name in ops.__all__ if name.islower()} - {"backend", "explain"}
+    wanted = {name for name in clvp_fast.__all__ if name != "__version__"}
+    wanted |= {f"batch.{name}" for name in batch.__all__} | {f"ops.{name}" for name in operators}
+    assert len(named) == len(set(named)), "a name stands twice"
+    assert set(named) == wanted | {"audio.load_audio", "audio.Audio", "distributed.CandidateActor"}
+
+
+def test_every_page_is_in_the_navigation():
+    text = text_of("mkdocs.yml")
+    listed = set(re.findall(r"^ +- (?:[^:\n]+: )?(\S+\.md)$", text.split("\nnav:\n")[1], re.MULTILINE))
+    left_out = set(text.split("not_in_nav: |\n")[1].split("\n\n")[0].split())
+    pages = {page.removeprefix("docs/") for page in PAGES}
+    assert listed <= pages <= listed | left_out
+
+
+def test_the_site_asks_no_other_machine():
+    """Its theme's fonts and the search's shim are the two that Material would load from elsewhere."""
+    text = text_of("mkdocs.yml")
+    assert "\n  font: false\n" in text and "polyfills:\n    - javascripts/iframe-worker.js\n" in text
+    assert "http" not in text + text_of("docs/stylesheets/handbook.css") + text_of("docs/javascripts/iframe-worker.js")
 
 
 def anchors(document: Path) -> set[str]:
