@@ -14,7 +14,6 @@ import clvp_fast
 from clvp_fast import ClapConfig, ClapFeatureExtractor, ClapModel, ClapProcessor, batch, ops
 from clvp_fast.audio import load_audio
 from clvp_fast.cli import main
-from clvp_fast.cli.parser import build_parser
 from clvp_fast.demo import demo_checkpoint
 from tests.kit.documents import CLAP_ID, HUB_ID, ROOT, blocks, clone, commands, run, text_of, would_run
 from tests.models.clap.test_processing import tokenizer
@@ -35,7 +34,7 @@ ELSEWHERE = {
     "docs/benchmarks.md": (0, 4),  # tests/benchmarks/test_documents.py
     "docs/kernels.md": (1, 0),  # tests/ops/test_norm.py
     "docs/ptx.md": (0, 1),  # tests/ptx
-    "docs/scaling.md": (0, 2),  # below
+    "docs/scaling.md": (0, 2),  # tests/benchmarks/test_scaling.py
 }
 
 
@@ -166,12 +165,6 @@ def test_corpus(reader, capsys):
     assert [row["id"] for row in best] == ["canoe", "sheet", "depth"]
     assert [row["candidates"] for row in best] == [4, 2, 4]
     assert len({row["seed"] for row in best}) == 3
-
-
-def test_commands_of_scaling():
-    measured, written = commands("docs/scaling.md")
-    assert build_parser().parse_args(measured.split()[1:]).workload == ["scaling"]
-    assert would_run("make", written.split()[1:]).returncode == 0
 
 
 def test_the_reference_has_every_public_name():
