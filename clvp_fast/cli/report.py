@@ -157,19 +157,20 @@ PATIENCE = 2.0
 @contextmanager
 def waiting(what: str) -> Iterator[None]:
     """Shows on a terminal what is waited for, and for how long, where that takes more than `PATIENCE` seconds."""
+    if not notes_console.is_terminal:
+        yield
+        return
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     progress = Progress(*columns, console=notes_console, transient=True)
     progress.add_task(what, total=None)
     timer = Timer(PATIENCE, progress.start)
     timer.daemon = True
-    if notes_console.is_terminal:
-        timer.start()
+    timer.start()
     try:
         yield
     finally:
         timer.cancel()
-        if timer.is_alive():
-            timer.join()  # it may be about to show something
+        timer.join()  # it may be about to show something
         progress.stop()
 
 
