@@ -49,6 +49,9 @@ class Codec(nn.Module):
         encoder_blocks, decoder_blocks: how many [`CodecBlock`]s are on either side.
     """
 
+    middle: torch.Tensor
+    places: torch.Tensor
+
     def __init__(
         self,
         levels: Sequence[int] = (8, 5, 5, 5),
@@ -76,8 +79,8 @@ class Codec(nn.Module):
         self.decoder = nn.ModuleList([CodecBlock(width, 1 + index % 2) for index in range(decoder_blocks)])
         self.leave = nn.Linear(width, bins * stride)
         self.smooth = nn.Conv1d(bins, bins, 5, padding=2)
-        nn.init.zeros_(self.smooth.weight)
-        nn.init.zeros_(self.smooth.bias)
+        for parameter in self.smooth.parameters():
+            nn.init.zeros_(parameter)
         middle = (torch.tensor(levels, dtype=torch.float32) - 1) / 2
         places = [math.prod(levels[:index]) for index in range(len(levels))]
         self.register_buffer("middle", middle, persistent=False)

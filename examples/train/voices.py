@@ -20,8 +20,8 @@ RATE = 22050
 NAMES = ("heart", "rms")
 
 
-class MissingVoice(RuntimeError):
-    """A synthesiser is not installed; the message says how to install it."""
+class MissingVoice(ValueError):
+    """A synthesiser or the recogniser is not installed; the message says how to install it."""
 
 
 def _finish(samples: np.ndarray, rate: int) -> np.ndarray:
