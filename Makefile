@@ -112,11 +112,11 @@ ptx-core: $(RUNTIME_STAMP)
 
 # All of every kernel, into tests/ptx/checked.jsonl; interrupted, it goes on. PTX_ARGS="norm --arch 80" chooses.
 ptx-check: $(RUNTIME_STAMP)
-	$(PY) -m tests.ptx check --workers $(TEST_WORKERS) $(PTX_ARGS)
+	$(PY) -m tests.ptx check $(PTX_ARGS) --workers $(TEST_WORKERS)
 
 # Faults planted in compiled kernels for SECONDS, into out/ptx-mutants: which their tests see. Called again, it goes on.
 ptx-mutate: $(RUNTIME_STAMP)
-	$(PY) -m tests.ptx mutate --seconds $(SECONDS) $(PTX_ARGS)
+	$(PY) -m tests.ptx mutate $(PTX_ARGS) --seconds $(SECONDS)
 
 # In parts of at most GPU_SECONDS: called again, they go on. All is written to GPU_OUT as it comes, and the last line names
 # what failed. GPU_ARGS=--count tells without a GPU what would be run.

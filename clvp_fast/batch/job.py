@@ -17,6 +17,7 @@ from clvp_fast.batch.outcomes import Outcome, outcome_schema, shard_schema
 from clvp_fast.batch.progress import Watch, watching
 from clvp_fast.batch.settings import Settings
 from clvp_fast.batch.summary import write_summary
+from clvp_fast.engine.defaults import MEMORY_FRACTION
 from clvp_fast.io.files import UnwritableError, replacing, user_path
 
 logger = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ def run(
     shard_rows: int | None = None,
     ray: str | bool | None = None,
     workers: int | None = None,
-    memory_fraction: float = 0.9,
+    memory_fraction: float = MEMORY_FRACTION,
     progress: bool = True,
     **settings: Any,
 ) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+from clvp_fast.engine.defaults import DTYPES, SCORING_MODES, TEXT_CLEANINGS
 from clvp_fast.engine.sampling_params import SAMPLING, SamplingParams
 
 #: What a run finds out where it is not told, and what a run that goes on takes over from the one before.
@@ -51,16 +52,16 @@ class Settings:
     min_p: float = SamplingParams.min_p
     repetition_penalty: float = SamplingParams.repetition_penalty
     seed: int = 0
-    scoring: str = "padded"
+    scoring: str = SCORING_MODES[0]
     latents: bool = False
     embeddings: bool = False
     device: str | None = None
-    dtype: str = "float32"
+    dtype: str = DTYPES[0]
     int8_weights: bool = False
     float8_pages: bool = False
     batch_size: int | None = None
     threads: int | None = None
-    text_cleaning: str = "tortoise"
+    text_cleaning: str = TEXT_CLEANINGS[0]
 
     def __post_init__(self):
         for name in ("checkpoint", "voice"):
@@ -119,8 +120,8 @@ class Settings:
 
 
 _CHOICES = {
-    "scoring": ("padded", "trimmed"),
+    "scoring": SCORING_MODES,
     "device": (None, "cpu", "cuda"),
-    "dtype": ("float32", "bfloat16", "float16"),
-    "text_cleaning": ("tortoise", "transformers"),
+    "dtype": DTYPES,
+    "text_cleaning": TEXT_CLEANINGS,
 }

@@ -18,6 +18,7 @@ from clvp_fast.batch.rows import Row
 from clvp_fast.batch.settings import Settings
 from clvp_fast.checkpoint import Checkpoint, best_device, load_checkpoint
 from clvp_fast.engine.building import build_engine
+from clvp_fast.engine.defaults import MEMORY_FRACTION
 from clvp_fast.engine.engine import CandidateEngine
 from clvp_fast.engine.requests import CandidateRequest, CandidateResult
 from clvp_fast.engine.voice_files import load_voice
@@ -41,7 +42,7 @@ class Worker:
             `max_new_tokens` beyond the checkpoint's positions, too little memory, a half type without a kernel here.
     """
 
-    def __init__(self, settings: Settings, memory_fraction: float = 0.9):
+    def __init__(self, settings: Settings, memory_fraction: float = MEMORY_FRACTION):
         device = settings.device or best_device()
         if device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device 'cuda': torch sees no CUDA device here; use 'cpu', or leave it out")

@@ -5,6 +5,7 @@ import math
 import os
 
 from clvp_fast import __version__
+from clvp_fast.engine.defaults import DTYPES, MEMORY_FRACTION, SCORING_MODES, TEXT_CLEANINGS
 from clvp_fast.engine.sampling_params import NUM_CANDIDATES, PRESETS, RANGES, SamplingParams
 from clvp_fast.io.files import user_path
 
@@ -317,7 +318,7 @@ def _add_memory(parser) -> None:
     memory.add_argument(
         "--memory-fraction",
         type=_fraction,
-        default=0.9,
+        default=MEMORY_FRACTION,
         help="of the memory that is free, how much may be used beside the weights (default: %(default)s)",
     )
     memory.add_argument(
@@ -335,22 +336,22 @@ def _add_memory(parser) -> None:
 def _add_scoring(parser) -> None:
     parser.add_argument(
         "--scoring",
-        choices=("padded", "trimmed"),
-        default="padded",
+        choices=SCORING_MODES,
+        default=SCORING_MODES[0],
         help="padded: as Tortoise, all candidates at one length; trimmed: each at its own (default: %(default)s)",
     )
 
 
 def _add_device(parser) -> None:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights")
+    parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help="of the weights")
 
 
 def _add_text_cleaning(parser) -> None:
     parser.add_argument(
         "--text-cleaning",
-        choices=("tortoise", "transformers"),
-        default="tortoise",
+        choices=TEXT_CLEANINGS,
+        default=TEXT_CLEANINGS[0],
         help="how numbers, years and accents are spelt out; checkpoints were trained with tortoise's (default)",
     )
 

@@ -18,6 +18,7 @@ import torch
 from clvp_fast.checkpoint import best_device, load_checkpoint
 from clvp_fast.engine.calls import Call, Listener, Pending, tell
 from clvp_fast.engine.decode_loop import Job
+from clvp_fast.engine.defaults import MEMORY_FRACTION, PAGE_SIZE, SCORING_MODES, TEXT_CLEANINGS
 from clvp_fast.engine.door import Door, token_limit
 from clvp_fast.engine.memory import MemoryPlan, default_batch, free_bytes, plan, trim_heap
 from clvp_fast.engine.ranking import Ranker
@@ -77,11 +78,11 @@ class CandidateEngine:
         max_batch: int | None = None,
         max_new_tokens: int | None = None,
         num_pages: int | None = None,
-        memory_fraction: float = 0.9,
-        page_size: int = 16,
+        memory_fraction: float = MEMORY_FRACTION,
+        page_size: int = PAGE_SIZE,
         page_dtype: torch.dtype | None = None,
         weight_dtype: torch.dtype | None = None,
-        scoring: str = "padded",
+        scoring: str = SCORING_MODES[0],
         scorer: Scorer | None = None,
         latents: bool = False,
         deterministic: bool = False,
@@ -89,7 +90,7 @@ class CandidateEngine:
     ):
         if scorer is not None:
             check_scorer(scorer)
-            if scoring != "padded":
+            if scoring != SCORING_MODES[0]:
                 raise ValueError(
                     f"scoring={scoring!r} is how the model's own encoders score: leave it out with a scorer"
                 )
@@ -125,7 +126,7 @@ class CandidateEngine:
         *,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype = torch.float32,
-        text_cleaning: str = "tortoise",
+        text_cleaning: str = TEXT_CLEANINGS[0],
         **options,
     ) -> "CandidateEngine":
         """The engine of a checkpoint: "demo", a folder, or a hub id.

@@ -7,14 +7,13 @@ from typing import overload
 import numpy as np
 import torch
 
+from clvp_fast.engine.defaults import SCORING_MODES
 from clvp_fast.engine.requests import CandidateRequest
 from clvp_fast.engine.sampling_params import SamplingParams
 from clvp_fast.engine.scoring import Ranking
 from clvp_fast.models.clvp.modeling import ClvpModelForConditionalGeneration
 from clvp_fast.models.clvp.similarity import normalized
 from clvp_fast.models.clvp.tokens import end_text, finished_codes, known_codes, stop_token, text_end
-
-MODES = ("padded", "trimmed")
 
 
 class Ranker:
@@ -38,7 +37,7 @@ class Ranker:
         self,
         model: ClvpModelForConditionalGeneration,
         *,
-        mode: str = "padded",
+        mode: str = SCORING_MODES[0],
         pad_to: int = SamplingParams.max_new_tokens + 1,
         max_tokens: int | None = None,
     ):
@@ -51,8 +50,8 @@ class Ranker:
 
     @staticmethod
     def _settings(mode: str, pad_to: int) -> tuple[str, int]:
-        if mode not in MODES:
-            raise ValueError(f"mode must be one of {', '.join(MODES)}, not {mode!r}")
+        if mode not in SCORING_MODES:
+            raise ValueError(f"mode must be one of {', '.join(SCORING_MODES)}, not {mode!r}")
         if mode == "padded" and pad_to < 2:
             raise ValueError(f"pad_to must be at least 2, the start token and one code, not {pad_to}")
         return mode, pad_to

@@ -277,11 +277,13 @@ class Runner:
             return f"the decoder is {found[0]} on {found[1]} now, and its pages were made for {dtype} on {device}"
         if self._copied is not None and (name := self._copied.changed()) is not None:
             return f"parameter {name} of the decoder was changed or moved after copies were made in 8 bits"
-        if (self._graphs or self._persistent is not None) and self.decoder.has_moved:
-            return "parameters of the decoder were moved after steps were captured that read them where they lay"
-        if self.decoder.weight_dtype is not None and self.decoder.has_moved:
-            return "parameters of the decoder were moved after copies of others were made in 8 bits"
-        return None
+        if self._graphs or self._persistent is not None:
+            made = "steps were captured that read them where they lay"
+        elif self.decoder.weight_dtype is not None:
+            made = "copies of others were made in 8 bits"
+        else:
+            return None  # they are followed
+        return f"parameters of the decoder were moved after {made}" if self.decoder.has_moved else None
 
     def _make_persistent(self) -> None:
         tables = (self.slots.tensors[name].shape[1] for name in ("block_table", "prefix_table"))

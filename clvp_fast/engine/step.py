@@ -121,7 +121,13 @@ def _behind_attention(
             bind_add_norm((between, normed), room, out, residual, **norm),
         ]
     if layer.activation is None:
-        return [*calls, copying(partial(layer.mlp, normed, between), residual)]
+        wide = room("widened", len(normed), len(layer.mlp_in.weight), dtype=normed.dtype)
+        return [
+            *calls,
+            layer.mlp_in.bind(wide, room, normed),
+            copying(partial(layer.act, wide), wide),
+            layer.mlp_out.bind(residual, room, wide, between),
+        ]
     return [*calls, bind_gelu_mlp(residual, room, normed, **layer.block(), residual=between)]
 
 

@@ -103,8 +103,8 @@ def _decode_triton(
         return out
     own, prefix = (0 if table is None else table.shape[1] * k_pages.shape[1] for table in (block_table, prefix_table))
     parts = kernels.parts(own, prefix)
-    room = num_candidates * num_heads * parts * (head_dim + 2) if parts > 1 else 0
-    partial = torch.empty(room, dtype=torch.float32, device=q.device)
+    partial_sums = num_candidates * num_heads * parts * (head_dim + 2) if parts > 1 else 0
+    partial = torch.empty(partial_sums, dtype=torch.float32, device=q.device)
     if arrivals is None:
         # Nothing is counted where there is nothing to merge: then no launch for zeros.
         make = torch.zeros if parts > 1 else torch.empty

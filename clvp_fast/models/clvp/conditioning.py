@@ -7,7 +7,7 @@ from torch.utils.checkpoint import checkpoint
 
 from clvp_fast.models.clvp.configuration import ClvpConfig
 from clvp_fast.models.clvp.layers import ClvpSelfAttention
-from clvp_fast.models.clvp.tokens import PaddedText, insert_eos_at_first_pad, most_text, text_end
+from clvp_fast.models.clvp.tokens import PaddedText, insert_eos_at_first_pad, most_text, text_begin, text_end
 from clvp_fast.models.common.convolution import Conv1d
 from clvp_fast.models.common.plain import is_plain
 
@@ -95,7 +95,7 @@ class ClvpConditioningEncoder(nn.Module):
             raise ValueError(
                 f"attention_mask must be {list(tokens.shape[:2])} as the text is, got {list(attention_mask.shape)}"
             )
-        bos, eos = self.text_config.bos_token_id, text_end(self.text_config)
+        bos, eos = text_begin(self.text_config), text_end(self.text_config)
         text = PaddedText(tokens, attention_mask)
         if inputs_embeds is None and not by_mask:
             ids = insert_eos_at_first_pad(F.pad(tokens, (1, 0), value=bos), 0, eos)
