@@ -5,6 +5,7 @@ import math
 import os
 
 from clvp_fast import __version__
+from clvp_fast.cli.helping import HELP, Parser
 from clvp_fast.engine.defaults import DTYPES, MEMORY_FRACTION, SCORING_MODES, TEXT_CLEANINGS
 from clvp_fast.engine.sampling_params import NUM_CANDIDATES, PRESETS, RANGES, SamplingParams
 from clvp_fast.io.files import user_path
@@ -12,8 +13,10 @@ from clvp_fast.io.files import user_path
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of `clvp-fast`; `command` names the module of `clvp_fast.cli` that runs it."""
-    parser = argparse.ArgumentParser(
-        prog="clvp-fast", description="CLVP: text and a voice clip to ranked speech candidates."
+    parser = Parser(
+        prog="clvp-fast",
+        description="CLVP: text and a voice clip to ranked speech candidates.",
+        epilog="`clvp-fast COMMAND --help` ends with examples.",
     )
     parser.add_argument("--version", action="version", version=f"clvp-fast {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -22,6 +25,10 @@ def build_parser() -> argparse.ArgumentParser:
     everywhere.add_argument("--json", action="store_true", help="print the result as JSON; notes stay on stderr")
     for add in (_generate, _batch, _score, _mel, _convert, _info, _bench):
         add(commands, everywhere)
+    for name, (usage, shown, examples) in HELP.items():
+        command = commands.choices[name]
+        command.usage = f"clvp-fast {name} {usage}"
+        command.shorten(shown.split(), examples)
     return parser
 
 
@@ -64,6 +71,11 @@ def _generate(commands, everywhere) -> None:
         "--seed", type=_sampling["seed"], default=0, help="of the random choices (default: %(default)s)"
     )
     more = parser.add_argument_group("more results")
+    more.add_argument(
+        "--listen",
+        action="store_true",
+        help="write the kept candidates as recordings and report.html to hear them on, if the checkpoint has a vocoder",
+    )
     more.add_argument("--latents", action="store_true", help="write the decoder's latents of the kept candidates too")
     more.add_argument(
         "--save-voice", type=_path, metavar="FILE", help="save the voice, to be given as --voice without its recordings"
