@@ -23,6 +23,7 @@ from clvp_fast.demo import demo_checkpoint
 from clvp_fast.io.errors import cut
 from clvp_fast.io.files import user_path
 from clvp_fast.models.clvp.tokens import most_text
+from clvp_fast.vocoder import Vocoder, load_vocoder
 
 _JSON_FILES = ("config.json", "vocab.json", "preprocessor_config.json")
 _OPTIONAL_JSON_FILES = ("generation_config.json", "tokenizer_config.json", "model.safetensors.index.json")
@@ -38,12 +39,13 @@ _LONGEST_TEXT, _SHOWN = 1 << 16, 81
 
 @dataclass
 class Checkpoint:
-    """A loaded model with what prepares its input."""
+    """A loaded model with what prepares its input, and what makes sound of its output, where the checkpoint has it."""
 
     name: str
     model: ClvpModelForConditionalGeneration
     tokenizer: ClvpTokenizer
     feature_extractor: ClvpFeatureExtractor
+    vocoder: Vocoder | None = None
 
     @property
     def processor(self) -> ClvpProcessor:
@@ -177,7 +179,8 @@ def load_checkpoint(
         raise ValueError(f"{told}; {meant}" if meant else told) from error
     _check_tensors(name, report)
     _check_vocabulary(name, tokenizer, config)
-    return Checkpoint(str(name), model.to(device).eval(), tokenizer, feature_extractor)
+    vocoder = load_vocoder(source, feature_extractor) if isinstance(source, Path) else None
+    return Checkpoint(str(name), model.to(device).eval(), tokenizer, feature_extractor, vocoder)
 
 
 def load_clap(

@@ -63,14 +63,15 @@ def build_demo(folder: Path) -> None:
     """Writes the `demo` checkpoint into the empty `folder`."""
     from clvp_fast import ClvpFeatureExtractor, ClvpTokenizer
 
-    _write_vocabulary(folder)
+    write_vocabulary(folder)
     tokenizer = ClvpTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
     tokenizer.save_pretrained(folder)
     ClvpFeatureExtractor().save_pretrained(folder)
     _demo_model().save_pretrained(folder)
 
 
-def _write_vocabulary(folder: Path) -> None:
+def write_vocabulary(folder: Path) -> None:
+    """Writes the files of a vocabulary of letters, marks and pairs of frequent words into `folder`."""
     merges = [merge.strip() for merge in _MERGES.replace("\n", " ").split(",")]
     tokens = ["[STOP]", "[UNK]", "[SPACE]", *_PUNCTUATION, *_LETTERS, *(merge.replace(" ", "") for merge in merges)]
     vocabulary = {token: index for index, token in enumerate(tokens)}

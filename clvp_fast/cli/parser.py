@@ -65,6 +65,11 @@ def _generate(commands, everywhere) -> None:
         "--seed", type=_sampling["seed"], default=0, help="of the random choices (default: %(default)s)"
     )
     more = parser.add_argument_group("more results")
+    more.add_argument(
+        "--listen",
+        action="store_true",
+        help="write the kept candidates as recordings and report.html to hear them on, if the checkpoint has a vocoder",
+    )
     more.add_argument("--latents", action="store_true", help="write the decoder's latents of the kept candidates too")
     more.add_argument(
         "--save-voice", type=_path, metavar="FILE", help="save the voice, to be given as --voice without its recordings"

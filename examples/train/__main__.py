@@ -1,0 +1,117 @@
+"""Trains the demo's checkpoint: `python -m examples.train`, again and again until it is done.
+
+Two processes of one thread each: this one trains, and one that it starts makes speech, codes and labelled candidates.
+Whatever ends them, called again they go on.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from clvp_fast.io.errors import sentence
+from clvp_fast.io.files import UnwritableError
+from examples.train import candidates, data, evaluate, model, train_decoder, train_scorer
+from examples.train.state import STOP, Interrupted, home, note
+from examples.train.train_codec import make_codec, train_codec
+from examples.train.voices import MissingVoice
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much of everything. All of it takes about 8 hours of a CPU's time on two cores with AVX2."""
+
+    speech_files: int = 10
+    codec_steps: int = 9000
+    code_files: int = 600
+    decoder_steps: int = 12000
+    decoder_steps_before_candidates: int = 2500
+    candidate_files: int = 60
+    scorer_steps: int = 5000
+
+
+PLAN = Plan()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m examples.train", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command")
+    commands.add_parser("train", help="all that is left to do (the default)")
+    commands.add_parser("material", help="speech, codes and candidates alone, as the process beside the training does")
+    export = commands.add_parser("export", help="the checkpoint folder of what is trained so far")
+    export.add_argument("folder", type=Path)
+    judged = commands.add_parser("evaluate", help="word errors of candidates, and what their ranking gains")
+    judged.add_argument("--sentences", type=int, default=100)
+    judged.add_argument("--candidates", type=int, default=16)
+    judged.add_argument("--kind", choices=("open", "closed"), default="open")
+    commands.add_parser("round-trip", help="word errors of the codec by itself")
+    parser.set_defaults(command="train", parent=None)
+    given = parser.parse_args(arguments)
+
+    torch.set_num_threads(1)
+    STOP.listen(int(os.environ["CLVP_FAST_TRAIN_PARENT"]) if "CLVP_FAST_TRAIN_PARENT" in os.environ else None)
+    try:
+        folder = home()
+        if given.command == "train":
+            train(folder)
+        elif given.command == "material":
+            material(folder)
+        elif given.command == "export":
+            print(f"wrote {model.export(folder, given.folder)}")
+        elif given.command == "evaluate":
+            print(json.dumps(evaluate.evaluate(folder, given.sentences, given.candidates, given.kind)))
+        else:
+            print(json.dumps(evaluate.round_trip(folder)))
+    except Interrupted:
+        print("interrupted, and all is saved: the same command goes on", flush=True)
+        return 143
+    except (MissingVoice, UnwritableError) as error:
+        print(f"error: {sentence(error)}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def train(folder: Path, plan: Plan = PLAN) -> None:
+    """Codec, decoder and scorer, with the other process beside it, as far as they are not done."""
+    codec = make_codec()
+    train_codec(folder, codec, plan.codec_steps, plan.speech_files)
+    data.load_codec(folder, codec)
+    command = [sys.executable, "-m", "examples.train", "material"]
+    helper = subprocess.Popen(command, env=os.environ | {"CLVP_FAST_TRAIN_PARENT": str(os.getpid())})
+    try:
+        _wait_for_codes(folder, helper)
+        clvp = model.make_model(model.configuration(codec.num_codes, model.silence_of(codec)))
+        train_decoder.train_decoder(folder, clvp, codec, plan.decoder_steps)
+        train_scorer.train_scorer(folder, clvp, plan.scorer_steps)
+        if helper.wait():
+            raise RuntimeError(f"the process that makes speech and candidates ended with {helper.returncode}")
+    finally:
+        helper.terminate()
+        helper.wait()
+    note(folder, stage="done")
+
+
+def _wait_for_codes(folder: Path, helper: subprocess.Popen) -> None:
+    """Until there are codes to begin with."""
+    while len(list((folder / "codes").glob("*.npz"))) < 5:
+        STOP.check()
+        if helper.poll() is not None:
+            raise RuntimeError(f"the process that makes speech ended with {helper.returncode} and made none")
+        STOP.wait(2)
+
+
+def material(folder: Path, plan: Plan = PLAN) -> None:
+    """Codes, then candidates, as far as they are not there."""
+    codec = data.load_codec(folder, make_codec())
+    data.make_held_out(folder, codec)
+    data.stream_codes(folder, codec, plan.code_files)
+    candidates.make_candidates(folder, plan.candidate_files, plan.decoder_steps_before_candidates)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
