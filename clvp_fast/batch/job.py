@@ -69,7 +69,7 @@ def run(
         settings: as [`Settings`]: `checkpoint`, `voice`, `keep`, `num_candidates`, `dtype` and so on.
 
     Returns:
-        What stands in `out`/summary.json: counts of rows, candidates, tokens and failures, seconds, rates.
+        The content of `out`/summary.json: counts of rows, candidates, tokens and failures, seconds, rates.
 
     Raises:
         ValueError, FileNotFoundError: an input, a checkpoint or a setting that cannot be, or another than the job in
@@ -107,7 +107,7 @@ def run(
 
 
 def _absolute(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings that mean the same wherever the job goes on from; links are kept, as what they lead to may move."""
+    """Make settings that mean the same wherever the job goes on from; links are kept, as their targets may move."""
     places = {}
     for name in ("checkpoint", "voice"):
         place = settings.get(name)
@@ -117,7 +117,7 @@ def _absolute(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _identity(source: Path, manifest: dict | None, given: Settings, shard_rows: int | None) -> dict[str, Any]:
-    """What is known of the job before its rows are read; the same as in `manifest` if there is one."""
+    """Tell what is known of the job before its rows are read; the same as in `manifest` if there is one."""
     digest = digest_of(source)
     if manifest is None:
         default = SHARD_ROWS_WITH_LATENTS if given.latents else SHARD_ROWS
@@ -150,7 +150,7 @@ def _check_checkpoint(manifest: dict | None, found: dict[str, Any]) -> None:
 
 
 def _rows(folder: JobFolder, source: Path, shard_rows: int, manifest: dict | None, progress: bool) -> RowFile:
-    """The job's copy of its rows, made at its beginning, and again where it is damaged."""
+    """Return the job's copy of its rows, made at its beginning, and again where it is damaged."""
     if manifest is not None:
         try:
             return RowFile(folder.rows)
@@ -185,6 +185,7 @@ class Here:
         self._worker = worker
 
     def description(self) -> dict[str, Any]:
+        """Describe the worker, for the job's manifest."""
         return self._worker.description()
 
     def outcomes(self, path: Path, tasks: list[Task]) -> Iterator[Outcome]:
@@ -216,7 +217,7 @@ class _Shard:
         return True
 
     def write(self) -> None:
-        """What was added goes to the journal."""
+        """Write the rows that were added to the journal."""
         waiting, self._waiting = self._waiting, []
         self._journal.add(waiting)
 
@@ -234,7 +235,7 @@ class _Job:
     """
 
     def __init__(self, folder: JobFolder, rows: RowFile, settings: Settings, retry_failed: bool, progress: bool):
-        """Looks through what is there: whole shards are done, damaged ones are not."""
+        """Look through the shards that are there: whole ones are done, damaged ones are not."""
         self._folder, self._rows, self._digest = folder, rows, settings.digest
         self._result_schema, self._outcome_schema = shard_schema(settings), outcome_schema(settings)
         self._shards: dict[int, _Shard] = {}
@@ -248,7 +249,7 @@ class _Job:
             folder.write_failures(self._look_through(retry_failed, watch))
 
     def _look_through(self, retry_failed: bool, watch: Watch) -> Iterator[dict[str, Any]]:
-        """The failures of whole shards that are not tried again, while the tasks are found."""
+        """Keep the failures of whole shards that are not tried again, while the tasks are found."""
         for shard in range(self._rows.num_shards):
             yield from self._look_at(shard, retry_failed)
             watch.reach(shard + 1)

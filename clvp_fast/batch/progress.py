@@ -24,7 +24,7 @@ def watching(what: str, total: int, done: int, hidden: bool) -> Iterator["Watch"
 
 
 class Watch:
-    """What a bar shows."""
+    """The counts behind a bar."""
 
     def __init__(self, progress: Progress, what: str, total: int, done: int):
         self._progress = progress

@@ -1,4 +1,4 @@
-"""What `generate` is asked for: each text in each voice, with a place for its results."""
+"""The items of `generate`: each text in each voice, with a place for its results."""
 
 import argparse
 import re
@@ -63,7 +63,7 @@ def read_texts(arguments: argparse.Namespace) -> list[str]:
 def gather(checkpoint: Checkpoint, texts: list[str], arguments: argparse.Namespace) -> list[Item]:
     """Every text in every voice, voice by voice.
 
-    What cannot be spoken is an error where it is all that was asked for; among others it is put down in its item.
+    An item that cannot be spoken is an error where it is the only one; among others the reason is put down in it.
     """
     places = arguments.voice
     alone = arguments.texts is None and len(texts) == len(places) == 1

@@ -38,7 +38,7 @@ class Recording:
 
 @dataclass
 class Sound:
-    """What was decoded: the mono `samples` `[time]` that are used, the whole length, and what was changed, if any."""
+    """A decoded recording: the mono `samples` `[time]` that are used, its whole length, and the changes, if any."""
 
     recording: Recording
     samples: np.ndarray
@@ -48,7 +48,7 @@ class Sound:
 
 @dataclass
 class Outcome:
-    """What became of the recordings.
+    """The outcome of the recordings.
 
     rows: one for each that gave features. failed: the others, with the reason. changes: how many were mixed down or
     resampled. shown: names and features of the first ones, for the overview.
@@ -111,7 +111,7 @@ def extract(recordings: list[Recording], extractor, folder: Path, arguments: arg
 def find_recordings(places: list[str]) -> list[Recording]:
     """The recordings that `places` name, each a file or a folder with recordings in it at any depth.
 
-    A folder's sub-folders are kept in the names. What begins with a dot in a folder is left out.
+    A folder's sub-folders are kept in the names. Names that begin with a dot are left out.
 
     Raises:
         ValueError: a folder without a recording, or two recordings of one name.
