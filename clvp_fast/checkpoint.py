@@ -3,6 +3,7 @@
 import json
 import struct
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import cast
 
@@ -78,8 +79,21 @@ def _folder_or_id(name: str | Path, known: str, required: tuple[str, ...]) -> st
             f"a checkpoint is a folder, and {path} is a file; `clvp-fast convert` makes one from .pth files"
         )
     if isinstance(name, Path) or str(name).count("/") != 1 or str(name).startswith((".", "~", "/")):
-        raise FileNotFoundError(f"there is no checkpoint folder {path}; give {known}, or a hub id as owner/name")
+        raise FileNotFoundError(
+            f"there is no checkpoint folder {path}; {_meant(name)}give {known}, or a hub id as owner/name"
+        )
     return str(name)
+
+
+def _meant(name: str | Path) -> str:
+    """The question whether the folder beside `name`, or the demo, that is called nearly so was meant; or ""."""
+    path = Path(name)
+    try:
+        beside = [one.name for one in path.parent.iterdir() if one.is_dir()] if path.parent.is_dir() else []
+    except OSError:
+        beside = []
+    near = next(iter(get_close_matches(path.name, [*beside, *["demo"] * (str(name) == path.name)], 1)), None)
+    return "" if near is None else f"did you mean {path.with_name(near)}? Or "
 
 
 def check_folder(folder: Path, required: tuple[str, ...]) -> None:
@@ -159,7 +173,9 @@ def load_checkpoint(
             source, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
         )
     except Exception as error:  # whatever a strange file makes of transformers' many loaders
-        raise ValueError(f"checkpoint {name} cannot be loaded: {_first_sentence(error)}") from error
+        meant = "" if Path(source).is_dir() else _meant(name).removesuffix(" Or ")
+        told = f"checkpoint {name} cannot be loaded: {_first_sentence(error)}"
+        raise ValueError(f"{told}; {meant}" if meant else told) from error
     _check_tensors(name, report)
     _check_vocabulary(name, tokenizer, config)
     vocoder = load_vocoder(source, feature_extractor) if isinstance(source, Path) else None

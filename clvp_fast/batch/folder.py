@@ -30,8 +30,9 @@ import pyarrow.parquet as pq
 from clvp_fast.batch.outcomes import Outcome, from_table, to_table
 from clvp_fast.io.files import UnwritableError, json_text, replacing, write_json
 
-#: Rises with every change of what settings mean; from 1 to 2 `top_k` became 50 where Python says nothing of it.
-FORMAT = "clvp_fast.batch.2"
+#: Rises with every change of what settings mean. In 2 `top_k` is 50 where Python says nothing of it; in 3 the
+#: repetition penalty sees the original's prompt, and latents are those of its second pass.
+FORMAT = "clvp_fast.batch.3"
 _KEY = b"clvp_fast"
 
 

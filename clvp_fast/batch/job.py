@@ -51,8 +51,8 @@ def run(
     `candidate` (of so many `candidates`), `codes` (speech tokens before the stop), `length`, `stopped` (it came to its
     end by itself), `score`, `tokens` (drawn for the row in all), `seed`, `settings` (a hash), `timings` in seconds,
     `remarks` (sentences on what was cut, resampled, left out or written in Latin letters of its text and voice); with
-    `embeddings` also `text_embedding` and `speech_embedding` `[projection_dim]`, and with `latents` the decoder's
-    `latents` `[tokens, hidden_size]`.
+    `embeddings` also `text_embedding` and `speech_embedding` `[projection_dim]`, and with `latents` those that
+    Tortoise's diffusion takes, `latents` `[codes and the silence behind, hidden_size]`.
 
     Args:
         input: JSON lines, CSV or Parquet by its name, with columns `id`, `text`, `voice` (a recording, a folder of

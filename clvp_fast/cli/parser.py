@@ -5,6 +5,7 @@ import math
 import os
 
 from clvp_fast import __version__
+from clvp_fast.cli.helping import HELP, Parser
 from clvp_fast.engine.defaults import DTYPES, MEMORY_FRACTION, SCORING_MODES, TEXT_CLEANINGS
 from clvp_fast.engine.sampling_params import NUM_CANDIDATES, PRESETS, RANGES, SamplingParams
 from clvp_fast.io.files import user_path
@@ -12,8 +13,10 @@ from clvp_fast.io.files import user_path
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of `clvp-fast`; `command` names the module of `clvp_fast.cli` that runs it."""
-    parser = argparse.ArgumentParser(
-        prog="clvp-fast", description="CLVP: text and a voice clip to ranked speech candidates."
+    parser = Parser(
+        prog="clvp-fast",
+        description="CLVP: text and a voice clip to ranked speech candidates.",
+        epilog="`clvp-fast COMMAND --help` ends with examples.",
     )
     parser.add_argument("--version", action="version", version=f"clvp-fast {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -22,6 +25,10 @@ def build_parser() -> argparse.ArgumentParser:
     everywhere.add_argument("--json", action="store_true", help="print the result as JSON; notes stay on stderr")
     for add in (_generate, _batch, _score, _mel, _convert, _info, _bench):
         add(commands, everywhere)
+    for name, (usage, shown, examples) in HELP.items():
+        command = commands.choices[name]
+        command.usage = f"clvp-fast {name} {usage}"
+        command.shorten(shown.split(), examples)
     return parser
 
 

@@ -81,6 +81,7 @@ class Watch:
         left = f"left: {timedelta(seconds=round((self.limit - self.tokens) / rate))} at most" if rate else ""
         self._progress.update(
             self._task,
+            description="decoding" if self.tokens < self.limit else "ranking",
             completed=self.tokens,
             total=self.limit,
             ended=f"{self.ended} of {self.candidates} candidates",

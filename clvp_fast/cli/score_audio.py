@@ -32,7 +32,8 @@ def run(arguments: argparse.Namespace) -> None:
     if not arguments.debug:
         report.quiet_transformers()
     name = arguments.checkpoint or DEFAULT_CHECKPOINT
-    model, processor = load_clap(name, device=device_for(arguments), dtype=getattr(torch, arguments.dtype))
+    with report.waiting(f"loading {name}"):
+        model, processor = load_clap(name, device=device_for(arguments), dtype=getattr(torch, arguments.dtype))
     failed: list[tuple[Path, Exception]] = []
     remarks: dict[Path, str] = {}
     embeds, heard = embed_recordings(model, processor, paths, arguments.seed, failed, remarks)

@@ -27,13 +27,14 @@ class Door:
 
     Args:
         model, processor: of the checkpoint.
+        text_ends: how many end tokens a prompt has behind its text.
 
     Raises:
         ValueError: a model with hooks, adapters or replaced modules, which an engine would not call.
     """
 
-    def __init__(self, model, processor):
-        self.model, self.processor = model, processor
+    def __init__(self, model, processor, text_ends: int = 2):
+        self.model, self.processor, self._text_ends = model, processor, text_ends
         self._plain = PlainModel(model)
         self.voices = VoiceCache(model, processor.feature_extractor)
 
@@ -63,7 +64,7 @@ class Door:
     def prompt(self, request: CandidateRequest, text_ids: torch.Tensor) -> torch.Tensor:
         """`[1 + text, hidden_size]`: what the candidates continue, without the start token."""
         encoder = self.model.conditioning_encoder
-        text, _ = encoder.prompt_text(text_ids[None].to(self.model.device))
+        text, _ = encoder.prompt_text(text_ids[None].to(self.model.device), num_ends=self._text_ends)
         return encoder.join(self.voices.conditioning(self.voice(request)), text)[0]
 
     def voice(self, request: CandidateRequest) -> Voice:

@@ -20,6 +20,7 @@ from clvp_fast.engine.calls import Call, Listener, Pending, tell
 from clvp_fast.engine.decode_loop import Job
 from clvp_fast.engine.defaults import MEMORY_FRACTION, PAGE_SIZE, SCORING_MODES, TEXT_CLEANINGS
 from clvp_fast.engine.door import Door, token_limit
+from clvp_fast.engine.latents import diffusion_latents
 from clvp_fast.engine.memory import MemoryPlan, default_batch, free_bytes, plan, trim_heap
 from clvp_fast.engine.ranking import Ranker
 from clvp_fast.engine.requests import CandidateRequest, CandidateResult
@@ -57,7 +58,10 @@ class CandidateEngine:
             have to be made anew.
         scoring: "padded", as the original scores, or "trimmed" ([`Ranker`] explains them).
         scorer: a [`Scorer`] that ranks candidates in place of `model`'s own encoders.
-        latents: keep the decoder's states of the candidates, for the `latents` of results.
+        latents: results have the latents of their best candidates, as Tortoise hands them to its diffusion: a second
+            pass over the codes of each (`diffusion_latents` tells which).
+        text_ends: how many end tokens a prompt has behind its text: the two that Tortoise's API gives, or one for ids
+            that bring the other.
         deterministic: decode at one fixed number of rows, so that in half types too the bits of a candidate cannot
             depend on the batch.
         persistent: steps of up to four candidates run as one launch, for who waits for few of them, on a CUDA device in
@@ -85,6 +89,7 @@ class CandidateEngine:
         scoring: str = SCORING_MODES[0],
         scorer: Scorer | None = None,
         latents: bool = False,
+        text_ends: int = 2,
         deterministic: bool = False,
         persistent: bool = False,
     ):
@@ -94,7 +99,7 @@ class CandidateEngine:
                 raise ValueError(
                     f"scoring={scoring!r} is how the model's own encoders score: leave it out with a scorer"
                 )
-        self._door = Door(model, processor)
+        self._door = Door(model, processor, text_ends)
         self.model, self.processor = model, processor
         self._take_model()
         self.scorer: Scorer = Ranker(model, mode=scoring) if scorer is None else scorer
@@ -105,7 +110,6 @@ class CandidateEngine:
             page_size=page_size,
             page_dtype=page_dtype,
             weight_dtype=weight_dtype,
-            latents=latents,
         )
         # Functions and no methods: an engine that nobody holds frees its pages at once.
         self._work = Work(
@@ -113,7 +117,7 @@ class CandidateEngine:
             partial(_planned, decoder, memory_fraction, num_pages, sizes),
             partial(_runner, decoder, sizes | dict(deterministic=deterministic, persistent=persistent)),
             default_batch(model.device) if max_batch is None else max_batch,
-            latents,
+            partial(diffusion_latents, decoder) if latents else None,
         )
         trim_heap()  # behind copies of weights
         # A turn computes for all threads: the autocast of the one that has it is not theirs.

@@ -249,6 +249,7 @@ def _sampling_params(settings: GenerationConfig, max_new_tokens: int, stop_token
         do_sample=bool(settings.do_sample),
         max_new_tokens=max_new_tokens,
         stop_token=stop_token,
+        penalize_prompt=False,
         **{name: neutral[name] if value is None else value for name, value in values.items()},
     )
 

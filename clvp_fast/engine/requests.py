@@ -98,7 +98,8 @@ class CandidateResult:
         text_embeds: `[projection_dim]` float32; speech_embeds: `[num_candidates, projection_dim]` float32; normalised.
             None of a scorer that embeds nothing.
         kept: `[keep]` int64, indices of the best candidates, the best first.
-        latents: the decoder's hidden states over each kept candidate's codes, by its index; None if not asked for.
+        latents: by the index of each kept candidate `[1, latents, hidden_size]` float32, what Tortoise's diffusion
+            takes: a state for each code and for eight codes of silence behind them; None if not asked for.
         timings: seconds of `prepare`, `queue`, `decode` and `rank`.
         error: None, or why the request failed; all fields but `request` and `timings` are then None.
     """

@@ -119,13 +119,14 @@ def _decode_triton(
 
 
 def _prefill_triton(q, k, v, cu_seqlens, k_pages, v_pages, block_table, scale, k_scale=None, v_scale=None):
-    from clvp_fast.kernels import paged_attention as kernels
+    """kernels/paged_prefill.py."""
+    from clvp_fast.kernels.paged_prefill import paged_prefill
 
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     if out.numel() == 0:
         return out
     *rows, block_table, k_scale, v_scale = _contiguous_last(q, k, v, cu_seqlens, block_table, k_scale, v_scale)
-    kernels.paged_prefill(*rows, k_pages, v_pages, block_table, scale, k_scale, v_scale, out=out)
+    paged_prefill(*rows, k_pages, v_pages, block_table, scale, k_scale, v_scale, out=out)
     return out
 
 
@@ -400,9 +401,11 @@ def paged_prefill(
     Args:
         q, k, v: `[T, H, D]`, of one dtype, the sequences one after another.
         cu_seqlens: `[S + 1]` int32: sequence s has rows `cu_seqlens[s]` to `cu_seqlens[s + 1]`, none perhaps; the last
-            entry is T.
+            entry is T. Where entries descend, sequences overlap: a row that several have holds the result of any of
+            them, or nothing, and no other memory is read or written. Debug mode refuses them.
         k_pages, v_pages: `[num_pages, page_size, H, D]`, of one dtype.
-        block_table: `[S, max_pages]` int32, the pages of each sequence.
+        block_table: `[S, max_pages]` int32, the pages of each sequence. A slot that several sequences have holds
+            the key and value of any of them.
         scale: of the scores; default `D ** -0.5`.
         k_scale, v_scale: as for `paged_attention_decode`; the attention itself takes k and v as they are.
 

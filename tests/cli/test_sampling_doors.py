@@ -90,7 +90,7 @@ def test_all_doors_have_the_same_settings_of_the_engine():
 
 
 def test_all_doors_have_the_same_names():
-    assert set(SAMPLING) == set(inspect.signature(SamplingParams).parameters) - {"stop_token"}
+    assert set(SAMPLING) == set(inspect.signature(SamplingParams).parameters) - {"stop_token", "penalize_prompt"}
     assert set(SAMPLING) - {"do_sample"} == set(RANGES) - {"stop_token"}
     assert set(SAMPLING) <= set(Settings().as_dict())
 

@@ -46,8 +46,8 @@ def convert_tortoise_checkpoint(
     """
     decoder_side = Original("the autoregressive checkpoint", autoregressive)
     encoder_side = Original("the CLVP checkpoint", clvp)
-    config = ClvpConfig(**_decoder_config(decoder_side), **encoder_configs(encoder_side))
-    _check_pair(config, decoder_side, encoder_side)
+    config = ClvpConfig(**decoder_configs(decoder_side), **encoder_configs(encoder_side))
+    check_pair(config, decoder_side, encoder_side)
 
     weights = decoder_side.convert(decoder_rules(config), dtype)
     weights |= encoder_side.convert(encoder_rules(config), dtype)
@@ -142,8 +142,8 @@ class Original:
             )
         return hidden_size // HEAD_DIM
 
-    def convert(self, rules: Iterable[Rule], dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
-        rules = list(rules)
+    def check(self, rules: list[Rule]) -> None:
+        """Raise `ValueError` where tensors are missing, too many, or of another shape than `rules` say."""
         missing = [rule.source for rule in rules if rule.source not in self.tensors]
         if missing:
             raise ValueError(self._lacks(missing))
@@ -154,7 +154,6 @@ class Original:
                 f"{self.name} has {_listed(unknown)}, which this kind of Tortoise checkpoint does not have: nothing "
                 "was converted, for it would be lost"
             )
-        weights = {}
         for rule in rules:
             tensor = self.tensors[rule.source]
             if tuple(tensor.shape) != rule.shape or not tensor.is_floating_point():
@@ -162,6 +161,14 @@ class Original:
                     f"{self.name}: {rule.source} must be floating point of shape {list(rule.shape)} to fit the other "
                     f"tensors, but is {str(tensor.dtype).removeprefix('torch.')} of shape {list(tensor.shape)}"
                 )
+
+    def convert(self, rules: Iterable[Rule], dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
+        """Copies of the tensors by CLVP's names; raises as `check`."""
+        rules = list(rules)
+        self.check(rules)
+        weights = {}
+        for rule in rules:
+            tensor = self.tensors[rule.source]
             for target, part in zip(rule.targets, rule.convert(tensor), strict=True):
                 keep = dtype or tensor.dtype
                 if target.endswith("inv_freq"):
@@ -177,7 +184,8 @@ def _listed(keys: list[str]) -> str:
     return keys[0] if len(keys) == 1 else f"{keys[0]} and {len(keys) - 1} more"
 
 
-def _decoder_config(original: Original) -> dict:
+def decoder_configs(original: Original) -> dict:
+    """What `autoregressive.pth` tells of the configuration: `decoder_config`."""
     vocab_size, hidden_size = original.shape("mel_embedding.weight", 2)
     inner = original.shape("gpt.h.0.mlp.c_fc.weight", 2)[1]
     decoder = dict(
@@ -218,7 +226,8 @@ def encoder_configs(original: Original) -> dict:
     return configs
 
 
-def _check_pair(config: ClvpConfig, decoder_side: Original, encoder_side: Original) -> None:
+def check_pair(config: ClvpConfig, decoder_side: Original, encoder_side: Original) -> None:
+    """Raise `ValueError` where the two files are of other vocabularies."""
     texts = decoder_side.shape("text_embedding.weight", 2)[0]
     codes = config.decoder_config.vocab_size - 2
     for ours, theirs, key, other in (
