@@ -72,7 +72,7 @@ def gather(checkpoint: Checkpoint, texts: list[str], arguments: argparse.Namespa
     cache = VoiceCache(checkpoint.model, checkpoint.feature_extractor)
     items = []
     for name, place in zip(voice_names(places), places, strict=True):
-        voice, bad_voice = _tried(alone, noted_voice, cache, place)
+        voice, bad_voice = _tried(alone, noted_voice, cache, place, arguments.crop_seed)
         for folder, text, (of_text, bad_text) in zip(folders, texts, ids, strict=True):
             folder = f"{name}/{folder}" if len(places) > 1 else folder
             items.append(Item(folder, text, place, of_text, voice, bad_voice or bad_text))

@@ -50,7 +50,13 @@ def _generate(commands, everywhere) -> None:
         action="append",
         metavar="VOICE",
         help="a recording (WAV, FLAC, MP3, OGG; its first 6 s count), a folder of recordings of one speaker, which are "
-        "averaged, or a voice that --save-voice wrote; repeated: every text in every voice",
+        "averaged, a voice that --save-voice wrote, or Tortoise's latents (.pth); repeated: every text in every voice",
+    )
+    parser.add_argument(
+        "--crop-seed",
+        type=_non_negative_int,
+        metavar="N",
+        help="use 6 s from a random place of each longer recording, as Tortoise does (default: the first 6 s)",
     )
     _add_checkpoint(parser)
     parser.add_argument(

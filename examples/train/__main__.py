@@ -29,8 +29,8 @@ class Plan:
     speech_files: int = 10
     codec_steps: int = 9000
     code_files: int = 600
-    decoder_steps: int = 12000
-    decoder_steps_before_candidates: int = 2500
+    decoder_steps: int = 7500
+    decoder_steps_before_candidates: int = 1500
     candidate_files: int = 60
     scorer_steps: int = 5000
 

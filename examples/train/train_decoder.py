@@ -13,7 +13,7 @@ from examples.train.muon import optimizers
 from examples.train.state import Training, draws, note
 from examples.train.texts import written
 
-BATCH = 40
+BATCH = 64
 
 
 class DecoderPart(nn.Module):
