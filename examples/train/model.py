@@ -14,6 +14,7 @@ from clvp_fast.vocoder import Codec, save_vocoder
 from clvp_fast.vocoder.codec import FLOOR
 from examples.train import data
 from examples.train.state import averages_of
+from examples.train.texts import WORDS
 from examples.train.train_codec import make_codec
 
 # Of candidates and of texts, in tokens; the longest sentence of the grammar needs two thirds of them.
@@ -74,7 +75,8 @@ def tokenizer() -> ClvpTokenizer:
     """The demo's: letters, marks and pairs of letters of frequent words."""
     with tempfile.TemporaryDirectory(prefix="clvp-fast-vocabulary-") as folder:
         write_vocabulary(Path(folder))
-        return ClvpTokenizer(f"{folder}/vocab.json", f"{folder}/merges.txt", text_cleaning="tortoise")
+        files = f"{folder}/vocab.json", f"{folder}/merges.txt"
+        return ClvpTokenizer(*files, text_cleaning="tortoise", domain_words=WORDS)
 
 
 @cache

@@ -293,6 +293,7 @@ def test_small_recipe_end_to_end_is_exported_and_loaded(tmp_path, monkeypatch, s
     assert time.process_time() - started < 60
     loaded = load_checkpoint(model.export(tmp_path, tmp_path / "out"))
     assert loaded.vocoder is not None and loaded.vocoder.codec.num_codes == 1000
+    assert loaded.tokenizer.domain_words == texts.WORDS
     kept = torch.load(tmp_path / "scorer.pt", weights_only=True)["averages"]
     weight = "speech_encoder_model.token_embedding.weight"
     torch.testing.assert_close(loaded.model.state_dict()[weight], kept[weight], rtol=1e-3, atol=1e-3)
