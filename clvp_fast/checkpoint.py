@@ -19,9 +19,10 @@ from clvp_fast import (
     ClvpProcessor,
     ClvpTokenizer,
 )
-from clvp_fast.demo import demo_checkpoint
+from clvp_fast.demo import reserved_checkpoint
 from clvp_fast.io.errors import cut
 from clvp_fast.io.files import user_path
+from clvp_fast.io.names import RESERVED
 from clvp_fast.models.clvp.tokens import most_text
 from clvp_fast.vocoder import Vocoder, load_vocoder
 
@@ -58,14 +59,14 @@ def best_device() -> str:
 
 
 def resolve_checkpoint(name: str | Path) -> str | Path:
-    """`demo` as its folder in the cache, a folder as itself (checked), anything else as a hub id.
+    """`demo` and `random` as the folders that they name, a folder as itself (checked), anything else as a hub id.
 
     Raises:
         FileNotFoundError: `name` looks like a path and is none, or the folder lacks a file.
         ValueError: `name` is a file, or a file of the folder is damaged.
     """
-    if str(name) == "demo":
-        name = demo_checkpoint()
+    if str(name) in RESERVED:
+        name = reserved_checkpoint(str(name))
     return _folder_or_id(name, "'demo', a folder", (*_JSON_FILES, "merges.txt"))
 
 
@@ -92,7 +93,7 @@ def _meant(name: str | Path) -> str:
         beside = [one.name for one in path.parent.iterdir() if one.is_dir()] if path.parent.is_dir() else []
     except OSError:
         beside = []
-    near = next(iter(get_close_matches(path.name, [*beside, *["demo"] * (str(name) == path.name)], 1)), None)
+    near = next(iter(get_close_matches(path.name, [*beside, *RESERVED * (str(name) == path.name)], 1)), None)
     return "" if near is None else f"did you mean {path.with_name(near)}? Or "
 
 
@@ -190,8 +191,8 @@ def load_clap(
     Raises:
         FileNotFoundError, ValueError: as of `load_checkpoint`; there is no demo of CLAP.
     """
-    if str(name) == "demo":
-        raise ValueError("there is no demo of CLAP; give a folder, or a hub id such as laion/clap-htsat-unfused")
+    if str(name) in RESERVED:
+        raise ValueError(f"there is no {name} of CLAP; give a folder, or a hub id such as laion/clap-htsat-unfused")
     source = _folder_or_id(name, "a folder", ("config.json",))
     try:
         processor = ClapProcessor.from_pretrained(source)
