@@ -43,8 +43,8 @@ def train_decoder(folder: Path, model, codec, steps: int) -> None:
         tokens += count
         if step % 50 == 49:
             corpus.refresh()
-        if step % 200 == 199:
-            held = held_out_loss(model, held_out[:80], clips) if step % 1000 == 999 else None
+        if step % 100 == 99:
+            held = held_out_loss(model, held_out[:80], clips) if step % 500 == 499 else None
             rate = tokens / max(training.spent - spent, 1e-9)
             note(
                 folder,
