@@ -9,7 +9,7 @@ import torch
 from examples.train import evaluate, texts
 
 _TABLE = """Word error rates by pocketsphinx, of sentences that nothing was trained on. Its language model is open (its
-own trigrams) or closed (the domain's words). `p`, by Wilcoxon over sentences, is of the picked one's gain over the mean.
+own trigrams) or closed (the domain's words). `p`, by Wilcoxon over sentences, is of its gain over the mean.
 
 | language model | sentences | candidates | mean | picked by score | least | p |
 |---|---|---|---|---|---|---|
