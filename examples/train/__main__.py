@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from clvp_fast import demo
 from clvp_fast.io.errors import sentence
 from clvp_fast.io.files import UnwritableError
 from examples.train import candidates, card, data, evaluate, model, train_decoder, train_scorer
@@ -82,6 +83,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def train(folder: Path, plan: Plan = PLAN) -> None:
     """Codec, decoder and scorer, with the other process beside it, as far as they are not done."""
+    if demo.TRAINED.is_dir() and (taken := model.go_on_from(folder, demo.TRAINED)):
+        note(folder, stage="begun", weights_of=str(demo.TRAINED.name), parts=taken)
     codec = make_codec()
     train_codec(folder, codec, plan.codec_steps, plan.speech_files)
     data.load_codec(folder, codec)

@@ -4,9 +4,8 @@ import json
 import re
 from pathlib import Path
 
-import torch
-
 from examples.train import evaluate, texts
+from examples.train.model import steps_of
 
 _TABLE = """Word error rates by pocketsphinx, of sentences that nothing was trained on. Its language model is open (its
 own trigrams) or closed (the domain's words). `p`, by Wilcoxon over sentences, is of its gain over the mean.
@@ -15,17 +14,6 @@ own trigrams) or closed (the domain's words). `p`, by Wilcoxon over sentences, i
 |---|---|---|---|---|---|---|
 """
 NAME = re.compile(r"evaluation-(\d+)-(\d+)-(open|closed)\.jsonl")
-
-
-def steps_of(folder: Path) -> dict[str, tuple[int, float]]:
-    """Steps and CPU seconds of each training that has begun."""
-    found = {}
-    for part in ("codec", "decoder", "scorer"):
-        path = folder / f"{part}.pt"
-        if path.is_file():
-            state = torch.load(path, weights_only=True, mmap=True)
-            found[part] = state["step"], state["spent"]
-    return found
 
 
 def figures(folder: Path) -> list[dict]:

@@ -298,6 +298,17 @@ def test_small_recipe_end_to_end_is_exported_and_loaded(tmp_path, monkeypatch, s
     kept = torch.load(tmp_path / "scorer.pt", weights_only=True)["averages"]
     weight = "speech_encoder_model.token_embedding.weight"
     torch.testing.assert_close(loaded.model.state_dict()[weight], kept[weight], rtol=1e-3, atol=1e-3)
+    # Where the state is gone, what was exported is gone on from.
+    again = tmp_path / "again"
+    assert model.go_on_from(again, tmp_path / "out") == ["codec", "decoder", "scorer"]
+    assert model.steps_of(again) == model.steps_of(tmp_path) and model.go_on_from(again, tmp_path / "out") == []
+    gone_on = torch.load(again / "scorer.pt", weights_only=True)["weights"]
+    assert gone_on.keys() == kept.keys()
+    torch.testing.assert_close(gone_on[weight], kept[weight], rtol=1e-3, atol=1e-3)
+    (again / "codes").mkdir()
+    (again / "codes" / "00000.npz").write_bytes((tmp_path / "codes" / "00000.npz").read_bytes())
+    train_decoder.train_decoder(again, clvp, codec, 5)
+    assert model.steps_of(again)["decoder"][0] == 5
     assert loaded.model.config.decoder_config.decoder_fixing_codes == [model.silence_of(codec)] * 4
 
 
