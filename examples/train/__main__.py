@@ -7,6 +7,7 @@ Whatever ends them, called again they go on.
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -14,9 +15,10 @@ from pathlib import Path
 
 import torch
 
+from clvp_fast import demo
 from clvp_fast.io.errors import sentence
 from clvp_fast.io.files import UnwritableError
-from examples.train import candidates, data, evaluate, model, train_decoder, train_scorer
+from examples.train import candidates, card, data, evaluate, model, train_decoder, train_scorer
 from examples.train.state import STOP, Interrupted, home, note
 from examples.train.train_codec import make_codec, train_codec
 from examples.train.voices import MissingVoice
@@ -62,7 +64,10 @@ def main(arguments: list[str] | None = None) -> int:
         elif given.command == "material":
             material(folder)
         elif given.command == "export":
-            print(f"wrote {model.export(folder, given.folder)}")
+            model.export(folder, given.folder)
+            (given.folder / "README.md").write_text(card.card(folder), encoding="utf-8")
+            shutil.copy(Path(__file__).with_name("NOTICE.md"), given.folder)
+            print(f"wrote {given.folder}")
         elif given.command == "evaluate":
             print(json.dumps(evaluate.evaluate(folder, given.sentences, given.candidates, given.kind)))
         else:
@@ -78,6 +83,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def train(folder: Path, plan: Plan = PLAN) -> None:
     """Codec, decoder and scorer, with the other process beside it, as far as they are not done."""
+    if demo.TRAINED.is_dir() and (taken := model.go_on_from(folder, demo.TRAINED)):
+        note(folder, stage="begun", weights_of=str(demo.TRAINED.name), parts=taken)
     codec = make_codec()
     train_codec(folder, codec, plan.codec_steps, plan.speech_files)
     data.load_codec(folder, codec)

@@ -111,8 +111,9 @@ class Training:
         state = torch.load(self.path, weights_only=True)
         self.modules.load_state_dict(state["weights"])
         self.averages = state["averages"]
-        for optimizer, kept in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(kept)
+        if state["optimizers"] is not None:  # weights alone: the optimizers begin anew
+            for optimizer, kept in zip(self.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(kept)
         self.step, self.spent = state["step"], state["spent"]
 
     def save(self) -> None:
@@ -167,6 +168,15 @@ class Training:
                 self.averages[key].lerp_(value, 1 - share)
             else:
                 self.averages[key].copy_(value)
+
+
+def begin_from(path: Path, weights: dict[str, torch.Tensor], step: int, spent: float) -> None:
+    """Writes the state of a training that has come to `step`, of which the weights alone are left."""
+    weights = {name: value.float() if value.is_floating_point() else value for name, value in weights.items()}
+    make_private(path.parent)
+    with replacing(path) as scratch:
+        state = {"weights": weights, "averages": weights, "optimizers": None, "step": step, "spent": spent}
+        torch.save(state, scratch)
 
 
 def averages_of(path: Path) -> dict[str, torch.Tensor]:
