@@ -122,6 +122,10 @@ def _behind_attention(
         ]
     if layer.activation is None:
         return [*calls, copying(partial(layer.mlp, normed, between), residual)]
+    if layer.mlp_in.panels is not None:
+        inner = room("mlp", len(normed), len(layer.mlp_in.weight), dtype=normed.dtype)
+        first = layer.mlp_in.bind(inner, room, normed, activation=layer.activation)
+        return [*calls, first, layer.mlp_out.bind(residual, room, inner, between)]
     return [*calls, bind_gelu_mlp(residual, room, normed, **layer.block(), residual=between)]
 
 
