@@ -175,6 +175,7 @@ def test_the_reference_has_every_public_name():
     wanted = {name for name in clvp_fast.__all__ if name != "__version__"}
     wanted |= {f"batch.{name}" for name in batch.__all__} | {f"ops.{name}" for name in operators}
     assert len(named) == len(set(named)), "a name stands twice"
+    wanted |= {f"vocoder.{name}" for name in ("Vocoder", "CodecVocoder", "load_vocoder", "save_vocoder")}
     assert set(named) == wanted | {
         "audio.load_audio",
         "audio.Audio",

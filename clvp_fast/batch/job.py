@@ -14,7 +14,7 @@ import pyarrow as pa
 from clvp_fast.batch.folder import FORMAT, JobFolder, Journal
 from clvp_fast.batch.inputs import RowFile, Task, digest_of, read_rows, require_file
 from clvp_fast.batch.outcomes import Outcome, outcome_schema, shard_schema
-from clvp_fast.batch.progress import Watch, watching
+from clvp_fast.batch.progress import JobProgress, watching
 from clvp_fast.batch.settings import Settings
 from clvp_fast.batch.summary import write_summary
 from clvp_fast.engine.defaults import MEMORY_FRACTION
@@ -248,7 +248,7 @@ class _Job:
         with watching("checking", rows.num_shards, 0, hidden=not (progress and folder.has_shards())) as watch:
             folder.write_failures(self._look_through(retry_failed, watch))
 
-    def _look_through(self, retry_failed: bool, watch: Watch) -> Iterator[dict[str, Any]]:
+    def _look_through(self, retry_failed: bool, watch: JobProgress) -> Iterator[dict[str, Any]]:
         """Keep the failures of whole shards that are not tried again, while the tasks are found."""
         for shard in range(self._rows.num_shards):
             yield from self._look_at(shard, retry_failed)
@@ -284,7 +284,7 @@ class _Job:
             self._folder.shard_path(shard).unlink()
             return None
 
-    def work(self, outcomes: Iterable[Outcome], watch: Watch) -> None:
+    def work(self, outcomes: Iterable[Outcome], watch: JobProgress) -> None:
         """Bring outcomes of the tasks into the folder.
 
         Raises:

@@ -14,7 +14,8 @@ _WIDTH = 100
 HELP = {
     "generate": (
         "(TEXT ... | --texts FILE) --voice VOICE [options]",
-        "text texts voice checkpoint out num_candidates preset keep max_new_tokens seed greedy save_voice device dtype",
+        "text texts voice checkpoint out num_candidates preset keep max_new_tokens seed greedy listen save_voice "
+        "device dtype",
         (
             'clvp-fast generate "Hello there." --voice voice.flac --keep 3 --out out',
             "clvp-fast generate --texts texts.txt --voice speaker/ --preset fast --checkpoint tortoise-clvp",

@@ -1,4 +1,4 @@
-"""What a user asks of the engine, and what comes back. Arrays on the way out are numpy's; nothing here needs torch."""
+"""Requests to the engine, and their results. Arrays on the way out are numpy's; nothing here needs torch."""
 
 import math
 from contextlib import suppress
@@ -16,7 +16,7 @@ from clvp_fast.io.errors import sentence, shown
 class CandidateRequest:
     """A text to speak and a voice to speak it in.
 
-    Equal to itself alone, so that it can be a key. What the arrays hold is looked at when the request's turn comes: a
+    Equal to itself alone, so that it can be a key. The content of arrays is looked at when the request's turn comes: a
     bad clip fails its own request and no other.
 
     Args:
@@ -79,7 +79,7 @@ def check_rate(rate) -> None:
 
 
 def _seconds(timeout) -> float:
-    """A timeout as a float; `ValueError` for what is none."""
+    """Return a timeout as a float; raise `ValueError` for anything else."""
     seconds = math.nan
     if isinstance(timeout, Real) and not isinstance(timeout, bool):
         with suppress(OverflowError):  # a number that no float holds
@@ -136,7 +136,7 @@ class CandidateResult:
         return None
 
     def best(self, k: int = 1) -> list[tuple[int, np.ndarray, float]]:
-        """The `k` best candidates, the best first: index, codes `[length]` without stop and padding, and score.
+        """Return the `k` best candidates, the best first: index, codes `[length]` without stop and padding, and score.
 
         Raises `ValueError` if `k` is less than 1 or more than were kept, `RuntimeError` if the request failed.
         """

@@ -249,7 +249,7 @@ class Runner:
         self._arrivals.zero_()
 
     def tokens(self, handle: StepHandle) -> np.ndarray:
-        """What each slot drew in a step, `[num_slots]` int64; -1: the slot took no part, or had finished before."""
+        """Return each slot's token of a step, `[num_slots]` int64; -1: it took no part, or had finished before."""
         return handle.wait()[0]
 
     def finished(self, handle: StepHandle) -> np.ndarray:
@@ -267,7 +267,7 @@ class Runner:
 
     @torch.no_grad()
     def state(self, slot: int, place: int) -> torch.Tensor:
-        """A copy of the hidden state `[hidden_size]` that a token of a candidate was drawn from, as `latents`."""
+        """Return a copy of the hidden state `[hidden_size]` that a token of a candidate was drawn from, as `latents`."""
         return self._kept(slot)[place].clone()
 
     def _kept(self, slot: int) -> torch.Tensor:

@@ -133,7 +133,7 @@ class VoiceCache:
             self._marks = Marks(self.model.conditioning_encoder)
 
     def from_clips(self, clips, sampling_rate: int | None = None, crop_seed: int | None = None) -> Voice:
-        """The voice of recordings.
+        """Make the voice of recordings.
 
         Args:
             clips: mono samples of one recording, or a list of such: 1-D arrays or tensors, floats in [-1, 1] or int16.
@@ -166,7 +166,7 @@ class VoiceCache:
         return self.at(key, voice)
 
     def from_features(self, input_features) -> Voice:
-        """The voice of log-mel features `[bins, frames]` or `[clips, bins, frames]`, or of a list of `[bins, frames]`.
+        """Make the voice of log-mel features `[bins, frames]`, `[clips, bins, frames]`, or a list of the former.
 
         Raises:
             ValueError: no clip, another number of bins than the checkpoint's, no frame, NaN or infinite values.
@@ -190,7 +190,7 @@ class VoiceCache:
         return self.at(_digest("features", "", *clips), lambda: self._voice(tensors))
 
     def from_vector(self, vector) -> Voice:
-        """The voice of a bare latent `[hidden_size]` or `[1, hidden_size]`, taken as this checkpoint's own.
+        """Make the voice of a bare latent `[hidden_size]` or `[1, hidden_size]`, taken as this checkpoint's own.
 
         Or of Tortoise's pair of them: that, and one of the diffusion of twice the width, which is left alone.
 
@@ -241,7 +241,7 @@ class VoiceCache:
 
     @property
     def fingerprint(self) -> torch.Tensor:
-        """What the encoder of voices answers to a fixed input, `[hidden_size]` float32 on the host.
+        """The answer of the encoder of voices to a fixed input, `[hidden_size]` float32 on the host.
 
         Unlike a hash of the weights, it is nearly the same in every dtype that the checkpoint is loaded in.
         """
@@ -253,7 +253,7 @@ class VoiceCache:
         return self._fingerprint
 
     def at(self, key: bytes | str, make: Callable[[], Any]) -> Any:
-        """What `make()` gave for a digest or a place, called once while that is kept; what it raises is not."""
+        """Return the result of `make()` for a digest or a place, kept as long as there is room; exceptions are not."""
         self._follow()
         if key not in self._kept:
             self._kept[key] = make()
@@ -263,7 +263,7 @@ class VoiceCache:
         return self._kept[key]
 
     def _voice(self, features: Iterable[torch.Tensor]) -> Voice:
-        """The mean of clips `[bins, frames]`."""
+        """Return the mean of clips `[bins, frames]`."""
         # One clip at a time, so that a clip gives the same bits in every company.
         vectors = torch.stack([self._encode(clip) for clip in features])
         mean = vectors.to(torch.promote_types(vectors.dtype, torch.float32)).mean(0)
@@ -281,7 +281,7 @@ class VoiceCache:
 
 
 def piece(clip: np.ndarray, length: int, places: random.Random | None) -> np.ndarray:
-    """At most `length` samples of a clip `[num_samples]`: the first, or those from a random place on.
+    """Return at most `length` samples of a clip `[num_samples]`: the first, or those from a random place on.
 
     Clips that are longer take one draw of `places` each, as in original Tortoise behind `random.seed`.
     """

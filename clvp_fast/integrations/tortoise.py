@@ -80,7 +80,7 @@ class TortoiseStage(Stage):
     # In the place of methods of the object.
 
     def _speak(self, *args, **kwargs):
-        """`tts()`: Tortoise's own code, once what it asks for is known to be possible."""
+        """Run Tortoise's own `tts()`, once the call is known to be possible."""
         with self.lock:
             given = self._arguments(*args, **kwargs)
             self._check_weights()
@@ -95,7 +95,7 @@ class TortoiseStage(Stage):
 
     @contextmanager
     def _one_batch(self, given: dict[str, Any]) -> Iterator[None]:
-        """While Tortoise's `tts()` runs: all candidates are one batch to it, and the CVVP's are of the size it had."""
+        """Make all candidates one batch to Tortoise's `tts()` while it runs; the CVVP's keep the size that they had."""
         tts = self.tts
         size, self._length = tts.autoregressive_batch_size, given["max_mel_tokens"]
         put = len(self._put)
@@ -116,7 +116,7 @@ class TortoiseStage(Stage):
     def tts_many(
         self, texts: Sequence[str], voices: Sequence[Any] | None = None, k: int = 1, **options
     ) -> list[torch.Tensor | list[torch.Tensor]]:
-        """What `tts()` returns for each of many texts, whose candidates are all decoded as one batch.
+        """Return the result of `tts()` for each of many texts; the candidates of all are decoded as one batch.
 
         With `use_deterministic_seed` each result is that of `tts()` with that seed.
 
@@ -155,7 +155,7 @@ class TortoiseStage(Stage):
             return spoken
 
     def _prepare(self, place: int, text: str, voice: Any, k: int, options: dict[str, Any]):
-        """A request with the seed that `tts()` would draw, the voice's latents, and the generators behind both."""
+        """Return a request with the seed that `tts()` would draw, the voice's latents, and the generators then."""
         tts = self.tts
         given = self._arguments(text, k=k, **options)
         if given["cvvp_amount"] > 0:
@@ -187,7 +187,7 @@ class TortoiseStage(Stage):
 
     @torch.no_grad()
     def _scores(self, text: torch.Tensor, speech_tokens: torch.Tensor, return_loss: bool = False) -> torch.Tensor:
-        """`CLVP.forward`: a score for each pair of a text and fixed codes; the loss is Tortoise's own."""
+        """Score each pair of a text and fixed codes, as `CLVP.forward`; the loss is Tortoise's own."""
         if return_loss:
             return self._score(text, speech_tokens, return_loss=True)
         with self.lock:
@@ -198,7 +198,7 @@ class TortoiseStage(Stage):
 
 
 def _in_parts(forward: Callable, size: int) -> Callable:
-    """The forward of a CVVP in parts of `size` candidates, as it was called before all were one batch."""
+    """Return the forward of a CVVP in parts of `size` candidates, as it was called before all were one batch."""
 
     def in_parts(mel_cond: torch.Tensor, mel_input: torch.Tensor, return_loss: bool = False) -> torch.Tensor:
         if return_loss:

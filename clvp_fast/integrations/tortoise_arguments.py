@@ -1,4 +1,4 @@
-"""What a `TextToSpeech` must be for the engine, and what its calls may ask for: refusals, each a sentence."""
+"""The objects and the calls of a `TextToSpeech` that the engine serves: refusals of others, each a sentence."""
 
 import inspect
 from collections.abc import Mapping
@@ -31,7 +31,7 @@ _NEUTRAL = dict(do_sample=False, temperature=1.0, top_k=50, top_p=1.0, typical_p
 
 
 def is_fast(tts: Any) -> bool:
-    """Whether an object is meant to be one of `tortoise.api_fast`, which has no CLVP."""
+    """Tell whether an object is meant to be one of `tortoise.api_fast`, which has no CLVP."""
     return hasattr(tts, "hifi_decoder") and not hasattr(tts, "clvp")
 
 
@@ -93,7 +93,7 @@ def check_call(given: Mapping[str, Any], max_new_tokens: int) -> None:
 
 
 def check_fast_call(given: Mapping[str, Any], max_new_tokens: int) -> None:
-    """`check_call` of `tts()` or `tts_stream()` of `tortoise.api_fast`."""
+    """Raise as `check_call`, of `tts()` or `tts_stream()` of `tortoise.api_fast`."""
     _whole("k", given["k"], 1, 1)
     options = _drawing(given, ("do_sample", "top_k", "num_return_sequences", "num_beams"))
     length = options.pop("max_generate_length", max_new_tokens)
@@ -102,7 +102,7 @@ def check_fast_call(given: Mapping[str, Any], max_new_tokens: int) -> None:
 
 
 def _drawing(given: Mapping[str, Any], taken: tuple[str, ...]) -> dict[str, Any]:
-    """What a call says of drawing; `TypeError` for what `tts()` gives to `generate` itself."""
+    """Return the settings of drawing of a call; raise `TypeError` for one that `tts()` gives to `generate` itself."""
     more = dict(given.get("hf_generate_kwargs", {}))
     for name in taken:
         if name in more:
@@ -112,7 +112,7 @@ def _drawing(given: Mapping[str, Any], taken: tuple[str, ...]) -> dict[str, Any]
 
 
 def sampling(options: Mapping[str, Any], **settings) -> SamplingParams:
-    """Keywords of `inference_speech` that go to transformers' `generate`, as the engine's; `settings` are its own.
+    """Translate the keywords of `inference_speech` for transformers' `generate`; `settings` are the engine's own.
 
     Raises `ValueError` or `TypeError` for what the engine does not do, by name.
     """

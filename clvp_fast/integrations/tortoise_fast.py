@@ -1,4 +1,4 @@
-"""`tortoise.api_fast.TextToSpeech` on the engine: one candidate, without ranking and diffusion, and sound in chunks."""
+"""The `TextToSpeech` of `tortoise.api_fast` on the engine: one candidate, unranked, and sound in chunks."""
 
 import inspect
 from collections.abc import Callable, Iterator
@@ -51,13 +51,13 @@ class FastStage(Stage):
         self._check_weights()
 
     def _compute_embeddings(self, cond_latents: torch.Tensor, text_inputs: torch.Tensor) -> torch.Tensor:
-        """`UnifiedVoice.compute_embeddings`, which remembers what a generation is to continue."""
+        """Embed a prompt as `UnifiedVoice.compute_embeddings`, and remember it for the generation."""
         inputs = self._embeddings(cond_latents, text_inputs)
         inputs._clvp_fast = cond_latents, text_inputs
         return inputs
 
     def _get_generator(self, fake_inputs: torch.Tensor, **options) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """`UnifiedVoice.get_generator`: each code `[1]` with the state `[1, width]` that it was drawn from."""
+        """Yield each code `[1]` with the state `[1, width]` that it was drawn from, as `UnifiedVoice.get_generator`."""
         if not hasattr(fake_inputs, "_clvp_fast"):
             raise ValueError("get_generator() continues what compute_embeddings() of an accelerated tts returned")
         voice, ids = fake_inputs._clvp_fast  # pyright: ignore[reportAttributeAccessIssue] - put there
@@ -76,7 +76,7 @@ class FastStage(Stage):
             yield torch.tensor([code], device=state.device), state[None]
 
     def _sound(self, c: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
-        """`HifiganGenerator.inference` on a CPU, which moves its input to "cuda" by name."""
+        """Compute `HifiganGenerator.inference` on a CPU; Tortoise's moves its input to "cuda" by name."""
         frames = F.interpolate(c.transpose(1, 2), scale_factor=[1024 / 256], mode="linear")
         frames = F.interpolate(frames, scale_factor=[24000 / 22050], mode="linear")
         return self.tts.hifi_decoder.forward(frames, g.unsqueeze(0).transpose(1, 2))

@@ -1,4 +1,4 @@
-"""What stands behind an accelerated `TextToSpeech` of either kind: the engine over its parameters, and its hooks."""
+"""The engine behind an accelerated `TextToSpeech` of either kind, and its hooks."""
 
 import inspect
 import threading
@@ -69,7 +69,7 @@ class Stage:
         return self._model.speech_decoder_model
 
     def _follow_settings(self, autoregressive: Any) -> None:
-        """Tokens and positions as the object has them."""
+        """Take tokens and positions as the object has them."""
         decoder, text = self._model.config.decoder_config, self._model.config.text_config
         decoder.bos_token_id, decoder.eos_token_id = autoregressive.start_mel_token, autoregressive.stop_mel_token
         text.bos_token_id, text.eos_token_id = autoregressive.start_text_token, autoregressive.stop_text_token
@@ -81,6 +81,7 @@ class Stage:
         self._put.append((owner, name))
 
     def close(self) -> None:
+        """Put all methods and parameters of the object back."""
         for owner, name in self._put:
             owner.__dict__.pop(name, None)
         self._put.clear()
@@ -97,7 +98,7 @@ class Stage:
         max_generate_length: int | None = None,
         **options,
     ) -> torch.Tensor:
-        """`UnifiedVoice.inference_speech`: codes `[candidates, longest]` int64, filled up with the stop token."""
+        """Draw codes `[candidates, longest]` int64, filled up with the stop token: `UnifiedVoice.inference_speech`."""
         with self.lock:
             if input_tokens is not None:
                 raise ValueError("input_tokens: the engine begins every candidate with the start token")
@@ -111,7 +112,7 @@ class Stage:
     def _request(
         self, voice: torch.Tensor, ids: torch.Tensor, options: dict[str, Any], count: int, length: int, name: Any
     ) -> CandidateRequest:
-        """One request, with a seed of torch's generator."""
+        """Return one request, with a seed of torch's generator."""
         if len(voice) != 1 or len(ids) != 1:
             raise ValueError(f"one text in one voice is drawn at a time, and {len(ids)} in {len(voice)} came")
         seed = int(torch.randint(2**63 - 1, (), device="cpu"))
@@ -120,7 +121,7 @@ class Stage:
 
     @torch.no_grad()
     def _latents(self, *args, **kwargs):
-        """`UnifiedVoice.forward`: the latents of fixed codes; whatever else is asked for is Tortoise's own.
+        """Compute the latents of fixed codes, as `UnifiedVoice.forward`; whatever else it does is Tortoise's own.
 
         Within `tts()` they end where its cut comes, for the longest of the candidates.
         """
@@ -160,7 +161,7 @@ class Stage:
         self.engine.refresh()
 
     def _mover(self, module: nn.Module, name: str) -> Callable:
-        """`module.to` and the like: an accelerated module is on `tts.device`, and stays there until that changes."""
+        """Return a method in the place of `module.to` and the like: the module stays on `tts.device`."""
 
         def move(*args, **kwargs) -> nn.Module:
             dtypes = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.dtype)]
@@ -184,7 +185,7 @@ class _Unranked:
 
 
 def codes_of(result: CandidateResult, device: torch.device, stop: int) -> torch.Tensor:
-    """The codes of a result `[candidates, longest]` int64, with a stop token where one was drawn."""
+    """Return the codes of a result, `[candidates, longest]` int64, with a stop token where one was drawn."""
     if result.error is not None:
         raise result.error
     longest = int((result.lengths + result.stopped).max())
