@@ -64,6 +64,7 @@ class CandidateEngine:
         scorer: a [`Scorer`] that ranks candidates in place of `model`'s own encoders.
         latents: results have the latents of their best candidates, as Tortoise hands them to its diffusion: a second
             pass over the codes of each (`diffusion_latents` tells which).
+        states: keep the decoder's state of each code while its candidate is drawn, for `stream(states=True)`.
         text_ends: how many end tokens a prompt has behind its text: the two that Tortoise's API gives, or one for ids
             that bring the other.
         deterministic: decode at one fixed number of rows, so that in half types too the bits of a candidate cannot
@@ -94,6 +95,7 @@ class CandidateEngine:
         scoring: str = SCORING_MODES[0],
         scorer: Scorer | None = None,
         latents: bool = False,
+        states: bool = False,
         text_ends: int = 2,
         deterministic: bool = False,
         persistent: bool = False,
@@ -115,7 +117,9 @@ class CandidateEngine:
             page_size=page_size,
             page_dtype=page_dtype,
             weight_dtype=weight_dtype,
+            latents=states,
         )
+        self._keeps_states = states
         # Functions and no methods: an engine that nobody holds frees its pages at once.
         self._work = Work(
             self.scorer,
@@ -261,6 +265,7 @@ class CandidateEngine:
             try:
                 admit = partial(self._admit, request, call.sampling, place)
                 pending.text_ids, pending.job = self._turns.take(admit)
+                pending.job.states = call.states
                 pending.job.on_token = None if call.listener is None else partial(tell, ref(pending))
                 pending.prepared = time.perf_counter()
                 self._work.pending[pending] = None
@@ -287,11 +292,24 @@ class CandidateEngine:
             self._turns.take(self._work.settle, unless=lambda: self._work.is_settled)
 
     def stream(
-        self, request: CandidateRequest, sampling: SamplingParams | None = None, *, keep: int = 1
-    ) -> Iterator[tuple[int, int] | CandidateResult]:
-        """Yield (candidate, token) as they are drawn, and last the request's result; a cancelled one has none."""
+        self,
+        request: CandidateRequest,
+        sampling: SamplingParams | None = None,
+        *,
+        keep: int = 1,
+        states: bool = False,
+    ) -> Iterator[tuple[int, int] | tuple[int, int, torch.Tensor] | CandidateResult]:
+        """Yield (candidate, token) as they are drawn, and last the request's result; a cancelled one has none.
+
+        With `states` (candidate, token, state): behind both final norms, `[hidden_size]` in the model's dtype and on
+        its device, what the token was drawn from, so that a next stage can begin before the end. The engine must have
+        been made with `states=True` (`ValueError`).
+        """
+        if states and not self._keeps_states:
+            raise ValueError("stream(states=True) needs an engine that keeps states: make it with states=True")
         drawn: deque[tuple[int, int]] = deque()
         call = self._call(request, sampling, keep, lambda request, *token: drawn.append(token))
+        call.states = states
         return self._results(call, drawn)
 
     async def generate_async(

@@ -272,9 +272,17 @@ class Runner:
         `[length, hidden_size]` on the device. To be taken before the slot is given away; moves carry them along.
         Raises `RuntimeError` where none are kept.
         """
+        return self._kept(slot)[:length].clone()
+
+    @torch.no_grad()
+    def state(self, slot: int, place: int) -> torch.Tensor:
+        """Return a copy of the hidden state `[hidden_size]` that a token of a candidate was drawn from, as `latents`."""
+        return self._kept(slot)[place].clone()
+
+    def _kept(self, slot: int) -> torch.Tensor:
         if self._latents is None:
             raise RuntimeError("this runner keeps no latents: make it with latents=True")
-        return self._latents[slot, :length].clone()
+        return self._latents[slot]
 
     def outdated(self) -> str | None:
         """Why steps would not compute what the model's weights say now, as the beginning of a sentence; None: they do.
