@@ -50,16 +50,17 @@ class Checkpoint:
 
     @property
     def processor(self) -> ClvpProcessor:
+        """The feature extractor and the tokenizer in one."""
         return ClvpProcessor(self.feature_extractor, self.tokenizer)
 
 
 def best_device() -> str:
-    """The GPU where there is one, else the CPU."""
+    """Name the GPU where there is one, else the CPU."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def resolve_checkpoint(name: str | Path) -> str | Path:
-    """`demo` and `random` as the folders that they name, a folder as itself (checked), anything else as a hub id.
+    """Resolve `demo` and `random` to what they name, a folder to itself (checked), anything else to a hub id.
 
     Raises:
         FileNotFoundError: `name` looks like a path and is none, or the folder lacks a file.
@@ -87,7 +88,7 @@ def _folder_or_id(name: str | Path, known: str, required: tuple[str, ...]) -> st
 
 
 def _meant(name: str | Path) -> str:
-    """The question whether the folder beside `name`, or the demo, that is called nearly so was meant; or ""."""
+    """Ask whether the folder beside `name`, or the demo, that is called nearly so was meant; or give ""."""
     path = Path(name)
     try:
         beside = [one.name for one in path.parent.iterdir() if one.is_dir()] if path.parent.is_dir() else []
@@ -98,7 +99,7 @@ def _meant(name: str | Path) -> str:
 
 
 def check_folder(folder: Path, required: tuple[str, ...]) -> None:
-    """Raises for the first file of a checkpoint folder that is missing, superfluous or truncated, in one sentence."""
+    """Raise for the first file of a checkpoint folder that is missing, superfluous or truncated, in one sentence."""
     for name in required:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"checkpoint {folder} has no {name}")
@@ -154,9 +155,9 @@ def load_checkpoint(
     dtype: torch.dtype = torch.float32,
     text_cleaning: str = "tortoise",
 ) -> Checkpoint:
-    """Model (in eval mode, on `device`, in `dtype`), tokenizer and feature extractor of the checkpoint `name`.
+    """Load model (in eval mode, on `device`, in `dtype`), tokenizer and feature extractor of the checkpoint `name`.
 
-    What original Tortoise does and the checkpoint was trained on is switched on: its text cleaning (unless
+    Options with which original Tortoise runs and trained are switched on: its text cleaning (unless
     `text_cleaning="transformers"`), its positions of generated tokens, and pooling that leaves padding out.
 
     Raises:
@@ -186,7 +187,7 @@ def load_checkpoint(
 def load_clap(
     name: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> tuple[ClapModel, ClapProcessor]:
-    """The CLAP model (in eval mode, on `device`, in `dtype`) and the processor of a folder or a hub id.
+    """Load the CLAP model (in eval mode, on `device`, in `dtype`) and the processor of a folder or a hub id.
 
     Raises:
         FileNotFoundError, ValueError: as of `load_checkpoint`; there is no demo of CLAP.
@@ -238,7 +239,7 @@ def _first_sentence(error: Exception) -> str:
 
 
 def text_limit(model: ClvpModelForConditionalGeneration) -> int:
-    """The greatest number of tokens of a text."""
+    """Return the greatest number of tokens of a text."""
     return most_text(model.config.decoder_config)
 
 
@@ -247,7 +248,7 @@ def _ids(tokenizer: ClvpTokenizer, text: str) -> list[int]:
 
 
 def sayable_ids(model: ClvpModelForConditionalGeneration, tokenizer: ClvpTokenizer, text: str) -> list[int]:
-    """The token ids of a text.
+    """Return the token ids of a text.
 
     Raises:
         ValueError: nothing sayable in the text, more tokens than the checkpoint has positions for, or more than 65,536

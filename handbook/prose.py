@@ -14,7 +14,7 @@ from pathlib import Path
 OPENERS = ("What", "Who", "Whoever", "Whatever", "Of which", "Of what", "Whose", "Whichever")
 # Documents, and modules with public docstrings, as patterns below the repository.
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/**/*.md")
-MODULES: tuple[str, ...] = ()
+MODULES = ("clvp_fast/**/*.py",)
 _BEGINS = re.compile(rf"(?:{'|'.join(OPENERS)})\b")
 
 

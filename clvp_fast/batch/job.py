@@ -14,7 +14,7 @@ import pyarrow as pa
 from clvp_fast.batch.folder import FORMAT, JobFolder, Journal
 from clvp_fast.batch.inputs import RowFile, Task, digest_of, read_rows, require_file
 from clvp_fast.batch.outcomes import Outcome, outcome_schema, shard_schema
-from clvp_fast.batch.progress import Watch, watching
+from clvp_fast.batch.progress import JobProgress, watching
 from clvp_fast.batch.settings import Settings
 from clvp_fast.batch.summary import write_summary
 from clvp_fast.engine.defaults import MEMORY_FRACTION
@@ -70,7 +70,7 @@ def run(
         settings: as [`Settings`]: `checkpoint`, `voice`, `keep`, `num_candidates`, `dtype` and so on.
 
     Returns:
-        What stands in `out`/summary.json: counts of rows, candidates, tokens and failures, seconds, rates.
+        The content of `out`/summary.json: counts of rows, candidates, tokens and failures, seconds, rates.
 
     Raises:
         ValueError, FileNotFoundError: an input, a checkpoint or a setting that cannot be, or another than the job in
@@ -108,7 +108,7 @@ def run(
 
 
 def _absolute(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings that mean the same wherever the job goes on from; links are kept, as what they lead to may move."""
+    """Make settings that mean the same wherever the job goes on from; links are kept, as their targets may move."""
     places = {}
     for name in ("checkpoint", "voice"):
         place = settings.get(name)
@@ -120,7 +120,7 @@ def _absolute(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _identity(source: Path, manifest: dict | None, given: Settings, shard_rows: int | None) -> dict[str, Any]:
-    """What is known of the job before its rows are read; the same as in `manifest` if there is one."""
+    """Tell what is known of the job before its rows are read; the same as in `manifest` if there is one."""
     digest = digest_of(source)
     if manifest is None:
         default = SHARD_ROWS_WITH_LATENTS if given.latents else SHARD_ROWS
@@ -153,7 +153,7 @@ def _check_checkpoint(manifest: dict | None, found: dict[str, Any]) -> None:
 
 
 def _rows(folder: JobFolder, source: Path, shard_rows: int, manifest: dict | None, progress: bool) -> RowFile:
-    """The job's copy of its rows, made at its beginning, and again where it is damaged."""
+    """Return the job's copy of its rows, made at its beginning, and again where it is damaged."""
     if manifest is not None:
         try:
             return RowFile(folder.rows)
@@ -188,6 +188,7 @@ class Here:
         self._worker = worker
 
     def description(self) -> dict[str, Any]:
+        """Describe the worker, for the job's manifest."""
         return self._worker.description()
 
     def outcomes(self, path: Path, tasks: list[Task]) -> Iterator[Outcome]:
@@ -219,7 +220,7 @@ class _Shard:
         return True
 
     def write(self) -> None:
-        """What was added goes to the journal."""
+        """Write the rows that were added to the journal."""
         waiting, self._waiting = self._waiting, []
         self._journal.add(waiting)
 
@@ -237,7 +238,7 @@ class _Job:
     """
 
     def __init__(self, folder: JobFolder, rows: RowFile, settings: Settings, retry_failed: bool, progress: bool):
-        """Looks through what is there: whole shards are done, damaged ones are not."""
+        """Look through the shards that are there: whole ones are done, damaged ones are not."""
         self._folder, self._rows, self._digest = folder, rows, settings.digest
         self._result_schema, self._outcome_schema = shard_schema(settings), outcome_schema(settings)
         self._shards: dict[int, _Shard] = {}
@@ -250,8 +251,8 @@ class _Job:
         with watching("checking", rows.num_shards, 0, hidden=not (progress and folder.has_shards())) as watch:
             folder.write_failures(self._look_through(retry_failed, watch))
 
-    def _look_through(self, retry_failed: bool, watch: Watch) -> Iterator[dict[str, Any]]:
-        """The failures of whole shards that are not tried again, while the tasks are found."""
+    def _look_through(self, retry_failed: bool, watch: JobProgress) -> Iterator[dict[str, Any]]:
+        """Keep the failures of whole shards that are not tried again, while the tasks are found."""
         for shard in range(self._rows.num_shards):
             yield from self._look_at(shard, retry_failed)
             watch.reach(shard + 1)
@@ -286,7 +287,7 @@ class _Job:
             self._folder.shard_path(shard).unlink()
             return None
 
-    def work(self, outcomes: Iterable[Outcome], watch: Watch) -> None:
+    def work(self, outcomes: Iterable[Outcome], watch: JobProgress) -> None:
         """Bring outcomes of the tasks into the folder.
 
         Raises:

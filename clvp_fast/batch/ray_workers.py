@@ -96,7 +96,7 @@ class Cluster:
         self._described = False
 
     def description(self) -> dict[str, Any]:
-        """What one worker says of itself, as a job's manifest has it. It holds for all: what it finds out, they take.
+        """Describe one worker, as a job's manifest has it. The description holds for all: they take its findings.
 
         Raises:
             FileNotFoundError, ValueError: as of [`Worker`].

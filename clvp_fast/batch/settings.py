@@ -1,4 +1,4 @@
-"""What a job's results depend on beside its rows: settings to compare, hash, pickle and write as JSON."""
+"""The settings on which a job's results depend beside its rows: to compare, hash, pickle and write as JSON."""
 
 import json
 from dataclasses import asdict, dataclass, replace
@@ -15,7 +15,7 @@ _FOUND = ("max_new_tokens", "device", "batch_size", "threads")
 
 @dataclass(frozen=True)
 class Settings:
-    """Of one job.
+    """Settings of one job.
 
     Args:
         checkpoint: "demo", a folder, or a hub id.
@@ -81,7 +81,7 @@ class Settings:
                 raise ValueError(f"{name} must be one of {shown}, not {getattr(self, name)!r}")
 
     def sampling(self, **of_row: Any) -> SamplingParams:
-        """How candidates are drawn, with what a row has of its own.
+        """Return the sampling parameters, with a row's own in the place of the job's.
 
         Raises:
             ValueError: a value that cannot be.
@@ -91,6 +91,7 @@ class Settings:
         return SamplingParams(**own | of_row)
 
     def as_dict(self) -> dict[str, Any]:
+        """Return the settings as a dictionary of plain values."""
         return asdict(self)
 
     @property
@@ -99,7 +100,7 @@ class Settings:
         return blake2b(json.dumps(self.as_dict(), sort_keys=True).encode(), digest_size=8).hexdigest()
 
     def going_on_from(self, before: dict[str, Any]) -> "Settings":
-        """These settings, with what is left open as the run that is continued found it out.
+        """Return these settings, with open ones as the run that is continued found them out.
 
         Raises:
             ValueError: something else than in `before`; it is named, with both values.

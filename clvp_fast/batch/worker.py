@@ -78,11 +78,11 @@ class Worker:
             ) from error
 
     def description(self) -> dict[str, Any]:
-        """What a job's manifest says of who worked on it."""
+        """Describe the worker for a job's manifest."""
         return {"settings": self.settings.as_dict(), "checkpoint": self.mark, "versions": versions()}
 
     def outcomes(self, rows: Iterable[Row]) -> Iterator[Outcome]:
-        """What becomes of rows, each as soon as it is known; they are taken from the iterable as there is room.
+        """Yield the outcomes of rows, each as soon as it is known; they are taken from the iterable as there is room.
 
         Raises:
             ValueError: there is too little memory for a single candidate.

@@ -12,7 +12,7 @@ from clvp_fast.io.errors import sentence
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command line (`sys.argv` by default) and returns its exit code."""
+    """Run one command line (`sys.argv` by default) and return its exit code."""
     parser = build_parser()
     if "_ARGCOMPLETE" in os.environ:
         complete(parser)

@@ -14,7 +14,8 @@ _WIDTH = 100
 HELP = {
     "generate": (
         "(TEXT ... | --texts FILE) --voice VOICE [options]",
-        "text texts voice checkpoint out num_candidates preset keep max_new_tokens seed greedy save_voice device dtype",
+        "text texts voice checkpoint out num_candidates preset keep max_new_tokens seed greedy listen save_voice "
+        "device dtype",
         (
             'clvp-fast generate "Hello there." --voice voice.flac --keep 3 --out out',
             "clvp-fast generate --texts texts.txt --voice speaker/ --preset fast --checkpoint tortoise-clvp",
@@ -62,7 +63,7 @@ _ALIKE = 0.6
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
-    """The word of `known` that `word` is probably meant to be, or None."""
+    """Return the word of `known` that `word` is probably meant to be, or None."""
     return next(iter(difflib.get_close_matches(word, list(known), 1, _ALIKE)), None)
 
 
@@ -105,7 +106,7 @@ class Parser(argparse.ArgumentParser):
         self.epilog = "\n".join(["examples:", *(f"  {line}" for line in examples)])
 
     def format_help(self) -> str:
-        """The help of `--help`."""
+        """Return the help of `--help`."""
         if self._short is None:
             return super().format_help()
         hidden = [action for action in self._actions if action.dest not in self._short]
@@ -119,7 +120,7 @@ class Parser(argparse.ArgumentParser):
                 action.help = text
 
     def format_all(self) -> str:
-        """The help of `--help-all`."""
+        """Return the help of `--help-all`."""
         return super().format_help()
 
     def parse_known_args(self, args=None, namespace=None):  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -43,7 +43,7 @@ def load_for(arguments: argparse.Namespace) -> Checkpoint:
 
 
 def sampling_of(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What the arguments say of each of `SAMPLING`; None where they leave it open.
+    """Return the values that the arguments give for `SAMPLING`; None where they leave one open.
 
     Raises:
         ValueError: several candidates of greedy decoding.

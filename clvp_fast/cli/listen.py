@@ -47,7 +47,7 @@ class Listening:
         A voice that cannot be spoken in leaves them without any, and a note says why.
 
         Returns:
-            What was written, below the item's folder.
+            The files that were written, below the item's folder.
         """
         assert item.voice is not None  # it was spoken in
         rows = [row for row in document["candidates"] if row["kept"]]

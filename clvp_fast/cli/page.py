@@ -1,6 +1,6 @@
 """`report.html`: candidates to be heard and seen, in one file that needs no network.
 
-Whatever comes from outside is escaped, scripts and styles are named by their hashes, and the page may load nothing.
+Everything from outside is escaped, scripts and styles are named by their hashes, and the page may load nothing.
 """
 
 import base64

@@ -12,7 +12,7 @@ from clvp_fast.io.files import user_path
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of `clvp-fast`; `command` names the module of `clvp_fast.cli` that runs it."""
+    """Build the parser of `clvp-fast`; `command` names the module of `clvp_fast.cli` that runs it."""
     parser = Parser(
         prog="clvp-fast",
         description="CLVP: text and a voice clip to ranked speech candidates.",
@@ -50,7 +50,13 @@ def _generate(commands, everywhere) -> None:
         action="append",
         metavar="VOICE",
         help="a recording (WAV, FLAC, MP3, OGG; its first 6 s count), a folder of recordings of one speaker, which are "
-        "averaged, or a voice that --save-voice wrote; repeated: every text in every voice",
+        "averaged, a voice that --save-voice wrote, or Tortoise's latents (.pth); repeated: every text in every voice",
+    )
+    parser.add_argument(
+        "--crop-seed",
+        type=_non_negative_int,
+        metavar="N",
+        help="use 6 s from a random place of each longer recording, as Tortoise does (default: the first 6 s)",
     )
     _add_checkpoint(parser)
     parser.add_argument(
@@ -242,7 +248,7 @@ def _bench(commands, everywhere) -> None:
 
 
 def add_bench_arguments(parser) -> None:
-    """Of `clvp-fast bench` and of `python -m benchmarks.run`."""
+    """Add the arguments of `clvp-fast bench` and of `python -m benchmarks.run`."""
     parser.add_argument("workload", nargs="*", metavar="NAME", help="what to measure, see --list (default: everything)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
     parser.add_argument("--list", action="store_true", help="name workloads and providers, and measure nothing")
@@ -297,7 +303,7 @@ def _add_candidates(parser) -> None:
 
 
 def _add_decoding(parser) -> None:
-    """What `generate` and `batch` ask of the engine alike."""
+    """Add the options that `generate` and `batch` share."""
     _add_sampling(parser)
     _add_memory(parser)
     _add_device(parser)
@@ -369,7 +375,7 @@ def _add_text_cleaning(parser) -> None:
 
 
 def _text(given: str) -> str:
-    """A text of the command line. Bytes that the locale cannot say, which Python holds as surrogates, are UTF-8."""
+    """Read a text of the command line. Bytes outside of the locale, which Python holds as surrogates, are UTF-8."""
     try:
         given.encode()
     except UnicodeEncodeError:

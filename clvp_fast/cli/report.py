@@ -1,4 +1,4 @@
-"""What the commands say: notes and progress on stderr, the result as a table or as JSON on stdout."""
+"""The output of the commands: notes and progress on stderr, the result as a table or as JSON on stdout."""
 
 import logging
 import math

@@ -73,8 +73,8 @@ def embed_recordings(
 ) -> tuple[torch.Tensor, list[Path]]:
     """Normalised embeddings `[recordings, projection_dim]`, float32, and which recordings they are of.
 
-    A recording that cannot be used is an error where it is the only one; among others it is added to `failed`. What was
-    changed of one, or left out, is added to `remarks`.
+    A recording that cannot be used is an error where it is the only one; among others it is added to `failed`. Changes
+    to one, and parts left out, are added to `remarks`.
     """
     extractor, embeds, heard = processor.feature_extractor, [], []
     with report.counting_progress(len(paths) == 1) as progress:

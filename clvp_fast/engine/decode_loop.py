@@ -1,7 +1,7 @@
 """The loop that joins scheduler and runner: requests go in, finished candidates come out, a step at a time.
 
 On a GPU the host reads a step's tokens while the device computes the next one (a lag of 1), so that the device does not
-wait for Python. What a candidate has drawn lies in a row of one array; a row outlives its
+wait for Python. The tokens of a candidate lie in a row of one array; a row outlives its
 candidate until no step that knew it is under way.
 """
 
@@ -143,7 +143,7 @@ class DecodeLoop:
     def step(self) -> list[Job]:
         """One decode step of all that is running; returns the jobs that are finished by what is known then.
 
-        What a listener raises comes through; the jobs that were finished are returned by the next call.
+        An exception of a listener comes through; the jobs that were finished are returned by the next call.
         """
         self.advance()
         self.tell()
@@ -154,7 +154,7 @@ class DecodeLoop:
     def advance(self) -> None:
         """Decode one step: jobs that are done go to `finished`, and `tell` tells what was drawn.
 
-        Whatever it raises, `restart` must be called before the next step.
+        After any exception `restart` must be called before the next step.
         """
         step, runner = self.scheduler.schedule(), self.runner
         assert runner is not None  # `restart` came behind `halve`

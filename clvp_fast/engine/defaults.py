@@ -1,4 +1,4 @@
-"""What an engine's settings may be and are by default, at every door; those of sampling are `SamplingParams`.
+"""The values of an engine's settings, allowed and by default, at every door; those of sampling are `SamplingParams`.
 
 Nothing heavy is imported here, as the command line's `--help` reads it.
 """

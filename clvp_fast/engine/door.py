@@ -11,6 +11,7 @@ from clvp_fast.checkpoint import sayable_ids, text_limit
 from clvp_fast.engine.decode_loop import Job
 from clvp_fast.engine.requests import CandidateRequest, check_rate
 from clvp_fast.engine.sampling_params import SamplingParams
+from clvp_fast.engine.voice_files import is_latents, latent_voice
 from clvp_fast.engine.voices import Voice, VoiceCache
 from clvp_fast.models.clvp.modeling import ClvpModelForConditionalGeneration
 from clvp_fast.models.clvp.tokens import most_codes, stop_token
@@ -71,11 +72,14 @@ class Door:
         """The voice of a request, from the cache where it is known."""
         if (conditioning := request.conditioning) is not None:
             if isinstance(conditioning, (str, Path)):
+                if is_latents(conditioning):
+                    return latent_voice(self.voices, conditioning)
                 return Voice.load(conditioning)
             return conditioning if isinstance(conditioning, Voice) else self.voices.from_vector(conditioning)
         if request.input_features is not None:
             return self.voices.from_features(request.input_features)
-        return self.voices.from_clips(*clips_of(request, self.processor.feature_extractor.sampling_rate))
+        clips, rate = clips_of(request, self.processor.feature_extractor.sampling_rate)
+        return self.voices.from_clips(clips, rate, request.crop_seed)
 
     def _settings(self, sampling: SamplingParams) -> SamplingParams:
         """Sampling with a seed and a stop token."""

@@ -39,7 +39,7 @@ _END: Any = object()  # of requests
 
 
 class CandidateEngine:
-    """Generates and ranks candidates for many requests in one batch that never waits for the slowest of them.
+    """Generate and rank candidates for many requests in one batch that never waits for the slowest of them.
 
     The candidates of a request share its prompt; a candidate that stops gives its place to the next. A candidate's
     codes depend on checkpoint, request, seed and its index alone, not on what else is decoded beside it.
@@ -133,7 +133,7 @@ class CandidateEngine:
         text_cleaning: str = TEXT_CLEANINGS[0],
         **options,
     ) -> "CandidateEngine":
-        """The engine of a checkpoint: "demo", a folder, or a hub id.
+        """Make the engine of a checkpoint: "demo", a folder, or a hub id.
 
         Args:
             device: by default the GPU where there is one.
@@ -163,7 +163,8 @@ class CandidateEngine:
         (`page_dtype`), captured steps (`warm_up`, `persistent`), and the pages of a model that was cast or moved to
         another device. All of it stays as it was until then, and each request is refused with a `ValueError` that
         says so. It compares the parameters' addresses and version counters, and neither shows a write
-        through `.data` (`weight.data.copy_(...)`): call this after one, for voices that are kept too.
+        through `.data` (`weight.data.copy_(...)`) or through numpy (`weight.detach().numpy()[...] = `): call this after
+        one, for voices that are kept too.
 
         Raises:
             RuntimeError: requests are under way, or a listener or scorer of the engine calls this.
@@ -195,7 +196,7 @@ class CandidateEngine:
         keep: int = 1,
         on_token: Callable[[CandidateRequest, int, int], None] | None = None,
     ) -> Iterator[CandidateResult]:
-        """Results of `requests`, each as soon as it is finished.
+        """Yield the results of `requests`, each as soon as it is finished.
 
         Requests are taken from the iterable as there is room for them. A request that fails (a bad clip, a text that is
         too long, its timeout) gives a result with its `error`, and the others go on. Iteration that is stopped midway
@@ -226,7 +227,7 @@ class CandidateEngine:
         return Call(iter(requests), sampling or SamplingParams(), keep, on_token)
 
     def _results(self, call: Call, drawn: deque[tuple[int, int]] | None = None) -> Generator[Any, None, None]:
-        """The results of a call as they come; before them what its listener has put into `drawn` until then."""
+        """Yield the results of a call as they come; before them what its listener has put into `drawn` until then."""
         try:
             while not call.closed:
                 self._fill(call)
@@ -283,7 +284,7 @@ class CandidateEngine:
     def stream(
         self, request: CandidateRequest, sampling: SamplingParams | None = None, *, keep: int = 1
     ) -> Iterator[tuple[int, int] | CandidateResult]:
-        """(candidate, token) as they are drawn, and last of all the request's result; a cancelled one has none."""
+        """Yield (candidate, token) as they are drawn, and last the request's result; a cancelled one has none."""
         drawn: deque[tuple[int, int]] = deque()
         call = self._call(request, sampling, keep, lambda request, *token: drawn.append(token))
         return self._results(call, drawn)
@@ -291,7 +292,7 @@ class CandidateEngine:
     async def generate_async(
         self, requests: Iterable[CandidateRequest] | CandidateRequest, sampling: SamplingParams | None = None, **options
     ) -> AsyncIterator[CandidateResult]:
-        """`generate` for asyncio: a thread of each call's own does the work, and all calls share one batch."""
+        """Do as `generate` for asyncio: a thread of each call's own does the work, and all calls share one batch."""
         call = self._call(requests, sampling, **options)
         iterator = self._results(call)
         loop, context = asyncio.get_running_loop(), copy_context()
@@ -324,7 +325,7 @@ class CandidateEngine:
         return self._door.voices
 
     def voice(self, request: CandidateRequest) -> Voice:
-        """The voice of a request, from the cache where it is known; `save` it, and give it as `conditioning`."""
+        """Return the voice of a request, from the cache where it is known; `save` it, and give it as `conditioning`."""
         voice = partial(self._door.voice, request)
         return voice() if self._turns.mine else self._turns.take(voice)
 

@@ -182,7 +182,7 @@ def pad_behind(conditioning_embeds: torch.Tensor, mask: torch.Tensor) -> tuple[t
 
 
 class EngineLoop:
-    """What `GenerationMixin.generate` takes as `custom_generate`: the candidates of `prompts`, decoded by the engine.
+    """Decode the candidates of `prompts` on the engine, as `custom_generate` of `GenerationMixin.generate`.
 
     When sampling, a call draws a seed for every prompt from torch's global generator.
 

@@ -50,7 +50,7 @@ def states_of_codes(decoder: ClvpForCausalLM, prompt: torch.Tensor, codes: torch
 def diffusion_latents(
     decoder: ClvpForCausalLM, prompt: torch.Tensor, codes: np.ndarray | torch.Tensor, max_codes: int
 ) -> torch.Tensor:
-    """The latents of a candidate as original Tortoise hands them to its diffusion.
+    """Return the latents of a candidate as original Tortoise hands them to its diffusion.
 
     The codes are filled up and fixed to `max_codes` as for scoring, cut by `cut_in_silence`, and run through the
     decoder a second time: a candidate that stopped has eight latents more than codes, the states over its silence.

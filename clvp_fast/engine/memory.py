@@ -30,7 +30,7 @@ def default_batch(device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class DecoderSizes:
-    """What a plan has to know of a decoder and of the device that it is on.
+    """The sizes of a decoder and of its device that a plan needs.
 
     Args:
         itemsize, page_itemsize: bytes of a parameter, and of a stored key's or value's channel.

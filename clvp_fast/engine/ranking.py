@@ -205,7 +205,7 @@ class Ranker:
         return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
     def _text(self, text_ids) -> torch.Tensor:
-        """The text on the host with the end token behind it, as it is scored."""
+        """Return the text on the host with the end token behind it, as it is scored."""
         config = self.model.config.text_config
         text = _host_ids(text_ids, "a text")
         if not len(text):
@@ -215,7 +215,7 @@ class Ranker:
         return end_text(text[None], None, text_end(config))[0][0]
 
     def _candidates(self, codes: Sequence) -> list[torch.Tensor]:
-        """The codes on the host, those that the encoder has no row for (the start token) as the filling code."""
+        """Return the codes on the host, those that the encoder has no row for (the start token) as the filling code."""
         decoder = self.model.config.decoder_config
         rows = [_host_ids(row, "a candidate") for row in codes]
         everything, stop = torch.cat(rows), stop_token(decoder)

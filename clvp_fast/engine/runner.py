@@ -249,7 +249,7 @@ class Runner:
         self._arrivals.zero_()
 
     def tokens(self, handle: StepHandle) -> np.ndarray:
-        """What each slot drew in a step, `[num_slots]` int64; -1: the slot took no part, or had finished before."""
+        """Return each slot's token of a step, `[num_slots]` int64; -1: it took no part, or had finished before."""
         return handle.wait()[0]
 
     def finished(self, handle: StepHandle) -> np.ndarray:

@@ -17,7 +17,7 @@ NUM_CANDIDATES, MAX_CANDIDATES = 16, 65_536
 
 @dataclass(frozen=True)
 class Range:
-    """What a field of [`SamplingParams`] may be.
+    """The values that a field of [`SamplingParams`] may have.
 
     Args:
         kind: `int` or `float`, which a value becomes.
@@ -118,7 +118,7 @@ class SamplingParams:
 
     @classmethod
     def preset(cls, name: str, **overrides) -> "SamplingParams":
-        """Tortoise's preset `name`, one of `PRESETS`: that many candidates, everything else by default or `overrides`.
+        """Make Tortoise's preset `name`, one of `PRESETS`: its number of candidates, and defaults or `overrides`.
 
         Raises `ValueError` for an unknown name and for values that cannot be.
         """

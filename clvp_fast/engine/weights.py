@@ -1,4 +1,4 @@
-"""What the engine reads of a decoder: parameters, as the operators take them."""
+"""The parts of a decoder that the engine reads: parameters, as the operators take them."""
 
 from dataclasses import dataclass, replace
 
@@ -69,7 +69,7 @@ class LayerWeights:
         return ops.gelu_mlp(hidden, **self.block(), residual=residual)
 
     def block(self) -> dict:
-        """What `gelu_mlp` takes of the layer."""
+        """Return the arguments of `gelu_mlp` for the layer."""
         first, second = self.mlp_in, self.mlp_out
         return dict(
             w_in=first.weight,

@@ -16,11 +16,11 @@ def make_tortoise_importable() -> list[str]:
 
     tortoise-tts 3.0.0 asks for transformers 4.31 and imports names that have gone since. This puts names in their
     place, and changes none that is there. Call it before tortoise is imported; where torchaudio was built for CUDA and
-    torch was not, before transformers is imported too. What Tortoise computes by itself goes on, but for its own
-    generation, in whose place `accelerate` puts the engine.
+    torch was not, before transformers is imported too. Tortoise goes on by itself, but for its own generation, in
+    whose place `accelerate` puts the engine.
 
     Returns:
-        What was done, a sentence each; none where nothing had to be.
+        The changes that were made, a sentence each; none where nothing had to be.
 
     Raises:
         ImportError: tortoise-tts is not installed, or torchaudio is not.

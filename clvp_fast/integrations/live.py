@@ -7,7 +7,7 @@ from clvp_fast.models.clvp.accelerate import accelerate as accelerate_model
 
 
 def accelerate(model: Any, **engine_options) -> Any:
-    """A live CLVP model of transformers as one of ours, or a live `tortoise.api.TextToSpeech` on our engine.
+    """Take over a live CLVP model of transformers, or put a live `tortoise.api.TextToSpeech` on the engine.
 
     Args:
         model: a model of transformers: `clvp_fast.models.clvp.accelerate.accelerate` tells which, and what is returned.

@@ -174,7 +174,7 @@ class TortoiseStage:
     def tts_many(
         self, texts: Sequence[str], voices: Sequence[Any] | None = None, k: int = 1, **options
     ) -> list[torch.Tensor | list[torch.Tensor]]:
-        """What `tts()` returns for each of many texts, whose candidates are all decoded as one batch.
+        """Return the result of `tts()` for each of many texts; the candidates of all are decoded as one batch.
 
         With `use_deterministic_seed` each result is that of `tts()` with that seed.
 

@@ -1,4 +1,4 @@
-"""What a `TextToSpeech` must be for the engine, and what its calls may ask for: refusals, each a sentence."""
+"""The objects and the calls of a `TextToSpeech` that the engine serves: refusals of others, each a sentence."""
 
 import inspect
 from collections.abc import Mapping

@@ -351,7 +351,7 @@ def _one_process(place: Path):
 
 
 def record(part: str = "cpu") -> dict:
-    """What a part was built with: see `build.build`. Raises as `library` does."""
+    """Return the record of the build of a part: see `build.build`. Raises as `library` does."""
     found = _record(folder(part), part)
     assert found is not None  # a folder has one that is whole
     return found

@@ -233,7 +233,7 @@ def linear(
     activation: str | None = None,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """A linear layer, with an activation behind it if one is named, and a residual added if one is given.
+    """Compute a linear layer, with an activation behind it if one is named, and a residual added if one is given.
 
     Args:
         x: `[..., in]`.

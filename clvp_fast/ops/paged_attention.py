@@ -306,7 +306,7 @@ def paged_attention_decode(
         q, k_new, v_new: `[N, H, D]`, of one dtype.
         k_pages, v_pages: `[num_pages, page_size, H, D]`, of one dtype; the new key and value of candidate n are written
             at place `seq_lens[n]` of its own pages.
-        block_table: `[N, max_pages]` int32, each candidate's own pages. What lies past the pages in use is not read.
+        block_table: `[N, max_pages]` int32, each candidate's own pages. Entries past the pages in use are not read.
         seq_lens: `[N]` int32, own tokens stored before this step; negative: the slot is inactive, nothing of it is read
             or written, and its output is 0. Place `seq_lens[n]` must lie within `max_pages`.
         prefix_table: `[R, P]` int32, the pages of each request's prompt, shared by its candidates.

@@ -196,7 +196,7 @@ def window_block(
     shift: int = 0,
     eps: float,
 ) -> torch.Tensor:
-    """The first half of a Swin layer: attention within windows of the normed image, projected and added to the image.
+    """Compute the first half of a Swin layer: window attention of the normed image, projected and added to the image.
 
     Args:
         x: `[B, height, width, C]`, floating.
@@ -249,7 +249,7 @@ def mlp_block(
     activation: str,
     eps: float,
 ) -> torch.Tensor:
-    """The second half of a Swin layer: a feed-forward block of the normed rows, added to the rows.
+    """Compute the second half of a Swin layer: a feed-forward block of the normed rows, added to the rows.
 
     Args:
         x: `[..., C]`, floating.

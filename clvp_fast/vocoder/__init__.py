@@ -23,7 +23,7 @@ KIND = "fsq-codec"
 
 
 class Vocoder(Protocol):
-    """What makes samples of candidates; the command line takes any object with these two.
+    """A maker of samples from candidates; the command line takes any object with these two.
 
     sampling_rate: of the samples, in Hz.
     """
@@ -33,7 +33,7 @@ class Vocoder(Protocol):
     def speak(
         self, codes: Sequence[np.ndarray], voice: torch.Tensor, latents: Sequence[torch.Tensor] | None = None
     ) -> list[np.ndarray]:
-        """Samples of the candidates of one text.
+        """Return samples of the candidates of one text.
 
         Args:
             codes: the candidates, each `[length]` int64, without start and stop token; a length may be 0.
@@ -59,7 +59,7 @@ class CodecVocoder:
 
     @torch.no_grad()
     def log_mel(self, codes: np.ndarray | torch.Tensor, voice: torch.Tensor) -> torch.Tensor:
-        """What codes `[length]` say in a voice `[bins, frames]`: log-mel `[bins, stride * length]` float32."""
+        """Decode codes `[length]` in a voice `[bins, frames]` to log-mel `[bins, stride * length]` float32."""
         codes = torch.as_tensor(codes, device="cpu")
         if codes.numel() and not 0 <= codes.min() <= codes.max() < self.codec.num_codes:
             found = f"{int(codes.min())} to {int(codes.max())}"
@@ -72,7 +72,7 @@ class CodecVocoder:
     def speak(
         self, codes: Sequence[np.ndarray], voice: torch.Tensor, latents: Sequence[torch.Tensor] | None = None
     ) -> list[np.ndarray]:
-        """As [`Vocoder.speak`]; `latents` are not looked at."""
+        """Do as [`Vocoder.speak`]; `latents` are not looked at."""
         return [
             self.invert(self.log_mel(row, voice)).numpy() if len(row) else np.zeros(0, dtype=np.float32)
             for row in codes
@@ -80,13 +80,13 @@ class CodecVocoder:
 
 
 def save_vocoder(folder: Path, codec: Codec, dtype: torch.dtype = torch.float16) -> None:
-    """Writes the two files of a [`CodecVocoder`] into a checkpoint's folder."""
+    """Write the two files of a [`CodecVocoder`] into a checkpoint's folder."""
     write_json(folder / SETTINGS_FILE, {"kind": KIND, **codec.settings})
     save_file({name: value.to(dtype) for name, value in codec.state_dict().items()}, folder / WEIGHTS_FILE)
 
 
 def load_vocoder(folder: Path, extractor: ClvpFeatureExtractor) -> CodecVocoder | None:
-    """The vocoder of a checkpoint's folder; None where it has none.
+    """Load the vocoder of a checkpoint's folder; None where it has none.
 
     Raises:
         ValueError: one of its files is damaged, of another kind, or absent beside the other.

@@ -125,7 +125,7 @@ class Codec(nn.Module):
 
 
 def voice_of(log_mel: torch.Tensor) -> torch.Tensor:
-    """What a codec is told of a voice: mean and spread of each channel `[2 * bins]`, of log-mel `[bins, frames]`.
+    """Return mean and spread of each channel `[2 * bins]`, of the log-mel `[bins, frames]` of a voice.
 
     Frames of digital silence, as a short clip is filled up with, are left out.
     """

@@ -11,7 +11,7 @@ from rich.progress import Progress
 
 from clvp_fast import native
 from clvp_fast.cli import report
-from clvp_fast.cli.progress import Watch, warm_up
+from clvp_fast.cli.progress import DecodingProgress, warm_up
 
 STOP = 9
 
@@ -19,7 +19,7 @@ STOP = 9
 @pytest.fixture
 def watch():
     """Of 2 requests with 3 candidates of at most 5 tokens."""
-    return Watch(Progress(disable=True), 2, 3, 5, STOP)
+    return DecodingProgress(Progress(disable=True), 2, 3, 5, STOP)
 
 
 def shown(watch):

@@ -39,7 +39,7 @@ def ids_of(tts, text=TEXT):
     return F.pad(torch.IntTensor([tts.tokenizer.encode(text)]), (0, 1))
 
 
-class Watch:
+class LatentsSeen:
     """The latents that the diffusion is handed."""
 
     def __init__(self, tts):
@@ -78,7 +78,7 @@ def test_sound_is_that_of_tortoises_own_modules(make_tts, end, kv_cache):
         with torch.no_grad():
             head = tts.autoregressive.mel_head
             head.weight[STOP], head.bias[STOP] = head.weight[code], head.bias[code] + 0.01
-    watch = Watch(tts)
+    watch = LatentsSeen(tts)
     tts.autoregressive.inference_speech = stock_inference_speech(tts.autoregressive)
     settings = CALL | dict(conditioning_latents=latents(), use_deterministic_seed=5, top_k=1)
     expected = tts.tts(TEXT, **settings)
@@ -215,7 +215,7 @@ def test_cvvp_ranks_our_candidates(make_tts, tmp_path, monkeypatch):
         return own(self, mel_cond, mel_input, return_loss)
 
     monkeypatch.setattr(type(tts.cvvp), "forward", counted)
-    watch = Watch(tts)
+    watch = LatentsSeen(tts)
     for amount in (0.0, 0.999):
         tts.tts(TEXT, **settings, cvvp_amount=amount)
     assert sizes == [4, 2]  # in batches of the size that the object has

@@ -31,15 +31,19 @@ class ClvpForCausalLM(ClvpPreTrainedModel, GenerationMixin):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:
+        """Return the token embedding."""
         return self.model.decoder.input_embeds_layer
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Replace the token embedding by `value`."""
         self.model.decoder.input_embeds_layer = value
 
     def get_output_embeddings(self) -> nn.Linear:
+        """Return the head."""
         return self.lm_head
 
     def set_output_embeddings(self, value: nn.Linear) -> None:
+        """Replace the head by `value`."""
         self.lm_head = value
 
     @can_return_tuple

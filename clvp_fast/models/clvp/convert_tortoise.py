@@ -32,7 +32,7 @@ def convert_tortoise_checkpoint(
     *,
     dtype: torch.dtype | None = None,
 ) -> ClvpModelForConditionalGeneration:
-    """The CLVP model of two original Tortoise checkpoints, on the CPU and in eval mode.
+    """Make the CLVP model of two original Tortoise checkpoints, on the CPU and in eval mode.
 
     Args:
         autoregressive: `autoregressive.pth` (or a `.safetensors` file of the same keys), or its state dict.
@@ -122,6 +122,7 @@ class Original:
         self.tensors = dict(given)
 
     def shape(self, key: str, axes: int) -> tuple[int, ...]:
+        """Return the shape of a tensor; raise ValueError without the tensor or with other than `axes` axes."""
         if key not in self.tensors:
             raise ValueError(self._lacks([key]))
         shape = tuple(self.tensors[key].shape)
@@ -130,11 +131,12 @@ class Original:
         return shape
 
     def count(self, prefix: str) -> int:
-        """How many numbers follow `prefix` in the keys; at least one, so that tensors are missed if there is none."""
+        """Count the numbers behind `prefix` in the keys; at least one, so that tensors are missed if there is none."""
         pattern = re.compile(re.escape(prefix) + r"(\d+)\.")
         return max(1, len({found[1] for found in map(pattern.match, self.tensors) if found}))
 
     def heads(self, key: str, hidden_size: int) -> int:
+        """Return the number of heads of a width; raise ValueError for one that is no multiple of a head."""
         if hidden_size == 0 or hidden_size % HEAD_DIM:
             raise ValueError(
                 f"{self.name}: {key} is {hidden_size} wide, but Tortoise's width is a multiple of its head size "
@@ -163,7 +165,7 @@ class Original:
                 )
 
     def convert(self, rules: Iterable[Rule], dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
-        """Copies of the tensors by CLVP's names; raises as `check`."""
+        """Copy the tensors, by CLVP's names; raise as `check`."""
         rules = list(rules)
         self.check(rules)
         weights = {}
@@ -185,7 +187,7 @@ def _listed(keys: list[str]) -> str:
 
 
 def decoder_configs(original: Original) -> dict:
-    """What `autoregressive.pth` tells of the configuration: `decoder_config`."""
+    """Read the configuration off `autoregressive.pth`: `decoder_config`."""
     vocab_size, hidden_size = original.shape("mel_embedding.weight", 2)
     inner = original.shape("gpt.h.0.mlp.c_fc.weight", 2)[1]
     decoder = dict(
@@ -206,7 +208,7 @@ def decoder_configs(original: Original) -> dict:
 
 
 def encoder_configs(original: Original) -> dict:
-    """What `clvp2.pth` tells of the configuration: `text_config`, `speech_config` and `projection_dim`."""
+    """Read the configuration off `clvp2.pth`: `text_config`, `speech_config` and `projection_dim`."""
     projection_dim = original.shape("to_text_latent.weight", 2)[0]
     configs: dict[str, Any] = dict(projection_dim=projection_dim)
     for side in ("text", "speech"):
@@ -242,7 +244,7 @@ def check_pair(config: ClvpConfig, decoder_side: Original, encoder_side: Origina
 
 
 def _read_file(path: Path):
-    """What a `.safetensors` or a torch file holds; of the latter tensors and plain containers alone, never code."""
+    """Load a `.safetensors` or a torch file; of the latter tensors and plain containers alone, never code."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
     try:

@@ -1,4 +1,4 @@
-"""What becomes of a text's characters before they are tokens, for who asks to be told."""
+"""Remarks on the changes to a text's characters before they become tokens."""
 
 import re
 import unicodedata

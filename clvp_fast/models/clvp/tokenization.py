@@ -134,6 +134,7 @@ class ClvpTokenizer(PreTrainedTokenizer):
     # Text to ids
 
     def prepare_for_tokenization(self, text, is_split_into_words=False, **kwargs):
+        """Return the text with a space before it where one is asked for, and the remaining options."""
         add_prefix_space = kwargs.pop("add_prefix_space", self.add_prefix_space)
         if text and (add_prefix_space or is_split_into_words):
             text = " " + text
@@ -176,7 +177,7 @@ class ClvpTokenizer(PreTrainedTokenizer):
         return self.unk_token_id if index is None else index
 
     def build_inputs_with_special_tokens(self, token_ids_0, token_ids_1=None):
-        """The ids of one or two sequences, each between the special tokens that were asked for."""
+        """Build the ids of one or two sequences, each between the special tokens that were asked for."""
         if not (self.add_bos_token or self.add_eos_token):
             return super().build_inputs_with_special_tokens(token_ids_0, token_ids_1)
         before = [self.bos_token_id] if self.add_bos_token else []
@@ -198,7 +199,7 @@ class ClvpTokenizer(PreTrainedTokenizer):
         return self.decoder.get(index)
 
     def convert_tokens_to_string(self, tokens) -> str:
-        """The text that `tokens` spell, special tokens included as they are written."""
+        """Join `tokens` to the text that they spell, special tokens included as they are written."""
         if None in tokens:
             raise ValueError(f"cannot decode an id outside the vocabulary (0 to {len(self) - 1}).")
         data = b"".join(

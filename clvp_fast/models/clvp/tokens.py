@@ -1,4 +1,4 @@
-"""What texts and speech codes are to the encoders: their ends, what fills them up, and codes that have no row.
+"""The form of texts and speech codes for the encoders: their ends, their filling, and codes that have no row.
 
 A text is scored with one end token behind it. Candidates are filled up with stop tokens to one length, and `fix_ends`
 makes codes of silence of everything from the first one on.
