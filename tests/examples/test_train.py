@@ -18,7 +18,7 @@ from examples.train import candidates, card, data, evaluate, judge, model, texts
 from examples.train.__main__ import main
 from examples.train.muon import orthogonal
 from examples.train.state import STOP, Interrupted, Training, draws
-from examples.train.train_codec import make_codec
+from examples.train.train_codec import StaleCodes, make_codec, train_codec
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -250,6 +250,15 @@ def test_without_flite_one_sentence_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(STOP, "listen", lambda parent: STOP)
     assert main(["train"]) == 1
     assert capsys.readouterr().err == "error: the program flite is not installed: apt-get install flite\n"
+
+
+def test_a_codec_is_not_trained_under_codes_that_are_there(tmp_path, monkeypatch, small):
+    monkeypatch.setattr(data, "make_speech", lambda folder, count: [])
+    monkeypatch.setattr(data, "make_clips", lambda folder: torch.randn(2, 1, 80, 20) - 5)
+    Training(tmp_path, "codec", small[0], [torch.optim.AdamW(small[0].parameters())], 1).save()
+    (tmp_path / "codes").mkdir()
+    with pytest.raises(StaleCodes, match=r"from step 0 to 3, and codes of \S+ are of the codec as it was: remove them"):
+        train_codec(tmp_path, make_codec(width=16), 3, 0)
 
 
 def test_candidates_come_back_as_they_were_kept(tmp_path):
