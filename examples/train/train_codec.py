@@ -43,8 +43,8 @@ def train_codec(folder: Path, codec: Codec, steps: int, files: int) -> None:
     stale = [name for name in OF_CODES if (folder / name).exists()]
     if stale:
         raise StaleCodes(
-            f"the codec is to be trained on from step {training.step} to {steps}, and {', '.join(stale)} of {folder} are "
-            "of the codec as it was: remove them, or leave the number of its steps as it was"
+            f"the codec is to be trained on from step {training.step} to {steps}, and {', '.join(stale)} of {folder} "
+            "are of the codec as it was: remove them, or leave the number of its steps as it was"
         )
     speech = [pair for path in paths for pair in data.read_speech(path)]
     losses = []

@@ -17,7 +17,7 @@ from clvp_fast import CandidateEngine, CandidateRequest, ClvpFeatureExtractor, C
 from examples.train import candidates, card, data, evaluate, judge, model, texts, train_decoder, train_scorer
 from examples.train.__main__ import main
 from examples.train.muon import orthogonal
-from examples.train.state import STOP, Interrupted, Training, draws
+from examples.train.state import STOP, Interrupted, Training, UnderWay, alone, draws
 from examples.train.train_codec import StaleCodes, make_codec, train_codec
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -229,6 +229,22 @@ def test_sigterm_saves_first(tmp_path):
     assert b"Interrupted" in said
     assert torch.load(tmp_path / "line.pt", weights_only=True)["step"] > 20
     assert [path.name for path in tmp_path.iterdir()] == ["line.pt"]
+
+
+def test_two_processes_do_not_work_on_one_state(tmp_path):
+    holder = "import sys; from pathlib import Path; from examples.train.state import alone\n"
+    holder += "with alone(Path(sys.argv[1]), 'train'):\n    print('held', flush=True); sys.stdin.read()"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", holder, str(tmp_path)]
+    with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"held\n"
+        with pytest.raises(UnderWay, match="another process works on"), alone(tmp_path, "train"):
+            pass
+        with alone(tmp_path, "material"):  # the process beside it
+            pass
+        process.kill()
+    with alone(tmp_path, "train"):
+        pass
 
 
 def test_a_child_ends_when_its_parent_is_gone(monkeypatch):
