@@ -19,8 +19,8 @@ from clvp_fast import demo
 from clvp_fast.io.errors import sentence
 from clvp_fast.io.files import UnwritableError
 from examples.train import candidates, card, data, evaluate, model, train_decoder, train_scorer
-from examples.train.state import STOP, Interrupted, home, note
-from examples.train.train_codec import make_codec, train_codec
+from examples.train.state import STOP, Interrupted, UnderWay, alone, home, note
+from examples.train.train_codec import StaleCodes, make_codec, train_codec
 from examples.train.voices import MissingVoice
 
 
@@ -29,7 +29,7 @@ class Plan:
     """How much of everything. All of it takes about 8 hours of a CPU's time on two cores with AVX2."""
 
     speech_files: int = 10
-    codec_steps: int = 9000
+    codec_steps: int = 24000
     code_files: int = 600
     decoder_steps: int = 7500
     decoder_steps_before_candidates: int = 1500
@@ -59,10 +59,9 @@ def main(arguments: list[str] | None = None) -> int:
     STOP.listen(int(os.environ["CLVP_FAST_TRAIN_PARENT"]) if "CLVP_FAST_TRAIN_PARENT" in os.environ else None)
     try:
         folder = home()
-        if given.command == "train":
-            train(folder)
-        elif given.command == "material":
-            material(folder)
+        if given.command in ("train", "material"):
+            with alone(folder, given.command):
+                (train if given.command == "train" else material)(folder)
         elif given.command == "export":
             model.export(folder, given.folder)
             (given.folder / "README.md").write_text(card.card(folder), encoding="utf-8")
@@ -75,7 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
     except Interrupted:
         print("interrupted, and all is saved: the same command goes on", flush=True)
         return 143
-    except (MissingVoice, UnwritableError) as error:
+    except (MissingVoice, StaleCodes, UnderWay, UnwritableError) as error:
         print(f"error: {sentence(error)}", file=sys.stderr)
         return 1
     return 0

@@ -4,11 +4,13 @@ All lies in `$CLVP_FAST_CACHE/train` (`clvp_fast.io.files.cache_folder`). A draw
 alone, so that a training that was interrupted gives the weights of one that was not.
 """
 
+import fcntl
 import json
 import os
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +59,25 @@ def home() -> Path:
     folder = cache_folder() / "train"
     make_private(folder)
     return folder
+
+
+class UnderWay(ValueError):
+    """Another process works on the same state."""
+
+
+@contextmanager
+def alone(folder: Path, work: str) -> Iterator[None]:
+    """Keeps other processes from doing the same `work` on a state; the lock ends with the process, however it ends.
+
+    Raises:
+        UnderWay: another one does it.
+    """
+    with open(folder / f"{work}.lock", "w", encoding="ascii") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UnderWay(f"another process works on {folder} already: end it, or let it go on") from error
+        yield
 
 
 def save_arrays(path: Path, **arrays) -> None:

@@ -17,8 +17,8 @@ from clvp_fast import CandidateEngine, CandidateRequest, ClvpFeatureExtractor, C
 from examples.train import candidates, card, data, evaluate, judge, model, texts, train_decoder, train_scorer
 from examples.train.__main__ import main
 from examples.train.muon import orthogonal
-from examples.train.state import STOP, Interrupted, Training, draws
-from examples.train.train_codec import make_codec
+from examples.train.state import STOP, Interrupted, Training, UnderWay, alone, draws
+from examples.train.train_codec import StaleCodes, make_codec, train_codec
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -231,6 +231,22 @@ def test_sigterm_saves_first(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["line.pt"]
 
 
+def test_two_processes_do_not_work_on_one_state(tmp_path):
+    holder = "import sys; from pathlib import Path; from examples.train.state import alone\n"
+    holder += "with alone(Path(sys.argv[1]), 'train'):\n    print('held', flush=True); sys.stdin.read()"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", holder, str(tmp_path)]
+    with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"held\n"
+        with pytest.raises(UnderWay, match="another process works on"), alone(tmp_path, "train"):
+            pass
+        with alone(tmp_path, "material"):  # the process beside it
+            pass
+        process.kill()
+    with alone(tmp_path, "train"):
+        pass
+
+
 def test_a_child_ends_when_its_parent_is_gone(monkeypatch):
     monkeypatch.setattr(STOP, "requested", False)
     monkeypatch.setattr(STOP, "parent", os.getppid())
@@ -250,6 +266,15 @@ def test_without_flite_one_sentence_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(STOP, "listen", lambda parent: STOP)
     assert main(["train"]) == 1
     assert capsys.readouterr().err == "error: the program flite is not installed: apt-get install flite\n"
+
+
+def test_a_codec_is_not_trained_under_codes_that_are_there(tmp_path, monkeypatch, small):
+    monkeypatch.setattr(data, "make_speech", lambda folder, count: [])
+    monkeypatch.setattr(data, "make_clips", lambda folder: torch.randn(2, 1, 80, 20) - 5)
+    Training(tmp_path, "codec", small[0], [torch.optim.AdamW(small[0].parameters())], 1).save()
+    (tmp_path / "codes").mkdir()
+    with pytest.raises(StaleCodes, match=r"from step 0 to 3, and codes of \S+ are of the codec as it was: remove them"):
+        train_codec(tmp_path, make_codec(width=16), 3, 0)
 
 
 def test_candidates_come_back_as_they_were_kept(tmp_path):
