@@ -44,7 +44,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m examples.train", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command")
     commands.add_parser("train", help="all that is left to do (the default)")
-    commands.add_parser("material", help="speech, codes and candidates alone, as the process beside the training does")
+    material_parser = commands.add_parser("material", help="speech, codes and candidates alone, as beside the training")
+    material_parser.add_argument("--parent", type=int, help="end when the parent is no longer this process")
     export = commands.add_parser("export", help="the checkpoint folder of what is trained so far")
     export.add_argument("folder", type=Path)
     judged = commands.add_parser("evaluate", help="word errors of candidates, and what their ranking gains")
@@ -56,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
 
     torch.set_num_threads(1)
-    STOP.listen(int(os.environ["CLVP_FAST_TRAIN_PARENT"]) if "CLVP_FAST_TRAIN_PARENT" in os.environ else None)
+    STOP.listen(given.parent)
     try:
         folder = home()
         if given.command in ("train", "material"):
@@ -87,8 +88,8 @@ def train(folder: Path, plan: Plan = PLAN) -> None:
     codec = make_codec()
     train_codec(folder, codec, plan.codec_steps, plan.speech_files)
     data.load_codec(folder, codec)
-    command = [sys.executable, "-m", "examples.train", "material"]
-    helper = subprocess.Popen(command, env=os.environ | {"CLVP_FAST_TRAIN_PARENT": str(os.getpid())})
+    command = [sys.executable, "-m", "examples.train", "material", "--parent", str(os.getpid())]
+    helper = subprocess.Popen(command)
     try:
         _wait_for_codes(folder, helper)
         clvp = model.make_model(model.configuration(codec.num_codes, model.silence_of(codec)))
