@@ -60,7 +60,7 @@ def best_device() -> str:
 
 
 def resolve_checkpoint(name: str | Path) -> str | Path:
-    """Resolve `demo` and `random` to what they name, a folder to itself (checked), anything else to a hub id.
+    """Resolve `demo` and `random` to the folders that they name, a folder to itself (checked), all else to a hub id.
 
     Raises:
         FileNotFoundError: `name` looks like a path and is none, or the folder lacks a file.
