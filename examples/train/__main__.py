@@ -19,9 +19,8 @@ from clvp_fast import demo
 from clvp_fast.io.errors import sentence
 from clvp_fast.io.files import UnwritableError
 from examples.train import candidates, card, data, evaluate, model, train_decoder, train_scorer
-from examples.train.state import STOP, Interrupted, UnderWay, alone, home, note
-from examples.train.train_codec import StaleCodes, make_codec, train_codec
-from examples.train.voices import MissingVoice
+from examples.train.state import STOP, Interrupted, Refused, alone, home, note
+from examples.train.train_codec import make_codec, train_codec
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
     except Interrupted:
         print("interrupted, and all is saved: the same command goes on", flush=True)
         return 143
-    except (MissingVoice, StaleCodes, UnderWay, UnwritableError) as error:
+    except (Refused, UnwritableError) as error:
         print(f"error: {sentence(error)}", file=sys.stderr)
         return 1
     return 0
