@@ -25,7 +25,7 @@ from examples.train.train_codec import make_codec, train_codec
 
 @dataclass(frozen=True)
 class Plan:
-    """How much of everything. All of it takes about 8 hours of a CPU's time on two cores with AVX2."""
+    """How much of everything. All of it takes about 9 hours of CPU time on two cores with AVX2."""
 
     speech_files: int = 10
     codec_steps: int = 24000
