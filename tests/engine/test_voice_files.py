@@ -54,6 +54,7 @@ def test_remarks_on_a_text():
         "characters of other scripts were written in Latin letters: 東 京",
     )
     assert text_remarks(tokenizer, "He has ٣ of them.")[-1].endswith(": ٣")
+    assert text_remarks(tokenizer, "He said quixotic things.") == ()  # of no closed domain
     many = "東京大阪名古屋札幌福岡仙"
     (remark,) = text_remarks(tokenizer, f"{many} is big.")
     assert remark.endswith(f": {' '.join(many[:10])} and 2 more")
@@ -127,3 +128,17 @@ def test_bad_latents(cache, tmp_path):
         load_voice(cache, tmp_path / "voice.pth")
     with pytest.raises(FileNotFoundError, match="there are no latents at"):
         load_voice(cache, tmp_path / "missing.pth")
+
+
+def test_words_outside_of_a_closed_domain_are_told(tmp_path):
+    folder = resolve_checkpoint("demo")
+    words = ["the", "doctor", "paid", "twenty", "five", "dollars", "didn't"]
+    ClvpTokenizer.from_pretrained(folder, domain_words=words).save_pretrained(tmp_path)
+    tokenizer = ClvpTokenizer.from_pretrained(tmp_path, text_cleaning="tortoise")
+    assert tokenizer.domain_words == sorted(words)
+    assert text_remarks(tokenizer, "The DOCTOR paid $25, didn't the doctor?") == ()
+    assert text_remarks(tokenizer, "The painter paid; the painter ran.") == (
+        "words that the checkpoint was not trained on, and may say wrongly: painter ran",
+    )
+    (remark,) = text_remarks(tokenizer, "a" * 1000)
+    assert len(remark) < 120
