@@ -76,6 +76,6 @@ setup(
     long_description_content_type="text/markdown",
     packages=[*find_packages(include=["clvp_fast", "clvp_fast.*"]), "clvp_fast.kernels"],
     package_dir={"clvp_fast.kernels": "kernels"},
-    package_data={"clvp_fast": ["py.typed", "*.pyi"], "clvp_fast.cli": ["page.css", "page.js"]},
+    package_data={"clvp_fast": ["py.typed", "*.pyi", "trained_demo/*"], "clvp_fast.cli": ["page.css", "page.js"]},
     cmdclass={"build_py": BuildWithLibrary, "bdist_wheel": PlatformWheel},
 )

@@ -19,9 +19,10 @@ from clvp_fast import (
     ClvpProcessor,
     ClvpTokenizer,
 )
-from clvp_fast.demo import demo_checkpoint
+from clvp_fast.demo import reserved_checkpoint
 from clvp_fast.io.errors import cut
 from clvp_fast.io.files import user_path
+from clvp_fast.io.names import RESERVED
 from clvp_fast.models.clvp.tokens import most_text
 from clvp_fast.vocoder import Vocoder, load_vocoder
 
@@ -59,14 +60,14 @@ def best_device() -> str:
 
 
 def resolve_checkpoint(name: str | Path) -> str | Path:
-    """Resolve `demo` to its folder in the cache, a folder to itself (checked), anything else to a hub id.
+    """Resolve `demo` and `random` to the folders that they name, a folder to itself (checked), all else to a hub id.
 
     Raises:
         FileNotFoundError: `name` looks like a path and is none, or the folder lacks a file.
         ValueError: `name` is a file, or a file of the folder is damaged.
     """
-    if str(name) == "demo":
-        name = demo_checkpoint()
+    if str(name) in RESERVED:
+        name = reserved_checkpoint(str(name))
     return _folder_or_id(name, "'demo', a folder", (*_JSON_FILES, "merges.txt"))
 
 
@@ -93,7 +94,7 @@ def _meant(name: str | Path) -> str:
         beside = [one.name for one in path.parent.iterdir() if one.is_dir()] if path.parent.is_dir() else []
     except OSError:
         beside = []
-    near = next(iter(get_close_matches(path.name, [*beside, *["demo"] * (str(name) == path.name)], 1)), None)
+    near = next(iter(get_close_matches(path.name, [*beside, *RESERVED * (str(name) == path.name)], 1)), None)
     return "" if near is None else f"did you mean {path.with_name(near)}? Or "
 
 
@@ -191,8 +192,8 @@ def load_clap(
     Raises:
         FileNotFoundError, ValueError: as of `load_checkpoint`; there is no demo of CLAP.
     """
-    if str(name) == "demo":
-        raise ValueError("there is no demo of CLAP; give a folder, or a hub id such as laion/clap-htsat-unfused")
+    if str(name) in RESERVED:
+        raise ValueError(f"there is no {name} of CLAP; give a folder, or a hub id such as laion/clap-htsat-unfused")
     source = _folder_or_id(name, "a folder", ("config.json",))
     try:
         processor = ClapProcessor.from_pretrained(source)

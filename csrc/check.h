@@ -94,10 +94,11 @@ static inline int clvp_fast_check_linear(const struct clvp_fast_linear *call) {
         call->activation < CLVP_FAST_NO_ACTIVATION || call->activation > CLVP_FAST_GELU_TANH)
         return CLVP_FAST_BAD_SIZE;
     if (call->rows == 0 || call->out_features == 0) return CLVP_FAST_OK;
-    if (!call->x || !call->weight || !call->out) return CLVP_FAST_NULL_POINTER;
+    if (!call->x || !(call->weight || call->panels) || !call->out) return CLVP_FAST_NULL_POINTER;
     const size_t element = clvp_fast_element_size(call->dtype);
     if (clvp_fast_misaligned(call->x, element) ||
         clvp_fast_misaligned(call->weight, clvp_fast_element_size(call->weight_dtype)) ||
+        clvp_fast_misaligned(call->panels, clvp_fast_element_size(call->weight_dtype)) ||
         clvp_fast_misaligned(call->scale, sizeof(float)) || clvp_fast_misaligned(call->bias, element) ||
         clvp_fast_misaligned(call->residual, sizeof(float)) ||
         clvp_fast_misaligned(call->out, call->residual ? sizeof(float) : element))

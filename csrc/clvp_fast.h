@@ -129,7 +129,10 @@ struct clvp_fast_linear {
     const void *bias;      /* [out_features] of dtype; null: none */
     const float *residual; /* [rows, out_features], contiguous; null: none */
     void *out;             /* [rows, out_features] of dtype, with a residual float32; contiguous */
-    int64_t x_stride;      /* elements from one row to the next */
+    /* Null, or the weights once more, which then are read in the place of `weight`: for each 48 of them, the last ones
+     * filled up with anything finite, [in_features / u, 48, u], where u is 1 for FLOAT32 and 2 for other types. */
+    const void *panels;
+    int64_t x_stride; /* elements from one row to the next */
     int64_t weight_stride;
     int64_t rows, in_features, out_features; /* in_features: a multiple of 32 */
     int32_t dtype;                           /* FLOAT32 or BFLOAT16 */

@@ -19,6 +19,7 @@ from clvp_fast.batch.settings import Settings
 from clvp_fast.batch.summary import write_summary
 from clvp_fast.engine.defaults import MEMORY_FRACTION
 from clvp_fast.io.files import UnwritableError, replacing, user_path
+from clvp_fast.io.names import RESERVED
 from clvp_fast.io.waits import waiting
 
 logger = logging.getLogger(__name__)
@@ -114,7 +115,9 @@ def _absolute(settings: dict[str, Any]) -> dict[str, Any]:
     places = {}
     for name in ("checkpoint", "voice"):
         place = settings.get(name)
-        if isinstance(place, (str, Path)) and (name == "voice" or (str(place) != "demo" and user_path(place).exists())):
+        if not isinstance(place, (str, Path)):
+            continue
+        if name == "voice" or (str(place) not in RESERVED and user_path(place).exists()):
             places[name] = os.path.abspath(user_path(place))
     return settings | places
 

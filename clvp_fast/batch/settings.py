@@ -10,7 +10,7 @@ from clvp_fast.engine.defaults import DTYPES, SCORING_MODES, TEXT_CLEANINGS
 from clvp_fast.engine.sampling_params import SAMPLING, SamplingParams
 
 #: What a run finds out where it is not told, and what a run that goes on takes over from the one before.
-_FOUND = ("max_new_tokens", "device", "batch_size", "threads")
+_FOUND = ("max_new_tokens", "device", "packed_weights", "batch_size", "threads")
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Settings:
         device: "cpu" or "cuda"; None: the GPU where there is one.
         dtype: of the weights: "float32", "bfloat16" or "float16".
         int8_weights, float8_pages: decode over 8-bit copies of weights, with 8-bit keys and values.
+        packed_weights: decode over packed copies of weights, as [`CandidateEngine`]; None: where they serve and fit.
         batch_size: candidates decoded at once; None: what memory allows.
         threads: of the CPU, which torch's products may add up in other orders by; None: as torch has it.
         text_cleaning: "tortoise" or "transformers".
@@ -59,6 +60,7 @@ class Settings:
     dtype: str = DTYPES[0]
     int8_weights: bool = False
     float8_pages: bool = False
+    packed_weights: bool | None = None
     batch_size: int | None = None
     threads: int | None = None
     text_cleaning: str = TEXT_CLEANINGS[0]

@@ -13,13 +13,14 @@ from clvp_fast.cli.inputs import sampling_of
 #: What an interrupt leaves.
 INTERRUPTED = "what is finished is kept, and the same command goes on from there"
 
-_PLAIN = ("checkpoint", "voice", "scoring", "latents", "embeddings", "dtype", "int8_weights", "float8_pages", "threads")
+_PLAIN = ("checkpoint", "voice", "scoring", "latents", "embeddings", "dtype", "int8_weights", "float8_pages")
+_OPEN = ("packed_weights", "threads")
 
 
 def run(arguments: argparse.Namespace) -> None:
     if not arguments.debug:
         report.quiet_transformers()
-    settings = sampling_of(arguments) | {name: getattr(arguments, name) for name in _PLAIN}
+    settings = sampling_of(arguments) | {name: getattr(arguments, name) for name in (*_PLAIN, *_OPEN)}
     with report.noting_warnings():
         summary = run_job(
             arguments.input,

@@ -7,6 +7,7 @@ import torch
 
 from clvp_fast.checkpoint import Checkpoint, best_device, load_checkpoint, sayable_ids
 from clvp_fast.cli.report import note, quiet_transformers, waiting
+from clvp_fast.demo import is_random
 from clvp_fast.engine.sampling_params import PRESETS, SAMPLING
 from clvp_fast.models.clvp.text_remarks import text_remarks
 
@@ -35,8 +36,9 @@ def load_for(arguments: argparse.Namespace) -> Checkpoint:
             dtype=getattr(torch, arguments.dtype),
             text_cleaning=arguments.text_cleaning,
         )
-    if checkpoint.name == "demo":
-        note("checkpoint 'demo' has random weights: its candidates are no speech, and its scores mean nothing")
+    if is_random(checkpoint.name):
+        name = checkpoint.name
+        note(f"checkpoint '{name}' has random weights: its candidates are no speech, and its scores mean nothing")
     return checkpoint
 
 

@@ -55,7 +55,9 @@ class Listening:
         latents = None if result.latents is None else [result.latents[row["candidate"]] for row in rows]
         try:
             if item.voice.mel is None:
-                raise ValueError("a saved voice has no recording to speak in; give its recordings to hear candidates")
+                raise ValueError(
+                    "a saved voice comes without a recording to speak in; give its recordings to hear candidates"
+                )
             voice = torch.from_numpy(item.voice.mel)
             known = [known_codes(torch.from_numpy(row), self.checkpoint.model.config).numpy() for row in codes]
             sounds = self.vocoder.speak(known, voice, latents)

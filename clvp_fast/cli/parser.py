@@ -349,6 +349,13 @@ def _add_memory(parser) -> None:
         action="store_true",
         help="keep keys and values in 8 bits: other candidates, and twice as many at a time on a GPU",
     )
+    memory.add_argument(
+        "--no-packed-weights",
+        dest="packed_weights",
+        action="store_false",
+        default=None,
+        help="decode without packed copies of the weights, which a CPU reads faster where memory has room for them",
+    )
 
 
 def _add_scoring(parser) -> None:

@@ -20,8 +20,9 @@ def build_engine(
     """The engine that decodes and scores as `settings` say.
 
     Args:
-        settings: what has `batch_size`, `max_new_tokens`, `scoring`, `latents`, `int8_weights` and `float8_pages`: a
-            job's [`Settings`], or arguments of the command line. The first two may be None, as for [`CandidateEngine`].
+        settings: what has `batch_size`, `max_new_tokens`, `scoring`, `latents`, `int8_weights`, `float8_pages`
+            and `packed_weights`: a job's [`Settings`], or arguments of the command line. The first two and the last may
+            be None, as for [`CandidateEngine`].
         candidates: how many there are to decode, beyond which no places are made; None: it is not known.
         memory_fraction, deterministic: as for [`CandidateEngine`].
 
@@ -36,6 +37,7 @@ def build_engine(
         max_new_tokens=settings.max_new_tokens,
         memory_fraction=memory_fraction,
         weight_dtype=torch.int8 if settings.int8_weights else None,
+        packed_weights=settings.packed_weights,
         page_dtype=torch.float8_e4m3fn if settings.float8_pages else None,
         scoring=settings.scoring,
         latents=settings.latents,

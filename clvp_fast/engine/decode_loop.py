@@ -26,14 +26,16 @@ class Job:
     sampling: with its seed and stop token.
     codes: by candidate, int64 `[drawn]`, the stop token included where it came; None while it is being drawn.
     latents: by candidate, `[drawn, hidden_size]`, if the runner keeps them.
-    on_token: told each (candidate, token) once.
+    on_token: told each (candidate, token) once; with `states` (candidate, token, state).
+    states: whether a token is told with the decoder's state that it was drawn from, `[hidden_size]` on the device.
     told: by candidate, how many tokens it was told of. One that begins anew draws the same again, which is no news.
     started_at: when its first candidate got a slot, in seconds of `time.perf_counter`.
     """
 
     prompt: torch.Tensor
     sampling: SamplingParams
-    on_token: Callable[[int, int], None] | None = None
+    on_token: Callable[..., None] | None = None
+    states: bool = False
     codes: list[np.ndarray | None] = field(init=False)
     latents: list[torch.Tensor | None] = field(init=False)
     told: list[int] = field(init=False)
@@ -74,7 +76,8 @@ class DecodeLoop:
         self.lag = int(runner.device.type == "cuda") if lag is None else lag
         self._jobs: set[Job] = set()  # that the scheduler has
         self.finished: deque[Job] = deque()  # and not yet taken
-        self._news: deque[tuple[Job, int, int, int]] = deque()  # job, candidate, token and its number, not yet told
+        # Not yet told: job, candidate, token, its number, and its state where that is told.
+        self._news: deque[tuple[Job, int, int, int, tuple[torch.Tensor, ...]]] = deque()
         self._begin(runner)
 
     def _begin(self, runner: Runner) -> None:
@@ -172,10 +175,10 @@ class DecodeLoop:
         One that begins anew draws the same tokens again, which are no news.
         """
         while self._news:
-            job, candidate, token, count = self._news.popleft()
+            job, candidate, token, count, state = self._news.popleft()
             if job.on_token is not None and count > job.told[candidate]:
                 job.told[candidate] = count
-                job.on_token(candidate, token)
+                job.on_token(candidate, token, *state)
 
     def _apply(self, runner: Runner, step: Step) -> None:
         """Bring the scheduler's changes to the device, and to the rows."""
@@ -215,7 +218,8 @@ class DecodeLoop:
             for slot, token, count in zip(slots.tolist(), tokens.tolist(), self._drawn[rows].tolist(), strict=True):
                 run = step.runs[slot]
                 if run.key.on_token is not None:
-                    self._news.append((run.key, run.candidate, token, count))
+                    state = (runner.state(run.slot, count - 1),) if run.key.states else ()
+                    self._news.append((run.key, run.candidate, token, count, state))
         for slot, row in zip(slots[ended].tolist(), rows[ended].tolist(), strict=True):
             run, drawn = step.runs[slot], int(self._drawn[row])
             job: Job = run.key

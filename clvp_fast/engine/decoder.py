@@ -87,6 +87,8 @@ class PagedDecoder:
             to the products is of the model's dtype.
         weight_dtype: `torch.int8`: the layers' products run over copies of their weights in 8 bits, made here (the
             head's do not); by default over the model's own.
+        packed: all products read panels of their weights, copies that are made here and whenever the weights moved
+            (`DecoderWeights.packed`); of a change in place nothing is seen before `weights.repack()`.
 
     Raises:
         ValueError: another `weight_dtype`; a model whose parameters do not say what it computes, or int8 for an
@@ -98,6 +100,7 @@ class PagedDecoder:
         model: ClvpForCausalLM,
         residual_dtype: torch.dtype | None = None,
         weight_dtype: torch.dtype | None = None,
+        packed: bool = False,
     ):
         if weight_dtype not in (None, torch.int8):
             raise ValueError(f"weight_dtype must be torch.int8, or None for the model's own, not {weight_dtype}")
@@ -110,14 +113,15 @@ class PagedDecoder:
         self.vocab_size = config.vocab_size
         self.contiguous_positions = bool(getattr(config, "contiguous_positions", False))
         self._residual_dtype = residual_dtype
-        self.weight_dtype = weight_dtype
+        self.weight_dtype, self.packed = weight_dtype, packed
         self._take_weights()
 
     def _take_weights(self) -> None:
         weights = DecoderWeights.take(self.model)
         if isinstance(weights, str):
             raise ValueError(weights)
-        self.weights = weights if self.weight_dtype is None else weights.in_int8()
+        weights = weights if self.weight_dtype is None else weights.in_int8()
+        self.weights = weights.packed() if self.packed else weights
         self._sources = weights.sources()
 
     @property

@@ -5,6 +5,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from contextvars import copy_context
 from dataclasses import replace
 from functools import partial
@@ -34,6 +35,7 @@ from clvp_fast.io.errors import shown
 from clvp_fast.models.clvp.causal_lm import ClvpForCausalLM
 from clvp_fast.models.common.parameters import arrange_for_decoding
 from clvp_fast.ops.dispatch import uncast
+from clvp_fast.ops.panels import unserved
 
 _END: Any = object()  # of requests
 
@@ -56,10 +58,13 @@ class CandidateEngine:
         weight_dtype: `torch.int8` to decode with copies of the layers' weights in 8 bits, which are made here; by
             default with the model's own. docs/architecture.md tells what either changes, and `refresh` when copies
             have to be made anew.
+        packed_weights: decode with copies of all weights in the order in which a CPU's kernel reads them fastest, made
+            here; None: where there is such a kernel, and the copies leave room for as many candidates as without them.
         scoring: "padded", as the original scores, or "trimmed" ([`Ranker`] explains them).
         scorer: a [`Scorer`] that ranks candidates in place of `model`'s own encoders.
         latents: results have the latents of their best candidates, as Tortoise hands them to its diffusion: a second
             pass over the codes of each (`diffusion_latents` tells which).
+        states: keep the decoder's state of each code while its candidate is drawn, for `stream(states=True)`.
         text_ends: how many end tokens a prompt has behind its text: the two that Tortoise's API gives, or one for ids
             that bring the other.
         deterministic: decode at one fixed number of rows, so that in half types too the bits of a candidate cannot
@@ -86,9 +91,11 @@ class CandidateEngine:
         page_size: int = PAGE_SIZE,
         page_dtype: torch.dtype | None = None,
         weight_dtype: torch.dtype | None = None,
+        packed_weights: bool | None = None,
         scoring: str = SCORING_MODES[0],
         scorer: Scorer | None = None,
         latents: bool = False,
+        states: bool = False,
         text_ends: int = 2,
         deterministic: bool = False,
         persistent: bool = False,
@@ -110,11 +117,13 @@ class CandidateEngine:
             page_size=page_size,
             page_dtype=page_dtype,
             weight_dtype=weight_dtype,
+            latents=states,
         )
+        self._keeps_states = states
         # Functions and no methods: an engine that nobody holds frees its pages at once.
         self._work = Work(
             self.scorer,
-            partial(_planned, decoder, memory_fraction, num_pages, sizes),
+            partial(_planned, decoder, memory_fraction, num_pages, sizes, packed_weights),
             partial(_runner, decoder, sizes | dict(deterministic=deterministic, persistent=persistent)),
             default_batch(model.device) if max_batch is None else max_batch,
             partial(diffusion_latents, decoder) if latents else None,
@@ -159,12 +168,12 @@ class CandidateEngine:
         """Make anew what was made of the model's weights, after those were changed or moved.
 
         An engine reads the model's own weights, and a change in place (`copy_`, `load_state_dict`, an optimizer's step)
-        is seen by the next request. This makes anew copies in 8 bits (`weight_dtype`), the scales of pages in 8 bits
-        (`page_dtype`), captured steps (`warm_up`, `persistent`), and the pages of a model that was cast or moved to
-        another device. All of it stays as it was until then, and each request is refused with a `ValueError` that
-        says so. It compares the parameters' addresses and version counters, and neither shows a write
-        through `.data` (`weight.data.copy_(...)`) or through numpy (`weight.detach().numpy()[...] = `): call this after
-        one, for voices that are kept too.
+        is seen by the next request, for which packed copies are made anew. This makes anew copies in 8 bits
+        (`weight_dtype`), the scales of pages in 8 bits (`page_dtype`), captured steps (`warm_up`, `persistent`), and
+        the pages of a model that was cast or moved to another device. All of it stays as it was until then, and each
+        request is refused with a `ValueError` that says so. It compares the parameters' addresses and version counters,
+        and neither shows a write through `.data` (`weight.data.copy_(...)`) or through numpy
+        (`weight.detach().numpy()[...] = `): call this after one, for packed copies and for voices that are kept too.
 
         Raises:
             RuntimeError: requests are under way, or a listener or scorer of the engine calls this.
@@ -256,6 +265,7 @@ class CandidateEngine:
             try:
                 admit = partial(self._admit, request, call.sampling, place)
                 pending.text_ids, pending.job = self._turns.take(admit)
+                pending.job.states = call.states
                 pending.job.on_token = None if call.listener is None else partial(tell, ref(pending))
                 pending.prepared = time.perf_counter()
                 self._work.pending[pending] = None
@@ -282,11 +292,24 @@ class CandidateEngine:
             self._turns.take(self._work.settle, unless=lambda: self._work.is_settled)
 
     def stream(
-        self, request: CandidateRequest, sampling: SamplingParams | None = None, *, keep: int = 1
-    ) -> Iterator[tuple[int, int] | CandidateResult]:
-        """Yield (candidate, token) as they are drawn, and last the request's result; a cancelled one has none."""
+        self,
+        request: CandidateRequest,
+        sampling: SamplingParams | None = None,
+        *,
+        keep: int = 1,
+        states: bool = False,
+    ) -> Iterator[tuple[int, int] | tuple[int, int, torch.Tensor] | CandidateResult]:
+        """Yield (candidate, token) as they are drawn, and last the request's result; a cancelled one has none.
+
+        With `states` (candidate, token, state): behind both final norms, `[hidden_size]` in the model's dtype and on
+        its device, what the token was drawn from, so that a next stage can begin before the end. The engine must have
+        been made with `states=True` (`ValueError`).
+        """
+        if states and not self._keeps_states:
+            raise ValueError("stream(states=True) needs an engine that keeps states: make it with states=True")
         drawn: deque[tuple[int, int]] = deque()
         call = self._call(request, sampling, keep, lambda request, *token: drawn.append(token))
+        call.states = states
         return self._results(call, drawn)
 
     async def generate_async(
@@ -335,11 +358,28 @@ def _planned(
     memory_fraction: float,
     num_pages: int | None,
     sizes: dict[str, Any],
+    packed_weights: bool | None,
     max_batch: int | None,
 ) -> MemoryPlan:
-    planned = plan(decoder, free_bytes(decoder.device), memory_fraction, max_batch, **sizes)
-    return planned if num_pages is None else replace(planned, num_pages=num_pages)
+    free = free_bytes(decoder.device)
+
+    def planned(packed: bool) -> MemoryPlan:
+        found = plan(decoder, free, memory_fraction, max_batch, **sizes, packed=packed)
+        return found if num_pages is None else replace(found, num_pages=num_pages)
+
+    weight = decoder.lm_head.weight
+    if packed_weights is False or (packed_weights is None and unserved(weight.dtype, weight) is not None):
+        return planned(False)
+    if packed_weights:
+        return planned(True)
+    plain = planned(False)
+    with suppress(ValueError):
+        packed = planned(True)
+        if packed.max_batch == plain.max_batch:
+            return packed
+    return plain
 
 
 def _runner(decoder: ClvpForCausalLM, options: dict[str, Any], memory: MemoryPlan) -> Runner:
-    return Runner(decoder, memory.num_pages, max_batch=memory.max_batch, **options)
+    packed = memory.parts["panels"] > 0
+    return Runner(decoder, memory.num_pages, max_batch=memory.max_batch, packed=packed, **options)

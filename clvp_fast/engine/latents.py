@@ -14,7 +14,7 @@ MAX_SILENCE = 8
 
 
 def cut_in_silence(codes: Sequence[int] | np.ndarray, silence: int) -> int:
-    """How many latents the original keeps of fixed `codes` `[length]`: those before the ninth code of a run of silence.
+    """Return how many latents the original keeps of fixed `codes` `[length]`: those before a ninth code of silence.
 
     The first run of more than eight codes `silence` counts, inside speech too; without one all are kept.
     """
@@ -28,7 +28,7 @@ def cut_in_silence(codes: Sequence[int] | np.ndarray, silence: int) -> int:
 
 @torch.no_grad()
 def states_of_codes(decoder: ClvpForCausalLM, prompt: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-    """For each code the state that predicts it, behind both final norms: `[length, hidden_size]` in the model's dtype.
+    """Return the state that predicts each code, behind both final norms, `[length, hidden_size]` in the model's dtype.
 
     As in the original's second pass (`return_latent=True`), the start token and the codes stand at positions 0, 1, 2,
     and so on, whichever positions they were drawn with.

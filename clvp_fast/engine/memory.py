@@ -14,6 +14,7 @@ from clvp_fast.engine.runner import PREFILL_TOKENS
 from clvp_fast.engine.sampling_params import SamplingParams
 from clvp_fast.engine.scheduler import batch_buckets
 from clvp_fast.models.clvp.tokens import longest_prompt
+from clvp_fast.ops.panels import padded
 
 # Beyond these slots a step is bound by the keys and values that it reads, and more of them gain next to nothing.
 MAX_BATCH = 512
@@ -37,6 +38,7 @@ class DecoderSizes:
         on_cpu: what a step needs beside its pages is counted as on a CPU, where prompts are prefilled one by one.
         min_rows: of a step.
         copied_weights: bytes of the layers' weights in 8 bits, if they are made.
+        panels: bytes of all products' weights once more, if they are packed.
     """
 
     num_layers: int
@@ -49,12 +51,17 @@ class DecoderSizes:
     on_cpu: bool = True
     min_rows: int = 1
     copied_weights: int = 0
+    panels: int = 0
 
     @classmethod
     def of(
-        cls, model: Any, page_dtype: torch.dtype | None = None, weight_dtype: torch.dtype | None = None
+        cls,
+        model: Any,
+        page_dtype: torch.dtype | None = None,
+        weight_dtype: torch.dtype | None = None,
+        packed: bool = False,
     ) -> "DecoderSizes":
-        """The sizes of a `ClvpForCausalLM`; `page_dtype` and `weight_dtype` as for `Runner`."""
+        """The sizes of a `ClvpForCausalLM`; `page_dtype`, `weight_dtype` and `packed` as for `Runner`."""
         config, weight = model.config, model.lm_head.weight
         on_cpu = weight.device.type == "cpu"
         return cls(
@@ -68,7 +75,16 @@ class DecoderSizes:
             on_cpu=on_cpu,
             min_rows=min_rows(model),
             copied_weights=0 if weight_dtype is None else _layer_weights(model) * weight_dtype.itemsize,
+            panels=_panels(model, weight_dtype or weight.dtype, weight.dtype) if packed else 0,
         )
+
+
+def _panels(model: Any, layers: torch.dtype, head: torch.dtype) -> int:
+    """Bytes of the panels of all products."""
+    config = model.config
+    hidden, inner = config.hidden_size, config.inner_size
+    rows = (padded(3 * hidden) + padded(hidden) + padded(inner)) * hidden + padded(hidden) * inner
+    return config.num_hidden_layers * rows * layers.itemsize + padded(config.vocab_size) * hidden * head.itemsize
 
 
 def _layer_weights(model: Any) -> int:
@@ -153,6 +169,7 @@ def plan(
     page_dtype: torch.dtype | None = None,
     weight_dtype: torch.dtype | None = None,
     latents: bool = False,
+    packed: bool = False,
 ) -> MemoryPlan:
     """Plan pages and slots for a decoder whose weights are loaded.
 
@@ -166,7 +183,7 @@ def plan(
         max_batch: the most slots; None: 512.
         max_new_tokens, max_prefix_len: the longest candidate and prompt; the latter by default the longest of a text.
         page_size: tokens a page.
-        page_dtype, weight_dtype, latents: as for `Runner`.
+        page_dtype, weight_dtype, latents, packed: as for `Runner`.
 
     Raises:
         ValueError: numbers that cannot be, or not even one candidate fits, with the sizes.
@@ -179,7 +196,7 @@ def plan(
         raise ValueError(f"max_new_tokens and page_size must be from 1 up, not {max_new_tokens} and {page_size}")
     if max_prefix_len is None:
         max_prefix_len = longest_prompt(model.config)
-    sizes = model if isinstance(model, DecoderSizes) else DecoderSizes.of(model, page_dtype, weight_dtype)
+    sizes = model if isinstance(model, DecoderSizes) else DecoderSizes.of(model, page_dtype, weight_dtype, packed)
     budget = int(free_bytes * memory_fraction)
     own, prefix = (-(-tokens // page_size) for tokens in (max_new_tokens, max_prefix_len))
     page_bytes = 2 * sizes.num_layers * page_size * sizes.hidden_size * sizes.page_itemsize
@@ -222,6 +239,7 @@ def _fixed(
     prefilled = max_prefix_len if sizes.on_cpu else max(PREFILL_TOKENS, max_prefix_len)
     return {
         "weights": sizes.copied_weights,
+        "panels": sizes.panels,
         "slots": 4 * words * rows,
         "latents": rows * (max_new_tokens + 1) * sizes.hidden_size * sizes.itemsize if latents else 0,
         "step": rows * (kept + logits + partial),

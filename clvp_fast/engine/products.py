@@ -1,10 +1,14 @@
-"""The linear layers of a decoder as the engine computes them: over the model's own weights, or copies in 8 bits."""
+"""The linear layers of a decoder as the engine computes them: over the model's own weights, or copies in 8 bits, which
+may be packed besides.
+"""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from clvp_fast import ops
+from clvp_fast.ops import panels as packing
 from clvp_fast.ops.binding import Call, Room
 from clvp_fast.ops.linear import bind_linear
 
@@ -14,19 +18,46 @@ _ROWS = 256
 
 @dataclass(frozen=True)
 class Product:
-    """A linear layer: `weight` `[out, in]`, `bias` `[out]` or None; with int8 weights `scale` `[out]` float32."""
+    """A linear layer: `weight` `[out, in]`, `bias` `[out]` or None; with int8 weights `scale` `[out]` float32.
+
+    panels: the weights packed, a copy; None: they are read as they lie.
+    """
 
     weight: torch.Tensor
     bias: torch.Tensor | None
     scale: torch.Tensor | None = None
+    panels: torch.Tensor | None = None
 
-    def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """`[..., in]` to `[..., out]`; a residual is added, and the result has its dtype."""
-        return ops.linear(x, self.weight, self.bias, scale=self.scale, residual=residual)
+    def __call__(
+        self, x: torch.Tensor, residual: torch.Tensor | None = None, activation: str | None = None
+    ) -> torch.Tensor:
+        """`[..., in]` to `[..., out]`; a residual is added behind the activation, and the result has its dtype."""
+        return ops.linear(x, self.weight, self.bias, **self._settings(residual, activation))
 
-    def bind(self, out: torch.Tensor, room: Room, x: torch.Tensor, residual: torch.Tensor | None = None) -> Call:
+    def bind(
+        self,
+        out: torch.Tensor,
+        room: Room,
+        x: torch.Tensor,
+        residual: torch.Tensor | None = None,
+        activation: str | None = None,
+    ) -> Call:
         """The same into `out`, as `bind_linear` tells."""
-        return bind_linear(out, room, x, self.weight, self.bias, scale=self.scale, residual=residual)
+        return bind_linear(out, room, x, self.weight, self.bias, **self._settings(residual, activation))
+
+    def _settings(self, residual: torch.Tensor | None, activation: str | None) -> dict[str, Any]:
+        return dict(scale=self.scale, activation=activation, residual=residual, panels=self.panels)
+
+    def packed(self, dtype: torch.dtype) -> "Product":
+        """The product with panels of its weights, made now, beside x of `dtype`; itself where no kernel reads them."""
+        if packing.unserved(dtype, self.weight) is not None:
+            return self
+        return replace(self, panels=packing.pack(self.weight))
+
+    def repack(self) -> None:
+        """Write the panels again, of the weights as they are now."""
+        if self.panels is not None:
+            packing.pack(self.weight, into=self.panels)
 
 
 @torch.no_grad()

@@ -65,7 +65,7 @@ class Ranker:
 
     @torch.no_grad()
     def score_fixed(self, text_ids: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-        """Scores `[candidates]` float32 of codes that are fixed already, as original CLVP gives them to pairs.
+        """Score codes that are fixed already, `[candidates]` float32, as original CLVP scores pairs.
 
         Where memory runs out, in smaller parts from then on.
 
@@ -78,7 +78,7 @@ class Ranker:
         return (speech * text).sum(1) * self.model.logit_scale.float().exp()
 
     def _in_parts(self, longest: int, rank: Callable[[], Ranked]) -> Ranked:
-        """`rank()`, again with half of `max_tokens` where memory runs out, down to one candidate."""
+        """Call `rank()`, again with half of `max_tokens` where memory runs out, down to one candidate."""
         while True:
             try:
                 return rank()

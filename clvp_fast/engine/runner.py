@@ -75,6 +75,8 @@ class Runner:
         max_prefix_len: of a prompt in tokens; by default the longest that a text makes.
         page_dtype: `torch.float8_e4m3fn`; None: the dtype of the model.
         weight_dtype: `torch.int8`: the layers' products run over copies of their weights in 8 bits; None: as they are.
+        packed: products read panels of their weights, which are copies; those of weights that changed in place are made
+            anew when the next candidate is admitted.
         latents: keep the hidden state, after both final norms, that each token was drawn from; see `latents`.
         deterministic: every step has `max_batch` rows, so that their number has no say in the bits of a row; for
             `paged_attention_decode` too, whose torch path would look at all rows, refused here.
@@ -104,8 +106,9 @@ class Runner:
         deterministic: bool = False,
         capture: bool | None = None,
         persistent: bool = False,
+        packed: bool = False,
     ):
-        decoder = self.decoder = PagedDecoder(model, weight_dtype=weight_dtype)
+        decoder = self.decoder = PagedDecoder(model, weight_dtype=weight_dtype, packed=packed)
         config, device = model.config, decoder.device
         if min(num_pages, page_size, max_batch) < 1:
             raise ValueError(
@@ -144,6 +147,7 @@ class Runner:
         self._copied: Marks | None = None
         if weight_dtype is not None or self.pages.scales is not None:
             self._copied = Marks(model.model.decoder.layers, "model.decoder.layers.")
+        self._packed = Marks(model) if packed else None
         self.require_kernel()
         self._persistent: PersistentStep | None = None
         if persistent:
@@ -213,6 +217,11 @@ class Runner:
                 raise RuntimeError("the model's parameters moved after warm_up(): call it again when no candidate runs")
             self.decoder.follow()
             self._bound.clear()
+            if self._packed is not None:
+                self._packed = Marks(self.decoder.model)
+        if step.admitted and self._packed is not None and self._packed.changed() is not None:
+            self._packed = Marks(self.decoder.model)
+            self.decoder.weights.repack()
         for prefill in step.prefills:
             self._check_prompt(prefill, prompts[prefill.key])
         self.slots.apply(step, params)
@@ -263,9 +272,17 @@ class Runner:
         `[length, hidden_size]` on the device. To be taken before the slot is given away; moves carry them along.
         Raises `RuntimeError` where none are kept.
         """
+        return self._kept(slot)[:length].clone()
+
+    @torch.no_grad()
+    def state(self, slot: int, place: int) -> torch.Tensor:
+        """Return a copy of the hidden state `[hidden_size]` from which a candidate's token was drawn, as `latents`."""
+        return self._kept(slot)[place].clone()
+
+    def _kept(self, slot: int) -> torch.Tensor:
         if self._latents is None:
             raise RuntimeError("this runner keeps no latents: make it with latents=True")
-        return self._latents[slot, :length].clone()
+        return self._latents[slot]
 
     def outdated(self) -> str | None:
         """Why steps would not compute what the model's weights say now, as the beginning of a sentence; None: they do.

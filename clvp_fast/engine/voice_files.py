@@ -63,7 +63,7 @@ def load_voice(voices: VoiceCache, place: str | Path, crop_seed: int | None = No
 
 
 def latent_voice(voices: VoiceCache, path: str | Path) -> Voice:
-    """The voice of latents in a torch file: Tortoise's pair `(auto, diffusion)`, or one alone.
+    """Read the voice of latents in a torch file: Tortoise's pair `(auto, diffusion)`, or one alone.
 
     Raises:
         FileNotFoundError, ValueError: no file, too many bytes for latents, more than tensors, other widths than the
@@ -87,7 +87,7 @@ def latent_voice(voices: VoiceCache, path: str | Path) -> Voice:
 
 
 def _latents_at(path: Path) -> Path | None:
-    """A file of latents by its name, or the only file of a folder that is one."""
+    """Return a file of latents by its name, or the only file of a folder that is one."""
     if path.suffix.lower() in _LATENTS and not path.is_dir():
         return path
     if path.is_dir():
@@ -98,7 +98,7 @@ def _latents_at(path: Path) -> Path | None:
 
 
 def is_latents(place: str | Path) -> bool:
-    """Whether a place names a file of latents."""
+    """Tell whether a place names a file of latents."""
     return Path(place).suffix.lower() in _LATENTS
 
 

@@ -281,7 +281,7 @@ class VoiceCache:
 
 
 def piece(clip: np.ndarray, length: int, places: random.Random | None) -> np.ndarray:
-    """At most `length` samples of a clip `[num_samples]`: the first, or those from a random place on.
+    """Return at most `length` samples of a clip `[num_samples]`: the first, or those from a random place on.
 
     Clips that are longer take one draw of `places` each, as in original Tortoise behind `random.seed`.
     """

@@ -1,5 +1,6 @@
 """The parts of a decoder that the engine reads: parameters, as the operators take them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -66,7 +67,15 @@ class LayerWeights:
         """Both products, an activation between them, and the residual, whose dtype the result has."""
         if self.activation is None:
             return self.mlp_out(self.act(self.mlp_in(hidden)), residual)
+        if self.mlp_in.panels is not None:
+            return self.mlp_out(self.mlp_in(hidden, activation=self.activation), residual)
         return ops.gelu_mlp(hidden, **self.block(), residual=residual)
+
+    def with_products(self, change: Callable[[Product], Product]) -> "LayerWeights":
+        """The layer with each of its products changed."""
+        names = ("out", "mlp_in", "mlp_out")
+        changed = {name: change(getattr(self, name)) for name in names}
+        return replace(self, projections=tuple(map(change, self.projections)), **changed)
 
     def block(self) -> dict:
         """Return the arguments of `gelu_mlp` for the layer."""
@@ -128,16 +137,23 @@ class DecoderWeights:
         """The same with copies of the layers' products in 8 bits, made now: later changes of the weights do not reach
         them.
         """
-        names = ("out", "mlp_in", "mlp_out")
-        layers = (
-            replace(
-                layer,
-                projections=tuple(map(in_int8, layer.projections)),
-                **{name: in_int8(getattr(layer, name)) for name in names},
-            )
-            for layer in self.layers
-        )
-        return replace(self, layers=tuple(layers))
+        return replace(self, layers=tuple(layer.with_products(in_int8) for layer in self.layers))
+
+    def packed(self) -> "DecoderWeights":
+        """The same with panels of all products' weights, copies that are made now; `repack` makes them anew.
+
+        Weights that no kernel reads from panels stay as they are.
+        """
+        dtype = self.head.weight.dtype
+        layers = tuple(layer.with_products(lambda product: product.packed(dtype)) for layer in self.layers)
+        return replace(self, layers=layers, head=self.head.packed(dtype))
+
+    def repack(self) -> None:
+        """Write all panels again, of the weights as they are now."""
+        self.head.repack()
+        for layer in self.layers:
+            for product in (*layer.projections, layer.out, layer.mlp_in, layer.mlp_out):
+                product.repack()
 
     def parameters(self) -> list[nn.Parameter]:
         """The parameters that are read, as the model has them now."""

@@ -7,7 +7,7 @@ from clvp_fast.models.clvp.accelerate import accelerate as accelerate_model
 
 
 def accelerate(model: Any, **engine_options) -> Any:
-    """Take over a live CLVP model of transformers, or put a live `tortoise.api.TextToSpeech` on the engine.
+    """Take over a live CLVP model of transformers, or put a live `TextToSpeech` of Tortoise on the engine.
 
     Args:
         model: a model of transformers: `clvp_fast.models.clvp.accelerate.accelerate` tells which, and what is returned.

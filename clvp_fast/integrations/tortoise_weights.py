@@ -87,7 +87,7 @@ class SharedWeights:
         return dict(self.model.named_parameters()) | dict(self.model.named_buffers())
 
     def apart(self) -> str | None:
-        """The name of a parameter of Tortoise's that ours is no view of any more; None: all are shared."""
+        """Return the name of a parameter of Tortoise's that ours is no view of any more; None: all are shared."""
         ours = self._ours()
         for rule, source in self._sources:
             if _COPIED.fullmatch(rule.source):
@@ -131,7 +131,7 @@ class SharedWeights:
 
 
 def _parts(rule: Rule, source: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-    """Ours by name, of one of Tortoise's tensors: views, but for rows in another order."""
+    """Yield ours by name, of one of Tortoise's tensors: views, but for rows in another order."""
     return zip(rule.targets, rule.convert(source.detach()), strict=True)
 
 

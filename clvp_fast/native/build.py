@@ -44,7 +44,7 @@ _CPU_FLAGS = {
     "portable": set(),
 }
 # avx512bf16 has more to offer to products of bfloat16 alone. The slowest to compile come first.
-_PRODUCTS = ("mlp", "window_block", "linear", "window_attention", "paged_decode")
+_PRODUCTS = ("mlp", "window_block", "panel_linear", "linear", "window_attention", "paged_decode")
 ISA_SOURCES = dict.fromkeys(ISA_FLAGS, ("log_mel", *_PRODUCTS, "sample")) | {"avx512bf16": _PRODUCTS}
 _STEMS = (*_PRODUCTS[:2], "log_mel", *_PRODUCTS[2:], "sample")
 CUDA_SOURCES = ("log_mel", "persistent_decode")

@@ -83,6 +83,7 @@ class LinearCall(ctypes.Structure):
         ("bias", c_void_p),
         ("residual", c_void_p),
         ("out", c_void_p),
+        ("panels", c_void_p),
         ("x_stride", c_int64),
         ("weight_stride", c_int64),
         ("rows", c_int64),

@@ -5,7 +5,8 @@
 The few rows of a decode step wait for the weights to come from memory: on a CPU they have a kernel in the native
 library of `csrc/`, on a GPU one in Triton, which int8 weights have for any number of rows. Both read weights as they
 lie, round nothing but the result, and give a row the same bits whatever rows are beside it. Torch's own products serve
-all others on a GPU. Many rows on a CPU have another kernel, which packs the weights first (many_rows.py).
+all others on a GPU. Many rows on a CPU have another kernel, which packs the weights first (many_rows.py). Weights that
+were packed once (panels.py) have a third, for any number of rows, which reads them as fast as memory gives them.
 """
 
 from functools import partial
@@ -13,7 +14,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from clvp_fast.ops import many_rows
+from clvp_fast.ops import many_rows, panels as packing
 from clvp_fast.ops.activations import ACTIVATIONS, activate, bind_activation, reference_activation
 from clvp_fast.ops.binding import Call, Room, copying, in_turn, side_by_side
 from clvp_fast.ops.checks import as_rows, check_residual, check_same, shape_error, unserved_by_triton
@@ -24,7 +25,7 @@ _FUSED = (None, "gelu_new", "gelu_pytorch_tanh")
 _FEW_ROWS = 16
 
 
-def reference(x, weight, bias, scale, activation, residual=None):
+def reference(x, weight, bias, scale, activation, residual=None, panels=None):
     """The mathematics, in float32 at least."""
     wide = torch.promote_types(x.dtype, torch.float32)
     out = x.to(wide) @ weight.to(wide).T
@@ -52,17 +53,17 @@ def _product(x, weight, bias, scale):
     return out if bias is None else out + bias
 
 
-def _torch(x, weight, bias, scale, activation, residual=None):
+def _torch(x, weight, bias, scale, activation, residual=None, panels=None):
     out = _product(x, weight, bias, scale)
     out = out if activation is None else activate(out, activation)
     return _add(out, residual)
 
 
-def _fake(x, weight, bias, scale, activation, residual=None):
+def _fake(x, weight, bias, scale, activation, residual=None, panels=None):
     return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype if residual is None else residual.dtype)
 
 
-def _bind_torch(out, room, x, weight, bias, scale, activation, residual=None):
+def _bind_torch(out, room, x, weight, bias, scale, activation, residual=None, panels=None):
     product = partial(_product, x, weight, bias, scale)
     if residual is not None:
         return None if activation is not None else lambda: torch.add(product(), residual, out=out)
@@ -77,7 +78,7 @@ def _operands(x, bias, scale):
     return as_rows(x), *(None if vector is None else vector.contiguous() for vector in (bias, scale))
 
 
-def _triton(x, weight, bias, scale, activation, residual=None, *, out=None):
+def _triton(x, weight, bias, scale, activation, residual=None, panels=None, *, out=None):
     """kernels/linear.py."""
     from clvp_fast.kernels import linear as kernels
 
@@ -89,19 +90,19 @@ def _triton(x, weight, bias, scale, activation, residual=None, *, out=None):
 
 
 def _bind_triton(out, room, *args):
-    residual = args[-1]
+    residual = args[5]
     # A wider residual has the result in its own type.
     return None if residual is not None and residual.dtype != args[0].dtype else partial(_triton, *args, out=out)
 
 
-def _native(x, weight, bias, scale, activation, residual=None):
-    """csrc/cpu/linear.cpp."""
+def _native(x, weight, bias, scale, activation, residual=None, panels=None):
+    """csrc/cpu/linear.cpp, or panel_linear.cpp."""
     out = _fake(x, weight, bias, scale, activation, residual)
-    _native_call(out, x, weight, bias, scale, activation, residual)()
+    _native_call(out, x, weight, bias, scale, activation, residual, panels)()
     return out
 
 
-def _native_call(out, x, weight, bias, scale, activation, residual):
+def _native_call(out, x, weight, bias, scale, activation, residual, panels=None):
     """The kernel's call on these tensors, or on contiguous copies that are made now where they have to be."""
     from clvp_fast import native
 
@@ -115,6 +116,7 @@ def _native_call(out, x, weight, bias, scale, activation, residual):
         None if bias is None else bias.data_ptr(),
         None if residual is None else residual.data_ptr(),
         out.data_ptr(),
+        None if panels is None else panels.data_ptr(),
         rows.stride(0),
         weight.stride(0),
         len(rows),
@@ -123,18 +125,25 @@ def _native_call(out, x, weight, bias, scale, activation, residual):
         native.INT8 if weight.dtype == torch.int8 else dtype,
         native.NO_ACTIVATION if activation is None else native.GELU_TANH,
     )
-    kept = rows, weight, bias, scale, residual, out
+    kept = rows, weight, bias, scale, residual, out, panels
     return native.bound("clvp_fast_linear_cpu", call, torch.get_num_threads(), *kept)
 
 
-def _bind_cpu(out, room, x, weight, bias, scale, activation, residual=None):
-    if many_rows.are_many(x) or not side_by_side(out, x, bias, scale, residual):
+def _bind_cpu(out, room, x, weight, bias, scale, activation, residual=None, panels=None):
+    if _packs(x, panels) or not side_by_side(out, x, bias, scale, residual):
         return None
-    return _native_call(out, x, weight, bias, scale, activation, residual)
+    return _native_call(out, x, weight, bias, scale, activation, residual, panels)
 
 
-def _cpu(*args):
-    return (_native_many if many_rows.are_many(args[0]) else _native)(*args)
+def _packs(x, panels):
+    """Whether the kernel for `x` packs the weights at each call."""
+    return panels is None and many_rows.are_many(x)
+
+
+def _cpu(x, weight, bias, scale, activation, residual=None, panels=None):
+    if _packs(x, panels):
+        return _native_many(x, weight, bias, scale, activation, residual)
+    return _native(x, weight, bias, scale, activation, residual, panels)
 
 
 def _native_many(x, weight, bias, scale, activation, residual=None):
@@ -167,7 +176,7 @@ def _why_not_type_triton(device, dtype):
     return unserved_by_triton("x", dtype)
 
 
-def _why_not_triton(x, weight, bias, scale, activation, residual=None):
+def _why_not_triton(x, weight, bias, scale, activation, residual=None, panels=None):
     if reason := _why_not(x, weight, bias, activation) or unserved_by_triton("x", x.dtype):
         return reason
     if weight.dtype not in (torch.int8, x.dtype):
@@ -175,10 +184,12 @@ def _why_not_triton(x, weight, bias, scale, activation, residual=None):
     return None
 
 
-def _why_not_cpu(x, weight, bias, scale, activation, residual=None):
+def _why_not_cpu(x, weight, bias, scale, activation, residual=None, panels=None):
     int8 = weight.dtype == torch.int8
     if reason := _why_not(x, weight, bias, activation) or many_rows.unserved_type(x.device, x.dtype, int8):
         return reason
+    if panels is not None:
+        return packing.unserved(x.dtype, weight)
     if many_rows.are_many(x):
         return many_rows.unserved(x, activation, weight)
     if not int8 and weight.dtype != x.dtype:
@@ -189,7 +200,8 @@ def _why_not_cpu(x, weight, bias, scale, activation, residual=None):
 _CALLS = f"rows of {many_rows.COLUMNS} n columns; up to {many_rows.FEW_ROWS} of them with int8 weights too"
 _OPERATOR = Operator(
     "linear",
-    "(Tensor x, Tensor weight, Tensor? bias, Tensor? scale, str? activation, Tensor? residual=None) -> Tensor",
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor? scale, str? activation, "
+    "Tensor? residual=None, Tensor? panels=None) -> Tensor",
     reference=reference,
     fake=_fake,
     implementations=(
@@ -232,6 +244,7 @@ def linear(
     scale: torch.Tensor | None = None,
     activation: str | None = None,
     residual: torch.Tensor | None = None,
+    panels: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Compute a linear layer, with an activation behind it if one is named, and a residual added if one is given.
 
@@ -241,21 +254,22 @@ def linear(
         bias: `[out]`.
         activation: as `gelu_mlp` names them.
         residual: `[..., out]`, of the dtype of `x` or, beside a half type, float32.
+        panels: the same weights as `panels.pack` packed them, which a CPU's kernel reads in their place.
 
     Returns:
         `[..., out]`, contiguous, of the dtype of the residual; without one that of `x`.
 
     Raises:
         ValueError, TypeError: an unknown activation; a scale without int8, or none with it; a residual that is not of
-            the result's shape, or of another dtype or device.
+            the result's shape, or of another dtype or device; panels of other weights.
     """
-    args = (x, weight, bias, scale, activation, residual)
+    args = (x, weight, bias, scale, activation, residual, panels)
     cast = autocasts(x.device)
     _check(*args, cast)
     if residual is not None and (residual.dtype != torch.float32 or activation not in _FUSED):
-        return _add(linear(x, weight, bias, scale=scale, activation=activation), residual)
+        return _add(linear(x, weight, bias, scale=scale, activation=activation, panels=panels), residual)
     if activation not in _FUSED:
-        return activate(linear(x, weight, bias, scale=scale), activation)
+        return activate(linear(x, weight, bias, scale=scale, panels=panels), activation)
     if cast or torch.compiler.is_compiling():
         training = "autocast is on, or a compiler"
     else:
@@ -273,23 +287,24 @@ def bind_linear(
     scale: torch.Tensor | None = None,
     activation: str | None = None,
     residual: torch.Tensor | None = None,
+    panels: torch.Tensor | None = None,
 ) -> Call:
     """`linear` of these arguments into `out`, bound as `Operator.bind` tells; it has the bits of `linear`."""
-    args = (x, weight, bias, scale, activation, residual)
+    args = (x, weight, bias, scale, activation, residual, panels)
     _check(*args, cast=False)
     if residual is not None and residual.dtype != torch.float32:
-        product = bind_linear(out, room, x, weight, bias, scale=scale, activation=activation)
+        product = bind_linear(out, room, x, weight, bias, scale=scale, activation=activation, panels=panels)
         return in_turn(product, partial(out.add_, residual))
     if activation not in _FUSED:
         if residual is not None:
-            settings = dict(scale=scale, activation=activation, residual=residual)
+            settings = dict(scale=scale, activation=activation, residual=residual, panels=panels)
             return copying(partial(linear, x, weight, bias, **settings), out)
-        product = bind_linear(out, room, x, weight, bias, scale=scale)
+        product = bind_linear(out, room, x, weight, bias, scale=scale, panels=panels)
         return in_turn(product, bind_activation(out, activation))
     return _OPERATOR.bind(args, out, room)
 
 
-def _check(x, weight, bias, scale, activation, residual, cast):
+def _check(x, weight, bias, scale, activation, residual, panels, cast):
     if activation is not None and activation not in ACTIVATIONS:
         raise ValueError(f"activation must be None or one of {', '.join(ACTIVATIONS)}, not {activation!r}")
     check_scale(scale, weight, x)
@@ -298,3 +313,5 @@ def _check(x, weight, bias, scale, activation, residual, cast):
             raise shape_error("residual", f"{[*x.shape[:-1], weight.shape[0]]}", residual)
         if not cast:
             check_residual(residual, x)
+    if panels is not None:
+        packing.check(panels, weight)

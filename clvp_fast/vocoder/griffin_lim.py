@@ -40,9 +40,13 @@ class GriffinLim:
 
     @torch.no_grad()
     def __call__(self, log_mel: torch.Tensor) -> torch.Tensor:
-        """Log-mel `[bins, frames]`, at least two frames → float32 samples `[(frames - 1) * hop_length]` in [-1, 1]."""
-        if log_mel.ndim != 2 or log_mel.shape[1] < 2:
-            raise ValueError(f"log_mel must be [bins, frames] of at least two frames, got {list(log_mel.shape)}")
+        """Log-mel `[bins, frames]`, at least one frame → float32 samples `[(frames - 1) * hop_length]` in [-1, 1]."""
+        if log_mel.ndim != 2 or not log_mel.shape[1]:
+            raise ValueError(f"log_mel must be [bins, frames] of at least one frame, got {list(log_mel.shape)}")
+        length = (log_mel.shape[1] - 1) * self.hop_length
+        # A transform reflects half a window at either end: what is shorter goes on with its last frame.
+        missing = max(0, 2 + self.n_fft // 2 // self.hop_length - log_mel.shape[1])
+        log_mel = torch.cat([log_mel, log_mel[:, -1:].expand(-1, missing)], 1)
         wanted = self.magnitudes(log_mel) ** _SHARPEN
         noise = torch.rand(wanted.shape, generator=torch.Generator().manual_seed(0))
         estimate = torch.polar(wanted, 2 * torch.pi * noise)
@@ -52,7 +56,9 @@ class GriffinLim:
             ahead = found + self.momentum * (found - before)
             before = found
             estimate = wanted * ahead / (ahead.abs() + 1e-8)
-        samples = self._samples(estimate)
+        samples = self._samples(estimate)[:length]
+        if not length:
+            return samples
         return (samples * (_LOUDNESS / (samples.square().mean().sqrt() + 1e-6))).clamp(-1, 1)
 
     def _samples(self, spectrum: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ namespace {
     {name,                                      \
      &CLVP_FAST_OF(log_mel, isa),               \
      &CLVP_FAST_OF(linear, products),           \
+     &CLVP_FAST_OF(panel_linear, products),     \
      &CLVP_FAST_OF(mlp, products),              \
      &CLVP_FAST_OF(window_attention, products), \
      &CLVP_FAST_OF(window_block, products),     \

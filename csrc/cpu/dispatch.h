@@ -46,7 +46,7 @@ struct PagedDecodeKernel {
 struct Kernels {
     const char *isa;
     const LogMelKernel *log_mel;
-    const Kernel<clvp_fast_linear> *linear;
+    const Kernel<clvp_fast_linear> *linear, *panel_linear; /* over weights as they lie; over panels */
     const PackingKernel<clvp_fast_mlp> *mlp;
     const PackingKernel<clvp_fast_window_attention> *window_attention;
     const PackingKernel<clvp_fast_window_block> *window_block;
@@ -67,6 +67,7 @@ void choose_kernels(const Kernels *kernels);
 #define CLVP_FAST_DECLARE(isa)                                                                  \
     extern const LogMelKernel CLVP_FAST_OF(log_mel, isa);                                       \
     extern const Kernel<clvp_fast_linear> CLVP_FAST_OF(linear, isa);                            \
+    extern const Kernel<clvp_fast_linear> CLVP_FAST_OF(panel_linear, isa);                      \
     extern const PackingKernel<clvp_fast_mlp> CLVP_FAST_OF(mlp, isa);                           \
     extern const PackingKernel<clvp_fast_window_attention> CLVP_FAST_OF(window_attention, isa); \
     extern const PackingKernel<clvp_fast_window_block> CLVP_FAST_OF(window_block, isa);         \

@@ -104,7 +104,8 @@ CLVP_FAST_EXPORT int clvp_fast_paged_decode_cpu(const clvp_fast_paged_decode *ca
 }
 
 CLVP_FAST_EXPORT int clvp_fast_linear_cpu(const clvp_fast_linear *call, int32_t num_threads, const char *isa) {
-    return serve(clvp_fast_check_linear(call), &Kernels::linear, call, num_threads, isa);
+    const auto kernel = call && call->panels ? &Kernels::panel_linear : &Kernels::linear;
+    return serve(clvp_fast_check_linear(call), kernel, call, num_threads, isa);
 }
 
 CLVP_FAST_EXPORT int clvp_fast_mlp_cpu(const clvp_fast_mlp *call, int32_t num_threads, const char *isa) {

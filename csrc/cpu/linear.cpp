@@ -3,14 +3,14 @@
  * same bits whatever rows are computed beside it. Compiled once for each instruction set, as log_mel.cpp is. */
 #include <string.h>
 
+#include "affine.h"
 #include "dispatch.h"
 #include "products.h"
 
 namespace clvp_fast {
 namespace {
 
-/* What one item computes: as many columns, and rows of which x stays in the second-level cache. */
-constexpr int ITEM_COLUMNS = 48;
+/* What one item computes: ITEM_COLUMNS columns, and as many rows, of which x stays in the second-level cache. */
 constexpr int ITEM_ROWS = 128;
 
 /* A tile of sums has as many rows and columns as there are registers for, and few enough rows for a tile of x to stay
@@ -51,42 +51,6 @@ CLVP_FAST_INLINE void multiply_tile(const typename Products::Stored *x,
     unroll<WHOLE>([&](auto i) CLVP_FAST_INLINED { store_floats(to + i * LANES, fold<LANES>(sums + i * LANES)); });
     if constexpr (Tile<Products>::SUMS % LANES)
         store_floats(to + WHOLE * LANES, fold<LANES / 2>(sums + WHOLE * LANES), LANES / 2);
-}
-
-/* Scales and biases of an item's columns as float32, 1 and 0 where there are none. */
-template <class In>
-struct Affine {
-    float scale[ITEM_COLUMNS], bias[ITEM_COLUMNS];
-    Affine(const clvp_fast_linear *call, int64_t first, int64_t count) {
-        In given[ITEM_COLUMNS] = {};
-        if (call->bias) memcpy(given, (const In *)call->bias + first, count * sizeof *given);
-        for (int n = 0; n < ITEM_COLUMNS; n += LANES) store_floats(bias + n, load_floats(given + n));
-        for (int n = 0; n < ITEM_COLUMNS; ++n) scale[n] = 1;
-        if (call->scale) memcpy(scale, call->scale + first, count * sizeof *scale);
-    }
-};
-
-/* Scale, bias, activation and residual of the sums of one row, which goes to places from `to` on, and the rounding. */
-template <class In, class Out>
-CLVP_FAST_INLINE void finish(const clvp_fast_linear *call, const float *sums, const Affine<In> &affine, int64_t to,
-                             int64_t count) {
-    Out *const out = (Out *)call->out + to;
-    for (int64_t n = 0; n < count; n += LANES) {
-        Floats y = load_floats(sums + n) * load_floats(affine.scale + n) + load_floats(affine.bias + n);
-        if (call->activation == CLVP_FAST_GELU_TANH) y = gelu_tanh(y);
-        const bool whole = count - n >= LANES; /* known sizes are copied without a call */
-        if (call->residual && whole) {
-            y += load_floats(call->residual + to + n);
-        } else if (call->residual) {
-            float given[LANES] = {};
-            memcpy(given, call->residual + to + n, (count - n) * sizeof *given);
-            y += load_floats(given);
-        }
-        if (whole)
-            store_floats(out + n, y);
-        else
-            store_floats(out + n, y, count - n);
-    }
 }
 
 /* Rows of x by tiles: [tile][vector of columns][row], zeros for rows that there are not. */

@@ -7,6 +7,7 @@ Whatever ends them, called again they go on.
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -14,11 +15,12 @@ from pathlib import Path
 
 import torch
 
+from clvp_fast import demo
 from clvp_fast.io.errors import sentence
 from clvp_fast.io.files import UnwritableError
-from examples.train import candidates, data, evaluate, model, train_decoder, train_scorer
-from examples.train.state import STOP, Interrupted, home, note
-from examples.train.train_codec import make_codec, train_codec
+from examples.train import candidates, card, data, evaluate, model, train_decoder, train_scorer
+from examples.train.state import STOP, Interrupted, UnderWay, alone, home, note
+from examples.train.train_codec import StaleCodes, make_codec, train_codec
 from examples.train.voices import MissingVoice
 
 
@@ -27,7 +29,7 @@ class Plan:
     """How much of everything. All of it takes about 8 hours of a CPU's time on two cores with AVX2."""
 
     speech_files: int = 10
-    codec_steps: int = 9000
+    codec_steps: int = 24000
     code_files: int = 600
     decoder_steps: int = 7500
     decoder_steps_before_candidates: int = 1500
@@ -57,12 +59,14 @@ def main(arguments: list[str] | None = None) -> int:
     STOP.listen(int(os.environ["CLVP_FAST_TRAIN_PARENT"]) if "CLVP_FAST_TRAIN_PARENT" in os.environ else None)
     try:
         folder = home()
-        if given.command == "train":
-            train(folder)
-        elif given.command == "material":
-            material(folder)
+        if given.command in ("train", "material"):
+            with alone(folder, given.command):
+                (train if given.command == "train" else material)(folder)
         elif given.command == "export":
-            print(f"wrote {model.export(folder, given.folder)}")
+            model.export(folder, given.folder)
+            (given.folder / "README.md").write_text(card.card(folder), encoding="utf-8")
+            shutil.copy(Path(__file__).with_name("NOTICE.md"), given.folder)
+            print(f"wrote {given.folder}")
         elif given.command == "evaluate":
             print(json.dumps(evaluate.evaluate(folder, given.sentences, given.candidates, given.kind)))
         else:
@@ -70,7 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
     except Interrupted:
         print("interrupted, and all is saved: the same command goes on", flush=True)
         return 143
-    except (MissingVoice, UnwritableError) as error:
+    except (MissingVoice, StaleCodes, UnderWay, UnwritableError) as error:
         print(f"error: {sentence(error)}", file=sys.stderr)
         return 1
     return 0
@@ -78,6 +82,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def train(folder: Path, plan: Plan = PLAN) -> None:
     """Codec, decoder and scorer, with the other process beside it, as far as they are not done."""
+    if demo.TRAINED.is_dir() and (taken := model.go_on_from(folder, demo.TRAINED)):
+        note(folder, stage="begun", weights_of=str(demo.TRAINED.name), parts=taken)
     codec = make_codec()
     train_codec(folder, codec, plan.codec_steps, plan.speech_files)
     data.load_codec(folder, codec)

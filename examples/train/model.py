@@ -7,19 +7,29 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 
 from clvp_fast import ClvpConfig, ClvpFeatureExtractor, ClvpModelForConditionalGeneration, ClvpTokenizer
 from clvp_fast.demo import write_vocabulary
-from clvp_fast.vocoder import Codec, save_vocoder
+from clvp_fast.io.files import write_json
+from clvp_fast.vocoder import WEIGHTS_FILE, Codec, save_vocoder
 from clvp_fast.vocoder.codec import FLOOR
 from examples.train import data
-from examples.train.state import averages_of
+from examples.train.state import averages_of, begin_from
+from examples.train.texts import WORDS
 from examples.train.train_codec import make_codec
 
 # Of candidates and of texts, in tokens; the longest sentence of the grammar needs two thirds of them.
 MOST_CODES, MOST_TEXT = 160, 128
 
-DECODER_PARTS = ("conditioning_encoder.", "speech_decoder_model.")
+# The trainings, each with the beginnings of its weights' names.
+PARTS = {
+    "codec": "",
+    "decoder": ("conditioning_encoder.", "speech_decoder_model."),
+    "scorer": ("text_encoder_model.", "speech_encoder_model.", "logit_scale"),
+}
+# How far each had come when a checkpoint was exported.
+PROGRESS = "training.json"
 
 
 def configuration(num_codes: int, silence: int, hidden: int = 256, layers: int = 4, width: int = 160) -> ClvpConfig:
@@ -74,7 +84,8 @@ def tokenizer() -> ClvpTokenizer:
     """The demo's: letters, marks and pairs of letters of frequent words."""
     with tempfile.TemporaryDirectory(prefix="clvp-fast-vocabulary-") as folder:
         write_vocabulary(Path(folder))
-        return ClvpTokenizer(f"{folder}/vocab.json", f"{folder}/merges.txt", text_cleaning="tortoise")
+        files = f"{folder}/vocab.json", f"{folder}/merges.txt"
+        return ClvpTokenizer(*files, text_cleaning="tortoise", domain_words=WORDS)
 
 
 @cache
@@ -127,4 +138,31 @@ def export(folder: Path, target: Path) -> Path:
     save_vocoder(target, data.load_codec(folder, make_codec()))
     config = json.loads((target / "config.json").read_text(encoding="utf-8"))
     assert config["decoder_config"]["contiguous_positions"] is True
+    write_json(target / PROGRESS, {part: list(progress) for part, progress in steps_of(folder).items()})
     return target
+
+
+def steps_of(folder: Path) -> dict[str, tuple[int, float]]:
+    """Steps and CPU seconds of each training that has begun."""
+    found = {}
+    for part in PARTS:
+        path = folder / f"{part}.pt"
+        if path.is_file():
+            state = torch.load(path, weights_only=True, mmap=True)
+            found[part] = state["step"], state["spent"]
+    return found
+
+
+def go_on_from(folder: Path, checkpoint: Path) -> list[str]:
+    """Trainings that are not in `folder` begin with what `export` wrote, weights alone; returns which."""
+    progress = json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))
+    clvp = load_file(checkpoint / "model.safetensors")
+    taken = []
+    for part, (step, spent) in progress.items():
+        path = folder / f"{part}.pt"
+        if path.is_file():
+            continue
+        weights = load_file(checkpoint / WEIGHTS_FILE) if part == "codec" else clvp
+        begin_from(path, {name: weights[name] for name in weights if name.startswith(PARTS[part])}, step, spent)
+        taken.append(part)
+    return taken

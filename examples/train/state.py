@@ -4,11 +4,13 @@ All lies in `$CLVP_FAST_CACHE/train` (`clvp_fast.io.files.cache_folder`). A draw
 alone, so that a training that was interrupted gives the weights of one that was not.
 """
 
+import fcntl
 import json
 import os
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +59,25 @@ def home() -> Path:
     folder = cache_folder() / "train"
     make_private(folder)
     return folder
+
+
+class UnderWay(ValueError):
+    """Another process works on the same state."""
+
+
+@contextmanager
+def alone(folder: Path, work: str) -> Iterator[None]:
+    """Keeps other processes from doing the same `work` on a state; the lock ends with the process, however it ends.
+
+    Raises:
+        UnderWay: another one does it.
+    """
+    with open(folder / f"{work}.lock", "w", encoding="ascii") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UnderWay(f"another process works on {folder} already: end it, or let it go on") from error
+        yield
 
 
 def save_arrays(path: Path, **arrays) -> None:
@@ -111,8 +132,9 @@ class Training:
         state = torch.load(self.path, weights_only=True)
         self.modules.load_state_dict(state["weights"])
         self.averages = state["averages"]
-        for optimizer, kept in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(kept)
+        if state["optimizers"] is not None:  # weights alone: the optimizers begin anew
+            for optimizer, kept in zip(self.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(kept)
         self.step, self.spent = state["step"], state["spent"]
 
     def save(self) -> None:
@@ -167,6 +189,15 @@ class Training:
                 self.averages[key].lerp_(value, 1 - share)
             else:
                 self.averages[key].copy_(value)
+
+
+def begin_from(path: Path, weights: dict[str, torch.Tensor], step: int, spent: float) -> None:
+    """Writes the state of a training that has come to `step`, of which the weights alone are left."""
+    weights = {name: value.float() if value.is_floating_point() else value for name, value in weights.items()}
+    make_private(path.parent)
+    with replacing(path) as scratch:
+        state = {"weights": weights, "averages": weights, "optimizers": None, "step": step, "spent": spent}
+        torch.save(state, scratch)
 
 
 def averages_of(path: Path) -> dict[str, torch.Tensor]:

@@ -17,6 +17,12 @@ from examples.train.state import Training, draws, note
 
 # Frames of an excerpt, and excerpts of a step.
 FRAMES, BATCH = 96, 16
+# What other codes than a codec's own would spoil.
+OF_CODES = ("codes", "held_out.npz", "candidates", "decoder.pt", "scorer.pt")
+
+
+class StaleCodes(ValueError):
+    """Codes of another codec lie in the state; the message says what to do."""
 
 
 def make_codec(width: int = 192) -> Codec:
@@ -34,6 +40,12 @@ def train_codec(folder: Path, codec: Codec, steps: int, files: int) -> None:
     training = Training(folder, "codec", codec, [optimizer], steps, average=0.99)
     if training.step >= training.steps:
         return
+    stale = [name for name in OF_CODES if (folder / name).exists()]
+    if stale:
+        raise StaleCodes(
+            f"the codec is to be trained on from step {training.step} to {steps}, and {', '.join(stale)} of {folder} "
+            "are of the codec as it was: remove them, or leave the number of its steps as it was"
+        )
     speech = [pair for path in paths for pair in data.read_speech(path)]
     losses = []
     codec.train()

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from examples.train import data
-from examples.train.model import DECODER_PARTS, ids_of, speech_logits
+from examples.train.model import PARTS, ids_of, speech_logits
 from examples.train.muon import optimizers
 from examples.train.state import Training, draws, note
 from examples.train.texts import written
@@ -22,7 +22,7 @@ class DecoderPart(nn.Module):
     def __init__(self, model):
         super().__init__()
         self.conditioning_encoder, self.speech_decoder_model = model.conditioning_encoder, model.speech_decoder_model
-        assert all(name.startswith(DECODER_PARTS) for name in self.state_dict())
+        assert all(name.startswith(PARTS["decoder"]) for name in self.state_dict())
 
 
 def train_decoder(folder: Path, model, codec, steps: int) -> None:
@@ -43,8 +43,8 @@ def train_decoder(folder: Path, model, codec, steps: int) -> None:
         tokens += count
         if step % 50 == 49:
             corpus.refresh()
-        if step % 200 == 199:
-            held = held_out_loss(model, held_out[:80], clips) if step % 1000 == 999 else None
+        if step % 100 == 99:
+            held = held_out_loss(model, held_out[:80], clips) if step % 500 == 499 else None
             rate = tokens / max(training.spent - spent, 1e-9)
             note(
                 folder,

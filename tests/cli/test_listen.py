@@ -79,7 +79,9 @@ def test_a_saved_voice_says_what_is_missing(cli, voice, checkpoint, tmp_path):
     saved = tmp_path / "saved.safetensors"
     assert cli("generate", "hello", "--voice", voice, "--save-voice", saved, *common).code == 0
     outcome = cli("generate", "hello", "--voice", saved, "--listen", *common)
-    assert outcome.code == 0 and "nothing can be heard: a saved voice has no recording to speak in" in outcome.err
+    assert (
+        outcome.code == 0 and "nothing can be heard: a saved voice comes without a recording to speak in" in outcome.err
+    )
     assert not (tmp_path / "report.html").exists() and (tmp_path / "codes.npz").exists()
 
 

@@ -12,9 +12,9 @@
 namespace {
 
 void spoil(clvp_fast_linear &call) {
-    switch (draw(0, 11)) {
+    switch (draw(0, 12)) {
         case 0: call.x = nullptr; break;
-        case 1: call.weight = nullptr; break;
+        case 1: call.weight = call.panels = nullptr; break;
         case 2: call.out = nullptr; break;
         case 3: call.x = (const char *)call.x + 1; break;
         case 4: call.out = (char *)call.out + 1; break;
@@ -23,9 +23,26 @@ void spoil(clvp_fast_linear &call) {
         case 7: call.rows = draw(0, 1) ? -1 : INT64_MAX; break;
         case 8: call.activation = draw(0, 1) ? -1 : 2; break;
         case 9: call.residual = (const float *)((const char *)call.out + 2); break;
-        case 10: call.dtype = draw(0, 1) ? CLVP_FAST_FLOAT64 : 77; break;
+        case 10:
+            if (call.weight_dtype == CLVP_FAST_INT8) call.x = nullptr;
+            call.panels = (const char *)call.x + 1;
+            break;
+        case 11: call.dtype = draw(0, 1) ? CLVP_FAST_FLOAT64 : 77; break;
         default: call.weight_dtype = CLVP_FAST_FLOAT16;
     }
+}
+
+/* The weights as `panels` of clvp_fast.h says, in exactly the memory that they need. */
+std::unique_ptr<unsigned char[]> panels_of(const Matrix &weight) {
+    const int64_t size = weight.size(), together = size == 4 ? 1 : 2, groups = (weight.rows + 47) / 48;
+    std::unique_ptr<unsigned char[]> panels(new unsigned char[groups * 48 * weight.columns * size]());
+    for (int64_t n = 0; n < weight.rows; ++n)
+        for (int64_t k = 0; k < weight.columns; ++k) {
+            const int64_t unit = (n / 48 * (weight.columns / together) + k / together) * 48 + n % 48;
+            memcpy(panels.get() + (unit * together + k % together) * size,
+                   weight.first() + (n * weight.stride + k) * size, size);
+        }
+    return panels;
 }
 
 double gelu(double x) { return 0.5 * x * (1 + tanh(sqrt(2 / M_PI) * (x + 0.044715 * x * x * x))); }
@@ -49,6 +66,8 @@ bool one_case() {
     call.x_stride = x.stride, call.weight_stride = weight.stride;
     call.rows = rows, call.in_features = columns, call.out_features = outs;
     call.dtype = dtype, call.weight_dtype = weight.dtype, call.activation = draw(0, 1);
+    const auto panels = panels_of(weight);
+    if (draw(0, 1)) call.panels = panels.get(), call.weight = draw(0, 1) ? call.weight : nullptr;
     const char *const isa = draw_isa();
     const int32_t threads = draw(1, 3);
     if (draw(1, 6) == 1) {

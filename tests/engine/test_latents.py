@@ -43,7 +43,7 @@ def second_pass(model, prompt, row):
     return decoder.final_norm(hidden.last_hidden_state)[:, len(prompt) :][:, :-2]
 
 
-def error(found, expected):
+def off_by(found, expected):
     """The largest difference, relative to the root of the mean square."""
     return float((found - expected).abs().max() / expected.square().mean().sqrt())
 
@@ -75,11 +75,11 @@ def test_latents_are_those_of_the_originals_second_pass(shape, case):
     expected = cut_as_the_original(second_pass(model, prompt, fixed), fixed)
     found = diffusion_latents(model.speech_decoder_model, prompt, np.array(row, dtype=np.int64), longest)
     assert found.shape == expected.shape and found.dtype == torch.float32
-    assert error(found, expected) < 1e-5
+    assert off_by(found, expected) < 1e-5
     if len(row) > 3:  # another code is seen far above that
         other = [*row[:2], (row[2] + 1) % SILENCE, *row[3:]]
         changed = diffusion_latents(model.speech_decoder_model, prompt, np.array(other), longest)
-        assert error(changed, expected) > 1e-2
+        assert off_by(changed, expected) > 1e-2
 
 
 def test_where_the_silence_is_cut():
@@ -104,4 +104,31 @@ def test_the_engine_gives_them(parts, contiguous, monkeypatch):
         expected = states_of_codes(model.speech_decoder_model, prompt, torch.tensor(tokens))[None]
         expected = cut_as_the_original(expected, tokens)
         assert result.latents[index].shape == expected.shape
-        assert error(result.latents[index], expected) < 1e-5
+        assert off_by(result.latents[index], expected) < 1e-5
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("pages", [None, 14], ids=["room", "preempted"])
+def test_states_are_streamed_with_the_codes_that_were_drawn_from_them(parts, lag, pages, monkeypatch):
+    """Those of a pass over a candidate's codes, each once, its stop token's too."""
+    model = parts[0]
+    monkeypatch.setattr(model.config.decoder_config, "contiguous_positions", True, raising=False)
+    engine = make(parts, lag=lag, states=True, **({} if pages is None else {"num_pages": pages}))
+    asked, settings = request(1), SamplingParams(num_candidates=6, max_new_tokens=24, seed=1)
+    *told, result = engine.stream(asked, settings, states=True)
+    prompt = engine._door.prompt(asked, torch.tensor(parts[1].tokenizer(asked.text)["input_ids"]))
+    assert len({candidate for candidate, _, _ in told}) == 6
+    for candidate in range(6):
+        codes = torch.tensor([code for one, code, _ in told if one == candidate])
+        states = torch.stack([state for one, _, state in told if one == candidate])
+        length = int(result.lengths[candidate])
+        assert codes[:length].tolist() == result.codes[candidate, :length].tolist()
+        assert len(codes) == length + result.stopped[candidate]
+        assert off_by(states, states_of_codes(model.speech_decoder_model, prompt, codes)) < 1e-4
+    first, *_ = engine.stream(asked, settings)
+    assert first == told[0][:2]
+
+
+def test_states_are_kept_where_they_were_asked_for(parts):
+    with pytest.raises(ValueError, match=r"make it with states=True"):
+        make(parts).stream(request(1), states=True)

@@ -1,5 +1,6 @@
 """The recipe of examples/train: what it writes, spoils and counts, and trainings that are killed and go on."""
 
+import json
 import os
 import signal
 import subprocess
@@ -13,11 +14,11 @@ import torch
 from torch import nn
 
 from clvp_fast import CandidateEngine, CandidateRequest, ClvpFeatureExtractor, ClvpProcessor, SamplingParams
-from examples.train import candidates, data, evaluate, judge, model, texts, train_decoder, train_scorer
+from examples.train import candidates, card, data, evaluate, judge, model, texts, train_decoder, train_scorer
 from examples.train.__main__ import main
 from examples.train.muon import orthogonal
-from examples.train.state import STOP, Interrupted, Training, draws
-from examples.train.train_codec import make_codec
+from examples.train.state import STOP, Interrupted, Training, UnderWay, alone, draws
+from examples.train.train_codec import StaleCodes, make_codec, train_codec
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -230,6 +231,22 @@ def test_sigterm_saves_first(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["line.pt"]
 
 
+def test_two_processes_do_not_work_on_one_state(tmp_path):
+    holder = "import sys; from pathlib import Path; from examples.train.state import alone\n"
+    holder += "with alone(Path(sys.argv[1]), 'train'):\n    print('held', flush=True); sys.stdin.read()"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", holder, str(tmp_path)]
+    with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"held\n"
+        with pytest.raises(UnderWay, match="another process works on"), alone(tmp_path, "train"):
+            pass
+        with alone(tmp_path, "material"):  # the process beside it
+            pass
+        process.kill()
+    with alone(tmp_path, "train"):
+        pass
+
+
 def test_a_child_ends_when_its_parent_is_gone(monkeypatch):
     monkeypatch.setattr(STOP, "requested", False)
     monkeypatch.setattr(STOP, "parent", os.getppid())
@@ -249,6 +266,15 @@ def test_without_flite_one_sentence_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(STOP, "listen", lambda parent: STOP)
     assert main(["train"]) == 1
     assert capsys.readouterr().err == "error: the program flite is not installed: apt-get install flite\n"
+
+
+def test_a_codec_is_not_trained_under_codes_that_are_there(tmp_path, monkeypatch, small):
+    monkeypatch.setattr(data, "make_speech", lambda folder, count: [])
+    monkeypatch.setattr(data, "make_clips", lambda folder: torch.randn(2, 1, 80, 20) - 5)
+    Training(tmp_path, "codec", small[0], [torch.optim.AdamW(small[0].parameters())], 1).save()
+    (tmp_path / "codes").mkdir()
+    with pytest.raises(StaleCodes, match=r"from step 0 to 3, and codes of \S+ are of the codec as it was: remove them"):
+        train_codec(tmp_path, make_codec(width=16), 3, 0)
 
 
 def test_candidates_come_back_as_they_were_kept(tmp_path):
@@ -293,10 +319,38 @@ def test_small_recipe_end_to_end_is_exported_and_loaded(tmp_path, monkeypatch, s
     assert time.process_time() - started < 60
     loaded = load_checkpoint(model.export(tmp_path, tmp_path / "out"))
     assert loaded.vocoder is not None and loaded.vocoder.codec.num_codes == 1000
+    assert loaded.tokenizer.domain_words == texts.WORDS
     kept = torch.load(tmp_path / "scorer.pt", weights_only=True)["averages"]
     weight = "speech_encoder_model.token_embedding.weight"
     torch.testing.assert_close(loaded.model.state_dict()[weight], kept[weight], rtol=1e-3, atol=1e-3)
+    # Where the state is gone, what was exported is gone on from.
+    again = tmp_path / "again"
+    assert model.go_on_from(again, tmp_path / "out") == ["codec", "decoder", "scorer"]
+    assert model.steps_of(again) == model.steps_of(tmp_path) and model.go_on_from(again, tmp_path / "out") == []
+    gone_on = torch.load(again / "scorer.pt", weights_only=True)["weights"]
+    assert gone_on.keys() == kept.keys()
+    torch.testing.assert_close(gone_on[weight], kept[weight], rtol=1e-3, atol=1e-3)
+    (again / "codes").mkdir()
+    (again / "codes" / "00000.npz").write_bytes((tmp_path / "codes" / "00000.npz").read_bytes())
+    train_decoder.train_decoder(again, clvp, codec, 5)
+    assert model.steps_of(again)["decoder"][0] == 5
     assert loaded.model.config.decoder_config.decoder_fixing_codes == [model.silence_of(codec)] * 4
+
+
+def test_card_has_the_figures_of_this_decoder_alone(tmp_path):
+    layer = nn.Linear(1, 1)
+    for part, steps in (("codec", 7), ("decoder", 40)):
+        training = Training(tmp_path, part, layer, [], steps)
+        training.step, training.spent = steps, 120.0
+        training.save()
+    row = {"said": "one", "voice": "rms", "errors": [0.5, 0.25, 1, 0.5], "scores": [0, 3, 1, 2]}
+    for name, rows in (("evaluation-40-4-open", [row] * 3), ("evaluation-39-4-open", [row] * 5)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = card.card(tmp_path)
+    assert "| decoder | 40 | 2 |" in text and "scorer" not in text.split("| trained |")[1].split("## Figures")[0]
+    assert "| open | 3 | 4 | 0.562 | 0.250 | 0.250 |" in text and "| 5 | 4 |" not in text
+    (tmp_path / "evaluation-40-4-open.jsonl").unlink()
+    assert "Nothing was measured of this checkpoint." in card.card(tmp_path)
 
 
 _TINY = model.configuration

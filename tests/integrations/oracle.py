@@ -13,16 +13,23 @@ def prompt_of(autoregressive, latent, text_inputs):
 
 
 @torch.no_grad()
-def next_logits(autoregressive, prompt, codes):
-    """`[vocabulary]` behind `codes`, with the repetition penalty's prompt: 1s, then the start token."""
+def next_state(autoregressive, prompt, codes):
+    """`[1, width]` that the code behind `codes` is drawn from, at the positions that drawing counts."""
     tokens = torch.tensor([[autoregressive.start_mel_token, *codes]])
     places = [0, *(place + 1 + int(autoregressive.inference_model.kv_cache) for place in range(len(codes)))]
     mel = autoregressive.mel_embedding(tokens) + autoregressive.mel_pos_embedding.emb(torch.tensor(places))
     hidden = autoregressive.gpt(inputs_embeds=torch.cat([prompt, mel], 1), return_dict=True).last_hidden_state
-    return autoregressive.mel_head(autoregressive.final_norm(hidden[:, -1]))[0]
+    return autoregressive.final_norm(hidden[:, -1])
+
+
+@torch.no_grad()
+def next_logits(autoregressive, prompt, codes):
+    """`[vocabulary]` behind `codes`."""
+    return autoregressive.mel_head(next_state(autoregressive, prompt, codes))[0]
 
 
 def penalized(logits, seen, penalty):
+    """Behind a repetition penalty; of the original's prompt code 1 and the start token are among `seen`."""
     scores = logits.clone()
     for token in seen:
         scores[token] = scores[token] * penalty if scores[token] < 0 else scores[token] / penalty

@@ -1,4 +1,4 @@
-"""A stand-in of `tortoise.api.TextToSpeech`: its attributes, its order of calls, and its layout of weights; no sound.
+"""Stand-ins of what Tortoise's two `TextToSpeech` are made of: attributes, order of calls, layout of weights; no sound.
 
 For machines without tortoise-tts. Where that is, the same tests run over the real one too.
 """
@@ -52,7 +52,7 @@ class VoiceEncoder(nn.Module):
 
 class UnifiedVoice(nn.Module):
     start_mel_token, stop_mel_token, start_text_token, stop_text_token = START, STOP, original.TEXT_ROWS - 1, 0
-    mel_length_compression = 1024
+    mel_length_compression, max_mel_tokens = 1024, POSITIONS - 4
 
     def __init__(self, kv_cache):
         super().__init__()
@@ -75,6 +75,12 @@ class UnifiedVoice(nn.Module):
     def get_conditioning(self, mels):
         voices = [original.voice_latent(self.state_dict(), mels[:, clip]) for clip in range(mels.shape[1])]
         return torch.stack(voices, 1).mean(1)
+
+    def compute_embeddings(self, cond_latents, text_inputs):
+        return torch.ones(1, text_inputs.shape[1] + 4, dtype=torch.long)
+
+    def get_generator(self, fake_inputs, **kwargs):
+        raise AttributeError("'GPT2InferenceModel' object has no attribute 'generate_stream'")
 
     def inference_speech(self, *args, **kwargs):
         raise AttributeError("'GPT2InferenceModel' object has no attribute 'generate'")

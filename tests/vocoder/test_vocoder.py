@@ -82,6 +82,12 @@ def test_sound_that_is_inverted_has_its_log_mel(norms):
     assert (off - off.mean()).abs().mean() < 0.5
 
 
+@pytest.mark.parametrize("frames", [1, 2, 3, 4, 5])
+def test_short_sounds_have_their_length(frames):
+    sound = GriffinLim(EXTRACTOR, iterations=2)(torch.full((80, frames), -4.0))
+    assert sound.shape == ((frames - 1) * 256,) and sound.isfinite().all()
+
+
 def test_vocoder_speaks_each_candidate():
     codec = a_codec()
     vocoder = CodecVocoder(codec, EXTRACTOR, iterations=2)

@@ -1,0 +1,61 @@
+"""Weights of linear layers packed once, in the order in which a CPU's kernel reads them: csrc/cpu/panel_linear.cpp."""
+
+import torch
+
+from clvp_fast.ops import many_rows
+from clvp_fast.ops.checks import check_same, shape_error
+from clvp_fast.ops.dispatch import missing_natively
+
+#: How many rows of weights a panel has.
+PANEL = 48
+
+
+def unserved(x_dtype: torch.dtype, weight: torch.Tensor) -> str | None:
+    """Tell why no kernel reads panels of `weight` `[out, in]` beside x of `x_dtype`, or None."""
+    device, int8 = weight.device, weight.dtype == torch.int8
+    if reason := missing_natively(device) or many_rows.unserved_type(device, x_dtype, int8):
+        return reason
+    if weight.dtype not in (x_dtype, torch.int8):
+        return f"panels are of the dtype of x, {x_dtype}, or int8, not {weight.dtype}"
+    if weight.shape[1] % 32 or weight.numel() == 0:
+        return f"panels have rows of 32 n columns, not {list(weight.shape)}"
+    return None
+
+
+def shape_of(weight: torch.Tensor) -> tuple[int, int, int, int]:
+    """The shape of the panels of `weight` `[out, in]`."""
+    outs, columns = weight.shape
+    together = 1 if weight.dtype == torch.float32 else 2
+    return -(-outs // PANEL), columns // together, PANEL, together
+
+
+def padded(outs: int) -> int:
+    """How many rows the panels of `outs` rows of weights have room for."""
+    return -(-outs // PANEL) * PANEL
+
+
+@torch.no_grad()
+def pack(weight: torch.Tensor, into: torch.Tensor | None = None) -> torch.Tensor:
+    """Pack `weight` `[out, in]`, of any strides, into panels `[ceil(out / 48), in / u, 48, u]`.
+
+    u is 1 for float32 and 2 for narrower types: so many columns of a row of weights lie side by side. Rows that the
+    last panel has too many are zeros.
+
+    Args:
+        into: panels that were made of such a weight before, which are written again.
+    """
+    _, units, _, together = shape = shape_of(weight)
+    panels = torch.zeros(shape, dtype=weight.dtype, device=weight.device) if into is None else into
+    # A panel at a time, which the caches have room for.
+    for group, rows in zip(panels, weight.split(PANEL), strict=True):
+        group[:, : len(rows)].copy_(rows.unflatten(1, (units, together)).transpose(0, 1))
+    return panels
+
+
+def check(panels: torch.Tensor, weight: torch.Tensor) -> None:
+    """Raise unless `panels` have the shape and dtype of those of `weight`, and lie side by side beside it."""
+    if panels.shape != shape_of(weight):
+        raise shape_error("panels", f"{list(shape_of(weight))}, as pack() makes them of the weight", panels)
+    check_same("panels", panels, "weight", weight)
+    if not panels.is_contiguous():
+        raise ValueError("panels must be contiguous, as pack() makes them")
