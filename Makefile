@@ -34,13 +34,14 @@ unexport PYTHONDONTWRITEBYTECODE
 PIP_INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) $(PIP_ARGS)
 RUNTIME_STAMP := $(VENV)/.stamp-runtime
 DEV_STAMP := $(VENV)/.stamp-dev
+DOCS_STAMP := $(VENV)/.stamp-docs
 
 CPP_SOURCES := $(wildcard csrc/*.* csrc/*/*.* tests/csrc/*.cpp tests/csrc/*.h tests/csrc/*/*.h)
 
 DEMO_TEXT := The birch canoe slid on the smooth planks, and the doctor paid 25 dollars for it.
 DEMO_OUT ?= out/demo
 
-.PHONY: setup test test-all wheel demo lint types format portability canary stress bench-cpu docs-benchmarks kernel-report ptx-core ptx-check ptx-mutate gpu-check gpu-bench gpu-evidence clean
+.PHONY: setup test test-all wheel demo lint types format portability canary stress bench-cpu docs docs-packages prose docs-benchmarks kernel-report ptx-core ptx-check ptx-mutate gpu-check gpu-bench gpu-evidence clean
 
 setup: $(RUNTIME_STAMP)
 
@@ -57,7 +58,11 @@ $(DEV_STAMP): $(RUNTIME_STAMP)
 	$(PIP_INSTALL) -e '.[dev]'
 	@touch $@
 
-# Every promise of the README, in minutes. `make test-all` adds full-size models, long runs and whole grids.
+$(DOCS_STAMP): $(DEV_STAMP)
+	$(PIP_INSTALL) -e '.[docs]'
+	@touch $@
+
+# Every promise of the documents, in minutes. `make test-all` adds full-size models, long runs and whole grids.
 test: $(RUNTIME_STAMP)
 	$(PYTEST) -m "not gpu and not slow and not full_size" $(PYTEST_ARGS)
 
@@ -102,6 +107,18 @@ bench-cpu: $(RUNTIME_STAMP)
 	$(PY) -m benchmarks.run --device cpu --resume $(BENCH_ARGS)
 	$(PY) -m benchmarks.report
 
+# The handbook in out/site, which reads from disk (out/site/index.html); a warning or a link that leads nowhere is an error.
+docs: docs-packages
+	NO_MKDOCS_2_WARNING=1 PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) -m mkdocs build --strict
+	@echo "out/site/index.html"
+
+# Alone, so that CI can tell packages that cannot be had from a handbook that is wrong.
+docs-packages: $(DOCS_STAMP)
+
+# Sentences that have a clause as their subject.
+prose: | $(PY)
+	$(PY) -m handbook.prose
+
 # Every number and figure of the documents, from the rows in benchmarks/results.
 docs-benchmarks: $(RUNTIME_STAMP)
 	$(PY) -m benchmarks.report
@@ -112,11 +129,11 @@ ptx-core: $(RUNTIME_STAMP)
 
 # All of every kernel, into tests/ptx/checked.jsonl; interrupted, it goes on. PTX_ARGS="norm --arch 80" chooses.
 ptx-check: $(RUNTIME_STAMP)
-	$(PY) -m tests.ptx check --workers $(TEST_WORKERS) $(PTX_ARGS)
+	$(PY) -m tests.ptx check $(PTX_ARGS) --workers $(TEST_WORKERS)
 
 # Faults planted in compiled kernels for SECONDS, into out/ptx-mutants: which their tests see. Called again, it goes on.
 ptx-mutate: $(RUNTIME_STAMP)
-	$(PY) -m tests.ptx mutate --seconds $(SECONDS) $(PTX_ARGS)
+	$(PY) -m tests.ptx mutate $(PTX_ARGS) --seconds $(SECONDS)
 
 # In parts of at most GPU_SECONDS: called again, they go on. All is written to GPU_OUT as it comes, and the last line names
 # what failed. GPU_ARGS=--count tells without a GPU what would be run.

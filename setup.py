@@ -5,6 +5,7 @@ is tagged by the oldest glibc that they run with; what cannot be compiled is tol
 carries none: clvp_fast/native/__init__.py compiles it at first use.
 """
 
+import re
 import shutil
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
@@ -24,6 +25,13 @@ def _load(name):
     sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
+
+
+def _description():
+    """README.md as a package index shows it, which has no other file: names of files for links, and no pictures."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = re.sub(r"^(!\[[^\]]*\]\([^)]*\)\n\n|<!--.*-->\n)", "", text, flags=re.MULTILINE)
+    return re.sub(r"\[([^\]]+)\]\((?!https?://)([^)#]+)[^)]*\)", r"\1 (`\2`)", text)
 
 
 native_build, native_calls = _load("build"), _load("calls")
@@ -64,8 +72,10 @@ class PlatformWheel(bdist_wheel):
 
 
 setup(
+    long_description=_description(),
+    long_description_content_type="text/markdown",
     packages=[*find_packages(include=["clvp_fast", "clvp_fast.*"]), "clvp_fast.kernels"],
     package_dir={"clvp_fast.kernels": "kernels"},
-    package_data={"clvp_fast": ["py.typed", "*.pyi"]},
+    package_data={"clvp_fast": ["py.typed", "*.pyi", "trained_demo/*"], "clvp_fast.cli": ["page.css", "page.js"]},
     cmdclass={"build_py": BuildWithLibrary, "bdist_wheel": PlatformWheel},
 )

@@ -1,19 +1,20 @@
 """`python -m benchmarks.report`: writes all that is measured into the documents, from the newest rows of
-benchmarks/results/: the table of README.md, that of the precision tiers in docs/architecture.md, docs/benchmarks.md,
-docs/scaling.md, and the figures.
+benchmarks/results/: the front page (README.md), docs/figures.md, the table of the precision tiers in
+docs/architecture.md, docs/benchmarks.md, docs/scaling.md, and the pictures.
 """
 
 from collections.abc import Callable
 
-from benchmarks import document, plots, scaling_document
+from benchmarks import document, front_page, plots, scaling_document
 from benchmarks.harness import ROOT, newest_rows
 from benchmarks.machine import by_machine, is_forced, label
 
 README = ROOT / "README.md"
+FIGURES = ROOT / "docs/figures.md"
 ARCHITECTURE = ROOT / "docs/architecture.md"
 BENCHMARKS = ROOT / "docs/benchmarks.md"
 SCALING = ROOT / "docs/scaling.md"
-# What README shows: workload, and how a reader would call it.
+# The workloads of docs/figures.md, and how a reader would call each.
 SHOWN = {
     "generate": "generate {candidates} candidates of {new_tokens} tokens, whole call",
     "end_to_end": "text and clip to the best of preset {preset}, {new_tokens} tokens a candidate",
@@ -29,7 +30,7 @@ SHAPES = {
 
 
 def table(rows: list[dict]) -> str:
-    """A table for each device, of what README shows; machines that were held down are left to docs/benchmarks.md."""
+    """The tables of docs/figures.md, one a device; machines that were held down are left to docs/benchmarks.md."""
     shown = by_machine([row for row in rows if row["workload"] in SHOWN and row["seconds"] and _is_shown(row)])
     if not shown:
         return "Not measured yet."
@@ -115,23 +116,6 @@ def _precision(rows: list[dict]) -> str:
     )
 
 
-def gain(rows: list[dict]) -> str:
-    """One line of how much less time a whole call takes than transformers' on the first CPU that was not held down."""
-    own, other = "clvp_fast engine, float32", "transformers float32"
-    whole = [row for row in rows if row["workload"] == "generate" and row["seconds"] and not is_forced(row["device"])]
-    for name, of_machine in by_machine([row for row in whole if "NVIDIA" not in row["device"]["name"]]).items():
-        times = {row["provider"]: row["seconds"]["median"] for row in of_machine}
-        if {own, other} <= times.keys():
-            row = of_machine[0]
-            return (
-                f"**{times[other] / times[own]:.1f} times as fast as transformers** in float32 to "
-                f"{SHOWN['generate'].format(**row['shape'])}, {_seconds(times[own])} for {_seconds(times[other])}, on "
-                f"{name}, {row['device']['threads']} threads, at commit {row['commit']} "
-                "([how, and all else](docs/benchmarks.md))."
-            )
-    return "Not measured yet."
-
-
 def updated(text: str, rows: list[dict], make: Callable[[list[dict]], str] = table, part: str = "measured") -> str:
     """`text` with what stands between the marks of `part` made from `rows` by `make`."""
     begin, end = f"<!-- {part}:begin -->", f"<!-- {part}:end -->"
@@ -150,8 +134,9 @@ def scaling(rows: list[dict]) -> str:
 
 # A document, what makes a part of it from rows, and the part's name in its marks.
 DOCUMENTS = (
-    (README, gain, "gain"),
-    (README, table, "measured"),
+    (README, front_page.gain, "gain"),
+    (README, front_page.table, "measured"),
+    (FIGURES, table, "measured"),
     (ARCHITECTURE, precision_table, "measured"),
     (BENCHMARKS, benchmarks, "measured"),
     (SCALING, scaling, "measured"),
@@ -160,5 +145,6 @@ DOCUMENTS = (
 if __name__ == "__main__":
     newest = newest_rows()
     plots.draw_all(newest)
+    front_page.draw(newest)
     for path, make, part in DOCUMENTS:
         path.write_text(updated(path.read_text(encoding="utf-8"), newest, make, part), encoding="utf-8")

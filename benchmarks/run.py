@@ -50,7 +50,7 @@ WORKLOADS = {
     "add_norm": "residual addition and norm",
     "import_time": "import clvp_fast, against import torch",
     "linear": "linear layers of few rows",
-    "scheduler": "what scheduling costs a decode step, on a null model",
+    "scheduler": "the cost of scheduling in a decode step, on a null model",
     "host_step": "the host's part of a decode step: over a null model, and over the demo checkpoint",
     "corpus": "a corpus through the job of clvp-fast batch, against the bare engine",
     "cluster": "a corpus through clvp-fast batch: one process, and the workers of a local Ray",

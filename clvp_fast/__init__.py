@@ -42,7 +42,6 @@ _EXPORTS = {
         "ClvpOutput",
         "ClvpPreTrainedModel",
     ],
-    "clvp_fast.models.clvp.accelerate": ["accelerate"],
     "clvp_fast.models.clvp.convert_tortoise": ["convert_tortoise_checkpoint"],
     "clvp_fast.models.clvp_scorer.configuration": ["CLVPConfig", "CLVPSpeechConfig", "CLVPTextConfig"],
     "clvp_fast.models.clvp_scorer.convert_tortoise": ["convert_tortoise_scorer"],
@@ -63,6 +62,8 @@ _EXPORTS = {
     "clvp_fast.engine.sampling_params": ["SamplingParams"],
     "clvp_fast.engine.scoring": ["Ranking", "Scorer"],
     "clvp_fast.engine.voices": ["Voice"],
+    "clvp_fast.integrations.live": ["accelerate"],
+    "clvp_fast.integrations.tortoise": ["restore"],
     "clvp_fast.ops.dispatch": ["backend", "explain"],
 }
 _MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}

@@ -6,6 +6,8 @@ from clvp_fast.engine.requests import CandidateRequest as CandidateRequest, Cand
 from clvp_fast.engine.sampling_params import SamplingParams as SamplingParams
 from clvp_fast.engine.scoring import Ranking as Ranking, Scorer as Scorer
 from clvp_fast.engine.voices import Voice as Voice
+from clvp_fast.integrations.live import accelerate as accelerate
+from clvp_fast.integrations.tortoise import restore as restore
 from clvp_fast.models.clap.configuration import (
     ClapAudioConfig as ClapAudioConfig,
     ClapConfig as ClapConfig,
@@ -21,7 +23,6 @@ from clvp_fast.models.clap.modeling import (
     ClapTextModelWithProjection as ClapTextModelWithProjection,
 )
 from clvp_fast.models.clap.processing import ClapProcessor as ClapProcessor
-from clvp_fast.models.clvp.accelerate import accelerate as accelerate
 from clvp_fast.models.clvp.configuration import (
     ClvpConfig as ClvpConfig,
     ClvpDecoderConfig as ClvpDecoderConfig,

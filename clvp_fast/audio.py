@@ -38,7 +38,7 @@ _PIPE = 256 << 20
 
 
 def is_recording(path: Path) -> bool:
-    """Whether what lies in a folder is to be read as a recording: by its name, but for hidden files and folders.
+    """Tell by its name whether a file of a folder is a recording; hidden files and folders are none.
 
     Raises:
         ValueError: it is a pipe or a device, which nobody may ever write into.
@@ -52,7 +52,7 @@ def is_recording(path: Path) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class Audio:
-    """What was read of a recording.
+    """The part of a recording that was read.
 
     samples: float32 `[num_samples]`, one channel, full scale at 1.0. seconds: of the whole recording.
     changes: what was made of it and left out of it, a sentence each. cut: whether it goes on behind what was asked for.
@@ -65,7 +65,7 @@ class Audio:
 
 
 def load_audio(source: str | os.PathLike | BinaryIO, sampling_rate: int = 22050) -> tuple[np.ndarray, str | None]:
-    """A recording as mono samples at `sampling_rate`.
+    """Read a recording as mono samples at `sampling_rate`.
 
     Args:
         source: a WAV, FLAC, MP3 or OGG file, or another that libsndfile reads, by path or as an open binary file.
@@ -86,7 +86,7 @@ def load_audio(source: str | os.PathLike | BinaryIO, sampling_rate: int = 22050)
 
 
 def read_audio(source: str | os.PathLike | BinaryIO, sampling_rate: int = 22050, seconds: float | None = None) -> Audio:
-    """`load_audio` of the first `seconds`, or of all for None; no more is read, and nothing behind is looked at."""
+    """Read the first `seconds` as `load_audio` does, or all for None; nothing behind them is read."""
     if isinstance(sampling_rate, bool) or not isinstance(sampling_rate, (int, np.integer)) or sampling_rate <= 0:
         raise ValueError(f"sampling_rate must be a positive whole number of Hz, got {sampling_rate!r}")
     name = source if isinstance(source, (str, os.PathLike)) else getattr(source, "name", "the given file object")
@@ -124,7 +124,7 @@ def read_audio(source: str | os.PathLike | BinaryIO, sampling_rate: int = 22050,
 
 
 def _reason(error: Exception) -> str:
-    """What libsndfile says, but for a file that it can open and says not to be there."""
+    """Tell what libsndfile says, but for a file that it can open and says not to be there."""
     said = str(getattr(error, "error_string", error))
     return "Format not recognised." if said.startswith("File does not exist") else said
 
@@ -140,7 +140,7 @@ def _torn_by(log: str) -> float:
 
 
 def _readable(path: Path) -> bytes | BinaryIO:
-    """A path as libsndfile takes it, whatever bytes its name has; of a pipe, which has no way back, its content."""
+    """Give a path as libsndfile takes it, whatever bytes its name has; of a pipe, which cannot go back, its content."""
     if not path.exists():
         raise FileNotFoundError(f"there is no recording at {path}")
     if path.is_dir():
@@ -155,7 +155,7 @@ def _readable(path: Path) -> bytes | BinaryIO:
 
 
 def _blocks(file: "soundfile.SoundFile", frames: int | None) -> Iterator[np.ndarray]:
-    """The first `frames` of a file, or all: float32 `[block, channels]` each."""
+    """Yield the first `frames` of a file, or all: float32 `[block, channels]` each."""
     while frames is None or frames > 0:
         block = file.read(_BLOCK if frames is None else min(_BLOCK, frames), dtype="float32", always_2d=True)
         if not len(block):

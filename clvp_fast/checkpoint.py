@@ -3,6 +3,7 @@
 import json
 import struct
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import cast
 
@@ -18,10 +19,12 @@ from clvp_fast import (
     ClvpProcessor,
     ClvpTokenizer,
 )
-from clvp_fast.demo import demo_checkpoint
+from clvp_fast.demo import reserved_checkpoint
 from clvp_fast.io.errors import cut
 from clvp_fast.io.files import user_path
+from clvp_fast.io.names import RESERVED
 from clvp_fast.models.clvp.tokens import most_text
+from clvp_fast.vocoder import Vocoder, load_vocoder
 
 _JSON_FILES = ("config.json", "vocab.json", "preprocessor_config.json")
 _OPTIONAL_JSON_FILES = ("generation_config.json", "tokenizer_config.json", "model.safetensors.index.json")
@@ -37,32 +40,34 @@ _LONGEST_TEXT, _SHOWN = 1 << 16, 81
 
 @dataclass
 class Checkpoint:
-    """A loaded model with what prepares its input."""
+    """A loaded model with what prepares its input, and what makes sound of its output, where the checkpoint has it."""
 
     name: str
     model: ClvpModelForConditionalGeneration
     tokenizer: ClvpTokenizer
     feature_extractor: ClvpFeatureExtractor
+    vocoder: Vocoder | None = None
 
     @property
     def processor(self) -> ClvpProcessor:
+        """The feature extractor and the tokenizer in one."""
         return ClvpProcessor(self.feature_extractor, self.tokenizer)
 
 
 def best_device() -> str:
-    """The GPU where there is one, else the CPU."""
+    """Name the GPU where there is one, else the CPU."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def resolve_checkpoint(name: str | Path) -> str | Path:
-    """`demo` as its folder in the cache, a folder as itself (checked), anything else as a hub id.
+    """Resolve `demo` and `random` to the folders that they name, a folder to itself (checked), all else to a hub id.
 
     Raises:
         FileNotFoundError: `name` looks like a path and is none, or the folder lacks a file.
         ValueError: `name` is a file, or a file of the folder is damaged.
     """
-    if str(name) == "demo":
-        name = demo_checkpoint()
+    if str(name) in RESERVED:
+        name = reserved_checkpoint(str(name))
     return _folder_or_id(name, "'demo', a folder", (*_JSON_FILES, "merges.txt"))
 
 
@@ -76,12 +81,25 @@ def _folder_or_id(name: str | Path, known: str, required: tuple[str, ...]) -> st
             f"a checkpoint is a folder, and {path} is a file; `clvp-fast convert` makes one from .pth files"
         )
     if isinstance(name, Path) or str(name).count("/") != 1 or str(name).startswith((".", "~", "/")):
-        raise FileNotFoundError(f"there is no checkpoint folder {path}; give {known}, or a hub id as owner/name")
+        raise FileNotFoundError(
+            f"there is no checkpoint folder {path}; {_meant(name)}give {known}, or a hub id as owner/name"
+        )
     return str(name)
 
 
+def _meant(name: str | Path) -> str:
+    """Ask whether the folder beside `name`, or the demo, that is called nearly so was meant; or give ""."""
+    path = Path(name)
+    try:
+        beside = [one.name for one in path.parent.iterdir() if one.is_dir()] if path.parent.is_dir() else []
+    except OSError:
+        beside = []
+    near = next(iter(get_close_matches(path.name, [*beside, *RESERVED * (str(name) == path.name)], 1)), None)
+    return "" if near is None else f"did you mean {path.with_name(near)}? Or "
+
+
 def check_folder(folder: Path, required: tuple[str, ...]) -> None:
-    """Raises for the first file of a checkpoint folder that is missing, superfluous or truncated, in one sentence."""
+    """Raise for the first file of a checkpoint folder that is missing, superfluous or truncated, in one sentence."""
     for name in required:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"checkpoint {folder} has no {name}")
@@ -137,9 +155,9 @@ def load_checkpoint(
     dtype: torch.dtype = torch.float32,
     text_cleaning: str = "tortoise",
 ) -> Checkpoint:
-    """Model (in eval mode, on `device`, in `dtype`), tokenizer and feature extractor of the checkpoint `name`.
+    """Load model (in eval mode, on `device`, in `dtype`), tokenizer and feature extractor of the checkpoint `name`.
 
-    What original Tortoise does and the checkpoint was trained on is switched on: its text cleaning (unless
+    Options with which original Tortoise runs and trained are switched on: its text cleaning (unless
     `text_cleaning="transformers"`), its positions of generated tokens, and pooling that leaves padding out.
 
     Raises:
@@ -157,22 +175,25 @@ def load_checkpoint(
             source, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
         )
     except Exception as error:  # whatever a strange file makes of transformers' many loaders
-        raise ValueError(f"checkpoint {name} cannot be loaded: {_first_sentence(error)}") from error
+        meant = "" if Path(source).is_dir() else _meant(name).removesuffix(" Or ")
+        told = f"checkpoint {name} cannot be loaded: {_first_sentence(error)}"
+        raise ValueError(f"{told}; {meant}" if meant else told) from error
     _check_tensors(name, report)
     _check_vocabulary(name, tokenizer, config)
-    return Checkpoint(str(name), model.to(device).eval(), tokenizer, feature_extractor)
+    vocoder = load_vocoder(source, feature_extractor) if isinstance(source, Path) else None
+    return Checkpoint(str(name), model.to(device).eval(), tokenizer, feature_extractor, vocoder)
 
 
 def load_clap(
     name: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> tuple[ClapModel, ClapProcessor]:
-    """The CLAP model (in eval mode, on `device`, in `dtype`) and the processor of a folder or a hub id.
+    """Load the CLAP model (in eval mode, on `device`, in `dtype`) and the processor of a folder or a hub id.
 
     Raises:
         FileNotFoundError, ValueError: as of `load_checkpoint`; there is no demo of CLAP.
     """
-    if str(name) == "demo":
-        raise ValueError("there is no demo of CLAP; give a folder, or a hub id such as laion/clap-htsat-unfused")
+    if str(name) in RESERVED:
+        raise ValueError(f"there is no {name} of CLAP; give a folder, or a hub id such as laion/clap-htsat-unfused")
     source = _folder_or_id(name, "a folder", ("config.json",))
     try:
         processor = ClapProcessor.from_pretrained(source)
@@ -218,7 +239,7 @@ def _first_sentence(error: Exception) -> str:
 
 
 def text_limit(model: ClvpModelForConditionalGeneration) -> int:
-    """The greatest number of tokens of a text."""
+    """Return the greatest number of tokens of a text."""
     return most_text(model.config.decoder_config)
 
 
@@ -227,7 +248,7 @@ def _ids(tokenizer: ClvpTokenizer, text: str) -> list[int]:
 
 
 def sayable_ids(model: ClvpModelForConditionalGeneration, tokenizer: ClvpTokenizer, text: str) -> list[int]:
-    """The token ids of a text.
+    """Return the token ids of a text.
 
     Raises:
         ValueError: nothing sayable in the text, more tokens than the checkpoint has positions for, or more than 65,536

@@ -1,7 +1,10 @@
-"""The checkpoint named `demo`: a small CLVP of random weights, so that every command runs with nothing to download.
+"""The checkpoints that come with the package: `random`, a small CLVP of random weights, and `demo`.
 
-It has the standard layout, a vocabulary of its own and the token numbers of trained checkpoints. Its weights are seeded
-noise: what it generates is no speech and its scores rank nothing. Two things are arranged so that a demonstration shows
+They let every command run with nothing to download. `demo` is what examples/train made, if that lies in the package,
+else `random`.
+
+`random` has the standard layout, a vocabulary of its own and the token numbers of trained checkpoints. Its weights are
+seeded noise: its candidates are no speech and its scores rank nothing. Two things are arranged so that it shows
 something: the stop token gains on the others with every step, so candidates end at different lengths, and the logits
 are spread widely enough that sampling has a choice to make.
 """
@@ -16,9 +19,13 @@ import torch
 
 from clvp_fast.io.errors import sentence
 from clvp_fast.io.files import UnwritableError, build_folder_once, cache_folder
+from clvp_fast.io.names import RESERVED
 
 #: Names the folder in the cache: a change of anything below makes a new one.
 DEMO_VERSION = "demo-1"
+
+#: Where a trained demo lies, if the package has one.
+TRAINED = Path(__file__).with_name("trained_demo")
 
 _PUNCTUATION = "!\"'(),-./:;?"
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -39,8 +46,18 @@ _MERGES = """
 """
 
 
+def is_random(name: str | Path) -> bool:
+    """Whether a checkpoint's name is that of random weights."""
+    return str(name) in RESERVED and not (str(name) == "demo" and TRAINED.is_dir())
+
+
+def reserved_checkpoint(name: str) -> Path:
+    """The folder of a name of `RESERVED`."""
+    return demo_checkpoint() if is_random(name) else TRAINED
+
+
 def demo_checkpoint() -> Path:
-    """The folder of the `demo` checkpoint, built once into the user's cache (21 MB, about a second).
+    """The folder of the random checkpoint, built once into the user's cache (21 MB, about a second).
 
     Where the cache cannot be written, the folder is a temporary one of this process, which ends with it.
     """
@@ -60,17 +77,18 @@ def _temporary(reason: str) -> tempfile.TemporaryDirectory:
 
 
 def build_demo(folder: Path) -> None:
-    """Writes the `demo` checkpoint into the empty `folder`."""
+    """Writes the random checkpoint into the empty `folder`."""
     from clvp_fast import ClvpFeatureExtractor, ClvpTokenizer
 
-    _write_vocabulary(folder)
+    write_vocabulary(folder)
     tokenizer = ClvpTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
     tokenizer.save_pretrained(folder)
     ClvpFeatureExtractor().save_pretrained(folder)
     _demo_model().save_pretrained(folder)
 
 
-def _write_vocabulary(folder: Path) -> None:
+def write_vocabulary(folder: Path) -> None:
+    """Writes the files of a vocabulary of letters, marks and pairs of frequent words into `folder`."""
     merges = [merge.strip() for merge in _MERGES.replace("\n", " ").split(",")]
     tokens = ["[STOP]", "[UNK]", "[SPACE]", *_PUNCTUATION, *_LETTERS, *(merge.replace(" ", "") for merge in merges)]
     vocabulary = {token: index for index, token in enumerate(tokens)}

@@ -25,6 +25,7 @@ from clvp_fast.batch.inputs import in_buckets
 from clvp_fast.batch.outcomes import outcome_schema, to_table
 from clvp_fast.batch.rows import COLUMNS, Row
 from clvp_fast.batch.settings import Settings
+from clvp_fast.engine.defaults import MEMORY_FRACTION
 
 # Of results, what rows may have too: `id` is the same, `seed` as it was used.
 _SHARED = ("id", "seed", "row")
@@ -42,7 +43,7 @@ class CandidateActor:
         ValueError, FileNotFoundError: a setting or a checkpoint that cannot be.
     """
 
-    def __init__(self, checkpoint: str = "demo", *, memory_fraction: float = 0.9, **settings: Any):
+    def __init__(self, checkpoint: str = "demo", *, memory_fraction: float = MEMORY_FRACTION, **settings: Any):
         from clvp_fast.batch.worker import ready_worker
 
         self._worker = ready_worker(Settings(checkpoint=checkpoint, **settings), memory_fraction)

@@ -1,12 +1,8 @@
-"""Attention over keys and values in pages: one decode step with its append, and prefill with its stores.
+"""A decode step's attention over keys and values in pages, with its append; [pages.py](pages.py) tells of pages.
 
-    decode:  out[n] = softmax(scale * q[n] [K_prefix; K_own]^T) [V_prefix; V_own]  K_own ends with k_new[n], V_own alike
-    prefill: causal attention within each sequence of a ragged batch, whose keys and values are stored from place 0 on
+    out[n] = softmax(scale * q[n] [K_prefix; K_own]^T) [V_prefix; V_own]  K_own ends with k_new[n], V_own alike
 
-q, k, v `[rows, heads, head_dim]` of float32, float16 or bfloat16; pages `[num_pages, page_size, heads, head_dim]` of
-that type, or float8 (e4m3) with a scale a head: value = stored * scale. Sums, softmax and partial results are float32.
-
-**Decode is one launch.** An own program holds one candidate and head, and at most `SPLIT` of its own keys; the last one
+**It is one launch.** An own program holds one candidate and head, and at most `SPLIT` of its own keys; the last one
 takes the new key and value as they came, and stores them: nobody reads the place that is written. Prefix programs hold
 16 consecutive candidates and walk through the requests among them, so that grouped candidates share each key that is
 read, and any other order is right as well. The last program to finish a candidate's head, told by an arrival counter
@@ -28,23 +24,16 @@ out and the stored token, 12*H*D a candidate; a prefix once from memory, and fro
 Partial results add 8*H*(D + 2) a part of 256 keys, 0.8 %, half of it read back from the L2 cache. For 256 candidates of
 350 own tokens in the mean, 16 heads of 64, and one prefix of 410: 367 MB of own keys and values, 3 MB of rows, 1.7 MB
 of prefix (27 MB from the L2 cache).
-
-**Prefill is one launch.** A program is a tile of 64 queries of one head (wgmma on sm_90; 32 in float32 from 64 channels
-on). It attends to the keys of its sequence up to the diagonal, straight from q, k and v, and stores the keys and values
-of its own rows. Sequence s takes the tiles from number `cu_seqlens[s] // 64 + s` on, which a program finds on the
-device: at most one program a sequence and head is in vain, and the host knows no length. The longest tiles of a
-sequence start first.
 """
 
 import torch
 import triton
 import triton.language as tl
 
+from clvp_fast.kernels.pages import LOG2E, as_stored, online_softmax, precision
 from clvp_fast.kernels.target import architecture
 
-LOG2E = 1.4426950408889634
 NONE = tl.constexpr(2**31 - 1)
-FLOAT8_MAX = tl.constexpr(448.0)
 # Sizes that one compiled kernel serves whatever they are.
 _DECODE_SIZES = [
     "num_candidates",
@@ -55,31 +44,6 @@ _DECODE_SIZES = [
     "own_splits",
     "prefix_splits",
 ]
-_PREFILL_SIZES = ["num_tokens", "num_sequences", "num_slots", "num_pages", "capacity"]
-
-
-@triton.jit
-def _stored(x, scale, dtype: tl.constexpr, FLOAT8: tl.constexpr):
-    """What a page keeps of x."""
-    if FLOAT8:
-        x = tl.clamp(tl.div_rn(x.to(tl.float32), scale), -FLOAT8_MAX, FLOAT8_MAX)
-    return x.to(dtype)
-
-
-@triton.jit
-def _update(q, k, v, allowed, scale, top, total, mixed, PRECISION: tl.constexpr):
-    """One step of the online softmax, in base 2: largest score, sum of weights, weighted values."""
-    scores = tl.dot(q, k, input_precision=PRECISION) * scale  # [BLOCK_M, BLOCK_N]
-    scores = tl.where(allowed, scores, -float("inf"))
-    new_top = tl.maximum(top, tl.max(scores, 1))
-    # A row that has seen no key yet keeps weights of 0, not NaN.
-    origin = tl.where(new_top == -float("inf"), 0.0, new_top)
-    weights = tl.exp2(scores - origin[:, None])
-    shrink = tl.exp2(top - origin)
-    total = total * shrink + tl.sum(weights, 1)
-    mixed = mixed * shrink[:, None]
-    mixed = tl.dot(weights.to(v.dtype), v, mixed, input_precision=PRECISION)  # [BLOCK_M, BLOCK_D]
-    return new_top, total, mixed
 
 
 @triton.jit
@@ -236,8 +200,8 @@ def _own_part(
             wide_row = row.to(tl.int64)
             k_new = tl.load(k_new_ptr + wide_row * k_row + head * k_head + dims, mask=in_head, other=0.0)
             v_new = tl.load(v_new_ptr + wide_row * v_row + head * v_head + dims, mask=in_head, other=0.0)
-            k_new = _stored(k_new, k_scale, k_pages_ptr.dtype.element_ty, FLOAT8)
-            v_new = _stored(v_new, v_scale, v_pages_ptr.dtype.element_ty, FLOAT8)
+            k_new = as_stored(k_new, k_scale, k_pages_ptr.dtype.element_ty, FLOAT8)
+            v_new = as_stored(v_new, v_scale, v_pages_ptr.dtype.element_ty, FLOAT8)
             new_page = tl.load(table_ptr + place // PAGE_SIZE, mask=place < own_capacity, other=-1)
             if (new_page >= 0) & (new_page < num_pages):
                 new_at = new_page.to(tl.int64) * page_stride + place % PAGE_SIZE * token_stride
@@ -313,7 +277,7 @@ def _prefix_part(
             there_mask = there[:, None] & in_head[None, :]
             k = tl.load(k_pages_ptr + at, mask=there_mask, other=0.0).to(q.dtype)
             v = tl.load(v_pages_ptr + at, mask=there_mask, other=0.0).to(q.dtype)
-            top, total, mixed = _update(q, tl.trans(k), v, there[None, :], scale, top, total, mixed, PRECISION)
+            top, total, mixed = online_softmax(q, tl.trans(k), v, there[None, :], scale, top, total, mixed, PRECISION)
         mixed_at = part_at[:, None] * HEAD_DIM + dims[None, :]
         tl.store(partial_ptr + part * HEAD_DIM + mixed_at, mixed * v_scale, mask=chosen_mask)
         tl.store(top_ptr + part + part_at, top, mask=chosen)
@@ -386,76 +350,6 @@ def paged_attention_decode_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=_PREFILL_SIZES)
-def paged_prefill_kernel(
-    q_ptr, k_ptr, v_ptr, cu_seqlens_ptr, k_pages_ptr, v_pages_ptr, block_table_ptr, k_scale_ptr, v_scale_ptr,
-    out_ptr, num_tokens, num_sequences, num_slots, num_pages, capacity, scale, q_row, q_head, k_row, k_head, v_row,
-    v_head, page_stride, token_stride, head_stride, table_row,
-    NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FLOAT8: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    head = tl.program_id(0) % NUM_HEADS
-    slot = num_slots - 1 - tl.program_id(0) // NUM_HEADS
-    found = 0
-    for first in range(0, num_sequences, 128):
-        sequences = first + tl.arange(0, 128)
-        starts = tl.load(cu_seqlens_ptr + sequences, mask=sequences < num_sequences, other=0)
-        found += tl.sum(((sequences < num_sequences) & (starts // BLOCK_M + sequences <= slot)).to(tl.int32))
-    if found == 0:
-        return
-    sequence = found - 1
-    start = tl.load(cu_seqlens_ptr + sequence)
-    length = tl.minimum(tl.load(cu_seqlens_ptr + sequence + 1), num_tokens) - start
-    first = (slot - start // BLOCK_M - sequence) * BLOCK_M
-    if (first < 0) | (first >= length) | (start < 0):
-        return
-
-    dims = tl.arange(0, BLOCK_D)
-    in_head = dims < HEAD_DIM
-    places = first + tl.arange(0, BLOCK_M)
-    rows = (start + places).to(tl.int64)
-    row_mask = (places < length)[:, None] & in_head[None, :]
-    q = tl.load(q_ptr + rows[:, None] * q_row + head * q_head + dims[None, :], mask=row_mask, other=0.0)
-    k_ptr += start.to(tl.int64) * k_row + head * k_head
-    v_ptr += start.to(tl.int64) * v_row + head * v_head
-
-    top = tl.full([BLOCK_M], -float("inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    mixed = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for key in range(0, tl.minimum(first + BLOCK_M, length), BLOCK_N):
-        keys = key + tl.arange(0, BLOCK_N)
-        in_sequence = keys < length
-        k_at = keys.to(tl.int64) * k_row
-        v_at = keys.to(tl.int64) * v_row
-        k = tl.load(k_ptr + k_at[None, :] + dims[:, None], mask=in_sequence[None, :] & in_head[:, None], other=0.0)
-        v = tl.load(v_ptr + v_at[:, None] + dims[None, :], mask=in_sequence[:, None] & in_head[None, :], other=0.0)
-        # Rows past the end of the sequence see its last key: their results are not stored, and are no NaN.
-        allowed = (keys[None, :] <= places[:, None]) & in_sequence[None, :]
-        top, total, mixed = _update(q, k, v, allowed, scale, top, total, mixed, PRECISION)
-    out_at = (rows * NUM_HEADS + head)[:, None] * HEAD_DIM + dims[None, :]
-    tl.store(out_ptr + out_at, mixed / total[:, None], mask=row_mask)
-
-    if FLOAT8:
-        k_scale = tl.load(k_scale_ptr + head)
-        v_scale = tl.load(v_scale_ptr + head)
-    else:
-        k_scale = 1.0
-        v_scale = 1.0
-    stored = (places < length) & (places < capacity)
-    table_ptr = block_table_ptr + sequence.to(tl.int64) * table_row
-    page = tl.load(table_ptr + places // PAGE_SIZE, mask=stored, other=-1)
-    page_mask = ((page >= 0) & (page < num_pages))[:, None] & in_head[None, :]
-    k = tl.load(k_ptr + places.to(tl.int64)[:, None] * k_row + dims[None, :], mask=page_mask, other=0.0)
-    v = tl.load(v_ptr + places.to(tl.int64)[:, None] * v_row + dims[None, :], mask=page_mask, other=0.0)
-    at = (page.to(tl.int64) * page_stride + places % PAGE_SIZE * token_stride + head * head_stride)[:, None] + dims[
-        None, :
-    ]
-    k = _stored(k, k_scale, k_pages_ptr.dtype.element_ty, FLOAT8)
-    v = _stored(v, v_scale, v_pages_ptr.dtype.element_ty, FLOAT8)
-    tl.store(k_pages_ptr + at, k, mask=page_mask)
-    tl.store(v_pages_ptr + at, v, mask=page_mask)
-
-
 # Keys that one program of a decode step attends to, at most: part of the numerics, so one for all types and devices.
 SPLIT = 256
 # Measured on an H200 for 64 channels. With triton 3.7.1 no register is spilled on sm_80, sm_90 and sm_100; with 3.6.0
@@ -471,16 +365,6 @@ _DECODE = {
     (4, 128): (32, 4, 3, None),
 }
 _MORE_REGISTERS = 144  # what float8 takes, and pages of 32
-# Chosen by compiling, not by timing: no spilled register on sm_80, sm_90 and sm_100, with triton 3.6.0 and 3.7.1.
-# Queries of a tile (64 rows are one wgmma), keys of a tile, warps, stages
-_PREFILL = {
-    (2, 32): (64, 64, 4, 3),
-    (2, 64): (64, 64, 4, 3),
-    (2, 128): (64, 64, 8, 3),
-    (4, 32): (64, 32, 4, 2),
-    (4, 64): (32, 32, 4, 2),
-    (4, 128): (16, 32, 4, 2),
-}
 
 
 def splits(tokens: int) -> int:
@@ -491,10 +375,6 @@ def splits(tokens: int) -> int:
 def parts(own_tokens: int, prefix_tokens: int) -> int:
     """Partial results of a candidate's head, at most, for tables of so many slots (no prefix: 0)."""
     return max(splits(own_tokens), 1) + splits(prefix_tokens)
-
-
-def _precision(dtype: torch.dtype) -> str:
-    return "tf32x3" if dtype == torch.float32 else "tf32"
 
 
 def paged_attention_decode(
@@ -547,40 +427,6 @@ def paged_attention_decode(
         block_table.stride(0), prefix_row,
         NUM_HEADS=num_heads, HEAD_DIM=head_dim, BLOCK_D=block_d, PAGE_SIZE=page_size, BLOCK_M=rows, BLOCK_N=block_n,
         SPLIT=SPLIT, ONE_PART=own_splits + prefix_splits == 1, FLOAT8=k_scale is not None,
-        PRECISION=_precision(q.dtype), STAGES=num_stages, num_warps=num_warps, num_stages=num_stages,
+        PRECISION=precision(q.dtype), STAGES=num_stages, num_warps=num_warps, num_stages=num_stages,
         maxnreg=registers,
-    )  # fmt: skip
-
-
-def paged_prefill(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    k_pages: torch.Tensor,
-    v_pages: torch.Tensor,
-    block_table: torch.Tensor,
-    scale: float,
-    k_scale: torch.Tensor | None,
-    v_scale: torch.Tensor | None,
-    *,
-    out: torch.Tensor,
-) -> None:
-    """Causal attention and stores, as `clvp_fast.ops.paged_prefill`; the last dimension of everything is contiguous.
-
-    `out` `[T, H, D]` contiguous.
-    """
-    num_tokens, num_heads, head_dim = q.shape
-    num_pages, page_size = k_pages.shape[:2]
-    num_sequences = block_table.shape[0]
-    block_d = triton.next_power_of_2(head_dim)
-    block_m, block_n, num_warps, num_stages = _PREFILL[q.element_size(), block_d]
-    num_slots = num_tokens // block_m + num_sequences
-    paged_prefill_kernel[(num_slots * num_heads,)](
-        q, k, v, cu_seqlens, k_pages, v_pages, block_table, k_scale, v_scale, out, num_tokens, num_sequences,
-        num_slots, num_pages, block_table.shape[1] * page_size, scale * LOG2E, *q.stride()[:2], *k.stride()[:2],
-        *v.stride()[:2], *k_pages.stride()[:3], block_table.stride(0),
-        NUM_HEADS=num_heads, HEAD_DIM=head_dim, BLOCK_D=block_d, PAGE_SIZE=page_size, BLOCK_M=block_m,
-        BLOCK_N=block_n, FLOAT8=k_scale is not None,
-        PRECISION=_precision(q.dtype), num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,12 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from clvp_fast import ClvpModelForConditionalGeneration, ClvpProcessor, ClvpTokenizer, native
+from clvp_fast import ClvpModelForConditionalGeneration, ClvpProcessor, ClvpTokenizer, demo, native
 from clvp_fast.checkpoint import load_checkpoint, resolve_checkpoint
 from clvp_fast.cli import main
-from clvp_fast.demo import DEMO_VERSION, build_demo, demo_checkpoint
+from clvp_fast.demo import DEMO_VERSION, build_demo, demo_checkpoint, is_random
 from clvp_fast.io.files import UnwritableError, cache_folder
 from tests.kit.isa import forget_library
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +116,23 @@ def test_cache_folder(monkeypatch, tmp_path):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert cache_folder() == tmp_path / "home" / ".cache" / "clvp_fast"
+
+
+def test_random_and_demo_are_names_and_no_folders(monkeypatch, tmp_path, folder, capsys):
+    """Where a trained demo lies in the package it is `demo`, and `random` stays what it was."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("demo", "random"):
+        shutil.copytree(folder, tmp_path / name)
+        assert resolve_checkpoint(name) == demo_checkpoint() and is_random(name)
+        assert resolve_checkpoint(f"./{name}") == Path(name) and not is_random(f"./{name}")
+    monkeypatch.setattr(demo, "TRAINED", tmp_path / "demo")
+    assert resolve_checkpoint("demo") == tmp_path / "demo" and not is_random("demo")
+    assert resolve_checkpoint("random") == demo_checkpoint() and is_random("random")
+    common = ("--voice", ROOT / "examples/voice.flac", "--num-candidates", 1, "--max-new-tokens", 4, "--no-pictures")
+    for name, told in (("random", 1), ("demo", 0)):
+        argv = ("generate", "hello", "--checkpoint", name, *common, "--out", tmp_path / "out")
+        assert main([str(part) for part in argv]) == 0
+        assert capsys.readouterr().err.count(f"checkpoint '{name}' has random weights") == told
 
 
 def homeless(monkeypatch):

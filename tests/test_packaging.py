@@ -15,6 +15,7 @@ import pytest
 
 import clvp_fast
 from clvp_fast.native import build
+from tests.kit.documents import blocks
 
 ROOT = Path(__file__).resolve().parents[1]
 # All of the library is compiled for it once more, where --wheel names none.
@@ -69,7 +70,7 @@ def test_wheel_holds_the_package_and_no_top_level_kernels(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     top_level = {name.split("/")[0] for name in names}
     assert {name for name in top_level if not name.endswith(".dist-info")} == {"clvp_fast"}
-    assert "clvp_fast/py.typed" in names
+    assert {"clvp_fast/py.typed", "clvp_fast/cli/page.css", "clvp_fast/cli/page.js"} <= set(names)
     assert "clvp_fast/kernels/__init__.py" not in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     for source in (ROOT / "kernels").glob("*.py"):
@@ -170,11 +171,9 @@ def test_an_installed_wheel_runs_the_demo(fresh):
 
 @of_a_built_wheel
 def test_an_installed_wheel_runs_the_documented_example(fresh):
-    """The README's first one that loads a checkpoint; the demo stands for the hub's."""
+    """The handbook's first one that loads a checkpoint; the demo stands for the hub's."""
     _, run = fresh
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    examples = re.findall(r"^```python\n(.*?)^```$", readme, flags=re.MULTILINE | re.DOTALL)
-    example = next(example for example in examples if "susnato/clvp_dev" in example)
+    example = blocks("docs/change-the-import.md", "python")[0]
     folder = run("python", "-c", "from clvp_fast.demo import demo_checkpoint; print(demo_checkpoint())").strip()
     shape = run(
         "python", "-c", example.replace("susnato/clvp_dev", folder) + "\nprint(*best.shape, best.dtype)"

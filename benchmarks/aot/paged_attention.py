@@ -1,8 +1,9 @@
-"""What `kernels/paged_attention.py` launches: every entry of its tables, page types, and branches that ship."""
+"""What kernels/paged_attention.py and paged_prefill.py launch: every entry of their tables, page types, branches."""
 
 import torch
 
-from clvp_fast.kernels import paged_attention as kernels
+from clvp_fast.kernels.paged_attention import paged_attention_decode
+from clvp_fast.kernels.paged_prefill import paged_prefill
 from clvp_fast.kernels.target import architecture
 
 CANDIDATES, REQUESTS, HEADS, OWN_PAGES, PREFIX_PAGES, PAGES = 256, 4, 16, 38, 26, 4096
@@ -37,7 +38,7 @@ def decode(dtype, head_dim, page_dtype, page_size=16, own_pages=OWN_PAGES, prefi
     prefix = [None] * 3
     if prefix_pages:
         prefix = [empty(REQUESTS, prefix_pages), empty(REQUESTS), empty(CANDIDATES)]
-    kernels.paged_attention_decode(
+    paged_attention_decode(
         *rows[:3],
         *pages,
         empty(CANDIDATES, own_pages),
@@ -54,7 +55,7 @@ def decode(dtype, head_dim, page_dtype, page_size=16, own_pages=OWN_PAGES, prefi
 def prefill(dtype, head_dim, page_dtype, page_size=16):
     pages, scales = _pages(dtype, head_dim, page_dtype, page_size)
     rows = [empty(4096, HEADS, head_dim, dtype=dtype) for _ in range(4)]
-    kernels.paged_prefill(*rows[:3], empty(17), *pages, empty(16, PREFIX_PAGES), head_dim**-0.5, *scales, out=rows[3])
+    paged_prefill(*rows[:3], empty(17), *pages, empty(16, PREFIX_PAGES), head_dim**-0.5, *scales, out=rows[3])
 
 
 def calls():

@@ -30,8 +30,9 @@ import pyarrow.parquet as pq
 from clvp_fast.batch.outcomes import Outcome, from_table, to_table
 from clvp_fast.io.files import UnwritableError, json_text, replacing, write_json
 
-#: Rises with every change of what settings mean; from 1 to 2 `top_k` became 50 where Python says nothing of it.
-FORMAT = "clvp_fast.batch.2"
+#: Rises with every change of what settings mean. In 2 `top_k` is 50 where Python says nothing of it; in 3 the
+#: repetition penalty sees the original's prompt, and latents are those of its second pass.
+FORMAT = "clvp_fast.batch.3"
 _KEY = b"clvp_fast"
 
 
@@ -104,7 +105,7 @@ class JobFolder:
         return any(self.shards.iterdir())
 
     def read_manifest(self) -> dict[str, Any] | None:
-        """What the job is, or None where none was begun.
+        """Read the description of the job, or None where none was begun.
 
         Raises:
             ValueError: the manifest is damaged or of another version, or there are results of a job without one.
@@ -142,7 +143,7 @@ class JobFolder:
         self.journal_path(shard).unlink(missing_ok=True)
 
     def check_shard(self, shard: int, rows: int, settings: str) -> dict[str, Any] | None:
-        """What a shard says of itself, or None where there is none.
+        """Read the metadata of a shard, or None where there is none.
 
         Raises:
             ValueError: it is damaged, or is not of this job.
@@ -161,7 +162,7 @@ class JobFolder:
         return about
 
     def about(self, path: Path) -> dict[str, Any]:
-        """What a shard that was checked says of itself."""
+        """Read the metadata of a shard that was checked."""
         return json.loads(pq.read_schema(path).metadata[_KEY])
 
     def read_shard(self, shard: int) -> list[Outcome]:

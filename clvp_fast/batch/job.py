@@ -14,10 +14,12 @@ import pyarrow as pa
 from clvp_fast.batch.folder import FORMAT, JobFolder, Journal
 from clvp_fast.batch.inputs import RowFile, Task, digest_of, read_rows, require_file
 from clvp_fast.batch.outcomes import Outcome, outcome_schema, shard_schema
-from clvp_fast.batch.progress import Watch, watching
+from clvp_fast.batch.progress import JobProgress, watching
 from clvp_fast.batch.settings import Settings
 from clvp_fast.batch.summary import write_summary
+from clvp_fast.engine.defaults import MEMORY_FRACTION
 from clvp_fast.io.files import UnwritableError, replacing, user_path
+from clvp_fast.io.names import RESERVED
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +38,7 @@ def run(
     shard_rows: int | None = None,
     ray: str | bool | None = None,
     workers: int | None = None,
-    memory_fraction: float = 0.9,
+    memory_fraction: float = MEMORY_FRACTION,
     progress: bool = True,
     **settings: Any,
 ) -> dict[str, Any]:
@@ -50,8 +52,8 @@ def run(
     `candidate` (of so many `candidates`), `codes` (speech tokens before the stop), `length`, `stopped` (it came to its
     end by itself), `score`, `tokens` (drawn for the row in all), `seed`, `settings` (a hash), `timings` in seconds,
     `remarks` (sentences on what was cut, resampled, left out or written in Latin letters of its text and voice); with
-    `embeddings` also `text_embedding` and `speech_embedding` `[projection_dim]`, and with `latents` the decoder's
-    `latents` `[tokens, hidden_size]`.
+    `embeddings` also `text_embedding` and `speech_embedding` `[projection_dim]`, and with `latents` those that
+    Tortoise's diffusion takes, `latents` `[codes and the silence behind, hidden_size]`.
 
     Args:
         input: JSON lines, CSV or Parquet by its name, with columns `id`, `text`, `voice` (a recording, a folder of
@@ -68,7 +70,7 @@ def run(
         settings: as [`Settings`]: `checkpoint`, `voice`, `keep`, `num_candidates`, `dtype` and so on.
 
     Returns:
-        What stands in `out`/summary.json: counts of rows, candidates, tokens and failures, seconds, rates.
+        The content of `out`/summary.json: counts of rows, candidates, tokens and failures, seconds, rates.
 
     Raises:
         ValueError, FileNotFoundError: an input, a checkpoint or a setting that cannot be, or another than the job in
@@ -106,17 +108,19 @@ def run(
 
 
 def _absolute(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings that mean the same wherever the job goes on from; links are kept, as what they lead to may move."""
+    """Make settings that mean the same wherever the job goes on from; links are kept, as their targets may move."""
     places = {}
     for name in ("checkpoint", "voice"):
         place = settings.get(name)
-        if isinstance(place, (str, Path)) and (name == "voice" or (str(place) != "demo" and user_path(place).exists())):
+        if not isinstance(place, (str, Path)):
+            continue
+        if name == "voice" or (str(place) not in RESERVED and user_path(place).exists()):
             places[name] = os.path.abspath(user_path(place))
     return settings | places
 
 
 def _identity(source: Path, manifest: dict | None, given: Settings, shard_rows: int | None) -> dict[str, Any]:
-    """What is known of the job before its rows are read; the same as in `manifest` if there is one."""
+    """Tell what is known of the job before its rows are read; the same as in `manifest` if there is one."""
     digest = digest_of(source)
     if manifest is None:
         default = SHARD_ROWS_WITH_LATENTS if given.latents else SHARD_ROWS
@@ -149,7 +153,7 @@ def _check_checkpoint(manifest: dict | None, found: dict[str, Any]) -> None:
 
 
 def _rows(folder: JobFolder, source: Path, shard_rows: int, manifest: dict | None, progress: bool) -> RowFile:
-    """The job's copy of its rows, made at its beginning, and again where it is damaged."""
+    """Return the job's copy of its rows, made at its beginning, and again where it is damaged."""
     if manifest is not None:
         try:
             return RowFile(folder.rows)
@@ -184,6 +188,7 @@ class Here:
         self._worker = worker
 
     def description(self) -> dict[str, Any]:
+        """Describe the worker, for the job's manifest."""
         return self._worker.description()
 
     def outcomes(self, path: Path, tasks: list[Task]) -> Iterator[Outcome]:
@@ -215,7 +220,7 @@ class _Shard:
         return True
 
     def write(self) -> None:
-        """What was added goes to the journal."""
+        """Write the rows that were added to the journal."""
         waiting, self._waiting = self._waiting, []
         self._journal.add(waiting)
 
@@ -233,7 +238,7 @@ class _Job:
     """
 
     def __init__(self, folder: JobFolder, rows: RowFile, settings: Settings, retry_failed: bool, progress: bool):
-        """Looks through what is there: whole shards are done, damaged ones are not."""
+        """Look through the shards that are there: whole ones are done, damaged ones are not."""
         self._folder, self._rows, self._digest = folder, rows, settings.digest
         self._result_schema, self._outcome_schema = shard_schema(settings), outcome_schema(settings)
         self._shards: dict[int, _Shard] = {}
@@ -246,8 +251,8 @@ class _Job:
         with watching("checking", rows.num_shards, 0, hidden=not (progress and folder.has_shards())) as watch:
             folder.write_failures(self._look_through(retry_failed, watch))
 
-    def _look_through(self, retry_failed: bool, watch: Watch) -> Iterator[dict[str, Any]]:
-        """The failures of whole shards that are not tried again, while the tasks are found."""
+    def _look_through(self, retry_failed: bool, watch: JobProgress) -> Iterator[dict[str, Any]]:
+        """Keep the failures of whole shards that are not tried again, while the tasks are found."""
         for shard in range(self._rows.num_shards):
             yield from self._look_at(shard, retry_failed)
             watch.reach(shard + 1)
@@ -282,7 +287,7 @@ class _Job:
             self._folder.shard_path(shard).unlink()
             return None
 
-    def work(self, outcomes: Iterable[Outcome], watch: Watch) -> None:
+    def work(self, outcomes: Iterable[Outcome], watch: JobProgress) -> None:
         """Bring outcomes of the tasks into the folder.
 
         Raises:

@@ -1,4 +1,4 @@
-"""What becomes of a row, as Arrow tables: a line for each kept candidate, or one line with the reason for none.
+"""Outcomes of rows as Arrow tables: a line for each kept candidate, or one line with the reason for none.
 
 This is the form in which results go into shards, into the journal of an unfinished shard, and between the workers of a
 cluster.
@@ -50,7 +50,7 @@ def outcome_schema(settings: Settings) -> pa.Schema:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a row: lines of kept candidates, best first, as `shard_schema` has them, or an error."""
+    """The outcome of a row: lines of kept candidates, best first, as `shard_schema` has them, or an error."""
 
     row: int
     id: str | None

@@ -13,18 +13,18 @@ _PERIOD = 300.0
 
 
 @contextmanager
-def watching(what: str, total: int, done: int, hidden: bool) -> Iterator["Watch"]:
+def watching(what: str, total: int, done: int, hidden: bool) -> Iterator["JobProgress"]:
     """A bar on stderr that begins at `done`; `what` is done, in a word."""
     count = TaskProgressColumn() if total == 1 else MofNCompleteColumn()
     columns = [TextColumn("{task.description}"), BarColumn(), count, TextColumn("{task.fields[rate]}")]
     columns += [TextColumn("left:"), TimeRemainingColumn()]
     console = Console(stderr=True, highlight=False)
     with Progress(*columns, console=console, disable=hidden, speed_estimate_period=_PERIOD) as progress:
-        yield Watch(progress, what, total, done)
+        yield JobProgress(progress, what, total, done)
 
 
-class Watch:
-    """What a bar shows."""
+class JobProgress:
+    """The counts behind a bar."""
 
     def __init__(self, progress: Progress, what: str, total: int, done: int):
         self._progress = progress

@@ -17,6 +17,7 @@ import pyarrow as pa
 from clvp_fast.batch.inputs import RowFile, Task, arrived, in_transit
 from clvp_fast.batch.outcomes import Outcome, from_table, outcome_schema, to_table
 from clvp_fast.batch.settings import Settings
+from clvp_fast.engine.defaults import MEMORY_FRACTION
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +78,11 @@ class Cluster:
     """
 
     def __init__(
-        self, settings: Settings, memory_fraction: float = 0.9, address: str | None = None, workers: int | None = None
+        self,
+        settings: Settings,
+        memory_fraction: float = MEMORY_FRACTION,
+        address: str | None = None,
+        workers: int | None = None,
     ):
         self._ray = _imported()
         self._started = _connect(self._ray, address)
@@ -91,7 +96,7 @@ class Cluster:
         self._described = False
 
     def description(self) -> dict[str, Any]:
-        """What one worker says of itself, as a job's manifest has it. It holds for all: what it finds out, they take.
+        """Describe one worker, as a job's manifest has it. The description holds for all: they take its findings.
 
         Raises:
             FileNotFoundError, ValueError: as of [`Worker`].

@@ -1,4 +1,4 @@
-"""What a job's results depend on beside its rows: settings to compare, hash, pickle and write as JSON."""
+"""The settings on which a job's results depend beside its rows: to compare, hash, pickle and write as JSON."""
 
 import json
 from dataclasses import asdict, dataclass, replace
@@ -6,6 +6,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+from clvp_fast.engine.defaults import DTYPES, SCORING_MODES, TEXT_CLEANINGS
 from clvp_fast.engine.sampling_params import SAMPLING, SamplingParams
 
 #: What a run finds out where it is not told, and what a run that goes on takes over from the one before.
@@ -14,7 +15,7 @@ _FOUND = ("max_new_tokens", "device", "packed_weights", "batch_size", "threads")
 
 @dataclass(frozen=True)
 class Settings:
-    """Of one job.
+    """Settings of one job.
 
     Args:
         checkpoint: "demo", a folder, or a hub id.
@@ -52,17 +53,17 @@ class Settings:
     min_p: float = SamplingParams.min_p
     repetition_penalty: float = SamplingParams.repetition_penalty
     seed: int = 0
-    scoring: str = "padded"
+    scoring: str = SCORING_MODES[0]
     latents: bool = False
     embeddings: bool = False
     device: str | None = None
-    dtype: str = "float32"
+    dtype: str = DTYPES[0]
     int8_weights: bool = False
     float8_pages: bool = False
     packed_weights: bool | None = None
     batch_size: int | None = None
     threads: int | None = None
-    text_cleaning: str = "tortoise"
+    text_cleaning: str = TEXT_CLEANINGS[0]
 
     def __post_init__(self):
         for name in ("checkpoint", "voice"):
@@ -82,7 +83,7 @@ class Settings:
                 raise ValueError(f"{name} must be one of {shown}, not {getattr(self, name)!r}")
 
     def sampling(self, **of_row: Any) -> SamplingParams:
-        """How candidates are drawn, with what a row has of its own.
+        """Return the sampling parameters, with a row's own in the place of the job's.
 
         Raises:
             ValueError: a value that cannot be.
@@ -92,6 +93,7 @@ class Settings:
         return SamplingParams(**own | of_row)
 
     def as_dict(self) -> dict[str, Any]:
+        """Return the settings as a dictionary of plain values."""
         return asdict(self)
 
     @property
@@ -100,7 +102,7 @@ class Settings:
         return blake2b(json.dumps(self.as_dict(), sort_keys=True).encode(), digest_size=8).hexdigest()
 
     def going_on_from(self, before: dict[str, Any]) -> "Settings":
-        """These settings, with what is left open as the run that is continued found it out.
+        """Return these settings, with open ones as the run that is continued found them out.
 
         Raises:
             ValueError: something else than in `before`; it is named, with both values.
@@ -121,8 +123,8 @@ class Settings:
 
 
 _CHOICES = {
-    "scoring": ("padded", "trimmed"),
+    "scoring": SCORING_MODES,
     "device": (None, "cpu", "cuda"),
-    "dtype": ("float32", "bfloat16", "float16"),
-    "text_cleaning": ("tortoise", "transformers"),
+    "dtype": DTYPES,
+    "text_cleaning": TEXT_CLEANINGS,
 }

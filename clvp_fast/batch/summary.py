@@ -1,4 +1,4 @@
-"""What is told of a job at its end: counts, rates and failures, and a picture of scores and lengths."""
+"""The summary of a job at its end: counts, rates and failures, and a picture of scores and lengths."""
 
 from collections import Counter
 from typing import Any

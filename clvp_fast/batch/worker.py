@@ -18,6 +18,7 @@ from clvp_fast.batch.rows import Row
 from clvp_fast.batch.settings import Settings
 from clvp_fast.checkpoint import Checkpoint, best_device, load_checkpoint
 from clvp_fast.engine.building import build_engine
+from clvp_fast.engine.defaults import MEMORY_FRACTION
 from clvp_fast.engine.engine import CandidateEngine
 from clvp_fast.engine.requests import CandidateRequest, CandidateResult
 from clvp_fast.engine.voice_files import load_voice
@@ -41,7 +42,7 @@ class Worker:
             `max_new_tokens` beyond the checkpoint's positions, too little memory, a half type without a kernel here.
     """
 
-    def __init__(self, settings: Settings, memory_fraction: float = 0.9):
+    def __init__(self, settings: Settings, memory_fraction: float = MEMORY_FRACTION):
         device = settings.device or best_device()
         if device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device 'cuda': torch sees no CUDA device here; use 'cpu', or leave it out")
@@ -78,11 +79,11 @@ class Worker:
             ) from error
 
     def description(self) -> dict[str, Any]:
-        """What a job's manifest says of who worked on it."""
+        """Describe the worker for a job's manifest."""
         return {"settings": self.settings.as_dict(), "checkpoint": self.mark, "versions": versions()}
 
     def outcomes(self, rows: Iterable[Row]) -> Iterator[Outcome]:
-        """What becomes of rows, each as soon as it is known; they are taken from the iterable as there is room.
+        """Yield the outcomes of rows, each as soon as it is known; they are taken from the iterable as there is room.
 
         Raises:
             ValueError: there is too little memory for a single candidate.

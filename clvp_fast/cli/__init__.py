@@ -6,13 +6,17 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from clvp_fast.cli.helping import complete
 from clvp_fast.cli.parser import build_parser
 from clvp_fast.io.errors import sentence
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command line (`sys.argv` by default) and returns its exit code."""
-    arguments = build_parser().parse_args(argv)
+    """Run one command line (`sys.argv` by default) and return its exit code."""
+    parser = build_parser()
+    if "_ARGCOMPLETE" in os.environ:
+        complete(parser)
+    arguments = parser.parse_args(argv)
     kept = "nothing was written"
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by who started us, and written to all the same

@@ -10,6 +10,7 @@ from clvp_fast.cli import report
 from clvp_fast.cli.generation import Generation
 from clvp_fast.cli.inputs import load_for, sampling_of
 from clvp_fast.cli.items import gather, read_texts
+from clvp_fast.cli.listen import REPORT
 from clvp_fast.engine.door import token_limit
 from clvp_fast.engine.sampling_params import SamplingParams
 from clvp_fast.io.files import staged_folder, user_path
@@ -36,7 +37,9 @@ def run(arguments: argparse.Namespace) -> None:
             assert spoken_in is not None  # the only voice, and a bad one has ended the run
             spoken_in.voice.save(voice_folder / voice_file.name)
     # Of several the summary names the folders.
-    files = ["summary.json"] if "requests" in document and not arguments.json else generation.files
+    files = generation.files
+    if "requests" in document and not arguments.json:
+        files = [name for name in files if name in ("summary.json", REPORT)]
     written = [Path(arguments.out, name) for name in files] + ([voice_file] if voice_file else [])
     _tell(document, written, arguments.json)
     failed = sum(item.error is not None for item in items)

@@ -9,6 +9,7 @@ import torch
 from clvp_fast.checkpoint import Checkpoint
 from clvp_fast.cli import report
 from clvp_fast.cli.items import Item
+from clvp_fast.cli.listen import Listening, vocoder_of
 from clvp_fast.cli.progress import warm_up, watching
 from clvp_fast.cli.results import result_document, summary_row, write_arrays
 from clvp_fast.engine.building import build_engine
@@ -47,6 +48,8 @@ class Generation:
         self.files: list[str] = []
         self.seconds: dict[str, float] = {}
         self._shared: dict = {}  # what every document says
+        vocoder = vocoder_of(checkpoint) if arguments.listen else None
+        self._listening = Listening(checkpoint, vocoder, folder) if vocoder else None
         self._rows: dict[Item, dict] = {}  # of the summary, for those that were spoken
         self._alone: dict | None = None  # the document of the only item
         self._tokens = 0
@@ -65,6 +68,8 @@ class Generation:
         self._note_failures()
         if not self._rows and self._alone is None:
             raise ValueError(f"none of the {len(self.items)} requests can be spoken; the notes name each")
+        if self._listening:
+            self.files += self._listening.write_page(self._shared)
         measured = {
             "seconds": {stage: round(seconds, 3) for stage, seconds in self.seconds.items()},
             "tokens_per_second": round(self._tokens / self.seconds["generate_and_score"], 1),
@@ -132,6 +137,8 @@ class Generation:
             folder.mkdir(parents=True, exist_ok=True)
             length, pictures = self.sampling.max_new_tokens, not self.arguments.no_pictures
             names = write_arrays(folder, self.checkpoint, item, result, document["candidates"], length, pictures)
+            if self._listening:
+                names += self._listening.receive(item, result, document)
             self.files += [str(Path(item.folder, name)) for name in names]
             if item.folder:
                 self._rows[item] = summary_row(item, self._write_document(f"{item.folder}/candidates.json", document))
@@ -157,6 +164,7 @@ class Generation:
         names += ["num_candidates", "max_new_tokens", "seed"]
         return {
             **{name: getattr(sampling, name) for name in names},
+            "crop_seed": arguments.crop_seed,
             "scoring": arguments.scoring,
             "device": str(self.checkpoint.model.device),
             "dtype": arguments.dtype,

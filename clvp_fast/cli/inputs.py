@@ -6,7 +6,8 @@ from typing import Any
 import torch
 
 from clvp_fast.checkpoint import Checkpoint, best_device, load_checkpoint, sayable_ids
-from clvp_fast.cli.report import note, quiet_transformers
+from clvp_fast.cli.report import note, quiet_transformers, waiting
+from clvp_fast.demo import is_random
 from clvp_fast.engine.sampling_params import PRESETS, SAMPLING
 from clvp_fast.models.clvp.text_remarks import text_remarks
 
@@ -28,19 +29,21 @@ def load_for(arguments: argparse.Namespace) -> Checkpoint:
     """The checkpoint that the arguments name, on the device and in the dtype that they name."""
     if not arguments.debug:
         quiet_transformers()
-    checkpoint = load_checkpoint(
-        arguments.checkpoint,
-        device=device_for(arguments),
-        dtype=getattr(torch, arguments.dtype),
-        text_cleaning=arguments.text_cleaning,
-    )
-    if checkpoint.name == "demo":
-        note("checkpoint 'demo' has random weights: its candidates are no speech, and its scores mean nothing")
+    with waiting(f"loading {arguments.checkpoint}"):
+        checkpoint = load_checkpoint(
+            arguments.checkpoint,
+            device=device_for(arguments),
+            dtype=getattr(torch, arguments.dtype),
+            text_cleaning=arguments.text_cleaning,
+        )
+    if is_random(checkpoint.name):
+        name = checkpoint.name
+        note(f"checkpoint '{name}' has random weights: its candidates are no speech, and its scores mean nothing")
     return checkpoint
 
 
 def sampling_of(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What the arguments say of each of `SAMPLING`; None where they leave it open.
+    """Return the values that the arguments give for `SAMPLING`; None where they leave one open.
 
     Raises:
         ValueError: several candidates of greedy decoding.

@@ -1,4 +1,4 @@
-"""What `generate` is asked for: each text in each voice, with a place for its results."""
+"""The items of `generate`: each text in each voice, with a place for its results."""
 
 import argparse
 import re
@@ -63,7 +63,7 @@ def read_texts(arguments: argparse.Namespace) -> list[str]:
 def gather(checkpoint: Checkpoint, texts: list[str], arguments: argparse.Namespace) -> list[Item]:
     """Every text in every voice, voice by voice.
 
-    What cannot be spoken is an error where it is all that was asked for; among others it is put down in its item.
+    An item that cannot be spoken is an error where it is the only one; among others the reason is put down in it.
     """
     places = arguments.voice
     alone = arguments.texts is None and len(texts) == len(places) == 1
@@ -72,7 +72,7 @@ def gather(checkpoint: Checkpoint, texts: list[str], arguments: argparse.Namespa
     cache = VoiceCache(checkpoint.model, checkpoint.feature_extractor)
     items = []
     for name, place in zip(voice_names(places), places, strict=True):
-        voice, bad_voice = _tried(alone, noted_voice, cache, place)
+        voice, bad_voice = _tried(alone, noted_voice, cache, place, arguments.crop_seed)
         for folder, text, (of_text, bad_text) in zip(folders, texts, ids, strict=True):
             folder = f"{name}/{folder}" if len(places) > 1 else folder
             items.append(Item(folder, text, place, of_text, voice, bad_voice or bad_text))

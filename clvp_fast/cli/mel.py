@@ -38,7 +38,7 @@ class Recording:
 
 @dataclass
 class Sound:
-    """What was decoded: the mono `samples` `[time]` that are used, the whole length, and what was changed, if any."""
+    """A decoded recording: the mono `samples` `[time]` that are used, its whole length, and the changes, if any."""
 
     recording: Recording
     samples: np.ndarray
@@ -47,8 +47,8 @@ class Sound:
 
 
 @dataclass
-class Outcome:
-    """What became of the recordings.
+class MelResults:
+    """The outcome of the recordings.
 
     rows: one for each that gave features. failed: the others, with the reason. changes: how many were mixed down or
     resampled. shown: names and features of the first ones, for the overview.
@@ -84,12 +84,12 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError(f"{count} cannot be used, and the notes name each; the features of the others are written")
 
 
-def extract(recordings: list[Recording], extractor, folder: Path, arguments: argparse.Namespace) -> Outcome:
+def extract(recordings: list[Recording], extractor, folder: Path, arguments: argparse.Namespace) -> MelResults:
     """Writes the features of `recordings` into `folder`, and pictures where each has its own.
 
     A recording that cannot be used is an error where it is the only one; among others it is put down in the outcome.
     """
-    outcome = Outcome()
+    outcome = MelResults()
     many = len(recordings) > 1
     with _writer(folder, arguments.npz) as write, report.counting_progress(not many) as progress:
         task = progress.add_task("recordings", total=len(recordings))
@@ -111,7 +111,7 @@ def extract(recordings: list[Recording], extractor, folder: Path, arguments: arg
 def find_recordings(places: list[str]) -> list[Recording]:
     """The recordings that `places` name, each a file or a folder with recordings in it at any depth.
 
-    A folder's sub-folders are kept in the names. What begins with a dot in a folder is left out.
+    A folder's sub-folders are kept in the names. Names that begin with a dot are left out.
 
     Raises:
         ValueError: a folder without a recording, or two recordings of one name.
@@ -232,7 +232,7 @@ def _row(sound: Sound, mel: np.ndarray) -> dict:
     }
 
 
-def _tell(outcome: Outcome, extractor, written: list[Path], as_json: bool) -> None:
+def _tell(outcome: MelResults, extractor, written: list[Path], as_json: bool) -> None:
     rows = outcome.rows
     if as_json:
         failed = [{"recording": str(recording.path), "reason": str(error)} for recording, error in outcome.failed]

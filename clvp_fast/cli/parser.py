@@ -5,14 +5,18 @@ import math
 import os
 
 from clvp_fast import __version__
+from clvp_fast.cli.helping import HELP, Parser
+from clvp_fast.engine.defaults import DTYPES, MEMORY_FRACTION, SCORING_MODES, TEXT_CLEANINGS
 from clvp_fast.engine.sampling_params import NUM_CANDIDATES, PRESETS, RANGES, SamplingParams
 from clvp_fast.io.files import user_path
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of `clvp-fast`; `command` names the module of `clvp_fast.cli` that runs it."""
-    parser = argparse.ArgumentParser(
-        prog="clvp-fast", description="CLVP: text and a voice clip to ranked speech candidates."
+    """Build the parser of `clvp-fast`; `command` names the module of `clvp_fast.cli` that runs it."""
+    parser = Parser(
+        prog="clvp-fast",
+        description="CLVP: text and a voice clip to ranked speech candidates.",
+        epilog="`clvp-fast COMMAND --help` ends with examples.",
     )
     parser.add_argument("--version", action="version", version=f"clvp-fast {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -21,6 +25,10 @@ def build_parser() -> argparse.ArgumentParser:
     everywhere.add_argument("--json", action="store_true", help="print the result as JSON; notes stay on stderr")
     for add in (_generate, _batch, _score, _mel, _convert, _info, _bench):
         add(commands, everywhere)
+    for name, (usage, shown, examples) in HELP.items():
+        command = commands.choices[name]
+        command.usage = f"clvp-fast {name} {usage}"
+        command.shorten(shown.split(), examples)
     return parser
 
 
@@ -42,7 +50,13 @@ def _generate(commands, everywhere) -> None:
         action="append",
         metavar="VOICE",
         help="a recording (WAV, FLAC, MP3, OGG; its first 6 s count), a folder of recordings of one speaker, which are "
-        "averaged, or a voice that --save-voice wrote; repeated: every text in every voice",
+        "averaged, a voice that --save-voice wrote, or Tortoise's latents (.pth); repeated: every text in every voice",
+    )
+    parser.add_argument(
+        "--crop-seed",
+        type=_non_negative_int,
+        metavar="N",
+        help="use 6 s from a random place of each longer recording, as Tortoise does (default: the first 6 s)",
     )
     _add_checkpoint(parser)
     parser.add_argument(
@@ -57,6 +71,11 @@ def _generate(commands, everywhere) -> None:
         "--seed", type=_sampling["seed"], default=0, help="of the random choices (default: %(default)s)"
     )
     more = parser.add_argument_group("more results")
+    more.add_argument(
+        "--listen",
+        action="store_true",
+        help="write the kept candidates as recordings and report.html to hear them on, if the checkpoint has a vocoder",
+    )
     more.add_argument("--latents", action="store_true", help="write the decoder's latents of the kept candidates too")
     more.add_argument(
         "--save-voice", type=_path, metavar="FILE", help="save the voice, to be given as --voice without its recordings"
@@ -229,7 +248,7 @@ def _bench(commands, everywhere) -> None:
 
 
 def add_bench_arguments(parser) -> None:
-    """Of `clvp-fast bench` and of `python -m benchmarks.run`."""
+    """Add the arguments of `clvp-fast bench` and of `python -m benchmarks.run`."""
     parser.add_argument("workload", nargs="*", metavar="NAME", help="what to measure, see --list (default: everything)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
     parser.add_argument("--list", action="store_true", help="name workloads and providers, and measure nothing")
@@ -284,7 +303,7 @@ def _add_candidates(parser) -> None:
 
 
 def _add_decoding(parser) -> None:
-    """What `generate` and `batch` ask of the engine alike."""
+    """Add the options that `generate` and `batch` share."""
     _add_sampling(parser)
     _add_memory(parser)
     _add_device(parser)
@@ -317,7 +336,7 @@ def _add_memory(parser) -> None:
     memory.add_argument(
         "--memory-fraction",
         type=_fraction,
-        default=0.9,
+        default=MEMORY_FRACTION,
         help="of the memory that is free, how much may be used beside the weights (default: %(default)s)",
     )
     memory.add_argument(
@@ -342,28 +361,28 @@ def _add_memory(parser) -> None:
 def _add_scoring(parser) -> None:
     parser.add_argument(
         "--scoring",
-        choices=("padded", "trimmed"),
-        default="padded",
+        choices=SCORING_MODES,
+        default=SCORING_MODES[0],
         help="padded: as Tortoise, all candidates at one length; trimmed: each at its own (default: %(default)s)",
     )
 
 
 def _add_device(parser) -> None:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights")
+    parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help="of the weights")
 
 
 def _add_text_cleaning(parser) -> None:
     parser.add_argument(
         "--text-cleaning",
-        choices=("tortoise", "transformers"),
-        default="tortoise",
+        choices=TEXT_CLEANINGS,
+        default=TEXT_CLEANINGS[0],
         help="how numbers, years and accents are spelt out; checkpoints were trained with tortoise's (default)",
     )
 
 
 def _text(given: str) -> str:
-    """A text of the command line. Bytes that the locale cannot say, which Python holds as surrogates, are UTF-8."""
+    """Read a text of the command line. Bytes outside of the locale, which Python holds as surrogates, are UTF-8."""
     try:
         given.encode()
     except UnicodeEncodeError:

@@ -22,19 +22,19 @@ def warm_up(engine: CandidateEngine) -> float:
 
 
 @contextmanager
-def watching(num_requests: int, num_candidates: int, max_new_tokens: int, stop: int) -> Iterator["Watch"]:
+def watching(num_requests: int, num_candidates: int, max_new_tokens: int, stop: int) -> Iterator["DecodingProgress"]:
     """A bar on stderr over the candidates of all requests, so many each; the `on_token` of an engine moves it."""
     columns = [TextColumn("{task.description}"), BarColumn()]
     columns += [TextColumn(f"{{task.fields[{name}]}}") for name in ("ended", "rate", "left")]
     with Progress(*columns, console=notes_console) as progress:
-        watch = Watch(progress, num_requests, num_candidates, max_new_tokens, stop)
+        watch = DecodingProgress(progress, num_requests, num_candidates, max_new_tokens, stop)
         try:
             yield watch
         finally:
             watch.show()
 
 
-class Watch:
+class DecodingProgress:
     """Counts what is drawn.
 
     candidates, ended: how many there are, and how many came to their end. tokens: drawn by all of them.
@@ -81,6 +81,7 @@ class Watch:
         left = f"left: {timedelta(seconds=round((self.limit - self.tokens) / rate))} at most" if rate else ""
         self._progress.update(
             self._task,
+            description="decoding" if self.tokens < self.limit else "ranking",
             completed=self.tokens,
             total=self.limit,
             ended=f"{self.ended} of {self.candidates} candidates",

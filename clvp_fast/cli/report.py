@@ -1,4 +1,4 @@
-"""What the commands say: notes and progress on stderr, the result as a table or as JSON on stdout."""
+"""The output of the commands: notes and progress on stderr, the result as a table or as JSON on stdout."""
 
 import logging
 import math
@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,9 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     ProgressColumn,
+    SpinnerColumn,
     TextColumn,
+    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 from rich.table import Table
@@ -145,6 +148,30 @@ def counting_progress(hidden: bool) -> Progress:
         console=notes_console,
         disable=hidden,
     )
+
+
+#: Seconds of a wait that nobody is told of.
+PATIENCE = 2.0
+
+
+@contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """Shows on a terminal what is waited for, and for how long, where that takes more than `PATIENCE` seconds."""
+    if not notes_console.is_terminal:
+        yield
+        return
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    progress = Progress(*columns, console=notes_console, transient=True)
+    progress.add_task(what, total=None)
+    timer = Timer(PATIENCE, progress.start)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()  # it may be about to show something
+        progress.stop()
 
 
 class _RateColumn(ProgressColumn):

@@ -1,4 +1,4 @@
-"""What `generate` writes of a text in a voice: codes, scores, a picture, latents; and its row in a summary."""
+"""The files of a text in a voice that `generate` writes: codes, scores, picture, latents; and a row in a summary."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from clvp_fast.models.clvp.tokens import finished_codes
 
 
 def result_document(checkpoint: Checkpoint, item: Item, result: CandidateResult) -> dict:
-    """What candidates.json says of one result: the candidates, best first, and the engine's timings."""
+    """Build the content of candidates.json for one result: the candidates, best first, and the engine's timings."""
     assert item.voice is not None  # it was spoken in
     rows = report.ranking(result.scores, result.lengths, result.stopped)
     for row in rows:
@@ -67,7 +67,7 @@ def write_arrays(
 
 
 def summary_row(item: Item, document: dict | None) -> dict:
-    """What the summary says of an item: its best candidate, or why it has none."""
+    """Build the row of an item in the summary: its best candidate, or why it has none."""
     row = {"folder": item.folder, "text": item.text, "voice": item.place, "error": item.error, "best": None}
     if document is not None:
         best = document["candidates"][0]

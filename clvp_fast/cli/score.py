@@ -116,9 +116,12 @@ def score(checkpoint: Checkpoint, ids: torch.Tensor, codes: np.ndarray) -> np.nd
     ids, _ = end_text(ids, None, text_end(model.config.text_config))
     text = normalized(model.text_encoder_model(input_ids=ids).embeds.float())
     scores = []
-    for part in given.split(_BATCH):
-        embeds = normalized(model.speech_encoder_model(input_ids=part).embeds.float())
-        scores.append(embeds @ text[0])
+    with report.counting_progress(len(given) <= _BATCH) as progress:
+        task = progress.add_task("ranking", total=len(given))
+        for part in given.split(_BATCH):
+            embeds = normalized(model.speech_encoder_model(input_ids=part).embeds.float())
+            scores.append(embeds @ text[0])
+            progress.update(task, advance=len(part))
     return (torch.cat(scores) * model.logit_scale.float().exp()).cpu().numpy()
 
 
@@ -126,7 +129,8 @@ def score_trimmed(checkpoint: Checkpoint, ids: torch.Tensor, codes: np.ndarray, 
     """As `score`, of the first `lengths[i]` codes of row i alone; -inf for a row without any."""
     _check_range(checkpoint, codes)
     rows = [row[:length] for row, length in zip(codes, lengths, strict=True)]
-    return Ranker(checkpoint.model, mode="trimmed").rank(ids[0], rows).scores.cpu().numpy()
+    with report.waiting("ranking"):
+        return Ranker(checkpoint.model, mode="trimmed").rank(ids[0], rows).scores.cpu().numpy()
 
 
 def _check_range(checkpoint: Checkpoint, codes: np.ndarray) -> None:

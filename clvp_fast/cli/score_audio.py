@@ -32,7 +32,8 @@ def run(arguments: argparse.Namespace) -> None:
     if not arguments.debug:
         report.quiet_transformers()
     name = arguments.checkpoint or DEFAULT_CHECKPOINT
-    model, processor = load_clap(name, device=device_for(arguments), dtype=getattr(torch, arguments.dtype))
+    with report.waiting(f"loading {name}"):
+        model, processor = load_clap(name, device=device_for(arguments), dtype=getattr(torch, arguments.dtype))
     failed: list[tuple[Path, Exception]] = []
     remarks: dict[Path, str] = {}
     embeds, heard = embed_recordings(model, processor, paths, arguments.seed, failed, remarks)
@@ -72,8 +73,8 @@ def embed_recordings(
 ) -> tuple[torch.Tensor, list[Path]]:
     """Normalised embeddings `[recordings, projection_dim]`, float32, and which recordings they are of.
 
-    A recording that cannot be used is an error where it is the only one; among others it is added to `failed`. What was
-    changed of one, or left out, is added to `remarks`.
+    A recording that cannot be used is an error where it is the only one; among others it is added to `failed`. Changes
+    to one, and parts left out, are added to `remarks`.
     """
     extractor, embeds, heard = processor.feature_extractor, [], []
     with report.counting_progress(len(paths) == 1) as progress:

@@ -27,9 +27,9 @@ def voice_names(places: list[str]) -> list[str]:
     return names
 
 
-def noted_voice(voices: VoiceCache, place: str) -> LoadedVoice:
+def noted_voice(voices: VoiceCache, place: str, crop_seed: int | None = None) -> LoadedVoice:
     """`load_voice`, with a note for each of its remarks."""
-    voice = load_voice(voices, place)
+    voice = load_voice(voices, place, crop_seed)
     for remark in voice.remarks:
         note(f"{user_path(place)}: {remark}")
     return voice

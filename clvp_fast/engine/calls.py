@@ -17,8 +17,8 @@ from clvp_fast.engine.decode_loop import Job
 from clvp_fast.engine.requests import CandidateRequest, CandidateResult
 from clvp_fast.engine.sampling_params import SamplingParams
 
-# Told (request, candidate, token).
-Listener = Callable[[CandidateRequest, int, int], object]
+# Told (request, candidate, token), and where it asks for states, that of the token.
+Listener = Callable[..., object]
 
 
 @dataclass(eq=False)
@@ -27,6 +27,7 @@ class Call:
 
     more: whether `requests` may have another one.
     taken: how many it has had.
+    states: its listener is told states too.
     closed: nobody waits for its results any more.
     owed: its requests whose results were not taken.
     """
@@ -35,6 +36,7 @@ class Call:
     sampling: SamplingParams
     keep: int
     listener: Listener | None = None
+    states: bool = False
     more: bool = True
     taken: int = 0
     closed: bool = False
@@ -84,7 +86,7 @@ class Pending:
         self.result = CandidateResult(self.request, error=error, timings={"queue": seconds})
 
 
-def tell(of: "ref[Pending]", candidate: int, token: int) -> None:
+def tell(of: "ref[Pending]", candidate: int, token: int, *state: torch.Tensor) -> None:
     """Tell a request's listener, unless it has ended meanwhile; if it raises, the request fails and no other.
 
     By a weak reference, since the request holds the job that holds this.
@@ -93,6 +95,6 @@ def tell(of: "ref[Pending]", candidate: int, token: int) -> None:
     if pending is None or pending.settled or pending.listener is None:
         return
     try:
-        pending.listener(pending.request, candidate, token)
+        pending.listener(pending.request, candidate, token, *state)
     except Exception as error:
         pending.fail(error)  # where the listener has dropped it meanwhile, no one asks for that

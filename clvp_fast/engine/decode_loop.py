@@ -1,7 +1,7 @@
 """The loop that joins scheduler and runner: requests go in, finished candidates come out, a step at a time.
 
 On a GPU the host reads a step's tokens while the device computes the next one (a lag of 1), so that the device does not
-wait for Python. What a candidate has drawn lies in a row of one array; a row outlives its
+wait for Python. The tokens of a candidate lie in a row of one array; a row outlives its
 candidate until no step that knew it is under way.
 """
 
@@ -26,14 +26,16 @@ class Job:
     sampling: with its seed and stop token.
     codes: by candidate, int64 `[drawn]`, the stop token included where it came; None while it is being drawn.
     latents: by candidate, `[drawn, hidden_size]`, if the runner keeps them.
-    on_token: told each (candidate, token) once.
+    on_token: told each (candidate, token) once; with `states` (candidate, token, state).
+    states: whether a token is told with the decoder's state that it was drawn from, `[hidden_size]` on the device.
     told: by candidate, how many tokens it was told of. One that begins anew draws the same again, which is no news.
     started_at: when its first candidate got a slot, in seconds of `time.perf_counter`.
     """
 
     prompt: torch.Tensor
     sampling: SamplingParams
-    on_token: Callable[[int, int], None] | None = None
+    on_token: Callable[..., None] | None = None
+    states: bool = False
     codes: list[np.ndarray | None] = field(init=False)
     latents: list[torch.Tensor | None] = field(init=False)
     told: list[int] = field(init=False)
@@ -74,7 +76,8 @@ class DecodeLoop:
         self.lag = int(runner.device.type == "cuda") if lag is None else lag
         self._jobs: set[Job] = set()  # that the scheduler has
         self.finished: deque[Job] = deque()  # and not yet taken
-        self._news: deque[tuple[Job, int, int, int]] = deque()  # job, candidate, token and its number, not yet told
+        # Not yet told: job, candidate, token, its number, and its state where that is told.
+        self._news: deque[tuple[Job, int, int, int, tuple[torch.Tensor, ...]]] = deque()
         self._begin(runner)
 
     def _begin(self, runner: Runner) -> None:
@@ -143,7 +146,7 @@ class DecodeLoop:
     def step(self) -> list[Job]:
         """One decode step of all that is running; returns the jobs that are finished by what is known then.
 
-        What a listener raises comes through; the jobs that were finished are returned by the next call.
+        An exception of a listener comes through; the jobs that were finished are returned by the next call.
         """
         self.advance()
         self.tell()
@@ -154,7 +157,7 @@ class DecodeLoop:
     def advance(self) -> None:
         """Decode one step: jobs that are done go to `finished`, and `tell` tells what was drawn.
 
-        Whatever it raises, `restart` must be called before the next step.
+        After any exception `restart` must be called before the next step.
         """
         step, runner = self.scheduler.schedule(), self.runner
         assert runner is not None  # `restart` came behind `halve`
@@ -172,10 +175,10 @@ class DecodeLoop:
         One that begins anew draws the same tokens again, which are no news.
         """
         while self._news:
-            job, candidate, token, count = self._news.popleft()
+            job, candidate, token, count, state = self._news.popleft()
             if job.on_token is not None and count > job.told[candidate]:
                 job.told[candidate] = count
-                job.on_token(candidate, token)
+                job.on_token(candidate, token, *state)
 
     def _apply(self, runner: Runner, step: Step) -> None:
         """Bring the scheduler's changes to the device, and to the rows."""
@@ -215,7 +218,8 @@ class DecodeLoop:
             for slot, token, count in zip(slots.tolist(), tokens.tolist(), self._drawn[rows].tolist(), strict=True):
                 run = step.runs[slot]
                 if run.key.on_token is not None:
-                    self._news.append((run.key, run.candidate, token, count))
+                    state = (runner.state(run.slot, count - 1),) if run.key.states else ()
+                    self._news.append((run.key, run.candidate, token, count, state))
         for slot, row in zip(slots[ended].tolist(), rows[ended].tolist(), strict=True):
             run, drawn = step.runs[slot], int(self._drawn[row])
             job: Job = run.key

@@ -9,6 +9,7 @@ from clvp_fast.engine.step import BoundStep, bind_decoder
 from clvp_fast.engine.weights import DecoderWeights, layers_of
 from clvp_fast.models.clvp.causal_lm import ClvpForCausalLM
 from clvp_fast.models.clvp.tokens import most_codes
+from clvp_fast.ops import many_rows
 from clvp_fast.ops.binding import Room
 from clvp_fast.ops.dispatch import OPERATORS, device_guard
 from clvp_fast.ops.paged_attention import FLOAT8
@@ -38,7 +39,7 @@ def min_rows(model: ClvpForCausalLM) -> int:
         return 1
     widths = config.hidden_size, config.inner_size
     served = OPERATORS["linear"].explain(weight.device, weight.dtype).backend == "kernel"
-    return 1 if served and not any(width % 32 for width in widths) else _MIN_MKL_ROWS
+    return 1 if served and not any(width % many_rows.COLUMNS for width in widths) else _MIN_MKL_ROWS
 
 
 class KVPages:
@@ -121,12 +122,12 @@ class PagedDecoder:
             raise ValueError(weights)
         weights = weights if self.weight_dtype is None else weights.in_int8()
         self.weights = weights.packed() if self.packed else weights
-        self._addresses = weights.addresses()
+        self._sources = weights.sources()
 
     @property
     def has_moved(self) -> bool:
-        """Whether the model's parameters lie elsewhere than `weights` reads them."""
-        return self.weights.addresses() != self._addresses
+        """Whether the model's parameters lie elsewhere than `weights` reads them, or a norm has another `eps`."""
+        return self.weights.sources() != self._sources
 
     def follow(self) -> bool:
         """Take the weights anew if they have moved, and tell whether they had.

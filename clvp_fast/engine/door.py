@@ -11,6 +11,7 @@ from clvp_fast.checkpoint import sayable_ids, text_limit
 from clvp_fast.engine.decode_loop import Job
 from clvp_fast.engine.requests import CandidateRequest, check_rate
 from clvp_fast.engine.sampling_params import SamplingParams
+from clvp_fast.engine.voice_files import is_latents, latent_voice
 from clvp_fast.engine.voices import Voice, VoiceCache
 from clvp_fast.models.clvp.modeling import ClvpModelForConditionalGeneration
 from clvp_fast.models.clvp.tokens import most_codes, stop_token
@@ -27,13 +28,14 @@ class Door:
 
     Args:
         model, processor: of the checkpoint.
+        text_ends: how many end tokens a prompt has behind its text.
 
     Raises:
         ValueError: a model with hooks, adapters or replaced modules, which an engine would not call.
     """
 
-    def __init__(self, model, processor):
-        self.model, self.processor = model, processor
+    def __init__(self, model, processor, text_ends: int = 2):
+        self.model, self.processor, self._text_ends = model, processor, text_ends
         self._plain = PlainModel(model)
         self.voices = VoiceCache(model, processor.feature_extractor)
 
@@ -63,18 +65,21 @@ class Door:
     def prompt(self, request: CandidateRequest, text_ids: torch.Tensor) -> torch.Tensor:
         """`[1 + text, hidden_size]`: what the candidates continue, without the start token."""
         encoder = self.model.conditioning_encoder
-        text, _ = encoder.prompt_text(text_ids[None].to(self.model.device))
+        text, _ = encoder.prompt_text(text_ids[None].to(self.model.device), num_ends=self._text_ends)
         return encoder.join(self.voices.conditioning(self.voice(request)), text)[0]
 
     def voice(self, request: CandidateRequest) -> Voice:
         """The voice of a request, from the cache where it is known."""
         if (conditioning := request.conditioning) is not None:
             if isinstance(conditioning, (str, Path)):
+                if is_latents(conditioning):
+                    return latent_voice(self.voices, conditioning)
                 return Voice.load(conditioning)
             return conditioning if isinstance(conditioning, Voice) else self.voices.from_vector(conditioning)
         if request.input_features is not None:
             return self.voices.from_features(request.input_features)
-        return self.voices.from_clips(*clips_of(request, self.processor.feature_extractor.sampling_rate))
+        clips, rate = clips_of(request, self.processor.feature_extractor.sampling_rate)
+        return self.voices.from_clips(clips, rate, request.crop_seed)
 
     def _settings(self, sampling: SamplingParams) -> SamplingParams:
         """Sampling with a seed and a stop token."""

@@ -19,7 +19,9 @@ import torch
 from clvp_fast.checkpoint import best_device, load_checkpoint
 from clvp_fast.engine.calls import Call, Listener, Pending, tell
 from clvp_fast.engine.decode_loop import Job
+from clvp_fast.engine.defaults import MEMORY_FRACTION, PAGE_SIZE, SCORING_MODES, TEXT_CLEANINGS
 from clvp_fast.engine.door import Door, token_limit
+from clvp_fast.engine.latents import diffusion_latents
 from clvp_fast.engine.memory import MemoryPlan, default_batch, free_bytes, plan, trim_heap
 from clvp_fast.engine.ranking import Ranker
 from clvp_fast.engine.requests import CandidateRequest, CandidateResult
@@ -39,7 +41,7 @@ _END: Any = object()  # of requests
 
 
 class CandidateEngine:
-    """Generates and ranks candidates for many requests in one batch that never waits for the slowest of them.
+    """Generate and rank candidates for many requests in one batch that never waits for the slowest of them.
 
     The candidates of a request share its prompt; a candidate that stops gives its place to the next. A candidate's
     codes depend on checkpoint, request, seed and its index alone, not on what else is decoded beside it.
@@ -60,7 +62,11 @@ class CandidateEngine:
             here; None: where there is such a kernel, and the copies leave room for as many candidates as without them.
         scoring: "padded", as the original scores, or "trimmed" ([`Ranker`] explains them).
         scorer: a [`Scorer`] that ranks candidates in place of `model`'s own encoders.
-        latents: keep the decoder's states of the candidates, for the `latents` of results.
+        latents: results have the latents of their best candidates, as Tortoise hands them to its diffusion: a second
+            pass over the codes of each (`diffusion_latents` tells which).
+        states: keep the decoder's state of each code while its candidate is drawn, for `stream(states=True)`.
+        text_ends: how many end tokens a prompt has behind its text: the two that Tortoise's API gives, or one for ids
+            that bring the other.
         deterministic: decode at one fixed number of rows, so that in half types too the bits of a candidate cannot
             depend on the batch.
         persistent: steps of up to four candidates run as one launch, for who waits for few of them, on a CUDA device in
@@ -81,24 +87,26 @@ class CandidateEngine:
         max_batch: int | None = None,
         max_new_tokens: int | None = None,
         num_pages: int | None = None,
-        memory_fraction: float = 0.9,
-        page_size: int = 16,
+        memory_fraction: float = MEMORY_FRACTION,
+        page_size: int = PAGE_SIZE,
         page_dtype: torch.dtype | None = None,
         weight_dtype: torch.dtype | None = None,
         packed_weights: bool | None = None,
-        scoring: str = "padded",
+        scoring: str = SCORING_MODES[0],
         scorer: Scorer | None = None,
         latents: bool = False,
+        states: bool = False,
+        text_ends: int = 2,
         deterministic: bool = False,
         persistent: bool = False,
     ):
         if scorer is not None:
             check_scorer(scorer)
-            if scoring != "padded":
+            if scoring != SCORING_MODES[0]:
                 raise ValueError(
                     f"scoring={scoring!r} is how the model's own encoders score: leave it out with a scorer"
                 )
-        self._door = Door(model, processor)
+        self._door = Door(model, processor, text_ends)
         self.model, self.processor = model, processor
         self._take_model()
         self.scorer: Scorer = Ranker(model, mode=scoring) if scorer is None else scorer
@@ -109,15 +117,16 @@ class CandidateEngine:
             page_size=page_size,
             page_dtype=page_dtype,
             weight_dtype=weight_dtype,
-            latents=latents,
+            latents=states,
         )
+        self._keeps_states = states
         # Functions and no methods: an engine that nobody holds frees its pages at once.
         self._work = Work(
             self.scorer,
             partial(_planned, decoder, memory_fraction, num_pages, sizes, packed_weights),
             partial(_runner, decoder, sizes | dict(deterministic=deterministic, persistent=persistent)),
             default_batch(model.device) if max_batch is None else max_batch,
-            latents,
+            partial(diffusion_latents, decoder) if latents else None,
         )
         trim_heap()  # behind copies of weights
         # A turn computes for all threads: the autocast of the one that has it is not theirs.
@@ -130,10 +139,10 @@ class CandidateEngine:
         *,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype = torch.float32,
-        text_cleaning: str = "tortoise",
+        text_cleaning: str = TEXT_CLEANINGS[0],
         **options,
     ) -> "CandidateEngine":
-        """The engine of a checkpoint: "demo", a folder, or a hub id.
+        """Make the engine of a checkpoint: "demo", a folder, or a hub id.
 
         Args:
             device: by default the GPU where there is one.
@@ -163,8 +172,8 @@ class CandidateEngine:
         (`weight_dtype`), the scales of pages in 8 bits (`page_dtype`), captured steps (`warm_up`, `persistent`), and
         the pages of a model that was cast or moved to another device. All of it stays as it was until then, and each
         request is refused with a `ValueError` that says so. It compares the parameters' addresses and version counters,
-        and neither shows a write through `.data` (`weight.data.copy_(...)`): call this after one, for packed copies and
-        for voices that are kept too.
+        and neither shows a write through `.data` (`weight.data.copy_(...)`) or through numpy
+        (`weight.detach().numpy()[...] = `): call this after one, for packed copies and for voices that are kept too.
 
         Raises:
             RuntimeError: requests are under way, or a listener or scorer of the engine calls this.
@@ -196,7 +205,7 @@ class CandidateEngine:
         keep: int = 1,
         on_token: Callable[[CandidateRequest, int, int], None] | None = None,
     ) -> Iterator[CandidateResult]:
-        """Results of `requests`, each as soon as it is finished.
+        """Yield the results of `requests`, each as soon as it is finished.
 
         Requests are taken from the iterable as there is room for them. A request that fails (a bad clip, a text that is
         too long, its timeout) gives a result with its `error`, and the others go on. Iteration that is stopped midway
@@ -227,7 +236,7 @@ class CandidateEngine:
         return Call(iter(requests), sampling or SamplingParams(), keep, on_token)
 
     def _results(self, call: Call, drawn: deque[tuple[int, int]] | None = None) -> Generator[Any, None, None]:
-        """The results of a call as they come; before them what its listener has put into `drawn` until then."""
+        """Yield the results of a call as they come; before them what its listener has put into `drawn` until then."""
         try:
             while not call.closed:
                 self._fill(call)
@@ -256,6 +265,7 @@ class CandidateEngine:
             try:
                 admit = partial(self._admit, request, call.sampling, place)
                 pending.text_ids, pending.job = self._turns.take(admit)
+                pending.job.states = call.states
                 pending.job.on_token = None if call.listener is None else partial(tell, ref(pending))
                 pending.prepared = time.perf_counter()
                 self._work.pending[pending] = None
@@ -282,17 +292,30 @@ class CandidateEngine:
             self._turns.take(self._work.settle, unless=lambda: self._work.is_settled)
 
     def stream(
-        self, request: CandidateRequest, sampling: SamplingParams | None = None, *, keep: int = 1
-    ) -> Iterator[tuple[int, int] | CandidateResult]:
-        """(candidate, token) as they are drawn, and last of all the request's result; a cancelled one has none."""
+        self,
+        request: CandidateRequest,
+        sampling: SamplingParams | None = None,
+        *,
+        keep: int = 1,
+        states: bool = False,
+    ) -> Iterator[tuple[int, int] | tuple[int, int, torch.Tensor] | CandidateResult]:
+        """Yield (candidate, token) as they are drawn, and last the request's result; a cancelled one has none.
+
+        With `states` (candidate, token, state): behind both final norms, `[hidden_size]` in the model's dtype and on
+        its device, what the token was drawn from, so that a next stage can begin before the end. The engine must have
+        been made with `states=True` (`ValueError`).
+        """
+        if states and not self._keeps_states:
+            raise ValueError("stream(states=True) needs an engine that keeps states: make it with states=True")
         drawn: deque[tuple[int, int]] = deque()
         call = self._call(request, sampling, keep, lambda request, *token: drawn.append(token))
+        call.states = states
         return self._results(call, drawn)
 
     async def generate_async(
         self, requests: Iterable[CandidateRequest] | CandidateRequest, sampling: SamplingParams | None = None, **options
     ) -> AsyncIterator[CandidateResult]:
-        """`generate` for asyncio: a thread of each call's own does the work, and all calls share one batch."""
+        """Do as `generate` for asyncio: a thread of each call's own does the work, and all calls share one batch."""
         call = self._call(requests, sampling, **options)
         iterator = self._results(call)
         loop, context = asyncio.get_running_loop(), copy_context()
@@ -325,7 +348,7 @@ class CandidateEngine:
         return self._door.voices
 
     def voice(self, request: CandidateRequest) -> Voice:
-        """The voice of a request, from the cache where it is known; `save` it, and give it as `conditioning`."""
+        """Return the voice of a request, from the cache where it is known; `save` it, and give it as `conditioning`."""
         voice = partial(self._door.voice, request)
         return voice() if self._turns.mine else self._turns.take(voice)
 

@@ -29,11 +29,12 @@ from transformers.generation import (
 )
 
 from clvp_fast.engine.decode_loop import DecodeLoop, Job
+from clvp_fast.engine.defaults import PAGE_SIZE
 from clvp_fast.engine.memory import MAX_BATCH, free_bytes, plan
 from clvp_fast.engine.runner import Runner
 from clvp_fast.engine.sampling_params import SamplingParams
 from clvp_fast.models.clvp.causal_lm import ClvpForCausalLM
-from clvp_fast.models.clvp.tokens import fill_up
+from clvp_fast.models.clvp.tokens import fill_up, only_token, start_token
 from clvp_fast.models.common.plain import changed_module
 from clvp_fast.ops.dispatch import autocasts
 
@@ -78,7 +79,6 @@ _PROCESSORS = (
     TypicalLogitsWarper,
 )
 _CRITERIA = (MaxLengthCriteria, EosTokenCriteria)
-_PAGE_SIZE = 16
 
 
 class NotServed(Exception):
@@ -125,10 +125,15 @@ def _absent(value: Any) -> bool:
 
 def _stop_token(eos_token_id: Any) -> int:
     """The one stop token of a generation; raises `NotServed` where there is none, or several."""
-    tokens = [] if eos_token_id is None else torch.as_tensor(eos_token_id).flatten().tolist()
-    if len(tokens) != 1:
-        raise NotServed(f"eos_token_id names {len(tokens) or 'no'} tokens, not one")
-    return tokens[0]
+    if isinstance(eos_token_id, torch.Tensor):
+        eos_token_id = eos_token_id.flatten().tolist()
+    try:
+        stop = only_token(eos_token_id, "eos_token_id")
+    except ValueError as error:
+        raise NotServed(str(error)) from error
+    if stop is None:
+        raise NotServed("eos_token_id names no token")
+    return stop
 
 
 def check_model(model: ClvpForCausalLM) -> None:
@@ -177,7 +182,7 @@ def pad_behind(conditioning_embeds: torch.Tensor, mask: torch.Tensor) -> tuple[t
 
 
 class EngineLoop:
-    """What `GenerationMixin.generate` takes as `custom_generate`: the candidates of `prompts`, decoded by the engine.
+    """Decode the candidates of `prompts` on the engine, as `custom_generate` of `GenerationMixin.generate`.
 
     When sampling, a call draws a seed for every prompt from torch's global generator.
 
@@ -222,7 +227,7 @@ class EngineLoop:
         _decode(loop, jobs, lambda max_batch: _runner(model, self.prompts, sampling, max_batch))
 
         pad = stop if generation_config.pad_token_id is None else generation_config.pad_token_id
-        start, codes = model.config.bos_token_id, [codes for job in jobs for codes in job.all_codes()]
+        start, codes = start_token(model.config), [codes for job in jobs for codes in job.all_codes()]
         drawn = torch.from_numpy(fill_up(codes, max(map(len, codes)), pad)).to(input_ids.device)
         sequences = F.pad(drawn, (1, 0), value=start)
         if not generation_config.return_dict_in_generate:
@@ -244,6 +249,7 @@ def _sampling_params(settings: GenerationConfig, max_new_tokens: int, stop_token
         do_sample=bool(settings.do_sample),
         max_new_tokens=max_new_tokens,
         stop_token=stop_token,
+        penalize_prompt=False,
         **{name: neutral[name] if value is None else value for name, value in values.items()},
     )
 
@@ -262,13 +268,13 @@ def _runner(
         model,
         free_bytes(model.device),
         max_batch=max_batch,
-        page_size=_PAGE_SIZE,
+        page_size=PAGE_SIZE,
         max_new_tokens=longest,
         max_prefix_len=prefix,
     )
-    own_pages, prefix_pages = (-(-tokens // _PAGE_SIZE) for tokens in (longest, prefix))
+    own_pages, prefix_pages = (-(-tokens // PAGE_SIZE) for tokens in (longest, prefix))
     num_pages = min(planned.num_pages, planned.max_batch * own_pages + len(prompts) * prefix_pages)
-    return Runner(model, num_pages, _PAGE_SIZE, planned.max_batch, longest, max_prefix_len=prefix, capture=False)
+    return Runner(model, num_pages, PAGE_SIZE, planned.max_batch, longest, max_prefix_len=prefix, capture=False)
 
 
 @torch.inference_mode()

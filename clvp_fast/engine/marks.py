@@ -7,9 +7,9 @@ from torch import nn
 class Marks:
     """Where a module's parameters lie and how often they were written to, as it was when this was made.
 
-    A write through `.data` (`weight.data.copy_(...)`) leaves both as they were, and is not seen; of inference tensors,
-    which count no writes, the address alone is known. The storage of a parameter that is moved is kept for as long as
-    this is, so that no other can come to lie at its address.
+    A write through `.data` (`weight.data.copy_(...)`) or numpy leaves both as they were, and is not seen; of inference
+    tensors, which count no writes, the address alone is known. The storage of a parameter that is moved is kept for as
+    long as this is, so that no other can come to lie at its address.
 
     Args:
         module: the module whose parameters are marked.

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from clvp_fast.engine.decoder import min_rows
+from clvp_fast.engine.defaults import MEMORY_FRACTION, PAGE_SIZE
 from clvp_fast.engine.runner import PREFILL_TOKENS
 from clvp_fast.engine.sampling_params import SamplingParams
 from clvp_fast.engine.scheduler import batch_buckets
@@ -30,7 +31,7 @@ def default_batch(device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class DecoderSizes:
-    """What a plan has to know of a decoder and of the device that it is on.
+    """The sizes of a decoder and of its device that a plan needs.
 
     Args:
         itemsize, page_itemsize: bytes of a parameter, and of a stored key's or value's channel.
@@ -159,10 +160,10 @@ def free_bytes(device: torch.device) -> int:
 def plan(
     model: Any,
     free_bytes: int,
-    memory_fraction: float = 0.9,
+    memory_fraction: float = MEMORY_FRACTION,
     max_batch: int | None = None,
     max_new_tokens: int = SamplingParams.max_new_tokens,
-    page_size: int = 16,
+    page_size: int = PAGE_SIZE,
     *,
     max_prefix_len: int | None = None,
     page_dtype: torch.dtype | None = None,
@@ -216,8 +217,8 @@ def plan(
             f"{human_bytes(sum(needed.values()))} ({described}), and {human_bytes(budget)} may be used: free memory, "
             "ask for fewer new tokens, or use a half type"
         )
-    room = (budget - sum(parts(slots, 0).values())) // page_bytes
-    num_pages = min(room, slots * (own + prefix))
+    spare = (budget - sum(parts(slots, 0).values())) // page_bytes
+    num_pages = min(spare, slots * (own + prefix))
     return MemoryPlan(slots, num_pages, page_size, max_new_tokens, max_prefix_len, budget, parts(slots, num_pages))
 
 

@@ -65,7 +65,7 @@ def _address(tensor: torch.Tensor | None) -> int | None:
 class PersistentStep:
     """A decoder's step for up to four candidates, over pages of its own dtype; see [`PagedDecoder.step`].
 
-    Parameters are shared; where they lie is noted here, so they may not move afterwards (`DecoderWeights.addresses`).
+    Parameters are shared; where they lie is noted here, so they may not move afterwards (`DecoderWeights.sources`).
     One step at a time: all use one workspace.
 
     Args:
@@ -124,9 +124,9 @@ class PersistentStep:
         )
         # A prefix table, so that there is room for its parts; each call names its own.
         self._call.prefix_table = self._layers.data_ptr()
-        room = self._workspace_bytes(self._call)
+        size = self._workspace_bytes(self._call)
         # The barrier's counter begins at zero, and is left as the next launch wants it.
-        self._workspace = torch.zeros(room, dtype=torch.uint8, device=decoder.device)
+        self._workspace = torch.zeros(size, dtype=torch.uint8, device=decoder.device)
         self._call.workspace = self._workspace.data_ptr()
 
     def step(self, *entered: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,12 +1,13 @@
-"""How well candidates fit their text: scores, embeddings, the best k; and the latents for the stage that follows."""
+"""How well candidates fit their text: scores, embeddings, the best k."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from numbers import Integral
-from typing import overload
+from typing import TypeVar, overload
 
 import numpy as np
 import torch
 
+from clvp_fast.engine.defaults import SCORING_MODES
 from clvp_fast.engine.requests import CandidateRequest
 from clvp_fast.engine.sampling_params import SamplingParams
 from clvp_fast.engine.scoring import Ranking
@@ -14,7 +15,7 @@ from clvp_fast.models.clvp.modeling import ClvpModelForConditionalGeneration
 from clvp_fast.models.clvp.similarity import normalized
 from clvp_fast.models.clvp.tokens import end_text, finished_codes, known_codes, stop_token, text_end
 
-MODES = ("padded", "trimmed")
+Ranked = TypeVar("Ranked")
 
 
 class Ranker:
@@ -38,7 +39,7 @@ class Ranker:
         self,
         model: ClvpModelForConditionalGeneration,
         *,
-        mode: str = "padded",
+        mode: str = SCORING_MODES[0],
         pad_to: int = SamplingParams.max_new_tokens + 1,
         max_tokens: int | None = None,
     ):
@@ -51,8 +52,8 @@ class Ranker:
 
     @staticmethod
     def _settings(mode: str, pad_to: int) -> tuple[str, int]:
-        if mode not in MODES:
-            raise ValueError(f"mode must be one of {', '.join(MODES)}, not {mode!r}")
+        if mode not in SCORING_MODES:
+            raise ValueError(f"mode must be one of {', '.join(SCORING_MODES)}, not {mode!r}")
         if mode == "padded" and pad_to < 2:
             raise ValueError(f"pad_to must be at least 2, the start token and one code, not {pad_to}")
         return mode, pad_to
@@ -60,11 +61,29 @@ class Ranker:
     def score(self, request: CandidateRequest, text_ids: torch.Tensor, codes: Sequence, max_codes: int) -> Ranking:
         """`rank` with room for `max_codes`; where memory runs out, in smaller parts from then on."""
         pad_to = max_codes + 1
+        return self._in_parts(pad_to, lambda: self.rank(text_ids, codes, pad_to=pad_to))
+
+    @torch.no_grad()
+    def score_fixed(self, text_ids: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+        """Score codes that are fixed already, `[candidates]` float32, as original CLVP scores pairs.
+
+        Where memory runs out, in smaller parts from then on.
+
+        Args:
+            text_ids: `[length]` whole numbers, the text with its end token.
+            codes: `[candidates, length]` int64, fixed and of one length.
+        """
+        text = normalized(self._embed(self.model.text_encoder_model, [text_ids.long().cpu()]).float())
+        speech = self._in_parts(codes.shape[1], lambda: self._fixed(codes))
+        return (speech * text).sum(1) * self.model.logit_scale.float().exp()
+
+    def _in_parts(self, longest: int, rank: Callable[[], Ranked]) -> Ranked:
+        """Call `rank()`, again with half of `max_tokens` where memory runs out, down to one candidate."""
         while True:
             try:
-                return self.rank(text_ids, codes, pad_to=pad_to)
+                return rank()
             except torch.OutOfMemoryError:
-                if self.max_tokens <= pad_to:
+                if self.max_tokens <= longest:
                     raise
                 self.max_tokens //= 2
 
@@ -152,8 +171,11 @@ class Ranker:
             raise ValueError(
                 f"pad_to={pad_to} leaves no room for a candidate of {longest} codes: use {longest + 1} at least"
             )
-        codes = known_codes(finished_codes(rows, pad_to - 1, self.model.config.decoder_config), self.model.config)
-        parts = codes.split(max(self.max_tokens // (pad_to - 1), 1))
+        return self._fixed(finished_codes(rows, pad_to - 1, self.model.config.decoder_config))
+
+    def _fixed(self, codes: torch.Tensor) -> torch.Tensor:
+        """Normalised embeddings `[rows, projection_dim]` float32 of codes `[rows, length]` that are pooled whole."""
+        parts = known_codes(codes, self.model.config).split(max(self.max_tokens // codes.shape[1], 1))
         embeds = [self.model.speech_encoder_model(input_ids=self._to_device(part)).embeds for part in parts]
         return normalized(torch.cat(embeds).float())
 
@@ -178,10 +200,12 @@ class Ranker:
 
     def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
         device = self.model.device
+        if tensor.device == device:
+            return tensor
         return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
     def _text(self, text_ids) -> torch.Tensor:
-        """The text on the host with the end token behind it, as it is scored."""
+        """Return the text on the host with the end token behind it, as it is scored."""
         config = self.model.config.text_config
         text = _host_ids(text_ids, "a text")
         if not len(text):
@@ -191,7 +215,7 @@ class Ranker:
         return end_text(text[None], None, text_end(config))[0][0]
 
     def _candidates(self, codes: Sequence) -> list[torch.Tensor]:
-        """The codes on the host, those that the encoder has no row for (the start token) as the filling code."""
+        """Return the codes on the host, those that the encoder has no row for (the start token) as the filling code."""
         decoder = self.model.config.decoder_config
         rows = [_host_ids(row, "a candidate") for row in codes]
         everything, stop = torch.cat(rows), stop_token(decoder)
@@ -211,34 +235,3 @@ def _host_ids(ids, name: str) -> torch.Tensor:
     if tensor.numel() and (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool):
         raise TypeError(f"{name} must hold whole numbers, not {tensor.dtype}")
     return tensor.long()
-
-
-def diffusion_latents(hidden: torch.Tensor, length: int) -> torch.Tensor:
-    """The latents of a candidate as Tortoise's diffusion takes them.
-
-    The original runs the decoder a second time over prompt, start token and codes (`return_latent=True`), takes the
-    states behind both final norms at the places of speech, and strips the last two, those of the last code and of the
-    stop token that it added: what is left is, for each code, the state that predicted it. A decoder that generated the
-    candidate had these states at hand: step s, fed with token s (the start token for s = 0), predicted code s.
-
-    What differs from the original:
-    - Its second pass sees the codes padded to full length and after fix-up, where everything from the stop on is
-      the code of silence. It then keeps the latents up to eight places into the silence. These states came from codes
-      that were never generated; here the latents end with the last code. Those of the codes themselves do not depend on
-      what follows.
-    - It counts positions 0, 1, 2, ... in that pass. The steps did so too with `contiguous_positions` of the decoder's
-      configuration; without, the latents are those of the positions that the candidate was generated with.
-
-    Args:
-        hidden: `[steps, hidden_size]`, the states behind both final norms, step by step; a candidate that stopped
-            has one more than codes.
-        length: how many codes to give the latents of, at most `steps`.
-
-    Returns:
-        `[1, length, hidden_size]` float32, a copy.
-    """
-    if hidden.ndim != 2:
-        raise ValueError(f"hidden must be [steps, hidden_size] of one candidate, got {list(hidden.shape)}")
-    if not 0 <= length <= len(hidden):
-        raise ValueError(f"length must lie from 0 to the {len(hidden)} steps of the candidate, got {length}")
-    return hidden[None, :length].to(torch.float32, copy=True)

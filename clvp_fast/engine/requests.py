@@ -1,4 +1,4 @@
-"""What a user asks of the engine, and what comes back. Arrays on the way out are numpy's; nothing here needs torch."""
+"""Requests to the engine, and their results. Arrays on the way out are numpy's; nothing here needs torch."""
 
 import math
 from contextlib import suppress
@@ -16,7 +16,7 @@ from clvp_fast.io.errors import sentence, shown
 class CandidateRequest:
     """A text to speak and a voice to speak it in.
 
-    Equal to itself alone, so that it can be a key. What the arrays hold is looked at when the request's turn comes: a
+    Equal to itself alone, so that it can be a key. The content of arrays is looked at when the request's turn comes: a
     bad clip fails its own request and no other.
 
     Args:
@@ -24,7 +24,9 @@ class CandidateRequest:
         audio: mono samples `[num_samples]` with `sampling_rate`, in Hz; or the path of a recording; or a dict of
             "array" and "sampling_rate", as datasets gives it; or a list of such clips of one voice, which are averaged
             as Tortoise does. Or `input_features`: log-mel of the clip `[1, channels, frames]`; or
-            `conditioning`: a voice that the engine has saved, its path, or a bare latent `[hidden_size]`.
+            `conditioning`: a voice that the engine has saved, its path, or a bare latent `[hidden_size]`, Tortoise's
+            pair of latents, or the path of either as `.pth`.
+        crop_seed: of the 6 s that are used of longer clips, as Tortoise takes them at random; None: the first.
         sampling: None: the parameters given to `generate`.
         timeout: seconds from submission, after which the request fails; None: it waits.
         id: anything of the caller's own; the engine does not look at it.
@@ -39,6 +41,7 @@ class CandidateRequest:
     sampling_rate: int | None = None
     input_features: Any = field(default=None, repr=False)
     conditioning: Any = field(default=None, repr=False)
+    crop_seed: int | None = None
     sampling: SamplingParams | None = None
     timeout: float | None = None
     id: Any = None
@@ -52,6 +55,11 @@ class CandidateRequest:
             raise ValueError("sampling_rate is that of audio, which is not given: leave it out")
         if self.sampling_rate is not None:
             check_rate(self.sampling_rate)
+        if self.crop_seed is not None:
+            if isinstance(self.crop_seed, bool) or not isinstance(self.crop_seed, Integral):
+                raise ValueError(f"crop_seed must be a whole number, or None, not {shown(self.crop_seed)}")
+            if self.audio is None:
+                raise ValueError("crop_seed is that of audio, which is not given: leave it out")
         if self.timeout is not None:
             object.__setattr__(self, "timeout", _seconds(self.timeout))
         if self.sampling is not None and not isinstance(self.sampling, SamplingParams):
@@ -71,7 +79,7 @@ def check_rate(rate) -> None:
 
 
 def _seconds(timeout) -> float:
-    """A timeout as a float; `ValueError` for what is none."""
+    """Return a timeout as a float; raise `ValueError` for anything else."""
     seconds = math.nan
     if isinstance(timeout, Real) and not isinstance(timeout, bool):
         with suppress(OverflowError):  # a number that no float holds
@@ -98,7 +106,8 @@ class CandidateResult:
         text_embeds: `[projection_dim]` float32; speech_embeds: `[num_candidates, projection_dim]` float32; normalised.
             None of a scorer that embeds nothing.
         kept: `[keep]` int64, indices of the best candidates, the best first.
-        latents: the decoder's hidden states over each kept candidate's codes, by its index; None if not asked for.
+        latents: by the index of each kept candidate `[1, latents, hidden_size]` float32, what Tortoise's diffusion
+            takes: a state for each code and for eight codes of silence behind them; None if not asked for.
         timings: seconds of `prepare`, `queue`, `decode` and `rank`.
         error: None, or why the request failed; all fields but `request` and `timings` are then None.
     """
@@ -127,7 +136,7 @@ class CandidateResult:
         return None
 
     def best(self, k: int = 1) -> list[tuple[int, np.ndarray, float]]:
-        """The `k` best candidates, the best first: index, codes `[length]` without stop and padding, and score.
+        """Return the `k` best candidates, the best first: index, codes `[length]` without stop and padding, and score.
 
         Raises `ValueError` if `k` is less than 1 or more than were kept, `RuntimeError` if the request failed.
         """

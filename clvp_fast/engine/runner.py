@@ -258,7 +258,7 @@ class Runner:
         self._arrivals.zero_()
 
     def tokens(self, handle: StepHandle) -> np.ndarray:
-        """What each slot drew in a step, `[num_slots]` int64; -1: the slot took no part, or had finished before."""
+        """Return each slot's token of a step, `[num_slots]` int64; -1: it took no part, or had finished before."""
         return handle.wait()[0]
 
     def finished(self, handle: StepHandle) -> np.ndarray:
@@ -272,9 +272,17 @@ class Runner:
         `[length, hidden_size]` on the device. To be taken before the slot is given away; moves carry them along.
         Raises `RuntimeError` where none are kept.
         """
+        return self._kept(slot)[:length].clone()
+
+    @torch.no_grad()
+    def state(self, slot: int, place: int) -> torch.Tensor:
+        """Return a copy of the hidden state `[hidden_size]` that a candidate's token was drawn from, as `latents`."""
+        return self._kept(slot)[place].clone()
+
+    def _kept(self, slot: int) -> torch.Tensor:
         if self._latents is None:
             raise RuntimeError("this runner keeps no latents: make it with latents=True")
-        return self._latents[slot, :length].clone()
+        return self._latents[slot]
 
     def outdated(self) -> str | None:
         """Why steps would not compute what the model's weights say now, as the beginning of a sentence; None: they do.
@@ -286,11 +294,13 @@ class Runner:
             return f"the decoder is {found[0]} on {found[1]} now, and its pages were made for {dtype} on {device}"
         if self._copied is not None and (name := self._copied.changed()) is not None:
             return f"parameter {name} of the decoder was changed or moved after copies were made in 8 bits"
-        if (self._graphs or self._persistent is not None) and self.decoder.has_moved:
-            return "parameters of the decoder were moved after steps were captured that read them where they lay"
-        if self.decoder.weight_dtype is not None and self.decoder.has_moved:
-            return "parameters of the decoder were moved after copies of others were made in 8 bits"
-        return None
+        if self._graphs or self._persistent is not None:
+            made = "steps were captured that read them where they lay"
+        elif self.decoder.weight_dtype is not None:
+            made = "copies of others were made in 8 bits"
+        else:
+            return None  # they are followed
+        return f"parameters of the decoder were moved after {made}" if self.decoder.has_moved else None
 
     def _make_persistent(self) -> None:
         tables = (self.slots.tensors[name].shape[1] for name in ("block_table", "prefix_table"))

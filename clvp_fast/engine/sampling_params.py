@@ -17,7 +17,7 @@ NUM_CANDIDATES, MAX_CANDIDATES = 16, 65_536
 
 @dataclass(frozen=True)
 class Range:
-    """What a field of [`SamplingParams`] may be.
+    """The values that a field of [`SamplingParams`] may have.
 
     Args:
         kind: `int` or `float`, which a value becomes.
@@ -61,6 +61,8 @@ class SamplingParams:
         do_sample: False: greedy, the likeliest token after the repetition penalty.
         seed: candidate i's tokens depend on checkpoint, request, seed and i alone. None: the engine draws one.
         stop_token: ends a candidate; None: the decoder's `eos_token_id`.
+        penalize_prompt: the repetition penalty falls on code 1 from the beginning, as on the start token: to the
+            original its prompt is a row of 1s, to transformers the start token alone.
 
     Raises:
         ValueError: a value that cannot be, or several candidates of greedy decoding, which would all be equal.
@@ -77,10 +79,12 @@ class SamplingParams:
     do_sample: bool = True
     seed: int | None = None
     stop_token: int | None = None
+    penalize_prompt: bool = True
 
     def __post_init__(self):
-        if not isinstance(self.do_sample, bool):
-            raise ValueError(f"do_sample must be True or False, not {self.do_sample!r}")
+        for name in ("do_sample", "penalize_prompt"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, not {getattr(self, name)!r}")
         if self.num_candidates is None:
             self._set("num_candidates", NUM_CANDIDATES if self.do_sample else 1)
         if self.top_k is None:
@@ -114,7 +118,7 @@ class SamplingParams:
 
     @classmethod
     def preset(cls, name: str, **overrides) -> "SamplingParams":
-        """Tortoise's preset `name`, one of `PRESETS`: that many candidates, everything else by default or `overrides`.
+        """Make Tortoise's preset `name`, one of `PRESETS`: its number of candidates, and defaults or `overrides`.
 
         Raises `ValueError` for an unknown name and for values that cannot be.
         """
@@ -123,5 +127,5 @@ class SamplingParams:
         return cls(**{"num_candidates": PRESETS[name], **overrides})
 
 
-#: What options of the command line, settings of a job and its rows may say; a stop token is the checkpoint's.
-SAMPLING = tuple(field.name for field in fields(SamplingParams) if field.name != "stop_token")
+#: What options of the command line, settings of a job and its rows may say; the others are the checkpoint's.
+SAMPLING = tuple(field.name for field in fields(SamplingParams) if field.name not in ("stop_token", "penalize_prompt"))

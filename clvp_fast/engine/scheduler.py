@@ -61,7 +61,7 @@ class Run:
 
 @dataclass(eq=False, slots=True)
 class Step:
-    """What to do before the next decode step, in the order of the fields; slots are numbered as before `moves`.
+    """The work before the next decode step, in the order of the fields; slots are numbered as before `moves`.
 
     freed_slots: no longer active (finished, cancelled or preempted); some are taken again by `admitted`.
     prefills: prompts to write into pages.
@@ -181,9 +181,9 @@ class Scheduler:
         self._crowded = False
 
     def schedule(self) -> Step | None:
-        """What to do before the next decode step, or None where nothing waits or runs.
+        """Plan the work before the next decode step; None where nothing waits or runs.
 
-        What `advance` and `cancel` freed is handed out from here on, behind the steps that are still in flight.
+        Slots and pages that `advance` and `cancel` freed are handed out from here on, behind the steps in flight.
         Raises `RuntimeError` where more than `lag` steps wait for their `advance`.
         """
         if len(self._in_flight) > self.lag:

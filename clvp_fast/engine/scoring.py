@@ -1,4 +1,4 @@
-"""What an engine needs of whatever judges its candidates: one method, and what that returns."""
+"""The protocol between an engine and the judge of its candidates: one method, and what that returns."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,14 +26,14 @@ class Ranking:
     speech_embeds: torch.Tensor | None = None
 
     def top(self, k: int) -> torch.Tensor:
-        """Indices `[min(k, candidates)]` int64, best first, of equal ones the earlier. NaN counts as -inf."""
+        """Return indices `[min(k, candidates)]` int64, best first, of equal ones the earlier. NaN counts as -inf."""
         if k < 1:
             raise ValueError(f"k must be at least 1, not {k}")
         return self.scores.nan_to_num(nan=-torch.inf, neginf=-torch.inf).sort(descending=True, stable=True).indices[:k]
 
 
 class Scorer(Protocol):
-    """What judges candidates; [`CandidateEngine`] takes any object that has this method.
+    """A judge of candidates; [`CandidateEngine`] takes any object that has this method.
 
     The engine's own is [`Ranker`], with CLVP's encoders. Another one may turn codes into sound and listen to that.
     """
@@ -56,7 +56,7 @@ class Scorer(Protocol):
 
 
 def check_scorer(scorer) -> None:
-    """Raises TypeError for an object that is no [`Scorer`]."""
+    """Raise TypeError for an object that is no [`Scorer`]."""
     if not callable(getattr(scorer, "score", None)):
         raise TypeError(
             f"a scorer needs a method score(request, text_ids, codes, max_codes), and {type(scorer).__name__} has none"
@@ -64,7 +64,7 @@ def check_scorer(scorer) -> None:
 
 
 def check_ranking(ranking, scorer: Scorer, num_candidates: int) -> Ranking:
-    """`ranking`, as `scorer` returned it; TypeError or ValueError if it is none of so many candidates."""
+    """Return `ranking` as `scorer` returned it; raise TypeError or ValueError if it is none of so many candidates."""
     name = f"{type(scorer).__name__}.score()"
     if not isinstance(ranking, Ranking):
         raise TypeError(f"{name} must return a clvp_fast.Ranking, not {type(ranking).__name__}")

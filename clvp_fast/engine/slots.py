@@ -17,6 +17,8 @@ from clvp_fast.engine.scheduler import Admission, Step
 # State of a slot in 64 bits: whole numbers, then floating ones. `lengths` counts the tokens drawn.
 _WHOLE = ("token", "lengths", "limit", "stop", "seed", "candidate", "top_k", "do_sample")
 _REAL = ("temperature", "top_p", "typical_p", "min_p", "repetition_penalty")
+# What the original's prompt is filled with where its repetition penalty looks.
+_PROMPT_CODE = 1
 # What leaves a parameter of `sample` out.
 NEUTRAL = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "typical_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
 
@@ -167,14 +169,22 @@ class SlotState:
         updates.put("wide", words.ravel(), wide.view(np.int32).ravel())
         updates.put("seq_lens", slots, 0)
         updates.put("prefix_index", slots, [admission.prefix_row for admission in admitted])
-        # As in `GenerationMixin`, the repetition penalty falls on the start token too.
-        word, bit = divmod(self._start_token, 32)
-        updates.put("seen", slots * self.tensors["seen"].shape[1] + word, np.uint32(1 << bit).view(np.int32))
+        # As in `GenerationMixin`, the repetition penalty falls on the start token too; as in the original, on code 1.
+        of_original = np.array([params[admission.key].penalize_prompt for admission in admitted])
+        self._mark_seen(updates, slots[of_original], {self._start_token, _PROMPT_CODE})
+        self._mark_seen(updates, slots[~of_original], {self._start_token})
         self.active[slots] = True
         self._greedy[slots] = [not params[admission.key].do_sample for admission in admitted]
         self._known["top_k"][slots] = wide[:, _WHOLE.index("top_k")]
         for name, values in zip(_REAL, wide[:, len(_WHOLE) :].view(np.float64).T, strict=True):
             self._known[name][slots] = values
+
+    def _mark_seen(self, updates: "_Updates", slots: np.ndarray, tokens: set[int]) -> None:
+        masks: dict[int, int] = {}  # by word, of which a token may have another's
+        for word, bit in (divmod(token, 32) for token in tokens):
+            masks[word] = masks.get(word, 0) | 1 << bit
+        for word, mask in masks.items():
+            updates.put("seen", slots * self.tensors["seen"].shape[1] + word, np.uint32(mask).view(np.int32))
 
     def _request_state(self, params: SamplingParams) -> np.ndarray:
         """The 64-bit state of a request's candidates, floating numbers as their bits; `candidate` is left open."""

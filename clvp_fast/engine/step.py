@@ -121,11 +121,17 @@ def _behind_attention(
             bind_add_norm((between, normed), room, out, residual, **norm),
         ]
     if layer.activation is None:
-        return [*calls, copying(partial(layer.mlp, normed, between), residual)]
+        wide = room("mlp", len(normed), len(layer.mlp_in.weight), dtype=normed.dtype)
+        return [
+            *calls,
+            layer.mlp_in.bind(wide, room, normed),
+            copying(partial(layer.act, wide), wide),
+            layer.mlp_out.bind(residual, room, wide, between),
+        ]
     if layer.mlp_in.panels is not None:
-        inner = room("mlp", len(normed), len(layer.mlp_in.weight), dtype=normed.dtype)
-        first = layer.mlp_in.bind(inner, room, normed, activation=layer.activation)
-        return [*calls, first, layer.mlp_out.bind(residual, room, inner, between)]
+        wide = room("mlp", len(normed), len(layer.mlp_in.weight), dtype=normed.dtype)
+        first = layer.mlp_in.bind(wide, room, normed, activation=layer.activation)
+        return [*calls, first, layer.mlp_out.bind(residual, room, wide, between)]
     return [*calls, bind_gelu_mlp(residual, room, normed, **layer.block(), residual=between)]
 
 

@@ -57,7 +57,7 @@ class Turns:
     def take(self, function: Callable[[], T], unless: Callable[[], bool]) -> T | None: ...
 
     def take(self, function: Callable[[], T], unless: Callable[[], bool] = lambda: False) -> T | None:
-        """What `function` returns, called in a turn of this thread; None if `unless()` is true before that comes.
+        """Call `function` in a turn of this thread and return its result; None if `unless()` is true before that comes.
 
         `unless` is asked anew when this thread's turn comes, and now and then before. Raises `RuntimeError` inside of a
         turn of this thread.

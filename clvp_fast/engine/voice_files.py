@@ -1,15 +1,21 @@
-"""Voices from files: a recording, a folder of recordings of one speaker, or a voice that was saved."""
+"""Voices from files: a recording, a folder of them, a voice that was saved, or latents as Tortoise saves them."""
 
+import random
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from clvp_fast.audio import UNREAD_SUFFIXES, is_recording, read_audio, require_sound
-from clvp_fast.engine.voices import Voice, VoiceCache
+from clvp_fast.engine.voices import Voice, VoiceCache, piece
 from clvp_fast.io.files import user_path
 from clvp_fast.models.clvp.feature_extraction import ClvpFeatureExtractor
+
+#: Files of latents are some kilobytes; one of more bytes is something else.
+MOST_LATENT_BYTES = 1_000_000
+_LATENTS = (".pth", ".pt")
 
 
 @dataclass(frozen=True, eq=False)
@@ -17,8 +23,8 @@ class LoadedVoice:
     """A voice, and what a picture shows of it.
 
     place: as it was given.
-    mel: log-mel features `[bins, frames]` float32 of its first recording, None of a saved voice.
-    recordings: how many were averaged, 0 for a saved voice.
+    mel: log-mel features `[bins, frames]` float32 of its first recording, None of a saved voice or latents.
+    recordings: how many were averaged, 0 for those.
     remarks: sentences on what was changed of its recordings.
     """
 
@@ -29,8 +35,11 @@ class LoadedVoice:
     remarks: tuple[str, ...] = ()
 
 
-def load_voice(voices: VoiceCache, place: str | Path) -> LoadedVoice:
-    """The voice at `place`, for the checkpoint of `voices`. Of each recording the first 6 s (the extractor's) count.
+def load_voice(voices: VoiceCache, place: str | Path, crop_seed: int | None = None) -> LoadedVoice:
+    """The voice at `place`, for the checkpoint of `voices`.
+
+    Of each recording the first 6 s (the extractor's) count, or with `crop_seed` so much from a random place on. A
+    folder may hold one file of latents in the place of recordings, as Tortoise's may.
 
     Raises:
         FileNotFoundError, ValueError: there is none, a recording cannot be used, or a saved voice is damaged or another
@@ -44,11 +53,53 @@ def load_voice(voices: VoiceCache, place: str | Path) -> LoadedVoice:
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
         return LoadedVoice(str(place), voice, None, 0)
+    if (latents := _latents_at(path)) is not None:
+        return LoadedVoice(str(place), latent_voice(voices, latents), None, 0)
     recordings, unread = _recordings(path) if path.is_dir() else ([path], [])
-    mels, remarks = _features(voices.feature_extractor, recordings)
+    mels, remarks = _features(voices.feature_extractor, recordings, crop_seed)
     if unread:
         remarks += (f"left out, as libsndfile does not read them: {', '.join(file.name for file in unread)}",)
     return LoadedVoice(str(place), voices.from_features(mels), mels[0], len(mels), remarks)
+
+
+def latent_voice(voices: VoiceCache, path: str | Path) -> Voice:
+    """Read the voice of latents in a torch file: Tortoise's pair `(auto, diffusion)`, or one alone.
+
+    Raises:
+        FileNotFoundError, ValueError: no file, too many bytes for latents, more than tensors, other widths than the
+            checkpoint's. Code in a file is refused, and not run.
+    """
+    path = user_path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there are no latents at {path}")
+    if (size := path.stat().st_size) > MOST_LATENT_BYTES:
+        raise ValueError(f"{path} has {size} bytes, and a voice's latents at most {MOST_LATENT_BYTES}: is it a model?")
+    try:
+        latents = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a damaged file makes torch raise
+        raise ValueError(
+            f"{path} holds no latents of a voice, or more than tensors: save it as torch.save((auto, diffusion), path)"
+        ) from error
+    try:
+        return voices.from_vector(latents)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _latents_at(path: Path) -> Path | None:
+    """Return a file of latents by its name, or the only file of a folder that is one."""
+    if path.suffix.lower() in _LATENTS and not path.is_dir():
+        return path
+    if path.is_dir():
+        found = [file for file in path.iterdir() if file.suffix.lower() in _LATENTS]
+        if len(found) == 1 and not any(is_recording(file) for file in path.iterdir()):
+            return found[0]
+    return None
+
+
+def is_latents(place: str | Path) -> bool:
+    """Tell whether a place names a file of latents."""
+    return Path(place).suffix.lower() in _LATENTS
 
 
 def _is_saved(path: Path) -> bool:
@@ -73,16 +124,23 @@ def _recordings(folder: Path) -> tuple[list[Path], list[Path]]:
     return [path for path in found if path not in unread], unread
 
 
-def _features(extractor: ClvpFeatureExtractor, recordings: list[Path]) -> tuple[list[np.ndarray], tuple[str, ...]]:
+def _features(
+    extractor: ClvpFeatureExtractor, recordings: list[Path], crop_seed: int | None
+) -> tuple[list[np.ndarray], tuple[str, ...]]:
     """Log-mel features `[bins, frames]` float32 of each recording, and what was changed of them."""
     seconds = extractor.default_audio_length
     mels: list[np.ndarray] = []
     remarks: Counter[str] = Counter()
+    places = None if crop_seed is None else random.Random(crop_seed)
     for path in recordings:
-        audio = read_audio(path, extractor.sampling_rate, seconds)
-        require_sound(audio.samples, path, seconds if audio.cut else None)
+        audio = read_audio(path, extractor.sampling_rate, seconds if places is None else None)
+        samples = piece(audio.samples, seconds * extractor.sampling_rate, places)
+        cropped = len(samples) < len(audio.samples)
+        require_sound(samples, path, seconds if audio.cut or cropped else None)
         remarks.update(audio.changes)
-        features = extractor(audio.samples, sampling_rate=extractor.sampling_rate, return_tensors="np")
+        if cropped:
+            remarks[f"{seconds:g} s from a random place on are used"] += 1
+        features = extractor(samples, sampling_rate=extractor.sampling_rate, return_tensors="np")
         mels.append(features["input_features"][0])
     many = len(recordings) > 1
     return mels, tuple(

@@ -1,6 +1,7 @@
 """Voices: what the conditioning encoder makes of the clips of a speaker, computed once, kept, saved and loaded."""
 
 import json
+import random
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -93,7 +94,8 @@ class VoiceCache:
     """Voices by the content of their clips or the place that they came from; for one thread.
 
     A voice of several clips is the mean of the clips' vectors, as in original Tortoise. Of each clip the first
-    `default_audio_length` seconds are used (shorter ones are padded), where the original takes a piece at random.
+    `default_audio_length` seconds are used (shorter ones are padded); with a seed a piece at random, as the original
+    takes it.
 
     Args:
         model: in eval mode, where it will compute. Voices that were made with other weights are forgotten: changed and
@@ -130,12 +132,13 @@ class VoiceCache:
         if self._marks is None:
             self._marks = Marks(self.model.conditioning_encoder)
 
-    def from_clips(self, clips, sampling_rate: int | None = None) -> Voice:
-        """The voice of recordings.
+    def from_clips(self, clips, sampling_rate: int | None = None, crop_seed: int | None = None) -> Voice:
+        """Make the voice of recordings.
 
         Args:
             clips: mono samples of one recording, or a list of such: 1-D arrays or tensors, floats in [-1, 1] or int16.
             sampling_rate: of the samples, in Hz; it must be the extractor's, which warns where it is not told.
+            crop_seed: of the pieces that are used of longer clips; None: their beginnings.
 
         Raises:
             ValueError, TypeError: no clip; a clip that is empty, silent, not mono or has samples that are NaN or
@@ -147,7 +150,8 @@ class VoiceCache:
         seconds = self.feature_extractor.default_audio_length
         used = seconds * self.feature_extractor.sampling_rate
         cut = [seconds if clip.ndim == 1 and len(clip) > used else None for clip in clips]
-        clips = [clip[:used] if clip.ndim == 1 else clip for clip in clips]
+        places = None if crop_seed is None else random.Random(crop_seed)
+        clips = [piece(clip, used, places) if clip.ndim == 1 else clip for clip in clips]
         settings = json.dumps([self.feature_extractor.to_dict(), sampling_rate], sort_keys=True, default=str)
         key = _digest("clips", settings, *clips)
 
@@ -162,7 +166,7 @@ class VoiceCache:
         return self.at(key, voice)
 
     def from_features(self, input_features) -> Voice:
-        """The voice of log-mel features `[bins, frames]` or `[clips, bins, frames]`, or of a list of `[bins, frames]`.
+        """Make the voice of log-mel features `[bins, frames]`, `[clips, bins, frames]`, or a list of the former.
 
         Raises:
             ValueError: no clip, another number of bins than the checkpoint's, no frame, NaN or infinite values.
@@ -186,12 +190,26 @@ class VoiceCache:
         return self.at(_digest("features", "", *clips), lambda: self._voice(tensors))
 
     def from_vector(self, vector) -> Voice:
-        """The voice of a bare latent `[hidden_size]` or `[1, hidden_size]`, taken as this checkpoint's own.
+        """Make the voice of a bare latent `[hidden_size]` or `[1, hidden_size]`, taken as this checkpoint's own.
+
+        Or of Tortoise's pair of them: that, and one of the diffusion of twice the width, which is left alone.
 
         Raises:
             TypeError: no floating point array or tensor; ValueError: another shape, NaN or infinite values.
         """
         width = len(self.fingerprint)
+        if isinstance(vector, (tuple, list)):
+            if len(vector) != 2 or any(not isinstance(part, (torch.Tensor, np.ndarray)) for part in vector):
+                raise TypeError(
+                    f"conditioning must be a pair of latents, [1, {width}] and [1, {2 * width}], or one, and "
+                    f"{len(vector)} parts came"
+                )
+            if vector[1].shape not in ((2 * width,), (1, 2 * width)):
+                raise ValueError(
+                    f"conditioning: the diffusion's latent must be [1, {2 * width}] beside one of [1, {width}], not "
+                    f"{list(vector[1].shape)}: is the pair another model's?"
+                )
+            vector = vector[0]
         if not isinstance(vector, (torch.Tensor, np.ndarray)):
             raise TypeError(
                 f"conditioning must be a Voice, its path or a latent [{width}], not {type(vector).__name__}"
@@ -223,7 +241,7 @@ class VoiceCache:
 
     @property
     def fingerprint(self) -> torch.Tensor:
-        """What the encoder of voices answers to a fixed input, `[hidden_size]` float32 on the host.
+        """The answer of the encoder of voices to a fixed input, `[hidden_size]` float32 on the host.
 
         Unlike a hash of the weights, it is nearly the same in every dtype that the checkpoint is loaded in.
         """
@@ -235,7 +253,7 @@ class VoiceCache:
         return self._fingerprint
 
     def at(self, key: bytes | str, make: Callable[[], Any]) -> Any:
-        """What `make()` gave for a digest or a place, called once while that is kept; what it raises is not."""
+        """Return the result of `make()` for a digest or a place, kept as long as there is room; exceptions are not."""
         self._follow()
         if key not in self._kept:
             self._kept[key] = make()
@@ -245,7 +263,7 @@ class VoiceCache:
         return self._kept[key]
 
     def _voice(self, features: Iterable[torch.Tensor]) -> Voice:
-        """The mean of clips `[bins, frames]`."""
+        """Return the mean of clips `[bins, frames]`."""
         # One clip at a time, so that a clip gives the same bits in every company.
         vectors = torch.stack([self._encode(clip) for clip in features])
         mean = vectors.to(torch.promote_types(vectors.dtype, torch.float32)).mean(0)
@@ -260,6 +278,15 @@ class VoiceCache:
         features = features.to(device=self.model.device, dtype=self.model.dtype)
         with uncast(features.device):  # whoever asks first, the voice is kept for all
             return self.model.conditioning_encoder.encode_voice(features[None])[0]
+
+
+def piece(clip: np.ndarray, length: int, places: random.Random | None) -> np.ndarray:
+    """Return at most `length` samples of a clip `[num_samples]`: the first, or those from a random place on.
+
+    Clips that are longer take one draw of `places` each, as in original Tortoise behind `random.seed`.
+    """
+    start = places.randint(0, len(clip) - length) if places is not None and len(clip) > length else 0
+    return clip[start : start + length]
 
 
 def _host_array(values) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What the engine reads of a decoder: parameters, as the operators take them."""
+"""The parts of a decoder that the engine reads: parameters, as the operators take them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -34,8 +34,8 @@ class LayerWeights:
 
     projections: of queries, keys and values, one behind another: one product, or three where their weights cannot lie
         in a row.
-    activation: by its name in `ops.ACTIVATIONS`; None: the operators do not know it, and `mlp`, which is plain, is
-        called.
+    activation: by its name in `ops.ACTIVATIONS`; None: the operators do not know it, and `act` is called
+        between the two products.
     """
 
     num_heads: int
@@ -46,7 +46,7 @@ class LayerWeights:
     mlp_in: Product
     mlp_out: Product
     activation: str | None
-    mlp: nn.Module
+    act: nn.Module
 
     def project(self, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Queries, keys and values `[tokens, num_heads, head_dim]` of `[tokens, hidden_size]`."""
@@ -66,7 +66,7 @@ class LayerWeights:
     def feed_forward(self, hidden: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """Both products, an activation between them, and the residual, whose dtype the result has."""
         if self.activation is None:
-            return self.mlp(hidden, residual)
+            return self.mlp_out(self.act(self.mlp_in(hidden)), residual)
         if self.mlp_in.panels is not None:
             return self.mlp_out(self.mlp_in(hidden, activation=self.activation), residual)
         return ops.gelu_mlp(hidden, **self.block(), residual=residual)
@@ -78,7 +78,7 @@ class LayerWeights:
         return replace(self, projections=tuple(map(change, self.projections)), **changed)
 
     def block(self) -> dict:
-        """What `gelu_mlp` takes of the layer."""
+        """Return the arguments of `gelu_mlp` for the layer."""
         first, second = self.mlp_in, self.mlp_out
         return dict(
             w_in=first.weight,
@@ -96,7 +96,7 @@ class DecoderWeights:
     """The parameters of a `ClvpForCausalLM`, shared, in the storage that operators read best.
 
     In-place changes are seen. Where parameters come to lie elsewhere, these are the old ones, which stay in memory for
-    as long as steps that read them may run: `addresses` tells, and they are to be taken again.
+    as long as steps that read them may run: `sources` tells, and they are to be taken again.
     """
 
     model: ClvpForCausalLM
@@ -136,11 +136,7 @@ class DecoderWeights:
     def in_int8(self) -> "DecoderWeights":
         """The same with copies of the layers' products in 8 bits, made now: later changes of the weights do not reach
         them.
-
-        Raises `ValueError` for an activation that the operators do not know.
         """
-        if any(layer.activation is None for layer in self.layers):
-            raise ValueError("int8 weights need an activation that the operators know: choose another, or no int8")
         return replace(self, layers=tuple(layer.with_products(in_int8) for layer in self.layers))
 
     def packed(self) -> "DecoderWeights":
@@ -163,9 +159,20 @@ class DecoderWeights:
         """The parameters that are read, as the model has them now."""
         return list(self.model.parameters())
 
-    def addresses(self) -> tuple[int, ...]:
-        """Where the parameters lie now."""
-        return tuple(parameter.data_ptr() for parameter in self.parameters())
+    def sources(self) -> tuple:
+        """Where the parameters lie now, and the `eps` of the norms: what a step is bound to.
+
+        Asked at each admission, so that modules are walked through without the names and sets of `parameters()`.
+        """
+        found: list = []
+        waiting: list[nn.Module | None] = [self.model]
+        while waiting:
+            module = waiting.pop()
+            if module is not None:
+                found += [None if p is None else p.data_ptr() for p in module._parameters.values()]
+                found.append(vars(module).get("eps"))
+                waiting += module._modules.values()
+        return tuple(found)
 
 
 def layers_of(model: ClvpForCausalLM) -> list[ClvpDecoderLayer]:
@@ -207,5 +214,5 @@ def _layer(layer: ClvpDecoderLayer) -> LayerWeights:
         _product(mlp.c_fc.weight.t(), mlp.c_fc.bias),
         _product(mlp.c_proj.weight.t(), mlp.c_proj.bias),
         activation_name(mlp.act),
-        mlp,
+        mlp.act,
     )

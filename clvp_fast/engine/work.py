@@ -20,7 +20,6 @@ import torch
 from clvp_fast.engine.calls import Call, Pending
 from clvp_fast.engine.decode_loop import DecodeLoop, Job
 from clvp_fast.engine.memory import MemoryPlan, trim_heap
-from clvp_fast.engine.ranking import diffusion_latents
 from clvp_fast.engine.requests import CandidateRequest, CandidateResult
 from clvp_fast.engine.runner import Runner
 from clvp_fast.engine.scheduler import RequestTooLarge
@@ -29,6 +28,9 @@ from clvp_fast.models.clvp.tokens import fill_up
 
 # So many steps may break off before one of a request's company is looked for: most faults come once.
 _BROKEN_STEPS = 2
+
+# Of a prompt `[length, hidden_size]`, codes `[length]` and the length that they are filled up to.
+Latents = Callable[[torch.Tensor, np.ndarray, int], torch.Tensor]
 
 
 class Work:
@@ -41,7 +43,8 @@ class Work:
         plan: sizes for so many candidates at once.
         make_runner: of a plan.
         max_batch: for the first plan.
-        latents: keep the decoder's states for results.
+        latents: makes a candidate's latents of its prompt, its codes and the length that they are filled up to; None:
+            results have none.
     """
 
     def __init__(
@@ -50,12 +53,13 @@ class Work:
         plan: Callable[[int | None], MemoryPlan],
         make_runner: Callable[[MemoryPlan], Runner],
         max_batch: int | None,
-        latents: bool = False,
+        latents: Latents | None = None,
     ):
         self.scorer = scorer
+        self.latents = latents
         self._plan, self._make_runner = plan, make_runner
         self.memory = plan(max_batch)
-        self.loop = DecodeLoop(make_runner(self.memory), latents)
+        self.loop = DecodeLoop(make_runner(self.memory))
         self.pending: dict[Pending, None] = {}  # in the order of submission
         self.steps = 0  # that came to their end
         self._entered: dict[Job, Pending] = {}  # those in the loop
@@ -245,13 +249,13 @@ class Work:
             pending = self._entered.get(job)
             if pending is not None and not pending.settled:
                 try:
-                    pending.result = ranked(pending, job, self.scorer, self.loop.latents)
+                    pending.result = ranked(pending, job, self.scorer, self.latents)
                 except Exception as error:
                     pending.result = CandidateResult(pending.request, error=error)
             self.loop.finished.popleft()
 
 
-def ranked(pending: Pending, job: Job, scorer: Scorer, latents: bool) -> CandidateResult:
+def ranked(pending: Pending, job: Job, scorer: Scorer, latents: Latents | None) -> CandidateResult:
     """The result of a job whose candidates are all drawn."""
     decoded = time.perf_counter()
     if job.prompt.device.type == "cpu":
@@ -270,8 +274,9 @@ def ranked(pending: Pending, job: Job, scorer: Scorer, latents: bool) -> Candida
     result.text_embeds, result.speech_embeds = (
         None if x is None else x.float().cpu().numpy() for x in (ranking.text_embeds, ranking.speech_embeds)
     )
-    if latents:
-        result.latents = {i: diffusion_latents(job.latents[i], int(lengths[i])) for i in result.kept.tolist()}
+    if latents is not None:
+        longest = job.sampling.max_new_tokens
+        result.latents = {i: latents(job.prompt, spoken[i], longest) for i in result.kept.tolist()}
     result.timings = {
         "prepare": pending.prepared - pending.submitted,
         "queue": job.started_at - pending.prepared,

@@ -1,4 +1,4 @@
-"""What a person needs to read of an error."""
+"""The part of an error that a person needs to read."""
 
 
 def sentence(error: Exception) -> str:

@@ -94,7 +94,7 @@ def staged_folder(target: str | Path) -> Iterator[Path]:
     scratch folder become folders inside `target`, beside what stands there.
 
     Raises:
-        UnwritableError: `target` cannot be made or written, or the disk is full. What stood in it before is untouched.
+        UnwritableError: `target` cannot be made or written, or the disk is full. Its former content is untouched.
     """
     target = Path(target)
     made = [folder for folder in (target, *target.parents) if not folder.exists()]
@@ -194,7 +194,7 @@ def replacing(target: Path) -> Iterator[Path]:
     """A path to write to, which becomes `target` in one rename when the block ends well, and vanishes when it does not.
 
     Raises:
-        UnwritableError: it cannot be written, or the disk is full. What `target` was before is untouched.
+        UnwritableError: it cannot be written, or the disk is full. A former `target` is untouched.
     """
     scratch = target.with_name(f".{target.name}.part")
     try:

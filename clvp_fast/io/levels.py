@@ -7,7 +7,7 @@ LOUDEST_PEAK = 16.0
 
 
 def wrong_scale(peak: float) -> str | None:
-    """What to do about floats of that peak, behind the name of what has them; None where they are at the scale of 1."""
+    """Advise on floats of that peak, in words that follow a name; None where they are at the scale of 1."""
     if peak <= LOUDEST_PEAK:
         return None
     return (

@@ -1,4 +1,4 @@
-"""What differs between the releases of transformers that are served, each difference with the release that brought it.
+"""The differences between the releases of transformers that are served, each with the release that brought it.
 
 No other module asks for the installed release, and this one imports nothing that an old release may lack. Inside this
 package a thing has its newest name; what callers and `GenerationMixin` see follows the installed release.
@@ -82,6 +82,7 @@ class CheckpointsUnderGradients:
 
     @property
     def gradient_checkpointing(self) -> bool:
+        """Whether a call checkpoints: it was asked for, and there are gradients."""
         return self._checkpointing and torch.is_grad_enabled()
 
     @gradient_checkpointing.setter

@@ -11,9 +11,11 @@ import os
 import shlex
 import shutil
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from functools import cache
 from pathlib import Path
 
@@ -309,12 +311,23 @@ def _first_error(log: str) -> str:
 
 
 def _progress(title: str):
-    """A function that shows how many files of all are compiled: on a terminal in one line, else at each quarter."""
+    """A function that shows how many files of all are compiled: on a terminal in one line, else at each quarter.
+
+    The line has the rate and the time that is left, too.
+    """
     on_terminal = sys.stderr.isatty()
+    began = time.monotonic()
+
+    def pace(done: int, total: int) -> str:
+        seconds = time.monotonic() - began
+        if not done or done == total:
+            return ""
+        return f", {done / seconds:.1f} a second, left: {timedelta(seconds=round(seconds / done * (total - done)))}"
 
     def show(done: int, total: int) -> None:
         if on_terminal:
-            print(f"\r{title}: {done}/{total}", end="\n" if done == total else "", file=sys.stderr, flush=True)
+            line = f"\r{title}: {done}/{total}{pace(done, total)}\x1b[K"  # the rest of a longer line before it goes
+            print(line, end="\n" if done == total else "", file=sys.stderr, flush=True)
         elif 4 * done // total > 4 * (done - 1) // total:
             print(f"{title}: {done}/{total}", file=sys.stderr, flush=True)
 
@@ -338,7 +351,7 @@ def _one_process(place: Path):
 
 
 def record(part: str = "cpu") -> dict:
-    """What a part was built with: see `build.build`. Raises as `library` does."""
+    """Return the record of the build of a part: see `build.build`. Raises as `library` does."""
     found = _record(folder(part), part)
     assert found is not None  # a folder has one that is whole
     return found

@@ -1,4 +1,4 @@
-"""What operators ask of their arguments: dtypes that kernels take, layouts, and errors in a sentence."""
+"""Checks of the operators' arguments: dtypes that kernels take, layouts, and errors in a sentence."""
 
 import torch
 

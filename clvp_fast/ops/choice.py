@@ -1,4 +1,4 @@
-"""What `clvp_fast.explain` tells of an operator."""
+"""The answer of `clvp_fast.explain` on an operator."""
 
 from dataclasses import dataclass
 

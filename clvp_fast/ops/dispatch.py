@@ -64,7 +64,7 @@ def backend(name: str | None):
 
 
 def situation() -> tuple:
-    """What a choice depends on besides a call's arguments: what was bound in another one is to be bound anew."""
+    """Return the situation on which a choice depends beside a call's arguments: in another one calls are bound anew."""
     return _forced, _is_forward(), torch.get_num_threads()
 
 
@@ -355,7 +355,7 @@ class Operator:
         return f"{_forced} is forced, and it has {kernels}" if kernels else "there is no kernel for this operator yet"
 
     def explain(self, device: torch.device, dtype: torch.dtype) -> Choice:
-        """What `choose` does for inference with tensors of `dtype` on `device`."""
+        """Tell the choice of `choose` for inference with tensors of `dtype` on `device`."""
         # Not `_refusal`, which warns: who asks is told, and a call that takes the slower path still warns.
         kernel, why, absent = None, None, None
         for each in self._asked[_forced, device.type == "cpu"]:

@@ -194,12 +194,10 @@ def _why_not_cpu(x, weight, bias, scale, activation, residual=None, panels=None)
         return many_rows.unserved(x, activation, weight)
     if not int8 and weight.dtype != x.dtype:
         return f"it serves weights of the dtype of x, {x.dtype}, or int8, not {weight.dtype}"
-    if weight.shape[1] % 32 or weight.stride(1) != 1:
-        return f"it serves rows of 32 n columns, side by side in memory, not {list(weight.shape)}, {weight.stride()}"
-    return None
+    return many_rows.unserved_layout(weight)
 
 
-_CALLS = f"rows of 32 n columns; up to {many_rows.FEW_ROWS} of them with int8 weights too"
+_CALLS = f"rows of {many_rows.COLUMNS} n columns; up to {many_rows.FEW_ROWS} of them with int8 weights too"
 _OPERATOR = Operator(
     "linear",
     "(Tensor x, Tensor weight, Tensor? bias, Tensor? scale, str? activation, "
@@ -248,7 +246,7 @@ def linear(
     residual: torch.Tensor | None = None,
     panels: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """A linear layer, with an activation behind it if one is named, and a residual added if one is given.
+    """Compute a linear layer, with an activation behind it if one is named, and a residual added if one is given.
 
     Args:
         x: `[..., in]`.

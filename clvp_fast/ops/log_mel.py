@@ -257,8 +257,8 @@ def log_mel(
         mel_filters: `[n_fft // 2 + 1, num_mels]`, floating: the weights of the power spectrum. A channel without
             weights is `log(log_floor)` in every frame.
         hop_length: samples from one frame to the next.
-        lengths: `[batch]`, integer: the true samples of each row, 1 to time. What follows them is not read, and frames
-            past a row's own last one are 0. None: all rows are full.
+        lengths: `[batch]`, integer: the true samples of each row, 1 to time. Samples behind them are not read, and
+            frames past a row's own last one are 0. None: all rows are full.
         mel_norms: `[num_mels]`, floating: what the channels are divided by. None: nothing.
         log_floor: mel power below this is raised to it.
         decibels: 10 times the decimal logarithm instead of the natural one.

@@ -1,4 +1,4 @@
-"""What the kernel of `log_mel` derives from a window, filters and norms: made once, with no wait for a device."""
+"""Tables for the kernel of `log_mel`, of a window, filters and norms: made once, with no wait for a device."""
 
 import math
 

@@ -10,6 +10,8 @@ from clvp_fast.ops.checks import as_rows, unserved_natively
 
 # Rows that are few: beyond them packing the weights pays (benchmarks/linear.py).
 FEW_ROWS = 512
+# Weights are read in steps of so many columns.
+COLUMNS = 32
 ACTIVATIONS = {None: 0, "gelu_new": 1, "gelu_pytorch_tanh": 1, "gelu": 2}
 # Rows that a thread computes at a time: enough to make use of the weights that it reads, few enough for the values
 # between two layers to stay in its cache.
@@ -45,6 +47,14 @@ def unserved_type(device, dtype, int8=False):
     return None
 
 
+def unserved_layout(weight: torch.Tensor) -> str | None:
+    """Why the products of csrc/cpu do not read `weight` `[out, in]`, of any number of rows of x; None: they do."""
+    shape, strides = list(weight.shape), weight.stride()
+    if shape[1] % COLUMNS or shape[1] == 0 or strides[1] != 1:
+        return f"it serves rows of {COLUMNS} n columns, side by side in memory, not {shape}, {strides}"
+    return None
+
+
 def unserved(x, activation, *weights):
     """Why `layers` does not serve, or None. `weights` are those of one layer or of two, as it takes them."""
     if reason := unserved_type(x.device, x.dtype):
@@ -52,8 +62,8 @@ def unserved(x, activation, *weights):
     for weight in weights:
         if weight.dtype != x.dtype:
             return f"it serves many rows with weights of the dtype of x, {x.dtype}, not {weight.dtype}"
-        if weight.shape[1] % 32 or weight.shape[1] == 0 or weight.stride(1) != 1:
-            return f"it serves rows of 32 n columns, side by side, not {list(weight.shape)}, {weight.stride()}"
+        if reason := unserved_layout(weight):
+            return reason
     return None if activation in ACTIVATIONS else f"activation must be one of {tuple(ACTIVATIONS)}, not {activation!r}"
 
 

@@ -262,7 +262,7 @@ def geglu_mlp(
     activation: str = "gelu",
     dropout_p: float = 0.0,
 ) -> torch.Tensor:
-    """A gated feed-forward block: the first half of the hidden channels times the activation of the second half.
+    """Compute a gated feed-forward block: the first hidden half times the activation of the second.
 
     Args:
         x: `[..., H]`.

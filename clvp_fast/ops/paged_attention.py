@@ -103,8 +103,8 @@ def _decode_triton(
         return out
     own, prefix = (0 if table is None else table.shape[1] * k_pages.shape[1] for table in (block_table, prefix_table))
     parts = kernels.parts(own, prefix)
-    room = num_candidates * num_heads * parts * (head_dim + 2) if parts > 1 else 0
-    partial = torch.empty(room, dtype=torch.float32, device=q.device)
+    partial_sums = num_candidates * num_heads * parts * (head_dim + 2) if parts > 1 else 0
+    partial = torch.empty(partial_sums, dtype=torch.float32, device=q.device)
     if arrivals is None:
         # Nothing is counted where there is nothing to merge: then no launch for zeros.
         make = torch.zeros if parts > 1 else torch.empty
@@ -119,13 +119,14 @@ def _decode_triton(
 
 
 def _prefill_triton(q, k, v, cu_seqlens, k_pages, v_pages, block_table, scale, k_scale=None, v_scale=None):
-    from clvp_fast.kernels import paged_attention as kernels
+    """kernels/paged_prefill.py."""
+    from clvp_fast.kernels.paged_prefill import paged_prefill
 
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     if out.numel() == 0:
         return out
     *rows, block_table, k_scale, v_scale = _contiguous_last(q, k, v, cu_seqlens, block_table, k_scale, v_scale)
-    kernels.paged_prefill(*rows, k_pages, v_pages, block_table, scale, k_scale, v_scale, out=out)
+    paged_prefill(*rows, k_pages, v_pages, block_table, scale, k_scale, v_scale, out=out)
     return out
 
 
@@ -305,7 +306,7 @@ def paged_attention_decode(
         q, k_new, v_new: `[N, H, D]`, of one dtype.
         k_pages, v_pages: `[num_pages, page_size, H, D]`, of one dtype; the new key and value of candidate n are written
             at place `seq_lens[n]` of its own pages.
-        block_table: `[N, max_pages]` int32, each candidate's own pages. What lies past the pages in use is not read.
+        block_table: `[N, max_pages]` int32, each candidate's own pages. Entries past the pages in use are not read.
         seq_lens: `[N]` int32, own tokens stored before this step; negative: the slot is inactive, nothing of it is read
             or written, and its output is 0. Place `seq_lens[n]` must lie within `max_pages`.
         prefix_table: `[R, P]` int32, the pages of each request's prompt, shared by its candidates.
@@ -400,9 +401,11 @@ def paged_prefill(
     Args:
         q, k, v: `[T, H, D]`, of one dtype, the sequences one after another.
         cu_seqlens: `[S + 1]` int32: sequence s has rows `cu_seqlens[s]` to `cu_seqlens[s + 1]`, none perhaps; the last
-            entry is T.
+            entry is T. Where entries descend, sequences overlap: a row that several have holds the result of any of
+            them, or nothing, and no other memory is read or written. Debug mode refuses them.
         k_pages, v_pages: `[num_pages, page_size, H, D]`, of one dtype.
-        block_table: `[S, max_pages]` int32, the pages of each sequence.
+        block_table: `[S, max_pages]` int32, the pages of each sequence. A slot that several sequences have holds
+            the key and value of any of them.
         scale: of the scores; default `D ** -0.5`.
         k_scale, v_scale: as for `paged_attention_decode`; the attention itself takes k and v as they are.
 

@@ -6,16 +6,16 @@ import torch
 import torch.nn.functional as F
 
 
-def _stored(x, dtype, scale):
-    """What pages of `dtype` keep of x `[..., num_heads, head_dim]`."""
+def _quantised(x, dtype, scale):
+    """Quantise x `[..., num_heads, head_dim]` for pages of `dtype`."""
     if scale is None:
         return x.to(dtype)
     limit = torch.finfo(dtype).max
     return (x.float() / scale[:, None]).clamp(-limit, limit).to(dtype)
 
 
-def _meant(stored, dtype, scale):
-    """What stored values mean, in `dtype`; without a scale, as they are."""
+def _dequantised(stored, dtype, scale):
+    """Dequantise stored values to `dtype`; without a scale they stay as they are."""
     return stored if scale is None else (stored.float() * scale[:, None]).to(dtype)
 
 
@@ -23,14 +23,14 @@ def _tokens(pages, scale, table, length, dtype):
     """The first `length` tokens of one row of a table, `[length, num_heads, head_dim]`."""
     places = torch.arange(length, device=pages.device)
     page_size = pages.shape[1]
-    return _meant(pages[table[places // page_size].long(), places % page_size], dtype, scale)
+    return _dequantised(pages[table[places // page_size].long(), places % page_size], dtype, scale)
 
 
 def _store(pages, scale, table, places, new):
     """Write `new[i]` at place `places[i]` of row i of `table`."""
     page_size = pages.shape[1]
     page = table.gather(1, (places // page_size)[:, None]).squeeze(1).long()
-    pages[page, places % page_size] = _stored(new, pages.dtype, scale)
+    pages[page, places % page_size] = _quantised(new, pages.dtype, scale)
 
 
 def _attend_exactly(q, k, v, scale):
@@ -67,7 +67,7 @@ def decode_reference(
             continue
         page, slot = int(block_table[n, length // page_size]), length % page_size
         for (pages, s), new in zip(stores, (k_new, v_new), strict=True):
-            pages[page, slot] = _stored(new[n], pages.dtype, s)
+            pages[page, slot] = _quantised(new[n], pages.dtype, s)
         k, v = (_tokens(*store, block_table[n], length + 1, torch.float32) for store in stores)
         request = -1 if prefix_index is None else int(prefix_index[n])
         if request >= 0:
@@ -108,7 +108,9 @@ def decode_torch(
     stored = torch.arange(num_pages * page_size, device=q.device) <= lengths[:, None]
     pages = table[:, :num_pages].where(stored[:, ::page_size], 0).long()
     unused = ~stored[:, :, None, None]
-    own_k, own_v = (_meant(x[pages].flatten(1, 2), q.dtype, s).to(q.dtype).masked_fill_(unused, 0) for x, s in stores)
+    own_k, own_v = (
+        _dequantised(x[pages].flatten(1, 2), q.dtype, s).to(q.dtype).masked_fill_(unused, 0) for x, s in stores
+    )
     q = q[rows] * scale
     wide = torch.promote_types(q.dtype, torch.float32)
     own_scores = torch.einsum("nhd,nkhd->nhk", q, own_k).to(wide).masked_fill_(~stored[:, None], -torch.inf)
@@ -140,8 +142,8 @@ def prefill_reference(q, k, v, cu_seqlens, k_pages, v_pages, block_table, scale,
     for row, (start, end) in enumerate(pairwise(bounds)):
         for place in range(end - start):
             page, slot = int(block_table[row, place // page_size]), place % page_size
-            k_pages[page, slot] = _stored(k[start + place], k_pages.dtype, k_scale)
-            v_pages[page, slot] = _stored(v[start + place], v_pages.dtype, v_scale)
+            k_pages[page, slot] = _quantised(k[start + place], k_pages.dtype, k_scale)
+            v_pages[page, slot] = _quantised(v[start + place], v_pages.dtype, v_scale)
         out[start:end] = _attend_exactly(q[start:end], k[start:end], v[start:end], scale)
     return out
 

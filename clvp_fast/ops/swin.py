@@ -22,7 +22,7 @@ from clvp_fast.ops.norm import add_norm
 from clvp_fast.ops.window_attention import (
     check_windows,
     reference as attention_reference,
-    unserved_natively,
+    unserved_on_cpu,
     window_attention,
 )
 
@@ -77,7 +77,7 @@ def _window_why_not(x, norm_weight, norm_bias, w_qkv, b_qkv, bias, w_out, b_out,
     return (
         _unequal_types(x, norm_weight, norm_bias, b_qkv, b_out, bias)
         or many_rows.unserved(x, None, w_qkv, w_out)
-        or unserved_natively(x.unflatten(-1, (heads, -1)), bias, window)
+        or unserved_on_cpu(x.unflatten(-1, (heads, -1)), bias, window)
     )
 
 
@@ -196,7 +196,7 @@ def window_block(
     shift: int = 0,
     eps: float,
 ) -> torch.Tensor:
-    """The first half of a Swin layer: attention within windows of the normed image, projected and added to the image.
+    """Compute the first half of a Swin layer: window attention of the normed image, projected and added to the image.
 
     Args:
         x: `[B, height, width, C]`, floating.
@@ -249,7 +249,7 @@ def mlp_block(
     activation: str,
     eps: float,
 ) -> torch.Tensor:
-    """The second half of a Swin layer: a feed-forward block of the normed rows, added to the rows.
+    """Compute the second half of a Swin layer: a feed-forward block of the normed rows, added to the rows.
 
     Args:
         x: `[..., C]`, floating.

@@ -193,7 +193,7 @@ def _unserved_type_natively(name, dtype):
     return None if dtype in (torch.bfloat16, torch.float32) else f"{name} must be bfloat16 or float32, not {dtype}"
 
 
-def unserved_natively(q, bias, window):
+def unserved_on_cpu(q, bias, window):
     for name, x in (("q", q), ("bias", bias)):
         if reason := _unserved_type_natively(name, x.dtype):
             return reason
@@ -212,7 +212,7 @@ _OPERATOR = Operator(
         Implementation(
             "cpu",
             _native,
-            lambda q, k, v, bias, window, shift, scale: unserved_natively(q, bias, window),
+            lambda q, k, v, bias, window, shift, scale: unserved_on_cpu(q, bias, window),
             lambda device, dtype: _unserved_type_natively("q", dtype),
             warns=False,  # nobody expects a CPU to have a kernel for every dtype
         ),

@@ -2,7 +2,6 @@
 
 import os
 import pickle
-import re
 import shutil
 import signal
 import socket
@@ -24,6 +23,7 @@ from clvp_fast.cli import main
 from clvp_fast.cli.parser import build_parser
 from clvp_fast.distributed import CandidateActor
 from tests.batch.jobs import QUICK, VOICE, assert_whole, failures, records, results, write_jsonl
+from tests.kit.documents import blocks, commands
 from tests.kit.waiting import join, wait_for
 
 ROOT = VOICE.parents[1]
@@ -228,20 +228,20 @@ def test_a_pipeline_of_ones_own(ray):
 
 
 def test_the_example_of_the_document(ray, tmp_path, monkeypatch):
-    (example,) = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs/scaling.md").read_text(), re.M | re.S)
+    (example,) = [one for one in blocks("docs/batch.md", "python") if "CandidateActor" in one]
     assert "num_gpus=1" in example
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
     monkeypatch.chdir(tmp_path)
     names: dict = {}
-    exec(compile(example.replace("num_gpus=1", "num_cpus=1"), "scaling.md", "exec"), names)
+    exec(compile(example.replace("num_gpus=1", "num_cpus=1"), "batch.md", "exec"), names)
     found = sorted((line["id"], line["chapter"], line["error"]) for line in names["best"])
     assert found == [("canoe", 1, None), ("sheet", 2, None)]
     assert all(len(line["codes"]) == line["length"] for line in names["best"])
 
 
 def test_the_commands_of_the_document():
-    commands = re.findall(r"^clvp-fast (batch .*)$", (ROOT / "docs/scaling.md").read_text(), re.M)
-    (parsed,) = [build_parser().parse_args(command.split()) for command in commands]
+    of_a_cluster = [line for line in commands("docs/batch.md") if line.endswith(" --ray")]
+    (parsed,) = [build_parser().parse_args(line.split()[1:]) for line in of_a_cluster]
     assert parsed.ray is True and (ROOT / parsed.input).is_file() and (ROOT / parsed.voice).is_file()
 
 

@@ -13,7 +13,7 @@ from clvp_fast.batch import job
 from clvp_fast.batch.failures import LONGEST
 from clvp_fast.batch.folder import Journal
 from clvp_fast.batch.inputs import RowFile
-from clvp_fast.batch.progress import Watch, watching
+from clvp_fast.batch.progress import JobProgress, watching
 from clvp_fast.io.files import UnwritableError
 from clvp_fast.native import NativeLibraryError
 from tests.batch.jobs import VOICE, NoModel, assert_whole, failures, records, results, write_jsonl
@@ -66,7 +66,7 @@ def test_rows_that_come_twice_are_counted_once(run, monkeypatch, out, undisturbe
 
     monkeypatch.setattr(NoModel, "outcomes", twice)
     shown = []
-    monkeypatch.setattr(Watch, "count", lambda self, outcome: shown.append(outcome.row))
+    monkeypatch.setattr(JobProgress, "count", lambda self, outcome: shown.append(outcome.row))
     found = run()["this_run"]
     assert sorted(shown) == list(range(50))  # on the bar too
     assert {name: found[name] for name in ("rows", "candidates", "tokens")} == {
@@ -229,7 +229,7 @@ def test_bars(run, monkeypatch):
     monkeypatch.setattr(job, "watching", watched)
     run(progress=True)
     assert bars == [("reading", 1, False), ("checking", 7, True), ("speaking", 50, False)]
-    monkeypatch.setattr(Watch, "reach", lambda self, done: reached.append(done))
+    monkeypatch.setattr(JobProgress, "reach", lambda self, done: reached.append(done))
     run(progress=True)
     assert bars[3:] == [("checking", 7, False)] and reached == [1, 2, 3, 4, 5, 6, 7]
 

@@ -1,4 +1,4 @@
-"""The harness refuses what is wrong, and the tables of README.md and of the precision tiers say what rows say."""
+"""The harness refuses what is wrong, and the tables of docs/figures.md and of the precision tiers say what rows say."""
 
 import sys
 
@@ -19,7 +19,7 @@ def test_the_table_of_precision_tiers():
     assert "4 candidates, 200 steps behind a prompt of 60, 30 layers of 512 channels, on cpu" in table
 
 
-def test_a_changed_number_in_readme_is_seen(tmp_path):
+def test_a_changed_number_in_a_document_is_seen(tmp_path):
     rows = harness.measure("import_time", {}, [provider("a"), provider("b")], repeats=1)
     here = harness.Machine("cpu name", 2, 1e10, {"float32": 1e11})
     harness.write_rows(harness.with_context(rows, here, "command"), tmp_path / "cpu")
@@ -30,7 +30,7 @@ def test_a_changed_number_in_readme_is_seen(tmp_path):
     assert report.updated(readme, rows) != readme
 
 
-def test_readme_shows_the_chosen_shapes_in_a_readable_unit_and_each_commit():
+def test_figures_show_the_chosen_shapes_in_a_readable_unit_and_each_commit():
     where = {"device": {"name": "cpu", "threads": 2}, "versions": {"torch": "1", "transformers": "2"}}
     what = {"ratio": 2.0, "error": 1e-6, "peak_extra_bytes": None, "provider": "a"}
     shapes = [{"clips": clips, "n_fft": 1024, "seconds": 6, "threads": 1} for clips in (64, 256)]

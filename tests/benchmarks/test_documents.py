@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from benchmarks import conftest, document, plots, providers, report
+from benchmarks import conftest, document, front_page, plots, providers, report
 from benchmarks.harness import write_rows
 from benchmarks.run import WORKLOADS
 from clvp_fast.cli.parser import build_parser
@@ -27,7 +27,9 @@ def step(candidates, median, **more):
 
 
 @pytest.mark.parametrize(
-    ("path", "make", "part"), report.DOCUMENTS, ids=["gain", "README", "architecture", "benchmarks", "scaling"]
+    ("path", "make", "part"),
+    report.DOCUMENTS,
+    ids=["gain", "README", "figures", "architecture", "benchmarks", "scaling"],
 )
 def test_documents_say_what_the_rows_say(path, make, part):
     text = path.read_text(encoding="utf-8")
@@ -38,11 +40,39 @@ def test_the_gain_is_of_one_machine_that_was_not_held_down():
     shape = {"candidates": 16, "new_tokens": 64}
     theirs = row("generate", "transformers float32", median=20.0, shape=shape)
     ours = row("generate", "clvp_fast engine, float32", median=8.0, shape=shape)
-    assert "**2.5 times as fast" in report.gain([theirs, ours]) and "8.00 s for 20.00 s" in report.gain([theirs, ours])
+    said = front_page.gain([theirs, ours]).replace("\n", " ")
+    assert "**2.5 times as fast" in said and "8.00 s for 20.00 s" in said and "unmeasured on a GPU" in said
+    assert all(len(line) <= 120 for line in front_page.gain([theirs, ours]).splitlines())
     elsewhere = ours | {"device": ours["device"] | {"name": "another"}}
     held_down = [one | {"device": one["device"] | {"isa": "avx2", "isa_forced": True}} for one in (theirs, ours)]
     for rows in ([theirs, elsewhere], held_down, [ours]):
-        assert report.gain(rows) == "Not measured yet."
+        assert front_page.gain(rows) == front_page.table(rows) == "Not measured yet."
+
+
+def test_the_table_and_the_picture_of_the_front_page_show_the_rows(tmp_path):
+    shape = {"candidates": 16, "new_tokens": 64}
+    rows = [
+        row("generate", "transformers float32", median=20.0, shape=shape),
+        row("generate", "clvp_fast engine, float32", median=8.0, shape=shape),
+        row("generate", "clvp_fast engine, bfloat16", median=5.0, shape=shape),
+        row("score", "transformers float32", median=3.0, shape={"candidates": 4, "length": 9}),
+        row("score", "clvp_fast float32", median=2.0, shape={"candidates": 4, "length": 9}),
+    ]
+    assert front_page.table(rows).splitlines()[2:] == [
+        "| generate 16 candidates of 64 tokens | 20.00 s | 8.00 s (2.5x) | 5.00 s (4.0x) |",
+        "| embed 4 candidates of 9 tokens | 3.00 s | 2.00 s (1.5x) | not measured |",
+    ]
+    picture = tmp_path / "gain.svg"
+    front_page.draw(rows, picture)
+    assert front_page.is_current(front_page.drawing(rows), picture)
+    assert all(words in picture.read_text() for words in ("20.0 s", "5.0 s  (4.0x)", "AMD EPYC", "commit abc"))
+    rows[0]["seconds"]["median"] = 30.0
+    assert not front_page.is_current(front_page.drawing(rows), picture)
+
+
+def test_the_picture_of_the_front_page_shows_what_the_rows_say():
+    drawing = front_page.drawing(report.newest_rows())
+    assert drawing and front_page.is_current(drawing), "run: make docs-benchmarks"
 
 
 def test_rows_that_were_measured_alone_are_compared_when_they_are_read(tmp_path):

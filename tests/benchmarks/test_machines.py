@@ -81,7 +81,7 @@ def test_each_has_a_table_of_its_own_in_every_document():
         assert re.findall(r"\| (\d\.\d\d s) \(", sections[name]) == [f"{1 + number}.00 s"]
         assert "Not measured here: generate, decode_step, end_to_end, " in sections[name]
     assert [name for name in sections if "forced" in name] == list(sections)[3:5]  # behind those that were not
-    # README leaves out what was held down.
+    # docs/figures.md leaves out what was held down.
     assert [f"{seconds}.00 s" for seconds in (4, 5, 1)] == re.findall(r"\d\.00 s", report.table(rows))
     tiers = {"logits_error": 0.1, "kl": 0.1, "greedy": 0.9, "provider": "float32"}
     shape = {"candidates": 4, "steps": 200, "prompt": 60, "layers": 30, "width": 512}

@@ -13,7 +13,7 @@ QUICK = ("--num-candidates", 2, "--max-new-tokens", 8)
 
 
 @dataclass
-class Outcome:
+class Ended:
     code: int
     out: str
     err: str
@@ -23,13 +23,13 @@ class Outcome:
 def cli(capsys):
     """`cli("generate", ...)` runs one command line and returns its exit code, stdout and stderr."""
 
-    def run(*argv) -> Outcome:
+    def run(*argv) -> Ended:
         capsys.readouterr()
         try:
             code = main([str(part) for part in argv])
         except SystemExit as stop:  # argparse ends so
             code = stop.code
-        return Outcome(code, *capsys.readouterr())
+        return Ended(code, *capsys.readouterr())
 
     return run
 

@@ -1,11 +1,17 @@
-"""The bar counts what was drawn, and knows at each moment what can still come."""
+"""The bar counts what was drawn, and knows what can still come; long waits are shown, and short ones are not."""
 
+import io
 import re
+import sys
+import time
 
 import pytest
+from rich.console import Console
 from rich.progress import Progress
 
-from clvp_fast.cli.progress import Watch, warm_up
+from clvp_fast import native
+from clvp_fast.cli import report
+from clvp_fast.cli.progress import DecodingProgress, warm_up
 
 STOP = 9
 
@@ -13,7 +19,7 @@ STOP = 9
 @pytest.fixture
 def watch():
     """Of 2 requests with 3 candidates of at most 5 tokens."""
-    return Watch(Progress(disable=True), 2, 3, 5, STOP)
+    return DecodingProgress(Progress(disable=True), 2, 3, 5, STOP)
 
 
 def shown(watch):
@@ -67,3 +73,55 @@ def test_warm_up_is_shown(capsys):
     assert warm_up(Engine()) == 1.5
     shown = capsys.readouterr().err
     assert "capturing the decode step" in shown and "3/3" in shown
+
+
+def test_behind_the_last_token_candidates_are_ranked(watch):
+    assert shown(watch).description == "decoding"
+    for request in "ab":
+        for candidate in range(3):
+            watch(request, candidate, STOP)
+    assert shown(watch).description == "ranking"
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """A terminal in the place of stderr, as a text of all that was written to it."""
+    written = io.StringIO()
+    console = Console(file=written, force_terminal=True, width=100, highlight=False)
+    monkeypatch.setattr(report, "notes_console", console)
+    return written
+
+
+def test_a_long_wait_is_shown_and_a_short_one_is_not(terminal, monkeypatch):
+    with report.waiting("loading a checkpoint"):
+        pass
+    assert "loading" not in terminal.getvalue() and "\n" not in terminal.getvalue()
+    monkeypatch.setattr(report, "PATIENCE", 0.05)
+    with report.waiting("loading a checkpoint"):
+        time.sleep(0.5)
+    assert re.search(r"loading a checkpoint.*0:00:0\d", terminal.getvalue())
+    with pytest.raises(ValueError), report.waiting("loading another"):
+        raise ValueError
+
+
+def test_without_a_terminal_a_wait_shows_nothing(monkeypatch):
+    written = io.StringIO()
+    monkeypatch.setattr(report, "notes_console", Console(file=written, highlight=False))
+    monkeypatch.setattr(report, "PATIENCE", 0.0)
+    with report.waiting("loading a checkpoint"):
+        time.sleep(0.1)
+    assert written.getvalue() == ""
+
+
+def test_the_build_of_the_library_tells_its_rate_and_the_time_that_is_left(monkeypatch):
+    written = io.StringIO()
+    written.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", written)
+    seconds = iter([0.0, 0.0, 8.0, 20.0])
+    monkeypatch.setattr(native.time, "monotonic", lambda: next(seconds))
+    show = native._progress("building")
+    for done in (0, 2, 8):
+        show(done, 8)
+    lines = [line.split("\x1b")[0] for line in written.getvalue().split("\r")[1:]]
+    assert lines == ["building: 0/8", "building: 2/8, 0.2 a second, left: 0:00:24", "building: 8/8"]
+    assert written.getvalue().endswith("\n")

@@ -9,9 +9,15 @@ import pytest
 from clvp_fast import CandidateEngine, SamplingParams
 from clvp_fast.batch import Settings, job
 from clvp_fast.batch.rows import Row
+from clvp_fast.batch.worker import Worker
 from clvp_fast.cli.inputs import sampling_of
 from clvp_fast.cli.parser import build_parser
+from clvp_fast.distributed import CandidateActor
+from clvp_fast.engine.defaults import TEXT_CLEANINGS
+from clvp_fast.engine.memory import plan
+from clvp_fast.engine.ranking import Ranker
 from clvp_fast.engine.sampling_params import PRESETS, RANGES, SAMPLING
+from clvp_fast.models.clvp.text_cleaning import TEXT_CLEANERS
 from tests.batch.jobs import NoModel, assert_whole, records, results, write_jsonl
 
 COMMANDS = {"generate": ("generate", "Hello.", "--voice", "a.wav"), "batch": ("batch", "a.csv", "--out", "out")}
@@ -54,8 +60,37 @@ def test_all_doors_have_the_same_defaults(greedy):
     assert of_engine is None and CandidateEngine._call(None, [], of_engine).sampling == SamplingParams()
 
 
+def test_all_doors_have_the_same_settings_of_the_engine():
+    """Beside sampling: memory, scoring, dtype and the cleaning of texts."""
+    parameters = [
+        inspect.signature(function).parameters
+        for function in (
+            CandidateEngine,
+            CandidateEngine.from_pretrained,
+            CandidateActor,
+            Worker,
+            job.run,
+            plan,
+            Ranker,
+        )
+    ]
+    expected = dict(memory_fraction=0.9, page_size=16, scoring="padded", text_cleaning="tortoise", mode="padded")
+    for name, default in expected.items():
+        defaults = [each[name].default for each in parameters if name in each]
+        assert defaults and set(defaults) == {default}, name
+    for command in COMMANDS:
+        given = build_parser().parse_args([*COMMANDS[command]])
+        assert (given.memory_fraction, given.scoring, given.dtype, given.text_cleaning) == (
+            *(expected[name] for name in ("memory_fraction", "scoring")),
+            Settings().dtype,
+            expected["text_cleaning"],
+        )
+    assert (Settings().scoring, Settings().text_cleaning) == (expected["scoring"], expected["text_cleaning"])
+    assert set(TEXT_CLEANINGS) == set(TEXT_CLEANERS)
+
+
 def test_all_doors_have_the_same_names():
-    assert set(SAMPLING) == set(inspect.signature(SamplingParams).parameters) - {"stop_token"}
+    assert set(SAMPLING) == set(inspect.signature(SamplingParams).parameters) - {"stop_token", "penalize_prompt"}
     assert set(SAMPLING) - {"do_sample"} == set(RANGES) - {"stop_token"}
     assert set(SAMPLING) <= set(Settings().as_dict())
 

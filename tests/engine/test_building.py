@@ -18,7 +18,7 @@ def checkpoint():
 
 def sizes(engine):
     runner = engine._work.loop.runner
-    found = (engine.memory.max_batch, engine.max_new_tokens, engine.scorer.mode, engine._work.loop.latents)
+    found = (engine.memory.max_batch, engine.max_new_tokens, engine.scorer.mode, engine._work.latents is not None)
     return *found, runner.decoder.weight_dtype, runner.pages.data.dtype, runner.deterministic
 
 

@@ -162,9 +162,9 @@ def test_parameters_are_shared():
     layer = decoder.weights.layers[1]
     read = [layer.projections[0].weight, layer.out.weight, layer.mlp_in.weight, layer.post_norm.bias]
     assert all(tensor.untyped_storage().data_ptr() in of_model for tensor in read)
-    settled = decoder.weights.addresses()
+    settled = decoder.weights.sources()
     greedy(model, prompts(tiny()), [0])
-    assert decoder.weights.addresses() == settled and not decoder.has_moved
+    assert decoder.weights.sources() == settled and not decoder.has_moved
 
 
 def test_kernels_in_the_interpreter():

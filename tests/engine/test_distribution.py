@@ -22,7 +22,7 @@ from tests.kit.processors import processors
 from tests.models.clvp.builders import clips, composite_config, texts
 
 VOCAB, START, STOP, STEPS, CANDIDATES = 8, 6, 7, 6, 5000
-NEUTRAL = dict(temperature=1.0, top_p=1.0, repetition_penalty=1.0)
+NEUTRAL = dict(temperature=1.0, top_p=1.0, repetition_penalty=1.0, penalize_prompt=False)
 SETTINGS = {
     "plain": {},
     "temperature": dict(temperature=0.7),
@@ -32,6 +32,7 @@ SETTINGS = {
     "min-p": dict(min_p=0.2),
     "penalty": dict(repetition_penalty=1.8),
     "tortoise": dict(temperature=0.8, top_p=0.8, repetition_penalty=2.0),
+    "prompt of 1s": dict(repetition_penalty=2.0, penalize_prompt=True),
     "all": dict(temperature=1.4, top_k=6, top_p=0.95, min_p=0.03, typical_p=0.85, repetition_penalty=1.3),
     "greedy": dict(do_sample=False, repetition_penalty=1.3),
 }
@@ -44,6 +45,7 @@ MISTAKES = {
     "typical": [dict(typical_p=0.7), dict(typical_p=0.5)],
     "min-p": [dict(min_p=0.24), dict(min_p=0.16)],
     "penalty": [dict(repetition_penalty=1.95), dict(repetition_penalty=1 / 1.8)],
+    "prompt of 1s": [dict(repetition_penalty=2.0)],
     "tortoise": [
         dict(temperature=0.86, top_p=0.8, repetition_penalty=2.0),
         dict(temperature=0.8, top_p=0.86, repetition_penalty=2.0),
@@ -107,8 +109,10 @@ class Continuations:
         return int((self.prefixes[len(tokens)] == torch.tensor(tokens)).all(1).nonzero())
 
     def processed(self, length, settings):
-        """transformers' scores `[count, VOCAB]` behind the continuations of a length."""
+        """transformers' scores `[count, VOCAB]` behind the continuations of a length, and of the original's prompt."""
         ids = F.pad(self.prefixes[length], (1, 0), value=START)
+        if settings.get("penalize_prompt"):
+            ids = F.pad(ids, (3, 0), value=1)
         return processors(settings)(ids, self.logits[length].clone())
 
     def joint(self, settings):
@@ -209,7 +213,7 @@ def drawn(models, prompt_inputs):
 SAMPLED = [name for name, settings in SETTINGS.items() if settings.get("do_sample", True)]
 
 
-@pytest.mark.parametrize("name", SAMPLED)
+@pytest.mark.parametrize("name", [name for name in SAMPLED if "penalize_prompt" not in SETTINGS[name]])
 def test_the_table_is_that_of_generation(models, prompt, continuations, name):
     """Logits and scores of every step of transformers' own sampling are those of the table."""
     settings = dict(top_k=0) | SETTINGS[name]

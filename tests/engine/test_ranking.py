@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from clvp_fast.engine.ranking import Ranker, Ranking, diffusion_latents
+from clvp_fast.engine.ranking import Ranker, Ranking
 from tests.models.clvp.builders import SHAPES, START, STOP, assert_same, clips, codes, pair, texts
 
 LENGTHS = [5, 1, 0, 33, 2, 17, 1]
@@ -218,46 +218,6 @@ def test_bad_settings():
         Ranker(model, mode="both")
     with pytest.raises(ValueError, match="training mode"):
         Ranker(model.train()).rank([1], [[1]])
-
-
-@pytest.mark.parametrize("shape", ["heads64", "heads80"])
-@torch.no_grad()
-def test_latents_are_those_of_the_originals_second_pass(shape):
-    """Its pass, written down here: prompt, start, codes after fix-up, stop; states behind both norms; two stripped."""
-    model = model_of(shape, stop_bias=-3.0)
-    model.speech_decoder_model.config.contiguous_positions = True
-    decoder, length = model.speech_decoder_model, 14
-    output, _ = generated(model, length, 1, output_hidden_states=True)
-    steps = [decoder.final_norm(states[-1][:, -1]) for states in output.decoder_hidden_states]
-    hidden = torch.cat(steps)
-    assert hidden.shape[0] == length and (output.sequences != STOP).all()
-
-    padded = F.pad(output.sequences, (0, 9), value=STOP)
-    spoken = F.pad(F.pad(model.fix_speech_decoder_output(padded), (1, 0), value=START), (0, 1), value=STOP)
-    embeds = decoder.model.decoder.input_embeds_layer(spoken)
-    embeds = embeds + decoder.model.decoder.position_embeds_layer(torch.arange(spoken.shape[1]))
-    prompt, _ = model.conditioning_encoder.prompt(clips(1), texts(1))
-    states = decoder.model.decoder(
-        inputs_embeds=torch.cat([prompt, embeds], 1), embeds_have_positions=True
-    ).last_hidden_state
-    second_pass = decoder.final_norm(states)[:, prompt.shape[1] :][:, :-2]
-
-    for kept in (length, 1, 0):
-        latents = diffusion_latents(hidden, kept)
-        assert latents.shape == (1, kept, hidden.shape[1])
-        if kept:
-            assert_same(latents, second_pass[:, :kept])
-    latents = diffusion_latents(hidden, length)
-    hidden.zero_()
-    assert latents.abs().max() > 0.1  # its own copy
-    assert diffusion_latents(hidden.bfloat16(), 3).dtype == torch.float32
-
-
-def test_bad_latents():
-    with pytest.raises(ValueError, match="from 0 to the 4 steps"):
-        diffusion_latents(torch.zeros(4, 8), 5)
-    with pytest.raises(ValueError, match=r"\[steps, hidden_size\] of one candidate, got \[1, 4, 8\]"):
-        diffusion_latents(torch.zeros(1, 4, 8), 2)
 
 
 @pytest.mark.gpu

@@ -140,7 +140,9 @@ def test_greedy_equals_generation_mixin(penalty, contiguous):
     with torch.no_grad():
         decoder.lm_head.bias[START] = 2.0  # so that the penalty on the start token shows
     prompt_list = prompts(model, (4, 23, 9, 40, 15))
-    params = SamplingParams(do_sample=False, repetition_penalty=penalty, max_new_tokens=40, seed=0)
+    params = SamplingParams(
+        do_sample=False, repetition_penalty=penalty, max_new_tokens=40, seed=0, penalize_prompt=False
+    )
     driver = Driver(model, prompt_list, [params] * 5)
     driver.admit(1, 0)
     driver.admit(3, 1)
@@ -241,6 +243,7 @@ def test_draws_are_those_of_the_operator():
         loop = Loop(model.speech_decoder_model, [prompt_list[key]], [0] * ROWS, steps=30)
         seen = torch.zeros(ROWS, 10, dtype=torch.int32)
         seen[:, START // 32] = 1 << START % 32
+        seen[:, 0] |= 1 << 1
         lengths, done = torch.zeros(ROWS, dtype=torch.int64), torch.zeros(ROWS, dtype=torch.bool)
         names = ("temperature", "top_k", "top_p", "typical_p", "min_p", "repetition_penalty", "do_sample", "seed")
         settings = {name: getattr(params, name) for name in names} | dict(stop_token=-1, pad_token=-1)
@@ -480,7 +483,7 @@ def test_nothing_is_read_within_a_step():
 def test_kernels_in_the_interpreter():
     model = tiny("heads32", num_hidden_layers=1, activation_function="gelu_new")
     prompt_list = prompts(model, (3, 15))
-    params = SamplingParams(do_sample=False, repetition_penalty=1.5, max_new_tokens=3, seed=0)
+    params = SamplingParams(do_sample=False, repetition_penalty=1.5, max_new_tokens=3, seed=0, penalize_prompt=False)
     expected = [expected_tokens(model, prompt, max_new_tokens=3, repetition_penalty=1.5) for prompt in prompt_list]
     driver = Driver(model, prompt_list, [params, params])
     driver.admit(2, 0)
@@ -681,8 +684,10 @@ def test_state_is_laid_out_as_named():
     assert state["limit"][4] == 30 and state["stop"][4] == STOP and state["token"][[1, 4]].tolist() == [START] * 2
     assert state["do_sample"].tolist() == [slot in (1, 4) for slot in range(16)]
     assert state["seq_lens"].tolist() == [-1, 0, -1, -1, 0] + [-1] * 11
-    assert np.bitwise_count(state["seen"].view(np.uint32)).sum(1).tolist() == [0, 1, 0, 0, 1] + [0] * 11
+    # The start token, and code 1 as in the original's prompt.
+    assert np.bitwise_count(state["seen"].view(np.uint32)).sum(1).tolist() == [0, 2, 0, 0, 2] + [0] * 11
     assert state["seen"].view(np.uint32)[4, START // 32] == 1 << START % 32
+    assert state["seen"].view(np.uint32)[4, 0] == 1 << 1
 
 
 def test_steps_that_were_bound_before_a_move_end_with_it():

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from benchmarks.host_step import Requests, calls_of_a_step, demo_runner
+from benchmarks.precision import round_to_int8
 from clvp_fast import ops
 from clvp_fast.engine import runner as runner_module
 from clvp_fast.engine.decoder import PagedDecoder
@@ -215,16 +216,34 @@ def test_weights_are_taken_or_the_reason_is_told():
     assert "a layer norm has no weight" in told(lambda other: other.final_norm.register_parameter("weight", None))
 
 
-def test_an_activation_that_operators_do_not_know():
-    """Its layer's own feed-forward module is called, then."""
+@pytest.mark.parametrize("options", [{}, {"weight_dtype": torch.int8}], ids=["own weights", "int8"])
+def test_an_activation_that_operators_do_not_know(options):
+    """It is called between the two products, which are bound as ever."""
     model = tiny(activation_function="laplace")
     assert DecoderWeights.take(model.speech_decoder_model).layers[0].activation is None
     prompt_list = prompts(model)
-    driver = Driver(model, prompt_list, [GREEDY] * 3)
+    driver = Driver(model, prompt_list, [GREEDY] * 3, **options)
     for slot in range(3):
         driver.admit(slot, slot)
+    driver.step()
+    assert decisions(driver.step) == []
     found = driver.run()
+    if options:
+        round_to_int8(model.speech_decoder_model)
     assert [found[key, 0] for key in range(3)] == [expected_tokens(model, prompt) for prompt in prompt_list]
+
+
+def test_a_norm_with_another_eps_is_followed():
+    model = tiny()
+    (prompt,) = prompts(model)[:1]
+    driver = Driver(model, [prompt] * 2, [GREEDY] * 2)
+    driver.admit(0, 0)
+    driver.run()
+    for module in model.speech_decoder_model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.eps = 0.5
+    driver.admit(0, 1)
+    assert driver.run()[1, 0] == expected_tokens(model, prompt) != expected_tokens(tiny(), prompt)
 
 
 def test_projections_that_cannot_lie_in_a_row():

@@ -1,16 +1,21 @@
 """Voices from files: which files they are, and what is used of them; and what is told of a text's characters."""
 
+import random
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from clvp_fast import ClvpFeatureExtractor, ClvpTokenizer
-from clvp_fast.checkpoint import resolve_checkpoint
-from clvp_fast.engine.voice_files import load_voice
+from clvp_fast.checkpoint import load_checkpoint, resolve_checkpoint
+from clvp_fast.engine.voice_files import latent_voice, load_voice
+from clvp_fast.engine.voices import VoiceCache
 from clvp_fast.models.clvp.text_remarks import text_remarks
 
 soundfile = pytest.importorskip("soundfile")  # which a GPU machine may lack
+
+SIZES = 200_000, 100_000, 132_301  # samples; 132300 are 6 s
 
 
 @pytest.fixture
@@ -49,6 +54,91 @@ def test_remarks_on_a_text():
         "characters of other scripts were written in Latin letters: 東 京",
     )
     assert text_remarks(tokenizer, "He has ٣ of them.")[-1].endswith(": ٣")
+    assert text_remarks(tokenizer, "He said quixotic things.") == ()  # of no closed domain
     many = "東京大阪名古屋札幌福岡仙"
     (remark,) = text_remarks(tokenizer, f"{many} is big.")
     assert remark.endswith(f": {' '.join(many[:10])} and 2 more")
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_pieces_from_random_places_are_those_of_the_original(voices, tmp_path, seed):
+    """`format_conditioning` draws a place for each longer clip, in their order, behind `random.seed`."""
+    clips = [
+        np.random.default_rng(index).normal(size=size).astype(np.float32) * 0.1 for index, size in enumerate(SIZES)
+    ]
+    for index, clip in enumerate(clips):
+        soundfile.write(tmp_path / f"{index}.wav", clip, 22050, subtype="FLOAT")
+    found = load_voice(voices, tmp_path, crop_seed=seed)
+    random.seed(seed)
+    for mel, clip in zip(found.voice, clips, strict=True):
+        gap = len(clip) - 132300
+        start = random.randint(0, gap) if gap > 0 else 0
+        piece = clip[start : start + 132300]
+        expected = voices.feature_extractor(piece, sampling_rate=22050, return_tensors="np")["input_features"][0]
+        np.testing.assert_array_equal(mel, expected)
+    assert found.remarks == ("2 of 3 recordings: 6 s from a random place on are used",)
+    assert not np.array_equal(load_voice(voices, tmp_path, crop_seed=seed + 1).voice[0], found.voice[0])
+    assert not np.array_equal(load_voice(voices, tmp_path).voice[0], found.voice[0])
+
+
+@pytest.fixture(scope="module")
+def cache():
+    checkpoint = load_checkpoint("demo")
+    return VoiceCache(checkpoint.model, checkpoint.feature_extractor)
+
+
+@pytest.mark.parametrize("form", ["pair", "list", "alone", "bare"])
+def test_latents_of_a_file_are_a_voice(cache, tmp_path, form):
+    width = len(cache.fingerprint)
+    auto, diffusion = torch.randn(1, width), torch.randn(1, 2 * width)
+    torch.save(
+        {"pair": (auto, diffusion), "list": [auto[0], diffusion[0]], "alone": auto, "bare": auto[0]}[form],
+        tmp_path / "voice.pth",
+    )
+    for place in (tmp_path / "voice.pth", tmp_path):  # a folder of Tortoise's may hold them alone
+        found = load_voice(cache, place)
+        assert torch.equal(found.voice.vector, auto[0]) and (found.mel, found.recordings) == (None, 0)
+    assert torch.equal(latent_voice(cache, tmp_path / "voice.pth").vector, auto[0])
+
+
+class Evil:
+    def __reduce__(self):
+        return exec, ("raise SystemExit('code of a file has run')",)
+
+
+def test_bad_latents(cache, tmp_path):
+    width = len(cache.fingerprint)
+    one, two = torch.zeros(1, width), torch.zeros(1, 2 * width)
+    for content, message in (
+        ((one, one), rf"the diffusion's latent must be \[1, {2 * width}\]"),
+        ((two, two), rf"conditioning must be floats \[{width}\]|the diffusion's latent"),
+        ((one, two, two), "3 parts came"),
+        ((one, "two"), "2 parts came"),
+        ((one * torch.nan, two), "NaN or infinite"),
+        (one.long(), rf"must be floats \[{width}\], not torch.int64"),
+        ({"auto": one}, "not dict"),
+        (Evil(), "holds no latents of a voice, or more than tensors"),
+        (torch.zeros(300_000), "has 12[0-9]{5} bytes, and a voice's latents at most 1000000: is it a model"),
+    ):
+        torch.save(content, tmp_path / "voice.pth")
+        with pytest.raises(ValueError, match=message):
+            load_voice(cache, tmp_path / "voice.pth")
+    (tmp_path / "voice.pth").write_bytes(b"no zip")
+    with pytest.raises(ValueError, match="holds no latents of a voice"):
+        load_voice(cache, tmp_path / "voice.pth")
+    with pytest.raises(FileNotFoundError, match="there are no latents at"):
+        load_voice(cache, tmp_path / "missing.pth")
+
+
+def test_words_outside_of_a_closed_domain_are_told(tmp_path):
+    folder = resolve_checkpoint("demo")
+    words = ["the", "doctor", "paid", "twenty", "five", "dollars", "didn't"]
+    ClvpTokenizer.from_pretrained(folder, domain_words=words).save_pretrained(tmp_path)
+    tokenizer = ClvpTokenizer.from_pretrained(tmp_path, text_cleaning="tortoise")
+    assert tokenizer.domain_words == sorted(words)
+    assert text_remarks(tokenizer, "The DOCTOR paid $25, didn't the doctor?") == ()
+    assert text_remarks(tokenizer, "The painter paid; the painter ran.") == (
+        "words that the checkpoint was not trained on, and may say wrongly: painter ran",
+    )
+    (remark,) = text_remarks(tokenizer, "a" * 1000)
+    assert len(remark) < 120

@@ -61,8 +61,9 @@ def test_the_document_shows_the_rows():
 
 
 def test_every_family_is_compiled():
-    kernels = {path.stem for path in (Path(__file__).parents[2] / "kernels").glob("*.py")} - {"target"}
-    assert kernels == set(TRITON_FAMILIES)
+    kernels = {path.stem for path in (Path(__file__).parents[2] / "kernels").glob("*.py")}
+    # Those of pages are one family, and two files launch nothing.
+    assert kernels - {"target", "pages"} == {*TRITON_FAMILIES, "paged_prefill"}
 
 
 def _needs_nvcc():

@@ -9,7 +9,7 @@ import torch
 import clvp_fast
 from clvp_fast.kernels import paged_attention as kernels
 from clvp_fast.ops import paged_attention as op, paged_attention_decode, paged_prefill
-from clvp_fast.ops.paged_attention import FLOAT8, decode_reference, prefill_reference
+from clvp_fast.ops.paged_attention import FLOAT8, decode_reference
 from tests.kit import PagePool, assert_within_budget, random
 from tests.kit.backends import TRITON, on
 
@@ -132,10 +132,6 @@ def check_decode(backend, args, **options):
     out = check(backend, decode, decode_reference, args, (3, 4), active, **options)
     assert (out[~active] == 0).all()
     return out
-
-
-def check_prefill(backend, args):
-    return check(backend, prefill, prefill_reference, args, (4, 5))
 
 
 @pytest.mark.parametrize("prefix", [False, True])
@@ -270,46 +266,6 @@ def test_widths_that_it_does_not_serve(backend, dtype, dim):
     assert torch.equal(out, baseline)
 
 
-def causal(q, k, v, bounds):
-    """Each token's attention to itself and what stands before it in its sequence, in the dtype of q."""
-    out = []
-    for start, end in zip(bounds.tolist(), bounds.tolist()[1:], strict=False):
-        out += [attend(q[i], k[start : i + 1], v[start : i + 1]) for i in range(start, end)]
-    return torch.stack(out)
-
-
-@on(*PLAIN, types="dtype")
-def test_prefill_in_torch(backend, dtype):
-    args = plain_ragged(dtype)
-    q, k, v, bounds, k_pages, v_pages, table = args
-    expected_pages = [k_pages.clone(), v_pages.clone()]
-    for row, (start, length) in enumerate(zip(bounds.tolist(), SEQUENCES, strict=False)):
-        for place in range(length):
-            slot = table[row, place // PAGE], place % PAGE
-            expected_pages[0][slot], expected_pages[1][slot] = k[start + place], v[start + place]
-    out = paged_prefill(*args)
-    reference = causal(q.double(), k.double(), v.double(), bounds)
-    assert_within_budget(out, reference, causal(q, k, v, bounds))
-    assert torch.equal(k_pages, expected_pages[0]) and torch.equal(v_pages, expected_pages[1])
-
-
-@on(*TRITON, types="dtype")
-def test_prefill(backend, dtype):
-    check_prefill(backend, ragged(dtype, device=backend.device))
-
-
-@pytest.mark.parametrize("dim, page", [(64, 16), (80, 32), (96, 32), (128, 32)])
-@on(*TRITON, types="dtype")
-def test_prefill_of_several_tiles(backend, dtype, dim, page):
-    check_prefill(backend, ragged(dtype, (63, 64, 130, 0, 0, 65), heads=1, dim=dim, page=page, device=backend.device))
-
-
-@on(*TRITON)
-def test_prefill_of_many_sequences(backend):
-    """More than one round of the search for a program's sequence."""
-    check_prefill(backend, ragged(sequences=[0] * 120 + [2, 0, 1] + [0] * 20 + [3, 0], heads=1, device=backend.device))
-
-
 @on(*PLAIN)
 def test_prefill_then_decode_is_attention_over_all_in_torch(backend):
     """The prompt's pages serve several candidates, which go on in pages of their own."""
@@ -387,22 +343,6 @@ def test_float8_pages_keep_what_the_type_can_hold(backend):
         assert torch.equal(args[place].float() * scale[:, None], wide[place])
 
 
-@on(*PLAIN)
-def test_prefill_into_float8_pages(backend):
-    args, wide = list(plain_ragged(torch.float32)), list(plain_ragged(torch.float32))
-    scales = torch.tensor([0.02, 0.3, 1.0]), torch.tensor([0.5, 0.011, 2.0])
-    expected = paged_prefill(*wide)
-    args[4:6] = (torch.zeros_like(x).to(FLOAT8) for x in args[4:6])
-    out = paged_prefill(*args, k_scale=scales[0], v_scale=scales[1])
-    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)  # the attention takes k and v as they are
-    bounds, table = args[3].tolist(), args[6]
-    for row, (start, length) in enumerate(zip(bounds, SEQUENCES, strict=False)):
-        for place in range(length):
-            for source, target, scale in ((1, 4, scales[0]), (2, 5, scales[1])):
-                stored = args[target][table[row, place // PAGE], place % PAGE]
-                assert torch.equal(stored.float(), (args[source][start + place] / scale[:, None]).to(FLOAT8).float())
-
-
 def float8(args, scales):
     """The same arguments with pages of float8. The interpreter rounds wrongly to that type (a carry into the exponent
     is lost), so there the new keys and values need no rounding."""
@@ -416,20 +356,23 @@ def float8(args, scales):
     return args, pages
 
 
-@pytest.mark.parametrize("call, reference", [(decode, decode_reference), (prefill, prefill_reference)])
-@on(*TRITON, types="dtype")
-def test_float8_pages(backend, dtype, call, reference):
+def check_float8(backend, call, reference, args):
     scales = [torch.tensor(x, device=backend.device) for x in ([0.25, 2.0], [0.5, 0.125])]
     options = dict(zip(("k_scale", "v_scale"), scales, strict=True))
-    args, pages = float8(
-        step(dtype, device=backend.device) if call is decode else ragged(dtype, device=backend.device), scales
-    )
+    args, pages = float8(args, scales)
     exact = [args[i].clone() if i in pages else x for i, x in enumerate(copied(args, wide=True))]
     rows = args[6] >= 0 if call is decode else slice(None)
     torch_args, expected = copied(args), reference(*exact, *scales)
     with clvp_fast.backend("torch"):
         baseline = call(torch_args, **options)
-    assert_within_budget(call(args, **options)[rows], expected[rows], baseline[rows], times=backend.times(dtype))
+    assert_within_budget(
+        call(args, **options)[rows], expected[rows], baseline[rows], times=backend.times(args[0].dtype)
+    )
     for i in pages:
         assert torch.equal(args[i].view(torch.uint8), exact[i].view(torch.uint8))
         assert torch.equal(torch_args[i].view(torch.uint8), exact[i].view(torch.uint8))
+
+
+@on(*TRITON, types="dtype")
+def test_float8_pages(backend, dtype):
+    check_float8(backend, decode, decode_reference, step(dtype, device=backend.device))

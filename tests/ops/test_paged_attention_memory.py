@@ -7,8 +7,8 @@ import torch
 import clvp_fast
 from clvp_fast.kernels import paged_attention as kernels
 from clvp_fast.ops import paged_attention as op
-from clvp_fast.ops.paged_attention import decode_reference, prefill_reference
-from tests.kit import Guarded, assert_within_budget, strided
+from clvp_fast.ops.paged_attention import decode_reference
+from tests.kit import Guarded, strided
 from tests.kit.backends import TRITON, on
 from tests.kit.operators import opcheck
 from tests.ops.test_paged_attention import (
@@ -149,76 +149,6 @@ def test_an_unknown_request_is_none(backend):
 
 
 @on(*TRITON)
-def test_prefill_writes_all_of_the_result_and_its_own_slots_alone(backend):
-    args = ragged(device=backend.device)
-    exact = copied(args, wide=True)
-    expected = prefill_reference(*exact)
-    given = [strided(x) if isinstance(x, torch.Tensor) and i != 1 else x for i, x in enumerate(args)]
-    out = Guarded(*args[0].shape, dtype=torch.float32, device=backend.device)
-    kernels.paged_prefill(*given, None, None, out=out.tensor)
-    out.check()
-    assert torch.equal(given[4].double(), exact[4]) and torch.equal(given[5].double(), exact[5])
-    assert_within_budget(out.tensor, expected, prefill(args))
-
-
-@on(*TRITON)
-def test_a_sequence_has_the_same_bits_alone_and_in_any_company(backend):
-    args = ragged(sequences=[5, 70, 0, 1, 66, *[2] * 12], heads=1, device=backend.device)
-    whole = prefill(copied(args))
-    assert torch.equal(prefill(copied(args)), whole)
-    bounds = args[3].tolist()
-    for row in (1, 4):
-        rows = slice(bounds[row], bounds[row + 1])
-        alone = [
-            *(x[rows] for x in args[:3]),
-            ints([0, rows.stop - rows.start], device=backend.device),
-            *args[4:6],
-            args[6][row : row + 1],
-        ]
-        assert torch.equal(prefill([*alone, args[-1]]), whole[rows])
-
-
-@on(*TRITON)
-def test_prefill_leaves_out_what_does_not_exist(backend):
-    args = ragged(sequences=[20, 40, 7, 20], heads=1, device=backend.device)
-    expected = prefill(copied(args))
-    args[6] = args[6][:, :2].contiguous()  # 32 slots for 40 tokens; what follows is the next row's page
-    args[6][0, 1], args[6][3, 1] = 2**30, -1
-    before, k, table = args[4].clone(), args[1], args[6].long()
-    before[table[0, 0]], before[table[3, 0]] = k[:16], k[67:83]
-    before[table[1, 0]], before[table[1, 1]] = k[20:36], k[36:52]
-    before[table[2, 0], :7] = k[60:67]
-    assert torch.equal(prefill(args), expected)
-    assert torch.equal(args[4], before)
-
-
-@pytest.mark.parametrize(
-    "bounds",
-    [
-        [0, 20, 10, 67, 87, 87],
-        [5, 20, 60, 67, 87, 87],
-        [0, 20, 60, 67, 87, 1000],
-        [-3, 20, 60, 67, 87, 87],
-        [0, 87, 0, 87, 0, 87],
-        [-640, -640, 5, 60, -640, 70],
-    ],
-)
-@pytest.mark.racing
-@on(*TRITON)
-def test_prefill_with_wrong_bounds_writes_no_other_memory(backend, bounds):
-    args = ragged(sequences=[20, 40, 7, 20, 0], heads=1, device=backend.device)
-    args[3] = ints(bounds, device=backend.device)
-    memory = [torch.zeros(700, 1, 32, device=backend.device) for _ in range(2)]
-    results = [x[300:387] for x in memory]
-    results[0].copy_(args[0])
-    args[0] = results[0]
-    kernels.paged_prefill(*args, None, None, out=results[1])
-    for x in memory:
-        assert not x[:300].any() and not x[387:].any()
-    assert torch.isfinite(results[1]).all()
-
-
-@on(*TRITON)
 def test_nobody(backend):
     args = step(lengths=[-1, -1], device=backend.device)
     before = args[3].clone()
@@ -279,11 +209,6 @@ def check_extreme_scores(call, reference, args):
 @on("cpu", *TRITON)
 def test_extreme_scores(backend):
     check_extreme_scores(decode, decode_reference, step(heads=1, device=backend.device))
-
-
-@on(*TRITON)
-def test_extreme_scores_of_prefill(backend):
-    check_extreme_scores(prefill, prefill_reference, ragged(heads=1, device=backend.device))
 
 
 @on("cpu")

@@ -12,7 +12,7 @@ PAGE = ROOT / "docs/ptx.md"
 TARGETS = (80, 90)
 
 #: Files of kernels/ that launch nothing.
-NO_KERNELS = {"target", "overlap"}
+NO_KERNELS = {"target", "overlap", "pages"}
 #: For each other file of kernels/, its tests in tests/ops/.
 SUITES = {
     "embedding": ("embedding",),
@@ -20,6 +20,7 @@ SUITES = {
     "mlp": ("mlp", "mlp_calls", "mlp_int8"),
     "norm": ("norm", "merge_norm"),
     "paged_attention": ("paged_attention", "paged_attention_memory"),
+    "paged_prefill": ("paged_prefill",),
     "rotary_attention": ("rotary_attention", "rotary_attention_calls"),
     "sampling": ("sampling", "sampling_state"),
     "window_attention": ("window_attention", "window_attention_layouts"),

@@ -35,9 +35,11 @@ class ClapDropPath(nn.Module):
 
     @property
     def drops(self) -> bool:
+        """Whether a call drops anything now."""
         return self.training and self.drop_prob > 0
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Drop whole examples of `hidden_states` at random, and scale the others up."""
         if not self.drops:
             return hidden_states
         kept = 1 - self.drop_prob
@@ -46,6 +48,7 @@ class ClapDropPath(nn.Module):
         return hidden_states.div(kept) * torch.floor(draws + kept)
 
     def extra_repr(self) -> str:
+        """Tell the probability, for `repr`."""
         return f"p={self.drop_prob}"
 
 

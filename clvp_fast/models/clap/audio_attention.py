@@ -21,7 +21,7 @@ def cut_windows(image: torch.Tensor, window: int, shift: int) -> torch.Tensor:
 
 
 def join_windows(windows: torch.Tensor, shape: torch.Size, window: int, shift: int) -> torch.Tensor:
-    """What `cut_windows` made of an image of a shape, back in its place."""
+    """Put the windows that `cut_windows` made of an image of a shape back in their places."""
     batch, rows, columns, _ = shape
     cut = windows.reshape(batch, rows // window, columns // window, window, window, -1)
     image = cut.transpose(2, 3).flatten(3, 4).flatten(1, 2)

@@ -176,5 +176,5 @@ class ClapConfig(PreTrainedConfig):
     def from_text_audio_configs(
         cls, text_config: ClapTextConfig, audio_config: ClapAudioConfig, **kwargs
     ) -> "ClapConfig":
-        """The composite of two configurations; `kwargs` are further fields of [`ClapConfig`]."""
+        """Make the composite of two configurations; `kwargs` are further fields of [`ClapConfig`]."""
         return cls(text_config=text_config.to_dict(), audio_config=audio_config.to_dict(), **kwargs)

@@ -104,7 +104,7 @@ class ClapFeatureExtractor(SequenceFeatureExtractor):
         self.mel_filters_slaney = filters(norm="slaney", mel_scale="slaney")
 
     def to_dict(self) -> dict:
-        """The fields of the JSON file, without the mel filters that they define."""
+        """Return the fields of the JSON file, without the mel filters that they define."""
         return {name: value for name, value in super().to_dict().items() if not name.startswith("mel_filters")}
 
     def __call__(
@@ -231,7 +231,7 @@ class ClapFeatureExtractor(SequenceFeatureExtractor):
         return mels.transpose(1, 2)
 
     def _tables(self, truncation: str, device: torch.device) -> dict:
-        """What `log_mel` is given on `device`, kept as long as the filters are the same."""
+        """Return the arguments of `log_mel` on `device`, kept as long as the filters are the same."""
         filters = self.mel_filters if truncation == "fusion" else self.mel_filters_slaney
         kept = _TABLES.setdefault(self, {})
         if (truncation, device) in kept and np.array_equal(kept[truncation, device][0], filters):

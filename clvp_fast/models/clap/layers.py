@@ -1,4 +1,4 @@
-"""What both towers of CLAP are built of, over the operators of `clvp_fast.ops`."""
+"""The layers of which both towers of CLAP are built, over the operators of `clvp_fast.ops`."""
 
 import torch
 from torch import nn

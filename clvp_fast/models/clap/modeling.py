@@ -32,9 +32,11 @@ class ClapTextModel(ClapPreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:
+        """Return the token embedding."""
         return self.embeddings.word_embeddings
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Replace the token embedding by `value`."""
         self.embeddings.word_embeddings = value
 
     @can_return_tuple
@@ -100,7 +102,7 @@ class ClapAudioModel(ClapPreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
-        """The convolution that embeds patches."""
+        """Return the convolution that embeds patches."""
         return self.audio_encoder.patch_embed.proj
 
     def forward(
@@ -150,7 +152,7 @@ class ClapModel(ClapPreTrainedModel):
         self.post_init()
 
     def part(self, part_class: type[ClapPreTrainedModel]) -> ClapPreTrainedModel:
-        """The sub-model of a class: a tower, or a tower with its projection, over the same parameters."""
+        """Return the sub-model of a class: a tower, or a tower with its projection, over the same parameters."""
         for tower in (self.text_model, self.audio_model):
             if isinstance(tower, part_class):
                 return tower
@@ -174,7 +176,7 @@ class ClapModel(ClapPreTrainedModel):
         position_ids: torch.LongTensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPooling:
-        """The text tower's output, whose `pooler_output` is the normalised embedding `[batch, projection_dim]`."""
+        """Return the text tower's output; its `pooler_output` is the normalised embedding `[batch, projection_dim]`."""
         outputs = self._text(input_ids, attention_mask, position_ids, **kwargs)
         outputs.pooler_output = F.normalize(self.text_projection(outputs.pooler_output), dim=-1)
         return outputs
@@ -187,7 +189,7 @@ class ClapModel(ClapPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPooling:
-        """The audio tower's output, whose `pooler_output` is the normalised embedding `[batch, projection_dim]`.
+        """Return the audio tower's output; its `pooler_output` is the normalised embedding `[batch, projection_dim]`.
 
         `attention_mask` changes nothing: the extractor's features are of one length.
         """
@@ -269,9 +271,11 @@ class ClapTextModelWithProjection(ClapPreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:
+        """Return the token embedding."""
         return self.text_model.embeddings.word_embeddings
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Replace the token embedding by `value`."""
         self.text_model.embeddings.word_embeddings = value
 
     @can_return_tuple
@@ -310,7 +314,7 @@ class ClapAudioModelWithProjection(ClapPreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
-        """The convolution that embeds patches."""
+        """Return the convolution that embeds patches."""
         return self.audio_model.get_input_embeddings()
 
     @can_return_tuple

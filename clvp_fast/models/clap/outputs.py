@@ -1,4 +1,4 @@
-"""What the CLAP classes return. Fields that were not asked for are `None` and left out of the tuple form."""
+"""The outputs of the CLAP classes. Fields that were not asked for are `None` and left out of the tuple form."""
 
 from dataclasses import dataclass
 
@@ -62,5 +62,5 @@ class ClapOutput(ModelOutput):
     audio_model_output: BaseModelOutputWithPooling | None = None
 
     def to_tuple(self) -> tuple:
-        """The fields that are there, the towers' outputs as tuples too."""
+        """Return the fields that are there, the towers' outputs as tuples too."""
         return tuple(part.to_tuple() if isinstance(part, ModelOutput) else part for part in self.values())

@@ -88,7 +88,7 @@ def _is_path(value) -> bool:
 
 
 def _sort_options(options: dict, has_text: bool) -> tuple[dict, dict]:
-    """The options of the tokenizer and those of the feature extractor."""
+    """Return the options of the tokenizer and those of the feature extractor."""
     options = dict(options)
     common = {**options.pop("common_kwargs", {})}
     if "return_tensors" in options:

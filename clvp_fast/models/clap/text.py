@@ -61,7 +61,7 @@ class ClapTextEmbeddings(nn.Module):
         return self.dropout(add_norm(self.LayerNorm, embedded)[1])
 
     def positions(self, inputs: torch.Tensor) -> torch.Tensor:
-        """The positions of ids `[batch, length]`, among which padding has none, or of embeddings, all places in turn.
+        """Return the positions of ids `[batch, length]`, where padding has none, or of embeddings, all places in turn.
 
         Raises `ValueError` for a text with more tokens than there are positions, and without a `pad_token_id`.
         """
@@ -135,7 +135,7 @@ class _Output(nn.Module):
         return self.add(apply_linear(self.dense, hidden_states), input_tensor)
 
     def add(self, hidden_states: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """The same of what the linear layer gave already."""
+        """Do the same with the result of the linear layer."""
         return add_norm(self.LayerNorm, self.dropout(hidden_states), residual)[1]
 
 
@@ -227,4 +227,5 @@ class ClapTextPooler(nn.Module):
         self.activation = nn.Tanh()
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Pool `[batch, length, hidden_size]` to `[batch, hidden_size]` by the first place."""
         return self.activation(apply_linear(self.dense, hidden_states[:, 0]))

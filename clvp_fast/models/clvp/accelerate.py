@@ -15,7 +15,7 @@ _CLASSES = ("ClvpModelForConditionalGeneration", "ClvpForCausalLM", "ClvpModel",
 
 
 def accelerate(model: nn.Module) -> ClvpPreTrainedModel:
-    """The model of clvp_fast that has the very parameters of a live model of transformers.
+    """Make the model of clvp_fast that has the very parameters of a live model of transformers.
 
     No weight is copied: what trains or loads one changes the other, and dtype and device, trained and frozen
     parameters, training and evaluation mode are those of `model`. Its generation settings are copied; gradient

@@ -8,8 +8,8 @@ from transformers.cache_utils import DynamicLayer
 class GrowingLayer(DynamicLayer):
     """`DynamicLayer` with room to spare: a step writes its own place, where `DynamicLayer` copies all that came before.
 
-    `keys` and `values`, `[batch, heads, length, head_dim]`, are views of larger buffers. Whatever the base class
-    puts in their place (reordered beams, cropped candidates) is taken over at the next update.
+    `keys` and `values`, `[batch, heads, length, head_dim]`, are views of larger buffers. Tensors that
+    the base class puts in their place (reordered beams, cropped candidates) are taken over at the next update.
     """
 
     growth = 32

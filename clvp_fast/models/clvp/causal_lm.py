@@ -11,7 +11,7 @@ from clvp_fast.models.clvp.cache import GrowingCache
 from clvp_fast.models.clvp.configuration import ClvpDecoderConfig
 from clvp_fast.models.clvp.decoder import ClvpModel
 from clvp_fast.models.clvp.pretrained import ClvpPreTrainedModel
-from clvp_fast.models.clvp.tokens import start_token
+from clvp_fast.models.clvp.tokens import most_codes, start_token
 from clvp_fast.models.common.layers import add_norm
 from clvp_fast.models.common.parameters import apply_linear, arrange_for_decoding
 from clvp_fast.models.transformers_versions import CACHE, CACHE_NAMES, takes_cache
@@ -31,15 +31,19 @@ class ClvpForCausalLM(ClvpPreTrainedModel, GenerationMixin):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:
+        """Return the token embedding."""
         return self.model.decoder.input_embeds_layer
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Replace the token embedding by `value`."""
         self.model.decoder.input_embeds_layer = value
 
     def get_output_embeddings(self) -> nn.Linear:
+        """Return the head."""
         return self.lm_head
 
     def set_output_embeddings(self, value: nn.Linear) -> None:
+        """Replace the head by `value`."""
         self.lm_head = value
 
     @can_return_tuple
@@ -248,7 +252,7 @@ class ClvpForCausalLM(ClvpPreTrainedModel, GenerationMixin):
 
     def _check_length(self, prompt: int, settings, kwargs: dict) -> None:
         """Refuse to generate past the position table, of which the first place is the start token's."""
-        limit = self.config.max_position_embeddings - int(not getattr(self.config, "contiguous_positions", False))
+        limit = most_codes(self.config)
         wanted = kwargs.get("max_new_tokens") or settings.max_new_tokens
         max_length = kwargs.get("max_length") or settings.max_length
         if wanted is None and max_length is not None:

@@ -7,7 +7,7 @@ from torch.utils.checkpoint import checkpoint
 
 from clvp_fast.models.clvp.configuration import ClvpConfig
 from clvp_fast.models.clvp.layers import ClvpSelfAttention
-from clvp_fast.models.clvp.tokens import PaddedText, insert_eos_at_first_pad, most_text, text_end
+from clvp_fast.models.clvp.tokens import PaddedText, insert_eos_at_first_pad, most_text, text_begin, text_end
 from clvp_fast.models.common.convolution import Conv1d
 from clvp_fast.models.common.plain import is_plain
 
@@ -35,7 +35,7 @@ class ClvpConditioningEncoder(nn.Module):
         self.gradient_checkpointing = False
 
     def compute_groupnorm_groups(self, channels: int, groups: int = 32) -> int:
-        """Groups of the norms: 8 up to 16 channels, 16 up to 64, else 32, halved until they divide them."""
+        """Count the groups of the norms: 8 up to 16 channels, 16 up to 64, else 32, halved until they divide them."""
         if channels <= 64:
             groups = 8 if channels <= 16 else 16
         while channels % groups != 0:
@@ -76,7 +76,7 @@ class ClvpConditioningEncoder(nn.Module):
         attention_mask: torch.Tensor | None,
         num_ends: int | None,
     ) -> PaddedText:
-        """The text between its begin token and `num_ends` end tokens, at its own ends, which the mask tells.
+        """Put the text between its begin token and `num_ends` end tokens, at its own ends, which the mask tells.
 
         `None`: one end token, where transformers' rule puts it, which looks for token 0.
         """
@@ -95,7 +95,7 @@ class ClvpConditioningEncoder(nn.Module):
             raise ValueError(
                 f"attention_mask must be {list(tokens.shape[:2])} as the text is, got {list(attention_mask.shape)}"
             )
-        bos, eos = self.text_config.bos_token_id, text_end(self.text_config)
+        bos, eos = text_begin(self.text_config), text_end(self.text_config)
         text = PaddedText(tokens, attention_mask)
         if inputs_embeds is None and not by_mask:
             ids = insert_eos_at_first_pad(F.pad(tokens, (1, 0), value=bos), 0, eos)
@@ -122,7 +122,7 @@ class ClvpConditioningEncoder(nn.Module):
         attention_mask: torch.Tensor | None = None,
         num_ends: int | None = None,
     ) -> torch.Tensor:
-        """The decoder's prompt `[batch, 1 + text, hidden_size]`: one voice vector, then the text's embeddings.
+        """Make the decoder's prompt `[batch, 1 + text, hidden_size]`: one voice vector, then the text's embeddings.
 
         Args:
             input_features: `[clips, feature_size, frames]`.
@@ -144,7 +144,7 @@ class ClvpConditioningEncoder(nn.Module):
         attention_mask: torch.Tensor | None = None,
         num_ends: int = 2,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The prompt as Tortoise generates from it, with the mask `[batch, 1 + text]` that tells padding from text.
+        """Make the prompt from which Tortoise generates, and the mask `[batch, 1 + text]` that tells padding from text.
 
         Against `forward`: the end token stands `num_ends` times, and a padded text is surrounded at its own ends on
             either side of padding.
@@ -169,7 +169,7 @@ class ClvpConditioningEncoder(nn.Module):
         attention_mask: torch.Tensor | None = None,
         num_ends: int = 2,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the text makes of `prompt`: embeddings `[texts, text, hidden_size]` and mask `[texts, text]`."""
+        """Make the text's part of `prompt`: embeddings `[texts, text, hidden_size]` and mask `[texts, text]`."""
         self._check_mask(attention_mask)
         text = self._surround(input_ids, inputs_embeds, attention_mask, num_ends)
         return self._embed_text(text), text.mask
@@ -181,7 +181,7 @@ class ClvpConditioningEncoder(nn.Module):
 
     @staticmethod
     def _prompt_mask(embeds: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """The mask of prompts `embeds` from that of their texts: one place more, of the voice."""
+        """Make the mask of prompts `embeds` from that of their texts: one place more, of the voice."""
         return F.pad(mask, (1, 0), value=1).expand(embeds.shape[0], -1)
 
     def join_prompt(

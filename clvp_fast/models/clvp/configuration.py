@@ -199,6 +199,7 @@ class ClvpConfig(PreTrainedConfig):
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> tuple[dict, dict]:
+        """Read a configuration as transformers does; raise ValueError for that of a scorer."""
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if config_dict.get("model_type") == SCORER_TYPE:
             raise ValueError(
@@ -215,7 +216,7 @@ class ClvpConfig(PreTrainedConfig):
         decoder_config: ClvpDecoderConfig,
         **kwargs,
     ) -> "ClvpConfig":
-        """The composite of three configurations; `kwargs` are further fields of [`ClvpConfig`]."""
+        """Make the composite of three configurations; `kwargs` are further fields of [`ClvpConfig`]."""
         return cls(
             text_config=text_config.to_dict(),
             speech_config=speech_config.to_dict(),

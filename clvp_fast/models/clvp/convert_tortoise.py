@@ -32,7 +32,7 @@ def convert_tortoise_checkpoint(
     *,
     dtype: torch.dtype | None = None,
 ) -> ClvpModelForConditionalGeneration:
-    """The CLVP model of two original Tortoise checkpoints, on the CPU and in eval mode.
+    """Make the CLVP model of two original Tortoise checkpoints, on the CPU and in eval mode.
 
     Args:
         autoregressive: `autoregressive.pth` (or a `.safetensors` file of the same keys), or its state dict.
@@ -46,8 +46,8 @@ def convert_tortoise_checkpoint(
     """
     decoder_side = Original("the autoregressive checkpoint", autoregressive)
     encoder_side = Original("the CLVP checkpoint", clvp)
-    config = ClvpConfig(**_decoder_config(decoder_side), **encoder_configs(encoder_side))
-    _check_pair(config, decoder_side, encoder_side)
+    config = ClvpConfig(**decoder_configs(decoder_side), **encoder_configs(encoder_side))
+    check_pair(config, decoder_side, encoder_side)
 
     weights = decoder_side.convert(decoder_rules(config), dtype)
     weights |= encoder_side.convert(encoder_rules(config), dtype)
@@ -122,6 +122,7 @@ class Original:
         self.tensors = dict(given)
 
     def shape(self, key: str, axes: int) -> tuple[int, ...]:
+        """Return the shape of a tensor; raise ValueError without the tensor or with other than `axes` axes."""
         if key not in self.tensors:
             raise ValueError(self._lacks([key]))
         shape = tuple(self.tensors[key].shape)
@@ -130,11 +131,12 @@ class Original:
         return shape
 
     def count(self, prefix: str) -> int:
-        """How many numbers follow `prefix` in the keys; at least one, so that tensors are missed if there is none."""
+        """Count the numbers behind `prefix` in the keys; at least one, so that tensors are missed if there is none."""
         pattern = re.compile(re.escape(prefix) + r"(\d+)\.")
         return max(1, len({found[1] for found in map(pattern.match, self.tensors) if found}))
 
     def heads(self, key: str, hidden_size: int) -> int:
+        """Return the number of heads of a width; raise ValueError for one that is no multiple of a head."""
         if hidden_size == 0 or hidden_size % HEAD_DIM:
             raise ValueError(
                 f"{self.name}: {key} is {hidden_size} wide, but Tortoise's width is a multiple of its head size "
@@ -142,8 +144,8 @@ class Original:
             )
         return hidden_size // HEAD_DIM
 
-    def convert(self, rules: Iterable[Rule], dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
-        rules = list(rules)
+    def check(self, rules: list[Rule]) -> None:
+        """Raise `ValueError` where tensors are missing, too many, or of another shape than `rules` say."""
         missing = [rule.source for rule in rules if rule.source not in self.tensors]
         if missing:
             raise ValueError(self._lacks(missing))
@@ -154,7 +156,6 @@ class Original:
                 f"{self.name} has {_listed(unknown)}, which this kind of Tortoise checkpoint does not have: nothing "
                 "was converted, for it would be lost"
             )
-        weights = {}
         for rule in rules:
             tensor = self.tensors[rule.source]
             if tuple(tensor.shape) != rule.shape or not tensor.is_floating_point():
@@ -162,6 +163,14 @@ class Original:
                     f"{self.name}: {rule.source} must be floating point of shape {list(rule.shape)} to fit the other "
                     f"tensors, but is {str(tensor.dtype).removeprefix('torch.')} of shape {list(tensor.shape)}"
                 )
+
+    def convert(self, rules: Iterable[Rule], dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
+        """Copy the tensors, by CLVP's names; raise as `check`."""
+        rules = list(rules)
+        self.check(rules)
+        weights = {}
+        for rule in rules:
+            tensor = self.tensors[rule.source]
             for target, part in zip(rule.targets, rule.convert(tensor), strict=True):
                 keep = dtype or tensor.dtype
                 if target.endswith("inv_freq"):
@@ -177,7 +186,8 @@ def _listed(keys: list[str]) -> str:
     return keys[0] if len(keys) == 1 else f"{keys[0]} and {len(keys) - 1} more"
 
 
-def _decoder_config(original: Original) -> dict:
+def decoder_configs(original: Original) -> dict:
+    """Read the configuration off `autoregressive.pth`: `decoder_config`."""
     vocab_size, hidden_size = original.shape("mel_embedding.weight", 2)
     inner = original.shape("gpt.h.0.mlp.c_fc.weight", 2)[1]
     decoder = dict(
@@ -198,7 +208,7 @@ def _decoder_config(original: Original) -> dict:
 
 
 def encoder_configs(original: Original) -> dict:
-    """What `clvp2.pth` tells of the configuration: `text_config`, `speech_config` and `projection_dim`."""
+    """Read the configuration off `clvp2.pth`: `text_config`, `speech_config` and `projection_dim`."""
     projection_dim = original.shape("to_text_latent.weight", 2)[0]
     configs: dict[str, Any] = dict(projection_dim=projection_dim)
     for side in ("text", "speech"):
@@ -218,7 +228,8 @@ def encoder_configs(original: Original) -> dict:
     return configs
 
 
-def _check_pair(config: ClvpConfig, decoder_side: Original, encoder_side: Original) -> None:
+def check_pair(config: ClvpConfig, decoder_side: Original, encoder_side: Original) -> None:
+    """Raise `ValueError` where the two files are of other vocabularies."""
     texts = decoder_side.shape("text_embedding.weight", 2)[0]
     codes = config.decoder_config.vocab_size - 2
     for ours, theirs, key, other in (
@@ -233,7 +244,7 @@ def _check_pair(config: ClvpConfig, decoder_side: Original, encoder_side: Origin
 
 
 def _read_file(path: Path):
-    """What a `.safetensors` or a torch file holds; of the latter tensors and plain containers alone, never code."""
+    """Load a `.safetensors` or a torch file; of the latter tensors and plain containers alone, never code."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
     try:

@@ -76,9 +76,11 @@ class ClvpDecoder(ClvpPreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:
+        """Return the token embedding."""
         return self.input_embeds_layer
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Replace the token embedding by `value`."""
         self.input_embeds_layer = value
 
     @can_return_tuple
@@ -182,9 +184,11 @@ class ClvpModel(ClvpPreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:
+        """Return the token embedding."""
         return self.decoder.input_embeds_layer
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Replace the token embedding by `value`."""
         self.decoder.input_embeds_layer = value
 
     @can_return_tuple

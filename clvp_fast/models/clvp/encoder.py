@@ -110,9 +110,11 @@ class ClvpEncoder(ClvpPreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:
+        """Return the token embedding."""
         return self.token_embedding
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Replace the token embedding by `value`."""
         self.token_embedding = value
 
     @can_return_tuple

@@ -178,7 +178,7 @@ class ClvpFeatureExtractor(SequenceFeatureExtractor):
         return features
 
     def _parameters(self, device: torch.device) -> dict:
-        """What `log_mel` is given on `device`, kept as long as the attributes that it is made of are the same."""
+        """Return the arguments of `log_mel` on `device`, kept as long as the attributes behind them are the same."""
         norms = None if self.mel_norms is None else np.array(self.mel_norms, dtype=np.float64)
         made_of: tuple = self.n_fft, np.array(self.mel_filters), norms
         kept = _PARAMETERS.setdefault(self, {})

@@ -65,7 +65,7 @@ class ClvpModelForConditionalGeneration(ClvpPreTrainedModel, GenerationMixin):
         )
 
     def part(self, part_class: type[ClvpPreTrainedModel], config_type: str = "text_config") -> ClvpPreTrainedModel:
-        """The sub-model of a class; for [`ClvpEncoder`], the side that `config_type` names."""
+        """Return the sub-model of a class; for [`ClvpEncoder`], the side that `config_type` names."""
         decoder = self.speech_decoder_model
         for candidate in (
             self.speech_encoder_model if config_type == "speech_config" else self.text_encoder_model,
@@ -78,10 +78,11 @@ class ClvpModelForConditionalGeneration(ClvpPreTrainedModel, GenerationMixin):
         raise TypeError(f"a composite CLVP checkpoint holds no {part_class.__name__}")
 
     def get_input_embeddings(self) -> nn.Embedding:
-        """The text encoder's token embedding."""
+        """Return the text encoder's token embedding."""
         return self.text_encoder_model.token_embedding
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Replace the token embedding by `value`."""
         self.text_encoder_model.token_embedding = value
 
     def fix_speech_decoder_output(self, speech_ids: torch.Tensor) -> torch.Tensor:
@@ -211,7 +212,7 @@ class ClvpModelForConditionalGeneration(ClvpPreTrainedModel, GenerationMixin):
         )
 
     def _generation_config(self, given: GenerationConfig | None, **kwargs) -> tuple[GenerationConfig, dict]:
-        """The settings of a generation, with the decoder's start and stop tokens, and those `kwargs` that are no
+        """Return the settings of a generation, with the decoder's start and stop tokens, and those `kwargs` that are no
         settings.
 
         Checkpoints saved from a configuration alone carry the text encoder's tokens there, which mean other things
@@ -323,6 +324,6 @@ class ClvpModelForConditionalGeneration(ClvpPreTrainedModel, GenerationMixin):
 
 
 def _embeds(output: ClvpEncoderOutput) -> torch.Tensor:
-    """The embeddings that an encoder with a projection gives, as both of the composite have it."""
+    """Return the embeddings that an encoder with a projection gives, as both of the composite have it."""
     assert output.embeds is not None
     return output.embeds

@@ -1,4 +1,4 @@
-"""What the CLVP classes return. Fields that were not asked for are `None` and left out of the tuple form."""
+"""The outputs of the CLVP classes. Fields that were not asked for are `None` and left out of the tuple form."""
 
 from dataclasses import dataclass
 

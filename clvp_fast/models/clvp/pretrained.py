@@ -23,6 +23,7 @@ class ClvpPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = [CACHE]  # noqa: RUF012
 
     def post_init(self) -> None:
+        """Initialise as transformers does, then arrange the parameters for the operators."""
         super().post_init()
         #: The class of each module as it was made, by which replaced ones are told.
         self.kinds = kinds_of(self)
@@ -73,5 +74,5 @@ class ClvpPreTrainedModel(PreTrainedModel):
         return (part, info) if output_loading_info else part
 
     def option(self, name: str, given: bool | None) -> bool:
-        """A per-call option, or what the configuration says where the call says nothing."""
+        """Return an option of the call, or the configuration's where the call says nothing."""
         return bool(getattr(self.config, name, False) if given is None else given)

@@ -93,7 +93,7 @@ def _parameters(cls) -> set[str]:
 
 
 def _is_text(value) -> bool:
-    """True for a string and for (lists of) lists of strings."""
+    """Tell whether `value` is a string, or (lists of) lists of strings."""
     return isinstance(value, str) or (isinstance(value, (list, tuple)) and len(value) > 0 and all(map(_is_text, value)))
 
 
@@ -117,7 +117,7 @@ def _sort_inputs(inputs, text, audio, raw_speech):
 
 
 def _sort_options(options: dict, has_text: bool) -> tuple[dict, dict]:
-    """The options of the tokenizer and those of the feature extractor."""
+    """Return the options of the tokenizer and those of the feature extractor."""
     options = dict(options)
     common = {**options.pop("common_kwargs", {})}
     if "return_tensors" in options:

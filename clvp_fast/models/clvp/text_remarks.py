@@ -1,17 +1,18 @@
-"""What becomes of a text's characters before they are tokens, for who asks to be told."""
+"""Remarks on the changes to a text's characters before they become tokens."""
 
+import re
 import unicodedata
 from functools import lru_cache
 from typing import cast
 
 from clvp_fast.models.clvp.tokenization import ClvpTokenizer
 
-# Characters that a sentence names.
-_SHOWN = 10
+# Characters or words that a sentence names, and how much of a word.
+_SHOWN, _LONGEST = 10, 30
 
 
 def text_remarks(tokenizer: ClvpTokenizer, text: str) -> tuple[str, ...]:
-    """Sentences on the characters of `text` that are left out, and on those that are written in Latin letters."""
+    """Sentences on what is left out of `text`, written in Latin letters, or not of the words that were trained."""
     lost, romanised = [], []
     for char in dict.fromkeys(text):
         if _is_lost(char, text, tokenizer):
@@ -21,8 +22,18 @@ def text_remarks(tokenizer: ClvpTokenizer, text: str) -> tuple[str, ...]:
     said = (
         ("characters that the checkpoint does not know were left out", lost),
         ("characters of other scripts were written in Latin letters", romanised),
+        ("words that the checkpoint was not trained on, and may say wrongly", _strange_words(tokenizer, text)),
     )
     return tuple(f"{what}: {_shown(chars)}" for what, chars in said if chars)
+
+
+def _strange_words(tokenizer: ClvpTokenizer, text: str) -> list[str]:
+    """The words of `text`, as it is cleaned, outside of those that the checkpoint names as its own, if it names any."""
+    if tokenizer.domain_words is None:
+        return []
+    words = re.findall(r"[^\W\d_]+(?:'[^\W\d_]+)*", tokenizer.normalizer(text))
+    known = set(tokenizer.domain_words)
+    return [word[:_LONGEST] for word in dict.fromkeys(words) if word not in known]
 
 
 def _is_lost(char: str, text: str, tokenizer: ClvpTokenizer) -> bool:

@@ -49,6 +49,8 @@ class ClvpTokenizer(PreTrainedTokenizer):
         text_cleaning: "transformers" cleans as transformers does; "tortoise" as Tortoise does, which is what the
             checkpoint was trained on. With "tortoise" special tokens written in the text are text ("[STOP]" does not
             stop), as they are there; `split_special_tokens=False` in a call recognises them.
+        domain_words: the words that a checkpoint of a closed domain was trained on, in lower case, saved with it; who
+            speaks a text is told of others. None: of any.
 
     A call with `is_split_into_words=True` puts a space before each word, the first too.
 
@@ -73,6 +75,7 @@ class ClvpTokenizer(PreTrainedTokenizer):
         add_bos_token=False,
         add_eos_token=False,
         text_cleaning="transformers",
+        domain_words=None,
         **kwargs,
     ):
         if text_cleaning not in TEXT_CLEANERS:
@@ -87,6 +90,7 @@ class ClvpTokenizer(PreTrainedTokenizer):
         self.add_bos_token = add_bos_token
         self.add_eos_token = add_eos_token
         self.text_cleaning = text_cleaning
+        self.domain_words = None if domain_words is None else sorted(set(domain_words))
         self.cache = {}
 
         def special(token):
@@ -108,6 +112,7 @@ class ClvpTokenizer(PreTrainedTokenizer):
             add_bos_token=add_bos_token,
             add_eos_token=add_eos_token,
             text_cleaning=text_cleaning,
+            domain_words=self.domain_words,
         )
         if text_cleaning == "tortoise":
             self.split_special_tokens = True
@@ -129,6 +134,7 @@ class ClvpTokenizer(PreTrainedTokenizer):
     # Text to ids
 
     def prepare_for_tokenization(self, text, is_split_into_words=False, **kwargs):
+        """Return the text with a space before it where one is asked for, and the remaining options."""
         add_prefix_space = kwargs.pop("add_prefix_space", self.add_prefix_space)
         if text and (add_prefix_space or is_split_into_words):
             text = " " + text
@@ -171,7 +177,7 @@ class ClvpTokenizer(PreTrainedTokenizer):
         return self.unk_token_id if index is None else index
 
     def build_inputs_with_special_tokens(self, token_ids_0, token_ids_1=None):
-        """The ids of one or two sequences, each between the special tokens that were asked for."""
+        """Build the ids of one or two sequences, each between the special tokens that were asked for."""
         if not (self.add_bos_token or self.add_eos_token):
             return super().build_inputs_with_special_tokens(token_ids_0, token_ids_1)
         before = [self.bos_token_id] if self.add_bos_token else []
@@ -193,7 +199,7 @@ class ClvpTokenizer(PreTrainedTokenizer):
         return self.decoder.get(index)
 
     def convert_tokens_to_string(self, tokens) -> str:
-        """The text that `tokens` spell, special tokens included as they are written."""
+        """Join `tokens` to the text that they spell, special tokens included as they are written."""
         if None in tokens:
             raise ValueError(f"cannot decode an id outside the vocabulary (0 to {len(self) - 1}).")
         data = b"".join(
@@ -237,13 +243,15 @@ class ClvpTokenizer(PreTrainedTokenizer):
         options = {name: True for name in ("add_bos_token", "add_eos_token") if getattr(self, name)}
         if options and push_to_hub:
             raise ValueError("save a tokenizer with add_bos_token or add_eos_token first, then push the directory.")
-        cleaning = self.init_kwargs.pop("text_cleaning")
-        if cleaning != "transformers":  # which transformers does not know
-            self.init_kwargs["text_cleaning"] = cleaning
+        # What transformers does not know is written where it says something.
+        own = {"text_cleaning": "transformers", "domain_words": None}
+        unsaid = {name: value for name, value in own.items() if self.init_kwargs[name] == value}
+        for name in unsaid:
+            del self.init_kwargs[name]
         try:
             files = super().save_pretrained(save_directory, legacy_format, filename_prefix, push_to_hub, **kwargs)
         finally:
-            self.init_kwargs["text_cleaning"] = cleaning
+            self.init_kwargs |= unsaid
         if options:
             # The base class leaves these two out of what it writes.
             (path,) = (name for name in files if str(name).endswith("tokenizer_config.json"))

@@ -1,4 +1,4 @@
-"""What texts and speech codes are to the encoders: their ends, what fills them up, and codes that have no row.
+"""The form of texts and speech codes for the encoders: their ends, their filling, and codes that have no row.
 
 A text is scored with one end token behind it. Candidates are filled up with stop tokens to one length, and `fix_ends`
 makes codes of silence of everything from the first one on.
@@ -18,11 +18,8 @@ def stop_token(config: ClvpDecoderConfig) -> int:
 
     Raises `ValueError` where it has several.
     """
-    stop = config.eos_token_id
-    tokens = stop if isinstance(stop, (list, tuple)) else [stop]
-    if len(tokens) != 1:
-        raise ValueError(f"a candidate ends with one token, and the decoder's eos_token_id names {len(tokens)}")
-    return -2 if tokens[0] is None else tokens[0]
+    stop = only_token(config.eos_token_id, "the decoder's eos_token_id, which ends a candidate,")
+    return -2 if stop is None else stop
 
 
 def start_token(config: ClvpDecoderConfig) -> int:
@@ -34,10 +31,25 @@ def start_token(config: ClvpDecoderConfig) -> int:
 
 def text_end(config: ClvpEncoderConfig) -> int:
     """The one token that ends a text. Raises `ValueError` where the configuration has none or several."""
-    end = config.eos_token_id
-    tokens = end if isinstance(end, (list, tuple)) else [end]
-    if len(tokens) != 1 or tokens[0] is None:
-        raise ValueError(f"a text ends with one token, and the text encoder's eos_token_id is {end}: set it to one")
+    end = only_token(config.eos_token_id, "the text encoder's eos_token_id, which ends a text,")
+    if end is None:
+        raise ValueError("the text encoder's eos_token_id, which ends a text, is None: set it")
+    return end
+
+
+def text_begin(config: ClvpEncoderConfig) -> int:
+    """The token that a prompt's text begins with. Raises `ValueError` where the configuration has none."""
+    if config.bos_token_id is None:
+        raise ValueError("the text encoder's bos_token_id, which a prompt's text begins with, is None: set it")
+    return config.bos_token_id
+
+
+def only_token(tokens: int | Sequence[int] | None, of: str) -> int | None:
+    """The token of an `eos_token_id`; None for None. Raises `ValueError`, which `of` begins, where it has several."""
+    if not isinstance(tokens, (list, tuple)):
+        return tokens  # pyright: ignore[reportReturnType] - no other sequence is an id
+    if len(tokens) != 1:
+        raise ValueError(f"{of} names {len(tokens)} tokens, not one")
     return tokens[0]
 
 

@@ -26,6 +26,7 @@ class CLVPTextConfig(ClvpEncoderConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "CLVPTextConfig":
+        """Read the configuration of this side; raise ValueError for a model that has none."""
         return _load_side(cls, pretrained_model_name_or_path, **kwargs)
 
 
@@ -44,6 +45,7 @@ class CLVPSpeechConfig(ClvpEncoderConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "CLVPSpeechConfig":
+        """Read the configuration of this side; raise ValueError for a model that has none."""
         return _load_side(cls, pretrained_model_name_or_path, **kwargs)
 
 
@@ -108,11 +110,12 @@ class CLVPConfig(PreTrainedConfig):
     def from_text_speech_configs(
         cls, text_config: CLVPTextConfig, speech_config: CLVPSpeechConfig, **kwargs
     ) -> "CLVPConfig":
-        """The configuration of two encoders; `kwargs` are further fields of [`CLVPConfig`]."""
+        """Make the configuration of two encoders; `kwargs` are further fields of [`CLVPConfig`]."""
         return cls(text_config=text_config.to_dict(), speech_config=speech_config.to_dict(), **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "CLVPConfig":
+        """Read the configuration of a scorer or of a full CLVP; raise ValueError for that of another model."""
         config_dict, kwargs = cls.get_config_dict(pretrained_model_name_or_path, **kwargs)
         _check_type(cls, pretrained_model_name_or_path, config_dict, ClvpConfig.model_type, cls.model_type)
         if config_dict["model_type"] == ClvpConfig.model_type:
@@ -141,7 +144,7 @@ def _load_side(cls: type[_Side], name: str | os.PathLike, **kwargs) -> _Side:
 
 
 def _fields(value: dict | PreTrainedConfig | None) -> dict:
-    """The fields that a sub-configuration is made of, all of them where `value` is a configuration of another class."""
+    """Return the fields of a sub-configuration, all of them where `value` is a configuration of another class."""
     fields = value.to_dict() if isinstance(value, PreTrainedConfig) else value or {}
     return {key: field for key, field in fields.items() if key != "model_type"}
 

@@ -14,7 +14,7 @@ from clvp_fast.models.clvp_scorer.modeling import CLVPModel
 def convert_tortoise_scorer(
     clvp: str | Path | Mapping[str, torch.Tensor], *, dtype: torch.dtype | None = None
 ) -> CLVPModel:
-    """The scorer of Tortoise's CLVP checkpoint alone, on the CPU and in eval mode.
+    """Make the scorer of Tortoise's CLVP checkpoint alone, on the CPU and in eval mode.
 
     Args:
         clvp: `clvp2.pth` (or a `.safetensors` file of the same keys), or its state dict.

@@ -116,9 +116,11 @@ class _TextSide(CLVPPreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:
+        """Return the token embedding."""
         return self.text_encoder_model.token_embedding
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Replace the token embedding by `value`."""
         self.text_encoder_model.token_embedding = value
 
 
@@ -201,9 +203,11 @@ class _SpeechSide(CLVPPreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:
+        """Return the token embedding."""
         return self.speech_encoder_model.token_embedding
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Replace the token embedding by `value`."""
         self.speech_encoder_model.token_embedding = value
 
 
@@ -296,10 +300,11 @@ class CLVPModel(CLVPPreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:
-        """The text encoder's token embedding."""
+        """Return the text encoder's token embedding."""
         return self.text_encoder_model.token_embedding
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Replace the token embedding by `value`."""
         self.text_encoder_model.token_embedding = value
 
     def get_text_features(

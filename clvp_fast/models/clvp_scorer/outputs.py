@@ -1,4 +1,4 @@
-"""What the scorer's classes return. Fields that were not asked for are `None` and left out of the tuple form."""
+"""The outputs of the scorer's classes. Fields that were not asked for are `None` and left out of the tuple form."""
 
 from dataclasses import dataclass
 
@@ -61,5 +61,5 @@ class CLVPOutput(ModelOutput):
     speech_model_output: BaseModelOutputWithPooling | None = None
 
     def to_tuple(self) -> tuple:
-        """The fields that are there, the outputs of the two models as tuples too."""
+        """Return the fields that are there, the outputs of the two models as tuples too."""
         return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in self.values())

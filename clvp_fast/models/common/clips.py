@@ -43,7 +43,7 @@ def check_sampling_rate(extractor: str, expected: int, given: int | None) -> Non
 
 
 def clip_name(index: int, count: int) -> str:
-    """What messages call a clip."""
+    """Return the name of a clip in messages."""
     return f"clip {index}" if count > 1 else "the audio"
 
 
@@ -159,7 +159,7 @@ def lengths_of(clips) -> list[int]:
 def lay_out(clips, held: list[int], lengths: list[int], fill: float, left: bool, device: torch.device) -> torch.Tensor:
     """Rows `[clips, max(lengths)]` on `device`: the first `held[i]` samples of clip i, filled up to `lengths[i]`.
 
-    int16 where all clips are and nothing but 0 is filled in, else float32. What lies past `lengths[i]` is `fill` too.
+    int16 where all clips are and nothing but 0 is filled in, else float32. Samples past `lengths[i]` are `fill` too.
     """
     whole, width = isinstance(clips, torch.Tensor), max(lengths)
     integers = all(map(_is_int16, clips[:1] if whole else clips)) and (fill == 0 or held == lengths)

@@ -1,4 +1,4 @@
-"""What layers of CLVP and CLAP share: norms, embeddings, calls of attention and feed-forward blocks, plain or not."""
+"""Parts of layers that CLVP and CLAP share: norms, embeddings, attention and feed-forward blocks, plain or not."""
 
 from typing import Any, TypeGuard
 
@@ -58,7 +58,7 @@ def attend(
     attentions: list[torch.Tensor] | None,
     **arguments,
 ) -> torch.Tensor:
-    """What `attention` makes of `hidden_states`; its weights are put behind `attentions`, if that is a list.
+    """Apply `attention` to `hidden_states`; its weights are put behind `attentions`, if that is a list.
 
     A plain one of the class `kind` computes no weights that nobody wants. Others, and hooks, see all that transformers'
     attention returns.

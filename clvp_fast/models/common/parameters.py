@@ -6,8 +6,9 @@ become transposed views of `[out, in]` storage before candidates are drawn. Ther
 in place are seen.
 
 An [`ArrangedLayer`] arranges its own when it is loaded, moved, cast, copied or gets another module; models do so at the
-end of their making. What no module hears of (`linear.weight = ...`, `weight.data = ...`) leaves parameters where they
-were put: layers are then computed one by one, until `arrange_parameters`, or an engine of the model, arranges again.
+end of their making. A change that no module hears of (`linear.weight = ...`, `weight.data = ...`) leaves parameters
+where they were put: layers are then computed one by one, until `arrange_parameters`, or an engine of the model,
+arranges again.
 """
 
 from collections.abc import Sequence
@@ -168,7 +169,7 @@ def _is_movable(parameter: torch.Tensor | None) -> TypeGuard[nn.Parameter]:
 
 
 def pack_linears(linears: Sequence[nn.Module]) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-    """What `packed_linears` gives, behind moving parameters that do not lie so yet; None where they cannot be moved."""
+    """Return `packed_linears`, after moving parameters that do not lie so yet; None where they cannot be moved."""
     if (packed := packed_linears(linears)) is None and can_pack(linears):
         _pack([linear.weight for linear in linears])
         if linears[0].bias is not None:

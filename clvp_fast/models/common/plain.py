@@ -80,7 +80,7 @@ def is_plain_linear(module: Any) -> TypeGuard[nn.Linear]:
 
 
 def drop_probability(dropout: nn.Dropout) -> float:
-    """What `dropout` drops now: its own mode decides, which may be another than that of the module around it."""
+    """Return the share that `dropout` drops now: its own mode decides, whatever the mode of the module around it."""
     return dropout.p if dropout.training else 0.0
 
 
@@ -97,7 +97,7 @@ def kinds_of(model: nn.Module) -> dict[str, type[nn.Module]]:
 
 
 def changed_module(model: nn.Module, kinds: dict[str, type[nn.Module]]) -> str | None:
-    """What is the first module of `model` that is not plain, of the classes `kinds`; None if all are.
+    """Name the first module of `model` that is not plain, of the classes `kinds`; None if all are.
 
     Returns the beginning of a sentence, as "module layers.0.mlp has hooks".
     """

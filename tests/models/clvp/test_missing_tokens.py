@@ -15,10 +15,18 @@ def model_with(part: str, **tokens) -> ClvpModelForConditionalGeneration:
 @pytest.mark.parametrize("end", [None, [0, 1]])
 def test_a_text_ends_with_one_token(end):
     model, (ids, features) = model_with("text_config", eos_token_id=end), tiny_inputs()
-    message = r"a text ends with one token, and the text encoder's eos_token_id is (None|\[0, 1\]): set it to one"
+    message = r"the text encoder's eos_token_id, which ends a text, (is None: set it|names 2 tokens, not one)"
     for call in (model, model.generate, model.get_speech_features):
         with pytest.raises(ValueError, match=message):
             call(input_ids=ids, input_features=features)
+
+
+@pytest.mark.parametrize("use_mask", [True, False])
+def test_a_text_begins_with_a_token(use_mask):
+    model, (ids, features) = model_with("text_config", bos_token_id=None), tiny_inputs()
+    mask = {"attention_mask": ids.new_ones(ids.shape)} if use_mask else {}
+    with pytest.raises(ValueError, match=r"the text encoder's bos_token_id, which .* begins with, is None: set it"):
+        model.generate(ids, features, max_new_tokens=2, **mask)
 
 
 @pytest.mark.parametrize("use_engine", [True, False])

@@ -1,0 +1,171 @@
+"""Help that fits on a screen, with the rest behind `--help-all`, and errors that name the nearest word."""
+
+import argparse
+import difflib
+import re
+import shutil
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+# Help is no wider than this, however wide the terminal is.
+_WIDTH = 100
+# By command: its usage, the arguments that `--help` shows (the others are behind `--help-all`), and examples.
+HELP = {
+    "generate": (
+        "(TEXT ... | --texts FILE) --voice VOICE [options]",
+        "text texts voice checkpoint out num_candidates preset keep max_new_tokens seed greedy listen save_voice "
+        "device dtype",
+        (
+            'clvp-fast generate "Hello there." --voice voice.flac --keep 3 --out out',
+            "clvp-fast generate --texts texts.txt --voice speaker/ --preset fast --checkpoint tortoise-clvp",
+        ),
+    ),
+    "batch": (
+        "INPUT --out DIR [options]",
+        "input out voice checkpoint num_candidates preset keep seed retry_failed ray device dtype",
+        (
+            "clvp-fast batch corpus.jsonl --voice voice.flac --out out/corpus  # the same again goes on",
+            "clvp-fast batch corpus.parquet --out out/corpus --keep 3 --retry-failed --ray",
+        ),
+    ),
+    "score": (
+        "(CODES TEXT | --model clap --audio RECORDING ... --text TEXT ...) [options]",
+        "codes text model audio texts scoring checkpoint device json",
+        (
+            'clvp-fast score out/codes.npz "Hello there."',
+            'clvp-fast score --model clap --audio recordings/ --text "a person is speaking" "a dog is barking"',
+        ),
+    ),
+    "mel": (
+        "RECORDING ... [options]",
+        "recordings checkpoint whole out npz pictures json debug",
+        ("clvp-fast mel voice.flac --out out", "clvp-fast mel recordings/ --whole --npz --out features"),
+    ),
+    "convert": (
+        "--autoregressive FILE --clvp FILE --out DIR [options]",
+        "autoregressive clvp out tokenizer mel_norms json debug",
+        (
+            "clvp-fast convert --autoregressive autoregressive.pth --clvp clvp2.pth --out tortoise-clvp",
+            "clvp-fast generate Hello. --voice voice.flac --checkpoint tortoise-clvp",
+        ),
+    ),
+    "info": ("[options]", "json debug", ("clvp-fast info", "clvp-fast info --json")),
+    "bench": (
+        "[NAME ...] [options]",
+        "workload device list providers compare resume seconds smoke results json debug",
+        ("clvp-fast bench --list", "clvp-fast bench generate score --device cpu"),
+    ),
+}
+
+# How alike two words must be, from 0 to 1, for one to be offered in place of the other.
+_ALIKE = 0.6
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """Return the word of `known` that `word` is probably meant to be, or None."""
+    return next(iter(difflib.get_close_matches(word, list(known), 1, _ALIKE)), None)
+
+
+class Formatter(argparse.HelpFormatter):
+    """Help of at most 100 columns, in which a text of several lines keeps them."""
+
+    def __init__(self, prog: str, **options: Any):
+        options.setdefault("width", min(shutil.get_terminal_size().columns, _WIDTH + 2) - 2)
+        super().__init__(prog, max_help_position=26, **options)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        if "\n" in text:
+            return "\n".join(indent + line for line in text.splitlines())
+        return super()._fill_text(text, width, indent)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose `--help` shows the options that most people need, and whose errors suggest what was meant.
+
+    `--help-all` is there once `shorten` was called.
+    """
+
+    def __init__(self, *args: Any, **options: Any):
+        options.setdefault("formatter_class", Formatter)
+        super().__init__(*args, **options)
+        self._short: frozenset[str] | None = None
+        self._given: Sequence[str] = ()
+
+    def shorten(self, shown: Iterable[str], examples: Sequence[str]) -> None:
+        """Show in `--help` the arguments of these names alone, and end with examples.
+
+        Args:
+            shown: the `dest` of arguments, beside which `--help` and `--help-all` are always shown.
+            examples: command lines.
+        """
+        self._short = frozenset(shown) | {"help", "help_all"}
+        unknown = self._short - {action.dest for action in self._actions} - {"help_all"}
+        assert not unknown, f"no arguments: {unknown}"
+        self.add_argument("--help-all", action=_ShowAll, help="show every option")
+        self.epilog = "\n".join(["examples:", *(f"  {line}" for line in examples)])
+
+    def format_help(self) -> str:
+        """Return the help of `--help`."""
+        if self._short is None:
+            return super().format_help()
+        hidden = [action for action in self._actions if action.dest not in self._short]
+        texts = [action.help for action in hidden]
+        for action in hidden:
+            action.help = argparse.SUPPRESS
+        try:
+            return super().format_help()
+        finally:
+            for action, text in zip(hidden, texts, strict=True):
+                action.help = text
+
+    def format_all(self) -> str:
+        """Return the help of `--help-all`."""
+        return super().format_help()
+
+    def parse_known_args(self, args=None, namespace=None):  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Parse as argparse does; a command refuses the arguments that it does not know itself, with its own usage."""
+        if args is not None:
+            self._given = list(args)
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown and self._short is not None:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found, unknown
+
+    def error(self, message: str):
+        """End with exit code 2, the usage, and the message with a suggestion where one is near."""
+        suggested = " and ".join(f"{near} for {given}" for given, near in self._meant(message).items())
+        super().error(f"{message}; did you mean {suggested}?" if suggested else message)
+
+    def _meant(self, message: str) -> dict[str, str]:
+        """By a word that was given, the one that it is near to."""
+        options = list(self._option_string_actions)
+        meant = {}
+        for word in self._given:
+            if word == "--":
+                break
+            name = word.split("=")[0]
+            if name.startswith("--") and not any(option.startswith(name) for option in options):
+                meant[name] = nearest(name, options)
+        if choice := re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message):
+            meant[choice[1]] = nearest(choice[1], re.split(r",\s*", choice[2].replace("'", "")))
+        return {given: near for given, near in meant.items() if near is not None}
+
+
+def complete(parser: argparse.ArgumentParser) -> None:
+    """Answer a shell that asks for completions, and end. Without argcomplete no shell asks, and nothing is done."""
+    try:
+        import argcomplete  # pyright: ignore[reportMissingImports] - of an extra
+    except ImportError:
+        return
+    argcomplete.autocomplete(parser)
+
+
+class _ShowAll(argparse.Action):
+    def __init__(self, option_strings, dest, help=None):
+        super().__init__(option_strings, dest=dest, default=argparse.SUPPRESS, nargs=0, help=help)
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        assert isinstance(parser, Parser)
+        print(parser.format_all(), end="", file=sys.stdout)
+        parser.exit()

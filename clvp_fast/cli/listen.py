@@ -1,0 +1,119 @@
+"""`generate --listen`: the kept candidates as recordings, and a page to hear and see them on."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.image import imsave
+
+from clvp_fast.checkpoint import Checkpoint
+from clvp_fast.cli import report
+from clvp_fast.cli.items import Item
+from clvp_fast.cli.page import Page, Section, data_url
+from clvp_fast.engine.requests import CandidateResult
+from clvp_fast.io.errors import sentence
+from clvp_fast.models.clvp.tokens import known_codes
+from clvp_fast.vocoder import SETTINGS_FILE, WEIGHTS_FILE, Vocoder
+
+#: The page, and the folder of recordings beside an item's other files.
+REPORT, SOUND = "report.html", "sound"
+
+
+def vocoder_of(checkpoint: Checkpoint) -> Vocoder | None:
+    """The checkpoint's vocoder; without one, a note names what is missing."""
+    if checkpoint.vocoder is None:
+        report.note(
+            f"checkpoint '{checkpoint.name}' brings no vocoder ({SETTINGS_FILE} and {WEIGHTS_FILE}), so --listen has "
+            "nothing to be heard; codes and scores are written all the same"
+        )
+    return checkpoint.vocoder
+
+
+class Listening:
+    """Recordings of results, written as they come, and the page of all of them.
+
+    Args:
+        folder: of the results; recordings of an item lie in `sound/` of its own folder below it.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, vocoder: Vocoder, folder: Path):
+        self.checkpoint, self.vocoder, self.folder = checkpoint, vocoder, folder
+        self.page = Page("Candidates of clvp_fast, to be heard")
+
+    def receive(self, item: Item, result: CandidateResult, document: dict) -> list[str]:
+        """Speaks the kept candidates of a result; their rows in `document` get the names of their recordings.
+
+        A voice that cannot be spoken in leaves them without any, and a note says why.
+
+        Returns:
+            The files that were written, below the item's folder.
+        """
+        assert item.voice is not None  # it was spoken in
+        rows = [row for row in document["candidates"] if row["kept"]]
+        codes = [result.codes[row["candidate"], : result.lengths[row["candidate"]]] for row in rows]
+        latents = None if result.latents is None else [result.latents[row["candidate"]] for row in rows]
+        try:
+            if item.voice.mel is None:
+                raise ValueError(
+                    "a saved voice comes without a recording to speak in; give its recordings to hear candidates"
+                )
+            voice = torch.from_numpy(item.voice.mel)
+            known = [known_codes(torch.from_numpy(row), self.checkpoint.model.config).numpy() for row in codes]
+            sounds = self.vocoder.speak(known, voice, latents)
+        except ValueError as error:
+            report.note(f"{f'{item.folder}: ' if item.folder else ''}nothing can be heard: {sentence(error)}")
+            return []
+        facts = [f"Voice: {Path(item.place).name}", *document["remarks"]]
+        picture = data_url("image/png", mel_picture(item.voice.mel))
+        section = self.page.add_section(Section(item.text, Path(item.place).name, facts, picture))
+        folder = self.folder / item.folder / SOUND
+        folder.mkdir(parents=True, exist_ok=True)
+        digits = len(str(len(rows)))
+        for row, samples in zip(rows, sounds, strict=True):
+            name = f"{SOUND}/rank-{row['rank']:0{digits}}.wav"
+            seconds = len(samples) / self.vocoder.sampling_rate
+            content = wav(samples, self.vocoder.sampling_rate)
+            (self.folder / item.folder / name).write_bytes(content)
+            row |= {"sound": name, "seconds": round(seconds, 3)}
+            shown = data_url("image/png", mel_picture(self._mel(samples))) if len(samples) else None
+            self.page.add(section, row, seconds, data_url("audio/wav", content), shown)
+        return [SOUND]
+
+    def _mel(self, samples: np.ndarray) -> np.ndarray:
+        """Log-mel features `[bins, frames]` of what is heard, whatever made it."""
+        extractor = self.checkpoint.feature_extractor
+        if self.vocoder.sampling_rate != extractor.sampling_rate:
+            import soxr
+
+            samples = soxr.resample(samples, self.vocoder.sampling_rate, extractor.sampling_rate)
+        options = {"sampling_rate": extractor.sampling_rate, "padding": False, "max_length": len(samples)}
+        return extractor(samples, return_tensors="np", **options)["input_features"][0]
+
+    def write_page(self, shared: dict) -> list[str]:
+        """Writes the page, if there is anything to hear; `shared` is what every document says of the run."""
+        if not any(section.candidates for section in self.page.sections):
+            return []
+        named = Path(self.checkpoint.name).name
+        facts = {"checkpoint": named, **shared.get("settings", {}), **shared.get("versions", {})}
+        self.page.settings = {name.replace("_", " "): str(value) for name, value in facts.items()}
+        (self.folder / REPORT).write_text(self.page.html(), encoding="utf-8", errors="replace")
+        if self.page.left_out:
+            report.note(f"{REPORT} leaves {self.page.left_out} candidates out, to keep its size; {SOUND} has all")
+        return [REPORT]
+
+
+def wav(samples: np.ndarray, rate: int) -> bytes:
+    """Samples as the bytes of a WAV file of 16 bits; one sample of silence for none, which some players refuse."""
+    import soundfile
+
+    content = io.BytesIO()
+    soundfile.write(content, samples if len(samples) else np.zeros(1, np.float32), rate, "PCM_16", format="WAV")
+    return content.getvalue()
+
+
+def mel_picture(mel: np.ndarray) -> bytes:
+    """Log-mel `[bins, frames]` as a PNG with one pixel for each value, low bins at the bottom."""
+    content = io.BytesIO()
+    imsave(content, mel, cmap="magma", origin="lower", format="png")
+    return content.getvalue()

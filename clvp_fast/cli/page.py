@@ -1,0 +1,144 @@
+"""`report.html`: candidates to be heard and seen, in one file that needs no network.
+
+Everything from outside is escaped, scripts and styles are named by their hashes, and the page may load nothing.
+"""
+
+import base64
+import hashlib
+import heapq
+from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
+
+from clvp_fast.io.errors import cut as shorten
+
+#: The most that a page has, in bytes.
+PAGE_LIMIT = 50_000_000
+# For what stands around the candidates.
+_FRAME = 200_000
+
+
+def data_url(kind: str, content: bytes) -> str:
+    """`content` as an address that carries it; `kind` is its media type."""
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+@dataclass
+class Section:
+    """A text in a voice: what stands above its candidates, and how many it has."""
+
+    text: str
+    voice: str
+    facts: list[str]
+    picture: str | None = None
+    candidates: int = 0
+
+
+@dataclass
+class Page:
+    """Sections and candidates that fit: of all, those of the best ranks.
+
+    title, settings: of the page's top and end. limit: bytes of the page.
+    """
+
+    title: str
+    settings: dict[str, str] = field(default_factory=dict)
+    limit: int = PAGE_LIMIT
+
+    def __post_init__(self):
+        self.sections: list[Section] = []
+        self.left_out = 0
+        self._size = _FRAME
+        self._kept: list[tuple[int, int, str]] = []  # a heap, the worst rank of the last section first
+
+    def add_section(self, section: Section) -> int:
+        """Returns the section's number."""
+        self.sections.append(section)
+        self._size += len(self._head(section).encode())
+        return len(self.sections) - 1
+
+    def add(self, number: int, row: dict, seconds: float, sound: str, picture: str | None) -> None:
+        """A candidate of section `number`.
+
+        Args:
+            row: of candidates.json. sound, picture: by `data_url`.
+        """
+        self.sections[number].candidates += 1
+        item = _candidate(self.sections[number].text, row, seconds, sound, picture)
+        heapq.heappush(self._kept, (-row["rank"], -number, item))
+        self._size += len(item.encode())
+        while self._size > self.limit and self._kept:
+            *_, dropped = heapq.heappop(self._kept)
+            self._size -= len(dropped.encode())
+            self.left_out += 1
+
+    def html(self) -> str:
+        style, script = (Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+        policy = (
+            f"default-src 'none'; media-src data:; img-src data:; style-src '{_hash(style)}'; "
+            f"script-src '{_hash(script)}'; base-uri 'none'; form-action 'none'"
+        )
+        items: dict[int, list[str]] = {number: [] for number in range(len(self.sections))}
+        for _, number, item in sorted(self._kept, key=lambda kept: -kept[0]):
+            items[-number].append(item)
+        bodies = [
+            f"<section>\n{self._head(section)}<ol>\n{''.join(items[number])}</ol>\n</section>\n"
+            for number, section in enumerate(self.sections)
+        ]
+        left_out = (
+            f"<p>{self.left_out} candidates are left out here, so that the page keeps to {self.limit / 1e6:.0f} MB; "
+            "all recordings lie beside it.</p>\n"
+            if self.left_out
+            else ""
+        )
+        facts = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>\n" for k, v in self.settings.items())
+        return (
+            '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+            f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+            f"<title>{escape(self.title)}</title>\n<style>{style}</style>\n</head>\n<body>\n<main>\n"
+            f"<h1>{escape(self.title)}</h1>\n"
+            '<p><label for="order">Sort by</label> <select id="order"><option value="rank">rank</option>'
+            '<option value="score">score</option><option value="seconds">length</option>'
+            '<option value="candidate">number</option></select> <span id="said" role="status"></span></p>\n'
+            f"{left_out}{''.join(bodies)}"
+            f"<section>\n<h2>Settings</h2>\n<dl>\n{facts}</dl>\n</section>\n"
+            f"</main>\n<script>{script}</script>\n</body>\n</html>\n"
+        )
+
+    @staticmethod
+    def _head(section: Section) -> str:
+        picture = ""
+        if section.picture:
+            alt = escape(f"Log-mel spectrogram of the voice {section.voice}", quote=True)
+            picture = (
+                f'<figure><img src="{section.picture}" alt="{alt}"><figcaption>The voice: {escape(section.voice)}'
+                "</figcaption></figure>\n"
+            )
+        facts = "".join(f"<p>{escape(fact)}</p>\n" for fact in section.facts)
+        return f"<h2>{escape(section.text)}</h2>\n{facts}{picture}"
+
+
+def _candidate(text: str, row: dict, seconds: float, sound: str, picture: str | None) -> str:
+    """A candidate of a text as an item of the list."""
+    score = "none" if row["score"] is None else f"{row['score']:.4f}"
+    sortable = -1e9 if row["score"] is None else row["score"]
+    name = f"Rank {row['rank']}, candidate {row['candidate']}"
+    called = escape(f"{name}: {shorten(text, 60)}")
+    cut = "" if row["stopped"] else ", cut before its end"
+    image = ""
+    if picture:
+        image = (
+            f'<img src="{picture}" alt="Log-mel spectrogram of candidate {row["candidate"]}, {seconds:.2f} seconds">'
+        )
+    return (
+        f'<li data-rank="{row["rank"]}" data-score="{sortable!r}" data-seconds="{seconds:.4f}" '
+        f'data-candidate="{row["candidate"]}">\n<h3>{name}</h3>\n'
+        f"<p>score {score}, {row['tokens']} codes, {seconds:.2f} s{cut}</p>\n"
+        f'<audio controls preload="metadata" aria-label="{called}" src="{sound}"></audio>\n{image}</li>\n'
+    )
+
+
+def _hash(content: str) -> str:
+    """The name of an inline script or style in a Content-Security-Policy."""
+    return f"sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}"

@@ -1,0 +1,5 @@
+"""Other packages' objects on this one's engine."""
+
+from clvp_fast.integrations.importing import make_tortoise_importable
+
+__all__ = ["make_tortoise_importable"]

@@ -1,0 +1,221 @@
+"""`accelerate` and `restore` for a live `TextToSpeech` of Tortoise: its own `tts()` on this package's engine.
+
+Methods of the object and of two of its modules are put aside, and these stand in their place: candidates of a call are
+decoded as one batch by a [`CandidateEngine`], CLVP's scores and the latents for the diffusion are computed by the same
+model. Voices, diffusion, vocoder and everything else of `tts()` are Tortoise's own code.
+"""
+
+import inspect
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from clvp_fast.engine.ranking import Ranker
+from clvp_fast.integrations.tortoise_arguments import check_call, check_object, check_options, is_fast
+from clvp_fast.integrations.tortoise_fast import FastStage
+from clvp_fast.integrations.tortoise_stage import Stage, codes_of
+from clvp_fast.models.clvp.tokens import stop_token
+
+# What `max_mel_tokens` may be there, by its documentation.
+_MOST_CODES = 600
+_STAGE = "_clvp_fast"
+
+
+def accelerate(tts: Any, **engine_options) -> Any:
+    """Let a live `TextToSpeech` of `tortoise.api` or `tortoise.api_fast` draw and rank candidates on this engine.
+
+    `tts()`, `tts_with_preset()` and `tts_stream()` go on unchanged, with the object's own tokenizer, voices, diffusion
+    and vocoder. Its parameters and the engine's are one storage; they stay on `tts.device`. That of `tortoise.api` gets
+    `tts_many` (see [`TortoiseStage`]). Calls from several threads wait for one another. docs/tortoise.md has what
+    differs.
+
+    Args:
+        tts: of tortoise-tts 3.0.0, in float32.
+        engine_options: of [`CandidateEngine`]: `max_batch`, `memory_fraction`, `weight_dtype` and so on. By default
+            `max_new_tokens` is 600, as far as there are positions.
+
+    Returns:
+        The object itself.
+
+    Raises:
+        TypeError: another object, or options that are Tortoise's to say.
+        ValueError: an object that is accelerated already or cannot be, or too little memory. It is as it was then.
+    """
+    if hasattr(tts, _STAGE):
+        raise ValueError("this tts is accelerated already: call restore(tts) before")
+    check_object(tts)
+    check_options(engine_options)
+    setattr(tts, _STAGE, (FastStage if is_fast(tts) else TortoiseStage)(tts, engine_options))
+    return tts
+
+
+def restore(tts: Any) -> Any:
+    """Put back what `accelerate(tts)` changed, and return the object; `ValueError` where nothing was."""
+    stage = getattr(tts, _STAGE, None)
+    if not isinstance(stage, Stage):
+        raise ValueError("this tts is not accelerated: there is nothing to restore")
+    with stage.lock:
+        stage.close()
+        delattr(tts, _STAGE)
+    return tts
+
+
+class TortoiseStage(Stage):
+    """The engine behind a `tortoise.api.TextToSpeech`, and what stands in the place of its methods."""
+
+    def __init__(self, tts: Any, engine_options: dict[str, Any]):
+        self._ready: tuple[torch.Tensor, dict[str, Any]] | None = None  # codes that were drawn before their call
+        self._tts: Callable = tts.tts
+        self._score: Callable = tts.clvp.forward
+        super().__init__(tts, tts.clvp, _MOST_CODES, engine_options)
+        self._ranker = Ranker(self._model)
+        self._override(tts.clvp, "forward", self._scores)
+        self._override(tts, "tts", self._speak)
+        self._override(tts, "tts_many", self.tts_many)
+
+    # In the place of methods of the object.
+
+    def _speak(self, *args, **kwargs):
+        """Run Tortoise's own `tts()`, once the call is known to be possible."""
+        with self.lock:
+            given = self._arguments(*args, **kwargs)
+            self._check_weights()
+            with self._one_batch(given):
+                return self._tts(*args, **kwargs)
+
+    def _arguments(self, *args, **kwargs) -> dict[str, Any]:
+        bound = inspect.signature(self._tts).bind(*args, **kwargs)
+        bound.apply_defaults()
+        check_call(bound.arguments, self.engine.max_new_tokens)
+        return bound.arguments
+
+    @contextmanager
+    def _one_batch(self, given: dict[str, Any]) -> Iterator[None]:
+        """Make all candidates one batch to Tortoise's `tts()` while it runs; the CVVP's keep the size that they had."""
+        tts = self.tts
+        size, self._length = tts.autoregressive_batch_size, given["max_mel_tokens"]
+        put = len(self._put)
+        try:
+            if given["cvvp_amount"] > 0 and given["voice_samples"] is not None:
+                if tts.cvvp is None:
+                    tts.load_cvvp()
+                cvvp: Any = tts.cvvp
+                self._override(cvvp, "forward", _in_parts(cvvp.forward, size))
+            tts.autoregressive_batch_size = given["num_autoregressive_samples"]
+            yield
+        finally:
+            tts.autoregressive_batch_size, self._length, self._ready = size, None, None
+            for owner, name in self._put[put:]:
+                owner.__dict__.pop(name, None)
+            del self._put[put:]
+
+    def tts_many(
+        self, texts: Sequence[str], voices: Sequence[Any] | None = None, k: int = 1, **options
+    ) -> list[torch.Tensor | list[torch.Tensor]]:
+        """Return the result of `tts()` for each of many texts; the candidates of all are decoded as one batch.
+
+        With `use_deterministic_seed` each result is that of `tts()` with that seed.
+
+        Args:
+            texts: what is to be said.
+            voices: for each text a list of clips (as `voice_samples`), a pair of latents (as `conditioning_latents`),
+                or None for a random voice; None: random voices for all.
+            k: clips of each text.
+            options: of `tts()`.
+
+        Raises:
+            ValueError: not a voice for each text, or what only one voice's recordings can do (`cvvp_amount`,
+                `return_deterministic_state`).
+        """
+        if isinstance(texts, str):
+            raise ValueError("tts_many() takes a list of texts, not one: call tts() for it")
+        voices = [None] * len(texts) if voices is None else voices
+        if len(voices) != len(texts):
+            raise ValueError(f"tts_many() takes a voice for each of the {len(texts)} texts, and {len(voices)} came")
+        for name in ("voice_samples", "conditioning_latents", "return_deterministic_state"):
+            if name in options:
+                raise ValueError(f"tts_many() does not take {name}: the voices are its second argument")
+        with self.lock:
+            pairs = enumerate(zip(texts, voices, strict=True))
+            prepared = [self._prepare(place, text, voice, k, options) for place, (text, voice) in pairs]
+            self._check_weights()
+            drawn: dict[int, torch.Tensor] = {}
+            for result in self.engine.generate([request for request, _, _ in prepared]):
+                drawn[result.request.id] = codes_of(result, self._model.device, stop_token(self._decoder.config))
+            spoken = []
+            for place, (text, (_, latents, state)) in enumerate(zip(texts, prepared, strict=True)):
+                given = self._arguments(text, conditioning_latents=latents, k=k, **options)
+                with self._one_batch(given):
+                    self._ready = drawn.pop(place), state
+                    spoken.append(self._tts(text, conditioning_latents=latents, k=k, **options))
+            return spoken
+
+    def _prepare(self, place: int, text: str, voice: Any, k: int, options: dict[str, Any]):
+        """Return a request with the seed that `tts()` would draw, the voice's latents, and the generators then."""
+        tts = self.tts
+        given = self._arguments(text, k=k, **options)
+        if given["cvvp_amount"] > 0:
+            raise ValueError("tts_many() ranks by CLVP alone: leave out cvvp_amount, or call tts() for each text")
+        tts.deterministic_state(seed=given["use_deterministic_seed"])
+        ids = F.pad(torch.IntTensor(tts.tokenizer.encode(text)), (0, 1))
+        if len(ids) >= 400:
+            raise ValueError(f"a text has {len(ids) - 1} tokens, and Tortoise takes up to 398: split it up")
+        if voice is None:
+            latents = tts.get_random_conditioning_latents()
+        elif isinstance(voice, tuple):
+            latents = voice
+        else:
+            latents = tts.get_conditioning_latents(voice)
+        names = ("temperature", "top_p", "repetition_penalty")
+        asked = {name: given[name] for name in names} | given.get("hf_generate_kwargs", {}) | dict(do_sample=True)
+        count, length = given["num_autoregressive_samples"], given["max_mel_tokens"]
+        request = self._request(latents[0], ids[None], asked, count, length, place)
+        return request, latents, _generator_states()
+
+    # In the place of methods of its modules.
+
+    def _inference_speech(self, *args, **kwargs) -> torch.Tensor:
+        if self._ready is None:
+            return super()._inference_speech(*args, **kwargs)
+        (codes, state), self._ready = self._ready, None
+        _set_generators(state)
+        return codes
+
+    @torch.no_grad()
+    def _scores(self, text: torch.Tensor, speech_tokens: torch.Tensor, return_loss: bool = False) -> torch.Tensor:
+        """Score each pair of a text and fixed codes, as `CLVP.forward`; the loss is Tortoise's own."""
+        if return_loss:
+            return self._score(text, speech_tokens, return_loss=True)
+        with self.lock:
+            if (text == text[:1]).all():  # the text side once
+                return self._ranker.score_fixed(text[0], speech_tokens)
+            pairs = zip(text, speech_tokens, strict=True)
+            return torch.cat([self._ranker.score_fixed(ids, codes[None]) for ids, codes in pairs])
+
+
+def _in_parts(forward: Callable, size: int) -> Callable:
+    """Return the forward of a CVVP in parts of `size` candidates, as it was called before all were one batch."""
+
+    def in_parts(mel_cond: torch.Tensor, mel_input: torch.Tensor, return_loss: bool = False) -> torch.Tensor:
+        if return_loss:
+            return forward(mel_cond, mel_input, return_loss=True)
+        parts = zip(mel_cond.split(size), mel_input.split(size), strict=True)
+        return torch.cat([forward(cond, codes, return_loss=False) for cond, codes in parts])
+
+    return in_parts
+
+
+def _generator_states() -> dict[str, Any]:
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return dict(python=random.getstate(), torch=torch.get_rng_state(), cuda=cuda)
+
+
+def _set_generators(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    torch.set_rng_state(state["torch"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])

@@ -1,0 +1,143 @@
+"""The objects and the calls of a `TextToSpeech` that the engine serves: refusals of others, each a sentence."""
+
+import inspect
+from collections.abc import Mapping
+from numbers import Integral
+from typing import Any
+
+import torch
+
+from clvp_fast.engine.sampling_params import SamplingParams
+from clvp_fast.io.errors import shown
+
+# Of a `TextToSpeech` of `tortoise.api`, and of `tortoise.api_fast`: what is used of it, and arguments of its `tts()`.
+_ATTRIBUTES = ("autoregressive", "clvp", "diffusion", "vocoder", "tokenizer", "device", "half", "cvvp")
+_ARGUMENTS = (
+    *("num_autoregressive_samples", "max_mel_tokens", "voice_samples", "conditioning_latents", "cvvp_amount"),
+    *("k", "use_deterministic_seed"),
+)
+_FAST_ATTRIBUTES = ("autoregressive", "hifi_decoder", "tokenizer", "device", "half", "tts_stream")
+_FAST_ARGUMENTS = ("voice_samples", "k", "use_deterministic_seed")
+# Settings of the engine that follow from Tortoise.
+_TAKEN = ("scorer", "scoring", "latents", "states", "text_ends")
+
+# Keywords of transformers' `generate` that say nothing of what is drawn without beams.
+_WITHOUT_MEANING = {
+    *("length_penalty", "output_attentions", "output_hidden_states", "output_scores", "use_cache", "early_stopping"),
+    *("return_dict_in_generate", "synced_gpus"),
+}
+# transformers' own defaults, where a caller leaves a setting out.
+_NEUTRAL = dict(do_sample=False, temperature=1.0, top_k=50, top_p=1.0, typical_p=1.0, min_p=0.0, repetition_penalty=1.0)
+
+
+def is_fast(tts: Any) -> bool:
+    """Tell whether an object is meant to be one of `tortoise.api_fast`, which has no CLVP."""
+    return hasattr(tts, "hifi_decoder") and not hasattr(tts, "clvp")
+
+
+def check_object(tts: Any) -> None:
+    """Raise `TypeError` for what is no `TextToSpeech` of tortoise-tts 3.0.0, `ValueError` where one is not served."""
+    attributes, wanted = (_FAST_ATTRIBUTES, _FAST_ARGUMENTS) if is_fast(tts) else (_ATTRIBUTES, _ARGUMENTS)
+    missing = [name for name in attributes if not hasattr(tts, name)]
+    arguments = inspect.signature(tts.tts).parameters if callable(getattr(tts, "tts", None)) else {}
+    if missing or not {*wanted} <= arguments.keys():
+        missing += ["tts()"] if not arguments else [name for name in wanted if name not in arguments]
+        kind = f"{type(tts).__module__}.{type(tts).__name__}"
+        raise TypeError(
+            "accelerate() takes a model of transformers or a TextToSpeech of tortoise-tts 3.0.0, and this "
+            f"{kind} has no {missing[0]}"
+        )
+    names = [name for name in ("autoregressive", "clvp") if name in attributes]
+    for name in names:
+        module = getattr(tts, name)
+        if not isinstance(module, torch.nn.Module) or isinstance(module, torch.jit.ScriptModule):
+            raise ValueError(f"tts.{name} is a {type(module).__name__}, and no live module: load Tortoise's .pth files")
+    autoregressive = tts.autoregressive
+    if not hasattr(autoregressive, "inference_model"):
+        raise ValueError("tts.autoregressive was not prepared for inference: call its post_init_gpt2_config() first")
+    if hasattr(autoregressive, "ds_engine"):
+        raise ValueError("use_deepspeed=True puts other modules in the place of Tortoise's: make tts without it")
+    if (device := torch.device(tts.device)).type not in ("cpu", "cuda"):
+        raise ValueError(f"tts.device is {device}, and the engine runs on CPUs and CUDA devices")
+    if tts.half and device.type != "cpu":
+        raise ValueError("half=True is an autocast that the engine does not run under: make tts with half=False")
+    for name in names:
+        dtypes = {parameter.dtype for parameter in getattr(tts, name).parameters()}
+        if dtypes != {torch.float32}:
+            found = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+            raise ValueError(f"tts.{name} is in {found}, and Tortoise's own float32 is needed: load it anew")
+
+
+def check_options(engine_options: Mapping[str, Any]) -> None:
+    """Raise `TypeError` for settings of the engine that are Tortoise's to say."""
+    for name in _TAKEN:
+        if name in engine_options:
+            raise TypeError(f"{name} follows from Tortoise where accelerate() takes its object: leave it out")
+
+
+def check_call(given: Mapping[str, Any], max_new_tokens: int) -> None:
+    """Raise `ValueError` where a call of `tts()` asks for what cannot be, before anything is computed.
+
+    Args:
+        given: all arguments of the call by name, those that go to `generate` under `hf_generate_kwargs`.
+        max_new_tokens: the engine's.
+    """
+    samples, k = given["num_autoregressive_samples"], given["k"]
+    _whole("num_autoregressive_samples", samples, 1, None)
+    _whole("k", k, 1, samples)
+    _whole("max_mel_tokens", given["max_mel_tokens"], 1, max_new_tokens)
+    if given["cvvp_amount"] == 1 and given["voice_samples"] is None:
+        raise ValueError("cvvp_amount=1 ranks by the voice's recordings alone: give voice_samples, or less of it")
+    options = _drawing(given, ("do_sample", "num_return_sequences", "max_generate_length"))
+    sampling(options, num_candidates=samples, max_new_tokens=given["max_mel_tokens"])
+
+
+def check_fast_call(given: Mapping[str, Any], max_new_tokens: int) -> None:
+    """Raise as `check_call`, of `tts()` or `tts_stream()` of `tortoise.api_fast`."""
+    _whole("k", given["k"], 1, 1)
+    options = _drawing(given, ("do_sample", "top_k", "num_return_sequences", "num_beams"))
+    length = options.pop("max_generate_length", max_new_tokens)
+    _whole("max_generate_length", length, 1, max_new_tokens)
+    sampling(options, num_candidates=1, max_new_tokens=length)
+
+
+def _drawing(given: Mapping[str, Any], taken: tuple[str, ...]) -> dict[str, Any]:
+    """Return the settings of drawing of a call; raise `TypeError` for one that `tts()` gives to `generate` itself."""
+    more = dict(given.get("hf_generate_kwargs", {}))
+    for name in taken:
+        if name in more:
+            raise TypeError(f"{name} is what tts() says itself: leave it out")
+    settings = {name: given[name] for name in ("temperature", "top_p", "repetition_penalty")}
+    return settings | more | dict(do_sample=True)
+
+
+def sampling(options: Mapping[str, Any], **settings) -> SamplingParams:
+    """Translate the keywords of `inference_speech` for transformers' `generate`; `settings` are the engine's own.
+
+    Raises `ValueError` or `TypeError` for what the engine does not do, by name.
+    """
+    values: dict[str, Any] = dict(_NEUTRAL)
+    for name, value in options.items():
+        if name in ("typical_sampling", "typical_mass"):
+            if name == "typical_sampling" and value:
+                raise ValueError(
+                    "typical_sampling works before temperature and top_k in Tortoise, and behind them in the engine: "
+                    "ask for typical_p=..., which is transformers' own, or restore(tts)"
+                )
+        elif name in values:
+            values[name] = values[name] if value is None else value
+        elif name == "num_beams":
+            if value not in (None, 1):
+                raise ValueError(f"num_beams={shown(value)}: the engine samples, and searches with no beams")
+        elif name not in _WITHOUT_MEANING:
+            raise TypeError(f"tts() got an argument that the engine does not know: {name}={shown(value)}")
+    if not values["do_sample"]:
+        values = {name: values[name] for name in ("do_sample", "repetition_penalty")}
+    return SamplingParams(**values, **settings)
+
+
+def _whole(name: str, value: Any, least: int, most: int | None) -> None:
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    if not whole or int(value) < least or (most is not None and int(value) > most):
+        wanted = f"from {least} up" if most is None else f"from {least} to {most}"
+        raise ValueError(f"{name} must be a whole number {wanted}, not {shown(value)}")

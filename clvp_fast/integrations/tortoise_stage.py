@@ -1,0 +1,202 @@
+"""The engine behind an accelerated `TextToSpeech` of either kind, and its hooks."""
+
+import inspect
+import threading
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+
+from clvp_fast.engine.engine import CandidateEngine
+from clvp_fast.engine.latents import cut_in_silence, states_of_codes
+from clvp_fast.engine.requests import CandidateRequest, CandidateResult
+from clvp_fast.engine.scoring import Ranking
+from clvp_fast.integrations.tortoise_arguments import sampling
+from clvp_fast.integrations.tortoise_weights import SharedWeights
+from clvp_fast.models.clvp.feature_extraction import ClvpFeatureExtractor
+from clvp_fast.models.clvp.tokens import fill_up, most_codes, stop_token
+
+
+class Stage:
+    """An engine over the parameters of `tts.autoregressive`, in the place of methods of that module.
+
+    Args:
+        tts: a `TextToSpeech`, looked at before.
+        clvp: its module that ranks; None: it has none.
+        longest: the most codes that it asks for, as far as there are positions.
+        engine_options: of [`CandidateEngine`].
+
+    Attributes:
+        engine: decodes; its `memory` says how many candidates at once.
+        lock: of calls.
+
+    Raises:
+        ValueError: parameters that are not Tortoise's, sizes that cannot be, too little memory. All is as it was then.
+    """
+
+    def __init__(self, tts: Any, clvp: nn.Module | None, longest: int, engine_options: dict[str, Any]):
+        self.tts, self.lock = tts, threading.RLock()
+        self._put: list[tuple[Any, str]] = []  # what was put in the place of a method
+        self._length: int | None = None  # of the codes of the call under way, where its latents may be cut
+        autoregressive = tts.autoregressive
+        self._forward: Callable = autoregressive.forward
+        self._weights = SharedWeights(autoregressive, clvp)
+        self._home = self._model.device  # where restore() brings the modules
+        try:
+            self._follow_settings(autoregressive)
+            options: dict[str, Any] = dict(max_new_tokens=min(longest, most_codes(self._decoder.config)))
+            features = ClvpFeatureExtractor(feature_size=self._decoder.config.feature_size)
+            processor = SimpleNamespace(feature_extractor=features, tokenizer=None)
+            self._weights.move(torch.device(tts.device))
+            options |= engine_options
+            self.engine = CandidateEngine(self._model, processor, scorer=_Unranked(), text_ends=1, **options)
+        except BaseException:
+            self._weights.move(self._home)
+            self._weights.give_back()
+            raise
+        for module in (autoregressive,) if clvp is None else (autoregressive, clvp):
+            for name in ("to", "cpu", "cuda", "half", "float", "bfloat16", "double"):
+                self._override(module, name, self._mover(module, name))
+        self._override(autoregressive, "inference_speech", self._inference_speech)
+        self._override(autoregressive, "forward", self._latents)
+
+    @property
+    def _model(self):
+        return self._weights.model
+
+    @property
+    def _decoder(self):
+        return self._model.speech_decoder_model
+
+    def _follow_settings(self, autoregressive: Any) -> None:
+        """Take tokens and positions as the object has them."""
+        decoder, text = self._model.config.decoder_config, self._model.config.text_config
+        decoder.bos_token_id, decoder.eos_token_id = autoregressive.start_mel_token, autoregressive.stop_mel_token
+        text.bos_token_id, text.eos_token_id = autoregressive.start_text_token, autoregressive.stop_text_token
+        # With its cache the original counts the k-th code at position k + 1.
+        decoder.contiguous_positions = not autoregressive.inference_model.kv_cache
+
+    def _override(self, owner: Any, name: str, method: Callable) -> None:
+        owner.__dict__[name] = method  # a module would take some values for its parts
+        self._put.append((owner, name))
+
+    def close(self) -> None:
+        """Put all methods and parameters of the object back."""
+        for owner, name in self._put:
+            owner.__dict__.pop(name, None)
+        self._put.clear()
+        self._weights.move(self._home)
+        self._weights.give_back()
+
+    # In the place of methods of the module.
+
+    def _inference_speech(
+        self,
+        speech_conditioning_latent: torch.Tensor,
+        text_inputs: torch.Tensor,
+        input_tokens: torch.Tensor | None = None,
+        num_return_sequences: int = 1,
+        max_generate_length: int | None = None,
+        **options,
+    ) -> torch.Tensor:
+        """Draw codes `[candidates, longest]` int64, filled up with the stop token: `UnifiedVoice.inference_speech`."""
+        with self.lock:
+            if input_tokens is not None:
+                raise ValueError("input_tokens: the engine begins every candidate with the start token")
+            length = self.engine.max_new_tokens if max_generate_length is None else max_generate_length
+            request = self._request(
+                speech_conditioning_latent, text_inputs, options, num_return_sequences, length, None
+            )
+            (result,) = self.engine.generate(request)
+            return codes_of(result, self._model.device, stop_token(self._decoder.config))
+
+    def _request(
+        self, voice: torch.Tensor, ids: torch.Tensor, options: dict[str, Any], count: int, length: int, name: Any
+    ) -> CandidateRequest:
+        """Return one request, with a seed of torch's generator."""
+        if len(voice) != 1 or len(ids) != 1:
+            raise ValueError(f"one text in one voice is drawn at a time, and {len(ids)} in {len(voice)} came")
+        seed = int(torch.randint(2**63 - 1, (), device="cpu"))
+        params = sampling(options, num_candidates=count, max_new_tokens=length, seed=seed)
+        return CandidateRequest(input_ids=ids[0], conditioning=voice[0].detach(), sampling=params, id=name)
+
+    @torch.no_grad()
+    def _latents(self, *args, **kwargs):
+        """Compute the latents of fixed codes, as `UnifiedVoice.forward`; whatever else it does is Tortoise's own.
+
+        Within `tts()` they end where its cut comes, for the longest of the candidates.
+        """
+        given = inspect.signature(self._forward).bind(*args, **kwargs)
+        given.apply_defaults()
+        asked = given.arguments
+        if not asked["return_latent"] or asked["clip_inputs"] or asked["types"] is not None or not asked["text_first"]:
+            return self._forward(*args, **kwargs)
+        with self.lock:
+            codes = asked["mel_codes"]
+            kept = codes.shape[1]
+            if self._length is not None:
+                silence = self._decoder.config.decoder_fixing_codes[0]
+                kept = max(cut_in_silence(row, silence) for row in codes.tolist())
+            encoder, rows = self._model.conditioning_encoder, []
+            pairs = zip(asked["speech_conditioning_latent"], asked["text_inputs"], codes, strict=True)
+            for voice, ids, row in pairs:
+                text, _ = encoder.prompt_text(ids[None].long(), num_ends=1)
+                rows.append(states_of_codes(self._decoder, encoder.join(voice[None], text)[0], row[:kept]))
+            return torch.stack(rows)
+
+    # Weights and devices.
+
+    def _check_weights(self) -> None:
+        """Follow the object's device, and raise `ValueError` where its parameters are no longer the engine's."""
+        if (name := self._weights.apart()) is not None:
+            raise ValueError(
+                f"parameter {name} of tts was moved, cast or replaced after accelerate(tts): call restore(tts), put it "
+                "right, and call accelerate(tts) again"
+            )
+        self._follow(torch.device(self.tts.device))
+
+    def _follow(self, device: torch.device) -> None:
+        if self._model.device.type == device.type and device.index in (None, self._model.device.index):
+            return
+        before = self._model.device
+        self._weights.move(device)
+        try:
+            self.engine.refresh()
+        except BaseException:  # too little memory there
+            self._weights.move(before)
+            self.engine.refresh()
+            raise
+
+    def _mover(self, module: nn.Module, name: str) -> Callable:
+        """Return a method in the place of `module.to` and the like: the module stays on `tts.device`."""
+
+        def move(*args, **kwargs) -> nn.Module:
+            dtypes = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.dtype)]
+            if name not in ("to", "cpu", "cuda") or dtypes:
+                raise ValueError(
+                    "an accelerated tts keeps its dtype: call restore(tts) to cast it, or accelerate(tts, "
+                    "weight_dtype=torch.int8) for smaller weights"
+                )
+            with self.lock:
+                self._follow(torch.device(self.tts.device))
+            return module
+
+        return move
+
+
+class _Unranked:
+    """A scorer for candidates that Tortoise ranks by itself."""
+
+    def score(self, request: CandidateRequest, text_ids: torch.Tensor, codes: Sequence, max_codes: int) -> Ranking:
+        return Ranking(torch.zeros(len(codes)))
+
+
+def codes_of(result: CandidateResult, device: torch.device, stop: int) -> torch.Tensor:
+    """Return the codes of a result, `[candidates, longest]` int64, with a stop token where one was drawn."""
+    if result.error is not None:
+        raise result.error
+    longest = int((result.lengths + result.stopped).max())
+    rows = [codes[:length] for codes, length in zip(result.codes, result.lengths, strict=True)]
+    return torch.from_numpy(fill_up(rows, longest, stop)).to(device)

@@ -1,0 +1,145 @@
+"""The parameters of Tortoise's live modules as a CLVP model: one storage, seen as either side names and shapes it."""
+
+import re
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from clvp_fast.models.clvp.configuration import ClvpConfig
+from clvp_fast.models.clvp.convert_tortoise import Original, check_pair, decoder_configs, encoder_configs
+from clvp_fast.models.clvp.modeling import ClvpModelForConditionalGeneration
+from clvp_fast.models.clvp.tortoise_keys import HEAD_DIM, Rule, decoder_rules, encoder_rules
+from clvp_fast.models.common.parameters import pack_linears, transpose_storage
+
+# Rows of the voice encoder lie in another order there: a copy, which Tortoise's own encoder does not read.
+_COPIED = re.compile(r"conditioning_encoder\.attn\.\d+\.qkv\.(weight|bias)")
+
+
+class SharedWeights:
+    """A CLVP `model` over the very parameters of Tortoise's modules.
+
+    Their parameters are first brought into the storage that the engine reads (GPT-2's weights transposed, query, key
+    and value of the encoders in a row), with the same values and shapes; those of `model` are views of them.
+
+    Args:
+        autoregressive: a live `UnifiedVoice`.
+        clvp: a live `CLVP`; None: the model's own encoders are small, of random numbers, and serve nothing.
+
+    Raises:
+        ValueError: tensors are missing, too many, or of other shapes than Tortoise's. Both are as they were then.
+    """
+
+    def __init__(self, autoregressive: nn.Module, clvp: nn.Module | None):
+        self._autoregressive, self._clvp = autoregressive, clvp
+        decoder_side = Original("tts.autoregressive", autoregressive.state_dict())
+        config = decoder_configs(decoder_side)
+        if clvp is None:
+            model_config = ClvpConfig(**config, **_no_encoders(decoder_side))
+            rules = [(autoregressive, decoder_side, list(decoder_rules(model_config)))]
+        else:
+            encoder_side = Original("tts.clvp", clvp.state_dict())
+            model_config = ClvpConfig(**config, **encoder_configs(encoder_side))
+            check_pair(model_config, decoder_side, encoder_side)
+            rules = [
+                (autoregressive, decoder_side, list(decoder_rules(model_config))),
+                (clvp, encoder_side, list(encoder_rules(model_config))),
+            ]
+        self._sources: list[tuple[Rule, torch.Tensor]] = []
+        for module, side, of_module in rules:
+            side.check(of_module)
+            tensors = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers())
+            self._sources += [(rule, tensors[rule.source]) for rule in of_module]
+        device = next(autoregressive.parameters()).device
+        try:
+            self._arrange()
+            self.model: ClvpModelForConditionalGeneration = self._make(model_config, device)
+        except BaseException:
+            self.give_back()
+            raise
+
+    def _make(self, config: ClvpConfig, device: torch.device) -> ClvpModelForConditionalGeneration:
+        with torch.device("meta"):
+            model = ClvpModelForConditionalGeneration(config)
+        if self._clvp is None:
+            for part in (model.text_encoder_model, model.speech_encoder_model):
+                part.to_empty(device=device)
+            model.logit_scale = nn.Parameter(torch.ones((), device=device))
+        state = dict(part for rule, source in self._sources for part in _parts(rule, source))
+        model.load_state_dict(state, strict=self._clvp is not None, assign=True)
+        return model.eval()
+
+    def _arrange(self) -> None:
+        for module in self._autoregressive.modules():
+            if isinstance(module, Conv1D):
+                transpose_storage(module)
+        for linears in self._projections():
+            pack_linears(linears)
+
+    def _projections(self) -> Iterator[list[nn.Linear]]:
+        for module in () if self._clvp is None else self._clvp.modules():
+            linears = [getattr(module, name, None) for name in ("to_q", "to_k", "to_v")]
+            if found := [linear for linear in linears if isinstance(linear, nn.Linear)]:
+                yield found
+
+    def _ours(self) -> dict[str, torch.Tensor]:
+        return dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+
+    def apart(self) -> str | None:
+        """Return the name of a parameter of Tortoise's that ours is no view of any more; None: all are shared."""
+        ours = self._ours()
+        for rule, source in self._sources:
+            if _COPIED.fullmatch(rule.source):
+                continue
+            for target, part in _parts(rule, source):
+                mine = ours[target]
+                if (mine.data_ptr(), mine.dtype, mine.stride()) != (part.data_ptr(), part.dtype, part.stride()):
+                    return rule.source
+        return None
+
+    @torch.no_grad()
+    def move(self, device: torch.device) -> None:
+        """Bring both sides to a device, a tensor at a time, so that there are never two copies of the whole."""
+        for _, source in self._sources:
+            source.data = source.data.to(device)
+            self._point(source)
+        for module in (self._autoregressive, self._clvp):
+            if module is not None:
+                nn.Module.to(module, device)
+        self._arrange()
+        self._point()
+        nn.Module.to(self.model, device)  # what is the model's own
+
+    def _point(self, only: torch.Tensor | None = None) -> None:
+        """Make ours views of Tortoise's tensors, or of one of them."""
+        ours = self._ours()
+        for rule, source in self._sources:
+            if only is None or source is only:
+                for target, part in _parts(rule, source):
+                    ours[target].data = part
+
+    @torch.no_grad()
+    def give_back(self) -> None:
+        """Bring Tortoise's parameters into the storage that they had; `model` must not be used behind this."""
+        for module in self._autoregressive.modules():
+            if isinstance(module, Conv1D):
+                module.weight.data = module.weight.data.contiguous()
+        for linears in self._projections():
+            for linear in linears:
+                linear.weight.data = linear.weight.data.clone()
+
+
+def _parts(rule: Rule, source: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield ours by name, of one of Tortoise's tensors: views, but for rows in another order."""
+    return zip(rule.targets, rule.convert(source.detach()), strict=True)
+
+
+def _no_encoders(original: Original) -> dict:
+    rows = original.shape("text_embedding.weight", 2)[0]
+    small = dict(hidden_size=HEAD_DIM, intermediate_size=HEAD_DIM, num_hidden_layers=1, num_attention_heads=1)
+    text = small | dict(vocab_size=rows, bos_token_id=rows - 1, eos_token_id=0, projection_dim=HEAD_DIM)
+    codes = original.shape("mel_embedding.weight", 2)[0] - 2
+    return dict(
+        projection_dim=HEAD_DIM, text_config=text, speech_config=small | dict(vocab_size=codes, projection_dim=HEAD_DIM)
+    )

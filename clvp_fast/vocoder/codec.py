@@ -1,0 +1,136 @@
+"""A small codec of speech: log-mel spectrograms to codes and back, by finite scalar quantisation.
+
+`stride` frames of a log-mel spectrogram become one code: each of a few numbers is rounded to one of its levels, and the
+code counts their combinations (Mentzer et al., "Finite Scalar Quantization", 2023). The way back is told the voice by
+mean and spread of a clip's log-mel, so that codes say what is said and not by whom.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+# Log-mel values of natural speech lie about this far around this, and the floor of the features is log(1e-5).
+MEAN, SPREAD, FLOOR = -5.0, 3.5, math.log(1e-5)
+
+
+class CodecBlock(nn.Module):
+    """A residual block: five taps of each channel over time, then a feed-forward layer."""
+
+    def __init__(self, width: int, dilation: int = 1):
+        super().__init__()
+        self.taps = nn.Parameter(torch.randn(5, width) * 0.3)
+        self.dilation = dilation
+        self.norm = nn.LayerNorm(width)
+        self.widen, self.narrow = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+        nn.init.normal_(self.narrow.weight, std=0.01)
+        nn.init.zeros_(self.narrow.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[batch, time, width]` → the same."""
+        length, step = x.shape[1], self.dilation
+        padded = F.pad(x, (0, 0, 2 * step, 2 * step))
+        mixed = padded[:, :length] * self.taps[0]
+        for index in range(1, 5):
+            mixed = mixed + padded[:, index * step : index * step + length] * self.taps[index]
+        return x + self.narrow(F.gelu(self.widen(self.norm(mixed))))
+
+
+class Codec(nn.Module):
+    """Log-mel spectrograms to codes, and codes with a voice back to log-mel spectrograms.
+
+    Args:
+        levels: how many values each of the rounded numbers has; their product is the number of codes.
+        stride: frames of a code.
+        width: of the layers, which run at the rate of the codes.
+        bins: mel channels.
+        encoder_blocks, decoder_blocks: how many [`CodecBlock`]s are on either side.
+    """
+
+    middle: torch.Tensor
+    places: torch.Tensor
+
+    def __init__(
+        self,
+        levels: Sequence[int] = (8, 5, 5, 5),
+        stride: int = 4,
+        width: int = 192,
+        bins: int = 80,
+        encoder_blocks: int = 2,
+        decoder_blocks: int = 4,
+    ):
+        super().__init__()
+        self.settings = {
+            "levels": list(levels),
+            "stride": stride,
+            "width": width,
+            "bins": bins,
+            "encoder_blocks": encoder_blocks,
+            "decoder_blocks": decoder_blocks,
+        }
+        self.levels, self.stride, self.bins = tuple(levels), stride, bins
+        self.enter = nn.Linear(bins * stride, width)
+        self.encoder = nn.Sequential(*[CodecBlock(width) for _ in range(encoder_blocks)])
+        self.quantise = nn.Linear(width, len(levels))
+        self.voice = nn.Sequential(nn.Linear(2 * bins, width), nn.GELU(), nn.Linear(width, 2 * width))
+        self.expand = nn.Linear(len(levels), width)
+        self.decoder = nn.ModuleList([CodecBlock(width, 1 + index % 2) for index in range(decoder_blocks)])
+        self.leave = nn.Linear(width, bins * stride)
+        self.smooth = nn.Conv1d(bins, bins, 5, padding=2)
+        for parameter in self.smooth.parameters():
+            nn.init.zeros_(parameter)
+        middle = (torch.tensor(levels, dtype=torch.float32) - 1) / 2
+        places = [math.prod(levels[:index]) for index in range(len(levels))]
+        self.register_buffer("middle", middle, persistent=False)
+        self.register_buffer("places", torch.tensor(places), persistent=False)
+
+    @property
+    def num_codes(self) -> int:
+        return math.prod(self.levels)
+
+    def grid_of(self, log_mel: torch.Tensor) -> torch.Tensor:
+        """Log-mel `[clips, bins, frames]`, `frames` a multiple of `stride` → levels `[clips, codes, len(levels)]`.
+
+        The levels are whole numbers from 0 on; their gradient is that of the numbers before they were rounded.
+        """
+        frames = (log_mel.transpose(1, 2) - MEAN) / SPREAD
+        stacked = frames.reshape(log_mel.shape[0], log_mel.shape[2] // self.stride, -1)
+        level = (torch.tanh(self.quantise(self.encoder(self.enter(stacked)))) + 1) * self.middle
+        return level + (level.round() - level).detach()
+
+    @torch.no_grad()
+    def codes_of(self, log_mel: torch.Tensor) -> torch.Tensor:
+        """Log-mel `[clips, bins, frames]` → codes `[clips, ceil(frames / stride)]` int64."""
+        missing = -log_mel.shape[-1] % self.stride
+        padded = F.pad(log_mel, (0, missing), mode="replicate") if missing else log_mel
+        return (self.grid_of(padded).round().long() * self.places).sum(-1)
+
+    def levels_of(self, codes: torch.Tensor) -> torch.Tensor:
+        """Codes `[clips, codes]` → their levels `[clips, codes, len(levels)]` float32."""
+        sizes = torch.tensor(self.levels, device=codes.device)
+        return ((codes[..., None] // self.places) % sizes).to(self.middle.dtype)
+
+    def log_mel_of(self, grid: torch.Tensor, voice: torch.Tensor) -> torch.Tensor:
+        """Levels `[clips, codes, len(levels)]` in voices `[clips, 2 * bins]` → log-mel `[clips, bins, frames]`."""
+        x = self.expand(grid / self.middle - 1)
+        scale, shift = self.voice(voice)[:, None].chunk(2, -1)
+        for index, block in enumerate(self.decoder):
+            if index < 2:
+                x = x * (1 + scale) + shift
+            x = block(x)
+        rough = self.leave(x).reshape(x.shape[0], -1, self.bins).transpose(1, 2)
+        return (rough + self.smooth(rough)) * SPREAD + MEAN
+
+
+def voice_of(log_mel: torch.Tensor) -> torch.Tensor:
+    """Return mean and spread of each channel `[2 * bins]`, of the log-mel `[bins, frames]` of a voice.
+
+    Frames of digital silence, as a short clip is filled up with, are left out.
+    """
+    heard = log_mel[:, log_mel.mean(0) > FLOOR + 1]
+    if heard.shape[1] < 2:
+        raise ValueError("the voice's clip is silent: give one that can be heard")
+    heard = (heard - MEAN) / SPREAD
+    return torch.cat([heard.mean(-1), heard.std(-1)])

@@ -1,0 +1,123 @@
+"""Trains the demo's checkpoint: `python -m examples.train`, again and again until it is done.
+
+Two processes of one thread each: this one trains, and one that it starts makes speech, codes and labelled candidates.
+Whatever ends them, called again they go on.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from clvp_fast import demo
+from clvp_fast.io.errors import sentence
+from clvp_fast.io.files import UnwritableError
+from examples.train import candidates, card, data, evaluate, model, train_decoder, train_scorer
+from examples.train.state import STOP, Interrupted, Refused, alone, home, note
+from examples.train.train_codec import make_codec, train_codec
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much of everything. All of it takes about 9 hours of CPU time on two cores with AVX2."""
+
+    speech_files: int = 10
+    codec_steps: int = 24000
+    code_files: int = 600
+    decoder_steps: int = 7500
+    decoder_steps_before_candidates: int = 1500
+    candidate_files: int = 60
+    scorer_steps: int = 5000
+
+
+PLAN = Plan()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m examples.train", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command")
+    commands.add_parser("train", help="all that is left to do (the default)")
+    material_parser = commands.add_parser("material", help="speech, codes and candidates alone, as beside the training")
+    material_parser.add_argument("--parent", type=int, help="end when the parent is no longer this process")
+    export = commands.add_parser("export", help="the checkpoint folder of what is trained so far")
+    export.add_argument("folder", type=Path)
+    judged = commands.add_parser("evaluate", help="word errors of candidates, and what their ranking gains")
+    judged.add_argument("--sentences", type=int, default=100)
+    judged.add_argument("--candidates", type=int, default=16)
+    judged.add_argument("--kind", choices=("open", "closed"), default="open")
+    commands.add_parser("round-trip", help="word errors of the codec by itself")
+    parser.set_defaults(command="train", parent=None)
+    given = parser.parse_args(arguments)
+
+    torch.set_num_threads(1)
+    STOP.listen(given.parent)
+    try:
+        folder = home()
+        if given.command in ("train", "material"):
+            with alone(folder, given.command):
+                (train if given.command == "train" else material)(folder)
+        elif given.command == "export":
+            model.export(folder, given.folder)
+            (given.folder / "README.md").write_text(card.card(folder), encoding="utf-8")
+            shutil.copy(Path(__file__).with_name("NOTICE.md"), given.folder)
+            print(f"wrote {given.folder}")
+        elif given.command == "evaluate":
+            print(json.dumps(evaluate.evaluate(folder, given.sentences, given.candidates, given.kind)))
+        else:
+            print(json.dumps(evaluate.round_trip(folder)))
+    except Interrupted:
+        print("interrupted, and all is saved: the same command goes on", flush=True)
+        return 143
+    except (Refused, UnwritableError) as error:
+        print(f"error: {sentence(error)}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def train(folder: Path, plan: Plan = PLAN) -> None:
+    """Codec, decoder and scorer, with the other process beside it, as far as they are not done."""
+    if demo.TRAINED.is_dir() and (taken := model.go_on_from(folder, demo.TRAINED)):
+        note(folder, stage="begun", weights_of=str(demo.TRAINED.name), parts=taken)
+    codec = make_codec()
+    train_codec(folder, codec, plan.codec_steps, plan.speech_files)
+    data.load_codec(folder, codec)
+    command = [sys.executable, "-m", "examples.train", "material", "--parent", str(os.getpid())]
+    helper = subprocess.Popen(command)
+    try:
+        _wait_for_codes(folder, helper)
+        clvp = model.make_model(model.configuration(codec.num_codes, model.silence_of(codec)))
+        train_decoder.train_decoder(folder, clvp, codec, plan.decoder_steps)
+        train_scorer.train_scorer(folder, clvp, plan.scorer_steps)
+        if helper.wait():
+            raise RuntimeError(f"the process that makes speech and candidates ended with {helper.returncode}")
+    finally:
+        helper.terminate()
+        helper.wait()
+    note(folder, stage="done")
+
+
+def _wait_for_codes(folder: Path, helper: subprocess.Popen) -> None:
+    """Until there are codes to begin with."""
+    while len(list((folder / "codes").glob("*.npz"))) < 5:
+        STOP.check()
+        if helper.poll() is not None:
+            raise RuntimeError(f"the process that makes speech ended with {helper.returncode} and made none")
+        STOP.wait(2)
+
+
+def material(folder: Path, plan: Plan = PLAN) -> None:
+    """Codes, then candidates, as far as they are not there."""
+    codec = data.load_codec(folder, make_codec())
+    data.make_held_out(folder, codec)
+    data.stream_codes(folder, codec, plan.code_files)
+    candidates.make_candidates(folder, plan.candidate_files, plan.decoder_steps_before_candidates)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

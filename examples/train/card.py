@@ -1,0 +1,60 @@
+"""The model card of an exported checkpoint: data, licences, domain, limits, and figures."""
+
+import json
+import re
+from pathlib import Path
+
+from examples.train import evaluate, texts
+from examples.train.model import steps_of
+
+_TABLE = """Word error rates by pocketsphinx, of sentences that nothing was trained on. Its language model is open (its
+own trigrams) or closed (the domain's words). `p`, by Wilcoxon over sentences, is of its gain over the mean.
+
+| language model | sentences | candidates | mean | picked by score | least | p |
+|---|---|---|---|---|---|---|
+"""
+NAME = re.compile(r"evaluation-(\d+)-(\d+)-(open|closed)\.jsonl")
+
+
+def figures(folder: Path) -> list[dict]:
+    """Summaries of the evaluations of the decoder as it is; those of other steps are of another checkpoint."""
+    step = steps_of(folder).get("decoder", (0, 0))[0]
+    found = []
+    for path in sorted(folder.glob("evaluation-*.jsonl")):
+        of_step, count, kind = NAME.fullmatch(path.name).groups()
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        if int(of_step) == step and rows:
+            found.append({"candidates": int(count), "kind": kind, **evaluate.summary(rows)})
+    return found
+
+
+def card(folder: Path) -> str:
+    """The card as Markdown."""
+    trained = steps_of(folder)
+    steps = "".join(f"| {part} | {step} | {spent / 60:.0f} |\n" for part, (step, spent) in trained.items())
+    rows = ""
+    for found in figures(folder):
+        for count in (4, 16, 64, 256):
+            if best := found.get(f"best_of_{count}"):
+                rows += (
+                    f"| {found['kind']} | {found['sentences']} | {count} | {best['mean']:.3f} | {best['picked']:.3f} | "
+                    f"{best['least']:.3f} | {best['p']:.2g} |\n"
+                )
+    measured = f"{_TABLE}{rows}" if rows else "Nothing was measured of this checkpoint.\n"
+    return f"""# A small CLVP that was trained on synthetic speech
+
+Made by `examples/train` of clvp_fast, and by nothing else.
+
+- **Data**: sentences of a grammar of {len(texts.WORDS)} English words, spoken by two synthesisers: flite's voice `rms`
+  and hibari-tts' voice `heart`. No recording of a person was used by this recipe.
+- **Domain**: these words alone; `tokenizer_config.json` lists them as `domain_words`. Other words may be said wrongly.
+- **Voices**: these two. A recording of a person does not clone that person.
+- **Codes**: 1000 at 21.5 Hz, of the codec in `vocoder.safetensors`; they are not Tortoise's.
+- **Licence**: that of clvp_fast, Apache-2.0; notices of the synthesisers are in `NOTICE.md`.
+
+| trained | steps | CPU minutes |
+|---|---|---|
+{steps}
+## Figures
+
+{measured}"""

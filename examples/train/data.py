@@ -1,0 +1,159 @@
+"""Speech of the two voices on the disk: clips, spectrograms for the codec, and codes of ever more sentences.
+
+Every file follows from its number alone, and is made where it is not there: whoever interrupts loses one file at most.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from clvp_fast.vocoder import Codec
+from examples.train import texts, voices
+from examples.train.state import STOP, averages_of, note, save_arrays
+
+# Of a file; the voices take turns.
+SENTENCES = 200
+# Clips of each voice that condition the decoder.
+CLIPS = 24
+
+
+def speech_file(path: Path, said: list[str], seed: int) -> None:
+    """Log-mel of sentences, the voices taking turns: `[80, all frames]` float16, and where each ends."""
+    mels = []
+    for index, sentence in enumerate(said):
+        STOP.check()
+        speak = voices.voice(voices.NAMES[index % 2])
+        mels.append(voices.features(speak(sentence, seed + index)).half().numpy())
+    ends = np.cumsum([mel.shape[1] for mel in mels])
+    save_arrays(path, mels=np.concatenate(mels, 1), ends=ends, said=np.array(said))
+
+
+def make_speech(folder: Path, count: int) -> list[Path]:
+    """`count` files of speech for the codec; short sentences have a share, as words at the ends are hard."""
+    paths = [folder / "speech" / f"{number:04d}.npz" for number in range(count)]
+    for number, path in enumerate(paths):
+        if not path.is_file():
+            speech_file(path, texts.unique(1000 + number, SENTENCES, texts.UNSEEN), 1_000_000 * (number + 1))
+    return paths
+
+
+def read_speech(path: Path) -> list[tuple[int, torch.Tensor]]:
+    """Pairs of a voice's number and log-mel `[80, frames]` float32."""
+    with np.load(path) as kept:
+        parts = np.split(kept["mels"], kept["ends"][:-1], axis=1)
+    return [(index % 2, torch.from_numpy(part.astype(np.float32))) for index, part in enumerate(parts)]
+
+
+def make_clips(folder: Path) -> torch.Tensor:
+    """Features of `CLIPS` clips of each voice, `[voices, CLIPS, 80, frames]`: each some sentences, cut to 6 s."""
+    path = folder / "clips.npz"
+    if not path.is_file():
+        said = texts.unique(77, 4 * CLIPS, texts.UNSEEN)
+        found = [[_clip(name, said[4 * index : 4 * index + 4]) for index in range(CLIPS)] for name in voices.NAMES]
+        save_arrays(path, clips=np.stack([np.stack(clips) for clips in found]))
+    with np.load(path) as kept:
+        return torch.from_numpy(kept["clips"])
+
+
+def _clip(name: str, said: list[str]) -> np.ndarray:
+    STOP.check()
+    gap = np.zeros(voices.RATE // 8, dtype=np.float32)
+    spoken = [part for index, line in enumerate(said) for part in (voices.voice(name)(line, index), gap)]
+    return voices.clip_features(np.concatenate(spoken)).numpy()
+
+
+def load_codec(folder: Path, codec: Codec) -> Codec:
+    """`codec` with what was trained last."""
+    codec.load_state_dict(averages_of(folder / "codec.pt"))
+    return codec.eval()
+
+
+def codes_file(path: Path, said: list[str], seed: int, codec: Codec) -> None:
+    """Codes of sentences, the voices taking turns: int16 of all, and where each ends."""
+    codes = []
+    for index, sentence in enumerate(said):
+        STOP.check()
+        mel = voices.features(voices.voice(voices.NAMES[index % 2])(sentence, seed + index))
+        codes.append(codec.codes_of(mel[None])[0].short().numpy())
+    save_arrays(path, codes=np.concatenate(codes), ends=np.cumsum([len(row) for row in codes]), said=np.array(said))
+
+
+def read_codes(path: Path) -> list[tuple[int, str, torch.Tensor]]:
+    """Triples of a voice's number, what is said, and codes `[length]` int64."""
+    with np.load(path) as kept:
+        rows, said = np.split(kept["codes"].astype(np.int64), kept["ends"][:-1]), kept["said"].tolist()
+    return [
+        (index % 2, sentence, torch.from_numpy(row))
+        for index, (sentence, row) in enumerate(zip(said, rows, strict=True))
+    ]
+
+
+def make_held_out(folder: Path, codec: Codec) -> list[tuple[int, str, torch.Tensor]]:
+    """Codes of the sentences that are watched."""
+    path = folder / "held_out.npz"
+    if not path.is_file():
+        codes_file(path, texts.HELD_OUT, 900_000_000, codec)
+    return read_codes(path)
+
+
+def stream_codes(folder: Path, codec: Codec, count: int) -> None:
+    """Files of codes 0 to `count`, each of fresh sentences."""
+    for number in range(count):
+        path = folder / "codes" / f"{number:05d}.npz"
+        if path.is_file():
+            continue
+        said = texts.Writer(1_000_000 + number).sentences(texts.UNSEEN)
+        codes_file(path, [next(said) for _ in range(SENTENCES)], 2_000_000_000 + number * SENTENCES, codec)
+        if number % 20 == 19:
+            note(folder, stage="stream", sentences=(number + 1) * SENTENCES)
+
+
+class Corpus:
+    """The codes that are there, by the length of their text, and how often each was taken."""
+
+    def __init__(self, folder: Path, ids_of: Callable[[str], list[int]]):
+        self.folder, self.ids_of = folder / "codes", ids_of
+        self.items: list[tuple[int, str, torch.Tensor]] = []
+        self.ids: list[torch.Tensor] = []
+        self.by_length: dict[int, list[int]] = {}
+        self.taken = np.zeros(0, dtype=np.int64)
+        self._read: set[str] = set()
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Reads files that came since."""
+        for path in sorted(self.folder.glob("*.npz")):
+            if path.name in self._read:
+                continue
+            self._read.add(path.name)
+            for item in read_codes(path):
+                ids = torch.tensor(self.ids_of(item[1]))
+                self.by_length.setdefault(len(ids), []).append(len(self.items))
+                self.items.append(item)
+                self.ids.append(ids)
+        grown = np.zeros(len(self.items), dtype=np.int64)
+        grown[: len(self.taken)] = self.taken
+        self.taken = grown
+
+    def batch(self, random: np.random.Generator, count: int) -> list[int]:
+        """`count` items, or half as many at least, whose texts have one length: those that were taken least."""
+        while True:
+            some = int(random.integers(len(self.items)))
+            same = np.array(self.by_length[len(self.ids[some])])
+            if len(same) >= min(count // 2, len(self.items) // 40):
+                break
+        order = np.argsort(self.taken[same] + random.random(len(same)))[:count]
+        chosen = same[order]
+        self.taken[chosen] += 1
+        return chosen.tolist()
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+
+def each_voice(items) -> Iterator[list]:
+    """Items of the first voice, then of the second."""
+    for number in range(len(voices.NAMES)):
+        yield [item for item in items if item[0] == number]

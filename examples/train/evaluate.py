@@ -1,0 +1,99 @@
+"""Figures of what was trained, by the recogniser: candidates and their ranking, and the codec by itself.
+
+The sentences are `texts.EVALUATION`, on which nothing is trained. Rows go to `evaluation-NAME.jsonl` one by one, so
+that an evaluation that was interrupted goes on; `uses.jsonl` counts how often these sentences were used.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from clvp_fast.vocoder.codec import voice_of
+from clvp_fast.vocoder.griffin_lim import GriffinLim
+from examples.train import data, judge, texts, voices
+from examples.train.candidates import Speaker, sampling
+from examples.train.state import STOP
+from examples.train.train_codec import make_codec
+
+
+def evaluate(folder: Path, sentences: int, count: int, kind: str = "open", seed: int = 7) -> dict:
+    """Word errors of `count` candidates of each sentence, those of the best by score of the first 4, 16, 64, ..."""
+    step = torch.load(folder / "decoder.pt", weights_only=True, mmap=True)["step"]
+    path = folder / f"evaluation-{step}-{count}-{kind}.jsonl"
+    with open(folder / "uses.jsonl", "a", encoding="utf-8") as uses:
+        uses.write(json.dumps({"step": step, "sentences": sentences, "count": count, "kind": kind}) + "\n")
+    done = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    speaker = Speaker(folder, scorer=True)
+    for number in range(len(done), sentences):
+        said = texts.EVALUATION[number]
+        (result,) = speaker.candidates([said], sampling(count, seed + number), number)
+        errors = []
+        for codes, length in zip(result.codes, result.lengths, strict=True):
+            STOP.check()
+            errors.append(judge.word_errors(said, judge.hear(speaker.sound(codes[:length], number), kind)))
+        row = {"said": said, "voice": voices.NAMES[number % 2], "errors": errors, "scores": result.scores.tolist()}
+        with open(path, "a", encoding="utf-8") as rows:
+            rows.write(json.dumps(row) + "\n")
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return {"step": step, "kind": kind, **summary(rows)}
+
+
+def summary(rows: list[dict]) -> dict:
+    """The mean candidate's word errors, in all and by voice, and what ranking gains at each number of candidates."""
+    errors, scores = (np.array([row[name] for row in rows]) for name in ("errors", "scores"))
+    found = {"sentences": len(rows), "mean": round(float(errors.mean()), 4)}
+    for name in voices.NAMES:
+        mine = [row["voice"] == name for row in rows]
+        if any(mine):
+            found[name] = round(float(errors[mine].mean()), 4)
+    for count in (4, 16, 64, 256):
+        if count > errors.shape[1]:
+            break
+        best = scores[:, :count].argmax(1)
+        picked, mean = errors[np.arange(len(rows)), best], errors[:, :count].mean(1)
+        found[f"best_of_{count}"] = {
+            "picked": round(float(picked.mean()), 4),
+            "mean": round(float(mean.mean()), 4),
+            "least": round(float(errors[:, :count].min(1).mean()), 4),
+            "p": wilcoxon(mean - picked),
+        }
+    return found
+
+
+def wilcoxon(differences: np.ndarray) -> float:
+    """The chance of differences at least as large if none were meant: Wilcoxon's signed ranks, one-sided, by the normal
+    distribution; equal ones share their ranks, zeros are left out."""
+    differences = differences[np.abs(differences) > 1e-12]
+    if not len(differences):
+        return 1.0
+    _, places, counts = np.unique(np.abs(differences).round(12), return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(counts) - (counts - 1) / 2)[places]
+    n = len(differences)
+    spread = math.sqrt((n * (n + 1) * (2 * n + 1) - (counts**3 - counts).sum() / 2) / 24)
+    return 0.5 * math.erfc((ranks[differences > 0].sum() - n * (n + 1) / 4) / spread / math.sqrt(2))
+
+
+def round_trip(folder: Path, sentences: int = 40) -> dict:
+    """Word errors with the closed language model of synthesised speech, through log-mel, and through the codec.
+
+    The sentences are `texts.HELD_OUT`, so that this can be done at any time.
+    """
+    codec = data.load_codec(folder, make_codec())
+    clips, invert = data.make_clips(folder), GriffinLim(voices.extractor())
+    found = {}
+    for index, name in enumerate(voices.NAMES):
+        errors = {"synthesised": [], "log_mel": [], "codec": []}
+        voice = voice_of(clips[index, 0])[None]
+        for number, said in enumerate(texts.HELD_OUT[:sentences]):
+            STOP.check()
+            samples = voices.voice(name)(said, 5_000_000 + number)
+            mel = voices.features(samples)
+            with torch.no_grad():
+                again = codec.log_mel_of(codec.levels_of(codec.codes_of(mel[None])), voice)[0]
+            for way, sound in zip(errors, (samples, invert(mel).numpy(), invert(again).numpy()), strict=True):
+                errors[way].append(judge.word_errors(said, judge.hear(sound)))
+        found[name] = {way: round(float(np.mean(of_way)), 4) for way, of_way in errors.items()}
+    return found

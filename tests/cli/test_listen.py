@@ -1,0 +1,198 @@
+"""`generate --listen`: recordings of the kept candidates, and a page that Chromium opens, plays and sorts."""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from clvp_fast.cli.page import Page, Section, data_url
+from clvp_fast.demo import build_demo
+from clvp_fast.vocoder import Codec, save_vocoder
+from tests.kit.browser import Browser
+
+QUICK = ("--num-candidates", 4, "--max-new-tokens", 24, "--no-pictures", "--listen")
+NASTY = '<script>alert(1)</script> & "quotes" \' \u2028 </script> </style> <!-- sailed'
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """The random demo with a vocoder of noise, which has a code for each of its speech tokens."""
+    folder = tmp_path_factory.mktemp("with-vocoder")
+    build_demo(folder)
+    torch.manual_seed(0)
+    save_vocoder(folder, Codec((8, 8, 8, 16), width=16))
+    return folder
+
+
+def test_recordings_and_page(cli, voice, checkpoint, tmp_path):
+    outcome = cli("generate", "hello there", "--voice", voice, "--checkpoint", checkpoint, "--out", tmp_path, *QUICK)
+    assert outcome.code == 0, outcome.err
+    assert f"wrote {tmp_path}/report.html" in outcome.out and f"wrote {tmp_path}/sound" in outcome.out
+    rows = json.loads((tmp_path / "candidates.json").read_text())["candidates"]
+    assert [row["sound"] for row in rows] == [f"sound/rank-{rank}.wav" for rank in (1, 2, 3, 4)]
+    for row in rows:
+        samples, rate = soundfile.read(tmp_path / row["sound"])
+        assert rate == 22050 and len(samples) == (4 * row["tokens"] - 1) * 256
+        assert row["seconds"] == pytest.approx(len(samples) / rate, abs=1e-3) and np.abs(samples).max() > 0.05
+    assert sorted(path.name for path in (tmp_path / "sound").iterdir()) == [f"rank-{n}.wav" for n in (1, 2, 3, 4)]
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<audio ") == 4 and str(tmp_path) not in page and str(voice.parent) not in page
+
+
+def test_kept_ones_alone_are_spoken(cli, voice, checkpoint, tmp_path):
+    argv = ("generate", "hello", "there", "--voice", voice, "--checkpoint", checkpoint, "--out", tmp_path)
+    outcome = cli(*argv, *QUICK, "--keep", 1)
+    assert outcome.code == 0
+    assert len(list(tmp_path.rglob("*.wav"))) == 2 and len(list(tmp_path.rglob("report.html"))) == 1
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<audio ") == 2 and page.count("<h2>") == 3
+    assert f"wrote {tmp_path}/report.html" in outcome.out and "sound" not in outcome.out
+
+
+def test_without_a_vocoder_one_sentence_and_codes(cli, voice, tmp_path):
+    outcome = cli("generate", "hello", "--voice", voice, "--out", tmp_path, *QUICK)
+    assert outcome.code == 0
+    told = [line for line in outcome.err.splitlines() if "vocoder" in line]
+    assert told == [
+        "note: checkpoint 'demo' brings no vocoder (vocoder.json and vocoder.safetensors), so --listen has nothing to "
+        "be heard; codes and scores are written all the same"
+    ]
+    assert {path.name for path in tmp_path.iterdir()} == {"codes.npz", "candidates.json"}
+
+
+def test_a_saved_voice_says_what_is_missing(cli, voice, checkpoint, tmp_path):
+    common = (
+        "--checkpoint",
+        checkpoint,
+        "--num-candidates",
+        2,
+        "--max-new-tokens",
+        8,
+        "--no-pictures",
+        "--out",
+        tmp_path,
+    )
+    saved = tmp_path / "saved.safetensors"
+    assert cli("generate", "hello", "--voice", voice, "--save-voice", saved, *common).code == 0
+    outcome = cli("generate", "hello", "--voice", saved, "--listen", *common)
+    assert (
+        outcome.code == 0 and "nothing can be heard: a saved voice comes without a recording to speak in" in outcome.err
+    )
+    assert not (tmp_path / "report.html").exists() and (tmp_path / "codes.npz").exists()
+
+
+class Outline(HTMLParser):
+    """The elements of a page with their attributes, and the texts of its headings."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.found, self.headings, self._inside = [], [], ""
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+        self._inside = tag
+        if tag in ("h1", "h2"):
+            self.headings.append("")
+
+    def handle_endtag(self, tag):
+        self._inside = ""
+
+    def handle_data(self, data):
+        if self._inside in ("h1", "h2"):
+            self.headings[-1] += data
+
+
+def a_row(rank: int, score=1.5, **changes) -> dict:
+    return {"rank": rank, "candidate": 10 - rank, "tokens": 7, "score": score, "stopped": True, **changes}
+
+
+def test_whatever_comes_from_outside_is_text():
+    page = Page("Heard", {"checkpoint": NASTY})
+    page.add_section(Section(NASTY, NASTY, [NASTY], data_url("image/png", b"x")))
+    page.add(0, a_row(1), 0.5, data_url("audio/wav", b"x"), None)
+    outline = Outline(page.html())
+    assert NASTY in outline.headings
+    tags = [tag for tag, _ in outline.found]
+    assert tags.count("script") == 1 and tags.count("style") == 1 and "alert" not in tags
+    (policy,) = (attributes["content"] for tag, attributes in outline.found if "http-equiv" in attributes)
+    assert "default-src 'none'" in policy and "unsafe" not in policy and "http" not in policy
+    assert len(re.findall("'sha256-[^']+'", policy)) == 2
+
+
+def test_page_keeps_the_best_that_fit():
+    page = Page("Heard", limit=230_000)
+    for number in range(2):
+        page.add_section(Section(f"text {number}", "voice", []))
+        for rank in range(1, 6):
+            page.add(number, a_row(rank, score=None if rank == 5 else -rank), 0.5, "data:," + "x" * 5000, None)
+    content = page.html()
+    kept = [tuple(map(int, found)) for found in re.findall(r'data-rank="(\d)" data-score="(-?\d)', content)]
+    assert page.left_out == 5 and [rank for rank, _ in kept] == [1, 2, 3, 1, 2]
+    assert len(content.encode()) <= 230_000 and "5 candidates are left out here" in content
+
+
+@pytest.fixture(scope="module")
+def spoken(tmp_path_factory, checkpoint):
+    """A page of two texts, one of them nasty, with four candidates each."""
+    from clvp_fast.cli import main
+    from tests.cli.conftest import ROOT
+
+    out = tmp_path_factory.mktemp("spoken")
+    argv = ["generate", NASTY, "hello there", "--voice", ROOT / "examples/voice.flac", "--checkpoint", checkpoint]
+    assert main([str(part) for part in (*argv, "--out", out, *QUICK)]) == 0
+    return out
+
+
+ORDER = "return [...document.querySelectorAll('ol')].map(l => [...l.children].map(i => Number(i.dataset[%r])))"
+
+
+def test_chromium_opens_plays_and_sorts_it(spoken, tmp_path):
+    rows = [json.loads(path.read_text())["candidates"] for path in sorted(spoken.glob("0*/candidates.json"))]
+    with Browser(tmp_path) as browser:
+        browser.open(spoken / "report.html")
+        durations = browser.run(
+            "return Promise.all([...document.querySelectorAll('audio')].map(p => p.readyState ? p.duration :"
+            " new Promise(done => p.addEventListener('loadedmetadata', () => done(p.duration)))))"
+        )
+        assert durations == pytest.approx([row["seconds"] for of_text in rows for row in of_text], abs=0.01)
+        played = browser.run(
+            "const p = document.querySelector('audio'); return p.play().then(() => new Promise(done =>"
+            " p.addEventListener('timeupdate', () => p.currentTime > 0 && done(p.currentTime))))"
+        )
+        assert 0 < played <= durations[0]
+        # The second player stops the first.
+        assert browser.run(
+            "const [a, b] = document.querySelectorAll('audio'); a.loop = true;"
+            " return a.play().then(() => b.play()).then(() => new Promise(done => setTimeout(done, 200)))"
+            ".then(() => a.paused)"
+        )
+        assert browser.run(ORDER % "rank") == [[1, 2, 3, 4]] * 2
+        browser.run("document.getElementById('order').focus()")
+        browser.press("l")  # by the keyboard: "length"
+        seconds = browser.run(ORDER % "seconds")
+        assert seconds == [sorted(of_text) for of_text in seconds]
+        assert browser.run("return document.getElementById('said').textContent") == "Sorted by length."
+        browser.press("r")
+        assert browser.run(ORDER % "rank") == [[1, 2, 3, 4]] * 2
+        pictures = browser.run("return [...document.images].every(i => i.complete && i.naturalWidth > 1 && i.alt)")
+        names = browser.run("return [...document.querySelectorAll('audio')].map(p => p.ariaLabel)")
+        assert pictures and len(set(names)) == 8 and all("candidate" in name for name in names)
+        assert "alert(1)" in browser.run("return document.querySelector('h2').textContent")
+        assert browser.console() == []
+
+
+def test_chromium_shows_it_at_phone_width(spoken, tmp_path):
+    with Browser(tmp_path, phone=360) as browser:
+        browser.open(spoken / "report.html")
+        width, needed, furthest, lowest = browser.run(
+            "const all = [...document.querySelectorAll('li, audio, img, dl, select')];"
+            " return [document.documentElement.clientWidth, document.documentElement.scrollWidth,"
+            " Math.max(...all.map(e => e.getBoundingClientRect().right)),"
+            " document.getElementById('order').offsetHeight]"
+        )
+        assert width == 360 and needed <= 360 and furthest <= 360 and lowest >= 40  # a finger's height
