@@ -46,11 +46,10 @@ class SharedWeights:
                 (autoregressive, decoder_side, list(decoder_rules(model_config))),
                 (clvp, encoder_side, list(encoder_rules(model_config))),
             ]
-        self._sources: list[tuple[Rule, torch.Tensor]] = []
-        for module, side, of_module in rules:
+        self._rules = [(module, of_module) for module, _, of_module in rules]
+        for _, side, of_module in rules:
             side.check(of_module)
-            tensors = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers())
-            self._sources += [(rule, tensors[rule.source]) for rule in of_module]
+        self._sources = [(rule, tensor) for rule, tensor in self._now() if tensor is not None]
         device = next(autoregressive.parameters()).device
         try:
             self._arrange()
@@ -83,13 +82,22 @@ class SharedWeights:
             if found := [linear for linear in linears if isinstance(linear, nn.Linear)]:
                 yield found
 
+    def _now(self) -> Iterator[tuple[Rule, torch.Tensor | None]]:
+        """Yield the tensor that each rule names, as the modules have it at this time."""
+        for module, rules in self._rules:
+            tensors = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers())
+            for rule in rules:
+                yield rule, tensors.get(rule.source)
+
     def _ours(self) -> dict[str, torch.Tensor]:
         return dict(self.model.named_parameters()) | dict(self.model.named_buffers())
 
     def apart(self) -> str | None:
         """Return the name of a parameter of Tortoise's that ours is no view of any more; None: all are shared."""
         ours = self._ours()
-        for rule, source in self._sources:
+        for (rule, source), (_, now) in zip(self._sources, self._now(), strict=True):
+            if now is not source:
+                return rule.source
             if _COPIED.fullmatch(rule.source):
                 continue
             for target, part in _parts(rule, source):
