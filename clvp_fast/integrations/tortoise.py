@@ -25,6 +25,7 @@ from clvp_fast.models.clvp.tokens import stop_token
 _MOST_CODES = 600
 
 
+@torch.inference_mode(False)
 def accelerate(tts: Any, **engine_options) -> Any:
     """Let a live `TextToSpeech` of `tortoise.api` or `tortoise.api_fast` draw and rank candidates on this engine.
 
@@ -53,6 +54,7 @@ def accelerate(tts: Any, **engine_options) -> Any:
     return tts
 
 
+@torch.inference_mode(False)
 def restore(tts: Any) -> Any:
     """Put back what `accelerate(tts)` changed, as it was then, and return the object; `ValueError` if nothing was."""
     stage = getattr(tts, MARK, None)

@@ -41,6 +41,7 @@ class Stage:
 
     def __init__(self, tts: Any, clvp: nn.Module | None, longest: int, engine_options: dict[str, Any]):
         self.tts, self.lock = tts, threading.RLock()
+        self._unready = False  # a move that did not come to its end
         self._put: list[tuple[Any, str, Any]] = []  # owner, name, and what its dictionary had by that name
         self._length: int | None = None  # of the codes of the call under way, where its latents may be cut
         autoregressive = tts.autoregressive
@@ -172,17 +173,20 @@ class Stage:
             )
         self._follow(torch.device(self.tts.device))
 
+    @torch.inference_mode(False)
     def _follow(self, device: torch.device) -> None:
-        if self._model.device.type == device.type and device.index in (None, self._model.device.index):
+        if not self._unready and self._weights.stands_on(device):
             return
-        before = self._model.device
-        self._weights.move(device)
+        before, self._unready = self._home if self._unready else self._model.device, True
         try:
+            self._weights.move(device)
             self.engine.refresh()
         except BaseException:  # too little memory there
             self._weights.move(before)
             self.engine.refresh()
+            self._unready = False
             raise
+        self._unready = False
 
     def _mover(self, module: nn.Module, name: str) -> Callable:
         """Return a method in the place of `module.to` and the like: the module stays on `tts.device`."""

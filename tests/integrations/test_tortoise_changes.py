@@ -181,3 +181,74 @@ def test_hooks_that_run_stay(make_tts):
     tts.autoregressive.conditioning_encoder.register_forward_hook(print)
     accelerate(tts).tts(TEXT, **SPEAK)
     assert seen == ["CLVP", "UnifiedVoice"]
+
+
+def test_inference_mode_leaves_parameters_that_train(make_tts):
+    tts = make_tts()
+    with torch.inference_mode():
+        restore(accelerate(tts))
+        accelerate(tts).tts(TEXT, **SPEAK)
+    restore(tts)
+    parameters = [*tts.autoregressive.parameters(), *tts.clvp.parameters()]
+    assert not any(parameter.is_inference() or parameter.data.is_inference() for parameter in parameters)
+    loss = tts.autoregressive.gpt.h[0].attn.c_attn.weight.square().sum() + first_linear(tts.clvp).weight.square().sum()
+    loss.backward()
+    torch.optim.SGD(parameters, 0.1).step()
+
+
+def test_a_device_change_in_inference_mode_leaves_parameters_that_train(make_tts):
+    tts = accelerate(make_tts())
+    weights = tts._clvp_fast._weights
+    with torch.inference_mode():
+        weights.model.speech_decoder_model.lm_head.weight.data = torch.zeros(302, 128)
+        weights.move(torch.device("cpu"))
+    assert weights.apart() is None
+    assert not any(parameter.is_inference() for parameter in (*tts.clvp.parameters(), *weights.model.parameters()))
+
+
+def test_storages_of_other_kinds_come_back(make_tts):
+    """Parts of one buffer, storage in another order, and what another process reads."""
+    tts = make_tts()
+    sound = tts.clvp(torch.ones(1, 4, dtype=torch.long), torch.ones(1, 9, dtype=torch.long))
+    buffer = torch.cat([parameter.data.flatten() for parameter in tts.clvp.parameters()])
+    begin = 0
+    for parameter in tts.clvp.parameters():
+        parameter.data = buffer[begin : begin + parameter.numel()].view(parameter.shape)
+        begin += parameter.numel()
+    first, second = (block.attn.c_attn.weight for block in tts.autoregressive.gpt.h)
+    first.data = first.data.t().contiguous().t()
+    second.data = second.data.clone().share_memory_()
+    parameters = [*tts.clvp.parameters(), first, second]
+    before = [(parameter.data_ptr(), parameter.stride()) for parameter in parameters]
+    accelerate(tts).tts(TEXT, **SPEAK)
+    with torch.no_grad():
+        tts.clvp.temperature += 1
+        first_linear(tts.clvp).weight.mul_(2)
+        seen = first_linear(tts.clvp).weight.clone()
+    restore(tts)
+    assert [(parameter.data_ptr(), parameter.stride()) for parameter in parameters] == before
+    assert second.is_shared() and torch.equal(first_linear(tts.clvp).weight, seen)
+    with torch.no_grad():
+        first_linear(tts.clvp).weight.div_(2)
+        tts.clvp.temperature -= 1
+    again = tts.clvp(torch.ones(1, 4, dtype=torch.long), torch.ones(1, 9, dtype=torch.long))
+    assert torch.allclose(again, sound, atol=1e-4)
+
+
+def test_a_move_that_fails_on_its_way_is_undone(make_tts, monkeypatch):
+    tts = accelerate(make_tts())
+    weights, point = tts._clvp_fast._weights, type(tts._clvp_fast._weights)._point
+    pointed = []
+
+    def failing(only=None):
+        pointed.append(only)
+        if len(pointed) == 3:
+            raise RuntimeError("out of memory, says the test")
+        point(weights, only)
+
+    monkeypatch.setattr(weights, "_point", failing)
+    monkeypatch.setattr(weights, "stands_on", lambda device: bool(pointed))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        tts.tts(TEXT, **SPEAK)
+    assert len(pointed) > 6 and weights.apart() is None
+    tts.tts(TEXT, **SPEAK)
