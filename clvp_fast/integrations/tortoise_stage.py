@@ -51,7 +51,8 @@ class Stage:
         self._home = self._model.device  # where restore() brings the modules
         try:
             self._follow_settings(autoregressive)
-            options: dict[str, Any] = dict(max_new_tokens=min(longest, most_codes(self._decoder.config)))
+            limit = min(longest, most_codes(self._decoder.config))
+            options: dict[str, Any] = dict(max_new_tokens=limit, packed_weights=False)  # one copy of the weights
             features = ClvpFeatureExtractor(feature_size=self._decoder.config.feature_size)
             processor = SimpleNamespace(feature_extractor=features, tokenizer=None)
             self._weights.move(torch.device(tts.device))
