@@ -17,14 +17,15 @@ import torch.nn.functional as F
 from clvp_fast.engine.ranking import Ranker
 from clvp_fast.integrations.tortoise_arguments import check_call, check_object, check_options, is_fast
 from clvp_fast.integrations.tortoise_fast import FastStage
+from clvp_fast.integrations.tortoise_modules import MARK
 from clvp_fast.integrations.tortoise_stage import Stage, codes_of
 from clvp_fast.models.clvp.tokens import stop_token
 
 # What `max_mel_tokens` may be there, by its documentation.
 _MOST_CODES = 600
-_STAGE = "_clvp_fast"
 
 
+@torch.inference_mode(False)
 def accelerate(tts: Any, **engine_options) -> Any:
     """Let a live `TextToSpeech` of `tortoise.api` or `tortoise.api_fast` draw and rank candidates on this engine.
 
@@ -45,22 +46,25 @@ def accelerate(tts: Any, **engine_options) -> Any:
         TypeError: another object, or options that are Tortoise's to say.
         ValueError: an object that is accelerated already or cannot be, or too little memory. It is as it was then.
     """
-    if hasattr(tts, _STAGE):
+    if hasattr(tts, MARK):
         raise ValueError("this tts is accelerated already: call restore(tts) before")
     check_object(tts)
     check_options(engine_options)
-    setattr(tts, _STAGE, (FastStage if is_fast(tts) else TortoiseStage)(tts, engine_options))
+    setattr(tts, MARK, (FastStage if is_fast(tts) else TortoiseStage)(tts, engine_options))
     return tts
 
 
+@torch.inference_mode(False)
 def restore(tts: Any) -> Any:
-    """Put back what `accelerate(tts)` changed, and return the object; `ValueError` where nothing was."""
-    stage = getattr(tts, _STAGE, None)
+    """Put back what `accelerate(tts)` changed, as it was then, and return the object; `ValueError` if nothing was."""
+    stage = getattr(tts, MARK, None)
     if not isinstance(stage, Stage):
         raise ValueError("this tts is not accelerated: there is nothing to restore")
+    if stage.tts is not tts:
+        raise ValueError("this tts is a copy of one that is accelerated: call restore() of that one")
     with stage.lock:
         stage.close()
-        delattr(tts, _STAGE)
+        delattr(tts, MARK)
     return tts
 
 
@@ -109,9 +113,7 @@ class TortoiseStage(Stage):
             yield
         finally:
             tts.autoregressive_batch_size, self._length, self._ready = size, None, None
-            for owner, name in self._put[put:]:
-                owner.__dict__.pop(name, None)
-            del self._put[put:]
+            self._put_back(put)
 
     def tts_many(
         self, texts: Sequence[str], voices: Sequence[Any] | None = None, k: int = 1, **options

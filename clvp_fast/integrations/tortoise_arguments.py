@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from clvp_fast.engine.sampling_params import SamplingParams
+from clvp_fast.integrations.tortoise_modules import MARK
 from clvp_fast.io.errors import shown
 
 # Of a `TextToSpeech` of `tortoise.api`, and of `tortoise.api_fast`: what is used of it, and arguments of its `tts()`.
@@ -18,6 +19,14 @@ _ARGUMENTS = (
 )
 _FAST_ATTRIBUTES = ("autoregressive", "hifi_decoder", "tokenizer", "device", "half", "tts_stream")
 _FAST_ARGUMENTS = ("voice_samples", "k", "use_deterministic_seed")
+# Arguments of the forwards of its modules.
+_FORWARDS = dict(
+    autoregressive=(
+        *("speech_conditioning_latent", "text_inputs", "mel_codes", "wav_lengths", "types", "text_first", "raw_mels"),
+        *("return_attentions", "return_latent", "clip_inputs"),
+    ),
+    clvp=("text", "speech_tokens", "return_loss"),
+)
 # Settings of the engine that follow from Tortoise.
 _TAKEN = ("scorer", "scoring", "latents", "states", "text_ends")
 
@@ -53,6 +62,15 @@ def check_object(tts: Any) -> None:
         if not isinstance(module, torch.nn.Module) or isinstance(module, torch.jit.ScriptModule):
             raise ValueError(f"tts.{name} is a {type(module).__name__}, and no live module: load Tortoise's .pth files")
     autoregressive = tts.autoregressive
+    for name in names:
+        if MARK in vars(getattr(tts, name)):
+            raise ValueError(
+                f"tts.{name} is part of another TextToSpeech that is accelerated: call restore() of that one first, "
+                "or load another"
+            )
+        known = inspect.signature(getattr(tts, name).forward).parameters
+        if lacking := [argument for argument in _FORWARDS[name] if argument not in known]:
+            raise ValueError(f"tts.{name}.forward() has no argument {lacking[0]}, as Tortoise's: take off its wrapper")
     if not hasattr(autoregressive, "inference_model"):
         raise ValueError("tts.autoregressive was not prepared for inference: call its post_init_gpt2_config() first")
     if hasattr(autoregressive, "ds_engine"):

@@ -14,9 +14,12 @@ from clvp_fast.engine.latents import cut_in_silence, states_of_codes
 from clvp_fast.engine.requests import CandidateRequest, CandidateResult
 from clvp_fast.engine.scoring import Ranking
 from clvp_fast.integrations.tortoise_arguments import sampling
+from clvp_fast.integrations.tortoise_modules import MARK, LiveModules
 from clvp_fast.integrations.tortoise_weights import SharedWeights
 from clvp_fast.models.clvp.feature_extraction import ClvpFeatureExtractor
 from clvp_fast.models.clvp.tokens import fill_up, most_codes, stop_token
+
+_NOTHING = object()
 
 
 class Stage:
@@ -38,10 +41,12 @@ class Stage:
 
     def __init__(self, tts: Any, clvp: nn.Module | None, longest: int, engine_options: dict[str, Any]):
         self.tts, self.lock = tts, threading.RLock()
-        self._put: list[tuple[Any, str]] = []  # what was put in the place of a method
+        self._unready = False  # a move that did not come to its end
+        self._put: list[tuple[Any, str, Any]] = []  # owner, name, and what its dictionary had by that name
         self._length: int | None = None  # of the codes of the call under way, where its latents may be cut
         autoregressive = tts.autoregressive
         self._forward: Callable = autoregressive.forward
+        self._modules = LiveModules(tts, ("autoregressive",) if clvp is None else ("autoregressive", "clvp"))
         self._weights = SharedWeights(autoregressive, clvp)
         self._home = self._model.device  # where restore() brings the modules
         try:
@@ -57,7 +62,10 @@ class Stage:
             self._weights.move(self._home)
             self._weights.give_back()
             raise
+        self._override(tts, "__getstate__", _refuse_copies)
         for module in (autoregressive,) if clvp is None else (autoregressive, clvp):
+            self._override(module, MARK, self)
+            self._override(module, "__getstate__", _refuse_copies)
             for name in ("to", "cpu", "cuda", "half", "float", "bfloat16", "double"):
                 self._override(module, name, self._mover(module, name))
         self._override(autoregressive, "inference_speech", self._inference_speech)
@@ -79,15 +87,22 @@ class Stage:
         # With its cache the original counts the k-th code at position k + 1.
         decoder.contiguous_positions = not autoregressive.inference_model.kv_cache
 
-    def _override(self, owner: Any, name: str, method: Callable) -> None:
-        owner.__dict__[name] = method  # a module would take some values for its parts
-        self._put.append((owner, name))
+    def _override(self, owner: Any, name: str, value: Any) -> None:
+        self._put.append((owner, name, owner.__dict__.get(name, _NOTHING)))
+        owner.__dict__[name] = value  # a module would take some values for its parts
+
+    def _put_back(self, kept: int = 0) -> None:
+        """Undo overrides from the last on, but for the first `kept`."""
+        while len(self._put) > kept:
+            owner, name, before = self._put.pop()
+            if before is _NOTHING:
+                owner.__dict__.pop(name, None)
+            else:
+                owner.__dict__[name] = before
 
     def close(self) -> None:
-        """Put all methods and parameters of the object back."""
-        for owner, name in self._put:
-            owner.__dict__.pop(name, None)
-        self._put.clear()
+        """Put all methods and parameters of the object back as they were."""
+        self._put_back()
         self._weights.move(self._home)
         self._weights.give_back()
 
@@ -150,7 +165,8 @@ class Stage:
     # Weights and devices.
 
     def _check_weights(self) -> None:
-        """Follow the object's device, and raise `ValueError` where its parameters are no longer the engine's."""
+        """Follow the object's device; raise `ValueError` where its modules or parameters are no longer the engine's."""
+        self._modules.check()
         if (name := self._weights.apart()) is not None:
             raise ValueError(
                 f"parameter {name} of tts was moved, cast or replaced after accelerate(tts): call restore(tts), put it "
@@ -158,17 +174,20 @@ class Stage:
             )
         self._follow(torch.device(self.tts.device))
 
+    @torch.inference_mode(False)
     def _follow(self, device: torch.device) -> None:
-        if self._model.device.type == device.type and device.index in (None, self._model.device.index):
+        if not self._unready and self._weights.stands_on(device):
             return
-        before = self._model.device
-        self._weights.move(device)
+        before, self._unready = self._home if self._unready else self._model.device, True
         try:
+            self._weights.move(device)
             self.engine.refresh()
         except BaseException:  # too little memory there
             self._weights.move(before)
             self.engine.refresh()
+            self._unready = False
             raise
+        self._unready = False
 
     def _mover(self, module: nn.Module, name: str) -> Callable:
         """Return a method in the place of `module.to` and the like: the module stays on `tts.device`."""
@@ -185,6 +204,11 @@ class Stage:
             return module
 
         return move
+
+
+def _refuse_copies() -> dict:
+    """Stand for `__getstate__`, which `copy`, `pickle` and `torch.save` ask for."""
+    raise TypeError("an accelerated tts has its modules in an engine: call restore(tts) before you copy or save it")
 
 
 class _Unranked:

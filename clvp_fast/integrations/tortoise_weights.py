@@ -1,7 +1,8 @@
 """The parameters of Tortoise's live modules as a CLVP model: one storage, seen as either side names and shapes it."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -46,11 +47,11 @@ class SharedWeights:
                 (autoregressive, decoder_side, list(decoder_rules(model_config))),
                 (clvp, encoder_side, list(encoder_rules(model_config))),
             ]
-        self._sources: list[tuple[Rule, torch.Tensor]] = []
-        for module, side, of_module in rules:
+        self._rules = [(module, of_module) for module, _, of_module in rules]
+        for _, side, of_module in rules:
             side.check(of_module)
-            tensors = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers())
-            self._sources += [(rule, tensors[rule.source]) for rule in of_module]
+        self._sources = [(rule, tensor) for rule, tensor in self._now() if tensor is not None]
+        self._moved: dict[torch.Tensor, tuple[tuple[int, ...], torch.Tensor | None]] = {}  # strides, place in a buffer
         device = next(autoregressive.parameters()).device
         try:
             self._arrange()
@@ -70,12 +71,25 @@ class SharedWeights:
         model.load_state_dict(state, strict=self._clvp is not None, assign=True)
         return model.eval()
 
+    @torch.inference_mode(False)
     def _arrange(self) -> None:
         for module in self._autoregressive.modules():
             if isinstance(module, Conv1D):
-                transpose_storage(module)
+                with self._noted([module.weight]):
+                    transpose_storage(module)
         for linears in self._projections():
-            pack_linears(linears)
+            with self._noted([parameter for linear in linears for parameter in linear.parameters()]):
+                pack_linears(linears)
+
+    @contextmanager
+    def _noted(self, parameters: Sequence[torch.Tensor]) -> Iterator[None]:
+        """Remember where those lay that are moved: a part of a larger buffer itself, the strides of others."""
+        before = [parameter.data for parameter in parameters]
+        yield
+        for parameter, old in zip(parameters, before, strict=True):
+            if parameter.data_ptr() != old.data_ptr() and parameter not in self._moved:
+                part = old.untyped_storage().nbytes() > old.nbytes
+                self._moved[parameter] = old.stride(), old if part else None
 
     def _projections(self) -> Iterator[list[nn.Linear]]:
         for module in () if self._clvp is None else self._clvp.modules():
@@ -83,13 +97,22 @@ class SharedWeights:
             if found := [linear for linear in linears if isinstance(linear, nn.Linear)]:
                 yield found
 
+    def _now(self) -> Iterator[tuple[Rule, torch.Tensor | None]]:
+        """Yield the tensor that each rule names, as the modules have it at this time."""
+        for module, rules in self._rules:
+            tensors = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers())
+            for rule in rules:
+                yield rule, tensors.get(rule.source)
+
     def _ours(self) -> dict[str, torch.Tensor]:
         return dict(self.model.named_parameters()) | dict(self.model.named_buffers())
 
     def apart(self) -> str | None:
         """Return the name of a parameter of Tortoise's that ours is no view of any more; None: all are shared."""
         ours = self._ours()
-        for rule, source in self._sources:
+        for (rule, source), (_, now) in zip(self._sources, self._now(), strict=True):
+            if now is not source:
+                return rule.source
             if _COPIED.fullmatch(rule.source):
                 continue
             for target, part in _parts(rule, source):
@@ -98,7 +121,14 @@ class SharedWeights:
                     return rule.source
         return None
 
+    def stands_on(self, device: torch.device) -> bool:
+        """Tell whether all of Tortoise's parameters that the model shares are on a device."""
+        index = None if device.type == "cpu" else device.index
+        places = {source.device for _, source in self._sources}
+        return len(places) == 1 and all(place.type == device.type and index in (None, place.index) for place in places)
+
     @torch.no_grad()
+    @torch.inference_mode(False)  # else the parameters became inference tensors, of no use for training
     def move(self, device: torch.device) -> None:
         """Bring both sides to a device, a tensor at a time, so that there are never two copies of the whole."""
         for _, source in self._sources:
@@ -120,14 +150,16 @@ class SharedWeights:
                     ours[target].data = part
 
     @torch.no_grad()
+    @torch.inference_mode(False)
     def give_back(self) -> None:
-        """Bring Tortoise's parameters into the storage that they had; `model` must not be used behind this."""
-        for module in self._autoregressive.modules():
-            if isinstance(module, Conv1D):
-                module.weight.data = module.weight.data.contiguous()
-        for linears in self._projections():
-            for linear in linears:
-                linear.weight.data = linear.weight.data.clone()
+        """Bring what was moved into the storage that it had; `model` must not be used behind this."""
+        for parameter, (strides, old) in self._moved.items():
+            if parameter.device.type == "cpu" and parameter.is_shared():  # since then: another process reads it
+                continue
+            if old is None or (old.shape, old.dtype) != (parameter.shape, parameter.dtype):
+                old = torch.empty_strided(parameter.shape, strides, dtype=parameter.dtype, device=parameter.device)
+            parameter.data = old.copy_(parameter.data)
+        self._moved.clear()
 
 
 def _parts(rule: Rule, source: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:

@@ -1,0 +1,81 @@
+"""The live modules of a `TextToSpeech` whose parameters the engine reads: plain, and the same in each call."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from clvp_fast.models.common.plain import is_plain
+
+# Tortoise calls these itself, or nothing does: whatever is attached to them has its effect, or none in stock either.
+_CALLED = ("conditioning_encoder", "text_head")
+# Methods in whose place the engine's are put.
+_METHODS = ("forward", "inference_speech", "get_generator")
+# The attribute of a `TextToSpeech` and of its modules that says whose they are.
+MARK = "_clvp_fast"
+_PACKAGES = ("tortoise", "torch", "transformers")
+
+
+class LiveModules:
+    """The modules `tts.autoregressive` and `tts.clvp`, where there is one, and a promise that they stay as they are.
+
+    Args:
+        tts: a `TextToSpeech`.
+        names: of its attributes.
+
+    Raises:
+        ValueError: a module inside has hooks, another forward or a class of another package, which would not run.
+    """
+
+    def __init__(self, tts: Any, names: tuple[str, ...]):
+        self._tts, self._roots = tts, {name: getattr(tts, name) for name in names}
+        self._modules: list[tuple[str, nn.Module, type, tuple]] = []
+        for name, root in self._roots.items():
+            for method in _METHODS:
+                if method in vars(root):
+                    raise ValueError(f"tts.{name} has a {method}() of its own, which the engine's replaces: {_ADVICE}")
+            if root._compiled_call_impl is not None:
+                raise ValueError(f"tts.{name} is compiled, and the engine takes its place: {_ADVICE}")
+            packages = {*_PACKAGES, _package(type(root))} - {"__main__"}
+            for inner, module in _read(root):
+                kind = type(module)
+                if _package(kind) not in packages or (module is not root and not is_plain(module, kind)):
+                    raise ValueError(f"{_described(name, inner, module, packages)}, {_READ}: {_ADVICE}")
+                self._modules.append((f"{name}.{inner}", module, kind, _children(module)))
+
+    def check(self) -> None:
+        """Raise `ValueError` where one was replaced, or something attached to it, since this was made."""
+        for name, root in self._roots.items():
+            if getattr(self._tts, name, None) is not root:
+                raise ValueError(f"tts.{name} was replaced after accelerate(tts): {_AGAIN}")
+        for name, module, kind, children in self._modules:
+            if _children(module) != children:
+                raise ValueError(f"a module of tts.{name.rstrip('.')} was replaced after accelerate(tts): {_AGAIN}")
+            if type(module) is not kind or not (name.endswith(".") or is_plain(module, kind)):
+                raise ValueError(f"tts.{name} got hooks or another forward after accelerate(tts), {_READ}: {_AGAIN}")
+
+
+def _read(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in root.named_modules():
+        if name.partition(".")[0] not in _CALLED:
+            yield name, module
+
+
+def _children(module: nn.Module) -> tuple:
+    return tuple(child for name, child in module._modules.items() if name not in _CALLED)
+
+
+def _package(kind: type) -> str:
+    return kind.__module__.partition(".")[0]
+
+
+def _described(root: str, name: str, module: nn.Module, packages: set[str]) -> str:
+    where = f"tts.{root}.{name}" if name else f"tts.{root}"
+    if _package(type(module)) not in packages:
+        return f"{where} is a {type(module).__name__} of {type(module).__module__}"
+    return f"{where} has hooks, a forward of its own or parameters of another kind"
+
+
+_READ = "and the engine reads the parameters of Tortoise's modules without calling them"
+_ADVICE = "take it off (merge adapters) before accelerate(tts)"
+_AGAIN = "call restore(tts), put it right, and call accelerate(tts) again"

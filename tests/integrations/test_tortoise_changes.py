@@ -1,0 +1,254 @@
+"""What is done to a live `TextToSpeech` before, while and after it is accelerated: seen, refused by name, or kept."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from clvp_fast.integrations.tortoise import accelerate, restore
+from tests.integrations.test_tortoise import CALL, TEXT, latents
+
+SPEAK = CALL | dict(conditioning_latents=latents(), max_mel_tokens=8)
+
+
+def other_weight(tts):
+    head = tts.autoregressive.mel_head
+    head.weight = nn.Parameter(2 * head.weight.detach())
+
+
+def other_head(tts):
+    tts.autoregressive.mel_head = nn.Linear(128, 302)
+
+
+def other_projection(tts):
+    tts.clvp.to_text_latent = nn.Linear(*reversed(tts.clvp.to_text_latent.weight.shape), bias=False)
+
+
+def other_parameters(tts):
+    state = {name: 2 * value for name, value in tts.autoregressive.state_dict().items()}
+    tts.autoregressive.load_state_dict(state, assign=True)
+
+
+def other_decoder(tts):
+    tts.autoregressive = copy.deepcopy(tts.other.autoregressive)
+
+
+def other_clvp(tts):
+    tts.clvp = copy.deepcopy(tts.other.clvp)
+
+
+def other_positions(tts):
+    tts.autoregressive.inference_model = copy.copy(tts.autoregressive.inference_model)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (other_weight, r"parameter mel_head.weight of tts was moved, cast or replaced"),
+        (other_head, r"a module of tts.autoregressive was replaced"),
+        (other_projection, r"a module of tts.clvp was replaced"),
+        (other_parameters, r"parameter \S+ of tts was moved, cast or replaced"),
+        (other_decoder, r"tts.autoregressive was replaced"),
+        (other_clvp, r"tts.clvp was replaced"),
+        (other_positions, r"a module of tts.autoregressive was replaced"),
+    ],
+)
+def test_what_is_replaced_is_told(make_tts, change, message):
+    tts = make_tts()
+    tts.other = make_tts()
+    mine = tts.autoregressive, tts.clvp
+    accelerate(tts)
+    change(tts)
+    for call in (lambda: tts.tts(TEXT, **SPEAK), lambda: tts.tts_many([TEXT], **CALL)):
+        with pytest.raises(ValueError, match=message):
+            call()
+    restore(tts)
+    assert all("forward" not in vars(module) for module in mine)
+
+
+def test_restore_keeps_attributes_of_ones_own(make_tts):
+    tts = make_tts()
+    calls, stock = [], tts.tts
+
+    def spoken(text, **kwargs):
+        calls.append(text)
+        return stock(text, **kwargs)
+
+    spoken.__wrapped__ = stock
+    mine = dict(tts=spoken, tts_many=lambda: "mine", __getstate__=lambda: {})
+    vars(tts).update(mine)
+    tts.clvp.__dict__["to"] = to = tts.clvp.to
+    accelerate(tts)
+    tts.tts(TEXT, **SPEAK)
+    assert calls == [TEXT] and tts.tts_many is not mine["tts_many"]
+    restore(tts)
+    assert {name: vars(tts)[name] for name in mine} == mine and vars(tts.clvp)["to"] == to
+
+
+@pytest.mark.parametrize("name, method", [("autoregressive", "forward"), ("clvp", "forward")])
+def test_a_forward_that_would_not_run_is_refused(make_tts, name, method):
+    tts = make_tts()
+    module = getattr(tts, name)
+    stock = getattr(module, method)
+    vars(module)[method] = lambda *args, **kwargs: stock(*args, **kwargs)
+    with pytest.raises(ValueError, match=rf"tts.{name}.forward\(\) has no argument .*: take off"):
+        accelerate(tts)
+    vars(module)[method].__wrapped__ = stock
+    with pytest.raises(ValueError, match=rf"tts.{name} has a forward\(\) of its own"):
+        accelerate(tts)
+    del vars(module)[method]
+    accelerate(tts)
+
+
+@pytest.mark.parametrize("shared", ["clvp", "autoregressive"])
+def test_one_module_of_two_objects_is_refused(make_tts, shared):
+    first, second = make_tts(), make_tts()
+    setattr(second, shared, getattr(first, shared))
+    accelerate(first)
+    with pytest.raises(ValueError, match=rf"tts.{shared} is part of another TextToSpeech that is accelerated"):
+        accelerate(second)
+    first.tts(TEXT, **SPEAK)
+    restore(first)
+    accelerate(second).tts(TEXT, **SPEAK)
+
+
+def test_copies_are_refused_and_restore_nothing(make_tts):
+    tts = make_tts()
+    accelerate(tts)
+    for thing in (tts, tts.autoregressive, tts.clvp):
+        for way in (copy.copy, copy.deepcopy, pickle.dumps, lambda x: torch.save(x, io.BytesIO())):
+            with pytest.raises(TypeError, match=r"call restore\(tts\) before you copy or save it"):
+                way(thing)
+    other = type(tts).__new__(type(tts))
+    vars(other).update(vars(tts))
+    with pytest.raises(ValueError, match="a copy of one that is accelerated"):
+        restore(other)
+    tts.tts(TEXT, **SPEAK)
+    restore(tts)
+    copy.deepcopy(tts.clvp)
+    copy.copy(tts)
+
+
+def lora(linear):
+    kind = type("LoraLinear", (nn.Linear,), dict(__module__="peft.tuners.lora"))
+    adapted = kind(linear.in_features, linear.out_features)
+    adapted.load_state_dict(linear.state_dict())
+    return adapted
+
+
+def first_linear(clvp):
+    return next(module for module in clvp.modules() if hasattr(module, "to_q")).to_q
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tts: tts.autoregressive.gpt.h[1].register_forward_hook(print),
+        lambda tts: tts.autoregressive.mel_head.register_forward_pre_hook(print),
+        lambda tts: first_linear(tts.clvp).register_forward_hook(print),
+        lambda tts: vars(tts.autoregressive.final_norm).update(forward=print),
+    ],
+    ids=["block", "head", "clvp", "forward"],
+)
+def test_what_would_not_run_is_refused(make_tts, change):
+    tts = make_tts()
+    accelerate(tts)
+    change(tts)
+    with pytest.raises(ValueError, match=r"got hooks or another forward after accelerate\(tts\)"):
+        tts.tts(TEXT, **SPEAK)
+    restore(tts)
+    with pytest.raises(ValueError, match=r"has hooks, a forward of its own .* take it off"):
+        accelerate(tts)
+    assert not hasattr(tts, "tts_many")
+
+
+def test_adapters_are_refused(make_tts):
+    tts = make_tts()
+    tts.autoregressive.mel_head = lora(tts.autoregressive.mel_head)
+    with pytest.raises(ValueError, match=r"mel_head is a LoraLinear of peft.tuners.lora, .*merge adapters"):
+        accelerate(tts)
+
+
+def test_hooks_that_run_stay(make_tts):
+    """Of the two modules themselves, and of the voice encoder, which Tortoise calls."""
+    tts = make_tts()
+    seen = []
+    for module in (tts.autoregressive, tts.clvp):
+        module.register_forward_hook(lambda module, *_: seen.append(type(module).__name__))
+    tts.autoregressive.conditioning_encoder.register_forward_hook(print)
+    accelerate(tts).tts(TEXT, **SPEAK)
+    assert seen == ["CLVP", "UnifiedVoice"]
+
+
+def test_inference_mode_leaves_parameters_that_train(make_tts):
+    tts = make_tts()
+    with torch.inference_mode():
+        restore(accelerate(tts))
+        accelerate(tts).tts(TEXT, **SPEAK)
+    restore(tts)
+    parameters = [*tts.autoregressive.parameters(), *tts.clvp.parameters()]
+    assert not any(parameter.is_inference() or parameter.data.is_inference() for parameter in parameters)
+    loss = tts.autoregressive.gpt.h[0].attn.c_attn.weight.square().sum() + first_linear(tts.clvp).weight.square().sum()
+    loss.backward()
+    torch.optim.SGD(parameters, 0.1).step()
+
+
+def test_a_device_change_in_inference_mode_leaves_parameters_that_train(make_tts):
+    tts = accelerate(make_tts())
+    weights = tts._clvp_fast._weights
+    with torch.inference_mode():
+        weights.model.speech_decoder_model.lm_head.weight.data = torch.zeros(302, 128)
+        weights.move(torch.device("cpu"))
+    assert weights.apart() is None
+    assert not any(parameter.is_inference() for parameter in (*tts.clvp.parameters(), *weights.model.parameters()))
+
+
+def test_storages_of_other_kinds_come_back(make_tts):
+    """Parts of one buffer, storage in another order, and what another process reads."""
+    tts = make_tts()
+    sound = tts.clvp(torch.ones(1, 4, dtype=torch.long), torch.ones(1, 9, dtype=torch.long))
+    buffer = torch.cat([parameter.data.flatten() for parameter in tts.clvp.parameters()])
+    begin = 0
+    for parameter in tts.clvp.parameters():
+        parameter.data = buffer[begin : begin + parameter.numel()].view(parameter.shape)
+        begin += parameter.numel()
+    first, second = (block.attn.c_attn.weight for block in tts.autoregressive.gpt.h)
+    first.data = first.data.t().contiguous().t()
+    second.data = second.data.clone().share_memory_()
+    parameters = [*tts.clvp.parameters(), first, second]
+    before = [(parameter.data_ptr(), parameter.stride()) for parameter in parameters]
+    accelerate(tts).tts(TEXT, **SPEAK)
+    with torch.no_grad():
+        tts.clvp.temperature += 1
+        first_linear(tts.clvp).weight.mul_(2)
+        seen = first_linear(tts.clvp).weight.clone()
+    restore(tts)
+    assert [(parameter.data_ptr(), parameter.stride()) for parameter in parameters] == before
+    assert second.is_shared() and torch.equal(first_linear(tts.clvp).weight, seen)
+    with torch.no_grad():
+        first_linear(tts.clvp).weight.div_(2)
+        tts.clvp.temperature -= 1
+    again = tts.clvp(torch.ones(1, 4, dtype=torch.long), torch.ones(1, 9, dtype=torch.long))
+    assert torch.allclose(again, sound, atol=1e-4)
+
+
+def test_a_move_that_fails_on_its_way_is_undone(make_tts, monkeypatch):
+    tts = accelerate(make_tts())
+    weights, point = tts._clvp_fast._weights, type(tts._clvp_fast._weights)._point
+    pointed = []
+
+    def failing(only=None):
+        pointed.append(only)
+        if len(pointed) == 3:
+            raise RuntimeError("out of memory, says the test")
+        point(weights, only)
+
+    monkeypatch.setattr(weights, "_point", failing)
+    monkeypatch.setattr(weights, "stands_on", lambda device: bool(pointed))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        tts.tts(TEXT, **SPEAK)
+    assert len(pointed) > 6 and weights.apart() is None
+    tts.tts(TEXT, **SPEAK)
