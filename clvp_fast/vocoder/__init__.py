@@ -44,7 +44,8 @@ class Vocoder(Protocol):
             For each candidate float32 samples in [-1, 1]; none for an empty one.
 
         Raises:
-            ValueError: codes or a voice that cannot be spoken, or latents that are needed and absent.
+            ValueError: codes or a voice that cannot be spoken, latents that are needed and absent, or samples that come
+                out as NaN or infinite.
         """
         ...
 
@@ -73,10 +74,13 @@ class CodecVocoder:
         self, codes: Sequence[np.ndarray], voice: torch.Tensor, latents: Sequence[torch.Tensor] | None = None
     ) -> list[np.ndarray]:
         """Do as [`Vocoder.speak`]; `latents` are not looked at."""
-        return [
+        sounds = [
             self.invert(self.log_mel(row, voice)).numpy() if len(row) else np.zeros(0, dtype=np.float32)
             for row in codes
         ]
+        if not all(np.isfinite(samples).all() for samples in sounds):
+            raise ValueError("the vocoder gives samples that are NaN or infinite: its weights are damaged")
+        return sounds
 
 
 def save_vocoder(folder: Path, codec: Codec, dtype: torch.dtype = torch.float16) -> None:
