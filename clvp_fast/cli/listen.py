@@ -10,14 +10,11 @@ from matplotlib.image import imsave
 from clvp_fast.checkpoint import Checkpoint
 from clvp_fast.cli import report
 from clvp_fast.cli.items import Item
-from clvp_fast.cli.page import Page, Section, data_url
+from clvp_fast.cli.page import REPORT, SOUND, TITLE, Page, Section, data_url
 from clvp_fast.engine.requests import CandidateResult
 from clvp_fast.io.errors import sentence
 from clvp_fast.models.clvp.tokens import known_codes
 from clvp_fast.vocoder import SETTINGS_FILE, WEIGHTS_FILE, Vocoder
-
-#: The page, and the folder of recordings beside an item's other files.
-REPORT, SOUND = "report.html", "sound"
 
 
 def vocoder_of(checkpoint: Checkpoint) -> Vocoder | None:
@@ -39,7 +36,7 @@ class Listening:
 
     def __init__(self, checkpoint: Checkpoint, vocoder: Vocoder, folder: Path):
         self.checkpoint, self.vocoder, self.folder = checkpoint, vocoder, folder
-        self.page = Page("Candidates of clvp_fast, to be heard")
+        self.page = Page(TITLE)
 
     def receive(self, item: Item, result: CandidateResult, document: dict) -> list[str]:
         """Speaks the kept candidates of a result; their rows in `document` get the names of their recordings.

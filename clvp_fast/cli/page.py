@@ -13,6 +13,10 @@ from pathlib import Path
 
 from clvp_fast.io.errors import cut as shorten
 
+#: The page, and the folder of recordings beside an item's other files.
+REPORT, SOUND = "report.html", "sound"
+TITLE = "Candidates of clvp_fast, to be heard"
+
 #: The most that a page has, in bytes.
 PAGE_LIMIT = 50_000_000
 # For what stands around the sections, and for the tags around one.
@@ -22,6 +26,14 @@ _FRAME, _AROUND = 200_000, 100
 def data_url(kind: str, content: bytes) -> str:
     """`content` as an address that carries it; `kind` is its media type."""
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def is_page(path: Path) -> bool:
+    """Whether a file is a page of candidates, by its beginning."""
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return f"<title>{TITLE}</title>".encode() in file.read(2000)
 
 
 @dataclass

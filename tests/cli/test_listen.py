@@ -87,6 +87,40 @@ def test_a_saved_voice_says_what_is_missing(cli, voice, checkpoint, tmp_path):
     assert not (tmp_path / "report.html").exists() and (tmp_path / "codes.npz").exists()
 
 
+def files_of(folder):
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_nothing_of_an_earlier_run_is_left_beside_new_results(cli, voice, checkpoint, tmp_path):
+    common = ("generate", "hello", "--voice", voice, "--checkpoint", checkpoint, "--out", tmp_path)
+    short = ("--max-new-tokens", 8)
+    assert cli(*common, "--num-candidates", 10, *short, "--latents", "--listen").code == 0
+    (tmp_path / "sound/mine.wav").write_bytes(b"x")
+    assert {"candidates.png", "latents.npz", "sound/rank-10.wav"} <= files_of(tmp_path)
+    outcome = cli(*common, *QUICK, "--num-candidates", 2)
+    assert outcome.code == 0 and f"{tmp_path}/candidates.png and 11 more of an earlier run" in outcome.err
+    plain = {"codes.npz", "candidates.json", "sound/mine.wav"}
+    assert files_of(tmp_path) == plain | {"report.html", "sound/rank-1.wav", "sound/rank-2.wav"}
+    outcome = cli(*common, "--num-candidates", 2, *short, "--no-pictures")
+    assert outcome.code == 0 and files_of(tmp_path) == plain
+    (tmp_path / "report.html").write_text("<title>A page of mine</title>")
+    assert cli(*common, "--num-candidates", 2, *short, "--no-pictures").code == 0
+    assert files_of(tmp_path) == plain | {"report.html"}
+
+
+def test_voices_that_are_called_as_results(cli, voice, checkpoint, tmp_path):
+    folders = [tmp_path / name for name in ("report.html", "Summary.json")]
+    for folder in folders:
+        folder.mkdir()
+        shutil.copy(voice, folder)
+    argv = ("generate", "hello", "--voice", folders[0], "--voice", folders[1], "--checkpoint", checkpoint)
+    outcome = cli(*argv, "--out", tmp_path / "out", *QUICK)
+    assert outcome.code == 0, outcome.err
+    names = {"report.html", "summary.json", "report.html-2", "Summary.json-2"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == names
+    assert (tmp_path / "out/report.html").is_file()
+
+
 class Outline(HTMLParser):
     """The elements of a page with their attributes, and the texts of its headings."""
 
