@@ -70,7 +70,7 @@ def test_wheel_holds_the_package_and_no_top_level_kernels(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     top_level = {name.split("/")[0] for name in names}
     assert {name for name in top_level if not name.endswith(".dist-info")} == {"clvp_fast"}
-    assert "clvp_fast/py.typed" in names
+    assert {"clvp_fast/py.typed", "clvp_fast/cli/page.css", "clvp_fast/cli/page.js"} <= set(names)
     assert "clvp_fast/kernels/__init__.py" not in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     for source in (ROOT / "kernels").glob("*.py"):

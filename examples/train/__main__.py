@@ -19,14 +19,13 @@ from clvp_fast import demo
 from clvp_fast.io.errors import sentence
 from clvp_fast.io.files import UnwritableError
 from examples.train import candidates, card, data, evaluate, model, train_decoder, train_scorer
-from examples.train.state import STOP, Interrupted, UnderWay, alone, home, note
-from examples.train.train_codec import StaleCodes, make_codec, train_codec
-from examples.train.voices import MissingVoice
+from examples.train.state import STOP, Interrupted, Refused, alone, home, note
+from examples.train.train_codec import make_codec, train_codec
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How much of everything. All of it takes about 8 hours of a CPU's time on two cores with AVX2."""
+    """How much of everything. All of it takes about 9 hours of CPU time on two cores with AVX2."""
 
     speech_files: int = 10
     codec_steps: int = 24000
@@ -44,7 +43,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m examples.train", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command")
     commands.add_parser("train", help="all that is left to do (the default)")
-    commands.add_parser("material", help="speech, codes and candidates alone, as the process beside the training does")
+    material_parser = commands.add_parser("material", help="speech, codes and candidates alone, as beside the training")
+    material_parser.add_argument("--parent", type=int, help="end when the parent is no longer this process")
     export = commands.add_parser("export", help="the checkpoint folder of what is trained so far")
     export.add_argument("folder", type=Path)
     judged = commands.add_parser("evaluate", help="word errors of candidates, and what their ranking gains")
@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
 
     torch.set_num_threads(1)
-    STOP.listen(int(os.environ["CLVP_FAST_TRAIN_PARENT"]) if "CLVP_FAST_TRAIN_PARENT" in os.environ else None)
+    STOP.listen(given.parent)
     try:
         folder = home()
         if given.command in ("train", "material"):
@@ -74,7 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
     except Interrupted:
         print("interrupted, and all is saved: the same command goes on", flush=True)
         return 143
-    except (MissingVoice, StaleCodes, UnderWay, UnwritableError) as error:
+    except (Refused, UnwritableError) as error:
         print(f"error: {sentence(error)}", file=sys.stderr)
         return 1
     return 0
@@ -87,8 +87,8 @@ def train(folder: Path, plan: Plan = PLAN) -> None:
     codec = make_codec()
     train_codec(folder, codec, plan.codec_steps, plan.speech_files)
     data.load_codec(folder, codec)
-    command = [sys.executable, "-m", "examples.train", "material"]
-    helper = subprocess.Popen(command, env=os.environ | {"CLVP_FAST_TRAIN_PARENT": str(os.getpid())})
+    command = [sys.executable, "-m", "examples.train", "material", "--parent", str(os.getpid())]
+    helper = subprocess.Popen(command)
     try:
         _wait_for_codes(folder, helper)
         clvp = model.make_model(model.configuration(codec.num_codes, model.silence_of(codec)))

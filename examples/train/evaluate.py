@@ -77,14 +77,17 @@ def wilcoxon(differences: np.ndarray) -> float:
 
 
 def round_trip(folder: Path, sentences: int = 40) -> dict:
-    """Word errors with the closed language model of synthesised speech, through log-mel, and through the codec."""
+    """Word errors with the closed language model of synthesised speech, through log-mel, and through the codec.
+
+    The sentences are `texts.HELD_OUT`, so that this can be done at any time.
+    """
     codec = data.load_codec(folder, make_codec())
     clips, invert = data.make_clips(folder), GriffinLim(voices.extractor())
     found = {}
     for index, name in enumerate(voices.NAMES):
         errors = {"synthesised": [], "log_mel": [], "codec": []}
         voice = voice_of(clips[index, 0])[None]
-        for number, said in enumerate(texts.EVALUATION[:sentences]):
+        for number, said in enumerate(texts.HELD_OUT[:sentences]):
             STOP.check()
             samples = voices.voice(name)(said, 5_000_000 + number)
             mel = voices.features(samples)

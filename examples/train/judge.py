@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
+from examples.train.state import Refused
 from examples.train.texts import WORDS
-from examples.train.voices import RATE, MissingVoice
+from examples.train.voices import RATE
 
 KINDS = ("open", "closed")
 
@@ -21,7 +22,7 @@ def recogniser(kind: str):
     try:
         from pocketsphinx import Decoder, get_model_path
     except ImportError as error:
-        raise MissingVoice("the package pocketsphinx is not installed: pip install pocketsphinx") from error
+        raise Refused("the package pocketsphinx is not installed: pip install pocketsphinx") from error
     base = Path(get_model_path("en-us"))
     settings = {"hmm": str(base / "en-us"), "dict": str(base / "cmudict-en-us.dict"), "loglevel": "FATAL"}
     if kind == "open":

@@ -131,8 +131,9 @@ def assemble(folder: Path, scorer: bool = True) -> ClvpModelForConditionalGenera
 
 def export(folder: Path, target: Path) -> Path:
     """Writes a checkpoint folder in float16 with its vocoder; `clvp-fast generate --checkpoint` takes it."""
+    clvp = assemble(folder).half()
     target.mkdir(parents=True, exist_ok=True)
-    assemble(folder).half().save_pretrained(target)
+    clvp.save_pretrained(target)
     tokenizer().save_pretrained(target)
     ClvpFeatureExtractor().save_pretrained(target)
     save_vocoder(target, data.load_codec(folder, make_codec()))

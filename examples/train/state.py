@@ -24,6 +24,10 @@ class Interrupted(Exception):
     """The process was asked to end; all that it had is saved."""
 
 
+class Refused(ValueError):
+    """The recipe cannot do what it is asked for; the message is one sentence, and says what to do."""
+
+
 class Stop:
     """Whether this process was asked to end: by SIGTERM, by Ctrl-C, or because its parent is gone."""
 
@@ -61,22 +65,18 @@ def home() -> Path:
     return folder
 
 
-class UnderWay(ValueError):
-    """Another process works on the same state."""
-
-
 @contextmanager
 def alone(folder: Path, work: str) -> Iterator[None]:
     """Keeps other processes from doing the same `work` on a state; the lock ends with the process, however it ends.
 
     Raises:
-        UnderWay: another one does it.
+        Refused: another one does it.
     """
     with open(folder / f"{work}.lock", "w", encoding="ascii") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UnderWay(f"another process works on {folder} already: end it, or let it go on") from error
+            raise Refused(f"another process works on {folder} already: end it, or let it go on") from error
         yield
 
 
@@ -201,7 +201,9 @@ def begin_from(path: Path, weights: dict[str, torch.Tensor], step: int, spent: f
 
 
 def averages_of(path: Path) -> dict[str, torch.Tensor]:
-    """The running averages that a training saved last."""
+    """The running averages that a training saved last. Raises `Refused` where there are none yet."""
+    if not path.is_file():
+        raise Refused(f"there is no {path.name} in {path.parent} yet: train first")
     return torch.load(path, weights_only=True)["averages"]
 
 

@@ -13,16 +13,12 @@ from torch import nn
 from clvp_fast.vocoder import Codec, voice_of
 from clvp_fast.vocoder.codec import FLOOR, SPREAD
 from examples.train import data
-from examples.train.state import Training, draws, note
+from examples.train.state import Refused, Training, draws, note
 
 # Frames of an excerpt, and excerpts of a step.
 FRAMES, BATCH = 96, 16
 # What other codes than a codec's own would spoil.
 OF_CODES = ("codes", "held_out.npz", "candidates", "decoder.pt", "scorer.pt")
-
-
-class StaleCodes(ValueError):
-    """Codes of another codec lie in the state; the message says what to do."""
 
 
 def make_codec(width: int = 192) -> Codec:
@@ -32,7 +28,10 @@ def make_codec(width: int = 192) -> Codec:
 
 
 def train_codec(folder: Path, codec: Codec, steps: int, files: int) -> None:
-    """Trains `codec` on `files` files of speech, into `codec.pt`; the last quarter of the steps is the second part."""
+    """Trains `codec` on `files` files of speech, into `codec.pt`; the last quarter of the steps is the second part.
+
+    Raises `Refused` where codes of the codec as it was are in the state.
+    """
     paths = data.make_speech(folder, files)
     clips = data.make_clips(folder)
     known = torch.stack([torch.stack([voice_of(clip) for clip in of_voice]) for of_voice in clips])
@@ -42,7 +41,7 @@ def train_codec(folder: Path, codec: Codec, steps: int, files: int) -> None:
         return
     stale = [name for name in OF_CODES if (folder / name).exists()]
     if stale:
-        raise StaleCodes(
+        raise Refused(
             f"the codec is to be trained on from step {training.step} to {steps}, and {', '.join(stale)} of {folder} "
             "are of the codec as it was: remove them, or leave the number of its steps as it was"
         )

@@ -15,13 +15,10 @@ import torch
 
 from clvp_fast import ClvpFeatureExtractor
 from clvp_fast.audio import load_audio
+from examples.train.state import Refused
 
 RATE = 22050
 NAMES = ("heart", "rms")
-
-
-class MissingVoice(ValueError):
-    """A synthesiser or the recogniser is not installed; the message says how to install it."""
 
 
 def _finish(samples: np.ndarray, rate: int) -> np.ndarray:
@@ -42,7 +39,7 @@ class Flite:
 
     def __init__(self, voice: str):
         if shutil.which("flite") is None:
-            raise MissingVoice("the program flite is not installed: apt-get install flite")
+            raise Refused("the program flite is not installed: apt-get install flite")
         self.voice = voice
 
     def __call__(self, said: str, seed: int = 0) -> np.ndarray:
@@ -64,7 +61,7 @@ class Heart:
         try:
             from hibari import Hibari
         except ImportError as error:
-            raise MissingVoice("the package hibari-tts is not installed: pip install hibari-tts") from error
+            raise Refused("the package hibari-tts is not installed: pip install hibari-tts") from error
         self.synthesise = Hibari(threads=1)
 
     def __call__(self, said: str, seed: int = 0) -> np.ndarray:

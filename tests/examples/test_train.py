@@ -17,8 +17,8 @@ from clvp_fast import CandidateEngine, CandidateRequest, ClvpFeatureExtractor, C
 from examples.train import candidates, card, data, evaluate, judge, model, texts, train_decoder, train_scorer
 from examples.train.__main__ import main
 from examples.train.muon import orthogonal
-from examples.train.state import STOP, Interrupted, Training, UnderWay, alone, draws
-from examples.train.train_codec import StaleCodes, make_codec, train_codec
+from examples.train.state import STOP, Interrupted, Refused, Training, alone, draws
+from examples.train.train_codec import make_codec, train_codec
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -238,7 +238,7 @@ def test_two_processes_do_not_work_on_one_state(tmp_path):
     command = [sys.executable, "-c", holder, str(tmp_path)]
     with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout.readline() == b"held\n"
-        with pytest.raises(UnderWay, match="another process works on"), alone(tmp_path, "train"):
+        with pytest.raises(Refused, match="another process works on"), alone(tmp_path, "train"):
             pass
         with alone(tmp_path, "material"):  # the process beside it
             pass
@@ -266,6 +266,9 @@ def test_without_flite_one_sentence_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(STOP, "listen", lambda parent: STOP)
     assert main(["train"]) == 1
     assert capsys.readouterr().err == "error: the program flite is not installed: apt-get install flite\n"
+    assert main(["export", str(tmp_path / "out")]) == 1
+    missing = f"error: there is no codec.pt in {tmp_path}/train yet: train first\n"
+    assert capsys.readouterr().err == missing and not (tmp_path / "out").exists()
 
 
 def test_a_codec_is_not_trained_under_codes_that_are_there(tmp_path, monkeypatch, small):
@@ -273,7 +276,7 @@ def test_a_codec_is_not_trained_under_codes_that_are_there(tmp_path, monkeypatch
     monkeypatch.setattr(data, "make_clips", lambda folder: torch.randn(2, 1, 80, 20) - 5)
     Training(tmp_path, "codec", small[0], [torch.optim.AdamW(small[0].parameters())], 1).save()
     (tmp_path / "codes").mkdir()
-    with pytest.raises(StaleCodes, match=r"from step 0 to 3, and codes of \S+ are of the codec as it was: remove them"):
+    with pytest.raises(Refused, match=r"from step 0 to 3, and codes of \S+ are of the codec as it was: remove them"):
         train_codec(tmp_path, make_codec(width=16), 3, 0)
 
 
