@@ -20,6 +20,7 @@ from clvp_fast.batch.summary import write_summary
 from clvp_fast.engine.defaults import MEMORY_FRACTION
 from clvp_fast.io.files import UnwritableError, replacing, user_path
 from clvp_fast.io.names import RESERVED
+from clvp_fast.io.waits import waiting
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +97,9 @@ def run(
             _require_voices(rows)
         job = None if manifest is None else _Job(folder, rows, given, retry_failed, progress)
         if job is None or job.tasks:
-            with closing(_executor(given, memory_fraction, ray, workers)) as executor:
+            with waiting(f"loading {given.checkpoint}", hidden=not progress):
+                executor = _executor(given, memory_fraction, ray, workers)
+            with closing(executor):
                 found = executor.description()
                 _check_checkpoint(manifest, found)
                 if job is None:

@@ -164,6 +164,7 @@ class Generation:
         names += ["num_candidates", "max_new_tokens", "seed"]
         return {
             **{name: getattr(sampling, name) for name in names},
+            "crop_seed": arguments.crop_seed,
             "scoring": arguments.scoring,
             "device": str(self.checkpoint.model.device),
             "dtype": arguments.dtype,

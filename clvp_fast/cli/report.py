@@ -6,7 +6,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from threading import Timer
 from typing import Any
 
 import numpy as np
@@ -17,15 +16,14 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     ProgressColumn,
-    SpinnerColumn,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
 from clvp_fast.io.files import json_text
+from clvp_fast.io.waits import waiting as waiting
 
 # Characters that a column keeps which folds in a narrow terminal.
 _FOLDED = 16
@@ -150,30 +148,6 @@ def counting_progress(hidden: bool) -> Progress:
         console=notes_console,
         disable=hidden,
     )
-
-
-#: Seconds of a wait that nobody is told of.
-PATIENCE = 2.0
-
-
-@contextmanager
-def waiting(what: str) -> Iterator[None]:
-    """Shows on a terminal what is waited for, and for how long, where that takes more than `PATIENCE` seconds."""
-    if not notes_console.is_terminal:
-        yield
-        return
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    progress = Progress(*columns, console=notes_console, transient=True)
-    progress.add_task(what, total=None)
-    timer = Timer(PATIENCE, progress.start)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-        timer.join()  # it may be about to show something
-        progress.stop()
 
 
 class _RateColumn(ProgressColumn):

@@ -276,7 +276,7 @@ class Runner:
 
     @torch.no_grad()
     def state(self, slot: int, place: int) -> torch.Tensor:
-        """Return a copy of the hidden state `[hidden_size]` that a token of a candidate was drawn from, as `latents`."""
+        """Return a copy of the hidden state `[hidden_size]` that a candidate's token was drawn from, as `latents`."""
         return self._kept(slot)[place].clone()
 
     def _kept(self, slot: int) -> torch.Tensor:

@@ -43,15 +43,18 @@ class Stage:
         autoregressive = tts.autoregressive
         self._forward: Callable = autoregressive.forward
         self._weights = SharedWeights(autoregressive, clvp)
+        self._home = self._model.device  # where restore() brings the modules
         try:
             self._follow_settings(autoregressive)
-            options: dict[str, Any] = dict(max_new_tokens=min(longest, most_codes(self._decoder.config)))
+            limit = min(longest, most_codes(self._decoder.config))
+            options: dict[str, Any] = dict(max_new_tokens=limit, packed_weights=False)  # one copy of the weights
             features = ClvpFeatureExtractor(feature_size=self._decoder.config.feature_size)
             processor = SimpleNamespace(feature_extractor=features, tokenizer=None)
             self._weights.move(torch.device(tts.device))
             options |= engine_options
             self.engine = CandidateEngine(self._model, processor, scorer=_Unranked(), text_ends=1, **options)
         except BaseException:
+            self._weights.move(self._home)
             self._weights.give_back()
             raise
         for module in (autoregressive,) if clvp is None else (autoregressive, clvp):
@@ -85,6 +88,7 @@ class Stage:
         for owner, name in self._put:
             owner.__dict__.pop(name, None)
         self._put.clear()
+        self._weights.move(self._home)
         self._weights.give_back()
 
     # In the place of methods of the module.
@@ -157,8 +161,14 @@ class Stage:
     def _follow(self, device: torch.device) -> None:
         if self._model.device.type == device.type and device.index in (None, self._model.device.index):
             return
+        before = self._model.device
         self._weights.move(device)
-        self.engine.refresh()
+        try:
+            self.engine.refresh()
+        except BaseException:  # too little memory there
+            self._weights.move(before)
+            self.engine.refresh()
+            raise
 
     def _mover(self, module: nn.Module, name: str) -> Callable:
         """Return a method in the place of `module.to` and the like: the module stays on `tts.device`."""

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 from tests.cli.conftest import TEXT
 
@@ -151,3 +152,20 @@ def test_score_table(cli, generate, tmp_path):
     outcome = cli("score", tmp_path / "out/codes.npz", "Other words.")
     assert outcome.code == 0
     assert "score" in outcome.out and outcome.out.count("│") >= 5 * 5
+
+
+def test_voices_as_tortoise_has_them(generate, tmp_path):
+    """6 s from a random place, by a seed that is written down; and latents in a file."""
+    soundfile = pytest.importorskip("soundfile")  # which a GPU machine may lack
+    samples = np.random.default_rng(0).normal(size=8 * 22050) * 0.1 * np.linspace(0.1, 1, 8 * 22050)
+    soundfile.write(tmp_path / "long.wav", samples, 22050)
+    found = {}
+    for seed in (None, 1, 2):
+        crop = () if seed is None else ("--crop-seed", seed)
+        outcome, codes, document = generate(*QUICK, *crop, voice=tmp_path / "long.wav", out=tmp_path / str(seed))
+        assert document["settings"]["crop_seed"] == seed
+        assert ("6 s from a random place on are used" in outcome.err) == (seed is not None)
+        found[seed] = codes["codes"]
+    assert len({codes.tobytes() for codes in found.values()}) == 3
+    torch.save((torch.randn(1, 128), torch.randn(1, 256)), tmp_path / "voice.pth")
+    generate(*QUICK, voice=tmp_path / "voice.pth")

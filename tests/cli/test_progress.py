@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.progress import Progress
 
 from clvp_fast import native
-from clvp_fast.cli import report
 from clvp_fast.cli.progress import DecodingProgress, warm_up
+from clvp_fast.io import waits
 
 STOP = 9
 
@@ -88,27 +88,30 @@ def terminal(monkeypatch):
     """A terminal in the place of stderr, as a text of all that was written to it."""
     written = io.StringIO()
     console = Console(file=written, force_terminal=True, width=100, highlight=False)
-    monkeypatch.setattr(report, "notes_console", console)
+    monkeypatch.setattr(waits, "Console", lambda **options: console)
     return written
 
 
 def test_a_long_wait_is_shown_and_a_short_one_is_not(terminal, monkeypatch):
-    with report.waiting("loading a checkpoint"):
+    with waits.waiting("loading a checkpoint"):
         pass
     assert "loading" not in terminal.getvalue() and "\n" not in terminal.getvalue()
-    monkeypatch.setattr(report, "PATIENCE", 0.05)
-    with report.waiting("loading a checkpoint"):
+    monkeypatch.setattr(waits, "PATIENCE", 0.05)
+    with waits.waiting("loading a checkpoint"):
         time.sleep(0.5)
     assert re.search(r"loading a checkpoint.*0:00:0\d", terminal.getvalue())
-    with pytest.raises(ValueError), report.waiting("loading another"):
+    with pytest.raises(ValueError), waits.waiting("loading another"):
         raise ValueError
+    with waits.waiting("a hidden one", hidden=True):
+        time.sleep(0.1)
+    assert "hidden" not in terminal.getvalue()
 
 
 def test_without_a_terminal_a_wait_shows_nothing(monkeypatch):
     written = io.StringIO()
-    monkeypatch.setattr(report, "notes_console", Console(file=written, highlight=False))
-    monkeypatch.setattr(report, "PATIENCE", 0.0)
-    with report.waiting("loading a checkpoint"):
+    monkeypatch.setattr(waits, "Console", lambda **options: Console(file=written, highlight=False))
+    monkeypatch.setattr(waits, "PATIENCE", 0.0)
+    with waits.waiting("loading a checkpoint"):
         time.sleep(0.1)
     assert written.getvalue() == ""
 

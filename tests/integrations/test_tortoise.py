@@ -336,3 +336,41 @@ def test_moved_models_are_told(make_tts):
         tts.tts(TEXT, **CALL, conditioning_latents=latents())
     restore(tts)
     accelerate(tts).tts(TEXT, **CALL, conditioning_latents=latents())
+
+
+def test_a_device_without_room_leaves_all_where_it_was(make_tts, monkeypatch):
+    """With `meta` for the device: the engine cannot be made there."""
+    tts = accelerate(make_tts())
+    stage = tts._clvp_fast
+    moved, refresh = [], stage.engine.refresh
+
+    def failing():
+        if len(moved) == 1:
+            raise ValueError("too little memory there, says the test")
+        refresh()
+
+    monkeypatch.setattr(stage._weights, "move", lambda device: moved.append(device.type))
+    monkeypatch.setattr(stage.engine, "refresh", failing)
+    tts.device = torch.device("meta")
+    with pytest.raises(ValueError, match="too little memory there"):
+        tts.tts(TEXT, **CALL, conditioning_latents=latents())
+    assert moved == ["meta", "cpu"]
+    tts.device = torch.device("cpu")
+    tts.tts(TEXT, **CALL, conditioning_latents=latents())
+
+
+@pytest.mark.gpu
+def test_the_stage_follows_the_device_of_its_object(make_tts):
+    tts = make_tts()
+    codes = argmax_codes(tts.autoregressive, latents()[0], ids_of(tts), 20)
+    accelerate(tts)
+    options = dict(do_sample=True, top_k=1, repetition_penalty=2.0, max_generate_length=20)
+    for device in ("cuda", "cpu", "cuda"):
+        tts.device = torch.device(device)
+        assert tts.autoregressive.to(tts.device) is tts.autoregressive.cpu()
+        modules = tts.autoregressive, tts.clvp, tts._clvp_fast.engine.model
+        assert {x.device.type for module in modules for x in module.state_dict().values()} == {device}
+        assert tts._clvp_fast._weights.apart() is None
+        assert tts.autoregressive.inference_speech(latents()[0], ids_of(tts), **options).tolist() == [codes]
+    restore(tts)
+    assert {x.device.type for x in tts.autoregressive.state_dict().values()} == {"cpu"}
