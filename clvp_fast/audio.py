@@ -37,6 +37,10 @@ _TORN = 0.9
 _PIPE = 256 << 20
 
 
+class UnreadableError(ValueError):
+    """A file that is no recording, or a damaged one; the message is one sentence."""
+
+
 def is_recording(path: Path) -> bool:
     """Tell by its name whether a file of a folder is a recording; hidden files and folders are none.
 
@@ -101,7 +105,8 @@ def read_audio(source: str | os.PathLike | BinaryIO, sampling_rate: int = 22050,
             named = max(file.frames, len(samples)) if file.seekable() else len(samples)
             named = round(named * _torn_by(file.extra_info))
     except (soundfile.SoundFileError, OSError, TypeError) as error:
-        raise ValueError(f"{name} cannot be read as a recording (WAV, FLAC, MP3 or OGG): {_reason(error)}") from error
+        told = f"{name} cannot be read as a recording (WAV, FLAC, MP3 or OGG): {_reason(error)}"
+        raise UnreadableError(told) from error
 
     _check(samples, peak, channels, name)
     ended = frames is None or len(samples) < frames

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 from safetensors import SafetensorError, safe_open
 
 from clvp_fast import (
@@ -102,7 +103,9 @@ def check_folder(folder: Path, required: tuple[str, ...]) -> None:
     """Raise for the first file of a checkpoint folder that is missing, superfluous or truncated, in one sentence."""
     for name in required:
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"checkpoint {folder} has no {name}")
+            raise FileNotFoundError(
+                f"checkpoint {folder} has no {name}: put it there, or give the folder of a whole checkpoint"
+            )
     weights = [name for name in _WEIGHT_FILES if (folder / name).is_file()]
     if not weights:
         raise FileNotFoundError(f"checkpoint {folder} has no weights: model.safetensors is missing")
@@ -176,7 +179,7 @@ def load_checkpoint(
         )
     except Exception as error:  # whatever a strange file makes of transformers' many loaders
         meant = "" if Path(source).is_dir() else _meant(name).removesuffix(" Or ")
-        told = f"checkpoint {name} cannot be loaded: {_first_sentence(error)}"
+        told = f"checkpoint {name} cannot be loaded: {_reason(error)}"
         raise ValueError(f"{told}; {meant}" if meant else told) from error
     _check_tensors(name, report)
     _check_vocabulary(name, tokenizer, config)
@@ -201,7 +204,7 @@ def load_clap(
             source, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
         )
     except Exception as error:  # whatever a strange file makes of transformers' many loaders
-        raise ValueError(f"checkpoint {name} cannot be loaded: {_first_sentence(error)}") from error
+        raise ValueError(f"checkpoint {name} cannot be loaded: {_reason(error)}") from error
     # What is no weight is made, whether an older checkpoint has it or not.
     made = {key for key, _ in model.named_buffers() if not key.endswith(("running_mean", "running_var"))}
     _check_tensors(name, report | {"missing_keys": set(report["missing_keys"]) - made}, "CLAP")
@@ -233,6 +236,16 @@ def _check_vocabulary(name: str | Path, tokenizer: ClvpTokenizer, config: ClvpCo
         raise ValueError(f"checkpoint {name}: vocab.json numbers {tokens} tokens, and config.json has rows for {rows}")
 
 
+def _reason(error: Exception) -> str:
+    """Tell why a checkpoint could not be loaded; that a hub could not be reached stands behind other errors."""
+    behind: BaseException | None = error
+    while behind is not None:
+        if isinstance(behind, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
+            return "it is not in the cache, and the hub cannot be reached; download it first, or give a folder"
+        behind = behind.__cause__ or behind.__context__
+    return _first_sentence(error)
+
+
 def _first_sentence(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return lines[0].removesuffix(".") if lines else type(error).__name__
@@ -247,6 +260,12 @@ def _ids(tokenizer: ClvpTokenizer, text: str) -> list[int]:
     return cast(list[int], tokenizer(text)["input_ids"])  # transformers types what every tokenizer may give
 
 
+def require_text(text: str) -> None:
+    """Raise `ValueError` for a text with nothing in it."""
+    if not text.strip():
+        raise ValueError("the text is empty; give the sentence that is to be said")
+
+
 def sayable_ids(model: ClvpModelForConditionalGeneration, tokenizer: ClvpTokenizer, text: str) -> list[int]:
     """Return the token ids of a text.
 
@@ -254,8 +273,7 @@ def sayable_ids(model: ClvpModelForConditionalGeneration, tokenizer: ClvpTokeniz
         ValueError: nothing sayable in the text, more tokens than the checkpoint has positions for, or more than 65,536
             characters.
     """
-    if not text.strip():
-        raise ValueError("the text is empty; give the sentence that is to be said")
+    require_text(text)
     if len(text) > _LONGEST_TEXT:  # spelling out its numbers alone would hold up the others for minutes
         raise ValueError(
             f"the text is too long: {len(text)} characters, and at most {_LONGEST_TEXT} are looked at; split it up"

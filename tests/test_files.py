@@ -183,3 +183,14 @@ def test_folders_that_are_made_are_the_user_s_alone(tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(NotADirectoryError):
         make_private(tmp_path / "file" / "a")
+
+
+def test_a_folder_in_the_way_of_a_file_is_found_before_anything_is_moved(tmp_path):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "a").write_text("old")
+    match = rf"cannot write into {tmp_path}: a folder stands where the file {tmp_path}/b should be; move it away"
+    with pytest.raises(UnwritableError, match=match), staged_folder(tmp_path) as folder:
+        for name in ("a", "b", "c"):
+            (folder / name).write_text("new")
+    assert (tmp_path / "a").read_text() == "old"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]

@@ -1,7 +1,9 @@
 """The one place where an exception becomes a row's failure, and where a fault of the job is told from it."""
 
 import errno
+import re
 
+from clvp_fast.engine.sampling_params import SAMPLING
 from clvp_fast.io.errors import cut, sentence
 from clvp_fast.io.files import UnwritableError
 from clvp_fast.native import NativeLibraryError
@@ -20,6 +22,19 @@ _SYSTEM = {
     errno.ESTALE,
     errno.ENOTCONN,
 }
+
+
+# Beginnings of sentences on what stands in a row itself, which stays as it is as long as the job lasts.
+_COLUMN = "|".join(("text", "voice", "bytes of a voice", *SAMPLING))
+_OF_THE_ROW = re.compile(
+    r"the text |nothing of the text |the row |each row needs |its id is |"
+    rf"({_COLUMN}) (must|is not|has neither|cannot be)"
+)
+
+
+def may_pass(failure: str) -> bool:
+    """Whether a row that failed may be spoken by a later run: its voice may be mended, and its text may not."""
+    return not _OF_THE_ROW.match(failure)
 
 
 def failure_of(error: Exception) -> str:

@@ -281,6 +281,19 @@ class RowFile:
         """How many rows a shard has."""
         return self._file.metadata.row_group(shard).num_rows
 
+    def without_voice(self) -> tuple[int, int | None]:
+        """How many rows could be spoken and name no voice, and the first of them."""
+        count, first = 0, None
+        for shard in range(self.num_shards):
+            table = self._file.read_row_group(shard, columns=["voice", "error"])
+            pairs = enumerate(
+                zip(table["voice"].is_valid().to_pylist(), table["error"].is_valid().to_pylist(), strict=True)
+            )
+            rows = [shard * self.shard_rows + place for place, (voice, error) in pairs if not voice and not error]
+            count += len(rows)
+            first = rows[0] if rows and first is None else first
+        return count, first
+
     def shard(self, shard: int) -> list[Row]:
         """The rows of a shard. Raises `ValueError` where the copy is damaged."""
         try:

@@ -93,6 +93,8 @@ def run(
         if manifest is not None:
             given = given.going_on_from(manifest["settings"])
         rows = _rows(folder, source, identity["shard_rows"], manifest, progress)
+        if manifest is None and given.voice is None:
+            _require_voices(rows)
         job = None if manifest is None else _Job(folder, rows, given, retry_failed, progress)
         if job is None or job.tasks:
             with waiting(f"loading {given.checkpoint}", hidden=not progress):
@@ -171,6 +173,16 @@ def _rows(folder: JobFolder, source: Path, shard_rows: int, manifest: dict | Non
     if not rows.num_rows:
         raise ValueError(f"{source} has no rows")
     return rows
+
+
+def _require_voices(rows: RowFile) -> None:
+    """Raise for rows that nothing could be spoken in: a job's voice is settled when it begins."""
+    count, first = rows.without_voice()
+    if count:
+        raise ValueError(
+            f"{count} of {rows.num_rows} rows name no voice (the first is row {first}), and the job has none for them: "
+            "give the job a voice, or each row one"
+        )
 
 
 def _executor(settings: Settings, memory_fraction: float, ray: str | bool | None, workers: int | None):

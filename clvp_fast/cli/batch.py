@@ -1,14 +1,16 @@
 """`clvp-fast batch`: a corpus to ranked candidates in Parquet files; stopped and started again, it goes on."""
 
 import argparse
+import json
 import math
 from pathlib import Path
 
 from rich.table import Table
 
 from clvp_fast.batch import run as run_job
+from clvp_fast.batch.failures import may_pass
 from clvp_fast.cli import report
-from clvp_fast.cli.inputs import sampling_of
+from clvp_fast.cli.inputs import note_random, sampling_of
 
 #: What an interrupt leaves.
 INTERRUPTED = "what is finished is kept, and the same command goes on from there"
@@ -20,6 +22,7 @@ _OPEN = ("packed_weights", "threads")
 def run(arguments: argparse.Namespace) -> None:
     if not arguments.debug:
         report.quiet_transformers()
+    note_random(arguments.checkpoint)
     settings = sampling_of(arguments) | {name: getattr(arguments, name) for name in (*_PLAIN, *_OPEN)}
     with report.noting_warnings():
         summary = run_job(
@@ -41,14 +44,21 @@ def run(arguments: argparse.Namespace) -> None:
         report.note(f"{made['rows']} of {summary['rows']} rows: {made['remark']}")
     _tell(summary, Path(arguments.out), arguments.json)
     if summary["failed"]:
-        raise ValueError(
-            f"{summary['failed']} of {summary['rows']} rows failed, and {Path(arguments.out, 'failures.jsonl')} says "
-            "why; --retry-failed speaks them again"
-        )
+        failures = Path(arguments.out, "failures.jsonl")
+        told = f"{summary['failed']} of {summary['rows']} rows failed, and {failures} says why; "
+        raise ValueError(told + _advice(failures))
+
+
+def _advice(failures: Path) -> str:
+    """What can be done about failures."""
+    with open(failures, encoding="utf-8") as file:
+        if any(may_pass(json.loads(line)["error"]) for line in file):
+            return "--retry-failed speaks them again, of which those can pass whose voice is mended"
+    return "mend the rows in the input, and choose another folder for it"
 
 
 def _tell(summary: dict, out: Path, as_json: bool) -> None:
-    written = [out / name for name in summary["files"]]
+    written = [out / name for name in summary["files"] if name != "failures.jsonl" or summary["failed"]]
     if as_json:
         report.print_json(summary | {"written": [str(path) for path in written]})
         return

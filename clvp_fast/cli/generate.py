@@ -9,8 +9,9 @@ from clvp_fast.checkpoint import Checkpoint
 from clvp_fast.cli import report
 from clvp_fast.cli.generation import Generation
 from clvp_fast.cli.inputs import load_for, sampling_of
-from clvp_fast.cli.items import gather, read_texts
+from clvp_fast.cli.items import check_first, gather, read_texts
 from clvp_fast.cli.listen import REPORT
+from clvp_fast.cli.results import remove_stale
 from clvp_fast.engine.door import token_limit
 from clvp_fast.engine.sampling_params import SamplingParams
 from clvp_fast.io.files import staged_folder, user_path
@@ -21,6 +22,7 @@ def run(arguments: argparse.Namespace) -> None:
     given = sampling_of(arguments)
     voice_file = _voice_file(arguments)
     texts = read_texts(arguments)
+    check_first(texts, arguments)
     with ExitStack() as staging:
         folder = staging.enter_context(staged_folder(arguments.out))
         voice_folder = staging.enter_context(staged_folder(voice_file.parent)) if voice_file else None
@@ -28,6 +30,8 @@ def run(arguments: argparse.Namespace) -> None:
         checkpoint = load_for(arguments)
         given["max_new_tokens"] = _max_new_tokens(checkpoint, given["max_new_tokens"])
         sampling = SamplingParams(**given)
+        if arguments.keep and sampling.num_candidates and arguments.keep > sampling.num_candidates:
+            report.note(f"--keep {arguments.keep}: there are {sampling.num_candidates} candidates, and all are kept")
         items = gather(checkpoint, texts, arguments)
         generation = Generation(checkpoint, items, sampling, folder, arguments)
         generation.seconds["load"] = time.perf_counter() - started
@@ -36,6 +40,8 @@ def run(arguments: argparse.Namespace) -> None:
             spoken_in = items[0].voice
             assert spoken_in is not None  # the only voice, and a bad one has ended the run
             spoken_in.voice.save(voice_folder / voice_file.name)
+        names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    remove_stale(Path(arguments.out), names)
     # Of several the summary names the folders.
     files = generation.files
     if "requests" in document and not arguments.json:

@@ -25,6 +25,12 @@ def device_for(arguments: argparse.Namespace) -> str:
     return arguments.device
 
 
+def note_random(name: str) -> None:
+    """A note, if a checkpoint's weights are random."""
+    if is_random(name):
+        note(f"checkpoint '{name}' has random weights: its candidates are no speech, and its scores mean nothing")
+
+
 def load_for(arguments: argparse.Namespace) -> Checkpoint:
     """The checkpoint that the arguments name, on the device and in the dtype that they name."""
     if not arguments.debug:
@@ -36,9 +42,7 @@ def load_for(arguments: argparse.Namespace) -> Checkpoint:
             dtype=getattr(torch, arguments.dtype),
             text_cleaning=arguments.text_cleaning,
         )
-    if is_random(checkpoint.name):
-        name = checkpoint.name
-        note(f"checkpoint '{name}' has random weights: its candidates are no speech, and its scores mean nothing")
+    note_random(checkpoint.name)
     return checkpoint
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 
-from clvp_fast.checkpoint import Checkpoint
+from clvp_fast.checkpoint import Checkpoint, require_text
 from clvp_fast.cli.inputs import text_ids
 from clvp_fast.cli.voices import noted_voice, voice_names
-from clvp_fast.engine.voice_files import LoadedVoice
+from clvp_fast.engine.voice_files import LoadedVoice, require_voice
 from clvp_fast.engine.voices import VoiceCache
 from clvp_fast.io.errors import sentence
 
@@ -60,13 +60,29 @@ def read_texts(arguments: argparse.Namespace) -> list[str]:
     return texts
 
 
+def is_alone(texts: list[str], arguments: argparse.Namespace) -> bool:
+    """Whether one text in one voice is all that was asked for."""
+    return arguments.texts is None and len(texts) == len(arguments.voice) == 1
+
+
+def check_first(texts: list[str], arguments: argparse.Namespace) -> None:
+    """Raises for what no checkpoint could speak, before one is loaded; among others it is put down in its item.
+
+    Raises:
+        FileNotFoundError, ValueError: the only text is empty, or the only voice is not there.
+    """
+    if is_alone(texts, arguments):
+        require_text(texts[0])
+        require_voice(arguments.voice[0])
+
+
 def gather(checkpoint: Checkpoint, texts: list[str], arguments: argparse.Namespace) -> list[Item]:
     """Every text in every voice, voice by voice.
 
     An item that cannot be spoken is an error where it is the only one; among others the reason is put down in it.
     """
     places = arguments.voice
-    alone = arguments.texts is None and len(texts) == len(places) == 1
+    alone = is_alone(texts, arguments)
     folders = [""] if alone else text_folders(texts)
     ids = [_tried(alone, text_ids, checkpoint, text, folder) for text, folder in zip(texts, folders, strict=True)]
     cache = VoiceCache(checkpoint.model, checkpoint.feature_extractor)

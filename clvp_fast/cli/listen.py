@@ -10,14 +10,11 @@ from matplotlib.image import imsave
 from clvp_fast.checkpoint import Checkpoint
 from clvp_fast.cli import report
 from clvp_fast.cli.items import Item
-from clvp_fast.cli.page import Page, Section, data_url
+from clvp_fast.cli.page import REPORT, SOUND, TITLE, Page, Section, data_url
 from clvp_fast.engine.requests import CandidateResult
 from clvp_fast.io.errors import sentence
 from clvp_fast.models.clvp.tokens import known_codes
 from clvp_fast.vocoder import SETTINGS_FILE, WEIGHTS_FILE, Vocoder
-
-#: The page, and the folder of recordings beside an item's other files.
-REPORT, SOUND = "report.html", "sound"
 
 
 def vocoder_of(checkpoint: Checkpoint) -> Vocoder | None:
@@ -39,12 +36,12 @@ class Listening:
 
     def __init__(self, checkpoint: Checkpoint, vocoder: Vocoder, folder: Path):
         self.checkpoint, self.vocoder, self.folder = checkpoint, vocoder, folder
-        self.page = Page("Candidates of clvp_fast, to be heard")
+        self.page = Page(TITLE)
 
     def receive(self, item: Item, result: CandidateResult, document: dict) -> list[str]:
         """Speaks the kept candidates of a result; their rows in `document` get the names of their recordings.
 
-        A voice that cannot be spoken in leaves them without any, and a note says why.
+        A voice that cannot be spoken in or a vocoder that fails leaves them without any, and a note says why.
 
         Returns:
             The files that were written, below the item's folder.
@@ -61,6 +58,8 @@ class Listening:
             voice = torch.from_numpy(item.voice.mel)
             known = [known_codes(torch.from_numpy(row), self.checkpoint.model.config).numpy() for row in codes]
             sounds = self.vocoder.speak(known, voice, latents)
+            # Before anything is written: features refuse what is NaN or infinite, whichever vocoder made it.
+            pictures = [mel_picture(self._mel(samples)) if len(samples) else None for samples in sounds]
         except ValueError as error:
             report.note(f"{f'{item.folder}: ' if item.folder else ''}nothing can be heard: {sentence(error)}")
             return []
@@ -70,13 +69,13 @@ class Listening:
         folder = self.folder / item.folder / SOUND
         folder.mkdir(parents=True, exist_ok=True)
         digits = len(str(len(rows)))
-        for row, samples in zip(rows, sounds, strict=True):
+        for row, samples, heard in zip(rows, sounds, pictures, strict=True):
             name = f"{SOUND}/rank-{row['rank']:0{digits}}.wav"
             seconds = len(samples) / self.vocoder.sampling_rate
             content = wav(samples, self.vocoder.sampling_rate)
             (self.folder / item.folder / name).write_bytes(content)
             row |= {"sound": name, "seconds": round(seconds, 3)}
-            shown = data_url("image/png", mel_picture(self._mel(samples))) if len(samples) else None
+            shown = None if heard is None else data_url("image/png", heard)
             self.page.add(section, row, seconds, data_url("audio/wav", content), shown)
         return [SOUND]
 
@@ -98,8 +97,8 @@ class Listening:
         facts = {"checkpoint": named, **shared.get("settings", {}), **shared.get("versions", {})}
         self.page.settings = {name.replace("_", " "): str(value) for name, value in facts.items()}
         (self.folder / REPORT).write_text(self.page.html(), encoding="utf-8", errors="replace")
-        if self.page.left_out:
-            report.note(f"{REPORT} leaves {self.page.left_out} candidates out, to keep its size; {SOUND} has all")
+        if left_out := self.page.what_is_left_out:
+            report.note(f"{REPORT} leaves {left_out} out, to keep its size; {SOUND} has all recordings")
         return [REPORT]
 
 

@@ -6,21 +6,34 @@ Everything from outside is escaped, scripts and styles are named by their hashes
 import base64
 import hashlib
 import heapq
-from dataclasses import dataclass, field
+from collections import Counter
+from dataclasses import dataclass, field, replace
 from html import escape
 from pathlib import Path
 
 from clvp_fast.io.errors import cut as shorten
 
+#: The page, and the folder of recordings beside an item's other files.
+REPORT, SOUND = "report.html", "sound"
+TITLE = "Candidates of clvp_fast, to be heard"
+
 #: The most that a page has, in bytes.
 PAGE_LIMIT = 50_000_000
-# For what stands around the candidates.
-_FRAME = 200_000
+# For what stands around the sections, and for the tags around one.
+_FRAME, _AROUND = 200_000, 100
 
 
 def data_url(kind: str, content: bytes) -> str:
     """`content` as an address that carries it; `kind` is its media type."""
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def is_page(path: Path) -> bool:
+    """Whether a file is a page of candidates, by its beginning."""
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return f"<title>{TITLE}</title>".encode() in file.read(2000)
 
 
 @dataclass
@@ -38,6 +51,9 @@ class Section:
 class Page:
     """Sections and candidates that fit: of all, those of the best ranks.
 
+    A voice's picture stands in the first section of that voice, and all of them take at most a quarter of the page. A
+    section none of whose candidates fits is left out with them.
+
     title, settings: of the page's top and end. limit: bytes of the page.
     """
 
@@ -49,12 +65,16 @@ class Page:
         self.sections: list[Section] = []
         self.left_out = 0
         self._size = _FRAME
+        self._pictures: dict[str, bool] = {}  # digests of voices' pictures, and whether there was room
+        self._pictures_size = 0
+        self._shown: Counter[int] = Counter()  # candidates by section
         self._kept: list[tuple[int, int, str]] = []  # a heap, the worst rank of the last section first
 
     def add_section(self, section: Section) -> int:
         """Returns the section's number."""
+        if section.picture is not None and not self._has_room(section.picture):
+            section = replace(section, picture=None)
         self.sections.append(section)
-        self._size += len(self._head(section).encode())
         return len(self.sections) - 1
 
     def add(self, number: int, row: dict, seconds: float, sound: str, picture: str | None) -> None:
@@ -66,11 +86,36 @@ class Page:
         self.sections[number].candidates += 1
         item = _candidate(self.sections[number].text, row, seconds, sound, picture)
         heapq.heappush(self._kept, (-row["rank"], -number, item))
-        self._size += len(item.encode())
+        self._count(number, 1, item)
         while self._size > self.limit and self._kept:
-            *_, dropped = heapq.heappop(self._kept)
-            self._size -= len(dropped.encode())
+            _, of_section, dropped = heapq.heappop(self._kept)
+            self._count(-of_section, -1, dropped)
             self.left_out += 1
+
+    def _has_room(self, picture: str) -> bool:
+        """Whether a voice's picture is shown: once, and as long as it leaves room for sound."""
+        name = _hash(picture)
+        if name in self._pictures:
+            return False
+        self._pictures[name] = self._pictures_size + len(picture) <= self.limit // 4
+        self._pictures_size += len(picture) * self._pictures[name]
+        return self._pictures[name]
+
+    def _count(self, number: int, candidates: int, item: str) -> None:
+        """Add a candidate to the size of the page, or take it off; a section without any takes no room."""
+        before = self._shown[number]
+        self._shown[number] += candidates
+        self._size += candidates * _bytes(item)
+        if not before or not self._shown[number]:
+            self._size += candidates * (_bytes(self._head(self.sections[number])) + _AROUND)
+
+    @property
+    def what_is_left_out(self) -> str:
+        """Name what has no room, or ""."""
+        texts = sum(section.candidates > 0 and not self._shown[n] for n, section in enumerate(self.sections))
+        pictures = len(self._pictures) - sum(self._pictures.values())
+        counts = {"candidates": self.left_out, "texts with all of theirs": texts, "pictures of voices": pictures}
+        return ", ".join(f"{count} {name}" for name, count in counts.items() if count)
 
     def html(self) -> str:
         style, script = (Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
@@ -84,11 +129,12 @@ class Page:
         bodies = [
             f"<section>\n{self._head(section)}<ol>\n{''.join(items[number])}</ol>\n</section>\n"
             for number, section in enumerate(self.sections)
+            if items[number]
         ]
         left_out = (
-            f"<p>{self.left_out} candidates are left out here, so that the page keeps to {self.limit / 1e6:.0f} MB; "
-            "all recordings lie beside it.</p>\n"
-            if self.left_out
+            f"<p>Left out here, so that the page keeps to {self.limit / 1e6:.0f} MB: {self.what_is_left_out}; all "
+            "recordings lie beside it.</p>\n"
+            if self.what_is_left_out
             else ""
         )
         facts = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>\n" for k, v in self.settings.items())
@@ -137,6 +183,11 @@ def _candidate(text: str, row: dict, seconds: float, sound: str, picture: str | 
         f"<p>score {score}, {row['tokens']} codes, {seconds:.2f} s{cut}</p>\n"
         f'<audio controls preload="metadata" aria-label="{called}" src="{sound}"></audio>\n{image}</li>\n'
     )
+
+
+def _bytes(content: str) -> int:
+    """Bytes in a file. A name that is no UTF-8 has lone surrogates, for each of which a `?` is written."""
+    return len(content.encode(errors="replace"))
 
 
 def _hash(content: str) -> str:

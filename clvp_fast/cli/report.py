@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from huggingface_hub.utils import logging as hub_logging
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -49,7 +50,8 @@ def noting_warnings() -> Iterator[None]:
 
 
 def quiet_transformers() -> None:
-    """No progress bars and warnings of transformers between the notes of a command."""
+    """No progress bars and warnings of transformers and its hub between the notes of a command."""
+    hub_logging.set_verbosity_error()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
 

@@ -1,5 +1,6 @@
 """The files of a text in a voice that `generate` writes: codes, scores, picture, latents; and a row in a summary."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import numpy as np
 from clvp_fast.checkpoint import Checkpoint
 from clvp_fast.cli import report
 from clvp_fast.cli.items import Item
+from clvp_fast.cli.page import REPORT, SOUND, is_page
 from clvp_fast.cli.pictures import draw_candidates
 from clvp_fast.engine.requests import CandidateResult
 from clvp_fast.models.clvp.text_remarks import text_remarks
@@ -64,6 +66,28 @@ def write_arrays(
         np.savez(folder / "latents.npz", **latents)
         written.append("latents.npz")
     return written
+
+
+def remove_stale(out: Path, names: set[str]) -> None:
+    """Removes what an earlier run left beside new results and no longer belongs to them, with a note.
+
+    These are recordings, pictures and latents beside new codes, and the page of an earlier run.
+
+    Args:
+        names: the files of this run, below `out`.
+    """
+    found = [out / REPORT] if is_page(out / REPORT) else []
+    for folder in {(out / name).parent for name in names if Path(name).name == "codes.npz"}:
+        found += [path for name in ("candidates.png", "latents.npz") if (path := folder / name).is_file()]
+        found += [path for path in folder.glob(f"{SOUND}/rank-*.wav") if re.fullmatch(r"rank-\d+\.wav", path.name)]
+    stale = sorted(path for path in found if str(path.relative_to(out)) not in names)
+    for path in stale:
+        path.unlink()
+        if path.parent.name == SOUND and not any(path.parent.iterdir()):
+            path.parent.rmdir()
+    if stale:
+        more = f" and {len(stale) - 1} more" if len(stale) > 1 else ""
+        report.note(f"{stale[0]}{more} of an earlier run no longer belonged to the results and was removed")
 
 
 def summary_row(item: Item, document: dict | None) -> dict:

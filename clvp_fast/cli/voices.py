@@ -12,15 +12,21 @@ from clvp_fast.io.files import user_path
 # Names that a file system may take for one another are not both used.
 _PLAIN = re.compile(r"[^\w.-]+")
 
+#: Names of results that lie beside the folders of voices, now or of an earlier run with one voice.
+TAKEN = ("report.html", "sound", "summary.json", "candidates.json", "candidates.png", "codes.npz", "latents.npz")
+
 
 def voice_names(places: list[str]) -> list[str]:
-    """A name for the folder of each voice: that of its file or folder, numbered from 2 on where it comes again."""
+    """A name for the folder of each voice: that of its file or folder, numbered from 2 on where it comes again.
+
+    One that is called as a result is numbered too.
+    """
     names: list[str] = []
     for place in map(Path, places):
         path = Path(os.path.abspath(place))  # `..` and `.` have a name then
         name = base = _PLAIN.sub("-", path.name if path.is_dir() else path.stem).strip(".-") or "voice"
         number = 1
-        while name.lower() in (other.lower() for other in names):
+        while name.lower() in (*TAKEN, *(other.lower() for other in names)):
             number += 1
             name = f"{base}-{number}"
         names.append(name)

@@ -1,6 +1,8 @@
 """Voices from files: a recording, a folder of them, a voice that was saved, or latents as Tortoise saves them."""
 
 import random
+import struct
+import zipfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from clvp_fast.audio import UNREAD_SUFFIXES, is_recording, read_audio, require_sound
+from clvp_fast.audio import UNREAD_SUFFIXES, UnreadableError, is_recording, read_audio, require_sound
 from clvp_fast.engine.voices import Voice, VoiceCache, piece
 from clvp_fast.io.files import user_path
 from clvp_fast.models.clvp.feature_extraction import ClvpFeatureExtractor
@@ -56,10 +58,25 @@ def load_voice(voices: VoiceCache, place: str | Path, crop_seed: int | None = No
     if (latents := _latents_at(path)) is not None:
         return LoadedVoice(str(place), latent_voice(voices, latents), None, 0)
     recordings, unread = _recordings(path) if path.is_dir() else ([path], [])
-    mels, remarks = _features(voices.feature_extractor, recordings, crop_seed)
+    try:
+        mels, remarks = _features(voices.feature_extractor, recordings, crop_seed)
+    except UnreadableError as error:
+        raise ValueError(f"{error}; a voice may be a saved one (.safetensors) or latents (.pth) too") from error
     if unread:
         remarks += (f"left out, as libsndfile does not read them: {', '.join(file.name for file in unread)}",)
     return LoadedVoice(str(place), voices.from_features(mels), mels[0], len(mels), remarks)
+
+
+def require_voice(place: str | Path) -> None:
+    """Raise `FileNotFoundError` where nothing lies at `place`, as `load_voice` does."""
+    path = user_path(place)
+    if path.exists():
+        return
+    if path.suffix == ".safetensors":
+        raise FileNotFoundError(f"there is no voice at {path}")
+    if is_latents(path):
+        raise FileNotFoundError(f"there are no latents at {path}")
+    raise FileNotFoundError(f"there is no recording at {path}")
 
 
 def latent_voice(voices: VoiceCache, path: str | Path) -> Voice:
@@ -74,6 +91,8 @@ def latent_voice(voices: VoiceCache, path: str | Path) -> Voice:
         raise FileNotFoundError(f"there are no latents at {path}")
     if (size := path.stat().st_size) > MOST_LATENT_BYTES:
         raise ValueError(f"{path} has {size} bytes, and a voice's latents at most {MOST_LATENT_BYTES}: is it a model?")
+    if (size := _unpacked_bytes(path)) > MOST_LATENT_BYTES:
+        raise ValueError(f"{path} unpacks to {size} bytes, and a voice's latents have at most {MOST_LATENT_BYTES}")
     try:
         latents = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged file makes torch raise
@@ -84,6 +103,17 @@ def latent_voice(voices: VoiceCache, path: str | Path) -> Voice:
         return voices.from_vector(latents)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def _unpacked_bytes(path: Path) -> int:
+    """Return the bytes of all that a torch file of today's form, a zip, holds; 0 of any other."""
+    if not zipfile.is_zipfile(path):
+        return 0
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return sum(entry.file_size for entry in archive.infolist())
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error):
+        return 0  # torch says what is wrong with it
 
 
 def _latents_at(path: Path) -> Path | None:
@@ -119,8 +149,16 @@ def _recordings(folder: Path) -> tuple[list[Path], list[Path]]:
     found = sorted(filter(is_recording, folder.iterdir()))
     unread = [path for path in found if path.name.lower().endswith(UNREAD_SUFFIXES)]
     if len(unread) == len(found):
+        if latents := sorted(file.name for file in folder.iterdir() if file.suffix.lower() in _LATENTS):
+            raise ValueError(
+                f"{folder} has no recordings in it, and {len(latents)} files of latents, of which one must be given: "
+                f"{', '.join(latents)}"
+            )
         beside = f", and none can be read of {', '.join(path.name for path in unread)}" if unread else ""
-        raise ValueError(f"{folder} has no recordings in it (WAV, FLAC, MP3 or OGG){beside}")
+        raise ValueError(
+            f"{folder} has no recordings in it (WAV, FLAC, MP3 or OGG){beside}; give a folder of "
+            "recordings, one recording, a saved voice (.safetensors) or latents (.pth)"
+        )
     return [path for path in found if path not in unread], unread
 
 

@@ -195,9 +195,15 @@ class VoiceCache:
         Or of Tortoise's pair of them: that, and one of the diffusion of twice the width, which is left alone.
 
         Raises:
-            TypeError: no floating point array or tensor; ValueError: another shape, NaN or infinite values.
+            TypeError: no floating point array or tensor; ValueError: another shape, values that are NaN or infinite in
+                the model's dtype, a tensor that is sparse, nested, quantized or without data (of the device meta).
         """
         width = len(self.fingerprint)
+        for part in vector if isinstance(vector, (tuple, list)) else [vector]:
+            if isinstance(part, torch.Tensor) and (kind := _unusual(part)):
+                raise ValueError(
+                    f"conditioning must be plain floats [{width}], and a {kind} tensor came: save it dense"
+                )
         if isinstance(vector, (tuple, list)):
             if len(vector) != 2 or any(not isinstance(part, (torch.Tensor, np.ndarray)) for part in vector):
                 raise TypeError(
@@ -218,8 +224,10 @@ class VoiceCache:
         if vector.shape not in ((width,), (1, width)) or not is_float:
             raise ValueError(f"conditioning must be floats [{width}], not {vector.dtype} {list(vector.shape)}")
         vector = torch.as_tensor(_host_array(vector), device="cpu")
-        if not vector.isfinite().all():
-            raise ValueError("conditioning holds NaN or infinite values")
+        if not vector.to(self.model.dtype).isfinite().all():
+            dtype = str(self.model.dtype).removeprefix("torch.")
+            where = f", as {dtype} cannot hold them" if vector.isfinite().all() else ""
+            raise ValueError(f"conditioning holds NaN or infinite values{where}")
         wide = vector.to(torch.promote_types(vector.dtype, torch.float32), copy=True)
         return Voice(wide.flatten(), self.fingerprint)
 
@@ -291,9 +299,20 @@ def piece(clip: np.ndarray, length: int, places: random.Random | None) -> np.nda
 
 def _host_array(values) -> np.ndarray:
     if isinstance(values, torch.Tensor):
-        values = values.detach().cpu()
+        values = values.detach().cpu().resolve_conj().resolve_neg()
         return (values if values.dtype in _OF_NUMPY or not values.is_floating_point() else values.float()).numpy()
     return np.asarray(values)
+
+
+def _unusual(tensor: torch.Tensor) -> str | None:
+    """Name the form of a tensor whose values do not lie before us one by one, or None."""
+    if tensor.is_nested:
+        return "nested"
+    if tensor.is_meta:
+        return "meta"
+    if tensor.is_quantized:
+        return "quantized"
+    return None if tensor.layout == torch.strided else "sparse"
 
 
 def _digest(kind: str, settings: str, *arrays: np.ndarray) -> bytes:

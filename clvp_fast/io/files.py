@@ -21,6 +21,8 @@ class UnwritableError(OSError):
             reason = "the disk is full; free some space or choose another folder"
         elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             reason = "no permission to write there; choose another folder"
+        elif error.errno == errno.EISDIR:
+            reason = f"a folder stands where the file {error.filename} should be; move it away or choose another folder"
         elif error.errno in (errno.ENOTDIR, errno.EEXIST):
             reason = "a file stands where the folder should be; choose another folder"
         else:
@@ -94,7 +96,8 @@ def staged_folder(target: str | Path) -> Iterator[Path]:
     scratch folder become folders inside `target`, beside what stands there.
 
     Raises:
-        UnwritableError: `target` cannot be made or written, or the disk is full. Its former content is untouched.
+        UnwritableError: `target` cannot be made or written, a folder stands where a file should be, or the disk is
+            full. Its former content is untouched.
     """
     target = Path(target)
     made = [folder for folder in (target, *target.parents) if not folder.exists()]
@@ -108,6 +111,9 @@ def staged_folder(target: str | Path) -> Iterator[Path]:
         for path in files:
             with open(path, "rb") as handle:
                 os.fsync(handle.fileno())
+        for path in files:  # all of them before the first is moved
+            if (arrived := target / path.relative_to(scratch)).is_dir():
+                raise UnwritableError.explain(IsADirectoryError(errno.EISDIR, "", str(arrived)), target)
         for folder in (target / path.relative_to(scratch) for path in paths if path.is_dir()):
             if not folder.is_dir():
                 made.insert(0, folder)

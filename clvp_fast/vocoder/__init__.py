@@ -6,16 +6,17 @@ A checkpoint folder with `vocoder.json` (kind and sizes) and `vocoder.safetensor
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from clvp_fast.io.errors import cut, shown
 from clvp_fast.io.files import write_json
 from clvp_fast.models.clvp.feature_extraction import ClvpFeatureExtractor
-from clvp_fast.vocoder.codec import Codec, voice_of
+from clvp_fast.vocoder.codec import Codec, settings_of, voice_of
 from clvp_fast.vocoder.griffin_lim import GriffinLim
 
 SETTINGS_FILE, WEIGHTS_FILE = "vocoder.json", "vocoder.safetensors"
@@ -44,7 +45,8 @@ class Vocoder(Protocol):
             For each candidate float32 samples in [-1, 1]; none for an empty one.
 
         Raises:
-            ValueError: codes or a voice that cannot be spoken, or latents that are needed and absent.
+            ValueError: codes or a voice that cannot be spoken, latents that are needed and absent, or samples that come
+                out as NaN or infinite.
         """
         ...
 
@@ -73,10 +75,13 @@ class CodecVocoder:
         self, codes: Sequence[np.ndarray], voice: torch.Tensor, latents: Sequence[torch.Tensor] | None = None
     ) -> list[np.ndarray]:
         """Do as [`Vocoder.speak`]; `latents` are not looked at."""
-        return [
+        sounds = [
             self.invert(self.log_mel(row, voice)).numpy() if len(row) else np.zeros(0, dtype=np.float32)
             for row in codes
         ]
+        if not all(np.isfinite(samples).all() for samples in sounds):
+            raise ValueError("the vocoder gives samples that are NaN or infinite: its weights are damaged")
+        return sounds
 
 
 def save_vocoder(folder: Path, codec: Codec, dtype: torch.dtype = torch.float16) -> None:
@@ -99,12 +104,36 @@ def load_vocoder(folder: Path, extractor: ClvpFeatureExtractor) -> CodecVocoder 
             raise ValueError(f"checkpoint {folder} has half a vocoder: {path.name} is missing")
     try:
         settings = json.loads(settings_file.read_text(encoding="utf-8"))
+        if not isinstance(settings, dict):
+            raise ValueError(f"{SETTINGS_FILE} must hold settings by name, not {shown(settings)}")
         kind = settings.pop("kind", None)
         if kind != KIND:
-            raise ValueError(f"its kind is {kind!r}, and {KIND!r} alone is known")
+            raise ValueError(f"its kind is {shown(kind)}, and {KIND!r} alone is known")
+        settings = settings_of(**settings)
+        _check_weights(weights_file, settings)
         codec = Codec(**settings)
         codec.load_state_dict({name: value.float() for name, value in load_file(weights_file).items()})
-    except (SafetensorError, AttributeError, RuntimeError, TypeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (SafetensorError, RuntimeError, TypeError, ValueError) as error:
+        reason = cut(" ".join(str(error).split()), 500)
         raise ValueError(f"the vocoder of checkpoint {folder} cannot be loaded: {reason}") from error
     return CodecVocoder(codec, extractor)
+
+
+def _check_weights(path: Path, settings: dict[str, Any]) -> None:
+    """Raise `ValueError` for tensors that are not those of the settings, before room is made for any."""
+    with safe_open(path, framework="pt") as file:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping
+    for side in ("encoder", "decoder"):
+        found = len({name.split(".")[1] for name in shapes if name.startswith(f"{side}.")})
+        if found != settings[f"{side}_blocks"]:
+            raise ValueError(
+                f"{SETTINGS_FILE} says {side}_blocks {settings[f'{side}_blocks']}, and {path.name} has {found}"
+            )
+    with torch.device("meta"):
+        expected = {name: tuple(value.shape) for name, value in Codec(**settings).state_dict().items()}
+    for name in sorted(expected.keys() | shapes.keys()):
+        if expected.get(name) != shapes.get(name):
+            one, other = (
+                ("none" if shape is None else list(shape)) for shape in (shapes.get(name), expected.get(name))
+            )
+            raise ValueError(f"{path.name} has for {name} the shape {one}, and {SETTINGS_FILE} asks for {other}")

@@ -7,13 +7,18 @@ mean and spread of a clip's log-mel, so that codes say what is said and not by w
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from clvp_fast.io.errors import shown
+
 # Log-mel values of natural speech lie about this far around this, and the floor of the features is log(1e-5).
 MEAN, SPREAD, FLOOR = -5.0, 3.5, math.log(1e-5)
+# A decoder's vocabulary has some thousands.
+_MOST_CODES = 2**31
 
 
 class CodecBlock(nn.Module):
@@ -38,6 +43,37 @@ class CodecBlock(nn.Module):
         return x + self.narrow(F.gelu(self.widen(self.norm(mixed))))
 
 
+def settings_of(
+    levels: Sequence[int] = (8, 5, 5, 5),
+    stride: int = 4,
+    width: int = 192,
+    bins: int = 80,
+    encoder_blocks: int = 2,
+    decoder_blocks: int = 4,
+) -> dict[str, Any]:
+    """Return the settings of a [`Codec`] by name.
+
+    Raises:
+        TypeError: one that is not known.
+        ValueError: one that is no whole number, or too small; levels that are fewer than two, or too many codes.
+    """
+    sizes = {"stride": stride, "width": width, "bins": bins}
+    blocks = {"encoder_blocks": encoder_blocks, "decoder_blocks": decoder_blocks}
+    for name, value in (sizes | blocks).items():
+        least = int(name in sizes)
+        if not _is_whole(value, least):
+            raise ValueError(f"{name} must be a whole number from {least} up, not {shown(value)}")
+    if not isinstance(levels, (list, tuple)) or not levels or not all(_is_whole(level, 2) for level in levels):
+        raise ValueError(f"levels must be whole numbers from 2 up, such as [8, 5, 5, 5], not {shown(levels)}")
+    if math.prod(levels) > _MOST_CODES:
+        raise ValueError(f"levels {shown(levels)} make more than {_MOST_CODES} codes")
+    return {"levels": list(levels), **sizes, **blocks}
+
+
+def _is_whole(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
 class Codec(nn.Module):
     """Log-mel spectrograms to codes, and codes with a voice back to log-mel spectrograms.
 
@@ -47,6 +83,9 @@ class Codec(nn.Module):
         width: of the layers, which run at the rate of the codes.
         bins: mel channels.
         encoder_blocks, decoder_blocks: how many [`CodecBlock`]s are on either side.
+
+    Raises:
+        ValueError: as `settings_of`.
     """
 
     middle: torch.Tensor
@@ -62,14 +101,7 @@ class Codec(nn.Module):
         decoder_blocks: int = 4,
     ):
         super().__init__()
-        self.settings = {
-            "levels": list(levels),
-            "stride": stride,
-            "width": width,
-            "bins": bins,
-            "encoder_blocks": encoder_blocks,
-            "decoder_blocks": decoder_blocks,
-        }
+        self.settings = settings_of(levels, stride, width, bins, encoder_blocks, decoder_blocks)
         self.levels, self.stride, self.bins = tuple(levels), stride, bins
         self.enter = nn.Linear(bins * stride, width)
         self.encoder = nn.Sequential(*[CodecBlock(width) for _ in range(encoder_blocks)])

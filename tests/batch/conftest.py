@@ -3,7 +3,7 @@
 import pytest
 
 from clvp_fast.batch import job, summary
-from tests.batch.jobs import NoModel, blank_overview, failures, records, results, write_jsonl
+from tests.batch.jobs import VOICE, NoModel, blank_overview, failures, records, results, write_jsonl
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def run(no_model, corpus, out):
     """`run(...)` does the corpus, in shards of 8 rows, into `out`, and returns the summary."""
 
     def do(source=corpus, out=out, **options):
-        return job.run(source, out, **{"shard_rows": 8, "progress": False, **options})
+        return job.run(source, out, **{"shard_rows": 8, "progress": False, "voice": VOICE, **options})
 
     return do
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from clvp_fast.batch import job, summary
-from tests.batch.jobs import NoModel, blank_overview
+from tests.batch.jobs import VOICE, NoModel, blank_overview
 
 SHARD_ROWS = 20
 
@@ -51,7 +51,7 @@ def main(corpus: str, folder: str, *moments: str) -> None:
     summary.draw_overview = blank_overview
 
     def run(out: Path) -> None:
-        job.run(corpus, out, progress=False, shard_rows=SHARD_ROWS)
+        job.run(corpus, out, progress=False, shard_rows=SHARD_ROWS, voice=VOICE)
 
     for moment in moments:
         for rename in range(1, 100):

@@ -157,7 +157,7 @@ def test_the_import_is_light():
 def test_without_ray(corpus, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ImportError, match=r"a Ray cluster needs Ray: pip install 'clvp-fast\[ray\]'"):
-        run(corpus, tmp_path / "out", ray=True, progress=False)
+        run(corpus, tmp_path / "out", ray=True, voice=VOICE, progress=False)
 
 
 GPUS = [{"CPU": 4.0}, {"CPU": 64.0, "GPU": 8.0}, {"CPU": 64.0, "GPU": 8.0}]
@@ -314,7 +314,7 @@ def test_the_driver_is_killed_and_the_job_goes_on_anywhere(ray, corpus, single, 
 def test_a_checkpoint_that_a_worker_cannot_load(ray, corpus, tmp_path):
     """It is told by the first worker that is asked, and where that one has it, by any other that has it not."""
     with pytest.raises(FileNotFoundError, match="no-such-folder"):
-        run(corpus, tmp_path / "out", ray=True, checkpoint="./no-such-folder", progress=False)
+        run(corpus, tmp_path / "out", ray=True, checkpoint="./no-such-folder", voice=VOICE, progress=False)
     known = Settings(num_candidates=2, max_new_tokens=5, batch_size=8, threads=1, device="cpu")
     rows = tmp_path / "rows.parquet"
     RowFile.write(rows, read_rows(corpus), 32)

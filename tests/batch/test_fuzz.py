@@ -109,14 +109,13 @@ def test_rows_in_are_rows_spoken_and_rows_failed(tmp_path, null_job, suffix, cou
     FORMS[suffix](source, random.Random(count), count)
     expected = len(list(read_rows(source, keep=lambda content: tmp_path / "kept")))
     assert expected >= count * 0.99  # a torn line of JSON may hold nothing
-    summary = job.run(source, out, shard_rows=64, progress=False, num_candidates=2, max_new_tokens=4)
+    options = {"shard_rows": 64, "progress": False, "num_candidates": 2, "max_new_tokens": 4, "voice": VOICE}
+    summary = job.run(source, out, **options)
     assert_whole(out, expected)
     assert summary["rows"] == expected == summary["spoken"] + summary["failed"]
     assert summary["spoken"] > count / 16 and summary["failed"] > count / 16
     assert all(len(failure["error"]) <= LONGEST for failure in failures(out))
     assert (out / "failures.jsonl").stat().st_size < (LONGEST + 3000) * summary["failed"]
     before = results(out), failures(out)
-    assert (
-        job.run(source, out, shard_rows=64, progress=False, num_candidates=2, max_new_tokens=4)["this_run"]["rows"] == 0
-    )
+    assert job.run(source, out, **options)["this_run"]["rows"] == 0
     assert (results(out), failures(out)) == before

@@ -1,13 +1,16 @@
 """Checkpoints that are not whole or not there: one clear sentence, exit code 1, and no file written."""
 
 import json
+import logging
 import shutil
 
 import pytest
 import torch
+from huggingface_hub.utils import logging as hub_logging
 from safetensors.torch import load_file, save_file
 
 from clvp_fast.cli import main
+from clvp_fast.cli.report import quiet_transformers
 from clvp_fast.demo import build_demo
 from tests.cli.conftest import ROOT, TEXT
 
@@ -31,6 +34,8 @@ def test_missing_file(checkpoint_fails, folder, name):
     (folder / name).unlink()
     sentence = checkpoint_fails()
     assert str(folder) in sentence and name in sentence
+    if name != "model.safetensors":
+        assert sentence.endswith(": put it there, or give the folder of a whole checkpoint")
 
 
 @pytest.mark.parametrize("name", ["config.json", "vocab.json", "preprocessor_config.json", "model.safetensors"])
@@ -106,4 +111,13 @@ def test_no_such_checkpoint(generate_fails, voice, tmp_path):
 def test_hub_id_that_cannot_be_had(generate_fails, voice, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     sentence = generate_fails(TEXT, voice, "--checkpoint", "nobody/nothing-of-this-name")
-    assert sentence.startswith("checkpoint nobody/nothing-of-this-name cannot be loaded: ")
+    assert sentence == (
+        "checkpoint nobody/nothing-of-this-name cannot be loaded: it is not in the cache, and the hub cannot be "
+        "reached; download it first, or give a folder"
+    )
+
+
+def test_retries_of_the_hub_are_not_shown():
+    hub_logging.set_verbosity_warning()
+    quiet_transformers()
+    assert not logging.getLogger("huggingface_hub.utils._http").isEnabledFor(logging.WARNING)

@@ -240,3 +240,17 @@ def test_memory_that_runs_out_on_the_way(cli, voice, tmp_path, monkeypatch):
     assert "memory ran out on the way: the rest was decoded 1 at a time" in outcomes[1].err
     whole, halved = (np.load(tmp_path / name / "codes.npz")["codes"] for name in ("whole", "halved"))
     np.testing.assert_array_equal(whole, halved)
+
+
+def test_the_only_text_and_voice_are_looked_at_before_a_checkpoint_is_loaded(
+    generate_fails, voice, monkeypatch, tmp_path
+):
+    monkeypatch.setattr("clvp_fast.cli.inputs.load_checkpoint", lambda *_, **__: pytest.fail("it was loaded"))
+    assert generate_fails(" ") == "the text is empty; give the sentence that is to be said"
+    for name, said in (("a.wav", "is no recording"), ("a.safetensors", "is no voice"), ("a.pth", "are no latents")):
+        assert generate_fails(TEXT, tmp_path / name) == f"there {said} at {tmp_path}/{name}"
+
+
+def test_more_to_keep_than_there_is_is_noted(cli, voice, tmp_path):
+    outcome = cli("generate", TEXT, "--voice", voice, "--out", tmp_path, *QUICK, "--keep", 30, "--no-pictures")
+    assert outcome.code == 0 and "note: --keep 30: there are 2 candidates, and all are kept" in outcome.err

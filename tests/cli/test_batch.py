@@ -5,12 +5,15 @@ import json
 import pytest
 
 from clvp_fast.batch import job
-from tests.batch.jobs import NoModel, assert_whole, failures, records, results, write_jsonl
+from clvp_fast.batch.failures import may_pass
+from tests.batch.jobs import VOICE, NoModel, assert_whole, failures, records, results, write_jsonl
 
 
 @pytest.fixture
 def corpus(tmp_path):
-    return write_jsonl(tmp_path / "corpus.jsonl", [row for row in records(12) if "voice" not in row])
+    return write_jsonl(
+        tmp_path / "corpus.jsonl", [row | {"voice": str(VOICE)} for row in records(12) if "voice" not in row]
+    )
 
 
 @pytest.fixture
@@ -40,20 +43,21 @@ def test_from_a_corpus_to_shards(cli, corpus, voice, tmp_path):
     again = cli(*command, "--json")
     assert again.code == 0 and json.loads(again.out)["spoken"] == 11
     assert json.loads(again.out)["written"][0] == str(out / "shards")
-    assert again.err.count("\n") <= 2  # the bar that looks through the shards
+    assert again.err.count("\n") <= 3  # of the bar that looks through the shards, and the two notes
 
 
 def test_failed_rows(cli, fails, made, tmp_path):
     corpus = write_jsonl(tmp_path / "corpus.jsonl", records(20))
     out = tmp_path / "out"
-    found = cli("batch", corpus, "--out", out)
-    assert found.code == 1 and "rows" in found.out
+    command = ("batch", corpus, "--out", out, "--voice", VOICE)
+    found = cli(*command)
+    assert found.code == 1 and "rows" in found.out and "failures.jsonl" in found.out
     last = found.err.splitlines()[-1]
     assert last.startswith(
         f"clvp-fast: error: 2 of 20 rows failed, and {out / 'failures.jsonl'} says why; --retry-failed"
     )
     assert [failure["row"] for failure in failures(out)] == [7, 18]
-    assert cli("batch", corpus, "--out", out, "--retry-failed").code == 1
+    assert cli(*command, "--retry-failed").code == 1
     assert len(made) == 2 and len(results(out)) == 18
 
 
@@ -128,6 +132,34 @@ def test_bad_options(fails, corpus, tmp_path, options, said):
 
 def test_bad_input(fails, tmp_path):
     assert "there is no input at" in fails("batch", tmp_path / "none.csv", "--out", tmp_path / "out")
+
+
+def test_rows_without_any_voice_are_refused_before_a_model_is_made(cli, fails, made, tmp_path):
+    rows = [{"id": 1, "text": "Yes.", "voice": "a.wav"}, {"id": 2, "text": "No."}, {"id": 3}]
+    command = ("batch", write_jsonl(tmp_path / "corpus.jsonl", rows), "--out", tmp_path / "out")
+    sentence = fails(*command)
+    assert sentence.startswith("1 of 3 rows name no voice (the first is row 1), and the job has none") and not made
+    found = cli(*command, "--voice", VOICE)  # the same folder serves then
+    assert found.code == 1 and len(made) == 1
+
+
+def test_advice_on_failed_rows(cli, voice, tmp_path):
+    rows = [{"id": 1, "text": "Yes."}, {"id": 2, "text": " "}, {"id": 3, "text": "東" * 3000}, {"id": 4}]
+    rows += [{"id": 5, "text": "No.", "temperature": -1}, {"id": 1, "text": "Again."}, {"id": 7, "text": "\x01"}]
+    source = write_jsonl(tmp_path / "corpus.jsonl", rows)
+    found = cli("batch", source, "--out", tmp_path / "out", "--voice", voice, *QUICK)
+    assert found.code == 1 and "6 of 7 rows failed" in found.err, found.err
+    assert found.err.endswith("mend the rows in the input, and choose another folder for it\n"), failures(
+        tmp_path / "out"
+    )
+    assert not any(may_pass(failure["error"]) for failure in failures(tmp_path / "out"))
+    assert may_pass(f"there is no recording at {tmp_path}") and may_pass("a.wav cannot be read as a recording")
+
+
+def test_random_weights_are_noted_and_files_of_nothing_are_not(cli, corpus, made, tmp_path):
+    found = cli("batch", corpus, "--out", tmp_path / "out", "--checkpoint", "random")
+    assert found.code == 0 and "failures.jsonl" not in found.out and "summary.json" in found.out
+    assert "note: checkpoint 'random' has random weights" in found.err
 
 
 def test_other_settings(cli, fails, made, corpus, tmp_path):

@@ -2,12 +2,14 @@
 
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 import soundfile
 import torch
+from safetensors.torch import load_file, save_file
 
 from clvp_fast.cli.page import Page, Section, data_url
 from clvp_fast.demo import build_demo
@@ -85,6 +87,40 @@ def test_a_saved_voice_says_what_is_missing(cli, voice, checkpoint, tmp_path):
     assert not (tmp_path / "report.html").exists() and (tmp_path / "codes.npz").exists()
 
 
+def files_of(folder):
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_nothing_of_an_earlier_run_is_left_beside_new_results(cli, voice, checkpoint, tmp_path):
+    common = ("generate", "hello", "--voice", voice, "--checkpoint", checkpoint, "--out", tmp_path)
+    short = ("--max-new-tokens", 8)
+    assert cli(*common, "--num-candidates", 10, *short, "--latents", "--listen").code == 0
+    (tmp_path / "sound/mine.wav").write_bytes(b"x")
+    assert {"candidates.png", "latents.npz", "sound/rank-10.wav"} <= files_of(tmp_path)
+    outcome = cli(*common, *QUICK, "--num-candidates", 2)
+    assert outcome.code == 0 and f"{tmp_path}/candidates.png and 11 more of an earlier run" in outcome.err
+    plain = {"codes.npz", "candidates.json", "sound/mine.wav"}
+    assert files_of(tmp_path) == plain | {"report.html", "sound/rank-1.wav", "sound/rank-2.wav"}
+    outcome = cli(*common, "--num-candidates", 2, *short, "--no-pictures")
+    assert outcome.code == 0 and files_of(tmp_path) == plain
+    (tmp_path / "report.html").write_text("<title>A page of mine</title>")
+    assert cli(*common, "--num-candidates", 2, *short, "--no-pictures").code == 0
+    assert files_of(tmp_path) == plain | {"report.html"}
+
+
+def test_voices_that_are_called_as_results(cli, voice, checkpoint, tmp_path):
+    folders = [tmp_path / name for name in ("report.html", "Summary.json")]
+    for folder in folders:
+        folder.mkdir()
+        shutil.copy(voice, folder)
+    argv = ("generate", "hello", "--voice", folders[0], "--voice", folders[1], "--checkpoint", checkpoint)
+    outcome = cli(*argv, "--out", tmp_path / "out", *QUICK)
+    assert outcome.code == 0, outcome.err
+    names = {"report.html", "summary.json", "report.html-2", "Summary.json-2"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == names
+    assert (tmp_path / "out/report.html").is_file()
+
+
 class Outline(HTMLParser):
     """The elements of a page with their attributes, and the texts of its headings."""
 
@@ -133,7 +169,57 @@ def test_page_keeps_the_best_that_fit():
     content = page.html()
     kept = [tuple(map(int, found)) for found in re.findall(r'data-rank="(\d)" data-score="(-?\d)', content)]
     assert page.left_out == 5 and [rank for rank, _ in kept] == [1, 2, 3, 1, 2]
-    assert len(content.encode()) <= 230_000 and "5 candidates are left out here" in content
+    assert len(content.encode()) <= 230_000 and "keeps to 0 MB: 5 candidates; all" in content
+
+
+def test_page_has_a_voice_once_and_leaves_out_what_has_no_room():
+    page = Page("Heard", limit=400_000)
+    first = data_url("image/png", bytes(15_000))
+    for number in range(200):
+        picture = first if number < 50 else data_url("image/png", bytes([number]) * 15_000)
+        page.add_section(Section(f"text {number}" + "x" * 2000, "voice", [], picture))
+        page.add(number, a_row(1), 0.5, data_url("audio/wav", bytes(1000)), None)
+    content = page.html()
+    shown = content.count("<audio ")
+    assert len(content.encode()) <= 400_000 and 20 < shown == 200 - page.left_out == content.count("<ol>")
+    assert content.count("<figure>") == content.count(first) == 1, "later voices' sections have no room"
+    assert f"{200 - shown} candidates, {200 - shown} texts with all of theirs, 147 pictures of voices" in content
+    few = Page("Heard", limit=400_000)
+    for number in range(8):
+        few.add_section(Section("text", "voice", [], data_url("image/png", bytes([number]) * 15_000)))
+        few.add(number, a_row(1), 0.5, data_url("audio/wav", b"x"), None)
+    assert few.html().count("<audio ") == 8 and few.html().count("<figure>") == 4
+    assert few.what_is_left_out == "4 pictures of voices"
+
+
+def test_a_vocoder_without_sound_leaves_codes_and_scores(cli, voice, checkpoint, tmp_path):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(checkpoint, damaged)
+    weights = load_file(damaged / "vocoder.safetensors")
+    save_file({name: value * torch.nan for name, value in weights.items()}, damaged / "vocoder.safetensors")
+    argv = ("generate", "hello", "--voice", voice, "--checkpoint", damaged, "--out", tmp_path / "out", *QUICK)
+    outcome = cli(*argv)
+    assert outcome.code == 0, outcome.err
+    assert "nothing can be heard: the vocoder gives samples that are NaN or infinite" in outcome.err
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"codes.npz", "candidates.json"}
+
+
+def test_any_vocoder_without_sound(cli, voice, checkpoint, tmp_path, monkeypatch):
+    def speak(self, codes, *_):
+        return [np.full(5000, np.nan, dtype=np.float32) for _ in codes]
+
+    monkeypatch.setattr("clvp_fast.vocoder.CodecVocoder.speak", speak)
+    outcome = cli("generate", "hello", "--voice", voice, "--checkpoint", checkpoint, "--out", tmp_path, *QUICK)
+    assert outcome.code == 0 and "nothing can be heard: " in outcome.err
+    assert {path.name for path in tmp_path.iterdir()} == {"codes.npz", "candidates.json"}
+
+
+def test_a_voice_whose_name_is_no_utf8(cli, voice, checkpoint, tmp_path):
+    odd = tmp_path / "v\udcff.flac"
+    shutil.copy(voice, odd)
+    outcome = cli("generate", "hello", "--voice", odd, "--checkpoint", checkpoint, "--out", tmp_path / "out", *QUICK)
+    assert outcome.code == 0, outcome.err
+    assert (tmp_path / "out/report.html").read_text().count("<audio ") == 4
 
 
 @pytest.fixture(scope="module")

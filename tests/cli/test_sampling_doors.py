@@ -18,7 +18,7 @@ from clvp_fast.engine.memory import plan
 from clvp_fast.engine.ranking import Ranker
 from clvp_fast.engine.sampling_params import PRESETS, RANGES, SAMPLING
 from clvp_fast.models.clvp.text_cleaning import TEXT_CLEANERS
-from tests.batch.jobs import NoModel, assert_whole, records, results, write_jsonl
+from tests.batch.jobs import VOICE, NoModel, assert_whole, records, results, write_jsonl
 
 COMMANDS = {"generate": ("generate", "Hello.", "--voice", "a.wav"), "batch": ("batch", "a.csv", "--out", "out")}
 
@@ -126,7 +126,8 @@ def test_all_doors_have_the_same_ranges(name, capsys):
 def corpus(tmp_path, monkeypatch):
     monkeypatch.setattr(job, "_executor", lambda settings, *_: NoModel(settings, **stops))
     stops = {}
-    return write_jsonl(tmp_path / "corpus.jsonl", [row for row in records(12) if "voice" not in row]), stops
+    rows = [row | {"voice": str(VOICE)} for row in records(12) if "voice" not in row]
+    return write_jsonl(tmp_path / "corpus.jsonl", rows), stops
 
 
 @pytest.mark.parametrize(

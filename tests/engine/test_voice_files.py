@@ -1,6 +1,7 @@
 """Voices from files: which files they are, and what is used of them; and what is told of a text's characters."""
 
 import random
+import zipfile
 from types import SimpleNamespace
 
 import numpy as np
@@ -123,11 +124,57 @@ def test_bad_latents(cache, tmp_path):
         torch.save(content, tmp_path / "voice.pth")
         with pytest.raises(ValueError, match=message):
             load_voice(cache, tmp_path / "voice.pth")
+    for content, message in (
+        (one.to("meta"), "a meta tensor came"),
+        ((one, two.to("meta")), "a meta tensor came"),
+        (one.to_sparse(), "a sparse tensor came"),
+        ((one.to_sparse_csr(), two), "a sparse tensor came"),
+        (torch.nested.nested_tensor([one[0]]), "a nested tensor came"),
+        (torch.quantize_per_tensor(one, 0.1, 0, torch.qint8), "a quantized tensor came|holds no latents"),
+        ((one.double() + 1e300, two), "holds NaN or infinite values, as float32 cannot hold them"),
+    ):
+        torch.save(content, tmp_path / "voice.pth")
+        with pytest.raises(ValueError, match=message) as told:
+            load_voice(cache, tmp_path / "voice.pth")
+        assert str(told.value).startswith(str(tmp_path / "voice.pth"))
+    with pytest.raises(ValueError, match="a meta tensor came"):
+        cache.from_vector(one.to("meta"))
     (tmp_path / "voice.pth").write_bytes(b"no zip")
     with pytest.raises(ValueError, match="holds no latents of a voice"):
         load_voice(cache, tmp_path / "voice.pth")
     with pytest.raises(FileNotFoundError, match="there are no latents at"):
         load_voice(cache, tmp_path / "missing.pth")
+
+
+def test_latents_that_unpack_to_megabytes_are_not_unpacked(cache, tmp_path, monkeypatch):
+    torch.save(torch.zeros(1, 2_000_000), tmp_path / "large.pth")
+    deflated = zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED)
+    with zipfile.ZipFile(tmp_path / "large.pth") as large, deflated as bomb:
+        for entry in large.infolist():
+            bomb.writestr(entry.filename, large.read(entry))
+    assert (tmp_path / "bomb.pth").stat().st_size < 20_000
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("it was unpacked"))
+    with pytest.raises(ValueError, match=r"bomb\.pth unpacks to 80[0-9]{5} bytes, and a voice's latents"):
+        load_voice(cache, tmp_path / "bomb.pth")
+
+
+def test_latents_with_a_negative_bit(cache):
+    vector = torch.randn(len(cache.fingerprint))
+    assert torch.equal(cache.from_vector(torch._neg_view(vector)).vector, -vector)
+
+
+def test_folder_with_latents_of_several_voices(cache, tmp_path):
+    for name in ("a.pth", "b.pth"):
+        torch.save(torch.zeros(len(cache.fingerprint)), tmp_path / name)
+    with pytest.raises(ValueError, match=r"2 files of latents, of which one must be given: a\.pth, b\.pth"):
+        load_voice(cache, tmp_path)
+
+
+def test_what_a_voice_may_be_is_told(cache, tmp_path):
+    (tmp_path / "voice.txt").write_text("x")
+    for place in (tmp_path, tmp_path / "voice.txt"):
+        with pytest.raises(ValueError, match=r"a saved (voice|one) \(\.safetensors\) or latents \(\.pth\)"):
+            load_voice(cache, place)
 
 
 def test_words_outside_of_a_closed_domain_are_told(tmp_path):

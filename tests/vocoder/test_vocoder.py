@@ -118,13 +118,38 @@ def test_a_damaged_vocoder_is_one_sentence(tmp_path):
     whole = json.loads(settings.read_text())
     for change, message in (
         ({"kind": "other"}, "its kind is 'other'"),
-        ({"levels": [4, 3]}, "cannot be loaded"),
-        ({"height": 3}, "cannot be loaded"),
+        ({"levels": [4, 3]}, r"for expand\.weight the shape \[16, 3\], and vocoder\.json asks for \[16, 2\]"),
+        ({"height": 3}, "unexpected keyword argument 'height'"),
+        ({"decoder_blocks": 20_000}, r"says decoder_blocks 20000, and vocoder\.safetensors has 4"),
+        ({"width": 10**9}, r"for decoder\.0\.narrow\.bias the shape \[16\], and vocoder\.json asks for"),
+        *(
+            ({"levels": levels}, "levels must be whole numbers from 2 up")
+            for levels in (
+                [0, 3, 2],
+                [1, 3, 2],
+                [-4, -3, 2],
+                [4, 3, 2.0],
+                [4, 3, None],
+                [True] * 3,
+                [],
+                "432",
+                24,
+                {"a": 4},
+            )
+        ),
+        ({"levels": [2**40] * 3}, "make more than"),
+        ({"stride": 0}, "stride must be a whole number from 1 up, not 0"),
+        ({"width": "a"}, "width must be a whole number from 1 up, not 'a'"),
+        ({"encoder_blocks": -1}, "encoder_blocks must be a whole number from 0 up"),
     ):
         settings.write_text(json.dumps(whole | change))
         with pytest.raises(ValueError, match=message) as told:
             load_vocoder(tmp_path, EXTRACTOR)
         assert "\n" not in str(told.value)
+    for content in ("null", "3", "[]"):
+        settings.write_text(content)
+        with pytest.raises(ValueError, match=r"vocoder\.json must hold settings by name, not "):
+            load_vocoder(tmp_path, EXTRACTOR)
     settings.write_text("[1")
     with pytest.raises(ValueError, match="cannot be loaded"):
         load_vocoder(tmp_path, EXTRACTOR)

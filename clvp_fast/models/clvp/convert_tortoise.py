@@ -246,7 +246,7 @@ def check_pair(config: ClvpConfig, decoder_side: Original, encoder_side: Origina
 def _read_file(path: Path):
     """Load a `.safetensors` or a torch file; of the latter tensors and plain containers alone, never code."""
     if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
+        raise FileNotFoundError(f"there is no file {path}: download Tortoise's models first, or give the right path")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -266,7 +266,7 @@ def _beside(name: str, *files: str | Path) -> Path | None:
 def _read_tokenizer(path: Path, rows: int) -> tuple[dict[str, int], list[str]]:
     """Vocabulary and merges ("left right") of a `tokenizer.json`."""
     if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
+        raise FileNotFoundError(f"there is no file {path}: download Tortoise's models first, or give the right path")
     try:
         bpe = json.loads(path.read_text(encoding="utf-8"))["model"]
         vocab = {token: int(index) for token, index in bpe["vocab"].items()}
