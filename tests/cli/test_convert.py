@@ -63,7 +63,9 @@ def test_what_is_missing_beside_them_is_noted(cli, files, voice, tmp_path, fails
     sentence = fails(
         "generate", TEXT, "--voice", voice, "--checkpoint", tmp_path / "checkpoint", "--out", tmp_path / "o"
     )
-    assert sentence == f"checkpoint {tmp_path}/checkpoint has no vocab.json"
+    assert sentence == (
+        f"checkpoint {tmp_path}/checkpoint has no vocab.json: put it there, or give the folder of a whole checkpoint"
+    )
 
 
 @pytest.mark.parametrize("name", ["autoregressive.pth", "clvp2.pth"])
