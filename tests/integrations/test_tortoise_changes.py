@@ -341,9 +341,11 @@ def test_modules_keep_their_dtype(make_tts):
 
 
 def test_a_cpu_by_number_is_the_cpu(make_tts):
-    tts = accelerate(make_tts())
+    tts = make_tts()
     tts.device = torch.device("cpu", 0)
-    tts.tts(TEXT, **SPEAK)
+    place = tts.autoregressive.mel_head.weight.data_ptr()
+    accelerate(tts).tts(TEXT, **SPEAK)
+    assert tts.autoregressive.mel_head.weight.data_ptr() == place
 
 
 def test_restore_within_a_call_is_refused(make_tts):
@@ -389,3 +391,10 @@ def test_a_call_that_waited_for_restore_is_tortoises_own(make_tts, monkeypatch):
     assert kept(TEXT, **SPEAK) == "stock"
     with pytest.raises(ValueError, match="restored while the call waited"):
         many([TEXT], **CALL)
+
+
+def test_pages_of_another_dtype_are_refused(make_tts):
+    tts = make_tts()
+    with pytest.raises(ValueError, match=r"page_dtype must be torch.float8_e4m3fn, or None"):
+        accelerate(tts, page_dtype=torch.int8)
+    accelerate(tts)
