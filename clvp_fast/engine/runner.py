@@ -29,6 +29,7 @@ from clvp_fast.models.clvp.causal_lm import ClvpForCausalLM
 from clvp_fast.models.clvp.tokens import longest_prompt, start_token, stop_token
 from clvp_fast.ops.binding import Call, Room
 from clvp_fast.ops.dispatch import OPERATORS, device_guard, situation
+from clvp_fast.ops.paged_attention import FLOAT8
 
 # How many tokens of several prompts are prefilled at once.
 PREFILL_TOKENS = 8192
@@ -114,6 +115,8 @@ class Runner:
             raise ValueError(
                 f"num_pages, page_size and max_batch must be from 1 up, not {num_pages}, {page_size} and {max_batch}"
             )
+        if page_dtype not in (None, FLOAT8):
+            raise ValueError(f"page_dtype must be {FLOAT8}, or None for the model's own, not {page_dtype}")
         if not 1 <= max_new_tokens <= decoder.max_new_tokens:
             raise ValueError(
                 f"max_new_tokens must be from 1 to {decoder.max_new_tokens}, which the positions of this checkpoint "

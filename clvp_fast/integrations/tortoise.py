@@ -7,6 +7,7 @@ model. Voices, diffusion, vocoder and everything else of `tts()` are Tortoise's 
 
 import inspect
 import random
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from clvp_fast.engine.ranking import Ranker
-from clvp_fast.integrations.tortoise_arguments import check_call, check_object, check_options, is_fast
+from clvp_fast.integrations.tortoise_arguments import check_call, check_many, check_object, check_options, is_fast
 from clvp_fast.integrations.tortoise_fast import FastStage
 from clvp_fast.integrations.tortoise_modules import MARK
 from clvp_fast.integrations.tortoise_stage import Stage, codes_of
@@ -23,6 +24,7 @@ from clvp_fast.models.clvp.tokens import stop_token
 
 # What `max_mel_tokens` may be there, by its documentation.
 _MOST_CODES = 600
+_CHANGING = threading.RLock()  # one object at a time becomes accelerated
 
 
 @torch.inference_mode(False)
@@ -46,11 +48,12 @@ def accelerate(tts: Any, **engine_options) -> Any:
         TypeError: another object, or options that are Tortoise's to say.
         ValueError: an object that is accelerated already or cannot be, or too little memory. It is as it was then.
     """
-    if hasattr(tts, MARK):
-        raise ValueError("this tts is accelerated already: call restore(tts) before")
-    check_object(tts)
-    check_options(engine_options)
-    setattr(tts, MARK, (FastStage if is_fast(tts) else TortoiseStage)(tts, engine_options))
+    with _CHANGING:
+        if hasattr(tts, MARK):
+            raise ValueError("this tts is accelerated already: call restore(tts) before")
+        check_object(tts)
+        check_options(engine_options)
+        setattr(tts, MARK, (FastStage if is_fast(tts) else TortoiseStage)(tts, engine_options))
     return tts
 
 
@@ -63,6 +66,10 @@ def restore(tts: Any) -> Any:
     if stage.tts is not tts:
         raise ValueError("this tts is a copy of one that is accelerated: call restore() of that one")
     with stage.lock:
+        if stage.calls:
+            raise ValueError("restore(tts) was called within a call of it: call it once that has returned")
+        if stage.closed:  # by another thread, for which this one waited
+            raise ValueError("this tts is not accelerated: there is nothing to restore")
         stage.close()
         delattr(tts, MARK)
     return tts
@@ -85,7 +92,9 @@ class TortoiseStage(Stage):
 
     def _speak(self, *args, **kwargs):
         """Run Tortoise's own `tts()`, once the call is known to be possible."""
-        with self.lock:
+        with self.calling() as closed:
+            if closed:
+                return self._tts(*args, **kwargs)
             given = self._arguments(*args, **kwargs)
             self._check_weights()
             with self._one_batch(given):
@@ -120,7 +129,8 @@ class TortoiseStage(Stage):
     ) -> list[torch.Tensor | list[torch.Tensor]]:
         """Return the result of `tts()` for each of many texts; the candidates of all are decoded as one batch.
 
-        With `use_deterministic_seed` each result is that of `tts()` with that seed.
+        With `use_deterministic_seed` each result is that of `tts()` with that seed: equal for equal texts and voices.
+        Without it each text has a seed of its own.
 
         Args:
             texts: what is to be said.
@@ -133,18 +143,23 @@ class TortoiseStage(Stage):
             ValueError: not a voice for each text, or what only one voice's recordings can do (`cvvp_amount`,
                 `return_deterministic_state`).
         """
-        if isinstance(texts, str):
-            raise ValueError("tts_many() takes a list of texts, not one: call tts() for it")
-        voices = [None] * len(texts) if voices is None else voices
-        if len(voices) != len(texts):
-            raise ValueError(f"tts_many() takes a voice for each of the {len(texts)} texts, and {len(voices)} came")
+        texts, voices = check_many(texts, voices)
         for name in ("voice_samples", "conditioning_latents", "return_deterministic_state"):
             if name in options:
                 raise ValueError(f"tts_many() does not take {name}: the voices are its second argument")
-        with self.lock:
-            pairs = enumerate(zip(texts, voices, strict=True))
-            prepared = [self._prepare(place, text, voice, k, options) for place, (text, voice) in pairs]
+        with self.calling() as closed:
+            if closed:
+                raise ValueError("this tts was restored while the call waited: it has no tts_many() any more")
+            given = self._arguments("", k=k, **options)
+            if given["cvvp_amount"] > 0:
+                raise ValueError("tts_many() ranks by CLVP alone: leave out cvvp_amount, or call tts() for each text")
             self._check_weights()
+            seeds = [given["use_deterministic_seed"]] * len(texts)
+            if given["use_deterministic_seed"] is None:  # Tortoise's own is the time, the same for all
+                self.tts.deterministic_state(seed=None)
+                seeds = [random.getrandbits(32) for _ in texts]
+            wanted = enumerate(zip(texts, voices, seeds, strict=True))
+            prepared = [self._prepare(place, *one, given) for place, one in wanted]
             drawn: dict[int, torch.Tensor] = {}
             for result in self.engine.generate([request for request, _, _ in prepared]):
                 drawn[result.request.id] = codes_of(result, self._model.device, stop_token(self._decoder.config))
@@ -156,13 +171,10 @@ class TortoiseStage(Stage):
                     spoken.append(self._tts(text, conditioning_latents=latents, k=k, **options))
             return spoken
 
-    def _prepare(self, place: int, text: str, voice: Any, k: int, options: dict[str, Any]):
+    def _prepare(self, place: int, text: str, voice: Any, seed: int, given: dict[str, Any]):
         """Return a request with the seed that `tts()` would draw, the voice's latents, and the generators then."""
         tts = self.tts
-        given = self._arguments(text, k=k, **options)
-        if given["cvvp_amount"] > 0:
-            raise ValueError("tts_many() ranks by CLVP alone: leave out cvvp_amount, or call tts() for each text")
-        tts.deterministic_state(seed=given["use_deterministic_seed"])
+        tts.deterministic_state(seed=seed)
         ids = F.pad(torch.IntTensor(tts.tokenizer.encode(text)), (0, 1))
         if len(ids) >= 400:
             raise ValueError(f"a text has {len(ids) - 1} tokens, and Tortoise takes up to 398: split it up")
@@ -187,12 +199,11 @@ class TortoiseStage(Stage):
         _set_generators(state)
         return codes
 
-    @torch.no_grad()
     def _scores(self, text: torch.Tensor, speech_tokens: torch.Tensor, return_loss: bool = False) -> torch.Tensor:
         """Score each pair of a text and fixed codes, as `CLVP.forward`; the loss is Tortoise's own."""
-        if return_loss:
-            return self._score(text, speech_tokens, return_loss=True)
-        with self.lock:
+        if return_loss or self.closed:
+            return self._score(text, speech_tokens, return_loss=return_loss)
+        with self.lock, torch.no_grad():
             if (text == text[:1]).all():  # the text side once
                 return self._ranker.score_fixed(text[0], speech_tokens)
             pairs = zip(text, speech_tokens, strict=True)

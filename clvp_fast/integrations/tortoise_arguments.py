@@ -110,6 +110,35 @@ def check_call(given: Mapping[str, Any], max_new_tokens: int) -> None:
     sampling(options, num_candidates=samples, max_new_tokens=given["max_mel_tokens"])
 
 
+def check_many(texts: Any, voices: Any) -> tuple[list[str], list[Any]]:
+    """Return texts and a voice for each, or raise `ValueError` for what is none."""
+    if isinstance(texts, str):
+        raise ValueError("tts_many() takes a list of texts, not one: call tts() for it")
+    texts = list(texts)
+    for text in texts:
+        if not isinstance(text, str):
+            raise ValueError(f"tts_many() takes a list of texts, and one of them is {shown(text)}")
+    if isinstance(voices, str | torch.Tensor):
+        raise ValueError(f"tts_many() takes a voice for each text, in a list, and a {type(voices).__name__} came")
+    voices = [None] * len(texts) if voices is None else list(voices)
+    if len(voices) != len(texts):
+        raise ValueError(f"tts_many() takes a voice for each of the {len(texts)} texts, and {len(voices)} came")
+    for place, voice in enumerate(voices):
+        several = isinstance(voice, list | tuple) and all(isinstance(part, torch.Tensor) for part in voice)
+        if voice is None or (several and (len(voice) == 2 or (isinstance(voice, list) and voice))):
+            continue
+        raise ValueError(
+            "a voice of tts_many() is a list of clips, a pair of latents (a tuple) or None, and that of text "
+            f"{place} is {_kind(voice)}: load it, for one by load_voice()"
+        )
+    return texts, voices
+
+
+def _kind(voice: Any) -> str:
+    count = f" of {len(voice)}" if isinstance(voice, list | tuple) else ""
+    return f"a {type(voice).__name__}{count}"
+
+
 def check_fast_call(given: Mapping[str, Any], max_new_tokens: int) -> None:
     """Raise as `check_call`, of `tts()` or `tts_stream()` of `tortoise.api_fast`."""
     _whole("k", given["k"], 1, 1)
@@ -143,7 +172,8 @@ def sampling(options: Mapping[str, Any], **settings) -> SamplingParams:
                     "ask for typical_p=..., which is transformers' own, or restore(tts)"
                 )
         elif name in values:
-            values[name] = values[name] if value is None else value
+            off = 0 if name == "top_k" else values[name]
+            values[name] = off if value is None else value
         elif name == "num_beams":
             if value not in (None, 1):
                 raise ValueError(f"num_beams={shown(value)}: the engine samples, and searches with no beams")

@@ -35,13 +35,15 @@ class FastStage(Stage):
             self._override(tts.hifi_decoder, "inference", self._sound)
 
     def _speak(self, *args, **kwargs):
-        with self.lock:
-            self._check(self._tts, *args, **kwargs)
+        with self.calling() as closed:
+            if not closed:
+                self._check(self._tts, *args, **kwargs)
             return self._tts(*args, **kwargs)
 
     def _speak_in_chunks(self, *args, **kwargs) -> Iterator[torch.Tensor]:
-        with self.lock:
-            self._check(self._stream, *args, **kwargs)
+        with self.calling() as closed:
+            if not closed:
+                self._check(self._stream, *args, **kwargs)
         return self._stream(*args, **kwargs)
 
     def _check(self, method: Callable, *args, **kwargs) -> None:

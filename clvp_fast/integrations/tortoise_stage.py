@@ -2,7 +2,8 @@
 
 import inspect
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -34,6 +35,8 @@ class Stage:
     Attributes:
         engine: decodes; its `memory` says how many candidates at once.
         lock: of calls.
+        calls: how many are under way, one within another.
+        closed: whether the object was restored.
 
     Raises:
         ValueError: parameters that are not Tortoise's, sizes that cannot be, too little memory. All is as it was then.
@@ -41,10 +44,11 @@ class Stage:
 
     def __init__(self, tts: Any, clvp: nn.Module | None, longest: int, engine_options: dict[str, Any]):
         self.tts, self.lock = tts, threading.RLock()
+        self.calls, self.closed = 0, False
         self._unready = False  # a move that did not come to its end
         self._put: list[tuple[Any, str, Any]] = []  # owner, name, and what its dictionary had by that name
         self._length: int | None = None  # of the codes of the call under way, where its latents may be cut
-        autoregressive = tts.autoregressive
+        self._autoregressive = autoregressive = tts.autoregressive
         self._forward: Callable = autoregressive.forward
         self._modules = LiveModules(tts, ("autoregressive",) if clvp is None else ("autoregressive", "clvp"))
         self._weights = SharedWeights(autoregressive, clvp)
@@ -100,8 +104,19 @@ class Stage:
             else:
                 owner.__dict__[name] = before
 
+    @contextmanager
+    def calling(self) -> Iterator[bool]:
+        """Wait for the calls of other threads, and yield whether one of them restored the object."""
+        with self.lock:
+            self.calls += 1
+            try:
+                yield self.closed
+            finally:
+                self.calls -= 1
+
     def close(self) -> None:
         """Put all methods and parameters of the object back as they were."""
+        self.closed = True
         self._put_back()
         self._weights.move(self._home)
         self._weights.give_back()
@@ -119,6 +134,8 @@ class Stage:
     ) -> torch.Tensor:
         """Draw codes `[candidates, longest]` int64, filled up with the stop token: `UnifiedVoice.inference_speech`."""
         with self.lock:
+            if self.closed:
+                raise ValueError("this tts was restored while the call waited: call it anew")
             if input_tokens is not None:
                 raise ValueError("input_tokens: the engine begins every candidate with the start token")
             length = self.engine.max_new_tokens if max_generate_length is None else max_generate_length
@@ -138,7 +155,6 @@ class Stage:
         params = sampling(options, num_candidates=count, max_new_tokens=length, seed=seed)
         return CandidateRequest(input_ids=ids[0], conditioning=voice[0].detach(), sampling=params, id=name)
 
-    @torch.no_grad()
     def _latents(self, *args, **kwargs):
         """Compute the latents of fixed codes, as `UnifiedVoice.forward`; whatever else it does is Tortoise's own.
 
@@ -147,9 +163,9 @@ class Stage:
         given = inspect.signature(self._forward).bind(*args, **kwargs)
         given.apply_defaults()
         asked = given.arguments
-        if not asked["return_latent"] or asked["clip_inputs"] or asked["types"] is not None or not asked["text_first"]:
+        if self.closed or not self._are_ours(asked):
             return self._forward(*args, **kwargs)
-        with self.lock:
+        with self.lock, torch.no_grad():
             codes = asked["mel_codes"]
             kept = codes.shape[1]
             if self._length is not None:
@@ -161,6 +177,15 @@ class Stage:
                 text, _ = encoder.prompt_text(ids[None].long(), num_ends=1)
                 rows.append(states_of_codes(self._decoder, encoder.join(voice[None], text)[0], row[:kept]))
             return torch.stack(rows)
+
+    def _are_ours(self, asked: dict[str, Any]) -> bool:
+        """Tell whether a call of the forward asks for what `_latents` computes: the latents of whole rows of codes."""
+        if any(asked[name] for name in ("clip_inputs", "return_attentions")) or not asked["return_latent"]:
+            return False
+        if any(asked[name] is not None for name in ("types", "raw_mels")) or not asked["text_first"]:
+            return False
+        lengths = torch.div(asked["wav_lengths"], self._autoregressive.mel_length_compression, rounding_mode="trunc")
+        return bool((lengths + 1 >= asked["mel_codes"].shape[1]).all())  # behind its length a row is filled up
 
     # Weights and devices.
 
@@ -193,8 +218,10 @@ class Stage:
         """Return a method in the place of `module.to` and the like: the module stays on `tts.device`."""
 
         def move(*args, **kwargs) -> nn.Module:
-            dtypes = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.dtype)]
-            if name not in ("to", "cpu", "cuda") or dtypes:
+            asked = (*args, *kwargs.values())
+            dtypes = [value.dtype if isinstance(value, torch.Tensor) else value for value in asked]
+            other = any(isinstance(dtype, torch.dtype) and dtype != torch.float32 for dtype in dtypes)
+            if name not in ("to", "cpu", "cuda", "float") or other:
                 raise ValueError(
                     "an accelerated tts keeps its dtype: call restore(tts) to cast it, or accelerate(tts, "
                     "weight_dtype=torch.int8) for smaller weights"

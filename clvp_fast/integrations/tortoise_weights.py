@@ -131,6 +131,8 @@ class SharedWeights:
     @torch.inference_mode(False)  # else the parameters became inference tensors, of no use for training
     def move(self, device: torch.device) -> None:
         """Bring both sides to a device, a tensor at a time, so that there are never two copies of the whole."""
+        if device.type == "cpu":
+            device = torch.device("cpu")  # to torch "cpu:0" is another one, and a copy
         for _, source in self._sources:
             source.data = source.data.to(device)
             self._point(source)

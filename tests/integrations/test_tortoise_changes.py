@@ -3,13 +3,14 @@
 import copy
 import io
 import pickle
+import threading
 
 import pytest
 import torch
 from torch import nn
 
 from clvp_fast.integrations.tortoise import accelerate, restore
-from tests.integrations.test_tortoise import CALL, TEXT, latents
+from tests.integrations.test_tortoise import CALL, TEXT, clips, ids_of, latents
 
 SPEAK = CALL | dict(conditioning_latents=latents(), max_mel_tokens=8)
 
@@ -252,3 +253,148 @@ def test_a_move_that_fails_on_its_way_is_undone(make_tts, monkeypatch):
         tts.tts(TEXT, **SPEAK)
     assert len(pointed) > 6 and weights.apart() is None
     tts.tts(TEXT, **SPEAK)
+
+
+def test_each_of_many_texts_has_a_seed_of_its_own(make_tts):
+    tts = accelerate(make_tts())
+    settings = CALL | dict(max_mel_tokens=20)
+    for voices in ([latents()] * 3, None):
+        sounds = tts.tts_many([TEXT] * 3, voices, **settings)
+        pairs = [(sounds[one], sounds[two]) for one, two in ((0, 1), (0, 2), (1, 2))]
+        assert not any(one.shape == two.shape and torch.equal(one, two) for one, two in pairs)
+    first, second = tts.tts_many((text for text in [TEXT] * 2), None, **settings, use_deterministic_seed=2)
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize(
+    "texts, voices, message",
+    [
+        ([TEXT], "daniel", "a voice for each text, in a list, and a str came"),
+        ([TEXT], torch.zeros(1, 20), "a voice for each text, in a list, and a Tensor came"),
+        ([TEXT, TEXT], [None, "daniel"], "that of text 1 is a str"),
+        ([TEXT], [[]], "that of text 0 is a list of 0"),
+        ([TEXT], [(latents()[0],)], "that of text 0 is a tuple of 1"),
+        ([TEXT], [clips(1)[0]], "that of text 0 is a Tensor"),
+        ([3], None, "a list of texts, and one of them is 3"),
+    ],
+)
+def test_what_is_no_text_or_voice_is_told(make_tts, texts, voices, message):
+    tts = accelerate(make_tts())
+    state = torch.get_rng_state()
+    with pytest.raises(ValueError, match=message):
+        tts.tts_many(texts, voices, **CALL)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_forward_that_asks_for_more_is_tortoises_own(make_tts, monkeypatch):
+    tts = make_tts()
+    asked = []
+
+    def stock(
+        self,
+        speech_conditioning_latent,
+        text_inputs,
+        text_lengths,
+        mel_codes,
+        wav_lengths,
+        types=None,
+        text_first=True,
+        raw_mels=None,
+        return_attentions=False,
+        return_latent=False,
+        clip_inputs=True,
+    ):
+        asked.append(torch.is_grad_enabled())
+
+    monkeypatch.setattr(type(tts.autoregressive), "forward", stock)
+    accelerate(tts)
+    inputs = latents()[0], ids_of(tts), torch.tensor([13]), torch.ones(1, 40, dtype=torch.long)
+    whole, short = torch.tensor([40 * 1024]), torch.tensor([20 * 1024])
+    latent = dict(return_latent=True, clip_inputs=False)
+    assert tts.autoregressive(*inputs, whole, **latent).shape == (1, 40, 128) and not asked
+    for lengths, more in ((short, {}), (whole, dict(raw_mels=inputs[3])), (whole, dict(return_attentions=True))):
+        assert tts.autoregressive(*inputs, lengths, **latent, **more) is None
+    assert asked == [True] * 3
+
+
+def test_top_k_none_keeps_all(make_tts, monkeypatch):
+    tts = accelerate(make_tts())
+    seen, engine = [], tts._clvp_fast.engine
+    generate = engine.generate
+
+    def watched(request):
+        seen.append(request.sampling.top_k)
+        return generate(request)
+
+    monkeypatch.setattr(engine, "generate", watched)
+    tts.tts(TEXT, **SPEAK, top_k=None)
+    tts.tts(TEXT, **SPEAK)
+    assert seen == [0, 50]
+
+
+def test_modules_keep_their_dtype(make_tts):
+    tts = accelerate(make_tts())
+    for other in (torch.float64, torch.zeros(1, dtype=torch.float64)):
+        with pytest.raises(ValueError, match="keeps its dtype"):
+            tts.clvp.to(other)
+    assert tts.clvp.to(torch.zeros(1)) is tts.clvp.to(torch.float32) is tts.clvp.float() is tts.clvp
+
+
+def test_a_cpu_by_number_is_the_cpu(make_tts):
+    tts = make_tts()
+    tts.device = torch.device("cpu", 0)
+    place = tts.autoregressive.mel_head.weight.data_ptr()
+    accelerate(tts).tts(TEXT, **SPEAK)
+    assert tts.autoregressive.mel_head.weight.data_ptr() == place
+
+
+def test_restore_within_a_call_is_refused(make_tts):
+    tts = accelerate(make_tts())
+    encode = tts.tokenizer.encode
+    tts.tokenizer.encode = lambda text: encode(text) if restore(tts) else None
+    for call in (lambda: tts.tts(TEXT, **SPEAK), lambda: tts.tts_many([TEXT], **CALL)):
+        with pytest.raises(ValueError, match="was called within a call"):
+            call()
+    tts.tokenizer.encode = encode
+    tts.tts(TEXT, **SPEAK)
+    restore(tts)
+
+
+def test_one_of_two_threads_accelerates_and_one_restores(make_tts):
+    tts = make_tts()
+    for change, message in ((accelerate, "accelerated already"), (restore, "not accelerated")):
+        told = []
+
+        def changed(change=change, told=told):
+            try:
+                change(tts)
+                told.append("done")
+            except ValueError as error:
+                told.append(str(error))
+
+        threads = [threading.Thread(target=changed) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sorted(text == "done" for text in told) == [False, True] and any(message in text for text in told)
+
+
+def test_a_call_that_waited_for_restore_is_tortoises_own(make_tts, monkeypatch):
+    tts = make_tts()
+    monkeypatch.setattr(tts, "tts", lambda *args, _own=tts.tts, **kwargs: "stock", raising=False)
+    tts.tts.__wrapped__ = type(tts).tts.__get__(tts)
+    accelerate(tts)
+    kept = tts.tts
+    many = tts.tts_many
+    restore(tts)
+    assert kept(TEXT, **SPEAK) == "stock"
+    with pytest.raises(ValueError, match="restored while the call waited"):
+        many([TEXT], **CALL)
+
+
+def test_pages_of_another_dtype_are_refused(make_tts):
+    tts = make_tts()
+    with pytest.raises(ValueError, match=r"page_dtype must be torch.float8_e4m3fn, or None"):
+        accelerate(tts, page_dtype=torch.int8)
+    accelerate(tts)
