@@ -203,7 +203,8 @@ def test_addresses_where_no_cluster_is(corpus, tmp_path, capsys, monkeypatch):
             (f"127.0.0.1:{other.getsockname()[1]}", "is no Ray cluster: give the port of `ray start --head`"),
             ("http://127.0.0.1:8265", "is HOST:PORT, as `ray start --head` tells it, not 'http"),
         ):
-            assert main(["batch", str(corpus), "--out", str(tmp_path / "out"), "--ray", address]) == 1
+            argv = ["batch", str(corpus), "--voice", str(VOICE), "--out", str(tmp_path / "out"), "--ray", address]
+            assert main(argv) == 1
             assert says in (told := capsys.readouterr().err) and "--debug" not in told
 
 
