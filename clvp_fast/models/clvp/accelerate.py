@@ -38,7 +38,8 @@ def accelerate(model: nn.Module) -> ClvpPreTrainedModel:
     if name not in _CLASSES or type(model) is not getattr(transformers, name):
         raise TypeError(
             f"accelerate() takes a CLVP model of transformers ({', '.join(_CLASSES)}) or a TextToSpeech of "
-            f"tortoise-tts, not {type(model).__module__}.{name}: of a wrapper or a compiled model, give the model inside"
+            f"tortoise-tts, not {type(model).__module__}.{name}: "
+            "of a wrapper or a compiled model, give the model inside"
         )
     assert isinstance(model, transformers.PreTrainedModel)  # as all of those are
     ours_class = getattr(modeling, name)
