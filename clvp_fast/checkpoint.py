@@ -3,7 +3,6 @@
 import json
 import struct
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import cast
 
@@ -23,7 +22,7 @@ from clvp_fast import (
 from clvp_fast.demo import reserved_checkpoint
 from clvp_fast.io.errors import cut
 from clvp_fast.io.files import user_path
-from clvp_fast.io.names import RESERVED
+from clvp_fast.io.names import RESERVED, nearest
 from clvp_fast.models.clvp.tokens import most_text
 from clvp_fast.vocoder import Vocoder, load_vocoder
 
@@ -83,19 +82,19 @@ def _folder_or_id(name: str | Path, known: str, required: tuple[str, ...]) -> st
         )
     if isinstance(name, Path) or str(name).count("/") != 1 or str(name).startswith((".", "~", "/")):
         raise FileNotFoundError(
-            f"there is no checkpoint folder {path}; {_meant(name)}give {known}, or a hub id as owner/name"
+            f"there is no checkpoint folder {path}; {_suggestion(name)}give {known}, or a hub id as owner/name"
         )
     return str(name)
 
 
-def _meant(name: str | Path) -> str:
+def _suggestion(name: str | Path) -> str:
     """Ask whether the folder beside `name`, or the demo, that is called nearly so was meant; or give ""."""
     path = Path(name)
     try:
         beside = [one.name for one in path.parent.iterdir() if one.is_dir()] if path.parent.is_dir() else []
     except OSError:
         beside = []
-    near = next(iter(get_close_matches(path.name, [*beside, *RESERVED * (str(name) == path.name)], 1)), None)
+    near = nearest(path.name, [*beside, *RESERVED * (str(name) == path.name)])
     return "" if near is None else f"did you mean {path.with_name(near)}? Or "
 
 
@@ -178,9 +177,9 @@ def load_checkpoint(
             source, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
         )
     except Exception as error:  # whatever a strange file makes of transformers' many loaders
-        meant = "" if Path(source).is_dir() else _meant(name).removesuffix(" Or ")
+        suggested = "" if Path(source).is_dir() else _suggestion(name).removesuffix(" Or ")
         told = f"checkpoint {name} cannot be loaded: {_reason(error)}"
-        raise ValueError(f"{told}; {meant}" if meant else told) from error
+        raise ValueError(f"{told}; {suggested}" if suggested else told) from error
     _check_tensors(name, report)
     _check_vocabulary(name, tokenizer, config)
     vocoder = load_vocoder(source, feature_extractor) if isinstance(source, Path) else None

@@ -1,12 +1,13 @@
 """Help that fits on a screen, with the rest behind `--help-all`, and errors that name the nearest word."""
 
 import argparse
-import difflib
 import re
 import shutil
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
+
+from clvp_fast.io.names import nearest
 
 # Help is no wider than this, however wide the terminal is.
 _WIDTH = 100
@@ -57,14 +58,6 @@ HELP = {
         ("clvp-fast bench --list", "clvp-fast bench generate score --device cpu"),
     ),
 }
-
-# How alike two words must be, from 0 to 1, for one to be offered in place of the other.
-_ALIKE = 0.6
-
-
-def nearest(word: str, known: Iterable[str]) -> str | None:
-    """Return the word of `known` that `word` is probably meant to be, or None."""
-    return next(iter(difflib.get_close_matches(word, list(known), 1, _ALIKE)), None)
 
 
 class Formatter(argparse.HelpFormatter):
@@ -134,22 +127,22 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         """End with exit code 2, the usage, and the message with a suggestion where one is near."""
-        suggested = " and ".join(f"{near} for {given}" for given, near in self._meant(message).items())
+        suggested = " and ".join(f"{near} for {given}" for given, near in self._suggestions(message).items())
         super().error(f"{message}; did you mean {suggested}?" if suggested else message)
 
-    def _meant(self, message: str) -> dict[str, str]:
+    def _suggestions(self, message: str) -> dict[str, str]:
         """By a word that was given, the one that it is near to."""
         options = list(self._option_string_actions)
-        meant = {}
+        found = {}
         for word in self._given:
             if word == "--":
                 break
             name = word.split("=")[0]
             if name.startswith("--") and not any(option.startswith(name) for option in options):
-                meant[name] = nearest(name, options)
+                found[name] = nearest(name, options)
         if choice := re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message):
-            meant[choice[1]] = nearest(choice[1], re.split(r",\s*", choice[2].replace("'", "")))
-        return {given: near for given, near in meant.items() if near is not None}
+            found[choice[1]] = nearest(choice[1], re.split(r",\s*", choice[2].replace("'", "")))
+        return {given: near for given, near in found.items() if near is not None}
 
 
 def complete(parser: argparse.ArgumentParser) -> None:

@@ -4,6 +4,7 @@ import os
 import re
 from pathlib import Path
 
+from clvp_fast.cli.page import REPORT, SOUND
 from clvp_fast.cli.report import note
 from clvp_fast.engine.voice_files import LoadedVoice, load_voice
 from clvp_fast.engine.voices import VoiceCache
@@ -13,7 +14,7 @@ from clvp_fast.io.files import user_path
 _PLAIN = re.compile(r"[^\w.-]+")
 
 #: Names of results that lie beside the folders of voices, now or of an earlier run with one voice.
-TAKEN = ("report.html", "sound", "summary.json", "candidates.json", "candidates.png", "codes.npz", "latents.npz")
+TAKEN = (REPORT, SOUND, "summary.json", "candidates.json", "candidates.png", "codes.npz", "latents.npz")
 
 
 def voice_names(places: list[str]) -> list[str]:

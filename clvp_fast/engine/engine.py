@@ -58,8 +58,9 @@ class CandidateEngine:
         weight_dtype: `torch.int8` to decode with copies of the layers' weights in 8 bits, which are made here; by
             default with the model's own. docs/architecture.md tells what either changes, and `refresh` when copies
             have to be made anew.
-        packed_weights: decode with copies of all weights in the order in which a CPU's kernel reads them fastest, made
-            here; None: where there is such a kernel, and the copies leave room for as many candidates as without them.
+        packed_weights: decode with copies of all weights in the order in which a CPU's kernel reads them, made here
+            (docs/kernels.md has the gain by number of candidates); None: where there is such a kernel, and the copies
+            leave room for as many candidates as without them.
         scoring: "padded", as the original scores, or "trimmed" ([`Ranker`] explains them).
         scorer: a [`Scorer`] that ranks candidates in place of `model`'s own encoders.
         latents: results have the latents of their best candidates, as Tortoise hands them to its diffusion: a second

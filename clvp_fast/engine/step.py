@@ -120,19 +120,13 @@ def _behind_attention(
             layer.out.bind(out, room, attended),
             bind_add_norm((between, normed), room, out, residual, **norm),
         ]
+    if layer.is_one_block:
+        return [*calls, bind_gelu_mlp(residual, room, normed, **layer.block(), residual=between)]
+    wide = room("mlp", len(normed), len(layer.mlp_in.weight), dtype=normed.dtype)
+    calls.append(layer.mlp_in.bind(wide, room, normed, activation=layer.activation))
     if layer.activation is None:
-        wide = room("mlp", len(normed), len(layer.mlp_in.weight), dtype=normed.dtype)
-        return [
-            *calls,
-            layer.mlp_in.bind(wide, room, normed),
-            copying(partial(layer.act, wide), wide),
-            layer.mlp_out.bind(residual, room, wide, between),
-        ]
-    if layer.mlp_in.panels is not None:
-        wide = room("mlp", len(normed), len(layer.mlp_in.weight), dtype=normed.dtype)
-        first = layer.mlp_in.bind(wide, room, normed, activation=layer.activation)
-        return [*calls, first, layer.mlp_out.bind(residual, room, wide, between)]
-    return [*calls, bind_gelu_mlp(residual, room, normed, **layer.block(), residual=between)]
+        calls.append(copying(partial(layer.act, wide), wide))
+    return [*calls, layer.mlp_out.bind(residual, room, wide, between)]
 
 
 def bind_draw(

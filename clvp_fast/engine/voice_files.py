@@ -118,10 +118,10 @@ def _unpacked_bytes(path: Path) -> int:
 
 def _latents_at(path: Path) -> Path | None:
     """Return a file of latents by its name, or the only file of a folder that is one."""
-    if path.suffix.lower() in _LATENTS and not path.is_dir():
+    if is_latents(path) and not path.is_dir():
         return path
     if path.is_dir():
-        found = [file for file in path.iterdir() if file.suffix.lower() in _LATENTS]
+        found = [file for file in path.iterdir() if is_latents(file)]
         if len(found) == 1 and not any(is_recording(file) for file in path.iterdir()):
             return found[0]
     return None
@@ -149,7 +149,7 @@ def _recordings(folder: Path) -> tuple[list[Path], list[Path]]:
     found = sorted(filter(is_recording, folder.iterdir()))
     unread = [path for path in found if path.name.lower().endswith(UNREAD_SUFFIXES)]
     if len(unread) == len(found):
-        if latents := sorted(file.name for file in folder.iterdir() if file.suffix.lower() in _LATENTS):
+        if latents := sorted(file.name for file in folder.iterdir() if is_latents(file)):
             raise ValueError(
                 f"{folder} has no recordings in it, and {len(latents)} files of latents, of which one must be given: "
                 f"{', '.join(latents)}"

@@ -65,11 +65,15 @@ class LayerWeights:
 
     def feed_forward(self, hidden: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """Both products, an activation between them, and the residual, whose dtype the result has."""
-        if self.activation is None:
-            return self.mlp_out(self.act(self.mlp_in(hidden)), residual)
-        if self.mlp_in.panels is not None:
-            return self.mlp_out(self.mlp_in(hidden, activation=self.activation), residual)
-        return ops.gelu_mlp(hidden, **self.block(), residual=residual)
+        if self.is_one_block:
+            return ops.gelu_mlp(hidden, **self.block(), residual=residual)
+        wide = self.mlp_in(hidden, activation=self.activation)
+        return self.mlp_out(self.act(wide) if self.activation is None else wide, residual)
+
+    @property
+    def is_one_block(self) -> bool:
+        """Whether `gelu_mlp` computes the feed-forward block; else its two products are called one by one."""
+        return self.activation is not None and self.mlp_in.panels is None
 
     def with_products(self, change: Callable[[Product], Product]) -> "LayerWeights":
         """The layer with each of its products changed."""

@@ -6,7 +6,7 @@ The few rows of a decode step wait for the weights to come from memory: on a CPU
 library of `csrc/`, on a GPU one in Triton, which int8 weights have for any number of rows. Both read weights as they
 lie, round nothing but the result, and give a row the same bits whatever rows are beside it. Torch's own products serve
 all others on a GPU. Many rows on a CPU have another kernel, which packs the weights first (many_rows.py). Weights that
-were packed once (panels.py) have a third, for any number of rows, which reads them as fast as memory gives them.
+were packed once (panels.py) have a third, for any number of rows, which reads each panel from its beginning to its end.
 """
 
 from functools import partial

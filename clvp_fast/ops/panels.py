@@ -17,8 +17,8 @@ def unserved(x_dtype: torch.dtype, weight: torch.Tensor) -> str | None:
         return reason
     if weight.dtype not in (x_dtype, torch.int8):
         return f"panels are of the dtype of x, {x_dtype}, or int8, not {weight.dtype}"
-    if weight.shape[1] % 32 or weight.numel() == 0:
-        return f"panels have rows of 32 n columns, not {list(weight.shape)}"
+    if weight.shape[1] % many_rows.COLUMNS or weight.numel() == 0:
+        return f"panels have rows of {many_rows.COLUMNS} n columns, not {list(weight.shape)}"
     return None
 
 
@@ -26,7 +26,7 @@ def shape_of(weight: torch.Tensor) -> tuple[int, int, int, int]:
     """The shape of the panels of `weight` `[out, in]`."""
     outs, columns = weight.shape
     together = 1 if weight.dtype == torch.float32 else 2
-    return -(-outs // PANEL), columns // together, PANEL, together
+    return padded(outs) // PANEL, columns // together, PANEL, together
 
 
 def padded(outs: int) -> int:

@@ -53,6 +53,13 @@ def settings_of(
 ) -> dict[str, Any]:
     """Return the settings of a [`Codec`] by name.
 
+    Args:
+        levels: how many values each of the rounded numbers has; their product is the number of codes.
+        stride: frames of a code.
+        width: of the layers, which run at the rate of the codes.
+        bins: mel channels.
+        encoder_blocks, decoder_blocks: how many [`CodecBlock`]s are on either side.
+
     Raises:
         TypeError: one that is not known.
         ValueError: one that is no whole number, or too small; levels that are fewer than two, or too many codes.
@@ -78,30 +85,19 @@ class Codec(nn.Module):
     """Log-mel spectrograms to codes, and codes with a voice back to log-mel spectrograms.
 
     Args:
-        levels: how many values each of the rounded numbers has; their product is the number of codes.
-        stride: frames of a code.
-        width: of the layers, which run at the rate of the codes.
-        bins: mel channels.
-        encoder_blocks, decoder_blocks: how many [`CodecBlock`]s are on either side.
+        settings: as `settings_of` takes them.
 
     Raises:
-        ValueError: as `settings_of`.
+        TypeError, ValueError: as `settings_of`.
     """
 
     middle: torch.Tensor
     places: torch.Tensor
 
-    def __init__(
-        self,
-        levels: Sequence[int] = (8, 5, 5, 5),
-        stride: int = 4,
-        width: int = 192,
-        bins: int = 80,
-        encoder_blocks: int = 2,
-        decoder_blocks: int = 4,
-    ):
+    def __init__(self, **settings: Any):
         super().__init__()
-        self.settings = settings_of(levels, stride, width, bins, encoder_blocks, decoder_blocks)
+        self.settings = settings_of(**settings)
+        levels, stride, width, bins, encoder_blocks, decoder_blocks = self.settings.values()
         self.levels, self.stride, self.bins = tuple(levels), stride, bins
         self.enter = nn.Linear(bins * stride, width)
         self.encoder = nn.Sequential(*[CodecBlock(width) for _ in range(encoder_blocks)])

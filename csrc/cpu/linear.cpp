@@ -3,15 +3,12 @@
  * same bits whatever rows are computed beside it. Compiled once for each instruction set, as log_mel.cpp is. */
 #include <string.h>
 
-#include "affine.h"
 #include "dispatch.h"
+#include "linear_items.h"
 #include "products.h"
 
 namespace clvp_fast {
 namespace {
-
-/* What one item computes: ITEM_COLUMNS columns, and as many rows, of which x stays in the second-level cache. */
-constexpr int ITEM_ROWS = 128;
 
 /* A tile of sums has as many rows and columns as there are registers for, and few enough rows for a tile of x to stay
  * in the first-level cache. */
@@ -78,24 +75,20 @@ size_t scratch_bytes(const clvp_fast_linear *call) {
     return sizeof(Scratch) + rows * call->in_features * sizeof(float);
 }
 
-int64_t groups_of(const clvp_fast_linear *call) { return (call->out_features + ITEM_COLUMNS - 1) / ITEM_COLUMNS; }
-
 template <class In, class Weight>
-void run(const clvp_fast_linear *call, int64_t item, Scratch *scratch) {
+void run(const clvp_fast_linear *call, const Item &item, Scratch *scratch) {
     using Products = ProductsOf<In>;
     using Stored = typename Products::Stored;
     constexpr int COLUMNS = Tile<Products>::COLUMNS, ROWS = Tile<Products>::ROWS;
     const int64_t columns = call->in_features, stride = call->weight_stride * (int64_t)sizeof(Weight);
-    const int64_t first = item % groups_of(call) * ITEM_COLUMNS, first_row = item / groups_of(call) * ITEM_ROWS;
-    const int64_t count = call->out_features - first < ITEM_COLUMNS ? call->out_features - first : ITEM_COLUMNS;
-    const int64_t rows = call->rows - first_row < ITEM_ROWS ? call->rows - first_row : ITEM_ROWS;
-    const int64_t tiles = (rows + ROWS - 1) / ROWS;
+    const int64_t first = item.first, count = item.count, end_row = item.first_row + item.rows;
+    const int64_t tiles = (item.rows + ROWS - 1) / ROWS;
     /* The tiles share out the fetching of the weights that come next, so that memory is read all the time. */
     const int64_t share = (COLUMNS + tiles - 1) / tiles;
     float *const sums = scratch->sums; /* [ITEM_ROWS][ITEM_COLUMNS] */
-    if (scratch->packed_end != first_row + rows) {
-        scratch->packed_end = first_row + rows;
-        pack_rows<In>(call, first_row, first_row + rows, (Stored *)scratch->x);
+    if (scratch->packed_end != end_row) {
+        scratch->packed_end = end_row;
+        pack_rows<In>(call, item.first_row, end_row, (Stored *)scratch->x);
     }
 
     for (int64_t n = 0; n < count; n += COLUMNS) {
@@ -117,25 +110,13 @@ void run(const clvp_fast_linear *call, int64_t item, Scratch *scratch) {
                        COLUMNS * sizeof(float));
         }
     }
-    const Affine<In> affine(call, first, count);
-    for (int64_t row = 0; row < rows; ++row) {
-        const int64_t to = (first_row + row) * call->out_features + first;
-        if (call->residual)
-            finish<In, float>(call, sums + row * ITEM_COLUMNS, affine, to, count);
-        else
-            finish<In, In>(call, sums + row * ITEM_COLUMNS, affine, to, count);
-    }
+    finish_item<In>(call, item, sums);
 }
 
-int64_t items(const clvp_fast_linear *call) { return groups_of(call) * ((call->rows + ITEM_ROWS - 1) / ITEM_ROWS); }
-
-void run_any(const clvp_fast_linear *call, int64_t item, void *given) {
-    const bool int8 = call->weight_dtype == CLVP_FAST_INT8;
-    Scratch *const scratch = (Scratch *)given;
-    if (call->dtype == CLVP_FAST_FLOAT32)
-        int8 ? run<float, int8_t>(call, item, scratch) : run<float, float>(call, item, scratch);
-    else
-        int8 ? run<uint16_t, int8_t>(call, item, scratch) : run<uint16_t, uint16_t>(call, item, scratch);
+void run_any(const clvp_fast_linear *call, int64_t number, void *scratch) {
+    with_types(call, [&](auto in, auto weight) {
+        run<decltype(in), decltype(weight)>(call, Item(call, number), (Scratch *)scratch);
+    });
 }
 
 }  // namespace

@@ -2,8 +2,8 @@
  * read them, one panel behind another. A row of x has a sum for each chain of columns, and the chains are added one by
  * one, so that its bits depend on nothing but the number of columns. Compiled once for each instruction set, as
  * log_mel.cpp is. */
-#include "affine.h"
 #include "dispatch.h"
+#include "linear_items.h"
 #include "packed_layers.h"
 
 namespace clvp_fast {
@@ -11,8 +11,6 @@ namespace {
 
 /* Columns of a chain: its part of a panel stays in the first-level cache while the tiles of all rows read it. */
 constexpr int64_t BLOCK = 64;
-/* Rows of x that an item has. */
-constexpr int ITEM_ROWS = 128;
 
 CLVP_FAST_INLINE Integers widen(const int16_t *from) {
 #if defined(__AVX512F__)
@@ -143,15 +141,10 @@ size_t scratch_bytes(const clvp_fast_linear *call) {
     return sizeof(Scratch) + rows * (call->in_features + GAP) * sizeof(float);
 }
 
-int64_t groups_of(const clvp_fast_linear *call) { return (call->out_features + ITEM_COLUMNS - 1) / ITEM_COLUMNS; }
-
 template <class In, class Weight>
-void run(const clvp_fast_linear *call, int64_t item, Scratch *scratch) {
+void run(const clvp_fast_linear *call, const Item &item, Scratch *scratch) {
     using Kind = Units<In, Weight>;
-    const int64_t columns = call->in_features, group = item % groups_of(call);
-    const int64_t first = group * ITEM_COLUMNS, first_row = item / groups_of(call) * ITEM_ROWS;
-    const int64_t count = call->out_features - first < ITEM_COLUMNS ? call->out_features - first : ITEM_COLUMNS;
-    const int64_t rows = call->rows - first_row < ITEM_ROWS ? call->rows - first_row : ITEM_ROWS;
+    const int64_t columns = call->in_features, first_row = item.first_row, rows = item.rows;
 
     const Factor<In> *x = (const Factor<In> *)((const In *)call->x + first_row * call->x_stride);
     int64_t stride = call->x_stride;
@@ -171,7 +164,7 @@ void run(const clvp_fast_linear *call, int64_t item, Scratch *scratch) {
         x = prepared;
     }
 
-    const Weight *weights = (const Weight *)call->panels + group * ITEM_COLUMNS * columns;
+    const Weight *weights = (const Weight *)call->panels + item.first * columns;
     for (int64_t k = 0; k < columns; k += BLOCK) {
         const int64_t some = columns - k < BLOCK ? columns - k : BLOCK, size = some * ITEM_COLUMNS;
         if (Kind::PLAIN || rows <= ROWS) {
@@ -193,25 +186,13 @@ void run(const clvp_fast_linear *call, int64_t item, Scratch *scratch) {
         }
         weights += size;
     }
-    const Affine<In> affine(call, first, count);
-    for (int64_t row = 0; row < rows; ++row) {
-        const int64_t to = (first_row + row) * call->out_features + first;
-        if (call->residual)
-            finish<In, float>(call, scratch->totals + row * ITEM_COLUMNS, affine, to, count);
-        else
-            finish<In, In>(call, scratch->totals + row * ITEM_COLUMNS, affine, to, count);
-    }
+    finish_item<In>(call, item, scratch->totals);
 }
 
-int64_t items(const clvp_fast_linear *call) { return groups_of(call) * ((call->rows + ITEM_ROWS - 1) / ITEM_ROWS); }
-
-void run_any(const clvp_fast_linear *call, int64_t item, void *given) {
-    const bool int8 = call->weight_dtype == CLVP_FAST_INT8;
-    Scratch *const scratch = (Scratch *)given;
-    if (call->dtype == CLVP_FAST_FLOAT32)
-        int8 ? run<float, int8_t>(call, item, scratch) : run<float, float>(call, item, scratch);
-    else
-        int8 ? run<uint16_t, int8_t>(call, item, scratch) : run<uint16_t, uint16_t>(call, item, scratch);
+void run_any(const clvp_fast_linear *call, int64_t number, void *scratch) {
+    with_types(call, [&](auto in, auto weight) {
+        run<decltype(in), decltype(weight)>(call, Item(call, number), (Scratch *)scratch);
+    });
 }
 
 }  // namespace

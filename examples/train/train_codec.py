@@ -24,7 +24,7 @@ OF_CODES = ("codes", "held_out.npz", "candidates", "decoder.pt", "scorer.pt")
 def make_codec(width: int = 192) -> Codec:
     """An untrained codec: 8 * 5 * 5 * 5 codes of 4 frames each. Against 4096 codes and 43 Hz, this won."""
     torch.manual_seed(0)
-    return Codec((8, 5, 5, 5), stride=4, width=width)
+    return Codec(levels=(8, 5, 5, 5), stride=4, width=width)
 
 
 def train_codec(folder: Path, codec: Codec, steps: int, files: int) -> None:

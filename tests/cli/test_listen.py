@@ -26,7 +26,7 @@ def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("with-vocoder")
     build_demo(folder)
     torch.manual_seed(0)
-    save_vocoder(folder, Codec((8, 8, 8, 16), width=16))
+    save_vocoder(folder, Codec(levels=(8, 8, 8, 16), width=16))
     return folder
 
 

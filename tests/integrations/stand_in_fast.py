@@ -20,6 +20,11 @@ class Hifi(nn.Module):
         raise AssertionError("Torch not compiled with CUDA enabled")  # it moves them there by name
 
 
+def _settings(temperature, repetition_penalty, top_p, length_penalty):
+    settings = dict(temperature=temperature, repetition_penalty=float(repetition_penalty), top_p=top_p, top_k=50)
+    return settings | dict(do_sample=True, num_beams=1, num_return_sequences=1, length_penalty=float(length_penalty))
+
+
 class TextToSpeech:
     get_random_conditioning_latents = stand_in.TextToSpeech.get_random_conditioning_latents
     deterministic_state = stand_in.TextToSpeech.deterministic_state
@@ -56,8 +61,7 @@ class TextToSpeech:
         **hf_generate_kwargs,
     ):
         ids, voice = self._begin(text, voice_samples, use_deterministic_seed)
-        settings = dict(temperature=temperature, repetition_penalty=float(repetition_penalty), top_p=top_p, top_k=50)
-        settings |= dict(do_sample=True, num_beams=1, num_return_sequences=1, length_penalty=float(length_penalty))
+        settings = _settings(temperature, repetition_penalty, top_p, length_penalty)
         settings |= dict(output_attentions=False, output_hidden_states=True)
         with torch.no_grad():
             codes = self.autoregressive.inference_speech(voice, ids, **settings, **hf_generate_kwargs)
@@ -89,8 +93,7 @@ class TextToSpeech:
     ):
         ids, voice = self._begin(text, voice_samples, use_deterministic_seed)
         inputs = self.autoregressive.compute_embeddings(voice, ids)
-        settings = dict(temperature=temperature, repetition_penalty=float(repetition_penalty), top_p=top_p, top_k=50)
-        settings |= dict(do_sample=True, num_beams=1, num_return_sequences=1, length_penalty=float(length_penalty))
+        settings = _settings(temperature, repetition_penalty, top_p, length_penalty)
         drawn = self.autoregressive.get_generator(fake_inputs=inputs, **settings, **hf_generate_kwargs)
         latents = []
         for _, latent in drawn:
