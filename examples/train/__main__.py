@@ -19,20 +19,20 @@ from clvp_fast import demo
 from clvp_fast.io.errors import sentence
 from clvp_fast.io.files import UnwritableError
 from examples.train import candidates, card, data, evaluate, model, train_decoder, train_scorer
-from examples.train.state import STOP, Interrupted, Refused, alone, home, note
+from examples.train.state import STOP, Interrupted, Refused, alone, home, note, step_of
 from examples.train.train_codec import make_codec, train_codec
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How much of everything. All of it takes about 9 hours of CPU time on two cores with AVX2."""
+    """How much of everything."""
 
     speech_files: int = 10
     codec_steps: int = 24000
-    code_files: int = 600
+    code_files: int = 300
     decoder_steps: int = 7500
     decoder_steps_before_candidates: int = 1500
-    candidate_files: int = 60
+    candidate_files: int = 40
     scorer_steps: int = 5000
 
 
@@ -84,12 +84,12 @@ def train(folder: Path, plan: Plan = PLAN) -> None:
     """Codec, decoder and scorer, with the other process beside it, as far as they are not done."""
     if demo.TRAINED.is_dir() and (taken := model.go_on_from(folder, demo.TRAINED)):
         note(folder, stage="begun", weights_of=str(demo.TRAINED.name), parts=taken)
-    codec = make_codec()
-    train_codec(folder, codec, plan.codec_steps, plan.speech_files)
-    data.load_codec(folder, codec)
     command = [sys.executable, "-m", "examples.train", "material", "--parent", str(os.getpid())]
     helper = subprocess.Popen(command)
     try:
+        codec = make_codec()
+        train_codec(folder, codec, plan.codec_steps, plan.speech_files)
+        data.load_codec(folder, codec)
         _wait_for_codes(folder, helper)
         clvp = model.make_model(model.configuration(codec.num_codes, model.silence_of(codec)))
         train_decoder.train_decoder(folder, clvp, codec, plan.decoder_steps)
@@ -112,7 +112,14 @@ def _wait_for_codes(folder: Path, helper: subprocess.Popen) -> None:
 
 
 def material(folder: Path, plan: Plan = PLAN) -> None:
-    """Codes, then candidates, as far as they are not there."""
+    """Speech while the codec is trained, then codes, then candidates, as far as they are not there."""
+
+    def codec_is_done() -> bool:
+        return step_of(folder / "codec.pt") >= plan.codec_steps
+
+    data.speak_ahead(folder, plan.code_files, enough=codec_is_done)
+    while not codec_is_done():
+        STOP.wait(2)
     codec = data.load_codec(folder, make_codec())
     data.make_held_out(folder, codec)
     data.stream_codes(folder, codec, plan.code_files)

@@ -9,7 +9,7 @@ from clvp_fast import CandidateEngine, CandidateRequest, ClvpFeatureExtractor, C
 from clvp_fast.vocoder import CodecVocoder
 from examples.train import data, judge, texts
 from examples.train.model import MOST_CODES, assemble, tokenizer
-from examples.train.state import STOP, note, save_arrays
+from examples.train.state import STOP, note, save_arrays, step_of
 from examples.train.train_codec import make_codec
 
 # Of a file: sentences, and candidates of each.
@@ -66,17 +66,12 @@ def make_candidates(folder: Path, count: int, least_steps: int) -> None:
         path = folder / "candidates" / f"{number:04d}.npz"
         if path.is_file():
             continue
-        while not _steps(folder) >= least_steps:
+        while step_of(folder / "decoder.pt") < least_steps:
             STOP.wait(5)
         if made_by != (changed := (folder / "decoder.pt").stat().st_mtime):
             made_by, speaker = changed, Speaker(folder)
         errors = candidates_file(path, speaker, number)
         note(folder, stage="candidates", file=number, word_errors=round(errors, 3))
-
-
-def _steps(folder: Path) -> int:
-    path = folder / "decoder.pt"
-    return torch.load(path, weights_only=True, mmap=True)["step"] if path.is_file() else -1
 
 
 def candidates_file(path: Path, speaker: Speaker, number: int) -> float:

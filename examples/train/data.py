@@ -3,7 +3,7 @@
 Every file follows from its number alone, and is made where it is not there: whoever interrupts loses one file at most.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +19,17 @@ SENTENCES = 200
 CLIPS = 24
 
 
-def speech_file(path: Path, said: list[str], seed: int) -> None:
-    """Log-mel of sentences, the voices taking turns: `[80, all frames]` float16, and where each ends."""
-    mels = []
+def spoken(said: list[str], seed: int) -> Iterator[tuple[int, torch.Tensor]]:
+    """Each sentence as a voice's number and log-mel `[80, frames]`, rounded to float16; the voices take turns."""
     for index, sentence in enumerate(said):
         STOP.check()
-        speak = voices.voice(voices.NAMES[index % 2])
-        mels.append(voices.features(speak(sentence, seed + index)).half().numpy())
+        number = index % len(voices.NAMES)
+        yield number, voices.features(voices.voice(voices.NAMES[number])(sentence, seed + index)).half().float()
+
+
+def speech_file(path: Path, said: list[str], seed: int) -> None:
+    """Log-mel of sentences, the voices taking turns: `[80, all frames]` float16, and where each ends."""
+    mels = [mel.half().numpy() for _, mel in spoken(said, seed)]
     ends = np.cumsum([mel.shape[1] for mel in mels])
     save_arrays(path, mels=np.concatenate(mels, 1), ends=ends, said=np.array(said))
 
@@ -70,13 +74,9 @@ def load_codec(folder: Path, codec: Codec) -> Codec:
     return codec.eval()
 
 
-def codes_file(path: Path, said: list[str], seed: int, codec: Codec) -> None:
-    """Codes of sentences, the voices taking turns: int16 of all, and where each ends."""
-    codes = []
-    for index, sentence in enumerate(said):
-        STOP.check()
-        mel = voices.features(voices.voice(voices.NAMES[index % 2])(sentence, seed + index))
-        codes.append(codec.codes_of(mel[None])[0].short().numpy())
+def codes_file(path: Path, said: list[str], mels: Iterable[tuple[int, torch.Tensor]], codec: Codec) -> None:
+    """Codes of sentences and their speech: int16 of all, and where each ends."""
+    codes = [codec.codes_of(mel[None])[0].short().numpy() for _, mel in mels]
     save_arrays(path, codes=np.concatenate(codes), ends=np.cumsum([len(row) for row in codes]), said=np.array(said))
 
 
@@ -94,20 +94,44 @@ def make_held_out(folder: Path, codec: Codec) -> list[tuple[int, str, torch.Tens
     """Codes of the sentences that are watched."""
     path = folder / "held_out.npz"
     if not path.is_file():
-        codes_file(path, texts.HELD_OUT, 900_000_000, codec)
+        codes_file(path, texts.HELD_OUT, spoken(texts.HELD_OUT, 900_000_000), codec)
     return read_codes(path)
 
 
-def stream_codes(folder: Path, codec: Codec, count: int) -> None:
-    """Files of codes 0 to `count`, each of fresh sentences."""
+def _fresh(number: int) -> tuple[list[str], int]:
+    """The sentences of file `number` of the stream, and the seed of their speech."""
+    said = texts.Writer(1_000_000 + number).sentences(texts.UNSEEN)
+    return [next(said) for _ in range(SENTENCES)], 2_000_000_000 + number * SENTENCES
+
+
+def speak_ahead(folder: Path, count: int, enough: Callable[[], bool]) -> None:
+    """Makes the speech of files 0 to `count` of the stream, until it is `enough`."""
     for number in range(count):
-        path = folder / "codes" / f"{number:05d}.npz"
-        if path.is_file():
-            continue
-        said = texts.Writer(1_000_000 + number).sentences(texts.UNSEEN)
-        codes_file(path, [next(said) for _ in range(SENTENCES)], 2_000_000_000 + number * SENTENCES, codec)
-        if number % 20 == 19:
-            note(folder, stage="stream", sentences=(number + 1) * SENTENCES)
+        if enough():
+            break
+        path = _ahead(folder, number)
+        if not path.is_file() and not _codes(folder, number).is_file():
+            speech_file(path, *_fresh(number))
+
+
+def stream_codes(folder: Path, codec: Codec, count: int) -> None:
+    """Makes files of codes 0 to `count`, each of fresh sentences, and removes the speech that was made ahead."""
+    for number in range(count):
+        path, ahead = _codes(folder, number), _ahead(folder, number)
+        if not path.is_file():
+            said, seed = _fresh(number)
+            codes_file(path, said, read_speech(ahead) if ahead.is_file() else spoken(said, seed), codec)
+            if number % 20 == 19:
+                note(folder, stage="stream", sentences=(number + 1) * SENTENCES)
+        ahead.unlink(missing_ok=True)
+
+
+def _ahead(folder: Path, number: int) -> Path:
+    return folder / "ahead" / f"{number:05d}.npz"
+
+
+def _codes(folder: Path, number: int) -> Path:
+    return folder / "codes" / f"{number:05d}.npz"
 
 
 class Corpus:

@@ -15,13 +15,13 @@ from clvp_fast.vocoder.codec import voice_of
 from clvp_fast.vocoder.griffin_lim import GriffinLim
 from examples.train import data, judge, texts, voices
 from examples.train.candidates import Speaker, sampling
-from examples.train.state import STOP
+from examples.train.state import STOP, step_of
 from examples.train.train_codec import make_codec
 
 
 def evaluate(folder: Path, sentences: int, count: int, kind: str = "open", seed: int = 7) -> dict:
     """Word errors of `count` candidates of each sentence, those of the best by score of the first 4, 16, 64, ..."""
-    step = torch.load(folder / "decoder.pt", weights_only=True, mmap=True)["step"]
+    step = step_of(folder / "decoder.pt")
     path = folder / f"evaluation-{step}-{count}-{kind}.jsonl"
     with open(folder / "uses.jsonl", "a", encoding="utf-8") as uses:
         uses.write(json.dumps({"step": step, "sentences": sentences, "count": count, "kind": kind}) + "\n")

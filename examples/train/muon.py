@@ -1,9 +1,11 @@
 """Muon: momentum, then the nearest semi-orthogonal matrix by Newton-Schulz steps (Jordan et al., 2024).
 
-In float32, as a CPU without bfloat16 is slow in it, and matrix by matrix, which is faster there than stacks of them.
+In the precision of `precision.py`, and matrix by matrix, which is faster on a CPU than stacks of them.
 """
 
 import torch
+
+from examples.train.precision import PRODUCTS
 
 
 class Muon(torch.optim.Optimizer):
@@ -31,11 +33,11 @@ def orthogonal(x: torch.Tensor, steps: int) -> torch.Tensor:
     """A matrix `[out, in]` with its singular values pulled to about 1."""
     tall = x.shape[0] > x.shape[1]
     x = x.T if tall else x
-    x = (x / (x.norm() + 1e-7)).contiguous()
+    dtype, x = x.dtype, (x / (x.norm() + 1e-7)).to(PRODUCTS).contiguous()
     for _ in range(steps):
         square = x @ x.T
         x = torch.addmm(x, torch.addmm(square, square, square, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
-    return x.T if tall else x
+    return (x.T if tall else x).to(dtype)
 
 
 def optimizers(named_parameters, lr: float, hidden=lambda name: "layers." in name or "mel_attn" in name) -> list:

@@ -200,6 +200,11 @@ def begin_from(path: Path, weights: dict[str, torch.Tensor], step: int, spent: f
         torch.save(state, scratch)
 
 
+def step_of(path: Path) -> int:
+    """Steps of the training that saved `path`; -1 where there is none."""
+    return torch.load(path, weights_only=True, mmap=True)["step"] if path.is_file() else -1
+
+
 def averages_of(path: Path) -> dict[str, torch.Tensor]:
     """The running averages that a training saved last. Raises `Refused` where there are none yet."""
     if not path.is_file():

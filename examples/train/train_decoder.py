@@ -10,6 +10,7 @@ from torch import nn
 from examples.train import data
 from examples.train.model import PARTS, ids_of, speech_logits
 from examples.train.muon import optimizers
+from examples.train.precision import products
 from examples.train.state import Training, draws, note
 from examples.train.texts import written
 
@@ -67,9 +68,10 @@ def _loss(model, corpus: data.Corpus, clips: torch.Tensor, random: np.random.Gen
     ids = torch.tensor([ids_of(written(said, ending)) for _, said, _ in rows])
     codes, target = padded([codes for *_, codes in rows], model.config.decoder_config.eos_token_id)
     spoken = torch.stack([of_voice[random.integers(len(of_voice))] for of_voice in clips])
-    voices = model.conditioning_encoder.encode_voice(spoken)[[number for number, *_ in rows]]
-    logits = speech_logits(model, voices, ids, codes)
-    loss = F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=-100)
+    with products():
+        voices = model.conditioning_encoder.encode_voice(spoken)[[number for number, *_ in rows]]
+        logits = speech_logits(model, voices, ids, codes)
+    loss = F.cross_entropy(logits.float().flatten(0, 1), target.flatten(), ignore_index=-100)
     return loss, len(rows) * (ids.shape[1] + 4) + target.numel()
 
 

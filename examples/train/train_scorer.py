@@ -17,6 +17,7 @@ from examples.train import data
 from examples.train.candidates import read_candidates
 from examples.train.model import MOST_CODES, ids_of
 from examples.train.muon import optimizers
+from examples.train.precision import products
 from examples.train.state import Training, draws, note
 from examples.train.texts import WORDS, written
 
@@ -104,7 +105,8 @@ def _loss(part: ScorerPart, corpus: data.Corpus, compared: list, random: np.rand
     kind = random.random()
     longest = max(map(len, rows))
     length = None if kind < 0.5 else MOST_CODES if kind < 0.75 else int(random.integers(longest, MOST_CODES + 1))
-    text, speech = part.texts(lines), part.speech(rows, length)
+    with products():
+        text, speech = part.texts(lines).float(), part.speech(rows, length).float()
     scores = text @ speech.T * part.logit_scale.clamp(max=4.6).exp()
 
     count = len(said)

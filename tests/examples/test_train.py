@@ -280,6 +280,29 @@ def test_a_codec_is_not_trained_under_codes_that_are_there(tmp_path, monkeypatch
         train_codec(tmp_path, make_codec(width=16), 3, 0)
 
 
+def test_codes_of_speech_made_ahead_are_those_of_speech_made_in_time(tmp_path, monkeypatch):
+    """Speech that is made while the codec is trained gives the same codes, and is removed behind them."""
+
+    def speak(said: str, seed: int) -> np.ndarray:
+        return draws(seed).standard_normal(2000 + 300 * len(said)).astype(np.float32) / 10
+
+    monkeypatch.setattr(data.voices, "voice", lambda name: speak)
+    monkeypatch.setattr(data, "SENTENCES", 3)
+    in_time, ahead = tmp_path / "in_time", tmp_path / "ahead"
+    told = iter([False, False, True])
+    data.speak_ahead(ahead, 9, enough=lambda: next(told))
+    assert sorted(path.name for path in (ahead / "ahead").iterdir()) == ["00000.npz", "00001.npz"]
+    codec = make_codec(width=16)
+    torch.nn.init.normal_(codec.quantise.weight, std=3)  # codes that differ
+    for folder in (in_time, ahead):
+        data.stream_codes(folder, codec, 3)
+    for name in ("00000.npz", "00001.npz", "00002.npz"):
+        one, other = data.read_codes(in_time / "codes" / name), data.read_codes(ahead / "codes" / name)
+        assert [row[:2] for row in one] == [row[:2] for row in other] and len(one) == 3
+        assert all(torch.equal(mine[2], theirs[2]) for mine, theirs in zip(one, other, strict=True))
+    assert not list((ahead / "ahead").iterdir())
+
+
 def test_candidates_come_back_as_they_were_kept(tmp_path):
     rows = [np.arange(n, dtype=np.int16) for n in (3, 0, 2, 5)]
     ends, said = np.cumsum([len(row) for row in rows]), np.array(["one", "two"])

@@ -1,0 +1,23 @@
+"""How a training multiplies matrices: in bfloat16 where this CPU has such products, else in float32."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from clvp_fast.native.build import cpu_isas
+
+# A CPU without such products converts at every step, and is slower than in float32.
+PRODUCTS = torch.bfloat16 if "avx512bf16" in cpu_isas() else torch.float32
+
+
+@contextmanager
+def products() -> Iterator[None]:
+    """Multiplies in `PRODUCTS` what is computed within; parameters, sums and losses stay float32."""
+    if PRODUCTS is torch.float32:
+        yield
+        return
+    # torch's fused attention is slower backwards in bfloat16 than its parts are.
+    with torch.autocast("cpu", PRODUCTS), sdpa_kernel(SDPBackend.MATH):
+        yield
