@@ -25,7 +25,6 @@ class Job:
     prompt: `[length, hidden_size]`, voice and text without the start token, on the device.
     sampling: with its seed and stop token.
     codes: by candidate, int64 `[drawn]`, the stop token included where it came; None while it is being drawn.
-    latents: by candidate, `[drawn, hidden_size]`, if the runner keeps them.
     on_token: told each (candidate, token) once; with `states` (candidate, token, state).
     states: whether a token is told with the decoder's state that it was drawn from, `[hidden_size]` on the device.
     told: by candidate, how many tokens it was told of. One that begins anew draws the same again, which is no news.
@@ -37,7 +36,6 @@ class Job:
     on_token: Callable[..., None] | None = None
     states: bool = False
     codes: list[np.ndarray | None] = field(init=False)
-    latents: list[torch.Tensor | None] = field(init=False)
     told: list[int] = field(init=False)
     started_at: float | None = field(init=False)
 
@@ -54,7 +52,6 @@ class Job:
     def begin(self) -> None:
         """With nothing drawn."""
         self.codes = [None] * len(self.told)
-        self.latents = [None] * len(self.told)
         self.started_at = None
 
     def all_codes(self) -> list[np.ndarray]:
@@ -67,12 +64,10 @@ class DecodeLoop:
 
     Args:
         runner: the data plane; it decides the sizes.
-        latents: take the hidden states of finished candidates from the runner, which must keep them.
         lag: how many steps late the host reads tokens, 0 or 1; by default 1 on a GPU.
     """
 
-    def __init__(self, runner: Runner, latents: bool = False, lag: int | None = None):
-        self.latents = latents
+    def __init__(self, runner: Runner, lag: int | None = None):
         self.lag = int(runner.device.type == "cuda") if lag is None else lag
         self._jobs: set[Job] = set()  # that the scheduler has
         self.finished: deque[Job] = deque()  # and not yet taken
@@ -223,9 +218,7 @@ class DecodeLoop:
         for slot, row in zip(slots[ended].tolist(), rows[ended].tolist(), strict=True):
             run, drawn = step.runs[slot], int(self._drawn[row])
             job: Job = run.key
-            if self.latents:
-                job.latents[run.candidate] = runner.latents(run.slot, drawn)
-            job.codes[run.candidate] = self._codes[row, :drawn].copy()  # last: with its codes a candidate is done
+            job.codes[run.candidate] = self._codes[row, :drawn].copy()
             self._end(row)
         ended = self.scheduler.advance(slots[ended].tolist())
         self._jobs.difference_update(ended)

@@ -118,7 +118,7 @@ class CandidateEngine:
             page_size=page_size,
             page_dtype=page_dtype,
             weight_dtype=weight_dtype,
-            latents=states,
+            states=states,
         )
         self._keeps_states = states
         # Functions and no methods: an engine that nobody holds frees its pages at once.

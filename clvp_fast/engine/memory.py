@@ -168,7 +168,7 @@ def plan(
     max_prefix_len: int | None = None,
     page_dtype: torch.dtype | None = None,
     weight_dtype: torch.dtype | None = None,
-    latents: bool = False,
+    states: bool = False,
     packed: bool = False,
 ) -> MemoryPlan:
     """Plan pages and slots for a decoder whose weights are loaded.
@@ -183,7 +183,7 @@ def plan(
         max_batch: the most slots; None: 512.
         max_new_tokens, max_prefix_len: the longest candidate and prompt; the latter by default the longest of a text.
         page_size: tokens a page.
-        page_dtype, weight_dtype, latents, packed: as for `Runner`.
+        page_dtype, weight_dtype, states, packed: as for `Runner`.
 
     Raises:
         ValueError: numbers that cannot be, or not even one candidate fits, with the sizes.
@@ -202,7 +202,7 @@ def plan(
     page_bytes = 2 * sizes.num_layers * page_size * sizes.hidden_size * sizes.page_itemsize
 
     def parts(slots: int, num_pages: int) -> dict[str, int]:
-        fixed = _fixed(sizes, max(slots, sizes.min_rows), own, prefix, max_new_tokens, max_prefix_len, latents)
+        fixed = _fixed(sizes, max(slots, sizes.min_rows), own, prefix, max_new_tokens, max_prefix_len, states)
         return {"pages": num_pages * page_bytes} | fixed
 
     wanted = MAX_BATCH if max_batch is None else max_batch
@@ -223,7 +223,7 @@ def plan(
 
 
 def _fixed(
-    sizes: DecoderSizes, rows: int, own: int, prefix: int, max_new_tokens: int, max_prefix_len: int, latents: bool
+    sizes: DecoderSizes, rows: int, own: int, prefix: int, max_new_tokens: int, max_prefix_len: int, states: bool
 ) -> dict[str, int]:
     """Bytes of all but the pages, for steps of `rows` rows."""
     # Of a slot: thirteen 64-bit numbers and three of 32 bits, tables, the bitmap of seen tokens, counters, results.
@@ -241,7 +241,7 @@ def _fixed(
         "weights": sizes.copied_weights,
         "panels": sizes.panels,
         "slots": 4 * words * rows,
-        "latents": rows * (max_new_tokens + 1) * sizes.hidden_size * sizes.itemsize if latents else 0,
+        "states": rows * (max_new_tokens + 1) * sizes.hidden_size * sizes.itemsize if states else 0,
         "step": rows * (kept + logits + partial),
         "prefill": prefilled * activations,
     }

@@ -78,7 +78,7 @@ class Runner:
         weight_dtype: `torch.int8`: the layers' products run over copies of their weights in 8 bits; None: as they are.
         packed: products read panels of their weights, which are copies; those of weights that changed in place are made
             anew when the next candidate is admitted.
-        latents: keep the hidden state, after both final norms, that each token was drawn from; see `latents`.
+        states: keep the hidden state, after both final norms, that each token was drawn from.
         deterministic: every step has `max_batch` rows, so that their number has no say in the bits of a row; for
             `paged_attention_decode` too, whose torch path would look at all rows, refused here.
         capture: replay steps as CUDA graphs, once `warm_up` has captured them; None: on CUDA.
@@ -103,7 +103,7 @@ class Runner:
         max_prefix_len: int | None = None,
         page_dtype: torch.dtype | None = None,
         weight_dtype: torch.dtype | None = None,
-        latents: bool = False,
+        states: bool = False,
         deterministic: bool = False,
         capture: bool | None = None,
         persistent: bool = False,
@@ -158,11 +158,11 @@ class Runner:
         self._arrivals = torch.zeros(rows, decoder.num_heads, dtype=torch.int32, device=device)
         self._results: dict[int, torch.Tensor] = {}
         self._rows = torch.arange(rows, device=device)
-        self._latents = None
-        if latents:
+        self._states = None
+        if states:
             # One place more than tokens, for what a finished row writes.
             shape = rows, max_new_tokens + 1, decoder.hidden_size
-            self._latents = torch.empty(shape, dtype=decoder.dtype, device=device)
+            self._states = torch.empty(shape, dtype=decoder.dtype, device=device)
 
     @torch.inference_mode()
     @_on_its_device
@@ -228,9 +228,9 @@ class Runner:
         for prefill in step.prefills:
             self._check_prompt(prefill, prompts[prefill.key])
         self.slots.apply(step, params)
-        if self._latents is not None and step.moves:
+        if self._states is not None and step.moves:
             sources, targets = to_device(self.device, *np.array(step.moves, dtype=np.int64).T)
-            self._latents[targets] = self._latents[sources]
+            self._states[targets] = self._states[sources]
         self._prefill(step.prefills, prompts)
 
     @torch.inference_mode()
@@ -269,8 +269,8 @@ class Runner:
         return handle.wait()[1].astype(bool)
 
     @torch.no_grad()
-    def latents(self, slot: int, length: int) -> torch.Tensor:
-        """A copy of the hidden states that a candidate's first `length` tokens were drawn from.
+    def states(self, slot: int, length: int) -> torch.Tensor:
+        """Return a copy of the hidden states that a candidate's first `length` tokens were drawn from.
 
         `[length, hidden_size]` on the device. To be taken before the slot is given away; moves carry them along.
         Raises `RuntimeError` where none are kept.
@@ -279,13 +279,13 @@ class Runner:
 
     @torch.no_grad()
     def state(self, slot: int, place: int) -> torch.Tensor:
-        """Return a copy of the hidden state `[hidden_size]` that a candidate's token was drawn from, as `latents`."""
+        """Return a copy of the hidden state `[hidden_size]` that a candidate's token was drawn from, as `states`."""
         return self._kept(slot)[place].clone()
 
     def _kept(self, slot: int) -> torch.Tensor:
-        if self._latents is None:
-            raise RuntimeError("this runner keeps no latents: make it with latents=True")
-        return self._latents[slot]
+        if self._states is None:
+            raise RuntimeError("this runner keeps no states: make it with states=True")
+        return self._states[slot]
 
     def outdated(self) -> str | None:
         """Why steps would not compute what the model's weights say now, as the beginning of a sentence; None: they do.
@@ -365,10 +365,10 @@ class Runner:
         else:
             bound = self.decoder.bind(*entered, pages=self.pages, arrivals=self._arrivals[:rows], room=room)
         calls = [partial(torch.lt, state["seq_lens"], 0, out=inactive), *bound.calls]
-        if self._latents is not None:
+        if self._states is not None:
             # Inactive rows write behind the states that they have, of which there are `lengths`.
             places = self._rows[:rows], state["lengths"]
-            calls.append(partial(self._latents.index_put_, places, bound.hidden))
+            calls.append(partial(self._states.index_put_, places, bound.hidden))
         return *calls, *bind_draw(state, inactive, bound.logits, self._result(rows), shortcuts, room)
 
     def _check_prompt(self, prefill: Prefill, prompt: torch.Tensor) -> None:

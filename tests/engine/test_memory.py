@@ -57,7 +57,7 @@ def test_smaller_pages_give_more_slots():
     usual = full(10 * 10**9)
     float8 = plan(dataclasses.replace(FULL, page_itemsize=1), 10 * 10**9, max_prefix_len=405)
     assert float8.max_batch > 1.7 * usual.max_batch
-    assert full(10 * 10**9, latents=True).num_pages < usual.num_pages
+    assert full(10 * 10**9, states=True).num_pages < usual.num_pages
     assert full(10 * 10**9, max_new_tokens=100).max_batch > 3 * usual.max_batch
 
 
@@ -91,12 +91,12 @@ def test_bad_numbers(options, message):
 @pytest.mark.parametrize("dtype, max_batch", [(torch.float32, 40), (torch.float32, 3), (torch.bfloat16, 40)])
 def test_parts_are_those_of_a_runner(dtype, max_batch, page_dtype, weight_dtype):
     model = tiny().speech_decoder_model.to(dtype)
-    options = dict(page_dtype=page_dtype, latents=True, weight_dtype=weight_dtype)
+    options = dict(page_dtype=page_dtype, states=True, weight_dtype=weight_dtype)
     found = plan(model, 2 * 10**7, max_batch=max_batch, max_new_tokens=50, **options)
     assert 1 <= found.max_batch <= max_batch and found.total <= found.budget
     runner = Runner(model, found.num_pages, found.page_size, found.max_batch, found.max_new_tokens, **options)
     assert found.parts["pages"] == runner.pages.data.nbytes
-    assert found.parts["latents"] == runner._latents.nbytes
+    assert found.parts["states"] == runner._states.nbytes
     assert found.max_prefix_len == runner.max_prefix_len == 65
     layers = runner.decoder.weights.layers
     products = [one for layer in layers for one in (*layer.projections, layer.out, layer.mlp_in, layer.mlp_out)]
@@ -126,7 +126,7 @@ def test_a_step_stays_within_its_part():
 
 
 def test_a_plan_prints_as_a_table():
-    text = str(full(20 * 10**9, latents=True))
+    text = str(full(20 * 10**9, states=True))
     lines = text.splitlines()
     assert re.fullmatch(r"\d+ candidates at once, of up to 500 tokens", lines[0])
     assert [line.split()[0] for line in lines[1:]] == [
@@ -134,7 +134,7 @@ def test_a_plan_prints_as_a_table():
         "weights",
         "panels",
         "slots",
-        "latents",
+        "states",
         "step",
         "prefill",
         "total",

@@ -1,6 +1,7 @@
 """A request decoded in many random companies has the bits that it has alone: its tokens, and the states behind them."""
 
 import random as python_random
+from collections import defaultdict
 from dataclasses import replace
 
 import numpy as np
@@ -18,6 +19,16 @@ from tests.models.clvp.builders import STOP
 PAGE_SIZE, LONGEST, REQUESTS = 16, 40, 10
 # The torch path of attention reads lengths, and adds up by them.
 needs_own_attention = isa.needs("paged_attention_decode")
+
+
+class Heard(defaultdict):
+    """Keep the state of each token that is told, by candidate."""
+
+    def __call__(self, candidate, token, state):
+        self[candidate].append(state)
+
+    def states(self, candidate):
+        return torch.stack(self[candidate])
 
 
 class Setting:
@@ -57,13 +68,13 @@ class Setting:
 
     def loop(self, num_pages, max_batch, lag=0):
         settings = dict(num_pages=num_pages, max_batch=max_batch) | self.options
-        runner = Runner(self.model, page_size=PAGE_SIZE, max_new_tokens=LONGEST, latents=True, **settings)
+        runner = Runner(self.model, page_size=PAGE_SIZE, max_new_tokens=LONGEST, states=True, **settings)
         runner.pages.data.view(torch.uint8).fill_(0x7F)  # NaN in every dtype
         runner.warm_up()
-        return DecodeLoop(runner, latents=True, lag=lag)
+        return DecodeLoop(runner, lag=lag)
 
     def job(self, number):
-        return Job(self.prompts[number], self.sampling[number])
+        return Job(self.prompts[number], self.sampling[number], Heard(list), states=True)
 
     def pages_for(self, number, candidates=1):
         own = -(-self.sampling[number].max_new_tokens // PAGE_SIZE)
@@ -111,12 +122,9 @@ def finish(loop):
 
 def same_bits(found, expected):
     return all(
-        np.array_equal(*codes) and torch.equal(*states)
-        for codes, states in zip(
-            zip(found.codes, expected.codes, strict=True),
-            zip(found.latents, expected.latents, strict=True),
-            strict=True,
-        )
+        np.array_equal(codes, other)
+        and torch.equal(found.on_token.states(candidate), expected.on_token.states(candidate))
+        for candidate, (codes, other) in enumerate(zip(found.codes, expected.codes, strict=True))
     )
 
 

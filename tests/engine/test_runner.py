@@ -124,11 +124,11 @@ def expected_tokens(model, prompt, **settings):
 
 
 def alone(model, prompt, params, candidate=0, slot=0, **options):
-    """`(tokens, latents)` of one candidate that has the runner to itself."""
-    driver = Driver(model, [prompt], [params], latents=True, **options)
+    """`(tokens, states)` of one candidate that has the runner to itself."""
+    driver = Driver(model, [prompt], [params], states=True, **options)
     driver.admit(slot, 0, candidate)
     tokens = driver.run()[0, candidate]
-    return tokens, driver.runner.latents(slot, len(tokens))
+    return tokens, driver.runner.states(slot, len(tokens))
 
 
 @pytest.mark.parametrize("contiguous", [False, True])
@@ -276,7 +276,7 @@ def test_bits_do_not_depend_on_the_batch(options, threads):
             for key in range(5)
             for candidate in (0, 3)
         }
-        driver = Driver(model, prompt_list, params, latents=True, **options)
+        driver = Driver(model, prompt_list, params, states=True, **options)
         waiting = [(key, candidate) for candidate in range(4) for key in range(5)]
         slots, found = torch.randperm(24, generator=torch.Generator().manual_seed(1)).tolist(), {}
         while waiting or driver.held:
@@ -287,12 +287,12 @@ def test_bits_do_not_depend_on_the_batch(options, threads):
             driver.step()
             for name, slot in held.items():
                 if slot not in driver.held:
-                    found[name] = driver.runner.latents(slot, len(driver.tokens[name]))
+                    found[name] = driver.runner.states(slot, len(driver.tokens[name]))
     finally:
         torch.set_num_threads(before)
-    for name, (tokens, latents) in expected.items():
+    for name, (tokens, states) in expected.items():
         assert driver.tokens[name] == tokens, name
-        assert torch.equal(found[name], latents), name
+        assert torch.equal(found[name], states), name
     assert driver.tokens[0, 0] != driver.tokens[0, 3], "candidates of one request differ"
     assert len({len(tokens) for tokens in driver.tokens.values()}) > 5
 
@@ -353,7 +353,7 @@ def test_moves(params):
     model = tiny()
     prompt_list = prompts(model)
     expected = {key: alone(model, prompt_list[key], params) for key in (1, 2)}
-    driver = Driver(model, prompt_list, [GREEDY, params, params], latents=True)
+    driver = Driver(model, prompt_list, [GREEDY, params, params], states=True)
     for slot, key in ((0, 0), (4, 1), (5, 2)):
         driver.admit(slot, key)
     for _ in range(18):
@@ -369,7 +369,7 @@ def test_moves(params):
     tokens = driver.run()
     for key, slot in ((2, 0), (1, 1)):
         assert tokens[key, 0] == expected[key][0]
-        assert torch.equal(driver.runner.latents(slot, len(tokens[key, 0])), expected[key][1])
+        assert torch.equal(driver.runner.states(slot, len(tokens[key, 0])), expected[key][1])
     assert tokens[0, 0] == alone(model, prompt_list[0], GREEDY)[0]
 
 
@@ -409,17 +409,17 @@ def test_freed_slots_write_nothing():
 
 
 @torch.no_grad()
-def test_latents_are_the_hidden_states_of_the_draws():
+def test_states_are_the_hidden_states_of_the_draws():
     model = tiny()
     decoder, (prompt,) = model.speech_decoder_model, prompts(model, (11,))
-    tokens, latents = alone(model, prompt, GREEDY)
-    logits = decoder.lm_head(latents)
-    assert latents.shape == (40, 128) and logits.argmax(-1).tolist() == tokens
+    tokens, states = alone(model, prompt, GREEDY)
+    logits = decoder.lm_head(states)
+    assert states.shape == (40, 128) and logits.argmax(-1).tolist() == tokens
     places = torch.arange(40)
     own = decoder.model.decoder.input_embeds_layer(torch.tensor([START, *tokens[:-1]]))
     own = own + decoder.model.decoder.position_embeds_layer(places + (places > 0))
     whole = decoder.model(inputs_embeds=torch.cat([prompt, own])[None], embeds_have_positions=True).last_hidden_state
-    torch.testing.assert_close(latents, decoder.final_norm(whole[0, len(prompt) :]), atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(states, decoder.final_norm(whole[0, len(prompt) :]), atol=2e-5, rtol=1e-5)
 
 
 def test_prompts_prefilled_together():
@@ -470,7 +470,7 @@ class NoReading(TorchDispatchMode):
 @needs_own_attention
 def test_nothing_is_read_within_a_step():
     model = tiny()
-    driver = Driver(model, prompts(model), VARIED, latents=True)
+    driver = Driver(model, prompts(model), VARIED, states=True)
     driver.admit(0, 0)
     driver.admit(2, 1)
     driver.step()
@@ -527,8 +527,8 @@ def test_bad_input():
     for count in (0, 7):
         with pytest.raises(ValueError, match="num_slots must be from 1 to 6"):
             driver.runner.decode(count)
-    with pytest.raises(RuntimeError, match="latents=True"):
-        driver.runner.latents(0, 1)
+    with pytest.raises(RuntimeError, match="states=True"):
+        driver.runner.states(0, 1)
     decoder.config.eos_token_id = [STOP, 3]
     with pytest.raises(ValueError, match="names 2"):
         Runner(decoder, 4, PAGE_SIZE, 2, 8)
@@ -564,11 +564,11 @@ def test_what_the_scheduler_plans(num_pages, max_batch, lag):
     params = [replace(given, max_new_tokens=25 + 3 * key) for key, given in enumerate(VARIED)]
     counts = {0: 5, 1: 1, 2: 4, 3: 3, 4: 6}
     scheduler = Scheduler(num_pages, PAGE_SIZE, max_batch, 40, lag=lag)
-    runner = Runner(model.speech_decoder_model, num_pages, PAGE_SIZE, max_batch, 40, latents=True)
+    runner = Runner(model.speech_decoder_model, num_pages, PAGE_SIZE, max_batch, 40, states=True)
     runner.pages.data.fill_(torch.nan)
     for key, count in counts.items():
         scheduler.add(key, len(prompt_list[key]), count, params[key].max_new_tokens)
-    tokens, latents, starts, moves, in_flight, ended = {}, {}, 0, 0, deque(), []
+    tokens, kept, starts, moves, in_flight, ended = {}, {}, 0, 0, deque(), []
 
     def read():
         handle, runs = in_flight.popleft()
@@ -578,7 +578,7 @@ def test_what_the_scheduler_plans(num_pages, max_batch, lag):
                 continue
             tokens[run].append(int(drawn[slot]))
             if finished[slot]:
-                latents[run.key, run.candidate] = tokens[run], runner.latents(run.slot, len(tokens[run]))
+                kept[run.key, run.candidate] = tokens[run], runner.states(run.slot, len(tokens[run]))
         ended.extend(scheduler.advance(np.flatnonzero(finished).tolist()))
 
     while (step := scheduler.schedule()) is not None:
@@ -593,8 +593,8 @@ def test_what_the_scheduler_plans(num_pages, max_batch, lag):
     while in_flight:
         read()
     assert sorted(ended) == sorted(counts) and scheduler.pool.used_pages == 0
-    assert len(latents) == sum(counts.values()) and (starts > len(latents)) == (num_pages < 200) and moves > 0
-    for (key, candidate), (drawn, states) in latents.items():
+    assert len(kept) == sum(counts.values()) and (starts > len(kept)) == (num_pages < 200) and moves > 0
+    for (key, candidate), (drawn, states) in kept.items():
         expected, expected_states = alone(model, prompt_list[key], params[key], candidate)
         assert drawn == expected, (key, candidate)
         assert torch.equal(states, expected_states), (key, candidate)

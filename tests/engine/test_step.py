@@ -96,10 +96,10 @@ def test_a_forced_backend_is_that_of_the_requests_under_way():
     def states(driver):
         driver.admit(0, len(driver.tokens))
         driver.run()
-        return driver.runner.latents(0, 40)
+        return driver.runner.states(0, 40)
 
     def driver():
-        return Driver(model, [prompt] * 4, [GREEDY] * 4, latents=True, max_batch=20)
+        return Driver(model, [prompt] * 4, [GREEDY] * 4, states=True, max_batch=20)
 
     expected = {}
     for backend in (None, "reference", "torch"):
@@ -154,10 +154,10 @@ def test_few_steps_are_kept(monkeypatch):
 def test_parameters_that_changed_are_those_of_the_next_request(way, name):
     model = tiny()
     (prompt,) = prompts(model, (9,))
-    driver = Driver(model, [prompt] * 2, [GREEDY] * 2, latents=True)
+    driver = Driver(model, [prompt] * 2, [GREEDY] * 2, states=True)
     driver.admit(0, 0)
     driver.run()
-    before = driver.runner.latents(0, 40)
+    before = driver.runner.states(0, 40)
     module = model.speech_decoder_model.model.decoder.layers[1].get_submodule(name)
     with torch.no_grad():
         if way == "in place":
@@ -169,10 +169,10 @@ def test_parameters_that_changed_are_those_of_the_next_request(way, name):
     driver.admit(0, 1)
     found = driver.run()[1, 0]
     assert found == expected_tokens(model, prompt)
-    assert not torch.allclose(driver.runner.latents(0, 40), before, atol=1e-2)
-    fresh = Driver(model, [prompt], [GREEDY], latents=True)
+    assert not torch.allclose(driver.runner.states(0, 40), before, atol=1e-2)
+    fresh = Driver(model, [prompt], [GREEDY], states=True)
     fresh.admit(0, 0)
-    assert fresh.run()[0, 0] == found and torch.equal(fresh.runner.latents(0, 40), driver.runner.latents(0, 40))
+    assert fresh.run()[0, 0] == found and torch.equal(fresh.runner.states(0, 40), driver.runner.states(0, 40))
 
 
 def test_copies_of_parameters_that_moved_are_told():
