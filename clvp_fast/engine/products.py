@@ -9,7 +9,7 @@ import torch
 
 from clvp_fast import ops
 from clvp_fast.ops import panels as packing
-from clvp_fast.ops.binding import Call, Room
+from clvp_fast.ops.binding import BoundCall, Room
 from clvp_fast.ops.linear import bind_linear
 
 # How many rows of weights are turned into 8 bits at once.
@@ -41,7 +41,7 @@ class Product:
         x: torch.Tensor,
         residual: torch.Tensor | None = None,
         activation: str | None = None,
-    ) -> Call:
+    ) -> BoundCall:
         """The same into `out`, as `bind_linear` tells."""
         return bind_linear(out, room, x, self.weight, self.bias, **self._settings(residual, activation))
 

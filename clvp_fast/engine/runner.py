@@ -27,7 +27,7 @@ from clvp_fast.engine.slots import SlotState, to_device
 from clvp_fast.engine.step import ENTERED, bind_draw
 from clvp_fast.models.clvp.causal_lm import ClvpForCausalLM
 from clvp_fast.models.clvp.tokens import longest_prompt, start_token, stop_token
-from clvp_fast.ops.binding import Call, Room
+from clvp_fast.ops.binding import BoundCall, Room
 from clvp_fast.ops.dispatch import OPERATORS, device_guard, situation
 from clvp_fast.ops.paged_attention import FLOAT8
 
@@ -131,7 +131,7 @@ class Runner:
         self._min_rows = min_rows(model)
         self._prefill_tokens = 0 if deterministic or device.type == "cpu" else PREFILL_TOKENS
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        self._bound: dict[tuple, tuple[Call, ...]] = {}
+        self._bound: dict[tuple, tuple[BoundCall, ...]] = {}
 
         rows = self._capacity = max(max_batch, self._min_rows)
         self._room = Room(rows, device)
@@ -354,7 +354,7 @@ class Runner:
         for call in calls:
             call()
 
-    def _bind(self, rows: int, shortcuts: dict[str, float | bool]) -> tuple[Call, ...]:
+    def _bind(self, rows: int, shortcuts: dict[str, float | bool]) -> tuple[BoundCall, ...]:
         """The calls of a step; all decisions are made here. Raises as `require_kernel`."""
         self.require_kernel()
         state, room = self.slots.first(rows), self._room

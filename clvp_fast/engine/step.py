@@ -12,7 +12,7 @@ import torch
 
 from clvp_fast.engine.slots import NEUTRAL
 from clvp_fast.engine.weights import LayerWeights
-from clvp_fast.ops.binding import Call, Room, copying
+from clvp_fast.ops.binding import BoundCall, Room, copying
 from clvp_fast.ops.embedding import bind_embed
 from clvp_fast.ops.mlp import bind_gelu_mlp
 from clvp_fast.ops.norm import bind_add_norm, bind_double_layer_norm
@@ -30,7 +30,7 @@ ENTERED = ("token", "seq_lens", "block_table", "prefix_table", "prefix_lens", "p
 class BoundStep:
     """Calls that enter a token of each row, and where they leave hidden states and logits of the next ones."""
 
-    calls: tuple[Call, ...]
+    calls: tuple[BoundCall, ...]
     hidden: torch.Tensor
     logits: torch.Tensor
 
@@ -73,11 +73,11 @@ def bind_decoder(
     return BoundStep(tuple(calls), normed, logits)
 
 
-def _positions(positions: torch.Tensor, seq_lens: torch.Tensor, contiguous: bool, room: Room) -> list[Call]:
+def _positions(positions: torch.Tensor, seq_lens: torch.Tensor, contiguous: bool, room: Room) -> list[BoundCall]:
     """Of what follows `seq_lens` tokens: the k-th speech token stands at position k + 1, as in the original with its
     cache; training counted k, and so do contiguous positions.
     """
-    calls: list[Call] = [partial(torch.clamp, seq_lens, min=0, out=positions)]
+    calls: list[BoundCall] = [partial(torch.clamp, seq_lens, min=0, out=positions)]
     if not contiguous:
         begun = room("begun", len(seq_lens), dtype=torch.bool)
         calls += [partial(torch.gt, positions, 0, out=begun), partial(torch.add, positions, begun, out=positions)]
@@ -86,7 +86,7 @@ def _positions(positions: torch.Tensor, seq_lens: torch.Tensor, contiguous: bool
 
 def _attention(
     attended: torch.Tensor, room: Room, layer: LayerWeights, residual: torch.Tensor, normed: torch.Tensor, stored: dict
-) -> list[Call]:
+) -> list[BoundCall]:
     """The norm of the residual, its projections, and attention over what is `stored`."""
     calls = [bind_add_norm((None, normed), room, residual, **vars(layer.input_norm), kind="layer")]
     rows, heads = len(attended), layer.num_heads
@@ -106,7 +106,7 @@ def _behind_attention(
     residual: torch.Tensor,
     between: torch.Tensor,
     normed: torch.Tensor,
-) -> list[Call]:
+) -> list[BoundCall]:
     """From what attention gave to the next layer's residual, in the place of this layer's."""
     norm = dict(**vars(layer.post_norm), kind="layer")
     if attended.device.type == "cpu":  # there the product adds the residual, and elsewhere the norm
@@ -136,7 +136,7 @@ def bind_draw(
     results: torch.Tensor,
     shortcuts: dict[str, Any],
     room: Room,
-) -> list[Call]:
+) -> list[BoundCall]:
     """The tokens of logits `[rows, vocab_size]` into the slots' state, and into `results` with whether they were last.
 
     `state` of the first rows, of which those are `inactive` whose token means nothing; `results` `[2, rows]` int64;

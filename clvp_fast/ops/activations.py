@@ -6,7 +6,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from clvp_fast.ops.binding import Call, copying
+from clvp_fast.ops.binding import BoundCall, copying
 from clvp_fast.ops.dispatch import needs_grad
 
 
@@ -59,7 +59,7 @@ def activate(x: torch.Tensor, activation: str) -> torch.Tensor:
     return _IN_PLACE.get(activation, ACTIVATIONS[activation])(x)
 
 
-def bind_activation(x: torch.Tensor, activation: str) -> Call:
+def bind_activation(x: torch.Tensor, activation: str) -> BoundCall:
     """A call that puts the activation of `x` in its place; for inference."""
     in_place = _IN_PLACE.get(activation)
     return copying(partial(ACTIVATIONS[activation], x), x) if in_place is None else partial(in_place, x)

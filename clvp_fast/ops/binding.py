@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 #: Computes what it is bound to, and returns nothing of use.
-Call = Callable[[], object]
+BoundCall = Callable[[], object]
 #: Where an operator writes: one tensor, or one of each result, `None` for one that nobody wants.
 Results = torch.Tensor | tuple[torch.Tensor | None, ...]
 
@@ -34,7 +34,7 @@ class Room:
         return self._blocks[key][:rows]
 
 
-def copying(run: Callable[[], Any], out: Results) -> Call:
+def copying(run: Callable[[], Any], out: Results) -> BoundCall:
     """A call that computes by `run`, and copies what comes of it into `out`."""
     if isinstance(out, torch.Tensor):
         return lambda: out.copy_(run())
@@ -48,7 +48,7 @@ def copying(run: Callable[[], Any], out: Results) -> Call:
     return call
 
 
-def in_turn(*calls: Call) -> Call:
+def in_turn(*calls: BoundCall) -> BoundCall:
     """A call that makes all of these, one after another."""
 
     def call() -> None:
@@ -58,7 +58,7 @@ def in_turn(*calls: Call) -> Call:
     return call
 
 
-def writing(run: Callable) -> Callable[..., Call]:
+def writing(run: Callable) -> Callable[..., BoundCall]:
     """`Implementation.bind` for a `run` that takes `out`."""
     return lambda out, room, *args: partial(run, *args, out=out)
 

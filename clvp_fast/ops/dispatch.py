@@ -24,7 +24,7 @@ from functools import partial
 import torch
 from torch.autograd import forward_ad
 
-from clvp_fast.ops.binding import Call, Results, Room, copying
+from clvp_fast.ops.binding import BoundCall, Results, Room, copying
 from clvp_fast.ops.choice import Choice, Choices
 
 BACKENDS = ("reference", "torch", "kernel")
@@ -191,7 +191,7 @@ class Implementation:
     calls: str = ""
     warns: bool = True
     missing: Callable[[torch.device], str | None] | None = None
-    bind: Callable[..., Call | None] | None = None
+    bind: Callable[..., BoundCall | None] | None = None
     pays_bound: Callable[..., bool] | None = None
 
     def missing_on(self, device: torch.device) -> str | None:
@@ -302,7 +302,7 @@ class Operator:
             return self.reference
         return self.registered if chosen.name in KERNELS else chosen.run
 
-    def bind(self, args: tuple, out: Results, room: Room) -> Call:
+    def bind(self, args: tuple, out: Results, room: Room) -> BoundCall:
         """A call without arguments that computes `args` into `out`: who computes it is chosen here, and never again.
 
         For inference. The tensors of `args` and `out` stay where they are; what they hold is read at each call. On a

@@ -6,7 +6,7 @@ out = token_table[token_ids] + position_table[position_ids]
 import torch
 import torch.nn.functional as F
 
-from clvp_fast.ops.binding import Call, Room, writing
+from clvp_fast.ops.binding import BoundCall, Room, writing
 from clvp_fast.ops.checks import check_floating, check_same, shape_error, unserved_by_triton
 from clvp_fast.ops.dispatch import Implementation, Operator, needs_grad
 
@@ -110,7 +110,7 @@ def bind_embed(
     position_ids: torch.Tensor,
     token_table: torch.Tensor,
     position_table: torch.Tensor,
-) -> Call:
+) -> BoundCall:
     """`embed` of these arguments into `out`, in its dtype, bound as `Operator.bind` tells."""
     args = (token_ids, position_ids, token_table, position_table, out.dtype)
     _check(*args)

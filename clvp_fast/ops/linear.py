@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from clvp_fast.ops import many_rows, panels as packing
 from clvp_fast.ops.activations import ACTIVATIONS, activate, bind_activation, reference_activation
-from clvp_fast.ops.binding import Call, Room, copying, in_turn, side_by_side
+from clvp_fast.ops.binding import BoundCall, Room, copying, in_turn, side_by_side
 from clvp_fast.ops.checks import as_rows, check_residual, check_same, shape_error, unserved_by_triton
 from clvp_fast.ops.dispatch import Implementation, Operator, autocasts, gradient, interpreted, needs_grad
 
@@ -288,7 +288,7 @@ def bind_linear(
     activation: str | None = None,
     residual: torch.Tensor | None = None,
     panels: torch.Tensor | None = None,
-) -> Call:
+) -> BoundCall:
     """`linear` of these arguments into `out`, bound as `Operator.bind` tells; it has the bits of `linear`."""
     args = (x, weight, bias, scale, activation, residual, panels)
     _check(*args, cast=False)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from clvp_fast.ops import many_rows
 from clvp_fast.ops.activations import ACTIVATIONS, activate, reference_activation
-from clvp_fast.ops.binding import Call, Room, in_turn, writing
+from clvp_fast.ops.binding import BoundCall, Room, in_turn, writing
 from clvp_fast.ops.checks import as_rows, check_residual, check_same, shape_error, unserved_by_triton
 from clvp_fast.ops.dispatch import Implementation, Operator, autocasts, gradient, needs_grad
 from clvp_fast.ops.linear import bind_linear, check_scale, linear
@@ -244,7 +244,7 @@ def bind_gelu_mlp(
     activation: str = "gelu_new",
     scale_in: torch.Tensor | None = None,
     scale_out: torch.Tensor | None = None,
-) -> Call:
+) -> BoundCall:
     """`gelu_mlp` of these arguments, `x` `[N, H]`, into `out`, bound as `Operator.bind` tells."""
     args = (x, w_in, b_in, w_out, b_out, residual, activation, scale_in, scale_out)
     _check(1, *args)

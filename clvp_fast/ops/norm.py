@@ -14,7 +14,7 @@ hundreds of decode steps of sixty norms.
 import torch
 import torch.nn.functional as F
 
-from clvp_fast.ops.binding import Call, Room, writing
+from clvp_fast.ops.binding import BoundCall, Room, writing
 from clvp_fast.ops.checks import as_rows, check_floating, check_residual, check_same, shape_error, unserved_by_triton
 from clvp_fast.ops.dispatch import Implementation, Operator, gradient, needs_grad
 
@@ -222,7 +222,7 @@ def bind_add_norm(
     bias: torch.Tensor | None = None,
     eps: float,
     kind: str,
-) -> Call:
+) -> BoundCall:
     """`add_norm` of these arguments into `out`, in its dtypes, bound as `Operator.bind` tells.
 
     The first result is None where there is no residual, and only there.
@@ -286,7 +286,7 @@ def bind_double_layer_norm(
     weight2: torch.Tensor,
     bias2: torch.Tensor | None,
     eps2: float,
-) -> Call:
+) -> BoundCall:
     """`double_layer_norm` of these arguments into `out`, the second in its dtype, bound as `Operator.bind` tells."""
     args = (x, weight1, bias1, eps1, weight2, bias2, eps2, out[1].dtype)
     _check_double(*args)

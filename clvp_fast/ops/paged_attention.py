@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from clvp_fast.ops.binding import Call, Room, in_turn, writing
+from clvp_fast.ops.binding import BoundCall, Room, in_turn, writing
 from clvp_fast.ops.checks import check_same, shape_error, unserved_by_triton, unserved_natively
 from clvp_fast.ops.dispatch import Implementation, Operator, needs_grad
 from clvp_fast.ops.paged_attention_torch import decode_reference, decode_torch, prefill_reference, prefill_torch
@@ -354,7 +354,7 @@ def bind_paged_attention_decode(
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
     arrivals: torch.Tensor | None = None,
-) -> Call:
+) -> BoundCall:
     """`paged_attention_decode` of these arguments into `out`, contiguous, bound as `Operator.bind` tells."""
     tables = (block_table, seq_lens, prefix_table, prefix_lens, prefix_index)
     args = (q, k_new, v_new, k_pages, v_pages, *tables, scale, k_scale, v_scale, arrivals)

@@ -13,7 +13,7 @@ from functools import partial
 
 import torch
 
-from clvp_fast.ops.binding import Call, Room, copying, in_turn, writing
+from clvp_fast.ops.binding import BoundCall, Room, copying, in_turn, writing
 from clvp_fast.ops.checks import check_same, shape_error, unserved_by_triton
 from clvp_fast.ops.dispatch import Implementation, Operator
 from clvp_fast.ops.sampling_torch import advance, reference, sample_torch
@@ -244,7 +244,7 @@ def bind_sample(
     stop_token: int,
     pad_token: int,
     do_sample: bool | torch.Tensor = True,
-) -> Call:
+) -> BoundCall:
     """`sample` of these arguments into `out`, `[N]` int64, bound as `Operator.bind` tells."""
     settings = (temperature, top_k, top_p, typical_p, min_p, repetition_penalty)
     numbers = (seed, candidate, step)
