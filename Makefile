@@ -41,7 +41,7 @@ CPP_SOURCES := $(wildcard csrc/*.* csrc/*/*.* tests/csrc/*.cpp tests/csrc/*.h te
 DEMO_TEXT := The birch canoe slid on the smooth planks, and the doctor paid 25 dollars for it.
 DEMO_OUT ?= out/demo
 
-.PHONY: setup test test-all wheel demo lint types format portability canary stress bench-cpu docs docs-packages prose docs-benchmarks kernel-report ptx-core ptx-check ptx-mutate gpu-check gpu-bench gpu-evidence clean
+.PHONY: setup test test-all wheel demo demo-quality lint types format portability canary stress bench-cpu docs docs-packages prose docs-benchmarks kernel-report ptx-core ptx-check ptx-mutate gpu-check gpu-bench gpu-evidence clean
 
 setup: $(RUNTIME_STAMP)
 
@@ -71,6 +71,12 @@ test-all: $(RUNTIME_STAMP)
 
 demo: $(RUNTIME_STAMP)
 	$(PY) -m clvp_fast generate "$(DEMO_TEXT)" --voice examples/voice.flac --checkpoint demo --out $(DEMO_OUT)
+
+# Whether the checkpoint `demo` still says what its model card says: 60 sentences of 16 candidates each, about 15 minutes.
+# It takes flite (apt-get install flite), and the packages hibari-tts and pocketsphinx.
+demo-quality: $(RUNTIME_STAMP)
+	$(PIP_INSTALL) hibari-tts pocketsphinx
+	OMP_NUM_THREADS=1 $(PY) -m examples.train quality
 
 # dist/*.whl with the native library, for all instruction sets and, where nvcc is, for CUDA. auditwheel confirms its tag.
 wheel: $(DEV_STAMP)

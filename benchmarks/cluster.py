@@ -53,7 +53,7 @@ def tasks(device: str, smoke: bool = False) -> Iterator[Task]:
         makers[name] = partial(runs.here, name, rows, threads)
     name = "clvp_fast batch, Ray, " + ("two workers, threads: 1" if device == "cpu" else "a worker a GPU")
     makers[name] = partial(runs.cluster, name, rows)
-    shape = {"rows": rows, "candidates": candidates, "new_tokens": new_tokens, "model": "demo"}
+    shape = {"rows": rows, "candidates": candidates, "new_tokens": new_tokens, "model": "random"}
     yield task("cluster", shape, makers, 1 if smoke else 2)
     rows, runs = SMOKE_IDLE if smoke else IDLE, _Runs(settings, WORKERS[device])
     here, cluster = "clvp_fast batch, one process", "clvp_fast batch, Ray"

@@ -1,6 +1,6 @@
 """A corpus through the job of `clvp-fast batch`, beside the bare engine on the same requests.
 
-On the demo's small model and with few candidates, where the job's own work (rows, journals, shards, the summary and its
+On the small random model and with few candidates, where the job's own work (rows, journals, shards, the summary and its
 picture) weighs most: with a full-size one it is below what can be measured. The model is loaded already; the error is
 the share of rows whose best candidate differs.
 """
@@ -36,7 +36,7 @@ def tasks(device: str, smoke: bool = False) -> Iterator[Task]:
             "clvp_fast engine": partial(_provider, both, "clvp_fast engine", both.engine),
             "clvp_fast batch": partial(_provider, both, "clvp_fast batch", both.batch),
         }
-        shape = {"rows": rows, "candidates": candidates, "new_tokens": new_tokens, "model": "demo"}
+        shape = {"rows": rows, "candidates": candidates, "new_tokens": new_tokens, "model": "random"}
         yield task("corpus", shape, makers, 1 if smoke else 5)
 
 

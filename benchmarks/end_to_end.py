@@ -17,7 +17,7 @@ from benchmarks.kernels import name_of
 from benchmarks.models import stock_model
 from benchmarks.tiers import TIERS, Tier, engine_error, engine_of
 from clvp_fast import CandidateRequest, ClvpProcessor, SamplingParams
-from clvp_fast.demo import demo_checkpoint
+from clvp_fast.demo import random_checkpoint
 
 TEXT = "The birch canoe slid on the smooth planks, and the doctor paid 25 dollars for it."
 KEEP, SECONDS = 3, 6
@@ -56,7 +56,7 @@ def _task(device: str, preset: str, new_tokens: int, smoke: bool) -> Task:
 
 
 def _transformers(device: str, dtype: torch.dtype, settings: SamplingParams, smoke: bool) -> Provider:
-    processor = ClvpProcessor.from_pretrained(demo_checkpoint())
+    processor = ClvpProcessor.from_pretrained(random_checkpoint())
     call = partial(with_transformers, stock_model(device, dtype, smoke), processor, settings)
     return _provider(f"transformers {name_of(dtype)}", call, processor, 0.0, 0.0)
 

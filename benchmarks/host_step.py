@@ -1,7 +1,7 @@
 """The host's part of a decode step: scheduling, its changes, the step's launches, and what is read of it.
 
-Once over a null model, whose steps cost nothing, and once over the demo checkpoint, whose layers are so small that on a
-CPU too most of a step is the host's. A run is a request from its prefill to its last tokens, in which no candidate
+Once over a null model, whose steps cost nothing, and once over the random checkpoint, whose layers are so small that
+on a CPU too most of a step is the host's. A run is a request from its prefill to its last tokens, in which no candidate
 stops. Beside the time stands a count, of the calls of Python functions in a step from the middle of a run.
 """
 
@@ -50,9 +50,9 @@ class NullRunner:
         return handle
 
 
-def demo_runner(candidates: int, steps: int, device: str = "cpu") -> Runner:
-    """Of the demo checkpoint's decoder, whose candidates never stop by themselves."""
-    model = load_checkpoint("demo", device=device).model.speech_decoder_model
+def random_runner(candidates: int, steps: int, device: str = "cpu") -> Runner:
+    """Of the random checkpoint's decoder, whose candidates never stop by themselves."""
+    model = load_checkpoint("random", device=device).model.speech_decoder_model
     with torch.no_grad():
         model.lm_head.bias[model.config.eos_token_id] = -1e4
     num_pages = candidates * -(-steps // PAGE_SIZE) + -(-PROMPT // PAGE_SIZE)
@@ -114,7 +114,7 @@ def calls_of_a_step(requests: Requests) -> int:
 def tasks(device: str, smoke: bool = False) -> Iterator[Task]:
     steps = SMOKE[1] if smoke else STEPS
     for candidates in SMOKE[:1] if smoke else CANDIDATES:
-        for model, make in (("null", _null), ("demo", partial(_demo, device))):
+        for model, make in (("null", _null), ("random", partial(_random, device))):
             # They are two shapes, and no rivals.
             shape = {"model": model, "candidates": candidates, "steps": steps, "prompt": PROMPT}
             yield task("host_step", shape, {"clvp_fast": partial(make, candidates, steps)}, 1 if smoke else 5)
@@ -126,9 +126,9 @@ def _null(candidates: int, steps: int) -> Provider:
     return Provider("clvp_fast", requests.run, wrong, 0, steps, {"python_calls": calls_of_a_step(requests)})
 
 
-def _demo(device: str, candidates: int, steps: int) -> Provider:
+def _random(device: str, candidates: int, steps: int) -> Provider:
     """Its error is how many tokens the first candidate draws otherwise than alone."""
-    requests = Requests(demo_runner(candidates, steps, device), candidates, steps)
-    alone = Requests(demo_runner(1, steps, device), 1, steps)
+    requests = Requests(random_runner(candidates, steps, device), candidates, steps)
+    alone = Requests(random_runner(1, steps, device), 1, steps)
     wrong = int((requests.run()[0] != alone.run()[0]).sum())
     return Provider("clvp_fast", requests.run, wrong, 0, steps, {"python_calls": calls_of_a_step(requests)})

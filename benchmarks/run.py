@@ -51,7 +51,7 @@ WORKLOADS = {
     "import_time": "import clvp_fast, against import torch",
     "linear": "linear layers of few rows",
     "scheduler": "the cost of scheduling in a decode step, on a null model",
-    "host_step": "the host's part of a decode step: over a null model, and over the demo checkpoint",
+    "host_step": "the host's part of a decode step: over a null model, and over the random checkpoint",
     "corpus": "a corpus through the job of clvp-fast batch, against the bare engine",
     "cluster": "a corpus through clvp-fast batch: one process, and the workers of a local Ray",
     "precision": "how far each precision tier is from float64",

@@ -60,7 +60,7 @@ class Stress:
 
     def __init__(self, seconds: float, device: str = "cpu", seed: int = 0):
         self.seconds = seconds
-        self.engine = CandidateEngine.from_pretrained("demo", device=device, max_batch=16, max_new_tokens=24)
+        self.engine = CandidateEngine.from_pretrained("random", device=device, max_batch=16, max_new_tokens=24)
         samples = np.random.default_rng(0).standard_normal((2, 11025)).astype(np.float32) * 0.1
         self.voices = [
             self.engine.voice(CandidateRequest(text="x", audio=clip, sampling_rate=22050)) for clip in samples
@@ -106,7 +106,7 @@ class Stress:
         low, median, high = (float(q) for q in np.quantile(self.latencies, [0.2, 0.5, 0.8]))
         return {
             "workload": "stress",
-            "shape": {"tasks": TASKS, "threads": THREADS, "seconds": self.seconds, "model": "demo"},
+            "shape": {"tasks": TASKS, "threads": THREADS, "seconds": self.seconds, "model": "random"},
             "provider": "clvp_fast engine",
             "seconds": {"q20": low, "median": median, "q80": high, "repeats": len(self.latencies)},
             "ratio": 1.0,

@@ -11,7 +11,7 @@ import torch
 from benchmarks.models import inputs, our_model, stock_model
 from clvp_fast import CandidateEngine, ClvpProcessor
 from clvp_fast.checkpoint import text_limit
-from clvp_fast.demo import demo_checkpoint
+from clvp_fast.demo import random_checkpoint
 from clvp_fast.engine.decoder import PagedDecoder
 from clvp_fast.models.transformers_versions import CACHE
 from clvp_fast.ops.paged_attention import FLOAT8
@@ -132,11 +132,11 @@ def engine_error(tier: Tier, device: str, smoke: bool, text_tokens: int) -> floa
 def engine_of(
     tier: Tier, device: str, smoke: bool, candidates: int, new_tokens: int, requests: int = 1
 ) -> CandidateEngine:
-    """A warmed-up engine for `candidates` at once, of so many `requests`, with the tokens of the `demo` checkpoint."""
+    """A warmed-up engine for `candidates` at once, of so many `requests`, with the tokens of `random`."""
     model = our_model(device, tier.dtype, smoke)
     # As many pages as are needed: several engines stand beside each other.
     pages = candidates * -(-new_tokens // PAGE_SIZE) + requests * (-(-text_limit(model) // PAGE_SIZE) + 1)
     options = dict(max_batch=candidates, max_new_tokens=new_tokens, page_size=PAGE_SIZE, num_pages=pages)
-    engine = CandidateEngine(model, ClvpProcessor.from_pretrained(demo_checkpoint()), **options, **tier.options)
+    engine = CandidateEngine(model, ClvpProcessor.from_pretrained(random_checkpoint()), **options, **tier.options)
     engine.warm_up()
     return engine

@@ -22,7 +22,7 @@ from clvp_fast.io.files import UnwritableError, build_folder_once, cache_folder
 from clvp_fast.io.names import RESERVED
 
 #: Names the folder in the cache: a change of anything below makes a new one.
-DEMO_VERSION = "demo-1"
+RANDOM_VERSION = "random-1"
 
 #: Where a trained demo lies, if the package has one.
 TRAINED = Path(__file__).with_name("trained_demo")
@@ -53,16 +53,16 @@ def is_random(name: str | Path) -> bool:
 
 def reserved_checkpoint(name: str) -> Path:
     """The folder of a name of `RESERVED`."""
-    return demo_checkpoint() if is_random(name) else TRAINED
+    return random_checkpoint() if is_random(name) else TRAINED
 
 
-def demo_checkpoint() -> Path:
+def random_checkpoint() -> Path:
     """The folder of the random checkpoint, built once into the user's cache (21 MB, about a second).
 
     Where the cache cannot be written, the folder is a temporary one of this process, which ends with it.
     """
     try:
-        return build_folder_once(cache_folder() / DEMO_VERSION, build_demo)
+        return build_folder_once(cache_folder() / RANDOM_VERSION, build_random)
     except UnwritableError as error:
         return Path(_temporary(sentence(error)).name)
 
@@ -70,13 +70,13 @@ def demo_checkpoint() -> Path:
 @cache
 def _temporary(reason: str) -> tempfile.TemporaryDirectory:
     """The checkpoint in a folder that only this user can see, and that is removed when the process ends."""
-    warnings.warn(f"the demo checkpoint is built for this run alone: {reason}", stacklevel=3)
-    folder = tempfile.TemporaryDirectory(prefix="clvp-fast-demo-")
-    build_demo(Path(folder.name))
+    warnings.warn(f"the random checkpoint is built for this run alone: {reason}", stacklevel=3)
+    folder = tempfile.TemporaryDirectory(prefix="clvp-fast-random-")
+    build_random(Path(folder.name))
     return folder
 
 
-def build_demo(folder: Path) -> None:
+def build_random(folder: Path) -> None:
     """Writes the random checkpoint into the empty `folder`."""
     from clvp_fast import ClvpFeatureExtractor, ClvpTokenizer
 
@@ -84,7 +84,7 @@ def build_demo(folder: Path) -> None:
     tokenizer = ClvpTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
     tokenizer.save_pretrained(folder)
     ClvpFeatureExtractor().save_pretrained(folder)
-    _demo_model().save_pretrained(folder)
+    _random_model().save_pretrained(folder)
 
 
 def write_vocabulary(folder: Path) -> None:
@@ -96,7 +96,7 @@ def write_vocabulary(folder: Path) -> None:
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
 
 
-def _demo_model():
+def _random_model():
     from clvp_fast import ClvpConfig, ClvpModelForConditionalGeneration
 
     encoder = {

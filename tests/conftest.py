@@ -80,7 +80,7 @@ def pytest_sessionfinish(session, exitstatus):
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory):
-    """Tests build the demo checkpoint for themselves: what lies in the user's cache decides nothing.
+    """Tests build the random checkpoint for themselves: what lies in the user's cache decides nothing.
 
     Native libraries are shared: their names change with all that they are made of, and each is checked before use.
     A user without a cache has none here either.

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from clvp_fast import ClvpModelForConditionalGeneration, ClvpProcessor, ClvpTokenizer, demo, native
 from clvp_fast.checkpoint import load_checkpoint, resolve_checkpoint
 from clvp_fast.cli import main
-from clvp_fast.demo import DEMO_VERSION, build_demo, demo_checkpoint, is_random
+from clvp_fast.demo import RANDOM_VERSION, build_random, is_random, random_checkpoint
 from clvp_fast.io.files import UnwritableError, cache_folder
 from tests.kit.isa import forget_library
 
@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
-    build_demo(folder)
+    build_random(folder)
     return folder
 
 
@@ -62,7 +62,7 @@ def test_vocabulary_is_reachable(folder):
 
 def test_the_same_weights_every_time(folder, tmp_path):
     state = torch.get_rng_state()
-    build_demo(tmp_path)
+    build_random(tmp_path)
     assert torch.equal(torch.get_rng_state(), state)
     first, second = load_file(folder / "model.safetensors"), load_file(tmp_path / "model.safetensors")
     assert first.keys() == second.keys()
@@ -109,7 +109,7 @@ def test_candidates_end_at_varied_lengths():
 def test_cache_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("CLVP_FAST_CACHE", str(tmp_path / "own"))
     assert cache_folder() == tmp_path / "own"
-    assert demo_checkpoint() == tmp_path / "own" / DEMO_VERSION == resolve_checkpoint("demo")
+    assert random_checkpoint() == tmp_path / "own" / RANDOM_VERSION == resolve_checkpoint("demo")
     monkeypatch.delenv("CLVP_FAST_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert cache_folder() == tmp_path / "xdg" / "clvp_fast"
@@ -123,11 +123,11 @@ def test_random_and_demo_are_names_and_no_folders(monkeypatch, tmp_path, folder,
     monkeypatch.chdir(tmp_path)
     for name in ("demo", "random"):
         shutil.copytree(folder, tmp_path / name)
-        assert resolve_checkpoint(name) == demo_checkpoint() and is_random(name)
+        assert resolve_checkpoint(name) == random_checkpoint() and is_random(name)
         assert resolve_checkpoint(f"./{name}") == Path(name) and not is_random(f"./{name}")
     monkeypatch.setattr(demo, "TRAINED", tmp_path / "demo")
     assert resolve_checkpoint("demo") == tmp_path / "demo" and not is_random("demo")
-    assert resolve_checkpoint("random") == demo_checkpoint() and is_random("random")
+    assert resolve_checkpoint("random") == random_checkpoint() and is_random("random")
     common = ("--voice", ROOT / "examples/voice.flac", "--num-candidates", 1, "--max-new-tokens", 4, "--no-pictures")
     for name, told in (("random", 1), ("demo", 0)):
         argv = ("generate", "hello", "--checkpoint", name, *common, "--out", tmp_path / "out")
@@ -170,11 +170,11 @@ def test_a_cache_that_cannot_be_written(tmp_path):
     code = """
 import os, stat
 from pathlib import Path
-from clvp_fast.demo import demo_checkpoint
+from clvp_fast.demo import random_checkpoint
 
 def show():
-    folder = demo_checkpoint()
-    assert folder == demo_checkpoint() and (folder / "model.safetensors").stat().st_size > 1e6
+    folder = random_checkpoint()
+    assert folder == random_checkpoint() and (folder / "model.safetensors").stat().st_size > 1e6
     print(folder, oct(stat.S_IMODE(folder.stat().st_mode)))
 
 def homeless():

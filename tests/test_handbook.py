@@ -14,7 +14,7 @@ import clvp_fast
 from clvp_fast import ClapConfig, ClapFeatureExtractor, ClapModel, ClapProcessor, batch, ops
 from clvp_fast.audio import load_audio
 from clvp_fast.cli import main
-from clvp_fast.demo import demo_checkpoint
+from clvp_fast.demo import random_checkpoint
 from tests.kit.documents import CLAP_ID, HUB_ID, ROOT, blocks, clone, commands, run, text_of, would_run
 from tests.models.clap.test_processing import tokenizer
 
@@ -108,7 +108,7 @@ def test_clap_example(reader):
 
 def of_the_hub(number: int) -> dict:
     page = "docs/change-the-import.md"
-    return run(blocks(page, "python")[number], page, **{HUB_ID: str(demo_checkpoint())})
+    return run(blocks(page, "python")[number], page, **{HUB_ID: str(random_checkpoint())})
 
 
 def test_the_import_changed(reader):

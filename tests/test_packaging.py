@@ -174,7 +174,7 @@ def test_an_installed_wheel_runs_the_documented_example(fresh):
     """The handbook's first one that loads a checkpoint; the demo stands for the hub's."""
     _, run = fresh
     example = blocks("docs/change-the-import.md", "python")[0]
-    folder = run("python", "-c", "from clvp_fast.demo import demo_checkpoint; print(demo_checkpoint())").strip()
+    folder = run("python", "-c", "from clvp_fast.demo import random_checkpoint; print(random_checkpoint())").strip()
     shape = run(
         "python", "-c", example.replace("susnato/clvp_dev", folder) + "\nprint(*best.shape, best.dtype)"
     ).split()

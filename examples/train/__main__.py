@@ -7,7 +7,6 @@ Whatever ends them, called again they go on.
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ import torch
 from clvp_fast import demo
 from clvp_fast.io.errors import sentence
 from clvp_fast.io.files import UnwritableError
-from examples.train import candidates, card, data, evaluate, model, train_decoder, train_scorer
+from examples.train import candidates, card, data, evaluate, judge, model, quality, train_decoder, train_scorer
 from examples.train.state import STOP, Interrupted, Refused, alone, home, note, step_of
 from examples.train.train_codec import make_codec, train_codec
 
@@ -30,10 +29,10 @@ class Plan:
     speech_files: int = 10
     codec_steps: int = 24000
     code_files: int = 300
-    decoder_steps: int = 7500
-    decoder_steps_before_candidates: int = 1500
-    candidate_files: int = 40
-    scorer_steps: int = 5000
+    decoder_steps: int = 5500
+    decoder_steps_before_candidates: int = 2000
+    candidate_files: int = 30
+    scorer_steps: int = 3000
 
 
 PLAN = Plan()
@@ -48,10 +47,12 @@ def main(arguments: list[str] | None = None) -> int:
     export = commands.add_parser("export", help="the checkpoint folder of what is trained so far")
     export.add_argument("folder", type=Path)
     judged = commands.add_parser("evaluate", help="word errors of candidates, and what their ranking gains")
-    judged.add_argument("--sentences", type=int, default=100)
-    judged.add_argument("--candidates", type=int, default=16)
-    judged.add_argument("--kind", choices=("open", "closed"), default="open")
     commands.add_parser("round-trip", help="word errors of the codec by itself")
+    shipped = commands.add_parser("quality", help="whether the package's checkpoint is as its card says")
+    for command, sentences in ((judged, 100), (shipped, 60)):
+        command.add_argument("--sentences", type=int, default=sentences)
+        command.add_argument("--candidates", type=int, default=16)
+        command.add_argument("--kind", choices=judge.KINDS, default="open")
     parser.set_defaults(command="train", parent=None)
     given = parser.parse_args(arguments)
 
@@ -63,12 +64,15 @@ def main(arguments: list[str] | None = None) -> int:
             with alone(folder, given.command):
                 (train if given.command == "train" else material)(folder)
         elif given.command == "export":
-            model.export(folder, given.folder)
-            (given.folder / "README.md").write_text(card.card(folder), encoding="utf-8")
-            shutil.copy(Path(__file__).with_name("NOTICE.md"), given.folder)
+            card.write(folder, model.export(folder, given.folder))
             print(f"wrote {given.folder}")
         elif given.command == "evaluate":
             print(json.dumps(evaluate.evaluate(folder, given.sentences, given.candidates, given.kind)))
+        elif given.command == "quality":
+            found, told = quality.quality(folder, demo.TRAINED, given.sentences, given.candidates, given.kind)
+            lines, good = quality.compare(found, told, given.candidates)
+            print("\n".join(lines))
+            return 0 if good else 1
         else:
             print(json.dumps(evaluate.round_trip(folder)))
     except Interrupted:

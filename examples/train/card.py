@@ -2,17 +2,22 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
+from clvp_fast.io.files import write_json
 from examples.train import evaluate, texts
 from examples.train.model import steps_of
 
 _TABLE = """Word error rates by pocketsphinx, of sentences that nothing was trained on. Its language model is open (its
-own trigrams) or closed (the domain's words). `p`, by Wilcoxon over sentences, is of its gain over the mean.
+own trigrams) or closed (the domain's words). Behind ± stands the standard error over sentences; `p`, by Wilcoxon over
+sentences, is of the gain over the mean. `make demo-quality` measures them again.
 
 | language model | sentences | candidates | mean | picked by score | least | p |
 |---|---|---|---|---|---|---|
 """
+# The figures of a card, in its checkpoint folder.
+FIGURES = "figures.json"
 NAME = re.compile(r"evaluation-(\d+)-(\d+)-(open|closed)\.jsonl")
 
 
@@ -28,6 +33,13 @@ def figures(folder: Path) -> list[dict]:
     return found
 
 
+def write(folder: Path, target: Path) -> None:
+    """Writes the card, its figures as JSON and the notices into the checkpoint folder `target`."""
+    (target / "README.md").write_text(card(folder), encoding="utf-8")
+    write_json(target / FIGURES, figures(folder))
+    shutil.copy(Path(__file__).with_name("NOTICE.md"), target)
+
+
 def card(folder: Path) -> str:
     """The card as Markdown."""
     trained = steps_of(folder)
@@ -37,8 +49,8 @@ def card(folder: Path) -> str:
         for count in (4, 16, 64, 256):
             if best := found.get(f"best_of_{count}"):
                 rows += (
-                    f"| {found['kind']} | {found['sentences']} | {count} | {best['mean']:.3f} | {best['picked']:.3f} | "
-                    f"{best['least']:.3f} | {best['p']:.2g} |\n"
+                    f"| {found['kind']} | {found['sentences']} | {count} | {best['mean']:.3f} | {best['picked']:.3f} ± "
+                    f"{best['picked_error']:.3f} | {best['least']:.3f} | {best['p']:.2g} |\n"
                 )
     measured = f"{_TABLE}{rows}" if rows else "Nothing was measured of this checkpoint.\n"
     return f"""# A small CLVP that was trained on synthetic speech

@@ -6,6 +6,9 @@ that an evaluation that was interrupted goes on; `uses.jsonl` counts how often t
 
 import json
 import math
+from concurrent.futures import ProcessPoolExecutor
+from itertools import repeat
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -27,24 +30,32 @@ def evaluate(folder: Path, sentences: int, count: int, kind: str = "open", seed:
         uses.write(json.dumps({"step": step, "sentences": sentences, "count": count, "kind": kind}) + "\n")
     done = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     speaker = Speaker(folder, scorer=True)
-    for number in range(len(done), sentences):
-        said = texts.EVALUATION[number]
-        (result,) = speaker.candidates([said], sampling(count, seed + number), number)
-        errors = []
-        for codes, length in zip(result.codes, result.lengths, strict=True):
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        for number in range(len(done), sentences):
             STOP.check()
-            errors.append(judge.word_errors(said, judge.hear(speaker.sound(codes[:length], number), kind)))
-        row = {"said": said, "voice": voices.NAMES[number % 2], "errors": errors, "scores": result.scores.tolist()}
-        with open(path, "a", encoding="utf-8") as rows:
-            rows.write(json.dumps(row) + "\n")
+            said = texts.EVALUATION[number]
+            (result,) = speaker.candidates([said], sampling(count, seed + number), number)
+            rows = zip(result.codes, result.lengths, strict=True)
+            sounds = [speaker.sound(codes[:length], number) for codes, length in rows]
+            errors = list(pool.map(judge.errors_of, repeat(said), sounds, repeat(kind), chunksize=4))
+            row = {"said": said, "voice": voices.NAMES[number % 2], "errors": errors, "scores": result.scores.tolist()}
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return {"step": step, "kind": kind, **summary(rows)}
 
 
 def summary(rows: list[dict]) -> dict:
-    """The mean candidate's word errors, in all and by voice, and what ranking gains at each number of candidates."""
+    """The mean candidate's word errors, in all and by voice, and what ranking gains at each number of candidates.
+
+    `mean_error` and `picked_error` are standard errors over sentences.
+    """
     errors, scores = (np.array([row[name] for row in rows]) for name in ("errors", "scores"))
-    found = {"sentences": len(rows), "mean": round(float(errors.mean()), 4)}
+    found = {
+        "sentences": len(rows),
+        "mean": round(float(errors.mean()), 4),
+        "mean_error": standard_error(errors.mean(1)),
+    }
     for name in voices.NAMES:
         mine = [row["voice"] == name for row in rows]
         if any(mine):
@@ -56,11 +67,17 @@ def summary(rows: list[dict]) -> dict:
         picked, mean = errors[np.arange(len(rows)), best], errors[:, :count].mean(1)
         found[f"best_of_{count}"] = {
             "picked": round(float(picked.mean()), 4),
+            "picked_error": standard_error(picked),
             "mean": round(float(mean.mean()), 4),
             "least": round(float(errors[:, :count].min(1).mean()), 4),
             "p": wilcoxon(mean - picked),
         }
     return found
+
+
+def standard_error(values: np.ndarray) -> float:
+    """The standard error of the mean of some values; 0 of one alone."""
+    return round(float(values.std(ddof=1) / math.sqrt(len(values))), 4) if len(values) > 1 else 0.0
 
 
 def wilcoxon(differences: np.ndarray) -> float:

@@ -58,6 +58,11 @@ def hear(samples: np.ndarray, kind: str = "closed") -> str:
     return heard.hypstr if heard else ""
 
 
+def errors_of(said: str, samples: np.ndarray, kind: str) -> float:
+    """The word errors of what is heard in samples."""
+    return word_errors(said, hear(samples, kind))
+
+
 def word_errors(said: str, heard: str) -> float:
     """The share of wrong words: insertions, deletions and replacements by the words that were said; at most 1."""
     wanted, found = said.split(), heard.split()

@@ -14,7 +14,7 @@ from examples.train.precision import products
 from examples.train.state import Training, draws, note
 from examples.train.texts import written
 
-BATCH = 64
+BATCH = 32
 
 
 class DecoderPart(nn.Module):

@@ -1,4 +1,4 @@
-"""A job on the demo checkpoint that is killed and begun again.
+"""A job on the random checkpoint that is killed and begun again.
 
     python -m tests.batch.killed ROWS KILLS FOLDER [SEED]
 

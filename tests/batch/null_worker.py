@@ -30,7 +30,7 @@ class NullEngine:
     def __init__(self, max_new_tokens: int, strange: dict[str, Exception] | None = None):
         self.max_new_tokens, self.strange = max_new_tokens, strange or {}
         self.processor = SimpleNamespace(
-            tokenizer=ClvpTokenizer.from_pretrained(resolve_checkpoint("demo"), text_cleaning="tortoise")
+            tokenizer=ClvpTokenizer.from_pretrained(resolve_checkpoint("random"), text_cleaning="tortoise")
         )
         self.voices = _NullVoices(SimpleNamespace(conditioning_encoder=nn.Module()), ClvpFeatureExtractor())
 

@@ -1,4 +1,4 @@
-"""The worker on the demo checkpoint: what rows give, what each depends on, and what it is known by."""
+"""The worker on the random checkpoint: what rows give, what each depends on, and what it is known by."""
 
 import itertools
 import os
@@ -53,7 +53,7 @@ def together(worker, rows):
 
 def test_as_the_bare_engine(worker, rows, together):
     """What the engine gives for the same requests, candidate by candidate."""
-    engine = CandidateEngine.from_pretrained("demo", device="cpu", max_batch=4, max_new_tokens=5)
+    engine = CandidateEngine.from_pretrained("random", device="cpu", max_batch=4, max_new_tokens=5)
     audio, _ = load_audio(VOICE)
     for row in rows[:4]:
         sampling = worker.settings.sampling(**row.sampling, seed=row.seed(0))
@@ -251,7 +251,7 @@ def test_latents(rows):
     """Those of each kept candidate are the bare engine's."""
     settings = Settings(**QUICK, keep=2, latents=True)
     worker = Worker(settings)
-    engine = CandidateEngine.from_pretrained("demo", device="cpu", max_batch=4, max_new_tokens=5, latents=True)
+    engine = CandidateEngine.from_pretrained("random", device="cpu", max_batch=4, max_new_tokens=5, latents=True)
     for outcome in worker.outcomes(rows[:3]):
         row = rows[outcome.row]
         voice, _ = worker.voice(row.voice)

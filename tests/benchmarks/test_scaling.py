@@ -304,7 +304,7 @@ def cluster_row(provider, rows, work, **shape):
 
 
 def test_the_document_tells_of_clusters():
-    job = {"candidates": 16, "new_tokens": 64, "model": "demo"}
+    job = {"candidates": 16, "new_tokens": 64, "model": "random"}
     rows = [
         cluster_row("one process", 48, 24.0, **job),
         cluster_row("Ray, two workers", 48, 10.5, **job),

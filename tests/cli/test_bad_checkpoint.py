@@ -11,14 +11,14 @@ from safetensors.torch import load_file, save_file
 
 from clvp_fast.cli import main
 from clvp_fast.cli.report import quiet_transformers
-from clvp_fast.demo import build_demo
+from clvp_fast.demo import build_random
 from tests.cli.conftest import ROOT, TEXT
 
 
 @pytest.fixture
 def folder(tmp_path):
     (tmp_path / "checkpoint").mkdir()
-    build_demo(tmp_path / "checkpoint")
+    build_random(tmp_path / "checkpoint")
     return tmp_path / "checkpoint"
 
 

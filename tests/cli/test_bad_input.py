@@ -137,7 +137,7 @@ def test_texts_of_a_closed_input(fails, voice, monkeypatch, tmp_path):
 
 
 def test_unequal_counts_of_texts_and_clips():
-    model = load_checkpoint("demo").model
+    model = load_checkpoint("random").model
     ids = torch.full((2, 4), 20)
     with pytest.raises(ValueError, match=r"2 .*3 "):
         model.generate(ids, torch.randn(3, 80, 517), max_new_tokens=2)

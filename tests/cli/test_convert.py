@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from clvp_fast.demo import demo_checkpoint
+from clvp_fast.demo import random_checkpoint
 from tests.models.clvp import tortoise_files
 
 TEXT = "hello there"
@@ -20,8 +20,8 @@ def files(tmp_path):
     torch.save(tortoise_files.autoregressive_state(), folder / "autoregressive.pth")
     torch.save(tortoise_files.clvp_state(), folder / "clvp2.pth")
     torch.save(torch.linspace(0.5, 2.0, tortoise_files.MELS), folder / "mel_norms.pth")
-    vocabulary = json.loads((demo_checkpoint() / "vocab.json").read_text())
-    merges = (demo_checkpoint() / "merges.txt").read_text().splitlines()[1:]
+    vocabulary = json.loads((random_checkpoint() / "vocab.json").read_text())
+    merges = (random_checkpoint() / "merges.txt").read_text().splitlines()[1:]
     (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocabulary, "merges": merges}}))
     return folder
 

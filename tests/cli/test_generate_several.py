@@ -16,7 +16,7 @@ from clvp_fast.checkpoint import load_checkpoint
 from clvp_fast.cli import items, report
 from clvp_fast.cli.items import read_texts, text_folders
 from clvp_fast.cli.voices import voice_names
-from clvp_fast.demo import build_demo
+from clvp_fast.demo import build_random
 from clvp_fast.engine.latents import cut_in_silence
 from clvp_fast.engine.ranking import Ranker
 from clvp_fast.engine.sampling_params import PRESETS
@@ -256,7 +256,7 @@ def test_saved_voice(generate, fails, voice, low, tmp_path):
 
 
 def test_voice_of_another_checkpoint(fails, generate, voice, tmp_path):
-    checkpoint = load_checkpoint("demo")
+    checkpoint = load_checkpoint("random")
     fingerprint = VoiceCache(checkpoint.model, checkpoint.feature_extractor).fingerprint
     Voice(fingerprint, -fingerprint).save(tmp_path / "strange.safetensors")
     sentence = fails("generate", TEXT, "--voice", tmp_path / "strange.safetensors", "--out", tmp_path / "out")
@@ -282,7 +282,7 @@ def test_pictures(cli, voice, tmp_path):
 def test_latents_of_the_kept(generate, voice):
     _, out = generate(TEXT, "--voice", voice, "--latents", "--keep", 2)
     kept, latents = np.load(out / "codes.npz"), np.load(out / "latents.npz")
-    hidden_size = load_checkpoint("demo").model.config.decoder_config.hidden_size
+    hidden_size = load_checkpoint("random").model.config.decoder_config.hidden_size
     assert latents.files == [str(candidate) for candidate in kept["candidates"]] and len(latents.files) == 2
     for candidate, codes in zip(latents.files, kept["codes"], strict=True):
         length = cut_in_silence(codes, 83)
@@ -316,9 +316,9 @@ def test_candidates_that_stop_at_once(cli, voice, tmp_path):
     """Nothing of them can be judged at their own length: no score, no infinity in the JSON, and still a picture."""
     checkpoint = tmp_path / "checkpoint"
     checkpoint.mkdir()
-    build_demo(checkpoint)
+    build_random(checkpoint)
     tensors = load_file(checkpoint / "model.safetensors")
-    stop = load_checkpoint("demo").model.config.decoder_config.eos_token_id
+    stop = load_checkpoint("random").model.config.decoder_config.eos_token_id
     tensors["speech_decoder_model.lm_head.bias"][stop] = 1e4
     save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
     for scoring in ("trimmed", "padded"):

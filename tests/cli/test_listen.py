@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from clvp_fast.cli.page import Page, Section, data_url
-from clvp_fast.demo import build_demo
+from clvp_fast.demo import build_random
 from clvp_fast.vocoder import Codec, save_vocoder
 from tests.kit.browser import Browser
 
@@ -22,9 +22,9 @@ NASTY = '<script>alert(1)</script> & "quotes" \' \u2028 </script> </style> <!-- 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """The random demo with a vocoder of noise, which has a code for each of its speech tokens."""
+    """The random checkpoint with a vocoder of noise, which has a code for each of its speech tokens."""
     folder = tmp_path_factory.mktemp("with-vocoder")
-    build_demo(folder)
+    build_random(folder)
     torch.manual_seed(0)
     save_vocoder(folder, Codec(levels=(8, 8, 8, 16), width=16))
     return folder

@@ -12,7 +12,7 @@ import soundfile
 from clvp_fast import ClvpFeatureExtractor
 from clvp_fast.audio import load_audio, read_audio
 from clvp_fast.cli import mel, report
-from clvp_fast.demo import build_demo
+from clvp_fast.demo import build_random
 from clvp_fast.io import files
 
 SECONDS = {"a": 0.9, "deep/b": 7.3, "deep/deeper/c.d": 6.0, "z": 0.013}
@@ -82,7 +82,7 @@ def test_a_whole_recording(cli, voice, tmp_path):
 def test_mel_norms_of_a_checkpoint(cli, voice, tmp_path):
     norms = np.linspace(0.5, 2.0, 80)
     (tmp_path / "checkpoint").mkdir()
-    build_demo(tmp_path / "checkpoint")
+    build_random(tmp_path / "checkpoint")
     ClvpFeatureExtractor(mel_norms=norms.tolist()).save_pretrained(tmp_path / "checkpoint")
     assert cli("mel", voice, "--out", tmp_path / "a").code == 0
     assert cli("mel", voice, "--out", tmp_path / "b", "--checkpoint", tmp_path / "checkpoint").code == 0

@@ -1,16 +1,16 @@
-"""The demo checkpoint's engine, and what several tests watch."""
+"""The random checkpoint's engine, and what several tests watch."""
 
 import pytest
 
 from clvp_fast.checkpoint import load_checkpoint
 from clvp_fast.engine.scheduler import Scheduler
 from clvp_fast.models.clvp.processing import ClvpProcessor
-from tests.engine.demo_engine import make, request, sampling
+from tests.engine.small_engine import make, request, sampling
 
 
 @pytest.fixture(scope="module")
 def parts():
-    checkpoint = load_checkpoint("demo")
+    checkpoint = load_checkpoint("random")
     return checkpoint.model, ClvpProcessor(checkpoint.feature_extractor, checkpoint.tokenizer)
 
 

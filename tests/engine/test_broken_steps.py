@@ -11,8 +11,8 @@ import torch
 
 import clvp_fast.engine
 from clvp_fast.engine import turns
-from tests.engine.demo_engine import assert_empty, assert_same, make, request, sampling
 from tests.engine.null_runner import asked, codes, null_engine
+from tests.engine.small_engine import assert_empty, assert_same, make, request, sampling
 from tests.kit.tracing import traced_by
 from tests.kit.waiting import join
 
@@ -169,7 +169,7 @@ def test_other_threads_are_served_meanwhile(lag, capsys):
 
 
 @pytest.mark.parametrize("lag", [0, 1])
-def test_ctrl_c_at_a_sample_of_lines_of_the_demo_engine(parts, alone, lag, capsys):
+def test_ctrl_c_at_a_sample_of_lines_of_the_small_engine(parts, alone, lag, capsys):
     engine = make(parts, lag=lag)
 
     def call():
@@ -188,4 +188,4 @@ def test_ctrl_c_at_a_sample_of_lines_of_the_demo_engine(parts, alone, lag, capsy
             assert_same(result, alone[others[result.request]])
         assert_empty(engine)
     with capsys.disabled():
-        print(f"\ndemo engine, lag {lag}: interrupted at {len(points)} points")
+        print(f"\nsmall engine, lag {lag}: interrupted at {len(points)} points")

@@ -13,7 +13,7 @@ from clvp_fast.engine.memory import CPU_BATCH
 
 @pytest.fixture(scope="module")
 def checkpoint():
-    return load_checkpoint("demo")
+    return load_checkpoint("random")
 
 
 def sizes(engine):

@@ -6,7 +6,7 @@ import torch
 
 from clvp_fast.checkpoint import text_limit
 from clvp_fast.engine.requests import CandidateRequest
-from tests.engine.demo_engine import RATE, assert_empty, assert_same, clip, request, sampling
+from tests.engine.small_engine import RATE, assert_empty, assert_same, clip, request, sampling
 
 IDS = [5, 6, 7]
 

@@ -1,4 +1,4 @@
-"""The engine as a user meets it, on the demo checkpoint: the same codes in every company, and nothing left behind."""
+"""The engine as a user meets it, on the random checkpoint: the same codes in every company, and nothing left behind."""
 
 import asyncio
 import random as python_random
@@ -10,7 +10,7 @@ import torch
 from clvp_fast.engine.engine import CandidateEngine
 from clvp_fast.engine.requests import CandidateRequest
 from clvp_fast.engine.sampling_params import SamplingParams
-from tests.engine.demo_engine import RATE, TEXTS, assert_empty, assert_same, clip, make, request, sampling
+from tests.engine.small_engine import RATE, TEXTS, assert_empty, assert_same, clip, make, request, sampling
 
 
 def test_a_result_holds_what_it_promises(parts, engine):
@@ -255,6 +255,6 @@ def test_a_saved_voice_stands_for_its_clips(engine, alone, tmp_path):
 
 
 def test_from_pretrained_takes_names_of_dtypes():
-    engine = CandidateEngine.from_pretrained("demo", device="cpu", dtype="bfloat16", max_batch=2, max_new_tokens=8)
+    engine = CandidateEngine.from_pretrained("random", device="cpu", dtype="bfloat16", max_batch=2, max_new_tokens=8)
     (result,) = engine.generate(request(0), sampling(num_candidates=2, max_new_tokens=6))
     assert result.error is None and np.isfinite(result.scores).all()

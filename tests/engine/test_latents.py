@@ -6,7 +6,7 @@ import torch
 
 from clvp_fast.engine.latents import cut_in_silence, diffusion_latents, states_of_codes
 from clvp_fast.engine.sampling_params import SamplingParams
-from tests.engine.demo_engine import make, request
+from tests.engine.small_engine import make, request
 from tests.models.clvp.builders import SHAPES, START, STOP, clips, codes, pair, texts
 
 SILENCE, ENDING = 83, (45, 45, 248)

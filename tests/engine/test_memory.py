@@ -164,7 +164,7 @@ def test_holes_between_what_is_kept_go_back_to_the_system():
 
 def test_an_engine_arranges_weights_before_it_plans():
     """Later, freed weights would lie between what the run needs."""
-    checkpoint = load_checkpoint("demo")
+    checkpoint = load_checkpoint("random")
     attention = checkpoint.model.text_encoder_model.layers[0].self_attn
     arranged = []
 

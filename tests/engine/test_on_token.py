@@ -5,7 +5,7 @@ from collections import defaultdict
 import pytest
 import torch
 
-from tests.engine.demo_engine import assert_empty, make, request, sampling
+from tests.engine.small_engine import assert_empty, make, request, sampling
 from tests.kit.waiting import BOUND
 
 

@@ -7,8 +7,8 @@ import torch
 
 from clvp_fast.engine import engine as engine_module
 from clvp_fast.engine.runner import Runner
-from tests.engine.demo_engine import assert_empty, assert_same, make, request, sampling
 from tests.engine.null_runner import NullRunner, codes, null_engine, null_request
+from tests.engine.small_engine import assert_empty, assert_same, make, request, sampling
 
 pytestmark = pytest.mark.parametrize("lag", [0, 1])
 
@@ -185,7 +185,7 @@ def test_an_interrupted_warm_up_is_made_up_for(lag, monkeypatch):
     assert_empty(engine)
 
 
-def test_the_demo_engine_s_old_runner_is_gone_too(lag, parts, alone, monkeypatch):
+def test_the_small_engine_s_old_runner_is_gone_too(lag, parts, alone, monkeypatch):
     engine, old, gone = make(parts, lag=lag), [], []
     decode, plan = Runner.decode, engine_module.plan
 

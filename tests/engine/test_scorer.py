@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from clvp_fast import CLVPModel, Ranker, Ranking, SamplingParams, Scorer
-from tests.engine.demo_engine import assert_empty, assert_same, make, request, sampling
+from tests.engine.small_engine import assert_empty, assert_same, make, request, sampling
 
 
 class Judge:

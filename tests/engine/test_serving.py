@@ -13,8 +13,8 @@ import torch
 
 from clvp_fast.engine.decode_loop import DecodeLoop
 from clvp_fast.engine.work import Work
-from tests.engine.demo_engine import assert_empty, assert_same, make, request, sampling
 from tests.engine.null_runner import NullRunner, asked, codes, null_engine, null_request
+from tests.engine.small_engine import assert_empty, assert_same, make, request, sampling
 from tests.kit.waiting import BOUND, join, wait_for
 
 

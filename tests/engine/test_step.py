@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.host_step import Requests, calls_of_a_step, demo_runner
+from benchmarks.host_step import Requests, calls_of_a_step, random_runner
 from benchmarks.precision import round_to_int8
 from clvp_fast import ops
 from clvp_fast.engine import runner as runner_module
@@ -79,11 +79,11 @@ def test_nothing_is_decided_within_a_step(dtype, options, backend):
         assert decisions(driver.start) == []
 
 
-def test_a_step_of_the_demo_checkpoint_enters_few_functions():
+def test_a_step_of_the_random_checkpoint_enters_few_functions():
     """1968 before steps were bound."""
     if isa.why_unserved("paged_attention_decode", torch.float32):
         pytest.skip("torch's own attention is made of many calls")
-    requests = Requests(demo_runner(16, 20), 16, 20)
+    requests = Requests(random_runner(16, 20), 16, 20)
     assert 20 < calls_of_a_step(requests) <= 300
 
 

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.engine.demo_engine import assert_empty, assert_same, make, request, sampling
+from tests.engine.small_engine import assert_empty, assert_same, make, request, sampling
 from tests.kit.waiting import BOUND
 
 

@@ -49,7 +49,7 @@ def test_what_is_no_saved_voice_is_a_recording(voices, tmp_path, content):
 
 
 def test_remarks_on_a_text():
-    tokenizer = ClvpTokenizer.from_pretrained(resolve_checkpoint("demo"), text_cleaning="tortoise")
+    tokenizer = ClvpTokenizer.from_pretrained(resolve_checkpoint("random"), text_cleaning="tortoise")
     assert text_remarks(tokenizer, "A café costs $5.") == ()
     assert text_remarks(tokenizer, "東京 is big.") == (
         "characters of other scripts were written in Latin letters: 東 京",
@@ -84,7 +84,7 @@ def test_pieces_from_random_places_are_those_of_the_original(voices, tmp_path, s
 
 @pytest.fixture(scope="module")
 def cache():
-    checkpoint = load_checkpoint("demo")
+    checkpoint = load_checkpoint("random")
     return VoiceCache(checkpoint.model, checkpoint.feature_extractor)
 
 
@@ -178,7 +178,7 @@ def test_what_a_voice_may_be_is_told(cache, tmp_path):
 
 
 def test_words_outside_of_a_closed_domain_are_told(tmp_path):
-    folder = resolve_checkpoint("demo")
+    folder = resolve_checkpoint("random")
     words = ["the", "doctor", "paid", "twenty", "five", "dollars", "didn't"]
     ClvpTokenizer.from_pretrained(folder, domain_words=words).save_pretrained(tmp_path)
     tokenizer = ClvpTokenizer.from_pretrained(tmp_path, text_cleaning="tortoise")

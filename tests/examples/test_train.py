@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from clvp_fast import CandidateEngine, CandidateRequest, ClvpFeatureExtractor, ClvpProcessor, SamplingParams
-from examples.train import candidates, card, data, evaluate, judge, model, texts, train_decoder, train_scorer
+from examples.train import candidates, card, data, evaluate, judge, model, quality, texts, train_decoder, train_scorer
 from examples.train.__main__ import main
 from examples.train.muon import orthogonal
 from examples.train.state import STOP, Interrupted, Refused, Training, alone, draws
@@ -83,6 +83,7 @@ def test_wilcoxon_against_the_exact_distribution():
     exact = (sums >= 66).mean()
     assert evaluate.wilcoxon(differences) == pytest.approx(exact, rel=0.2)
     assert evaluate.wilcoxon(np.zeros(5)) == 1.0
+    assert evaluate.standard_error(differences) == pytest.approx(differences.std(ddof=1) / 12**0.5, abs=1e-4)
     assert evaluate.wilcoxon(-differences) == pytest.approx(1 - exact, rel=0.02)
 
 
@@ -363,6 +364,23 @@ def test_small_recipe_end_to_end_is_exported_and_loaded(tmp_path, monkeypatch, s
     assert loaded.model.config.decoder_config.decoder_fixing_codes == [model.silence_of(codec)] * 4
 
 
+def test_a_card_is_held_to_a_measurement(tmp_path):
+    def figures(mean, picked):
+        return {"mean": mean, "mean_error": 0.02, "best_of_16": {"picked": picked, "picked_error": 0.03}}
+
+    lines, good = quality.compare(figures(0.30, 0.2), figures(0.33, 0.25), 16)
+    assert good and lines[0] == "mean candidate: word errors 0.300 ± 0.020, card 0.330 ± 0.020: as the card says"
+    lines, good = quality.compare(figures(0.30, 0.2), figures(0.31, 0.33), 16)
+    assert (
+        not good and lines[0].endswith("as the card says") and lines[1].endswith("0.330 ± 0.030: not as the card says")
+    )
+    with pytest.raises(Refused, match=r"has no figures\.json: export a trained checkpoint there first"):
+        quality.quality(tmp_path, tmp_path, 1, 16, "open")
+    (tmp_path / "figures.json").write_text(json.dumps([{"kind": "closed", "best_of_16": {}}]))
+    with pytest.raises(Refused, match="no figure of 16 candidates and the open language model"):
+        quality.quality(tmp_path, tmp_path, 1, 16, "open")
+
+
 def test_card_has_the_figures_of_this_decoder_alone(tmp_path):
     layer = nn.Linear(1, 1)
     for part, steps in (("codec", 7), ("decoder", 40)):
@@ -374,7 +392,7 @@ def test_card_has_the_figures_of_this_decoder_alone(tmp_path):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     text = card.card(tmp_path)
     assert "| decoder | 40 | 2 |" in text and "scorer" not in text.split("| trained |")[1].split("## Figures")[0]
-    assert "| open | 3 | 4 | 0.562 | 0.250 | 0.250 |" in text and "| 5 | 4 |" not in text
+    assert "| open | 3 | 4 | 0.562 | 0.250 ± 0.000 | 0.250 |" in text and "| 5 | 4 |" not in text
     (tmp_path / "evaluation-40-4-open.jsonl").unlink()
     assert "Nothing was measured of this checkpoint." in card.card(tmp_path)
 

@@ -20,7 +20,7 @@ from tests.csrc.test_persistent_decode import (
     with_pages,
     with_row,
 )
-from tests.engine.demo_engine import make, request
+from tests.engine.small_engine import make, request
 from tests.gpu.test_runner_on_gpu import driver_of, replayed_alone
 
 pytestmark = pytest.mark.gpu

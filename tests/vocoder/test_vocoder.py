@@ -8,7 +8,7 @@ import torch
 
 from clvp_fast import ClvpFeatureExtractor
 from clvp_fast.checkpoint import load_checkpoint
-from clvp_fast.demo import build_demo
+from clvp_fast.demo import build_random
 from clvp_fast.vocoder import CodecVocoder, load_vocoder, save_vocoder
 from clvp_fast.vocoder.codec import FLOOR, Codec, voice_of
 from clvp_fast.vocoder.griffin_lim import GriffinLim
@@ -164,7 +164,7 @@ def test_a_damaged_vocoder_is_one_sentence(tmp_path):
 
 
 def test_a_checkpoint_folder_brings_its_vocoder(tmp_path):
-    build_demo(tmp_path)
+    build_random(tmp_path)
     assert load_checkpoint(tmp_path).vocoder is None
     save_vocoder(tmp_path, a_codec())
     assert isinstance(load_checkpoint(tmp_path).vocoder, CodecVocoder)

@@ -1,4 +1,4 @@
-"""The engine on the demo checkpoint, requests to it by their numbers, and what must hold of their results."""
+"""The engine on the random checkpoint, requests to it by their numbers, and what must hold of their results."""
 
 import numpy as np
 
