@@ -139,8 +139,7 @@ def bind_draw(
     shortcuts: dict[str, Any],
     room: Room,
 ) -> list[Call]:
-    """Bind drawing: tokens of logits `[rows, vocab_size]` go into `state`, and into `results` with marks of the last
-    ones.
+    """Bind drawing: tokens of logits `[rows, vocab_size]` enter `state`, and with flags of the last ones `results`.
 
     `state` is that of the first rows; rows that are `inactive` have no token. `results` is `[2, rows]` int64.
     `shortcuts` are numbers that `sample` takes in place of tensors, where that saves work and changes no token.
