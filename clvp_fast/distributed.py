@@ -27,7 +27,7 @@ from clvp_fast.batch.rows import COLUMNS, Row
 from clvp_fast.batch.settings import Settings
 from clvp_fast.engine.defaults import MEMORY_FRACTION
 
-# Of results, what rows may have too: `id` is the same, `seed` as it was used.
+# Columns of results that input rows may have too: `id` is the same, and `seed` is the seed that was used.
 _SHARED = ("id", "seed", "row")
 
 

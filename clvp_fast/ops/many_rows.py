@@ -35,8 +35,7 @@ def has_matrix_unit() -> bool:
 
 
 def unserved_type(device, dtype, int8=False):
-    """Return why the kernels of linear layers take no x of `dtype` on this CPU, with weights of it or `int8`, or None.
-    """
+    """Return why the kernels of linear layers take no x of `dtype` on this CPU (with `int8` weights if so), or None."""
     from clvp_fast import native
 
     if native.isa() == "portable":
