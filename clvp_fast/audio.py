@@ -145,8 +145,7 @@ def _torn_by(log: str) -> float:
 
 
 def _readable(path: Path) -> bytes | BinaryIO:
-    """Return a path in a form that libsndfile takes, whatever its bytes; a pipe, which cannot seek, gives its content.
-    """
+    """Return a path in a form that libsndfile takes, whatever its bytes; for a pipe, which cannot seek, its content."""
     if not path.exists():
         raise FileNotFoundError(f"there is no recording at {path}")
     if path.is_dir():

@@ -49,7 +49,7 @@ class CandidateActor:
         self._worker = ready_worker(Settings(checkpoint=checkpoint, **settings), memory_fraction)
 
     def __call__(self, batch: Mapping[str, Any] | pa.Table) -> pa.Table:
-        """Lines of kept candidates, best first, in the order of the batch's rows.
+        """Return the lines of kept candidates, best first, in the order of the batch's rows.
 
         Args:
             batch: arrays by column, an Arrow table or a pandas frame: `id`, `text`, `voice` (a recording, a folder of

@@ -122,9 +122,7 @@ class ClapAudioLayer(nn.Module):
         return attended[:, :rows, :columns], tuple(weights)
 
     def _is_in_halves(self, hidden_states: torch.Tensor, size: tuple[int, int]) -> bool:
-        """Tell whether `_in_halves` has the modules' results, and is faster: on a GPU the second norm adds the
-        residual.
-        """
+        """Tell whether `_in_halves` equals the modules and is faster: on a GPU the second norm adds the residual."""
         attention = self.attention
         return (
             hidden_states.device.type == "cpu"

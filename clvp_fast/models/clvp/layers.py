@@ -53,9 +53,7 @@ class ClvpRotaryPositionalEmbedding(nn.Module):
         return self
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Return angles `[1, length, dim]`, in float32 at least, of the places of `hidden_states` `[batch, length,
-        ...]`.
-        """
+        """Return angles `[1, length, dim]`, in float32 at least, for `hidden_states` `[batch, length, ...]`."""
         angles = self._angles(torch.arange(hidden_states.shape[1], device=hidden_states.device)[None])
         return torch.cat((angles, angles), -1)
 
