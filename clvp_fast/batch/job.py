@@ -283,7 +283,7 @@ class _Job:
             return [] if again else about["failures"]
         if journal.exists():
             entry = self._open(shard, Journal.read(journal, self._outcome_schema))
-            if len(entry.done) == rows:  # it ended right before the shard was written
+            if len(entry.done) == rows:  # the job ended right before the shard was written
                 self._complete(shard)
                 return self._look_at(shard, retry_failed)
             self.rows_done += len(entry.done)

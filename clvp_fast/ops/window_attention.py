@@ -31,7 +31,7 @@ def _window_order(height, width, window, shift, device):
 
 
 def _regions(size, window, shift, device):
-    """Number the three bands of rows (or columns) of the shifted image; different bands are not neighbours."""
+    """Return the band, 0 to 2, of each row (or column) of the shifted image; different bands are not neighbours."""
     place = torch.arange(size, device=device)
     return (place >= size - window).long() + (place >= size - shift).long()
 
