@@ -109,8 +109,7 @@ def _of_rows(path: Path, content, name: str, rows: int, most: int, wanted: str) 
 
 @torch.inference_mode()
 def score(checkpoint: Checkpoint, ids: torch.Tensor, codes: np.ndarray) -> np.ndarray:
-    """Return scaled cosine similarities `[candidates]` float32 of the text `ids` `[1, length]` with the rows of
-    `codes`.
+    """Return scaled cosine similarities `[candidates]` float32 of the text `ids` `[1, length]` and the rows of codes.
     """
     model = checkpoint.model
     _check_range(checkpoint, codes)

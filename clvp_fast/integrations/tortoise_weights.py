@@ -51,7 +51,7 @@ class SharedWeights:
         for _, side, of_module in rules:
             side.check(of_module)
         self._sources = [(rule, tensor) for rule, tensor in self._now() if tensor is not None]
-        self._moved: dict[torch.Tensor, tuple[tuple[int, ...], torch.Tensor | None]] = {}  # strides, and place in a buffer
+        self._moved: dict[torch.Tensor, tuple[tuple[int, ...], torch.Tensor | None]] = {}  # strides, place in a buffer
         device = next(autoregressive.parameters()).device
         try:
             self._arrange()

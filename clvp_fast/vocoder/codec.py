@@ -119,7 +119,7 @@ class Codec(nn.Module):
         return math.prod(self.levels)
 
     def grid_of(self, log_mel: torch.Tensor) -> torch.Tensor:
-        """Map log-mel `[clips, bins, frames]`, with a multiple of `stride` frames, to levels `[clips, codes,
+        """Map log-mel `[clips, bins, frames]`, in multiples of `stride` frames, to levels `[clips, codes,
         len(levels)]`.
 
         The levels are whole numbers from 0 on; their gradient is that of the numbers before they were rounded.
