@@ -224,9 +224,7 @@ def _timed(name: str, candidates: StoredCandidates, tier: Tier, device: str, sha
 
 
 def _dense(device: str, shape: dict, smoke: bool, dtype: torch.dtype, room: int) -> list[torch.Tensor]:
-    """Return keys and values of all candidates, prompt included: `[num_layers, candidates, num_heads, tokens,
-    head_dim]`.
-    """
+    """Return keys and values of candidates, prompt included: [num_layers, candidates, num_heads, tokens, head_dim]."""
     found = known(device, smoke, shape["text_tokens"], shape["stored"])
     index = torch.arange(shape["candidates"], device=device) % _DISTINCT
     dense = []

@@ -68,8 +68,7 @@ def _roofs(rows: list[dict]) -> dict:
 
 
 def _panels(rows: list[dict]) -> dict[str, dict[str, list]]:
-    """Return, by varied value and provider, the values, the seconds' quantiles, tokens a second; at least two points.
-    """
+    """Return, by varied value and provider, values, the seconds' quantiles, tokens a second; at least two points."""
     found = {}
     for name, points in sweeps(row for row in rows if row["workload"] == "scaling").items():
         lines = defaultdict(list)

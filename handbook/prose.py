@@ -1,8 +1,8 @@
 """`python -m handbook.prose`: lists sentences that a reader has to decode, in documents, docstrings and comments.
 
-There are two kinds. "What it costs is told below" has a clause ("what it costs") for its subject: a sentence that begins
-with one of `OPENERS` is taken for such a one unless it is a question. "Nothing is not read" negates twice (`DOUBLE`
-has the plainest patterns).
+There are two kinds. "What it costs is told below" has a clause ("what it costs") for its subject; a sentence that
+begins with one of `OPENERS` counts as one unless it is a question. "Nothing is `not` read" negates twice, as `DOUBLE` finds
+in its plainest forms.
 """
 
 import ast
@@ -14,10 +14,29 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-OPENERS = ("What", "Who", "Whoever", "Whatever", "Of which", "Of what", "Of whom", "Whose", "Whichever", "Whether", "How")
+OPENERS = (
+    "What",
+    "Who",
+    "Whoever",
+    "Whatever",
+    "Whose",
+    "Whichever",
+    "Whether",
+    "How",
+    "Of which",
+    "Of what",
+    "Of whom",
+)
 # Documents, modules, and sources in C++, as patterns below the repository.
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/**/*.md")
-MODULES = tuple(f"{folder}/**/*.py" for folder in ("benchmarks", "clvp_fast", "examples", "handbook", "kernels", "tests"))
+MODULES = (
+    "benchmarks/**/*.py",
+    "clvp_fast/**/*.py",
+    "examples/**/*.py",
+    "handbook/*.py",
+    "kernels/*.py",
+    "tests/**/*.py",
+)
 CPLUSPLUS = ("csrc/**/*.*", "tests/csrc/**/*.cpp", "tests/csrc/**/*.h")
 _BEGINS = re.compile(rf"(?:{'|'.join(OPENERS)})\b")
 # Within a clause: a word that denies all, or `not`, before another word that denies.
@@ -62,6 +81,8 @@ def fault_of(sentence: str) -> str | None:
     if _BEGINS.match(sentence) and not sentence.endswith("?"):
         return "a clause is the subject"
     return "a double negation" if DOUBLE.search(sentence) else None
+
+
 def sentences(text: str) -> Iterator[tuple[int, str]]:
     """Yield the sentences of a text with the number of lines before each; cells, items and paragraphs end one."""
     for block in re.finditer(r"[^\n|]+(?:\n(?![\s]*(?:[-*|#]|\d+\.|$))[^\n|]+)*", text):
@@ -88,9 +109,9 @@ def _document(text: str) -> Iterator[tuple[int, str]]:
 def prose_of_python(source: str) -> Iterator[tuple[int, str]]:
     """Yield the docstrings and comments of a module, each with its first line."""
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-            if docstring := ast.get_docstring(node, clean=False):
-                yield node.body[0].value.lineno, docstring
+        documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
+        if documented and (docstring := ast.get_docstring(node, clean=False)):
+            yield node.body[0].value.lineno, docstring
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     yield from _blocks((t.start[0], t.string, t.line.lstrip()[0] == "#") for t in tokens if t.type == tokenize.COMMENT)
 

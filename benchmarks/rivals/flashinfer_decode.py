@@ -68,8 +68,7 @@ def paged(q, k, v, k_pages, v_pages, own, lengths, prefix, prompts, index, arriv
 
 
 def _joined(pages, own, lengths, prefix, prompts, index, width: int) -> torch.Tensor:
-    """Return each candidate's prompt and tokens in its own pages, `[candidates * width, page_size, heads, head_dim]`.
-    """
+    """Return each candidate's prompt and tokens in its pages, `[candidates * width, page_size, heads, head_dim]`."""
     page_size = pages.shape[1]
     joined = pages.new_zeros(len(own), width * page_size, *pages.shape[2:])
     for row, request in enumerate(index.tolist()):

@@ -66,7 +66,7 @@ class TorchDecoder:
 
     @torch.no_grad()
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Logits `[candidates, vocab_size]` behind `tokens` `[candidates]`."""
+        """Return logits `[candidates, vocab_size]` behind `tokens` `[candidates]`."""
         hidden = self.layers(self.layers.embedded(tokens, self.position), self._attend)
         return self.layers.logits(hidden)
 
