@@ -17,7 +17,7 @@ NAME = re.compile(r"evaluation-(\d+)-(\d+)-(open|closed)\.jsonl")
 
 
 def figures(folder: Path) -> list[dict]:
-    """Summaries of the evaluations of the decoder as it is; those of other steps are of another checkpoint."""
+    """Return the evaluations' summaries of the present decoder; those of other steps are of another checkpoint."""
     step = steps_of(folder).get("decoder", (0, 0))[0]
     found = []
     for path in sorted(folder.glob("evaluation-*.jsonl")):
@@ -29,7 +29,7 @@ def figures(folder: Path) -> list[dict]:
 
 
 def card(folder: Path) -> str:
-    """The card as Markdown."""
+    """Return the card as Markdown."""
     trained = steps_of(folder)
     steps = "".join(f"| {part} | {step} | {spent / 60:.0f} |\n" for part, (step, spent) in trained.items())
     rows = ""

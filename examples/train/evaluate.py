@@ -42,7 +42,7 @@ def evaluate(folder: Path, sentences: int, count: int, kind: str = "open", seed:
 
 
 def summary(rows: list[dict]) -> dict:
-    """The mean candidate's word errors, in all and by voice, and what ranking gains at each number of candidates."""
+    """Return the mean candidate's word errors, in all and by voice, and ranking's gain at each number of candidates."""
     errors, scores = (np.array([row[name] for row in rows]) for name in ("errors", "scores"))
     found = {"sentences": len(rows), "mean": round(float(errors.mean()), 4)}
     for name in voices.NAMES:
@@ -64,8 +64,10 @@ def summary(rows: list[dict]) -> dict:
 
 
 def wilcoxon(differences: np.ndarray) -> float:
-    """The chance of differences at least as large if none were meant: Wilcoxon's signed ranks, one-sided, by the normal
-    distribution; equal ones share their ranks, zeros are left out."""
+    """Return the chance of such differences by luck, by Wilcoxon's one-sided test of signed ranks.
+
+    Its distribution is the normal one; equal differences share their ranks, and zeros are left out.
+    """
     differences = differences[np.abs(differences) > 1e-12]
     if not len(differences):
         return 1.0
