@@ -1,8 +1,8 @@
 """`python -m handbook.prose`: lists sentences that a reader has to decode, in documents, docstrings and comments.
 
 There are two kinds. "What it costs is told below" has a clause ("what it costs") for its subject; a sentence that
-begins with one of `OPENERS` counts as one unless it is a question. "Nothing is `not` read" negates twice, as `DOUBLE` finds
-in its plainest forms.
+begins with one of `OPENERS` counts as one unless it is a question. "Nothing is `not` read" negates twice, which
+`DOUBLE` finds in its plainest forms.
 """
 
 import ast

@@ -146,7 +146,7 @@ def homeless(monkeypatch):
 
 @pytest.fixture
 def no_library_yet(monkeypatch):
-    """This process has not asked for the native library; what the test learns of it is forgotten."""
+    """Let this process forget the native library, before and after the test."""
     monkeypatch.setattr(native, "_untold", set())
     forget_library()
     yield

@@ -41,7 +41,7 @@ ELSEWHERE = {
 
 @pytest.fixture
 def reader(tmp_path, monkeypatch):
-    """The folder of a person who follows the handbook, with a small random CLAP under the hub id that it names."""
+    """Give the folder of a reader of the handbook, with a small random CLAP under the hub id that it names."""
     monkeypatch.chdir(clone(tmp_path))
     return tmp_path
 
@@ -198,7 +198,7 @@ def test_the_site_asks_no_other_machine():
 
 
 def anchors(document: Path) -> set[str]:
-    """What a link can name in a document: its headings, as GitHub and the handbook write them."""
+    """Return the anchors of a document: its headings, as GitHub and the handbook write them."""
     text = re.sub(r"^```.*?^```$", "", document.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     headings = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
     return {re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}

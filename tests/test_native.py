@@ -62,7 +62,7 @@ needs_nvcc = pytest.mark.skipif(build._find_nvcc()["nvcc"] is None, reason="ther
 
 
 def missing(device="cpu"):
-    """`native.missing` of a process that has asked for nothing yet."""
+    """Return `native.missing` of a process that has asked for nothing yet."""
     forget_library()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -71,7 +71,7 @@ def missing(device="cpu"):
 
 @pytest.fixture
 def sources(tmp_path, monkeypatch):
-    """The folder of a tiny library's sources, which the loader takes for csrc/; an empty cache, and no nvcc."""
+    """Give the sources of a tiny library, which the loader takes for csrc/, an empty cache, and no nvcc."""
     if reason := why_no_compiler():
         pytest.skip(reason)
     folder = tmp_path / "some csrc"
@@ -293,7 +293,7 @@ int cuDeviceGetCount(int *count) { *count = DEVICES; return 0; }
 
 @pytest.fixture
 def driver(tmp_path, monkeypatch):
-    """Puts a stand-in in the place of NVIDIA's driver, which returns a code and shows some devices."""
+    """Replace NVIDIA's driver by a stand-in, which returns a code and shows some devices."""
 
     def put(code, devices):
         library = tmp_path / f"libcuda_{code}_{devices}.so"

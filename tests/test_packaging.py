@@ -1,4 +1,4 @@
-"""What must hold of the package as installed: bare checkout, wheel, lazy imports, no triton."""
+"""Tests of the package as installed: bare checkout, wheel, lazy imports, no triton."""
 
 import ast
 import json
@@ -24,7 +24,7 @@ HEAVY = ("torch", "transformers", "triton", "matplotlib", "numpy", "soundfile", 
 
 
 def run_python(code: str, *path: Path, cwd: Path) -> str:
-    """Runs `code` in a fresh interpreter that sees `path` first, in a folder that is not the checkout."""
+    """Run `code` in a fresh interpreter that sees `path` first, in a folder that is not the checkout."""
     return run_command(sys.executable, "-c", code, cwd=cwd, PYTHONPATH=os.pathsep.join(map(str, path))).strip()
 
 
@@ -44,7 +44,7 @@ def wheel_of(source: Path, folder: Path, **environment) -> Path:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
-    """A copy of the sources, so that no build folder is left in the checkout."""
+    """Give a copy of the sources, so that no build folder is left in the checkout."""
     copy = tmp_path_factory.mktemp("source")
     for name in ("clvp_fast", "kernels", "csrc"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -55,7 +55,7 @@ def source(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(source, tmp_path_factory, request) -> Path:
-    """The wheel of the source distribution, its native library without CUDA (tests/kernels compiles that)."""
+    """Give the wheel of the source distribution, its native library without CUDA (tests/kernels compiles that)."""
     if given := request.config.getoption("--wheel"):
         return Path(given).resolve()
     work = tmp_path_factory.mktemp("wheel")
@@ -130,7 +130,7 @@ def test_wheel_needs_nothing_but_glibc(wheel, tmp_path):
 
 @pytest.fixture(scope="module")
 def fresh(wheel, tmp_path_factory):
-    """Runs a command in an environment with the wheel: no compiler on PATH, no source tree, a home of its own.
+    """Give a runner of commands in an environment with the wheel: no compiler, no source tree, a home of its own.
 
     The packages that the wheel depends on are those of the tests.
     """

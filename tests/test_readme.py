@@ -14,7 +14,7 @@ README = text_of("README.md")
 
 @pytest.fixture
 def reader(tmp_path, monkeypatch):
-    """The folder of a person who follows the README."""
+    """Give the folder of a reader of the README."""
     monkeypatch.chdir(clone(tmp_path))
     return tmp_path
 

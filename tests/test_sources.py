@@ -15,7 +15,7 @@ TOOLS = build.Toolchain(("g++",), "", "x86_64", tuple(build.ISA_FLAGS), nvcc="nv
 
 
 def files_in(folder: str) -> set[str]:
-    """Paths from the repository's root, without what editors and interpreters leave."""
+    """Return paths from the repository's root, without files that editors and interpreters leave."""
     found = (path for path in (ROOT / folder).rglob("*") if path.is_file() and "__pycache__" not in path.parts)
     return {str(path.relative_to(ROOT)) for path in found}
 

@@ -35,7 +35,7 @@ def rows(tmp_path_factory):
 
 
 def lines(outcomes):
-    """By row: what an outcome is, without its timings."""
+    """Return outcomes by row, without their timings."""
     return {
         outcome.row: outcome.error
         or [

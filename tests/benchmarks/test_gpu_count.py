@@ -58,7 +58,7 @@ for step in steps.bench(Path("rows")):
 
 @pytest.fixture(scope="module")
 def counted():
-    """What a GPU would be given: of each test its id and markers, and of each row what it is and its bytes."""
+    """Count a GPU's work: give each test's id and markers, and each row's description and bytes."""
     lines = [line.split("|") for line in python(COUNTED).splitlines() if line.startswith(("test|", "row|"))]
     return SimpleNamespace(
         marks={name: marks for kind, name, *marks in lines if kind == "test"},

@@ -218,7 +218,7 @@ def test_a_part_without_time_leaves_its_steps_to_the_next(place):
 
 @pytest.fixture
 def called(place, monkeypatch):
-    """Calls the command with two steps of quick workers, whose code is given, and its words."""
+    """Call the command with two steps of quick workers, whose code is given, and return its words."""
     monkeypatch.setattr(command, "card_of", lambda python: "a card")
 
     def call(code, *words):

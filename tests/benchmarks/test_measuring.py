@@ -16,7 +16,7 @@ ROWS = ['{"n": 2} torch, first', '{"n": 2} clvp_fast last']
 
 @pytest.fixture
 def worker(tmp_path, monkeypatch):
-    """Goes through two rows; gives how it ended, and what its journal has by then."""
+    """Go through two rows; return how the worker ended, and its journal."""
     journal = Journal(tmp_path / "journal.jsonl", "mark")
     places = ["--journal", str(journal.path), "--mark", "mark", "--step", "rows", "--rows", str(tmp_path / "rows")]
     words = ["tests.benchmarks.planted", "--groups", "ours,torch", "--device", "cpu", "--smoke", *places]

@@ -37,7 +37,7 @@ def low(voice, tmp_path):
 
 @pytest.fixture
 def generate(cli, tmp_path):
-    """Runs `generate` into a folder, and returns the outcome and the folder."""
+    """Run `generate` into a folder, and return the outcome and the folder."""
 
     def run(*argv, out="out", code=0):
         outcome = cli("generate", *QUICK, *argv, "--out", tmp_path / out)

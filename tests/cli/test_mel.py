@@ -27,7 +27,7 @@ def write_sound(path, seconds=1.0, rate=22050, channels=1, seed=0):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Recordings of several kinds, rates and lengths, and what must be passed over."""
+    """Give recordings of several kinds, rates and lengths, and files that must be passed over."""
     kinds = [("a.WAV", 22050, 1), ("deep/b.flac", 16000, 2), ("deep/deeper/c.d.ogg", 44100, 1), ("z.mp3", 22050, 1)]
     for seed, (name, rate, channels) in enumerate(kinds):
         name = name.replace(".mp3", ".wav") if "MP3" not in soundfile.available_formats() else name
@@ -41,7 +41,7 @@ def folder(tmp_path):
 
 
 def expected(path, extractor=None, whole=False):
-    """The features by the extractor alone, one recording a call."""
+    """Return the features by the extractor alone, one recording a call."""
     extractor = extractor or ClvpFeatureExtractor()
     samples, _ = load_audio(path, extractor.sampling_rate)
     length = {"max_length": len(samples)} if whole else {}

@@ -20,7 +20,7 @@ DOCUMENT = {"text": "Yes 🙂 é", "file": os.fsdecode(b"v\xff.wav"), "score": 0
 
 @pytest.fixture
 def piped(monkeypatch, tmp_path):
-    """Runs a command in `tmp_path` as if its output were a pipe of an encoding, and returns the bytes in it."""
+    """Run a command in `tmp_path` as if its output were a pipe of an encoding, and return the bytes in it."""
 
     def run(*argv, encoding: str) -> bytes:
         pipe = io.BytesIO()

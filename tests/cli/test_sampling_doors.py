@@ -24,7 +24,7 @@ COMMANDS = {"generate": ("generate", "Hello.", "--voice", "a.wav"), "batch": ("b
 
 
 def of_command_line(command, *options):
-    """The parameters of a command, or None where an option is refused."""
+    """Return the parameters of a command, or None where an option is refused."""
     try:
         given = sampling_of(build_parser().parse_args([*COMMANDS[command], *options]))
     except SystemExit:
@@ -40,7 +40,7 @@ def of_settings(**given):
 
 
 def of_row(**given):
-    """The parameters of a row that has them as a table would, in a job that says nothing of them."""
+    """Return the parameters of a row of a table, in a job that leaves them open."""
     row = Row.read(0, {"id": "a", "text": "Hello.", "seed": 0, **given})
     assert row.error is None
     try:

@@ -73,7 +73,7 @@ def decoder_of(dtype, seed=0, **changes):
 
 
 def scene_of(decoder, rows=ROWS, prefixes=PREFIXES, seed=0):
-    """What a step takes: pages dealt at random, and NaN in every slot that is not a stored token's."""
+    """Make the inputs of a step: pages dealt at random, and NaN in every slot that is not a stored token's."""
     generator = torch.Generator().manual_seed(seed)
     widths = [max(own // PAGE_SIZE for own, _ in rows) + 2, max(prefixes) // PAGE_SIZE + 2]
     counts = len(rows) * widths[0], len(prefixes) * widths[1]
@@ -109,7 +109,7 @@ def step_of(emulator, scene, **options):
 
 
 def with_row(scene, n):
-    """The scene of one of its rows alone."""
+    """Return the scene of one row alone."""
     alone = dict(scene)
     for name in ("tokens", "seq_lens", "block_table", "prefix_index"):
         alone[name] = scene[name][n : n + 1]
@@ -117,7 +117,7 @@ def with_row(scene, n):
 
 
 def with_pages(scene, dtype=None):
-    """The same over pages of its own, in another dtype perhaps."""
+    """Return the scene over pages of its own, perhaps in another dtype."""
     decoder = scene["decoder"] if dtype is None else PagedDecoder(copy.deepcopy(scene["decoder"].model).to(dtype))
     other = scene | {"decoder": decoder, "pages": decoder.pages(scene["pages"].data.shape[2], PAGE_SIZE)}
     other["pages"].data.copy_(scene["pages"].data)
@@ -141,7 +141,7 @@ def compare(emulator, scene, **options):
 
 
 def hold_to_the_decoder(run, scene):
-    """`run(scene)`: hidden states and logits, and new keys and values in the scene's pages."""
+    """Hold `run(scene)` to the decoder: hidden states and logits, and new keys and values in the scene's pages."""
     exact, plain, ours = with_pages(scene, torch.float64), with_pages(scene), with_pages(scene)
     active = scene["seq_lens"] >= 0
     reference, baseline, got = expected(exact), expected(plain), run(ours)
@@ -241,7 +241,7 @@ def test_ids_out_of_their_tables(emulator):
 
 
 def full_table(stored, monkeypatch):
-    """A scene whose first row has no place for its new token, which is left out of the decoder's own step as well.
+    """Give a scene whose first row has no place for its new token, which the decoder's own step omits too.
 
     128 keys fill both tables: one more would be a second part of every head, for which there is no room.
     """

@@ -22,12 +22,12 @@ SOURCES = {str(path): path.read_text().splitlines() for path in FILES}
 
 
 def enters_or_leaves_with(frame):
-    """A `with` line is traced on the way out too, where an exception would keep the lock; no signal comes there."""
+    """Tell whether a frame is at a `with` line, which is traced on the way out too, where no signal comes."""
     return SOURCES[frame.f_code.co_filename][frame.f_lineno - 1].lstrip().startswith("with ")
 
 
 def traced(call, at_line):
-    """`call()`, with `at_line(file, number)` called at each line of the engine that this thread executes."""
+    """Run `call()`, with `at_line(file, number)` called at each line of the engine that this thread executes."""
 
     def trace(frame, event, argument):
         if frame.f_code.co_filename not in SOURCES:
@@ -41,7 +41,7 @@ def traced(call, at_line):
 
 
 def points_of(call, each):
-    """Numbers of the lines that `call` executes: of every line, up to `each` occurrences, evenly drawn."""
+    """Return numbers of the lines that `call` executes: of every line up to `each` occurrences, evenly drawn."""
     count, found = itertools.count(1), defaultdict(list)
     traced(call, lambda *line: found[line].append(next(count)))
     drawn = [numbers[:: -(-len(numbers) // each)] for numbers in found.values()]
@@ -49,7 +49,7 @@ def points_of(call, each):
 
 
 def raising(call, point, error):
-    """`call()`, with `error` raised at the `point`-th executed line of the engine."""
+    """Run `call()`, with `error` raised at the `point`-th executed line of the engine."""
     count = itertools.count(1)
 
     def at_line(*_):

@@ -13,7 +13,7 @@ SILENCE, ENDING = 83, (45, 45, 248)
 
 
 def fixed_as_the_original(row, longest):
-    """`fix_autoregressive_output` of codes that are filled up with stop tokens."""
+    """Do as `fix_autoregressive_output` for codes that are filled up with stop tokens."""
     filled = [*row, *[STOP] * (longest - len(row))]
     if STOP not in filled:
         return filled
@@ -34,7 +34,8 @@ def cut_as_the_original(latents, row):
 
 @torch.no_grad()
 def second_pass(model, prompt, row):
-    """`UnifiedVoice.forward(return_latent=True)`: start, codes and stop at 0, 1, 2 ...; the last two states go."""
+    """Do as `UnifiedVoice.forward(return_latent=True)`: start, codes and stop at 0, 1, ...; drop the last two states.
+    """
     decoder = model.speech_decoder_model
     tokens = torch.tensor([START, *row, STOP])
     stack = decoder.model.decoder
@@ -44,7 +45,7 @@ def second_pass(model, prompt, row):
 
 
 def off_by(found, expected):
-    """The largest difference, relative to the root of the mean square."""
+    """Return the largest difference, relative to the root of the mean square."""
     return float((found - expected).abs().max() / expected.square().mean().sqrt())
 
 

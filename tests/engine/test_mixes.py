@@ -37,7 +37,7 @@ class Setting:
 
     @staticmethod
     def _parameters(random, seed):
-        """Each processor is on in about half of the requests; some are greedy."""
+        """Draw parameters: each processor is on in about half of the requests; some are greedy."""
 
         def sometimes(off, low, high):
             return random.choice([off, random.uniform(low, high)])
@@ -78,7 +78,7 @@ class Setting:
         return self._alone[number]
 
     def mixed(self, seed):
-        """A random company: returns pairs of a request's number and its finished job."""
+        """Decode a random company, and return pairs of a request's number and its finished job."""
         random = python_random.Random(seed)
         chosen = [random.randrange(REQUESTS) for _ in range(random.randint(2, 8))]
         least = max(self.pages_for(number) for number in chosen)

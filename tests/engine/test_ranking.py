@@ -22,7 +22,7 @@ def candidates(lengths=LENGTHS, seed: int = 2):
 
 
 def generated(model, max_new_tokens: int, candidates_per_text: int = 6, **settings):
-    """The drop-in's output for one text, and its candidates as a decoder hands them over."""
+    """Return the drop-in's output for one text, and its candidates as a decoder gives them."""
     torch.manual_seed(5)
     output = model.generate(
         texts(1),
@@ -45,7 +45,7 @@ def generated(model, max_new_tokens: int, candidates_per_text: int = 6, **settin
 
 @torch.no_grad()
 def alone(model, row):
-    """Not normalised `[projection_dim]` of one sequence of codes."""
+    """Embed one sequence of codes: `[projection_dim]`, not normalised."""
     return model.speech_encoder_model(input_ids=row[None]).embeds[0]
 
 

@@ -36,7 +36,7 @@ def codes(of: CandidateEngine) -> list:
 
 
 def anew(model, **options) -> list:
-    """The codes of an engine that is made of the weights as they are now."""
+    """Return the codes of an engine that is made from the present weights."""
     return codes(engine(copy.deepcopy(model), **options))
 
 
@@ -52,7 +52,7 @@ def copied(model):
 
 
 def stepped(model):
-    """By an optimizer."""
+    """Change the weights by an optimizer's step."""
     for parameter, value in zip(model.parameters(), other_weights(model), strict=True):
         parameter.grad = parameter.detach() - value
     torch.optim.SGD(model.parameters(), lr=1.0).step()
@@ -70,7 +70,7 @@ def put_elsewhere(model):
 
 
 def put_elsewhere_twice(model):
-    """The second time perhaps where they lay at first."""
+    """Move the weights twice; the second place may be the first one again."""
     for parameter, value in zip(model.parameters(), other_weights(model), strict=True):
         size = parameter.shape
         parameter.data = torch.zeros(size)

@@ -33,7 +33,7 @@ needs_own_attention = isa.needs("paged_attention_decode")
 
 @pytest.fixture(autouse=True)
 def words_are_written_once(monkeypatch):
-    """A word that one scatter wrote twice would hold either value on a GPU."""
+    """Assert that no scatter writes a word twice, which would hold either value on a GPU."""
     to_device = slots_module.to_device
 
     def checked(device, words, *others):
@@ -44,7 +44,7 @@ def words_are_written_once(monkeypatch):
 
 
 def stopping(model):
-    """The model, with a stop token that is drawn now and then."""
+    """Make a model whose stop token is drawn now and then."""
     with torch.no_grad():
         model.speech_decoder_model.lm_head.bias[STOP] = 1.5
     return model
@@ -100,7 +100,7 @@ class Driver:
         return self.runner.decode(max(self.held) + 1)
 
     def step(self):
-        """One step, read at once; who finished is freed."""
+        """Run one step, read it at once, and free finished candidates."""
         handle = self.start()
         tokens, finished = self.runner.tokens(handle), self.runner.finished(handle)
         for slot, (key, candidate, *_) in sorted(self.held.items()):
@@ -117,14 +117,14 @@ class Driver:
 
 @torch.no_grad()
 def expected_tokens(model, prompt, **settings):
-    """What `GenerationMixin` draws after a prompt, up to the stop token."""
+    """Return the tokens that `GenerationMixin` draws after a prompt, up to the stop token."""
     settings = dict(do_sample=False, max_new_tokens=40, eos_token_id=STOP, pad_token_id=STOP) | settings
     settings["use_engine"] = False
     return model.speech_decoder_model.generate(conditioning_embeds=prompt[None], **settings)[0, 1:].tolist()
 
 
 def alone(model, prompt, params, candidate=0, slot=0, **options):
-    """`(tokens, latents)` of one candidate that has the runner to itself."""
+    """Return `(tokens, latents)` of one candidate that has the runner to itself."""
     driver = Driver(model, [prompt], [params], latents=True, **options)
     driver.admit(slot, 0, candidate)
     tokens = driver.run()[0, candidate]

@@ -64,7 +64,7 @@ TestAnyOrder.settings = settings(max_examples=100, stateful_step_count=25, deadl
 
 @st.composite
 def tight_engines(draw):
-    """Requests that are all there from the start, over hardly more pages than the largest needs."""
+    """Draw requests that are all there from the start, over hardly more pages than the largest needs."""
     page_size, max_batch, lag = draw(st.integers(1, 3)), draw(st.integers(1, 5)), draw(st.integers(0, 1))
     requests = draw(
         st.lists(st.tuples(st.integers(1, 5), st.lists(st.integers(1, 8), min_size=1, max_size=5)), min_size=1)

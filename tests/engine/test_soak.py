@@ -92,7 +92,7 @@ def reachable(root):
 
 
 def calls(run):
-    """How many functions are called, Python's own and built-in ones."""
+    """Count called functions, Python's own and built-in ones."""
     count = 0
 
     def profile(frame, event, argument):

@@ -23,7 +23,7 @@ needs_own_attention = isa.needs("paged_attention_decode")
 
 
 def deciding() -> set[CodeType]:
-    """The code of all that asks who serves a call, and whether a module is plain."""
+    """Return the code of all functions that ask which implementation serves a call, or whether a module is plain."""
     functions = [
         dispatch.Operator.choose,
         dispatch.Operator.bind,
@@ -43,7 +43,7 @@ def deciding() -> set[CodeType]:
 
 
 def entered(call) -> list[CodeType]:
-    """The code of every Python function that a call enters."""
+    """Return the code of every Python function that a call enters."""
     found: list[CodeType] = []
     before = sys.getprofile()
     sys.setprofile(lambda frame, event, argument: found.append(frame.f_code) if event == "call" else None)

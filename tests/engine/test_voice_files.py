@@ -21,7 +21,7 @@ SIZES = 200_000, 100_000, 132_301  # samples; 132300 are 6 s
 
 @pytest.fixture
 def voices():
-    """In place of an engine's cache: a voice is the features of its recordings."""
+    """Replace an engine's cache: a voice is the features of its recordings."""
     return SimpleNamespace(feature_extractor=ClvpFeatureExtractor(), from_features=lambda mels: mels)
 
 

@@ -29,7 +29,7 @@ FULL = dict(hidden_size=1024, num_attention_heads=16, vocab_size=8194)
 
 
 def on_gpu(scene):
-    """The scene there; its step, its arguments, and its pages."""
+    """Return the scene on a GPU: its step, its arguments, and its pages."""
     decoder = PagedDecoder(copy.deepcopy(scene["decoder"].model).to(DEVICE))
     pages = decoder.pages(scene["pages"].data.shape[2], scene["pages"].page_size)
     pages.data.copy_(scene["pages"].data)
@@ -38,7 +38,7 @@ def on_gpu(scene):
 
 
 def run(scene):
-    """One step there, brought back; the scene's pages are as they are there after it."""
+    """Run one step there and bring it back; the scene's pages then equal those on the GPU."""
     step, arguments, pages = on_gpu(scene)
     with torch.inference_mode():
         hidden, logits = step.step(*arguments)

@@ -26,7 +26,7 @@ def driver_of(dtype=torch.float32, params=VARIED, device="cuda", **options):
 
 
 def replayed_alone(runner):
-    """From now on a step that is not a replay fails."""
+    """From now on let steps other than replays fail."""
 
     def eager(*args, **options):
         raise AssertionError("a step ran eagerly behind warm_up()")
@@ -35,7 +35,7 @@ def replayed_alone(runner):
 
 
 def run(driver):
-    """To the end: by candidate, its tokens and the states behind them."""
+    """Run to the end, and return each candidate's tokens and the states behind them."""
     found = {}
     while driver.held:
         held = {slot: (key, candidate) for slot, (key, candidate, *_) in driver.held.items()}

@@ -58,7 +58,7 @@ def tts(make_tts):
 
 @pytest.fixture(scope="module")
 def live(make_tts):
-    """One that is accelerated, for tests that leave it as it is."""
+    """Give an accelerated object, for tests that leave it as it is."""
     return accelerate(make_tts())
 
 

@@ -83,7 +83,7 @@ def test_in_the_unit_alone_it_would(monkeypatch):
 
 
 def one(terms, total, **unit):
-    """The first element of a product of ones and `terms`, added to `total`."""
+    """Return the first element of a product of ones and `terms`, added to `total`."""
     b = np.array(terms, np.float32)[:, None]
     return matrix_unit.dot(np.ones_like(b.T), b, np.array([[total]], np.float32), "TF32", **unit).item()
 

@@ -37,7 +37,7 @@ def make(request):
 
 @pytest.fixture
 def use(monkeypatch):
-    """`use(model)`: its logits; whatever moves a parameter fails meanwhile."""
+    """Return `use(model)`, the logits; moves of a parameter fail meanwhile."""
 
     def moved(*_):
         raise AssertionError("forward moved parameters")
@@ -72,7 +72,7 @@ def addresses(model: nn.Module) -> list[tuple]:
 
 
 def lying_otherwise(model: nn.Module) -> list[str]:
-    """The layers whose projections do not lie in a row, or whose `Conv1D` weights are not as checkpoints have them."""
+    """Return the layers whose projections do not lie in a row, or whose `Conv1D` weights are not as in checkpoints."""
     found = []
     for name, module in model.named_modules():
         if isinstance(module, Conv1D) and not module.weight.is_contiguous():

@@ -34,7 +34,7 @@ MODELS = {"clvp": _clvp, "encoder": _encoder, "decoder": _decoder, "clap": _clap
 
 
 def linears(model) -> dict[str, nn.Module]:
-    """All that has a matrix: linear layers, GPT-2's convolutions, and convolutions."""
+    """Return all modules with a matrix: linear layers, GPT-2's convolutions, and convolutions."""
     found = {name: module for name, module in model.named_modules() if getattr(module, "weight", None) is not None}
     return {name: module for name, module in found.items() if module.weight.ndim >= 2 and name != "lm_head"}
 
@@ -46,7 +46,7 @@ def outputs(model, inputs) -> dict:
 
 
 def assert_both(stock, ours, inputs, before=None, tolerance=3e-5) -> None:
-    """Both give the same, and another result than before."""
+    """Assert that both give the same result, which differs from the former one."""
     expected, found = outputs(stock, inputs), outputs(ours, inputs)
     expected = {key: value for key, value in expected.items() if key in found}
     assert expected
@@ -130,7 +130,7 @@ TORCH += (norms_without_offsets, linears_without_biases, embeddings_of_bounded_n
 
 
 def on_all_modules(model):
-    """torch's hook on the calls of all modules; the test takes it off."""
+    """Give torch's hook on the calls of all modules; the test removes it."""
     hook = lambda module, args, output: output * 0.9 if isinstance(module, nn.Linear) else None  # noqa: E731
     return nn.modules.module.register_module_forward_hook(hook)
 

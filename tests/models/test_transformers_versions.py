@@ -27,7 +27,7 @@ TOKENS = dict(max_new_tokens=6, do_sample=False, eos_token_id=STOP, pad_token_id
 
 
 def run_with(release: str, code: str) -> subprocess.CompletedProcess:
-    """Runs `code` in an interpreter of its own, where transformers says that it is of `release`."""
+    """Run `code` in a new interpreter, where transformers claims to be of `release`."""
     stand_in = f"import transformers; transformers.__version__ = {release!r}"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([*sys.path, str(ROOT)])}
     command = [sys.executable, "-c", f"{stand_in}\n{code}"]
@@ -108,7 +108,7 @@ def test_names_kept_where_they_are_moved():
 
 
 def recorded(call):
-    """What a call returns, and the warnings it gives, as category and text."""
+    """Return a call's result and its warnings, as category and text."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         result = call()

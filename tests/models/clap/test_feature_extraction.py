@@ -23,7 +23,7 @@ MODES = [(t, p) for t in ("fusion", "rand_trunc") for p in ("repeatpad", "repeat
 
 
 def clip(length: int, seed: int = 0) -> np.ndarray:
-    """A rising tone in noise: no two places of it are alike."""
+    """Return a rising tone in noise, which differs at any two places."""
     place = np.arange(length) / RATE
     noise = np.random.default_rng(seed).standard_normal(length)
     return (0.3 * np.sin(2 * np.pi * 200 * place * (1 + place)) + 0.02 * noise).astype(np.float32)
@@ -264,7 +264,7 @@ def test_paddings_of_other_extractors_mean_silence(stock, ours, padding, truncat
 
 @pytest.fixture(params=["bfloat16", "float16", "float64", "meta"])
 def another_default(request):
-    """torch's default dtype, or its default device, is another than usual."""
+    """Set another default dtype, or another default device, of torch."""
     if request.param == "meta":
         torch.set_default_device("meta")
         yield

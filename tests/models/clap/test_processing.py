@@ -17,7 +17,7 @@ TEXTS = ["a dog barks", "the sound of rain on a roof"]
 
 
 def tokenizer(folder):
-    """A byte-level tokenizer of RoBERTa's kind, with 300 tokens."""
+    """Give a byte-level tokenizer of RoBERTa's kind, with 300 tokens."""
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]

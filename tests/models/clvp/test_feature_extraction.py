@@ -25,7 +25,7 @@ def noise(length, seed=0, loudness=0.1):
 
 
 def tone_over_silence(length):
-    """A loud tone: its spectrum far away from it lies ten decades lower."""
+    """Return a loud tone, whose spectrum far away from it is ten decades lower."""
     return (0.9 * np.sin(2 * np.pi * 440 * np.arange(length) / RATE)).astype(np.float32)
 
 

@@ -188,7 +188,7 @@ def test_result_is_a_model_output():
 
 @pytest.fixture
 def runners(monkeypatch):
-    """The sizes of every runner that is made."""
+    """Give the sizes of every runner that is made."""
     made, plain = [], Runner.__init__
 
     def noted(self, model, num_pages, page_size, max_batch, *args, **kwargs):
@@ -275,7 +275,7 @@ def test_too_little_memory_leaves_the_loop(monkeypatch, caplog):
 
 
 def reason(model, caplog, *, ids=None, features=None, **settings) -> str | None:
-    """Why a call was left to the loop, or None if the engine served it."""
+    """Return why a call was left to the loop, or None if the engine served it."""
     caplog.clear()
     with caplog.at_level(logging.DEBUG, LOGGER):
         model.generate(

@@ -37,7 +37,7 @@ CHANGES = {
 
 
 def documents(config, folder) -> list:
-    """Every JSON that a configuration can make."""
+    """Return every JSON that a configuration can make."""
     config.save_pretrained(folder)
     saved = (folder / "config.json").read_text()
     return [config.to_dict(), config.to_diff_dict(), config.to_json_string(), json.loads(saved), saved]

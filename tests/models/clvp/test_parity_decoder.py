@@ -9,12 +9,12 @@ CLASSES = ["ClvpDecoder", "ClvpModel", "ClvpForCausalLM"]
 
 
 def cache_of(outputs) -> dict:
-    """The cache, under the one of its names that the output has."""
+    """Return the cache, under the name that the output uses."""
     return {key: value for key, value in outputs.items() if key in ("cache", "past_key_values")}
 
 
 def flat(outputs) -> dict:
-    """Without the cache, whose classes differ."""
+    """Return an output without the cache, whose classes differ."""
     return {key: value for key, value in outputs.items() if key not in cache_of(outputs)}
 
 

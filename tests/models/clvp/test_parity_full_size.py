@@ -23,7 +23,7 @@ def test_encoders_and_generation():
 
 
 def models():
-    """Both on one set of weights in memory."""
+    """Give both models on one set of weights in memory."""
     built = []
     for package in (transformers, clvp_fast):
         config = package.ClvpConfig(speech_config={"vocab_size": 8192})

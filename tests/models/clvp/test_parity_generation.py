@@ -31,7 +31,7 @@ SETTINGS = {
 
 
 def stopping_pair(shape: str = "heads64", dtype=torch.float32):
-    """Models of which some rows stop early: the stop token is as likely as others."""
+    """Make models some of whose rows stop early: the stop token is as likely as others."""
     models = pair(shape=shape, dtype=dtype)
     for model in models:
         with torch.no_grad():
@@ -40,7 +40,7 @@ def stopping_pair(shape: str = "heads64", dtype=torch.float32):
 
 
 def prompt(stock, ids, features):
-    """The prompt as Tortoise makes it: one stop token behind the text, then the encoder's own start and stop."""
+    """Return the prompt as Tortoise makes it: one stop token behind the text, then the encoder's own start and stop."""
     return stock.conditioning_encoder(features, F.pad(ids, (0, 1)))
 
 

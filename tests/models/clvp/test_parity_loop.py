@@ -45,7 +45,7 @@ def continued(model, how: str):
 
 
 def trained(model, call):
-    """`call` of a model in training mode that checkpoints its gradients."""
+    """Make `call` on a model in training mode that checkpoints its gradients."""
     model.gradient_checkpointing_enable({"use_reentrant": False})
     result = call(model.train())
     model.gradient_checkpointing_disable()
@@ -106,7 +106,7 @@ CALLS = {
 
 
 def plain(value):
-    """An output with its cache as keys and values, by layer; what holds no tensors as it is."""
+    """Return an output with its cache as keys and values by layer; values without tensors stay."""
     if hasattr(value, "get_seq_length"):
         length = int(value.get_seq_length())
         return [(layer.keys[..., :length, :], layer.values[..., :length, :]) for layer in value.layers]

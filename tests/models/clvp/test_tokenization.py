@@ -17,7 +17,7 @@ SPECIALS = ["[STOP]", "[UNK]", "[SPACE]", "<|endoftext|>", "[stop]", "'s", "'the
 
 
 def small_vocabulary(folder):
-    """A vocabulary of a few merges, with no [SPACE], so that both ways of writing a space are met."""
+    """Give a vocabulary of a few merges without [SPACE], so that both ways of writing a space occur."""
     merges = ["t h", "th e", "l l", "h e", "Ġ t", "Ġt h", "o n", "on e", "e e", "n ine"]
     symbols = [*map(chr, range(ord("!"), ord("~") + 1)), "Ġ", *("".join(merge.split()) for merge in merges)]
     vocab = {token: index for index, token in enumerate(["[STOP]", "[UNK]", *dict.fromkeys(symbols)])}

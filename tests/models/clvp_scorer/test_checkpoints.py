@@ -22,7 +22,7 @@ CLASSES = ["CLVPModel", *SIDES]
 
 
 def share(name: str, state: dict) -> dict:
-    """The tensors of a full CLVP that a class holds."""
+    """Return the tensors of a full CLVP that a class holds."""
     prefixes = ("text_encoder_model.", "speech_encoder_model.", "logit_scale")
     if name != "CLVPModel":
         prefixes = (SIDES[name] + ".",)
