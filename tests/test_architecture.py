@@ -87,7 +87,7 @@ def test_rooms_know_those_below_them():
 
 
 def test_no_circle_of_imports():
-    """Of what modules import while they are imported themselves."""
+    """Look at imports that run while modules are imported themselves."""
     modules = _modules()
     names = modules.keys() - set(ROOT_MODULES)
     left = {name: _imports(_tree(modules[name]).body, modules) - {name} for name in names}

@@ -117,7 +117,7 @@ def test_on_a_cpu_no_device_is_asked_for(operator, monkeypatch):
 
 
 def test_streams_events_and_captures_of_a_runner(runner, current, noted, monkeypatch):
-    """`warm_up` and `decode` of a runner that takes itself to be on the second GPU."""
+    """Run `warm_up` and `decode` of a runner that believes to be on the second GPU."""
     stepped = []
     monkeypatch.setattr(runner, "_step", lambda rows: stepped.append((rows, current[-1])))
     for rows in range(1, runner._capacity + 1):
@@ -145,7 +145,7 @@ def test_changes_of_slots(runner, current, monkeypatch):
 
 
 def test_the_native_library_s_calls(current, noted, monkeypatch):
-    """The persistent step in the current stream of its device, and the question after a block's shared memory."""
+    """Launch the persistent step in its device's stream, and ask there for a block's shared memory."""
     seen = []
 
     def answer(*args):  # a call and its stream, or a length and room for words

@@ -110,7 +110,7 @@ print(native.folder("cpu"), native.missing("cpu"), native.library().clvp_fast_cp
 
 @of_a_built_wheel
 def test_wheel_needs_nothing_but_glibc(wheel, tmp_path):
-    """And its tag names the glibc that has what it needs: `make wheel` asks auditwheel for the same."""
+    """Compare the tag's glibc with the needs of the library, as auditwheel does in `make wheel`."""
     zipfile.ZipFile(wheel).extractall(tmp_path)
     needed, minors = set(), set()
     for library in tmp_path.glob("clvp_fast/_native/*/lib*.so"):
@@ -171,7 +171,7 @@ def test_an_installed_wheel_runs_the_demo(fresh):
 
 @of_a_built_wheel
 def test_an_installed_wheel_runs_the_documented_example(fresh):
-    """The handbook's first one that loads a checkpoint; the demo stands for the hub's."""
+    """Run the handbook's first example that loads a checkpoint; the demo stands for the hub's."""
     _, run = fresh
     example = blocks("docs/change-the-import.md", "python")[0]
     folder = run("python", "-c", "from clvp_fast.demo import demo_checkpoint; print(demo_checkpoint())").strip()
@@ -182,7 +182,7 @@ def test_an_installed_wheel_runs_the_documented_example(fresh):
 
 
 def test_install_without_a_compiler(source, tmp_path):
-    """It succeeds, and the reason of what is missing is one sentence."""
+    """Succeed, and give the reason for the missing library in one sentence."""
     wheel = wheel_of(source, tmp_path, CXX="/bin/false")
     assert wheel.name.endswith("-py3-none-any.whl")
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
@@ -241,7 +241,7 @@ def test_public_name_resolves(name):
 
 
 def test_type_checkers_see_every_public_name():
-    """The lazy module hides its names from type checkers; the stub beside it shows them."""
+    """Compare the stub with the lazy module, whose names type checkers cannot see."""
     public = {
         name.asname or name.name: node.module
         for node in ast.parse((ROOT / "clvp_fast/__init__.pyi").read_text()).body

@@ -21,7 +21,7 @@ def files_in(folder: str) -> set[str]:
 
 
 def test_every_file_is_of_a_part_of_the_library():
-    """A source that no part compiles and no other file includes would be dead; so would its line in the hash."""
+    """Find dead sources, which no part compiles and no other file includes."""
     parts = {part: set(build.part_sources(ROOT / "csrc", TOOLS, part)) for part in build.LIBRARIES}
     assert {f"csrc/{name}" for name in parts["cpu"] | parts["cuda"]} == files_in("csrc")
     assert {name.partition("/")[0] for name in parts["cpu"] if "/" in name} == {"cpu"}

@@ -31,7 +31,7 @@ def in_child(work: Callable[[], object]) -> int:
 
 
 def die_at(rename: int, behind: bool) -> None:
-    """From now on, end this process at its `rename`-th rename."""
+    """End this process at its `rename`-th rename from now on."""
     replace, left = os.replace, rename
 
     def dying(source, target):

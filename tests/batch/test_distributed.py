@@ -313,7 +313,7 @@ def test_the_driver_is_killed_and_the_job_goes_on_anywhere(ray, corpus, single, 
 
 @pytest.mark.slow  # CI runs it: a cluster's workers die here, which takes as long as all others together
 def test_a_checkpoint_that_a_worker_cannot_load(ray, corpus, tmp_path):
-    """It is told by the first worker that is asked, and where that one has it, by any other that has it not."""
+    """Let the first worker report it; where only another one lacks it, let that one report it."""
     with pytest.raises(FileNotFoundError, match="no-such-folder"):
         run(corpus, tmp_path / "out", ray=True, checkpoint="./no-such-folder", voice=VOICE, progress=False)
     known = Settings(num_candidates=2, max_new_tokens=5, batch_size=8, threads=1, device="cpu")

@@ -91,7 +91,7 @@ def device_of(monkeypatch):
 
 
 def test_what_waits_for_the_device_is_never_captured(device_of):
-    """A capture that fails would cost all rows behind it their memory."""
+    """Avoid a failing capture, which would cost all later rows their memory."""
     device = device_of()
     assert kernels.captured(device.wait) is None
     assert device.captures == 0 and device.mode == 1

@@ -87,7 +87,7 @@ def test_table_and_order_of_files(cli, checkpoint, recordings):
 
 
 def test_what_was_changed_is_told(cli, checkpoint, recordings):
-    """On stderr once a kind, and in the document by recording."""
+    """Note changes once a kind on stderr, and by recording in the document."""
     call = ["score", "--model", "clap", "--checkpoint", checkpoint, "--text", "rain", "--json", "--audio"]
     outcome = cli(*call, recordings)
     remarks = {found["recording"]: found["remark"] for found in json.loads(outcome.out)["remarks"]}

@@ -68,7 +68,7 @@ def steps(engine):
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, torch.OutOfMemoryError])
 @pytest.mark.parametrize("lag", [0, 1])
 def test_a_step_that_breaks_off_at_any_line_loses_nothing(lag, error, each, capsys):
-    """One caller waits for four requests; another one, with none of its own, steps for all and is interrupted."""
+    """Let one caller wait for four requests, while another, with none, steps for all and is interrupted."""
     expected = codes(null_engine(lag).generate(asked()))
     assert set(expected) == {0, 1, 2, 3}
 
@@ -105,7 +105,7 @@ def test_a_step_that_breaks_off_at_any_line_loses_nothing(lag, error, each, caps
 
 
 def test_the_caller_that_is_interrupted_loses_its_own_requests_alone(capsys):
-    """Points in the caller's own iteration, submitting, taking and giving up included."""
+    """Interrupt anywhere in the caller's own iteration: submitting, taking and dropping too."""
     engine = null_engine(1)
     expected = codes(engine.generate(asked()))
 
@@ -129,7 +129,7 @@ def test_the_caller_that_is_interrupted_loses_its_own_requests_alone(capsys):
 
 @pytest.mark.parametrize("lag", [0, 1])
 def test_other_threads_are_served_meanwhile(lag, capsys):
-    """Two threads have requests of their own in the batch, which they all get; what failed belongs to the thread."""
+    """Give two threads requests in one batch; both get theirs, and a failure belongs to its thread."""
     engine = null_engine(lag)
     expected = codes(engine.generate(asked()))
     kinds = (KeyboardInterrupt, SystemExit, MemoryError, RuntimeError)

@@ -191,7 +191,7 @@ def logits_along(model, prompt_list, tokens, **options):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @torch.inference_mode()
 def test_a_half_type_keeps_its_residual_in_float32(dtype):
-    """What error is left is that of half operands; with a residual of the half type it grows with the depth."""
+    """Expect only the error of half operands; with a residual of the half type it grows with the depth."""
     composite = tiny(num_hidden_layers=12)
     prompt_list = prompts(composite)
     model = composite.speech_decoder_model.to(dtype)

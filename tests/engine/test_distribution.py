@@ -215,7 +215,7 @@ SAMPLED = [name for name, settings in SETTINGS.items() if settings.get("do_sampl
 
 @pytest.mark.parametrize("name", [name for name in SAMPLED if "penalize_prompt" not in SETTINGS[name]])
 def test_the_table_is_that_of_generation(models, prompt, continuations, name):
-    """Logits and scores of every step of transformers' own sampling are those of the table."""
+    """Compare logits and scores of every step of transformers' own sampling with the table."""
     settings = dict(top_k=0) | SETTINGS[name]
     torch.manual_seed(0)
     with torch.no_grad():

@@ -34,8 +34,7 @@ def cut_as_the_original(latents, row):
 
 @torch.no_grad()
 def second_pass(model, prompt, row):
-    """Do as `UnifiedVoice.forward(return_latent=True)`: start, codes and stop at 0, 1, ...; drop the last two states.
-    """
+    """Do as `UnifiedVoice.forward(return_latent=True)`: start, codes, stop at 0, 1, ...; drop the last two states."""
     decoder = model.speech_decoder_model
     tokens = torch.tensor([START, *row, STOP])
     stack = decoder.model.decoder
@@ -91,7 +90,7 @@ def test_where_the_silence_is_cut():
 
 @pytest.mark.parametrize("contiguous", [False, True])
 def test_the_engine_gives_them(parts, contiguous, monkeypatch):
-    """Of the kept candidates, at the second pass's positions whichever they were drawn with."""
+    """Compare kept candidates, at the second pass's positions, however they were drawn."""
     model, processor = parts
     monkeypatch.setattr(model.config.decoder_config, "contiguous_positions", contiguous, raising=False)
     engine = make(parts, latents=True)
@@ -111,7 +110,7 @@ def test_the_engine_gives_them(parts, contiguous, monkeypatch):
 @pytest.mark.parametrize("lag", [0, 1])
 @pytest.mark.parametrize("pages", [None, 14], ids=["room", "preempted"])
 def test_states_are_streamed_with_the_codes_that_were_drawn_from_them(parts, lag, pages, monkeypatch):
-    """Those of a pass over a candidate's codes, each once, its stop token's too."""
+    """Compare with a pass over a candidate's codes: each state once, the stop token's too."""
     model = parts[0]
     monkeypatch.setattr(model.config.decoder_config, "contiguous_positions", True, raising=False)
     engine = make(parts, lag=lag, states=True, **({} if pages is None else {"num_pages": pages}))

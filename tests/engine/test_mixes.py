@@ -145,7 +145,7 @@ def test_every_company(dtype, options, mixes, happened):
 
 
 def test_mixes_over_float8_pages(happened):
-    """With the reference, which treats each row alone: on a CPU no kernel reads float8 pages."""
+    """Use the reference, which treats each row alone: on a CPU no kernel reads float8 pages."""
     setting = Setting(torch.float32, deterministic=True, max_batch=20, page_dtype=torch.float8_e4m3fn)
     setting.sampling = [
         replace(sampling, max_new_tokens=min(sampling.max_new_tokens, 18)) for sampling in setting.sampling

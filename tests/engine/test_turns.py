@@ -131,7 +131,7 @@ def test_a_finalizer_finds_that_its_thread_waits():
 
 
 def test_interrupts_at_any_moment():
-    """A signal's exception in the main thread, 2000 times: others go on, and none is in a turn beside another."""
+    """Raise a signal's exception in the main thread 2000 times: others go on, never two in a turn."""
     turns, inside, clashes, served = Turns(), [], [], [0] * 3
     chance, ending = random.Random(0), threading.Event()
 

@@ -46,7 +46,7 @@ def encoded(monkeypatch):
 @pytest.mark.parametrize("shape", SHAPES)
 @torch.no_grad()
 def test_prompts_are_bitwise_those_of_today(shape, dtype):
-    """A voice joined with texts of any number and padding, against `prompt` with the clip itself."""
+    """Join a voice with texts of any number and padding, and compare with `prompt` of the clip itself."""
     cache = cache_of(shape, dtype)
     encoder = cache.model.conditioning_encoder
     features = extractor()(sound(), sampling_rate=RATE, return_tensors="pt")["input_features"]

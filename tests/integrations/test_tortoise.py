@@ -339,7 +339,7 @@ def test_moved_models_are_told(make_tts):
 
 
 def test_a_device_without_room_leaves_all_where_it_was(make_tts, monkeypatch):
-    """With `meta` for the device: the engine cannot be made there."""
+    """Move to the device `meta`, on which no engine can be made."""
     tts = accelerate(make_tts())
     stage = tts._clvp_fast
     moved, refresh = [], stage.engine.refresh

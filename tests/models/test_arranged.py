@@ -283,7 +283,7 @@ def test_what_cannot_lie_in_a_row_stays_as_it_is(make, change):
 
 
 def test_neighbours_by_chance_are_not_taken_for_one():
-    """Of two storages that happen to touch, as an allocator may put them, no view is made."""
+    """Make no view of two storages that happen to touch, as an allocator may put them."""
     block = torch.randn(3 * 64 * 64)
     linears = [nn.Linear(64, 64, bias=False) for _ in range(3)]
     for linear, part in zip(linears, block.split(64 * 64), strict=True):

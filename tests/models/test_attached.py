@@ -213,7 +213,7 @@ def test_as_in_transformers_inside_of_parts(model, attach):
 
 
 def test_generation_calls_the_conditioning_encoder():
-    """As transformers does, whose hooks change the prompt."""
+    """Call it as transformers does, whose hooks change the prompt."""
     _, ours = clvp.pair()
     call = dict(input_ids=clvp.texts(), input_features=clvp.clips(), do_sample=False, max_new_tokens=8)
     before, seen = ours.generate(**call)[0], []

@@ -148,7 +148,7 @@ def test_torch(model, attach):
 @pytest.mark.parametrize("dropping", [True, False], ids=["dropouts alone", "all but dropouts"])
 @pytest.mark.parametrize("model", MODELS)
 def test_modules_in_training_mode(model, dropping):
-    """Each dropout layer has a mode of its own, as Monte Carlo dropout uses it. All of them drop everything here."""
+    """Give each dropout layer a mode of its own, as Monte Carlo dropout does. All of them drop everything here."""
     stock, ours, inputs = MODELS[model]()
     before = outputs(stock, inputs)
     for one in (stock, ours):
@@ -180,7 +180,7 @@ TEXTS = {"encoder": _encoder, "clap's text": lambda: _clap("ClapTextModelWithPro
 
 @pytest.mark.parametrize("model", TEXTS)
 def test_derivatives_forward(model):
-    """`torch.func.jvp`, with or without `torch.no_grad()`: neither kernels nor torch's fused attention follow them."""
+    """Use `torch.func.jvp`, also with `torch.no_grad()`: neither kernels nor torch's fused attention support it."""
     stock, ours, _ = TEXTS[model]()
     found = []
     for one in (stock, ours):
@@ -196,7 +196,7 @@ def test_derivatives_forward(model):
 
 @pytest.mark.parametrize("model", TEXTS)
 def test_an_ensemble_in_one_call(model):
-    """`functional_call` under `vmap`: the tensors in the place of parameters are the caller's, and stay as they lie."""
+    """Use `functional_call` under `vmap`, whose tensors are the caller's, and stay as they lie."""
     stock, ours, _ = TEXTS[model]()
     found = []
     for one in (stock, ours):
@@ -214,7 +214,7 @@ def test_an_ensemble_in_one_call(model):
 
 @pytest.mark.parametrize("model", MODELS)
 def test_parameters_of_inference_mode(model):
-    """A model that was made there is called there and elsewhere; its storage cannot move."""
+    """Call such a model inside and outside of the mode; its storage cannot move."""
     stock, ours, inputs = MODELS[model]()
     with torch.inference_mode():
         for one in (stock, ours):
@@ -230,7 +230,7 @@ def test_parameters_of_inference_mode(model):
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("how", ["cpu", "disk"])
 def test_offloading(model, how, tmp_path):
-    """Parameters lie on "meta", and come for a module's own call."""
+    """Leave parameters on "meta", from where they come for a module's own call."""
     accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
     stock, ours, inputs = MODELS[model]()
     expected = outputs(ours, inputs)

@@ -56,7 +56,7 @@ def test_cache_holds_the_same_and_continues(shape):
 @pytest.mark.parametrize("side", ["left", "right"])
 @torch.no_grad()
 def test_padding(side):
-    """At the places of real tokens: what stands at padding means nothing."""
+    """Compare the places of real tokens, as results at padding have no meaning."""
     stock, ours = pair("ClvpForCausalLM", dtype=torch.float64)
     mask = padding(3, 10, side)
     expected, found = (model(codes(3, 10), attention_mask=mask).logits[mask.bool()] for model in (stock, ours))

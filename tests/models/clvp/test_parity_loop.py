@@ -133,7 +133,7 @@ def test_the_call_gives_what_stock_gives(name):
 
 @torch.no_grad()
 def test_greedy_tokens_are_those_of_whole_forward_passes():
-    """Without stock's loop, and without any cache: each token is the argmax over all that came before."""
+    """Take each token as the argmax over all before it, without stock's loop or a cache."""
     _, ours = pair("ClvpForCausalLM", dtype=torch.float64)
     ids = torch.tensor([[START, 4, 5]])
     found = ours.generate(input_ids=ids, max_new_tokens=12, **TOKENS)
@@ -145,7 +145,7 @@ def test_greedy_tokens_are_those_of_whole_forward_passes():
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("use_cache", [None, False, True])
 def test_checkpointed_layers_and_the_cache(use_cache, grad):
-    """What a training step returns, which differs between releases where there are no gradients."""
+    """Compare a training step's result, which differs between releases where there are no gradients."""
     results = []
     with torch.set_grad_enabled(grad):
         for model in pair("ClvpForCausalLM", dtype=torch.float64):

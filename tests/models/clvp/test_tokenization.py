@@ -249,7 +249,7 @@ def test_kept_words_are_bounded(files, monkeypatch):
     ids=["defaults", "one", "several"],
 )
 def test_every_parameter_is_in_init_kwargs(tmp_path, options):
-    """As transformers' own tests of tokenizers ask, made anew and loaded again."""
+    """Do as transformers' own tests of tokenizers: make one again and load it again."""
     files = small_vocabulary(tmp_path)
     made = ClvpTokenizer(*files, **options)
     made.save_pretrained(tmp_path / "saved")
