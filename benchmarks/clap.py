@@ -84,7 +84,7 @@ def _extractors(shape: dict, device: str) -> dict[str, Callable[[], Provider]]:
 
 @cache
 def our_model(device: str, dtype: torch.dtype, fusion: bool, smoke: bool) -> ClapModel:
-    """Of random weights; 153 million parameters, or a tiny one."""
+    """Make a model of random weights: 153 million parameters, or a tiny one."""
     torch.manual_seed(0)
     fields = _TINY if smoke else {"text_config": {}, "audio_config": {}}
     audio = fields["audio_config"] | {"enable_fusion": fusion, "fusion_type": "aff_2d"}

@@ -112,7 +112,7 @@ class _Runs:
 
 
 def _job(settings: Settings, rows: int, executor: Callable, told: dict) -> dict[int, list[int]]:
-    """The codes of the best candidate by row; `told` gets the parts of the job's time."""
+    """Run a job, and return the codes of the best candidate by row; `told` gets the parts of the job's time."""
     rng = random.Random(0)
     texts = (" ".join(rng.choices(WORDS.split(), k=rng.randint(3, 15))) for _ in range(rows))
     with tempfile.TemporaryDirectory() as folder:
@@ -150,7 +150,7 @@ class _Idle:
         return {"settings": self._settings.as_dict(), "checkpoint": "none", "versions": {}}
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing, as nothing is open."""
 
     def outcomes(self, path: Path, tasks: list) -> Iterator[Outcome]:
         file = RowFile(path)

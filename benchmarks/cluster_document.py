@@ -18,13 +18,13 @@ def table(titles: list[str], lines: list[list[str]]) -> str:
 
 
 def rate(row: dict) -> float:
-    """Rows a second from the first result on, when each of several workers may be done with as much as one."""
+    """Return rows a second from the first result on, as several workers may finish their first rows together."""
     ahead = row["shape"]["rows"] // _TURNS if "workers" in row["provider"] else 0
     return (row["shape"]["rows"] - ahead) / row["parts"]["work"]
 
 
 def measured(rows: list[dict]) -> str:
-    """The section of a device; `rows` are its rows of the workload."""
+    """Write the section of a device; `rows` are its rows of the workload."""
     with_model = [row for row in rows if row["shape"]["model"] != "none"]
     idle = [row for row in rows if row["shape"]["model"] == "none"]
     if not with_model or not idle:
@@ -52,7 +52,7 @@ def measured(rows: list[dict]) -> str:
 
 
 def modelled(rows: list[dict], device: Device, types: Types) -> str:
-    """Rows a second by the number of GPUs, and where a job takes in no more; `rows` are those of the workload."""
+    """Write rows a second by number of GPUs, and where a job gains no more; `rows` are those of the workload."""
     title = "## A job on many GPUs, by the model"
     over_ray = [rate(row) for row in rows if row["shape"]["model"] == "none" and "Ray" in row["provider"]]
     if not over_ray:

@@ -24,7 +24,7 @@ class Difference:
 
 
 def compare(first: str, second: str, results: Path) -> list[Difference]:
-    """What both have measured, in the order of the first.
+    """Compare the tasks that both have measured, in the order of the first.
 
     Args:
         first, second: each a file of rows, a folder with such files, or a commit of which `results` has rows.
@@ -42,7 +42,7 @@ def compare(first: str, second: str, results: Path) -> list[Difference]:
 
 
 def timed_rows(name: str, results: Path) -> dict[tuple, dict]:
-    """The newest row of each device, task and provider, those that were refused left out."""
+    """Return the newest row of each device, task and provider, without refused ones."""
     path = Path(name)
     if path.exists():
         folders = [path] if path.is_file() or not any(path.glob("*/*.jsonl")) else sorted(path.iterdir())

@@ -45,7 +45,7 @@ def tasks(device: str, smoke: bool = False) -> Iterator[Task]:
 
 @dataclass
 class Known:
-    """What transformers' decoder computes in float32 of a prompt and distinct candidates.
+    """The results of transformers' decoder in float32 for a prompt and distinct candidates.
 
     prompt: `[prompt, hidden_size]`. tokens: `[distinct, stored + 1]`, the last one still to be entered. keys, values:
         `[num_layers, distinct, num_heads, prompt + stored, head_dim]`. logits: `[distinct, vocab_size]` behind all
@@ -149,7 +149,7 @@ class StoredCandidates:
 
     @torch.inference_mode()
     def error(self) -> float:
-        """How far the step's logits are from transformers'."""
+        """Return the largest distance of the step's logits from transformers'."""
         self.reset(self.stored)
         state, decoder = self.runner.slots.first(self.candidates), self.runner.decoder
         arguments = [state[name] for name in ENTERED]
@@ -163,7 +163,7 @@ class StoredCandidates:
 
     @torch.inference_mode()
     def run(self) -> None:
-        """`steps` steps around `stored` tokens, tokens read one step late, as the engine does on a GPU."""
+        """Run `steps` steps around `stored` tokens, and read tokens one step late, as the engine does on a GPU."""
         self.reset(self.stored - self.steps // 2)
         last = None
         for _ in range(self.steps):
@@ -224,7 +224,7 @@ def _timed(name: str, candidates: StoredCandidates, tier: Tier, device: str, sha
 
 
 def _dense(device: str, shape: dict, smoke: bool, dtype: torch.dtype, room: int) -> list[torch.Tensor]:
-    """Keys and values of all candidates, prompt included, `[num_layers, candidates, num_heads, tokens, head_dim]`."""
+    """Return keys and values of candidates, prompt included: [num_layers, candidates, num_heads, tokens, head_dim]."""
     found = known(device, smoke, shape["text_tokens"], shape["stored"])
     index = torch.arange(shape["candidates"], device=device) % _DISTINCT
     dense = []
@@ -239,7 +239,7 @@ def _dense(device: str, shape: dict, smoke: bool, dtype: torch.dtype, room: int)
 def _rival(
     name: str, run: Callable, device: str, shape: dict, smoke: bool, tier: Tier, replay: bool = False
 ) -> Provider:
-    """`run(tokens)` gives logits; with `replay` it is timed as a CUDA graph."""
+    """Make a provider of `run(tokens)`, which gives logits; with `replay` it is timed as a CUDA graph."""
     found = known(device, smoke, shape["text_tokens"], shape["stored"])
     index = torch.arange(shape["candidates"], device=device) % _DISTINCT
     tokens = found.tokens[index, -1]
@@ -322,7 +322,7 @@ def _torch(name: str, tier: Tier, device: str, shape: dict, smoke: bool) -> Prov
 
 
 def _counted(device: str, smoke: bool, shape: dict, tier: Tier) -> dict:
-    """The bytes and operations that a step of a tier cannot do without."""
+    """Count the bytes and operations that a step of a tier needs at least."""
     model = our_model(device, smoke=smoke).speech_decoder_model
     config, candidates = model.config, shape["candidates"]
     in_layers = sum(p.numel() for layer in model.model.decoder.layers for p in layer.parameters())

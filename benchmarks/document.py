@@ -8,7 +8,7 @@ from benchmarks.run import WORKLOADS
 
 
 def seconds(value: float) -> str:
-    """A time in a unit that leaves three digits or so."""
+    """Write a time in a unit that leaves about three digits."""
     for unit, size in (("s", 1), ("ms", 1e-3)):
         if value >= 0.5 * size:
             return f"{value / size:.2f} {unit}" if value < 10 * size else f"{value / size:.1f} {unit}"
@@ -16,7 +16,7 @@ def seconds(value: float) -> str:
 
 
 def speed(row: dict) -> str:
-    """How much faster than what it is compared with; "" where that has no time."""
+    """Write by how much this is faster than the provider it is compared with; "" where that has no time."""
     return "" if row["ratio"] is None else f"{row['ratio']:.2f}x"
 
 
@@ -60,7 +60,7 @@ _BY_HAND = {
 
 
 def measured(rows: list[dict], figures: dict[str, str]) -> str:
-    """Sections of every machine and instruction set that has rows, CPUs first.
+    """Write sections of every machine and instruction set that has rows, CPUs first.
 
     Args:
         rows: the newest of each task.
@@ -116,7 +116,7 @@ def _table(rows: list[dict]) -> str:
 
 
 def _over_float32(row: dict, rows: list[dict]) -> str:
-    """How much faster one of bfloat16 is than the same provider in float32, at the same shape; "" of all others."""
+    """Write by how much a bfloat16 row is faster than the same provider in float32 at the same shape; "" for others."""
     name = row["provider"].replace("bfloat16", "float32")
     if name == row["provider"] or not row["seconds"]:
         return ""
@@ -125,7 +125,7 @@ def _over_float32(row: dict, rows: list[dict]) -> str:
 
 
 def _common(shapes: list[dict]) -> dict:
-    """What all shapes agree on, where there are several."""
+    """Return the settings that all shapes share, where there are several."""
     first = shapes[0]
     if all(shape == first for shape in shapes):
         return {}

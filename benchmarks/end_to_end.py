@@ -69,7 +69,7 @@ def _engine(device: str, tier: Tier, settings: SamplingParams, smoke: bool) -> P
 
 
 def _provider(name: str, call: Callable, processor, error: float, tolerance: float) -> Provider:
-    """`call(samples)` of one clip, which tells where its time goes."""
+    """Make a provider of `call(samples)` of one clip, which reports the parts of its time."""
     samples = np.random.default_rng(0).normal(0, 0.1, SECONDS * processor.feature_extractor.sampling_rate)
     timed = Timed(call, samples.astype(np.float32))
     return Provider(name, timed, error, tolerance, counted=timed.told)

@@ -30,9 +30,9 @@ _WIDTH = 118
 
 
 def calls(rows: list[dict]) -> tuple[str, list[dict]]:
-    """The name of a CPU, and its whole calls: `title`, `row` (one of them), seconds by provider's place.
+    """Return the name of a CPU and its whole calls: `title`, `row` (one of them), seconds by provider's place.
 
-    The place is 0 for transformers, 1 for ours in float32, 2 for ours in bfloat16. Nothing without a row of `generate`.
+    The place is 0 for transformers, 1 for ours in float32, 2 for ours in bfloat16. Empty without a row of `generate`.
     """
     timed = [row for row in rows if row["seconds"] and row["workload"] in WHOLE_CALLS and not is_forced(row["device"])]
     machines = by_machine([row for row in timed if "NVIDIA" not in row["device"]["name"]])
@@ -44,7 +44,7 @@ def calls(rows: list[dict]) -> tuple[str, list[dict]]:
 
 
 def _call(workload: str, rows: list[dict]) -> dict | None:
-    """The first shape of a workload that transformers and ours have times of."""
+    """Return the first shape of a workload with times of transformers and of ours."""
     title, ours = WHOLE_CALLS[workload]
     of_workload = [row for row in rows if row["workload"] == workload and "padded_to" not in row["shape"]]
     for first in of_workload:
@@ -56,7 +56,7 @@ def _call(workload: str, rows: list[dict]) -> dict | None:
 
 
 def gain(rows: list[dict]) -> str:
-    """How many times as fast a whole call is as transformers', and under which condition."""
+    """Write how many times faster a whole call is than transformers', and under which condition."""
     machine, found = calls(rows)
     if not found:
         return "Not measured yet."
@@ -72,7 +72,7 @@ def gain(rows: list[dict]) -> str:
 
 
 def table(rows: list[dict]) -> str:
-    """A row for each whole call: seconds, and how many times as fast as transformers."""
+    """Write a row for each whole call: seconds, and how many times faster than transformers."""
     _, found = calls(rows)
     if not found:
         return "Not measured yet."
@@ -85,7 +85,7 @@ def table(rows: list[dict]) -> str:
 
 
 def drawing(rows: list[dict]) -> dict:
-    """The content of the picture: its title and, for each whole call, its title and seconds."""
+    """Return the content of the picture: its title and, for each whole call, its title and seconds."""
     machine, found = calls(rows)
     if not found:
         return {}
@@ -95,7 +95,7 @@ def drawing(rows: list[dict]) -> dict:
 
 
 def mark(content: dict) -> str:
-    """The line that the picture ends with: it changes with what is drawn and with how."""
+    """Return the last line of the picture, which changes with its content and its style."""
     text = json.dumps(content, sort_keys=True) + Path(__file__).read_text(encoding="utf-8")
     return f"<!-- drawn from {hashlib.sha256(text.encode()).hexdigest()[:16]} -->"
 

@@ -133,7 +133,7 @@ def engine_generate(engine, device: str, shape: dict):
 
 @torch.no_grad()
 def _forced_logits(stock, device: str, text_tokens: int, options: dict, count: int = 3) -> torch.Tensor:
-    """Logits `[count, vocab_size]` of transformers' decoder loop, which is made to draw 0, 1, 2 and so on."""
+    """Return logits `[count, vocab_size]` of transformers' decoder loop, which is made to draw 0, 1, 2 and so on."""
     ids, features = inputs(text_tokens, device)
     prompt = stock.conditioning_encoder(input_ids=F.pad(ids, (0, 1)), input_features=features.to(stock.dtype))
     drawn = itertools.count()
@@ -150,7 +150,7 @@ def _forced_logits(stock, device: str, text_tokens: int, options: dict, count: i
 
 @torch.no_grad()
 def _class_error(model, device: str, smoke: bool, text_tokens: int) -> float:
-    """How far the logits behind the prompt are from transformers' in float32."""
+    """Return the largest distance of the logits behind the prompt from transformers' in float32."""
     ids, features = inputs(text_tokens, device)
     logits = []
     for each in (stock_model(device, smoke=smoke), model):

@@ -1,7 +1,7 @@
 """Measures providers of one workload side by side, in one process on the same inputs, and writes rows of JSON.
 
 A row is written for a provider that passed the workload's own check; its error stands beside its time. Providers are
-run in turns, so that a slow minute of the machine falls on all of them. One that cannot be had costs no other its row.
+run in turns, so that a slow minute of the machine falls on all of them. A missing one does not cost others their rows.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from clvp_fast.versions import versions
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results"
-# What a measurement depends on, and no document or result does.
+# The folders that a measurement depends on, without documents and results.
 SOURCES = ("benchmarks", "clvp_fast", "kernels", "csrc")
 # Packages of rivals, whose versions rows have where they are installed.
 RIVALS = ("flashinfer-python", "torchaudio", "flashmel", "asrfront")
@@ -75,7 +75,7 @@ def task(
     around: Callable[[], AbstractContextManager] = nullcontext,
     **counted,
 ) -> Task:
-    """A task whose rows are those of the providers that `makers` make; see `Task` and `measure`."""
+    """Make a task whose rows are those of the providers that `makers` make; see `Task` and `measure`."""
     absent = absent or {}
 
     def rows() -> list[dict]:
@@ -91,14 +91,14 @@ def task(
             found = measure(workload, shape, providers, repeats, absent=missing, **counted)
         if not found:
             raise Absent(missing[name])
-        # What it is compared with may come later, or has gone: who reads the rows divides.
+        # The provider that it is compared with may come later, or be gone: who reads the rows divides.
         return found[0] | {"alone": True, "ratio": None, "compared_with": next(iter(makers))}
 
     return Task(shape, rows, makers, repeats, absent, around, row)
 
 
 def made(makers: dict[str, Callable[[], Provider]]) -> tuple[list[Provider], dict[str, str]]:
-    """The providers that are asked for, and by name why a rival cannot be had. One of ours that fails is an error."""
+    """Return the providers that are asked for, and by name why a rival is missing. A failure of ours is an error."""
     providers, absent = [], {}
     for name, make in makers.items():
         if not is_chosen(name):
@@ -122,7 +122,7 @@ def measure(
     absent: dict[str, str] | None = None,
     **counted,
 ) -> list[dict]:
-    """Rows of one workload; the first provider that is timed is the one that the others are compared with.
+    """Measure rows of one workload; the others are compared with the first provider that is timed.
 
     Args:
         shape: what the workload was made of, for the row.
@@ -177,7 +177,7 @@ def measure(
 
 
 def _warmed_up(providers: list[Provider], absent: dict[str, str]) -> dict[str, int | None]:
-    """By name, what each provider's first run adds to memory; a rival that breaks is put into `absent` instead."""
+    """Return, by name, the memory that each provider's first run adds; a rival that breaks is put into `absent`."""
     memory = {}
     for provider in providers:
         try:
@@ -197,13 +197,13 @@ def _readable(seconds: float) -> str:
 
 
 def all_rows(module, device: str, **options) -> list[dict]:
-    """The rows of every task of a workload's module."""
+    """Return the rows of every task of a workload's module."""
     return [row for task in module.tasks(device, **options) for row in task.rows()]
 
 
 @cache
 def source(*more: str) -> str:
-    """A mark of the code that is measured: another one, and rows are of another program. Sixteen hex digits.
+    """Return a mark of the measured code, sixteen hex digits; rows with another mark are of another program.
 
     more: further folders, beside `SOURCES`.
     """
@@ -223,7 +223,7 @@ def commit() -> str:
 
 
 def git(*arguments: str) -> str:
-    """What git prints; "" where there is none, or no repository."""
+    """Return git's output; "" without git or a repository."""
     try:
         return subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=ROOT).stdout.strip()
     except OSError:
@@ -231,12 +231,12 @@ def git(*arguments: str) -> str:
 
 
 def folder_of(machine: Machine, device: str, results: Path) -> Path:
-    """Where the rows of a device are: those of all CPUs in one folder, which `label` tells apart."""
+    """Return the folder for rows of a device; all CPUs share one, and `label` tells them apart."""
     return results / (device if device == "cpu" else "-".join(machine.name.lower().split()))
 
 
 def stored_rows(folder: Path) -> Iterator[dict]:
-    """The rows of a device's folder or of one file, in the order of the files. A line that was cut off is left out."""
+    """Return the rows of a device's folder or of one file, in the order of the files, without torn lines."""
     for path in [folder] if folder.is_file() else sorted(folder.glob("*.jsonl")):
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
@@ -246,7 +246,7 @@ def stored_rows(folder: Path) -> Iterator[dict]:
 
 
 def newest_rows(folder: Path = RESULTS) -> list[dict]:
-    """Of each machine and task the rows of the last run of all providers, in the order of the files."""
+    """Return, for each machine and task, the rows of its last complete run, in the order of the files."""
     newest: dict[tuple, dict[str, dict]] = {}
     for path in sorted(folder.glob("*/*.jsonl")):
         for row in stored_rows(path):
@@ -260,12 +260,12 @@ def newest_rows(folder: Path = RESULTS) -> list[dict]:
 
 
 def _run_of(row: dict) -> str:
-    """What the rows of one run have in common; providers that were measured alone, that they are of the same code."""
+    """Return the fields that the rows of one run share; for providers measured alone, those of the same code."""
     return row["source"] if row.get("alone") else row["utc"]
 
 
 def _compared(of_task: dict[str, dict]) -> list[dict]:
-    """Rows of a task; those that were measured alone get their ratio to what they are compared with, which is first."""
+    """Return the rows of a task; those measured alone get their ratio to the first."""
     rows = list(of_task.values())
     baseline = of_task.get(rows[0].get("compared_with")) if rows[0].get("alone") else None
     if baseline is None or not baseline["seconds"]:
@@ -276,12 +276,12 @@ def _compared(of_task: dict[str, dict]) -> list[dict]:
 
 
 def task_key(row: dict) -> tuple[str, str]:
-    """Which task of which workload a row belongs to."""
+    """Return a key of a row's task and workload."""
     return row["workload"], json.dumps(row["shape"], sort_keys=True)
 
 
 def measured_tasks(folder: Path, machine: Machine, chosen: tuple[str, ...] | None = None) -> set[tuple[str, str]]:
-    """The tasks that were measured on such a machine with the code as it is, by the keys of `task_key`.
+    """Return the tasks measured on such a machine with the present code, by the keys of `task_key`.
 
     chosen: the groups of providers that are asked for; rows of others' alone do not count.
     """
@@ -305,7 +305,7 @@ def _versions_of_rivals() -> dict[str, str]:
 
 
 def with_context(rows: list[dict], machine: Machine, command: str, chosen: tuple[str, ...] | None = None) -> list[dict]:
-    """`rows` with fraction of the limit, device, versions, commit, time and command.
+    """Add fraction of the limit, device, versions, commit, time and command to `rows`.
 
     chosen: the groups of providers that were asked for, where not all were; documents leave such rows out.
     """

@@ -51,7 +51,7 @@ class NullRunner:
 
 
 def random_runner(candidates: int, steps: int, device: str = "cpu") -> Runner:
-    """Of the random checkpoint's decoder, whose candidates never stop by themselves."""
+    """Make a runner of the random checkpoint's decoder, whose candidates never stop by themselves."""
     model = load_checkpoint("random", device=device).model.speech_decoder_model
     with torch.no_grad():
         model.lm_head.bias[model.config.eos_token_id] = -1e4
@@ -75,7 +75,7 @@ class Requests:
         self.loop.add(self.job)
 
     def run(self) -> list[np.ndarray]:
-        """One request; what its candidates drew."""
+        """Run one request, and return the tokens of its candidates."""
         self.begin()
         while not self.loop.finished:
             self.loop.advance()
@@ -84,7 +84,7 @@ class Requests:
 
 
 def python_calls(call: Callable[[], object]) -> int:
-    """How many Python functions a call enters."""
+    """Count the Python functions that a call enters."""
     entered, before = 0, sys.getprofile()
 
     def count(frame, event, argument) -> None:
@@ -100,7 +100,7 @@ def python_calls(call: Callable[[], object]) -> int:
 
 
 def calls_of_a_step(requests: Requests) -> int:
-    """Of a step that admits nobody, behind others of its kind."""
+    """Count those of a step that admits no candidate, after others of its kind."""
     requests.begin()
     for _ in range(3):
         requests.loop.advance()
@@ -127,7 +127,7 @@ def _null(candidates: int, steps: int) -> Provider:
 
 
 def _random(device: str, candidates: int, steps: int) -> Provider:
-    """Its error is how many tokens the first candidate draws otherwise than alone."""
+    """Make the provider; its error is the number of tokens that the first candidate draws otherwise than alone."""
     requests = Requests(random_runner(candidates, steps, device), candidates, steps)
     alone = Requests(random_runner(1, steps, device), 1, steps)
     wrong = int((requests.run()[0] != alone.run()[0]).sum())

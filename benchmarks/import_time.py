@@ -1,4 +1,4 @@
-"""What `import clvp_fast` costs beyond `import torch`, each in fresh interpreters."""
+"""The cost of `import clvp_fast` beyond `import torch`, each in fresh interpreters."""
 
 import subprocess
 import sys

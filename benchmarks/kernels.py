@@ -1,4 +1,4 @@
-"""What the benchmarks of single operators share: inputs that are cold, graphs that hide launches, the gate before.
+"""Shared parts of the benchmarks of operators: inputs that are cold, graphs that hide launches, the gate before.
 
 A `Case` is one shape of one operator with several ways to compute it. Each way gets its own error against the float64
 reference; a way whose error is beyond twice that of plain torch, plus rounding, is not timed.
@@ -60,7 +60,7 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def ours(call: Callable[..., torch.Tensor], operator: str, device: str) -> tuple[dict, dict]:
-    """`call` by our torch path, by our kernel where it serves, and on a CPU by the reference; and why one is not here.
+    """Return `call` by our torch path, our kernel where it serves, and on a CPU the reference; and why one is missing.
 
     A GPU's reference would be a loop that no graph holds, and take the time of all others.
     """
@@ -94,7 +94,7 @@ def copies(arguments: tuple, device: str) -> int:
 
 
 def captured(run: Callable[[], object]) -> Callable[[], object] | None:
-    """The replay of a CUDA graph of `run`, or None where it cannot be captured (it reads results on the host).
+    """Return the replay of a CUDA graph of `run`, or None where it reads results on the host.
 
     Raises `torch.OutOfMemoryError` where memory is short: what is slower without a graph must not be taken for it.
     """
@@ -134,12 +134,12 @@ def _relative(result: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def bound(run: Callable[..., torch.Tensor] | Planned, arguments: tuple) -> Callable[[], torch.Tensor]:
-    """`run` of these arguments, planned where it is a `Planned`."""
+    """Bind `run` to these arguments, and plan it where it is a `Planned`."""
     return run.plan(*arguments) if isinstance(run, Planned) else partial(run, *arguments)
 
 
 class _Shared:
-    """What the providers of a case share: sets of inputs, and what is right of the first.
+    """The shared inputs of a case's providers: sets of inputs, and what is right of the first.
 
     sets: of arguments, as many as the device's cache needs. tolerance: the most that an error may be.
     """
@@ -155,7 +155,7 @@ class _Shared:
         self.sets += [case.inputs(seed) for seed in range(1, copies(self.sets[0], device))]
 
     def error(self, run: Callable[..., torch.Tensor] | Planned) -> float:
-        """How far a way's result is from what is right; its arguments, which it may write, are made anew."""
+        """Return a result's distance from the reference; the arguments, which it may write, are made again."""
         return (self._case.error or _relative)(bound(run, self._case.inputs(0))(), self._expected)
 
 
@@ -190,13 +190,13 @@ def _threads(number: int | None) -> Iterator[None]:
 
 
 def tasks(workload: str, cases: Iterable[Case], device: str, smoke: bool = False) -> Iterator[Task]:
-    """A task a case; for a smoke test timed once."""
+    """Return a task for each case; for a smoke test it is timed once."""
     for case in cases:
         yield task_of(workload, case, device, 1 if smoke else case.repeats)
 
 
 def task_of(workload: str, case: Case, device: str, repeats: int) -> Task:
-    """A case as a task: every provider that passed the gate, in turns, on inputs that are not in the cache."""
+    """Make a case a task: every provider that passed the gate, in turns, on inputs outside the cache."""
     counted = {"bytes": case.bytes} | ({"flop": case.flop} if case.flop else {}) | case.extra
     return task(
         workload,

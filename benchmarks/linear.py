@@ -60,7 +60,7 @@ class Layers:
         self.quantized = [in_int8(Product(weight, self.bias)) for weight in self.weights]
 
     def expected(self, int8: bool) -> torch.Tensor:
-        """The first product in float64; of weights in 8 bits, what they stand for."""
+        """Return the first product in float64; int8 weights count as the weights that they represent."""
         weight, quantized = self.weights[0].double(), self.quantized[0]
         meant = quantized.weight.double() * quantized.scale[:, None] if int8 else weight
         return F.linear(self.x.double(), meant, self.bias.double())

@@ -49,7 +49,7 @@ def make_clips(seed: int, clips: int, rate: int, device: str) -> tuple[torch.Ten
 
 
 def furthest(result: torch.Tensor, expected: torch.Tensor) -> float:
-    """The largest difference from `expected`, of the first clips, which the others repeat.
+    """Return the largest difference from `expected` of the first clips, which the others repeat.
 
     A result without the logarithm is judged after it.
     """
@@ -71,7 +71,7 @@ def _by(name: str, call: Callable[..., torch.Tensor]) -> Callable[..., torch.Ten
 
 
 def _ours(settings: Callable[[], dict], device: str) -> tuple[dict, dict]:
-    """The operator by its kernel, in float32 and, on a CPU, in float64, as the extractor computes."""
+    """Return the operator by its kernel, in float32 and, on a CPU, in float64, as the extractor computes."""
     refused = clvp_fast.explain("log_mel", device)[0].refused.get("kernel")
     if refused:
         return {}, {"clvp_fast kernel": refused}
@@ -83,7 +83,7 @@ def _ours(settings: Callable[[], dict], device: str) -> tuple[dict, dict]:
 
 
 def _stft(settings: Callable[[], dict]) -> Planned:
-    """What a careful user of torch writes."""
+    """Compute log-mel as a careful user of torch would write it."""
 
     def plan(samples):
         tables = settings()
@@ -100,7 +100,7 @@ def _stft(settings: Callable[[], dict]) -> Planned:
 
 
 def _mel_spectrograms(settings: Callable[[], dict], device: str) -> tuple[dict, dict]:
-    """torchaudio's transform with the logarithm and the norms behind it, and flashmel's with and without them."""
+    """Return torchaudio's transform with the logarithm and the norms after it, and flashmel's with and without them."""
     options = {"sample_rate": RATE, "n_fft": N_FFT, "hop_length": HOP, "n_mels": NUM_MELS}
     options |= {"f_max": 8000.0, "norm": "slaney", "mel_scale": "htk"}
 
@@ -158,7 +158,7 @@ def _operator_reference(samples: torch.Tensor, settings: dict) -> torch.Tensor:
 
 
 def clvp_case(clips: int, device: str, threads: int | None = None) -> Case:
-    """CLVP's own features, normalised; the filters are the extractor's."""
+    """Make the case of CLVP's own features, normalised; the filters are the extractor's."""
     settings = cache(partial(_settings, device))  # which lie on the device, and are made when a provider is
     kernel, no_kernel = _ours(settings, device)
     spectrograms, no_spectrograms = _mel_spectrograms(settings, device)
@@ -181,7 +181,7 @@ def clvp_case(clips: int, device: str, threads: int | None = None) -> Case:
 
 
 def _counted(clips: int, frames: int, time: int, settings: dict) -> dict:
-    """Bytes of samples and features. The operations are no product of matrices, whose rate would be no limit."""
+    """Count the bytes of samples and features. The operations are not matrix products, whose rate would be no limit."""
     n_fft, (_, num_mels) = len(settings["window"]), settings["mel_filters"].shape
     per_frame = 2.5 * n_fft * math.log2(n_fft) + 4 * int(settings["mel_filters"].count_nonzero())
     return {
@@ -191,7 +191,7 @@ def _counted(clips: int, frames: int, time: int, settings: dict) -> dict:
 
 
 def asrfront_case(clips: int, threads: int | None = None) -> Case:
-    """The features of Gemma 4, as asrfront computes them.
+    """Make the case of Gemma 4's features, as asrfront computes them.
 
     As many frames of the same length, hop, transform and channels for both, with 0.001 under the logarithm; asrfront's
     are of the magnitude instead of the power, with zeros before the first sample and no norms, and lie `[clips, frames,

@@ -1,4 +1,4 @@
-"""What a row says of the machine, and the clocks and counters of its device."""
+"""The fields of a row on the machine, and the clocks and counters of its device."""
 
 import os
 import platform
@@ -13,15 +13,15 @@ import torch
 from clvp_fast import native
 from clvp_fast.engine.memory import trim_heap
 
-# What holds torch's libraries on a CPU down to an instruction set.
+# The variables that hold torch's libraries down to an instruction set on a CPU.
 TORCH_LIMITS = {"ATEN_CPU_CAPABILITY": "ATen", "ONEDNN_MAX_CPU_ISA": "oneDNN", "MKL_ENABLE_INSTRUCTIONS": "MKL"}
-# What tells CPUs of one name apart, by its key in /proc/cpuinfo: the first two on x86-64, the others on aarch64.
+# Keys in /proc/cpuinfo that tell CPUs of one name apart: the first two on x86-64, the others on aarch64.
 _MODEL_KEYS = ("cpu family", "model", "CPU implementer", "CPU part")
 
 
 @dataclass
 class Machine:
-    """What a row says of the device, measured once a run.
+    """The fields of a row on the device, measured once a run.
 
     cpu: of a CPU, as `cpu_facts` tells; empty for a GPU.
     """
@@ -52,12 +52,12 @@ class Machine:
         )
 
     def described(self) -> dict:
-        """The machine as a row has it, under "device"."""
+        """Return the machine as rows have it, under "device"."""
         measured = {"name": self.name, "threads": self.threads, "copy_bytes_per_s": self.copy_bytes_per_s}
         return measured | {"matmul_flop_per_s": self.matmul_flop_per_s} | self.cpu
 
     def limit_seconds(self, row: dict) -> float | None:
-        """The least time for the bytes and operations that a row counts, or None where it counts none."""
+        """Return the least time for the bytes and operations that a row counts, or None where it counts none."""
         times = [row["bytes"] / self.copy_bytes_per_s] if "bytes" in row else []
         if "flop" in row:
             times.append(row["flop"] / self.matmul_flop_per_s[row.get("dtype", "float32")])
@@ -65,7 +65,7 @@ class Machine:
 
 
 def label(device: dict) -> str:
-    """What tells a row's machine and instruction set from all others, for a reader and for whatever sorts rows.
+    """Return a row's machine and instruction set, in words by which rows are also sorted.
 
     Two rows may stand in one table, and be compared, where their labels are equal.
 
@@ -81,12 +81,12 @@ def label(device: dict) -> str:
 
 
 def is_forced(device: dict) -> bool:
-    """Whether the device of a row was held down to less than it has."""
+    """Tell whether the device of a row was held down below its best."""
     return bool(device.get("isa_forced") or device.get("torch_limits"))
 
 
 def by_machine(rows: list[dict]) -> dict[str, list[dict]]:
-    """The rows of each label: CPUs first, and of these the ones that were not held down."""
+    """Return the rows of each label: CPUs first, and among these the ones at their best."""
     found = {}
     for row in sorted(rows, key=lambda row: _rank(row["device"])):
         found.setdefault(label(row["device"]), []).append(row)
@@ -98,7 +98,7 @@ def _rank(device: dict) -> tuple:
 
 
 def cpu_facts() -> dict:
-    """What a row says of a CPU beside its name.
+    """Return the fields of a row on a CPU besides its name.
 
     isa: the instruction set of the native library's kernels; None without a library. isa_forced: whether it is less
     than the CPU has. torch_isa: that of torch's own kernels. torch_limits: the variables that hold torch's libraries
@@ -121,7 +121,7 @@ def cpu_name() -> str:
 
 
 def _first_cpu() -> dict[str, str]:
-    """What /proc/cpuinfo says of the first CPU; empty where there is no such file."""
+    """Return the fields of the first CPU in /proc/cpuinfo; empty where there is no such file."""
     try:
         first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
     except OSError:
@@ -131,7 +131,7 @@ def _first_cpu() -> dict[str, str]:
 
 
 def _l2_bytes() -> int | None:
-    """Bytes of a core's second cache; None where no one tells."""
+    """Return the bytes of a core's second cache, or None where they are unknown."""
     for cache in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
         try:
             if (cache / "level").read_text().strip() == "2":
@@ -142,7 +142,7 @@ def _l2_bytes() -> int | None:
 
 
 def seconds_of(run: Callable[[], object]) -> float:
-    """Seconds of one run; on a GPU by its own clock."""
+    """Return the seconds of one run; on a GPU by its own clock."""
     if torch.cuda.is_initialized():
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
@@ -157,7 +157,7 @@ def seconds_of(run: Callable[[], object]) -> float:
 
 
 def peak_extra_bytes(run: Callable[[], object]) -> int | None:
-    """How far `run` raises memory above where it stood: a GPU's in use, else the process's; None where no one tells."""
+    """Return by how much `run` raises memory: a GPU's in use, else the process's; None where it is unknown."""
     if torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -175,7 +175,7 @@ def peak_extra_bytes(run: Callable[[], object]) -> int | None:
 
 
 def process_memory(field: str) -> int:
-    """Bytes that Linux counts for this process: `VmRSS` now, `VmHWM` at most. Raises `OSError` elsewhere."""
+    """Return the bytes that Linux counts for this process: `VmRSS` now, `VmHWM` at most. Raises `OSError` elsewhere."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024

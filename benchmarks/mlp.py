@@ -1,4 +1,4 @@
-"""What `benchmarks/geglu_mlp.py` and `benchmarks/gelu_mlp.py` share: cases of a feed-forward block."""
+"""The shared part of `benchmarks/geglu_mlp.py` and `benchmarks/gelu_mlp.py`: cases of a feed-forward block."""
 
 from collections.abc import Callable, Iterator
 
@@ -11,7 +11,7 @@ from benchmarks.kernels import Case, name_of, ours
 def cases(
     call: Callable, rival: Callable, operator: str, device: str, counts: tuple[int, ...], widths: tuple[int, int, int]
 ) -> Iterator[Case]:
-    """`call(x, w_in, b_in, w_out, b_out, residual)` by ours and by `rival`, compiled.
+    """Return cases of `call(x, w_in, b_in, w_out, b_out, residual)`, ours and `rival`, which is compiled.
 
     counts: of rows. widths: of the model, of the first product's result, of the second's operand.
     """

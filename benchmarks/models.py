@@ -25,7 +25,7 @@ def _made_on(device: str):
 
 
 def _made_once(make):
-    """One model for each set of arguments, however they are written: `functools.cache` would make one for each way."""
+    """Make one model for each set of arguments; `functools.cache` would make one for each way to write them."""
     made, signature = functools.cache(torch.inference_mode(False)(make)), inspect.signature(make)
 
     @functools.wraps(make)
@@ -41,7 +41,7 @@ def _made_once(make):
 def our_model(
     device: str, dtype: torch.dtype = torch.float32, smoke: bool = False
 ) -> ClvpModelForConditionalGeneration:
-    """Ours, seeded; 665 million parameters, or a tiny one."""
+    """Make our model, seeded; 665 million parameters, or a tiny one."""
     torch.manual_seed(0)
     with _made_on(device):
         model = ClvpModelForConditionalGeneration(ClvpConfig(**_TINY) if smoke else ClvpConfig()).eval()

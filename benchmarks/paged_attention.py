@@ -69,7 +69,7 @@ def over_dense(q, k, v, k_pages, v_pages, own, lengths, prefix, prompts, index, 
 
 
 def _dense(pages, prefix, own, prompt: int):
-    """Each candidate's prompt and own tokens, `[candidates, heads, tokens, head_dim]`, with room for the new one."""
+    """Return each candidate's prompt and tokens, `[candidates, heads, tokens, head_dim]`, and room for a new one."""
     prompts = pages[prefix.long()].flatten(1, 2)[:, :prompt]
     return torch.cat((prompts, pages[own.long()].flatten(1, 2)), 1).transpose(1, 2).contiguous()
 

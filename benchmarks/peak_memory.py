@@ -16,7 +16,7 @@ from benchmarks.machine import process_memory
 
 
 def peak_memory(tier: str, device: str, shape: dict, smoke: bool) -> dict[str, int]:
-    """Bytes: `peak_bytes` of a new process, and what they must hold; `import_bytes` of them were there before."""
+    """Return `peak_bytes` of a new process, the bytes that it must hold, and `import_bytes`, held before."""
     words = [tier, device, *(str(shape[name]) for name in ("candidates", "new_tokens", "text_tokens"))]
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.peak_memory", *words, *["--smoke"] * smoke],

@@ -24,7 +24,7 @@ _TITLES = {
 
 
 def drawings(rows: list[dict]) -> dict[str, dict]:
-    """By file name, what each figure shows: `kind`, `device` (a machine's label), and its lines or points."""
+    """Return the content of each figure by file name: `kind`, `device` (a machine's label), and its lines or points."""
     found = {}
     for device, of_machine in by_machine(rows).items():
         timed = [row for row in of_machine if row["seconds"]]
@@ -45,12 +45,12 @@ def drawings(rows: list[dict]) -> dict[str, dict]:
 
 
 def _counted(rows: list[dict]) -> list[dict]:
-    """Ours of which operations and bytes are known."""
+    """Return our rows whose operations and bytes are known."""
     return [row for row in rows if row.get("flop") and row.get("bytes") and row["provider"].startswith("clvp_fast")]
 
 
 def _roofline(rows: list[dict]) -> list[list]:
-    """Of ours: workload and type, operations a byte, operations a second."""
+    """Return, for our rows, workload and type, operations a byte, operations a second."""
     return [
         [f"{row['workload']} {row['dtype']}", row["flop"] / row["bytes"], row["flop"] / row["seconds"]["median"]]
         for row in _counted(rows)
@@ -58,7 +58,7 @@ def _roofline(rows: list[dict]) -> list[list]:
 
 
 def _roofs(rows: list[dict]) -> dict:
-    """Of each run that has points, its copy bandwidth; of each type, the rate of its product in those runs."""
+    """Return each run's copy bandwidth, and for each type the rate of its product in those runs."""
     roofs = {}
     for row in _counted(rows):
         device = row["device"]
@@ -68,7 +68,7 @@ def _roofs(rows: list[dict]) -> dict:
 
 
 def _panels(rows: list[dict]) -> dict[str, dict[str, list]]:
-    """By what is varied and by provider: its values, the seconds' quantiles, tokens a second. Two points at least."""
+    """Return, by varied value and provider, values, the seconds' quantiles, tokens a second; at least two points."""
     found = {}
     for name, points in sweeps(row for row in rows if row["workload"] == "scaling").items():
         lines = defaultdict(list)
@@ -81,7 +81,7 @@ def _panels(rows: list[dict]) -> dict[str, dict[str, list]]:
 
 
 def mark(drawing: dict) -> str:
-    """The line that a figure ends with: of what it shows, and of how."""
+    """Return the last line of a figure, which changes with its content and its style."""
     content = json.dumps(drawing, sort_keys=True) + Path(__file__).read_text(encoding="utf-8")
     return f"<!-- drawn from {hashlib.sha256(content.encode()).hexdigest()[:16]} -->"
 
@@ -103,7 +103,7 @@ def draw_all(rows: list[dict], folder: Path = FIGURES) -> None:
 
 
 def lines_of(rows: list[dict], kind: str | None = None) -> dict[str, str]:
-    """By a machine's label, the lines of Markdown that show its figures, or that of one kind."""
+    """Return by a machine's label the lines of Markdown that show its figures, or the figure of one kind."""
     found = defaultdict(list)
     for name, drawing in drawings(rows).items():
         if kind in (None, drawing["kind"]):
@@ -124,7 +124,7 @@ def _draw(drawing: dict, path: Path) -> None:
 
 
 def _figure(columns: int, rows: int = 1):
-    """A figure and its axes, row by row."""
+    """Make a figure and its axes, row by row."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.2 * columns if rows == 1 else 3.6 * columns, 3.8 * rows), layout="constrained")
@@ -156,7 +156,7 @@ def _roofline_figure(drawing: dict):
 
 
 def _scaling_figure(drawing: dict):
-    """Seconds of a call over what is varied; tokens a second over candidates and over requests."""
+    """Draw seconds of a call over the varied value, and tokens a second over candidates and over requests."""
     figure, panels = _figure(3, 2)
     shown = [(name, False) for name in SWEEPS] + [("candidates", True), ("requests", True)]
     for axes, (name, is_rate) in zip(panels, shown, strict=True):

@@ -1,4 +1,4 @@
-"""How far each precision tier leads the engine's decoder from float64, and what a step of it takes.
+"""The distance of each precision tier of the engine's decoder from float64, and the time of its step.
 
 One prompt, and candidates that are handed the tokens which the float64 model draws, step by step over pages; every
 step's logits are compared. A model of random weights; its queries and keys are made larger, so that attention prefers
@@ -22,7 +22,7 @@ from clvp_fast.ops.paged_attention import FLOAT8
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """What is decoded: as deep as CLVP's checkpoints are."""
+    """The decoded case: as deep as CLVP's checkpoints are."""
 
     layers: int
     width: int
@@ -80,7 +80,7 @@ def random_model(shape: Shape, device: str) -> ClvpForCausalLM:
 
 
 def round_to_int8(model: ClvpForCausalLM) -> ClvpForCausalLM:
-    """The layers' weights replaced by those that their int8 copies stand for, in float32 at least."""
+    """Replace the layers' weights by those that their int8 copies represent, in float32 at least."""
     for layer in model.model.decoder.layers:
         for name in ("attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.out_proj", "mlp.c_fc", "mlp.c_proj"):
             weight = layer.get_submodule(name).weight
@@ -92,7 +92,7 @@ def round_to_int8(model: ClvpForCausalLM) -> ClvpForCausalLM:
 
 
 def random_prompt(shape: Shape) -> torch.Tensor:
-    """`[prompt, width]`, about as large as a text's embedding with that of its position."""
+    """Draw `[prompt, width]`, about as large as the sum of a text's and a position's embedding."""
     return 0.03 * torch.randn(shape.prompt, shape.width, generator=torch.Generator().manual_seed(1))
 
 
@@ -122,14 +122,14 @@ class Candidates:
         )
 
     def step(self, tokens: torch.Tensor, place: int) -> torch.Tensor:
-        """Logits `[candidates, vocab_size]` behind `tokens`, the `place`-th ones."""
+        """Return logits `[candidates, vocab_size]` behind `tokens`, the `place`-th ones."""
         self.seq_lens.fill_(place)
         self._tokens.copy_(tokens)
         return self._bound.run()[1].clone()
 
 
 def drawn(model: ClvpForCausalLM, shape: Shape) -> torch.Tensor:
-    """`[steps, candidates]`: the start token, then what the float64 model draws at temperature 1."""
+    """Return `[steps, candidates]`: the start token, then the float64 model's tokens at temperature 1."""
     candidates = Candidates(model, shape, FLOAT64)
     generator = torch.Generator(candidates.decoder.device).manual_seed(2)
     tokens = [torch.full((shape.candidates,), model.config.bos_token_id, device=candidates.decoder.device)]
@@ -140,14 +140,14 @@ def drawn(model: ClvpForCausalLM, shape: Shape) -> torch.Tensor:
 
 
 def logits_along(model: ClvpForCausalLM, shape: Shape, tier: Tier, tokens: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Logits `[candidates, vocab_size]` behind each step's tokens."""
+    """Return logits `[candidates, vocab_size]` behind each step's tokens."""
     candidates = Candidates(model, shape, tier)
     for place, entered in enumerate(tokens):
         yield candidates.step(entered, place)
 
 
 def divergence(found: Iterable[torch.Tensor], exact: Iterable[torch.Tensor]) -> dict[str, float]:
-    """How far logits `[candidates, vocab_size]`, step by step, are from those of float64.
+    """Return the distance of logits `[candidates, vocab_size]` from those of float64, step by step.
 
     logits_error: the root of their mean square error, relative to the spread of a candidate's logits. kl: of their
     distributions, in nats a token. greedy: the share of places where the largest is the same token.
@@ -181,7 +181,7 @@ class Exact:
         self._logits = {(FP64, None): list(logits_along(exact_model, shape, FLOAT64, self.tokens))}
 
     def logits(self, dtype: torch.dtype, copies: torch.dtype | None) -> list[torch.Tensor]:
-        """In float64, a step at a time, weights and prompt rounded to `dtype`, and the layers' weights to `copies`."""
+        """Compute logits in float64, step by step, with weights and prompt rounded to `dtype`, layers to `copies`."""
         if (dtype, copies) not in self._logits:
             rounded = copy.deepcopy(self.model).to(dtype)
             if copies is not None:
@@ -193,7 +193,7 @@ class Exact:
 
 @torch.no_grad()
 def _made(exact_of: Callable[[], Exact], tier: Tier) -> Provider:
-    """A tier, timed over the last of its steps.
+    """Make a tier, timed over the last of its steps.
 
     Of a row, `error` is of the arithmetic alone, against float64 with weights and prompt rounded as the tier's are;
     `logits_error`, `kl` and `greedy` are against float64 with all as it was.

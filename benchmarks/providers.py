@@ -1,4 +1,4 @@
-"""Whose way to do a workload a provider is, and which of them a run is asked for.
+"""The groups of providers of a workload, and the choice of a run's providers.
 
 A provider's name begins with the word of its group ("SDPA math, ..."); any other beginning is ours.
 """
@@ -26,13 +26,13 @@ class Absent(Exception):
 
 
 def group_of(name: str) -> str:
-    """The group, a key of `GROUPS`, of a provider's name."""
+    """Return the group, a key of `GROUPS`, of a provider's name."""
     word = re.match(r"\w*", name)[0].lower()
     return word if word in GROUPS else "ours"
 
 
 def parsed(words: str) -> tuple[str, ...]:
-    """Groups of `"ours,torch"`, in the order of `GROUPS`. Raises `ValueError` for one that there is not."""
+    """Parse groups as `"ours,torch"`, in the order of `GROUPS`. Raises `ValueError` for an unknown group."""
     asked = [word.strip() for word in words.split(",") if word.strip()]
     unknown = [word for word in asked if word not in GROUPS]
     if unknown or not asked:
@@ -53,5 +53,5 @@ def only(groups: Iterable[str] | None) -> Iterator[None]:
 
 
 def is_chosen(name: str) -> bool:
-    """Whether the provider called `name` is asked for."""
+    """Tell whether the provider called `name` is asked for."""
     return _chosen is None or group_of(name) in _chosen

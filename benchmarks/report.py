@@ -30,7 +30,7 @@ SHAPES = {
 
 
 def table(rows: list[dict]) -> str:
-    """The tables of docs/figures.md, one a device; machines that were held down are left to docs/benchmarks.md."""
+    """Write the tables of docs/figures.md, one for each device; docs/benchmarks.md has machines below their best."""
     shown = by_machine([row for row in rows if row["workload"] in SHOWN and row["seconds"] and _is_shown(row)])
     if not shown:
         return "Not measured yet."
@@ -57,7 +57,7 @@ def _device_table(rows: list[dict]) -> str:
 
 
 def _titled(title: str, shape: dict) -> str:
-    """`title` of a shape, of which a CPU's says on how many threads."""
+    """Write the `title` of a shape, with the number of threads on a CPU."""
     return title.format(on_threads=f", threads: {shape['threads']}" if "threads" in shape else "", **shape)
 
 
@@ -87,7 +87,7 @@ def _context(rows: list[dict]) -> str:
 
 
 def precision_table(rows: list[dict]) -> str:
-    """A table a machine: what a tier changes, the share of equal tokens with its standard error, the time of a step."""
+    """Write a table for each machine: a tier's changes, the share of equal tokens with its error, a step's time."""
     measured = by_machine([row for row in rows if row["workload"] == "precision" and row["seconds"]])
     return "\n\n".join(map(_precision, measured.values())) or "Not measured yet."
 
@@ -117,7 +117,7 @@ def _precision(rows: list[dict]) -> str:
 
 
 def updated(text: str, rows: list[dict], make: Callable[[list[dict]], str] = table, part: str = "measured") -> str:
-    """`text` with what stands between the marks of `part` made from `rows` by `make`."""
+    """Return `text` with the section between the marks of `part` made from `rows` by `make`."""
     begin, end = f"<!-- {part}:begin -->", f"<!-- {part}:end -->"
     before, rest = text.split(begin)
     _, after = rest.split(end)

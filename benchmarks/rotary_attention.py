@@ -20,7 +20,7 @@ SHAPES = {"cpu": ((16, 200),), "cuda": ((256, 500), (256, 200), (16, 200), (16, 
 
 
 def _angles(length: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines `[1, length, 1, ROTARY_DIM / 2]`, shared by both halves of the channels."""
+    """Return cosines and sines `[1, length, 1, ROTARY_DIM / 2]`, shared by both halves of the channels."""
     frequencies = 10000 ** (-torch.arange(0, ROTARY_DIM, 2, device=device) / ROTARY_DIM)
     angles = (torch.arange(length, device=device)[:, None] * frequencies)[None, :, None]
     return angles.cos(), angles.sin()
@@ -46,7 +46,7 @@ def call(packed, cos, sin):
 
 
 def reference(packed, cos, sin):
-    """In float64, a sequence at a time."""
+    """Compute in float64, a sequence at a time."""
     cos, sin = cos.double(), sin.double()
     return torch.cat([rotate_and_attend(row.double(), cos, sin) for row in packed.split(1)])
 

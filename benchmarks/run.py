@@ -30,7 +30,7 @@ from benchmarks.machine import label
 from benchmarks.providers import GROUPS, only, parsed
 from clvp_fast.cli.parser import add_bench_arguments
 
-# What each measures; the most important first, for a run that ends early.
+# The measurements of each; the most important first, for a run that ends early.
 WORKLOADS = {
     "generate": "candidates of one text: transformers' generate, ours, and the engine",
     "decode_step": "one decode step of the engine: transformers', a torch rewrite, ours in each precision tier",
@@ -63,7 +63,7 @@ INTERRUPTED = "interrupted; the rows that were measured are kept, and --resume g
 
 @dataclass
 class Outcome:
-    """What a run has measured.
+    """The measurements of a run.
 
     rows: as they were written. failed: the shapes of which a provider gave a wrong result, or which could not be
         measured. left: those for which there was no time. without: those that none of the chosen providers does.
@@ -86,7 +86,7 @@ class Outcome:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns 1 if a provider gave a wrong result or a shape could not be measured."""
+    """Run the command line, and return 1 if a provider gave a wrong result or a shape could not be measured."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
     add_bench_arguments(parser)
     arguments = parser.parse_args(argv)
@@ -116,7 +116,7 @@ def listed() -> str:
 
 
 def measure(arguments: argparse.Namespace, command: str) -> Outcome:
-    """Measures what `arguments` name; `command` is for the rows. Raises `ValueError` for what cannot be measured."""
+    """Measure the workloads that `arguments` name; `command` is for the rows. Raises `ValueError` for unknown ones."""
     unknown = sorted(set(arguments.workload) - set(WORKLOADS))
     if unknown:
         raise ValueError(f"no workload {', '.join(unknown)}: there are {', '.join(WORKLOADS)}")

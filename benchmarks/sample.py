@@ -17,7 +17,7 @@ from clvp_fast.ops.sampling import reference as sample_reference
 
 VOCABULARY, TOKENS_SO_FAR = 8194, 200
 CANDIDATES = {"cpu": (16,), "cuda": (256, 16), "smoke": (3,)}
-# What Tortoise sets itself; top_k it has from transformers' defaults.
+# Tortoise's own settings; top_k it has from transformers' defaults.
 TEMPERATURE, TOP_P, PENALTY = 0.8, 0.8, 2.0
 
 
@@ -52,7 +52,7 @@ def call(logits, seen, lengths, done, candidate, seed, step, temperature, top_p,
 
 
 def reference(logits, seen, lengths, done, candidate, seed, step, temperature, top_p, penalty, drawn):
-    """The same draw, and what may be drawn: `[candidates, 1 + vocabulary]`."""
+    """Return the same draw, and the allowed tokens: `[candidates, 1 + vocabulary]`."""
     numbers = (temperature, None, top_p, None, None, penalty, seed, candidate, step)
     tokens = sample_reference(logits, seen, lengths, done, *numbers, -1, 0, True, None)
     return torch.cat((tokens[:, None].double(), processors(logits, drawn).isfinite().double()), 1)
@@ -74,7 +74,7 @@ def with_processors(logits, seen, lengths, done, candidate, seed, step, temperat
 
 
 def forbidden(tokens, expected) -> float:
-    """The part of the candidates whose token may not be drawn at all."""
+    """Return the share of candidates whose token may not be drawn at all."""
     return float(1 - expected[:, 1:].gather(1, tokens[:, None]).mean())
 
 

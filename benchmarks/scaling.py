@@ -1,4 +1,4 @@
-"""How the time of a whole call of the engine grows: with candidates, text, clips of a voice, and requests at once.
+"""The growth of the time of a whole call of the engine: with candidates, text, clips of a voice, and requests at once.
 
 One number at a time is varied from a call of `scaling_model.Call`'s defaults, so that several sweeps share that call.
 A run meets its voice for the first time and goes from clips and token ids to ranked candidates, which have all their
@@ -43,7 +43,7 @@ SMOKE_SWEEPS = {"candidates": (6,), "requests": (3,)}
 
 
 def calls(device: str, smoke: bool = False) -> list[Call]:
-    """Every call once, in the order of the sweeps."""
+    """Return every call once, in the order of the sweeps."""
     base, sweeps = (SMOKE, SMOKE_SWEEPS) if smoke else (BASE[device], SWEEPS[device])
     return list(dict.fromkeys(replace(base, **{name: value}) for name, values in sweeps.items() for value in values))
 
@@ -58,7 +58,7 @@ def tasks(device: str, smoke: bool = False) -> Iterator[Task]:
 
 @cache
 def _engine(device: str, smoke: bool):
-    """One engine for all calls of a device, in its first precision tier."""
+    """Make one engine for all calls of a device, in its first precision tier."""
     base = SMOKE if smoke else BASE[device]
     prompts = max(min(call.requests, call.slots) for call in calls(device, smoke))
     return engine_of(TIERS[device][0], device, smoke, base.slots, base.new_tokens, prompts)
@@ -74,7 +74,7 @@ def _made(device: str, call: Call, smoke: bool, name: str) -> Provider:
 
 
 def requests_of(call: Call, sampling_rate: int) -> list[CandidateRequest]:
-    """Requests of different texts and one voice, of random numbers."""
+    """Make requests of different texts and one voice, from random numbers."""
     generator = np.random.default_rng(0)
     clips = [generator.normal(0, 0.1, SECONDS * sampling_rate).astype(np.float32) for _ in range(call.clips)]
     texts = generator.integers(3, 250, (call.requests, call.text_tokens))
@@ -84,7 +84,7 @@ def requests_of(call: Call, sampling_rate: int) -> list[CandidateRequest]:
 
 
 def whole_call(engine, settings: SamplingParams, requests: list[CandidateRequest]) -> dict[str, float]:
-    """Seconds of the parts of a call. Raises `RuntimeError` where a candidate has not all its tokens."""
+    """Return the seconds of a call's parts. Raises `RuntimeError` where a candidate lacks tokens."""
     engine.voices.clear()  # every call meets its voices for the first time
     begin = perf_counter()
     results = list(engine.generate(requests, settings))

@@ -23,7 +23,7 @@ GPUS = {1: "one GPU", 8: "eight GPUs of a machine", 64: "eight such machines"}
 
 
 def document(rows: list[dict], figures: dict[str, str]) -> str:
-    """A section of each machine that has rows of `scaling`, CPUs first, and one of the modelled GPU.
+    """Write a section for each machine that has rows of `scaling`, CPUs first, and one for the modelled GPU.
 
     Args:
         rows: the newest of each task, of all workloads.
@@ -46,7 +46,7 @@ def document(rows: list[dict], figures: dict[str, str]) -> str:
 
 
 def _fitted(rows: list[dict]) -> Device | None:
-    """A device with the share and the overhead that fit its calls over candidates; None if there are too few."""
+    """Return a device with the share and the overhead that fit its calls over candidates; None if there are too few."""
     measured = sweeps(rows)["candidates"]
     if len(measured) < 2:
         return None
@@ -55,7 +55,7 @@ def _fitted(rows: list[dict]) -> Device | None:
 
 
 def _off(row: dict, device: Device) -> float:
-    """How far the model is from a measured call, relative to it."""
+    """Return the model's relative distance from a measured call."""
     return model.seconds(Call(**row["shape"]), device, TYPES[row["dtype"]]) / row["seconds"]["median"] - 1
 
 
@@ -85,7 +85,7 @@ def _point(row: dict, sweep: str, device: Device | None) -> list[str]:
 
 
 def _worth(rows: list[dict], device: Device | None) -> str:
-    """Where calls were measured, the model's numbers there, and how far it is from calls that it was not fitted to."""
+    """Write the model's numbers beside measured calls, and its distance from calls outside the fit."""
     row = rows[-1]
     where = (
         f"{row['provider']}, {row['shape']['slots']} candidates at once, threads: {row['device']['threads']}, "
@@ -110,7 +110,7 @@ def _worth(rows: list[dict], device: Device | None) -> str:
 
 
 def _an_hour(call: Call, device: Device, types: Types = BF16) -> float:
-    """Candidates."""
+    """Write candidates an hour."""
     return 3600 * call.requests * call.candidates / model.seconds(call, device, types)
 
 
@@ -120,14 +120,14 @@ def _rounded(value: float) -> str:
 
 
 def _half_way(candidates: int) -> tuple[float, float]:
-    """Seconds that a step half-way through `STANDARD` spends on weights, and on keys and values, at the limit."""
+    """Return a step's seconds for weights, and for keys and values, half-way through `STANDARD`, at the limit."""
     weights = model.products(candidates, BF16)
     stored = model.attention(candidates, 1, STANDARD.prompt, STANDARD.new_tokens // 2, BF16)
     return H200.limit(weights), H200.limit(stored)
 
 
 def _modelled(fitted: Device | None) -> str:
-    """A call of an H200 over candidates: at the limits of the data sheet, and as it was fitted or is assumed."""
+    """Write a call of an H200 over candidates: at the limits of the data sheet, and as fitted or assumed."""
     below = fitted or ASSUMED
     said = (
         "the numbers that were fitted above"
@@ -160,13 +160,13 @@ def _modelled(fitted: Device | None) -> str:
 
 
 def _saturation(rows: list[dict]) -> str:
-    """Where more candidates gain nothing, and why."""
+    """Write where more candidates gain nothing, and why."""
     weights = BF16.weight * CLVP.step_weights
     token = BF16.page * CLVP.token_channels
     own = token * (STANDARD.new_tokens + 1) / 2
     equal = ceil((weights - token * STANDARD.prompt) / own)
     compute_bound = ceil(H200.flop_per_s / H200.bytes_per_s * BF16.weight / 2)
-    # What one more candidate of a large batch takes: its keys and values, its products, its embedding.
+    # The cost of one more candidate of a large batch: its keys and values, its products, its embedding.
     rank = H200.limit(model.encoder(1, STANDARD.new_tokens, BF16))
     more = STANDARD.new_tokens * (own / H200.bytes_per_s + 2 * CLVP.step_weights / H200.flop_per_s) + rank
     reached = [_an_hour(replace(STANDARD, candidates=each), H200) * more / 3600 for each in (64, 256, 512)]
@@ -194,7 +194,7 @@ def _saturation(rows: list[dict]) -> str:
 
 
 def _host(rows: list[dict]) -> str:
-    """What the host's scheduling, as it was measured, is beside the shortest and the usual step; of the first host."""
+    """Write the measured time of the first host's scheduling beside the shortest and the usual step."""
     hosts = by_machine([row for row in rows if row["workload"] == "scheduler" and row["seconds"]])
     if not hosts:
         return "- **The host's scheduling** is not measured."
@@ -209,7 +209,7 @@ def _host(rows: list[dict]) -> str:
 
 
 def _many(fitted: Device | None) -> str:
-    """Candidates an hour of several GPUs."""
+    """Write candidates an hour of several GPUs."""
     lines = []
     for count, name in GPUS.items():
         cells = [name]

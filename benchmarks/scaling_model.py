@@ -1,4 +1,4 @@
-"""What a call of the engine costs, on paper: bytes and operations of its stages, and the time that a device needs.
+"""The cost of a call of the engine, on paper: bytes and operations of its stages, and the time that a device needs.
 
 A stage takes the longer of bytes / bandwidth and operations / rate, and stages follow one another:
 
@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-#: What is varied, one at a time, and how a reader calls it.
+#: The varied values, one at a time, and their names in documents.
 SWEEPS = {
     "candidates": "candidates",
     "text_tokens": "text tokens",
@@ -46,7 +46,7 @@ class Sizes:
 
     @property
     def step_weights(self) -> int:
-        """What a decode step multiplies with: all layers, and the head."""
+        """The weights that a decode step multiplies with: all layers, and the head."""
         return self.num_layers * self.layer_weights + self.vocab_size * self.hidden_size
 
     @property
@@ -66,7 +66,7 @@ CLVP = Sizes()
 
 @dataclass(frozen=True)
 class Call:
-    """What is asked of an engine at once; the defaults are the call from which a sweep varies one number.
+    """The requests to an engine at once; the defaults are the call from which a sweep varies one number.
 
     Args:
         candidates, text_tokens, clips: of each request; its clips are of one voice.
@@ -91,7 +91,7 @@ class Call:
         return self.requests * self.candidates * self.new_tokens
 
     def batches(self) -> Iterator[tuple[int, int]]:
-        """Rows of the batches that decode one after another, all to the end, and the prompts that each reads."""
+        """Return the rows of successive batches, each decoded to the end, and the prompts that each reads."""
         waiting = self.requests * self.candidates
         while waiting > 0:
             rows = min(waiting, self.slots)
@@ -138,12 +138,12 @@ class Device:
 
     @classmethod
     def of(cls, row: dict) -> "Device":
-        """The device of a row, by what its run has measured."""
+        """Make the device of a row, from its run's measurements."""
         device = row["device"]
         return cls(device["name"], device["copy_bytes_per_s"], device["matmul_flop_per_s"][row["dtype"]])
 
     def limit(self, stage: Stage) -> float:
-        """The least seconds of a stage."""
+        """Return the least seconds of a stage."""
         return max(stage.bytes / self.bytes_per_s, stage.flop / self.flop_per_s)
 
     def seconds(self, stage: Stage) -> float:
@@ -155,13 +155,13 @@ H200 = Device("H200", 4.8e12, 989e12)
 
 
 def products(rows: int, types: Types, sizes: Sizes = CLVP) -> Stage:
-    """What a decode step of `rows` candidates does with all weights, logits included."""
+    """Count a decode step's work of `rows` candidates with all weights, logits included."""
     logits = 2 * rows * sizes.vocab_size
     return Stage("decode", types.weight * (sizes.step_weights + logits), 2 * rows * sizes.step_weights)
 
 
 def attention(rows: int, prompts: int, prompt: int, stored: int, types: Types, sizes: Sizes = CLVP) -> Stage:
-    """What a decode step does with keys and values.
+    """Count a decode step's work with keys and values.
 
     Args:
         rows, prompts: candidates, and how many prompts they continue; a prompt's keys and values are read once.
@@ -173,7 +173,7 @@ def attention(rows: int, prompts: int, prompt: int, stored: int, types: Types, s
 
 
 def voice(clips: int, types: Types, sizes: Sizes = CLVP) -> Stage:
-    """The conditioning encoder over clips, one after another; its last block has one query."""
+    """Count the conditioning encoder over clips, one after another; its last block has one query."""
     hidden, blocks = sizes.hidden_size, sizes.voice_blocks
     weights = sizes.mel_bins * hidden + 4 * blocks * hidden**2
     of_weights = 2 * FRAMES * (weights - hidden**2)
@@ -182,7 +182,7 @@ def voice(clips: int, types: Types, sizes: Sizes = CLVP) -> Stage:
 
 
 def prefill(prompt: int, types: Types, sizes: Sizes = CLVP) -> Stage:
-    """The decoder over one prompt; of its last layer keys and values are all that is needed."""
+    """Count the decoder over one prompt, whose last layer only needs keys and values."""
     hidden, layers = sizes.hidden_size, sizes.num_layers - 1
     weights = layers * sizes.layer_weights + 3 * hidden**2
     stored = types.page * sizes.token_channels * prompt
@@ -190,14 +190,14 @@ def prefill(prompt: int, types: Types, sizes: Sizes = CLVP) -> Stage:
 
 
 def encoder(rows: int, length: int, types: Types, sizes: Sizes = CLVP) -> Stage:
-    """The text's or the speech's encoder over `rows` of `length` tokens."""
+    """Count the text's or the speech's encoder over `rows` of `length` tokens."""
     of_attention = 4 * rows * length**2 * sizes.encoder_hidden_size * sizes.encoder_layers
     of_weights = 2 * rows * length * sizes.encoder_weights
     return Stage("rank", types.weight * sizes.encoder_weights, of_weights + of_attention)
 
 
 def stages(call: Call, types: Types, sizes: Sizes = CLVP) -> list[Stage]:
-    """All stages of a call."""
+    """Return all stages of a call."""
     found = [voice(call.clips, types, sizes)]
     found += [prefill(call.prompt, types, sizes)] * call.requests
     for rows, prompts in call.batches():
@@ -208,7 +208,7 @@ def stages(call: Call, types: Types, sizes: Sizes = CLVP) -> list[Stage]:
 
 
 def parts(call: Call, device: Device, types: Types, sizes: Sizes = CLVP) -> dict[str, float]:
-    """Seconds of a call by parts: voice, decode (prefill and steps), rank."""
+    """Return the seconds of a call by parts: voice, decode (prefill and steps), rank."""
     found = dict.fromkeys(("voice", "decode", "rank"), 0.0)
     for stage in stages(call, types, sizes):
         found[stage.part] += device.seconds(stage)
@@ -221,7 +221,7 @@ def seconds(call: Call, device: Device, types: Types, sizes: Sizes = CLVP) -> fl
 
 
 def fit(device: Device, measured: Sequence[tuple[Call, float]], types: Types, sizes: Sizes = CLVP) -> Device:
-    """`device` with the `share` and the `step_seconds` that fit calls and their seconds best, relative to each.
+    """Return `device` with the `share` and `step_seconds` that best fit calls and their seconds, relative to each.
 
     Neither is negative: where the best line would have it so, the other one alone is fitted.
 
@@ -241,7 +241,7 @@ def fit(device: Device, measured: Sequence[tuple[Call, float]], types: Types, si
 
 
 def sweeps(rows: Iterable[dict]) -> dict[str, list[dict]]:
-    """By what is varied, the rows whose calls differ in it alone from the call of the defaults, in its order."""
+    """Return, for each varied value, the rows that differ from the default call in it alone, in its order."""
     rows, found = list(rows), {}
     for name in SWEEPS:
         others = {other: getattr(Call(), other) for other in SWEEPS if other != name}

@@ -1,4 +1,4 @@
-"""What the scheduler costs a decode step, counted on a null model: candidates stop when they were told to."""
+"""The scheduler's cost in a decode step, counted on a null model: candidates stop when they were told to."""
 
 import random
 import time
@@ -54,13 +54,13 @@ class NullEngine:
         self.unfinished = set(range(case.requests))
 
     def run(self) -> list[float]:
-        """Seconds of each step's scheduling."""
+        """Return the seconds of each step's scheduling."""
         seconds, stopping, in_flight = [], defaultdict(list), deque()
         begin = time.perf_counter()
         while (step := self.scheduler.schedule()) is not None:
             for slot, key, candidate, _ in step.admitted:
                 stopping[len(seconds) + self.length_of[key, candidate] - 1].append(step.runs[slot])
-            # Who was preempted has no slot, and comes again as another run.
+            # A preempted candidate has no slot, and comes again as another run.
             in_flight.append([run.slot for run in stopping.pop(len(seconds), ()) if run.slot is not None])
             if len(in_flight) > self.scheduler.lag:
                 self.unfinished.difference_update(self.scheduler.advance(in_flight.popleft()))
@@ -70,7 +70,7 @@ class NullEngine:
         return seconds
 
     def wrong(self) -> int:
-        """After `run`: how many requests are unfinished and pages in use."""
+        """Return, after `run`, the number of unfinished requests and pages in use."""
         return len(self.unfinished) + self.scheduler.pool.used_pages
 
 
@@ -82,7 +82,7 @@ def tasks(device: str, smoke: bool = False) -> Iterator[Task]:
 
 
 def _made(case: Case, lag: int) -> Provider:
-    """Of a row, `slow_step_seconds` is the 99 % quantile of a step; `late_over_early` is told by `growth`."""
+    """Make a provider; `slow_step_seconds` is a step's 99 % quantile, and `growth` gives `late_over_early`."""
     engine = NullEngine(case, lag)
     steps = engine.run()
     told = {"slow_step_seconds": float(np.quantile(steps, 0.99)), "late_over_early": growth(steps)}
@@ -92,7 +92,7 @@ def _made(case: Case, lag: int) -> Provider:
 
 
 def growth(seconds: list[float]) -> float | None:
-    """How much longer steps take when thousands of requests have finished: the last fifth of a long run over its first.
+    """Return how much longer steps take after thousands of requests: the last fifth of a long run over its first.
 
     Only steps count in which candidates come and go: those before the first ones end, and those of the last, are left
     out. None for a run that has few others.

@@ -35,7 +35,7 @@ def tasks(device: str, smoke: bool = False) -> Iterator[Task]:
 
 
 def make_codes(shape: dict) -> list[torch.Tensor]:
-    """Candidates on the host, each `[length]` int64; ragged ones of lengths that are spread evenly."""
+    """Make candidates on the host, each `[length]` int64; ragged ones have lengths that are spread evenly."""
     generator = torch.Generator().manual_seed(2)
     lengths = torch.linspace(shape.get("shortest", shape["length"]), shape["length"], shape["candidates"]).long()
     return [torch.randint(0, 8192, (length,), generator=generator) for length in lengths.tolist()]
@@ -97,7 +97,7 @@ def _made(shared: Callable[[], Shared], name: str, dtype: torch.dtype, mode: str
 
 
 def _padded(stock, codes: list[torch.Tensor], shape: dict) -> torch.Tensor:
-    """`[candidates, padded_to]`, ends made as the original makes them; codes of one length as they are."""
+    """Return `[candidates, padded_to]`, with the original's ends; codes of one length stay as they are."""
     if "padded_to" not in shape:
         return torch.stack(codes)
     config = stock.config.decoder_config

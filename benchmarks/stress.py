@@ -48,7 +48,7 @@ _FAULTS = (RuntimeError, MemoryError, OverflowError, KeyError, AssertionError, I
 _OUT_OF_MEMORY = 2
 # No answer comes so late, however slow the machine is.
 _BOUND = 600.0
-# What has to become of some requests, before a run ends.
+# Fates of requests that a run must see before it ends.
 _ENDS = ("right", "cancelled", "timed out", "given up")
 # By so much memory may grow: caches fill, and the heap has holes.
 _FLAT = 64 * 2**20
@@ -97,12 +97,12 @@ class Stress:
 
     @property
     def going(self) -> bool:
-        """Whether the time is not over, or something has not happened yet that a slow machine takes longer for."""
+        """Tell whether time is left, or something has still to happen that a slow machine takes longer for."""
         passed = time.monotonic() - self._begun
         return passed < self.seconds or (passed < _BOUND and not all(self.ended[way] for way in _ENDS))
 
     def row(self) -> dict:
-        """After `run`: what benchmarks/results/ keeps of it; its seconds are those of a request of the tasks."""
+        """Return, after `run`, the row for benchmarks/results/; its seconds are those of a request of the tasks."""
         low, median, high = (float(q) for q in np.quantile(self.latencies, [0.2, 0.5, 0.8]))
         return {
             "workload": "stress",
@@ -195,7 +195,7 @@ class Stress:
             self._judge(result, kind)
 
     def _user(self, seed: int) -> None:
-        """A thread that takes results, streams, and stops midway."""
+        """Run a thread that takes results, streams, and stops midway."""
         chosen = random.Random(seed)
         while self.going:
             kind = chosen.randrange(KINDS)
@@ -215,7 +215,7 @@ class Stress:
                 self._explain(error)
 
     def _explain(self, error: BaseException) -> None:
-        """A fault that no request is to blame for, or an interrupt, ends the call that met it."""
+        """Explain the error that ended a call: a fault that no request caused, or an interrupt."""
         if _planted(error) or _planted(error.__cause__):
             self.ended["call ended by a fault"] += 1
         else:

@@ -44,7 +44,7 @@ def cases(device: str, smoke: bool = False) -> Iterator[Case]:
                 shape = dict(clips=clips, side=side, channels=channels, dtype=name_of(dtype))
 
                 def made(seed, clips=clips, side=side, channels=channels, dtype=dtype):
-                    """The image, and what makes a tensor of a deviation."""
+                    """Return the image, and a function that makes a tensor of a deviation."""
                     generator = torch.Generator(device).manual_seed(seed)
 
                     def random(*size, scale=1.0):

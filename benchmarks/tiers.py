@@ -1,6 +1,6 @@
 """The engine's precision tiers, and how far each leads the decoder's logits from transformers' in float32.
 
-What a tier changes over hundreds of steps, against float64, is measured by `benchmarks/precision.py`.
+A tier's changes over hundreds of steps, against float64, are measured by `benchmarks/precision.py`.
 """
 
 import functools
@@ -17,7 +17,7 @@ from clvp_fast.models.transformers_versions import CACHE
 from clvp_fast.ops.paged_attention import FLOAT8
 
 PAGE_SIZE = 16
-# How many tokens are entered one by one when logits are compared.
+# The number of tokens that are entered one by one when logits are compared.
 _COMPARED = 4
 
 
@@ -58,7 +58,7 @@ TIERS = {
 
 
 def prompt_of(model, text_tokens: int, device: str) -> torch.Tensor:
-    """`[prompt, hidden_size]`, carrying its positions, as `model` makes it."""
+    """Return `[prompt, hidden_size]`, carrying its positions, as `model` makes it."""
     ids, features = inputs(text_tokens, device)
     with torch.no_grad():
         encoder = model.conditioning_encoder
@@ -67,7 +67,7 @@ def prompt_of(model, text_tokens: int, device: str) -> torch.Tensor:
 
 @torch.no_grad()
 def stock_logits(stock, prompts: torch.Tensor, tokens: torch.Tensor, cache=None) -> torch.Tensor:
-    """Logits of transformers' decoder `[batch, n, vocab_size]` behind each of `tokens` `[batch, n]`.
+    """Return logits of transformers' decoder `[batch, n, vocab_size]` behind each of `tokens` `[batch, n]`.
 
     It adds positions of its own to the embeddings of what it reads; here they are those of a prompt that has its own.
 
@@ -87,14 +87,14 @@ def stock_logits(stock, prompts: torch.Tensor, tokens: torch.Tensor, cache=None)
 
 
 def furthest_logit(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """The largest difference of logits `[..., vocab_size]`, over the largest logit; of the tokens that are drawn."""
+    """Return the largest difference of logits `[..., vocab_size]` of drawable tokens, over the largest logit."""
     drawn = expected.abs() < 1e3
     return float(((found.float() - expected).abs() * drawn).max() / expected[drawn].abs().max())
 
 
 @functools.cache
 def compared_logits(device: str, smoke: bool, text_tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A prompt `[prompt, hidden_size]`, tokens `[n]`, and transformers' logits `[n, vocab_size]` behind them."""
+    """Return a prompt `[prompt, hidden_size]`, tokens `[n]`, and transformers' logits `[n, vocab_size]` behind them."""
     stock = stock_model(device, smoke=smoke)
     prompt = prompt_of(our_model(device, smoke=smoke), text_tokens, device)
     config = stock.config.decoder_config
@@ -105,7 +105,7 @@ def compared_logits(device: str, smoke: bool, text_tokens: int) -> tuple[torch.T
 
 @torch.inference_mode()
 def engine_error(tier: Tier, device: str, smoke: bool, text_tokens: int) -> float:
-    """How far the engine's decoder over pages is from transformers' logits, after a prefill and some steps."""
+    """Return the distance of the engine's decoder from transformers' logits, after a prefill and some steps."""
     prompt, tokens, expected = compared_logits(device, smoke, text_tokens)
     decoder = PagedDecoder(our_model(device, tier.dtype, smoke).speech_decoder_model, weight_dtype=tier.weight_dtype)
     shared = -(-len(prompt) // PAGE_SIZE)
@@ -132,7 +132,7 @@ def engine_error(tier: Tier, device: str, smoke: bool, text_tokens: int) -> floa
 def engine_of(
     tier: Tier, device: str, smoke: bool, candidates: int, new_tokens: int, requests: int = 1
 ) -> CandidateEngine:
-    """A warmed-up engine for `candidates` at once, of so many `requests`, with the tokens of `random`."""
+    """Make a warm engine for `candidates` at once, of so many `requests`, with the tokens of `random`."""
     model = our_model(device, tier.dtype, smoke)
     # As many pages as are needed: several engines stand beside each other.
     pages = candidates * -(-new_tokens // PAGE_SIZE) + requests * (-(-text_limit(model) // PAGE_SIZE) + 1)

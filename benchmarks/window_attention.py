@@ -26,7 +26,7 @@ def call(packed, bias, shift):
 
 
 def reference(packed, bias, shift):
-    """In float64, a clip at a time."""
+    """Compute in float64, a clip at a time."""
     return torch.cat([as_swin(clip.double(), bias.double(), shift) for clip in packed.split(1)])
 
 
@@ -45,7 +45,7 @@ def as_swin(packed, bias, shift):
 
 
 def _mask(side, shift, like):
-    """`[windows, 1, places, places]`."""
+    """Return the mask `[windows, 1, places, places]`."""
     place = torch.arange(side, device=like.device)
     band = (place >= side - WINDOW).long() + (place >= side - shift).long()
     region = (band[:, None] * 3 + band).unflatten(1, (-1, WINDOW)).unflatten(0, (-1, WINDOW)).transpose(1, 2)

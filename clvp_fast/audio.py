@@ -1,6 +1,6 @@
-"""Reading recordings: any format that libsndfile reads, any sampling rate, one channel out, as far as it is asked.
+"""Reading recordings, in any format that libsndfile reads and at any sampling rate, to one channel.
 
-soundfile and soxr are imported by who reads a recording: an engine that is given features needs neither.
+soundfile and soxr are imported when a recording is read: an engine that gets features needs neither.
 """
 
 import io
@@ -20,29 +20,29 @@ from clvp_fast.io.levels import SILENCE_PEAK, wrong_scale
 if TYPE_CHECKING:
     import soundfile
 
-#: How the names of recordings end in a folder, in lower case: those that libsndfile reads, and those that it does not.
+#: The suffixes of recordings in a folder, in lower case: those that libsndfile reads, and those that it does not.
 READ_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".aiff", ".aif", ".aifc", ".au", ".snd", ".caf")
 READ_SUFFIXES += (".w64", ".rf64", ".mp2", ".sph", ".nist", ".voc")
 UNREAD_SUFFIXES = (".m4a", ".m4b", ".mp4", ".aac", ".wma", ".webm", ".mka", ".amr", ".3gp", ".ac3", ".ape", ".wv")
 UNREAD_SUFFIXES += (".mkv", ".mov", ".spx", ".tta", ".dsf")
 RECORDING_SUFFIXES = READ_SUFFIXES + UNREAD_SUFFIXES
 
-# Frames that are read at a time, and seconds beyond those asked for, which resampling looks ahead into.
+# The number of frames read at a time, and the seconds beyond those asked for that resampling looks ahead into.
 _BLOCK, _MARGIN = 1 << 16, 1.0
-# Channels that leave less than this part of themselves when they are mixed down cancel each other.
+# Channels cancel each other if mixing leaves less than this part of them.
 _CANCELLED = 1e-3
-# A recording that ends before this part of the length in its header is torn; that of MP3 is now and then an estimate.
+# A recording that ends before this part of its header's length is torn; MP3 headers are sometimes an estimate.
 _TORN = 0.9
-# What comes through a pipe is kept whole, as a reader goes back and forth in it.
+# The content of a pipe is kept whole, because a reader seeks in it.
 _PIPE = 256 << 20
 
 
 class UnreadableError(ValueError):
-    """A file that is no recording, or a damaged one; the message is one sentence."""
+    """A file that is not a recording, or a damaged one; the message is one sentence."""
 
 
 def is_recording(path: Path) -> bool:
-    """Tell by its name whether a file of a folder is a recording; hidden files and folders are none.
+    """Tell by its name whether a file of a folder is a recording; hidden files and folders are not.
 
     Raises:
         ValueError: it is a pipe or a device, which nobody may ever write into.
@@ -129,15 +129,15 @@ def read_audio(source: str | os.PathLike | BinaryIO, sampling_rate: int = 22050,
 
 
 def _reason(error: Exception) -> str:
-    """Tell what libsndfile says, but for a file that it can open and says not to be there."""
+    """Return libsndfile's reason, except for a file that it can open and calls missing."""
     said = str(getattr(error, "error_string", error))
     return "Format not recognised." if said.startswith("File does not exist") else said
 
 
 def _torn_by(log: str) -> float:
-    """How many times the samples that are there the header of a WAV file names; libsndfile corrects it in silence.
+    """Return by how many times the header of a WAV file exceeds its samples; libsndfile corrects it silently.
 
-    Who writes into a pipe names as many as 32 bits can, which says nothing.
+    A program that writes into a pipe names the greatest number of 32 bits, which does not count.
     """
     found = re.search(r"^data : (\d+) \(should be (\d+)\)", log, re.MULTILINE)
     named, there = map(int, found.groups()) if found else (0, 0)
@@ -145,7 +145,7 @@ def _torn_by(log: str) -> float:
 
 
 def _readable(path: Path) -> bytes | BinaryIO:
-    """Give a path as libsndfile takes it, whatever bytes its name has; of a pipe, which cannot go back, its content."""
+    """Return a path in a form that libsndfile takes, whatever its bytes; for a pipe, which cannot seek, its content."""
     if not path.exists():
         raise FileNotFoundError(f"there is no recording at {path}")
     if path.is_dir():
@@ -170,7 +170,7 @@ def _blocks(file: "soundfile.SoundFile", frames: int | None) -> Iterator[np.ndar
 
 
 def _mixed_down(blocks: Iterator[np.ndarray]) -> tuple[np.ndarray, float]:
-    """One channel `[frames]`, and the peak of all channels; NaN or infinite where a sample is."""
+    """Return one channel `[frames]` and the peak of all channels, which is NaN or infinite where a sample is."""
     mono, peak = [np.empty(0, dtype=np.float32)], np.float32(0)
     with np.errstate(over="ignore", invalid="ignore"):
         for block in blocks:
@@ -201,7 +201,7 @@ def _require_scale(peak: float, name: str | os.PathLike) -> None:
 
 
 def require_sound(samples: np.ndarray, name: str | os.PathLike, cut: float | None = None) -> None:
-    """Refuses samples that tell nothing of a voice or of anything else: silent ones, and floats of another scale.
+    """Refuse samples without information: silent ones, and floats of another scale.
 
     Args:
         cut: of a recording that goes on, how many seconds `samples` are.

@@ -1,4 +1,4 @@
-"""From a name to a loaded model: the demo, a folder, or a hub id; a damaged folder is told in one sentence."""
+"""Loading of models by name: the demo, a folder, or a hub id; one sentence describes a damaged folder."""
 
 import json
 import struct
@@ -34,7 +34,7 @@ _WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-# Characters of a text: those that are looked at, and those that a sentence on it has room for.
+# The number of characters of a text that are read, and that a sentence shows.
 _LONGEST_TEXT, _SHOWN = 1 << 16, 81
 
 
@@ -88,7 +88,7 @@ def _folder_or_id(name: str | Path, known: str, required: tuple[str, ...]) -> st
 
 
 def _suggestion(name: str | Path) -> str:
-    """Ask whether the folder beside `name`, or the demo, that is called nearly so was meant; or give ""."""
+    """Ask whether a folder of a similar name, or the demo, was meant; return "" without one."""
     path = Path(name)
     try:
         beside = [one.name for one in path.parent.iterdir() if one.is_dir()] if path.parent.is_dir() else []
@@ -176,7 +176,7 @@ def load_checkpoint(
         model, report = ClvpModelForConditionalGeneration.from_pretrained(
             source, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
         )
-    except Exception as error:  # whatever a strange file makes of transformers' many loaders
+    except Exception as error:  # transformers' loaders raise many types for a damaged file
         suggested = "" if Path(source).is_dir() else _suggestion(name).removesuffix(" Or ")
         told = f"checkpoint {name} cannot be loaded: {_reason(error)}"
         raise ValueError(f"{told}; {suggested}" if suggested else told) from error
@@ -202,9 +202,9 @@ def load_clap(
         model, report = ClapModel.from_pretrained(
             source, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
         )
-    except Exception as error:  # whatever a strange file makes of transformers' many loaders
+    except Exception as error:  # transformers' loaders raise many types for a damaged file
         raise ValueError(f"checkpoint {name} cannot be loaded: {_reason(error)}") from error
-    # What is no weight is made, whether an older checkpoint has it or not.
+    # Buffers are computed, even if an older checkpoint holds them.
     made = {key for key, _ in model.named_buffers() if not key.endswith(("running_mean", "running_var"))}
     _check_tensors(name, report | {"missing_keys": set(report["missing_keys"]) - made}, "CLAP")
     return model.to(device).eval(), processor
@@ -236,7 +236,7 @@ def _check_vocabulary(name: str | Path, tokenizer: ClvpTokenizer, config: ClvpCo
 
 
 def _reason(error: Exception) -> str:
-    """Tell why a checkpoint could not be loaded; that a hub could not be reached stands behind other errors."""
+    """Return why a checkpoint could not be loaded; other errors may hide that a hub was out of reach."""
     behind: BaseException | None = error
     while behind is not None:
         if isinstance(behind, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
@@ -256,11 +256,11 @@ def text_limit(model: ClvpModelForConditionalGeneration) -> int:
 
 
 def _ids(tokenizer: ClvpTokenizer, text: str) -> list[int]:
-    return cast(list[int], tokenizer(text)["input_ids"])  # transformers types what every tokenizer may give
+    return cast(list[int], tokenizer(text)["input_ids"])  # transformers types the results of every tokenizer
 
 
 def require_text(text: str) -> None:
-    """Raise `ValueError` for a text with nothing in it."""
+    """Raise `ValueError` for an empty text."""
     if not text.strip():
         raise ValueError("the text is empty; give the sentence that is to be said")
 
@@ -273,7 +273,7 @@ def sayable_ids(model: ClvpModelForConditionalGeneration, tokenizer: ClvpTokeniz
             characters.
     """
     require_text(text)
-    if len(text) > _LONGEST_TEXT:  # spelling out its numbers alone would hold up the others for minutes
+    if len(text) > _LONGEST_TEXT:  # spelling out its numbers could take minutes, while others wait
         raise ValueError(
             f"the text is too long: {len(text)} characters, and at most {_LONGEST_TEXT} are looked at; split it up"
         )

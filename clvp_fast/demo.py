@@ -47,17 +47,17 @@ _MERGES = """
 
 
 def is_random(name: str | Path) -> bool:
-    """Whether a checkpoint's name is that of random weights."""
+    """Tell whether a checkpoint's name means random weights."""
     return str(name) in RESERVED and not (str(name) == "demo" and TRAINED.is_dir())
 
 
 def reserved_checkpoint(name: str) -> Path:
-    """The folder of a name of `RESERVED`."""
+    """Return the folder of a name of `RESERVED`."""
     return random_checkpoint() if is_random(name) else TRAINED
 
 
 def random_checkpoint() -> Path:
-    """The folder of the random checkpoint, built once into the user's cache (21 MB, about a second).
+    """Return the folder of the random checkpoint, built once into the user's cache (21 MB, about a second).
 
     Where the cache cannot be written, the folder is a temporary one of this process, which ends with it.
     """
@@ -69,7 +69,7 @@ def random_checkpoint() -> Path:
 
 @cache
 def _temporary(reason: str) -> tempfile.TemporaryDirectory:
-    """The checkpoint in a folder that only this user can see, and that is removed when the process ends."""
+    """Make the checkpoint in a folder that only this user can see, and that is removed when the process ends."""
     warnings.warn(f"the random checkpoint is built for this run alone: {reason}", stacklevel=3)
     folder = tempfile.TemporaryDirectory(prefix="clvp-fast-random-")
     build_random(Path(folder.name))
@@ -77,7 +77,7 @@ def _temporary(reason: str) -> tempfile.TemporaryDirectory:
 
 
 def build_random(folder: Path) -> None:
-    """Writes the random checkpoint into the empty `folder`."""
+    """Write the random checkpoint into the empty `folder`."""
     from clvp_fast import ClvpFeatureExtractor, ClvpTokenizer
 
     write_vocabulary(folder)
@@ -88,7 +88,7 @@ def build_random(folder: Path) -> None:
 
 
 def write_vocabulary(folder: Path) -> None:
-    """Writes the files of a vocabulary of letters, marks and pairs of frequent words into `folder`."""
+    """Write the files of a vocabulary of letters, marks and pairs of frequent words into `folder`."""
     merges = [merge.strip() for merge in _MERGES.replace("\n", " ").split(",")]
     tokens = ["[STOP]", "[UNK]", "[SPACE]", *_PUNCTUATION, *_LETTERS, *(merge.replace(" ", "") for merge in merges)]
     vocabulary = {token: index for index, token in enumerate(tokens)}
@@ -122,7 +122,7 @@ def _random_model():
 
 @torch.no_grad()
 def _spread_logits_and_lengths(decoder) -> None:
-    """Widens the logits, and lets the stop token's logit grow with the position along one fixed direction."""
+    """Widen the logits, and let the stop token's logit grow with the position along one fixed direction."""
     hidden_size = decoder.config.hidden_size
     direction = torch.randn(hidden_size)
     direction /= direction.norm()

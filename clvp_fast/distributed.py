@@ -27,7 +27,7 @@ from clvp_fast.batch.rows import COLUMNS, Row
 from clvp_fast.batch.settings import Settings
 from clvp_fast.engine.defaults import MEMORY_FRACTION
 
-# Of results, what rows may have too: `id` is the same, `seed` as it was used.
+# Columns of results that input rows may have too: `id` is the same, and `seed` is the seed that was used.
 _SHARED = ("id", "seed", "row")
 
 
@@ -49,7 +49,7 @@ class CandidateActor:
         self._worker = ready_worker(Settings(checkpoint=checkpoint, **settings), memory_fraction)
 
     def __call__(self, batch: Mapping[str, Any] | pa.Table) -> pa.Table:
-        """Lines of kept candidates, best first, in the order of the batch's rows.
+        """Return the lines of kept candidates, best first, in the order of the batch's rows.
 
         Args:
             batch: arrays by column, an Arrow table or a pandas frame: `id`, `text`, `voice` (a recording, a folder of

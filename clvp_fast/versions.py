@@ -7,7 +7,7 @@ import clvp_fast
 
 
 def versions() -> dict[str, str]:
-    """Package name to version; `absent` where an optional one is not installed."""
+    """Return package name to version; `absent` where an optional package is not installed."""
     found = {"clvp_fast": clvp_fast.__version__, "python": platform.python_version()}
     for name in ("torch", "transformers", "triton", "numpy", "soundfile", "soxr"):
         try:

@@ -1,4 +1,4 @@
-/* The checks of one call's arguments that need no look at what pointers point to. */
+/* Checks of a call's arguments that read nothing behind its pointers. */
 #pragma once
 
 #include <stddef.h>
@@ -17,7 +17,7 @@ static inline size_t clvp_fast_element_size(int32_t dtype) {
 
 static inline int clvp_fast_misaligned(const void *pointer, size_t size) { return (uintptr_t)pointer % size != 0; }
 
-/* CLVP_FAST_OK, or why a CPU (cuda = 0) or a GPU (cuda = 1) refuses log-mel. */
+/* Returns CLVP_FAST_OK, or why a CPU (cuda = 0) or a GPU (cuda = 1) refuses log-mel. */
 static inline int clvp_fast_check_log_mel(const struct clvp_fast_log_mel *call, int cuda) {
     if (call == NULL) return CLVP_FAST_NULL_POINTER;
 
@@ -30,7 +30,7 @@ static inline int clvp_fast_check_log_mel(const struct clvp_fast_log_mel *call, 
         return CLVP_FAST_BAD_DTYPE;
 
     const int32_t n_fft = call->n_fft;
-    /* So large that no product of sizes below overflows, and larger than any memory. */
+    /* Larger than any memory, and small enough that products of the sizes below cannot overflow. */
     const int64_t most = (int64_t)1 << 40;
     if (n_fft < 256 || n_fft > 4096 || (n_fft & (n_fft - 1)) != 0 || call->num_mels < 1 || call->num_mels > 256 ||
         call->batch < 0 || call->batch > most || call->time < 1 || call->time > most || call->hop_length < 1 ||
@@ -54,7 +54,7 @@ static inline int clvp_fast_check_log_mel(const struct clvp_fast_log_mel *call, 
     return CLVP_FAST_OK;
 }
 
-/* CLVP_FAST_OK, or why a decode step is refused. */
+/* Returns CLVP_FAST_OK, or why a decode step is refused. */
 static inline int clvp_fast_check_paged_decode(const struct clvp_fast_paged_decode *call) {
     if (call == NULL) return CLVP_FAST_NULL_POINTER;
     if (call->dtype != CLVP_FAST_FLOAT32 && call->dtype != CLVP_FAST_BFLOAT16) return CLVP_FAST_BAD_DTYPE;
@@ -80,7 +80,7 @@ static inline int clvp_fast_check_paged_decode(const struct clvp_fast_paged_deco
     return CLVP_FAST_OK;
 }
 
-/* CLVP_FAST_OK, or why a linear layer is refused. */
+/* Returns CLVP_FAST_OK, or why a linear layer is refused. */
 static inline int clvp_fast_check_linear(const struct clvp_fast_linear *call) {
     if (call == NULL) return CLVP_FAST_NULL_POINTER;
     if ((call->dtype != CLVP_FAST_FLOAT32 && call->dtype != CLVP_FAST_BFLOAT16) ||
@@ -106,7 +106,7 @@ static inline int clvp_fast_check_linear(const struct clvp_fast_linear *call) {
     return CLVP_FAST_OK;
 }
 
-/* CLVP_FAST_OK, or why a feed-forward block is refused. */
+/* Returns CLVP_FAST_OK, or why a feed-forward block is refused. */
 static inline int clvp_fast_check_mlp(const struct clvp_fast_mlp *call) {
     if (call == NULL) return CLVP_FAST_NULL_POINTER;
     if ((call->dtype != CLVP_FAST_FLOAT32 && call->dtype != CLVP_FAST_BFLOAT16) ||
@@ -136,7 +136,7 @@ static inline int clvp_fast_check_mlp(const struct clvp_fast_mlp *call) {
     return CLVP_FAST_OK;
 }
 
-/* Whether images can be cut into such windows. */
+/* Returns 1 if images can be cut into such windows, else 0. */
 static inline int clvp_fast_are_windows(int64_t batch, int64_t height, int64_t width, int32_t num_heads,
                                         int32_t head_dim, int32_t window, int32_t shift) {
     const int64_t most = (int64_t)1 << 20; /* So large that no product of sizes overflows. */
@@ -145,7 +145,7 @@ static inline int clvp_fast_are_windows(int64_t batch, int64_t height, int64_t w
            num_heads >= 0 && num_heads <= 4096 && head_dim >= 1 && head_dim <= 128;
 }
 
-/* CLVP_FAST_OK, or why attention in windows is refused. */
+/* Returns CLVP_FAST_OK, or why attention in windows is refused. */
 static inline int clvp_fast_check_window_attention(const struct clvp_fast_window_attention *call) {
     if (call == NULL) return CLVP_FAST_NULL_POINTER;
     if ((call->dtype != CLVP_FAST_FLOAT32 && call->dtype != CLVP_FAST_BFLOAT16) ||
@@ -164,7 +164,7 @@ static inline int clvp_fast_check_window_attention(const struct clvp_fast_window
     return CLVP_FAST_OK;
 }
 
-/* CLVP_FAST_OK, or why the first half of a Swin layer is refused. */
+/* Returns CLVP_FAST_OK, or why the first half of a Swin layer is refused. */
 static inline int clvp_fast_check_window_block(const struct clvp_fast_window_block *call) {
     if (call == NULL) return CLVP_FAST_NULL_POINTER;
     if (call->dtype != CLVP_FAST_FLOAT32 && call->dtype != CLVP_FAST_BFLOAT16) return CLVP_FAST_BAD_DTYPE;
@@ -187,7 +187,7 @@ static inline int clvp_fast_check_window_block(const struct clvp_fast_window_blo
     return CLVP_FAST_OK;
 }
 
-/* CLVP_FAST_OK, or why drawing tokens is refused. */
+/* Returns CLVP_FAST_OK, or why drawing tokens is refused. */
 static inline int clvp_fast_check_sample(const struct clvp_fast_sample *call) {
     if (call == NULL) return CLVP_FAST_NULL_POINTER;
     if (call->dtype != CLVP_FAST_FLOAT32 && call->dtype != CLVP_FAST_BFLOAT16) return CLVP_FAST_BAD_DTYPE;
@@ -210,7 +210,7 @@ static inline int clvp_fast_check_sample(const struct clvp_fast_sample *call) {
     return CLVP_FAST_OK;
 }
 
-/* CLVP_FAST_OK, or why a persistent decode step is refused. */
+/* Returns CLVP_FAST_OK, or why a persistent decode step is refused. */
 static inline int clvp_fast_check_persistent_decode(const struct clvp_fast_persistent_decode *call) {
     if (call == NULL) return CLVP_FAST_NULL_POINTER;
     if (call->dtype != CLVP_FAST_FLOAT16 && call->dtype != CLVP_FAST_BFLOAT16) return CLVP_FAST_BAD_DTYPE;

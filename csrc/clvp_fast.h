@@ -1,4 +1,4 @@
-/* The C interface of the native library: what Python loads through ctypes (clvp_fast/native/calls.py holds the
+/* The C interface of the native library, which Python loads through ctypes (clvp_fast/native/calls.py holds the
  * prototypes).
  *
  * No torch, no allocation that outlives a call, no exception across the boundary. Every function returns
@@ -20,7 +20,7 @@ enum clvp_fast_status {
     CLVP_FAST_BAD_DTYPE = -4,    /* a dtype that the field does not take */
     CLVP_FAST_BAD_LENGTH = -5,   /* on a CPU: a row's length is not in 1 .. time */
     CLVP_FAST_BAD_BAND = -6,     /* on a CPU: a channel's band does not lie within the bins */
-    CLVP_FAST_NO_MEMORY = -7,    /* scratch memory could not be had */
+    CLVP_FAST_NO_MEMORY = -7,    /* scratch memory could not be allocated */
     CLVP_FAST_NO_ISA = -8,       /* this CPU lacks the instruction set that was named */
 };
 
@@ -65,30 +65,30 @@ struct clvp_fast_log_mel {
 };
 
 /* Runs on at most num_threads threads, on the named instruction set, "avx512bf16", "avx512", "avx2" or "portable"
- * (null: that which clvp_fast_cpu_isa names), and returns when all is written. */
+ * (null: the set that clvp_fast_cpu_isa names), and returns when all is written. */
 int clvp_fast_log_mel_cpu(const struct clvp_fast_log_mel *call, int32_t num_threads, const char *isa);
 
-/* The instruction set of calls that name none: the best that this machine has, unless another one was chosen. */
+/* Returns the instruction set of calls that name none: this machine's best, unless another one was chosen. */
 const char *clvp_fast_cpu_isa(void);
 
-/* 1 if this machine and this library have the named instruction set, else 0. */
+/* Returns 1 if this machine and this library have the named instruction set, else 0. */
 int clvp_fast_has_isa(const char *name);
 
 /* Chooses the instruction set of calls that name none; null: the best that this machine has. Not during such calls. */
 int clvp_fast_choose_isa(const char *name);
 
 /* Launches one kernel on the cudaStream_t `stream` of the current device and returns at once. Lengths and bands are not
- * read on the host: what is out of range is clamped. Of the CUDA part. */
+ * read on the host, and are clamped to their range. In the CUDA part. */
 int clvp_fast_log_mel_cuda(const struct clvp_fast_log_mel *call, void *stream);
 
-/* 0 where the CUDA part can serve on this machine; else 1, and up to `size` bytes of a sentence on what is missing: a
- * driver, a newer driver, a device. Of the CUDA part. */
+/* Returns 0 where the CUDA part can serve on this machine; else 1, and a sentence of up to `size` bytes on the lack: a
+ * driver, a newer driver, a device. In the CUDA part. */
 int clvp_fast_cuda_missing(char *sentence, int32_t size);
 
-/* The same of log-mel of n_fft on the current device, which may have too little shared memory. */
+/* Does the same for log-mel of n_fft on the current device, which may have too little shared memory. */
 int clvp_fast_log_mel_cuda_missing(int32_t n_fft, char *sentence, int32_t size);
 
-/* CUDA's own name, number and words for the error that a function of the CUDA part returned; valid until the thread's
+/* Returns CUDA's own name, number and words for an error of a function of the CUDA part; valid until the thread's
  * next call. */
 const char *clvp_fast_cuda_error(int code);
 
@@ -129,7 +129,7 @@ struct clvp_fast_linear {
     const void *bias;      /* [out_features] of dtype; null: none */
     const float *residual; /* [rows, out_features], contiguous; null: none */
     void *out;             /* [rows, out_features] of dtype, with a residual float32; contiguous */
-    /* Null, or the weights once more, which then are read in the place of `weight`: for each 48 of them, the last ones
+    /* Null, or the weights again, which are read in place of `weight`: for each 48 rows of them, the last ones
      * filled up with anything finite, [in_features / u, 48, u], where u is 1 for FLOAT32 and 2 for other types. */
     const void *panels;
     int64_t x_stride; /* elements from one row to the next */
@@ -192,7 +192,7 @@ struct clvp_fast_window_attention {
 int clvp_fast_window_attention_cpu(const struct clvp_fast_window_attention *call, int32_t num_threads, const char *isa);
 
 /* The first half of a Swin layer: out = x + (attention in windows, as above, of queries, keys and values that are
- * layer_norm(x) w_qkv^T + b_qkv) w_out^T + b_out, where scores are scaled by 1 / sqrt(head_dim). What lies between is
+ * layer_norm(x) w_qkv^T + b_qkv) w_out^T + b_out, where scores are scaled by 1 / sqrt(head_dim). Values in between are
  * rounded to dtype. The bits of an image depend on that image alone. */
 struct clvp_fast_window_block {
     const void *x;                       /* [batch, height, width, channels] of dtype, contiguous */
@@ -249,7 +249,7 @@ struct clvp_fast_decoder_layer {
 };
 
 /* One decode step of one to four candidates in one launch: from their tokens to the logits of the next. The residual
- * is float32; what the products take, and queries, keys, values, hidden states and logits, are of dtype. The activation
+ * is float32; inputs of products, queries, keys, values, hidden states and logits are of dtype. The activation
  * is gelu in its tanh form.
  *
  * Heads have 64 channels. Pages that do not exist, and places past a table, are left out; a token or position that is
@@ -284,17 +284,18 @@ struct clvp_fast_persistent_decode {
     float scale; /* of the scores */
 };
 
-/* Bytes of workspace that a call needs; it may not be shared by calls that run at the same time. */
+/* Returns the bytes of workspace that a call needs; calls that run at the same time may not share it. */
 int64_t clvp_fast_persistent_decode_workspace(const struct clvp_fast_persistent_decode *call);
 
 /* Launches one cooperative kernel, a block on each multiprocessor, on the cudaStream_t `stream` of the current device
- * and returns at once. Of the CUDA part. */
+ * and returns at once. In the CUDA part. */
 int clvp_fast_persistent_decode_cuda(const struct clvp_fast_persistent_decode *call, void *stream);
 
-/* A sentence on a clvp_fast_status; never null. */
+/* Returns a sentence on a clvp_fast_status; never null. */
 const char *clvp_fast_error(int code);
 
-/* What Python compares with its own prototypes before it calls anything; each part of the library has one. */
+/* Returns the version that Python compares with its own prototypes before any call; each part of the library has one.
+ */
 const char *clvp_fast_version(void);
 
 #ifdef __cplusplus

@@ -7,7 +7,7 @@
  *
  * and the halves are folded into the window. A transform of length N = R1 R2 R3 is three stages in place (decimation in
  * frequency): a stage of radix R takes each block of length L apart into L / R transforms of length R over elements
- * that lie L / R apart, turns what comes out, and leaves R blocks of length L / R. `position` says where a bin ends up.
+ * that lie L / R apart, rotates the results, and leaves R blocks of length L / R. `position` gives a bin's final place.
  *
  * T is a number, or on a CPU a vector of numbers, one of each of several pairs of frames. */
 #pragma once
@@ -134,13 +134,13 @@ CLVP_FAST_INLINE void dft(Complex<T> (&x)[R]) {
     }
 }
 
-/* Where the stages of radix R1, R2 and R3 leave bin k of a transform of length R1 R2 R3. */
+/* Returns the place where the stages of radix R1, R2 and R3 leave bin k of a transform of length R1 R2 R3. */
 template <int R1, int R2, int R3>
 CLVP_FAST_INLINE int position(int k) {
     return (k % R1) * (R2 * R3) + (k / R1 % R2) * R3 + k / (R1 * R2);
 }
 
-/* Twice a frame's bin k, squared, from Z[k] and Z[N - k]: of the frame in the real part, and in the imaginary part. */
+/* Returns twice bin k, squared, from Z[k] and Z[N - k], of the frames in the real and in the imaginary part. */
 template <class T>
 CLVP_FAST_INLINE T power_of_real(const Complex<T> &z, const Complex<T> &mirrored) {
     const T re = z.re + mirrored.re, im = z.im - mirrored.im;

@@ -1,11 +1,11 @@
-/* Functions that are always inlined, and loops without a loop, on a CPU and on a GPU. */
+/* Functions that are always inlined, and unrolled loops, on a CPU and on a GPU. */
 #pragma once
 
 #include <type_traits>
 #include <utility>
 
 /* Internal linkage throughout: the same text is compiled for several instruction sets into one library. All of it is
- * inlined, lambdas too, or the registers would go through memory. */
+ * inlined, lambdas too, because calls would pass the registers through memory. */
 #ifdef __CUDACC__
 #define CLVP_FAST_HOST_DEVICE __host__ __device__
 #define CLVP_FAST_INLINE static __host__ __device__ __forceinline__
@@ -28,7 +28,7 @@ struct Index {
     CLVP_FAST_HOST_DEVICE constexpr operator int() const { return VALUE; }
 };
 
-/* body(Index<0>) ... body(Index<COUNT - 1>), with no loop left. */
+/* Calls body(Index<0>) ... body(Index<COUNT - 1>), unrolled. */
 template <class Body, int... INDEX>
 CLVP_FAST_INLINE void unroll(Body &&body, std::integer_sequence<int, INDEX...>) {
     (body(Index<INDEX>{}), ...);

@@ -1,1 +1,1 @@
-"""What `make docs` needs beside MkDocs: links between docstrings, the versions in the footer, a look at the prose."""
+"""Parts of `make docs` besides MkDocs: hooks, and the script that finds sentences which are hard to read."""

@@ -23,7 +23,7 @@ def on_config(config):
 
 
 def measured() -> list[str]:
-    """The commits at which the figures of docs/figures.md were measured, the first first."""
+    """Return the commits at which the figures of docs/figures.md were measured, the first first."""
     return list(dict.fromkeys(re.findall(r"at commit (\w+)", _text("docs/figures.md"))))
 
 

@@ -1,59 +1,90 @@
-"""`python -m handbook.prose`: lists sentences whose subject is a clause, in the documents and in public docstrings.
+"""`python -m handbook.prose`: lists sentences that a reader has to decode, in documents, docstrings and comments.
 
-"What it costs is told below" has a clause ("what it costs") for its subject, and a reader has to decode it. A sentence
-that begins with one of `OPENERS` is taken for such a one unless it is a question.
+There are two kinds. "What it costs is told below" has a clause ("what it costs") for its subject; a sentence that
+begins with one of `OPENERS` counts as one unless it is a question. "Nothing is `not` read" negates twice, which
+`DOUBLE` finds in its plainest forms.
 """
 
 import ast
+import io
 import re
 import sys
+import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-OPENERS = ("What", "Who", "Whoever", "Whatever", "Of which", "Of what", "Whose", "Whichever")
-# Documents, and modules with public docstrings, as patterns below the repository.
+OPENERS = (
+    "What",
+    "Who",
+    "Whoever",
+    "Whatever",
+    "Whose",
+    "Whichever",
+    "Whether",
+    "How",
+    "Of which",
+    "Of what",
+    "Of whom",
+)
+# Documents, modules, and sources in C++, as patterns below the repository.
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/**/*.md")
-MODULES = ("clvp_fast/**/*.py",)
+MODULES = (
+    "benchmarks/**/*.py",
+    "clvp_fast/**/*.py",
+    "examples/**/*.py",
+    "handbook/*.py",
+    "kernels/*.py",
+    "tests/**/*.py",
+)
+CPLUSPLUS = ("csrc/**/*.*", "tests/csrc/**/*.cpp", "tests/csrc/**/*.h")
 _BEGINS = re.compile(rf"(?:{'|'.join(OPENERS)})\b")
+# Within a clause: a word that denies all, or `not`, before another word that denies.
+_ALL, _NOT = r"(?:[Nn]obody|none|[Nn]othing|[Nn]o one|[Nn]ever|[Nn]either)", r"(?:not|cannot)"
+_ON = r"(?:(?!\b(?:and|but|or|than|that|unless|where|which|who|whose)\b)[^,.;:()`])*"
+DOUBLE = re.compile(
+    rf"\b{_ALL}\b{_ON}\b(?:{_NOT}|no|without)\b|\b{_NOT}\b{_ON}\b(?:{_ALL}|without|no)\b"
+    rf"|\b[Nn]o\b {_ON}\b(?:{_NOT}|without)\b|\bnot un(?!der|til|less|i)\w+"
+)
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A sentence, and the place of its first word."""
+    """A sentence, the place of its first word, and what is wrong with it."""
 
     path: str
     line: int
+    fault: str
     sentence: str
 
     def __str__(self) -> str:
-        return f"{self.path}:{self.line}: a clause is the subject: {self.sentence[:100]}"
+        return f"{self.path}:{self.line}: {self.fault}: {self.sentence[:100]}"
 
 
 def findings(root: Path) -> list[Finding]:
-    """All such sentences of a repository's documents and public docstrings."""
+    """Find all such sentences of a repository."""
     found = []
-    for pattern in DOCUMENTS:
-        for path in sorted(root.glob(pattern)):
-            text = without_code(path.read_text(encoding="utf-8"))
-            found += _found(str(path.relative_to(root)), text, 1)
-    for pattern in MODULES:
-        for path in sorted(root.glob(pattern)):
-            for line, docstring in docstrings(path.read_text(encoding="utf-8")):
-                found += _found(str(path.relative_to(root)), docstring, line)
+    for patterns, texts_of in ((DOCUMENTS, _document), (MODULES, prose_of_python), (CPLUSPLUS, comments_of_cplusplus)):
+        for path in sorted({path for pattern in patterns for path in root.glob(pattern) if path.is_file()}):
+            for line, text in texts_of(path.read_text(encoding="utf-8")):
+                found += _found(str(path.relative_to(root)), text, line)
     return found
 
 
 def _found(path: str, text: str, first: int) -> list[Finding]:
-    return [Finding(path, first + line, sentence) for line, sentence in sentences(text) if is_clause(sentence)]
+    faults = ((line, sentence, fault_of(sentence)) for line, sentence in sentences(text))
+    return [Finding(path, first + line, fault, sentence) for line, sentence, fault in faults if fault]
 
 
-def is_clause(sentence: str) -> bool:
-    return bool(_BEGINS.match(sentence)) and not sentence.endswith("?")
+def fault_of(sentence: str) -> str | None:
+    """Name what is wrong with a sentence, or return None."""
+    if _BEGINS.match(sentence) and not sentence.endswith("?"):
+        return "a clause is the subject"
+    return "a double negation" if DOUBLE.search(sentence) else None
 
 
 def sentences(text: str) -> Iterator[tuple[int, str]]:
-    """The sentences of a text with the number of lines before each; cells, items and paragraphs end one."""
+    """Yield the sentences of a text with the number of lines before each; cells, items and paragraphs end one."""
     for block in re.finditer(r"[^\n|]+(?:\n(?![\s]*(?:[-*|#]|\d+\.|$))[^\n|]+)*", text):
         line = text.count("\n", 0, block.start())
         start = 0
@@ -66,26 +97,45 @@ def sentences(text: str) -> Iterator[tuple[int, str]]:
 
 
 def without_code(text: str) -> str:
-    """A document without its fenced blocks, comments and headings; lines keep their numbers."""
+    """Return a document without its fenced blocks, comments and headings; lines keep their numbers."""
     pattern = r"^```.*?^```$|<!--.*?-->|^#+ [^\n]*$"
     return re.sub(pattern, lambda match: "\n" * match[0].count("\n"), text, flags=re.MULTILINE | re.DOTALL)
 
 
-def docstrings(source: str) -> Iterator[tuple[int, str]]:
-    """The docstrings of a module and of its public classes and functions, each with its first line."""
+def _document(text: str) -> Iterator[tuple[int, str]]:
+    yield 1, without_code(text)
 
-    named = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    documented = (ast.Module, *named)
 
-    def walk(node: ast.AST) -> Iterator[tuple[int, str]]:
-        body = getattr(node, "body", [])
-        if isinstance(node, documented) and (docstring := ast.get_docstring(node, clean=False)):
-            yield body[0].value.lineno, docstring
-        for child in body:
-            if isinstance(child, named) and not child.name.startswith("_"):
-                yield from walk(child)
+def prose_of_python(source: str) -> Iterator[tuple[int, str]]:
+    """Yield the docstrings and comments of a module, each with its first line."""
+    for node in ast.walk(ast.parse(source)):
+        documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
+        if documented and (docstring := ast.get_docstring(node, clean=False)):
+            yield node.body[0].value.lineno, docstring
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    yield from _blocks((t.start[0], t.string, t.line.lstrip()[0] == "#") for t in tokens if t.type == tokenize.COMMENT)
 
-    yield from walk(ast.parse(source))
+
+def comments_of_cplusplus(source: str) -> Iterator[tuple[int, str]]:
+    """Yield the comments of a source in C++, each with its first line."""
+    for block in re.finditer(r"/\*(.*?)\*/", source, re.DOTALL):
+        yield source.count("\n", 0, block.start()) + 1, re.sub(r"(?m)^[ ]*\*[ ]", "", block[1])
+    lines = ((number, line.partition("//")) for number, line in enumerate(source.splitlines(), start=1))
+    yield from _blocks((number, f"//{rest}", not before.strip()) for number, (before, mark, rest) in lines if mark)
+
+
+def _blocks(comments: Iterator[tuple[int, str, bool]]) -> Iterator[tuple[int, str]]:
+    """Join comments (line, text, whether it is alone on its line) of neighbouring lines, without their marks."""
+    block, first = [], 0
+    for line, comment, alone in comments:
+        if block and not (alone and line == first + len(block)):
+            yield first, "\n".join(block)
+            block = []
+        if not block:
+            first = line
+        block.append(re.sub(r"^(?:#[:!]?|///?<?)\s?", "", comment))
+    if block:
+        yield first, "\n".join(block)
 
 
 def main() -> int:

@@ -1,7 +1,7 @@
-"""What the newest release of every dependency breaks: `make canary`, once a month, by hand.
+"""The failures with the newest release of every dependency: `make canary`, once a month, by hand.
 
-Makes an environment of its own with the newest of everything that pip offers: no constraints, and none of the bounds of
-pyproject.toml. Then runs the suites that use the packages, and prints a row for each package.
+This makes an environment of its own with the newest of everything that pip offers: no constraints, and none of the
+bounds of pyproject.toml. Then it runs the suites that use the packages, and prints a row for each package.
 """
 
 import argparse
@@ -49,7 +49,7 @@ class Row(NamedTuple):
 
 
 def newest(pyproject: dict) -> list[str]:
-    """What to install: the dependencies and the extras of the tests, without bounds; `ray[data]` keeps its extra."""
+    """Return packages to install: dependencies and the tests' extras, without bounds; `ray[data]` keeps its extra."""
     project = pyproject["project"]
     extras = project["optional-dependencies"]
     wanted = [*project["dependencies"], *extras["kernels"], *extras["ray"], *extras["test"]]
@@ -58,7 +58,7 @@ def newest(pyproject: dict) -> list[str]:
 
 
 def rows(report: ElementTree.Element, versions: dict[str, str]) -> list[Row]:
-    """A row for each package, out of pytest's report in JUnit's format; a file that does not import is a failure."""
+    """Make a row for each package from pytest's report in JUnit's format; a file that does not import is a failure."""
     results = []
     for package, suites in SUITES.items():
         places = tuple("tests." + suite.removesuffix(".py").replace("/", ".") for suite in suites)
@@ -78,14 +78,14 @@ def rows(report: ElementTree.Element, versions: dict[str, str]) -> list[Row]:
 
 
 def table(lines: list[Row]) -> str:
-    """The rows below their heads, in columns."""
+    """Lay out the rows below their heads, in columns."""
     cells = [tuple(name.replace("_", " ") for name in Row._fields), *(tuple(map(str, line)) for line in lines)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in cells)
 
 
 def installed(python: Path) -> dict[str, str]:
-    """The versions of an environment's packages, by their normalised names."""
+    """Return the versions of an environment's packages, by their normalised names."""
     code = "import importlib.metadata as m; [print(d.name, d.version) for d in m.distributions()]"
     listed = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True).stdout
     return {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in map(str.split, listed.splitlines())}

@@ -41,7 +41,7 @@ def kernels_by_default(request):
 
 
 def _but_no_bfloat16(why_not):
-    """The interpreter's bfloat16 products are wrong (triton 3.6 and 3.9)."""
+    """Refuse bfloat16, whose products the interpreter gets wrong (triton 3.6 and 3.9)."""
 
     def refuse(*args):
         if any(isinstance(x, torch.Tensor) and x.dtype == torch.bfloat16 for x in args):
@@ -63,7 +63,7 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    """Keeps what was imported out of every collection of garbage: to go through it takes a third of a second."""
+    """Keep imports out of every collection of garbage, which takes a third of a second to go through them."""
     gc.collect()
     gc.freeze()
 
@@ -80,9 +80,10 @@ def pytest_sessionfinish(session, exitstatus):
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory):
-    """Tests build the random checkpoint for themselves: what lies in the user's cache decides nothing.
+    """Let tests build the random checkpoint themselves, so that the user's cache has no influence.
 
-    Native libraries are shared: their names change with all that they are made of, and each is checked before use.
+    Native libraries are shared: their names change with their sources, flags and compilers, and each is checked before
+    use.
     A user without a cache has none here either.
     """
     try:

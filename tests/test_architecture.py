@@ -14,7 +14,7 @@ ROW = re.compile(r"^\| `(\S+)` \| [^|]+ \| ([^|]+) \|$", re.MULTILINE)
 
 
 def _rooms() -> dict[str, list[str]]:
-    """The rooms of the table from top to bottom, each with those that it says it knows."""
+    """Return the rooms of the table from top to bottom, each with the rooms that it claims to know."""
     text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
     table = text.split("## Layers")[1].split("\n## ")[0]
     return {room: re.findall(r"`(\S+)`", known) for room, known in ROW.findall(table)}
@@ -32,7 +32,7 @@ def _name(path: Path) -> str:
 
 
 def _imports(nodes: Iterable[ast.AST], modules: dict[str, Path]) -> set[str]:
-    """Modules of the package that statements import; a name of the root counts as its module."""
+    """Return modules of the package that statements import; a name of the root counts as its module."""
     exported = {name: module for module, names in clvp_fast._EXPORTS.items() for name in names}
     found = set()
     for node in nodes:
@@ -59,7 +59,7 @@ def _room_of(module: str, rooms: list[str]) -> str:
 
 
 def _known(rooms: list[str]) -> dict[str, set[str]]:
-    """What the modules of each room import, also within functions."""
+    """Return the imports of each room's modules, also those within functions."""
     modules = _modules()
     known: dict[str, set[str]] = {room: set() for room in rooms}
     for module in modules.keys() - set(ROOT_MODULES):
@@ -87,7 +87,7 @@ def test_rooms_know_those_below_them():
 
 
 def test_no_circle_of_imports():
-    """Of what modules import while they are imported themselves."""
+    """Look at imports that run while modules are imported themselves."""
     modules = _modules()
     names = modules.keys() - set(ROOT_MODULES)
     left = {name: _imports(_tree(modules[name]).body, modules) - {name} for name in names}

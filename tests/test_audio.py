@@ -119,7 +119,7 @@ def test_torn_recordings_are_told(tmp_path, suffix):
 
 @pytest.mark.parametrize("named", [0xFFFF_FFFF, 0x7FFF_FFFF, 0x7FFF_F000])
 def test_a_length_that_was_not_known(tmp_path, named):
-    """As of who wrote into a pipe."""
+    """Read the header of a program that wrote into a pipe."""
     soundfile.write(tmp_path / "a.wav", tone(22050), 22050)
     content = bytearray((tmp_path / "a.wav").read_bytes())
     place = content.index(b"data") + 4
@@ -227,7 +227,7 @@ def test_floats_of_another_scale(tmp_path, scale):
 
 
 def test_floats_somewhat_over_full_scale(tmp_path):
-    """As studios write them."""
+    """Read floats as studios write them."""
     soundfile.write(tmp_path / "a.wav", tone(22050) * 8, 22050, subtype="FLOAT")
     assert np.abs(load_audio(tmp_path / "a.wav")[0]).max() == pytest.approx(4, rel=0.01)
 
@@ -242,7 +242,7 @@ def test_a_name_that_is_no_utf_8(tmp_path):
 
 
 def test_a_pipe(tmp_path, monkeypatch):
-    """It is read as a file is, up to a bound."""
+    """Read a pipe like a file, up to a bound."""
     soundfile.write(tmp_path / "a.wav", tone(22050, 20.0), 22050)
     content = (tmp_path / "a.wav").read_bytes()
     os.mkfifo(tmp_path / "pipe")

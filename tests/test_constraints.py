@@ -53,6 +53,6 @@ def test_the_environment_is_what_the_pins_say():
 
 
 def site_packages() -> str:
-    """The environment's own folder of packages, whatever `PYTHONPATH` puts before it."""
+    """Return the environment's own folder of packages, even if `PYTHONPATH` puts others before it."""
     (folder,) = Path(sys.prefix).glob("lib/python3*/site-packages")
     return str(folder)

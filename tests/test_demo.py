@@ -46,7 +46,7 @@ def test_layout(folder):
 
 
 def test_vocabulary_is_reachable(folder):
-    """Every merge makes its token out of tokens before it, and real text needs no [UNK]."""
+    """Make every merge's token out of tokens before it; real text needs no [UNK]."""
     tokenizer = ClvpTokenizer.from_pretrained(folder)
     assert tokenizer.convert_tokens_to_ids("<|endoftext|>") == 255
     made = set("abcdefghijklmnopqrstuvwxyz")
@@ -119,7 +119,7 @@ def test_cache_folder(monkeypatch, tmp_path):
 
 
 def test_random_and_demo_are_names_and_no_folders(monkeypatch, tmp_path, folder, capsys):
-    """Where a trained demo lies in the package it is `demo`, and `random` stays what it was."""
+    """Take `demo` for a trained demo in the package; `random` stays what it was."""
     monkeypatch.chdir(tmp_path)
     for name in ("demo", "random"):
         shutil.copytree(folder, tmp_path / name)
@@ -146,7 +146,7 @@ def homeless(monkeypatch):
 
 @pytest.fixture
 def no_library_yet(monkeypatch):
-    """This process has not asked for the native library; what the test learns of it is forgotten."""
+    """Let this process forget the native library, before and after the test."""
     monkeypatch.setattr(native, "_untold", set())
     forget_library()
     yield
@@ -166,7 +166,7 @@ def test_no_home_is_one_sentence_and_info_shows_the_rest(monkeypatch, capsys, lo
 
 
 def test_a_cache_that_cannot_be_written(tmp_path):
-    """The checkpoint lies in a folder of this user's and this run's own, be the cache a file or the user homeless."""
+    """Make a folder of this user and this run, whether the cache is a file or the user has no home."""
     code = """
 import os, stat
 from pathlib import Path

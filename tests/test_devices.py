@@ -35,7 +35,7 @@ class Away(torch.Tensor):
 
 @pytest.fixture
 def current(monkeypatch):
-    """The devices that were made current and are not left yet; the last one is the current one."""
+    """Give the devices that were made current and not left yet; the last one is the current one."""
     devices = [FIRST]
 
     class Device:
@@ -54,7 +54,7 @@ def current(monkeypatch):
 
 @pytest.fixture
 def noted(current, monkeypatch):
-    """What was asked of torch's streams, events and graphs, each with the device that was current then."""
+    """Give the calls of torch's streams, events and graphs, each with the device that was current then."""
     asked = []
 
     def note(place, name, result=None):
@@ -77,20 +77,20 @@ def noted(current, monkeypatch):
 
 @pytest.fixture
 def runner():
-    """Of a small model, on the CPU."""
+    """Make a runner of a small model, on the CPU."""
     model = tiny()
     return Driver(model, prompts(model, (4,)), [GREEDY]).runner
 
 
 def arguments(operator, tensor):
-    """Arguments by the schema of an operator, none where one may be left out."""
+    """Make arguments by the schema of an operator, without optional ones."""
     made = {"Tensor": tensor, "int": 1, "float": 1.0, "bool": False, "str": ""}
     return [made.get(str(argument.type)) for argument in operator.registered._schema.arguments]
 
 
 @pytest.fixture(params=sorted(dispatch.OPERATORS))
 def operator(request, monkeypatch):
-    """Each operator, as if its kernel served everything."""
+    """Give each operator, as if its kernel served everything."""
     operator = dispatch.OPERATORS[request.param]
     operators.change(monkeypatch, operator, missing=lambda device: None, why_not=lambda *args: None)
     return operator
@@ -117,7 +117,7 @@ def test_on_a_cpu_no_device_is_asked_for(operator, monkeypatch):
 
 
 def test_streams_events_and_captures_of_a_runner(runner, current, noted, monkeypatch):
-    """`warm_up` and `decode` of a runner that takes itself to be on the second GPU."""
+    """Run `warm_up` and `decode` of a runner that believes to be on the second GPU."""
     stepped = []
     monkeypatch.setattr(runner, "_step", lambda rows: stepped.append((rows, current[-1])))
     for rows in range(1, runner._capacity + 1):
@@ -145,7 +145,7 @@ def test_changes_of_slots(runner, current, monkeypatch):
 
 
 def test_the_native_library_s_calls(current, noted, monkeypatch):
-    """The persistent step in the current stream of its device, and the question after a block's shared memory."""
+    """Launch the persistent step in its device's stream, and ask there for a block's shared memory."""
     seen = []
 
     def answer(*args):  # a call and its stream, or a length and room for words

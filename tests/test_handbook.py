@@ -41,7 +41,7 @@ ELSEWHERE = {
 
 @pytest.fixture
 def reader(tmp_path, monkeypatch):
-    """The folder of a person who follows the handbook, with a small random CLAP under the hub id that it names."""
+    """Give the folder of a reader of the handbook, with a small random CLAP under the hub id that it names."""
     monkeypatch.chdir(clone(tmp_path))
     return tmp_path
 
@@ -120,7 +120,7 @@ def test_the_import_changed(reader):
 
 
 def test_the_example_of_transformers(reader, monkeypatch):
-    """With stand-ins for the `datasets` package and its recording."""
+    """Use stand-ins for the `datasets` package and its recording."""
     samples, _ = load_audio(reader / "examples/voice.flac")
     rows = [{"audio": {"array": samples, "sampling_rate": 22050}}]
     dataset = SimpleNamespace(cast_column=lambda column, audio: rows)
@@ -191,14 +191,14 @@ def test_every_page_is_in_the_navigation():
 
 
 def test_the_site_asks_no_other_machine():
-    """Its theme's fonts and the search's shim are the two that Material would load from elsewhere."""
+    """Replace the theme's fonts and the search's shim, which Material would load from elsewhere."""
     text = text_of("mkdocs.yml")
     assert "\n  font: false\n" in text and "polyfills:\n    - javascripts/iframe-worker.js\n" in text
     assert "http" not in text + text_of("docs/stylesheets/handbook.css") + text_of("docs/javascripts/iframe-worker.js")
 
 
 def anchors(document: Path) -> set[str]:
-    """What a link can name in a document: its headings, as GitHub and the handbook write them."""
+    """Return the anchors of a document: its headings, as GitHub and the handbook write them."""
     text = re.sub(r"^```.*?^```$", "", document.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     headings = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
     return {re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}
@@ -214,7 +214,7 @@ def test_links_lead_somewhere(document):
 
 
 def test_tortoise_example(reader, monkeypatch):
-    """With a stand-in for the package and its voices, which has positions for fewer tokens."""
+    """Use a stand-in for the package and its voices, which has positions for fewer tokens."""
     from tests.integrations import stand_in
 
     voice = [torch.rand(1, 22050) for _ in range(2)], None

@@ -62,7 +62,7 @@ needs_nvcc = pytest.mark.skipif(build._find_nvcc()["nvcc"] is None, reason="ther
 
 
 def missing(device="cpu"):
-    """`native.missing` of a process that has asked for nothing yet."""
+    """Return `native.missing` of a process that has asked for nothing yet."""
     forget_library()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -71,7 +71,7 @@ def missing(device="cpu"):
 
 @pytest.fixture
 def sources(tmp_path, monkeypatch):
-    """The folder of a tiny library's sources, which the loader takes for csrc/; an empty cache, and no nvcc."""
+    """Give the sources of a tiny library, which the loader takes for csrc/, an empty cache, and no nvcc."""
     if reason := why_no_compiler():
         pytest.skip(reason)
     folder = tmp_path / "some csrc"
@@ -117,7 +117,7 @@ STRUCTURES = {
 @needs_compiler
 @pytest.mark.parametrize("struct", STRUCTURES)
 def test_the_structure_is_the_header_s(struct, tmp_path):
-    """The same names in the same order, each at the compiler's own offset; the same numbers of the enums."""
+    """Compare names, order and the compiler's own offsets, and the numbers of the enums."""
     structure = STRUCTURES[struct]
     header = re.sub(r"/\*.*?\*/", "", (ROOT / "csrc/clvp_fast.h").read_text(), flags=re.DOTALL)
     names = [name for name, _ in structure._fields_]
@@ -270,7 +270,7 @@ def test_an_instruction_set_that_the_compiler_does_not_know_is_left_out(sources,
 @needs_compiler
 @pytest.mark.parametrize("left_out", ["avx512bf16", "avx512", "avx2"])
 def test_the_library_has_nothing_of_a_set_that_is_left_out(tmp_path, left_out):
-    """Of csrc/cpu/dispatch.cpp itself: what it needs of each instruction set."""
+    """Compile csrc/cpu/dispatch.cpp itself, and look at its needs of each instruction set."""
     isas = native.ISAS[native.ISAS.index(left_out) + 1 :]
     tools = build.Toolchain(build.find_toolchain().cxx, "", "x86_64", isas)
     command = build.compile_commands(ROOT / "csrc", tools)["dispatch.o"]
@@ -293,7 +293,7 @@ int cuDeviceGetCount(int *count) { *count = DEVICES; return 0; }
 
 @pytest.fixture
 def driver(tmp_path, monkeypatch):
-    """Puts a stand-in in the place of NVIDIA's driver, which returns a code and shows some devices."""
+    """Replace NVIDIA's driver by a stand-in, which returns a code and shows some devices."""
 
     def put(code, devices):
         library = tmp_path / f"libcuda_{code}_{devices}.so"
@@ -422,7 +422,7 @@ def test_a_failed_build_keeps_its_record_and_is_not_repeated(sources, tmp_path, 
 
 @pytest.mark.parametrize("left", ["", "{}", "null", '{"version": "g++'])
 def test_a_record_that_is_not_whole_is_none(sources, tmp_path, left):
-    """As a full disk or a killed process leaves it: the library is built again, and what was begun is removed."""
+    """Leave a record as a full disk or a killed process does: the library is built again, and leftovers go."""
     folder = tmp_path / "cache/native"
     folder.mkdir(parents=True, mode=0o700)
     name = build.content_hash(sources, build.find_toolchain(), "cpu", native.VERSION)
@@ -632,7 +632,7 @@ def test_an_instruction_set_that_the_library_lacks_is_refused(sources):
     ],
 )
 def test_a_wrong_name_in_the_environment_is_one_sentence(sources, monkeypatch, capsys, name, says, compiler):
-    """An unknown one with no library too; whether the CPU has a set, only the library knows."""
+    """Name an unknown set, also without a library; only the library knows this CPU's sets."""
     monkeypatch.setenv("CLVP_FAST_ISA", name)
     monkeypatch.setenv("CXX", compiler)
     forget_library()

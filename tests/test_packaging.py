@@ -1,4 +1,4 @@
-"""What must hold of the package as installed: bare checkout, wheel, lazy imports, no triton."""
+"""Tests of the package as installed: bare checkout, wheel, lazy imports, no triton."""
 
 import ast
 import json
@@ -24,7 +24,7 @@ HEAVY = ("torch", "transformers", "triton", "matplotlib", "numpy", "soundfile", 
 
 
 def run_python(code: str, *path: Path, cwd: Path) -> str:
-    """Runs `code` in a fresh interpreter that sees `path` first, in a folder that is not the checkout."""
+    """Run `code` in a fresh interpreter that sees `path` first, in a folder that is not the checkout."""
     return run_command(sys.executable, "-c", code, cwd=cwd, PYTHONPATH=os.pathsep.join(map(str, path))).strip()
 
 
@@ -44,7 +44,7 @@ def wheel_of(source: Path, folder: Path, **environment) -> Path:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
-    """A copy of the sources, so that no build folder is left in the checkout."""
+    """Give a copy of the sources, so that no build folder is left in the checkout."""
     copy = tmp_path_factory.mktemp("source")
     for name in ("clvp_fast", "kernels", "csrc"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -55,7 +55,7 @@ def source(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(source, tmp_path_factory, request) -> Path:
-    """The wheel of the source distribution, its native library without CUDA (tests/kernels compiles that)."""
+    """Give the wheel of the source distribution, its native library without CUDA (tests/kernels compiles that)."""
     if given := request.config.getoption("--wheel"):
         return Path(given).resolve()
     work = tmp_path_factory.mktemp("wheel")
@@ -110,7 +110,7 @@ print(native.folder("cpu"), native.missing("cpu"), native.library().clvp_fast_cp
 
 @of_a_built_wheel
 def test_wheel_needs_nothing_but_glibc(wheel, tmp_path):
-    """And its tag names the glibc that has what it needs: `make wheel` asks auditwheel for the same."""
+    """Compare the tag's glibc with the needs of the library, as auditwheel does in `make wheel`."""
     zipfile.ZipFile(wheel).extractall(tmp_path)
     needed, minors = set(), set()
     for library in tmp_path.glob("clvp_fast/_native/*/lib*.so"):
@@ -130,7 +130,7 @@ def test_wheel_needs_nothing_but_glibc(wheel, tmp_path):
 
 @pytest.fixture(scope="module")
 def fresh(wheel, tmp_path_factory):
-    """Runs a command in an environment with the wheel: no compiler on PATH, no source tree, a home of its own.
+    """Give a runner of commands in an environment with the wheel: no compiler, no source tree, a home of its own.
 
     The packages that the wheel depends on are those of the tests.
     """
@@ -171,7 +171,7 @@ def test_an_installed_wheel_runs_the_demo(fresh):
 
 @of_a_built_wheel
 def test_an_installed_wheel_runs_the_documented_example(fresh):
-    """The handbook's first one that loads a checkpoint; the demo stands for the hub's."""
+    """Run the handbook's first example that loads a checkpoint; the demo stands for the hub's."""
     _, run = fresh
     example = blocks("docs/change-the-import.md", "python")[0]
     folder = run("python", "-c", "from clvp_fast.demo import random_checkpoint; print(random_checkpoint())").strip()
@@ -182,7 +182,7 @@ def test_an_installed_wheel_runs_the_documented_example(fresh):
 
 
 def test_install_without_a_compiler(source, tmp_path):
-    """It succeeds, and the reason of what is missing is one sentence."""
+    """Succeed, and give the reason for the missing library in one sentence."""
     wheel = wheel_of(source, tmp_path, CXX="/bin/false")
     assert wheel.name.endswith("-py3-none-any.whl")
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
@@ -241,7 +241,7 @@ def test_public_name_resolves(name):
 
 
 def test_type_checkers_see_every_public_name():
-    """The lazy module hides its names from type checkers; the stub beside it shows them."""
+    """Compare the stub with the lazy module, whose names type checkers cannot see."""
     public = {
         name.asname or name.name: node.module
         for node in ast.parse((ROOT / "clvp_fast/__init__.pyi").read_text()).body

@@ -14,7 +14,7 @@ README = text_of("README.md")
 
 @pytest.fixture
 def reader(tmp_path, monkeypatch):
-    """The folder of a person who follows the README."""
+    """Give the folder of a reader of the README."""
     monkeypatch.chdir(clone(tmp_path))
     return tmp_path
 
@@ -41,7 +41,7 @@ def test_commands_in_order(reader, capsys):
 
 
 def test_the_example_prints_the_tokens_beside_it(reader, capsys):
-    """In six lines, whatever the instruction set."""
+    """Run its six lines, on any instruction set."""
     (example,) = blocks("README.md", "python")
     assert len([line for line in example.splitlines() if line]) == 6
     exec(compile(example, "README.md", "exec"), {})

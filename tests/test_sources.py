@@ -15,13 +15,13 @@ TOOLS = build.Toolchain(("g++",), "", "x86_64", tuple(build.ISA_FLAGS), nvcc="nv
 
 
 def files_in(folder: str) -> set[str]:
-    """Paths from the repository's root, without what editors and interpreters leave."""
+    """Return paths from the repository's root, without files that editors and interpreters leave."""
     found = (path for path in (ROOT / folder).rglob("*") if path.is_file() and "__pycache__" not in path.parts)
     return {str(path.relative_to(ROOT)) for path in found}
 
 
 def test_every_file_is_of_a_part_of_the_library():
-    """A source that no part compiles and no other file includes would be dead; so would its line in the hash."""
+    """Find dead sources, which no part compiles and no other file includes."""
     parts = {part: set(build.part_sources(ROOT / "csrc", TOOLS, part)) for part in build.LIBRARIES}
     assert {f"csrc/{name}" for name in parts["cpu"] | parts["cuda"]} == files_in("csrc")
     assert {name.partition("/")[0] for name in parts["cpu"] if "/" in name} == {"cpu"}

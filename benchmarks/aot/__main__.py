@@ -43,7 +43,7 @@ def compile_family(family: str, arch: int) -> list[dict]:
 
 
 def in_new_process(family: str, arch: int) -> list[dict]:
-    """`compile_family` in a process of its own, where kernels are not interpreted."""
+    """Run `compile_family` in a process of its own, where kernels are not interpreted."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "benchmarks.aot", family, "--arch", str(arch), "--json"]
     root = Path(__file__).resolve().parents[2]

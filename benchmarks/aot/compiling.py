@@ -49,7 +49,7 @@ class Driver:
 
 @contextmanager
 def _launches(arch: int):
-    """A list that fills with what the launchers inside compile for `arch`. The process has no other driver after."""
+    """Yield a list that fills with the kernels that launchers compile for `arch`; the process keeps this driver."""
     launched = []
     run = JITFunction.run
 
@@ -71,7 +71,7 @@ def _printed(tool: str, option: str, cubin: bytes) -> str:
 
 
 def _resources(cubin: bytes) -> dict[str, int]:
-    """Registers a thread, and bytes of local memory: nothing but spilled registers lies there."""
+    """Return registers a thread, and bytes of local memory, which holds only spilled registers."""
     found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", _printed("cuobjdump", "--dump-resource-usage", cubin)))
     return {"registers": int(found["REG"]), "spilled_bytes": int(found["STACK"]) + int(found["LOCAL"])}
 
@@ -84,7 +84,7 @@ def _matrix_instruction(ptx: str) -> str:
 
 
 def compile_calls(calls: Iterable[tuple[str, Callable[[], object]]], arch: int) -> list[dict]:
-    """One row for each kernel that the calls `(label, thunk)` launch, compiled for `arch`.
+    """Return one row for each kernel that the calls `(label, thunk)` launch, compiled for `arch`.
 
     Raises `RuntimeError` in a process whose kernels are interpreted, for a call that launches nothing, and for a kernel
     whose wgmmas have operands at addresses that nothing wrote.

@@ -10,7 +10,7 @@ DECODER = dict(width=1024, inner=4096, outer=1024, activation="gelu_new", gated=
 
 
 def _call(rows, dtype, width, inner, outer, activation, gated, conv=False, residual=True, stream=None, int8=False):
-    """`stream`: the type of the residual and of the result; by default that of all else. `int8`: of the weights."""
+    """Make a call; `stream` is the type of residual and result (by default that of x), `int8` that of the weights."""
 
     def empty(*shape, dtype=dtype):
         return torch.empty(shape, dtype=dtype, device="meta")

@@ -1,4 +1,4 @@
-"""What nvcc made of `csrc/cuda/*.cu`, read from the log of the native library's own build."""
+"""The resources of nvcc's kernels of `csrc/cuda/*.cu`, read from the log of the native library's own build."""
 
 import re
 import subprocess
@@ -8,7 +8,7 @@ from clvp_fast.native import build
 
 
 def rows(family: str, arch: int) -> list[dict]:
-    """One row for each kernel of a source in the library for `arch`.
+    """Return one row for each kernel of a source in the library for `arch`.
 
     `family` is the source's name without `.cu`, and that of its kernels. Raises `RuntimeError` where the library
     has no CUDA part; a device need not be there.
@@ -19,7 +19,7 @@ def rows(family: str, arch: int) -> list[dict]:
 
 
 def parse(log: str) -> list[dict]:
-    """The rows in what `ptxas -v` printed: by kernel and architecture, what it holds, and what it could not hold."""
+    """Parse the output of `ptxas -v` into rows by kernel and architecture: resources, and spills."""
     found = []
     for part in log.split("Compiling entry function ")[1:]:
         name, arch = re.match(r"'(\w+)' for 'sm_(\d+)\w*'", part).groups()

@@ -33,7 +33,7 @@ def _empty(*shape, dtype):
 
 
 def _add_norm(kind, width, dtype, residual, stream=None):
-    """`stream`: the type of the residual, and of x where nothing is added; by default that of all else."""
+    """Make a call; `stream` is the type of the residual (of x without one), by default that of all else."""
     stream = stream or dtype
 
     def launch():

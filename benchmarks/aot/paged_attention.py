@@ -1,4 +1,4 @@
-"""What kernels/paged_attention.py and paged_prefill.py launch: every entry of their tables, page types, branches."""
+"""Launches of kernels/paged_attention.py and paged_prefill.py: every entry of their tables, page types, branches."""
 
 import torch
 

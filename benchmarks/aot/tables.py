@@ -18,7 +18,7 @@ def _cell(row: dict) -> str:
 
 
 def table(family: str) -> str:
-    """One line a compiled kernel: registers a thread on each architecture, and shared memory of a program.
+    """Write one line for a compiled kernel: registers a thread on each architecture, and shared memory of a program.
 
     nvcc's rows have no call that a launcher made, and no shared memory, which is asked for at the launch.
     """
@@ -47,7 +47,7 @@ def table(family: str) -> str:
 
 
 def with_tables(document: str) -> str:
-    """`document` with each `<!-- compiled: family -->` … `<!-- end -->` filled from that family's rows."""
+    """Fill each `<!-- compiled: family -->` … `<!-- end -->` of `document` from that family's rows."""
     parts = document.split(BEGIN.split("{}")[0])
     for place, part in enumerate(parts[1:], 1):
         family, rest = part.split(" -->", 1)

@@ -5,7 +5,7 @@ lose the instruction that writes one: the product then reads whatever lies where
 warns, and an emulator that executes PTX computes right numbers; only the machine code shows it. ptxas 12.9 compiled
 the same PTX rightly.
 
-What is counted is less than all such faults: a register whose own value was lost may hold another one.
+The count misses some of these faults: a register whose own value was lost may hold another one.
 """
 
 import re
@@ -41,7 +41,7 @@ def _reads_and_writes(opcode: str, text: str) -> tuple[set[int], set[int]]:
 
 
 def unwritten(sass: str) -> list[str]:
-    """The instructions, in `nvdisasm -c`'s words, that read a uniform register which some path leaves unwritten."""
+    """Return the instructions, as `nvdisasm -c` writes them, that read a uniform register which some path skips."""
     lines, labels = [], {}
     for line in sass.splitlines():
         if label := _LABEL.match(line):

@@ -99,7 +99,7 @@ def _seconds(word: str) -> float:
 
 
 def card_of(python: str, seconds: float = 120) -> str | None:
-    """The name of the GPU that torch sees, asked in a process that ends: this one holds nothing of it.
+    """Return the name of torch's GPU, asked in another process, so that this one holds no memory of it.
 
     None where there is no GPU, or no answer within `seconds`.
     """
@@ -141,7 +141,7 @@ def _failed(state: State) -> bool:
 
 
 def told(step: Step, state: State) -> str:
-    """A line on a step, and a line for each thing that is wrong."""
+    """Write a line on a step, and a line for each fault."""
     words = [f"{len(state.passed)} well"]
     words += [f"{len(state.left_out)} left out"] if state.left_out else []
     words += [f"{len(state.failed)} FAILED"] if state.failed else []
@@ -154,7 +154,7 @@ def told(step: Step, state: State) -> str:
 
 
 def verdict(planned: Iterable[Step], journal: Journal) -> str:
-    """The last line: the steps that failed, and those that are left."""
+    """Write the last line: the steps that failed, and those that are left."""
     states = {step.name: journal.state(step.name) for step in planned}
     failed = [name for name, state in states.items() if _failed(state)]
     left = [name for name, state in states.items() if not state.whole and name not in failed]

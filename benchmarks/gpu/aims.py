@@ -1,4 +1,4 @@
-"""What kernels are meant to reach, as docs/kernels.md has it, and what was measured beside it.
+"""The aims of kernels, as docs/kernels.md has them, beside the measurements.
 
 An aim is stated for `BANDWIDTH`; on a card whose copies run at another rate, which is measured, it is so much longer.
 """
@@ -55,7 +55,7 @@ AIMS = (
 
 
 def table(folder: Path, card: str, journal: Journal) -> str:
-    """Each aim, scaled to the card, beside its newest row in `folder` of the code as it is, or why there is none."""
+    """Write each aim, scaled to the card, beside its newest row of this code in `folder`, or why there is none."""
     rows = [row for row in newest_rows(folder) if row["device"]["name"] == card and row["source"] == source()]
     lines = [
         f"| aim, scaled to {card} | provider | aim | measured | measured / aim |",
@@ -83,19 +83,19 @@ def _is_of(row: dict, aim: Aim) -> bool:
 
 
 def is_of(item: str, aim: Aim) -> bool:
-    """Whether an item, by its name, is the measurement of an aim."""
+    """Tell by its name whether an item is the measurement of an aim."""
     found = re.fullmatch(rf"{aim.workload} ({{.*}}) {re.escape(aim.provider)}", item)
     return found is not None and aim.shape.items() <= json.loads(found[1]).items()
 
 
 def _told(end: dict) -> str:
-    """What an item came to, in one cell."""
+    """Write an item's result in one cell."""
     first = next(iter(end["why"].strip().splitlines()), "")
     return f"{end['outcome']} ({first[:200]})".replace("|", "\\|")
 
 
 def in_document() -> str:
-    """The aims as docs/kernels.md has them."""
+    """Return the aims that docs/kernels.md has."""
     lines = ["| what | provider | aim | from |", "|---|---|---|---|"]
     lines += [f"| {aim.words} | {aim.provider} | {seconds(aim.seconds)} | {aim.why} |" for aim in AIMS]
     return "\n".join(lines)

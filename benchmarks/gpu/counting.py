@@ -1,7 +1,7 @@
-"""What the steps would run, in which order, and how much device memory it would take: counted without a GPU.
+"""The runs of all steps, their order and their device memory, counted without a GPU.
 
 Bytes of the models' rows are those of weights, keys and values that the process must hold at once; those of a kernel's
-rows its inputs. What a library takes beside them nobody counts here: on the device `measuring.MOST_BYTES` is the most
+rows its inputs. Memory of libraries is not counted: on the device `measuring.MOST_BYTES` is the most
 that torch gives.
 """
 
@@ -24,7 +24,7 @@ from clvp_fast import ClvpConfig, ClvpModelForConditionalGeneration, SamplingPar
 
 # Beside the text's own, the tokens of a prompt: the voice, its begin and its end.
 _AROUND_TEXT = 3
-# How often a rival holds all keys and values at once: those from before and behind a step, and those it is given.
+# The copies of all keys and values that a rival holds at once: those before and after a step, and its inputs.
 _COPIES = {"transformers, static": 2, "transformers": 3, "torch": 2}
 
 
@@ -51,7 +51,7 @@ def is_measuring(step: Step) -> bool:
 
 
 def tests_of(step: Step) -> list[str]:
-    """The ids of a step's tests, as pytest collects them where torch says that there is a GPU."""
+    """Return the ids of a step's tests, as pytest collects them where torch reports a GPU."""
     words = step.command[step.command.index(sys.executable) :]  # without the sanitizer before it
     done = subprocess.run(
         [*words, "--collect-only", "-p", "benchmarks.gpu.pretended"],
@@ -66,14 +66,14 @@ def tests_of(step: Step) -> list[str]:
 
 
 def rows_of(step: Step) -> list[Item]:
-    """The rows that a step would measure."""
+    """Return the rows that a step would measure."""
     words = step.command[step.command.index("benchmarks.gpu.measuring") + 1 :]
     arguments = arguments_of(list(words))
     return list(items_of(arguments.workload, arguments.groups, arguments.names, "cuda", smoke=False))
 
 
 def held(item: Item) -> int | None:
-    """Bytes of device memory that an item needs at the least while it is measured; None where nobody counts them."""
+    """Return the least bytes of device memory of an item while it is measured; None where they are not counted."""
     make = item.task.makers[item.provider]
     if isinstance(make, partial) and make.args and isinstance(make.args[0], kernels.Case):
         return _inputs(make.args[0])
@@ -100,14 +100,14 @@ def _bytes_a_token(provider: str) -> int:
 
 @cache
 def _models() -> int:
-    """Bytes of all models that a process of measurements comes to hold: ours and transformers', in two types each."""
+    """Return the bytes of all models that a measuring process holds: ours and transformers', in two types each."""
     with torch.device("meta"):
         parameters = sum(p.numel() for p in ClvpModelForConditionalGeneration(ClvpConfig()).parameters())
     return 2 * parameters * (torch.float32.itemsize + torch.bfloat16.itemsize)
 
 
 def _inputs(case: kernels.Case) -> int:
-    """Bytes of the sets of inputs that a case is measured on."""
+    """Return the bytes of the sets of inputs that a case is measured on."""
     generator = torch.Generator()
     with mock.patch.object(torch, "Generator", lambda device="cpu": generator), _OnlyCounts():
         arguments = case.inputs(0)

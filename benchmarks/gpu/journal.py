@@ -1,4 +1,4 @@
-"""What each item came to, a line of JSON as it comes: what is killed at any moment leaves all lines before.
+"""The results of items, a line of JSON each as they come: what is killed at any moment leaves all lines before.
 
 A line counts for what it was written for, the code, the card and the libraries: with others all begins anew.
 """
@@ -52,7 +52,7 @@ class Journal:
             os.close(descriptor)
 
     def lines(self, step: str | None = None) -> Iterator[dict]:
-        """Of all steps or of one, in their order."""
+        """Return the lines of all steps or of one, in their order."""
         if not self.path.exists():
             return
         for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -64,7 +64,7 @@ class Journal:
                 yield found
 
     def ended(self, step: str) -> dict[str, dict]:
-        """By item, the line of its end. What a worker passed whose word was taken back is not among them."""
+        """Return the last line of each item. Items of a worker whose results were withdrawn are left out."""
         found = {}
         for line in self.lines(step):
             if line["event"] == "end":
@@ -74,7 +74,7 @@ class Journal:
         return found
 
     def state(self, step: str) -> "State":
-        """How a step stands."""
+        """Return the state of a step."""
         ended = self.ended(step).items()
         state = State(
             passed=[item for item, end in ended if end["outcome"] not in FAILED + LEFT_OUT],
@@ -112,7 +112,7 @@ class State:
 
 
 class Watch:
-    """What a worker that begins now is at, by the lines that it has written so far.
+    """The state of a worker that begins now, by the lines that it has written so far.
 
     item: that it has begun and not ended. ended: how many items it has ended. done: whether it has come to the end of
         its items. Each is as `look` found it, which reads what was not read before.

@@ -1,6 +1,6 @@
 """A worker that measures rows, one provider at a time: `python -m benchmarks.gpu.measuring`, from the supervisor.
 
-What a provider holds is freed before the next is made, and torch gives no process more than `MOST_BYTES`; a worker that
+A provider's memory is freed before the next is made, and torch gives no process more than `MOST_BYTES`; a worker that
 cannot give enough of it back ends, and another one goes on behind it. The first shape of each workload comes first, so
 that a run that ends early has something of each.
 """
@@ -47,7 +47,7 @@ class Item:
 
 
 def items_of(workloads: list[str], groups: tuple[str, ...], names: str, device: str, smoke: bool) -> Iterator[Item]:
-    """What is measured, in its order.
+    """Return the items to measure, in their order.
 
     workloads: modules of `benchmarks`, or of another package by their whole name. names: what a provider's name must
         match, an expression.
@@ -63,7 +63,7 @@ def items_of(workloads: list[str], groups: tuple[str, ...], names: str, device: 
 
 
 def _tasks_of(workload: str, device: str, smoke: bool) -> list[Task]:
-    """A workload's tasks; where they cannot be had, one whose row tells why."""
+    """Return a workload's tasks; where they cannot be made, one whose row tells why."""
     try:
         module = importlib.import_module(workload if "." in workload else f"benchmarks.{workload}")
         return list(module.tasks(device, smoke=smoke))

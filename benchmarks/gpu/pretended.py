@@ -13,7 +13,7 @@ PROPERTIES = SimpleNamespace(name="a GPU that only counts", L2_cache_size=50 * 2
 
 
 def pretend() -> None:
-    """From now on in this process torch has a GPU, by its own word."""
+    """Let torch report a GPU in this process from now on."""
     torch.cuda.is_available = lambda: True
     torch.cuda.get_device_capability = lambda device=None: (9, 0)
     torch.cuda.get_device_properties = lambda device=None: PROPERTIES

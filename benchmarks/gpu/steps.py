@@ -1,4 +1,4 @@
-"""What is run on a GPU, in which order, and for how long.
+"""The runs on a GPU, their order and their durations.
 
 The order is that of what one wants to know first. Limits of all steps together are those of half an hour at a GPU; they
 were set where none was at hand.
@@ -37,13 +37,13 @@ ONE_THREAD = ("env", "OMP_NUM_THREADS=1")
 
 
 def environment() -> dict[str, str]:
-    """Of programs that import this checkout first, and then what a `PYTHONPATH` from outside names."""
+    """Return the environment of programs that import this checkout first, and then an outer `PYTHONPATH`."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     return os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
 
 
 def check(sanitizer: str) -> list[Step]:
-    """The tests of a GPU. sanitizer: the command of compute-sanitizer."""
+    """Return the steps of a GPU's tests. sanitizer: the command of compute-sanitizer."""
 
     def watched(tool: str, *environment: str) -> Step:
         program = (sanitizer, "--tool", tool, "--error-exitcode", "1")
@@ -91,7 +91,7 @@ def check(sanitizer: str) -> list[Step]:
 
 
 def bench(rows: Path) -> list[Step]:
-    """The measurements. rows: the folder for them."""
+    """Return the steps that measure. rows: the folder for them."""
 
     def step(name: str, workloads: tuple[str, ...], seconds: float, groups: str = OURS, names: str = ALL_ELSE) -> Step:
         words = (
@@ -119,7 +119,7 @@ def bench(rows: Path) -> list[Step]:
 
 
 def evidence(sanitizer: str, rows: Path) -> list[Step]:
-    """Tests, measurements, and behind both the persistent step."""
+    """Return the steps that test, then measure, then run the persistent step."""
     *tests, persistent = check(sanitizer)
     *measured, one_launch = bench(rows)
     return [*tests, *measured, persistent, one_launch]

@@ -18,21 +18,21 @@ from typing import BinaryIO
 
 from benchmarks.gpu.journal import Journal, Watch
 
-#: How a worker ends that can no longer use its device, or enough of its memory: another one goes on behind it.
+#: The exit code of a worker that can no longer use its device, or enough of its memory: another one goes on behind it.
 DEVICE_LOST = 75
-#: How a worker ends whose supervisor is gone.
+#: The exit code of a worker whose supervisor is gone.
 ALONE = 70
 _PAUSE = 0.5
 #: Seconds that a sanitizer has to tell what it has seen, when its worker is ended.
 GRACE = 5.0
-# Of what a worker printed, this much is read again; all of it is in the step's log.
+# The amount of a worker's output that is read again; all of it is in the step's log.
 _TAIL_BYTES = 100_000
 _SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)")
 
 
 @dataclass(frozen=True)
 class Step:
-    """What some workers do.
+    """The work of some workers.
 
     command: of a worker; `worker_arguments` come behind it. seconds: that the step may take. item_seconds: that an item
         may take. workers: that share its items. sanitized: the command is a sanitizer's, and what a worker passed
@@ -132,7 +132,7 @@ def _share(step: Step, journal: Journal, share: int, end: float, logs: Path, env
 
 
 def _stem(step: Step) -> str:
-    """What the names of a step's logs begin with."""
+    """Return the beginning of the names of a step's logs."""
     return re.sub(r"\W+", "-", step.name)
 
 
@@ -150,7 +150,7 @@ def _start(
 
 
 def _moved(own: Path, log: Path) -> str:
-    """The end of what a worker printed, which moves into the step's log: few files, one a step."""
+    """Move a worker's output into the step's log, one file a step, and return its end."""
     with own.open("rb") as said, log.open("ab") as whole:
         shutil.copyfileobj(said, whole)
         said.seek(max(said.tell() - _TAIL_BYTES, 0))
@@ -183,7 +183,7 @@ def _end(process: subprocess.Popen, grace: float) -> None:
 
 
 def end_with_the_supervisor(descriptor: int = 0) -> None:
-    """Of a worker: end this process when the supervisor is gone, and with it the other end of standard input."""
+    """End this worker's process when the supervisor is gone, and with it the other end of standard input."""
 
     def wait() -> None:
         while os.read(descriptor, 1024):
@@ -194,7 +194,7 @@ def end_with_the_supervisor(descriptor: int = 0) -> None:
 
 
 def device_is_lost(synchronize: Callable[[], object]) -> bool:
-    """Whether an error has left the device unusable to this process."""
+    """Tell whether an error has left the device unusable to this process."""
     try:
         synchronize()
     except Exception:

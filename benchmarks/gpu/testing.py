@@ -51,7 +51,7 @@ class _Worker:
         items[:] = mine
 
     def pytest_collectreport(self, report):
-        """A file that cannot be imported costs its own tests; said once, for who ends an item is taken to get on."""
+        """Record a file that cannot be imported, which costs only its own tests."""
         item = f"collecting {report.nodeid}"
         if report.failed and item not in self._journal.ended(self._step):
             self._write("end", item=item, outcome="failed", why=report.longreprtext[-_LONGEST_WHY:])
@@ -86,6 +86,6 @@ class _Worker:
 
 
 def _cuda():
-    """`torch.cuda`, where the tests have used it."""
+    """Return `torch.cuda`, where the tests have used it."""
     torch = sys.modules.get("torch")
     return torch.cuda if torch is not None and torch.cuda.is_initialized() else None

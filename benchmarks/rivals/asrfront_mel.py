@@ -4,7 +4,7 @@ import torch
 
 
 def gemma4(samples: torch.Tensor) -> torch.Tensor:
-    """Features `[clips, frames, 128]` float32 of samples `[clips, time]` float32 at 16 kHz, with torch's threads."""
+    """Return features `[clips, frames, 128]` of samples `[clips, time]` at 16 kHz, all float32, by torch's threads."""
     from asrfront import gemma4
 
     return torch.from_numpy(gemma4.log_mel_batch(samples.numpy(), torch.get_num_threads())[0])

@@ -1,6 +1,6 @@
 """FlashInfer's attention of a decode step over pages, with and without a shared prefix, at half types on a GPU.
 
-Written to its documentation (docs.flashinfer.ai: decode, cascade, page). What its wrappers plan on the host, once a
+Written to its documentation (docs.flashinfer.ai: decode, cascade, page). The plan of its wrappers on the host, once a
 step for all layers, is not timed; writing the new keys and values is, as of ours. Arguments are those of the workload
 `paged_attention`.
 """
@@ -20,7 +20,7 @@ def _workspace(device: torch.device) -> torch.Tensor:
 
 
 def _ends(counts: torch.Tensor) -> torch.Tensor:
-    """`[n + 1]` int32: where each of n runs of so many entries begins, and the last one ends."""
+    """Return `[n + 1]` int32: where each of n runs of so many entries begins, and the last one ends."""
     return torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
 
 
@@ -68,7 +68,7 @@ def paged(q, k, v, k_pages, v_pages, own, lengths, prefix, prompts, index, arriv
 
 
 def _joined(pages, own, lengths, prefix, prompts, index, width: int) -> torch.Tensor:
-    """Each candidate's prompt and own tokens in its own pages, `[candidates * width, page_size, heads, head_dim]`."""
+    """Return each candidate's prompt and tokens in its pages, `[candidates * width, page_size, heads, head_dim]`."""
     page_size = pages.shape[1]
     joined = pages.new_zeros(len(own), width * page_size, *pages.shape[2:])
     for row, request in enumerate(index.tolist()):

@@ -7,7 +7,7 @@ import torch
 
 
 def transform(module: str, device: str, **options) -> Callable[[torch.Tensor], torch.Tensor]:
-    """`module`'s `MelSpectrogram(**options)` on `device`, which has run once.
+    """Make `module`'s `MelSpectrogram(**options)` on `device`, which has run once.
 
     Raises what keeps it from running: an absent package, or one that is built for another torch.
     """

@@ -17,7 +17,7 @@ _OF_A_CPU = (SDPBackend.MATH, SDPBackend.FLASH_ATTENTION)
 
 
 def one_by_one(run: Callable | Planned, how: str) -> dict[str, Planned]:
-    """`run`, which attends by SDPA, under each backend alone, by names such as "SDPA math, {how}"."""
+    """Return `run`, which attends by SDPA, under each backend alone, by names such as "SDPA math, {how}"."""
     return {f"SDPA {name}, {how}": Planned(_under(backend, run)) for name, backend in BACKENDS.items()}
 
 

@@ -1,4 +1,4 @@
-"""What somebody who knows torch would write for CLVP's decoder, without pages and without kernels of their own.
+"""CLVP's decoder as an expert of torch would write it, without pages and without kernels of their own.
 
 One product for query, key and value, torch's attention over keys in one piece, and every candidate with the prompt's
 keys and values for itself. Nothing in a step is read on the host and nothing changes its place, so that it can be
@@ -29,13 +29,13 @@ class TorchLayers:
         self.num_heads = model.config.num_attention_heads
 
     def embedded(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """`[n, hidden_size]` of tokens `[n]` at places `[n]` or `[1]` of the position table."""
+        """Embed tokens `[n]` at places `[n]` or `[1]` of the position table as `[n, hidden_size]`."""
         decoder = self.decoder
         positioned = F.embedding(positions, decoder.position_embeds_layer.weight)
         return F.embedding(tokens, decoder.input_embeds_layer.weight) + positioned
 
     def __call__(self, hidden: torch.Tensor, attend: Callable) -> torch.Tensor:
-        """`[n, hidden_size]` behind the last layer.
+        """Return `[n, hidden_size]` behind the last layer.
 
         attend: `layer, q, k, v -> attended`, all but the layer's number `[n, num_heads, head_dim]`.
         """
@@ -66,7 +66,7 @@ class TorchDecoder:
 
     @torch.no_grad()
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Logits `[candidates, vocab_size]` behind `tokens` `[candidates]`."""
+        """Return logits `[candidates, vocab_size]` behind `tokens` `[candidates]`."""
         hidden = self.layers(self.layers.embedded(tokens, self.position), self._attend)
         return self.layers.logits(hidden)
 

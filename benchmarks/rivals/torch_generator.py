@@ -114,7 +114,7 @@ class TorchGenerator:
 
     @torch.no_grad()
     def _advance(self, limit: int) -> None:
-        """A step over the cache's first `limit` tokens."""
+        """Run a step over the cache's first `limit` tokens."""
         entered = self.place + self._prompt_len
         mask = (torch.arange(limit, device=entered.device) <= entered)[None, None, None] if self.capture else None
 

@@ -1,4 +1,4 @@
-"""The one place where an exception becomes a row's failure, and where a fault of the job is told from it."""
+"""The one place where an exception becomes a row's failure, or an error of the whole job."""
 
 import errno
 import re
@@ -8,10 +8,10 @@ from clvp_fast.io.errors import cut, sentence
 from clvp_fast.io.files import UnwritableError
 from clvp_fast.native import NativeLibraryError
 
-#: Characters of a failure, at most: a row may hold megabytes, and its failure tells its kind and its beginning.
+#: The most characters of a failure: a row may hold megabytes, but its failure names its kind and its beginning.
 LONGEST = 500
 
-# What the system refuses to every row alike: no room on the disk, no memory, no more files, a file server that is gone.
+# Errors of the system that hit every row: a full disk, no memory, no more files, a lost file server.
 _SYSTEM = {
     errno.ENOSPC,
     errno.EDQUOT,
@@ -24,7 +24,7 @@ _SYSTEM = {
 }
 
 
-# Beginnings of sentences on what stands in a row itself, which stays as it is as long as the job lasts.
+# The beginnings of sentences on a row's own content, which stays the same as long as the job lasts.
 _COLUMN = "|".join(("text", "voice", "bytes of a voice", *SAMPLING))
 _OF_THE_ROW = re.compile(
     r"the text |nothing of the text |the row |each row needs |its id is |"
@@ -33,12 +33,12 @@ _OF_THE_ROW = re.compile(
 
 
 def may_pass(failure: str) -> bool:
-    """Whether a row that failed may be spoken by a later run: its voice may be mended, and its text may not."""
+    """Tell whether a failed row may succeed in a later run: its voice may be mended, but its text may not."""
     return not _OF_THE_ROW.match(failure)
 
 
 def failure_of(error: Exception) -> str:
-    """Why a row cannot be spoken, in one sentence of at most `LONGEST` characters.
+    """Return in one sentence of at most `LONGEST` characters why a row cannot be spoken.
 
     Raises:
         Exception: `error` itself, where it says nothing of the row: it stops the job, and its rows stay to be done.
@@ -50,8 +50,8 @@ def failure_of(error: Exception) -> str:
 
 
 def is_of_the_job(error: Exception) -> bool:
-    """Whether other rows would fail likewise: the disk, the system, the library or the device refuse to work."""
-    import torch  # not at the top: who only reads rows need not load it
+    """Tell whether other rows would fail likewise: the disk, the system, the library or the device is at fault."""
+    import torch  # imported here, as code that only reads rows should not load it
 
     device = (torch.OutOfMemoryError, torch.AcceleratorError)
     if isinstance(error, (UnwritableError, NativeLibraryError, ImportError, *device)):

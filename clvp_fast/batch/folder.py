@@ -1,15 +1,15 @@
-"""The folder of a job, from which it can go on after any end.
+"""The folder of a job, from which the job can go on however it ended.
 
-    manifest.json       what the job is: settings, input, checkpoint; at the end also its shards
+    manifest.json       the job's description: settings, input, checkpoint; at the end also its shards
     rows.parquet        the job's own copy of the input's rows
-    voices/             recordings that stood in the rows themselves, by their content; not there where none did
+    voices/             recordings from the rows themselves, by their content; only where there are any
     shards/             part-000000.parquet and so on: results, written whole or not at all
     unfinished/         part-000007.journal and so on: results of shards that are not complete yet
     failures.jsonl      rows that could not be spoken, and why
     summary.json, overview.png
 
 A shard carries the failures of its rows in its own metadata, so that one rename makes all of it known; failures.jsonl
-is put together from there. Nothing that comes from the input becomes a file's name.
+is put together from there. File names never come from the input.
 """
 
 import fcntl
@@ -30,8 +30,8 @@ import pyarrow.parquet as pq
 from clvp_fast.batch.outcomes import Outcome, from_table, to_table
 from clvp_fast.io.files import UnwritableError, json_text, replacing, write_json
 
-#: Rises with every change of what settings mean. In 2 `top_k` is 50 where Python says nothing of it; in 3 the
-#: repetition penalty sees the original's prompt, and latents are those of its second pass.
+#: This rises with every change in the meaning of settings. In 2 `top_k` defaults to 50 in Python; in 3 the repetition
+#: penalty sees the original's prompt, and latents are those of its second pass.
 FORMAT = "clvp_fast.batch.3"
 _KEY = b"clvp_fast"
 
@@ -66,7 +66,7 @@ class JobFolder:
         self._remove_leftovers()
 
     def close(self) -> None:
-        """Lets others work on the folder; a process that dies does so too."""
+        """Release the folder to other processes; the death of a process releases it too."""
         self._lock.close()
 
     @property
@@ -86,7 +86,7 @@ class JobFolder:
         return self.folder / "failures.jsonl"
 
     def keep_voice(self, content: bytes) -> Path:
-        """The file of a recording that stood in a row, written if it is not there."""
+        """Return the file of a recording from a row, and write it if it is not there."""
         path = Path(os.path.abspath(self.folder / "voices" / blake2b(content, digest_size=16).hexdigest()))
         if not path.exists():
             with explained(self.folder):
@@ -132,7 +132,7 @@ class JobFolder:
             write_json(path, document)
 
     def write_shard(self, shard: int, outcomes: Iterable[Outcome], schema: pa.Schema, settings: str) -> None:
-        """A shard of results, in the order of its rows; from then on its journal is of no use, and vanishes."""
+        """Write a shard of results in the order of its rows, and remove its journal, which has no more use."""
         outcomes = sorted(outcomes, key=lambda outcome: outcome.row)
         failed = [_failure(outcome) for outcome in outcomes if outcome.error is not None]
         about = {"shard": shard, "rows": len(outcomes), "settings": settings, "failures": failed}
@@ -166,7 +166,7 @@ class JobFolder:
         return json.loads(pq.read_schema(path).metadata[_KEY])
 
     def read_shard(self, shard: int) -> list[Outcome]:
-        """The outcomes of a shard that was checked, without its failures."""
+        """Return the outcomes of a checked shard, without its failures."""
         return from_table(pq.read_table(self.shard_path(shard)))
 
     def append_failures(self, failures: list[dict[str, Any]]) -> None:
@@ -174,19 +174,19 @@ class JobFolder:
             file.writelines(json_text(failure, indent=None) for failure in failures)
 
     def write_failures(self, failures: Iterable[dict[str, Any]]) -> None:
-        """All failures anew, in the order of the rows."""
+        """Write all failures again, in the order of the rows."""
         with replacing(self.failures) as path, open(path, "w", encoding="utf-8") as file:
             file.writelines(json_text(failure, indent=None) for failure in failures)
 
     def _remove_leftovers(self) -> None:
-        """What a process that died was writing."""
+        """Remove files that a process was writing when it died."""
         for folder in (self.folder, self.shards, self.unfinished):
             for path in folder.glob(".*.part"):
                 path.unlink()
 
 
 class Journal:
-    """Outcomes of a shard that is not complete, on disk within moments: what a sudden end must not cost.
+    """Outcomes of an unfinished shard, on disk within moments, so that a sudden end does not lose them.
 
     Each addition is an Arrow stream behind its length and checksum, so that one that was not wholly written is known.
     """
@@ -194,7 +194,7 @@ class Journal:
     _HEAD = struct.Struct("<QI")
 
     def __init__(self, path: Path, outcomes: list[Outcome], schema: pa.Schema):
-        """Begins a journal with `outcomes`, in place of the one that they may come from."""
+        """Begin a journal with `outcomes`, in place of a former journal."""
         self._schema = schema
         self._folder = path.parent
         with explained(self._folder):
@@ -216,18 +216,18 @@ class Journal:
             self._file.flush()
 
     def close(self) -> None:
-        with suppress(OSError):  # a disk that is full: what is there is read as far as it goes
+        with suppress(OSError):  # a full disk: what was written can be read
             self._file.close()
 
     @classmethod
     def read(cls, path: Path, schema: pa.Schema) -> list[Outcome]:
-        """The outcomes of a journal, as far as it was written."""
+        """Return the outcomes of a journal, up to its first damage."""
         outcomes: list[Outcome] = []
         with open(path, "rb") as file:
             while len(head := file.read(cls._HEAD.size)) == cls._HEAD.size:
                 length, checksum = cls._HEAD.unpack(head)
                 content = file.read(min(length, path.stat().st_size))
-                if not length or zlib.crc32(content) != checksum:  # zeros are no record either
+                if not length or zlib.crc32(content) != checksum:  # a zeroed record is invalid too
                     break
                 table = pa.ipc.open_stream(content).read_all()
                 if not table.schema.equals(schema):
@@ -242,7 +242,7 @@ def _failure(outcome: Outcome) -> dict[str, Any]:
 
 @contextmanager
 def explained(folder: Path) -> Iterator[None]:
-    """Errors of writing below `folder` as one sentence."""
+    """Turn errors of writing below `folder` into one sentence."""
     try:
         yield
     except UnwritableError:

@@ -1,7 +1,7 @@
 """Corpora as files: JSON lines, CSV and Parquet, read a row at a time; and the copy of the rows that a job keeps.
 
 The copy, `rows.parquet`, has a row group for each shard of the results, so that any shard's rows can be read at once,
-whatever the input was, and a job that goes on for days does not depend on what becomes of its input.
+whatever the input was, and a job of several days does not depend on its input file.
 """
 
 import csv
@@ -34,11 +34,11 @@ _SCHEMA = pa.schema(
     ]
 )
 _BLOCK = 1 << 20
-# Rows whose texts differ by less than this many characters are in one bucket.
+# Rows are in one bucket if their texts differ by less than this many characters.
 _BUCKET = 32
-# How deep a line of JSON may nest.
+# The deepest nesting of a line of JSON.
 _NESTING = 64
-# Rows that are read at a time where they may hold recordings.
+# The number of rows read at a time where they may hold recordings.
 _RECORDINGS = 8
 
 
@@ -48,7 +48,7 @@ def read_rows(
     unused: set[str] | None = None,
     keep: Callable[[bytes], Path] | None = None,
 ) -> Iterator[Row]:
-    """The rows of a file, in its order. Those that cannot be read are rows with an error.
+    """Yield the rows of a file, in its order. Rows that cannot be read have an error.
 
     Args:
         path: `.jsonl` (or `.ndjson`), `.csv`, or `.parquet`; voices in it are relative to its folder.
@@ -64,7 +64,7 @@ def read_rows(
     require_file(path)
     if path.suffix.lower() not in readers:
         raise ValueError(f"{path} must be one of {', '.join(readers)}, by its name")
-    folder = Path(os.path.abspath(path)).parent  # beside a link, not beside what it leads to
+    folder = Path(os.path.abspath(path)).parent  # beside a link, not beside its target
     unused = set() if unused is None else unused
     for index, record in enumerate(readers[path.suffix.lower()](path, done, unused)):
         if isinstance(record, Exception):
@@ -74,7 +74,7 @@ def read_rows(
 
 
 def require_file(path: Path) -> None:
-    """Raises for an input that is no file."""
+    """Raise for an input that is not a file."""
     if path.is_dir():
         raise ValueError(f"the input {path} is a folder: give a file of rows, such as a .parquet file in it")
     if is_special(path):
@@ -84,7 +84,7 @@ def require_file(path: Path) -> None:
 
 
 def digest_of(path: Path) -> str:
-    """32 hexadecimal digits of a file's content."""
+    """Return 32 hexadecimal digits of a file's content."""
     digest = blake2b(digest_size=16)
     with open(path, "rb") as file:
         while block := file.read(_BLOCK):
@@ -103,7 +103,7 @@ def _json_lines(path: Path, done, unused: set[str]) -> Iterator[Mapping[str, Any
                 record = _json_object(line)
                 unused.update(record.keys() - COLUMNS)
                 yield record
-            except ValueError as error:  # of JSON and of UTF-8
+            except ValueError as error:  # from JSON or from UTF-8
                 yield ValueError(
                     f'{path}, line {number}: no JSON object such as {{"id": "a", "text": "Hello."}}: {error}'
                 )
@@ -139,7 +139,7 @@ def _csv(path: Path, done, unused: set[str]) -> Iterator[Mapping[str, Any] | Exc
     def lines(file) -> Iterator[str]:
         nonlocal line
         for number, content in enumerate(file):
-            # A byte that is no UTF-8 fails its own row.
+            # A byte that is not UTF-8 fails its own row.
             line = (content if number else _first(path, content)).decode(errors="surrogateescape")
             yield line
 
@@ -158,7 +158,7 @@ def _csv(path: Path, done, unused: set[str]) -> Iterator[Mapping[str, Any] | Exc
                 )
             except csv.Error as error:
                 values, wrong = [], f"no row of CSV: {_reason(error)}"
-            # Where a row ends that lies on several lines, or whose quotes do not close, cannot be told if it is bad.
+            # The end of a bad row of several lines, or with an unclosed quote, is unknown.
             if wrong and (header is None or reader.line_num > start or line.count('"') % 2):
                 raise ValueError(
                     f"{place}: {wrong}; is a quote in the row that begins there not closed, or not doubled?"
@@ -178,12 +178,12 @@ def _csv(path: Path, done, unused: set[str]) -> Iterator[Mapping[str, Any] | Exc
 
 
 def _reason(error: csv.Error) -> str:
-    """What Python's reader says, without its advice to programmers."""
+    """Return the message of Python's reader, without its advice to programmers."""
     return "a carriage return stands outside of quotes" if "new-line character" in str(error) else str(error)
 
 
 def _first(path: Path, line: bytes) -> bytes:
-    """The first line of a text, without the mark of UTF-8.
+    """Return the first line of a text, without the mark of UTF-8.
 
     Raises:
         ValueError: it is UTF-16, or its lines end in a way that makes one line of the whole file.
@@ -204,7 +204,7 @@ def _parquet(path: Path, done, unused: set[str]) -> Iterator[Mapping[str, Any]]:
         schema = file.schema_arrow
         unused.update(_columns(path, schema.names))
         known = [name for name in schema.names if name in COLUMNS]
-        # What older versions of Arrow make of a UUID.
+        # Older versions of Arrow make this of a UUID.
         numbered = schema.field("id").type == pa.binary(16)
         rows = 1024 if "voice" not in known or _is_short(schema.field("voice").type) else _RECORDINGS
         read, total = 0, max(file.metadata.num_rows, 1)
@@ -219,8 +219,10 @@ def _parquet(path: Path, done, unused: set[str]) -> Iterator[Mapping[str, Any]]:
 
 
 def _records(batch: pa.RecordBatch) -> list[dict[str, Any]]:
-    """The rows of a batch. Text that is no UTF-8 comes as bytes, and any other value that Python cannot say as the
-    exception that tells why, so that each row fails for itself."""
+    """Return the rows of a batch, with an exception in place of each value that Python cannot represent.
+
+    Text that is not UTF-8 comes as bytes. So each bad row fails alone.
+    """
     try:
         return batch.to_pylist()
     except (ValueError, OverflowError):
@@ -236,13 +238,13 @@ def _cell(value: pa.Scalar) -> Any:
 
 
 def _is_short(kind: pa.DataType) -> bool:
-    """Whether a column is one of paths, and none of recordings."""
+    """Tell whether a column holds paths, not recordings."""
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
 
 
 def _columns(path: Path, found: list[str]) -> set[str]:
-    """Those of the columns found that say nothing to a job.
+    """Return the columns in `found` that a job ignores.
 
     Raises:
         ValueError: a column is missing, or one that says something is there twice.
@@ -263,14 +265,14 @@ def _repeated_name(names: list[str]) -> str | None:
 
 
 class RowFile:
-    """A job's own copy of its rows, in groups of as many as a shard has.
+    """A job's own copy of its rows, in groups, each with the rows of one shard.
 
     Attributes:
         num_rows, num_shards: of all. shard_rows: of each shard but the last.
     """
 
     def __init__(self, path: Path):
-        """Opens a copy. Raises `OSError` or `pyarrow.ArrowException` where it is damaged."""
+        """Open a copy. Raises `OSError` or `pyarrow.ArrowException` where it is damaged."""
         self._path = path
         self._file = pq.ParquetFile(path, page_checksum_verification=True)
         self.num_rows = self._file.metadata.num_rows
@@ -278,11 +280,11 @@ class RowFile:
         self.shard_rows = self.rows_of(0) if self.num_shards else 0
 
     def rows_of(self, shard: int) -> int:
-        """How many rows a shard has."""
+        """Return the number of rows of a shard."""
         return self._file.metadata.row_group(shard).num_rows
 
     def without_voice(self) -> tuple[int, int | None]:
-        """How many rows could be spoken and name no voice, and the first of them."""
+        """Count the speakable rows without a voice, and return their number and the first of them."""
         count, first = 0, None
         for shard in range(self.num_shards):
             table = self._file.read_row_group(shard, columns=["voice", "error"])
@@ -295,7 +297,7 @@ class RowFile:
         return count, first
 
     def shard(self, shard: int) -> list[Row]:
-        """The rows of a shard. Raises `ValueError` where the copy is damaged."""
+        """Return the rows of a shard. Raises `ValueError` where the copy is damaged."""
         try:
             records = self._file.read_row_group(shard).to_pylist()
         except (OSError, pa.ArrowException) as error:
@@ -304,7 +306,7 @@ class RowFile:
 
     @staticmethod
     def write(path: Path, rows: Iterable[Row], shard_rows: int) -> None:
-        """Copies rows. One whose id is also that of an earlier row gets an error, as results go by ids."""
+        """Copy rows. A row whose id an earlier row has gets an error, as results are found by ids."""
         marks: list[np.ndarray] = []
         with _writer(path) as writer:
             for group in _groups(rows, shard_rows):
@@ -323,24 +325,24 @@ class Task:
     rows: tuple[int, ...] | None = None
 
     def rows_of(self, file: RowFile) -> list[Row]:
-        """In buckets of like lengths, the longest first, so that none of them is the last to be waited for."""
+        """Return the rows in buckets of similar lengths, the longest first, so that no long row is left for the end."""
         wanted = None if self.rows is None else set(self.rows)
         return in_buckets(row for row in file.shard(self.shard) if wanted is None or row.index in wanted)
 
 
 def in_buckets(rows: Iterable[Row]) -> list[Row]:
-    """Rows by the length of their texts, roughly, the longest first."""
+    """Sort rows roughly by the length of their texts, the longest first."""
     return sorted(rows, key=lambda row: -(len(row.text or "") // _BUCKET))
 
 
 def in_transit(rows: Iterable[Row]) -> pa.Table:
-    """Rows as they travel between machines."""
+    """Return rows in the form in which they travel between machines."""
     rows = list(rows)
     return _table(rows).append_column("row", pa.array([row.index for row in rows], pa.int64()))
 
 
 def arrived(table: pa.Table) -> list[Row]:
-    """The inverse of `in_transit`."""
+    """Return the rows of a table that `in_transit` made."""
     return [_row(record["row"], record) for record in table.to_pylist()]
 
 
@@ -370,12 +372,12 @@ def _groups(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
 
 
 def _mark(row_id: str | None) -> int:
-    """64 bits of an id, 0 for none: ten million of them take 80 MB, and their ids a gigabyte."""
+    """Return 64 bits of an id, 0 for none: ten million of them take 80 MB, and the ids themselves a gigabyte."""
     return int.from_bytes(blake2b(row_id.encode(), digest_size=8).digest(), "little") | 1 if row_id is not None else 0
 
 
 def _repeated(marks: np.ndarray) -> dict[int, int]:
-    """Each row whose mark an earlier row has, and the first of those."""
+    """Return each row whose mark an earlier row has, with the first such row."""
     order = np.argsort(marks, kind="stable")
     ordered = marks[order]
     starts = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1]))
@@ -385,7 +387,7 @@ def _repeated(marks: np.ndarray) -> dict[int, int]:
 
 
 def _mark_repeated(path: Path, repeated: dict[int, int]) -> None:
-    """Writes the copy once more, with errors in the rows whose ids came before."""
+    """Write the copy again, with errors in the rows whose ids came before."""
     scratch = path.with_name(f"{path.name}.again.part")
     rows = RowFile(path)
     with _writer(scratch) as writer:

@@ -1,4 +1,4 @@
-"""`run`: a corpus to ranked candidates in a folder of Parquet shards, by a job that goes on where it was stopped."""
+"""`run`: a resumable job that turns a corpus into ranked candidates in a folder of Parquet shards."""
 
 import logging
 import os
@@ -24,10 +24,9 @@ from clvp_fast.io.waits import waiting
 
 logger = logging.getLogger(__name__)
 
-#: Rows of a shard; latents take megabytes a row.
+#: The number of rows of a shard; latents take megabytes a row.
 SHARD_ROWS, SHARD_ROWS_WITH_LATENTS = 1024, 64
-# The journal of a shard is written this often, in seconds, which is what a sudden end costs at most beside what is
-# being decoded.
+# The seconds between two writes of a shard's journal. A sudden end loses no more than that, and the rows under way.
 _JOURNAL_SECONDS = 1.0
 
 
@@ -43,7 +42,7 @@ def run(
     progress: bool = True,
     **settings: Any,
 ) -> dict[str, Any]:
-    """Candidates for all rows of a file, the best of each in Parquet files below `out`/shards.
+    """Make candidates for all rows of a file, and write the best of each into Parquet files below `out`/shards.
 
     Stopped at any moment, by a signal, a full disk or a power cut, and called again with the same arguments, it does
     what is missing; the results are those of a run that was not stopped. Rows that cannot be spoken go to
@@ -113,7 +112,7 @@ def run(
 
 
 def _absolute(settings: dict[str, Any]) -> dict[str, Any]:
-    """Make settings that mean the same wherever the job goes on from; links are kept, as their targets may move."""
+    """Return settings that mean the same from any working folder; links are kept, as their targets may move."""
     places = {}
     for name in ("checkpoint", "voice"):
         place = settings.get(name)
@@ -125,7 +124,7 @@ def _absolute(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _identity(source: Path, manifest: dict | None, given: Settings, shard_rows: int | None) -> dict[str, Any]:
-    """Tell what is known of the job before its rows are read; the same as in `manifest` if there is one."""
+    """Return the facts known of the job before its rows are read, which equal those of `manifest` if there is one."""
     digest = digest_of(source)
     if manifest is None:
         default = SHARD_ROWS_WITH_LATENTS if given.latents else SHARD_ROWS
@@ -176,7 +175,7 @@ def _rows(folder: JobFolder, source: Path, shard_rows: int, manifest: dict | Non
 
 
 def _require_voices(rows: RowFile) -> None:
-    """Raise for rows that nothing could be spoken in: a job's voice is settled when it begins."""
+    """Raise for rows without any voice: a job's voice is fixed when it begins."""
     count, first = rows.without_voice()
     if count:
         raise ValueError(
@@ -186,7 +185,7 @@ def _require_voices(rows: RowFile) -> None:
 
 
 def _executor(settings: Settings, memory_fraction: float, ray: str | bool | None, workers: int | None):
-    """Where outcomes come from: this process, or a cluster."""
+    """Return the source of outcomes: this process, or a cluster."""
     if ray:
         from clvp_fast.batch.ray_workers import Cluster
 
@@ -207,18 +206,18 @@ class Here:
         return self._worker.description()
 
     def outcomes(self, path: Path, tasks: list[Task]) -> Iterator[Outcome]:
-        """Of the rows of tasks, which are taken as there is room for them."""
+        """Yield the outcomes of the tasks' rows, which are taken as there is room for them."""
         if self._worker.settings.device == "cuda":
             self._worker.engine.warm_up()
         rows = RowFile(path)
         return self._worker.outcomes(row for task in tasks for row in task.rows_of(rows))
 
     def close(self) -> None:
-        """Nothing outlives the process."""
+        """Do nothing, as nothing outlives the process."""
 
 
 class _Shard:
-    """A shard that is not complete, with the outcomes of its rows that are known."""
+    """A shard that is not complete, with the known outcomes of its rows."""
 
     def __init__(self, folder: JobFolder, shard: int, rows: int, known: list[Outcome], schema: pa.Schema):
         self.rows = rows
@@ -227,7 +226,7 @@ class _Shard:
         self._waiting: list[Outcome] = []
 
     def add(self, outcome: Outcome) -> bool:
-        """Whether the outcome is new: a cluster that loses a worker may do a row twice."""
+        """Add an outcome, and return whether it is new: a cluster that loses a worker may do a row twice."""
         if outcome.row in self.done:
             return False
         self.done[outcome.row] = outcome
@@ -244,7 +243,7 @@ class _Shard:
 
 
 class _Job:
-    """What is missing of a job, and the way of its outcomes into the folder.
+    """The missing part of a job, and the way of its outcomes into the folder.
 
     Attributes:
         tasks: what is missing.
@@ -253,7 +252,7 @@ class _Job:
     """
 
     def __init__(self, folder: JobFolder, rows: RowFile, settings: Settings, retry_failed: bool, progress: bool):
-        """Look through the shards that are there: whole ones are done, damaged ones are not."""
+        """Check the present shards: complete ones are done, damaged ones are not."""
         self._folder, self._rows, self._digest = folder, rows, settings.digest
         self._result_schema, self._outcome_schema = shard_schema(settings), outcome_schema(settings)
         self._shards: dict[int, _Shard] = {}
@@ -284,7 +283,7 @@ class _Job:
             return [] if again else about["failures"]
         if journal.exists():
             entry = self._open(shard, Journal.read(journal, self._outcome_schema))
-            if len(entry.done) == rows:  # it ended right before the shard was written
+            if len(entry.done) == rows:  # the job ended right before the shard was written
                 self._complete(shard)
                 return self._look_at(shard, retry_failed)
             self.rows_done += len(entry.done)
@@ -324,11 +323,11 @@ class _Job:
 
     def _receive(self, outcome: Outcome) -> bool:
         number = outcome.row // self._rows.shard_rows
-        if number in self._whole:  # of a row that was done twice
+        if number in self._whole:  # the row was done twice
             return False
         shard = self._shards.get(number)
         if shard is None:
-            # Of a shard that is whole but for its failures, which are tried again, those that are known.
+            # The shard is whole except for failures that are tried again: take its known outcomes.
             whole = self._folder.shard_path(number).exists()
             shard = self._open(number, self._folder.read_shard(number) if whole else [])
         if not shard.add(outcome):
@@ -351,6 +350,6 @@ class _Job:
 
     def _complete(self, number: int) -> None:
         shard = self._shards.pop(number)
-        shard.write()  # if there is no room for the file of results, nothing has to be spoken again
+        shard.write()  # if there is no room for the file of results, the journal still has them
         shard.close()
         self._folder.write_shard(number, shard.done.values(), self._result_schema, self._digest)

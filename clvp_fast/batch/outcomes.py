@@ -38,19 +38,19 @@ _ERROR = [("error", pa.string())]
 
 
 def shard_schema(settings: Settings) -> pa.Schema:
-    """The columns of results: what `clvp_fast.batch.run` documents."""
+    """Return the columns of results, as `clvp_fast.batch.run` documents them."""
     more = (_EMBEDDINGS if settings.embeddings else []) + (_LATENTS if settings.latents else [])
     return pa.schema(_COLUMNS + more)
 
 
 def outcome_schema(settings: Settings) -> pa.Schema:
-    """Those of results and failures: a line with an `error` has nothing but its row and id beside."""
+    """Return the columns of results and failures: a line with an `error` has only its row and id besides."""
     return pa.schema([*shard_schema(settings), *pa.schema(_ERROR)])
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The outcome of a row: lines of kept candidates, best first, as `shard_schema` has them, or an error."""
+    """The outcome of a row: lines of kept candidates, best first, as in `shard_schema`, or an error."""
 
     row: int
     id: str | None
@@ -59,14 +59,14 @@ class Outcome:
 
     @property
     def drawn(self) -> dict[str, int]:
-        """How many candidates and tokens were drawn for the row."""
+        """The numbers of candidates and tokens that were drawn for the row."""
         return {name: self.lines[0][name] if self.lines else 0 for name in ("candidates", "tokens")}
 
     @classmethod
     def of(
         cls, row: Row, seed: int, result: CandidateResult, settings: Settings, remarks: Sequence[str] = ()
     ) -> "Outcome":
-        """A row's result; one that cannot be used is an error.
+        """Make the outcome of a row's result; an unusable result becomes an error.
 
         Args:
             seed: that was used. remarks: sentences on what was made of the row's text and voice.
@@ -74,7 +74,7 @@ class Outcome:
         if error := result.failure(settings.dtype):
             return cls(row.index, row.id, error=error)
         lines = []
-        tokens = int(result.lengths.sum() + result.stopped.sum())  # a stop is drawn too
+        tokens = int(result.lengths.sum() + result.stopped.sum())  # a stop token is drawn too
         for rank, candidate in enumerate(map(int, result.kept), start=1):
             length = int(result.lengths[candidate])
             line = {
@@ -88,7 +88,7 @@ class Outcome:
                 "stopped": bool(result.stopped[candidate]),
                 "score": float(result.scores[candidate]),
                 "tokens": tokens,
-                # The column is signed, and so is the generator's key: the same 64 bits.
+                # The column is signed and the generator's key unsigned: the 64 bits are the same.
                 "seed": seed - 2**64 if seed >= 2**63 else seed,
                 "settings": settings.digest,
                 "timings": result.timings,
@@ -99,14 +99,14 @@ class Outcome:
                 line["text_embedding"] = result.text_embeds
                 line["speech_embedding"] = result.speech_embeds[candidate]
             if settings.latents:
-                assert result.latents is not None  # as the engine was asked
+                assert result.latents is not None  # the engine was asked for them
                 line["latents"] = list(result.latents[candidate][0].float().cpu().numpy())
             lines.append(line)
         return cls(row.index, row.id, tuple(lines))
 
 
 def to_table(outcomes: Iterable[Outcome], schema: pa.Schema) -> pa.Table:
-    """Their lines, and where `schema` has an `error` also the failures'."""
+    """Return the lines of outcomes, and where `schema` has an `error` also the failures."""
     lines: list[dict[str, Any]] = []
     for outcome in outcomes:
         if outcome.error is None:
@@ -117,7 +117,7 @@ def to_table(outcomes: Iterable[Outcome], schema: pa.Schema) -> pa.Table:
 
 
 def from_table(table: pa.Table) -> list[Outcome]:
-    """Outcomes in the order in which their rows first come; the inverse of `to_table`."""
+    """Return outcomes in the order in which their rows first come; this inverts `to_table`."""
     lines: dict[int, list[dict[str, Any]]] = {}
     for line in table.to_pylist():
         lines.setdefault(line["row"], []).append(line)

@@ -1,4 +1,4 @@
-"""A picture of a job's results: how the scores and lengths of the best candidates are spread."""
+"""A picture of a job's results: histograms of scores and lengths of the best candidates."""
 
 from pathlib import Path
 
@@ -15,13 +15,13 @@ _BLUE, _RED = "#35618f", "#c8553d"
 
 
 def draw_overview(path: Path, shards: list[Path], failed: int) -> None:
-    """Histograms over the best candidates of all rows in `shards`, as a PNG. Ten million rows take 100 MB here."""
+    """Draw histograms over the best candidates of all rows in `shards`, as a PNG; ten million rows take 100 MB."""
     scores, lengths, stopped = (np.concatenate(columns) for columns in zip(*map(_best, shards), strict=True))
     with plot_style(), replacing(path) as scratch:
         figure = Figure(figsize=(10, 3.6), layout="constrained")
         figure.suptitle(f"Best candidates of {len(scores)} rows; {failed} rows failed", fontsize=11, x=0.01, ha="left")
         score_axes, length_axes = figure.subplots(1, 2)
-        score_axes.hist(scores[np.isfinite(scores)], _BINS, color=_BLUE)  # one without tokens may have no score
+        score_axes.hist(scores[np.isfinite(scores)], _BINS, color=_BLUE)  # a candidate without tokens may have no score
         score_axes.set(title="Scores", xlabel="text-speech score of the best candidate", ylabel="rows")
         width = -(-(lengths.max() - lengths.min() + 1) // _BINS)
         edges = np.arange(lengths.min(), lengths.max() + width + 1, width) - 0.5
@@ -41,7 +41,7 @@ def draw_overview(path: Path, shards: list[Path], failed: int) -> None:
 
 
 def _best(shard: Path) -> tuple[np.ndarray, ...]:
-    """Scores, lengths and whether it ended by itself, of the best candidate of each row."""
+    """Return score, length and natural end of the best candidate of each row."""
     names = ["score", "length", "stopped"]
     table = pq.read_table(shard, columns=names, filters=pc.field("rank") == 1)
     return tuple(table[name].to_numpy() for name in names)

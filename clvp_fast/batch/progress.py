@@ -1,4 +1,4 @@
-"""The bars of a job: how far it is, rows and tokens a second, failures, and the time that is left."""
+"""The progress bars of a job: rows and tokens a second, failures, and the time left."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ _PERIOD = 300.0
 
 @contextmanager
 def watching(what: str, total: int, done: int, hidden: bool) -> Iterator["JobProgress"]:
-    """A bar on stderr that begins at `done`; `what` is done, in a word."""
+    """Show a bar on stderr that begins at `done`; `what` names the work in a word."""
     count = TaskProgressColumn() if total == 1 else MofNCompleteColumn()
     columns = [TextColumn("{task.description}"), BarColumn(), count, TextColumn("{task.fields[rate]}")]
     columns += [TextColumn("left:"), TimeRemainingColumn()]
@@ -32,11 +32,11 @@ class JobProgress:
         self._rows = self._failed = self._tokens = 0
 
     def reach(self, done: float) -> None:
-        """So much of the total is done."""
+        """Set the finished part of the total."""
         self._progress.update(self._task, completed=done)
 
     def count(self, outcome: Outcome) -> None:
-        """One row more."""
+        """Count one more row."""
         self._rows += 1
         self._failed += outcome.error is not None
         self._tokens += outcome.drawn["tokens"]

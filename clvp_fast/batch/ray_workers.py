@@ -21,18 +21,18 @@ from clvp_fast.engine.defaults import MEMORY_FRACTION
 
 logger = logging.getLogger(__name__)
 
-# Rows that go to a worker together: so many at most, unless its engine has room for more at a time, so often ...
+# The number of rows that go to a worker together: at most this many, or this many times the room of its engine ...
 _PIECE, _WAVES = 64, 16
-# ... and few enough that each worker has so many turns.
+# ... and few enough to give each worker this many turns.
 _TURNS = 8
-# How long a cluster may take to answer, and a worker to be had before it is said that it is waited for, in seconds.
+# The seconds that a cluster may take to answer, and that workers may take before a message names the wait.
 _ANSWER, _PATIENCE = 10.0, 60.0
-# How a client of gRPC begins, and the kind of frame that a server of gRPC answers with.
+# The beginning of a gRPC client's stream, and the kind of frame that a gRPC server answers with.
 _HTTP2, _SETTINGS = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]), b"\x04"
 
 
 class _JobActor:
-    """An actor for the rows of a job, which have their places, and whose results go to the job's folder."""
+    """An actor for rows of a job, which keep their places; the results go to the job's folder."""
 
     def __init__(self, settings: Settings, memory_fraction: float):
         from clvp_fast.batch.worker import ready_worker
@@ -40,10 +40,10 @@ class _JobActor:
         self._error: Exception | None = None
         try:
             self._worker = ready_worker(settings, memory_fraction)
-        except Exception as error:  # Ray would keep of it no more than a trace, and tell that as a dead actor
+        except Exception as error:  # Ray would keep only a trace of it, and report a dead actor
             self._error = error
         else:
-            self._worker.settings = settings  # the job's, also where memory allows this machine a smaller batch
+            self._worker.settings = settings  # the job's, even where memory here allows a smaller batch
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         if self._error is not None:
@@ -53,16 +53,16 @@ class _JobActor:
 
 @dataclass(frozen=True)
 class _Share:
-    """What each worker has: CPUs or a GPU, its settings, and a part of its machine's memory."""
+    """The share of each worker: CPUs or a GPU, its settings, and a part of its machine's memory."""
 
     workers: int
-    resources: dict[str, Any]  # options of Ray: "num_cpus" or "num_gpus"
+    resources: dict[str, Any]  # Ray's options: "num_cpus" or "num_gpus"
     settings: Settings
     memory_fraction: float
 
 
 class Cluster:
-    """The workers of a job on a Ray cluster, in the place of the job's own process; see `clvp_fast.batch.run`.
+    """The workers of a job on a Ray cluster, in place of the job's own process; see `clvp_fast.batch.run`.
 
     The job's folder is read and written on the machine of this process alone. Workers must be able to read recordings
     and the checkpoint at the same paths.
@@ -112,7 +112,7 @@ class Cluster:
         return found
 
     def outcomes(self, path: Path, tasks: list[Task]) -> Iterator[Outcome]:
-        """Of the rows of tasks, in no order, as workers are done with some of them.
+        """Yield the outcomes of tasks' rows, in the order in which workers finish them.
 
         A worker that dies is replaced and does its rows again, so that a row may come twice.
 
@@ -142,7 +142,7 @@ class Cluster:
             fn_kwargs={"path": path},
             batch_size=None,
             batch_format="pyarrow",
-            num_cpus=0,  # workers may have all that there are
+            num_cpus=0,  # workers may have all CPUs
             compute=TaskPoolStrategy(size=1),
             label_selector={"ray.io/node-id": here},
         )
@@ -163,7 +163,7 @@ class Cluster:
                 yield from from_table(table)
 
     def close(self) -> None:
-        """Ends what is at work on the cluster, and the cluster where it was begun with this."""
+        """Stop the work on the cluster, and the cluster itself where this process began it."""
         if self._stream is not None:
             self._stream.close()
         if self._started:
@@ -180,7 +180,7 @@ def _imported():
 
 
 def _connect(ray, address: str | None) -> bool:
-    """Whether Ray was not at hand in this process before."""
+    """Connect to Ray, and return whether this process had not done so before."""
     if ray.is_initialized():
         found = ray.get_runtime_context().gcs_address
         if address not in (None, "auto", found):
@@ -197,7 +197,7 @@ def _connect(ray, address: str | None) -> bool:
 
 
 def _require_answer(address: str) -> None:
-    """Ray itself would try for minutes, also where something else answers, such as its dashboard."""
+    """Raise at once where no cluster answers; Ray would try for minutes, even if its dashboard answers."""
     host, colon, port = address.rpartition(":")
     if "/" in address or not colon or not port.isdigit():
         raise ValueError(f"the address of a Ray cluster is HOST:PORT, as `ray start --head` tells it, not {address!r}")
@@ -212,7 +212,7 @@ def _require_answer(address: str) -> None:
 
 
 def _share(settings: Settings, memory_fraction: float, nodes: list[dict[str, float]], workers: int | None) -> _Share:
-    """What each worker gets of a cluster of `nodes`, by the resources of each."""
+    """Divide a cluster of `nodes` into one share for each worker, by the nodes' resources."""
     gpus = sum(int(node.get("GPU", 0)) for node in nodes)
     if settings.device == "cuda" or (settings.device is None and gpus):
         if not gpus:
@@ -231,8 +231,8 @@ def _share(settings: Settings, memory_fraction: float, nodes: list[dict[str, flo
 
 
 def _piece_rows(settings: Settings, workers: int, rows: int) -> int:
-    """How many rows a worker gets at a time: enough to keep its engine full, and few enough to share them."""
-    assert settings.batch_size is not None and settings.num_candidates is not None  # the first worker has found them
+    """Return the rows of a worker's piece: enough to keep its engine full, and few enough to share them."""
+    assert settings.batch_size is not None and settings.num_candidates is not None  # the first worker has set them
     at_once = settings.batch_size / settings.num_candidates
     return max(1, min(rows // (workers * _TURNS), max(_PIECE, int(_WAVES * at_once))))
 
@@ -249,7 +249,7 @@ def _cut(task: Task, file: RowFile, size: int) -> Iterator[Task]:
 
 
 def _read(batch: pa.Table, path: Path) -> pa.Table:
-    """The rows of a piece, on the machine where the job's folder is."""
+    """Return the rows of a piece, on the machine where the job's folder is."""
     file = RowFile(path)
     pieces = [Task(piece["shard"], tuple(piece["rows"])) for piece in batch.to_pylist()]
     return in_transit(row for piece in pieces for row in piece.rows_of(file))
@@ -263,7 +263,7 @@ def _describe(settings: Settings, memory_fraction: float) -> dict[str, Any]:
 
 @contextmanager
 def _plainly(ray) -> Iterator[None]:
-    """Errors of a worker as it raised them, without what Ray wraps around."""
+    """Raise errors of a worker as it raised them, without Ray's wrapping."""
     try:
         yield
     except ray.exceptions.RayTaskError as error:
@@ -272,7 +272,7 @@ def _plainly(ray) -> Iterator[None]:
 
 @contextmanager
 def _quiet(name: str) -> Iterator[None]:
-    """Without what a logger says to a person; the job has a bar of its own, and says what failed."""
+    """Silence a logger: the job has its own bar and its own error messages."""
     log = logging.getLogger(name)
     level = log.level
     log.setLevel(logging.CRITICAL)

@@ -1,4 +1,4 @@
-"""Rows of a corpus: what is to be said, in which voice, and how; each with a seed of its own."""
+"""Rows of a corpus: a text, a voice, settings, and a seed for each."""
 
 import json
 import math
@@ -18,12 +18,11 @@ from clvp_fast.engine.sampling_params import SAMPLING
 from clvp_fast.io.errors import sentence
 from clvp_fast.io.files import user_path
 
-#: Columns that are looked at; others of an input are left alone.
+#: The columns that a job reads; it ignores others.
 COLUMNS = frozenset(("id", "text", "voice", *SAMPLING))
 
 _TRUTH = {"true": True, "1": True, "false": False, "0": False}
-# A recording that stands in a row itself has at most so many bytes, and a path that comes as bytes at most as many as
-# Linux takes.
+# The most bytes of a recording in a row, and of a path that comes as bytes, which is Linux's limit.
 _RECORDING, _PATH = 64 << 20, 4096
 
 
@@ -51,7 +50,7 @@ class Row:
         folder: Path | None = None,
         keep: Callable[[bytes], Path] | None = None,
     ) -> "Row":
-        """A row of what a file or a table has in its columns; what is wrong with it becomes its error.
+        """Make a row of the columns of a file or a table; a fault in them becomes its error.
 
         Args:
             record: values by column; numbers may be given as text, and text as bytes of UTF-8. None, NaN and "" stand
@@ -77,7 +76,7 @@ class Row:
         return cls(index, row_id, text, voice, sampling)
 
     def seed(self, job_seed: int) -> int:
-        """The row's own, or 63 bits that follow from the job's seed and the row's id alone."""
+        """Return the row's own seed, or 63 bits that follow from the job's seed and the row's id alone."""
         if "seed" in self.sampling:
             return self.sampling["seed"]
         digest = blake2b(f"{job_seed} {self.id}".encode(), digest_size=8).digest()
@@ -100,7 +99,7 @@ def _id(value: Any) -> str:
 
 
 def _text(name: str, value: Any) -> str:
-    """A string, also one that came as bytes: some writers of Parquet leave out that a column is text."""
+    """Return a string, also from bytes: some writers of Parquet do not mark a column as text."""
     try:
         if isinstance(value, bytes):
             return value.decode()
@@ -113,7 +112,7 @@ def _text(name: str, value: Any) -> str:
 
 
 def _voice(value: Any, folder: Path | None, keep: Callable[[bytes], Path] | None) -> str:
-    """The path of a voice; that of a file that is made of a recording in the row itself."""
+    """Return the path of a voice; a recording in the row itself becomes a file."""
     recording = value if isinstance(value, bytes) and not _is_path(value) else None
     if isinstance(value, Mapping) and value.keys() & {"bytes", "path"}:
         recording, value = value.get("bytes") or None, value.get("path")
@@ -137,7 +136,7 @@ def _voice(value: Any, folder: Path | None, keep: Callable[[bytes], Path] | None
 
 
 def _is_path(content: bytes) -> bool:
-    """Whether bytes are a path: every recording has bytes that are none of text."""
+    """Tell whether bytes are a path: every recording has bytes that no text has."""
     try:
         return len(content) <= _PATH and content.decode().isprintable()
     except UnicodeDecodeError:
@@ -145,8 +144,8 @@ def _is_path(content: bytes) -> bool:
 
 
 def _number(name: str, value: Any) -> Integral | float | bool:
-    """A number as SamplingParams takes it; whether its value can be is looked at there."""
-    if hasattr(value, "item"):  # numpy's
+    """Return a number as SamplingParams takes it, which checks its value."""
+    if hasattr(value, "item"):  # a number of numpy
         value = value.item()
     number = _plain(value)
     if name == "do_sample":
@@ -160,12 +159,12 @@ def _number(name: str, value: Any) -> Integral | float | bool:
 
 
 def _plain(value: Any) -> Any:
-    """A number that came as text or Decimal as Python's own, and a whole one as int; anything else as it is."""
+    """Return a number that came as text or Decimal as Python's own, and a whole one as int; anything else unchanged."""
     try:
         if isinstance(value, (str, Decimal)):
             digits = str(value).strip()
             value = int(digits) if digits.lstrip("+-").isdigit() else float(digits)
     except ValueError:
         return value
-    # Tables that miss a value in a column of whole numbers have them as floats.
+    # Tables with missing values in a column of whole numbers hold floats.
     return int(value) if isinstance(value, float) and value.is_integer() else value

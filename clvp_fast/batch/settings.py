@@ -1,4 +1,4 @@
-"""The settings on which a job's results depend beside its rows: to compare, hash, pickle and write as JSON."""
+"""The settings on which a job's results depend besides its rows; they can be compared, hashed, pickled and written."""
 
 import json
 from dataclasses import asdict, dataclass, replace
@@ -9,7 +9,7 @@ from typing import Any
 from clvp_fast.engine.defaults import DTYPES, SCORING_MODES, TEXT_CLEANINGS
 from clvp_fast.engine.sampling_params import SAMPLING, SamplingParams
 
-#: What a run finds out where it is not told, and what a run that goes on takes over from the one before.
+#: Settings that a run determines where they are open, and that a resumed run takes from the one before.
 _FOUND = ("max_new_tokens", "device", "packed_weights", "batch_size", "threads")
 
 
@@ -69,7 +69,7 @@ class Settings:
         for name in ("checkpoint", "voice"):
             if isinstance(getattr(self, name), Path):
                 object.__setattr__(self, name, str(getattr(self, name)))
-        # As numbers of Python's own, by which equal settings have one digest whoever gave them.
+        # As Python's own numbers, so that equal settings have one digest.
         for name, value in asdict(self.sampling()).items():
             if name in SAMPLING and (name, self.max_new_tokens) != ("max_new_tokens", None):
                 object.__setattr__(self, name, value)
@@ -98,11 +98,11 @@ class Settings:
 
     @property
     def digest(self) -> str:
-        """16 hexadecimal digits that differ where any setting does."""
+        """Return 16 hexadecimal digits that differ where any setting does."""
         return blake2b(json.dumps(self.as_dict(), sort_keys=True).encode(), digest_size=8).hexdigest()
 
     def going_on_from(self, before: dict[str, Any]) -> "Settings":
-        """Return these settings, with open ones as the run that is continued found them out.
+        """Return these settings, with open ones as the run before determined them.
 
         Raises:
             ValueError: something else than in `before`; it is named, with both values.

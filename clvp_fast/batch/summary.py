@@ -10,12 +10,12 @@ import pyarrow.parquet as pq
 from clvp_fast.batch.folder import JobFolder
 from clvp_fast.batch.overview import draw_overview
 
-# Reasons and remarks that the summary counts, the most frequent first; failures.jsonl has each row's.
+# The number of reasons and remarks in the summary, the most frequent first; failures.jsonl has all.
 _REASONS = 10
 
 
 def write_summary(folder: JobFolder, manifest: dict[str, Any], now: Counter[str], seconds: float) -> dict[str, Any]:
-    """Writes manifest.json, failures.jsonl, summary.json and overview.png of a job that is done; returns the summary.
+    """Write manifest.json, failures.jsonl, summary.json and overview.png of a finished job, and return the summary.
 
     Args:
         now: `rows`, `candidates` and `tokens` of this run. seconds: that it worked.

@@ -1,4 +1,4 @@
-"""From rows to outcomes on one device: what a job's only process does, and each worker of a cluster."""
+"""Rows to outcomes on one device, in a job's only process and in each worker of a cluster."""
 
 import json
 import zlib
@@ -102,7 +102,7 @@ class Worker:
         yield from _drained(failed)
 
     def _requests(self, rows: Iterable[Row], failed: deque[Outcome]) -> Iterator[CandidateRequest]:
-        """Requests for those rows that have a voice and parameters; the others go to `failed`."""
+        """Yield requests for the rows that have a voice and parameters; the others go to `failed`."""
         for row in rows:
             try:
                 request = self._request(row)
@@ -119,7 +119,7 @@ class Worker:
         return CandidateRequest(text=row.text, conditioning=voice, sampling=sampling, id=(row, remarks))
 
     def voice(self, place: str | None) -> tuple[Voice, tuple[str, ...]]:
-        """The voice at a place, the job's own for None, and what was made of its recordings; read once.
+        """Return the voice at a place (None: the job's own) and remarks on its recordings; each is read once.
 
         Raises:
             ValueError: there is none, and why.
@@ -134,7 +134,7 @@ class Worker:
         return voice
 
     def _read_voice(self, place: str) -> tuple[Voice, tuple[str, ...]] | str:
-        """A voice and its remarks; or why there is none, for which its other rows need not look again."""
+        """Return a voice and its remarks, or the reason for none, which then serves all its rows."""
         try:
             _require_kept(Path(place))
             loaded = load_voice(self.engine.voices, place)
@@ -149,14 +149,14 @@ class Worker:
                 raise result.error
             remarks += text_remarks(self.engine.processor.tokenizer, row.text)
             sampling = result.request.sampling
-            assert sampling is not None and sampling.seed is not None  # of `_request`
+            assert sampling is not None and sampling.seed is not None  # `_request` has set them
             return Outcome.of(row, sampling.seed, result, self.settings, remarks)
         except Exception as error:
             return Outcome(row.index, row.id, error=failure_of(error))
 
 
 def _require_kept(place: Path) -> None:
-    """Raises `ValueError` for a pipe or a device: a job that goes on later could not read it again, or waits for it."""
+    """Raise `ValueError` for a pipe or a device, which a resumed job could not read again."""
     if is_special(place):
         raise ValueError(f"voice must be the path of a file or folder, and {place} is a pipe or a device")
 
@@ -167,10 +167,11 @@ def _drained(waiting: deque[Outcome]) -> Iterator[Outcome]:
 
 
 def _mark(checkpoint: Checkpoint) -> str:
-    """32 hexadecimal digits of a checkpoint: of its configuration, vocabulary and features, and of all its weights.
+    """Return 32 hexadecimal digits of a checkpoint: of its configuration, vocabulary and features, and of all weights.
 
-    Weights count by their CRC-32: it sees every change of one number, and misses another once in four billion; it takes
-    half a second a gigabyte, and a cryptographic digest more than twice as long.
+    Weights count by their CRC-32: it detects every change of one number, and misses another change once in four
+    billion.
+    It takes half a second a gigabyte, and a cryptographic digest more than twice as long.
     """
     digest = blake2b(digest_size=16)
     tokenizer, extractor = checkpoint.tokenizer, checkpoint.feature_extractor
@@ -183,12 +184,12 @@ def _mark(checkpoint: Checkpoint) -> str:
     return digest.hexdigest()
 
 
-# Of a configuration: where and by what it was loaded.
+# Fields of a configuration that tell only where and with what it was loaded.
 _PASSING = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "_commit_hash")
 
 
 def ready_worker(settings: Settings, memory_fraction: float) -> Worker:
-    """A [`Worker`] whose first rows wait for nothing that a GPU can prepare. Raises as `Worker` does."""
+    """Return a [`Worker`] after all preparations on a GPU. Raises as `Worker` does."""
     worker = Worker(settings, memory_fraction)
     if worker.settings.device == "cuda":
         worker.engine.warm_up()

@@ -1,4 +1,4 @@
-"""The command `clvp-fast`. Exit codes: 0 done, 1 an error told in one sentence, 2 wrong usage, 130 interrupted."""
+"""The command `clvp-fast`. Exit codes: 0 done, 1 an error in one sentence, 2 wrong usage, 130 interrupted."""
 
 import io
 import os
@@ -19,11 +19,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     kept = "nothing was written"
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by who started us, and written to all the same
+        if getattr(sys, name) is None:  # closed by the parent process, but still written to
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - as long as the process
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # what an encoding cannot say is escaped
+            stream.reconfigure(errors="backslashreplace")  # characters that the encoding lacks are escaped
     try:
         command = import_module(f"clvp_fast.cli.{arguments.command}")
         kept = getattr(command, "INTERRUPTED", kept)
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if arguments.debug:
             raise
-        # The package's own errors are of these types, and need no look behind.
+        # The package's own errors have these types, and need no traceback.
         behind = "" if isinstance(error, (OSError, ValueError, TypeError)) else " (--debug shows where)"
         print(f"clvp-fast: error: {sentence(error)}{behind}", file=sys.stderr)
         return 1

@@ -1,4 +1,4 @@
-"""`clvp-fast batch`: a corpus to ranked candidates in Parquet files; stopped and started again, it goes on."""
+"""`clvp-fast batch`: a corpus to ranked candidates in Parquet files; a stopped job goes on."""
 
 import argparse
 import json
@@ -12,7 +12,7 @@ from clvp_fast.batch.failures import may_pass
 from clvp_fast.cli import report
 from clvp_fast.cli.inputs import note_random, sampling_of
 
-#: What an interrupt leaves.
+#: The note after an interrupt.
 INTERRUPTED = "what is finished is kept, and the same command goes on from there"
 
 _PLAIN = ("checkpoint", "voice", "scoring", "latents", "embeddings", "dtype", "int8_weights", "float8_pages")
@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _advice(failures: Path) -> str:
-    """What can be done about failures."""
+    """Advise on failures."""
     with open(failures, encoding="utf-8") as file:
         if any(may_pass(json.loads(line)["error"]) for line in file):
             return "--retry-failed speaks them again, of which those can pass whose voice is mended"

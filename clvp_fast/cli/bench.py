@@ -1,4 +1,4 @@
-"""`clvp-fast bench`: the benchmarks of `benchmarks/`, which lie beside the package in a clone and in no wheel."""
+"""`clvp-fast bench`: the benchmarks of `benchmarks/`, which a clone has and a wheel does not."""
 
 import argparse
 import json
@@ -24,7 +24,7 @@ def run(arguments: argparse.Namespace) -> None:
         _tell(arguments.json, [asdict(one) for one in differences], benchmarks.printed(differences))
         return
     try:
-        # What is measured is told as it comes, beside the document where one is asked for.
+        # With --json results go to stderr as they come, because stdout has the document.
         with redirect_stdout(sys.stderr) if arguments.json else nullcontext():
             outcome = benchmarks.measure(arguments, shlex.join(["clvp-fast", *sys.argv[1:]]))
     except KeyboardInterrupt:
@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _benchmarks():
-    """The module `benchmarks.run` of the clone that this package is in."""
+    """Import `benchmarks.run` of the clone that this package is in."""
     root = Path(clvp_fast.__file__).resolve().parents[1]
     if not (root / "benchmarks/run.py").is_file() or not (root / "csrc").is_dir():
         raise ValueError(

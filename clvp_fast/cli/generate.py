@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> None:
             spoken_in.voice.save(voice_folder / voice_file.name)
         names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     remove_stale(Path(arguments.out), names)
-    # Of several the summary names the folders.
+    # The summary of several items names the folders.
     files = generation.files
     if "requests" in document and not arguments.json:
         files = [name for name in files if name in ("summary.json", REPORT)]
@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _voice_file(arguments: argparse.Namespace) -> Path | None:
-    """Where the voice is saved to, if it is."""
+    """Return the path that the voice is saved to, or None."""
     if not arguments.save_voice:
         return None
     if len(arguments.voice) > 1:

@@ -23,7 +23,7 @@ from clvp_fast.versions import versions
 
 
 class Generation:
-    """Items on their way through an engine into files below `folder`.
+    """Run items through an engine, and write files below `folder`.
 
     Args:
         items: what is to be spoken; those with an error stay as they are, and those that fail get one.
@@ -47,17 +47,17 @@ class Generation:
         self.folder, self.arguments = folder, arguments
         self.files: list[str] = []
         self.seconds: dict[str, float] = {}
-        self._shared: dict = {}  # what every document says
+        self._shared: dict = {}  # the fields that all documents share
         vocoder = vocoder_of(checkpoint) if arguments.listen else None
         self._listening = Listening(checkpoint, vocoder, folder) if vocoder else None
-        self._rows: dict[Item, dict] = {}  # of the summary, for those that were spoken
+        self._rows: dict[Item, dict] = {}  # rows of the summary, by item with a result
         self._alone: dict | None = None  # the document of the only item
         self._tokens = 0
-        assert sampling.num_candidates is not None  # filled in where none were given
+        assert sampling.num_candidates is not None  # a default was filled in
         self._candidates = sampling.num_candidates
 
     def run(self) -> dict:
-        """Generates, ranks and writes all; returns the document of the only item, or the summary of several.
+        """Generate, rank and write everything; return the document of the only item, or the summary of several.
 
         Raises:
             ValueError: the only item fails, all of several do, or there is too little memory for a single candidate.
@@ -106,7 +106,7 @@ class Generation:
             report.note(f"memory ran out on the way: the rest was decoded {engine.memory.max_batch} at a time")
 
     def _engine(self, num_requests: int) -> CandidateEngine:
-        """An engine with no more places than the requests have candidates; its plan of memory is noted."""
+        """Make an engine with no more places than the requests have candidates, and note its plan of memory."""
         total = num_requests * self._candidates
         engine = build_engine(self.checkpoint, self.arguments, self.arguments.memory_fraction, candidates=total)
         plan = engine.memory
@@ -124,7 +124,7 @@ class Generation:
         return engine
 
     def _receive(self, result: CandidateResult) -> None:
-        """Write a result, or put down why there is none."""
+        """Write a result, or record why there is none."""
         started = time.perf_counter()
         item: Item = result.request.id
         item.error = result.failure(self.arguments.dtype)
@@ -147,7 +147,7 @@ class Generation:
         self.seconds["write"] += time.perf_counter() - started
 
     def _note_failures(self) -> None:
-        """A note for each reason, with the items that it holds for."""
+        """Print a note for each reason, with the items that it holds for."""
         reasons: dict[str, list[Item]] = {}
         for item in self.items:
             if item.error:

@@ -9,9 +9,9 @@ from typing import Any
 
 from clvp_fast.io.names import nearest
 
-# Help is no wider than this, however wide the terminal is.
+# The widest help, in columns, on any terminal.
 _WIDTH = 100
-# By command: its usage, the arguments that `--help` shows (the others are behind `--help-all`), and examples.
+# By command: its usage, the arguments that `--help` shows (the others are in `--help-all`), and examples.
 HELP = {
     "generate": (
         "(TEXT ... | --texts FILE) --voice VOICE [options]",
@@ -61,7 +61,7 @@ HELP = {
 
 
 class Formatter(argparse.HelpFormatter):
-    """Help of at most 100 columns, in which a text of several lines keeps them."""
+    """Format help in at most 100 columns, and keep the lines of a text of several lines."""
 
     def __init__(self, prog: str, **options: Any):
         options.setdefault("width", min(shutil.get_terminal_size().columns, _WIDTH + 2) - 2)
@@ -74,7 +74,7 @@ class Formatter(argparse.HelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose `--help` shows the options that most people need, and whose errors suggest what was meant.
+    """A parser whose `--help` shows the most needed options, and whose errors suggest corrections.
 
     `--help-all` is there once `shorten` was called.
     """
@@ -86,7 +86,7 @@ class Parser(argparse.ArgumentParser):
         self._given: Sequence[str] = ()
 
     def shorten(self, shown: Iterable[str], examples: Sequence[str]) -> None:
-        """Show in `--help` the arguments of these names alone, and end with examples.
+        """Show only the arguments of these names in `--help`, and end with examples.
 
         Args:
             shown: the `dest` of arguments, beside which `--help` and `--help-all` are always shown.
@@ -117,7 +117,7 @@ class Parser(argparse.ArgumentParser):
         return super().format_help()
 
     def parse_known_args(self, args=None, namespace=None):  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Parse as argparse does; a command refuses the arguments that it does not know itself, with its own usage."""
+        """Parse as argparse does; a command refuses unknown arguments itself, with its own usage."""
         if args is not None:
             self._given = list(args)
         found, unknown = super().parse_known_args(args, namespace)
@@ -131,7 +131,7 @@ class Parser(argparse.ArgumentParser):
         super().error(f"{message}; did you mean {suggested}?" if suggested else message)
 
     def _suggestions(self, message: str) -> dict[str, str]:
-        """By a word that was given, the one that it is near to."""
+        """Return the nearest word for each given word that has one."""
         options = list(self._option_string_actions)
         found = {}
         for word in self._given:
@@ -146,7 +146,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def complete(parser: argparse.ArgumentParser) -> None:
-    """Answer a shell that asks for completions, and end. Without argcomplete no shell asks, and nothing is done."""
+    """Answer a shell's request for completions, and end; without argcomplete no shell asks, and nothing happens."""
     try:
         import argcomplete  # pyright: ignore[reportMissingImports] - of an extra
     except ImportError:

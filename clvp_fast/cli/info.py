@@ -1,4 +1,4 @@
-"""`clvp-fast info`: what is installed, what the machine offers, and which code would run."""
+"""`clvp-fast info`: the installed packages, the machine, and the code that would run."""
 
 import argparse
 from dataclasses import asdict
@@ -41,9 +41,9 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def library() -> dict:
-    """Where the native library lies and what its kernels run on, or why there is none.
+    """Return the place and instruction set of the native library, or why there is none.
 
-    `path`, `isa` and whether that is `forced`; or `missing`, a sentence.
+    The keys are `path`, `isa` and whether that is `forced`; or `missing`, a sentence.
     """
     if reason := native.missing("cpu"):
         return {"missing": reason}
@@ -59,7 +59,7 @@ def _told(found: dict) -> str:
 
 
 def cache() -> str:
-    """The cache folder, or why there is none."""
+    """Return the cache folder, or why there is none."""
     try:
         return str(cache_folder())
     except UnwritableError as error:
@@ -67,7 +67,7 @@ def cache() -> str:
 
 
 def devices() -> list[str]:
-    """A line for the CPU and one for each CUDA device that torch sees."""
+    """Return a line for the CPU and one for each CUDA device that torch sees."""
     found = [f"cpu: {torch.get_num_threads()} threads, torch's own code on {torch.backends.cpu.get_cpu_capability()}"]
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         properties = torch.cuda.get_device_properties(index)

@@ -1,4 +1,4 @@
-"""From the arguments of a command to checked tensors: the text, the device, how many."""
+"""Checked values from the arguments of a command: the text, the device, numbers."""
 
 import argparse
 from typing import Any
@@ -13,7 +13,7 @@ from clvp_fast.models.clvp.text_remarks import text_remarks
 
 
 def device_for(arguments: argparse.Namespace) -> str:
-    """The device that the arguments name.
+    """Return the device that the arguments name.
 
     Raises:
         ValueError: a GPU is asked for where there is none.
@@ -26,13 +26,13 @@ def device_for(arguments: argparse.Namespace) -> str:
 
 
 def note_random(name: str) -> None:
-    """A note, if a checkpoint's weights are random."""
+    """Print a note, if a checkpoint's weights are random."""
     if is_random(name):
         note(f"checkpoint '{name}' has random weights: its candidates are no speech, and its scores mean nothing")
 
 
 def load_for(arguments: argparse.Namespace) -> Checkpoint:
-    """The checkpoint that the arguments name, on the device and in the dtype that they name."""
+    """Load the checkpoint that the arguments name, on their device and in their dtype."""
     if not arguments.debug:
         quiet_transformers()
     with waiting(f"loading {arguments.checkpoint}"):
@@ -47,7 +47,7 @@ def load_for(arguments: argparse.Namespace) -> Checkpoint:
 
 
 def sampling_of(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return the values that the arguments give for `SAMPLING`; None where they leave one open.
+    """Return the arguments' values for `SAMPLING`; None for those left open.
 
     Raises:
         ValueError: several candidates of greedy decoding.
@@ -62,7 +62,7 @@ def sampling_of(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def text_ids(checkpoint: Checkpoint, text: str, name: str = "") -> torch.Tensor:
-    """Token ids `[1, length]` (int64, on the model's device) of `text`; what becomes of its characters is noted.
+    """Return token ids `[1, length]` (int64, on the model's device) of `text`, and note changes to its characters.
 
     Args:
         name: what the note calls one of several texts.

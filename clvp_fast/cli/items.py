@@ -36,7 +36,7 @@ class Item:
 
 
 def read_texts(arguments: argparse.Namespace) -> list[str]:
-    """The texts of the arguments, or the lines of their file.
+    """Return the texts of the arguments, or the lines of their file.
 
     Raises:
         FileNotFoundError, ValueError: the file is not there, is not UTF-8, or has nothing but blank lines.
@@ -48,7 +48,7 @@ def read_texts(arguments: argparse.Namespace) -> list[str]:
         raise ValueError("the standard input is closed; give a file of texts")
     try:
         content = sys.stdin.buffer.read() if arguments.texts == "-" else Path(arguments.texts).read_bytes()
-        # At newlines alone: other separators of Unicode stand inside texts.
+        # Only newlines separate texts: other separators of Unicode may be inside them.
         lines = re.split("\r\n|\r|\n", content.decode("utf-8-sig"))
     except FileNotFoundError as error:
         raise FileNotFoundError(f"there is no file of texts at {name}") from error
@@ -61,12 +61,12 @@ def read_texts(arguments: argparse.Namespace) -> list[str]:
 
 
 def is_alone(texts: list[str], arguments: argparse.Namespace) -> bool:
-    """Whether one text in one voice is all that was asked for."""
+    """Tell whether one text in one voice is all that was asked for."""
     return arguments.texts is None and len(texts) == len(arguments.voice) == 1
 
 
 def check_first(texts: list[str], arguments: argparse.Namespace) -> None:
-    """Raises for what no checkpoint could speak, before one is loaded; among others it is put down in its item.
+    """Raise for input that no checkpoint could speak, before one is loaded; several items record it instead.
 
     Raises:
         FileNotFoundError, ValueError: the only text is empty, or the only voice is not there.
@@ -77,7 +77,7 @@ def check_first(texts: list[str], arguments: argparse.Namespace) -> None:
 
 
 def gather(checkpoint: Checkpoint, texts: list[str], arguments: argparse.Namespace) -> list[Item]:
-    """Every text in every voice, voice by voice.
+    """Make an item of every text in every voice, voice by voice.
 
     An item that cannot be spoken is an error where it is the only one; among others the reason is put down in it.
     """
@@ -96,7 +96,7 @@ def gather(checkpoint: Checkpoint, texts: list[str], arguments: argparse.Namespa
 
 
 def text_folders(texts: list[str]) -> list[str]:
-    """A name for the folder of each text: its number, and its first words."""
+    """Name the folder of each text by its number and its first words."""
     digits = max(3, len(str(len(texts))))
     names = []
     for number, text in enumerate(texts, start=1):
@@ -108,7 +108,7 @@ def text_folders(texts: list[str]) -> list[str]:
 
 
 def _tried(alone: bool, make: Callable, *arguments) -> tuple:
-    """What `make` gives and None, or None and the sentence of its error; where it is `alone`, that error passes."""
+    """Return the result of `make` and None, or None and its error as a sentence; `alone`, it raises the error."""
     try:
         return make(*arguments), None
     except Exception as error:

@@ -18,7 +18,7 @@ from clvp_fast.vocoder import SETTINGS_FILE, WEIGHTS_FILE, Vocoder
 
 
 def vocoder_of(checkpoint: Checkpoint) -> Vocoder | None:
-    """The checkpoint's vocoder; without one, a note names what is missing."""
+    """Return the checkpoint's vocoder, or None with a note of what is missing."""
     if checkpoint.vocoder is None:
         report.note(
             f"checkpoint '{checkpoint.name}' brings no vocoder ({SETTINGS_FILE} and {WEIGHTS_FILE}), so --listen has "
@@ -28,7 +28,7 @@ def vocoder_of(checkpoint: Checkpoint) -> Vocoder | None:
 
 
 class Listening:
-    """Recordings of results, written as they come, and the page of all of them.
+    """Recordings of results, written as they come, and the page of all recordings.
 
     Args:
         folder: of the results; recordings of an item lie in `sound/` of its own folder below it.
@@ -39,14 +39,14 @@ class Listening:
         self.page = Page(TITLE)
 
     def receive(self, item: Item, result: CandidateResult, document: dict) -> list[str]:
-        """Speaks the kept candidates of a result; their rows in `document` get the names of their recordings.
+        """Speak the kept candidates of a result, and put the names of their recordings into the rows of `document`.
 
         A voice that cannot be spoken in or a vocoder that fails leaves them without any, and a note says why.
 
         Returns:
             The files that were written, below the item's folder.
         """
-        assert item.voice is not None  # it was spoken in
+        assert item.voice is not None  # the item was spoken
         rows = [row for row in document["candidates"] if row["kept"]]
         codes = [result.codes[row["candidate"], : result.lengths[row["candidate"]]] for row in rows]
         latents = None if result.latents is None else [result.latents[row["candidate"]] for row in rows]
@@ -58,7 +58,7 @@ class Listening:
             voice = torch.from_numpy(item.voice.mel)
             known = [known_codes(torch.from_numpy(row), self.checkpoint.model.config).numpy() for row in codes]
             sounds = self.vocoder.speak(known, voice, latents)
-            # Before anything is written: features refuse what is NaN or infinite, whichever vocoder made it.
+            # Features refuse NaN and infinity, from any vocoder, before anything is written.
             pictures = [mel_picture(self._mel(samples)) if len(samples) else None for samples in sounds]
         except ValueError as error:
             report.note(f"{f'{item.folder}: ' if item.folder else ''}nothing can be heard: {sentence(error)}")
@@ -80,7 +80,7 @@ class Listening:
         return [SOUND]
 
     def _mel(self, samples: np.ndarray) -> np.ndarray:
-        """Log-mel features `[bins, frames]` of what is heard, whatever made it."""
+        """Return log-mel features `[bins, frames]` of the sound, from any vocoder."""
         extractor = self.checkpoint.feature_extractor
         if self.vocoder.sampling_rate != extractor.sampling_rate:
             import soxr
@@ -90,7 +90,7 @@ class Listening:
         return extractor(samples, return_tensors="np", **options)["input_features"][0]
 
     def write_page(self, shared: dict) -> list[str]:
-        """Writes the page, if there is anything to hear; `shared` is what every document says of the run."""
+        """Write the page, if there is any recording; `shared` has the fields of the run that all documents share."""
         if not any(section.candidates for section in self.page.sections):
             return []
         named = Path(self.checkpoint.name).name
@@ -103,7 +103,7 @@ class Listening:
 
 
 def wav(samples: np.ndarray, rate: int) -> bytes:
-    """Samples as the bytes of a WAV file of 16 bits; one sample of silence for none, which some players refuse."""
+    """Return samples as a WAV file of 16 bits; no samples become one of silence, as some players refuse empty files."""
     import soundfile
 
     content = io.BytesIO()
@@ -112,7 +112,7 @@ def wav(samples: np.ndarray, rate: int) -> bytes:
 
 
 def mel_picture(mel: np.ndarray) -> bytes:
-    """Log-mel `[bins, frames]` as a PNG with one pixel for each value, low bins at the bottom."""
+    """Draw log-mel `[bins, frames]` as a PNG with one pixel for each value, low bins at the bottom."""
     content = io.BytesIO()
     imsave(content, mel, cmap="magma", origin="lower", format="png")
     return content.getvalue()

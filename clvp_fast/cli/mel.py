@@ -1,7 +1,7 @@
 """`clvp-fast mel`: recordings, or folders of them, to log-mel features and a picture.
 
-Recordings are decoded by several threads, a few ahead of the one that is next, and go through the extractor in batches,
-so that memory depends on the longest recordings and not on how many there are.
+Several threads decode recordings, a few ahead of the next one, and the extractor takes them in batches, so that memory
+depends on the longest recordings and not on their number.
 """
 
 import argparse
@@ -24,13 +24,13 @@ from clvp_fast.cli import report
 from clvp_fast.cli.pictures import OVERVIEW_PANELS, draw_mel, draw_mels
 from clvp_fast.io.files import staged_folder
 
-#: Samples that go through the extractor at a time, unless one recording alone has more.
+#: The number of samples that go through the extractor at a time, unless one recording alone has more.
 _BATCH_SAMPLES = 1 << 21
 
 
 @dataclass
 class Recording:
-    """A file to be read, and what its results are called below `--out`: a path without suffix."""
+    """A file to be read, and the name of its results below `--out`: a path without suffix."""
 
     path: Path
     name: str
@@ -38,7 +38,7 @@ class Recording:
 
 @dataclass
 class Sound:
-    """A decoded recording: the mono `samples` `[time]` that are used, its whole length, and the changes, if any."""
+    """A decoded recording: the used mono `samples` `[time]`, its whole length, and the changes, if any."""
 
     recording: Recording
     samples: np.ndarray
@@ -85,7 +85,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def extract(recordings: list[Recording], extractor, folder: Path, arguments: argparse.Namespace) -> MelResults:
-    """Writes the features of `recordings` into `folder`, and pictures where each has its own.
+    """Write the features of `recordings` into `folder`, and pictures where each has its own.
 
     A recording that cannot be used is an error where it is the only one; among others it is put down in the outcome.
     """
@@ -109,7 +109,7 @@ def extract(recordings: list[Recording], extractor, folder: Path, arguments: arg
 
 
 def find_recordings(places: list[str]) -> list[Recording]:
-    """The recordings that `places` name, each a file or a folder with recordings in it at any depth.
+    """Find the recordings that `places` name, each a file or a folder with recordings at any depth.
 
     A folder's sub-folders are kept in the names. Names that begin with a dot are left out.
 
@@ -121,7 +121,7 @@ def find_recordings(places: list[str]) -> list[Recording]:
     for place in map(Path, places):
         for path in recordings_at(place):
             name = path.relative_to(place) if path != place else Path(path.name)
-            # What cannot be read is named, and writes nothing.
+            # Unreadable files are named as they are, and have no results.
             name = (name if path.name.lower().endswith(UNREAD_SUFFIXES) else name.with_suffix("")).as_posix()
             other = found.setdefault(name, path)
             if other != path:
@@ -132,7 +132,7 @@ def find_recordings(places: list[str]) -> list[Recording]:
 
 
 def recordings_at(place: Path) -> list[Path]:
-    """The file `place`, or the recordings of the folder `place` at any depth; what begins with a dot is left out.
+    """Return the file `place`, or the recordings below the folder `place`; names that begin with a dot are left out.
 
     Raises:
         ValueError: a folder without a recording.
@@ -156,7 +156,7 @@ def _walk(folder: Path) -> list[Path]:
 
 
 def _batches(recordings: list[Recording], extractor, whole: bool, failed: list) -> Iterator[list[Sound]]:
-    """The sounds of the recordings in their order; those without one, and the reason, are added to `failed`."""
+    """Yield the sounds of the recordings in their order; those without one are added to `failed`, with the reason."""
     batch = []
     for recording, decoded in _read_ahead(recordings, extractor, whole):
         try:
@@ -173,7 +173,7 @@ def _batches(recordings: list[Recording], extractor, whole: bool, failed: list) 
 
 
 def _read_ahead(recordings: list[Recording], extractor, whole: bool) -> Iterator[tuple[Recording, Future]]:
-    """The recordings in their order, each with its decoded sound; no more are decoded ahead than there are threads."""
+    """Yield the recordings in their order, with decoded sound; each thread decodes at most one ahead."""
     threads = torch.get_num_threads()
     waiting = deque()
     with ThreadPoolExecutor(threads) as pool:
@@ -193,7 +193,7 @@ def _read(recording: Recording, extractor, whole: bool) -> Sound:
 
 
 def _features(extractor, batch: list[Sound], whole: bool) -> list[np.ndarray]:
-    """Log-mel features of each sound, float32 `[bins, frames]`."""
+    """Compute log-mel features of each sound, float32 `[bins, frames]`."""
     options = {"sampling_rate": extractor.sampling_rate, "return_attention_mask": False}
     options |= {"padding": False, "truncation": False} if whole else {}
     return extractor([sound.samples for sound in batch], **options)["input_features"]
@@ -201,7 +201,7 @@ def _features(extractor, batch: list[Sound], whole: bool) -> list[np.ndarray]:
 
 @contextmanager
 def _writer(folder: Path, npz: bool) -> Iterator[Callable[[str, np.ndarray], None]]:
-    """A function that writes the features of a name: an .npy each, or a member of features.npz, one after the other."""
+    """Yield a function that writes the features of a name: an .npy each, or a member of features.npz."""
     if not npz:
         yield lambda name, mel: np.save(_with_parents(folder / f"{name}.npy"), mel)
         return

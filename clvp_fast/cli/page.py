@@ -1,6 +1,6 @@
-"""`report.html`: candidates to be heard and seen, in one file that needs no network.
+"""`report.html`: candidates to hear and see, in one file that needs no network.
 
-Everything from outside is escaped, scripts and styles are named by their hashes, and the page may load nothing.
+All content from outside is escaped, scripts and styles are named by their hashes, and the page may load nothing.
 """
 
 import base64
@@ -17,19 +17,19 @@ from clvp_fast.io.errors import cut as shorten
 REPORT, SOUND = "report.html", "sound"
 TITLE = "Candidates of clvp_fast, to be heard"
 
-#: The most that a page has, in bytes.
+#: The greatest size of a page, in bytes.
 PAGE_LIMIT = 50_000_000
-# For what stands around the sections, and for the tags around one.
+# The bytes around the sections, and the bytes of tags around one.
 _FRAME, _AROUND = 200_000, 100
 
 
 def data_url(kind: str, content: bytes) -> str:
-    """`content` as an address that carries it; `kind` is its media type."""
+    """Return `content` as an address that contains it; `kind` is its media type."""
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def is_page(path: Path) -> bool:
-    """Whether a file is a page of candidates, by its beginning."""
+    """Tell by a file's beginning whether it is a page of candidates."""
     if not path.is_file():
         return False
     with open(path, "rb") as file:
@@ -38,7 +38,7 @@ def is_page(path: Path) -> bool:
 
 @dataclass
 class Section:
-    """A text in a voice: what stands above its candidates, and how many it has."""
+    """A text in a voice: its head, and the number of its candidates."""
 
     text: str
     voice: str
@@ -49,7 +49,7 @@ class Section:
 
 @dataclass
 class Page:
-    """Sections and candidates that fit: of all, those of the best ranks.
+    """The sections and candidates that fit: the best ranks of all.
 
     A voice's picture stands in the first section of that voice, and all of them take at most a quarter of the page. A
     section none of whose candidates fits is left out with them.
@@ -65,20 +65,20 @@ class Page:
         self.sections: list[Section] = []
         self.left_out = 0
         self._size = _FRAME
-        self._pictures: dict[str, bool] = {}  # digests of voices' pictures, and whether there was room
+        self._pictures: dict[str, bool] = {}  # digests of voices' pictures, and whether they fit
         self._pictures_size = 0
-        self._shown: Counter[int] = Counter()  # candidates by section
-        self._kept: list[tuple[int, int, str]] = []  # a heap, the worst rank of the last section first
+        self._shown: Counter[int] = Counter()  # the number of candidates by section
+        self._kept: list[tuple[int, int, str]] = []  # a heap with the worst rank of the last section first
 
     def add_section(self, section: Section) -> int:
-        """Returns the section's number."""
+        """Add a section, and return its number."""
         if section.picture is not None and not self._has_room(section.picture):
             section = replace(section, picture=None)
         self.sections.append(section)
         return len(self.sections) - 1
 
     def add(self, number: int, row: dict, seconds: float, sound: str, picture: str | None) -> None:
-        """A candidate of section `number`.
+        """Add a candidate to section `number`.
 
         Args:
             row: of candidates.json. sound, picture: by `data_url`.
@@ -93,7 +93,7 @@ class Page:
             self.left_out += 1
 
     def _has_room(self, picture: str) -> bool:
-        """Whether a voice's picture is shown: once, and as long as it leaves room for sound."""
+        """Tell whether a voice's picture is shown: once, and while it leaves room for sound."""
         name = _hash(picture)
         if name in self._pictures:
             return False
@@ -111,7 +111,7 @@ class Page:
 
     @property
     def what_is_left_out(self) -> str:
-        """Name what has no room, or ""."""
+        """Name the parts without room, or return ""."""
         texts = sum(section.candidates > 0 and not self._shown[n] for n, section in enumerate(self.sections))
         pictures = len(self._pictures) - sum(self._pictures.values())
         counts = {"candidates": self.left_out, "texts with all of theirs": texts, "pictures of voices": pictures}
@@ -166,7 +166,7 @@ class Page:
 
 
 def _candidate(text: str, row: dict, seconds: float, sound: str, picture: str | None) -> str:
-    """A candidate of a text as an item of the list."""
+    """Return a candidate of a text as an item of the list."""
     score = "none" if row["score"] is None else f"{row['score']:.4f}"
     sortable = -1e9 if row["score"] is None else row["score"]
     name = f"Rank {row['rank']}, candidate {row['candidate']}"
@@ -186,10 +186,10 @@ def _candidate(text: str, row: dict, seconds: float, sound: str, picture: str | 
 
 
 def _bytes(content: str) -> int:
-    """Bytes in a file. A name that is no UTF-8 has lone surrogates, for each of which a `?` is written."""
+    """Count the bytes in a file. A name that is not UTF-8 has lone surrogates, each written as `?`."""
     return len(content.encode(errors="replace"))
 
 
 def _hash(content: str) -> str:
-    """The name of an inline script or style in a Content-Security-Policy."""
+    """Return the name of an inline script or style in a Content-Security-Policy."""
     return f"sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}"

@@ -382,7 +382,7 @@ def _add_text_cleaning(parser) -> None:
 
 
 def _text(given: str) -> str:
-    """Read a text of the command line. Bytes outside of the locale, which Python holds as surrogates, are UTF-8."""
+    """Read a text of the command line. Bytes outside the locale, which Python keeps as surrogates, are UTF-8."""
     try:
         given.encode()
     except UnicodeEncodeError:
@@ -418,7 +418,7 @@ _positive_int = _number(int, lambda value: value >= 1, "a whole number from 1 on
 _seed = _number(int, lambda value: 0 <= value < 2**63, "a whole number from 0 to 2^63 - 1")
 _non_negative_int = _number(int, lambda value: value >= 0, "a whole number from 0 on")
 _fraction = _number(float, lambda value: 0 < value <= 1, "a number above 0 and at most 1")
-# By the name of a field of `SamplingParams`.
+# by the names of fields of `SamplingParams`
 _sampling = {
     name: _number(allowed.kind, allowed.holds, f"{'a number ' if allowed.kind is float else ''}{allowed.wanted}")
     for name, allowed in RANGES.items()

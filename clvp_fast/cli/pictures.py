@@ -10,12 +10,12 @@ from clvp_fast.engine.voice_files import LoadedVoice
 from clvp_fast.io.errors import cut
 from clvp_fast.io.plot_style import TOKENS_PER_SECOND, plot_style
 
-#: Recordings that an overview shows.
+#: The number of recordings in an overview.
 OVERVIEW_PANELS = 12
 
 
 def draw_mel(path: Path, mel: np.ndarray, extractor, title: str) -> None:
-    """The log-mel features `[bins, frames]` over time, as a PNG."""
+    """Draw the log-mel features `[bins, frames]` over time, as a PNG."""
     with plot_style():
         figure = Figure(figsize=(9, 3.2), layout="constrained")
         _mel_panel(figure, figure.subplots(), mel, extractor, _shorten(title, 110))
@@ -23,7 +23,7 @@ def draw_mel(path: Path, mel: np.ndarray, extractor, title: str) -> None:
 
 
 def draw_mels(path: Path, mels: list[tuple[str, np.ndarray]], extractor, total: int) -> None:
-    """The log-mel features `[bins, frames]` of named recordings, out of `total`, on one scale of colours, as a PNG."""
+    """Draw log-mel features `[bins, frames]` of some of `total` recordings, on one scale of colours, as a PNG."""
     columns = min(len(mels), 3)
     rows = -(-len(mels) // columns)
     norm = Normalize(min(mel.min() for _, mel in mels), max(mel.max() for _, mel in mels))
@@ -44,7 +44,7 @@ def draw_mels(path: Path, mels: list[tuple[str, np.ndarray]], extractor, total: 
 
 
 def draw_candidates(path: Path, voice: LoadedVoice, extractor, rows: list[dict], text: str) -> None:
-    """The voice's log-mel, and each candidate's score and length, best first, as a PNG.
+    """Draw the voice's log-mel, and each candidate's score and length, best first, as a PNG.
 
     A saved voice has no recording to show; a candidate without a score is left out.
     """
@@ -128,6 +128,6 @@ def _limits(scores: list[float]) -> tuple[float, float]:
 
 
 def _shorten(text: str, width: int) -> str:
-    # A dollar sign would switch matplotlib to mathematical notation, and of a name that is no UTF-8 it draws nothing.
+    # A dollar sign would switch matplotlib to mathematical notation; a name that is not UTF-8 would not be drawn.
     text = " ".join(text.split()).replace("$", r"\$").encode(errors="replace").decode()
     return cut(text, width)

@@ -1,4 +1,4 @@
-"""The bars of `generate`: how many candidates have ended, tokens a second, and the time that is left at most."""
+"""The progress bars of `generate`: finished candidates, tokens a second, and the longest time left."""
 
 import time
 from collections.abc import Iterator
@@ -10,12 +10,12 @@ from rich.progress import BarColumn, Progress, TextColumn
 from clvp_fast.cli.report import counting_progress, notes_console
 from clvp_fast.engine.engine import CandidateEngine
 
-# The bar moves this often, in seconds: a call for each token costs next to nothing then.
+# The seconds between two moves of the bar, so that a call for each token costs almost nothing.
 _INTERVAL = 0.1
 
 
 def warm_up(engine: CandidateEngine) -> float:
-    """Captures the engine's decode step at every batch size under a bar; returns the seconds that it took."""
+    """Capture the engine's decode step at every batch size under a bar, and return the seconds taken."""
     with counting_progress(hidden=False) as progress:
         task = progress.add_task("capturing the decode step", total=None)
         return engine.warm_up(lambda done, sizes: progress.update(task, completed=done, total=sizes))
@@ -23,7 +23,7 @@ def warm_up(engine: CandidateEngine) -> float:
 
 @contextmanager
 def watching(num_requests: int, num_candidates: int, max_new_tokens: int, stop: int) -> Iterator["DecodingProgress"]:
-    """A bar on stderr over the candidates of all requests, so many each; the `on_token` of an engine moves it."""
+    """Show a bar on stderr over the candidates of all requests; the engine's `on_token` moves it."""
     columns = [TextColumn("{task.description}"), BarColumn()]
     columns += [TextColumn(f"{{task.fields[{name}]}}") for name in ("ended", "rate", "left")]
     with Progress(*columns, console=notes_console) as progress:
@@ -35,7 +35,7 @@ def watching(num_requests: int, num_candidates: int, max_new_tokens: int, stop: 
 
 
 class DecodingProgress:
-    """Counts what is drawn.
+    """Count drawn tokens.
 
     candidates, ended: how many there are, and how many came to their end. tokens: drawn by all of them.
     limit: what they can draw at most; it falls with each that stops early.
@@ -47,7 +47,7 @@ class DecodingProgress:
         self.limit = self.candidates * max_new_tokens
         self._stop = stop
         self._of_request = [max_new_tokens] * num_candidates
-        # By request: what each of its candidates can still draw.
+        # by request, the tokens that each of its candidates can still draw
         self._left: dict[object, list[int]] = {}
         self.paused = 0.0
         self._started = self._shown_at = time.monotonic()
@@ -70,7 +70,7 @@ class DecodingProgress:
             self.show()
 
     def close(self, request) -> None:
-        """No more comes of a request: it is finished, or has failed."""
+        """Count a request as done: it is finished, or has failed."""
         for left in self._left.pop(request, self._of_request):
             self.limit -= left
             self.candidates -= left > 0

@@ -25,20 +25,20 @@ from transformers.utils import logging as transformers_logging
 from clvp_fast.io.files import json_text
 from clvp_fast.io.waits import waiting as waiting
 
-# Characters that a column keeps which folds in a narrow terminal.
+# The fewest characters of a column that folds in a narrow terminal.
 _FOLDED = 16
 
 notes_console = Console(stderr=True, highlight=False)
 
 
 def note(text: str) -> None:
-    """One line for the person who watches, on stderr."""
+    """Print one line for the user, on stderr."""
     notes_console.print(f"note: {' '.join(text.splitlines())}", markup=False, soft_wrap=True)
 
 
 @contextmanager
 def noting_warnings() -> Iterator[None]:
-    """Shows the package's own logged warnings as notes."""
+    """Show the package's own logged warnings as notes."""
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: note(record.getMessage())
     logger = logging.getLogger("clvp_fast")
@@ -50,7 +50,7 @@ def noting_warnings() -> Iterator[None]:
 
 
 def quiet_transformers() -> None:
-    """No progress bars and warnings of transformers and its hub between the notes of a command."""
+    """Silence the progress bars and warnings of transformers and its hub."""
     hub_logging.set_verbosity_error()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -61,7 +61,7 @@ def print_json(document) -> None:
 
 
 def print_table(table: Table) -> None:
-    """A table on stdout. In a narrow terminal columns that fold give way, and if that is too little, lines break."""
+    """Print a table on stdout. In a narrow terminal columns fold, and if that is too little, lines break."""
     needed = 1
     for column in table.columns:
         column.no_wrap = column.overflow != "fold"
@@ -71,14 +71,14 @@ def print_table(table: Table) -> None:
     Console(highlight=False, width=max(console.width, needed)).print(table)
 
 
-#: Rows of a table that a person looks through; the files have all.
+#: The number of rows of a table that a person reads; the files have all.
 _SHOWN = 32
 
 
 def ranking(
     scores: np.ndarray, lengths: np.ndarray, stopped: np.ndarray | None = None, numbers: np.ndarray | None = None
 ) -> list[dict]:
-    """One row a candidate, best score first.
+    """Return one row a candidate, best score first.
 
     A row has its rank (from 1), the number of the candidate (of `numbers`, or its place, from 0), its tokens, its score
     (None where it has none: an empty candidate under `--scoring trimmed`), and whether it came to its end, where
@@ -99,7 +99,7 @@ def score_text(score: float | None) -> str:
 
 
 def print_ranking(rows: list[dict]) -> None:
-    """The rows of `ranking` as a table; a length with + was cut short."""
+    """Print the rows of `ranking` as a table; a length with + was cut short."""
     table = Table(header_style="bold")
     for title in ("rank", "candidate", "tokens", "score"):
         table.add_column(title, justify="right")
@@ -112,7 +112,7 @@ def print_ranking(rows: list[dict]) -> None:
 
 
 def print_summary(rows: list[dict]) -> None:
-    """Requests of `summary.json` as a table: the best candidate of each."""
+    """Print requests of `summary.json` as a table: the best candidate of each."""
     table = Table(header_style="bold")
     table.add_column("folder", overflow="fold")
     for title in ("best", "tokens", "score"):
@@ -137,7 +137,7 @@ def print_written(paths: list[Path]) -> None:
 
 
 def counting_progress(hidden: bool) -> Progress:
-    """A bar on stderr for many things of a kind: how many are done, how many a second, and the time that is left."""
+    """Make a bar on stderr that counts things: how many are done, how many a second, and the time left."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),

@@ -17,7 +17,7 @@ from clvp_fast.models.clvp.tokens import finished_codes
 
 def result_document(checkpoint: Checkpoint, item: Item, result: CandidateResult) -> dict:
     """Build the content of candidates.json for one result: the candidates, best first, and the engine's timings."""
-    assert item.voice is not None  # it was spoken in
+    assert item.voice is not None  # the item was spoken
     rows = report.ranking(result.scores, result.lengths, result.stopped)
     for row in rows:
         row["kept"] = row["rank"] <= len(result.kept)
@@ -40,7 +40,7 @@ def write_arrays(
     length: int,
     pictures: bool,
 ) -> list[str]:
-    """Writes codes.npz, best candidate first, and what else is asked for; returns the names.
+    """Write codes.npz, best candidate first, and whatever else is asked for; return the names.
 
     Args:
         rows: of the candidates, as in candidates.json.
@@ -49,7 +49,8 @@ def write_arrays(
     kept = np.asarray(result.kept)
     np.savez_compressed(
         folder / "codes.npz",
-        # As the next stage takes them, from the stop on as Tortoise fixes them; one that was cut keeps its own end.
+        # As the next stage takes them: from the stop on as Tortoise fixes them; a candidate that was cut keeps its own
+        # end.
         codes=finished_codes(list(result.codes[kept]), length, checkpoint.model.config.decoder_config).numpy(),
         lengths=result.lengths[kept],
         scores=result.scores[kept],
@@ -61,7 +62,7 @@ def write_arrays(
         draw_candidates(folder / "candidates.png", item.voice, checkpoint.feature_extractor, rows, item.text)
         written.append("candidates.png")
     if result.latents is not None:
-        # A candidate's latents `[1, tokens, hidden_size]` are named by its number.
+        # Latents `[1, tokens, hidden_size]` are named by the number of their candidate.
         latents = {str(candidate): states.cpu().numpy() for candidate, states in result.latents.items()}
         np.savez(folder / "latents.npz", **latents)
         written.append("latents.npz")
@@ -69,7 +70,7 @@ def write_arrays(
 
 
 def remove_stale(out: Path, names: set[str]) -> None:
-    """Removes what an earlier run left beside new results and no longer belongs to them, with a note.
+    """Remove files of an earlier run that do not belong to new results, with a note.
 
     These are recordings, pictures and latents beside new codes, and the page of an earlier run.
 

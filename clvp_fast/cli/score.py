@@ -1,4 +1,4 @@
-"""`clvp-fast score`: given speech codes, ranked against a text; or recordings against texts (`score_audio.py`)."""
+"""`clvp-fast score`: a ranking of given speech codes against a text, or of recordings (`score_audio.py`)."""
 
 import argparse
 import json
@@ -18,7 +18,7 @@ from clvp_fast.models.clvp.text_remarks import text_remarks
 from clvp_fast.models.clvp.tokens import end_text, known_codes, text_end
 from clvp_fast.versions import versions
 
-#: Candidates that go through the speech encoder at a time: bounds the memory of long lists.
+#: The number of candidates that go through the speech encoder at a time, which bounds memory.
 _BATCH = 32
 
 
@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def read_codes(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Speech codes `[candidates, length]` (int64) of a file, how many tokens of each were spoken, and its number.
+    """Read speech codes `[candidates, length]` (int64), the number of spoken tokens of each, and its number.
 
     The latter two are `[candidates]`: `lengths` and `candidates` of the file, by default whole rows, counted from 0.
 
@@ -93,7 +93,7 @@ def read_codes(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _of_rows(path: Path, content, name: str, rows: int, most: int, wanted: str) -> np.ndarray | None:
-    """The whole numbers `[rows]` from 0 to `most` that a file may have beside its codes."""
+    """Return the whole numbers `[rows]` from 0 to `most` that a file may have beside its codes."""
     if content.get(name) is None:
         return None
     try:
@@ -109,7 +109,7 @@ def _of_rows(path: Path, content, name: str, rows: int, most: int, wanted: str) 
 
 @torch.inference_mode()
 def score(checkpoint: Checkpoint, ids: torch.Tensor, codes: np.ndarray) -> np.ndarray:
-    """Scaled cosine similarity `[candidates]` (float32) of the text `ids` `[1, length]` with each row of `codes`."""
+    """Return scaled cosine similarities `[candidates]` float32 of a text `ids` `[1, length]` and rows of codes."""
     model = checkpoint.model
     _check_range(checkpoint, codes)
     given = known_codes(torch.from_numpy(codes), model.config).to(model.device)
@@ -126,7 +126,7 @@ def score(checkpoint: Checkpoint, ids: torch.Tensor, codes: np.ndarray) -> np.nd
 
 
 def score_trimmed(checkpoint: Checkpoint, ids: torch.Tensor, codes: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """As `score`, of the first `lengths[i]` codes of row i alone; -inf for a row without any."""
+    """Score only the first `lengths[i]` codes of row i, as `score`; a row without codes gets -inf."""
     _check_range(checkpoint, codes)
     rows = [row[:length] for row, length in zip(codes, lengths, strict=True)]
     with report.waiting("ranking"):

@@ -18,7 +18,7 @@ from clvp_fast.cli.mel import recordings_at
 from clvp_fast.versions import versions
 
 DEFAULT_CHECKPOINT = "laion/clap-htsat-unfused"
-#: Recordings that go through the audio tower at a time.
+#: The number of recordings that go through the audio tower at a time.
 _BATCH = 8
 
 
@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 @torch.inference_mode()
 def embed_texts(model, processor, texts: list[str]) -> torch.Tensor:
-    """Normalised embeddings `[texts, projection_dim]`, float32."""
+    """Return normalised embeddings `[texts, projection_dim]`, float32."""
     inputs = processor(text=texts, padding=True, return_tensors="pt").to(model.device)
     return model.get_text_features(**inputs).pooler_output.float()
 
@@ -71,7 +71,7 @@ def embed_texts(model, processor, texts: list[str]) -> torch.Tensor:
 def embed_recordings(
     model, processor, paths: list[Path], seed: int, failed: list[tuple[Path, Exception]], remarks: dict[Path, str]
 ) -> tuple[torch.Tensor, list[Path]]:
-    """Normalised embeddings `[recordings, projection_dim]`, float32, and which recordings they are of.
+    """Return normalised embeddings `[recordings, projection_dim]`, float32, and their recordings.
 
     A recording that cannot be used is an error where it is the only one; among others it is added to `failed`. Changes
     to one, and parts left out, are added to `remarks`.
@@ -94,7 +94,7 @@ def embed_recordings(
 def _batches(
     paths: list[Path], extractor, failed: list[tuple[Path, Exception]], remarks: dict[Path, str]
 ) -> Iterator[list[tuple[Path, np.ndarray]]]:
-    """The recordings that can be used, with their samples, a few at a time."""
+    """Yield the usable recordings with their samples, a few at a time."""
     batch = []
     for path in paths:
         try:
@@ -116,7 +116,7 @@ def _batches(
 
 
 def _cropped(samples: np.ndarray, extractor) -> str | None:
-    """What the extractor does with a recording that is longer than the model takes."""
+    """Return a remark on a recording that is longer than the model takes."""
     if len(samples) <= extractor.nb_max_samples:
         return None
     seconds = f"{extractor.max_length_s:g} s"
@@ -126,7 +126,7 @@ def _cropped(samples: np.ndarray, extractor) -> str | None:
 
 
 def ranking(scores: np.ndarray, recordings: list[Path]) -> list[dict]:
-    """One row a recording, best score first: its rank (from 1), its path and its score."""
+    """Return one row a recording, best score first: its rank (from 1), its path and its score."""
     order = np.argsort(-scores, kind="stable")
     return [
         {"rank": rank, "recording": str(recordings[index]), "score": float(scores[index])}
@@ -135,7 +135,7 @@ def ranking(scores: np.ndarray, recordings: list[Path]) -> list[dict]:
 
 
 def print_rankings(ranked: list[dict]) -> None:
-    """A table for each text."""
+    """Print a table for each text."""
     for one in ranked:
         table = Table(title=escape(one["text"]), title_justify="left", header_style="bold")
         table.add_column("rank", justify="right")

@@ -1,4 +1,4 @@
-"""The voices that `generate` speaks in: their names in its results, and notes on what was made of their recordings."""
+"""The voices that `generate` speaks in: their names in its results, and notes on their recordings."""
 
 import os
 import re
@@ -10,21 +10,21 @@ from clvp_fast.engine.voice_files import LoadedVoice, load_voice
 from clvp_fast.engine.voices import VoiceCache
 from clvp_fast.io.files import user_path
 
-# Names that a file system may take for one another are not both used.
+# Names that a file system may confuse are not both used.
 _PLAIN = re.compile(r"[^\w.-]+")
 
-#: Names of results that lie beside the folders of voices, now or of an earlier run with one voice.
+#: Names of results beside the folders of voices, of this run or of an earlier one with one voice.
 TAKEN = (REPORT, SOUND, "summary.json", "candidates.json", "candidates.png", "codes.npz", "latents.npz")
 
 
 def voice_names(places: list[str]) -> list[str]:
-    """A name for the folder of each voice: that of its file or folder, numbered from 2 on where it comes again.
+    """Name the folder of each voice by its file or folder, numbered from 2 on where the name comes again.
 
     One that is called as a result is numbered too.
     """
     names: list[str] = []
     for place in map(Path, places):
-        path = Path(os.path.abspath(place))  # `..` and `.` have a name then
+        path = Path(os.path.abspath(place))  # gives `..` and `.` a name
         name = base = _PLAIN.sub("-", path.name if path.is_dir() else path.stem).strip(".-") or "voice"
         number = 1
         while name.lower() in (*TAKEN, *(other.lower() for other in names)):
@@ -35,7 +35,7 @@ def voice_names(places: list[str]) -> list[str]:
 
 
 def noted_voice(voices: VoiceCache, place: str, crop_seed: int | None = None) -> LoadedVoice:
-    """`load_voice`, with a note for each of its remarks."""
+    """Load a voice, with a note for each of its remarks."""
     voice = load_voice(voices, place, crop_seed)
     for remark in voice.remarks:
         note(f"{user_path(place)}: {remark}")

@@ -17,7 +17,7 @@ def build_engine(
     candidates: int | None = None,
     deterministic: bool = False,
 ) -> CandidateEngine:
-    """The engine that decodes and scores as `settings` say.
+    """Build the engine that decodes and scores as `settings` say.
 
     Args:
         settings: what has `batch_size`, `max_new_tokens`, `scoring`, `latents`, `int8_weights`, `float8_pages`

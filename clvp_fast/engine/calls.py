@@ -26,8 +26,8 @@ class Call:
     """A call of `generate`, `stream` or `generate_async`, until its last result is taken.
 
     more: whether `requests` may have another one.
-    taken: how many it has had.
-    states: its listener is told states too.
+    taken: how many requests it has taken.
+    states: its listener also gets the decoder's states.
     closed: nobody waits for its results any more.
     owed: its requests whose results were not taken.
     """
@@ -77,7 +77,7 @@ class Pending:
 
     @property
     def abandoned(self) -> bool:
-        """Whether its caller has gone, with or without a word."""
+        """Tell whether its caller has gone, by closing the call or by dropping it."""
         call = self.call()
         return call is None or call.closed
 
@@ -87,9 +87,9 @@ class Pending:
 
 
 def tell(of: "ref[Pending]", candidate: int, token: int, *state: torch.Tensor) -> None:
-    """Tell a request's listener, unless it has ended meanwhile; if it raises, the request fails and no other.
+    """Tell a request's listener, unless the request has ended; an error of the listener fails that request alone.
 
-    By a weak reference, since the request holds the job that holds this.
+    The reference is weak, because the request holds the job, and the job holds this function.
     """
     pending = of()
     if pending is None or pending.settled or pending.listener is None:
@@ -97,4 +97,4 @@ def tell(of: "ref[Pending]", candidate: int, token: int, *state: torch.Tensor) -
     try:
         pending.listener(pending.request, candidate, token, *state)
     except Exception as error:
-        pending.fail(error)  # where the listener has dropped it meanwhile, no one asks for that
+        pending.fail(error)  # where the listener has dropped the request, no one reads the error

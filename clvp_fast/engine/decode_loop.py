@@ -1,4 +1,4 @@
-"""The loop that joins scheduler and runner: requests go in, finished candidates come out, a step at a time.
+"""The loop that joins scheduler and runner: requests go in, and finished candidates come out, a step at a time.
 
 On a GPU the host reads a step's tokens while the device computes the next one (a lag of 1), so that the device does not
 wait for Python. The tokens of a candidate lie in a row of one array; a row outlives its
@@ -20,7 +20,7 @@ from clvp_fast.engine.scheduler import Scheduler, Step
 
 @dataclass(eq=False, repr=False)
 class Job:
-    """A request on its way: its prompt, its parameters, and what its candidates have drawn; the scheduler's key of it.
+    """A request in the loop: its prompt, its parameters, and the tokens of its candidates; the scheduler's key of it.
 
     prompt: `[length, hidden_size]`, voice and text without the start token, on the device.
     sampling: with its seed and stop token.
@@ -41,7 +41,7 @@ class Job:
 
     @property
     def done(self) -> bool:
-        """Whether all of its candidates are drawn."""
+        """Tell whether all of its candidates are drawn."""
         return all(codes is not None for codes in self.codes)
 
     def __post_init__(self):
@@ -50,12 +50,12 @@ class Job:
         self.begin()
 
     def begin(self) -> None:
-        """With nothing drawn."""
+        """Forget all drawn tokens."""
         self.codes = [None] * len(self.told)
         self.started_at = None
 
     def all_codes(self) -> list[np.ndarray]:
-        """The codes of a job that is done."""
+        """Return the codes of all candidates of a job that is done."""
         return [codes for codes in self.codes if codes is not None]
 
 
@@ -69,9 +69,9 @@ class DecodeLoop:
 
     def __init__(self, runner: Runner, lag: int | None = None):
         self.lag = int(runner.device.type == "cuda") if lag is None else lag
-        self._jobs: set[Job] = set()  # that the scheduler has
-        self.finished: deque[Job] = deque()  # and not yet taken
-        # Not yet told: job, candidate, token, its number, and its state where that is told.
+        self._jobs: set[Job] = set()  # the jobs that the scheduler has
+        self.finished: deque[Job] = deque()  # jobs that no caller has taken yet
+        # News for listeners: job, candidate, token, its number, and the decoder's state where the job asks for it.
         self._news: deque[tuple[Job, int, int, int, tuple[torch.Tensor, ...]]] = deque()
         self._begin(runner)
 
@@ -83,17 +83,17 @@ class DecodeLoop:
         self._codes = np.zeros((rows, runner.max_new_tokens), dtype=np.int64)
         self._drawn = np.zeros(rows, dtype=np.int64)
         self._live = np.zeros(rows, dtype=bool)
-        self._job_of_row: list[Job | None] = [None] * rows  # of the live ones
+        self._job_of_row: list[Job | None] = [None] * rows  # the job of each row in use
         self._row_of_slot = np.full(runner.max_batch, -1)
         self._free_rows = list(range(rows))
-        # By step: rows whose candidate ended after it was made. They are free when the steps that hold them are read.
+        # By step: rows whose candidate ended after the step began. They become free when that step was read.
         self._ended_since: deque[list[int]] = deque()
-        # The step, the handle of its tokens, the row of each of its slots.
+        # Each step with the handle of its tokens and the row of each of its slots.
         self._under_way: deque[tuple[Step, StepHandle, np.ndarray]] = deque()
 
     @property
     def idle(self) -> bool:
-        """Whether nothing is left to do."""
+        """Tell whether nothing is left to do."""
         return not self._jobs and not self.finished
 
     def add(self, job: Job) -> None:
@@ -110,7 +110,7 @@ class DecodeLoop:
             self._jobs.add(job)
 
     def cancel(self, job: Job) -> None:
-        """Drop a job, whatever its state; those that were returned are left alone."""
+        """Drop a job in any state; jobs that were returned are left alone."""
         self.finished = deque(finished for finished in self.finished if finished is not job)
         if job in self._jobs:
             self._jobs.remove(job)
@@ -120,18 +120,18 @@ class DecodeLoop:
                     self._end(row)
 
     def restart(self, runner: Runner) -> None:
-        """Forget all jobs, on a runner without candidates.
+        """Forget all jobs, and go on with a runner that holds no candidates.
 
-        Nothing that is known of earlier steps is used: this works after a step that was broken off anywhere.
+        This uses nothing of earlier steps, so that it works after a step that broke off anywhere.
         """
         self._jobs, self.finished = set(), deque()
         self._begin(runner)
 
     def halve(self, places: int) -> int:
-        """After memory ran out with so many places: half of them, for a runner that `restart` gets.
+        """Let go of the runner after memory ran out with `places` places, and return half as many.
 
-        The old runner is let go of, since its memory is what is wanted. Call it behind the clause that caught the
-        error, whose frames hold the runner too. Raises `torch.OutOfMemoryError` where there was one place.
+        `restart` gets a runner of that size. Call this after the `except` block, because the frames of the error hold
+        the old runner, whose memory is needed. Raises `torch.OutOfMemoryError` where there was one place.
         """
         if places == 1:
             raise torch.OutOfMemoryError("there is too little memory to decode a single candidate: free some")
@@ -139,9 +139,9 @@ class DecodeLoop:
         return places // 2
 
     def step(self) -> list[Job]:
-        """One decode step of all that is running; returns the jobs that are finished by what is known then.
+        """Decode one step of all that runs, and return the jobs that are known to be finished.
 
-        An exception of a listener comes through; the jobs that were finished are returned by the next call.
+        An exception of a listener is raised; the next call then returns the jobs that were finished.
         """
         self.advance()
         self.tell()
@@ -150,24 +150,24 @@ class DecodeLoop:
         return finished
 
     def advance(self) -> None:
-        """Decode one step: jobs that are done go to `finished`, and `tell` tells what was drawn.
+        """Decode one step: finished jobs go to `finished`, and drawn tokens wait for `tell`.
 
         After any exception `restart` must be called before the next step.
         """
         step, runner = self.scheduler.schedule(), self.runner
-        assert runner is not None  # `restart` came behind `halve`
+        assert runner is not None  # `restart` follows `halve`
         if step is not None:
             self._apply(runner, step)
             handle = runner.decode(step.num_slots)
             self._under_way.append((step, handle, self._row_of_slot[: step.num_slots].copy()))
-        # Behind the last job nothing is worth waiting for, and what is under way would keep that job.
+        # After the last job no step needs to overlap another, and a step under way would keep that job in memory.
         while len(self._under_way) > (self.lag if step is not None and self._jobs else 0):
             self._read(runner, *self._under_way.popleft())
 
     def tell(self) -> None:
-        """Tell listeners, in the order of drawing. They may cancel what they listen to, and what they raise is raised.
+        """Tell listeners of tokens in the order of drawing; a listener may cancel its request, and its error is raised.
 
-        One that begins anew draws the same tokens again, which are no news.
+        A candidate that starts again draws the same tokens, which are told only once.
         """
         while self._news:
             job, candidate, token, count, state = self._news.popleft()
@@ -176,7 +176,7 @@ class DecodeLoop:
                 job.on_token(candidate, token, *state)
 
     def _apply(self, runner: Runner, step: Step) -> None:
-        """Bring the scheduler's changes to the device, and to the rows."""
+        """Bring the scheduler's changes to the device and to the rows."""
         runner.apply(
             step,
             prompts={prefill.key: prefill.key.prompt for prefill in step.prefills},
@@ -187,7 +187,7 @@ class DecodeLoop:
         for slot in step.freed_slots:
             row = self._row_of_slot[slot]
             if row >= 0 and self._live[row]:
-                self._end(int(row))  # preempted: it starts again in another row
+                self._end(int(row))  # preempted: the candidate starts again in another row
             self._row_of_slot[slot] = -1
         for admission in step.admitted:
             job, row = admission.key, self._free_rows.pop()
@@ -203,9 +203,9 @@ class DecodeLoop:
         (self._ended_since[-1] if self._ended_since else self._free_rows).append(row)
 
     def _read(self, runner: Runner, step: Step, handle: StepHandle, rows: np.ndarray) -> None:
-        """Enter the tokens of a step into the rows that it was made for."""
+        """Write the tokens of a step into the rows that it was made for."""
         slots = np.flatnonzero(rows >= 0)
-        slots = slots[self._live[rows[slots]]]  # what ended meanwhile drew one token too many
+        slots = slots[self._live[rows[slots]]]  # a candidate that ended meanwhile drew one token too many
         rows, tokens, ended = rows[slots], runner.tokens(handle)[slots], runner.finished(handle)[slots]
         self._codes[rows, self._drawn[rows]] = tokens
         self._drawn[rows] += 1

@@ -1,4 +1,4 @@
-"""The decoder over pages of keys and values: prompts are prefilled, candidates advance one token a step."""
+"""The decoder over pages of keys and values: it prefills prompts, and advances candidates one token a step."""
 
 from typing import TypedDict
 
@@ -30,9 +30,10 @@ class LayerPages(TypedDict):
 
 
 def min_rows(model: ClvpForCausalLM) -> int:
-    """How few rows a step may have, so that their number has no say in the bits of any: 1 where products promise that.
+    """Return the smallest number of rows at which a row's bits do not depend on how many rows there are.
 
-    Products of bfloat16 and float16 do, and the CPU's own kernel of `linear`; other float32 products on a CPU do not.
+    It is 1 for products of bfloat16 and float16, and for the CPU's own kernel of `linear`; other float32 products on a
+    CPU need more rows.
     """
     weight, config = model.lm_head.weight, model.config
     if weight.device.type != "cpu" or weight.dtype != torch.float32:
@@ -43,7 +44,7 @@ def min_rows(model: ClvpForCausalLM) -> int:
 
 
 class KVPages:
-    """Pages of keys and values of every layer, in one allocation that starts uninitialised.
+    """Pages of keys and values of every layer, in one allocation that is not initialised.
 
     Args:
         num_layers, num_heads, head_dim: of the decoder.
@@ -69,7 +70,7 @@ class KVPages:
         self.scales = scales
 
     def layer(self, index: int) -> LayerPages:
-        """One layer's pages."""
+        """Return one layer's pages."""
         k_scale, v_scale = (None, None) if self.scales is None else self.scales[index]
         return LayerPages(k_pages=self.data[index, 0], v_pages=self.data[index, 1], k_scale=k_scale, v_scale=v_scale)
 
@@ -126,14 +127,14 @@ class PagedDecoder:
 
     @property
     def has_moved(self) -> bool:
-        """Whether the model's parameters lie elsewhere than `weights` reads them, or a norm has another `eps`."""
+        """Tell whether parameters lie elsewhere than where `weights` reads them, or a norm has another `eps`."""
         return self.weights.sources() != self._sources
 
     def follow(self) -> bool:
-        """Take the weights anew if they have moved, and tell whether they had.
+        """Read the weights again if they have moved, and return whether they had.
 
-        Steps that were bound before go on with the old ones. Raises `RuntimeError` where copies were made of them, for
-        which there is `CandidateEngine.refresh`.
+        Steps that were bound before keep the old weights. Raises `RuntimeError` where copies of the weights were made;
+        `CandidateEngine.refresh` renews those.
         """
         if not self.has_moved:
             return False
@@ -158,11 +159,11 @@ class PagedDecoder:
 
     @property
     def max_new_tokens(self) -> int:
-        """How many tokens the position table lets a candidate draw; its first row is the start token's."""
+        """Return how many tokens a candidate may draw; the first row of the position table is the start token's."""
         return most_codes(self.model.config)
 
     def pages(self, num_pages: int, page_size: int, dtype: torch.dtype | None = None) -> KVPages:
-        """Pages for this decoder, by default of its own dtype; of float8 with scales that follow from the weights."""
+        """Allocate pages, by default of the decoder's dtype; scales of float8 pages follow from the weights."""
         dtype = self.dtype if dtype is None else dtype
         scales = self._float8_scales() if dtype == FLOAT8 else None
         sizes = self.num_layers, num_pages, page_size, self.num_heads, self.head_dim
@@ -170,10 +171,10 @@ class PagedDecoder:
 
     @torch.no_grad()
     def _float8_scales(self) -> torch.Tensor:
-        """`[num_layers, 2, num_heads]` float32: the largest spread of a head's channels reaches float8's limit.
+        """Return scales `[num_layers, 2, num_heads]` float32, which fit a head's widest channel into float8's range.
 
-        A key is a linear function of a layer norm's output, whose channels vary by about 1 before its gain: mean and
-        spread follow from the weights, and do not depend on what is decoded.
+        A key is a linear function of a layer norm's output, whose channels vary by about 1 before the norm's gain. So
+        mean and spread follow from the weights alone, and not from what is decoded.
         """
         scales = torch.empty(self.num_layers, 2, self.num_heads, device=self.device)
         for index, layer in enumerate(layers_of(self.model)):
@@ -203,7 +204,7 @@ class PagedDecoder:
         for index, layer in enumerate(layers):
             q, k, v = layer.project(layer.input_norm(hidden, self.dtype))
             attended = ops.paged_prefill(q, k, v, cu_seqlens, **pages.layer(index), block_table=block_table)
-            # Of the last layer keys and values are all that a candidate will read.
+            # A candidate reads only keys and values of the last layer.
             if index < len(layers) - 1:
                 hidden = layer.behind_attention(attended.flatten(-2), hidden)
 
@@ -218,7 +219,7 @@ class PagedDecoder:
         pages: KVPages,
         arrivals: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Enter one token of each of N candidates, and compute the logits of the next.
+        """Enter one token of each of N candidates, and compute the logits of the next token.
 
         Args:
             tokens: `[N]` int64: the start token, then what was drawn.
@@ -260,9 +261,10 @@ class PagedDecoder:
         arrivals: torch.Tensor | None,
         room: Room,
     ) -> BoundStep:
-        """The calls that `step` makes of these tensors, for any number of steps over what they then hold.
+        """Return the calls that `step` makes on these tensors; they serve any number of steps.
 
-        Of the weights as they were taken last: whoever keeps steps calls `follow`, and drops them where it says so.
+        The calls read the weights as they were taken last. Code that keeps steps calls `follow`, and drops the steps
+        when it returns True.
 
         Args:
             room: for at least as many rows; steps that share it run one after another.

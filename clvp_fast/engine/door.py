@@ -1,4 +1,4 @@
-"""The door of the engine: what a request brings is looked at here, once, before it takes part in a step."""
+"""The door of the engine: it checks a request once, before the request takes part in a step."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -19,12 +19,12 @@ from clvp_fast.models.common.plain import PlainModel
 
 
 def token_limit(model: ClvpModelForConditionalGeneration) -> int:
-    """The speech tokens of the longest candidate where nothing is said of it: Tortoise's, if there are positions."""
+    """Return the default length of the longest candidate: Tortoise's, or fewer tokens where positions end sooner."""
     return min(SamplingParams.max_new_tokens, most_codes(model.config.decoder_config))
 
 
 class Door:
-    """Checks requests against a checkpoint, and makes of them what the decoder continues. For one thread at a time.
+    """Check requests against a checkpoint, and make the decoder's jobs of them. Use it from one thread at a time.
 
     Args:
         model, processor: of the checkpoint.
@@ -40,13 +40,13 @@ class Door:
         self.voices = VoiceCache(model, processor.feature_extractor)
 
     def refresh(self) -> None:
-        """Take the model as it is now, without the voices that were made before. Raises as the constructor."""
+        """Read the model as it is now, and forget the voices made before. Raises as the constructor."""
         self._plain = PlainModel(self.model)
         self.voices.clear()
 
     @torch.inference_mode()
     def admit(self, request: CandidateRequest, sampling: SamplingParams, place: int) -> tuple[torch.Tensor, Job]:
-        """A request's text ids int64 `[length]` on the host, and the job of decoding it.
+        """Return a request's text ids int64 `[length]` on the host, and the job of decoding it.
 
         Args:
             sampling: of a request that has none of its own.
@@ -63,13 +63,13 @@ class Door:
         return text_ids, Job(self.prompt(request, text_ids), self._settings(request.sampling or sampling))
 
     def prompt(self, request: CandidateRequest, text_ids: torch.Tensor) -> torch.Tensor:
-        """`[1 + text, hidden_size]`: what the candidates continue, without the start token."""
+        """Return the prompt `[1 + text, hidden_size]` that the candidates continue, without the start token."""
         encoder = self.model.conditioning_encoder
         text, _ = encoder.prompt_text(text_ids[None].to(self.model.device), num_ends=self._text_ends)
         return encoder.join(self.voices.conditioning(self.voice(request)), text)[0]
 
     def voice(self, request: CandidateRequest) -> Voice:
-        """The voice of a request, from the cache where it is known."""
+        """Return the voice of a request, from the cache where it is known."""
         if (conditioning := request.conditioning) is not None:
             if isinstance(conditioning, (str, Path)):
                 if is_latents(conditioning):
@@ -82,10 +82,10 @@ class Door:
         return self.voices.from_clips(clips, rate, request.crop_seed)
 
     def _settings(self, sampling: SamplingParams) -> SamplingParams:
-        """Sampling with a seed and a stop token."""
+        """Return `sampling` with a seed and a stop token."""
         seed = int(torch.randint(2**63 - 1, (), device="cpu")) if sampling.seed is None else sampling.seed
         decoder = self.model.config.decoder_config
-        # The decoder's, whatever a generation config says of the text's.
+        # The decoder's stop token, even where a generation config names the text's.
         stop = stop_token(decoder) if sampling.stop_token is None else sampling.stop_token
         if stop >= decoder.vocab_size:
             raise ValueError(f"stop_token={stop} is no token of the checkpoint, which has {decoder.vocab_size}")
@@ -93,7 +93,7 @@ class Door:
 
 
 def ids_of_text(request: CandidateRequest, model, processor) -> torch.Tensor:
-    """The ids int64 `[length]` of a request's text, or those that it brings; ValueError for what `model` cannot say."""
+    """Return the ids int64 `[length]` of a request's text, or its own; raise ValueError for ids that `model` lacks."""
     if request.text is not None:
         return torch.tensor(sayable_ids(model, processor.tokenizer, request.text), device="cpu")
     ids = _whole_numbers(request.input_ids)
@@ -106,7 +106,7 @@ def ids_of_text(request: CandidateRequest, model, processor) -> torch.Tensor:
 
 
 def clips_of(request: CandidateRequest, own_rate: int) -> tuple[list, int]:
-    """Clips of samples and their rate: of paths, of datasets' `{"array", "sampling_rate"}`, or as they are."""
+    """Return clips and their sampling rate, from paths, datasets' `{"array", "sampling_rate"}` or samples."""
     audio, clips = request.audio, []
     if isinstance(audio, (list, tuple)) and not audio:
         raise ValueError("a voice needs at least one clip")
@@ -135,7 +135,7 @@ def clips_of(request: CandidateRequest, own_rate: int) -> tuple[list, int]:
 
 
 def _whole_numbers(ids) -> torch.Tensor:
-    """`ids` of any integer dtype as int64 `[length]` on the host; ValueError for whatever else."""
+    """Return `ids` of any integer dtype as int64 `[length]` on the host; raise ValueError for anything else."""
     try:
         array = ids.detach().cpu().numpy() if isinstance(ids, torch.Tensor) else np.asarray(ids)
     except (TypeError, ValueError, RuntimeError):
@@ -149,5 +149,5 @@ def _whole_numbers(ids) -> torch.Tensor:
 
 
 def _is_clip(value) -> bool:
-    """Whether a member of a list is a clip of its own, and no sample."""
+    """Tell whether a member of a list is a whole clip, and not one sample."""
     return isinstance(value, (str, Path, dict, bytes)) or np.ndim(value) > 0

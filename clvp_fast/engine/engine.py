@@ -37,7 +37,7 @@ from clvp_fast.models.common.parameters import arrange_for_decoding
 from clvp_fast.ops.dispatch import uncast
 from clvp_fast.ops.panels import unserved
 
-_END: Any = object()  # of requests
+_END: Any = object()  # the end of a call's requests
 
 
 class CandidateEngine:
@@ -121,7 +121,7 @@ class CandidateEngine:
             states=states,
         )
         self._keeps_states = states
-        # Functions and no methods: an engine that nobody holds frees its pages at once.
+        # Functions, not methods: an engine without references then frees its pages at once.
         self._work = Work(
             self.scorer,
             partial(_planned, decoder, memory_fraction, num_pages, sizes, packed_weights),
@@ -130,7 +130,7 @@ class CandidateEngine:
             partial(diffusion_latents, decoder) if latents else None,
         )
         trim_heap()  # behind copies of weights
-        # A turn computes for all threads: the autocast of the one that has it is not theirs.
+        # A turn computes for all threads, so that the autocast of the thread that has it must not count.
         self._turns = Turns(lambda: uncast(model.device))
 
     @classmethod
@@ -166,7 +166,7 @@ class CandidateEngine:
         return time.perf_counter() - started
 
     def refresh(self) -> None:
-        """Make anew what was made of the model's weights, after those were changed or moved.
+        """Renew everything that was made from the model's weights, after they were changed or moved.
 
         An engine reads the model's own weights, and a change in place (`copy_`, `load_state_dict`, an optimizer's step)
         is seen by the next request, for which packed copies are made anew. This makes anew copies in 8 bits
@@ -195,7 +195,7 @@ class CandidateEngine:
 
     @property
     def memory(self) -> MemoryPlan:
-        """How many candidates decode at once, and on how many pages; smaller after memory ran out."""
+        """The numbers of candidates and pages of the batch; they shrink after memory ran out."""
         return self._work.memory
 
     def generate(
@@ -237,7 +237,7 @@ class CandidateEngine:
         return Call(iter(requests), sampling or SamplingParams(), keep, on_token)
 
     def _results(self, call: Call, drawn: deque[tuple[int, int]] | None = None) -> Generator[Any, None, None]:
-        """Yield the results of a call as they come; before them what its listener has put into `drawn` until then."""
+        """Yield the results of a call as they come, each after the tokens that its listener has put into `drawn`."""
         try:
             while not call.closed:
                 self._fill(call)
@@ -270,9 +270,9 @@ class CandidateEngine:
                 pending.job.on_token = None if call.listener is None else partial(tell, ref(pending))
                 pending.prepared = time.perf_counter()
                 self._work.pending[pending] = None
-            except Exception as error:  # nothing but this request has a part in it
+            except Exception as error:  # only this request is affected
                 pending.fail(error)
-                return  # its caller hears of it first: it may go on for ever like this
+                return  # its caller reads the error first, because an endless iterator could fail for ever
 
     def _admit(self, request: CandidateRequest, sampling: SamplingParams, place: int) -> tuple[torch.Tensor, Job]:
         admitted = self._door.admit(request, sampling, place)
@@ -280,7 +280,7 @@ class CandidateEngine:
         return admitted
 
     def _step(self, call: Call, seen: int) -> None:
-        """One step of everything, unless another thread has made one since `seen`."""
+        """Run one step of the whole batch, unless another thread has run one since `seen`."""
         self._turns.take(self._work.step, unless=lambda: self._work.steps != seen or call.closed)
 
     def _close(self, call: Call) -> None:
@@ -288,7 +288,7 @@ class CandidateEngine:
         self._settle()
 
     def _settle(self) -> None:
-        """Free what was given up. Inside of a step nothing is to be done: it does so at its end."""
+        """Free what nobody waits for; inside a step this does nothing, as the step frees it at its end."""
         if not self._turns.mine:
             self._turns.take(self._work.settle, unless=lambda: self._work.is_settled)
 
@@ -300,7 +300,7 @@ class CandidateEngine:
         keep: int = 1,
         states: bool = False,
     ) -> Iterator[tuple[int, int] | tuple[int, int, torch.Tensor] | CandidateResult]:
-        """Yield (candidate, token) as they are drawn, and last the request's result; a cancelled one has none.
+        """Yield (candidate, token) as tokens are drawn, and last the result, unless the request was cancelled.
 
         With `states` (candidate, token, state): behind both final norms, `[hidden_size]` in the model's dtype and on
         its device, what the token was drawn from, so that a next stage can begin before the end. The engine must have
@@ -316,7 +316,7 @@ class CandidateEngine:
     async def generate_async(
         self, requests: Iterable[CandidateRequest] | CandidateRequest, sampling: SamplingParams | None = None, **options
     ) -> AsyncIterator[CandidateResult]:
-        """Do as `generate` for asyncio: a thread of each call's own does the work, and all calls share one batch."""
+        """Run `generate` for asyncio: each call has a thread that does the work, and all calls share one batch."""
         call = self._call(requests, sampling, **options)
         iterator = self._results(call)
         loop, context = asyncio.get_running_loop(), copy_context()
@@ -324,19 +324,19 @@ class CandidateEngine:
         try:
             while True:
                 step = loop.run_in_executor(thread, lambda: context.run(next, iterator, None))
-                step.add_done_callback(lambda step: step.cancelled() or step.exception())  # which no one may ask for
+                step.add_done_callback(lambda step: step.cancelled() or step.exception())  # nobody else reads it
                 if (result := await asyncio.shield(step)) is None:
                     return
                 yield result
         finally:
-            # Behind the step that may be under way, which ends first, and even if this task is cancelled once more.
+            # The step under way ends first, even if this task is cancelled once more.
             call.closed = True
             closed = loop.run_in_executor(thread, iterator.close)
             thread.shutdown(wait=False)
             await asyncio.shield(closed)
 
     def cancel(self, request: CandidateRequest) -> None:
-        """Drop a request that was submitted; its candidates' places and pages are free at once. It gives no result.
+        """Drop a submitted request without a result; its candidates' places and pages are free at once.
 
         From a listener, they are free at the end of the step.
         """
@@ -345,7 +345,7 @@ class CandidateEngine:
 
     @property
     def voices(self) -> VoiceCache:
-        """The voices that requests have brought."""
+        """The cache of the voices that requests have brought."""
         return self._door.voices
 
     def voice(self, request: CandidateRequest) -> Voice:

@@ -38,25 +38,25 @@ from clvp_fast.models.clvp.tokens import fill_up, only_token, start_token
 from clvp_fast.models.common.plain import changed_module
 from clvp_fast.ops.dispatch import autocasts
 
-# Of documented name: what said where `generate()` runs before it stood beside the engine, too.
+# The documented name: this module stood in models/clvp before.
 LOGGER = logging.getLogger("clvp_fast.models.clvp.generation")
 
-#: What runs where, in one sentence.
+#: Where `generate()` runs, in one sentence.
 SERVED = (
     "the engine decodes greedily and samples with temperature, top-k, top-p, typical-p, min-p and repetition penalty; "
     "transformers' loop over the same modules serves every other setting, and hooked or replaced modules"
 )
 
-# Settings that the engine knows, or that say nothing of what is drawn.
+# Settings that the engine knows, or that change no token.
 _KNOWN = {
     *("max_length", "max_new_tokens", "num_return_sequences", "bos_token_id", "eos_token_id", "pad_token_id"),
     *("do_sample", "temperature", "top_k", "top_p", "typical_p", "min_p", "repetition_penalty"),
     *("use_cache", "return_dict_in_generate", "transformers_version"),
-    # Of beams and of assistants, which other settings would ask for.
+    # Settings of beams and assistants, which only other settings switch on.
     *("early_stopping", "length_penalty", "num_assistant_tokens", "num_assistant_tokens_schedule"),
     *("assistant_confidence_threshold", "assistant_lookbehind", "target_lookbehind"),
 }
-# Values that leave a setting out, besides None, False and the default of transformers.
+# Values that switch a setting off, besides None, False and the default of transformers.
 _NEUTRAL = {
     "num_beams": 1,
     "num_beam_groups": 1,
@@ -82,11 +82,11 @@ _CRITERIA = (MaxLengthCriteria, EosTokenCriteria)
 
 
 class NotServed(Exception):
-    """A generation that the engine cannot decode, and why."""
+    """A generation that the engine cannot decode, with the reason."""
 
 
 def check_call(model: ClvpForCausalLM, given: GenerationConfig | None, args: tuple, kwargs: Mapping[str, Any]) -> None:
-    """Raise `NotServed` where a call of `generate` asks for what the engine does not know.
+    """Raise `NotServed` where a call of `generate` asks for something that the engine cannot do.
 
     Args:
         model: the `ClvpForCausalLM`.
@@ -112,7 +112,7 @@ def check_call(model: ClvpForCausalLM, given: GenerationConfig | None, args: tup
 def merged_settings(
     model: ClvpForCausalLM, given: GenerationConfig | None, kwargs: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The settings of a call as `GenerationMixin` merges them: keywords, `given`, the model's; None: its default."""
+    """Merge a call's settings as `GenerationMixin` does: keywords, `given`, the model's, and defaults for None."""
     settings = vars(GenerationConfig()) | vars(model.generation_config)
     if given is not None:
         settings |= {name: value for name, value in vars(given).items() if value is not None}
@@ -124,7 +124,7 @@ def _absent(value: Any) -> bool:
 
 
 def _stop_token(eos_token_id: Any) -> int:
-    """The one stop token of a generation; raises `NotServed` where there is none, or several."""
+    """Return the one stop token of a generation; raise `NotServed` where there is none, or several."""
     if isinstance(eos_token_id, torch.Tensor):
         eos_token_id = eos_token_id.flatten().tolist()
     try:
@@ -137,11 +137,11 @@ def _stop_token(eos_token_id: Any) -> int:
 
 
 def check_model(model: ClvpForCausalLM) -> None:
-    """Raise `NotServed` where a `ClvpForCausalLM` does more than its class on its parameters, or not on one device."""
+    """Raise `NotServed` where a `ClvpForCausalLM` does more than its class does, or lies on several devices."""
     if (found := changed_module(model, model.kinds)) is not None:
         raise NotServed(found)
     for name, module in model.named_modules():
-        # The probability of `nn.Dropout` is its `p`, and that of attention's weights a number too.
+        # `nn.Dropout` keeps its probability in `p`; attention keeps the number itself.
         dropout = module.p if isinstance(module, nn.Dropout) else getattr(module, "dropout", 0)
         if module.training and isinstance(dropout, (int, float)) and dropout > 0:
             raise NotServed(f"module {name} is in training mode, with dropout")
@@ -158,7 +158,7 @@ def check_model(model: ClvpForCausalLM) -> None:
 
 
 def split_prompts(conditioning_embeds: torch.Tensor, mask: torch.Tensor) -> list[torch.Tensor]:
-    """The prompts `[length, hidden_size]`, without their padding.
+    """Return the prompts, each `[length, hidden_size]`, without their padding.
 
     Args:
         conditioning_embeds: `[batch, prompt, hidden_size]`.
@@ -175,7 +175,7 @@ def split_prompts(conditioning_embeds: torch.Tensor, mask: torch.Tensor) -> list
 
 
 def pad_behind(conditioning_embeds: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same prompts `[batch, prompt, hidden_size]` and mask `[batch, prompt + 1]`, padding moved to their end."""
+    """Move the padding of prompts `[batch, prompt, hidden_size]` and mask `[batch, prompt + 1]` to their end."""
     order = mask[:, :-1].bool().int().argsort(dim=1, descending=True, stable=True)
     moved = conditioning_embeds.take_along_dim(order[..., None], 1)
     return moved, torch.cat([mask[:, :-1].take_along_dim(order, 1), mask[:, -1:]], 1)
@@ -202,7 +202,7 @@ class EngineLoop:
         generation_config: GenerationConfig,
         **model_kwargs,
     ) -> GenerateDecoderOnlyOutput | torch.Tensor:
-        """Token ids `[batch * num_return_sequences, 1 + generated]`, as `GenerationMixin` returns them.
+        """Return token ids `[batch * num_return_sequences, 1 + generated]`, as `GenerationMixin` does.
 
         Raises `NotServed` for prepared settings that the engine does not know, and for too little memory.
         """
@@ -212,14 +212,14 @@ class EngineLoop:
         stop = _stop_token(generation_config.eos_token_id)
         if stopping_criteria.max_length is None:
             raise NotServed("it has no greatest length")
-        # The start token is all of `input_ids`, and counts as one of `max_length`.
+        # `input_ids` holds the start token alone, which counts in `max_length`.
         max_new_tokens = stopping_criteria.max_length - input_ids.shape[1]
         try:
             sampling = _sampling_params(generation_config, max_new_tokens, stop)
             loop = DecodeLoop(_runner(model, self.prompts, sampling))
         except ValueError as error:
             raise NotServed(str(error)) from error
-        # Seeds come last: what is left to the loop finds the generator as it was.
+        # Seeds are drawn last: a call that transformers' loop serves finds the generator as it was.
         seeds = [0] * len(self.prompts)
         if sampling.do_sample:
             seeds = torch.randint(2**63 - 1, (len(self.prompts),)).tolist()
@@ -236,7 +236,7 @@ class EngineLoop:
 
 
 def _sampling_params(settings: GenerationConfig, max_new_tokens: int, stop_token: int) -> SamplingParams:
-    """Prepared settings as the engine's, without a seed; None leaves a processor out, as in transformers.
+    """Return prepared settings as the engine's, without a seed; None switches a processor off, as in transformers.
 
     Raises `ValueError` for values that the engine does not take.
     """
@@ -257,7 +257,7 @@ def _sampling_params(settings: GenerationConfig, max_new_tokens: int, stop_token
 def _runner(
     model: ClvpForCausalLM, prompts: list[torch.Tensor], sampling: SamplingParams, max_batch: int | None = None
 ) -> Runner:
-    """A runner of up to `max_batch` slots, with no more pages than candidates of the prompts can fill.
+    """Make a runner of up to `max_batch` slots, with no more pages than candidates of the prompts can fill.
 
     Raises `ValueError` where memory is too little for one candidate.
     """
@@ -279,7 +279,7 @@ def _runner(
 
 @torch.inference_mode()
 def _decode(loop: DecodeLoop, jobs: list[Job], smaller: Callable[[int], Runner]) -> None:
-    """Fill the codes of `jobs`; where memory runs out on the way, anew on `smaller(slots)` with half the slots."""
+    """Fill the codes of `jobs`; where memory runs out, start again on `smaller(slots)` with half the slots."""
     candidates, at_once = sum(len(job.codes) for job in jobs), loop.scheduler.max_batch
     LOGGER.debug("generate() runs on the engine: prompts %d, candidates %d, at once %d", len(jobs), candidates, at_once)
     while True:

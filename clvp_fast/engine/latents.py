@@ -9,7 +9,7 @@ from clvp_fast.models.clvp.causal_lm import ClvpForCausalLM
 from clvp_fast.models.clvp.tokens import finished_codes, start_token
 from clvp_fast.models.common.layers import add_norm
 
-#: How many codes of silence in a row the diffusion is given to end speech with; the original cuts at the next one.
+#: The number of silent codes in a row that the diffusion gets at the end of speech; the original cuts at the next one.
 MAX_SILENCE = 8
 
 

@@ -1,11 +1,11 @@
-"""Whether parameters are still those that something was made of: copies of weights, or voices."""
+"""Marks of parameters, which tell whether copies of weights or voices still belong to them."""
 
 import torch
 from torch import nn
 
 
 class Marks:
-    """Where a module's parameters lie and how often they were written to, as it was when this was made.
+    """Where a module's parameters lie and how often they were written to, at the moment when this is made.
 
     A write through `.data` (`weight.data.copy_(...)`) or numpy leaves both as they were, and is not seen; of inference
     tensors, which count no writes, the address alone is known. The storage of a parameter that is moved is kept for as
@@ -24,7 +24,7 @@ class Marks:
         ]
 
     def changed(self) -> str | None:
-        """The name of the first parameter that was moved, replaced or written to since; None if none was."""
+        """Return the name of the first parameter that was moved, replaced or written to since; None if none was."""
         for full_name, part, name, kept, count in self._marks:
             parameter = part._parameters.get(name)
             if parameter is None or parameter.data_ptr() != kept.data_ptr() or _count(parameter) != count:

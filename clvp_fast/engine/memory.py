@@ -1,4 +1,4 @@
-"""How many candidates decode at once, and how many pages there are: planned from the bytes that are free."""
+"""The plan of memory: the numbers of candidates and pages follow from the bytes that are free."""
 
 import ctypes
 import os
@@ -16,16 +16,16 @@ from clvp_fast.engine.scheduler import batch_buckets
 from clvp_fast.models.clvp.tokens import longest_prompt
 from clvp_fast.ops.panels import padded
 
-# Beyond these slots a step is bound by the keys and values that it reads, and more of them gain next to nothing.
+# Beyond this number a step is bound by reading keys and values, and more slots gain almost nothing.
 MAX_BATCH = 512
-# On a CPU more of them take more memory, and no less time.
+# On a CPU more slots take more memory and save no time.
 CPU_BATCH = 16
-# Bytes that the torch path of `sample` has at once for a token of the vocabulary: scores, their order, running sums.
+# The torch path of `sample` holds so many bytes for each token of the vocabulary: scores, their order, running sums.
 _SAMPLE_BYTES = 56
 
 
 def default_batch(device: torch.device) -> int:
-    """The most slots on a device, where nothing is said of them."""
+    """Return the default number of slots on a device."""
     return CPU_BATCH if device.type == "cpu" else MAX_BATCH
 
 
@@ -61,7 +61,7 @@ class DecoderSizes:
         weight_dtype: torch.dtype | None = None,
         packed: bool = False,
     ) -> "DecoderSizes":
-        """The sizes of a `ClvpForCausalLM`; `page_dtype`, `weight_dtype` and `packed` as for `Runner`."""
+        """Read the sizes of a `ClvpForCausalLM`; `page_dtype`, `weight_dtype` and `packed` are as for `Runner`."""
         config, weight = model.config, model.lm_head.weight
         on_cpu = weight.device.type == "cpu"
         return cls(
@@ -80,7 +80,7 @@ class DecoderSizes:
 
 
 def _panels(model: Any, layers: torch.dtype, head: torch.dtype) -> int:
-    """Bytes of the panels of all products."""
+    """Return the bytes of the panels of all products."""
     config = model.config
     hidden, inner = config.hidden_size, config.inner_size
     rows = (padded(3 * hidden) + padded(hidden) + padded(inner)) * hidden + padded(hidden) * inner
@@ -88,7 +88,7 @@ def _panels(model: Any, layers: torch.dtype, head: torch.dtype) -> int:
 
 
 def _layer_weights(model: Any) -> int:
-    """How many weights the layers' products have, their scales of rows counted by their bytes."""
+    """Count the weights of the layers' products, with four for each float32 scale of a row."""
     hidden, inner = model.config.hidden_size, model.config.inner_size
     return model.config.num_hidden_layers * (4 * hidden * hidden + 2 * hidden * inner + 4 * (5 * hidden + inner))
 
@@ -128,7 +128,7 @@ class MemoryPlan:
 
 
 def human_bytes(count: int) -> str:
-    """Bytes in decimal units, three digits: `1.23 GB`."""
+    """Write a number of bytes in decimal units with three digits: `1.23 GB`."""
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= size:
             return f"{count / size:.3g} {unit}" if count < 999.5 * size else f"{count / size:.0f} {unit}"
@@ -136,16 +136,16 @@ def human_bytes(count: int) -> str:
 
 
 def trim_heap() -> None:
-    """Give the system back what was freed on the host, which glibc keeps for later; some 3 ms.
+    """Return freed memory of the host to the system, which glibc keeps otherwise; this takes some 3 ms.
 
-    Weights and intermediate results come in few sizes: holes that one kind leaves are often of no use for the next.
+    Weights and intermediate results come in few sizes, so that holes of one kind rarely fit the next.
     """
     if (malloc_trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
         malloc_trim(0)
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that can be had on a device now, what an allocator keeps for later included."""
+    """Return the bytes that can be allocated on a device now, including those that an allocator keeps."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
@@ -154,7 +154,7 @@ def free_bytes(device: torch.device) -> int:
         lines = Path("/proc/meminfo").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2  # no Linux: half of what there is
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2  # not Linux: half of the memory
 
 
 def plan(
@@ -225,16 +225,16 @@ def plan(
 def _fixed(
     sizes: DecoderSizes, rows: int, own: int, prefix: int, max_new_tokens: int, max_prefix_len: int, states: bool
 ) -> dict[str, int]:
-    """Bytes of all but the pages, for steps of `rows` rows."""
-    # Of a slot: thirteen 64-bit numbers and three of 32 bits, tables, the bitmap of seen tokens, counters, results.
+    """Return the bytes of everything but the pages, for steps of `rows` rows."""
+    # A slot has thirteen 64-bit numbers, three of 32 bits, tables, the bitmap of seen tokens, counters and results.
     words = 2 * 13 + 3 + own + prefix + -(-sizes.vocab_size // 32) + sizes.num_heads + 4
-    # Of a row of activations: the residual before and after, in float32 at least; its norm, a projection, and the
-    # widest between them. A step keeps all of them, and in their own places what attention takes and gives.
+    # A row of activations has the residual before and after, in float32 at least, its norm, a projection, and the
+    # widest tensor between them. A step keeps all of them, and the inputs and outputs of attention besides.
     widest = max(4 * sizes.hidden_size, sizes.intermediate_size)
     activations = 2 * sizes.hidden_size * max(4, sizes.itemsize) + (2 * sizes.hidden_size + widest) * sizes.itemsize
     kept = activations + 4 * sizes.hidden_size * sizes.itemsize
     logits = sizes.vocab_size * (sizes.itemsize + (_SAMPLE_BYTES if sizes.on_cpu else 0))
-    # The attention's kernel keeps a float32 sum for each part of a row's tokens, about one a page or two.
+    # The attention kernel keeps a float32 sum for each part of a row's tokens, about one for a page or two.
     partial = 0 if sizes.on_cpu else 4 * (own + prefix) * (sizes.hidden_size + 2 * sizes.num_heads)
     prefilled = max_prefix_len if sizes.on_cpu else max(PREFILL_TOKENS, max_prefix_len)
     return {

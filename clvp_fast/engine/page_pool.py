@@ -1,14 +1,14 @@
-"""Pages of keys and values: which are free, and how many hold on to each that is not."""
+"""Pages of keys and values: the pool knows which are free, and counts references to the others."""
 
 from collections.abc import Iterable
 
 
 class OutOfPages(RuntimeError):
-    """Fewer pages are free than were asked for."""
+    """An allocation that asks for more pages than are free."""
 
 
 class PagePool:
-    """`num_pages` pages, numbered from 0. A page is free, or has as many references as there are tables that name it.
+    """`num_pages` pages, numbered from 0. A page is free, or has one reference for each table that names it.
 
     `free_pages` and `used_pages` count pages, not references.
     """
@@ -17,7 +17,7 @@ class PagePool:
         if num_pages < 1:
             raise ValueError(f"a page pool needs at least one page, not {num_pages}")
         self.num_pages = num_pages
-        self._free = list(reversed(range(num_pages)))  # a stack: the page that came back last is handed out first
+        self._free = list(reversed(range(num_pages)))  # a stack: the page that was released last is allocated first
         self._references = [0] * num_pages
 
     @property
@@ -29,11 +29,11 @@ class PagePool:
         return self.num_pages - len(self._free)
 
     def references(self, page: int) -> int:
-        """How many hold on to `page`; 0: it is free."""
+        """Return the number of references to `page`; 0: it is free."""
         return self._references[page]
 
     def allocate(self, count: int) -> list[int]:
-        """`count` pages that were free, with one reference each.
+        """Take `count` free pages, with one reference each.
 
         Raises `OutOfPages`, and changes nothing, where fewer are free.
         """
@@ -47,14 +47,14 @@ class PagePool:
         return pages
 
     def share(self, pages: Iterable[int]) -> None:
-        """One more reference to each. Raises `ValueError` for a free page, which nobody has to share."""
+        """Add a reference to each page. Raises `ValueError` for a free page, which cannot be shared."""
         for page in pages:
             if self._references[page] < 1:
                 raise ValueError(f"page {page} is free and cannot be shared")
             self._references[page] += 1
 
     def release(self, pages: Iterable[int]) -> None:
-        """One reference less to each; a page without any is free. Raises `ValueError` for a page that was free."""
+        """Drop a reference to each page, and free those that have none left. Raises `ValueError` for a free page."""
         for page in pages:
             if self._references[page] < 1:
                 raise ValueError(f"page {page} is free already and cannot be released again")

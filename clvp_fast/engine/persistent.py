@@ -20,7 +20,7 @@ _DTYPES = {torch.float16: native.FLOAT16, torch.bfloat16: native.BFLOAT16}
 
 
 def unserved(decoder: PagedDecoder, page_dtype: torch.dtype | None = None) -> str | None:
-    """Why a persistent step does not serve a decoder with pages of `page_dtype` (None: its own), or None if it does."""
+    """Return why a persistent step cannot serve a decoder with pages of `page_dtype` (None: its own); None: it can."""
     config, causal_lm = decoder.model.config, decoder.model
     if decoder.dtype not in _DTYPES:
         return f"it serves float16 and bfloat16, not {decoder.dtype}"
@@ -54,7 +54,7 @@ def unserved(decoder: PagedDecoder, page_dtype: torch.dtype | None = None) -> st
 
 
 def _address(tensor: torch.Tensor | None) -> int | None:
-    """Of contiguous numbers that can be read 16 bytes at a time."""
+    """Return the address of contiguous numbers that can be read 16 bytes at a time."""
     if tensor is None:
         return None
     if not tensor.is_contiguous() or tensor.data_ptr() % 16:
@@ -122,17 +122,17 @@ class PersistentStep:
             final_eps=final.eps,
             scale=decoder.head_dim**-0.5,
         )
-        # A prefix table, so that there is room for its parts; each call names its own.
+        # A prefix table is named here only to reserve room for its parts; each call names its own.
         self._call.prefix_table = self._layers.data_ptr()
         size = self._workspace_bytes(self._call)
-        # The barrier's counter begins at zero, and is left as the next launch wants it.
+        # The barrier's counter begins at zero, and each launch leaves it ready for the next.
         self._workspace = torch.zeros(size, dtype=torch.uint8, device=decoder.device)
         self._call.workspace = self._workspace.data_ptr()
 
     def step(self, *entered: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of tensors in the order of `ENTERED`, whose last axis is contiguous, results as `PagedDecoder.step` has them.
+        """Run a step on tensors in the order of `ENTERED`; results are as of `PagedDecoder.step`.
 
-        They have up to four rows.
+        The tensors have up to four rows, and their last axis is contiguous.
         """
         return self.bind(*entered, room=Room(len(entered[0]), self.decoder.device)).run()
 
@@ -146,7 +146,7 @@ class PersistentStep:
         prefix_index: torch.Tensor,
         room: Room,
     ) -> BoundStep:
-        """The one call that `step` makes of these tensors, as `PagedDecoder.bind`."""
+        """Return the one call that `step` makes on these tensors, as `PagedDecoder.bind` does."""
         decoder, count = self.decoder, len(tokens)
         if not 1 <= count <= MAX_ROWS:
             raise ValueError(f"a persistent decode step has 1 to {MAX_ROWS} candidates, not {count}")
@@ -169,7 +169,7 @@ class PersistentStep:
         return BoundStep((partial(self._launch, call),), hidden, logits)
 
     def _layer(self, index: int, layer: LayerWeights) -> list[int]:
-        """The fields of `native.DecoderLayer`."""
+        """Return the fields of `native.DecoderLayer`."""
         norms = layer.input_norm, layer.post_norm
         products = layer.projections[0], layer.out, layer.mlp_in, layer.mlp_out
         before, behind = ([norm.weight, norm.bias] for norm in norms)

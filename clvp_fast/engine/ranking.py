@@ -1,4 +1,4 @@
-"""How well candidates fit their text: scores, embeddings, the best k."""
+"""CLVP's own ranking: how well candidates fit their text, as scores and embeddings."""
 
 from collections.abc import Callable, Iterator, Sequence
 from numbers import Integral
@@ -59,7 +59,7 @@ class Ranker:
         return mode, pad_to
 
     def score(self, request: CandidateRequest, text_ids: torch.Tensor, codes: Sequence, max_codes: int) -> Ranking:
-        """`rank` with room for `max_codes`; where memory runs out, in smaller parts from then on."""
+        """Rank with room for `max_codes`; where memory runs out, in smaller parts from then on."""
         pad_to = max_codes + 1
         return self._in_parts(pad_to, lambda: self.rank(text_ids, codes, pad_to=pad_to))
 
@@ -78,7 +78,7 @@ class Ranker:
         return (speech * text).sum(1) * self.model.logit_scale.float().exp()
 
     def _in_parts(self, longest: int, rank: Callable[[], Ranked]) -> Ranked:
-        """Call `rank()`, again with half of `max_tokens` where memory runs out, down to one candidate."""
+        """Call `rank()`; where memory runs out, halve `max_tokens` and call it again, down to one candidate."""
         while True:
             try:
                 return rank()
@@ -161,7 +161,7 @@ class Ranker:
         return rankings if several else rankings[0]
 
     def _speech(self, rows: list[torch.Tensor], mode: str, pad_to: int, like: torch.Tensor) -> torch.Tensor:
-        """Normalised embeddings `[rows, projection_dim]` float32 of codes on the host."""
+        """Return normalised embeddings `[rows, projection_dim]` float32 of codes on the host."""
         if not rows:
             return like[:0]
         if mode == "trimmed":
@@ -174,13 +174,13 @@ class Ranker:
         return self._fixed(finished_codes(rows, pad_to - 1, self.model.config.decoder_config))
 
     def _fixed(self, codes: torch.Tensor) -> torch.Tensor:
-        """Normalised embeddings `[rows, projection_dim]` float32 of codes `[rows, length]` that are pooled whole."""
+        """Return normalised embeddings `[rows, projection_dim]` float32 of fixed codes `[rows, length]`."""
         parts = known_codes(codes, self.model.config).split(max(self.max_tokens // codes.shape[1], 1))
         embeds = [self.model.speech_encoder_model(input_ids=self._to_device(part)).embeds for part in parts]
         return normalized(torch.cat(embeds).float())
 
     def _embed(self, encoder, rows: list[torch.Tensor]) -> torch.Tensor:
-        """Embeddings `[rows, projection_dim]` of token ids on the host, none of them padded."""
+        """Return embeddings `[rows, projection_dim]` of token ids on the host, none of them padded."""
         embeds = []
         for part in self._parts(rows):
             lengths = torch.tensor([0, *map(len, part)], device="cpu")
@@ -205,7 +205,7 @@ class Ranker:
         return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
     def _text(self, text_ids) -> torch.Tensor:
-        """Return the text on the host with the end token behind it, as it is scored."""
+        """Return the text on the host with its end token, as it is scored."""
         config = self.model.config.text_config
         text = _host_ids(text_ids, "a text")
         if not len(text):
@@ -215,7 +215,7 @@ class Ranker:
         return end_text(text[None], None, text_end(config))[0][0]
 
     def _candidates(self, codes: Sequence) -> list[torch.Tensor]:
-        """Return the codes on the host, those that the encoder has no row for (the start token) as the filling code."""
+        """Return the codes on the host; codes that the encoder has no row for (the start token) are replaced."""
         decoder = self.model.config.decoder_config
         rows = [_host_ids(row, "a candidate") for row in codes]
         everything, stop = torch.cat(rows), stop_token(decoder)
@@ -228,7 +228,7 @@ class Ranker:
 
 
 def _host_ids(ids, name: str) -> torch.Tensor:
-    """`ids` as int64 `[length]` on the host; `name` is what messages call them."""
+    """Return `ids` as int64 `[length]` on the host; error messages call them `name`."""
     tensor = torch.as_tensor(ids, device="cpu")
     if tensor.ndim != 1:
         raise ValueError(f"{name} must be a row of token ids, [length], got {list(tensor.shape)}")

@@ -73,7 +73,7 @@ class CandidateRequest:
 
 
 def check_rate(rate) -> None:
-    """Raise `ValueError` for a sampling rate that is none."""
+    """Raise `ValueError` for a sampling rate that cannot be."""
     if isinstance(rate, bool) or not isinstance(rate, Integral) or rate <= 0:
         raise ValueError(f"sampling_rate must be a positive whole number of Hz, not {shown(rate)}")
 
@@ -82,14 +82,14 @@ def _seconds(timeout) -> float:
     """Return a timeout as a float; raise `ValueError` for anything else."""
     seconds = math.nan
     if isinstance(timeout, Real) and not isinstance(timeout, bool):
-        with suppress(OverflowError):  # a number that no float holds
+        with suppress(OverflowError):  # an integer beyond the range of a float
             seconds = float(timeout)
     if not 0 < seconds < math.inf:
         raise ValueError(f"timeout must be a number of seconds above 0, or None to wait, not {shown(timeout)}")
     return seconds
 
 
-# What a failed request has of its result. Who uses a field has looked at `error` first: its type leaves None out.
+# The fields of a failed request's result. Their type has no None, because callers look at `error` first.
 _NOT_MADE: Any = None
 
 
@@ -125,9 +125,9 @@ class CandidateResult:
     error: Exception | None = None
 
     def failure(self, dtype: Any = "its dtype") -> str | None:
-        """Why nothing of the result can be used, in one sentence: its error, or scores that are not numbers; or None.
+        """Return in one sentence why no candidate can be used: the error, or scores that are not finite; else None.
 
-        Only a candidate without tokens, which has nothing that could be judged by itself, may have a score of -inf.
+        A score of -inf is allowed for a candidate without tokens, which cannot be judged by itself.
         """
         if self.error is not None:
             return sentence(self.error)

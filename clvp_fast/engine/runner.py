@@ -31,9 +31,9 @@ from clvp_fast.ops.binding import BoundCall, Room
 from clvp_fast.ops.dispatch import OPERATORS, device_guard, situation
 from clvp_fast.ops.paged_attention import FLOAT8
 
-# How many tokens of several prompts are prefilled at once.
+# The number of tokens of several prompts that are prefilled at once.
 PREFILL_TOKENS = 8192
-# How many steps, of other rows or settings, are kept bound: a few hundred kilobytes each.
+# The number of bound steps (by rows and settings) that are kept, a few hundred kilobytes each.
 MAX_BOUND = 32
 
 P = ParamSpec("P")
@@ -41,7 +41,7 @@ R = TypeVar("R")
 
 
 def _on_its_device(method: "Callable[Concatenate[Runner, P], R]") -> "Callable[Concatenate[Runner, P], R]":
-    """A runner's method with the runner's device as the current one, to which streams, events and captures belong."""
+    """Make the runner's device the current one in a method, because streams, events and captures belong to it."""
 
     @wraps(method)
     def guarded(self: "Runner", *args: P.args, **kwargs: P.kwargs) -> R:
@@ -53,7 +53,7 @@ def _on_its_device(method: "Callable[Concatenate[Runner, P], R]") -> "Callable[C
 
 @dataclass(frozen=True)
 class StepHandle:
-    """A step that was started: `results` `[2, rows]` int64 on the host, valid once `event` has happened."""
+    """A step under way: `results` `[2, rows]` int64 on the host, which are valid once `event` has happened."""
 
     results: torch.Tensor
     num_slots: int
@@ -66,7 +66,7 @@ class StepHandle:
 
 
 class Runner:
-    """Runs the steps that a scheduler plans.
+    """Run the steps that a scheduler plans.
 
     Args:
         model: a `ClvpForCausalLM` in eval mode; its parameters are shared.
@@ -160,7 +160,7 @@ class Runner:
         self._rows = torch.arange(rows, device=device)
         self._states = None
         if states:
-            # One place more than tokens, for what a finished row writes.
+            # One place more than tokens, for the writes of a finished row.
             shape = rows, max_new_tokens + 1, decoder.hidden_size
             self._states = torch.empty(shape, dtype=decoder.dtype, device=device)
 
@@ -178,7 +178,7 @@ class Runner:
         if self.decoder.follow():
             self._bound.clear()
         if self._persistent is not None:
-            self._make_persistent()  # where the parameters lie now
+            self._make_persistent()  # from the parameters' present addresses
         if not self._captures:
             return
         sizes = [self._capacity] if self.deterministic else batch_buckets(self._capacity)
@@ -186,13 +186,13 @@ class Runner:
         current, side = torch.cuda.current_stream(), torch.cuda.Stream()
         pool = torch.cuda.graph_pool_handle()
         for count, size in enumerate(reversed(sizes), 1):
-            # Once without capture: kernels are compiled, parameters packed, buffers made.
+            # One run without capture compiles kernels, packs parameters and makes buffers.
             side.wait_stream(current)
             with torch.cuda.stream(side):
                 self._step(size)
             current.wait_stream(side)
             graph = torch.cuda.CUDAGraph()
-            # Torch's own stream for captures is one for all devices.
+            # Torch has only one stream for captures on all devices, so this device has its own.
             with torch.cuda.graph(graph, pool=pool, stream=side):
                 self._step(size)
             self._graphs[size] = graph
@@ -236,7 +236,7 @@ class Runner:
     @torch.inference_mode()
     @_on_its_device
     def decode(self, num_slots: int) -> StepHandle:
-        """Start one step of the slots below `num_slots`, and do not wait for it."""
+        """Start one step of the slots below `num_slots`, without waiting for it."""
         if not 1 <= num_slots <= self.max_batch:
             raise ValueError(f"num_slots must be from 1 to {self.max_batch}, not {num_slots}")
         rows = self._rows_of(num_slots)
@@ -256,16 +256,16 @@ class Runner:
     @torch.inference_mode()
     @_on_its_device
     def reset(self) -> None:
-        """Empty every slot after a step that was broken off. Handles of earlier steps mean nothing from then on."""
+        """Empty every slot after a step that broke off. Handles of earlier steps are void from then on."""
         self.slots.clear()
         self._arrivals.zero_()
 
     def tokens(self, handle: StepHandle) -> np.ndarray:
-        """Return each slot's token of a step, `[num_slots]` int64; -1: it took no part, or had finished before."""
+        """Return each slot's token of a step, `[num_slots]` int64; -1: the slot was inactive or had finished before."""
         return handle.wait()[0]
 
     def finished(self, handle: StepHandle) -> np.ndarray:
-        """`[num_slots]` bool: the slot drew its last token in this step, or has a token of -1."""
+        """Return `[num_slots]` bool: the slot drew its last token in this step, or has a token of -1."""
         return handle.wait()[1].astype(bool)
 
     @torch.no_grad()
@@ -288,7 +288,7 @@ class Runner:
         return self._states[slot]
 
     def outdated(self) -> str | None:
-        """Why steps would not compute what the model's weights say now, as the beginning of a sentence; None: they do.
+        """Return why steps would not use the model's present weights, as the start of a sentence; None: they do.
 
         A write through `.data`, after a copy was made, is not seen.
         """
@@ -302,7 +302,7 @@ class Runner:
         elif self.decoder.weight_dtype is not None:
             made = "copies of others were made in 8 bits"
         else:
-            return None  # they are followed
+            return None  # in-place changes are followed
         return f"parameters of the decoder were moved after {made}" if self.decoder.has_moved else None
 
     def _make_persistent(self) -> None:
@@ -311,9 +311,9 @@ class Runner:
         self._bound.clear()
 
     def require_kernel(self) -> None:
-        """Raise `RuntimeError` where a `deterministic` step would be bound to attention's torch path.
+        """Raise `RuntimeError` where a `deterministic` step would use attention's torch path.
 
-        Its sums are as long as the longest row's. `backend("torch")` around a call asks for it.
+        There the length of a row's sums depends on the longest row. `backend("torch")` around a call chooses that path.
         """
         if not self.deterministic:
             return
@@ -328,7 +328,7 @@ class Runner:
             )
 
     def _rows_of(self, num_slots: int) -> int:
-        """How many rows a step of `num_slots` slots has."""
+        """Return the number of rows of a step of `num_slots` slots."""
         if self.deterministic:
             return self._capacity
         if self._graphs:
@@ -336,26 +336,26 @@ class Runner:
         return max(num_slots, self._min_rows)
 
     def _result(self, rows: int) -> torch.Tensor:
-        """Where a step leaves its tokens and, as 0 or 1, whether they were the last ones: `[2, rows]` int64."""
+        """Return where a step writes its tokens, and 1 for each last token or 0: `[2, rows]` int64."""
         if rows not in self._results:
             self._results[rows] = torch.empty(2, rows, dtype=torch.int64, device=self.device)
         return self._results[rows]
 
     def _step(self, rows: int, **shortcuts: float | bool) -> None:
-        """One step of the first `rows` slots: their state is updated, and `_result` written.
+        """Run one step of the first `rows` slots, which updates their state and writes `_result`.
 
-        `shortcuts`: numbers in the place of tensors for `sample`, where that spares work and changes no token.
+        shortcuts: numbers that `sample` takes in place of tensors, where that saves work and changes no token.
         """
         key = (rows, *situation(), *shortcuts.items())
         calls = self._bound.pop(key, None) or self._bind(rows, shortcuts)
-        self._bound[key] = calls  # behind the others: the first are those of long ago
+        self._bound[key] = calls  # as the newest; the first is dropped first
         if len(self._bound) > MAX_BOUND:
             del self._bound[next(iter(self._bound))]
         for call in calls:
             call()
 
     def _bind(self, rows: int, shortcuts: dict[str, float | bool]) -> tuple[BoundCall, ...]:
-        """The calls of a step; all decisions are made here. Raises as `require_kernel`."""
+        """Bind the calls of a step; all choices are made here. Raises as `require_kernel`."""
         self.require_kernel()
         state, room = self.slots.first(rows), self._room
         inactive = room("inactive", rows, dtype=torch.bool)
@@ -366,7 +366,7 @@ class Runner:
             bound = self.decoder.bind(*entered, pages=self.pages, arrivals=self._arrivals[:rows], room=room)
         calls = [partial(torch.lt, state["seq_lens"], 0, out=inactive), *bound.calls]
         if self._states is not None:
-            # Inactive rows write behind the states that they have, of which there are `lengths`.
+            # Inactive rows write behind the last kept state, at place `lengths`.
             places = self._rows[:rows], state["lengths"]
             calls.append(partial(self._states.index_put_, places, bound.hidden))
         return *calls, *bind_draw(state, inactive, bound.logits, self._result(rows), shortcuts, room)
@@ -382,7 +382,7 @@ class Runner:
             )
 
     def _prefill(self, prefills: list[Prefill], prompts: Mapping[Any, torch.Tensor]) -> None:
-        """Prefill prompts into the pages that the prefix table names: several at once, or one by one."""
+        """Prefill prompts into the pages that the prefix table names, several at once or one by one."""
         group, tokens = [], 0
         for number, prefill in enumerate(prefills, 1):
             group.append(prefill)

@@ -1,4 +1,4 @@
-"""How candidates are drawn: transformers' meanings, Tortoise's defaults."""
+"""Parameters of drawing candidates, with transformers' meanings and Tortoise's defaults."""
 
 import math
 from collections.abc import Callable
@@ -8,10 +8,10 @@ from typing import Any
 
 from clvp_fast.io.errors import shown
 
-# Tortoise's presets, by the number of candidates that they draw (`num_autoregressive_samples`).
+# Tortoise's presets, with their numbers of candidates (`num_autoregressive_samples`).
 PRESETS = {"ultra_fast": 16, "fast": 96, "standard": 256, "high_quality": 256}
 
-#: The candidates of a request that says nothing of them, and the most of one request.
+#: The default number of candidates of a request, and the most that a request may have.
 NUM_CANDIDATES, MAX_CANDIDATES = 16, 65_536
 
 
@@ -31,7 +31,7 @@ class Range:
     remark: str = ""
 
 
-# Seeds are the 64 bits of a counter-based generator's key, signed or not.
+# Seeds are the 64-bit key of a counter-based generator, signed or unsigned.
 RANGES = {
     "num_candidates": Range(int, lambda x: 1 <= x <= MAX_CANDIDATES, f"a whole number from 1 to {MAX_CANDIDATES}"),
     "top_k": Range(int, lambda x: 0 <= x < 2**31, "a whole number from 0 (keep all) to 2147483647"),
@@ -101,20 +101,20 @@ class SamplingParams:
     def _check(self, name: str, allowed: Range):
         value = getattr(self, name)
         refusal = f"{name} must be {allowed.wanted}{allowed.remark}, not {shown(value)}"
-        # True is a number to Python, and a mistake here; NaN holds no comparison.
+        # Python takes True for a number; a comparison with NaN is always false.
         kind = Integral if allowed.kind is int else Real
         if isinstance(value, bool) or not isinstance(value, kind) or not allowed.holds(value):
             raise ValueError(refusal)
         try:
             converted = allowed.kind(getattr(self, name))
-        except OverflowError:  # a number that no float holds
+        except OverflowError:  # an integer beyond the range of a float
             converted = math.inf
         if not allowed.holds(converted):  # a fraction that a float rounds to 0
             raise ValueError(refusal)
         self._set(name, converted)
 
     def _set(self, name, value):
-        object.__setattr__(self, name, value)  # frozen to everyone else
+        object.__setattr__(self, name, value)  # the class is frozen
 
     @classmethod
     def preset(cls, name: str, **overrides) -> "SamplingParams":
@@ -127,5 +127,5 @@ class SamplingParams:
         return cls(**{"num_candidates": PRESETS[name], **overrides})
 
 
-#: What options of the command line, settings of a job and its rows may say; the others are the checkpoint's.
+#: The fields that the command line, a job's settings and its rows may set; the checkpoint decides on the others.
 SAMPLING = tuple(field.name for field in fields(SamplingParams) if field.name not in ("stop_token", "penalize_prompt"))

@@ -19,16 +19,16 @@ from typing import Any, NamedTuple
 
 from clvp_fast.engine.page_pool import PagePool
 
-#: Of a request: anything that can be hashed. What is told of the request names it by this.
+#: A request's name in the scheduler, of any hashable type.
 Key = Any
 
 
 class RequestTooLarge(ValueError):
-    """A request that cannot fit even when it is alone."""
+    """A request that cannot fit, even alone."""
 
 
 class Prefill(NamedTuple):
-    """Write the `prefix_len` tokens of a prompt into `pages`, which row `prefix_row` of the prefix table then names."""
+    """Write the `prefix_len` tokens of a prompt into `pages`; row `prefix_row` of the prefix table then names these."""
 
     key: Key
     prefix_row: int
@@ -37,7 +37,7 @@ class Prefill(NamedTuple):
 
 
 class Admission(NamedTuple):
-    """Candidate `candidate` of request `key` starts in `slot`, at its step 0, behind the prefix of `prefix_row`."""
+    """Start candidate `candidate` of request `key` in `slot`, at its step 0, behind the prefix of `prefix_row`."""
 
     slot: int
     key: Key
@@ -84,7 +84,7 @@ class Step:
 
 @dataclass(eq=False, slots=True)
 class _Request:
-    """A request with candidates that wait or run; its prefix is in pages from the first admission on."""
+    """A request with candidates that wait or run; its prefix has pages from the first admission on."""
 
     key: Key
     prefix_len: int
@@ -96,13 +96,13 @@ class _Request:
 
 
 def batch_buckets(max_batch: int) -> list[int]:
-    """The batch sizes that a decode step is captured for: 1, 2, 4, 8, 16, 32, 64, 96, ... and `max_batch`."""
+    """Return the batch sizes that steps are captured for: 1, 2, 4, 8, 16, 32, 64, 96, ... and `max_batch`."""
     sizes = [1, 2, 4, 8, 16, *range(32, max_batch, 32)]
     return [size for size in sizes if size < max_batch] + [max_batch]
 
 
 class Scheduler:
-    """Candidates of many requests in `max_batch` slots over `num_pages` pages of `page_size` tokens.
+    """Schedule candidates of many requests in `max_batch` slots over `num_pages` pages of `page_size` tokens.
 
     Call `schedule`, decode, `advance` with the slots that finished, and so on until `schedule` gives None.
 
@@ -124,18 +124,18 @@ class Scheduler:
         self.lag = lag
         self._requests: dict[Key, _Request] = {}
         self._waiting: OrderedDict[Key, _Request] = OrderedDict()  # requests with waiting candidates, in order
-        self._running: dict[Run, None] = {}  # in the order of admission, which is that of age
-        self._idle: set[_Request] = set()  # with a prefix in pages, and no candidate running
+        self._running: dict[Run, None] = {}  # in the order of admission: the oldest first
+        self._idle: set[_Request] = set()  # requests with a prefix in pages and no running candidate
         self._slots: list[Run | None] = [None] * max_batch
-        self._free_slots = list(range(max_batch))  # a heap: the lowest is taken first
+        self._free_slots = list(range(max_batch))  # a heap: the lowest slot is taken first
         self._free_rows = list(reversed(range(max_batch)))
         self._num_slots = 0
         self._freed: list[int] = []
-        self._due: defaultdict[int, list[Run]] = defaultdict(list)  # step -> runs whose last page is full by then
+        self._due: defaultdict[int, list[Run]] = defaultdict(list)  # by step, the runs whose last page is full then
         self._next = 0  # the number of the next step
         self._in_flight: deque[Step] = deque()
-        self._crowded = False  # from a preemption until pages come back: no one is let in to be preempted at once
-        self._bucket = [0]  # of each number of slots
+        self._crowded = False  # from a preemption until pages come back: a new candidate would be preempted at once
+        self._bucket = [0]  # the bucket of each number of slots
         for size in batch_buckets(max_batch):
             self._bucket += [size] * (size + 1 - len(self._bucket))
 
@@ -168,7 +168,7 @@ class Scheduler:
         self._requests[key] = self._waiting[key] = request
 
     def cancel(self, key: Key) -> None:
-        """Forget a request, whatever has become of its candidates; its slots and pages are free at once.
+        """Forget a request in any state; its slots and pages are free at once.
 
         Raises `KeyError` for a request that neither waits nor runs.
         """
@@ -201,7 +201,7 @@ class Scheduler:
         return step
 
     def advance(self, finished_slots: Iterable[int]) -> list[Key]:
-        """Take off their slots the candidates that drew their last token in the oldest step in flight.
+        """Take candidates off their slots that drew their last token in the oldest step under way.
 
         Args:
             finished_slots: as numbered in that step. Passed over are slots without a candidate, and candidates that
@@ -230,7 +230,7 @@ class Scheduler:
         return -(-tokens // self.page_size)
 
     def _grow(self, step: Step) -> None:
-        """A page for every candidate whose last one is full, the oldest first."""
+        """Give a page to every candidate whose last one is full, the oldest first."""
 
         def needy(runs):
             return [run for run in runs if run.slot is not None and len(run.pages) < run.request.own_pages]
@@ -263,9 +263,9 @@ class Scheduler:
         step.prefills.append(Prefill(request.key, request.prefix_row, request.prefix_pages, request.prefix_len))
 
     def _enter(self, request: _Request, step: Step) -> Run:
-        """The next waiting candidate of a request takes the lowest free slot."""
+        """Put the next waiting candidate of a request into the lowest free slot."""
         slot, row = heappop(self._free_slots), request.prefix_row
-        assert row is not None  # `_start` came first
+        assert row is not None  # `_start` gave it one
         run = Run(request, request.waiting.popleft(), slot)
         if not request.waiting:
             del self._waiting[request.key]
@@ -279,7 +279,7 @@ class Scheduler:
         return run
 
     def _give(self, step: Step, runs: list[Run]) -> None:
-        """One more page for each of `runs`, of which the last one, if any, is full."""
+        """Give one more page to each of `runs`, whose last page (if any) is full."""
         for run, page in zip(runs, self.pool.allocate(len(runs)), strict=True):
             assert run.slot is not None
             step.new_pages.append((run.slot, len(run.pages), page))
@@ -287,7 +287,7 @@ class Scheduler:
         self._due[self._next + self.page_size] += runs
 
     def _preempt(self) -> None:
-        """The youngest running candidate goes back to the front of the queue."""
+        """Put the youngest running candidate back at the front of the queue."""
         run = next(reversed(self._running))
         self._stop(run)
         request = run.request
@@ -297,14 +297,14 @@ class Scheduler:
         self._crowded = True
 
     def _stop(self, run: Run) -> None:
-        """Take a candidate off its slot; the request's own reference to the prefix stays."""
+        """Take a candidate off its slot; the request keeps its own reference to the prefix."""
         request, slot = run.request, run.slot
         assert slot is not None
         self.pool.release(run.pages)
         self.pool.release(request.prefix_pages)
         del self._running[run]
         if not self._running:
-            self._due.clear()  # which would keep requests that have ended
+            self._due.clear()  # it would keep ended requests in memory
         request.running.discard(run)
         if not request.running:
             self._idle.add(request)
@@ -313,7 +313,7 @@ class Scheduler:
         self._freed.append(slot)
 
     def _drop_idle(self) -> None:
-        """Give up prefixes that no running candidate uses; they are prefilled again when their turn comes."""
+        """Release prefixes that no running candidate uses; they are prefilled again when they are needed."""
         for request in list(self._idle):
             self._drop_prefix(request)
 
@@ -331,7 +331,7 @@ class Scheduler:
         del self._requests[request.key]
 
     def _compact(self, step: Step) -> None:
-        """Move the highest candidates into the holes below them, where the batch then fits a smaller bucket."""
+        """Move the highest candidates into the free slots below them, where the batch then fits a smaller bucket."""
         self._trim()
         active = len(self._running)
         if self._bucket[active] == self._bucket[self._num_slots]:
@@ -339,7 +339,7 @@ class Scheduler:
         while self._num_slots > active:
             source, target = self._num_slots - 1, heappop(self._free_slots)
             run = self._slots[source]
-            assert run is not None  # `_trim` stopped there
+            assert run is not None  # `_trim` left a candidate in the highest slot
             self._slots[source], self._slots[target], run.slot = None, run, target
             heappush(self._free_slots, source)
             step.moves.append((source, target))

@@ -1,4 +1,4 @@
-"""The protocol between an engine and the judge of its candidates: one method, and what that returns."""
+"""The protocol between an engine and the scorer of its candidates: one method, and its result."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from clvp_fast.engine.requests import CandidateRequest
 
 @dataclass(frozen=True)
 class Ranking:
-    """The candidates of one text, in the order in which they were given; on any device.
+    """The scores of one text's candidates, in the order in which the candidates were given; on any device.
 
     Args:
         scores: `[candidates]` floating point, the higher the better. CLVP's are float32, scaled cosine similarities,
@@ -56,7 +56,7 @@ class Scorer(Protocol):
 
 
 def check_scorer(scorer) -> None:
-    """Raise TypeError for an object that is no [`Scorer`]."""
+    """Raise TypeError for an object that has no method `score`."""
     if not callable(getattr(scorer, "score", None)):
         raise TypeError(
             f"a scorer needs a method score(request, text_ids, codes, max_codes), and {type(scorer).__name__} has none"
@@ -64,7 +64,7 @@ def check_scorer(scorer) -> None:
 
 
 def check_ranking(ranking, scorer: Scorer, num_candidates: int) -> Ranking:
-    """Return `ranking` as `scorer` returned it; raise TypeError or ValueError if it is none of so many candidates."""
+    """Return the `ranking` of `scorer`; raise TypeError or ValueError where it does not fit `num_candidates`."""
     name = f"{type(scorer).__name__}.score()"
     if not isinstance(ranking, Ranking):
         raise TypeError(f"{name} must return a clvp_fast.Ranking, not {type(ranking).__name__}")

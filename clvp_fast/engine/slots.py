@@ -1,4 +1,4 @@
-"""The state of decoding slots on the device, and how the host's changes get there.
+"""The state of decoding slots on the device, and the copy of the host's changes to it.
 
 A slot is a row of every tensor here. All of them are parts of one int32 arena, so that what the host changes between
 two steps is one copy to the device and one scatter: a list of words and their values.
@@ -14,17 +14,17 @@ from numpy.typing import ArrayLike
 from clvp_fast.engine.sampling_params import SamplingParams
 from clvp_fast.engine.scheduler import Admission, Step
 
-# State of a slot in 64 bits: whole numbers, then floating ones. `lengths` counts the tokens drawn.
+# The state of a slot in 64 bits: whole numbers first, then floating ones. `lengths` counts drawn tokens.
 _WHOLE = ("token", "lengths", "limit", "stop", "seed", "candidate", "top_k", "do_sample")
 _REAL = ("temperature", "top_p", "typical_p", "min_p", "repetition_penalty")
-# What the original's prompt is filled with where its repetition penalty looks.
+# The original fills its prompt with this code, where its repetition penalty looks.
 _PROMPT_CODE = 1
-# What leaves a parameter of `sample` out.
+# The value at which each parameter of `sample` has no effect.
 NEUTRAL = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "typical_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
 
 
 class SlotState:
-    """State tensors of `rows` slots, all inactive at first.
+    """Hold the state tensors of `rows` slots, all inactive at first.
 
     By name in `tensors`, their first axis the slots (of `prefix_table` and `prefix_lens`, the rows of prefixes):
     int64 `token` (the next to enter), `lengths`, `limit`, `stop`, `seed`, `candidate`, `top_k`; float64 `temperature`,
@@ -71,33 +71,33 @@ class SlotState:
         self._wide = tensors.pop("wide").view(torch.int64)
         tensors |= zip(_WHOLE, self._wide, strict=False)
         tensors |= zip(_REAL, self._wide[len(_WHOLE) :].view(torch.float64), strict=True)
-        # 0 or 1 in 64 bits, of which the lowest 8 are a bool.
+        # Each is 0 or 1 in 64 bits, whose lowest 8 are a bool.
         tensors["do_sample"] = tensors["do_sample"].view(torch.bool)[::8]
         self.tensors: dict[str, torch.Tensor] = tensors
         tensors["seq_lens"].fill_(-1)
         for name, value in NEUTRAL.items():
             tensors[name].fill_(value)
-        # What the host knows of its slots: whether they are held, whether greedily, and their parameters.
+        # What the host knows of its slots: which are taken, which decode greedily, and their parameters.
         self.active = np.zeros(rows, dtype=bool)
         self._greedy = np.zeros(rows, dtype=bool)
         self._known = {name: np.full(rows, value, dtype=np.float64) for name, value in NEUTRAL.items()}
-        # By a number of rows, what `shortcuts` found since the slots changed last.
+        # The results of `shortcuts` by number of rows, until the slots change.
         self._found: dict[int, dict[str, float | bool]] = {}
 
     def clear(self) -> None:
-        """Make every slot inactive, whatever it held."""
+        """Make every slot inactive."""
         self._found.clear()
         self.tensors["seq_lens"].fill_(-1)
         self._forget(np.arange(self.rows))
 
     def first(self, rows: int) -> dict[str, torch.Tensor]:
-        """`tensors` of the first `rows` slots; tables of prefixes whole."""
+        """Return `tensors` of the first `rows` slots; tables of prefixes are whole."""
         return {name: x if name in ("prefix_table", "prefix_lens") else x[:rows] for name, x in self.tensors.items()}
 
     def shortcuts(self, rows: int) -> dict[str, float | bool]:
-        """Numbers for `sample` in the place of the first `rows` slots' tensors: those that change no token of theirs.
+        """Return numbers that `sample` can take for the first `rows` slots' tensors without changing a token.
 
-        Of a parameter its neutral value, where all have that; of `do_sample` what the active ones agree on.
+        They are a parameter's neutral value where all slots have it, and the `do_sample` that the active slots share.
         """
         if rows in self._found:
             return self._found[rows]
@@ -111,7 +111,7 @@ class SlotState:
         return found
 
     def apply(self, step: Step, params: Mapping[Any, SamplingParams]) -> None:
-        """Enter a scheduler's `Step`, prefills aside: slots freed, candidates admitted, pages entered, slots moved.
+        """Enter a scheduler's `Step` except its prefills: slots freed, candidates admitted, pages entered, slots moved.
 
         Raises `ValueError` for parameters (by key, `SamplingParams`) without a seed or with too many new tokens.
         """
@@ -162,14 +162,14 @@ class SlotState:
         states: Mapping[Any, np.ndarray],
         params: Mapping[Any, SamplingParams],
     ) -> None:
-        """Put the first state of candidates, and their parameters."""
+        """Write the first state of candidates, and their parameters."""
         wide = np.stack([states[admission.key] for admission in admitted])
         wide[:, _WHOLE.index("candidate")] = [admission.candidate for admission in admitted]
         words = (np.arange(wide.shape[1]) * self.rows + slots[:, None])[..., None] * 2 + np.arange(2)
         updates.put("wide", words.ravel(), wide.view(np.int32).ravel())
         updates.put("seq_lens", slots, 0)
         updates.put("prefix_index", slots, [admission.prefix_row for admission in admitted])
-        # As in `GenerationMixin`, the repetition penalty falls on the start token too; as in the original, on code 1.
+        # As in `GenerationMixin`, the repetition penalty applies to the start token; as in the original, to code 1.
         of_original = np.array([params[admission.key].penalize_prompt for admission in admitted])
         self._mark_seen(updates, slots[of_original], {self._start_token, _PROMPT_CODE})
         self._mark_seen(updates, slots[~of_original], {self._start_token})
@@ -180,14 +180,14 @@ class SlotState:
             self._known[name][slots] = values
 
     def _mark_seen(self, updates: "_Updates", slots: np.ndarray, tokens: set[int]) -> None:
-        masks: dict[int, int] = {}  # by word, of which a token may have another's
+        masks: dict[int, int] = {}  # by word, because several tokens may share one
         for word, bit in (divmod(token, 32) for token in tokens):
             masks[word] = masks.get(word, 0) | 1 << bit
         for word, mask in masks.items():
             updates.put("seen", slots * self.tensors["seen"].shape[1] + word, np.uint32(mask).view(np.int32))
 
     def _request_state(self, params: SamplingParams) -> np.ndarray:
-        """The 64-bit state of a request's candidates, floating numbers as their bits; `candidate` is left open."""
+        """Return the 64-bit state of a request's candidates, floating numbers as their bits, without `candidate`."""
         if params.seed is None:
             raise ValueError("the parameters of a request have no seed: draw one before it is admitted")
         if params.max_new_tokens > self._max_new_tokens:
@@ -199,14 +199,14 @@ class SlotState:
             lengths=0,
             limit=params.max_new_tokens,
             stop=self._stop_token if params.stop_token is None else params.stop_token,
-            seed=(params.seed + 2**63) % 2**64 - 2**63,  # seeds above 2^63 keep their bits
+            seed=(params.seed + 2**63) % 2**64 - 2**63,  # seeds from 2^63 on keep their bits
             candidate=0,
             top_k=params.top_k or 0,
             do_sample=params.do_sample,
         )
         real = {name: getattr(params, name) for name in _REAL}
         if not params.do_sample:
-            # Of the others none has a say; neutral, they leave the batch its shortcuts.
+            # Greedy decoding ignores the others; neutral values keep the batch's shortcuts.
             whole["top_k"] = 0
             real |= {name: value for name, value in NEUTRAL.items() if name in real and name != "repetition_penalty"}
         floats = np.array([real[name] for name in _REAL], dtype=np.float64)
@@ -214,14 +214,14 @@ class SlotState:
 
 
 class _Updates:
-    """Words of the arena to be written, gathered on the host."""
+    """Gather words of the arena that are to be written, on the host."""
 
     def __init__(self, offsets: dict[str, int]):
         self._offsets = offsets
         self._words, self._values = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
 
     def put(self, part: str, words: ArrayLike, values: ArrayLike) -> None:
-        """Write `values` (one for all, or one each) at `words` of a part of the arena, counted from its start."""
+        """Write `values` (one for all, or one each) at `words` of a part of the arena, counted from its beginning."""
         words = np.asarray(words, dtype=np.int64) + self._offsets[part]
         self._words.append(words)
         self._values.append(np.broadcast_to(np.asarray(values, dtype=np.int64), words.shape))
@@ -231,7 +231,7 @@ class _Updates:
 
 
 def to_device(device: torch.device, *arrays: np.ndarray) -> tuple[torch.Tensor, ...]:
-    """Arrays of whole numbers below 2^31 as int64 on a device, in one copy that the host does not wait for."""
+    """Copy arrays of whole numbers below 2^31 to a device as int64, in one copy that the host does not wait for."""
     staged = torch.from_numpy(np.concatenate(arrays).astype(np.int32))
     if device.type == "cuda":
         staged = staged.pin_memory()

@@ -1,7 +1,7 @@
-"""The decode step as a list of calls: who computes what, and where, is said when the list is made, and never within it.
+"""The decode step as a list of calls: implementations and addresses are chosen when the list is made, never within it.
 
 embed → layers → norms → head → draw → state, over tensors that stay where they are: a step of some number of rows is
-bound once, and made any number of times. A choice depends on `dispatch.situation` besides.
+bound once, and run any number of times. A choice also depends on `dispatch.situation`.
 """
 
 from dataclasses import dataclass
@@ -22,20 +22,20 @@ from clvp_fast.ops.sampling import bind_sample
 if TYPE_CHECKING:
     from clvp_fast.engine.decoder import KVPages, PagedDecoder
 
-#: What a decoder's step reads of the slots' state, in the order in which it takes it.
+#: The tensors of the slots' state that a decoder's step reads, in its order of arguments.
 ENTERED = ("token", "seq_lens", "block_table", "prefix_table", "prefix_lens", "prefix_index")
 
 
 @dataclass(frozen=True)
 class BoundStep:
-    """Calls that enter a token of each row, and where they leave hidden states and logits of the next ones."""
+    """Calls that enter a token of each row, and the tensors that they leave hidden states and logits in."""
 
     calls: tuple[BoundCall, ...]
     hidden: torch.Tensor
     logits: torch.Tensor
 
     def run(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Make the calls once; hidden states and logits, which the next run writes over."""
+        """Make the calls once, and return hidden states and logits, which the next run overwrites."""
         for call in self.calls:
             call()
         return self.hidden, self.logits
@@ -49,7 +49,7 @@ def bind_decoder(
     pages: "KVPages",
     room: Room,
 ) -> BoundStep:
-    """`PagedDecoder.step` of these tensors; `tables` are those of `paged_attention_decode`, with its `arrivals`."""
+    """Bind `PagedDecoder.step` to these tensors; `tables` are those of `paged_attention_decode`, with `arrivals`."""
     weights, rows, shape = decoder.weights, len(tokens), (len(tokens), decoder.hidden_size)
     residual, between = (room(name, *shape, dtype=decoder.residual_dtype) for name in ("residual", "between"))
     normed = room("normed", *shape, dtype=decoder.dtype)
@@ -74,8 +74,10 @@ def bind_decoder(
 
 
 def _positions(positions: torch.Tensor, seq_lens: torch.Tensor, contiguous: bool, room: Room) -> list[BoundCall]:
-    """Of what follows `seq_lens` tokens: the k-th speech token stands at position k + 1, as in the original with its
-    cache; training counted k, and so do contiguous positions.
+    """Bind the positions of tokens that follow `seq_lens` others.
+
+    The k-th speech token stands at position k + 1, as in the original with its cache. Training counted k, and so do
+    contiguous positions.
     """
     calls: list[BoundCall] = [partial(torch.clamp, seq_lens, min=0, out=positions)]
     if not contiguous:
@@ -87,7 +89,7 @@ def _positions(positions: torch.Tensor, seq_lens: torch.Tensor, contiguous: bool
 def _attention(
     attended: torch.Tensor, room: Room, layer: LayerWeights, residual: torch.Tensor, normed: torch.Tensor, stored: dict
 ) -> list[BoundCall]:
-    """The norm of the residual, its projections, and attention over what is `stored`."""
+    """Bind the norm of the residual, its projections, and attention over the pages in `stored`."""
     calls = [bind_add_norm((None, normed), room, residual, **vars(layer.input_norm), kind="layer")]
     rows, heads = len(attended), layer.num_heads
     projected = []
@@ -107,9 +109,9 @@ def _behind_attention(
     between: torch.Tensor,
     normed: torch.Tensor,
 ) -> list[BoundCall]:
-    """From what attention gave to the next layer's residual, in the place of this layer's."""
+    """Bind the rest of a layer after attention, up to the next residual, which takes this one's place."""
     norm = dict(**vars(layer.post_norm), kind="layer")
-    if attended.device.type == "cpu":  # there the product adds the residual, and elsewhere the norm
+    if attended.device.type == "cpu":  # there the product adds the residual, elsewhere the norm does
         calls = [
             layer.out.bind(between, room, attended, residual),
             bind_add_norm((None, normed), room, between, **norm),
@@ -137,14 +139,14 @@ def bind_draw(
     shortcuts: dict[str, Any],
     room: Room,
 ) -> list[BoundCall]:
-    """The tokens of logits `[rows, vocab_size]` into the slots' state, and into `results` with whether they were last.
+    """Bind drawing: tokens of logits `[rows, vocab_size]` enter `state`, and with flags of the last ones `results`.
 
-    `state` of the first rows, of which those are `inactive` whose token means nothing; `results` `[2, rows]` int64;
-    `shortcuts`: numbers in the place of tensors for `sample`, where that spares work and changes no token.
+    `state` is that of the first rows; rows that are `inactive` have no token. `results` is `[2, rows]` int64.
+    `shortcuts` are numbers that `sample` takes in place of tensors, where that saves work and changes no token.
     """
     tokens, lengths, seq_lens = results[0], state["lengths"], state["seq_lens"]
     settings = {name: state[name] for name in (*NEUTRAL, "do_sample")} | shortcuts
-    # Each slot has a stop token of its own, so that `sample` is told of none: it leaves `inactive` as it is.
+    # Each slot has a stop token of its own, so that `sample` gets none, and leaves `inactive` as it is.
     draw = bind_sample(
         tokens,
         room,
@@ -167,7 +169,8 @@ def bind_draw(
         partial(stopped.logical_or_, spent),
         partial(stopped.logical_or_, inactive),
         partial(torch.clamp, tokens, min=0, out=state["token"]),
-        # The tokens drawn so far are those stored before the next step, the start token for the one not entered yet.
+        # The next step sees as many stored tokens as were drawn: the start token is one, and the last drawn is not
+        # stored yet.
         partial(seq_lens.copy_, lengths),
         partial(seq_lens.masked_fill_, stopped, -1),
         partial(results[1].copy_, stopped),

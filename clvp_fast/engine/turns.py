@@ -1,4 +1,4 @@
-"""Turns of threads at one thing, in the order in which they asked for them."""
+"""Turns of threads at one resource, in the order in which they ask."""
 
 import os
 import threading
@@ -10,26 +10,26 @@ from weakref import WeakSet
 
 T = TypeVar("T")
 
-# Seconds after which a thread that waits looks again by itself: an interrupt may have kept the word from it.
+# Seconds until a waiting thread looks by itself, because an interrupt may have kept it from being told.
 _PATIENCE = 0.05
 _ALL: WeakSet["Turns"] = WeakSet()
 
 
 def _forget_threads() -> None:
-    """In the child of a fork: the other threads are not there, and their turns would never end."""
+    """Forget turns in the child of a fork, which lacks the other threads: their turns would never end."""
     for turns in _ALL:
         turns._tickets.clear()
 
 
-if hasattr(os, "register_at_fork"):  # not on Windows, which forks no process
+if hasattr(os, "register_at_fork"):  # Windows forks no process
     os.register_at_fork(after_in_child=_forget_threads)
 
 
 class Turns:
-    """One thread at a time, the one that has waited longest: whoever works for long keeps nobody from a short turn.
+    """Give one thread at a time the turn, the longest waiting one first, so that no long caller starves a short one.
 
-    The oldest ticket has the turn. A ticket is given back in a `finally` whose first call does so: Python raises a
-    signal's exception behind calls, never before the first one, so that no interrupt leaves a turn taken.
+    The oldest ticket has the turn. A ticket is given back in a `finally` block, whose first call does so: Python raises
+    a signal's exception after a call, never before the first one, so that an interrupt cannot leave a turn taken.
 
     Args:
         context: entered for each turn.
@@ -37,16 +37,16 @@ class Turns:
 
     def __init__(self, context: Callable[[], AbstractContextManager] = nullcontext):
         self._context = context
-        self._tickets: dict[SimpleQueue, int] = {}  # and the threads that have them, in the order of asking
+        self._tickets: dict[SimpleQueue, int] = {}  # tickets in the order of asking, with their threads
         _ALL.add(self)
 
     @property
     def mine(self) -> bool:
-        """Whether this thread has the turn or waits for it, which a finalizer or a callback may find."""
+        """Tell whether this thread has the turn or waits for it, as a finalizer or a callback may run then."""
         return threading.get_ident() in list(self._tickets.values())
 
     def refuse_mine(self) -> None:
-        """Raise `RuntimeError` inside of a turn of this thread, which would wait for itself."""
+        """Raise `RuntimeError` inside a turn of this thread, which would wait for itself."""
         if self.mine:
             raise RuntimeError("an engine cannot be asked for more within its own step, by a listener or a scorer")
 
@@ -57,10 +57,10 @@ class Turns:
     def take(self, function: Callable[[], T], unless: Callable[[], bool]) -> T | None: ...
 
     def take(self, function: Callable[[], T], unless: Callable[[], bool] = lambda: False) -> T | None:
-        """Call `function` in a turn of this thread and return its result; None if `unless()` is true before that comes.
+        """Call `function` in a turn of this thread and return its result, or None if `unless()` is true before.
 
-        `unless` is asked anew when this thread's turn comes, and now and then before. Raises `RuntimeError` inside of a
-        turn of this thread.
+        `unless` is asked when this thread's turn comes, and now and then before. Raises `RuntimeError` inside a turn of
+        this thread.
         """
         if unless():
             return None

@@ -1,4 +1,4 @@
-"""Voices from files: a recording, a folder of them, a voice that was saved, or latents as Tortoise saves them."""
+"""Voices from files: a recording, a folder of recordings, a saved voice, or latents as Tortoise saves them."""
 
 import random
 import struct
@@ -15,14 +15,14 @@ from clvp_fast.engine.voices import Voice, VoiceCache, piece
 from clvp_fast.io.files import user_path
 from clvp_fast.models.clvp.feature_extraction import ClvpFeatureExtractor
 
-#: Files of latents are some kilobytes; one of more bytes is something else.
+#: Files of latents have some kilobytes; a larger file is something else.
 MOST_LATENT_BYTES = 1_000_000
 _LATENTS = (".pth", ".pt")
 
 
 @dataclass(frozen=True, eq=False)
 class LoadedVoice:
-    """A voice, and what a picture shows of it.
+    """A voice, and the features that a picture of it shows.
 
     place: as it was given.
     mel: log-mel features `[bins, frames]` float32 of its first recording, None of a saved voice or latents.
@@ -38,7 +38,7 @@ class LoadedVoice:
 
 
 def load_voice(voices: VoiceCache, place: str | Path, crop_seed: int | None = None) -> LoadedVoice:
-    """The voice at `place`, for the checkpoint of `voices`.
+    """Load the voice at `place`, for the checkpoint of `voices`.
 
     Of each recording the first 6 s (the extractor's) count, or with `crop_seed` so much from a random place on. A
     folder may hold one file of latents in the place of recordings, as Tortoise's may.
@@ -95,7 +95,7 @@ def latent_voice(voices: VoiceCache, path: str | Path) -> Voice:
         raise ValueError(f"{path} unpacks to {size} bytes, and a voice's latents have at most {MOST_LATENT_BYTES}")
     try:
         latents = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged file makes torch raise
+    except Exception as error:  # torch raises many types for damaged files
         raise ValueError(
             f"{path} holds no latents of a voice, or more than tensors: save it as torch.save((auto, diffusion), path)"
         ) from error
@@ -113,11 +113,11 @@ def _unpacked_bytes(path: Path) -> int:
         with zipfile.ZipFile(path) as archive:
             return sum(entry.file_size for entry in archive.infolist())
     except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error):
-        return 0  # torch says what is wrong with it
+        return 0  # torch explains the error
 
 
 def _latents_at(path: Path) -> Path | None:
-    """Return a file of latents by its name, or the only file of a folder that is one."""
+    """Return a file of latents, or the only file of latents in a folder, or None."""
     if is_latents(path) and not path.is_dir():
         return path
     if path.is_dir():
@@ -133,7 +133,7 @@ def is_latents(place: str | Path) -> bool:
 
 
 def _is_saved(path: Path) -> bool:
-    """Whether a file is (or was to be) a safetensors file: by its name, or else by its beginning."""
+    """Tell whether a file is (or should be) a safetensors file, by its name or by its beginning."""
     if path.suffix == ".safetensors" or not path.is_file():
         return path.suffix == ".safetensors"
     with open(path, "rb") as file:
@@ -142,7 +142,7 @@ def _is_saved(path: Path) -> bool:
 
 
 def _recordings(folder: Path) -> tuple[list[Path], list[Path]]:
-    """The recordings right in a folder, and those of formats that cannot be read.
+    """Return the recordings directly in a folder, and files in formats that cannot be read.
 
     Those in its sub-folders may be other speakers'.
     """
@@ -165,7 +165,7 @@ def _recordings(folder: Path) -> tuple[list[Path], list[Path]]:
 def _features(
     extractor: ClvpFeatureExtractor, recordings: list[Path], crop_seed: int | None
 ) -> tuple[list[np.ndarray], tuple[str, ...]]:
-    """Log-mel features `[bins, frames]` float32 of each recording, and what was changed of them."""
+    """Return log-mel features `[bins, frames]` float32 of each recording, and remarks on changes to them."""
     seconds = extractor.default_audio_length
     mels: list[np.ndarray] = []
     remarks: Counter[str] = Counter()

@@ -1,4 +1,4 @@
-"""Voices: what the conditioning encoder makes of the clips of a speaker, computed once, kept, saved and loaded."""
+"""Voices: the conditioning encoder's vectors of a speaker's clips, computed once, kept, saved and loaded."""
 
 import json
 import random
@@ -21,7 +21,7 @@ from clvp_fast.models.clvp.feature_extraction import ClvpFeatureExtractor
 from clvp_fast.models.clvp.modeling import ClvpModelForConditionalGeneration
 from clvp_fast.ops.dispatch import uncast
 
-# The floating types that numpy has too.
+# The floating types that numpy also has.
 _OF_NUMPY = (torch.float16, torch.float32, torch.float64)
 _FORMAT = "clvp_fast.voice.1"
 
@@ -44,7 +44,7 @@ class Voice:
     _copies: dict = field(default_factory=dict, repr=False)
 
     def on(self, device: str | torch.device, dtype: torch.dtype) -> torch.Tensor:
-        """`[1, hidden_size]` on `device`, copied there once: the form that `join_prompt` puts before any texts."""
+        """Return the vector as `[1, hidden_size]` on `device`, copied there once, as `join_prompt` takes it."""
         key = (torch.device(device), dtype)
         if key not in self._copies:
             self._copies[key] = self.vector.to(device=device, dtype=dtype)[None]
@@ -124,7 +124,7 @@ class VoiceCache:
         """Forget all voices, and the mark of the checkpoint."""
         self._kept: OrderedDict[bytes | str, Any] = OrderedDict()
         self._fingerprint: torch.Tensor | None = None
-        self._marks: Marks | None = None  # of the weights that the first of them is made with
+        self._marks: Marks | None = None  # marks of the weights that made the first voice
 
     def _follow(self) -> None:
         if self._marks is not None and self._marks.changed() is not None:
@@ -232,7 +232,7 @@ class VoiceCache:
         return Voice(wide.flatten(), self.fingerprint)
 
     def conditioning(self, voice: Voice) -> torch.Tensor:
-        """`[1, hidden_size]` in the model's dtype, where the model is: `join_prompt` puts it before texts.
+        """Return a voice as `[1, hidden_size]` in the model's dtype and on its device, as `join_prompt` takes it.
 
         Raises:
             ValueError: the voice was made by another checkpoint.
@@ -249,7 +249,7 @@ class VoiceCache:
 
     @property
     def fingerprint(self) -> torch.Tensor:
-        """The answer of the encoder of voices to a fixed input, `[hidden_size]` float32 on the host.
+        """Return the voice encoder's answer to a fixed input, `[hidden_size]` float32 on the host.
 
         Unlike a hash of the weights, it is nearly the same in every dtype that the checkpoint is loaded in.
         """
@@ -261,7 +261,7 @@ class VoiceCache:
         return self._fingerprint
 
     def at(self, key: bytes | str, make: Callable[[], Any]) -> Any:
-        """Return the result of `make()` for a digest or a place, kept as long as there is room; exceptions are not."""
+        """Return `make()`'s result for a digest or a place, and keep it while there is room; errors are not kept."""
         self._follow()
         if key not in self._kept:
             self._kept[key] = make()
@@ -271,8 +271,8 @@ class VoiceCache:
         return self._kept[key]
 
     def _voice(self, features: Iterable[torch.Tensor]) -> Voice:
-        """Return the mean of clips `[bins, frames]`."""
-        # One clip at a time, so that a clip gives the same bits in every company.
+        """Return the mean of the vectors of clips `[bins, frames]`."""
+        # One clip at a time, so that a clip has the same bits beside any others.
         vectors = torch.stack([self._encode(clip) for clip in features])
         mean = vectors.to(torch.promote_types(vectors.dtype, torch.float32)).mean(0)
         voice = Voice(mean.cpu(), self.fingerprint)
@@ -282,16 +282,16 @@ class VoiceCache:
 
     @torch.no_grad()
     def _encode(self, features: torch.Tensor) -> torch.Tensor:
-        """Features `[bins, frames]` to `[hidden_size]`, in the model's dtype and on its device."""
+        """Encode features `[bins, frames]` to `[hidden_size]`, in the model's dtype and on its device."""
         features = features.to(device=self.model.device, dtype=self.model.dtype)
-        with uncast(features.device):  # whoever asks first, the voice is kept for all
+        with uncast(features.device):  # a kept voice must not depend on the autocast of the first caller
             return self.model.conditioning_encoder.encode_voice(features[None])[0]
 
 
 def piece(clip: np.ndarray, length: int, places: random.Random | None) -> np.ndarray:
-    """Return at most `length` samples of a clip `[num_samples]`: the first, or those from a random place on.
+    """Return at most `length` samples of a clip `[num_samples]`: the first ones, or those from a random place on.
 
-    Clips that are longer take one draw of `places` each, as in original Tortoise behind `random.seed`.
+    Each longer clip takes one draw of `places`, as in original Tortoise after `random.seed`.
     """
     start = places.randint(0, len(clip) - length) if places is not None and len(clip) > length else 0
     return clip[start : start + length]
@@ -305,7 +305,7 @@ def _host_array(values) -> np.ndarray:
 
 
 def _unusual(tensor: torch.Tensor) -> str | None:
-    """Name the form of a tensor whose values do not lie before us one by one, or None."""
+    """Name the layout of a tensor that is not a plain strided one, or return None."""
     if tensor.is_nested:
         return "nested"
     if tensor.is_meta:

@@ -1,4 +1,4 @@
-"""The parts of a decoder that the engine reads: parameters, as the operators take them."""
+"""The weights of a decoder, in the layout that the engine's operators take."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -24,7 +24,7 @@ class Norm:
     eps: float
 
     def __call__(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Of `x` `[..., hidden_size]`, in `dtype`."""
+        """Normalise `x` `[..., hidden_size]`, with a result of `dtype`."""
         return ops.add_norm(x, None, **vars(self), kind="layer", out_dtype=dtype)[1]
 
 
@@ -49,14 +49,14 @@ class LayerWeights:
     act: nn.Module
 
     def project(self, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Queries, keys and values `[tokens, num_heads, head_dim]` of `[tokens, hidden_size]`."""
+        """Project `[tokens, hidden_size]` to queries, keys and values `[tokens, num_heads, head_dim]`."""
         heads = self.num_heads, hidden.shape[-1] // self.num_heads
         projected = [product(hidden).unflatten(-1, (-1, *heads)).unbind(-3) for product in self.projections]
         return tuple(one for several in projected for one in several)
 
     def behind_attention(self, attended: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """`attended` and the residual, `[tokens, hidden_size]` both, to the layer's result in the residual's dtype."""
-        if attended.device.type == "cpu":  # there the product adds the residual, and elsewhere the norm
+        """Compute the rest of a layer from `attended` and the residual, both `[tokens, hidden_size]`."""
+        if attended.device.type == "cpu":  # there the product adds the residual, elsewhere the norm does
             residual = self.out(attended, residual)
             return self.feed_forward(self.post_norm(residual, attended.dtype), residual)
         affine = dict(**vars(self.post_norm), kind="layer")
@@ -64,7 +64,7 @@ class LayerWeights:
         return self.feed_forward(normed, residual)
 
     def feed_forward(self, hidden: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """Both products, an activation between them, and the residual, whose dtype the result has."""
+        """Compute both products, the activation between them, and the residual, whose dtype the result has."""
         if self.is_one_block:
             return ops.gelu_mlp(hidden, **self.block(), residual=residual)
         wide = self.mlp_in(hidden, activation=self.activation)
@@ -76,7 +76,7 @@ class LayerWeights:
         return self.activation is not None and self.mlp_in.panels is None
 
     def with_products(self, change: Callable[[Product], Product]) -> "LayerWeights":
-        """The layer with each of its products changed."""
+        """Return the layer with each of its products changed."""
         names = ("out", "mlp_in", "mlp_out")
         changed = {name: change(getattr(self, name)) for name in names}
         return replace(self, projections=tuple(map(change, self.projections)), **changed)
@@ -97,10 +97,10 @@ class LayerWeights:
 
 @dataclass(frozen=True)
 class DecoderWeights:
-    """The parameters of a `ClvpForCausalLM`, shared, in the storage that operators read best.
+    """Hold the parameters of a `ClvpForCausalLM`, shared, in the layout that operators read best.
 
-    In-place changes are seen. Where parameters come to lie elsewhere, these are the old ones, which stay in memory for
-    as long as steps that read them may run: `sources` tells, and they are to be taken again.
+    They follow in-place changes. Where parameters move, these keep the old ones in memory for as long as steps that
+    read them may run; `sources` shows the move, and `take` reads the new ones.
     """
 
     model: ClvpForCausalLM
@@ -114,7 +114,7 @@ class DecoderWeights:
     @classmethod
     @torch.no_grad()
     def take(cls, model: ClvpForCausalLM) -> "DecoderWeights | str":
-        """The weights of a `ClvpForCausalLM` in eval mode, or why its parameters do not say what it computes."""
+        """Take the weights of a `ClvpForCausalLM` in eval mode; return a reason where it does more than they say."""
         if (reason := changed_module(model, model.kinds)) is not None:
             return f"{reason}, and the engine reads its parameters: take it off (merge adapters) first"
         stack = model.model.decoder
@@ -138,13 +138,11 @@ class DecoderWeights:
         )
 
     def in_int8(self) -> "DecoderWeights":
-        """The same with copies of the layers' products in 8 bits, made now: later changes of the weights do not reach
-        them.
-        """
+        """Return the weights with int8 copies of the layers' products, made now: later changes do not reach them."""
         return replace(self, layers=tuple(layer.with_products(in_int8) for layer in self.layers))
 
     def packed(self) -> "DecoderWeights":
-        """The same with panels of all products' weights, copies that are made now; `repack` makes them anew.
+        """Return the weights with panels of all products, which are copies made now; `repack` renews them.
 
         Weights that no kernel reads from panels stay as they are.
         """
@@ -153,20 +151,20 @@ class DecoderWeights:
         return replace(self, layers=layers, head=self.head.packed(dtype))
 
     def repack(self) -> None:
-        """Write all panels again, of the weights as they are now."""
+        """Write all panels again from the weights as they are now."""
         self.head.repack()
         for layer in self.layers:
             for product in (*layer.projections, layer.out, layer.mlp_in, layer.mlp_out):
                 product.repack()
 
     def parameters(self) -> list[nn.Parameter]:
-        """The parameters that are read, as the model has them now."""
+        """Return the parameters that the step reads, as the model has them now."""
         return list(self.model.parameters())
 
     def sources(self) -> tuple:
-        """Where the parameters lie now, and the `eps` of the norms: what a step is bound to.
+        """Return the addresses of the parameters and the `eps` of the norms, on which a bound step depends.
 
-        Asked at each admission, so that modules are walked through without the names and sets of `parameters()`.
+        This runs at each admission, so it walks through the modules without the names and sets of `parameters()`.
         """
         found: list = []
         waiting: list[nn.Module | None] = [self.model]
@@ -180,7 +178,7 @@ class DecoderWeights:
 
 
 def layers_of(model: ClvpForCausalLM) -> list[ClvpDecoderLayer]:
-    """The layers of a model none of whose modules was replaced."""
+    """Return the layers of a model whose modules are its own."""
     layers = []
     for layer in model.model.decoder.layers:
         assert isinstance(layer, ClvpDecoderLayer)
@@ -197,12 +195,12 @@ def _product(weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
 
 
 def _kept(weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Tensors of their own over the storage of parameters, which they keep where a parameter is given another."""
+    """Return tensors that keep the storage of parameters, even where a parameter is given another one."""
     return weight.detach(), None if bias is None else bias.detach()
 
 
 def _layer(layer: ClvpDecoderLayer) -> LayerWeights:
-    """One layer's weights; those that are to lie otherwise are moved."""
+    """Return one layer's weights; those that have to lie otherwise are moved."""
     attn, mlp = layer.attn, layer.mlp
     linears = [attn.q_proj, attn.k_proj, attn.v_proj]
     packed = pack_linears(linears)

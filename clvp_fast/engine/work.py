@@ -1,12 +1,12 @@
-"""A step of the engine is a transaction: whatever is raised in it, the next one goes on.
+"""A step of the engine is a transaction: after any exception in it, the next step works.
 
 The pending requests, with the codes that their jobs have drawn, are all that has to outlive an exception. Scheduler,
 pages, slots and steps under way follow from them: after a step that broke off they are thrown away and made again, and
-candidates draw the same codes again. So nothing has to be put right while an exception is under way, when the next one
-may come, and no type of exception has to be guessed.
+candidates draw the same codes again. So there is no repair while an exception is under way, when another one may come,
+and no type of exception has to be guessed.
 
 A request that fails step after step is found by halves: the requests under way are decoded in two groups, a group that
-fails in two smaller ones, and the request that fails alone has the exception for its error.
+fails in two smaller ones, and the request that fails alone gets the exception as its error.
 """
 
 import time
@@ -26,10 +26,10 @@ from clvp_fast.engine.scheduler import RequestTooLarge
 from clvp_fast.engine.scoring import Scorer, check_ranking
 from clvp_fast.models.clvp.tokens import fill_up
 
-# So many steps may break off before one of a request's company is looked for: most faults come once.
+# So many steps of a request may break off before the search begins, because most faults come only once.
 _BROKEN_STEPS = 2
 
-# Of a prompt `[length, hidden_size]`, codes `[length]` and the length that they are filled up to.
+# From a prompt `[length, hidden_size]`, codes `[length]` and the length that the codes are filled up to.
 Latents = Callable[[torch.Tensor, np.ndarray, int], torch.Tensor]
 
 
@@ -61,10 +61,10 @@ class Work:
         self.memory = plan(max_batch)
         self.loop = DecodeLoop(make_runner(self.memory))
         self.pending: dict[Pending, None] = {}  # in the order of submission
-        self.steps = 0  # that came to their end
-        self._entered: dict[Job, Pending] = {}  # those in the loop
-        self._groups: list[list[Pending]] = []  # of which only the first is decoded, while there are any
-        self._torn = False  # from the beginning of a change of the loop to its end
+        self.steps = 0  # the number of steps that ended well
+        self._entered: dict[Job, Pending] = {}  # the jobs in the loop
+        self._groups: list[list[Pending]] = []  # only the first group is decoded, while there are any
+        self._torn = False  # true while the loop is being changed
         self._warm = False
 
     @property
@@ -74,13 +74,13 @@ class Work:
         return sum(len(job.codes) for job in jobs if job.started_at is None) < self.memory.max_batch
 
     def drop(self, request: CandidateRequest) -> None:
-        """Owe a request no longer. Its places are free after `settle`, or at the end of the step under way."""
+        """Mark a request as dropped. Its places are free after `settle`, or at the end of the step under way."""
         for pending in list(self.pending):
             if pending.request is request:
                 pending.dropped = True
 
     def take(self, call: Call) -> list[CandidateResult]:
-        """The results of a call that have come since."""
+        """Return the results of a call that have come since the last time."""
         settled = [pending for pending in list(call.owed) if pending.settled]
         for pending in settled:
             self.pending.pop(pending, None)
@@ -89,19 +89,21 @@ class Work:
 
     @property
     def is_settled(self) -> bool:
-        """Whether somebody waits for everything that is pending."""
+        """Whether somebody waits for every pending request."""
         return not any(pending.dropped or pending.abandoned for pending in list(self.pending))
 
     def settle(self) -> None:
-        """Free the places and pages of what nobody waits for."""
+        """Free the places and pages of requests that nobody waits for."""
         if self.loop.runner is None:
             return  # nothing is held, and the next step makes a runner, which takes long
         with self._changing():
             self._sweep()
 
     def check_weights(self) -> None:
-        """Raise `ValueError` where steps would not compute what the model's weights say now, and `RuntimeError` where
-        they would not be `deterministic`, as the engine was made, under the backend that is forced.
+        """Raise an error where the next steps would not use the model's present weights, or not be deterministic.
+
+        That is `ValueError` for weights that `refresh` has to read again, and `RuntimeError` where the forced backend
+        cannot keep the engine's promise to be `deterministic`.
         """
         runner = self.loop.runner
         if runner is not None:
@@ -119,8 +121,8 @@ class Work:
             )
 
     def renew(self) -> None:
-        """Plan and make the runner anew, where nothing is under way, and warm it up if the old one was."""
-        self.loop.runner, self._torn = None, True  # first, since its memory is what the new one is made of
+        """Plan and make a new runner while nothing is under way, and warm it up if the old one was warm."""
+        self.loop.runner, self._torn = None, True  # first, because the new runner needs the memory of the old one
         self.memory = self._plan(self.memory.max_batch)
         self._mend()
 
@@ -132,7 +134,7 @@ class Work:
 
     @torch.inference_mode()
     def step(self) -> None:
-        """One step of everything; finished, timed out and failed requests have their results then.
+        """Run one step of the whole batch, and give finished, timed out and failed requests their results.
 
         Raises `torch.OutOfMemoryError` where memory is too little for a single candidate, and whatever is raised where
         not even an empty batch can be made or no request had a part in it.
@@ -143,7 +145,7 @@ class Work:
             failure = self._attempt()
         except torch.OutOfMemoryError:
             memory_ran_out = True
-        # Behind the clause, since the error's frames hold the runner whose memory is wanted.
+        # After the `except` block, because the frames of the error hold the runner whose memory is needed.
         if memory_ran_out:
             self._shrink()
         elif failure is not None:
@@ -152,7 +154,7 @@ class Work:
         self.steps += 1
 
     def _attempt(self) -> Exception | None:
-        """A step; the error that it broke off with, which may be that of a request, is returned."""
+        """Run a step, and return the error that broke it off (perhaps a request's), or None."""
         try:
             with self._changing():
                 self._sweep()
@@ -170,14 +172,14 @@ class Work:
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
-        """Around every change of the loop, which is whole at its beginning and, unless it raises, at its end."""
+        """Guard a change of the loop, which is whole before it and, unless the change raises, after it."""
         self._mend()
         self._torn = True
         yield
         self._torn = False
 
     def _mend(self) -> None:
-        """After a change that broke off: begin with nothing under way, and no slot or page held."""
+        """Begin with nothing under way and no slot or page taken, if a change broke off before."""
         if not self._torn:
             return
         runner = self.loop.runner
@@ -192,7 +194,7 @@ class Work:
         self._torn = False
 
     def _sweep(self) -> None:
-        """Let go of requests that have their result, are out of time, or were given up."""
+        """Release requests that have their result, are out of time, or were dropped."""
         now = time.perf_counter()
         for pending in list(self.pending):
             if pending.abandoned:
@@ -206,7 +208,7 @@ class Work:
                 self.pending.pop(pending, None)
 
     def _enter(self) -> None:
-        """Bring into the loop what is not in it; while groups are decoded one by one, only of the first."""
+        """Bring pending requests into the loop; while groups are decoded one by one, only those of the first group."""
         while self._groups and all(pending.settled for pending in self._groups[0]):
             self._groups = self._groups[1:]
         for pending in self._under_way():
@@ -223,8 +225,8 @@ class Work:
         return [pending for pending in group if not pending.settled]
 
     def _blame(self, error: Exception) -> None:
-        """Go on without the request that breaks off steps, as soon as it is known which one does."""
-        traceback.clear_frames(error.__traceback__)  # which hold a runner for as long as the error is kept
+        """Set aside the request that breaks off steps, as soon as it is known."""
+        traceback.clear_frames(error.__traceback__)  # the frames would hold a runner as long as the error is kept
         suspects = [pending for pending in self._under_way() if not pending.job.done]
         if not suspects:
             raise error
@@ -239,11 +241,11 @@ class Work:
             self._groups = [suspects[:half], suspects[half:], *self._groups[1:]]
 
     def _shrink(self) -> None:
-        """Go on with half the batch after memory ran out; what was being decoded starts again, to the same codes."""
+        """Go on with half the batch after memory ran out; requests under way start again and get the same codes."""
         self.memory = self._plan(self.loop.halve(self.memory.max_batch))
 
     def _rank(self) -> None:
-        """Give finished jobs their results. A scorer may be the caller's own: what it raises fails one request."""
+        """Give finished jobs their results; an error of the scorer (perhaps the caller's) fails only its request."""
         while self.loop.finished:
             job = self.loop.finished[0]
             pending = self._entered.get(job)
@@ -256,12 +258,12 @@ class Work:
 
 
 def ranked(pending: Pending, job: Job, scorer: Scorer, latents: Latents | None) -> CandidateResult:
-    """The result of a job whose candidates are all drawn."""
+    """Return the result of a job whose candidates are all drawn."""
     decoded = time.perf_counter()
     if job.prompt.device.type == "cpu":
         trim_heap()
     drawn, stop = job.all_codes(), job.sampling.stop_token
-    assert stop is not None and job.started_at is not None  # the door has said one, and the job is done
+    assert stop is not None and job.started_at is not None  # the door has set one, and the job is done
     stopped = np.array([len(codes) > 0 and codes[-1] == stop for codes in drawn])
     spoken = [codes[: len(codes) - ended] for codes, ended in zip(drawn, stopped, strict=True)]
     lengths = np.array([len(codes) for codes in spoken])

@@ -1,4 +1,4 @@
-"""`make_tortoise_importable`: tortoise-tts 3.0.0 beside releases of transformers that its pin of 4.31 does not know."""
+"""`make_tortoise_importable`: imports tortoise-tts 3.0.0 beside releases of transformers newer than its pin of 4.31."""
 
 import importlib
 import importlib.util
@@ -6,7 +6,7 @@ import sys
 from types import ModuleType
 from typing import Any
 
-# Names of transformers 4.31 that `tortoise.api_fast` imports, for beams that nobody asks it for.
+# Names of transformers 4.31 for beams, which `tortoise.api_fast` imports and nobody uses.
 _BEAMS = ("BeamSearchScorer", "ConstrainedBeamSearchScorer", "DisjunctiveConstraint", "PhrasalConstraint")
 _OUTPUTS = ("GenerateOutput", "SampleOutput")
 
@@ -28,7 +28,8 @@ def make_tortoise_importable() -> list[str]:
     if importlib.util.find_spec("tortoise") is None:
         raise ImportError("tortoise-tts is not installed: pip install --no-deps tortoise-tts==3.0.0, and what it needs")
     done = _torchaudio()
-    # This module puts another `transformers` into `sys.modules` when it is imported: names that were set are lost.
+    # This module puts another `transformers` into `sys.modules` when it is imported, so that earlier additions are
+    # lost.
     importlib.import_module("transformers.processing_utils")
     transformers: Any = importlib.import_module("transformers")
     outputs = importlib.import_module("transformers.generation.utils")
@@ -58,7 +59,7 @@ def _torchaudio() -> list[str]:
         return []
     except ModuleNotFoundError:
         raise
-    except (ImportError, OSError, RuntimeError):  # a library of CUDA that this torch does not bring, or of another one
+    except (ImportError, OSError, RuntimeError):  # a CUDA library that this torch lacks, or another version
         for name in [name for name in sys.modules if name.split(".")[0] == "torchaudio"]:
             del sys.modules[name]
     stub: Any = ModuleType("torchaudio._extension")

@@ -1,4 +1,4 @@
-"""`accelerate`: objects of other packages that are alive already, on this package's models and engine."""
+"""`accelerate`: live objects of other packages on this package's models and engine."""
 
 from typing import Any
 

@@ -22,7 +22,7 @@ from clvp_fast.integrations.tortoise_modules import MARK
 from clvp_fast.integrations.tortoise_stage import Stage, codes_of
 from clvp_fast.models.clvp.tokens import stop_token
 
-# What `max_mel_tokens` may be there, by its documentation.
+# The limit of `max_mel_tokens` there, by its documentation.
 _MOST_CODES = 600
 _CHANGING = threading.RLock()  # one object at a time becomes accelerated
 
@@ -68,7 +68,7 @@ def restore(tts: Any) -> Any:
     with stage.lock:
         if stage.calls:
             raise ValueError("restore(tts) was called within a call of it: call it once that has returned")
-        if stage.closed:  # by another thread, for which this one waited
+        if stage.closed:  # restored by another thread, for which this one waited
             raise ValueError("this tts is not accelerated: there is nothing to restore")
         stage.close()
         delattr(tts, MARK)
@@ -76,10 +76,10 @@ def restore(tts: Any) -> Any:
 
 
 class TortoiseStage(Stage):
-    """The engine behind a `tortoise.api.TextToSpeech`, and what stands in the place of its methods."""
+    """The engine behind a `tortoise.api.TextToSpeech`, and the replacements of its methods."""
 
     def __init__(self, tts: Any, engine_options: dict[str, Any]):
-        self._ready: tuple[torch.Tensor, dict[str, Any]] | None = None  # codes that were drawn before their call
+        self._ready: tuple[torch.Tensor, dict[str, Any]] | None = None  # codes drawn before their call
         self._tts: Callable = tts.tts
         self._score: Callable = tts.clvp.forward
         super().__init__(tts, tts.clvp, _MOST_CODES, engine_options)
@@ -88,10 +88,10 @@ class TortoiseStage(Stage):
         self._override(tts, "tts", self._speak)
         self._override(tts, "tts_many", self.tts_many)
 
-    # In the place of methods of the object.
+    # These replace methods of the object.
 
     def _speak(self, *args, **kwargs):
-        """Run Tortoise's own `tts()`, once the call is known to be possible."""
+        """Run Tortoise's own `tts()`, after its arguments were checked."""
         with self.calling() as closed:
             if closed:
                 return self._tts(*args, **kwargs)
@@ -108,7 +108,7 @@ class TortoiseStage(Stage):
 
     @contextmanager
     def _one_batch(self, given: dict[str, Any]) -> Iterator[None]:
-        """Make all candidates one batch to Tortoise's `tts()` while it runs; the CVVP's keep the size that they had."""
+        """Make all candidates one batch of Tortoise's `tts()` while it runs; the CVVP's batches keep their size."""
         tts = self.tts
         size, self._length = tts.autoregressive_batch_size, given["max_mel_tokens"]
         put = len(self._put)
@@ -155,7 +155,7 @@ class TortoiseStage(Stage):
                 raise ValueError("tts_many() ranks by CLVP alone: leave out cvvp_amount, or call tts() for each text")
             self._check_weights()
             seeds = [given["use_deterministic_seed"]] * len(texts)
-            if given["use_deterministic_seed"] is None:  # Tortoise's own is the time, the same for all
+            if given["use_deterministic_seed"] is None:  # Tortoise would use the time, the same for all texts
                 self.tts.deterministic_state(seed=None)
                 seeds = [random.getrandbits(32) for _ in texts]
             wanted = enumerate(zip(texts, voices, seeds, strict=True))
@@ -190,7 +190,7 @@ class TortoiseStage(Stage):
         request = self._request(latents[0], ids[None], asked, count, length, place)
         return request, latents, _generator_states()
 
-    # In the place of methods of its modules.
+    # These replace methods of its modules.
 
     def _inference_speech(self, *args, **kwargs) -> torch.Tensor:
         if self._ready is None:
@@ -204,14 +204,14 @@ class TortoiseStage(Stage):
         if return_loss or self.closed:
             return self._score(text, speech_tokens, return_loss=return_loss)
         with self.lock, torch.no_grad():
-            if (text == text[:1]).all():  # the text side once
+            if (text == text[:1]).all():  # the text side is computed once
                 return self._ranker.score_fixed(text[0], speech_tokens)
             pairs = zip(text, speech_tokens, strict=True)
             return torch.cat([self._ranker.score_fixed(ids, codes[None]) for ids, codes in pairs])
 
 
 def _in_parts(forward: Callable, size: int) -> Callable:
-    """Return the forward of a CVVP in parts of `size` candidates, as it was called before all were one batch."""
+    """Return the forward of a CVVP in parts of `size` candidates, as before all became one batch."""
 
     def in_parts(mel_cond: torch.Tensor, mel_input: torch.Tensor, return_loss: bool = False) -> torch.Tensor:
         if return_loss:

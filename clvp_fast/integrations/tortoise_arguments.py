@@ -1,4 +1,4 @@
-"""The objects and the calls of a `TextToSpeech` that the engine serves: refusals of others, each a sentence."""
+"""Checks of the objects and the calls of a `TextToSpeech` that the engine serves; each refusal is a sentence."""
 
 import inspect
 from collections.abc import Mapping
@@ -11,7 +11,8 @@ from clvp_fast.engine.sampling_params import SamplingParams
 from clvp_fast.integrations.tortoise_modules import MARK
 from clvp_fast.io.errors import shown
 
-# Of a `TextToSpeech` of `tortoise.api`, and of `tortoise.api_fast`: what is used of it, and arguments of its `tts()`.
+# The attributes that are used of a `TextToSpeech` of `tortoise.api` and of `tortoise.api_fast`, and arguments of
+# `tts()`.
 _ATTRIBUTES = ("autoregressive", "clvp", "diffusion", "vocoder", "tokenizer", "device", "half", "cvvp")
 _ARGUMENTS = (
     *("num_autoregressive_samples", "max_mel_tokens", "voice_samples", "conditioning_latents", "cvvp_amount"),
@@ -27,25 +28,25 @@ _FORWARDS = dict(
     ),
     clvp=("text", "speech_tokens", "return_loss"),
 )
-# Settings of the engine that follow from Tortoise.
+# Settings of the engine that Tortoise decides.
 _TAKEN = ("scorer", "scoring", "latents", "states", "text_ends")
 
-# Keywords of transformers' `generate` that say nothing of what is drawn without beams.
+# Keywords of transformers' `generate` that have no effect without beams.
 _WITHOUT_MEANING = {
     *("length_penalty", "output_attentions", "output_hidden_states", "output_scores", "use_cache", "early_stopping"),
     *("return_dict_in_generate", "synced_gpus"),
 }
-# transformers' own defaults, where a caller leaves a setting out.
+# transformers' own defaults for settings that a caller leaves out.
 _NEUTRAL = dict(do_sample=False, temperature=1.0, top_k=50, top_p=1.0, typical_p=1.0, min_p=0.0, repetition_penalty=1.0)
 
 
 def is_fast(tts: Any) -> bool:
-    """Tell whether an object is meant to be one of `tortoise.api_fast`, which has no CLVP."""
+    """Tell whether an object is probably one of `tortoise.api_fast`, which has no CLVP."""
     return hasattr(tts, "hifi_decoder") and not hasattr(tts, "clvp")
 
 
 def check_object(tts: Any) -> None:
-    """Raise `TypeError` for what is no `TextToSpeech` of tortoise-tts 3.0.0, `ValueError` where one is not served."""
+    """Raise `TypeError` for anything but a `TextToSpeech` of tortoise-tts 3.0.0, `ValueError` for an unserved one."""
     attributes, wanted = (_FAST_ATTRIBUTES, _FAST_ARGUMENTS) if is_fast(tts) else (_ATTRIBUTES, _ARGUMENTS)
     missing = [name for name in attributes if not hasattr(tts, name)]
     arguments = inspect.signature(tts.tts).parameters if callable(getattr(tts, "tts", None)) else {}
@@ -87,14 +88,14 @@ def check_object(tts: Any) -> None:
 
 
 def check_options(engine_options: Mapping[str, Any]) -> None:
-    """Raise `TypeError` for settings of the engine that are Tortoise's to say."""
+    """Raise `TypeError` for settings of the engine that Tortoise decides."""
     for name in _TAKEN:
         if name in engine_options:
             raise TypeError(f"{name} follows from Tortoise where accelerate() takes its object: leave it out")
 
 
 def check_call(given: Mapping[str, Any], max_new_tokens: int) -> None:
-    """Raise `ValueError` where a call of `tts()` asks for what cannot be, before anything is computed.
+    """Raise `ValueError` where a call of `tts()` asks for the impossible, before anything is computed.
 
     Args:
         given: all arguments of the call by name, those that go to `generate` under `hf_generate_kwargs`.
@@ -111,7 +112,7 @@ def check_call(given: Mapping[str, Any], max_new_tokens: int) -> None:
 
 
 def check_many(texts: Any, voices: Any) -> tuple[list[str], list[Any]]:
-    """Return texts and a voice for each, or raise `ValueError` for what is none."""
+    """Return texts and a voice for each, or raise `ValueError` for anything else."""
     if isinstance(texts, str):
         raise ValueError("tts_many() takes a list of texts, not one: call tts() for it")
     texts = list(texts)
@@ -149,7 +150,7 @@ def check_fast_call(given: Mapping[str, Any], max_new_tokens: int) -> None:
 
 
 def _drawing(given: Mapping[str, Any], taken: tuple[str, ...]) -> dict[str, Any]:
-    """Return the settings of drawing of a call; raise `TypeError` for one that `tts()` gives to `generate` itself."""
+    """Return a call's settings of drawing; raise `TypeError` for one that `tts()` passes to `generate` itself."""
     more = dict(given.get("hf_generate_kwargs", {}))
     for name in taken:
         if name in more:

@@ -11,7 +11,7 @@ from clvp_fast.engine.requests import CandidateRequest, CandidateResult
 from clvp_fast.integrations.tortoise_arguments import check_fast_call
 from clvp_fast.integrations.tortoise_stage import Stage
 
-# The most tokens of prompt and candidate together in `tts_stream()`, which is written down there.
+# The most tokens of prompt and candidate together in `tts_stream()`, a constant there.
 _STREAM_LENGTH = 500
 
 

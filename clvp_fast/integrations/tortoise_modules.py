@@ -1,4 +1,4 @@
-"""The live modules of a `TextToSpeech` whose parameters the engine reads: plain, and the same in each call."""
+"""The live modules of a `TextToSpeech` whose parameters the engine reads; they stay plain and the same in each call."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -7,17 +7,17 @@ from torch import nn
 
 from clvp_fast.models.common.plain import is_plain
 
-# Tortoise calls these itself, or nothing does: whatever is attached to them has its effect, or none in stock either.
+# Only Tortoise calls these, or nothing does: attachments to them act as in stock Tortoise.
 _CALLED = ("conditioning_encoder", "text_head")
-# Methods in whose place the engine's are put.
+# The methods that the engine's replace.
 _METHODS = ("forward", "inference_speech", "get_generator")
-# The attribute of a `TextToSpeech` and of its modules that says whose they are.
+# The attribute that marks a `TextToSpeech` and its modules as accelerated.
 MARK = "_clvp_fast"
 _PACKAGES = ("tortoise", "torch", "transformers")
 
 
 class LiveModules:
-    """The modules `tts.autoregressive` and `tts.clvp`, where there is one, and a promise that they stay as they are.
+    """The modules `tts.autoregressive` and `tts.clvp`, if any, and a check that they stay as they are.
 
     Args:
         tts: a `TextToSpeech`.
@@ -44,7 +44,7 @@ class LiveModules:
                 self._modules.append((f"{name}.{inner}", module, kind, _children(module)))
 
     def check(self) -> None:
-        """Raise `ValueError` where one was replaced, or something attached to it, since this was made."""
+        """Raise `ValueError` where a module was replaced or got an attachment since this was made."""
         for name, root in self._roots.items():
             if getattr(self._tts, name, None) is not root:
                 raise ValueError(f"tts.{name} was replaced after accelerate(tts): {_AGAIN}")

@@ -24,7 +24,7 @@ _NOTHING = object()
 
 
 class Stage:
-    """An engine over the parameters of `tts.autoregressive`, in the place of methods of that module.
+    """An engine over the parameters of `tts.autoregressive`, which replaces methods of that module.
 
     Args:
         tts: a `TextToSpeech`, looked at before.
@@ -45,14 +45,14 @@ class Stage:
     def __init__(self, tts: Any, clvp: nn.Module | None, longest: int, engine_options: dict[str, Any]):
         self.tts, self.lock = tts, threading.RLock()
         self.calls, self.closed = 0, False
-        self._unready = False  # a move that did not come to its end
-        self._put: list[tuple[Any, str, Any]] = []  # owner, name, and what its dictionary had by that name
-        self._length: int | None = None  # of the codes of the call under way, where its latents may be cut
+        self._unready = False  # a move that broke off
+        self._put: list[tuple[Any, str, Any]] = []  # owner, name, and its former entry there
+        self._length: int | None = None  # of the present call's codes, where its latents may be cut
         self._autoregressive = autoregressive = tts.autoregressive
         self._forward: Callable = autoregressive.forward
         self._modules = LiveModules(tts, ("autoregressive",) if clvp is None else ("autoregressive", "clvp"))
         self._weights = SharedWeights(autoregressive, clvp)
-        self._home = self._model.device  # where restore() brings the modules
+        self._home = self._model.device  # `restore()` moves the modules back to it
         try:
             self._follow_settings(autoregressive)
             limit = min(longest, most_codes(self._decoder.config))
@@ -84,19 +84,19 @@ class Stage:
         return self._model.speech_decoder_model
 
     def _follow_settings(self, autoregressive: Any) -> None:
-        """Take tokens and positions as the object has them."""
+        """Take the object's present tokens and positions."""
         decoder, text = self._model.config.decoder_config, self._model.config.text_config
         decoder.bos_token_id, decoder.eos_token_id = autoregressive.start_mel_token, autoregressive.stop_mel_token
         text.bos_token_id, text.eos_token_id = autoregressive.start_text_token, autoregressive.stop_text_token
-        # With its cache the original counts the k-th code at position k + 1.
+        # With its cache the original gives the k-th code the position k + 1.
         decoder.contiguous_positions = not autoregressive.inference_model.kv_cache
 
     def _override(self, owner: Any, name: str, value: Any) -> None:
         self._put.append((owner, name, owner.__dict__.get(name, _NOTHING)))
-        owner.__dict__[name] = value  # a module would take some values for its parts
+        owner.__dict__[name] = value  # set directly, as a module would register some values as its parts
 
     def _put_back(self, kept: int = 0) -> None:
-        """Undo overrides from the last on, but for the first `kept`."""
+        """Undo overrides from the last one on, except the first `kept`."""
         while len(self._put) > kept:
             owner, name, before = self._put.pop()
             if before is _NOTHING:
@@ -121,7 +121,7 @@ class Stage:
         self._weights.move(self._home)
         self._weights.give_back()
 
-    # In the place of methods of the module.
+    # These replace methods of the module.
 
     def _inference_speech(
         self,
@@ -132,7 +132,7 @@ class Stage:
         max_generate_length: int | None = None,
         **options,
     ) -> torch.Tensor:
-        """Draw codes `[candidates, longest]` int64, filled up with the stop token: `UnifiedVoice.inference_speech`."""
+        """Draw codes `[candidates, longest]` int64, padded with the stop token, as `UnifiedVoice.inference_speech`."""
         with self.lock:
             if self.closed:
                 raise ValueError("this tts was restored while the call waited: call it anew")
@@ -148,7 +148,7 @@ class Stage:
     def _request(
         self, voice: torch.Tensor, ids: torch.Tensor, options: dict[str, Any], count: int, length: int, name: Any
     ) -> CandidateRequest:
-        """Return one request, with a seed of torch's generator."""
+        """Make one request, with a seed of torch's generator."""
         if len(voice) != 1 or len(ids) != 1:
             raise ValueError(f"one text in one voice is drawn at a time, and {len(ids)} in {len(voice)} came")
         seed = int(torch.randint(2**63 - 1, (), device="cpu"))
@@ -156,7 +156,7 @@ class Stage:
         return CandidateRequest(input_ids=ids[0], conditioning=voice[0].detach(), sampling=params, id=name)
 
     def _latents(self, *args, **kwargs):
-        """Compute the latents of fixed codes, as `UnifiedVoice.forward`; whatever else it does is Tortoise's own.
+        """Compute the latents of fixed codes, as `UnifiedVoice.forward`; Tortoise's own code does everything else.
 
         Within `tts()` they end where its cut comes, for the longest of the candidates.
         """
@@ -179,15 +179,15 @@ class Stage:
             return torch.stack(rows)
 
     def _are_ours(self, asked: dict[str, Any]) -> bool:
-        """Tell whether a call of the forward asks for what `_latents` computes: the latents of whole rows of codes."""
+        """Tell whether a call of the forward asks for latents of whole rows of codes, which `_latents` computes."""
         if any(asked[name] for name in ("clip_inputs", "return_attentions")) or not asked["return_latent"]:
             return False
         if any(asked[name] is not None for name in ("types", "raw_mels")) or not asked["text_first"]:
             return False
         lengths = torch.div(asked["wav_lengths"], self._autoregressive.mel_length_compression, rounding_mode="trunc")
-        return bool((lengths + 1 >= asked["mel_codes"].shape[1]).all())  # behind its length a row is filled up
+        return bool((lengths + 1 >= asked["mel_codes"].shape[1]).all())  # a row is padded after its length
 
-    # Weights and devices.
+    # Weights and devices
 
     def _check_weights(self) -> None:
         """Follow the object's device; raise `ValueError` where its modules or parameters are no longer the engine's."""
@@ -207,7 +207,7 @@ class Stage:
         try:
             self._weights.move(device)
             self.engine.refresh()
-        except BaseException:  # too little memory there
+        except BaseException:  # too little memory on the device
             self._weights.move(before)
             self.engine.refresh()
             self._unready = False
@@ -215,7 +215,7 @@ class Stage:
         self._unready = False
 
     def _mover(self, module: nn.Module, name: str) -> Callable:
-        """Return a method in the place of `module.to` and the like: the module stays on `tts.device`."""
+        """Make a replacement of `module.to` and similar methods, which keeps the module on `tts.device`."""
 
         def move(*args, **kwargs) -> nn.Module:
             asked = (*args, *kwargs.values())
@@ -234,19 +234,19 @@ class Stage:
 
 
 def _refuse_copies() -> dict:
-    """Stand for `__getstate__`, which `copy`, `pickle` and `torch.save` ask for."""
+    """Refuse copies, in place of `__getstate__`, which `copy`, `pickle` and `torch.save` call."""
     raise TypeError("an accelerated tts has its modules in an engine: call restore(tts) before you copy or save it")
 
 
 class _Unranked:
-    """A scorer for candidates that Tortoise ranks by itself."""
+    """A scorer for candidates that Tortoise ranks itself."""
 
     def score(self, request: CandidateRequest, text_ids: torch.Tensor, codes: Sequence, max_codes: int) -> Ranking:
         return Ranking(torch.zeros(len(codes)))
 
 
 def codes_of(result: CandidateResult, device: torch.device, stop: int) -> torch.Tensor:
-    """Return the codes of a result, `[candidates, longest]` int64, with a stop token where one was drawn."""
+    """Return the codes of a result, `[candidates, longest]` int64, with the stop token where one was drawn."""
     if result.error is not None:
         raise result.error
     longest = int((result.lengths + result.stopped).max())

@@ -1,4 +1,4 @@
-"""The parameters of Tortoise's live modules as a CLVP model: one storage, seen as either side names and shapes it."""
+"""The parameters of Tortoise's live modules as a CLVP model: one storage under the names and shapes of both."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -14,7 +14,7 @@ from clvp_fast.models.clvp.modeling import ClvpModelForConditionalGeneration
 from clvp_fast.models.clvp.tortoise_keys import HEAD_DIM, Rule, decoder_rules, encoder_rules
 from clvp_fast.models.common.parameters import pack_linears, transpose_storage
 
-# Rows of the voice encoder lie in another order there: a copy, which Tortoise's own encoder does not read.
+# Rows of the voice encoder have another order there, so that they are copied; Tortoise's own encoder is not called.
 _COPIED = re.compile(r"conditioning_encoder\.attn\.\d+\.qkv\.(weight|bias)")
 
 
@@ -83,7 +83,7 @@ class SharedWeights:
 
     @contextmanager
     def _noted(self, parameters: Sequence[torch.Tensor]) -> Iterator[None]:
-        """Remember where those lay that are moved: a part of a larger buffer itself, the strides of others."""
+        """Record the former place of moved parameters: the larger buffer itself for a part of one, else the strides."""
         before = [parameter.data for parameter in parameters]
         yield
         for parameter, old in zip(parameters, before, strict=True):
@@ -98,7 +98,7 @@ class SharedWeights:
                 yield found
 
     def _now(self) -> Iterator[tuple[Rule, torch.Tensor | None]]:
-        """Yield the tensor that each rule names, as the modules have it at this time."""
+        """Yield the tensor that each rule names, as the modules have it now."""
         for module, rules in self._rules:
             tensors = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers())
             for rule in rules:
@@ -108,7 +108,7 @@ class SharedWeights:
         return dict(self.model.named_parameters()) | dict(self.model.named_buffers())
 
     def apart(self) -> str | None:
-        """Return the name of a parameter of Tortoise's that ours is no view of any more; None: all are shared."""
+        """Return the name of a parameter of Tortoise's that ours no longer views; None: all are shared."""
         ours = self._ours()
         for (rule, source), (_, now) in zip(self._sources, self._now(), strict=True):
             if now is not source:
@@ -128,11 +128,11 @@ class SharedWeights:
         return len(places) == 1 and all(place.type == device.type and index in (None, place.index) for place in places)
 
     @torch.no_grad()
-    @torch.inference_mode(False)  # else the parameters became inference tensors, of no use for training
+    @torch.inference_mode(False)  # inference tensors could not be trained any more
     def move(self, device: torch.device) -> None:
-        """Bring both sides to a device, a tensor at a time, so that there are never two copies of the whole."""
+        """Move both sides to a device, a tensor at a time, so that there are never two whole copies."""
         if device.type == "cpu":
-            device = torch.device("cpu")  # to torch "cpu:0" is another one, and a copy
+            device = torch.device("cpu")  # torch takes "cpu:0" for another device, and copies
         for _, source in self._sources:
             source.data = source.data.to(device)
             self._point(source)
@@ -141,7 +141,7 @@ class SharedWeights:
                 nn.Module.to(module, device)
         self._arrange()
         self._point()
-        nn.Module.to(self.model, device)  # what is the model's own
+        nn.Module.to(self.model, device)  # the model's own tensors
 
     def _point(self, only: torch.Tensor | None = None) -> None:
         """Make ours views of Tortoise's tensors, or of one of them."""
@@ -154,9 +154,9 @@ class SharedWeights:
     @torch.no_grad()
     @torch.inference_mode(False)
     def give_back(self) -> None:
-        """Bring what was moved into the storage that it had; `model` must not be used behind this."""
+        """Return moved parameters to their former storage; `model` must not be used afterwards."""
         for parameter, (strides, old) in self._moved.items():
-            if parameter.device.type == "cpu" and parameter.is_shared():  # since then: another process reads it
+            if parameter.device.type == "cpu" and parameter.is_shared():  # shared with another process since
                 continue
             if old is None or (old.shape, old.dtype) != (parameter.shape, parameter.dtype):
                 old = torch.empty_strided(parameter.shape, strides, dtype=parameter.dtype, device=parameter.device)
@@ -165,7 +165,7 @@ class SharedWeights:
 
 
 def _parts(rule: Rule, source: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield ours by name, of one of Tortoise's tensors: views, but for rows in another order."""
+    """Yield our tensors by name for one of Tortoise's tensors: views, except for rows in another order."""
     return zip(rule.targets, rule.convert(source.detach()), strict=True)
 
 

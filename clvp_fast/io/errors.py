@@ -2,7 +2,7 @@
 
 
 def sentence(error: Exception) -> str:
-    """`error` in one line. The package's own errors are sentences; any other is named with its type."""
+    """Return `error` in one line. The package's own errors are sentences; any other is named with its type."""
     if isinstance(error, OSError) and error.strerror:
         where = f": {error.filename}" if error.filename else ""
         return f"{error.strerror}{where}"
@@ -13,7 +13,7 @@ def sentence(error: Exception) -> str:
 
 
 def shown(value, longest: int = 100) -> str:
-    """`repr(value)`, cut to what a sentence can hold; Python refuses to print whole numbers of thousands of digits."""
+    """Return `repr(value)`, cut to a sentence's length; Python refuses to print integers of thousands of digits."""
     try:
         return cut(repr(value), longest)
     except Exception:
@@ -21,5 +21,5 @@ def shown(value, longest: int = 100) -> str:
 
 
 def cut(text: str, longest: int) -> str:
-    """`text`, of which no more than `longest` characters are left; three dots say that there were more."""
+    """Cut `text` to `longest` characters; three dots mark a cut."""
     return text if len(text) <= longest else text[: longest - 1] + "…"

@@ -1,4 +1,4 @@
-"""Output files that are written whole or not at all, and the folder of what the package builds for itself."""
+"""Output files that are written whole or not at all, and the folder for the package's own files."""
 
 import errno
 import json
@@ -13,7 +13,7 @@ from pathlib import Path
 
 
 class UnwritableError(OSError):
-    """A folder that results cannot be written into; the message is one sentence."""
+    """A folder that does not take results; the message is one sentence."""
 
     @classmethod
     def explain(cls, error: OSError, folder: Path) -> "UnwritableError":
@@ -31,7 +31,7 @@ class UnwritableError(OSError):
 
 
 def user_path(place: str | os.PathLike) -> Path:
-    """`place` as a path; a user's `~` at its beginning is that home folder, and any other `~` part of a name.
+    """Return `place` as a path; a user's `~` at its beginning is that home folder, and any other `~` part of a name.
 
     Raises:
         ValueError: it is "", as of a variable that is not set: Python takes that for the working folder.
@@ -42,12 +42,12 @@ def user_path(place: str | os.PathLike) -> Path:
 
 
 def is_special(path: Path) -> bool:
-    """Whether `path` is a pipe, a socket or a device: neither file nor folder, and there."""
+    """Tell whether `path` is a pipe, a socket or a device, and not a file or folder."""
     return path.exists() and not (path.is_file() or path.is_dir())
 
 
 def cache_folder() -> Path:
-    """Where the package keeps what it builds: `$CLVP_FAST_CACHE`, else clvp_fast in the user's cache folder.
+    """Return the folder of the package's own files: `$CLVP_FAST_CACHE`, else clvp_fast in the user's cache folder.
 
     Raises:
         UnwritableError: the user has no home folder, and neither `CLVP_FAST_CACHE` nor `XDG_CACHE_HOME` names another.
@@ -65,16 +65,16 @@ def cache_folder() -> Path:
 
 
 def make_private(folder: Path) -> None:
-    """Makes `folder` and those above it that are not there, for this user alone."""
+    """Make `folder` and its missing parents, for this user alone."""
     for place in reversed([place for place in (folder, *folder.parents) if not place.exists()]):
         with suppress(FileExistsError):  # another process was faster
             place.mkdir(mode=0o700)
 
 
 def changeable_by_others(path: Path, root: Path) -> str | None:
-    """Tells in a clause why another user could change what lies at `path`, as its folders up to `root` are; or None.
+    """Return in a clause why another user could change the file at `path`, by its folders up to `root`; or None.
 
-    Root may. Where the sticky bit is set, as of /tmp, others may not touch what is not theirs.
+    Root may change it. Where the sticky bit is set, as on /tmp, users may not touch each other's files.
     """
     for place in (path, *path.parents):
         found = os.stat(place)
@@ -89,7 +89,7 @@ def changeable_by_others(path: Path, root: Path) -> str | None:
 
 @contextmanager
 def staged_folder(target: str | Path) -> Iterator[Path]:
-    """A scratch folder whose files move into `target` when the block ends well, and vanish when it does not.
+    """Yield a scratch folder whose files move into `target` when the block ends well, and vanish otherwise.
 
     The scratch folder lies inside `target` (made if need be), so an unwritable place is found before any work is done
     and each file arrives by one rename: readers see the old file or the new one, never a half. Folders inside the
@@ -111,7 +111,7 @@ def staged_folder(target: str | Path) -> Iterator[Path]:
         for path in files:
             with open(path, "rb") as handle:
                 os.fsync(handle.fileno())
-        for path in files:  # all of them before the first is moved
+        for path in files:  # flush all of them before the first is moved
             if (arrived := target / path.relative_to(scratch)).is_dir():
                 raise UnwritableError.explain(IsADirectoryError(errno.EISDIR, "", str(arrived)), target)
         for folder in (target / path.relative_to(scratch) for path in paths if path.is_dir()):
@@ -124,7 +124,7 @@ def staged_folder(target: str | Path) -> Iterator[Path]:
         raise
     except Exception as error:
         refused = _refusal(error)
-        # An error about some other file than those written here passes as it is.
+        # An error about a file that was not written here passes unchanged.
         if refused and (
             refused.errno == errno.ENOSPC
             or scratch is None
@@ -142,7 +142,7 @@ def staged_folder(target: str | Path) -> Iterator[Path]:
 
 
 def build_folder_once(target: Path, build) -> Path:
-    """`target`, after `build(folder)` has filled it if it did not exist. Two processes may race: one result stays."""
+    """Return `target`, filled by `build(folder)` if it did not exist. Two processes may race: one result stays."""
     if target.is_dir():
         return target
     try:
@@ -158,7 +158,7 @@ def build_folder_once(target: Path, build) -> Path:
         refused = _refusal(error)
         if refused is None:
             raise
-        if not target.is_dir():  # otherwise another process was first, and its folder is as good as this one
+        if not target.is_dir():  # otherwise another process was first, and its folder is equal
             raise UnwritableError.explain(refused, target.parent) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -166,7 +166,7 @@ def build_folder_once(target: Path, build) -> Path:
 
 
 def _refusal(error: Exception) -> OSError | None:
-    """What the system refused, if `error` says so; safetensors tells it in the words of its message alone."""
+    """Return the system's refusal, if `error` is one; safetensors puts it into its message."""
     if isinstance(error, OSError):
         return error
     number = re.search(r"\(os error (\d+)\)", str(error))
@@ -178,9 +178,9 @@ def _inside(filename, folder: Path) -> bool:
 
 
 def json_text(document, encoding: str = "utf-8", indent: int | None = 2) -> str:
-    """`document` as JSON with a closing newline; in ASCII if `encoding` cannot say what is in it.
+    """Return `document` as JSON with a closing newline, in ASCII where `encoding` cannot hold it.
 
-    That is so in any encoding for names of files that are no UTF-8, which Python holds as lone surrogates.
+    No encoding can hold names of files that are not UTF-8, which Python keeps as lone surrogates.
     """
     text = json.dumps(document, indent=indent, ensure_ascii=False)
     try:
@@ -191,13 +191,13 @@ def json_text(document, encoding: str = "utf-8", indent: int | None = 2) -> str:
 
 
 def write_json(path: Path, document) -> None:
-    """`document` as indented UTF-8 JSON with a closing newline."""
+    """Write `document` as indented UTF-8 JSON with a closing newline."""
     path.write_text(json_text(document), encoding="utf-8")
 
 
 @contextmanager
 def replacing(target: Path) -> Iterator[Path]:
-    """A path to write to, which becomes `target` in one rename when the block ends well, and vanishes when it does not.
+    """Yield a path to write to, which is renamed to `target` when the block ends well, and removed otherwise.
 
     Raises:
         UnwritableError: it cannot be written, or the disk is full. A former `target` is untouched.
@@ -209,7 +209,7 @@ def replacing(target: Path) -> Iterator[Path]:
             os.fsync(handle.fileno())
         os.replace(scratch, target)
     except OSError as error:
-        # An error about another file, such as one that is read in the block, passes as it is.
+        # An error about another file, such as an input, passes unchanged.
         if error.filename is not None and Path(error.filename) not in (scratch, target):
             raise
         raise UnwritableError.explain(error, target.parent) from error

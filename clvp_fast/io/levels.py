@@ -1,4 +1,4 @@
-"""Between which peaks samples are sound at the scale of 1."""
+"""The peaks between which samples have the scale of 1."""
 
 #: Below this peak (-80 dB of full scale) a recording counts as silent.
 SILENCE_PEAK = 1e-4
@@ -7,7 +7,7 @@ LOUDEST_PEAK = 16.0
 
 
 def wrong_scale(peak: float) -> str | None:
-    """Advise on floats of that peak, in words that follow a name; None where they are at the scale of 1."""
+    """Advise on floats of that peak, in words that follow a name; return None where their scale is 1."""
     if peak <= LOUDEST_PEAK:
         return None
     return (

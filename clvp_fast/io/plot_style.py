@@ -1,4 +1,4 @@
-"""How pictures of results look; they are drawn without a display."""
+"""The style of pictures of results; they are drawn without a display."""
 
 import warnings
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ import matplotlib
 #: One token of the original stands for 1024 samples at 22.05 kHz.
 TOKENS_PER_SECOND = 22050 / 1024
 
-_STYLE: dict[Any, Any] = {  # of names that matplotlib lists as literals
+_STYLE: dict[Any, Any] = {  # matplotlib types the names as literals
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "axes.spines.top": False,
@@ -25,6 +25,6 @@ _STYLE: dict[Any, Any] = {  # of names that matplotlib lists as literals
 @contextmanager
 def plot_style() -> Iterator[None]:
     with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
-        # A script that the font does not have shows as boxes in the title; that is no news on the terminal.
+        # Characters that the font lacks show as boxes in the title; a warning on the terminal would not help.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         yield

@@ -1,4 +1,4 @@
-"""Long waits are shown on a terminal."""
+"""Messages on a terminal during long waits."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,13 +7,13 @@ from threading import Timer
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-#: Seconds of a wait that nobody is told of.
+#: The seconds of a wait that pass without a message.
 PATIENCE = 2.0
 
 
 @contextmanager
 def waiting(what: str, hidden: bool = False) -> Iterator[None]:
-    """Show on a terminal what is waited for, and for how long, where that takes more than `PATIENCE` seconds."""
+    """Show on a terminal a wait's subject and duration, if it takes more than `PATIENCE` seconds."""
     console = Console(stderr=True, highlight=False)
     if hidden or not console.is_terminal:
         yield
@@ -28,5 +28,5 @@ def waiting(what: str, hidden: bool = False) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
-        timer.join()  # it may be about to show something
+        timer.join()  # it may be showing something now
         progress.stop()

@@ -24,9 +24,9 @@ OLDEST, NEWEST = (5, 17), (5, 24)
 
 INSTALLED = tuple(int(number) for number in transformers.__version__.split(".")[:2])
 
-#: What the installed release calls the cache of keys and values.
+#: The installed release's name for the cache of keys and values.
 CACHE = "cache" if INSTALLED >= (5, 24) else "past_key_values"
-#: Every name by which a call of `generate` may hand over a cache.
+#: Every name under which a call of `generate` may pass a cache.
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 
 
@@ -76,7 +76,7 @@ def takes_cache(method: Callable) -> Callable:
 
 
 class CheckpointsUnderGradients:
-    """Makes a `GradientCheckpointingLayer`, the base class behind it, checkpoint only under gradients, as 5.24 does."""
+    """Make the `GradientCheckpointingLayer` behind this class checkpoint only under gradients, as 5.24 does."""
 
     _checkpointing = False
 

@@ -1,4 +1,4 @@
-"""The native library of `csrc/`, loaded through ctypes: where it is found, and why it cannot be had.
+"""The native library of `csrc/`, loaded through ctypes: where it is found, and why it may be missing.
 
 An installed package carries it. In a checkout each part, for a CPU and for CUDA, is compiled when it is first needed,
 into the user's cache, under a name that changes with its sources, flags and compilers. Nothing depends on it: where it
@@ -29,7 +29,7 @@ from clvp_fast.io.files import (
     write_json,
 )
 from clvp_fast.native import build
-from clvp_fast.native.calls import (  # what callers fill a call with
+from clvp_fast.native.calls import (  # structures that callers fill
     BFLOAT16 as BFLOAT16,
     FLOAT16 as FLOAT16,
     FLOAT32 as FLOAT32,
@@ -59,17 +59,17 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 _PACKAGED = _PACKAGE / "_native"
 _SOURCES = _PACKAGE.parent / "csrc"
 _DRIVER = "libcuda.so.1"
-# Why the library is missing on a CPU, as long as no caller of an operator was told.
+# Reasons why the library is missing on a CPU, until a caller of an operator was warned.
 _untold: set[str] = set()
 _VARIABLE = "the environment variable CLVP_FAST_ISA"
 
 
 class NativeLibraryError(RuntimeError):
-    """The native library cannot be had; the message says in one sentence what is missing and what to do."""
+    """The native library is missing; the message says in one sentence why, and what to do."""
 
 
 def library(part: str = "cpu") -> ctypes.CDLL:
-    """The library's part for `"cpu"` or `"cuda"` with its prototypes set, compiled first where that is needed.
+    """Return the library's part for `"cpu"` or `"cuda"` with its prototypes set, compiled first where needed.
 
     Raises:
         NativeLibraryError: there is none; the message says why and what to do.
@@ -83,7 +83,7 @@ def library(part: str = "cpu") -> ctypes.CDLL:
 
 @cache
 def missing(device_type: str) -> str | None:
-    """Why the library cannot serve on `"cpu"` or `"cuda"`, or None where it can. Compiles it where that is needed."""
+    """Return why the library cannot serve on `"cpu"` or `"cuda"`, or None where it can. Compile it where needed."""
     if device_type not in build.LIBRARIES:
         return f"the native library serves cpu and cuda, not {device_type}"
     why = no_device() if device_type == "cuda" else None
@@ -97,7 +97,7 @@ def missing(device_type: str) -> str | None:
 
 
 def warn_of(reason: str) -> None:
-    """Warns, once a process, if `reason` is that for which the library cannot serve on a CPU."""
+    """Warn, once a process, if `reason` is why the library cannot serve on a CPU."""
     if reason in _untold:
         _untold.discard(reason)
         warnings.warn(f"clvp_fast takes slower torch paths on the CPU: {reason}", stacklevel=5)
@@ -105,7 +105,7 @@ def warn_of(reason: str) -> None:
 
 @cache
 def isa() -> str:
-    """Tells the instruction set that a CPU's kernels run on: its best, or the one that `CLVP_FAST_ISA` names.
+    """Return the instruction set that a CPU's kernels run on: its best, or the one that `CLVP_FAST_ISA` names.
 
     Raises as `library` does.
     """
@@ -113,17 +113,17 @@ def isa() -> str:
 
 
 def isas() -> tuple[str, ...]:
-    """Tells which of `ISAS` this CPU and the library have, the best first. Raises as `library` does."""
+    """Return those of `ISAS` that this CPU and the library have, the best first. Raises as `library` does."""
     return tuple(name for name in ISAS if library().clvp_fast_has_isa(name.encode()))
 
 
 def is_held_down() -> bool:
-    """Tells whether the kernels run on a lower instruction set than this CPU has. Raises as `library` does."""
+    """Tell whether the kernels run on a lower instruction set than this CPU has. Raises as `library` does."""
     return isa() != isas()[0]
 
 
 def choose_isa(name: str | None) -> None:
-    """Chooses the instruction set that a CPU's kernels run on from now on; `None`: the best that this CPU has.
+    """Choose the instruction set that a CPU's kernels run on from now on; `None`: the best that this CPU has.
 
     Raises:
         ValueError: `name` is no instruction set of `ISAS`, or one that the CPU or the library lacks.
@@ -146,7 +146,7 @@ def _choose_isa(found: ctypes.CDLL, name: str | None, source: str) -> None:
 
 
 def check(code: int) -> None:
-    """Raises `RuntimeError` with the library's own sentence if a function of it returned other than 0.
+    """Raise `RuntimeError` with the library's own sentence if one of its functions returned a code other than 0.
 
     A positive code is an error of CUDA, for which its part has the words.
     """
@@ -156,7 +156,7 @@ def check(code: int) -> None:
 
 
 def bound(function: str, call: ctypes.Structure, threads: int, *kept: object) -> Callable[[], None]:
-    """Makes a call of a CPU's kernel of what `call` says now, to be called any number of times.
+    """Bind a CPU's kernel to the present values of `call`; the result may be called any number of times.
 
     Args:
         function: its name in `csrc/clvp_fast.h`.
@@ -176,7 +176,7 @@ def bound(function: str, call: ctypes.Structure, threads: int, *kept: object) ->
 
 @cache
 def loaded(part: str) -> tuple[ctypes.CDLL | None, str]:
-    """A part, or None and why."""
+    """Return a part, or None and the reason."""
     forced = os.environ.get("CLVP_FAST_ISA") or None
     if part == "cpu":
         _check_name(forced, _VARIABLE)
@@ -204,7 +204,7 @@ def _anew() -> str:
 
 
 def no_device() -> str | None:
-    """Why no CUDA device is visible, or None. Asks the driver, as torch need not be loaded."""
+    """Return why no CUDA device is visible, or None. Ask the driver, because torch may not be loaded."""
     try:
         driver = ctypes.CDLL(_DRIVER)
     except OSError:
@@ -215,7 +215,7 @@ def no_device() -> str | None:
 
 
 def _driver_refusal(found: ctypes.CDLL) -> str | None:
-    """What the CUDA part itself says of the driver and the devices, or None where it can serve."""
+    """Return the CUDA part's complaint about the driver and the devices, or None where it can serve."""
     said = ctypes.create_string_buffer(512)
     return said.value.decode() if found.clvp_fast_cuda_missing(said, len(said)) else None
 
@@ -226,7 +226,7 @@ def is_checkout() -> bool:
 
 @cache
 def folder(part: str, /) -> Path:
-    """The folder of a part of the library, its header, record and build log. Raises as `library` does."""
+    """Return the folder of a part of the library, with its header, record and build log. Raises as `library` does."""
     if is_checkout():
         return cached(part)
     where = _PACKAGED / part
@@ -243,7 +243,7 @@ def _name(part: str) -> str:
 
 
 def cached(part: str, anew: bool = False) -> Path:
-    """The folder of the part made from the sources, in the user's cache; `anew`: whatever is there already."""
+    """Return the folder of the part built from the sources, in the user's cache; with `anew` it is built again."""
     place: Path | None = None
     try:
         root = cache_folder()
@@ -254,10 +254,10 @@ def cached(part: str, anew: bool = False) -> Path:
             make_private(place)
             _check_private(place, root)
             with _one_process(place) as alone:
-                for left in place.glob(f".{target.name}-*") if alone else ():  # by a process that was killed
+                for left in place.glob(f".{target.name}-*") if alone else ():  # left by a killed process
                     shutil.rmtree(left, ignore_errors=True)
                 if anew or _record(target, part) is None:
-                    shutil.rmtree(target, ignore_errors=True)  # old or damaged
+                    shutil.rmtree(target, ignore_errors=True)  # outdated or damaged
                     _build(part, target, tools, anew)
         _check_private(target / build.LIBRARIES[part], root)
     except build.BuildError as error:
@@ -278,7 +278,7 @@ def _check_private(path: Path, root: Path) -> None:
 
 
 def _build(part: str, target: Path, tools: build.Toolchain, anew: bool) -> None:
-    """A failure leaves a record and a log beside the place of the library, and is tried again if asked for alone."""
+    """Build a part; a failure leaves a record and a log beside the library's place, and is retried only on request."""
     failure, log = target.with_suffix(".json"), target.with_suffix(".log")
     again = f"({log} has all that it said; python -m clvp_fast.native --rebuild tries again)"
     told = _failed_before(failure)
@@ -297,11 +297,11 @@ def _build(part: str, target: Path, tools: build.Toolchain, anew: bool) -> None:
 
 
 def _failed_before(failure: Path) -> dict | None:
-    """The record of a build that failed, or None where there is none, or none that is whole."""
+    """Return the record of a failed build, or None without one, or where it is damaged."""
     try:
         told = json.loads(failure.read_text(encoding="utf-8"))
         return told if {"version", "error"} <= told.keys() else None
-    except (FileNotFoundError, ValueError, AttributeError):  # it was being written when the disk was full
+    except (FileNotFoundError, ValueError, AttributeError):  # the disk was full when it was written
         return None
 
 
@@ -311,9 +311,9 @@ def _first_error(log: str) -> str:
 
 
 def _progress(title: str):
-    """A function that shows how many files of all are compiled: on a terminal in one line, else at each quarter.
+    """Return a function that shows how many files are compiled: on a terminal in one line, else at each quarter.
 
-    The line has the rate and the time that is left, too.
+    The line also has the rate and the time that is left.
     """
     on_terminal = sys.stderr.isatty()
     began = time.monotonic()
@@ -326,7 +326,7 @@ def _progress(title: str):
 
     def show(done: int, total: int) -> None:
         if on_terminal:
-            line = f"\r{title}: {done}/{total}{pace(done, total)}\x1b[K"  # the rest of a longer line before it goes
+            line = f"\r{title}: {done}/{total}{pace(done, total)}\x1b[K"  # clears the rest of a longer line
             print(line, end="\n" if done == total else "", file=sys.stderr, flush=True)
         elif 4 * done // total > 4 * (done - 1) // total:
             print(f"{title}: {done}/{total}", file=sys.stderr, flush=True)
@@ -336,11 +336,11 @@ def _progress(title: str):
 
 @contextmanager
 def _one_process(place: Path):
-    """Lets one process build while others wait; gives whether it does.
+    """Let one process build while others wait, and yield whether this one builds.
 
-    Where a disk knows no locks, each builds and one result stays.
+    On a disk without locks each process builds, and one result stays.
     """
-    import fcntl  # not on Windows, where there is no library either
+    import fcntl  # Windows lacks it, and has no library either
 
     with open(place / ".lock", "w") as handle:
         alone = False
@@ -353,12 +353,12 @@ def _one_process(place: Path):
 def record(part: str = "cpu") -> dict:
     """Return the record of the build of a part: see `build.build`. Raises as `library` does."""
     found = _record(folder(part), part)
-    assert found is not None  # a folder has one that is whole
+    assert found is not None  # a complete folder has a record
     return found
 
 
 def _record(where: Path, part: str) -> dict | None:
-    """The record of the part in `where`, or None if it is not there, or not as it was built."""
+    """Return the record of the part in `where`, or None if it is missing or the library was changed."""
     try:
         record = json.loads((where / build.RECORD).read_text(encoding="utf-8"))
         whole = record["sha256"] == build.sha256(where / build.LIBRARIES[part])

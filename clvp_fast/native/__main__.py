@@ -1,4 +1,4 @@
-"""`python -m clvp_fast.native`: builds the library where it has to be, and prints what there is of it."""
+"""`python -m clvp_fast.native`: build the library where needed, and print its state."""
 
 import argparse
 import sys

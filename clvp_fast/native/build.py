@@ -1,7 +1,7 @@
-"""How the native library is compiled: one description for setup.py, which loads this file by its path, and the loader.
+"""The build of the native library: one description for setup.py, which loads this file by its path, and the loader.
 
-Imports the standard library alone. The library has two parts, each a shared object of its own: `csrc/cpu/`, compiled by
-a C++ compiler for several instruction sets, and `csrc/cuda/`, compiled by nvcc.
+This file imports the standard library alone. The library has two parts, each a shared object of its own: `csrc/cpu/`,
+compiled by a C++ compiler for several instruction sets, and `csrc/cuda/`, compiled by nvcc.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ RECORD, LOG, HEADER = "build.json", "build.log", "clvp_fast.h"
 _NUMERICS = ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-pthread", "-fvisibility=hidden", "-Wall", "-Wextra", *_NUMERICS]
 STATIC_FLAGS = ["-static-libstdc++", "-static-libgcc"]
-# What is linked in is seen by nobody else, and what nobody calls is left out, as it may need a newer glibc.
+# Linked code is hidden from others, and unused code is left out, as it may need a newer glibc.
 _HIDDEN = ["-Xlinker", "--exclude-libs=ALL", "-Xlinker", "--gc-sections"]
 _AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"]
 ISA_FLAGS = {
@@ -35,7 +35,7 @@ ISA_FLAGS = {
     "avx2": ["-mavx2", "-mfma"],
     "portable": [],
 }
-# What a CPU with an instruction set has among the flags of /proc/cpuinfo; csrc/cpu/dispatch.cpp asks the same.
+# The flags in /proc/cpuinfo of a CPU with an instruction set; csrc/cpu/dispatch.cpp tests the same.
 _CPU_AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
 _CPU_FLAGS = {
     "avx512bf16": _CPU_AVX512 | {"avx512_bf16"},
@@ -43,7 +43,7 @@ _CPU_FLAGS = {
     "avx2": {"avx2", "fma"},
     "portable": set(),
 }
-# avx512bf16 has more to offer to products of bfloat16 alone. The slowest to compile come first.
+# avx512bf16 gains only for products of bfloat16. The slowest files to compile come first.
 _PRODUCTS = ("mlp", "window_block", "panel_linear", "linear", "window_attention", "paged_decode")
 ISA_SOURCES = dict.fromkeys(ISA_FLAGS, ("log_mel", *_PRODUCTS, "sample")) | {"avx512bf16": _PRODUCTS}
 _STEMS = (*_PRODUCTS[:2], "log_mel", *_PRODUCTS[2:], "sample")
@@ -52,12 +52,12 @@ _HOST_FLAGS = "-Xcompiler=-fPIC,-pthread,-fvisibility=hidden"
 # --threads 0: the architectures are compiled side by side on all cores.
 NVCC_FLAGS = ["-std=c++17", "-O3", "-lineinfo", "--threads=0", "-Xptxas=-v,--warn-on-spills", _HOST_FLAGS]
 ARCHITECTURES = (80, 90, 100)
-# What every machine with glibc has: a wheel of libraries that need no more is tagged by the version of glibc.
+# Every machine with glibc has these: a wheel that needs nothing else is tagged by the version of glibc.
 _GLIBC = {"libc.so.6", "libm.so.6", "libdl.so.2", "libpthread.so.0", "librt.so.1"}
 
 
 class BuildError(RuntimeError):
-    """The library cannot be compiled; the message is one sentence, `log` what the compilers said (or empty)."""
+    """The library cannot be compiled; the message is one sentence, `log` the compilers' output (perhaps empty)."""
 
     def __init__(self, message: str, log: str = ""):
         super().__init__(message)
@@ -85,7 +85,7 @@ class Toolchain:
 
 
 def find_toolchain(part: str = "cpu", elsewhere: bool = False) -> Toolchain:
-    """`CXX`, else g++, c++ or clang++ of PATH; for CUDA also nvcc of `CUDA_HOME`, else of PATH or /usr/local/cuda.
+    """Find `CXX`, else g++, c++ or clang++ of PATH; for CUDA also nvcc of `CUDA_HOME`, PATH or /usr/local/cuda.
 
     `elsewhere`: the library is for other machines too, with all instruction sets of the architecture, and depends on
     no C++ runtime.
@@ -102,7 +102,7 @@ def find_toolchain(part: str = "cpu", elsewhere: bool = False) -> Toolchain:
     cxx = chosen or [name for name in ("g++", "c++", "clang++") if shutil.which(name)][:1]
     if not cxx:
         raise BuildError("there is no C++ compiler: install g++, or name one in CXX")
-    cxx[0] = os.path.abspath(shutil.which(cxx[0]) or cxx[0])  # it will run in another folder
+    cxx[0] = os.path.abspath(shutil.which(cxx[0]) or cxx[0])  # the compiler runs in another folder
     version = _output([*cxx, "--version"]).partition("\n")[0]
     if not version:
         raise BuildError(f"{shlex.join(cxx)} is no C++ compiler that works: install g++, or name another in CXX")
@@ -121,7 +121,7 @@ def _isas_of(machine: str, elsewhere: bool) -> tuple[str, ...]:
 
 
 def cpu_isas() -> tuple[str, ...]:
-    """Those of this CPU, which is an x86, the best first; all of them where the system does not tell."""
+    """Return the instruction sets of this x86 CPU, the best first; all of them where the system does not tell."""
     try:
         flags = re.search(r"^flags\s*:(.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:
@@ -130,7 +130,7 @@ def cpu_isas() -> tuple[str, ...]:
 
 
 def _find_nvcc() -> dict:
-    """Fields of a `Toolchain`; without an nvcc that works, `no_cuda` says why."""
+    """Return fields of a `Toolchain`; without an nvcc that works, `no_cuda` says why."""
     home = os.environ.get("CUDA_HOME")
     if home:
         nvcc, where = shutil.which("nvcc", path=os.path.join(home, "bin")), f"in CUDA_HOME ({home})"
@@ -146,7 +146,7 @@ def _find_nvcc() -> dict:
 
 
 def _output(command: list[str]) -> str:
-    """What `command` prints, or nothing if it fails."""
+    """Return the output of `command`, or nothing if it fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL)
     except OSError:
@@ -155,7 +155,7 @@ def _output(command: list[str]) -> str:
 
 
 def compile_commands(csrc: Path, tools: Toolchain, part: str = "cpu", version: str = "") -> dict[str, list[str]]:
-    """Object file to the command that makes it, in the folder where the command runs; the slowest first.
+    """Return each object file with the command that makes it, for the folder where it runs; the slowest first.
 
     `version` is what the library answers to `clvp_fast_version`.
     """
@@ -183,7 +183,7 @@ def compile_commands(csrc: Path, tools: Toolchain, part: str = "cpu", version: s
 
 
 def link_command(objects: list[str], tools: Toolchain, part: str = "cpu") -> list[str]:
-    """The command that makes the library. nvcc links its own runtime statically: torch may carry another."""
+    """Return the command that links the library. nvcc links its own runtime statically, as torch may have another."""
     flags = ["-pthread", *(STATIC_FLAGS if tools.static else [])]
     if part == "cuda":
         linker = [tools.nvcc, *_host_compiler(tools), "-cudart=static", "-Xcompiler=" + ",".join(flags)]
@@ -193,12 +193,12 @@ def link_command(objects: list[str], tools: Toolchain, part: str = "cpu") -> lis
 
 
 def _host_compiler(tools: Toolchain) -> list[str]:
-    """nvcc takes one word for a compiler; where CXX has more, as `ccache g++`, it takes its own default."""
+    """Return nvcc's option for a compiler of one word; a longer CXX, as `ccache g++`, leaves nvcc its default."""
     return ["-ccbin", tools.cxx[0]] if len(tools.cxx) == 1 else []
 
 
 def content_hash(csrc: Path, tools: Toolchain, part: str = "cpu", version: str = "") -> str:
-    """16 hexadecimal digits that change with a source of the part, a flag, a compiler's version or the version."""
+    """Return 16 hexadecimal digits that change with the part's sources, flags, compilers and the version."""
     commands = compile_commands(Path("csrc"), tools, part, version)
     link = link_command(list(commands), tools, part)
     digest = hashlib.sha256(json.dumps([platform.system(), commands, link, asdict(tools)]).encode())
@@ -208,7 +208,7 @@ def content_hash(csrc: Path, tools: Toolchain, part: str = "cpu", version: str =
 
 
 def part_sources(csrc: Path, tools: Toolchain, part: str = "cpu") -> dict[str, bytes]:
-    """The files of `csrc` that a part is made of, by their paths there: what is compiled, and what that includes."""
+    """Return the compiled files of a part in `csrc` and the files that those include, by their paths there."""
     commands = compile_commands(Path("csrc"), tools, part)
     left = {word.removeprefix("csrc/") for command in commands.values() for word in command if word.startswith("csrc/")}
     found = {}
@@ -230,7 +230,7 @@ def build(
     version: str = "",
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict:
-    """Compiles a part of `csrc` into the existing `folder`: the library, its header, the compilers' log, a record.
+    """Compile a part of `csrc` into the existing `folder`: the library, its header, the compilers' log, a record.
 
     An instruction set that the compiler does not know is left out. `progress` is told how many of how many files are
     compiled.
@@ -263,7 +263,7 @@ def build(
 
 
 def _known(tools: Toolchain, folder: Path) -> Toolchain:
-    """`tools` without what the C++ compiler does not know or have: instruction sets, a static C++ runtime."""
+    """Return `tools` without options that the C++ compiler lacks: instruction sets, a static C++ runtime."""
     (folder / "probe.cpp").write_text("int clvp_fast_probe;\n")
 
     def works(flags: list[str]) -> bool:
@@ -273,13 +273,13 @@ def _known(tools: Toolchain, folder: Path) -> Toolchain:
         return found
 
     isas = [isa for isa in tools.isas if not ISA_FLAGS[isa] or works(ISA_FLAGS[isa])]
-    if "avx512" not in isas:  # of which avx512bf16 takes what it has no code of its own for
+    if "avx512" not in isas:  # avx512bf16 uses avx512's code for other files
         isas = [isa for isa in isas if isa != "avx512bf16"]
     return replace(tools, isas=tuple(isas), static=tools.static and works([*STATIC_FLAGS, *_HIDDEN]))
 
 
 def platform_tag(libraries: list[Path], tag: str) -> str:
-    """`tag`, such as linux_x86_64, as manylinux of the oldest glibc that has what `libraries` need of it.
+    """Return `tag`, such as linux_x86_64, as manylinux of the oldest glibc that `libraries` can run on.
 
     The tag stays as it is where they need another library, and where there is no objdump to tell.
     """
@@ -296,7 +296,7 @@ def sha256(path: Path) -> str:
 
 
 def _run_all(commands: dict[str, list[str]], folder: Path, progress: Callable[[int, int], None]) -> str:
-    """Runs the commands in `folder`, one a core; returns what they print. After a failure no other one begins."""
+    """Run the commands in `folder`, one a core, and return their output. After a failure no other command begins."""
     stopped = Event()
 
     def run(name: str) -> str:
@@ -320,12 +320,12 @@ def _run_all(commands: dict[str, list[str]], folder: Path, progress: Callable[[i
 
 
 def _cores() -> int:
-    """Those that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _run(command: list[str], folder: Path) -> str:
-    """The command and what it prints. Whether it did its work is seen by its output file."""
+    """Run a command, and return it with its output. Its output file shows whether it succeeded."""
     try:
         done = subprocess.run(
             command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL

@@ -310,14 +310,14 @@ FUNCTIONS = {
 
 
 def set_prototypes(library: ctypes.CDLL, part: str) -> None:
-    """Gives the functions of a part their types. Raises `AttributeError` for one that the library lacks."""
+    """Set the types of a part's functions. Raises `AttributeError` for one that the library lacks."""
     for name, (result, *arguments) in FUNCTIONS[part].items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
 
 
 def _version() -> str:
-    """16 hexadecimal digits that change with any structure or function above."""
+    """Return 16 hexadecimal digits that change with any structure or function above."""
     structures = [kind for kind in globals().values() if isinstance(kind, type) and issubclass(kind, ctypes.Structure)]
     described: list[tuple[str, list]] = [
         (kind.__name__, [(field[0], field[1].__name__) for field in kind._fields_]) for kind in structures
@@ -327,5 +327,5 @@ def _version() -> str:
     return hashlib.sha256(repr(described).encode()).hexdigest()[:16]
 
 
-#: What a library must answer to `clvp_fast_version`: it is compiled into it.
+#: The library must answer this to `clvp_fast_version`: it is compiled into it.
 VERSION = _version()

@@ -18,7 +18,7 @@ def _gelu_fast(x):
     return 0.5 * x * (1.0 + torch.tanh(x * 0.7978845608 * (1.0 + 0.044715 * x * x)))
 
 
-# By the names of transformers' configurations. gelu_new is the tanh form; torch's fused one gives the same number.
+# gelu_new is the tanh form, for which torch's fused one gives the same number.
 ACTIVATIONS = {
     "gelu": F.gelu,
     "gelu_new": _gelu_tanh,
@@ -37,7 +37,7 @@ ACTIVATIONS = {
     "elu": F.elu,
     "linear": lambda x: x,
 }
-# What may overwrite its argument where autograd does not need it.
+# Functions that may overwrite their argument where autograd does not need it.
 _IN_PLACE = {
     "gelu": torch.ops.aten.gelu_.default,
     "gelu_new": lambda x: torch.ops.aten.gelu_.default(x, approximate="tanh"),
@@ -53,20 +53,20 @@ _IN_PLACE = {
 
 
 def activate(x: torch.Tensor, activation: str) -> torch.Tensor:
-    """The activation of `x`, which may be overwritten where autograd does not need it."""
+    """Compute the activation of `x`, which may be overwritten where autograd does not need it."""
     if needs_grad(x):
         return ACTIVATIONS[activation](x)
     return _IN_PLACE.get(activation, ACTIVATIONS[activation])(x)
 
 
 def bind_activation(x: torch.Tensor, activation: str) -> BoundCall:
-    """A call that puts the activation of `x` in its place; for inference."""
+    """Return a call that replaces `x` by its activation; for inference."""
     in_place = _IN_PLACE.get(activation)
     return copying(partial(ACTIVATIONS[activation], x), x) if in_place is None else partial(in_place, x)
 
 
 def reference_activation(x: torch.Tensor, activation: str) -> torch.Tensor:
-    """The activation of `x` as its formula says."""
+    """Compute the activation of `x` by its formula."""
     if activation == "gelu":
         return x * 0.5 * (1.0 + torch.erf(x / math.sqrt(2.0)))
     if activation in ("gelu_new", "gelu_pytorch_tanh"):

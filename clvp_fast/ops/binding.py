@@ -1,4 +1,4 @@
-"""Calls that are bound to their arguments: who computes, what is read and where it is written, said once for many."""
+"""Calls bound to their arguments: implementation, inputs and results are fixed once, and the call runs many times."""
 
 from collections.abc import Callable
 from functools import partial
@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 
-#: Computes what it is bound to, and returns nothing of use.
+#: Compute with the bound arguments; the return value is not used.
 BoundCall = Callable[[], object]
-#: Where an operator writes: one tensor, or one of each result, `None` for one that nobody wants.
+#: The results of an operator: one tensor, or one for each result, with `None` for one that is not wanted.
 Results = torch.Tensor | tuple[torch.Tensor | None, ...]
 
 
 class Room:
-    """Tensors that hold values within one step: whoever asks by the same name gets the same memory.
+    """Tensors that hold values within one step: the same name always gives the same memory.
 
     Calls that share it run one after another.
 
@@ -25,9 +25,9 @@ class Room:
         self._rows, self._device = rows, device
         self._blocks: dict[tuple, torch.Tensor] = {}
 
-    @torch.inference_mode(False)  # else they could be written under inference mode alone
+    @torch.inference_mode(False)  # a tensor made under inference mode can be written there only
     def __call__(self, name: str, rows: int, *shape: int, dtype: torch.dtype) -> torch.Tensor:
-        """`[rows, *shape]`, contiguous, with whatever was written there last."""
+        """Return `[rows, *shape]`, contiguous, with the values that were written there last."""
         key = (name, *shape, dtype)
         if key not in self._blocks:
             self._blocks[key] = torch.empty(self._rows, *shape, dtype=dtype, device=self._device)
@@ -35,7 +35,7 @@ class Room:
 
 
 def copying(run: Callable[[], Any], out: Results) -> BoundCall:
-    """A call that computes by `run`, and copies what comes of it into `out`."""
+    """Return a call that computes `run()` and copies its result into `out`."""
     if isinstance(out, torch.Tensor):
         return lambda: out.copy_(run())
     wanted = [(place, target) for place, target in enumerate(out) if target is not None]
@@ -49,7 +49,7 @@ def copying(run: Callable[[], Any], out: Results) -> BoundCall:
 
 
 def in_turn(*calls: BoundCall) -> BoundCall:
-    """A call that makes all of these, one after another."""
+    """Return a call that makes all these calls, one after another."""
 
     def call() -> None:
         for each in calls:
@@ -59,10 +59,10 @@ def in_turn(*calls: BoundCall) -> BoundCall:
 
 
 def writing(run: Callable) -> Callable[..., BoundCall]:
-    """`Implementation.bind` for a `run` that takes `out`."""
+    """Return an `Implementation.bind` for a `run` that takes `out`."""
     return lambda out, room, *args: partial(run, *args, out=out)
 
 
 def side_by_side(*tensors: torch.Tensor | None) -> bool:
-    """Whether the numbers of each tensor lie side by side: nothing has to be copied for who wants them so."""
+    """Tell whether each tensor is contiguous, so that no copy is needed."""
     return all(tensor is None or tensor.is_contiguous() for tensor in tensors)

@@ -4,25 +4,25 @@ import torch
 
 
 def unserved_by_triton(name: str, dtype: torch.dtype) -> str | None:
-    """Why a Triton kernel does not take the tensor `name` of `dtype`, or `None`."""
+    """Return why a Triton kernel does not take the tensor `name` of `dtype`, or `None`."""
     if dtype in (torch.float32, torch.float16, torch.bfloat16):
         return None
     return f"{name} must be float32, float16 or bfloat16, not {dtype}"
 
 
 def unserved_natively(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why a kernel of the native library does not take tensors of `dtype` on `device`, a CPU, or `None`."""
+    """Return why a kernel of the native library does not take `dtype` on `device`, a CPU, or `None`."""
     return None if dtype in (torch.float32, torch.bfloat16) else f"on a CPU it serves float32 and bfloat16, not {dtype}"
 
 
 def as_rows(x: torch.Tensor) -> torch.Tensor:
-    """`[..., width]` as `[rows, width]` with columns at stride 1, as kernels take it: a view where there is one."""
+    """Reshape `[..., width]` to `[rows, width]` with columns at stride 1, for kernels, without a copy if possible."""
     x = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
     return x if x.stride(1) == 1 else x.contiguous()
 
 
 def shape_error(name: str, expected: str, tensor: torch.Tensor) -> ValueError:
-    """The error for a tensor argument of the wrong shape."""
+    """Make the error for a tensor argument of the wrong shape."""
     return ValueError(f"{name} must have shape {expected}, not {list(tensor.shape)}")
 
 
@@ -35,7 +35,7 @@ def check_same(name: str, tensor: torch.Tensor, like_name: str, like: torch.Tens
 
 
 def check_residual(residual: torch.Tensor, x: torch.Tensor) -> None:
-    """Raise unless `residual` lies where `x` does and has its dtype or, beside a half type, float32."""
+    """Raise unless `residual` is on the device of `x` and has its dtype or, beside a half type, float32."""
     if residual.dtype == torch.float32 and x.dtype in (torch.float16, torch.bfloat16):
         check_same("residual", residual, "x", x, dtype=False)
     else:

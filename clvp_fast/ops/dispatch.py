@@ -1,10 +1,11 @@
-"""Which code an operator runs: its reference, or one of its implementations.
+"""The choice of the code that an operator runs: its reference, or one of its implementations.
 
 An `Operator` holds one hot path several times, with one positional signature:
 
-- `reference`: plain torch that states the mathematics, any dtype up to float64;
-- `implementations`, best first: kernels (`"triton"`, `"cuda"` for a GPU, `"cpu"` for the native library's), inference
-  only, loaded at first use; and the last one, `"torch"`: as fast as torch allows, differentiable, on any device.
+- `reference`: plain torch that states the mathematics, in any dtype up to float64;
+- `implementations`, best first: kernels (`"triton"`, `"cuda"` for a GPU, `"cpu"` for the native library's), for
+inference
+  only, and loaded at first use; the last is `"torch"`: as fast as torch allows, differentiable, on any device.
 
 A call takes the first implementation that serves and pays. Reference and torch are called inline, so that autograd,
 `torch.compile` and `torch.export` see plain torch; a kernel runs behind the registered `torch.ops.clvp_fast.<name>`,
@@ -39,7 +40,7 @@ def _checked(name: str, source: str) -> str:
     return name
 
 
-# None: the best backend that serves. A module global, so that compiled code is guarded on it.
+# None chooses the best backend that serves. This is a module global, so that compiled code is guarded on it.
 _forced: str | None = os.environ.get("CLVP_FAST_BACKEND") or None
 if _forced is not None:
     _checked(_forced, "the environment variable CLVP_FAST_BACKEND")
@@ -64,26 +65,26 @@ def backend(name: str | None):
 
 
 def situation() -> tuple:
-    """Return the situation on which a choice depends beside a call's arguments: in another one calls are bound anew."""
+    """Return the facts beside a call's arguments on which a choice depends; when they change, calls are bound again."""
     return _forced, _is_forward(), torch.get_num_threads()
 
 
 def _is_forward() -> bool:
-    """Whether derivatives are computed forward (`torch.func.jvp`), which functions of torch's alone can follow.
+    """Tell whether derivatives are computed forward (`torch.func.jvp`), which only torch's own functions support.
 
-    They are with `torch.no_grad()` too. Its fused attention cannot, and references have none. torch has no public name
-    for the level.
+    This also holds under `torch.no_grad()`. Torch's fused attention cannot do it, and references have no such rule.
+    Torch has no public name for the level.
     """
     return getattr(forward_ad, "_current_level", -1) >= 0
 
 
 def needs_grad(*tensors: torch.Tensor | None) -> bool:
-    """Whether autograd has to follow an operator on these tensors (`None` entries are absent arguments)."""
+    """Tell whether autograd has to follow an operator on these tensors (`None` stands for an absent argument)."""
     return gradient(*tensors) is not None
 
 
 def gradient(*tensors: torch.Tensor | None) -> str | None:
-    """Why autograd keeps a call with these tensors from the kernels, or `None`."""
+    """Return why autograd keeps a call with these tensors from the kernels, or `None`."""
     if _is_forward() or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
         return "an input requires grad"
     return None
@@ -95,17 +96,17 @@ def _has_autocast(kind: str) -> bool:
 
 
 def autocasts(device: torch.device) -> bool:
-    """Whether torch's own functions cast what they are given on `device` now; dtypes then need not match."""
+    """Tell whether torch's own functions cast their arguments on `device` now, so that dtypes need not match."""
     return _has_autocast(device.type) and torch.is_autocast_enabled(device.type)
 
 
 def interpreted() -> bool:
-    """Whether Triton's kernels run in its interpreter, on a CPU: for tests, and when they are forced."""
+    """Tell whether Triton's kernels run in its interpreter, on a CPU; this is for tests, where kernels are forced."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def missing_for_triton(device: torch.device) -> str | None:
-    """Why Triton kernels cannot run on `device`, or `None`."""
+    """Return why Triton kernels cannot run on `device`, or `None`."""
     try:
         import triton  # noqa: F401
     except ImportError:
@@ -118,7 +119,7 @@ def missing_for_triton(device: torch.device) -> str | None:
 
 
 def missing_on_gpu(device: torch.device) -> str | None:
-    """Why the package's kernels cannot run on `device`, which is no CPU, or `None`."""
+    """Return why the package's kernels cannot run on `device`, which is not a CPU, or `None`."""
     if device.type != "cuda":
         return f"kernels need an NVIDIA GPU, not a {device.type} device"
     if torch.version.cuda is None:
@@ -130,17 +131,17 @@ def missing_on_gpu(device: torch.device) -> str | None:
 
 
 def device_guard(device: torch.device) -> AbstractContextManager:
-    """A context in which `device` is torch's current one, where launches, streams and events go; nothing on a CPU."""
+    """Return a context with `device` as torch's current one, for launches, streams and events; a CPU needs none."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def uncast(device: torch.device) -> AbstractContextManager:
-    """A context without autocast on `device`, for what many threads share and one of them runs."""
+    """Return a context without autocast on `device`, for work that one thread does for many."""
     return torch.autocast(device.type, enabled=False) if autocasts(device) else nullcontext()
 
 
 def missing_natively(device: torch.device) -> str | None:
-    """Why the native library's kernels for a CPU cannot run on `device`, or `None`."""
+    """Return why the native library's kernels for a CPU cannot run on `device`, or `None`."""
     if device.type != "cpu":
         return f"it serves a CPU, not a {device.type} device"
     from clvp_fast import native
@@ -149,7 +150,7 @@ def missing_natively(device: torch.device) -> str | None:
 
 
 def missing_for_cuda(device: torch.device) -> str | None:
-    """Why the native library's kernels for a GPU cannot run on `device`, or `None`."""
+    """Return why the native library's kernels for a GPU cannot run on `device`, or `None`."""
     if reason := missing_on_gpu(device):
         return reason
     from clvp_fast import native
@@ -195,7 +196,7 @@ class Implementation:
     pays_bound: Callable[..., bool] | None = None
 
     def missing_on(self, device: torch.device) -> str | None:
-        """Why it cannot run on `device`, or `None`."""
+        """Return why it cannot run on `device`, or `None`."""
         return (self.missing or _MISSING[self.name])(device)
 
 
@@ -242,12 +243,11 @@ class Operator:
         OPERATORS[name] = self
 
     def use(self, implementations: tuple[Implementation, ...]) -> None:
-        """Take these implementations; nothing is known of where they can run."""
+        """Set these implementations, and forget where the former ones can run."""
         *kernels, plain = self.implementations = tuple(implementations)
         self.torch = plain.run
         self._refusals: dict[tuple[str, torch.device, str | None], str | None] = {}
-        # Which kernels are asked, by what is forced and whether it is on a CPU; elsewhere at least one, for its reason.
-        # Triton's come first where kernels are forced on a CPU: its interpreter runs them there.
+        # The kernels to ask, by forced backend and by CPU or not; there is at least one, which gives the reason.
         self._asked = {}
         for on_cpu in (False, True):
             made = tuple(each for each in kernels if (each.name == "cpu") == on_cpu) or tuple(kernels)
@@ -257,7 +257,7 @@ class Operator:
                 self._asked[backend, on_cpu] = tuple(each for each in kernels if each.name == backend)
 
     def _registered(self, *args):
-        # A compiled graph may hand it anything, and whoever calls it has chosen: whether a kernel pays is not asked.
+        # A compiled graph may pass anything, and a direct caller has chosen, so that `pays` is not asked.
         device = args[0].device
         for each in self._asked[_forced, device.type == "cpu"]:
             if self._refusal(each.name, device) is None and each.why_not(*args) is None:
@@ -265,13 +265,13 @@ class Operator:
         return (self._unaliased or self.torch)(*args)
 
     def _registered_on_gpu(self, *args):
-        # Kernels are launched on the current device, wherever their tensors lie.
+        # Kernels are launched on torch's current device, whatever device their tensors are on.
         with device_guard(args[0].device):
             return self._registered(*args)
 
     @torch.compiler.assume_constant_result
     def _refusal(self, name: str, device: torch.device) -> str | None:
-        """Why the implementation of that name cannot run on `device`, or `None`. Warns, once, if it should run."""
+        """Return why the named implementation cannot run on `device`, or `None`. Warn once if it should run."""
         key = (name, device, _forced)
         if key not in self._refusals:
             (found,) = (each for each in self.implementations if each.name == name)
@@ -291,11 +291,11 @@ class Operator:
             warnings.warn(f"clvp_fast.{self.name} takes the slower torch path: {reason}", stacklevel=4)
 
     def choose(self, args: tuple, training: str | None = None) -> Callable:
-        """The callable for one call with the schema's arguments `args`, of which the first is a tensor.
+        """Return the callable for one call with the schema's arguments `args`, whose first is a tensor.
 
-        `training` says why the call is not inference (kernels serve inference alone), or is `None`. Warns, once, where
-        a kernel runs on the device and does not serve these arguments.
-        Raises `RuntimeError` where a kernel is forced and cannot serve.
+        `training` says why the call is not inference (kernels serve inference alone), or is `None`. Warns once where a
+        kernel runs on the device and does not serve these arguments. Raises `RuntimeError` where a kernel is forced and
+        cannot serve.
         """
         chosen = self._choose(args, training)
         if chosen is None:
@@ -303,7 +303,7 @@ class Operator:
         return self.registered if chosen.name in KERNELS else chosen.run
 
     def bind(self, args: tuple, out: Results, room: Room) -> BoundCall:
-        """A call without arguments that computes `args` into `out`: who computes it is chosen here, and never again.
+        """Return a call without arguments that computes `args` into `out`; the implementation is chosen here, once.
 
         For inference. The tensors of `args` and `out` stay where they are; what they hold is read at each call. On a
         GPU their device is the current one then. `situation()` has what else the choice depends on.
@@ -322,7 +322,7 @@ class Operator:
         return copying(partial(chosen.run, *args), out) if call is None else call
 
     def _choose(self, args: tuple, training: str | None = None, bound: bool = False) -> Implementation | None:
-        """The implementation for one call; `None`: the reference."""
+        """Return the implementation for one call; `None`: the reference."""
         forced = _forced
         if forced == "reference" or _is_forward():
             return None
@@ -356,7 +356,7 @@ class Operator:
 
     def explain(self, device: torch.device, dtype: torch.dtype) -> Choice:
         """Tell the choice of `choose` for inference with tensors of `dtype` on `device`."""
-        # Not `_refusal`, which warns: who asks is told, and a call that takes the slower path still warns.
+        # `_refusal` would warn, but an explanation must not: a call that takes the slower path still has to warn.
         kernel, why, absent = None, None, None
         for each in self._asked[_forced, device.type == "cpu"]:
             absent = each.missing_on(device)

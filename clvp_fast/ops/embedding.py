@@ -80,7 +80,7 @@ def embed(
     *,
     out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """Sum of a token's and its position's embedding.
+    """Add the embeddings of tokens and of their positions.
 
     Args:
         token_ids: `[...]`, int32 or int64, rows of `token_table`.
@@ -111,7 +111,7 @@ def bind_embed(
     token_table: torch.Tensor,
     position_table: torch.Tensor,
 ) -> BoundCall:
-    """`embed` of these arguments into `out`, in its dtype, bound as `Operator.bind` tells."""
+    """Bind `embed` of these arguments into `out`, in its dtype, as `Operator.bind` does."""
     args = (token_ids, position_ids, token_table, position_table, out.dtype)
     _check(*args)
     return _OPERATOR.bind(args, out, room)
@@ -128,6 +128,6 @@ def _check(token_ids, position_ids, token_table, position_table, out_dtype):
     check_same("token_table", token_table, "token_ids", token_ids, dtype=False)
     check_same("position_table", position_table, "token_table", token_table)
     shape, whole = position_ids.shape, token_ids.shape
-    # Compared from the last axis on: an axis is equal, or 1, or absent.
+    # Axes are compared from the last one on: each is equal, or 1, or absent.
     if len(shape) > len(whole) or any(a not in (1, b) for a, b in zip(shape[::-1], whole[::-1], strict=False)):
         raise shape_error("position_ids", f"{list(whole)}, that of token_ids, or one that expands to it", position_ids)

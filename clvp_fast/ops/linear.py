@@ -21,12 +21,12 @@ from clvp_fast.ops.checks import as_rows, check_residual, check_same, shape_erro
 from clvp_fast.ops.dispatch import Implementation, Operator, autocasts, gradient, interpreted, needs_grad
 
 _FUSED = (None, "gelu_new", "gelu_pytorch_tanh")
-# Up to so many rows a bound step's products are the kernel's on a GPU.
+# The most rows for which a bound step on a GPU takes the kernel's products.
 _FEW_ROWS = 16
 
 
 def reference(x, weight, bias, scale, activation, residual=None, panels=None):
-    """The mathematics, in float32 at least."""
+    """Compute the formula in float32 at least."""
     wide = torch.promote_types(x.dtype, torch.float32)
     out = x.to(wide) @ weight.to(wide).T
     if scale is not None:
@@ -38,10 +38,10 @@ def reference(x, weight, bias, scale, activation, residual=None, panels=None):
 
 
 def _add(out, residual):
-    """`out + residual`, in the place of `out` where that may be."""
+    """Return `out + residual`, in the memory of `out` where that is allowed."""
     if residual is None:
         return out
-    if out.dtype != residual.dtype or needs_grad(out, residual):  # autocast gives two dtypes too
+    if out.dtype != residual.dtype or needs_grad(out, residual):  # under autocast the dtypes may differ
         return out + residual
     return out.add_(residual)
 
@@ -67,19 +67,19 @@ def _bind_torch(out, room, x, weight, bias, scale, activation, residual=None, pa
     product = partial(_product, x, weight, bias, scale)
     if residual is not None:
         return None if activation is not None else lambda: torch.add(product(), residual, out=out)
-    # torch's stub of `linear` leaves `out` out.
+    # torch's stub of `linear` lacks `out`
     plain = partial(F.linear, x, weight, bias, out=out)  # pyright: ignore[reportCallIssue]
     write = plain if scale is None else copying(product, out)
     return write if activation is None else in_turn(write, bind_activation(out, activation))
 
 
 def _operands(x, bias, scale):
-    """x as rows, and vectors contiguous."""
+    """Return x as rows, and vectors contiguous."""
     return as_rows(x), *(None if vector is None else vector.contiguous() for vector in (bias, scale))
 
 
 def _triton(x, weight, bias, scale, activation, residual=None, panels=None, *, out=None):
-    """kernels/linear.py."""
+    """Run kernels/linear.py."""
     from clvp_fast.kernels import linear as kernels
 
     rows, bias, scale = _operands(x, bias, scale)
@@ -91,19 +91,19 @@ def _triton(x, weight, bias, scale, activation, residual=None, panels=None, *, o
 
 def _bind_triton(out, room, *args):
     residual = args[5]
-    # A wider residual has the result in its own type.
+    # A residual of a wider type gives the result its type.
     return None if residual is not None and residual.dtype != args[0].dtype else partial(_triton, *args, out=out)
 
 
 def _native(x, weight, bias, scale, activation, residual=None, panels=None):
-    """csrc/cpu/linear.cpp, or panel_linear.cpp."""
+    """Run csrc/cpu/linear.cpp, or panel_linear.cpp."""
     out = _fake(x, weight, bias, scale, activation, residual)
     _native_call(out, x, weight, bias, scale, activation, residual, panels)()
     return out
 
 
 def _native_call(out, x, weight, bias, scale, activation, residual, panels=None):
-    """The kernel's call on these tensors, or on contiguous copies that are made now where they have to be."""
+    """Bind the kernel to these tensors, or to contiguous copies that are made now where needed."""
     from clvp_fast import native
 
     rows, bias, scale = _operands(x, bias, scale)
@@ -136,7 +136,7 @@ def _bind_cpu(out, room, x, weight, bias, scale, activation, residual=None, pane
 
 
 def _packs(x, panels):
-    """Whether the kernel for `x` packs the weights at each call."""
+    """Tell whether the kernel for `x` packs the weights at each call."""
     return panels is None and many_rows.are_many(x)
 
 
@@ -155,9 +155,10 @@ def _takes_int8(x, weight, *others):
 
 
 def _pays_bound(x, weight, *others):
-    """A step's products of few rows, or of rows of results that are aligned to nothing, at which torch is slow.
+    """Tell whether a step's product has few rows, or a result whose rows are not aligned, where torch is slow.
 
-    Measured on an H200 in bfloat16: 4.6 µs for 7.4 of one row and 1024 x 1024, 6.7 for 14.5 of 16 rows and 8194 x 1024.
+    Measured on an H200 in bfloat16: 4.6 µs instead of 7.4 for one row and 1024 x 1024, 6.7 instead of 14.5 for 16 rows
+    and 8194 x 1024.
     """
     few = x.shape[:-1].numel() <= _FEW_ROWS or len(weight) % 8 != 0
     return weight.dtype == torch.int8 or (few and x.dtype in (torch.bfloat16, torch.float16))
@@ -205,7 +206,7 @@ _OPERATOR = Operator(
     reference=reference,
     fake=_fake,
     implementations=(
-        # For int8 weights torch has no product, only one over a wider copy of them.
+        # Torch has no product for int8 weights, only one over a wider copy of them.
         Implementation(
             "triton",
             _triton,
@@ -224,7 +225,7 @@ _OPERATOR = Operator(
 
 
 def check_scale(scale: torch.Tensor | None, weight: torch.Tensor, x: torch.Tensor, name: str = "scale") -> None:
-    """Raise unless there is a scale where `weight` is int8, and none elsewhere, of its rows and beside `x`."""
+    """Raise unless int8 `weight` has a scale of its rows on the device of `x`, and any other weight has none."""
     if (weight.dtype == torch.int8) != (scale is not None):
         given = "missing" if scale is None else "given"
         raise ValueError(f"{name} belongs to weights of int8: it is {given}, and the weights are {weight.dtype}")
@@ -289,7 +290,7 @@ def bind_linear(
     residual: torch.Tensor | None = None,
     panels: torch.Tensor | None = None,
 ) -> BoundCall:
-    """`linear` of these arguments into `out`, bound as `Operator.bind` tells; it has the bits of `linear`."""
+    """Bind `linear` of these arguments into `out`, as `Operator.bind` does; it has the bits of `linear`."""
     args = (x, weight, bias, scale, activation, residual, panels)
     _check(*args, cast=False)
     if residual is not None and residual.dtype != torch.float32:

@@ -31,7 +31,7 @@ _debug = os.environ.get("CLVP_FAST_DEBUG") == "1"
 def reference(
     samples, window, mel_filters, hop_length, lengths, mel_norms, log_floor, decibels, top_db, compute_dtype, dtype
 ):
-    """The formula, each frame gathered and transformed on its own."""
+    """Compute the formula, each frame gathered and transformed on its own."""
     compute, result = _dtypes(samples, compute_dtype, dtype)
     samples = _scaled(samples, compute)
     (batch, time), n_fft = samples.shape, window.numel()
@@ -71,7 +71,7 @@ def _torch(
     power = spectrum.real.square() + spectrum.imag.square()  # [batch, n_fft // 2 + 1, frames]
     mel = (mel_filters.to(compute).T @ power).clamp(min=log_floor)
     mel = 10 * mel.log10() if decibels else mel.log()
-    # Bin 0 is a plain sum of the frame's samples, so it shows each one that is not finite.
+    # Bin 0 is a plain sum of the frame's samples, so that it shows each NaN and infinity.
     mel = mel.masked_fill(~spectrum.real[:, :1].isfinite(), torch.nan)
     past = None
     if lengths is not None:
@@ -104,7 +104,7 @@ def _kernel(
     (batch, time), n_fft, num_mels = samples.shape, window.numel(), mel_filters.shape[1]
     device, on_cpu = samples.device, samples.device.type == "cpu"
     frames = num_frames(time, n_fft, hop_length)
-    # The CPU function writes no half types.
+    # The CPU function does not write half types.
     stored = compute if on_cpu and result in HALVES else result
     features = torch.empty((batch, num_mels, frames), dtype=stored, device=device)
 
@@ -177,13 +177,13 @@ def _why_not_on_gpu(samples, window, *others):
 
 
 def _why_not_type_on_gpu(device, dtype):
-    """Why the kernel does not compute in `dtype`, or None; samples are converted from any."""
+    """Return why the kernel does not compute in `dtype`, or None; samples are converted from any dtype."""
     return "on a GPU it computes in float32, not in float64" if dtype == torch.float64 else None
 
 
 @cache
 def _short_of_memory(n_fft, device):
-    """Why a block on a CUDA device has too little shared memory for the kernel, or None."""
+    """Return why a block of a CUDA device has too little shared memory for the kernel, or None."""
     from clvp_fast import native
 
     told = ctypes.create_string_buffer(256)
@@ -199,12 +199,12 @@ def _missing_on_gpu(device):
 
 
 def num_frames(time, n_fft, hop_length):
-    """Frames of `time` samples, an integer or a tensor of them."""
+    """Return the number of frames of `time` samples, an integer or a tensor of integers."""
     return (time + 2 * (n_fft // 2) - n_fft) // hop_length + 1
 
 
 def _reflect(place, length):
-    """`place` folded into 0 .. length - 1 by mirroring at both ends; `length` is an integer or broadcasts."""
+    """Fold `place` into 0 .. length - 1 by mirroring at both ends; `length` is an integer or broadcasts."""
     period = 2 * (length - 1)
     period = period.clamp(min=1) if isinstance(length, torch.Tensor) else max(period, 1)
     place = place.remainder(period)
@@ -212,7 +212,7 @@ def _reflect(place, length):
 
 
 def _dtypes(samples, compute_dtype, dtype):
-    """The dtypes of arithmetic and result."""
+    """Return the dtypes of arithmetic and result."""
     compute = compute_dtype or (torch.float64 if samples.dtype == torch.float64 else torch.float32)
     return compute, dtype or compute
 
@@ -249,7 +249,7 @@ def log_mel(
     compute_dtype: torch.dtype | None = None,
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """Log-mel spectrograms of a batch of signals.
+    """Compute log-mel spectrograms of a batch of signals.
 
     Args:
         samples: `[batch, time]`; floating, or int16, which is divided by 32768. All tensors lie on one device.
@@ -307,7 +307,7 @@ def log_mel(
     args = (samples, window, mel_filters, hop_length, lengths, mel_norms, log_floor, decibels, top_db, compute, result)
     if samples.shape[0] == 0:
         return _fake(*args)
-    with uncast(samples.device):  # no half type holds the power of a spectrum
+    with uncast(samples.device):  # the power of a spectrum exceeds half types
         return _OPERATOR.choose(args, grad)(*args)
 
 

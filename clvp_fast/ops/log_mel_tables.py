@@ -1,20 +1,20 @@
-"""Tables for the kernel of `log_mel`, of a window, filters and norms: made once, with no wait for a device."""
+"""Tables of a window, filters and norms for the kernel of `log_mel`: made once, without waiting for a device."""
 
 import math
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-# By tensor, then by kind of table, dtype and stream.
+# Tables of a tensor by kind, dtype and stream.
 _TABLES = WeakTensorKeyDictionary()
 _TWIDDLES: dict[tuple, torch.Tensor] = {}
 
 
 def table(tensor, dtype, make):
-    """`make(tensor, dtype)`, kept as long as `tensor` lives and is not written to.
+    """Return `make(tensor, dtype)`, kept as long as `tensor` lives and is not written to.
 
-    Never kept while a CUDA graph is captured, as the graph's replays must see new values, nor for an inference tensor,
-    which does not tell when it was written to. Each stream has its own tables: then nothing needs to wait.
+    It is not kept while a CUDA graph is captured, as the graph's replays must see new values, nor for an inference
+    tensor, which does not show when it was written to. Each stream has its own tables, so that no stream waits.
     """
     if make is converted and tensor.dtype == dtype and tensor.is_contiguous():
         return tensor
@@ -32,12 +32,12 @@ def table(tensor, dtype, make):
 
 
 def converted(tensor, dtype):
-    """A contiguous copy."""
+    """Make a contiguous copy in `dtype`."""
     return tensor.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 def filters_and_bands(mel_filters, dtype):
-    """Weights `[num_mels, bins]`, and `[num_mels, 2]` int32: each channel's first bin and the one after its last."""
+    """Make weights `[num_mels, bins]`, and `[num_mels, 2]` int32: a channel's first bin and the one after its last."""
     weights = converted(mel_filters.T, dtype)
     num_bins = weights.shape[1]
     after = torch.arange(1, num_bins + 1, dtype=torch.int32, device=weights.device)
@@ -48,7 +48,7 @@ def filters_and_bands(mel_filters, dtype):
 
 
 def twiddles(n_fft, dtype, device):
-    """`[n_fft, 2]`: cosines and negative sines of n_fft angles around the circle; kept for good, for all streams."""
+    """Make `[n_fft, 2]`: cosines and negative sines of n_fft angles around the circle, kept for all streams."""
     key = n_fft, dtype, device
     made = _TWIDDLES.get(key)
     if made is None:

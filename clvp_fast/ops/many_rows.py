@@ -1,4 +1,4 @@
-"""csrc/cpu/mlp.cpp: linear layers of many rows on a CPU, one or two, and a norm before them; it serves few as well."""
+"""Linear layers of many rows on a CPU (csrc/cpu/mlp.cpp), one or two, and a norm before them; few rows work too."""
 
 import ctypes
 from functools import cache
@@ -8,26 +8,26 @@ import torch
 
 from clvp_fast.ops.checks import as_rows, unserved_natively
 
-# Rows that are few: beyond them packing the weights pays (benchmarks/linear.py).
+# Packing the weights pays beyond this number of rows (benchmarks/linear.py).
 FEW_ROWS = 512
-# Weights are read in steps of so many columns.
+# Weights are read in steps of this number of columns.
 COLUMNS = 32
 ACTIVATIONS = {None: 0, "gelu_new": 1, "gelu_pytorch_tanh": 1, "gelu": 2}
-# Rows that a thread computes at a time: enough to make use of the weights that it reads, few enough for the values
-# between two layers to stay in its cache.
+# The number of rows that a thread computes at a time: many enough to reuse the weights that it reads, and few enough to
+# keep the values between two layers in its cache.
 _ITEM_ROWS = 128
-# Tiles of sums have as many rows at most.
+# The most rows of a tile of sums.
 _TILE_ROWS = 8
 
 
 def are_many(x: torch.Tensor) -> bool:
-    """Whether `x`, `[..., columns]`, has more than FEW_ROWS rows."""
+    """Tell whether `x`, `[..., columns]`, has more than FEW_ROWS rows."""
     return x.numel() > FEW_ROWS * x.shape[-1]
 
 
 @cache
 def has_matrix_unit() -> bool:
-    """Whether this CPU multiplies matrices of bfloat16 by itself (AMX), which torch's products make use of."""
+    """Tell whether this CPU multiplies matrices of bfloat16 in hardware (AMX), which torch's products use."""
     try:
         return "amx_bf16" in Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -35,7 +35,7 @@ def has_matrix_unit() -> bool:
 
 
 def unserved_type(device, dtype, int8=False):
-    """Why the kernels of linear layers take no x of `dtype` on this CPU, with weights of that or `int8`, or None."""
+    """Return why the kernels of linear layers take no x of `dtype` on this CPU (with `int8` weights if so), or None."""
     from clvp_fast import native
 
     if native.isa() == "portable":
@@ -48,7 +48,7 @@ def unserved_type(device, dtype, int8=False):
 
 
 def unserved_layout(weight: torch.Tensor) -> str | None:
-    """Why the products of csrc/cpu do not read `weight` `[out, in]`, of any number of rows of x; None: they do."""
+    """Return why the products of csrc/cpu do not read `weight` `[out, in]`, for any number of rows of x, or None."""
     shape, strides = list(weight.shape), weight.stride()
     if shape[1] % COLUMNS or shape[1] == 0 or strides[1] != 1:
         return f"it serves rows of {COLUMNS} n columns, side by side in memory, not {shape}, {strides}"
@@ -56,7 +56,7 @@ def unserved_layout(weight: torch.Tensor) -> str | None:
 
 
 def unserved(x, activation, *weights):
-    """Why `layers` does not serve, or None. `weights` are those of one layer or of two, as it takes them."""
+    """Return why `layers` does not serve, or None. `weights` are those of one layer or of two, in its order."""
     if reason := unserved_type(x.device, x.dtype):
         return reason
     for weight in weights:
@@ -68,11 +68,12 @@ def unserved(x, activation, *weights):
 
 
 def layers(x, w_in, b_in, w_out, b_out, residual, activation, gated=False, layer_norm=(None, None, 0.0)):
-    """Two layers, `activation(x w_in^T + b_in) w_out^T + b_out + residual`, or without w_out the first one + residual.
+    """Compute two layers, `activation(x w_in^T + b_in) w_out^T + b_out + residual`; without w_out the first + residual.
 
-    `gated`: between the layers is the first half of `x w_in^T + b_in` times the activation of the second one.
-    `layer_norm`: weight, bias and eps of a norm that x has first; without a weight it has none.
-    As `unserved` has let them pass. The result has the dtype of the residual; without one that of `x`.
+    gated: between the layers is the first half of `x w_in^T + b_in` times the activation of the second half.
+    layer_norm: weight, bias and eps of a norm that x has first; without a weight there is none.
+
+    `unserved` has checked the arguments. The result has the dtype of the residual, or of `x` without one.
     """
     from clvp_fast import native
 
@@ -81,7 +82,7 @@ def layers(x, w_in, b_in, w_out, b_out, residual, activation, gated=False, layer
     rows, threads = as_rows(x), torch.get_num_threads()
     *norm, eps = layer_norm
     b_in, b_out, residual, *norm = (None if t is None else t.contiguous() for t in (b_in, b_out, residual, *norm))
-    # Four items a thread, so that none waits long for the others.
+    # Four items a thread, so that no thread waits long for the others.
     item_rows = -(-len(rows) // (4 * threads * _TILE_ROWS)) * _TILE_ROWS
     types = {torch.float32: native.FLOAT32, torch.bfloat16: native.BFLOAT16}
     call = native.MlpCall(

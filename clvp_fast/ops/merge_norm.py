@@ -15,16 +15,16 @@ from clvp_fast.ops.dispatch import Implementation, Operator, gradient
 
 
 def merge(x):
-    """`[batch, height, width, C]` → `[batch, ceil(height / 2), ceil(width / 2), 4 * C]`."""
+    """Merge `[batch, height, width, C]` into `[batch, ceil(height / 2), ceil(width / 2), 4 * C]`."""
     height, width = x.shape[1:3]
     if height % 2 or width % 2:
         x = F.pad(x, (0, 0, 0, width % 2, 0, height % 2))
-    # [batch, rows, 2, columns, 2, C]: of the four, those of the first column come first.
+    # [batch, rows, 2, columns, 2, C]: the neighbours of the first column come first.
     return x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).permute(0, 1, 3, 4, 2, 5).flatten(3)
 
 
 def reference(x, weight, bias, eps):
-    """The mathematics, step by step."""
+    """Compute the formula, step by step."""
     corners = [F.pad(x, (0, 0, 0, 1, 0, 1))[:, row:, column:][:, ::2, ::2] for column in (0, 1) for row in (0, 1)]
     rows, columns = corners[-1].shape[1:3]
     merged = torch.cat([corner[:, :rows, :columns] for corner in corners], -1)

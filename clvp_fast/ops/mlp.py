@@ -30,7 +30,7 @@ def _wide(*tensors: torch.Tensor | None) -> list[Any]:  # None for None, and a t
 
 
 def gelu_reference(x, w_in, b_in, w_out, b_out, residual, activation, scale_in=None, scale_out=None):
-    """The mathematics, step by step, in float32 at least."""
+    """Compute the formula, step by step, in float32 at least."""
     dtype = _out_dtype(x, residual)
     x, b_in, b_out, residual = _wide(x, b_in, b_out, residual)
     w_in, w_out = (
@@ -42,7 +42,7 @@ def gelu_reference(x, w_in, b_in, w_out, b_out, residual, activation, scale_in=N
 
 
 def geglu_reference(x, w_in, b_in, w_out, b_out, residual, activation, dropout_p=0.0):
-    """The mathematics, step by step, in float32 at least."""
+    """Compute the formula, step by step, in float32 at least."""
     dtype = _out_dtype(x, residual)
     x, w_in, b_in, w_out, b_out, residual = _wide(x, w_in, b_in, w_out, b_out, residual)
     h, gate = (x @ w_in.T + b_in).chunk(2, dim=-1)
@@ -127,13 +127,13 @@ def _cpu(x, w_in, b_in, w_out, b_out, residual, activation, *scales, gated=False
 
 
 def _pays(x, *others):
-    """The two products of few rows are faster alone, and a compiler sees through them."""
+    """Tell whether x has many rows and no compiler is at work: few rows are faster as two products."""
     return many_rows.are_many(x) and not torch.compiler.is_compiling()
 
 
 def _implementations(plain, gated, bind=None):
     triton, cpu = partial(_triton, gated=gated), partial(_cpu, gated=gated)
-    # Nobody expects a CPU to have a kernel for all types.
+    # A CPU is not expected to have a kernel for every dtype.
     return (
         Implementation("triton", triton, _why_not_triton, _why_not_type_triton, calls=_CALLS, bind=writing(triton)),
         Implementation("cpu", cpu, _why_not_cpu, many_rows.unserved_type, _pays, _CALLS, warns=False),
@@ -190,7 +190,7 @@ def _check(halves, x, w_in, b_in, w_out, b_out, residual, activation, scale_in=N
 
 
 def training(*tensors):
-    """Why a call is one for torch's own functions, or None."""
+    """Return why a call is for torch's own functions, or None."""
     return "autocast is on" if autocasts(tensors[0].device) else gradient(*tensors)
 
 
@@ -206,7 +206,7 @@ def gelu_mlp(
     scale_in: torch.Tensor | None = None,
     scale_out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Two linear layers with an activation between them.
+    """Compute two linear layers with an activation between them.
 
     Args:
         x: `[..., H]`.
@@ -245,7 +245,7 @@ def bind_gelu_mlp(
     scale_in: torch.Tensor | None = None,
     scale_out: torch.Tensor | None = None,
 ) -> BoundCall:
-    """`gelu_mlp` of these arguments, `x` `[N, H]`, into `out`, bound as `Operator.bind` tells."""
+    """Bind `gelu_mlp` of these arguments, `x` `[N, H]`, into `out`, as `Operator.bind` does."""
     args = (x, w_in, b_in, w_out, b_out, residual, activation, scale_in, scale_out)
     _check(1, *args)
     return _GELU.bind(args, out, room)

@@ -26,11 +26,11 @@ def _normed_dtype(x, weight, kind, out_dtype):
 
 
 def reference(x, residual, weight, bias, eps, kind, out_dtype=None):
-    """The mathematics, step by step."""
+    """Compute the formula, step by step."""
     total = x if residual is None else x + residual
     dtype = _normed_dtype(x, weight, kind, out_dtype)
     if kind == "rms":
-        # float32 for float64 input too: so does transformers' RMSNorm, and numbers must agree.
+        # float32 for float64 input too, because transformers' RMSNorm does so and numbers must agree.
         wide = total.to(torch.float32)
         normed = (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(total.dtype)
         return total, (weight * normed).to(dtype)
@@ -42,8 +42,8 @@ def reference(x, residual, weight, bias, eps, kind, out_dtype=None):
 
 
 def layer_norm(x, weight, bias, eps, dtype):
-    """Layer norm of `x` with a result of `dtype`, rounded once."""
-    # torch's own gives the dtype of x, and takes no narrower weights.
+    """Compute the layer norm of `x` with a result of `dtype`, rounded once."""
+    # Torch's function gives the dtype of x, and takes no narrower weights.
     if dtype == x.dtype and weight.dtype.itemsize >= x.dtype.itemsize:
         return F.layer_norm(x, weight.shape, weight, bias, eps)
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -57,7 +57,7 @@ def _torch(x, residual, weight, bias, eps, kind, out_dtype=None):
     if kind == "layer":
         return total, layer_norm(total, weight, bias, eps, dtype)
     wide = total.to(torch.float32)
-    # Not F.rms_norm: it differs from transformers' RMSNorm in the last bit.
+    # F.rms_norm differs from transformers' RMSNorm in the last bit.
     normed = (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(total.dtype)
     if weight.dtype != normed.dtype or needs_grad(normed, weight):
         return total, (weight * normed).to(dtype)
@@ -75,7 +75,7 @@ def _fake(x, residual, weight, bias, eps, kind, out_dtype=None):
 
 
 def unserved(width, *dtypes):
-    """Why the kernels cannot serve rows that are so wide, of tensors of such types, of which any may be None."""
+    """Return why the kernels cannot serve rows of this width, of tensors of these dtypes (None: absent), or None."""
     from clvp_fast.kernels.norm import MAX_WIDTH
 
     if width > MAX_WIDTH:
@@ -223,7 +223,7 @@ def bind_add_norm(
     eps: float,
     kind: str,
 ) -> BoundCall:
-    """`add_norm` of these arguments into `out`, in its dtypes, bound as `Operator.bind` tells.
+    """Bind `add_norm` of these arguments into `out`, in its dtypes, as `Operator.bind` does.
 
     The first result is None where there is no residual, and only there.
     """
@@ -256,7 +256,7 @@ def double_layer_norm(
     eps2: float,
     out_dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Layer norm over the last axis, and a second one of the first one's result.
+    """Compute a layer norm over the last axis, and a second one of its result.
 
     Args:
         x: `[..., C]`.
@@ -287,7 +287,7 @@ def bind_double_layer_norm(
     bias2: torch.Tensor | None,
     eps2: float,
 ) -> BoundCall:
-    """`double_layer_norm` of these arguments into `out`, the second in its dtype, bound as `Operator.bind` tells."""
+    """Bind `double_layer_norm` of these arguments into `out`, the second in its dtype, as `Operator.bind` does."""
     args = (x, weight1, bias1, eps1, weight2, bias2, eps2, out[1].dtype)
     _check_double(*args)
     return _DOUBLE.bind(args, out, room)

@@ -30,12 +30,12 @@ _debug = os.environ.get("CLVP_FAST_DEBUG") == "1"
 
 
 def _contiguous_last(*tensors: torch.Tensor | None) -> list[Any]:  # None for None, and a tensor for each other
-    """The tensors, copied where neighbours along the last dimension do not lie side by side."""
+    """Return the tensors, copied where the last axis does not have stride 1."""
     return [x if x is None or x.shape[-1] < 2 or x.stride(-1) == 1 else x.contiguous() for x in tensors]
 
 
 def _decode_native(q, *others):
-    """csrc/cpu/paged_decode.cpp."""
+    """Run csrc/cpu/paged_decode.cpp."""
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     _native_call(out, q, *others)()
     return out
@@ -49,7 +49,7 @@ def _bind_native(out, room, q, k_new, v_new, k_pages, v_pages, *others):
 
 
 def _native_call(out, q, k_new, v_new, k_pages, v_pages, block_table, seq_lens, *others):
-    """The kernel's call on these tensors, or on copies that are made now where neighbours do not lie side by side."""
+    """Bind the kernel to these tensors, or to copies that are made now where the last axis does not have stride 1."""
     from clvp_fast import native
 
     q, k_new, v_new, block_table, seq_lens = _contiguous_last(q, k_new, v_new, block_table, seq_lens)
@@ -94,7 +94,7 @@ def _decode_triton(
     *,
     out=None,
 ):
-    """kernels/paged_attention.py."""
+    """Run kernels/paged_attention.py."""
     from clvp_fast.kernels import paged_attention as kernels
 
     num_candidates, num_heads, head_dim = q.shape
@@ -106,7 +106,7 @@ def _decode_triton(
     partial_sums = num_candidates * num_heads * parts * (head_dim + 2) if parts > 1 else 0
     partial = torch.empty(partial_sums, dtype=torch.float32, device=q.device)
     if arrivals is None:
-        # Nothing is counted where there is nothing to merge: then no launch for zeros.
+        # Counters are needed only where parts are merged; otherwise a launch that zeroes them is saved.
         make = torch.zeros if parts > 1 else torch.empty
         arrivals = make(num_candidates, num_heads, dtype=torch.int32, device=q.device)
     rows = _contiguous_last(q, k_new, v_new)
@@ -119,7 +119,7 @@ def _decode_triton(
 
 
 def _prefill_triton(q, k, v, cu_seqlens, k_pages, v_pages, block_table, scale, k_scale=None, v_scale=None):
-    """kernels/paged_prefill.py."""
+    """Run kernels/paged_prefill.py."""
     from clvp_fast.kernels.paged_prefill import paged_prefill
 
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -237,7 +237,7 @@ def _check(q, k, v, names, k_pages, v_pages, k_scale, v_scale):
 
 
 def _check_row(table_name, table, row, tokens, user, pages):
-    """In debug mode: the `tokens` that `user` has in a row of a table fit it, and lie in pages that exist."""
+    """Check, in debug mode, that the `tokens` of `user` fit their row of a table and lie in pages that exist."""
     num_pages, page_size = pages.shape[:2]
     if tokens > table.shape[1] * page_size:
         raise IndexError(
@@ -277,7 +277,7 @@ def _check_prefill_values(num_tokens, cu_seqlens, pages, block_table):
 
 
 def _call(operator, args):
-    # The torch paths read lengths on the host: the compiler keeps them as one opaque call.
+    # The torch paths read lengths on the host, so that the compiler has to keep them as one opaque call.
     if torch.compiler.is_compiling():
         return operator.registered(*args)
     return operator.choose(args)(*args)
@@ -300,7 +300,7 @@ def paged_attention_decode(
     v_scale: torch.Tensor | None = None,
     arrivals: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """One decode step of N candidates: store each one's new key and value, and attend to its prefix and its own tokens.
+    """Store a new key and value of each of N candidates, and attend to its prefix and its own tokens.
 
     Args:
         q, k_new, v_new: `[N, H, D]`, of one dtype.
@@ -355,7 +355,7 @@ def bind_paged_attention_decode(
     v_scale: torch.Tensor | None = None,
     arrivals: torch.Tensor | None = None,
 ) -> BoundCall:
-    """`paged_attention_decode` of these arguments into `out`, contiguous, bound as `Operator.bind` tells."""
+    """Bind `paged_attention_decode` of these arguments into `out`, contiguous, as `Operator.bind` does."""
     tables = (block_table, seq_lens, prefix_table, prefix_lens, prefix_index)
     args = (q, k_new, v_new, k_pages, v_pages, *tables, scale, k_scale, v_scale, arrivals)
     _check_decode(*args)
@@ -396,7 +396,7 @@ def paged_prefill(
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Causal attention within each sequence of a ragged batch; their keys and values are stored from place 0 on.
+    """Attend causally within each sequence of a ragged batch, and store its keys and values from place 0 on.
 
     Args:
         q, k, v: `[T, H, D]`, of one dtype, the sequences one after another.

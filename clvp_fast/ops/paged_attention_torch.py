@@ -20,7 +20,7 @@ def _dequantised(stored, dtype, scale):
 
 
 def _tokens(pages, scale, table, length, dtype):
-    """The first `length` tokens of one row of a table, `[length, num_heads, head_dim]`."""
+    """Return the first `length` tokens of one row of a table, `[length, num_heads, head_dim]`."""
     places = torch.arange(length, device=pages.device)
     page_size = pages.shape[1]
     return _dequantised(pages[table[places // page_size].long(), places % page_size], dtype, scale)
@@ -34,7 +34,7 @@ def _store(pages, scale, table, places, new):
 
 
 def _attend_exactly(q, k, v, scale):
-    """q `[queries, heads, dim]` over k, v `[keys, heads, dim]`, causal from the end, in float32 at least."""
+    """Attend from q `[queries, heads, dim]` to k, v `[keys, heads, dim]`, causal from the end, in float32 at least."""
     compute = torch.promote_types(q.dtype, torch.float32)
     scores = torch.einsum("qhd,khd->hqk", q.to(compute) * scale, k.to(compute))
     ahead = torch.ones(len(q), len(k), dtype=torch.bool, device=q.device).triu(len(k) - len(q) + 1)
@@ -58,7 +58,7 @@ def decode_reference(
     v_scale=None,
     arrivals=None,
 ):
-    """One candidate after another."""
+    """Decode one candidate after another."""
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
     page_size = k_pages.shape[1]
     stores = (k_pages, k_scale), (v_pages, v_scale)
@@ -102,7 +102,7 @@ def decode_torch(
     for store, new in zip(stores, (k_new, v_new), strict=True):
         _store(*store, table, lengths, new[rows])
 
-    # Each candidate's own tokens, padded to the longest. What pads is zeroed: unused slots may hold anything, NaN too.
+    # Each candidate's own tokens, padded to the longest. The padding is zeroed, because unused slots may hold NaN.
     page_size = k_pages.shape[1]
     num_pages = int(lengths.max()) // page_size + 1
     stored = torch.arange(num_pages * page_size, device=q.device) <= lengths[:, None]
@@ -135,7 +135,7 @@ def decode_torch(
 
 
 def prefill_reference(q, k, v, cu_seqlens, k_pages, v_pages, block_table, scale, k_scale=None, v_scale=None):
-    """One sequence after another."""
+    """Prefill one sequence after another."""
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     page_size = k_pages.shape[1]
     bounds = cu_seqlens.tolist()

@@ -6,7 +6,7 @@ from clvp_fast.ops import many_rows
 from clvp_fast.ops.checks import check_same, shape_error
 from clvp_fast.ops.dispatch import missing_natively
 
-#: How many rows of weights a panel has.
+#: The number of rows of weights in a panel.
 PANEL = 48
 
 
@@ -23,14 +23,14 @@ def unserved(x_dtype: torch.dtype, weight: torch.Tensor) -> str | None:
 
 
 def shape_of(weight: torch.Tensor) -> tuple[int, int, int, int]:
-    """The shape of the panels of `weight` `[out, in]`."""
+    """Return the shape of the panels of `weight` `[out, in]`."""
     outs, columns = weight.shape
     together = 1 if weight.dtype == torch.float32 else 2
     return padded(outs) // PANEL, columns // together, PANEL, together
 
 
 def padded(outs: int) -> int:
-    """How many rows the panels of `outs` rows of weights have room for."""
+    """Return the number of rows that the panels of `outs` rows of weights have room for."""
     return -(-outs // PANEL) * PANEL
 
 
@@ -46,14 +46,14 @@ def pack(weight: torch.Tensor, into: torch.Tensor | None = None) -> torch.Tensor
     """
     _, units, _, together = shape = shape_of(weight)
     panels = torch.zeros(shape, dtype=weight.dtype, device=weight.device) if into is None else into
-    # A panel at a time, which the caches have room for.
+    # One panel at a time, which fits into the caches.
     for group, rows in zip(panels, weight.split(PANEL), strict=True):
         group[:, : len(rows)].copy_(rows.unflatten(1, (units, together)).transpose(0, 1))
     return panels
 
 
 def check(panels: torch.Tensor, weight: torch.Tensor) -> None:
-    """Raise unless `panels` have the shape and dtype of those of `weight`, and lie side by side beside it."""
+    """Raise unless `panels` have the shape, dtype and device of those of `weight`, and are contiguous."""
     if panels.shape != shape_of(weight):
         raise shape_error("panels", f"{list(shape_of(weight))}, as pack() makes them of the weight", panels)
     check_same("panels", panels, "weight", weight)

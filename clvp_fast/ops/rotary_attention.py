@@ -16,7 +16,7 @@ from clvp_fast.ops.wide import multiplies_slowly
 
 
 def _rotate(x, cos, sin):
-    """Rotary positions on the first R channels of x [B, T, H, D]; cos, sin [B or 1, T, R]."""
+    """Rotate the first R channels of x [B, T, H, D] by their positions; cos, sin [B or 1, T, R]."""
     rotary_dim = cos.shape[-1]
     half = rotary_dim // 2
     cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
@@ -24,7 +24,8 @@ def _rotate(x, cos, sin):
     if needs_grad(x, cos, sin):
         rotated = x[..., :rotary_dim] * cos + torch.cat((-second, first), dim=-1) * sin
         return torch.cat((rotated.to(x.dtype), x[..., rotary_dim:]), dim=-1)
-    # In place on one copy in the promoted dtype: whole rows convert fast, slices of 32 channels do not.
+    # On one copy in the promoted dtype, in place: converting whole rows is fast, converting slices of 32 channels is
+    # not.
     rotated = x.to(torch.promote_types(x.dtype, cos.dtype), copy=True, memory_format=torch.contiguous_format)
     rotated[..., :rotary_dim].mul_(cos)
     rotated[..., :half].addcmul_(second, sin[..., :half], value=-1)
@@ -33,7 +34,7 @@ def _rotate(x, cos, sin):
 
 
 def _both_halves(angles):
-    """[B or 1, T, R], of [B or 1, T, 1, R / 2] too: angles that both halves of the channels share."""
+    """Return angles as [B or 1, T, R], also from [B or 1, T, 1, R / 2] that both halves of the channels share."""
     return angles if angles.ndim == 3 else angles.expand(-1, -1, 2, -1).flatten(2)
 
 
@@ -46,7 +47,7 @@ def _rotate_all(q, k, v, cos, sin, query_offset):
 
 
 def _allowed(mask: torch.Tensor | None, causal, q_len, k_len, query_offset, device) -> Any:
-    """Who attends to whom, bool, broadcastable to [B, H, Tq, Tk]; None: everyone to everything."""
+    """Return the allowed pairs of query and key, bool, broadcastable to [B, H, Tq, Tk]; None: all pairs."""
     if mask is not None and mask.ndim == 2:
         mask = mask[:, None, None, :]
     if not causal or query_offset >= k_len - 1:
@@ -57,22 +58,22 @@ def _allowed(mask: torch.Tensor | None, causal, q_len, k_len, query_offset, devi
 
 
 def _additive(allowed, dtype):
-    # The smallest number, not -inf: a row that may attend to nothing then weighs all keys alike.
+    # The smallest number, not -inf: a query without a key then weighs all keys alike.
     return torch.zeros_like(allowed, dtype=dtype).masked_fill_(~allowed, torch.finfo(dtype).min)
 
 
 def _added(mask, causal, q_len, k_len, query_offset, device, dtype) -> torch.Tensor:
-    """An additive mask in `dtype`, and its smallest number where causality forbids."""
+    """Return an additive mask in `dtype`, with its smallest number where causality forbids."""
     triangle = _allowed(None, causal, q_len, k_len, query_offset, device)
     lowest = torch.finfo(dtype).min
-    if torch.finfo(mask.dtype).min < lowest:  # which would become -inf
+    if torch.finfo(mask.dtype).min < lowest:  # the number would become -inf
         mask = mask.clamp(min=lowest)
     mask = mask.to(dtype)
     return mask if triangle is None else mask.masked_fill(~triangle, lowest)
 
 
 def _bias(mask, causal, q_len, k_len, query_offset, device, dtype):
-    """What is added to the scores, broadcastable to [B, H, Tq, Tk]; None: nothing."""
+    """Return the term that is added to the scores, broadcastable to [B, H, Tq, Tk]; None: none."""
     geometry = (mask, causal, q_len, k_len, query_offset, device)
     if mask is not None and mask.dtype != torch.bool:
         return _added(*geometry, dtype)
@@ -81,8 +82,8 @@ def _bias(mask, causal, q_len, k_len, query_offset, device, dtype):
 
 
 def _weights(q, k, bias):
-    """Attention weights [B, H, Tq, Tk] in the dtype of q, computed in the order of transformers' eager attention."""
-    if q.shape[1] == 1:  # a decoding step: keys on the left, whose transpose torch would copy in half types
+    """Compute attention weights [B, H, Tq, Tk] in the dtype of q, in the order of transformers' eager attention."""
+    if q.shape[1] == 1:  # a decoding step: with keys on the left torch need not copy their transpose in half types
         scores = torch.matmul(k.transpose(1, 2), q.permute(0, 2, 3, 1)).transpose(2, 3)
     else:
         scores = torch.matmul(q.transpose(1, 2), k.permute(0, 2, 3, 1))
@@ -96,7 +97,7 @@ def _mix(weights, v, dropout_p):
 
 
 def reference(q, k, v, cos, sin, mask, causal, query_offset, scale, dropout_p=0.0):
-    """The mathematics, step by step, in float32 at least."""
+    """Compute the formula, step by step, in float32 at least."""
     dtype = v.dtype
     if cos is not None:
 
@@ -115,19 +116,19 @@ def reference(q, k, v, cos, sin, mask, causal, query_offset, scale, dropout_p=0.
     weights = _weights(q * scale, k, _bias(*geometry, compute))
     if mask is not None and mask.dtype == torch.bool:
         empty = ~_allowed(*geometry).any(-1, keepdim=True)
-        weights = weights.masked_fill(empty, 1 / k.shape[1])  # as it is already; its gradient is none
+        weights = weights.masked_fill(empty, 1 / k.shape[1])  # the same value without a gradient
     return _mix(weights, v, dropout_p).to(dtype)
 
 
-# On a CPU, attention weights of up to this many elements (128 MB in bfloat16) may be materialised.
+# The largest number of attention weights that may be stored on a CPU (128 MB in bfloat16).
 _MAX_WEIGHTS = 2**26
 
 
 def _prefers_matmul(q, k, square):
-    """Whether two matrix products beat SDPA: never off the CPU.
+    """Tell whether two matrix products beat SDPA; this is possible on a CPU only.
 
     There SDPA's fused kernel is slow in half precision, 3 to 14 times for one query, and gains nothing for one query in
-    float32 over keys stored head by head. (float16 products of matrices, though, are slower still.)
+    float32 over keys stored head by head. (float16 matrix products are slower still.)
     """
     if q.device.type != "cpu" or square:
         return False
@@ -138,20 +139,20 @@ def _prefers_matmul(q, k, square):
 
 
 def _weighs_alike(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether SDPA itself weighs all keys of a query alike where their scores are the dtype's smallest number.
+    """Tell whether SDPA weighs a query's keys equally where all scores are the dtype's smallest number.
 
-    A GPU's fused kernels multiply scores by log2(e) first: they overflow to -inf, and the result is 0. float16's
-    smallest number does not swallow the scores that it is added to.
+    A GPU's fused kernels multiply scores by log2(e) first: they overflow to -inf, and the result is 0. In float16 the
+    smallest number is too small in magnitude to swallow a score.
     """
     return device.type == "cpu" and dtype != torch.float16
 
 
-# What is added to a score and swallows it.
+# Added to a score, this number swallows it.
 _SWALLOWS = -1e30
 
 
 def _seeing(q, mask, causal, k_len, query_offset):
-    """q, mask and causal in whose place a query that may attend to nothing has equal scores, and every key allowed."""
+    """Return q, mask and causal that give a query without keys equal scores and every key."""
     geometry = (causal, q.shape[1], k_len, query_offset, q.device)
     if mask.dtype == torch.bool:
         allowed = _allowed(mask, *geometry)
@@ -176,7 +177,7 @@ def _torch(q, k, v, cos, sin, mask, causal, query_offset, scale, dropout_p=0.0):
     grad = needs_grad(q, k, v)
     weighed = additive and grad  # by two products, as eager attention does
     if mask is not None and not weighed and (grad or not _weighs_alike(q.device, q.dtype)):
-        # SDPA's backward, too, takes each weight of a query without keys for 1.
+        # SDPA's backward also takes each weight of a query without keys for 1.
         q, mask, causal = _seeing(q, mask, causal, k_len, query_offset)
     bias = None if square else _bias(mask, causal, q_len, k_len, query_offset, q.device, q.dtype)
     if _prefers_matmul(q, k, square) or weighed:
@@ -233,7 +234,7 @@ _OPERATOR = Operator(
 
 
 def _one_by_one(attend):
-    """`attend` over ragged sequences, one after another."""
+    """Apply `attend` to ragged sequences, one after another."""
 
     def ragged(q, k, v, cu_seqlens, max_seqlen, cos, sin, causal, scale):
         parts = [v.new_empty(0, *q.shape[1:])]
@@ -348,7 +349,7 @@ def _ragged(q, k, v, cu_seqlens, max_seqlen, cos, sin, causal, scale):
     _check_angles(cos, sin, q, (1,), max_seqlen)
     args = (q, k, v, cu_seqlens, max_seqlen, cos, sin, causal, q.shape[2] ** -0.5 if scale is None else scale)
     training = gradient(q, k, v, cos, sin)
-    if training is None and torch.compiler.is_compiling():  # torch's reads lengths on the host: one opaque call
+    if training is None and torch.compiler.is_compiling():  # torch's path reads lengths on the host: one opaque call
         return _RAGGED.registered(*args)
     return _RAGGED.choose(args, training)(*args)
 
@@ -368,7 +369,7 @@ def rotary_attention(
     cu_seqlens: torch.Tensor | None = None,
     max_seqlen: int | None = None,
 ) -> torch.Tensor:
-    """Attention with rotary positions on the first channels of queries, keys and values.
+    """Attend with rotary positions on the first channels of queries, keys and values.
 
     Args:
         q: `[B, Tq, H, D]`, any strides; float16, bfloat16, float32 or float64.
@@ -418,7 +419,7 @@ def rotary_attention_weights(
     scale: float | None = None,
     dropout_p: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`rotary_attention` that also returns the attention weights; in plain torch, whatever the backend.
+    """Compute `rotary_attention` and also return the attention weights; in plain torch for every backend.
 
     Returns:
         The output `[B, Tq, H, D]` and the weights `[B, H, Tq, Tk]` before dropout, both in the dtype of `q`.

@@ -23,7 +23,7 @@ def _native(
     logits, seen, lengths, done, temperature, top_k, top_p, typical_p, min_p, repetition_penalty, seed, candidate, step,
     stop_token, pad_token, do_sample, sampled,
 ):  # fmt: skip
-    """csrc/cpu/sample.cpp."""
+    """Run csrc/cpu/sample.cpp."""
     reals = (temperature, top_p, typical_p, min_p, repetition_penalty)
     inputs = (
         (logits.float() if logits.dtype == torch.float16 else logits).contiguous(),
@@ -60,7 +60,7 @@ def _bind_native(
 
 
 def _native_call(tokens, inputs, pad_token, do_sample):
-    """The kernel's call on the tensors that `struct clvp_fast_sample` names, contiguous, and of its types."""
+    """Bind the kernel to the tensors of `struct clvp_fast_sample`, contiguous and of its types."""
     from clvp_fast import native
 
     logits, marks = inputs[:2]
@@ -79,7 +79,7 @@ def _native_call(tokens, inputs, pad_token, do_sample):
 
 
 def _triton(logits, seen, lengths, done, *others, out=None):
-    """kernels/sampling.py."""
+    """Run kernels/sampling.py."""
     from clvp_fast.kernels import sampling
 
     tokens = logits.new_empty(logits.shape[0], dtype=torch.int64) if out is None else out
@@ -125,7 +125,7 @@ _OPERATOR = Operator(
     ),
 )
 
-# Each parameter's neutral value, which leaves its processor out, and what a number must fulfil.
+# Each parameter's neutral value, which switches its processor off, and the condition on numbers.
 _PARAMETERS = {
     "temperature": (1.0, lambda x: x > 0, "above 0 (for the largest score, do_sample=False)"),
     "top_k": (0, lambda x: x >= 0 and x == int(x), "a whole number from 0 (none) up"),
@@ -137,7 +137,7 @@ _PARAMETERS = {
 
 
 def _parameter(name, value, logits):
-    """A parameter as a tensor `[N]`, or None if it is neutral."""
+    """Return a parameter as a tensor `[N]`, or None if it is neutral."""
     count = logits.shape[0]
     if isinstance(value, torch.Tensor):
         if value.shape != (count,):
@@ -154,10 +154,10 @@ def _parameter(name, value, logits):
 
 
 def _number(name, value, logits):
-    """A whole number, or a tensor `[N]` of them, as int64 `[N]`."""
+    """Return a whole number, or a tensor `[N]` of them, as int64 `[N]`."""
     count = logits.shape[0]
     if not isinstance(value, torch.Tensor):
-        value = (int(value) + 2**63) % 2**64 - 2**63  # seeds above 2^63 keep their bits
+        value = (int(value) + 2**63) % 2**64 - 2**63  # seeds from 2^63 on keep their bits
         return torch.full((count,), value, dtype=torch.int64, device=logits.device)
     if value.dtype != torch.int64:
         raise TypeError(f"{name} must be int64, not {value.dtype}")
@@ -168,7 +168,7 @@ def _number(name, value, logits):
 
 
 def _choice(do_sample, logits):
-    """Whether any row may be sampled, and which are: bool `[N]`, or None for all or none."""
+    """Return whether any row may be sampled, and which ones: bool `[N]`, or None for all or none."""
     if not isinstance(do_sample, torch.Tensor):
         return bool(do_sample), None
     if do_sample.dtype != torch.bool:
@@ -245,7 +245,7 @@ def bind_sample(
     pad_token: int,
     do_sample: bool | torch.Tensor = True,
 ) -> BoundCall:
-    """`sample` of these arguments into `out`, `[N]` int64, bound as `Operator.bind` tells."""
+    """Bind `sample` of these arguments into `out`, `[N]` int64, as `Operator.bind` does."""
     settings = (temperature, top_k, top_p, typical_p, min_p, repetition_penalty)
     numbers = (seed, candidate, step)
     args = _arguments(logits, seen, lengths, done, settings, numbers, stop_token, pad_token, do_sample)
@@ -253,7 +253,7 @@ def bind_sample(
 
 
 def _arguments(logits, seen, lengths, done, settings, numbers, stop_token, pad_token, do_sample):
-    """The operator's arguments, checked: of the settings those that are not neutral, as tensors."""
+    """Check the operator's arguments and return them, settings as tensors unless they are neutral."""
     if logits.ndim != 2:
         raise shape_error("logits", "[candidates, vocabulary]", logits)
     count, vocab_size = logits.shape

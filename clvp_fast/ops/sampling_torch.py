@@ -8,11 +8,11 @@ _LOW = 0xFFFFFFFF
 
 
 def philox(counter: tuple, key: tuple) -> tuple:
-    """Philox-4x32-10: four 32-bit words from a counter of four and a key of two, as ints or int64 tensors."""
+    """Compute Philox-4x32-10: four 32-bit words from a counter of four and a key of two, as ints or int64 tensors."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
-        # A tensor's product wraps at 64 bits, and `>>` drags its sign along: the mask leaves the high word.
+        # A tensor's product wraps at 64 bits, and `>>` copies its sign: the mask leaves the high word.
         p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
         c0, c1, c2, c3 = ((p1 >> 32) & _LOW) ^ c1 ^ k0, p1 & _LOW, ((p0 >> 32) & _LOW) ^ c3 ^ k1, p0 & _LOW
         k0, k1 = (k0 + _KEY_STEPS[0]) & _LOW, (k1 + _KEY_STEPS[1]) & _LOW
@@ -24,12 +24,12 @@ def _halves(x):
 
 
 def _uniform(seed, candidate, step):
-    """One number in (0, 1) from 32 random bits."""
+    """Return one number in (0, 1) from 32 random bits."""
     return (philox((*_halves(step), *_halves(candidate)), _halves(seed))[0] + 0.5) * 2.0**-32
 
 
 def _seen_tokens(seen, vocab_size):
-    """The bitmap `[N, words]` as bool `[N, vocab_size]`."""
+    """Expand the bitmap `[N, words]` to bool `[N, vocab_size]`."""
     bits = (seen[:, :, None] >> torch.arange(32, dtype=torch.int32, device=seen.device)) & 1
     return bits.flatten(1)[:, :vocab_size].bool()
 
@@ -47,7 +47,7 @@ def advance(tokens, seen, lengths, done, stop_token, pad_token):
 
 
 def row_scores(scores, temperature, top_k, top_p, typical_p, min_p):
-    """transformers' warpers in their order, on one row; what may not be drawn becomes -inf."""
+    """Apply transformers' warpers in their order to one row; forbidden tokens get -inf."""
     scores = scores / temperature
     if 0 < top_k < len(scores):
         scores = scores.masked_fill(scores < scores.topk(top_k).values[-1], -torch.inf)
@@ -73,7 +73,7 @@ def reference(
     logits, seen, lengths, done, temperature, top_k, top_p, typical_p, min_p, repetition_penalty, seed, candidate, step,
     stop_token, pad_token, do_sample, sampled,
 ):  # fmt: skip
-    """One candidate after another."""
+    """Draw for one candidate after another."""
     tokens = torch.zeros_like(lengths, dtype=torch.int64)
     known = _seen_tokens(seen, logits.shape[1])
     for n, row in enumerate(logits.to(torch.promote_types(logits.dtype, torch.float32))):
@@ -92,7 +92,7 @@ def reference(
 
 
 def _filter_sorted(scores, top_k, top_p):
-    """Top-k and top-p from one sort of `[N, V]`."""
+    """Apply top-k and top-p with one sort of `[N, V]`."""
     ascending, order = scores.sort(stable=True)
     if top_k is not None:
         size = scores.shape[1]
@@ -138,7 +138,7 @@ def sample_torch(
         scores = scores.masked_fill(probabilities < least, -torch.inf)
     if typical_p is not None:
         scores = _filter_typical(scores, typical_p)
-    # float64: in float32 a sum of 8194 terms would move the bounds of the rare tokens.
+    # float64, because in float32 a sum of 8194 terms would move the bounds of rare tokens.
     cumulated = scores.double().softmax(-1).cumsum(-1)
     target = _uniform(seed, candidate, step)[:, None] * cumulated[:, -1:]
     tokens = (cumulated <= target).sum(-1)

@@ -28,7 +28,7 @@ from clvp_fast.ops.window_attention import (
 
 
 def _window_reference(x, norm_weight, norm_bias, w_qkv, b_qkv, bias, w_out, b_out, window, shift, eps):
-    """The mathematics, step by step, from the references of its parts."""
+    """Compute the formula, step by step, from the references of its parts."""
     normed = norm.reference(x, None, norm_weight, norm_bias, eps, "layer")[1]
     packed = linear_reference(normed, w_qkv, b_qkv, None, None)
     q, k, v = packed.unflatten(-1, (3, len(bias), -1)).unbind(-3)
@@ -44,7 +44,7 @@ def _window_parts(x, norm_weight, norm_bias, w_qkv, b_qkv, bias, w_out, b_out, w
 
 
 def _window_native(x, norm_weight, norm_bias, w_qkv, b_qkv, bias, w_out, b_out, window, shift, eps):
-    """csrc/cpu/window_block.cpp."""
+    """Run csrc/cpu/window_block.cpp."""
     from clvp_fast import native
 
     out, heads = x.new_empty(x.shape), len(bias)
@@ -82,7 +82,7 @@ def _window_why_not(x, norm_weight, norm_bias, w_qkv, b_qkv, bias, w_out, b_out,
 
 
 def _mlp_reference(x, norm_weight, norm_bias, w_in, b_in, w_out, b_out, activation, eps):
-    """The mathematics, step by step, from the references of its parts."""
+    """Compute the formula, step by step, from the references of its parts."""
     normed = norm.reference(x, None, norm_weight, norm_bias, eps, "layer")[1]
     return gelu_reference(normed, w_in, b_in, w_out, b_out, x, activation)
 
@@ -112,13 +112,13 @@ def _missing(device):
 
 
 def _window_pays(x, norm_weight, norm_bias, w_qkv, b_qkv, bias, w_out, b_out, window, shift, eps):
-    """An item is a window: where there are few, parts are shared out better among the threads."""
+    """Tell whether there are enough windows for all threads; few windows are shared out better in parts."""
     batch, height, width = x.shape[:3]
     return batch * (height // window) * (width // window) >= 2 * torch.get_num_threads()
 
 
 def _mlp_pays(x, *others):
-    """Whether packing the weights pays (benchmarks/swin.py): halves pack in less time than floats."""
+    """Tell whether packing the weights pays (benchmarks/swin.py): half types pack faster than float32."""
     fewest = 32 * torch.get_num_threads() if x.dtype == torch.bfloat16 else many_rows.FEW_ROWS + 1
     return x.numel() >= fewest * x.shape[-1]
 
@@ -167,14 +167,14 @@ _MLP = Operator(
 
 
 def _training(args):
-    """Why a call is one for its parts, or None: they tell what they cannot serve, and a compiler sees through them."""
+    """Return why a call is computed by its parts, or None; the parts report errors, and a compiler can fuse them."""
     if torch.compiler.is_compiling():
         return "a compiler takes its parts"
     return training(*(arg for arg in args if isinstance(arg, torch.Tensor)))
 
 
 def _check(x, **expected):
-    """Raise unless each tensor, None apart, has its shape and lies where `x` does."""
+    """Raise unless each tensor that is not None has its shape and is on the device of `x`."""
     for name, (tensor, shape) in expected.items():
         if tensor is not None:
             if tensor.shape != shape:

@@ -1,4 +1,4 @@
-"""Where torch's own operators are slow in bfloat16, and float32 takes their place."""
+"""A test for bfloat16 products that are slow in torch, so that float32 takes their place."""
 
 import torch
 

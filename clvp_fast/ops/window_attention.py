@@ -2,13 +2,13 @@
 
 The image is cut into windows of `window` x `window` places. With a shift, every window begins `shift` rows and columns
 later, and rows and columns go around the edges: a window at the seam then holds places from opposite edges, which are
-no neighbours, and SEAM is added to the scores between them.
+not neighbours, and SEAM is added to the scores between them.
 
     scores = q k^T * scale + bias[head] (+ SEAM across the seam)        within a window
     out    = softmax(scores) v
 
-Queries, keys and values are read where a projection left them, and the result is written where the next layer wants it:
-that places are gathered into windows and scattered back is inside the operator, and so is the mask.
+Queries, keys and values are read where a projection left them, and the result is written where the next layer reads it:
+the operator itself gathers places into windows, scatters them back, and makes the mask.
 """
 
 import ctypes
@@ -19,25 +19,25 @@ import torch.nn.functional as F
 from clvp_fast.ops.checks import check_same, shape_error, unserved_by_triton
 from clvp_fast.ops.dispatch import Implementation, Operator, gradient, needs_grad
 
-# What Swin adds to the scores of places that only the shift brought together.
+# The term that Swin adds to scores between places that only the shift has brought together.
 SEAM = -100.0
 
 
 def _window_order(height, width, window, shift, device):
-    """The places of the image `[height * width]`, as row * width + column, window by window, each row by row."""
+    """Return the places of the image `[height * width]`, as row * width + column, window by window, row by row."""
     places = torch.arange(height * width, device=device).view(height, width).roll((-shift, -shift), (0, 1))
     windows = places.view(height // window, window, width // window, window).transpose(1, 2)
     return windows.reshape(-1)
 
 
 def _regions(size, window, shift, device):
-    """Which of three bands a row (or column) of the shifted image is from: bands of a window are not neighbours."""
+    """Return the band, 0 to 2, of each row (or column) of the shifted image; different bands are not neighbours."""
     place = torch.arange(size, device=device)
     return (place >= size - window).long() + (place >= size - shift).long()
 
 
 def seam(height, width, window, shift, device):
-    """Whether two places of a window are from different regions: bool `[windows, window ** 2, window ** 2]`."""
+    """Tell which places of a window are from different regions: bool `[windows, window ** 2, window ** 2]`."""
     rows, columns = (_regions(size, window, shift, device) for size in (height, width))
     region = rows[:, None] * 3 + columns
     region = region.view(height // window, window, width // window, window).transpose(1, 2).reshape(-1, window**2)
@@ -45,36 +45,36 @@ def seam(height, width, window, shift, device):
 
 
 def _gather(x, order):
-    """`[batch, height, width, num_heads, head_dim]` → the same places in window order, `[batch * places, channels]`."""
+    """Gather `[batch, height, width, num_heads, head_dim]` in window order: `[batch * places, channels]`."""
     batch, places = x.shape[0], len(order)
     rows = (torch.arange(batch, device=x.device)[:, None] * places + order).view(-1)
     return x.flatten(0, 2).flatten(1).index_select(0, rows)
 
 
 def _in_windows(x, order, window):
-    """`[batch, height, width, num_heads, head_dim]` → `[batch, windows, num_heads, window ** 2, head_dim]`."""
+    """Gather `[batch, height, width, num_heads, head_dim]` as `[batch, windows, num_heads, window ** 2, head_dim]`."""
     batch, _, _, num_heads, head_dim = x.shape
     windows = len(order) // window**2
     return _gather(x, order).view(batch, windows, window**2, num_heads, head_dim).transpose(2, 3)
 
 
 def _in_image(out, order, shape):
-    """What `_in_windows` made of a tensor of `shape`, back in its place, contiguous."""
+    """Put the result of `_in_windows` for a tensor of `shape` back in its place, contiguous."""
     back = torch.empty_like(order)
     back[order] = torch.arange(len(order), device=order.device)
     return _gather(out.transpose(2, 3).reshape(shape), back).view(shape)
 
 
 def _scored_bias(bias, height, width, window, shift, dtype):
-    """What is added to the scores: `[windows or 1, num_heads, window ** 2, window ** 2]`."""
-    bias = bias.to(dtype).contiguous()[None]  # gathered from a table it may lie the other way round
+    """Return the term that is added to the scores: `[windows or 1, num_heads, window ** 2, window ** 2]`."""
+    bias = bias.to(dtype).contiguous()[None]  # gathered from a table it may be transposed
     if not shift:
         return bias
     return bias + seam(height, width, window, shift, bias.device)[:, None].to(dtype) * SEAM
 
 
 def _weights(q, k, bias):
-    """Attention weights `[batch, windows, num_heads, window ** 2, window ** 2]` in the dtype of the scaled q."""
+    """Compute weights `[batch, windows, num_heads, window ** 2, window ** 2]` in the dtype of the scaled q."""
     scores = q @ k.transpose(-1, -2)
     scores = scores + bias if needs_grad(scores, bias) else scores.add_(bias)
     return scores.softmax(-1)
@@ -85,7 +85,7 @@ def _mix(weights, v, dropout_p):
 
 
 def reference(q, k, v, bias, window, shift, scale, dropout_p=0.0):
-    """The mathematics, step by step, in float32 at least."""
+    """Compute the formula, step by step, in float32 at least."""
     compute, (batch, height, width, num_heads, head_dim) = torch.promote_types(q.dtype, torch.float32), q.shape
 
     def windows(x):
@@ -101,9 +101,9 @@ def reference(q, k, v, bias, window, shift, scale, dropout_p=0.0):
 
 
 def _matmul(q, k, v, bias, order, window, scale, dropout_p):
-    """Products and softmax of copies in window order: half types on a CPU.
+    """Multiply copies in window order, with a softmax between; this is for half types on a CPU.
 
-    SDPA's fused kernel is slower there, and torch copies operands of products that lie apart in any case.
+    SDPA's fused kernel is slower there, and torch copies operands that are not contiguous in any case.
     """
     shape = q.shape
     q, k, v = (_in_windows(x, order, window).contiguous() for x in (q * scale, k, v))
@@ -111,11 +111,11 @@ def _matmul(q, k, v, bias, order, window, scale, dropout_p):
 
 
 def _sdpa(q, k, v, bias, order, window, scale, dropout_p):
-    """Torch's fused attention: on a GPU."""
+    """Run torch's fused attention, which is fastest on a GPU."""
     shape = q.shape
     q, k, v = (_in_windows(x, order, window) for x in (q, k, v))
     in_windows = q.shape
-    if len(bias) > 1:  # a bias a window: they stand beside the heads, so that the batch shares it
+    if len(bias) > 1:  # With a bias for each window, windows stand beside the heads, so that the batch shares it.
         q, k, v, bias = q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2), bias.flatten(0, 1)
     else:
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))
@@ -126,7 +126,8 @@ def _sdpa(q, k, v, bias, order, window, scale, dropout_p):
 def _torch(q, k, v, bias, window, shift, scale, dropout_p=0.0):
     on_cpu, half = q.device.type == "cpu", q.dtype in (torch.bfloat16, torch.float16)
     if on_cpu and not half:
-        # Rolled and turned copies are made by all threads, gathered ones by one: that took 1.1 to 1.8 times as long.
+        # All threads make rolled and transposed copies, one thread makes gathered ones: that took 1.1 to 1.8 times as
+        # long.
         return reference(q, k, v, bias, window, shift, scale, dropout_p)
     height, width = q.shape[1:3]
     order = _window_order(height, width, window, shift, q.device)
@@ -139,7 +140,7 @@ def _fake(q, k, v, bias, window, shift, scale):
 
 
 def _native(q, k, v, bias, window, shift, scale):
-    """csrc/cpu/window_attention.cpp."""
+    """Run csrc/cpu/window_attention.cpp."""
     from clvp_fast import native
 
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
@@ -167,7 +168,7 @@ def _native(q, k, v, bias, window, shift, scale):
 
 
 def _triton(q, k, v, bias, window, shift, scale):
-    """kernels/window_attention.py."""
+    """Run kernels/window_attention.py."""
     from clvp_fast.kernels import window_attention as kernels
 
     out = v.new_empty(q.shape)
@@ -214,7 +215,7 @@ _OPERATOR = Operator(
             _native,
             lambda q, k, v, bias, window, shift, scale: unserved_on_cpu(q, bias, window),
             lambda device, dtype: _unserved_type_natively("q", dtype),
-            warns=False,  # nobody expects a CPU to have a kernel for every dtype
+            warns=False,  # a CPU is not expected to have a kernel for every dtype
         ),
         Implementation("torch", _torch),
     ),
@@ -258,7 +259,7 @@ def window_attention(
     scale: float | None = None,
     dropout_p: float = 0.0,
 ) -> torch.Tensor:
-    """Attention of each place of an image to those of its window.
+    """Attend from each place of an image to the places of its window.
 
     Args:
         q: `[B, height, width, H, D]`, any strides (a view of a packed projection); float16, bfloat16, float32, float64.
@@ -294,7 +295,7 @@ def window_attention_weights(
     scale: float | None = None,
     dropout_p: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`window_attention` that also returns the attention weights; in plain torch, whatever the backend.
+    """Compute `window_attention` and also return the attention weights; in plain torch for every backend.
 
     Returns:
         The output, and the weights before dropout `[B * windows, H, window ** 2, window ** 2]`, in the dtype of `q`:

@@ -1,4 +1,4 @@
-"""Codes to sound: the protocol of a vocoder, and the one that a checkpoint folder may bring.
+"""Codes to sound: the protocol of a vocoder, and the codec that a checkpoint folder may contain.
 
 A checkpoint folder with `vocoder.json` (kind and sizes) and `vocoder.safetensors` (weights) has a vocoder of its own.
 """
@@ -74,7 +74,7 @@ class CodecVocoder:
     def speak(
         self, codes: Sequence[np.ndarray], voice: torch.Tensor, latents: Sequence[torch.Tensor] | None = None
     ) -> list[np.ndarray]:
-        """Do as [`Vocoder.speak`]; `latents` are not looked at."""
+        """Speak as [`Vocoder.speak`]; `latents` are ignored."""
         sounds = [
             self.invert(self.log_mel(row, voice)).numpy() if len(row) else np.zeros(0, dtype=np.float32)
             for row in codes
@@ -91,7 +91,7 @@ def save_vocoder(folder: Path, codec: Codec, dtype: torch.dtype = torch.float16)
 
 
 def load_vocoder(folder: Path, extractor: ClvpFeatureExtractor) -> CodecVocoder | None:
-    """Load the vocoder of a checkpoint's folder; None where it has none.
+    """Load the vocoder of a checkpoint's folder; return None where there is none.
 
     Raises:
         ValueError: one of its files is damaged, of another kind, or absent beside the other.
@@ -120,7 +120,7 @@ def load_vocoder(folder: Path, extractor: ClvpFeatureExtractor) -> CodecVocoder 
 
 
 def _check_weights(path: Path, settings: dict[str, Any]) -> None:
-    """Raise `ValueError` for tensors that are not those of the settings, before room is made for any."""
+    """Raise `ValueError` for tensors that do not match the settings, before memory is allocated for any."""
     with safe_open(path, framework="pt") as file:
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping
     for side in ("encoder", "decoder"):

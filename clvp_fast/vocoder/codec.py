@@ -15,9 +15,9 @@ from torch import nn
 
 from clvp_fast.io.errors import shown
 
-# Log-mel values of natural speech lie about this far around this, and the floor of the features is log(1e-5).
+# Log-mel values of natural speech spread about this far around this mean; the floor of the features is log(1e-5).
 MEAN, SPREAD, FLOOR = -5.0, 3.5, math.log(1e-5)
-# A decoder's vocabulary has some thousands.
+# A decoder's vocabulary has only some thousands of codes.
 _MOST_CODES = 2**31
 
 
@@ -34,7 +34,7 @@ class CodecBlock(nn.Module):
         nn.init.zeros_(self.narrow.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`[batch, time, width]` → the same."""
+        """Map `[batch, time, width]` to the same shape."""
         length, step = x.shape[1], self.dilation
         padded = F.pad(x, (0, 0, 2 * step, 2 * step))
         mixed = padded[:, :length] * self.taps[0]
@@ -119,7 +119,8 @@ class Codec(nn.Module):
         return math.prod(self.levels)
 
     def grid_of(self, log_mel: torch.Tensor) -> torch.Tensor:
-        """Log-mel `[clips, bins, frames]`, `frames` a multiple of `stride` → levels `[clips, codes, len(levels)]`.
+        """Map log-mel `[clips, bins, frames]`, in multiples of `stride` frames, to levels `[clips, codes,
+        len(levels)]`.
 
         The levels are whole numbers from 0 on; their gradient is that of the numbers before they were rounded.
         """
@@ -130,18 +131,18 @@ class Codec(nn.Module):
 
     @torch.no_grad()
     def codes_of(self, log_mel: torch.Tensor) -> torch.Tensor:
-        """Log-mel `[clips, bins, frames]` → codes `[clips, ceil(frames / stride)]` int64."""
+        """Encode log-mel `[clips, bins, frames]` as codes `[clips, ceil(frames / stride)]` int64."""
         missing = -log_mel.shape[-1] % self.stride
         padded = F.pad(log_mel, (0, missing), mode="replicate") if missing else log_mel
         return (self.grid_of(padded).round().long() * self.places).sum(-1)
 
     def levels_of(self, codes: torch.Tensor) -> torch.Tensor:
-        """Codes `[clips, codes]` → their levels `[clips, codes, len(levels)]` float32."""
+        """Return the levels `[clips, codes, len(levels)]` float32 of codes `[clips, codes]`."""
         sizes = torch.tensor(self.levels, device=codes.device)
         return ((codes[..., None] // self.places) % sizes).to(self.middle.dtype)
 
     def log_mel_of(self, grid: torch.Tensor, voice: torch.Tensor) -> torch.Tensor:
-        """Levels `[clips, codes, len(levels)]` in voices `[clips, 2 * bins]` → log-mel `[clips, bins, frames]`."""
+        """Decode levels `[clips, codes, len(levels)]` in voices `[clips, 2 * bins]` to `[clips, bins, frames]`."""
         x = self.expand(grid / self.middle - 1)
         scale, shift = self.voice(voice)[:, None].chunk(2, -1)
         for index, block in enumerate(self.decoder):

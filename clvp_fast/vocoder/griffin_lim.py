@@ -4,13 +4,13 @@ import torch
 
 from clvp_fast.models.clvp.feature_extraction import ClvpFeatureExtractor
 
-# Powers below what an exact inversion gives sharpen the peaks that few mel channels blur.
+# Powers a little below those of an exact inversion sharpen the peaks, which few mel channels blur.
 _SHARPEN = 1.1
 _LOUDNESS = 0.08
 
 
 class GriffinLim:
-    """The way back from the features of `extractor`, whose window, hop and mel filters it takes.
+    """Invert the features of `extractor`, with its window, hop and mel filters.
 
     Args:
         extractor: whose log-mel features are inverted.
@@ -28,10 +28,10 @@ class GriffinLim:
         self.window = torch.hann_window(self.n_fft)
 
     def magnitudes(self, log_mel: torch.Tensor) -> torch.Tensor:
-        """Log-mel `[bins, frames]` → magnitudes `[n_fft // 2 + 1, frames]`, none negative."""
+        """Return magnitudes `[n_fft // 2 + 1, frames]` of log-mel `[bins, frames]`, none negative."""
         log_mel = log_mel.float() if self.norms is None else log_mel.float() * self.norms
         power = log_mel.clamp(max=12).exp()
-        # Least squares by multiplicative updates, which keep the sign, from the pseudo-inverse on.
+        # Least squares by multiplicative updates, which keep the sign, starting from the pseudo-inverse.
         spectrum = (self.inverse.T @ power).clamp(min=1e-6)
         wanted = self.filters @ power
         for _ in range(30):
@@ -40,11 +40,11 @@ class GriffinLim:
 
     @torch.no_grad()
     def __call__(self, log_mel: torch.Tensor) -> torch.Tensor:
-        """Log-mel `[bins, frames]`, at least one frame → float32 samples `[(frames - 1) * hop_length]` in [-1, 1]."""
+        """Return float32 samples `[(frames - 1) * hop_length]` in [-1, 1] of log-mel `[bins, frames]`, not empty."""
         if log_mel.ndim != 2 or not log_mel.shape[1]:
             raise ValueError(f"log_mel must be [bins, frames] of at least one frame, got {list(log_mel.shape)}")
         length = (log_mel.shape[1] - 1) * self.hop_length
-        # A transform reflects half a window at either end: what is shorter goes on with its last frame.
+        # A transform reflects half a window at either end, so that a shorter spectrogram repeats its last frame.
         missing = max(0, 2 + self.n_fft // 2 // self.hop_length - log_mel.shape[1])
         log_mel = torch.cat([log_mel, log_mel[:, -1:].expand(-1, missing)], 1)
         wanted = self.magnitudes(log_mel) ** _SHARPEN

@@ -19,7 +19,7 @@ namespace {
      &CLVP_FAST_OF(paged_decode, products),     \
      &CLVP_FAST_OF(sample, isa)}
 
-/* Of the instruction sets that this is compiled with and this CPU has, the best first. */
+/* Returns the kernels of the instruction sets that are compiled in and that this CPU has, the best first. */
 std::vector<Kernels> usable_kernels() {
     std::vector<Kernels> usable;
 #if defined(CLVP_FAST_HAS_AVX512)

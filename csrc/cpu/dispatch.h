@@ -23,8 +23,8 @@ struct LogMelKernel : Kernel<clvp_fast_log_mel> {
     void (*limit)(const clvp_fast_log_mel *call, int64_t row);
 };
 
-/* One whose items share what is packed: groups of it are packed once, in any order, before the first item. `packed`
- * lies at a multiple of 64 bytes. */
+/* A kernel whose items share packed operands: groups of them are packed once, in any order, before the first item.
+ * `packed` lies at a multiple of 64 bytes. */
 template <class Call>
 struct PackingKernel {
     int64_t (*items)(const Call *call);
@@ -42,7 +42,7 @@ struct PagedDecodeKernel {
                 void *scratch);
 };
 
-/* What one instruction set offers. */
+/* The kernels of one instruction set. */
 struct Kernels {
     const char *isa;
     const LogMelKernel *log_mel;
@@ -54,10 +54,10 @@ struct Kernels {
     const Kernel<clvp_fast_sample> *sample;
 };
 
-/* Those of the instruction set called `isa`, which are null where the machine lacks it. For null those that were
- * chosen, else those of the machine's best. */
+/* Returns the kernels of the instruction set `isa`, or null where the machine lacks it. For null it returns those that
+ * were chosen, else those of the machine's best. */
 const Kernels *find_kernels(const char *isa);
-/* Null: the machine's best. */
+/* Chooses the kernels of later calls; null: the machine's best. */
 void choose_kernels(const Kernels *kernels);
 
 /* An operator's kernel on one instruction set by its name: CLVP_FAST_OF(linear, avx2) is linear_avx2. */

@@ -1,4 +1,4 @@
-/* Vectors of float32 from and to what memory holds, and functions of them. */
+/* Vectors of float32: loads and stores of the types in memory, and functions of them. */
 #pragma once
 
 #include <stdint.h>
@@ -52,7 +52,7 @@ CLVP_FAST_INLINE Floats load_floats(const int8_t *from) { return __builtin_conve
 /* bfloat16 is the upper half of a float32. */
 CLVP_FAST_INLINE Floats load_floats(const uint16_t *from) { return (Floats)(widen(from) << 16); }
 
-/* The first `count` lanes, if there are not so many in memory; zeros behind them. */
+/* Loads the first `count` lanes, where memory has no more, and zeros behind them. */
 CLVP_FAST_INLINE Floats load_floats(const float *from, int64_t count) {
 #if defined(__AVX512F__)
     return (Floats)_mm512_maskz_loadu_ps((1u << count) - 1, from);

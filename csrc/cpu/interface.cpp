@@ -11,7 +11,7 @@ using namespace clvp_fast;
 
 namespace {
 
-/* The kernels that a call runs on, by the result of its check; else why it is refused. */
+/* Finds the kernels that a call runs on, by the result of its check, or returns why it is refused. */
 int kernels_for(int refused, int32_t num_threads, const char *isa, const Kernels *&kernels) {
     if (refused) return refused;
     kernels = find_kernels(isa);
@@ -46,7 +46,7 @@ int serve(int refused, const KernelOfCall *Kernels::*which, const Call *call, in
     return items ? run_items(kernel, call, items, num_threads) : CLVP_FAST_OK;
 }
 
-/* Whether bands and lengths lie where they must, which check.h does not look at. */
+/* Checks the values of bands and lengths, which check.h does not read. */
 int check_values(const clvp_fast_log_mel &call) {
     for (int32_t mel = 0; call.batch && mel < call.num_mels; ++mel) {
         const int32_t first = call.bands[2 * mel], end = call.bands[2 * mel + 1];

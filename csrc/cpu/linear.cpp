@@ -1,5 +1,5 @@
 /* Linear layers for the few rows of a decode step, on a CPU: dot products of rows of x with rows of the weights as they
- * lie in memory, which is read once. A sum's order depends on nothing but the number of columns, so that a row has the
+ * lie in memory, which is read once. A sum's order depends only on the number of columns, so that a row has the
  * same bits whatever rows are computed beside it. Compiled once for each instruction set, as log_mel.cpp is. */
 #include <string.h>
 
@@ -63,7 +63,7 @@ void pack_rows(const clvp_fast_linear *call, int64_t first_row, int64_t end_row,
             }
 }
 
-/* What a thread keeps: sums, and the rows of x that it packed last; other threads' copies would lie in their caches. */
+/* A thread's scratch memory: sums, and the rows of x that it packed last; other threads' copies are in their caches. */
 struct Scratch {
     int64_t packed_end; /* one past the last of these rows */
     alignas(64) float sums[ITEM_ROWS * ITEM_COLUMNS];

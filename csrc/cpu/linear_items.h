@@ -10,7 +10,7 @@
 namespace clvp_fast {
 namespace {
 
-/* What one item computes: so many columns, and as many rows, of which x stays in the second-level cache. */
+/* The columns and rows of one item, for which x stays in the second-level cache. */
 constexpr int ITEM_COLUMNS = 48, ITEM_ROWS = 128;
 
 inline int64_t groups_of(const clvp_fast_linear *call) {

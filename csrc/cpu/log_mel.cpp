@@ -206,7 +206,7 @@ RunFunction run_of_samples(int32_t dtype) {
     return run<Real, float, Feature>;
 }
 
-/* How many frames an item has. */
+/* Returns the number of frames of an item. */
 int64_t item_frames(const clvp_fast_log_mel *call) {
     return 2 * (VECTOR_BYTES / (call->compute_dtype == CLVP_FAST_FLOAT64 ? 8 : 4));
 }

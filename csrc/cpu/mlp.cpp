@@ -1,4 +1,4 @@
-/* Linear layers of many rows, on a CPU: one behind another, or one alone, and a layer norm before them. What is normed
+/* Linear layers of many rows, on a CPU: one behind another, or one alone, and a layer norm before them. Normed rows
  * and the values between two layers stay in the second-level cache. Compiled once for each instruction set, as
  * log_mel.cpp is. */
 #include "dispatch.h"

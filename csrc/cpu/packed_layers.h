@@ -18,12 +18,12 @@ constexpr int ROWS = LANES == 16 ? 8 : 4, VECTORS = 3, COLUMNS = VECTORS * LANES
  * on one set of the first-level cache. */
 constexpr int64_t GAP = 16;
 
-/* Columns that are summed one behind another: longer sums are made of several chains, of which float32 has more to
- * lose. */
+/* The number of columns that are summed one behind another: longer sums are made of several chains, as float32 has more
+ * to lose. */
 template <class In>
 constexpr int64_t CHAIN = std::is_same_v<In, float> ? 256 : 1024;
 
-/* How many weights a unit of 32 bits holds: they are packed as they are given, and widened where they are multiplied.
+/* The number of weights in a unit of 32 bits: they are packed as they are, and widened where they are multiplied.
  */
 template <class In>
 constexpr int UNIT_WEIGHTS = sizeof(float) / sizeof(In);
@@ -83,7 +83,7 @@ struct Matrix {
     T *row(int64_t i) const { return first + i * stride; }
 };
 
-/* What an activation's result is joined with. */
+/* The operation that joins an activation's result with another value. */
 enum Join { ADDED, MULTIPLIED };
 
 template <int JOIN>
@@ -211,7 +211,7 @@ void widen(const In *row, int64_t columns, Factor<In> *to) {
     for (int64_t k = 0; k < columns; k += LANES) store_floats(to + k, load_floats(row + k));
 }
 
-/* What a row is normed with: its weight, and a bias or null. */
+/* The parameters of a norm: its weight, and a bias or null. */
 template <class In>
 struct Norm {
     const In *weight, *bias;

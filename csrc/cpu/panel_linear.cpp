@@ -1,6 +1,6 @@
 /* Linear layers over weights that were packed once, into panels: 48 rows of weights, column by column, as tiles of sums
  * read them, one panel behind another. A row of x has a sum for each chain of columns, and the chains are added one by
- * one, so that its bits depend on nothing but the number of columns. Compiled once for each instruction set, as
+ * one, so that its bits depend only on the number of columns. Compiled once for each instruction set, as
  * log_mel.cpp is. */
 #include "dispatch.h"
 #include "linear_items.h"
@@ -30,7 +30,7 @@ CLVP_FAST_INLINE Integers widen(const int16_t *from) {
 template <class In, class Weight>
 struct Units {
     static constexpr int WEIGHTS = sizeof(Weight) == 4 ? 1 : 2, STEPS = WEIGHTS / UNIT_FACTORS<In>;
-    /* Whether what is multiplied is what memory holds. */
+    /* True if weights are multiplied in the type that memory holds. */
     static constexpr bool PLAIN = STEPS == 1 && sizeof(Weight) == sizeof(Factor<In>);
     /* Those of LANES rows, which begin at `from`. */
     template <int STEP>
@@ -117,7 +117,7 @@ void multiply(const Weight *weights, const Factor<In> *x, int64_t stride, int64_
     }
 }
 
-/* What a thread keeps: sums, weights of one chain that were widened, and rows of x as they are multiplied. */
+/* A thread's scratch memory: sums, the widened weights of one chain, and rows of x as they are multiplied. */
 struct Scratch {
     int64_t prepared_end; /* one past the last row of x that was prepared */
     alignas(64) float totals[ITEM_ROWS * ITEM_COLUMNS];

@@ -7,7 +7,7 @@
 namespace clvp_fast {
 namespace {
 
-/* What is multiplied: numbers as they are given, or float32 where the CPU has no products of them. */
+/* The type of factors: that of the numbers in memory, or float32 where the CPU cannot multiply that. */
 #if defined(__AVX512BF16__)
 template <class In>
 using Factor = In;
@@ -15,7 +15,7 @@ using Factor = In;
 template <class In>
 using Factor = float;
 #endif
-/* How many of them a unit of 32 bits holds. */
+/* The number of factors in a unit of 32 bits. */
 template <class In>
 constexpr int UNIT_FACTORS = sizeof(float) / sizeof(Factor<In>);
 

@@ -94,7 +94,7 @@ void read_scores(const clvp_fast_sample *call, int64_t row, bool drawn, Row &to)
 }
 
 void keep_top_k(Row &row, int64_t vocab_size, int64_t top_k) {
-    /* What lies behind the vocabulary is -inf and counted, at the low end. */
+    /* Scores behind the vocabulary are -inf and counted, at the low end. */
     const auto one = [](int64_t) CLVP_FAST_INLINED { return Doubles{} + 1.0; };
     const float bound = threshold<false>(row.scores, row.size, one, double(row.size + 1 - top_k));
     for (int64_t i = 0; i < vocab_size; ++i)

@@ -11,7 +11,7 @@
 namespace clvp_fast {
 namespace {
 
-/* What is added to the scores of places that only the shift brought together: SEAM of ops/window_attention.py. */
+/* The term added to scores between places that only the shift has brought together: SEAM of ops/window_attention.py. */
 constexpr float SEAM = -100;
 /* Keys whose scores are computed side by side. */
 constexpr int KEYS_AT_ONCE = 8;
@@ -70,7 +70,7 @@ struct Place {
     int32_t row, column;
 };
 
-/* The places of a window: where they lie, and from which band of the image each is. */
+/* The places of a window, and the band of the image that each is from. */
 struct Window {
     Place at[1024];
     float bands[1024];

@@ -15,7 +15,7 @@ Windows windows_of(const clvp_fast_window_block *call) {
 
 int64_t channels_of(const clvp_fast_window_block *call) { return (int64_t)call->num_heads * call->head_dim; }
 
-/* What is packed, one behind another: biases of the scores, query, key and value weights, those of the output. */
+/* The packed operands, one behind another: biases of the scores, query, key and value weights, those of the output. */
 template <class In>
 struct Parts {
     Layer qkv, out;

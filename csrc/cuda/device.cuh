@@ -18,8 +18,8 @@ __attribute__((format(printf, 3, 4))) inline int tell(char *sentence, int32_t si
     return 1;
 }
 
-/* The code of an error that is told here. CUDA notes it too, and would give it to whoever asks next, who may be another
- * library. */
+/* Returns the code of an error and clears CUDA's record of it, which would else be reported to the next caller, perhaps
+ * another library. */
 inline int told(cudaError_t error) {
     if (error != cudaSuccess) (void)cudaGetLastError();
     return error;
@@ -31,8 +31,8 @@ inline cudaError_t attribute(cudaDeviceAttr which, int *value) {
     return error == cudaSuccess ? cudaDeviceGetAttribute(value, which, device) : error;
 }
 
-/* How a kernel is launched. most_shared_bytes is noted in the kernel, for all threads of the process: it may not depend
- * on the call, or another call could change it before the launch. */
+/* The parameters of a launch. CUDA keeps most_shared_bytes for the kernel, in all threads of the process: it may not
+ * depend on the call, or another call could change it before the launch. */
 struct Launch {
     const void *kernel;
     dim3 grid, block;
@@ -43,7 +43,7 @@ struct Launch {
 
 /* Launches a kernel with its arguments; returns a cudaError_t. */
 inline int start(const Launch &how, void **arguments) {
-    /* Of the function on the current device: noted at every call, as the device may be another. */
+    /* CUDA keeps this for each device, so that it is set at every call. */
     cudaError_t error =
         cudaFuncSetAttribute(how.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, how.most_shared_bytes);
     if (error == cudaSuccess) {
@@ -55,7 +55,7 @@ inline int start(const Launch &how, void **arguments) {
     return told(error);
 }
 
-/* CUDA's own name, number and words for an error; valid until the thread's next call. */
+/* Returns CUDA's own name, number and words for an error; valid until the thread's next call. */
 inline const char *cuda_error(int code) {
     thread_local char sentence[256];
     const cudaError_t error = static_cast<cudaError_t>(code);

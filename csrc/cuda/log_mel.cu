@@ -16,7 +16,7 @@ struct GpuRun {
 
     template <Barrier AFTER, class Body>
     __device__ __forceinline__ void phase(Body body) {
-        /* Hidden from the compiler, which else keeps what phases derive from it in registers from phase to phase. */
+        /* Hidden from the compiler, which would keep values derived from it in registers from phase to phase. */
         int thread = int(threadIdx.x);
         asm volatile("" : "+r"(thread));
         body(*this, thread, registers);
@@ -36,9 +36,9 @@ struct GpuRun {
         value = __reduce_max_sync(~0u, value);
         if (thread % 32 == 0) atomicMax(place, value);
     }
-    /* Before a thread tells that the block has finished: what it wrote may be read by others. */
+    /* Lets other blocks read this thread's writes, before it reports that the block has finished. */
     __device__ __forceinline__ void publish() { __threadfence(); }
-    /* Adds the block's maximum to a row's, and counts the blocks that have finished: how many had before. */
+    /* Adds the block's maximum to a row's, and returns how many blocks had finished before. */
     __device__ __forceinline__ int64_t finish(uint32_t *maxima, uint32_t loudest) {
         atomicMax(maxima, loudest);
         __threadfence();

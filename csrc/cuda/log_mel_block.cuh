@@ -1,4 +1,4 @@
-/* What one thread block of the CUDA kernel does: log-mel of FRAMES consecutive frames of one clip.
+/* The work of one thread block of the CUDA kernel: log-mel of FRAMES consecutive frames of one clip.
  *
  *   prepare      tables of twiddles, clamped bands
  *   first_stage  samples * window, transforms of radix R1 in registers, twiddles     |
@@ -6,10 +6,10 @@
  *   dft          transforms of radix R2 in registers                                 |
  *   power        Z[k] and Z[N - k] become the power spectra of two frames            |
  *   mel          bands, floor, logarithm, division, coalesced stores: a lane a frame, a warp a channel
- *   clamp        top_db: the last block of a row to finish raises what lies too low
+ *   clamp        top_db: the last block of a row to finish raises values that are too low
  *
  * Everything here runs on the host too, thread by thread (tests/csrc/log_mel_emulator.cpp): `block` is the one text of
- * the phases and barriers, and `Run` says how threads run it. */
+ * the phases and barriers, and `Run` maps it to threads. */
 #pragma once
 
 #include "log_mel_features.cuh"
@@ -60,7 +60,7 @@ CLVP_FAST_INLINE void begin_range(Shared<N> &shared, const clvp_fast_log_mel &ca
     shared.loudest = 0;
 }
 
-/* Everything that one block does: the range of frames `column` of `columns`, of the rows first_row, first_row +
+/* Does all the work of one block: the range of frames `column` of `columns`, of the rows first_row, first_row +
  * row_step, ... */
 template <int N, class Sample, class Run>
 CLVP_FAST_INLINE void block(Run &run, Shared<N> *shared, const clvp_fast_log_mel *call, int64_t column, int64_t columns,

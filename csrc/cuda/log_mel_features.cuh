@@ -8,7 +8,7 @@
 
 namespace clvp_fast {
 
-/* Unsigned integers in the order of the numbers; 0 lies below them all. */
+/* Maps numbers to unsigned integers in the same order; 0 is below them all. */
 CLVP_FAST_INLINE uint32_t ordered(float value) {
     const uint32_t bits = bits_of(value);
     return bits >> 31 ? ~bits : bits | 0x80000000u;
@@ -81,7 +81,7 @@ CLVP_FAST_INLINE void mel(const Shared<N> &shared, const clvp_fast_log_mel &call
     registers.loudest = loudest;
 }
 
-/* The features lie there divided by the norms; so is the bound. */
+/* The stored features are divided by the norms, and so is the bound. */
 template <int N, class Run>
 CLVP_FAST_INLINE void clamp(Run &run, const Shared<N> &shared, const clvp_fast_log_mel &call, int thread) {
     const auto *norms = static_cast<const float *>(call.mel_norms);

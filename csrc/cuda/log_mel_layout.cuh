@@ -1,4 +1,4 @@
-/* How the CUDA kernel of log_mel lays out a block's work and its shared memory. */
+/* The layout of a block's work and shared memory in the CUDA kernel of log_mel. */
 #pragma once
 
 #include "../clvp_fast.h"
@@ -6,7 +6,7 @@
 
 namespace clvp_fast {
 
-/* How the work on frames of N samples is laid out. */
+/* The layout of the work on frames of N samples. */
 template <int N_FFT>
 struct Layout {
     static constexpr int N = N_FFT;
@@ -45,7 +45,7 @@ struct FrameRange {
     int true_frames; /* how many of the frames are the row's own: 0 .. FRAMES */
 };
 
-/* Also what all threads share and registers have no room for. */
+/* Shared memory, which also holds values that registers have no room for. */
 template <int N>
 struct Shared {
     using L = Layout<N>;
@@ -60,7 +60,7 @@ struct Shared {
     uint32_t loudest, last_block;
 };
 
-/* What a thread keeps in registers from phase to phase. */
+/* The values that a thread keeps in registers from phase to phase. */
 template <int N>
 struct Registers {
     Complex<float> x[Layout<N>::R2];
@@ -122,7 +122,7 @@ CLVP_FAST_INLINE int exchange_cell(Job job, int k1, int n2) {
     return row * L::STRIDE + 2 * job.pair + k1 / L::HALF;
 }
 
-/* Whether the whole warp has nothing to transform. A warp's first pair is its earliest. */
+/* Returns true if the whole warp has no frame to transform. A warp's first pair is its earliest. */
 template <int N>
 CLVP_FAST_INLINE bool idle(const Shared<N> &shared, int thread, int round) {
     return 2 * job_of<Layout<N>>(thread & ~31, round).pair >= shared.range.true_frames;

@@ -91,12 +91,12 @@ CLVP_FAST_INLINE void load_folded(Shared<N> &shared, const clvp_fast_log_mel &ca
     }
 }
 
-/* Marks a frame that reaches a sample which is not finite, and takes this thread's part of it for 0, so that the other
+/* Marks a frame that reaches a NaN or infinite sample, and takes this thread's part of it for 0, so that the other
  * frame of the pair stays what it is. A frame whose samples are so large that their sum overflows is taken for one. */
 template <int N>
 CLVP_FAST_INLINE void remove_not_finite(Shared<N> &shared, Job job, Complex<float> (&x)[Layout<N>::R2]) {
     constexpr int COUNT = Layout<N>::R2;
-    /* One sum tells at half the price of two; a product that overflows makes it a false alarm, and no more. */
+    /* One sum costs half as much as two; a product that overflows only causes a false alarm. */
     float products[4] = {};
     unroll<COUNT>([&](auto i) { products[i % 4] += x[i].re * x[i].im; });
     if (fabsf(products[0] + products[1] + (products[2] + products[3])) < INFINITY) return;

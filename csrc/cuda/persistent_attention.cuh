@@ -1,5 +1,5 @@
 /* Attention of the persistent decode step: a warp has 32 keys and values of a head in registers; four warps make a
- * part, and parts are merged by those who need the result. */
+ * part, and every block that needs the result merges the parts. */
 #pragma once
 
 #include "persistent_products.cuh"
@@ -20,7 +20,7 @@ struct KeysAndValues {
 CLVP_FAST_INLINE int num_keys(const Candidate &candidate) { return candidate.prefix + candidate.own; }
 CLVP_FAST_INLINE int num_parts(const Candidate &candidate) { return (num_keys(candidate) + PART_KEYS - 1) / PART_KEYS; }
 
-/* What the team of this warp does in a round. */
+/* Returns the keys of this warp's team in a round. */
 template <int N, class Run>
 CLVP_FAST_INLINE Keys keys_of_warp(const Run &run, const PersistentShared<N> &shared, int num_heads, int round) {
     const int warp = run.thread / 32;
@@ -65,7 +65,7 @@ CLVP_FAST_INLINE int64_t offset_of(const Run &run, const clvp_fast_persistent_de
            run.thread % KEY_LANES * HALVES;
 }
 
-/* Loads what is stored already: all but the new token, whose key comes out of this step. */
+/* Loads the stored keys: all but the new token's, which this step computes. */
 template <int N, class Run>
 CLVP_FAST_INLINE void fetch(Run &run, const clvp_fast_persistent_decode &call, const PersistentShared<N> &shared,
                             const clvp_fast_decoder_layer &layer, const Keys &keys, KeysAndValues &held) {
@@ -83,7 +83,7 @@ CLVP_FAST_INLINE void fetch(Run &run, const clvp_fast_persistent_decode &call, c
         if (pages[i] >= 0) {
             const int64_t offset = offset_of(run, call, candidate, keys.head, place_of(run, keys, i), pages[i]);
             held.there |= 1u << i;
-            /* Written by this kernel's forerunners, and not by itself: as good as constant. */
+            /* Earlier launches wrote these, and this one does not: they are constant. */
             held.k[i] = load_halves(run, static_cast<const uint16_t *>(layer.k_pages) + offset);
             held.v[i] = load_halves(run, static_cast<const uint16_t *>(layer.v_pages) + offset);
         }
@@ -106,7 +106,7 @@ CLVP_FAST_INLINE void prefetch(Run &run, const clvp_fast_persistent_decode &call
     run.prefetch(static_cast<const uint16_t *>(layer.v_pages) + offset);
 }
 
-/* Puts the new token's key and value behind the stored ones, and stores them; not where it has no place or no page. */
+/* Adds the new token's key and value to the stored ones, and stores them, if the token has a place and a page. */
 template <class Run>
 CLVP_FAST_INLINE void append(Run &run, const clvp_fast_persistent_decode &call, const Candidate &candidate,
                              const clvp_fast_decoder_layer &layer, const Keys &keys, const uint16_t *qkv,
@@ -164,7 +164,7 @@ CLVP_FAST_INLINE void attend(Run &run, const clvp_fast_persistent_decode &call, 
     if (lane == 0) shared.found[warp] = {top, total};
 }
 
-/* Adds one piece of a softmax to what was gathered so far. */
+/* Adds one part of a softmax to the sum so far. */
 CLVP_FAST_INLINE void merge(Found &sum, float &mixed, const Found &found, float part) {
     if (found.total == 0.f) return;
     const float top = found.top > sum.top ? found.top : sum.top;

@@ -9,7 +9,7 @@
 namespace clvp_fast {
 namespace {
 
-/* What a thread may do; all threads of the grid run at the same time. */
+/* The operations of a thread; all threads of the grid run at the same time. */
 struct GpuRun {
     int thread, block, blocks;
 
@@ -17,12 +17,12 @@ struct GpuRun {
     __device__ __forceinline__ float exchange(float value, int lanes) { return __shfl_xor_sync(~0u, value, lanes); }
     __device__ __forceinline__ float from_lane(float value, int lane) { return __shfl_sync(~0u, value, lane); }
 
-    /* What nobody writes during the launch. */
+    /* Loads values that stay the same during the launch. */
     template <class T>
     __device__ __forceinline__ T constant(const T *place) {
         return __ldg(place);
     }
-    /* Volatile: stays in front of the barrier that it is to be loaded before. Weights are of no use to the L1 cache. */
+    /* Volatile, so that the load stays before its barrier. The L1 cache would not help, as weights are read once. */
     __device__ __forceinline__ Halves constant(const Halves *place) {
         Halves halves;
         asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -30,7 +30,7 @@ struct GpuRun {
                      : "l"(place));
         return halves;
     }
-    /* What other blocks wrote before the last barrier: from the L2 cache. */
+    /* Loads values that other blocks wrote before the last barrier, from the L2 cache. */
     __device__ __forceinline__ float fresh(const float *place) { return __ldcg(place); }
     __device__ __forceinline__ Found fresh(const Found *place) {
         const float2 pair = __ldcg(reinterpret_cast<const float2 *>(place));
@@ -47,8 +47,8 @@ struct GpuRun {
     /* The compiler moves nothing across that reads memory or depends on the thread's number: it would keep more in
      * registers at once than there are. */
     __device__ __forceinline__ void settle() { asm volatile("" : "+r"(thread), "+r"(block) : : "memory"); }
-    /* All threads of all blocks; what they wrote before is seen by all after. The counter's highest bit turns over when
-     * the last block arrives, so that it need not be set back, also not between launches. */
+    /* Waits for all threads of all blocks, whose earlier writes are then visible. The counter's highest bit flips when
+     * the last block arrives, so that the counter is never reset, even between launches. */
     __device__ __forceinline__ void grid_sync(uint32_t *counter) {
         __syncthreads();
         if (thread == 0) {
@@ -82,7 +82,7 @@ int launch(const clvp_fast_persistent_decode &call, cudaStream_t stream) {
     if (error == cudaSuccess) error = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, &most_bytes);
     if (error != cudaSuccess) return told(error);
     void *arguments[] = {const_cast<clvp_fast_persistent_decode *>(&call)};
-    /* Refused where the grid does not fit on the device at once. */
+    /* CUDA refuses this where the grid does not fit on the device at once. */
     const Launch how = {reinterpret_cast<const void *>(persistent_decode<T, N>),
                         dim3(unsigned(multiprocessors)),
                         dim3(THREADS),

@@ -1,4 +1,4 @@
-/* A whole decode step of one to four candidates, as what every block of one launch does.
+/* A whole decode step of one to four candidates: the work of every block of one launch.
  *
  *   for each layer   norm, queries keys values  | the last part's sum of each block is ended by itself, and
  *                    attention, in parts        | | marks where all blocks wait for each other: five times a layer
@@ -7,8 +7,8 @@
  *                    mlp out                    |
  *   both norms, head
  *
- * What a phase reads that does not depend on the others is loaded before the wait: a product's weights into registers,
- * the weights after those, and stored keys and values, into the L2 cache. So memory works on while blocks wait. Every
+ * Inputs that do not depend on other phases are loaded before the wait: a product's weights into registers,
+ * the weights after those, and stored keys and values, into the L2 cache. So memory is busy while blocks wait. Every
  * block norms and merges for itself, which is cheaper than a further wait.
  *
  * Everything here runs on the host too, where tests/csrc/persistent_emulator.cpp lets threads take turns. */
@@ -133,7 +133,7 @@ CLVP_FAST_INLINE float gelu_tanh(float x) {
     return 0.5f * x * (1.f + tanhf(0.79788456080286536f * (x + 0.044715f * x * x * x)));
 }
 
-/* Everything that one block does. */
+/* Does all the work of one block. */
 template <class T, int N, class Run>
 CLVP_FAST_INLINE void decode_step(Run &run, const clvp_fast_persistent_decode &call, char *memory) {
     const int hidden = call.hidden_size, inner = call.intermediate_size, candidates = call.num_candidates;

@@ -1,4 +1,4 @@
-/* How the persistent decode step lays out its work, its shared memory and its workspace. */
+/* The layout of work, shared memory and workspace of the persistent decode step. */
 #pragma once
 
 #include <math.h>
@@ -44,7 +44,7 @@ CLVP_FAST_INLINE float element(const Halves &halves, int index) {
     return T::widen(uint16_t(index % 2 ? word >> 16 : word));
 }
 
-/* Where a candidate's tokens are. */
+/* The places of a candidate's tokens. */
 struct Candidate {
     const int32_t *own_pages, *prefix_pages;
     int own, prefix; /* tokens in own pages, the new one last if the table has a place for it, and of the prefix */
@@ -52,7 +52,7 @@ struct Candidate {
     int token, position;
 };
 
-/* What a warp has found of its keys; their values times the weights are one row of `mixed`. */
+/* The softmax of a warp's keys; their values times the weights are one row of `mixed`. */
 struct Found {
     float top, total;
 };

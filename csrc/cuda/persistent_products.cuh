@@ -23,7 +23,7 @@ CLVP_FAST_INLINE void scatter_sum(Run &run, float *values) {
     if constexpr (FIRST > LAST) scatter_sum<(COUNT > 1 ? COUNT / 2 : 1), FIRST / 2, LAST>(run, values);
 }
 
-/* Eight numbers that nobody writes during the launch. */
+/* Loads eight numbers that stay the same during the launch. */
 template <class Run>
 CLVP_FAST_INLINE Halves load_halves(Run &run, const uint16_t *place) {
     return run.constant(reinterpret_cast<const Halves *>(place));
@@ -34,7 +34,7 @@ struct Linear {
     int rows, columns;
 };
 
-/* What a thread has to do with a product: its block's rows, its warp's slice of the columns and every `groups`th row
+/* A thread's share of a product: its block's rows, its warp's slice of the columns and every `groups`th row
  * from `group` on; a warp with no slice has no rows. */
 struct Share {
     int first, count, slices, groups, slice, group;

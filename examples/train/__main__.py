@@ -1,7 +1,7 @@
 """Trains the demo's checkpoint: `python -m examples.train`, again and again until it is done.
 
 Two processes of one thread each: this one trains, and one that it starts makes speech, codes and labelled candidates.
-Whatever ends them, called again they go on.
+Called again after any end, they go on.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from examples.train.train_codec import make_codec, train_codec
 
 @dataclass(frozen=True)
 class Plan:
-    """How much of everything."""
+    """The amounts of everything."""
 
     speech_files: int = 10
     codec_steps: int = 24000
@@ -107,7 +107,7 @@ def train(folder: Path, plan: Plan = PLAN) -> None:
 
 
 def _wait_for_codes(folder: Path, helper: subprocess.Popen) -> None:
-    """Until there are codes to begin with."""
+    """Wait until there are codes to begin with."""
     while len(list((folder / "codes").glob("*.npz"))) < 5:
         STOP.check()
         if helper.poll() is not None:
@@ -116,7 +116,7 @@ def _wait_for_codes(folder: Path, helper: subprocess.Popen) -> None:
 
 
 def material(folder: Path, plan: Plan = PLAN) -> None:
-    """Speech while the codec is trained, then codes, then candidates, as far as they are not there."""
+    """Make speech while the codec is trained, then codes, then candidates, as far as they are missing."""
 
     def codec_is_done() -> bool:
         return step_of(folder / "codec.pt") >= plan.codec_steps

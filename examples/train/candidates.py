@@ -27,7 +27,7 @@ class Speaker:
         self.engine = CandidateEngine(self.model, ClvpProcessor(extractor, tokenizer()))
 
     def candidates(self, said: list[str], sampling: SamplingParams, first: int = 0):
-        """Results of the engine, sentence by sentence; the voices take turns from sentence number `first` on."""
+        """Yield the engine's results, sentence by sentence; the voices take turns from sentence number `first` on."""
         requests = [
             CandidateRequest(text=text, input_features=self.clip(first + index)[None], id=index)
             for index, text in enumerate(said)
@@ -39,25 +39,25 @@ class Speaker:
         return results
 
     def clip(self, number: int) -> torch.Tensor:
-        """The voice's clip of sentence `number`: `[80, frames]`."""
+        """Return the voice's clip of sentence `number`: `[80, frames]`."""
         return self.clips[number % 2, number % data.CLIPS]
 
     def sound(self, codes: np.ndarray, number: int) -> np.ndarray:
-        """Samples of a candidate of sentence `number`; a quarter of a second of silence for one without codes."""
+        """Return samples of a candidate of sentence `number`; a quarter of a second of silence for no codes."""
         if len(codes) < 2:
             return np.zeros(5512, dtype=np.float32)
         return self.vocoder.speak([codes], self.clip(number))[0]
 
 
 def sampling(count: int, seed: int, temperature: float = 0.8) -> SamplingParams:
-    """How candidates are drawn: Tortoise's settings, but no penalty of repeated codes, which speech of a codec has."""
+    """Return Tortoise's settings of drawing, without the penalty of repeated codes, which a codec's speech has."""
     return SamplingParams(
         num_candidates=count, temperature=temperature, repetition_penalty=1.0, max_new_tokens=MOST_CODES, seed=seed
     )
 
 
 def make_candidates(folder: Path, count: int, least_steps: int) -> None:
-    """Files of candidates 0 to `count`, of fresh sentences, each by the decoder as it is then.
+    """Make files of candidates 0 to `count` for fresh sentences, each by the decoder at that moment.
 
     Waits for a decoder of `least_steps` steps.
     """
@@ -75,7 +75,7 @@ def make_candidates(folder: Path, count: int, least_steps: int) -> None:
 
 
 def candidates_file(path: Path, speaker: Speaker, number: int) -> float:
-    """Writes one file: codes, ends, sentences and word errors of `EACH` candidates a sentence; returns their mean."""
+    """Write one file: codes, ends, sentences and word errors of `EACH` candidates a sentence; return their mean."""
     lines = texts.Writer(3_000_000 + number).sentences(texts.UNSEEN)
     said = [next(lines) for _ in range(SENTENCES)]
     # Warmer ones err more: what is told apart is of all kinds.
@@ -92,7 +92,7 @@ def candidates_file(path: Path, speaker: Speaker, number: int) -> float:
 
 
 def read_candidates(path: Path) -> list[tuple[str, list[torch.Tensor], torch.Tensor]]:
-    """Triples of a sentence, its candidates' codes `[length]` int64, and their word errors `[candidates]`."""
+    """Yield triples of a sentence, its candidates' codes `[length]` int64, and their word errors `[candidates]`."""
     with np.load(path) as kept:
         rows, said = np.split(kept["codes"].astype(np.int64), kept["ends"][:-1]), kept["said"].tolist()
         errors = torch.from_numpy(kept["errors"]).float().view(len(said), -1)

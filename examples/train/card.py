@@ -22,7 +22,7 @@ NAME = re.compile(r"evaluation-(\d+)-(\d+)-(open|closed)\.jsonl")
 
 
 def figures(folder: Path) -> list[dict]:
-    """Summaries of the evaluations of the decoder as it is; those of other steps are of another checkpoint."""
+    """Return the evaluations' summaries of the present decoder; those of other steps are of another checkpoint."""
     step = steps_of(folder).get("decoder", (0, 0))[0]
     found = []
     for path in sorted(folder.glob("evaluation-*.jsonl")):
@@ -34,14 +34,14 @@ def figures(folder: Path) -> list[dict]:
 
 
 def write(folder: Path, target: Path) -> None:
-    """Writes the card, its figures as JSON and the notices into the checkpoint folder `target`."""
+    """Write the card, its figures as JSON and the notices into the checkpoint folder `target`."""
     (target / "README.md").write_text(card(folder), encoding="utf-8")
     write_json(target / FIGURES, figures(folder))
     shutil.copy(Path(__file__).with_name("NOTICE.md"), target)
 
 
 def card(folder: Path) -> str:
-    """The card as Markdown."""
+    """Return the card as Markdown."""
     trained = steps_of(folder)
     steps = "".join(f"| {part} | {step} | {spent / 60:.0f} |\n" for part, (step, spent) in trained.items())
     rows = ""

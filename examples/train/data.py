@@ -20,7 +20,7 @@ CLIPS = 24
 
 
 def spoken(said: list[str], seed: int) -> Iterator[tuple[int, torch.Tensor]]:
-    """Each sentence as a voice's number and log-mel `[80, frames]`, rounded to float16; the voices take turns."""
+    """Yield each sentence as a voice's number and log-mel `[80, frames]`, rounded to float16; the voices take turns."""
     for index, sentence in enumerate(said):
         STOP.check()
         number = index % len(voices.NAMES)
@@ -28,14 +28,14 @@ def spoken(said: list[str], seed: int) -> Iterator[tuple[int, torch.Tensor]]:
 
 
 def speech_file(path: Path, said: list[str], seed: int) -> None:
-    """Log-mel of sentences, the voices taking turns: `[80, all frames]` float16, and where each ends."""
+    """Write log-mel of sentences, the voices taking turns: `[80, all frames]` float16, and where each ends."""
     mels = [mel.half().numpy() for _, mel in spoken(said, seed)]
     ends = np.cumsum([mel.shape[1] for mel in mels])
     save_arrays(path, mels=np.concatenate(mels, 1), ends=ends, said=np.array(said))
 
 
 def make_speech(folder: Path, count: int) -> list[Path]:
-    """`count` files of speech for the codec; short sentences have a share, as words at the ends are hard."""
+    """Make `count` files of speech for the codec; some sentences are short, as words at the ends are hard."""
     paths = [folder / "speech" / f"{number:04d}.npz" for number in range(count)]
     for number, path in enumerate(paths):
         if not path.is_file():
@@ -44,14 +44,14 @@ def make_speech(folder: Path, count: int) -> list[Path]:
 
 
 def read_speech(path: Path) -> list[tuple[int, torch.Tensor]]:
-    """Pairs of a voice's number and log-mel `[80, frames]` float32."""
+    """Yield pairs of a voice's number and log-mel `[80, frames]` float32."""
     with np.load(path) as kept:
         parts = np.split(kept["mels"], kept["ends"][:-1], axis=1)
     return [(index % 2, torch.from_numpy(part.astype(np.float32))) for index, part in enumerate(parts)]
 
 
 def make_clips(folder: Path) -> torch.Tensor:
-    """Features of `CLIPS` clips of each voice, `[voices, CLIPS, 80, frames]`: each some sentences, cut to 6 s."""
+    """Make features of `CLIPS` clips of each voice, `[voices, CLIPS, 80, frames]`: each some sentences, cut to 6 s."""
     path = folder / "clips.npz"
     if not path.is_file():
         said = texts.unique(77, 4 * CLIPS, texts.UNSEEN)
@@ -69,19 +69,19 @@ def _clip(name: str, said: list[str]) -> np.ndarray:
 
 
 def load_codec(folder: Path, codec: Codec) -> Codec:
-    """`codec` with what was trained last."""
+    """Load the latest training into `codec`."""
     codec.load_state_dict(averages_of(folder / "codec.pt"))
     return codec.eval()
 
 
 def codes_file(path: Path, said: list[str], mels: Iterable[tuple[int, torch.Tensor]], codec: Codec) -> None:
-    """Codes of sentences and their speech: int16 of all, and where each ends."""
+    """Write codes of sentences that are spoken in `mels`: int16 of all, and where each ends."""
     codes = [codec.codes_of(mel[None])[0].short().numpy() for _, mel in mels]
     save_arrays(path, codes=np.concatenate(codes), ends=np.cumsum([len(row) for row in codes]), said=np.array(said))
 
 
 def read_codes(path: Path) -> list[tuple[int, str, torch.Tensor]]:
-    """Triples of a voice's number, what is said, and codes `[length]` int64."""
+    """Yield triples of a voice's number, the sentence, and codes `[length]` int64."""
     with np.load(path) as kept:
         rows, said = np.split(kept["codes"].astype(np.int64), kept["ends"][:-1]), kept["said"].tolist()
     return [
@@ -91,7 +91,7 @@ def read_codes(path: Path) -> list[tuple[int, str, torch.Tensor]]:
 
 
 def make_held_out(folder: Path, codec: Codec) -> list[tuple[int, str, torch.Tensor]]:
-    """Codes of the sentences that are watched."""
+    """Make codes of the sentences that are watched."""
     path = folder / "held_out.npz"
     if not path.is_file():
         codes_file(path, texts.HELD_OUT, spoken(texts.HELD_OUT, 900_000_000), codec)
@@ -99,13 +99,13 @@ def make_held_out(folder: Path, codec: Codec) -> list[tuple[int, str, torch.Tens
 
 
 def _fresh(number: int) -> tuple[list[str], int]:
-    """The sentences of file `number` of the stream, and the seed of their speech."""
+    """Return the sentences of file `number` of the stream, and the seed of their speech."""
     said = texts.Writer(1_000_000 + number).sentences(texts.UNSEEN)
     return [next(said) for _ in range(SENTENCES)], 2_000_000_000 + number * SENTENCES
 
 
 def speak_ahead(folder: Path, count: int, enough: Callable[[], bool]) -> None:
-    """Makes the speech of files 0 to `count` of the stream, until it is `enough`."""
+    """Make the speech of files 0 to `count` of the stream, until it is `enough`."""
     for number in range(count):
         if enough():
             break
@@ -115,7 +115,7 @@ def speak_ahead(folder: Path, count: int, enough: Callable[[], bool]) -> None:
 
 
 def stream_codes(folder: Path, codec: Codec, count: int) -> None:
-    """Makes files of codes 0 to `count`, each of fresh sentences, and removes the speech that was made ahead."""
+    """Write files of codes 0 to `count`, each of fresh sentences, and remove the speech that was made ahead."""
     for number in range(count):
         path, ahead = _codes(folder, number), _ahead(folder, number)
         if not path.is_file():
@@ -147,7 +147,7 @@ class Corpus:
         self.refresh()
 
     def refresh(self) -> None:
-        """Reads files that came since."""
+        """Read files that came since."""
         for path in sorted(self.folder.glob("*.npz")):
             if path.name in self._read:
                 continue
@@ -162,7 +162,7 @@ class Corpus:
         self.taken = grown
 
     def batch(self, random: np.random.Generator, count: int) -> list[int]:
-        """`count` items, or half as many at least, whose texts have one length: those that were taken least."""
+        """Return `count` items of one text length, or at least half as many, those taken least so far."""
         while True:
             some = int(random.integers(len(self.items)))
             same = np.array(self.by_length[len(self.ids[some])])
@@ -178,6 +178,6 @@ class Corpus:
 
 
 def each_voice(items) -> Iterator[list]:
-    """Items of the first voice, then of the second."""
+    """Yield items of the first voice, then of the second."""
     for number in range(len(voices.NAMES)):
         yield [item for item in items if item[0] == number]

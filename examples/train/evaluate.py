@@ -46,7 +46,7 @@ def evaluate(folder: Path, sentences: int, count: int, kind: str = "open", seed:
 
 
 def summary(rows: list[dict]) -> dict:
-    """The mean candidate's word errors, in all and by voice, and what ranking gains at each number of candidates.
+    """Return the mean candidate's word errors, in all and by voice, and ranking's gain at each number of candidates.
 
     `mean_error` and `picked_error` are standard errors over sentences.
     """
@@ -76,13 +76,15 @@ def summary(rows: list[dict]) -> dict:
 
 
 def standard_error(values: np.ndarray) -> float:
-    """The standard error of the mean of some values; 0 of one alone."""
+    """Return the standard error of the mean of some values; 0 for a single value."""
     return round(float(values.std(ddof=1) / math.sqrt(len(values))), 4) if len(values) > 1 else 0.0
 
 
 def wilcoxon(differences: np.ndarray) -> float:
-    """The chance of differences at least as large if none were meant: Wilcoxon's signed ranks, one-sided, by the normal
-    distribution; equal ones share their ranks, zeros are left out."""
+    """Return the chance of such differences by luck, by Wilcoxon's one-sided test of signed ranks.
+
+    Its distribution is the normal one; equal differences share their ranks, and zeros are left out.
+    """
     differences = differences[np.abs(differences) > 1e-12]
     if not len(differences):
         return 1.0

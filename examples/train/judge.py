@@ -1,4 +1,4 @@
-"""What an independent recogniser hears: pocketsphinx with its own English model, which saw nothing of this recipe.
+"""An independent recogniser's words: pocketsphinx with its own English model, which saw nothing of this recipe.
 
 "open" is its own trigram model of English; "closed" knows the domain's words alone, all of them equally likely.
 """
@@ -18,7 +18,7 @@ KINDS = ("open", "closed")
 
 @cache
 def recogniser(kind: str):
-    """The recogniser of a kind."""
+    """Return the recogniser of a kind."""
     try:
         from pocketsphinx import Decoder, get_model_path
     except ImportError as error:
@@ -35,14 +35,14 @@ def recogniser(kind: str):
 
 
 def flat_model(words: list[str]) -> str:
-    """A language model in ARPA's format in which each word is equally likely anywhere."""
+    """Return a language model in ARPA's format in which each word is equally likely anywhere."""
     share = f"{np.log10(1 / (len(words) + 1)):.4f}"
     rows = [f"{share} </s>", "-99 <s>", *(f"{share} {word}" for word in words)]
     return "\n".join(["\\data\\", f"ngram 1={len(rows)}", "", "\\1-grams:", *rows, "", "\\end\\", ""])
 
 
 def hear(samples: np.ndarray, kind: str = "closed") -> str:
-    """The words that are heard in samples at 22.05 kHz; "" for none."""
+    """Return the words that are heard in samples at 22.05 kHz; "" for none."""
     import soxr
 
     silence = np.zeros(4000, dtype=np.float32)
@@ -59,12 +59,12 @@ def hear(samples: np.ndarray, kind: str = "closed") -> str:
 
 
 def errors_of(said: str, samples: np.ndarray, kind: str) -> float:
-    """The word errors of what is heard in samples."""
+    """Return the word errors of the words that are heard in samples."""
     return word_errors(said, hear(samples, kind))
 
 
 def word_errors(said: str, heard: str) -> float:
-    """The share of wrong words: insertions, deletions and replacements by the words that were said; at most 1."""
+    """Return the share of wrong words: insertions, deletions and replacements over the words said; at most 1."""
     wanted, found = said.split(), heard.split()
     row = list(range(len(found) + 1))
     for index, word in enumerate(wanted, start=1):

@@ -28,12 +28,12 @@ PARTS = {
     "decoder": ("conditioning_encoder.", "speech_decoder_model."),
     "scorer": ("text_encoder_model.", "speech_encoder_model.", "logit_scale"),
 }
-# How far each had come when a checkpoint was exported.
+# The state of each when a checkpoint was exported.
 PROGRESS = "training.json"
 
 
 def configuration(num_codes: int, silence: int, hidden: int = 256, layers: int = 4, width: int = 160) -> ClvpConfig:
-    """The sizes of the demo; the defaults make 6.2 million parameters.
+    """Return the sizes of the demo; the defaults make 6.2 million parameters.
 
     Args:
         silence: the code that candidates are filled up with for the scorer.
@@ -74,14 +74,14 @@ def configuration(num_codes: int, silence: int, hidden: int = 256, layers: int =
 
 
 def make_model(config: ClvpConfig) -> ClvpModelForConditionalGeneration:
-    """An untrained model, always the same."""
+    """Make an untrained model, always the same."""
     torch.manual_seed(0)
     return ClvpModelForConditionalGeneration(config)
 
 
 @cache
 def tokenizer() -> ClvpTokenizer:
-    """The demo's: letters, marks and pairs of letters of frequent words."""
+    """Return the demo's tokenizer: letters, marks and pairs of letters of frequent words."""
     with tempfile.TemporaryDirectory(prefix="clvp-fast-vocabulary-") as folder:
         write_vocabulary(Path(folder))
         files = f"{folder}/vocab.json", f"{folder}/merges.txt"
@@ -94,12 +94,12 @@ def ids_of(text: str) -> tuple[int, ...]:
 
 
 def silence_of(codec: Codec) -> int:
-    """The code of silence."""
+    """Return the code of silence."""
     return int(codec.codes_of(torch.full((1, codec.bins, 16 * codec.stride), FLOOR))[0].mode().values)
 
 
 def speech_logits(model, voices: torch.Tensor, ids: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-    """Logits `[batch, length + 1, vocab]` of each next code, the codes before it given.
+    """Return logits `[batch, length + 1, vocab]` of each next code, given the codes before it.
 
     Args:
         voices: of `encode_voice`, `[batch, hidden]`.
@@ -118,7 +118,7 @@ def speech_logits(model, voices: torch.Tensor, ids: torch.Tensor, codes: torch.T
 
 
 def assemble(folder: Path, scorer: bool = True) -> ClvpModelForConditionalGeneration:
-    """The model of what was trained last, in eval mode: the decoder, and with `scorer` the encoders."""
+    """Assemble the latest trained model in eval mode: the decoder, and with `scorer` the encoders."""
     codec = data.load_codec(folder, make_codec())
     model = make_model(configuration(codec.num_codes, silence_of(codec)))
     weights = model.state_dict()
@@ -130,7 +130,7 @@ def assemble(folder: Path, scorer: bool = True) -> ClvpModelForConditionalGenera
 
 
 def export(folder: Path, target: Path) -> Path:
-    """Writes a checkpoint folder in float16 with its vocoder; `clvp-fast generate --checkpoint` takes it."""
+    """Write a checkpoint folder in float16 with its vocoder; `clvp-fast generate --checkpoint` takes it."""
     clvp = assemble(folder).half()
     target.mkdir(parents=True, exist_ok=True)
     clvp.save_pretrained(target)
@@ -144,7 +144,7 @@ def export(folder: Path, target: Path) -> Path:
 
 
 def steps_of(folder: Path) -> dict[str, tuple[int, float]]:
-    """Steps and CPU seconds of each training that has begun."""
+    """Return steps and CPU seconds of each training that has begun."""
     found = {}
     for part in PARTS:
         path = folder / f"{part}.pt"
@@ -155,7 +155,7 @@ def steps_of(folder: Path) -> dict[str, tuple[int, float]]:
 
 
 def go_on_from(folder: Path, checkpoint: Path) -> list[str]:
-    """Trainings that are not in `folder` begin with what `export` wrote, weights alone; returns which."""
+    """Begin trainings missing in `folder` with the weights that `export` wrote, and return which."""
     progress = json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))
     clvp = load_file(checkpoint / "model.safetensors")
     taken = []

@@ -30,7 +30,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(x: torch.Tensor, steps: int) -> torch.Tensor:
-    """A matrix `[out, in]` with its singular values pulled to about 1."""
+    """Return a matrix `[out, in]` with its singular values pulled to about 1."""
     tall = x.shape[0] > x.shape[1]
     x = x.T if tall else x
     dtype, x = x.dtype, (x / (x.norm() + 1e-7)).to(PRODUCTS).contiguous()

@@ -14,7 +14,7 @@ PRODUCTS = torch.bfloat16 if "avx512bf16" in cpu_isas() else torch.float32
 
 @contextmanager
 def products() -> Iterator[None]:
-    """Multiplies in `PRODUCTS` what is computed within; parameters, sums and losses stay float32."""
+    """Multiply in `PRODUCTS` within the context; parameters, sums and losses stay float32."""
     if PRODUCTS is torch.float32:
         yield
         return

@@ -1,4 +1,4 @@
-"""What outlives a process: files that are whole or absent, and trainings that go on where they were.
+"""State that outlives a process: files that are whole or absent, and trainings that go on where they were.
 
 All lies in `$CLVP_FAST_CACHE/train` (`clvp_fast.io.files.cache_folder`). A draw depends on the number of the step
 alone, so that a training that was interrupted gives the weights of one that was not.
@@ -29,7 +29,7 @@ class Refused(ValueError):
 
 
 class Stop:
-    """Whether this process was asked to end: by SIGTERM, by Ctrl-C, or because its parent is gone."""
+    """A request to end this process: by SIGTERM, by Ctrl-C, or because its parent is gone."""
 
     def __init__(self):
         self.requested = False
@@ -45,12 +45,12 @@ class Stop:
         self.requested = True
 
     def check(self) -> None:
-        """Raises `Interrupted` where the process is to end."""
+        """Raise `Interrupted` where the process is to end."""
         if self.requested or (self.parent is not None and os.getppid() != self.parent):
             raise Interrupted("asked to end")
 
     def wait(self, seconds: float) -> None:
-        """Sleeps, and raises `Interrupted` where the process is to end."""
+        """Sleep, and raise `Interrupted` where the process is to end."""
         time.sleep(seconds)
         self.check()
 
@@ -59,7 +59,7 @@ STOP = Stop()
 
 
 def home() -> Path:
-    """The folder of the recipe's state, made if need be."""
+    """Return the folder of the recipe's state, made if need be."""
     folder = cache_folder() / "train"
     make_private(folder)
     return folder
@@ -67,7 +67,7 @@ def home() -> Path:
 
 @contextmanager
 def alone(folder: Path, work: str) -> Iterator[None]:
-    """Keeps other processes from doing the same `work` on a state; the lock ends with the process, however it ends.
+    """Keep other processes from the same `work` on a state; the lock ends with the process, however it ends.
 
     Raises:
         Refused: another one does it.
@@ -81,14 +81,14 @@ def alone(folder: Path, work: str) -> Iterator[None]:
 
 
 def save_arrays(path: Path, **arrays) -> None:
-    """An `.npz` file, whole or absent; strings as arrays of them."""
+    """Write an `.npz` file, whole or absent; strings become arrays."""
     make_private(path.parent)
     with replacing(path) as scratch, open(scratch, "wb") as file:
         np.savez(file, **arrays)
 
 
 def note(folder: Path, **row) -> None:
-    """One row of `log.jsonl`, also printed."""
+    """Print one row, and add it to `log.jsonl`."""
     row = {"time": time.strftime("%Y-%m-%d %H:%M:%S"), **row}
     line = json.dumps(row)
     print(line, flush=True)
@@ -150,7 +150,7 @@ class Training:
             torch.save(state, scratch)
 
     def rate(self) -> float:
-        """The share of the highest learning rate: up over 40 steps, flat, and down over the last third."""
+        """Return the share of the highest learning rate: up over 40 steps, flat, and down over the last third."""
         left = (self.steps - self.step) / self.steps
         return min(1.0, (self.step + 1) / 40, max(0.02, 3 * left))
 
@@ -172,7 +172,7 @@ class Training:
             STOP.check()
 
     def learn(self, loss: torch.Tensor) -> None:
-        """One step of the optimizers down the gradient of `loss`, of at most length 1."""
+        """Take one step of the optimizers down the gradient of `loss`, of at most length 1."""
         for optimizer in self.optimizers:
             optimizer.zero_grad()
         loss.backward()
@@ -192,7 +192,7 @@ class Training:
 
 
 def begin_from(path: Path, weights: dict[str, torch.Tensor], step: int, spent: float) -> None:
-    """Writes the state of a training that has come to `step`, of which the weights alone are left."""
+    """Write the state of a training at `step` of which only the weights are left."""
     weights = {name: value.float() if value.is_floating_point() else value for name, value in weights.items()}
     make_private(path.parent)
     with replacing(path) as scratch:
@@ -201,17 +201,17 @@ def begin_from(path: Path, weights: dict[str, torch.Tensor], step: int, spent: f
 
 
 def step_of(path: Path) -> int:
-    """Steps of the training that saved `path`; -1 where there is none."""
+    """Return the steps of the training that saved `path`; -1 where there is none."""
     return torch.load(path, weights_only=True, mmap=True)["step"] if path.is_file() else -1
 
 
 def averages_of(path: Path) -> dict[str, torch.Tensor]:
-    """The running averages that a training saved last. Raises `Refused` where there are none yet."""
+    """Return the latest running averages of a training. Raises `Refused` where there are none yet."""
     if not path.is_file():
         raise Refused(f"there is no {path.name} in {path.parent} yet: train first")
     return torch.load(path, weights_only=True)["averages"]
 
 
 def draws(*seed: int) -> np.random.Generator:
-    """A generator for one step: of the same numbers, the same draws."""
+    """Return a generator for one step: the same numbers give the same draws."""
     return np.random.default_rng(seed)

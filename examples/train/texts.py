@@ -12,7 +12,7 @@ _LISTS = tomllib.loads(Path(__file__).with_name("words.toml").read_text(encoding
 
 
 def _words(name: str) -> list[str]:
-    """A list of words.toml."""
+    """Return a list of words.toml."""
     text = _LISTS[name]
     return [" ".join(entry.split()) for entry in text.split(",")] if "," in text else text.split()
 
@@ -52,7 +52,7 @@ LONGEST = 84
 
 
 def plural(word: str) -> str:
-    """The plural of one of `THINGS`; those without a regular one are replaced by "letters"."""
+    """Return the plural of one of `THINGS`; those without a regular one are replaced by "letters"."""
     word = "letter" if word in NO_PLURAL else word
     return word + ("es" if word.endswith(("s", "x", "ch", "sh")) else "s")
 
@@ -124,7 +124,7 @@ class Writer:
         return said + (f" {self.choose(FUNCTION_WORDS)} {self.choose(ACTIONS)}" if self.chance(0.2) else "")
 
     def shown(self) -> str:
-        """A sentence of the documents, as it is there or with other words."""
+        """Return a sentence of the documents, as it is there or with other words."""
         kind = self.random.random()
         if kind < 0.4:
             return self.choose(SHOWN)
@@ -157,7 +157,7 @@ class Writer:
         return " ".join(self.choose(WORDS) for _ in range(self.random.randint(2, 7)))
 
     def sentences(self, avoid: Collection[str] = ()) -> Iterator[str]:
-        """Sentences without end, none of `avoid` and none that is too long."""
+        """Yield sentences without end, none of `avoid` and none that is too long."""
         while True:
             said = self.sentence()
             if len(said) <= LONGEST and said not in avoid:
@@ -165,7 +165,7 @@ class Writer:
 
 
 def unique(seed: int, count: int, avoid: Collection[str] = ()) -> list[str]:
-    """`count` different sentences, none of `avoid`."""
+    """Yield `count` different sentences, none of `avoid`."""
     found: dict[str, None] = {}
     for said in Writer(seed).sentences(avoid):
         found.setdefault(said)
@@ -175,7 +175,7 @@ def unique(seed: int, count: int, avoid: Collection[str] = ()) -> list[str]:
 
 
 def written(said: str, ending: str) -> str:
-    """A sentence as the model reads it: `ending` is "", "." or another mark behind it."""
+    """Return a sentence as the model reads it: `ending` is "", "." or another mark behind it."""
     return said + ending
 
 

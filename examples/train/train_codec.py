@@ -17,18 +17,18 @@ from examples.train.state import Refused, Training, draws, note
 
 # Frames of an excerpt, and excerpts of a step.
 FRAMES, BATCH = 96, 16
-# What other codes than a codec's own would spoil.
+# Files that codes of another codec would spoil.
 OF_CODES = ("codes", "held_out.npz", "candidates", "decoder.pt", "scorer.pt")
 
 
 def make_codec(width: int = 192) -> Codec:
-    """An untrained codec: 8 * 5 * 5 * 5 codes of 4 frames each. Against 4096 codes and 43 Hz, this won."""
+    """Make an untrained codec: 8 * 5 * 5 * 5 codes of 4 frames each. It was better than 4096 codes at 43 Hz."""
     torch.manual_seed(0)
     return Codec(levels=(8, 5, 5, 5), stride=4, width=width)
 
 
 def train_codec(folder: Path, codec: Codec, steps: int, files: int) -> None:
-    """Trains `codec` on `files` files of speech, into `codec.pt`; the last quarter of the steps is the second part.
+    """Train `codec` on `files` files of speech, into `codec.pt`; the last quarter of the steps is the second part.
 
     Raises `Refused` where codes of the codec as it was are in the state.
     """
@@ -63,14 +63,14 @@ def train_codec(folder: Path, codec: Codec, steps: int, files: int) -> None:
 
 
 def reconstruction(codec: nn.Module, mel: torch.Tensor, voice: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """The loss, and by how much a value of the normalised log-mel is off in the mean."""
+    """Return the loss, and the mean error of a value of the normalised log-mel."""
     difference = (codec.log_mel_of(codec.grid_of(mel), voice) - mel) / SPREAD
     off = difference.abs().mean()
     return off + 0.3 * (difference[..., 1:] - difference[..., :-1]).abs().mean(), off.item()
 
 
 def _excerpts(speech, known: torch.Tensor, random: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Excerpts `[BATCH, 80, FRAMES]` of random sentences, and their voices by another clip `[BATCH, 160]`."""
+    """Return excerpts `[BATCH, 80, FRAMES]` of random sentences, and voices from another clip, `[BATCH, 160]`."""
     mels, told = [], []
     for index in random.integers(0, len(speech), BATCH):
         number, mel = speech[index]

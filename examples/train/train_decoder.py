@@ -27,7 +27,7 @@ class DecoderPart(nn.Module):
 
 
 def train_decoder(folder: Path, model, codec, steps: int) -> None:
-    """Trains into `decoder.pt`, on the codes that are there and those that come."""
+    """Train into `decoder.pt`, on the present codes and those that come."""
     part = DecoderPart(model).train()
     training = Training(folder, "decoder", part, optimizers(part.named_parameters(), lr=0.02), steps)
     if training.step >= training.steps:
@@ -61,7 +61,7 @@ def train_decoder(folder: Path, model, codec, steps: int) -> None:
 
 
 def _loss(model, corpus: data.Corpus, clips: torch.Tensor, random: np.random.Generator) -> tuple[torch.Tensor, int]:
-    """The mean loss of a code of a batch, and how many tokens went through the decoder."""
+    """Return the mean loss of a code of a batch, and the number of tokens that went through the decoder."""
     chosen = corpus.batch(random, BATCH)
     ending = ("", ".")[int(random.random() < 0.5)]
     rows = [corpus.items[index] for index in chosen]
@@ -76,8 +76,7 @@ def _loss(model, corpus: data.Corpus, clips: torch.Tensor, random: np.random.Gen
 
 
 def padded(rows: list[torch.Tensor], stop: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes `[rows, longest]` filled up with `stop`, and what is to be said `[rows, longest + 1]`: -100 behind the
-    first stop token."""
+    """Return codes `[rows, longest]` filled up with `stop`, and targets `[rows, longest + 1]`: -100 behind the end."""
     longest = max(map(len, rows))
     codes = torch.stack([F.pad(row, (0, longest - len(row)), value=stop) for row in rows])
     target = F.pad(codes, (0, 1), value=stop)
@@ -88,7 +87,7 @@ def padded(rows: list[torch.Tensor], stop: int) -> tuple[torch.Tensor, torch.Ten
 
 @torch.no_grad()
 def held_out_loss(model, held_out, clips: torch.Tensor) -> list[float]:
-    """The mean loss of a code of sentences that nothing is trained on, for each voice."""
+    """Return the mean loss of a code of sentences outside of training, for each voice."""
     model.eval()
     voices = model.conditioning_encoder.encode_voice(clips[:, 0])
     means = []

@@ -36,13 +36,13 @@ class ScorerPart(nn.Module):
         self.end, self.silence = config.text_config.eos_token_id, config.decoder_config.decoder_fixing_codes[0]
 
     def texts(self, lines: list[str]) -> torch.Tensor:
-        """Embeddings `[texts, dim]` of length 1."""
+        """Return embeddings `[texts, dim]` of length 1."""
         ids = [torch.tensor([*ids_of(line), self.end]) for line in lines]
         tokens, mask = _filled(ids, 0)
         return normalized(self.text_encoder_model(input_ids=tokens, attention_mask=mask).embeds)
 
     def speech(self, rows: list[torch.Tensor], length: int | None) -> torch.Tensor:
-        """Embeddings `[rows, dim]` of length 1; filled up with silence to `length`, or each at its own for None."""
+        """Return embeddings `[rows, dim]` of length 1, padded with silence to `length`, or each at its own for None."""
         if length is None:
             tokens, mask = _filled(rows, self.silence)
             return normalized(self.speech_encoder_model(input_ids=tokens, attention_mask=mask).embeds)
@@ -51,14 +51,14 @@ class ScorerPart(nn.Module):
 
 
 def _filled(rows: list[torch.Tensor], fill: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows as `[rows, longest]`, and the mask of what they are."""
+    """Return rows as `[rows, longest]`, and the mask of their own numbers."""
     longest = max(map(len, rows))
     tokens = torch.stack([F.pad(row, (0, longest - len(row)), value=fill) for row in rows])
     return tokens, (torch.arange(longest) < torch.tensor([len(row) for row in rows])[:, None]).long()
 
 
 def train_scorer(folder: Path, model, steps: int) -> None:
-    """Trains into `scorer.pt`, on the codes and candidates that are there and those that come."""
+    """Train into `scorer.pt`, on the present codes and candidates and those that come."""
     part = ScorerPart(model).train()
     training = Training(folder, "scorer", part, optimizers(part.named_parameters(), lr=0.01), steps)
     if training.step >= training.steps:
@@ -91,7 +91,7 @@ def _compared(own: list, random: np.random.Generator) -> list:
 
 
 def _loss(part: ScorerPart, corpus: data.Corpus, compared: list, random: np.random.Generator, spoilt: bool):
-    """The loss, and a row of what it is made of."""
+    """Return the loss, and a row of its parts."""
     items = [corpus.items[index] for index in corpus.batch(random, BATCH)]
     said, codes = [item[1] for item in items], [item[2] for item in items]
     lines, rows = list(said), list(codes)
@@ -130,7 +130,7 @@ def _loss(part: ScorerPart, corpus: data.Corpus, compared: list, random: np.rand
 
 
 def own_pairs(scores: torch.Tensor, compared: list) -> tuple[torch.Tensor, float]:
-    """How badly a text's candidates are in the order of their word errors, and the share of pairs that are.
+    """Return the loss of a text's candidates by the order of their word errors, and the share of pairs in order.
 
     Args:
         scores: `[texts, all candidates]`, those of a text one after another, empty ones left out.
@@ -152,7 +152,7 @@ def own_pairs(scores: torch.Tensor, compared: list) -> tuple[torch.Tensor, float
 
 
 def spoil_text(text: str, random: np.random.Generator) -> str:
-    """A text with one word replaced, dropped, doubled or swapped with another."""
+    """Return a text with one word replaced, dropped, doubled or swapped with another."""
     words, kind = text.split(), random.random()
     place, other = random.integers(0, len(words), 2)
     if kind < 0.6 or len(words) == 1:
@@ -168,7 +168,7 @@ def spoil_text(text: str, random: np.random.Generator) -> str:
 
 
 def spoil_codes(codes: torch.Tensor, other: torch.Tensor, random: np.random.Generator) -> torch.Tensor:
-    """Codes `[length]` with a stretch cut, doubled, torn off at the end, or replaced by one of `other`."""
+    """Return codes `[length]` with a stretch cut, doubled, torn off at the end, or replaced by one of `other`."""
     length, kind = len(codes), random.random()
     start, count = int(random.integers(0, max(1, length - 6))), int(random.integers(4, 14))
     end = min(length, start + count)

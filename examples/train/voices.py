@@ -22,7 +22,7 @@ NAMES = ("heart", "rms")
 
 
 def _finish(samples: np.ndarray, rate: int) -> np.ndarray:
-    """At 22.05 kHz, without the silence around it but for 50 ms, and at one loudness."""
+    """Resample to 22.05 kHz, cut the silence around to 50 ms, and set one loudness."""
     samples = np.asarray(samples, dtype=np.float32).squeeze()
     if rate != RATE:
         import soxr
@@ -70,7 +70,7 @@ class Heart:
 
 @cache
 def voice(name: str):
-    """The synthesiser of a name: `(text, seed)` → float32 samples at 22.05 kHz."""
+    """Return the synthesiser of a name: `(text, seed)` → float32 samples at 22.05 kHz."""
     return Heart() if name == "heart" else Flite(name)
 
 
@@ -80,11 +80,11 @@ def extractor() -> ClvpFeatureExtractor:
 
 
 def features(samples: np.ndarray) -> torch.Tensor:
-    """Log-mel `[80, frames]` of whole samples."""
+    """Return log-mel `[80, frames]` of whole samples."""
     found = extractor()(samples, sampling_rate=RATE, padding=False, max_length=len(samples), return_tensors="pt")
     return found["input_features"][0]
 
 
 def clip_features(samples: np.ndarray) -> torch.Tensor:
-    """Log-mel `[80, frames]` of a voice's clip, cut or filled up to 6 s, as the command line makes it."""
+    """Return log-mel `[80, frames]` of a voice's clip, cut or filled up to 6 s, as the command line makes it."""
     return extractor()(samples, sampling_rate=RATE, return_tensors="pt")["input_features"][0]

@@ -13,7 +13,7 @@ def corpus(tmp_path):
 
 @pytest.fixture
 def no_model(monkeypatch):
-    """Jobs run without a model; the executors that were made, and options for those to come."""
+    """Run jobs without a model; give the executors that were made, and options for those to come."""
     made: list[NoModel] = []
     options: dict = {}
 
@@ -29,7 +29,7 @@ def no_model(monkeypatch):
 
 @pytest.fixture
 def run(no_model, corpus, out):
-    """`run(...)` does the corpus, in shards of 8 rows, into `out`, and returns the summary."""
+    """Give `run(...)`, which does the corpus, in shards of 8 rows, into `out`, and returns the summary."""
 
     def do(source=corpus, out=out, **options):
         return job.run(source, out, **{"shard_rows": 8, "progress": False, "voice": VOICE, **options})
@@ -39,20 +39,20 @@ def run(no_model, corpus, out):
 
 @pytest.fixture
 def out(tmp_path):
-    """The folder that `run` writes into."""
+    """Give the folder that `run` writes into."""
     return tmp_path / "out"
 
 
 @pytest.fixture
 def undisturbed(run, tmp_path):
-    """Results and failures of a run that nothing stops."""
+    """Give results and failures of a run that nothing stops."""
     run(out=tmp_path / "undisturbed")
     return results(tmp_path / "undisturbed"), failures(tmp_path / "undisturbed")
 
 
 @pytest.fixture
 def null_job(monkeypatch):
-    """Jobs run with a worker over an engine without a model; exceptions that results are to have, by the row's id."""
+    """Run jobs with a worker over an engine without a model; give the exceptions that results shall have, by row."""
     from tests.batch.null_worker import null_worker
 
     strange: dict[str, Exception] = {}

@@ -18,7 +18,7 @@ SHARD_ROWS = 20
 
 
 def in_child(work: Callable[[], object]) -> int:
-    """The status with which a copy of this process ended, which did `work`: 0, or minus the signal that killed it."""
+    """Do `work` in a copy of this process; return how that ended: 0, or minus the signal that killed it."""
     child = os.fork()
     if not child:
         status = 1
@@ -31,7 +31,7 @@ def in_child(work: Callable[[], object]) -> int:
 
 
 def die_at(rename: int, behind: bool) -> None:
-    """From now on, this process ends at its `rename`-th rename."""
+    """End this process at its `rename`-th rename from now on."""
     replace, left = os.replace, rename
 
     def dying(source, target):

@@ -20,7 +20,7 @@ QUICK = {"voice": str(VOICE), "num_candidates": 2, "max_new_tokens": 5, "batch_s
 
 
 def records(count: int, seed: int = 0) -> list[dict]:
-    """Rows of many lengths; now and then one with a voice that is not there, or with sampling of its own."""
+    """Return rows of many lengths; some have a missing voice, or sampling of their own."""
     rng = random.Random(seed)
     rows = []
     for index in range(count):
@@ -44,7 +44,7 @@ def write_parquet(path, rows):
 
 
 def results(out: Path) -> list[dict]:
-    """The lines of all shards, in their order, without what differs between equal runs."""
+    """Return the lines of all shards, in their order, without what differs between equal runs."""
     lines: list[dict] = []
     for path in sorted((out / "shards").iterdir()):
         lines += pq.read_table(path).drop_columns("timings").to_pylist()
@@ -56,7 +56,7 @@ def failures(out: Path) -> list[dict]:
 
 
 def assert_whole(out: Path, count: int) -> None:
-    """Every row is spoken or failed, once, in the order of the input, and nothing else lies about."""
+    """Assert that every row is spoken or failed, once, in the order of the input, and no other file is left."""
     spoken = [line["row"] for line in results(out) if line["rank"] == 1]
     failed = [failure["row"] for failure in failures(out)]
     assert spoken == sorted(spoken) and failed == sorted(failed)
@@ -66,7 +66,7 @@ def assert_whole(out: Path, count: int) -> None:
 
 
 def blank_overview(path: Path, shards: list[Path], failed: int) -> None:
-    """In place of the picture, which takes nine tenths of the time of a job without a model."""
+    """Replace the picture, which takes nine tenths of the time of a job without a model."""
     with replacing(path) as scratch:
         Path(scratch).write_bytes(b"no picture")
 
@@ -131,7 +131,7 @@ class NoModel:
 
 
 def rewrite(path: Path, change) -> None:
-    """A Parquet file with its bytes changed."""
+    """Change the bytes of a Parquet file."""
     content = bytearray(path.read_bytes())
     change(content)
     path.write_bytes(content)

@@ -30,7 +30,7 @@ def journaled(out: Path) -> int:
 
 
 def die_at(out: Path, shards: int, seconds: float) -> None:
-    """Kills this process so many seconds after so many shards are there."""
+    """Kill this process a number of seconds after a number of shards is there."""
     while shards_of(out) < shards:
         time.sleep(0.005)
     time.sleep(seconds)

@@ -51,7 +51,7 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def single(corpus, tmp_path_factory):
-    """What one process makes of the corpus."""
+    """Give the results of one process for the corpus."""
     out = tmp_path_factory.mktemp("single")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(VOICE.parent)
@@ -72,7 +72,7 @@ def actor():
 
 
 def batch_of(count: int) -> dict[str, np.ndarray]:
-    """Rows in the form that Ray Data gives by default; row 1 has no voice, row 2 its own sampling."""
+    """Return rows in the form that Ray Data gives by default; row 1 has no voice, row 2 its own sampling."""
     return {
         "id": np.array([f"a{index}" for index in range(count)]),
         "text": np.array(["Hello there." * (1 + index) for index in range(count)], dtype=object),
@@ -84,7 +84,7 @@ def batch_of(count: int) -> dict[str, np.ndarray]:
 
 
 def comparable(table: pa.Table) -> list[dict]:
-    """Lines without what differs between equal runs; some forms of a batch have NaN for nothing."""
+    """Return lines without fields that differ between equal runs; some forms of a batch have NaN for None."""
     lines = table.drop_columns("timings").to_pylist()
     return [{name: None if value != value else value for name, value in line.items()} for line in lines]
 
@@ -247,7 +247,7 @@ def test_the_commands_of_the_document():
 
 
 def workers_of(process: int) -> list[int]:
-    """The processes below one that run actors of jobs."""
+    """Return the processes below one that run actors of jobs."""
     parents, found = {}, []
     for path in Path("/proc").glob("[0-9]*"):
         try:
@@ -264,7 +264,7 @@ def workers_of(process: int) -> list[int]:
 
 
 def has_results(out: Path) -> bool:
-    """Whether a job has something on disk beside its rows."""
+    """Tell whether a job has written results."""
     return any(path.stat().st_size > 4000 for path in (out / "unfinished").glob("*.journal"))
 
 
@@ -313,7 +313,7 @@ def test_the_driver_is_killed_and_the_job_goes_on_anywhere(ray, corpus, single, 
 
 @pytest.mark.slow  # CI runs it: a cluster's workers die here, which takes as long as all others together
 def test_a_checkpoint_that_a_worker_cannot_load(ray, corpus, tmp_path):
-    """It is told by the first worker that is asked, and where that one has it, by any other that has it not."""
+    """Let the first worker report it; where only another one lacks it, let that one report it."""
     with pytest.raises(FileNotFoundError, match="no-such-folder"):
         run(corpus, tmp_path / "out", ray=True, checkpoint="./no-such-folder", voice=VOICE, progress=False)
     known = Settings(num_candidates=2, max_new_tokens=5, batch_size=8, threads=1, device="cpu")

@@ -39,7 +39,7 @@ def rows(outcomes):
 
 
 def test_a_journal_is_on_disk_before_it_is_closed(folder, outcomes):
-    """What a process has added is there when it is killed."""
+    """Find everything that a process has added after it was killed."""
     schema, path = outcome_schema(SETTINGS), folder.journal_path(3)
     journal = Journal(path, outcomes[:1], schema)
     assert rows(Journal.read(path, schema)) == rows(outcomes[:1])
@@ -53,7 +53,7 @@ def test_a_journal_is_on_disk_before_it_is_closed(folder, outcomes):
 
 
 def test_a_length_that_is_none(folder, outcomes):
-    """Of what was torn: it asks for no memory."""
+    """Read a length from torn bytes, without asking for that much memory."""
     schema, path = outcome_schema(SETTINGS), folder.journal_path(0)
     Journal(path, outcomes, schema).close()
     content = path.read_bytes()

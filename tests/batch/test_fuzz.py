@@ -36,7 +36,7 @@ _ODD = (None, [], [1], {}, {"bytes": None}, {"a": {"b": [1]}}, False, math.nan)
 
 
 def record(rng: random.Random, index: int) -> dict:
-    """A row, mostly good, with one or two strange values."""
+    """Make a row, mostly good, with one or two strange values."""
     row = {"id": f"row-{index}", "text": "Hello.", "voice": str(VOICE)}
     for _ in range(rng.choice((0, 0, 1, 2))):
         name = rng.choice(("id", "text", "voice", *_NAMES))
@@ -45,7 +45,7 @@ def record(rng: random.Random, index: int) -> dict:
 
 
 def json_lines(path, rng, count):
-    """With values of other types, lines that are torn, twice-named and deeply nested."""
+    """Write values of other types, and lines that are torn, twice-named and deeply nested."""
     lines = []
     for index in range(count):
         row = record(rng, index)
@@ -62,7 +62,7 @@ def json_lines(path, rng, count):
 
 
 def csv_rows(path, rng, count):
-    """With rows that are too long and too short, and quotes that are not doubled."""
+    """Write rows that are too long and too short, and quotes that are not doubled."""
     names = ("id", "text", "voice", *_NAMES)
     with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
@@ -81,7 +81,7 @@ def csv_rows(path, rng, count):
 
 
 def parquet_rows(path, rng, count):
-    """In columns of several types, in many row groups."""
+    """Write columns of several types, in many row groups."""
     rows = [record(rng, index) for index in range(count)]
     for row in rows:
         row |= {name: value.encode(errors="replace").decode() for name, value in row.items() if isinstance(value, str)}

@@ -60,7 +60,7 @@ def nested(depth: int) -> str:
 
 
 def test_lines_of_json_that_cannot_be_told(tmp_path):
-    """Names that come twice, and nesting beyond a bound, which Python's reader would not survive."""
+    """Refuse names that come twice, and nesting beyond a bound, which Python's reader would not survive."""
     path = tmp_path / "corpus.jsonl"
     lines = [
         '{"id": "a", "text": "b", "text": "c"}',
@@ -113,14 +113,14 @@ def test_bad_lines_of_csv(tmp_path):
     ],
 )
 def test_quotes_that_swallow_rows(tmp_path, content, line):
-    """Which rows there are cannot be told, so that none is taken."""
+    """Take no row at all, because the rows cannot be told apart."""
     (tmp_path / "corpus.csv").write_text(content)
     with pytest.raises(ValueError, match=rf"corpus\.csv, line {line}: .*is a quote in the row that begins there"):
         list(read_rows(tmp_path / "corpus.csv"))
 
 
 def test_quotes_inside_of_values(tmp_path):
-    """One that is not doubled fails its own row, and one in a value without quotes is part of it."""
+    """Fail the row of a quote that is not doubled; a quote in a value without quotes is part of it."""
     (tmp_path / "corpus.csv").write_text('id,text\na,"He said "hi" to me"\nb,5" wide\nc,"He said ""hi"""\n')
     first, *others = read_rows(tmp_path / "corpus.csv")
     assert "corpus.csv, line 2: no row of CSV" in first.error
@@ -179,7 +179,7 @@ def test_a_pipe(tmp_path):
 
 
 def test_beside_a_link(tmp_path):
-    """As from a store of blobs: voices are looked for where the link is."""
+    """Look for voices where the link is, as links may lead to a store of blobs."""
     (tmp_path / "blobs").mkdir()
     (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus/rows.jsonl").symlink_to(

@@ -63,7 +63,7 @@ def test_done_is_not_done_again(run, no_model, out):
 
 
 def test_interrupted_anywhere(run, no_model, out, undisturbed):
-    """After each number of rows in turn: those that were done are not done again, and nothing is lost."""
+    """Interrupt after each number of rows in turn: no row is done twice, and none is lost."""
     asked = []
     for stop_after in [0, 1, 3, 7, 8, 2, 9]:
         no_model.options["stop_after"] = stop_after
@@ -80,7 +80,7 @@ def test_interrupted_anywhere(run, no_model, out, undisturbed):
 
 @pytest.mark.parametrize("moments", [["either"], pytest.param(["before", "behind"], marks=pytest.mark.slow)])
 def test_dead_at_every_write(corpus, tmp_path, run, moments):
-    """Before or behind each rename of a file that there is in a job, the process is gone."""
+    """End the process before or after each rename of a file in a job."""
     run(out=tmp_path / "out", shard_rows=SHARD_ROWS)
     expected = results(tmp_path / "out"), failures(tmp_path / "out")
     command = [sys.executable, "-m", "tests.batch.deaths", str(corpus), str(tmp_path / "dead"), *moments]
@@ -102,7 +102,7 @@ def test_failures_are_told_while_the_job_runs(run, no_model, out):
 
 
 def test_torn_journal(run, no_model, monkeypatch, out, undisturbed):
-    """A journal is read as far as it was written, whatever its last bytes are."""
+    """Read a journal as far as it was written, whatever its last bytes are."""
     monkeypatch.setattr(job, "_JOURNAL_SECONDS", 0.0)
     no_model.options["stop_after"] = 6
     with pytest.raises(KeyboardInterrupt):
@@ -177,7 +177,7 @@ def test_retry_failed(run, no_model, monkeypatch, out):
 
 
 def test_ended_right_before_a_shard_is_written(run, no_model, monkeypatch, out, undisturbed):
-    """Its journal has all rows: none is spoken again, but those that failed if they are asked for."""
+    """Speak no row again, as the journal has all, except failed rows on request."""
 
     def ended(*_):
         raise KeyboardInterrupt
@@ -194,7 +194,7 @@ def test_ended_right_before_a_shard_is_written(run, no_model, monkeypatch, out, 
 
 
 def test_retry_that_is_stopped(run, no_model, out):
-    """What failed stays failed until it is spoken."""
+    """Keep failures until their rows are spoken."""
     run()
     expected = (results(out), failures(out))
     no_model.options["stop_after"] = 2
@@ -239,7 +239,7 @@ def test_other_settings_are_refused(run, out, changed, named):
 
 
 def test_what_was_found_out_is_kept(run, no_model, out):
-    """What the first run found out itself is what later ones use, and may be said as well."""
+    """Use in later runs what the first run determined; it may also be named in the call."""
     no_model.options["stop_after"] = 5
     with pytest.raises(KeyboardInterrupt):
         run()
@@ -366,7 +366,7 @@ def test_full_disk(run, monkeypatch, out, undisturbed):
 
 @pytest.mark.skipif(os.name != "posix", reason="limits of file sizes are POSIX")
 def test_file_that_may_not_grow(tmp_path, corpus):
-    """The system's own refusal, at whatever write it comes first."""
+    """Meet the system's own refusal, at whatever write it comes first."""
     code = """
 import resource, signal, sys
 from pathlib import Path

@@ -56,7 +56,7 @@ def test_bad_settings(run, out, options, said):
 
 
 def test_rows_that_come_twice_are_counted_once(run, monkeypatch, out, undisturbed):
-    """A cluster that loses a worker does rows again; without one, all of them come twice here."""
+    """Let all rows come twice, as a cluster that loses a worker does some rows again."""
     outcomes = NoModel.outcomes
 
     def twice(self, path, tasks):
@@ -81,7 +81,7 @@ def test_rows_that_come_twice_are_counted_once(run, monkeypatch, out, undisturbe
 
 
 def test_counts_of_a_run_are_of_its_rows(run, no_model, monkeypatch, out):
-    """The bar, and what is told of the run, begin where the last one stopped in the middle of a shard."""
+    """Begin the bar and the counts where the last run stopped in the middle of a shard."""
     no_model.options["stop_after"] = 13
     with pytest.raises(KeyboardInterrupt):
         run()
@@ -121,7 +121,7 @@ def test_faults_of_the_job_keep_what_is_finished(run, no_model, monkeypatch, out
 
 
 def test_a_full_disk_hides_no_fault(run, monkeypatch):
-    """What stopped the job is told, though what came before it cannot be written, and journals are closed."""
+    """Report the error that stopped the job, even if earlier rows cannot be written; journals are closed."""
     closed = []
 
     def faulty(self, path, tasks):
@@ -157,7 +157,7 @@ def test_recordings_in_cells(null_job, tmp_path, monkeypatch):
 
 
 def test_full_disk_while_rows_are_copied(null_job, tmp_path, monkeypatch):
-    """A fault of the job, though it comes while a row is read."""
+    """Blame the job, though the error comes while a row is read."""
     table = pa.table({"id": ["a"], "text": ["Hello."], "voice": pa.array([VOICE.read_bytes()], pa.binary())})
     pq.write_table(table, tmp_path / "corpus.parquet")
 
@@ -172,7 +172,7 @@ def test_full_disk_while_rows_are_copied(null_job, tmp_path, monkeypatch):
 
 
 def test_reasons_are_counted(null_job, tmp_path):
-    """The most frequent first."""
+    """List the most frequent reason first."""
     rows = [{"id": index, "voice": str(VOICE)} for index in range(2)]
     rows += [{"id": index, "text": "Hello.", "top_k": "many"} for index in range(5, 8)]
     summary = job.run(write_jsonl(tmp_path / "corpus.jsonl", rows), tmp_path / "out", progress=False)
@@ -189,7 +189,7 @@ def test_remarks_are_counted(null_job, tmp_path):
 
 
 def test_a_folder_named_demo(run, no_model, tmp_path, monkeypatch):
-    """'demo' is the checkpoint that the package builds, wherever the job runs."""
+    """Take 'demo' for the checkpoint that the package builds, wherever the job runs."""
     (tmp_path / "demo").mkdir()
     monkeypatch.chdir(tmp_path)
     no_model.options["stop_after"] = 5
@@ -210,7 +210,7 @@ def test_checkpoints_of_a_home_folder(run, no_model, tmp_path, monkeypatch):
 
 
 def test_shards_with_latents_are_small(run, no_model, tmp_path):
-    """Of rows that take megabytes each."""
+    """Put few rows into a shard where each takes megabytes."""
     no_model.options["stop_after"] = 0
     for latents, rows in ((False, 1024), (True, 64)):
         with pytest.raises(KeyboardInterrupt):
@@ -219,7 +219,7 @@ def test_shards_with_latents_are_small(run, no_model, tmp_path):
 
 
 def test_bars(run, monkeypatch):
-    """There is none of looking through a folder that is new, and it ends where all is looked through."""
+    """Show no bar for checking a new folder, and end the bar when all shards are checked."""
     bars, reached = [], []
 
     def watched(what, total, done, hidden):
@@ -235,7 +235,7 @@ def test_bars(run, monkeypatch):
 
 
 def test_links_are_kept(run, no_model, tmp_path):
-    """What a link leads to may have another name, such as a hash, and may move."""
+    """Keep a link, because its target may have another name, such as a hash, and may move."""
     (tmp_path / "blob").mkdir()
     (tmp_path / "speaker").symlink_to("blob")
     no_model.options["stop_after"] = 5

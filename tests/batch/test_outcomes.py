@@ -94,7 +94,7 @@ def test_there_and_back(latents):
 
 
 def test_lines_in_another_order():
-    """A cluster may give them so: the best candidate is first all the same."""
+    """Put the best candidate first, even if a cluster returns lines in another order."""
     settings = Settings(num_candidates=3, keep=2)
     outcome = Outcome.of(Row(4, "a", "Hello."), 0, result(), settings)
     table = to_table([outcome], outcome_schema(settings)).take([1, 0])

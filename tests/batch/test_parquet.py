@@ -39,7 +39,7 @@ KINDS = {
 
 @pytest.mark.parametrize("name", KINDS)
 def test_types_of_parquet(tmp_path, name):
-    """As DuckDB, Spark, pandas and datasets write them."""
+    """Read the types that DuckDB, Spark, pandas and datasets write."""
     for column, expected in KINDS[name]:
         table = {"id": pa.array(["x", "y"]), "text": pa.array(["Hello."] * 2)} | {name: column}
         pq.write_table(pa.table(table), tmp_path / "corpus.parquet", store_schema=column.type != pa.binary(16))
@@ -50,7 +50,7 @@ def test_types_of_parquet(tmp_path, name):
 
 
 def test_text_of_parquet_that_is_no_utf_8(tmp_path):
-    """Each row fails for itself, also where the column is said to be text."""
+    """Fail each bad row alone, even if the column is declared as text."""
     texts = pa.array([b"a", b"\xff", b"c"], pa.binary())
     for column in (texts, pa.Array.from_buffers(pa.string(), 3, texts.buffers())):
         pq.write_table(pa.table({"id": ["x", "y", "z"], "text": column}), tmp_path / "corpus.parquet")
@@ -60,7 +60,7 @@ def test_text_of_parquet_that_is_no_utf_8(tmp_path):
 
 
 def test_values_of_parquet_that_python_cannot_say(tmp_path):
-    """A path that is no UTF-8 beside a recording's bytes, or a number of another kind: the row fails alone."""
+    """Fail a row alone for a path that is not UTF-8 beside a recording's bytes, or a number of another kind."""
     names = pa.array([b"a.wav", b"\xff", b"c.wav"], pa.binary())
     paths = pa.Array.from_buffers(pa.string(), 3, names.buffers())
     voice = pa.StructArray.from_arrays([pa.array([VOICE.read_bytes()] * 3), paths], ["bytes", "path"])
@@ -78,7 +78,7 @@ def test_values_of_parquet_that_python_cannot_say(tmp_path):
 
 
 def test_recordings_in_cells(tmp_path):
-    """`bytes` win over `path`, as in datasets; a path alone, or bytes that are a path, are as good as text."""
+    """Prefer `bytes` over `path`, as datasets does; a path alone, or bytes that are a path, count as text."""
     content = VOICE.read_bytes()
     struct = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     given = [{"bytes": content, "path": "a.wav"}, {"bytes": None, "path": "a.wav"}, {"bytes": None, "path": None}, None]

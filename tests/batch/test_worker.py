@@ -35,7 +35,7 @@ def rows(tmp_path_factory):
 
 
 def lines(outcomes):
-    """By row: what an outcome is, without its timings."""
+    """Return outcomes by row, without their timings."""
     return {
         outcome.row: outcome.error
         or [
@@ -52,7 +52,7 @@ def together(worker, rows):
 
 
 def test_as_the_bare_engine(worker, rows, together):
-    """What the engine gives for the same requests, candidate by candidate."""
+    """Compare with the engine's results for the same requests, candidate by candidate."""
     engine = CandidateEngine.from_pretrained("random", device="cpu", max_batch=4, max_new_tokens=5)
     audio, _ = load_audio(VOICE)
     for row in rows[:4]:
@@ -135,7 +135,7 @@ def test_failures(worker, rows, together, tmp_path):
 
 
 def test_voices(worker, tmp_path):
-    """A saved voice and a folder are as good as recordings, and a place is read once."""
+    """Take a saved voice and a folder like recordings, and read each place once."""
     Voice.save(worker.voice(str(VOICE))[0], tmp_path / "saved.safetensors")
     (tmp_path / "speaker").mkdir()
     (tmp_path / "speaker/one.flac").write_bytes(VOICE.read_bytes())
@@ -148,7 +148,7 @@ def test_voices(worker, tmp_path):
 
 
 def test_voices_that_are_kept(worker, monkeypatch):
-    """Those that were used last, and no more."""
+    """Keep only the voices that were used last."""
     loaded = []
 
     def load(voices, place):
@@ -177,7 +177,7 @@ def test_a_voice_that_is_none_is_looked_for_once(worker, monkeypatch):
 
 
 def test_voices_that_a_job_cannot_read_again(worker, tmp_path):
-    """Nothing waits for who would write into a pipe."""
+    """Refuse a pipe without waiting for its writer."""
     os.mkfifo(tmp_path / "pipe.wav")
     rows = [Row(0, "a", "Hello.", str(tmp_path / "pipe.wav")), Row(1, "b", "Hello.", "/dev/zero")]
     for outcome in worker.outcomes(rows):
@@ -186,7 +186,7 @@ def test_voices_that_a_job_cannot_read_again(worker, tmp_path):
 
 
 def test_remarks(worker, tmp_path):
-    """What was made of a voice and a text is told with each result."""
+    """Tell changes to a voice and a text with each result."""
     samples, rate = soundfile.read(VOICE)
     long = np.tile(samples, 7 * rate // len(samples) + 1)
     soundfile.write(tmp_path / "two.wav", np.stack([long, long], axis=1), rate)
@@ -248,7 +248,7 @@ def test_numbers_beyond_all_bounds(worker):
 
 
 def test_latents(rows):
-    """Those of each kept candidate are the bare engine's."""
+    """Compare the latents of each kept candidate with the bare engine's."""
     settings = Settings(**QUICK, keep=2, latents=True)
     worker = Worker(settings)
     engine = CandidateEngine.from_pretrained("random", device="cpu", max_batch=4, max_new_tokens=5, latents=True)
@@ -305,7 +305,7 @@ def test_mark_of_a_checkpoint(worker, tmp_path):
 
 
 def test_mark_tells_what_is_not_a_number(worker):
-    """A setting of the model, a word of the vocabulary, a feature, and tensors that are swapped or of another form."""
+    """Change a setting of the model, a word of the vocabulary, a feature, and swap or reshape tensors."""
     model, parts = worker.engine.model, worker.engine.processor
     tokenizer, extractor = parts.tokenizer, parts.feature_extractor
     config, vocabulary, state = model.config.to_dict(), tokenizer.get_vocab(), model.state_dict()
@@ -360,7 +360,7 @@ def test_too_little_memory(worker, rows, monkeypatch):
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("none left"), OSError(28, "No space left on device")])
 def test_faults_of_the_job_are_no_rows(worker, rows, monkeypatch, error):
-    """Of a result as of a voice: nothing is told as a row's failure."""
+    """Count neither a result's nor a voice's system error as a row's failure."""
     failed = CandidateResult(worker._request(rows[0]), error=error)
     with monkeypatch.context() as patched:
         patched.setattr(worker.engine, "generate", lambda requests, keep: iter([failed]))

@@ -92,7 +92,7 @@ class Place:
         return Step(name, command, seconds, LONG, **options)
 
     def worker(self, code: str, name="tests", seconds=LONG, **options) -> Step:
-        """A step whose workers are `WORKER` and `code`."""
+        """Make a step whose workers are `WORKER` and `code`."""
         return Step(name, (sys.executable, "-S", "-c", WORKER + code), seconds, LONG, **options)
 
     def run(self, step: Step, deadline: float = float("inf")) -> None:
@@ -108,6 +108,6 @@ class Place:
 
 
 def run_planted(folder: str) -> None:
-    """What a process that is to be killed does."""
+    """Do the work of a process that is to be killed."""
     place = Place(Path(folder))
     place.run(place.step(seconds=float("inf")))

@@ -76,7 +76,7 @@ def test_the_picture_of_the_front_page_shows_what_the_rows_say():
 
 
 def test_rows_that_were_measured_alone_are_compared_when_they_are_read(tmp_path):
-    """Each has a time of its own; those of one code belong together, and the one they are compared with comes first."""
+    """Give rows different times; those of one code belong together, and their reference comes first."""
 
     def alone(provider, median, utc, source="s"):
         how = dict(alone=True, ratio=None, compared_with="torch", source=source)

@@ -58,7 +58,7 @@ for step in steps.bench(Path("rows")):
 
 @pytest.fixture(scope="module")
 def counted():
-    """What a GPU would be given: of each test its id and markers, and of each row what it is and its bytes."""
+    """Count a GPU's work: give each test's id and markers, and each row's description and bytes."""
     lines = [line.split("|") for line in python(COUNTED).splitlines() if line.startswith(("test|", "row|"))]
     return SimpleNamespace(
         marks={name: marks for kind, name, *marks in lines if kind == "test"},
@@ -73,7 +73,7 @@ def test_the_packages_are_hidden():
 
 @pytest.mark.slow
 def test_kernels_are_tested_and_measured_without_the_packages():
-    """In the interpreter, and at small sizes, which is what this machine can do of it."""
+    """Use the interpreter and small sizes, which this machine can run."""
     done = hidden(sys.executable, "-m", "pytest", "-q", "tests/ops/test_embedding.py")
     assert done.returncode == 0 and "passed" in done.stdout, done.stdout + done.stderr
     workloads = ["add_norm", "decode_step", "end_to_end"]
@@ -84,7 +84,7 @@ def test_kernels_are_tested_and_measured_without_the_packages():
 
 
 def test_what_runs_on_a_gpu_is_all_that_the_steps_run(counted):
-    """And nothing of it is a CPU's, or compiles alone."""
+    """Exclude tests of a CPU, and tests that only compile."""
     everything = list(counted.marks)
     files = Counter(name.partition("::")[0] for name in everything)
     assert len(everything) > 1000 and not [name for name in files if name.endswith(("_cpu.py", "test_compiled.py"))]
@@ -104,7 +104,7 @@ def test_what_runs_on_a_gpu_is_all_that_the_steps_run(counted):
 
 
 def test_the_rows_and_their_memory(counted):
-    """In their order: kernels, of each workload the first shape first, then models, then rivals; all fit."""
+    """Check the order: kernels, each workload's first shape first, then models, then rivals; all fit."""
     rows = counted.rows
     names = list(dict.fromkeys(step for step, *_ in rows))
     assert names == [step.name for step in steps.bench(Path("rows"))]
@@ -142,7 +142,7 @@ def test_the_checkers_watch_their_steps():
 
 @pytest.mark.parametrize("target", ["gpu-check", "gpu-bench", "gpu-evidence"])
 def test_make_keeps_a_python_path(target, tmp_path):
-    """A path that is given from outside stands behind the repository, and in all that the commands start."""
+    """Put an outer path behind the repository, for everything that the commands start."""
     told = tmp_path / "python"
     told.write_text('#!/bin/sh\necho "path: $PYTHONPATH"\necho "words: $*"\n')
     told.chmod(0o755)
@@ -154,7 +154,7 @@ def test_make_keeps_a_python_path(target, tmp_path):
 
 
 def test_make_hands_on_each_value_as_one_word(tmp_path):
-    """A folder of two words is one, and an empty value is not taken for the next option's."""
+    """Pass a folder of two words as one, and do not take the next option for an empty value."""
     told = tmp_path / "python"
     told.write_text('#!/bin/sh\nfor word; do echo "<$word>"; done\n')
     told.chmod(0o755)

@@ -55,7 +55,7 @@ def test_each_fault_of_a_test_costs_itself_alone(place):
 
 
 def test_what_a_hanging_worker_has_started_ends_with_it(place):
-    """As the tests that a sanitizer started."""
+    """End such processes, as a sanitizer's tests are."""
     code = (
         "import subprocess; folder = os.environ['PLANTED_FOLDER']\n"
         "if ended('tests'): done(); sys.exit()\n"
@@ -218,7 +218,7 @@ def test_a_part_without_time_leaves_its_steps_to_the_next(place):
 
 @pytest.fixture
 def called(place, monkeypatch):
-    """Calls the command with two steps of quick workers, whose code is given, and its words."""
+    """Call the command with two steps of quick workers, whose code is given, and return its words."""
     monkeypatch.setattr(command, "card_of", lambda python: "a card")
 
     def call(code, *words):
@@ -328,7 +328,7 @@ raise SystemExit(code)
 
 
 def test_what_passed_under_a_sanitizer_stays_when_a_test_hangs_or_the_time_is_over(place, monkeypatch):
-    """Its worker is ended first, so that it can tell what it has seen."""
+    """End its worker first, so that it can report."""
     monkeypatch.setattr(supervise, "GRACE", LONG)
     sanitizer = place.folder / "sanitizer.py"
     sanitizer.write_text(SANITIZER)
@@ -406,7 +406,7 @@ def test_a_device_is_asked_before_a_failed_test_has_ended(place, monkeypatch):
 
 
 def test_what_cannot_be_written_is_said(place, monkeypatch):
-    """Where the disk is full in the middle of a line, and where a supervisor's own line cannot be written."""
+    """Fill the disk in the middle of a line, and before a supervisor's own line."""
     write = os.write
     monkeypatch.setattr(os, "write", lambda descriptor, text: write(descriptor, text[: len(text) // 2]))
     with pytest.raises(OSError, match="No space left"):

@@ -28,7 +28,7 @@ def short_clips(monkeypatch):
 
 
 def asrfront_stub(off: float = 0.0):
-    """`asrfront.gemma4` by its formula, as far as the benchmark calls it, in numpy."""
+    """Compute `asrfront.gemma4` by its formula, as far as the benchmark calls it, in numpy."""
 
     def log_mel_batch(clips, threads):
         assert threads == torch.get_num_threads()

@@ -110,7 +110,7 @@ def test_rows_of_two_machines_are_not_compared(tmp_path):
 
 @pytest.fixture
 def measured(monkeypatch):
-    """Stands for every workload: one shape; the list has a True for each time that it was measured."""
+    """Replace every workload by one of one shape; the list gets a True for each measurement."""
     found = []
 
     def rows():

@@ -16,7 +16,7 @@ ROWS = ['{"n": 2} torch, first', '{"n": 2} clvp_fast last']
 
 @pytest.fixture
 def worker(tmp_path, monkeypatch):
-    """Goes through two rows; gives how it ended, and what its journal has by then."""
+    """Go through two rows; return how the worker ended, and its journal."""
     journal = Journal(tmp_path / "journal.jsonl", "mark")
     places = ["--journal", str(journal.path), "--mark", "mark", "--step", "rows", "--rows", str(tmp_path / "rows")]
     words = ["tests.benchmarks.planted", "--groups", "ours,torch", "--device", "cpu", "--smoke", *places]
@@ -91,7 +91,7 @@ def device_of(monkeypatch):
 
 
 def test_what_waits_for_the_device_is_never_captured(device_of):
-    """A capture that fails would cost all rows behind it their memory."""
+    """Avoid a failing capture, which would cost all later rows their memory."""
     device = device_of()
     assert kernels.captured(device.wait) is None
     assert device.captures == 0 and device.mode == 1

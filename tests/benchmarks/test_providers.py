@@ -44,7 +44,7 @@ def test_groups_are_read_in_one_order_and_forgotten_behind_the_run():
 
 @pytest.fixture
 def workload(monkeypatch):
-    """A workload of two shapes, of which asrfront is in the first alone; `made` are the providers that were made."""
+    """Make a workload of two shapes, where asrfront is in the first alone; `made` are the providers that were made."""
     made = []
 
     def make(name):

@@ -35,7 +35,7 @@ scheduler.tasks = tasks
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run of `scheduler`, which the plugin has replaced, and of `sample` as it is: what it said, and what it kept."""
+    """Run `scheduler`, which the plugin has replaced, and `sample` as it is; give the output, and the kept files."""
     folder = tmp_path_factory.mktemp("plugin")
     (folder / "replaced.py").write_text(PLUGIN)
     words = ["benchmarks/scheduler.py", "benchmarks/sample.py", "--smoke", "--benchmark-only", "-p", "replaced", "-v"]

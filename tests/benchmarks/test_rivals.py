@@ -16,7 +16,7 @@ from benchmarks.rivals.torch_generator import TorchGenerator
 
 
 def _rows_of(indptr, indices, last, page_size):
-    """Pages and length of each row of FlashInfer's tables, as its documentation says them."""
+    """Return pages and length of each row of FlashInfer's tables, as its documentation defines them."""
     assert indptr.dtype == indices.dtype == last.dtype == torch.int32 and int(indptr[-1]) == len(indices)
     for begin, end, filled in zip(indptr[:-1].tolist(), indptr[1:].tolist(), last.tolist(), strict=True):
         assert 1 <= filled <= page_size and begin < end
@@ -58,7 +58,7 @@ class _Cascade:
 
 
 def _attended(q, cache, pages, lengths):
-    """`[heads, head_dim]`: one query over the first tokens of one or several rows of pages."""
+    """Attend from one query to the first tokens of one or several rows of pages: `[heads, head_dim]`."""
     several = [(pages, lengths)] if isinstance(lengths, int) else zip(pages, lengths, strict=True)
     parts = [[x[row].flatten(0, 1)[:length] for x in cache] for row, length in several]
     k, v = (torch.cat(part).transpose(0, 1) for part in zip(*parts, strict=True))
@@ -125,7 +125,7 @@ def test_each_backend_of_sdpa_is_asked_for_alone(monkeypatch):
 
 @pytest.fixture
 def run_again(monkeypatch):
-    """Stands for a CUDA graph: a capture runs twice and a replay once; counts the captures."""
+    """Stand for a CUDA graph: a capture runs twice and a replay once; count the captures."""
     captures = []
 
     def captured(run):

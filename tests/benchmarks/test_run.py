@@ -18,7 +18,7 @@ def no_machine_is_measured(monkeypatch):
 
 @pytest.fixture
 def workload(monkeypatch):
-    """Stands for every workload: three shapes, of which `errors` says how each goes; `measured` are those that ran."""
+    """Replace every workload by one of three shapes; `errors` says how each goes, `measured` are those that ran."""
     state = SimpleNamespace(errors={}, measured=[])
 
     def rows(n):

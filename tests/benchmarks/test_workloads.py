@@ -114,7 +114,7 @@ def test_a_provider_that_is_off_is_refused(monkeypatch):
 
 
 def test_every_case_is_compiled():
-    """Of one function, torch compiles eight cases, and runs it as it stands for the others."""
+    """Compile each case, as torch compiles eight of one function, and runs the others uncompiled."""
     graphs = []
 
     def backend(graph, inputs):
@@ -249,7 +249,7 @@ def test_scoring_providers_agree_at_one_length_and_at_their_own():
 
 @pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_generate_draws_every_token_and_tells_the_memory_of_the_engine_alone(monkeypatch, count):
-    """A process for the memory of each tier."""
+    """Start a process for the memory of each tier."""
     monkeypatch.setitem(tiers.TIERS, "cpu", tiers.TIERS["cpu"][::3][:count])
     found = {row["provider"]: row for row in all_rows(generate, "cpu", smoke=True)}
     assert list(found) == [

@@ -21,7 +21,7 @@ class Ended:
 
 @pytest.fixture
 def cli(capsys):
-    """`cli("generate", ...)` runs one command line and returns its exit code, stdout and stderr."""
+    """Give `cli("generate", ...)`, which runs one command line and returns its exit code, stdout and stderr."""
 
     def run(*argv) -> Ended:
         capsys.readouterr()
@@ -41,7 +41,7 @@ def voice() -> Path:
 
 @pytest.fixture
 def fails(cli):
-    """Runs a command line that must fail, and returns its one sentence."""
+    """Run a command line that must fail, and return its one sentence."""
 
     def run(*argv) -> str:
         outcome = cli(*argv)
@@ -58,7 +58,7 @@ def fails(cli):
 
 @pytest.fixture
 def generate_fails(fails, voice, tmp_path):
-    """Runs `generate` with something bad, asserts that nothing was written, and returns the sentence."""
+    """Run `generate` with something bad, assert that nothing was written, and return the sentence."""
 
     def run(text=TEXT, clip=voice, *argv):
         sentence = fails("generate", text, "--voice", clip, "--out", tmp_path / "out", *QUICK, *argv)

@@ -118,7 +118,7 @@ def test_mel_refuses_the_same(fails, write_clip, tmp_path):
     ],
 )
 def test_paths_that_are_empty(cli, argv, name):
-    """As of variables that are not set: the working folder is not taken in their place."""
+    """Refuse paths from unset variables, which must not mean the working folder."""
     outcome = cli(*argv)
     assert outcome.code == 2
     assert (

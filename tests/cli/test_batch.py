@@ -18,7 +18,7 @@ def corpus(tmp_path):
 
 @pytest.fixture
 def made(monkeypatch):
-    """Jobs run without a model; what their executors were made of."""
+    """Run jobs without a model; give the arguments of their executors."""
     made = []
 
     def executor(settings, memory_fraction, ray, workers):

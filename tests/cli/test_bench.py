@@ -13,7 +13,7 @@ from benchmarks.harness import Machine, Provider, Task, measure
 
 @pytest.fixture
 def workload(monkeypatch):
-    """Stands for every workload; `error` is its provider's, `raised` what its second shape raises."""
+    """Replace every workload; `error` is its provider's, `raised` the exception of its second shape."""
     state = SimpleNamespace(error=0.0, raised=None)
 
     def second():

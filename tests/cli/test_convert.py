@@ -14,7 +14,7 @@ TEXT = "hello there"
 
 @pytest.fixture
 def files(tmp_path):
-    """The two original checkpoints, small, with a vocabulary and mel norms beside them."""
+    """Give the two original checkpoints, small, with a vocabulary and mel norms beside them."""
     folder = tmp_path / "original"
     folder.mkdir()
     torch.save(tortoise_files.autoregressive_state(), folder / "autoregressive.pth")

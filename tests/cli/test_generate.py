@@ -44,7 +44,7 @@ def test_files_and_table_agree(generate, tmp_path):
 
 
 def test_codes_are_fixed_as_tortoise_does(generate):
-    """From the stop on 83, the last three 45 45 248; a candidate that was cut keeps its own tokens."""
+    """Expect 83 from the stop on, and 45 45 248 at the end; a candidate that was cut keeps its own tokens."""
     _, codes, document = generate("--num-candidates", 12, "--max-new-tokens", 90, "--no-pictures")
     stopped = [row["stopped"] for row in document["candidates"]]
     assert any(stopped)
@@ -73,7 +73,7 @@ def test_batches_and_keep(generate):
 
 @pytest.mark.parametrize("option, part", [("--int8-weights", "weights"), ("--float8-pages", "pages")])
 def test_eight_bits(generate, tmp_path, option, part):
-    """What is kept in 8 bits takes its memory, and changes the scores."""
+    """Check memory and scores of 8-bit weights and pages."""
     _, _, plain = generate(*QUICK, out=tmp_path / "plain")
     _, _, rounded = generate(*QUICK, option, out=tmp_path / "rounded")
     assert rounded["settings"][option[2:].replace("-", "_")] and not plain["settings"]["int8_weights"]
@@ -117,7 +117,7 @@ def test_default_length_is_what_the_checkpoint_has_positions_for(generate):
 
 
 def test_score_keeps_the_numbers_of_candidates(cli, generate, tmp_path):
-    """`codes.npz` has the kept ones, best first; a number says which latents and which seed are theirs."""
+    """Find the kept candidates in `codes.npz`, best first; a number tells their latents and seed."""
     _, codes, document = generate(*QUICK, "--keep", 4, "--no-pictures")
     kept = [row["candidate"] for row in document["candidates"][:4]]
     assert kept != sorted(kept) and kept == codes["candidates"].tolist()
@@ -155,7 +155,7 @@ def test_score_table(cli, generate, tmp_path):
 
 
 def test_voices_as_tortoise_has_them(generate, tmp_path):
-    """6 s from a random place, by a seed that is written down; and latents in a file."""
+    """Take 6 s from a random place, by a seed that is written down; and latents in a file."""
     soundfile = pytest.importorskip("soundfile")  # which a GPU machine may lack
     samples = np.random.default_rng(0).normal(size=8 * 22050) * 0.1 * np.linspace(0.1, 1, 8 * 22050)
     soundfile.write(tmp_path / "long.wav", samples, 22050)

@@ -37,7 +37,7 @@ def low(voice, tmp_path):
 
 @pytest.fixture
 def generate(cli, tmp_path):
-    """Runs `generate` into a folder, and returns the outcome and the folder."""
+    """Run `generate` into a folder, and return the outcome and the folder."""
 
     def run(*argv, out="out", code=0):
         outcome = cli("generate", *QUICK, *argv, "--out", tmp_path / out)
@@ -122,7 +122,7 @@ def test_any_exception_of_a_voice_fails_it_alone(generate, voice, low, monkeypat
 
 
 def test_lines_end_at_newlines(tmp_path):
-    """Separators of Unicode, which `str.splitlines` knows too, are part of a text."""
+    """Keep Unicode's other separators, which `str.splitlines` knows too, inside a text."""
     texts = ["One\u2028two.", "One\vtwo.", "One\ftwo.", "One\x1ctwo.", "One\x85two.", "Last"]
     (tmp_path / "texts.txt").write_text(
         "\n".join(texts[:3]) + "\r\n" + "\r".join(texts[3:]), encoding="utf-8", newline=""
@@ -131,7 +131,7 @@ def test_lines_end_at_newlines(tmp_path):
 
 
 def test_a_name_that_is_no_utf_8(generate, voice, low, tmp_path):
-    """Its results are written beside those of the others."""
+    """Write its results beside those of the others."""
     strange = tmp_path / os.fsdecode(b"l\xffw.wav")
     low.rename(strange)
     outcome, out = generate("Yes.", "--voice", voice, "--voice", strange, "--json")
@@ -153,7 +153,7 @@ def test_other_scripts_are_noted(generate, voice):
 
 
 def test_a_folder_named_demo(generate, fails, voice, tmp_path, monkeypatch):
-    """'demo' is the checkpoint that the package builds, wherever the command runs, and the help says so."""
+    """Take 'demo' for the package's checkpoint wherever the command runs; the help says so."""
     (tmp_path / "demo").mkdir()
     monkeypatch.chdir(tmp_path)
     outcome, _ = generate("Yes.", "--voice", voice, "--checkpoint", "demo")
@@ -162,7 +162,7 @@ def test_a_folder_named_demo(generate, fails, voice, tmp_path, monkeypatch):
 
 
 def test_formats_of_a_folder_of_one_speaker(generate, fails, voice, low, tmp_path):
-    """What the library does not read is named, and the others are averaged."""
+    """Name files that the library cannot read, and average the others."""
     (tmp_path / "speaker").mkdir()
     low.rename(tmp_path / "speaker/low.wav")
     samples, rate = soundfile.read(voice)
@@ -266,7 +266,7 @@ def test_voice_of_another_checkpoint(fails, generate, voice, tmp_path):
 
 
 def test_pictures(cli, voice, tmp_path):
-    """Of a saved voice too, which has no recording to show."""
+    """Draw a saved voice too, which has no recording to show."""
     saved = tmp_path / "anna.safetensors"
     argv = ("--num-candidates", 2, "--max-new-tokens", 4, "--out", tmp_path / "out")
     assert cli("generate", OTHER, "--voice", voice, "--save-voice", saved, *argv).code == 0
@@ -313,7 +313,7 @@ def test_trimmed_scoring(cli, generate, voice):
 
 
 def test_candidates_that_stop_at_once(cli, voice, tmp_path):
-    """Nothing of them can be judged at their own length: no score, no infinity in the JSON, and still a picture."""
+    """Write no score and no infinity for them, as they have nothing to judge, but draw a picture."""
     checkpoint = tmp_path / "checkpoint"
     checkpoint.mkdir()
     build_random(checkpoint)
@@ -336,7 +336,7 @@ def test_candidates_that_stop_at_once(cli, voice, tmp_path):
 
 
 def test_failures_on_the_way(generate, fails, voice, tmp_path, monkeypatch):
-    """Scores that are not finite, and what the engine gives as the error of a request."""
+    """Meet scores that are not finite, and errors of a request."""
     rank, calls = Ranker.rank, []
 
     def bad(self, *args, **options):

@@ -22,7 +22,7 @@ NASTY = '<script>alert(1)</script> & "quotes" \' \u2028 </script> </style> <!-- 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """The random checkpoint with a vocoder of noise, which has a code for each of its speech tokens."""
+    """Give the random checkpoint with a vocoder of noise, which has a code for each of its speech tokens."""
     folder = tmp_path_factory.mktemp("with-vocoder")
     build_random(folder)
     torch.manual_seed(0)
@@ -224,7 +224,7 @@ def test_a_voice_whose_name_is_no_utf8(cli, voice, checkpoint, tmp_path):
 
 @pytest.fixture(scope="module")
 def spoken(tmp_path_factory, checkpoint):
-    """A page of two texts, one of them nasty, with four candidates each."""
+    """Give a page of two texts, one of them nasty, with four candidates each."""
     from clvp_fast.cli import main
     from tests.cli.conftest import ROOT
 

@@ -27,7 +27,7 @@ def write_sound(path, seconds=1.0, rate=22050, channels=1, seed=0):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Recordings of several kinds, rates and lengths, and what must be passed over."""
+    """Give recordings of several kinds, rates and lengths, and files that must be passed over."""
     kinds = [("a.WAV", 22050, 1), ("deep/b.flac", 16000, 2), ("deep/deeper/c.d.ogg", 44100, 1), ("z.mp3", 22050, 1)]
     for seed, (name, rate, channels) in enumerate(kinds):
         name = name.replace(".mp3", ".wav") if "MP3" not in soundfile.available_formats() else name
@@ -41,7 +41,7 @@ def folder(tmp_path):
 
 
 def expected(path, extractor=None, whole=False):
-    """The features by the extractor alone, one recording a call."""
+    """Return the features by the extractor alone, one recording a call."""
     extractor = extractor or ClvpFeatureExtractor()
     samples, _ = load_audio(path, extractor.sampling_rate)
     length = {"max_length": len(samples)} if whole else {}
@@ -309,7 +309,7 @@ def test_an_interrupt_while_files_arrive_leaves_whole_files(cli, folder, tmp_pat
 
 
 def test_memory_does_not_grow_with_the_number(cli, tmp_path, monkeypatch):
-    """What is decoded and waits, and what goes through the extractor at a time, stay below a bound."""
+    """Bound the decoded recordings that wait, and those in the extractor at a time."""
     write_sound(tmp_path / "one.wav", 2.0)
     (tmp_path / "in").mkdir()
     for index in range(30):
@@ -338,7 +338,7 @@ def test_memory_does_not_grow_with_the_number(cli, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("npz", [False, True])
 def test_formats_of_a_folder(cli, voice, tmp_path, npz):
-    """Each that the library reads, and the name of each that it does not; what is no recording is left alone."""
+    """Read each supported format, name each other recording, and leave other files alone."""
     samples, rate = soundfile.read(voice)
     for suffix in ("aiff", "opus", "au", "caf", "w64", "oga", "AIF"):
         given = {"opus": ("OGG", "OPUS", 48000), "oga": ("OGG", "VORBIS", rate)}.get(suffix, (None, None, rate))
@@ -358,7 +358,7 @@ def test_formats_of_a_folder(cli, voice, tmp_path, npz):
 
 @pytest.mark.parametrize("npz", [False, True])
 def test_a_name_that_is_no_utf_8(cli, voice, tmp_path, npz):
-    """As the system's other programs write it; what cannot hold it has it escaped."""
+    """Write the name as other programs of the system do, escaped where UTF-8 is required."""
     path = tmp_path / os.fsdecode(b"v\xffice.flac")
     path.write_bytes(voice.read_bytes())
     found = cli("mel", path, "--out", tmp_path / "out", "--json", *(["--npz"] if npz else []))
@@ -370,7 +370,7 @@ def test_a_name_that_is_no_utf_8(cli, voice, tmp_path, npz):
 
 
 def test_a_pipe(cli, voice, tmp_path):
-    """As /dev/stdin is one."""
+    """Read a pipe such as /dev/stdin."""
     os.mkfifo(tmp_path / "pipe")
     writer = threading.Thread(target=lambda: (tmp_path / "pipe").write_bytes(voice.read_bytes()))
     writer.start()

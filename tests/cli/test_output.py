@@ -20,7 +20,7 @@ DOCUMENT = {"text": "Yes 🙂 é", "file": os.fsdecode(b"v\xff.wav"), "score": 0
 
 @pytest.fixture
 def piped(monkeypatch, tmp_path):
-    """Runs a command in `tmp_path` as if its output were a pipe of an encoding, and returns the bytes in it."""
+    """Run a command in `tmp_path` as if its output were a pipe of an encoding, and return the bytes in it."""
 
     def run(*argv, encoding: str) -> bytes:
         pipe = io.BytesIO()
@@ -54,7 +54,7 @@ def test_json_into_a_pipe(piped, voice, tmp_path):
     ["<&- >&- 2>&-", *(pytest.param(one, marks=pytest.mark.slow) for one in (">&- 2>&-", "<&-", ">&-", "2>&-"))],
 )
 def test_closed_streams(voice, tmp_path, closed):
-    """As of a service that closes what it does not read: the files are written all the same."""
+    """Write the files even if a service has closed the streams."""
     command = [sys.executable, "-m", "clvp_fast", "mel", str(voice), "--out", "out", "--json"]
     shell = ["/bin/sh", "-c", f'exec "$@" {closed}', "sh", *command]
     found = subprocess.run(shell, capture_output=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)})
@@ -65,7 +65,7 @@ def test_closed_streams(voice, tmp_path, closed):
 
 @pytest.mark.parametrize("locale", [{"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}, {"PYTHONUTF8": "1"}])
 def test_texts_are_utf_8_in_any_locale(tmp_path, locale):
-    """An old locale says next to none of their bytes; those that are no UTF-8 are told, and nothing is spoken."""
+    """Read UTF-8 under an old locale, and refuse bytes that are not UTF-8 before any text is spoken."""
     code = "import sys; from clvp_fast.cli.parser import build_parser; "
     code += "print(ascii(build_parser().parse_args(sys.argv[1:]).text))"
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUTF8": "0"} | locale

@@ -18,7 +18,7 @@ STOP = 9
 
 @pytest.fixture
 def watch():
-    """Of 2 requests with 3 candidates of at most 5 tokens."""
+    """Give a watch over 2 requests with 3 candidates of at most 5 tokens."""
     return DecodingProgress(Progress(disable=True), 2, 3, 5, STOP)
 
 
@@ -85,7 +85,7 @@ def test_behind_the_last_token_candidates_are_ranked(watch):
 
 @pytest.fixture
 def terminal(monkeypatch):
-    """A terminal in the place of stderr, as a text of all that was written to it."""
+    """Replace stderr by a terminal, and give the text that was written to it."""
     written = io.StringIO()
     console = Console(file=written, force_terminal=True, width=100, highlight=False)
     monkeypatch.setattr(waits, "Console", lambda **options: console)

@@ -24,7 +24,7 @@ COMMANDS = {"generate": ("generate", "Hello.", "--voice", "a.wav"), "batch": ("b
 
 
 def of_command_line(command, *options):
-    """The parameters of a command, or None where an option is refused."""
+    """Return the parameters of a command, or None where an option is refused."""
     try:
         given = sampling_of(build_parser().parse_args([*COMMANDS[command], *options]))
     except SystemExit:
@@ -40,7 +40,7 @@ def of_settings(**given):
 
 
 def of_row(**given):
-    """The parameters of a row that has them as a table would, in a job that says nothing of them."""
+    """Return the parameters of a row of a table, in a job that leaves them open."""
     row = Row.read(0, {"id": "a", "text": "Hello.", "seed": 0, **given})
     assert row.error is None
     try:
@@ -61,7 +61,7 @@ def test_all_doors_have_the_same_defaults(greedy):
 
 
 def test_all_doors_have_the_same_settings_of_the_engine():
-    """Beside sampling: memory, scoring, dtype and the cleaning of texts."""
+    """Compare memory, scoring, dtype and the cleaning of texts, besides sampling."""
     parameters = [
         inspect.signature(function).parameters
         for function in (
@@ -143,7 +143,7 @@ def corpus(tmp_path, monkeypatch):
 )
 @pytest.mark.parametrize("begun_in", ["shell", "Python"])
 def test_a_job_goes_on_at_the_other_door(cli, corpus, tmp_path, caplog, options, settings, begun_in):
-    """Nothing is refused, and no whole shard is spoken again, though both name the settings in their own way."""
+    """Resume a job without refusals or repeated shards, though both sides name the settings differently."""
     (corpus, stops), out = corpus, tmp_path / "out"
     doors = {
         "shell": lambda: cli("batch", corpus, "--out", out, "--shard-rows", 4, *options).code,

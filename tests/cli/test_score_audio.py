@@ -19,7 +19,7 @@ TEXTS = ["a dog barks", "the sound of rain on a roof"]
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """A small random CLAP with fusion, of clips of a second."""
+    """Give a small random CLAP with fusion, of clips of a second."""
     folder = tmp_path_factory.mktemp("clap")
     extractor = clvp_fast.ClapFeatureExtractor(max_length_s=1, frequency_max=20000)
     clvp_fast.ClapProcessor(extractor, tokenizer(tmp_path_factory.mktemp("vocabulary"))).save_pretrained(folder)
@@ -32,7 +32,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def recordings(tmp_path_factory):
-    """A folder of recordings of several rates and lengths, one of them in a folder of its own."""
+    """Give a folder of recordings of several rates and lengths, one of them in a folder of its own."""
     folder = tmp_path_factory.mktemp("recordings")
     (folder / "more").mkdir()
     for seed, (name, rate, seconds) in enumerate(
@@ -45,7 +45,7 @@ def recordings(tmp_path_factory):
 
 
 def expected_scores(checkpoint, paths):
-    """Texts by recordings, each recording by itself through the classes."""
+    """Return texts by recordings, each recording by itself through the classes."""
     model = clvp_fast.ClapModel.from_pretrained(checkpoint)
     processor = clvp_fast.ClapProcessor.from_pretrained(checkpoint)
     columns = []
@@ -87,7 +87,7 @@ def test_table_and_order_of_files(cli, checkpoint, recordings):
 
 
 def test_what_was_changed_is_told(cli, checkpoint, recordings):
-    """On stderr once a kind, and in the document by recording."""
+    """Note changes once a kind on stderr, and by recording in the document."""
     call = ["score", "--model", "clap", "--checkpoint", checkpoint, "--text", "rain", "--json", "--audio"]
     outcome = cli(*call, recordings)
     remarks = {found["recording"]: found["remark"] for found in json.loads(outcome.out)["remarks"]}

@@ -39,7 +39,7 @@ def compile_cpp(target: Path, *sources: Path, flags: list[str]) -> Path:
 
 
 def emulator(source: str, factory: pytest.TempPathFactory) -> Path:
-    """The library of the emulator in `source`, compiled once a run: workers that share its tests wait for it."""
+    """Return the library of the emulator in `source`, compiled once a run; workers that share its tests wait for it."""
     shared = factory.getbasetemp()
     shared = shared.parent if shared.name.startswith("popen-") else shared
     target = shared / f"{Path(source).stem}.so"

@@ -1,7 +1,8 @@
 /* csrc/cuda/device.cuh against CUDA's answers, which a test writes down before. */
 #include "../../csrc/cuda/device.cuh"
 
-/* What CUDA answers: versions, number of devices, shared memory of a block, errors by function; and what it was told.
+/* A stand-in for CUDA's answers: versions, number of devices, shared memory of a block, errors by function; and what it
+ * was told.
  */
 struct Answers {
     int driver, runtime, count, shared_bytes;

@@ -32,7 +32,7 @@ void spoil(clvp_fast_paged_decode &call) {
     }
 }
 
-/* What a step reads, beside the pages themselves. */
+/* The inputs of a step, beside the pages themselves. */
 struct Step {
     int64_t candidates = draw(1, 4), heads = draw(1, 3), dim = 16 * draw(1, 8), page_size = draw(1, 7);
     int64_t max_pages = draw(1, 5), prefixes = draw(0, 2), max_prefix_pages = draw(1, 4);

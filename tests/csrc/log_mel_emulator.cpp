@@ -89,7 +89,7 @@ int launch(const clvp_fast_log_mel &call, uint32_t seed, int64_t most_rows) {
                                                  : launch<N, float>(call, seed, most_rows);
 }
 
-/* How often a warp's accesses, a word of each lane, go through a memory of 32 banks. */
+/* Returns how often a warp's accesses, a word of each lane, go through a memory of 32 banks. */
 int passes(const std::vector<int> &words) {
     std::vector<int> sorted(words), count(32);
     std::sort(sorted.begin(), sorted.end());

@@ -38,7 +38,7 @@ struct Block {
     std::vector<char> memory;
 };
 
-/* How often all waited for all; the skip-th time nobody did. */
+/* The number of barriers so far; the skip-th one is left out. */
 struct Waits {
     int skip;
     int64_t count = 0;

@@ -52,7 +52,7 @@ def main() -> int:
 
 
 def _have(program: str) -> bool:
-    """Whether `program` is there, after an attempt to install it."""
+    """Tell whether `program` is there, after an attempt to install it."""
     if not shutil.which(program) and os.geteuid() == 0 and shutil.which("apt-get"):
         environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
         for command in (["update"], ["install", "-y", "--no-install-recommends", PACKAGES[program]]):
@@ -61,7 +61,7 @@ def _have(program: str) -> bool:
 
 
 def _check(cxx: str, flags: list[str], run: list[str], folder: Path) -> str | None:
-    """Compiles the library's objects and the tests' programs with `cxx`, and runs these; returns what went wrong."""
+    """Compile the library's objects and the tests' programs with `cxx`, run these, and return the failures."""
     with patch.dict(os.environ, CXX=cxx):
         library = build.compile_commands(CSRC, build.find_toolchain(elsewhere=True))
     plain = [cxx, "-std=c++17", "-O1", "-pthread", "-fPIC", *flags, f"-I{HERE / 'stand_in'}"]
@@ -82,7 +82,7 @@ def _check(cxx: str, flags: list[str], run: list[str], folder: Path) -> str | No
 
 
 def _run(command: list[str], folder: Path) -> str | None:
-    """What a command that fails printed, or None."""
+    """Return the output of a command that fails, or None."""
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     return f"$ {' '.join(command)}\n{done.stdout}{done.stderr}" if done.returncode else None
 

@@ -1,4 +1,4 @@
-"""What the library makes of the CUDA driver's and runtime's answers, which a stand-in gives: csrc/cuda/device.cuh."""
+"""The library's reactions to answers of the CUDA driver and runtime, which a stand-in gives: csrc/cuda/device.cuh."""
 
 import ctypes
 import re
@@ -35,7 +35,7 @@ def library(tmp_path_factory):
 
 @pytest.fixture
 def answers(library):
-    """A machine that can serve."""
+    """Give the answers of a machine that can serve."""
     answers = Answers.in_dll(library, "answers")
     for name in FIELDS.split():
         setattr(answers, name, 0)
@@ -45,7 +45,7 @@ def answers(library):
 
 
 def sentence(function, *args):
-    """What is missing, or None."""
+    """Return the sentence on the lack, or None."""
     told = ctypes.create_string_buffer(256)
     return told.value.decode() if function(*args, told, len(told)) else None
 

@@ -29,7 +29,7 @@ def test_every_half_is_the_number_that_it_stands_for(library):
 
 
 def test_numbers_are_rounded_to_the_nearest_half_and_ties_to_even(library):
-    """Every half, every number in the middle between two, and the float32 numbers around each."""
+    """Try every half, every number in the middle between two, and the float32 numbers around each."""
     halves = HALVES[:0x7C00].view(np.float16).astype(np.float64)
     places = np.concatenate((halves, (halves[1:] + halves[:-1]) / 2, [65520.0, 2.0**-25, 3e38])).astype(np.float32)
     around = np.concatenate([np.nextafter(places, np.float32(end)) for end in (-np.inf, np.inf)])

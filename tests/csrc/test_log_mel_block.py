@@ -33,7 +33,7 @@ def emulator(tmp_path_factory):
 
 
 def triangles(n_fft, num_mels, seed=0):
-    """Filters `[num_mels, bins]` float32 and bands `[num_mels, 2]` int32; bins beyond a band hold NaN.
+    """Make filters `[num_mels, bins]` float32 and bands `[num_mels, 2]` int32; bins beyond a band hold NaN.
 
     The widths grow with the channel, as those of mel filters do; every fifth band of more than four is empty.
     """
@@ -50,7 +50,7 @@ def triangles(n_fft, num_mels, seed=0):
 
 
 def run(emulator, samples, *, window, filters, bands, hop, lengths=None, norms=None, floor=1e-5, **options):
-    """Features `[batch, num_mels, frames]` of the emulated kernel; the output starts as NaN, between guards."""
+    """Return features `[batch, num_mels, frames]` of the emulated kernel; the output starts as NaN, between guards."""
     features_dtype = options.get("features_dtype", torch.float32)
     (batch, time), n_fft, num_mels = samples.shape, len(window), len(filters)
     frames = 1 + time // hop
@@ -90,7 +90,7 @@ def run(emulator, samples, *, window, filters, bands, hop, lengths=None, norms=N
 
 
 def expected(backend, dtype, samples, *, window, filters, bands, hop, lengths=None, norms=None, floor=1e-5, **options):
-    """The same by the operator in `dtype`: features, and which frames are true `[batch, 1, frames]`."""
+    """Compute the same by the operator in `dtype`: features, and which frames are true `[batch, 1, frames]`."""
     samples = samples.to(dtype) / 32768 if samples.dtype == torch.int16 else samples.to(dtype)
     if lengths is None:
         lengths = torch.full((len(samples),), samples.shape[1])

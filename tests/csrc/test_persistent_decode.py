@@ -73,7 +73,7 @@ def decoder_of(dtype, seed=0, **changes):
 
 
 def scene_of(decoder, rows=ROWS, prefixes=PREFIXES, seed=0):
-    """What a step takes: pages dealt at random, and NaN in every slot that is not a stored token's."""
+    """Make the inputs of a step: pages dealt at random, and NaN in every slot that is not a stored token's."""
     generator = torch.Generator().manual_seed(seed)
     widths = [max(own // PAGE_SIZE for own, _ in rows) + 2, max(prefixes) // PAGE_SIZE + 2]
     counts = len(rows) * widths[0], len(prefixes) * widths[1]
@@ -109,7 +109,7 @@ def step_of(emulator, scene, **options):
 
 
 def with_row(scene, n):
-    """The scene of one of its rows alone."""
+    """Return the scene of one row alone."""
     alone = dict(scene)
     for name in ("tokens", "seq_lens", "block_table", "prefix_index"):
         alone[name] = scene[name][n : n + 1]
@@ -117,7 +117,7 @@ def with_row(scene, n):
 
 
 def with_pages(scene, dtype=None):
-    """The same over pages of its own, in another dtype perhaps."""
+    """Return the scene over pages of its own, perhaps in another dtype."""
     decoder = scene["decoder"] if dtype is None else PagedDecoder(copy.deepcopy(scene["decoder"].model).to(dtype))
     other = scene | {"decoder": decoder, "pages": decoder.pages(scene["pages"].data.shape[2], PAGE_SIZE)}
     other["pages"].data.copy_(scene["pages"].data)
@@ -141,7 +141,7 @@ def compare(emulator, scene, **options):
 
 
 def hold_to_the_decoder(run, scene):
-    """`run(scene)`: hidden states and logits, and new keys and values in the scene's pages."""
+    """Hold `run(scene)` to the decoder: hidden states and logits, and new keys and values in the scene's pages."""
     exact, plain, ours = with_pages(scene, torch.float64), with_pages(scene), with_pages(scene)
     active = scene["seq_lens"] >= 0
     reference, baseline, got = expected(exact), expected(plain), run(ours)
@@ -168,7 +168,7 @@ def test_steps_equal_the_decoder_s(emulator, dtype, count):
 @pytest.mark.parametrize("own", [0, 1, 31, 32, 127, 128, 300])
 @pytest.mark.parametrize("prefix", [1, 100])
 def test_any_length(emulator, own, prefix):
-    """One block has several rounds of parts then."""
+    """Give one block several rounds of parts."""
     decoder = decoder_of(torch.bfloat16, num_hidden_layers=1)
     compare(emulator, scene_of(decoder, [(own, 0), (3, -1)], [prefix]), blocks=1, seed=own)
 
@@ -177,7 +177,7 @@ def test_any_length(emulator, own, prefix):
     "sizes", [(64, 8), (1088, 1608), *(pytest.param(one, marks=pytest.mark.slow) for one in ((2048, 520), (320, 8192)))]
 )
 def test_any_width(emulator, sizes):
-    """Widths that leave lanes, warps or blocks without work, and that need several slices and batches of rows."""
+    """Use widths that leave lanes, warps or blocks without work, and that need several slices and batches of rows."""
     hidden, inner = sizes
     changes = dict(hidden_size=hidden, num_attention_heads=hidden // 64, n_inner=inner, num_hidden_layers=1)
     compare(emulator, scene_of(decoder_of(torch.float16, vocab_size=301, **changes), ROWS[:2]), blocks=5)
@@ -195,7 +195,7 @@ def test_positions_and_biases(emulator, contiguous, bias):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_bits_depend_on_the_row_alone(emulator, dtype):
-    """Not on how many blocks there are, in which order threads run, or what the other rows are."""
+    """Vary the number of blocks, the order of threads, and the other rows."""
     scene = scene_of(decoder_of(dtype))
     together = emulated(emulator, with_pages(scene))
     for blocks, seed in ((1, 5), (2, 6), (8, 7)):
@@ -216,7 +216,7 @@ def test_all_wait_five_times_a_layer(emulator):
 
 @pytest.mark.parametrize("skip", range(10))
 def test_every_wait_is_needed(emulator, skip):
-    """The emulator's order of blocks shows each that is left out."""
+    """Leave out each wait in turn: the emulator's order of blocks shows the fault."""
     scene = scene_of(decoder_of(torch.bfloat16))
     right = emulated(emulator, with_pages(scene))
     seen = [emulated(emulator, with_pages(scene), skip=skip, seed=seed) for seed in range(3)]
@@ -224,7 +224,7 @@ def test_every_wait_is_needed(emulator, skip):
 
 
 def test_ids_out_of_their_tables(emulator):
-    """A bad token or position spoils its candidate alone; keys on a page that does not exist are left out."""
+    """Spoil only the candidate of a bad token or position, and leave out keys on a page that does not exist."""
     decoder = decoder_of(torch.bfloat16)
     scene = scene_of(decoder, [(5, 1), (9, 0), (140, 0)])
     right = emulated(emulator, with_pages(scene))
@@ -241,7 +241,7 @@ def test_ids_out_of_their_tables(emulator):
 
 
 def full_table(stored, monkeypatch):
-    """A scene whose first row has no place for its new token, which is left out of the decoder's own step as well.
+    """Give a scene whose first row has no place for its new token, which the decoder's own step omits too.
 
     128 keys fill both tables: one more would be a second part of every head, for which there is no room.
     """
@@ -268,12 +268,12 @@ def full_table(stored, monkeypatch):
 @pytest.mark.parametrize("stored", [32, 33, 200])
 @pytest.mark.parametrize("blocks", [1, 3])
 def test_a_full_table(emulator, monkeypatch, blocks, stored):
-    """A new token past its table is left out: none of the next row's pages is written, and nobody attends to it."""
+    """Leave out a new token past its table: no page of the next row is written, and no query attends to it."""
     compare(emulator, full_table(stored, monkeypatch), blocks=blocks)
 
 
 def test_a_new_token_without_a_page_is_left_out(emulator):
-    """As one that was stored there would be: a row's first token then attends to nothing."""
+    """Leave it out as a stored token is: a row's first token then attends to nothing."""
     scene = scene_of(decoder_of(torch.bfloat16), [(0, -1), (5, 0)])
     right = emulated(emulator, with_pages(scene))
     other = with_pages(scene) | {"block_table": scene["block_table"].clone()}

@@ -21,14 +21,14 @@ def engine(parts):
 
 @pytest.fixture(scope="module")
 def alone(parts):
-    """The codes of requests 0 to 11, each decoded alone."""
+    """Give the codes of requests 0 to 11, each decoded alone."""
     engine = make(parts)
     return [next(engine.generate(request(i), sampling(i))) for i in range(12)]
 
 
 @pytest.fixture
 def happened(monkeypatch):
-    """How often candidates were preempted and moved."""
+    """Count preempted and moved candidates."""
     counts = dict(preempted=0, moved=0)
     preempt, compact = Scheduler._preempt, Scheduler._compact
 

@@ -6,7 +6,7 @@ from clvp_fast.engine.scheduler import Scheduler, batch_buckets
 
 
 class NullDevice:
-    """Does what a runner does with a `Step`, on pages that hold the names of tokens.
+    """Do a runner's work with a `Step`, on pages that hold the names of tokens.
 
     length_of: (key, candidate) -> how many tokens it draws.
     """
@@ -44,7 +44,7 @@ class NullDevice:
             )
 
     def decode(self):
-        """One step of all who are not done; gives the slots that are done after it."""
+        """Run one step of all that are not done; return the slots that are done after it."""
         alive = {slot: state for slot, state in self.slots.items() if not state[5]}
         for key, candidate, _, table, stored, _ in alive.values():
             self.pages[self._at(table, stored)] = (key, candidate, stored)
@@ -109,7 +109,7 @@ class Engine:
         return True
 
     def advance(self, only=None):
-        """`only`: of the slots that are done, those that were not reported before."""
+        """Report finished slots; `only`: only these of them."""
         step, done = self.in_flight.popleft()
         reported = [slot for slot in done if not only or step.runs[slot].slot is not None]
         accepted = {(run.key, run.candidate) for run in map(step.runs.__getitem__, done) if run.slot is not None}
@@ -145,7 +145,7 @@ class Engine:
         return self
 
     def _check_order(self, step, gone):
-        """Candidates come in by age and are preempted from the youngest."""
+        """Check that candidates come in by age and are preempted from the youngest."""
         ages = {run: (self.order[run.key], run.candidate) for run in step.runs if run}
         entered = {(self.order[key], candidate) for _, key, candidate, _ in step.admitted}
         stayed = set(ages.values()) - entered
@@ -168,7 +168,7 @@ class Engine:
             assert max(source for source, _ in step.moves) >= least and step.num_slots == active
 
     def _check_pages(self, step):
-        """A reference for each table that names a page: a request's own, and those of its running candidates."""
+        """Check for a reference from each table that names a page: a request's own, and its running candidates'."""
         pool, runs = self.scheduler.pool, [run for run in step.runs if run]
         counts = dict.fromkeys(range(pool.num_pages), 0)
         for request in {run.request for run in runs} | self.scheduler._idle:

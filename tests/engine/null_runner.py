@@ -74,7 +74,7 @@ class NullDoor:
 
 
 def null_engine(lag=0, max_batch=3, num_pages=9):
-    """A `CandidateEngine` with a null device below it, and neither model nor texts above."""
+    """Make a `CandidateEngine` with a null device below it, and neither model nor texts above."""
     engine = object.__new__(CandidateEngine)
     engine._turns, engine._door = Turns(), NullDoor()
     engine._work = Work(
@@ -99,7 +99,7 @@ def asked():
 
 
 def codes(results):
-    """The codes of results without an error, by the seeds of their requests."""
+    """Return the codes of results without an error, by the seeds of their requests."""
     return {
         result.request.sampling.seed: [row[:n].tolist() for row, n in zip(result.codes, result.lengths, strict=True)]
         for result in results

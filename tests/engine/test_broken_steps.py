@@ -22,12 +22,12 @@ SOURCES = {str(path): path.read_text().splitlines() for path in FILES}
 
 
 def enters_or_leaves_with(frame):
-    """A `with` line is traced on the way out too, where an exception would keep the lock; no signal comes there."""
+    """Tell whether a frame is at a `with` line, which is traced on the way out too, where no signal comes."""
     return SOURCES[frame.f_code.co_filename][frame.f_lineno - 1].lstrip().startswith("with ")
 
 
 def traced(call, at_line):
-    """`call()`, with `at_line(file, number)` called at each line of the engine that this thread executes."""
+    """Run `call()`, with `at_line(file, number)` called at each line of the engine that this thread executes."""
 
     def trace(frame, event, argument):
         if frame.f_code.co_filename not in SOURCES:
@@ -41,7 +41,7 @@ def traced(call, at_line):
 
 
 def points_of(call, each):
-    """Numbers of the lines that `call` executes: of every line, up to `each` occurrences, evenly drawn."""
+    """Return numbers of the lines that `call` executes: of every line up to `each` occurrences, evenly drawn."""
     count, found = itertools.count(1), defaultdict(list)
     traced(call, lambda *line: found[line].append(next(count)))
     drawn = [numbers[:: -(-len(numbers) // each)] for numbers in found.values()]
@@ -49,7 +49,7 @@ def points_of(call, each):
 
 
 def raising(call, point, error):
-    """`call()`, with `error` raised at the `point`-th executed line of the engine."""
+    """Run `call()`, with `error` raised at the `point`-th executed line of the engine."""
     count = itertools.count(1)
 
     def at_line(*_):
@@ -68,7 +68,7 @@ def steps(engine):
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, torch.OutOfMemoryError])
 @pytest.mark.parametrize("lag", [0, 1])
 def test_a_step_that_breaks_off_at_any_line_loses_nothing(lag, error, each, capsys):
-    """One caller waits for four requests; another one, with none of its own, steps for all and is interrupted."""
+    """Let one caller wait for four requests, while another, with none, steps for all and is interrupted."""
     expected = codes(null_engine(lag).generate(asked()))
     assert set(expected) == {0, 1, 2, 3}
 
@@ -105,7 +105,7 @@ def test_a_step_that_breaks_off_at_any_line_loses_nothing(lag, error, each, caps
 
 
 def test_the_caller_that_is_interrupted_loses_its_own_requests_alone(capsys):
-    """Points in the caller's own iteration, submitting, taking and giving up included."""
+    """Interrupt anywhere in the caller's own iteration: submitting, taking and dropping too."""
     engine = null_engine(1)
     expected = codes(engine.generate(asked()))
 
@@ -129,7 +129,7 @@ def test_the_caller_that_is_interrupted_loses_its_own_requests_alone(capsys):
 
 @pytest.mark.parametrize("lag", [0, 1])
 def test_other_threads_are_served_meanwhile(lag, capsys):
-    """Two threads have requests of their own in the batch, which they all get; what failed belongs to the thread."""
+    """Give two threads requests in one batch; both get theirs, and a failure belongs to its thread."""
     engine = null_engine(lag)
     expected = codes(engine.generate(asked()))
     kinds = (KeyboardInterrupt, SystemExit, MemoryError, RuntimeError)

@@ -16,13 +16,13 @@ GREEDY = dict(do_sample=False, max_new_tokens=STEPS, eos_token_id=None, pad_toke
 
 @torch.inference_mode(False)
 def tiny(shape: str = "heads64", **changes):
-    """The composite model of a shape in float32."""
+    """Make the composite model of a shape in float32."""
     return pair(shape=shape, **changes)[1]
 
 
 @torch.no_grad()
 def prompts(model, lengths=(4, 23, 9)) -> list[torch.Tensor]:
-    """A prompt `[tokens, hidden_size]` for each length of a text: pages filled in part, and more than one."""
+    """Make a prompt `[tokens, hidden_size]` for each length of a text: pages filled in part, and more than one."""
     return [
         model.conditioning_encoder.prompt(clips(1, seed=length), texts(1, length, seed=length))[0][0]
         for length in lengths
@@ -60,7 +60,7 @@ class Loop:
         return table
 
     def step(self):
-        """One step: hidden states, logits; the largest logit is the next token."""
+        """Run one step, and return hidden states and logits; the largest logit is the next token."""
         tables = self.block_table, self.prefix_table, self.prefix_lens, self.prefix_index, self.pages
         hidden, logits = self.decoder.step(self.tokens, self.seq_lens, *tables)
         self.tokens = logits.argmax(-1)
@@ -68,7 +68,7 @@ class Loop:
         return hidden, logits
 
     def run(self, steps=STEPS):
-        """The tokens `[candidates, steps]`."""
+        """Return the tokens `[candidates, steps]`."""
         return torch.stack([self.tokens for _ in range(steps) if self.step()], 1)
 
 
@@ -79,7 +79,7 @@ def greedy(model, prompt_list, owners, **options):
 
 @torch.no_grad()
 def expected_tokens(model, prompt, steps=STEPS):
-    """What `GenerationMixin` draws after one prompt: `[steps]`."""
+    """Return the tokens `[steps]` that `GenerationMixin` draws after one prompt."""
     settings = GREEDY | dict(max_new_tokens=steps, use_engine=False)
     return model.speech_decoder_model.generate(conditioning_embeds=prompt[None], **settings)[0, 1:]
 
@@ -177,7 +177,7 @@ def test_kernels_in_the_interpreter():
 
 
 def logits_along(model, prompt_list, tokens, **options):
-    """Logits `[steps, prompts, vocab_size]` of one candidate a prompt that is handed `tokens` `[prompts, steps]`."""
+    """Return logits `[steps, prompts, vocab_size]` of one candidate a prompt that gets `tokens` `[prompts, steps]`."""
     loop = Loop(model, prompt_list, range(len(prompt_list)), **options)
     logits = []
     for drawn in tokens.T:
@@ -191,7 +191,7 @@ def logits_along(model, prompt_list, tokens, **options):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @torch.inference_mode()
 def test_a_half_type_keeps_its_residual_in_float32(dtype):
-    """What error is left is that of half operands; with a residual of the half type it grows with the depth."""
+    """Expect only the error of half operands; with a residual of the half type it grows with the depth."""
     composite = tiny(num_hidden_layers=12)
     prompt_list = prompts(composite)
     model = composite.speech_decoder_model.to(dtype)

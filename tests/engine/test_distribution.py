@@ -105,7 +105,7 @@ class Continuations:
         )
 
     def place(self, tokens):
-        """The row of a continuation among those of its length."""
+        """Return the row of a continuation among those of its length."""
         return int((self.prefixes[len(tokens)] == torch.tensor(tokens)).all(1).nonzero())
 
     def processed(self, length, settings):
@@ -116,7 +116,7 @@ class Continuations:
         return processors(settings)(ids, self.logits[length].clone())
 
     def joint(self, settings):
-        """The exact probability of each token at each position and of each pair of neighbours.
+        """Return the exact probability of each token at each position and of each pair of neighbours.
 
         `[STEPS, VOCAB + 1]` and `[STEPS - 1, VOCAB + 1, VOCAB + 1]`; index VOCAB: the candidate has stopped before.
         """
@@ -138,7 +138,7 @@ class Continuations:
 
 
 def counted(result):
-    """How often each token, and each pair of neighbours, was drawn, laid out as by `joint`."""
+    """Count each token, and each pair of neighbours, laid out as by `joint`."""
     tokens = np.full((len(result.codes), STEPS), VOCAB)
     tokens[:, : result.codes.shape[1]] = result.codes
     places = np.arange(STEPS)
@@ -152,7 +152,7 @@ def counted(result):
 
 
 def excess(drawn, exact):
-    """How far chi-squared is beyond its mean, in its standard deviations; infinite where the impossible was drawn.
+    """Return how far chi-squared is above its mean, in standard deviations; infinite where the impossible was drawn.
 
     Cells in which fewer than 5 are expected are taken together.
     """
@@ -183,7 +183,7 @@ def prompt_inputs():
 
 @pytest.fixture(scope="module")
 def prompt(models, prompt_inputs):
-    """As Tortoise makes it: one stop token behind the text, then the encoder's own start and stop."""
+    """Give a prompt as Tortoise makes it: one stop token behind the text, then the encoder's own start and stop."""
     ids, features = prompt_inputs
     with torch.no_grad():
         return models[0].conditioning_encoder(features, F.pad(ids, (0, 1)))
@@ -196,7 +196,7 @@ def continuations(models, prompt):
 
 @pytest.fixture(scope="module")
 def drawn(models, prompt_inputs):
-    """By setting, the result of its request: all were decoded in one batch that changed all the time."""
+    """Give, by setting, the result of its request; one changing batch decoded them all."""
     ids, features = prompt_inputs
     processor = SimpleNamespace(feature_extractor=clvp_fast.ClvpFeatureExtractor(feature_size=20), tokenizer=None)
     engine = CandidateEngine(models[1], processor, max_batch=600, max_new_tokens=STEPS)
@@ -215,7 +215,7 @@ SAMPLED = [name for name, settings in SETTINGS.items() if settings.get("do_sampl
 
 @pytest.mark.parametrize("name", [name for name in SAMPLED if "penalize_prompt" not in SETTINGS[name]])
 def test_the_table_is_that_of_generation(models, prompt, continuations, name):
-    """Logits and scores of every step of transformers' own sampling are those of the table."""
+    """Compare logits and scores of every step of transformers' own sampling with the table."""
     settings = dict(top_k=0) | SETTINGS[name]
     torch.manual_seed(0)
     with torch.no_grad():

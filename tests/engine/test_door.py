@@ -12,7 +12,7 @@ IDS = [5, 6, 7]
 
 
 def spoken(engine, **fields):
-    """The result of a request beside another one, which must finish."""
+    """Return the result of a request beside another one, which must finish."""
     good = request(3, sampling=sampling(3))
     bad = CandidateRequest(**{"audio": clip(), "sampling_rate": RATE, **fields}, sampling=sampling(1))
     results = {result.request: result for result in engine.generate([good, bad])}

@@ -13,7 +13,7 @@ SILENCE, ENDING = 83, (45, 45, 248)
 
 
 def fixed_as_the_original(row, longest):
-    """`fix_autoregressive_output` of codes that are filled up with stop tokens."""
+    """Do as `fix_autoregressive_output` for codes that are filled up with stop tokens."""
     filled = [*row, *[STOP] * (longest - len(row))]
     if STOP not in filled:
         return filled
@@ -34,7 +34,7 @@ def cut_as_the_original(latents, row):
 
 @torch.no_grad()
 def second_pass(model, prompt, row):
-    """`UnifiedVoice.forward(return_latent=True)`: start, codes and stop at 0, 1, 2 ...; the last two states go."""
+    """Do as `UnifiedVoice.forward(return_latent=True)`: start, codes, stop at 0, 1, ...; drop the last two states."""
     decoder = model.speech_decoder_model
     tokens = torch.tensor([START, *row, STOP])
     stack = decoder.model.decoder
@@ -44,7 +44,7 @@ def second_pass(model, prompt, row):
 
 
 def off_by(found, expected):
-    """The largest difference, relative to the root of the mean square."""
+    """Return the largest difference, relative to the root of the mean square."""
     return float((found - expected).abs().max() / expected.square().mean().sqrt())
 
 
@@ -90,7 +90,7 @@ def test_where_the_silence_is_cut():
 
 @pytest.mark.parametrize("contiguous", [False, True])
 def test_the_engine_gives_them(parts, contiguous, monkeypatch):
-    """Of the kept candidates, at the second pass's positions whichever they were drawn with."""
+    """Compare kept candidates, at the second pass's positions, however they were drawn."""
     model, processor = parts
     monkeypatch.setattr(model.config.decoder_config, "contiguous_positions", contiguous, raising=False)
     engine = make(parts, latents=True)
@@ -110,7 +110,7 @@ def test_the_engine_gives_them(parts, contiguous, monkeypatch):
 @pytest.mark.parametrize("lag", [0, 1])
 @pytest.mark.parametrize("pages", [None, 14], ids=["room", "preempted"])
 def test_states_are_streamed_with_the_codes_that_were_drawn_from_them(parts, lag, pages, monkeypatch):
-    """Those of a pass over a candidate's codes, each once, its stop token's too."""
+    """Compare with a pass over a candidate's codes: each state once, the stop token's too."""
     model = parts[0]
     monkeypatch.setattr(model.config.decoder_config, "contiguous_positions", True, raising=False)
     engine = make(parts, lag=lag, states=True, **({} if pages is None else {"num_pages": pages}))

@@ -109,7 +109,7 @@ def test_parts_are_those_of_a_runner(dtype, max_batch, page_dtype, weight_dtype)
 
 
 def test_a_step_stays_within_its_part():
-    """What a step of the model on a CPU keeps, and the most bytes that it holds besides, as torch's profiler counts."""
+    """Compare the plan with the tensors of a step on a CPU, and with the peak that torch's profiler counts."""
     model = tiny().speech_decoder_model
     found = plan(model, 10**8, max_batch=64, max_new_tokens=50)
     runner = Runner(model, found.num_pages, found.page_size, found.max_batch, found.max_new_tokens)

@@ -48,7 +48,7 @@ class Setting:
 
     @staticmethod
     def _parameters(random, seed):
-        """Each processor is on in about half of the requests; some are greedy."""
+        """Draw parameters: each processor is on in about half of the requests; some are greedy."""
 
         def sometimes(off, low, high):
             return random.choice([off, random.uniform(low, high)])
@@ -89,7 +89,7 @@ class Setting:
         return self._alone[number]
 
     def mixed(self, seed):
-        """A random company: returns pairs of a request's number and its finished job."""
+        """Decode a random company, and return pairs of a request's number and its finished job."""
         random = python_random.Random(seed)
         chosen = [random.randrange(REQUESTS) for _ in range(random.randint(2, 8))]
         least = max(self.pages_for(number) for number in chosen)
@@ -153,7 +153,7 @@ def test_every_company(dtype, options, mixes, happened):
 
 
 def test_mixes_over_float8_pages(happened):
-    """With the reference, which treats each row alone: on a CPU no kernel reads float8 pages."""
+    """Use the reference, which treats each row alone: on a CPU no kernel reads float8 pages."""
     setting = Setting(torch.float32, deterministic=True, max_batch=20, page_dtype=torch.float8_e4m3fn)
     setting.sampling = [
         replace(sampling, max_new_tokens=min(sampling.max_new_tokens, 18)) for sampling in setting.sampling

@@ -90,7 +90,7 @@ def test_parametrizations_are_told(attach):
 
 
 def test_a_request_after_it_was_taken_off():
-    """The engine serves again, with the same codes; another module of the same class is not the one it reads."""
+    """Serve again with the same codes; another module of the same class still counts as a replacement."""
     model = tiny()
     made = engine(model)
     expected = result(made)
@@ -104,7 +104,7 @@ def test_a_request_after_it_was_taken_off():
 
 
 def test_lora_is_told_before_it_is_merged_and_served_after():
-    """And `generate()` of the classes calls the adapted modules meanwhile, as `use_engine=False` does."""
+    """Let `generate()` of the classes call the adapted modules meanwhile, as `use_engine=False` does."""
     peft = pytest.importorskip("peft", reason="peft is not installed")
     model = tiny()
     inputs = dict(input_ids=torch.tensor([[5, 9, 17]]), input_features=random(1, 20, 40, seed=4))

@@ -22,7 +22,7 @@ def candidates(lengths=LENGTHS, seed: int = 2):
 
 
 def generated(model, max_new_tokens: int, candidates_per_text: int = 6, **settings):
-    """The drop-in's output for one text, and its candidates as a decoder hands them over."""
+    """Return the drop-in's output for one text, and its candidates as a decoder gives them."""
     torch.manual_seed(5)
     output = model.generate(
         texts(1),
@@ -45,7 +45,7 @@ def generated(model, max_new_tokens: int, candidates_per_text: int = 6, **settin
 
 @torch.no_grad()
 def alone(model, row):
-    """Not normalised `[projection_dim]` of one sequence of codes."""
+    """Embed one sequence of codes: `[projection_dim]`, not normalised."""
     return model.speech_encoder_model(input_ids=row[None]).embeds[0]
 
 
@@ -63,7 +63,7 @@ def test_padded_is_what_generate_scores(shape):
 
 
 def test_padded_with_candidates_that_stopped_at_once_and_that_never_stopped():
-    """Nothing but silence, and codes that end without the ending of the others."""
+    """Score silence alone, and codes without the others' ending."""
     model = model_of()
     rows = candidates([0, 12, 11, 10, 9])
     found = Ranker(model).rank(texts(1)[0], rows, pad_to=13)
@@ -105,7 +105,7 @@ def test_only_empty_candidates():
 
 @pytest.mark.parametrize("mode", ["padded", "trimmed"])
 def test_memory_is_bounded(mode, monkeypatch):
-    """What goes through the encoder at a time holds at most `max_tokens` codes, all together every code once."""
+    """Encode at most `max_tokens` codes at a time, and every code once."""
     model = model_of()
     sizes = []
     table, embedding = model.speech_encoder_model.token_embedding.weight, torch.nn.functional.embedding
@@ -156,7 +156,7 @@ def test_half_types(dtype, mode):
 
 @pytest.mark.parametrize("mode", ["padded", "trimmed"])
 def test_forms_of_ids(mode):
-    """Arrays, lists and other integer types say the same; a start token counts as the filling code."""
+    """Take arrays, lists and other integer types alike; a start token counts as the filling code."""
     model = model_of()
     ranker = Ranker(model, mode=mode, pad_to=40)
     rows = candidates([5, 1])

@@ -78,7 +78,7 @@ def test_a_fault_of_nobody_fails_each_in_turn(lag, monkeypatch):
 
 
 def test_a_kept_error_holds_no_runner(lag, monkeypatch):
-    """Its frames would keep the pages of one that a smaller one has replaced since."""
+    """Clear the error's frames, which would keep the pages of a replaced runner."""
     engine = null_engine(lag)
     with monkeypatch.context() as patched:
         broken(patched, bug)
@@ -89,7 +89,7 @@ def test_a_kept_error_holds_no_runner(lag, monkeypatch):
 
 
 def test_a_device_that_is_lost_is_no_request_s_fault(lag, monkeypatch):
-    """Where not even an empty batch can be made, the call raises, and so does the next, until one can."""
+    """Raise where not even an empty batch can be made, and again until one can."""
     engine = null_engine(lag)
 
     def lost(*_):
@@ -122,7 +122,7 @@ def test_too_little_memory_for_one_candidate_is_the_call_s(lag, monkeypatch):
 
 @pytest.mark.parametrize("warm", [False, True])
 def test_the_smaller_runner_is_as_warm_as_the_old_one_which_is_gone(lag, monkeypatch, warm):
-    """The old one's pages are the memory that was missing; the error's own frames hold it too."""
+    """Free the old runner first, whose pages are the missing memory; the error's own frames hold it too."""
     engine, warmed, old, gone = null_engine(lag, max_batch=6), [], [], []
     make_runner = engine._work._make_runner
     monkeypatch.setattr(NullRunner, "warm_up", lambda self, progress=None: warmed.append(self.max_batch))

@@ -36,7 +36,7 @@ def codes(of: CandidateEngine) -> list:
 
 
 def anew(model, **options) -> list:
-    """The codes of an engine that is made of the weights as they are now."""
+    """Return the codes of an engine that is made from the present weights."""
     return codes(engine(copy.deepcopy(model), **options))
 
 
@@ -52,7 +52,7 @@ def copied(model):
 
 
 def stepped(model):
-    """By an optimizer."""
+    """Change the weights by an optimizer's step."""
     for parameter, value in zip(model.parameters(), other_weights(model), strict=True):
         parameter.grad = parameter.detach() - value
     torch.optim.SGD(model.parameters(), lr=1.0).step()
@@ -70,7 +70,7 @@ def put_elsewhere(model):
 
 
 def put_elsewhere_twice(model):
-    """The second time perhaps where they lay at first."""
+    """Move the weights twice; the second place may be the first one again."""
     for parameter, value in zip(model.parameters(), other_weights(model), strict=True):
         size = parameter.shape
         parameter.data = torch.zeros(size)
@@ -114,7 +114,7 @@ def test_copies_are_refused_and_made_anew(change):
 
 
 def test_a_write_through_data_is_not_seen_by_copies():
-    """As `CandidateEngine.refresh` says."""
+    """Show the limit that `CandidateEngine.refresh` documents."""
     model = tiny()
     made = engine(model, weight_dtype=torch.int8)
     before = codes(made)
@@ -230,7 +230,7 @@ def test_voices_follow_their_encoder():
 
 
 def test_moving_what_was_not_copied_is_refused_at_the_door():
-    """Beside copies in 8 bits the head's own weights are read; moved, they would break off everybody's steps."""
+    """Move the head's own weights, which are read beside 8-bit copies: every step would break off."""
     model = tiny()
     made = engine(model, weight_dtype=torch.int8)
     before = codes(made)
@@ -244,7 +244,7 @@ def test_moving_what_was_not_copied_is_refused_at_the_door():
 
 @isa.needs("paged_attention_decode")
 def test_a_deterministic_engine_refuses_requests_under_torch_s_attention():
-    """At the door: a step that is bound to it would fail everybody's."""
+    """Refuse at the door, because a step bound to it would fail for everybody."""
     of = engine(tiny(), deterministic=True)
     expected = codes(of)
     with backend("torch"):

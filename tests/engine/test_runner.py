@@ -33,7 +33,7 @@ needs_own_attention = isa.needs("paged_attention_decode")
 
 @pytest.fixture(autouse=True)
 def words_are_written_once(monkeypatch):
-    """A word that one scatter wrote twice would hold either value on a GPU."""
+    """Assert that no scatter writes a word twice, which would hold either value on a GPU."""
     to_device = slots_module.to_device
 
     def checked(device, words, *others):
@@ -44,7 +44,7 @@ def words_are_written_once(monkeypatch):
 
 
 def stopping(model):
-    """The model, with a stop token that is drawn now and then."""
+    """Make a model whose stop token is drawn now and then."""
     with torch.no_grad():
         model.speech_decoder_model.lm_head.bias[STOP] = 1.5
     return model
@@ -100,7 +100,7 @@ class Driver:
         return self.runner.decode(max(self.held) + 1)
 
     def step(self):
-        """One step, read at once; who finished is freed."""
+        """Run one step, read it at once, and free finished candidates."""
         handle = self.start()
         tokens, finished = self.runner.tokens(handle), self.runner.finished(handle)
         for slot, (key, candidate, *_) in sorted(self.held.items()):
@@ -117,14 +117,14 @@ class Driver:
 
 @torch.no_grad()
 def expected_tokens(model, prompt, **settings):
-    """What `GenerationMixin` draws after a prompt, up to the stop token."""
+    """Return the tokens that `GenerationMixin` draws after a prompt, up to the stop token."""
     settings = dict(do_sample=False, max_new_tokens=40, eos_token_id=STOP, pad_token_id=STOP) | settings
     settings["use_engine"] = False
     return model.speech_decoder_model.generate(conditioning_embeds=prompt[None], **settings)[0, 1:].tolist()
 
 
 def alone(model, prompt, params, candidate=0, slot=0, **options):
-    """`(tokens, states)` of one candidate that has the runner to itself."""
+    """Return `(tokens, states)` of one candidate that has the runner to itself."""
     driver = Driver(model, [prompt], [params], states=True, **options)
     driver.admit(slot, 0, candidate)
     tokens = driver.run()[0, candidate]
@@ -215,7 +215,7 @@ def test_a_finished_or_free_slot_draws_minus_one():
 
 
 def test_results_are_read_late():
-    """A step's tokens are its own, however many steps have started since."""
+    """Read a step's own tokens, however many steps have started since."""
     model = tiny()
     expected = expected_tokens(model, prompts(model)[1])
     driver = Driver(model, prompts(model), [GREEDY] * 3)
@@ -236,7 +236,7 @@ VARIED = [
 @needs_own_attention
 @torch.inference_mode()
 def test_draws_are_those_of_the_operator():
-    """Each request's parameters as numbers, over the logits of the same prompt and tokens."""
+    """Call the operator with each request's parameters as numbers, on the logits of the same prompt and tokens."""
     model = tiny()
     prompt_list = prompts(model, (4, 23, 9, 40, 15))
     for key, params in enumerate(VARIED):
@@ -263,7 +263,7 @@ def test_draws_are_those_of_the_operator():
     "options, threads", [({}, 1), ({}, 2), ({"deterministic": True}, 1), ({"max_batch": 40}, 1)], ids=str
 )
 def test_bits_do_not_depend_on_the_batch(options, threads):
-    """Tokens and hidden states of candidates with all sorts of parameters: alone, and among others in other slots."""
+    """Compare tokens and hidden states of varied candidates alone with those among others in other slots."""
     model = stopping(tiny())
     options = dict(max_batch=24, num_pages=200) | options
     prompt_list = prompts(model, (4, 23, 9, 40, 15))
@@ -298,7 +298,7 @@ def test_bits_do_not_depend_on_the_batch(options, threads):
 
 
 def test_few_rows_would_have_other_bits(monkeypatch):
-    """What the least number of rows is for, on the machine that these tests run on; elsewhere it costs a little."""
+    """Show why there is a least number of rows on this machine; elsewhere it costs a little."""
     model = tiny()
     (prompt,) = prompts(model, (7,))
     with ops.backend("torch"):
@@ -349,7 +349,7 @@ def test_few_rows_where_products_promise_their_bits(dtype, backend, changes, lea
 @needs_own_attention
 @pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 def test_moves(params):
-    """Candidates that move to other slots draw what they draw where they are, and take their hidden states along."""
+    """Move candidates to other slots: they draw the same tokens, and take their hidden states along."""
     model = tiny()
     prompt_list = prompts(model)
     expected = {key: alone(model, prompt_list[key], params) for key in (1, 2)}
@@ -603,7 +603,7 @@ def test_what_the_scheduler_plans(num_pages, max_batch, lag):
 @needs_own_attention
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_greedy_rows_take_the_first_of_equal_logits_in_every_company(dtype):
-    """Of tokens with one and the same logit; with nothing read in place of tensors, too, as in a captured step."""
+    """Use tokens with equal logits, also without shortcuts, as in a captured step."""
     model = stopping(tiny())
     prompt_list = [prompt.to(dtype) for prompt in prompts(model)]
     model.to(dtype)
@@ -642,7 +642,7 @@ def test_shortcuts_are_what_the_slots_agree_on():
 
 @needs_own_attention
 def test_replays_in_the_place_of_steps():
-    """What a captured step does, on a CPU: more rows than slots, and no number in the place of a tensor."""
+    """Do on a CPU as a captured step does: more rows than slots, and no number in place of a tensor."""
     model = stopping(tiny())
     prompt_list = prompts(model, (4, 23, 9, 40, 15))
     expected = [alone(model, prompt_list[key], VARIED[key])[0] for key in range(5)]
@@ -672,7 +672,7 @@ def test_warm_up_without_capture_does_nothing():
 
 
 def test_state_is_laid_out_as_named():
-    """64-bit fields keep their bits on the way through 32-bit words."""
+    """Keep the bits of 64-bit fields on the way through 32-bit words."""
     model = tiny()
     driver = Driver(model, prompts(model), [SAMPLED, VARIED[2], VARIED[3]], max_batch=16)
     driver.admit(4, 1, 2**31 - 1)
@@ -691,7 +691,7 @@ def test_state_is_laid_out_as_named():
 
 
 def test_steps_that_were_bound_before_a_move_end_with_it():
-    """A request under way goes on over the weights it began with; the next one has the new ones, at any row count."""
+    """Keep the old weights for a request under way; the next one has the new ones, at any row count."""
     model = tiny()
     (prompt,) = prompts(model, (9,))
     driver = Driver(model, [prompt] * 4, [GREEDY] * 4)

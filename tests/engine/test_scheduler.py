@@ -64,7 +64,7 @@ TestAnyOrder.settings = settings(max_examples=100, stateful_step_count=25, deadl
 
 @st.composite
 def tight_engines(draw):
-    """Requests that are all there from the start, over hardly more pages than the largest needs."""
+    """Draw requests that are all there from the start, over hardly more pages than the largest needs."""
     page_size, max_batch, lag = draw(st.integers(1, 3)), draw(st.integers(1, 5)), draw(st.integers(0, 1))
     requests = draw(
         st.lists(st.tuples(st.integers(1, 5), st.lists(st.integers(1, 8), min_size=1, max_size=5)), min_size=1)
@@ -162,7 +162,7 @@ def test_nothing_is_preempted_where_pages_suffice():
 
 @pytest.mark.parametrize("lag", [0, 1])
 def test_an_idle_prompt_gives_way_to_the_oldest(lag):
-    """The second request's only candidate is preempted, and then its prompt is what the first one lacks."""
+    """Preempt the second request's only candidate, and take the pages of its prompt for the first."""
     engine = Engine(num_pages=5, page_size=1, max_batch=2, limit=4, lag=lag)
     engine.add(1, [4], max_new_tokens=4)
     engine.add(1, [4], max_new_tokens=4)
@@ -269,7 +269,7 @@ def test_what_can_never_fit_is_refused_with_its_sizes():
 
 
 def opcodes(call):
-    """How many bytecode instructions a call takes, loops of the interpreter's own not counted."""
+    """Count the bytecode instructions of a call, without loops of the interpreter's own."""
     count = 0
 
     def trace(frame, event, argument):

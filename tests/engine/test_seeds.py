@@ -16,7 +16,7 @@ SEEDS = {"a": 2**63 + 1, "b": 7, "c": -3}
 
 
 def drawn(order: str, max_batch: int) -> dict[str, list]:
-    """Codes of the requests of these names, which are made in this order."""
+    """Return the codes of the requests of these names, which are made in this order."""
     engine = CandidateEngine.from_pretrained("random", device="cpu", max_batch=max_batch, max_new_tokens=24)
     clip = np.random.default_rng(0).standard_normal(12000).astype(np.float32) * 0.1
     requests = [

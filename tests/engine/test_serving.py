@@ -36,7 +36,7 @@ def test_a_stream_given_up_midway_frees_its_request_alone(engine, alone):
 
 
 def test_streams_take_turns(engine, alone):
-    """Each tells its own tokens in the order of drawing, though both are decoded by whoever asks."""
+    """Let each stream report its own tokens in the order of drawing, though either one decodes both."""
     streams = {index: engine.stream(request(index), sampling(index)) for index in (7, 8)}
     told, results = {7: [], 8: []}, {}
     while streams:
@@ -90,7 +90,7 @@ def test_one_request_object_given_twice(engine, alone):
 
 
 def test_a_timeout_in_the_queue(parts, alone):
-    """What waits behind others fails in its time too, and those others do not."""
+    """Fail a waiting request in its time, and not those before it."""
     engine = make(parts, max_batch=1)
     waiting = request(0, sampling=sampling(8), timeout=0.02)
     running = request(3, sampling=sampling(3))
@@ -183,7 +183,7 @@ def test_a_stream_that_is_cancelled_elsewhere_ends(engine):
 
 
 def test_a_result_that_another_thread_finishes_is_not_lost(engine, alone, monkeypatch):
-    """Between two looks at what is pending, as far as can be: all is decoded to the end there."""
+    """Decode to the end between two looks at the pending requests."""
     take = Work.take
 
     def late(work, call):
@@ -198,7 +198,7 @@ def test_a_result_that_another_thread_finishes_is_not_lost(engine, alone, monkey
 
 
 def test_a_cancelled_task_frees_its_requests_and_no_other_s(engine, alone):
-    """It is cancelled while a thread decodes for it, which stops soon after."""
+    """Cancel it while a thread decodes for it, which stops soon after."""
     heard, delivered = [], threading.Event()
 
     def listen(*token):
@@ -264,7 +264,7 @@ def test_the_only_job_is_cancelled_with_its_step_under_way(lag):
 
 
 def test_exactly_as_many_requests_are_taken_as_fit(monkeypatch):
-    """As many candidates wait as decode at once: with four slots those of four requests, then those of four more."""
+    """Let as many candidates wait as decode at once: with four slots those of four requests, then four more."""
     engine, taken, seen = null_engine(max_batch=4, num_pages=100), [], []
     decode = NullRunner.decode
 
@@ -283,7 +283,7 @@ def test_exactly_as_many_requests_are_taken_as_fit(monkeypatch):
 
 
 def test_timings_of_a_request_that_is_admitted_in_parts(monkeypatch):
-    """The queue ends with the start of its first candidate, and decoding begins there."""
+    """End the queue and begin decoding with the start of the first candidate."""
     engine, steps, decode = null_engine(max_batch=1), [], NullRunner.decode
 
     def around(self, num_slots):
@@ -299,7 +299,7 @@ def test_timings_of_a_request_that_is_admitted_in_parts(monkeypatch):
 
 
 def test_an_engine_is_not_asked_for_results_within_its_own_step():
-    """By a listener or a scorer, which would wait for itself: it fails its request alone."""
+    """Fail only the request whose listener or scorer asks, as it would wait for itself."""
     engine = null_engine()
     expected = codes(engine.generate(asked()))
 
@@ -385,7 +385,7 @@ def test_who_works_for_long_keeps_nobody_waiting(monkeypatch):
     "mode", [torch.autocast("cpu", torch.bfloat16), torch.device("meta")], ids=["autocast", "device"]
 )
 def test_modes_of_the_thread_that_steps_are_its_own(parts, alone, mode):
-    """Its steps are those of all threads: neither its autocast nor its default device has a say in them."""
+    """Ignore the autocast and default device of the thread that steps, as its steps serve all threads."""
     for scoring in ("padded", "trimmed"):
         engine = make(parts, scoring=scoring)  # with no voice in its cache
         with mode:
@@ -398,7 +398,7 @@ def test_modes_of_the_thread_that_steps_are_its_own(parts, alone, mode):
 
 @pytest.mark.parametrize("lag", [0, 1])
 def test_results_outlive_what_they_were_made_with(lag, monkeypatch):
-    """Prompts and states on the device are let go of with the last result."""
+    """Release prompts and states on the device with the last result."""
     engine, jobs = null_engine(lag), WeakSet()
     add = DecodeLoop.add
     monkeypatch.setattr(DecodeLoop, "add", lambda loop, job: (jobs.add(job), add(loop, job))[1])

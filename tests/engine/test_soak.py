@@ -41,7 +41,7 @@ def engine():
 
 
 def requests(count, voice):
-    """With 1 to 3 candidates of 1 to 20 tokens, always the same ones; every 50th is bad."""
+    """Make requests of 1 to 3 candidates of 1 to 20 tokens, always the same ones; every 50th is bad."""
     for index in range(count):
         sampling = SamplingParams(
             num_candidates=1 + index % 3, max_new_tokens=1 + index % 20, temperature=1.5, top_p=1.0, seed=index
@@ -53,7 +53,7 @@ def requests(count, voice):
 
 
 def serve(engine, voice, count):
-    """`count` requests, of which every 97th makes its successor be cancelled, and an iteration abandoned midway."""
+    """Serve `count` requests: every 97th has its successor cancelled, and one iteration is abandoned midway."""
     given, ended = [], []
 
     def watched():
@@ -75,7 +75,7 @@ def serve(engine, voice, count):
 
 
 def reachable(root):
-    """How many objects and entries something holds on to; classes, functions and modules aside, and all behind them.
+    """Count the objects and entries that something holds on to; skip classes, functions, modules and all behind them.
 
     Numbers count as entries of what holds them alone: whether two of them are one object depends on their size.
     """
@@ -92,7 +92,7 @@ def reachable(root):
 
 
 def calls(run):
-    """How many functions are called, Python's own and built-in ones."""
+    """Count called functions, Python's own and built-in ones."""
     count = 0
 
     def profile(frame, event, argument):

@@ -23,7 +23,7 @@ needs_own_attention = isa.needs("paged_attention_decode")
 
 
 def deciding() -> set[CodeType]:
-    """The code of all that asks who serves a call, and whether a module is plain."""
+    """Return the code of all functions that ask which implementation serves a call, or whether a module is plain."""
     functions = [
         dispatch.Operator.choose,
         dispatch.Operator.bind,
@@ -43,7 +43,7 @@ def deciding() -> set[CodeType]:
 
 
 def entered(call) -> list[CodeType]:
-    """The code of every Python function that a call enters."""
+    """Return the code of every Python function that a call enters."""
     found: list[CodeType] = []
     before = sys.getprofile()
     sys.setprofile(lambda frame, event, argument: found.append(frame.f_code) if event == "call" else None)
@@ -63,7 +63,7 @@ def decisions(call) -> list[str]:
 @pytest.mark.parametrize("options", [{}, {"weight_dtype": torch.int8}], ids=["own weights", "int8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_nothing_is_decided_within_a_step(dtype, options, backend):
-    """In its first step of a kind all is, so that none of the questions has another name by now."""
+    """Watch the first step of a kind, which asks all questions, so that none was renamed meanwhile."""
     model = tiny().to(dtype)
     prompt_list = [prompt.to(dtype) for prompt in prompts(tiny())]
     driver = Driver(model, prompt_list, [SAMPLED, GREEDY, SAMPLED], **options)
@@ -80,7 +80,7 @@ def test_nothing_is_decided_within_a_step(dtype, options, backend):
 
 
 def test_a_step_of_the_random_checkpoint_enters_few_functions():
-    """1968 before steps were bound."""
+    """Bound the number of calls, which was 1968 before steps were bound."""
     if isa.why_unserved("paged_attention_decode", torch.float32):
         pytest.skip("torch's own attention is made of many calls")
     requests = Requests(random_runner(16, 20), 16, 20)
@@ -89,7 +89,7 @@ def test_a_step_of_the_random_checkpoint_enters_few_functions():
 
 @needs_own_attention
 def test_a_forced_backend_is_that_of_the_requests_under_way():
-    """Their states are, bit for bit, those of a runner that knew no other backend; the default's come back behind."""
+    """Compare their states bit for bit with a runner of that backend; the default's come back after."""
     model = tiny()
     (prompt,) = prompts(model, (9,))
 
@@ -116,7 +116,7 @@ def test_a_forced_backend_is_that_of_the_requests_under_way():
 
 @needs_own_attention
 def test_what_serves_is_what_is_forced(monkeypatch):
-    """By the code that runs: references alone under "reference", and none of them before and behind."""
+    """Look at the code that runs: references alone under "reference", and none before and after."""
     model = tiny()
     driver = Driver(model, prompts(model)[:1], [SAMPLED])
     names = ("embed", "add_norm", "double_layer_norm", "linear", "gelu_mlp", "paged_attention_decode", "sample")
@@ -218,7 +218,7 @@ def test_weights_are_taken_or_the_reason_is_told():
 
 @pytest.mark.parametrize("options", [{}, {"weight_dtype": torch.int8}], ids=["own weights", "int8"])
 def test_an_activation_that_operators_do_not_know(options):
-    """It is called between the two products, which are bound as ever."""
+    """Call it between the two products, which are bound as usual."""
     model = tiny(activation_function="laplace")
     assert DecoderWeights.take(model.speech_decoder_model).layers[0].activation is None
     prompt_list = prompts(model)
@@ -247,7 +247,7 @@ def test_a_norm_with_another_eps_is_followed():
 
 
 def test_projections_that_cannot_lie_in_a_row():
-    """Parameters made under inference mode stay where they are."""
+    """Leave parameters made under inference mode where they are."""
     model = tiny()
     prompt_list = prompts(model)
     expected = [expected_tokens(model, prompt) for prompt in prompt_list]
@@ -266,7 +266,7 @@ def test_projections_that_cannot_lie_in_a_row():
 
 @torch.inference_mode()
 def test_one_step_alone_is_a_bound_one():
-    """`PagedDecoder.step` leaves its results to the caller: another step writes elsewhere."""
+    """Leave the results of `PagedDecoder.step` to the caller: another step writes elsewhere."""
     model = tiny()
     loop = Loop(model.speech_decoder_model, prompts(model), [0, 1, 2])
     hidden, logits = loop.step()

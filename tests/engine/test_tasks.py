@@ -60,7 +60,7 @@ def test_tasks_that_are_cancelled_at_random_take_nothing_along(parts, alone, lag
 
 
 def test_a_wait_that_times_out_ends_within_a_step(parts, monkeypatch):
-    """Steps are counted, not seconds: from the end of the wait on, the one under way and at most one more."""
+    """Count steps instead of seconds: after the end of the wait, the one under way and at most one more."""
     engine = make(parts, max_new_tokens=24)
     started = threading.Event()
 

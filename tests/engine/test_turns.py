@@ -15,7 +15,7 @@ from tests.kit.waiting import BOUND, join, wait_for
 
 
 def held(turns):
-    """A thread that has the turn until the event is set."""
+    """Start a thread that has the turn until the event is set."""
     inside, let_go = threading.Event(), threading.Event()
 
     def hold():
@@ -29,7 +29,7 @@ def held(turns):
 
 
 def waiting(turns, function, **options):
-    """A thread that has asked, behind those that have asked before."""
+    """Start a thread that asks, behind those that have asked before."""
     before = len(turns._tickets)
     thread = threading.Thread(target=turns.take, args=(function,), kwargs=options)
     thread.start()
@@ -131,7 +131,7 @@ def test_a_finalizer_finds_that_its_thread_waits():
 
 
 def test_interrupts_at_any_moment():
-    """A signal's exception in the main thread, 2000 times: others go on, and none is in a turn beside another."""
+    """Raise a signal's exception in the main thread 2000 times: others go on, never two in a turn."""
     turns, inside, clashes, served = Turns(), [], [], [0] * 3
     chance, ending = random.Random(0), threading.Event()
 

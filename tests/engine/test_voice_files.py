@@ -21,13 +21,13 @@ SIZES = 200_000, 100_000, 132_301  # samples; 132300 are 6 s
 
 @pytest.fixture
 def voices():
-    """In place of an engine's cache: a voice is the features of its recordings."""
+    """Replace an engine's cache: a voice is the features of its recordings."""
     return SimpleNamespace(feature_extractor=ClvpFeatureExtractor(), from_features=lambda mels: mels)
 
 
 @pytest.mark.parametrize("seconds", [2, 6, 9])
 def test_the_first_six_seconds_are_used(voices, tmp_path, seconds):
-    """All of them, and the features are those of the extractor, which cuts the whole."""
+    """Compare with the features of the extractor, which cuts the whole recording."""
     for index in range(2):
         samples = np.random.default_rng(index).normal(size=seconds * 22050).astype(np.float32) * 0.1
         soundfile.write(tmp_path / f"{index}.wav", samples, 22050, subtype="FLOAT")
@@ -42,7 +42,7 @@ def test_the_first_six_seconds_are_used(voices, tmp_path, seconds):
 
 @pytest.mark.parametrize("content", [bytes(100), b"\1" + bytes(7) + b"x" * 100, b"", b"{"])
 def test_what_is_no_saved_voice_is_a_recording(voices, tmp_path, content):
-    """A file is a saved voice by its name, or by a header of JSON behind its length."""
+    """Tell a saved voice by its name, or by a JSON header behind its length."""
     (tmp_path / "voice").write_bytes(content)
     with pytest.raises(ValueError, match="cannot be read as a recording"):
         load_voice(voices, tmp_path / "voice")
@@ -63,7 +63,7 @@ def test_remarks_on_a_text():
 
 @pytest.mark.parametrize("seed", range(4))
 def test_pieces_from_random_places_are_those_of_the_original(voices, tmp_path, seed):
-    """`format_conditioning` draws a place for each longer clip, in their order, behind `random.seed`."""
+    """Draw a place for each longer clip, in their order, after `random.seed`, as `format_conditioning` does."""
     clips = [
         np.random.default_rng(index).normal(size=size).astype(np.float32) * 0.1 for index, size in enumerate(SIZES)
     ]

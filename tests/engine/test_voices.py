@@ -15,7 +15,7 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
 def extractor(**settings) -> ClvpFeatureExtractor:
-    """Of the tiny models: 20 bins; clips of one second at a low rate."""
+    """Make an extractor for the tiny models: 20 bins; clips of one second at a low rate."""
     settings = {"feature_size": 20, "sampling_rate": RATE, "default_audio_length": 1, "n_fft": 512} | settings
     return ClvpFeatureExtractor(**settings)
 
@@ -30,7 +30,7 @@ def cache_of(shape: str = "heads64", dtype: torch.dtype = torch.float32, seed: i
 
 @pytest.fixture
 def encoded(monkeypatch):
-    """How many clips went through the encoder of voices, the fixed input for fingerprints left out."""
+    """Count the clips that went through the encoder of voices, without the fixed input for fingerprints."""
     frames = []
     encode = VoiceCache._encode
 
@@ -46,7 +46,7 @@ def encoded(monkeypatch):
 @pytest.mark.parametrize("shape", SHAPES)
 @torch.no_grad()
 def test_prompts_are_bitwise_those_of_today(shape, dtype):
-    """A voice joined with texts of any number and padding, against `prompt` with the clip itself."""
+    """Join a voice with texts of any number and padding, and compare with `prompt` of the clip itself."""
     cache = cache_of(shape, dtype)
     encoder = cache.model.conditioning_encoder
     features = extractor()(sound(), sampling_rate=RATE, return_tensors="pt")["input_features"]

@@ -163,7 +163,7 @@ def test_training_counts_positions_as_generation_does(small):
 
 
 def test_trained_scores_are_the_rankers(small):
-    """The scorer's own embeddings and those of the engine's ranker are the same numbers, padded and trimmed."""
+    """Compare the scorer's own embeddings with those of the engine's ranker, padded and trimmed."""
     from clvp_fast.engine.ranking import Ranker
 
     _, clvp = small

@@ -29,7 +29,7 @@ FULL = dict(hidden_size=1024, num_attention_heads=16, vocab_size=8194)
 
 
 def on_gpu(scene):
-    """The scene there; its step, its arguments, and its pages."""
+    """Return the scene on a GPU: its step, its arguments, and its pages."""
     decoder = PagedDecoder(copy.deepcopy(scene["decoder"].model).to(DEVICE))
     pages = decoder.pages(scene["pages"].data.shape[2], scene["pages"].page_size)
     pages.data.copy_(scene["pages"].data)
@@ -38,7 +38,7 @@ def on_gpu(scene):
 
 
 def run(scene):
-    """One step there, brought back; the scene's pages are as they are there after it."""
+    """Run one step there and bring it back; the scene's pages then equal those on the GPU."""
     step, arguments, pages = on_gpu(scene)
     with torch.inference_mode():
         hidden, logits = step.step(*arguments)
@@ -81,7 +81,7 @@ def test_bits_depend_on_the_row_alone(dtype):
 
 @torch.no_grad()
 def test_a_thousand_launches_have_the_same_bits():
-    """A wait that does not hold all back would show sooner or later."""
+    """Launch often, as a faulty barrier would show sooner or later."""
     step, arguments, _ = on_gpu(scene_of(decoder_of(torch.bfloat16, num_hidden_layers=6, **FULL)))
     active = arguments[1] >= 0
     hidden, logits = step.step(*arguments)
@@ -114,7 +114,7 @@ def test_a_captured_step_sees_new_inputs():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_runner_captures_it(dtype):
-    """Candidates alone and in fours, captured and eager."""
+    """Run candidates alone and in fours, captured and eager."""
     found = []
     for capture in (True, False):
         driver = driver_of(dtype, capture=capture, persistent=True, max_batch=4, latents=True)
@@ -133,7 +133,7 @@ def test_a_runner_captures_it(dtype):
 
 
 def test_the_engine_takes_it_for_few_candidates(parts, monkeypatch):
-    """The same candidates every time, drawn by the one launch as long as there are up to four of them."""
+    """Draw the same candidates every time, by one launch while there are up to four of them."""
     model, processor = parts
     engine = make((copy.deepcopy(model).to("cuda", torch.bfloat16), processor), max_batch=4, persistent=True)
     steps, launched = [], []

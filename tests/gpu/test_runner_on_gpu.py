@@ -26,7 +26,7 @@ def driver_of(dtype=torch.float32, params=VARIED, device="cuda", **options):
 
 
 def replayed_alone(runner):
-    """From now on a step that is not a replay fails."""
+    """Fail on every later step that is not a replay."""
 
     def eager(*args, **options):
         raise AssertionError("a step ran eagerly behind warm_up()")
@@ -35,7 +35,7 @@ def replayed_alone(runner):
 
 
 def run(driver):
-    """To the end: by candidate, its tokens and the states behind them."""
+    """Run to the end, and return each candidate's tokens and the states behind them."""
     found = {}
     while driver.held:
         held = {slot: (key, candidate) for slot, (key, candidate, *_) in driver.held.items()}
@@ -82,7 +82,7 @@ def test_captured_steps_equal_eager_ones(dtype, deterministic, page_dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_shortcuts_change_no_token(dtype):
-    """Numbers in the place of tensors, as eager steps have them, against captured steps, which have none."""
+    """Compare eager steps, which take numbers in place of tensors, with captured steps, which take none."""
     tokens = []
     for capture in (True, False):
         driver = driver_of(dtype, capture=capture, deterministic=True)
@@ -94,7 +94,7 @@ def test_shortcuts_change_no_token(dtype):
 
 
 def test_replays_allocate_nothing():
-    """On the device, and over a step in which pages are entered too; those alone bring a copy of what changed."""
+    """Count allocations on the device, also in a step that enters pages, which only copies the changes."""
     driver = driver_of()
     driver.runner.warm_up()
     replayed_alone(driver.runner)
@@ -119,7 +119,7 @@ def test_replays_allocate_nothing():
 
 
 def test_warming_up_leaves_no_trace():
-    """It runs steps of its own, over slots that are not held: the state is what it was, and pages are not written."""
+    """Run steps over free slots: the state stays as it was, and no page is written."""
     driver = driver_of()
     runner = driver.runner
     runner.pages.data.fill_(torch.nan)
@@ -131,7 +131,7 @@ def test_warming_up_leaves_no_trace():
 
 
 def test_results_are_read_late():
-    """A replay writes where the one before it wrote: what was copied is that step's own."""
+    """Copy results before the next replay, which writes to the same place."""
     expected = driver_of(capture=False, deterministic=True)
     expected.admit(0, 2)
     tokens = expected.run()[2, 0]

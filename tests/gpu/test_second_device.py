@@ -36,7 +36,7 @@ def test_every_operator(monkeypatch, make):
 
 
 def test_captured_steps_of_engines_on_both():
-    """The second runner captures after the first one has, and replays what it would have stepped."""
+    """Capture on the second device after the first, and replay the same steps there."""
     tokens = []
     for device, capture in (("cuda:0", True), ("cuda:1", True), ("cuda:1", False)):
         driver = driver_of(device=device, capture=capture, deterministic=True, latents=True)

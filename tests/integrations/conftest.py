@@ -11,7 +11,7 @@ from tests.integrations import stand_in
 
 @pytest.fixture(scope="session")
 def tortoise_api():
-    """`tortoise.api` of tortoise-tts 3.0.0."""
+    """Give `tortoise.api` of tortoise-tts 3.0.0."""
     if importlib.util.find_spec("tortoise") is None:
         pytest.skip("tortoise-tts 3.0.0 is not installed")
     make_tortoise_importable()
@@ -20,7 +20,7 @@ def tortoise_api():
 
 @pytest.fixture(scope="session", params=["stand-in", "package"])
 def make_tts(request):
-    """Makes objects of either kind, of the same weights every time."""
+    """Give a maker of objects of either kind, with the same weights every time."""
     if request.param == "stand-in":
         return stand_in.TextToSpeech
     api = request.getfixturevalue("tortoise_api")

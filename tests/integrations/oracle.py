@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 
 def prompt_of(autoregressive, latent, text_inputs):
-    """`[1, length, width]` as `inference_speech` stores it."""
+    """Return `[1, length, width]` as `inference_speech` stores it."""
     ids = F.pad(text_inputs.long(), (0, 1), value=autoregressive.stop_text_token)
     ids = F.pad(ids, (1, 0), value=autoregressive.start_text_token)
     text = autoregressive.text_embedding(ids) + autoregressive.text_pos_embedding(ids)
@@ -14,7 +14,7 @@ def prompt_of(autoregressive, latent, text_inputs):
 
 @torch.no_grad()
 def next_state(autoregressive, prompt, codes):
-    """`[1, width]` that the code behind `codes` is drawn from, at the positions that drawing counts."""
+    """Return `[1, width]` that the code behind `codes` is drawn from, at the positions that drawing counts."""
     tokens = torch.tensor([[autoregressive.start_mel_token, *codes]])
     places = [0, *(place + 1 + int(autoregressive.inference_model.kv_cache) for place in range(len(codes)))]
     mel = autoregressive.mel_embedding(tokens) + autoregressive.mel_pos_embedding.emb(torch.tensor(places))
@@ -24,12 +24,12 @@ def next_state(autoregressive, prompt, codes):
 
 @torch.no_grad()
 def next_logits(autoregressive, prompt, codes):
-    """`[vocabulary]` behind `codes`."""
+    """Return logits `[vocabulary]` behind `codes`."""
     return autoregressive.mel_head(next_state(autoregressive, prompt, codes))[0]
 
 
 def penalized(logits, seen, penalty):
-    """Behind a repetition penalty; of the original's prompt code 1 and the start token are among `seen`."""
+    """Apply a repetition penalty; `seen` includes code 1 of the original's prompt and the start token."""
     scores = logits.clone()
     for token in seen:
         scores[token] = scores[token] * penalty if scores[token] < 0 else scores[token] / penalty
@@ -37,7 +37,7 @@ def penalized(logits, seen, penalty):
 
 
 def argmax_codes(autoregressive, latent, text_inputs, length, penalty=2.0):
-    """The likeliest codes, the stop token included where it comes within `length`."""
+    """Return the likeliest codes, with the stop token if it comes within `length`."""
     prompt, codes = prompt_of(autoregressive, latent, text_inputs), []
     while len(codes) < length and autoregressive.stop_mel_token not in codes:
         seen = {1, autoregressive.start_mel_token, *codes}
@@ -47,7 +47,7 @@ def argmax_codes(autoregressive, latent, text_inputs, length, penalty=2.0):
 
 
 def stock_inference_speech(autoregressive):
-    """`inference_speech` with `top_k=1`: the same greedy candidate so many times.
+    """Run `inference_speech` with `top_k=1`, which repeats one greedy candidate.
 
     A draw of torch's generator, as the engine's seed is one, so that the diffusion has the same noise behind either.
     """
@@ -75,7 +75,7 @@ def randomize(module, seed):
 
 
 def off(found, expected):
-    """The largest difference, relative to the root of the mean square."""
+    """Return the largest difference, relative to the root of the mean square."""
     found, expected = torch.as_tensor(found).double(), torch.as_tensor(expected).double()
     assert found.shape == expected.shape, (found.shape, expected.shape)
     return float((found - expected).abs().max() / expected.square().mean().sqrt())

@@ -9,7 +9,7 @@ START, STOP = CODES, CODES + 1
 
 
 def tiny_tts(api, kv_cache=False, batch_size=4, stop_bias=1.0):
-    """Of `tortoise.api`, without the files that its constructor loads."""
+    """Make an object of `tortoise.api`, without the files that its constructor loads."""
     from tortoise.models.random_latent_generator import RandomLatentConverter
     from tortoise.utils.tokenizer import VoiceBpeTokenizer
 

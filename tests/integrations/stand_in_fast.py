@@ -106,7 +106,7 @@ class TextToSpeech:
 
 
 def tiny_fast(api_fast, kv_cache=False, stop_bias=1.0):
-    """Of `tortoise.api_fast`, without the files that its constructor loads; its voices are latents."""
+    """Make an object of `tortoise.api_fast` without the files that its constructor loads; its voices are latents."""
     from tortoise.utils.tokenizer import VoiceBpeTokenizer
 
     from tests.integrations.package import WIDTH, unified_voice

@@ -58,7 +58,7 @@ def tts(make_tts):
 
 @pytest.fixture(scope="module")
 def live(make_tts):
-    """One that is accelerated, for tests that leave it as it is."""
+    """Give an accelerated object, for tests that leave it as it is."""
     return accelerate(make_tts())
 
 
@@ -339,7 +339,7 @@ def test_moved_models_are_told(make_tts):
 
 
 def test_a_device_without_room_leaves_all_where_it_was(make_tts, monkeypatch):
-    """With `meta` for the device: the engine cannot be made there."""
+    """Move to the device `meta`, on which no engine can be made."""
     tts = accelerate(make_tts())
     stage = tts._clvp_fast
     moved, refresh = [], stage.engine.refresh

@@ -175,7 +175,7 @@ def test_adapters_are_refused(make_tts):
 
 
 def test_hooks_that_run_stay(make_tts):
-    """Of the two modules themselves, and of the voice encoder, which Tortoise calls."""
+    """Keep hooks of the two modules themselves, and of the voice encoder, which Tortoise calls."""
     tts = make_tts()
     seen = []
     for module in (tts.autoregressive, tts.clvp):
@@ -209,7 +209,7 @@ def test_a_device_change_in_inference_mode_leaves_parameters_that_train(make_tts
 
 
 def test_storages_of_other_kinds_come_back(make_tts):
-    """Parts of one buffer, storage in another order, and what another process reads."""
+    """Restore parts of one buffer, storage in another order, and storage that another process reads."""
     tts = make_tts()
     sound = tts.clvp(torch.ones(1, 4, dtype=torch.long), torch.ones(1, 9, dtype=torch.long))
     buffer = torch.cat([parameter.data.flatten() for parameter in tts.clvp.parameters()])

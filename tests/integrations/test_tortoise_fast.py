@@ -29,7 +29,7 @@ def ids_of(tts):
 
 @torch.no_grad()
 def heard(tts, latents):
-    """`HifiganGenerator.inference`, here."""
+    """Do as `HifiganGenerator.inference`, on this device."""
     frames = F.interpolate(latents.transpose(1, 2), scale_factor=[4.0], mode="linear")
     frames = F.interpolate(frames, scale_factor=[24000 / 22050], mode="linear")
     return tts.hifi_decoder.forward(frames, VOICE[0].unsqueeze(0).transpose(1, 2))

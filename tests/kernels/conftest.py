@@ -16,7 +16,7 @@ def pytest_collection_modifyitems(items):
 
 
 def _runs_there(item) -> bool:
-    """Compiling and emulating need no GPU, and threads are a CPU's."""
+    """Let tests of threads run on a CPU; compiling and emulating need no GPU."""
     return item.path.stem not in ("test_compiled", "test_matrix_unit", "test_threads_cpu")
 
 

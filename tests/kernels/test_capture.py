@@ -44,7 +44,7 @@ def plain():
 
 
 def quantized():
-    """A linear layer over int8 weights, and a block of two."""
+    """Call a linear layer over int8 weights, and a block of two."""
     x, bias = draw(5, 256, seed=0), draw(1024, seed=3)
     w_in, w_out = ((20 * draw(*shape, seed=1)).to(torch.int8) for shape in ((1024, 256), (256, 1024)))
     scale_in, scale_out = torch.full((1024,), 0.003, device=DEVICE), torch.full((256,), 0.002, device=DEVICE)
@@ -112,7 +112,7 @@ def sampling():
 
 
 def features():
-    """With filters that the graph reads anew: what is derived from them is derived in the graph."""
+    """Compute features with filters that the graph reads again, so that tables are derived inside the graph."""
     samples, filters = draw(3, 5000, seed=0, dtype=torch.float32), draw(513, 80, seed=1, dtype=torch.float32).abs()
     lengths = torch.tensor([5000, 1, 700], device=DEVICE)
     settings = dict(window=torch.hann_window(1024, device=DEVICE), mel_filters=filters, hop_length=256)

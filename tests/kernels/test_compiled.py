@@ -133,7 +133,7 @@ ptxas info    : Used 40 registers, used 1 barriers, 360 bytes cmem[0]
 
 
 def test_a_register_that_nothing_wrote_is_found():
-    """As ptxas 12.8 compiled rotary attention of 40 channels with 32 turning, and as it had to."""
+    """Check ptxas 12.8's code of rotary attention of 40 channels with 32 turning, and the correct code."""
     sass = """
 .text.kernel:
         /*0000*/                   ULDC.64 UR24, c[0x0][0x208] ;

@@ -74,7 +74,7 @@ def test_over_int8_weights_the_error_does_not_grow_with_the_depth(unit):
 
 
 def test_in_the_unit_alone_it_would(monkeypatch):
-    """A sum is cut off at each step, and shrinks: by 2e-5 at a depth of 4096, where tests on a GPU allow 1e-5."""
+    """Cut a sum off at each step, so that it shrinks: by 2e-5 at a depth of 4096, where GPU tests allow 1e-5."""
     use(monkeypatch)
     x, weight, _, _ = test_linear.operands((2,), 4096, 16, int8=True)
     exact = weight.double() @ x.double().T
@@ -83,13 +83,13 @@ def test_in_the_unit_alone_it_would(monkeypatch):
 
 
 def one(terms, total, **unit):
-    """The first element of a product of ones and `terms`, added to `total`."""
+    """Return the first element of a product of ones and `terms`, added to `total`."""
     b = np.array(terms, np.float32)[:, None]
     return matrix_unit.dot(np.ones_like(b.T), b, np.array([[total]], np.float32), "TF32", **unit).item()
 
 
 def test_the_unit_does_what_experiments_found():
-    """Each of these is one of the findings on the A100, or a step of float32's own rounding that it does not take."""
+    """Check findings on the A100, and steps of float32's own rounding that the unit leaves out."""
     assert one([2, 2**-23 + 2**-24], 0) == 2  # to 0 from above,
     assert one([-2, -(2**-23) - 2**-24], 0) == -2  # and from below
     assert one([1], 2**-24 - 1) == 2**-24  # one digit more

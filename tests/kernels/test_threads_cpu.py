@@ -32,6 +32,6 @@ print(new)
 
 
 def test_no_thread_is_ended_and_made_anew():
-    """Calls of two items and of many, in turn."""
+    """Alternate calls of two items and of many."""
     done = subprocess.run([sys.executable, "-c", COUNT], capture_output=True, text=True)
     assert done.stdout == "0\n", done.stdout + done.stderr

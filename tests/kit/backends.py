@@ -36,7 +36,7 @@ class Backend:
     isa: str | None = None
 
     def times(self, dtype: torch.dtype) -> float:
-        """How often products of `dtype` may have the error of plain torch."""
+        """Return how many times plain torch's error products of `dtype` may have."""
         return device.times(dtype) if self.name in TRITON else TIMES
 
     @property
@@ -60,7 +60,7 @@ BACKENDS = (
 
 
 def on(*names: str, types: str = "", among: tuple[torch.dtype, ...] = _ALL, sets: bool = True) -> pytest.MarkDecorator:
-    """The mark of a case that runs on these backends, each of which forces itself (the fixture `backend`).
+    """Mark a case that runs on these backends, each of which forces itself (the fixture `backend`).
 
     types: the case's arguments that are dtypes, "dtype" or "dtype, out_dtype"; each takes those of the backend, as far
     as they are `among` these.

@@ -61,16 +61,16 @@ class Browser:
         self._call("POST", "/url", {"url": page.resolve().as_uri()})
 
     def run(self, script: str) -> Any:
-        """What `script`, a function's body, returns; of a promise, what it comes to."""
+        """Return the result of `script`, a function's body; of a promise, its value."""
         return self._call("POST", "/execute/sync", {"script": script, "args": []})
 
     def press(self, keys: str) -> None:
-        """Keys pressed one after another, where the focus is."""
+        """Press keys one after another, where the focus is."""
         actions = [{"type": kind, "value": key} for key in keys for kind in ("keyDown", "keyUp")]
         self._call("POST", "/actions", {"actions": [{"type": "key", "id": "keyboard", "actions": actions}]})
 
     def console(self) -> list[str]:
-        """What the console was told since the last call."""
+        """Return the console's messages since the last call."""
         return [entry["message"] for entry in self._call("POST", "/se/log", {"type": "browser"})]
 
     def __enter__(self) -> "Browser":

@@ -1,4 +1,4 @@
-"""Where kernels are tested: in Triton's interpreter on CPU tensors, or on the GPU where there is one.
+"""The place of kernels in tests: Triton's interpreter on CPU tensors, or the GPU where there is one.
 
 A run with tests/ptx/plugin.py executes their PTX on CPU tensors instead of the interpreter.
 """
@@ -15,12 +15,12 @@ EMULATED = False
 
 
 def emulate() -> None:
-    """In the interpreter's place, run kernels as PTX from here on (tests/ptx); before `backends` is imported."""
+    """From now on run kernels as PTX instead of interpreting them (tests/ptx); called before `backends` is imported."""
     global MATRIX_UNIT, EMULATED
     MATRIX_UNIT = EMULATED = True
     DTYPES.append(torch.bfloat16)
 
 
 def times(dtype: torch.dtype) -> float:
-    """How often a kernel of products of `dtype` may have the error of plain torch, which takes no TF32 for float32."""
+    """Return how many times torch's error a kernel of products of `dtype` may have; torch takes no TF32 for float32."""
     return MATRIX_UNIT_TIMES if MATRIX_UNIT and dtype == torch.float32 else TIMES

@@ -16,23 +16,23 @@ def text_of(document: str) -> str:
 
 
 def blocks(document: str, language: str) -> list[str]:
-    """The fenced blocks of a language in a document, by its path below the repository."""
+    """Return the fenced blocks of a language in a document, by its path below the repository."""
     return re.findall(rf"^```{language}\n(.*?)^```$", text_of(document), flags=re.MULTILINE | re.DOTALL)
 
 
 def commands(document: str) -> list[str]:
-    """The lines of its shell blocks."""
+    """Return the lines of a document's shell blocks."""
     return [line for block in blocks(document, "sh") for line in block.splitlines() if line]
 
 
 def clone(folder: Path) -> Path:
-    """A folder with what a clone has for its reader: the examples."""
+    """Make a folder with the parts of a clone that a reader uses: the examples."""
     shutil.copytree(ROOT / "examples", folder / "examples")
     return folder
 
 
 def run(example: str, document: str, **stand_ins: str) -> dict:
-    """The names that a Python example leaves, with other words in the place of some."""
+    """Run a Python example with other words in place of some, and return the names that it leaves."""
     for word, other in stand_ins.items():
         assert word in example
         example = example.replace(word, other)
@@ -42,7 +42,7 @@ def run(example: str, document: str, **stand_ins: str) -> dict:
 
 
 def would_run(program: str, arguments: list[str]) -> subprocess.CompletedProcess:
-    """A command that would set up an environment, as far as it goes without one: `make` or `pip`."""
+    """Run a command that sets up an environment, as far as it goes without one: `make` or `pip`."""
     if program == "make":
         command = ["make", "-n", *arguments]
     else:

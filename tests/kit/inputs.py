@@ -44,7 +44,7 @@ def queries_keys_values(
 
 
 def in_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`weight` `[out, in]` in whole steps of its rows, int8, and the steps `[out]` float32."""
+    """Return `weight` `[out, in]` in whole steps of its rows, int8, and the steps `[out]` float32."""
     scale = weight.float().abs().amax(1) / 127
     return (weight / scale[:, None]).round().to(torch.int8), scale
 

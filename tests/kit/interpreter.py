@@ -27,12 +27,12 @@ def repair() -> None:
 
 
 def summed(a: np.ndarray, b: np.ndarray, total: np.ndarray, precision: str) -> np.ndarray:
-    """`total` and the product of `a` and `b`, whatever `precision` a kernel asks a GPU's matrix unit for."""
+    """Add the product of `a` and `b` to `total`, for every `precision` that a kernel asks a matrix unit for."""
     return product(a, b, total.dtype) + total
 
 
 def product(a: np.ndarray, b: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """`a` `[..., m, k]` times `b` `[..., k, n]`, each element summed from k = 0 on, one rounding a step.
+    """Multiply `a` `[..., m, k]` by `b` `[..., k, n]`, each element summed from k = 0 on, with one rounding a step.
 
     A kernel promises a row's bits whatever rows lie beside it. NumPy's product is its BLAS's: which way that sums
     depends on the sizes of a tile and on the CPU, and the promise could not be seen to hold.

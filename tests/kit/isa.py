@@ -40,23 +40,23 @@ SERVED = {
 
 @cache
 def cpu_flags() -> frozenset[str]:
-    """What Linux says that this CPU has; nothing on a machine that is not x86."""
+    """Return this CPU's flags by Linux; none on a machine that is not x86."""
     found = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.M)
     return frozenset(found[1].split()) if found else frozenset()
 
 
 def expected_isas() -> tuple[str, ...]:
-    """The instruction sets of this CPU, the best first."""
+    """Return the instruction sets of this CPU, the best first."""
     return tuple(name for name, flags in _FLAGS.items() if flags <= cpu_flags())
 
 
 def expected_isa() -> str:
-    """The instruction set that kernels run on when nothing but the environment has chosen one."""
+    """Return the instruction set that kernels run on unless a program has chosen one."""
     return os.environ.get("CLVP_FAST_ISA") or expected_isas()[0]
 
 
 def has_matrix_unit() -> bool:
-    """Whether this CPU multiplies matrices of bfloat16 by itself, so that torch's products serve that type."""
+    """Tell whether this CPU multiplies matrices of bfloat16 in hardware, so that torch's products serve that type."""
     return "amx_bf16" in cpu_flags()
 
 
@@ -68,7 +68,7 @@ def why_no_compiler() -> str | None:
 
 @cache
 def why_no_library() -> str | None:
-    """Why this machine cannot have the native library: it is compiled when it is needed, into the user's cache."""
+    """Return why this machine cannot have the native library, which is compiled into the user's cache, or None."""
     if reason := why_no_compiler():
         return reason
     try:
@@ -81,7 +81,7 @@ def why_no_library() -> str | None:
 
 
 def why_unserved(operator: str, dtype: torch.dtype = torch.float32) -> str | None:
-    """Why this CPU's kernel of an entry of `SERVED` does not serve here by the documents, or None."""
+    """Return why, by the documents, this CPU's kernel of an entry of `SERVED` does not serve here, or None."""
     if reason := why_no_library():
         return reason
     if expected_isa() not in SERVED[operator][dtype]:
@@ -93,7 +93,7 @@ def why_unserved(operator: str, dtype: torch.dtype = torch.float32) -> str | Non
 
 
 def needs(operator: str, dtype: torch.dtype = torch.float32) -> pytest.MarkDecorator:
-    """The mark of a test of a CPU's kernel: skips it where by the documents the kernel does not serve."""
+    """Mark a test of a CPU's kernel, to skip it where by the documents the kernel does not serve."""
     reason = why_unserved(operator, dtype)
     return pytest.mark.skipif(reason is not None, reason=str(reason))
 
@@ -102,7 +102,7 @@ _REMEMBERED = (native.missing, native.isa, native.folder, native.loaded)  # the 
 
 
 def forget_library() -> None:
-    """Makes this process one that has not asked for the native library yet."""
+    """Let this process forget that it has asked for the native library."""
     for function in _REMEMBERED:
         function.cache_clear()
 

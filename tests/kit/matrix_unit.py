@@ -1,4 +1,4 @@
-"""What a GPU's matrix unit makes of float32 products in TF32, on a CPU: sums that are cut off, not rounded.
+"""Float32 products of a GPU's matrix unit in TF32, computed on a CPU: sums that are cut off, not rounded.
 
 NVIDIA does not document it. Fasi, Higham, Mikaitis and Pranesh, "Numerical behavior of NVIDIA tensor cores", PeerJ
 Computer Science 7:e330 (2021), found by experiment: products are exact; an A100 aligns four TF32 products and the sum
@@ -15,13 +15,13 @@ def _cut(x: np.ndarray, unit: np.ndarray) -> np.ndarray:
 
 
 def _tf32(x: np.ndarray, rounded: bool) -> np.ndarray:
-    """The 11 digits of float32 `x` that TF32 holds; what follows them is cut off where it is not `rounded`."""
+    """Return the 11 digits of float32 `x` that TF32 holds, the rest cut off unless it is `rounded`."""
     bits = np.ascontiguousarray(x).view(np.int32)
     return ((bits + 0x1000 * rounded) & -0x2000).view(np.float32)
 
 
 def _multiply(a: np.ndarray, b: np.ndarray, total: np.ndarray, products: int, digits: int) -> np.ndarray:
-    """`total` and, one group of `products` after another, `a` times `b`, summed in the unit."""
+    """Add `a` times `b` to `total`, one group of `products` after another, as the unit sums them."""
     a, b, total = (x.astype(np.float64)[..., None, :] for x in (a.swapaxes(-1, -2), b, total))
     for first in range(0, a.shape[-3], products):
         group = slice(first, first + products)
@@ -37,7 +37,7 @@ def _multiply(a: np.ndarray, b: np.ndarray, total: np.ndarray, products: int, di
 def dot(
     a: np.ndarray, b: np.ndarray, total: np.ndarray, precision: str, *, products: int = 4, digits: int = 1
 ) -> np.ndarray:
-    """What Triton's `dot(a, b, total, input_precision=precision)` gives on a GPU, for finite float32 arrays.
+    """Return the result of Triton's `dot(a, b, total, input_precision=precision)` on a GPU, for finite float32 arrays.
 
     Args:
         a, b, total: `[..., m, k]`, `[..., k, n]`, `[..., m, n]`.

@@ -24,7 +24,7 @@ class Guarded:
 
 
 def strided(x: torch.Tensor) -> torch.Tensor:
-    """A non-contiguous view with an offset that equals `x`; what lies between its elements is NaN, or True for bool."""
+    """Return a non-contiguous view with an offset that equals `x`; NaN lies between its elements, or True for bool."""
     fill = POISON if x.is_floating_point() else True if x.dtype == torch.bool else 2**30
     buffer = torch.full((*x.shape[:-1], x.shape[-1] + 5), fill, dtype=x.dtype, device=x.device)
     buffer = torch.stack((buffer, buffer))

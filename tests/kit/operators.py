@@ -38,7 +38,7 @@ def forget(monkeypatch, operator) -> None:
 
 
 def opcheck(backend, registered, args, **options) -> None:
-    """`torch.library.opcheck` of a registered operator; on a kernel's backend, of one whose kernel serves `args`.
+    """Run `torch.library.opcheck` of a registered operator; a kernel's backend must serve `args`.
 
     A registered operator takes torch's implementation where no kernel serves, as compiled graphs must: the check would
     be of that, and tell of no kernel.

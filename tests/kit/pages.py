@@ -18,9 +18,9 @@ class Stored:
 
 
 class PagePool:
-    """Pages `k`, `v` `[num_pages, page_size, num_heads, head_dim]` full of large random numbers, owned by nobody.
+    """Pages `k`, `v` `[num_pages, page_size, num_heads, head_dim]` full of large random numbers, without an owner.
 
-    Whoever reads a slot that no sequence fills shows it.
+    A read of a slot that no sequence fills shows in the result.
     """
 
     def __init__(

@@ -15,7 +15,7 @@ from transformers import (
 
 
 def processors(settings: Mapping[str, Any]) -> LogitsProcessorList:
-    """Those that `settings` name, as `GenerationMixin` orders them, which tests/engine/test_distribution.py proves."""
+    """Return the processors of `settings`, in `GenerationMixin`'s order (see tests/engine/test_distribution.py)."""
     made = LogitsProcessorList()
     for name, kind in (
         ("repetition_penalty", RepetitionPenaltyLogitsProcessor),

@@ -25,7 +25,7 @@ def pytest_configure(config):
 
 @pytest.fixture(autouse=True)
 def library_watched(request, monkeypatch):
-    """Notes for the run's summary whether the test reaches the native library."""
+    """Note for the run's summary whether the test reaches the native library."""
     if not request.config.getoption("--write-native-tests"):
         yield
         return
@@ -66,7 +66,7 @@ class _Run:
             self._native.append(report.nodeid)
 
     def pytest_terminal_summary(self, terminalreporter):
-        """Names what this run did not prove, a line a reason."""
+        """Name everything that this run did not prove, a line a reason."""
         skipped = terminalreporter.getreports("skipped")
         reasons = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in skipped)
         if reasons:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def traced_by(trace) -> Iterator[None]:
-    """`trace` is this thread's trace function within, and the one from before (coverage's, say) behind."""
+    """Make `trace` this thread's trace function, and restore the former one (coverage's, say) afterwards."""
     before = sys.gettrace()
     sys.settrace(trace)
     try:

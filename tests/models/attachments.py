@@ -10,7 +10,7 @@ from torch import nn
 
 
 def halved(found):
-    """`found` with all floating tensors halved, whatever holds them."""
+    """Return `found` with all floating tensors halved, in any container."""
     if isinstance(found, torch.Tensor):
         return found / 2 if found.is_floating_point() else found
     if isinstance(found, Mapping):

@@ -37,7 +37,7 @@ def make(request):
 
 @pytest.fixture
 def use(monkeypatch):
-    """`use(model)`: its logits; whatever moves a parameter fails meanwhile."""
+    """Return `use(model)`, the logits; moves of a parameter fail meanwhile."""
 
     def moved(*_):
         raise AssertionError("forward moved parameters")
@@ -72,7 +72,7 @@ def addresses(model: nn.Module) -> list[tuple]:
 
 
 def lying_otherwise(model: nn.Module) -> list[str]:
-    """The layers whose projections do not lie in a row, or whose `Conv1D` weights are not as checkpoints have them."""
+    """Return the layers whose projections do not lie in a row, or whose `Conv1D` weights are not as in checkpoints."""
     found = []
     for name, module in model.named_modules():
         if isinstance(module, Conv1D) and not module.weight.is_contiguous():
@@ -283,7 +283,7 @@ def test_what_cannot_lie_in_a_row_stays_as_it_is(make, change):
 
 
 def test_neighbours_by_chance_are_not_taken_for_one():
-    """Of two storages that happen to touch, as an allocator may put them, no view is made."""
+    """Make no view of two storages that happen to touch, as an allocator may put them."""
     block = torch.randn(3 * 64 * 64)
     linears = [nn.Linear(64, 64, bias=False) for _ in range(3)]
     for linear, part in zip(linears, block.split(64 * 64), strict=True):

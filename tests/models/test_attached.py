@@ -37,7 +37,7 @@ def _scorer():
 
 
 def _clap(name: str, shape: str = "unfused", **changes):
-    """A pair over small images, and what the model takes."""
+    """Make a pair over small images, and the model's inputs."""
     small = dict(num_hidden_layers=1, depths=[2, 1], num_attention_heads=[2, 4], num_mel_bins=8, spec_size=32) | changes
     fields = clap.fields_of(shape, **small)
     fields["text_config"]["num_attention_heads"] = 3
@@ -88,7 +88,7 @@ PARTS = ("text_encoder_model", "speech_encoder_model", "speech_decoder_model", "
 
 
 def names_of(stock: nn.Module, inside: bool) -> list[str]:
-    """The names of transformers' modules; those inside of parts of a composite model alone, or all others."""
+    """Return names of transformers' modules: those inside parts of a composite model, or all others."""
     composite = any(name in dict(stock.named_children()) for name in ("conditioning_encoder", "text_projection"))
     composite = composite and sum(name in dict(stock.named_children()) for name in PARTS) > 1
     names = [name for name, _ in stock.named_modules() if name]
@@ -96,7 +96,7 @@ def names_of(stock: nn.Module, inside: bool) -> list[str]:
 
 
 def tensors_of(found) -> dict[str, torch.Tensor]:
-    """The floating tensors of an output, by their places."""
+    """Return the floating tensors of an output, by their places."""
     if isinstance(found, torch.Tensor):
         return {"": found} if found.is_floating_point() else {}
     items = found.items() if hasattr(found, "items") else enumerate(found or ())
@@ -104,7 +104,7 @@ def tensors_of(found) -> dict[str, torch.Tensor]:
 
 
 def run(model, inputs, train: bool):
-    """The tensors of the output, of gradients too; or the error's class."""
+    """Return the tensors of the output, and gradients; or the error's class."""
     torch.manual_seed(0)
     try:
         with torch.set_grad_enabled(train), warnings.catch_warnings():
@@ -120,7 +120,7 @@ def run(model, inputs, train: bool):
 
 
 def assert_equal_tensors(found, expected, name: str) -> None:
-    """Those that both have, of the expected nearly all: what is another output's is no module's business."""
+    """Assert that tensors which both have are equal, nearly all of the expected among them."""
     finite = {key: value for key, value in expected.items() if value.isfinite().all()}
     common = [key for key in finite if key in found]
     assert len(common) >= 0.9 * len(finite) > 0, f"{name}: without {sorted(finite.keys() - found.keys())}"
@@ -128,7 +128,7 @@ def assert_equal_tensors(found, expected, name: str) -> None:
 
 
 def assert_as(found, expected, name: str) -> None:
-    """As `run` tells of both: where transformers refuses, so must ours."""
+    """Assert that `run` gives both the same: where transformers refuses, so must ours."""
     if isinstance(expected, Exception):
         # transformers writes into the output of a convolution, which torch forbids behind a hook of gradients.
         known = "is being modified inplace" in str(expected)
@@ -213,7 +213,7 @@ def test_as_in_transformers_inside_of_parts(model, attach):
 
 
 def test_generation_calls_the_conditioning_encoder():
-    """As transformers does, whose hooks change the prompt."""
+    """Call it as transformers does, whose hooks change the prompt."""
     _, ours = clvp.pair()
     call = dict(input_ids=clvp.texts(), input_features=clvp.clips(), do_sample=False, max_new_tokens=8)
     before, seen = ours.generate(**call)[0], []

@@ -34,7 +34,7 @@ MODELS = {"clvp": _clvp, "encoder": _encoder, "decoder": _decoder, "clap": _clap
 
 
 def linears(model) -> dict[str, nn.Module]:
-    """All that has a matrix: linear layers, GPT-2's convolutions, and convolutions."""
+    """Return all modules with a matrix: linear layers, GPT-2's convolutions, and convolutions."""
     found = {name: module for name, module in model.named_modules() if getattr(module, "weight", None) is not None}
     return {name: module for name, module in found.items() if module.weight.ndim >= 2 and name != "lm_head"}
 
@@ -46,7 +46,7 @@ def outputs(model, inputs) -> dict:
 
 
 def assert_both(stock, ours, inputs, before=None, tolerance=3e-5) -> None:
-    """Both give the same, and another result than before."""
+    """Assert that both give the same result, which differs from the former one."""
     expected, found = outputs(stock, inputs), outputs(ours, inputs)
     expected = {key: value for key, value in expected.items() if key in found}
     assert expected
@@ -130,7 +130,7 @@ TORCH += (norms_without_offsets, linears_without_biases, embeddings_of_bounded_n
 
 
 def on_all_modules(model):
-    """torch's hook on the calls of all modules; the test takes it off."""
+    """Give torch's hook on the calls of all modules; the test removes it."""
     hook = lambda module, args, output: output * 0.9 if isinstance(module, nn.Linear) else None  # noqa: E731
     return nn.modules.module.register_module_forward_hook(hook)
 
@@ -148,7 +148,7 @@ def test_torch(model, attach):
 @pytest.mark.parametrize("dropping", [True, False], ids=["dropouts alone", "all but dropouts"])
 @pytest.mark.parametrize("model", MODELS)
 def test_modules_in_training_mode(model, dropping):
-    """Each dropout layer has a mode of its own, as Monte Carlo dropout uses it. All of them drop everything here."""
+    """Give each dropout layer a mode of its own, as Monte Carlo dropout does. All of them drop everything here."""
     stock, ours, inputs = MODELS[model]()
     before = outputs(stock, inputs)
     for one in (stock, ours):
@@ -180,7 +180,7 @@ TEXTS = {"encoder": _encoder, "clap's text": lambda: _clap("ClapTextModelWithPro
 
 @pytest.mark.parametrize("model", TEXTS)
 def test_derivatives_forward(model):
-    """`torch.func.jvp`, with or without `torch.no_grad()`: neither kernels nor torch's fused attention follow them."""
+    """Use `torch.func.jvp`, also with `torch.no_grad()`: neither kernels nor torch's fused attention support it."""
     stock, ours, _ = TEXTS[model]()
     found = []
     for one in (stock, ours):
@@ -196,7 +196,7 @@ def test_derivatives_forward(model):
 
 @pytest.mark.parametrize("model", TEXTS)
 def test_an_ensemble_in_one_call(model):
-    """`functional_call` under `vmap`: the tensors in the place of parameters are the caller's, and stay as they lie."""
+    """Use `functional_call` under `vmap`, whose tensors are the caller's, and stay as they lie."""
     stock, ours, _ = TEXTS[model]()
     found = []
     for one in (stock, ours):
@@ -214,7 +214,7 @@ def test_an_ensemble_in_one_call(model):
 
 @pytest.mark.parametrize("model", MODELS)
 def test_parameters_of_inference_mode(model):
-    """A model that was made there is called there and elsewhere; its storage cannot move."""
+    """Call such a model inside and outside of the mode; its storage cannot move."""
     stock, ours, inputs = MODELS[model]()
     with torch.inference_mode():
         for one in (stock, ours):
@@ -230,7 +230,7 @@ def test_parameters_of_inference_mode(model):
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("how", ["cpu", "disk"])
 def test_offloading(model, how, tmp_path):
-    """Parameters lie on "meta", and come for a module's own call."""
+    """Leave parameters on "meta", from where they come for a module's own call."""
     accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
     stock, ours, inputs = MODELS[model]()
     expected = outputs(ours, inputs)

@@ -13,14 +13,14 @@ DEPTH = 6
 
 
 def live_bytes() -> int:
-    """Of all storages that a tensor holds now."""
+    """Count the bytes of all storages that a tensor holds now."""
     tensors = [o for o in gc.get_objects() if type(o) in (torch.Tensor, nn.Parameter) and o.device.type == "cpu"]
     storages = {tensor.data_ptr(): tensor.untyped_storage() for tensor in tensors}
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages.values()}.values())
 
 
 def deepen(layers: nn.ModuleList) -> nn.ModuleList:
-    """The layers, over and over until there are DEPTH of them."""
+    """Repeat the layers until there are DEPTH of them."""
     layers.extend(layers[i % 2] for i in range(DEPTH - len(layers)))
     return layers
 

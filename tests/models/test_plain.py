@@ -12,7 +12,7 @@ class Own(nn.Linear):
 
 
 def ignore(*args, **kwargs):
-    """A hook that changes nothing."""
+    """Hook a call, and change nothing."""
 
 
 HOOKS = (

@@ -27,7 +27,7 @@ TOKENS = dict(max_new_tokens=6, do_sample=False, eos_token_id=STOP, pad_token_id
 
 
 def run_with(release: str, code: str) -> subprocess.CompletedProcess:
-    """Runs `code` in an interpreter of its own, where transformers says that it is of `release`."""
+    """Run `code` in a new interpreter, where transformers claims to be of `release`."""
     stand_in = f"import transformers; transformers.__version__ = {release!r}"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([*sys.path, str(ROOT)])}
     command = [sys.executable, "-c", f"{stand_in}\n{code}"]
@@ -35,7 +35,7 @@ def run_with(release: str, code: str) -> subprocess.CompletedProcess:
 
 
 def test_a_release_that_is_too_old():
-    """The package imports, and every name that needs transformers says what to do."""
+    """Import the package, and say what to do for every name that needs transformers."""
     code = """
 import clvp_fast
 for name in "ClvpForCausalLM", "ClvpTokenizer", "ClapModel", "CLVPConfig", "CandidateEngine":
@@ -54,7 +54,7 @@ for name in "ClvpForCausalLM", "ClvpTokenizer", "ClapModel", "CLVPConfig", "Cand
 
 
 def test_a_release_that_is_newer_than_the_tested():
-    """One warning for all that is imported, and it goes on."""
+    """Warn once for all imports, and go on."""
     release = f"{NEWEST[0]}.{NEWEST[1] + 1}.0.dev0"
     done = run_with(release, "import clvp_fast\nfor name in clvp_fast.__all__: getattr(clvp_fast, name)\nprint('on')")
     assert done.returncode == 0 and done.stdout == "on\n", done.stderr
@@ -83,7 +83,7 @@ def test_pyproject_has_the_same_bounds():
 
 
 def test_no_other_module_knows_a_name_that_changed():
-    """The old name of the cache stands in the one module, and the installed release is asked for there alone."""
+    """Find the cache's old name and the release in one module only."""
     sources = [path for path in (ROOT / "clvp_fast").rglob("*.py") if path.name != "transformers_versions.py"]
     for path in sources:
         text = path.read_text(encoding="utf-8")
@@ -108,7 +108,7 @@ def test_names_kept_where_they_are_moved():
 
 
 def recorded(call):
-    """What a call returns, and the warnings it gives, as category and text."""
+    """Return a call's result and its warnings, as category and text."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         result = call()
@@ -118,7 +118,7 @@ def recorded(call):
 @pytest.mark.parametrize("name", DECODERS)
 @torch.no_grad()
 def test_the_old_name_works_and_warns_as_in_stock(name):
-    """Where the release has one name alone, the other is none of its arguments, to stock and to us."""
+    """Refuse the other name where the release has one alone, as stock does."""
     ids, results = codes(2, 6), []
     for model in pair(name, dtype=torch.float64):
         outputs = model(ids[:, :5], use_cache=True)
@@ -147,7 +147,7 @@ def test_generate_takes_the_names_that_stock_takes(name):
 
 @pytest.mark.parametrize("name", ["cache", "past_key_values"])
 def test_a_cache_that_is_given_continues_embeddings(name):
-    """Of conditioning embeddings too the caller's cache is filled, and no other takes its place."""
+    """Fill the caller's cache for conditioning embeddings too, and no other one."""
     _, ours = pair()
     prompt = ours.conditioning_encoder(clips(), texts()).detach()
     decoder = ours.speech_decoder_model

@@ -68,7 +68,7 @@ def test_silence_around_a_clip_changes_no_voice():
 
 @pytest.mark.parametrize("norms", [None, [2.0] * 80])
 def test_sound_that_is_inverted_has_its_log_mel(norms):
-    """A chord through features and back has nearly the features that it had, up to its loudness."""
+    """Take a chord through features and back: its features stay nearly the same, up to loudness."""
     extractor = ClvpFeatureExtractor(mel_norms=norms)
     time = np.arange(22050) / 22050
     samples = sum(np.sin(2 * np.pi * f * time) for f in (220, 660, 1700)).astype(np.float32) * 0.1

@@ -35,7 +35,7 @@ class ClapDropPath(nn.Module):
 
     @property
     def drops(self) -> bool:
-        """Whether a call drops anything now."""
+        """Whether calls drop anything now."""
         return self.training and self.drop_prob > 0
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -73,7 +73,7 @@ class ClapAudioLayer(nn.Module):
         output_attentions: bool = False,
         always_partition: bool = False,
     ) -> tuple[torch.Tensor, ...]:
-        """`[batch, rows * columns, width]` of an image of a size → the same, and the attention weights if asked for.
+        """Map an image `[batch, rows * columns, width]` to the same shape, with the attention weights if asked for.
 
         An image no larger than a window is not shifted, unless `always_partition`.
         """
@@ -103,7 +103,7 @@ class ClapAudioLayer(nn.Module):
         return (hidden_states, *weights)
 
     def _attend(self, image: torch.Tensor, shift: int, output_attentions: bool) -> tuple[torch.Tensor, tuple]:
-        """`[batch, rows, columns, width]` → the same, and the attention weights in a tuple if asked for."""
+        """Attend within `[batch, rows, columns, width]`; the attention weights come in a tuple, if asked for."""
         (rows, columns), window = image.shape[1:3], self.window_size
         below, right = -rows % window, -columns % window
         if below or right:
@@ -122,7 +122,7 @@ class ClapAudioLayer(nn.Module):
         return attended[:, :rows, :columns], tuple(weights)
 
     def _is_in_halves(self, hidden_states: torch.Tensor, size: tuple[int, int]) -> bool:
-        """Whether `_in_halves` computes what the modules do, and sooner: on a GPU the second norm adds the residual."""
+        """Tell whether `_in_halves` equals the modules and is faster: on a GPU the second norm adds the residual."""
         attention = self.attention
         return (
             hidden_states.device.type == "cpu"
@@ -143,10 +143,10 @@ class ClapAudioLayer(nn.Module):
     def _in_halves(
         self, hidden_states: torch.Tensor, size: tuple[int, int], shift: int, activation: str
     ) -> torch.Tensor:
-        """`forward`, by the operators of the two halves."""
+        """Compute `forward` by the operators of the two halves."""
         norm, attention, dense = self.layernorm_before, self.attention.self, self.attention.output.dense
         packed = packed_linears(attention.projections())
-        assert packed is not None  # `_is_in_halves` has looked
+        assert packed is not None  # `_is_in_halves` has checked it
         weights = norm.weight, norm.bias, *packed, attention.bias(), dense.weight, dense.bias
         image, window = hidden_states.unflatten(1, size), self.window_size
         hidden_states = ops.window_block(image, *weights, window=window, shift=shift, eps=norm.eps).flatten(1, 2)
@@ -156,7 +156,7 @@ class ClapAudioLayer(nn.Module):
 
 
 class ClapAudioPatchMerging(nn.Module):
-    """Four neighbours to one place of twice the width: a quarter of the places is left."""
+    """Merge four neighbours into one place of twice the width, which leaves a quarter of the places."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -164,7 +164,7 @@ class ClapAudioPatchMerging(nn.Module):
         self.norm = nn.LayerNorm(4 * width)
 
     def forward(self, input_feature: torch.Tensor, input_dimensions: tuple[int, int]) -> torch.Tensor:
-        """`[batch, rows * columns, width]` → `[batch, ceil(rows / 2) * ceil(columns / 2), 2 * width]`."""
+        """Map `[batch, rows * columns, width]` to `[batch, ceil(rows / 2) * ceil(columns / 2), 2 * width]`."""
         image, norm = input_feature.unflatten(1, input_dimensions), self.norm
         if is_plain_layer_norm(norm):
             merged = ops.merge_norm(image, weight=norm.weight, bias=norm.bias, eps=norm.eps).flatten(1, 2)
@@ -196,7 +196,7 @@ class ClapAudioStage(nn.Module):
         output_attentions: bool = False,
         always_partition: bool = False,
     ) -> tuple:
-        """`[batch, rows * columns, width]` → the next stage's input, what it was merged from, sizes of both images.
+        """Map `[batch, rows * columns, width]` to the next stage's input; return it, the unmerged image and both sizes.
 
         The sizes are (rows, columns, rows, columns); the last layer's attention weights follow if asked for.
         """
@@ -211,13 +211,13 @@ class ClapAudioStage(nn.Module):
 
 
 class ClapAudioEncoder(nn.Module):
-    """Spectrograms to one vector each; see [`ClapAudioModel`]."""
+    """Encode spectrograms as one vector each; see [`ClapAudioModel`]."""
 
     def __init__(self, config: ClapAudioConfig):
         super().__init__()
         self.config = config
         self.patch_embed = ClapAudioPatchEmbed(config)
-        self.grid_size = self.patch_embed.grid_size  # also where another module is put in its place
+        self.grid_size = self.patch_embed.grid_size  # also where another module replaces `patch_embed`
         rates = torch.linspace(0, config.drop_path_rate, sum(config.depths), device="cpu").tolist()
         self.layers = nn.ModuleList()
         for stage, depth in enumerate(config.depths):
@@ -238,7 +238,7 @@ class ClapAudioEncoder(nn.Module):
         always_partition: bool = False,
         **kwargs,
     ) -> BaseModelOutputWithPooling:
-        """See [`ClapAudioModel.forward`]."""
+        """Encode spectrograms; see [`ClapAudioModel.forward`]."""
         output_attentions = output_attentions or self.config.output_attentions
         output_hidden_states = output_hidden_states or self.config.output_hidden_states
         hidden_states = self._embed(input_features, is_longer)
@@ -270,10 +270,10 @@ class ClapAudioEncoder(nn.Module):
         )
 
     def _embed(self, input_features: torch.Tensor, is_longer: torch.Tensor | None) -> torch.Tensor:
-        """`[batch, channels, frames, mels]` → `[batch, patches, patch_embeds_hidden_size]`."""
+        """Embed `[batch, channels, frames, mels]` as `[batch, patches, patch_embeds_hidden_size]`."""
         longer = self._check(input_features, is_longer)
         fold = self.config.spec_size, self.config.num_mel_bins
-        # Mel channels are what is normalised.
+        # The norm is over mel channels.
         if is_plain(self.batch_norm, nn.BatchNorm2d):
             # This view is the layout that torch reads without a copy.
             normed = self.batch_norm(input_features.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
@@ -285,9 +285,9 @@ class ClapAudioEncoder(nn.Module):
         return self.patch_embed.embed(fold_spectrogram(normed[:, :1], *fold), crops, longer)
 
     def _check(self, input_features: torch.Tensor, is_longer: torch.Tensor | None) -> torch.Tensor | None:
-        """Raise for what is no input of this model; which clips are longer than its input, `[clips]` int64.
+        """Check the input, and return which clips are longer than the model's input, `[clips]` int64.
 
-        None without fusion, where that makes no difference.
+        It returns None without fusion, where that makes no difference.
         """
         fusion, mels = self.config.enable_fusion, self.config.num_mel_bins
         channels = 4 if fusion else self.config.patch_embed_input_channels
@@ -308,6 +308,6 @@ class ClapAudioEncoder(nn.Module):
         return (is_longer.reshape(-1) == 1).nonzero()[:, 0]
 
     def _unfold(self, image: torch.Tensor) -> torch.Tensor:
-        """`[batch, width, rows, columns]` → `[batch, width, frequencies, times]`: the strips side by side again."""
+        """Put the strips of `[batch, width, rows, columns]` side by side: `[batch, width, frequencies, times]`."""
         strips = image.shape[2] // (image.shape[2] // (self.config.spec_size // self.config.num_mel_bins))
         return image.unflatten(2, (strips, -1)).transpose(2, 3).flatten(3)

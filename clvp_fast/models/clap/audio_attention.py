@@ -13,7 +13,7 @@ from clvp_fast.models.common.plain import drop_probability, is_plain, is_plain_l
 
 
 def cut_windows(image: torch.Tensor, window: int, shift: int) -> torch.Tensor:
-    """`[batch, rows, columns, width]` → `[batch * windows, window ** 2, width]`, windows begin `shift` places later."""
+    """Cut `[batch, rows, columns, width]`, `shift` places later, into `[batch * windows, window ** 2, width]`."""
     if shift:
         image = image.roll((-shift, -shift), (1, 2))
     cut = image.unflatten(2, (-1, window)).unflatten(1, (-1, window)).transpose(2, 3)
@@ -49,22 +49,22 @@ class ClapAudioSelfAttention(ArrangedLayer):
         self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
 
     def initial_buffers(self) -> dict[str, torch.Tensor]:
-        """Part of the checkpoints: rows of the bias table, by two places of a window, `[places, places]`."""
+        """Return the rows of the bias table by two places of a window, `[places, places]`; checkpoints hold them."""
         place = torch.arange(self.window_size**2)
         rows, columns = (x[:, None] - x for x in (place // self.window_size, place % self.window_size))
         side = 2 * self.window_size - 1
         return {"relative_position_index": (rows + self.window_size - 1) * side + columns + self.window_size - 1}
 
     def arrange_parameters(self) -> None:
-        """Let the weights of queries, keys and values lie one behind another, where they can."""
+        """Put the weights of queries, keys and values one behind another, where they may be moved."""
         pack_linears(self.projections())
 
     def projections(self) -> list[nn.Module]:
-        """Of one input: queries, keys and values."""
+        """Return the linear layers of queries, keys and values."""
         return [self.query, self.key, self.value]
 
     def bias(self) -> torch.Tensor:
-        """Of the scores, `[heads, places, places]`: by the distance of two places of a window."""
+        """Return the bias of the scores, `[heads, places, places]`, by the distance of two places of a window."""
         return self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)
 
     def forward(
@@ -73,7 +73,7 @@ class ClapAudioSelfAttention(ArrangedLayer):
         attention_mask: torch.Tensor | None = None,
         output_attentions: bool = False,
     ) -> tuple[torch.Tensor, ...]:
-        """`[batch * windows, places, width]` → the same, and the attention weights if asked for.
+        """Attend within windows `[batch * windows, places, width]`, and return the weights too if asked for.
 
         `attention_mask` `[windows, places, places]` is added to the scores.
         """
@@ -90,7 +90,7 @@ class ClapAudioSelfAttention(ArrangedLayer):
     def attend(
         self, image: torch.Tensor, shift: int, output_attentions: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The same of all windows of an image `[batch, rows, columns, width]`, which begin `shift` places later."""
+        """Attend within all windows of an image `[batch, rows, columns, width]`, which begin `shift` places later."""
         query, key, value = project_heads(self.projections(), image, self.num_heads)
         operator = ops.window_attention_weights if output_attentions else ops.window_attention
         dropout_p = drop_probability(self.dropout)
@@ -100,7 +100,7 @@ class ClapAudioSelfAttention(ArrangedLayer):
 
 
 class ClapAudioSelfOutput(Dense):
-    """The end of the attention."""
+    """The projection after the attention."""
 
 
 class ClapAudioAttention(nn.Module):
@@ -117,12 +117,12 @@ class ClapAudioAttention(nn.Module):
         attention_mask: torch.Tensor | None = None,
         output_attentions: bool = False,
     ) -> tuple[torch.Tensor, ...]:
-        """`[batch * windows, places, width]` → the same, and the attention weights if asked for."""
+        """Attend within windows `[batch * windows, places, width]`, and return the weights too if asked for."""
         attended, *weights = self.self(hidden_states, attention_mask, output_attentions)
         return (self.output(attended, hidden_states), *weights)
 
     def is_plain_inside(self) -> bool:
-        """Whether `attend` computes what the modules inside do."""
+        """Tell whether `attend` computes the same as the modules inside."""
         attention, output = self.self, self.output
         return (
             is_plain(attention, ClapAudioSelfAttention)
@@ -136,6 +136,6 @@ class ClapAudioAttention(nn.Module):
     def attend(
         self, image: torch.Tensor, shift: int, output_attentions: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """`forward` of all windows of an image `[batch, rows, columns, width]`, which begin `shift` places later."""
+        """Attend within all windows of an image `[batch, rows, columns, width]`, which begin `shift` places later."""
         attended, weights = self.self.attend(image, shift, output_attentions)
         return self.output.dropout(apply_linear(self.output.dense, attended)), weights

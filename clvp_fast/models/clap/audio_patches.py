@@ -10,12 +10,12 @@ from clvp_fast.models.common.layers import add_norm
 
 
 def pair(value) -> tuple[int, int]:
-    """One number for both axes, or two."""
+    """Return one number for both axes, or the two numbers."""
     return (value, value) if isinstance(value, int) else tuple(value)
 
 
 def fold_spectrogram(spectrogram: torch.Tensor, spec_size: int, num_mel_bins: int) -> torch.Tensor:
-    """Spectrograms `[batch, channels, frames, mels]` to images `[batch, channels, rows, columns]` of `spec_size`.
+    """Fold spectrograms `[batch, channels, frames, mels]` to images `[batch, channels, rows, columns]` of `spec_size`.
 
     Time is stretched to `spec_size * strips` frames and cut into `strips = spec_size // num_mel_bins` strips, which lie
     one above the other; in each, mel channels are the rows.
@@ -37,9 +37,9 @@ def fold_spectrogram(spectrogram: torch.Tensor, spec_size: int, num_mel_bins: in
 
 
 def project(conv: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """Patches of images `[batch, channels, height, width]` to vectors, `[batch, rows, columns, width]`."""
+    """Embed patches of images `[batch, channels, height, width]` as vectors, `[batch, rows, columns, width]`."""
     if images.shape[1] == 1:
-        # One channel lies in both of torch's layouts; named the last one, it makes those of a patch lie side by side.
+        # An image of one channel has both of torch's layouts; as channels-last, the numbers of a patch are contiguous.
         height, width = images.shape[2:]
         images = images.contiguous().as_strided(images.shape, (height * width, 1, width, 1))
     return conv(images).permute(0, 2, 3, 1)
@@ -67,14 +67,14 @@ class ClapAudioAFFBlock(nn.Module):
         self.sigmoid = nn.Sigmoid()
 
     def forward(self, hidden_states: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """Two images `[clips, channels, rows, columns]` → one."""
+        """Fuse two images `[clips, channels, rows, columns]` into one."""
         both = hidden_states + residual
         weight = self.sigmoid(self.local_att(both) + self.global_att(both))
         return 2 * hidden_states * weight + 2 * residual * (1 - weight)
 
 
 class ClapAudioPatchEmbed(nn.Module):
-    """Patches of the image to vectors. With `enable_fusion`, those of three crops are fused into a long clip's."""
+    """Embed patches of the image. With `enable_fusion`, those of three crops are fused into a long clip's."""
 
     def __init__(self, config: ClapAudioConfig):
         super().__init__()
@@ -96,21 +96,21 @@ class ClapAudioPatchEmbed(nn.Module):
             self.mel_conv2d = Conv2d(channels, width, (size[0], size[1] * 3), (down, across * 3), padding)
 
     def forward(self, hidden_states: torch.Tensor, is_longer_idx: torch.Tensor | None = None) -> torch.Tensor:
-        """Images `[batch, channels, rows, columns]` to `[batch, patches, channels]`.
+        """Embed images `[batch, channels, rows, columns]` as `[batch, patches, channels]`.
 
         With fusion the channels are a whole clip and three crops, which count for the clips of `is_longer_idx`,
         `[clips]` int64.
         """
         if not self.enable_fusion:
             return self.embed(hidden_states)
-        assert is_longer_idx is not None  # the encoder gives it with fusion
+        assert is_longer_idx is not None  # with fusion the encoder always gives it
         crops = hidden_states[is_longer_idx, 1:] if len(is_longer_idx) else None
         return self.embed(hidden_states[:, :1], crops, is_longer_idx)
 
     def embed(
         self, images: torch.Tensor, crops: torch.Tensor | None = None, longer: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Images to `[batch, patches, channels]`.
+        """Embed images as `[batch, patches, channels]`.
 
         Args:
             images: `[batch, channels, rows, columns]`; of a model with fusion, of the whole clips.
@@ -129,7 +129,7 @@ class ClapAudioPatchEmbed(nn.Module):
         return add_norm(self.norm, embedded.flatten(1, 2))[1]
 
     def _fuse(self, embedded: torch.Tensor, crops: torch.Tensor) -> torch.Tensor:
-        """The embeddings of whole clips `[clips, rows, columns, width]` and of their crops, fused."""
+        """Fuse the embeddings of whole clips `[clips, rows, columns, width]` with those of their crops."""
         local = project(self.mel_conv2d, crops.flatten(0, 1)[:, None]).unflatten(0, crops.shape[:2])
         local = local.transpose(1, 2).flatten(2, 3)  # the crops side by side
         local = F.pad(local, (0, 0, 0, embedded.shape[2] - local.shape[2]))

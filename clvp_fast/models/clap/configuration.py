@@ -138,7 +138,7 @@ class ClapConfig(PreTrainedConfig):
     sub_configs: ClassVar[Any] = {"text_config": ClapTextConfig, "audio_config": ClapAudioConfig}
     sub_configs_defaults: ClassVar[Any] = dict(sub_configs)
 
-    if TYPE_CHECKING:  # what may be given, and what `__post_init__` makes of it
+    if TYPE_CHECKING:  # types of the arguments, and of their values after `__post_init__`
         text_config: ClapTextConfig
         audio_config: ClapAudioConfig
 

@@ -17,19 +17,19 @@ from clvp_fast.ops.log_mel import log_mel, num_frames
 
 logger = logging.getLogger(__name__)
 TRUNCATIONS, PADDINGS = ("fusion", "rand_trunc"), ("repeatpad", "repeat", "pad")
-# transformers' names for other extractors: here the longest that is allowed is the one length, so they mean silence.
+# transformers' names for other extractors. All clips have one length here, so that these pad with silence.
 _SILENCE = ("max_length", "longest", "do_not_pad")
-# As `power_to_db` of transformers: power below this is -100 dB.
+# As in transformers' `power_to_db`, power below this is -100 dB.
 _FLOOR = 1e-10
-# Clips that are laid out and transformed at a time.
+# The number of clips that are laid out and transformed at a time.
 _GROUP = 32
-# Tensors by extractor, filters and device; kept here, as the attributes of an extractor are what is saved.
+# Tensors by extractor, filters and device. They are kept here, because an extractor's attributes are saved.
 _TABLES: WeakKeyDictionary = WeakKeyDictionary()
 
 
 @dataclass
 class _Plan:
-    """What is done with a clip: where random crops of samples or of frames begin, and whether it `is_longer`."""
+    """The treatment of a clip: the beginnings of random crops of samples or frames, and whether it `is_longer`."""
 
     start: int = 0
     crops: tuple[int, ...] | None = None
@@ -172,7 +172,7 @@ class ClapFeatureExtractor(SequenceFeatureExtractor):
         return BatchFeature(outputs, tensor_type=return_tensors)
 
     def _plan(self, lengths: list[int], limit: int, truncation: str, seed: int | None) -> list[_Plan]:
-        """Draw what is random, in the order in which transformers draws it."""
+        """Draw random numbers in the order in which transformers draws them."""
         if seed is not None and len(lengths) > 1:
             return [self._plan([length], limit, truncation, seed)[0] for length in lengths]
         draws = np.random if seed is None else np.random.RandomState(seed)
@@ -192,7 +192,7 @@ class ClapFeatureExtractor(SequenceFeatureExtractor):
         return plans
 
     def _features(self, found, plans, limit, truncation, padding, device) -> torch.Tensor:
-        """`[clips, 4 or 1, frames, feature_size]`."""
+        """Return the features `[clips, 4 or 1, frames, feature_size]`."""
         frames = num_frames(limit, self.fft_window_size, self.hop_length)
         channels = 4 if truncation == "fusion" else 1
         features = torch.empty(len(plans), channels, frames, self.feature_size, dtype=torch.float32, device=device)
@@ -221,10 +221,10 @@ class ClapFeatureExtractor(SequenceFeatureExtractor):
         return features
 
     def _mel(self, rows: torch.Tensor, tables: dict, places: list[int], count: int) -> torch.Tensor:
-        """`[clips, samples]` → `[clips, frames, feature_size]`, of the clips at `places` of `count`."""
+        """Compute `[clips, frames, feature_size]` of `[clips, samples]`, which are the clips at `places` of `count`."""
         mels = log_mel(rows, hop_length=self.hop_length, log_floor=_FLOOR, decibels=True, **tables)
         if rows.device != clips.HOST:
-            # NaN marks the frames that reach a bad sample, so the samples themselves need no look.
+            # Frames that reach a bad sample are NaN, so that the samples themselves need no check.
             spoilt = mels[:, 0].isnan().any(1).nonzero()
             if len(spoilt):
                 raise ValueError(clips.NOT_FINITE.format(clips.clip_name(places[int(spoilt[0])], count)))
@@ -236,10 +236,10 @@ class ClapFeatureExtractor(SequenceFeatureExtractor):
         kept = _TABLES.setdefault(self, {})
         if (truncation, device) in kept and np.array_equal(kept[truncation, device][0], filters):
             return kept[truncation, device][1]
-        # In float64 on the host, as a quiet channel beside a loud one has too few digits left in a float32 transform.
+        # In float64 on the host: a quiet channel beside a loud one keeps too few digits in a float32 transform.
         compute = torch.float64 if device == clips.HOST else torch.float32
         window = window_function(self.fft_window_size, "hann")
-        with torch.inference_mode(False):  # they outlive it
+        with torch.inference_mode(False):  # the tensors outlive the mode
             tables = {
                 name: torch.tensor(table, dtype=compute, device=device)
                 for name, table in (("window", window), ("mel_filters", filters))
@@ -256,7 +256,7 @@ def _one_of(name: str, value, known: tuple[str, ...]) -> str:
 
 
 def _draw_thirds(draws, count: int) -> tuple[int, ...]:
-    """Of the places 0 to `count - 1`, one of each third; of a third without any, place 0."""
+    """Draw a place from each third of the places 0 to `count - 1`; an empty third gives place 0."""
     starts, first = [], 0
     for third in range(3):
         places = count // 3 + (third < count % 3)
@@ -267,13 +267,13 @@ def _draw_thirds(draws, count: int) -> tuple[int, ...]:
 
 
 def _as_floats(clip) -> torch.Tensor:
-    if isinstance(clip, np.ndarray):  # torch takes no reversed array, and warns of one that may not be written
+    if isinstance(clip, np.ndarray):  # torch takes no reversed array, and warns of a read-only one
         clip = torch.from_numpy(np.require(clip, requirements=["C", "W"]))
     return clips.as_floats(clip)
 
 
 def _fill(row: torch.Tensor, clip: torch.Tensor, padding: str) -> None:
-    """Write `clip` to the row `[samples]`, which is no shorter, and fill what is left."""
+    """Write `clip` to the row `[samples]`, which is at least as long, and fill the rest."""
     times = 1 if padding == "pad" else len(row) // len(clip)
     whole = times * len(clip)
     row[:whole].view(times, -1)[:] = clip.to(row.device)

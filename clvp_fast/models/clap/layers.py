@@ -35,7 +35,7 @@ class Dense(nn.Module):
 def feed_forward_activation(
     intermediate: nn.Module, kind: type[Intermediate], output: nn.Module, output_kind: type[nn.Module]
 ) -> str | None:
-    """The activation of a feed-forward layer, of which an operator reads the weights; None if it has to be called.
+    """Name the activation of a feed-forward layer whose weights an operator may read; None if it must be called.
 
     Args:
         intermediate: its first half, of the class `kind`.
@@ -58,14 +58,14 @@ def feed_forward(
     activation: str,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`dense(intermediate(hidden_states))`, `[..., width]`, with `residual` added where given."""
+    """Compute `dense(intermediate(hidden_states))`, `[..., width]`, and add `residual` where given."""
     first = intermediate.dense
     weights = first.weight, first.bias, dense.weight, dense.bias
     return ops.gelu_mlp(hidden_states, *weights, residual=residual, activation=activation)
 
 
 class ClapProjectionLayer(nn.Module):
-    """A tower's pooled output `[batch, hidden_size]` to the shared space, `[batch, projection_dim]`."""
+    """Project a tower's pooled output `[batch, hidden_size]` to the shared space, `[batch, projection_dim]`."""
 
     def __init__(self, config):
         super().__init__()

@@ -76,7 +76,7 @@ class ClapTextModel(ClapPreTrainedModel):
         mask = boolean_mask(attention_mask, hidden_states.shape[1], " as the text")
         attentions = [] if self.option("output_attentions", output_attentions) else None
         layer_inputs = [] if self.option("output_hidden_states", output_hidden_states) else None
-        # What transformers' modules do not take is named where it says something.
+        # Arguments that transformers' modules do not take are passed only where they have a meaning.
         asked = {"attentions": attentions, "layer_inputs": layer_inputs}
         asked = {name: found for name, found in asked.items() if found is not None}
         encoded = self.encoder(hidden_states, attention_mask=mask, **asked)[0]
@@ -208,7 +208,7 @@ class ClapModel(ClapPreTrainedModel):
         return_loss: bool | None = None,
         **kwargs,
     ) -> ClapOutput:
-        """Similarities of every text with every clip.
+        """Compare every text with every clip.
 
         Args:
             input_ids, attention_mask, position_ids: of the texts, as [`ClapTextModel`] takes them.
@@ -249,7 +249,7 @@ class ClapModel(ClapPreTrainedModel):
 
 
 def _contrastive_loss(logits_per_text: torch.Tensor, logits_per_audio: torch.Tensor) -> torch.Tensor:
-    """Mean of both sides' losses as transformers computes them: both over the rows of texts."""
+    """Return the mean of both sides' losses as transformers computes them: both over the rows of texts."""
     texts, clips = logits_per_text.shape
     if texts != clips:
         raise ValueError(f"return_loss needs a clip for each text, and there are {texts} texts and {clips} clips")

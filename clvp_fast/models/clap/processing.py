@@ -7,7 +7,7 @@ from transformers import BatchFeature, ProcessorMixin, RobertaTokenizerFast
 from clvp_fast.models.clap.feature_extraction import PADDINGS, TRUNCATIONS, ClapFeatureExtractor
 from clvp_fast.models.common import clips
 
-# Options that mean nothing to a tokenizer.
+# Options that a tokenizer has no use for.
 _AUDIO_OPTIONS = {"sampling_rate", "seed", "device"}
 _AUDIO_MODES = {"truncation": TRUNCATIONS, "padding": PADDINGS}
 

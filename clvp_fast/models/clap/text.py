@@ -32,7 +32,7 @@ class ClapTextEmbeddings(nn.Module):
         )
 
     def initial_buffers(self) -> dict[str, torch.Tensor]:
-        """Part of the checkpoints; `[1, max_position_embeddings]`."""
+        """Return the buffers of checkpoints, each `[1, max_position_embeddings]`."""
         places = torch.arange(self.max_positions)[None]
         return {"position_ids": places, "token_type_ids": torch.zeros_like(places)}
 
@@ -43,14 +43,14 @@ class ClapTextEmbeddings(nn.Module):
         position_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """`[batch, length]` ids, or `[batch, length, hidden_size]` embeddings → `[batch, length, hidden_size]`."""
+        """Embed ids `[batch, length]`, or their embeddings, as `[batch, length, hidden_size]`."""
         given = input_ids if inputs_embeds is None else inputs_embeds
-        assert given is not None  # the model takes exactly one
+        assert given is not None  # the model has checked that exactly one is given
         size = given.shape[:2]
         if position_ids is None:
             position_ids = self.positions(given)
             if not is_plain(self.position_embeddings, nn.Embedding):
-                position_ids = position_ids.expand(size)  # which a hook sees
+                position_ids = position_ids.expand(size)  # hooks see the expanded positions
         if token_type_ids is None:
             token_type_ids = self.token_type_ids[:, :1]
             if not is_plain(self.token_type_embeddings, nn.Embedding):
@@ -98,7 +98,7 @@ class ClapTextSelfAttention(ArrangedLayer):
         self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
 
     def arrange_parameters(self) -> None:
-        """Let the weights of queries, keys and values lie one behind another, where they can."""
+        """Put the weights of queries, keys and values one behind another, where they may be moved."""
         pack_linears(self._projections)
 
     @property
@@ -112,7 +112,7 @@ class ClapTextSelfAttention(ArrangedLayer):
         need_weights: bool = True,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """`[batch, length, hidden_size]` → the same, and the weights `[batch, heads, length, length]` if needed."""
+        """Attend over `[batch, length, hidden_size]`; return weights `[batch, heads, length, length]` if needed."""
         query, key, value = project_heads(self._projections, hidden_states, self.num_heads)
         dropout_p = self.attention_dropout if self.training else 0.0
         operator = ops.rotary_attention_weights if need_weights else ops.rotary_attention
@@ -131,7 +131,7 @@ class _Output(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, hidden_states: torch.Tensor, input_tensor: torch.Tensor) -> torch.Tensor:
-        """`[..., inner]` and the residual `[..., hidden_size]` → `[..., hidden_size]`."""
+        """Project `[..., inner]` and add the residual `[..., hidden_size]`, whose shape the result has."""
         return self.add(apply_linear(self.dense, hidden_states), input_tensor)
 
     def add(self, hidden_states: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
@@ -140,7 +140,7 @@ class _Output(nn.Module):
 
 
 class ClapTextSelfOutput(_Output):
-    """The end of the attention."""
+    """The projection, residual and norm after the attention."""
 
 
 class ClapTextIntermediate(Intermediate):
@@ -166,7 +166,7 @@ class ClapTextAttention(nn.Module):
         attentions: list[torch.Tensor] | None = None,
         **kwargs,
     ) -> torch.Tensor:
-        """`[batch, length, hidden_size]` → the same; the attention's weights are put behind `attentions`."""
+        """Attend over `[batch, length, hidden_size]`; attention weights are appended to `attentions`."""
         attended = attend(self.self, ClapTextSelfAttention, hidden_states, attentions, attention_mask=attention_mask)
         return self.output(attended, hidden_states)
 
@@ -183,7 +183,7 @@ class ClapTextLayer(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs
     ) -> torch.Tensor:
-        """`[batch, length, hidden_size]` → the same; `kwargs` are those of the attention."""
+        """Map `[batch, length, hidden_size]` to the same shape; `kwargs` are those of the attention."""
         hidden_states = self.attention(hidden_states, attention_mask=attention_mask, **kwargs)
         halves = self.intermediate, ClapTextIntermediate, self.output, ClapTextOutput
         if (activation := feed_forward_activation(*halves)) is None:
@@ -207,7 +207,7 @@ class ClapTextEncoder(nn.Module):
         layer_inputs: list[torch.Tensor] | None = None,
         **kwargs,
     ) -> BaseModelOutput:
-        """`[batch, length, hidden_size]` → the same; the inputs of all layers are put behind `layer_inputs`.
+        """Run all layers over `[batch, length, hidden_size]`; their inputs are appended to `layer_inputs`.
 
         `kwargs` are those of the layers.
         """
@@ -219,7 +219,7 @@ class ClapTextEncoder(nn.Module):
 
 
 class ClapTextPooler(nn.Module):
-    """The first place of a text `[batch, length, hidden_size]`, through a linear layer and tanh: `[batch, …]`."""
+    """Pool a text `[batch, length, hidden_size]` by its first place, through a linear layer and tanh."""
 
     def __init__(self, config: ClapTextConfig):
         super().__init__()

@@ -41,7 +41,7 @@ def accelerate(model: nn.Module) -> ClvpPreTrainedModel:
             f"tortoise-tts, not {type(model).__module__}.{name}: "
             "of a wrapper or a compiled model, give the model inside"
         )
-    assert isinstance(model, transformers.PreTrainedModel)  # as all of those are
+    assert isinstance(model, transformers.PreTrainedModel)  # each of those classes is one
     ours_class = getattr(modeling, name)
     with torch.device("meta"):
         ours = ours_class(ours_class.config_class.from_dict(model.config.to_dict()))
@@ -60,13 +60,13 @@ def accelerate(model: nn.Module) -> ClvpPreTrainedModel:
 
 
 def _check_modules(model: nn.Module, ours: nn.Module) -> None:
-    """Raise where a module of transformers' is not what the class makes, and ours would pass over the difference."""
+    """Raise where a module of transformers differs from the class's own, as ours would ignore the difference."""
     expected = dict(ours.named_modules())
     for where, module in model.named_modules():
         kind = type(module)
         same = where in expected and (
             kind is type(expected[where])
-            # torch's class, of which ours of that name is one
+            # torch's class; ours of the same name derives from it
             or (issubclass(type(expected[where]), kind) and kind.__name__ == type(expected[where]).__name__)
             or (kind.__module__ == type(model).__module__ and kind.__name__ == type(expected[where]).__name__)
         )
@@ -84,10 +84,10 @@ def _check_modules(model: nn.Module, ours: nn.Module) -> None:
 
 
 def _share_state(model: nn.Module, ours: nn.Module) -> None:
-    """Put the parameters and buffers of `model` itself into `ours`."""
+    """Put the very parameters and buffers of `model` into `ours`."""
     parameters = dict(model.named_parameters())
     for name, parameter in ours.named_parameters():
-        # `load_state_dict` would pass this on to what it is given.
+        # `load_state_dict` would change the parameters that it is given.
         parameter.requires_grad_(name not in parameters or parameters[name].requires_grad)
     try:
         ours.load_state_dict(model.state_dict(keep_vars=True), assign=True)
@@ -96,6 +96,6 @@ def _share_state(model: nn.Module, ours: nn.Module) -> None:
 
 
 def _restore_precision(rotary: ClvpRotaryPositionalEmbedding) -> None:
-    """Angles' frequencies in float32, where transformers cast them to a half type together with the weights."""
+    """Restore the angles' frequencies in float32, where transformers cast them to a half type with the weights."""
     if rotary.inv_freq.dtype in (torch.bfloat16, torch.float16):
         rotary.inv_freq = rotary.initial_inv_freq().to(rotary.inv_freq.device)

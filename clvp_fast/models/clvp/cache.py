@@ -6,7 +6,7 @@ from transformers.cache_utils import DynamicLayer
 
 
 class GrowingLayer(DynamicLayer):
-    """`DynamicLayer` with room to spare: a step writes its own place, where `DynamicLayer` copies all that came before.
+    """`DynamicLayer` with spare room: a step writes its own place, where `DynamicLayer` copies everything before.
 
     `keys` and `values`, `[batch, heads, length, head_dim]`, are views of larger buffers. Tensors that
     the base class puts in their place (reordered beams, cropped candidates) are taken over at the next update.
@@ -35,12 +35,12 @@ class GrowingLayer(DynamicLayer):
         return self.keys, self.values
 
     def whole(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The contiguous buffers `[batch, heads, capacity, head_dim]` that `keys` and `values` begin."""
+        """Return the contiguous buffers `[batch, heads, capacity, head_dim]` that begin with `keys` and `values`."""
         assert self._buffers is not None  # an update made them
         return self._buffers
 
     def _holds(self, buffers: tuple[torch.Tensor, torch.Tensor], length: int, new_length: int) -> bool:
-        """Whether `keys` and `values` are still this layer's own views, with room behind them."""
+        """Tell whether `keys` and `values` are still this layer's own views, with room behind them."""
         return all(
             current is not None
             and new_length <= buffer.shape[-2]
@@ -52,14 +52,14 @@ class GrowingLayer(DynamicLayer):
 
     def _grown(self, old: torch.Tensor | None, new: torch.Tensor, length: int, new_length: int) -> torch.Tensor:
         batch, heads, _, head_dim = new.shape
-        # Zeros, not garbage: `whole` shows what lies behind the length, and a weight of 0 does not swallow a NaN.
+        # Zeros, because `whole` shows the spare room, and a weight of 0 times NaN is NaN.
         buffer = new.new_zeros((batch, heads, new_length + self.growth, head_dim))
         if old is not None and length:
             buffer[..., :length, :] = old
         return buffer
 
     def reset(self) -> None:
-        # Not the base class's: transformers 5.17 keeps the length there and zeroes what it holds.
+        # The base class of transformers 5.17 would keep the length and zero the contents.
         self.keys = self.values = self._buffers = None
         self.is_initialized = False
 

@@ -61,7 +61,7 @@ class ClvpForCausalLM(ClvpPreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs,
     ) -> CausalLMOutputWithCrossAttentions:
-        """Logits `[batch, length, vocab_size]` of the next token; other arguments as [`ClvpDecoder.forward`].
+        """Compute logits `[batch, length, vocab_size]` of the next token; other arguments as [`ClvpDecoder.forward`].
 
         Args:
             labels: `[batch, length]`, shifted inside; -100 is ignored.
@@ -108,8 +108,8 @@ class ClvpForCausalLM(ClvpPreTrainedModel, GenerationMixin):
         is_first_iteration: bool = False,
         **kwargs,
     ) -> dict:
-        """`GenerationMixin`'s hook; `num_prompts` marks a generation that continues conditioning embeddings."""
-        # transformers types `self` there, and in `generate`, by a protocol that none of its models meets.
+        """Prepare a step for `GenerationMixin`; `num_prompts` marks one that continues conditioning embeddings."""
+        # transformers types `self` there, and in `generate`, by a protocol that none of its models satisfies.
         model_inputs = super().prepare_inputs_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
             input_ids,
             **{CACHE: cache},
@@ -173,7 +173,7 @@ class ClvpForCausalLM(ClvpPreTrainedModel, GenerationMixin):
         if inputs is not None or kwargs.get("input_ids") is not None:
             raise ValueError("conditioning_embeds are continued from the start token: do not give token ids with them")
 
-        from clvp_fast.engine import generation  # which is made of this module's classes
+        from clvp_fast.engine import generation  # imported here, because it needs this module's classes
 
         batch, prompt, _ = conditioning_embeds.shape
         settings = generation_config if generation_config is not None else self.generation_config
@@ -202,7 +202,7 @@ class ClvpForCausalLM(ClvpPreTrainedModel, GenerationMixin):
                 generation.LOGGER.debug("generate() runs on transformers' loop: %s", reason)
 
         if generation.merged_settings(self, generation_config, kwargs)["repetition_penalty"] not in (None, 1):
-            # transformers 5.23 passes over as many drawn tokens as there is padding in front.
+            # transformers 5.23 skips as many drawn tokens as there is padding in front.
             conditioning_embeds, attention_mask = generation.pad_behind(conditioning_embeds, attention_mask)
         arrange_for_decoding(self)
         decoder = self.model.decoder
@@ -221,7 +221,7 @@ class ClvpForCausalLM(ClvpPreTrainedModel, GenerationMixin):
         )
 
     def _generate(self, *args, **kwargs):
-        """`generate` of transformers."""
+        """Call transformers' `generate`."""
         return super().generate(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue] - as above
 
     def _generate_on_engine(
@@ -233,7 +233,7 @@ class ClvpForCausalLM(ClvpPreTrainedModel, GenerationMixin):
         attention_mask: torch.Tensor,
         **kwargs,
     ):
-        """`generate` with the engine in the place of the loop; raises `NotServed`, with the reason, where it cannot."""
+        """Call `generate` with the engine in place of the loop; raise `NotServed`, with the reason, if it cannot."""
         from clvp_fast.engine import generation
 
         generation.check_call(self, generation_config, args, kwargs)
@@ -243,7 +243,7 @@ class ClvpForCausalLM(ClvpPreTrainedModel, GenerationMixin):
             start,
             generation_config,
             *args,
-            # `GenerationMixin` counts the embeddings, and would copy them for each candidate.
+            # `GenerationMixin` counts the embeddings, and would copy them for each candidate: one channel is enough.
             inputs_embeds=F.pad(embeds[..., :1], (0, 0, 0, 1)),
             attention_mask=attention_mask,
             custom_generate=engine,
@@ -251,7 +251,7 @@ class ClvpForCausalLM(ClvpPreTrainedModel, GenerationMixin):
         )
 
     def _check_length(self, prompt: int, settings, kwargs: dict) -> None:
-        """Refuse to generate past the position table, of which the first place is the start token's."""
+        """Refuse to generate past the position table, whose first place is the start token's."""
         limit = most_codes(self.config)
         wanted = kwargs.get("max_new_tokens") or settings.max_new_tokens
         max_length = kwargs.get("max_length") or settings.max_length

@@ -13,7 +13,7 @@ from clvp_fast.models.common.plain import is_plain
 
 
 class ClvpConditioningEncoder(nn.Module):
-    """Embeds a text and summarises a voice clip; what comes out is the prompt of the decoder.
+    """Embed a text and summarise a voice clip; the result is the decoder's prompt.
 
     The log-mel features of a clip become one vector (attention over the frames, of which the first is kept); text
     tokens become token plus position embeddings. The vector is put before them.
@@ -48,7 +48,7 @@ class ClvpConditioningEncoder(nn.Module):
         return groups
 
     def encode_voice(self, input_features: torch.Tensor) -> torch.Tensor:
-        """Log-mel features `[clips, feature_size, frames]` → one vector a clip, `[clips, hidden_size]`."""
+        """Encode log-mel features `[clips, feature_size, frames]` as one vector a clip, `[clips, hidden_size]`."""
         bins = self.decoder_config.feature_size
         if input_features.dim() != 3 or input_features.shape[1] != bins or not input_features.shape[2]:
             raise ValueError(f"input_features must be [clips, {bins}, frames], got {list(input_features.shape)}")
@@ -59,7 +59,7 @@ class ClvpConditioningEncoder(nn.Module):
             attention = self.mel_attn_blocks[index]
             if not is_plain(attention, ClvpSelfAttention) or not is_plain(attention.out_proj, nn.Linear):
                 return (attention(normed)[0] + frames.transpose(1, 2)).transpose(1, 2)
-            # Only the first frame goes on after the last block: the others need not attend there.
+            # Only the first frame is used after the last block, so that only it has to attend there.
             num_queries = 1 if index == len(self.mel_attn_blocks) - 1 else None
             attended, _ = attention(normed, num_queries=num_queries, need_weights=False)
             return frames[..., :num_queries] + attended.transpose(1, 2)
@@ -76,7 +76,7 @@ class ClvpConditioningEncoder(nn.Module):
         attention_mask: torch.Tensor | None,
         num_ends: int | None,
     ) -> PaddedText:
-        """Put the text between its begin token and `num_ends` end tokens, at its own ends, which the mask tells.
+        """Put the text between its begin token and `num_ends` end tokens, at the ends that the mask shows.
 
         `None`: one end token, where transformers' rule puts it, which looks for token 0.
         """
@@ -108,9 +108,9 @@ class ClvpConditioningEncoder(nn.Module):
         return text
 
     def _embed_text(self, text: PaddedText) -> torch.Tensor:
-        """Token plus position embeddings `[texts, length, hidden_size]`."""
+        """Add token and position embeddings: `[texts, length, hidden_size]`."""
         embeds = self.text_token_embedding(text.tokens) if text.tokens.dim() == 2 else text.tokens
-        # Padding on the left stands before position 0: any row of the table will do for it.
+        # Padding on the left stands before position 0, and may take any row of the table.
         positions = (text.mask.cumsum(-1) - 1).clamp(min=0)
         return embeds + self.text_position_embedding(positions)
 
@@ -153,7 +153,7 @@ class ClvpConditioningEncoder(nn.Module):
         mask = self._surround(input_ids, inputs_embeds, attention_mask, num_ends).mask
         if not input_features.isfinite().all():
             raise ValueError("input_features hold NaN or infinite values: is the recording damaged?")
-        embeds = self(  # called, as transformers does: it may be hooked
+        embeds = self(  # called as a module, as transformers does, so that hooks run
             input_features=input_features,
             input_ids=input_ids,
             inputs_embeds=inputs_embeds,
@@ -181,19 +181,19 @@ class ClvpConditioningEncoder(nn.Module):
 
     @staticmethod
     def _prompt_mask(embeds: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Make the mask of prompts `embeds` from that of their texts: one place more, of the voice."""
+        """Make the mask of prompts `embeds` from the mask of their texts, with one more place for the voice."""
         return F.pad(mask, (1, 0), value=1).expand(embeds.shape[0], -1)
 
     def join_prompt(
         self, voices: torch.Tensor, text_embeds: torch.Tensor, mask: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`prompt` of voices that were encoded before, `[clips, hidden_size]`, and of what `prompt_text` returned."""
+        """Make `prompt` from voices encoded before, `[clips, hidden_size]`, and the results of `prompt_text`."""
         embeds = self.join(voices, text_embeds)
         return embeds, self._prompt_mask(embeds, mask)
 
     @staticmethod
     def join(voices: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
-        """Voice vectors `[clips, hidden]` before text embeddings `[texts, length, hidden]`."""
+        """Put voice vectors `[clips, hidden]` before text embeddings `[texts, length, hidden]`."""
         clips, texts = voices.shape[0], text_embeds.shape[0]
         if clips != texts and 1 not in (clips, texts):
             raise ValueError(

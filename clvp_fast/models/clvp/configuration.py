@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-# Rows of the speech encoder's embedding in every trained CLVP: the decoder's 8194 codes less its start and stop tokens.
+# The rows of the speech encoder's embedding in every trained CLVP: the decoder's 8194 codes without start and stop
+# token.
 NUM_SPEECH_CODES = 8192
 
 # The `model_type` of `CLVPModel`, the scorer (`models.clvp_scorer`): its checkpoints hold no decoder.

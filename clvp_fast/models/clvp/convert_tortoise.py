@@ -131,7 +131,7 @@ class Original:
         return shape
 
     def count(self, prefix: str) -> int:
-        """Count the numbers behind `prefix` in the keys; at least one, so that tensors are missed if there is none."""
+        """Count the numbers after `prefix` in the keys, and return at least 1, so that absent tensors are reported."""
         pattern = re.compile(re.escape(prefix) + r"(\d+)\.")
         return max(1, len({found[1] for found in map(pattern.match, self.tensors) if found}))
 
@@ -200,7 +200,7 @@ def decoder_configs(original: Original) -> dict:
         n_inner=None if inner == 4 * hidden_size else inner,
         num_mel_attn_blocks=original.count("conditioning_encoder.attn."),
         feature_size=original.shape("conditioning_encoder.init.weight", 3)[1],
-        # The two rows behind the speech codes, in Tortoise's order.
+        # The two rows after the speech codes, in Tortoise's order.
         bos_token_id=vocab_size - 2,
         eos_token_id=vocab_size - 1,
     )
@@ -222,7 +222,7 @@ def encoder_configs(original: Original) -> dict:
             num_hidden_layers=(original.count(layers) + 1) // 2,
             num_attention_heads=original.heads(f"{side}_emb.weight", hidden_size),
         )
-    # Tortoise's start of a text is the row behind its tokens; its stop is token 0.
+    # Tortoise begins a text with the row after its tokens, and stops it with token 0.
     text = configs["text_config"]
     text |= dict(bos_token_id=text["vocab_size"] - 1, eos_token_id=0)
     return configs
@@ -244,7 +244,7 @@ def check_pair(config: ClvpConfig, decoder_side: Original, encoder_side: Origina
 
 
 def _read_file(path: Path):
-    """Load a `.safetensors` or a torch file; of the latter tensors and plain containers alone, never code."""
+    """Load a `.safetensors` or a torch file; from the latter only tensors and plain containers, never code."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}: download Tortoise's models first, or give the right path")
     try:
@@ -264,7 +264,7 @@ def _beside(name: str, *files: str | Path) -> Path | None:
 
 
 def _read_tokenizer(path: Path, rows: int) -> tuple[dict[str, int], list[str]]:
-    """Vocabulary and merges ("left right") of a `tokenizer.json`."""
+    """Return vocabulary and merges ("left right") of a `tokenizer.json`."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}: download Tortoise's models first, or give the right path")
     try:

@@ -40,7 +40,7 @@ class ClvpDecoderLayer(CheckpointsUnderGradients, GradientCheckpointingLayer):
         attentions: list[torch.Tensor] | None = None,
         **kwargs,
     ) -> torch.Tensor:
-        """`[batch, length, hidden_size]` → the same; the attention's weights are put behind `attentions`.
+        """Map `[batch, length, hidden_size]` to the same shape; attention weights are appended to `attentions`.
 
         `kwargs` are the attention's.
         """
@@ -85,7 +85,7 @@ class ClvpDecoder(ClvpPreTrainedModel):
 
     @can_return_tuple
     @takes_cache
-    @merge_with_config_defaults  # of `use_cache`, which checkpointing of gradients turns off
+    @merge_with_config_defaults  # gradient checkpointing switches off `use_cache`
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -144,7 +144,7 @@ class ClvpDecoder(ClvpPreTrainedModel):
         hidden_states = self.drop(hidden_states)
 
         all_hidden_states, all_attentions = [], []
-        # What transformers' layers do not take is named where it says something.
+        # Arguments that transformers' layers do not take are passed only where they have a meaning.
         asked: dict[str, list | int] = {"attentions": all_attentions} if output_attentions else {}
         if candidates_per_prompt > 1:
             asked["candidates_per_prompt"] = candidates_per_prompt
@@ -204,7 +204,7 @@ class ClvpModel(ClvpPreTrainedModel):
         use_cache: bool | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPastAndCrossAttentions:
-        """As [`ClvpDecoder.forward`]."""
+        """Decode as [`ClvpDecoder.forward`] does."""
         return self.decoder(
             input_ids=input_ids,
             attention_mask=attention_mask,

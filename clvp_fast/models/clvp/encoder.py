@@ -42,7 +42,7 @@ class ClvpEncoderLayer(GradientCheckpointingLayer):
         attentions: list[torch.Tensor] | None = None,
         **kwargs,
     ) -> torch.Tensor:
-        """`[batch, length, hidden_size]` → the same; the attention's weights are put behind `attentions`.
+        """Map `[batch, length, hidden_size]` to the same shape; attention weights are appended to `attentions`.
 
         `rotary_pos_emb` and `position_ids` are as [`ClvpSelfAttention`] takes them.
         """
@@ -65,7 +65,7 @@ class ClvpEncoderLayer(GradientCheckpointingLayer):
         cu_seqlens: torch.Tensor,
         max_seqlen: int,
     ) -> torch.Tensor:
-        """`[tokens, hidden_size]` of sequences one behind another → the same; see [`ClvpEncoder.embed_packed`]."""
+        """Map `[tokens, hidden_size]` of joined sequences to the same shape; see [`ClvpEncoder.embed_packed`]."""
         attention = self.self_attn
         cos, sin = rotary if rotary is not None else (None, None)
         attended = ops.rotary_attention(
@@ -170,7 +170,7 @@ class ClvpEncoder(ClvpPreTrainedModel):
         )
 
     def _turns(self) -> bool:
-        """Whether cosines and sines may stand in the place of the angles that modules would be given."""
+        """Tell whether cosines and sines may replace the angles that modules would be given."""
         return is_plain(self.rotary_pos_emb, ClvpRotaryPositionalEmbedding) and all(
             is_plain(layer, ClvpEncoderLayer) and is_plain(layer.self_attn, ClvpSelfAttention) for layer in self.layers
         )
@@ -202,21 +202,21 @@ class ClvpEncoder(ClvpPreTrainedModel):
         if self.rotary_pos_emb is not None:
             rotary = self.rotary_pos_emb.cos_sin(torch.arange(max_seqlen, device=input_ids.device)[None])
         for layer in self.layers:
-            assert isinstance(layer, ClvpEncoderLayer)  # nothing has changed
+            assert isinstance(layer, ClvpEncoderLayer)  # the modules were checked above
             hidden_states = layer.packed(hidden_states, rotary, cu_seqlens, max_seqlen)
         _, last_hidden_state = add_norm(self.final_layer_norm, hidden_states)
-        # One place a sequence is left, which every kind of summary takes as it is.
+        # One place a sequence is left, which every kind of summary returns unchanged.
         pooled = self._pool_packed(last_hidden_state, cu_seqlens)
         return self.projection(self.sequence_summary(pooled[:, None]))
 
     def _pool_packed(self, hidden_states: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
-        """`[tokens, hidden_size]` → `[sequences, hidden_size]`, as `sequence_summary` pools a sequence alone."""
+        """Pool `[tokens, hidden_size]` to `[sequences, hidden_size]`, as `sequence_summary` pools a sequence alone."""
         kind = self.sequence_summary.summary_type
         if kind == "first":
             return hidden_states[cu_seqlens[:-1]]
-        if kind != "mean":  # "last", and "cls_index" where no index is given
+        if kind != "mean":  # "last", and "cls_index" without an index
             return hidden_states[cu_seqlens[1:] - 1]
-        # In float32, as a mean over one axis accumulates; `unsafe` leaves out checks that would wait for the device.
+        # In float32, as a mean over one axis accumulates; `unsafe` skips checks that would wait for the device.
         wide = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
         mean = torch.segment_reduce(wide, "mean", lengths=cu_seqlens.diff().long(), axis=0, unsafe=True)
         return mean.to(hidden_states.dtype)

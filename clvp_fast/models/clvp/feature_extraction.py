@@ -13,7 +13,7 @@ from clvp_fast.models.common import clips
 from clvp_fast.ops.log_mel import log_mel, num_frames
 
 logger = logging.getLogger(__name__)
-# Tensors by extractor and device; kept here, as the attributes of an extractor are what is saved.
+# Tensors by extractor and device. They are kept here, because an extractor's attributes are saved.
 _PARAMETERS: WeakKeyDictionary = WeakKeyDictionary()
 
 
@@ -152,7 +152,7 @@ class ClvpFeatureExtractor(SequenceFeatureExtractor):
         return BatchFeature(arrays, tensor_type=return_tensors)
 
     def _features(self, found, held, lengths, fill, device, target) -> torch.Tensor | list[torch.Tensor]:
-        """Features of the clips on `target`: `[clips, num_mels, frames]`, or a list where lengths differ."""
+        """Return features of the clips on `target`: `[clips, num_mels, frames]`, or a list where lengths differ."""
         if min(lengths) == max(lengths):
             return self._extract(found, range(len(held)), held, lengths, fill, device).to(target)
         features: dict[int, torch.Tensor] = {}
@@ -163,7 +163,7 @@ class ClvpFeatureExtractor(SequenceFeatureExtractor):
         return [features[place] for place in range(len(held))]
 
     def _extract(self, found, group, held, lengths, fill, device) -> torch.Tensor:
-        """Features `[clips, num_mels, frames]` of the clips at the places `group`, 0 past a clip's own."""
+        """Return features `[clips, num_mels, frames]` of the clips at the places `group`, 0 after a clip's own."""
         count = len(held)
         if len(group) < count:
             found, held, lengths = ([values[place] for place in group] for values in (found, held, lengths))
@@ -171,7 +171,7 @@ class ClvpFeatureExtractor(SequenceFeatureExtractor):
         unequal = torch.tensor(lengths, device=samples.device) if min(lengths) < max(lengths) else None
         features = log_mel(samples, lengths=unequal, hop_length=self.hop_length, **self._parameters(samples.device))
         if device != clips.HOST:
-            # NaN marks the frames that reach a bad sample, so the samples themselves need no look.
+            # Frames that reach a bad sample are NaN, so that the samples themselves need no check.
             spoilt = features[:, 0].isnan().any(1).nonzero()
             if len(spoilt):
                 raise ValueError(clips.NOT_FINITE.format(clips.clip_name(group[int(spoilt[0])], count)))
@@ -184,10 +184,10 @@ class ClvpFeatureExtractor(SequenceFeatureExtractor):
         kept = _PARAMETERS.setdefault(self, {})
         if device in kept and all(map(np.array_equal, kept[device][0], made_of)):
             return kept[device][1]
-        # In float64 on the host, as a quiet channel beside a loud one has too few digits left in a float32 transform.
+        # In float64 on the host: a quiet channel beside a loud one keeps too few digits in a float32 transform.
         compute = torch.float64 if device == clips.HOST else torch.float32
         tables = {"window": window_function(self.n_fft, "hann"), "mel_filters": self.mel_filters, "mel_norms": norms}
-        with torch.inference_mode(False):  # they outlive it
+        with torch.inference_mode(False):  # the tensors outlive the mode
             parameters = {
                 name: None if table is None else torch.tensor(table, dtype=compute, device=device)
                 for name, table in tables.items()
@@ -197,7 +197,7 @@ class ClvpFeatureExtractor(SequenceFeatureExtractor):
         return parameters
 
     def _masks(self, held, lengths, device) -> torch.Tensor | list[torch.Tensor]:
-        """Which samples are a clip's own: int32 `[clips, samples]`, 1 and 0, or a list where lengths differ."""
+        """Mark each clip's own samples: int32 `[clips, samples]`, 1 and 0, or a list where lengths differ."""
         if min(lengths) < max(lengths):
             return [self._masks([count], [length], device)[0] for count, length in zip(held, lengths, strict=True)]
         place = torch.arange(lengths[0], dtype=torch.int32, device=device)

@@ -53,12 +53,12 @@ class ClvpRotaryPositionalEmbedding(nn.Module):
         return self
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Angles `[1, length, dim]`, float32 or wider, of the places of `hidden_states` `[batch, length, ...]`."""
+        """Return angles `[1, length, dim]`, in float32 at least, for `hidden_states` `[batch, length, ...]`."""
         angles = self._angles(torch.arange(hidden_states.shape[1], device=hidden_states.device)[None])
         return torch.cat((angles, angles), -1)
 
     def cos_sin(self, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines `[batch or 1, length, 1, dim / 2]`, float32 or wider, of `[batch or 1, length]` positions.
+        """Return cosines and sines `[..., length, 1, dim / 2]`, in float32 at least, of positions `[..., length]`.
 
         Both halves of the rotary channels turn by the same angles.
         """
@@ -71,9 +71,9 @@ class ClvpRotaryPositionalEmbedding(nn.Module):
 
 
 def wants_whole_buffers(query: torch.Tensor, mask: torch.Tensor | None) -> bool:
-    """Whether a decoding step should attend over a growing cache's whole buffers, the spare room masked by causality.
+    """Tell whether a decoding step should attend over a cache's whole buffers, masking the spare room by causality.
 
-    torch's CPU products in half types copy operands with gaps between the heads, all keys and values at every step.
+    Torch's CPU products in half types copy operands with gaps between the heads: all keys and values at every step.
     """
     return (
         query.device.type == "cpu"
@@ -106,11 +106,11 @@ class ClvpSelfAttention(ArrangedLayer):
         self.out_proj = nn.Linear(self.embed_dim, self.embed_dim)
 
     def arrange_parameters(self) -> None:
-        """Let the weights of queries, keys and values lie one behind another, where they can."""
+        """Put the weights of queries, keys and values one behind another, where they may be moved."""
         pack_linears(self._projections)
 
     def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries, keys, values `[batch, length, heads, head_dim]`, where possible views of one projection."""
+        """Return queries, keys, values `[batch, length, heads, head_dim]`, views of one projection where possible."""
         query, key, value = project_heads(self._projections, hidden_states, self.num_heads)
         return query, key, value
 
@@ -153,7 +153,7 @@ class ClvpSelfAttention(ArrangedLayer):
         query = query[:, :num_queries]
         query_offset = None
         if cache is not None:
-            assert self.layer_idx is not None  # as every layer of the decoder has it
+            assert self.layer_idx is not None  # every layer of the decoder has an index
             new_key, new_value = (x.transpose(1, 2) for x in (key, value))
             if candidates_per_prompt > 1:
                 cache.update(
@@ -225,7 +225,7 @@ class ClvpEncoderMLP(nn.Module):
         self.dropout_layer = nn.Dropout(config.dropout)
 
     def forward(self, hidden_states: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """`[..., hidden_size]` → the same, with `residual` added where given, whose dtype the result then has."""
+        """Map `[..., hidden_size]` to the same shape; a `residual` is added and gives the result its dtype."""
         fc1, fc2 = self.fc1, self.fc2
         if (
             is_plain(fc1, ClvpGatedLinearUnit)
@@ -257,13 +257,13 @@ class ClvpDecoderMLP(nn.Module):
         self.config = config
         self.c_fc = Conv1D(intermediate_size, config.hidden_size)
         self.c_proj = Conv1D(config.hidden_size, intermediate_size)
-        # GPT-2's scheme: residual projections start smaller the deeper the model is.
+        # GPT-2's scheme: residual projections start smaller in deeper models.
         self.c_proj.initializer_std = config.initializer_range / (2 * config.num_hidden_layers) ** 0.5
         self.act = activation_module(config.activation_function)
         self.dropout = nn.Dropout(config.resid_pdrop)
 
     def forward(self, hidden_states: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """`[..., hidden_size]` → the same, with `residual` added where given, whose dtype the result then has."""
+        """Map `[..., hidden_size]` to the same shape; a `residual` is added and gives the result its dtype."""
         c_fc, c_proj = self.c_fc, self.c_proj
         if (
             is_plain(c_fc, Conv1D)
@@ -312,7 +312,7 @@ class ClvpSequenceSummary(nn.Module):
         cls_index: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """`[batch, length, hidden_size]` → `[batch, hidden_size]`; `attention_mask` is `[batch, length]`."""
+        """Summarise `[batch, length, hidden_size]` as `[batch, hidden_size]`; `attention_mask` is `[batch, length]`."""
         mask = None if attention_mask is None or attention_mask.dim() != 2 or self.pool_padding else attention_mask
         if mask is not None and self.summary_type == "mean":
             weight = mask.to(hidden_states.dtype)[..., None]

@@ -58,7 +58,7 @@ class ClvpModelForConditionalGeneration(ClvpPreTrainedModel, GenerationMixin):
         self.speech_encoder_model = ClvpEncoder(config.speech_config)
         self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init_value))
         self.post_init()
-        # transformers reads the tokens of a generation off the text; what is generated here is speech.
+        # transformers would take the text's tokens for a generation, but speech is generated.
         decoder = config.decoder_config
         self.generation_config.update(
             bos_token_id=decoder.bos_token_id, eos_token_id=decoder.eos_token_id, pad_token_id=decoder.eos_token_id
@@ -157,7 +157,7 @@ class ClvpModelForConditionalGeneration(ClvpPreTrainedModel, GenerationMixin):
             return _embeds(self._encode_speech(codes))
 
     def _encode_speech(self, codes: torch.Tensor, **kwargs) -> ClvpEncoderOutput:
-        """Embed generated codes; one that the encoder has no row for (the start token) counts as the filling code."""
+        """Embed generated codes; a code without a row in the encoder (the start token) counts as the filling code."""
         return self.speech_encoder_model(input_ids=known_codes(codes, self.config), **kwargs)
 
     @can_return_tuple
@@ -171,7 +171,7 @@ class ClvpModelForConditionalGeneration(ClvpPreTrainedModel, GenerationMixin):
         return_loss: bool | None = None,
         **kwargs,
     ) -> ClvpOutput:
-        """Similarity of texts and of the speech tokens that are likeliest at each place of the decoder's prompt.
+        """Compare texts with the speech tokens that are likeliest at each place of the decoder's prompt.
 
         This is transformers' `forward`, number for number; to make speech use [`generate`].
 
@@ -212,11 +212,10 @@ class ClvpModelForConditionalGeneration(ClvpPreTrainedModel, GenerationMixin):
         )
 
     def _generation_config(self, given: GenerationConfig | None, **kwargs) -> tuple[GenerationConfig, dict]:
-        """Return the settings of a generation, with the decoder's start and stop tokens, and those `kwargs` that are no
-        settings.
+        """Return the settings of a generation, with the decoder's start and stop tokens, and the rest of `kwargs`.
 
-        Checkpoints saved from a configuration alone carry the text encoder's tokens there, which mean other things
-        in speech.
+        Checkpoints saved from a configuration alone carry the text encoder's tokens there, which mean other things in
+        speech.
         """
         settings = copy.deepcopy(self.generation_config if given is None else given)
         text, decoder = self.config.text_config, self.config.decoder_config
@@ -313,7 +312,7 @@ class ClvpModelForConditionalGeneration(ClvpPreTrainedModel, GenerationMixin):
         return output if return_dict else output.to_tuple()
 
     def _encode_text_with_end(self, input_ids, inputs_embeds, attention_mask, **kwargs) -> ClvpEncoderOutput:
-        """Embed texts with one end token behind them, as the original scores them."""
+        """Embed texts with one end token, as the original scores them."""
         encoder, end = self.text_encoder_model, text_end(self.config.text_config)
         if inputs_embeds is None:
             tokens, mask = end_text(input_ids, attention_mask, end)
@@ -324,6 +323,6 @@ class ClvpModelForConditionalGeneration(ClvpPreTrainedModel, GenerationMixin):
 
 
 def _embeds(output: ClvpEncoderOutput) -> torch.Tensor:
-    """Return the embeddings that an encoder with a projection gives, as both of the composite have it."""
+    """Return the embeddings of an encoder with a projection, which both encoders of the composite have."""
     assert output.embeds is not None
     return output.embeds

@@ -61,9 +61,9 @@ class ClvpOutput(ModelOutput):
     decoder_attentions: tuple | None = None
 
     def candidate_scores(self) -> torch.Tensor:
-        """Each text against its own candidates: `[texts, candidates of a text]`, cut out of `logits_per_text`."""
+        """Return each text's scores of its own candidates, `[texts, candidates of a text]`, from `logits_per_text`."""
         logits = self.logits_per_text
-        assert logits is not None  # every forward of the whole model gives them
+        assert logits is not None  # every forward of the whole model sets them
         texts, candidates = logits.shape
         if candidates % texts:
             raise ValueError(f"{candidates} candidates cannot be shared out among {texts} texts")

@@ -25,14 +25,14 @@ class ClvpPreTrainedModel(PreTrainedModel):
     def post_init(self) -> None:
         """Initialise as transformers does, then arrange the parameters for the operators."""
         super().post_init()
-        #: The class of each module as it was made, by which replaced ones are told.
+        #: The class of each module at its making, which shows later replacements.
         self.kinds = kinds_of(self)
         arrange_parameters(self)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        # Layers of another width carry `initializer_std`: transformers passes by the containers of classes outside
-        # its own namespace, so that only leaves are sure to be seen here.
+        # Layers of another width have `initializer_std`. transformers passes over containers of classes outside its own
+        # namespace, so that only leaves are sure to be visited.
         if isinstance(module, (nn.Linear, Conv1D, nn.Conv1d, nn.Embedding)):
             std = getattr(module, "initializer_std", 0.02 * self.config.initializer_factor)
             init.normal_(module.weight, mean=0.0, std=std)

@@ -8,7 +8,7 @@ from clvp_fast.models.clvp.feature_extraction import ClvpFeatureExtractor
 from clvp_fast.models.clvp.tokenization import ClvpTokenizer
 from clvp_fast.models.common import clips
 
-# Options that mean nothing to a tokenizer.
+# Options that a tokenizer has no use for.
 _AUDIO_OPTIONS = {"sampling_rate", "padding_value", "device"}
 
 
@@ -61,7 +61,7 @@ class ClvpProcessor(ProcessorMixin):
                 audio = self.feature_extractor.fetch_audio(audio, sampling_rate=self.feature_extractor.sampling_rate)
                 audio_kwargs["sampling_rate"] = self.feature_extractor.sampling_rate
             if text is not None:
-                # The model's attention mask is the text's.
+                # The model takes the text's attention mask.
                 audio_kwargs["return_attention_mask"] = False
             outputs.update(self.feature_extractor(audio, **audio_kwargs))
         return BatchFeature(outputs)
@@ -102,7 +102,7 @@ def _is_path(value) -> bool:
 
 
 def _sort_inputs(inputs, text, audio, raw_speech):
-    """Text and audio from what was given by position and by name."""
+    """Return text and audio from the arguments given by position and by name."""
     texts = [value for value in inputs if value is not None and _is_text(value)]
     clips = [value for value in inputs if value is not None and not _is_text(value)]
     texts += [text] if text is not None else []

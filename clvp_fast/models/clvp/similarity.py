@@ -1,4 +1,4 @@
-"""How alike texts and speech are, from their embeddings."""
+"""The similarity of texts and speech, from their embeddings."""
 
 from typing import TypedDict
 
@@ -16,12 +16,12 @@ class Similarity(TypedDict):
 
 
 def normalized(embeds: torch.Tensor) -> torch.Tensor:
-    """`embeds` `[..., projection_dim]`, each row of length 1."""
+    """Scale each row of `embeds` `[..., projection_dim]` to length 1."""
     return embeds / embeds.norm(p=2, dim=-1, keepdim=True)
 
 
 def similarity(text_embeds: torch.Tensor, speech_embeds: torch.Tensor, logit_scale: torch.Tensor) -> Similarity:
-    """The fields of an output that compare texts with speech.
+    """Return the fields of an output that compare texts with speech.
 
     Args:
         text_embeds: `[texts, projection_dim]`, of any length.
@@ -43,7 +43,7 @@ def similarity(text_embeds: torch.Tensor, speech_embeds: torch.Tensor, logit_sca
 
 
 def contrastive_loss(logits_per_text: torch.Tensor) -> torch.Tensor:
-    """Symmetric cross entropy of matching each text to its own speech and back, from square logits."""
+    """Return the symmetric cross entropy of matching each text to its own speech and back, from square logits."""
     texts, candidates = logits_per_text.shape
     if texts != candidates:
         raise ValueError(

@@ -22,11 +22,11 @@ _ONES = (
 _TENS = ("", "", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
 _SCALES = ("", " thousand", " million", " billion", " trillion", " quadrillion")
 
-# Replaced one after the other, in this order: an earlier replacement can take away the word boundary of a later one.
+# Replaced in this order, as an earlier replacement can remove the word boundary of a later one.
 _ABBREVIATIONS = [
     (re.compile(rf"\b{short}\."), long)
     for short, long in {
-        "mrs": "misess",  # sic, in the training text
+        "mrs": "misess",  # as the training text spells it
         "mr": "mister",
         "dr": "doctor",
         "st": "saint",
@@ -47,7 +47,7 @@ _ABBREVIATIONS = [
     }.items()
 ]
 
-# inflect knows no name past decillions.
+# inflect names no number past decillions.
 _MAX_NAMED_DIGITS = 36
 
 
@@ -73,11 +73,11 @@ TEXT_CLEANERS: dict[str, Callable[[str], str]] = {
 
 
 def _clean(text: str, ordinal: Callable[[str], str], number: Callable[[str], str]) -> str:
-    """The steps both cleaners share. `ordinal` gets "21st", `number` gets the digits of a number; `text` is ASCII."""
+    """Run the steps that both cleaners share. `ordinal` gets "21st", `number` a number's digits; `text` is ASCII."""
     text = text.lower()
     text = re.sub(r"[0-9][0-9,]+[0-9]", lambda match: match[0].replace(",", ""), text)
     text = re.sub(r"\$([0-9.,]*[0-9])", lambda match: _dollars(match[1]), text)
-    # Only from the first of some digits: tried from each of them, a long number would take the square of its length.
+    # Only from the first digit of a run: tries from every digit would make a long number take quadratic time.
     text = re.sub(r"(?<![0-9])[0-9]++\.[0-9]+", lambda match: match[0].replace(".", " point "), text)
     text = re.sub(r"(?<![0-9])[0-9]++(?:st|nd|rd|th)", lambda match: ordinal(match[0]), text)
     text = re.sub(r"[0-9]+", lambda match: number(match[0]), text)
@@ -87,7 +87,7 @@ def _clean(text: str, ordinal: Callable[[str], str], number: Callable[[str], str
 
 
 def _dollars(amount: str) -> str:
-    """The digits and unit words of "12.5" (12 dollars, 5 cents: the part after the point counts cents as it stands)."""
+    """Split "12.5" into digits and unit words (12 dollars, 5 cents: the part after the point counts as cents)."""
     whole, *rest = amount.split(".")
     if len(rest) > 1:
         return f"{amount} dollars"
@@ -98,12 +98,12 @@ def _dollars(amount: str) -> str:
 
 
 def _integer(digits: str) -> int:
-    """The value of `digits`; of more than Python's `int` takes, the leading part (no name reaches so far)."""
+    """Return the value of `digits`, or of the first 4000, as Python's `int` takes no more and no name is so long."""
     return int(digits.lstrip("0")[:4000] or "0")
 
 
 def _stock_words(value: int) -> str:
-    """The English name of `value`, in groups of three digits: 1105 is "one thousand, one hundred five"."""
+    """Name `value` in English, in groups of three digits: 1105 is "one thousand, one hundred five"."""
     if value >= 1000 ** len(_SCALES):
         return "number out of range"
     groups = []
@@ -125,7 +125,7 @@ def _words_below_1000(value: int) -> str:
 
 
 def _stock_ordinal(text: str) -> str:
-    """The cardinal's name with the digits' ending: "21st" is "twenty-onest". The written ending does not matter."""
+    """Name the cardinal with the digits' ending: "21st" is "twenty-onest". The written ending does not matter."""
     value = _integer(text[:-2])
     regular = value % 100 // 10 == 1
     return _stock_words(value) + ("th" if regular else {1: "st", 2: "nd", 3: "rd"}.get(value % 10, "th"))
@@ -150,7 +150,7 @@ def _inflect_number(digits: str) -> str:
 
 
 def _century_words(value: int, words: Callable[[int], str]) -> str | None:
-    """The name of 1100, 1200, ..., 2000 to 2009, ..., 2900, said as years are; None for all other values."""
+    """Name 1100, 1200, ..., 2000 to 2009, ..., 2900 as years; return None for all other values."""
     if not 1000 < value < 3000:
         return None
     if 2000 <= value < 2010:
@@ -175,7 +175,7 @@ def _inflect_words(number: int | str, **options) -> str:
             f"{_MAX_NAMED_DIGITS} digits: shorten it or write its digits apart."
         )
     words = _inflect_engine().number_to_words(str(number), **options)
-    assert isinstance(words, str)  # `wantlist` alone makes it a list
+    assert isinstance(words, str)  # only `wantlist` makes it a list
     return words
 
 
@@ -184,5 +184,5 @@ def _transliterate(text: str) -> str:
         from unidecode import unidecode
     except ImportError as error:
         raise ImportError('text_cleaning="tortoise" needs unidecode: `pip install unidecode`.') from error
-    # A lone surrogate is no character: unidecode drops it too, with a warning.
+    # unidecode also drops lone surrogates, but warns of them.
     return unidecode(text.encode("utf-8", "ignore").decode("utf-8"))

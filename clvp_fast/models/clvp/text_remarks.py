@@ -7,12 +7,12 @@ from typing import cast
 
 from clvp_fast.models.clvp.tokenization import ClvpTokenizer
 
-# Characters or words that a sentence names, and how much of a word.
+# How many characters or words a sentence names, and how much of a word.
 _SHOWN, _LONGEST = 10, 30
 
 
 def text_remarks(tokenizer: ClvpTokenizer, text: str) -> tuple[str, ...]:
-    """Sentences on what is left out of `text`, written in Latin letters, or not of the words that were trained."""
+    """Return sentences on characters of `text` that are dropped or changed, and on words outside the training words."""
     lost, romanised = [], []
     for char in dict.fromkeys(text):
         if _is_lost(char, text, tokenizer):
@@ -28,7 +28,7 @@ def text_remarks(tokenizer: ClvpTokenizer, text: str) -> tuple[str, ...]:
 
 
 def _strange_words(tokenizer: ClvpTokenizer, text: str) -> list[str]:
-    """The words of `text`, as it is cleaned, outside of those that the checkpoint names as its own, if it names any."""
+    """Return the words of the cleaned `text` that are not among the checkpoint's own, if it names its words."""
     if tokenizer.domain_words is None:
         return []
     words = re.findall(r"[^\W\d_]+(?:'[^\W\d_]+)*", tokenizer.normalizer(text))
@@ -37,9 +37,9 @@ def _strange_words(tokenizer: ClvpTokenizer, text: str) -> list[str]:
 
 
 def _is_lost(char: str, text: str, tokenizer: ClvpTokenizer) -> bool:
-    """Whether `char` gives no token of its own and taking it out of `text` leaves the known tokens as they are.
+    """Tell whether `char` has no token of its own, and taking it out of `text` leaves the known tokens as they are.
 
-    Alone is not enough: a currency sign says nothing by itself, and turns the number behind it into a sum of money.
+    The first alone is not enough: a currency sign has no token, but turns the number behind it into a sum of money.
     """
     if char.isspace() or _says_something(tokenizer, char):
         return False

@@ -13,20 +13,20 @@ from clvp_fast.models.clvp.text_cleaning import TEXT_CLEANERS
 _FILES = {"vocab_file": "vocab.json", "merges_file": "merges.txt"}
 _VERSION_LINE = "#version: 0.2"
 
-# How cleaned text, which is lower-case ASCII, is cut before merging: as GPT-2 does, or as Tortoise's tokenizer.json
-# says. They part at apostrophes alone ("'the" is "'t", "he" for GPT-2).
+# Patterns that cut cleaned text, which is lower-case ASCII, before merging: GPT-2's, and that of Tortoise's
+# tokenizer.json. They differ at apostrophes alone ("'the" is "'t", "he" for GPT-2).
 _WORDS = {
     "transformers": re.compile(r"'(?:[stmd]|re|ve|ll)| ?[a-z]+| ?[0-9]+| ?[^\sa-z0-9]+|\s+(?!\S)|\s+"),
     "tortoise": re.compile(r"\w+|\s|[^\w\s]+", re.ASCII),
 }
 
-# Words repeat: their merges are kept, up to this many words.
+# Words repeat, so that the merges of up to this many words are kept.
 _MAX_KEPT_WORDS = 65536
 
 
 @cache
 def _byte_symbols() -> dict[int, str]:
-    """GPT-2's printable symbol of each byte: itself where it is printable, else the next one from U+0100 on."""
+    """Return GPT-2's printable symbol of each byte: itself where printable, else the next one from U+0100 on."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = (byte for byte in range(256) if byte not in printable)
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + rank) for rank, byte in enumerate(others)}
@@ -105,7 +105,7 @@ class ClvpTokenizer(PreTrainedTokenizer):
             add_prefix_space=add_prefix_space,
             **{"special_tokens_pattern": "none", **kwargs},
         )
-        # The base class keeps what it is given, and gives these two to itself with another meaning.
+        # The base class keeps these arguments, and gives itself two of them with another meaning.
         self.init_kwargs |= dict(
             vocab_file=vocab_file,
             merges_file=merges_file,
@@ -128,7 +128,7 @@ class ClvpTokenizer(PreTrainedTokenizer):
         return TEXT_CLEANERS[self.text_cleaning]
 
     def get_vocab(self) -> dict[str, int]:
-        """Token -> id of the vocabulary and the added tokens."""
+        """Return token -> id of the vocabulary and the added tokens."""
         return self.encoder | self.added_tokens_encoder
 
     # Text to ids
@@ -142,7 +142,7 @@ class ClvpTokenizer(PreTrainedTokenizer):
 
     def _encode_plus(self, text, *args, is_split_into_words=False, **kwargs):
         if is_split_into_words:
-            # The base class tokenizes word by word, without telling `tokenize` that they are words.
+            # The base class tokenizes word by word, and does not tell `tokenize` so.
             kwargs["add_prefix_space"] = True
         return super()._encode_plus(text, *args, is_split_into_words=is_split_into_words, **kwargs)
 
@@ -186,7 +186,7 @@ class ClvpTokenizer(PreTrainedTokenizer):
         return [index for sequence in sequences for index in (*before, *sequence, *after)]
 
     def get_special_tokens_mask(self, token_ids_0, token_ids_1=None, already_has_special_tokens=False):
-        """1 where `build_inputs_with_special_tokens` puts a special token, else 0."""
+        """Return 1 where `build_inputs_with_special_tokens` puts a special token, else 0."""
         if already_has_special_tokens or not (self.add_bos_token or self.add_eos_token):
             return super().get_special_tokens_mask(token_ids_0, token_ids_1, already_has_special_tokens)
         before, after = [1] * bool(self.add_bos_token), [1] * bool(self.add_eos_token)
@@ -209,7 +209,7 @@ class ClvpTokenizer(PreTrainedTokenizer):
         return data.decode("utf-8", errors=self.errors)
 
     def clean_up_tokenization(self, text) -> str:
-        """Spaces for [SPACE] and [STOP], nothing for the unknown token, runs of two or three spaces made one."""
+        """Write spaces for [SPACE] and [STOP], drop unknown tokens, and make one space of two or three."""
         text = "".join(text) if isinstance(text, list) else text
         for token in ("[SPACE]", "[STOP]"):
             if token in self.encoder or token in self.added_tokens_encoder:
@@ -243,7 +243,7 @@ class ClvpTokenizer(PreTrainedTokenizer):
         options = {name: True for name in ("add_bos_token", "add_eos_token") if getattr(self, name)}
         if options and push_to_hub:
             raise ValueError("save a tokenizer with add_bos_token or add_eos_token first, then push the directory.")
-        # What transformers does not know is written where it says something.
+        # Fields that transformers does not know are written only where they differ from its behaviour.
         own = {"text_cleaning": "transformers", "domain_words": None}
         unsaid = {name: value for name, value in own.items() if self.init_kwargs[name] == value}
         for name in unsaid:
@@ -253,7 +253,7 @@ class ClvpTokenizer(PreTrainedTokenizer):
         finally:
             self.init_kwargs |= unsaid
         if options:
-            # The base class leaves these two out of what it writes.
+            # The base class omits these two.
             (path,) = (name for name in files if str(name).endswith("tokenizer_config.json"))
             with open(path, encoding="utf-8") as file:
                 config = json.load(file)

@@ -14,7 +14,7 @@ from clvp_fast.models.clvp.configuration import ClvpConfig, ClvpDecoderConfig, C
 
 
 def stop_token(config: ClvpDecoderConfig) -> int:
-    """The one token that ends a candidate; -2, which is never drawn, where the configuration has none.
+    """Return the one token that ends a candidate; -2, which is never drawn, where the configuration has none.
 
     Raises `ValueError` where it has several.
     """
@@ -23,14 +23,14 @@ def stop_token(config: ClvpDecoderConfig) -> int:
 
 
 def start_token(config: ClvpDecoderConfig) -> int:
-    """The token that a candidate begins with. Raises `ValueError` where the configuration has none."""
+    """Return the token that a candidate begins with. Raises `ValueError` where the configuration has none."""
     if config.bos_token_id is None:
         raise ValueError("a candidate begins with the decoder's bos_token_id, and that is None: set it")
     return config.bos_token_id
 
 
 def text_end(config: ClvpEncoderConfig) -> int:
-    """The one token that ends a text. Raises `ValueError` where the configuration has none or several."""
+    """Return the one token that ends a text. Raises `ValueError` where the configuration has none or several."""
     end = only_token(config.eos_token_id, "the text encoder's eos_token_id, which ends a text,")
     if end is None:
         raise ValueError("the text encoder's eos_token_id, which ends a text, is None: set it")
@@ -38,14 +38,14 @@ def text_end(config: ClvpEncoderConfig) -> int:
 
 
 def text_begin(config: ClvpEncoderConfig) -> int:
-    """The token that a prompt's text begins with. Raises `ValueError` where the configuration has none."""
+    """Return the token that a prompt's text begins with. Raises `ValueError` where the configuration has none."""
     if config.bos_token_id is None:
         raise ValueError("the text encoder's bos_token_id, which a prompt's text begins with, is None: set it")
     return config.bos_token_id
 
 
 def only_token(tokens: int | Sequence[int] | None, of: str) -> int | None:
-    """The token of an `eos_token_id`; None for None. Raises `ValueError`, which `of` begins, where it has several."""
+    """Return the token of an `eos_token_id`, or None for None. Raises `ValueError`, which `of` begins, for several."""
     if not isinstance(tokens, (list, tuple)):
         return tokens  # pyright: ignore[reportReturnType] - no other sequence is an id
     if len(tokens) != 1:
@@ -54,7 +54,7 @@ def only_token(tokens: int | Sequence[int] | None, of: str) -> int | None:
 
 
 def most_codes(config: ClvpDecoderConfig) -> int:
-    """The greatest number of codes of a candidate that the decoder has positions for.
+    """Return the greatest number of codes of a candidate that the decoder has positions for.
 
     The start token is at 0, and the last code is not entered; without `contiguous_positions` position 1 is left out.
     """
@@ -62,17 +62,17 @@ def most_codes(config: ClvpDecoderConfig) -> int:
 
 
 def most_text(config: ClvpDecoderConfig, num_ends: int = 2) -> int:
-    """The greatest number of tokens of a text, which has positions with a begin token and `num_ends` end tokens."""
+    """Return the greatest number of tokens of a text that fits beside a begin token and `num_ends` end tokens."""
     return config.max_text_tokens - 1 - num_ends
 
 
 def longest_prompt(config: ClvpDecoderConfig) -> int:
-    """The greatest length of a prompt: the voice, and a text with what stands around it."""
+    """Return the greatest length of a prompt: the voice, and a text with its begin and end tokens."""
     return 1 + config.max_text_tokens
 
 
 def fill_up(rows: Sequence[np.ndarray | torch.Tensor], length: int, fill: int) -> np.ndarray:
-    """Rows of tokens, none of more than `length`, as one array `[rows, length]` int64 with `fill` behind their ends."""
+    """Write rows of at most `length` tokens into one array `[rows, length]` int64, with `fill` behind their ends."""
     filled = np.full((len(rows), length), fill, dtype=np.int64)
     for row, tokens in zip(filled, rows, strict=True):
         row[: len(tokens)] = tokens
@@ -80,7 +80,7 @@ def fill_up(rows: Sequence[np.ndarray | torch.Tensor], length: int, fill: int) -
 
 
 def fix_ends(tokens: torch.Tensor, config: ClvpDecoderConfig) -> torch.Tensor:
-    """Codes of what the decoder drew, `[candidates, length]` without start tokens, as the original makes them.
+    """Make codes of drawn tokens `[candidates, length]`, without start tokens, as the original does.
 
     In a row with a stop token, everything from the first one on becomes `decoder_fixing_codes[0]`, and the last three
     places become the other fixing codes; other rows stay.
@@ -96,19 +96,19 @@ def fix_ends(tokens: torch.Tensor, config: ClvpDecoderConfig) -> torch.Tensor:
 
 
 def finished_codes(rows: Sequence[np.ndarray | torch.Tensor], length: int, config: ClvpDecoderConfig) -> torch.Tensor:
-    """Candidates, each up to its stop token, filled up and fixed: `[candidates, length]` int64 on the host."""
+    """Fill up and fix candidates, each up to its stop token: `[candidates, length]` int64 on the host."""
     return fix_ends(torch.from_numpy(fill_up(rows, length, stop_token(config))), config)
 
 
 def known_codes(codes: torch.Tensor, config: ClvpConfig) -> torch.Tensor:
-    """Codes with the filling code for those that the speech encoder has no row for, as start and stop token."""
+    """Replace codes that the speech encoder has no row for, as start and stop token, by the filling code."""
     return torch.where(codes < config.speech_config.vocab_size, codes, config.decoder_config.decoder_fixing_codes[0])
 
 
 def end_text(
     tokens: torch.Tensor, mask: torch.Tensor | None, end: int | torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Texts with one end token behind each, as the original scores them, and their mask.
+    """Put one end token behind each text, as the original scores them, and return texts and mask.
 
     Args:
         tokens: ids `[texts, length]`, or embeddings `[texts, length, hidden_size]`.
@@ -127,7 +127,7 @@ class PaddedText:
         self.mask = tokens.new_ones(tokens.shape[:2], dtype=torch.long) if mask is None else mask.long()
 
     def surround(self, before: int | torch.Tensor | None, after: int | torch.Tensor | None) -> "PaddedText":
-        """One token before the first real one of each row, one after the last, whichever side the padding is on.
+        """Add one token before the first real one of each row and one after the last, on either side of padding.
 
         `before` and `after` are a token id, or an embedding `[hidden]`; `None` adds nothing.
         """
@@ -141,7 +141,7 @@ class PaddedText:
 
     @staticmethod
     def _insert(tokens, mask, token, place):
-        """Row by row, `token` inserted at column `place` `[batch]`."""
+        """Insert `token` at column `place` `[batch]`, row by row."""
         column = torch.arange(tokens.shape[1] + 1, device=tokens.device)[None]
         place = place[:, None]
         source = column - (column > place).long()
@@ -154,10 +154,9 @@ class PaddedText:
 
 
 def insert_eos_at_first_pad(input_ids: torch.Tensor, pad_token_id: int, eos_token_id: int) -> torch.Tensor:
-    """`eos_token_id` before the first `pad_token_id` of each row `[batch, length]`, at the end of rows without one.
+    """Put `eos_token_id` before the first `pad_token_id` of each row `[batch, length]`, or at the row's end.
 
-    transformers' rule, which looks at values, not at the mask: `forward` keeps it, with the numbers that follow from
-    it.
+    This is transformers' rule, which looks at values and not at the mask; `forward` keeps it, and its numbers.
     """
     is_pad = F.pad(input_ids == pad_token_id, (0, 1), value=True)
     first_pad = is_pad.int().argmax(1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Where each tensor of Tortoise's original checkpoints goes in CLVP."""
+"""The place of each tensor of Tortoise's original checkpoints in CLVP."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -11,7 +11,7 @@ from clvp_fast.models.clvp.configuration import ClvpConfig
 
 HEAD_DIM = 64
 
-# The head over text serves training alone; masks are constants; `wte` and `inference_model` repeat other tensors in
+# The head over text is used in training alone; masks are constants; `wte` and `inference_model` repeat other tensors in
 # files that were saved after Tortoise had prepared the model for inference.
 UNUSED = re.compile(
     r"text_head\.(weight|bias)|gpt\.h\.\d+\.attn\.(bias|masked_bias)|gpt\.wte\.weight|inference_model\..+"
@@ -41,7 +41,7 @@ def _names(prefix: str, name: str) -> tuple[str, ...]:
 
 
 def decoder_rules(config: ClvpConfig) -> Iterator[Rule]:
-    """The tensors of `autoregressive.pth`."""
+    """Yield the rules for the tensors of `autoregressive.pth`."""
     decoder = config.decoder_config
     width, inner = decoder.hidden_size, decoder.inner_size
     yield _table("text_embedding", "conditioning_encoder.text_token_embedding", config.text_config.vocab_size, width)
@@ -79,7 +79,7 @@ def _conditioning_rules(width: int, feature_size: int, num_blocks: int) -> Itera
     yield Rule(f"{theirs}.init.bias", (width,), (f"{ours}.mel_conv.bias",))
 
     def heads_apart(rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Rows in the order [head][q, k, v][channel], a kernel axis of 1 behind those of weights."""
+        """Split rows in the order [head][q, k, v][channel]; weights have a last kernel axis of 1."""
         per_head = rows.reshape(width // HEAD_DIM, 3, HEAD_DIM, *rows.shape[1:2])
         return tuple(part.flatten(0, 1) for part in per_head.unbind(1))
 
@@ -98,7 +98,7 @@ def _conditioning_rules(width: int, feature_size: int, num_blocks: int) -> Itera
 
 
 def encoder_rules(config: PreTrainedConfig) -> Iterator[Rule]:
-    """The tensors of `clvp2.pth`, by the `text_config` and the `speech_config` of `config`."""
+    """Yield the rules for the tensors of `clvp2.pth`, by the `text_config` and the `speech_config` of `config`."""
     yield Rule("temperature", (), ("logit_scale",))
     for side in ("text", "speech"):
         encoder = getattr(config, f"{side}_config")
@@ -132,7 +132,7 @@ def encoder_rules(config: PreTrainedConfig) -> Iterator[Rule]:
 
 
 def _frequencies(stored: torch.Tensor) -> torch.Tensor:
-    """Rotary frequencies, exact again where the file has rounded them to a half type."""
+    """Return rotary frequencies, computed again where the file has rounded them to a half type."""
     if stored.element_size() >= 4:
         return stored
     return 10000 ** -(torch.arange(len(stored), dtype=torch.float32) / len(stored))

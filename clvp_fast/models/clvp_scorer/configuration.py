@@ -71,7 +71,7 @@ class CLVPConfig(PreTrainedConfig):
     sub_configs: ClassVar[Any] = {"text_config": CLVPTextConfig, "speech_config": CLVPSpeechConfig}
     sub_configs_defaults: ClassVar[Any] = dict(sub_configs)
 
-    if TYPE_CHECKING:  # what may be given, and what `__post_init__` makes of it
+    if TYPE_CHECKING:  # types of the arguments, and of their values after `__post_init__`
         text_config: CLVPTextConfig
         speech_config: CLVPSpeechConfig
 
@@ -119,7 +119,7 @@ class CLVPConfig(PreTrainedConfig):
         config_dict, kwargs = cls.get_config_dict(pretrained_model_name_or_path, **kwargs)
         _check_type(cls, pretrained_model_name_or_path, config_dict, ClvpConfig.model_type, cls.model_type)
         if config_dict["model_type"] == ClvpConfig.model_type:
-            # What the file leaves out is a default of the full CLVP, and not of the classes here.
+            # The file omits defaults of the full CLVP, which differ from those of the classes here.
             composite = ClvpConfig.from_dict(config_dict).to_dict()
             others = ("decoder_config", "projection_dim", "model_type", "architectures")
             config_dict = {key: value for key, value in composite.items() if key not in others}

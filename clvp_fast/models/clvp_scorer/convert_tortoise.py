@@ -1,4 +1,4 @@
-"""Tortoise's `clvp2.pth` to the scorer; what it has of both encoders and no more."""
+"""Conversion of Tortoise's `clvp2.pth` to the scorer, which takes both encoders and nothing else."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -30,13 +30,13 @@ __all__ = [
 ]
 
 _DECODER = r"^(conditioning_encoder|speech_decoder_model)\."
-# What one side leaves of a checkpoint of both.
+# The tensors of a checkpoint of both sides that one side omits.
 _NOT_TEXT = [_DECODER, r"^speech_encoder_model\.", r"^logit_scale$"]
 _NOT_SPEECH = [_DECODER, r"^text_encoder_model\.", r"^logit_scale$"]
 
 
 def _checked(token_ids: torch.Tensor | None, name: str, vocab_size: int) -> torch.Tensor:
-    """`token_ids`, if they are whole numbers `[batch, length]` and, on a CPU, below `vocab_size`."""
+    """Return `token_ids`, if they are whole numbers `[batch, length]` and, on a CPU, below `vocab_size`."""
     if token_ids is None:
         raise ValueError(f"{name} is missing: give token ids [batch, length]")
     shape = list(token_ids.shape)
@@ -59,7 +59,7 @@ def _pooled(output: ClvpEncoderOutput) -> BaseModelOutputWithPooling:
 
 
 def _embeds(output: ClvpEncoderOutput) -> torch.Tensor:
-    assert output.embeds is not None  # the encoders of `CLVPModel` project
+    assert output.embeds is not None  # both encoders of `CLVPModel` project
     return output.embeds
 
 
@@ -80,7 +80,7 @@ class CLVPPreTrainedModel(ClvpPreTrainedModel):
         super().__init__(config, *args, **kwargs)
 
     def _vocab_size(self, name: str) -> int:
-        """How many rows the encoder of the ids called `name` has."""
+        """Return the number of rows of the encoder of the ids called `name`."""
         side = "text_config" if name == "input_ids" else "speech_config"
         return getattr(self.config, side, self.config).vocab_size
 
@@ -105,7 +105,7 @@ class CLVPPreTrainedModel(ClvpPreTrainedModel):
 class _TextSide(CLVPPreTrainedModel):
     config: CLVPTextConfig
     config_class = CLVPTextConfig
-    # Under this name the encoder lies in a full checkpoint; transformers adds it to the keys of a lone ClvpEncoder.
+    # The encoder has this name in a full checkpoint; transformers adds it to the keys of a lone ClvpEncoder.
     base_model_prefix = "text_encoder_model"
     _keys_to_ignore_on_load_unexpected = _NOT_TEXT
     with_projection: bool
@@ -334,7 +334,7 @@ class CLVPModel(CLVPPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
     ) -> CLVPOutput:
-        """Similarity of every text with every clip of speech tokens.
+        """Compare every text with every clip of speech tokens.
 
         Args:
             input_ids: `[texts, length]`, from [`ClvpTokenizer`].

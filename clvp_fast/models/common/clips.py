@@ -1,4 +1,4 @@
-"""Voice clips as callers have them, to rows of one batch: numpy arrays on the host, tensors on their device.
+"""Callers' voice clips as rows of one batch: numpy arrays on the host, tensors on their device.
 
 A clip that was read is float32 or int16 `[time]`: an array where it lies on the host, else a tensor. Clips that came as
 one 2-D tensor on a device stay one.
@@ -20,7 +20,7 @@ NOT_FINITE = "{} has samples that are NaN or infinite: it was not decoded or sca
 
 
 def refuse_other_inputs(processor: str, options: dict) -> None:
-    """Raise `ValueError` for inputs by names that are no input of a processor, which would be dropped in silence."""
+    """Raise `ValueError` for keywords that name no input of a processor, which it would ignore."""
     for name in ("audios", "raw_speech", "images", "videos"):
         if options.get(name) is not None:
             what = "pass the audio as audio=" if name in ("audios", "raw_speech") else "leave it out"
@@ -48,7 +48,7 @@ def clip_name(index: int, count: int) -> str:
 
 
 def read_clips(raw_speech, device: torch.device | None = None):
-    """The clips of `raw_speech`, and the device to compute on: `device`, else the one they lie on.
+    """Return the clips of `raw_speech` and the device to compute on: `device`, else the clips' own.
 
     Raises `ValueError` and `TypeError` for what is no audio; tensors on several devices need `device`.
     """
@@ -92,7 +92,7 @@ def _one_device(clips, device: torch.device | None) -> torch.device:
 
 
 def _read_clip(clip, name: str, device: torch.device):
-    """One clip, checked; one that does not lie on the host is moved to `device`."""
+    """Return one clip, checked, and moved to `device` unless it is on the host."""
     if isinstance(clip, torch.Tensor):
         clip = clip.detach()
         if clip.device != HOST and device != HOST:
@@ -111,7 +111,7 @@ def _read_clip(clip, name: str, device: torch.device):
         raise _wrong_type(samples.dtype, name)
     with np.errstate(over="ignore"):
         samples = samples.astype(np.float32, copy=False)
-    peak = float(np.maximum(-samples.min(), samples.max()))  # NaN where a sample is
+    peak = float(np.maximum(-samples.min(), samples.max()))  # NaN where a sample is NaN
     if not math.isfinite(peak):
         raise ValueError(NOT_FINITE.format(name))
     _tell_level(peak, name)
@@ -119,7 +119,7 @@ def _read_clip(clip, name: str, device: torch.device):
 
 
 def _tell_level(peak: float, name: str) -> None:
-    """Warn of samples whose features are surely not what is meant."""
+    """Warn of samples whose level is surely a mistake."""
     if reason := wrong_scale(peak):
         logger.warning("%s %s.", name, reason)
     elif peak < SILENCE_PEAK:
@@ -127,7 +127,7 @@ def _tell_level(peak: float, name: str) -> None:
 
 
 def _read_tensor(clip: torch.Tensor, name: str) -> torch.Tensor:
-    """A clip on a device: what its values are is not looked at."""
+    """Return a clip on a device, without a look at its values."""
     _check_form(clip, name)
     if not clip.is_floating_point() and clip.dtype != torch.int16:
         raise _wrong_type(str(clip.dtype).removeprefix("torch."), name)
@@ -157,7 +157,7 @@ def lengths_of(clips) -> list[int]:
 
 
 def lay_out(clips, held: list[int], lengths: list[int], fill: float, left: bool, device: torch.device) -> torch.Tensor:
-    """Rows `[clips, max(lengths)]` on `device`: the first `held[i]` samples of clip i, filled up to `lengths[i]`.
+    """Lay out rows `[clips, max(lengths)]` on `device`: `held[i]` samples of clip i, filled up to `lengths[i]`.
 
     int16 where all clips are and nothing but 0 is filled in, else float32. Samples past `lengths[i]` are `fill` too.
     """
@@ -185,14 +185,14 @@ def _is_int16(samples) -> bool:
 
 
 def as_floats(samples):
-    """Samples in [-1, 1], an array or a tensor as they are."""
+    """Return samples in [-1, 1], an array or a tensor as before."""
     if not _is_int16(samples):
         return samples
     return (samples.float() if isinstance(samples, torch.Tensor) else samples.astype(np.float32)) / 32768
 
 
 def similar_lengths(lengths: list[int]) -> list[list[int]]:
-    """Places of clips to compute together: all of them, unless filling them up would take most of the memory."""
+    """Group the places of clips to compute together: one group, unless padding would take most of the memory."""
     if len(lengths) * max(lengths) <= 4 * sum(lengths):
         return [list(range(len(lengths)))]
     groups: dict[int, list[int]] = {}

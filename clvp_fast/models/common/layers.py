@@ -25,7 +25,7 @@ class ClvpRMSNorm(nn.Module):
 
 
 def is_plain_layer_norm(norm: Any) -> TypeGuard[nn.LayerNorm]:
-    """Whether `norm` is a plain layer norm with a gain and an offset, which operators can read."""
+    """Tell whether `norm` is a plain layer norm with a gain and an offset, which operators can read."""
     return is_plain(norm, nn.LayerNorm) and norm.weight is not None and norm.bias is not None
 
 
@@ -35,7 +35,7 @@ def add_norm(
     residual: torch.Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The new residual `hidden_states + residual`, and `norm` of it, of `out_dtype`; both `[..., hidden_size]`.
+    """Return the new residual `hidden_states + residual`, and its `norm` of `out_dtype`; both `[..., hidden_size]`.
 
     `out_dtype` is by default that of `hidden_states`. The residual may be float32 beside a half type, and stays so.
     """
@@ -58,7 +58,7 @@ def attend(
     attentions: list[torch.Tensor] | None,
     **arguments,
 ) -> torch.Tensor:
-    """Apply `attention` to `hidden_states`; its weights are put behind `attentions`, if that is a list.
+    """Apply `attention` to `hidden_states`; its weights are appended to `attentions`, if that is a list.
 
     A plain one of the class `kind` computes no weights that nobody wants. Others, and hooks, see all that transformers'
     attention returns.
@@ -74,12 +74,12 @@ def attend(
 def add_feed_forward(
     mlp: nn.Module, kind: type[nn.Module], hidden_states: torch.Tensor, residual: torch.Tensor
 ) -> torch.Tensor:
-    """`residual + mlp(hidden_states)`, `[..., hidden_size]`; an `mlp` of the class `kind` adds on its way."""
+    """Return `residual + mlp(hidden_states)`, `[..., hidden_size]`; an `mlp` of class `kind` adds it itself."""
     return mlp(hidden_states, residual) if is_plain(mlp, kind) else residual + mlp(hidden_states)
 
 
 def is_plain_embedding(layer: nn.Module) -> bool:
-    """Whether `layer` is a plain embedding that does nothing but look rows up, and add up their gradients."""
+    """Tell whether `layer` is a plain embedding that only looks up rows and adds up their gradients."""
     return (
         is_plain(layer, nn.Embedding)
         and layer.max_norm is None
@@ -95,7 +95,7 @@ def embed(
     position_ids: torch.Tensor,
     out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """Token plus position embeddings `[batch, length, hidden_size]`; ids `[batch, length]`, positions shared or not.
+    """Add token and position embeddings `[batch, length, hidden_size]` of ids `[batch, length]`.
 
     `out_dtype` is that of the sum, by default that of the tables.
     """

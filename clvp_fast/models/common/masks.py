@@ -2,12 +2,12 @@
 
 import torch
 
-#: What a message says of the length that CLVP's masks have.
+#: The remark of error messages on the length of CLVP's masks.
 ALL_KEYS = " (all keys, those in the cache included)"
 
 
 def boolean_mask(attention_mask: torch.Tensor | None, length: int, remark: str = "") -> torch.Tensor | None:
-    """A padding mask `[batch, length]` as booleans; masks of four axes, boolean or additive, pass, and None does.
+    """Return a padding mask `[batch, length]` as booleans; None and masks of four axes stay as they are.
 
     Args:
         remark: what a message says of the length.

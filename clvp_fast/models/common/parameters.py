@@ -23,7 +23,7 @@ from clvp_fast.models.common.plain import is_plain
 
 
 def apply_linear(linear: nn.Module, hidden_states: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-    """`linear(hidden_states)`, `[..., in]` → `[..., out]`, through the operator where that is the same.
+    """Compute `linear(hidden_states)`, `[..., in]` → `[..., out]`, through the operator where that is the same.
 
     A residual is added, and the result has its dtype.
     """
@@ -34,7 +34,7 @@ def apply_linear(linear: nn.Module, hidden_states: torch.Tensor, residual: torch
 
 
 def project_heads(linears: list[nn.Module], hidden_states: torch.Tensor, num_heads: int) -> tuple[torch.Tensor, ...]:
-    """`[..., heads, head_dim]` of each linear layer of one input, where possible views of one projection."""
+    """Project to `[..., heads, head_dim]` by each linear layer, with views of one projection where possible."""
     packed = None if torch.compiler.is_compiling() or torch.is_grad_enabled() else packed_linears(linears)
     if packed is None:
         return tuple(linear(hidden_states).unflatten(-1, (num_heads, -1)) for linear in linears)
@@ -42,7 +42,7 @@ def project_heads(linears: list[nn.Module], hidden_states: torch.Tensor, num_hea
 
 
 def packed_linears(linears: Sequence[nn.Module]) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-    """One `[sum of out, in]` weight and one bias of several linear layers of one input, views of their parameters.
+    """Return one `[sum of out, in]` weight and bias of linear layers of one input, views of their parameters.
 
     None where the parameters do not lie one behind another, or a layer is not plain. Nothing is moved.
     """
@@ -57,9 +57,9 @@ def packed_linears(linears: Sequence[nn.Module]) -> tuple[torch.Tensor, torch.Te
 
 
 def _joined(parameters: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
-    """One view of parameters that lie one behind another; None of others."""
+    """Return one view of parameters that lie one behind another; None for others."""
     first = parameters[0]
-    if type(first) is not nn.Parameter:  # `functional_call` puts tensors there that may have no address
+    if type(first) is not nn.Parameter:  # `functional_call` puts in tensors that may have no address
         return None
     begin = end = first.data_ptr()
     dtype, strides, rows = first.dtype, first.stride(), 0
@@ -74,7 +74,7 @@ def _joined(parameters: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
             return None
         end += parameter.nbytes
         rows += len(parameter)
-    # Neighbours by chance are of other storages.
+    # Parameters of different storages may be neighbours by chance.
     storage = first.untyped_storage()
     if end - storage.data_ptr() > storage.nbytes() or begin == end:
         return None
@@ -82,10 +82,10 @@ def _joined(parameters: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
 
 
 class ArrangedLayer(nn.Module):
-    """A layer that keeps parameters of its modules in the operators' storage, wherever it hears that they changed.
+    """A layer that keeps its modules' parameters in the operators' storage, through every change that it is told of.
 
-    A subclass says in `arrange_parameters` how they are to lie. That is called when the layer was moved or cast
-    (`_apply`), loaded, copied or unpickled, and when one of its modules was replaced; never by `forward`.
+    A subclass states their order in `arrange_parameters`. That is called when the layer was moved or cast (`_apply`),
+    loaded, copied or unpickled, and when one of its modules was replaced; never by `forward`.
     """
 
     def __init__(self):
@@ -93,7 +93,7 @@ class ArrangedLayer(nn.Module):
         self.register_load_state_dict_post_hook(_arrange_loaded)
 
     def arrange_parameters(self) -> None:
-        """Bring parameters into their storage, where they are not in it and may be."""
+        """Move parameters into their storage, where they are outside and may be moved."""
         raise NotImplementedError
 
     def _apply(self, fn, recurse=True):
@@ -117,17 +117,17 @@ def _arrange_loaded(layer: ArrangedLayer, incompatible_keys) -> None:
 
 
 def arrange_parameters(model: nn.Module) -> None:
-    """Bring the parameters of all layers of `model` into their storage."""
+    """Move the parameters of all layers of `model` into their storage."""
     for module in model.modules():
         if isinstance(module, ArrangedLayer):
             module.arrange_parameters()
 
 
 def arrange_for_decoding(model: nn.Module) -> None:
-    """Bring all parameters of `model` into the storage that a decode step reads fastest: `Conv1D` weights too.
+    """Move all parameters of `model` into the storage that a decode step reads fastest, `Conv1D` weights too.
 
-    Those lie as checkpoints have them until candidates are drawn, since what torch offers for a module's weights
-    (pruning, for one) looks at them as one row of numbers.
+    Those keep the checkpoint's layout until candidates are drawn, since some of torch's functions for a module's
+    weights (pruning, for one) view them as one row of numbers.
     """
     arrange_parameters(model)
     for module in model.modules():
@@ -136,7 +136,7 @@ def arrange_for_decoding(model: nn.Module) -> None:
 
 
 def can_pack(linears: Sequence[nn.Module]) -> TypeGuard[Sequence[nn.Linear]]:
-    """Whether the parameters of plain linear layers of one input can be moved behind one another.
+    """Tell whether the parameters of plain linear layers of one input can be moved behind one another.
 
     They must be of one dtype and device, all layers with a bias or none, and their storage such as may be another.
     """
@@ -147,18 +147,18 @@ def can_pack(linears: Sequence[nn.Module]) -> TypeGuard[Sequence[nn.Linear]]:
     movable = [parameter for parameter in parameters if _is_movable(parameter)]
     return (
         len(set(map(id, movable))) == len(parameters)
-        and all(parameter.numel() for parameter in movable)  # DeepSpeed leaves empty ones
+        and all(parameter.numel() for parameter in movable)  # DeepSpeed leaves empty parameters
         and len({(parameter.dtype, parameter.device) for parameter in movable}) == 1
         and len({weight.shape[1:] for weight in movable[: len(weights)]}) == 1
     )
 
 
 def _is_movable(parameter: torch.Tensor | None) -> TypeGuard[nn.Parameter]:
-    """Whether a parameter's storage may be another.
+    """Tell whether a parameter may get another storage.
 
-    It is the module's own, of no inference mode, under no `torch.func`, and no other process reads it.
-    `functional_call` puts a caller's tensors in the place of parameters, and what a transform makes ends with it.
-    Whether one is under way has no public name in torch.
+    It must be the module's own, made outside inference mode and `torch.func`, and shared with no other process.
+    `functional_call` puts a caller's tensors in place of parameters, and tensors made in a transform end with it. Torch
+    has no public name for a transform under way.
     """
     if type(parameter) is not nn.Parameter or parameter.is_inference():
         return False
@@ -179,7 +179,7 @@ def pack_linears(linears: Sequence[nn.Module]) -> tuple[torch.Tensor, torch.Tens
 
 
 @torch.no_grad()
-@torch.inference_mode(False)  # else the parameters became inference tensors, of no use for training
+@torch.inference_mode(False)  # inference tensors could not be trained any more
 def _pack(parameters: list[torch.Tensor]) -> None:
     packed = torch.cat([parameter.data for parameter in parameters])
     for parameter, view in zip(parameters, packed.split([len(parameter) for parameter in parameters]), strict=True):
@@ -189,7 +189,7 @@ def _pack(parameters: list[torch.Tensor]) -> None:
 @torch.no_grad()
 @torch.inference_mode(False)
 def transpose_storage(conv: Conv1D) -> None:
-    """Keep the `[in, out]` weight of `conv` as the transposed view of contiguous `[out, in]` storage, if it has one."""
+    """Keep the `[in, out]` weight of `conv`, if any, as the transposed view of contiguous `[out, in]` storage."""
     weight = conv._parameters.get("weight")
     if _is_movable(weight) and weight.dim() == 2 and not weight.t().is_contiguous():
         weight.data = weight.data.t().contiguous().t()

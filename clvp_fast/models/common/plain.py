@@ -4,7 +4,7 @@ A plain module does nothing but its own class's computation on its own parameter
 class's forward, without hooks of any kind or a compiled call, and its parameters are ordinary ones on a device that has
 storage. Adapters replace modules, parametrizations change their classes, pruning, weight norms and users hook them,
 offloading puts other forwards in and leaves parameters on "meta", quantisation puts other tensors in: all of those have
-to be called, one module after another, with what transformers' modules take and give.
+to be called, one module after another, with the arguments and results of transformers' modules.
 """
 
 from typing import Any, TypeGuard, TypeVar
@@ -16,18 +16,18 @@ from transformers.activations import ACT2FN
 
 from clvp_fast import ops
 
-# Documented for CLVP ("selu"), or usual, and missing from transformers' own table.
+# Activations that CLVP documents ("selu") or that are usual, and that transformers' own table lacks.
 _MORE_ACTIVATIONS = {"selu": nn.SELU, "elu": nn.ELU}
-# A subclass of a user's has this package's modules, and may compute anything.
+# A user's subclass has this package's modules, and may compute anything.
 _PACKAGES = ("clvp_fast", "torch", "transformers")
-# `functional_call` and `torch.func` put tensors in the place of parameters.
+# `functional_call` and `torch.func` put tensors in place of parameters.
 _PARAMETERS = (nn.Parameter, torch.Tensor)
 
 Kind = TypeVar("Kind", bound=nn.Module)
 
 
 def activation_module(name: str) -> nn.Module:
-    """The activation that a configuration names."""
+    """Make the activation that a configuration names."""
     if name in ACT2FN:
         return ACT2FN[name]
     if name not in _MORE_ACTIVATIONS:
@@ -36,7 +36,7 @@ def activation_module(name: str) -> nn.Module:
     return _MORE_ACTIVATIONS[name]()
 
 
-# By class, the name that operators know a configuration's activation by, and its settings.
+# By class, the name by which operators know a configuration's activation, and its settings.
 _ACTIVATIONS: dict[type[nn.Module], tuple[str, float | None, float | None]] = {}
 
 
@@ -51,13 +51,13 @@ for _name in ops.ACTIVATIONS:
 
 
 def is_plain(module: Any, kind: type[Kind]) -> TypeGuard[Kind]:
-    """Whether calling `module` does nothing but the computation of the class `kind` on the module's parameters.
+    """Tell whether calling `module` only runs the computation of the class `kind` on the module's parameters.
 
-    Says nothing of the modules inside.
+    The modules inside are not checked.
     """
     if type(module) is not kind:
         return False
-    state = module.__dict__  # dictionaries, not attributes: this is asked of every module of every layer
+    state = module.__dict__  # dictionaries are faster than attributes, and this is asked of every module of every layer
     if (
         "forward" in state
         or state["_forward_hooks"]
@@ -75,24 +75,24 @@ def is_plain(module: Any, kind: type[Kind]) -> TypeGuard[Kind]:
 
 
 def is_plain_linear(module: Any) -> TypeGuard[nn.Linear]:
-    """Whether `module` is a plain linear layer with a bias, which feed-forward operators want."""
+    """Tell whether `module` is a plain linear layer with a bias, as feed-forward operators need it."""
     return is_plain(module, nn.Linear) and module.bias is not None
 
 
 def drop_probability(dropout: nn.Dropout) -> float:
-    """Return the share that `dropout` drops now: its own mode decides, whatever the mode of the module around it."""
+    """Return the share that `dropout` drops now, by its own mode, which may differ from the module's around it."""
     return dropout.p if dropout.training else 0.0
 
 
 def activation_name(module: Any) -> str | None:
-    """The name in `ops.ACTIVATIONS` of what `module` computes; None if it is not plain, or none that operators know."""
+    """Return the name in `ops.ACTIVATIONS` of a plain `module`'s computation; None where operators lack it."""
     name, *settings = _ACTIVATIONS.get(type(module), (None, None, None))
     known = name is not None and is_plain(module, type(module)) and tuple(settings) == _settings(module)
     return name if known else None
 
 
 def kinds_of(model: nn.Module) -> dict[str, type[nn.Module]]:
-    """The class of each module of `model`, by its name."""
+    """Return the class of each module of `model`, by its name."""
     return {name: type(module) for name, module in model.named_modules()}
 
 
@@ -118,7 +118,7 @@ def changed_module(model: nn.Module, kinds: dict[str, type[nn.Module]]) -> str |
 
 
 class PlainModel:
-    """A promise that a model is plain, and stays so, for what reads its parameters over many calls.
+    """A check that a model is plain and stays so, for code that reads its parameters over many calls.
 
     Args:
         model: a model of this package.
@@ -134,7 +134,7 @@ class PlainModel:
         self._modules = [(module, type(module), tuple(module._modules.values())) for module in model.modules()]
 
     def check(self) -> None:
-        """Raise `ValueError` if anything was attached to a module, or put in its place, since this was made."""
+        """Raise `ValueError` if anything was attached to a module or replaced one since this was made."""
         for module, kind, children in self._modules:
             if tuple(module._modules.values()) != children or not is_plain(module, kind):
                 found = changed_module(self._model, self._model.kinds) or "a module of the model was replaced"

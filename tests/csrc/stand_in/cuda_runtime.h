@@ -1,4 +1,4 @@
-/* What csrc/cuda/device.cuh asks of CUDA, for a machine without it: tests/csrc/device.cpp answers. */
+/* The part of CUDA that csrc/cuda/device.cuh uses, for a machine without it: tests/csrc/device.cpp answers. */
 #pragma once
 
 #include <stddef.h>

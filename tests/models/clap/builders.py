@@ -51,7 +51,7 @@ SIDES = {
 
 
 def fields_of(shape: str, **changes) -> dict:
-    """The fields of a shape; `changes` are made in both parts that have the field."""
+    """Return the fields of a shape, with `changes` in both parts that have the field."""
     fields = copy.deepcopy(SHAPES[shape])
     for part, known in (("text_config", clvp_fast.ClapTextConfig()), ("audio_config", clvp_fast.ClapAudioConfig())):
         fields[part] |= {name: value for name, value in changes.items() if hasattr(known, name)}
@@ -59,13 +59,13 @@ def fields_of(shape: str, **changes) -> dict:
 
 
 def composite_config(package, shape: str = "unfused", **changes):
-    """The composite configuration of a shape as `package` (`transformers` or `clvp_fast`) makes it."""
+    """Make the composite configuration of a shape by `package` (`transformers` or `clvp_fast`)."""
     return package.ClapConfig(**fields_of(shape, **changes))
 
 
 @torch.no_grad()
 def randomize(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Nothing is an identity: gains 1 ± 0.3, biases 0.1, bias tables 1, statistics of batch norms too."""
+    """Draw weights so that nothing is an identity: gains 1 ± 0.3, biases 0.1, bias tables 1, norms' statistics."""
     generator = torch.Generator().manual_seed(seed)
     for name, tensor in model.state_dict().items():
         if not tensor.is_floating_point():
@@ -90,7 +90,7 @@ def randomize(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 
 
 def pair(class_name: str = "ClapModel", shape: str = "unfused", dtype: torch.dtype = torch.float32, **changes):
-    """`(stock, ours)` of a class in eval mode, with equal weights."""
+    """Return `(stock, ours)` of a class in eval mode, with equal weights."""
     models = []
     for package in (transformers, clvp_fast):
         config = composite_config(package, shape, **changes)
@@ -103,21 +103,21 @@ def pair(class_name: str = "ClapModel", shape: str = "unfused", dtype: torch.dty
 
 
 def texts(batch: int = 3, length: int = 9, pad: int = PAD) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids `[batch, length]` and their mask; row i ends with i places of padding."""
+    """Return ids `[batch, length]` and their mask; row i ends with i places of padding."""
     ids = torch.randint(4, 120, (batch, length), generator=torch.Generator().manual_seed(1))
     mask = torch.arange(length) < length - torch.arange(batch)[:, None]
     return ids.masked_fill(~mask, pad), mask.long()
 
 
 def features(config, batch: int = 3, frames: int = 180, dtype: torch.dtype = torch.float32):
-    """`input_features` and `is_longer` (every second clip is) as the model of an audio configuration takes them."""
+    """Return `input_features` and `is_longer` (every second clip is) for the model of an audio configuration."""
     shape = batch, 4 if config.enable_fusion else 1, frames, config.num_mel_bins
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(dtype)
     return {"input_features": noise, "is_longer": torch.arange(batch)[:, None] % 2 == 1}
 
 
 def inputs_of(class_name: str, config, dtype: torch.dtype = torch.float32) -> dict:
-    """What a model of the class takes, of a composite configuration; numbers of clips and texts differ."""
+    """Return inputs of a model of the class, for a composite configuration; numbers of clips and texts differ."""
     found = {}
     if "Audio" not in class_name:
         ids, mask = texts(pad=config.text_config.pad_token_id)

@@ -33,7 +33,7 @@ def test_text():
 
 
 def test_no_padding_token():
-    """Positions count from it."""
+    """Refuse a configuration without it, as positions count from it."""
     fields = SHAPES["unfused"]["text_config"] | dict(pad_token_id=None)
     model = clvp_fast.ClapTextModel(clvp_fast.ClapTextConfig(**fields)).eval()
     ids, _ = texts()

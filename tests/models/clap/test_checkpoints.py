@@ -41,7 +41,7 @@ def test_saved_by_either_loads_in_the_other(name, shape, tmp_path):
 @pytest.mark.parametrize("writer", ["stock", "ours"])
 @pytest.mark.parametrize("name", [name for name in SIDES if name != "ClapModel"])
 def test_part_of_a_composite_checkpoint(name, writer, tmp_path):
-    """Of the bare towers transformers loads nothing here, and goes on with a random model."""
+    """Load the bare towers, of which transformers loads nothing here and goes on with a random model."""
     stock, ours = pair(shape="fused")
     (stock if writer == "stock" else ours).save_pretrained(tmp_path)
     side = "text" if "Text" in name else "audio"
@@ -58,7 +58,7 @@ def test_part_of_a_composite_checkpoint(name, writer, tmp_path):
 
 
 def test_buffers_that_an_old_checkpoint_lacks(tmp_path):
-    """Those that are no weights (positions, distances), and the bias table, start as in a new model."""
+    """Start the positions, the distances and the bias table as in a new model."""
     _, ours = pair()
     state = ours.state_dict()
     lacking = {name for name in state if name.endswith(("position_ids", "token_type_ids", "relative_position_index"))}
@@ -127,7 +127,7 @@ def test_composite_of_two_configurations(tmp_path):
 
 
 def test_fields_of_older_checkpoints_are_kept():
-    """Those of the hub carry options that no class reads any more."""
+    """Keep options of checkpoints on the hub that no class reads any more."""
     old = dict(position_embedding_type="absolute", use_cache=True, is_decoder=False)
     made = [package.ClapConfig(text_config=dict(old)) for package in (transformers, clvp_fast)]
     assert made[1].to_dict() == made[0].to_dict() and made[1].text_config.position_embedding_type == "absolute"

@@ -23,7 +23,7 @@ MODES = [(t, p) for t in ("fusion", "rand_trunc") for p in ("repeatpad", "repeat
 
 
 def clip(length: int, seed: int = 0) -> np.ndarray:
-    """A rising tone in noise: no two places of it are alike."""
+    """Return a rising tone in noise, which differs at any two places."""
     place = np.arange(length) / RATE
     noise = np.random.default_rng(seed).standard_normal(length)
     return (0.3 * np.sin(2 * np.pi * 200 * place * (1 + place)) + 0.02 * noise).astype(np.float32)
@@ -65,7 +65,7 @@ def test_equal_transformers(stock, ours, truncation, padding, return_tensors):
 
 
 def test_as_many_draws_as_transformers(stock, ours):
-    """What the caller draws next from numpy's generator is the same."""
+    """Compare the caller's next draw from numpy's generator."""
     for truncation, _ in MODES[::3]:
         for batch in (CLIPS, CLIPS[:3]):
             following = []
@@ -78,7 +78,7 @@ def test_as_many_draws_as_transformers(stock, ours):
 
 @pytest.mark.parametrize(("truncation", "norm"), [("fusion", None), ("rand_trunc", "slaney")])
 def test_the_mel_scale_goes_with_the_truncation(ours, truncation, norm):
-    """A tone of one filter of each scale: HTK without norm for fusion, slaney's with its norm for rand_trunc."""
+    """Find a tone in one filter of each scale: HTK without norm for fusion, slaney's with its norm for rand_trunc."""
     from transformers.audio_utils import mel_filter_bank, spectrogram, window_function
 
     filters = mel_filter_bank(257, 64, 0, 3500, RATE, norm=norm, mel_scale=norm or "htk")
@@ -101,7 +101,7 @@ def test_max_length(stock, ours, limit):
 
 
 def test_forms_of_audio(ours):
-    """Arrays, lists of floats, tensors, a 2-D batch, other types and strides: the same features."""
+    """Get the same features from arrays, lists of floats, tensors, a 2-D batch, other types and strides."""
     expected = ours([CLIPS[1], CLIPS[1][::-1]], sampling_rate=RATE, return_tensors="np", seed=0)["input_features"]
     backwards = CLIPS[1][::-1]
     frozen = CLIPS[1].copy()
@@ -163,7 +163,7 @@ def test_padding_as_calls_give_it(ours):
 
 
 def test_any_number_of_mel_channels():
-    """transformers fails with a long clip and other than 64."""
+    """Use a long clip and other than 64 channels, where transformers fails."""
     found = ClapFeatureExtractor(**SMALL | dict(feature_size=20))(CLIPS, sampling_rate=RATE, return_tensors="np")
     assert found["input_features"].shape == (len(CLIPS), 4, 101, 20)
     whole, crops = found["input_features"][-1, 0], found["input_features"][-1, 1:]
@@ -264,7 +264,7 @@ def test_paddings_of_other_extractors_mean_silence(stock, ours, padding, truncat
 
 @pytest.fixture(params=["bfloat16", "float16", "float64", "meta"])
 def another_default(request):
-    """torch's default dtype, or its default device, is another than usual."""
+    """Set another default dtype, or another default device, of torch."""
     if request.param == "meta":
         torch.set_default_device("meta")
         yield

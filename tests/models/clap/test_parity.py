@@ -105,7 +105,7 @@ def test_training_mode(shape):
 @pytest.mark.parametrize("name", ["ClapTextModel", "ClapAudioModel"])
 @pytest.mark.parametrize("rates", [dict(hidden_dropout_prob=0.3), dict(drop_path_rate=0.5)])
 def test_what_is_dropped_is_what_transformers_drops(name, rates):
-    """Of one seed; draws are of the same shapes in the same order."""
+    """Use one seed: the draws have the same shapes and order."""
     stock, ours = pair(name, **rates)
     inputs = inputs_of(name, composite_config(clvp_fast))
     expected = []
@@ -142,7 +142,7 @@ def test_dropout_of_attention_weights():
 @pytest.mark.parametrize("option", ["always_partition", "output_hidden_states_before_downsampling"])
 @torch.no_grad()
 def test_options_of_the_audio_tower(option):
-    """Windows as large as the last stage's image are shifted only where asked for."""
+    """Shift windows as large as the last stage's image only on request."""
     stock, ours = pair("ClapAudioModel", "fused", torch.float64, window_size=8, depths=[2, 2, 2])
     plain = features(ours.config, dtype=torch.float64) | EVERYTHING
     inputs = plain | {option: True}
@@ -218,7 +218,7 @@ def test_without_pooler():
 @pytest.mark.parametrize("which", ["", "query", "attention.output.dense", "intermediate.dense", "0.output.dense"])
 @torch.no_grad()
 def test_modules_that_do_more_are_called(name, how, which):
-    """An adapter in place of a linear layer, or a hook on one, changes what transformers' model would change."""
+    """Put in an adapter or a hook, which changes the results as in transformers' model."""
     stock, ours = pair(name)
     inputs = inputs_of(name, composite_config(clvp_fast))
     before = ours(**inputs).pooler_output
@@ -238,7 +238,7 @@ def test_modules_that_do_more_are_called(name, how, which):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @torch.no_grad()
 def test_half_types(dtype):
-    """As near to float64 as transformers' model of the same type."""
+    """Come as near to float64 as transformers' model of the same type."""
     for name in ("ClapTextModel", "ClapAudioModel"):
         stock, ours = pair(name, "fused", torch.float64)
         inputs = inputs_of(name, composite_config(clvp_fast, "fused"), torch.float64)

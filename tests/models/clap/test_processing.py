@@ -17,7 +17,7 @@ TEXTS = ["a dog barks", "the sound of rain on a roof"]
 
 
 def tokenizer(folder):
-    """A byte-level tokenizer of RoBERTa's kind, with 300 tokens."""
+    """Give a byte-level tokenizer of RoBERTa's kind, with 300 tokens."""
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
@@ -70,7 +70,7 @@ def test_equal_transformers(stock, ours, call):
 
 
 def test_padding_of_the_texts_leaves_the_audio(ours):
-    """As in transformers 5.23; in 5.17 the audio is filled up with silence."""
+    """Do as transformers 5.23; 5.17 fills up the audio with silence."""
     found = ours(text=TEXTS, audio=CLIPS[0], sampling_rate=RATE, padding=True)
     expected = ours.feature_extractor(CLIPS[0], padding="repeatpad", sampling_rate=RATE)
     np.testing.assert_array_equal(found["input_features"], expected["input_features"])
@@ -78,7 +78,7 @@ def test_padding_of_the_texts_leaves_the_audio(ours):
 
 
 def test_options_go_where_they_belong(ours):
-    """Names that the extractor knows, and a seed: transformers hands them to the tokenizer, which refuses them."""
+    """Give the extractor its own options and the seed, which transformers passes to the tokenizer."""
     call = dict(text=TEXTS, audio=CLIPS, sampling_rate=RATE, seed=4, return_tensors="pt")
     found = ours(**call, truncation="rand_trunc", padding="repeat", text_kwargs=dict(padding=True))
     expected = ours.feature_extractor(CLIPS, "rand_trunc", "repeat", None, RATE, "pt", seed=4)
@@ -141,7 +141,7 @@ def test_bad_input(ours, call, error, message):
 
 @pytest.mark.parametrize("name", ["audios", "raw_speech", "images"])
 def test_inputs_by_other_names_are_not_dropped(stock, ours, name):
-    """transformers refuses the first, and drops the others."""
+    """Refuse inputs of which transformers refuses the first, and drops the others."""
     if name == "audios":
         with pytest.raises(ValueError, match="`audio` instead"):
             stock(text=TEXTS[0], audios=CLIPS[0])

@@ -103,7 +103,7 @@ SHAPES = {
 
 
 def composite_config(package, shape: str = "heads64", **changes):
-    """The composite configuration of a shape as `package` (`transformers` or `clvp_fast`) makes it.
+    """Make the composite configuration of a shape by `package` (`transformers` or `clvp_fast`).
 
     `changes` are made in all three parts that have the field.
     """
@@ -116,7 +116,7 @@ def composite_config(package, shape: str = "heads64", **changes):
 
 @torch.no_grad()
 def randomize(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Weights of std 0.08 (queries, keys 0.15), embeddings 0.5, gains 1 ± 0.3, biases 0.1; stop is made unlikely."""
+    """Draw weights of std 0.08 (queries, keys 0.15), embeddings 0.5, gains 1 ± 0.3, biases 0.1; stop is unlikely."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
@@ -143,7 +143,7 @@ def pair(
     seed: int = 0,
     **changes,
 ):
-    """`(stock, ours)` of a class in eval mode, with equal weights. `side` is the part of the configuration."""
+    """Return `(stock, ours)` of a class in eval mode, with equal weights. `side` is the part of the configuration."""
     if side is None:
         side = {"ClvpModelForConditionalGeneration": None, "ClvpEncoder": "text_config"}.get(
             class_name, "decoder_config"
@@ -169,12 +169,12 @@ def codes(batch: int = 2, length: int = 9, seed: int = 2) -> torch.Tensor:
 
 
 def clips(batch: int = 2, frames: int = 21, dtype: torch.dtype = torch.float32, seed: int = 3) -> torch.Tensor:
-    """Log-mel features `[batch, 20, frames]`."""
+    """Return log-mel features `[batch, 20, frames]`."""
     return torch.randn(batch, 20, frames, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def padding(batch: int, length: int, side: str) -> torch.Tensor | None:
-    """A mask `[batch, length]` that hides `row + 1` places on a side; of `side="none"` no mask."""
+    """Return a mask `[batch, length]` that hides `row + 1` places on a side; None for `side="none"`."""
     if side == "none":
         return None
     hidden = torch.arange(batch)[:, None] + 1
@@ -183,7 +183,7 @@ def padding(batch: int, length: int, side: str) -> torch.Tensor | None:
 
 
 def assert_same(found, expected, where: str = "output", tolerance: float | None = None) -> None:
-    """Both are equal up to rounding: 1e-5 of float32, 1e-10 of float64, of the greatest magnitude if that is over 1.
+    """Assert that both are equal up to rounding: 1e-5 in float32, 1e-10 in float64, relative to magnitudes above 1.
 
     Containers are compared item by item, the keys of mappings too; integers, infinities (scores of forbidden tokens)
     and what is no tensor exactly. NaN is equal to nothing.
@@ -214,7 +214,7 @@ def assert_same(found, expected, where: str = "output", tolerance: float | None 
 
 
 def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The gradients of the parameters that have one; at least one must."""
+    """Return the gradients of the parameters that have one; at least one must."""
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert found, "no parameter has a gradient"
     return found

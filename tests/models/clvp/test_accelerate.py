@@ -28,7 +28,7 @@ def stock_model(shape: str = "heads64", class_name: str = "ClvpModelForCondition
 
 
 def stored_bytes(*models) -> int:
-    """Of all different storages of the models' parameters."""
+    """Count the bytes of all different storages of the models' parameters."""
     storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for m in models for p in m.parameters()}
     return sum(storages.values())
 

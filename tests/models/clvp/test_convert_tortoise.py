@@ -32,7 +32,7 @@ def clvp():
 
 @pytest.fixture
 def files(tmp_path, autoregressive, clvp):
-    """The two files in a folder, alone."""
+    """Give the two files in a folder, without others."""
     folder = tmp_path / "models"
     folder.mkdir()
     torch.save(autoregressive, folder / "autoregressive.pth")
@@ -242,7 +242,7 @@ def test_paths_and_safetensors_give_the_same(files, tmp_path, autoregressive, cl
 
 
 def add_vocabulary(folder):
-    """A small `tokenizer.json` and `mel_norms.pth` of the original's layout beside the checkpoints."""
+    """Write a small `tokenizer.json` and `mel_norms.pth` of the original's layout beside the checkpoints."""
     vocab = {"[STOP]": 0, "[UNK]": 1, "[SPACE]": 2, "t": 3, "h": 4, "e": 5, "th": 6, "the": 7, "é": 8}
     model = {"type": "BPE", "vocab": vocab, "merges": ["t h", "th e"]}
     (folder / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": model}), encoding="utf-8")

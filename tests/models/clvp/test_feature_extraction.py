@@ -25,7 +25,7 @@ def noise(length, seed=0, loudness=0.1):
 
 
 def tone_over_silence(length):
-    """A loud tone: its spectrum far away from it lies ten decades lower."""
+    """Return a loud tone, whose spectrum far away from it is ten decades lower."""
     return (0.9 * np.sin(2 * np.pi * 440 * np.arange(length) / RATE)).astype(np.float32)
 
 
@@ -80,7 +80,7 @@ def test_recordings_equal_transformers(name):
 
 
 def test_documented_values():
-    """The values that transformers' own test expects of this recording."""
+    """Expect the values that transformers' own test has for this recording."""
     soundfile, soxr = pytest.importorskip("soundfile"), pytest.importorskip("soxr")
     norms = json.loads(data_path("clvp_tokenizer/mel_norms.json").read_text())
     samples, rate = soundfile.read(data_path("audio/1272-128104-0000.flac"))
@@ -180,7 +180,7 @@ def test_int16_is_scaled():
 
 @pytest.mark.parametrize("return_tensors", [None, "np", "pt"])
 def test_int16_among_floats_and_with_padding(return_tensors):
-    """Stays int16 only where that loses nothing."""
+    """Stay with int16 only where that loses nothing."""
     ints = [np.round(clip * 32767).astype(np.int16) for clip in BATCH]
     extractor = ClvpFeatureExtractor(**SMALL)
     floats = [clip / np.float32(32768) for clip in ints]
@@ -219,7 +219,7 @@ def test_without_the_kernel_the_same():
 
 
 def test_changed_attributes_change_the_features():
-    """What is derived from them is kept, but follows them, also where an array or a list is written to."""
+    """Follow changes of attributes, also writes to an array or a list, though tables are kept."""
     extractor = ClvpFeatureExtractor(**SMALL, mel_norms=[2.0] * 12)
 
     def features(of):

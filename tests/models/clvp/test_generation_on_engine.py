@@ -85,7 +85,7 @@ def test_whole_positions():
 
 @pytest.mark.parametrize("use_engine", [False, None])
 def test_padding_before_a_prompt_does_not_spare_tokens_the_penalty(use_engine):
-    """transformers 5.23 takes the width of the padding for a number of tokens to pass over."""
+    """Penalise all tokens; transformers 5.23 skips as many as the padding is wide."""
     model = tiny().speech_decoder_model
     embeds, mask = prompts(tiny()), padded("left", 11)
     batch = model.generate(conditioning_embeds=embeds, attention_mask=mask, use_engine=use_engine, **PENALISED)
@@ -111,7 +111,7 @@ SAMPLED = {
     + [(name, where) for name in SAMPLED if name != "none" for where in ("generation_config", "the model's")],
 )
 def test_tokens_are_distributed_as_transformers_says(name, where):
-    """The first token's counts against the probabilities that the loop itself draws from, by chi-squared."""
+    """Compare the first token's counts with the loop's own probabilities, by chi-squared."""
     model = tiny(stop_bias=1.0).speech_decoder_model
     settings, count = SAMPLED[name], 2000
     call = dict(conditioning_embeds=prompts(tiny(), 1), eos_token_id=STOP, pad_token_id=STOP, max_new_tokens=1)
@@ -159,7 +159,7 @@ def test_seeds():
 
 
 def test_candidates_are_in_the_order_of_prompts():
-    """All candidates of a prompt come together: of a nearly greedy one they are all that prompt's."""
+    """Expect all candidates of a prompt together, by a nearly greedy call."""
     model = tiny().speech_decoder_model
     call = dict(conditioning_embeds=prompts(tiny()), max_new_tokens=8)
     greedy = model.generate(**call)
@@ -188,7 +188,7 @@ def test_result_is_a_model_output():
 
 @pytest.fixture
 def runners(monkeypatch):
-    """The sizes of every runner that is made."""
+    """Give the sizes of every runner that is made."""
     made, plain = [], Runner.__init__
 
     def noted(self, model, num_pages, page_size, max_batch, *args, **kwargs):
@@ -242,7 +242,7 @@ def test_memory_that_runs_out_halves_the_batch(monkeypatch, runners):
 
 
 def test_the_old_runner_is_gone_when_the_smaller_one_is_planned(monkeypatch):
-    """Its pages are the memory that was missing; the error's own frames hold on to it too."""
+    """Free its pages, which are the missing memory and which the error's own frames hold too."""
     model, settings = tiny(), TORTOISE | dict(num_return_sequences=4, max_new_tokens=6)
     decode, make_runner, old, gone = Runner.decode, generation._runner, [], []
 
@@ -275,7 +275,7 @@ def test_too_little_memory_leaves_the_loop(monkeypatch, caplog):
 
 
 def reason(model, caplog, *, ids=None, features=None, **settings) -> str | None:
-    """Why a call was left to the loop, or None if the engine served it."""
+    """Return why a call was left to the loop, or None if the engine served it."""
     caplog.clear()
     with caplog.at_level(logging.DEBUG, LOGGER):
         model.generate(
@@ -355,7 +355,7 @@ def test_a_setting_of_a_later_transformers_is_left_to_the_loop(caplog):
 
 
 def test_what_a_later_transformers_prepares_is_left_to_the_loop():
-    """Processors and criteria are looked at once more where they are made, whatever setting they come from."""
+    """Check prepared processors and criteria again, whatever setting made them."""
     model = tiny().speech_decoder_model
     decode = EngineLoop([torch.randn(3, 128)])
     settings = GenerationConfig(eos_token_id=STOP, num_return_sequences=1, do_sample=False)
@@ -457,7 +457,7 @@ def test_masks_that_hide_a_start_token():
 
 
 def test_masks_that_hide_a_whole_prompt():
-    """The engine refuses to be asked for it; the loop serves it, and the other rows are as without."""
+    """Refuse this on the engine on request; the loop serves it, and the other rows are as without it."""
     model = tiny().speech_decoder_model
     embeds = prompts(tiny())
     whole = torch.ones(3, embeds.shape[1] + 1, dtype=torch.long)

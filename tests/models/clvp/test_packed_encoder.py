@@ -54,7 +54,7 @@ def test_without_projection():
 
 @torch.no_grad()
 def test_replaced_layers_are_called():
-    """An adapter on a projection counts in packed sequences too."""
+    """Call an adapter on a projection for packed sequences too."""
     _, ours = pair("ClvpEncoder")
     row = texts(1, 5)[0]
     before = ours.embed_packed(*packed([row]))

@@ -73,7 +73,7 @@ def test_shards(tmp_path):
 @pytest.mark.parametrize("writer", ["stock", "ours"])
 @pytest.mark.parametrize("name", CLASSES[1:])
 def test_part_of_a_composite_checkpoint(name, writer, tmp_path):
-    """transformers loads nothing here and says nothing: a random model."""
+    """Load a part, where transformers silently makes a random model."""
     stock, ours = pair(shape="heads32")
     (stock if writer == "stock" else ours).save_pretrained(tmp_path)
     decoder = stock.speech_decoder_model
@@ -117,7 +117,7 @@ def test_missing_extra_and_misshapen_tensors_are_reported(tmp_path):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_constants_of_a_new_model(shape):
-    """What is not random: gains, biases, the scale, rotary frequencies."""
+    """Compare gains, biases, the scale, rotary frequencies, which are not random."""
     stock, ours = (
         getattr(package, COMPOSITE)(composite_config(package, shape)) for package in (transformers, clvp_fast)
     )

@@ -37,7 +37,7 @@ CHANGES = {
 
 
 def documents(config, folder) -> list:
-    """Every JSON that a configuration can make."""
+    """Return every JSON that a configuration can make."""
     config.save_pretrained(folder)
     saved = (folder / "config.json").read_text()
     return [config.to_dict(), config.to_diff_dict(), config.to_json_string(), json.loads(saved), saved]
@@ -63,7 +63,7 @@ def test_composite(shape, tmp_path):
 
 
 def test_defaults_differ_in_the_speech_vocabulary_alone(tmp_path):
-    """transformers gives the speech encoder 256 rows against 8194 codes; here it has the 8192 of every checkpoint."""
+    """Give the speech encoder the 8192 rows of every checkpoint; transformers gives it 256 against 8194 codes."""
     stock, ours = transformers.ClvpConfig().to_dict(), clvp_fast.ClvpConfig().to_dict()
     assert (stock["speech_config"].pop("vocab_size"), ours["speech_config"].pop("vocab_size")) == (256, 8192)
     assert ours == stock

@@ -9,12 +9,12 @@ CLASSES = ["ClvpDecoder", "ClvpModel", "ClvpForCausalLM"]
 
 
 def cache_of(outputs) -> dict:
-    """The cache, under the one of its names that the output has."""
+    """Return the cache, under the name that the output uses."""
     return {key: value for key, value in outputs.items() if key in ("cache", "past_key_values")}
 
 
 def flat(outputs) -> dict:
-    """Without the cache, whose classes differ."""
+    """Return an output without the cache, whose classes differ."""
     return {key: value for key, value in outputs.items() if key not in cache_of(outputs)}
 
 
@@ -56,7 +56,7 @@ def test_cache_holds_the_same_and_continues(shape):
 @pytest.mark.parametrize("side", ["left", "right"])
 @torch.no_grad()
 def test_padding(side):
-    """At the places of real tokens: what stands at padding means nothing."""
+    """Compare the places of real tokens, as results at padding have no meaning."""
     stock, ours = pair("ClvpForCausalLM", dtype=torch.float64)
     mask = padding(3, 10, side)
     expected, found = (model(codes(3, 10), attention_mask=mask).logits[mask.bool()] for model in (stock, ours))

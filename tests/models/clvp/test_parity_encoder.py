@@ -47,7 +47,7 @@ def test_embeddings_in_place_of_ids():
 
 @torch.no_grad()
 def test_positions():
-    """transformers takes positions below the length alone; there both agree, and ours goes on behind it."""
+    """Agree below the length, where transformers' positions end, and go on beyond it."""
     stock, ours = pair("ClvpEncoder", dtype=torch.float64)
     ids = texts(2, 5)
     positions = torch.tensor([[4, 0, 1, 3, 3]])
@@ -105,7 +105,7 @@ def test_activations(activation):
 
 
 def test_selu_is_documented(monkeypatch):
-    """transformers documents it, and raises KeyError: its own code computes it once its table has it."""
+    """Serve an activation for which transformers raises KeyError, and computes once its table has it."""
     with monkeypatch.context() as patch:
         patch.setitem(ACT2FN, "selu", nn.SELU)
         stock, _ = pair("ClvpEncoder", dtype=torch.float64, hidden_act="selu")

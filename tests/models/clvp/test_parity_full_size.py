@@ -16,14 +16,14 @@ TOLERANCE = 5e-5
 
 @torch.no_grad()
 def test_encoders_and_generation():
-    """One test, so that workers of a parallel run do not build the model each: 5 GB."""
+    """Keep this one test, so that parallel workers do not build the model each: 5 GB."""
     stock, ours = models()
     check_encoders(stock, ours)
     check_generation(stock, ours)
 
 
 def models():
-    """Both on one set of weights in memory."""
+    """Give both models on one set of weights in memory."""
     built = []
     for package in (transformers, clvp_fast):
         config = package.ClvpConfig(speech_config={"vocab_size": 8192})

@@ -31,7 +31,7 @@ SETTINGS = {
 
 
 def stopping_pair(shape: str = "heads64", dtype=torch.float32):
-    """Models of which some rows stop early: the stop token is as likely as others."""
+    """Make models some of whose rows stop early: the stop token is as likely as others."""
     models = pair(shape=shape, dtype=dtype)
     for model in models:
         with torch.no_grad():
@@ -40,7 +40,7 @@ def stopping_pair(shape: str = "heads64", dtype=torch.float32):
 
 
 def prompt(stock, ids, features):
-    """The prompt as Tortoise makes it: one stop token behind the text, then the encoder's own start and stop."""
+    """Return the prompt as Tortoise makes it: one stop token behind the text, then the encoder's own start and stop."""
     return stock.conditioning_encoder(features, F.pad(ids, (0, 1)))
 
 
@@ -75,7 +75,7 @@ def test_same_tokens(shape, name):
 
 
 def test_rows_stop_at_different_places():
-    """What makes the tests above tell something about stopping and padding."""
+    """Show that the tests above cover stopping and padding."""
     _, ours = stopping_pair()
     torch.manual_seed(11)
     settings = SETTINGS["tortoise"] | dict(max_new_tokens=40, return_dict_in_generate=True)
@@ -135,7 +135,7 @@ def test_lengths(limit):
 
 @torch.no_grad()
 def test_without_cache():
-    """transformers forces the cache on; without it the prompt has to be run again each step, to the same end."""
+    """Run the prompt again at each step, to the same end, where transformers forces the cache on."""
     _, ours = pair(dtype=torch.float64)
     settings = dict(do_sample=False, max_new_tokens=12, return_dict_in_generate=True, output_logits=True)
     with_cache, without = (
@@ -183,7 +183,7 @@ def test_processors_criteria_and_streamers():
 
 @pytest.mark.parametrize("name", ["greedy", "tortoise", "beams"])
 def test_continuing_token_ids(name):
-    """`ClvpForCausalLM` alone, as any causal model."""
+    """Use `ClvpForCausalLM` alone, as any causal model."""
     stock, ours = pair("ClvpForCausalLM")
     results = []
     for model in (stock, ours):
@@ -230,7 +230,7 @@ def test_a_padded_text_generates_what_it_does_alone(name, side):
 
 
 def test_speech_features_from_text_and_voice():
-    """One stop token behind the text, not two: transformers' `get_speech_features` leaves Tortoise's own out."""
+    """Put one stop token behind the text, not two: transformers' `get_speech_features` omits Tortoise's own."""
     stock, ours = pair(dtype=torch.float64)
     features = clips(dtype=torch.float64)
     with torch.no_grad():

@@ -45,7 +45,7 @@ def continued(model, how: str):
 
 
 def trained(model, call):
-    """`call` of a model in training mode that checkpoints its gradients."""
+    """Make `call` on a model in training mode that checkpoints its gradients."""
     model.gradient_checkpointing_enable({"use_reentrant": False})
     result = call(model.train())
     model.gradient_checkpointing_disable()
@@ -106,7 +106,7 @@ CALLS = {
 
 
 def plain(value):
-    """An output with its cache as keys and values, by layer; what holds no tensors as it is."""
+    """Return an output with its cache as keys and values by layer; values without tensors stay."""
     if hasattr(value, "get_seq_length"):
         length = int(value.get_seq_length())
         return [(layer.keys[..., :length, :], layer.values[..., :length, :]) for layer in value.layers]
@@ -133,7 +133,7 @@ def test_the_call_gives_what_stock_gives(name):
 
 @torch.no_grad()
 def test_greedy_tokens_are_those_of_whole_forward_passes():
-    """Without stock's loop, and without any cache: each token is the argmax over all that came before."""
+    """Take each token as the argmax over all before it, without stock's loop or a cache."""
     _, ours = pair("ClvpForCausalLM", dtype=torch.float64)
     ids = torch.tensor([[START, 4, 5]])
     found = ours.generate(input_ids=ids, max_new_tokens=12, **TOKENS)
@@ -145,7 +145,7 @@ def test_greedy_tokens_are_those_of_whole_forward_passes():
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("use_cache", [None, False, True])
 def test_checkpointed_layers_and_the_cache(use_cache, grad):
-    """What a training step returns, which differs between releases where there are no gradients."""
+    """Compare a training step's result, which differs between releases where there are no gradients."""
     results = []
     with torch.set_grad_enabled(grad):
         for model in pair("ClvpForCausalLM", dtype=torch.float64):

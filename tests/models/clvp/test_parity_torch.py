@@ -117,7 +117,7 @@ def test_gradient_checkpointing_of_the_conditioning_encoder():
 
 @pytest.mark.parametrize("name", ["ClvpEncoder", "ClvpForCausalLM"])
 def test_dropout_in_training(name):
-    """Each rate at its own place: with all mass dropped the rest is known, and a middling rate changes the output."""
+    """Try each rate in its place: with all mass dropped the rest is known, and a medium rate changes the output."""
     rates = dict(dropout=0.4, attention_dropout=0.3, resid_pdrop=0.4, embd_pdrop=0.2)
     stock, ours = pair(name, dtype=torch.float64, **rates)
     plain = main_output(ours(**inputs_of(name)))
@@ -136,7 +136,7 @@ def test_dropout_in_training(name):
 @pytest.mark.parametrize("name", ["ClvpEncoder", "ClvpForCausalLM", "ClvpModelForConditionalGeneration"])
 @torch.no_grad()
 def test_half_types_lose_only_their_own_precision(name, dtype, tmp_path):
-    """By `.to()` after loading and by loading so; rotary angles stay in float32 (transformers' raise, or lose them)."""
+    """Cast by `.to()` and on loading; rotary angles stay in float32 (transformers' raise, or lose them)."""
     _, ours = pair(name)
     inputs = inputs_of(name)
     expected = main_output(ours(**inputs))
@@ -197,7 +197,7 @@ def test_meta_device_and_back(name):
 
 
 def test_training_step_after_inference():
-    """Weights that inference has packed take gradients and steps of an optimiser as others do."""
+    """Train weights that inference has packed, as any others."""
     stock, ours = pair("ClvpForCausalLM", dtype=torch.float64)
     with torch.inference_mode():
         ours(codes())
@@ -230,7 +230,7 @@ def test_resized_embeddings():
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("name", ["ClvpModelForConditionalGeneration", "ClvpForCausalLM", "ClvpEncoder"])
 def test_autocast(name, grad):
-    """Dtypes of results as stock's, numbers as near as bfloat16 comes, and gradients in the parameters' own dtype."""
+    """Get stock's dtypes, numbers as near as bfloat16 comes, and gradients in the parameters' own dtype."""
     models = pair(name)
     outputs = []
     for model in models:

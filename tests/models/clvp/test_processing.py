@@ -167,7 +167,7 @@ def test_directories_load_both_ways(stock, processor, tmp_path):
 
 
 def test_directory_of_parts_saved_one_by_one(stock, tmp_path):
-    """The layout of older checkpoints: preprocessor_config.json beside the tokenizer's files."""
+    """Read the layout of older checkpoints: preprocessor_config.json beside the tokenizer's files."""
     stock.tokenizer.save_pretrained(tmp_path / "parts")
     stock.feature_extractor.save_pretrained(tmp_path / "parts")
     loaded = ClvpProcessor.from_pretrained(str(tmp_path / "parts"))

@@ -13,7 +13,7 @@ from tests.models.clvp.tiny import randomize, tiny_inputs, tiny_ours
 
 
 def storages(model: nn.Module) -> int:
-    """Bytes of all distinct storages of the parameters."""
+    """Count the bytes of all distinct storages of the parameters."""
     found = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
     return sum(found.values())
 

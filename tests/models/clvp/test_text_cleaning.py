@@ -99,7 +99,7 @@ def test_numbers_too_long_to_name():
 
 
 def test_long_numbers_take_a_time_that_grows_with_their_length():
-    """If it grew with the square, this would take a quarter of an hour."""
+    """Clean a number that would take a quarter of an hour in quadratic time."""
     digits = "9" * 500_000
     assert clean_like_transformers(f"{digits} {digits}th") == "number out of range number out of rangeth"
 

@@ -17,7 +17,7 @@ SPECIALS = ["[STOP]", "[UNK]", "[SPACE]", "<|endoftext|>", "[stop]", "'s", "'the
 
 
 def small_vocabulary(folder):
-    """A vocabulary of a few merges, with no [SPACE], so that both ways of writing a space are met."""
+    """Give a vocabulary of a few merges without [SPACE], so that both ways of writing a space occur."""
     merges = ["t h", "th e", "l l", "h e", "Ġ t", "Ġt h", "o n", "on e", "e e", "n ine"]
     symbols = [*map(chr, range(ord("!"), ord("~") + 1)), "Ġ", *("".join(merge.split()) for merge in merges)]
     vocab = {token: index for index, token in enumerate(["[STOP]", "[UNK]", *dict.fromkeys(symbols)])}
@@ -249,7 +249,7 @@ def test_kept_words_are_bounded(files, monkeypatch):
     ids=["defaults", "one", "several"],
 )
 def test_every_parameter_is_in_init_kwargs(tmp_path, options):
-    """As transformers' own tests of tokenizers ask, made anew and loaded again."""
+    """Do as transformers' own tests of tokenizers: make one again and load it again."""
     files = small_vocabulary(tmp_path)
     made = ClvpTokenizer(*files, **options)
     made.save_pretrained(tmp_path / "saved")

@@ -32,7 +32,7 @@ def config_fields(**decoder) -> dict:
 
 @torch.no_grad()
 def randomize(model: torch.nn.Module, seed: int = 0) -> None:
-    """Weights of std 0.08, embeddings of 0.5, norms around 1: nothing is an identity."""
+    """Draw weights of std 0.08, embeddings of 0.5, norms around 1: nothing is an identity."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if name == "logit_scale":
@@ -43,7 +43,7 @@ def randomize(model: torch.nn.Module, seed: int = 0) -> None:
 
 
 def tiny_pair(**decoder):
-    """(transformers' model, ours) in eval mode, weights equal."""
+    """Return (transformers' model, ours) in eval mode, with equal weights."""
     fields = config_fields(**decoder)
     stock = stock_modeling.ClvpModelForConditionalGeneration(stock_configuration.ClvpConfig(**fields)).eval()
     randomize(stock)
@@ -64,7 +64,7 @@ def tiny_inputs(texts: int = 2, length: int = 9, frames: int = 40, seed: int = 1
 
 
 def stock_oracle(stock, input_ids, input_features, **settings):
-    """What the original generates: transformers' own decoder loop, handed the original's prompt and a full mask."""
+    """Generate as the original: transformers' own decoder loop with the original's prompt and a full mask."""
     with_end = torch.nn.functional.pad(input_ids, (0, 1), value=0)
     prompt = stock.conditioning_encoder(input_features=input_features, input_ids=with_end)
     mask = torch.ones(prompt.shape[0], prompt.shape[1] + 1, dtype=torch.long)

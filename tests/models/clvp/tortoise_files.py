@@ -12,7 +12,7 @@ START, STOP = SPEECH_CODES, SPEECH_CODES + 1
 
 
 def autoregressive_state(seed: int = 0, dtype=torch.float32, width: int = WIDTH, blocks: int = 2) -> dict:
-    """`autoregressive.pth`, with the tensors that conversion leaves out."""
+    """Make `autoregressive.pth`, with the tensors that conversion leaves out."""
     inner, positions, texts = 4 * width, 64, 32
     shapes = {
         "conditioning_encoder.init.weight": (width, MELS, 1),
@@ -57,7 +57,7 @@ def autoregressive_state(seed: int = 0, dtype=torch.float32, width: int = WIDTH,
 
 
 def clvp_state(seed: int = 1, dtype=torch.float32, width: int = WIDTH, inner: int = 192) -> dict:
-    """`clvp2.pth`."""
+    """Make `clvp2.pth`."""
     shapes = {"temperature": ()}
     for side, rows in (("text", TEXT_ROWS), ("speech", SPEECH_CODES)):
         stack = f"{side}_transformer.transformer"
@@ -102,7 +102,7 @@ def _attend(q, k, v, mask=None):
 
 
 def voice_latent(state: dict, mel: torch.Tensor) -> torch.Tensor:
-    """`ConditioningEncoder`: `[clips, mels, frames]` → `[clips, width]`; queries, keys, values interleaved by head."""
+    """Do as `ConditioningEncoder`: `[clips, mels, frames]` → `[clips, width]`; queries, keys, values by head."""
     x = F.conv1d(mel, state["conditioning_encoder.init.weight"], state["conditioning_encoder.init.bias"])
     i = 0
     while f"conditioning_encoder.attn.{i}.qkv.weight" in state:
@@ -185,6 +185,6 @@ def clvp_embed(state: dict, side: str, ids: torch.Tensor) -> torch.Tensor:
 
 
 def clvp_score(state: dict, text: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-    """`[texts, codes]`: scaled cosine similarity."""
+    """Return scaled cosine similarities `[texts, codes]`."""
     texts, speech = (F.normalize(clvp_embed(state, side, ids)) for side, ids in (("text", text), ("speech", codes)))
     return texts @ speech.T * state["temperature"].exp()

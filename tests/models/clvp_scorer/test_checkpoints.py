@@ -22,7 +22,7 @@ CLASSES = ["CLVPModel", *SIDES]
 
 
 def share(name: str, state: dict) -> dict:
-    """The tensors of a full CLVP that a class holds."""
+    """Return the tensors of a full CLVP that a class holds."""
     prefixes = ("text_encoder_model.", "speech_encoder_model.", "logit_scale")
     if name != "CLVPModel":
         prefixes = (SIDES[name] + ".",)
@@ -91,7 +91,7 @@ def test_shards_and_half_types(tmp_path):
 
 @torch.no_grad()
 def test_options_of_this_project_come_along(tmp_path):
-    """`pool_padding` of a full checkpoint counts in the scorer, through its own file too."""
+    """Keep `pool_padding` of a full checkpoint in the scorer, through its own file too."""
     _, ours = pair()
     ours.config.text_config.pool_padding = False
     ours.save_pretrained(tmp_path / "full")
@@ -103,7 +103,7 @@ def test_options_of_this_project_come_along(tmp_path):
 
 
 def test_fields_that_a_full_configuration_leaves_out_are_its_own_defaults(tmp_path):
-    """A full CLVP's speech encoder has 256 rows where the file is silent about them, the scorer's has 8192."""
+    """Read a file that omits the speech encoder's rows: a full CLVP then has 256, the scorer 8192."""
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "clvp", "speech_config": {"hidden_size": 384}}))
     stock = transformers.ClvpConfig.from_pretrained(tmp_path)
     for config in (

@@ -29,7 +29,7 @@ def test_from_text_speech_configs():
 
 
 def test_parts_of_the_full_model():
-    """A `ClvpEncoderConfig` becomes the class of its side, with its own defaults and extra fields."""
+    """Make a `ClvpEncoderConfig` the class of its side, with its own defaults and extra fields."""
     full = composite_config(clvp_fast)
     full.text_config.pool_padding = False
     config = CLVPConfig(text_config=full.text_config, speech_config=clvp_fast.ClvpEncoderConfig(projection_dim=128))

@@ -12,7 +12,7 @@ ASKED = dict(output_hidden_states=True, output_attentions=True)
 
 
 def scorer_of(composite) -> clvp_fast.CLVPModel:
-    """The scorer with the weights of a full CLVP, transformers' or ours."""
+    """Make the scorer with the weights of a full CLVP, transformers' or ours."""
     parts = (clvp_fast.ClvpEncoderConfig.from_dict(composite.config.text_config.to_dict()),)
     parts += (clvp_fast.ClvpEncoderConfig.from_dict(composite.config.speech_config.to_dict()),)
     scorer = clvp_fast.CLVPModel(clvp_fast.CLVPConfig.from_text_speech_configs(*parts))
