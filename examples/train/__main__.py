@@ -26,8 +26,8 @@ from examples.train.train_codec import make_codec, train_codec
 class Plan:
     """The amounts of everything."""
 
-    speech_files: int = 10
-    codec_steps: int = 24000
+    speech_files: int = 40
+    codec_steps: int = 32000
     code_files: int = 300
     decoder_steps: int = 5500
     decoder_steps_before_candidates: int = 2000

@@ -30,7 +30,7 @@ def make_codec(width: int = 192) -> Codec:
 def train_codec(folder: Path, codec: Codec, steps: int, files: int) -> None:
     """Train `codec` on `files` files of speech, into `codec.pt`; the last quarter of the steps is the second part.
 
-    Raises `Refused` where codes of the codec as it was are in the state.
+    Raises `Refused` where the state has codes of the codec as it was, and the codes would change.
     """
     paths = data.make_speech(folder, files)
     clips = data.make_clips(folder)
@@ -39,8 +39,9 @@ def train_codec(folder: Path, codec: Codec, steps: int, files: int) -> None:
     training = Training(folder, "codec", codec, [optimizer], steps, average=0.99)
     if training.step >= training.steps:
         return
+    both_ways = int(0.75 * steps)
     stale = [name for name in OF_CODES if (folder / name).exists()]
-    if stale:
+    if stale and training.step < both_ways:
         raise Refused(
             f"the codec is to be trained on from step {training.step} to {steps}, and {', '.join(stale)} of {folder} "
             "are of the codec as it was: remove them, or leave the number of its steps as it was"
@@ -50,8 +51,7 @@ def train_codec(folder: Path, codec: Codec, steps: int, files: int) -> None:
     codec.train()
     for step in training:
         random = draws(1, step)
-        frozen = step >= 0.75 * steps
-        if frozen:
+        if step >= both_ways:
             for part in (codec.enter, codec.encoder, codec.quantise):
                 part.requires_grad_(False)
         loss, off = reconstruction(codec, *_excerpts(speech, known, random))

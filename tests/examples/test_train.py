@@ -281,6 +281,23 @@ def test_a_codec_is_not_trained_under_codes_that_are_there(tmp_path, monkeypatch
         train_codec(tmp_path, make_codec(width=16), 3, 0)
 
 
+def test_the_way_back_is_trained_on_and_codes_stay(tmp_path, monkeypatch):
+    """Once three quarters of its steps are done, a codec learns the way back alone, so its codes stay true."""
+    monkeypatch.setattr(data, "make_speech", lambda folder, count: [None])
+    monkeypatch.setattr(data, "make_clips", lambda folder: torch.randn(2, 1, 80, 20) - 5)
+    monkeypatch.setattr(data, "read_speech", lambda path: [(0, torch.randn(80, 120) - 5)])
+    codec = make_codec(width=16)
+    training = Training(tmp_path, "codec", codec, [torch.optim.AdamW(codec.parameters())], 9)
+    training.step = 9
+    training.save()
+    (tmp_path / "codes").mkdir()
+    trained = make_codec(width=16)
+    train_codec(tmp_path, trained, 12, 1)
+    was, now = codec.state_dict(), trained.state_dict()
+    changed = {name.split(".")[0] for name in was if not torch.equal(was[name], now[name])}
+    assert changed == {"voice", "expand", "decoder", "leave", "smooth"}
+
+
 def test_codes_of_speech_made_ahead_are_those_of_speech_made_in_time(tmp_path, monkeypatch):
     """Speech that is made while the codec is trained gives the same codes, and is removed behind them."""
 
