@@ -41,7 +41,8 @@ class Backend:
 
     @property
     def compiled(self) -> bool:
-        """Whether its Triton kernels are: other arguments may then give other code, that sums in another order."""
+        """Tell whether its Triton kernels are compiled: other arguments may then give code that sums in another order.
+        """
         return self.name == "gpu" or (self.name == "interpreted" and device.EMULATED)
 
     @property
