@@ -41,8 +41,7 @@ class Backend:
 
     @property
     def compiled(self) -> bool:
-        """Tell whether its Triton kernels are compiled: other arguments may then give code with another order of sums.
-        """
+        """Tell whether Triton kernels are compiled: other arguments may then give code with another order of sums."""
         return self.name == "gpu" or (self.name == "interpreted" and device.EMULATED)
 
     @property
