@@ -109,7 +109,7 @@ class Continuations:
         return int((self.prefixes[len(tokens)] == torch.tensor(tokens)).all(1).nonzero())
 
     def processed(self, length, settings):
-        """transformers' scores `[count, VOCAB]` behind the continuations of a length, and of the original's prompt."""
+        """Return transformers' scores `[count, VOCAB]` after continuations of a length and the original's prompt."""
         ids = F.pad(self.prefixes[length], (1, 0), value=START)
         if settings.get("penalize_prompt"):
             ids = F.pad(ids, (3, 0), value=1)

@@ -150,7 +150,7 @@ def differs(found, before) -> bool:
 
 @pytest.fixture
 def exact_softmax(monkeypatch):
-    """transformers' CLAP rounds attention weights to float32 in float64 too; here it does not."""
+    """Keep transformers' CLAP from rounding attention weights to float32 in float64."""
     softmax = nn.functional.softmax
     monkeypatch.setattr(nn.functional, "softmax", lambda x, dim, dtype=None: softmax(x, dim))
 

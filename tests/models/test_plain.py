@@ -12,7 +12,7 @@ class Own(nn.Linear):
 
 
 def ignore(*args, **kwargs):
-    """Hook a call, and change nothing."""
+    """Return nothing, as a hook without effect."""
 
 
 HOOKS = (
