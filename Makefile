@@ -121,7 +121,7 @@ docs: docs-packages
 # Alone, so that CI can tell packages that cannot be had from a handbook that is wrong.
 docs-packages: $(DOCS_STAMP)
 
-# Sentences that have a clause as their subject.
+# Sentences of documents, docstrings and comments that have a clause as their subject, or negate twice.
 prose: | $(PY)
 	$(PY) -m handbook.prose
 

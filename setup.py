@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent
 
 
 def _load(name):
-    """A module of the package by its path: what the package itself imports need not be there."""
+    """Load a module of the package by its path, without the package's own imports."""
     spec = spec_from_file_location(f"native_{name}", ROOT / f"clvp_fast/native/{name}.py")
     module = module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up

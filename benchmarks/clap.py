@@ -94,7 +94,7 @@ def our_model(device: str, dtype: torch.dtype, fusion: bool, smoke: bool) -> Cla
 
 @cache
 def stock_model(device: str, dtype: torch.dtype, fusion: bool, smoke: bool):
-    """transformers' own class, with the same weights."""
+    """Make transformers' own class, with the same weights."""
     from transformers.models.clap import configuration_clap, modeling_clap
 
     ours = our_model(device, torch.float32, fusion, smoke)

@@ -271,7 +271,7 @@ def _transformers(device: str, shape: dict, smoke: bool) -> Provider:
 
 
 def _compiled_transformers(device: str, shape: dict, smoke: bool) -> Provider:
-    """transformers' fastest mode: keys in one piece that does not grow, its forward compiled."""
+    """Run transformers' fastest mode: keys in one piece that does not grow, its forward compiled."""
     from transformers import StaticCache
 
     tier, steps, stored = TIERS[device][0], STEPS[device], shape["stored"]

@@ -53,7 +53,7 @@ def our_model(
 
 @_made_once
 def stock_model(device: str, dtype: torch.dtype = torch.float32, smoke: bool = False):
-    """transformers' own class, with the weights of [`our_model`]."""
+    """Make transformers' own class, with the weights of [`our_model`]."""
     from transformers.models.clvp import configuration_clvp, modeling_clvp
 
     config = configuration_clvp.ClvpConfig(**our_model(device, smoke=smoke).config.to_dict())

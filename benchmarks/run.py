@@ -54,7 +54,7 @@ WORKLOADS = {
     "host_step": "the host's part of a decode step: over a null model, and over the random checkpoint",
     "corpus": "a corpus through the job of clvp-fast batch, against the bare engine",
     "cluster": "a corpus through clvp-fast batch: one process, and the workers of a local Ray",
-    "precision": "how far each precision tier is from float64",
+    "precision": "the distance of each precision tier from float64",
 }
 
 

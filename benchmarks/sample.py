@@ -69,7 +69,7 @@ def processors(logits, drawn):
 
 
 def with_processors(logits, seen, lengths, done, candidate, seed, step, temperature, top_p, penalty, drawn):
-    """transformers' loop: it draws other random numbers, so that only what may be drawn is compared."""
+    """Run transformers' loop: it draws other random numbers, so that only the allowed tokens are compared."""
     return processors(logits, drawn).softmax(-1).multinomial(1)[:, 0]
 
 

@@ -57,7 +57,7 @@ class CandidateActor:
                 their own, `num_candidates`, `max_new_tokens`, `temperature` and so on.
 
         Returns:
-            What [`clvp_fast.batch.run`] documents, without `row`; `error` is null, or for a row that could not be
+            The columns of [`clvp_fast.batch.run`] without `row`; `error` is null, or for a row that could not be
             spoken the reason, on a line of its own. All other columns of the batch stand on each line again.
 
         Raises:

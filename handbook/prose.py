@@ -43,7 +43,7 @@ _BEGINS = re.compile(rf"(?:{'|'.join(OPENERS)})\b")
 _ALL, _NOT = r"(?:[Nn]obody|none|[Nn]othing|[Nn]o one|[Nn]ever|[Nn]either)", r"(?:not|cannot)"
 _ON = r"(?:(?!\b(?:and|but|or|than|that|unless|where|which|who|whose)\b)[^,.;:()`])*"
 DOUBLE = re.compile(
-    rf"\b{_ALL}\b{_ON}\b(?:{_NOT}|no|without)\b|\b{_NOT}\b{_ON}\b(?:{_ALL}|without|no)\b"
+    rf"\b{_ALL}\b{_ON}\b(?:{_ALL}|{_NOT}|no|without)\b|\b{_NOT}\b{_ON}\b(?:{_ALL}|without|no)\b"
     rf"|\b[Nn]o\b {_ON}\b(?:{_NOT}|without)\b|\bnot un(?!der|til|less|i)\w+"
 )
 
@@ -108,12 +108,18 @@ def _document(text: str) -> Iterator[tuple[int, str]]:
 
 def prose_of_python(source: str) -> Iterator[tuple[int, str]]:
     """Yield the docstrings and comments of a module, each with its first line."""
-    for node in ast.walk(ast.parse(source)):
-        documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
-        if documented and (docstring := ast.get_docstring(node, clean=False)):
-            yield node.body[0].value.lineno, docstring
+    yield from _docstrings(ast.parse(source))
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     yield from _blocks((t.start[0], t.string, t.line.lstrip()[0] == "#") for t in tokens if t.type == tokenize.COMMENT)
+
+
+def _docstrings(node: ast.AST) -> Iterator[tuple[int, str]]:
+    documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
+    if documented and (docstring := ast.get_docstring(node, clean=False)):
+        yield node.body[0].value.lineno, docstring
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.stmt):  # no expression has a docstring
+            yield from _docstrings(child)
 
 
 def comments_of_cplusplus(source: str) -> Iterator[tuple[int, str]]:
@@ -126,13 +132,13 @@ def comments_of_cplusplus(source: str) -> Iterator[tuple[int, str]]:
 
 def _blocks(comments: Iterator[tuple[int, str, bool]]) -> Iterator[tuple[int, str]]:
     """Join comments (line, text, whether it is alone on its line) of neighbouring lines, without their marks."""
-    block, first = [], 0
+    block, first, joins = [], 0, False
     for line, comment, alone in comments:
-        if block and not (alone and line == first + len(block)):
+        if block and not (joins and alone and line == first + len(block)):
             yield first, "\n".join(block)
             block = []
         if not block:
-            first = line
+            first, joins = line, alone
         block.append(re.sub(r"^(?:#[:!]?|///?<?)\s?", "", comment))
     if block:
         yield first, "\n".join(block)

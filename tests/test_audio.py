@@ -113,7 +113,7 @@ def test_torn_recordings_are_told(tmp_path, suffix):
     assert found.seconds == len(found.samples) / 22050 < 2.5
     assert found.changes == (f"torn off after {found.seconds:.2f} s of the 4.00 s that its header names",)
     assert read_audio(path, seconds=6).changes == found.changes and not read_audio(path, seconds=6).cut
-    # What is missing is not asked for here.
+    # The missing part is not asked for here.
     assert read_audio(path, seconds=0.5).changes == ("only the first 0.5 s are used",)
 
 

@@ -1,9 +1,14 @@
-"""No sentence of the documents has a clause as its subject, and the script that looks for them sees them."""
+"""No sentence of documents, docstrings and comments is hard to decode, and the script that looks for them sees them."""
 
 import pytest
 
 from handbook import prose
 from tests.kit.documents import ROOT
+
+
+def faults(text: str) -> list[str]:
+    """Return what is wrong with the sentences of a text."""
+    return [fault for _, sentence in prose.sentences(text) if (fault := prose.fault_of(sentence))]
 
 
 @pytest.mark.parametrize(
@@ -15,23 +20,60 @@ from tests.kit.documents import ROOT
         "| a | b |\n|---|---|\n| it runs | What is left stays |",
         "**What lost.** Nothing.",
         "Of which two are kept.",
+        "Whether it fits is looked at later.",
+        "How many rows a shard has.",
         "Returns:\n    What the call gave.",
     ],
 )
 def test_a_clause_as_the_subject_is_found(text):
-    assert [sentence for _, sentence in prose.sentences(text) if prose.is_clause(sentence)]
+    assert faults(text) == ["a clause is the subject"]
 
 
-@pytest.mark.parametrize("text", ["What does it cost?", "It tells what it costs.", "Whole words. Whatnot shops close."])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Nothing is raised without a wait.",
+        "It cannot run without a library.",
+        "No page is not free.",
+        "They never wait for nothing.",
+        "This is not unusual.",
+    ],
+)
+def test_a_double_negation_is_found(text):
+    assert faults(text) == ["a double negation"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "What does it cost?",
+        "It tells what it costs.",
+        "Whole words. Whatnot shops close.",
+        "No encoding can hold names that are not UTF-8.",
+        "It does not wait, and no page is lost.",
+        "None where there is no residual.",
+        "It is not under way.",
+    ],
+)
 def test_other_sentences_are_left_alone(text):
-    assert not [sentence for _, sentence in prose.sentences(text) if prose.is_clause(sentence)]
+    assert not faults(text)
 
 
 def test_lines_are_those_of_the_file():
     document = prose.without_code("# What it is\n\n```sh\nWhat runs.\n```\n\nGood.\nWhat is\nbad.\n")
-    assert [(line, text) for line, text in prose.sentences(document) if prose.is_clause(text)] == [(7, "What is bad.")]
-    source = '"""Module."""\n\n\nclass Public:\n    """What it is."""\n\n    def _hidden(self):\n        """What."""\n'
-    assert list(prose.docstrings(source)) == [(1, "Module."), (5, "What it is.")]
+    assert [(line, text) for line, text in prose.sentences(document) if prose.fault_of(text)] == [(7, "What is bad.")]
+
+
+def test_docstrings_and_comments_of_python_are_read():
+    source = '"""Module."""\n\nx = 1  # behind\n\n\nclass Public:\n    def _hidden(self):\n        """What."""\n'
+    source += "        # one\n        # block\n        #: and another\n        return '# text'\n"
+    found = sorted(prose.prose_of_python(source))
+    assert found == [(1, "Module."), (3, "behind"), (8, "What."), (9, "one\nblock\nand another")]
+
+
+def test_comments_of_cplusplus_are_read():
+    source = "/* What it\n * is. */\nint x; // one\n// more\n// lines\n"
+    assert list(prose.comments_of_cplusplus(source)) == [(1, " What it\nis. "), (3, "one"), (4, "more\nlines")]
 
 
 def test_the_list_is_empty():

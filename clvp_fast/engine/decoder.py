@@ -16,7 +16,7 @@ from clvp_fast.ops.paged_attention import FLOAT8
 
 # On x86 with torch 2.13 (MKL) a float32 row has the same bits in all products of 12 rows or more, and others below.
 _MIN_MKL_ROWS = 16
-# How many standard deviations of a key or value a float8 page holds before it clamps.
+# The number of standard deviations of a key or value that a float8 page holds before it clamps.
 _FLOAT8_RANGE = 16.0
 
 

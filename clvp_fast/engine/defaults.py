@@ -3,11 +3,11 @@
 Nothing heavy is imported here, as the command line's `--help` reads it.
 """
 
-#: How candidates are scored: as [`Ranker`] explains; the first is the default.
+#: Modes of scoring, as [`Ranker`] explains them; the first is the default.
 SCORING_MODES = ("padded", "trimmed")
 #: Dtypes of the weights, by torch's names; the first is the default.
 DTYPES = ("float32", "bfloat16", "float16")
-#: How texts are cleaned: as [`ClvpTokenizer`] explains; the first is the default.
+#: Ways of cleaning texts, as [`ClvpTokenizer`] explains them; the first is the default.
 TEXT_CLEANINGS = ("tortoise", "transformers")
 #: The share of free memory that may be used beside the weights.
 MEMORY_FRACTION = 0.9

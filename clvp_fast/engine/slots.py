@@ -77,7 +77,7 @@ class SlotState:
         tensors["seq_lens"].fill_(-1)
         for name, value in NEUTRAL.items():
             tensors[name].fill_(value)
-        # What the host knows of its slots: which are taken, which decode greedily, and their parameters.
+        # The host's record of its slots: which are taken, which decode greedily, and their parameters.
         self.active = np.zeros(rows, dtype=bool)
         self._greedy = np.zeros(rows, dtype=bool)
         self._known = {name: np.full(rows, value, dtype=np.float64) for name, value in NEUTRAL.items()}

@@ -66,7 +66,7 @@ class Voice:
 
     @classmethod
     def load(cls, path: str | Path) -> "Voice":
-        """Read a voice that `save` wrote. Whether it fits a checkpoint is looked at when it is used.
+        """Read a voice that `save` wrote. Its use checks whether it fits a checkpoint.
 
         Raises:
             FileNotFoundError: there is no such file.

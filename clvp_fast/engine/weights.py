@@ -72,7 +72,7 @@ class LayerWeights:
 
     @property
     def is_one_block(self) -> bool:
-        """Whether `gelu_mlp` computes the feed-forward block; else its two products are called one by one."""
+        """Tell whether `gelu_mlp` computes the feed-forward block; else its two products are called one by one."""
         return self.activation is not None and self.mlp_in.panels is None
 
     def with_products(self, change: Callable[[Product], Product]) -> "LayerWeights":

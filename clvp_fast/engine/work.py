@@ -69,7 +69,7 @@ class Work:
 
     @property
     def has_room(self) -> bool:
-        """Whether fewer candidates wait than decode at once."""
+        """Tell whether fewer candidates wait than decode at once."""
         jobs = [pending.job for pending in list(self.pending) if not pending.settled]
         return sum(len(job.codes) for job in jobs if job.started_at is None) < self.memory.max_batch
 
@@ -89,7 +89,7 @@ class Work:
 
     @property
     def is_settled(self) -> bool:
-        """Whether somebody waits for every pending request."""
+        """Tell whether somebody waits for every pending request."""
         return not any(pending.dropped or pending.abandoned for pending in list(self.pending))
 
     def settle(self) -> None:

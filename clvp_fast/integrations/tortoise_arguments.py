@@ -31,7 +31,7 @@ _FORWARDS = dict(
 # Settings of the engine that Tortoise decides.
 _TAKEN = ("scorer", "scoring", "latents", "states", "text_ends")
 
-# Keywords of transformers' `generate` that have no effect without beams.
+# Keywords of transformers' `generate` that act on beams alone.
 _WITHOUT_MEANING = {
     *("length_penalty", "output_attentions", "output_hidden_states", "output_scores", "use_cache", "early_stopping"),
     *("return_dict_in_generate", "synced_gpus"),

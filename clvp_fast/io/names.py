@@ -6,7 +6,7 @@ from collections.abc import Iterable
 #: Names of the checkpoints that come with the package. A folder of such a name is written ./demo.
 RESERVED = ("demo", "random")
 
-# How similar two words must be, from 0 to 1, for one to be suggested for the other.
+# The least similarity of two words, from 0 to 1, at which one is suggested for the other.
 _ALIKE = 0.6
 
 

@@ -82,7 +82,7 @@ class CheckpointsUnderGradients:
 
     @property
     def gradient_checkpointing(self) -> bool:
-        """Whether a call checkpoints: it was asked for, and there are gradients."""
+        """Tell whether a call checkpoints: it was asked for, and there are gradients."""
         return self._checkpointing and torch.is_grad_enabled()
 
     @gradient_checkpointing.setter

@@ -94,7 +94,7 @@ def embed(
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not match.
-        IndexError: an id outside its table, from torch on a CPU. On a GPU nothing can be raised without waiting for it:
+        IndexError: an id outside its table, from torch on a CPU. On a GPU an error would have to wait for the device:
             the kernel makes the rows of such ids NaN.
     """
     args = (token_ids, position_ids, token_table, position_table, out_dtype)

@@ -1,4 +1,4 @@
-"""How a training multiplies matrices: in bfloat16 where this CPU has such products, else in float32."""
+"""The type in which a training multiplies matrices: bfloat16 where this CPU has such products, else float32."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -9,7 +9,7 @@ from examples.train import evaluate, model
 from examples.train.card import FIGURES
 from examples.train.state import Refused
 
-# How many standard errors of their difference two measurements of one thing may be apart.
+# The most standard errors of their difference that two measurements of one thing may be apart.
 APART = 3.0
 
 

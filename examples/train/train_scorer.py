@@ -83,7 +83,7 @@ def train_scorer(folder: Path, model, steps: int) -> None:
 
 
 def _compared(own: list, random: np.random.Generator) -> list:
-    """Some sentences whose candidates differ in their word errors."""
+    """Draw some sentences whose candidates differ in their word errors."""
     differing = [item for item in own if item[2].max() - item[2].min() > 0.1]
     if not differing:
         return []

@@ -2,8 +2,8 @@
 
     python -m tests.batch.killed ROWS KILLS FOLDER [SEED]
 
-One run is undisturbed; another is killed by SIGKILL at random instants, so many times, and then comes to its end. What
-each kill struck is printed; `tests.batch.test_killed` compares the folders.
+One run is undisturbed; another is killed by SIGKILL at random instants, so many times, and then comes to its end. The
+place of each kill is printed; `tests.batch.test_killed` compares the folders.
 """
 
 import json
@@ -51,7 +51,7 @@ def main(rows: str, kills: str, folder: str, seed: str = "0") -> None:
 
     out, shards = Path(folder, "killed"), -(-int(rows) // shard_rows)
     # By progress, which the child itself watches: by the clock of another process it might be done, on a busy machine.
-    # What is left behind the last kill takes several times as long as the wait for it.
+    # The rest after the last kill takes several times as long as the wait for it.
     shares = sorted(rng.uniform(0, 0.5) for _ in range(int(kills)))
     for number, share in enumerate(shares, start=1):
         death = partial(die_at, out, int(share * shards), rng.uniform(0, shard_rows / 100))

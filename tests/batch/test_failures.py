@@ -1,4 +1,4 @@
-"""What becomes a row's failure, how long it may be, and what stops a job instead."""
+"""Row failures: which errors become one, how long they may be, and which errors stop a job instead."""
 
 import errno
 

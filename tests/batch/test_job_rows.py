@@ -272,7 +272,7 @@ def test_bad_input(run, tmp_path):
 
 
 def test_ids_stay_inside(run, tmp_path):
-    """Whatever an id is, it names no file, and comes back as it was."""
+    """Name no file by an id, whatever it is, and return it as it was."""
     ids = [
         "../../up",
         "/etc/passwd",

@@ -1,4 +1,4 @@
-"""What becomes of a row, to Arrow and back."""
+"""Outcomes of rows, to Arrow and back."""
 
 import numpy as np
 import pytest

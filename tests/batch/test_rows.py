@@ -97,6 +97,6 @@ def test_seeds_follow_from_job_and_id():
     many = {seed(f"row-{i}", of_job) for i in range(500) for of_job in (0, 1)}
     assert len(many) == 1000 and all(0 <= value < 2**63 for value in many)
     assert len({value >> 60 for value in many}) == 8
-    # What a row gives must stay the same in every version.
+    # A row's results must stay the same in every version.
     assert seed("row-0") == 236872062590050484
     assert seed("a", seed=7) == 7

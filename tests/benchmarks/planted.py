@@ -29,7 +29,7 @@ def hang() -> None:
 
 
 class Held:
-    """What a provider holds while it is measured."""
+    """The memory of a provider while it is measured."""
 
 
 _held = weakref.WeakSet()

@@ -79,11 +79,11 @@ def test_rows_carry_their_circumstances_and_the_newest_count(tmp_path):
     assert [row["command"] for row in stored] == ["first", "first", "second"] and path.name == "w.jsonl"
     assert stored[0]["device"]["copy_bytes_per_s"] == 1e10 and stored[0]["commit"] and stored[0]["utc"]
     assert len(stored[0]["source"]) == 16
-    # What the newest run of a task has no row of is not shown any more.
+    # Providers without a row in the newest run of a task are no longer shown.
     assert [(row["command"], row["provider"]) for row in report.newest_rows(tmp_path)] == [("second", "a")]
     path.write_text(path.read_text()[:-20])  # killed while it wrote
     assert [row["command"] for row in harness.stored_rows(tmp_path / "cpu")] == ["first", "first"]
-    # What is written behind it begins a line of its own.
+    # Later rows begin a line of their own.
     harness.write_rows(harness.with_context(both[0][1:], here, "third"), tmp_path / "cpu")
     assert [row["command"] for row in harness.stored_rows(tmp_path / "cpu")] == ["first", "first", "third"]
     assert not path.read_text().startswith("\n") and "\n\n" not in path.read_text()
@@ -96,7 +96,7 @@ def test_a_fraction_of_the_limit_stands_in_rows_that_count(monkeypatch):
     rows = harness.measure("w", {}, [four_times], repeats=1, bytes=5e9, flop=2e11, dtype="bfloat16")
     rows += harness.measure("w", {}, [four_times], repeats=1, bytes=5e9, flop=2e11)
     rows += harness.measure("w", {}, [four_times], repeats=1)
-    # What one provider counts replaces what all do.
+    # One provider's counts replace the common ones.
     half = harness.Provider("half", lambda: None, 0.0, 1e-3, calls=4, counted={"bytes": 2.5e9, "flop": 0})
     rows += harness.measure("w", {}, [half], repeats=1, bytes=5e9, flop=2e11)
     stored = harness.with_context(rows, here, "command")

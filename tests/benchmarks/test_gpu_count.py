@@ -1,4 +1,4 @@
-"""What the GPU commands would run, counted on a CPU with the packages hidden that a GPU machine lacks."""
+"""The work of the GPU commands, counted on a CPU with the packages hidden that a GPU machine lacks."""
 
 import json
 import os

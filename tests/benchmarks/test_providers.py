@@ -1,4 +1,4 @@
-"""Which providers a run measures, and that one which cannot be had costs no other its row."""
+"""Choice of the providers that a run measures; a missing one does not cost others their rows."""
 
 import json
 from functools import partial

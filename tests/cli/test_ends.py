@@ -1,4 +1,4 @@
-"""How a command ends that cannot go on: folders that cannot be written, a full disk, and interrupts."""
+"""Ends of a command that cannot go on: folders that cannot be written, a full disk, and interrupts."""
 
 import errno
 import os

@@ -1,4 +1,4 @@
-"""What is printed survives any encoding and any width of a terminal."""
+"""Output survives any encoding and any width of a terminal."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""What is raised inside a step, at any line of the engine, loses no page and no request, and the next call goes on."""
+"""An exception in a step, at any line of the engine, loses no page and no request, and the next call goes on."""
 
 import itertools
 import random

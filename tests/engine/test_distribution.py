@@ -1,4 +1,4 @@
-"""What the engine draws, against transformers' distribution: its own model's logits through its own processors.
+"""The engine's draws against transformers' distribution: its own model's logits through its own processors.
 
 The vocabulary has 8 tokens, so that every continuation of a prompt can be written down, with its exact probability:
 chi-squared then looks at each position, and at each pair of neighbouring ones, over thousands of candidates that the
@@ -36,7 +36,7 @@ SETTINGS = {
     "all": dict(temperature=1.4, top_k=6, top_p=0.95, min_p=0.03, typical_p=0.85, repetition_penalty=1.3),
     "greedy": dict(do_sample=False, repetition_penalty=1.3),
 }
-#: What a mistake could make of a setting. Each is told from the right one by the very test that accepts that.
+#: Settings that a mistake could lead to. The test that accepts the right one refuses each of these.
 MISTAKES = {
     "plain": [dict(temperature=1.07), dict(min_p=0.03), dict(repetition_penalty=1.05)],
     "temperature": [dict(temperature=0.75), dict(temperature=0.65), dict(temperature=1 / 0.7)],
@@ -109,7 +109,7 @@ class Continuations:
         return int((self.prefixes[len(tokens)] == torch.tensor(tokens)).all(1).nonzero())
 
     def processed(self, length, settings):
-        """transformers' scores `[count, VOCAB]` behind the continuations of a length, and of the original's prompt."""
+        """Return transformers' scores `[count, VOCAB]` after continuations of a length and the original's prompt."""
         ids = F.pad(self.prefixes[length], (1, 0), value=START)
         if settings.get("penalize_prompt"):
             ids = F.pad(ids, (3, 0), value=1)

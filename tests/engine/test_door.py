@@ -1,4 +1,4 @@
-"""What a request holds is looked at once, at the door: taken, or refused in a sentence; the others finish."""
+"""The door checks a request's content once: it takes it, or refuses it in a sentence; the others finish."""
 
 import numpy as np
 import pytest

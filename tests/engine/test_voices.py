@@ -144,7 +144,7 @@ def test_placed_once():
     ],
 )
 def test_a_bad_clip_is_refused_alone(bad, message):
-    """Whoever shares the cache keeps their voice, and nothing of the bad one stays."""
+    """Keep the other voices of the cache, and nothing of the bad clip."""
     cache = cache_of()
     good = cache.from_clips(sound(), RATE)
     for recordings in (bad, [sound(), bad]):

@@ -1,4 +1,4 @@
-"""What tests of the engine watch, on a GPU too."""
+"""Fixtures of the engine's tests, on a GPU too."""
 
 from tests.engine.conftest import happened, parts
 

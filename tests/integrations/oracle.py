@@ -1,4 +1,4 @@
-"""What Tortoise draws, by a loop over its own modules: its `generate` is gone with transformers 4.50."""
+"""Tortoise's draws, by a loop over its own modules: its `generate` is gone with transformers 4.50."""
 
 import torch
 import torch.nn.functional as F

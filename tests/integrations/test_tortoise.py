@@ -62,7 +62,7 @@ def live(make_tts):
     return accelerate(make_tts())
 
 
-# How a candidate ends, by what is added to the head's bias.
+# Ways in which a candidate ends, with the change to the head's bias.
 ENDS = {"never": {STOP: -30.0}, "at once": {STOP: 30.0}, "silence in speech": {SILENCE: 60.0}}
 
 

@@ -1,4 +1,4 @@
-"""What is done to a live `TextToSpeech` before, while and after it is accelerated: seen, refused by name, or kept."""
+"""Changes to a live `TextToSpeech` before, while and after it is accelerated: seen, refused by name, or kept."""
 
 import copy
 import functools

@@ -41,7 +41,7 @@ class Backend:
 
     @property
     def compiled(self) -> bool:
-        """Whether its Triton kernels are: other arguments may then give other code, that sums in another order."""
+        """Tell whether Triton kernels are compiled: other arguments may then give code with another order of sums."""
         return self.name == "gpu" or (self.name == "interpreted" and device.EMULATED)
 
     @property

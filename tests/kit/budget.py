@@ -2,11 +2,11 @@
 
 import torch
 
-# How often a result may have the error of plain torch in its dtype.
+# The number of times that a result may have the error of plain torch in its dtype.
 TIMES = 2
-# And where a GPU's matrix unit makes float32 products of TF32: it cuts its sums off (tests/kit/matrix_unit.py has the
-# sources). Emulated over the tests of the kernels, an A100's kind of unit has up to 3.4 times the error of float32's
-# own sums, at narrow widths, where those are of a few roundings; with two digits more in place of one, 5.1 times.
+# The same where a GPU's matrix unit makes float32 products of TF32: it cuts its sums off (tests/kit/matrix_unit.py has
+# the sources). Emulated over the tests of the kernels, an A100's unit has up to 3.4 times the error of float32's own
+# sums, at narrow widths, where those have few roundings; with two more digits instead of one, 5.1 times.
 MATRIX_UNIT_TIMES = 6
 # There is nothing more exact to judge float64 by: other orders of summation are allowed a few more last bits.
 _FLOAT64_ROUNDINGS = 256

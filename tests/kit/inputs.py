@@ -17,8 +17,10 @@ def random(
     scale: float = 1.0,
     device: torch.types.Device = "cpu",
 ) -> torch.Tensor:
-    """Normal values of standard deviation `scale`, drawn in float64 on the CPU: all dtypes and devices round the same
-    numbers."""
+    """Draw normal values of standard deviation `scale`, in float64 on the CPU.
+
+    All dtypes and devices round the same numbers.
+    """
     return (torch.randn(shape, generator=generator(seed), dtype=torch.float64) * scale).to(dtype).to(device)
 
 

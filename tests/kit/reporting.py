@@ -1,4 +1,4 @@
-"""What a test run tells at its end, and the choice of the tests that reach the native library.
+"""The report at the end of a test run, and the choice of the tests that reach the native library.
 
 `--write-native-tests FILE` writes the ids of the tests that call the library on the instruction set that the process
 began with; `--only-tests-in FILE` runs those alone, as `.ci/run` does on each other set. A test that chooses its

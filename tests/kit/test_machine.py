@@ -1,4 +1,4 @@
-"""What the kit expects of a machine: its instruction sets, the interpreter's products, the end of waits."""
+"""The kit's expectations of a machine: its instruction sets, the interpreter's products, the end of waits."""
 
 import threading
 

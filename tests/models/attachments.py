@@ -1,4 +1,4 @@
-"""What people attach to modules, and put in their places.
+"""Attachments to modules, and replacements of them, as people make them.
 
 Each is a function of a model and a module's name, and returns one that takes it off again.
 """

@@ -1,4 +1,4 @@
-"""What is attached to a module, or put in its place, changes what it changes in transformers' model.
+"""Attachments to a module, and replacements of it, have the same effect as in transformers' model.
 
 Every name of transformers' `named_modules()` is tried, with each of `attachments.ATTACHED`.
 """
@@ -150,7 +150,7 @@ def differs(found, before) -> bool:
 
 @pytest.fixture
 def exact_softmax(monkeypatch):
-    """transformers' CLAP rounds attention weights to float32 in float64 too; here it does not."""
+    """Keep transformers' CLAP from rounding attention weights to float32 in float64."""
     softmax = nn.functional.softmax
     monkeypatch.setattr(nn.functional, "softmax", lambda x, dim, dtype=None: softmax(x, dim))
 
@@ -191,7 +191,7 @@ def check(model: str, attach, inside: bool = False) -> None:
 @pytest.mark.usefixtures("exact_softmax")
 @pytest.mark.parametrize(
     ("model", "attach"),
-    # No gradient goes through codes to what is not inside of a part of the whole model.
+    # Only modules inside parts of the whole model get gradients, which cannot pass through codes.
     [
         # The tower with fusion has every module of the one without it.
         pytest.param(m, a, marks=[pytest.mark.slow] if m == "clap's audio" else [])

@@ -1,4 +1,4 @@
-"""What torch, accelerate and PEFT attach acts as in transformers: offloading, adapters, pruning, parametrizations."""
+"""Attachments of torch, accelerate and PEFT act as in transformers: offloading, adapters, pruning, parametrizations."""
 
 import warnings
 

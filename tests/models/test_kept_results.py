@@ -1,4 +1,4 @@
-"""What a layer computes is freed once the next one has used it: memory does not grow with the depth of a model."""
+"""A layer's results are freed once the next one has used them: memory does not grow with a model's depth."""
 
 import gc
 

@@ -1,4 +1,4 @@
-"""What makes a module one that has to be called: anything that its class's forward on its own parameters is not."""
+"""Modules that have to be called: those that do more than their class's forward on their own parameters."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ class Own(nn.Linear):
 
 
 def ignore(*args, **kwargs):
-    """Hook a call, and change nothing."""
+    """Return nothing, as a hook without effect."""
 
 
 HOOKS = (

@@ -1,4 +1,4 @@
-"""What follows the installed release of transformers: names, warnings, and which releases are served at all."""
+"""Parts that follow the installed release of transformers: names, warnings, and which releases are served at all."""
 
 import inspect
 import os

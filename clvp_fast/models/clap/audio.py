@@ -35,7 +35,7 @@ class ClapDropPath(nn.Module):
 
     @property
     def drops(self) -> bool:
-        """Whether calls drop anything now."""
+        """Tell whether calls drop anything now."""
         return self.training and self.drop_prob > 0
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:

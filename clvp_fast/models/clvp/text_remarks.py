@@ -7,7 +7,7 @@ from typing import cast
 
 from clvp_fast.models.clvp.tokenization import ClvpTokenizer
 
-# How many characters or words a sentence names, and how much of a word.
+# The most characters or words that a sentence names, and the most of a word.
 _SHOWN, _LONGEST = 10, 30
 
 

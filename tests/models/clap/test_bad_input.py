@@ -1,4 +1,4 @@
-"""What CLAP's models refuse, and what they say."""
+"""Input that CLAP's models refuse, and their sentences."""
 
 import pytest
 import torch

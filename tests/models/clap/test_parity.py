@@ -14,7 +14,7 @@ EVERYTHING = dict(output_hidden_states=True, output_attentions=True)
 
 @pytest.fixture
 def exact_softmax(monkeypatch):
-    """transformers' text tower rounds attention weights to float32 in float64 too; here the oracle does not."""
+    """Keep the oracle from rounding attention weights to float32 in float64, as transformers' text tower does."""
     softmax = F.softmax
     monkeypatch.setattr(F, "softmax", lambda x, dim, dtype=None: softmax(x, dim))
 

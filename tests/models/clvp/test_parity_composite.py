@@ -81,7 +81,7 @@ def test_text_encoder_embeddings():
     features = clips(dtype=torch.float64)
     expected = stock.get_text_features(text_encoder_inputs_embeds=embeds)
     assert_same(ours.get_text_features(text_encoder_inputs_embeds=embeds), expected)
-    # transformers refuses ids beside embeddings and has no prompt without ids: only ours takes both, as documented.
+    # transformers refuses ids beside embeddings, but needs ids for a prompt: only ours takes both, as documented.
     found = ours(texts(), features, text_encoder_inputs_embeds=embeds)
     assert_same(found.text_model_output, expected.pooler_output)
 

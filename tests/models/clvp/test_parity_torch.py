@@ -1,4 +1,4 @@
-"""What torch does with models: export, compilation, checkpointing of gradients, moves between types and devices."""
+"""Torch's operations on models: export, compilation, gradient checkpointing, moves between types and devices."""
 
 import copy
 from functools import partial

@@ -126,7 +126,7 @@ def test_saved_tensors_are_whole_and_contiguous(tmp_path):
 
 
 class Adapter(nn.Module):
-    """What an adapter library puts in place of a linear layer."""
+    """An adapter library's replacement of a linear layer."""
 
     def __init__(self, base: nn.Linear):
         super().__init__()
