@@ -17,7 +17,12 @@ def backend(request):
 
 
 @pytest.fixture
-def cuda_part(backend):
-    """A GPU's cases of what is in the native library's CUDA part skip, with the reason, where it cannot be had."""
+def cuda_part(backend, request):
+    """A GPU's cases of what is in the native library's CUDA part skip, with the reason, where it cannot be had.
+
+    Those that are interpreted run what it compiles to, by the fixture of tests/ptx/plugin.py.
+    """
+    if backend.name == "interpreted":
+        request.getfixturevalue("cuda_as_ptx")
     if backend.name == "gpu" and (reason := native.missing("cuda")):
         pytest.skip(reason)

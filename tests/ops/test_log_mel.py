@@ -15,14 +15,19 @@ from clvp_fast.ops.log_mel import log_mel
 from tests.data import data_path
 from tests.kit import assert_within_budget, random, strided
 from tests.kit.backends import on
+from tests.kit.device import EMULATED
 
 RATE, FLOOR = 22050, 1e-5
 PARAMETERS = ("window", "mel_filters", "mel_norms")
 
 
 def over(*names):
-    """The mark of a case on these backends; its CPU's kernel on one instruction set, as CI runs all of them again."""
-    return lambda case: on(*names, sets=False)(pytest.mark.usefixtures("cuda_part")(case))
+    """The mark of a case on these backends; its CPU's kernel on one instruction set, as CI runs all of them again.
+
+    A GPU's kernel is interpreted where tests/ptx/plugin.py executes what nvcc makes of it.
+    """
+    interpreted = ("interpreted",) if "gpu" in names and EMULATED else ()
+    return lambda case: on(*names, *interpreted, sets=False)(pytest.mark.usefixtures("cuda_part")(case))
 
 
 EVERY = over("reference", "torch", "cpu", "gpu")
@@ -30,7 +35,7 @@ EVERY = over("reference", "torch", "cpu", "gpu")
 
 def doubles(backend):
     """Whether it computes in float64."""
-    return backend.name != "gpu"
+    return backend.name not in ("interpreted", "gpu")
 
 
 def to(device, options):

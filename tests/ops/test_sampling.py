@@ -62,9 +62,11 @@ def draw(logits, states=None, seen=(), **settings):
     return sample(logits, *(states or state(*logits.shape, seen, logits.device)), **given)
 
 
-def check(logits, seen=(), **settings):
-    """Tokens and states are the reference's."""
+def check(logits, seen=(), done=(), **settings):
+    """Tokens and states are the reference's; the rows `done` are so before."""
     ours, theirs = (state(*logits.shape, seen, logits.device) for _ in range(2))
+    for states in (ours, theirs):
+        states[2][list(done)] = True
     tokens = draw(logits, ours, **settings)
     with clvp_fast.backend("reference"):
         expected = draw(logits, theirs, **settings)
@@ -181,9 +183,11 @@ def test_distribution_of_few(backend):
 
 
 def check_vocabulary(backend, vocab_size, settings):
-    logits = random(2, vocab_size, seed=2, scale=2.0, device=backend.device)
+    """A row of which each score is another, one of few different scores, and one that is done."""
+    logits = random(3, vocab_size, seed=2, scale=2.0, device=backend.device)
+    logits[1] = logits[1].round()
     logits[:, -1] += 4.0  # the last token is drawn often enough
-    check(logits, [0, vocab_size - 1], **settings)
+    check(logits, [0, vocab_size - 1], done=[2], **settings)
 
 
 # Powers of two, a little above one (two tiles), and others.

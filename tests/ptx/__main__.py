@@ -20,7 +20,7 @@ from pathlib import Path
 
 import triton
 
-from tests.ptx import suites
+from tests.ptx import mutants, native, suites
 from tests.ptx.suites import ROOT
 
 _WRITING = threading.Lock()
@@ -33,7 +33,7 @@ def _environment() -> dict[str, str]:
 
 
 def _command(target: int, *arguments: str) -> list[str]:
-    plugin = ["-p", "tests.ptx.plugin", "-p", "no:cacheprovider", "--ptx-arch", str(target), "-k", "interpreted"]
+    plugin = ["-p", "tests.ptx.plugin", "-p", "no:cacheprovider", "--ptx-arch", str(target), "-k", suites.CHOSEN]
     return [sys.executable, "-m", "pytest", "-q", *plugin, *arguments]
 
 
@@ -51,7 +51,10 @@ def core(target: int, workers: int) -> bool:
 
 
 def _check(kernel: str, target: int) -> bool:
-    """Whether the kernel's tests passed; its row is written then."""
+    """Whether the kernel's tests passed; its row is written then. Without nvcc those of csrc/cuda/ are left out."""
+    if kernel in suites.NATIVE and (reason := native.missing()):
+        print(f"sm_{target} {kernel:<18}skipped: {reason}", flush=True)
+        return True
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         record = Path(folder) / "record.json"
@@ -71,10 +74,14 @@ def _check(kernel: str, target: int) -> bool:
     row = dict(
         kernel=kernel, target=f"sm_{target}", source=suites.source_hash(kernel), checker=suites.checker_hash(kernel)
     )
-    row |= dict(tests=found["passed"], seconds=seconds, ran=ran, instructions=of, triton=triton.__version__)
+    row |= dict(tests=found["passed"], seconds=seconds, ran=ran, instructions=of, compiler=_compiler(kernel))
     with _WRITING:
         suites.write(row | {"utc": datetime.now(UTC).isoformat(timespec="seconds")})
     return True
+
+
+def _compiler(kernel: str) -> str:
+    return f"nvcc {native.toolchain().nvcc_version}" if kernel in suites.NATIVE else f"triton {triton.__version__}"
 
 
 def _is_known(kernel: str, target: int) -> bool:
@@ -92,7 +99,7 @@ def check(kernels: list[str], targets: list[int], workers: int, again: bool) -> 
 
 
 def mutate(kernels: list[str], targets: list[int], seconds: float) -> int:
-    """Each kernel on each target has the same share of the time."""
+    """Each kernel on each target has the same share of the time; what was found so far is written to the page."""
     folder = ROOT / "out/ptx-mutants"
     folder.mkdir(parents=True, exist_ok=True)
     share = seconds / len(kernels) / len(targets)
@@ -100,14 +107,29 @@ def mutate(kernels: list[str], targets: list[int], seconds: float) -> int:
         for kernel in kernels:
             mine = tuple(suites.files(kernel))
             tests = [line for line in suites.core(target) if line.startswith(mine)]
-            if not tests:
+            if not tests or (kernel in suites.NATIVE and native.missing()):
                 continue
             wanted = ["--ptx-mutants", str(folder / f"{kernel}-sm_{target}.jsonl"), "--ptx-seconds", str(share)]
             command = _command(target, "-p", "tests.ptx.mutating", *wanted, *tests)
             run = subprocess.run(command, cwd=ROOT, env=_environment(), capture_output=True, text=True)
-            told = [line for line in run.stdout.splitlines() if line.startswith("ptx: ") and " seen, in " in line]
-            print("\n".join([f"sm_{target} {kernel}", *(told or [run.stdout[-3000:], run.stderr[-3000:]])]), flush=True)
+            if run.returncode:
+                print(run.stdout[-3000:] + run.stderr[-3000:], flush=True)
+            _survey(folder)
     return 0
+
+
+def _survey(folder: Path) -> None:
+    """Writes the committed rows on faults, and their page, from those of the folder."""
+    found: dict[str, list[dict]] = {}
+    for path in sorted(folder.glob("*.jsonl")):
+        rows = map(json.loads, path.read_text().splitlines())
+        found.setdefault(path.stem.rpartition("-")[0], []).extend(rows)
+    surveyed = mutants.survey(found, mutants.reasons_of_survivors())
+    suites.MUTATED.write_text("".join(json.dumps(row) + "\n" for row in surveyed))
+    suites.FAULTS_PAGE.write_text(suites.with_faults(suites.FAULTS_PAGE.read_text()))
+    sums = [sum(row[name] for row in surveyed) for name in ("faults", "seen", "places", "seen_places")]
+    left = sum(len(row["open"]) for row in surveyed)
+    print("{} faults, {} seen; {} places, {} seen, {} open".format(*sums, left), flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -16,6 +16,11 @@ def grain_of(kernel) -> int:
     return min((BITS[i.op[-1]] // 8 for i in writes), default=16)
 
 
+def is_shared_with_others(i) -> bool:
+    """Whether an instruction reads or writes what other CTAs may write or read."""
+    return i.op[0] in ("ld", "st", "atom", "red") and space_of(i.op) in ("global", "generic") and "nc" not in i.op
+
+
 class GlobalMemory:
     """What a batch sees of it; notes on writers are the whole grid's."""
 
@@ -33,15 +38,34 @@ class GlobalMemory:
         self.dependent.touches(mask, line)
         return address, *self.memory.places(address, size, mask, fail)
 
-    def load(self, base, offset, mask, size, count, line, acquire=False):
+    def load(self, base, offset, mask, size, count, line, acquire=False, constant=False):
+        """constant: ld.global.nc, of what nobody writes during the launch."""
         address, place, region = self._places(base, offset, size * count, mask, line, "read")
-        if acquire:
+        if constant and self.checked:
+            self._note_constant(address, region, size * count, mask, line)
+        elif acquire:
             for lane in self.t.lanes_of(mask):
                 self.t.acquire(int(place[lane]), lane)
         elif self.checked:
             self._check(address, region, size * count, mask, line, "read")
         found = self.memory.views[size, count][place >> i8((size * count).bit_length() - 1)]
         return (found,) if count == 1 else np.ascontiguousarray(found.T)
+
+    def _note_constant(self, address, region, size, mask, line):
+        cells, lanes = self._cells(address, region, size, mask)
+        written = self.notes.writer[cells] >= 0
+        if written.any():
+            what = "a non-coherent read of what was written during the launch"
+            self.t.fail("global race", what, self.t.mask_of(lanes[written]), line)
+        self.notes.constant[cells] = True
+
+    def _cells(self, address, region, size, mask):
+        """The cells of the notes that the threads touch, and the thread of each."""
+        lanes, grain = self.t.lanes_of(mask), self.notes.grain
+        cells = (address[lanes] - self.memory.shadow_delta[region[lanes]]) // grain
+        if (several := size // grain) <= 1:
+            return cells, lanes
+        return (cells[:, None] + np.arange(several)).ravel(), np.repeat(lanes, several)
 
     def read(self, source, offset, size, mask, line):
         """Bytes `[n, size]`, for asynchronous copies."""
@@ -73,12 +97,9 @@ class GlobalMemory:
     def _check(self, address, region, size, mask, line, what, changes=None):
         """Against the last writer: itself, ordered by a barrier, or released by its CTA and acquired by this one."""
         t, notes = self.t, self.notes
-        lanes = t.lanes_of(mask)
-        cells = (address[lanes] - self.memory.shadow_delta[region[lanes]]) // notes.grain
+        cells, lanes = self._cells(address, region, size, mask)
         if not len(lanes):
             return
-        if (several := size // notes.grain) > 1:
-            cells, lanes = (cells[:, None] + np.arange(several)).ravel(), np.repeat(lanes, several)
         thread = t.cta[lanes] * t.threads + t.thread[lanes]
         foreign = (notes.writer[cells] >= 0) & (notes.writer[cells] != thread)
         if changes is not None:  # the same value once more changes nothing for anyone
@@ -92,6 +113,9 @@ class GlobalMemory:
                 bad = t.mask_of(lane[~fine])
                 t.fail("global race", f"{what} of what {who} wrote, and nothing orders the two", bad, line)
         if what == "write":
+            if (constant := notes.constant[cells]).any():
+                text = "write to what was read non-coherently during the launch"
+                t.fail("global race", text, t.mask_of(lanes[constant]), line)
             notes.writer[cells] = thread
             notes.stamp[cells] = t.stamp[lanes]
 

@@ -11,7 +11,7 @@ from tests.ptx.dependent import Dependent
 from tests.ptx.exchange import Exchange
 from tests.ptx.global_memory import GlobalMemory
 from tests.ptx.kinds import i8, u1, u2, u4, u8
-from tests.ptx.parse import Kernel, Module, parse
+from tests.ptx.parse import Kernel, Module, cut, parse
 from tests.ptx.regions import FIRST, SHARED_WINDOW, Fault, Memory
 from tests.ptx.shared_memory import GenericMemory, SharedMemory
 from tests.ptx.threads import Options, Report, Threads
@@ -22,6 +22,8 @@ _NAMES = {name: value for part in (integers, floats) for name, value in vars(par
 _NAMES |= kinds.NAMES | {"np": np, "where": np.where}
 # Turns in which no batch of CTAs ends, before they are taken for deadlocked.
 _PATIENCE = 20000
+# How many blocks of instructions a CTA of a cooperative launch may be ahead at once; one of these is drawn.
+_STRIDES = (1, 1, 8, 64, 1000)
 # Instructions that need the whole warp: threads wait before a block that has one until the others have caught up.
 _OF_WARPS = {"shfl", "mma", "ldmatrix", "stmatrix", "redux", "vote", "bar", "barrier"}
 
@@ -54,11 +56,14 @@ class Program:
         self._functions = {}
 
     @classmethod
-    def of(cls, text: str, name: str | None = None) -> "Program":
-        """The kernel of this name, or the first."""
-        key = hashlib.sha256(text.encode()).hexdigest()
+    def of(cls, text: str, name: str | None = None, fine: bool = False) -> "Program":
+        """The kernel of this name, or the first. fine: other CTAs may come between any two of its memory operations."""
+        key = hashlib.sha256(text.encode() + b"fine" * fine).hexdigest()
         if key not in cls._cache:
             module = parse(text)
+            if fine:
+                for kernel in module.kernels.values():
+                    cut(kernel, global_memory.is_shared_with_others)
             cls._cache[key] = {kernel.name: cls(module, kernel, key[:12]) for kernel in module.kernels.values()}
         programs = cls._cache[key]
         return programs[name] if name else next(iter(programs.values()))
@@ -80,14 +85,17 @@ def new_memory(program: Program) -> Memory:
 
 
 def launch(program: Program, grid, threads: int, shared_bytes: int, params: bytes, memory: Memory,
-           options: Options | None = None) -> Report:  # fmt: skip
-    """Runs `grid` CTAs of `threads` threads with `shared_bytes` of dynamic shared memory; raises `Fault`."""
+           options: Options | None = None, cooperative: bool = False) -> Report:  # fmt: skip
+    """Runs `grid` CTAs of `threads` threads with `shared_bytes` of dynamic shared memory; raises `Fault`.
+
+    cooperative: all CTAs are there from the beginning, and go on in a random order.
+    """
     memory.freeze()
-    run = _Run(program, grid, threads, shared_bytes, params, memory, options or Options())
-    per_batch = max(1, run.options.lanes // threads)
+    run = _Run(program, grid, threads, shared_bytes, params, memory, options or Options(), cooperative)
+    per_batch = 1 if cooperative else max(1, run.options.lanes // threads)
     todo = [run.order[start : start + per_batch] for start in range(0, run.count, per_batch)]
     with np.errstate(all="ignore"):
-        _take_turns(run, todo)
+        (_all_at_once if cooperative else _take_turns)(run, todo)
     return run.report
 
 
@@ -107,23 +115,43 @@ def _take_turns(run, todo):
             raise Fault(f"{run.program.kernel.name}: deadlock: CTAs poll for what no other writes")
 
 
+def _all_at_once(run, todo):
+    """Each CTA on its own, for as many blocks of instructions as are drawn: a few, or until it waits for others."""
+    alive, polls = [_Batch(run, ctas).run() for ctas in todo], 0
+    while alive:
+        batch = alive[run.rng.integers(len(alive))]
+        for _ in range(run.rng.choice(_STRIDES)):
+            polled = next(batch, None)
+            if polled is None:
+                alive.remove(batch)
+            polls = polls + 1 if polled else 0
+            if polled is not False:
+                break
+        if polls > _PATIENCE:
+            raise Fault(f"{run.program.kernel.name}: deadlock: CTAs poll for what no other writes")
+
+
 class _Notes:
-    """Who wrote each cell of global memory last: CTA * threads + thread, or -1; and at which stamp."""
+    """Who wrote each cell of global memory last: CTA * threads + thread, or -1; and at which stamp.
+
+    constant: whether a thread has read it as what nobody writes during the launch.
+    """
 
     def __init__(self, kernel, memory):
         self.grain = global_memory.grain_of(kernel)
         cells = memory.shadow_size // self.grain + 1
         self.writer, self.stamp = np.full(cells, -1, i8), np.zeros(cells, i8)
+        self.constant = np.zeros(cells, np.bool_)
 
 
 class _Run:
     """What all batches of a grid share."""
 
-    def __init__(self, program, grid, threads, shared_bytes, params, memory, options):
+    def __init__(self, program, grid, threads, shared_bytes, params, memory, options, cooperative):
         if threads % 32:
             raise NotImplementedError(f"{threads} threads, no whole warps")
         self.program, self.grid, self.threads = program, grid, threads
-        self.memory, self.options, self.params = memory, options, params
+        self.memory, self.options, self.params, self.cooperative = memory, options, params, cooperative
         self.shared = max(program.kernel.static_shared + shared_bytes, 16)
         self.count = grid[0] * grid[1] * grid[2]
         self.order, self.rng = np.arange(self.count), np.random.default_rng(options.seed)
@@ -160,7 +188,10 @@ class _Batch:
     # --- control ------------------------------------------------------------------------------------------------------
 
     def run(self):
-        """A generator, which yields where threads look once more for what others write."""
+        """A generator, which yields where threads look once more for what others write: true.
+
+        Of a cooperative launch it yields behind each block, false where none looks.
+        """
         report, blocks = self.r.report, self.program.kernel.blocks
         while self.ready or self.waiting:
             if not self.ready:
@@ -183,6 +214,8 @@ class _Batch:
                 self.ready[place] = group
             if self.polled.get(index, 0) > 1:
                 yield True
+            elif self.r.cooperative:
+                yield False
 
     def _choose(self):
         """The first block, so that others catch up; but none where part of a warp would meet what all must."""

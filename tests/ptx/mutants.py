@@ -1,9 +1,11 @@
 """Small faults in compiled kernels, one at a time: whether the tests see each of them."""
 
 import copy
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from tests.ptx import suites
 from tests.ptx.kinds import BITS, is_float
 from tests.ptx.machine import Program
 from tests.ptx.parse import Block, Instruction
@@ -54,6 +56,15 @@ def mutants(program: Program) -> Iterator[Mutant]:
                 yield Mutant(program, number, place, what, changed)
         if block.end is not None and block.end.op[0] in ("bar", "barrier"):
             yield Mutant(program, number, None, "barrier removed", None)
+        if _polls_again(program, block):
+            yield Mutant(program, number, None, "wait removed", None)
+
+
+def _polls_again(program: Program, block: Block) -> bool:
+    """Whether threads go back from its end to look once more for what others write."""
+    if block.end is None or block.end.op[0] != "bra" or block.end.guard is None:
+        return False
+    return program.polls[program.kernel.targets[block.end.args[0]]]
 
 
 def _faults(i: Instruction) -> Iterator[tuple[str, Instruction | None]]:
@@ -89,16 +100,28 @@ def _width(i: Instruction) -> int:
     return BITS[i.op[-1]] // 8 * count
 
 
-def summary(rows: list[dict]) -> list[str]:
-    """A line for each kernel and kind; and how many places of the source never had one that was seen."""
-    lines = []
-    for kernel, what in sorted({(row["fault"][0], row["fault"][3]) for row in rows}):
-        mine = [row for row in rows if (row["fault"][0], row["fault"][3]) == (kernel, what)]
-        places = {row["where"]: False for row in mine}
-        for row in mine:
-            places[row["where"]] |= row["seen"] is not None
-        seen = sum(row["seen"] is not None for row in mine)
-        lines.append(
-            f"ptx: {kernel}: {what}: {seen} of {len(mine)} seen, in {sum(places.values())} of {len(places)} places"
-        )
-    return lines
+def reasons_of_survivors() -> dict[tuple[str, str, str], str]:
+    """Why a fault that no test sees changes nothing: by kernel, kind and place in the source."""
+    found = map(json.loads, suites.EQUIVALENT.read_text().splitlines())
+    return {(row["kernel"], row["kind"], row["where"]): row["reason"] for row in found}
+
+
+def survey(found: dict[str, list[dict]], reasons: dict[tuple[str, str, str], str]) -> list[dict]:
+    """A row for each kernel and kind, of the faults that `mutating.py` wrote down for each kernel.
+
+    A place of the source is seen if one fault there is: it has many compiled forms, and in some of them a fault changes
+    nothing. Of places that are not: equivalent, with the reason; open, with one of their instructions.
+    """
+    surveyed = []
+    for kernel, faults in sorted(found.items()):
+        for kind in sorted({row["fault"][3] for row in faults}):
+            mine = [row for row in faults if row["fault"][3] == kind]
+            seen = {row["where"] for row in mine if row["seen"]}
+            left = {row["where"]: row["text"] for row in mine if row["where"] not in seen}
+            known = {where: reasons[kernel, kind, where] for where in left if (kernel, kind, where) in reasons}
+            surveyed.append(dict(
+                kernel=kernel, kind=kind, faults=len(mine), seen=sum(row["seen"] is not None for row in mine),
+                places=len(seen) + len(left), seen_places=len(seen), equivalent=known,
+                open={where: text for where, text in left.items() if where not in known},
+            ))  # fmt: skip
+    return surveyed

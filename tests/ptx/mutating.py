@@ -1,6 +1,6 @@
 """`pytest -p tests.ptx.plugin -p tests.ptx.mutating --ptx-mutants FILE`: faults in the kernels of the chosen tests.
 
-Each test runs once as it is. Then, for as long as `--ptx-seconds` says, a fault is drawn, of each kernel in turn and of
+Each test runs once as it is. Then, for as many seconds of the processor as `--ptx-seconds` says, a fault is drawn, of each kernel in turn and of
 each kind with the same chance, and the tests that ran that code are run on it until one fails. FILE has a line for each
 fault; called again with it, what it has is not drawn again.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from _pytest.runner import runtestprotocol
 
-from tests.ptx.mutants import Mutant, mutants, summary
+from tests.ptx.mutants import Mutant, mutants
 from tests.ptx.plugin import OPTIONS, REPORTS
 
 # A fault may make a loop endless: of so many times the instructions of the test without it.
@@ -25,7 +25,7 @@ def pytest_addoption(parser):
     group.addoption(
         "--ptx-mutants", metavar="FILE", required=True, help="what became of each fault, a line of JSON each"
     )
-    group.addoption("--ptx-seconds", type=float, default=600, help="how long faults are drawn")
+    group.addoption("--ptx-seconds", type=float, default=600, help="how long faults are drawn, in seconds of the processor")
     group.addoption("--ptx-seed", type=int, default=0)
 
 
@@ -63,11 +63,11 @@ def pytest_runtestloop(session):
         for mutant in mutants(program):
             if mutant.block in blocks[program] and tuple(_key(mutant)) not in known:
                 left.setdefault(program.kernel.name, {}).setdefault(mutant.what, []).append(mutant)
-    end = time.monotonic() + config.option.ptx_seconds
+    end = time.process_time() + config.option.ptx_seconds
     with file.open("a") as out:
-        while any(left.values()) and time.monotonic() < end:
+        while any(left.values()) and time.process_time() < end:
             for kinds in left.values():
-                if not kinds or time.monotonic() >= end:
+                if not kinds or time.process_time() >= end:
                     continue
                 what = rng.choice(sorted(kinds))
                 mutant = kinds[what].pop(rng.randrange(len(kinds[what])))
@@ -84,8 +84,3 @@ def pytest_runtestloop(session):
                 out.write(json.dumps(row) + "\n")
                 out.flush()
     return True
-
-
-def pytest_terminal_summary(terminalreporter, config):
-    for line in summary([json.loads(line) for line in Path(config.option.ptx_mutants).read_text().splitlines()]):
-        terminalreporter.write_line(line)

@@ -18,7 +18,7 @@ _VARIABLE = re.compile(
 class Instruction:
     """op: the mnemonic, split at its dots. args: operands as text; a list for braces, a tuple for an address.
 
-    guard, negated: its predicate register, if it has one. line: of the PTX text. where: file, line and column of the
+    guard, negated: its predicate register, if it has one. line: of the PTX text. where: `file:line:column` of the
     kernel's own source.
     """
 
@@ -78,12 +78,13 @@ class Module:
 
 def parse(text: str) -> Module:
     lines = _statements(text)
+    sources = {number: name for number, name in re.findall(r'\.file\s+(\d+)\s+"(?:[^"]*/)?([^"/]+)"', text)}
     data, shared, kernels, extern, index = {}, {}, {}, [], 0
     while index < len(lines):
         line = lines[index][1]
         if re.match(r"(\.visible\s+|\.weak\s+)*\.entry", line):
             stop = _closing(lines, index)
-            kernel = _Body(lines[index][1], dict(shared), list(extern)).read(lines[index + 1 : stop])
+            kernel = _Body(lines[index][1], dict(shared), list(extern), sources).read(lines[index + 1 : stop])
             kernels[kernel.name] = kernel
             index = stop
         elif line.startswith(".section"):
@@ -101,6 +102,22 @@ def parse(text: str) -> Module:
                 extern.append(name)
         index += 1
     return Module(kernels, data)
+
+
+def cut(kernel: Kernel, behind) -> None:
+    """Ends a block behind each instruction for which `behind(instruction)` is true."""
+    blocks, begins = [], []
+    for block in kernel.blocks:
+        begins.append(len(blocks))
+        parts = [[]]
+        for instruction in block.body:
+            parts[-1].append(instruction)
+            if behind(instruction):
+                parts.append([])
+        labels = [block.label, *("" for _ in parts[1:])]
+        blocks += [Block(label, body) for label, body in zip(labels, parts, strict=True)]
+        blocks[-1].end = block.end
+    kernel.blocks, kernel.targets = blocks, {label: begins[at] for label, at in kernel.targets.items()}
 
 
 def _closing(lines, index):
@@ -154,7 +171,8 @@ def _cut(pending: str) -> tuple[str | None, str]:
 class _Body:
     """Reads one kernel: registers of inner scopes get names of their own."""
 
-    def __init__(self, header: str, shared: dict[str, tuple[int, int]], extern: list[str]):
+    def __init__(self, header: str, shared: dict[str, tuple[int, int]], extern: list[str], sources: dict[str, str]):
+        self.sources = sources
         self.kernel = Kernel(re.search(r"\.entry\s+([\w$]+)", header)[1])
         self.shared, self.extern = shared, extern
         self.scopes, self.fresh, self.where = [{}], 0, ""
@@ -187,7 +205,8 @@ class _Body:
         elif line == "}":
             self.scopes.pop()
         elif line.startswith(".loc"):
-            self.where = " ".join(line.split()[1:4])
+            source, row, column = line.replace(",", " ").split()[1:4]
+            self.where = f"{self.sources.get(source, source)}:{row}:{column}"
         elif line.startswith((".reqntid", ".maxntid")):
             kernel.threads = 1
             for size in re.findall(r"\d+", line):

@@ -35,6 +35,7 @@ def pytest_addoption(parser):
         "--ptx-random-copies", action="store_true", help="of copies that differ in last bits, any is written"
     )
     group.addoption("--ptx-record", metavar="FILE", help="write what passed and which instructions ran, as JSON")
+    group.addoption("--ptx-missed", action="store_true", help="name the instructions that never ran")
     group.addoption("--ptx-random-warps", action="store_true", help="a warp at a time, in random order: slow")
 
 
@@ -60,6 +61,28 @@ def pytest_configure(config):
     config.add_cleanup(lambda: context.__exit__(None, None, None))
 
 
+@pytest.fixture(scope="session")
+def launcher(request):
+    """What starts the kernels of csrc/cuda/ (tests/ptx/native.py)."""
+    from tests.ptx.native import Launcher, missing
+
+    if reason := missing():
+        pytest.skip(reason)
+    stash = request.config.stash
+    folder = Path(os.environ["TRITON_CACHE_DIR"])
+    return Launcher(request.config.option.ptx_arch, stash[OPTIONS], stash[REPORTS], folder)
+
+
+@pytest.fixture
+def cuda_as_ptx(launcher, monkeypatch):
+    """Log-mel of float32 on a CPU is the CUDA kernel's."""
+    from clvp_fast import native
+    from tests.ptx.native import OnCpu
+
+    mine = OnCpu(native.library(), launcher)
+    monkeypatch.setattr(native, "library", lambda part="cpu": mine)
+
+
 @pytest.fixture(autouse=True)
 def racing(request, monkeypatch):
     if request.node.get_closest_marker("racing"):
@@ -67,9 +90,12 @@ def racing(request, monkeypatch):
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    from tests.ptx.coverage import ran
+    from tests.ptx.coverage import missed, ran
 
     reports = config.stash[REPORTS]
+    if config.option.ptx_missed:
+        for (kernel, where, program), count in sorted(missed(reports).items()):
+            terminalreporter.write_line(f"ptx: {kernel} {program}: {count} instructions of source {where} never ran")
     if file := config.option.ptx_record:
         every = [one for lines in ran(reports).values() for one in lines.values()]
         passed = len(terminalreporter.stats.get("passed", ()))

@@ -3,32 +3,46 @@
 import ast
 import hashlib
 import json
+import re
 from pathlib import Path
+
+from clvp_fast.native import build
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = ROOT / "kernels"
 ROWS = Path(__file__).with_name("checked.jsonl")
-PAGE = ROOT / "docs/ptx.md"
+PAGE = ROOT / "docs/kernels.md"
+#: Which faults in compiled kernels the tests saw, why others change nothing, and the page that shows both.
+MUTATED, EQUIVALENT = (Path(__file__).with_name(name) for name in ("mutated.jsonl", "equivalent.jsonl"))
+FAULTS_PAGE = ROOT / "docs/ptx.md"
 TARGETS = (80, 90)
 
 #: Files of kernels/ that launch nothing.
 NO_KERNELS = {"target", "overlap", "pages"}
-#: For each other file of kernels/, its tests in tests/ops/.
+#: Kernels of csrc/cuda/, which nvcc compiles (tests/ptx/native.py).
+NATIVE = build.CUDA_SOURCES
+#: For these, and each other file of kernels/, its files of tests/.
 SUITES = {
-    "embedding": ("embedding",),
-    "linear": ("linear",),
-    "mlp": ("mlp", "mlp_calls", "mlp_int8"),
-    "norm": ("norm", "merge_norm"),
-    "paged_attention": ("paged_attention", "paged_attention_memory"),
-    "paged_prefill": ("paged_prefill",),
-    "rotary_attention": ("rotary_attention", "rotary_attention_calls"),
-    "sampling": ("sampling", "sampling_state"),
-    "window_attention": ("window_attention", "window_attention_layouts"),
+    "embedding": ("ops/test_embedding",),
+    "linear": ("ops/test_linear",),
+    "log_mel": ("ops/test_log_mel", "ops/test_log_mel_calls", "ptx/test_log_mel_as_ptx"),
+    "mlp": ("ops/test_mlp", "ops/test_mlp_calls", "ops/test_mlp_int8"),
+    "norm": ("ops/test_norm", "ops/test_merge_norm"),
+    "paged_attention": ("ops/test_paged_attention", "ops/test_paged_attention_memory"),
+    "paged_prefill": ("ops/test_paged_prefill",),
+    "persistent_decode": ("ptx/test_persistent_as_ptx",),
+    "rotary_attention": ("ops/test_rotary_attention", "ops/test_rotary_attention_calls"),
+    "sampling": ("ops/test_sampling", "ops/test_sampling_state"),
+    "window_attention": ("ops/test_window_attention", "ops/test_window_attention_layouts"),
 }
+#: Files of this folder on which no kernel's result depends; native.py executes those of csrc/cuda/ alone.
+_NO_EMULATOR = {"__main__", "assembled", "conftest", "mutants", "mutating", "native", "suites"}
+#: What chooses among the tests of these files those that run a kernel.
+CHOSEN = "interpreted or as_ptx"
 
 
 def files(kernel: str) -> list[str]:
-    return [f"tests/ops/test_{name}.py" for name in SUITES[kernel]]
+    return [f"tests/{name}.py" for name in SUITES[kernel]]
 
 
 def core(target: int) -> list[str]:
@@ -37,7 +51,9 @@ def core(target: int) -> list[str]:
 
 
 def source_hash(kernel: str) -> str:
-    """Of the kernel's file and of those of kernels/ that it imports."""
+    """Of the kernel's file and of those that it imports or includes."""
+    if kernel in NATIVE:
+        return _hash(sorted(_included(ROOT / f"csrc/cuda/{kernel}.cu")))
     todo, found = [kernel], set()
     while todo:
         name = todo.pop()
@@ -51,10 +67,24 @@ def source_hash(kernel: str) -> str:
     return _hash(KERNELS / f"{name}.py" for name in sorted(found))
 
 
+def _included(path: Path) -> set[Path]:
+    """A file of csrc/, and all that it includes from there."""
+    todo, found = [path], set()
+    while todo:
+        if (path := todo.pop()) not in found:
+            found.add(path)
+            names = re.findall(r'^\s*#\s*include\s+"([^"]+)"', path.read_text(), re.M)
+            todo += [(path.parent / name).resolve() for name in names]
+    return found
+
+
 def checker_hash(kernel: str) -> str:
     """Of the kernel's tests and of what executes them."""
-    emulator = (path for path in Path(__file__).parent.glob("*.py") if not path.name.startswith("test_"))
-    return _hash([*sorted(emulator), *(ROOT / name for name in files(kernel))])
+    others = {*_NO_EMULATOR} - ({"native"} if kernel in NATIVE else set())
+    emulator = (path for path in Path(__file__).parent.glob("*.py") if path.stem not in others)
+    parts = [path for path in sorted(emulator) if not path.name.startswith("test_")]
+    parts += [ROOT / "tests/csrc/launches.cpp"] * (kernel in NATIVE)
+    return _hash([*parts, *(ROOT / name for name in files(kernel))])
 
 
 def _hash(paths) -> str:
@@ -79,12 +109,28 @@ def write(row: dict) -> None:
 
 def with_table(document: str) -> str:
     """The page with its table made of the rows."""
-    lines = ["| kernel | target | tests | seconds | instructions that ran | triton |", "|---|---|---|---|---|---|"]
+    lines = ["| kernel | target | tests | seconds | instructions that ran | compiler |", "|---|---|---|---|---|---|"]
     for (kernel, target), row in sorted(rows().items()):
         share = f"{row['ran']} of {row['instructions']}"
-        lines.append(f"| {kernel} | {target} | {row['tests']} | {row['seconds']} | {share} | {row['triton']} |")
+        lines.append(f"| {kernel} | {target} | {row['tests']} | {row['seconds']} | {share} | {row['compiler']} |")
     head, rest = document.split("<!-- checked -->\n")
     return "\n".join([head + "<!-- checked -->", *lines, rest[rest.index("<!-- end -->") :]])
+
+
+def with_faults(document: str) -> str:
+    """The page with its tables made of the rows on faults."""
+    surveyed = [json.loads(line) for line in MUTATED.read_text().splitlines()]
+    lines = ["| kernel | faults | seen | places | seen | equivalent | open |", "|---|---|---|---|---|---|---|"]
+    for kernel in [*SUITES, "all"]:
+        mine = [row for row in surveyed if kernel in (row["kernel"], "all")]
+        sums = [sum(row[name] for row in mine) for name in ("faults", "seen", "places", "seen_places")]
+        sums += [sum(len(row[name]) for row in mine) for name in ("equivalent", "open")]
+        lines.append(f"| {kernel} | {' | '.join(map(str, sums))} |" if mine else f"| {kernel} |" + " |" * 6)
+    for name, title in (("equivalent", "why nothing changes"), ("open", "an instruction there")):
+        lines += ["", f"| {name} | kind | {title} |", "|---|---|---|"]
+        lines += [f"| {at} | {row['kind']} | {text} |" for row in surveyed for at, text in row[name].items()]
+    head, rest = document.split("<!-- faults -->\n")
+    return "\n".join([head + "<!-- faults -->", *lines, rest[rest.index("<!-- end -->") :]])
 
 
 def changed(target: str) -> list[str]:

@@ -1,11 +1,13 @@
 """Planted faults: which are made, that a program with one is another, and that the first stays as it is."""
 
+import json
 from collections import Counter
 
 import pytest
 
+from tests.ptx import suites
 from tests.ptx.machine import Program
-from tests.ptx.mutants import mutants, summary
+from tests.ptx.mutants import mutants, reasons_of_survivors, survey
 
 TEXT = """.version 8.7
 .target sm_90a
@@ -59,7 +61,35 @@ def test_what_is_moved(made):
     assert shifted.changed.args[1] == ("address", "%d0", 16) and weakened.changed.args == ["2"]
 
 
+def rows(*found):
+    return [dict(fault=["k", "p", 1, "comparison"], where=where, text="setp", seen=seen) for where, seen in found]
+
+
 def test_a_place_counts_as_seen_with_one_of_its_faults():
-    found = [("1 2 3", None), ("1 2 3", "a test"), ("1 9 9", None)]
-    rows = [dict(fault=["k", "p", 1, "comparison"], where=where, seen=seen) for where, seen in found]
-    assert summary(rows) == ["ptx: k: comparison: 1 of 3 seen, in 1 of 2 places"]
+    found = survey({"norm": rows(("norm.py:2:3", None), ("norm.py:2:3", "a test"), ("norm.py:9:9", None))}, {})
+    assert found == [
+        dict(
+            kernel="norm", kind="comparison", faults=3, seen=1, places=2, seen_places=1, equivalent={},
+            open={"norm.py:9:9": "setp"},
+        )
+    ]  # fmt: skip
+
+
+def test_a_survivor_with_a_reason_is_not_open():
+    reasons = {("norm", "comparison", "norm.py:9:9"): "setp compares numbers that are never equal"}
+    (found,) = survey({"norm": rows(("norm.py:9:9", None))}, reasons)
+    assert found["open"] == {} and found["equivalent"] == {
+        "norm.py:9:9": "setp compares numbers that are never equal"
+    }
+
+
+def test_each_reason_names_a_survivor():
+    """None is left of a fault that is seen by now."""
+    surveyed = [json.loads(line) for line in suites.MUTATED.read_text().splitlines()]
+    named = {(row["kernel"], row["kind"], where) for row in surveyed for where in row["equivalent"]}
+    assert named == set(reasons_of_survivors())
+
+
+def test_at_most_a_tenth_of_the_places_is_open():
+    surveyed = [json.loads(line) for line in suites.MUTATED.read_text().splitlines()]
+    assert 10 * sum(len(row["open"]) for row in surveyed) <= sum(row["places"] for row in surveyed)

@@ -38,7 +38,7 @@ class Transfers:
         if space == "param":
             return self._parameters(targets, kind, ins.args[1], mask), []
         base, offset = self.address(ins.args[1])
-        order = f"{ins.line}, {'acquire' in op}"
+        order = f"{ins.line}, {'acquire' in op}" + ", True" * ("nc" in op)
         call = f"L = s.{_MEMORIES[space]}.load({base}, {offset}, {mask}, {size}, {len(targets)}, {order})"
         return self._loaded(targets, kind), [call]
 

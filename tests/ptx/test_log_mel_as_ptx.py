@@ -1,0 +1,47 @@
+"""What the tests of the operator do not reach on a CPU's tensors: the log-mel kernel's results in half types."""
+
+import pytest
+import torch
+
+from clvp_fast import native
+from clvp_fast.ops.log_mel_tables import filters_and_bands, twiddles
+from tests.ops.test_log_mel import noise, settings
+
+CODES = {torch.float32: native.FLOAT32, torch.float16: native.FLOAT16, torch.bfloat16: native.BFLOAT16}
+
+
+def features(launcher, samples, dtype, n_fft, hop_length, top_db):
+    """The kernel's own, as its launcher is called for tensors on a GPU; poisoned before."""
+    options = settings(n_fft, hop_length)
+    filters, bands = filters_and_bands(options["mel_filters"], torch.float32)
+    circle = twiddles(n_fft, torch.float32, torch.device("cpu"))
+    (batch, time), frames = samples.shape, 1 + samples.shape[1] // hop_length
+    result, maxima = torch.full((batch, 80, frames), torch.nan, dtype=dtype), torch.zeros(batch, 2, dtype=torch.int32)
+    integers = samples.dtype == torch.int16
+    call = native.LogMelCall(
+        samples=samples.data_ptr(), window=options["window"].data_ptr(), twiddles=circle.data_ptr(),
+        mel_filters=filters.data_ptr(), bands=bands.data_ptr(), mel_norms=options["mel_norms"].data_ptr(),
+        features=result.data_ptr(), clip_maxima=maxima.data_ptr() if top_db >= 0 else None, batch=batch, time=time,
+        samples_stride=time, hop_length=hop_length, frames=frames, n_fft=n_fft, num_mels=80,
+        samples_dtype=native.INT16 if integers else native.FLOAT32, compute_dtype=native.FLOAT32,
+        features_dtype=CODES[dtype], decibels=top_db >= 0, log_floor=1e-5, top_db=top_db,
+    )  # fmt: skip
+    assert launcher.call("clvp_fast_log_mel_cuda", call) == 0
+    return result
+
+
+@pytest.mark.parametrize("top_db", [-1.0, 20.0])
+@pytest.mark.parametrize("integers", [False, True])
+@pytest.mark.parametrize("n_fft", [256, 512, 1024, 2048, 4096])
+def test_half_types_are_float32_rounded(launcher, n_fft, integers, top_db):
+    samples = noise(2, 3 * n_fft)
+    samples[1, 200] = torch.nan
+    samples = (9000 * samples.nan_to_num()).short() if integers else samples
+    whole = features(launcher, samples, torch.float32, n_fft, n_fft // 2, top_db)
+    assert integers or whole.isnan().any()
+    for dtype in (torch.float16, torch.bfloat16):
+        half = features(launcher, samples, dtype, n_fft, n_fft // 2, top_db)
+        if top_db < 0:
+            torch.testing.assert_close(half, whole.to(dtype), rtol=0, atol=0, equal_nan=True)
+        else:  # what is raised to the loudest value less top_db was rounded before, and is divided after
+            torch.testing.assert_close(half.float(), whole, rtol=4 * torch.finfo(dtype).eps, atol=0, equal_nan=True)
