@@ -28,11 +28,11 @@ class Plan:
 
     speech_files: int = 40
     codec_steps: int = 32000
-    code_files: int = 300
-    decoder_steps: int = 5500
+    code_files: int = 180
+    decoder_steps: int = 4500
     decoder_steps_before_candidates: int = 2000
-    candidate_files: int = 30
-    scorer_steps: int = 3000
+    candidate_files: int = 24
+    scorer_steps: int = 2500
 
 
 PLAN = Plan()
