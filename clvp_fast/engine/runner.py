@@ -189,12 +189,12 @@ class Runner:
             # Once without capture: kernels are compiled, parameters packed, buffers made.
             side.wait_stream(current)
             with torch.cuda.stream(side):
-                self._step(size)
+                self._step(size, typical_mass=1.0)
             current.wait_stream(side)
             graph = torch.cuda.CUDAGraph()
             # Torch's own stream for captures is one for all devices.
             with torch.cuda.graph(graph, pool=pool, stream=side):
-                self._step(size)
+                self._step(size, typical_mass=1.0)
             self._graphs[size] = graph
             if progress is not None:
                 progress(count, len(sizes))
@@ -240,10 +240,11 @@ class Runner:
         if not 1 <= num_slots <= self.max_batch:
             raise ValueError(f"num_slots must be from 1 to {self.max_batch}, not {num_slots}")
         rows = self._rows_of(num_slots)
-        if rows in self._graphs:
+        shortcuts = self.slots.shortcuts(rows)
+        if rows in self._graphs and "typical_mass" in shortcuts:  # neutral, as it was when steps were captured
             self._graphs[rows].replay()
         else:
-            self._step(rows, **self.slots.shortcuts(rows))
+            self._step(rows, **shortcuts)
         results = self._result(rows)
         if self.device.type != "cuda":
             return StepHandle(results.cpu().clone(), num_slots)

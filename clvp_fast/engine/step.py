@@ -18,6 +18,7 @@ from clvp_fast.ops.mlp import bind_gelu_mlp
 from clvp_fast.ops.norm import bind_add_norm, bind_double_layer_norm
 from clvp_fast.ops.paged_attention import bind_paged_attention_decode
 from clvp_fast.ops.sampling import bind_sample
+from clvp_fast.ops.sampling_torch import keep_typical
 
 if TYPE_CHECKING:
     from clvp_fast.engine.decoder import KVPages, PagedDecoder
@@ -140,10 +141,14 @@ def bind_draw(
     """The tokens of logits `[rows, vocab_size]` into the slots' state, and into `results` with whether they were last.
 
     `state` of the first rows, of which those are `inactive` whose token means nothing; `results` `[2, rows]` int64;
-    `shortcuts`: numbers in the place of tensors for `sample`, where that spares work and changes no token.
+    `shortcuts`: numbers in the place of tensors for `sample`, where that spares work and changes no token. Without the
+    one of `typical_mass` the call for it is among these.
     """
     tokens, lengths, seq_lens = results[0], state["lengths"], state["seq_lens"]
     settings = {name: state[name] for name in (*NEUTRAL, "do_sample")} | shortcuts
+    mass, calls = settings.pop("typical_mass"), []
+    if isinstance(mass, torch.Tensor):
+        calls.append(partial(keep_typical, logits, state["seen"], state["repetition_penalty"], mass))
     # Each slot has a stop token of its own, so that `sample` is told of none: it leaves `inactive` as it is.
     draw = bind_sample(
         tokens,
@@ -161,6 +166,7 @@ def bind_draw(
     )
     stopped, spent = (room(name, len(tokens), dtype=torch.bool) for name in ("stopped", "spent"))
     return [
+        *calls,
         draw,
         partial(torch.eq, tokens, state["stop"], out=stopped),
         partial(torch.ge, lengths, state["limit"], out=spent),

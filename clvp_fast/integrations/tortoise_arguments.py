@@ -36,7 +36,11 @@ _WITHOUT_MEANING = {
     *("return_dict_in_generate", "synced_gpus"),
 }
 # transformers' own defaults, where a caller leaves a setting out.
-_NEUTRAL = dict(do_sample=False, temperature=1.0, top_k=50, top_p=1.0, typical_p=1.0, min_p=0.0, repetition_penalty=1.0)
+_NEUTRAL: dict[str, Any] = dict(
+    do_sample=False, temperature=1.0, top_k=50, top_p=1.0, typical_p=1.0, min_p=0.0, repetition_penalty=1.0
+)
+# What `inference_speech` leaves of the probability where `typical_sampling` is asked for without one.
+_TYPICAL_MASS = 0.9
 
 
 def is_fast(tts: Any) -> bool:
@@ -163,15 +167,12 @@ def sampling(options: Mapping[str, Any], **settings) -> SamplingParams:
 
     Raises `ValueError` or `TypeError` for what the engine does not do, by name.
     """
-    values: dict[str, Any] = dict(_NEUTRAL)
+    options, values = dict(options), dict(_NEUTRAL)
+    mass = options.pop("typical_mass", _TYPICAL_MASS)
+    if options.pop("typical_sampling", False):
+        settings["typical_mass"] = mass
     for name, value in options.items():
-        if name in ("typical_sampling", "typical_mass"):
-            if name == "typical_sampling" and value:
-                raise ValueError(
-                    "typical_sampling works before temperature and top_k in Tortoise, and behind them in the engine: "
-                    "ask for typical_p=..., which is transformers' own, or restore(tts)"
-                )
-        elif name in values:
+        if name in values:
             off = 0 if name == "top_k" else values[name]
             values[name] = off if value is None else value
         elif name == "num_beams":
@@ -180,6 +181,7 @@ def sampling(options: Mapping[str, Any], **settings) -> SamplingParams:
         elif name not in _WITHOUT_MEANING:
             raise TypeError(f"tts() got an argument that the engine does not know: {name}={shown(value)}")
     if not values["do_sample"]:
+        settings.pop("typical_mass", None)
         values = {name: values[name] for name in ("do_sample", "repetition_penalty")}
     return SamplingParams(**values, **settings)
 

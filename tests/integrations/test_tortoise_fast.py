@@ -98,7 +98,7 @@ def test_storages_are_shared_and_go_back(make_fast):
     [
         (dict(k=2), "k must be a whole number from 1 to 1, not 2"),
         (dict(top_k=5), "top_k is what tts"),
-        (dict(typical_sampling=True), "typical_sampling works before"),
+        (dict(typical_sampling=True, typical_mass=0), "typical_mass must be above 0"),
         (dict(voice="me"), "does not know: voice='me'"),
         (dict(max_generate_length=1000), "max_generate_length must be a whole number from 1 to 59"),
     ],
