@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from clvp_fast.engine.sampling_params import SamplingParams
-from clvp_fast.integrations.tortoise_modules import MARK
 from clvp_fast.io.errors import shown
 
 # Of a `TextToSpeech` of `tortoise.api`, and of `tortoise.api_fast`: what is used of it, and arguments of its `tts()`.
@@ -67,11 +66,6 @@ def check_object(tts: Any) -> None:
             raise ValueError(f"tts.{name} is a {type(module).__name__}, and no live module: load Tortoise's .pth files")
     autoregressive = tts.autoregressive
     for name in names:
-        if MARK in vars(getattr(tts, name)):
-            raise ValueError(
-                f"tts.{name} is part of another TextToSpeech that is accelerated: call restore() of that one first, "
-                "or load another"
-            )
         known = inspect.signature(getattr(tts, name).forward).parameters
         if lacking := [argument for argument in _FORWARDS[name] if argument not in known]:
             raise ValueError(f"tts.{name}.forward() has no argument {lacking[0]}, as Tortoise's: take off its wrapper")
@@ -79,15 +73,23 @@ def check_object(tts: Any) -> None:
         raise ValueError("tts.autoregressive was not prepared for inference: call its post_init_gpt2_config() first")
     if hasattr(autoregressive, "ds_engine"):
         raise ValueError("use_deepspeed=True puts other modules in the place of Tortoise's: make tts without it")
-    if (device := torch.device(tts.device)).type not in ("cpu", "cuda"):
-        raise ValueError(f"tts.device is {device}, and the engine runs on CPUs and CUDA devices")
-    if tts.half and device.type != "cpu":
-        raise ValueError("half=True is an autocast that the engine does not run under: make tts with half=False")
+    check_device(tts)
     for name in names:
         dtypes = {parameter.dtype for parameter in getattr(tts, name).parameters()}
         if dtypes != {torch.float32}:
             found = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
             raise ValueError(f"tts.{name} is in {found}, and Tortoise's own float32 is needed: load it anew")
+
+
+def check_device(tts: Any) -> None:
+    """Raise `ValueError` where an object's device, or its half precision there, is not served."""
+    if (device := torch.device(tts.device)).type not in ("cpu", "cuda"):
+        raise ValueError(f"tts.device is {device}, and the engine runs on CPUs and CUDA devices")
+    if tts.half and device.type != "cpu":
+        raise ValueError(
+            "half=True is an autocast that the engine does not run under: make tts with half=False, or set "
+            "tts.half = False"
+        )
 
 
 def check_options(engine_options: Mapping[str, Any]) -> None:
