@@ -137,7 +137,7 @@ class Worker:
         """A voice and its remarks; or why there is none, for which its other rows need not look again."""
         try:
             _require_kept(Path(place))
-            loaded = load_voice(self.engine.voices, place)
+            loaded = load_voice(self.engine.voices, place, self.settings.crop_seed)
             return loaded.voice, loaded.remarks
         except Exception as error:
             return failure_of(error)
