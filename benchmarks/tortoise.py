@@ -25,7 +25,7 @@ from clvp_fast.engine.ranking import Ranker
 from clvp_fast.models.clvp.convert_tortoise import convert_tortoise_checkpoint
 
 SHAPES = {
-    "cpu": (dict(candidates=4, codes=12, padded_to=500),),
+    "cpu": (dict(candidates=4, codes=8, padded_to=500),),
     "cuda": (dict(candidates=16, codes=200, padded_to=500),),
 }
 SMOKE = (dict(candidates=2, codes=4, padded_to=40),)

@@ -49,6 +49,11 @@ def is_fast(tts: Any) -> bool:
 
 def check_object(tts: Any) -> None:
     """Raise `TypeError` for what is no `TextToSpeech` of tortoise-tts 3.0.0, `ValueError` where one is not served."""
+    if type(tts).__module__.partition(".")[0] == "TTS":
+        raise TypeError(
+            "coqui-tts's Tortoise is not supported, whose inference() is another than the tts() of tortoise-tts 3.0.0: "
+            "make that package's TextToSpeech of the same files (docs/tortoise.md)"
+        )
     attributes, wanted = (_FAST_ATTRIBUTES, _FAST_ARGUMENTS) if is_fast(tts) else (_ATTRIBUTES, _ARGUMENTS)
     missing = [name for name in attributes if not hasattr(tts, name)]
     arguments = inspect.signature(tts.tts).parameters if callable(getattr(tts, "tts", None)) else {}

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+import clvp_fast
 from clvp_fast.integrations.tortoise import accelerate, restore
 from tests.integrations.test_tortoise import CALL, TEXT, clips, ids_of, latents
 
@@ -446,3 +447,9 @@ def test_weights_that_changed_are_copied_anew_in_8_bits(make_tts):
 def test_pages_of_another_size_are_refused(make_tts, size):
     with pytest.raises(ValueError, match=f"page_size must be 16 or 32, .*, not {size}"):
         accelerate(make_tts(), page_size=size)
+
+
+def test_coquis_tortoise_is_refused_by_name():
+    kind = type("Tortoise", (), {"__module__": "TTS.tts.models.tortoise", "autoregressive": None})
+    with pytest.raises(TypeError, match=r"coqui-tts's Tortoise is not supported, .* make that package's TextToSpeech"):
+        clvp_fast.accelerate(kind())
