@@ -11,6 +11,7 @@ GROUPS = {
     "ours": "clvp_fast: kernels, torch paths, references and the engine",
     "torch": "what somebody who knows torch writes, compiled or captured where that is faster",
     "sdpa": "torch's scaled_dot_product_attention, one backend at a time",
+    "tortoise": "tortoise-tts's own classes, with the sampling of transformers 4.31",
     "transformers": "transformers' own classes, as they are and compiled over a static cache",
     "flashinfer": "FlashInfer's decoding over pages, with and without a shared prefix",
     "torchaudio": "torchaudio's MelSpectrogram",

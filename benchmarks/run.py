@@ -36,6 +36,7 @@ WORKLOADS = {
     "decode_step": "one decode step of the engine: transformers', a torch rewrite, ours in each precision tier",
     "score": "embedding candidates: transformers' speech encoder, ours, and the engine's ranking",
     "end_to_end": "text and clip to ranked candidates, and the time of each part",
+    "tortoise": "the first stages of Tortoise's tts(): its own, and accelerated (needs tortoise-tts 3.0.0)",
     "scaling": "a call of the engine over candidates, text tokens, clips and requests",
     "paged_attention": "attention of a decode step over pages",
     "rotary_attention": "the encoders' attention",

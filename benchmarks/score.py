@@ -1,7 +1,8 @@
 """Speech codes to embeddings: transformers' speech encoder, ours, and the engine's ranking in both of its modes.
 
 Candidates of one length go through as they are; ragged ones as the original does it, all filled up to one length, or
-each at its own ("trimmed": other embeddings, judged against transformers' of one candidate after the other).
+each at its own ("trimmed": other embeddings, judged against transformers' of one candidate after the other). Of the
+engine's ranking on a CPU the time is told by part.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,6 +26,8 @@ SHAPES = {
 }
 SMOKE = (dict(candidates=3, length=9), dict(candidates=3, shortest=4, length=9, padded_to=12))
 TEXT = list(range(3, 33))
+# What an operation of torch's profiler counts as, by what its name holds; all others are norms, activations and copies.
+PARTS = {"products": ("::linear", "::mm", "::addmm"), "attention": ("attention", "::bmm", "::baddbmm", "softmax")}
 # By dtype, how far embeddings may be from transformers' in float32.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 
@@ -93,7 +96,20 @@ def _made(shared: Callable[[], Shared], name: str, dtype: torch.dtype, mode: str
     error = float((_normalised(run()) - common.expected[mode]).norm() / common.expected[mode].norm())
     tokens = common.tokens[mode]
     counted = {"dtype": name_of(dtype), "flop": 2 * common.parameters * tokens, "encoded_tokens": tokens}
+    if "engine" in name and common.batch.device.type == "cpu":
+        counted["parts"] = parts_of(run)
     return Provider(name, torch.no_grad()(run), error, TOLERANCE[dtype], counted=counted)
+
+
+def parts_of(run: Callable[[], object]) -> dict[str, float]:
+    """Seconds of `PARTS` and of the rest in one run on a CPU, as torch's profiler counts them."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        run()
+    parts = dict.fromkeys((*PARTS, "rest"), 0.0)
+    for event in profile.key_averages():
+        part = next((part for part, names in PARTS.items() if any(name in event.key for name in names)), "rest")
+        parts[part] += event.self_cpu_time_total / 1e6
+    return parts
 
 
 def _padded(stock, codes: list[torch.Tensor], shape: dict) -> torch.Tensor:

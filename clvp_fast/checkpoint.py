@@ -23,6 +23,7 @@ from clvp_fast.demo import reserved_checkpoint
 from clvp_fast.io.errors import cut
 from clvp_fast.io.files import user_path
 from clvp_fast.io.names import RESERVED, nearest
+from clvp_fast.models.clvp.convert_tortoise import convert_tortoise_checkpoint, tortoise_processors
 from clvp_fast.models.clvp.tokens import most_text
 from clvp_fast.vocoder import Vocoder, load_vocoder
 
@@ -184,6 +185,28 @@ def load_checkpoint(
     _check_vocabulary(name, tokenizer, config)
     vocoder = load_vocoder(source, feature_extractor) if isinstance(source, Path) else None
     return Checkpoint(str(name), model.to(device).eval(), tokenizer, feature_extractor, vocoder)
+
+
+def load_tortoise(
+    name: str,
+    autoregressive: Path,
+    clvp: Path,
+    tokenizer: Path,
+    mel_norms: Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    text_cleaning: str = "tortoise",
+) -> Checkpoint:
+    """Load original Tortoise's files as `load_checkpoint` loads the folder that `clvp-fast convert` makes of them.
+
+    Raises:
+        FileNotFoundError, ValueError: as `convert_tortoise_checkpoint`, of any of the files.
+    """
+    model = convert_tortoise_checkpoint(autoregressive, clvp, dtype=dtype)
+    model.config.decoder_config.contiguous_positions = True
+    processors = tortoise_processors(tokenizer, mel_norms, model.config, text_cleaning)
+    return Checkpoint(name, model.to(device).eval(), *processors)
 
 
 def load_clap(

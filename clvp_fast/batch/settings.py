@@ -20,6 +20,7 @@ class Settings:
     Args:
         checkpoint: "demo", a folder, or a hub id.
         voice: of the rows that name none: a recording, a folder of recordings, or a saved voice.
+        crop_seed: use 6 s from a random place of each longer recording, as [`CandidateRequest`]; None: the first 6 s.
         keep: how many of a row's best candidates are written; None: all.
         num_candidates, max_new_tokens, do_sample, temperature, top_p, top_k, typical_p, min_p, repetition_penalty: as
             [`SamplingParams`]; a row may have its own. `max_new_tokens` None: 500, or what the checkpoint's positions
@@ -42,6 +43,7 @@ class Settings:
 
     checkpoint: str = "demo"
     voice: str | None = None
+    crop_seed: int | None = None
     keep: int | None = 1
     num_candidates: int | None = None
     max_new_tokens: int | None = None
@@ -77,6 +79,9 @@ class Settings:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} must be a whole number from 1 up, or None, not {value!r}")
+        seed = self.crop_seed
+        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
+            raise ValueError(f"crop_seed must be a whole number from 0 up, or None, not {seed!r}")
         for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
                 shown = ", ".join(map(repr, known))

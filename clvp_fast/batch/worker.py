@@ -137,7 +137,7 @@ class Worker:
         """Return a voice and its remarks, or the reason for none, which then serves all its rows."""
         try:
             _require_kept(Path(place))
-            loaded = load_voice(self.engine.voices, place)
+            loaded = load_voice(self.engine.voices, place, self.settings.crop_seed)
             return loaded.voice, loaded.remarks
         except Exception as error:
             return failure_of(error)

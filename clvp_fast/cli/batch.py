@@ -15,7 +15,9 @@ from clvp_fast.cli.inputs import note_random, sampling_of
 #: The note after an interrupt.
 INTERRUPTED = "what is finished is kept, and the same command goes on from there"
 
-_PLAIN = ("checkpoint", "voice", "scoring", "latents", "embeddings", "dtype", "int8_weights", "float8_pages")
+_PLAIN = (
+    *("checkpoint", "voice", "crop_seed", "scoring", "latents", "embeddings", "dtype", "int8_weights", "float8_pages"),
+)
 _OPEN = ("packed_weights", "threads")
 
 

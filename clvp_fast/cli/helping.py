@@ -22,6 +22,14 @@ HELP = {
             "clvp-fast generate --texts texts.txt --voice speaker/ --preset fast --checkpoint tortoise-clvp",
         ),
     ),
+    "speak": (
+        "TEXT --voice VOICE [options]",
+        "text voice checkpoint tortoise out num_candidates preset seed iterations device json debug",
+        (
+            'clvp-fast speak "Hello there." --voice voice.flac --out speech.wav',
+            'clvp-fast speak "Hello there." --voice voice.flac --tortoise tortoise-models --preset fast',
+        ),
+    ),
     "batch": (
         "INPUT --out DIR [options]",
         "input out voice checkpoint num_candidates preset keep seed retry_failed ray device dtype",

@@ -23,7 +23,7 @@ def build_parser() -> argparse.ArgumentParser:
     everywhere = argparse.ArgumentParser(add_help=False)
     everywhere.add_argument("--debug", action="store_true", help="show where an error came from")
     everywhere.add_argument("--json", action="store_true", help="print the result as JSON; notes stay on stderr")
-    for add in (_generate, _batch, _score, _mel, _convert, _info, _bench):
+    for add in (_generate, _speak, _batch, _score, _mel, _convert, _info, _bench):
         add(commands, everywhere)
     for name, (usage, shown, examples) in HELP.items():
         command = commands.choices[name]
@@ -52,12 +52,7 @@ def _generate(commands, everywhere) -> None:
         help="a recording (WAV, FLAC, MP3, OGG; its first 6 s count), a folder of recordings of one speaker, which are "
         "averaged, a voice that --save-voice wrote, or Tortoise's latents (.pth); repeated: every text in every voice",
     )
-    parser.add_argument(
-        "--crop-seed",
-        type=_non_negative_int,
-        metavar="N",
-        help="use 6 s from a random place of each longer recording, as Tortoise does (default: the first 6 s)",
-    )
+    _add_crop_seed(parser)
     _add_checkpoint(parser)
     parser.add_argument(
         "--out", type=_path, default="out", metavar="DIR", help="folder for the results (default: %(default)s)"
@@ -84,6 +79,43 @@ def _generate(commands, everywhere) -> None:
     _add_decoding(parser)
 
 
+def _speak(commands, everywhere) -> None:
+    parser = commands.add_parser(
+        "speak", parents=[everywhere], help="a text in a voice to a WAV, through Tortoise's vocoder or a checkpoint's"
+    )
+    parser.add_argument("text", type=_text, metavar="TEXT", help="what is to be said")
+    parser.add_argument(
+        "--voice",
+        required=True,
+        type=_path,
+        metavar="VOICE",
+        help="a recording, a folder of recordings of one speaker, or Tortoise's latents (a pair, .pth)",
+    )
+    model = parser.add_mutually_exclusive_group()
+    _add_checkpoint(model)
+    model.add_argument(
+        "--tortoise",
+        type=_path,
+        metavar="DIR",
+        help="the folder of Tortoise's .pth files: decoder, CLVP, diffusion and vocoder (with tortoise-tts 3.0.0)",
+    )
+    parser.add_argument(
+        "--out", type=_path, default="speech.wav", metavar="FILE", help="the WAV to write (default: %(default)s)"
+    )
+    _add_candidates(parser)
+    _add_scoring(parser)
+    parser.add_argument(
+        "--seed", type=_seed, default=0, help="of candidates and of the diffusion's noise (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--iterations",
+        type=_positive_int,
+        metavar="N",
+        help="of Tortoise's diffusion (default: the preset's: 30, 80, 200 or 400; 80 without)",
+    )
+    _add_decoding(parser)
+
+
 def _batch(commands, everywhere) -> None:
     parser = commands.add_parser(
         "batch",
@@ -106,6 +138,7 @@ def _batch(commands, everywhere) -> None:
         metavar="VOICE",
         help="of rows that name none: a recording, a folder of recordings of one speaker, or a saved voice",
     )
+    _add_crop_seed(parser)
     _add_checkpoint(parser)
     _add_candidates(parser)
     parser.add_argument(
@@ -269,6 +302,15 @@ def add_bench_arguments(parser) -> None:
     )
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, once: whether it runs. Rows are not kept")
     parser.add_argument("--results", metavar="DIR", help="folder for the rows (default: benchmarks/results)")
+
+
+def _add_crop_seed(parser) -> None:
+    parser.add_argument(
+        "--crop-seed",
+        type=_non_negative_int,
+        metavar="N",
+        help="use 6 s from a random place of each longer recording, as Tortoise does (default: the first 6 s)",
+    )
 
 
 def _add_checkpoint(parser) -> None:

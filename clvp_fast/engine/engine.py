@@ -35,6 +35,7 @@ from clvp_fast.io.errors import shown
 from clvp_fast.models.clvp.causal_lm import ClvpForCausalLM
 from clvp_fast.models.common.parameters import arrange_for_decoding
 from clvp_fast.ops.dispatch import uncast
+from clvp_fast.ops.paged_attention import PAGE_SIZES
 from clvp_fast.ops.panels import unserved
 
 _END: Any = object()  # the end of a call's requests
@@ -101,6 +102,9 @@ class CandidateEngine:
         deterministic: bool = False,
         persistent: bool = False,
     ):
+        if page_size not in PAGE_SIZES:
+            wanted = " or ".join(map(str, PAGE_SIZES))
+            raise ValueError(f"page_size must be {wanted}, the sizes that attention has kernels for, not {page_size}")
         if scorer is not None:
             check_scorer(scorer)
             if scoring != SCORING_MODES[0]:
@@ -181,6 +185,11 @@ class CandidateEngine:
             ValueError: as the constructor, of the model as it is now.
         """
         self._turns.take(self._refresh)
+
+    @property
+    def outdated(self) -> str | None:
+        """Why each request would be refused until `refresh`, as the beginning of a sentence; None: none would be."""
+        return self._work.outdated()
 
     def _refresh(self) -> None:
         self._work.require_idle()

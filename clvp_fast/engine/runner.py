@@ -189,12 +189,12 @@ class Runner:
             # One run without capture compiles kernels, packs parameters and makes buffers.
             side.wait_stream(current)
             with torch.cuda.stream(side):
-                self._step(size)
+                self._step(size, typical_mass=1.0)
             current.wait_stream(side)
             graph = torch.cuda.CUDAGraph()
             # Torch has only one stream for captures on all devices, so this device has its own.
             with torch.cuda.graph(graph, pool=pool, stream=side):
-                self._step(size)
+                self._step(size, typical_mass=1.0)
             self._graphs[size] = graph
             if progress is not None:
                 progress(count, len(sizes))
@@ -240,10 +240,11 @@ class Runner:
         if not 1 <= num_slots <= self.max_batch:
             raise ValueError(f"num_slots must be from 1 to {self.max_batch}, not {num_slots}")
         rows = self._rows_of(num_slots)
-        if rows in self._graphs:
+        shortcuts = self.slots.shortcuts(rows)
+        if rows in self._graphs and "typical_mass" in shortcuts:  # neutral, as it was when steps were captured
             self._graphs[rows].replay()
         else:
-            self._step(rows, **self.slots.shortcuts(rows))
+            self._step(rows, **shortcuts)
         results = self._result(rows)
         if self.device.type != "cuda":
             return StepHandle(results.cpu().clone(), num_slots)

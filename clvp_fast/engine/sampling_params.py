@@ -41,6 +41,7 @@ RANGES = {
     "temperature": Range(float, lambda x: 0 < x < math.inf, "above 0", " (for the likeliest token, do_sample=False)"),
     "top_p": Range(float, lambda x: 0 < x <= 1, "above 0 and at most 1 (1 keeps all)"),
     "typical_p": Range(float, lambda x: 0 < x <= 1, "above 0 and at most 1 (1 keeps all)"),
+    "typical_mass": Range(float, lambda x: 0 < x <= 1, "above 0 and at most 1 (1 keeps all)"),
     "min_p": Range(float, lambda x: 0 <= x <= 1, "from 0 (keep all) to 1"),
     "repetition_penalty": Range(float, lambda x: 0 < x < math.inf, "above 0 (1 punishes nothing)"),
 }
@@ -63,6 +64,9 @@ class SamplingParams:
         stop_token: ends a candidate; None: the decoder's `eos_token_id`.
         penalize_prompt: the repetition penalty falls on code 1 from the beginning, as on the start token: to the
             original its prompt is a row of 1s, to transformers the start token alone.
+        typical_mass: as `typical_p`, but behind the repetition penalty and before temperature and `top_k`: the
+            original's `typical_sampling`. 1 keeps all. It sorts the vocabulary in torch at each step, on a GPU in steps
+            that are launched and not replayed, for as long as a candidate in the batch asks for it.
 
     Raises:
         ValueError: a value that cannot be, or several candidates of greedy decoding, which would all be equal.
@@ -80,6 +84,7 @@ class SamplingParams:
     seed: int | None = None
     stop_token: int | None = None
     penalize_prompt: bool = True
+    typical_mass: float = 1.0
 
     def __post_init__(self):
         for name in ("do_sample", "penalize_prompt"):
@@ -127,5 +132,10 @@ class SamplingParams:
         return cls(**{"num_candidates": PRESETS[name], **overrides})
 
 
-#: The fields that the command line, a job's settings and its rows may set; the checkpoint decides on the others.
-SAMPLING = tuple(field.name for field in fields(SamplingParams) if field.name not in ("stop_token", "penalize_prompt"))
+#: The fields that the command line, a job's settings and its rows may set; the checkpoint, or Tortoise's objects, decide
+#: on the others.
+SAMPLING = tuple(
+    field.name
+    for field in fields(SamplingParams)
+    if field.name not in ("stop_token", "penalize_prompt", "typical_mass")
+)

@@ -16,11 +16,14 @@ from clvp_fast.engine.scheduler import Admission, Step
 
 # The state of a slot in 64 bits: whole numbers first, then floating ones. `lengths` counts drawn tokens.
 _WHOLE = ("token", "lengths", "limit", "stop", "seed", "candidate", "top_k", "do_sample")
-_REAL = ("temperature", "top_p", "typical_p", "min_p", "repetition_penalty")
+_REAL = ("temperature", "top_p", "typical_p", "min_p", "repetition_penalty", "typical_mass")
 # The original fills its prompt with this code, where its repetition penalty looks.
 _PROMPT_CODE = 1
-# The value at which each parameter of `sample` has no effect.
-NEUTRAL = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "typical_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
+# The value at which each parameter has no effect.
+NEUTRAL = {
+    **{"temperature": 1.0, "top_k": 0, "top_p": 1.0, "typical_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0},
+    "typical_mass": 1.0,
+}
 
 
 class SlotState:
@@ -28,9 +31,9 @@ class SlotState:
 
     By name in `tensors`, their first axis the slots (of `prefix_table` and `prefix_lens`, the rows of prefixes):
     int64 `token` (the next to enter), `lengths`, `limit`, `stop`, `seed`, `candidate`, `top_k`; float64 `temperature`,
-    `top_p`, `typical_p`, `min_p`, `repetition_penalty`; int32 `seq_lens` (-1: inactive), `prefix_index`, `prefix_lens`,
-    `block_table` `[rows, own_pages]`, `prefix_table` `[rows, prefix_pages]`, `seen` `[rows, ceil(vocab_size / 32)]`;
-    bool `do_sample`.
+    `top_p`, `typical_p`, `min_p`, `repetition_penalty`, `typical_mass`; int32 `seq_lens` (-1: inactive),
+    `prefix_index`, `prefix_lens`, `block_table` `[rows, own_pages]`, `prefix_table` `[rows, prefix_pages]`, `seen`
+    `[rows, ceil(vocab_size / 32)]`; bool `do_sample`.
 
     Args:
         own_pages, prefix_pages: the most pages of a candidate and of a prompt.

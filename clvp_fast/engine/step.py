@@ -18,6 +18,7 @@ from clvp_fast.ops.mlp import bind_gelu_mlp
 from clvp_fast.ops.norm import bind_add_norm, bind_double_layer_norm
 from clvp_fast.ops.paged_attention import bind_paged_attention_decode
 from clvp_fast.ops.sampling import bind_sample
+from clvp_fast.ops.sampling_torch import keep_typical
 
 if TYPE_CHECKING:
     from clvp_fast.engine.decoder import KVPages, PagedDecoder
@@ -142,10 +143,14 @@ def bind_draw(
     """Bind drawing: tokens of logits `[rows, vocab_size]` enter `state`, and with flags of the last ones `results`.
 
     `state` is that of the first rows; rows that are `inactive` have no token. `results` is `[2, rows]` int64.
-    `shortcuts` are numbers that `sample` takes in place of tensors, where that saves work and changes no token.
+    `shortcuts` are numbers that `sample` takes in place of tensors, where that saves work and changes no token. Without a
+    shortcut of `typical_mass`, a call for it comes first.
     """
     tokens, lengths, seq_lens = results[0], state["lengths"], state["seq_lens"]
     settings = {name: state[name] for name in (*NEUTRAL, "do_sample")} | shortcuts
+    mass, calls = settings.pop("typical_mass"), []
+    if isinstance(mass, torch.Tensor):
+        calls.append(partial(keep_typical, logits, state["seen"], state["repetition_penalty"], mass))
     # Each slot has a stop token of its own, so that `sample` gets none, and leaves `inactive` as it is.
     draw = bind_sample(
         tokens,
@@ -163,6 +168,7 @@ def bind_draw(
     )
     stopped, spent = (room(name, len(tokens), dtype=torch.bool) for name in ("stopped", "spent"))
     return [
+        *calls,
         draw,
         partial(torch.eq, tokens, state["stop"], out=stopped),
         partial(torch.ge, lengths, state["limit"], out=spent),

@@ -6,6 +6,7 @@ import zipfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,9 +56,9 @@ def load_voice(voices: VoiceCache, place: str | Path, crop_seed: int | None = No
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
         return LoadedVoice(str(place), voice, None, 0)
-    if (latents := _latents_at(path)) is not None:
+    if (latents := latents_at(path)) is not None:
         return LoadedVoice(str(place), latent_voice(voices, latents), None, 0)
-    recordings, unread = _recordings(path) if path.is_dir() else ([path], [])
+    recordings, unread = recordings_at(path)
     try:
         mels, remarks = _features(voices.feature_extractor, recordings, crop_seed)
     except UnreadableError as error:
@@ -83,10 +84,23 @@ def latent_voice(voices: VoiceCache, path: str | Path) -> Voice:
     """Read the voice of latents in a torch file: Tortoise's pair `(auto, diffusion)`, or one alone.
 
     Raises:
-        FileNotFoundError, ValueError: no file, too many bytes for latents, more than tensors, other widths than the
-            checkpoint's. Code in a file is refused, and not run.
+        FileNotFoundError, ValueError: as `read_latents`, or other widths than the checkpoint's.
     """
     path = user_path(path)
+    latents = read_latents(path)
+    try:
+        return voices.from_vector(latents)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def read_latents(path: Path) -> Any:
+    """Read what a torch file of a voice holds: a pair of tensors, one alone, or whatever else is no code.
+
+    Raises:
+        FileNotFoundError, ValueError: no file, too many bytes for latents, more than tensors. Code in a file is
+            refused, and not run.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"there are no latents at {path}")
     if (size := path.stat().st_size) > MOST_LATENT_BYTES:
@@ -94,15 +108,11 @@ def latent_voice(voices: VoiceCache, path: str | Path) -> Voice:
     if (size := _unpacked_bytes(path)) > MOST_LATENT_BYTES:
         raise ValueError(f"{path} unpacks to {size} bytes, and a voice's latents have at most {MOST_LATENT_BYTES}")
     try:
-        latents = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types for damaged files
         raise ValueError(
             f"{path} holds no latents of a voice, or more than tensors: save it as torch.save((auto, diffusion), path)"
         ) from error
-    try:
-        return voices.from_vector(latents)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from error
 
 
 def _unpacked_bytes(path: Path) -> int:
@@ -116,7 +126,7 @@ def _unpacked_bytes(path: Path) -> int:
         return 0  # torch explains the error
 
 
-def _latents_at(path: Path) -> Path | None:
+def latents_at(path: Path) -> Path | None:
     """Return a file of latents, or the only file of latents in a folder, or None."""
     if is_latents(path) and not path.is_dir():
         return path
@@ -141,11 +151,14 @@ def _is_saved(path: Path) -> bool:
     return head[8:] == b"{" and int.from_bytes(head[:8], "little") <= path.stat().st_size
 
 
-def _recordings(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Return the recordings directly in a folder, and files in formats that cannot be read.
+def recordings_at(path: Path) -> tuple[list[Path], list[Path]]:
+    """Return the recording at a path, or those directly in a folder, and files in formats that cannot be read.
 
-    Those in its sub-folders may be other speakers'.
+    Those in its sub-folders may be other speakers'. Raises `ValueError` for a folder that has none.
     """
+    if not path.is_dir():
+        return [path], []
+    folder = path
     found = sorted(filter(is_recording, folder.iterdir()))
     unread = [path for path in found if path.name.lower().endswith(UNREAD_SUFFIXES)]
     if len(unread) == len(found):

@@ -108,8 +108,13 @@ class Work:
         runner = self.loop.runner
         if runner is not None:
             runner.require_kernel()
-        if runner is not None and (found := runner.outdated()) is not None:
+        if (found := self.outdated()) is not None:
             raise ValueError(f"{found}: call engine.refresh(), which makes anew what was made of the weights")
+
+    def outdated(self) -> str | None:
+        """Return what `check_weights` says of the weights, as the beginning of a sentence, or None."""
+        runner = self.loop.runner
+        return None if runner is None else runner.outdated()
 
     def require_idle(self) -> None:
         """Raise `RuntimeError` while requests are under way."""

@@ -68,6 +68,8 @@ def restore(tts: Any) -> Any:
     with stage.lock:
         if stage.calls:
             raise ValueError("restore(tts) was called within a call of it: call it once that has returned")
+        if stage.streams:
+            raise ValueError("a tts_stream() of it is half read: read it to its end or close() it, then restore(tts)")
         if stage.closed:  # restored by another thread, for which this one waited
             raise ValueError("this tts is not accelerated: there is nothing to restore")
         stage.close()

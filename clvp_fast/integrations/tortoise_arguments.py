@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from clvp_fast.engine.sampling_params import SamplingParams
-from clvp_fast.integrations.tortoise_modules import MARK
 from clvp_fast.io.errors import shown
 
 # The attributes that are used of a `TextToSpeech` of `tortoise.api` and of `tortoise.api_fast`, and arguments of
@@ -37,7 +36,11 @@ _WITHOUT_MEANING = {
     *("return_dict_in_generate", "synced_gpus"),
 }
 # transformers' own defaults for settings that a caller leaves out.
-_NEUTRAL = dict(do_sample=False, temperature=1.0, top_k=50, top_p=1.0, typical_p=1.0, min_p=0.0, repetition_penalty=1.0)
+_NEUTRAL: dict[str, Any] = dict(
+    do_sample=False, temperature=1.0, top_k=50, top_p=1.0, typical_p=1.0, min_p=0.0, repetition_penalty=1.0
+)
+# The share of the probability that `inference_speech` keeps for `typical_sampling` without a mass.
+_TYPICAL_MASS = 0.9
 
 
 def is_fast(tts: Any) -> bool:
@@ -47,6 +50,11 @@ def is_fast(tts: Any) -> bool:
 
 def check_object(tts: Any) -> None:
     """Raise `TypeError` for anything but a `TextToSpeech` of tortoise-tts 3.0.0, `ValueError` for an unserved one."""
+    if type(tts).__module__.partition(".")[0] == "TTS":
+        raise TypeError(
+            "coqui-tts's Tortoise is not supported, whose inference() is another than the tts() of tortoise-tts 3.0.0: "
+            "make that package's TextToSpeech of the same files (docs/tortoise.md)"
+        )
     attributes, wanted = (_FAST_ATTRIBUTES, _FAST_ARGUMENTS) if is_fast(tts) else (_ATTRIBUTES, _ARGUMENTS)
     missing = [name for name in attributes if not hasattr(tts, name)]
     arguments = inspect.signature(tts.tts).parameters if callable(getattr(tts, "tts", None)) else {}
@@ -64,11 +72,6 @@ def check_object(tts: Any) -> None:
             raise ValueError(f"tts.{name} is a {type(module).__name__}, and no live module: load Tortoise's .pth files")
     autoregressive = tts.autoregressive
     for name in names:
-        if MARK in vars(getattr(tts, name)):
-            raise ValueError(
-                f"tts.{name} is part of another TextToSpeech that is accelerated: call restore() of that one first, "
-                "or load another"
-            )
         known = inspect.signature(getattr(tts, name).forward).parameters
         if lacking := [argument for argument in _FORWARDS[name] if argument not in known]:
             raise ValueError(f"tts.{name}.forward() has no argument {lacking[0]}, as Tortoise's: take off its wrapper")
@@ -76,15 +79,23 @@ def check_object(tts: Any) -> None:
         raise ValueError("tts.autoregressive was not prepared for inference: call its post_init_gpt2_config() first")
     if hasattr(autoregressive, "ds_engine"):
         raise ValueError("use_deepspeed=True puts other modules in the place of Tortoise's: make tts without it")
-    if (device := torch.device(tts.device)).type not in ("cpu", "cuda"):
-        raise ValueError(f"tts.device is {device}, and the engine runs on CPUs and CUDA devices")
-    if tts.half and device.type != "cpu":
-        raise ValueError("half=True is an autocast that the engine does not run under: make tts with half=False")
+    check_device(tts)
     for name in names:
         dtypes = {parameter.dtype for parameter in getattr(tts, name).parameters()}
         if dtypes != {torch.float32}:
             found = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
             raise ValueError(f"tts.{name} is in {found}, and Tortoise's own float32 is needed: load it anew")
+
+
+def check_device(tts: Any) -> None:
+    """Raise `ValueError` where an object's device, or its half precision there, is not served."""
+    if (device := torch.device(tts.device)).type not in ("cpu", "cuda"):
+        raise ValueError(f"tts.device is {device}, and the engine runs on CPUs and CUDA devices")
+    if tts.half and device.type != "cpu":
+        raise ValueError(
+            "half=True is an autocast that the engine does not run under: make tts with half=False, or set "
+            "tts.half = False"
+        )
 
 
 def check_options(engine_options: Mapping[str, Any]) -> None:
@@ -164,15 +175,12 @@ def sampling(options: Mapping[str, Any], **settings) -> SamplingParams:
 
     Raises `ValueError` or `TypeError` for what the engine does not do, by name.
     """
-    values: dict[str, Any] = dict(_NEUTRAL)
+    options, values = dict(options), dict(_NEUTRAL)
+    mass = options.pop("typical_mass", _TYPICAL_MASS)
+    if options.pop("typical_sampling", False):
+        settings["typical_mass"] = mass
     for name, value in options.items():
-        if name in ("typical_sampling", "typical_mass"):
-            if name == "typical_sampling" and value:
-                raise ValueError(
-                    "typical_sampling works before temperature and top_k in Tortoise, and behind them in the engine: "
-                    "ask for typical_p=..., which is transformers' own, or restore(tts)"
-                )
-        elif name in values:
+        if name in values:
             off = 0 if name == "top_k" else values[name]
             values[name] = off if value is None else value
         elif name == "num_beams":
@@ -181,6 +189,7 @@ def sampling(options: Mapping[str, Any], **settings) -> SamplingParams:
         elif name not in _WITHOUT_MEANING:
             raise TypeError(f"tts() got an argument that the engine does not know: {name}={shown(value)}")
     if not values["do_sample"]:
+        settings.pop("typical_mass", None)
         values = {name: values[name] for name in ("do_sample", "repetition_penalty")}
     return SamplingParams(**values, **settings)
 

@@ -44,7 +44,16 @@ class FastStage(Stage):
         with self.calling() as closed:
             if not closed:
                 self._check(self._stream, *args, **kwargs)
-        return self._stream(*args, **kwargs)
+        return self._heard(self._stream(*args, **kwargs))
+
+    def _heard(self, chunks: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """Yield the chunks; from the first on until the end the object cannot be restored."""
+        with self.lock:
+            self.streams += 1
+        try:
+            yield from chunks
+        finally:
+            self.streams -= 1
 
     def _check(self, method: Callable, *args, **kwargs) -> None:
         given = inspect.signature(method).bind(*args, **kwargs)

@@ -1,5 +1,6 @@
 """The live modules of a `TextToSpeech` whose parameters the engine reads; they stay plain and the same in each call."""
 
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,9 +12,11 @@ from clvp_fast.models.common.plain import is_plain
 _CALLED = ("conditioning_encoder", "text_head")
 # The methods that the engine's replace.
 _METHODS = ("forward", "inference_speech", "get_generator")
-# The attribute that marks a `TextToSpeech` and its modules as accelerated.
+# The attribute of a `TextToSpeech` that has its engine.
 MARK = "_clvp_fast"
 _PACKAGES = ("tortoise", "torch", "transformers")
+# Modules whose parameters an engine reads: two engines would move them for one another.
+_taken: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 class LiveModules:
@@ -24,13 +27,19 @@ class LiveModules:
         names: of its attributes.
 
     Raises:
-        ValueError: a module inside has hooks, another forward or a class of another package, which would not run.
+        ValueError: a module inside has hooks, another forward or a class of another package, which would not run; or it
+            is part of another object that is accelerated.
     """
 
     def __init__(self, tts: Any, names: tuple[str, ...]):
         self._tts, self._roots = tts, {name: getattr(tts, name) for name in names}
         self._modules: list[tuple[str, nn.Module, type, tuple]] = []
         for name, root in self._roots.items():
+            if shared := [inner for inner, module in root.named_modules() if module in _taken]:
+                raise ValueError(
+                    f"tts.{name}{f'.{shared[0]}' if shared[0] else ''} is part of another TextToSpeech that is "
+                    "accelerated: call restore() of that one first, or load another"
+                )
             for method in _METHODS:
                 if method in vars(root):
                     raise ValueError(f"tts.{name} has a {method}() of its own, which the engine's replaces: {_ADVICE}")
@@ -42,6 +51,18 @@ class LiveModules:
                 if _package(kind) not in packages or (module is not root and not is_plain(module, kind)):
                     raise ValueError(f"{_described(name, inner, module, packages)}, {_READ}: {_ADVICE}")
                 self._modules.append((f"{name}.{inner}", module, kind, _children(module)))
+
+    def take(self) -> None:
+        """Let no other object be accelerated that has one of them, until `give_back`."""
+        _taken.update(self._all())
+
+    def give_back(self) -> None:
+        """Undo `take`."""
+        for module in self._all():
+            _taken.discard(module)
+
+    def _all(self) -> Iterator[nn.Module]:
+        return (module for root in self._roots.values() for module in root.modules())
 
     def check(self) -> None:
         """Raise `ValueError` where a module was replaced or got an attachment since this was made."""

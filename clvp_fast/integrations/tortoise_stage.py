@@ -14,8 +14,8 @@ from clvp_fast.engine.engine import CandidateEngine
 from clvp_fast.engine.latents import cut_in_silence, states_of_codes
 from clvp_fast.engine.requests import CandidateRequest, CandidateResult
 from clvp_fast.engine.scoring import Ranking
-from clvp_fast.integrations.tortoise_arguments import sampling
-from clvp_fast.integrations.tortoise_modules import MARK, LiveModules
+from clvp_fast.integrations.tortoise_arguments import check_device, sampling
+from clvp_fast.integrations.tortoise_modules import LiveModules
 from clvp_fast.integrations.tortoise_weights import SharedWeights
 from clvp_fast.models.clvp.feature_extraction import ClvpFeatureExtractor
 from clvp_fast.models.clvp.tokens import fill_up, most_codes, stop_token
@@ -36,6 +36,7 @@ class Stage:
         engine: decodes; its `memory` says how many candidates at once.
         lock: of calls.
         calls: how many are under way, one within another.
+        streams: how many are begun and not read to their end.
         closed: whether the object was restored.
 
     Raises:
@@ -44,7 +45,7 @@ class Stage:
 
     def __init__(self, tts: Any, clvp: nn.Module | None, longest: int, engine_options: dict[str, Any]):
         self.tts, self.lock = tts, threading.RLock()
-        self.calls, self.closed = 0, False
+        self.calls, self.streams, self.closed = 0, 0, False
         self._unready = False  # a move that broke off
         self._put: list[tuple[Any, str, Any]] = []  # owner, name, and its former entry there
         self._length: int | None = None  # of the present call's codes, where its latents may be cut
@@ -66,9 +67,9 @@ class Stage:
             self._weights.move(self._home)
             self._weights.give_back()
             raise
+        self._modules.take()
         self._override(tts, "__getstate__", _refuse_copies)
         for module in (autoregressive,) if clvp is None else (autoregressive, clvp):
-            self._override(module, MARK, self)
             self._override(module, "__getstate__", _refuse_copies)
             for name in ("to", "cpu", "cuda", "half", "float", "bfloat16", "double"):
                 self._override(module, name, self._mover(module, name))
@@ -118,6 +119,7 @@ class Stage:
         """Put all methods and parameters of the object back as they were."""
         self.closed = True
         self._put_back()
+        self._modules.give_back()
         self._weights.move(self._home)
         self._weights.give_back()
 
@@ -197,10 +199,14 @@ class Stage:
                 f"parameter {name} of tts was moved, cast or replaced after accelerate(tts): call restore(tts), put it "
                 "right, and call accelerate(tts) again"
             )
-        self._follow(torch.device(self.tts.device))
+        self._follow()
+        if self.engine.outdated is not None:  # copies of weights that changed in place
+            self.engine.refresh()
 
     @torch.inference_mode(False)
-    def _follow(self, device: torch.device) -> None:
+    def _follow(self) -> None:
+        check_device(self.tts)
+        device = torch.device(self.tts.device)
         if not self._unready and self._weights.stands_on(device):
             return
         before, self._unready = self._home if self._unready else self._model.device, True
@@ -227,7 +233,7 @@ class Stage:
                     "weight_dtype=torch.int8) for smaller weights"
                 )
             with self.lock:
-                self._follow(torch.device(self.tts.device))
+                self._follow()
             return module
 
         return move

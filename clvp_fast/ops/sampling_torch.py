@@ -116,15 +116,30 @@ def _filter_typical(scores, mass):
     return scores.masked_fill(torch.empty_like(removed).scatter_(1, order, removed), -torch.inf)
 
 
+def _penalized(scores, seen, repetition_penalty):
+    penalty = repetition_penalty.to(scores.dtype)[:, None]
+    punished = torch.where(scores < 0, scores * penalty, scores / penalty)
+    return torch.where(_seen_tokens(seen, scores.shape[1]), punished, scores)
+
+
+def keep_typical(logits, seen, repetition_penalty, mass):
+    """Make `logits` `[N, V]` -inf in place where typical sampling of `mass` `[N]` leaves a token out (1: nowhere).
+
+    It looks at them behind the repetition penalty, and before all else that `sample` does: what Tortoise calls
+    `typical_sampling`. This has no kernel, and is no part of the operator.
+    """
+    scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    kept = _filter_typical(_penalized(scores, seen, repetition_penalty), mass)
+    logits.masked_fill_(kept == -torch.inf, -torch.inf)
+
+
 def sample_torch(
     logits, seen, lengths, done, temperature, top_k, top_p, typical_p, min_p, repetition_penalty, seed, candidate, step,
     stop_token, pad_token, do_sample, sampled,
 ):  # fmt: skip
     scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if repetition_penalty is not None:
-        penalty = repetition_penalty.to(scores.dtype)[:, None]
-        penalised = torch.where(scores < 0, scores * penalty, scores / penalty)
-        scores = torch.where(_seen_tokens(seen, scores.shape[1]), penalised, scores)
+        scores = _penalized(scores, seen, repetition_penalty)
     likeliest = None if do_sample and sampled is None else scores.argmax(-1)
     if not do_sample:
         return advance(likeliest, seen, lengths, done, stop_token, pad_token)

@@ -147,11 +147,27 @@ def test_voices(worker, tmp_path):
     assert isinstance(lines(worker.outcomes(rows))[2], list)
 
 
+def test_recordings_are_cropped_by_the_job_s_seed(worker, tmp_path):
+    soundfile.write(tmp_path / "long.wav", np.random.default_rng(0).normal(0, 0.1, 22050 * 9), 22050)
+
+    def voice(seed):
+        found = Worker(Settings(**QUICK, crop_seed=seed)).voice(str(tmp_path / "long.wav"))
+        return found[0].vector, found[1]
+
+    (first, remarks), (again, _), (other, _) = voice(1), voice(1), voice(2)
+    whole = worker.voice(str(tmp_path / "long.wav"))[0].vector
+    assert torch.equal(first, again) and not torch.equal(first, other) and not torch.equal(first, whole)
+    assert remarks == ("6 s from a random place on are used",)
+    for bad in (-1, 1.0, True, "1"):
+        with pytest.raises(ValueError, match="crop_seed must be a whole number from 0 up, or None"):
+            Settings(crop_seed=bad)
+
+
 def test_voices_that_are_kept(worker, monkeypatch):
     """Keep only the voices that were used last."""
     loaded = []
 
-    def load(voices, place):
+    def load(voices, place, crop_seed):
         loaded.append(place)
         return LoadedVoice(place, place.upper(), None, 1)
 
@@ -167,7 +183,7 @@ def test_voices_that_are_kept(worker, monkeypatch):
 def test_a_voice_that_is_none_is_looked_for_once(worker, monkeypatch):
     asked = []
 
-    def load(voices, place):
+    def load(voices, place, crop_seed):
         asked.append(place)
         raise FileNotFoundError(f"there is no recording at {place}")
 
@@ -205,7 +221,7 @@ def test_remarks(worker, tmp_path):
 def test_any_exception_of_a_row_fails_it_alone(worker, monkeypatch, strange):
     worker.voice(str(VOICE))
 
-    def load(voices, place):
+    def load(voices, place, crop_seed):
         raise strange
 
     with monkeypatch.context() as patched:
@@ -367,7 +383,7 @@ def test_faults_of_the_job_are_no_rows(worker, rows, monkeypatch, error):
         with pytest.raises((ValueError, OSError), match=r"too little memory for a single candidate|No space left"):
             list(worker.outcomes(rows))
 
-    def load(voices, place):
+    def load(voices, place, crop_seed):
         raise error
 
     monkeypatch.setattr(of_worker, "load_voice", load)

@@ -352,6 +352,13 @@ def test_a_step_of_one_launch_that_cannot_serve_says_why():
         decode_step._one_launch("x", "cpu", shape, True, False)
 
 
+def test_parts_of_scoring_are_told():
+    left, right = torch.randn(300, 300), torch.randn(300, 300)
+    parts = score.parts_of(lambda: (left @ right).exp())
+    assert set(parts) == {"products", "attention", "rest"} and parts["products"] > 0 and parts["rest"] > 0
+    assert not parts["attention"]
+
+
 def test_end_to_end_tells_where_the_time_goes(monkeypatch):
     monkeypatch.setitem(tiers.TIERS, "cpu", tiers.TIERS["cpu"][:1])
     stock, ours = all_rows(end_to_end, "cpu", smoke=True)

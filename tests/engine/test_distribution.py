@@ -34,6 +34,7 @@ SETTINGS = {
     "tortoise": dict(temperature=0.8, top_p=0.8, repetition_penalty=2.0),
     "prompt of 1s": dict(repetition_penalty=2.0, penalize_prompt=True),
     "all": dict(temperature=1.4, top_k=6, top_p=0.95, min_p=0.03, typical_p=0.85, repetition_penalty=1.3),
+    "tortoise, typical": dict(temperature=0.8, top_k=6, top_p=0.9, repetition_penalty=1.6, typical_mass=0.6),
     "greedy": dict(do_sample=False, repetition_penalty=1.3),
 }
 #: Settings that a mistake could lead to. The test that accepts the right one refuses each of these.
@@ -46,6 +47,11 @@ MISTAKES = {
     "min-p": [dict(min_p=0.24), dict(min_p=0.16)],
     "penalty": [dict(repetition_penalty=1.95), dict(repetition_penalty=1 / 1.8)],
     "prompt of 1s": [dict(repetition_penalty=2.0)],
+    "tortoise, typical": [
+        dict(temperature=0.8, top_k=6, top_p=0.9, repetition_penalty=1.6),
+        dict(temperature=0.8, top_k=6, top_p=0.9, repetition_penalty=1.6, typical_p=0.6),
+        dict(temperature=0.8, top_k=6, top_p=0.9, repetition_penalty=1.6, typical_mass=0.7),
+    ],
     "tortoise": [
         dict(temperature=0.86, top_p=0.8, repetition_penalty=2.0),
         dict(temperature=0.8, top_p=0.86, repetition_penalty=2.0),
@@ -213,7 +219,9 @@ def drawn(models, prompt_inputs):
 SAMPLED = [name for name, settings in SETTINGS.items() if settings.get("do_sample", True)]
 
 
-@pytest.mark.parametrize("name", [name for name in SAMPLED if "penalize_prompt" not in SETTINGS[name]])
+@pytest.mark.parametrize(
+    "name", [name for name in SAMPLED if not {"penalize_prompt", "typical_mass"} & {*SETTINGS[name]}]
+)
 def test_the_table_is_that_of_generation(models, prompt, continuations, name):
     """Compare logits and scores of every step of transformers' own sampling with the table."""
     settings = dict(top_k=0) | SETTINGS[name]

@@ -67,6 +67,7 @@ def test_greedy_has_one_candidate():
         ("temperature", [0, 0.0, -0.5, float("nan"), float("inf"), True, None, "1", 1j], "above 0 .*do_sample=False"),
         ("top_p", [0, 0.0, -0.1, 1.0001, 2, float("nan"), True, None], "above 0 and at most 1"),
         ("typical_p", [0, -0.1, 1.5, float("nan"), True, None], "above 0 and at most 1"),
+        ("typical_mass", [0, 1.5, float("nan"), True, None], "above 0 and at most 1"),
         ("min_p", [-0.01, 1.01, float("nan"), False, None], "from 0"),
         ("repetition_penalty", [0, -1.0, float("nan"), float("inf"), True, None], "above 0"),
         ("do_sample", [0, 1, None, "yes"], "True or False"),

@@ -46,9 +46,9 @@ def tiny_tts(api, kv_cache=False, batch_size=4, stop_bias=1.0):
     return tts
 
 
-def unified_voice(kind, kv_cache, stop_bias):
+def unified_voice(kind, kv_cache, stop_bias, max_mel_tokens=60):
     autoregressive = kind(
-        max_mel_tokens=60,
+        max_mel_tokens=max_mel_tokens,
         max_text_tokens=60,
         max_conditioning_inputs=2,
         layers=LAYERS,

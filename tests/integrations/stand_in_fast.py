@@ -105,7 +105,7 @@ class TextToSpeech:
             yield self.hifi_decoder.inference(torch.cat(latents)[None], voice)
 
 
-def tiny_fast(api_fast, kv_cache=False, stop_bias=1.0):
+def tiny_fast(api_fast, kv_cache=False, stop_bias=1.0, **sizes):
     """Make an object of `tortoise.api_fast` without the files that its constructor loads; its voices are latents."""
     from tortoise.utils.tokenizer import VoiceBpeTokenizer
 
@@ -113,7 +113,7 @@ def tiny_fast(api_fast, kv_cache=False, stop_bias=1.0):
 
     tts = api_fast.TextToSpeech.__new__(api_fast.TextToSpeech)
     tts.half, tts.device, tts.tokenizer, tts.rlg_auto = False, torch.device("cpu"), VoiceBpeTokenizer(), None
-    tts.autoregressive = unified_voice(api_fast.UnifiedVoice, kv_cache, stop_bias)
+    tts.autoregressive = unified_voice(api_fast.UnifiedVoice, kv_cache, stop_bias, **sizes)
     torch.manual_seed(4)
     tts.hifi_decoder = api_fast.HifiganGenerator(
         in_channels=WIDTH,

@@ -1,6 +1,7 @@
 """`accelerate(tts)`: codes, scores, latents and sound are those of Tortoise's own modules, and all can go back."""
 
 import importlib
+import inspect
 import random
 import threading
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import TypicalLogitsWarper
 
 from clvp_fast.integrations.tortoise import accelerate, restore
 from tests.integrations.oracle import (
@@ -121,24 +123,39 @@ def test_scores_and_latents_of_given_codes(make_tts):
     assert off(changed[0], states[0]) > 1e-2 and off(changed[1], states[1]) < 1e-5
 
 
-def test_the_first_code_has_tortoises_distribution(live):
-    """Temperature 0.8, top_k 50, top_p 0.8, and the penalty on code 1 and the start token; by chi-squared."""
+@pytest.mark.parametrize("typical", [{}, dict(typical_sampling=True), dict(typical_sampling=True, typical_mass=0.3)])
+def test_the_first_code_has_tortoises_distribution(live, typical):
+    """Temperature 0.8, top_k 50, top_p 0.8, and the penalty on code 1 and the start token; by chi-squared.
+
+    With typical sampling between that penalty and the others: of the package itself, or transformers' where it is not.
+    """
     torch.manual_seed(0)
     with torch.no_grad():
         logits = next_logits(live.autoregressive, prompt_of(live.autoregressive, latents()[0], ids_of(live)), [])
-    kept = penalized(logits, {1, 300}, 2.0) / 0.8
+    kept = penalized(logits, {1, 300}, 2.0)
+    if typical:
+        before = kept
+        kept = typical_warper(live)(typical.get("typical_mass", 0.9))(None, kept[None])[0]
+        assert (kept.isinf() & before.isfinite()).sum() > 20
+    kept = kept / 0.8
     kept[kept < kept.topk(50).values[-1]] = -torch.inf
     order = kept.argsort(descending=True)
     before = kept[order].softmax(0).cumsum(0) - kept[order].softmax(0)
     kept[order[before >= 0.8]] = -torch.inf
     exact = kept.softmax(0).double().numpy()
     options = dict(do_sample=True, temperature=0.8, top_p=0.8, repetition_penalty=2.0, num_return_sequences=3000)
+    options |= typical
     drawn = live.autoregressive.inference_speech(latents()[0], ids_of(live), max_generate_length=1, **options)
     counts = np.bincount(drawn[:, 0].numpy(), minlength=len(exact))
     assert (exact > 0).sum() > 3 and not counts[exact == 0].any()
     wanted = exact[exact > 0] * 3000
     excess = ((counts[exact > 0] - wanted) ** 2 / wanted).sum() - (len(wanted) - 1)
     assert excess < 5 * (2 * len(wanted)) ** 0.5
+
+
+def typical_warper(tts):
+    """The class that `inference_speech` of the object puts among the processors."""
+    return getattr(inspect.getmodule(type(tts.autoregressive)), "TypicalLogitsWarper", TypicalLogitsWarper)
 
 
 def test_code_1_is_punished_from_the_beginning(make_tts):
@@ -270,7 +287,7 @@ def test_threads_wait_for_one_another(live):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (dict(typical_sampling=True), "typical_sampling works before temperature"),
+        (dict(typical_sampling=True, typical_mass=1.5), "typical_mass must be above 0 and at most 1"),
         (dict(num_beams=4), "num_beams=4: the engine"),
         (dict(voice="me"), "an argument that the engine does not know: voice='me'"),
         (dict(do_sample=False), "do_sample is what tts"),
@@ -351,10 +368,10 @@ def test_a_device_without_room_leaves_all_where_it_was(make_tts, monkeypatch):
 
     monkeypatch.setattr(stage._weights, "move", lambda device: moved.append(device.type))
     monkeypatch.setattr(stage.engine, "refresh", failing)
-    tts.device = torch.device("meta")
+    tts.device = torch.device("cuda")
     with pytest.raises(ValueError, match="too little memory there"):
         tts.tts(TEXT, **CALL, conditioning_latents=latents())
-    assert moved == ["meta", "cpu"]
+    assert moved == ["cuda", "cpu"]
     tts.device = torch.device("cpu")
     tts.tts(TEXT, **CALL, conditioning_latents=latents())
 

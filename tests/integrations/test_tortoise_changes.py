@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+import clvp_fast
 from clvp_fast.integrations.tortoise import accelerate, restore
 from tests.integrations.test_tortoise import CALL, TEXT, clips, ids_of, latents
 
@@ -387,3 +388,68 @@ def test_pages_of_another_dtype_are_refused(make_tts):
     with pytest.raises(ValueError, match=r"page_dtype must be torch.float8_e4m3fn, or None"):
         accelerate(tts, page_dtype=torch.int8)
     accelerate(tts)
+
+
+@pytest.mark.parametrize(
+    "device, half, message",
+    [
+        ("cuda", True, r"half=True is an autocast .* or set tts.half = False"),
+        ("mps", False, "tts.device is mps, and the engine runs on CPUs and CUDA devices"),
+    ],
+)
+def test_a_device_or_half_precision_that_is_not_served_is_refused(make_tts, device, half, message):
+    """Before `accelerate(tts)`, and where the object changes afterwards; on a CPU Tortoise's autocast does nothing."""
+    tts = make_tts()
+    tts.half, before = half, tts.device
+    accelerate(tts)
+    expected = tts.tts(TEXT, **SPEAK, use_deterministic_seed=4)
+    tts.device = torch.device(device)
+    for call in (lambda: tts.tts(TEXT, **SPEAK, use_deterministic_seed=4), lambda: tts.autoregressive.to(device)):
+        with pytest.raises(ValueError, match=message):
+            call()
+    tts.device = before
+    assert torch.equal(tts.tts(TEXT, **SPEAK, use_deterministic_seed=4), expected)
+    restore(tts)
+    tts.device = torch.device(device)
+    with pytest.raises(ValueError, match=message):
+        accelerate(tts)
+    assert not hasattr(tts, "tts_many")
+
+
+def test_objects_that_share_modules_are_refused(make_tts):
+    first, second = make_tts(), make_tts()
+    second.clvp.text_emb = first.clvp.text_emb
+    accelerate(first)
+    with pytest.raises(ValueError, match=r"tts.clvp.text_emb is part of another TextToSpeech that is accelerated"):
+        accelerate(second)
+    assert not hasattr(second, "tts_many")
+    restore(first)
+    accelerate(second)
+    with pytest.raises(ValueError, match=r"tts.clvp.text_emb is part of another"):
+        accelerate(first)
+
+
+def test_weights_that_changed_are_copied_anew_in_8_bits(make_tts):
+    """Nobody who calls `tts()` has an engine to refresh."""
+    tts = accelerate(make_tts(), weight_dtype=torch.int8)
+    before = tts.tts(TEXT, **SPEAK, use_deterministic_seed=4)
+    block = tts.autoregressive.gpt.h[0].mlp.c_fc
+    with torch.no_grad():
+        block.weight.mul_(-1)
+    changed = tts.tts(TEXT, **SPEAK, use_deterministic_seed=4)
+    assert changed.shape != before.shape or not torch.equal(changed, before)
+    with torch.no_grad():
+        block.weight.mul_(-1)
+    assert torch.equal(tts.tts(TEXT, **SPEAK, use_deterministic_seed=4), before)
+
+
+@pytest.mark.parametrize("size", [7, 0, 64])
+def test_pages_of_another_size_are_refused(make_tts, size):
+    with pytest.raises(ValueError, match=f"page_size must be 16 or 32, .*, not {size}"):
+        accelerate(make_tts(), page_size=size)
+
+
+def test_coquis_tortoise_is_refused_by_name():
+    kind = type("Tortoise", (), {"__module__": "TTS.tts.models.tortoise", "autoregressive": None})
+    with pytest.raises(TypeError, match=r"coqui-tts's Tortoise is not supported, .* make that package's TextToSpeech"):
+        clvp_fast.accelerate(kind())

@@ -98,7 +98,7 @@ def test_storages_are_shared_and_go_back(make_fast):
     [
         (dict(k=2), "k must be a whole number from 1 to 1, not 2"),
         (dict(top_k=5), "top_k is what tts"),
-        (dict(typical_sampling=True), "typical_sampling works before"),
+        (dict(typical_sampling=True, typical_mass=0), "typical_mass must be above 0"),
         (dict(voice="me"), "does not know: voice='me'"),
         (dict(max_generate_length=1000), "max_generate_length must be a whole number from 1 to 59"),
     ],
@@ -110,3 +110,39 @@ def test_a_call_that_cannot_be_is_refused_by_name(make_fast, options, message):
             method(TEXT, VOICE, **options)
     with pytest.raises(ValueError, match="what compute_embeddings"):
         tts.autoregressive.get_generator(torch.ones(1, 4))
+
+
+def test_restore_waits_for_a_stream_that_is_half_read(make_fast):
+    tts = accelerate(make_fast(stop_bias=-30.0))
+    if isinstance(tts, stand_in_fast.TextToSpeech):
+        chunks = tts.tts_stream(TEXT, VOICE, **LIKELIEST, stream_chunk_size=10)
+        next(chunks)
+        with pytest.raises(
+            ValueError, match=r"a tts_stream\(\) of it is half read: read it to its end or close\(\) it"
+        ):
+            restore(tts)
+        chunks.close()
+    for chunk in tts.tts_stream(TEXT, VOICE, **LIKELIEST, overlap_wav_len=64):
+        assert chunk.isfinite().all()
+        with pytest.raises(ValueError, match="is half read"):
+            restore(tts)
+    assert tts._clvp_fast.streams == 0
+    restore(tts)
+
+
+@torch.no_grad()
+def test_several_chunks_fade_into_one_another(tortoise_api):
+    """Tortoise's own fading over our states: each chunk is that of its `handle_chunks` over all states until then."""
+    tts = stand_in_fast.tiny_fast(importlib.import_module("tortoise.api_fast"), stop_bias=-30.0, max_mel_tokens=120)
+    module = tts.autoregressive
+    prompt, codes = prompt_of(module, VOICE[0], ids_of(tts)), argmax_codes(module, VOICE[0], ids_of(tts), 119)
+    states = torch.cat([next_state(module, prompt, codes[:place]) for place in range(len(codes))])[None]
+    expected, before, faded = [], None, None
+    for length in (60, 85, 110, 119):
+        chunk, before, faded = tts.handle_chunks(heard(tts, states[:, :length]).flatten(), before, faded, 64)
+        expected.append(chunk)
+    accelerate(tts)
+    chunks = list(tts.tts_stream(TEXT, VOICE, **LIKELIEST, stream_chunk_size=25, overlap_wav_len=64))
+    assert len(chunks) == 4
+    for found, wanted in zip(chunks, expected, strict=True):
+        assert off(found, wanted) < 1e-3

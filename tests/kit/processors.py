@@ -15,10 +15,14 @@ from transformers import (
 
 
 def processors(settings: Mapping[str, Any]) -> LogitsProcessorList:
-    """Return the processors of `settings`, in `GenerationMixin`'s order (see tests/engine/test_distribution.py)."""
+    """Return the processors of `settings`, in `GenerationMixin`'s order (see tests/engine/test_distribution.py).
+
+    `typical_mass` stands where transformers 4.31 puts a processor that its caller brings.
+    """
     made = LogitsProcessorList()
     for name, kind in (
         ("repetition_penalty", RepetitionPenaltyLogitsProcessor),
+        ("typical_mass", TypicalLogitsWarper),
         ("temperature", TemperatureLogitsWarper),
         ("top_k", TopKLogitsWarper),
         ("top_p", TopPLogitsWarper),

@@ -10,6 +10,7 @@ import pickle
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -93,14 +94,34 @@ def write_checkpoint(
     if vocabulary is None:
         logger.warning("no tokenizer.json beside the checkpoints and none given: the result has no vocabulary")
     else:
-        vocab, merges = vocabulary
-        (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False) + "\n", encoding="utf-8")
-        (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
-        ClvpTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt")).save_pretrained(folder)
+        _tokenizer_in(folder, vocabulary).save_pretrained(folder)
     if norms is None:
         logger.warning("no mel_norms.pth beside the checkpoints and none given: the result has no feature settings")
     else:
         ClvpFeatureExtractor(feature_size=len(norms), mel_norms=norms).save_pretrained(folder)
+
+
+def tortoise_processors(
+    tokenizer: str | Path, mel_norms: str | Path, config: ClvpConfig, text_cleaning: str = "tortoise"
+) -> tuple[ClvpTokenizer, ClvpFeatureExtractor]:
+    """Make tokenizer and feature extractor of Tortoise's `tokenizer.json` and `mel_norms.pth`.
+
+    Raises:
+        FileNotFoundError, ValueError: a file is not there, is another one, or does not fit `config`.
+    """
+    vocabulary = _read_tokenizer(Path(tokenizer), config.text_config.vocab_size)
+    norms = _read_mel_norms(Path(mel_norms), config.decoder_config.feature_size)
+    with TemporaryDirectory() as folder:
+        made = _tokenizer_in(Path(folder), vocabulary, text_cleaning=text_cleaning)
+    return made, ClvpFeatureExtractor(feature_size=len(norms), mel_norms=norms)
+
+
+def _tokenizer_in(folder: Path, vocabulary: tuple[dict[str, int], list[str]], **options) -> ClvpTokenizer:
+    """Write the two files of a vocabulary, and return the tokenizer that reads them."""
+    vocab, merges = vocabulary
+    (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
+    return ClvpTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), **options)
 
 
 class Original:

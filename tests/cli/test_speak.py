@@ -1,0 +1,67 @@
+"""`speak`: the best candidate of a text as a WAV, through a checkpoint's vocoder; what Tortoise's needs is told."""
+
+import importlib.util
+import json
+
+import pytest
+import soundfile
+import torch
+
+from clvp_fast.cli import speak
+from clvp_fast.demo import build_demo
+from clvp_fast.integrations.tortoise_vocoder import MODELS
+from clvp_fast.vocoder import Codec, save_vocoder
+
+QUICK = ("--num-candidates", 4, "--max-new-tokens", 24)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """The random demo with a vocoder of noise."""
+    folder = tmp_path_factory.mktemp("with-vocoder")
+    build_demo(folder)
+    torch.manual_seed(0)
+    save_vocoder(folder, Codec(levels=(8, 8, 8, 16), width=16))
+    return folder
+
+
+def test_the_sound_is_that_of_the_best_candidate(cli, voice, checkpoint, tmp_path):
+    out = tmp_path / "said.wav"
+    common = ("hello there", "--voice", voice, "--checkpoint", checkpoint, *QUICK)
+    outcome = cli("speak", *common, "--out", out, "--json")
+    assert outcome.code == 0, outcome.err
+    document = json.loads(outcome.out)
+    assert cli("generate", *common, "--listen", "--no-pictures", "--out", tmp_path / "all").code == 0
+    first, *_ = json.loads((tmp_path / "all/candidates.json").read_text())["candidates"]
+    assert out.read_bytes() == (tmp_path / "all/sound/rank-1.wav").read_bytes()
+    samples, rate = soundfile.read(out)
+    assert document["written"] == [str(out)] and document["candidate"] == first["candidate"]
+    assert document["sound_seconds"] == pytest.approx(len(samples) / rate, abs=1e-3)
+    assert cli("speak", *common, "--out", out, "--seed", 1).out.startswith(f"wrote {out}")
+    assert out.read_bytes() != (tmp_path / "all/sound/rank-1.wav").read_bytes()
+
+
+def test_what_cannot_be_heard_is_told(fails, voice, checkpoint, tmp_path, monkeypatch):
+    common = ("speak", "hello", "--voice", voice, *QUICK, "--out", tmp_path / "said.wav")
+    assert "brings no vocoder (vocoder.json): give Tortoise's own with --tortoise DIR" in fails(*common)
+    assert "--iterations is for Tortoise's diffusion" in fails(*common, "--checkpoint", checkpoint, "--iterations", 9)
+    assert "--out needs a file to write" in fails(*common[:-1], tmp_path)
+    assert "--out needs a file to write" in fails(*common[:-1], tmp_path / "no" / "said.wav")
+    assert "the text is empty" in fails("speak", " ", *common[2:])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert fails(*common, "--tortoise", tmp_path).startswith(
+        "--tortoise needs tortoise-tts 3.0.0 (tortoise-tts is not installed"
+    )
+    assert not any(tmp_path.iterdir())
+
+
+def test_files_of_tortoise_that_are_missing_are_named(fails, voice, tmp_path, monkeypatch):
+    monkeypatch.setattr(speak, "make_tortoise_importable", list)
+    common = ("speak", "hello", "--voice", voice, "--tortoise")
+    assert "there is no folder" in fails(*common, tmp_path / "no")
+    below = tmp_path / "models--tortoise/snapshots/1"
+    below.mkdir(parents=True)
+    for name in MODELS:
+        told = fails(*common, tmp_path)
+        assert f"has no {name}, in it or below it: tortoise-tts 3.0.0 downloads them" in told
+        (below / name).write_bytes(b"none")
