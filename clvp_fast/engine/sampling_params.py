@@ -132,8 +132,8 @@ class SamplingParams:
         return cls(**{"num_candidates": PRESETS[name], **overrides})
 
 
-#: The fields that the command line, a job's settings and its rows may set; the checkpoint, or Tortoise's objects, decide
-#: on the others.
+#: The fields that the command line, a job's settings and its rows may set; checkpoints and Tortoise's objects decide on
+#: the others.
 SAMPLING = tuple(
     field.name
     for field in fields(SamplingParams)

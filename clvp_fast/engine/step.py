@@ -143,8 +143,8 @@ def bind_draw(
     """Bind drawing: tokens of logits `[rows, vocab_size]` enter `state`, and with flags of the last ones `results`.
 
     `state` is that of the first rows; rows that are `inactive` have no token. `results` is `[2, rows]` int64.
-    `shortcuts` are numbers that `sample` takes in place of tensors, where that saves work and changes no token. Without a
-    shortcut of `typical_mass`, a call for it comes first.
+    `shortcuts` are numbers that `sample` takes in place of tensors, where that saves work and changes no token. Without
+    a shortcut of `typical_mass`, a call for it comes first.
     """
     tokens, lengths, seq_lens = results[0], state["lengths"], state["seq_lens"]
     settings = {name: state[name] for name in (*NEUTRAL, "do_sample")} | shortcuts
