@@ -1,4 +1,4 @@
-"""Memory, asynchronous copies, and what the lanes of a warp do together, as source: a part of the translator."""
+"""Memory, asynchronous copies and joint operations of a warp's lanes, as source: a part of the translator."""
 
 import re
 
@@ -14,7 +14,7 @@ _ATOMIC = ("add", "min", "max", "exch", "cas", "and", "or", "xor", "inc", "dec")
 
 
 def space_of(op: list[str]) -> str:
-    """The state space that a mnemonic names; an address without one is generic."""
+    """Return the state space that a mnemonic names; an address without one is generic."""
     spaces = (piece.partition("::")[0] for piece in op)
     return next((space for space in spaces if space in (*_MEMORIES, "local", "param")), "generic")
 
