@@ -21,7 +21,7 @@ INT8 = pytest.mark.parametrize("int8", [False, True])
 
 
 def quantized(outs, columns, seed=2, device="cpu"):
-    """int8 weights that reach both ends, and scales of several sizes."""
+    """Make int8 weights that reach both ends, and scales of several sizes."""
     weight = (60 * random(outs, columns, seed=seed, device=device)).round().clamp(-128, 127).to(torch.int8)
     return weight, (random(outs, seed=seed + 1, device=device).abs() + 0.1) / 60 / columns**0.5
 

@@ -151,7 +151,7 @@ def test_the_likeliest_token_is_never_removed(backend, more, top_p):
 
 
 def distribution(logits, count, seen, settings):
-    """Chi-squared against transformers' exact probabilities; nothing outside their support."""
+    """Return chi-squared against transformers' exact probabilities; no draw is outside their support."""
     exact = processed(logits, seen, settings)[0].double().softmax(-1)
     tokens = draw(logits.expand(count, -1), seen=seen, **settings).cpu()
     drawn = torch.bincount(tokens, minlength=logits.shape[1]).double()

@@ -140,7 +140,7 @@ def test_what_a_wait_is_made_of_is_needed(run, launcher, monkeypatch, what):
 
 
 def test_what_is_written_may_not_be_read_as_constant(run, launcher, monkeypatch):
-    """ld.global.nc of the residual, which other blocks wrote."""
+    """Load the residual, which other blocks wrote, by ld.global.nc."""
     scene = scene_of(decoder_of(torch.bfloat16, **SMALL), ROWS[:1])
     run(with_pages(scene))
     program = launcher.reports[-1].program

@@ -76,7 +76,7 @@ class Transfers:
         return self._op_atom(ins, mask, result=False)
 
     def _op_cp(self, ins, mask):
-        """cp.async ("Data Movement and Conversion Instructions"), not in bulk."""
+        """cp.async: asynchronous copies ("Data Movement and Conversion Instructions"), not in bulk."""
         op, args = ins.op, ins.args
         if op[:2] == ["cp", "async"] and op[2] == "commit_group":
             return [], [f"s.copies.commit({mask})"]
@@ -108,7 +108,7 @@ class Transfers:
     # --- warps --------------------------------------------------------------------------------------------------------
 
     def _op_bar(self, ins, mask):
-        """bar.warp.sync; the barriers of a CTA end their blocks."""
+        """bar.warp.sync: a barrier of a warp; the barriers of a CTA end their blocks."""
         return [], [f"s.exchange.sync({self.raw(ins.args[0], 32)}, {mask}, {ins.line})"]
 
     def _op_shfl(self, ins, mask):
