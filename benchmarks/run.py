@@ -63,7 +63,7 @@ INTERRUPTED = "interrupted; the rows that were measured are kept, and --resume g
 
 
 @dataclass
-class Outcome:
+class RunSummary:
     """The measurements of a run.
 
     rows: as they were written. failed: the shapes of which a provider gave a wrong result, or which could not be
@@ -99,15 +99,15 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.compare:
             print(printed(compare(*arguments.compare, Path(arguments.results or RESULTS))))
             return 0
-        outcome = measure(arguments, shlex.join(words))
+        summary = measure(arguments, shlex.join(words))
     except ValueError as error:
         parser.error(str(error))
     except KeyboardInterrupt:
         print(f"\n{INTERRUPTED}", file=sys.stderr)
         return 130
-    for sentence in outcome.sentences():
+    for sentence in summary.sentences():
         print(sentence, file=sys.stderr)
-    return int(bool(outcome.failed))
+    return int(bool(summary.failed))
 
 
 def listed() -> str:
@@ -116,7 +116,7 @@ def listed() -> str:
     return "\n".join([*workloads, "", "of --providers:", *groups])
 
 
-def measure(arguments: argparse.Namespace, command: str) -> Outcome:
+def measure(arguments: argparse.Namespace, command: str) -> RunSummary:
     """Measure the workloads that `arguments` name; `command` is for the rows. Raises `ValueError` for unknown ones."""
     unknown = sorted(set(arguments.workload) - set(WORKLOADS))
     if unknown:
@@ -131,14 +131,14 @@ def measure(arguments: argparse.Namespace, command: str) -> Outcome:
             return replace(_measure(arguments, Path(scratch), command, chosen), folder=None)
 
 
-def _measure(arguments: argparse.Namespace, results: Path, command: str, chosen: tuple[str, ...] | None) -> Outcome:
+def _measure(arguments: argparse.Namespace, results: Path, command: str, chosen: tuple[str, ...] | None) -> RunSummary:
     begin = time.monotonic()
     machine = Machine.measure(arguments.device, arguments.smoke)
     folder = folder_of(machine, arguments.device, results)
     require_writable(folder, arguments.workload or WORKLOADS)
     print(f"{label(machine.described())}, {machine.threads} threads, torch {torch.__version__}", flush=True)
     known = measured_tasks(folder, machine, chosen) if arguments.resume else set()
-    outcome = Outcome(folder=str(folder))
+    summary = RunSummary(folder=str(folder))
     for workload in arguments.workload or WORKLOADS:
         module = importlib.import_module(f"benchmarks.{workload}")
         for task in module.tasks(arguments.device, smoke=arguments.smoke):
@@ -146,21 +146,21 @@ def _measure(arguments: argparse.Namespace, results: Path, command: str, chosen:
             if task_key({"workload": workload, "shape": task.shape}) in known:
                 continue
             if arguments.seconds is not None and time.monotonic() - begin > arguments.seconds:
-                outcome.left.append(name)
+                summary.left.append(name)
                 continue
             try:
                 rows = with_context(task.rows(), machine, command, chosen)
             except (RuntimeError, ValueError) as error:  # this shape; the others are measured
                 print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-                outcome.failed.append(name)
+                summary.failed.append(name)
                 continue
             if not rows:
-                outcome.without.append(name)
+                summary.without.append(name)
                 continue
             write_rows(rows, folder)
-            outcome.rows += rows
-            outcome.failed += [name] * any(row["seconds"] is None for row in rows)
-    return outcome
+            summary.rows += rows
+            summary.failed += [name] * any(row["seconds"] is None for row in rows)
+    return summary
 
 
 def require_writable(folder: Path, workloads: Iterable[str]) -> None:

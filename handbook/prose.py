@@ -1,8 +1,9 @@
 """`python -m handbook.prose`: lists sentences that a reader has to decode, in documents, docstrings and comments.
 
-There are two kinds. "What it costs is told below" has a clause ("what it costs") for its subject; a sentence that
+There are three kinds. "What it costs is told below" has a clause ("what it costs") for its subject; a sentence that
 begins with one of `OPENERS` counts as one unless it is a question. "Nothing is `not` read" negates twice, which
-`DOUBLE` finds in its plainest forms.
+`DOUBLE` finds in its plainest forms. "Of a layer's weights" is no verb in the imperative, with which the docstring of a
+function begins: ruff's D401 knows articles and other forms of verbs, `NO_VERBS` the rest.
 """
 
 import ast
@@ -27,6 +28,9 @@ OPENERS = (
     "Of what",
     "Of whom",
 )
+_NO_VERBS = """after all any around as at before behind between both by during each every for from if in inside into it
+its no none of on one only or outside their these those to when where with"""
+NO_VERBS = frozenset(_NO_VERBS.split())
 # Documents, modules, and sources in C++, as patterns below the repository.
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/**/*.md")
 MODULES = (
@@ -66,8 +70,11 @@ def findings(root: Path) -> list[Finding]:
     found = []
     for patterns, texts_of in ((DOCUMENTS, _document), (MODULES, prose_of_python), (CPLUSPLUS, comments_of_cplusplus)):
         for path in sorted({path for pattern in patterns for path in root.glob(pattern) if path.is_file()}):
-            for line, text in texts_of(path.read_text(encoding="utf-8")):
-                found += _found(str(path.relative_to(root)), text, line)
+            source, name = path.read_text(encoding="utf-8"), str(path.relative_to(root))
+            for line, text in texts_of(source):
+                found += _found(name, text, line)
+            if path.suffix == ".py":
+                found += [Finding(name, line, "no verb begins it", text) for line, text in without_verb(source)]
     return found
 
 
@@ -104,6 +111,17 @@ def without_code(text: str) -> str:
 
 def _document(text: str) -> Iterator[tuple[int, str]]:
     yield 1, without_code(text)
+
+
+def without_verb(source: str) -> Iterator[tuple[int, str]]:
+    """Yield the docstrings of a module's functions that begin with no verb; those of properties may do so."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and (docstring := ast.get_docstring(node)):
+            first = docstring.split()[0]
+            is_property = any("property" in ast.unparse(decorator) for decorator in node.decorator_list)
+            is_label = first.endswith(":")  # such as the name of an instruction
+            if not (is_property or is_label) and (first.lower() in NO_VERBS or not first.strip(",.;").isalpha()):
+                yield node.lineno, docstring
 
 
 def prose_of_python(source: str) -> Iterator[tuple[int, str]]:

@@ -5,7 +5,7 @@
 token_ids, position_ids: `[batch, length]`, int32 or int64, any strides (0 where positions are shared); tables
 `[rows, width]` of one of float32, float16, bfloat16, a row's elements side by side; out `[batch, length, width]`,
 contiguous, of any of the three. The sum is taken in float32 and rounded once. An id outside its table reads nothing and
-makes its row NaN: no fault on the device, and nobody who looks at the result can miss it.
+makes its row NaN: the device has no fault, and the result shows the mistake.
 
 Moved: two rows in and one out for each place; two gathers and an addition would move six and take three launches. A
 decode step is all launch: 16 places of 1024 bfloat16 elements are 96 KB.
@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-# Elements of a row that one program adds, and its warps, 2026-11: 8 elements a thread.
+# The elements of a row that one program adds, and its warps, 2026-11: 8 elements a thread.
 _BLOCK_C, _WARPS = 1024, 4
 
 
@@ -50,7 +50,7 @@ def embed(
     *,
     out: torch.Tensor,
 ) -> None:
-    """Write the sums to `out` `[batch, length, width]`; arguments as the file's head says, none of them empty."""
+    """Write the sums to `out` `[batch, length, width]`; arguments as in the head of this file, none of them empty."""
     batch, length = token_ids.shape
     width = token_table.shape[1]
     block = min(triton.next_power_of_2(width), _BLOCK_C)

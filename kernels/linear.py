@@ -49,9 +49,9 @@ def _activate(x, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _widen(weight, dtype: tl.constexpr):
-    """int8 as `dtype`, exactly."""
+    """Convert int8 to `dtype`, exactly."""
     if dtype == tl.float16:
-        # The byte counted from -128 as the last digits of 1024: a conversion would take four times a plain instruction
+        # The byte counted from -128 becomes the last digits of 1024: a conversion takes four times a plain instruction
         # on sm_80, and Triton avoids it for bfloat16 alone.
         bits = (weight.to(tl.uint8, bitcast=True) ^ 0x80).to(tl.uint16) | 0x6400
         return bits.to(tl.float16, bitcast=True) - 1152
@@ -60,20 +60,20 @@ def _widen(weight, dtype: tl.constexpr):
 
 @triton.jit
 def _sum_of_parts(acc, partial_ptr, arrivals_ptr, tile, part, PARTS: tl.constexpr):
-    """The tile summed over its parts, and whether this program is the one to go on with it."""
+    """Sum a tile over its parts, and return it with whether this program has to finish it."""
     BLOCK_N: tl.constexpr = acc.shape[0]
     BLOCK_R: tl.constexpr = acc.shape[1]
     at = tl.arange(0, BLOCK_N)[:, None] * BLOCK_R + tl.arange(0, BLOCK_R)[None, :]
     first_ptr = partial_ptr + tile.to(tl.int64) * PARTS * BLOCK_N * BLOCK_R
     tl.store(first_ptr + part * BLOCK_N * BLOCK_R + at, acc)
-    # All threads' stores come before the counter's release, and its acquire before all threads' loads.
+    # All threads' stores precede the counter's release, and its acquire precedes all threads' loads.
     tl.debug_barrier()
     last = tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") == PARTS - 1
     tl.debug_barrier()
     if last:
         acc = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
         for other in range(PARTS):
-            # From the L2 cache: the L1 cache of this multiprocessor may be older.
+            # From the L2 cache, as the L1 cache of this multiprocessor may be older.
             acc += tl.load(first_ptr + other * BLOCK_N * BLOCK_R + at, cache_modifier=".cg")
     return acc, last
 
@@ -85,7 +85,7 @@ def _linear_kernel(
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, EVEN_DEPTH: tl.constexpr, PARTS: tl.constexpr, ZEROS: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One program: `columns` of `out` from one tile of weights, for BLOCK_R rows; or a part of the sum over `depth`."""
+    """Compute `columns` of `out` from one tile of weights, for BLOCK_R rows; or a part of the sum over `depth`."""
     TILE: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
     tiles = tl.cdiv(columns, TILE)
     tile = tl.program_id(0) % tiles
@@ -123,7 +123,7 @@ def _linear_kernel(
         if scale_ptr is not None:
             weight = _widen(weight, x.dtype)
         if scale_ptr is not None and x.dtype == tl.float32:
-            # To the 11 digits that TF32 holds; the rest has 12 at most.
+            # to the 11 digits that TF32 holds; the rest has 12 at most
             high = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
             rest = tl.dot(weight, x - high, input_precision=PRECISION)
             acc += tl.dot(weight, high, rest, input_precision=PRECISION)
@@ -155,7 +155,7 @@ def _linear_kernel(
 
 
 class Tiles(NamedTuple):
-    """What a launch is made of: weight rows, rows of x and depth of a tile, warps, stages of the pipeline."""
+    """The shape of a launch: weight rows, rows of x and depth of a tile, warps, stages of the pipeline."""
 
     BLOCK_N: int
     BLOCK_R: int
@@ -164,15 +164,15 @@ class Tiles(NamedTuple):
     num_stages: int
 
 
-_FEWEST_COLUMNS = 16  # of a matrix instruction, in Triton
+_FEWEST_COLUMNS = 16  # columns of a matrix instruction, in Triton
 # Over int8 weights by bytes of an element of x: up to 64 rows of x, and more. Compiled without spills for sm_80,
 # sm_90 and sm_100 (docs/kernels.md), 2026-11. Up to 32 rows, 28 KB of weights are on their way in a program: seven of
 # the eight steps of 1024 columns. A type has one BLOCK_K, by which float32's two products alternate.
 _INT8_FEW = {2: Tiles(32, 64, 128, 4, 4), 4: Tiles(32, 64, 64, 4, 4)}
 _INT8_MANY = {2: Tiles(32, 128, 128, 4, 3), 4: Tiles(32, 128, 64, 4, 3)}
-# Sizes that are no multiples of a tile or of 16 take registers for their masks and addresses.
+# Sizes that are not multiples of a tile or of 16 take registers for their masks and addresses.
 _INT8_ODD = {2: Tiles(32, 32, 64, 4, 4), 4: Tiles(16, 32, 32, 4, 4)}
-_FEW_PROGRAMS = 64  # of which GPUs have more multiprocessors: half the tile then makes twice as many
+_FEW_PROGRAMS = 64  # GPUs have more multiprocessors than this: half the tile then makes twice as many programs
 # Over weights of the type of x, by bytes of an element and number of rows (up to), 2026-11, compiled without spills for
 # sm_80, sm_90 and sm_100 (docs/kernels.md); 2-byte types measured on an H200. Up to 64 rows, 32 weight rows a program
 # make 128 programs of a 4096 x 1024 matrix, in each of which 24 KB of weights and more are on their way. 64 weight rows
@@ -182,18 +182,18 @@ _REGIMES = {
     2: {_FEW: Tiles(32, 64, 128, 4, 4), _BATCH: Tiles(64, 128, 64, 4, 4), _MANY: Tiles(128, 128, 64, 8, 3)},
     4: {_FEW: Tiles(32, 64, 64, 4, 4), _BATCH: Tiles(64, 64, 32, 4, 3), _MANY: Tiles(64, 128, 32, 8, 3)},
 }
-# Sizes that are no multiples of a tile or of 16 take registers for their masks and addresses.
+# Sizes that are not multiples of a tile or of 16 take registers for their masks and addresses.
 _ODD = {2: Tiles(64, 128, 32, 8, 4), 4: Tiles(64, 64, 32, 8, 3)}
 
 
 def _few_rows(tiles: Tiles, rows: int, stages: int) -> Tiles:
-    """`tiles` with no more columns than so few rows of x need; then also with so many stages."""
+    """Return `tiles` with only as many columns as so few rows of x need, and perhaps with this number of stages."""
     columns = max(triton.next_power_of_2(rows), _FEWEST_COLUMNS)
     return tiles._replace(BLOCK_R=columns, num_stages=stages if columns <= 32 else tiles.num_stages)
 
 
 def tiles_for(rows: int, columns: int, depth: int, parts: int, element_size: int, int8: bool) -> Tiles:
-    """For `columns` results a row, each of the two that a gated column needs counted as one, from sums over `depth`.
+    """Choose tiles for `columns` results a row from sums over `depth`; a gated result counts as one column.
 
     element_size: bytes of an element of x.
     """
@@ -207,7 +207,7 @@ def tiles_for(rows: int, columns: int, depth: int, parts: int, element_size: int
 
 
 def _int8_tiles(rows: int, columns: int, depth: int, parts: int, element_size: int) -> Tiles:
-    """Over int8 weights, for an x with elements of so many bytes. Never 64 rows of weights, which would be `wgmma`."""
+    """Choose tiles over int8 weights, never with 64 rows of weights, which would be `wgmma`."""
     few = _INT8_FEW[element_size]
     if columns % 16 or depth % (few.BLOCK_K * parts):
         return _INT8_ODD[element_size]
@@ -221,7 +221,7 @@ def _int8_tiles(rows: int, columns: int, depth: int, parts: int, element_size: i
 
 
 def launch(x, weight, scale, bias, residual, out, partial, arrivals, activation, gated, tiles, parts, zeros):
-    """One launch of the kernel; `kernels/mlp.py` tells what its arguments are."""
+    """Launch the kernel; `kernels/mlp.py` explains the arguments."""
     (rows, columns), depth = out.shape, x.shape[1]
     programs = triton.cdiv(columns, tiles.BLOCK_N // 2 if gated else tiles.BLOCK_N) * triton.cdiv(rows, tiles.BLOCK_R)
     exact = x.dtype == torch.float32 and scale is None

@@ -31,14 +31,14 @@ import triton
 
 from clvp_fast.kernels.linear import ACTIVATIONS as ACTIVATIONS, launch, tiles_for
 
-# Up to which the second product is split, parts of more rows would be much to write and read; and over int8 weights.
+# The most rows for which the second product is split, as parts of more rows cost too much; and over int8 weights.
 _SPLIT_ROWS, _INT8_SPLIT_ROWS = 256, 512
-_PROGRAMS = 128  # what the parts of a split sum should come to; most GPUs of the kind have 108 to 148 multiprocessors
+_PROGRAMS = 128  # the number of programs that split sums should make; most such GPUs have 108 to 148 multiprocessors
 _SHORTEST_PART = 256
 
 
 def _parts(rows: int, outer: int, inner: int, int8: bool) -> int:
-    """Programs that share the sum of one tile of the second product."""
+    """Return the number of programs that share the sum of one tile of the second product."""
     if rows > (_INT8_SPLIT_ROWS if int8 else _SPLIT_ROWS):
         return 1
     most = min(_PROGRAMS // triton.cdiv(outer, 32), inner // _SHORTEST_PART)
@@ -46,14 +46,14 @@ def _parts(rows: int, outer: int, inner: int, int8: bool) -> int:
 
 
 class Workspace(NamedTuple):
-    """Elements that `mlp` needs of scratch memory: float32, and int32. Both may be 0."""
+    """The elements of scratch memory that `mlp` needs: float32, and int32. Both may be 0."""
 
     partial: int
     arrivals: int
 
 
 def workspace(rows: int, outer: int, inner: int, element_size: int, int8: bool = False) -> Workspace:
-    """Of the second product, `[rows, inner]` to `[rows, outer]`; of x, with weights of its type or of int8."""
+    """Return the scratch memory of the second product, `[rows, inner]` to `[rows, outer]`."""
     parts = _parts(rows, outer, inner, int8)
     if parts == 1:
         return Workspace(0, 0)

@@ -30,13 +30,13 @@ MAX_WIDTH = 8192
 # (BLOCK_C up to, elements of a program, num_warps), 2026-11: 8 elements a thread up to 1024 wide, 16 above. The tile
 # depends on the width alone, so that a row's bits do not depend on how many others there are.
 _TILES = ((1024, 1024, 4), (2048, 2048, 4), (4096, 4096, 8), (8192, 8192, 16))
-_MAX_ROWS = 16  # of one program, where rows are short
+_MAX_ROWS = 16  # the most rows of one program, where rows are short
 
 
 @triton.jit
 def _layer_norm(x, inside, weight, bias, eps, width):
-    """Layer norm of the rows of a float32 tile whose columns outside are 0."""
-    # Correctly rounded, which `/` is not on a GPU: the mean of a constant row is its number, and its norm the bias.
+    """Norm the rows of a float32 tile whose columns outside are 0."""
+    # Correctly rounded, unlike `/` on a GPU: the mean of a constant row is then its number, and its norm the bias.
     count = tl.cast(width, tl.float32)
     mean = tl.div_rn(tl.sum(x, 1), count)
     centred = tl.where(inside, x - mean[:, None], 0.0)
@@ -46,7 +46,7 @@ def _layer_norm(x, inside, weight, bias, eps, width):
 
 @triton.jit
 def _affine(weight_ptr, bias_ptr, columns, width):
-    """Weight and bias (0 where there is none) as float32 [1, BLOCK_C]."""
+    """Load weight and bias (0 where there is none) as float32 [1, BLOCK_C]."""
     inside = columns < width
     weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
     if bias_ptr is None:
@@ -122,7 +122,7 @@ def _merge_norm_kernel(
 
 
 def _tile(rows: int, width: int) -> tuple[tuple[int], dict[str, int]]:
-    """The grid, and the constants of a launch."""
+    """Return the grid and the constants of a launch."""
     block = triton.next_power_of_2(width)
     elements, num_warps = next((elements, warps) for limit, elements, warps in _TILES if block <= limit)
     rows_of_program = min(elements // block, _MAX_ROWS)
@@ -182,7 +182,7 @@ def double_layer_norm(
 def merge_norm(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, *, out: torch.Tensor
 ) -> None:
-    """Write the layer norm of each two by two neighbours of an image, of which some may lie off its end.
+    """Write the layer norm of each two by two neighbours of an image, some of which may be off its end.
 
     Args:
         x: `[images, height, width, channels]`, not empty, channels at stride 1 and at most `MAX_WIDTH / 4`.

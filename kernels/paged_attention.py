@@ -3,16 +3,16 @@
     out[n] = softmax(scale * q[n] [K_prefix; K_own]^T) [V_prefix; V_own]  K_own ends with k_new[n], V_own alike
 
 **It is one launch.** An own program holds one candidate and head, and at most `SPLIT` of its own keys; the last one
-takes the new key and value as they came, and stores them: nobody reads the place that is written. Prefix programs hold
+takes the new key and value directly, and stores them: no program reads their place. Prefix programs hold
 16 consecutive candidates and walk through the requests among them, so that grouped candidates share each key that is
-read, and any other order is right as well. The last program to finish a candidate's head, told by an arrival counter
+read, and any other order is right as well. The last program to finish a candidate's head, known by an arrival counter
 that it sets back to 0, adds the parts in the order of their keys. Tiles and splits do not depend on the batch: a
 candidate's bits are the same alone and in any company.
 
 Own keys are multiplied without the matrix unit, which has 16 rows where there is one query. Each of the 32 keys of a
 tile has an online softmax of its own, so that no thread waits for another until the end. On an H200, 256 candidates of
 250 own tokens and a prompt of 60, bfloat16, take 81 us where tiles of the matrix unit took 87 and the bytes at the rate
-of a copy are 62; float32 144 for 222, float8 66 for 110 (with 128 registers). What lost: 64 keys a tile (88), 128 keys
+of a copy are 62; float32 144 for 222, float8 66 for 110 (with 128 registers). Slower: 64 keys a tile (88), 128 keys
 a part (87), pages with a head's tokens side by side (1 % better). A last own part that waits for the others and adds
 them takes 76, but a launch would rely on the order in which programs start.
 
@@ -34,7 +34,7 @@ from clvp_fast.kernels.pages import LOG2E, as_stored, online_softmax, precision
 from clvp_fast.kernels.target import architecture
 
 NONE = tl.constexpr(2**31 - 1)
-# Sizes that one compiled kernel serves whatever they are.
+# One compiled kernel serves any value of these sizes.
 _DECODE_SIZES = [
     "num_candidates",
     "num_requests",
@@ -48,7 +48,7 @@ _DECODE_SIZES = [
 
 @triton.jit
 def _merged(top, total, mixed, other_top, other_total, other_mixed):
-    """The softmax over two sets of keys."""
+    """Merge the softmax over two sets of keys."""
     new_top = tl.maximum(top, other_top)
     origin = tl.where(new_top == -float("inf"), 0.0, new_top)
     shrink = tl.exp2(top - origin)
@@ -60,7 +60,7 @@ def _merged(top, total, mixed, other_top, other_total, other_mixed):
 
 @triton.jit
 def _prefix(rows, real, places, prefix_index_ptr, prefix_lens_ptr, num_requests, capacity):
-    """The request of one candidate or of a tile, and the tokens of its prefix: 0 for the idle and without a request."""
+    """Return the request of one candidate or of a tile, and the tokens of its prefix: 0 if idle or without one."""
     request = tl.load(prefix_index_ptr + rows, mask=real, other=-1)
     known = (places >= 0) & (request >= 0) & (request < num_requests)
     length = tl.load(prefix_lens_ptr + request, mask=known, other=0)
@@ -69,7 +69,7 @@ def _prefix(rows, real, places, prefix_index_ptr, prefix_lens_ptr, num_requests,
 
 @triton.jit
 def _listed(table_ptr, begin, end, num_pages, PAGE_SIZE: tl.constexpr, SPLIT: tl.constexpr):
-    """The pages of a part, and where its keys end: at `end`, or at the first page that does not exist."""
+    """Return the pages of a part, and the end of its keys: `end`, or the first page that does not exist."""
     entries = begin // PAGE_SIZE + tl.arange(0, SPLIT // PAGE_SIZE)
     listed = tl.load(table_ptr + entries, mask=entries * PAGE_SIZE < end, other=0)
     broken = (listed < 0) | (listed >= num_pages)
@@ -78,7 +78,7 @@ def _listed(table_ptr, begin, end, num_pages, PAGE_SIZE: tl.constexpr, SPLIT: tl
 
 @triton.jit
 def _sum_of_products(x, y):
-    """The sum over the first axis, the same in every thread that holds it.
+    """Sum products over the first axis, the same in every thread that holds the sum.
 
     Where a thread holds one product, the compiler would fuse it with the sum of it and a neighbour's, which then rounds
     otherwise than the neighbour's own.
@@ -92,10 +92,10 @@ def _own_keys(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """What one query `[BLOCK_D]` attends to from `begin` on: largest score and sum of weights `[1]`, and weighted
-    values `[1, BLOCK_D]`.
+    """Attend from one query `[BLOCK_D]` to the keys from `begin` on.
 
-    Every BLOCK_N-th key has an online softmax of its own, so that the lanes meet once, at the end.
+    The result is the largest score and sum of weights `[1]`, and weighted values `[1, BLOCK_D]`. Every BLOCK_N-th key
+    has an online softmax of its own, so that the lanes meet once, at the end.
     """
     dims, tile = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_N)
     listed, end = _listed(table_ptr, begin, end, num_pages, PAGE_SIZE, SPLIT)
@@ -113,7 +113,7 @@ def _own_keys(
         v = tl.load(v_pages_ptr + at, mask=there_mask, other=0.0).to(tl.float32)
         scores = tl.where(there, tl.sum(k * q[None, :], 1) * scale, -float("inf"))
         new_top = tl.maximum(top, scores)
-        # A lane that has seen no key yet keeps weights of 0, not NaN.
+        # A lane that has seen no key yet keeps weights of 0, which NaN would replace.
         origin = tl.where(new_top == -float("inf"), 0.0, new_top)
         weights, shrink = tl.exp2(scores - origin), tl.exp2(top - origin)
         total = total * shrink + weights
@@ -130,11 +130,11 @@ def _part(
     other, last, own_parts, prefix_parts, own_splits, num_parts, top_ptr, total_ptr, partial_ptr, part_at, dims,
     in_head, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
-    """One partial result of some rows: nothing where a row has no such part."""
+    """Load one partial result of some rows, which is empty for a row without such a part."""
     filled = last & (other < num_parts)
     filled &= tl.where(other < own_splits, other < own_parts, other - own_splits < prefix_parts)
     mixed_ptr = partial_ptr + other * HEAD_DIM + part_at[:, None] * HEAD_DIM + dims[None, :]
-    # From the L2 cache: the L1 cache of this multiprocessor may be older.
+    # From the L2 cache, as the L1 cache of this multiprocessor may be older.
     top = tl.load(top_ptr + other + part_at, mask=filled, other=-float("inf"), cache_modifier=".cg")
     total = tl.load(total_ptr + other + part_at, mask=filled, other=0.0, cache_modifier=".cg")
     mixed = tl.load(mixed_ptr, mask=filled[:, None] & in_head[None, :], other=0.0, cache_modifier=".cg")
@@ -155,7 +155,7 @@ def _merge_parts(
         tl.zeros([ROWS, BLOCK_D], tl.float32),
     )
     for other in tl.range(0, num_parts, 2, num_stages=1, loop_unroll_factor=1):
-        # Two at once: one waits for the cache as long as several.
+        # Two at once, as one waits for the cache as long as several.
         first = _part(
             other, last, own_parts, prefix_parts, own_splits, num_parts, top_ptr, total_ptr, partial_ptr, part_at, dims,
             in_head, HEAD_DIM,
@@ -179,7 +179,7 @@ def _own_part(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr,
     ONE_PART: tl.constexpr, FLOAT8: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One candidate's own keys, or a part of them; the last part takes the new token, and stores it."""
+    """Attend to one candidate's own keys, or a part of them; the last part takes the new token, and stores it."""
     dims = tl.arange(0, BLOCK_D)
     in_head = dims < HEAD_DIM
     place = tl.load(seq_lens_ptr + row)
@@ -221,7 +221,7 @@ def _own_part(
                 row, True, place, prefix_index_ptr, prefix_lens_ptr, num_requests, prefix_capacity
             )
             prefix_parts = tl.cdiv(prefix_length, SPLIT)
-            # All threads' stores come before the counter's release, and its acquire before all threads' loads.
+            # All threads' stores precede the counter's release, and its acquire precedes all threads' loads.
             tl.debug_barrier()
             arrived = tl.atomic_add(arrivals_ptr, 1, sem="acq_rel")
             tl.debug_barrier()
@@ -242,7 +242,7 @@ def _prefix_part(
     NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A tile of candidates, and the keys from `begin` on of the requests among them, one after another."""
+    """Attend from a tile of candidates to the keys from `begin` on of their requests, one after another."""
     dims = tl.arange(0, BLOCK_D)
     in_head = dims < HEAD_DIM
     lanes, tile = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
@@ -318,9 +318,9 @@ def paged_attention_decode_kernel(
     v_pages_ptr += head * head_stride
     prefix_works = tl.cdiv(num_candidates, BLOCK_M) * prefix_splits
     own = work >= prefix_works
-    prefix_splits = tl.maximum(prefix_splits, 1)  # to divide by
+    prefix_splits = tl.maximum(prefix_splits, 1)  # a divisor
     first_row = tl.where(own, (work - prefix_works) // own_splits, work // prefix_splits * BLOCK_M)
-    # The first row in 64 bits, the others of a tile from there in 32.
+    # The first row takes 64 bits, the offsets of a tile's rows from it 32.
     counter = first_row.to(tl.int64) * NUM_HEADS + head
     q_ptr += first_row.to(tl.int64) * q_row + head * q_head
     out_ptr += counter * HEAD_DIM
@@ -350,7 +350,7 @@ def paged_attention_decode_kernel(
         )  # fmt: skip
 
 
-# Keys that one program of a decode step attends to, at most: part of the numerics, so one for all types and devices.
+# The most keys of one program of a decode step: a part of the numerics, and so one for all types and devices.
 SPLIT = 256
 # Measured on an H200 for 64 channels. With triton 3.7.1 no register is spilled on sm_80, sm_90 and sm_100; with 3.6.0
 # two are, of 16-bit types on sm_90 (as it was measured) and of bfloat16 on sm_80.
@@ -364,16 +364,16 @@ _DECODE = {
     (4, 64): (32, 2, 3, None),
     (4, 128): (32, 4, 3, None),
 }
-_MORE_REGISTERS = 144  # what float8 takes, and pages of 32
+_MORE_REGISTERS = 144  # the registers that float8 and pages of 32 take
 
 
 def splits(tokens: int) -> int:
-    """Programs that share the keys of a page table of `tokens` slots."""
+    """Return the number of programs that share the keys of a page table of `tokens` slots."""
     return triton.cdiv(tokens, SPLIT)
 
 
 def parts(own_tokens: int, prefix_tokens: int) -> int:
-    """Partial results of a candidate's head, at most, for tables of so many slots (no prefix: 0)."""
+    """Return the most partial results of a candidate's head, for tables of so many slots (no prefix: 0)."""
     return max(splits(own_tokens), 1) + splits(prefix_tokens)
 
 
@@ -419,7 +419,7 @@ def paged_attention_decode(
     works = num_candidates * own_splits + triton.cdiv(num_candidates, rows) * prefix_splits
     paged_attention_decode_kernel[(works * num_heads,)](
         q, k_new, v_new, k_pages, v_pages, block_table, seq_lens,
-        # Without requests, no prefix is looked up: other tables may stand here.
+        # Without requests no prefix is looked up, so that other tables may stand here.
         block_table if prefix_table is None else prefix_table, seq_lens if prefix_lens is None else prefix_lens,
         seq_lens if prefix_index is None else prefix_index, k_scale, v_scale, out, partial, arrivals,
         num_candidates, num_requests, num_pages, own_capacity, prefix_capacity, own_splits, prefix_splits,

@@ -4,7 +4,7 @@ place 0 on; [pages.py](pages.py) tells of pages.
 It is one launch. A program is a tile of 64 queries of one head (wgmma on sm_90; 32 in float32 from 64 channels
 on). It attends to the keys of its sequence up to the diagonal, straight from q, k and v, and stores the keys and values
 of its own rows. Sequence s takes the tiles from number `cu_seqlens[s] // 64 + s` on, which a program finds on the
-device: at most one program a sequence and head is in vain, and the host knows no length. The longest tiles of a
+device: at most one program a sequence and head has no work, and the host knows no length. The longest tiles of a
 sequence start first.
 """
 
@@ -14,7 +14,7 @@ import triton.language as tl
 
 from clvp_fast.kernels.pages import LOG2E, as_stored, online_softmax, precision
 
-# Sizes that one compiled kernel serves whatever they are.
+# One compiled kernel serves any value of these sizes.
 _SIZES = ["num_tokens", "num_sequences", "num_slots", "num_pages", "capacity"]
 
 
@@ -61,7 +61,7 @@ def paged_prefill_kernel(
         v_at = keys.to(tl.int64) * v_row
         k = tl.load(k_ptr + k_at[None, :] + dims[:, None], mask=in_sequence[None, :] & in_head[:, None], other=0.0)
         v = tl.load(v_ptr + v_at[:, None] + dims[None, :], mask=in_sequence[:, None] & in_head[None, :], other=0.0)
-        # Rows past the end of the sequence see its last key: their results are not stored, and are no NaN.
+        # Rows past the end of the sequence see its last key: their results are not stored, and must be finite.
         allowed = (keys[None, :] <= places[:, None]) & in_sequence[None, :]
         top, total, mixed = online_softmax(q, k, v, allowed, scale, top, total, mixed, PRECISION)
     out_at = (rows * NUM_HEADS + head)[:, None] * HEAD_DIM + dims[None, :]
@@ -88,8 +88,8 @@ def paged_prefill_kernel(
     tl.store(v_pages_ptr + at, v, mask=page_mask)
 
 
-# Chosen by compiling, not by timing: no spilled register on sm_80, sm_90 and sm_100, with triton 3.6.0 and 3.7.1.
-# Queries of a tile (64 rows are one wgmma), keys of a tile, warps, stages
+# Chosen by compiling without spilled registers for sm_80, sm_90 and sm_100, with triton 3.6.0 and 3.7.1, not by timing.
+# Queries of a tile (64 rows are one wgmma), keys of a tile, warps, stages:
 _TILES = {
     (2, 32): (64, 64, 4, 3),
     (2, 64): (64, 64, 4, 3),
@@ -114,7 +114,7 @@ def paged_prefill(
     *,
     out: torch.Tensor,
 ) -> None:
-    """Causal attention and stores, as `clvp_fast.ops.paged_prefill`; the last dimension of everything is contiguous.
+    """Attend causally and store, as `clvp_fast.ops.paged_prefill`; the last dimension of everything is contiguous.
 
     `out` `[T, H, D]` contiguous.
     """

@@ -31,7 +31,7 @@ FORBIDDEN = tl.constexpr(-3.4028234663852886e38)
 
 @triton.jit
 def _load(ptr, strides, rows, num_rows, BOUNDED: tl.constexpr, COUNT: tl.constexpr, PAD: tl.constexpr):
-    """COUNT channels from `ptr` on of some rows, [rows, PAD]; zeros outside."""
+    """Load COUNT channels from `ptr` on of some rows, [rows, PAD]; zeros outside."""
     channels = tl.arange(0, PAD)
     place = rows.to(tl.int64)[:, None] * strides[0] + channels[None, :] * tl.cast(strides[1], tl.int64)
     if BOUNDED and COUNT < PAD:
@@ -48,7 +48,7 @@ def _load(ptr, strides, rows, num_rows, BOUNDED: tl.constexpr, COUNT: tl.constex
 def _angles(
     ptr, strides, rows, num_rows, BOUNDED: tl.constexpr, TABLES: tl.constexpr, HALF: tl.constexpr, PAD: tl.constexpr
 ):
-    """Cosines, or sines, of both halves of the rotary channels, each [rows, PAD]."""
+    """Load cosines, or sines, of both halves of the rotary channels, each [rows, PAD]."""
     first = _load(ptr, strides, rows, num_rows, BOUNDED, HALF, PAD).to(tl.float32)
     if TABLES == 1:
         return first, first
@@ -59,13 +59,13 @@ def _angles(
 
 @triton.jit
 def _turned(ptr, strides, rows, num_rows, cos, sin, BOUNDED: tl.constexpr, HALF: tl.constexpr, PAD: tl.constexpr):
-    """The rotary channels, rotated in float32 and rounded: [rows, 2 * PAD], of each half HALF and then zeros."""
+    """Rotate the rotary channels in float32 and round them: [rows, 2 * PAD], of each half HALF and then zeros."""
     first = _load(ptr, strides, rows, num_rows, BOUNDED, HALF, PAD)
     second = _load(ptr + HALF * strides[1], strides, rows, num_rows, BOUNDED, HALF, PAD)
     x, y = first.to(tl.float32), second.to(tl.float32)
     turned = tl.join((x * cos[0] - y * sin[0]).to(first.dtype), (y * cos[1] + x * sin[1]).to(first.dtype))
     turned = tl.reshape(tl.permute(turned, (0, 2, 1)), (rows.shape[0], 2 * PAD, 1))
-    # A sum of one term: it keeps the compiler from loading and rotating in the layout of a product's operand, in which
+    # A sum of one term keeps the compiler from loading and rotating in the layout of a product's operand, in which
     # every warp does the work of all.
     return tl.sum(turned, 2)
 
@@ -92,7 +92,7 @@ def _attend(
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One step of the online softmax, over the keys from `start` on; EDGE: the end or the diagonal may cut them."""
+    """Do one step of the online softmax, over the keys from `start` on; EDGE: the end or the diagonal may cut them."""
     acc_turned, acc_rest, total, highest = state
     k_ptr, v_ptr, cos_ptr, sin_ptr, mask_ptr = inputs
     q_len, k_len, query_offset = lengths
@@ -146,7 +146,7 @@ def _attend(
             decay = tl.exp2(highest - new)
     total = total * decay + tl.sum(weights, 1)
 
-    # The product that waits for its operand's rotation comes last: what is in flight then ends with it.
+    # The product that waits for its operand's rotation comes last: products in flight end with it.
     weights = weights.to(v_ptr.dtype.element_ty)
     if REST > 0:
         v_rest = _load(v_ptr + 2 * HALF * strides[1][1], strides[1], keys, left, EDGE, REST, REST_PAD)
@@ -162,9 +162,9 @@ def _rotary_attention(
     q_ptr,
     k_ptr,
     v_ptr,
-    cos_ptr,  # None: nothing turns
+    cos_ptr,  # None: no rotation
     sin_ptr,
-    mask_ptr,  # None: every key may be attended to
+    mask_ptr,  # None: all keys are allowed
     cu_seqlens_ptr,  # None: sequences of one length
     out_ptr,  # contiguous
     q_strides,  # (sequence, row, head, channel), as those of k and v
@@ -192,7 +192,7 @@ def _rotary_attention(
     PRECISION: tl.constexpr,
     SPLIT: tl.constexpr,  # float32 queries into two tf32 parts at every step: at once they do not fit into registers
 ):
-    """One program: BLOCK_M queries of one head of one sequence. Those with most keys go first."""
+    """Attend from BLOCK_M queries of one head of one sequence. Programs with most keys go first."""
     REST: tl.constexpr = HEAD_DIM - 2 * HALF
     tile = num_tiles - 1 - tl.program_id(0) % num_tiles
     head = (tl.program_id(0) // num_tiles % num_heads).to(tl.int64)
@@ -229,7 +229,7 @@ def _rotary_attention(
     lengths = (q_len, k_len, query_offset)
 
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    # Where all channels turn, or none does, the other part is a dummy that nothing reads.
+    # Where all channels rotate, or none does, the other part is a dummy that nothing reads.
     q_turned, acc_turned = tl.zeros([1], tl.float32), tl.zeros([1], tl.float32)
     q_rest, acc_rest = tl.zeros([1], tl.float32), tl.zeros([1], tl.float32)
     row_strides = (q_strides[1], q_strides[3])
@@ -246,11 +246,11 @@ def _rotary_attention(
     total = tl.zeros([BLOCK_M], tl.float32)
     highest = tl.full([BLOCK_M], FORBIDDEN, tl.float32)
     state = (acc_turned, acc_rest, total, highest)
-    if not ADDITIVE:  # a mask that is added to the scores would overflow
+    if not ADDITIVE:  # an additive mask would overflow
         scale *= LOG2E
 
-    # The keys that the end or the diagonal cuts, then whole tiles. (In this order, and with the first loop not
-    # pipelined, ptxas can leave products in flight; the other way round it waits for each one.)
+    # First the keys that the end or the diagonal cuts, then whole tiles. (In this order, and with the first loop not
+    # pipelined, ptxas can leave products in flight; in the other order it waits for each one.)
     whole, end = k_len // BLOCK_N * BLOCK_N, k_len
     if CAUSAL:
         whole = tl.minimum(whole, (query_offset + tile * BLOCK_M + 1) // BLOCK_N * BLOCK_N)
@@ -266,7 +266,7 @@ def _rotary_attention(
             ADDITIVE, MASK_ROWS, False, CAUSAL, TABLES, HALF, HALF_PAD, REST, REST_PAD, BLOCK_N, PRECISION,
         )  # fmt: skip
     if CAUSAL and mask_ptr is not None:
-        # A query that may attend to nothing weighs the keys after it too.
+        # A query without keys weighs the keys after it too.
         later = tl.cdiv(end, BLOCK_N) * BLOCK_N
         for start in tl.range(
             later, tl.where(tl.min(state[3], 0) > FORBIDDEN, later, k_len), BLOCK_N, num_stages=1, disable_licm=SPLIT
@@ -289,12 +289,12 @@ def _rotary_attention(
         tl.store(out_ptr + 2 * HALF + channel[None, :], acc_rest * share, mask=inside)
 
 
-# Up to so many queries share the tile of a decoding step, and up to so many fill one tile of half the size.
+# The most queries that share the tile of a decoding step, and the most that fill one tile of half the size.
 _FEW, _SHORT = 16, 64
 
 
 def _configuration(dtype, queries, width, half_pad, tables, masked, mask_rows):
-    """(BLOCK_M, BLOCK_N, num_warps, num_stages), compiled without a spill for sm_80, sm_90 and sm_100 (2026-11)."""
+    """Return (BLOCK_M, BLOCK_N, num_warps, num_stages), without a spill for sm_80, sm_90 and sm_100 (2026-11)."""
     arch, few = architecture(), queries <= _FEW
     if dtype == torch.float32:
         if width > 64 or mask_rows:
@@ -323,9 +323,9 @@ def _configuration(dtype, queries, width, half_pad, tables, masked, mask_rows):
 
 
 def rotary_attention(q, k, v, cos, sin, mask, causal, query_offset, scale, *, out):
-    """q and out `[B, Tq, H, D]`, k and v `[B, Tk, H, D]`, D at most 128; out contiguous; scale above 0.
+    """Attend from q `[B, Tq, H, D]` to k and v `[B, Tk, H, D]`, D at most 128; out as q, contiguous; scale above 0.
 
-    The others as `clvp_fast.ops.rotary_attention` describes them. No length may be 0.
+    The other arguments are as in `clvp_fast.ops.rotary_attention`. No length may be 0.
     """
     sizes = q.shape[0], q.shape[1], k.shape[1]
     strides = q.stride(), k.stride(), v.stride()
@@ -333,10 +333,10 @@ def rotary_attention(q, k, v, cos, sin, mask, causal, query_offset, scale, *, ou
 
 
 def rotary_attention_ragged(q, k, v, cu_seqlens, max_seqlen, cos, sin, causal, scale, *, out):
-    """q, k, v and out `[tokens, H, D]`, out contiguous; as `rotary_attention` for each of the sequences."""
+    """Attend as `rotary_attention` in each of the sequences of q, k, v and out `[tokens, H, D]`, out contiguous."""
     sizes = cu_seqlens.shape[0] - 1, max_seqlen, max_seqlen
     strides = ((0, *x.stride()) for x in (q, k, v))
-    # The tile may not depend on the longest of the sequences.
+    # The tile may not depend on the longest sequence.
     _launch(q, k, v, cos, sin, None, cu_seqlens, out, sizes, strides, causal, 0, scale, queries=_SHORT + 1)
 
 
@@ -377,7 +377,7 @@ def _launch(q, k, v, cos, sin, mask, cu_seqlens, out, sizes, strides, causal, qu
 
 
 def _strides(x):
-    """Of an input along three axes, 0 where all share one entry."""
+    """Return an input's strides along three axes, 0 where all share one entry."""
     if x is None:
         return (0, 0, 0)
     return tuple(0 if x.shape[axis] == 1 else x.stride(axis) for axis in (0, 1, -1))

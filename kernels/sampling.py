@@ -12,7 +12,7 @@ and sampled (which rows draw) `[N]`. u is one number of Philox-4x32-10 with the 
 Nothing is sorted. Sorting would find one threshold: the smallest score up to which the weights of a row add up to a
 bound (to V - k + 1 with all weights 1; to more than 1 - p; and, of distances from the mean surprise in place of scores,
 to the typical mass). The order of floats is that of their bits, so 16 rounds of two bits each find it: a round sums the
-weights below three candidates at once, in one reduction. What top-p removes among equal scores is decided by a count of
+weights below three candidates at once, in one reduction. Among equal scores, top-p's choice follows from a count of
 the ties, which rows of float32 logits hardly ever need.
 
 Chain of dependent reductions over a row, where the processor is on: maximum 1, top-k 16, top-p 1 + 16 + 1 (ties: 3
@@ -44,30 +44,30 @@ _SMALL = 16  # tokens of the second tile at least
 def _scores(
     logits_ptr, seen_ptr, columns, vocab_size, seen_word_stride, penalty_ptr, temperature_ptr, sampled
 ):  # fmt: skip
-    """Penalised, tempered (where it is sampled) logits of one row; -inf past the vocabulary."""
+    """Return logits of one row, penalised and (where it is sampled) tempered; -inf past the vocabulary."""
     inside = columns < vocab_size
     x = tl.load(logits_ptr + columns, mask=inside, other=-float("inf")).to(tl.float32)
     if penalty_ptr is not None:
         penalty = tl.load(penalty_ptr).to(tl.float32)
         word = tl.load(seen_ptr + (columns // 32) * seen_word_stride, mask=inside, other=0)
-        # One product and one quotient, of which one is by 1: registers for a third array are not there.
+        # One product and one quotient, one of which is by 1, because registers for a third array are missing.
         factor = tl.where((word >> (columns % 32)) & 1 != 0, penalty, 1.0)
         x = tl.div_rn(tl.where(x < 0, x * factor, x), tl.where(x < 0, 1.0, factor))
     if temperature_ptr is not None:
-        # Correctly rounded, as torch divides: equal scores stay equal, and unequal ones in their order.
+        # Correctly rounded, as torch divides, so that equal scores stay equal, and unequal ones in their order.
         x = tl.div_rn(x, tl.where(sampled, tl.load(temperature_ptr).to(tl.float32), 1.0))
     return x
 
 
 @triton.jit
 def _total(a, b):
-    """The sum over both tiles."""
+    """Sum over both tiles."""
     return tl.sum(a, 0) + tl.sum(b, 0)
 
 
 @triton.jit
 def _float_of_rank(rank):
-    """The float32 at a place (uint32) in the order of all floats; +inf beyond it."""
+    """Return the float32 at a place (uint32) in the order of all floats; +inf beyond it."""
     rank = tl.minimum(rank, 0xFF800000)
     bits = tl.where(rank >= 0x80000000, rank ^ 0x80000000, rank ^ 0xFFFFFFFF)
     return bits.to(tl.float32, bitcast=True)
@@ -75,8 +75,8 @@ def _float_of_rank(rank):
 
 @triton.jit
 def _below(x, weight, first, second, third):
-    """The weights at or below three thresholds, `[2, 2]`; the fourth is out of reach."""
-    # A comparison that gives a float, and a fused product and sum: two instructions where a choice would take three.
+    """Return the weights at or below three thresholds, `[2, 2]`; the fourth is out of reach."""
+    # A comparison that gives a float, and a fused product and sum: two instructions instead of three for a choice.
     sums = tl.join(
         tl.join((x <= first).to(tl.float32) * weight, (x <= second).to(tl.float32) * weight),
         tl.join((x <= third).to(tl.float32) * weight, tl.full(x.shape, float("inf"), tl.float32)),
@@ -86,7 +86,7 @@ def _below(x, weight, first, second, third):
 
 @triton.jit
 def _threshold(x, x2, weight, weight2, bound, STRICT: tl.constexpr):
-    """The smallest value up to which the weights add up to `bound` (STRICT: to more); +inf if they never do."""
+    """Find the smallest value up to which the weights add up to `bound` (STRICT: to more); +inf if they never do."""
     low, step = tl.full((), 0, tl.uint32), tl.full((), 1 << 30, tl.uint32)
     for _ in range(16):
         first = _float_of_rank(low + (step - 1))
@@ -106,14 +106,14 @@ def _first_above(cumulated, target, SIZE: tl.constexpr):
 
 @triton.jit
 def _ends(count, count2, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
-    """Cumulated whole numbers: of each chunk of the first tile `[BLOCK / CHUNK]`, of each token of the second."""
+    """Cumulate whole numbers: of each chunk of the first tile `[BLOCK / CHUNK]`, of each token of the second."""
     ends = tl.cumsum(tl.sum(tl.reshape(count, (BLOCK // CHUNK, CHUNK)), 1), 0)
     return ends, tl.max(ends, 0) + tl.cumsum(count2, 0)
 
 
 @triton.jit
 def _locate(count, ends, ends2, target, BLOCK: tl.constexpr, SMALL: tl.constexpr, CHUNK: tl.constexpr):
-    """The first token whose cumulated number exceeds `target`: first its chunk, then its place in it."""
+    """Find the first token whose cumulated number exceeds `target`: first its chunk, then its place in it."""
     CHUNKS: tl.constexpr = BLOCK // CHUNK
     before = ends <= target
     chunk = tl.sum(before.to(tl.int32), 0)
@@ -126,15 +126,15 @@ def _locate(count, ends, ends2, target, BLOCK: tl.constexpr, SMALL: tl.constexpr
 
 @triton.jit
 def _top_p(x, x2, weight, weight2, largest, mass, BLOCK: tl.constexpr, SMALL: tl.constexpr, CHUNK: tl.constexpr):
-    """Weights without the least ones that together stay within 1 - mass; at least the last largest one is kept."""
+    """Remove the least weights that together stay within 1 - mass; at least the last largest one is kept."""
     spare = (1.0 - mass).to(tl.float32) * _total(weight, weight2)
     bound = tl.minimum(_threshold(x, x2, weight, weight2, spare, STRICT=True), largest)
     below = _total(tl.where(x < bound, weight, 0.0), tl.where(x2 < bound, weight2, 0.0))
     weight, weight2 = tl.where(x < bound, 0.0, weight), tl.where(x2 < bound, 0.0, weight2)
-    # Of equal scores the first tokens go, as many as still fit.
+    # Of equal scores the first tokens are removed, as many as still fit.
     removed = ((spare - below) / tl.exp(bound - largest)).to(tl.int32)
     if removed > 0:
-        # The weights of the ties are negative meanwhile: nothing else need stay in registers for the scan.
+        # The weights of the ties are negative meanwhile, so that the scan needs no other registers.
         weight, weight2 = tl.where(x == bound, -weight, weight), tl.where(x2 == bound, -weight2, weight2)
         tie, tie2 = (weight < 0).to(tl.int32), (weight2 < 0).to(tl.int32)
         before, before2 = tl.sum(tie, 0), tl.sum(tie2, 0)
@@ -146,12 +146,12 @@ def _top_p(x, x2, weight, weight2, largest, mass, BLOCK: tl.constexpr, SMALL: tl
 
 @triton.jit
 def _typical(weight, weight2, mass):
-    """Weights of the tokens whose surprise is nearest to the entropy, up to `mass`.
+    """Keep the weights of the tokens whose surprise is nearest to the entropy, up to `mass`.
 
-    With l the logarithm of a weight, surprise less entropy is the mean of l less l: what normalises them cancels.
+    With l the logarithm of a weight, surprise less entropy is the mean of l less l: the normalising terms cancel.
     """
     total = _total(weight, weight2)
-    # Where the weight is 0, any number will do: nothing is added for it, and nothing kept.
+    # A weight of 0 may have any logarithm: nothing is added for it, and nothing kept.
     logarithm, logarithm2 = tl.log(tl.maximum(weight, 1e-37)), tl.log(tl.maximum(weight2, 1e-37))
     mean = _total(weight * logarithm, weight2 * logarithm2) / total
     far, far2 = tl.abs(mean - logarithm), tl.abs(mean - logarithm2)
@@ -161,14 +161,14 @@ def _typical(weight, weight2, mass):
 
 @triton.jit
 def _likeliest(x, x2, largest, columns, columns2, vocab_size):
-    """The first of the largest scores."""
+    """Return the first of the largest scores."""
     first = tl.min(tl.where(x == largest, columns, vocab_size), 0)
     return tl.minimum(first, tl.min(tl.where(x2 == largest, columns2, vocab_size), 0))
 
 
 @triton.jit
 def _random_bits(seed, candidate, step):
-    """32 random bits as uint32."""
+    """Return 32 random bits as uint32."""
     step, candidate = step.to(tl.uint64), candidate.to(tl.uint64)
     word, _, _, _ = tl.philox(
         seed,
@@ -182,8 +182,8 @@ def _random_bits(seed, candidate, step):
 
 @triton.jit
 def _draw(weight, weight2, bits, BLOCK: tl.constexpr, SMALL: tl.constexpr, CHUNK: tl.constexpr):
-    """The token at (bits + 0.5) / 2^32 of the cumulative distribution."""
-    # Whole numbers that add up to nearly 2^31: their sums are exact in any order.
+    """Return the token at (bits + 0.5) / 2^32 of the cumulative distribution."""
+    # Whole numbers that add up to nearly 2^31 have exact sums in any order.
     scale = 2147418112.0 / _total(weight, weight2)
     count, count2 = (weight * scale + 0.5).to(tl.int32), (weight2 * scale + 0.5).to(tl.int32)
     ends, ends2 = _ends(count, count2, BLOCK, CHUNK)
@@ -196,12 +196,12 @@ def _sampled(
     x, x2, largest, top_k_ptr, top_p_ptr, typical_p_ptr, min_p_ptr, seed_ptr, candidate_ptr, step_ptr,
     row, vocab_size, BLOCK: tl.constexpr, SMALL: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """A draw from what the processors leave of a row's tempered scores."""
+    """Draw from the tokens that the processors leave of a row's tempered scores."""
     if top_k_ptr is not None:
         top_k = tl.load(top_k_ptr + row)
         if (top_k > 0) & (top_k < vocab_size):
             ones, ones2 = tl.full(x.shape, 1.0, tl.float32), tl.full(x2.shape, 1.0, tl.float32)
-            # What lies past the vocabulary is -inf and counted, at the low end.
+            # Places past the vocabulary are -inf and counted, at the low end.
             bound = _threshold(x, x2, ones, ones2, (BLOCK + SMALL + 1 - top_k).to(tl.float32), STRICT=False)
             x, x2 = tl.where(x < bound, -float("inf"), x), tl.where(x2 < bound, -float("inf"), x2)
     weight, weight2 = tl.exp(x - largest), tl.exp(x2 - largest)
@@ -242,7 +242,7 @@ def _sample_kernel(
     if penalty_ptr is not None:
         penalty_ptr += row
     columns, columns2 = tl.arange(0, BLOCK), BLOCK + tl.arange(0, SMALL)
-    # Where it holds for all rows, the compiler knows it, and leaves the other branch out.
+    # Where this is known for all rows, the compiler leaves the other branch out.
     sampled = tl.full((), DO_SAMPLE, tl.int1)
     if sampled_ptr is not None:
         sampled = tl.load(sampled_ptr + row * sampled_stride)
@@ -257,7 +257,7 @@ def _sample_kernel(
         )  # fmt: skip
     else:
         token = _likeliest(x, x2, largest, columns, columns2, vocab_size)
-    # Rows of nothing but NaN and -inf have no answer, but nothing is written outside for them.
+    # Rows of only NaN and -inf have no answer, but a write must stay inside.
     token = tl.minimum(token, vocab_size - 1)
 
     tl.store(out_ptr + row, token)
@@ -269,7 +269,7 @@ def _sample_kernel(
 
 
 def _tiles(vocab_size: int) -> dict[str, int]:
-    """Tiles and warps for a vocabulary."""
+    """Return tiles and warps for a vocabulary."""
     power = 1 << (vocab_size.bit_length() - 1)
     rest = vocab_size - power
     if rest > power // 8 or power < CHUNK:

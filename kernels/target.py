@@ -1,10 +1,10 @@
-"""The device that kernels are launched on: what a configuration table and a grid depend on."""
+"""The device that kernels are launched on, for configuration tables and grids."""
 
 import torch
 import triton
 from triton.runtime import driver
 
-# What a configuration assumes of a device that is not there (the interpreter): an H200.
+# The device that configurations assume where there is none (the interpreter): an H200.
 _HOPPER = 90, 132
 
 
@@ -13,12 +13,12 @@ def _interpreted() -> bool:
 
 
 def architecture() -> int:
-    """Compute capability of the current device as two digits: 80, 90, 100, ..."""
+    """Return the compute capability of the current device as two digits: 80, 90, 100, ..."""
     return _HOPPER[0] if _interpreted() else driver.active.get_current_target().arch
 
 
 def multiprocessors() -> int:
-    """Streaming multiprocessors of the current device."""
+    """Return the number of streaming multiprocessors of the current device."""
     if _interpreted() or not torch.cuda.is_available():
         return _HOPPER[1]
     return torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count

@@ -44,7 +44,7 @@ def _load(
     HEAD_DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
 ):
-    """The channels of the places of a window, [PLACES, DIM_PAD]; zeros outside."""
+    """Load the channels of the places of a window, [PLACES, DIM_PAD]; zeros outside."""
     channels = tl.arange(0, DIM_PAD)
     place = (row.to(tl.int64) * strides[1] + column.to(tl.int64) * strides[2]) * UNIT
     place = place[:, None] + channels[None, :] * tl.cast(strides[4], tl.int64)
@@ -79,10 +79,10 @@ def _window_attention(
     PLACES: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
-    UNIT: tl.constexpr,  # in it, the compiler sees how addresses are aligned
+    UNIT: tl.constexpr,  # shows the compiler how addresses are aligned
     PRECISION: tl.constexpr,
 ):
-    """One program: one head of `group` windows, one after another."""
+    """Attend in one head of `group` windows, one after another."""
     WHOLE: tl.constexpr = WINDOW * WINDOW == PLACES
     head = (tl.program_id(0) % num_heads).to(tl.int64)
     first = tl.program_id(0) // num_heads * group
@@ -117,7 +117,7 @@ def _window_attention(
         if SHIFTED:
             side = below.to(tl.int32) * 2 + beyond.to(tl.int32)
             scores = tl.where(side[:, None] == side[None, :], scores, scores + seam)
-        # exp, and not exp2 of scores that were scaled before: a bias that forbids would overflow.
+        # exp, instead of exp2 of scores scaled before, where a bias that forbids would overflow.
         weights = tl.exp(scores - tl.max(scores, 1)[:, None])
         share = (1 / tl.sum(weights, 1))[:, None]
         result = tl.dot(weights.to(v.dtype), v, input_precision=PRECISION) * share  # [PLACES, DIM_PAD]
@@ -135,8 +135,8 @@ def _window_attention(
 # Compiled without a spill for sm_80, sm_90 and sm_100 (2026-11). Float32 operands, split in parts, leave no registers
 # for a second stage, nor on sm_80 for heads of 64.
 _NUM_WARPS, _STAGES, _STAGES_FLOAT32 = 4, 3, 1
-_MOST_WINDOWS = 16  # of one program
-_PROGRAMS = 8  # of a multiprocessor, before a program takes several windows
+_MOST_WINDOWS = 16  # the most windows of one program
+_PROGRAMS = 8  # programs of a multiprocessor, before a program takes several windows
 
 
 def window_attention(
@@ -163,7 +163,7 @@ def window_attention(
     """
     images, height, width, num_heads, head_dim = q.shape
     num_windows = images * (height // window) * (width // window)
-    # A window's bits do not depend on the group that it is in.
+    # A window's bits do not depend on its group.
     group = max(1, min(_MOST_WINDOWS, num_windows * num_heads // (_PROGRAMS * multiprocessors())))
     unit = math.gcd(8, *(stride for x in (q, k, v) for stride in x.stride()[:4]))
     strides = ((*(stride // unit for stride in x.stride()[:4]), x.stride(4)) for x in (q, k, v))

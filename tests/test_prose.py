@@ -76,5 +76,13 @@ def test_comments_of_cplusplus_are_read():
     assert list(prose.comments_of_cplusplus(source)) == [(1, " What it\nis. "), (3, "one"), (4, "more\nlines")]
 
 
+def test_docstrings_of_functions_that_begin_with_no_verb_are_found():
+    good = ("Return it.", "mul.hi: the upper half.")
+    bad = ("Of a layer.", "`x` as rows.", "From now on, run.")
+    source = "\n".join(f'def f{place}():\n    """{text}"""' for place, text in enumerate(good + bad))
+    assert [text for _, text in prose.without_verb(source)] == list(bad)
+    assert not list(prose.without_verb('@property\ndef f():\n    """Of a layer."""'))
+
+
 def test_the_list_is_empty():
     assert not [str(found) for found in prose.findings(ROOT)]

@@ -41,7 +41,7 @@ def parse(log: str) -> list[dict]:
 
 
 def _readable(names: list[str]) -> list[str]:
-    """C++ names without their arguments' types; as the linker knows them where there is no c++filt."""
+    """Return C++ names without their arguments' types; as the linker knows them where there is no c++filt."""
     try:
         command = ["c++filt", "--no-params"]
         done = subprocess.run(command, input="\n".join(names), capture_output=True, text=True, check=True)

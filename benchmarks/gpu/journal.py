@@ -111,7 +111,7 @@ class State:
     whole: bool = False
 
 
-class Watch:
+class WorkerProgress:
     """The state of a worker that begins now, by the lines that it has written so far.
 
     item: that it has begun and not ended. ended: how many items it has ended. done: whether it has come to the end of

@@ -16,7 +16,7 @@ from threading import Thread
 from time import monotonic, time_ns
 from typing import BinaryIO
 
-from benchmarks.gpu.journal import Journal, Watch
+from benchmarks.gpu.journal import Journal, WorkerProgress
 
 #: The exit code of a worker that can no longer use its device, or enough of its memory: another one goes on behind it.
 DEVICE_LOST = 75
@@ -94,7 +94,7 @@ def _share(step: Step, journal: Journal, share: int, end: float, logs: Path, env
     stem = _stem(step)
     while monotonic() < end:
         worker = f"{share}.{time_ns():x}"
-        own, watch = logs / f"{stem}-{worker}.part", Watch(journal, worker)
+        own, progress = logs / f"{stem}-{worker}.part", WorkerProgress(journal, worker)
         with own.open("wb") as output:
             try:
                 process = _start(step, journal, worker, share, output, environment)
@@ -102,10 +102,10 @@ def _share(step: Step, journal: Journal, share: int, end: float, logs: Path, env
                 journal.write(step.name, "broken", why=f"it cannot be started: {error}")
                 return False
             try:
-                hung = _watched(process, step, watch, end)
+                hung = _watched(process, step, progress, end)
             finally:
                 _end(process, step.grace)
-        said, item = _moved(own, logs / f"{stem}.log"), watch.look()
+        said, item = _moved(own, logs / f"{stem}.log"), progress.look()
         told = _SUMMARY.findall(said)
         if step.sanitized and not told:  # ended before it could say anything
             journal.write(step.name, "taken back", worker=worker)
@@ -114,7 +114,7 @@ def _share(step: Step, journal: Journal, share: int, end: float, logs: Path, env
             journal.write(
                 step.name, "end", item=f"the sanitizer's summary of {worker}", worker="", outcome="failed", why=why
             )
-        if watch.done:
+        if progress.done:
             return True
         code = process.returncode
         if hung is not None:
@@ -122,10 +122,10 @@ def _share(step: Step, journal: Journal, share: int, end: float, logs: Path, env
                 journal.write(step.name, "end", item=item, worker="", outcome="hung", why=f"{step.item_seconds:.0f} s")
         elif monotonic() >= end:
             return False
-        elif item is not None or (watch.ended and code != DEVICE_LOST and not told):
+        elif item is not None or (progress.ended and code != DEVICE_LOST and not told):
             item, why = item or f"between two items, {worker}", f"exit code {code}: {said[-1500:]}"
             journal.write(step.name, "end", item=item, worker="", outcome="died", why=why)
-        elif not watch.ended:
+        elif not progress.ended:
             journal.write(step.name, "broken", why=f"exit code {code}: {said[-1500:]}")
             return False
     return False
@@ -159,11 +159,11 @@ def _moved(own: Path, log: Path) -> str:
     return tail
 
 
-def _watched(process: subprocess.Popen, step: Step, watch: Watch, end: float) -> str | None:
+def _watched(process: subprocess.Popen, step: Step, progress: WorkerProgress, end: float) -> str | None:
     """Wait until the process ends or must be ended; the item that hangs, if one does."""
     known, since = None, monotonic()
     while process.poll() is None and monotonic() < end:
-        if (item := watch.look()) != known:
+        if (item := progress.look()) != known:
             known, since = item, monotonic()
         if known is not None and monotonic() - since > step.item_seconds:
             return known

@@ -14,7 +14,7 @@ import pyarrow as pa
 from clvp_fast.batch.folder import FORMAT, JobFolder, Journal
 from clvp_fast.batch.inputs import RowFile, Task, digest_of, read_rows, require_file
 from clvp_fast.batch.outcomes import Outcome, outcome_schema, shard_schema
-from clvp_fast.batch.progress import JobProgress, watching
+from clvp_fast.batch.progress import JobProgress, job_bar
 from clvp_fast.batch.settings import Settings
 from clvp_fast.batch.summary import write_summary
 from clvp_fast.engine.defaults import MEMORY_FRACTION
@@ -105,8 +105,8 @@ def run(
                     manifest = {"format": FORMAT, **identity, "rows": rows.num_rows, **found}
                     folder.write_json("manifest.json", manifest)
                     job = _Job(folder, rows, Settings(**found["settings"]), retry_failed, progress)
-                with watching("speaking", rows.num_rows, job.rows_done, hidden=not progress) as watch:
-                    job.work(executor.outcomes(folder.rows, job.tasks), watch)
+                with job_bar("speaking", rows.num_rows, job.rows_done, hidden=not progress) as bar:
+                    job.work(executor.outcomes(folder.rows, job.tasks), bar)
         assert manifest is not None  # read, or written just now
         return write_summary(folder, manifest, job.now, job.seconds)
 
@@ -164,8 +164,8 @@ def _rows(folder: JobFolder, source: Path, shard_rows: int, manifest: dict | Non
         except (OSError, pa.ArrowException) as error:
             logger.warning("%s is damaged (%s) and is made again from the input", folder.rows, error)
     unused: set[str] = set()
-    with watching("reading", 1, 0, hidden=not progress) as watch, replacing(folder.rows) as path:
-        RowFile.write(path, read_rows(source, watch.reach, unused, folder.keep_voice), shard_rows)
+    with job_bar("reading", 1, 0, hidden=not progress) as bar, replacing(folder.rows) as path:
+        RowFile.write(path, read_rows(source, bar.reach, unused, folder.keep_voice), shard_rows)
     if unused:
         logger.warning("columns of %s that say nothing to the job: %s", source, ", ".join(map(repr, sorted(unused))))
     rows = RowFile(folder.rows)
@@ -262,14 +262,14 @@ class _Job:
         self.rows_done = 0
         self.now = Counter(rows=0, candidates=0, tokens=0)
         self.seconds = 0.0
-        with watching("checking", rows.num_shards, 0, hidden=not (progress and folder.has_shards())) as watch:
-            folder.write_failures(self._look_through(retry_failed, watch))
+        with job_bar("checking", rows.num_shards, 0, hidden=not (progress and folder.has_shards())) as bar:
+            folder.write_failures(self._look_through(retry_failed, bar))
 
-    def _look_through(self, retry_failed: bool, watch: JobProgress) -> Iterator[dict[str, Any]]:
+    def _look_through(self, retry_failed: bool, bar: JobProgress) -> Iterator[dict[str, Any]]:
         """Keep the failures of whole shards that are not tried again, while the tasks are found."""
         for shard in range(self._rows.num_shards):
             yield from self._look_at(shard, retry_failed)
-            watch.reach(shard + 1)
+            bar.reach(shard + 1)
 
     def _look_at(self, shard: int, retry_failed: bool) -> list[dict[str, Any]]:
         rows, journal = self._rows.rows_of(shard), self._folder.journal_path(shard)
@@ -301,7 +301,7 @@ class _Job:
             self._folder.shard_path(shard).unlink()
             return None
 
-    def work(self, outcomes: Iterable[Outcome], watch: JobProgress) -> None:
+    def work(self, outcomes: Iterable[Outcome], bar: JobProgress) -> None:
         """Bring outcomes of the tasks into the folder.
 
         Raises:
@@ -311,7 +311,7 @@ class _Job:
         try:
             for outcome in outcomes:
                 if self._receive(outcome):
-                    watch.count(outcome)
+                    bar.count(outcome)
         finally:
             self.seconds = time.perf_counter() - started
             for shard in self._shards.values():

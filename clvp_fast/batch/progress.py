@@ -13,7 +13,7 @@ _PERIOD = 300.0
 
 
 @contextmanager
-def watching(what: str, total: int, done: int, hidden: bool) -> Iterator["JobProgress"]:
+def job_bar(what: str, total: int, done: int, hidden: bool) -> Iterator["JobProgress"]:
     """Show a bar on stderr that begins at `done`; `what` names the work in a word."""
     count = TaskProgressColumn() if total == 1 else MofNCompleteColumn()
     columns = [TextColumn("{task.description}"), BarColumn(), count, TextColumn("{task.fields[rate]}")]

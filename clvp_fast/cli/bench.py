@@ -26,16 +26,16 @@ def run(arguments: argparse.Namespace) -> None:
     try:
         # With --json results go to stderr as they come, because stdout has the document.
         with redirect_stdout(sys.stderr) if arguments.json else nullcontext():
-            outcome = benchmarks.measure(arguments, shlex.join(["clvp-fast", *sys.argv[1:]]))
+            summary = benchmarks.measure(arguments, shlex.join(["clvp-fast", *sys.argv[1:]]))
     except KeyboardInterrupt:
         report.note(benchmarks.INTERRUPTED)
         sys.exit(130)
     if arguments.json:
-        print(json.dumps(asdict(outcome)))
-    for sentence in outcome.sentences():
+        print(json.dumps(asdict(summary)))
+    for sentence in summary.sentences():
         report.note(sentence)
-    if outcome.failed:
-        raise ValueError(f"{len(outcome.failed)} shapes gave a wrong result or none, and the notes name each")
+    if summary.failed:
+        raise ValueError(f"{len(summary.failed)} shapes gave a wrong result or none, and the notes name each")
 
 
 def _benchmarks():

@@ -10,7 +10,7 @@ from clvp_fast.checkpoint import Checkpoint
 from clvp_fast.cli import report
 from clvp_fast.cli.items import Item
 from clvp_fast.cli.listen import Listening, vocoder_of
-from clvp_fast.cli.progress import warm_up, watching
+from clvp_fast.cli.progress import decoding_bar, warm_up
 from clvp_fast.cli.results import result_document, summary_row, write_arrays
 from clvp_fast.engine.building import build_engine
 from clvp_fast.engine.engine import CandidateEngine
@@ -88,14 +88,14 @@ class Generation:
         started = time.perf_counter()
         self.seconds["write"] = 0.0
         stop = stop_token(self.checkpoint.model.config.decoder_config)
-        bar = watching(len(ready), self._candidates, sampling.max_new_tokens, stop)
-        with bar as watch:
+        counted = decoding_bar(len(ready), self._candidates, sampling.max_new_tokens, stop)
+        with counted as bar:
             keep = arguments.keep or self._candidates
             try:
-                for result in engine.generate(requests, sampling, keep=keep, on_token=watch):
-                    watch.close(result.request)
+                for result in engine.generate(requests, sampling, keep=keep, on_token=bar):
+                    bar.close(result.request)
                     self._receive(result)
-                    watch.paused = self.seconds["write"]
+                    bar.paused = self.seconds["write"]
             except torch.OutOfMemoryError as error:
                 raise ValueError(
                     "there is too little memory for a single candidate; free some, choose a smaller "

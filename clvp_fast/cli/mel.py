@@ -48,7 +48,7 @@ class Sound:
 
 @dataclass
 class MelResults:
-    """The outcome of the recordings.
+    """The results of the recordings.
 
     rows: one for each that gave features. failed: the others, with the reason. changes: how many were mixed down or
     resampled. shown: names and features of the first ones, for the overview.
@@ -66,46 +66,46 @@ def run(arguments: argparse.Namespace) -> None:
         extractor = ClvpFeatureExtractor()
         if arguments.checkpoint:
             extractor = ClvpFeatureExtractor.from_pretrained(resolve_checkpoint(arguments.checkpoint))
-        outcome = extract(recordings, extractor, folder, arguments)
-        for sentence, count in outcome.changes.items():
+        results = extract(recordings, extractor, folder, arguments)
+        for sentence, count in results.changes.items():
             report.note(f"{recordings[0].path if len(recordings) == 1 else f'{count} of the recordings'}: {sentence}")
-        for _, error in outcome.failed:
+        for _, error in results.failed:
             report.note(str(error))
-        if not outcome.rows:
+        if not results.rows:
             raise ValueError(f"none of the {len(recordings)} recordings can be used; the notes name each")
-        if outcome.shown:
-            draw_mels(folder / "overview.png", outcome.shown, extractor, len(outcome.rows))
-        names = [row["name"] for row in outcome.rows]
-        written = ["overview.png"] if outcome.shown else [f"{name}.png" for name in names]
+        if results.shown:
+            draw_mels(folder / "overview.png", results.shown, extractor, len(results.rows))
+        names = [row["name"] for row in results.rows]
+        written = ["overview.png"] if results.shown else [f"{name}.png" for name in names]
         written += ["features.npz"] if arguments.npz else [f"{name}.npy" for name in names]
-    _tell(outcome, extractor, [Path(arguments.out) / name for name in written], arguments.json)
-    if outcome.failed:
-        count = f"{len(outcome.failed)} of {len(recordings)} recordings"
+    _tell(results, extractor, [Path(arguments.out) / name for name in written], arguments.json)
+    if results.failed:
+        count = f"{len(results.failed)} of {len(recordings)} recordings"
         raise ValueError(f"{count} cannot be used, and the notes name each; the features of the others are written")
 
 
 def extract(recordings: list[Recording], extractor, folder: Path, arguments: argparse.Namespace) -> MelResults:
     """Write the features of `recordings` into `folder`, and pictures where each has its own.
 
-    A recording that cannot be used is an error where it is the only one; among others it is put down in the outcome.
+    A recording that cannot be used is an error where it is the only one; among others it is put down in the results.
     """
-    outcome = MelResults()
+    results = MelResults()
     many = len(recordings) > 1
     with _writer(folder, arguments.npz) as write, report.counting_progress(not many) as progress:
         task = progress.add_task("recordings", total=len(recordings))
-        for batch in _batches(recordings, extractor, arguments.whole, outcome.failed):
+        for batch in _batches(recordings, extractor, arguments.whole, results.failed):
             for sound, mel in zip(batch, _features(extractor, batch, arguments.whole), strict=True):
                 name = sound.recording.name
                 write(name, mel)
                 if arguments.pictures or not many:
                     draw_mel(_with_parents(folder / f"{name}.png"), mel, extractor, sound.recording.path.name)
-                elif len(outcome.shown) < OVERVIEW_PANELS:
-                    outcome.shown.append((name, mel))
-                outcome.rows.append(_row(sound, mel))
-                outcome.changes.update([sound.changed] if sound.changed else [])
-                progress.update(task, completed=len(outcome.rows) + len(outcome.failed))
+                elif len(results.shown) < OVERVIEW_PANELS:
+                    results.shown.append((name, mel))
+                results.rows.append(_row(sound, mel))
+                results.changes.update([sound.changed] if sound.changed else [])
+                progress.update(task, completed=len(results.rows) + len(results.failed))
         progress.update(task, completed=len(recordings))
-    return outcome
+    return results
 
 
 def find_recordings(places: list[str]) -> list[Recording]:
@@ -232,10 +232,10 @@ def _row(sound: Sound, mel: np.ndarray) -> dict:
     }
 
 
-def _tell(outcome: MelResults, extractor, written: list[Path], as_json: bool) -> None:
-    rows = outcome.rows
+def _tell(results: MelResults, extractor, written: list[Path], as_json: bool) -> None:
+    rows = results.rows
     if as_json:
-        failed = [{"recording": str(recording.path), "reason": str(error)} for recording, error in outcome.failed]
+        failed = [{"recording": str(recording.path), "reason": str(error)} for recording, error in results.failed]
         document = {"sampling_rate": extractor.sampling_rate, "hop_length": extractor.hop_length}
         document |= {"recordings": rows, "failed": failed, "written": [str(path) for path in written]}
         report.print_json(document)

@@ -22,16 +22,18 @@ def warm_up(engine: CandidateEngine) -> float:
 
 
 @contextmanager
-def watching(num_requests: int, num_candidates: int, max_new_tokens: int, stop: int) -> Iterator["DecodingProgress"]:
+def decoding_bar(
+    num_requests: int, num_candidates: int, max_new_tokens: int, stop: int
+) -> Iterator["DecodingProgress"]:
     """Show a bar on stderr over the candidates of all requests; the engine's `on_token` moves it."""
     columns = [TextColumn("{task.description}"), BarColumn()]
     columns += [TextColumn(f"{{task.fields[{name}]}}") for name in ("ended", "rate", "left")]
     with Progress(*columns, console=notes_console) as progress:
-        watch = DecodingProgress(progress, num_requests, num_candidates, max_new_tokens, stop)
+        counts = DecodingProgress(progress, num_requests, num_candidates, max_new_tokens, stop)
         try:
-            yield watch
+            yield counts
         finally:
-            watch.show()
+            counts.show()
 
 
 class DecodingProgress:

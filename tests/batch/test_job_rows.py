@@ -13,7 +13,7 @@ from clvp_fast.batch import job
 from clvp_fast.batch.failures import LONGEST
 from clvp_fast.batch.folder import Journal
 from clvp_fast.batch.inputs import RowFile
-from clvp_fast.batch.progress import JobProgress, watching
+from clvp_fast.batch.progress import JobProgress, job_bar
 from clvp_fast.io.files import UnwritableError
 from clvp_fast.native import NativeLibraryError
 from tests.batch.jobs import VOICE, NoModel, assert_whole, failures, records, results, write_jsonl
@@ -88,11 +88,11 @@ def test_counts_of_a_run_are_of_its_rows(run, no_model, monkeypatch, out):
     no_model.options.clear()
     bars = []
 
-    def watched(what, total, done, hidden):
+    def seen(what, total, done, hidden):
         bars.append((what, total, done))
-        return watching(what, total, done, hidden)
+        return job_bar(what, total, done, hidden)
 
-    monkeypatch.setattr(job, "watching", watched)
+    monkeypatch.setattr(job, "job_bar", seen)
     assert run()["this_run"]["rows"] == 37
     assert ("speaking", 50, 13) in bars
     assert run(retry_failed=True)["this_run"]["rows"] == 4
@@ -222,11 +222,11 @@ def test_bars(run, monkeypatch):
     """Show no bar for checking a new folder, and end the bar when all shards are checked."""
     bars, reached = [], []
 
-    def watched(what, total, done, hidden):
+    def seen(what, total, done, hidden):
         bars.append((what, total, hidden))
-        return watching(what, total, done, True)
+        return job_bar(what, total, done, True)
 
-    monkeypatch.setattr(job, "watching", watched)
+    monkeypatch.setattr(job, "job_bar", seen)
     run(progress=True)
     assert bars == [("reading", 1, False), ("checking", 7, True), ("speaking", 50, False)]
     monkeypatch.setattr(JobProgress, "reach", lambda self, done: reached.append(done))

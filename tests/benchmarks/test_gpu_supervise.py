@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks.gpu import __main__ as command, steps, supervise, testing
-from benchmarks.gpu.journal import Journal, State, Watch
+from benchmarks.gpu.journal import Journal, State, WorkerProgress
 from benchmarks.gpu.supervise import Step
 from benchmarks.harness import ROOT, stored_rows
 from tests.benchmarks.planted_tests import LONG, TESTS, Place
@@ -89,8 +89,8 @@ def test_an_item_s_time_begins_with_it(items, hangs, monkeypatch):
 
     monkeypatch.setattr(supervise, "monotonic", lambda: now[0])
     process = SimpleNamespace(poll=lambda: None if left else 0, wait=wait)
-    watch = SimpleNamespace(look=lambda: left.pop(0))
-    assert supervise._watched(process, Step("s", (), LONG, item_seconds=60.0), watch, LONG) == hangs
+    progress = SimpleNamespace(look=lambda: left.pop(0))
+    assert supervise._watched(process, Step("s", (), LONG, item_seconds=60.0), progress, LONG) == hangs
 
 
 def test_workers_share_the_tests(place):
@@ -138,10 +138,10 @@ def test_a_journal_that_ends_anywhere_is_read_and_written_on(place):
     assert list(other.lines()) == [] and not other.ended("s")
 
 
-def test_a_watch_reads_only_what_is_new(place):
+def test_the_progress_of_a_worker_reads_only_new_lines(place):
     """However the lines come, in pieces or many at once; what it has read may be gone."""
     place.journal.write("s", "begin", item="before", worker="w")
-    watch, path = Watch(place.journal, "w"), place.journal.path
+    progress, path = WorkerProgress(place.journal, "w"), place.journal.path
     seen, read = [], path.stat().st_size
     for worker in ("w", "other"):
         place.journal.write("s", "begin", item="it", worker=worker)
@@ -150,7 +150,7 @@ def test_a_watch_reads_only_what_is_new(place):
     whole = path.read_bytes()
     for length in (*range(read, len(whole), 5), len(whole)):
         path.write_bytes(b"\xff" * read + whole[read:length])
-        seen.append((watch.look(), watch.ended, watch.done))
+        seen.append((progress.look(), progress.ended, progress.done))
         read = whole.rfind(b"\n", 0, length) + 1
     assert list(dict.fromkeys(seen)) == [(None, 0, False), ("it", 0, False), (None, 1, False), (None, 1, True)]
 
@@ -390,10 +390,10 @@ def test_a_device_is_asked_before_a_failed_test_has_ended(place, monkeypatch):
     options = {"--journal": place.journal.path, "--mark": place.journal.mark, "--step": "tests"}
     options |= {"--worker": "w", "--share": "0/1"}
     worker = testing._Worker(SimpleNamespace(getoption=options.get))
-    watch, seen = Watch(place.journal, "w"), []
+    progress, seen = WorkerProgress(place.journal, "w"), []
 
     def synchronize():
-        seen.append(watch.look())
+        seen.append(progress.look())
         raise RuntimeError("an illegal address")
 
     monkeypatch.setattr(testing, "_cuda", lambda: SimpleNamespace(synchronize=synchronize))
@@ -402,7 +402,7 @@ def test_a_device_is_asked_before_a_failed_test_has_ended(place, monkeypatch):
     worker.pytest_runtest_logreport(report)
     with pytest.raises(pytest.exit.Exception):
         worker.pytest_runtest_logfinish("one")
-    assert seen == ["one"] and watch.look() is None and watch.ended == 1
+    assert seen == ["one"] and progress.look() is None and progress.ended == 1
 
 
 def test_what_cannot_be_written_is_said(place, monkeypatch):

@@ -17,48 +17,48 @@ STOP = 9
 
 
 @pytest.fixture
-def watch():
-    """Give a watch over 2 requests with 3 candidates of at most 5 tokens."""
+def counts():
+    """Give the counts of 2 requests with 3 candidates of at most 5 tokens."""
     return DecodingProgress(Progress(disable=True), 2, 3, 5, STOP)
 
 
-def shown(watch):
-    watch.show()
-    return watch._progress.tasks[0]
+def shown(counts):
+    counts.show()
+    return counts._progress.tasks[0]
 
 
-def test_limit_falls_with_those_that_stop(watch):
-    assert (watch.candidates, watch.limit) == (6, 30)
+def test_limit_falls_with_those_that_stop(counts):
+    assert (counts.candidates, counts.limit) == (6, 30)
     for token in (1, 2, STOP):
-        watch("a", 0, token)
-    assert (watch.tokens, watch.ended, watch.limit) == (3, 1, 28)
+        counts("a", 0, token)
+    assert (counts.tokens, counts.ended, counts.limit) == (3, 1, 28)
     for token in range(5):
-        watch("a", 1, token)
-    assert (watch.tokens, watch.ended, watch.limit) == (8, 2, 28), "cut at the limit"
-    watch("a", 2, STOP)
-    assert (watch.tokens, watch.ended, watch.limit) == (9, 3, 24)
-    watch.close("a")
-    assert (watch.tokens, watch.candidates, watch.limit) == (9, 6, 24)
-    task = shown(watch)
+        counts("a", 1, token)
+    assert (counts.tokens, counts.ended, counts.limit) == (8, 2, 28), "cut at the limit"
+    counts("a", 2, STOP)
+    assert (counts.tokens, counts.ended, counts.limit) == (9, 3, 24)
+    counts.close("a")
+    assert (counts.tokens, counts.candidates, counts.limit) == (9, 6, 24)
+    task = shown(counts)
     assert task.fields["ended"] == "3 of 6 candidates" and (task.completed, task.total) == (9, 24)
 
 
-def test_failed_requests_are_expected_no_more(watch):
-    watch("a", 0, STOP)
-    watch("a", 1, 3)
-    watch.close("a")
-    assert (watch.tokens, watch.ended, watch.candidates, watch.limit) == (2, 1, 4, 2 + 15)
-    watch.close("b")  # before it drew anything
-    assert (watch.tokens, watch.candidates, watch.limit) == (2, 1, 2)
-    assert shown(watch).fields["left"] == ""
+def test_failed_requests_are_expected_no_more(counts):
+    counts("a", 0, STOP)
+    counts("a", 1, 3)
+    counts.close("a")
+    assert (counts.tokens, counts.ended, counts.candidates, counts.limit) == (2, 1, 4, 2 + 15)
+    counts.close("b")  # before it drew anything
+    assert (counts.tokens, counts.candidates, counts.limit) == (2, 1, 2)
+    assert shown(counts).fields["left"] == ""
 
 
-def test_rate_and_time_left(watch):
+def test_rate_and_time_left(counts):
     for token in range(4):
-        watch("a", 0, token)
-    watch._started -= 12
-    watch.paused = 4.0  # in which results were written
-    task = shown(watch)
+        counts("a", 0, token)
+    counts._started -= 12
+    counts.paused = 4.0  # in which results were written
+    task = shown(counts)
     assert re.fullmatch("4 tokens, [01] a second", task.fields["rate"])
     assert task.fields["left"] == "left: 0:00:52 at most"  # 26 tokens at 8 s for 4
 
@@ -75,12 +75,12 @@ def test_warm_up_is_shown(capsys):
     assert "capturing the decode step" in shown and "3/3" in shown
 
 
-def test_behind_the_last_token_candidates_are_ranked(watch):
-    assert shown(watch).description == "decoding"
+def test_behind_the_last_token_candidates_are_ranked(counts):
+    assert shown(counts).description == "decoding"
     for request in "ab":
         for candidate in range(3):
-            watch(request, candidate, STOP)
-    assert shown(watch).description == "ranking"
+            counts(request, candidate, STOP)
+    assert shown(counts).description == "ranking"
 
 
 @pytest.fixture

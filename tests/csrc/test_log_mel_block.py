@@ -185,8 +185,11 @@ def test_channels(emulator, n_fft, num_mels):
 
 @pytest.mark.parametrize("n_fft", [2048, 4096])
 def test_a_wide_band_is_summed_in_short_chains(emulator, n_fft):
-    """All bins in one band whose power is about 1: its logarithm's error is the relative one of the sum, an ulp. Four
-    sums over the whole band have 1.2 to 1.5, torch 1.1 to 1.4, and short chains less than one."""
+    """Put all bins into one band whose power is about 1.
+
+    The error of its logarithm is then the relative one of the sum, about an ulp: four sums over the whole band have 1.2
+    to 1.5, torch 1.1 to 1.4, and short chains less than one.
+    """
     bins = n_fft // 2 + 1
     filters, bands = random(1, bins, seed=1).abs(), torch.tensor([[0, bins]], dtype=torch.int32)
     given = {"window": torch.hann_window(n_fft), "bands": bands, "hop": n_fft // 8}

@@ -15,7 +15,7 @@ EMULATED = False
 
 
 def emulate() -> None:
-    """From now on run kernels as PTX instead of interpreting them (tests/ptx); called before `backends` is imported."""
+    """Run kernels as PTX from now on instead of interpreting them (tests/ptx); called before `backends` is imported."""
     global MATRIX_UNIT, EMULATED
     MATRIX_UNIT = EMULATED = True
     DTYPES.append(torch.bfloat16)

@@ -9,7 +9,7 @@ from tests.kit.isa import run_on
 
 @pytest.fixture
 def backend(request):
-    """A `Backend` of tests/kit/backends.py, forced, on its instruction set; the mark `on` there says which."""
+    """Give a `Backend` of tests/kit/backends.py, forced, on its instruction set; the mark `on` there names it."""
     if request.param.isa:
         run_on(request, request.param.isa)
     with clvp_fast.backend(request.param.forced):
@@ -18,7 +18,7 @@ def backend(request):
 
 @pytest.fixture
 def cuda_part(backend, request):
-    """A GPU's cases of what is in the native library's CUDA part skip, with the reason, where it cannot be had.
+    """Skip a GPU's cases of the native library's CUDA part, with the reason, where it is missing.
 
     Those that are interpreted run what it compiles to, by the fixture of tests/ptx/plugin.py.
     """

@@ -21,7 +21,7 @@ X = torch.tensor([1.0])
 
 @pytest.fixture(scope="module")
 def triple():
-    """An operator that triples, and whose paths leave a mark."""
+    """Give an operator that triples, and whose paths leave a mark."""
     made = dispatch.Operator(
         "test_triple",
         "(Tensor x) -> Tensor",
@@ -91,7 +91,7 @@ def test_forced_kernel_that_cannot_serve_says_why(operator, monkeypatch):
 
 @pytest.fixture
 def several(operator, monkeypatch):
-    """The operator with a kernel on a CPU too: of at most two numbers, for which it pays from two on."""
+    """Give the operator with a kernel on a CPU too: of at most two numbers, for which it pays from two on."""
     triton, plain = operator.implementations
     triton = replace(triton, missing=dispatch.missing_for_triton)
     cpu = dispatch.Implementation(
@@ -218,7 +218,7 @@ def test_a_kernel_missing_on_a_cpu_is_no_news(operator):
 
 
 def test_arguments_that_the_kernel_does_not_serve(operator):
-    """One warning and the torch path; an error if the kernel is forced; and the registered operator agrees."""
+    """Warn once and take the torch path; raise if the kernel is forced; the registered operator agrees."""
     wide = X.double()
     with pytest.warns(UserWarning, match=r"test_triple takes the slower torch path: x must be float32, not float64"):
         assert call(operator, wide) == 103

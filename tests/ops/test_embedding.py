@@ -21,13 +21,13 @@ def ids(*shape, below, seed=0, device="cpu"):
 
 
 def operands(device, *shape, **options):
-    """Tokens, positions and both tables."""
+    """Make tokens, positions and both tables."""
     numbers = ids(*shape, below=50, device=device), ids(*shape, below=20, seed=1, device=device)
     return *numbers, *tables(device=device, **options)
 
 
 def check(tokens, positions, token_table, position_table, out_dtype=None):
-    """Each row is the sum of its two, rounded once: from float32, or from float64 where the tables are."""
+    """Check that each row is the sum of its two, rounded once: from float32, or from float64 where the tables are."""
     out = embed(tokens, positions, token_table, position_table, out_dtype=out_dtype)
     wide = torch.promote_types(token_table.dtype, torch.float32)
     total = token_table.to(wide)[tokens.long()] + position_table.to(wide)[positions.expand(tokens.shape).long()]
@@ -66,7 +66,7 @@ def test_layouts(backend):
 
 @on(*TRITON)
 def test_ids_outside_the_tables_make_rows_of_nan(backend):
-    """Not the row of another id, not a fault, and not the neighbours' business."""
+    """Make such a row NaN, without a fault, another id's row, or a change to neighbours."""
     tokens, positions, *both = operands(backend.device, 2, 6, width=40)
     tokens[0, 1], tokens[0, 3], positions[1, 2], positions[1, 5] = 50, -1, 20, -(2**40)
     out = embed(tokens, positions, *both)

@@ -1,4 +1,4 @@
-"""What `explain` says is what calls do: each operator, type, instruction set of this CPU, and forced backend."""
+"""The answers of `explain` agree with calls: each operator, type, instruction set of this CPU, and forced backend."""
 
 import functools
 import json
@@ -25,7 +25,7 @@ def _int32(*numbers):
 
 
 def _calls(dtype):
-    """A call of each operator with tensors of `dtype`, of a size at which its kernel is taken."""
+    """Make a call of each operator with tensors of `dtype`, of a size at which its kernel is taken."""
 
     def t(*shape):
         return torch.ones(*shape, dtype=dtype)
@@ -72,7 +72,7 @@ CALLS = tuple(_calls(torch.float32))
 
 @pytest.fixture
 def operators(monkeypatch):
-    """Operators that nothing was asked before, on a CPU whose Triton kernels no interpreter runs."""
+    """Give operators that were never asked, on a CPU whose Triton kernels no interpreter runs."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     for operator in OPERATORS.values():
         kit_operators.forget(monkeypatch, operator)
@@ -91,7 +91,7 @@ def sets():
 
 
 def taken(operator, call, monkeypatch) -> str | None:
-    """The backend of `operator` that `call` runs; None where the call raises `RuntimeError`."""
+    """Return the backend of `operator` that `call` runs; None where the call raises `RuntimeError`."""
     seen = []
 
     def noted(backend, path):
@@ -111,7 +111,7 @@ def taken(operator, call, monkeypatch) -> str | None:
 
 
 def documented(name: str, chosen: str | None, dtype: torch.dtype) -> str:
-    """The backend that docs/kernels.md promises, in a table that tests/kit/isa.py has."""
+    """Return the backend that docs/kernels.md promises, in a table that tests/kit/isa.py has."""
     served = isa.SERVED.get(ENTRIES.get(name, name), {})
     products = name == "linear" or name in ENTRIES
     if chosen not in served.get(dtype, ()) or (products and dtype == torch.bfloat16 and isa.has_matrix_unit()):

@@ -21,7 +21,7 @@ INT8 = pytest.mark.parametrize("int8", [False, True])
 
 
 def quantized(outs, columns, seed=2, device="cpu"):
-    """int8 weights that reach both ends, and scales of several sizes."""
+    """Make int8 weights that reach both ends, and scales of several sizes."""
     weight = (60 * random(outs, columns, seed=seed, device=device)).round().clamp(-128, 127).to(torch.int8)
     return weight, (random(outs, seed=seed + 1, device=device).abs() + 0.1) / 60 / columns**0.5
 
@@ -108,7 +108,7 @@ def test_sizes_of_vectors(backend, dtype, int8, rows, columns, outs):
 @pytest.mark.parametrize("wide", [True, False])
 @on(*PLAIN, types="dtype")
 def test_a_residual_is_added(backend, dtype, wide, int8, activation):
-    """Of the dtype of x, or float32 beside a half type; the result has its dtype, and the residual stays."""
+    """Use the dtype of x, or float32 beside a half type; the result has its dtype, and the residual stays."""
     if wide and dtype == torch.float64:
         wide = False
     args = (*operands(dtype=dtype, int8=int8), activation)
@@ -123,7 +123,7 @@ def test_a_residual_is_added(backend, dtype, wide, int8, activation):
 @INT8
 @on("cpu", types="dtype")
 def test_a_residual_is_added_before_anything_is_rounded(backend, dtype, int8, rows, outs):
-    """Beside a half type too the sum is float32, of which the product is as exact as in float32."""
+    """Sum in float32 beside a half type too, with a product as exact as in float32."""
     tensors, residual = operands((rows,), 64, outs, dtype, int8), strided(random(rows, outs, seed=9))
     for activation in (None, "gelu_new"):
         out = run(backend, *tensors, activation, residual)
@@ -171,7 +171,7 @@ def test_strides_of_int8_weights(backend, dtype):
 
 @on(*PLAIN)
 def test_a_vector(backend):
-    """`[in]` gives `[out]`, of a linear layer and of the blocks that are made of them, also where it is a column."""
+    """Map `[in]` to `[out]` by a linear layer and by blocks of such layers, also where it is a column."""
     x, weight, bias, _ = operands((1,))
     back, bias_back = random(64, 50, seed=8), random(64, seed=9)
     half, bias_half = random(64, 25, seed=8), random(64, seed=9)
@@ -186,7 +186,7 @@ def test_a_vector(backend):
 
 
 def check_bits(backend, args, rows):
-    """A row has the bits that it has alone, in every regime of rows, and the same twice."""
+    """Check that a row has the same bits alone, in every regime of rows, and twice."""
     x, *others = args
     whole = run(backend, x, *others, "gelu_new")
     assert torch.equal(run(backend, x, *others, "gelu_new"), whole)
@@ -243,7 +243,7 @@ def test_all_is_written_and_nothing_else(backend, dtype, rows, sizes):
 
 @on(*TRITON)
 def test_float32_is_not_tf32(backend):
-    """Operands whose products TF32 alone would round: a sum that cancels keeps what its last digits say."""
+    """Use products that TF32 alone would round: a sum that cancels keeps their last digits."""
     x = torch.ones(1, 64, device=backend.device)
     x[0, :32] += torch.arange(32, device=backend.device) * 2**-23
     weight = torch.ones(16, 64, dtype=torch.int8, device=backend.device)

@@ -19,7 +19,7 @@ served = isa.needs("linear")
 
 @pytest.fixture
 def kernel_calls(monkeypatch):
-    """How many calls the kernel served."""
+    """Count the calls that the kernel served."""
     calls = []
 
     operators.change(monkeypatch, _OPERATOR, around_run=lambda run: lambda *args: calls.append(args) or run(*args))
@@ -93,7 +93,7 @@ def test_all_others_take_torch_s_own_product(kernel_calls):
 
 @pytest.fixture
 def on_a_gpu(monkeypatch):
-    """Operands of a GPU that is not there: they have shapes, dtypes and a device. Nothing was refused before."""
+    """Make operands of a GPU that is not there: they have shapes, dtypes and a device. Nothing was refused before."""
     operators.forget(monkeypatch, _OPERATOR)
 
     def make(**options):
@@ -147,7 +147,7 @@ def test_a_gpu_with_the_kernel_takes_it_for_int8_alone(on_a_gpu, monkeypatch):
     ],
 )
 def test_a_bound_step_on_a_gpu_takes_the_kernel_for_few_rows(on_a_gpu, monkeypatch, rows, columns, dtype, ours):
-    """In half types; a call that is not bound goes on with torch's, which costs the host less."""
+    """Use half types; an unbound call takes torch's product, which costs the host less."""
     operators.change(monkeypatch, _OPERATOR, missing=lambda device: None)
     x, weight = (on_a_gpu(rows=(count,), dtype=dtype)[0] for count in (rows, columns))
     args = x, weight, None, None, None, None

@@ -22,7 +22,7 @@ PARAMETERS = ("window", "mel_filters", "mel_norms")
 
 
 def over(*names):
-    """The mark of a case on these backends; its CPU's kernel on one instruction set, as CI runs all of them again.
+    """Mark a case on these backends; its CPU's kernel on one instruction set, as CI runs all of them again.
 
     A GPU's kernel is interpreted where tests/ptx/plugin.py executes what nvcc makes of it.
     """
@@ -34,7 +34,7 @@ EVERY = over("reference", "torch", "cpu", "gpu")
 
 
 def doubles(backend):
-    """Whether it computes in float64."""
+    """Tell whether a backend computes in float64."""
     return backend.name not in ("interpreted", "gpu")
 
 
@@ -43,7 +43,7 @@ def to(device, options):
 
 
 def run(backend, samples, **options):
-    """The features, on the CPU, of what lies anywhere; a view that lies on the device already keeps its strides."""
+    """Return the features, on the CPU, of samples anywhere; a view that is on the device already keeps its strides."""
     if samples.device.type != backend.device:
         samples = samples.to(backend.device)
     return log_mel(samples, **to(backend.device, options)).cpu()
@@ -68,7 +68,7 @@ def settings(n_fft=1024, hop_length=256, num_mels=80, scale="htk", dtype=torch.f
 
 
 def exact(samples, **options):
-    """The reference in float64; on samples in float32, their values exactly."""
+    """Compute the reference in float64; on samples in float32, with exactly their values."""
     samples = samples.double() / 32768 if samples.dtype == torch.int16 else samples.double()
     wide = {
         name: value.double() if name in PARAMETERS and value is not None else value for name, value in options.items()
@@ -78,7 +78,7 @@ def exact(samples, **options):
 
 
 def check(backend, samples, **options):
-    """Within the budget of float32, or 1e-9 in float64."""
+    """Check features within the budget of float32, or 1e-9 in float64."""
     got, expected = run(backend, samples, **options), exact(samples, **options)
     assert got.is_contiguous()
     if got.dtype == torch.float64:
@@ -117,7 +117,7 @@ SIGNALS = {
 
 
 def bad_frames(length, bad, n_fft, hop_length):
-    """Frames that reach one of the places `bad`, found by padding a picture of them."""
+    """Return frames that reach one of the places `bad`, found by padding a picture of them."""
     picture = np.zeros(length)
     picture[bad] = 1
     padded = np.pad(picture, n_fft // 2, mode="reflect")
@@ -133,7 +133,7 @@ def test_signals(backend, signal, dtype):
     if dtype == torch.float64 and not doubles(backend):
         pytest.skip("it computes in float32")
     samples = torch.from_numpy(SIGNALS[signal])[None].to(dtype)
-    # What is tiny is not to be lost under the floor.
+    # Tiny values must stay above the floor.
     floor = 1e-16 if signal == "tiny" else FLOOR
     check(backend, samples, **settings(dtype=dtype, log_floor=floor))
 
@@ -170,7 +170,7 @@ def test_mel_scales_without_norms(backend, scale):
 
 @EVERY
 def test_dense_and_negative_filters(backend):
-    """Weights that are no triangles; and a power that they make negative is under the floor."""
+    """Use weights that are no triangles; a power that they make negative is below the floor."""
     filters = noise(513, 40, scale=1.0).abs()
     filters[:, 0] *= -1
     got = check(backend, noise(2, 5000), **settings(num_mels=40, mel_filters=filters, mel_norms=None))
@@ -232,7 +232,7 @@ def test_decibels(backend, top_db):
 
 @EVERY
 def test_what_lies_past_a_row_is_not_its_loudest(backend):
-    """A click that only frames past the row's end reach, as they reflect it."""
+    """Put a click where only frames past the row's end reach, as they reflect it."""
     samples = noise(2, 3000)
     samples[0, 150] = 1000.0
     options = settings(256, 300, decibels=True, top_db=5.0, lengths=torch.tensor([700, 3000]))
@@ -284,7 +284,7 @@ def test_an_empty_band_is_at_the_floor(backend):
 @pytest.mark.parametrize("n_fft", [256, 512, 1024, 2048, 4096])
 @EVERY
 def test_energy_is_kept(backend, n_fft):
-    """Parseval: the bins' power, those between first and last twice, is n_fft times the frame's energy."""
+    """Check Parseval: the bins' power, those between first and last twice, is n_fft times the frame's energy."""
     samples, hop_length, window = noise(2, 3 * n_fft, scale=1.0), n_fft // 2, settings(n_fft)["window"]
     twice = torch.full((n_fft // 2 + 1,), 2.0)
     twice[[0, -1]] = 1
@@ -308,7 +308,7 @@ def test_result_dtypes(backend, dtype):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
 @EVERY
 def test_sample_dtypes(backend, dtype):
-    """What float32 holds is the same; parameters may be of other dtypes than the samples."""
+    """Get the same from values that float32 holds; parameters may be of other dtypes than the samples."""
     samples = noise(2, 3000).to(dtype)
     expected = run(backend, samples.float(), **settings())
     for parameters in (torch.float32, torch.float64):
@@ -344,7 +344,7 @@ def test_speech(backend, name):
 
 
 def numpy_spectrogram(row, options, **decibels):
-    """transformers', whose frames are of an even length."""
+    """Compute transformers' features, whose frames are of an even length."""
     power = spectrogram(
         row.double().numpy(),
         options["window"].numpy(),
@@ -378,7 +378,7 @@ def test_reference_equals_the_numpy_spectrogram(time, n_fft, hop_length, scale):
 @pytest.mark.parametrize("n_fft", [2, 3, 101, 250])
 @on("reference", "torch")
 def test_frames_of_any_length(backend, n_fft):
-    """What no kernel serves, odd frames among it."""
+    """Use lengths that no kernel serves, odd frames among them."""
     window, filters = noise(n_fft, scale=1.0).double(), noise(n_fft // 2 + 1, 4).double().abs()
     for time in (1, 50, 500):
         for lengths in (None, torch.tensor([time, (time + 1) // 2])):

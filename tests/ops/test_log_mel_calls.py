@@ -24,7 +24,7 @@ CASES = [(256, 60, 80), (1024, 256, 80), (2048, 3000, 1), (4096, 100, 256), (512
 
 
 def run_in(forced, backend, samples, **options):
-    """As `run`, where the operator's backend is another, on the same device."""
+    """Do as `run`, where the operator's backend is another, on the same device."""
     with clvp_fast.backend(forced):
         return run(backend, samples, **options)
 
@@ -32,7 +32,7 @@ def run_in(forced, backend, samples, **options):
 @pytest.mark.parametrize("case", CASES, ids=str)
 @NATIVE
 def test_bits_of_a_row_alone_and_in_a_batch(backend, case):
-    """Whatever the other rows are, their lengths and their number."""
+    """Vary the other rows, their lengths and their number."""
     samples, options = noise(7, 9000, seed=1)[:, : 400 if case[1] == 1 else None], settings(*case)
     time = samples.shape[1]
     lengths = torch.tensor([time, time - 1, 1, time // 2, 3, time - case[1] // 2, time // 3])
@@ -65,7 +65,7 @@ def test_bits_do_not_depend_on_threads_or_layout(backend, dtype):
 
 
 def guarded(values, device):
-    """A copy of `values` between rows of poison, and what keeps it."""
+    """Return a copy of `values` between rows of poison, and its keeper."""
     keeper = Guarded(1, *values.shape, dtype=values.dtype, device=device)
     keeper.tensor[0] = values
     return keeper, keeper.tensor[0]
@@ -75,7 +75,7 @@ def guarded(values, device):
 @pytest.mark.parametrize("case", CASES, ids=str)
 @NATIVE
 def test_nothing_is_read_or_written_outside(backend, case, ragged):
-    """The C function, each array between poison: what is read there shows in the result."""
+    """Call the C function with each array between poison, which shows in the result when read."""
     n_fft, hop_length, num_mels = case
     batch, time = 3, 700
     frames = 1 + time // hop_length
@@ -162,7 +162,7 @@ def test_is_the_default(backend):
 
 @NATIVE
 def test_new_values_of_parameters_are_seen(backend):
-    """What is derived from them is kept by tensor and version, and goes with the tensor."""
+    """Keep derived tables by tensor and version, and drop them with the tensor."""
     gc.collect()
     samples, before = noise(2, 3000).to(backend.device), len(log_mel_tables._TABLES)
     options = to(backend.device, settings(dtype=torch.float64))  # all three are converted

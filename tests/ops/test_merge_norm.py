@@ -25,7 +25,7 @@ def arguments(*shape, dtype=torch.float32, device="cpu"):
 
 
 def stock(x, weight, bias, eps=EPS):
-    """transformers' patch merging up to its norm; its linear layer is left out."""
+    """Run transformers' patch merging up to its norm; its linear layer is left out."""
     merging = ClapAudioPatchMerging.__new__(ClapAudioPatchMerging)  # whose arguments differ between versions
     torch.nn.Module.__init__(merging)
     merging.norm = torch.nn.LayerNorm(4 * x.shape[3], eps=eps)

@@ -49,7 +49,7 @@ def plain(name, x, w_in, b_in, w_out, b_out, residual, activation):
 
 
 def check(backend, name, tensors, residual, activation="gelu"):
-    """A kernel has torch's implementation beside it, which has plain torch's."""
+    """Compare a kernel with torch's implementation, and that with plain torch."""
     operator = OPERATORS[name][0]
     kept = None if residual is None else residual.clone()
     actual = operator(*tensors, residual=residual, activation=activation)
@@ -66,7 +66,7 @@ def check(backend, name, tensors, residual, activation="gelu"):
 
 @pytest.fixture(params=[1, 4], ids=["one thread", "threads"])
 def threads(request, monkeypatch):
-    """With several threads some products are computed the other way round."""
+    """Set several threads, for which some products are computed transposed."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: request.param)
 
 
@@ -111,13 +111,13 @@ def test_odd_sizes(backend, name, residual, widths):
 @pytest.mark.parametrize("rows", [3, 70])
 @on(*TRITON, types="dtype")
 def test_a_sum_over_several_programs(backend, dtype, rows, inner):
-    """The parts are whole tiles, or end in the middle of one; what is left is summed in one part too."""
+    """Make parts of whole tiles, or parts that end in the middle of one."""
     assert mlp.workspace(rows, 40, inner, dtype.itemsize).partial > 0
     check(backend, "gelu_mlp", *arguments("gelu_mlp", dtype, (rows,), 40, inner, 40, backend.device))
 
 
 def check_float32_residual(name, tensors, times):
-    """Of a large residual no digit is lost, nor of the product that is added to it."""
+    """Check that no digit is lost of a large residual, nor of the product that is added to it."""
     operator, activation = OPERATORS[name][0], "gelu"
     residual = 300 * random(*tensors[0].shape[:-1], len(tensors[4]), seed=5, device=tensors[0].device)
     out = operator(*tensors, residual=residual, activation=activation)
@@ -136,7 +136,7 @@ def check_float32_residual(name, tensors, times):
 @NAMES
 @on(*TRITON, types="dtype", among=HALF_TYPES)
 def test_float32_residual_beside_a_half_type(backend, dtype, name, rows, inner):
-    """With a split sum and without."""
+    """Compare with a split sum and with a single one."""
     check_float32_residual(name, arguments(name, dtype, rows, inner=inner, device=backend.device)[0], 1)
 
 
@@ -198,7 +198,7 @@ def test_all_is_written_and_nothing_else(backend, dtype, name, inner):
 @NAMES
 @on(*TRITON, types="dtype")
 def test_bits(backend, dtype, name):
-    """The same twice, and a row the same alone and among sixteen others."""
+    """Get the same bits twice, and for a row alone and among sixteen others."""
     tensors, residual = arguments(name, dtype, (17,), inner=512, device=backend.device)
     run = OPERATORS[name][0]
     whole = run(*tensors, residual=residual)
@@ -214,7 +214,7 @@ def test_bits(backend, dtype, name):
 @NAMES
 @on(*TRITON)
 def test_extreme_values(backend, name, activation):
-    """Activations saturate where their exponentials overflow, and NaN stays NaN."""
+    """Saturate activations where their exponentials overflow; NaN stays NaN."""
     operator, halves = OPERATORS[name]
     x = torch.tensor([[1e4], [-1e4], [200.0], [-200.0], [0.0]], device=backend.device)
     one, zero = torch.ones(1, 1, device=backend.device), torch.zeros(1, device=backend.device)

@@ -20,7 +20,7 @@ __all__ = ["threads"]
 @NAMES
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_many_rows_on_a_cpu_take_one_kernel(dtype, name, monkeypatch):
-    """Both layers in one call, which plain torch's budget holds; few rows, gradients and a compiler do without it."""
+    """Run both layers in one call, within plain torch's budget, except for few rows, gradients and compilers."""
     mlp = OPERATORS[name][0]
     tensors, r = arguments(name, dtype, (many_rows.FEW_ROWS + 1,), 32, 64, 32)
     served = isa.why_unserved("many rows", dtype) is None
@@ -77,7 +77,7 @@ def test_registered_and_compiled(name, residual):
 @pytest.mark.parametrize("rows", [1, 15, 16, 256, 257])
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_linear_layer(rows, bias):
-    """Both ways round of the product."""
+    """Compute the product both ways round."""
     x, weight = random(rows, 24, seed=0), random(10, 24, seed=1)
     b = random(10, seed=2) if bias else None
     exact = F.linear(x.double(), weight.double(), None if b is None else b.double())
@@ -121,7 +121,7 @@ def test_bad_arguments_are_named():
 
 
 def int8_weights(tensors):
-    """`tensors` with int8 weights, the scales of their rows, and the weights that they stand for."""
+    """Return `tensors` with int8 weights, the scales of their rows, and the represented weights."""
     x, w_in, b_in, w_out, b_out = tensors
     whole, scales = zip(*map(in_int8, (w_in, w_out)), strict=True)
     meant = [w.double() * scale[:, None].double() for w, scale in zip(whole, scales, strict=True)]

@@ -17,7 +17,7 @@ HALF_TYPES = (torch.float16, torch.bfloat16)
 
 
 def block(backend, dtype, rows, width=128, inner=256, outer=40):
-    """The arguments of `gelu_mlp` and a residual."""
+    """Make the arguments of `gelu_mlp` and a residual."""
     (w_in, scale_in), (w_out, scale_out) = (
         quantized(*shape, seed, backend.device) for shape, seed in (((inner, width), 2), ((outer, inner), 4))
     )
@@ -29,7 +29,7 @@ def block(backend, dtype, rows, width=128, inner=256, outer=40):
 
 
 def check(tensors, named):
-    """Within twice the error of plain torch, which widens the weights."""
+    """Check results within twice the error of plain torch, which widens the weights."""
     out = gelu_mlp(*tensors, **named)
     wide = [x if x.dtype == torch.int8 else x.double() for x in tensors]
     with clvp_fast.backend("reference"):
@@ -65,7 +65,7 @@ def test_a_sum_over_several_programs(backend, dtype, rows, inner):
 @pytest.mark.parametrize("rows", [3, 100])
 @on(*TRITON, types="dtype", among=HALF_TYPES)
 def test_float32_residual_beside_a_half_type(backend, dtype, rows):
-    """What is added to a large residual is as exact as the product alone."""
+    """Add to a large residual as exactly as the product alone."""
     tensors, named = block(backend, dtype, (rows,), inner=512)
     large = named["residual"].float() * 300
     out = gelu_mlp(*tensors, **named | {"residual": large})
@@ -77,7 +77,7 @@ def test_float32_residual_beside_a_half_type(backend, dtype, rows):
 
 @on(*TRITON, types="dtype")
 def test_a_row_has_the_bits_that_it_has_alone(backend, dtype):
-    """In every regime of rows, which share the instruction and the order of the sums."""
+    """Try every regime of rows; all share the instruction and the order of the sums."""
     tensors, named = block(backend, dtype, (140,), width=64, inner=512)
     both = gelu_mlp(*tensors, **named)
     for count in (1, 17, 40, 65, 129):

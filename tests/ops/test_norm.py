@@ -35,7 +35,7 @@ def to(dtype, settings):
 
 
 def plain(x, residual, weight, bias, eps, kind="layer"):
-    """As one would first write it: the normalised row in float32 at least, rounded, then the affine part."""
+    """Compute as one would first write it: the normalised row in float32 at least, rounded, then the affine part."""
     total = x if residual is None else x + residual
     wide = total.to(torch.promote_types(x.dtype, torch.float32))
     if kind == "layer":
@@ -49,7 +49,7 @@ def exact(total, settings):
 
 
 def check(backend, x, residual, settings):
-    """The norm is judged from the rounded sum: its rounding belongs to the addition."""
+    """Judge the norm from the rounded sum, as the addition is responsible for that rounding."""
     total, normed = add_norm(x, residual, **settings)
     assert total is x if residual is None else torch.equal(total, x + residual)
     if settings["kind"] == "rms" and x.dtype == torch.float64:  # in float32 by definition
@@ -81,7 +81,7 @@ def test_against_reference(backend, dtype, kind, width, residual):
 @pytest.mark.parametrize("shape", [(3, 7, 96), (60, 768)])
 @on(*EVERY, types="dtype")
 def test_rms_is_transformers(backend, dtype, shape, weight_dtype):
-    """Its bits; a kernel's, but where a sum of squares in another order moved a rounding: a few last places."""
+    """Compare bits; a kernel may differ in a few last places, where its order of sums moved a rounding."""
     x = random(*shape, seed=0, dtype=dtype, scale=2.0, device=backend.device)
     theirs = ClvpRMSNorm(shape[-1], eps=1e-5)
     theirs.weight.data = random(shape[-1], seed=1, dtype=weight_dtype or dtype, device=backend.device)
@@ -101,7 +101,7 @@ def test_rms_is_transformers(backend, dtype, shape, weight_dtype):
 @KINDS
 @on(*EVERY, types="dtype", among=HALF_TYPES)
 def test_float32_residual_beside_a_half_type(backend, dtype, kind, width, out_dtype):
-    """The sum keeps all digits of the residual; the norm is that of the sum, and rounded once."""
+    """Keep all digits of the residual in the sum; its norm is rounded once."""
     x, settings = rows(20, width, dtype=dtype, device=backend.device), options(kind, width, dtype, backend.device)
     r = rows(20, width, device=backend.device, seed=3) * 300
     total, normed = add_norm(x, r, **settings, out_dtype=out_dtype)
@@ -186,7 +186,7 @@ def test_nothing_is_read_or_written_outside(backend):
 @KINDS
 @on(*EVERY)
 def test_layouts(backend, kind):
-    """Any leading axes, rows at a stride, columns at a stride, broadcast residuals, no rows, no residual."""
+    """Use any leading axes, rows at a stride, columns at a stride, broadcast residuals, no rows, no residual."""
     settings = options(kind, 48, device=backend.device)
     x = rows(2, 3, 48, device=backend.device)
     r = rows(48, device=backend.device, seed=3).expand(2, 3, 48)
@@ -350,7 +350,7 @@ def test_bad_arguments_are_named():
 
 
 def second_options(one, two):
-    """The arguments of `double_layer_norm` that these two norms have."""
+    """Return the arguments of `double_layer_norm` for these two norms."""
     first = {f"{name}1": one[name] for name in ("weight", "bias", "eps")}
     return first | {f"{name}2": two[name] for name in ("weight", "bias", "eps")}
 
@@ -375,7 +375,7 @@ def test_double_layer_norm_is_two_layer_norms(backend, dtype, width, biased):
 @pytest.mark.parametrize("width", [33, 40, 1024])
 @on(*EVERY, types="dtype", among=HALF_TYPES)
 def test_double_layer_norm_of_a_float32_stream(backend, dtype, width):
-    """The first norm is not rounded to the half type on the way to the second."""
+    """Keep the first norm in float32 on the way to the second."""
     x = rows(40, width, device=backend.device)
     one, two = (options("layer", width, dtype, backend.device) for _ in range(2))
     two["weight"] = two["weight"] * 2 - 1

@@ -22,7 +22,7 @@ SEQUENCES = [16, 0, 1, 33, 15, 17]
 
 
 def attend(q, k, v):
-    """One query `[H, D]` over k, v `[keys, H, D]`, in the dtype of q."""
+    """Attend from one query `[H, D]` to k, v `[keys, H, D]`, in the dtype of q."""
     weights = torch.einsum("hd,khd->hk", q * D**-0.5, k).softmax(-1)
     return torch.einsum("hk,khd->hd", weights, v)
 
@@ -43,8 +43,7 @@ def deal(
     pages=100,
     device="cpu",
 ):
-    """A decode step's arguments (without prefixes if `prefix_lens` is None), in the order of the schema; what its
-    candidates and its prefixes have stored."""
+    """Make a decode step's arguments (without prefixes if `prefix_lens` is None), and its stored keys and values."""
     pool = PagePool(pages, page, heads, dim, seed=seed, dtype=dtype, device=device)
     own = pool.store([max(n, 0) for n in lengths], room=1)
     n = len(lengths)
@@ -63,7 +62,7 @@ def step(*settings, **more):
 
 
 def plain_step(dtype, prefix, lengths=LENGTHS):
-    """Of three heads: its arguments, those of its prefix, and each active candidate's (row, k, v) to attend to."""
+    """Make a step of three heads: its arguments, those of its prefix, and each active candidate's (row, k, v)."""
     args, own, prompts = deal(dtype, lengths, PREFIX_LENS if prefix else None, heads=H, pages=60)
     options = dict(zip(("prefix_table", "prefix_lens", "prefix_index"), args[7:10], strict=True)) if prefix else {}
     seen = []
@@ -112,7 +111,7 @@ def prefill(args, **options):
 
 
 def check(backend, call, reference, args, pages_at, rows=slice(None), **options):
-    """The result within the budget, and the pages written exactly as the reference writes them."""
+    """Check the result within the budget, and the pages exactly as the reference writes them."""
     torch_args, exact = copied(args), copied(args, wide=True)
     expected = reference(*exact)
     with clvp_fast.backend("torch"):
@@ -193,7 +192,7 @@ def test_heads_that_the_items_of_a_candidate_do_not_divide(backend, candidates):
 @pytest.mark.parametrize("prefix", [False, True])
 @on(*TRITON, types="dtype")
 def test_decode_in_parts(backend, dtype, prefix, monkeypatch):
-    """Keys of one candidate in several programs: parts that are full, begun, empty, or hold the new token alone."""
+    """Split the keys of one candidate: parts that are full, begun, empty, or hold the new token alone."""
     monkeypatch.setattr(kernels, "SPLIT", 64)
     lengths = [150, 63, 64, 65, 127, 128, 0, -1]
     check_decode(
@@ -214,7 +213,7 @@ def test_decode_in_the_parts_that_ship(backend):
 
 @on(*TRITON)
 def test_decode_of_more_candidates_than_a_tile(backend):
-    """Requests in any order, on both sides of the border between two tiles of 16 candidates."""
+    """Mix requests in any order, on both sides of the border of two tiles of 16 candidates."""
     index = [2, 0, 1, 1, -1, 0, 2, 2, 0, 1, 0, 0, -1, 2, 1, 0, 0, 2, 1]
     check_decode(
         backend,
@@ -230,7 +229,7 @@ def test_decode_of_more_candidates_than_a_tile(backend):
 
 @on("gpu", types="dtype")
 def test_decode_of_many_programs_at_once(backend, dtype):
-    """The decoder's own shape: parts of a candidate end on different multiprocessors, in any order."""
+    """Use the decoder's own shape: parts of a candidate end on different multiprocessors, in any order."""
     candidates, heads, dim, page, own, prompt = 256, 16, 64, 16, 38, 26
     dealt = torch.randperm(candidates * own + 4 * prompt, device=backend.device).int()
     shape = len(dealt), page, heads, dim
@@ -251,7 +250,7 @@ def test_decode_of_many_programs_at_once(backend, dtype):
 @pytest.mark.parametrize("dim", [24, 40, 144, 160, 256])
 @on("cpu", types="dtype")
 def test_widths_that_it_does_not_serve(backend, dtype, dim):
-    """Torch's path does, and a kernel that is asked for says why not."""
+    """Take torch's path, and give a forced kernel's reason."""
     args = step(dtype, dim=dim, device=backend.device)
     exact = copied(args, wide=True)
     expected = decode_reference(*exact)
@@ -268,7 +267,7 @@ def test_widths_that_it_does_not_serve(backend, dtype, dim):
 
 @on(*PLAIN)
 def test_prefill_then_decode_is_attention_over_all_in_torch(backend):
-    """The prompt's pages serve several candidates, which go on in pages of their own."""
+    """Let several candidates share the prompt's pages, and go on in pages of their own."""
     total, prompt, candidates = 40, 23, 3
     pool = PagePool(20, PAGE, H, D, seed=0)
     prompt_table = pool.store([0], room=prompt).table
@@ -344,8 +343,11 @@ def test_float8_pages_keep_what_the_type_can_hold(backend):
 
 
 def float8(args, scales):
-    """The same arguments with pages of float8. The interpreter rounds wrongly to that type (a carry into the exponent
-    is lost), so there the new keys and values need no rounding."""
+    """Give the arguments pages of float8.
+
+    The interpreter rounds wrongly to that type (a carry into the exponent is lost), so that there new keys and values
+    need no rounding.
+    """
     args = list(args)
     new, pages = ((1, 2), (3, 4)) if len(args) == 11 else ((1, 2), (4, 5))
     for i, j, scale in zip(new, pages, scales, strict=True):

@@ -25,7 +25,7 @@ from tests.ops.test_paged_attention import (
 
 
 def launch(args, parts_of=kernels.parts):
-    """The launcher itself, on guarded results and poisoned workspaces."""
+    """Call the launcher itself, on guarded results and poisoned workspaces."""
     q, k_pages, block_table, prefix_table = args[0], args[3], args[5], args[7]
     own, prefix = (0 if table is None else table.shape[1] * k_pages.shape[1] for table in (block_table, prefix_table))
     guarded = Guarded(*q.shape, dtype=q.dtype, device=q.device)
@@ -107,7 +107,7 @@ def test_a_request_that_is_not_a_number_spoils_no_other(backend):
 
 @on("cpu", *TRITON)
 def test_what_does_not_exist_is_left_out(backend):
-    """Pages, requests and lengths out of range touch no memory, and no other candidate."""
+    """Use pages, requests and lengths out of range: no other memory or candidate is touched."""
     args = step(
         lengths=[20, 20, 20, 20, 20, 20],
         prefix_lens=[20, 1000, 5],
@@ -199,7 +199,7 @@ def test_what_the_kernel_does_not_serve_is_said(backend):
 
 
 def check_extreme_scores(call, reference, args):
-    """Scores of ±1e4 and constant rows: no overflow, and the weight goes where it belongs."""
+    """Check scores of ±1e4 and constant rows: no overflow, and the weight goes where it belongs."""
     args[0] *= 1e4
     args[0][3:5] = 0.0
     expected = reference(*copied(args, wide=True))

@@ -25,7 +25,7 @@ from tests.ops.test_paged_attention_memory import check_extreme_scores
 
 
 def causal(q, k, v, bounds):
-    """Each token's attention to itself and what stands before it in its sequence, in the dtype of q."""
+    """Attend from each token to itself and its sequence before, in the dtype of q."""
     out = []
     for start, end in zip(bounds.tolist(), bounds.tolist()[1:], strict=False):
         out += [attend(q[i], k[start : i + 1], v[start : i + 1]) for i in range(start, end)]

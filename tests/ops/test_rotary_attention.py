@@ -32,8 +32,7 @@ def inputs(q_len, k_len, D=64, R=32, B=2, H=2, seed=0, dtype=torch.float32, angl
 
 
 def make_mask(kind, batch, q_len, k_len, device="cpu", fewest=None):
-    """Padding left or right, but for `fewest` keys in one row; rows that may attend to nothing; or a mask of its own
-    for each query."""
+    """Make a mask: padding left or right, but for `fewest` keys in a row; rows without keys; or one for each query."""
     places = torch.arange(k_len, device=device)
     ends = torch.linspace(0, k_len, batch + 1)[1:].int().tolist()
     ends[0] = fewest or ends[0]
@@ -239,7 +238,7 @@ def test_query_without_keys_gets_the_mean_of_all_values(backend, dtype):
 @pytest.mark.parametrize("additive", [False, True])
 @on(*TRITON, types="dtype")
 def test_query_without_keys_gets_the_mean_where_the_loop_ends_early(backend, dtype, additive):
-    """All of them: those after it too, where causality ends the loop over keys early."""
+    """Average all values, also those after it, where causality ends the loop over keys early."""
     (q, k, v), _ = inputs(200, 200, 32, R=0, H=1, dtype=dtype, device=backend.device)
     mask = make_mask("left", 2, 200, 200, backend.device)
     assert not mask[0, :100].any()

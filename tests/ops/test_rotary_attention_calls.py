@@ -83,7 +83,7 @@ def test_each_input_has_strides_of_its_own(backend):
 
 @on("default", types="dtype", among=THREE)
 def test_one_query_over_keys_stored_by_head(backend, dtype):
-    """The layout of a key-value cache, with room behind the keys that nobody may read."""
+    """Use a key-value cache's layout, with room behind the keys that must not be read."""
     q, k, v = queries_keys_values(5, 1, 50, H, D, seed=2, dtype=dtype)
     room = [torch.full((5, H, 64, D), float("nan"), dtype=dtype) for _ in range(2)]
     for buffer, x in zip(room, (k, v), strict=True):
@@ -95,7 +95,7 @@ def test_one_query_over_keys_stored_by_head(backend, dtype):
 
 @on(*TRITON, types="dtype")
 def test_one_query_over_a_cache(backend, dtype):
-    """Keys stored head by head, with room behind them that nobody may read."""
+    """Store keys head by head, with room behind them that must not be read."""
     (q, k, v), _ = inputs(1, 70, R=0, B=3, dtype=dtype, device=backend.device)
     room = [torch.full((3, 2, 90, 64), float("nan"), dtype=dtype, device=backend.device) for _ in range(2)]
     for buffer, x in zip(room, (k, v), strict=True):
@@ -107,7 +107,7 @@ def test_one_query_over_a_cache(backend, dtype):
 
 @on(*TRITON)
 def test_angles_that_another_place_owns_are_not_read(backend):
-    """Queries from the second row on, angles of one place too many poisoned."""
+    """Take queries from the second row on, and poison the angles of one place too many."""
     qkv, angles = inputs(4, 20, device=backend.device)
     poisoned = {name: torch.cat((x, torch.full_like(x, float("nan"))), 1)[:, :20] for name, x in angles.items()}
     assert torch.equal(rotary_attention(*qkv, causal=True, **poisoned), rotary_attention(*qkv, causal=True, **angles))
@@ -189,7 +189,7 @@ def test_gradients(causal, mask):
 
 
 def test_gradients_under_an_additive_mask():
-    """Rows that run empty included: each of their weights is 1 / keys, in the backward too."""
+    """Include rows without keys: each of their weights is 1 / keys, in the backward too."""
     q, k, v = (x.requires_grad_() for x in queries_keys_values(2, 4, 4, H, 8, seed=3, dtype=torch.float64))
     added = torch.zeros(2, 1, 4, 4, dtype=torch.float64)
     added[1] = torch.finfo(torch.float64).min

@@ -36,7 +36,7 @@ def fused(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None):
 
 @pytest.fixture
 def on_gpu(monkeypatch):
-    """What torch's path does on a GPU, with the stand-in in the place of SDPA."""
+    """Do as torch's path on a GPU, with the stand-in in place of SDPA."""
     alike = HERE._weighs_alike
     monkeypatch.setattr(HERE, "_weighs_alike", lambda device, dtype: alike(CUDA, dtype))
     monkeypatch.setattr(HERE, "_prefers_matmul", lambda q, k, square: False)
@@ -45,7 +45,7 @@ def on_gpu(monkeypatch):
 
 
 def additive(mask, dtype):
-    """The additive form of a mask: the smallest number of `dtype` where there is nothing to attend to."""
+    """Return the additive form of a mask: the smallest number of `dtype` where attention is forbidden."""
     mask = mask[:, None, None] if mask.ndim == 2 else mask
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
 
@@ -66,7 +66,7 @@ def test_masks(backend, on_gpu, dtype, mask, causal):
 @pytest.mark.parametrize("mask_type", [torch.bool, torch.bfloat16, torch.float32, torch.float64])
 @on("torch", types="dtype", among=TYPES)
 def test_query_without_keys_gets_the_mean_of_all_values(backend, on_gpu, dtype, mask_type):
-    """All of them, those after it too; queries beside it see what they may."""
+    """Average all values, also those after it; other queries keep their own keys."""
     q, k, v = queries_keys_values(2, 6, 6, H, D, seed=4, dtype=dtype)
     allowed = torch.rand(2, 1, 6, 6, generator=generator(0)) > 0.4
     allowed[1, :, 2] = False
@@ -83,7 +83,7 @@ def test_query_without_keys_gets_the_mean_of_all_values(backend, on_gpu, dtype, 
 @pytest.mark.parametrize("mask_type", [torch.float32, torch.float64])
 @on("torch", types="dtype", among=TYPES)
 def test_a_wider_additive_mask_on_a_cpu(backend, dtype, mask_type):
-    """Whose smallest number is none of the scores' type."""
+    """Use a mask whose smallest number does not fit into the scores' type."""
     q, k, v = queries_keys_values(2, 3, 6, H, D, seed=4, dtype=dtype)
     allowed = torch.tensor([[True] * 6, [False] * 6])
     out = rotary_attention(q, k, v, mask=additive(allowed, mask_type))

@@ -44,7 +44,7 @@ SETTINGS = [
 
 
 def state(count, vocab_size, seen=(), device="cpu"):
-    """An empty state in which the tokens `seen` are marked in every row."""
+    """Make an empty state in which the tokens `seen` are marked in every row."""
     bitmap = torch.zeros(count, -(-vocab_size // 32), dtype=torch.int32)
     for token in seen:
         bitmap[:, token // 32] |= torch.tensor(1, dtype=torch.int32) << (token % 32)
@@ -63,7 +63,7 @@ def draw(logits, states=None, seen=(), **settings):
 
 
 def check(logits, seen=(), done=(), **settings):
-    """Tokens and states are the reference's; the rows `done` are so before."""
+    """Check that tokens and states are the reference's."""
     ours, theirs = (state(*logits.shape, seen, logits.device) for _ in range(2))
     for states in (ours, theirs):
         states[2][list(done)] = True
@@ -77,13 +77,13 @@ def check(logits, seen=(), done=(), **settings):
 
 
 def processed(logits, seen, settings):
-    """What transformers makes of `[N, V]` logits after the tokens `seen`."""
+    """Return transformers' processed `[N, V]` logits after the tokens `seen`."""
     ids = torch.tensor([seen] * len(logits), dtype=torch.long).view(len(logits), len(seen))
     return processors(settings)(ids, logits.cpu())
 
 
 def columns(rows, device, **dtypes):
-    """A tensor of each setting, which has an element a row, at a stride."""
+    """Make a tensor for each setting, which has an element a row, at a stride."""
     found = {}
     for name, value in NEUTRAL.items():
         dtype = dtypes.get(name, torch.int64 if name == "top_k" else torch.float64)
@@ -142,7 +142,7 @@ def test_tokens_of_the_reference_over_more_of_them(backend, settings):
 @pytest.mark.parametrize("more", [{}, {"top_k": 5}, {"temperature": 3.0}], ids=str)
 @on("reference", "torch", "cpu", "gpu")
 def test_the_likeliest_token_is_never_removed(backend, more, top_p):
-    """Whatever is drawn, and wherever the likeliest token stands."""
+    """Vary the settings and the place of the likeliest token."""
     logits = random(64, 97, seed=1, scale=0.1, device=backend.device)
     tokens = draw(logits, top_p=top_p, **more)
     rows = draw(logits, top_p=torch.full((64,), top_p, device=backend.device), **more)
@@ -151,7 +151,7 @@ def test_the_likeliest_token_is_never_removed(backend, more, top_p):
 
 
 def distribution(logits, count, seen, settings):
-    """Chi-squared against transformers' exact probabilities; nothing outside their support."""
+    """Return chi-squared against transformers' exact probabilities; no draw is outside their support."""
     exact = processed(logits, seen, settings)[0].double().softmax(-1)
     tokens = draw(logits.expand(count, -1), seen=seen, **settings).cpu()
     drawn = torch.bincount(tokens, minlength=logits.shape[1]).double()
@@ -183,7 +183,7 @@ def test_distribution_of_few(backend):
 
 
 def check_vocabulary(backend, vocab_size, settings):
-    """A row of which each score is another, one of few different scores, and one that is done."""
+    """Make a row of different scores, one of few different scores, and one that is done."""
     logits = random(3, vocab_size, seed=2, scale=2.0, device=backend.device)
     logits[1] = logits[1].round()
     logits[:, -1] += 4.0  # the last token is drawn often enough
@@ -207,7 +207,7 @@ def test_vocabularies_of_vectors(backend, vocab_size, settings):
 
 
 def check_dtype(backend, dtype):
-    """Logits of a half type are processed in float32."""
+    """Check that logits of a half type are processed in float32."""
     logits = random(ROWS.get(backend.name, 64), 97, seed=3, scale=3.0, dtype=dtype, device=backend.device)
     assert torch.equal(check(logits, [5, 6], **TORTOISE), draw(logits.float(), seen=[5, 6], **TORTOISE))
 
@@ -228,7 +228,7 @@ TIED = [{"top_p": p} for p in (0.71, 0.33, 0.09, 0.0)] + [{"top_k": 7}, {"typica
 @pytest.mark.parametrize("settings", TIED, ids=str)
 @on("torch", *KERNELS)
 def test_ties_are_broken_as_a_stable_sort_does(backend, settings):
-    """Logits of a few values: of equal ones top-p keeps the last tokens, top-k and typical-p all."""
+    """Use few values of logits: of equal ones top-p keeps the last tokens, top-k and typical-p all."""
     logits = (random(ROWS.get(backend.name, 64), 130, seed=4, scale=1.5) * 1.5).round() / 1.5
     logits[:, 128] = logits[:, 5] = logits[:, 60] = 1.0
     logits[:2, 7] = logits[:2, 70] = logits[1, 128] = 6.0
@@ -238,7 +238,7 @@ def test_ties_are_broken_as_a_stable_sort_does(backend, settings):
 @pytest.mark.parametrize("top_p", [0.0, 1e-7, 0.0049, 0.305, 0.705])
 @on("torch", *KERNELS)
 def test_equal_logits(backend, top_p):
-    """Every token is a tie: 1 - top_p of them go, the first ones; one stays."""
+    """Make every token a tie: 1 - top_p of them go, the first ones; one stays."""
     logits = torch.full((4, 100), -2.5, device=backend.device)
     tokens = check(logits, top_p=torch.full((4,), top_p, device=backend.device))
     assert tokens.min() >= (99 if top_p < 0.01 else 100 - round(100 * top_p + 0.5))
@@ -246,7 +246,7 @@ def test_equal_logits(backend, top_p):
 
 @on(*EVERY)
 def test_a_mass_exactly_at_the_bound_is_removed(backend):
-    """Weights 1/2, 1/2 and 1, of which top-p 1/2 keeps the last alone."""
+    """Use weights 1/2, 1/2 and 1, of which top-p 1/2 keeps the last alone."""
     logits = torch.tensor([[0.0, -0.6931472, -torch.inf, -0.6931472]], device=backend.device).expand(6, -1)
     assert check(logits, top_p=0.5).tolist() == [0] * 6
 
@@ -275,7 +275,7 @@ def test_greedy_is_transformers(backend, vocab_size):
 )
 @on(*EVERY, types="dtype", among=(torch.float32, torch.bfloat16))
 def test_greedy_rows_among_sampled_ones(backend, dtype, settings):
-    """The first of the largest penalised scores, whatever the row's other parameters; the others draw as without."""
+    """Take the first of the largest penalised scores in a greedy row; the others draw as without it."""
     count, seen = 7 if backend.name == "interpreted" else 40, [1, 31, 32, 129]
     logits = random(count, 130, seed=12, scale=2.0, device=backend.device).to(dtype)
     logits[0, 7:9] = logits[2, 128] = logits[2, 60] = 50.0
@@ -301,7 +301,7 @@ def test_greedy_rows_among_sampled_ones(backend, dtype, settings):
 
 @on(*EVERY)
 def test_each_row_has_its_settings(backend):
-    """A row gives what it gives alone, with its neighbours' paths taken or not, neutral parameters among them."""
+    """Get a row's own result beside rows with other paths and neutral parameters."""
     few = [SETTINGS[n] for n in (0, 1, 5, 7, 9)] + [TORTOISE]
     rows = few if backend.name == "interpreted" else [row for row in SETTINGS for _ in range(4)]
     logits, seen = random(len(rows), 300, seed=6, scale=2.0, device=backend.device), [1, 31, 32, 255]

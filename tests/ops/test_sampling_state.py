@@ -40,7 +40,7 @@ def test_rows_without_an_answer_stay_inside(backend):
 
 @on(*EVERY)
 def test_state_is_updated_in_place(backend):
-    """At strides, and nothing beside it."""
+    """Update state at strides, and nothing beside it."""
     device, wanted = backend.device, [0, 31, 32, 63, STOP, 95, 64, 50]
     logits = torch.full((8, 97), -50.0, device=device)
     logits[torch.arange(8), torch.tensor(wanted)] = 50.0

@@ -40,7 +40,7 @@ def test_many_rows_are_served_where_the_documents_say(dtype):
 
 @pytest.mark.parametrize("head_dim", [16, 24, 128, 144])
 def test_a_decode_step_of_any_head_dim(head_dim, monkeypatch):
-    """The kernel serves multiples of 16 up to 128; torch serves the others, which is told."""
+    """Serve multiples of 16 up to 128 by the kernel, and others by torch with a warning."""
     served = head_dim in (16, 128) and isa.why_unserved("paged_attention_decode") is None
     operator = OPERATORS["paged_attention_decode"]
     calls = []

@@ -60,7 +60,7 @@ cases = pytest.mark.parametrize("name", CASES)
 
 
 def eager(x, norm_weight, norm_bias, w_first, b_first, *others, window=4, shift=2, activation="gelu"):
-    """As transformers goes about either half: each step by itself."""
+    """Compute either half as transformers does: each step by itself."""
     normed = F.layer_norm(x, norm_weight.shape, norm_weight, norm_bias, EPS)
     inner = F.linear(normed, w_first, b_first)
     if x.ndim == 4:
@@ -161,7 +161,7 @@ def test_an_image_has_the_bits_that_it_has_alone(backend, dtype):
 
 @on("cpu", types="dtype")
 def test_large_offsets_and_small_variances(backend, dtype):
-    """A mean far from zero costs float32 statistics no digits, and eps is in the root."""
+    """Lose no digits of float32 statistics by a mean far from zero, and keep eps in the root."""
     x, *others = window_operands(4, 4, 4, 2, 16, dtype)
     check_window((x + 30, *others, 4, 0, EPS))
     check_window((x * 1e-3, *others, 4, 0, EPS))
@@ -312,7 +312,7 @@ def test_bad_operands_of_mlp_block(index, message):
 
 
 def test_other_types_of_one_call():
-    """As the operators of the parts: a norm's weights may be of another type, those of products may not."""
+    """Do as the operators of the parts: norms may have weights of another type, products may not."""
     args = CASES["mlp_block"][1]
     wide = [arg.float() if index in (1, 2) else arg.bfloat16() for index, arg in enumerate(args)]
     torch.testing.assert_close(run_mlp(*wide), run_mlp(*(arg.bfloat16() for arg in args)), rtol=0, atol=0.1)

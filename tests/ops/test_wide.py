@@ -17,7 +17,7 @@ def slow(request, monkeypatch):
 
 @pytest.fixture
 def seen(monkeypatch):
-    """The dtypes in which torch attends and convolves."""
+    """Give the dtypes in which torch attends and convolves."""
     dtypes = set()
 
     def noting(function):

@@ -31,7 +31,7 @@ def operands(height, width, window=8, dtype=torch.float32, device="cpu", images=
 
 
 def eager(q, k, v, bias, window=8, shift=0, scale=None):
-    """As transformers goes about it: roll, cut, attend under a mask, join, roll back; its own code cuts and masks."""
+    """Compute as transformers: roll, cut, attend under a mask, join, roll back; its own code cuts and masks."""
     batch, height, width, heads, head_dim = q.shape
     mask = None
     if shift:
@@ -51,7 +51,7 @@ def eager(q, k, v, bias, window=8, shift=0, scale=None):
 
 
 def check(backend, args, window=8, shift=0, baseline="torch", **options):
-    """The oracle is transformers' way in float64; the budget has the error of torch's path, or for that of theirs."""
+    """Compare with transformers' way in float64; the budget is the error of torch's path, or for that of theirs."""
     actual = window_attention(*args, window=window, shift=shift, **options)
     assert actual.is_contiguous() and actual.dtype == args[2].dtype
     if backend.name in KERNELS:
@@ -83,7 +83,7 @@ def test_weights_are_swins(shape):
 @pytest.mark.parametrize("path", ["_sdpa", "_matmul"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_paths_over_windows_in_order(shape, path):
-    """Those of a GPU and of half types, here in float32: the choice is made for the machine."""
+    """Run a GPU's and half types' paths in float32, whatever this machine would choose."""
     *size, window, shift = shape
     args = operands(*size, window, images=2, heads=3)
     order = module._window_order(*size, window, shift, "cpu")
@@ -158,7 +158,7 @@ def test_a_bias_of_another_type(backend, dtype, other):
 
 @on(*KERNELS, types="dtype")
 def test_a_bias_that_forbids(backend, dtype):
-    """By the least number of its type, and by infinity; a place that sees nothing weighs all alike."""
+    """Forbid by the least number of the type, and by infinity; a place without keys weighs all alike."""
     q, k, v, bias = operands(8, 8, 8, dtype, backend.device)
     bias[0, :, ::3], bias[1, :, ::2] = torch.finfo(dtype).min, float("-inf")
     check(backend, (q, k, v, bias))
@@ -170,7 +170,7 @@ def test_a_bias_that_forbids(backend, dtype):
 
 @on(*TRITON, types="dtype")
 def test_extreme_scores(backend, dtype):
-    """Beside the reference in the same type: torch rounds such scores to halves on a CPU."""
+    """Compare with the reference in the same type, as torch rounds such scores to halves on a CPU."""
     q, k, v, bias = operands(16, 8, 8, dtype, backend.device)
     check(backend, (q * 80, k * 50, v, bias), shift=4, baseline="reference")
     q[:], k[:] = 40, 30  # one score for all keys

@@ -52,7 +52,7 @@ def test_views_of_several_kinds(backend, dtype, shift):
 
 @on(*KERNELS)
 def test_one_image_for_all(backend):
-    """Strides of 0, of images that share their queries."""
+    """Use strides of 0, for images that share their queries."""
     q, k, v, bias = operands(8, 8, device=backend.device, images=3)
     shared = q[:1].expand(3, -1, -1, -1, -1)
     out = check(backend, (shared, k, v, bias))
@@ -85,7 +85,7 @@ def test_nan_stays_in_its_window_and_head(backend, which, shift, monkeypatch):
 @pytest.mark.parametrize("window, head_dim", [(8, 24), (8, 32), (7, 20)])
 @on(*TRITON, types="dtype")
 def test_writes_all_of_its_output_and_nothing_else(backend, dtype, window, head_dim, monkeypatch):
-    """By two programs a head, of four windows and of two."""
+    """Launch two programs a head, of four windows and of two."""
     monkeypatch.setattr(kernels, "multiprocessors", lambda: 1)
     monkeypatch.setattr(kernels, "_PROGRAMS", 3)
     q, k, v, bias = operands(2 * window, window, window, dtype, backend.device, images=3, head_dim=head_dim)

@@ -27,7 +27,7 @@ _WRITING = threading.Lock()
 
 
 def _environment() -> dict[str, str]:
-    """What is compiled lies in a folder of its own: it lacks what a GPU would need."""
+    """Return an environment with a folder of its own for compiled kernels, which lack what a GPU would need."""
     folder = os.environ.get("PTX_CACHE") or str(ROOT / "out/ptx-cache")
     return os.environ | {"TRITON_CACHE_DIR": folder, "OMP_NUM_THREADS": "1"}
 
@@ -38,7 +38,7 @@ def _command(target: int, *arguments: str) -> list[str]:
 
 
 def core(target: int, workers: int) -> bool:
-    """Whether all passed."""
+    """Run the core tests, and return whether all passed."""
     tests = suites.core(target)
     for kernel in suites.changed(f"sm_{target}"):
         print(
@@ -51,7 +51,7 @@ def core(target: int, workers: int) -> bool:
 
 
 def _check(kernel: str, target: int) -> bool:
-    """Whether the kernel's tests passed; its row is written then. Without nvcc those of csrc/cuda/ are left out."""
+    """Run a kernel's tests, write its row if they passed, and return whether they did."""
     if kernel in suites.NATIVE and (reason := native.missing()):
         print(f"sm_{target} {kernel:<18}skipped: {reason}", flush=True)
         return True
@@ -99,7 +99,7 @@ def check(kernels: list[str], targets: list[int], workers: int, again: bool) -> 
 
 
 def mutate(kernels: list[str], targets: list[int], seconds: float) -> int:
-    """Each kernel on each target has the same share of the time; what was found so far is written to the page."""
+    """Plant faults; each kernel on each target has the same share of the time."""
     folder = ROOT / "out/ptx-mutants"
     folder.mkdir(parents=True, exist_ok=True)
     share = seconds / len(kernels) / len(targets)
@@ -119,7 +119,7 @@ def mutate(kernels: list[str], targets: list[int], seconds: float) -> int:
 
 
 def _survey(folder: Path) -> None:
-    """Writes the committed rows on faults, and their page, from those of the folder."""
+    """Write the committed rows on faults, and their page, from those of the folder."""
     found: dict[str, list[dict]] = {}
     for path in sorted(folder.glob("*.jsonl")):
         rows = map(json.loads, path.read_text().splitlines())

@@ -23,14 +23,14 @@ class Arithmetic:
     # --- two operands and three ---------------------------------------------------------------------------------------
 
     def _halves(self, arg, kind, wide="f4"):
-        """An operand of one or two half-typed numbers, as numbers of `wide`."""
+        """Return an operand of one or two half-typed numbers, as numbers of `wide`."""
         raw = f"{self.raw(arg, BITS[kind])}.view(u2)"
         if kind.startswith("bf16"):
             return f"bf16_to_f4({raw})" + (".astype(f8)" if wide == "f8" else "")
         return f"{raw}.view(f2)" + (f".astype({wide})" if wide == "f8" else "")
 
     def _infix(self, sign, op, args, kind):
-        """Half types are added and multiplied in float32 or float16, and rounded once."""
+        """Add and multiply half types in float32 or float16, and round once."""
         if kind in ("f16x2", "bf16", "bf16x2"):
             a, b = (self._halves(arg, kind) for arg in args)
             done = f"({a} {sign} {b})"
@@ -83,7 +83,7 @@ class Arithmetic:
         return f"remainder({', '.join(self.values(args, kind))})"
 
     def _alu_copysign(self, op, args, kind):
-        """The sign of the first, the magnitude of the second."""
+        """Take the sign of the first, the magnitude of the second."""
         sign, size = self.values(args, kind)
         return f"np.copysign({size}, {sign})"
 
@@ -230,7 +230,7 @@ class Arithmetic:
         return [(target, self.stored(self._one(ins.op, to, source, args[0]), kind, target))], []
 
     def _pair(self, ins, to, source, args):
-        """Two numbers of a narrow type in one register; the first operand is the upper."""
+        """Put two numbers of a narrow type into one register; the first operand is the upper."""
         op = ins.op
         if (
             to in ("bf16x2", "f16x2")

@@ -1,4 +1,4 @@
-"""Runs a few instructions in a kernel around them, for the emulator's own tests.
+"""Runs of a few instructions in a kernel around them, for the emulator's own tests.
 
 %r0 is the thread, %d0 to %d2 the addresses of `a`, `b` and `out`, %d4 to %d6 the thread's own word in each.
 """
@@ -28,7 +28,7 @@ ret;
 
 
 def run(body, a=None, b=None, out=None, *, threads=32, grid=1, shared=0, **options) -> np.ndarray:
-    """What the kernel leaves in `out`, a word a thread by default. `shared`: bytes of the variable `memory`."""
+    """Run a kernel, and return its `out`, a word a thread by default. `shared`: bytes of the variable `memory`."""
     extern = ".extern .shared .align 1024 .b8 memory[];" if shared else ""
     program = Program.of(_TEXT.format(body=body, threads=threads, extern=extern))
     memory = new_memory(program)

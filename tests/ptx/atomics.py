@@ -17,7 +17,7 @@ _NEW = {
 
 
 def perform(view, places, lanes, name, kind, values, done):
-    """What lay at each thread's place before its operation; `done(lane)` is told of each."""
+    """Perform an operation, and return the former value at each thread's place; `done(lane)` is called for each."""
     result = np.zeros(len(places), kind)
     for lane in lanes:
         at = places[lane]

@@ -1,6 +1,6 @@
 """Asynchronous copies from global to shared memory (PTX ISA, "cp.async" and its "commit_group" and "wait_group").
 
-Nothing arrives before its group is waited for; until then the destination is nobody's to touch. Behind the wait only
+Nothing arrives before its group is waited for; until then no thread may touch the destination. After the wait only
 the thread that copied sees the bytes; others need a barrier.
 """
 
@@ -29,7 +29,7 @@ class Copies:
         self.commit = self.groups.commit
 
     def copy(self, to, to_offset, source, source_offset, size, taken, mask, line):
-        """taken: bytes that are read; zeros are written for the others."""
+        """Begin a copy; `taken`: bytes that are read; zeros are written for the others."""
         place = self.shared.places(to.astype(i8) + i8(to_offset), size, mask, line)
         here = self.groups.mask(mask)
         reads = here if taken is None else here & (taken > 0)
@@ -43,7 +43,7 @@ class Copies:
         self.groups.begin(_Copy(here, place, data, size))
 
     def wait(self, left, mask):
-        """For all groups but the `left` newest of each thread."""
+        """Wait for all groups except the `left` newest of each thread."""
         shared = self.shared
         for copy, now in self.groups.wait(left, mask):
             shared.bytes.reshape(-1, copy.size)[copy.place[now] // copy.size] = copy.data[now]

@@ -1,4 +1,4 @@
-"""Which instructions of the kernels' PTX ran."""
+"""Coverage: the instructions of the kernels' PTX that ran."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -7,7 +7,7 @@ from tests.ptx.threads import Report
 
 
 def ran(reports: Iterable[Report]) -> dict[str, dict[tuple[int, int], bool]]:
-    """For each kernel, whether each instruction of each of its compiled forms ran: program and line to that."""
+    """Return, for each kernel, whether each instruction of each compiled form ran, by program and line."""
     kernels: dict[str, dict[tuple[int, int], bool]] = {}
     for report in reports:
         lines = kernels.setdefault(report.kernel, {})
@@ -19,7 +19,7 @@ def ran(reports: Iterable[Report]) -> dict[str, dict[tuple[int, int], bool]]:
 
 
 def missed(reports: Iterable[Report]) -> Counter[tuple[str, str, str]]:
-    """How many instructions of each program that no launch ran, by kernel, place in its source and program."""
+    """Count the instructions of each program that no launch ran, by kernel, place in its source and program."""
     reports = list(reports)
     ran_blocks: dict[int, set[int]] = {}
     programs = {id(report.program): report for report in reports}

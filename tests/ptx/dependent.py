@@ -1,7 +1,7 @@
 """A launch that begins before the one before it has ended (PTX ISA, "griddepcontrol"; kernels/overlap.py, sm_90).
 
-Where a kernel waits for earlier launches, no thread touches global memory before, and none ends without: what lies
-there may not be written yet, and the launch behind would begin too early. A prefetch touches nothing.
+Where a kernel waits for earlier launches, every thread has to wait before it touches global memory or ends: that
+memory may not be written yet, and the next launch would begin too early. A prefetch touches nothing.
 """
 
 import numpy as np

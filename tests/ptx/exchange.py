@@ -1,7 +1,7 @@
-"""What the lanes of a warp do together: they exchange words, vote, load matrices and multiply them.
+"""Joint operations of a warp's lanes: they exchange words, vote, load matrices and multiply them.
 
 PTX ISA, "Parallel Synchronization and Communication Instructions" (vote.sync, redux.sync, bar.warp.sync), "shfl.sync"
-and "Warp Level Matrix Instructions". Who is named in the member mask must be there.
+and "Warp Level Matrix Instructions". Every lane in the member mask must be there.
 """
 
 import numpy as np
@@ -35,7 +35,7 @@ class Exchange:
         self.t.warps_met(mask)
 
     def shuffle(self, mode, a, b, c, members, mask, line):
-        """The word of another lane, and whether that lies within the segment; a lane without one gets its own."""
+        """Return the word of another lane, and whether it is within the segment; a lane without one gets its own."""
         self._check_members(members, mask, line)
         lane, b, clamp = self.t.lane, (b & u4(31)).astype(i8), (c & u4(31)).astype(i8)
         segment = ((c >> u4(8)) & u4(31)).astype(i8)

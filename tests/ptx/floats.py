@@ -24,12 +24,12 @@ def minmax(function, a, b, nan):
 
 
 def fma4(a, b, c):
-    """fma.f32: the product is exact in float64, and so is the sum but for 53 bits."""
+    """fma.f32: the product is exact in float64, and so is the sum up to 53 bits."""
     return (a.astype(f8) * b.astype(f8) + c.astype(f8)).astype(f4)
 
 
 def approximate(name, x):
-    """What the special function unit approximates within about 2 units in the last place, correctly rounded."""
+    """Compute, correctly rounded, the special function unit's approximations, which err by about 2 units."""
     x = x.astype(f8)
     exact = {
         "ex2": np.exp2, "lg2": np.log2, "rcp": lambda v: 1.0 / v, "rsqrt": lambda v: 1.0 / np.sqrt(v),
@@ -46,7 +46,7 @@ def bf16_to_f4(x):
 
 
 def f4_to_bf16(x, rounding="rn"):
-    """To the nearest, ties to even, or cut off (rz); NaN is 0x7fff."""
+    """Round to the nearest, ties to even, or cut off (rz); NaN is 0x7fff."""
     bits = np.ascontiguousarray(x, f4).view(u4)
     if rounding == "rn":
         bits = bits + u4(0x7FFF) + ((bits >> u4(16)) & u4(1))
@@ -54,7 +54,7 @@ def f4_to_bf16(x, rounding="rn"):
 
 
 def _to_odd(x):
-    """float64 as float32 rounded to odd: a further rounding is then as one rounding from the start."""
+    """Round float64 to odd in float32: a further rounding then equals one rounding from the start."""
     near = x.astype(f4)
     bits, wide = near.view(u4), near.astype(f8)
     toward = np.where(np.abs(wide) > np.abs(x), bits - u4(1), bits)
@@ -70,7 +70,7 @@ def f8_to_f2(x):
 
 
 def pair(high, low):
-    """Two 16-bit numbers as a word."""
+    """Return two 16-bit numbers as a word."""
     return (high.view(u2).astype(u4) << u4(16)) | low.view(u2).astype(u4)
 
 
@@ -81,7 +81,7 @@ def to_tf32(bits):
 
 
 def directed(x, kind, rounding):
-    """Toward zero (rz), down (rm) or up (rp)."""
+    """Round toward zero (rz), down (rm) or up (rp)."""
     near = x.astype(kind)
     wide, x = near.astype(f8), x.astype(f8)
     if rounding == "rz":
@@ -95,7 +95,7 @@ def whole(x, rounding):
 
 
 def to_integer(x, kind, rounding):
-    """Beyond the type's ends they are its ends; NaN is 0."""
+    """Convert to an integer: numbers beyond the type's ends become its ends; NaN is 0."""
     x = whole(x.astype(f8), rounding)
     info = np.iinfo(kind)
     x = np.where(np.isnan(x), 0.0, x)

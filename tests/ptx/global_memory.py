@@ -1,6 +1,6 @@
 """Global memory: every access within its tensor, and every read and write ordered behind the last write of another.
 
-That a write comes before an earlier read of another thread is not checked (docs/ptx.md).
+A write that overtakes an earlier read of another thread is not found (docs/ptx.md).
 """
 
 import numpy as np
@@ -11,18 +11,18 @@ from tests.ptx.transfers import space_of
 
 
 def grain_of(kernel) -> int:
-    """Bytes that notes on writers distinguish: the least that the kernel writes at once."""
+    """Return the bytes that notes on writers distinguish: the least that the kernel writes at once."""
     writes = (i for i in kernel.instructions() if i.op[0] in ("st", "atom", "red") and space_of(i.op) != "shared")
     return min((BITS[i.op[-1]] // 8 for i in writes), default=16)
 
 
 def is_shared_with_others(i) -> bool:
-    """Whether an instruction reads or writes what other CTAs may write or read."""
+    """Tell whether an instruction reads or writes memory that other CTAs may write or read."""
     return i.op[0] in ("ld", "st", "atom", "red") and space_of(i.op) in ("global", "generic") and "nc" not in i.op
 
 
 class GlobalMemory:
-    """What a batch sees of it; notes on writers are the whole grid's."""
+    """A batch's view of global memory; notes on writers are the whole grid's."""
 
     def __init__(self, run, threads, dependent):
         self.memory, self.notes, self.t, self.dependent = run.memory, run.notes, threads, dependent
@@ -60,7 +60,7 @@ class GlobalMemory:
         self.notes.constant[cells] = True
 
     def _cells(self, address, region, size, mask):
-        """The cells of the notes that the threads touch, and the thread of each."""
+        """Return the cells of the notes that the threads touch, and the thread of each."""
         lanes, grain = self.t.lanes_of(mask), self.notes.grain
         cells = (address[lanes] - self.memory.shadow_delta[region[lanes]]) // grain
         if (several := size // grain) <= 1:
@@ -68,7 +68,7 @@ class GlobalMemory:
         return (cells[:, None] + np.arange(several)).ravel(), np.repeat(lanes, several)
 
     def read(self, source, offset, size, mask, line):
-        """Bytes `[n, size]`, for asynchronous copies."""
+        """Read bytes `[n, size]`, for asynchronous copies."""
         address, place, region = self._places(source, offset, size, mask, line, "read")
         if self.checked:
             self._check(address, region, size, mask, line, "read")
@@ -95,14 +95,14 @@ class GlobalMemory:
                 self.t.release(int(place[lane]), lane)
 
     def _check(self, address, region, size, mask, line, what, changes=None):
-        """Against the last writer: itself, ordered by a barrier, or released by its CTA and acquired by this one."""
+        """Check against the last writer: the thread itself, one ordered by a barrier, or one released and acquired."""
         t, notes = self.t, self.notes
         cells, lanes = self._cells(address, region, size, mask)
         if not len(lanes):
             return
         thread = t.cta[lanes] * t.threads + t.thread[lanes]
         foreign = (notes.writer[cells] >= 0) & (notes.writer[cells] != thread)
-        if changes is not None:  # the same value once more changes nothing for anyone
+        if changes is not None:  # writing the same value again changes nothing for other threads
             foreign &= changes[lanes]
         if foreign.any():
             writer, lane, stamp = notes.writer[cells[foreign]], lanes[foreign], notes.stamp[cells[foreign]]
@@ -131,7 +131,7 @@ class GlobalMemory:
         return fine
 
     def atomic(self, base, offset, mask, name, kind, values, order, line):
-        """One thread after another, in a random order (PTX ISA, "atom", "fence")."""
+        """Run one thread after another, in a random order (PTX ISA, "atom", "fence")."""
         size = np.dtype(kind).itemsize
         _, place, _ = self._places(base, offset, size, mask, line, "atomic")
         lanes = self.t.lanes_of(mask)

@@ -25,7 +25,7 @@ class Groups:
         return np.ones(self.n, np.bool_) if mask is None else mask.copy()
 
     def begin(self, operation) -> None:
-        """An operation is a dataclass with a `mask` of its threads."""
+        """Begin an operation, a dataclass with a `mask` of its threads."""
         self.open.append(operation)
 
     def commit(self, mask) -> None:
@@ -36,7 +36,7 @@ class Groups:
         self.groups.append(_Group(everyone, mine))
 
     def wait(self, left: int, mask) -> list:
-        """What ends, as operations and the threads for which they do, the oldest first."""
+        """Return the operations that end, with the threads for which they do, the oldest first."""
         everyone, newer, ended = self.mask(mask), np.zeros(self.n, i8), []
         for group in reversed(self.groups):
             done = everyone & group.mask & (newer >= left)

@@ -17,7 +17,7 @@ BITS = {
     **dict.fromkeys(("b64", "u64", "s64", "f64"), 64),
 }
 
-#: How the source of a translated block names an array of a type; what NumPy lacks is as unsigned as its bits.
+#: Names of an array of a type in the source of a translated block; what NumPy lacks is as unsigned as its bits.
 NUMPY = {
     "pred": "b1",
     **{kind: f"u{bits // 8}" for kind, bits in BITS.items() if kind != "pred"},

@@ -21,7 +21,7 @@ _FORMAT = {
 
 
 def _span(tensor) -> int:
-    """Bytes from the first element to the end of the last."""
+    """Return the bytes from the first element to the end of the last."""
     if tensor.numel() == 0:
         return 0
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
@@ -37,7 +37,7 @@ def _flat(value, kind):
 
 
 def execute(compiled, grid, bound: dict, options: Options):
-    """One launch of a compiled kernel; `bound` has its arguments."""
+    """Run one launch of a compiled kernel; `bound` has its arguments."""
     program = Program.of(compiled.asm["ptx"], compiled.metadata.name)
     if options.swap and options.swap[0] is program:
         program = options.swap[1]
@@ -67,7 +67,7 @@ def execute(compiled, grid, bound: dict, options: Options):
 
 @contextmanager
 def emulated(arch: int = 80, options: Options | None = None):
-    """Inside, a launch runs here, and its report joins the list that this gives. The process has no driver after."""
+    """Run launches here inside the block, and yield a list that their reports join. The process keeps this driver."""
     options, reports, run = options or Options(), [], JITFunction.run
 
     def emulate(self, *args, grid, warmup, **kwargs):
@@ -79,6 +79,6 @@ def emulated(arch: int = 80, options: Options | None = None):
         return compiled
 
     driver.set_active(Driver(arch, "cpu"))
-    # ptxas would take half of the time, and what it makes cannot run here: this needs a cache of Triton's own.
+    # ptxas would take half of the time, and its result cannot run here; this needs a Triton cache of its own.
     with mock.patch.object(JITFunction, "run", emulate), mock.patch.object(CUDABackend, "make_cubin", lambda *a: b""):
         yield reports

@@ -20,22 +20,22 @@ from tests.ptx.warpgroups import Warpgroups
 
 _NAMES = {name: value for part in (integers, floats) for name, value in vars(part).items() if name[0] != "_"}
 _NAMES |= kinds.NAMES | {"np": np, "where": np.where}
-# Turns in which no batch of CTAs ends, before they are taken for deadlocked.
+# The number of turns without an ending batch of CTAs after which they count as deadlocked.
 _PATIENCE = 20000
-# How many blocks of instructions a CTA of a cooperative launch may be ahead at once; one of these is drawn.
+# The most blocks of instructions that a CTA of a cooperative launch runs at once; one of these is drawn.
 _STRIDES = (1, 1, 8, 64, 1000)
 # Instructions that need the whole warp: threads wait before a block that has one until the others have caught up.
 _OF_WARPS = {"shfl", "mma", "ldmatrix", "stmatrix", "redux", "vote", "bar", "barrier"}
 
 
 def _together(block) -> int:
-    """How many threads a block wants together: those of a warpgroup, of a warp, or one."""
+    """Return how many threads a block wants together: those of a warpgroup, of a warp, or one."""
     names = {i.op[0] for i in block.instructions()}
     return 128 if "wgmma" in names else 32 if names & _OF_WARPS else 1
 
 
 def _polls(block) -> bool:
-    """Whether a block looks at what other CTAs may write meanwhile."""
+    """Tell whether a block looks at values that other CTAs may write meanwhile."""
     return any("acquire" in i.op or "acq_rel" in i.op for i in block.body)
 
 
@@ -57,7 +57,10 @@ class Program:
 
     @classmethod
     def of(cls, text: str, name: str | None = None, fine: bool = False) -> "Program":
-        """The kernel of this name, or the first. fine: other CTAs may come between any two of its memory operations."""
+        """Return the kernel of this name, or the first.
+
+        fine: other CTAs may come between any two of its memory operations.
+        """
         key = hashlib.sha256(text.encode() + b"fine" * fine).hexdigest()
         if key not in cls._cache:
             module = parse(text)
@@ -86,7 +89,7 @@ def new_memory(program: Program) -> Memory:
 
 def launch(program: Program, grid, threads: int, shared_bytes: int, params: bytes, memory: Memory,
            options: Options | None = None, cooperative: bool = False) -> Report:  # fmt: skip
-    """Runs `grid` CTAs of `threads` threads with `shared_bytes` of dynamic shared memory; raises `Fault`.
+    """Run `grid` CTAs of `threads` threads with `shared_bytes` of dynamic shared memory; raise `Fault`.
 
     cooperative: all CTAs are there from the beginning, and go on in a random order.
     """
@@ -100,7 +103,7 @@ def launch(program: Program, grid, threads: int, shared_bytes: int, params: byte
 
 
 def _take_turns(run, todo):
-    """One batch behind the other; where one polls for what others write, the next begins beside it."""
+    """Run one batch after another; where one polls for others' writes, the next begins beside it."""
     alive, turns = [], 0
     while todo or alive:
         if todo:
@@ -116,7 +119,7 @@ def _take_turns(run, todo):
 
 
 def _all_at_once(run, todo):
-    """Each CTA on its own, for as many blocks of instructions as are drawn: a few, or until it waits for others."""
+    """Run each CTA for a drawn number of blocks of instructions: a few, or until it waits for others."""
     alive, polls = [_Batch(run, ctas).run() for ctas in todo], 0
     while alive:
         batch = alive[run.rng.integers(len(alive))]
@@ -132,7 +135,7 @@ def _all_at_once(run, todo):
 
 
 class _Notes:
-    """Who wrote each cell of global memory last: CTA * threads + thread, or -1; and at which stamp.
+    """The last writer of each cell of global memory: CTA * threads + thread, or -1; and at which stamp.
 
     constant: whether a thread has read it as what nobody writes during the launch.
     """
@@ -145,7 +148,7 @@ class _Notes:
 
 
 class _Run:
-    """What all batches of a grid share."""
+    """The state that all batches of a grid share."""
 
     def __init__(self, program, grid, threads, shared_bytes, params, memory, options, cooperative):
         if threads % 32:
@@ -180,15 +183,15 @@ class _Batch:
         self.registers = [poison[bits] for _, bits in run.program.kernel.registers.values()]
         self.warpgroups = Warpgroups(self.t, self.shared_memory, self.registers)
         self.constants, self._special, self._params = [], {}, {}
-        # Block to the threads that are at its beginning (None: all of the batch); and where those at a barrier go on.
+        # Blocks with the threads at their beginning (None: all of the batch); and where those at a barrier go on.
         self.ready: dict[int, np.ndarray | None] = {0: self.t.live.copy() if run.options.random_warps else None}
         self.waiting: list[tuple[int, np.ndarray]] = []
-        self.polled: dict[int, int] = {}  # how often a block was run that looks for what others write
+        self.polled: dict[int, int] = {}  # how often a polling block was run
 
     # --- control ------------------------------------------------------------------------------------------------------
 
     def run(self):
-        """A generator, which yields where threads look once more for what others write: true.
+        """Run, and yield true where threads look again for others' writes.
 
         Of a cooperative launch it yields behind each block, false where none looks.
         """
@@ -218,7 +221,7 @@ class _Batch:
                 yield False
 
     def _choose(self):
-        """The first block, so that others catch up; but none where part of a warp would meet what all must."""
+        """Return the first block, so that others catch up; but none where part of a warp would enter a whole one's."""
         if self.r.options.random_warps:
             return int(self.r.rng.choice(list(self.ready)))
         order = sorted(self.ready, key=lambda index: (self.polled.get(index, 0), index))
@@ -236,7 +239,7 @@ class _Batch:
         return mask & mine
 
     def _end(self, index, mask) -> list[tuple[int, np.ndarray | None]]:
-        """Where the threads of `mask` go from the block's end."""
+        """Return where the threads of `mask` go from the block's end."""
         end = self.program.kernel.blocks[index].end
         if end is None:
             return [(index + 1, mask)]
@@ -269,7 +272,7 @@ class _Batch:
         raise NotImplementedError(f"line {end.line}: {end}")
 
     def _sides(self, end, mask):
-        """The threads for which the predicate of `end` holds, and the others that are here."""
+        """Return the threads for which the predicate of `end` holds, and the others that are here."""
         here = np.ones(self.n, np.bool_) if mask is None else mask
         if end.guard is None:
             return here, np.zeros(self.n, np.bool_)
@@ -277,7 +280,7 @@ class _Batch:
         return holds & here, ~holds & here
 
     def _release(self):
-        """Lets threads go on whose CTA has arrived in whole at its barrier."""
+        """Let threads go on whose whole CTA has arrived at its barrier."""
         if not self.waiting:
             return
         t, arrived = self.t, np.logical_or.reduce([mask for _, mask in self.waiting])
@@ -298,7 +301,7 @@ class _Batch:
     # --- operands -----------------------------------------------------------------------------------------------------
 
     def special(self, name, kind):
-        """PTX ISA, "Special Registers"."""
+        """Return a register of PTX ISA, "Special Registers"."""
         if (name, kind) not in self._special:
             t, (x, y, z) = self.t, self.r.grid
             values = {
@@ -317,7 +320,7 @@ class _Batch:
         return self._params[start, kind]
 
     def param_at(self, base, offset, kind, mask):
-        """At an address that the kernel computes, as of an array among its parameters."""
+        """Read a parameter at a computed address, as of an array among the parameters."""
         some = base if mask is None else base[mask]
         if not len(some) or (some == some[0]).all():
             return self.param(int(some[0]) + offset if len(some) else 0, kind)

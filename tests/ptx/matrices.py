@@ -12,7 +12,7 @@ from tests.ptx.kinds import f2, f4, f8, i1, i4, i8, u1, u2, u4
 
 
 def rounded(exact, rounding):
-    """float64 sums as float32."""
+    """Round float64 sums to float32."""
     near = exact.astype(f4)
     if rounding == "truncate":
         near = np.where(np.abs(near.astype(f8)) > np.abs(exact), np.nextafter(near, f4(0)), near)
@@ -20,7 +20,7 @@ def rounded(exact, rounding):
 
 
 def numbers(raw, kind):
-    """The bytes of the last axis as float64 numbers of a type; of float32 for TF32 the unit reads the upper 19 bits."""
+    """Return the bytes of the last axis as float64 numbers of a type; of float32 for TF32 the unit reads 19 bits."""
     raw = np.ascontiguousarray(raw)
     if kind == "tf32":
         return (raw.view(u4) & u4(0xFFFFE000)).view(f4).astype(f8)
@@ -30,18 +30,18 @@ def numbers(raw, kind):
 
 
 def _rows(register, kind):
-    """A register `[warps, 32]` as `[warps, 8 rows, numbers]`: row g lies in lanes 4 g to 4 g + 3."""
+    """Return a register `[warps, 32]` as `[warps, 8 rows, numbers]`: row g is in lanes 4 g to 4 g + 3."""
     return numbers(register.reshape(-1, 8, 4), kind)
 
 
 def left_operand(registers, kind):
-    """A of m16: registers alternate between rows g and g + 8, columns ascend. `[warps, 16, k]`."""
+    """Return A of m16, `[warps, 16, k]`: registers alternate between rows g and g + 8, columns ascend."""
     parts = [_rows(register, kind) for register in registers]
     return np.concatenate([np.concatenate(parts[half::2], 2) for half in (0, 1)], 1)
 
 
 def accumulator(registers):
-    """C of m16 and any n, as numbers `[warps, 16, n]`: of eight columns, lanes hold two of row g and two of g + 8."""
+    """Return C of m16 and any n, `[warps, 16, n]`: of eight columns, lanes hold two of row g and two of g + 8."""
     words = np.stack([np.ascontiguousarray(register) for register in registers]).reshape(
         -1, 2, 2, registers[0].shape[0], 8, 4
     )
@@ -50,7 +50,7 @@ def accumulator(registers):
 
 
 def lanes(matrix):
-    """The registers, each `[warps, 32]`, that hold `[warps, 16, n]`: `accumulator` the other way."""
+    """Return the registers, each `[warps, 32]`, that hold `[warps, 16, n]`: the inverse of `accumulator`."""
     warps, _, n = matrix.shape
     parts = matrix.reshape(warps, 2, 8, n // 8, 4, 2).transpose(3, 1, 5, 0, 2, 4).reshape(n // 2, warps, 32)
     return [np.ascontiguousarray(part) for part in parts]

@@ -1,4 +1,4 @@
-"""Small faults in compiled kernels, one at a time: whether the tests see each of them."""
+"""Small faults in compiled kernels, one at a time, to see whether the tests find each."""
 
 import copy
 import json
@@ -33,7 +33,7 @@ class Mutant:
         return block.end if self.place is None else block.body[self.place]
 
     def build(self) -> Program:
-        """The program with the fault; what is translated already of other blocks is kept."""
+        """Return the program with the fault; translations of other blocks are kept."""
         old = self.program.kernel.blocks[self.block]
         body, end = list(old.body), old.end
         if self.place is None:
@@ -49,7 +49,7 @@ class Mutant:
 
 
 def mutants(program: Program) -> Iterator[Mutant]:
-    """All single faults that are made here of a program."""
+    """Yield all single faults of a program that are made here."""
     for number, block in enumerate(program.kernel.blocks):
         for place, instruction in enumerate(block.body):
             for what, changed in _faults(instruction):
@@ -61,7 +61,7 @@ def mutants(program: Program) -> Iterator[Mutant]:
 
 
 def _polls_again(program: Program, block: Block) -> bool:
-    """Whether threads go back from its end to look once more for what others write."""
+    """Tell whether threads go back from a block's end to look again for others' writes."""
     if block.end is None or block.end.op[0] != "bra" or block.end.guard is None:
         return False
     return program.polls[program.kernel.targets[block.end.args[0]]]
@@ -91,7 +91,7 @@ def _faults(i: Instruction) -> Iterator[tuple[str, Instruction | None]]:
 
 
 def _width(i: Instruction) -> int:
-    """Bytes that an instruction moves of each thread."""
+    """Return the bytes that an instruction moves for each thread."""
     if i.op[0] in ("ldmatrix", "stmatrix"):
         return 16
     if i.op[0] == "cp":
@@ -101,13 +101,13 @@ def _width(i: Instruction) -> int:
 
 
 def reasons_of_survivors() -> dict[tuple[str, str, str], str]:
-    """Why a fault that no test sees changes nothing: by kernel, kind and place in the source."""
+    """Return why a fault that no test sees changes nothing, by kernel, kind and place in the source."""
     found = map(json.loads, suites.EQUIVALENT.read_text().splitlines())
     return {(row["kernel"], row["kind"], row["where"]): row["reason"] for row in found}
 
 
 def survey(found: dict[str, list[dict]], reasons: dict[tuple[str, str, str], str]) -> list[dict]:
-    """A row for each kernel and kind, of the faults that `mutating.py` wrote down for each kernel.
+    """Make a row for each kernel and kind, of the faults that `mutating.py` wrote down for each kernel.
 
     A place of the source is seen if one fault there is: it has many compiled forms, and in some of them a fault changes
     nothing. Of places that are not: equivalent, with the reason; open, with one of their instructions.

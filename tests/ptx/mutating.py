@@ -1,8 +1,8 @@
 """`pytest -p tests.ptx.plugin -p tests.ptx.mutating --ptx-mutants FILE`: faults in the kernels of the chosen tests.
 
-Each test runs once as it is. Then, for as many seconds of the processor as `--ptx-seconds` says, a fault is drawn, of each kernel in turn and of
-each kind with the same chance, and the tests that ran that code are run on it until one fails. FILE has a line for each
-fault; called again with it, what it has is not drawn again.
+Each test runs once as it is. Then, for as many seconds of the processor as `--ptx-seconds` says, a fault is drawn, of
+each kernel in turn and of each kind with the same chance, and the tests that ran that code are run on it until one
+fails. FILE has a line for each fault; called again with it, no fault of it is drawn again.
 """
 
 import json
@@ -16,7 +16,7 @@ from _pytest.runner import runtestprotocol
 from tests.ptx.mutants import Mutant, mutants
 from tests.ptx.plugin import OPTIONS, REPORTS
 
-# A fault may make a loop endless: of so many times the instructions of the test without it.
+# A fault may make a loop endless: the limit is this multiple of the test's instructions without it.
 _PATIENCE = 10
 
 
@@ -25,7 +25,7 @@ def pytest_addoption(parser):
     group.addoption(
         "--ptx-mutants", metavar="FILE", required=True, help="what became of each fault, a line of JSON each"
     )
-    group.addoption("--ptx-seconds", type=float, default=600, help="how long faults are drawn, in seconds of the processor")
+    group.addoption("--ptx-seconds", type=float, default=600, help="how long faults are drawn, in CPU seconds")
     group.addoption("--ptx-seed", type=int, default=0)
 
 

@@ -35,7 +35,7 @@ _LAUNCHED = ctypes.CFUNCTYPE(
 
 @cache
 def toolchain() -> build.Toolchain | str:
-    """The compilers, or why there are none."""
+    """Return the compilers, or why there are none."""
     try:
         return build.find_toolchain("cuda")
     except build.BuildError as error:
@@ -43,12 +43,12 @@ def toolchain() -> build.Toolchain | str:
 
 
 def missing() -> str | None:
-    """Why kernels of csrc/cuda/ cannot be compiled here, or None."""
+    """Return why kernels of csrc/cuda/ cannot be compiled here, or None."""
     return found if isinstance(found := toolchain(), str) else None
 
 
 def compiled(arch: int, cache_folder: Path) -> Path:
-    """The folder of the library and its PTX for `arch`, compiled once."""
+    """Return the folder of the library and its PTX for `arch`, compiled once."""
     tools = toolchain()
     digest = hashlib.sha256(f"{arch} {_FLAGS} {tools}".encode() + RUNTIME.read_bytes())
     for name, content in sorted(build.part_sources(CSRC, tools, "cuda").items()):
@@ -95,7 +95,7 @@ class Launcher:
         self._callback = _LAUNCHED(self._launched)  # kept, as the library does not
 
     def call(self, function: str, call: ctypes.Structure, blocks: int = 1) -> int:
-        """The code that a function of the library returns; what its launch raises is raised."""
+        """Call a function of the library and return its code; an error of its launch is raised."""
         self.library.run_launches_by(self._callback, blocks)
         code = getattr(self.library, function)(call, None)
         if self._failed is not None:
@@ -148,7 +148,7 @@ class OnCpu:
 
 
 def _placed(call: ctypes.Structure, memory, sizes: dict[str, int]):
-    """A copy whose pointers are those under which the kernel sees these bytes."""
+    """Return a copy whose pointers are those under which the kernel sees these bytes."""
     copy = type(call).from_buffer_copy(call)
     for name, size in sizes.items():
         if host := getattr(call, name):

@@ -105,7 +105,7 @@ def parse(text: str) -> Module:
 
 
 def cut(kernel: Kernel, behind) -> None:
-    """Ends a block behind each instruction for which `behind(instruction)` is true."""
+    """End a block behind each instruction for which `behind(instruction)` is true."""
     blocks, begins = [], []
     for block in kernel.blocks:
         begins.append(len(blocks))
@@ -121,7 +121,7 @@ def cut(kernel: Kernel, behind) -> None:
 
 
 def _closing(lines, index):
-    """The line of the brace that ends the body of the kernel at `index`."""
+    """Return the line of the brace that ends the body of the kernel at `index`."""
     depth = 0
     for place in range(index + 1, len(lines)):
         depth += {"{": 1, "}": -1}.get(lines[place][1], 0)
@@ -131,7 +131,7 @@ def _closing(lines, index):
 
 
 def _statements(text: str) -> list[tuple[int, str]]:
-    """Statements, labels and braces, each with its line; comments are removed."""
+    """Return statements, labels and braces, each with its line; comments are removed."""
     text = re.sub(r"/\*.*?\*/", lambda m: "\n" * m[0].count("\n"), text, flags=re.S)
     found, pending, first = [], "", 0
     for number, line in enumerate(text.split("\n"), 1):
@@ -152,7 +152,7 @@ def _statements(text: str) -> list[tuple[int, str]]:
 
 
 def _cut(pending: str) -> tuple[str | None, str]:
-    """The first statement and what follows it; None and what is kept where the statement goes on in the next line."""
+    """Return the first statement and the rest; None and the rest where the statement goes on in the next line."""
     if label := re.match(r"([\w$]+):(?!:)\s*", pending):
         return label[1] + ":", pending[label.end() :]
     if pending[0] in "{}":
@@ -265,7 +265,7 @@ def _instruction(line, number, where, scopes):
 
 
 def split(text: str) -> list[str]:
-    """At the commas outside of braces and brackets."""
+    """Split at the commas outside of braces and brackets."""
     parts, depth, current = [], 0, ""
     for char in text:
         depth += (char in "{[(") - (char in "}])")

@@ -17,8 +17,8 @@ if not os.environ.get("TRITON_CACHE_DIR"):
 os.environ["TRITON_INTERPRET"] = "0"
 import triton
 
-triton.knobs.runtime.interpret = False  # whatever the environment says from here on
-os.environ["TRITON_INTERPRET"] = "1"  # what the project asks for before it runs kernels on a CPU
+triton.knobs.runtime.interpret = False  # for any environment from here on
+os.environ["TRITON_INTERPRET"] = "1"  # the project asks for it before it runs kernels on a CPU
 
 from tests.kit import device  # noqa: E402
 
@@ -63,7 +63,7 @@ def pytest_configure(config):
 
 @pytest.fixture(scope="session")
 def launcher(request):
-    """What starts the kernels of csrc/cuda/ (tests/ptx/native.py)."""
+    """Give the launcher of the kernels of csrc/cuda/ (tests/ptx/native.py)."""
     from tests.ptx.native import Launcher, missing
 
     if reason := missing():
@@ -75,7 +75,7 @@ def launcher(request):
 
 @pytest.fixture
 def cuda_as_ptx(launcher, monkeypatch):
-    """Log-mel of float32 on a CPU is the CUDA kernel's."""
+    """Give log-mel of float32 on a CPU to the CUDA kernel."""
     from clvp_fast import native
     from tests.ptx.native import OnCpu
 

@@ -1,4 +1,4 @@
-"""Global memory as regions of the host's, each at an address far from all others: no access leaves one unseen."""
+"""Global memory as regions of the host's, each at an address far from all others, so that every overrun is seen."""
 
 import ctypes
 
@@ -14,7 +14,7 @@ FIRST = 1 << _SHIFT
 
 
 class Fault(AssertionError):
-    """What a kernel must not do."""
+    """A forbidden act of a kernel."""
 
 
 class Memory:
@@ -24,7 +24,7 @@ class Memory:
         self.names, self.hosts, self.sizes, self._kept = ["null"], [0], [0], []
 
     def add(self, name: str, host: int, size: int, keep=None) -> int:
-        """The address under which a kernel sees these bytes; its last twelve bits are those of the host's."""
+        """Return the address under which a kernel sees these bytes; its last twelve bits are those of the host's."""
         self.names.append(name)
         self.hosts.append(host)
         self.sizes.append(size)
@@ -57,7 +57,7 @@ class Memory:
         self._lay_shadow(real)
 
     def _lay_shadow(self, real):
-        """Notes on who wrote what lie densely: hosts' intervals without the gaps between them."""
+        """Lay notes on writers densely: hosts' intervals without the gaps between them."""
         self.shadow_delta = np.zeros(len(self.hosts), i8)
         at, begin, end = 0, None, None
         for i in sorted(real, key=lambda i: self.hosts[i]):

@@ -1,7 +1,7 @@
-"""Shared memory: every access within the CTA's own, of what was written, and ordered by barriers.
+"""Shared memory: every access stays within the CTA's own, reads only written cells, and is ordered by barriers.
 
-Notes are kept of the last writer of each cell, and of the last reader of each warp. Generic addresses are told apart
-here too (PTX ISA, "Generic Addressing").
+Notes are kept of the last writer of each cell, and of the last reader of each warp. Generic addresses are resolved here
+too (PTX ISA, "Generic Addressing").
 """
 
 import numpy as np
@@ -13,12 +13,12 @@ from tests.ptx.transfers import space_of
 
 _WINDOW_BITS = 40
 NOBODY, SEVERAL = -1, -2
-# By how much copies of one float32 may differ, as a part of the largest that is written.
+# The largest difference of copies of one float32, as a part of the largest that is written.
 _NEAR = 1e-5
 
 
 def grain_of(kernel) -> int:
-    """Bytes that notes distinguish: the least that the kernel reads or writes at once."""
+    """Return the bytes that notes distinguish: the least that the kernel reads or writes at once."""
     sizes = [16]
     for i in kernel.instructions():
         if i.op[0] in ("ld", "st", "atom", "red") and space_of(i.op) in ("shared", "generic"):
@@ -29,7 +29,7 @@ def grain_of(kernel) -> int:
 
 
 class SharedMemory:
-    """That of the CTAs of a batch, one behind the other."""
+    """The shared memory of the CTAs of a batch, one behind the other."""
 
     def __init__(self, run, threads):
         self.t, self.options, self.size = threads, run.options, run.shared
@@ -45,7 +45,7 @@ class SharedMemory:
         self.grain = grain_of(run.program.kernel)
         cells = len(self.bytes) // self.grain
         self.writer, self.written = np.full(cells, NOBODY, i8), np.full(cells, -1, i8)
-        self.last_read = np.full(cells, -1, i8)  # by anyone
+        self.last_read = np.full(cells, -1, i8)  # by any thread
         self.read, self.reader = (np.full((threads.warps, cells), -1, i8) for _ in range(2))
         self.copies_differ = run.report.copies_differ
         self.in_flight = np.zeros(cells, np.bool_)  # an asynchronous copy has yet to write it
@@ -54,7 +54,7 @@ class SharedMemory:
         self.proxy = Proxy(threads, cells)
 
     def places(self, address, size, mask, line):
-        """Places in `bytes` of `size` bytes at addresses (int64) in the CTA's shared memory."""
+        """Return places in `bytes` of `size` bytes at addresses (int64) in the CTA's shared memory."""
         bad = (address < 0) | (address + size > self.size) | ((address & (size - 1)) != 0)
         if mask is not None:
             bad &= mask
@@ -66,7 +66,7 @@ class SharedMemory:
         return place if mask is None else np.where(mask, place, 0)
 
     def cells(self, place, size, mask):
-        """The cells that the threads touch, and the thread of each."""
+        """Return the cells that the threads touch, and the thread of each."""
         lanes = self.t.lanes_of(mask)
         start = place[lanes] // self.grain
         if (several := size // self.grain) <= 1:
@@ -94,7 +94,7 @@ class SharedMemory:
             self._disagree(view, at, data, line)
 
     def _disagree(self, view, at, data, line):
-        """Threads write different values to one place at once: a fault, but for copies of one float32.
+        """Raise for threads that write different values to one place at once, except for copies of one float32.
 
         Where several lanes hold the same element of a tensor, Triton lets each compute and write it. Their last bits
         differ where a product was fused into the sum of one lane and not of another. Which stays is undefined: that of
@@ -113,7 +113,7 @@ class SharedMemory:
             self.t.fail("shared memory race", "threads write different values to one place at once", None, line)
 
     def atomic(self, base, offset, mask, name, kind, values, order, line):
-        """In a random order; races with it are not judged."""
+        """Run threads in a random order; races with it are not judged."""
         size = np.dtype(kind).itemsize
         place = self.places(base.astype(i8) + i8(offset), size, mask, line)
         cells, lanes = self.cells(place, size, mask)
@@ -155,7 +155,7 @@ class SharedMemory:
         self.reader[warp[several], cells[several]] = SEVERAL
 
     def note_write(self, place, size, mask, line, changes=None):
-        """changes: of the threads that are here, who writes another value than lies there."""
+        """Note a write; `changes`: the threads that are here and write another value than lies there."""
         t = self.t
         cells, lanes = self.cells(place, size, mask)
         if not len(cells):
@@ -182,7 +182,7 @@ class SharedMemory:
         self.proxy.written[cells] = self.proxy.count
 
     def read_by(self, cells, lane):
-        """By the warp that begins with this thread, as a whole."""
+        """Note a read by the warp that begins with this thread, as a whole."""
         warp, stamp = self.t.own_warp[lane], self.t.stamp[lane]
         self.last_read[cells] = np.maximum(self.last_read[cells], stamp)
         self.read[warp, cells], self.reader[warp, cells] = stamp, SEVERAL
@@ -204,7 +204,7 @@ class SharedMemory:
 
 
 class Proxy:
-    """Which writes a fence.proxy.async has made visible to asynchronous products (PTX ISA, "Async Proxy").
+    """The writes that a fence.proxy.async has made visible to asynchronous products (PTX ISA, "Async Proxy").
 
     written: of each cell, the count of fences when it was written. fenced: of each thread, the count at its own last
     fence; stamp: and what it had passed then.
@@ -228,7 +228,7 @@ class GenericMemory:
         self.t, self.shared, self.wide = threads, shared_memory, global_memory
 
     def _of(self, base, offset, mask, line):
-        """The memory that is meant, and the address in it."""
+        """Return the memory that is meant, and the address in it."""
         address = base.view(i8) + i8(offset)
         shared = address >> _WINDOW_BITS == SHARED_WINDOW >> _WINDOW_BITS
         here = shared if mask is None else shared[mask]

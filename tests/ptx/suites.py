@@ -1,4 +1,4 @@
-"""The tests of each kernel, and the committed rows of what their compiled forms passed (checked.jsonl)."""
+"""The tests of each kernel, and the committed rows of the tests that their compiled forms passed (checked.jsonl)."""
 
 import ast
 import hashlib
@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 KERNELS = ROOT / "kernels"
 ROWS = Path(__file__).with_name("checked.jsonl")
 PAGE = ROOT / "docs/kernels.md"
-#: Which faults in compiled kernels the tests saw, why others change nothing, and the page that shows both.
+#: The faults in compiled kernels that tests saw, reasons why others change nothing, and the page that shows both.
 MUTATED, EQUIVALENT = (Path(__file__).with_name(name) for name in ("mutated.jsonl", "equivalent.jsonl"))
 FAULTS_PAGE = ROOT / "docs/ptx.md"
 TARGETS = (80, 90)
@@ -37,7 +37,7 @@ SUITES = {
 }
 #: Files of this folder on which no kernel's result depends; native.py executes those of csrc/cuda/ alone.
 _NO_EMULATOR = {"__main__", "assembled", "conftest", "mutants", "mutating", "native", "suites"}
-#: What chooses among the tests of these files those that run a kernel.
+#: The expression that selects the tests of these files that run a kernel.
 CHOSEN = "interpreted or as_ptx"
 
 
@@ -46,12 +46,12 @@ def files(kernel: str) -> list[str]:
 
 
 def core(target: int) -> list[str]:
-    """Tests that CI always runs; on sm_90 those whose code differs most from that of sm_80."""
+    """Return tests that CI always runs; on sm_90 those whose code differs most from that of sm_80."""
     return Path(__file__).with_name(f"core_sm{target}.txt").read_text().splitlines()
 
 
 def source_hash(kernel: str) -> str:
-    """Of the kernel's file and of those that it imports or includes."""
+    """Hash the kernel's file and the files of kernels/ that it imports."""
     if kernel in NATIVE:
         return _hash(sorted(_included(ROOT / f"csrc/cuda/{kernel}.cu")))
     todo, found = [kernel], set()
@@ -68,7 +68,7 @@ def source_hash(kernel: str) -> str:
 
 
 def _included(path: Path) -> set[Path]:
-    """A file of csrc/, and all that it includes from there."""
+    """Return a file of csrc/ and all files that it includes from there."""
     todo, found = [path], set()
     while todo:
         if (path := todo.pop()) not in found:
@@ -79,7 +79,7 @@ def _included(path: Path) -> set[Path]:
 
 
 def checker_hash(kernel: str) -> str:
-    """Of the kernel's tests and of what executes them."""
+    """Hash the kernel's tests and the emulator."""
     others = {*_NO_EMULATOR} - ({"native"} if kernel in NATIVE else set())
     emulator = (path for path in Path(__file__).parent.glob("*.py") if path.stem not in others)
     parts = [path for path in sorted(emulator) if not path.name.startswith("test_")]
@@ -95,20 +95,20 @@ def _hash(paths) -> str:
 
 
 def rows() -> dict[tuple[str, str], dict]:
-    """The committed rows, by kernel and target."""
+    """Return the committed rows, by kernel and target."""
     lines = ROWS.read_text().splitlines() if ROWS.exists() else []
     return {(row["kernel"], row["target"]): row for row in map(json.loads, lines)}
 
 
 def write(row: dict) -> None:
-    """Puts a row in the place of that of its kernel and target, and the rows into the page."""
+    """Replace the row of a kernel and target, and write the rows into the page."""
     every = rows() | {(row["kernel"], row["target"]): row}
     ROWS.write_text("".join(json.dumps(every[key]) + "\n" for key in sorted(every)))
     PAGE.write_text(with_table(PAGE.read_text()))
 
 
 def with_table(document: str) -> str:
-    """The page with its table made of the rows."""
+    """Return the page with its table made of the rows."""
     lines = ["| kernel | target | tests | seconds | instructions that ran | compiler |", "|---|---|---|---|---|---|"]
     for (kernel, target), row in sorted(rows().items()):
         share = f"{row['ran']} of {row['instructions']}"
@@ -118,7 +118,7 @@ def with_table(document: str) -> str:
 
 
 def with_faults(document: str) -> str:
-    """The page with its tables made of the rows on faults."""
+    """Return the page with its tables made of the rows on faults."""
     surveyed = [json.loads(line) for line in MUTATED.read_text().splitlines()]
     lines = ["| kernel | faults | seen | places | seen | equivalent | open |", "|---|---|---|---|---|---|---|"]
     for kernel in [*SUITES, "all"]:
@@ -134,6 +134,6 @@ def with_faults(document: str) -> str:
 
 
 def changed(target: str) -> list[str]:
-    """Kernels whose source is not that of the committed row."""
+    """Return kernels whose source differs from that of the committed row."""
     known = rows()
     return [name for name in SUITES if known.get((name, target), {}).get("source") != source_hash(name)]

@@ -75,7 +75,7 @@ def test_bits():
 
 
 def test_prmt():
-    """Digits of the selector from the lowest: byte 0, byte 7, the sign of byte 3 (0xB), byte 3."""
+    """Use digits of the selector from the lowest: byte 0, byte 7, the sign of byte 3 (0xB), byte 3."""
     first, second = np.full(32, 0x83020100, np.uint32), np.full(32, 0x87068504, np.uint32)
     body = """ld.global.b32 %r1, [%d4]; ld.global.b32 %r2, [%d5]; prmt.b32 %r3, %r1, %r2, 0x3B70;
     st.global.b32 [%d6], %r3;"""
@@ -161,13 +161,13 @@ def test_to_whole_numbers():
 
 
 def test_to_tf32():
-    """To the nearest of ten digits behind the point; ties go away from zero."""
+    """Round to the nearest of ten digits behind the point; ties go away from zero."""
     found = unary("cvt.rna.tf32.f32", floats(1 + 2**-11, 1 + 2**-12, -1 - 2**-11), np.float32)
     assert (found[:3] == [1 + 2**-10, 1, -1 - 2**-10]).all()
 
 
 def test_to_half_types():
-    """Ties go to even; of two, the first operand is the upper."""
+    """Round ties to even; of two numbers, the first operand is the upper."""
     values, two = floats(1 + 2**-8, 1 + 3 * 2**-8, np.nan, 3.3e38), np.full(32, 2, np.float32)
     assert (binary("cvt.rn.bf16x2.f32", values, two)[:4] == [0x3F804000, 0x3F824000, 0x7FFF4000, 0x7F784000]).all()
     assert (binary("cvt.rz.bf16x2.f32", values, two)[:2] == [0x3F804000, 0x3F814000]).all()
@@ -186,7 +186,7 @@ def test_float8():
 
 @pytest.mark.parametrize("kind, digits", [("bf16", 8), ("f16", 11)])
 def test_fused_products_of_half_types_are_rounded_once(kind, digits):
-    """Of 1 + u, u the last place, the square less 1 + 2 u is u squared: nothing, if the product was rounded before."""
+    """Square 1 + u, with u the last place, less 1 + 2 u: it is u squared, or 0 if the product was rounded."""
     last = 2.0 ** (1 - digits)
     body = f"""ld.global.b32 %r1, [%d4]; ld.global.b32 %r2, [%d5];
     cvt.rn.{kind}.f32 %h1, %r1; cvt.rn.{kind}.f32 %h2, %r2;

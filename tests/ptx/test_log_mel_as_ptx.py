@@ -1,4 +1,4 @@
-"""What the tests of the operator do not reach on a CPU's tensors: the log-mel kernel's results in half types."""
+"""Cases that the tests of the operator cannot reach on a CPU's tensors: the log-mel kernel's results in half types."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ CODES = {torch.float32: native.FLOAT32, torch.float16: native.FLOAT16, torch.bfl
 
 
 def features(launcher, samples, dtype, n_fft, hop_length, top_db):
-    """The kernel's own, as its launcher is called for tensors on a GPU; poisoned before."""
+    """Return the kernel's features, its launcher called as for tensors on a GPU; poisoned before."""
     options = settings(n_fft, hop_length)
     filters, bands = filters_and_bands(options["mel_filters"], torch.float32)
     circle = twiddles(n_fft, torch.float32, torch.device("cpu"))

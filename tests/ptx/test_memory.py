@@ -1,4 +1,4 @@
-"""Memory: what lies outside, was never written or has not arrived, and what nothing orders, is a fault."""
+"""Memory: access outside, of unwritten bytes, before arrival, or without order is a fault."""
 
 import numpy as np
 import pytest
@@ -66,7 +66,7 @@ def test_what_another_thread_wrote_is_read_behind_a_barrier():
     ],
 )
 def test_atomics(op, value, expected):
-    """inc counts 5, 6, 0, 1 and so on: 32 steps from 5 within 0 to 6."""
+    """Count by inc 5, 6, 0, 1 and so on: 32 steps from 5 within 0 to 6."""
     a = np.full(32, 5, np.uint32)
     run(f"atom.global.{op} %r1, [%d0], {value};", a)
     assert a[0] == expected
@@ -88,14 +88,14 @@ END: """
 
 
 def last_arrives(before, order, **options):
-    """Four CTAs write; the last that counts itself adds up what all wrote."""
+    """Let four CTAs write; the last that counts itself adds up what all wrote."""
     words, count = np.zeros(256, np.uint32), np.zeros(1, np.uint32)
     return run(SPLIT.format(before=before, order=order), words, count, threads=64, grid=4, shared=16, **options)
 
 
 @pytest.mark.parametrize("lanes", [4096, 64])
 def test_the_last_cta_to_arrive_sees_what_the_others_wrote(lanes):
-    """All at once, and one behind the other."""
+    """Run all at once, and one behind the other."""
     assert (last_arrives("bar.sync 0;", "acq_rel", lanes=lanes) == 4 * (np.arange(64) ^ 32) + 6).all()
 
 
@@ -163,7 +163,7 @@ END: """
 
 
 def poll(wanted, **options):
-    """The first of three CTAs waits until so many others have counted themselves."""
+    """Let the first of three CTAs wait until so many others have counted themselves."""
     return run(POLL.format(wanted), np.zeros(96, np.uint32), np.zeros(1, np.uint32), grid=3, **options)
 
 

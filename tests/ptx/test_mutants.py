@@ -1,4 +1,4 @@
-"""Planted faults: which are made, that a program with one is another, and that the first stays as it is."""
+"""Planted faults: their kinds, that a program with one differs, and that the first stays as it is."""
 
 import json
 from collections import Counter
@@ -78,13 +78,11 @@ def test_a_place_counts_as_seen_with_one_of_its_faults():
 def test_a_survivor_with_a_reason_is_not_open():
     reasons = {("norm", "comparison", "norm.py:9:9"): "setp compares numbers that are never equal"}
     (found,) = survey({"norm": rows(("norm.py:9:9", None))}, reasons)
-    assert found["open"] == {} and found["equivalent"] == {
-        "norm.py:9:9": "setp compares numbers that are never equal"
-    }
+    assert found["open"] == {} and found["equivalent"] == {"norm.py:9:9": "setp compares numbers that are never equal"}
 
 
 def test_each_reason_names_a_survivor():
-    """None is left of a fault that is seen by now."""
+    """Keep no reason of a fault that is seen by now."""
     surveyed = [json.loads(line) for line in suites.MUTATED.read_text().splitlines()]
     named = {(row["kernel"], row["kind"], where) for row in surveyed for where in row["equivalent"]}
     assert named == set(reasons_of_survivors())

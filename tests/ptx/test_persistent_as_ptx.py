@@ -1,4 +1,4 @@
-"""The persistent decode step on its PTX: a few blocks, each on its own in a random order, against `PagedDecoder.step`."""
+"""The persistent decode step on its PTX, a few blocks in a random order, against `PagedDecoder.step`."""
 
 import ctypes
 from dataclasses import replace
@@ -50,7 +50,7 @@ class Executed(PersistentStep):
 
 @pytest.fixture
 def run(launcher, monkeypatch):
-    """`run(scene, seed, blocks)`: hidden states and logits; new keys and values are in the scene's pages."""
+    """Do `run(scene, seed, blocks)`: hidden states and logits; new keys and values are in the scene's pages."""
 
     @torch.inference_mode()
     def step(scene, seed=0, blocks=4):
@@ -103,7 +103,7 @@ def test_a_full_table(run, monkeypatch, stored):
 
 
 def is_seen(run, scene, right, seed):
-    """Whether a fault stops the launch, or changes what it finds."""
+    """Tell whether a fault stops the launch, or changes its results."""
     try:
         found = run(with_pages(scene), seed=seed)
     except Fault:
@@ -114,7 +114,7 @@ def is_seen(run, scene, right, seed):
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_each_wait_of_all_blocks_is_needed(run, launcher, monkeypatch, count):
-    """A block that looks once, and goes on."""
+    """Let a block look once, and go on."""
     scene = scene_of(decoder_of(torch.bfloat16, **SMALL), ROWS[:count])
     right = run(with_pages(scene))
     program = launcher.reports[-1].program
@@ -140,7 +140,7 @@ def test_what_a_wait_is_made_of_is_needed(run, launcher, monkeypatch, what):
 
 
 def test_what_is_written_may_not_be_read_as_constant(run, launcher, monkeypatch):
-    """ld.global.nc of the residual, which other blocks wrote."""
+    """Load the residual, which other blocks wrote, by ld.global.nc."""
     scene = scene_of(decoder_of(torch.bfloat16, **SMALL), ROWS[:1])
     run(with_pages(scene))
     program = launcher.reports[-1].program

@@ -9,7 +9,7 @@ def test_every_kernel_has_a_suite():
 
 
 def test_every_file_of_kernel_tests_belongs_to_a_suite():
-    """Those whose cases run on Triton's backends, but for what tests the choice of them."""
+    """Look at tests whose cases run on Triton's backends, except tests of the choice of them."""
     named = {name for kernel in suites.SUITES for name in suites.files(kernel)}
     found = {
         f"tests/ops/{path.name}"

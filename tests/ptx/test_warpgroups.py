@@ -1,4 +1,4 @@
-"""Products of a warpgroup: where operands lie, and that what is not waited for or fenced is seen."""
+"""Products of a warpgroup: the layout of operands, and detection of missing waits and fences."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ A_AT, SIZE = 65536, 98304
 
 
 def place(row, depth, width, code, across, leading, stride):
-    """The byte of element (row, depth), "Canonical Layouts", one element at a time."""
+    """Return the byte of element (row, depth), "Canonical Layouts", one element at a time."""
     line, item = ROWS[code], 4 if width == 4 else 2
     of = line // item
     if across:
@@ -35,7 +35,7 @@ def descriptor(at, code, leading, stride):
 
 
 def laid(image, at, matrix, kind, code, across):
-    """Puts `[rows, k]` into the bytes of shared memory, and gives its descriptor."""
+    """Put `[rows, k]` into the bytes of shared memory, and return its descriptor."""
     bits = matrix.astype(np.float32).view(np.uint32) if kind == "tf32" else half(kind, matrix)
     rows, depth = bits.shape
     width, line = bits.dtype.itemsize, ROWS[code]
@@ -53,7 +53,7 @@ def laid(image, at, matrix, kind, code, across):
 def text(
     n, kind, depth, a, b_word, across, *, before="", between="", behind="", fence=True, proxy=True, wait="0", scale="1"
 ):
-    """Shared memory is filled from `a` of the kernel, the registers of A from `b`; the sums begin with 1."""
+    """Fill shared memory from `a` of the kernel, and the registers of A from `b`; the sums begin with 1."""
     sums = names(100, n // 2)
     fill = "".join(
         f"ld.global.v4.b32 {names(10, 4)}, [%d7+{i}]; st.shared.v4.b32 [%r2+{i}], {names(10, 4)};"
@@ -71,7 +71,7 @@ def text(
 
 
 def product(n, kind, codes=(1, 1), across=(False, False), registers=False, before="bar.sync 0;", **options):
-    """The matrix that a warpgroup multiplies, and the one that is right."""
+    """Return the matrix that a warpgroup multiplies, and the right one."""
     depth = 8 if kind == "tf32" else 16
     a, b = RNG.integers(-8, 8, (64, depth)), RNG.integers(-8, 8, (n, depth))
     image = np.zeros(SIZE, np.uint8)
@@ -101,7 +101,7 @@ def test_sizes_and_types(kind, n, registers):
 @pytest.mark.parametrize("across", [(False, False), (True, False), (False, True), (True, True)])
 @pytest.mark.parametrize("code", ROWS)
 def test_layouts(code, across):
-    """Rows of 16, 32, 64 and 128 bytes, along k or across it."""
+    """Use rows of 16, 32, 64 and 128 bytes, along k or across it."""
     found, expected = product(64, "bf16", (code, code), across)
     assert (found == expected).all()
 

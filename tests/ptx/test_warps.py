@@ -1,4 +1,4 @@
-"""What threads do together: exchange, matrices, barriers, branches; and that a missing barrier is seen."""
+"""Joint operations of threads: exchange, matrices, barriers, branches; and detection of a missing barrier."""
 
 import numpy as np
 import pytest
@@ -40,10 +40,10 @@ def half(kind, x):
 
 
 def fragments(kind, a, b):
-    """A and B as the manual's tables lay them in registers, a row a lane."""
+    """Return A and B as the manual's tables lay them in registers, a row a lane."""
     k, regs_a, regs_b = a.shape[1], [], []
     if kind == "tf32":
-        a, b = (x.astype(np.float32).view(np.uint32) | 0x1FFF for x in (a, b))  # what TF32 ignores
+        a, b = (x.astype(np.float32).view(np.uint32) | 0x1FFF for x in (a, b))  # digits that TF32 ignores
     else:
         a, b = half(kind, a), half(kind, b)
     for lane in range(32):
@@ -82,13 +82,13 @@ def product(kind, k, a, b, start="0f3F800000", **options):
 
 @pytest.mark.parametrize("kind, k", [("bf16", 16), ("f16", 16), ("bf16", 8), ("f16", 8), ("tf32", 8), ("tf32", 4)])
 def test_mma(kind, k):
-    """Whole numbers, so that every type is exact."""
+    """Use whole numbers, so that every type is exact."""
     a, b = RNG.integers(-8, 8, (16, k)), RNG.integers(-8, 8, (k, 8))
     assert (product(kind, k, a, b) == a @ b + 1).all()
 
 
 def test_a_matrix_sum_is_rounded_once_or_toward_zero():
-    """2 and three quarters of a unit in the last place."""
+    """Sum 2 and three quarters of a unit in the last place."""
     a, b = np.zeros((16, 8)), np.zeros((8, 8))
     a[0, :2], b[:2, 0] = [1, 2.0**-12], [2, 0.75 * 2.0**-10]
     assert product("bf16", 8, a, b, "0f00000000")[0, 0] == 2 + 2.0**-22
@@ -97,7 +97,7 @@ def test_a_matrix_sum_is_rounded_once_or_toward_zero():
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_ldmatrix(transposed):
-    """Element (row, column) of matrix m is 64 m + 8 row + column."""
+    """Expect element (row, column) of matrix m to be 64 m + 8 row + column."""
     body = f"""shl.b32 %r1, %r0, 4; mov.u32 %r5, memory; add.s32 %r1, %r1, %r5; shl.b32 %r2, %r0, 3;
     mul.lo.u32 %r2, %r2, 65537; add.s32 %r10, %r2, 0x10000; add.s32 %r11, %r2, 0x30002; add.s32 %r12, %r2, 0x50004;
     add.s32 %r13, %r2, 0x70006; st.shared.v4.b32 [%r1], {names(10, 4)}; bar.sync 0;
@@ -119,7 +119,7 @@ st.global.b32 [%d6], %r3;"""
 
 
 def exchange(other, barrier, **options):
-    """Each thread writes a word, and reads that of another."""
+    """Let each thread write a word, and read that of another."""
     return run(EXCHANGE.format(other=other, barrier=barrier), threads=64, shared=256, **options)
 
 

@@ -1,7 +1,7 @@
 """A batch of CTAs: who each thread is, which barriers it has passed, and what it has learnt of other CTAs.
 
-A stamp counts barriers: those of the CTA in its upper bits, those of the warp below. What one thread of a CTA did at a
-stamp comes before what another does now if a barrier of the CTA lies between, or, within a warp, one of the warp
+A stamp counts barriers: those of the CTA in its upper bits, those of the warp below. An act of one thread of a CTA at a
+stamp comes before an act of another now if a barrier of the CTA lies between, or, within a warp, one of the warp
 (PTX ISA, "Memory Consistency Model").
 """
 
@@ -17,7 +17,7 @@ _WARP_BITS = 20
 
 @dataclass
 class Options:
-    """What is checked, and in which order CTAs run.
+    """Checks, and the order in which CTAs run.
 
     races: shared memory, between threads with no barrier between them. warp_races: the same within a warp.
     global_races: the same in global memory, also between CTAs. seed: shuffles the CTAs; None leaves their order.
@@ -40,7 +40,7 @@ class Options:
 
 @dataclass
 class Report:
-    """What a launch was: instructions that batches executed, and the basic blocks that ran.
+    """Facts of a launch: instructions that batches executed, and the basic blocks that ran.
 
     copies_differ: lines that write copies of one element that are not equal.
     """
@@ -71,7 +71,7 @@ class Threads:
         self.live = np.ones(self.n, np.bool_)  # has not returned
         self._epoch = np.zeros(count, i8)  # a CTA
         self._warp_epoch = np.zeros(self.n // 32, i8)  # a warp
-        # What the CTAs of the whole grid published and learnt: address, or CTA, to stamps [ctas, warps].
+        # Stamps that CTAs of the whole grid published and learnt: address, or CTA, to stamps [ctas, warps].
         self._grid, self._released, self._known, self._pending = run.count, run.released, run.known, run.pending
         self._restamp()
 
@@ -79,37 +79,37 @@ class Threads:
         self.stamp = (self._epoch[self.slot] << _WARP_BITS) | self._warp_epoch[self.warp]
 
     def warps_met(self, mask):
-        """A barrier of the warps that are here; in a CTA of one warp it is one of the CTA."""
+        """Pass a barrier of the warps that are here; in a CTA of one warp it is one of the CTA."""
         self._warp_epoch += 1 if mask is None else mask.reshape(-1, 32).any(1)
         self._restamp()
         if self.warps == 1:
             self._learn(range(len(self.ctas)) if mask is None else np.unique(self.slot[mask]))
 
     def ctas_met(self, slots=None):
-        """A barrier of the CTAs in these slots of the batch, None: of all."""
+        """Pass a barrier of the CTAs in these slots of the batch (None: of all)."""
         self._epoch[slice(None) if slots is None else slots] += 1
         self._restamp()
         self._learn(range(len(self.ctas)) if slots is None else slots)
 
     def ordered(self, stamp, warp, lanes):
-        """Whether a barrier lies between an access at `stamp` by a thread of `warp` and one of `lanes` now."""
+        """Tell whether a barrier lies between an access at `stamp` by a thread of `warp` and one of `lanes` now."""
         now = self.stamp[lanes]
         later = (stamp >> _WARP_BITS) < (now >> _WARP_BITS)
         return later | ((warp == self.own_warp[lanes]) & ((stamp < now) | (not self.options.warp_races)))
 
     @staticmethod
     def behind_a_barrier(stamp, later):
-        """Whether a barrier of the CTA lies between two stamps."""
+        """Tell whether a barrier of the CTA lies between two stamps."""
         return (stamp >> _WARP_BITS) < (later >> _WARP_BITS)
 
     def recent(self, stamp, lanes):
-        """Whether no barrier of the CTA lies behind a stamp; false also where there is none (-1)."""
+        """Tell whether the CTA has passed no barrier since a stamp; false also where there is none (-1)."""
         return (stamp >> _WARP_BITS) >= (self.stamp[lanes] >> _WARP_BITS)
 
     # --- between CTAs: release and acquire ----------------------------------------------------------------------------
 
     def release(self, key, lane):
-        """Publishes at an address what the CTA did before its last barrier, and this thread until now."""
+        """Publish at an address the acts of the CTA before its last barrier, and this thread's until now."""
         cta = int(self.cta[lane])
         stamps = np.zeros((self._grid, self.warps), i8)
         stamps[cta] = self.stamp[lane] >> _WARP_BITS << _WARP_BITS
@@ -118,7 +118,7 @@ class Threads:
         self._released[key] = np.maximum(self._released.get(key, 0), stamps)
 
     def acquire(self, key, lane):
-        """The CTA may read what is published there, from its next barrier on."""
+        """Let the CTA read what is published there, from its next barrier on."""
         if (found := self._released.get(key)) is not None:
             cta = int(self.cta[lane])
             self._pending[cta] = np.maximum(self._pending.get(cta, 0), found)
@@ -130,7 +130,7 @@ class Threads:
                 self._known[cta] = np.maximum(self._known.get(cta, 0), new)
 
     def known(self, cta: int):
-        """The stamps `[ctas, warps]` up to which this CTA may read what others wrote; None if it has learnt nothing."""
+        """Return the stamps `[ctas, warps]` up to which this CTA may read others' writes; None if it knows none."""
         return self._known.get(int(cta))
 
     # --- masks and faults ---------------------------------------------------------------------------------------------
@@ -144,7 +144,7 @@ class Threads:
         return mask
 
     def whole(self, mask, size=32):
-        """Whether of each warp (128: warpgroup) all threads that have not returned are here, or none."""
+        """Tell whether of each warp (128: warpgroup) all threads that have not returned are here, or none."""
         here, live = mask.reshape(-1, size), self.live.reshape(-1, size)
         return not (here.any(1) & (here != live).any(1)).any()
 

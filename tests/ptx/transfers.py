@@ -1,4 +1,4 @@
-"""Memory, asynchronous copies, and what the lanes of a warp do together, as source: a part of the translator."""
+"""Memory, asynchronous copies and joint operations of a warp's lanes, as source: a part of the translator."""
 
 import re
 
@@ -14,7 +14,7 @@ _ATOMIC = ("add", "min", "max", "exch", "cas", "and", "or", "xor", "inc", "dec")
 
 
 def space_of(op: list[str]) -> str:
-    """The state space that a mnemonic names; an address without one is generic."""
+    """Return the state space that a mnemonic names; an address without one is generic."""
     spaces = (piece.partition("::")[0] for piece in op)
     return next((space for space in spaces if space in (*_MEMORIES, "local", "param")), "generic")
 
@@ -76,7 +76,7 @@ class Transfers:
         return self._op_atom(ins, mask, result=False)
 
     def _op_cp(self, ins, mask):
-        """cp.async ("Data Movement and Conversion Instructions"), not in bulk."""
+        """cp.async: asynchronous copies ("Data Movement and Conversion Instructions"), not in bulk."""
         op, args = ins.op, ins.args
         if op[:2] == ["cp", "async"] and op[2] == "commit_group":
             return [], [f"s.copies.commit({mask})"]
@@ -108,7 +108,7 @@ class Transfers:
     # --- warps --------------------------------------------------------------------------------------------------------
 
     def _op_bar(self, ins, mask):
-        """bar.warp.sync; the barriers of a CTA end their blocks."""
+        """bar.warp.sync: a barrier of a warp; the barriers of a CTA end their blocks."""
         return [], [f"s.exchange.sync({self.raw(ins.args[0], 32)}, {mask}, {ins.line})"]
 
     def _op_shfl(self, ins, mask):

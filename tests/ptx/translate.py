@@ -57,7 +57,7 @@ class Translator(Arithmetic, Transfers):
         return lines
 
     def _touch(self, ins, written, mask):
-        """Tells of registers that asynchronous products use too."""
+        """Record registers that asynchronous products use too."""
         names = {name for arg in ins.args for name in (arg if isinstance(arg, (list, tuple)) else [arg])}
         read, wrote = (
             sorted(self.kernel.registers[name][0] for name in some & self.of_products)
@@ -78,7 +78,7 @@ class Translator(Arithmetic, Transfers):
         return f"C[{self.constants.setdefault(key, len(self.constants))}]"
 
     def raw(self, arg: str, bits: int) -> str:
-        """The operand as an unsigned array of `bits`."""
+        """Return the operand as an unsigned array of `bits`."""
         if arg in self.kernel.registers:
             have = self.kernel.registers[arg][1]
             return self.register(arg) + ("" if have == bits else f".astype(u{bits // 8})")
@@ -101,7 +101,7 @@ class Translator(Arithmetic, Transfers):
         return "~" * arg.startswith("!") + self.raw(arg.lstrip("!"), 1)
 
     def value(self, arg: str, kind: str) -> str:
-        """The operand as an array of its type."""
+        """Return the operand as an array of its type."""
         raw = self.raw(arg, BITS[kind])
         return raw if NUMPY[kind][0] in "ub" else f"{raw}.view({NUMPY[kind]})"
 
@@ -110,7 +110,7 @@ class Translator(Arithmetic, Transfers):
         return [f"ftz({value})" for value in values] if "ftz" in op and kind == "f32" else values
 
     def stored(self, expression: str, kind: str, register: str) -> str:
-        """A value of a type as what its register holds; one of more bits is extended as the type says."""
+        """Convert a value of a type to its register's form; one of more bits is extended as the type says."""
         if kind == "pred":
             return expression
         have, bits, numpy = self.kernel.registers[register][1], BITS[kind], NUMPY[kind]
@@ -122,7 +122,7 @@ class Translator(Arithmetic, Transfers):
         return expression if numpy[0] == "u" else f"({expression}).view(u{have // 8})"
 
     def address(self, arg) -> tuple[str, int]:
-        """A base and an offset."""
+        """Return a base and an offset."""
         _, base, offset = arg
         if base in self.kernel.registers:
             return self.register(base), offset

@@ -1,6 +1,6 @@
 """wgmma: products of four warps that end later (PTX ISA, "Asynchronous Warpgroup Level Matrix Instructions", sm_90).
 
-A sum arrives in its registers when its group is waited for. Until then nobody may touch them, nor write the shared
+A sum arrives in its registers when its group is waited for. Until then no thread may touch them, or write the shared
 memory that is read. Registers that other instructions wrote need a wgmma.fence first, shared memory that they wrote a
 fence.proxy.async behind the write or, behind a barrier, before the product ("Async Proxy").
 """
@@ -36,7 +36,7 @@ def descriptor(word: int):
 
 
 def chunks(word: int, count: int, across: bool) -> np.ndarray:
-    """Addresses of the 16-byte chunks of an operand, "Shared Memory Matrix Layout" ("Strides", "Canonical Layouts").
+    """Return addresses of the 16-byte chunks of an operand (see "Strides" and "Canonical Layouts").
 
     Not across: `[count, 2]`, of each row (m or n) its 32 bytes along k. Across: `[16, count / 8]`, of each k the chunks
     along m or n.
@@ -65,7 +65,7 @@ class Warpgroups:
     # --- what other instructions do -----------------------------------------------------------------------------------
 
     def touch(self, read, written, mask, line):
-        """Registers of products in another instruction."""
+        """Check registers of products in another instruction."""
         if self.busy:
             for register in (*read, *written):
                 if (busy := self.busy.get(register)) is not None and (busy if mask is None else busy & mask).any():
@@ -75,15 +75,16 @@ class Warpgroups:
             self.dirty[register] = here | self.dirty.get(register, False)
 
     def fence(self, mask):
-        """wgmma.fence."""
+        """Do wgmma.fence."""
         self.dirty = {} if mask is None else {r: m & ~mask for r, m in self.dirty.items() if (m & ~mask).any()}
 
     # --- products -----------------------------------------------------------------------------------------------------
 
     def product(self, n, kind, target, a, a_across, b, b_across, scale, signs, mask, line):
-        """target: indices of the sum's registers. a: indices, or an array of descriptors, as `b` is.
+        """Begin a product.
 
-        scale: whether what was there is added, an array of bools. signs: of `a` and `b`.
+        target: indices of the sum's registers. a: indices, or an array of descriptors, as `b` is.
+        scale: whether the former sum is added, an array of bools. signs: of `a` and `b`.
         """
         t = self.t
         if mask is not None and not t.whole(mask, 128):
@@ -116,7 +117,7 @@ class Warpgroups:
         self.groups.begin(_Product(here, tuple(target), frozenset((*target, *held)), cells, groups))
 
     def _sum(self, index):
-        """What a register holds or, of threads whose product is under way, will hold."""
+        """Return a register's value or, for threads whose product is under way, its future value."""
         if index not in self.pending:
             return self.registers[index]
         return np.where(self.busy[index], self.pending[index], self.registers[index])
@@ -130,7 +131,7 @@ class Warpgroups:
                 self.t.fail("wgmma", "an operand is a sum that was not waited for", mask, line)
 
     def _operand(self, words, count, kind, across, groups, mask, line):
-        """Numbers `[groups, count, k]` and the cells that hold them."""
+        """Return numbers `[groups, count, k]` and the cells that hold them."""
         t, shared = self.t, self.shared
         mine = words.reshape(-1, 128)[groups]
         if (mine != mine[:, :1]).any():
@@ -185,7 +186,7 @@ class Warpgroups:
         self._settle({index for product, _ in ended for index in product.operands})
 
     def _settle(self, operands):
-        """Registers are free where no younger product uses them."""
+        """Free registers that no younger product uses."""
         left = [(p, p.mask & group.mask) for group in self.groups.groups for p in group.begun]
         left += [(p, p.mask) for p in self.groups.open]
         for index in operands:

@@ -48,7 +48,7 @@ def inputs():
 
 @torch.no_grad()
 def test_computes_what_the_original_computes():
-    """float64 throughout; the encoders' RMS norms differ by their epsilon (1e-5 of the mean square), nothing else."""
+    """Compare in float64; RMS norms differ by their epsilon (1e-5 of the mean square), and nothing else does."""
     states = original.autoregressive_state(dtype=torch.float64), original.clvp_state(dtype=torch.float64)
     model = convert_tortoise_checkpoint(*states)
     text, mel = inputs()

@@ -120,7 +120,7 @@ def voice_latent(state: dict, mel: torch.Tensor) -> torch.Tensor:
 
 
 def gpt_logits(state: dict, embeds: torch.Tensor) -> torch.Tensor:
-    """GPT-2 without positions of its own, both closing norms, and the head: `[batch, length, width]` → logits."""
+    """Run GPT-2 without positions of its own, both closing norms, and the head: `[batch, length, width]` → logits."""
     x, length = embeds, embeds.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool).tril()
     for i in range(LAYERS):
@@ -156,7 +156,7 @@ def greedy_codes(state: dict, text: torch.Tensor, mel: torch.Tensor, steps: int)
 
 
 def clvp_embed(state: dict, side: str, ids: torch.Tensor) -> torch.Tensor:
-    """x-transformers' encoder with rotary queries, keys and values; mean, projection: `[batch, length]` → latents."""
+    """Run x-transformers' encoder with rotary q, k and v; mean, projection: `[batch, length]` → `[batch, dim]`."""
     x = state[f"{side}_emb.weight"][ids]
     stack = f"{side}_transformer.transformer"
     angles = torch.arange(ids.shape[1])[:, None] * state[f"{stack}.attn_layers.rotary_pos_emb.inv_freq"]
