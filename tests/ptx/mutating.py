@@ -25,7 +25,7 @@ def pytest_addoption(parser):
     group.addoption(
         "--ptx-mutants", metavar="FILE", required=True, help="what became of each fault, a line of JSON each"
     )
-    group.addoption("--ptx-seconds", type=float, default=600, help="how long faults are drawn, in seconds of the processor")
+    group.addoption("--ptx-seconds", type=float, default=600, help="the processor's, in which faults are drawn")
     group.addoption("--ptx-seed", type=int, default=0)
 
 

@@ -78,9 +78,7 @@ def test_a_place_counts_as_seen_with_one_of_its_faults():
 def test_a_survivor_with_a_reason_is_not_open():
     reasons = {("norm", "comparison", "norm.py:9:9"): "setp compares numbers that are never equal"}
     (found,) = survey({"norm": rows(("norm.py:9:9", None))}, reasons)
-    assert found["open"] == {} and found["equivalent"] == {
-        "norm.py:9:9": "setp compares numbers that are never equal"
-    }
+    assert found["open"] == {} and found["equivalent"] == {"norm.py:9:9": "setp compares numbers that are never equal"}
 
 
 def test_each_reason_names_a_survivor():
