@@ -1,8 +1,8 @@
 """`pytest -p tests.ptx.plugin -p tests.ptx.mutating --ptx-mutants FILE`: faults in the kernels of the chosen tests.
 
-Each test runs once as it is. Then, for as many seconds of the processor as `--ptx-seconds` says, a fault is drawn, of each kernel in turn and of
-each kind with the same chance, and the tests that ran that code are run on it until one fails. FILE has a line for each
-fault; called again with it, what it has is not drawn again.
+Each test runs once as it is. Then, for as many seconds of the processor as `--ptx-seconds` says, a fault is drawn, of
+each kernel in turn and of each kind with the same chance, and the tests that ran that code are run on it until one
+fails. FILE has a line for each fault; called again with it, what it has is not drawn again.
 """
 
 import json
