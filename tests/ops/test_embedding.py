@@ -68,10 +68,11 @@ def test_layouts(backend):
 def test_ids_outside_the_tables_make_rows_of_nan(backend):
     """Make such a row NaN, without a fault, another id's row, or a change to neighbours."""
     tokens, positions, *both = operands(backend.device, 2, 6, width=40)
-    tokens[0, 1], tokens[0, 3], positions[1, 2], positions[1, 5] = 50, -1, 20, -(2**40)
+    tokens[0, 1], tokens[0, 3] = 50, -1
+    positions[0, 5], positions[1, 2], positions[1, 5] = -1, 20, -(2**40)
     out = embed(tokens, positions, *both)
     bad = torch.zeros(2, 6, dtype=torch.bool, device=backend.device)
-    bad[0, 1] = bad[0, 3] = bad[1, 2] = bad[1, 5] = True
+    bad[0, 1] = bad[0, 3] = bad[0, 5] = bad[1, 2] = bad[1, 5] = True
     assert torch.equal(out.isnan(), bad[..., None].expand(-1, -1, 40))
     tokens, positions = tokens.masked_fill(bad, 0), positions.masked_fill(bad, 0)
     assert torch.equal(out[~bad], embed(tokens, positions, *both)[~bad])

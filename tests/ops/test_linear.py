@@ -238,7 +238,7 @@ def test_all_is_written_and_nothing_else(backend, dtype, rows, sizes):
     out = Guarded(rows, len(weight), dtype=dtype, device=backend.device)
     kernels.linear(*guarded, scales, bias, "gelu_new", out=out.tensor)
     out.check()
-    assert torch.equal(out.tensor, run(backend, x, weight, bias, scale, "gelu_new"))
+    assert torch.equal(out.tensor, check(backend, x, weight, bias, scale, "gelu_new"))
 
 
 @on(*TRITON)

@@ -142,7 +142,9 @@ def test_signals(backend, signal, dtype):
 @EVERY
 def test_short_clips_reflect_again_and_again(backend, time):
     for n_fft, hop_length in ((256, 60), (256, 128), (1024, 1), (512, 300)):
-        check(backend, noise(3, time, seed=time), **settings(n_fft, hop_length if time > 9 else 2))
+        # Between the lines of what repeats itself little is heard, and the largest error is a matter of luck.
+        options = settings(n_fft, hop_length if time > 9 else 2, log_floor=1e-3)
+        check(backend, noise(3, time, seed=time), **options)
 
 
 @EVERY

@@ -9,5 +9,6 @@ integers.py, floats.py, matrices.py, atomics.py: what instructions compute.
 threads.py, machine.py: warps, CTAs, barriers, control flow, grids.
 regions.py, global_memory.py, shared_memory.py, dependent.py: memory, and in which order it is read and written.
 groups.py, copies.py, warpgroups.py: what ends later than it begins. exchange.py: what the lanes of a warp exchange.
-launching.py, plugin.py: the project's launchers and tests on it. suites.py, __main__.py: what CI and `make` run.
+launching.py, native.py, plugin.py: the project's launchers and tests on it, of kernels/ and of csrc/cuda/.
+suites.py, coverage.py, __main__.py: what CI and `make` run. mutants.py, mutating.py: planted faults.
 """

@@ -27,14 +27,15 @@ ret;
 """
 
 
-def run(body, a=None, b=None, out=None, *, threads=32, grid=1, shared=0, **options) -> np.ndarray:
+def run(body, a=None, b=None, out=None, *, threads=32, grid=1, shared=0, cooperative=False, **options) -> np.ndarray:
     """Run a kernel, and return its `out`, a word a thread by default. `shared`: bytes of the variable `memory`."""
     extern = ".extern .shared .align 1024 .b8 memory[];" if shared else ""
-    program = Program.of(_TEXT.format(body=body, threads=threads, extern=extern))
+    program = Program.of(_TEXT.format(body=body, threads=threads, extern=extern), fine=cooperative)
     memory = new_memory(program)
     a, b, out = (np.zeros(threads, np.uint32) if x is None else np.ascontiguousarray(x) for x in (a, b, out))
     places = [memory.add(n, x.ctypes.data, x.nbytes, x) for n, x in (("a", a), ("b", b), ("out", out))]
-    launch(program, (grid, 1, 1), threads, shared, struct.pack("<QQQ", *places), memory, Options(**options))
+    raw = struct.pack("<QQQ", *places)
+    launch(program, (grid, 1, 1), threads, shared, raw, memory, Options(**options), cooperative)
     return out
 
 

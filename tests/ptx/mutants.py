@@ -109,14 +109,16 @@ def reasons_of_survivors() -> dict[tuple[str, str, str], str]:
 def survey(found: dict[str, list[dict]], reasons: dict[tuple[str, str, str], str]) -> list[dict]:
     """Make a row for each kernel and kind, of the faults that `mutating.py` wrote down for each kernel.
 
-    A place of the source is seen if one fault there is: it has many compiled forms, and in some of them a fault changes
-    nothing. Of places that are not: equivalent, with the reason; open, with one of their instructions.
+    A place of the source is seen if one fault there is, by the tests of any kernel: it has many compiled forms, and in
+    some of them a fault changes nothing. Of places that are not: equivalent, with the reason; open, with one of their
+    instructions.
     """
-    surveyed = []
+    surveyed, every = [], [row for faults in found.values() for row in faults]
     for kernel, faults in sorted(found.items()):
         for kind in sorted({row["fault"][3] for row in faults}):
             mine = [row for row in faults if row["fault"][3] == kind]
-            seen = {row["where"] for row in mine if row["seen"]}
+            anywhere = {row["where"] for row in every if row["seen"] and row["fault"][3] == kind}
+            seen = {row["where"] for row in mine} & anywhere
             left = {row["where"]: row["text"] for row in mine if row["where"] not in seen}
             known = {where: reasons[kernel, kind, where] for where in left if (kernel, kind, where) in reasons}
             surveyed.append(dict(

@@ -10,6 +10,7 @@ import hashlib
 import os
 import re
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -67,11 +68,14 @@ def _compile(arch: int, folder: Path, tools: build.Toolchain):
         done = subprocess.run([*map(str, command)], cwd=folder, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
 
-    target = f"-gencode=arch=compute_{arch},code=compute_{arch}"
-    for stem in build.CUDA_SOURCES:
+    def compile_part(stem):
         run(tools.nvcc, *_FLAGS, target, "-c", CSRC / f"cuda/{stem}.cu", "-o", f"{stem}.o")
         text = (folder / f"{stem}.ptx").read_text()
         (folder / f"{stem}.ptx").write_text(text[: text.find("\t.section")])  # debug information, most of the file
+
+    target = f"-gencode=arch=compute_{arch},code=compute_{arch}"
+    with ThreadPoolExecutor() as threads:
+        list(threads.map(compile_part, build.CUDA_SOURCES))
     for left in folder.iterdir():
         if left.suffix not in (".o", ".ptx") and left.name != "lock":
             left.unlink()

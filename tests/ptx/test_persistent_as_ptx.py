@@ -24,7 +24,7 @@ from tests.ptx.regions import Fault
 # Hidden and inner width: lanes, warps and blocks without work, and rows of several batches.
 SHAPES = [(128, 512), (64, 8), (192, 320), (576, 72)]
 
-SMALL = dict(hidden_size=64, num_attention_heads=1, n_inner=72)
+SMALL = dict(hidden_size=64, num_attention_heads=1, n_inner=72, num_hidden_layers=1)
 
 
 class Executed(PersistentStep):
@@ -125,18 +125,16 @@ def test_each_wait_of_all_blocks_is_needed(run, launcher, monkeypatch, count):
         assert any(is_seen(run, scene, right, seed) for seed in range(3)), str(mutant.instruction)
 
 
-@pytest.mark.parametrize("what", ["barrier removed", "order relaxed"])
-def test_what_a_wait_is_made_of_is_needed(run, launcher, monkeypatch, what):
+def test_the_order_that_a_wait_makes_is_needed(run, launcher, monkeypatch):
+    """A counter that is neither released nor acquired."""
     scene = scene_of(decoder_of(torch.bfloat16, **SMALL), ROWS[:1])
     right = run(with_pages(scene))
-    program, ran = launcher.reports[-1].program, launcher.reports[-1].blocks
-    faults = [mutant for mutant in mutants(program) if mutant.what == what and mutant.block in ran]
-    unseen = []
-    for mutant in faults:
+    program = launcher.reports[-1].program
+    relaxed = [mutant for mutant in mutants(program) if mutant.what == "order relaxed"]
+    assert len(relaxed) == 10
+    for mutant in relaxed:
         monkeypatch.setattr(launcher.options, "swap", (program, mutant.build()))
-        if not any(is_seen(run, scene, right, seed) for seed in range(3)):
-            unseen.append(f"{mutant.instruction} at {mutant.instruction.where}")
-    assert faults and not unseen
+        assert any(is_seen(run, scene, right, seed) for seed in range(3)), str(mutant.instruction)
 
 
 def test_what_is_written_may_not_be_read_as_constant(run, launcher, monkeypatch):
@@ -150,7 +148,7 @@ def test_what_is_written_may_not_be_read_as_constant(run, launcher, monkeypatch)
         for place, i in enumerate(block.body)
         if i.op[:3] == ["ld", "global", "cg"] and number in launcher.reports[-1].blocks
     ]
-    for number, place, i in found[:: max(1, len(found) // 8)]:
+    for number, place, i in found[:: max(1, len(found) // 5)]:
         changed = replace(i, op=["ld", "global", "nc", *i.op[3:]])
         fault = Mutant(program, number, place, "non-coherent", changed)
         monkeypatch.setattr(launcher.options, "swap", (program, fault.build()))
