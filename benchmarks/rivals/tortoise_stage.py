@@ -56,7 +56,7 @@ def tortoise_api() -> Any:
 
 @torch.no_grad()
 def make_tts(device: str, smoke: bool) -> Any:
-    """A `TextToSpeech` without the files of its constructor; equal weights every time, and nothing ever stops."""
+    """Make a `TextToSpeech` without the files of its constructor; equal weights every time, and nothing ever stops."""
     api = tortoise_api()
     decoder, encoders = SMALL if smoke else REAL
     codes = decoder["number_mel_codes"]

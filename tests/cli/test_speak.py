@@ -17,7 +17,7 @@ QUICK = ("--num-candidates", 4, "--max-new-tokens", 24)
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """The random demo with a vocoder of noise."""
+    """Give the random checkpoint with a vocoder of noise."""
     folder = tmp_path_factory.mktemp("with-vocoder")
     build_demo(folder)
     torch.manual_seed(0)

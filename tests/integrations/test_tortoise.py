@@ -154,7 +154,7 @@ def test_the_first_code_has_tortoises_distribution(live, typical):
 
 
 def typical_warper(tts):
-    """The class that `inference_speech` of the object puts among the processors."""
+    """Return the class that `inference_speech` of the object puts among the processors."""
     return getattr(inspect.getmodule(type(tts.autoregressive)), "TypicalLogitsWarper", TypicalLogitsWarper)
 
 
