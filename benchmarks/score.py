@@ -26,7 +26,7 @@ SHAPES = {
 }
 SMOKE = (dict(candidates=3, length=9), dict(candidates=3, shortest=4, length=9, padded_to=12))
 TEXT = list(range(3, 33))
-# What an operation of torch's profiler counts as, by what its name holds; all others are norms, activations and copies.
+# Parts of scoring, by pieces of names in torch's profiler; all others are norms, activations and copies.
 PARTS = {"products": ("::linear", "::mm", "::addmm"), "attention": ("attention", "::bmm", "::baddbmm", "softmax")}
 # By dtype, how far embeddings may be from transformers' in float32.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}

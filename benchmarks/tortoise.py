@@ -30,7 +30,7 @@ SHAPES = {
 }
 SMOKE = (dict(candidates=2, codes=4, padded_to=40),)
 TEXT = "The birch canoe slid on the smooth planks, and the doctor paid for it."
-# How far scores and latents of given codes may be from the package's, by dtype.
+# The largest difference of scores and latents of given codes from the package's, by dtype.
 TOLERANCE = {"float32": 1e-4, "int8": 1e-4, "bfloat16": 5e-2}
 SILENCE = 83
 

@@ -81,7 +81,7 @@ def test_plain_classes_load_it(folder):
 
 
 def test_candidates_end_at_varied_lengths():
-    checkpoint = load_checkpoint("demo")
+    checkpoint = load_checkpoint("random")
     model = checkpoint.model
     ids = checkpoint.tokenizer("The birch canoe slid on the smooth planks.", return_tensors="pt")["input_ids"]
     torch.manual_seed(0)

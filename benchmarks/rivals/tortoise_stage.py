@@ -44,7 +44,7 @@ class Silent(nn.Module):
 
 @cache
 def tortoise_api() -> Any:
-    """`tortoise.api`, its diffusion left out; raises `Absent` where it is not installed."""
+    """Import `tortoise.api` without its diffusion; raises `Absent` where it is not installed."""
     try:
         make_tortoise_importable()
     except ImportError as error:
@@ -121,7 +121,7 @@ class Sampling:
 
     @staticmethod
     def _forward(model: Any, prompt: torch.Tensor, tokens: torch.Tensor, past: Any):
-        """`GPT2InferenceModel.forward`, but for arguments that transformers' GPT-2 has no more."""
+        """Run `GPT2InferenceModel.forward`, but for arguments that transformers' GPT-2 has no more."""
         length = prompt.shape[1]
         if past is None:
             speech = model.embeddings(tokens[:, length:])

@@ -8,7 +8,7 @@ import soundfile
 import torch
 
 from clvp_fast.cli import speak
-from clvp_fast.demo import build_demo
+from clvp_fast.demo import build_random
 from clvp_fast.integrations.tortoise_vocoder import MODELS
 from clvp_fast.vocoder import Codec, save_vocoder
 
@@ -19,7 +19,7 @@ QUICK = ("--num-candidates", 4, "--max-new-tokens", 24)
 def checkpoint(tmp_path_factory):
     """Give the random checkpoint with a vocoder of noise."""
     folder = tmp_path_factory.mktemp("with-vocoder")
-    build_demo(folder)
+    build_random(folder)
     torch.manual_seed(0)
     save_vocoder(folder, Codec(levels=(8, 8, 8, 16), width=16))
     return folder

@@ -132,7 +132,7 @@ def test_restore_waits_for_a_stream_that_is_half_read(make_fast):
 
 @torch.no_grad()
 def test_several_chunks_fade_into_one_another(tortoise_api):
-    """Tortoise's own fading over our states: each chunk is that of its `handle_chunks` over all states until then."""
+    """Fade as Tortoise does over our states: each chunk is that of its `handle_chunks` over all states until then."""
     tts = stand_in_fast.tiny_fast(importlib.import_module("tortoise.api_fast"), stop_bias=-30.0, max_mel_tokens=120)
     module = tts.autoregressive
     prompt, codes = prompt_of(module, VOICE[0], ids_of(tts)), argmax_codes(module, VOICE[0], ids_of(tts), 119)

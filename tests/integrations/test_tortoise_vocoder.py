@@ -22,7 +22,7 @@ def tts(tortoise_api):
 
 
 def test_sound_of_given_latents_is_that_of_tts(tts, tortoise_api, monkeypatch):
-    """With the generator as `tts()` has it where its diffusion begins."""
+    """Start the generator as `tts()` has it where its diffusion begins."""
     seen, own = [], tts.diffusion.timestep_independent
 
     def watched(found, *args):
