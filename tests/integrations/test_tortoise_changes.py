@@ -398,7 +398,7 @@ def test_pages_of_another_dtype_are_refused(make_tts):
     ],
 )
 def test_a_device_or_half_precision_that_is_not_served_is_refused(make_tts, device, half, message):
-    """Refuse before `accelerate(tts)`, and where the object changes later; on a CPU Tortoise's autocast does nothing."""
+    """Refuse before `accelerate(tts)`, and where the object changes later; a CPU's autocast does nothing."""
     tts = make_tts()
     tts.half, before = half, tts.device
     accelerate(tts)
