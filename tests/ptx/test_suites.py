@@ -37,6 +37,19 @@ def test_a_source_is_what_it_imports_too(monkeypatch, tmp_path):
     assert suites.source_hash("norm") != before
 
 
+def test_a_source_is_its_code_alone(monkeypatch, tmp_path):
+    monkeypatch.setattr(suites, "KERNELS", tmp_path)
+    path = tmp_path / "norm.py"
+    path.write_text('"""Head."""\n\n\ndef f(x):\n    """Add one."""\n    return x + 1  # one\n')
+    before = suites.source_hash("norm")
+    path.write_text('"""Another\n\nhead."""\n# why\n\ndef f(x):\n    """Add 1."""\n\n    return x + 1\n')
+    assert suites.source_hash("norm") == before
+    path.write_text('"""Head."""\n\n\ndef f(x):\n    return x + 2\n')
+    assert suites.source_hash("norm") != before
+    assert suites._code("a = 1; // one\n/* two */ b = 2;\n", False) == suites._code("a = 1;\nb   = 2;", False)
+    assert suites._code("a = 1;", False) != suites._code("a = 2;", False)
+
+
 def test_a_changed_kernel_is_one_without_the_row_of_its_source(monkeypatch, tmp_path):
     monkeypatch.setattr(suites, "ROWS", tmp_path / "rows.jsonl")
     monkeypatch.setattr(suites, "PAGE", tmp_path / "page.md")
