@@ -31,8 +31,8 @@ class Plan:
     code_files: int = 180
     decoder_steps: int = 4500
     decoder_steps_before_candidates: int = 2000
-    candidate_files: int = 24
-    scorer_steps: int = 2500
+    candidate_files: int = 13
+    scorer_steps: int = 1800
 
 
 PLAN = Plan()
