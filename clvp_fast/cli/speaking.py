@@ -10,7 +10,7 @@ from clvp_fast.checkpoint import Checkpoint, load_tortoise, require_text
 from clvp_fast.cli import report
 from clvp_fast.cli.inputs import device_for, load_for, sampling_of, text_ids
 from clvp_fast.cli.listen import wav
-from clvp_fast.cli.progress import warm_up, watching
+from clvp_fast.cli.progress import decoding_bar, warm_up
 from clvp_fast.cli.voices import noted_voice
 from clvp_fast.engine.building import build_engine
 from clvp_fast.engine.door import token_limit
@@ -111,9 +111,9 @@ def _drawn(
     started = perf_counter()
     ids = text_ids(checkpoint, arguments.text)
     request = CandidateRequest(input_ids=ids[0], conditioning=voice.voice)
-    with watching(1, count, length, stop_token(checkpoint.model.config.decoder_config)) as watch:
-        (result,) = engine.generate(request, sampling, keep=1, on_token=watch)
-        watch.close(request)
+    with decoding_bar(1, count, length, stop_token(checkpoint.model.config.decoder_config)) as bar:
+        (result,) = engine.generate(request, sampling, keep=1, on_token=bar)
+        bar.close(request)
     if (error := result.failure(arguments.dtype)) is not None:
         raise ValueError(error)
     seconds["generate_and_score"] = perf_counter() - started

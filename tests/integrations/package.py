@@ -6,6 +6,19 @@ from tests.integrations.oracle import randomize
 
 WIDTH, HEADS, LAYERS, CODES, CHANNELS = 128, 2, 2, 300, 64
 START, STOP = CODES, CODES + 1
+DIFFUSION = dict(
+    model_channels=CHANNELS,
+    num_layers=1,
+    in_channels=100,
+    out_channels=200,
+    in_latent_channels=WIDTH,
+    in_tokens=CODES + 1,
+    dropout=0,
+    use_fp16=False,
+    num_heads=2,
+    layer_drop=0,
+    unconditioned_percentage=0,
+)
 
 
 def tiny_tts(api, kv_cache=False, batch_size=4, stop_bias=1.0):
@@ -22,19 +35,7 @@ def tiny_tts(api, kv_cache=False, batch_size=4, stop_bias=1.0):
     depths = dict(text_enc_depth=2, speech_enc_depth=2, text_heads=HEADS, speech_heads=HEADS, use_xformers=True)
     tts.clvp = randomize(api.CLVP(**sizes, **depths), 2)
     torch.manual_seed(3)
-    tts.diffusion = api.DiffusionTts(
-        model_channels=CHANNELS,
-        num_layers=1,
-        in_channels=100,
-        out_channels=200,
-        in_latent_channels=WIDTH,
-        in_tokens=CODES + 1,
-        dropout=0,
-        use_fp16=False,
-        num_heads=2,
-        layer_drop=0,
-        unconditioned_percentage=0,
-    ).eval()
+    tts.diffusion = api.DiffusionTts(**DIFFUSION).eval()
     with torch.no_grad():
         for parameter in tts.diffusion.parameters():
             if not parameter.any():  # what training begins with at zero would let no latent through

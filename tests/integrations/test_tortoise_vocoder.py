@@ -1,5 +1,6 @@
 """Tortoise's diffusion and vocoder behind our latents: the sound of its own `tts()`, and `clvp-fast speak`."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from clvp_fast.cli import main
 from clvp_fast.integrations.tortoise_vocoder import TortoiseVocoder, voice_for_diffusion
 from tests.integrations.oracle import off
-from tests.integrations.package import tiny_tts
+from tests.integrations.package import DIFFUSION, tiny_tts
 from tests.integrations.test_tortoise import TEXT, latents
 
 VOICE = Path(__file__).resolve().parents[2] / "examples/voice.flac"
@@ -74,9 +75,10 @@ def test_speak_over_tortoises_own_files(tts, tortoise_api, tmp_path, monkeypatch
         ("diffusion_decoder", tts.diffusion),
     ):
         torch.save(module.state_dict(), folder / f"{name}.pth")
-    torch.save({"model_g": tts.vocoder.state_dict()}, folder / "vocoder.pth")
-    monkeypatch.setattr(tortoise_api, "DiffusionTts", lambda **sizes: tiny_tts(tortoise_api).diffusion)
-    monkeypatch.setattr(tortoise_api, "UnivNetGenerator", lambda: tiny_tts(tortoise_api).vocoder)
+    diffusion, vocoder = partial(tortoise_api.DiffusionTts, **DIFFUSION), tortoise_api.UnivNetGenerator
+    torch.save({"model_g": vocoder(channel_size=8).state_dict()}, folder / "vocoder.pth")
+    monkeypatch.setattr(tortoise_api, "DiffusionTts", lambda **sizes: diffusion())
+    monkeypatch.setattr(tortoise_api, "UnivNetGenerator", lambda: vocoder(channel_size=8))
     common = ["speak", TEXT, "--voice", str(VOICE), "--tortoise", str(tmp_path), "--num-candidates", "4"]
     common += ["--max-new-tokens", "20", "--iterations", "3", "--device", "cpu"]
 
