@@ -11,6 +11,8 @@ namespace {
 
 /* Columns of a chain: its part of a panel stays in the first-level cache while the tiles of all rows read it. */
 constexpr int64_t BLOCK = 64;
+/* For the sums of a panel and so many rows of x there are registers. */
+constexpr int WHOLE_ROWS = LANES == 16 ? 1 : 2;
 
 CLVP_FAST_INLINE Integers widen(const int16_t *from) {
 #if defined(__AVX512F__)
@@ -30,8 +32,6 @@ CLVP_FAST_INLINE Integers widen(const int16_t *from) {
 template <class In, class Weight>
 struct Units {
     static constexpr int WEIGHTS = sizeof(Weight) == 4 ? 1 : 2, STEPS = WEIGHTS / UNIT_FACTORS<In>;
-    /* True if weights are multiplied in the type that memory holds. */
-    static constexpr bool PLAIN = STEPS == 1 && sizeof(Weight) == sizeof(Factor<In>);
     /* Those of LANES rows, which begin at `from`. */
     template <int STEP>
     CLVP_FAST_INLINE Floats load(const Weight *from) {
@@ -48,44 +48,54 @@ struct Units {
     }
 };
 
-/* The same after they were widened, once for many rows. */
-template <class In>
-struct Widened {
-    static constexpr int WEIGHTS = UNIT_FACTORS<In>, STEPS = 1;
-    template <int STEP>
-    CLVP_FAST_INLINE Floats load(const Factor<In> *from) {
-        return load_floats((const float *)from);
-    }
+/* Whether the weights of a chain are widened once for more than two tiles of rows: to pairs of bfloat16 that takes
+ * longer than to store and load them, to float32 it does not. */
+template <class In, class Weight>
+constexpr bool WIDENS = std::is_same_v<Weight, int8_t> && UNIT_FACTORS<In> == 2;
+
+/* Bytes of a unit of all rows of a panel. */
+template <class Kind, class Weight>
+constexpr int UNIT_BYTES = ITEM_COLUMNS * Kind::WEIGHTS * sizeof(Weight);
+
+/* What a tile fetches at each unit, into the second-level cache, which waits for more lines at a time than the first.
+ * The only tile of a chain fetches what it will read AHEAD bytes later. Of several each fetches its share of the next
+ * chain, so that memory is read all the time: LINES lines from `next` on, which then moves by `step` bytes. */
+constexpr int64_t AHEAD = 6144;
+constexpr int ALL = 0;
+struct Fetch {
+    const char *next;
+    int64_t step;
 };
 
-/* Fetches what lies AHEAD bytes behind `from`, BYTES of it, into the second-level cache: so far that
- * memory has answered when it is read, and across the end of a chain, where a CPU would not do it by itself. */
-constexpr int64_t AHEAD = 6144;
-template <int BYTES>
-CLVP_FAST_INLINE void fetch(const void *from) {
-    unroll<(BYTES + 63) / 64>(
-        [&](auto line) CLVP_FAST_INLINED { __builtin_prefetch((const char *)from + AHEAD + line * 64, 0, 2); });
+template <int LINES, int BYTES>
+CLVP_FAST_INLINE void fetch_some(const void *weights, Fetch &fetch) {
+    const char *const from = LINES == ALL ? (const char *)weights + AHEAD : fetch.next;
+    unroll<LINES == ALL ? (BYTES + 63) / 64 : LINES>(
+        [&](auto line) CLVP_FAST_INLINED { __builtin_prefetch(from + line * 64, 0, 2); });
+    if (LINES != ALL) fetch.next += fetch.step;
 }
 
 /* totals[i][...] += x W^T for some columns of x, R rows of it, and as many rows of weights as V vectors have lanes. */
-template <class In, class Kind, int R, int V, bool FETCHES, class Weight>
+template <class In, class Kind, int R, int V, int LINES, class Weight>
 CLVP_FAST_INLINE void tile(const Weight *weights, const Factor<In> *const *rows, int64_t columns, bool first,
-                           float *totals) {
+                           Fetch &fetch, float *totals) {
     Floats sums[R][V] = {};
     for (int64_t k = 0; k < columns; k += Kind::WEIGHTS, weights += ITEM_COLUMNS * Kind::WEIGHTS) {
-        if constexpr (FETCHES) fetch<ITEM_COLUMNS * Kind::WEIGHTS * sizeof(Weight)>(weights);
+        fetch_some<LINES, UNIT_BYTES<Kind, Weight>>(weights, fetch);
         unroll<Kind::STEPS>([&](auto step) CLVP_FAST_INLINED {
-            Floats weight[V];
-            unroll<V>([&](auto j) CLVP_FAST_INLINED {
-                weight[j] = Kind::template load<step>(weights + j * LANES * Kind::WEIGHTS);
-            });
-            unroll<R>([&](auto i) CLVP_FAST_INLINED {
-                const Factor<In> *const x = rows[i] + k + step * UNIT_FACTORS<In>;
-                if constexpr (V == VECTORS)
-                    add_products<In>(sums[i], x, weight);
-                else
-                    unroll<V>([&](auto j) CLVP_FAST_INLINED { sums[i][j] = dot(sums[i][j], x, weight[j]); });
-            });
+            const auto weight = [&](auto j) CLVP_FAST_INLINED {
+                return Kind::template load<step>(weights + j * LANES * Kind::WEIGHTS);
+            };
+            const auto x = [&](auto i) CLVP_FAST_INLINED { return rows[i] + k + step * UNIT_FACTORS<In>; };
+            if constexpr (V == VECTORS) {
+                const Floats some[VECTORS] = {weight(Index<0>{}), weight(Index<1>{}), weight(Index<2>{})};
+                unroll<R>([&](auto i) CLVP_FAST_INLINED { add_products<In>(sums[i], x(i), some); });
+            } else { /* there are no registers for so many weights at once */
+                unroll<V>([&](auto j) CLVP_FAST_INLINED {
+                    const Floats one = weight(j);
+                    unroll<R>([&](auto i) CLVP_FAST_INLINED { sums[i][j] = dot(sums[i][j], x(i), one); });
+                });
+            }
         });
     }
     unroll<R * V>([&](auto n) CLVP_FAST_INLINED {
@@ -94,24 +104,29 @@ CLVP_FAST_INLINE void tile(const Weight *weights, const Factor<In> *const *rows,
     });
 }
 
-/* The same for any number of rows and all rows of weights of a panel. FETCHES: each tile fetches what comes, as a CPU
- * drops fetches while it waits for many. */
-template <class In, class Kind, bool FETCHES, class Weight>
+/* How many tiles `count` rows of x and a panel make. */
+int64_t tiles(int64_t count) { return count <= WHOLE_ROWS ? 1 : (count + ROWS - 1) / ROWS * (ITEM_COLUMNS / COLUMNS); }
+
+/* The same for any number of rows and all rows of weights of a panel. */
+template <class In, class Kind, int LINES, class Weight>
 void multiply(const Weight *weights, const Factor<In> *x, int64_t stride, int64_t count, int64_t columns, bool first,
-              float *totals) {
+              Fetch fetch, float *totals) {
     for (int64_t m = 0; m < count; m += ROWS) {
         const Factor<In> *rows[ROWS];
         for (int i = 0; i < ROWS; ++i) rows[i] = x + (m + i < count ? m + i : count - 1) * stride;
         const int64_t left = count - m < ROWS ? count - m : ROWS;
         float *const to = totals + m * ITEM_COLUMNS;
-        if (count == 1) {
-            tile<In, Kind, 1, ITEM_COLUMNS / LANES, FETCHES>(weights, rows, columns, first, to);
+        if (LINES == ALL && count <= WHOLE_ROWS) {
+            unroll<WHOLE_ROWS>([&](auto i) CLVP_FAST_INLINED {
+                if (i + 1 == left)
+                    tile<In, Kind, i + 1, ITEM_COLUMNS / LANES, ALL>(weights, rows, columns, first, fetch, to);
+            });
             continue;
         }
         for (int n = 0; n < ITEM_COLUMNS; n += COLUMNS) {
             const Weight *const some = weights + n * Kind::WEIGHTS;
             unroll<ROWS>([&](auto i) CLVP_FAST_INLINED {
-                if (i + 1 == left) tile<In, Kind, i + 1, VECTORS, FETCHES>(some, rows, columns, first, to + n);
+                if (i + 1 == left) tile<In, Kind, i + 1, VECTORS, LINES>(some, rows, columns, first, fetch, to + n);
             });
         }
     }
@@ -121,7 +136,7 @@ void multiply(const Weight *weights, const Factor<In> *x, int64_t stride, int64_
 struct Scratch {
     int64_t prepared_end; /* one past the last row of x that was prepared */
     alignas(64) float totals[ITEM_ROWS * ITEM_COLUMNS];
-    alignas(64) float widened[BLOCK * ITEM_COLUMNS];
+    alignas(64) uint16_t widened[BLOCK * ITEM_COLUMNS];
     alignas(64) float x[];
 };
 
@@ -144,6 +159,7 @@ size_t scratch_bytes(const clvp_fast_linear *call) {
 template <class In, class Weight>
 void run(const clvp_fast_linear *call, const Item &item, Scratch *scratch) {
     using Kind = Units<In, Weight>;
+    constexpr int BYTES = UNIT_BYTES<Kind, Weight>;
     const int64_t columns = call->in_features, first_row = item.first_row, rows = item.rows;
 
     const Factor<In> *x = (const Factor<In> *)((const In *)call->x + first_row * call->x_stride);
@@ -167,22 +183,19 @@ void run(const clvp_fast_linear *call, const Item &item, Scratch *scratch) {
     const Weight *weights = (const Weight *)call->panels + item.first * columns;
     for (int64_t k = 0; k < columns; k += BLOCK) {
         const int64_t some = columns - k < BLOCK ? columns - k : BLOCK, size = some * ITEM_COLUMNS;
-        if (Kind::PLAIN || rows <= ROWS) {
-            multiply<In, Kind, true>(weights, x + k, stride, rows, some, k == 0, scratch->totals);
+        const Fetch fetch = {(const char *)(weights + size), BYTES / tiles(rows)};
+        if (WIDENS<In, Weight> && rows > 2 * ROWS) {
+            In *const widened = (In *)scratch->widened;
+            for (int64_t n = 0; n < size; n += LANES * Kind::WEIGHTS)
+                store_floats((float *)(widened + n), Kind::template load<0>(weights + n));
+            multiply<In, Units<In, In>, 1>(widened, x + k, stride, rows, some, k == 0, fetch, scratch->totals);
+        } else if (tiles(rows) == 1) {
+            multiply<In, Kind, ALL>(weights, x + k, stride, rows, some, k == 0, fetch, scratch->totals);
+        } else if (tiles(rows) == 2) {
+            constexpr int HALF = (BYTES / 2 + 63) / 64;
+            multiply<In, Kind, HALF>(weights, x + k, stride, rows, some, k == 0, fetch, scratch->totals);
         } else {
-            Factor<In> *to = (Factor<In> *)scratch->widened;
-            for (int64_t n = 0; n < size; n += ITEM_COLUMNS * Kind::WEIGHTS) {
-                fetch<ITEM_COLUMNS * Kind::WEIGHTS * sizeof(Weight)>(weights + n);
-                unroll<Kind::STEPS>([&](auto step) CLVP_FAST_INLINED {
-                    unroll<ITEM_COLUMNS / LANES>([&](auto j) CLVP_FAST_INLINED {
-                        const Weight *const from = weights + n + j * LANES * Kind::WEIGHTS;
-                        store_floats((float *)to + j * LANES, Kind::template load<step>(from));
-                    });
-                    to += ITEM_COLUMNS * UNIT_FACTORS<In>;
-                });
-            }
-            multiply<In, Widened<In>, false>((const Factor<In> *)scratch->widened, x + k, stride, rows, some, k == 0,
-                                             scratch->totals);
+            multiply<In, Kind, 1>(weights, x + k, stride, rows, some, k == 0, fetch, scratch->totals);
         }
         weights += size;
     }
