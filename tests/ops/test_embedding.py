@@ -64,10 +64,12 @@ def test_layouts(backend):
     check(tokens[1, 1], positions[1, 1], token_table, position_table)
 
 
+@pytest.mark.parametrize("kind", [torch.int64, torch.int32], ids=str)
 @on(*TRITON)
-def test_ids_outside_the_tables_make_rows_of_nan(backend):
+def test_ids_outside_the_tables_make_rows_of_nan(backend, kind):
     """Make such a row NaN, without a fault, another id's row, or a change to neighbours."""
     tokens, positions, *both = operands(backend.device, 2, 6, width=40)
+    tokens = tokens.to(kind)
     tokens[0, 1], tokens[0, 3] = 50, -1
     positions[0, 5], positions[1, 2], positions[1, 5] = -1, 20, -(2**40)
     out = embed(tokens, positions, *both)
