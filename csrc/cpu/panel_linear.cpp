@@ -48,8 +48,8 @@ struct Units {
     }
 };
 
-/* Whether the weights of a chain are widened once for more than two tiles of rows: to pairs of bfloat16 that takes
- * longer than to store and load them, to float32 it does not. */
+/* True if the weights of a chain are widened once for more than two tiles of rows. Widening to pairs of bfloat16 takes
+ * longer than to store and load them; widening to float32 does not. */
 template <class In, class Weight>
 constexpr bool WIDENS = std::is_same_v<Weight, int8_t> && UNIT_FACTORS<In> == 2;
 
@@ -57,7 +57,7 @@ constexpr bool WIDENS = std::is_same_v<Weight, int8_t> && UNIT_FACTORS<In> == 2;
 template <class Kind, class Weight>
 constexpr int UNIT_BYTES = ITEM_COLUMNS * Kind::WEIGHTS * sizeof(Weight);
 
-/* What a tile fetches at each unit, into the second-level cache, which waits for more lines at a time than the first.
+/* The fetches of a tile at each unit, into the second-level cache, which waits for more lines at a time than the first.
  * The only tile of a chain fetches what it will read AHEAD bytes later. Of several each fetches its share of the next
  * chain, so that memory is read all the time: LINES lines from `next` on, which then moves by `step` bytes. */
 constexpr int64_t AHEAD = 6144;
@@ -104,7 +104,7 @@ CLVP_FAST_INLINE void tile(const Weight *weights, const Factor<In> *const *rows,
     });
 }
 
-/* How many tiles `count` rows of x and a panel make. */
+/* Counts the tiles of `count` rows of x and a panel. */
 int64_t tiles(int64_t count) { return count <= WHOLE_ROWS ? 1 : (count + ROWS - 1) / ROWS * (ITEM_COLUMNS / COLUMNS); }
 
 /* The same for any number of rows and all rows of weights of a panel. */
