@@ -38,7 +38,7 @@ DOCS_STAMP := $(VENV)/.stamp-docs
 
 CPP_SOURCES := $(wildcard csrc/*.* csrc/*/*.* tests/csrc/*.cpp tests/csrc/*.h tests/csrc/*/*.h)
 
-DEMO_TEXT := The birch canoe slid on the smooth planks, and the doctor paid 25 dollars for it.
+DEMO_TEXT := The birch canoe slid on the smooth planks.
 DEMO_OUT ?= out/demo
 
 .PHONY: setup test test-all wheel demo demo-quality lint types format portability canary stress bench-cpu docs docs-packages prose docs-benchmarks kernel-report ptx-core ptx-check ptx-mutate gpu-check gpu-bench gpu-evidence clean
@@ -70,7 +70,7 @@ test-all: $(RUNTIME_STAMP)
 	$(PYTEST) -m "not gpu" $(PYTEST_ARGS)
 
 demo: $(RUNTIME_STAMP)
-	$(PY) -m clvp_fast generate "$(DEMO_TEXT)" --voice examples/voice.flac --checkpoint demo --out $(DEMO_OUT)
+	$(PY) -m clvp_fast generate "$(DEMO_TEXT)" --voice examples/voice.flac --checkpoint demo --listen --out $(DEMO_OUT)
 
 # Whether the checkpoint `demo` still says what its model card says: 60 sentences of 16 candidates each, about 15 minutes.
 # It takes flite (apt-get install flite), and the packages hibari-tts and pocketsphinx.

@@ -4,7 +4,7 @@ import json
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
@@ -206,7 +206,8 @@ def load_tortoise(
     model = convert_tortoise_checkpoint(autoregressive, clvp, dtype=dtype)
     model.config.decoder_config.contiguous_positions = True
     processors = tortoise_processors(tokenizer, mel_norms, model.config, text_cleaning)
-    return Checkpoint(name, model.to(device).eval(), *processors)
+    placed = cast(Any, model).to(device)  # transformers types `to` as a function of the module
+    return Checkpoint(name, placed.eval(), *processors)
 
 
 def load_clap(

@@ -1,7 +1,7 @@
-"""The checkpoints that come with the package: `random`, a small CLVP of random weights, and `demo`.
+"""The checkpoints that come with the package: `demo`, a small CLVP that speaks, and `random`, one of random weights.
 
-They let every command run with nothing to download. `demo` is what examples/train made, if that lies in the package,
-else `random`.
+They let every command run with nothing to download. examples/train made `demo`, which lies in the package beside its
+model card; `random` is built when it is first asked for.
 
 `random` has the standard layout, a vocabulary of its own and the token numbers of trained checkpoints. Its weights are
 seeded noise: its candidates are no speech and its scores rank nothing. Two things are arranged so that it shows
@@ -19,12 +19,11 @@ import torch
 
 from clvp_fast.io.errors import sentence
 from clvp_fast.io.files import UnwritableError, build_folder_once, cache_folder
-from clvp_fast.io.names import RESERVED
 
 #: Names the folder in the cache: a change of anything below makes a new one.
 RANDOM_VERSION = "random-1"
 
-#: Where a trained demo lies, if the package has one.
+#: The folder of `demo`.
 TRAINED = Path(__file__).with_name("trained_demo")
 
 _PUNCTUATION = "!\"'(),-./:;?"
@@ -48,11 +47,11 @@ _MERGES = """
 
 def is_random(name: str | Path) -> bool:
     """Tell whether a checkpoint's name means random weights."""
-    return str(name) in RESERVED and not (str(name) == "demo" and TRAINED.is_dir())
+    return str(name) == "random"
 
 
 def reserved_checkpoint(name: str) -> Path:
-    """Return the folder of a name of `RESERVED`."""
+    """Return the folder of `demo` or `random`."""
     return random_checkpoint() if is_random(name) else TRAINED
 
 

@@ -1,4 +1,4 @@
-"""The demo checkpoint: standard layout, the same weights everywhere, and candidates of varied lengths."""
+"""The random checkpoint: standard layout, equal weights everywhere, candidates of varied lengths; and both names."""
 
 import hashlib
 import json
@@ -109,7 +109,7 @@ def test_candidates_end_at_varied_lengths():
 def test_cache_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("CLVP_FAST_CACHE", str(tmp_path / "own"))
     assert cache_folder() == tmp_path / "own"
-    assert random_checkpoint() == tmp_path / "own" / RANDOM_VERSION == resolve_checkpoint("demo")
+    assert random_checkpoint() == tmp_path / "own" / RANDOM_VERSION == resolve_checkpoint("random")
     monkeypatch.delenv("CLVP_FAST_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert cache_folder() == tmp_path / "xdg" / "clvp_fast"
@@ -119,15 +119,12 @@ def test_cache_folder(monkeypatch, tmp_path):
 
 
 def test_random_and_demo_are_names_and_no_folders(monkeypatch, tmp_path, folder, capsys):
-    """Take `demo` for a trained demo in the package; `random` stays what it was."""
+    """Take `demo` for the trained one of the package, and `random` for noise, whatever folders are beside."""
     monkeypatch.chdir(tmp_path)
-    for name in ("demo", "random"):
+    for name, place in (("demo", demo.TRAINED), ("random", random_checkpoint())):
         shutil.copytree(folder, tmp_path / name)
-        assert resolve_checkpoint(name) == random_checkpoint() and is_random(name)
+        assert resolve_checkpoint(name) == place and is_random(name) == (name == "random")
         assert resolve_checkpoint(f"./{name}") == Path(name) and not is_random(f"./{name}")
-    monkeypatch.setattr(demo, "TRAINED", tmp_path / "demo")
-    assert resolve_checkpoint("demo") == tmp_path / "demo" and not is_random("demo")
-    assert resolve_checkpoint("random") == random_checkpoint() and is_random("random")
     common = ("--voice", ROOT / "examples/voice.flac", "--num-candidates", 1, "--max-new-tokens", 4, "--no-pictures")
     for name, told in (("random", 1), ("demo", 0)):
         argv = ("generate", "hello", "--checkpoint", name, *common, "--out", tmp_path / "out")

@@ -217,7 +217,7 @@ def _score(commands, everywhere) -> None:
         "--checkpoint",
         type=_path,
         metavar="NAME",
-        help="a folder or a hub id (default: 'demo', small and of random weights, and ./demo is a folder of that name; "
+        help="a folder or a hub id (default: 'demo', small, for about 500 words; ./demo is a folder of that name; "
         "with --model clap laion/clap-htsat-unfused)",
     )
     parser.set_defaults(refuse=parser.error)
@@ -319,7 +319,7 @@ def _add_checkpoint(parser) -> None:
         type=_path,
         default="demo",
         metavar="NAME",
-        help="'demo' (small, random weights: no real speech; a folder of that name is ./demo), a folder, or a hub id "
+        help="'demo' (small, speaks about 500 words), 'random' (random weights), a folder (./demo is one), or a hub id "
         "(default: %(default)s)",
     )
 

@@ -40,7 +40,8 @@ def speak(arguments: argparse.Namespace) -> None:
     started = perf_counter()
     checkpoint = _loaded(arguments)
     limit = token_limit(checkpoint.model)
-    sampling = SamplingParams(**given | dict(max_new_tokens=given["max_new_tokens"] or limit, seed=arguments.seed))
+    given |= {"max_new_tokens": given["max_new_tokens"] or limit, "seed": arguments.seed}
+    sampling = SamplingParams(**given)
     voice = noted_voice(VoiceCache(checkpoint.model, checkpoint.feature_extractor), arguments.voice)
     if voice.mel is None and arguments.tortoise is None:
         raise ValueError(f"{arguments.voice} comes without a recording to speak in: give the voice's recordings")

@@ -70,9 +70,7 @@ class TortoiseVocoder:
 
     sampling_rate = _RATE
 
-    def __init__(
-        self, diffusion: nn.Module, vocoder: nn.Module, conditioning: torch.Tensor, iterations: int = 80, seed: int = 0
-    ):
+    def __init__(self, diffusion: Any, vocoder: Any, conditioning: torch.Tensor, iterations: int = 80, seed: int = 0):
         if iterations < 2:
             raise ValueError(f"Tortoise's diffusion takes from 2 iterations up, not {iterations}")
         self._api: Any = importlib.import_module("tortoise.api")
@@ -148,7 +146,7 @@ def _load(module: nn.Module, path: Path, part: str | None) -> None:
 
 
 @torch.no_grad()
-def voice_for_diffusion(diffusion: nn.Module, place: str | Path) -> torch.Tensor:
+def voice_for_diffusion(diffusion: Any, place: str | Path) -> torch.Tensor:
     """Return what Tortoise tells its diffusion of the voice at `place`, `[1, width]`.
 
     Of recordings their first 4.3 s, averaged; of a file of latents `(auto, diffusion)` the second.

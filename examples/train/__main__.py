@@ -16,8 +16,20 @@ import torch
 
 from clvp_fast import demo
 from clvp_fast.io.errors import sentence
-from clvp_fast.io.files import UnwritableError
-from examples.train import candidates, card, data, evaluate, judge, model, quality, train_decoder, train_scorer
+from clvp_fast.io.files import UnwritableError, replacing
+from examples.train import (
+    candidates,
+    card,
+    data,
+    evaluate,
+    judge,
+    model,
+    quality,
+    texts,
+    train_decoder,
+    train_scorer,
+    voices,
+)
 from examples.train.state import STOP, Interrupted, Refused, alone, home, note, step_of
 from examples.train.train_codec import make_codec, train_codec
 
@@ -48,6 +60,11 @@ def main(arguments: list[str] | None = None) -> int:
     export.add_argument("folder", type=Path)
     judged = commands.add_parser("evaluate", help="word errors of candidates, and what their ranking gains")
     commands.add_parser("round-trip", help="word errors of the codec by itself")
+    recording = commands.add_parser("voice", help="a recording of one of the voices, 6.5 s")
+    recording.add_argument("name", choices=voices.NAMES)
+    recording.add_argument("file", type=Path)
+    kept = commands.add_parser("test-data", help="codes of 64 sentences that nothing was trained on")
+    kept.add_argument("file", type=Path)
     shipped = commands.add_parser("quality", help="whether the package's checkpoint is as its card says")
     for command, sentences in ((judged, 100), (shipped, 60)):
         command.add_argument("--sentences", type=int, default=sentences)
@@ -68,6 +85,14 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"wrote {given.folder}")
         elif given.command == "evaluate":
             print(json.dumps(evaluate.evaluate(folder, given.sentences, given.candidates, given.kind)))
+        elif given.command == "voice":
+            write_voice(given.file, given.name)
+            print(f"wrote {given.file}")
+        elif given.command == "test-data":
+            codec = data.load_codec(folder, make_codec())
+            said = texts.HELD_OUT[:64]
+            data.codes_file(given.file, said, data.spoken(said, 900_000_000), codec)
+            print(f"wrote {given.file}")
         elif given.command == "quality":
             found, told = quality.quality(folder, demo.TRAINED, given.sentences, given.candidates, given.kind)
             lines, good = quality.compare(found, told, given.candidates)
@@ -104,6 +129,15 @@ def train(folder: Path, plan: Plan = PLAN) -> None:
         helper.terminate()
         helper.wait()
     note(folder, stage="done")
+
+
+def write_voice(path: Path, name: str) -> None:
+    """Write 6.5 s of a voice, sentences that nothing is trained on, as FLAC of 16 bits at 22.05 kHz."""
+    import soundfile
+
+    samples = data.clip_samples(name, texts.HELD_OUT[:4])[: 13 * voices.RATE // 2]
+    with replacing(path) as scratch:
+        soundfile.write(scratch, samples, voices.RATE, subtype="PCM_16", format="FLAC")
 
 
 def _wait_for_codes(folder: Path, helper: subprocess.Popen) -> None:

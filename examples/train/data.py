@@ -62,10 +62,14 @@ def make_clips(folder: Path) -> torch.Tensor:
 
 
 def _clip(name: str, said: list[str]) -> np.ndarray:
+    return voices.clip_features(clip_samples(name, said)).numpy()
+
+
+def clip_samples(name: str, said: list[str]) -> np.ndarray:
+    """Return sentences in a voice, one behind the other, as float32 samples."""
     STOP.check()
     gap = np.zeros(voices.RATE // 8, dtype=np.float32)
-    spoken = [part for index, line in enumerate(said) for part in (voices.voice(name)(line, index), gap)]
-    return voices.clip_features(np.concatenate(spoken)).numpy()
+    return np.concatenate([part for k, line in enumerate(said) for part in (voices.voice(name)(line, k), gap)])
 
 
 def load_codec(folder: Path, codec: Codec) -> Codec:

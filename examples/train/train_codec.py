@@ -13,7 +13,7 @@ from torch import nn
 from clvp_fast.vocoder import Codec, voice_of
 from clvp_fast.vocoder.codec import FLOOR, SPREAD
 from examples.train import data
-from examples.train.state import Refused, Training, draws, note
+from examples.train.state import Refused, Training, draws, note, step_of
 
 # Frames of an excerpt, and excerpts of a step.
 FRAMES, BATCH = 96, 16
@@ -32,13 +32,13 @@ def train_codec(folder: Path, codec: Codec, steps: int, files: int) -> None:
 
     Raises `Refused` where the state has codes of the codec as it was, and the codes would change.
     """
+    if step_of(folder / "codec.pt") >= steps:
+        return
     paths = data.make_speech(folder, files)
     clips = data.make_clips(folder)
     known = torch.stack([torch.stack([voice_of(clip) for clip in of_voice]) for of_voice in clips])
     optimizer = torch.optim.AdamW(codec.parameters(), lr=2.5e-3, betas=(0.9, 0.98), weight_decay=0.01)
     training = Training(folder, "codec", codec, [optimizer], steps, average=0.99)
-    if training.step >= training.steps:
-        return
     both_ways = int(0.75 * steps)
     stale = [name for name in OF_CODES if (folder / name).exists()]
     if stale and training.step < both_ways:

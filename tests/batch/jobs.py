@@ -16,7 +16,8 @@ from clvp_fast.io.files import replacing
 VOICE = Path(__file__).resolve().parents[2] / "examples/voice.flac"
 WORDS = "the birch canoe slid on smooth planks and a doctor paid 25 dollars glue sheet to dark blue background"
 #: A job on the random checkpoint that takes little time.
-QUICK = {"voice": str(VOICE), "num_candidates": 2, "max_new_tokens": 5, "batch_size": 8, "device": "cpu"}
+QUICK = {"checkpoint": "random", "voice": str(VOICE), "num_candidates": 2, "max_new_tokens": 5}
+QUICK |= {"batch_size": 8, "device": "cpu"}
 
 
 def records(count: int, seed: int = 0) -> list[dict]:

@@ -288,7 +288,7 @@ def test_no_voice():
 
 
 def test_what_is_found_out(worker):
-    found = Worker(Settings(device="cpu")).settings
+    found = Worker(Settings(checkpoint="random", device="cpu")).settings
     assert (found.max_new_tokens, found.device, found.batch_size) == (500, "cpu", 16)
     assert found.threads == torch.get_num_threads()
     asked = []

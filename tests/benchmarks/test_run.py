@@ -111,7 +111,7 @@ def test_the_list_names_every_workload_and_group(capsys):
     ("words", "message"),
     [
         (["nonsense"], "no workload nonsense: there are generate, decode_step, score, "),
-        (["score", "--providers", "ours,theirs"], "no provider theirs: there are ours, torch, sdpa, transformers, "),
+        (["score", "--providers", "ours,theirs"], "no provider theirs: there are ours, torch, sdpa, tortoise, "),
         (["score", "--providers", ","], "--providers names none: there are ours, torch, "),
         (["--compare", "nowhere", "nothing"], "nowhere is no file or folder of rows, and "),
         (["score", "--results", "/proc/nowhere"], "/proc/nowhere/cpu cannot be written ("),

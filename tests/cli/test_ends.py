@@ -88,6 +88,8 @@ def test_ctrl_c(voice, tmp_path):
         TEXT,
         "--voice",
         str(voice),
+        "--checkpoint",
+        "random",
         "--out",
         str(tmp_path / "out"),
     ]

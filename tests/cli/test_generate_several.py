@@ -157,7 +157,7 @@ def test_a_folder_named_demo(generate, fails, voice, tmp_path, monkeypatch):
     (tmp_path / "demo").mkdir()
     monkeypatch.chdir(tmp_path)
     outcome, _ = generate("Yes.", "--voice", voice, "--checkpoint", "demo")
-    assert "checkpoint 'demo' has random weights" in outcome.err
+    assert "words that the checkpoint was not trained on, and may say wrongly: yes" in outcome.err
     assert "has no config.json" in fails("generate", "Yes.", "--voice", voice, "--checkpoint", "./demo", "--out", "o")
 
 

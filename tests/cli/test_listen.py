@@ -60,8 +60,8 @@ def test_without_a_vocoder_one_sentence_and_codes(cli, voice, tmp_path):
     assert outcome.code == 0
     told = [line for line in outcome.err.splitlines() if "vocoder" in line]
     assert told == [
-        "note: checkpoint 'demo' brings no vocoder (vocoder.json and vocoder.safetensors), so --listen has nothing to "
-        "be heard; codes and scores are written all the same"
+        "note: checkpoint 'random' brings no vocoder (vocoder.json and vocoder.safetensors), so --listen has nothing "
+        "to be heard; codes and scores are written all the same"
     ]
     assert {path.name for path in tmp_path.iterdir()} == {"codes.npz", "candidates.json"}
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from clvp_fast import CandidateEngine, CandidateRequest, ClvpFeatureExtractor, ClvpProcessor, SamplingParams
+from clvp_fast import CandidateEngine, CandidateRequest, ClvpFeatureExtractor, ClvpProcessor, SamplingParams, demo
 from examples.train import candidates, card, data, evaluate, judge, model, quality, texts, train_decoder, train_scorer
 from examples.train.__main__ import main
 from examples.train.muon import orthogonal
@@ -265,6 +265,7 @@ def test_without_flite_one_sentence_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(voices, "NAMES", ("rms", "rms"))
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(STOP, "listen", lambda parent: STOP)
+    monkeypatch.setattr(demo, "TRAINED", tmp_path / "none")
     assert main(["train"]) == 1
     assert capsys.readouterr().err == "error: the program flite is not installed: apt-get install flite\n"
     assert main(["export", str(tmp_path / "out")]) == 1
