@@ -39,8 +39,8 @@ def measured(rows: list[dict]) -> str:
     return "\n\n".join(
         [
             "### On a cluster",
-            f"{shape['rows']} rows of {shape['candidates']} candidates of {shape['new_tokens']} tokens, on the demo's "
-            "small model. Start is until the first row is done: of Ray with its own start and with workers that load "
+            f"{shape['rows']} rows of {shape['candidates']} candidates of {shape['new_tokens']} tokens, on the small "
+            "random model. Start is until the first row is done: of Ray with its own start and with workers that load "
             "Python, torch and the model, first one to describe itself, then all. Rates are from there on.",
             table(["executor", "the whole job", "of it start", "rows a second", "rate"], lines),
             f"Of {thousands(idle[0]['shape']['rows'])} rows whose workers answer at once, a job takes in {here} rows a "
