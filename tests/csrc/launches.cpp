@@ -1,6 +1,7 @@
 /* CUDA's runtime for the launchers of csrc/cuda/ where no GPU is: it hands each launch to a function of the test's.
  *
- * Linked in the runtime's place with the objects that nvcc made, whose registration tells the names of their kernels. */
+ * Linked in the runtime's place with the objects that nvcc made, whose registration tells the names of their kernels.
+ */
 #include <stdint.h>
 
 #include <map>
