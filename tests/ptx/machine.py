@@ -22,6 +22,8 @@ _NAMES = {name: value for part in (integers, floats) for name, value in vars(par
 _NAMES |= kinds.NAMES | {"np": np, "where": np.where}
 # The number of turns without an ending batch of CTAs after which they count as deadlocked.
 _PATIENCE = 20000
+# Instructions after which another CTA's poll may see something new.
+_WRITES = frozenset({"st", "atom", "red", "cp"})
 # The most blocks of instructions that a CTA of a cooperative launch runs at once; one of these is drawn.
 _STRIDES = (1, 1, 8, 64, 1000)
 # Instructions that need the whole warp: threads wait before a block that has one until the others have caught up.
@@ -127,7 +129,9 @@ def _all_at_once(run, todo):
             polled = next(batch, None)
             if polled is None:
                 alive.remove(batch)
-            polls = polls + 1 if polled else 0
+            if polled is None or run.wrote:
+                polls, run.wrote = 0, False
+            polls += bool(polled)
             if polled is not False:
                 break
         if polls > _PATIENCE:
@@ -161,6 +165,7 @@ class _Run:
         if options.seed is not None:
             self.rng.shuffle(self.order)
         self.report = Report(program.kernel.name, program)
+        self.wrote = False  # whether a block with a write ran since `_all_at_once` last looked
         self.notes = _Notes(program.kernel, memory) if options.global_races else None
         self.released, self.known, self.pending = {}, {}, {}  # tests/ptx/threads.py
 
@@ -207,6 +212,7 @@ class _Batch:
             function(self, self.registers, self.constants, mask)
             report.instructions += len(blocks[index].body) + 1
             report.blocks.add(index)
+            self.r.wrote |= any(line.op[0] in _WRITES for line in blocks[index].body)
             if self.r.options.limit and report.instructions > self.r.options.limit:
                 self.t.fail("endless", f"more than {self.r.options.limit} instructions", mask)
             if self.program.polls[index]:
