@@ -119,7 +119,7 @@ def test_on_a_cpu_no_device_is_asked_for(operator, monkeypatch):
 def test_streams_events_and_captures_of_a_runner(runner, current, noted, monkeypatch):
     """Run `warm_up` and `decode` of a runner that believes to be on the second GPU."""
     stepped = []
-    monkeypatch.setattr(runner, "_step", lambda rows: stepped.append((rows, current[-1])))
+    monkeypatch.setattr(runner, "_step", lambda rows, **shortcuts: stepped.append((rows, current[-1])))
     for rows in range(1, runner._capacity + 1):
         runner._result(rows)
     empty = torch.empty

@@ -226,8 +226,8 @@ def _fixed(
     sizes: DecoderSizes, rows: int, own: int, prefix: int, max_new_tokens: int, max_prefix_len: int, states: bool
 ) -> dict[str, int]:
     """Return the bytes of everything but the pages, for steps of `rows` rows."""
-    # A slot has thirteen 64-bit numbers, three of 32 bits, tables, the bitmap of seen tokens, counters and results.
-    words = 2 * 13 + 3 + own + prefix + -(-sizes.vocab_size // 32) + sizes.num_heads + 4
+    # A slot has fourteen 64-bit numbers, three of 32 bits, tables, the bitmap of seen tokens, counters and results.
+    words = 2 * 14 + 3 + own + prefix + -(-sizes.vocab_size // 32) + sizes.num_heads + 4
     # A row of activations has the residual before and after, in float32 at least, its norm, a projection, and the
     # widest tensor between them. A step keeps all of them, and the inputs and outputs of attention besides.
     widest = max(4 * sizes.hidden_size, sizes.intermediate_size)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from clvp_fast.engine.sampling_params import SamplingParams
+from clvp_fast.integrations.tortoise_modules import refuse_shared
 from clvp_fast.io.errors import shown
 
 # The attributes that are used of a `TextToSpeech` of `tortoise.api` and of `tortoise.api_fast`, and arguments of
@@ -70,6 +71,7 @@ def check_object(tts: Any) -> None:
         module = getattr(tts, name)
         if not isinstance(module, torch.nn.Module) or isinstance(module, torch.jit.ScriptModule):
             raise ValueError(f"tts.{name} is a {type(module).__name__}, and no live module: load Tortoise's .pth files")
+        refuse_shared(name, module)  # before its signature is read, which another engine has replaced
     autoregressive = tts.autoregressive
     for name in names:
         known = inspect.signature(getattr(tts, name).forward).parameters

@@ -19,6 +19,15 @@ _PACKAGES = ("tortoise", "torch", "transformers")
 _taken: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
+def refuse_shared(name: str, root: nn.Module) -> None:
+    """Raise `ValueError` where a module of `tts.NAME` is part of another object that is accelerated."""
+    if shared := [inner for inner, module in root.named_modules() if module in _taken]:
+        raise ValueError(
+            f"tts.{name}{f'.{shared[0]}' if shared[0] else ''} is part of another TextToSpeech that is accelerated: "
+            "call restore() of that one first, or load another"
+        )
+
+
 class LiveModules:
     """The modules `tts.autoregressive` and `tts.clvp`, if any, and a check that they stay as they are.
 
@@ -27,19 +36,13 @@ class LiveModules:
         names: of its attributes.
 
     Raises:
-        ValueError: a module inside has hooks, another forward or a class of another package, which would not run; or it
-            is part of another object that is accelerated.
+        ValueError: a module inside has hooks, another forward or a class of another package, which would not run.
     """
 
     def __init__(self, tts: Any, names: tuple[str, ...]):
         self._tts, self._roots = tts, {name: getattr(tts, name) for name in names}
         self._modules: list[tuple[str, nn.Module, type, tuple]] = []
         for name, root in self._roots.items():
-            if shared := [inner for inner, module in root.named_modules() if module in _taken]:
-                raise ValueError(
-                    f"tts.{name}{f'.{shared[0]}' if shared[0] else ''} is part of another TextToSpeech that is "
-                    "accelerated: call restore() of that one first, or load another"
-                )
             for method in _METHODS:
                 if method in vars(root):
                     raise ValueError(f"tts.{name} has a {method}() of its own, which the engine's replaces: {_ADVICE}")
