@@ -6,8 +6,7 @@ import shutil
 from pathlib import Path
 
 from clvp_fast.io.files import write_json
-from examples.train import evaluate, texts
-from examples.train.model import steps_of
+from examples.train import evaluate, model, texts
 
 _TABLE = """Word error rates by pocketsphinx, of sentences that nothing was trained on. Its language model is open (its
 own trigrams) or closed (the domain's words). Behind ± stands the standard error over sentences; `p`, by Wilcoxon over
@@ -23,7 +22,7 @@ NAME = re.compile(r"evaluation-(\d+)-(\d+)-(open|closed)\.jsonl")
 
 def figures(folder: Path) -> list[dict]:
     """Return the evaluations' summaries of the present decoder; those of other steps are of another checkpoint."""
-    step = steps_of(folder).get("decoder", (0, 0))[0]
+    step = model.steps_of(folder).get("decoder", (0, 0))[0]
     found = []
     for path in sorted(folder.glob("evaluation-*.jsonl")):
         of_step, count, kind = NAME.fullmatch(path.name).groups()
@@ -34,15 +33,17 @@ def figures(folder: Path) -> list[dict]:
 
 
 def write(folder: Path, target: Path) -> None:
-    """Write the card, its figures as JSON and the notices into the checkpoint folder `target`."""
+    """Write the card, its figures as JSON, the notices and the uses of the evaluation into the checkpoint `target`."""
     (target / "README.md").write_text(card(folder), encoding="utf-8")
     write_json(target / FIGURES, figures(folder))
     shutil.copy(Path(__file__).with_name("NOTICE.md"), target)
+    if (folder / model.USES).is_file():
+        shutil.copy(folder / model.USES, target)
 
 
 def card(folder: Path) -> str:
     """Return the card as Markdown."""
-    trained = steps_of(folder)
+    trained = model.steps_of(folder)
     steps = "".join(f"| {part} | {step} | {spent / 60:.0f} |\n" for part, (step, spent) in trained.items())
     rows = ""
     for found in figures(folder):

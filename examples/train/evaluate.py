@@ -18,6 +18,7 @@ from clvp_fast.vocoder.codec import voice_of
 from clvp_fast.vocoder.griffin_lim import GriffinLim
 from examples.train import data, judge, texts, voices
 from examples.train.candidates import Speaker, sampling
+from examples.train.model import USES
 from examples.train.state import STOP, step_of
 from examples.train.train_codec import make_codec
 
@@ -26,7 +27,7 @@ def evaluate(folder: Path, sentences: int, count: int, kind: str = "open", seed:
     """Word errors of `count` candidates of each sentence, those of the best by score of the first 4, 16, 64, ..."""
     step = step_of(folder / "decoder.pt")
     path = folder / f"evaluation-{step}-{count}-{kind}.jsonl"
-    with open(folder / "uses.jsonl", "a", encoding="utf-8") as uses:
+    with open(folder / USES, "a", encoding="utf-8") as uses:
         uses.write(json.dumps({"step": step, "sentences": sentences, "count": count, "kind": kind}) + "\n")
     done = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     speaker = Speaker(folder, scorer=True)

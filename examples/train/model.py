@@ -1,6 +1,7 @@
 """CLVP at a small size, through the package's own classes, and the checkpoint folder that it becomes."""
 
 import json
+import shutil
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -30,6 +31,8 @@ PARTS = {
 }
 # The state of each when a checkpoint was exported.
 PROGRESS = "training.json"
+# A row for each use of the sentences that are kept for figures; it goes with the checkpoint.
+USES = "uses.jsonl"
 
 
 def configuration(num_codes: int, silence: int, hidden: int = 256, layers: int = 4, width: int = 160) -> ClvpConfig:
@@ -166,4 +169,6 @@ def go_on_from(folder: Path, checkpoint: Path) -> list[str]:
         weights = load_file(checkpoint / WEIGHTS_FILE) if part == "codec" else clvp
         begin_from(path, {name: weights[name] for name in weights if name.startswith(PARTS[part])}, step, spent)
         taken.append(part)
+    if (checkpoint / USES).is_file() and not (folder / USES).is_file():
+        shutil.copy(checkpoint / USES, folder / USES)
     return taken

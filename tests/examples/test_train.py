@@ -368,10 +368,13 @@ def test_small_recipe_end_to_end_is_exported_and_loaded(tmp_path, monkeypatch, s
     kept = torch.load(tmp_path / "scorer.pt", weights_only=True)["averages"]
     weight = "speech_encoder_model.token_embedding.weight"
     torch.testing.assert_close(loaded.model.state_dict()[weight], kept[weight], rtol=1e-3, atol=1e-3)
+    (tmp_path / model.USES).write_text("{}\n")
+    card.write(tmp_path, tmp_path / "out")
     # Where the state is gone, what was exported is gone on from.
     again = tmp_path / "again"
     assert model.go_on_from(again, tmp_path / "out") == ["codec", "decoder", "scorer"]
     assert model.steps_of(again) == model.steps_of(tmp_path) and model.go_on_from(again, tmp_path / "out") == []
+    assert (again / model.USES).read_text() == "{}\n"
     gone_on = torch.load(again / "scorer.pt", weights_only=True)["weights"]
     assert gone_on.keys() == kept.keys()
     torch.testing.assert_close(gone_on[weight], kept[weight], rtol=1e-3, atol=1e-3)
