@@ -40,11 +40,11 @@ class Plan:
 
     speech_files: int = 40
     codec_steps: int = 32000
-    code_files: int = 180
-    decoder_steps: int = 4500
+    code_files: int = 400
+    decoder_steps: int = 12000
     decoder_steps_before_candidates: int = 2000
-    candidate_files: int = 13
-    scorer_steps: int = 1800
+    candidate_files: int = 40
+    scorer_steps: int = 4000
 
 
 PLAN = Plan()
