@@ -21,7 +21,12 @@ _REAL = ("temperature", "top_p", "typical_p", "min_p", "repetition_penalty", "ty
 _PROMPT_CODE = 1
 # The value at which each parameter has no effect.
 NEUTRAL = {
-    **{"temperature": 1.0, "top_k": 0, "top_p": 1.0, "typical_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0},
+    "temperature": 1.0,
+    "top_k": 0,
+    "top_p": 1.0,
+    "typical_p": 1.0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
     "typical_mass": 1.0,
 }
 

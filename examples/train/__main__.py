@@ -89,9 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
             write_voice(given.file, given.name)
             print(f"wrote {given.file}")
         elif given.command == "test-data":
-            codec = data.load_codec(folder, make_codec())
-            said = texts.HELD_OUT[:64]
-            data.codes_file(given.file, said, data.spoken(said, 900_000_000), codec)
+            data.held_out_file(given.file, texts.HELD_OUT[:64], data.load_codec(folder, make_codec()))
             print(f"wrote {given.file}")
         elif given.command == "quality":
             found, told = quality.quality(folder, demo.TRAINED, given.sentences, given.candidates, given.kind)

@@ -98,8 +98,13 @@ def make_held_out(folder: Path, codec: Codec) -> list[tuple[int, str, torch.Tens
     """Make codes of the sentences that are watched."""
     path = folder / "held_out.npz"
     if not path.is_file():
-        codes_file(path, texts.HELD_OUT, spoken(texts.HELD_OUT, 900_000_000), codec)
+        held_out_file(path, texts.HELD_OUT, codec)
     return read_codes(path)
+
+
+def held_out_file(path: Path, said: list[str], codec: Codec) -> None:
+    """Write codes of the first sentences of `texts.HELD_OUT`."""
+    codes_file(path, said, spoken(said, 900_000_000), codec)
 
 
 def _fresh(number: int) -> tuple[list[str], int]:

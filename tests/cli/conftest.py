@@ -4,8 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
 from clvp_fast.cli import main
+from clvp_fast.demo import build_random
+from clvp_fast.vocoder import Codec, save_vocoder
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = "The birch canoe slid on the smooth planks."
@@ -44,6 +47,16 @@ def cli(capsys):
 @pytest.fixture(scope="session")
 def voice() -> Path:
     return ROOT / "examples/voice.flac"
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """Give the random checkpoint with a vocoder of noise, which has a code for each of its speech tokens."""
+    folder = tmp_path_factory.mktemp("with-vocoder")
+    build_random(folder)
+    torch.manual_seed(0)
+    save_vocoder(folder, Codec(levels=(8, 8, 8, 16), width=16))
+    return folder
 
 
 @pytest.fixture

@@ -12,22 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from clvp_fast.cli.page import Page, Section, data_url
-from clvp_fast.demo import build_random
-from clvp_fast.vocoder import Codec, save_vocoder
 from tests.kit.browser import Browser
 
 QUICK = ("--num-candidates", 4, "--max-new-tokens", 24, "--no-pictures", "--listen")
 NASTY = '<script>alert(1)</script> & "quotes" \' \u2028 </script> </style> <!-- sailed'
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """Give the random checkpoint with a vocoder of noise, which has a code for each of its speech tokens."""
-    folder = tmp_path_factory.mktemp("with-vocoder")
-    build_random(folder)
-    torch.manual_seed(0)
-    save_vocoder(folder, Codec(levels=(8, 8, 8, 16), width=16))
-    return folder
 
 
 def test_recordings_and_page(cli, voice, checkpoint, tmp_path):

@@ -5,24 +5,11 @@ import json
 
 import pytest
 import soundfile
-import torch
 
 from clvp_fast.cli import speak
-from clvp_fast.demo import build_random
 from clvp_fast.integrations.tortoise_vocoder import MODELS
-from clvp_fast.vocoder import Codec, save_vocoder
 
 QUICK = ("--num-candidates", 4, "--max-new-tokens", 24)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """Give the random checkpoint with a vocoder of noise."""
-    folder = tmp_path_factory.mktemp("with-vocoder")
-    build_random(folder)
-    torch.manual_seed(0)
-    save_vocoder(folder, Codec(levels=(8, 8, 8, 16), width=16))
-    return folder
 
 
 def test_the_sound_is_that_of_the_best_candidate(cli, voice, checkpoint, tmp_path):
