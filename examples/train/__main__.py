@@ -41,10 +41,10 @@ class Plan:
     speech_files: int = 40
     codec_steps: int = 32000
     code_files: int = 400
-    decoder_steps: int = 12000
+    decoder_steps: int = 10000
     decoder_steps_before_candidates: int = 2000
     candidate_files: int = 40
-    scorer_steps: int = 4000
+    scorer_steps: int = 3200
 
 
 PLAN = Plan()
