@@ -1,17 +1,11 @@
-/* The items of work of both kernels of linear layers, and the way from sums to results: scale, bias, activation,
- * residual and rounding. */
+/* The items of work of both kernels of linear layers, and the results of an item's sums. */
 #pragma once
 
-#include <string.h>
-
 #include "../clvp_fast.h"
-#include "floats.h"
+#include "sums.h"
 
 namespace clvp_fast {
 namespace {
-
-/* The columns and rows of one item, for which x stays in the second-level cache. */
-constexpr int ITEM_COLUMNS = 48, ITEM_ROWS = 128;
 
 inline int64_t groups_of(const clvp_fast_linear *call) {
     return (call->out_features + ITEM_COLUMNS - 1) / ITEM_COLUMNS;
@@ -41,53 +35,21 @@ void with_types(const clvp_fast_linear *call, Run run) {
         int8 ? run(uint16_t(), int8_t()) : run(uint16_t(), uint16_t());
 }
 
-/* Scales and biases of an item's columns as float32, 1 and 0 where there are none. */
-template <class In>
-struct Affine {
-    float scale[ITEM_COLUMNS], bias[ITEM_COLUMNS];
-    Affine(const clvp_fast_linear *call, int64_t first, int64_t count) {
-        In given[ITEM_COLUMNS] = {};
-        if (call->bias) memcpy(given, (const In *)call->bias + first, count * sizeof *given);
-        for (int n = 0; n < ITEM_COLUMNS; n += LANES) store_floats(bias + n, load_floats(given + n));
-        for (int n = 0; n < ITEM_COLUMNS; ++n) scale[n] = 1;
-        if (call->scale) memcpy(scale, call->scale + first, count * sizeof *scale);
-    }
-};
-
-/* Scale, bias, activation and residual of the sums of one row, which goes to places from `to` on, and the rounding. */
-template <class In, class Out>
-CLVP_FAST_INLINE void finish(const clvp_fast_linear *call, const float *sums, const Affine<In> &affine, int64_t to,
-                             int64_t count) {
-    Out *const out = (Out *)call->out + to;
-    for (int64_t n = 0; n < count; n += LANES) {
-        Floats y = load_floats(sums + n) * load_floats(affine.scale + n) + load_floats(affine.bias + n);
-        if (call->activation == CLVP_FAST_GELU_TANH) y = gelu_tanh(y);
-        const bool whole = count - n >= LANES; /* known sizes are copied without a call */
-        if (call->residual && whole) {
-            y += load_floats(call->residual + to + n);
-        } else if (call->residual) {
-            float given[LANES] = {};
-            memcpy(given, call->residual + to + n, (count - n) * sizeof *given);
-            y += load_floats(given);
-        }
-        if (whole)
-            store_floats(out + n, y);
-        else
-            store_floats(out + n, y, count - n);
-    }
-}
-
-/* The same of the sums `[rows][ITEM_COLUMNS]` of an item. */
+/* Finishes the sums `[rows][ITEM_COLUMNS]` of an item. A residual is float32 and gives the result its type. */
 template <class In>
 void finish_item(const clvp_fast_linear *call, const Item &item, const float *sums) {
-    const Affine<In> affine(call, item.first, item.count);
-    for (int64_t row = 0; row < item.rows; ++row, sums += ITEM_COLUMNS) {
-        const int64_t to = (item.first_row + row) * call->out_features + item.first;
-        if (call->residual)
-            finish<In, float>(call, sums, affine, to, item.count);
-        else
-            finish<In, In>(call, sums, affine, to, item.count);
-    }
+    const Affine affine(call->scale ? call->scale + item.first : nullptr,
+                        call->bias ? (const In *)call->bias + item.first : nullptr, item.count);
+    const int64_t stride = call->out_features, at = item.first_row * stride + item.first;
+    const auto write = [&](auto *out, auto *residual) {
+        using Out = std::remove_pointer_t<decltype(out)>;
+        finish(call->activation, sums, item.rows, item.count, affine, Matrix<const Out>{residual, stride},
+               Matrix<Out>{out + at, stride});
+    };
+    if (call->residual)
+        write((float *)call->out, call->residual + at);
+    else
+        write((In *)call->out, (const In *)nullptr);
 }
 
 }  // namespace

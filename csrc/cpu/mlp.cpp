@@ -2,7 +2,8 @@
  * and the values between two layers stay in the second-level cache. Compiled once for each instruction set, as
  * log_mel.cpp is. */
 #include "dispatch.h"
-#include "packed_layers.h"
+#include "layers.h"
+#include "rows.h"
 
 namespace clvp_fast {
 namespace {
@@ -21,10 +22,11 @@ struct Layers {
         if (first.bias) gates.bias = (const In *)first.bias + gates.outs;
     }
     int64_t groups() const { return first.groups() + gates.groups() + second.groups(); }
-    int64_t size() const { return first.size<In>() + gates.size<In>() + second.size<In>(); }
+    int64_t size() const { return first.size() + gates.size() + second.size(); }
 };
 
-/* Scratch memory, in 32 bits, of an item's rows: values between two layers, and x where it is normed or widened. */
+/* Scratch memory, in 32 bits, of an item's rows, behind its sums: values between two layers, and x where it is normed
+ * or widened. */
 template <class In>
 int64_t inner_stride(const clvp_fast_mlp *call) {
     return call->w_out ? (call->inner_features / UNIT_FACTORS<In> + LANES - 1) / LANES * LANES + GAP : 0;
@@ -35,8 +37,10 @@ int64_t x_stride(const clvp_fast_mlp *call) {
 }
 
 template <class In, class Out>
-void run(const clvp_fast_mlp *call, const float *packed, int64_t first_row, int64_t count, float *scratch) {
+void run(const clvp_fast_mlp *call, const In *panels, int64_t first_row, int64_t count, void *memory) {
     using Mid = Factor<In>;
+    Sums &sums = *(Sums *)memory;
+    float *scratch = (float *)(&sums + 1);
     const Layers<In> layers(call);
     const Matrix<const In> given = {(const In *)call->x + first_row * call->x_stride, call->x_stride};
     const int64_t outs = call->out_features, at = first_row * outs;
@@ -56,28 +60,28 @@ void run(const clvp_fast_mlp *call, const float *packed, int64_t first_row, int6
         x = {prepared.first, prepared.stride};
         scratch += call->item_rows * stride;
     }
-    if (!call->w_out) return apply<In, ADDED, Out>(call->activation, layers.first, packed, x, count, residual, out);
+    if (!call->w_out) return apply<In>(call->activation, layers.first, panels, x, count, residual, out, sums);
     const int64_t stride = inner_stride<In>(call) * UNIT_FACTORS<In>;
     const Matrix<Mid> inner = {(Mid *)scratch, stride};
     const Matrix<const Mid> values = {inner.first, stride};
     const int32_t activation = call->gated ? CLVP_FAST_NO_ACTIVATION : call->activation;
-    apply<In, ADDED, Mid>(activation, layers.first, packed, x, count, {}, inner);
-    packed += layers.first.template size<In>();
-    if (call->gated) apply<In, MULTIPLIED, Mid>(call->activation, layers.gates, packed, x, count, values, inner);
-    packed += layers.gates.template size<In>();
-    apply<In, ADDED, Out>(CLVP_FAST_NO_ACTIVATION, layers.second, packed, values, count, residual, out);
+    apply<In, ADDED, Mid>(activation, layers.first, panels, x, count, {}, inner, sums);
+    panels += layers.first.size();
+    if (call->gated) apply<In, MULTIPLIED, Mid>(call->activation, layers.gates, panels, x, count, values, inner, sums);
+    panels += layers.gates.size();
+    apply<In>(CLVP_FAST_NO_ACTIVATION, layers.second, panels, values, count, residual, out, sums);
 }
 
 size_t packed_bytes(const clvp_fast_mlp *call) {
     const bool wide = call->dtype == CLVP_FAST_FLOAT32;
-    return sizeof(float) * (wide ? Layers<float>(call).size() : Layers<uint16_t>(call).size());
+    return wide ? Layers<float>(call).size() * sizeof(float) : Layers<uint16_t>(call).size() * sizeof(uint16_t);
 }
 
 size_t scratch_bytes(const clvp_fast_mlp *call) {
     const bool wide = call->dtype == CLVP_FAST_FLOAT32;
-    return sizeof(float) * call->item_rows *
-           (wide ? inner_stride<float>(call) + x_stride<float>(call)
-                 : inner_stride<uint16_t>(call) + x_stride<uint16_t>(call));
+    const int64_t stride = wide ? inner_stride<float>(call) + x_stride<float>(call)
+                                : inner_stride<uint16_t>(call) + x_stride<uint16_t>(call);
+    return sizeof(Sums) + sizeof(float) * call->item_rows * stride;
 }
 
 int64_t items(const clvp_fast_mlp *call) {
@@ -87,32 +91,31 @@ int64_t items(const clvp_fast_mlp *call) {
 int64_t groups(const clvp_fast_mlp *call) { return Layers<float>(call).groups(); }
 
 template <class In>
-void pack(const clvp_fast_mlp *call, int64_t group, float *packed) {
+void pack(const clvp_fast_mlp *call, int64_t group, In *panels) {
     const Layers<In> layers(call);
     for (const Layer *layer : {&layers.first, &layers.gates, &layers.second}) {
-        if (group < layer->groups()) return pack_group<In>(*layer, group, packed + group * layer->group_size<In>());
+        if (group < layer->groups()) return pack_group(*layer, group, panels);
         group -= layer->groups();
-        packed += layer->size<In>();
+        panels += layer->size();
     }
 }
 
 void pack_any(const clvp_fast_mlp *call, int64_t group, void *packed) {
     if (call->dtype == CLVP_FAST_FLOAT32)
-        pack<float>(call, group, (float *)packed);
+        pack(call, group, (float *)packed);
     else
-        pack<uint16_t>(call, group, (float *)packed);
+        pack(call, group, (uint16_t *)packed);
 }
 
 void run_any(const clvp_fast_mlp *call, const void *packed, int64_t item, void *scratch) {
     const int64_t first = item * call->item_rows, left = call->rows - first;
     const int64_t count = left < call->item_rows ? left : call->item_rows;
-    const float *const weights = (const float *)packed;
     if (call->dtype == CLVP_FAST_FLOAT32)
-        run<float, float>(call, weights, first, count, (float *)scratch);
+        run<float, float>(call, (const float *)packed, first, count, scratch);
     else if (call->out_dtype == CLVP_FAST_FLOAT32)
-        run<uint16_t, float>(call, weights, first, count, (float *)scratch);
+        run<uint16_t, float>(call, (const uint16_t *)packed, first, count, scratch);
     else
-        run<uint16_t, uint16_t>(call, weights, first, count, (float *)scratch);
+        run<uint16_t, uint16_t>(call, (const uint16_t *)packed, first, count, scratch);
 }
 
 }  // namespace

@@ -2,7 +2,8 @@
  * and the residual. An item is a window: all that lies between its rows of x and those of the result stays in the
  * second-level cache. Compiled once for each instruction set, as log_mel.cpp is. */
 #include "dispatch.h"
-#include "packed_layers.h"
+#include "layers.h"
+#include "rows.h"
 #include "window_attention.h"
 
 namespace clvp_fast {
@@ -15,7 +16,8 @@ Windows windows_of(const clvp_fast_window_block *call) {
 
 int64_t channels_of(const clvp_fast_window_block *call) { return (int64_t)call->num_heads * call->head_dim; }
 
-/* The packed operands, one behind another: biases of the scores, query, key and value weights, those of the output. */
+/* The packed operands, one behind another: biases of the scores, query, key and value weights, those of the output.
+ * Places are in bytes. */
 template <class In>
 struct Parts {
     Layer qkv, out;
@@ -25,23 +27,24 @@ struct Parts {
           out{call->w_out, call->b_out, call->w_out_stride, channels_of(call), channels_of(call)},
           heads(call->num_heads),
           bias_size(Bias<In>::packed_size(windows_of(call))) {}
-    int64_t qkv_at() const { return heads * bias_size; }
-    int64_t out_at() const { return qkv_at() + qkv.size<In>(); }
-    int64_t size() const { return out_at() + out.size<In>(); }
+    size_t qkv_at() const { return heads * bias_size * sizeof(float); }
+    size_t out_at() const { return qkv_at() + qkv.size() * sizeof(In); }
+    size_t size() const { return out_at() + out.size() * sizeof(In); }
 };
 
-/* The scratch memory of a window, in bytes: its rows of x, as they are multiplied, queries, keys and values, and what
- * attention needs. */
+/* The scratch memory of a window, in bytes: sums, its rows of x, as they are multiplied, queries, keys and values, and
+ * what attention needs. */
 template <class In>
 struct Scratch {
     int64_t x_stride, factor_stride, qkv_stride; /* elements */
-    size_t factors, qkv, attention, size;
+    size_t x, factors, qkv, attention, size;
     explicit Scratch(const clvp_fast_window_block *call) {
         const Windows windows = windows_of(call);
         const int64_t channels = channels_of(call), gap = GAP * sizeof(float);
         x_stride = channels + gap / sizeof(In), qkv_stride = 3 * channels + gap / sizeof(In);
         factor_stride = channels + gap / sizeof(Factor<In>);
-        factors = windows.places() * x_stride * sizeof(In);
+        x = sizeof(Sums);
+        factors = x + windows.places() * x_stride * sizeof(In);
         qkv = factors + windows.places() * factor_stride * sizeof(Factor<In>);
         attention = qkv + windows.places() * qkv_stride * sizeof(In);
         size = attention + sizeof(float) * AttentionScratch<In>(windows).size;
@@ -60,7 +63,7 @@ struct Rows {
 };
 
 template <class In>
-void run(const clvp_fast_window_block *call, const float *packed, int64_t item, char *scratch) {
+void run(const clvp_fast_window_block *call, const char *packed, int64_t item, char *scratch) {
     const Windows windows = windows_of(call);
     const Parts<In> parts(call);
     const Scratch<In> space(call);
@@ -70,7 +73,8 @@ void run(const clvp_fast_window_block *call, const float *packed, int64_t item, 
         return ((image * windows.height + window.at[place].row) * windows.width + window.at[place].column) * channels;
     };
     const Norm<In> norm = {(const In *)call->norm_weight, (const In *)call->norm_bias, call->eps};
-    const Matrix<In> x = {(In *)scratch, space.x_stride};
+    Sums &sums = *(Sums *)scratch;
+    const Matrix<In> x = {(In *)(scratch + space.x), space.x_stride};
     const Matrix<Factor<In>> factors = {(Factor<In> *)(scratch + space.factors), space.factor_stride};
     const Matrix<const Factor<In>> normed = {factors.first, factors.stride};
     for (int64_t place = 0; place < places; ++place) {
@@ -78,11 +82,16 @@ void run(const clvp_fast_window_block *call, const float *packed, int64_t item, 
         layer_norm(x.row(place), norm, channels, factors.row(place));
     }
     const Matrix<In> qkv = {(In *)(scratch + space.qkv), space.qkv_stride};
-    apply<In, CLVP_FAST_NO_ACTIVATION, ADDED, In>(parts.qkv, packed + parts.qkv_at(), normed, places, {}, qkv);
+    const auto multiply = [&](const Layer &layer, size_t at, Matrix<const Factor<In>> rows, Matrix<const In> added,
+                              Matrix<In> out) {
+        apply<In>(CLVP_FAST_NO_ACTIVATION, layer, (const In *)(packed + at), rows, places, added, out, sums);
+    };
+    multiply(parts.qkv, parts.qkv_at(), normed, {}, qkv);
 
     for (int64_t head = 0; head < windows.heads; ++head) {
         const Rows<In> rows = {qkv.first + head * windows.channels, qkv.stride, channels};
-        attend<In>(windows, window, rows, packed + head * parts.bias_size, (float *)(scratch + space.attention));
+        attend<In>(windows, window, rows, (const float *)packed + head * parts.bias_size,
+                   (float *)(scratch + space.attention));
     }
     Matrix<const Factor<In>> attended;
     if constexpr (std::is_same_v<In, Factor<In>>) {
@@ -91,30 +100,27 @@ void run(const clvp_fast_window_block *call, const float *packed, int64_t item, 
         for (int64_t place = 0; place < places; ++place) widen(qkv.row(place), channels, factors.row(place));
         attended = normed;
     }
-    apply<In, CLVP_FAST_NO_ACTIVATION, ADDED, In>(parts.out, packed + parts.out_at(), attended, places,
-                                                  {x.first, x.stride}, x);
+    multiply(parts.out, parts.out_at(), attended, {x.first, x.stride}, x);
     for (int64_t place = 0; place < places; ++place)
         memcpy((In *)call->out + in_image(place), x.row(place), channels * sizeof(In));
 }
 
 template <class In>
-void pack(const clvp_fast_window_block *call, int64_t group, float *packed) {
+void pack(const clvp_fast_window_block *call, int64_t group, char *packed) {
     const Parts<In> parts(call);
     if (group < parts.heads) {
         const Bias<In> bias = {(const In *)call->bias, call->bias_strides};
-        return bias.pack(windows_of(call), group, packed + group * parts.bias_size);
+        return bias.pack(windows_of(call), group, (float *)packed + group * parts.bias_size);
     }
     group -= parts.heads;
-    if (group < parts.qkv.groups())
-        return pack_group<In>(parts.qkv, group, packed + parts.qkv_at() + group * parts.qkv.template group_size<In>());
-    group -= parts.qkv.groups();
-    pack_group<In>(parts.out, group, packed + parts.out_at() + group * parts.out.template group_size<In>());
+    if (group < parts.qkv.groups()) return pack_group(parts.qkv, group, (In *)(packed + parts.qkv_at()));
+    pack_group(parts.out, group - parts.qkv.groups(), (In *)(packed + parts.out_at()));
 }
 
 bool is_float32(const clvp_fast_window_block *call) { return call->dtype == CLVP_FAST_FLOAT32; }
 
 size_t packed_bytes(const clvp_fast_window_block *call) {
-    return sizeof(float) * (is_float32(call) ? Parts<float>(call).size() : Parts<uint16_t>(call).size());
+    return is_float32(call) ? Parts<float>(call).size() : Parts<uint16_t>(call).size();
 }
 
 size_t scratch_bytes(const clvp_fast_window_block *call) {
@@ -131,16 +137,16 @@ int64_t groups(const clvp_fast_window_block *call) {
 
 void pack_any(const clvp_fast_window_block *call, int64_t group, void *packed) {
     if (is_float32(call))
-        pack<float>(call, group, (float *)packed);
+        pack<float>(call, group, (char *)packed);
     else
-        pack<uint16_t>(call, group, (float *)packed);
+        pack<uint16_t>(call, group, (char *)packed);
 }
 
 void run_any(const clvp_fast_window_block *call, const void *packed, int64_t item, void *scratch) {
     if (is_float32(call))
-        run<float>(call, (const float *)packed, item, (char *)scratch);
+        run<float>(call, (const char *)packed, item, (char *)scratch);
     else
-        run<uint16_t>(call, (const float *)packed, item, (char *)scratch);
+        run<uint16_t>(call, (const char *)packed, item, (char *)scratch);
 }
 
 }  // namespace
