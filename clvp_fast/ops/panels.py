@@ -1,4 +1,4 @@
-"""Weights of linear layers packed once, in the order in which a CPU's kernel reads them: csrc/cpu/panel_linear.cpp."""
+"""Weights of linear layers packed once, in the order in which a CPU's kernel reads them: csrc/cpu/panels.h."""
 
 import torch
 

@@ -55,8 +55,9 @@ CLVP_FAST_INLINE void add_products(Floats (&sums)[VECTORS], const Factor<In> *a,
 
 /* Columns of a chain: its part of a panel stays in the first-level cache while the tiles of all rows read it. */
 constexpr int64_t BLOCK = 64;
-/* For the sums of a panel and so many rows of x there are registers. */
-constexpr int WHOLE_ROWS = LANES == 16 ? 1 : 2;
+/* For the sums of a panel and so many rows of x there are registers; converting int8 takes some of them. */
+template <class Weight>
+constexpr int WHOLE_ROWS = LANES == 16 || std::is_same_v<Weight, int8_t> ? 1 : 2;
 
 CLVP_FAST_INLINE Integers widen(const int16_t *from) {
 #if defined(__AVX512F__)
@@ -149,7 +150,10 @@ CLVP_FAST_INLINE void tile(const Weight *weights, const Factor<In> *const *rows,
 }
 
 /* Counts the tiles of `count` rows of x and a panel. */
-int64_t tiles(int64_t count) { return count <= WHOLE_ROWS ? 1 : (count + ROWS - 1) / ROWS * (ITEM_COLUMNS / COLUMNS); }
+template <class Weight>
+int64_t tiles(int64_t count) {
+    return count <= WHOLE_ROWS<Weight> ? 1 : (count + ROWS - 1) / ROWS * (ITEM_COLUMNS / COLUMNS);
+}
 
 /* The same for any number of rows and all rows of weights of a panel. */
 template <class In, class Kind, int LINES, class Weight>
@@ -160,8 +164,8 @@ void multiply(const Weight *weights, const Factor<In> *x, int64_t stride, int64_
         for (int i = 0; i < ROWS; ++i) rows[i] = x + (m + i < count ? m + i : count - 1) * stride;
         const int64_t left = count - m < ROWS ? count - m : ROWS;
         float *const to = totals + m * ITEM_COLUMNS;
-        if (LINES == ALL && count <= WHOLE_ROWS) {
-            unroll<WHOLE_ROWS>([&](auto i) CLVP_FAST_INLINED {
+        if (LINES == ALL && count <= WHOLE_ROWS<Weight>) {
+            unroll<WHOLE_ROWS<Weight>>([&](auto i) CLVP_FAST_INLINED {
                 if (i + 1 == left)
                     tile<In, Kind, i + 1, ITEM_COLUMNS / LANES, ALL>(weights, rows, columns, first, fetch, to);
             });
@@ -189,7 +193,7 @@ void multiply_panel(const Weight *weights, int64_t columns, Matrix<const Factor<
     constexpr int BYTES = UNIT_BYTES<Kind, Weight>, HALF = (BYTES / 2 + 63) / 64;
     for (int64_t k = 0; k < columns; k += BLOCK) {
         const int64_t some = columns - k < BLOCK ? columns - k : BLOCK, size = some * ITEM_COLUMNS;
-        const Fetch fetch = {(const char *)(weights + size), BYTES / tiles(rows)};
+        const Fetch fetch = {(const char *)(weights + size), BYTES / tiles<Weight>(rows)};
         const auto chain = [&](auto kind, auto lines, const auto *from) {
             multiply<In, decltype(kind), lines>(from, x.first + k, x.stride, rows, some, k == 0, fetch, sums.totals);
         };
@@ -198,9 +202,9 @@ void multiply_panel(const Weight *weights, int64_t columns, Matrix<const Factor<
             for (int64_t n = 0; n < size; n += LANES * Kind::WEIGHTS)
                 store_floats((float *)(widened + n), Kind::template load<0>(weights + n));
             chain(Units<In, In>(), Index<1>(), (const In *)widened);
-        } else if (tiles(rows) == 1) {
+        } else if (tiles<Weight>(rows) == 1) {
             chain(Kind(), Index<ALL>(), weights);
-        } else if (tiles(rows) == 2) {
+        } else if (tiles<Weight>(rows) == 2) {
             chain(Kind(), Index<HALF>(), weights);
         } else {
             chain(Kind(), Index<1>(), weights);
