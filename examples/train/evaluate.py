@@ -24,7 +24,7 @@ from examples.train.train_codec import make_codec
 
 
 def evaluate(folder: Path, sentences: int, count: int, kind: str = "open", seed: int = 7) -> dict:
-    """Word errors of `count` candidates of each sentence, those of the best by score of the first 4, 16, 64, ..."""
+    """Word errors of `count` candidates of each sentence, and those of the best by score of each 4, 16, 64, ..."""
     step = step_of(folder / "decoder.pt")
     path = folder / f"evaluation-{step}-{count}-{kind}.jsonl"
     with open(folder / USES, "a", encoding="utf-8") as uses:
@@ -49,7 +49,8 @@ def evaluate(folder: Path, sentences: int, count: int, kind: str = "open", seed:
 def summary(rows: list[dict]) -> dict:
     """Return the mean candidate's word errors, in all and by voice, and ranking's gain at each number of candidates.
 
-    `mean_error` and `picked_error` are standard errors over sentences.
+    A sentence's candidates are cut into groups of that number by index; its pick is the mean over its groups, since one
+    group says little. `mean_error` and `picked_error` are standard errors over sentences.
     """
     errors, scores = (np.array([row[name] for row in rows]) for name in ("errors", "scores"))
     found = {
@@ -64,13 +65,15 @@ def summary(rows: list[dict]) -> dict:
     for count in (4, 16, 64, 256):
         if count > errors.shape[1]:
             break
-        best = scores[:, :count].argmax(1)
-        picked, mean = errors[np.arange(len(rows)), best], errors[:, :count].mean(1)
+        whole = errors.shape[1] // count * count
+        groups, ranked = (values[:, :whole].reshape(len(rows), -1, count) for values in (errors, scores))
+        best = ranked.argmax(2, keepdims=True)
+        picked, mean = np.take_along_axis(groups, best, 2).mean((1, 2)), groups.mean((1, 2))
         found[f"best_of_{count}"] = {
             "picked": round(float(picked.mean()), 4),
             "picked_error": standard_error(picked),
             "mean": round(float(mean.mean()), 4),
-            "least": round(float(errors[:, :count].min(1).mean()), 4),
+            "least": round(float(groups.min(2).mean()), 4),
             "p": wilcoxon(mean - picked),
         }
     return found

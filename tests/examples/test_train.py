@@ -87,13 +87,16 @@ def test_wilcoxon_against_the_exact_distribution():
     assert evaluate.wilcoxon(-differences) == pytest.approx(1 - exact, rel=0.02)
 
 
-def test_summary_picks_by_score_among_the_first_ones():
+def test_summary_picks_by_score_within_each_group():
+    # Of the first sentence, the groups of 4 pick errors of 0.25, 0, 0, 0; of the second 0, 1, 1, 1.
     rows = [
         {"voice": "heart", "errors": [0.5, 0.25, 1, 0.5, *[0] * 12], "scores": [1, 3, 2, 0, *[9] * 12]},
         {"voice": "rms", "errors": [0, 0.5, 1, 0.5, *[1] * 12], "scores": [4, 3, 2, 0, *[-9] * 12]},
     ]
     found = evaluate.summary(rows)
-    assert found["best_of_4"]["picked"] == pytest.approx(0.125) and found["best_of_4"]["least"] == 0.125
+    assert found["best_of_4"]["picked"] == pytest.approx((0.25 + 3) / 8, abs=1e-4)
+    assert found["best_of_4"]["least"] == pytest.approx((0.25 + 3) / 8, abs=1e-4)
+    assert found["best_of_4"]["mean"] == found["best_of_16"]["mean"] == found["mean"]
     assert found["best_of_16"]["picked"] == 0 and "best_of_64" not in found
 
 
