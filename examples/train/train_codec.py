@@ -15,6 +15,8 @@ from clvp_fast.vocoder.codec import FLOOR, SPREAD
 from examples.train import data
 from examples.train.state import Refused, Training, draws, note, step_of
 
+# How many values each of the four numbers of a code has.
+LEVELS = (8, 5, 5, 5)
 # Frames of an excerpt, and excerpts of a step.
 FRAMES, BATCH = 96, 16
 # Files that codes of another codec would spoil.
@@ -24,7 +26,7 @@ OF_CODES = ("codes", "held_out.npz", "candidates", "decoder.pt", "scorer.pt")
 def make_codec(width: int = 192) -> Codec:
     """Make an untrained codec: 8 * 5 * 5 * 5 codes of 4 frames each. It was better than 4096 codes at 43 Hz."""
     torch.manual_seed(0)
-    return Codec(levels=(8, 5, 5, 5), stride=4, width=width)
+    return Codec(levels=LEVELS, stride=4, width=width)
 
 
 def train_codec(folder: Path, codec: Codec, steps: int, files: int) -> None:

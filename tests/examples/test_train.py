@@ -109,6 +109,15 @@ def test_spoilt_texts_and_codes_differ():
         assert not torch.equal(spoilt, codes) and 4 <= len(spoilt) <= model.MOST_CODES
 
 
+def test_moved_codes_lie_one_level_beside():
+    codes = torch.arange(1000)
+    moved = train_scorer.move_codes(codes, draws(0))
+    sizes = np.cumprod([1, 8, 5, 5])
+    levels, others = (row.numpy()[:, None] // sizes % [8, 5, 5, 5] for row in (codes, moved))
+    steps = np.abs(levels - others)
+    assert 0 < (steps.sum(1) > 0).mean() < train_scorer.MOVED and steps.sum(1).max() == 1
+
+
 def test_own_pairs_want_fewer_errors_to_score_higher():
     compared = [("a b", [torch.ones(3), torch.ones(0), torch.ones(2), torch.ones(1)], torch.tensor([0, 0.3, 1, 0.5]))]
     right, share = train_scorer.own_pairs(torch.tensor([[3.0, 1, 2]]), compared)
