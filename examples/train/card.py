@@ -1,6 +1,5 @@
 """The model card of an exported checkpoint: data, licences, domain, limits, and figures."""
 
-import json
 import re
 import shutil
 from pathlib import Path
@@ -21,13 +20,13 @@ NAME = re.compile(r"evaluation-(\d+)-(\d+)-(open|closed)\.jsonl")
 
 
 def figures(folder: Path) -> list[dict]:
-    """Return the evaluations' summaries of the present decoder; those of other steps are of another checkpoint."""
-    step = model.steps_of(folder).get("decoder", (0, 0))[0]
+    """Return the evaluations' summaries of the present decoder and scorer; others are of another checkpoint."""
+    steps = {part: step for part, (step, _) in model.steps_of(folder).items()}
     found = []
     for path in sorted(folder.glob("evaluation-*.jsonl")):
         of_step, count, kind = NAME.fullmatch(path.name).groups()
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        if int(of_step) == step and rows:
+        rows = [row for row in evaluate.read_rows(path) if row.get("scorer") == steps.get("scorer")]
+        if int(of_step) == steps.get("decoder") and rows:
             found.append({"candidates": int(count), "kind": kind, **evaluate.summary(rows)})
     return found
 

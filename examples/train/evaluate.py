@@ -1,7 +1,8 @@
 """Figures of what was trained, by the recogniser: candidates and their ranking, and the codec by itself.
 
 The sentences are `texts.EVALUATION`, on which nothing is trained. Rows go to `evaluation-NAME.jsonl` one by one, so
-that an evaluation that was interrupted goes on; `uses.jsonl` counts how often these sentences were used.
+that an evaluation that was interrupted goes on; `uses.jsonl` counts how often these sentences were used. What is heard
+depends on the decoder alone: candidates are ranked at the end, and again by a scorer that was trained further.
 """
 
 import json
@@ -14,11 +15,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from clvp_fast import Ranker
+from clvp_fast.io.files import replacing
 from clvp_fast.vocoder.codec import voice_of
 from clvp_fast.vocoder.griffin_lim import GriffinLim
 from examples.train import data, judge, texts, voices
 from examples.train.candidates import Speaker, sampling
-from examples.train.model import USES
+from examples.train.model import MOST_CODES, USES, ids_of
 from examples.train.state import STOP, step_of
 from examples.train.train_codec import make_codec
 
@@ -29,21 +32,44 @@ def evaluate(folder: Path, sentences: int, count: int, kind: str = "open", seed:
     path = folder / f"evaluation-{step}-{count}-{kind}.jsonl"
     with open(folder / USES, "a", encoding="utf-8") as uses:
         uses.write(json.dumps({"step": step, "sentences": sentences, "count": count, "kind": kind}) + "\n")
-    done = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    done = len(read_rows(path))
     speaker = Speaker(folder, scorer=True)
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-        for number in range(len(done), sentences):
+        for number in range(done, sentences):
             STOP.check()
             said = texts.EVALUATION[number]
             (result,) = speaker.candidates([said], sampling(count, seed + number), number)
-            rows = zip(result.codes, result.lengths, strict=True)
-            sounds = [speaker.sound(codes[:length], number) for codes, length in rows]
+            codes = [row[:length] for row, length in zip(result.codes, result.lengths, strict=True)]
+            sounds = [speaker.sound(row, number) for row in codes]
             errors = list(pool.map(judge.errors_of, repeat(said), sounds, repeat(kind), chunksize=4))
-            row = {"said": said, "voice": voices.NAMES[number % 2], "errors": errors, "scores": result.scores.tolist()}
+            row = {
+                "said": said,
+                "voice": voices.NAMES[number % 2],
+                "errors": errors,
+                "codes": [c.tolist() for c in codes],
+            }
             with open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = ranked(read_rows(path), speaker.model, step_of(folder / "scorer.pt"))
+    with replacing(path) as scratch:
+        scratch.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return {"step": step, "kind": kind, **summary(rows)}
+
+
+def read_rows(path: Path) -> list[dict]:
+    """Return the rows of an evaluation; none of a file that there is not."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
+def ranked(rows: list[dict], clvp, step: int) -> list[dict]:
+    """Return rows with their candidates' scores by a scorer of `step` steps, as an engine gives them."""
+    ranker = Ranker(clvp)
+    again = {
+        index: ranker.rank(ids_of(row["said"]), row["codes"], pad_to=MOST_CODES + 1).scores.tolist()
+        for index, row in enumerate(rows)
+        if row.get("scorer") != step
+    }
+    return [row | {"scores": again[i], "scorer": step} if i in again else row for i, row in enumerate(rows)]
 
 
 def summary(rows: list[dict]) -> dict:

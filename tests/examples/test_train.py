@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from clvp_fast import CandidateEngine, CandidateRequest, ClvpFeatureExtractor, ClvpProcessor, SamplingParams, demo
+from clvp_fast.checkpoint import load_checkpoint
 from examples.train import candidates, card, data, evaluate, judge, model, quality, texts, train_decoder, train_scorer
 from examples.train.__main__ import main
 from examples.train.muon import orthogonal
@@ -414,20 +415,35 @@ def test_a_card_is_held_to_a_measurement(tmp_path):
         quality.quality(tmp_path, tmp_path, 1, 16, "open")
 
 
-def test_card_has_the_figures_of_this_decoder_alone(tmp_path):
+def test_card_has_the_figures_of_this_decoder_and_scorer_alone(tmp_path):
     layer = nn.Linear(1, 1)
-    for part, steps in (("codec", 7), ("decoder", 40)):
+    for part, steps in (("codec", 7), ("decoder", 40), ("scorer", 60)):
         training = Training(tmp_path, part, layer, [], steps)
         training.step, training.spent = steps, 120.0
         training.save()
-    row = {"said": "one", "voice": "rms", "errors": [0.5, 0.25, 1, 0.5], "scores": [0, 3, 1, 2]}
-    for name, rows in (("evaluation-40-4-open", [row] * 3), ("evaluation-39-4-open", [row] * 5)):
+    row = {"said": "one", "voice": "rms", "errors": [0.5, 0.25, 1, 0.5], "scores": [0, 3, 1, 2], "scorer": 60}
+    heard = [row] * 3 + [row | {"scorer": 59}] * 2
+    for name, rows in (("evaluation-40-4-open", heard), ("evaluation-39-4-open", [row] * 6)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     text = card.card(tmp_path)
-    assert "| decoder | 40 | 2 |" in text and "scorer" not in text.split("| trained |")[1].split("## Figures")[0]
-    assert "| open | 3 | 4 | 0.562 | 0.250 ± 0.000 | 0.250 |" in text and "| 5 | 4 |" not in text
+    assert "| decoder | 40 | 2 |" in text
+    assert (
+        "| open | 3 | 4 | 0.562 | 0.250 ± 0.000 | 0.250 |" in text and "| 5 | 4 |" not in text and "| 6 |" not in text
+    )
     (tmp_path / "evaluation-40-4-open.jsonl").unlink()
     assert "Nothing was measured of this checkpoint." in card.card(tmp_path)
+
+
+def test_candidates_are_ranked_as_an_engine_ranks_them():
+    clvp = load_checkpoint("demo").model
+    engine = CandidateEngine(clvp, ClvpProcessor(ClvpFeatureExtractor(), model.tokenizer()))
+    said, mel = "seven cold rivers", torch.zeros(1, 80, 600)
+    (result,) = engine.generate([CandidateRequest(text=said, input_features=mel, id=0)], candidates.sampling(4, seed=3))
+    codes = [row[:length].tolist() for row, length in zip(result.codes, result.lengths, strict=True)]
+    old = {"said": said, "codes": codes, "scores": [0.0] * 4, "scorer": 7}
+    kept, again = evaluate.ranked([old, {"said": said, "codes": codes}], clvp, 7)
+    assert kept["scores"] == [0.0] * 4 and again["scorer"] == 7
+    assert again["scores"] == pytest.approx(result.scores.tolist(), rel=1e-4)
 
 
 _TINY = model.configuration
