@@ -176,7 +176,7 @@ class PagedDecoder:
         A key is a linear function of a layer norm's output, whose channels vary by about 1 before the norm's gain. So
         mean and spread follow from the weights alone, and not from what is decoded.
         """
-        scales = torch.empty(self.num_layers, 2, self.num_heads, device=self.device)
+        scales = torch.empty(self.num_layers, 2, self.num_heads, dtype=torch.float32, device=self.device)
         for index, layer in enumerate(layers_of(self.model)):
             norm = layer.input_layernorm
             gain = norm.weight.float()

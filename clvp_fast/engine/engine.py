@@ -178,7 +178,8 @@ class CandidateEngine:
         the pages of a model that was cast or moved to another device. All of it stays as it was until then, and each
         request is refused with a `ValueError` that says so. It compares the parameters' addresses and version counters,
         and neither shows a write through `.data` (`weight.data.copy_(...)`) or through numpy
-        (`weight.detach().numpy()[...] = `): call this after one, for packed copies and for voices that are kept too.
+        (`weight.detach().numpy()[...] = `), nor the step of one of torch's optimizers with `fused=True`: call this
+        after one, for packed copies and for voices that are kept too.
 
         Raises:
             RuntimeError: requests are under way, or a listener or scorer of the engine calls this.

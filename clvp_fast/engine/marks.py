@@ -7,8 +7,9 @@ from torch import nn
 class Marks:
     """Where a module's parameters lie and how often they were written to, at the moment when this is made.
 
-    A write through `.data` (`weight.data.copy_(...)`) or numpy leaves both as they were, and is not seen; of inference
-    tensors, which count no writes, the address alone is known. The storage of a parameter that is moved is kept for as
+    A write through `.data` (`weight.data.copy_(...)`) or numpy leaves both as they were, and is not seen, nor is the
+    step of an optimizer with `fused=True`, which torch does not count; of inference tensors, which count no writes, the
+    address alone is known. The storage of a parameter that is moved is kept for as
     long as this is, so that no other can come to lie at its address.
 
     Args:

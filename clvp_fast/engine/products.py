@@ -68,7 +68,7 @@ def in_int8(product: Product) -> Product:
     weight = product.weight
     # All kernels read contiguous rows best, so that a view whose columns are contiguous is copied into rows.
     copied = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-    scale = torch.empty(len(weight), device=weight.device)
+    scale = torch.empty(len(weight), dtype=torch.float32, device=weight.device)
     # Some rows at a time, because whole float32 copies of the weights would leave holes in the heap.
     for rows, copies, scales in zip(*(x.split(_ROWS) for x in (weight, copied, scale)), strict=True):
         wide = rows.float()

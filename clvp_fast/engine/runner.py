@@ -321,7 +321,8 @@ class Runner:
         attention = OPERATORS["paged_attention_decode"]
         q = torch.empty(1, self.decoder.num_heads, self.decoder.head_dim, dtype=self.decoder.dtype, device=self.device)
         pages = self.pages.layer(0)
-        if attention.choose((q, q, q, pages["k_pages"], pages["v_pages"], *[None] * 9)) is attention.torch:
+        stored = pages["k_pages"], pages["v_pages"], self.slots.tensors["block_table"]
+        if attention.choose((q, q, q, *stored, *[None] * 8)) is attention.torch:
             raise RuntimeError(
                 "deterministic=True needs the kernel of clvp_fast.paged_attention_decode, which does not serve "
                 f"{self.decoder.dtype} with {pages['k_pages'].dtype} pages and head_dim {self.decoder.head_dim} on "

@@ -99,7 +99,8 @@ class VoiceCache:
 
     Args:
         model: in eval mode, where it will compute. Voices that were made with other weights are forgotten: changed and
-            moved ones are noticed, but for writes through `.data` (`weight.data.copy_(...)`), after which call `clear`.
+            moved ones are noticed, but for writes through `.data` (`weight.data.copy_(...)`), or by an optimizer with
+            `fused=True`, after which call `clear`.
         feature_extractor: of the checkpoint.
         capacity: how many are kept, those that were used last; a voice takes some kilobytes.
     """

@@ -15,6 +15,10 @@ from clvp_fast.models.common.parameters import pack_linears, transpose_storage
 from clvp_fast.models.common.plain import activation_name, changed_module, drop_probability
 
 
+# The attributes of norms and activations that steps are bound with.
+_SETTINGS = ("eps", "negative_slope", "alpha")
+
+
 @dataclass(frozen=True)
 class Norm:
     """A layer norm: `weight` `[hidden_size]`, `bias` alike or None."""
@@ -162,7 +166,7 @@ class DecoderWeights:
         return list(self.model.parameters())
 
     def sources(self) -> tuple:
-        """Return the addresses of the parameters and the `eps` of the norms, on which a bound step depends.
+        """Return the addresses of the parameters and the settings of norms and activations, on which a bound step depends.
 
         This runs at each admission, so it walks through the modules without the names and sets of `parameters()`.
         """
@@ -172,7 +176,7 @@ class DecoderWeights:
             module = waiting.pop()
             if module is not None:
                 found += [None if p is None else p.data_ptr() for p in module._parameters.values()]
-                found.append(vars(module).get("eps"))
+                found += [vars(module).get(name) for name in _SETTINGS]
                 waiting += module._modules.values()
         return tuple(found)
 

@@ -261,8 +261,8 @@ def linear(
         `[..., out]`, contiguous, of the dtype of the residual; without one that of `x`.
 
     Raises:
-        ValueError, TypeError: an unknown activation; a scale without int8, or none with it; a residual that is not of
-            the result's shape, or of another dtype or device; panels of other weights.
+        ValueError, TypeError: an unknown activation; tensors on several devices; a scale without int8, or none with it;
+            a residual that is not of the result's shape or of another dtype; panels of other weights.
     """
     args = (x, weight, bias, scale, activation, residual, panels)
     cast = autocasts(x.device)
@@ -308,6 +308,9 @@ def bind_linear(
 def _check(x, weight, bias, scale, activation, residual, panels, cast):
     if activation is not None and activation not in ACTIVATIONS:
         raise ValueError(f"activation must be None or one of {', '.join(ACTIVATIONS)}, not {activation!r}")
+    check_same("weight", weight, "x", x, dtype=False)
+    if bias is not None:
+        check_same("bias", bias, "x", x, dtype=False)
     check_scale(scale, weight, x)
     if residual is not None:
         if residual.shape != (*x.shape[:-1], weight.shape[0]):

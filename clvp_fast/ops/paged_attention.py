@@ -155,13 +155,16 @@ def _decode_why_not_triton(q, k_new, v_new, k_pages, v_pages, *others):
     return _why_not(q, k_pages, v_pages)
 
 
-def _decode_why_not_cpu(q, k_new, v_new, k_pages, v_pages, *others):
+def _decode_why_not_cpu(q, k_new, v_new, k_pages, v_pages, block_table, *others):
     if reason := unserved_natively(q.device, q.dtype):
         return reason
     if k_pages.dtype != q.dtype:
         return f"on a CPU it serves pages of the dtype of q, {q.dtype}, not of {k_pages.dtype}"
     if q.shape[2] % 16 or q.shape[2] > 128:
         return f"on a CPU it serves a head_dim that is a multiple of 16 up to 128, not {q.shape[2]}"
+    if not 1 <= k_pages.shape[1] <= 1024 or 0 in (q.shape[1], block_table.shape[1]):
+        sizes = f"{k_pages.shape[1]} tokens, {q.shape[1]} heads and {block_table.shape[1]} pages"
+        return f"on a CPU it serves pages of up to 1024 tokens, and at least one head and page a row, not {sizes}"
     if k_pages.stride(3) != 1 or v_pages.stride() != k_pages.stride():
         return "it serves k_pages and v_pages of the same strides, the last of them 1"
     return None

@@ -219,7 +219,7 @@ def window_block(
         raise shape_error("x", "[batch, height, width, channels]", x)
     _, height, width, channels = x.shape
     heads, places = bias.shape[0], window**2
-    if channels % heads:
+    if not heads or channels % heads:
         raise ValueError(f"the heads of bias must divide the channels of x, and {heads} does not divide {channels}")
     check_windows(height, width, window, shift)
     wide = (channels,)

@@ -53,6 +53,16 @@ CLVP_FAST_INLINE void add_products(Floats (&sums)[VECTORS], const Factor<In> *a,
 #endif
 }
 
+/* The same sum for a single vector, rounded once as above even where a compiler does not optimise. */
+template <class In>
+CLVP_FAST_INLINE Floats add_product(Floats sum, const Factor<In> *a, Floats b) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    return (Floats)_mm256_fmadd_ps(_mm256_set1_ps(*a), (__m256)b, (__m256)sum);
+#else
+    return dot(sum, a, b);
+#endif
+}
+
 /* Columns of a chain: its part of a panel stays in the first-level cache while the tiles of all rows read it. */
 constexpr int64_t BLOCK = 64;
 /* For the sums of a panel and so many rows of x there are registers; converting int8 takes some of them. */
@@ -138,7 +148,7 @@ CLVP_FAST_INLINE void tile(const Weight *weights, const Factor<In> *const *rows,
             } else { /* there are no registers for so many weights at once */
                 unroll<V>([&](auto j) CLVP_FAST_INLINED {
                     const Floats one = weight(j);
-                    unroll<R>([&](auto i) CLVP_FAST_INLINED { sums[i][j] = dot(sums[i][j], x(i), one); });
+                    unroll<R>([&](auto i) CLVP_FAST_INLINED { sums[i][j] = add_product<In>(sums[i][j], x(i), one); });
                 });
             }
         });

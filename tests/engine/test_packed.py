@@ -69,11 +69,12 @@ def test_a_change_of_the_weights_is_seen_by_the_next_request(change):
     assert is_packed(made)
 
 
-def test_a_refresh_shows_what_was_written_to_data():
+@pytest.mark.parametrize("change", [changes.written_to_data, changes.stepped_fused])
+def test_a_refresh_shows_what_torch_did_not_count(change):
     model = tiny()
     made = changes.engine(model, packed_weights=True)
     before = changes.codes(made)
-    changes.written_to_data(model)
+    change(model)
     made.refresh()
     assert changes.codes(made) == changes.anew(model, packed_weights=True) != before
 

@@ -246,6 +246,32 @@ def test_a_norm_with_another_eps_is_followed():
     assert driver.run()[1, 0] == expected_tokens(model, prompt) != expected_tokens(tiny(), prompt)
 
 
+def test_an_activation_with_another_slope_is_followed():
+    model = tiny(activation_function="leaky_relu")
+    prompt_list = prompts(model)[:1]
+    driver = Driver(model, prompt_list * 2, [GREEDY] * 2, states=True)
+    driver.admit(0, 0)
+    driver.run()
+    before = driver.runner.states(0, 40)
+    for layer in model.speech_decoder_model.model.decoder.layers:
+        layer.mlp.act.negative_slope = 3.0
+    driver.admit(0, 1)
+    assert driver.run()[1, 0] == expected_tokens(model, prompt_list[0])
+    assert not torch.allclose(driver.runner.states(0, 40), before, atol=1e-2)
+
+
+@pytest.mark.parametrize("options", [{"weight_dtype": torch.int8}, {"page_dtype": torch.float8_e4m3fn}])
+def test_scales_have_one_type_whatever_torch_s_default_is(options):
+    model = tiny()
+    torch.set_default_dtype(torch.float64)
+    try:
+        driver = Driver(model, prompts(model)[:1], [GREEDY], **options)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    driver.admit(0, 0)
+    assert driver.run()[0, 0]
+
+
 def test_projections_that_cannot_lie_in_a_row():
     """Leave parameters made under inference mode where they are."""
     model = tiny()

@@ -315,3 +315,11 @@ def test_what_cannot_be(error, says, change):
         ops.linear(x, weight, bias, **{"scale": scale} | change)
     with pytest.raises(ValueError, match="it is given, and the weights are"):
         ops.linear(x, weight.float(), bias, scale=scale)
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_tensors_on_several_devices(name):
+    x, weight, bias, _ = operands()
+    given = {"weight": weight, "bias": bias}
+    with pytest.raises(ValueError, match=f"{name} is on meta and x on cpu: move them to one device"):
+        ops.linear(x, **given | {name: given[name].to("meta")})

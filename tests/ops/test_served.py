@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import clvp_fast
-from clvp_fast import native, ops
+from clvp_fast import backend, native, ops
 from clvp_fast.ops import many_rows
 from clvp_fast.ops.dispatch import OPERATORS
 from tests.kit import PagePool, isa, operators, random
@@ -57,6 +57,22 @@ def test_a_decode_step_of_any_head_dim(head_dim, monkeypatch):
     if isa.why_no_library() is None:
         said = f"on a CPU it serves a head_dim that is a multiple of 16 up to 128, not {head_dim}"
         assert [said in str(warning.message) for warning in told] == ([] if served else [True])
+
+
+@pytest.mark.parametrize("page_size, heads, pages", [(1024, 2, 1), (1025, 2, 1), (16, 2, 0), (16, 0, 1)])
+def test_a_decode_step_of_sizes_that_the_kernel_does_not_take(page_size, heads, pages):
+    """Compute by torch what `csrc/check.h` refuses."""
+    q, k, v = (random(2, heads, 32, seed=seed) for seed in (1, 2, 3))
+    k_pages, v_pages = (random(2, page_size, heads, 32, seed=seed) for seed in (4, 5))
+    table = torch.arange(2 * pages, dtype=torch.int32).view(2, pages)
+    lengths = torch.tensor([5 if pages else -1, -1], dtype=torch.int32)
+    found = []
+    for name in (None, "reference"):
+        with backend(name), warnings.catch_warnings(action="ignore"):
+            state = k_pages.clone(), v_pages.clone()
+            found.append((ops.paged_attention_decode(q, k, v, *state, table, lengths), *state))
+    for own, expected in zip(*found, strict=True):
+        torch.testing.assert_close(own, expected)
 
 
 @pytest.mark.parametrize("rows", [3, 600])

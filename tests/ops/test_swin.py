@@ -269,6 +269,7 @@ def test_nothing_to_do(name):
             lambda x: torch.cat([x, x[:1]]),
             "the heads of bias must divide the channels of x, and 3 does not divide 32",
         ),
+        (5, lambda x: x[:0], "the heads of bias must divide the channels of x, and 0 does not divide 32"),
         (6, lambda x: x[1:], r"w_out must have shape \[32, 32\]"),
         (7, lambda x: x[1:], r"b_out must have shape \[32\]"),
         (0, lambda x: x[:, 1:], "window must divide the image, 15 x 16, and 4 does not: pad the image"),
