@@ -238,7 +238,7 @@ def test_other_settings_are_refused(run, out, changed, named):
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
-def test_what_was_found_out_is_kept(run, no_model, out):
+def test_later_runs_keep_the_settings_of_the_first(run, no_model, out):
     """Use in later runs what the first run determined; it may also be named in the call."""
     no_model.options["stop_after"] = 5
     with pytest.raises(KeyboardInterrupt):

@@ -28,7 +28,7 @@ def test_voice_is_found_from_the_folder():
 
 
 @pytest.mark.parametrize("nothing", [None, "", b"", math.nan, Decimal("NaN")])
-def test_nothing_is_left_out(nothing):
+def test_absent_values_take_the_defaults(nothing):
     row = Row.read(0, {"id": "a", "text": "Hello.", "voice": nothing, "temperature": nothing, "seed": nothing})
     assert row == Row(0, "a", "Hello.")
 

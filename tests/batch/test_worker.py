@@ -287,7 +287,7 @@ def test_no_voice():
     assert outcome.error == "the row names no voice, and the job has none for such rows"
 
 
-def test_what_is_found_out(worker):
+def test_a_worker_determines_its_open_settings(worker):
     found = Worker(Settings(checkpoint="random", device="cpu")).settings
     assert (found.max_new_tokens, found.device, found.batch_size) == (500, "cpu", 16)
     assert found.threads == torch.get_num_threads()

@@ -135,7 +135,7 @@ def a_row(rank: int, score=1.5, **changes) -> dict:
     return {"rank": rank, "candidate": 10 - rank, "tokens": 7, "score": score, "stopped": True, **changes}
 
 
-def test_whatever_comes_from_outside_is_text():
+def test_names_and_texts_are_escaped_in_the_page():
     page = Page("Heard", {"checkpoint": NASTY})
     page.add_section(Section(NASTY, NASTY, [NASTY], data_url("image/png", b"x")))
     page.add(0, a_row(1), 0.5, data_url("audio/wav", b"x"), None)

@@ -125,7 +125,7 @@ def test_a_write_through_data_is_not_seen_by_copies():
     assert codes(made) == anew(model, weight_dtype=torch.int8) != before
 
 
-def test_what_no_copy_was_made_of_may_change():
+def test_parameters_that_were_not_copied_may_change():
     model = tiny()
     made = engine(model, weight_dtype=torch.int8)
     codes(made)

@@ -126,7 +126,7 @@ def test_the_first_that_serves_and_pays_is_taken(several):
     assert choice.refused["kernel"] == "x must be narrow"
 
 
-def test_what_pays_may_depend_on_whether_a_call_is_bound(several, monkeypatch):
+def test_bound_calls_may_choose_another_kernel(several, monkeypatch):
     triton, cpu, plain = several.implementations
     operators.use(monkeypatch, several, (triton, replace(cpu, pays_bound=lambda x: len(x) == 1), plain))
     for length, found in ((1, (103, 303)), (2, (303, 103))):
