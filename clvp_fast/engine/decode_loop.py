@@ -1,7 +1,7 @@
 """The loop that joins scheduler and runner: requests go in, and finished candidates come out, a step at a time.
 
 On a GPU the host reads a step's tokens while the device computes the next one (a lag of 1), so that the device does not
-wait for Python. The tokens of a candidate lie in a row of one array; a row outlives its
+wait for Python. The tokens of a candidate lie in a record of one array; a record outlives its
 candidate until no step that knew it is under way.
 """
 
@@ -79,16 +79,16 @@ class DecodeLoop:
         self.runner: Runner | None = runner
         num_pages, page_size = runner.pages.data.shape[2:4]
         self.scheduler = Scheduler(num_pages, page_size, runner.max_batch, runner.max_new_tokens, self.lag)
-        rows = (self.lag + 1) * runner.max_batch
-        self._codes = np.zeros((rows, runner.max_new_tokens), dtype=np.int64)
-        self._drawn = np.zeros(rows, dtype=np.int64)
-        self._live = np.zeros(rows, dtype=bool)
-        self._job_of_row: list[Job | None] = [None] * rows  # the job of each row in use
-        self._row_of_slot = np.full(runner.max_batch, -1)
-        self._free_rows = list(range(rows))
-        # By step: rows whose candidate ended after the step began. They become free when that step was read.
+        records = (self.lag + 1) * runner.max_batch
+        self._codes = np.zeros((records, runner.max_new_tokens), dtype=np.int64)
+        self._drawn = np.zeros(records, dtype=np.int64)
+        self._live = np.zeros(records, dtype=bool)
+        self._job_of_record: list[Job | None] = [None] * records  # the job of each record in use
+        self._record_of_slot = np.full(runner.max_batch, -1)
+        self._free_records = list(range(records))
+        # By step: records whose candidate ended after the step began. They become free when that step was read.
         self._ended_since: deque[list[int]] = deque()
-        # Each step with the handle of its tokens and the row of each of its slots.
+        # Each step with the handle of its tokens and the record of each of its slots.
         self._under_way: deque[tuple[Step, StepHandle, np.ndarray]] = deque()
 
     @property
@@ -115,9 +115,9 @@ class DecodeLoop:
         if job in self._jobs:
             self._jobs.remove(job)
             self.scheduler.cancel(job)
-            for row, other in enumerate(self._job_of_row):
+            for record, other in enumerate(self._job_of_record):
                 if other is job:
-                    self._end(row)
+                    self._end(record)
 
     def restart(self, runner: Runner) -> None:
         """Forget all jobs, and go on with a runner that holds no candidates.
@@ -159,7 +159,7 @@ class DecodeLoop:
         if step is not None:
             self._apply(runner, step)
             handle = runner.decode(step.num_slots)
-            self._under_way.append((step, handle, self._row_of_slot[: step.num_slots].copy()))
+            self._under_way.append((step, handle, self._record_of_slot[: step.num_slots].copy()))
         # After the last job no step needs to overlap another, and a step under way would keep that job in memory.
         while len(self._under_way) > (self.lag if step is not None and self._jobs else 0):
             self._read(runner, *self._under_way.popleft())
@@ -176,50 +176,50 @@ class DecodeLoop:
                 job.on_token(candidate, token, *state)
 
     def _apply(self, runner: Runner, step: Step) -> None:
-        """Bring the scheduler's changes to the device and to the rows."""
+        """Bring the scheduler's changes to the device and to the records."""
         runner.apply(
             step,
             prompts={prefill.key: prefill.key.prompt for prefill in step.prefills},
             params={admission.key: admission.key.sampling for admission in step.admitted},
         )
         while len(self._ended_since) > self.lag:
-            self._free_rows += self._ended_since.popleft()
+            self._free_records += self._ended_since.popleft()
         for slot in step.freed_slots:
-            row = self._row_of_slot[slot]
-            if row >= 0 and self._live[row]:
-                self._end(int(row))  # preempted: the candidate starts again in another row
-            self._row_of_slot[slot] = -1
+            record = self._record_of_slot[slot]
+            if record >= 0 and self._live[record]:
+                self._end(int(record))  # preempted: the candidate starts again in another record
+            self._record_of_slot[slot] = -1
         for admission in step.admitted:
-            job, row = admission.key, self._free_rows.pop()
+            job, record = admission.key, self._free_records.pop()
             job.started_at = job.started_at or time.perf_counter()
-            self._job_of_row[row] = job
-            self._drawn[row], self._live[row], self._row_of_slot[admission.slot] = 0, True, row
+            self._job_of_record[record] = job
+            self._drawn[record], self._live[record], self._record_of_slot[admission.slot] = 0, True, record
         for source, target in step.moves:
-            self._row_of_slot[target], self._row_of_slot[source] = self._row_of_slot[source], -1
+            self._record_of_slot[target], self._record_of_slot[source] = self._record_of_slot[source], -1
         self._ended_since.append([])
 
-    def _end(self, row: int) -> None:
-        self._live[row], self._job_of_row[row] = False, None
-        (self._ended_since[-1] if self._ended_since else self._free_rows).append(row)
+    def _end(self, record: int) -> None:
+        self._live[record], self._job_of_record[record] = False, None
+        (self._ended_since[-1] if self._ended_since else self._free_records).append(record)
 
-    def _read(self, runner: Runner, step: Step, handle: StepHandle, rows: np.ndarray) -> None:
-        """Write the tokens of a step into the rows that it was made for."""
-        slots = np.flatnonzero(rows >= 0)
-        slots = slots[self._live[rows[slots]]]  # a candidate that ended meanwhile drew one token too many
-        rows, tokens, ended = rows[slots], runner.tokens(handle)[slots], runner.finished(handle)[slots]
-        self._codes[rows, self._drawn[rows]] = tokens
-        self._drawn[rows] += 1
+    def _read(self, runner: Runner, step: Step, handle: StepHandle, records: np.ndarray) -> None:
+        """Write the tokens of a step into the records that it was made for."""
+        slots = np.flatnonzero(records >= 0)
+        slots = slots[self._live[records[slots]]]  # a candidate that ended meanwhile drew one token too many
+        records, tokens, ended = records[slots], runner.tokens(handle)[slots], runner.finished(handle)[slots]
+        self._codes[records, self._drawn[records]] = tokens
+        self._drawn[records] += 1
         if any(job.on_token is not None for job in self._jobs):
-            for slot, token, count in zip(slots.tolist(), tokens.tolist(), self._drawn[rows].tolist(), strict=True):
+            for slot, token, count in zip(slots.tolist(), tokens.tolist(), self._drawn[records].tolist(), strict=True):
                 run = step.runs[slot]
                 if run.key.on_token is not None:
                     state = (runner.state(run.slot, count - 1),) if run.key.states else ()
                     self._news.append((run.key, run.candidate, token, count, state))
-        for slot, row in zip(slots[ended].tolist(), rows[ended].tolist(), strict=True):
-            run, drawn = step.runs[slot], int(self._drawn[row])
+        for slot, record in zip(slots[ended].tolist(), records[ended].tolist(), strict=True):
+            run, drawn = step.runs[slot], int(self._drawn[record])
             job: Job = run.key
-            job.codes[run.candidate] = self._codes[row, :drawn].copy()
-            self._end(row)
+            job.codes[run.candidate] = self._codes[record, :drawn].copy()
+            self._end(record)
         ended = self.scheduler.advance(slots[ended].tolist())
         self._jobs.difference_update(ended)
         self.finished += ended

@@ -128,7 +128,7 @@ class Scheduler:
         self._idle: set[_Request] = set()  # requests with a prefix in pages and no running candidate
         self._slots: list[Run | None] = [None] * max_batch
         self._free_slots = list(range(max_batch))  # a heap: the lowest slot is taken first
-        self._free_rows = list(reversed(range(max_batch)))
+        self._free_prefix_rows = list(reversed(range(max_batch)))
         self._num_slots = 0
         self._freed: list[int] = []
         self._due: defaultdict[int, list[Run]] = defaultdict(list)  # by step, the runs whose last page is full then
@@ -258,7 +258,7 @@ class Scheduler:
         self._give(step, admitted)
 
     def _start(self, request: _Request, step: Step) -> None:
-        request.prefix_row = self._free_rows.pop()
+        request.prefix_row = self._free_prefix_rows.pop()
         request.prefix_pages = self.pool.allocate(self._pages(request.prefix_len))
         step.prefills.append(Prefill(request.key, request.prefix_row, request.prefix_pages, request.prefix_len))
 
@@ -320,7 +320,7 @@ class Scheduler:
     def _drop_prefix(self, request: _Request) -> None:
         assert request.prefix_row is not None
         self.pool.release(request.prefix_pages)
-        self._free_rows.append(request.prefix_row)
+        self._free_prefix_rows.append(request.prefix_row)
         request.prefix_pages, request.prefix_row = [], None
         self._idle.discard(request)
 
