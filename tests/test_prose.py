@@ -87,7 +87,9 @@ def test_docstrings_of_functions_that_begin_with_no_verb_are_found():
 def test_names_of_tests_that_are_clauses_are_found():
     bad = ("test_what_is_left_stays", "test_who_waits_is_served", "test_of_which_two_are_kept", "test_whether_it_fits")
     good = ("test_it_tells_what_it_costs", "test_whole_words", "what_is_left")
-    source = "\n".join(f"def {name}(): ..." for name in bad + good) + "\nclass TestIt:\n    async def test_how_it(): ...\n"
+    source = (
+        "\n".join(f"def {name}(): ..." for name in bad + good) + "\nclass TestIt:\n    async def test_how_it(): ...\n"
+    )
     assert sorted(name for _, name in prose.named_by_a_clause(source)) == sorted((*bad, "test_how_it"))
 
 

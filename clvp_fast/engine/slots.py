@@ -34,16 +34,16 @@ NEUTRAL = {
 class SlotState:
     """Hold the state tensors of `rows` slots, all inactive at first.
 
-    By name in `tensors`, their first axis the slots (of `prefix_table` and `prefix_lens`, the rows of prefixes):
-    int64 `token` (the next to enter), `lengths`, `limit`, `stop`, `seed`, `candidate`, `top_k`; float64 `temperature`,
-    `top_p`, `typical_p`, `min_p`, `repetition_penalty`, `typical_mass`; int32 `seq_lens` (-1: inactive),
+    They are in `tensors` by name. Their first axis is the slots; for `prefix_table` and `prefix_lens`, it is the
+    prefixes: int64 `token` (the next to enter), `lengths`, `limit`, `stop`, `seed`, `candidate`, `top_k`; float64
+    `temperature`, `top_p`, `typical_p`, `min_p`, `repetition_penalty`, `typical_mass`; int32 `seq_lens` (-1: inactive),
     `prefix_index`, `prefix_lens`, `block_table` `[rows, own_pages]`, `prefix_table` `[rows, prefix_pages]`, `seen`
     `[rows, ceil(vocab_size / 32)]`; bool `do_sample`.
 
     Args:
         own_pages, prefix_pages: the most pages of a candidate and of a prompt.
-        max_new_tokens: the most that a candidate may draw.
-        start_token, stop_token: the token that candidates begin with, and the default of those that end them.
+        max_new_tokens: the most tokens that a candidate may draw.
+        start_token, stop_token: the token that candidates begin with, and the default of the one that ends them.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class SlotState:
         return {name: x if name in ("prefix_table", "prefix_lens") else x[:rows] for name, x in self.tensors.items()}
 
     def shortcuts(self, rows: int) -> dict[str, float | bool]:
-        """Return numbers that `sample` can take for the first `rows` slots' tensors without changing a token.
+        """Return numbers that `sample` can take in place of the first `rows` slots' tensors, with the same tokens.
 
         They are a parameter's neutral value where all slots have it, and the `do_sample` that the active slots share.
         """

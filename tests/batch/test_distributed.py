@@ -200,7 +200,7 @@ def test_addresses_where_no_cluster_is(corpus, tmp_path, capsys, monkeypatch):
         threading.Thread(target=lambda: other.accept()[0].sendall(b"HTTP/1.1 400 Bad Request\r\n"), daemon=True).start()
         for address, says in (
             (f"127.0.0.1:{closed.getsockname()[1]}", "no Ray cluster answers at 127.0.0.1:"),
-            (f"127.0.0.1:{other.getsockname()[1]}", "is no Ray cluster: give the port of `ray start --head`"),
+            (f"127.0.0.1:{other.getsockname()[1]}", "is not a Ray cluster: give the port of `ray start --head`"),
             ("http://127.0.0.1:8265", "is HOST:PORT, as `ray start --head` tells it, not 'http"),
         ):
             argv = ["batch", str(corpus), "--voice", str(VOICE), "--out", str(tmp_path / "out"), "--ray", address]

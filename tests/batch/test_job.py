@@ -276,7 +276,7 @@ def test_other_versions_are_told(run, no_model, monkeypatch, caplog):
 
 
 def _described(executor, **changed):
-    return {"settings": executor.settings.as_dict(), "checkpoint": "mark", "versions": {"torch": "1"}} | changed
+    return {"settings": executor.settings.as_dict(), "checkpoint": "digest", "versions": {"torch": "1"}} | changed
 
 
 def test_damaged_manifest(run, out):
@@ -294,7 +294,7 @@ def test_damaged_manifest(run, out):
         ):
             run()
     (out / "manifest.json").unlink()
-    with pytest.raises(ValueError, match=r"has results, and .*manifest\.json is not there"):
+    with pytest.raises(ValueError, match=r"has results, but .*manifest\.json is missing"):
         run()
 
 

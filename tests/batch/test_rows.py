@@ -75,7 +75,10 @@ def test_ids(given):
         ({"id": "a", "text": "Hello.", "do_sample": "perhaps"}, "do_sample must be true or false, not 'perhaps'"),
         ({"id": "a", "text": "Hello.", "seed": [1]}, "seed must be a number, not [1]"),
         ({"id": "a", "text": "Hello.", "voice": {"array": [0.1]}}, "voice must be the path of a file or folder"),
-        ({"id": "a", "text": "Hello.", "voice": {"bytes": "x"}}, "bytes of a voice must be a recording's, not 'x'"),
+        (
+            {"id": "a", "text": "Hello.", "voice": {"bytes": "x"}},
+            "bytes of a voice must be those of a recording, not 'x'",
+        ),
         ({"id": "a", "text": "Hello.", "seed": "1" * 5000}, "seed must be a number, not '111"),
         ({"id": "a", "text": {"x": "y" * 10**6}}, "text must be a string, not {'x': 'yyy"),
         ({"id": b"\xff", "text": "Hello."}, "id is not valid Unicode"),

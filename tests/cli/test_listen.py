@@ -48,8 +48,8 @@ def test_without_a_vocoder_one_sentence_and_codes(cli, voice, tmp_path):
     assert outcome.code == 0
     told = [line for line in outcome.err.splitlines() if "vocoder" in line]
     assert told == [
-        "note: checkpoint 'random' brings no vocoder (vocoder.json and vocoder.safetensors), so --listen has nothing "
-        "to be heard; codes and scores are written all the same"
+        "note: checkpoint 'random' has no vocoder (vocoder.json and vocoder.safetensors), so there is nothing "
+        "to hear; codes and scores are still written"
     ]
     assert {path.name for path in tmp_path.iterdir()} == {"codes.npz", "candidates.json"}
 
@@ -70,7 +70,8 @@ def test_a_saved_voice_says_what_is_missing(cli, voice, checkpoint, tmp_path):
     assert cli("generate", "hello", "--voice", voice, "--save-voice", saved, *common).code == 0
     outcome = cli("generate", "hello", "--voice", saved, "--listen", *common)
     assert (
-        outcome.code == 0 and "nothing can be heard: a saved voice comes without a recording to speak in" in outcome.err
+        outcome.code == 0
+        and "nothing can be heard: a saved voice has no recording, which the vocoder needs" in outcome.err
     )
     assert not (tmp_path / "report.html").exists() and (tmp_path / "codes.npz").exists()
 

@@ -64,7 +64,7 @@ def test_smaller_pages_give_more_slots():
 def test_too_little_memory_is_refused_with_sizes():
     one = OWN + PREFIX
     with pytest.raises(
-        ValueError, match=r"one candidate of 500 tokens behind a prompt of 405 needs (\d+ MB) \("
+        ValueError, match=r"one candidate of 500 tokens after a prompt of 405 needs (\d+ MB) \("
     ) as error:
         full(10**8)
     assert human_bytes(one * PAGE) + " pages" in str(error.value) and "90 MB may be used" in str(error.value)
@@ -117,7 +117,7 @@ def test_a_step_stays_within_its_part():
         runner._step(64)
         with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             runner._step(64)
-    held = peak = sum(block.nbytes for block in runner._room._blocks.values())
+    held = peak = sum(block.nbytes for block in runner._scratch._blocks.values())
     for event in profile.profiler.kineto_results.events():
         if event.name() == "[memory]":
             held += event.nbytes()

@@ -10,7 +10,7 @@ from clvp_fast import CandidateEngine, CandidateRequest, ClvpFeatureExtractor, S
 from tests.engine.test_decoder import tiny
 from tests.kit import isa, random
 
-WHAT_TO_DO = r": call engine\.refresh\(\), which makes anew what was made of the weights$"
+WHAT_TO_DO = r": call engine\.refresh\(\), which renews everything made from the weights$"
 LAYER = "speech_decoder_model.model.decoder.layers.1"
 
 

@@ -365,9 +365,9 @@ def test_unknown_processors_are_left_to_the_loop():
         4,
     )
     unknown = MinNewTokensLengthLogitsProcessor(1, 2, STOP, device="cpu")
-    with pytest.raises(NotServed, match="it is prepared with MinNewTokensLengthLogitsProcessor"):
+    with pytest.raises(NotServed, match="it uses MinNewTokensLengthLogitsProcessor"):
         decode(model, start, LogitsProcessorList([warmer, unknown]), StoppingCriteriaList([longest]), settings)
-    with pytest.raises(NotServed, match="it is prepared with MaxTimeCriteria"):
+    with pytest.raises(NotServed, match="it uses MaxTimeCriteria"):
         decode(model, start, LogitsProcessorList(), StoppingCriteriaList([longest, MaxTimeCriteria(60)]), settings)
     with pytest.raises(NotServed, match="it has no greatest length"):
         decode(model, start, LogitsProcessorList(), StoppingCriteriaList(), settings)
