@@ -49,7 +49,7 @@ def test_unwritable_folder(run, tmp_path):
     ],
 )
 def test_bad_settings(run, out, options, said):
-    with pytest.raises(ValueError, match=r"must be|are of") as caught:
+    with pytest.raises(ValueError, match=r"must be|is for") as caught:
         run(**options)
     assert said in str(caught.value)
     assert not out.exists()

@@ -158,7 +158,7 @@ def test_page_keeps_the_best_that_fit():
     content = page.html()
     kept = [tuple(map(int, found)) for found in re.findall(r'data-rank="(\d)" data-score="(-?\d)', content)]
     assert page.left_out == 5 and [rank for rank, _ in kept] == [1, 2, 3, 1, 2]
-    assert len(content.encode()) <= 230_000 and "keeps to 0 MB: 5 candidates; all" in content
+    assert len(content.encode()) <= 230_000 and "has at most 0 MB: 5 candidates; all" in content
 
 
 def test_page_has_a_voice_once_and_leaves_out_what_has_no_room():
