@@ -1,8 +1,8 @@
 """Figures of the trained models by the recogniser: of candidates and their ranking, and of the codec alone.
 
 The sentences are `texts.EVALUATION`, on which nothing is trained. Rows go to `evaluation-NAME.jsonl` one by one, so
-that an evaluation that was interrupted goes on; `uses.jsonl` counts how often these sentences were used. What is heard
-depends on the decoder alone: candidates are ranked at the end, and again by a scorer that was trained further.
+that an evaluation that was interrupted goes on; `uses.jsonl` counts how often these sentences were used. The heard
+words depend only on the decoder: candidates are ranked at the end, and again by a scorer that was trained further.
 """
 
 import json
