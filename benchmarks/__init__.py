@@ -1,1 +1,1 @@
-"""Workloads with their providers side by side: each checks itself before it is timed, and prints rows of JSON."""
+"""Workloads that compare providers: each provider is checked before it is timed, and rows are JSON."""

@@ -5,9 +5,8 @@ each (on GPUs by a process, and by a worker for each). A process has its model a
 the job and end with it. `start` lasts until the first row is done, `work` from there on. The error is the share of rows
 whose best candidate differs from the first provider's.
 
-Without a model: workers answer at once with codes that follow from the row, so that reading rows, passing them on and
-writing shards is all that is left of `work`. Rows over its seconds are the most that a job takes in, however many
-workers it has.
+Without a model, workers answer at once with codes that follow from the row, so `work` is only reading rows, passing
+them on and writing shards. Rows over its seconds are the highest rate of a job, however many workers it has.
 """
 
 import json
@@ -39,7 +38,7 @@ SHAPES = {"cpu": (48, 16, 64), "cuda": (4000, 16, 200)}
 SMOKE = (6, 2, 4)
 IDLE, SMOKE_IDLE = 10_000, 40
 WORKERS = {"cpu": 2, "cuda": None}
-# A process and a worker are on one GPU at the same time.
+# A process and a worker use one GPU at the same time.
 MEMORY_FRACTION = 0.4
 
 
@@ -141,7 +140,7 @@ class _Timed:
 
 
 class _Idle:
-    """In the place of a worker's engine: an answer at once."""
+    """Replaces a worker's engine, and answers at once."""
 
     def __init__(self, settings: Settings):
         self._settings = settings
@@ -150,7 +149,7 @@ class _Idle:
         return {"settings": self._settings.as_dict(), "checkpoint": "none", "versions": {}}
 
     def close(self) -> None:
-        """Do nothing, as nothing is open."""
+        """Do nothing, because nothing is open."""
 
     def outcomes(self, path: Path, tasks: list) -> Iterator[Outcome]:
         file = RowFile(path)
@@ -158,7 +157,7 @@ class _Idle:
 
 
 class IdleActor:
-    """The same in the place of a cluster's actor."""
+    """The same for a cluster's actor."""
 
     def __init__(self, settings: Settings, memory_fraction: float):
         self._settings = settings

@@ -11,8 +11,8 @@ from benchmarks.machine import label
 class Difference:
     """One provider's row of a task in two sets.
 
-    ratio: the median of the second over that of the first. verdict: "slower" or "faster" where the fifths of the
-        repeats that are nearest to the other set still lie apart; else "".
+    ratio: the median of the second over that of the first. verdict: "slower" or "faster" if the sets are apart after
+        leaving out the fifth of each that is nearest to the other; else "".
     """
 
     device: str
@@ -27,10 +27,10 @@ def compare(first: str, second: str, results: Path) -> list[Difference]:
     """Compare the tasks that both have measured, in the order of the first.
 
     Args:
-        first, second: each a file of rows, a folder with such files, or a commit of which `results` has rows.
+        first, second: each a file of rows, a folder with such files, or a commit with rows in `results`.
 
     Raises:
-        ValueError: a name that is none of these, or nothing that both have.
+        ValueError: a name that is none of these, or no task that both have.
     """
     before, after = timed_rows(first, results), timed_rows(second, results)
     found = [_difference(key, row, after[key]) for key, row in before.items() if key in after]

@@ -1,4 +1,4 @@
-"""A corpus through the job of `clvp-fast batch`, beside the bare engine on the same requests.
+"""A corpus through the job of `clvp-fast batch`, compared with the bare engine on the same requests.
 
 On the small random model and with few candidates, where the job's own work (rows, journals, shards, the summary and its
 picture) weighs most: with a full-size one it is below what can be measured. The model is loaded already; the error is

@@ -1,4 +1,4 @@
-"""One decode step of N candidates of one text in the middle of their way, in every precision tier of the engine.
+"""One decode step of N candidates of one text, half-way through decoding, in every precision tier of the engine.
 
 Ours enters the tokens, computes logits and draws the next ones, as the engine runs it: captured and eagerly on a GPU.
 The rivals give logits and draw nothing: transformers' decoder, whose cache is copied at every step, the same compiled
@@ -30,7 +30,7 @@ from clvp_fast.models.transformers_versions import CACHE
 CANDIDATES = {"cpu": (16, 1), "cuda": (256, 1, 64, 16)}
 TEXT_TOKENS, STORED = 60, 250
 SMOKE = (3, 5, 18)
-# Steps of a measurement, from as many before `STORED` as behind it: a GPU is kept waiting by none of them.
+# The steps of a measurement, as many before `STORED` as after it; none of them makes a GPU wait.
 STEPS = {"cpu": 1, "cuda": 20}
 # Candidates of different tokens; the others repeat them.
 _DISTINCT = 2
@@ -209,7 +209,7 @@ def _one_launch(name: str, device: str, shape: dict, smoke: bool, capture: bool)
     tier = next(tier for tier in TIERS[device] if tier.name == "bfloat16")
     try:
         candidates = StoredCandidates(tier, device, smoke, shape, capture, persistent=True)
-    except ValueError as error:  # the step's own word that it cannot serve here
+    except ValueError as error:  # the step itself says that it cannot serve here
         raise Absent(str(error)) from error
     return _timed(name, candidates, tier, device, shape, smoke)
 

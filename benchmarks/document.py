@@ -28,7 +28,7 @@ def _beyond(row: dict) -> str:
     return f"{(row['peak_bytes'] - row['weights_bytes'] - row['kv_bytes']) / 2**20:.0f} MiB"
 
 
-# Columns that stand where a row has what they are made of: title, its key, and what they say.
+# Columns that appear if a row has their key: title, key, and formatter.
 _MORE = (
     ("tokens/s", "tokens", lambda row: thousands(row["tokens"] / row["seconds"]["median"])),
     ("memory beyond weights, keys and values", "peak_bytes", _beyond),
@@ -49,7 +49,7 @@ _MORE = (
     ("first call adds", "peak_extra_bytes", lambda row: f"{row['peak_extra_bytes'] / 2**20:.0f} MiB"),
 )
 
-# Workloads that are no part of `benchmarks.run`.
+# Workloads that are not part of `benchmarks.run`.
 _BY_HAND = {
     "stress": (
         "`make stress`: one engine under tasks of asyncio and threads, with faults planted at random in its steps, "

@@ -1,7 +1,8 @@
 """Candidates for one text: transformers' whole `generate` (conditioning, decoding, scoring), ours, the engine.
 
-Every candidate has all its tokens. The error is that of logits; what a precision tier changes over many steps is told
-by the workload `precision`. Memory is that of a process that does nothing else (`benchmarks/peak_memory.py`).
+Every candidate has the full number of tokens. The error is that of logits; the workload `precision` measures the
+changes of a precision tier over many steps. Memory is that of a process that does nothing else
+(`benchmarks/peak_memory.py`).
 """
 
 import itertools
@@ -43,7 +44,7 @@ def _task(device: str, shape: dict, smoke: bool) -> Task:
         f"clvp_fast in transformers' loop, {name}": (model_of["ours"], {"use_engine": False}),
         f"clvp_fast generate(), {name}": (model_of["ours"], {"use_engine": True}),
     }
-    # A CPU's transformers does not compile, and of many candidates the workload decode_step tells in less time.
+    # transformers is not compiled on a CPU, and the workload decode_step measures many candidates in less time.
     why_not = "for a GPU" if device == "cpu" else "of one candidate alone" if shape["candidates"] > 1 else None
     if why_not is not None:
         absent[STATIC] = why_not
@@ -166,7 +167,7 @@ def _require_equal_greedy_tokens(device: str, smoke: bool, text_tokens: int, cou
     """Raise where greedy decoding in float32 draws other tokens than transformers' loop with the mask that is right."""
     ids, features = inputs(text_tokens, device)
     stock, ours = stock_model(device, smoke=smoke), our_model(device, smoke=smoke)
-    # Our encoder puts the end token behind the text by itself; transformers' wants it there.
+    # Our encoder adds the end token after the text itself; transformers' expects it in the input.
     prompt = stock.conditioning_encoder(input_features=features, input_ids=F.pad(ids, (0, 1)))
     mask = torch.ones(1, prompt.shape[1] + 1, dtype=torch.long, device=device)
     expected = stock.speech_decoder_model.generate(

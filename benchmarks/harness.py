@@ -1,7 +1,7 @@
 """Measures providers of one workload side by side, in one process on the same inputs, and writes rows of JSON.
 
-A row is written for a provider that passed the workload's own check; its error stands beside its time. Providers are
-run in turns, so that a slow minute of the machine falls on all of them. A missing one does not cost others their rows.
+A row is written for a provider that passed the workload's own check, with its error and its time. Providers run in
+turns, so that a slow minute of the machine affects all of them. A missing one does not cost others their rows.
 """
 
 import hashlib
@@ -91,7 +91,7 @@ def task(
             found = measure(workload, shape, providers, repeats, absent=missing, **counted)
         if not found:
             raise Absent(missing[name])
-        # The provider that it is compared with may come later, or be gone: who reads the rows divides.
+        # The provider that it is compared with may come later, or be missing, so ratios are computed from the rows.
         return found[0] | {"alone": True, "ratio": None, "compared_with": next(iter(makers))}
 
     return Task(shape, rows, makers, repeats, absent, around, row)
@@ -203,7 +203,7 @@ def all_rows(module, device: str, **options) -> list[dict]:
 
 @cache
 def source(*more: str) -> str:
-    """Return a mark of the measured code, sixteen hex digits; rows with another mark are of another program.
+    """Return a hash of the measured code, sixteen hex digits; rows with another hash are of another program.
 
     more: further folders, beside `SOURCES`.
     """
@@ -217,7 +217,7 @@ def source(*more: str) -> str:
 
 @cache
 def commit() -> str:
-    """Short name of the commit, with a `+` behind it where the code is not the commit's; or "unknown"."""
+    """Return the short name of the commit, with a `+` if the code differs from it; or "unknown"."""
     changed = git("status", "--porcelain", "--", *SOURCES, ":!benchmarks/results")
     return (git("rev-parse", "--short", "HEAD") or "unknown") + "+" * bool(changed)
 

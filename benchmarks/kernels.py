@@ -1,4 +1,4 @@
-"""Shared parts of the benchmarks of operators: inputs that are cold, graphs that hide launches, the gate before.
+"""Shared parts of the benchmarks of operators: cold inputs, graphs that hide launches, and the check before timing.
 
 A `Case` is one shape of one operator with several ways to compute it. Each way gets its own error against the float64
 reference; a way whose error is beyond twice that of plain torch, plus rounding, is not timed.
@@ -62,7 +62,7 @@ def name_of(dtype: torch.dtype) -> str:
 def ours(call: Callable[..., torch.Tensor], operator: str, device: str) -> tuple[dict, dict]:
     """Return `call` by our torch path, our kernel where it serves, and on a CPU the reference; and why one is missing.
 
-    A GPU's reference would be a loop that no graph holds, and take the time of all others.
+    On a GPU the reference would be a loop that a graph cannot capture, and take longer than all others together.
     """
 
     def by(name: str) -> Callable[..., torch.Tensor]:
@@ -96,7 +96,8 @@ def copies(arguments: tuple, device: str) -> int:
 def captured(run: Callable[[], object]) -> Callable[[], object] | None:
     """Return the replay of a CUDA graph of `run`, or None where it reads results on the host.
 
-    Raises `torch.OutOfMemoryError` where memory is short: what is slower without a graph must not be taken for it.
+    Raises `torch.OutOfMemoryError` if memory is short, because a time without a graph must not be taken for one with
+    it.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -104,7 +105,7 @@ def captured(run: Callable[[], object]) -> Callable[[], object] | None:
         run()
     graph = torch.cuda.CUDAGraph()
     try:
-        # Asked before a capture, not by one: after a capture that fails, torch 2.11 frees no memory any more.
+        # Checked before a capture, because after a failed capture torch 2.11 frees no memory any more.
         with torch.cuda.stream(stream), _raising_where_it_waits():
             run()
         torch.cuda.current_stream().wait_stream(stream)

@@ -163,7 +163,7 @@ def peak_extra_bytes(run: Callable[[], object]) -> int | None:
         before = torch.cuda.memory_allocated()
         run()
         return torch.cuda.max_memory_allocated() - before
-    trim_heap()  # else what earlier calls freed takes up what this one asks for, unseen
+    trim_heap()  # else memory that earlier calls freed would hide what this one takes
     try:
         Path("/proc/self/clear_refs").write_text("5")
         before = process_memory("VmRSS")

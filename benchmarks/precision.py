@@ -16,7 +16,7 @@ from benchmarks.harness import Provider, Task, task
 from clvp_fast import ClvpDecoderConfig, ClvpForCausalLM
 from clvp_fast.engine.decoder import PagedDecoder
 from clvp_fast.engine.products import Product, in_int8
-from clvp_fast.ops.binding import Room
+from clvp_fast.ops.binding import Scratch
 from clvp_fast.ops.paged_attention import FLOAT8
 
 
@@ -116,9 +116,9 @@ class Candidates:
         bounds = torch.tensor([0, shape.prompt], dtype=torch.int32, device=device)
         prompt = random_prompt(shape).to(tier.prompt or tier.dtype).to(device, tier.dtype)
         self.decoder.prefill(prompt, bounds, self.pages, tables["prefix_table"])
-        self._tokens, room = torch.zeros(count, dtype=torch.int64, device=device), Room(count, device)
+        self._tokens, scratch = torch.zeros(count, dtype=torch.int64, device=device), Scratch(count, device)
         self._bound = self.decoder.bind(
-            self._tokens, self.seq_lens, **tables, pages=self.pages, arrivals=arrivals, room=room
+            self._tokens, self.seq_lens, **tables, pages=self.pages, arrivals=arrivals, scratch=scratch
         )
 
     def step(self, tokens: torch.Tensor, place: int) -> torch.Tensor:

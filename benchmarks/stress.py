@@ -1,6 +1,6 @@
 """Stress of one engine: tasks of asyncio and threads, with faults planted in its steps, cancellations and timeouts.
 
-`python -m benchmarks.stress --seconds 3600` (`make stress`) tells what has become of the requests, appends a row to
+`python -m benchmarks.stress --seconds 3600` (`make stress`) prints the outcomes of the requests, appends a row to
 benchmarks/results/, and returns 1 if one was lost or wrong, if something hung, if pages were left or memory grew.
 """
 
@@ -34,7 +34,7 @@ class Interrupt(BaseException):
 
 
 TASKS, THREADS, KINDS = 64, 2, 12
-# In how many of a thousand calls of each a fault is raised.
+# In how many of a thousand calls of each function a fault is raised.
 _PLACES = {
     (Runner, "apply"): 3,
     (Runner, "decode"): 3,
@@ -44,13 +44,13 @@ _PLACES = {
     (Door, "admit"): 10,
 }
 _FAULTS = (RuntimeError, MemoryError, OverflowError, KeyError, AssertionError, Interrupt)
-# A batch that memory ran out for stays smaller, so that this comes a few times only.
+# After memory ran out a batch stays smaller, so this happens only a few times.
 _OUT_OF_MEMORY = 2
-# No answer comes so late, however slow the machine is.
+# No answer takes longer than this, however slow the machine is.
 _BOUND = 600.0
 # Fates of requests that a run must see before it ends.
 _ENDS = ("right", "cancelled", "timed out", "given up")
-# By so much memory may grow: caches fill, and the heap has holes.
+# Memory may grow by this much: caches fill, and the heap has holes.
 _FLAT = 64 * 2**20
 _SAID = "planted by the stress"
 
@@ -138,7 +138,7 @@ class Stress:
         )
 
     def _judge(self, result, kind: int) -> None:
-        """Count what a request came to; what neither its codes nor a fault explains is wrong."""
+        """Count the outcome of a request; an outcome that neither its codes nor a fault explains is wrong."""
         if result.error is None:
             same = np.array_equal(result.codes, self.expected[kind].codes)
             self.ended["right"] += same

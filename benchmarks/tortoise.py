@@ -1,10 +1,10 @@
 """The first stages of Tortoise's `tts()`: candidates drawn, ranked by CLVP, and the latents of the best; no sound.
 
-`tts()` itself runs, of tortoise-tts 3.0.0, over models of its sizes and random weights: with its default batch on a
-CPU, with its cache, with that and all candidates as one batch, and accelerated. Each candidate has so many codes, few
-beside the two hundred of a sentence, and is filled up to the length that it is scored at. bfloat16 is the engine over
-the converted models, put together as the accelerated stage is. The error is that of scores and latents of given codes,
-against the package's own modules.
+`tts()` of tortoise-tts 3.0.0 itself runs, over models of its sizes with random weights: with its default batch on a
+CPU, with its cache, with the cache and all candidates as one batch, and accelerated. Each candidate has a fixed number
+of codes, few compared with the two hundred of a sentence, and is filled up to the length at which it is scored.
+bfloat16 is the engine over the converted models, put together as the accelerated stage is. The error is that of scores
+and latents of given codes, against the package's own modules.
 """
 
 import copy

@@ -1,6 +1,6 @@
-"""Reading recordings, in any format that libsndfile reads and at any sampling rate, to one channel.
+"""Reads recordings as one channel, in any format that libsndfile reads and at any sampling rate.
 
-soundfile and soxr are imported when a recording is read: an engine that gets features needs neither.
+soundfile and soxr are imported when a recording is read; an engine that gets features needs neither.
 """
 
 import io
@@ -20,18 +20,18 @@ from clvp_fast.io.levels import SILENCE_PEAK, wrong_scale
 if TYPE_CHECKING:
     import soundfile
 
-#: The suffixes of recordings in a folder, in lower case: those that libsndfile reads, and those that it does not.
+#: The suffixes of recordings in a folder, in lower case: those that libsndfile reads, and those that it cannot read.
 READ_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".aiff", ".aif", ".aifc", ".au", ".snd", ".caf")
 READ_SUFFIXES += (".w64", ".rf64", ".mp2", ".sph", ".nist", ".voc")
 UNREAD_SUFFIXES = (".m4a", ".m4b", ".mp4", ".aac", ".wma", ".webm", ".mka", ".amr", ".3gp", ".ac3", ".ape", ".wv")
 UNREAD_SUFFIXES += (".mkv", ".mov", ".spx", ".tta", ".dsf")
 RECORDING_SUFFIXES = READ_SUFFIXES + UNREAD_SUFFIXES
 
-# The number of frames read at a time, and the seconds beyond those asked for that resampling looks ahead into.
+# The number of frames read at a time, and the seconds after the requested ones that resampling needs.
 _BLOCK, _MARGIN = 1 << 16, 1.0
-# Channels cancel each other if mixing leaves less than this part of them.
+# Channels count as cancelling each other if mixing leaves less than this part of them.
 _CANCELLED = 1e-3
-# A recording that ends before this part of its header's length is torn; MP3 headers are sometimes an estimate.
+# A recording counts as torn if it ends before this part of its header's length; MP3 headers are sometimes estimates.
 _TORN = 0.9
 # The content of a pipe is kept whole, because a reader seeks in it.
 _PIPE = 256 << 20
@@ -42,10 +42,10 @@ class UnreadableError(ValueError):
 
 
 def is_recording(path: Path) -> bool:
-    """Tell by its name whether a file of a folder is a recording; hidden files and folders are not.
+    """Tell by its name whether a file in a folder is a recording; hidden files and folders are not.
 
     Raises:
-        ValueError: it is a pipe or a device, which nobody may ever write into.
+        ValueError: it is a pipe or a device, which might never have data.
     """
     if path.name.startswith(".") or not path.name.lower().endswith(RECORDING_SUFFIXES) or path.is_dir():
         return False
@@ -58,8 +58,8 @@ def is_recording(path: Path) -> bool:
 class Audio:
     """The part of a recording that was read.
 
-    samples: float32 `[num_samples]`, one channel, full scale at 1.0. seconds: of the whole recording.
-    changes: what was made of it and left out of it, a sentence each. cut: whether it goes on behind what was asked for.
+    samples: float32 `[num_samples]`, one channel, full scale at 1.0. seconds: the length of the whole recording.
+    changes: a sentence for each change and omission. cut: whether the recording continues after the requested part.
     """
 
     samples: np.ndarray
@@ -73,16 +73,16 @@ def load_audio(source: str | os.PathLike | BinaryIO, sampling_rate: int = 22050)
 
     Args:
         source: a WAV, FLAC, MP3 or OGG file, or another that libsndfile reads, by path or as an open binary file.
-        sampling_rate: in Hz; a recording at another rate is resampled with soxr (HQ).
+        sampling_rate: of the result, in Hz; a recording at another rate is resampled with soxr (HQ).
 
     Returns:
-        float32 samples `[num_samples]`, full scale at 1.0, and a sentence on what was changed (mixed down, resampled),
-        or None where nothing was.
+        float32 samples `[num_samples]`, full scale at 1.0, and a sentence on changes (mixed down, resampled), or None
+        without any.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: not a positive sampling rate, not a readable recording, no samples in it, samples that are NaN or
-            infinite or at another scale than 1, or channels that cancel each other. A silent recording is returned:
+        ValueError: a sampling rate that is not positive; a recording that is unreadable or empty, has NaN or infinite
+            samples or another scale than 1, or has channels that cancel each other. A silent recording is returned;
             `require_sound` refuses it.
     """
     audio = read_audio(source, sampling_rate)
@@ -90,7 +90,7 @@ def load_audio(source: str | os.PathLike | BinaryIO, sampling_rate: int = 22050)
 
 
 def read_audio(source: str | os.PathLike | BinaryIO, sampling_rate: int = 22050, seconds: float | None = None) -> Audio:
-    """Read the first `seconds` as `load_audio` does, or all for None; nothing behind them is read."""
+    """Read the first `seconds` as `load_audio` does, or all for None; the rest is not read."""
     if isinstance(sampling_rate, bool) or not isinstance(sampling_rate, (int, np.integer)) or sampling_rate <= 0:
         raise ValueError(f"sampling_rate must be a positive whole number of Hz, got {sampling_rate!r}")
     name = source if isinstance(source, (str, os.PathLike)) else getattr(source, "name", "the given file object")
@@ -135,9 +135,9 @@ def _reason(error: Exception) -> str:
 
 
 def _torn_by(log: str) -> float:
-    """Return by how many times the header of a WAV file exceeds its samples; libsndfile corrects it silently.
+    """Return the ratio of a WAV header's length to the actual length; libsndfile corrects the header silently.
 
-    A program that writes into a pipe names the greatest number of 32 bits, which does not count.
+    The greatest number of 32 bits does not count, because programs that write into a pipe put it there.
     """
     found = re.search(r"^data : (\d+) \(should be (\d+)\)", log, re.MULTILINE)
     named, there = map(int, found.groups()) if found else (0, 0)
@@ -170,7 +170,7 @@ def _blocks(file: "soundfile.SoundFile", frames: int | None) -> Iterator[np.ndar
 
 
 def _mixed_down(blocks: Iterator[np.ndarray]) -> tuple[np.ndarray, float]:
-    """Return one channel `[frames]` and the peak of all channels, which is NaN or infinite where a sample is."""
+    """Return one channel `[frames]` and the peak of all channels, which is NaN or infinite if a sample is."""
     mono, peak = [np.empty(0, dtype=np.float32)], np.float32(0)
     with np.errstate(over="ignore", invalid="ignore"):
         for block in blocks:
@@ -201,10 +201,10 @@ def _require_scale(peak: float, name: str | os.PathLike) -> None:
 
 
 def require_sound(samples: np.ndarray, name: str | os.PathLike, cut: float | None = None) -> None:
-    """Refuse samples without information: silent ones, and floats of another scale.
+    """Refuse unusable samples: silent ones, and floats of another scale.
 
     Args:
-        cut: of a recording that goes on, how many seconds `samples` are.
+        cut: the seconds of `samples`, if the recording continues after them.
     """
     peak = float(np.abs(samples).max())
     _require_scale(peak, name)

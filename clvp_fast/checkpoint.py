@@ -1,4 +1,4 @@
-"""Loading of models by name: the demo, a folder, or a hub id; one sentence describes a damaged folder."""
+"""Loads models by name: the demo, a folder, or a hub id. Errors describe a damaged folder in one sentence."""
 
 import json
 import struct
@@ -35,13 +35,13 @@ _WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-# The number of characters of a text that are read, and that a sentence shows.
+# The most characters of a text that are read, and that an error sentence shows.
 _LONGEST_TEXT, _SHOWN = 1 << 16, 81
 
 
 @dataclass
 class Checkpoint:
-    """A loaded model with what prepares its input, and what makes sound of its output, where the checkpoint has it."""
+    """A loaded model with its tokenizer, its feature extractor, and its vocoder if the checkpoint has one."""
 
     name: str
     model: ClvpModelForConditionalGeneration
@@ -56,15 +56,15 @@ class Checkpoint:
 
 
 def best_device() -> str:
-    """Name the GPU where there is one, else the CPU."""
+    """Return "cuda" if there is a GPU, else "cpu"."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def resolve_checkpoint(name: str | Path) -> str | Path:
-    """Resolve `demo` and `random` to the folders that they name, a folder to itself (checked), all else to a hub id.
+    """Resolve `demo` and `random` to their folders, a folder to itself after a check, and anything else to a hub id.
 
     Raises:
-        FileNotFoundError: `name` looks like a path and is none, or the folder lacks a file.
+        FileNotFoundError: `name` looks like a path but does not exist, or the folder lacks a file.
         ValueError: `name` is a file, or a file of the folder is damaged.
     """
     if str(name) in RESERVED:
@@ -100,7 +100,7 @@ def _suggestion(name: str | Path) -> str:
 
 
 def check_folder(folder: Path, required: tuple[str, ...]) -> None:
-    """Raise for the first file of a checkpoint folder that is missing, superfluous or truncated, in one sentence."""
+    """Raise an error for the first file of a checkpoint folder that is missing, superfluous or truncated."""
     for name in required:
         if not (folder / name).is_file():
             raise FileNotFoundError(
@@ -160,12 +160,12 @@ def load_checkpoint(
 ) -> Checkpoint:
     """Load model (in eval mode, on `device`, in `dtype`), tokenizer and feature extractor of the checkpoint `name`.
 
-    Options with which original Tortoise runs and trained are switched on: its text cleaning (unless
-    `text_cleaning="transformers"`), its positions of generated tokens, and pooling that leaves padding out.
+    The options with which original Tortoise was trained and runs are on: its text cleaning (unless
+    `text_cleaning="transformers"`), its positions of generated tokens, and pooling without padding.
 
     Raises:
         FileNotFoundError, ValueError: see `resolve_checkpoint`; ValueError also for tensors that are missing, left
-            over, or of another shape than the configuration says, and for a hub id that cannot be had.
+            over, or of another shape than the configuration says, and for a hub id that cannot be loaded.
     """
     source = resolve_checkpoint(name)
     try:
@@ -201,7 +201,7 @@ def load_tortoise(
     """Load original Tortoise's files as `load_checkpoint` loads the folder that `clvp-fast convert` makes of them.
 
     Raises:
-        FileNotFoundError, ValueError: as `convert_tortoise_checkpoint`, of any of the files.
+        FileNotFoundError, ValueError: as from `convert_tortoise_checkpoint`, for any of the files.
     """
     model = convert_tortoise_checkpoint(autoregressive, clvp, dtype=dtype)
     model.config.decoder_config.contiguous_positions = True
@@ -216,7 +216,7 @@ def load_clap(
     """Load the CLAP model (in eval mode, on `device`, in `dtype`) and the processor of a folder or a hub id.
 
     Raises:
-        FileNotFoundError, ValueError: as of `load_checkpoint`; there is no demo of CLAP.
+        FileNotFoundError, ValueError: as from `load_checkpoint`; there is no demo of CLAP.
     """
     if str(name) in RESERVED:
         raise ValueError(f"there is no {name} of CLAP; give a folder, or a hub id such as laion/clap-htsat-unfused")
@@ -228,7 +228,7 @@ def load_clap(
         )
     except Exception as error:  # transformers' loaders raise many types for a damaged file
         raise ValueError(f"checkpoint {name} cannot be loaded: {_reason(error)}") from error
-    # Buffers are computed, even if an older checkpoint holds them.
+    # Buffers are computed, even if an older checkpoint has them.
     made = {key for key, _ in model.named_buffers() if not key.endswith(("running_mean", "running_var"))}
     _check_tensors(name, report | {"missing_keys": set(report["missing_keys"]) - made}, "CLAP")
     return model.to(device).eval(), processor
@@ -260,7 +260,7 @@ def _check_vocabulary(name: str | Path, tokenizer: ClvpTokenizer, config: ClvpCo
 
 
 def _reason(error: Exception) -> str:
-    """Return why a checkpoint could not be loaded; other errors may hide that a hub was out of reach."""
+    """Return why a checkpoint could not be loaded; another error may hide that the hub could not be reached."""
     behind: BaseException | None = error
     while behind is not None:
         if isinstance(behind, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
@@ -275,7 +275,7 @@ def _first_sentence(error: Exception) -> str:
 
 
 def text_limit(model: ClvpModelForConditionalGeneration) -> int:
-    """Return the greatest number of tokens of a text."""
+    """Return the most tokens that a text may have."""
     return most_text(model.config.decoder_config)
 
 
@@ -286,20 +286,20 @@ def _ids(tokenizer: ClvpTokenizer, text: str) -> list[int]:
 def require_text(text: str) -> None:
     """Raise `ValueError` for an empty text."""
     if not text.strip():
-        raise ValueError("the text is empty; give the sentence that is to be said")
+        raise ValueError("the text is empty; give the sentence to speak")
 
 
 def sayable_ids(model: ClvpModelForConditionalGeneration, tokenizer: ClvpTokenizer, text: str) -> list[int]:
     """Return the token ids of a text.
 
     Raises:
-        ValueError: nothing sayable in the text, more tokens than the checkpoint has positions for, or more than 65,536
+        ValueError: the text has nothing to say, more tokens than the checkpoint has positions for, or more than 65,536
             characters.
     """
     require_text(text)
-    if len(text) > _LONGEST_TEXT:  # spelling out its numbers could take minutes, while others wait
+    if len(text) > _LONGEST_TEXT:  # spelling out its numbers could take minutes while other requests wait
         raise ValueError(
-            f"the text is too long: {len(text)} characters, and at most {_LONGEST_TEXT} are looked at; split it up"
+            f"the text is too long: {len(text)} characters, and at most {_LONGEST_TEXT} are read; split it up"
         )
     ids = _ids(tokenizer, text)
     silent = [tokenizer.unk_token_id, *_ids(tokenizer, " ")]

@@ -1,12 +1,12 @@
-"""The checkpoints that come with the package: `demo`, a small CLVP that speaks, and `random`, one of random weights.
+"""The checkpoints that come with the package: `demo`, a small CLVP that speaks, and `random`, with random weights.
 
-They let every command run with nothing to download. examples/train made `demo`, which lies in the package beside its
-model card; `random` is built when it is first asked for.
+With them every command runs without a download. examples/train made `demo`, which lies in the package beside its model
+card; `random` is built when it is first used.
 
 `random` has the standard layout, a vocabulary of its own and the token numbers of trained checkpoints. Its weights are
-seeded noise: its candidates are no speech and its scores rank nothing. Two things are arranged so that it shows
-something: the stop token gains on the others with every step, so candidates end at different lengths, and the logits
-are spread widely enough that sampling has a choice to make.
+seeded noise: its candidates are no speech and its scores mean nothing. Two things make its output less trivial: the
+stop token becomes likelier with every step, so that candidates end at different lengths, and the logits are spread
+widely enough that sampling has a choice.
 """
 
 import json
@@ -20,7 +20,7 @@ import torch
 from clvp_fast.io.errors import sentence
 from clvp_fast.io.files import UnwritableError, build_folder_once, cache_folder
 
-#: Names the folder in the cache: a change of anything below makes a new one.
+#: Part of the folder's name in the cache: any change below needs a new one.
 RANDOM_VERSION = "random-1"
 
 #: The folder of `demo`.
@@ -46,7 +46,7 @@ _MERGES = """
 
 
 def is_random(name: str | Path) -> bool:
-    """Tell whether a checkpoint's name means random weights."""
+    """Tell whether a name is that of the random checkpoint."""
     return str(name) == "random"
 
 
@@ -58,7 +58,7 @@ def reserved_checkpoint(name: str) -> Path:
 def random_checkpoint() -> Path:
     """Return the folder of the random checkpoint, built once into the user's cache (21 MB, about a second).
 
-    Where the cache cannot be written, the folder is a temporary one of this process, which ends with it.
+    If the cache cannot be written, the folder is a temporary one that is removed when the process ends.
     """
     try:
         return build_folder_once(cache_folder() / RANDOM_VERSION, build_random)

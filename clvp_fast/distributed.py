@@ -1,4 +1,4 @@
-"""Candidates in Ray Data pipelines of one's own: an actor for `map_batches`.
+"""Candidates in your own Ray Data pipelines: an actor for `map_batches`.
 
     import ray
     from clvp_fast.distributed import CandidateActor
@@ -11,7 +11,7 @@
         batch_size=64,
     )
 
-Importing this module imports neither Ray nor torch: a driver without a GPU can name the actor, and the model is made
+Importing this module imports neither Ray nor torch: a driver without a GPU can name the actor, and the model is loaded
 where the actor runs.
 """
 
@@ -32,15 +32,15 @@ _SHARED = ("id", "seed", "row")
 
 
 class CandidateActor:
-    """Candidates for batches of rows, for `ray.data.Dataset.map_batches`; give it one GPU, or CPUs.
+    """An actor for `ray.data.Dataset.map_batches` that makes candidates for batches of rows; give it one GPU, or CPUs.
 
     Args:
         checkpoint: "demo", a folder that the actor's machine can read, or a hub id.
-        memory_fraction: of the memory that is free, how much may be used beside the weights.
-        settings: as [`clvp_fast.batch.Settings`]: `voice`, `keep`, `num_candidates`, `dtype` and so on.
+        memory_fraction: the share of free memory that may be used beside the weights.
+        settings: those of [`clvp_fast.batch.Settings`]: `voice`, `keep`, `num_candidates`, `dtype` and so on.
 
     Raises:
-        ValueError, FileNotFoundError: a setting or a checkpoint that cannot be.
+        ValueError, FileNotFoundError: an unusable setting or checkpoint.
     """
 
     def __init__(self, checkpoint: str = "demo", *, memory_fraction: float = MEMORY_FRACTION, **settings: Any):
@@ -53,15 +53,15 @@ class CandidateActor:
 
         Args:
             batch: arrays by column, an Arrow table or a pandas frame: `id`, `text`, `voice` (a recording, a folder of
-                recordings of one speaker, or a saved voice, which the actor's machine can read), and for rows that have
-                their own, `num_candidates`, `max_new_tokens`, `temperature` and so on.
+                recordings of one speaker, or a saved voice, which the actor's machine can read), and optionally
+                `num_candidates`, `max_new_tokens`, `temperature` and so on, for rows with settings of their own.
 
         Returns:
-            The columns of [`clvp_fast.batch.run`] without `row`; `error` is null, or for a row that could not be
-            spoken the reason, on a line of its own. All other columns of the batch stand on each line again.
+            The columns of [`clvp_fast.batch.run`] without `row`. `error` is null; a row that could not be spoken has
+            one line with the reason there. All other columns of the batch are repeated on each line.
 
         Raises:
-            ValueError: the batch has no `id` or no `text`, or a column that the results have too.
+            ValueError: the batch lacks `id` or `text`, or has a column that the results have too.
         """
         table = _as_table(batch)
         schema = outcome_schema(self._worker.settings)

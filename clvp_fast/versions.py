@@ -1,4 +1,4 @@
-"""The versions that a result depends on."""
+"""The versions that results depend on."""
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -7,7 +7,7 @@ import clvp_fast
 
 
 def versions() -> dict[str, str]:
-    """Return package name to version; `absent` where an optional package is not installed."""
+    """Return the version of each package by name; `absent` if an optional package is not installed."""
     found = {"clvp_fast": clvp_fast.__version__, "python": platform.python_version()}
     for name in ("torch", "transformers", "triton", "numpy", "soundfile", "soxr"):
         try:

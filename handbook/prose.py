@@ -1,9 +1,10 @@
 """`python -m handbook.prose`: lists sentences that a reader has to decode, in documents, docstrings and comments.
 
 There are three kinds. "What it costs is told below" has a clause ("what it costs") for its subject; a sentence that
-begins with one of `OPENERS` counts as one unless it is a question. "Nothing is `not` read" negates twice, which
-`DOUBLE` finds in its plainest forms. "Of a layer's weights" is no verb in the imperative, with which the docstring of a
-function begins: ruff's D401 knows articles and other forms of verbs, `NO_VERBS` the rest.
+begins with one of `OPENERS` counts as one unless it is a question, and so does a test's name, which has no question
+mark. "Nothing is `not` read" negates twice, which `DOUBLE` finds in its plainest forms. "Of a layer's weights" is no
+verb in the imperative, with which the docstring of a function begins: ruff's D401 knows articles and other forms of
+verbs, `NO_VERBS` the rest.
 """
 
 import ast
@@ -43,6 +44,7 @@ MODULES = (
 )
 CPLUSPLUS = ("csrc/**/*.*", "tests/csrc/**/*.cpp", "tests/csrc/**/*.h")
 _BEGINS = re.compile(rf"(?:{'|'.join(OPENERS)})\b")
+_NAMED = re.compile(rf"test_(?:{'|'.join(OPENERS)})_".replace(" ", "_"), re.IGNORECASE)
 # Within a clause: a word that denies all, or `not`, before another word that denies.
 _ALL, _NOT = r"(?:[Nn]obody|none|[Nn]othing|[Nn]o one|[Nn]ever|[Nn]either)", r"(?:not|cannot)"
 _ON = r"(?:(?!\b(?:and|but|or|than|that|unless|where|which|who|whose)\b)[^,.;:()`])*"
@@ -75,6 +77,7 @@ def findings(root: Path) -> list[Finding]:
                 found += _found(name, text, line)
             if path.suffix == ".py":
                 found += [Finding(name, line, "no verb begins it", text) for line, text in without_verb(source)]
+                found += [Finding(name, line, "a clause is the name", test) for line, test in named_by_a_clause(source)]
     return found
 
 
@@ -122,6 +125,13 @@ def without_verb(source: str) -> Iterator[tuple[int, str]]:
             is_label = first.endswith(":")  # such as the name of an instruction
             if not (is_property or is_label) and (first.lower() in NO_VERBS or not first.strip(",.;").isalpha()):
                 yield node.lineno, docstring
+
+
+def named_by_a_clause(source: str) -> Iterator[tuple[int, str]]:
+    """Yield the tests of a module whose names begin with one of `OPENERS`."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and _NAMED.match(node.name):
+            yield node.lineno, node.name
 
 
 def prose_of_python(source: str) -> Iterator[tuple[int, str]]:

@@ -4,11 +4,11 @@
 
 token_ids, position_ids: `[batch, length]`, int32 or int64, any strides (0 where positions are shared); tables
 `[rows, width]` of one of float32, float16, bfloat16, a row's elements side by side; out `[batch, length, width]`,
-contiguous, of any of the three. The sum is taken in float32 and rounded once. An id outside its table reads nothing and
-makes its row NaN: the device has no fault, and the result shows the mistake.
+contiguous, of any of the three. The sum is computed in float32 and rounded once. An id outside its table reads nothing
+and makes its row NaN: there is no device fault, and the result shows the mistake.
 
-Moved: two rows in and one out for each place; two gathers and an addition would move six and take three launches. A
-decode step is all launch: 16 places of 1024 bfloat16 elements are 96 KB.
+Moved: two rows in and one out for each position; two gathers and an addition would move six and take three launches. A
+decode step is dominated by the launch: 16 positions of 1024 bfloat16 elements are 96 KB.
 """
 
 import torch
@@ -50,7 +50,7 @@ def embed(
     *,
     out: torch.Tensor,
 ) -> None:
-    """Write the sums to `out` `[batch, length, width]`; arguments as in the head of this file, none of them empty."""
+    """Write the sums to `out` `[batch, length, width]`; arguments as in the module's docstring, none of them empty."""
     batch, length = token_ids.shape
     width = token_table.shape[1]
     block = min(triton.next_power_of_2(width), _BLOCK_C)

@@ -6,17 +6,17 @@ x `[rows, depth]`, float32, float16 or bfloat16; W `[columns, depth]` of the sam
 row; sums and epilogue in float32, `out` rounded once. `kernels/mlp.py` makes the feed-forward blocks of two such
 launches; here is one launch by itself, `linear`.
 
-A program computes a tile `W x^T`: the weights' rows are those of the matrix instruction, the rows of x its columns. So
-one kernel serves both regimes: an instruction takes as few as 8 columns but wants 64 rows (`wgmma`), and of a decoding
-step's rows there are few, of weights always many. The rows of a gated tile are eight values, then their eight gates,
-and so on: the accumulators of a value and its gate lie in one thread.
+A program computes a tile `W x^T`: the weights' rows are the rows of the matrix instruction, and the rows of x its
+columns. So one kernel serves both regimes: an instruction takes as few as 8 columns but needs 64 rows (`wgmma`); a
+decoding step has few rows, but weights always have many. The rows of a gated tile are eight values, then their eight
+gates, and so on, so that the accumulators of a value and its gate lie in one thread.
 
 int8 weights are loaded once, as they lie, and widened in registers on their way into the instruction: every int8 is a
 number of each of the three types, so nothing is rounded, and no wider copy is ever stored. Moved at least (counted):
 `columns * depth` bytes of weights and `4 * columns` of scales; x and out once. The decoder's four matrices are 12.6 MB
-a layer, against 25.2 MB in 2-byte types. A float32 x is rounded to what TF32 holds, and the rest is multiplied apart:
-as the weights are exact, these two TF32 products leave 2^-23 of a product at most, and mostly nothing. The matrix unit
-cuts its sums off where float32 rounds, so that long ones shrink: a tile's begins at zero, and is added in registers.
+a layer, against 25.2 MB in 2-byte types. A float32 x is rounded to TF32, and the rest is multiplied separately: as
+the weights are exact, the error of these two TF32 products is at most 2^-23 of a product, and mostly zero. The matrix
+unit truncates sums where float32 rounds, so that long ones shrink: each tile's begins at zero, and is added outside.
 
 A row's bits over int8 weights depend neither on the other rows nor on their number: a tile has 32 rows of weights at
 most whatever the rows of x, so that the instruction is always `mma.sync`, and sums run over the depth in one order.
@@ -66,7 +66,7 @@ def _sum_of_parts(acc, partial_ptr, arrivals_ptr, tile, part, PARTS: tl.constexp
     at = tl.arange(0, BLOCK_N)[:, None] * BLOCK_R + tl.arange(0, BLOCK_R)[None, :]
     first_ptr = partial_ptr + tile.to(tl.int64) * PARTS * BLOCK_N * BLOCK_R
     tl.store(first_ptr + part * BLOCK_N * BLOCK_R + at, acc)
-    # All threads' stores precede the counter's release, and its acquire precedes all threads' loads.
+    # All threads store before the counter's release, and load after its acquire.
     tl.debug_barrier()
     last = tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") == PARTS - 1
     tl.debug_barrier()
@@ -123,7 +123,7 @@ def _linear_kernel(
         if scale_ptr is not None:
             weight = _widen(weight, x.dtype)
         if scale_ptr is not None and x.dtype == tl.float32:
-            # to the 11 digits that TF32 holds; the rest has 12 at most
+            # to the 11 digits of TF32; the remainder has at most 12
             high = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
             rest = tl.dot(weight, x - high, input_precision=PRECISION)
             acc += tl.dot(weight, high, rest, input_precision=PRECISION)
@@ -187,7 +187,7 @@ _ODD = {2: Tiles(64, 128, 32, 8, 4), 4: Tiles(64, 64, 32, 8, 3)}
 
 
 def _few_rows(tiles: Tiles, rows: int, stages: int) -> Tiles:
-    """Return `tiles` with only as many columns as so few rows of x need, and perhaps with this number of stages."""
+    """Return `tiles` with only as many columns as the few rows of x need, and optionally with this number of stages."""
     columns = max(triton.next_power_of_2(rows), _FEWEST_COLUMNS)
     return tiles._replace(BLOCK_R=columns, num_stages=stages if columns <= 32 else tiles.num_stages)
 
@@ -248,7 +248,7 @@ def linear(
         x: `[rows, depth]`, at least one row. Columns at stride 1, in `out` too.
         weight: `[columns, depth]`, of the dtype of `x` or int8, at any strides; fastest with rows contiguous and 16 n
             bytes apart.
-        scale: `[columns]` float32, contiguous, with int8 weights alone; bias: `[columns]`, contiguous, or None.
+        scale: `[columns]` float32, contiguous, only with int8 weights; bias: `[columns]`, contiguous, or None.
         activation: one of `ACTIVATIONS`, `"linear"` for none.
         out: `[rows, columns]` of the dtype of `x`; written.
     """

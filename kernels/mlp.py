@@ -6,8 +6,8 @@
 
 x `[rows, width]`, W_in `[inner or 2 inner, width]`, W_out `[outer, inner]`, float32, float16 or bfloat16; products and
 epilogues in float32, `hidden` rounded once to the type of x. residual and out have one type, that of x or float32. The
-wide product never reaches memory: bias, activation and gate are applied to the accumulators, and of a gated block half
-of it is written. Weights may be int8, with a float32 scale a row.
+wide product never reaches memory: bias, activation and gate are applied to the accumulators, and a gated block writes
+half of it. Weights may be int8, with a float32 scale for each row.
 
 Moved at least (counted, s bytes an element): the weights once, `s * (2 + gated) * inner * width` for outer = width;
 x, residual and out once; `hidden` once out and once in. Few rows are bound by the weights: 16.8 MB for 1024 -> 4096 ->
@@ -15,13 +15,13 @@ x, residual and out once; `hidden` once out and once in. Few rows are bound by t
 all weights (7 MB in the encoders) stay in the L2 cache.
 
 The second product of few rows has few tiles and a long sum, so the sum is split over programs. Each leaves its part in
-float32, and the last one to arrive adds all parts in their order: no launch more, and the same bits every time. The
-counters of arrivals are set to 0 by the first launch. The number of parts depends on the shape of W_out alone.
+float32, and the last one to arrive adds all parts in order: this needs no extra launch, and gives the same bits every
+time. The first launch sets the counters of arrivals to 0. The number of parts depends only on the shape of W_out.
 
-A row's bits do not depend on the other rows as long as their number stays within one regime: up to 64, 256, 1024
-rows, and more; over int8 weights up to 512 rows, and more. float32 products are made of three TF32 products each
-(`tf32x3`), which leaves an error of about 2^-21 of a product, and each tile's are added up outside of the matrix unit,
-which cuts its sums off (docs/kernels.md); Triton's default, one TF32 product, would leave 2^-11.
+A row's bits do not depend on the other rows as long as their number stays within one range: up to 64, 256 or 1024 rows,
+or more; over int8 weights up to 512 rows, or more. float32 products are made of three TF32 products each (`tf32x3`),
+which leaves an error of about 2^-21 of a product, and each tile's are added up outside of the matrix unit, which cuts
+its sums off (docs/kernels.md); Triton's default, one TF32 product, would leave 2^-11.
 """
 
 from typing import NamedTuple
@@ -31,7 +31,7 @@ import triton
 
 from clvp_fast.kernels.linear import ACTIVATIONS as ACTIVATIONS, launch, tiles_for
 
-# The most rows for which the second product is split, as parts of more rows cost too much; and over int8 weights.
+# The most rows for which the second product is split, because parts of more rows cost too much; and over int8 weights.
 _SPLIT_ROWS, _INT8_SPLIT_ROWS = 256, 512
 _PROGRAMS = 128  # the number of programs that split sums should make; most such GPUs have 108 to 148 multiprocessors
 _SHORTEST_PART = 256
@@ -94,7 +94,7 @@ def mlp(
         activation: one of `ACTIVATIONS`.
         hidden, out: `[rows, inner]` of the dtype of `x`, and `[rows, outer]`; written.
         partial, arrivals: scratch of at least `workspace(...)` elements; None where that is 0.
-        scale_in, scale_out: float32, contiguous, of each row of `w_in` and `w_out` where those are int8.
+        scale_in, scale_out: float32, contiguous, one for each row of `w_in` and `w_out` if those are int8.
     """
     rows, inner = hidden.shape
     outer = out.shape[1]

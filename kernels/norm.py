@@ -10,15 +10,15 @@ x, residual, total, first, out: `[rows, width]`, a row's elements side by side, 
 arithmetic are float32.
 
 Moved: x and residual once in, total and out once out; a separate addition would move five rows for the three or four of
-here. A program holds its rows in registers, so the variance is taken of the centred values, in a second reduction that
-reads no memory: nothing cancels, however large the mean. The norm is that of the rounded sum, which the next layer
+here. A program holds its rows in registers, so the variance is computed from the centred values, in a second reduction
+that reads no memory: nothing cancels, however large the mean. The norm is that of the rounded sum, which the next layer
 sees too.
 
 Few rows (a decode step) are a launch's latency and two reductions; many rows are bound by memory: 128 threads hold 16
 bytes each of a row of 1024 half-precision elements, and up to 16 such programs lie on a multiprocessor.
 
-Patch merging's norm reads a row as four neighbours of an image, from where they lie: merged apart, the image would be
-read and written twice, and not once.
+Patch merging's norm reads a row as four neighbours of an image, where they lie: with a separate merge, the image would
+be read and written twice instead of once.
 """
 
 import torch
@@ -28,15 +28,15 @@ import triton.language as tl
 MAX_WIDTH = 8192
 
 # (BLOCK_C up to, elements of a program, num_warps), 2026-11: 8 elements a thread up to 1024 wide, 16 above. The tile
-# depends on the width alone, so that a row's bits do not depend on how many others there are.
+# depends only on the width, so that a row's bits do not depend on the number of rows.
 _TILES = ((1024, 1024, 4), (2048, 2048, 4), (4096, 4096, 8), (8192, 8192, 16))
-_MAX_ROWS = 16  # the most rows of one program, where rows are short
+_MAX_ROWS = 16  # the most rows of one program, if rows are short
 
 
 @triton.jit
 def _layer_norm(x, inside, weight, bias, eps, width):
     """Norm the rows of a float32 tile whose columns outside are 0."""
-    # Correctly rounded, unlike `/` on a GPU: the mean of a constant row is then its number, and its norm the bias.
+    # Correctly rounded, unlike `/` on a GPU, so that the mean of a constant row is its number, and its norm the bias.
     count = tl.cast(width, tl.float32)
     mean = tl.div_rn(tl.sum(x, 1), count)
     centred = tl.where(inside, x - mean[:, None], 0.0)
@@ -182,7 +182,7 @@ def double_layer_norm(
 def merge_norm(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, *, out: torch.Tensor
 ) -> None:
-    """Write the layer norm of each two by two neighbours of an image, some of which may be off its end.
+    """Write the layer norm of each two by two neighbours of an image, some of which may lie past its end.
 
     Args:
         x: `[images, height, width, channels]`, not empty, channels at stride 1 and at most `MAX_WIDTH / 4`.

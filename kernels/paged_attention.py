@@ -1,23 +1,23 @@
-"""A decode step's attention over keys and values in pages, with its append; [pages.py](pages.py) tells of pages.
+"""A decode step's attention over keys and values in pages, with its append; [pages.py](pages.py) describes pages.
 
     out[n] = softmax(scale * q[n] [K_prefix; K_own]^T) [V_prefix; V_own]  K_own ends with k_new[n], V_own alike
 
-**It is one launch.** An own program holds one candidate and head, and at most `SPLIT` of its own keys; the last one
-takes the new key and value directly, and stores them: no program reads their place. Prefix programs hold
-16 consecutive candidates and walk through the requests among them, so that grouped candidates share each key that is
-read, and any other order is right as well. The last program to finish a candidate's head, known by an arrival counter
-that it sets back to 0, adds the parts in the order of their keys. Tiles and splits do not depend on the batch: a
-candidate's bits are the same alone and in any company.
+**It is one launch.** A program for own keys has one candidate and head, and at most `SPLIT` of its own keys; the last
+one takes the new key and value directly, and stores them, so no program reads their position. Prefix programs have 16
+consecutive candidates and walk through their requests, so that grouped candidates share each key that is read; any
+other order is also correct. The last program to finish a candidate's head, known by an arrival counter that it resets
+to 0, adds the parts in the order of their keys. Tiles and splits do not depend on the batch: a candidate's bits are the
+same alone and in any batch.
 
-Own keys are multiplied without the matrix unit, which has 16 rows where there is one query. Each of the 32 keys of a
-tile has an online softmax of its own, so that no thread waits for another until the end. On an H200, 256 candidates of
+Own keys are multiplied without the matrix unit, which has 16 rows, while there is only one query. Each of the 32 keys
+of a tile has its own online softmax, so that no thread waits for another until the end. On an H200, 256 candidates of
 250 own tokens and a prompt of 60, bfloat16, take 81 us where tiles of the matrix unit took 87 and the bytes at the rate
-of a copy are 62; float32 144 for 222, float8 66 for 110 (with 128 registers). Slower: 64 keys a tile (88), 128 keys
-a part (87), pages with a head's tokens side by side (1 % better). A last own part that waits for the others and adds
-them takes 76, but a launch would rely on the order in which programs start.
+of a copy are 62; float32 144 for 222, float8 66 for 110 (with 128 registers). Slower: 64 keys a tile (88), 128 keys a
+part (87), pages with a head's tokens side by side (1 % better). A last own part that waits for the others and adds them
+takes 76, but a launch would rely on the order in which programs start.
 
-Heads are the fastest index of the grid: the rows of a token, contiguous over heads, are fetched by neighbours at one
-time. The page numbers of a part are read once, at its start, and wait in registers.
+Heads are the fastest index of the grid: neighbouring programs fetch the rows of a token, which are contiguous over
+heads, at the same time. The page numbers of a part are read once, at its start, and stay in registers.
 
 Bytes that must move (counted, 2-byte types, H heads of D): own keys and values once, 4*H*D a token; q, k_new, v_new,
 out and the stored token, 12*H*D a candidate; a prefix once from memory, and from the L2 cache once per 16 candidates.
@@ -80,8 +80,8 @@ def _listed(table_ptr, begin, end, num_pages, PAGE_SIZE: tl.constexpr, SPLIT: tl
 def _sum_of_products(x, y):
     """Sum products over the first axis, the same in every thread that holds the sum.
 
-    Where a thread holds one product, the compiler would fuse it with the sum of it and a neighbour's, which then rounds
-    otherwise than the neighbour's own.
+    If a thread held only one product, the compiler would fuse it into the sum with a neighbour's, which would then
+    round differently from the neighbour's own sum.
     """
     return tl.sum(tl.fma(x, y + tl.zeros_like(x), tl.zeros_like(x)), 0)
 
@@ -95,7 +95,7 @@ def _own_keys(
     """Attend from one query `[BLOCK_D]` to the keys from `begin` on.
 
     The result is the largest score and sum of weights `[1]`, and weighted values `[1, BLOCK_D]`. Every BLOCK_N-th key
-    has an online softmax of its own, so that the lanes meet once, at the end.
+    has its own online softmax, so that lanes are combined only once, at the end.
     """
     dims, tile = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_N)
     listed, end = _listed(table_ptr, begin, end, num_pages, PAGE_SIZE, SPLIT)
@@ -146,7 +146,7 @@ def _merge_parts(
     last, own_parts, prefix_parts, own_splits, num_parts, top_ptr, total_ptr, partial_ptr, out_ptr, part_at, out_at,
     ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Write the results of the rows that are `last` to be worked on, their parts added in one order."""
+    """Write the results of the rows whose `last` part is done, with their parts added in a fixed order."""
     dims = tl.arange(0, BLOCK_D)
     in_head = dims < HEAD_DIM
     whole = (
@@ -155,7 +155,7 @@ def _merge_parts(
         tl.zeros([ROWS, BLOCK_D], tl.float32),
     )
     for other in tl.range(0, num_parts, 2, num_stages=1, loop_unroll_factor=1):
-        # Two at once, as one waits for the cache as long as several.
+        # Two at once, because one load waits for the cache as long as several.
         first = _part(
             other, last, own_parts, prefix_parts, own_splits, num_parts, top_ptr, total_ptr, partial_ptr, part_at, dims,
             in_head, HEAD_DIM,
@@ -196,7 +196,7 @@ def _own_part(
             HEAD_DIM, BLOCK_D, PAGE_SIZE, BLOCK_N, SPLIT, STAGES,
         )  # fmt: skip
         if part == own_parts - 1:
-            # The new token is the last key; no program reads the place where it is stored.
+            # The new token is the last key; no program reads the position where it is stored.
             wide_row = row.to(tl.int64)
             k_new = tl.load(k_new_ptr + wide_row * k_row + head * k_head + dims, mask=in_head, other=0.0)
             v_new = tl.load(v_new_ptr + wide_row * v_row + head * v_head + dims, mask=in_head, other=0.0)
@@ -221,7 +221,7 @@ def _own_part(
                 row, True, place, prefix_index_ptr, prefix_lens_ptr, num_requests, prefix_capacity
             )
             prefix_parts = tl.cdiv(prefix_length, SPLIT)
-            # All threads' stores precede the counter's release, and its acquire precedes all threads' loads.
+            # All threads store before the counter's release, and load after its acquire.
             tl.debug_barrier()
             arrived = tl.atomic_add(arrivals_ptr, 1, sem="acq_rel")
             tl.debug_barrier()
@@ -355,7 +355,7 @@ SPLIT = 256
 # Measured on an H200 for 64 channels. With triton 3.7.1 no register is spilled on sm_80, sm_90 and sm_100; with 3.6.0
 # two are, of 16-bit types on sm_90 (as it was measured) and of bfloat16 on sm_80.
 # (bytes of an element of q, channels of a tile): keys of a tile, warps, stages, registers of a thread at most on sm_90.
-# With fewer registers more programs are on a multiprocessor, and fill one another's waits.
+# With fewer registers more programs fit on a multiprocessor, and hide one another's waits.
 _DECODE = {
     (2, 32): (32, 1, 3, None),
     (2, 64): (32, 2, 3, 128),
@@ -364,7 +364,7 @@ _DECODE = {
     (4, 64): (32, 2, 3, None),
     (4, 128): (32, 4, 3, None),
 }
-_MORE_REGISTERS = 144  # the registers that float8 and pages of 32 take
+_MORE_REGISTERS = 144  # the registers that float8 and pages of 32 need
 
 
 def splits(tokens: int) -> int:
@@ -419,7 +419,7 @@ def paged_attention_decode(
     works = num_candidates * own_splits + triton.cdiv(num_candidates, rows) * prefix_splits
     paged_attention_decode_kernel[(works * num_heads,)](
         q, k_new, v_new, k_pages, v_pages, block_table, seq_lens,
-        # Without requests no prefix is looked up, so that other tables may stand here.
+        # Without requests no prefix is looked up, so any other tables can be passed here.
         block_table if prefix_table is None else prefix_table, seq_lens if prefix_lens is None else prefix_lens,
         seq_lens if prefix_index is None else prefix_index, k_scale, v_scale, out, partial, arrivals,
         num_candidates, num_requests, num_pages, own_capacity, prefix_capacity, own_splits, prefix_splits,

@@ -1,10 +1,10 @@
 """Prefill of pages: causal attention within each sequence of a ragged batch, whose keys and values are stored from
-place 0 on; [pages.py](pages.py) tells of pages.
+position 0 on; [pages.py](pages.py) describes pages.
 
 It is one launch. A program is a tile of 64 queries of one head (wgmma on sm_90; 32 in float32 from 64 channels
 on). It attends to the keys of its sequence up to the diagonal, straight from q, k and v, and stores the keys and values
-of its own rows. Sequence s takes the tiles from number `cu_seqlens[s] // 64 + s` on, which a program finds on the
-device: at most one program a sequence and head has no work, and the host knows no length. The longest tiles of a
+of its own rows. Sequence s has the tiles from number `cu_seqlens[s] // 64 + s`, which a program finds on the device: at
+most one program per sequence and head has no work, and the host need not know any length. The longest tiles of a
 sequence start first.
 """
 
@@ -61,7 +61,7 @@ def paged_prefill_kernel(
         v_at = keys.to(tl.int64) * v_row
         k = tl.load(k_ptr + k_at[None, :] + dims[:, None], mask=in_sequence[None, :] & in_head[:, None], other=0.0)
         v = tl.load(v_ptr + v_at[:, None] + dims[None, :], mask=in_sequence[:, None] & in_head[None, :], other=0.0)
-        # Rows past the end of the sequence see its last key: their results are not stored, and must be finite.
+        # Rows past the end of the sequence see its last key: their results are not stored, but must be finite.
         allowed = (keys[None, :] <= places[:, None]) & in_sequence[None, :]
         top, total, mixed = online_softmax(q, k, v, allowed, scale, top, total, mixed, PRECISION)
     out_at = (rows * NUM_HEADS + head)[:, None] * HEAD_DIM + dims[None, :]

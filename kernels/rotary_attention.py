@@ -1,4 +1,4 @@
-"""Attention that rotates queries, keys and values on their way in: one kernel, and nothing but the result is written.
+"""Attention that rotates queries, keys and values while it loads them: one kernel, which writes only the result.
 
     x' = [x_1 * cos_1 - x_2 * sin_1, x_2 * cos_2 + x_1 * sin_2, x_rest]      for x in q, k, v, by channels
     out = softmax(scale * q' k'^T + mask) v'
@@ -6,15 +6,15 @@
 x_1 and x_2 are the two halves of the rotary channels, x_rest the others. float16, bfloat16 or float32 in and out; the
 rotation, the softmax and all sums in float32; float32 products in three tf32 ones.
 
-Apart, the rotation reads and writes q, k and v once more. Here it happens between shared memory and the products: the
-asynchronous copies of a pipelined loop bring tiles of k, v and the angles, only the rotary channels pass through
-registers, and the others go from the copy straight into the product. Rotated and resting channels are operands of their
-own, whose products are added: nothing is gathered.
+A separate rotation would read and write q, k and v once more. Here it happens between shared memory and the products:
+the asynchronous copies of a pipelined loop bring tiles of k, v and the angles, only the rotary channels pass through
+registers, and the others go from the copy straight into the product. Rotated and other channels are separate operands,
+whose products are added: nothing is gathered.
 
 Counted for 256 sequences of 500, 12 heads of 64 with 32 turning, bfloat16: 197 GFLOP of products, 0.77 G exponentials,
 786 MB between memory and chip (q, k, v and out, once). A program has 128 queries and meets all keys of its head: 128 KB
-of k and v out of the L2 cache, and 128 KB of angles, or 64 KB where both halves share them; 3.1 or 2.4 GB in all. Each
-key and value turns four times, once for every 128 queries: 0.6 % of the products' operations, on other units.
+of k and v from the L2 cache, and 128 KB of angles, or 64 KB if both halves share them; 3.1 or 2.4 GB in all. Each key
+and value is rotated four times, once for every 128 queries: 0.6 % of the products' operations, on other units.
 """
 
 import torch
@@ -24,8 +24,8 @@ import triton.language as tl
 from clvp_fast.kernels.target import architecture
 
 LOG2E = tl.constexpr(1.4426950408889634)
-# The score of a key that a query may not attend to. It is finite, so that a query that may attend to nothing weighs all
-# its keys alike. The score of a key that does not exist is -inf.
+# The score of a key that a query may not attend to. It is finite, so that a query that may attend to no key weighs all
+# keys equally. The score of a key that does not exist is -inf.
 FORBIDDEN = tl.constexpr(-3.4028234663852886e38)
 
 
@@ -65,8 +65,8 @@ def _turned(ptr, strides, rows, num_rows, cos, sin, BOUNDED: tl.constexpr, HALF:
     x, y = first.to(tl.float32), second.to(tl.float32)
     turned = tl.join((x * cos[0] - y * sin[0]).to(first.dtype), (y * cos[1] + x * sin[1]).to(first.dtype))
     turned = tl.reshape(tl.permute(turned, (0, 2, 1)), (rows.shape[0], 2 * PAD, 1))
-    # A sum of one term keeps the compiler from loading and rotating in the layout of a product's operand, in which
-    # every warp does the work of all.
+    # A sum of one term stops the compiler from loading and rotating in the layout of a product's operand, in which
+    # every warp would do the work of all.
     return tl.sum(turned, 2)
 
 
@@ -146,7 +146,7 @@ def _attend(
             decay = tl.exp2(highest - new)
     total = total * decay + tl.sum(weights, 1)
 
-    # The product that waits for its operand's rotation comes last: products in flight end with it.
+    # The product that waits for its operand's rotation comes last, because products in flight end with it.
     weights = weights.to(v_ptr.dtype.element_ty)
     if REST > 0:
         v_rest = _load(v_ptr + 2 * HALF * strides[1][1], strides[1], keys, left, EDGE, REST, REST_PAD)
@@ -229,7 +229,7 @@ def _rotary_attention(
     lengths = (q_len, k_len, query_offset)
 
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    # Where all channels rotate, or none does, the other part is a dummy that nothing reads.
+    # If all channels rotate, or none does, the other part is a dummy that nothing reads.
     q_turned, acc_turned = tl.zeros([1], tl.float32), tl.zeros([1], tl.float32)
     q_rest, acc_rest = tl.zeros([1], tl.float32), tl.zeros([1], tl.float32)
     row_strides = (q_strides[1], q_strides[3])

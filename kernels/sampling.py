@@ -9,11 +9,11 @@ logits `[N, V]`, float32, float16 or bfloat16; seen `[N, ceil(V / 32)]` int32; p
 and sampled (which rows draw) `[N]`. u is one number of Philox-4x32-10 with the key `seed` and the counter
 `(step, candidate)`.
 
-Nothing is sorted. Sorting would find one threshold: the smallest score up to which the weights of a row add up to a
-bound (to V - k + 1 with all weights 1; to more than 1 - p; and, of distances from the mean surprise in place of scores,
-to the typical mass). The order of floats is that of their bits, so 16 rounds of two bits each find it: a round sums the
-weights below three candidates at once, in one reduction. Among equal scores, top-p's choice follows from a count of
-the ties, which rows of float32 logits hardly ever need.
+Nothing is sorted. A sort would only serve to find a threshold: the smallest score up to which the weights of a row add
+up to a bound (to V - k + 1 with all weights 1; to more than 1 - p; and, with distances from the mean surprise in place
+of scores, to the typical mass). Floats have the order of their bits, so 16 rounds of two bits each find it: a round
+sums the weights below three candidate thresholds at once, in one reduction. Among equal scores, top-p's choice follows
+from a count of the ties, which rows of float32 logits hardly ever need.
 
 Chain of dependent reductions over a row, where the processor is on: maximum 1, top-k 16, top-p 1 + 16 + 1 (ties: 3
 more), min-p 0, typical-p 2 + 16, draw 8. A row is read once and then lives in registers, 32 scores and as many weights
@@ -22,8 +22,8 @@ one wave on an H200. A vocabulary little above a power of two (8194) is a tile o
 half the work of padding. Moved: logits and bitmap once, 4 or 8 MB for 256 rows of 8194; the chain is the time.
 
 Precision: sums below a threshold are float32 trees (14 roundings, against thousands in a sequential sum). The draw adds
-whole numbers, weights scaled to a sum of 2^31, which is exact in any order; their rounding is what the 32 bits of u
-resolve, and a token of less than 2^-32 is never drawn. Besides, exp is exact to a relative (2 + max x - x) * 2^-23.
+whole numbers, the weights scaled to a sum of 2^31, exact in any order; their rounding matches the 32 bits of u, and a
+token of less than 2^-32 is never drawn. exp has a relative error of at most (2 + max x - x) * 2^-23.
 """
 
 import torch
@@ -44,17 +44,17 @@ _SMALL = 16  # tokens of the second tile at least
 def _scores(
     logits_ptr, seen_ptr, columns, vocab_size, seen_word_stride, penalty_ptr, temperature_ptr, sampled
 ):  # fmt: skip
-    """Return logits of one row, penalised and (where it is sampled) tempered; -inf past the vocabulary."""
+    """Return logits of one row, penalised and (if it is sampled) over the temperature; -inf past the vocabulary."""
     inside = columns < vocab_size
     x = tl.load(logits_ptr + columns, mask=inside, other=-float("inf")).to(tl.float32)
     if penalty_ptr is not None:
         penalty = tl.load(penalty_ptr).to(tl.float32)
         word = tl.load(seen_ptr + (columns // 32) * seen_word_stride, mask=inside, other=0)
-        # One product and one quotient, one of which is by 1, because registers for a third array are missing.
+        # One product and one quotient, one of which is by 1, because there are no registers for a third array.
         factor = tl.where((word >> (columns % 32)) & 1 != 0, penalty, 1.0)
         x = tl.div_rn(tl.where(x < 0, x * factor, x), tl.where(x < 0, 1.0, factor))
     if temperature_ptr is not None:
-        # Correctly rounded, as torch divides, so that equal scores stay equal, and unequal ones in their order.
+        # Correctly rounded, as in torch, so that equal scores stay equal and others keep their order.
         x = tl.div_rn(x, tl.where(sampled, tl.load(temperature_ptr).to(tl.float32), 1.0))
     return x
 
@@ -148,10 +148,10 @@ def _top_p(x, x2, weight, weight2, largest, mass, BLOCK: tl.constexpr, SMALL: tl
 def _typical(weight, weight2, mass):
     """Keep the weights of the tokens whose surprise is nearest to the entropy, up to `mass`.
 
-    With l the logarithm of a weight, surprise less entropy is the mean of l less l: the normalising terms cancel.
+    With l the logarithm of a weight, surprise minus entropy is the mean of l minus l: the normalising terms cancel.
     """
     total = _total(weight, weight2)
-    # A weight of 0 may have any logarithm: nothing is added for it, and nothing kept.
+    # A weight of 0 may have any logarithm: it adds nothing and is not kept.
     logarithm, logarithm2 = tl.log(tl.maximum(weight, 1e-37)), tl.log(tl.maximum(weight2, 1e-37))
     mean = _total(weight * logarithm, weight2 * logarithm2) / total
     far, far2 = tl.abs(mean - logarithm), tl.abs(mean - logarithm2)
@@ -221,7 +221,7 @@ def _sampled(
     return _draw(weight, weight2, bits, BLOCK, SMALL, CHUNK)
 
 
-# Rows of 8194 are aligned to nothing; without a promise for other widths all of them are laid out, and compile, alike.
+# Rows of 8194 have no alignment. Other widths promise none either, so that all of them compile alike.
 @triton.jit(do_not_specialize=["vocab_size", "logits_stride", "stop_token", "pad_token"])
 def _sample_kernel(
     logits_ptr, seen_ptr, lengths_ptr, done_ptr,
@@ -242,7 +242,7 @@ def _sample_kernel(
     if penalty_ptr is not None:
         penalty_ptr += row
     columns, columns2 = tl.arange(0, BLOCK), BLOCK + tl.arange(0, SMALL)
-    # Where this is known for all rows, the compiler leaves the other branch out.
+    # If this is known for all rows, the compiler drops the other branch.
     sampled = tl.full((), DO_SAMPLE, tl.int1)
     if sampled_ptr is not None:
         sampled = tl.load(sampled_ptr + row * sampled_stride)
@@ -310,7 +310,7 @@ def sample(
             leaves the processor out of the compiled kernel.
         seed, candidate, step, out: `[N]` int64, contiguous.
         do_sample: False: all rows take their largest score.
-        sampled: `[N]` bool, any stride: the others take their largest score; with `do_sample` alone.
+        sampled: `[N]` bool, any stride: the other rows take their largest score; only with `do_sample`.
     """
     rows, vocab_size = logits.shape
     _sample_kernel[(rows,)](

@@ -4,7 +4,7 @@ import torch
 import triton
 from triton.runtime import driver
 
-# The device that configurations assume where there is none (the interpreter): an H200.
+# The device that configurations assume without a GPU (in the interpreter): an H200.
 _HOPPER = 90, 132
 
 

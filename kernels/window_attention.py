@@ -1,4 +1,4 @@
-"""Attention within the windows of an image, shifted or not (Swin): one kernel, and nothing but the result is written.
+"""Attention within the windows of an image, shifted or not (Swin): one kernel, which writes only the result.
 
     scores = q k^T * scale + bias[head] (+ seam where the shift made strangers neighbours)      within a window
     out    = softmax(scores) v
@@ -6,18 +6,18 @@
 q, k, v: `[images, height, width, heads, head_dim]` at any strides, mostly views of one projection; out: contiguous.
 float16, bfloat16 or float32; scores, softmax and sums in float32; float32 products in three tf32 ones.
 
-Apart, the image is rolled and cut into windows, three tensors read and written, the seam is added to a bias that is
-repeated for every window, attention reads these and writes, and the result is joined and rolled back. Here a window is
-arithmetic on addresses: place (y, x) of the window at (top, left) lies at row top + shift + y, which goes around the
-edge, and two places are strangers if one of them went around an edge and the other did not. A window's scores fit into
-registers whole, so that there is no online softmax.
+As separate steps, the image would be rolled and cut into windows, which reads and writes three tensors, the seam added
+to a bias that is repeated for every window, and the result joined and rolled back. Here a window is arithmetic on
+addresses: position (y, x) of the window at (top, left) lies at row top + shift + y, which wraps around the edge, and
+two positions are strangers if only one of them wrapped. All scores of a window fit into registers, so there is no
+online softmax.
 
 Counted for the first stage of CLAP's audio tower and 256 clips (images of 64 x 64, 4 heads of 24, bfloat16): 805 MB
 between memory and chip (q, k, v and out, once), 26 GFLOP of products (34 with head_dim padded to 32) and 0.27 G
-exponentials: memory bounds it. A window and head is 12 KB, its bias 8 KB, or 16 KB in float32: a program holds the
-bias of one head in registers and meets up to 16 windows, so that out of the L2 cache come 0.5 to 1 KB of it each.
-Programs of all heads over the same windows are neighbours: the 48 bytes of a head end within a sector, whose other
-half is then in the cache.
+exponentials: memory bounds it. A window and head is 12 KB, its bias 8 KB, or 16 KB in float32. A program keeps the bias
+of one head in registers for up to 16 windows, so that each window reads 0.5 to 1 KB of it from the L2 cache. Programs
+of all heads over the same windows are neighbours: the 48 bytes of a head end within a sector, whose other half is then
+in the cache.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""The table of docs/architecture.md against the imports: which room of the package knows which, and none upwards."""
+"""The table of docs/architecture.md against the imports: which layer of the package knows which, and none upwards."""
 
 import ast
 import re
@@ -13,11 +13,11 @@ ROOT_MODULES = ("clvp_fast", "clvp_fast.__main__")
 ROW = re.compile(r"^\| `(\S+)` \| [^|]+ \| ([^|]+) \|$", re.MULTILINE)
 
 
-def _rooms() -> dict[str, list[str]]:
-    """Return the rooms of the table from top to bottom, each with the rooms that it claims to know."""
+def _layers() -> dict[str, list[str]]:
+    """Return the layers of the table from top to bottom, each with the layers that it claims to know."""
     text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
     table = text.split("## Layers")[1].split("\n## ")[0]
-    return {room: re.findall(r"`(\S+)`", known) for room, known in ROW.findall(table)}
+    return {layer: re.findall(r"`(\S+)`", known) for layer, known in ROW.findall(table)}
 
 
 def _modules() -> dict[str, Path]:
@@ -51,37 +51,37 @@ def _tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
-def _room_of(module: str, rooms: list[str]) -> str:
+def _layer_of(module: str, layers: list[str]) -> str:
     place = module.removeprefix("clvp_fast.").replace(".", "/")
-    inside = [room for room in rooms if place == room.removesuffix(".py") or f"{place}/".startswith(room)]
-    assert inside, f"docs/architecture.md has no room for {module}"
+    inside = [layer for layer in layers if place == layer.removesuffix(".py") or f"{place}/".startswith(layer)]
+    assert inside, f"docs/architecture.md has no layer for {module}"
     return max(inside, key=len)
 
 
-def _known(rooms: list[str]) -> dict[str, set[str]]:
-    """Return the imports of each room's modules, also those within functions."""
+def _known(layers: list[str]) -> dict[str, set[str]]:
+    """Return the imports of each layer's modules, also those within functions."""
     modules = _modules()
-    known: dict[str, set[str]] = {room: set() for room in rooms}
+    known: dict[str, set[str]] = {layer: set() for layer in layers}
     for module in modules.keys() - set(ROOT_MODULES):
-        here = _room_of(module, rooms)
-        known[here] |= {_room_of(other, rooms) for other in _imports(ast.walk(_tree(modules[module])), modules)} - {
+        here = _layer_of(module, layers)
+        known[here] |= {_layer_of(other, layers) for other in _imports(ast.walk(_tree(modules[module])), modules)} - {
             here
         }
     return known
 
 
-def test_each_room_knows_what_the_table_says():
-    rooms = _rooms()
-    assert len(rooms) > 10
-    assert {room: sorted(names) for room, names in rooms.items()} == {
-        room: sorted(names) for room, names in _known(list(rooms)).items()
+def test_each_layer_knows_what_the_table_says():
+    layers = _layers()
+    assert len(layers) > 10
+    assert {layer: sorted(names) for layer, names in layers.items()} == {
+        layer: sorted(names) for layer, names in _known(list(layers)).items()
     }
 
 
-def test_rooms_know_those_below_them():
-    rooms = _rooms()
-    order = list(rooms)
-    upwards = {(room, other) for room in rooms for other in rooms[room] if order.index(other) < order.index(room)}
+def test_layers_know_those_below_them():
+    layers = _layers()
+    order = list(layers)
+    upwards = {(layer, other) for layer in layers for other in layers[layer] if order.index(other) < order.index(layer)}
     # `generate()` of the classes asks the engine at the moment of a call.
     assert upwards == {("models/clvp/", "engine/")}
 

@@ -195,7 +195,7 @@ def test_an_hour_is_not_read(tmp_path, monkeypatch):
     assert found.seconds == 3600 and found.cut
 
 
-def test_what_is_behind_is_not_looked_at(tmp_path):
+def test_samples_after_the_limit_are_not_read(tmp_path):
     samples = tone(22050, 20.0)
     samples[10 * 22050 :] = np.nan
     soundfile.write(tmp_path / "a.wav", samples, 22050, subtype="FLOAT")

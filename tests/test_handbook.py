@@ -56,7 +56,7 @@ def small_clap(folder: Path) -> None:
     ClapModel(ClapConfig(text_config=text, audio_config=audio)).save_pretrained(folder)
 
 
-def test_nothing_is_left_out():
+def test_every_page_with_examples_is_tested():
     found = {page: (len(blocks(page, "python")), len(commands(page))) for page in PAGES}
     assert {page: counts for page, counts in found.items() if any(counts)} == HERE | ELSEWHERE
     fences = {word for page in PAGES for word in re.findall(r"^```(\S+)", text_of(page), flags=re.MULTILINE)}

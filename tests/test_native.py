@@ -323,7 +323,7 @@ def missing_uncached(part):
     return native.missing.__wrapped__(part)
 
 
-def test_what_the_cuda_part_says_of_the_driver_is_a_reason(sources, driver, monkeypatch):
+def test_the_cuda_part_explains_a_missing_driver(sources, driver, monkeypatch):
     driver(0, 1)
 
     class Said:
@@ -525,7 +525,7 @@ def test_a_user_without_a_home(sources, monkeypatch):
 
 
 @pytest.mark.parametrize("place", ["cache", "cache/native", "cache/native/HASH", "cache/native/HASH/libclvp_fast.so"])
-def test_nothing_is_loaded_that_others_may_change(sources, tmp_path, place, monkeypatch):
+def test_a_library_that_others_may_change_is_refused(sources, tmp_path, place, monkeypatch):
     assert missing() is None
     place = tmp_path / place.replace("HASH", native.folder("cpu").name)
     mode = place.stat().st_mode

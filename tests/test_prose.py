@@ -84,5 +84,18 @@ def test_docstrings_of_functions_that_begin_with_no_verb_are_found():
     assert not list(prose.without_verb('@property\ndef f():\n    """Of a layer."""'))
 
 
+def test_names_of_tests_that_are_clauses_are_found(tmp_path):
+    bad = ("test_what_is_left_stays", "test_who_waits_is_served", "test_of_which_two_are_kept", "test_whether_it_fits")
+    good = ("test_it_tells_what_it_costs", "test_whole_words", "what_is_left")
+    source = (
+        "".join(f"def {name}(): ...\n" for name in bad + good) + "class TestIt:\n    async def test_how_it(): ...\n"
+    )
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests/test_it.py").write_text(source)
+    found = prose.findings(tmp_path)
+    assert sorted(one.sentence for one in found) == sorted((*bad, "test_how_it"))
+    assert {one.fault for one in found} == {"a clause is the name"} and found[0].line == 1
+
+
 def test_the_list_is_empty():
     assert not [str(found) for found in prose.findings(ROOT)]

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.aot [FAMILY ...]`: compiles every shipped configuration for GPUs that need not be there.
+"""`python -m benchmarks.aot [FAMILY ...]`: compiles every shipped configuration for GPUs that need not be present.
 
 Prints one line a kernel. With `--write`, replaces the rows in benchmarks/aot/compiled/ and the tables of
 docs/kernels.md that are made from them.

@@ -1,4 +1,4 @@
-"""Compiles kernels for GPUs that are not there, through the launchers that ship.
+"""Compiles kernels for GPUs that need not be present, through the shipped launchers.
 
 A launcher is called with tensors on the `meta` device while Triton's driver is replaced by one that names a target and
 runs nothing: what is compiled is exactly what the launcher would launch, its own choice of configuration included.
@@ -26,7 +26,7 @@ TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
 class Driver:
-    """As much of a CUDA driver as compiling needs. Devices are numbered by architecture: Triton caches by device.
+    """The part of a CUDA driver that compiling needs. A device's number is its architecture: Triton caches by device.
 
     device: where the tensors of launchers lie.
     """

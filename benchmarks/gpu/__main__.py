@@ -1,8 +1,8 @@
-"""`python -m benchmarks.gpu check|bench|evidence`: one part of at most `--seconds`; called again, it goes on.
+"""`python -m benchmarks.gpu check|bench|evidence`: one part of at most `--seconds`; called again, it continues.
 
-Everything is written into one folder as it comes: `journal.jsonl` has what each test and row came to, a folder named
-after the card the rows, `evidence.md` the table against the aims, and a log a step what it printed. Ends with 0 where
-all is well, 1 where something failed, and 3 where nothing failed and something is left for another part.
+Everything is written into one folder at once: `journal.jsonl` has the outcome of each test and row, a folder named
+after the card has the rows, `evidence.md` compares them with the aims, and a log for each step has its output. The exit
+code is 0 for success, 1 if something failed, and 3 if nothing failed but something is left for another part.
 """
 
 import argparse
@@ -118,7 +118,7 @@ def run(
     deadline: float,
     after: Callable[[], object] = lambda: None,
 ) -> int:
-    """Run the steps that are not whole until `deadline`; those that were late come behind those that had no turn.
+    """Run the incomplete steps until `deadline`; those that were late come after those that had no turn.
 
     after: is called behind each. Raises `OSError` where nothing can be written.
     """

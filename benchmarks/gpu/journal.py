@@ -1,6 +1,6 @@
-"""The results of items, a line of JSON each as they come: what is killed at any moment leaves all lines before.
+"""The results of items, a line of JSON each, written as they come; a kill at any moment leaves all earlier lines.
 
-A line counts for what it was written for, the code, the card and the libraries: with others all begins anew.
+A line counts only for the code, the card and the libraries that it was written for; with others everything starts over.
 """
 
 import errno
@@ -15,7 +15,7 @@ from pathlib import Path
 
 #: Outcomes of an item that make its step fail.
 FAILED = ("failed", "hung", "died")
-#: Outcomes of an item that could not be done here. All others are fine.
+#: Outcomes of an item that could not run here. All others count as success.
 LEFT_OUT = ("skipped", "absent")
 
 
@@ -59,7 +59,7 @@ class Journal:
             try:
                 found = json.loads(line)
             except json.JSONDecodeError:
-                continue  # it was being written when all was killed
+                continue  # it was being written at the kill
             if found["mark"] == self.mark and step in (None, found["step"]):
                 yield found
 

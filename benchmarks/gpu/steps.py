@@ -1,7 +1,6 @@
 """The runs on a GPU, their order and their durations.
 
-The order is that of what one wants to know first. Limits of all steps together are those of half an hour at a GPU; they
-were set where none was at hand.
+The most important come first. All steps together have half an hour on a GPU; their limits were set without one.
 """
 
 import os
@@ -29,7 +28,7 @@ KERNELS = (
 )
 MODELS = ("decode_step", "generate", "score", "clap", "end_to_end")
 OURS, RIVALS = "ours,torch", "sdpa,transformers,flashinfer,torchaudio,flashmel"
-# A kernel that waits for itself for ever would be this one: it comes behind all else.
+# This kernel could wait for itself forever, so it comes last.
 ONE_LAUNCH, ALL_ELSE = "one launch", "^(?!.*one launch)"
 
 # Of each process of tests, of which several run at once; rows are measured with all threads.

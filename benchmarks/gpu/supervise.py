@@ -1,6 +1,6 @@
-"""Runs the workers of a step, each in a process group of its own, and ends those that hang.
+"""Runs the workers of a step, each in its own process group, and ends those that hang.
 
-An item that hangs or kills its worker costs itself alone: it is written down, and a new worker goes on behind it.
+An item that hangs or kills its worker costs only itself: it is recorded, and a new worker continues after it.
 """
 
 import os
@@ -18,7 +18,7 @@ from typing import BinaryIO
 
 from benchmarks.gpu.journal import Journal, WorkerProgress
 
-#: The exit code of a worker that can no longer use its device, or enough of its memory: another one goes on behind it.
+#: The exit code of a worker that can no longer use its device, or enough of its memory; another one continues after it.
 DEVICE_LOST = 75
 #: The exit code of a worker whose supervisor is gone.
 ALONE = 70
@@ -107,7 +107,7 @@ def _share(step: Step, journal: Journal, share: int, end: float, logs: Path, env
                 _end(process, step.grace)
         said, item = _moved(own, logs / f"{stem}.log"), progress.look()
         told = _SUMMARY.findall(said)
-        if step.sanitized and not told:  # ended before it could say anything
+        if step.sanitized and not told:  # ended before it could write anything
             journal.write(step.name, "taken back", worker=worker)
         if any(map(int, told)):
             why = f"{' and '.join(told)} errors: {stem}.log"

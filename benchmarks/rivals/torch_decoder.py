@@ -1,8 +1,7 @@
 """CLVP's decoder as an expert of torch would write it, without pages and without kernels of their own.
 
-One product for query, key and value, torch's attention over keys in one piece, and every candidate with the prompt's
-keys and values for itself. Nothing in a step is read on the host and nothing changes its place, so that it can be
-captured.
+It has one product for query, key and value, torch's attention over keys in one piece, and a copy of the prompt's keys
+and values for every candidate. The host reads nothing in a step and no tensor moves, so that a step can be captured.
 """
 
 from collections.abc import Callable
@@ -52,7 +51,7 @@ class TorchLayers:
 
 
 class TorchDecoder:
-    """A decode step over keys that are there. It gives logits and draws nothing.
+    """A decode step over existing keys. It computes logits and draws nothing.
 
     Args:
         model: as `TorchLayers` takes it.

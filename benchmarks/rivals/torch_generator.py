@@ -1,8 +1,8 @@
-"""A whole call as somebody who knows torch would write it: conditioning, prefill, decoding, scoring.
+"""A whole call as an expert of torch would write it: conditioning, prefill, decoding, scoring.
 
 Candidates have a static cache. On a GPU a step with its draw is captured, once for each stretch of `STRETCH` tokens, so
 that attention reads no more of the cache than the stretch has; on a CPU steps run eagerly over just what is there.
-Conditioning and scoring are transformers' modules. No token is looked at for an end: all have theirs.
+Conditioning and scoring are transformers' modules. Stop tokens are not checked: all candidates have the full length.
 """
 
 import torch
@@ -124,19 +124,19 @@ class TorchGenerator:
             values.index_copy_(2, entered, v[:, :, None])
             return F.scaled_dot_product_attention(q[:, :, None], keys, values, attn_mask=mask)
 
-        # The start token is at 0, and the second of a candidate's own at 2: so CLVP was trained.
+        # The start token has position 0, and the second of a candidate's own has 2, as in transformers.
         hidden = self.layers(self.layers.embedded(self.token, self.place + 1), attend)
         self.logits.copy_(self.layers.logits(hidden))
         self._draw()
 
     def _draw(self) -> None:
-        """Draw the next token from `self.logits` without a word to the host."""
+        """Draw the next token from `self.logits` without the host."""
         logits = self.logits.float()
         logits = torch.where(self.seen, torch.where(logits < 0, logits * self.penalty, logits / self.penalty), logits)
         scores, order = (logits / self.temperature).topk(min(self.top_k or logits.shape[-1], logits.shape[-1]))
         chances = scores.softmax(-1)
         chances = chances.masked_fill(chances.cumsum(-1) - chances > self.top_p, 0)
-        # The largest of chances over exponential numbers falls on each as often as its chance says.
+        # The largest of probabilities divided by exponential random numbers falls on each with its probability.
         drawn = (chances / torch.empty_like(chances).exponential_()).argmax(-1, keepdim=True)
         token = order.gather(1, drawn)
         self.codes.index_copy_(1, self.place, token)

@@ -1,15 +1,15 @@
-"""The folder of a job, from which the job can go on however it ended.
+"""The folder of a job, from which the job can continue however it ended.
 
-    manifest.json       the job's description: settings, input, checkpoint; at the end also its shards
+    manifest.json       the job's description: settings, input, checkpoint; after its end also its shards
     rows.parquet        the job's own copy of the input's rows
-    voices/             recordings from the rows themselves, by their content; only where there are any
-    shards/             part-000000.parquet and so on: results, written whole or not at all
+    voices/             recordings from the rows themselves, named by content; only if there are any
+    shards/             part-000000.parquet and so on: results, each file written atomically
     unfinished/         part-000007.journal and so on: results of shards that are not complete yet
     failures.jsonl      rows that could not be spoken, and why
     summary.json, overview.png
 
-A shard carries the failures of its rows in its own metadata, so that one rename makes all of it known; failures.jsonl
-is put together from there. File names never come from the input.
+A shard has the failures of its rows in its metadata, so that one rename publishes everything about it; failures.jsonl
+is made from there. File names never come from the input.
 """
 
 import fcntl
@@ -30,8 +30,8 @@ import pyarrow.parquet as pq
 from clvp_fast.batch.outcomes import Outcome, from_table, to_table
 from clvp_fast.io.files import UnwritableError, json_text, replacing, write_json
 
-#: This rises with every change in the meaning of settings. In 2 `top_k` defaults to 50 in Python; in 3 the repetition
-#: penalty sees the original's prompt, and latents are those of its second pass.
+#: It rises with every change in the meaning of settings. Since 2, `top_k` defaults to 50 in Python; since 3, the
+#: repetition penalty sees the original's prompt, and latents are those of its second pass.
 FORMAT = "clvp_fast.batch.3"
 _KEY = b"clvp_fast"
 
@@ -66,7 +66,7 @@ class JobFolder:
         self._remove_leftovers()
 
     def close(self) -> None:
-        """Release the folder to other processes; the death of a process releases it too."""
+        """Release the folder for other processes; the end of the process releases it too."""
         self._lock.close()
 
     @property
@@ -86,7 +86,7 @@ class JobFolder:
         return self.folder / "failures.jsonl"
 
     def keep_voice(self, content: bytes) -> Path:
-        """Return the file of a recording from a row, and write it if it is not there."""
+        """Return the file of a recording from a row; write it if it does not exist."""
         path = Path(os.path.abspath(self.folder / "voices" / blake2b(content, digest_size=16).hexdigest()))
         if not path.exists():
             with explained(self.folder):
@@ -105,15 +105,15 @@ class JobFolder:
         return any(self.shards.iterdir())
 
     def read_manifest(self) -> dict[str, Any] | None:
-        """Read the description of the job, or None where none was begun.
+        """Return the description of the job, or None if there is no job.
 
         Raises:
-            ValueError: the manifest is damaged or of another version, or there are results of a job without one.
+            ValueError: the manifest is damaged or of another version, or there are results without a manifest.
         """
         path = self.folder / "manifest.json"
         if not path.exists():
             if self.has_shards():
-                raise ValueError(f"{self.shards} has results, and {path} is not there: choose another folder")
+                raise ValueError(f"{self.shards} has results, but {path} is missing: choose another folder")
             return None
         try:
             manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -132,7 +132,7 @@ class JobFolder:
             write_json(path, document)
 
     def write_shard(self, shard: int, outcomes: Iterable[Outcome], schema: pa.Schema, settings: str) -> None:
-        """Write a shard of results in the order of its rows, and remove its journal, which has no more use."""
+        """Write a shard of results in the order of its rows, and remove its journal."""
         outcomes = sorted(outcomes, key=lambda outcome: outcome.row)
         failed = [_failure(outcome) for outcome in outcomes if outcome.error is not None]
         about = {"shard": shard, "rows": len(outcomes), "settings": settings, "failures": failed}
@@ -143,10 +143,10 @@ class JobFolder:
         self.journal_path(shard).unlink(missing_ok=True)
 
     def check_shard(self, shard: int, rows: int, settings: str) -> dict[str, Any] | None:
-        """Read the metadata of a shard, or None where there is none.
+        """Return the metadata of a shard, or None if it does not exist.
 
         Raises:
-            ValueError: it is damaged, or is not of this job.
+            ValueError: it is damaged, or belongs to another job.
         """
         path = self.shard_path(shard)
         if not path.exists():
@@ -162,7 +162,7 @@ class JobFolder:
         return about
 
     def about(self, path: Path) -> dict[str, Any]:
-        """Read the metadata of a shard that was checked."""
+        """Return the metadata of a checked shard."""
         return json.loads(pq.read_schema(path).metadata[_KEY])
 
     def read_shard(self, shard: int) -> list[Outcome]:
@@ -174,7 +174,7 @@ class JobFolder:
             file.writelines(json_text(failure, indent=None) for failure in failures)
 
     def write_failures(self, failures: Iterable[dict[str, Any]]) -> None:
-        """Write all failures again, in the order of the rows."""
+        """Rewrite all failures, in the order of the rows."""
         with replacing(self.failures) as path, open(path, "w", encoding="utf-8") as file:
             file.writelines(json_text(failure, indent=None) for failure in failures)
 
@@ -186,9 +186,9 @@ class JobFolder:
 
 
 class Journal:
-    """Outcomes of an unfinished shard, on disk within moments, so that a sudden end does not lose them.
+    """Outcomes of an unfinished shard. They reach the disk within moments, so that a sudden end does not lose them.
 
-    Each addition is an Arrow stream behind its length and checksum, so that one that was not wholly written is known.
+    Each addition is its length, its checksum and an Arrow stream, so that a torn one is recognized.
     """
 
     _HEAD = struct.Struct("<QI")
@@ -216,7 +216,7 @@ class Journal:
             self._file.flush()
 
     def close(self) -> None:
-        with suppress(OSError):  # a full disk: what was written can be read
+        with suppress(OSError):  # after a full disk the journal can still be read
             self._file.close()
 
     @classmethod
@@ -242,7 +242,7 @@ def _failure(outcome: Outcome) -> dict[str, Any]:
 
 @contextmanager
 def explained(folder: Path) -> Iterator[None]:
-    """Turn errors of writing below `folder` into one sentence."""
+    """Turn errors from writing below `folder` into one sentence."""
     try:
         yield
     except UnwritableError:

@@ -1,7 +1,7 @@
 """Corpora as files: JSON lines, CSV and Parquet, read a row at a time; and the copy of the rows that a job keeps.
 
-The copy, `rows.parquet`, has a row group for each shard of the results, so that any shard's rows can be read at once,
-whatever the input was, and a job of several days does not depend on its input file.
+The copy, `rows.parquet`, has a row group for each shard of the results. So the rows of any shard can be read directly,
+whatever the form of the input, and a job of several days does not depend on its input file.
 """
 
 import csv
@@ -38,7 +38,7 @@ _BLOCK = 1 << 20
 _BUCKET = 32
 # The deepest nesting of a line of JSON.
 _NESTING = 64
-# The number of rows read at a time where they may hold recordings.
+# The number of rows read at a time if they may hold recordings.
 _RECORDINGS = 8
 
 
@@ -48,23 +48,23 @@ def read_rows(
     unused: set[str] | None = None,
     keep: Callable[[bytes], Path] | None = None,
 ) -> Iterator[Row]:
-    """Yield the rows of a file, in its order. Rows that cannot be read have an error.
+    """Yield the rows of a file in order. Rows that cannot be read have an error.
 
     Args:
         path: `.jsonl` (or `.ndjson`), `.csv`, or `.parquet`; voices in it are relative to its folder.
-        done: told after each row which part of the file, from 0 to 1, is read.
-        unused: gets the names of columns that say nothing to a job.
-        keep: as of [`Row.read`].
+        done: called after each row with the part of the file, from 0 to 1, that is read.
+        unused: receives the names of columns that a job ignores.
+        keep: as for [`Row.read`].
 
     Raises:
-        FileNotFoundError, ValueError: there is no such file, it is of another kind, it lacks a column `id` or `text` or
-            has one twice, or it is damaged so that it cannot be told which rows it has; file and line are named.
+        FileNotFoundError, ValueError: there is no such file, it is of another kind, it lacks a column `id` or `text`,
+            it has a column twice, or it is so damaged that its rows cannot be told apart; file and line are named.
     """
     readers = {".jsonl": _json_lines, ".ndjson": _json_lines, ".csv": _csv, ".parquet": _parquet}
     require_file(path)
     if path.suffix.lower() not in readers:
         raise ValueError(f"{path} must be one of {', '.join(readers)}, by its name")
-    folder = Path(os.path.abspath(path)).parent  # beside a link, not beside its target
+    folder = Path(os.path.abspath(path)).parent  # relative to a link, not to its target
     unused = set() if unused is None else unused
     for index, record in enumerate(readers[path.suffix.lower()](path, done, unused)):
         if isinstance(record, Exception):
@@ -158,7 +158,7 @@ def _csv(path: Path, done, unused: set[str]) -> Iterator[Mapping[str, Any] | Exc
                 )
             except csv.Error as error:
                 values, wrong = [], f"no row of CSV: {_reason(error)}"
-            # The end of a bad row of several lines, or with an unclosed quote, is unknown.
+            # A bad row of several lines, or with an unclosed quote, has no known end.
             if wrong and (header is None or reader.line_num > start or line.count('"') % 2):
                 raise ValueError(
                     f"{place}: {wrong}; is a quote in the row that begins there not closed, or not doubled?"
@@ -186,12 +186,12 @@ def _first(path: Path, line: bytes) -> bytes:
     """Return the first line of a text, without the mark of UTF-8.
 
     Raises:
-        ValueError: it is UTF-16, or its lines end in a way that makes one line of the whole file.
+        ValueError: it is UTF-16, or has line ends that make the whole file one line.
     """
     if line.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in line[:2]:
         raise ValueError(f"{path} is UTF-16: save it as UTF-8")
     if b"\r" in line.rstrip(b"\r\n") and not line.endswith(b"\n"):
-        raise ValueError(f"{path} ends its lines with carriage returns alone: save it with newlines")
+        raise ValueError(f"{path} ends its lines with carriage returns only: save it with newlines")
     return line.removeprefix(b"\xef\xbb\xbf")
 
 
@@ -204,7 +204,7 @@ def _parquet(path: Path, done, unused: set[str]) -> Iterator[Mapping[str, Any]]:
         schema = file.schema_arrow
         unused.update(_columns(path, schema.names))
         known = [name for name in schema.names if name in COLUMNS]
-        # Older versions of Arrow make this of a UUID.
+        # Older versions of Arrow return this for a UUID.
         numbered = schema.field("id").type == pa.binary(16)
         rows = 1024 if "voice" not in known or _is_short(schema.field("voice").type) else _RECORDINGS
         read, total = 0, max(file.metadata.num_rows, 1)
@@ -221,7 +221,7 @@ def _parquet(path: Path, done, unused: set[str]) -> Iterator[Mapping[str, Any]]:
 def _records(batch: pa.RecordBatch) -> list[dict[str, Any]]:
     """Return the rows of a batch, with an exception in place of each value that Python cannot represent.
 
-    Text that is not UTF-8 comes as bytes. So each bad row fails alone.
+    Text that is not UTF-8 is returned as bytes, so that each bad row fails alone.
     """
     try:
         return batch.to_pylist()
@@ -247,7 +247,7 @@ def _columns(path: Path, found: list[str]) -> set[str]:
     """Return the columns in `found` that a job ignores.
 
     Raises:
-        ValueError: a column is missing, or one that says something is there twice.
+        ValueError: a column is missing, or one that a job reads is there twice.
     """
     missing = [name for name in ("id", "text") if name not in found]
     if missing:
@@ -268,11 +268,11 @@ class RowFile:
     """A job's own copy of its rows, in groups, each with the rows of one shard.
 
     Attributes:
-        num_rows, num_shards: of all. shard_rows: of each shard but the last.
+        num_rows, num_shards: the totals. shard_rows: rows of each shard but the last.
     """
 
     def __init__(self, path: Path):
-        """Open a copy. Raises `OSError` or `pyarrow.ArrowException` where it is damaged."""
+        """Open a copy. Raises `OSError` or `pyarrow.ArrowException` if it is damaged."""
         self._path = path
         self._file = pq.ParquetFile(path, page_checksum_verification=True)
         self.num_rows = self._file.metadata.num_rows
@@ -284,7 +284,7 @@ class RowFile:
         return self._file.metadata.row_group(shard).num_rows
 
     def without_voice(self) -> tuple[int, int | None]:
-        """Count the speakable rows without a voice, and return their number and the first of them."""
+        """Return the number of speakable rows without a voice, and the first of them."""
         count, first = 0, None
         for shard in range(self.num_shards):
             table = self._file.read_row_group(shard, columns=["voice", "error"])
@@ -297,7 +297,7 @@ class RowFile:
         return count, first
 
     def shard(self, shard: int) -> list[Row]:
-        """Return the rows of a shard. Raises `ValueError` where the copy is damaged."""
+        """Return the rows of a shard. Raises `ValueError` if the copy is damaged."""
         try:
             records = self._file.read_row_group(shard).to_pylist()
         except (OSError, pa.ArrowException) as error:
@@ -306,26 +306,26 @@ class RowFile:
 
     @staticmethod
     def write(path: Path, rows: Iterable[Row], shard_rows: int) -> None:
-        """Copy rows. A row whose id an earlier row has gets an error, as results are found by ids."""
-        marks: list[np.ndarray] = []
+        """Copy rows. A row that repeats an earlier row's id gets an error, because results are found by id."""
+        hashes: list[np.ndarray] = []
         with _writer(path) as writer:
             for group in _groups(rows, shard_rows):
-                marks.append(np.array([_mark(row.id) for row in group], dtype=np.uint64))
+                hashes.append(np.array([_hash_of(row.id) for row in group], dtype=np.uint64))
                 writer.write_table(_table(group))
-        repeated = _repeated(np.concatenate(marks)) if marks else {}
+        repeated = _repeated(np.concatenate(hashes)) if hashes else {}
         if repeated:
-            _mark_repeated(path, repeated)
+            _refuse_repeated(path, repeated)
 
 
 @dataclass(frozen=True)
 class Task:
-    """Rows of a shard that are to be spoken: those of the given indices, or all."""
+    """Rows of a shard to be spoken: those at the given indices, or all."""
 
     shard: int
     rows: tuple[int, ...] | None = None
 
     def rows_of(self, file: RowFile) -> list[Row]:
-        """Return the rows in buckets of similar lengths, the longest first, so that no long row is left for the end."""
+        """Return the rows in buckets of similar lengths, the longest first, so that no long row comes last."""
         wanted = None if self.rows is None else set(self.rows)
         return in_buckets(row for row in file.shard(self.shard) if wanted is None or row.index in wanted)
 
@@ -336,7 +336,7 @@ def in_buckets(rows: Iterable[Row]) -> list[Row]:
 
 
 def in_transit(rows: Iterable[Row]) -> pa.Table:
-    """Return rows in the form in which they travel between machines."""
+    """Return rows as a table that can be sent between machines."""
     rows = list(rows)
     return _table(rows).append_column("row", pa.array([row.index for row in rows], pa.int64()))
 
@@ -371,23 +371,23 @@ def _groups(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
         yield group
 
 
-def _mark(row_id: str | None) -> int:
-    """Return 64 bits of an id, 0 for none: ten million of them take 80 MB, and the ids themselves a gigabyte."""
+def _hash_of(row_id: str | None) -> int:
+    """Return a 64-bit hash of an id, 0 for none: ten million of them take 80 MB, the ids themselves a gigabyte."""
     return int.from_bytes(blake2b(row_id.encode(), digest_size=8).digest(), "little") | 1 if row_id is not None else 0
 
 
-def _repeated(marks: np.ndarray) -> dict[int, int]:
-    """Return each row whose mark an earlier row has, with the first such row."""
-    order = np.argsort(marks, kind="stable")
-    ordered = marks[order]
+def _repeated(hashes: np.ndarray) -> dict[int, int]:
+    """Return each row whose hash an earlier row has, with the first such row."""
+    order = np.argsort(hashes, kind="stable")
+    ordered = hashes[order]
     starts = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1]))
     first = np.repeat(order[starts], np.diff(np.append(starts, len(order))))
     again = (first != order) & (ordered != 0)
     return dict(zip(order[again].tolist(), first[again].tolist(), strict=True))
 
 
-def _mark_repeated(path: Path, repeated: dict[int, int]) -> None:
-    """Write the copy again, with errors in the rows whose ids came before."""
+def _refuse_repeated(path: Path, repeated: dict[int, int]) -> None:
+    """Rewrite the copy, with errors in the rows that repeat an id."""
     scratch = path.with_name(f"{path.name}.again.part")
     rows = RowFile(path)
     with _writer(scratch) as writer:

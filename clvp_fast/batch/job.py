@@ -24,9 +24,10 @@ from clvp_fast.io.waits import waiting
 
 logger = logging.getLogger(__name__)
 
-#: The number of rows of a shard; latents take megabytes a row.
+#: The number of rows of a shard; latents take megabytes per row.
 SHARD_ROWS, SHARD_ROWS_WITH_LATENTS = 1024, 64
-# The seconds between two writes of a shard's journal. A sudden end loses no more than that, and the rows under way.
+# The seconds between two writes of a shard's journal. A sudden end loses only the results since then, and the rows
+# under way.
 _JOURNAL_SECONDS = 1.0
 
 
@@ -44,37 +45,38 @@ def run(
 ) -> dict[str, Any]:
     """Make candidates for all rows of a file, and write the best of each into Parquet files below `out`/shards.
 
-    Stopped at any moment, by a signal, a full disk or a power cut, and called again with the same arguments, it does
-    what is missing; the results are those of a run that was not stopped. Rows that cannot be spoken go to
+    A run may be stopped at any moment, by a signal, a full disk or a power cut. Called again with the same arguments,
+    it does the missing rows; the results are those of a run that was not stopped. Rows that cannot be spoken go to
     `out`/failures.jsonl with the reason, and the others go on.
 
-    A line of the results is one kept candidate: `id` and `row` of the input (from 0, and in this order), `rank` from 1,
-    `candidate` (of so many `candidates`), `codes` (speech tokens before the stop), `length`, `stopped` (it came to its
-    end by itself), `score`, `tokens` (drawn for the row in all), `seed`, `settings` (a hash), `timings` in seconds,
-    `remarks` (sentences on what was cut, resampled, left out or written in Latin letters of its text and voice); with
-    `embeddings` also `text_embedding` and `speech_embedding` `[projection_dim]`, and with `latents` those that
-    Tortoise's diffusion takes, `latents` `[codes and the silence behind, hidden_size]`.
+    A line of the results is one kept candidate: `id` and `row` of the input (counted from 0, in this order), `rank`
+    (from 1), `candidate` (its index) and `candidates` (their number), `codes` (speech tokens before the stop token),
+    `length`, `stopped` (it drew the stop token), `score`, `tokens` (drawn for the whole row), `seed`, `settings` (a
+    hash), `timings` in seconds, `remarks` (sentences on what was cut, resampled, left out or written in Latin letters
+    in its text and voice). With `embeddings` there are also `text_embedding` and `speech_embedding` `[projection_dim]`;
+    with `latents` also `latents` `[codes and the silence after them, hidden_size]` for Tortoise's diffusion.
 
     Args:
-        input: JSON lines, CSV or Parquet by its name, with columns `id`, `text`, `voice` (a recording, a folder of
-            recordings of one speaker, or a saved voice; relative to the input's folder) and, for rows that have their
-            own, `num_candidates`, `max_new_tokens`, `temperature` and so on, as [`SamplingParams`] names them. In
-            Parquet `voice` may also hold recordings themselves, as bytes or as `{"bytes", "path"}`.
+        input: a file of JSON lines, CSV or Parquet, recognized by its name, with columns `id`, `text`, `voice` (a
+            recording, a folder of recordings of one speaker, or a saved voice; relative to the input's folder) and
+            optionally `num_candidates`, `max_new_tokens`, `temperature` and so on, as in [`SamplingParams`], for rows
+            with settings of their own. In Parquet `voice` may also hold the recordings themselves, as bytes or as
+            `{"bytes", "path"}`.
         out: the job's folder.
-        retry_failed: speak the rows again that failed before.
-        shard_rows: rows of a file of results; by default 1024, with latents 64.
-        ray: work on a Ray cluster: its address, or True for the one at hand, else one of this machine.
-        workers: of the cluster, at most; by default one for each GPU, or on CPUs for each machine.
-        memory_fraction: of the memory that is free, how much may be used beside the weights.
+        retry_failed: try the rows again that failed before.
+        shard_rows: rows of the input per file of results; by default 1024, with latents 64.
+        ray: work on a Ray cluster: its address, or True for the one that Ray finds, else one on this machine.
+        workers: the most workers of the cluster; by default one for each GPU, or on CPUs one for each machine.
+        memory_fraction: the share of free memory that may be used beside the weights.
         progress: show a bar on stderr.
-        settings: as [`Settings`]: `checkpoint`, `voice`, `keep`, `num_candidates`, `dtype` and so on.
+        settings: those of [`Settings`]: `checkpoint`, `voice`, `keep`, `num_candidates`, `dtype` and so on.
 
     Returns:
         The content of `out`/summary.json: counts of rows, candidates, tokens and failures, seconds, rates.
 
     Raises:
-        ValueError, FileNotFoundError: an input, a checkpoint or a setting that cannot be, or another than the job in
-            `out` was begun with; it says which.
+        ValueError, FileNotFoundError: an unusable input, checkpoint or setting, or another one than the job in `out`
+            was begun with; the message says which.
         UnwritableError: `out` cannot be written, or the disk is full.
         BlockingIOError: another process works on `out`.
     """
@@ -84,7 +86,7 @@ def run(
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ValueError(f"{name} must be a whole number from 1 up, not {value!r}")
     if workers is not None and not ray:
-        raise ValueError("workers are of a Ray cluster: give ray=True or its address, or leave workers out")
+        raise ValueError("workers is for a Ray cluster: give ray=True or its address, or leave workers out")
     require_file(source)
     with closing(JobFolder(user_path(out))) as folder:
         manifest = folder.read_manifest()
@@ -112,7 +114,7 @@ def run(
 
 
 def _absolute(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return settings that mean the same from any working folder; links are kept, as their targets may move."""
+    """Return settings with absolute paths; links are kept, because their targets may move."""
     places = {}
     for name in ("checkpoint", "voice"):
         place = settings.get(name)
@@ -124,7 +126,7 @@ def _absolute(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _identity(source: Path, manifest: dict | None, given: Settings, shard_rows: int | None) -> dict[str, Any]:
-    """Return the facts known of the job before its rows are read, which equal those of `manifest` if there is one."""
+    """Return the facts about the job that are known before its rows are read, equal to those of `manifest` if any."""
     digest = digest_of(source)
     if manifest is None:
         default = SHARD_ROWS_WITH_LATENTS if given.latents else SHARD_ROWS
@@ -157,7 +159,7 @@ def _check_checkpoint(manifest: dict | None, found: dict[str, Any]) -> None:
 
 
 def _rows(folder: JobFolder, source: Path, shard_rows: int, manifest: dict | None, progress: bool) -> RowFile:
-    """Return the job's copy of its rows, made at its beginning, and again where it is damaged."""
+    """Return the job's copy of its rows; make it at the job's beginning, and again if it is damaged."""
     if manifest is not None:
         try:
             return RowFile(folder.rows)
@@ -175,7 +177,7 @@ def _rows(folder: JobFolder, source: Path, shard_rows: int, manifest: dict | Non
 
 
 def _require_voices(rows: RowFile) -> None:
-    """Raise for rows without any voice: a job's voice is fixed when it begins."""
+    """Raise an error for rows without a voice: a job's voice is fixed when it begins."""
     count, first = rows.without_voice()
     if count:
         raise ValueError(
@@ -185,7 +187,7 @@ def _require_voices(rows: RowFile) -> None:
 
 
 def _executor(settings: Settings, memory_fraction: float, ray: str | bool | None, workers: int | None):
-    """Return the source of outcomes: this process, or a cluster."""
+    """Return the executor: this process, or a cluster."""
     if ray:
         from clvp_fast.batch.ray_workers import Cluster
 
@@ -206,18 +208,18 @@ class Here:
         return self._worker.description()
 
     def outcomes(self, path: Path, tasks: list[Task]) -> Iterator[Outcome]:
-        """Yield the outcomes of the tasks' rows, which are taken as there is room for them."""
+        """Yield the outcomes of the tasks' rows, taking rows as there is room for them."""
         if self._worker.settings.device == "cuda":
             self._worker.engine.warm_up()
         rows = RowFile(path)
         return self._worker.outcomes(row for task in tasks for row in task.rows_of(rows))
 
     def close(self) -> None:
-        """Do nothing, as nothing outlives the process."""
+        """Do nothing, because nothing outlives the process."""
 
 
 class _Shard:
-    """A shard that is not complete, with the known outcomes of its rows."""
+    """An incomplete shard, with the known outcomes of its rows."""
 
     def __init__(self, folder: JobFolder, shard: int, rows: int, known: list[Outcome], schema: pa.Schema):
         self.rows = rows
@@ -243,16 +245,16 @@ class _Shard:
 
 
 class _Job:
-    """The missing part of a job, and the way of its outcomes into the folder.
+    """The missing part of a job; writes its outcomes into the folder.
 
     Attributes:
-        tasks: what is missing.
+        tasks: the missing rows.
         rows_done: rows that were done before.
-        now: `rows`, `candidates` and `tokens` of this run; seconds: that it worked.
+        now: `rows`, `candidates` and `tokens` of this run; seconds: its duration.
     """
 
     def __init__(self, folder: JobFolder, rows: RowFile, settings: Settings, retry_failed: bool, progress: bool):
-        """Check the present shards: complete ones are done, damaged ones are not."""
+        """Check the existing shards: complete ones are done, damaged ones are not."""
         self._folder, self._rows, self._digest = folder, rows, settings.digest
         self._result_schema, self._outcome_schema = shard_schema(settings), outcome_schema(settings)
         self._shards: dict[int, _Shard] = {}
@@ -266,7 +268,7 @@ class _Job:
             folder.write_failures(self._look_through(retry_failed, bar))
 
     def _look_through(self, retry_failed: bool, bar: JobProgress) -> Iterator[dict[str, Any]]:
-        """Keep the failures of whole shards that are not tried again, while the tasks are found."""
+        """Find the tasks, and keep the failures of complete shards that are not tried again."""
         for shard in range(self._rows.num_shards):
             yield from self._look_at(shard, retry_failed)
             bar.reach(shard + 1)
@@ -302,10 +304,10 @@ class _Job:
             return None
 
     def work(self, outcomes: Iterable[Outcome], bar: JobProgress) -> None:
-        """Bring outcomes of the tasks into the folder.
+        """Write the outcomes of the tasks into the folder.
 
         Raises:
-            UnwritableError: they cannot be written; what was written before is kept.
+            UnwritableError: they cannot be written; earlier ones are kept.
         """
         started = time.perf_counter()
         try:
@@ -327,7 +329,7 @@ class _Job:
             return False
         shard = self._shards.get(number)
         if shard is None:
-            # The shard is whole except for failures that are tried again: take its known outcomes.
+            # The shard is complete except for failures that are tried again: take its known outcomes.
             whole = self._folder.shard_path(number).exists()
             shard = self._open(number, self._folder.read_shard(number) if whole else [])
         if not shard.add(outcome):
@@ -350,6 +352,6 @@ class _Job:
 
     def _complete(self, number: int) -> None:
         shard = self._shards.pop(number)
-        shard.write()  # if there is no room for the file of results, the journal still has them
+        shard.write()  # if the file of results does not fit, the journal still has them
         shard.close()
         self._folder.write_shard(number, shard.done.values(), self._result_schema, self._digest)

@@ -44,7 +44,7 @@ def shard_schema(settings: Settings) -> pa.Schema:
 
 
 def outcome_schema(settings: Settings) -> pa.Schema:
-    """Return the columns of results and failures: a line with an `error` has only its row and id besides."""
+    """Return the columns of results and failures; a line with an `error` has only that, its row and its id."""
     return pa.schema([*shard_schema(settings), *pa.schema(_ERROR)])
 
 
@@ -69,7 +69,7 @@ class Outcome:
         """Make the outcome of a row's result; an unusable result becomes an error.
 
         Args:
-            seed: that was used. remarks: sentences on what was made of the row's text and voice.
+            seed: the seed that was used. remarks: sentences on how the row's text and voice were changed.
         """
         if error := result.failure(settings.dtype):
             return cls(row.index, row.id, error=error)
@@ -88,14 +88,14 @@ class Outcome:
                 "stopped": bool(result.stopped[candidate]),
                 "score": float(result.scores[candidate]),
                 "tokens": tokens,
-                # The column is signed and the generator's key unsigned: the 64 bits are the same.
+                # The column is signed and the generator's key unsigned; their 64 bits are the same.
                 "seed": seed - 2**64 if seed >= 2**63 else seed,
                 "settings": settings.digest,
                 "timings": result.timings,
                 "remarks": list(remarks),
             }
             if settings.embeddings:
-                assert result.speech_embeds is not None  # the engine's own scorer embeds
+                assert result.speech_embeds is not None  # the engine's own scorer makes embeddings
                 line["text_embedding"] = result.text_embeds
                 line["speech_embedding"] = result.speech_embeds[candidate]
             if settings.latents:
@@ -106,7 +106,7 @@ class Outcome:
 
 
 def to_table(outcomes: Iterable[Outcome], schema: pa.Schema) -> pa.Table:
-    """Return the lines of outcomes, and where `schema` has an `error` also the failures."""
+    """Return the lines of outcomes; if `schema` has an `error`, also the failures."""
     lines: list[dict[str, Any]] = []
     for outcome in outcomes:
         if outcome.error is None:
@@ -117,7 +117,7 @@ def to_table(outcomes: Iterable[Outcome], schema: pa.Schema) -> pa.Table:
 
 
 def from_table(table: pa.Table) -> list[Outcome]:
-    """Return outcomes in the order in which their rows first come; this inverts `to_table`."""
+    """Return outcomes in the order of the first lines of their rows; this inverts `to_table`."""
     lines: dict[int, list[dict[str, Any]]] = {}
     for line in table.to_pylist():
         lines.setdefault(line["row"], []).append(line)

@@ -41,7 +41,7 @@ def draw_overview(path: Path, shards: list[Path], failed: int) -> None:
 
 
 def _best(shard: Path) -> tuple[np.ndarray, ...]:
-    """Return score, length and natural end of the best candidate of each row."""
+    """Return score, length and `stopped` of the best candidate of each row."""
     names = ["score", "length", "stopped"]
     table = pq.read_table(shard, columns=names, filters=pc.field("rank") == 1)
     return tuple(table[name].to_numpy() for name in names)

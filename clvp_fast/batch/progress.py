@@ -8,13 +8,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressC
 
 from clvp_fast.batch.outcomes import Outcome
 
-# Rates are means over this many seconds, as rows come in bursts.
+# Rates are means over this many seconds, because rows come in bursts.
 _PERIOD = 300.0
 
 
 @contextmanager
 def job_bar(what: str, total: int, done: int, hidden: bool) -> Iterator["JobProgress"]:
-    """Show a bar on stderr that begins at `done`; `what` names the work in a word."""
+    """Show a bar on stderr that begins at `done`; `what` is a word for the work."""
     count = TaskProgressColumn() if total == 1 else MofNCompleteColumn()
     columns = [TextColumn("{task.description}"), BarColumn(), count, TextColumn("{task.fields[rate]}")]
     columns += [TextColumn("left:"), TimeRemainingColumn()]

@@ -21,18 +21,18 @@ from clvp_fast.engine.defaults import MEMORY_FRACTION
 
 logger = logging.getLogger(__name__)
 
-# The number of rows that go to a worker together: at most this many, or this many times the room of its engine ...
+# The number of rows that go to a worker together: at most this many, or this many times its engine's batch ...
 _PIECE, _WAVES = 64, 16
-# ... and few enough to give each worker this many turns.
+# ... and few enough that each worker gets this many pieces.
 _TURNS = 8
-# The seconds that a cluster may take to answer, and that workers may take before a message names the wait.
+# The seconds after which an unresponsive cluster is an error, and after which a message says that workers take long.
 _ANSWER, _PATIENCE = 10.0, 60.0
-# The beginning of a gRPC client's stream, and the kind of frame that a gRPC server answers with.
+# The beginning of a gRPC client's stream, and the type of frame with which a gRPC server answers.
 _HTTP2, _SETTINGS = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]), b"\x04"
 
 
 class _JobActor:
-    """An actor for rows of a job, which keep their places; the results go to the job's folder."""
+    """An actor for rows of a job. Rows keep their indices; the results go to the job's folder."""
 
     def __init__(self, settings: Settings, memory_fraction: float):
         from clvp_fast.batch.worker import ready_worker
@@ -40,10 +40,10 @@ class _JobActor:
         self._error: Exception | None = None
         try:
             self._worker = ready_worker(settings, memory_fraction)
-        except Exception as error:  # Ray would keep only a trace of it, and report a dead actor
+        except Exception as error:  # Ray would keep only its traceback, and report a dead actor
             self._error = error
         else:
-            self._worker.settings = settings  # the job's, even where memory here allows a smaller batch
+            self._worker.settings = settings  # the job's, even if memory here allows only a smaller batch
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         if self._error is not None:
@@ -64,17 +64,18 @@ class _Share:
 class Cluster:
     """The workers of a job on a Ray cluster, in place of the job's own process; see `clvp_fast.batch.run`.
 
-    The job's folder is read and written on the machine of this process alone. Workers must be able to read recordings
-    and the checkpoint at the same paths.
+    Only this process's machine reads and writes the job's folder. Workers must be able to read recordings and the
+    checkpoint at the same paths.
 
     Args:
-        settings, memory_fraction: as of the job.
-        address: of the cluster, HOST:PORT; None: that at hand, or else one of this machine, which ends with the job.
-        workers: at most; None: one for each GPU, or one for each machine where there are CPUs alone.
+        settings, memory_fraction: the job's.
+        address: HOST:PORT of the cluster; None: the one that Ray finds, or else one on this machine, which ends with
+            the job.
+        workers: the most workers; None: one for each GPU, or one for each machine if there are only CPUs.
 
     Raises:
         ImportError: Ray is not installed. ConnectionError: no cluster answers. ValueError: an address of another kind,
-            or a cluster without what the settings ask for.
+            or a cluster without the resources that the settings ask for.
     """
 
     def __init__(
@@ -96,10 +97,10 @@ class Cluster:
         self._described = False
 
     def description(self) -> dict[str, Any]:
-        """Describe one worker, as a job's manifest has it. The description holds for all: they take its findings.
+        """Describe one worker for the job's manifest. It holds for all workers, because they take over its settings.
 
         Raises:
-            FileNotFoundError, ValueError: as of [`Worker`].
+            FileNotFoundError, ValueError: as for [`Worker`].
         """
         describe = self._ray.remote(max_calls=1, **self._share.resources)(_describe)
         with _plainly(self._ray):
@@ -117,10 +118,10 @@ class Cluster:
         A worker that dies is replaced and does its rows again, so that a row may come twice.
 
         Args:
-            path: of the job's rows.
+            path: the file of the job's rows.
 
         Raises:
-            FileNotFoundError, ValueError: a worker's model cannot be loaded, as of [`Worker`].
+            FileNotFoundError, ValueError: a worker's model cannot be loaded, as for [`Worker`].
         """
         if not self._described:
             self.description()
@@ -142,7 +143,7 @@ class Cluster:
             fn_kwargs={"path": path},
             batch_size=None,
             batch_format="pyarrow",
-            num_cpus=0,  # workers may have all CPUs
+            num_cpus=0,  # workers may occupy all CPUs
             compute=TaskPoolStrategy(size=1),
             label_selector={"ray.io/node-id": here},
         )
@@ -163,7 +164,7 @@ class Cluster:
                 yield from from_table(table)
 
     def close(self) -> None:
-        """Stop the work on the cluster, and the cluster itself where this process began it."""
+        """Stop the work on the cluster, and the cluster itself if this process started it."""
         if self._stream is not None:
             self._stream.close()
         if self._started:
@@ -180,7 +181,7 @@ def _imported():
 
 
 def _connect(ray, address: str | None) -> bool:
-    """Connect to Ray, and return whether this process had not done so before."""
+    """Connect to Ray, and return whether this call made the connection."""
     if ray.is_initialized():
         found = ray.get_runtime_context().gcs_address
         if address not in (None, "auto", found):
@@ -192,12 +193,12 @@ def _connect(ray, address: str | None) -> bool:
     try:
         ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     except ConnectionError as error:
-        raise ConnectionError(f"no Ray cluster is at hand: start one with `ray start --head` ({error})") from error
+        raise ConnectionError(f"no Ray cluster was found: start one with `ray start --head` ({error})") from error
     return True
 
 
 def _require_answer(address: str) -> None:
-    """Raise at once where no cluster answers; Ray would try for minutes, even if its dashboard answers."""
+    """Raise an error at once if no cluster answers; Ray would try for minutes, even if its dashboard answers."""
     host, colon, port = address.rpartition(":")
     if "/" in address or not colon or not port.isdigit():
         raise ValueError(f"the address of a Ray cluster is HOST:PORT, as `ray start --head` tells it, not {address!r}")
@@ -208,7 +209,7 @@ def _require_answer(address: str) -> None:
     except OSError as error:
         raise ConnectionError(f"no Ray cluster answers at {address}: {error.strerror or error}") from error
     if head and head[3:] != _SETTINGS:
-        raise ConnectionError(f"what answers at {address} is no Ray cluster: give the port of `ray start --head`")
+        raise ConnectionError(f"the server at {address} is not a Ray cluster: give the port of `ray start --head`")
 
 
 def _share(settings: Settings, memory_fraction: float, nodes: list[dict[str, float]], workers: int | None) -> _Share:
@@ -249,7 +250,7 @@ def _cut(task: Task, file: RowFile, size: int) -> Iterator[Task]:
 
 
 def _read(batch: pa.Table, path: Path) -> pa.Table:
-    """Return the rows of a piece, on the machine where the job's folder is."""
+    """Return the rows of a piece; this runs on the machine with the job's folder."""
     file = RowFile(path)
     pieces = [Task(piece["shard"], tuple(piece["rows"])) for piece in batch.to_pylist()]
     return in_transit(row for piece in pieces for row in piece.rows_of(file))
@@ -263,7 +264,7 @@ def _describe(settings: Settings, memory_fraction: float) -> dict[str, Any]:
 
 @contextmanager
 def _plainly(ray) -> Iterator[None]:
-    """Raise errors of a worker as it raised them, without Ray's wrapping."""
+    """Raise a worker's errors as the worker raised them, without Ray's wrapping."""
     try:
         yield
     except ray.exceptions.RayTaskError as error:

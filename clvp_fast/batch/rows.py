@@ -30,9 +30,9 @@ _RECORDING, _PATH = 64 << 20, 4096
 class Row:
     """A row of the input.
 
-    index: its place in the input, from 0. voice: None where the row names none.
-    sampling: what it has of its own, as [`SamplingParams`] names it.
-    error: why it cannot be spoken, as far as reading it told.
+    index: its position in the input, from 0. voice: None if the row names none.
+    sampling: its own parameters, by their names in [`SamplingParams`].
+    error: why it cannot be spoken, as far as is known after reading it.
     """
 
     index: int
@@ -50,14 +50,14 @@ class Row:
         folder: Path | None = None,
         keep: Callable[[bytes], Path] | None = None,
     ) -> "Row":
-        """Make a row of the columns of a file or a table; a fault in them becomes its error.
+        """Make a row from the columns of a file or a table; a fault in them becomes its error.
 
         Args:
-            record: values by column; numbers may be given as text, and text as bytes of UTF-8. None, NaN and "" stand
-                for nothing, and an exception for a value that could not be read. `voice` is a path, a recording's own
-                bytes, or both as `{"bytes", "path"}`: bytes win.
-            folder: that relative paths of voices start from.
-            keep: puts a recording's bytes into a file; None: a row that has them is an error.
+            record: values by column; numbers may be given as text, and text as bytes of UTF-8. None, NaN and "" mean
+                that there is no value, and an exception that it could not be read. `voice` is a path, the bytes of a
+                recording, or both as `{"bytes", "path"}`, of which the bytes are used.
+            folder: the folder for relative paths of voices.
+            keep: writes a recording's bytes into a file and returns its path; None: a row with bytes is an error.
         """
         row_id = None
         try:
@@ -76,7 +76,7 @@ class Row:
         return cls(index, row_id, text, voice, sampling)
 
     def seed(self, job_seed: int) -> int:
-        """Return the row's own seed, or 63 bits that follow from the job's seed and the row's id alone."""
+        """Return the row's own seed, or 63 bits that depend only on the job's seed and the row's id."""
         if "seed" in self.sampling:
             return self.sampling["seed"]
         digest = blake2b(f"{job_seed} {self.id}".encode(), digest_size=8).digest()
@@ -99,7 +99,7 @@ def _id(value: Any) -> str:
 
 
 def _text(name: str, value: Any) -> str:
-    """Return a string, also from bytes: some writers of Parquet do not mark a column as text."""
+    """Return a string, also for bytes: some writers of Parquet do not mark a column as text."""
     try:
         if isinstance(value, bytes):
             return value.decode()
@@ -124,7 +124,7 @@ def _voice(value: Any, folder: Path | None, keep: Callable[[bytes], Path] | None
         voice = _text("voice", value)
         return voice if folder is None else str(folder / user_path(voice))
     if not isinstance(recording, bytes):
-        raise ValueError(f"bytes of a voice must be a recording's, not {recording!r}")
+        raise ValueError(f"bytes of a voice must be those of a recording, not {recording!r}")
     if len(recording) > _RECORDING:
         raise ValueError(
             f"the recording in the row has {len(recording)} bytes, and may have {_RECORDING >> 20} MiB: cut it, "
@@ -136,7 +136,7 @@ def _voice(value: Any, folder: Path | None, keep: Callable[[bytes], Path] | None
 
 
 def _is_path(content: bytes) -> bool:
-    """Tell whether bytes are a path: every recording has bytes that no text has."""
+    """Tell whether bytes are a path: every recording has bytes that no text contains."""
     try:
         return len(content) <= _PATH and content.decode().isprintable()
     except UnicodeDecodeError:
@@ -159,7 +159,7 @@ def _number(name: str, value: Any) -> Integral | float | bool:
 
 
 def _plain(value: Any) -> Any:
-    """Return a number that came as text or Decimal as Python's own, and a whole one as int; anything else unchanged."""
+    """Return a number given as text or Decimal as Python's own, a whole one as int; anything else unchanged."""
     try:
         if isinstance(value, (str, Decimal)):
             digits = str(value).strip()

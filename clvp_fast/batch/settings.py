@@ -1,4 +1,4 @@
-"""The settings on which a job's results depend besides its rows; they can be compared, hashed, pickled and written."""
+"""The settings that, with its rows, determine a job's results; they can be compared, hashed, pickled and written."""
 
 import json
 from dataclasses import asdict, dataclass, replace
@@ -9,7 +9,7 @@ from typing import Any
 from clvp_fast.engine.defaults import DTYPES, SCORING_MODES, TEXT_CLEANINGS
 from clvp_fast.engine.sampling_params import SAMPLING, SamplingParams
 
-#: Settings that a run determines where they are open, and that a resumed run takes from the one before.
+#: Settings that a run determines if they are open, and that a resumed run takes over from the run before.
 _FOUND = ("max_new_tokens", "device", "packed_weights", "batch_size", "threads")
 
 
@@ -19,26 +19,27 @@ class Settings:
 
     Args:
         checkpoint: "demo", a folder, or a hub id.
-        voice: of the rows that name none: a recording, a folder of recordings, or a saved voice.
-        crop_seed: use 6 s from a random place of each longer recording, as [`CandidateRequest`]; None: the first 6 s.
+        voice: the voice of rows that name none: a recording, a folder of recordings, or a saved voice.
+        crop_seed: seed of the random 6 s that are used of a longer recording, as in [`CandidateRequest`]; None: the
+            first 6 s.
         keep: how many of a row's best candidates are written; None: all.
         num_candidates, max_new_tokens, do_sample, temperature, top_p, top_k, typical_p, min_p, repetition_penalty: as
-            [`SamplingParams`]; a row may have its own. `max_new_tokens` None: 500, or what the checkpoint's positions
-            allow.
-        seed: of the job; a row's own seed follows from it and the row's id.
-        scoring: "padded" or "trimmed", as [`CandidateEngine`].
+            in [`SamplingParams`]; a row may have its own. `max_new_tokens` None: 500, or fewer if the checkpoint has
+            fewer positions.
+        seed: the job's seed; a row's seed is derived from it and the row's id.
+        scoring: "padded" or "trimmed", as for [`CandidateEngine`].
         latents: write the decoder's latents of the kept candidates.
         embeddings: write the embeddings of the text and of the kept candidates' speech.
-        device: "cpu" or "cuda"; None: the GPU where there is one.
+        device: "cpu" or "cuda"; None: the GPU if there is one.
         dtype: of the weights: "float32", "bfloat16" or "float16".
         int8_weights, float8_pages: decode over 8-bit copies of weights, with 8-bit keys and values.
-        packed_weights: decode over packed copies of weights, as [`CandidateEngine`]; None: where they serve and fit.
-        batch_size: candidates decoded at once; None: what memory allows.
-        threads: of the CPU, which torch's products may add up in other orders by; None: as torch has it.
+        packed_weights: decode over packed copies of weights, as for [`CandidateEngine`]; None: if they help and fit.
+        batch_size: the most candidates decoded at once; None: as many as memory allows.
+        threads: CPU threads, on whose number the order of sums in torch's products may depend; None: torch's setting.
         text_cleaning: "tortoise" or "transformers".
 
     Raises:
-        ValueError: a value that cannot be.
+        ValueError: an impossible value.
     """
 
     checkpoint: str = "demo"
@@ -71,7 +72,7 @@ class Settings:
         for name in ("checkpoint", "voice"):
             if isinstance(getattr(self, name), Path):
                 object.__setattr__(self, name, str(getattr(self, name)))
-        # As Python's own numbers, so that equal settings have one digest.
+        # As Python's own numbers, so that equal settings have equal digests.
         for name, value in asdict(self.sampling()).items():
             if name in SAMPLING and (name, self.max_new_tokens) != ("max_new_tokens", None):
                 object.__setattr__(self, name, value)
@@ -88,10 +89,10 @@ class Settings:
                 raise ValueError(f"{name} must be one of {shown}, not {getattr(self, name)!r}")
 
     def sampling(self, **of_row: Any) -> SamplingParams:
-        """Return the sampling parameters, with a row's own in the place of the job's.
+        """Return the sampling parameters, with a row's own in place of the job's.
 
         Raises:
-            ValueError: a value that cannot be.
+            ValueError: an impossible value.
         """
         own: dict[str, Any] = {name: getattr(self, name) for name in SAMPLING}
         own = {name: value for name, value in own.items() if value is not None or name == "top_k"}  # None: keep all
@@ -103,14 +104,14 @@ class Settings:
 
     @property
     def digest(self) -> str:
-        """Return 16 hexadecimal digits that differ where any setting does."""
+        """Return 16 hexadecimal digits that differ if any setting differs."""
         return blake2b(json.dumps(self.as_dict(), sort_keys=True).encode(), digest_size=8).hexdigest()
 
     def going_on_from(self, before: dict[str, Any]) -> "Settings":
-        """Return these settings, with open ones as the run before determined them.
+        """Return these settings, with open ones filled in as the run before determined them.
 
         Raises:
-            ValueError: something else than in `before`; it is named, with both values.
+            ValueError: a setting differs from `before`; it is named, with both values.
         """
         adopted = {name: before.get(name) for name in _FOUND if getattr(self, name) is None}
         settings = replace(self, **adopted)

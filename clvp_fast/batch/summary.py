@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from clvp_fast.batch.folder import JobFolder
 from clvp_fast.batch.overview import draw_overview
 
-# The number of reasons and remarks in the summary, the most frequent first; failures.jsonl has all.
+# The most reasons and remarks in the summary, the most frequent first; failures.jsonl has all.
 _REASONS = 10
 
 
@@ -18,7 +18,7 @@ def write_summary(folder: JobFolder, manifest: dict[str, Any], now: Counter[str]
     """Write manifest.json, failures.jsonl, summary.json and overview.png of a finished job, and return the summary.
 
     Args:
-        now: `rows`, `candidates` and `tokens` of this run. seconds: that it worked.
+        now: `rows`, `candidates` and `tokens` of this run. seconds: its duration.
     """
     shards = []
     totals: Counter[str] = Counter(spoken=0, failed=0, candidates=0, tokens=0)

@@ -1,4 +1,4 @@
-"""Rows to outcomes on one device, in a job's only process and in each worker of a cluster."""
+"""Turns rows into outcomes on one device, in the job's own process or in a worker of a cluster."""
 
 import json
 import zlib
@@ -31,15 +31,15 @@ from clvp_fast.versions import versions
 class Worker:
     """An engine over a checkpoint, and the voices that its rows name.
 
-    Half types decode in the engine's deterministic mode, so that what a row gives never depends on the rows beside it.
+    Half types decode in the engine's deterministic mode, so that a row's results do not depend on the rows beside it.
 
     Args:
-        settings: what is open of them is found out here, and stands in the attribute.
-        memory_fraction: of the memory that is free, how much may be used beside the weights.
+        settings: open ones are determined here; the attribute has them all.
+        memory_fraction: the share of free memory that may be used beside the weights.
 
     Raises:
-        FileNotFoundError, ValueError: a checkpoint that is not there or damaged, a GPU asked for where there is none,
-            `max_new_tokens` beyond the checkpoint's positions, too little memory, a half type without a kernel here.
+        FileNotFoundError, ValueError: a missing or damaged checkpoint, a missing GPU, `max_new_tokens` beyond the
+            checkpoint's positions, too little memory, or a half type without a kernel here.
     """
 
     def __init__(self, settings: Settings, memory_fraction: float = MEMORY_FRACTION):
@@ -63,7 +63,7 @@ class Worker:
             batch_size=self.engine.memory.max_batch,
             threads=torch.get_num_threads() if device == "cpu" else None,
         )
-        self.mark = _mark(checkpoint)
+        self.checkpoint_digest = _digest_of(checkpoint)
 
     @staticmethod
     def _engine(checkpoint: Checkpoint, settings: Settings, memory_fraction: float) -> CandidateEngine:
@@ -80,10 +80,10 @@ class Worker:
 
     def description(self) -> dict[str, Any]:
         """Describe the worker for a job's manifest."""
-        return {"settings": self.settings.as_dict(), "checkpoint": self.mark, "versions": versions()}
+        return {"settings": self.settings.as_dict(), "checkpoint": self.checkpoint_digest, "versions": versions()}
 
     def outcomes(self, rows: Iterable[Row]) -> Iterator[Outcome]:
-        """Yield the outcomes of rows, each as soon as it is known; they are taken from the iterable as there is room.
+        """Yield the outcome of each row as soon as it is known; rows are taken from the iterable as there is room.
 
         Raises:
             ValueError: there is too little memory for a single candidate.
@@ -102,7 +102,7 @@ class Worker:
         yield from _drained(failed)
 
     def _requests(self, rows: Iterable[Row], failed: deque[Outcome]) -> Iterator[CandidateRequest]:
-        """Yield requests for the rows that have a voice and parameters; the others go to `failed`."""
+        """Yield requests for the rows with a usable voice and usable parameters; the others go to `failed`."""
         for row in rows:
             try:
                 request = self._request(row)
@@ -119,11 +119,11 @@ class Worker:
         return CandidateRequest(text=row.text, conditioning=voice, sampling=sampling, id=(row, remarks))
 
     def voice(self, place: str | None) -> tuple[Voice, tuple[str, ...]]:
-        """Return the voice at a place (None: the job's own) and remarks on its recordings; each is read once.
+        """Return the voice at a path (None: the job's own) and remarks on its recordings; each voice is read once.
 
         Raises:
-            ValueError: there is none, and why.
-            Exception: a fault of the job, as `failure_of` tells it.
+            ValueError: there is no usable voice, with the reason.
+            Exception: an error of the whole job, as `failure_of` decides.
         """
         place = place or self.settings.voice
         if place is None:
@@ -134,7 +134,7 @@ class Worker:
         return voice
 
     def _read_voice(self, place: str) -> tuple[Voice, tuple[str, ...]] | str:
-        """Return a voice and its remarks, or the reason for none, which then serves all its rows."""
+        """Return a voice and its remarks, or the reason why there is none, for all rows that name it."""
         try:
             _require_kept(Path(place))
             loaded = load_voice(self.engine.voices, place, self.settings.crop_seed)
@@ -166,12 +166,11 @@ def _drained(waiting: deque[Outcome]) -> Iterator[Outcome]:
         yield waiting.popleft()
 
 
-def _mark(checkpoint: Checkpoint) -> str:
-    """Return 32 hexadecimal digits of a checkpoint: of its configuration, vocabulary and features, and of all weights.
+def _digest_of(checkpoint: Checkpoint) -> str:
+    """Return 32 hexadecimal digits that identify a checkpoint: its configuration, vocabulary, features and weights.
 
-    Weights count by their CRC-32: it detects every change of one number, and misses another change once in four
-    billion.
-    It takes half a second a gigabyte, and a cryptographic digest more than twice as long.
+    Weights enter by their CRC-32, which detects every change of one number, and misses another change once in four
+    billion. It takes half a second per gigabyte, and a cryptographic digest more than twice as long.
     """
     digest = blake2b(digest_size=16)
     tokenizer, extractor = checkpoint.tokenizer, checkpoint.feature_extractor
@@ -184,12 +183,12 @@ def _mark(checkpoint: Checkpoint) -> str:
     return digest.hexdigest()
 
 
-# Fields of a configuration that tell only where and with what it was loaded.
+# Fields of a configuration that only say from where and with which version it was loaded.
 _PASSING = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "_commit_hash")
 
 
 def ready_worker(settings: Settings, memory_fraction: float) -> Worker:
-    """Return a [`Worker`] after all preparations on a GPU. Raises as `Worker` does."""
+    """Return a [`Worker`] that is warmed up on a GPU. Raises as `Worker` does."""
     worker = Worker(settings, memory_fraction)
     if worker.settings.device == "cuda":
         worker.engine.warm_up()

@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\nclvp-fast: interrupted; {kept}", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of our output (`| head`) has gone
+    except BrokenPipeError:  # the reader of our output (such as `| head`) is gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:

@@ -1,4 +1,4 @@
-"""`clvp-fast batch`: a corpus to ranked candidates in Parquet files; a stopped job goes on."""
+"""`clvp-fast batch`: turns a corpus into ranked candidates in Parquet files; continues a stopped job."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""`clvp-fast bench`: the benchmarks of `benchmarks/`, which a clone has and a wheel does not."""
+"""`clvp-fast bench`: runs the benchmarks of `benchmarks/`, which are in a clone but not in a wheel."""
 
 import argparse
 import json
@@ -24,7 +24,7 @@ def run(arguments: argparse.Namespace) -> None:
         _tell(arguments.json, [asdict(one) for one in differences], benchmarks.printed(differences))
         return
     try:
-        # With --json results go to stderr as they come, because stdout has the document.
+        # With --json, results go to stderr as they come, because stdout gets the document.
         with redirect_stdout(sys.stderr) if arguments.json else nullcontext():
             summary = benchmarks.measure(arguments, shlex.join(["clvp-fast", *sys.argv[1:]]))
     except KeyboardInterrupt:
@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _benchmarks():
-    """Import `benchmarks.run` of the clone that this package is in."""
+    """Import `benchmarks.run` from the clone that this package is in."""
     root = Path(clvp_fast.__file__).resolve().parents[1]
     if not (root / "benchmarks/run.py").is_file() or not (root / "csrc").is_dir():
         raise ValueError(

@@ -1,4 +1,4 @@
-"""`clvp-fast convert`: original Tortoise checkpoints to a checkpoint folder."""
+"""`clvp-fast convert`: converts original Tortoise checkpoints to a checkpoint folder."""
 
 import argparse
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`clvp-fast generate`: texts and voices to ranked candidates, their codes, scores and pictures."""
+"""`clvp-fast generate`: turns texts and voices into ranked candidates, with codes, scores and pictures."""
 
 import argparse
 import time
@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> None:
         document = generation.run()
         if voice_file and voice_folder:
             spoken_in = items[0].voice
-            assert spoken_in is not None  # the only voice, and a bad one has ended the run
+            assert spoken_in is not None  # the only voice; a bad one would have ended the run
             spoken_in.voice.save(voice_folder / voice_file.name)
         names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     remove_stale(Path(arguments.out), names)
@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _voice_file(arguments: argparse.Namespace) -> Path | None:
-    """Return the path that the voice is saved to, or None."""
+    """Return the path where the voice is saved, or None."""
     if not arguments.save_voice:
         return None
     if len(arguments.voice) > 1:

@@ -1,4 +1,4 @@
-"""The texts and voices of one `generate`, decoded as one batch and written one by one."""
+"""Decodes the texts and voices of one `generate` as one batch, and writes each result as it comes."""
 
 import argparse
 import time
@@ -26,13 +26,13 @@ class Generation:
     """Run items through an engine, and write files below `folder`.
 
     Args:
-        items: what is to be spoken; those with an error stay as they are, and those that fail get one.
-        sampling: of every item.
-        arguments: of the command line.
+        items: the items to speak; those with an error are skipped, and those that fail get one.
+        sampling: the parameters of every item.
+        arguments: those of the command line.
 
     Attributes:
-        files: what was written, below `folder`.
-        seconds: by stage.
+        files: the files that were written, below `folder`.
+        seconds: the time of each stage.
     """
 
     def __init__(
@@ -57,10 +57,10 @@ class Generation:
         self._candidates = sampling.num_candidates
 
     def run(self) -> dict:
-        """Generate, rank and write everything; return the document of the only item, or the summary of several.
+        """Generate, rank and write everything; return the document of a single item, or the summary of several.
 
         Raises:
-            ValueError: the only item fails, all of several do, or there is too little memory for a single candidate.
+            ValueError: a single item or all of several fail, or there is too little memory for one candidate.
         """
         ready = [item for item in self.items if item.error is None]
         if ready:
@@ -106,7 +106,7 @@ class Generation:
             report.note(f"memory ran out on the way: the rest was decoded {engine.memory.max_batch} at a time")
 
     def _engine(self, num_requests: int) -> CandidateEngine:
-        """Make an engine with no more places than the requests have candidates, and note its plan of memory."""
+        """Make an engine with no more slots than the requests have candidates, and note its memory plan."""
         total = num_requests * self._candidates
         engine = build_engine(self.checkpoint, self.arguments, self.arguments.memory_fraction, candidates=total)
         plan = engine.memory
@@ -124,7 +124,7 @@ class Generation:
         return engine
 
     def _receive(self, result: CandidateResult) -> None:
-        """Write a result, or record why there is none."""
+        """Write a result, or record its error."""
         started = time.perf_counter()
         item: Item = result.request.id
         item.error = result.failure(self.arguments.dtype)
@@ -147,7 +147,7 @@ class Generation:
         self.seconds["write"] += time.perf_counter() - started
 
     def _note_failures(self) -> None:
-        """Print a note for each reason, with the items that it holds for."""
+        """Print a note for each reason, with the items that it applies to."""
         reasons: dict[str, list[Item]] = {}
         for item in self.items:
             if item.error:

@@ -1,4 +1,4 @@
-"""Help that fits on a screen, with the rest behind `--help-all`, and errors that name the nearest word."""
+"""Help that fits on a screen, with the rest under `--help-all`, and errors that suggest the nearest word."""
 
 import argparse
 import re
@@ -34,7 +34,7 @@ HELP = {
         "INPUT --out DIR [options]",
         "input out voice checkpoint num_candidates preset keep seed retry_failed ray device dtype",
         (
-            "clvp-fast batch corpus.jsonl --voice voice.flac --out out/corpus  # the same again goes on",
+            "clvp-fast batch corpus.jsonl --voice voice.flac --out out/corpus  # the same again continues",
             "clvp-fast batch corpus.parquet --out out/corpus --keep 3 --retry-failed --ray",
         ),
     ),
@@ -69,7 +69,7 @@ HELP = {
 
 
 class Formatter(argparse.HelpFormatter):
-    """Format help in at most 100 columns, and keep the lines of a text of several lines."""
+    """Format help in at most 100 columns, and keep line breaks in texts of several lines."""
 
     def __init__(self, prog: str, **options: Any):
         options.setdefault("width", min(shutil.get_terminal_size().columns, _WIDTH + 2) - 2)
@@ -84,7 +84,7 @@ class Formatter(argparse.HelpFormatter):
 class Parser(argparse.ArgumentParser):
     """A parser whose `--help` shows the most needed options, and whose errors suggest corrections.
 
-    `--help-all` is there once `shorten` was called.
+    `--help-all` exists once `shorten` was called.
     """
 
     def __init__(self, *args: Any, **options: Any):
@@ -97,7 +97,7 @@ class Parser(argparse.ArgumentParser):
         """Show only the arguments of these names in `--help`, and end with examples.
 
         Args:
-            shown: the `dest` of arguments, beside which `--help` and `--help-all` are always shown.
+            shown: the `dest` of arguments to show; `--help` and `--help-all` are always shown.
             examples: command lines.
         """
         self._short = frozenset(shown) | {"help", "help_all"}
@@ -125,7 +125,7 @@ class Parser(argparse.ArgumentParser):
         return super().format_help()
 
     def parse_known_args(self, args=None, namespace=None):  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Parse as argparse does; a command refuses unknown arguments itself, with its own usage."""
+        """Parse as argparse does; a subcommand refuses unknown arguments itself, with its own usage."""
         if args is not None:
             self._given = list(args)
         found, unknown = super().parse_known_args(args, namespace)
@@ -134,7 +134,7 @@ class Parser(argparse.ArgumentParser):
         return found, unknown
 
     def error(self, message: str):
-        """End with exit code 2, the usage, and the message with a suggestion where one is near."""
+        """Exit with code 2, the usage, and the message with a suggestion if a similar word exists."""
         suggested = " and ".join(f"{near} for {given}" for given, near in self._suggestions(message).items())
         super().error(f"{message}; did you mean {suggested}?" if suggested else message)
 
@@ -154,7 +154,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def complete(parser: argparse.ArgumentParser) -> None:
-    """Answer a shell's request for completions, and end; without argcomplete no shell asks, and nothing happens."""
+    """Answer a shell's request for completions, and exit. Without argcomplete there is none, and this does nothing."""
     try:
         import argcomplete  # pyright: ignore[reportMissingImports] - of an extra
     except ImportError:

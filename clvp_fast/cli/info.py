@@ -1,4 +1,4 @@
-"""`clvp-fast info`: the installed packages, the machine, and the code that would run."""
+"""`clvp-fast info`: shows the installed packages, the machine, and the code that would run."""
 
 import argparse
 from dataclasses import asdict
@@ -41,9 +41,9 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def library() -> dict:
-    """Return the place and instruction set of the native library, or why there is none.
+    """Return the path and instruction set of the native library, or why it is missing.
 
-    The keys are `path`, `isa` and whether that is `forced`; or `missing`, a sentence.
+    The keys are `path`, `isa` and `forced` (whether the latter is); or `missing`, a sentence.
     """
     if reason := native.missing("cpu"):
         return {"missing": reason}

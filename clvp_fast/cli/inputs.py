@@ -16,7 +16,7 @@ def device_for(arguments: argparse.Namespace) -> str:
     """Return the device that the arguments name.
 
     Raises:
-        ValueError: a GPU is asked for where there is none.
+        ValueError: a GPU is asked for, and there is none.
     """
     if arguments.device == "auto":
         return best_device()
@@ -47,7 +47,7 @@ def load_for(arguments: argparse.Namespace) -> Checkpoint:
 
 
 def sampling_of(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return the arguments' values for `SAMPLING`; None for those left open.
+    """Return the arguments' values for `SAMPLING`; None for open ones.
 
     Raises:
         ValueError: several candidates of greedy decoding.
@@ -65,10 +65,10 @@ def text_ids(checkpoint: Checkpoint, text: str, name: str = "") -> torch.Tensor:
     """Return token ids `[1, length]` (int64, on the model's device) of `text`, and note changes to its characters.
 
     Args:
-        name: what the note calls one of several texts.
+        name: the name of the text in the note, if there are several.
 
     Raises:
-        ValueError: nothing sayable in the text, or more tokens than the checkpoint has positions for.
+        ValueError: the text has nothing to say, or more tokens than the checkpoint has positions for.
     """
     ids = sayable_ids(checkpoint.model, checkpoint.tokenizer, text)
     for remark in text_remarks(checkpoint.tokenizer, text):

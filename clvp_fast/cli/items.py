@@ -1,4 +1,4 @@
-"""The items of `generate`: each text in each voice, with a place for its results."""
+"""The items of `generate`: each text in each voice, with the folder of its results."""
 
 import argparse
 import re
@@ -23,8 +23,8 @@ _SLUG_LENGTH = 40
 class Item:
     """A text in a voice.
 
-    folder: of its results below `--out`, "" where it is all that was asked for. ids: `[length]` int64.
-    place: of the voice, as given. error: why it cannot be spoken; `ids` or `voice` is None then.
+    folder: the folder of its results below `--out`; "" if it is the only item. ids: `[length]` int64.
+    place: the voice's path as given. error: why it cannot be spoken; `ids` or `voice` is None then.
     """
 
     folder: str
@@ -39,7 +39,7 @@ def read_texts(arguments: argparse.Namespace) -> list[str]:
     """Return the texts of the arguments, or the lines of their file.
 
     Raises:
-        FileNotFoundError, ValueError: the file is not there, is not UTF-8, or has nothing but blank lines.
+        FileNotFoundError, ValueError: the file does not exist, is not UTF-8, or has only blank lines.
     """
     if arguments.texts is None:
         return arguments.text
@@ -48,28 +48,28 @@ def read_texts(arguments: argparse.Namespace) -> list[str]:
         raise ValueError("the standard input is closed; give a file of texts")
     try:
         content = sys.stdin.buffer.read() if arguments.texts == "-" else Path(arguments.texts).read_bytes()
-        # Only newlines separate texts: other separators of Unicode may be inside them.
+        # Only newlines separate texts; other Unicode separators may be inside them.
         lines = re.split("\r\n|\r|\n", content.decode("utf-8-sig"))
     except FileNotFoundError as error:
         raise FileNotFoundError(f"there is no file of texts at {name}") from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"{name} is not UTF-8 text ({error}); save it as UTF-8, a text a line") from error
+        raise ValueError(f"{name} is not UTF-8 text ({error}); save it as UTF-8, one text per line") from error
     texts = [line.strip() for line in lines if line.strip()]
     if not texts:
-        raise ValueError(f"{name} has no text in it; write one a line")
+        raise ValueError(f"{name} has no text in it; write one per line")
     return texts
 
 
 def is_alone(texts: list[str], arguments: argparse.Namespace) -> bool:
-    """Tell whether one text in one voice is all that was asked for."""
+    """Tell whether only one text in one voice was asked for."""
     return arguments.texts is None and len(texts) == len(arguments.voice) == 1
 
 
 def check_first(texts: list[str], arguments: argparse.Namespace) -> None:
-    """Raise for input that no checkpoint could speak, before one is loaded; several items record it instead.
+    """Raise an error for input that no checkpoint could speak, before one is loaded; one of several items records it.
 
     Raises:
-        FileNotFoundError, ValueError: the only text is empty, or the only voice is not there.
+        FileNotFoundError, ValueError: the only text is empty, or the only voice does not exist.
     """
     if is_alone(texts, arguments):
         require_text(texts[0])
@@ -79,7 +79,7 @@ def check_first(texts: list[str], arguments: argparse.Namespace) -> None:
 def gather(checkpoint: Checkpoint, texts: list[str], arguments: argparse.Namespace) -> list[Item]:
     """Make an item of every text in every voice, voice by voice.
 
-    An item that cannot be spoken is an error where it is the only one; among others the reason is put down in it.
+    An item that cannot be spoken raises an error if it is the only one; one of several records the reason.
     """
     places = arguments.voice
     alone = is_alone(texts, arguments)
@@ -96,7 +96,7 @@ def gather(checkpoint: Checkpoint, texts: list[str], arguments: argparse.Namespa
 
 
 def text_folders(texts: list[str]) -> list[str]:
-    """Name the folder of each text by its number and its first words."""
+    """Return a folder name for each text, from its number and its first words."""
     digits = max(3, len(str(len(texts))))
     names = []
     for number, text in enumerate(texts, start=1):
@@ -108,7 +108,7 @@ def text_folders(texts: list[str]) -> list[str]:
 
 
 def _tried(alone: bool, make: Callable, *arguments) -> tuple:
-    """Return the result of `make` and None, or None and its error as a sentence; `alone`, it raises the error."""
+    """Return the result of `make` and None, or None and its error as a sentence; if `alone`, raise the error."""
     try:
         return make(*arguments), None
     except Exception as error:

@@ -1,4 +1,4 @@
-"""`generate --listen`: the kept candidates as recordings, and a page to hear and see them on."""
+"""`generate --listen`: writes the kept candidates as recordings, and a page to hear and see them."""
 
 import io
 from pathlib import Path
@@ -18,20 +18,20 @@ from clvp_fast.vocoder import SETTINGS_FILE, WEIGHTS_FILE, Vocoder
 
 
 def vocoder_of(checkpoint: Checkpoint) -> Vocoder | None:
-    """Return the checkpoint's vocoder, or None with a note of what is missing."""
+    """Return the checkpoint's vocoder, or None with a note on what is missing."""
     if checkpoint.vocoder is None:
         report.note(
-            f"checkpoint '{checkpoint.name}' brings no vocoder ({SETTINGS_FILE} and {WEIGHTS_FILE}), so --listen has "
-            "nothing to be heard; codes and scores are written all the same"
+            f"checkpoint '{checkpoint.name}' has no vocoder ({SETTINGS_FILE} and {WEIGHTS_FILE}), so there is nothing "
+            "to hear; codes and scores are still written"
         )
     return checkpoint.vocoder
 
 
 class Listening:
-    """Recordings of results, written as they come, and the page of all recordings.
+    """Writes recordings of results as they come, and the page of all recordings.
 
     Args:
-        folder: of the results; recordings of an item lie in `sound/` of its own folder below it.
+        folder: the folder of the results; recordings of an item are in `sound/` of its own folder below it.
     """
 
     def __init__(self, checkpoint: Checkpoint, vocoder: Vocoder, folder: Path):
@@ -39,9 +39,9 @@ class Listening:
         self.page = Page(TITLE)
 
     def receive(self, item: Item, result: CandidateResult, document: dict) -> list[str]:
-        """Speak the kept candidates of a result, and put the names of their recordings into the rows of `document`.
+        """Speak the kept candidates of a result, and add the names of their recordings to the rows of `document`.
 
-        A voice that cannot be spoken in or a vocoder that fails leaves them without any, and a note says why.
+        If the voice cannot be used or the vocoder fails, there are no recordings, and a note says why.
 
         Returns:
             The files that were written, below the item's folder.
@@ -53,12 +53,12 @@ class Listening:
         try:
             if item.voice.mel is None:
                 raise ValueError(
-                    "a saved voice comes without a recording to speak in; give its recordings to hear candidates"
+                    "a saved voice has no recording, which the vocoder needs; give its recordings to hear candidates"
                 )
             voice = torch.from_numpy(item.voice.mel)
             known = [known_codes(torch.from_numpy(row), self.checkpoint.model.config).numpy() for row in codes]
             sounds = self.vocoder.speak(known, voice, latents)
-            # Features refuse NaN and infinity, from any vocoder, before anything is written.
+            # Features refuse NaN and infinity from any vocoder, before anything is written.
             pictures = [mel_picture(self._mel(samples)) if len(samples) else None for samples in sounds]
         except ValueError as error:
             report.note(f"{f'{item.folder}: ' if item.folder else ''}nothing can be heard: {sentence(error)}")
@@ -80,7 +80,7 @@ class Listening:
         return [SOUND]
 
     def _mel(self, samples: np.ndarray) -> np.ndarray:
-        """Return log-mel features `[bins, frames]` of the sound, from any vocoder."""
+        """Return log-mel features `[bins, frames]` of the sound of any vocoder."""
         extractor = self.checkpoint.feature_extractor
         if self.vocoder.sampling_rate != extractor.sampling_rate:
             import soxr
@@ -103,7 +103,7 @@ class Listening:
 
 
 def wav(samples: np.ndarray, rate: int) -> bytes:
-    """Return samples as a WAV file of 16 bits; no samples become one of silence, as some players refuse empty files."""
+    """Return samples as a WAV file of 16 bits; no samples give one of silence, as some players refuse empty files."""
     import soundfile
 
     content = io.BytesIO()

@@ -1,7 +1,7 @@
-"""`clvp-fast mel`: recordings, or folders of them, to log-mel features and a picture.
+"""`clvp-fast mel`: turns recordings, or folders of them, into log-mel features and a picture.
 
-Several threads decode recordings, a few ahead of the next one, and the extractor takes them in batches, so that memory
-depends on the longest recordings and not on their number.
+Several threads decode recordings, a few ahead, and the extractor takes them in batches. So memory depends on the
+longest recordings and not on their number.
 """
 
 import argparse
@@ -30,7 +30,7 @@ _BATCH_SAMPLES = 1 << 21
 
 @dataclass
 class Recording:
-    """A file to be read, and the name of its results below `--out`: a path without suffix."""
+    """A file to read, and the name of its results below `--out`: a path without suffix."""
 
     path: Path
     name: str
@@ -50,8 +50,8 @@ class Sound:
 class MelResults:
     """The results of the recordings.
 
-    rows: one for each that gave features. failed: the others, with the reason. changes: how many were mixed down or
-    resampled. shown: names and features of the first ones, for the overview.
+    rows: one for each recording with features. failed: the others, with the reason. changes: how many were mixed down
+        or resampled. shown: names and features of the first ones, for the overview.
     """
 
     rows: list[dict] = field(default_factory=list)
@@ -85,9 +85,9 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def extract(recordings: list[Recording], extractor, folder: Path, arguments: argparse.Namespace) -> MelResults:
-    """Write the features of `recordings` into `folder`, and pictures where each has its own.
+    """Write the features of `recordings` into `folder`, and a picture of each if asked for.
 
-    A recording that cannot be used is an error where it is the only one; among others it is put down in the results.
+    A recording that cannot be used raises an error if it is the only one; one of several is recorded in the results.
     """
     results = MelResults()
     many = len(recordings) > 1
@@ -111,17 +111,17 @@ def extract(recordings: list[Recording], extractor, folder: Path, arguments: arg
 def find_recordings(places: list[str]) -> list[Recording]:
     """Find the recordings that `places` name, each a file or a folder with recordings at any depth.
 
-    A folder's sub-folders are kept in the names. Names that begin with a dot are left out.
+    Names include the sub-folders of a folder. Files and folders that begin with a dot are left out.
 
     Raises:
-        ValueError: a folder without a recording, or two recordings of one name.
+        ValueError: a folder without a recording, or two recordings with the same name.
         OSError: a folder that cannot be listed.
     """
     found = {}
     for place in map(Path, places):
         for path in recordings_at(place):
             name = path.relative_to(place) if path != place else Path(path.name)
-            # Unreadable files are named as they are, and have no results.
+            # Unreadable files keep their names, and have no results.
             name = (name if path.name.lower().endswith(UNREAD_SUFFIXES) else name.with_suffix("")).as_posix()
             other = found.setdefault(name, path)
             if other != path:
@@ -156,7 +156,7 @@ def _walk(folder: Path) -> list[Path]:
 
 
 def _batches(recordings: list[Recording], extractor, whole: bool, failed: list) -> Iterator[list[Sound]]:
-    """Yield the sounds of the recordings in their order; those without one are added to `failed`, with the reason."""
+    """Yield the sounds of the recordings in order; unusable ones are added to `failed` with the reason."""
     batch = []
     for recording, decoded in _read_ahead(recordings, extractor, whole):
         try:
@@ -173,7 +173,7 @@ def _batches(recordings: list[Recording], extractor, whole: bool, failed: list) 
 
 
 def _read_ahead(recordings: list[Recording], extractor, whole: bool) -> Iterator[tuple[Recording, Future]]:
-    """Yield the recordings in their order, with decoded sound; each thread decodes at most one ahead."""
+    """Yield the recordings in order, with decoded sound; each thread decodes at most one ahead."""
     threads = torch.get_num_threads()
     waiting = deque()
     with ThreadPoolExecutor(threads) as pool:
@@ -201,7 +201,7 @@ def _features(extractor, batch: list[Sound], whole: bool) -> list[np.ndarray]:
 
 @contextmanager
 def _writer(folder: Path, npz: bool) -> Iterator[Callable[[str, np.ndarray], None]]:
-    """Yield a function that writes the features of a name: an .npy each, or a member of features.npz."""
+    """Yield a function that writes features by name: as an .npy each, or as members of features.npz."""
     if not npz:
         yield lambda name, mel: np.save(_with_parents(folder / f"{name}.npy"), mel)
         return

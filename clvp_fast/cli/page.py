@@ -1,6 +1,6 @@
 """`report.html`: candidates to hear and see, in one file that needs no network.
 
-All content from outside is escaped, scripts and styles are named by their hashes, and the page may load nothing.
+All content from outside is escaped, scripts and styles are allowed by their hashes, and the page may load nothing else.
 """
 
 import base64
@@ -24,12 +24,12 @@ _FRAME, _AROUND = 200_000, 100
 
 
 def data_url(kind: str, content: bytes) -> str:
-    """Return `content` as an address that contains it; `kind` is its media type."""
+    """Return `content` as a data URL; `kind` is its media type."""
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def is_page(path: Path) -> bool:
-    """Tell by a file's beginning whether it is a page of candidates."""
+    """Tell by its beginning whether a file is a page of candidates."""
     if not path.is_file():
         return False
     with open(path, "rb") as file:
@@ -49,12 +49,12 @@ class Section:
 
 @dataclass
 class Page:
-    """The sections and candidates that fit: the best ranks of all.
+    """The sections and candidates that fit: those of the best ranks.
 
-    A voice's picture stands in the first section of that voice, and all of them take at most a quarter of the page. A
-    section none of whose candidates fits is left out with them.
+    A voice's picture is in the first section of that voice; all such pictures take at most a quarter of the page. If no
+    candidate of a section fits, the section is left out.
 
-    title, settings: of the page's top and end. limit: bytes of the page.
+    title, settings: shown at the page's top and end. limit: the most bytes of the page.
     """
 
     title: str
@@ -81,7 +81,7 @@ class Page:
         """Add a candidate to section `number`.
 
         Args:
-            row: of candidates.json. sound, picture: by `data_url`.
+            row: a row of candidates.json. sound, picture: from `data_url`.
         """
         self.sections[number].candidates += 1
         item = _candidate(self.sections[number].text, row, seconds, sound, picture)
@@ -93,7 +93,7 @@ class Page:
             self.left_out += 1
 
     def _has_room(self, picture: str) -> bool:
-        """Tell whether a voice's picture is shown: once, and while it leaves room for sound."""
+        """Tell whether a voice's picture is shown: it is shown once, if it leaves room for sound."""
         name = _hash(picture)
         if name in self._pictures:
             return False
@@ -102,7 +102,7 @@ class Page:
         return self._pictures[name]
 
     def _count(self, number: int, candidates: int, item: str) -> None:
-        """Add a candidate to the size of the page, or take it off; a section without any takes no room."""
+        """Add a candidate to the size of the page, or subtract it; a section without candidates takes no room."""
         before = self._shown[number]
         self._shown[number] += candidates
         self._size += candidates * _bytes(item)
@@ -111,7 +111,7 @@ class Page:
 
     @property
     def what_is_left_out(self) -> str:
-        """Name the parts without room, or return ""."""
+        """Return a sentence on the parts that do not fit, or ""."""
         texts = sum(section.candidates > 0 and not self._shown[n] for n, section in enumerate(self.sections))
         pictures = len(self._pictures) - sum(self._pictures.values())
         counts = {"candidates": self.left_out, "texts with all of theirs": texts, "pictures of voices": pictures}
@@ -132,7 +132,7 @@ class Page:
             if items[number]
         ]
         left_out = (
-            f"<p>Left out here, so that the page keeps to {self.limit / 1e6:.0f} MB: {self.what_is_left_out}; all "
+            f"<p>Left out, so that the page has at most {self.limit / 1e6:.0f} MB: {self.what_is_left_out}; all "
             "recordings lie beside it.</p>\n"
             if self.what_is_left_out
             else ""
@@ -166,7 +166,7 @@ class Page:
 
 
 def _candidate(text: str, row: dict, seconds: float, sound: str, picture: str | None) -> str:
-    """Return a candidate of a text as an item of the list."""
+    """Return the HTML of a candidate, as an item of the list."""
     score = "none" if row["score"] is None else f"{row['score']:.4f}"
     sortable = -1e9 if row["score"] is None else row["score"]
     name = f"Rank {row['rank']}, candidate {row['candidate']}"
@@ -186,10 +186,10 @@ def _candidate(text: str, row: dict, seconds: float, sound: str, picture: str | 
 
 
 def _bytes(content: str) -> int:
-    """Count the bytes in a file. A name that is not UTF-8 has lone surrogates, each written as `?`."""
+    """Return the length in bytes. A name that is not UTF-8 has lone surrogates, each written as `?`."""
     return len(content.encode(errors="replace"))
 
 
 def _hash(content: str) -> str:
-    """Return the name of an inline script or style in a Content-Security-Policy."""
+    """Return the hash of an inline script or style for a Content-Security-Policy."""
     return f"sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}"

@@ -1,4 +1,4 @@
-"""The arguments of every subcommand. Nothing heavy is imported here, so `--help` answers at once."""
+"""The arguments of every subcommand. Nothing heavy is imported here, so `--help` is instant."""
 
 import argparse
 import math
@@ -38,10 +38,13 @@ def _generate(commands, everywhere) -> None:
     )
     texts = parser.add_mutually_exclusive_group(required=True)
     texts.add_argument(
-        "text", nargs="*", type=_text, default=[], metavar="TEXT", help="what is to be said; may be several"
+        "text", nargs="*", type=_text, default=[], metavar="TEXT", help="the text to speak; several are allowed"
     )
     texts.add_argument(
-        "--texts", type=_path, metavar="FILE", help="a text a line, blank lines left out; - reads the standard input"
+        "--texts",
+        type=_path,
+        metavar="FILE",
+        help="file with one text per line, without blank lines; - is standard input",
     )
     parser.add_argument(
         "--voice",
@@ -50,7 +53,7 @@ def _generate(commands, everywhere) -> None:
         action="append",
         metavar="VOICE",
         help="a recording (WAV, FLAC, MP3, OGG; its first 6 s count), a folder of recordings of one speaker, which are "
-        "averaged, a voice that --save-voice wrote, or Tortoise's latents (.pth); repeated: every text in every voice",
+        "averaged, a voice that --save-voice wrote, or Tortoise's latents (.pth); repeat it for more voices",
     )
     _add_crop_seed(parser)
     _add_checkpoint(parser)
@@ -59,21 +62,21 @@ def _generate(commands, everywhere) -> None:
     )
     _add_candidates(parser)
     parser.add_argument(
-        "--keep", type=_positive_int, metavar="K", help="write the codes of the K best alone (default: of all)"
+        "--keep", type=_positive_int, metavar="K", help="write the codes of only the K best (default: all)"
     )
     _add_scoring(parser)
     parser.add_argument(
-        "--seed", type=_sampling["seed"], default=0, help="of the random choices (default: %(default)s)"
+        "--seed", type=_sampling["seed"], default=0, help="seed of the random draws (default: %(default)s)"
     )
     more = parser.add_argument_group("more results")
     more.add_argument(
         "--listen",
         action="store_true",
-        help="write the kept candidates as recordings and report.html to hear them on, if the checkpoint has a vocoder",
+        help="write the kept candidates as recordings, and report.html to hear them, if the checkpoint has a vocoder",
     )
     more.add_argument("--latents", action="store_true", help="write the decoder's latents of the kept candidates too")
     more.add_argument(
-        "--save-voice", type=_path, metavar="FILE", help="save the voice, to be given as --voice without its recordings"
+        "--save-voice", type=_path, metavar="FILE", help="save the voice, for a later --voice without its recordings"
     )
     more.add_argument("--no-pictures", action="store_true", help="write no candidates.png")
     _add_decoding(parser)
@@ -83,7 +86,7 @@ def _speak(commands, everywhere) -> None:
     parser = commands.add_parser(
         "speak", parents=[everywhere], help="a text in a voice to a WAV, through Tortoise's vocoder or a checkpoint's"
     )
-    parser.add_argument("text", type=_text, metavar="TEXT", help="what is to be said")
+    parser.add_argument("text", type=_text, metavar="TEXT", help="the text to speak")
     parser.add_argument(
         "--voice",
         required=True,
@@ -105,13 +108,13 @@ def _speak(commands, everywhere) -> None:
     _add_candidates(parser)
     _add_scoring(parser)
     parser.add_argument(
-        "--seed", type=_seed, default=0, help="of candidates and of the diffusion's noise (default: %(default)s)"
+        "--seed", type=_seed, default=0, help="seed of candidates and of the diffusion's noise (default: %(default)s)"
     )
     parser.add_argument(
         "--iterations",
         type=_positive_int,
         metavar="N",
-        help="of Tortoise's diffusion (default: the preset's: 30, 80, 200 or 400; 80 without)",
+        help="iterations of Tortoise's diffusion (default: the preset's 30, 80, 200 or 400; 80 without)",
     )
     _add_decoding(parser)
 
@@ -120,7 +123,7 @@ def _batch(commands, everywhere) -> None:
     parser = commands.add_parser(
         "batch",
         parents=[everywhere],
-        help="speech candidates for a whole corpus, to Parquet; goes on where it was stopped",
+        help="speech candidates for a whole corpus, to Parquet; continues where it was stopped",
     )
     parser.add_argument(
         "input",
@@ -130,13 +133,13 @@ def _batch(commands, everywhere) -> None:
         "own, num_candidates, max_new_tokens, temperature, seed and so on",
     )
     parser.add_argument(
-        "--out", type=_path, required=True, metavar="DIR", help="folder of the job; the same again goes on with it"
+        "--out", type=_path, required=True, metavar="DIR", help="folder of the job; the same command again continues it"
     )
     parser.add_argument(
         "--voice",
         type=_path,
         metavar="VOICE",
-        help="of rows that name none: a recording, a folder of recordings of one speaker, or a saved voice",
+        help="voice of rows that name none: a recording, a folder of recordings of one speaker, or a saved voice",
     )
     _add_crop_seed(parser)
     _add_checkpoint(parser)
@@ -149,14 +152,17 @@ def _batch(commands, everywhere) -> None:
         "--seed",
         type=_sampling["seed"],
         default=0,
-        help="of the job; a row's follows from it and its id (default: %(default)s)",
+        help="seed of the job; a row's seed follows from it and the row's id (default: %(default)s)",
     )
-    parser.add_argument("--retry-failed", action="store_true", help="speak rows again that failed before")
+    parser.add_argument("--retry-failed", action="store_true", help="try rows again that failed before")
     more = parser.add_argument_group("more results")
     more.add_argument("--latents", action="store_true", help="write the decoder's latents of the kept candidates too")
     more.add_argument("--embeddings", action="store_true", help="write the embeddings of text and speech too")
     more.add_argument(
-        "--shard-rows", type=_positive_int, metavar="N", help="rows of a file (default: 1024; 64 with --latents)"
+        "--shard-rows",
+        type=_positive_int,
+        metavar="N",
+        help="rows per file of results (default: 1024; 64 with --latents)",
     )
     cluster = parser.add_argument_group("on a cluster (pip install 'clvp-fast[ray]')")
     cluster.add_argument(
@@ -164,15 +170,17 @@ def _batch(commands, everywhere) -> None:
         nargs="?",
         const=True,
         metavar="ADDRESS",
-        help="a Ray cluster; without ADDRESS the one at hand, or this machine",
+        help="a Ray cluster; without ADDRESS the one that Ray finds, or this machine",
     )
     cluster.add_argument(
         "--workers",
         type=_positive_int,
         metavar="N",
-        help="at most (default: one for each GPU, or without any for each machine)",
+        help="the most workers (default: one for each GPU, or without GPUs one for each machine)",
     )
-    cluster.add_argument("--threads", type=_positive_int, metavar="N", help="of a worker on a CPU (default: all)")
+    cluster.add_argument(
+        "--threads", type=_positive_int, metavar="N", help="threads of a worker on a CPU (default: all)"
+    )
     _add_decoding(parser)
 
 
@@ -186,7 +194,7 @@ def _score(commands, everywhere) -> None:
         metavar="CODES",
         help="codes.npz of `generate`, an .npy array [candidates, length], or a .json list of lists",
     )
-    parser.add_argument("text", nargs="?", type=_text, metavar="TEXT", help="what the codes should say")
+    parser.add_argument("text", nargs="?", type=_text, metavar="TEXT", help="the text that the codes should say")
     parser.add_argument(
         "--model",
         choices=("clvp", "clap"),
@@ -209,7 +217,7 @@ def _score(commands, everywhere) -> None:
         default=[],
         dest="texts",
         metavar="TEXT",
-        help="each ranks the recordings by itself",
+        help="each text ranks the recordings separately",
     )
     clap.add_argument("--seed", type=_seed, default=0, help="of the crops of long recordings (default: %(default)s)")
     _add_scoring(parser)
@@ -234,7 +242,7 @@ def _mel(commands, everywhere) -> None:
         nargs="+",
         type=_path,
         metavar="RECORDING",
-        help="WAV, FLAC, MP3 or OGG, or a folder: all recordings in it, and its sub-folders are kept in the results",
+        help="WAV, FLAC, MP3 or OGG, or a folder: all recordings in it; results keep its sub-folders",
     )
     parser.add_argument(
         "--checkpoint",
@@ -282,13 +290,13 @@ def _bench(commands, everywhere) -> None:
 
 def add_bench_arguments(parser) -> None:
     """Add the arguments of `clvp-fast bench` and of `python -m benchmarks.run`."""
-    parser.add_argument("workload", nargs="*", metavar="NAME", help="what to measure, see --list (default: everything)")
+    parser.add_argument("workload", nargs="*", metavar="NAME", help="workload to measure, see --list (default: all)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
     parser.add_argument("--list", action="store_true", help="name workloads and providers, and measure nothing")
     parser.add_argument(
         "--providers",
         metavar="NAMES",
-        help="measure these alone, such as ours,torch (see --list; default: all). Documents leave such rows out",
+        help="measure only these, such as ours,torch (see --list; default: all); documents leave such rows out",
     )
     parser.add_argument(
         "--compare",
@@ -296,10 +304,8 @@ def add_bench_arguments(parser) -> None:
         metavar=("A", "B"),
         help="measure nothing: the ratios of B's rows to A's; each a commit that has rows, or a file or folder of them",
     )
-    parser.add_argument("--resume", action="store_true", help="leave out what this very code has rows of")
-    parser.add_argument(
-        "--seconds", type=float, metavar="S", help="begin no further shape after S seconds; what is left is told"
-    )
+    parser.add_argument("--resume", action="store_true", help="skip shapes for which the present code has rows")
+    parser.add_argument("--seconds", type=float, metavar="S", help="begin no shape after S seconds; the rest is listed")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, once: whether it runs. Rows are not kept")
     parser.add_argument("--results", metavar="DIR", help="folder for the rows (default: benchmarks/results)")
 
@@ -309,7 +315,7 @@ def _add_crop_seed(parser) -> None:
         "--crop-seed",
         type=_non_negative_int,
         metavar="N",
-        help="use 6 s from a random place of each longer recording, as Tortoise does (default: the first 6 s)",
+        help="use a random 6 s of each longer recording, as Tortoise does (default: the first 6 s)",
     )
 
 
@@ -357,7 +363,7 @@ def _add_sampling(parser) -> None:
     for name, meaning in (
         ("temperature", "default: %(default)s"),
         ("top_p", "default: %(default)s"),
-        ("top_k", "0: of all tokens (default: %(default)s, as Tortoise runs)"),
+        ("top_k", "0: all tokens (default: %(default)s, as in Tortoise)"),
         ("typical_p", "1: off (default: %(default)s)"),
         ("min_p", "0: off (default: %(default)s)"),
         ("repetition_penalty", "default: %(default)s"),
@@ -373,30 +379,30 @@ def _add_memory(parser) -> None:
         "--batch-size",
         type=_positive_int,
         metavar="N",
-        help="candidates at a time, of all texts (default: what memory allows, up to 512 on a GPU and 16 on a CPU)",
+        help="candidates at a time, of all texts (default: as memory allows, up to 512 on a GPU and 16 on a CPU)",
     )
     memory.add_argument(
         "--memory-fraction",
         type=_fraction,
         default=MEMORY_FRACTION,
-        help="of the memory that is free, how much may be used beside the weights (default: %(default)s)",
+        help="share of the free memory to use beside the weights (default: %(default)s)",
     )
     memory.add_argument(
         "--int8-weights",
         action="store_true",
-        help="decode over copies of the layers' weights in 8 bits: other candidates, and faster on a CPU",
+        help="decode over copies of the layers' weights in 8 bits: changes candidates, and is faster on a CPU",
     )
     memory.add_argument(
         "--float8-pages",
         action="store_true",
-        help="keep keys and values in 8 bits: other candidates, and twice as many at a time on a GPU",
+        help="keep keys and values in 8 bits: changes candidates, and fits twice as many at a time on a GPU",
     )
     memory.add_argument(
         "--no-packed-weights",
         dest="packed_weights",
         action="store_false",
         default=None,
-        help="decode without packed copies of the weights, which a CPU reads faster where memory has room for them",
+        help="decode without packed copies of the weights, which a CPU reads faster, if they fit in memory",
     )
 
 
@@ -411,7 +417,7 @@ def _add_scoring(parser) -> None:
 
 def _add_device(parser) -> None:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one")
-    parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help="of the weights")
+    parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help="of the weights (default: %(default)s)")
 
 
 def _add_text_cleaning(parser) -> None:
@@ -424,7 +430,7 @@ def _add_text_cleaning(parser) -> None:
 
 
 def _text(given: str) -> str:
-    """Read a text of the command line. Bytes outside the locale, which Python keeps as surrogates, are UTF-8."""
+    """Read a text from the command line. Bytes outside the locale, which Python keeps as surrogates, are UTF-8."""
     try:
         given.encode()
     except UnicodeEncodeError:
@@ -460,7 +466,7 @@ _positive_int = _number(int, lambda value: value >= 1, "a whole number from 1 on
 _seed = _number(int, lambda value: 0 <= value < 2**63, "a whole number from 0 to 2^63 - 1")
 _non_negative_int = _number(int, lambda value: value >= 0, "a whole number from 0 on")
 _fraction = _number(float, lambda value: 0 < value <= 1, "a number above 0 and at most 1")
-# by the names of fields of `SamplingParams`
+# by field of `SamplingParams`
 _sampling = {
     name: _number(allowed.kind, allowed.holds, f"{'a number ' if allowed.kind is float else ''}{allowed.wanted}")
     for name, allowed in RANGES.items()

@@ -44,9 +44,9 @@ def draw_mels(path: Path, mels: list[tuple[str, np.ndarray]], extractor, total: 
 
 
 def draw_candidates(path: Path, voice: LoadedVoice, extractor, rows: list[dict], text: str) -> None:
-    """Draw the voice's log-mel, and each candidate's score and length, best first, as a PNG.
+    """Draw the voice's log-mel, and each candidate's score and length (best first), as a PNG.
 
-    A saved voice has no recording to show; a candidate without a score is left out.
+    A saved voice has no log-mel to show; a candidate without a score is left out.
     """
     total, rows = len(rows), [row for row in rows if row["score"] is not None]
     with plot_style():

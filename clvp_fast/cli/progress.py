@@ -1,4 +1,4 @@
-"""The progress bars of `generate`: finished candidates, tokens a second, and the longest time left."""
+"""The progress bars of `generate`: finished candidates, tokens per second, and the longest time left."""
 
 import time
 from collections.abc import Iterator
@@ -39,9 +39,9 @@ def decoding_bar(
 class DecodingProgress:
     """Count drawn tokens.
 
-    candidates, ended: how many there are, and how many came to their end. tokens: drawn by all of them.
-    limit: what they can draw at most; it falls with each that stops early.
-    paused: seconds in which results were written, and nothing was drawn.
+    candidates, ended: how many there are, and how many have ended. tokens: those drawn by all of them.
+    limit: the most tokens that they can draw; it falls when one stops early.
+    paused: seconds in which results were written and nothing was drawn.
     """
 
     def __init__(self, progress: Progress, num_requests: int, num_candidates: int, max_new_tokens: int, stop: int):

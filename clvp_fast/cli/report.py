@@ -61,7 +61,7 @@ def print_json(document) -> None:
 
 
 def print_table(table: Table) -> None:
-    """Print a table on stdout. In a narrow terminal columns fold, and if that is too little, lines break."""
+    """Print a table on stdout. In a narrow terminal columns fold, and if that is not enough, lines break."""
     needed = 1
     for column in table.columns:
         column.no_wrap = column.overflow != "fold"
@@ -71,18 +71,18 @@ def print_table(table: Table) -> None:
     Console(highlight=False, width=max(console.width, needed)).print(table)
 
 
-#: The number of rows of a table that a person reads; the files have all.
+#: The most rows of a printed table; the files have all.
 _SHOWN = 32
 
 
 def ranking(
     scores: np.ndarray, lengths: np.ndarray, stopped: np.ndarray | None = None, numbers: np.ndarray | None = None
 ) -> list[dict]:
-    """Return one row a candidate, best score first.
+    """Return one row per candidate, best score first.
 
-    A row has its rank (from 1), the number of the candidate (of `numbers`, or its place, from 0), its tokens, its score
-    (None where it has none: an empty candidate under `--scoring trimmed`), and whether it came to its end, where
-    `stopped` tells. All arrays are `[candidates]`.
+    A row has its rank (from 1), the candidate's number (from `numbers`, or its index), its number of tokens, its score
+    (None for an empty candidate with `--scoring trimmed`), and whether it stopped by itself, if `stopped` is given. All
+    arrays are `[candidates]`.
     """
     rows = []
     for rank, index in enumerate(np.argsort(-scores, kind="stable"), start=1):
@@ -99,7 +99,7 @@ def score_text(score: float | None) -> str:
 
 
 def print_ranking(rows: list[dict]) -> None:
-    """Print the rows of `ranking` as a table; a length with + was cut short."""
+    """Print the rows of `ranking` as a table; a + after a length means that the candidate was cut."""
     table = Table(header_style="bold")
     for title in ("rank", "candidate", "tokens", "score"):
         table.add_column(title, justify="right")
@@ -112,7 +112,7 @@ def print_ranking(rows: list[dict]) -> None:
 
 
 def print_summary(rows: list[dict]) -> None:
-    """Print requests of `summary.json` as a table: the best candidate of each."""
+    """Print the best candidate of each request of `summary.json` as a table."""
     table = Table(header_style="bold")
     table.add_column("folder", overflow="fold")
     for title in ("best", "tokens", "score"):
@@ -137,7 +137,7 @@ def print_written(paths: list[Path]) -> None:
 
 
 def counting_progress(hidden: bool) -> Progress:
-    """Make a bar on stderr that counts things: how many are done, how many a second, and the time left."""
+    """Make a bar on stderr that shows how many things are done, their rate, and the time left."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),

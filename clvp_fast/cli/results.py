@@ -1,4 +1,4 @@
-"""The files of a text in a voice that `generate` writes: codes, scores, picture, latents; and a row in a summary."""
+"""The files that `generate` writes for a text in a voice: codes, scores, picture, latents; and its row in a summary."""
 
 import re
 from pathlib import Path
@@ -40,17 +40,16 @@ def write_arrays(
     length: int,
     pictures: bool,
 ) -> list[str]:
-    """Write codes.npz, best candidate first, and whatever else is asked for; return the names.
+    """Write codes.npz, best candidate first, and the other files that are asked for; return their names.
 
     Args:
-        rows: of the candidates, as in candidates.json.
-        length: of the codes that are written.
+        rows: the candidates, as in candidates.json.
+        length: the length of the codes that are written.
     """
     kept = np.asarray(result.kept)
     np.savez_compressed(
         folder / "codes.npz",
-        # As the next stage takes them: from the stop on as Tortoise fixes them; a candidate that was cut keeps its own
-        # end.
+        # For the next stage: from the stop token on as Tortoise fixes them; a candidate that was cut keeps its own end.
         codes=finished_codes(list(result.codes[kept]), length, checkpoint.model.config.decoder_config).numpy(),
         lengths=result.lengths[kept],
         scores=result.scores[kept],
@@ -62,7 +61,7 @@ def write_arrays(
         draw_candidates(folder / "candidates.png", item.voice, checkpoint.feature_extractor, rows, item.text)
         written.append("candidates.png")
     if result.latents is not None:
-        # Latents `[1, tokens, hidden_size]` are named by the number of their candidate.
+        # Latents `[1, tokens, hidden_size]` are named by the number of the candidate.
         latents = {str(candidate): states.cpu().numpy() for candidate, states in result.latents.items()}
         np.savez(folder / "latents.npz", **latents)
         written.append("latents.npz")
@@ -72,7 +71,7 @@ def write_arrays(
 def remove_stale(out: Path, names: set[str]) -> None:
     """Remove files of an earlier run that do not belong to new results, with a note.
 
-    These are recordings, pictures and latents beside new codes, and the page of an earlier run.
+    These are old recordings, pictures and latents beside new codes, and the page of an earlier run.
 
     Args:
         names: the files of this run, below `out`.
@@ -92,7 +91,7 @@ def remove_stale(out: Path, names: set[str]) -> None:
 
 
 def summary_row(item: Item, document: dict | None) -> dict:
-    """Build the row of an item in the summary: its best candidate, or why it has none."""
+    """Build an item's row in the summary: its best candidate, or its error."""
     row = {"folder": item.folder, "text": item.text, "voice": item.place, "error": item.error, "best": None}
     if document is not None:
         best = document["candidates"][0]

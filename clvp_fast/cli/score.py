@@ -1,4 +1,4 @@
-"""`clvp-fast score`: a ranking of given speech codes against a text, or of recordings (`score_audio.py`)."""
+"""`clvp-fast score`: ranks speech codes against a text, or recordings (`score_audio.py`)."""
 
 import argparse
 import json
@@ -48,14 +48,15 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def read_codes(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Read speech codes `[candidates, length]` (int64), the number of spoken tokens of each, and its number.
+    """Read speech codes `[candidates, length]` int64, the number of spoken tokens of each, and its number.
 
-    The latter two are `[candidates]`: `lengths` and `candidates` of the file, by default whole rows, counted from 0.
+    The latter two are `[candidates]`, from `lengths` and `candidates` of the file; by default whole rows, counted from
+    0.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: not an .npz with `codes`, an .npy or a .json; not whole numbers; rows of unequal length; no row;
-            lengths that the rows do not have; numbers that are none.
+        ValueError: not an .npz with `codes`, an .npy or a .json; not whole numbers; rows of unequal length; no rows;
+            impossible lengths or numbers.
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no file of codes at {path}")
@@ -93,7 +94,7 @@ def read_codes(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _of_rows(path: Path, content, name: str, rows: int, most: int, wanted: str) -> np.ndarray | None:
-    """Return the whole numbers `[rows]` from 0 to `most` that a file may have beside its codes."""
+    """Return whole numbers `[rows]` from 0 to `most`, if a file has them beside its codes."""
     if content.get(name) is None:
         return None
     try:
@@ -126,7 +127,7 @@ def score(checkpoint: Checkpoint, ids: torch.Tensor, codes: np.ndarray) -> np.nd
 
 
 def score_trimmed(checkpoint: Checkpoint, ids: torch.Tensor, codes: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Score only the first `lengths[i]` codes of row i, as `score`; a row without codes gets -inf."""
+    """Score the first `lengths[i]` codes of each row i, as `score`; a row without codes gets -inf."""
     _check_range(checkpoint, codes)
     rows = [row[:length] for row, length in zip(codes, lengths, strict=True)]
     with report.waiting("ranking"):

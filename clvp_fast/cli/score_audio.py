@@ -1,4 +1,4 @@
-"""`clvp-fast score --model clap`: recordings, or folders of them, ranked against texts."""
+"""`clvp-fast score --model clap`: ranks recordings, or folders of them, against texts."""
 
 import argparse
 from collections import Counter
@@ -73,8 +73,8 @@ def embed_recordings(
 ) -> tuple[torch.Tensor, list[Path]]:
     """Return normalised embeddings `[recordings, projection_dim]`, float32, and their recordings.
 
-    A recording that cannot be used is an error where it is the only one; among others it is added to `failed`. Changes
-    to one, and parts left out, are added to `remarks`.
+    A recording that cannot be used raises an error if it is the only one; one of several is added to `failed`. Changes
+    and omissions are added to `remarks`.
     """
     extractor, embeds, heard = processor.feature_extractor, [], []
     with report.counting_progress(len(paths) == 1) as progress:
@@ -116,7 +116,7 @@ def _batches(
 
 
 def _cropped(samples: np.ndarray, extractor) -> str | None:
-    """Return a remark on a recording that is longer than the model takes."""
+    """Return a remark on a recording that is longer than the model's input."""
     if len(samples) <= extractor.nb_max_samples:
         return None
     seconds = f"{extractor.max_length_s:g} s"
@@ -126,7 +126,7 @@ def _cropped(samples: np.ndarray, extractor) -> str | None:
 
 
 def ranking(scores: np.ndarray, recordings: list[Path]) -> list[dict]:
-    """Return one row a recording, best score first: its rank (from 1), its path and its score."""
+    """Return one row per recording, best score first: its rank (from 1), its path and its score."""
     order = np.argsort(-scores, kind="stable")
     return [
         {"rank": rank, "recording": str(recordings[index]), "score": float(scores[index])}

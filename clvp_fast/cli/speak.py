@@ -1,4 +1,4 @@
-"""`clvp-fast speak`: a text in a voice to a WAV, through the vocoder of a checkpoint or Tortoise's own."""
+"""`clvp-fast speak`: speaks a text in a voice into a WAV, by the vocoder of a checkpoint or Tortoise's own."""
 
 import argparse
 
@@ -6,7 +6,7 @@ from clvp_fast.integrations.importing import make_tortoise_importable
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Speak; what Tortoise needs is put in place before transformers is imported."""
+    """Run the command; make Tortoise importable before transformers is imported."""
     if arguments.tortoise is not None:
         try:
             make_tortoise_importable()

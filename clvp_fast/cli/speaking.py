@@ -1,4 +1,4 @@
-"""The work of `clvp-fast speak`: candidates, the best of them through a vocoder, and its WAV."""
+"""The work of `clvp-fast speak`: makes candidates, runs the best one through a vocoder, and writes its WAV."""
 
 import argparse
 from pathlib import Path
@@ -29,7 +29,7 @@ ITERATIONS = {"ultra_fast": 30, "fast": 80, "standard": 200, "high_quality": 400
 
 
 def speak(arguments: argparse.Namespace) -> None:
-    """Write the best candidate's sound to `arguments.out`, and tell of it."""
+    """Write the best candidate's sound to `arguments.out`, and report it."""
     given = sampling_of(arguments)
     require_text(arguments.text)
     require_voice(arguments.voice)
@@ -44,7 +44,7 @@ def speak(arguments: argparse.Namespace) -> None:
     sampling = SamplingParams(**given)
     voice = noted_voice(VoiceCache(checkpoint.model, checkpoint.feature_extractor), arguments.voice)
     if voice.mel is None and arguments.tortoise is None:
-        raise ValueError(f"{arguments.voice} comes without a recording to speak in: give the voice's recordings")
+        raise ValueError(f"{arguments.voice} has no recording, which the vocoder needs: give the voice's recordings")
     vocoder = _vocoder(checkpoint, arguments)
     seconds = {"load": perf_counter() - started}
     result = _drawn(checkpoint, voice, sampling, arguments, seconds)
@@ -89,7 +89,7 @@ def _vocoder(checkpoint: Checkpoint, arguments: argparse.Namespace) -> Vocoder:
         raise ValueError("--iterations is for Tortoise's diffusion: give --tortoise DIR too, or leave it out")
     if checkpoint.vocoder is None:
         raise ValueError(
-            f"checkpoint '{checkpoint.name}' brings no vocoder ({SETTINGS_FILE}): give Tortoise's own with --tortoise "
+            f"checkpoint '{checkpoint.name}' has no vocoder ({SETTINGS_FILE}): give Tortoise's own with --tortoise "
             "DIR, the folder of its .pth files (docs/tortoise.md tells how to get them)"
         )
     return checkpoint.vocoder
@@ -102,7 +102,7 @@ def _drawn(
     arguments: argparse.Namespace,
     seconds: dict[str, float],
 ) -> CandidateResult:
-    """Return the candidates of the text, the best one with its latents."""
+    """Return the candidates of the text, with the latents of the best one."""
     count, length = sampling.num_candidates or 1, sampling.max_new_tokens
     arguments.latents = arguments.tortoise is not None
     arguments.max_new_tokens = length

@@ -1,4 +1,4 @@
-"""The voices that `generate` speaks in: their names in its results, and notes on their recordings."""
+"""The voices of `generate`: their names in its results, and notes on their recordings."""
 
 import os
 import re
@@ -10,17 +10,17 @@ from clvp_fast.engine.voice_files import LoadedVoice, load_voice
 from clvp_fast.engine.voices import VoiceCache
 from clvp_fast.io.files import user_path
 
-# Names that a file system may confuse are not both used.
+# Names that a file system may confuse count as equal.
 _PLAIN = re.compile(r"[^\w.-]+")
 
-#: Names of results beside the folders of voices, of this run or of an earlier one with one voice.
+#: Names of results beside the folders of voices, from this run or from an earlier one with one voice.
 TAKEN = (REPORT, SOUND, "summary.json", "candidates.json", "candidates.png", "codes.npz", "latents.npz")
 
 
 def voice_names(places: list[str]) -> list[str]:
-    """Name the folder of each voice by its file or folder, numbered from 2 on where the name comes again.
+    """Return a folder name for each voice, from its file or folder; repeated names are numbered from 2.
 
-    One that is called as a result is numbered too.
+    A name that a result has is numbered too.
     """
     names: list[str] = []
     for place in map(Path, places):

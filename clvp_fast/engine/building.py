@@ -1,4 +1,4 @@
-"""The engine of a checkpoint, from settings as the command line and jobs over a corpus name them."""
+"""Builds the engine of a checkpoint from the settings of the command line or of a job over a corpus."""
 
 from typing import Any
 
@@ -17,13 +17,13 @@ def build_engine(
     candidates: int | None = None,
     deterministic: bool = False,
 ) -> CandidateEngine:
-    """Build the engine that decodes and scores as `settings` say.
+    """Build an engine with these settings.
 
     Args:
-        settings: what has `batch_size`, `max_new_tokens`, `scoring`, `latents`, `int8_weights`, `float8_pages`
+        settings: an object with `batch_size`, `max_new_tokens`, `scoring`, `latents`, `int8_weights`, `float8_pages`
             and `packed_weights`: a job's [`Settings`], or arguments of the command line. The first two and the last may
             be None, as for [`CandidateEngine`].
-        candidates: how many there are to decode, beyond which no places are made; None: it is not known.
+        candidates: how many there are to decode, which bounds the number of slots; None if it is not known.
         memory_fraction, deterministic: as for [`CandidateEngine`].
 
     Raises:

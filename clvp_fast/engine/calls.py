@@ -1,7 +1,7 @@
 """Requests on their way to a result, and the calls that wait for them.
 
-A request is owed until it has its `result` or is `dropped`. Each is one assignment: an exception comes before it or
-after it.
+A request is pending until it has its `result` or is `dropped`. Both are set by one assignment, which an exception
+cannot split.
 """
 
 import math
@@ -17,7 +17,7 @@ from clvp_fast.engine.decode_loop import Job
 from clvp_fast.engine.requests import CandidateRequest, CandidateResult
 from clvp_fast.engine.sampling_params import SamplingParams
 
-# Told (request, candidate, token), and where it asks for states, that of the token.
+# Called with (request, candidate, token), and with the token's state if it asks for states.
 Listener = Callable[..., object]
 
 
@@ -25,8 +25,8 @@ Listener = Callable[..., object]
 class Call:
     """A call of `generate`, `stream` or `generate_async`, until its last result is taken.
 
-    more: whether `requests` may have another one.
-    taken: how many requests it has taken.
+    more: whether `requests` may hold another request.
+    taken: how many requests it has taken from there.
     states: its listener also gets the decoder's states.
     closed: nobody waits for its results any more.
     owed: its requests whose results were not taken.
@@ -51,8 +51,8 @@ class Call:
 class Pending:
     """A request from its submission until its caller takes the result.
 
-    job: once the request was checked and its prompt made, with `text_ids`; `prepared` says when.
-    broken_steps: how many steps that it had a part in broke off.
+    job: set with `text_ids` once the request is checked and its prompt made, at the time `prepared`.
+    broken_steps: how many steps broke off in which it took part.
     """
 
     call: "ref[Call]"
@@ -87,7 +87,7 @@ class Pending:
 
 
 def tell(of: "ref[Pending]", candidate: int, token: int, *state: torch.Tensor) -> None:
-    """Tell a request's listener, unless the request has ended; an error of the listener fails that request alone.
+    """Call a request's listener, unless the request has ended; an error of the listener fails that request alone.
 
     The reference is weak, because the request holds the job, and the job holds this function.
     """

@@ -1,8 +1,8 @@
 """The loop that joins scheduler and runner: requests go in, and finished candidates come out, a step at a time.
 
 On a GPU the host reads a step's tokens while the device computes the next one (a lag of 1), so that the device does not
-wait for Python. The tokens of a candidate lie in a row of one array; a row outlives its
-candidate until no step that knew it is under way.
+wait for Python. The tokens of a candidate lie in a record, a line of one array. A record is kept after its candidate
+ended, until no step that began with it is under way.
 """
 
 import time
@@ -20,14 +20,15 @@ from clvp_fast.engine.scheduler import Scheduler, Step
 
 @dataclass(eq=False, repr=False)
 class Job:
-    """A request in the loop: its prompt, its parameters, and the tokens of its candidates; the scheduler's key of it.
+    """A request in the loop: its prompt, its parameters and its candidates' tokens; also its key in the scheduler.
 
     prompt: `[length, hidden_size]`, voice and text without the start token, on the device.
-    sampling: with its seed and stop token.
+    sampling: its parameters, with seed and stop token set.
     codes: by candidate, int64 `[drawn]`, the stop token included where it came; None while it is being drawn.
-    on_token: told each (candidate, token) once; with `states` (candidate, token, state).
-    states: whether a token is told with the decoder's state that it was drawn from, `[hidden_size]` on the device.
-    told: by candidate, how many tokens it was told of. One that begins anew draws the same again, which is no news.
+    on_token: called once with each (candidate, token); with `states`, with (candidate, token, state).
+    states: whether `on_token` also gets the decoder's state that the token was drawn from, `[hidden_size]` on the
+        device.
+    told: by candidate, how many of its tokens `on_token` has had. A candidate that restarts draws the same ones again.
     started_at: when its first candidate got a slot, in seconds of `time.perf_counter`.
     """
 
@@ -63,7 +64,7 @@ class DecodeLoop:
     """Decodes the candidates of any number of jobs in one batch that changes from step to step.
 
     Args:
-        runner: the data plane; it decides the sizes.
+        runner: the data plane; its sizes are the scheduler's.
         lag: how many steps late the host reads tokens, 0 or 1; by default 1 on a GPU.
     """
 
@@ -71,7 +72,7 @@ class DecodeLoop:
         self.lag = int(runner.device.type == "cuda") if lag is None else lag
         self._jobs: set[Job] = set()  # the jobs that the scheduler has
         self.finished: deque[Job] = deque()  # jobs that no caller has taken yet
-        # News for listeners: job, candidate, token, its number, and the decoder's state where the job asks for it.
+        # Tokens for listeners: job, candidate, token, its number, and the decoder's state if the job asks for it.
         self._news: deque[tuple[Job, int, int, int, tuple[torch.Tensor, ...]]] = deque()
         self._begin(runner)
 
@@ -79,16 +80,16 @@ class DecodeLoop:
         self.runner: Runner | None = runner
         num_pages, page_size = runner.pages.data.shape[2:4]
         self.scheduler = Scheduler(num_pages, page_size, runner.max_batch, runner.max_new_tokens, self.lag)
-        rows = (self.lag + 1) * runner.max_batch
-        self._codes = np.zeros((rows, runner.max_new_tokens), dtype=np.int64)
-        self._drawn = np.zeros(rows, dtype=np.int64)
-        self._live = np.zeros(rows, dtype=bool)
-        self._job_of_row: list[Job | None] = [None] * rows  # the job of each row in use
-        self._row_of_slot = np.full(runner.max_batch, -1)
-        self._free_rows = list(range(rows))
-        # By step: rows whose candidate ended after the step began. They become free when that step was read.
+        records = (self.lag + 1) * runner.max_batch
+        self._codes = np.zeros((records, runner.max_new_tokens), dtype=np.int64)
+        self._drawn = np.zeros(records, dtype=np.int64)
+        self._live = np.zeros(records, dtype=bool)
+        self._job_of_record: list[Job | None] = [None] * records  # the job of each record in use
+        self._record_of_slot = np.full(runner.max_batch, -1)
+        self._free_records = list(range(records))
+        # By step: records whose candidate ended after the step began. They become free once that step is read.
         self._ended_since: deque[list[int]] = deque()
-        # Each step with the handle of its tokens and the row of each of its slots.
+        # Each step with the handle of its tokens and the record of each of its slots.
         self._under_way: deque[tuple[Step, StepHandle, np.ndarray]] = deque()
 
     @property
@@ -97,10 +98,10 @@ class DecodeLoop:
         return not self._jobs and not self.finished
 
     def add(self, job: Job) -> None:
-        """Queue a job from its beginning, or as finished if it is done.
+        """Queue a job from its beginning, or as finished if all its candidates are drawn.
 
         Its tokens depend on its seed alone, so a job that was broken off draws the same ones again. Raises
-        `RequestTooLarge` if its pages can never be had.
+        `RequestTooLarge` if it needs more pages than there are.
         """
         if job.done:
             self.finished.append(job)
@@ -110,17 +111,17 @@ class DecodeLoop:
             self._jobs.add(job)
 
     def cancel(self, job: Job) -> None:
-        """Drop a job in any state; jobs that were returned are left alone."""
+        """Drop a job in any state; do nothing for a job that was already returned."""
         self.finished = deque(finished for finished in self.finished if finished is not job)
         if job in self._jobs:
             self._jobs.remove(job)
             self.scheduler.cancel(job)
-            for row, other in enumerate(self._job_of_row):
+            for record, other in enumerate(self._job_of_record):
                 if other is job:
-                    self._end(row)
+                    self._end(record)
 
     def restart(self, runner: Runner) -> None:
-        """Forget all jobs, and go on with a runner that holds no candidates.
+        """Forget all jobs, and continue with a runner that holds no candidates.
 
         This uses nothing of earlier steps, so that it works after a step that broke off anywhere.
         """
@@ -128,10 +129,10 @@ class DecodeLoop:
         self._begin(runner)
 
     def halve(self, places: int) -> int:
-        """Let go of the runner after memory ran out with `places` places, and return half as many.
+        """Release the runner after memory ran out with `places` slots, and return half as many.
 
         `restart` gets a runner of that size. Call this after the `except` block, because the frames of the error hold
-        the old runner, whose memory is needed. Raises `torch.OutOfMemoryError` where there was one place.
+        the old runner, whose memory is needed. Raises `torch.OutOfMemoryError` if there was only one slot.
         """
         if places == 1:
             raise torch.OutOfMemoryError("there is too little memory to decode a single candidate: free some")
@@ -139,7 +140,7 @@ class DecodeLoop:
         return places // 2
 
     def step(self) -> list[Job]:
-        """Decode one step of all that runs, and return the jobs that are known to be finished.
+        """Decode one step of all running candidates, and return the jobs that are finished.
 
         An exception of a listener is raised; the next call then returns the jobs that were finished.
         """
@@ -150,7 +151,7 @@ class DecodeLoop:
         return finished
 
     def advance(self) -> None:
-        """Decode one step: finished jobs go to `finished`, and drawn tokens wait for `tell`.
+        """Decode one step. Finished jobs go to `finished`; drawn tokens wait for `tell`.
 
         After any exception `restart` must be called before the next step.
         """
@@ -159,15 +160,15 @@ class DecodeLoop:
         if step is not None:
             self._apply(runner, step)
             handle = runner.decode(step.num_slots)
-            self._under_way.append((step, handle, self._row_of_slot[: step.num_slots].copy()))
+            self._under_way.append((step, handle, self._record_of_slot[: step.num_slots].copy()))
         # After the last job no step needs to overlap another, and a step under way would keep that job in memory.
         while len(self._under_way) > (self.lag if step is not None and self._jobs else 0):
             self._read(runner, *self._under_way.popleft())
 
     def tell(self) -> None:
-        """Tell listeners of tokens in the order of drawing; a listener may cancel its request, and its error is raised.
+        """Pass tokens to listeners in the order of drawing; a listener may cancel its request, and its error is raised.
 
-        A candidate that starts again draws the same tokens, which are told only once.
+        A candidate that restarts draws the same tokens; each is passed on only once.
         """
         while self._news:
             job, candidate, token, count, state = self._news.popleft()
@@ -176,50 +177,50 @@ class DecodeLoop:
                 job.on_token(candidate, token, *state)
 
     def _apply(self, runner: Runner, step: Step) -> None:
-        """Bring the scheduler's changes to the device and to the rows."""
+        """Bring the scheduler's changes to the device and to the records."""
         runner.apply(
             step,
             prompts={prefill.key: prefill.key.prompt for prefill in step.prefills},
             params={admission.key: admission.key.sampling for admission in step.admitted},
         )
         while len(self._ended_since) > self.lag:
-            self._free_rows += self._ended_since.popleft()
+            self._free_records += self._ended_since.popleft()
         for slot in step.freed_slots:
-            row = self._row_of_slot[slot]
-            if row >= 0 and self._live[row]:
-                self._end(int(row))  # preempted: the candidate starts again in another row
-            self._row_of_slot[slot] = -1
+            record = self._record_of_slot[slot]
+            if record >= 0 and self._live[record]:
+                self._end(int(record))  # preempted: the candidate starts again in another record
+            self._record_of_slot[slot] = -1
         for admission in step.admitted:
-            job, row = admission.key, self._free_rows.pop()
+            job, record = admission.key, self._free_records.pop()
             job.started_at = job.started_at or time.perf_counter()
-            self._job_of_row[row] = job
-            self._drawn[row], self._live[row], self._row_of_slot[admission.slot] = 0, True, row
+            self._job_of_record[record] = job
+            self._drawn[record], self._live[record], self._record_of_slot[admission.slot] = 0, True, record
         for source, target in step.moves:
-            self._row_of_slot[target], self._row_of_slot[source] = self._row_of_slot[source], -1
+            self._record_of_slot[target], self._record_of_slot[source] = self._record_of_slot[source], -1
         self._ended_since.append([])
 
-    def _end(self, row: int) -> None:
-        self._live[row], self._job_of_row[row] = False, None
-        (self._ended_since[-1] if self._ended_since else self._free_rows).append(row)
+    def _end(self, record: int) -> None:
+        self._live[record], self._job_of_record[record] = False, None
+        (self._ended_since[-1] if self._ended_since else self._free_records).append(record)
 
-    def _read(self, runner: Runner, step: Step, handle: StepHandle, rows: np.ndarray) -> None:
-        """Write the tokens of a step into the rows that it was made for."""
-        slots = np.flatnonzero(rows >= 0)
-        slots = slots[self._live[rows[slots]]]  # a candidate that ended meanwhile drew one token too many
-        rows, tokens, ended = rows[slots], runner.tokens(handle)[slots], runner.finished(handle)[slots]
-        self._codes[rows, self._drawn[rows]] = tokens
-        self._drawn[rows] += 1
+    def _read(self, runner: Runner, step: Step, handle: StepHandle, records: np.ndarray) -> None:
+        """Write the tokens of a step into the records that it was made for."""
+        slots = np.flatnonzero(records >= 0)
+        slots = slots[self._live[records[slots]]]  # a candidate that ended meanwhile drew one token too many
+        records, tokens, ended = records[slots], runner.tokens(handle)[slots], runner.finished(handle)[slots]
+        self._codes[records, self._drawn[records]] = tokens
+        self._drawn[records] += 1
         if any(job.on_token is not None for job in self._jobs):
-            for slot, token, count in zip(slots.tolist(), tokens.tolist(), self._drawn[rows].tolist(), strict=True):
+            for slot, token, count in zip(slots.tolist(), tokens.tolist(), self._drawn[records].tolist(), strict=True):
                 run = step.runs[slot]
                 if run.key.on_token is not None:
                     state = (runner.state(run.slot, count - 1),) if run.key.states else ()
                     self._news.append((run.key, run.candidate, token, count, state))
-        for slot, row in zip(slots[ended].tolist(), rows[ended].tolist(), strict=True):
-            run, drawn = step.runs[slot], int(self._drawn[row])
+        for slot, record in zip(slots[ended].tolist(), records[ended].tolist(), strict=True):
+            run, drawn = step.runs[slot], int(self._drawn[record])
             job: Job = run.key
-            job.codes[run.candidate] = self._codes[row, :drawn].copy()
-            self._end(row)
+            job.codes[run.candidate] = self._codes[record, :drawn].copy()
+            self._end(record)
         ended = self.scheduler.advance(slots[ended].tolist())
         self._jobs.difference_update(ended)
         self.finished += ended

@@ -10,7 +10,7 @@ from clvp_fast.engine.weights import DecoderWeights, layers_of
 from clvp_fast.models.clvp.causal_lm import ClvpForCausalLM
 from clvp_fast.models.clvp.tokens import most_codes
 from clvp_fast.ops import many_rows
-from clvp_fast.ops.binding import Room
+from clvp_fast.ops.binding import Scratch
 from clvp_fast.ops.dispatch import OPERATORS, device_guard
 from clvp_fast.ops.paged_attention import FLOAT8
 
@@ -76,24 +76,24 @@ class KVPages:
 
 
 class PagedDecoder:
-    """Prefill and decode step of a `ClvpForCausalLM` over [`KVPages`]; its parameters are shared, never copied.
+    """Prefill and decode step of a `ClvpForCausalLM` over [`KVPages`]; it shares its parameters.
 
-    Both are for inference (call them under `torch.inference_mode()`); nothing in a step reads the device on the host,
-    so that it can be captured.
+    Both are for inference (call them under `torch.inference_mode()`). The host reads nothing from the device within a
+    step, so that a step can be captured.
 
     Args:
         model: a `ClvpForCausalLM` in eval mode.
-        residual_dtype: of the sum that runs through the layers; by default float32, with a model in a half type too,
-            as a half type would round it twice a layer. Norms are computed in float32 in any case, and what they hand
-            to the products is of the model's dtype.
-        weight_dtype: `torch.int8`: the layers' products run over copies of their weights in 8 bits, made here (the
-            head's do not); by default over the model's own.
-        packed: all products read panels of their weights, copies that are made here and whenever the weights moved
-            (`DecoderWeights.packed`); of a change in place nothing is seen before `weights.repack()`.
+        residual_dtype: dtype of the sum that runs through the layers; by default float32, also for a model in a half
+            type, which would round the sum twice a layer. Norms are always computed in float32, and their results are
+            of the model's dtype.
+        weight_dtype: `torch.int8` to run the layers' products, but not the head's, over copies of their weights in 8
+            bits, made here; by default they run over the model's own weights.
+        packed: all products read panels of their weights, which are copies made here and whenever the weights moved
+            (`DecoderWeights.packed`). In-place changes take effect only after `weights.repack()`.
 
     Raises:
-        ValueError: another `weight_dtype`; a model whose parameters do not say what it computes, or int8 for an
-            activation that the operators do not know, with the reason.
+        ValueError: another `weight_dtype`; a model that computes more than its parameters say (hooks, adapters), or
+            int8 for an activation that the operators do not know, with the reason.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class PagedDecoder:
 
     @property
     def has_moved(self) -> bool:
-        """Tell whether parameters lie elsewhere than where `weights` reads them, or a norm has another `eps`."""
+        """Tell whether parameters moved since `weights` took their addresses, or a norm has another `eps`."""
         return self.weights.sources() != self._sources
 
     def follow(self) -> bool:
@@ -191,11 +191,12 @@ class PagedDecoder:
     def prefill(
         self, prompt_embeds: torch.Tensor, cu_seqlens: torch.Tensor, pages: KVPages, block_table: torch.Tensor
     ) -> None:
-        """Store the keys and values of prompts, from place 0 of their pages on.
+        """Store the keys and values of prompts, from position 0 of their pages on.
 
         Args:
-            prompt_embeds: `[T, hidden_size]`, prompts one after another, which carry their positions.
-            cu_seqlens: `[S + 1]` int32: prompt s has rows `cu_seqlens[s]` to `cu_seqlens[s + 1]`; the last is T.
+            prompt_embeds: `[T, hidden_size]`, prompts one after another, with their position embeddings added.
+            cu_seqlens: `[S + 1]` int32: prompt s has the rows from `cu_seqlens[s]` to before `cu_seqlens[s + 1]`; the
+                last is T.
             block_table: `[S, max_pages]` int32, the pages of each prompt.
         """
         self.follow()
@@ -204,7 +205,7 @@ class PagedDecoder:
         for index, layer in enumerate(layers):
             q, k, v = layer.project(layer.input_norm(hidden, self.dtype))
             attended = ops.paged_prefill(q, k, v, cu_seqlens, **pages.layer(index), block_table=block_table)
-            # A candidate reads only keys and values of the last layer.
+            # Candidates read only keys and values of the last layer.
             if index < len(layers) - 1:
                 hidden = layer.behind_attention(attended.flatten(-2), hidden)
 
@@ -222,13 +223,13 @@ class PagedDecoder:
         """Enter one token of each of N candidates, and compute the logits of the next token.
 
         Args:
-            tokens: `[N]` int64: the start token, then what was drawn.
-            seq_lens: `[N]` int32, own tokens stored before this step; -1: the row is inactive, its results mean
-                nothing, and its token must still be one of the vocabulary.
+            tokens: `[N]` int64: the start token in a candidate's first step, then the token drawn last.
+            seq_lens: `[N]` int32, own tokens stored before this step; -1: the row is inactive and its results mean
+                nothing, but its token must be one of the vocabulary.
             block_table: `[N, max_pages]` int32, each candidate's own pages.
             prefix_table, prefix_lens, prefix_index: `[R, P]`, `[R]`, `[N]` int32, the prompts' pages, their lengths,
                 and whose prompt each candidate continues (-1: none).
-            arrivals: `[N, num_heads]` int32 zeros, counters of the attention's kernel.
+            arrivals: `[N, num_heads]` int32 zeros, counters of the attention kernel.
 
         Returns:
             The hidden states `[N, hidden_size]` after both final norms, and logits `[N, vocab_size]`, both of the
@@ -244,7 +245,7 @@ class PagedDecoder:
             prefix_index,
             pages,
             arrivals,
-            Room(len(tokens), self.device),
+            Scratch(len(tokens), self.device),
         )
         with device_guard(self.device):
             return bound.run()
@@ -259,15 +260,15 @@ class PagedDecoder:
         prefix_index: torch.Tensor,
         pages: KVPages,
         arrivals: torch.Tensor | None,
-        room: Room,
+        scratch: Scratch,
     ) -> BoundStep:
         """Return the calls that `step` makes on these tensors; they serve any number of steps.
 
-        The calls read the weights as they were taken last. Code that keeps steps calls `follow`, and drops the steps
-        when it returns True.
+        The calls read the weights where they lay at the last `follow`. A caller that keeps steps calls `follow`, and
+        drops the steps when it returns True.
 
         Args:
-            room: for at least as many rows; steps that share it run one after another.
+            scratch: memory for at least as many rows; steps that share it run one after another.
         """
         tables = dict(
             block_table=block_table,
@@ -276,4 +277,4 @@ class PagedDecoder:
             prefix_index=prefix_index,
             arrivals=arrivals,
         )
-        return bind_decoder(self, tokens, seq_lens, tables, pages, room)
+        return bind_decoder(self, tokens, seq_lens, tables, pages, scratch)

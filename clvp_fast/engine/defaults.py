@@ -1,6 +1,6 @@
-"""Allowed and default values of an engine's settings, the same everywhere; those of sampling are in `SamplingParams`.
+"""Allowed and default values of an engine's settings, for all its users; those of sampling are in `SamplingParams`.
 
-Nothing heavy is imported here, as the command line's `--help` reads it.
+Nothing heavy is imported here, because the command line's `--help` reads it.
 """
 
 #: Modes of scoring, as [`Ranker`] explains them; the first is the default.
@@ -9,7 +9,7 @@ SCORING_MODES = ("padded", "trimmed")
 DTYPES = ("float32", "bfloat16", "float16")
 #: Ways of cleaning texts, as [`ClvpTokenizer`] explains them; the first is the default.
 TEXT_CLEANINGS = ("tortoise", "transformers")
-#: The share of free memory that may be used beside the weights.
+#: The share of free memory that the engine may use beside the weights.
 MEMORY_FRACTION = 0.9
 #: Tokens a page of keys and values.
 PAGE_SIZE = 16

@@ -19,19 +19,19 @@ from clvp_fast.models.common.plain import PlainModel
 
 
 def token_limit(model: ClvpModelForConditionalGeneration) -> int:
-    """Return the default length of the longest candidate: Tortoise's, or fewer tokens where positions end sooner."""
+    """Return the default `max_new_tokens`: Tortoise's, or less if the checkpoint has fewer positions."""
     return min(SamplingParams.max_new_tokens, most_codes(model.config.decoder_config))
 
 
 class Door:
-    """Check requests against a checkpoint, and make the decoder's jobs of them. Use it from one thread at a time.
+    """Check requests against a checkpoint, and turn them into the decoder's jobs. For one thread at a time.
 
     Args:
-        model, processor: of the checkpoint.
-        text_ends: how many end tokens a prompt has behind its text.
+        model, processor: the checkpoint's.
+        text_ends: how many end tokens a prompt has after its text.
 
     Raises:
-        ValueError: a model with hooks, adapters or replaced modules, which an engine would not call.
+        ValueError: a model with hooks, adapters or replaced modules, which the engine would not call.
     """
 
     def __init__(self, model, processor, text_ends: int = 2):
@@ -49,11 +49,11 @@ class Door:
         """Return a request's text ids int64 `[length]` on the host, and the job of decoding it.
 
         Args:
-            sampling: of a request that has none of its own.
+            sampling: parameters for a request that has none of its own.
             place: how many requests of its call came before it.
 
         Raises:
-            Exception: any; it belongs to this request. `ValueError` and `TypeError` say in a sentence what to do.
+            Exception: any exception belongs to this request. `ValueError` and `TypeError` say in a sentence what to do.
         """
         if not isinstance(request, CandidateRequest):
             found = type(request).__name__
@@ -82,13 +82,13 @@ class Door:
         return self.voices.from_clips(clips, rate, request.crop_seed)
 
     def _settings(self, sampling: SamplingParams) -> SamplingParams:
-        """Return `sampling` with a seed and a stop token."""
+        """Return `sampling` with a seed and a stop token filled in."""
         seed = int(torch.randint(2**63 - 1, (), device="cpu")) if sampling.seed is None else sampling.seed
         decoder = self.model.config.decoder_config
-        # The decoder's stop token, even where a generation config names the text's.
+        # The decoder's stop token, even if a generation config names the text's.
         stop = stop_token(decoder) if sampling.stop_token is None else sampling.stop_token
         if stop >= decoder.vocab_size:
-            raise ValueError(f"stop_token={stop} is no token of the checkpoint, which has {decoder.vocab_size}")
+            raise ValueError(f"stop_token={stop} is not a token of the checkpoint, which has {decoder.vocab_size}")
         return replace(sampling, seed=seed, stop_token=stop)
 
 

@@ -44,41 +44,43 @@ _END: Any = object()  # the end of a call's requests
 class CandidateEngine:
     """Generate and rank candidates for many requests in one batch that never waits for the slowest of them.
 
-    The candidates of a request share its prompt; a candidate that stops gives its place to the next. A candidate's
-    codes depend on checkpoint, request, seed and its index alone, not on what else is decoded beside it.
+    The candidates of a request share its prompt; when a candidate stops, the next one takes its slot. A candidate's
+    codes depend only on checkpoint, request, seed and its index, not on the rest of the batch.
 
     Args:
-        model: a [`ClvpModelForConditionalGeneration`], which is put into eval mode; its parameters are shared.
+        model: a [`ClvpModelForConditionalGeneration`]. The engine puts it into eval mode and shares its parameters.
         processor: its [`ClvpProcessor`].
-        max_batch: candidates decoded at once; by default as many as memory allows, up to 512 (on a CPU 16).
-        max_new_tokens: the most that a request may ask for; by default 500, or what the checkpoint's positions allow.
-        num_pages: pages of keys and values; by default as many as `max_batch` candidates need, where memory allows.
-        memory_fraction: of the memory that is free now, how much keys and values and the rest may take.
-        page_size: tokens a page of keys and values, 16 or 32.
+        max_batch: the most candidates decoded at once; by default as many as memory allows, up to 512 (on a CPU 16).
+        max_new_tokens: the most tokens that a request may ask for; by default 500, or fewer if the checkpoint has fewer
+            positions.
+        num_pages: pages of keys and values; by default as many as `max_batch` candidates need, if memory allows.
+        memory_fraction: the share of the memory free now that the engine may take, for keys and values and everything
+            else.
+        page_size: tokens per page of keys and values, 16 or 32.
         page_dtype: `torch.float8_e4m3fn` to keep keys and values in 8 bits; by default the model's dtype.
         weight_dtype: `torch.int8` to decode with copies of the layers' weights in 8 bits, which are made here; by
-            default with the model's own. docs/architecture.md tells what either changes, and `refresh` when copies
-            have to be made anew.
+            default with the model's own. docs/architecture.md has the effect of both dtypes on accuracy; `refresh`
+            explains when copies must be renewed.
         packed_weights: decode with copies of all weights in the order in which a CPU's kernel reads them, made here
-            (docs/kernels.md has the gain by number of candidates); None: where there is such a kernel, and the copies
-            leave room for as many candidates as without them.
+            (docs/kernels.md has the gain by number of candidates). None: if there is such a kernel, and as many
+            candidates fit beside the copies as without them.
         scoring: "padded", as the original scores, or "trimmed" ([`Ranker`] explains them).
         scorer: a [`Scorer`] that ranks candidates in place of `model`'s own encoders.
-        latents: results have the latents of their best candidates, as Tortoise hands them to its diffusion: a second
-            pass over the codes of each (`diffusion_latents` tells which).
-        states: keep the decoder's state of each code while its candidate is drawn, for `stream(states=True)`.
-        text_ends: how many end tokens a prompt has behind its text: the two that Tortoise's API gives, or one for ids
-            that bring the other.
-        deterministic: decode at one fixed number of rows, so that in half types too the bits of a candidate cannot
-            depend on the batch.
-        persistent: steps of up to four candidates run as one launch, for who waits for few of them, on a CUDA device in
-            half types (`Runner` tells what it changes).
+        latents: results have the latents of their best candidates for Tortoise's diffusion, from a second pass over the
+            codes of each (see `diffusion_latents`).
+        states: keep the decoder's state for each code while its candidate is decoded, for `stream(states=True)`.
+        text_ends: how many end tokens follow the text in a prompt: the two of Tortoise's API, or one for `input_ids`
+            that already end with the other.
+        deterministic: decode at one fixed number of rows, so that a candidate's bits do not depend on the batch in half
+            types either.
+        persistent: run steps of up to four candidates as one launch, for a short wait for few candidates; on a CUDA
+            device in half types (`Runner` has the details).
 
     Raises:
-        ValueError: a model with hooks, adapters or replaced modules, which the engine would not call; a size that
-            cannot be, too little memory for a single candidate, `scoring` beside a `scorer`, or a device or model that
-            `persistent` does not serve.
-        TypeError: a `scorer` that is none.
+        ValueError: a model with hooks, adapters or replaced modules, which the engine would not call; an impossible
+            size; too little memory for a single candidate; `scoring` together with a `scorer`; or a device or model
+            that `persistent` does not serve.
+        TypeError: a `scorer` without a method `score`.
     """
 
     def __init__(
@@ -125,7 +127,7 @@ class CandidateEngine:
             states=states,
         )
         self._keeps_states = states
-        # Functions, not methods: an engine without references then frees its pages at once.
+        # Functions, not methods: then an engine that nobody references frees its pages at once.
         self._work = Work(
             self.scorer,
             partial(_planned, decoder, memory_fraction, num_pages, sizes, packed_weights),
@@ -133,8 +135,8 @@ class CandidateEngine:
             default_batch(model.device) if max_batch is None else max_batch,
             partial(diffusion_latents, decoder) if latents else None,
         )
-        trim_heap()  # behind copies of weights
-        # A turn computes for all threads, so that the autocast of the thread that has it must not count.
+        trim_heap()  # after copies of weights
+        # A turn computes for all threads, so the autocast of the thread that has it must not apply.
         self._turns = Turns(lambda: uncast(model.device))
 
     @classmethod
@@ -150,46 +152,46 @@ class CandidateEngine:
         """Make the engine of a checkpoint: "demo", a folder, or a hub id.
 
         Args:
-            device: by default the GPU where there is one.
-            dtype: of the weights, as "bfloat16" or `torch.bfloat16`.
+            device: by default the GPU if there is one.
+            dtype: of the weights, such as "bfloat16" or `torch.bfloat16`.
             text_cleaning: as [`ClvpTokenizer`] takes it.
-            options: of the constructor.
+            options: keyword arguments of the constructor.
         """
         weights: torch.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         checkpoint = load_checkpoint(name, device=device or best_device(), dtype=weights, text_cleaning=text_cleaning)
         return cls(checkpoint.model, checkpoint.processor, **options)
 
     def warm_up(self, progress: Callable[[int, int], None] | None = None) -> float:
-        """Capture the decode step for every batch size, and return the seconds that it took; nothing to do on a CPU.
+        """Capture the decode step for every batch size, and return the seconds that it took. On a CPU it does nothing.
 
         Args:
-            progress: told (captured, sizes) after each.
+            progress: called with (captured, sizes) after each.
         """
         started = time.perf_counter()
         self._turns.take(partial(self._work.warm_up, progress))
         return time.perf_counter() - started
 
     def refresh(self) -> None:
-        """Renew everything that was made from the model's weights, after they were changed or moved.
+        """Renew everything that was derived from the model's weights, after they were changed or moved.
 
-        An engine reads the model's own weights, and a change in place (`copy_`, `load_state_dict`, an optimizer's step)
-        is seen by the next request, for which packed copies are made anew. This makes anew copies in 8 bits
+        An engine reads the model's own weights. The next request sees a change in place (`copy_`, `load_state_dict`, an
+        optimizer's step), and packed copies are renewed for it. This method renews the rest: copies in 8 bits
         (`weight_dtype`), the scales of pages in 8 bits (`page_dtype`), captured steps (`warm_up`, `persistent`), and
-        the pages of a model that was cast or moved to another device. All of it stays as it was until then, and each
-        request is refused with a `ValueError` that says so. It compares the parameters' addresses and version counters,
-        and neither shows a write through `.data` (`weight.data.copy_(...)`) or through numpy
-        (`weight.detach().numpy()[...] = `), nor the step of one of torch's optimizers with `fused=True`: call this
-        after one, for packed copies and for voices that are kept too.
+        the pages of a model that was cast or moved to another device. If one of these is outdated, each request is
+        refused with a `ValueError` that says so. Changes are found by the parameters' addresses and version counters,
+        which do not show a write through `.data` (`weight.data.copy_(...)`) or numpy (`weight.detach().numpy()[:] =
+        x`), nor the step of an optimizer with `fused=True`: call this method after such a write, also for packed copies
+        and kept voices.
 
         Raises:
-            RuntimeError: requests are under way, or a listener or scorer of the engine calls this.
-            ValueError: as the constructor, of the model as it is now.
+            RuntimeError: requests are under way, or a listener or scorer of the engine calls this method.
+            ValueError: as from the constructor, for the model as it is now.
         """
         self._turns.take(self._refresh)
 
     @property
     def outdated(self) -> str | None:
-        """Why each request would be refused until `refresh`, as the beginning of a sentence; None: none would be."""
+        """Why every request would be refused until `refresh`, as the beginning of a sentence, or None."""
         return self._work.outdated()
 
     def _refresh(self) -> None:
@@ -205,7 +207,7 @@ class CandidateEngine:
 
     @property
     def memory(self) -> MemoryPlan:
-        """The numbers of candidates and pages of the batch; they shrink after memory ran out."""
+        """The numbers of candidates and pages of the batch; they shrink when memory runs out."""
         return self._work.memory
 
     def generate(
@@ -216,16 +218,16 @@ class CandidateEngine:
         keep: int = 1,
         on_token: Callable[[CandidateRequest, int, int], None] | None = None,
     ) -> Iterator[CandidateResult]:
-        """Yield the results of `requests`, each as soon as it is finished.
+        """Yield the result of each request as soon as it is finished.
 
         Requests are taken from the iterable as there is room for them. A request that fails (a bad clip, a text that is
-        too long, its timeout) gives a result with its `error`, and the others go on. Iteration that is stopped midway
-        frees everything. Several iterations may take turns: their candidates decode in one batch.
+        too long, its timeout) gives a result with its `error`, and the others go on. Stopping the iteration midway
+        frees everything. Several iterations may run at once: their candidates share one batch.
 
         Args:
-            sampling: of the requests that have none of their own; `SamplingParams()` by default.
-            keep: how many of the best candidates a result's `best()` and `latents` hold.
-            on_token: called with request, candidate and token as they are drawn; if it raises, its request fails.
+            sampling: parameters of requests that have none of their own; by default `SamplingParams()`.
+            keep: how many of the best candidates `best()` and `latents` of a result can give.
+            on_token: called with request, candidate and token as tokens are drawn; if it raises, its request fails.
         """
         return self._results(self._call(requests, sampling, keep, on_token))
 
@@ -247,7 +249,7 @@ class CandidateEngine:
         return Call(iter(requests), sampling or SamplingParams(), keep, on_token)
 
     def _results(self, call: Call, drawn: deque[tuple[int, int]] | None = None) -> Generator[Any, None, None]:
-        """Yield the results of a call as they come, each after the tokens that its listener has put into `drawn`."""
+        """Yield the results of a call as they come; first the tokens that its listener has put into `drawn`."""
         try:
             while not call.closed:
                 self._fill(call)
@@ -282,7 +284,7 @@ class CandidateEngine:
                 self._work.pending[pending] = None
             except Exception as error:  # only this request is affected
                 pending.fail(error)
-                return  # its caller reads the error first, because an endless iterator could fail for ever
+                return  # its caller gets the error first, because an endless iterator could fail forever
 
     def _admit(self, request: CandidateRequest, sampling: SamplingParams, place: int) -> tuple[torch.Tensor, Job]:
         admitted = self._door.admit(request, sampling, place)
@@ -298,7 +300,7 @@ class CandidateEngine:
         self._settle()
 
     def _settle(self) -> None:
-        """Free what nobody waits for; inside a step this does nothing, as the step frees it at its end."""
+        """Free what nobody waits for. Inside a step this does nothing, because the step itself does so at its end."""
         if not self._turns.mine:
             self._turns.take(self._work.settle, unless=lambda: self._work.is_settled)
 
@@ -310,11 +312,11 @@ class CandidateEngine:
         keep: int = 1,
         states: bool = False,
     ) -> Iterator[tuple[int, int] | tuple[int, int, torch.Tensor] | CandidateResult]:
-        """Yield (candidate, token) as tokens are drawn, and last the result, unless the request was cancelled.
+        """Yield (candidate, token) as tokens are drawn, then the result, unless the request is cancelled.
 
-        With `states` (candidate, token, state): behind both final norms, `[hidden_size]` in the model's dtype and on
-        its device, what the token was drawn from, so that a next stage can begin before the end. The engine must have
-        been made with `states=True` (`ValueError`).
+        With `states`, yield (candidate, token, state). The state `[hidden_size]`, in the model's dtype and on its
+        device, is the one after both final norms that the token was drawn from; a next stage can so begin before the
+        end. This needs an engine made with `states=True`, else it raises `ValueError`.
         """
         if states and not self._keeps_states:
             raise ValueError("stream(states=True) needs an engine that keeps states: make it with states=True")
@@ -326,7 +328,7 @@ class CandidateEngine:
     async def generate_async(
         self, requests: Iterable[CandidateRequest] | CandidateRequest, sampling: SamplingParams | None = None, **options
     ) -> AsyncIterator[CandidateResult]:
-        """Run `generate` for asyncio: each call has a thread that does the work, and all calls share one batch."""
+        """Run `generate` for asyncio. Each call has its own thread; all calls share one batch."""
         call = self._call(requests, sampling, **options)
         iterator = self._results(call)
         loop, context = asyncio.get_running_loop(), copy_context()
@@ -334,21 +336,21 @@ class CandidateEngine:
         try:
             while True:
                 step = loop.run_in_executor(thread, lambda: context.run(next, iterator, None))
-                step.add_done_callback(lambda step: step.cancelled() or step.exception())  # nobody else reads it
+                step.add_done_callback(lambda step: step.cancelled() or step.exception())  # otherwise nobody reads it
                 if (result := await asyncio.shield(step)) is None:
                     return
                 yield result
         finally:
-            # The step under way ends first, even if this task is cancelled once more.
+            # The step under way ends first, even if this task is cancelled again.
             call.closed = True
             closed = loop.run_in_executor(thread, iterator.close)
             thread.shutdown(wait=False)
             await asyncio.shield(closed)
 
     def cancel(self, request: CandidateRequest) -> None:
-        """Drop a submitted request without a result; its candidates' places and pages are free at once.
+        """Drop a submitted request without a result. The slots and pages of its candidates are free at once.
 
-        From a listener, they are free at the end of the step.
+        Called from a listener, they are free at the end of the step.
         """
         self._work.drop(request)
         self._settle()
@@ -359,7 +361,7 @@ class CandidateEngine:
         return self._door.voices
 
     def voice(self, request: CandidateRequest) -> Voice:
-        """Return the voice of a request, from the cache where it is known; `save` it, and give it as `conditioning`."""
+        """Return the voice of a request, from the cache if it is there; `save` it, or give it as `conditioning`."""
         voice = partial(self._door.voice, request)
         return voice() if self._turns.mine else self._turns.take(voice)
 

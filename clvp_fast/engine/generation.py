@@ -1,8 +1,8 @@
-"""`generate()` on the candidate engine: which calls it can serve, and how it decodes them.
+"""`generate()` on the candidate engine: decides which calls the engine can serve, and decodes them.
 
 `GenerationMixin.generate` prepares every call: it merges and checks settings, and counts lengths. Its public argument
 `custom_generate` then puts the engine in the place of the loop over `forward`. The engine itself knows nothing of
-transformers; what it cannot serve keeps the loop.
+transformers. Calls that it cannot serve keep the loop.
 """
 
 import logging
@@ -47,12 +47,12 @@ SERVED = (
     "transformers' loop over the same modules serves every other setting, and hooked or replaced modules"
 )
 
-# Settings that the engine knows, or that change no token.
+# Settings that the engine supports, or that change no token.
 _KNOWN = {
     *("max_length", "max_new_tokens", "num_return_sequences", "bos_token_id", "eos_token_id", "pad_token_id"),
     *("do_sample", "temperature", "top_k", "top_p", "typical_p", "min_p", "repetition_penalty"),
     *("use_cache", "return_dict_in_generate", "transformers_version"),
-    # Settings of beams and assistants, which only other settings switch on.
+    # Settings of beams and assistants; they have no effect unless other settings turn these on.
     *("early_stopping", "length_penalty", "num_assistant_tokens", "num_assistant_tokens_schedule"),
     *("assistant_confidence_threshold", "assistant_lookbehind", "target_lookbehind"),
 }
@@ -86,15 +86,15 @@ class NotServed(Exception):
 
 
 def check_call(model: ClvpForCausalLM, given: GenerationConfig | None, args: tuple, kwargs: Mapping[str, Any]) -> None:
-    """Raise `NotServed` where a call of `generate` asks for something that the engine cannot do.
+    """Raise `NotServed` if a call of `generate` asks for something that the engine cannot do.
 
     Args:
         model: the `ClvpForCausalLM`.
-        given, args, kwargs: the call's `generation_config`, arguments behind it, and keywords.
+        given, args, kwargs: the call's `generation_config`, further positional arguments, and keywords.
     """
     defaults = vars(GenerationConfig())
     if any(not _absent(value) for value in args):
-        raise NotServed("it was given arguments behind generation_config")
+        raise NotServed("it got positional arguments after generation_config")
     for name, value in kwargs.items():
         if name not in defaults and not _absent(value):
             raise NotServed(f"it was given {name}")
@@ -124,7 +124,7 @@ def _absent(value: Any) -> bool:
 
 
 def _stop_token(eos_token_id: Any) -> int:
-    """Return the one stop token of a generation; raise `NotServed` where there is none, or several."""
+    """Return the one stop token of a generation; raise `NotServed` if it has none, or several."""
     if isinstance(eos_token_id, torch.Tensor):
         eos_token_id = eos_token_id.flatten().tolist()
     try:
@@ -137,7 +137,7 @@ def _stop_token(eos_token_id: Any) -> int:
 
 
 def check_model(model: ClvpForCausalLM) -> None:
-    """Raise `NotServed` where a `ClvpForCausalLM` does more than its class does, or lies on several devices."""
+    """Raise `NotServed` if a `ClvpForCausalLM` does more than its class does, or lies on several devices."""
     if (found := changed_module(model, model.kinds)) is not None:
         raise NotServed(found)
     for name, module in model.named_modules():
@@ -165,7 +165,7 @@ def split_prompts(conditioning_embeds: torch.Tensor, mask: torch.Tensor) -> list
         mask: `[batch, prompt + 1]`, 0 = padding, the last column the start token's.
 
     Raises:
-        NotServed: a prompt or its start token is hidden altogether.
+        NotServed: a prompt or its start token is masked out completely.
     """
     kept = mask.bool().cpu()
     if not kept[:, -1].all() or not kept[:, :-1].any(1).all():
@@ -187,7 +187,8 @@ class EngineLoop:
     When sampling, a call draws a seed for every prompt from torch's global generator.
 
     Args:
-        prompts: by row of the batch, `[length, hidden_size]`, carrying their positions, without the start token.
+        prompts: one for each row of the batch, `[length, hidden_size]`, with position embeddings, without the start
+            token.
     """
 
     def __init__(self, prompts: list[torch.Tensor]):
@@ -208,7 +209,7 @@ class EngineLoop:
         """
         for part in (*logits_processor, *stopping_criteria):
             if type(part) not in (*_PROCESSORS, *_CRITERIA):
-                raise NotServed(f"it is prepared with {type(part).__name__}")
+                raise NotServed(f"it uses {type(part).__name__}")
         stop = _stop_token(generation_config.eos_token_id)
         if stopping_criteria.max_length is None:
             raise NotServed("it has no greatest length")
@@ -219,7 +220,7 @@ class EngineLoop:
             loop = DecodeLoop(_runner(model, self.prompts, sampling))
         except ValueError as error:
             raise NotServed(str(error)) from error
-        # Seeds are drawn last: a call that transformers' loop serves finds the generator as it was.
+        # Seeds are drawn last, so that a call left to transformers' loop finds the generator unchanged.
         seeds = [0] * len(self.prompts)
         if sampling.do_sample:
             seeds = torch.randint(2**63 - 1, (len(self.prompts),)).tolist()
@@ -279,7 +280,7 @@ def _runner(
 
 @torch.inference_mode()
 def _decode(loop: DecodeLoop, jobs: list[Job], smaller: Callable[[int], Runner]) -> None:
-    """Fill the codes of `jobs`; where memory runs out, start again on `smaller(slots)` with half the slots."""
+    """Fill the codes of `jobs`; when memory runs out, start again on `smaller(slots)` with half the slots."""
     candidates, at_once = sum(len(job.codes) for job in jobs), loop.scheduler.max_batch
     LOGGER.debug("generate() runs on the engine: prompts %d, candidates %d, at once %d", len(jobs), candidates, at_once)
     while True:

@@ -1,4 +1,4 @@
-"""The latents of candidates as Tortoise's diffusion takes them: a second pass over fixed codes, cut in the silence."""
+"""The latents of candidates for Tortoise's diffusion: a second pass over fixed codes, cut in the final silence."""
 
 from collections.abc import Sequence
 
@@ -9,14 +9,14 @@ from clvp_fast.models.clvp.causal_lm import ClvpForCausalLM
 from clvp_fast.models.clvp.tokens import finished_codes, start_token
 from clvp_fast.models.common.layers import add_norm
 
-#: The number of silent codes in a row that the diffusion gets at the end of speech; the original cuts at the next one.
+#: The number of silent codes in a row that the diffusion gets after the speech; the original cuts at the next one.
 MAX_SILENCE = 8
 
 
 def cut_in_silence(codes: Sequence[int] | np.ndarray, silence: int) -> int:
-    """Return how many latents the original keeps of fixed `codes` `[length]`: those before a ninth code of silence.
+    """Return how many latents of fixed `codes` `[length]` the original keeps: all before a ninth silent code in a row.
 
-    The first run of more than eight codes `silence` counts, inside speech too; without one all are kept.
+    The first run of more than eight codes `silence` counts, even within speech; without such a run all are kept.
     """
     run = 0
     for place, code in enumerate(codes):
@@ -28,13 +28,13 @@ def cut_in_silence(codes: Sequence[int] | np.ndarray, silence: int) -> int:
 
 @torch.no_grad()
 def states_of_codes(decoder: ClvpForCausalLM, prompt: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-    """Return the state that predicts each code, behind both final norms, `[length, hidden_size]` in the model's dtype.
+    """Return the state that predicts each code, `[length, hidden_size]` in the model's dtype, after both final norms.
 
     As in the original's second pass (`return_latent=True`), the start token and the codes stand at positions 0, 1, 2,
     and so on, whichever positions they were drawn with.
 
     Args:
-        prompt: `[prompt, hidden_size]`, voice and text without the start token, carrying its positions.
+        prompt: `[prompt, hidden_size]`, voice and text without the start token, with position embeddings.
         codes: `[length]` int64, at least one; the last is not entered.
     """
     stack = decoder.model.decoder

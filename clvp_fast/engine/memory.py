@@ -1,4 +1,4 @@
-"""The plan of memory: the numbers of candidates and pages follow from the bytes that are free."""
+"""The memory plan: computes the numbers of candidates and pages from the bytes that are free."""
 
 import ctypes
 import os
@@ -20,7 +20,7 @@ from clvp_fast.ops.panels import padded
 MAX_BATCH = 512
 # On a CPU more slots take more memory and save no time.
 CPU_BATCH = 16
-# The torch path of `sample` holds so many bytes for each token of the vocabulary: scores, their order, running sums.
+# Bytes of the torch path of `sample` for each token of the vocabulary: scores, their order, running sums.
 _SAMPLE_BYTES = 56
 
 
@@ -34,11 +34,11 @@ class DecoderSizes:
     """The sizes of a decoder and of its device that a plan needs.
 
     Args:
-        itemsize, page_itemsize: bytes of a parameter, and of a stored key's or value's channel.
-        on_cpu: what a step needs beside its pages is counted as on a CPU, where prompts are prefilled one by one.
-        min_rows: of a step.
-        copied_weights: bytes of the layers' weights in 8 bits, if they are made.
-        panels: bytes of all products' weights once more, if they are packed.
+        itemsize, page_itemsize: bytes of a parameter, and of one number of a stored key or value.
+        on_cpu: count the memory of a step as on a CPU, where prompts are prefilled one by one.
+        min_rows: the fewest rows of a step.
+        copied_weights: bytes of the copies of the layers' weights in 8 bits, or 0.
+        panels: bytes of the packed copies of all products' weights, or 0.
     """
 
     num_layers: int
@@ -88,21 +88,21 @@ def _panels(model: Any, layers: torch.dtype, head: torch.dtype) -> int:
 
 
 def _layer_weights(model: Any) -> int:
-    """Count the weights of the layers' products, with four for each float32 scale of a row."""
+    """Count the weights of the layers' products; each row's float32 scale counts as four."""
     hidden, inner = model.config.hidden_size, model.config.inner_size
     return model.config.num_hidden_layers * (4 * hidden * hidden + 2 * hidden * inner + 4 * (5 * hidden + inner))
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Sizes for a `Runner` and its scheduler; prints as a table.
+    """Sizes for a `Runner` and its scheduler; it prints as a table.
 
     Args:
         max_batch: slots.
-        num_pages, page_size: pages of each layer, and tokens a page.
+        num_pages, page_size: pages of each layer, and tokens per page.
         max_new_tokens, max_prefix_len: the longest candidate and prompt that the tables have room for.
         budget: bytes that may be used.
-        parts: bytes by what they are for.
+        parts: bytes by purpose.
     """
 
     max_batch: int
@@ -136,9 +136,9 @@ def human_bytes(count: int) -> str:
 
 
 def trim_heap() -> None:
-    """Return freed memory of the host to the system, which glibc keeps otherwise; this takes some 3 ms.
+    """Return the host's freed memory to the system, which glibc would keep. This takes some 3 ms.
 
-    Weights and intermediate results come in few sizes, so that holes of one kind rarely fit the next.
+    Holes that freed weights leave in the heap rarely fit later allocations, because their sizes differ.
     """
     if (malloc_trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
         malloc_trim(0)
@@ -173,20 +173,21 @@ def plan(
 ) -> MemoryPlan:
     """Plan pages and slots for a decoder whose weights are loaded.
 
-    Slots are as many as can all come to their longest end at once, up to `max_batch`; pages beyond that hold prompts,
-    as many as all slots could use.
+    There are as many slots as can hold their longest candidates at once, up to `max_batch`. The remaining pages hold
+    prompts, at most one for each slot.
 
     Args:
         model: a `ClvpForCausalLM`, or its `DecoderSizes` (then `max_prefix_len` must be given).
-        free_bytes: free on its device now.
+        free_bytes: bytes free on its device now.
         memory_fraction: how much of that may be used, above 0 and at most 1.
         max_batch: the most slots; None: 512.
-        max_new_tokens, max_prefix_len: the longest candidate and prompt; the latter by default the longest of a text.
-        page_size: tokens a page.
+        max_new_tokens, max_prefix_len: the longest candidate and prompt in tokens; the latter by default that of the
+            longest text.
+        page_size: tokens per page.
         page_dtype, weight_dtype, states, packed: as for `Runner`.
 
     Raises:
-        ValueError: numbers that cannot be, or not even one candidate fits, with the sizes.
+        ValueError: impossible numbers; or not even one candidate fits, with the sizes.
     """
     if not 0 < memory_fraction <= 1:
         raise ValueError(f"memory_fraction must be above 0 and at most 1, not {memory_fraction}")
@@ -213,7 +214,7 @@ def plan(
     else:
         described = ", ".join(f"{human_bytes(count)} {name}" for name, count in needed.items() if count)
         raise ValueError(
-            f"one candidate of {max_new_tokens} tokens behind a prompt of {max_prefix_len} needs "
+            f"one candidate of {max_new_tokens} tokens after a prompt of {max_prefix_len} needs "
             f"{human_bytes(sum(needed.values()))} ({described}), and {human_bytes(budget)} may be used: free memory, "
             "ask for fewer new tokens, or use a half type"
         )

@@ -1,4 +1,4 @@
-"""Pages of keys and values: the pool knows which are free, and counts references to the others."""
+"""The pool of pages of keys and values: it knows which are free, and counts references to the others."""
 
 from collections.abc import Iterable
 

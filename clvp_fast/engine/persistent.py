@@ -9,7 +9,7 @@ from clvp_fast import native
 from clvp_fast.engine.decoder import KVPages, PagedDecoder
 from clvp_fast.engine.step import BoundStep
 from clvp_fast.engine.weights import DecoderWeights, LayerWeights
-from clvp_fast.ops.binding import Room
+from clvp_fast.ops.binding import Scratch
 from clvp_fast.ops.dispatch import device_guard
 
 #: The most candidates of a step.
@@ -65,16 +65,16 @@ def _address(tensor: torch.Tensor | None) -> int | None:
 class PersistentStep:
     """A decoder's step for up to four candidates, over pages of its own dtype; see [`PagedDecoder.step`].
 
-    Parameters are shared; where they lie is noted here, so they may not move afterwards (`DecoderWeights.sources`).
-    One step at a time: all use one workspace.
+    Parameters are shared. Their addresses are read here, so they may not move afterwards (`DecoderWeights.sources`).
+    Steps share one workspace, so they must run one at a time.
 
     Args:
         decoder: on a CUDA device.
-        pages: of the decoder.
-        max_pages, max_prefix_pages: the widths of the tables that `step` will be given, at most.
+        pages: the decoder's.
+        max_pages, max_prefix_pages: the greatest widths of the tables that `step` will get.
 
     Raises:
-        ValueError: the decoder is not one that it serves, with the reason.
+        ValueError: a decoder that it does not serve, with the reason.
         NativeLibraryError: the native library has no CUDA part.
     """
 
@@ -134,7 +134,7 @@ class PersistentStep:
 
         The tensors have up to four rows, and their last axis is contiguous.
         """
-        return self.bind(*entered, room=Room(len(entered[0]), self.decoder.device)).run()
+        return self.bind(*entered, scratch=Scratch(len(entered[0]), self.decoder.device)).run()
 
     def bind(
         self,
@@ -144,7 +144,7 @@ class PersistentStep:
         prefix_table: torch.Tensor,
         prefix_lens: torch.Tensor,
         prefix_index: torch.Tensor,
-        room: Room,
+        scratch: Scratch,
     ) -> BoundStep:
         """Return the one call that `step` makes on these tensors, as `PagedDecoder.bind` does."""
         decoder, count = self.decoder, len(tokens)
@@ -156,8 +156,8 @@ class PersistentStep:
         rows = tokens, seq_lens, block_table, prefix_table, prefix_lens, prefix_index
         if any(row.stride(-1) != 1 for row in rows if row.shape[-1] > 1):
             raise ValueError("tokens, lengths and tables must be contiguous along their last axis")
-        hidden = room("normed", count, decoder.hidden_size, dtype=decoder.dtype)
-        logits = room("logits", count, decoder.vocab_size, dtype=decoder.dtype)
+        hidden = scratch("normed", count, decoder.hidden_size, dtype=decoder.dtype)
+        logits = scratch("logits", count, decoder.vocab_size, dtype=decoder.dtype)
         call = native.PersistentDecodeCall.from_buffer_copy(self._call)
         call.tokens, call.seq_lens = tokens.data_ptr(), seq_lens.data_ptr()
         call.block_table, call.block_table_stride = block_table.data_ptr(), block_table.stride(0)

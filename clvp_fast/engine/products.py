@@ -7,7 +7,7 @@ import torch
 
 from clvp_fast import ops
 from clvp_fast.ops import panels as packing
-from clvp_fast.ops.binding import BoundCall, Room
+from clvp_fast.ops.binding import BoundCall, Scratch
 from clvp_fast.ops.linear import bind_linear
 
 # The number of rows of weights that are quantised at a time.
@@ -18,7 +18,7 @@ _ROWS = 256
 class Product:
     """A linear layer: `weight` `[out, in]`, `bias` `[out]` or None; with int8 weights `scale` `[out]` float32.
 
-    panels: the weights packed, a copy; None: they are read as they lie.
+    panels: a packed copy of the weights; None: the weights are read as they lie.
     """
 
     weight: torch.Tensor
@@ -29,27 +29,25 @@ class Product:
     def __call__(
         self, x: torch.Tensor, residual: torch.Tensor | None = None, activation: str | None = None
     ) -> torch.Tensor:
-        """Map `[..., in]` to `[..., out]`; a residual is added after the activation and gives the result its dtype."""
+        """Map `[..., in]` to `[..., out]`. A residual is added after the activation, and the result has its dtype."""
         return ops.linear(x, self.weight, self.bias, **self._settings(residual, activation))
 
     def bind(
         self,
         out: torch.Tensor,
-        room: Room,
+        scratch: Scratch,
         x: torch.Tensor,
         residual: torch.Tensor | None = None,
         activation: str | None = None,
     ) -> BoundCall:
         """Return the same call with its result in `out`, as `bind_linear` does."""
-        return bind_linear(out, room, x, self.weight, self.bias, **self._settings(residual, activation))
+        return bind_linear(out, scratch, x, self.weight, self.bias, **self._settings(residual, activation))
 
     def _settings(self, residual: torch.Tensor | None, activation: str | None) -> dict[str, Any]:
         return dict(scale=self.scale, activation=activation, residual=residual, panels=self.panels)
 
     def packed(self, dtype: torch.dtype) -> "Product":
-        """Return the product with panels of its weights, made now, for x of `dtype`; itself where no kernel reads
-        panels.
-        """
+        """Return the product with new panels of its weights, for x of `dtype`; or itself if no kernel reads panels."""
         if packing.unserved(dtype, self.weight) is not None:
             return self
         return replace(self, panels=packing.pack(self.weight))
@@ -62,14 +60,12 @@ class Product:
 
 @torch.no_grad()
 def in_int8(product: Product) -> Product:
-    """Return the product over a copy of its weights in 8 bits, symmetric, with a scale for each row; the bias is
-    shared.
-    """
+    """Return the product over a symmetric copy of its weights in 8 bits, with a scale for each row."""
     weight = product.weight
     # All kernels read contiguous rows best, so that a view whose columns are contiguous is copied into rows.
     copied = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     scale = torch.empty(len(weight), dtype=torch.float32, device=weight.device)
-    # Some rows at a time, because whole float32 copies of the weights would leave holes in the heap.
+    # A few rows at a time, because whole float32 copies of the weights would leave holes in the heap.
     for rows, copies, scales in zip(*(x.split(_ROWS) for x in (weight, copied, scale)), strict=True):
         wide = rows.float()
         # A row of zeros may have any scale; the smallest normal number avoids 0 / 0.

@@ -1,4 +1,4 @@
-"""CLVP's own ranking: how well candidates fit their text, as scores and embeddings."""
+"""CLVP's ranking: scores of how well candidates fit their text, and embeddings."""
 
 from collections.abc import Callable, Iterator, Sequence
 from numbers import Integral
@@ -21,18 +21,18 @@ Ranked = TypeVar("Ranked")
 class Ranker:
     """CLVP's [`Scorer`]: the text and the speech encoder of `model`, which must be in eval mode.
 
-    Mode "padded" is what original Tortoise does, and [`ClvpModelForConditionalGeneration.generate`] with
-    `pad_to_max_mel_tokens`: every candidate is filled up with stop tokens to one length, those become the codes of
-    silence, and all places are pooled. Mode "trimmed" embeds each candidate at its own length and pads nothing: less
-    work, and other scores, which are not comparable with those of "padded".
+    Mode "padded" works as original Tortoise, and as [`ClvpModelForConditionalGeneration.generate`] with
+    `pad_to_max_mel_tokens`: every candidate is filled up with stop tokens to one length, these become the codes of
+    silence, and all positions are pooled. Mode "trimmed" embeds each candidate at its own length without padding: this
+    is less work, and its scores are not comparable with those of "padded".
 
     Nothing here waits for the device. Embeddings are normalised, and scores computed, in float32.
 
     Args:
-        mode: what `rank` and `score` do, `rank` unless told otherwise.
-        pad_to: what `rank` does unless told otherwise. The default is Tortoise's length, 500 codes.
+        mode: the mode of `score`, and the default of `rank`.
+        pad_to: the default of `rank`, here Tortoise's length: 500 codes and the start token.
         max_tokens: how many codes go through the speech encoder at a time; a longer candidate goes alone. The default
-            is 16384 on a GPU, and 1024 on a CPU, where more take more memory and no less time.
+            is 16384 on a GPU, and 1024 on a CPU, where more would take more memory and save no time.
     """
 
     def __init__(
@@ -59,15 +59,15 @@ class Ranker:
         return mode, pad_to
 
     def score(self, request: CandidateRequest, text_ids: torch.Tensor, codes: Sequence, max_codes: int) -> Ranking:
-        """Rank with room for `max_codes`; where memory runs out, in smaller parts from then on."""
+        """Rank with padding to `max_codes`. When memory runs out, continue in smaller parts, now and in later calls."""
         pad_to = max_codes + 1
         return self._in_parts(pad_to, lambda: self.rank(text_ids, codes, pad_to=pad_to))
 
     @torch.no_grad()
     def score_fixed(self, text_ids: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-        """Score codes that are fixed already, `[candidates]` float32, as original CLVP scores pairs.
+        """Return scores `[candidates]` float32 of codes that are already fixed, as original CLVP scores pairs.
 
-        Where memory runs out, in smaller parts from then on.
+        When memory runs out, continue in smaller parts, now and in later calls.
 
         Args:
             text_ids: `[length]` whole numbers, the text with its end token.
@@ -78,7 +78,7 @@ class Ranker:
         return (speech * text).sum(1) * self.model.logit_scale.float().exp()
 
     def _in_parts(self, longest: int, rank: Callable[[], Ranked]) -> Ranked:
-        """Call `rank()`; where memory runs out, halve `max_tokens` and call it again, down to one candidate."""
+        """Call `rank()`; when memory runs out, halve `max_tokens` and call it again, down to one candidate."""
         while True:
             try:
                 return rank()
@@ -112,13 +112,13 @@ class Ranker:
         """Rank the candidates of a text, or of several texts at once.
 
         Args:
-            text_ids: `[length]` whole numbers, the text without tokens around it (the end token is added here); or a
-                list of such.
-            codes: the candidates, each `[length]` whole numbers: speech tokens without start and stop token. For a
-                list of texts, a list of candidates for each. An empty candidate (it stopped at once) is silence in
-                mode "padded", and comes last in mode "trimmed", where there is nothing to embed.
+            text_ids: `[length]` whole numbers, the text without start and end tokens (the end token is added here); or
+                a list of such.
+            codes: the candidates, each `[length]` whole numbers: speech tokens without start and stop tokens. For a
+                list of texts, a list of candidates for each. An empty candidate (it stopped at once) counts as silence
+                in mode "padded"; in mode "trimmed" it has nothing to embed, and comes last.
             mode: "padded" or "trimmed".
-            pad_to: for "padded", the length to pad to, the start token included, as `pad_to_max_mel_tokens`.
+            pad_to: the length that "padded" pads to, the start token included, as `pad_to_max_mel_tokens`.
 
         Returns:
             A [`Ranking`]; for a list of texts a list of them.
@@ -161,7 +161,7 @@ class Ranker:
         return rankings if several else rankings[0]
 
     def _speech(self, rows: list[torch.Tensor], mode: str, pad_to: int, like: torch.Tensor) -> torch.Tensor:
-        """Return normalised embeddings `[rows, projection_dim]` float32 of codes on the host."""
+        """Return normalised embeddings `[candidates, projection_dim]` float32 of codes on the host."""
         if not rows:
             return like[:0]
         if mode == "trimmed":
@@ -174,13 +174,13 @@ class Ranker:
         return self._fixed(finished_codes(rows, pad_to - 1, self.model.config.decoder_config))
 
     def _fixed(self, codes: torch.Tensor) -> torch.Tensor:
-        """Return normalised embeddings `[rows, projection_dim]` float32 of fixed codes `[rows, length]`."""
+        """Return normalised embeddings `[candidates, projection_dim]` float32 of fixed codes `[candidates, length]`."""
         parts = known_codes(codes, self.model.config).split(max(self.max_tokens // codes.shape[1], 1))
         embeds = [self.model.speech_encoder_model(input_ids=self._to_device(part)).embeds for part in parts]
         return normalized(torch.cat(embeds).float())
 
     def _embed(self, encoder, rows: list[torch.Tensor]) -> torch.Tensor:
-        """Return embeddings `[rows, projection_dim]` of token ids on the host, none of them padded."""
+        """Return embeddings `[sequences, projection_dim]` of token ids on the host, none of them padded."""
         embeds = []
         for part in self._parts(rows):
             lengths = torch.tensor([0, *map(len, part)], device="cpu")

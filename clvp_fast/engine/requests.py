@@ -1,4 +1,4 @@
-"""Requests to the engine, and their results. Arrays on the way out are numpy's; nothing here needs torch."""
+"""Requests to the engine, and their results. Arrays of results are numpy's; nothing here needs torch."""
 
 import math
 from contextlib import suppress
@@ -16,23 +16,23 @@ from clvp_fast.io.errors import sentence, shown
 class CandidateRequest:
     """A text to speak and a voice to speak it in.
 
-    Equal to itself alone, so that it can be a key. The content of arrays is looked at when the request's turn comes: a
-    bad clip fails its own request and no other.
+    A request equals only itself, so it can be a key. The content of arrays is checked when the engine takes the
+    request: a bad clip fails its own request and no other.
 
     Args:
-        text: to be cleaned and tokenized; or `input_ids`: token ids `[length]`.
+        text: the text, which is cleaned and tokenized; or `input_ids`: token ids `[length]`.
         audio: mono samples `[num_samples]` with `sampling_rate`, in Hz; or the path of a recording; or a dict of
             "array" and "sampling_rate", as datasets gives it; or a list of such clips of one voice, which are averaged
-            as Tortoise does. Or `input_features`: log-mel of the clip `[1, channels, frames]`; or
-            `conditioning`: a voice that the engine has saved, its path, or a bare latent `[hidden_size]`, Tortoise's
-            pair of latents, or the path of either as `.pth`.
-        crop_seed: of the 6 s that are used of longer clips, as Tortoise takes them at random; None: the first.
-        sampling: None: the parameters given to `generate`.
-        timeout: seconds from submission, after which the request fails; None: it waits.
-        id: anything of the caller's own; the engine does not look at it.
+            as in Tortoise. Instead of `audio`: `input_features`, the clip's log-mel `[1, channels, frames]`; or
+            `conditioning`: a [`Voice`], the path of a saved one, a bare latent `[hidden_size]`, Tortoise's pair of
+            latents, or the path of either as `.pth`.
+        crop_seed: seed of the random 6 s that are used of a longer clip, as in Tortoise; None: its first 6 s.
+        sampling: parameters of this request; None: those given to `generate`.
+        timeout: seconds from submission after which the request fails; None: no limit.
+        id: anything that the caller likes; the engine does not use it.
 
     Raises:
-        ValueError: not exactly one text or not exactly one voice, or a value that cannot be.
+        ValueError: no text or two, no voice or two, or an impossible value.
     """
 
     text: str | None = None
@@ -73,7 +73,7 @@ class CandidateRequest:
 
 
 def check_rate(rate) -> None:
-    """Raise `ValueError` for a sampling rate that cannot be."""
+    """Raise `ValueError` for an impossible sampling rate."""
     if isinstance(rate, bool) or not isinstance(rate, Integral) or rate <= 0:
         raise ValueError(f"sampling_rate must be a positive whole number of Hz, not {shown(rate)}")
 
@@ -95,19 +95,19 @@ _NOT_MADE: Any = None
 
 @dataclass(eq=False)
 class CandidateResult:
-    """All candidates of a request, in the order of their indices; or the error that kept them from being made.
+    """All candidates of a request, in the order of their indices; or the error because of which there are none.
 
     Args:
-        request: the very object that was given.
-        codes: `[num_candidates, longest]` int64, speech tokens without the start, padded with the stop token.
-        lengths: `[num_candidates]` int64, tokens before the stop.
-        stopped: `[num_candidates]` bool, whether a stop came before `max_new_tokens`.
-        scores: `[num_candidates]` float32, of the same row of `codes`; higher is better.
+        request: the object that was submitted.
+        codes: `[num_candidates, longest]` int64, speech tokens without the start token, padded with the stop token.
+        lengths: `[num_candidates]` int64, the number of tokens before the stop token.
+        stopped: `[num_candidates]` bool, whether the candidate drew the stop token within `max_new_tokens`.
+        scores: `[num_candidates]` float32, one for each row of `codes`; higher is better.
         text_embeds: `[projection_dim]` float32; speech_embeds: `[num_candidates, projection_dim]` float32; normalised.
-            None of a scorer that embeds nothing.
-        kept: `[keep]` int64, indices of the best candidates, the best first.
-        latents: by the index of each kept candidate `[1, latents, hidden_size]` float32, what Tortoise's diffusion
-            takes: a state for each code and for eight codes of silence behind them; None if not asked for.
+            None if the scorer makes no embeddings.
+        kept: `[keep]` int64, indices of the best candidates, best first.
+        latents: by the index of each kept candidate, `[1, latents, hidden_size]` float32 for Tortoise's diffusion: a
+            state for each code and for the eight codes of silence after them; None if the engine makes none.
         timings: seconds of `prepare`, `queue`, `decode` and `rank`.
         error: None, or why the request failed; all fields but `request` and `timings` are then None.
     """
@@ -125,9 +125,9 @@ class CandidateResult:
     error: Exception | None = None
 
     def failure(self, dtype: Any = "its dtype") -> str | None:
-        """Return in one sentence why no candidate can be used: the error, or scores that are not finite; else None.
+        """Return why no candidate can be used, in one sentence (the error, or scores that are not finite), or None.
 
-        A score of -inf is allowed for a candidate without tokens, which cannot be judged by itself.
+        A score of -inf is allowed for a candidate without tokens, which cannot be scored alone.
         """
         if self.error is not None:
             return sentence(self.error)
@@ -136,7 +136,7 @@ class CandidateResult:
         return None
 
     def best(self, k: int = 1) -> list[tuple[int, np.ndarray, float]]:
-        """Return the `k` best candidates, the best first: index, codes `[length]` without stop and padding, and score.
+        """Return the `k` best candidates, best first: index, codes `[length]` without stop and padding, and score.
 
         Raises `ValueError` if `k` is less than 1 or more than were kept, `RuntimeError` if the request failed.
         """

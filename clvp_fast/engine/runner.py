@@ -1,13 +1,13 @@
 """The data plane: pages, the state of decoding slots, and the step that advances them all.
 
-Only here the host and the device exchange anything: a scheduler's changes go there before a step, in one copy
-(`slots.py`), tokens come back behind it and are read when wanted. Within a step nothing is read on the host, and
-nothing decided: a step is a list of calls, bound at the first of its kind (`step.py`).
+Only here host and device exchange data: the scheduler's changes go to the device before a step, in one copy
+(`slots.py`), and the step's tokens come back after it. Within a step the host reads and decides nothing: a step is a
+list of calls, which is bound when a step of its kind first runs (`step.py`).
 
-The bits of a row. Our operators treat each row alone; torch's matrix products promise less, in float32 on a CPU
-(`decoder.min_rows`) and in float64, where hardly two numbers of rows agree. So a step has at least as many rows as give
-each its own bits, inactive ones for padding, and prompts are prefilled one by one; `deterministic=True` keeps one
-number of rows on any machine and in any dtype.
+The bits of a row: our operators compute each row independently of the others. torch's matrix products do not promise
+that in float32 on a CPU (`decoder.min_rows`) and in float64, where their bits change with nearly every number of rows.
+So a step is padded with inactive rows to a number from which bits no longer change, and prompts are prefilled one by
+one; `deterministic=True` keeps one number of rows on any machine and in any dtype.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,15 +19,15 @@ import numpy as np
 import torch
 
 from clvp_fast.engine.decoder import PagedDecoder, min_rows
-from clvp_fast.engine.marks import Marks
 from clvp_fast.engine.persistent import MAX_ROWS, PersistentStep
 from clvp_fast.engine.sampling_params import SamplingParams
 from clvp_fast.engine.scheduler import Prefill, Step, batch_buckets
 from clvp_fast.engine.slots import SlotState, to_device
 from clvp_fast.engine.step import ENTERED, bind_draw
+from clvp_fast.engine.weight_versions import WeightVersions
 from clvp_fast.models.clvp.causal_lm import ClvpForCausalLM
 from clvp_fast.models.clvp.tokens import longest_prompt, start_token, stop_token
-from clvp_fast.ops.binding import BoundCall, Room
+from clvp_fast.ops.binding import BoundCall, Scratch
 from clvp_fast.ops.dispatch import OPERATORS, device_guard, situation
 from clvp_fast.ops.paged_attention import FLOAT8
 
@@ -41,7 +41,7 @@ R = TypeVar("R")
 
 
 def _on_its_device(method: "Callable[Concatenate[Runner, P], R]") -> "Callable[Concatenate[Runner, P], R]":
-    """Make the runner's device the current one in a method, because streams, events and captures belong to it."""
+    """Make the runner's device the current one during a method, because streams, events and captures use that."""
 
     @wraps(method)
     def guarded(self: "Runner", *args: P.args, **kwargs: P.kwargs) -> R:
@@ -53,7 +53,7 @@ def _on_its_device(method: "Callable[Concatenate[Runner, P], R]") -> "Callable[C
 
 @dataclass(frozen=True)
 class StepHandle:
-    """A step under way: `results` `[2, rows]` int64 on the host, which are valid once `event` has happened."""
+    """A step under way: its `results` `[2, rows]` int64 on the host are valid once `event` has happened."""
 
     results: torch.Tensor
     num_slots: int
@@ -70,25 +70,26 @@ class Runner:
 
     Args:
         model: a `ClvpForCausalLM` in eval mode; its parameters are shared.
-        num_pages, page_size: pages of every layer, and tokens a page.
-        max_batch: slots, and rows of prefixes.
-        max_new_tokens: the most that a candidate may draw.
-        max_prefix_len: of a prompt in tokens; by default the longest that a text makes.
+        num_pages, page_size: pages of every layer, and tokens per page.
+        max_batch: the number of slots, and of rows of the prefix table.
+        max_new_tokens: the most tokens that a candidate may draw.
+        max_prefix_len: the most tokens of a prompt; by default those of the longest text.
         page_dtype: `torch.float8_e4m3fn`; None: the dtype of the model.
-        weight_dtype: `torch.int8`: the layers' products run over copies of their weights in 8 bits; None: as they are.
-        packed: products read panels of their weights, which are copies; those of weights that changed in place are made
-            anew when the next candidate is admitted.
+        weight_dtype: `torch.int8`: the layers' products run over copies of their weights in 8 bits; None: over the
+            weights.
+        packed: products read panels of their weights, which are copies. After weights change in place, the panels are
+            renewed when the next candidate is admitted.
         states: keep the hidden state, after both final norms, that each token was drawn from.
-        deterministic: every step has `max_batch` rows, so that their number has no say in the bits of a row; for
-            `paged_attention_decode` too, whose torch path would look at all rows, refused here.
+        deterministic: every step has `max_batch` rows, so that a row's bits cannot depend on their number. The torch
+            path of `paged_attention_decode` looks at all rows, so it is refused.
         capture: replay steps as CUDA graphs, once `warm_up` has captured them; None: on CUDA.
-        persistent: steps of up to four rows are one launch (`persistent.py`); they round in another order than larger
-            ones. On an H200 that gains a quarter for one candidate, and loses for four.
+        persistent: steps of up to four rows are one launch (`persistent.py`), which rounds in another order than larger
+            steps. On an H200 this gains a quarter for one candidate, and loses for four.
 
     Raises:
-        ValueError: sizes that cannot be, with their bounds; capturing without CUDA; a model that `persistent` does not
+        ValueError: impossible sizes, with their bounds; capturing without CUDA; a model that `persistent` does not
             serve, with the reason.
-        RuntimeError: `deterministic`, and attention has but its torch path here.
+        RuntimeError: `deterministic` is set, and attention has only its torch path here.
     """
 
     @torch.no_grad()
@@ -134,7 +135,7 @@ class Runner:
         self._bound: dict[tuple, tuple[BoundCall, ...]] = {}
 
         rows = self._capacity = max(max_batch, self._min_rows)
-        self._room = Room(rows, device)
+        self._scratch = Scratch(rows, device)
         self.slots = SlotState(
             rows,
             -(-max_new_tokens // page_size),
@@ -147,10 +148,10 @@ class Runner:
         )
         self.pages = decoder.pages(num_pages, page_size, page_dtype)
         self._made_for = decoder.dtype, decoder.device
-        self._copied: Marks | None = None
+        self._copied: WeightVersions | None = None
         if weight_dtype is not None or self.pages.scales is not None:
-            self._copied = Marks(model.model.decoder.layers, "model.decoder.layers.")
-        self._packed = Marks(model) if packed else None
+            self._copied = WeightVersions(model.model.decoder.layers, "model.decoder.layers.")
+        self._packed = WeightVersions(model) if packed else None
         self.require_kernel()
         self._persistent: PersistentStep | None = None
         if persistent:
@@ -160,7 +161,7 @@ class Runner:
         self._rows = torch.arange(rows, device=device)
         self._states = None
         if states:
-            # One place more than tokens, for the writes of a finished row.
+            # One position more than there are tokens, for the writes of a finished row.
             shape = rows, max_new_tokens + 1, decoder.hidden_size
             self._states = torch.empty(shape, dtype=decoder.dtype, device=device)
 
@@ -169,7 +170,7 @@ class Runner:
     def warm_up(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Capture the step of each batch bucket, the largest first, with `progress(captured, buckets)` after each.
 
-        Nothing is captured where steps are not. Raises `RuntimeError` while candidates hold slots.
+        Without capture this does nothing. Raises `RuntimeError` while candidates hold slots.
         """
         if not self._captures and self._persistent is None:
             return
@@ -178,7 +179,7 @@ class Runner:
         if self.decoder.follow():
             self._bound.clear()
         if self._persistent is not None:
-            self._make_persistent()  # from the parameters' present addresses
+            self._make_persistent()  # from the parameters' current addresses
         if not self._captures:
             return
         sizes = [self._capacity] if self.deterministic else batch_buckets(self._capacity)
@@ -192,7 +193,7 @@ class Runner:
                 self._step(size, typical_mass=1.0)
             current.wait_stream(side)
             graph = torch.cuda.CUDAGraph()
-            # Torch has only one stream for captures on all devices, so this device has its own.
+            # Torch's own stream for captures is one for all devices, so this device uses another.
             with torch.cuda.graph(graph, pool=pool, stream=side):
                 self._step(size, typical_mass=1.0)
             self._graphs[size] = graph
@@ -202,15 +203,15 @@ class Runner:
     @torch.inference_mode()
     @_on_its_device
     def apply(self, step: Step, prompts: Mapping[Any, torch.Tensor], params: Mapping[Any, SamplingParams]) -> None:
-        """Bring a scheduler's changes to the device, and prefill what is new.
+        """Bring a scheduler's changes to the device, and prefill new prompts.
 
         Args:
             step: the scheduler's `Step`; slots are numbered as before its moves.
-            prompts: by the key of each prefill, embeddings `[prefix_len, hidden_size]` that carry their positions.
+            prompts: by the key of each prefill, embeddings `[prefix_len, hidden_size]` with position embeddings added.
             params: by the key of each admission, `SamplingParams` with a seed.
 
         Raises:
-            ValueError: a prompt of another shape or too long, too many new tokens, no seed; nothing has changed then.
+            ValueError: a prompt of another shape or too long, too many new tokens, no seed. Nothing has changed then.
             RuntimeError: the model's parameters moved after `warm_up`.
         """
         if not (step.freed_slots or step.prefills or step.admitted or step.new_pages or step.moves):
@@ -221,9 +222,9 @@ class Runner:
             self.decoder.follow()
             self._bound.clear()
             if self._packed is not None:
-                self._packed = Marks(self.decoder.model)
+                self._packed = WeightVersions(self.decoder.model)
         if step.admitted and self._packed is not None and self._packed.changed() is not None:
-            self._packed = Marks(self.decoder.model)
+            self._packed = WeightVersions(self.decoder.model)
             self.decoder.weights.repack()
         for prefill in step.prefills:
             self._check_prompt(prefill, prompts[prefill.key])
@@ -236,7 +237,7 @@ class Runner:
     @torch.inference_mode()
     @_on_its_device
     def decode(self, num_slots: int) -> StepHandle:
-        """Start one step of the slots below `num_slots`, without waiting for it."""
+        """Start one step of the first `num_slots` slots, without waiting for it."""
         if not 1 <= num_slots <= self.max_batch:
             raise ValueError(f"num_slots must be from 1 to {self.max_batch}, not {num_slots}")
         rows = self._rows_of(num_slots)
@@ -257,7 +258,7 @@ class Runner:
     @torch.inference_mode()
     @_on_its_device
     def reset(self) -> None:
-        """Empty every slot after a step that broke off. Handles of earlier steps are void from then on."""
+        """Empty every slot after a step that broke off. Handles of earlier steps are no longer valid."""
         self.slots.clear()
         self._arrivals.zero_()
 
@@ -273,14 +274,14 @@ class Runner:
     def states(self, slot: int, length: int) -> torch.Tensor:
         """Return a copy of the hidden states that a candidate's first `length` tokens were drawn from.
 
-        `[length, hidden_size]` on the device. To be taken before the slot is given away; moves carry them along.
-        Raises `RuntimeError` where none are kept.
+        They are `[length, hidden_size]`, on the device. Take them before the slot gets another candidate; moves take
+        them along. Raises `RuntimeError` if none are kept.
         """
         return self._kept(slot)[:length].clone()
 
     @torch.no_grad()
     def state(self, slot: int, place: int) -> torch.Tensor:
-        """Return a copy of the hidden state `[hidden_size]` that a candidate's token was drawn from, as `states`."""
+        """Return a copy of the hidden state `[hidden_size]` of one token, as `states` does for all."""
         return self._kept(slot)[place].clone()
 
     def _kept(self, slot: int) -> torch.Tensor:
@@ -289,9 +290,9 @@ class Runner:
         return self._states[slot]
 
     def outdated(self) -> str | None:
-        """Return why steps would not use the model's present weights, as the start of a sentence; None: they do.
+        """Return why steps would not use the model's current weights, as the start of a sentence, or None.
 
-        A write through `.data`, after a copy was made, is not seen.
+        A write through `.data` after a copy was made is not noticed.
         """
         if (found := (self.decoder.dtype, self.decoder.device)) != self._made_for:
             dtype, device = self._made_for
@@ -312,9 +313,9 @@ class Runner:
         self._bound.clear()
 
     def require_kernel(self) -> None:
-        """Raise `RuntimeError` where a `deterministic` step would use attention's torch path.
+        """Raise `RuntimeError` if a `deterministic` step would use attention's torch path.
 
-        There the length of a row's sums depends on the longest row. `backend("torch")` around a call chooses that path.
+        In that path the length of a row's sums depends on the longest row. `backend("torch")` around a call chooses it.
         """
         if not self.deterministic:
             return
@@ -346,11 +347,11 @@ class Runner:
     def _step(self, rows: int, **shortcuts: float | bool) -> None:
         """Run one step of the first `rows` slots, which updates their state and writes `_result`.
 
-        shortcuts: numbers that `sample` takes in place of tensors, where that saves work and changes no token.
+        shortcuts: numbers that `sample` takes in place of tensors, to save work without changing a token.
         """
         key = (rows, *situation(), *shortcuts.items())
         calls = self._bound.pop(key, None) or self._bind(rows, shortcuts)
-        self._bound[key] = calls  # as the newest; the first is dropped first
+        self._bound[key] = calls  # as the newest; the oldest is dropped first
         if len(self._bound) > MAX_BOUND:
             del self._bound[next(iter(self._bound))]
         for call in calls:
@@ -359,19 +360,19 @@ class Runner:
     def _bind(self, rows: int, shortcuts: dict[str, float | bool]) -> tuple[BoundCall, ...]:
         """Bind the calls of a step; all choices are made here. Raises as `require_kernel`."""
         self.require_kernel()
-        state, room = self.slots.first(rows), self._room
-        inactive = room("inactive", rows, dtype=torch.bool)
+        state, scratch = self.slots.first(rows), self._scratch
+        inactive = scratch("inactive", rows, dtype=torch.bool)
         entered = [state[name] for name in ENTERED]
         if self._persistent is not None and rows <= MAX_ROWS:
-            bound = self._persistent.bind(*entered, room=room)
+            bound = self._persistent.bind(*entered, scratch=scratch)
         else:
-            bound = self.decoder.bind(*entered, pages=self.pages, arrivals=self._arrivals[:rows], room=room)
+            bound = self.decoder.bind(*entered, pages=self.pages, arrivals=self._arrivals[:rows], scratch=scratch)
         calls = [partial(torch.lt, state["seq_lens"], 0, out=inactive), *bound.calls]
         if self._states is not None:
-            # Inactive rows write behind the last kept state, at place `lengths`.
+            # Inactive rows write after the last kept state, at position `lengths`.
             places = self._rows[:rows], state["lengths"]
             calls.append(partial(self._states.index_put_, places, bound.hidden))
-        return *calls, *bind_draw(state, inactive, bound.logits, self._result(rows), shortcuts, room)
+        return *calls, *bind_draw(state, inactive, bound.logits, self._result(rows), shortcuts, scratch)
 
     def _check_prompt(self, prefill: Prefill, prompt: torch.Tensor) -> None:
         expected = prefill.prefix_len, self.decoder.hidden_size

@@ -20,9 +20,9 @@ class Range:
     """The values that a field of [`SamplingParams`] may have.
 
     Args:
-        kind: `int` or `float`, which a value becomes.
-        holds: whether a number lies in it.
-        wanted: what sentences say of it; `remark`: what those add that speak of Python.
+        kind: `int` or `float`, to which a value is converted.
+        holds: tells whether a number is in the range.
+        wanted: the range in words, for error sentences; `remark`: words that errors in Python add.
     """
 
     kind: type
@@ -51,25 +51,26 @@ RANGES = {
 class SamplingParams:
     """Parameters of one request's candidates, checked and turned into Python's own numbers.
 
-    The defaults are those that Tortoise runs with, whose `top_k` of 50 is one of transformers; the command line and
-    jobs over a corpus have theirs from here.
+    The defaults are those of Tortoise, including the `top_k` of 50 that it inherits from transformers. The command line
+    and jobs over a corpus use them too.
 
     Args:
-        num_candidates: how many are drawn; None: 16, or the one that greedy decoding has.
-        temperature, top_k, top_p, typical_p, min_p, repetition_penalty: as transformers' processors, applied as the
-            operator `sample` does. `top_k` 0 or None keeps all, as do 1, 1 and 0 of the next three.
-        max_new_tokens: a candidate without a stop token is cut there; the stop token counts.
-        do_sample: False: greedy, the likeliest token after the repetition penalty.
+        num_candidates: how many are drawn; None: 16, or 1 if decoding is greedy.
+        temperature, top_k, top_p, typical_p, min_p, repetition_penalty: as in transformers; the operator `sample`
+            applies them. All tokens are kept by a `top_k` of 0 or None, a `top_p` or `typical_p` of 1, and a `min_p` of
+            0.
+        max_new_tokens: the most tokens that a candidate draws, the stop token included.
+        do_sample: False for greedy decoding: the likeliest token after the repetition penalty.
         seed: candidate i's tokens depend on checkpoint, request, seed and i alone. None: the engine draws one.
         stop_token: ends a candidate; None: the decoder's `eos_token_id`.
-        penalize_prompt: the repetition penalty falls on code 1 from the beginning, as on the start token: to the
-            original its prompt is a row of 1s, to transformers the start token alone.
-        typical_mass: as `typical_p`, but behind the repetition penalty and before temperature and `top_k`: the
-            original's `typical_sampling`. 1 keeps all. It sorts the vocabulary in torch at each step, on a GPU in steps
-            that are launched and not replayed, for as long as a candidate in the batch asks for it.
+        penalize_prompt: from the first step, apply the repetition penalty to code 1 as well as to the start token. The
+            original's prompt is a row of 1s; transformers' is the start token alone.
+        typical_mass: as `typical_p`, but applied after the repetition penalty and before temperature and `top_k`, as
+            the original's `typical_sampling`. 1 keeps all tokens. While any candidate in the batch uses it, each step
+            sorts the vocabulary in torch, and steps on a GPU are launched instead of replayed.
 
     Raises:
-        ValueError: a value that cannot be, or several candidates of greedy decoding, which would all be equal.
+        ValueError: an impossible value, or several candidates of greedy decoding, which would all be equal.
     """
 
     num_candidates: int | None = None
@@ -125,15 +126,15 @@ class SamplingParams:
     def preset(cls, name: str, **overrides) -> "SamplingParams":
         """Make Tortoise's preset `name`, one of `PRESETS`: its number of candidates, and defaults or `overrides`.
 
-        Raises `ValueError` for an unknown name and for values that cannot be.
+        Raises `ValueError` for an unknown name and for impossible values.
         """
         if name not in PRESETS:
             raise ValueError(f"there is no preset {name!r}; there are {', '.join(PRESETS)}")
         return cls(**{"num_candidates": PRESETS[name], **overrides})
 
 
-#: The fields that the command line, a job's settings and its rows may set; checkpoints and Tortoise's objects decide on
-#: the others.
+#: The fields that the command line, a job's settings and its rows may set; the others follow from checkpoints and
+#: Tortoise's objects.
 SAMPLING = tuple(
     field.name
     for field in fields(SamplingParams)

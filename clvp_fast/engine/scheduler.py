@@ -1,14 +1,14 @@
-"""Which candidate decodes in which slot, and on which pages: decided between decode steps, without a tensor.
+"""Decides between decode steps, without a tensor, which candidate decodes in which slot and on which pages.
 
 A request's prompt is its prefix: it is prefilled once into pages that all its candidates share by reference. The
-candidate's own tokens, the start token first, lie in pages of the candidate: no page is ever written by two, so that
-none has to be copied on write. Step s of a candidate (s = 0, 1, ...) stores its own token s and draws token s + 1; its
-pages are allocated one at a time, when a step stores the first token of a page.
+candidate's own tokens, from the start token on, lie in pages of the candidate alone. So no page is written by two
+candidates, and none has to be copied on write. Step s of a candidate (s = 0, 1, ...) stores its own token s and draws
+token s + 1; its pages are allocated one at a time, when a step stores the first token of a page.
 
-Candidates are admitted in the order of requests, then of their own indices, and where pages run out the one admitted
-last is preempted: it starts again from its step 0 (and draws the same tokens, which depend on seed, candidate and step
-alone). All that run are therefore older than all that wait, and the oldest of all is never preempted: it always comes
-to its end. `schedule` touches what changes and no candidate besides.
+Candidates are admitted in the order of requests, then of their own indices. When pages run out, the one admitted last
+is preempted: it starts again from its step 0 (and draws the same tokens, which depend only on seed, candidate and
+step). So all running candidates are older than all waiting ones, and the oldest is never preempted: it always finishes.
+`schedule` touches only candidates that change.
 """
 
 from collections import OrderedDict, defaultdict, deque
@@ -28,7 +28,7 @@ class RequestTooLarge(ValueError):
 
 
 class Prefill(NamedTuple):
-    """Write the `prefix_len` tokens of a prompt into `pages`; row `prefix_row` of the prefix table then names these."""
+    """Write the `prefix_len` tokens of a prompt into `pages`, which row `prefix_row` of the prefix table will name."""
 
     key: Key
     prefix_row: int
@@ -37,7 +37,7 @@ class Prefill(NamedTuple):
 
 
 class Admission(NamedTuple):
-    """Start candidate `candidate` of request `key` in `slot`, at its step 0, behind the prefix of `prefix_row`."""
+    """Start candidate `candidate` of request `key` in `slot`, at its step 0, after the prefix of `prefix_row`."""
 
     slot: int
     key: Key
@@ -63,14 +63,14 @@ class Run:
 class Step:
     """The work before the next decode step, in the order of the fields; slots are numbered as before `moves`.
 
-    freed_slots: no longer active (finished, cancelled or preempted); some are taken again by `admitted`.
+    freed_slots: no longer active (finished, cancelled or preempted); `admitted` may take some of them again.
     prefills: prompts to write into pages.
     admitted: candidates that start.
     new_pages: (slot, index in the slot's own table, page), for old and new candidates.
-    moves: (source, target): the candidate in `source` goes on in `target`, and `source` is inactive. Targets are
+    moves: (source, target): the candidate in `source` continues in `target`, and `source` becomes inactive. Targets are
         inactive slots below all sources.
     num_slots: one past the highest active slot, after the moves.
-    runs: `[num_slots]`, who decodes in each slot in this step; None where it is inactive.
+    runs: `[num_slots]`, the candidate that decodes in each slot in this step; None for an inactive slot.
     """
 
     freed_slots: list[int] = field(default_factory=list)
@@ -84,7 +84,7 @@ class Step:
 
 @dataclass(eq=False, slots=True)
 class _Request:
-    """A request with candidates that wait or run; its prefix has pages from the first admission on."""
+    """A request with waiting or running candidates; its prefix has pages from the first admission on."""
 
     key: Key
     prefix_len: int
@@ -104,10 +104,10 @@ def batch_buckets(max_batch: int) -> list[int]:
 class Scheduler:
     """Schedule candidates of many requests in `max_batch` slots over `num_pages` pages of `page_size` tokens.
 
-    Call `schedule`, decode, `advance` with the slots that finished, and so on until `schedule` gives None.
+    Call `schedule`, decode, call `advance` with the slots that finished, and repeat until `schedule` returns None.
 
     Args:
-        max_new_tokens_limit: the most tokens that a candidate may draw, which is what the slots' tables have room for.
+        max_new_tokens_limit: the most tokens that a candidate may draw, for which the slots' tables have room.
         lag: 1: tokens are read a step late, so that `schedule` may be called once more before each `advance`.
     """
 
@@ -128,22 +128,22 @@ class Scheduler:
         self._idle: set[_Request] = set()  # requests with a prefix in pages and no running candidate
         self._slots: list[Run | None] = [None] * max_batch
         self._free_slots = list(range(max_batch))  # a heap: the lowest slot is taken first
-        self._free_rows = list(reversed(range(max_batch)))
+        self._free_prefix_rows = list(reversed(range(max_batch)))
         self._num_slots = 0
         self._freed: list[int] = []
         self._due: defaultdict[int, list[Run]] = defaultdict(list)  # by step, the runs whose last page is full then
         self._next = 0  # the number of the next step
         self._in_flight: deque[Step] = deque()
-        self._crowded = False  # from a preemption until pages come back: a new candidate would be preempted at once
+        self._crowded = False  # true after a preemption until pages are freed
         self._bucket = [0]  # the bucket of each number of slots
         for size in batch_buckets(max_batch):
             self._bucket += [size] * (size + 1 - len(self._bucket))
 
     def add(self, key: Key, prefix_len: int, num_candidates: int, max_new_tokens: int) -> None:
-        """Queue a request behind all others.
+        """Queue a request after all others.
 
-        Raises `RequestTooLarge` where not even one candidate of it could ever come to its end, `ValueError` for a key
-        that is in use or a count below 1.
+        Raises `RequestTooLarge` if not even one of its candidates could finish, and `ValueError` for a key that is in
+        use or a count below 1.
         """
         if key in self._requests:
             raise ValueError(f"request {key!r} is still waiting or running: finish or cancel it first")
@@ -181,10 +181,10 @@ class Scheduler:
         self._crowded = False
 
     def schedule(self) -> Step | None:
-        """Plan the work before the next decode step; None where nothing waits or runs.
+        """Plan the work before the next decode step; return None if nothing waits or runs.
 
-        Slots and pages that `advance` and `cancel` freed are handed out from here on, behind the steps in flight.
-        Raises `RuntimeError` where more than `lag` steps wait for their `advance`.
+        Slots and pages that `advance` and `cancel` freed can be given out again here; the device uses them after the
+        steps in flight. Raises `RuntimeError` if more than `lag` steps wait for their `advance`.
         """
         if len(self._in_flight) > self.lag:
             raise RuntimeError(f"{len(self._in_flight)} steps are in flight: call advance() first")
@@ -201,14 +201,13 @@ class Scheduler:
         return step
 
     def advance(self, finished_slots: Iterable[int]) -> list[Key]:
-        """Take candidates off their slots that drew their last token in the oldest step under way.
+        """Remove the candidates that drew their last token in the oldest step in flight.
 
         Args:
-            finished_slots: as numbered in that step. Passed over are slots without a candidate, and candidates that
-                have finished, been cancelled or preempted since: a token that is read late may be theirs.
+            finished_slots: as numbered in that step. Slots without a candidate are skipped, and so are candidates that
+                have finished or been cancelled or preempted since, whose tokens may be read late.
 
-        Returns the keys of requests of which this was the last candidate. Raises `RuntimeError` where no step is in
-        flight.
+        Returns the keys of requests whose last candidate this was. Raises `RuntimeError` if no step is in flight.
         """
         if not self._in_flight:
             raise RuntimeError("no step is in flight: call schedule() first")
@@ -245,7 +244,7 @@ class Scheduler:
         self._give(step, due)
 
     def _admit(self, step: Step) -> None:
-        """Fill free slots from the queue, in order, as far as pages go."""
+        """Fill free slots from the queue, in order, as long as there are pages."""
         admitted = []
         while self._waiting and self._free_slots and not self._crowded:
             request = next(iter(self._waiting.values()))
@@ -258,7 +257,7 @@ class Scheduler:
         self._give(step, admitted)
 
     def _start(self, request: _Request, step: Step) -> None:
-        request.prefix_row = self._free_rows.pop()
+        request.prefix_row = self._free_prefix_rows.pop()
         request.prefix_pages = self.pool.allocate(self._pages(request.prefix_len))
         step.prefills.append(Prefill(request.key, request.prefix_row, request.prefix_pages, request.prefix_len))
 
@@ -297,14 +296,14 @@ class Scheduler:
         self._crowded = True
 
     def _stop(self, run: Run) -> None:
-        """Take a candidate off its slot; the request keeps its own reference to the prefix."""
+        """Remove a candidate from its slot; the request keeps its own reference to the prefix."""
         request, slot = run.request, run.slot
         assert slot is not None
         self.pool.release(run.pages)
         self.pool.release(request.prefix_pages)
         del self._running[run]
         if not self._running:
-            self._due.clear()  # it would keep ended requests in memory
+            self._due.clear()  # else it would keep ended requests in memory
         request.running.discard(run)
         if not request.running:
             self._idle.add(request)
@@ -320,7 +319,7 @@ class Scheduler:
     def _drop_prefix(self, request: _Request) -> None:
         assert request.prefix_row is not None
         self.pool.release(request.prefix_pages)
-        self._free_rows.append(request.prefix_row)
+        self._free_prefix_rows.append(request.prefix_row)
         request.prefix_pages, request.prefix_row = [], None
         self._idle.discard(request)
 
@@ -331,7 +330,7 @@ class Scheduler:
         del self._requests[request.key]
 
     def _compact(self, step: Step) -> None:
-        """Move the highest candidates into the free slots below them, where the batch then fits a smaller bucket."""
+        """Move the highest candidates into free slots below them, if the batch then fits a smaller bucket."""
         self._trim()
         active = len(self._running)
         if self._bucket[active] == self._bucket[self._num_slots]:

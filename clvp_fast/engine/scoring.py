@@ -12,13 +12,13 @@ from clvp_fast.engine.requests import CandidateRequest
 
 @dataclass(frozen=True)
 class Ranking:
-    """The scores of one text's candidates, in the order in which the candidates were given; on any device.
+    """The scores of one text's candidates, in the order of the candidates; on any device.
 
     Args:
-        scores: `[candidates]` floating point, the higher the better. CLVP's are float32, scaled cosine similarities,
-            and -inf for an empty candidate of mode "trimmed".
-        text_embeds: `[dim]` float32, of length 1; None of a scorer that embeds nothing, as the next.
-        speech_embeds: `[candidates, dim]` float32, of length 1; zeros for an empty candidate as above.
+        scores: `[candidates]` floating point; higher is better. CLVP's are scaled cosine similarities in float32, and
+            -inf for an empty candidate in mode "trimmed".
+        text_embeds: `[dim]` float32, of length 1; this and the next are None if the scorer makes no embeddings.
+        speech_embeds: `[candidates, dim]` float32, of length 1; zeros for an empty candidate in mode "trimmed".
     """
 
     scores: torch.Tensor
@@ -26,31 +26,32 @@ class Ranking:
     speech_embeds: torch.Tensor | None = None
 
     def top(self, k: int) -> torch.Tensor:
-        """Return indices `[min(k, candidates)]` int64, best first, of equal ones the earlier. NaN counts as -inf."""
+        """Return indices `[min(k, candidates)]` int64, best first; ties go to the earlier one. NaN counts as -inf."""
         if k < 1:
             raise ValueError(f"k must be at least 1, not {k}")
         return self.scores.nan_to_num(nan=-torch.inf, neginf=-torch.inf).sort(descending=True, stable=True).indices[:k]
 
 
 class Scorer(Protocol):
-    """A judge of candidates; [`CandidateEngine`] takes any object that has this method.
+    """Scores candidates. [`CandidateEngine`] takes any object that has this method.
 
-    The engine's own is [`Ranker`], with CLVP's encoders. Another one may turn codes into sound and listen to that.
+    The default is [`Ranker`], with CLVP's encoders. Another scorer may, for example, turn codes into sound and score
+    that.
     """
 
     def score(
         self, request: CandidateRequest, text_ids: torch.Tensor, codes: Sequence[np.ndarray], max_codes: int
     ) -> Ranking:
-        """Judge all candidates of one request. Called in inference mode; what it raises fails that request alone.
+        """Score all candidates of one request. It is called in inference mode; an error fails that request alone.
 
         Args:
-            request: the very object that was given to the engine, with the text as it was written and its `id`.
-            text_ids: `[length]` int64 on the CPU, the text as the decoder read it, without tokens around it.
-            codes: the candidates, each `[length]` int64, without start and stop token; a length may be 0.
+            request: the object that was given to the engine, with the text as it was written and its `id`.
+            text_ids: `[length]` int64 on the CPU, the text as the decoder read it, without start and end tokens.
+            codes: the candidates, each `[length]` int64, without start and stop tokens; a length may be 0.
             max_codes: the most codes that a candidate of this request could have.
 
         Returns:
-            A [`Ranking`] of as many scores as there are candidates.
+            A [`Ranking`] with one score for each candidate.
         """
         ...
 

@@ -32,23 +32,25 @@ NEUTRAL = {
 
 
 class SlotState:
-    """Hold the state tensors of `rows` slots, all inactive at first.
+    """Hold the state tensors of `capacity` slots, all inactive at first.
 
-    By name in `tensors`, their first axis the slots (of `prefix_table` and `prefix_lens`, the rows of prefixes):
-    int64 `token` (the next to enter), `lengths`, `limit`, `stop`, `seed`, `candidate`, `top_k`; float64 `temperature`,
-    `top_p`, `typical_p`, `min_p`, `repetition_penalty`, `typical_mass`; int32 `seq_lens` (-1: inactive),
-    `prefix_index`, `prefix_lens`, `block_table` `[rows, own_pages]`, `prefix_table` `[rows, prefix_pages]`, `seen`
-    `[rows, ceil(vocab_size / 32)]`; bool `do_sample`.
+    `tensors` has them by name. Their first axis is the slots, or for `prefix_table` and `prefix_lens` the prefixes:
+
+    int64: `token` (the next to enter), `lengths`, `limit`, `stop`, `seed`, `candidate`, `top_k`.
+    float64: `temperature`, `top_p`, `typical_p`, `min_p`, `repetition_penalty`, `typical_mass`.
+    int32: `seq_lens` (-1: inactive), `prefix_index`, `prefix_lens`, `block_table` `[capacity, own_pages]`,
+        `prefix_table` `[capacity, prefix_pages]`, `seen` `[capacity, ceil(vocab_size / 32)]`.
+    bool: `do_sample`.
 
     Args:
         own_pages, prefix_pages: the most pages of a candidate and of a prompt.
-        max_new_tokens: the most that a candidate may draw.
-        start_token, stop_token: the token that candidates begin with, and the default of those that end them.
+        max_new_tokens: the most tokens that a candidate may draw.
+        start_token, stop_token: the token that candidates begin with, and the default of the one that ends them.
     """
 
     def __init__(
         self,
-        rows: int,
+        capacity: int,
         own_pages: int,
         prefix_pages: int,
         *,
@@ -58,18 +60,18 @@ class SlotState:
         stop_token: int,
         device: torch.device,
     ):
-        self.rows = rows
+        self._capacity = capacity
         self.device = device
         self._max_new_tokens = max_new_tokens
         self._start_token, self._stop_token = start_token, stop_token
         shapes = dict(
-            wide=(len(_WHOLE) + len(_REAL), 2 * rows),
-            seq_lens=(rows,),
-            prefix_index=(rows,),
-            prefix_lens=(rows,),
-            block_table=(rows, own_pages),
-            prefix_table=(rows, prefix_pages),
-            seen=(rows, -(-vocab_size // 32)),
+            wide=(len(_WHOLE) + len(_REAL), 2 * capacity),
+            seq_lens=(capacity,),
+            prefix_index=(capacity,),
+            prefix_lens=(capacity,),
+            block_table=(capacity, own_pages),
+            prefix_table=(capacity, prefix_pages),
+            seen=(capacity, -(-vocab_size // 32)),
         )
         sizes = [int(np.prod(shape)) for shape in shapes.values()]
         self._offsets = dict(zip(shapes, np.cumsum([0, *sizes]).tolist(), strict=False))
@@ -86,9 +88,9 @@ class SlotState:
         for name, value in NEUTRAL.items():
             tensors[name].fill_(value)
         # The host's record of its slots: which are taken, which decode greedily, and their parameters.
-        self.active = np.zeros(rows, dtype=bool)
-        self._greedy = np.zeros(rows, dtype=bool)
-        self._known = {name: np.full(rows, value, dtype=np.float64) for name, value in NEUTRAL.items()}
+        self.active = np.zeros(capacity, dtype=bool)
+        self._greedy = np.zeros(capacity, dtype=bool)
+        self._known = {name: np.full(capacity, value, dtype=np.float64) for name, value in NEUTRAL.items()}
         # The results of `shortcuts` by number of rows, until the slots change.
         self._found: dict[int, dict[str, float | bool]] = {}
 
@@ -96,14 +98,14 @@ class SlotState:
         """Make every slot inactive."""
         self._found.clear()
         self.tensors["seq_lens"].fill_(-1)
-        self._forget(np.arange(self.rows))
+        self._forget(np.arange(self._capacity))
 
     def first(self, rows: int) -> dict[str, torch.Tensor]:
         """Return `tensors` of the first `rows` slots; tables of prefixes are whole."""
         return {name: x if name in ("prefix_table", "prefix_lens") else x[:rows] for name, x in self.tensors.items()}
 
     def shortcuts(self, rows: int) -> dict[str, float | bool]:
-        """Return numbers that `sample` can take for the first `rows` slots' tensors without changing a token.
+        """Return numbers that `sample` can take in place of the first `rows` slots' tensors, with the same tokens.
 
         They are a parameter's neutral value where all slots have it, and the `do_sample` that the active slots share.
         """
@@ -173,7 +175,7 @@ class SlotState:
         """Write the first state of candidates, and their parameters."""
         wide = np.stack([states[admission.key] for admission in admitted])
         wide[:, _WHOLE.index("candidate")] = [admission.candidate for admission in admitted]
-        words = (np.arange(wide.shape[1]) * self.rows + slots[:, None])[..., None] * 2 + np.arange(2)
+        words = (np.arange(wide.shape[1]) * self._capacity + slots[:, None])[..., None] * 2 + np.arange(2)
         updates.put("wide", words.ravel(), wide.view(np.int32).ravel())
         updates.put("seq_lens", slots, 0)
         updates.put("prefix_index", slots, [admission.prefix_row for admission in admitted])

@@ -1,7 +1,7 @@
-"""The decode step as a list of calls: implementations and addresses are chosen when the list is made, never within it.
+"""The decode step as a list of calls: implementations and addresses are fixed when the list is made.
 
-embed → layers → norms → head → draw → state, over tensors that stay where they are: a step of some number of rows is
-bound once, and run any number of times. A choice also depends on `dispatch.situation`.
+embed → layers → norms → head → draw → state, over tensors that stay where they are. A step of a given number of rows is
+bound once and can run any number of times. The choices also depend on `dispatch.situation`.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ import torch
 
 from clvp_fast.engine.slots import NEUTRAL
 from clvp_fast.engine.weights import LayerWeights
-from clvp_fast.ops.binding import BoundCall, Room, copying
+from clvp_fast.ops.binding import BoundCall, Scratch, copying
 from clvp_fast.ops.embedding import bind_embed
 from clvp_fast.ops.mlp import bind_gelu_mlp
 from clvp_fast.ops.norm import bind_add_norm, bind_double_layer_norm
@@ -23,13 +23,13 @@ from clvp_fast.ops.sampling_torch import keep_typical
 if TYPE_CHECKING:
     from clvp_fast.engine.decoder import KVPages, PagedDecoder
 
-#: The tensors of the slots' state that a decoder's step reads, in its order of arguments.
+#: The tensors of the slots' state that a decoder's step reads, in the order of its arguments.
 ENTERED = ("token", "seq_lens", "block_table", "prefix_table", "prefix_lens", "prefix_index")
 
 
 @dataclass(frozen=True)
 class BoundStep:
-    """Calls that enter a token of each row, and the tensors that they leave hidden states and logits in."""
+    """The calls that enter a token of each row, and the tensors in which they leave hidden states and logits."""
 
     calls: tuple[BoundCall, ...]
     hidden: torch.Tensor
@@ -48,63 +48,68 @@ def bind_decoder(
     seq_lens: torch.Tensor,
     tables: dict[str, torch.Tensor | None],
     pages: "KVPages",
-    room: Room,
+    scratch: Scratch,
 ) -> BoundStep:
     """Bind `PagedDecoder.step` to these tensors; `tables` are those of `paged_attention_decode`, with `arrivals`."""
     weights, rows, shape = decoder.weights, len(tokens), (len(tokens), decoder.hidden_size)
-    residual, between = (room(name, *shape, dtype=decoder.residual_dtype) for name in ("residual", "between"))
-    normed = room("normed", *shape, dtype=decoder.dtype)
-    logits = room("logits", rows, decoder.vocab_size, dtype=decoder.dtype)
-    positions = room("positions", rows, dtype=seq_lens.dtype)
+    residual, between = (scratch(name, *shape, dtype=decoder.residual_dtype) for name in ("residual", "between"))
+    normed = scratch("normed", *shape, dtype=decoder.dtype)
+    logits = scratch("logits", rows, decoder.vocab_size, dtype=decoder.dtype)
+    positions = scratch("positions", rows, dtype=seq_lens.dtype)
     calls = [
-        *_positions(positions, seq_lens, decoder.contiguous_positions, room),
-        bind_embed(residual, room, tokens, positions, weights.token_table, weights.position_table),
+        *_positions(positions, seq_lens, decoder.contiguous_positions, scratch),
+        bind_embed(residual, scratch, tokens, positions, weights.token_table, weights.position_table),
     ]
     for index, layer in enumerate(weights.layers):
-        attended = room("attended", *shape, dtype=decoder.dtype)
+        attended = scratch("attended", *shape, dtype=decoder.dtype)
         stored = {"seq_lens": seq_lens, **tables, **pages.layer(index), "scale": decoder.head_dim**-0.5}
-        calls += _attention(attended, room, layer, residual, normed, stored)
-        calls += _behind_attention(attended, room, layer, residual, between, normed)
+        calls += _attention(attended, scratch, layer, residual, normed, stored)
+        calls += _behind_attention(attended, scratch, layer, residual, between, normed)
     first, second = weights.last_norm, weights.final_norm
     affines = {f"{name}{n}": x for n, norm in ((1, first), (2, second)) for name, x in vars(norm).items()}
     calls += [
-        bind_double_layer_norm((between, normed), room, residual, **affines),
-        weights.head.bind(logits, room, normed),
+        bind_double_layer_norm((between, normed), scratch, residual, **affines),
+        weights.head.bind(logits, scratch, normed),
     ]
     return BoundStep(tuple(calls), normed, logits)
 
 
-def _positions(positions: torch.Tensor, seq_lens: torch.Tensor, contiguous: bool, room: Room) -> list[BoundCall]:
+def _positions(positions: torch.Tensor, seq_lens: torch.Tensor, contiguous: bool, scratch: Scratch) -> list[BoundCall]:
     """Bind the positions of tokens that follow `seq_lens` others.
 
-    The k-th speech token stands at position k + 1, as in the original with its cache. Training counted k, and so do
+    The k-th speech token has position k + 1, as in the original with its cache. In training it had position k, as with
     contiguous positions.
     """
     calls: list[BoundCall] = [partial(torch.clamp, seq_lens, min=0, out=positions)]
     if not contiguous:
-        begun = room("begun", len(seq_lens), dtype=torch.bool)
+        begun = scratch("begun", len(seq_lens), dtype=torch.bool)
         calls += [partial(torch.gt, positions, 0, out=begun), partial(torch.add, positions, begun, out=positions)]
     return calls
 
 
 def _attention(
-    attended: torch.Tensor, room: Room, layer: LayerWeights, residual: torch.Tensor, normed: torch.Tensor, stored: dict
+    attended: torch.Tensor,
+    scratch: Scratch,
+    layer: LayerWeights,
+    residual: torch.Tensor,
+    normed: torch.Tensor,
+    stored: dict,
 ) -> list[BoundCall]:
     """Bind the norm of the residual, its projections, and attention over the pages in `stored`."""
-    calls = [bind_add_norm((None, normed), room, residual, **vars(layer.input_norm), kind="layer")]
+    calls = [bind_add_norm((None, normed), scratch, residual, **vars(layer.input_norm), kind="layer")]
     rows, heads = len(attended), layer.num_heads
     projected = []
     for number, product in enumerate(layer.projections):
-        out = room(f"projection {number}", rows, len(product.weight), dtype=normed.dtype)
-        calls.append(product.bind(out, room, normed))
+        out = scratch(f"projection {number}", rows, len(product.weight), dtype=normed.dtype)
+        calls.append(product.bind(out, scratch, normed))
         projected += out.view(rows, -1, heads, attended.shape[1] // heads).unbind(1)
-    calls.append(bind_paged_attention_decode(attended.view_as(projected[0]), room, *projected, **stored))
+    calls.append(bind_paged_attention_decode(attended.view_as(projected[0]), scratch, *projected, **stored))
     return calls
 
 
 def _behind_attention(
     attended: torch.Tensor,
-    room: Room,
+    scratch: Scratch,
     layer: LayerWeights,
     residual: torch.Tensor,
     between: torch.Tensor,
@@ -112,24 +117,24 @@ def _behind_attention(
 ) -> list[BoundCall]:
     """Bind the rest of a layer after attention, up to the next residual, which takes this one's place."""
     norm = dict(**vars(layer.post_norm), kind="layer")
-    if attended.device.type == "cpu":  # there the product adds the residual, elsewhere the norm does
+    if attended.device.type == "cpu":  # here the product adds the residual; in the other case the norm does
         calls = [
-            layer.out.bind(between, room, attended, residual),
-            bind_add_norm((None, normed), room, between, **norm),
+            layer.out.bind(between, scratch, attended, residual),
+            bind_add_norm((None, normed), scratch, between, **norm),
         ]
     else:
-        out = room("out", *attended.shape, dtype=attended.dtype)
+        out = scratch("out", *attended.shape, dtype=attended.dtype)
         calls = [
-            layer.out.bind(out, room, attended),
-            bind_add_norm((between, normed), room, out, residual, **norm),
+            layer.out.bind(out, scratch, attended),
+            bind_add_norm((between, normed), scratch, out, residual, **norm),
         ]
     if layer.is_one_block:
-        return [*calls, bind_gelu_mlp(residual, room, normed, **layer.block(), residual=between)]
-    wide = room("mlp", len(normed), len(layer.mlp_in.weight), dtype=normed.dtype)
-    calls.append(layer.mlp_in.bind(wide, room, normed, activation=layer.activation))
+        return [*calls, bind_gelu_mlp(residual, scratch, normed, **layer.block(), residual=between)]
+    wide = scratch("mlp", len(normed), len(layer.mlp_in.weight), dtype=normed.dtype)
+    calls.append(layer.mlp_in.bind(wide, scratch, normed, activation=layer.activation))
     if layer.activation is None:
         calls.append(copying(partial(layer.act, wide), wide))
-    return [*calls, layer.mlp_out.bind(residual, room, wide, between)]
+    return [*calls, layer.mlp_out.bind(residual, scratch, wide, between)]
 
 
 def bind_draw(
@@ -138,23 +143,23 @@ def bind_draw(
     logits: torch.Tensor,
     results: torch.Tensor,
     shortcuts: dict[str, Any],
-    room: Room,
+    scratch: Scratch,
 ) -> list[BoundCall]:
-    """Bind drawing: tokens of logits `[rows, vocab_size]` enter `state`, and with flags of the last ones `results`.
+    """Bind the draw of tokens from logits `[rows, vocab_size]`, which writes `state` and `results`.
 
-    `state` is that of the first rows; rows that are `inactive` have no token. `results` is `[2, rows]` int64.
-    `shortcuts` are numbers that `sample` takes in place of tensors, where that saves work and changes no token. Without
-    a shortcut of `typical_mass`, a call for it comes first.
+    `state` is that of the first rows; rows that are `inactive` draw no token. `results` `[2, rows]` int64 gets the
+    tokens, and 1 for each last one. `shortcuts` are numbers that `sample` takes in place of tensors, to save work
+    without changing a token. Without a shortcut for `typical_mass`, a call that applies it comes first.
     """
     tokens, lengths, seq_lens = results[0], state["lengths"], state["seq_lens"]
     settings = {name: state[name] for name in (*NEUTRAL, "do_sample")} | shortcuts
     mass, calls = settings.pop("typical_mass"), []
     if isinstance(mass, torch.Tensor):
         calls.append(partial(keep_typical, logits, state["seen"], state["repetition_penalty"], mass))
-    # Each slot has a stop token of its own, so that `sample` gets none, and leaves `inactive` as it is.
+    # Each slot has its own stop token, so `sample` gets none and leaves `inactive` as it is.
     draw = bind_sample(
         tokens,
-        room,
+        scratch,
         logits,
         state["seen"],
         lengths,
@@ -166,7 +171,7 @@ def bind_draw(
         pad_token=-1,
         **settings,
     )
-    stopped, spent = (room(name, len(tokens), dtype=torch.bool) for name in ("stopped", "spent"))
+    stopped, spent = (scratch(name, len(tokens), dtype=torch.bool) for name in ("stopped", "spent"))
     return [
         *calls,
         draw,
@@ -175,8 +180,7 @@ def bind_draw(
         partial(stopped.logical_or_, spent),
         partial(stopped.logical_or_, inactive),
         partial(torch.clamp, tokens, min=0, out=state["token"]),
-        # The next step sees as many stored tokens as were drawn: the start token is one, and the last drawn is not
-        # stored yet.
+        # The next step sees as many stored tokens as were drawn: the start token is stored, the last drawn one not yet.
         partial(seq_lens.copy_, lengths),
         partial(seq_lens.masked_fill_, stopped, -1),
         partial(results[1].copy_, stopped),

@@ -1,4 +1,4 @@
-"""Turns of threads at one resource, in the order in which they ask."""
+"""Turns of threads at one resource, in the order in which they asked."""
 
 import os
 import threading
@@ -10,7 +10,7 @@ from weakref import WeakSet
 
 T = TypeVar("T")
 
-# Seconds until a waiting thread looks by itself, because an interrupt may have kept it from being told.
+# Seconds after which a waiting thread checks again, because an interrupt may have prevented its notification.
 _PATIENCE = 0.05
 _ALL: WeakSet["Turns"] = WeakSet()
 
@@ -42,7 +42,7 @@ class Turns:
 
     @property
     def mine(self) -> bool:
-        """Tell whether this thread has the turn or waits for it, as a finalizer or a callback may run then."""
+        """Tell whether this thread has the turn or waits for it; a finalizer or a callback may run then."""
         return threading.get_ident() in list(self._tickets.values())
 
     def refuse_mine(self) -> None:
@@ -57,9 +57,9 @@ class Turns:
     def take(self, function: Callable[[], T], unless: Callable[[], bool]) -> T | None: ...
 
     def take(self, function: Callable[[], T], unless: Callable[[], bool] = lambda: False) -> T | None:
-        """Call `function` in a turn of this thread and return its result, or None if `unless()` is true before.
+        """Call `function` in a turn of this thread and return its result; return None if `unless()` is true first.
 
-        `unless` is asked when this thread's turn comes, and now and then before. Raises `RuntimeError` inside a turn of
+        `unless` is called when this thread's turn comes, and sometimes before. Raises `RuntimeError` inside a turn of
         this thread.
         """
         if unless():

@@ -25,10 +25,10 @@ _LATENTS = (".pth", ".pt")
 class LoadedVoice:
     """A voice, and the features that a picture of it shows.
 
-    place: as it was given.
-    mel: log-mel features `[bins, frames]` float32 of its first recording, None of a saved voice or latents.
-    recordings: how many were averaged, 0 for those.
-    remarks: sentences on what was changed of its recordings.
+    place: the path that was given.
+    mel: log-mel features `[bins, frames]` float32 of its first recording; None for a saved voice or latents.
+    recordings: how many were averaged; 0 for a saved voice or latents.
+    remarks: sentences on how its recordings were changed.
     """
 
     place: str
@@ -39,14 +39,14 @@ class LoadedVoice:
 
 
 def load_voice(voices: VoiceCache, place: str | Path, crop_seed: int | None = None) -> LoadedVoice:
-    """Load the voice at `place`, for the checkpoint of `voices`.
+    """Load the voice at `place` for the checkpoint of `voices`.
 
-    Of each recording the first 6 s (the extractor's) count, or with `crop_seed` so much from a random place on. A
-    folder may hold one file of latents in the place of recordings, as Tortoise's may.
+    The first 6 s (the extractor's length) of each recording are used, or with `crop_seed` 6 s from a random start. A
+    folder may hold one file of latents instead of recordings, as in Tortoise.
 
     Raises:
-        FileNotFoundError, ValueError: there is none, a recording cannot be used, or a saved voice is damaged or another
-            checkpoint's.
+        FileNotFoundError, ValueError: there is no voice, a recording cannot be used, or a saved voice is damaged or
+            belongs to another checkpoint.
     """
     path = user_path(place)
     if _is_saved(path):
@@ -95,11 +95,11 @@ def latent_voice(voices: VoiceCache, path: str | Path) -> Voice:
 
 
 def read_latents(path: Path) -> Any:
-    """Read what a torch file of a voice holds: a pair of tensors, one alone, or whatever else is no code.
+    """Read the content of a torch file of a voice: a pair of tensors, one tensor, or anything else that is not code.
 
     Raises:
-        FileNotFoundError, ValueError: no file, too many bytes for latents, more than tensors. Code in a file is
-            refused, and not run.
+        FileNotFoundError, ValueError: there is no file, it is too large for latents, or it holds more than tensors.
+            Code in a file is refused, and not run.
     """
     if not path.is_file():
         raise FileNotFoundError(f"there are no latents at {path}")
@@ -116,7 +116,7 @@ def read_latents(path: Path) -> Any:
 
 
 def _unpacked_bytes(path: Path) -> int:
-    """Return the bytes of all that a torch file of today's form, a zip, holds; 0 of any other."""
+    """Return the unpacked size in bytes of a torch file in today's form, a zip; 0 for any other file."""
     if not zipfile.is_zipfile(path):
         return 0
     try:
@@ -152,9 +152,9 @@ def _is_saved(path: Path) -> bool:
 
 
 def recordings_at(path: Path) -> tuple[list[Path], list[Path]]:
-    """Return the recording at a path, or those directly in a folder, and files in formats that cannot be read.
+    """Return the recording at a path, or those directly in a folder; and the files in unreadable formats.
 
-    Those in its sub-folders may be other speakers'. Raises `ValueError` for a folder that has none.
+    Sub-folders are left out, because they may be other speakers'. Raises `ValueError` for a folder without recordings.
     """
     if not path.is_dir():
         return [path], []

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from clvp_fast.audio import require_sound
-from clvp_fast.engine.marks import Marks
+from clvp_fast.engine.weight_versions import WeightVersions
 from clvp_fast.io.files import staged_folder, user_path
 from clvp_fast.models.clvp.feature_extraction import ClvpFeatureExtractor
 from clvp_fast.models.clvp.modeling import ClvpModelForConditionalGeneration
@@ -25,18 +25,18 @@ from clvp_fast.ops.dispatch import uncast
 _OF_NUMPY = (torch.float16, torch.float32, torch.float64)
 _FORMAT = "clvp_fast.voice.1"
 
-#: Two encoders are the same if their answers to one input differ by less than this part of their length: that is ten
-#: times what bfloat16 makes of the weights, and a tenth of what unrelated weights make.
+#: Two encoders count as the same if their answers to one input differ by less than this, relative to their length: ten
+#: times the difference that bfloat16 weights make, a tenth of that between unrelated weights.
 _SAME_ENCODER = 0.1
 
 
 @dataclass(frozen=True, eq=False)
 class Voice:
-    """The conditioning vector of a voice, and the mark of the checkpoint that it belongs to.
+    """The conditioning vector of a voice, and the fingerprint of the checkpoint that it belongs to.
 
     Args:
-        vector: `[hidden_size]`, on the host, float32 (float64 of a float64 model).
-        fingerprint: `[hidden_size]` float32, what the checkpoint's encoder answers to a fixed input.
+        vector: `[hidden_size]`, on the host, float32 (float64 from a float64 model).
+        fingerprint: `[hidden_size]` float32, the output of the checkpoint's encoder for a fixed input.
     """
 
     vector: torch.Tensor
@@ -44,14 +44,14 @@ class Voice:
     _copies: dict = field(default_factory=dict, repr=False)
 
     def on(self, device: str | torch.device, dtype: torch.dtype) -> torch.Tensor:
-        """Return the vector as `[1, hidden_size]` on `device`, copied there once, as `join_prompt` takes it."""
+        """Return the vector as `[1, hidden_size]` on `device`, as `join_prompt` takes it; it is copied there once."""
         key = (torch.device(device), dtype)
         if key not in self._copies:
             self._copies[key] = self.vector.to(device=device, dtype=dtype)[None]
         return self._copies[key]
 
     def save(self, path: str | Path) -> None:
-        """Write the voice to a safetensors file, whole or not at all.
+        """Write the voice to a safetensors file atomically.
 
         Raises:
             UnwritableError: the folder cannot be made or written.
@@ -70,7 +70,7 @@ class Voice:
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: the file is damaged, or is no voice.
+            ValueError: the file is damaged, or holds no voice.
         """
         path = user_path(path)
         if not path.is_file():
@@ -91,18 +91,18 @@ class Voice:
 
 
 class VoiceCache:
-    """Voices by the content of their clips or the place that they came from; for one thread.
+    """A cache of voices by the content of their clips, or by their place. For one thread at a time.
 
-    A voice of several clips is the mean of the clips' vectors, as in original Tortoise. Of each clip the first
-    `default_audio_length` seconds are used (shorter ones are padded); with a seed a piece at random, as the original
-    takes it.
+    A voice of several clips is the mean of the clips' vectors, as in original Tortoise. The first
+    `default_audio_length` seconds of each clip are used, or with a seed a random piece, as in the original; shorter
+    clips are padded.
 
     Args:
-        model: in eval mode, where it will compute. Voices that were made with other weights are forgotten: changed and
-            moved ones are noticed, but for writes through `.data` (`weight.data.copy_(...)`), or by an optimizer with
-            `fused=True`, after which call `clear`.
-        feature_extractor: of the checkpoint.
-        capacity: how many are kept, those that were used last; a voice takes some kilobytes.
+        model: in eval mode, on the device where it will run. When its weights were changed or moved, the kept voices
+            are forgotten. Writes through `.data` (`weight.data.copy_(...)`) and steps of an optimizer with `fused=True`
+            are not noticed: call `clear` after one.
+        feature_extractor: the checkpoint's.
+        capacity: how many voices are kept, the most recently used ones; a voice takes some kilobytes.
     """
 
     def __init__(
@@ -122,28 +122,28 @@ class VoiceCache:
         return len(self._kept)
 
     def clear(self) -> None:
-        """Forget all voices, and the mark of the checkpoint."""
+        """Forget all voices, and the fingerprint of the checkpoint."""
         self._kept: OrderedDict[bytes | str, Any] = OrderedDict()
         self._fingerprint: torch.Tensor | None = None
-        self._marks: Marks | None = None  # marks of the weights that made the first voice
+        self._versions: WeightVersions | None = None  # of the weights that made the first voice
 
     def _follow(self) -> None:
-        if self._marks is not None and self._marks.changed() is not None:
+        if self._versions is not None and self._versions.changed() is not None:
             self.clear()
-        if self._marks is None:
-            self._marks = Marks(self.model.conditioning_encoder)
+        if self._versions is None:
+            self._versions = WeightVersions(self.model.conditioning_encoder)
 
     def from_clips(self, clips, sampling_rate: int | None = None, crop_seed: int | None = None) -> Voice:
         """Make the voice of recordings.
 
         Args:
             clips: mono samples of one recording, or a list of such: 1-D arrays or tensors, floats in [-1, 1] or int16.
-            sampling_rate: of the samples, in Hz; it must be the extractor's, which warns where it is not told.
-            crop_seed: of the pieces that are used of longer clips; None: their beginnings.
+            sampling_rate: of the samples, in Hz; it must be the extractor's, which warns if none is given.
+            crop_seed: seed of the random pieces that are used of longer clips; None: their beginnings.
 
         Raises:
-            ValueError, TypeError: no clip; a clip that is empty, silent, not mono or has samples that are NaN or
-                infinite; another sampling rate. Nothing is kept then, and other voices stay as they were.
+            ValueError, TypeError: no clip; a clip that is empty, silent or not mono, or has NaN or infinite samples;
+                another sampling rate. Nothing is kept then, and other voices stay as they were.
         """
         clips = [_host_array(clip) for clip in (clips if isinstance(clips, (list, tuple)) else [clips])]
         if not clips:
@@ -191,13 +191,13 @@ class VoiceCache:
         return self.at(_digest("features", "", *clips), lambda: self._voice(tensors))
 
     def from_vector(self, vector) -> Voice:
-        """Make the voice of a bare latent `[hidden_size]` or `[1, hidden_size]`, taken as this checkpoint's own.
+        """Make the voice of a bare latent `[hidden_size]` or `[1, hidden_size]`, which counts as this checkpoint's.
 
-        Or of Tortoise's pair of them: that, and one of the diffusion of twice the width, which is left alone.
+        Tortoise's pair is taken too: such a latent, and the diffusion's of twice the width, which is ignored.
 
         Raises:
-            TypeError: no floating point array or tensor; ValueError: another shape, values that are NaN or infinite in
-                the model's dtype, a tensor that is sparse, nested, quantized or without data (of the device meta).
+            TypeError: not a floating point array or tensor. ValueError: another shape; values that are NaN or infinite
+                in the model's dtype; a sparse, nested or quantized tensor, or one without data (on device meta).
         """
         width = len(self.fingerprint)
         for part in vector if isinstance(vector, (tuple, list)) else [vector]:
@@ -262,7 +262,7 @@ class VoiceCache:
         return self._fingerprint
 
     def at(self, key: bytes | str, make: Callable[[], Any]) -> Any:
-        """Return `make()`'s result for a digest or a place, and keep it while there is room; errors are not kept."""
+        """Return the result of `make()` for a digest or a place, kept while there is room; errors are not kept."""
         self._follow()
         if key not in self._kept:
             self._kept[key] = make()
@@ -273,7 +273,7 @@ class VoiceCache:
 
     def _voice(self, features: Iterable[torch.Tensor]) -> Voice:
         """Return the mean of the vectors of clips `[bins, frames]`."""
-        # One clip at a time, so that a clip has the same bits beside any others.
+        # One clip at a time, so that the bits of a clip's vector do not depend on the other clips.
         vectors = torch.stack([self._encode(clip) for clip in features])
         mean = vectors.to(torch.promote_types(vectors.dtype, torch.float32)).mean(0)
         voice = Voice(mean.cpu(), self.fingerprint)
@@ -290,7 +290,7 @@ class VoiceCache:
 
 
 def piece(clip: np.ndarray, length: int, places: random.Random | None) -> np.ndarray:
-    """Return at most `length` samples of a clip `[num_samples]`: the first ones, or those from a random place on.
+    """Return at most `length` samples of a clip `[num_samples]`: the first ones, or those from a random start.
 
     Each longer clip takes one draw of `places`, as in original Tortoise after `random.seed`.
     """

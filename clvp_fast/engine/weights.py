@@ -21,7 +21,7 @@ _SETTINGS = ("eps", "negative_slope", "alpha")
 
 @dataclass(frozen=True)
 class Norm:
-    """A layer norm: `weight` `[hidden_size]`, `bias` alike or None."""
+    """A layer norm: `weight` `[hidden_size]`, and `bias` of the same shape or None."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None
@@ -36,10 +36,9 @@ class Norm:
 class LayerWeights:
     """One layer of a decoder.
 
-    projections: of queries, keys and values, one behind another: one product, or three where their weights cannot lie
-        in a row.
-    activation: by its name in `ops.ACTIVATIONS`; None: the operators do not know it, and `act` is called
-        between the two products.
+    projections: of queries, keys and values: one product, or three if their weights cannot lie one after another.
+    activation: its name in `ops.ACTIVATIONS`; None if the operators do not know it: `act` is then called between the
+        two products.
     """
 
     num_heads: int
@@ -68,7 +67,7 @@ class LayerWeights:
         return self.feed_forward(normed, residual)
 
     def feed_forward(self, hidden: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """Compute both products, the activation between them, and the residual, whose dtype the result has."""
+        """Compute both products with the activation between them, and add the residual, whose dtype the result has."""
         if self.is_one_block:
             return ops.gelu_mlp(hidden, **self.block(), residual=residual)
         wide = self.mlp_in(hidden, activation=self.activation)
@@ -76,7 +75,7 @@ class LayerWeights:
 
     @property
     def is_one_block(self) -> bool:
-        """Tell whether `gelu_mlp` computes the feed-forward block; else its two products are called one by one."""
+        """Tell whether `gelu_mlp` computes the feed-forward block; otherwise its two products are called one by one."""
         return self.activation is not None and self.mlp_in.panels is None
 
     def with_products(self, change: Callable[[Product], Product]) -> "LayerWeights":
@@ -101,10 +100,10 @@ class LayerWeights:
 
 @dataclass(frozen=True)
 class DecoderWeights:
-    """Hold the parameters of a `ClvpForCausalLM`, shared, in the layout that operators read best.
+    """Hold the shared parameters of a `ClvpForCausalLM` in the layout that operators read best.
 
-    They follow in-place changes. Where parameters move, these keep the old ones in memory for as long as steps that
-    read them may run; `sources` shows the move, and `take` reads the new ones.
+    In-place changes are seen. If parameters move, this object keeps the old storage for as long as steps that read it
+    may run; `sources` shows the move, and `take` reads the new parameters.
     """
 
     model: ClvpForCausalLM
@@ -118,7 +117,7 @@ class DecoderWeights:
     @classmethod
     @torch.no_grad()
     def take(cls, model: ClvpForCausalLM) -> "DecoderWeights | str":
-        """Take the weights of a `ClvpForCausalLM` in eval mode; return a reason where it does more than they say."""
+        """Take the weights of a `ClvpForCausalLM` in eval mode; return a reason if it computes more than they say."""
         if (reason := changed_module(model, model.kinds)) is not None:
             return f"{reason}, and the engine reads its parameters: take it off (merge adapters) first"
         stack = model.model.decoder
@@ -142,7 +141,7 @@ class DecoderWeights:
         )
 
     def in_int8(self) -> "DecoderWeights":
-        """Return the weights with int8 copies of the layers' products, made now: later changes do not reach them."""
+        """Return the weights with int8 copies of the layers' products, made now; later changes do not affect them."""
         return replace(self, layers=tuple(layer.with_products(in_int8) for layer in self.layers))
 
     def packed(self) -> "DecoderWeights":
@@ -166,7 +165,7 @@ class DecoderWeights:
         return list(self.model.parameters())
 
     def sources(self) -> tuple:
-        """Return the addresses of the parameters and the settings of norms and activations, on which a bound step depends.
+        """Return what a bound step depends on: addresses of parameters, and settings of norms and activations.
 
         This runs at each admission, so it walks through the modules without the names and sets of `parameters()`.
         """
@@ -182,7 +181,7 @@ class DecoderWeights:
 
 
 def layers_of(model: ClvpForCausalLM) -> list[ClvpDecoderLayer]:
-    """Return the layers of a model whose modules are its own."""
+    """Return the layers of a model; its modules must be this package's own."""
     layers = []
     for layer in model.model.decoder.layers:
         assert isinstance(layer, ClvpDecoderLayer)
@@ -199,12 +198,12 @@ def _product(weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
 
 
 def _kept(weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return tensors that keep the storage of parameters, even where a parameter is given another one."""
+    """Return tensors that keep the storage of parameters alive, even if a parameter gets another one."""
     return weight.detach(), None if bias is None else bias.detach()
 
 
 def _layer(layer: ClvpDecoderLayer) -> LayerWeights:
-    """Return one layer's weights; those that have to lie otherwise are moved."""
+    """Return one layer's weights; those that must lie elsewhere are moved."""
     attn, mlp = layer.attn, layer.mlp
     linears = [attn.q_proj, attn.k_proj, attn.v_proj]
     packed = pack_linears(linears)

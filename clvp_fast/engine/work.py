@@ -1,12 +1,12 @@
 """A step of the engine is a transaction: after any exception in it, the next step works.
 
-The pending requests, with the codes that their jobs have drawn, are all that has to outlive an exception. Scheduler,
-pages, slots and steps under way follow from them: after a step that broke off they are thrown away and made again, and
-candidates draw the same codes again. So there is no repair while an exception is under way, when another one may come,
-and no type of exception has to be guessed.
+Only the pending requests, with the codes that their jobs have drawn, have to survive an exception. Scheduler, pages,
+slots and steps under way follow from them: after a step that broke off they are discarded and made again, and
+candidates draw the same codes again. So nothing is repaired while an exception is handled, during which another may
+come, and no type of exception has to be guessed.
 
-A request that fails step after step is found by halves: the requests under way are decoded in two groups, a group that
-fails in two smaller ones, and the request that fails alone gets the exception as its error.
+A request that fails step after step is found by bisection: the requests under way are decoded in two groups, a group
+that fails in two smaller ones, and the request that fails alone gets the exception as its error.
 """
 
 import time
@@ -26,24 +26,24 @@ from clvp_fast.engine.scheduler import RequestTooLarge
 from clvp_fast.engine.scoring import Scorer, check_ranking
 from clvp_fast.models.clvp.tokens import fill_up
 
-# So many steps of a request may break off before the search begins, because most faults come only once.
+# The search for a failing request begins after so many broken steps, because most faults come only once.
 _BROKEN_STEPS = 2
 
-# From a prompt `[length, hidden_size]`, codes `[length]` and the length that the codes are filled up to.
+# Maps a prompt `[length, hidden_size]`, codes `[length]` and the length that the codes are filled up to.
 Latents = Callable[[torch.Tensor, np.ndarray, int], torch.Tensor]
 
 
 class Work:
     """The requests of all calls, and the batch that they are decoded in.
 
-    `warm_up`, `step` and `settle` are for one thread at a time; the others for any.
+    Call `warm_up`, `step` and `settle` from one thread at a time; the others from any.
 
     Args:
         scorer: ranks candidates.
-        plan: sizes for so many candidates at once.
-        make_runner: of a plan.
-        max_batch: for the first plan.
-        latents: makes a candidate's latents of its prompt, its codes and the length that they are filled up to; None:
+        plan: returns the sizes for a number of candidates at once.
+        make_runner: makes the runner of a plan.
+        max_batch: the number of candidates of the first plan.
+        latents: makes a candidate's latents from its prompt, its codes and the length that they are filled up to; None:
             results have none.
     """
 
@@ -74,7 +74,7 @@ class Work:
         return sum(len(job.codes) for job in jobs if job.started_at is None) < self.memory.max_batch
 
     def drop(self, request: CandidateRequest) -> None:
-        """Mark a request as dropped. Its places are free after `settle`, or at the end of the step under way."""
+        """Mark a request as dropped. Its slots are free after `settle`, or at the end of the step under way."""
         for pending in list(self.pending):
             if pending.request is request:
                 pending.dropped = True
@@ -89,30 +89,30 @@ class Work:
 
     @property
     def is_settled(self) -> bool:
-        """Tell whether somebody waits for every pending request."""
+        """Tell whether every pending request has a caller that waits for it."""
         return not any(pending.dropped or pending.abandoned for pending in list(self.pending))
 
     def settle(self) -> None:
-        """Free the places and pages of requests that nobody waits for."""
+        """Free the slots and pages of requests that nobody waits for."""
         if self.loop.runner is None:
-            return  # nothing is held, and the next step makes a runner, which takes long
+            return  # nothing is held; the next step makes a runner, which takes long
         with self._changing():
             self._sweep()
 
     def check_weights(self) -> None:
-        """Raise an error where the next steps would not use the model's present weights, or not be deterministic.
+        """Raise an error if the next steps would not use the model's current weights, or would not be deterministic.
 
-        That is `ValueError` for weights that `refresh` has to read again, and `RuntimeError` where the forced backend
-        cannot keep the engine's promise to be `deterministic`.
+        It is `ValueError` for weights that `refresh` has to read again, and `RuntimeError` if a `deterministic` engine
+        cannot be so on the forced backend.
         """
         runner = self.loop.runner
         if runner is not None:
             runner.require_kernel()
         if (found := self.outdated()) is not None:
-            raise ValueError(f"{found}: call engine.refresh(), which makes anew what was made of the weights")
+            raise ValueError(f"{found}: call engine.refresh(), which renews everything made from the weights")
 
     def outdated(self) -> str | None:
-        """Return what `check_weights` says of the weights, as the beginning of a sentence, or None."""
+        """Return why `check_weights` would refuse the weights, as the beginning of a sentence, or None."""
         runner = self.loop.runner
         return None if runner is None else runner.outdated()
 
@@ -141,8 +141,8 @@ class Work:
     def step(self) -> None:
         """Run one step of the whole batch, and give finished, timed out and failed requests their results.
 
-        Raises `torch.OutOfMemoryError` where memory is too little for a single candidate, and whatever is raised where
-        not even an empty batch can be made or no request had a part in it.
+        Raises `torch.OutOfMemoryError` if there is too little memory for a single candidate, and any exception for
+        which no request can be blamed, such as the failure to make an empty batch.
         """
         failure, memory_ran_out = None, False
         try:
@@ -150,16 +150,16 @@ class Work:
             failure = self._attempt()
         except torch.OutOfMemoryError:
             memory_ran_out = True
-        # After the `except` block, because the frames of the error hold the runner whose memory is needed.
+        # Not in the `except` block, where the error's frames hold the runner whose memory is needed.
         if memory_ran_out:
             self._shrink()
         elif failure is not None:
-            self._mend()  # first: where the device itself is lost this raises, and no request is to blame
+            self._mend()  # first: if the device itself is lost this raises, and no request is to blame
             self._blame(failure)
         self.steps += 1
 
     def _attempt(self) -> Exception | None:
-        """Run a step, and return the error that broke it off (perhaps a request's), or None."""
+        """Run a step, and return the error that broke it off (perhaps caused by a request), or None."""
         try:
             with self._changing():
                 self._sweep()
@@ -177,14 +177,14 @@ class Work:
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
-        """Guard a change of the loop, which is whole before it and, unless the change raises, after it."""
+        """Mark the loop as torn during a change of it, and for good if the change raises."""
         self._mend()
         self._torn = True
         yield
         self._torn = False
 
     def _mend(self) -> None:
-        """Begin with nothing under way and no slot or page taken, if a change broke off before."""
+        """Start over with nothing under way and no slot or page taken, if an earlier change broke off."""
         if not self._torn:
             return
         runner = self.loop.runner
@@ -213,7 +213,7 @@ class Work:
                 self.pending.pop(pending, None)
 
     def _enter(self) -> None:
-        """Bring pending requests into the loop; while groups are decoded one by one, only those of the first group."""
+        """Bring pending requests into the loop; during the search for a failing one, only those of the first group."""
         while self._groups and all(pending.settled for pending in self._groups[0]):
             self._groups = self._groups[1:]
         for pending in self._under_way():
@@ -230,8 +230,8 @@ class Work:
         return [pending for pending in group if not pending.settled]
 
     def _blame(self, error: Exception) -> None:
-        """Set aside the request that breaks off steps, as soon as it is known."""
-        traceback.clear_frames(error.__traceback__)  # the frames would hold a runner as long as the error is kept
+        """Narrow the search for the request that breaks off steps, and fail that request once it is found."""
+        traceback.clear_frames(error.__traceback__)  # the frames would hold a runner for as long as the error is kept
         suspects = [pending for pending in self._under_way() if not pending.job.done]
         if not suspects:
             raise error
@@ -246,7 +246,7 @@ class Work:
             self._groups = [suspects[:half], suspects[half:], *self._groups[1:]]
 
     def _shrink(self) -> None:
-        """Go on with half the batch after memory ran out; requests under way start again and get the same codes."""
+        """Continue with half the batch after memory ran out; requests under way start again and get the same codes."""
         self.memory = self._plan(self.loop.halve(self.memory.max_batch))
 
     def _rank(self) -> None:
@@ -268,7 +268,7 @@ def ranked(pending: Pending, job: Job, scorer: Scorer, latents: Latents | None) 
     if job.prompt.device.type == "cpu":
         trim_heap()
     drawn, stop = job.all_codes(), job.sampling.stop_token
-    assert stop is not None and job.started_at is not None  # the door has set one, and the job is done
+    assert stop is not None and job.started_at is not None  # `Door` has set a stop token, and the job is done
     stopped = np.array([len(codes) > 0 and codes[-1] == stop for codes in drawn])
     spoken = [codes[: len(codes) - ended] for codes, ended in zip(drawn, stopped, strict=True)]
     lengths = np.array([len(codes) for codes in spoken])

@@ -1,4 +1,4 @@
-"""Other packages' objects on this one's engine."""
+"""Runs objects of other packages on this package's engine."""
 
 from clvp_fast.integrations.importing import make_tortoise_importable
 

@@ -6,7 +6,7 @@ import sys
 from types import ModuleType
 from typing import Any
 
-# Names of transformers 4.31 for beams, which `tortoise.api_fast` imports and nobody uses.
+# Names of transformers 4.31 for beam search, which `tortoise.api_fast` imports but does not use.
 _BEAMS = ("BeamSearchScorer", "ConstrainedBeamSearchScorer", "DisjunctiveConstraint", "PhrasalConstraint")
 _OUTPUTS = ("GenerateOutput", "SampleOutput")
 
@@ -14,22 +14,21 @@ _OUTPUTS = ("GenerateOutput", "SampleOutput")
 def make_tortoise_importable() -> list[str]:
     """Make `import tortoise.api` and `import tortoise.api_fast` work beside the transformers that is installed.
 
-    tortoise-tts 3.0.0 asks for transformers 4.31 and imports names that have gone since. This puts names in their
-    place, and changes none that is there. Call it before tortoise is imported; where torchaudio was built for CUDA and
-    torch was not, before transformers is imported too. Tortoise goes on by itself, but for its own generation, in
-    whose place `accelerate` puts the engine.
+    tortoise-tts 3.0.0 asks for transformers 4.31 and imports names that were removed since. This adds the missing
+    names, and changes no existing one. Call it before tortoise is imported; if torchaudio was built for CUDA and torch
+    was not, call it before transformers is imported too. Tortoise then works, except for its own generation, which
+    `accelerate` replaces by the engine.
 
     Returns:
-        The changes that were made, a sentence each; none where nothing had to be.
+        One sentence for each change that was made.
 
     Raises:
-        ImportError: tortoise-tts is not installed, or torchaudio is not.
+        ImportError: tortoise-tts or torchaudio is not installed.
     """
     if importlib.util.find_spec("tortoise") is None:
         raise ImportError("tortoise-tts is not installed: pip install --no-deps tortoise-tts==3.0.0, and what it needs")
     done = _torchaudio()
-    # This module puts another `transformers` into `sys.modules` when it is imported, so that earlier additions are
-    # lost.
+    # Importing this module puts another `transformers` into `sys.modules`, so that earlier additions are lost.
     importlib.import_module("transformers.processing_utils")
     transformers: Any = importlib.import_module("transformers")
     outputs = importlib.import_module("transformers.generation.utils")
@@ -53,7 +52,7 @@ def make_tortoise_importable() -> list[str]:
 
 
 def _torchaudio() -> list[str]:
-    """Import torchaudio, without its compiled part where that cannot be loaded beside this torch."""
+    """Import torchaudio, without its compiled part if that cannot be loaded with this torch."""
     try:
         importlib.import_module("torchaudio")
         return []

@@ -1,4 +1,4 @@
-"""`accelerate`: live objects of other packages on this package's models and engine."""
+"""`accelerate`: puts live objects of other packages on this package's models and engine."""
 
 from typing import Any
 
@@ -10,13 +10,14 @@ def accelerate(model: Any, **engine_options) -> Any:
     """Take over a live CLVP model of transformers, or put a live `TextToSpeech` of Tortoise on the engine.
 
     Args:
-        model: a model of transformers: `clvp_fast.models.clvp.accelerate.accelerate` tells which, and what is returned.
-            Or a `TextToSpeech`, which is changed and returned: see `clvp_fast.integrations.tortoise.accelerate`.
-        engine_options: for a `TextToSpeech`, of [`CandidateEngine`].
+        model: a model of transformers (`clvp_fast.models.clvp.accelerate.accelerate` lists the classes and the
+            results); or a `TextToSpeech`, which is changed and returned (see
+            `clvp_fast.integrations.tortoise.accelerate`).
+        engine_options: only with a `TextToSpeech`: options of its [`CandidateEngine`].
 
     Raises:
-        TypeError: anything else, or options beside a model.
-        ValueError: a model or an object that cannot be served, with the reason.
+        TypeError: another kind of object, or options together with a model.
+        ValueError: a model or a `TextToSpeech` that cannot be served, with the reason.
     """
     if hasattr(model, "autoregressive"):
         return tortoise.accelerate(model, **engine_options)

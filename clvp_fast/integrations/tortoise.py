@@ -1,8 +1,8 @@
-"""`accelerate` and `restore` for a live `TextToSpeech` of Tortoise: its own `tts()` on this package's engine.
+"""`accelerate` and `restore` for a live `TextToSpeech` of Tortoise: they run its `tts()` on this package's engine.
 
-Methods of the object and of two of its modules are put aside, and these stand in their place: candidates of a call are
-decoded as one batch by a [`CandidateEngine`], CLVP's scores and the latents for the diffusion are computed by the same
-model. Voices, diffusion, vocoder and everything else of `tts()` are Tortoise's own code.
+Methods here replace methods of the object and of two of its modules. A [`CandidateEngine`] decodes the candidates of a
+call as one batch; the same model computes CLVP's scores and the latents for the diffusion. Voices, diffusion, vocoder
+and everything else in `tts()` remain Tortoise's own code.
 """
 
 import inspect
@@ -22,31 +22,32 @@ from clvp_fast.integrations.tortoise_modules import MARK
 from clvp_fast.integrations.tortoise_stage import Stage, codes_of
 from clvp_fast.models.clvp.tokens import stop_token
 
-# The limit of `max_mel_tokens` there, by its documentation.
+# Tortoise's limit of `max_mel_tokens`, by its documentation.
 _MOST_CODES = 600
-_CHANGING = threading.RLock()  # one object at a time becomes accelerated
+_CHANGING = threading.RLock()  # one object at a time is accelerated
 
 
 @torch.inference_mode(False)
 def accelerate(tts: Any, **engine_options) -> Any:
-    """Let a live `TextToSpeech` of `tortoise.api` or `tortoise.api_fast` draw and rank candidates on this engine.
+    """Make a live `TextToSpeech` of `tortoise.api` or `tortoise.api_fast` draw and rank candidates on this engine.
 
-    `tts()`, `tts_with_preset()` and `tts_stream()` go on unchanged, with the object's own tokenizer, voices, diffusion
-    and vocoder. Its parameters and the engine's are one storage; they stay on `tts.device`. That of `tortoise.api` gets
-    `tts_many` (see [`TortoiseStage`]). Calls from several threads wait for one another. docs/tortoise.md has what
-    differs.
+    `tts()`, `tts_with_preset()` and `tts_stream()` are called as before, with the object's own tokenizer, voices,
+    diffusion and vocoder. The object and the engine share their parameters, which stay on `tts.device`. A
+    `TextToSpeech` of `tortoise.api` also gets `tts_many` (see [`TortoiseStage`]). Calls from several threads wait for
+    one another. docs/tortoise.md lists the differences.
 
     Args:
-        tts: of tortoise-tts 3.0.0, in float32.
-        engine_options: of [`CandidateEngine`]: `max_batch`, `memory_fraction`, `weight_dtype` and so on. By default
-            `max_new_tokens` is 600, as far as there are positions.
+        tts: a `TextToSpeech` of tortoise-tts 3.0.0, in float32.
+        engine_options: options of [`CandidateEngine`]: `max_batch`, `memory_fraction`, `weight_dtype` and so on. By
+            default `max_new_tokens` is 600, or fewer if there are fewer positions.
 
     Returns:
-        The object itself.
+        `tts` itself.
 
     Raises:
-        TypeError: another object, or options that are Tortoise's to say.
-        ValueError: an object that is accelerated already or cannot be, or too little memory. It is as it was then.
+        TypeError: another object, or options that Tortoise decides.
+        ValueError: an object that is accelerated already or cannot be, or too little memory. The object is then
+            unchanged.
     """
     with _CHANGING:
         if hasattr(tts, MARK):
@@ -59,7 +60,7 @@ def accelerate(tts: Any, **engine_options) -> Any:
 
 @torch.inference_mode(False)
 def restore(tts: Any) -> Any:
-    """Put back what `accelerate(tts)` changed, as it was then, and return the object; `ValueError` if nothing was."""
+    """Undo `accelerate(tts)`, and return the object. Raises `ValueError` if it is not accelerated."""
     stage = getattr(tts, MARK, None)
     if not isinstance(stage, Stage):
         raise ValueError("this tts is not accelerated: there is nothing to restore")
@@ -70,7 +71,7 @@ def restore(tts: Any) -> Any:
             raise ValueError("restore(tts) was called within a call of it: call it once that has returned")
         if stage.streams:
             raise ValueError("a tts_stream() of it is half read: read it to its end or close() it, then restore(tts)")
-        if stage.closed:  # restored by another thread, for which this one waited
+        if stage.closed:  # restored by another thread while this one waited
             raise ValueError("this tts is not accelerated: there is nothing to restore")
         stage.close()
         delattr(tts, MARK)
@@ -81,7 +82,8 @@ class TortoiseStage(Stage):
     """The engine behind a `tortoise.api.TextToSpeech`, and the replacements of its methods."""
 
     def __init__(self, tts: Any, engine_options: dict[str, Any]):
-        self._ready: tuple[torch.Tensor, dict[str, Any]] | None = None  # codes drawn before their call
+        # Codes that are drawn before `tts()` asks for them.
+        self._ready: tuple[torch.Tensor, dict[str, Any]] | None = None
         self._tts: Callable = tts.tts
         self._score: Callable = tts.clvp.forward
         super().__init__(tts, tts.clvp, _MOST_CODES, engine_options)
@@ -93,7 +95,7 @@ class TortoiseStage(Stage):
     # These replace methods of the object.
 
     def _speak(self, *args, **kwargs):
-        """Run Tortoise's own `tts()`, after its arguments were checked."""
+        """Check the arguments, and run Tortoise's own `tts()`."""
         with self.calling() as closed:
             if closed:
                 return self._tts(*args, **kwargs)
@@ -110,7 +112,7 @@ class TortoiseStage(Stage):
 
     @contextmanager
     def _one_batch(self, given: dict[str, Any]) -> Iterator[None]:
-        """Make all candidates one batch of Tortoise's `tts()` while it runs; the CVVP's batches keep their size."""
+        """While Tortoise's `tts()` runs, make all candidates one batch; the CVVP's batches keep their size."""
         tts = self.tts
         size, self._length = tts.autoregressive_batch_size, given["max_mel_tokens"]
         put = len(self._put)
@@ -129,20 +131,20 @@ class TortoiseStage(Stage):
     def tts_many(
         self, texts: Sequence[str], voices: Sequence[Any] | None = None, k: int = 1, **options
     ) -> list[torch.Tensor | list[torch.Tensor]]:
-        """Return the result of `tts()` for each of many texts; the candidates of all are decoded as one batch.
+        """Return the result of `tts()` for each of many texts; candidates of all texts are decoded as one batch.
 
-        With `use_deterministic_seed` each result is that of `tts()` with that seed: equal for equal texts and voices.
-        Without it each text has a seed of its own.
+        With `use_deterministic_seed` each result is that of `tts()` with that seed, so equal texts and voices give
+        equal results. Without it each text has its own seed.
 
         Args:
-            texts: what is to be said.
+            texts: the texts to speak.
             voices: for each text a list of clips (as `voice_samples`), a pair of latents (as `conditioning_latents`),
                 or None for a random voice; None: random voices for all.
-            k: clips of each text.
-            options: of `tts()`.
+            k: how many clips each text gets.
+            options: other arguments of `tts()`.
 
         Raises:
-            ValueError: not a voice for each text, or what only one voice's recordings can do (`cvvp_amount`,
+            ValueError: not one voice for each text, or an option that is for a single text (`cvvp_amount`,
                 `return_deterministic_state`).
         """
         texts, voices = check_many(texts, voices)
@@ -174,7 +176,7 @@ class TortoiseStage(Stage):
             return spoken
 
     def _prepare(self, place: int, text: str, voice: Any, seed: int, given: dict[str, Any]):
-        """Return a request with the seed that `tts()` would draw, the voice's latents, and the generators then."""
+        """Return a request with the seed that `tts()` would draw, the voice's latents, and the generators after it."""
         tts = self.tts
         tts.deterministic_state(seed=seed)
         ids = F.pad(torch.IntTensor(tts.tokenizer.encode(text)), (0, 1))
@@ -202,7 +204,7 @@ class TortoiseStage(Stage):
         return codes
 
     def _scores(self, text: torch.Tensor, speech_tokens: torch.Tensor, return_loss: bool = False) -> torch.Tensor:
-        """Score each pair of a text and fixed codes, as `CLVP.forward`; the loss is Tortoise's own."""
+        """Score each pair of a text and fixed codes, as `CLVP.forward`; Tortoise's own code computes the loss."""
         if return_loss or self.closed:
             return self._score(text, speech_tokens, return_loss=return_loss)
         with self.lock, torch.no_grad():
@@ -213,7 +215,7 @@ class TortoiseStage(Stage):
 
 
 def _in_parts(forward: Callable, size: int) -> Callable:
-    """Return the forward of a CVVP in parts of `size` candidates, as before all became one batch."""
+    """Return a CVVP's forward that runs in parts of `size` candidates, as before all became one batch."""
 
     def in_parts(mel_cond: torch.Tensor, mel_input: torch.Tensor, return_loss: bool = False) -> torch.Tensor:
         if return_loss:

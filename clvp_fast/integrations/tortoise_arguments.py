@@ -1,4 +1,4 @@
-"""Checks of the objects and the calls of a `TextToSpeech` that the engine serves; each refusal is a sentence."""
+"""Checks whether the engine can serve a `TextToSpeech` and its calls; each refusal is one sentence."""
 
 import inspect
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from clvp_fast.engine.sampling_params import SamplingParams
 from clvp_fast.integrations.tortoise_modules import refuse_shared
 from clvp_fast.io.errors import shown
 
-# The attributes that are used of a `TextToSpeech` of `tortoise.api` and of `tortoise.api_fast`, and arguments of
+# The attributes of a `TextToSpeech` of `tortoise.api` and of `tortoise.api_fast` that are used, and arguments of
 # `tts()`.
 _ATTRIBUTES = ("autoregressive", "clvp", "diffusion", "vocoder", "tokenizer", "device", "half", "cvvp")
 _ARGUMENTS = (
@@ -31,7 +31,7 @@ _FORWARDS = dict(
 # Settings of the engine that Tortoise decides.
 _TAKEN = ("scorer", "scoring", "latents", "states", "text_ends")
 
-# Keywords of transformers' `generate` that act on beams alone.
+# Keywords of transformers' `generate` that only affect beam search.
 _WITHOUT_MEANING = {
     *("length_penalty", "output_attentions", "output_hidden_states", "output_scores", "use_cache", "early_stopping"),
     *("return_dict_in_generate", "synced_gpus"),
@@ -40,7 +40,7 @@ _WITHOUT_MEANING = {
 _NEUTRAL: dict[str, Any] = dict(
     do_sample=False, temperature=1.0, top_k=50, top_p=1.0, typical_p=1.0, min_p=0.0, repetition_penalty=1.0
 )
-# The share of the probability that `inference_speech` keeps for `typical_sampling` without a mass.
+# The default mass of `typical_sampling` in `inference_speech`.
 _TYPICAL_MASS = 0.9
 
 
@@ -71,7 +71,7 @@ def check_object(tts: Any) -> None:
         module = getattr(tts, name)
         if not isinstance(module, torch.nn.Module) or isinstance(module, torch.jit.ScriptModule):
             raise ValueError(f"tts.{name} is a {type(module).__name__}, and no live module: load Tortoise's .pth files")
-        refuse_shared(name, module)  # before its signature is read, which another engine has replaced
+        refuse_shared(name, module)  # before its signature is read, because another engine has replaced that
     autoregressive = tts.autoregressive
     for name in names:
         known = inspect.signature(getattr(tts, name).forward).parameters
@@ -90,7 +90,7 @@ def check_object(tts: Any) -> None:
 
 
 def check_device(tts: Any) -> None:
-    """Raise `ValueError` where an object's device, or its half precision there, is not served."""
+    """Raise `ValueError` if an object's device, or its half precision there, is not served."""
     if (device := torch.device(tts.device)).type not in ("cpu", "cuda"):
         raise ValueError(f"tts.device is {device}, and the engine runs on CPUs and CUDA devices")
     if tts.half and device.type != "cpu":
@@ -108,10 +108,10 @@ def check_options(engine_options: Mapping[str, Any]) -> None:
 
 
 def check_call(given: Mapping[str, Any], max_new_tokens: int) -> None:
-    """Raise `ValueError` where a call of `tts()` asks for the impossible, before anything is computed.
+    """Raise `ValueError` if a call of `tts()` asks for something impossible, before anything is computed.
 
     Args:
-        given: all arguments of the call by name, those that go to `generate` under `hf_generate_kwargs`.
+        given: all arguments of the call by name; those for `generate` are under `hf_generate_kwargs`.
         max_new_tokens: the engine's.
     """
     samples, k = given["num_autoregressive_samples"], given["k"]
@@ -154,7 +154,7 @@ def _kind(voice: Any) -> str:
 
 
 def check_fast_call(given: Mapping[str, Any], max_new_tokens: int) -> None:
-    """Raise as `check_call`, of `tts()` or `tts_stream()` of `tortoise.api_fast`."""
+    """Raise as `check_call`, for `tts()` or `tts_stream()` of `tortoise.api_fast`."""
     _whole("k", given["k"], 1, 1)
     options = _drawing(given, ("do_sample", "top_k", "num_return_sequences", "num_beams"))
     length = options.pop("max_generate_length", max_new_tokens)
@@ -163,7 +163,7 @@ def check_fast_call(given: Mapping[str, Any], max_new_tokens: int) -> None:
 
 
 def _drawing(given: Mapping[str, Any], taken: tuple[str, ...]) -> dict[str, Any]:
-    """Return a call's settings of drawing; raise `TypeError` for one that `tts()` passes to `generate` itself."""
+    """Return a call's sampling settings; raise `TypeError` for one that `tts()` itself passes to `generate`."""
     more = dict(given.get("hf_generate_kwargs", {}))
     for name in taken:
         if name in more:
@@ -175,7 +175,7 @@ def _drawing(given: Mapping[str, Any], taken: tuple[str, ...]) -> dict[str, Any]
 def sampling(options: Mapping[str, Any], **settings) -> SamplingParams:
     """Translate the keywords of `inference_speech` for transformers' `generate`; `settings` are the engine's own.
 
-    Raises `ValueError` or `TypeError` for what the engine does not do, by name.
+    Raises `ValueError` or `TypeError` that names a setting which the engine does not support.
     """
     options, values = dict(options), dict(_NEUTRAL)
     mass = options.pop("typical_mass", _TYPICAL_MASS)

@@ -1,4 +1,4 @@
-"""The `TextToSpeech` of `tortoise.api_fast` on the engine: one candidate, unranked, and sound in chunks."""
+"""The `TextToSpeech` of `tortoise.api_fast` on the engine: one candidate without ranking, and sound in chunks."""
 
 import inspect
 from collections.abc import Callable, Iterator
@@ -18,7 +18,7 @@ _STREAM_LENGTH = 500
 class FastStage(Stage):
     """The engine behind a `tortoise.api_fast.TextToSpeech`.
 
-    Streams of several threads share its batch; `tts()` waits for another `tts()`.
+    Streams of several threads share the engine's batch; calls of `tts()` wait for one another.
     """
 
     def __init__(self, tts: Any, engine_options: dict[str, Any]):
@@ -47,7 +47,7 @@ class FastStage(Stage):
         return self._heard(self._stream(*args, **kwargs))
 
     def _heard(self, chunks: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
-        """Yield the chunks; from the first on until the end the object cannot be restored."""
+        """Yield the chunks; from the first to the last, the object cannot be restored."""
         with self.lock:
             self.streams += 1
         try:

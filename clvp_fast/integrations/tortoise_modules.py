@@ -1,4 +1,4 @@
-"""The live modules of a `TextToSpeech` whose parameters the engine reads; they stay plain and the same in each call."""
+"""The live modules of a `TextToSpeech` whose parameters the engine reads; they may not be replaced or modified."""
 
 import weakref
 from collections.abc import Iterator
@@ -8,19 +8,19 @@ from torch import nn
 
 from clvp_fast.models.common.plain import is_plain
 
-# Only Tortoise calls these, or nothing does: attachments to them act as in stock Tortoise.
+# Only Tortoise calls these, or nothing does, so that hooks on them work as in stock Tortoise.
 _CALLED = ("conditioning_encoder", "text_head")
 # The methods that the engine's replace.
 _METHODS = ("forward", "inference_speech", "get_generator")
 # The attribute of a `TextToSpeech` that has its engine.
 MARK = "_clvp_fast"
 _PACKAGES = ("tortoise", "torch", "transformers")
-# Modules whose parameters an engine reads: two engines would move them for one another.
+# Modules whose parameters an engine reads; two engines would move them away from each other.
 _taken: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def refuse_shared(name: str, root: nn.Module) -> None:
-    """Raise `ValueError` where a module of `tts.NAME` is part of another object that is accelerated."""
+    """Raise `ValueError` if a module of `tts.NAME` is part of another accelerated object."""
     if shared := [inner for inner, module in root.named_modules() if module in _taken]:
         raise ValueError(
             f"tts.{name}{f'.{shared[0]}' if shared[0] else ''} is part of another TextToSpeech that is accelerated: "
@@ -29,7 +29,7 @@ def refuse_shared(name: str, root: nn.Module) -> None:
 
 
 class LiveModules:
-    """The modules `tts.autoregressive` and `tts.clvp`, if any, and a check that they stay as they are.
+    """The modules `tts.autoregressive` and `tts.clvp` (if any), and a check that they stay unchanged.
 
     Args:
         tts: a `TextToSpeech`.
@@ -56,7 +56,7 @@ class LiveModules:
                 self._modules.append((f"{name}.{inner}", module, kind, _children(module)))
 
     def take(self) -> None:
-        """Let no other object be accelerated that has one of them, until `give_back`."""
+        """Claim the modules: until `give_back`, no other object with one of them can be accelerated."""
         _taken.update(self._all())
 
     def give_back(self) -> None:
@@ -68,7 +68,7 @@ class LiveModules:
         return (module for root in self._roots.values() for module in root.modules())
 
     def check(self) -> None:
-        """Raise `ValueError` where a module was replaced or got an attachment since this was made."""
+        """Raise `ValueError` if a module was replaced, or got a hook or another forward, since construction."""
         for name, root in self._roots.items():
             if getattr(self._tts, name, None) is not root:
                 raise ValueError(f"tts.{name} was replaced after accelerate(tts): {_AGAIN}")

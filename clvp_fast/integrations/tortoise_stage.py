@@ -27,20 +27,21 @@ class Stage:
     """An engine over the parameters of `tts.autoregressive`, which replaces methods of that module.
 
     Args:
-        tts: a `TextToSpeech`, looked at before.
-        clvp: its module that ranks; None: it has none.
-        longest: the most codes that it asks for, as far as there are positions.
-        engine_options: of [`CandidateEngine`].
+        tts: a `TextToSpeech` that was checked.
+        clvp: its ranking module, or None.
+        longest: the most codes that it may ask for, if there are as many positions.
+        engine_options: options of [`CandidateEngine`].
 
     Attributes:
-        engine: decodes; its `memory` says how many candidates at once.
-        lock: of calls.
-        calls: how many are under way, one within another.
-        streams: how many are begun and not read to their end.
+        engine: the engine; its `memory` says how many candidates it decodes at once.
+        lock: held during a call.
+        calls: how many nested calls are under way.
+        streams: how many streams have begun and not ended.
         closed: whether the object was restored.
 
     Raises:
-        ValueError: parameters that are not Tortoise's, sizes that cannot be, too little memory. All is as it was then.
+        ValueError: parameters that are not Tortoise's, impossible sizes, or too little memory. Everything is then
+            unchanged.
     """
 
     def __init__(self, tts: Any, clvp: nn.Module | None, longest: int, engine_options: dict[str, Any]):
@@ -48,7 +49,7 @@ class Stage:
         self.calls, self.streams, self.closed = 0, 0, False
         self._unready = False  # a move that broke off
         self._put: list[tuple[Any, str, Any]] = []  # owner, name, and its former entry there
-        self._length: int | None = None  # of the present call's codes, where its latents may be cut
+        self._length: int | None = None  # of the current call's codes: where its latents may be cut
         self._autoregressive = autoregressive = tts.autoregressive
         self._forward: Callable = autoregressive.forward
         self._modules = LiveModules(tts, ("autoregressive",) if clvp is None else ("autoregressive", "clvp"))
@@ -85,16 +86,16 @@ class Stage:
         return self._model.speech_decoder_model
 
     def _follow_settings(self, autoregressive: Any) -> None:
-        """Take the object's present tokens and positions."""
+        """Read the object's current tokens and positions."""
         decoder, text = self._model.config.decoder_config, self._model.config.text_config
         decoder.bos_token_id, decoder.eos_token_id = autoregressive.start_mel_token, autoregressive.stop_mel_token
         text.bos_token_id, text.eos_token_id = autoregressive.start_text_token, autoregressive.stop_text_token
-        # With its cache the original gives the k-th code the position k + 1.
+        # With its cache, the original gives the k-th code position k + 1.
         decoder.contiguous_positions = not autoregressive.inference_model.kv_cache
 
     def _override(self, owner: Any, name: str, value: Any) -> None:
         self._put.append((owner, name, owner.__dict__.get(name, _NOTHING)))
-        owner.__dict__[name] = value  # set directly, as a module would register some values as its parts
+        owner.__dict__[name] = value  # set directly, because a module would register some values as its parts
 
     def _put_back(self, kept: int = 0) -> None:
         """Undo overrides from the last one on, except the first `kept`."""
@@ -107,7 +108,7 @@ class Stage:
 
     @contextmanager
     def calling(self) -> Iterator[bool]:
-        """Wait for the calls of other threads, and yield whether one of them restored the object."""
+        """Wait for calls of other threads, and yield whether one of them restored the object."""
         with self.lock:
             self.calls += 1
             try:
@@ -150,7 +151,7 @@ class Stage:
     def _request(
         self, voice: torch.Tensor, ids: torch.Tensor, options: dict[str, Any], count: int, length: int, name: Any
     ) -> CandidateRequest:
-        """Make one request, with a seed of torch's generator."""
+        """Make one request, with a seed drawn from torch's generator."""
         if len(voice) != 1 or len(ids) != 1:
             raise ValueError(f"one text in one voice is drawn at a time, and {len(ids)} in {len(voice)} came")
         seed = int(torch.randint(2**63 - 1, (), device="cpu"))
@@ -160,7 +161,7 @@ class Stage:
     def _latents(self, *args, **kwargs):
         """Compute the latents of fixed codes, as `UnifiedVoice.forward`; Tortoise's own code does everything else.
 
-        Within `tts()` they end where its cut comes, for the longest of the candidates.
+        Within `tts()` they end where `tts()` will cut the longest of the candidates.
         """
         given = inspect.signature(self._forward).bind(*args, **kwargs)
         given.apply_defaults()
@@ -192,7 +193,7 @@ class Stage:
     # Weights and devices
 
     def _check_weights(self) -> None:
-        """Follow the object's device; raise `ValueError` where its modules or parameters are no longer the engine's."""
+        """Follow the object's device; raise `ValueError` if its modules or parameters are no longer the engine's."""
         self._modules.check()
         if (name := self._weights.apart()) is not None:
             raise ValueError(
@@ -221,7 +222,7 @@ class Stage:
         self._unready = False
 
     def _mover(self, module: nn.Module, name: str) -> Callable:
-        """Make a replacement of `module.to` and similar methods, which keeps the module on `tts.device`."""
+        """Make a replacement for `module.to` or a similar method that keeps the module on `tts.device`."""
 
         def move(*args, **kwargs) -> nn.Module:
             asked = (*args, *kwargs.values())
@@ -252,7 +253,7 @@ class _Unranked:
 
 
 def codes_of(result: CandidateResult, device: torch.device, stop: int) -> torch.Tensor:
-    """Return the codes of a result, `[candidates, longest]` int64, with the stop token where one was drawn."""
+    """Return the codes of a result, `[candidates, longest]` int64, with the stop tokens that were drawn."""
     if result.error is not None:
         raise result.error
     longest = int((result.lengths + result.stopped).max())

@@ -1,6 +1,6 @@
 """Tortoise's diffusion and vocoder as a `Vocoder` of this package: latents of candidates to sound at 24 kHz.
 
-Both are tortoise-tts's own classes over its own files; what it makes of a recording for its diffusion, too.
+Both are tortoise-tts's own classes over its own files, and its own code prepares a recording for the diffusion.
 """
 
 import importlib
@@ -19,10 +19,10 @@ from clvp_fast.engine.voice_files import latents_at, read_latents, recordings_at
 from clvp_fast.integrations.importing import make_tortoise_importable
 from clvp_fast.io.files import user_path
 
-#: The files of Tortoise's models, and those that its package brings.
+#: The files of Tortoise's models, and those that its package contains.
 MODELS = ("autoregressive.pth", "clvp2.pth", "diffusion_decoder.pth", "vocoder.pth")
 DATA = ("tokenizer.json", "mel_norms.pth")
-# Samples of a recording at 24 kHz that its diffusion is told, and rates: of the voice, of the sound.
+# The samples of a recording at 24 kHz that its diffusion gets; the sampling rates of the voice and of the sound.
 _HEARD, _VOICE_RATE, _RATE = 102_400, 22_050, 24_000
 _GET = (
     "tortoise-tts 3.0.0 downloads them when its TextToSpeech(models_dir=DIR) is made for the first time, from "
@@ -31,12 +31,12 @@ _GET = (
 
 
 def tortoise_files(folder: str | Path) -> dict[str, Path]:
-    """Find Tortoise's files by name in a folder, or anywhere below it, as its own `models_dir` has them.
+    """Find Tortoise's files by name in a folder or anywhere below it, such as its own `models_dir`.
 
-    Tokenizer and mel norms may be those of the installed package.
+    Tokenizer and mel norms may come from the installed package.
 
     Raises:
-        FileNotFoundError: no folder, or a file that is not in it, and how to get it.
+        FileNotFoundError: there is no such folder, or a file is missing; the message says how to get it.
         ImportError: tortoise-tts is not installed.
     """
     place = user_path(folder)
@@ -55,17 +55,17 @@ def tortoise_files(folder: str | Path) -> dict[str, Path]:
 
 
 class TortoiseVocoder:
-    """A `Vocoder` of one voice, made of Tortoise's diffusion and of its UnivNet.
+    """A `Vocoder` for one voice, made of Tortoise's diffusion and UnivNet.
 
     Args:
         diffusion: a `DiffusionTts`, in eval mode.
         vocoder: a `UnivNetGenerator`, ready for inference, on the same device.
-        conditioning: of the voice, for the diffusion `[1, width]`; `voice_for_diffusion` makes it.
-        iterations: of the diffusion, at least 2: Tortoise's presets have 30, 80, 200 and 400.
-        seed: of its noise; the same seed gives the same sound.
+        conditioning: the voice for the diffusion, `[1, width]`, from `voice_for_diffusion`.
+        iterations: iterations of the diffusion, at least 2; Tortoise's presets have 30, 80, 200 and 400.
+        seed: seed of its noise; the same seed gives the same sound.
 
     Raises:
-        ValueError: fewer iterations.
+        ValueError: fewer than 2 iterations.
     """
 
     sampling_rate = _RATE
@@ -85,7 +85,7 @@ class TortoiseVocoder:
     def speak(
         self, codes: Sequence[np.ndarray], voice: torch.Tensor, latents: Sequence[torch.Tensor] | None = None
     ) -> list[np.ndarray]:
-        """Do as `clvp_fast.vocoder.Vocoder`, of `latents` in the vocoder's own voice; `voice` is not looked at.
+        """Make sound from `latents` in the vocoder's own voice, as `clvp_fast.vocoder.Vocoder`; `voice` is ignored.
 
         Raises:
             ValueError: no latents, or samples that are NaN or infinite.
@@ -111,7 +111,7 @@ def load_tortoise_vocoder(
     """Load the vocoder of Tortoise's `files` for the voice at `place`: recordings, or a pair of latents.
 
     Raises:
-        FileNotFoundError, ValueError: files that are damaged or of other sizes, or a voice that says nothing to the
+        FileNotFoundError, ValueError: files that are damaged or of other sizes, or a voice without a part for the
             diffusion.
     """
     make_tortoise_importable()
@@ -141,18 +141,18 @@ def _load(module: nn.Module, path: Path, part: str | None) -> None:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         module.load_state_dict(state if part is None else state[part])
-    except Exception as error:  # whatever a damaged file makes torch raise
+    except Exception as error:  # torch raises many types for a damaged file
         raise ValueError(f"{path} is not Tortoise's {path.name}, or is damaged: download it again") from error
 
 
 @torch.no_grad()
 def voice_for_diffusion(diffusion: Any, place: str | Path) -> torch.Tensor:
-    """Return what Tortoise tells its diffusion of the voice at `place`, `[1, width]`.
+    """Return the conditioning `[1, width]` that Tortoise's diffusion gets for the voice at `place`.
 
-    Of recordings their first 4.3 s, averaged; of a file of latents `(auto, diffusion)` the second.
+    For recordings it is the mean over their first 4.3 s; for a file of latents `(auto, diffusion)`, the second.
 
     Raises:
-        FileNotFoundError, ValueError: as `load_voice`; a saved voice or latents for the decoder alone.
+        FileNotFoundError, ValueError: as from `load_voice`; also a saved voice, or latents for the decoder alone.
     """
     path, device = user_path(place), next(diffusion.parameters()).device
     if path.suffix == ".safetensors":

@@ -1,4 +1,4 @@
-"""The parameters of Tortoise's live modules as a CLVP model: one storage under the names and shapes of both."""
+"""The parameters of Tortoise's live modules as a CLVP model: both share one storage."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -14,22 +14,22 @@ from clvp_fast.models.clvp.modeling import ClvpModelForConditionalGeneration
 from clvp_fast.models.clvp.tortoise_keys import HEAD_DIM, Rule, decoder_rules, encoder_rules
 from clvp_fast.models.common.parameters import pack_linears, transpose_storage
 
-# Rows of the voice encoder have another order there, so that they are copied; Tortoise's own encoder is not called.
+# Rows of the voice encoder are in another order in Tortoise, so they are copied; its own encoder is not called.
 _COPIED = re.compile(r"conditioning_encoder\.attn\.\d+\.qkv\.(weight|bias)")
 
 
 class SharedWeights:
-    """A CLVP `model` over the very parameters of Tortoise's modules.
+    """A CLVP `model` that shares the parameters of Tortoise's modules.
 
-    Their parameters are first brought into the storage that the engine reads (GPT-2's weights transposed, query, key
-    and value of the encoders in a row), with the same values and shapes; those of `model` are views of them.
+    Their parameters are first moved into the storage that the engine reads (GPT-2's weights transposed; query, key and
+    value of the encoders one after another), with the same values and shapes. Those of `model` are views of them.
 
     Args:
         autoregressive: a live `UnifiedVoice`.
-        clvp: a live `CLVP`; None: the model's own encoders are small, of random numbers, and serve nothing.
+        clvp: a live `CLVP`; None: the model has small random encoders that are not used.
 
     Raises:
-        ValueError: tensors are missing, too many, or of other shapes than Tortoise's. Both are as they were then.
+        ValueError: tensors are missing, too many, or of other shapes than Tortoise's. Both modules are then unchanged.
     """
 
     def __init__(self, autoregressive: nn.Module, clvp: nn.Module | None):
@@ -98,7 +98,7 @@ class SharedWeights:
                 yield found
 
     def _now(self) -> Iterator[tuple[Rule, torch.Tensor | None]]:
-        """Yield the tensor that each rule names, as the modules have it now."""
+        """Yield the current tensor of the modules for each rule."""
         for module, rules in self._rules:
             tensors = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers())
             for rule in rules:
@@ -108,7 +108,7 @@ class SharedWeights:
         return dict(self.model.named_parameters()) | dict(self.model.named_buffers())
 
     def apart(self) -> str | None:
-        """Return the name of a parameter of Tortoise's that ours no longer views; None: all are shared."""
+        """Return the name of a Tortoise parameter that ours no longer share, or None."""
         ours = self._ours()
         for (rule, source), (_, now) in zip(self._sources, self._now(), strict=True):
             if now is not source:
@@ -128,7 +128,7 @@ class SharedWeights:
         return len(places) == 1 and all(place.type == device.type and index in (None, place.index) for place in places)
 
     @torch.no_grad()
-    @torch.inference_mode(False)  # inference tensors could not be trained any more
+    @torch.inference_mode(False)  # inference tensors could no longer be trained
     def move(self, device: torch.device) -> None:
         """Move both sides to a device, a tensor at a time, so that there are never two whole copies."""
         if device.type == "cpu":

@@ -1,1 +1,1 @@
-"""Files that are whole or not there, errors in a sentence, levels of recordings, and the style of pictures."""
+"""Atomic files, errors in a sentence, levels of recordings, and the style of pictures."""

@@ -2,7 +2,7 @@
 
 
 def sentence(error: Exception) -> str:
-    """Return `error` in one line. The package's own errors are sentences; any other is named with its type."""
+    """Return `error` in one line. The package's own errors are sentences; other errors are shown with their type."""
     if isinstance(error, OSError) and error.strerror:
         where = f": {error.filename}" if error.filename else ""
         return f"{error.strerror}{where}"

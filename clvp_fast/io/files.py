@@ -1,4 +1,4 @@
-"""Output files that are written whole or not at all, and the folder for the package's own files."""
+"""Output files that are written atomically, and the folder for the package's own files."""
 
 import errno
 import json
@@ -13,7 +13,7 @@ from pathlib import Path
 
 
 class UnwritableError(OSError):
-    """A folder that does not take results; the message is one sentence."""
+    """A folder or file that cannot be written; the message is one sentence."""
 
     @classmethod
     def explain(cls, error: OSError, folder: Path) -> "UnwritableError":
@@ -31,10 +31,10 @@ class UnwritableError(OSError):
 
 
 def user_path(place: str | os.PathLike) -> Path:
-    """Return `place` as a path; a user's `~` at its beginning is that home folder, and any other `~` part of a name.
+    """Return `place` as a path. A `~` of an existing user at its beginning becomes the home folder; any other stays.
 
     Raises:
-        ValueError: it is "", as of a variable that is not set: Python takes that for the working folder.
+        ValueError: it is "", perhaps from a variable that is not set; Python would take that for the working folder.
     """
     if not os.fspath(place):
         raise ValueError("a path is empty: it must be that of a file or a folder, and . is the working folder")
@@ -72,9 +72,9 @@ def make_private(folder: Path) -> None:
 
 
 def changeable_by_others(path: Path, root: Path) -> str | None:
-    """Return in a clause why another user could change the file at `path`, by its folders up to `root`; or None.
+    """Return why another user could change the file at `path` or its folders up to `root`, or None.
 
-    Root may change it. Where the sticky bit is set, as on /tmp, users may not touch each other's files.
+    Root does not count. In a folder with the sticky bit, such as /tmp, users cannot touch each other's files.
     """
     for place in (path, *path.parents):
         found = os.stat(place)
@@ -89,15 +89,15 @@ def changeable_by_others(path: Path, root: Path) -> str | None:
 
 @contextmanager
 def staged_folder(target: str | Path) -> Iterator[Path]:
-    """Yield a scratch folder whose files move into `target` when the block ends well, and vanish otherwise.
+    """Yield a scratch folder. Its files move into `target` when the block succeeds, and are removed otherwise.
 
-    The scratch folder lies inside `target` (made if need be), so an unwritable place is found before any work is done
-    and each file arrives by one rename: readers see the old file or the new one, never a half. Folders inside the
-    scratch folder become folders inside `target`, beside what stands there.
+    The scratch folder lies inside `target`, which is made if it does not exist. So an unwritable place is found before
+    any work is done, and each file arrives by one rename: readers see the old file or the new one, never a part.
+    Folders inside the scratch folder are merged into those of `target`.
 
     Raises:
-        UnwritableError: `target` cannot be made or written, a folder stands where a file should be, or the disk is
-            full. Its former content is untouched.
+        UnwritableError: `target` cannot be made or written, a folder has the name of a file, or the disk is full. The
+            former content is untouched.
     """
     target = Path(target)
     made = [folder for folder in (target, *target.parents) if not folder.exists()]
@@ -142,7 +142,7 @@ def staged_folder(target: str | Path) -> Iterator[Path]:
 
 
 def build_folder_once(target: Path, build) -> Path:
-    """Return `target`, filled by `build(folder)` if it did not exist. Two processes may race: one result stays."""
+    """Return `target`, after `build(folder)` filled it if it did not exist. If two processes race, one result stays."""
     if target.is_dir():
         return target
     try:
@@ -166,7 +166,7 @@ def build_folder_once(target: Path, build) -> Path:
 
 
 def _refusal(error: Exception) -> OSError | None:
-    """Return the system's refusal, if `error` is one; safetensors puts it into its message."""
+    """Return the system's error, if `error` is one or, as from safetensors, has one in its message."""
     if isinstance(error, OSError):
         return error
     number = re.search(r"\(os error (\d+)\)", str(error))
@@ -178,9 +178,9 @@ def _inside(filename, folder: Path) -> bool:
 
 
 def json_text(document, encoding: str = "utf-8", indent: int | None = 2) -> str:
-    """Return `document` as JSON with a closing newline, in ASCII where `encoding` cannot hold it.
+    """Return `document` as JSON with a final newline, in ASCII if `encoding` cannot represent it.
 
-    No encoding can hold names of files that are not UTF-8, which Python keeps as lone surrogates.
+    No encoding can represent file names that are not UTF-8, which Python keeps as lone surrogates.
     """
     text = json.dumps(document, indent=indent, ensure_ascii=False)
     try:
@@ -191,16 +191,16 @@ def json_text(document, encoding: str = "utf-8", indent: int | None = 2) -> str:
 
 
 def write_json(path: Path, document) -> None:
-    """Write `document` as indented UTF-8 JSON with a closing newline."""
+    """Write `document` as indented UTF-8 JSON with a final newline."""
     path.write_text(json_text(document), encoding="utf-8")
 
 
 @contextmanager
 def replacing(target: Path) -> Iterator[Path]:
-    """Yield a path to write to, which is renamed to `target` when the block ends well, and removed otherwise.
+    """Yield a path to write to; it is renamed to `target` when the block succeeds, and removed otherwise.
 
     Raises:
-        UnwritableError: it cannot be written, or the disk is full. A former `target` is untouched.
+        UnwritableError: it cannot be written, or the disk is full. An existing `target` is untouched.
     """
     scratch = target.with_name(f".{target.name}.part")
     try:

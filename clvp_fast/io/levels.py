@@ -1,4 +1,4 @@
-"""The peaks between which samples have the scale of 1."""
+"""The peaks between which samples count as having full scale at 1."""
 
 #: Below this peak (-80 dB of full scale) a recording counts as silent.
 SILENCE_PEAK = 1e-4
@@ -7,7 +7,7 @@ LOUDEST_PEAK = 16.0
 
 
 def wrong_scale(peak: float) -> str | None:
-    """Advise on floats of that peak, in words that follow a name; return None where their scale is 1."""
+    """Return advice on floats with a peak of another scale, in words that follow a name, or None."""
     if peak <= LOUDEST_PEAK:
         return None
     return (

@@ -1,4 +1,4 @@
-"""The style of pictures of results; they are drawn without a display."""
+"""The style of pictures of results, which are drawn without a display."""
 
 import warnings
 from collections.abc import Iterator

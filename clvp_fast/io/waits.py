@@ -7,7 +7,7 @@ from threading import Timer
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-#: The seconds of a wait that pass without a message.
+#: The seconds of a wait before a message appears.
 PATIENCE = 2.0
 
 

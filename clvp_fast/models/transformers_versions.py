@@ -1,14 +1,14 @@
-"""The differences between the releases of transformers that are served, each with the release that brought it.
+"""The differences between the supported releases of transformers, each with the release that brought it.
 
 No other module asks for the installed release, and this one imports nothing that an old release may lack. Inside this
-package a thing has its newest name; what callers and `GenerationMixin` see follows the installed release.
+package, names are those of the newest release; callers and `GenerationMixin` see those of the installed one.
 
-5.20: a configuration names the classes of its parts in `sub_configs_defaults`, before in `sub_configs`. Our
+5.20: a configuration names the classes of its parts in `sub_configs_defaults`; before, it was `sub_configs`. Our
     configurations set both.
-5.24: the cache of keys and values is called `cache`, as an argument and as a field of outputs. It was
-    `past_key_values`, which is deprecated since.
-5.24: a layer whose gradients are checkpointed keeps the cache where there are no gradients. Before, it dropped the
-    cache in training mode, and `generate` of a model in that mode went on from the last token alone.
+5.24: the cache of keys and values is called `cache`, as an argument and as a field of outputs. The old name
+    `past_key_values` is deprecated.
+5.24: a layer with gradient checkpointing keeps the cache if no gradients are computed. Before, it dropped the cache
+    in training mode, and `generate` of a model in that mode continued from the last token alone.
 """
 
 import functools
@@ -19,7 +19,7 @@ from collections.abc import Callable
 import torch
 import transformers
 
-#: The oldest release that is served, and the newest that is tested; pyproject.toml has the same bounds.
+#: The oldest supported release, and the newest tested one; pyproject.toml has the same bounds.
 OLDEST, NEWEST = (5, 17), (5, 24)
 
 INSTALLED = tuple(int(number) for number in transformers.__version__.split(".")[:2])
@@ -31,7 +31,7 @@ CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 
 
 def check_release() -> None:
-    """Refuse a release of transformers that is too old, and warn of one that is newer than what was tested.
+    """Refuse a release of transformers that is too old, and warn of one that is newer than the tested ones.
 
     Raises:
         ImportError: the installed release is older than `OLDEST`.
@@ -55,8 +55,8 @@ def check_release() -> None:
 def takes_cache(method: Callable) -> Callable:
     """Let callers of a method name its parameter `cache` as the installed release does.
 
-    From 5.24 on, the old name is taken too, with transformers' own FutureWarning. Before, the signature shows the old
-    name alone.
+    From 5.24 on, the old name is also accepted, with transformers' own FutureWarning. Before, the signature has only
+    the old name.
     """
     if CACHE == "cache":
         from transformers.utils.deprecation import deprecate_kwarg
@@ -76,13 +76,13 @@ def takes_cache(method: Callable) -> Callable:
 
 
 class CheckpointsUnderGradients:
-    """Make the `GradientCheckpointingLayer` behind this class checkpoint only under gradients, as 5.24 does."""
+    """Make the `GradientCheckpointingLayer` after this class checkpoint only under gradients, as 5.24 does."""
 
     _checkpointing = False
 
     @property
     def gradient_checkpointing(self) -> bool:
-        """Tell whether a call checkpoints: it was asked for, and there are gradients."""
+        """Tell whether a call checkpoints: it was asked for, and gradients are computed."""
         return self._checkpointing and torch.is_grad_enabled()
 
     @gradient_checkpointing.setter

@@ -1,8 +1,8 @@
-"""The native library of `csrc/`, loaded through ctypes: where it is found, and why it may be missing.
+"""The native library of `csrc/`, loaded through ctypes: finds it, or says why it is missing.
 
-An installed package carries it. In a checkout each part, for a CPU and for CUDA, is compiled when it is first needed,
-into the user's cache, under a name that changes with its sources, flags and compilers. Nothing depends on it: where it
-is missing, operators take their torch paths. `python -m clvp_fast.native` prints what there is.
+An installed package contains it. In a checkout each part, for CPUs and for CUDA, is compiled when it is first needed,
+into the user's cache, under a name that changes with its sources, flags and compilers. It is optional: without it,
+operators take their torch paths. `python -m clvp_fast.native` prints its state.
 """
 
 import ctypes
@@ -52,14 +52,14 @@ from clvp_fast.native.calls import (  # structures that callers fill
     set_prototypes,
 )
 
-#: Instruction sets of a CPU that kernels are compiled for, the best first.
+#: Instruction sets of CPUs that kernels are compiled for, the best first.
 ISAS = tuple(build.ISA_FLAGS)
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _PACKAGED = _PACKAGE / "_native"
 _SOURCES = _PACKAGE.parent / "csrc"
 _DRIVER = "libcuda.so.1"
-# Reasons why the library is missing on a CPU, until a caller of an operator was warned.
+# Reasons why the library is missing on a CPU, until a caller of an operator is warned of them.
 _untold: set[str] = set()
 _VARIABLE = "the environment variable CLVP_FAST_ISA"
 
@@ -69,10 +69,10 @@ class NativeLibraryError(RuntimeError):
 
 
 def library(part: str = "cpu") -> ctypes.CDLL:
-    """Return the library's part for `"cpu"` or `"cuda"` with its prototypes set, compiled first where needed.
+    """Return the library's part for `"cpu"` or `"cuda"` with its prototypes set; compile it first if needed.
 
     Raises:
-        NativeLibraryError: there is none; the message says why and what to do.
+        NativeLibraryError: it is missing; the message says why and what to do.
         ValueError: `CLVP_FAST_ISA` names no instruction set, or one that this CPU lacks.
     """
     found, why = loaded(part)
@@ -83,7 +83,7 @@ def library(part: str = "cpu") -> ctypes.CDLL:
 
 @cache
 def missing(device_type: str) -> str | None:
-    """Return why the library cannot serve on `"cpu"` or `"cuda"`, or None where it can. Compile it where needed."""
+    """Return why the library cannot serve on `"cpu"` or `"cuda"`, or None if it can. Compile it if needed."""
     if device_type not in build.LIBRARIES:
         return f"the native library serves cpu and cuda, not {device_type}"
     why = no_device() if device_type == "cuda" else None
@@ -97,7 +97,7 @@ def missing(device_type: str) -> str | None:
 
 
 def warn_of(reason: str) -> None:
-    """Warn, once a process, if `reason` is why the library cannot serve on a CPU."""
+    """Warn, once per process, if `reason` is that the library cannot serve on a CPU."""
     if reason in _untold:
         _untold.discard(reason)
         warnings.warn(f"clvp_fast takes slower torch paths on the CPU: {reason}", stacklevel=5)
@@ -105,7 +105,7 @@ def warn_of(reason: str) -> None:
 
 @cache
 def isa() -> str:
-    """Return the instruction set that a CPU's kernels run on: its best, or the one that `CLVP_FAST_ISA` names.
+    """Return the instruction set that the CPU's kernels use: its best, or the one that `CLVP_FAST_ISA` names.
 
     Raises as `library` does.
     """
@@ -113,17 +113,17 @@ def isa() -> str:
 
 
 def isas() -> tuple[str, ...]:
-    """Return those of `ISAS` that this CPU and the library have, the best first. Raises as `library` does."""
+    """Return the sets of `ISAS` that this CPU and the library have, the best first. Raises as `library` does."""
     return tuple(name for name in ISAS if library().clvp_fast_has_isa(name.encode()))
 
 
 def is_held_down() -> bool:
-    """Tell whether the kernels run on a lower instruction set than this CPU has. Raises as `library` does."""
+    """Tell whether the kernels use a lower instruction set than this CPU has. Raises as `library` does."""
     return isa() != isas()[0]
 
 
 def choose_isa(name: str | None) -> None:
-    """Choose the instruction set that a CPU's kernels run on from now on; `None`: the best that this CPU has.
+    """Choose the instruction set that the CPU's kernels use from now on; `None`: the best that this CPU has.
 
     Raises:
         ValueError: `name` is no instruction set of `ISAS`, or one that the CPU or the library lacks.
@@ -148,7 +148,7 @@ def _choose_isa(found: ctypes.CDLL, name: str | None, source: str) -> None:
 def check(code: int) -> None:
     """Raise `RuntimeError` with the library's own sentence if one of its functions returned a code other than 0.
 
-    A positive code is an error of CUDA, for which its part has the words.
+    A positive code is an error of CUDA, which the CUDA part describes.
     """
     if code:
         told = library("cuda").clvp_fast_cuda_error if code > 0 else library().clvp_fast_error
@@ -156,12 +156,12 @@ def check(code: int) -> None:
 
 
 def bound(function: str, call: ctypes.Structure, threads: int, *kept: object) -> Callable[[], None]:
-    """Bind a CPU's kernel to the present values of `call`; the result may be called any number of times.
+    """Bind a CPU kernel to the current values of `call`; the result may be called any number of times.
 
     Args:
         function: its name in `csrc/clvp_fast.h`.
-        threads: how many it runs on.
-        kept: what has to live as long, as `call` holds its addresses.
+        threads: how many threads it uses.
+        kept: objects to keep alive, because `call` holds their addresses.
 
     Calling it raises `RuntimeError` as `check`.
     """
@@ -215,7 +215,7 @@ def no_device() -> str | None:
 
 
 def _driver_refusal(found: ctypes.CDLL) -> str | None:
-    """Return the CUDA part's complaint about the driver and the devices, or None where it can serve."""
+    """Return the CUDA part's complaint about the driver and the devices, or None if it can serve."""
     said = ctypes.create_string_buffer(512)
     return said.value.decode() if found.clvp_fast_cuda_missing(said, len(said)) else None
 
@@ -243,7 +243,7 @@ def _name(part: str) -> str:
 
 
 def cached(part: str, anew: bool = False) -> Path:
-    """Return the folder of the part built from the sources, in the user's cache; with `anew` it is built again."""
+    """Return the folder of the part built from the sources, in the user's cache; `anew` rebuilds it."""
     place: Path | None = None
     try:
         root = cache_folder()
@@ -278,7 +278,7 @@ def _check_private(path: Path, root: Path) -> None:
 
 
 def _build(part: str, target: Path, tools: build.Toolchain, anew: bool) -> None:
-    """Build a part; a failure leaves a record and a log beside the library's place, and is retried only on request."""
+    """Build a part. A failure leaves a record and a log beside the library's folder, and is retried only on request."""
     failure, log = target.with_suffix(".json"), target.with_suffix(".log")
     again = f"({log} has all that it said; python -m clvp_fast.native --rebuild tries again)"
     told = _failed_before(failure)
@@ -297,7 +297,7 @@ def _build(part: str, target: Path, tools: build.Toolchain, anew: bool) -> None:
 
 
 def _failed_before(failure: Path) -> dict | None:
-    """Return the record of a failed build, or None without one, or where it is damaged."""
+    """Return the record of a failed build, or None if there is none or it is damaged."""
     try:
         told = json.loads(failure.read_text(encoding="utf-8"))
         return told if {"version", "error"} <= told.keys() else None
@@ -311,9 +311,9 @@ def _first_error(log: str) -> str:
 
 
 def _progress(title: str):
-    """Return a function that shows how many files are compiled: on a terminal in one line, else at each quarter.
+    """Return a function that shows how many files are compiled: in one line on a terminal, else at each quarter.
 
-    The line also has the rate and the time that is left.
+    The line also has the rate and the time left.
     """
     on_terminal = sys.stderr.isatty()
     began = time.monotonic()
@@ -336,9 +336,9 @@ def _progress(title: str):
 
 @contextmanager
 def _one_process(place: Path):
-    """Let one process build while others wait, and yield whether this one builds.
+    """Let one process build while others wait; yield whether this one builds.
 
-    On a disk without locks each process builds, and one result stays.
+    On a disk without locks every process builds, and one result stays.
     """
     import fcntl  # Windows lacks it, and has no library either
 

@@ -1,4 +1,4 @@
-"""`python -m clvp_fast.native`: build the library where needed, and print its state."""
+"""`python -m clvp_fast.native`: builds the library if needed, and prints its state."""
 
 import argparse
 import sys

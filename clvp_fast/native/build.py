@@ -1,6 +1,6 @@
-"""The build of the native library: one description for setup.py, which loads this file by its path, and the loader.
+"""The build of the native library, for setup.py, which loads this file by its path, and for the loader.
 
-This file imports the standard library alone. The library has two parts, each a shared object of its own: `csrc/cpu/`,
+This file imports only the standard library. The native library has two parts, each a shared object: `csrc/cpu/`,
 compiled by a C++ compiler for several instruction sets, and `csrc/cuda/`, compiled by nvcc.
 """
 
@@ -43,7 +43,7 @@ _CPU_FLAGS = {
     "avx2": {"avx2", "fma"},
     "portable": set(),
 }
-# avx512bf16 gains only for products of bfloat16. The slowest files to compile come first.
+# avx512bf16 is faster only for products of bfloat16. The files that compile slowest come first.
 _PRODUCTS = ("mlp", "window_block", "panel_linear", "linear", "window_attention", "paged_decode")
 ISA_SOURCES = dict.fromkeys(ISA_FLAGS, ("log_mel", *_PRODUCTS, "sample")) | {"avx512bf16": _PRODUCTS}
 _STEMS = (*_PRODUCTS[:2], "log_mel", *_PRODUCTS[2:], "sample")
@@ -52,12 +52,12 @@ _HOST_FLAGS = "-Xcompiler=-fPIC,-pthread,-fvisibility=hidden"
 # --threads 0: the architectures are compiled side by side on all cores.
 NVCC_FLAGS = ["-std=c++17", "-O3", "-lineinfo", "--threads=0", "-Xptxas=-v,--warn-on-spills", _HOST_FLAGS]
 ARCHITECTURES = (80, 90, 100)
-# Every machine with glibc has these: a wheel that needs nothing else is tagged by the version of glibc.
+# Every machine with glibc has these. A wheel that needs no others is tagged by the version of glibc.
 _GLIBC = {"libc.so.6", "libm.so.6", "libdl.so.2", "libpthread.so.0", "librt.so.1"}
 
 
 class BuildError(RuntimeError):
-    """The library cannot be compiled; the message is one sentence, `log` the compilers' output (perhaps empty)."""
+    """The library cannot be compiled. The message is one sentence; `log` is the compilers' output, perhaps empty."""
 
     def __init__(self, message: str, log: str = ""):
         super().__init__(message)
@@ -68,7 +68,7 @@ class BuildError(RuntimeError):
 class Toolchain:
     """The compilers of a part, and what they compile for.
 
-    `machine` is the processor's architecture, `static` whether the C++ runtime becomes a part of the library.
+    `machine` is the processor's architecture; `static` says whether the C++ runtime is linked statically.
     """
 
     cxx: tuple[str, ...]
@@ -87,7 +87,7 @@ class Toolchain:
 def find_toolchain(part: str = "cpu", elsewhere: bool = False) -> Toolchain:
     """Find `CXX`, else g++, c++ or clang++ of PATH; for CUDA also nvcc of `CUDA_HOME`, PATH or /usr/local/cuda.
 
-    `elsewhere`: the library is for other machines too, with all instruction sets of the architecture, and depends on
+    `elsewhere`: the library is also for other machines: it has all instruction sets of the architecture, and depends on
     no C++ runtime.
 
     Raises:
@@ -121,7 +121,7 @@ def _isas_of(machine: str, elsewhere: bool) -> tuple[str, ...]:
 
 
 def cpu_isas() -> tuple[str, ...]:
-    """Return the instruction sets of this x86 CPU, the best first; all of them where the system does not tell."""
+    """Return the instruction sets of this x86 CPU, the best first; all of them if the system does not say."""
     try:
         flags = re.search(r"^flags\s*:(.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:
@@ -183,7 +183,7 @@ def compile_commands(csrc: Path, tools: Toolchain, part: str = "cpu", version: s
 
 
 def link_command(objects: list[str], tools: Toolchain, part: str = "cpu") -> list[str]:
-    """Return the command that links the library. nvcc links its own runtime statically, as torch may have another."""
+    """Return the command that links the library. nvcc links its runtime statically, because torch may have another."""
     flags = ["-pthread", *(STATIC_FLAGS if tools.static else [])]
     if part == "cuda":
         linker = [tools.nvcc, *_host_compiler(tools), "-cudart=static", "-Xcompiler=" + ",".join(flags)]
@@ -193,7 +193,7 @@ def link_command(objects: list[str], tools: Toolchain, part: str = "cpu") -> lis
 
 
 def _host_compiler(tools: Toolchain) -> list[str]:
-    """Return nvcc's option for a compiler of one word; a longer CXX, as `ccache g++`, leaves nvcc its default."""
+    """Return nvcc's option for a compiler of one word; with a longer CXX, as `ccache g++`, nvcc keeps its default."""
     return ["-ccbin", tools.cxx[0]] if len(tools.cxx) == 1 else []
 
 
@@ -208,7 +208,7 @@ def content_hash(csrc: Path, tools: Toolchain, part: str = "cpu", version: str =
 
 
 def part_sources(csrc: Path, tools: Toolchain, part: str = "cpu") -> dict[str, bytes]:
-    """Return the compiled files of a part in `csrc` and the files that those include, by their paths there."""
+    """Return the compiled files of a part in `csrc` and the files that they include, by their paths there."""
     commands = compile_commands(Path("csrc"), tools, part)
     left = {word.removeprefix("csrc/") for command in commands.values() for word in command if word.startswith("csrc/")}
     found = {}
@@ -232,14 +232,14 @@ def build(
 ) -> dict:
     """Compile a part of `csrc` into the existing `folder`: the library, its header, the compilers' log, a record.
 
-    An instruction set that the compiler does not know is left out. `progress` is told how many of how many files are
-    compiled.
+    An instruction set that the compiler does not know is left out. `progress` is called with the number of compiled
+    files and of all files.
 
     Returns:
         The record: the toolchain's fields, `left_out` (names of instruction sets) and the library's `sha256`.
 
     Raises:
-        BuildError: it does not compile or link; `log` has what the compilers said.
+        BuildError: it does not compile or link; `log` has the compilers' output.
     """
     work = folder / "objects"
     work.mkdir()
@@ -279,9 +279,9 @@ def _known(tools: Toolchain, folder: Path) -> Toolchain:
 
 
 def platform_tag(libraries: list[Path], tag: str) -> str:
-    """Return `tag`, such as linux_x86_64, as manylinux of the oldest glibc that `libraries` can run on.
+    """Return the manylinux form of `tag`, such as linux_x86_64, for the oldest glibc that `libraries` can run on.
 
-    The tag stays as it is where they need another library, and where there is no objdump to tell.
+    The tag is unchanged if they need another library, or if there is no objdump to find out.
     """
     said = [_output(["objdump", "-p", str(library)]) for library in libraries]
     needed = {name for text in said for name in re.findall(r"^\s*NEEDED\s+(\S+)", text, re.MULTILINE)}
@@ -296,7 +296,7 @@ def sha256(path: Path) -> str:
 
 
 def _run_all(commands: dict[str, list[str]], folder: Path, progress: Callable[[int, int], None]) -> str:
-    """Run the commands in `folder`, one a core, and return their output. After a failure no other command begins."""
+    """Run the commands in `folder`, one per core, and return their output. After a failure no other command begins."""
     stopped = Event()
 
     def run(name: str) -> str:

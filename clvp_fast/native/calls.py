@@ -1,4 +1,4 @@
-"""The prototypes of `csrc/clvp_fast.h` for ctypes: its numbers, structures and functions. Imports ctypes alone."""
+"""The prototypes of `csrc/clvp_fast.h` for ctypes: its numbers, structures and functions. It imports only ctypes."""
 
 import ctypes
 import hashlib
@@ -283,7 +283,7 @@ def _on_cuda(call: type[ctypes.Structure]) -> tuple:
     return c_int, POINTER(call), c_void_p
 
 
-#: For each part of the library, the name of a function to the type of its result and those of its arguments.
+#: For each part of the library: the functions by name, with the types of their results and arguments.
 FUNCTIONS = {
     "cpu": {
         "clvp_fast_log_mel_cpu": _on_cpu(LogMelCall),

@@ -1,4 +1,4 @@
-"""The operators: every hot path of the package, each with a reference, a torch path, and kernels for a GPU or a CPU."""
+"""The operators: the package's hot paths, each with a reference, a torch path, and kernels for a GPU or a CPU."""
 
 from clvp_fast.ops.dispatch import backend, explain
 from clvp_fast.ops.embedding import embed

@@ -1,4 +1,4 @@
-"""Calls bound to their arguments: implementation, inputs and results are fixed once, and the call runs many times."""
+"""Calls bound to their arguments: implementation, inputs and results are fixed once, for any number of runs."""
 
 from collections.abc import Callable
 from functools import partial
@@ -6,28 +6,28 @@ from typing import Any
 
 import torch
 
-#: Compute with the bound arguments; the return value is not used.
+#: Computes with the bound arguments; the return value is not used.
 BoundCall = Callable[[], object]
 #: The results of an operator: one tensor, or one for each result, with `None` for one that is not wanted.
 Results = torch.Tensor | tuple[torch.Tensor | None, ...]
 
 
-class Room:
-    """Tensors that hold values within one step: the same name always gives the same memory.
+class Scratch:
+    """Memory for intermediate values within one step: the same name always gives the same tensor.
 
     Calls that share it run one after another.
 
     Args:
-        rows: the most that a tensor has.
+        rows: the most rows that a tensor has.
     """
 
     def __init__(self, rows: int, device: torch.types.Device):
         self._rows, self._device = rows, device
         self._blocks: dict[tuple, torch.Tensor] = {}
 
-    @torch.inference_mode(False)  # a tensor made under inference mode can be written there only
+    @torch.inference_mode(False)  # a tensor made under inference mode can only be written under it
     def __call__(self, name: str, rows: int, *shape: int, dtype: torch.dtype) -> torch.Tensor:
-        """Return `[rows, *shape]`, contiguous, with the values that were written there last."""
+        """Return a contiguous tensor `[rows, *shape]` with the values that were last written to it."""
         key = (name, *shape, dtype)
         if key not in self._blocks:
             self._blocks[key] = torch.empty(self._rows, *shape, dtype=dtype, device=self._device)
@@ -49,7 +49,7 @@ def copying(run: Callable[[], Any], out: Results) -> BoundCall:
 
 
 def in_turn(*calls: BoundCall) -> BoundCall:
-    """Return a call that makes all these calls, one after another."""
+    """Return a call that runs all these calls, one after another."""
 
     def call() -> None:
         for each in calls:
@@ -60,7 +60,7 @@ def in_turn(*calls: BoundCall) -> BoundCall:
 
 def writing(run: Callable) -> Callable[..., BoundCall]:
     """Return an `Implementation.bind` for a `run` that takes `out`."""
-    return lambda out, room, *args: partial(run, *args, out=out)
+    return lambda out, scratch, *args: partial(run, *args, out=out)
 
 
 def side_by_side(*tensors: torch.Tensor | None) -> bool:

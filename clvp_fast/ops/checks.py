@@ -16,7 +16,7 @@ def unserved_natively(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def as_rows(x: torch.Tensor) -> torch.Tensor:
-    """Reshape `[..., width]` to `[rows, width]` with columns at stride 1, for kernels, without a copy if possible."""
+    """Reshape `[..., width]` to `[rows, width]` with unit stride in the last axis, without a copy if possible."""
     x = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
     return x if x.stride(1) == 1 else x.contiguous()
 
@@ -35,7 +35,7 @@ def check_same(name: str, tensor: torch.Tensor, like_name: str, like: torch.Tens
 
 
 def check_residual(residual: torch.Tensor, x: torch.Tensor) -> None:
-    """Raise unless `residual` is on the device of `x` and has its dtype or, beside a half type, float32."""
+    """Raise unless `residual` is on the device of `x` and has its dtype or, with a half type, float32."""
     if residual.dtype == torch.float32 and x.dtype in (torch.float16, torch.bfloat16):
         check_same("residual", residual, "x", x, dtype=False)
     else:

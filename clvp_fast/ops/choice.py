@@ -1,4 +1,4 @@
-"""The answer of `clvp_fast.explain` on an operator."""
+"""The answer of `clvp_fast.explain` for an operator."""
 
 from dataclasses import dataclass
 
@@ -8,9 +8,9 @@ class Choice:
     """An operator's backend on a device, and why each other one is not used.
 
     dtype: of the tensors, as "float32"; "float32, bfloat16" where the same holds for both.
-    backend: `None` where the forced one cannot serve.
-    calls: which calls the backend is for; empty: for all that it takes.
-    implementation: which kernel the backend is, "triton", "cuda" or "cpu"; else the backend.
+    backend: `None` if the forced one cannot serve.
+    calls: the calls for which the backend is used; empty: all that it serves.
+    implementation: the kind of the backend's kernel, "triton", "cuda" or "cpu"; without a kernel, the backend.
     """
 
     operator: str

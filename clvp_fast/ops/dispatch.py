@@ -1,11 +1,11 @@
 """The choice of the code that an operator runs: its reference, or one of its implementations.
 
-An `Operator` holds one hot path several times, with one positional signature:
+An `Operator` has several versions of one hot path, all with the same positional signature:
 
 - `reference`: plain torch that states the mathematics, in any dtype up to float64;
 - `implementations`, best first: kernels (`"triton"`, `"cuda"` for a GPU, `"cpu"` for the native library's), for
-inference
-  only, and loaded at first use; the last is `"torch"`: as fast as torch allows, differentiable, on any device.
+  inference only, and loaded at first use; the last is `"torch"`, as fast as torch allows, differentiable, on any
+  device.
 
 A call takes the first implementation that serves and pays. Reference and torch are called inline, so that autograd,
 `torch.compile` and `torch.export` see plain torch; a kernel runs behind the registered `torch.ops.clvp_fast.<name>`,
@@ -25,7 +25,7 @@ from functools import partial
 import torch
 from torch.autograd import forward_ad
 
-from clvp_fast.ops.binding import BoundCall, Results, Room, copying
+from clvp_fast.ops.binding import BoundCall, Results, Scratch, copying
 from clvp_fast.ops.choice import Choice, Choices
 
 BACKENDS = ("reference", "torch", "kernel")
@@ -40,7 +40,7 @@ def _checked(name: str, source: str) -> str:
     return name
 
 
-# None chooses the best backend that serves. This is a module global, so that compiled code is guarded on it.
+# None chooses the best backend that serves. It is a module global, so that compiled code is guarded on it.
 _forced: str | None = os.environ.get("CLVP_FAST_BACKEND") or None
 if _forced is not None:
     _checked(_forced, "the environment variable CLVP_FAST_BACKEND")
@@ -51,8 +51,8 @@ def backend(name: str | None):
     """Force one backend for every operator of the process; `None`: the default choice.
 
     `"reference"`, `"torch"`, `"kernel"` (the first kernel that serves), or the kernels of one kind: `"triton"`,
-    `"cuda"` or `"cpu"`. Nests, and restores the former choice on exit. Raises `ValueError` for an unknown name. An
-    operator that the forced backend cannot serve raises `RuntimeError`, with the reason, when it is called.
+    `"cuda"` or `"cpu"`. It can be nested, and restores the former choice on exit. Raises `ValueError` for an unknown
+    name. An operator that the forced backend cannot serve raises `RuntimeError` with the reason when it is called.
     """
     global _forced
     if name is not None:
@@ -65,26 +65,26 @@ def backend(name: str | None):
 
 
 def situation() -> tuple:
-    """Return the facts beside a call's arguments on which a choice depends; when they change, calls are bound again."""
+    """Return the facts besides a call's arguments on which a choice depends; calls are bound again when they change."""
     return _forced, _is_forward(), torch.get_num_threads()
 
 
 def _is_forward() -> bool:
-    """Tell whether derivatives are computed forward (`torch.func.jvp`), which only torch's own functions support.
+    """Tell whether forward-mode derivatives are computed (`torch.func.jvp`), which only torch's own functions support.
 
-    This also holds under `torch.no_grad()`. Torch's fused attention cannot do it, and references have no such rule.
-    Torch has no public name for the level.
+    This also holds under `torch.no_grad()`. Torch's fused attention does not support them; references, which are plain
+    torch, do. Torch has no public name for the level.
     """
     return getattr(forward_ad, "_current_level", -1) >= 0
 
 
 def needs_grad(*tensors: torch.Tensor | None) -> bool:
-    """Tell whether autograd has to follow an operator on these tensors (`None` stands for an absent argument)."""
+    """Tell whether autograd must record an operator on these tensors (`None` stands for an absent argument)."""
     return gradient(*tensors) is not None
 
 
 def gradient(*tensors: torch.Tensor | None) -> str | None:
-    """Return why autograd keeps a call with these tensors from the kernels, or `None`."""
+    """Return why autograd rules out the kernels for a call with these tensors, or `None`."""
     if _is_forward() or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
         return "an input requires grad"
     return None
@@ -101,7 +101,7 @@ def autocasts(device: torch.device) -> bool:
 
 
 def interpreted() -> bool:
-    """Tell whether Triton's kernels run in its interpreter, on a CPU; this is for tests, where kernels are forced."""
+    """Tell whether Triton's kernels run in its interpreter on a CPU, as in tests that force kernels."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -131,7 +131,7 @@ def missing_on_gpu(device: torch.device) -> str | None:
 
 
 def device_guard(device: torch.device) -> AbstractContextManager:
-    """Return a context with `device` as torch's current one, for launches, streams and events; a CPU needs none."""
+    """Return a context that makes `device` torch's current one, for launches, streams and events; a CPU needs none."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
@@ -170,18 +170,19 @@ _MISSING = {
 class Implementation:
     """One way to run an operator. `run`, `why_not` and `pays` take the schema's arguments by position.
 
-    name: "triton", "cuda" or "cpu"; or "torch", which serves all and stands last.
+    name: "triton", "cuda" or "cpu"; or "torch", which serves every call and comes last.
     run: allocates the results and launches; imports `clvp_fast.kernels` or the native library when it is called.
     why_not: tells why it does not serve these arguments (a dtype, a size), or returns `None`.
-    why_not_type: tells why it serves no tensors of a dtype on a device, or returns `None`: what of `why_not` is known
-        before a call.
-    pays: whether a call is one for it where nothing is forced; `None`: each that it serves.
-    calls: those that pay, as `explain` says it.
-    warns: whether a call that it does not serve, on a device where it runs, is worth a warning.
-    missing: tells why it cannot run on a device, or returns `None`; by default as its name says.
-    bind: of results to be written, `Room` and the arguments makes a call without arguments (`Operator.bind`), or `None`
-        where `run` has to see the arguments at each call. By default `run` serves, and its results are copied.
-    pays_bound: as `pays`, of a call that is bound: it costs the host less, or nothing once it is captured.
+    why_not_type: tells why it serves no tensors of a dtype on a device, or returns `None`; the part of `why_not` that
+        is known before a call.
+    pays: tells whether it is used for a call when nothing is forced; `None`: for every call that it serves.
+    calls: the calls for which `pays` is true, in words for `explain`.
+    warns: tells whether a call that it does not serve, on a device where it runs, deserves a warning.
+    missing: tells why it cannot run on a device, or returns `None`; by default this follows from its name.
+    bind: makes a call without arguments (`Operator.bind`) from result tensors, a `Scratch` and the arguments; or
+        returns `None` if `run` must see the arguments at each call. By default `run` is called and its results are
+        copied.
+    pays_bound: as `pays`, for a bound call, which costs the host less, or nothing once it is captured.
     """
 
     name: str
@@ -207,13 +208,13 @@ class Operator:
         name: the operator's name; its module, kernel file, tests and benchmark share it.
         schema: arguments and results as `torch.library` writes them, such as `"(Tensor x, float eps) -> Tensor"`. A
             tensor that the operator writes is declared `Tensor(a!)`; no result may alias an argument.
-        reference: the oracle. Takes the schema's arguments by position.
-        fake: the results' shapes and dtypes, as empty tensors, of the same arguments.
+        reference: the oracle; it takes the schema's arguments by position.
+        fake: returns empty tensors with the results' shapes and dtypes for the same arguments.
         implementations: best first, torch's last.
-        unaliased: torch's for the registered operator, where its `run` may return an argument.
-        yields: whether a call that a forced kernel cannot serve takes torch's implementation and does not raise.
-            `None`: no call does.
-        parts: the operators that torch's implementation is made of, if it is nothing else: each raises for itself.
+        unaliased: torch's implementation for the registered operator, if torch's `run` may return an argument.
+        yields: tells whether a call that a forced kernel cannot serve takes torch's implementation instead of raising.
+            `None`: none does.
+        parts: the operators that torch's implementation consists of, if it is nothing else; each raises its own errors.
     """
 
     def __init__(
@@ -243,11 +244,11 @@ class Operator:
         OPERATORS[name] = self
 
     def use(self, implementations: tuple[Implementation, ...]) -> None:
-        """Set these implementations, and forget where the former ones can run."""
+        """Set these implementations, and forget on which devices the former ones run."""
         *kernels, plain = self.implementations = tuple(implementations)
         self.torch = plain.run
         self._refusals: dict[tuple[str, torch.device, str | None], str | None] = {}
-        # The kernels to ask, by forced backend and by CPU or not; there is at least one, which gives the reason.
+        # The kernels to try, by forced backend and by CPU or not; there is at least one, which gives the reason.
         self._asked = {}
         for on_cpu in (False, True):
             made = tuple(each for each in kernels if (each.name == "cpu") == on_cpu) or tuple(kernels)
@@ -293,8 +294,8 @@ class Operator:
     def choose(self, args: tuple, training: str | None = None) -> Callable:
         """Return the callable for one call with the schema's arguments `args`, whose first is a tensor.
 
-        `training` says why the call is not inference (kernels serve inference alone), or is `None`. Warns once where a
-        kernel runs on the device and does not serve these arguments. Raises `RuntimeError` where a kernel is forced and
+        `training` says why the call is not inference (kernels serve only inference), or is `None`. Warns once if a
+        kernel runs on the device but does not serve these arguments. Raises `RuntimeError` if a kernel is forced and
         cannot serve.
         """
         chosen = self._choose(args, training)
@@ -302,23 +303,23 @@ class Operator:
             return self.reference
         return self.registered if chosen.name in KERNELS else chosen.run
 
-    def bind(self, args: tuple, out: Results, room: Room) -> BoundCall:
+    def bind(self, args: tuple, out: Results, scratch: Scratch) -> BoundCall:
         """Return a call without arguments that computes `args` into `out`; the implementation is chosen here, once.
 
-        For inference. The tensors of `args` and `out` stay where they are; what they hold is read at each call. On a
-        GPU their device is the current one then. `situation()` has what else the choice depends on.
+        This is for inference. The tensors of `args` and `out` must stay where they are; their values are read at each
+        call. On a GPU their device must then be the current one. `situation()` returns what else the choice depends on.
 
         Args:
             args: the schema's arguments, of which the first is a tensor.
-            out: the result, or one of each; `None` in the place of one that nobody wants.
-            room: for what is computed on the way.
+            out: the result tensor, or one for each result, with `None` for one that is not wanted.
+            scratch: holds intermediate values.
 
         Raises as `choose`.
         """
         chosen = self._choose(args, bound=True)
         if chosen is None:
             return copying(partial(self.reference, *args), out)
-        call = None if chosen.bind is None else chosen.bind(out, room, *args)
+        call = None if chosen.bind is None else chosen.bind(out, scratch, *args)
         return copying(partial(chosen.run, *args), out) if call is None else call
 
     def _choose(self, args: tuple, training: str | None = None, bound: bool = False) -> Implementation | None:
@@ -355,7 +356,7 @@ class Operator:
         return f"{_forced} is forced, and it has {kernels}" if kernels else "there is no kernel for this operator yet"
 
     def explain(self, device: torch.device, dtype: torch.dtype) -> Choice:
-        """Tell the choice of `choose` for inference with tensors of `dtype` on `device`."""
+        """Return the choice that `choose` makes for inference with tensors of `dtype` on `device`."""
         # `_refusal` would warn, but an explanation must not: a call that takes the slower path still has to warn.
         kernel, why, absent = None, None, None
         for each in self._asked[_forced, device.type == "cpu"]:
@@ -384,11 +385,11 @@ class Operator:
 def explain(
     name: str | None = None, device: str | torch.device | None = None, dtype: torch.dtype | None = None
 ) -> Choices:
-    """Tell which backend each operator, or the one called `name`, uses on `device`, and why not the others.
+    """Return which backend each operator, or the one called `name`, uses on `device`, and why not the others.
 
     `device` defaults to the GPU if there is one, else the CPU. `dtype` is that of all floating point tensors of a call;
-    by default there is a row for float32 and bfloat16, or two where they differ. Calls are those of inference.
-    Raises `ValueError` for an unknown operator, and for a dtype that is no floating point type.
+    by default there is one row for float32 and bfloat16, or two if they differ. The answer is for inference. Raises
+    `ValueError` for an unknown operator, and for a dtype that is not floating point.
     """
     if name is not None and name not in OPERATORS:
         raise ValueError(f"there is no operator {name!r}; there are {', '.join(sorted(OPERATORS))}")

@@ -6,7 +6,7 @@ out = token_table[token_ids] + position_table[position_ids]
 import torch
 import torch.nn.functional as F
 
-from clvp_fast.ops.binding import BoundCall, Room, writing
+from clvp_fast.ops.binding import BoundCall, Scratch, writing
 from clvp_fast.ops.checks import check_floating, check_same, shape_error, unserved_by_triton
 from clvp_fast.ops.dispatch import Implementation, Operator, needs_grad
 
@@ -84,18 +84,18 @@ def embed(
 
     Args:
         token_ids: `[...]`, int32 or int64, rows of `token_table`.
-        position_ids: likewise, rows of `position_table`; of the shape of `token_ids` or one that expands to it.
+        position_ids: int32 or int64, rows of `position_table`; of the shape of `token_ids` or one that expands to it.
         token_table: `[num_tokens, C]`.
         position_table: `[num_positions, C]`, of the dtype of `token_table`.
-        out_dtype: of the result, which is rounded once; None: the dtype of the tables.
+        out_dtype: dtype of the result, which is rounded once; None: that of the tables.
 
     Returns:
         `[..., C]`, the shape of `token_ids` and the tables' width.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not match.
-        IndexError: an id outside its table, from torch on a CPU. On a GPU an error would have to wait for the device:
-            the kernel makes the rows of such ids NaN.
+        IndexError: an id outside its table, from torch on a CPU. On a GPU, where an error would have to wait for the
+            device, the kernel makes the rows of such ids NaN.
     """
     args = (token_ids, position_ids, token_table, position_table, out_dtype)
     _check(*args)
@@ -105,7 +105,7 @@ def embed(
 
 def bind_embed(
     out: torch.Tensor,
-    room: Room,
+    scratch: Scratch,
     token_ids: torch.Tensor,
     position_ids: torch.Tensor,
     token_table: torch.Tensor,
@@ -114,7 +114,7 @@ def bind_embed(
     """Bind `embed` of these arguments into `out`, in its dtype, as `Operator.bind` does."""
     args = (token_ids, position_ids, token_table, position_table, out.dtype)
     _check(*args)
-    return _OPERATOR.bind(args, out, room)
+    return _OPERATOR.bind(args, out, scratch)
 
 
 def _check(token_ids, position_ids, token_table, position_table, out_dtype):
@@ -128,6 +128,6 @@ def _check(token_ids, position_ids, token_table, position_table, out_dtype):
     check_same("token_table", token_table, "token_ids", token_ids, dtype=False)
     check_same("position_table", position_table, "token_table", token_table)
     shape, whole = position_ids.shape, token_ids.shape
-    # Axes are compared from the last one on: each is equal, or 1, or absent.
+    # Axes are compared from the last one back: each is equal, or 1, or absent.
     if len(shape) > len(whole) or any(a not in (1, b) for a, b in zip(shape[::-1], whole[::-1], strict=False)):
         raise shape_error("position_ids", f"{list(whole)}, that of token_ids, or one that expands to it", position_ids)

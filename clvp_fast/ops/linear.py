@@ -1,12 +1,12 @@
-"""Linear layers between the operators, and the product that is fastest at their number of rows.
+"""Linear layers, computed by the product that is fastest at their number of rows.
 
     out = activation((x W^T) * scale + b) + residual
 
-The few rows of a decode step wait for the weights to come from memory: on a CPU they have a kernel in the native
-library of `csrc/`, on a GPU one in Triton, which int8 weights have for any number of rows. Both read weights as they
-lie, round nothing but the result, and give a row the same bits whatever rows are beside it. Torch's own products serve
-all others on a GPU. Many rows on a CPU have another kernel, which packs the weights first (many_rows.py). Weights that
-were packed once (panels.py) have a third, for any number of rows, which reads each panel from its beginning to its end.
+For the few rows of a decode step the time goes into reading the weights. They have a kernel in the native library of
+`csrc/` on a CPU, and one in Triton on a GPU, which also serves int8 weights for any number of rows. Both read weights
+as they lie, round only the result, and give a row the same bits whatever rows are beside it. Torch's own products serve
+all other calls on a GPU. Many rows on a CPU have another kernel, which packs the weights first (many_rows.py). Weights
+that were packed once (panels.py) have a third, for any number of rows, which reads each panel from beginning to end.
 """
 
 from functools import partial
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from clvp_fast.ops import many_rows, panels as packing
 from clvp_fast.ops.activations import ACTIVATIONS, activate, bind_activation, reference_activation
-from clvp_fast.ops.binding import BoundCall, Room, copying, in_turn, side_by_side
+from clvp_fast.ops.binding import BoundCall, Scratch, copying, in_turn, side_by_side
 from clvp_fast.ops.checks import as_rows, check_residual, check_same, shape_error, unserved_by_triton
 from clvp_fast.ops.dispatch import Implementation, Operator, autocasts, gradient, interpreted, needs_grad
 
@@ -38,7 +38,7 @@ def reference(x, weight, bias, scale, activation, residual=None, panels=None):
 
 
 def _add(out, residual):
-    """Return `out + residual`, in the memory of `out` where that is allowed."""
+    """Return `out + residual`, in the memory of `out` if possible."""
     if residual is None:
         return out
     if out.dtype != residual.dtype or needs_grad(out, residual):  # under autocast the dtypes may differ
@@ -63,7 +63,7 @@ def _fake(x, weight, bias, scale, activation, residual=None, panels=None):
     return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype if residual is None else residual.dtype)
 
 
-def _bind_torch(out, room, x, weight, bias, scale, activation, residual=None, panels=None):
+def _bind_torch(out, scratch, x, weight, bias, scale, activation, residual=None, panels=None):
     product = partial(_product, x, weight, bias, scale)
     if residual is not None:
         return None if activation is not None else lambda: torch.add(product(), residual, out=out)
@@ -89,7 +89,7 @@ def _triton(x, weight, bias, scale, activation, residual=None, panels=None, *, o
     return _add(out, residual)
 
 
-def _bind_triton(out, room, *args):
+def _bind_triton(out, scratch, *args):
     residual = args[5]
     # A residual of a wider type gives the result its type.
     return None if residual is not None and residual.dtype != args[0].dtype else partial(_triton, *args, out=out)
@@ -103,7 +103,7 @@ def _native(x, weight, bias, scale, activation, residual=None, panels=None):
 
 
 def _native_call(out, x, weight, bias, scale, activation, residual, panels=None):
-    """Bind the kernel to these tensors, or to contiguous copies that are made now where needed."""
+    """Bind the kernel to these tensors, or to contiguous copies made now if needed."""
     from clvp_fast import native
 
     rows, bias, scale = _operands(x, bias, scale)
@@ -129,7 +129,7 @@ def _native_call(out, x, weight, bias, scale, activation, residual, panels=None)
     return native.bound("clvp_fast_linear_cpu", call, torch.get_num_threads(), *kept)
 
 
-def _bind_cpu(out, room, x, weight, bias, scale, activation, residual=None, panels=None):
+def _bind_cpu(out, scratch, x, weight, bias, scale, activation, residual=None, panels=None):
     if _packs(x, panels) or not side_by_side(out, x, bias, scale, residual):
         return None
     return _native_call(out, x, weight, bias, scale, activation, residual, panels)
@@ -206,7 +206,7 @@ _OPERATOR = Operator(
     reference=reference,
     fake=_fake,
     implementations=(
-        # Torch has no product for int8 weights, only one over a wider copy of them.
+        # Torch has no product for int8 weights, only products over a wider copy of them.
         Implementation(
             "triton",
             _triton,
@@ -225,7 +225,7 @@ _OPERATOR = Operator(
 
 
 def check_scale(scale: torch.Tensor | None, weight: torch.Tensor, x: torch.Tensor, name: str = "scale") -> None:
-    """Raise unless int8 `weight` has a scale of its rows on the device of `x`, and any other weight has none."""
+    """Raise unless an int8 `weight` has a scale for each row on the device of `x`, and any other weight has none."""
     if (weight.dtype == torch.int8) != (scale is not None):
         given = "missing" if scale is None else "given"
         raise ValueError(f"{name} belongs to weights of int8: it is {given}, and the weights are {weight.dtype}")
@@ -247,22 +247,23 @@ def linear(
     residual: torch.Tensor | None = None,
     panels: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Compute a linear layer, with an activation behind it if one is named, and a residual added if one is given.
+    """Compute a linear layer, then the activation if one is named, and add the residual if one is given.
 
     Args:
         x: `[..., in]`.
-        weight: `[out, in]`, of the dtype of `x`; or int8, with `scale` `[out]` float32, which each row is times.
+        weight: `[out, in]`, of the dtype of `x`; or int8, with `scale` `[out]` float32 that multiplies its rows.
         bias: `[out]`.
-        activation: as `gelu_mlp` names them.
-        residual: `[..., out]`, of the dtype of `x` or, beside a half type, float32.
-        panels: the same weights as `panels.pack` packed them, which a CPU's kernel reads in their place.
+        activation: a name that `gelu_mlp` takes.
+        residual: `[..., out]`, of the dtype of `x` or, with a half type, float32.
+        panels: the same weights packed by `panels.pack`, which a CPU kernel reads instead.
 
     Returns:
-        `[..., out]`, contiguous, of the dtype of the residual; without one that of `x`.
+        `[..., out]`, contiguous, of the dtype of the residual, or of `x` without one.
 
     Raises:
-        ValueError, TypeError: an unknown activation; tensors on several devices; a scale without int8, or none with it;
-            a residual that is not of the result's shape or of another dtype; panels of other weights.
+        ValueError, TypeError: an unknown activation; tensors on several devices; a scale without int8 weights, or int8
+            weights without a scale; a residual of another shape than the result, or of another dtype; panels of other
+            weights.
     """
     args = (x, weight, bias, scale, activation, residual, panels)
     cast = autocasts(x.device)
@@ -280,7 +281,7 @@ def linear(
 
 def bind_linear(
     out: torch.Tensor,
-    room: Room,
+    scratch: Scratch,
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
@@ -290,19 +291,19 @@ def bind_linear(
     residual: torch.Tensor | None = None,
     panels: torch.Tensor | None = None,
 ) -> BoundCall:
-    """Bind `linear` of these arguments into `out`, as `Operator.bind` does; it has the bits of `linear`."""
+    """Bind `linear` of these arguments into `out`, as `Operator.bind` does; the result has the bits of `linear`."""
     args = (x, weight, bias, scale, activation, residual, panels)
     _check(*args, cast=False)
     if residual is not None and residual.dtype != torch.float32:
-        product = bind_linear(out, room, x, weight, bias, scale=scale, activation=activation, panels=panels)
+        product = bind_linear(out, scratch, x, weight, bias, scale=scale, activation=activation, panels=panels)
         return in_turn(product, partial(out.add_, residual))
     if activation not in _FUSED:
         if residual is not None:
             settings = dict(scale=scale, activation=activation, residual=residual, panels=panels)
             return copying(partial(linear, x, weight, bias, **settings), out)
-        product = bind_linear(out, room, x, weight, bias, scale=scale, panels=panels)
+        product = bind_linear(out, scratch, x, weight, bias, scale=scale, panels=panels)
         return in_turn(product, bind_activation(out, activation))
-    return _OPERATOR.bind(args, out, room)
+    return _OPERATOR.bind(args, out, scratch)
 
 
 def _check(x, weight, bias, scale, activation, residual, panels, cast):

@@ -3,12 +3,13 @@
 frame[f, i] = samples[reflect(f * hop_length + i - n_fft // 2)] * window[i]          i = 0 .. n_fft - 1
 mel[m, f]   = log(max(sum_k mel_filters[k, m] * |DFT(frame[f])[k]|^2, log_floor)) / mel_norms[m]
 
-`reflect` mirrors the signal at its first and last sample, again and again where the signal is shorter than the frame.
-A signal of n samples has 1 + (n + 2 * (n_fft // 2) - n_fft) // hop_length frames. With `decibels` the logarithm is
-10 log10, and what lies more than `top_db` under the loudest value of a row is raised to that, before the division.
+`reflect` mirrors the signal at its first and last sample, repeatedly if the signal is shorter than the frame. A
+signal of n samples has 1 + (n + 2 * (n_fft // 2) - n_fft) // hop_length frames. With `decibels` the logarithm is
+10 log10, and values more than `top_db` below the loudest value of a row are raised to that bound, before the division.
 
-A frame that reaches a sample that is NaN or infinite is NaN in every channel, and counts as no loudest value; no other
-frame is touched. The kernel is csrc/fourier.h's, on a CPU (csrc/cpu/log_mel.cpp) and on a GPU (csrc/cuda/log_mel.cu).
+A frame that reaches a NaN or infinite sample is NaN in every channel, and does not count for the loudest value; other
+frames are not affected. csrc/fourier.h has the kernel for both a CPU (csrc/cpu/log_mel.cpp) and a GPU
+(csrc/cuda/log_mel.cu).
 """
 
 import ctypes
@@ -71,7 +72,7 @@ def _torch(
     power = spectrum.real.square() + spectrum.imag.square()  # [batch, n_fft // 2 + 1, frames]
     mel = (mel_filters.to(compute).T @ power).clamp(min=log_floor)
     mel = 10 * mel.log10() if decibels else mel.log()
-    # Bin 0 is a plain sum of the frame's samples, so that it shows each NaN and infinity.
+    # Bin 0 is the plain sum of the frame's samples, so it shows every NaN and infinity.
     mel = mel.masked_fill(~spectrum.real[:, :1].isfinite(), torch.nan)
     past = None
     if lengths is not None:
@@ -257,19 +258,20 @@ def log_mel(
         mel_filters: `[n_fft // 2 + 1, num_mels]`, floating: the weights of the power spectrum. A channel without
             weights is `log(log_floor)` in every frame.
         hop_length: samples from one frame to the next.
-        lengths: `[batch]`, integer: the true samples of each row, 1 to time. Samples behind them are not read, and
-            frames past a row's own last one are 0. None: all rows are full.
-        mel_norms: `[num_mels]`, floating: what the channels are divided by. None: nothing.
-        log_floor: mel power below this is raised to it.
-        decibels: 10 times the decimal logarithm instead of the natural one.
-        top_db: with `decibels`: what lies more than this under the loudest value of a row's true frames is raised to
-            that, before the division by `mel_norms`. None: nothing is.
-        compute_dtype: float32 or float64, the arithmetic; default float64 for float64 samples, else float32.
-        dtype: of the result: float32, float16, bfloat16, or float64 with `compute_dtype` float64; default
+        lengths: `[batch]`, integer: the number of valid samples of each row, 1 to time. Later samples are not read, and
+            frames after a row's last one are 0. None: all samples are valid.
+        mel_norms: `[num_mels]`, floating: the divisors of the channels. None: no division.
+        log_floor: the least mel power; smaller values are raised to it.
+        decibels: use 10 times the decimal logarithm instead of the natural one.
+        top_db: with `decibels`: values more than this below the loudest value of a row's valid frames are raised to
+            that bound, before the division by `mel_norms`. None: no bound.
+        compute_dtype: dtype of the arithmetic, float32 or float64; by default float64 for float64 samples, else
+            float32.
+        dtype: dtype of the result: float32, float16, bfloat16, or float64 with `compute_dtype` float64; by default
             `compute_dtype`.
 
-    The kernel keeps what it derives from window, filters and norms while these live. It sees when torch writes to them,
-    but not what is written through an array that shares their memory.
+    The kernel keeps tables derived from window, filters and norms for as long as these live. It notices when torch
+    writes to them, but not a write through an array that shares their memory.
 
     Returns:
         `[batch, num_mels, frames]`, contiguous. A frame that reaches a NaN or infinite sample is NaN in every channel.
@@ -278,7 +280,7 @@ def log_mel(
         ValueError: shapes that do not fit together, more than one channel, no sample, no mel channel, tensors on
             several devices, a hop below 1, a floor that is not positive, `top_db` that is negative or without
             `decibels`; on a CPU, or in debug mode (`CLVP_FAST_DEBUG=1`; it waits for the device), a length that is not
-            in 1 to time. On a GPU the kernel takes such a length as the nearest that is.
+            in 1 to time. On a GPU the kernel takes the nearest length that is.
         TypeError: dtypes other than those above.
     """
     if samples.dtype != torch.int16 and not samples.is_floating_point():
@@ -307,7 +309,7 @@ def log_mel(
     args = (samples, window, mel_filters, hop_length, lengths, mel_norms, log_floor, decibels, top_db, compute, result)
     if samples.shape[0] == 0:
         return _fake(*args)
-    with uncast(samples.device):  # the power of a spectrum exceeds half types
+    with uncast(samples.device):  # the power of a spectrum exceeds the range of half types
         return _OPERATOR.choose(args, grad)(*args)
 
 

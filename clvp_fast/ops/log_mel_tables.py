@@ -13,8 +13,8 @@ _TWIDDLES: dict[tuple, torch.Tensor] = {}
 def table(tensor, dtype, make):
     """Return `make(tensor, dtype)`, kept as long as `tensor` lives and is not written to.
 
-    It is not kept while a CUDA graph is captured, as the graph's replays must see new values, nor for an inference
-    tensor, which does not show when it was written to. Each stream has its own tables, so that no stream waits.
+    It is not kept while a CUDA graph is captured, because the graph's replays must see new values, nor for an inference
+    tensor, which does not show writes. Each stream has its own tables, so that no stream waits.
     """
     if make is converted and tensor.dtype == dtype and tensor.is_contiguous():
         return tensor

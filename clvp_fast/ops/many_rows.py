@@ -1,4 +1,4 @@
-"""Linear layers of many rows on a CPU (csrc/cpu/mlp.cpp), one or two, and a norm before them; few rows work too."""
+"""One or two linear layers of many rows on a CPU (csrc/cpu/mlp.cpp), with a norm before them; few rows work too."""
 
 import ctypes
 from functools import cache
@@ -35,7 +35,7 @@ def has_matrix_unit() -> bool:
 
 
 def unserved_type(device, dtype, int8=False):
-    """Return why the kernels of linear layers take no x of `dtype` on this CPU (with `int8` weights if so), or None."""
+    """Return why the kernels of linear layers do not take x of `dtype` on this CPU (with `int8` weights), or None."""
     from clvp_fast import native
 
     if native.isa() == "portable":
@@ -70,8 +70,8 @@ def unserved(x, activation, *weights):
 def layers(x, w_in, b_in, w_out, b_out, residual, activation, gated=False, layer_norm=(None, None, 0.0)):
     """Compute two layers, `activation(x w_in^T + b_in) w_out^T + b_out + residual`; without w_out the first + residual.
 
-    gated: between the layers is the first half of `x w_in^T + b_in` times the activation of the second half.
-    layer_norm: weight, bias and eps of a norm that x has first; without a weight there is none.
+    gated: the second layer's input is the first half of `x w_in^T + b_in` times the activation of the second half.
+    layer_norm: weight, bias and eps of a norm that is applied to x first; without a weight there is none.
 
     `unserved` has checked the arguments. The result has the dtype of the residual, or of `x` without one.
     """
@@ -82,7 +82,7 @@ def layers(x, w_in, b_in, w_out, b_out, residual, activation, gated=False, layer
     rows, threads = as_rows(x), torch.get_num_threads()
     *norm, eps = layer_norm
     b_in, b_out, residual, *norm = (None if t is None else t.contiguous() for t in (b_in, b_out, residual, *norm))
-    # Four items a thread, so that no thread waits long for the others.
+    # Four items per thread, so that no thread waits long for the others.
     item_rows = -(-len(rows) // (4 * threads * _TILE_ROWS)) * _TILE_ROWS
     types = {torch.float32: native.FLOAT32, torch.bfloat16: native.BFLOAT16}
     call = native.MlpCall(

@@ -1,9 +1,9 @@
-"""Patch merging's layer norm (Swin, arXiv:2103.14030): four neighbours of an image become one place, normalised.
+"""Patch merging's layer norm (Swin, arXiv:2103.14030): four neighbours of an image become one position, normalised.
 
     merged = [x(2i, 2j), x(2i + 1, 2j), x(2i, 2j + 1), x(2i + 1, 2j + 1)]      one behind the other; zeros off the image
     out    = (merged - mean) * rsqrt(var + eps) * weight + bias                float32 at least
 
-A norm writes new rows in any case: the kernel gathers what it reads, and the merged image is never written.
+The norm writes new rows anyway, so the kernel gathers while it reads, and the merged image is never written.
 """
 
 import torch
@@ -64,7 +64,7 @@ _OPERATOR = Operator(
 
 
 def merge_norm(x: torch.Tensor, *, weight: torch.Tensor, bias: torch.Tensor | None = None, eps: float) -> torch.Tensor:
-    """Merge each two by two neighbours of an image, and normalise what they hold together.
+    """Merge each two by two neighbours of an image, and normalise the result.
 
     Args:
         x: `[B, height, width, C]`, any strides; an odd last row or column is filled up with zeros.

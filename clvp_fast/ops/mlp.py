@@ -3,8 +3,8 @@
 gelu_mlp:  out = act(x W_in^T + b_in) W_out^T + b_out (+ residual)
 geglu_mlp: h, gate = split(x W_in^T + b_in);  out = dropout(h * act(gate)) W_out^T + b_out (+ residual)
 
-The result has the dtype of the residual, which may be float32 beside half types. The weights of gelu_mlp may be int8,
-with a scale a row: (x W^T) * scale in place of x W^T.
+The result has the dtype of the residual, which may be float32 with half types. The weights of gelu_mlp may be int8,
+with a scale for each row: (x W^T) * scale in place of x W^T.
 """
 
 from functools import partial
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from clvp_fast.ops import many_rows
 from clvp_fast.ops.activations import ACTIVATIONS, activate, reference_activation
-from clvp_fast.ops.binding import BoundCall, Room, in_turn, writing
+from clvp_fast.ops.binding import BoundCall, Scratch, in_turn, writing
 from clvp_fast.ops.checks import as_rows, check_residual, check_same, shape_error, unserved_by_triton
 from clvp_fast.ops.dispatch import Implementation, Operator, autocasts, gradient, needs_grad
 from clvp_fast.ops.linear import bind_linear, check_scale, linear
@@ -55,11 +55,11 @@ def _gelu_torch(x, w_in, b_in, w_out, b_out, residual, activation, scale_in=None
     return linear(hidden, w_out, b_out, scale=scale_out, residual=residual)
 
 
-def _bind_gelu_torch(out, room, x, w_in, b_in, w_out, b_out, residual, activation, scale_in=None, scale_out=None):
-    hidden = room("mlp", len(x), len(w_in), dtype=x.dtype)
+def _bind_gelu_torch(out, scratch, x, w_in, b_in, w_out, b_out, residual, activation, scale_in=None, scale_out=None):
+    hidden = scratch("mlp", len(x), len(w_in), dtype=x.dtype)
     return in_turn(
-        bind_linear(hidden, room, x, w_in, b_in, scale=scale_in, activation=activation),
-        bind_linear(out, room, hidden, w_out, b_out, scale=scale_out, residual=residual),
+        bind_linear(hidden, scratch, x, w_in, b_in, scale=scale_in, activation=activation),
+        bind_linear(out, scratch, hidden, w_out, b_out, scale=scale_out, residual=residual),
     )
 
 
@@ -102,7 +102,7 @@ def _triton(x, w_in, b_in, w_out, b_out, residual, activation, scale_in=None, sc
     if out.numel() == 0:
         return out
     flat = as_rows(x)
-    scratch = mlp.workspace(len(flat), outer, inner, x.element_size(), scale_in is not None)
+    sizes = mlp.workspace(len(flat), outer, inner, x.element_size(), scale_in is not None)
     mlp.mlp(
         flat,
         w_in,
@@ -114,8 +114,8 @@ def _triton(x, w_in, b_in, w_out, b_out, residual, activation, scale_in=None, sc
         gated,
         hidden=x.new_empty(len(flat), inner),
         out=out.view(-1, outer),
-        partial=x.new_empty(scratch.partial, dtype=torch.float32) if scratch.partial else None,
-        arrivals=x.new_empty(scratch.arrivals, dtype=torch.int32) if scratch.arrivals else None,
+        partial=x.new_empty(sizes.partial, dtype=torch.float32) if sizes.partial else None,
+        arrivals=x.new_empty(sizes.arrivals, dtype=torch.int32) if sizes.arrivals else None,
         scale_in=None if scale_in is None else scale_in.contiguous(),
         scale_out=None if scale_out is None else scale_out.contiguous(),
     )
@@ -127,7 +127,7 @@ def _cpu(x, w_in, b_in, w_out, b_out, residual, activation, *scales, gated=False
 
 
 def _pays(x, *others):
-    """Tell whether x has many rows and no compiler is at work: few rows are faster as two products."""
+    """Tell whether x has many rows and nothing is being compiled; few rows are faster as two products."""
     return many_rows.are_many(x) and not torch.compiler.is_compiling()
 
 
@@ -190,7 +190,7 @@ def _check(halves, x, w_in, b_in, w_out, b_out, residual, activation, scale_in=N
 
 
 def training(*tensors):
-    """Return why a call is for torch's own functions, or None."""
+    """Return why a call needs torch's own functions, or None."""
     return "autocast is on" if autocasts(tensors[0].device) else gradient(*tensors)
 
 
@@ -210,16 +210,16 @@ def gelu_mlp(
 
     Args:
         x: `[..., H]`.
-        w_in, b_in: `[I, H]`, `[I]`; any strides, fastest with the last axis contiguous. All have the dtype of `x`; or
-            both weights are int8, with the next two.
+        w_in, b_in: `[I, H]`, `[I]`; any strides, fastest with the last axis contiguous. All have the dtype of `x`, or
+            both weights are int8 and have scales.
         w_out, b_out: `[O, I]`, `[O]`.
-        residual: `[..., O]`, added to the result; of the dtype of `x` or, beside a half type, float32.
+        residual: `[..., O]`, added to the result; of the dtype of `x` or, with a half type, float32.
         activation: by transformers' name: gelu, gelu_new, gelu_pytorch_tanh, gelu_fast, quick_gelu, relu, relu2, silu,
             swish, selu, sigmoid, tanh, mish, leaky_relu, elu or linear.
-        scale_in, scale_out: `[I]`, `[O]` float32, which each row of int8 weights is times.
+        scale_in, scale_out: `[I]`, `[O]` float32, which multiply the rows of int8 weights.
 
     Returns:
-        `[..., O]`, the dtype of the residual; without one that of `x`.
+        `[..., O]`, of the dtype of the residual, or of `x` without one.
 
     Raises:
         ValueError, TypeError: an unknown activation, or shapes, dtypes or devices that do not match.
@@ -233,7 +233,7 @@ def gelu_mlp(
 
 def bind_gelu_mlp(
     out: torch.Tensor,
-    room: Room,
+    scratch: Scratch,
     x: torch.Tensor,
     w_in: torch.Tensor,
     b_in: torch.Tensor,
@@ -248,7 +248,7 @@ def bind_gelu_mlp(
     """Bind `gelu_mlp` of these arguments, `x` `[N, H]`, into `out`, as `Operator.bind` does."""
     args = (x, w_in, b_in, w_out, b_out, residual, activation, scale_in, scale_out)
     _check(1, *args)
-    return _GELU.bind(args, out, room)
+    return _GELU.bind(args, out, scratch)
 
 
 def geglu_mlp(
@@ -272,7 +272,7 @@ def geglu_mlp(
         dropout_p: probability of dropping a gated value (training).
 
     Returns:
-        `[..., O]`, of the dtype that `gelu_mlp` gives it.
+        `[..., O]`, of the same dtype as from `gelu_mlp`.
 
     Raises:
         ValueError, TypeError: as in `gelu_mlp`.

@@ -4,17 +4,17 @@ s = x + residual                                                  in the dtype o
 rms:   s * rsqrt(mean(s^2) + eps) * weight                        statistics and normalisation in float32
 layer: (s - mean(s)) * rsqrt(var(s) + eps) * weight + bias
 
-Beside x of a half type the residual may be float32: a model's residual is a sum over all of its layers, and a half type
-would round it after every one.
+With x of a half type the residual may be float32: a model's residual is a sum over all its layers, which a half type
+would round after each of them.
 
-The conditioning encoder's group norms have no kernel: six launches a voice, over some 2 MB each, once a request, beside
-hundreds of decode steps of sixty norms.
+The conditioning encoder's group norms have no kernel: they are six launches for a voice, over some 2 MB each, once a
+request, which is little beside hundreds of decode steps with sixty norms each.
 """
 
 import torch
 import torch.nn.functional as F
 
-from clvp_fast.ops.binding import BoundCall, Room, writing
+from clvp_fast.ops.binding import BoundCall, Scratch, writing
 from clvp_fast.ops.checks import as_rows, check_floating, check_residual, check_same, shape_error, unserved_by_triton
 from clvp_fast.ops.dispatch import Implementation, Operator, gradient, needs_grad
 
@@ -43,7 +43,7 @@ def reference(x, residual, weight, bias, eps, kind, out_dtype=None):
 
 def layer_norm(x, weight, bias, eps, dtype):
     """Compute the layer norm of `x` with a result of `dtype`, rounded once."""
-    # Torch's function gives the dtype of x, and takes no narrower weights.
+    # Torch's function returns the dtype of x, and takes no narrower weights.
     if dtype == x.dtype and weight.dtype.itemsize >= x.dtype.itemsize:
         return F.layer_norm(x, weight.shape, weight, bias, eps)
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -75,7 +75,7 @@ def _fake(x, residual, weight, bias, eps, kind, out_dtype=None):
 
 
 def unserved(width, *dtypes):
-    """Return why the kernels cannot serve rows of this width, of tensors of these dtypes (None: absent), or None."""
+    """Return why the kernels cannot serve rows of this width and tensors of these dtypes (None: absent), or None."""
     from clvp_fast.kernels.norm import MAX_WIDTH
 
     if width > MAX_WIDTH:
@@ -191,13 +191,14 @@ def add_norm(
 
     Args:
         x: `[..., C]`.
-        residual: the shape and device of `x`, and its dtype or, beside a half type, float32; None: nothing is added.
+        residual: of the shape and device of `x`, and of its dtype or, with a half type, float32; None: nothing is
+            added.
         weight: `[C]`.
-        bias: `[C]`, with `kind="layer"` alone.
+        bias: `[C]`, only with `kind="layer"`.
         eps: added to the mean square or variance.
         kind: `"rms"` (transformers' RMSNorm bit for bit: in float32, cast to the dtype of the sum, then times `weight`)
             or `"layer"` (`torch.nn.functional.layer_norm`).
-        out_dtype: of the normed sum; None: the dtype of `x`, with `kind="rms"` that of `weight` if it is wider.
+        out_dtype: dtype of the normed sum; None: that of `x`, or with `kind="rms"` that of `weight` if it is wider.
 
     Returns:
         `x + residual`, of the dtype of the residual (`x` itself without one), and the normed sum; both of the shape of
@@ -214,7 +215,7 @@ def add_norm(
 
 def bind_add_norm(
     out: tuple[torch.Tensor | None, torch.Tensor],
-    room: Room,
+    scratch: Scratch,
     x: torch.Tensor,
     residual: torch.Tensor | None = None,
     *,
@@ -225,11 +226,11 @@ def bind_add_norm(
 ) -> BoundCall:
     """Bind `add_norm` of these arguments into `out`, in its dtypes, as `Operator.bind` does.
 
-    The first result is None where there is no residual, and only there.
+    The first result is None if and only if there is no residual.
     """
     args = (x, residual, weight, bias, eps, kind, out[1].dtype)
     _check(*args)
-    return _OPERATOR.bind(args, out, room)
+    return _OPERATOR.bind(args, out, scratch)
 
 
 def _check(x, residual, weight, bias, eps, kind, out_dtype):
@@ -256,13 +257,13 @@ def double_layer_norm(
     eps2: float,
     out_dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute a layer norm over the last axis, and a second one of its result.
+    """Compute a layer norm over the last axis, and a second one over its result.
 
     Args:
         x: `[..., C]`.
         weight1, bias1, weight2, bias2: `[C]`; a bias may be None.
         eps1, eps2: added to the variances.
-        out_dtype: of the second norm's result; None: the dtype of `x`.
+        out_dtype: dtype of the second norm's result; None: that of `x`.
 
     Returns:
         The results of the first (rounded to the dtype of `x`) and of the second norm, both of the shape of `x`.
@@ -277,7 +278,7 @@ def double_layer_norm(
 
 def bind_double_layer_norm(
     out: tuple[torch.Tensor, torch.Tensor],
-    room: Room,
+    scratch: Scratch,
     x: torch.Tensor,
     *,
     weight1: torch.Tensor,
@@ -290,7 +291,7 @@ def bind_double_layer_norm(
     """Bind `double_layer_norm` of these arguments into `out`, the second in its dtype, as `Operator.bind` does."""
     args = (x, weight1, bias1, eps1, weight2, bias2, eps2, out[1].dtype)
     _check_double(*args)
-    return _DOUBLE.bind(args, out, room)
+    return _DOUBLE.bind(args, out, scratch)
 
 
 def _check_double(x, weight1, bias1, eps1, weight2, bias2, eps2, out_dtype):

@@ -1,14 +1,16 @@
-"""Attention over keys and values in pages, of which the candidates of a request share the prompt's.
+"""Attention over keys and values in pages; the candidates of a request share the prompt's pages.
 
 Pages are `[num_pages, page_size, num_heads, head_dim]`; token t of a sequence lies in slot `t % page_size` of page
 `block_table[row, t // page_size]`. Both operators write the new keys and values into the pages, and are for inference.
 
-    decode:  out[n] = softmax(scale * q[n] [K_prefix; K_own]^T) [V_prefix; V_own]  K_own ends with k_new[n], V_own alike
+    decode:  out[n] = softmax(scale * q[n] [K_prefix; K_own]^T) [V_prefix; V_own]
     prefill: causal attention within each sequence of a ragged batch
 
-Pages of float8 (e4m3) have scales `[num_heads]`: a page keeps x / scale, clamped to what the type can hold.
-On a CPU the decode step has a kernel of its own, in the native library of `csrc/`.
-`CLVP_FAST_DEBUG=1`, read once at import, makes the public functions look at the values of tables and lengths too.
+K_own ends with k_new[n], and V_own with v_new[n].
+
+Pages of float8 (e4m3) have scales `[num_heads]`: a page keeps x / scale, clamped to the range of the type. On a
+CPU the decode step has a kernel of its own, in the native library of `csrc/`. `CLVP_FAST_DEBUG=1`, read once at import,
+makes the public functions check the values of tables and lengths too.
 """
 
 import ctypes
@@ -19,7 +21,7 @@ from typing import Any
 
 import torch
 
-from clvp_fast.ops.binding import BoundCall, Room, in_turn, writing
+from clvp_fast.ops.binding import BoundCall, Scratch, in_turn, writing
 from clvp_fast.ops.checks import check_same, shape_error, unserved_by_triton, unserved_natively
 from clvp_fast.ops.dispatch import Implementation, Operator, needs_grad
 from clvp_fast.ops.paged_attention_torch import decode_reference, decode_torch, prefill_reference, prefill_torch
@@ -30,7 +32,7 @@ _debug = os.environ.get("CLVP_FAST_DEBUG") == "1"
 
 
 def _contiguous_last(*tensors: torch.Tensor | None) -> list[Any]:  # None for None, and a tensor for each other
-    """Return the tensors, copied where the last axis does not have stride 1."""
+    """Return the tensors; those whose last axis does not have stride 1 are copied."""
     return [x if x is None or x.shape[-1] < 2 or x.stride(-1) == 1 else x.contiguous() for x in tensors]
 
 
@@ -41,7 +43,7 @@ def _decode_native(q, *others):
     return out
 
 
-def _bind_native(out, room, q, k_new, v_new, k_pages, v_pages, *others):
+def _bind_native(out, scratch, q, k_new, v_new, k_pages, v_pages, *others):
     tensors = q, k_new, v_new, *others[:5]
     if not all(mine is x for mine, x in zip(_contiguous_last(*tensors), tensors, strict=True)):
         return None
@@ -49,7 +51,7 @@ def _bind_native(out, room, q, k_new, v_new, k_pages, v_pages, *others):
 
 
 def _native_call(out, q, k_new, v_new, k_pages, v_pages, block_table, seq_lens, *others):
-    """Bind the kernel to these tensors, or to copies that are made now where the last axis does not have stride 1."""
+    """Bind the kernel to these tensors, or to copies made now if the last axis does not have stride 1."""
     from clvp_fast import native
 
     q, k_new, v_new, block_table, seq_lens = _contiguous_last(q, k_new, v_new, block_table, seq_lens)
@@ -106,7 +108,7 @@ def _decode_triton(
     partial_sums = num_candidates * num_heads * parts * (head_dim + 2) if parts > 1 else 0
     partial = torch.empty(partial_sums, dtype=torch.float32, device=q.device)
     if arrivals is None:
-        # Counters are needed only where parts are merged; otherwise a launch that zeroes them is saved.
+        # Counters are needed only if parts are merged; otherwise the launch that zeroes them is saved.
         make = torch.zeros if parts > 1 else torch.empty
         arrivals = make(num_candidates, num_heads, dtype=torch.int32, device=q.device)
     rows = _contiguous_last(q, k_new, v_new)
@@ -308,24 +310,24 @@ def paged_attention_decode(
     Args:
         q, k_new, v_new: `[N, H, D]`, of one dtype.
         k_pages, v_pages: `[num_pages, page_size, H, D]`, of one dtype; the new key and value of candidate n are written
-            at place `seq_lens[n]` of its own pages.
+            at position `seq_lens[n]` of its own pages.
         block_table: `[N, max_pages]` int32, each candidate's own pages. Entries past the pages in use are not read.
-        seq_lens: `[N]` int32, own tokens stored before this step; negative: the slot is inactive, nothing of it is read
-            or written, and its output is 0. Place `seq_lens[n]` must lie within `max_pages`.
+        seq_lens: `[N]` int32, own tokens stored before this step; negative: the slot is inactive, nothing is read or
+            written for it, and its output is 0. Position `seq_lens[n]` must lie within `max_pages`.
         prefix_table: `[R, P]` int32, the pages of each request's prompt, shared by its candidates.
-        prefix_lens: `[R]` int32, tokens in them.
+        prefix_lens: `[R]` int32, the number of tokens in them.
         prefix_index: `[N]` int32, each candidate's request; -1: none. The three are given together or not at all.
         scale: of the scores; default `D ** -0.5`.
-        k_scale, v_scale: `[H]` float32, with pages of float8 and only with them: a page keeps `x / scale`, clamped.
-        arrivals: `[N, H]` int32 zeros, which are zeros again afterwards: counters of the kernel, for one call at a
-            time. Without them it makes its own, which costs a second, tiny launch.
+        k_scale, v_scale: `[H]` float32, for pages of float8 and only for them: a page keeps `x / scale`, clamped.
+        arrivals: `[N, H]` int32 zeros, which are zeros again after the call: counters of the kernel, for one call at a
+            time. By default it makes its own, which costs a second, tiny launch.
 
     Returns:
         `[N, H, D]`, the dtype of `q`.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes or devices do not match. Values are not looked at: the kernel leaves out
-            what lies in pages that do not exist or past the tables, and touches no other memory.
+        ValueError, TypeError: shapes, dtypes or devices do not match. Values are not checked: the kernel skips pages
+            that do not exist and positions past the tables, and touches no other memory.
         IndexError, ValueError: in debug mode (`CLVP_FAST_DEBUG=1`; it waits for the device), a page in use does not
             exist, a length passes its table, or a request is unknown.
         RuntimeError: an argument requires grad, or a forced backend cannot serve.
@@ -341,7 +343,7 @@ def paged_attention_decode(
 
 def bind_paged_attention_decode(
     out: torch.Tensor,
-    room: Room,
+    scratch: Scratch,
     q: torch.Tensor,
     k_new: torch.Tensor,
     v_new: torch.Tensor,
@@ -362,7 +364,7 @@ def bind_paged_attention_decode(
     tables = (block_table, seq_lens, prefix_table, prefix_lens, prefix_index)
     args = (q, k_new, v_new, k_pages, v_pages, *tables, scale, k_scale, v_scale, arrivals)
     _check_decode(*args)
-    call = _DECODE.bind(args, out, room)
+    call = _DECODE.bind(args, out, scratch)
     return in_turn(partial(_check_decode_values, k_pages, *tables), call) if _debug else call
 
 
@@ -399,16 +401,16 @@ def paged_prefill(
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attend causally within each sequence of a ragged batch, and store its keys and values from place 0 on.
+    """Attend causally within each sequence of a ragged batch, and store its keys and values from position 0 on.
 
     Args:
         q, k, v: `[T, H, D]`, of one dtype, the sequences one after another.
-        cu_seqlens: `[S + 1]` int32: sequence s has rows `cu_seqlens[s]` to `cu_seqlens[s + 1]`, none perhaps; the last
-            entry is T. Where entries descend, sequences overlap: a row that several have holds the result of any of
-            them, or nothing, and no other memory is read or written. Debug mode refuses them.
+        cu_seqlens: `[S + 1]` int32: sequence s has the rows from `cu_seqlens[s]` to before `cu_seqlens[s + 1]`, perhaps
+            none; the last entry is T. If entries descend, sequences overlap: a shared row has the result of any of
+            them, or is not written, and no other memory is read or written. Debug mode refuses such entries.
         k_pages, v_pages: `[num_pages, page_size, H, D]`, of one dtype.
-        block_table: `[S, max_pages]` int32, the pages of each sequence. A slot that several sequences have holds
-            the key and value of any of them.
+        block_table: `[S, max_pages]` int32, the pages of each sequence. A slot that several sequences share gets the
+            key and value of any of them.
         scale: of the scores; default `D ** -0.5`.
         k_scale, v_scale: as for `paged_attention_decode`; the attention itself takes k and v as they are.
 
@@ -416,7 +418,7 @@ def paged_prefill(
         `[T, H, D]`, the dtype of `q`.
 
     Raises:
-        As `paged_attention_decode`; in debug mode also where `cu_seqlens` does not ascend from 0 to T.
+        As `paged_attention_decode`; in debug mode also if `cu_seqlens` does not ascend from 0 to T.
     """
     _check(q, k, v, ("k", "v"), k_pages, v_pages, k_scale, v_scale)
     _check_index("block_table", block_table, q, None, None)

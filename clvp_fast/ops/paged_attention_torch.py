@@ -27,7 +27,7 @@ def _tokens(pages, scale, table, length, dtype):
 
 
 def _store(pages, scale, table, places, new):
-    """Write `new[i]` at place `places[i]` of row i of `table`."""
+    """Write `new[i]` at position `places[i]` of row i of `table`."""
     page_size = pages.shape[1]
     page = table.gather(1, (places // page_size)[:, None]).squeeze(1).long()
     pages[page, places % page_size] = _quantised(new, pages.dtype, scale)

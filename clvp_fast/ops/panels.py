@@ -1,4 +1,4 @@
-"""Weights of linear layers packed once, in the order in which a CPU's kernel reads them: csrc/cpu/panels.h."""
+"""Weights of linear layers packed once, in the order in which a CPU kernel (csrc/cpu/panels.h) reads them."""
 
 import torch
 
@@ -11,7 +11,7 @@ PANEL = 48
 
 
 def unserved(x_dtype: torch.dtype, weight: torch.Tensor) -> str | None:
-    """Tell why no kernel reads panels of `weight` `[out, in]` beside x of `x_dtype`, or None."""
+    """Return why no kernel reads panels of `weight` `[out, in]` for x of `x_dtype`, or None."""
     device, int8 = weight.device, weight.dtype == torch.int8
     if reason := missing_natively(device) or many_rows.unserved_type(device, x_dtype, int8):
         return reason
@@ -30,7 +30,7 @@ def shape_of(weight: torch.Tensor) -> tuple[int, int, int, int]:
 
 
 def padded(outs: int) -> int:
-    """Return the number of rows that the panels of `outs` rows of weights have room for."""
+    """Return the number of rows in the panels of `outs` rows of weights, with padding."""
     return -(-outs // PANEL) * PANEL
 
 
@@ -38,11 +38,11 @@ def padded(outs: int) -> int:
 def pack(weight: torch.Tensor, into: torch.Tensor | None = None) -> torch.Tensor:
     """Pack `weight` `[out, in]`, of any strides, into panels `[ceil(out / 48), in / u, 48, u]`.
 
-    u is 1 for float32 and 2 for narrower types: so many columns of a row of weights lie side by side. Rows that the
-    last panel has too many are zeros.
+    u columns of a row of weights lie side by side: 1 for float32, 2 for narrower types. Unused rows of the last panel
+    are zeros.
 
     Args:
-        into: panels that were made of such a weight before, which are written again.
+        into: existing panels of such a weight, which are overwritten.
     """
     _, units, _, together = shape = shape_of(weight)
     panels = torch.zeros(shape, dtype=weight.dtype, device=weight.device) if into is None else into

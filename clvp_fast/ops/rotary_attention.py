@@ -58,12 +58,12 @@ def _allowed(mask: torch.Tensor | None, causal, q_len, k_len, query_offset, devi
 
 
 def _additive(allowed, dtype):
-    # The smallest number, not -inf: a query without a key then weighs all keys alike.
+    # The smallest number, not -inf: a query without a key then weighs all keys equally.
     return torch.zeros_like(allowed, dtype=dtype).masked_fill_(~allowed, torch.finfo(dtype).min)
 
 
 def _added(mask, causal, q_len, k_len, query_offset, device, dtype) -> torch.Tensor:
-    """Return an additive mask in `dtype`, with its smallest number where causality forbids."""
+    """Return an additive mask in `dtype`, with its smallest number at pairs that causality forbids."""
     triangle = _allowed(None, causal, q_len, k_len, query_offset, device)
     lowest = torch.finfo(dtype).min
     if torch.finfo(mask.dtype).min < lowest:  # the number would become -inf
@@ -125,10 +125,10 @@ _MAX_WEIGHTS = 2**26
 
 
 def _prefers_matmul(q, k, square):
-    """Tell whether two matrix products beat SDPA; this is possible on a CPU only.
+    """Tell whether two matrix products beat SDPA, which happens only on a CPU.
 
-    There SDPA's fused kernel is slow in half precision, 3 to 14 times for one query, and gains nothing for one query in
-    float32 over keys stored head by head. (float16 matrix products are slower still.)
+    There SDPA's fused kernel is 3 to 14 times slower for one query in half precision, and gains nothing for one query
+    in float32 over keys stored head by head. (float16 matrix products are slower still.)
     """
     if q.device.type != "cpu" or square:
         return False
@@ -139,7 +139,7 @@ def _prefers_matmul(q, k, square):
 
 
 def _weighs_alike(device: torch.device, dtype: torch.dtype) -> bool:
-    """Tell whether SDPA weighs a query's keys equally where all scores are the dtype's smallest number.
+    """Tell whether SDPA weighs a query's keys equally if all scores are the dtype's smallest number.
 
     A GPU's fused kernels multiply scores by log2(e) first: they overflow to -inf, and the result is 0. In float16 the
     smallest number is too small in magnitude to swallow a score.
@@ -177,7 +177,7 @@ def _torch(q, k, v, cos, sin, mask, causal, query_offset, scale, dropout_p=0.0):
     grad = needs_grad(q, k, v)
     weighed = additive and grad  # by two products, as eager attention does
     if mask is not None and not weighed and (grad or not _weighs_alike(q.device, q.dtype)):
-        # SDPA's backward also takes each weight of a query without keys for 1.
+        # SDPA's backward also takes each weight of a query without keys as 1.
         q, mask, causal = _seeing(q, mask, causal, k_len, query_offset)
     bias = None if square else _bias(mask, causal, q_len, k_len, query_offset, q.device, q.dtype)
     if _prefers_matmul(q, k, square) or weighed:
@@ -374,22 +374,25 @@ def rotary_attention(
     Args:
         q: `[B, Tq, H, D]`, any strides; float16, bfloat16, float32 or float64.
         k, v: `[B, Tk, H, D]`, any strides, the dtype of `q`.
-        cos, sin: `[B or 1, Tk, R]`, R even and at most D, or `[B or 1, Tk, 1, R / 2]` where both halves of the channels
-            have the same angles (half of the table to read); None: no rotary positions. The rotation is computed in the
-            promoted dtype of `q` and `cos` (float32 angles for bfloat16 inputs keep long sequences apart).
-        mask: bool, True = attend; `[B, Tk]` for padded keys, or `[B or 1, 1, Tq or 1, Tk]`, where it may be a floating
-            type too, which is added to the scores.
+        cos, sin: `[B or 1, Tk, R]`, R even and at most D, or `[B or 1, Tk, 1, R / 2]` if both halves of the channels
+            have the same angles (so that only half a table is read); None: no rotary positions. The rotation is
+            computed in the promoted dtype of `q` and `cos`; float32 angles for bfloat16 inputs keep distant positions
+            apart.
+        mask: bool, True = attend; `[B, Tk]` for padded keys, or `[B or 1, 1, Tq or 1, Tk]`, which may also be floating
+            point and is then added to the scores.
         causal: query i attends to keys 0 .. query_offset + i; together with `mask` if both are given.
         query_offset: the row of the sequence at which the queries start. Default: `Tk - Tq` if causal, else 0.
         scale: of the scores; default `D ** -0.5`.
         dropout_p: probability of dropping an attention weight (training).
-        cu_seqlens: `[S + 1]` int32, where each of S sequences starts and the last one ends; q, k and v are then
-            `[tokens, H, D]` and attend each within its own sequence; mask, query_offset and dropout_p are not served.
+        cu_seqlens: `[S + 1]` int32, the start of each of S sequences and the end of the last one; q, k and v are then
+            `[tokens, H, D]`, and attention stays within each sequence; mask, query_offset and dropout_p are not
+            supported.
         max_seqlen: the length of the longest sequence, with `cu_seqlens`; cos and sin are `[1, max_seqlen, R]`, by
-            places in a sequence. (Values of `cu_seqlens` are not looked at.)
+            positions in a sequence. (Values of `cu_seqlens` are not checked.)
 
     Returns:
-        The shape of `q`, contiguous, the dtype of `v`. A query that may attend to nothing gets the mean of all values.
+        A contiguous tensor of the shape of `q` and the dtype of `v`. A query that may attend to no key gets the mean of
+        all values.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices do not match.

@@ -1,19 +1,19 @@
 """Draw the next token of each candidate.
 
     scores = temperature, top-k, top-p, min-p, typical-p after the repetition penalty, as transformers applies them
-    token  = the first in token order whose cumulated probability exceeds u (exactly: inverse CDF), or the largest score
+    token  = the first in token order whose cumulative probability exceeds u (inverse CDF), or the largest score
 
 u is one uniform number of Philox-4x32-10 with the key `seed` and the counter `(step, candidate)`: a candidate's tokens
 depend on these three alone, not on the batch.
 
-The kernels sort nothing. On a GPU Triton's serves, on a CPU that of the native library of `csrc/`.
+The kernels do not sort. On a GPU the kernel is Triton's, on a CPU that of the native library of `csrc/`.
 """
 
 from functools import partial
 
 import torch
 
-from clvp_fast.ops.binding import BoundCall, Room, copying, in_turn, writing
+from clvp_fast.ops.binding import BoundCall, Scratch, copying, in_turn, writing
 from clvp_fast.ops.checks import check_same, shape_error, unserved_by_triton
 from clvp_fast.ops.dispatch import Implementation, Operator
 from clvp_fast.ops.sampling_torch import advance, reference, sample_torch
@@ -37,7 +37,7 @@ def _native(
 
 
 def _bind_native(
-    out, room, logits, seen, lengths, done, temperature, top_k, top_p, typical_p, min_p, repetition_penalty, seed,
+    out, scratch, logits, seen, lengths, done, temperature, top_k, top_p, typical_p, min_p, repetition_penalty, seed,
     candidate, step, stop_token, pad_token, do_sample, sampled,
 ):  # fmt: skip
     reals = (temperature, top_p, typical_p, min_p, repetition_penalty)
@@ -49,11 +49,11 @@ def _bind_native(
     inputs, copies = [logits], []
     for number, (x, dtype) in enumerate(zip(given, types, strict=True)):
         if x is not None and (x.dtype != dtype or not x.is_contiguous()):
-            wanted = room(f"sample {number}", *x.shape, dtype=dtype)
+            wanted = scratch(f"sample {number}", *x.shape, dtype=dtype)
             copies.append(partial(wanted.copy_, x))
             x = wanted
         inputs.append(x)
-    tokens = room("sample", len(logits), dtype=torch.int64)
+    tokens = scratch("sample", len(logits), dtype=torch.int64)
     draw = _native_call(tokens, tuple(inputs), pad_token, do_sample)
     enter = partial(advance, tokens, seen, lengths, done, stop_token, pad_token)
     return in_turn(*copies, draw, copying(enter, out))
@@ -125,7 +125,7 @@ _OPERATOR = Operator(
     ),
 )
 
-# Each parameter's neutral value, which switches its processor off, and the condition on numbers.
+# Each parameter's neutral value, which turns its processor off, and the condition on numbers.
 _PARAMETERS = {
     "temperature": (1.0, lambda x: x > 0, "above 0 (for the largest score, do_sample=False)"),
     "top_k": (0, lambda x: x >= 0 and x == int(x), "a whole number from 0 (none) up"),
@@ -198,25 +198,26 @@ def sample(
     pad_token: int,
     do_sample: bool | torch.Tensor = True,
 ) -> torch.Tensor:
-    """Draw the next token of N candidates and enter it into their state, without reading anything on the host.
+    """Draw the next token of each of N candidates and enter it into their state; the host reads nothing.
 
     Args:
         logits: `[N, V]`, any floating type; processed in float32 at least.
-        seen: `[N, ceil(V / 32)]` int32: the repetition penalty falls on token t if bit `t % 32` of word `t // 32` is
+        seen: `[N, ceil(V / 32)]` int32: the repetition penalty applies to token t if bit `t % 32` of word `t // 32` is
             set. Updated.
         lengths: `[N]` integer, tokens drawn so far, a stop token included. Updated.
-        done: `[N]` bool, candidates that have drawn `stop_token`: they get `pad_token` and stay as they are. Updated.
-        temperature, top_k, top_p, typical_p, min_p, repetition_penalty: as transformers' processors; a number for all,
-            or a tensor `[N]` (whose values are not checked). 1, 0, 1, 1, 0, 1 leave the processor out.
+        done: `[N]` bool, candidates that have drawn `stop_token`: they get `pad_token`, and their state does not
+            change. Updated.
+        temperature, top_k, top_p, typical_p, min_p, repetition_penalty: as in transformers; a number for all, or a
+            tensor `[N]` (whose values are not checked). 1, 0, 1, 1, 0 and 1 turn the processors off.
         seed, candidate, step: int64 `[N]` or a number for all; the draw depends on these three and on the row's logits.
         stop_token, pad_token: token ids.
-        do_sample: False: the largest penalised score, the first of equal ones; or bool `[N]`, for each row its own.
+        do_sample: False takes the largest penalised score, the first of equal ones; or bool `[N]`, one for each row.
 
     Returns:
         `[N]` int64.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes, devices or numbers that cannot be.
+        ValueError, TypeError: impossible shapes, dtypes, devices or numbers.
     """
     settings = (temperature, top_k, top_p, typical_p, min_p, repetition_penalty)
     numbers = (seed, candidate, step)
@@ -226,7 +227,7 @@ def sample(
 
 def bind_sample(
     out: torch.Tensor,
-    room: Room,
+    scratch: Scratch,
     logits: torch.Tensor,
     seen: torch.Tensor,
     lengths: torch.Tensor,
@@ -249,11 +250,11 @@ def bind_sample(
     settings = (temperature, top_k, top_p, typical_p, min_p, repetition_penalty)
     numbers = (seed, candidate, step)
     args = _arguments(logits, seen, lengths, done, settings, numbers, stop_token, pad_token, do_sample)
-    return _OPERATOR.bind(args, out, room)
+    return _OPERATOR.bind(args, out, scratch)
 
 
 def _arguments(logits, seen, lengths, done, settings, numbers, stop_token, pad_token, do_sample):
-    """Check the operator's arguments and return them, settings as tensors unless they are neutral."""
+    """Check the operator's arguments and return them; settings become tensors unless they are neutral."""
     if logits.ndim != 2:
         raise shape_error("logits", "[candidates, vocabulary]", logits)
     count, vocab_size = logits.shape

@@ -123,10 +123,10 @@ def _penalized(scores, seen, repetition_penalty):
 
 
 def keep_typical(logits, seen, repetition_penalty, mass):
-    """Make `logits` `[N, V]` -inf in place where typical sampling of `mass` `[N]` leaves a token out (1: nowhere).
+    """Set `logits` `[N, V]` in place to -inf for tokens that typical sampling of `mass` `[N]` drops (1: none).
 
-    It looks at them behind the repetition penalty, and before all else that `sample` does: what Tortoise calls
-    `typical_sampling`. This has no kernel, and is no part of the operator.
+    It applies after the repetition penalty and before everything else that `sample` does, as Tortoise's
+    `typical_sampling`. It has no kernel, and is not part of the operator.
     """
     scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
     kept = _filter_typical(_penalized(scores, seen, repetition_penalty), mass)

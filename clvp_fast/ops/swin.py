@@ -3,8 +3,8 @@
 window_block: out = x + project(window_attention(qkv(layer_norm(x))))
 mlp_block:    out = x + gelu_mlp(layer_norm(x))
 
-On a CPU each is one kernel: what lies between its rows of x and those of the result stays in a core's cache. Anywhere
-else they are the operators that they are made of.
+On a CPU each is one kernel, whose intermediate values stay in a core's cache. Elsewhere they run as the operators that
+they consist of.
 """
 
 import ctypes
@@ -112,7 +112,7 @@ def _missing(device):
 
 
 def _window_pays(x, norm_weight, norm_bias, w_qkv, b_qkv, bias, w_out, b_out, window, shift, eps):
-    """Tell whether there are enough windows for all threads; few windows are shared out better in parts."""
+    """Tell whether there are enough windows for all threads; the separate operators distribute few windows better."""
     batch, height, width = x.shape[:3]
     return batch * (height // window) * (width // window) >= 2 * torch.get_num_threads()
 
@@ -167,7 +167,7 @@ _MLP = Operator(
 
 
 def _training(args):
-    """Return why a call is computed by its parts, or None; the parts report errors, and a compiler can fuse them."""
+    """Return why a call is computed by its parts, or None; the parts raise errors, and a compiler can fuse them."""
     if torch.compiler.is_compiling():
         return "a compiler takes its parts"
     return training(*(arg for arg in args if isinstance(arg, torch.Tensor)))
@@ -200,12 +200,12 @@ def window_block(
 
     Args:
         x: `[B, height, width, C]`, floating.
-        norm_weight, norm_bias: `[C]`, of the layer norm; the bias may be None.
+        norm_weight, norm_bias: `[C]`, the layer norm's; the bias may be None.
         w_qkv, b_qkv: `[3 * C, C]`, `[3 * C]` or None: queries, keys and values.
-        bias: `[H, window ** 2, window ** 2]`, as of `window_attention`; H divides C.
-        w_out, b_out: `[C, C]`, `[C]` or None: the projection of what was attended to.
+        bias: `[H, window ** 2, window ** 2]`, as for `window_attention`; H divides C.
+        w_out, b_out: `[C, C]`, `[C]` or None: the output projection.
         window: rows and columns of a window; it divides height and width.
-        shift: how many rows and columns later the windows begin, from 0 to `window - 1`.
+        shift: by how many rows and columns the windows are shifted, from 0 to `window - 1`.
         eps: added to the variance.
 
     Returns:
@@ -253,10 +253,10 @@ def mlp_block(
 
     Args:
         x: `[..., C]`, floating.
-        norm_weight, norm_bias: `[C]`, of the layer norm; the bias may be None.
+        norm_weight, norm_bias: `[C]`, the layer norm's; the bias may be None.
         w_in, b_in: `[I, C]`, `[I]`.
         w_out, b_out: `[C, I]`, `[C]`.
-        activation: as `gelu_mlp` names it.
+        activation: a name that `gelu_mlp` takes.
         eps: added to the variance.
 
     Returns:

@@ -1,4 +1,4 @@
-"""A test for bfloat16 products that are slow in torch, so that float32 takes their place."""
+"""Tells whether bfloat16 products are slow in torch, so that float32 is used instead."""
 
 import torch
 

@@ -1,14 +1,14 @@
 """Attention within the windows of an image, shifted cyclically or not (Swin, arXiv:2103.14030).
 
-The image is cut into windows of `window` x `window` places. With a shift, every window begins `shift` rows and columns
-later, and rows and columns go around the edges: a window at the seam then holds places from opposite edges, which are
-not neighbours, and SEAM is added to the scores between them.
+The image is cut into windows of `window` x `window` positions. With a shift, every window begins `shift` rows and
+columns later, and wraps around the edges: a window at the seam then has positions from opposite edges, which are not
+neighbours, and SEAM is added to the scores between them.
 
     scores = q k^T * scale + bias[head] (+ SEAM across the seam)        within a window
     out    = softmax(scores) v
 
-Queries, keys and values are read where a projection left them, and the result is written where the next layer reads it:
-the operator itself gathers places into windows, scatters them back, and makes the mask.
+The operator itself gathers positions into windows, scatters them back, and makes the mask. So queries, keys and values
+are read where a projection left them, and the result is written where the next layer reads it.
 """
 
 import ctypes
@@ -19,12 +19,12 @@ import torch.nn.functional as F
 from clvp_fast.ops.checks import check_same, shape_error, unserved_by_triton
 from clvp_fast.ops.dispatch import Implementation, Operator, gradient, needs_grad
 
-# The term that Swin adds to scores between places that only the shift has brought together.
+# The term that Swin adds to scores between positions that only the shift has brought together.
 SEAM = -100.0
 
 
 def _window_order(height, width, window, shift, device):
-    """Return the places of the image `[height * width]`, as row * width + column, window by window, row by row."""
+    """Return the positions of the image `[height * width]`, as row * width + column, window by window, row by row."""
     places = torch.arange(height * width, device=device).view(height, width).roll((-shift, -shift), (0, 1))
     windows = places.view(height // window, window, width // window, window).transpose(1, 2)
     return windows.reshape(-1)
@@ -37,7 +37,7 @@ def _regions(size, window, shift, device):
 
 
 def seam(height, width, window, shift, device):
-    """Tell which places of a window are from different regions: bool `[windows, window ** 2, window ** 2]`."""
+    """Tell which positions of a window are from different regions: bool `[windows, window ** 2, window ** 2]`."""
     rows, columns = (_regions(size, window, shift, device) for size in (height, width))
     region = rows[:, None] * 3 + columns
     region = region.view(height // window, window, width // window, window).transpose(1, 2).reshape(-1, window**2)
@@ -59,7 +59,7 @@ def _in_windows(x, order, window):
 
 
 def _in_image(out, order, shape):
-    """Put the result of `_in_windows` for a tensor of `shape` back in its place, contiguous."""
+    """Invert `_in_windows` for a tensor of `shape`; the result is contiguous."""
     back = torch.empty_like(order)
     back[order] = torch.arange(len(order), device=order.device)
     return _gather(out.transpose(2, 3).reshape(shape), back).view(shape)
@@ -259,20 +259,21 @@ def window_attention(
     scale: float | None = None,
     dropout_p: float = 0.0,
 ) -> torch.Tensor:
-    """Attend from each place of an image to the places of its window.
+    """Attend from each position of an image to the positions of its window.
 
     Args:
         q: `[B, height, width, H, D]`, any strides (a view of a packed projection); float16, bfloat16, float32, float64.
         k, v: the same, of the dtype of `q`.
-        bias: `[H, window ** 2, window ** 2]`, floating: added to the scores of each window, whose places count row by
-            row. A relative position bias, gathered from its table.
+        bias: `[H, window ** 2, window ** 2]`, floating, added to the scores of each window; positions are counted row
+            by row. It is a relative position bias, gathered from its table.
         window: rows and columns of a window; it divides height and width.
-        shift: how many rows and columns later the windows begin, from 0 to `window - 1`; those at the seam are masked.
+        shift: by how many rows and columns the windows are shifted, from 0 to `window - 1`; windows at the seam are
+            masked.
         scale: of the scores; default `D ** -0.5`.
         dropout_p: probability of dropping an attention weight (training).
 
     Returns:
-        The shape of `q`, contiguous, the dtype of `v`: each place where it was.
+        A contiguous tensor of the shape of `q` and the dtype of `v`; each position is where it was.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not match; a window that does not divide the image.
@@ -299,7 +300,7 @@ def window_attention_weights(
 
     Returns:
         The output, and the weights before dropout `[B * windows, H, window ** 2, window ** 2]`, in the dtype of `q`:
-        window by window as they begin (a shifted window at the seam where its first place is), row by row.
+        window by window in the order of their first positions, row by row.
     """
     scale, shape = _prepare(q, k, v, bias, window, shift, scale), q.shape
     height, width = shape[1:3]

@@ -1,4 +1,4 @@
-"""Codes to sound: the protocol of a vocoder, and the codec that a checkpoint folder may contain.
+"""Turns codes into sound: the protocol of a vocoder, and the codec that a checkpoint folder may contain.
 
 A checkpoint folder with `vocoder.json` (kind and sizes) and `vocoder.safetensors` (weights) has a vocoder of its own.
 """
@@ -24,9 +24,9 @@ KIND = "fsq-codec"
 
 
 class Vocoder(Protocol):
-    """A maker of samples from candidates; the command line takes any object with these two.
+    """Makes samples from candidates; the command line takes any object with this attribute and this method.
 
-    sampling_rate: of the samples, in Hz.
+    sampling_rate: the rate of the samples, in Hz.
     """
 
     sampling_rate: int
@@ -37,22 +37,22 @@ class Vocoder(Protocol):
         """Return samples of the candidates of one text.
 
         Args:
-            codes: the candidates, each `[length]` int64, without start and stop token; a length may be 0.
+            codes: the candidates, each `[length]` int64, without start and stop tokens; a length may be 0.
             voice: the clip's features `[bins, frames]` float32, from the checkpoint's feature extractor.
-            latents: of each candidate `[1, length, hidden_size]` float32, where the caller has them.
+            latents: for each candidate `[1, length, hidden_size]` float32, if the caller has them.
 
         Returns:
-            For each candidate float32 samples in [-1, 1]; none for an empty one.
+            For each candidate float32 samples in [-1, 1]; no samples for an empty one.
 
         Raises:
-            ValueError: codes or a voice that cannot be spoken, latents that are needed and absent, or samples that come
-                out as NaN or infinite.
+            ValueError: codes or a voice that cannot be used, missing latents that it needs, or NaN or infinite samples
+                in the result.
         """
         ...
 
 
 class CodecVocoder:
-    """The [`Vocoder`] of a [`Codec`], with Griffin-Lim behind it. It runs on the CPU and needs no latents."""
+    """The [`Vocoder`] of a [`Codec`], followed by Griffin-Lim. It runs on the CPU and needs no latents."""
 
     def __init__(self, codec: Codec, extractor: ClvpFeatureExtractor, iterations: int = 32):
         self.codec = codec.eval()
@@ -91,10 +91,10 @@ def save_vocoder(folder: Path, codec: Codec, dtype: torch.dtype = torch.float16)
 
 
 def load_vocoder(folder: Path, extractor: ClvpFeatureExtractor) -> CodecVocoder | None:
-    """Load the vocoder of a checkpoint's folder; return None where there is none.
+    """Load the vocoder of a checkpoint's folder; return None if it has none.
 
     Raises:
-        ValueError: one of its files is damaged, of another kind, or absent beside the other.
+        ValueError: one of its two files is damaged, of another kind, or missing.
     """
     settings_file, weights_file = folder / SETTINGS_FILE, folder / WEIGHTS_FILE
     if not settings_file.is_file() and not weights_file.is_file():
@@ -120,7 +120,7 @@ def load_vocoder(folder: Path, extractor: ClvpFeatureExtractor) -> CodecVocoder 
 
 
 def _check_weights(path: Path, settings: dict[str, Any]) -> None:
-    """Raise `ValueError` for tensors that do not match the settings, before memory is allocated for any."""
+    """Raise `ValueError` for tensors that do not match the settings, before memory is allocated for them."""
     with safe_open(path, framework="pt") as file:
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping
     for side in ("encoder", "decoder"):

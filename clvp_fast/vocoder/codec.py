@@ -1,8 +1,8 @@
 """A small codec of speech: log-mel spectrograms to codes and back, by finite scalar quantisation.
 
 `stride` frames of a log-mel spectrogram become one code: each of a few numbers is rounded to one of its levels, and the
-code counts their combinations (Mentzer et al., "Finite Scalar Quantization", 2023). The way back is told the voice by
-mean and spread of a clip's log-mel, so that codes say what is said and not by whom.
+code is the index of their combination (Mentzer et al., "Finite Scalar Quantization", 2023). The decoder gets the voice
+as mean and spread of a clip's log-mel, so that codes describe what is said and not who says it.
 """
 
 import math
@@ -15,9 +15,9 @@ from torch import nn
 
 from clvp_fast.io.errors import shown
 
-# Log-mel values of natural speech spread about this far around this mean; the floor of the features is log(1e-5).
+# Mean and spread of log-mel values of natural speech; the floor of the features is log(1e-5).
 MEAN, SPREAD, FLOOR = -5.0, 3.5, math.log(1e-5)
-# A decoder's vocabulary has only some thousands of codes.
+# A decoder's vocabulary has only a few thousand codes.
 _MOST_CODES = 2**31
 
 
@@ -54,15 +54,15 @@ def settings_of(
     """Return the settings of a [`Codec`] by name.
 
     Args:
-        levels: how many values each of the rounded numbers has; their product is the number of codes.
-        stride: frames of a code.
-        width: of the layers, which run at the rate of the codes.
+        levels: how many values each rounded number can have; their product is the number of codes.
+        stride: frames per code.
+        width: width of the layers, which run at the rate of the codes.
         bins: mel channels.
-        encoder_blocks, decoder_blocks: how many [`CodecBlock`]s are on either side.
+        encoder_blocks, decoder_blocks: how many [`CodecBlock`]s encoder and decoder have.
 
     Raises:
-        TypeError: one that is not known.
-        ValueError: one that is no whole number, or too small; levels that are fewer than two, or too many codes.
+        TypeError: an unknown setting.
+        ValueError: a setting that is not a whole number, or too small; fewer than two levels, or too many codes.
     """
     sizes = {"stride": stride, "width": width, "bins": bins}
     blocks = {"encoder_blocks": encoder_blocks, "decoder_blocks": decoder_blocks}
@@ -119,10 +119,9 @@ class Codec(nn.Module):
         return math.prod(self.levels)
 
     def grid_of(self, log_mel: torch.Tensor) -> torch.Tensor:
-        """Map log-mel `[clips, bins, frames]`, in multiples of `stride` frames, to levels `[clips, codes,
-        len(levels)]`.
+        """Map log-mel `[clips, bins, stride * codes]` to levels `[clips, codes, len(levels)]`.
 
-        The levels are whole numbers from 0 on; their gradient is that of the numbers before they were rounded.
+        The levels are whole numbers from 0; their gradient is that of the numbers before rounding.
         """
         frames = (log_mel.transpose(1, 2) - MEAN) / SPREAD
         stacked = frames.reshape(log_mel.shape[0], log_mel.shape[2] // self.stride, -1)
@@ -154,9 +153,9 @@ class Codec(nn.Module):
 
 
 def voice_of(log_mel: torch.Tensor) -> torch.Tensor:
-    """Return mean and spread of each channel `[2 * bins]`, of the log-mel `[bins, frames]` of a voice.
+    """Return mean and spread of each channel, `[2 * bins]`, of a voice's log-mel `[bins, frames]`.
 
-    Frames of digital silence, as a short clip is filled up with, are left out.
+    Frames of digital silence, with which a short clip is filled up, are left out.
     """
     heard = log_mel[:, log_mel.mean(0) > FLOOR + 1]
     if heard.shape[1] < 2:

@@ -4,7 +4,7 @@ import torch
 
 from clvp_fast.models.clvp.feature_extraction import ClvpFeatureExtractor
 
-# Powers a little below those of an exact inversion sharpen the peaks, which few mel channels blur.
+# Exponents a little below those of an exact inversion sharpen the peaks, which the few mel channels blur.
 _SHARPEN = 1.1
 _LOUDNESS = 0.08
 
@@ -13,9 +13,9 @@ class GriffinLim:
     """Invert the features of `extractor`, with its window, hop and mel filters.
 
     Args:
-        extractor: whose log-mel features are inverted.
-        iterations: of the phases (Perraudin et al., "A fast Griffin-Lim algorithm", 2013).
-        momentum: of these iterations.
+        extractor: the feature extractor to invert.
+        iterations: iterations of the phases (Perraudin et al., "A fast Griffin-Lim algorithm", 2013).
+        momentum: their momentum.
     """
 
     def __init__(self, extractor: ClvpFeatureExtractor, iterations: int = 32, momentum: float = 0.99):
@@ -44,7 +44,7 @@ class GriffinLim:
         if log_mel.ndim != 2 or not log_mel.shape[1]:
             raise ValueError(f"log_mel must be [bins, frames] of at least one frame, got {list(log_mel.shape)}")
         length = (log_mel.shape[1] - 1) * self.hop_length
-        # A transform reflects half a window at either end, so that a shorter spectrogram repeats its last frame.
+        # A transform reflects half a window at either end, so a spectrogram that is too short repeats its last frame.
         missing = max(0, 2 + self.n_fft // 2 // self.hop_length - log_mel.shape[1])
         log_mel = torch.cat([log_mel, log_mel[:, -1:].expand(-1, missing)], 1)
         wanted = self.magnitudes(log_mel) ** _SHARPEN

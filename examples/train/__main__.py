@@ -1,7 +1,7 @@
-"""Trains the demo's checkpoint: `python -m examples.train`, again and again until it is done.
+"""Trains the demo's checkpoint: run `python -m examples.train` until it is done.
 
-Two processes of one thread each: this one trains, and one that it starts makes speech, codes and labelled candidates.
-Called again after any end, they go on.
+There are two processes of one thread each: this one trains, and one that it starts makes speech, codes and labelled
+candidates. Called again after any end, they continue.
 """
 
 import argparse
@@ -108,7 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def train(folder: Path, plan: Plan = PLAN) -> None:
-    """Codec, decoder and scorer, with the other process beside it, as far as they are not done."""
+    """Train codec, decoder and scorer, if they are not done, with the other process beside this one."""
     if demo.TRAINED.is_dir() and (taken := model.go_on_from(folder, demo.TRAINED)):
         note(folder, stage="begun", weights_of=str(demo.TRAINED.name), parts=taken)
     command = [sys.executable, "-m", "examples.train", "material", "--parent", str(os.getpid())]
@@ -130,7 +130,7 @@ def train(folder: Path, plan: Plan = PLAN) -> None:
 
 
 def write_voice(path: Path, name: str) -> None:
-    """Write 6.5 s of a voice, sentences that nothing is trained on, as FLAC of 16 bits at 22.05 kHz."""
+    """Write 6.5 s of a voice as FLAC of 16 bits at 22.05 kHz; nothing is trained on these sentences."""
     import soundfile
 
     samples = data.clip_samples(name, texts.HELD_OUT[:4])[: 13 * voices.RATE // 2]
@@ -139,7 +139,7 @@ def write_voice(path: Path, name: str) -> None:
 
 
 def _wait_for_codes(folder: Path, helper: subprocess.Popen) -> None:
-    """Wait until there are codes to begin with."""
+    """Wait until there are codes for the first steps."""
     while len(list((folder / "codes").glob("*.npz"))) < 5:
         STOP.check()
         if helper.poll() is not None:
@@ -148,7 +148,7 @@ def _wait_for_codes(folder: Path, helper: subprocess.Popen) -> None:
 
 
 def material(folder: Path, plan: Plan = PLAN) -> None:
-    """Make speech while the codec is trained, then codes, then candidates, as far as they are missing."""
+    """Make speech while the codec is trained, then codes, then candidates, each if it is missing."""
 
     def codec_is_done() -> bool:
         return step_of(folder / "codec.pt") >= plan.codec_steps

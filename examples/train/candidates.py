@@ -1,4 +1,4 @@
-"""The decoder's own candidates, and what a recogniser hears of them: the scorer learns to tell them apart."""
+"""The decoder's own candidates with their word errors by a recogniser, for the training of the scorer."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from examples.train.model import MOST_CODES, assemble, tokenizer
 from examples.train.state import STOP, note, save_arrays, step_of
 from examples.train.train_codec import make_codec
 
-# Of a file: sentences, and candidates of each.
+# The number of sentences in a file, and of candidates for each.
 SENTENCES, EACH = 20, 8
 
 
@@ -50,14 +50,14 @@ class Speaker:
 
 
 def sampling(count: int, seed: int, temperature: float = 0.8) -> SamplingParams:
-    """Return Tortoise's settings of drawing, without the penalty of repeated codes, which a codec's speech has."""
+    """Return Tortoise's sampling settings, without the repetition penalty, because a codec's speech repeats codes."""
     return SamplingParams(
         num_candidates=count, temperature=temperature, repetition_penalty=1.0, max_new_tokens=MOST_CODES, seed=seed
     )
 
 
 def make_candidates(folder: Path, count: int, least_steps: int) -> None:
-    """Make files of candidates 0 to `count` for fresh sentences, each by the decoder at that moment.
+    """Make files of candidates 0 to `count` for fresh sentences, each by the decoder of that moment.
 
     Waits for a decoder of `least_steps` steps.
     """
@@ -78,7 +78,7 @@ def candidates_file(path: Path, speaker: Speaker, number: int) -> float:
     """Write one file: codes, ends, sentences and word errors of `EACH` candidates a sentence; return their mean."""
     lines = texts.Writer(3_000_000 + number).sentences(texts.UNSEEN)
     said = [next(lines) for _ in range(SENTENCES)]
-    # Warmer ones err more: what is told apart is of all kinds.
+    # Candidates at higher temperatures have more errors, so that the scorer sees candidates of all kinds.
     results = speaker.candidates(said, sampling(EACH, number, (0.7, 0.9, 1.1)[number % 3]))
     codes, errors = [], []
     for index, result in enumerate(results):

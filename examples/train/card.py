@@ -20,7 +20,7 @@ NAME = re.compile(r"evaluation-(\d+)-(\d+)-(open|closed)\.jsonl")
 
 
 def figures(folder: Path) -> list[dict]:
-    """Return the evaluations' summaries of the present decoder and scorer; others are of another checkpoint."""
+    """Return the evaluations' summaries of the current decoder and scorer; others belong to other checkpoints."""
     steps = {part: step for part, (step, _) in model.steps_of(folder).items()}
     found = []
     for path in sorted(folder.glob("evaluation-*.jsonl")):

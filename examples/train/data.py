@@ -1,6 +1,6 @@
-"""Speech of the two voices on the disk: clips, spectrograms for the codec, and codes of ever more sentences.
+"""Speech of the two voices on disk: clips, spectrograms for the codec, and codes of more and more sentences.
 
-Every file follows from its number alone, and is made where it is not there: whoever interrupts loses one file at most.
+Every file depends only on its number, and is made if it is missing, so that an interrupt loses at most one file.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -13,7 +13,7 @@ from clvp_fast.vocoder import Codec
 from examples.train import texts, voices
 from examples.train.state import STOP, averages_of, note, save_arrays
 
-# Of a file; the voices take turns.
+# The number of sentences in a file; the voices take turns.
 SENTENCES = 200
 # Clips of each voice that condition the decoder.
 CLIPS = 24
@@ -35,7 +35,7 @@ def speech_file(path: Path, said: list[str], seed: int) -> None:
 
 
 def make_speech(folder: Path, count: int) -> list[Path]:
-    """Make `count` files of speech for the codec; some sentences are short, as words at the ends are hard."""
+    """Make `count` files of speech for the codec; some sentences are short, because words at the ends are hard."""
     paths = [folder / "speech" / f"{number:04d}.npz" for number in range(count)]
     for number, path in enumerate(paths):
         if not path.is_file():
@@ -66,7 +66,7 @@ def _clip(name: str, said: list[str]) -> np.ndarray:
 
 
 def clip_samples(name: str, said: list[str]) -> np.ndarray:
-    """Return sentences in a voice, one behind the other, as float32 samples."""
+    """Return sentences in a voice, one after another, as float32 samples."""
     STOP.check()
     gap = np.zeros(voices.RATE // 8, dtype=np.float32)
     return np.concatenate([part for k, line in enumerate(said) for part in (voices.voice(name)(line, k), gap)])
@@ -95,7 +95,7 @@ def read_codes(path: Path) -> list[tuple[int, str, torch.Tensor]]:
 
 
 def make_held_out(folder: Path, codec: Codec) -> list[tuple[int, str, torch.Tensor]]:
-    """Make codes of the sentences that are watched."""
+    """Make codes of the sentences that are watched during training."""
     path = folder / "held_out.npz"
     if not path.is_file():
         held_out_file(path, texts.HELD_OUT, codec)
@@ -144,7 +144,7 @@ def _codes(folder: Path, number: int) -> Path:
 
 
 class Corpus:
-    """The codes that are there, by the length of their text, and how often each was taken."""
+    """The existing codes, by the length of their text, and how often each was used."""
 
     def __init__(self, folder: Path, ids_of: Callable[[str], list[int]]):
         self.folder, self.ids_of = folder / "codes", ids_of
@@ -156,7 +156,7 @@ class Corpus:
         self.refresh()
 
     def refresh(self) -> None:
-        """Read files that came since."""
+        """Read files that were made since."""
         for path in sorted(self.folder.glob("*.npz")):
             if path.name in self._read:
                 continue
@@ -171,7 +171,7 @@ class Corpus:
         self.taken = grown
 
     def batch(self, random: np.random.Generator, count: int) -> list[int]:
-        """Return `count` items of one text length, or at least half as many, those taken least so far."""
+        """Return `count` items of one text length, or at least half as many, the least used ones first."""
         while True:
             some = int(random.integers(len(self.items)))
             same = np.array(self.by_length[len(self.ids[some])])

@@ -1,8 +1,8 @@
-"""Figures of what was trained, by the recogniser: candidates and their ranking, and the codec by itself.
+"""Figures of the trained models by the recogniser: of candidates and their ranking, and of the codec alone.
 
 The sentences are `texts.EVALUATION`, on which nothing is trained. Rows go to `evaluation-NAME.jsonl` one by one, so
-that an evaluation that was interrupted goes on; `uses.jsonl` counts how often these sentences were used. What is heard
-depends on the decoder alone: candidates are ranked at the end, and again by a scorer that was trained further.
+that an evaluation that was interrupted goes on; `uses.jsonl` counts how often these sentences were used. The heard
+words depend only on the decoder: candidates are ranked at the end, and again by a scorer that was trained further.
 """
 
 import json
@@ -27,7 +27,7 @@ from examples.train.train_codec import make_codec
 
 
 def evaluate(folder: Path, sentences: int, count: int, kind: str = "open", seed: int = 7) -> dict:
-    """Word errors of `count` candidates of each sentence, and those of the best by score of each 4, 16, 64, ..."""
+    """Measure word errors of `count` candidates per sentence, and of the best-scored of each 4, 16, 64, ..."""
     step = step_of(folder / "decoder.pt")
     path = folder / f"evaluation-{step}-{count}-{kind}.jsonl"
     with open(folder / USES, "a", encoding="utf-8") as uses:
@@ -73,7 +73,7 @@ def ranked(rows: list[dict], clvp, step: int) -> list[dict]:
 
 
 def summary(rows: list[dict]) -> dict:
-    """Return the mean candidate's word errors, in all and by voice, and ranking's gain at each number of candidates.
+    """Return the mean candidate's word errors, in all and by voice, and the gain of ranking by number of candidates.
 
     A sentence's candidates are cut into groups of that number by index; its pick is the mean over its groups, since one
     group says little. `mean_error` and `picked_error` are standard errors over sentences.
@@ -111,9 +111,9 @@ def standard_error(values: np.ndarray) -> float:
 
 
 def wilcoxon(differences: np.ndarray) -> float:
-    """Return the chance of such differences by luck, by Wilcoxon's one-sided test of signed ranks.
+    """Return the probability of such differences by chance, by Wilcoxon's one-sided test of signed ranks.
 
-    Its distribution is the normal one; equal differences share their ranks, and zeros are left out.
+    It uses the normal approximation; equal differences share their ranks, and zeros are left out.
     """
     differences = differences[np.abs(differences) > 1e-12]
     if not len(differences):
@@ -126,9 +126,9 @@ def wilcoxon(differences: np.ndarray) -> float:
 
 
 def round_trip(folder: Path, sentences: int = 40) -> dict:
-    """Word errors with the closed language model of synthesised speech, through log-mel, and through the codec.
+    """Measure word errors of synthesised speech, through log-mel, and through the codec (closed language model).
 
-    The sentences are `texts.HELD_OUT`, so that this can be done at any time.
+    The sentences are `texts.HELD_OUT`, so this can be run at any time.
     """
     codec = data.load_codec(folder, make_codec())
     clips, invert = data.make_clips(folder), GriffinLim(voices.extractor())

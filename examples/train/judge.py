@@ -1,6 +1,6 @@
-"""An independent recogniser's words: pocketsphinx with its own English model, which saw nothing of this recipe.
+"""An independent recogniser: pocketsphinx with its own English model, which saw nothing of this recipe.
 
-"open" is its own trigram model of English; "closed" knows the domain's words alone, all of them equally likely.
+"open" is its own trigram model of English; "closed" knows only the domain's words, all equally likely.
 """
 
 import tempfile
@@ -42,7 +42,7 @@ def flat_model(words: list[str]) -> str:
 
 
 def hear(samples: np.ndarray, kind: str = "closed") -> str:
-    """Return the words that are heard in samples at 22.05 kHz; "" for none."""
+    """Return the recognised words of samples at 22.05 kHz; "" for none."""
     import soxr
 
     silence = np.zeros(4000, dtype=np.float32)
@@ -59,7 +59,7 @@ def hear(samples: np.ndarray, kind: str = "closed") -> str:
 
 
 def errors_of(said: str, samples: np.ndarray, kind: str) -> float:
-    """Return the word errors of the words that are heard in samples."""
+    """Return the word errors of samples."""
     return word_errors(said, hear(samples, kind))
 
 

@@ -1,4 +1,4 @@
-"""CLVP at a small size, through the package's own classes, and the checkpoint folder that it becomes."""
+"""A small CLVP of the package's own classes, and its export to a checkpoint folder."""
 
 import json
 import shutil
@@ -20,16 +20,16 @@ from examples.train.state import averages_of, begin_from
 from examples.train.texts import WORDS
 from examples.train.train_codec import make_codec
 
-# Of candidates and of texts, in tokens; the longest sentence of the grammar needs two thirds of them.
+# The most tokens of candidates and of texts; the longest sentence of the grammar needs two thirds of them.
 MOST_CODES, MOST_TEXT = 160, 128
 
-# The trainings, each with the beginnings of its weights' names.
+# The trainings, each with the prefixes of its weights' names.
 PARTS = {
     "codec": "",
     "decoder": ("conditioning_encoder.", "speech_decoder_model."),
     "scorer": ("text_encoder_model.", "speech_encoder_model.", "logit_scale"),
 }
-# The state of each when a checkpoint was exported.
+# The state of each at the export of a checkpoint.
 PROGRESS = "training.json"
 # A row for each use of the sentences that are kept for figures; it goes with the checkpoint.
 USES = "uses.jsonl"
@@ -77,7 +77,7 @@ def configuration(num_codes: int, silence: int, hidden: int = 256, layers: int =
 
 
 def make_model(config: ClvpConfig) -> ClvpModelForConditionalGeneration:
-    """Make an untrained model, always the same."""
+    """Make an untrained model, the same each time."""
     torch.manual_seed(0)
     return ClvpModelForConditionalGeneration(config)
 
@@ -113,7 +113,7 @@ def speech_logits(model, voices: torch.Tensor, ids: torch.Tensor, codes: torch.T
     prompt = conditioning.join(voices, conditioning.prompt_text(ids)[0])
     decoder = head.model.decoder
     started = F.pad(codes, (1, 0), value=head.config.bos_token_id)
-    places = decoder.position_embeds_layer.weight[: started.shape[1]]  # the k-th code stands at k: contiguous
+    places = decoder.position_embeds_layer.weight[: started.shape[1]]  # the k-th code has position k: contiguous
     inputs = torch.cat([prompt, decoder.input_embeds_layer(started) + places], 1)
     return head(
         inputs_embeds=inputs, embeds_have_positions=True, use_cache=False, logits_to_keep=started.shape[1]
@@ -158,7 +158,7 @@ def steps_of(folder: Path) -> dict[str, tuple[int, float]]:
 
 
 def go_on_from(folder: Path, checkpoint: Path) -> list[str]:
-    """Begin trainings missing in `folder` with the weights that `export` wrote, and return which."""
+    """Begin trainings that are missing in `folder` with the weights of an export, and return their names."""
     progress = json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))
     clvp = load_file(checkpoint / "model.safetensors")
     taken = []

@@ -1,6 +1,6 @@
 """Muon: momentum, then the nearest semi-orthogonal matrix by Newton-Schulz steps (Jordan et al., 2024).
 
-In the precision of `precision.py`, and matrix by matrix, which is faster on a CPU than stacks of them.
+It uses the precision of `precision.py`, and works matrix by matrix, which is faster on a CPU than stacks of them.
 """
 
 import torch
@@ -9,7 +9,7 @@ from examples.train.precision import PRODUCTS
 
 
 class Muon(torch.optim.Optimizer):
-    """For matrices `[out, in]` of hidden layers; other parameters belong to AdamW."""
+    """An optimizer for matrices `[out, in]` of hidden layers; AdamW takes the other parameters."""
 
     def __init__(self, matrices, lr: float = 0.02, momentum: float = 0.95, weight_decay: float = 0.01, steps: int = 4):
         super().__init__(matrices, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "steps": steps})

@@ -1,4 +1,4 @@
-"""The type in which a training multiplies matrices: bfloat16 where this CPU has such products, else float32."""
+"""The type in which a training multiplies matrices: bfloat16 if this CPU has such products, else float32."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +18,6 @@ def products() -> Iterator[None]:
     if PRODUCTS is torch.float32:
         yield
         return
-    # torch's fused attention is slower backwards in bfloat16 than its parts are.
+    # In bfloat16 the backward pass of torch's fused attention is slower than that of its parts.
     with torch.autocast("cpu", PRODUCTS), sdpa_kernel(SDPBackend.MATH):
         yield

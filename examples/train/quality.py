@@ -1,4 +1,4 @@
-"""Measures the checkpoint that the package ships again, and holds the figures of its model card to that."""
+"""Measures the shipped checkpoint again, and compares the result with the figures of its model card."""
 
 import hashlib
 import json
@@ -9,14 +9,14 @@ from examples.train import evaluate, model
 from examples.train.card import FIGURES
 from examples.train.state import Refused
 
-# The most standard errors of their difference that two measurements of one thing may be apart.
+# Two measurements of the same may differ by at most this many standard errors of their difference.
 APART = 3.0
 
 
 def quality(folder: Path, checkpoint: Path, sentences: int, count: int, kind: str) -> tuple[dict, dict]:
-    """Measure `checkpoint`; returns what is found and what its card says of as many candidates.
+    """Measure `checkpoint`; return the result, and the card's figures for as many candidates.
 
-    The work lies in `folder`, under the digest of the weights: what was interrupted goes on.
+    The work is in `folder`, under the digest of the weights, so that an interrupted one continues.
 
     Raises:
         Refused: there is no such checkpoint, or its card has no figure of this kind and number of candidates.

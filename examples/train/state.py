@@ -1,7 +1,7 @@
-"""State that outlives a process: files that are whole or absent, and trainings that go on where they were.
+"""State that outlives a process: atomic files, and trainings that continue where they were.
 
-All lies in `$CLVP_FAST_CACHE/train` (`clvp_fast.io.files.cache_folder`). A draw depends on the number of the step
-alone, so that a training that was interrupted gives the weights of one that was not.
+Everything is in `$CLVP_FAST_CACHE/train` (`clvp_fast.io.files.cache_folder`). A draw depends only on the number of the
+step, so that an interrupted training gives the weights of one that was not.
 """
 
 import fcntl
@@ -21,11 +21,11 @@ from clvp_fast.io.files import cache_folder, make_private, replacing
 
 
 class Interrupted(Exception):
-    """The process was asked to end; all that it had is saved."""
+    """The process was asked to end; its state is saved."""
 
 
 class Refused(ValueError):
-    """The recipe cannot do what it is asked for; the message is one sentence, and says what to do."""
+    """The recipe refuses to run; the message is one sentence that says what to do."""
 
 
 class Stop:
@@ -45,12 +45,12 @@ class Stop:
         self.requested = True
 
     def check(self) -> None:
-        """Raise `Interrupted` where the process is to end."""
+        """Raise `Interrupted` if the process is to end."""
         if self.requested or (self.parent is not None and os.getppid() != self.parent):
             raise Interrupted("asked to end")
 
     def wait(self, seconds: float) -> None:
-        """Sleep, and raise `Interrupted` where the process is to end."""
+        """Sleep, and raise `Interrupted` if the process is to end."""
         time.sleep(seconds)
         self.check()
 
@@ -59,7 +59,7 @@ STOP = Stop()
 
 
 def home() -> Path:
-    """Return the folder of the recipe's state, made if need be."""
+    """Return the folder of the recipe's state; make it if it does not exist."""
     folder = cache_folder() / "train"
     make_private(folder)
     return folder
@@ -67,10 +67,10 @@ def home() -> Path:
 
 @contextmanager
 def alone(folder: Path, work: str) -> Iterator[None]:
-    """Keep other processes from the same `work` on a state; the lock ends with the process, however it ends.
+    """Keep other processes from doing the same `work` on a state; the lock ends with the process, however that ends.
 
     Raises:
-        Refused: another one does it.
+        Refused: another process does it.
     """
     with open(folder / f"{work}.lock", "w", encoding="ascii") as lock:
         try:
@@ -97,17 +97,17 @@ def note(folder: Path, **row) -> None:
 
 
 class Training:
-    """Modules, their running average and their optimizers, on the way to a number of steps.
+    """A training of modules for a number of steps, with their running average and their optimizers.
 
-    Iterating gives the numbers of the steps that are left. Between two steps the state is saved when `every` seconds of
-    this process' CPU time have passed, and when the process is to end, which raises `Interrupted`.
+    Iterating yields the numbers of the remaining steps. Between steps the state is saved after every `every` seconds of
+    this process's CPU time, and before `Interrupted` is raised because the process is to end.
 
     Args:
-        folder: where `NAME.pt` lies; what is there is gone on with.
-        modules: what is trained.
+        folder: the folder of `NAME.pt`; an existing training continues.
+        modules: the modules to train.
         optimizers: theirs; their learning rates are the highest ones.
-        steps: in all.
-        average: how much of the running average a step keeps, once there are many.
+        steps: the number of steps in all.
+        average: the share of the running average that a step keeps, once there are many.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class Training:
         state = torch.load(self.path, weights_only=True)
         self.modules.load_state_dict(state["weights"])
         self.averages = state["averages"]
-        if state["optimizers"] is not None:  # weights alone: the optimizers begin anew
+        if state["optimizers"] is not None:  # only weights: the optimizers start over
             for optimizer, kept in zip(self.optimizers, state["optimizers"], strict=True):
                 optimizer.load_state_dict(kept)
         self.step, self.spent = state["step"], state["spent"]
@@ -150,7 +150,7 @@ class Training:
             torch.save(state, scratch)
 
     def rate(self) -> float:
-        """Return the share of the highest learning rate: up over 40 steps, flat, and down over the last third."""
+        """Return the learning rate relative to the highest: up over 40 steps, flat, and down over the last third."""
         left = (self.steps - self.step) / self.steps
         return min(1.0, (self.step + 1) / 40, max(0.02, 3 * left))
 
@@ -172,7 +172,7 @@ class Training:
             STOP.check()
 
     def learn(self, loss: torch.Tensor) -> None:
-        """Take one step of the optimizers down the gradient of `loss`, of at most length 1."""
+        """Take one step of the optimizers on the gradient of `loss`, clipped to length 1."""
         for optimizer in self.optimizers:
             optimizer.zero_grad()
         loss.backward()
@@ -201,12 +201,12 @@ def begin_from(path: Path, weights: dict[str, torch.Tensor], step: int, spent: f
 
 
 def step_of(path: Path) -> int:
-    """Return the steps of the training that saved `path`; -1 where there is none."""
+    """Return the steps of the training that saved `path`; -1 if there is none."""
     return torch.load(path, weights_only=True, mmap=True)["step"] if path.is_file() else -1
 
 
 def averages_of(path: Path) -> dict[str, torch.Tensor]:
-    """Return the latest running averages of a training. Raises `Refused` where there are none yet."""
+    """Return the latest running averages of a training. Raises `Refused` if there are none yet."""
     if not path.is_file():
         raise Refused(f"there is no {path.name} in {path.parent} yet: train first")
     return torch.load(path, weights_only=True)["averages"]

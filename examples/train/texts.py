@@ -36,7 +36,7 @@ NUMBERED = _words("numbered")
 NO_PLURAL = _words("no_plural")
 JOURNEYS = ("lives in", "came from", "went to", "flew to", "wrote from")
 
-# Of the documents and examples: each is written as it stands there, and varied.
+# Sentences of documents and examples; they are used as they are there, and varied.
 SHOWN = (
     "hello there",
     "this is an example text",
@@ -105,7 +105,7 @@ class Writer:
         return self.noun_phrase(THINGS if self.chance(0.75) else PEOPLE)
 
     def deed(self) -> str:
-        """Somebody does something, somewhere or at some time."""
+        """Write a deed: somebody does something, somewhere or at some time."""
         said = f"{self.person()} {self.choose(VERBS)} {self.object()}"
         kind = self.random.random()
         if kind < 0.35:
@@ -179,7 +179,7 @@ def written(said: str, ending: str) -> str:
     return said + ending
 
 
-# Nothing is trained on these. The first are watched while training goes on; the others are for figures alone.
+# Nothing is trained on these. The first are watched during training; the others are only for figures.
 HELD_OUT = unique(999, 256, avoid=SHOWN)
 EVALUATION = unique(424242, 300, avoid={*HELD_OUT, *SHOWN})
 UNSEEN = frozenset(HELD_OUT) | frozenset(EVALUATION)

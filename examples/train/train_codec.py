@@ -1,6 +1,6 @@
-"""Trains the codec: log-mel to 1000 codes at 21.5 Hz and back, first both ways, then the way back alone.
+"""Trains the codec, log-mel to 1000 codes at 21.5 Hz and back: first both ways, then only the way back.
 
-In the second part codes are frozen, so that what the decoder learns of them stays true.
+In the second part codes are frozen, so that what the decoder has learned about them stays valid.
 """
 
 from pathlib import Path
@@ -15,11 +15,11 @@ from clvp_fast.vocoder.codec import FLOOR, SPREAD
 from examples.train import data
 from examples.train.state import Refused, Training, draws, note, step_of
 
-# How many values each of the four numbers of a code has.
+# The number of values that each of the four numbers of a code can have.
 LEVELS = (8, 5, 5, 5)
-# Frames of an excerpt, and excerpts of a step.
+# The frames of an excerpt, and the excerpts of a step.
 FRAMES, BATCH = 96, 16
-# Files that codes of another codec would spoil.
+# Files that depend on the codes.
 OF_CODES = ("codes", "held_out.npz", "candidates", "decoder.pt", "scorer.pt")
 
 
@@ -32,7 +32,7 @@ def make_codec(width: int = 192) -> Codec:
 def train_codec(folder: Path, codec: Codec, steps: int, files: int) -> None:
     """Train `codec` on `files` files of speech, into `codec.pt`; the last quarter of the steps is the second part.
 
-    Raises `Refused` where the state has codes of the codec as it was, and the codes would change.
+    Raises `Refused` if the state has codes of the present codec, and training would change them.
     """
     if step_of(folder / "codec.pt") >= steps:
         return

@@ -1,4 +1,4 @@
-"""Trains the conditioning encoder and the decoder: the next code, of a text in a voice."""
+"""Trains the conditioning encoder and the decoder to predict the next code of a text in a voice."""
 
 from pathlib import Path
 
@@ -27,13 +27,13 @@ class DecoderPart(nn.Module):
 
 
 def train_decoder(folder: Path, model, codec, steps: int) -> None:
-    """Train into `decoder.pt`, on the present codes and those that come."""
+    """Train into `decoder.pt`, on the existing codes and on new ones as they come."""
     part = DecoderPart(model).train()
     training = Training(folder, "decoder", part, optimizers(part.named_parameters(), lr=0.02), steps)
     if training.step >= training.steps:
         return
     clips, held_out = data.make_clips(folder), data.make_held_out(folder, codec)
-    # With a full stop behind it, a text is one token longer: a batch has it or not.
+    # A full stop makes a text one token longer, so all texts of a batch have it or none.
     corpus = data.Corpus(folder, lambda said: list(ids_of(said)))
     losses, tokens, spent = [], 0, training.spent
     for step in training:
@@ -76,7 +76,7 @@ def _loss(model, corpus: data.Corpus, clips: torch.Tensor, random: np.random.Gen
 
 
 def padded(rows: list[torch.Tensor], stop: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return codes `[rows, longest]` filled up with `stop`, and targets `[rows, longest + 1]`: -100 behind the end."""
+    """Return codes `[rows, longest]` filled up with `stop`, and targets `[rows, longest + 1]`, -100 after the end."""
     longest = max(map(len, rows))
     codes = torch.stack([F.pad(row, (0, longest - len(row)), value=stop) for row in rows])
     target = F.pad(codes, (0, 1), value=stop)

@@ -1,9 +1,9 @@
-"""Trains the text and the speech encoder to tell what says a text from what does not.
+"""Trains the text and the speech encoder to tell speech that says a text from speech that does not.
 
-A text is told from the others of the batch and from the right one with a word replaced, dropped, doubled or swapped;
-codes from those of the other texts and from the right ones with a stretch cut, doubled, torn off or taken from another
-sentence; and of the decoder's own candidates the one with fewer word errors is to score higher. There are few of these,
-and they would be learned by heart: some codes of every row are moved to a neighbour that sounds nearly the same.
+The wrong texts are the others of the batch, and the right one with a word replaced, dropped, doubled or swapped. The
+wrong codes are those of the other texts, and the right ones with a stretch cut, doubled, torn off or taken from another
+sentence. Of the decoder's own candidates, those with fewer word errors must score higher. There are few of these, and
+they would be learned by heart; so some codes of every row are moved to a neighbour that sounds nearly the same.
 """
 
 from pathlib import Path
@@ -23,10 +23,10 @@ from examples.train.state import Training, draws, note
 from examples.train.texts import WORDS, written
 from examples.train.train_codec import LEVELS
 
-# True pairs of a step, and texts whose own candidates are compared.
+# The true pairs of a step, and the texts whose own candidates are compared.
 BATCH, COMPARED = 32, 8
-# The least difference of word errors by which candidates are ordered, as the recogniser errs itself. Of the files of
-# candidates, one in so many is only looked at.
+# The least difference of word errors by which candidates are ordered, because the recogniser makes errors too. Of the
+# files of candidates, one in so many is only looked at.
 DIFFERENCE, LOOKED_AT = 0.12, 10
 # The largest share of a row's codes that are moved.
 MOVED = 0.15
@@ -65,12 +65,12 @@ def _filled(rows: list[torch.Tensor], fill: int) -> tuple[torch.Tensor, torch.Te
 
 
 def train_scorer(folder: Path, model, steps: int) -> None:
-    """Train into `scorer.pt`, on the present codes and candidates and those that come."""
+    """Train into `scorer.pt`, on the existing codes and candidates and on new ones as they come."""
     part = ScorerPart(model).train()
     training = Training(folder, "scorer", part, optimizers(part.named_parameters(), lr=0.01), steps)
     if training.step >= training.steps:
         return
-    corpus = data.Corpus(folder, lambda said: [len(said) // 200])  # all of one length: any may stand in a batch
+    corpus = data.Corpus(folder, lambda said: [len(said) // 200])  # all of one length, so any can be in a batch
     own: dict[Path, list] = {}
     looked_at: dict[Path, list] = {}
     rows = []
@@ -166,7 +166,7 @@ def own_pairs(scores: torch.Tensor, compared: list) -> tuple[torch.Tensor, float
 
     Args:
         scores: `[texts, all candidates]`, those of a text one after another, empty ones left out.
-        compared: of each text what `read_candidates` gives.
+        compared: the items of `read_candidates`, one for each text.
     """
     losses, right, start = [], [], 0
     for index, (_, rows, errors) in enumerate(compared):

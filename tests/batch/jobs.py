@@ -89,7 +89,7 @@ class NoModel:
         self.stop_after = stop_after
 
     def description(self) -> dict:
-        return {"settings": self.settings.as_dict(), "checkpoint": "mark", "versions": {"torch": "1"}}
+        return {"settings": self.settings.as_dict(), "checkpoint": "digest", "versions": {"torch": "1"}}
 
     def outcomes(self, path, tasks):
         rows = RowFile(path)

@@ -60,5 +60,5 @@ def null_worker(settings, strange: dict[str, Exception] | None = None) -> Worker
     worker = Worker.__new__(Worker)
     worker.settings = replace(settings, device="cpu", max_new_tokens=4, batch_size=8, threads=1)
     worker.engine = NullEngine(4, strange)
-    worker.mark = "mark"
+    worker.checkpoint_digest = "digest"
     return worker

@@ -103,7 +103,7 @@ def test_lines_of_a_batch(actor):
     assert lines[0]["score"] >= lines[1]["score"] and lines[0]["score"] != lines[5]["score"]
 
 
-def test_what_a_row_gives_does_not_depend_on_its_batch_or_its_form(actor):
+def test_a_rows_results_depend_on_itself_alone(actor):
     batch = batch_of(4)
     whole = comparable(actor(batch))
     part = {name: values[3:] for name, values in batch.items()}
@@ -144,7 +144,7 @@ def test_settings_that_cannot_be():
         CandidateActor("./no-such-folder")
 
 
-def test_what_travels_to_workers():
+def test_actors_and_settings_can_be_pickled():
     for thing in (CandidateActor, _JobActor, Settings(voice=str(VOICE), keep=3)):
         assert pickle.loads(pickle.dumps(thing)) == thing
 
@@ -164,7 +164,7 @@ GPUS = [{"CPU": 4.0}, {"CPU": 64.0, "GPU": 8.0}, {"CPU": 64.0, "GPU": 8.0}]
 CPUS = [{"CPU": 16.0}, {"CPU": 8.0}, {"memory": 1.0}]
 
 
-def test_what_each_worker_has():
+def test_each_worker_has_its_share_of_the_cluster():
     settings = Settings()
     share = _share(settings, 0.9, GPUS, None)
     assert (share.workers, share.resources, share.settings.device) == (16, {"num_gpus": 1}, "cuda")
@@ -185,7 +185,7 @@ def test_what_each_worker_has():
         _share(settings, 0.9, [{"memory": 1.0}], None)
 
 
-def test_how_many_rows_go_to_a_worker_at_a_time():
+def test_a_worker_is_sent_enough_rows_for_full_batches():
     settings = Settings(num_candidates=16, batch_size=16)
     assert _piece_rows(settings, 2, 10**6) == 64
     assert _piece_rows(Settings(num_candidates=16, batch_size=512), 8, 10**6) == 512
@@ -200,7 +200,7 @@ def test_addresses_where_no_cluster_is(corpus, tmp_path, capsys, monkeypatch):
         threading.Thread(target=lambda: other.accept()[0].sendall(b"HTTP/1.1 400 Bad Request\r\n"), daemon=True).start()
         for address, says in (
             (f"127.0.0.1:{closed.getsockname()[1]}", "no Ray cluster answers at 127.0.0.1:"),
-            (f"127.0.0.1:{other.getsockname()[1]}", "is no Ray cluster: give the port of `ray start --head`"),
+            (f"127.0.0.1:{other.getsockname()[1]}", "is not a Ray cluster: give the port of `ray start --head`"),
             ("http://127.0.0.1:8265", "is HOST:PORT, as `ray start --head` tells it, not 'http"),
         ):
             argv = ["batch", str(corpus), "--voice", str(VOICE), "--out", str(tmp_path / "out"), "--ray", address]

@@ -152,7 +152,7 @@ def test_other_separators(tmp_path, sign):
 
 
 def test_ends_of_lines(tmp_path):
-    """Blank lines are none, before the header either; carriage returns alone make one line of the file."""
+    """Blank lines are none, before the header either; carriage returns only make one line of the file."""
     path = tmp_path / "corpus.csv"
     path.write_bytes(b"\n\r\nid,text\r\n\r\r\na,Hello.\n")
     assert [row.text for row in read_rows(path)] == ["Hello."]
@@ -162,11 +162,11 @@ def test_ends_of_lines(tmp_path):
     assert second.text == "Bye."
     for content in (b"id,text\ra,Hello.\r", b"id,text\ra,Hello."):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match="ends its lines with carriage returns alone: save it with newlines"):
+        with pytest.raises(ValueError, match="ends its lines with carriage returns only: save it with newlines"):
             list(read_rows(path))
     path = tmp_path / "corpus.jsonl"
     path.write_bytes(b'{"id": 1, "text": "a"}\r{"id": 2, "text": "b"}')
-    with pytest.raises(ValueError, match="ends its lines with carriage returns alone"):
+    with pytest.raises(ValueError, match="ends its lines with carriage returns only"):
         list(read_rows(path))
     path.write_bytes(b'{"id": 1,\r"text": "a"}\r\n{"id": 2, "text": "b"}')
     assert [row.text for row in read_rows(path)] == ["a", "b"]

@@ -238,7 +238,7 @@ def test_other_settings_are_refused(run, out, changed, named):
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
-def test_what_was_found_out_is_kept(run, no_model, out):
+def test_later_runs_keep_the_settings_of_the_first(run, no_model, out):
     """Use in later runs what the first run determined; it may also be named in the call."""
     no_model.options["stop_after"] = 5
     with pytest.raises(KeyboardInterrupt):
@@ -276,7 +276,7 @@ def test_other_versions_are_told(run, no_model, monkeypatch, caplog):
 
 
 def _described(executor, **changed):
-    return {"settings": executor.settings.as_dict(), "checkpoint": "mark", "versions": {"torch": "1"}} | changed
+    return {"settings": executor.settings.as_dict(), "checkpoint": "digest", "versions": {"torch": "1"}} | changed
 
 
 def test_damaged_manifest(run, out):
@@ -294,7 +294,7 @@ def test_damaged_manifest(run, out):
         ):
             run()
     (out / "manifest.json").unlink()
-    with pytest.raises(ValueError, match=r"has results, and .*manifest\.json is not there"):
+    with pytest.raises(ValueError, match=r"has results, but .*manifest\.json is missing"):
         run()
 
 

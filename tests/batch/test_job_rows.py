@@ -36,8 +36,8 @@ def test_unwritable_folder(run, tmp_path):
     [
         ({"shard_rows": 0}, "shard_rows must be a whole number from 1 up, not 0"),
         ({"shard_rows": True}, "shard_rows must be a whole number from 1 up, not True"),
-        ({"workers": 2}, "workers are of a Ray cluster"),
-        ({"ray": False, "workers": 2}, "workers are of a Ray cluster"),
+        ({"workers": 2}, "workers is for a Ray cluster"),
+        ({"ray": False, "workers": 2}, "workers is for a Ray cluster"),
         ({"ray": True, "workers": 0}, "workers must be a whole number from 1 up"),
         ({"keep": 0}, "keep must be a whole number from 1 up"),
         ({"top_p": 2.0}, "top_p must be above 0 and at most 1"),
@@ -49,7 +49,7 @@ def test_unwritable_folder(run, tmp_path):
     ],
 )
 def test_bad_settings(run, out, options, said):
-    with pytest.raises(ValueError, match=r"must be|are of") as caught:
+    with pytest.raises(ValueError, match=r"must be|is for") as caught:
         run(**options)
     assert said in str(caught.value)
     assert not out.exists()

@@ -28,7 +28,7 @@ def test_voice_is_found_from_the_folder():
 
 
 @pytest.mark.parametrize("nothing", [None, "", b"", math.nan, Decimal("NaN")])
-def test_nothing_is_left_out(nothing):
+def test_absent_values_take_the_defaults(nothing):
     row = Row.read(0, {"id": "a", "text": "Hello.", "voice": nothing, "temperature": nothing, "seed": nothing})
     assert row == Row(0, "a", "Hello.")
 
@@ -75,7 +75,10 @@ def test_ids(given):
         ({"id": "a", "text": "Hello.", "do_sample": "perhaps"}, "do_sample must be true or false, not 'perhaps'"),
         ({"id": "a", "text": "Hello.", "seed": [1]}, "seed must be a number, not [1]"),
         ({"id": "a", "text": "Hello.", "voice": {"array": [0.1]}}, "voice must be the path of a file or folder"),
-        ({"id": "a", "text": "Hello.", "voice": {"bytes": "x"}}, "bytes of a voice must be a recording's, not 'x'"),
+        (
+            {"id": "a", "text": "Hello.", "voice": {"bytes": "x"}},
+            "bytes of a voice must be those of a recording, not 'x'",
+        ),
         ({"id": "a", "text": "Hello.", "seed": "1" * 5000}, "seed must be a number, not '111"),
         ({"id": "a", "text": {"x": "y" * 10**6}}, "text must be a string, not {'x': 'yyy"),
         ({"id": b"\xff", "text": "Hello."}, "id is not valid Unicode"),

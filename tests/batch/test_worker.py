@@ -16,7 +16,7 @@ from clvp_fast.batch import worker as of_worker
 from clvp_fast.batch.outcomes import Outcome
 from clvp_fast.batch.rows import Row
 from clvp_fast.batch.settings import Settings
-from clvp_fast.batch.worker import Worker, _mark
+from clvp_fast.batch.worker import Worker, _digest_of
 from clvp_fast.checkpoint import Checkpoint
 from clvp_fast.engine.voice_files import LoadedVoice
 from tests.batch.jobs import QUICK, VOICE, records
@@ -287,7 +287,7 @@ def test_no_voice():
     assert outcome.error == "the row names no voice, and the job has none for such rows"
 
 
-def test_what_is_found_out(worker):
+def test_a_worker_determines_its_open_settings(worker):
     found = Worker(Settings(checkpoint="random", device="cpu")).settings
     assert (found.max_new_tokens, found.device, found.batch_size) == (500, "cpu", 16)
     assert found.threads == torch.get_num_threads()
@@ -300,9 +300,9 @@ def test_what_is_found_out(worker):
     assert "torch" in worker.description()["versions"]
 
 
-def test_mark_of_a_checkpoint(worker, tmp_path):
-    mark = worker.mark
-    assert Worker(Settings(**QUICK, keep=3)).mark == mark and len(mark) == 32
+def test_digest_of_a_checkpoint(worker, tmp_path):
+    digest = worker.checkpoint_digest
+    assert Worker(Settings(**QUICK, keep=3)).checkpoint_digest == digest and len(digest) == 32
     model, parts = worker.engine.model, worker.engine.processor
     checkpoint = Checkpoint("demo", model, parts.tokenizer, parts.feature_extractor)
     changes = (
@@ -315,20 +315,20 @@ def test_mark_of_a_checkpoint(worker, tmp_path):
         before = matrix.detach().clone()
         with torch.no_grad():
             change(matrix)
-            assert _mark(checkpoint) != mark
+            assert _digest_of(checkpoint) != digest
             matrix.copy_(before)
-    assert _mark(checkpoint) == mark
+    assert _digest_of(checkpoint) == digest
 
 
-def test_mark_tells_what_is_not_a_number(worker):
+def test_the_digest_covers_settings_words_and_shapes(worker):
     """Change a setting of the model, a word of the vocabulary, a feature, and swap or reshape tensors."""
     model, parts = worker.engine.model, worker.engine.processor
     tokenizer, extractor = parts.tokenizer, parts.feature_extractor
     config, vocabulary, state = model.config.to_dict(), tokenizer.get_vocab(), model.state_dict()
     features = extractor.to_dict()
 
-    def mark(config=config, vocabulary=vocabulary, features=features, state=state):
-        return _mark(
+    def digest(config=config, vocabulary=vocabulary, features=features, state=state):
+        return _digest_of(
             Checkpoint(
                 "demo",
                 SimpleNamespace(config=SimpleNamespace(to_dict=lambda: config), state_dict=lambda: state),
@@ -341,17 +341,17 @@ def test_mark_tells_what_is_not_a_number(worker):
     first, second, *_ = vocabulary
     swapped = state | {one: state[other], other: state[one]}
     changed = [
-        mark(config=config | {"logit_scale_init_value": 0.5}),
-        mark(config=config | {"decoder_config": config["decoder_config"] | {"layer_norm_epsilon": 0.5}}),
-        mark(vocabulary=vocabulary | {first: vocabulary[second], second: vocabulary[first]}),
-        mark(features=features | {"hop_length": 128}),
-        mark(state={swapped_name(name, one, other): tensor for name, tensor in state.items()}),
-        mark(state=swapped),
-        mark(state=state | {one: state[one].reshape(-1)}),
+        digest(config=config | {"logit_scale_init_value": 0.5}),
+        digest(config=config | {"decoder_config": config["decoder_config"] | {"layer_norm_epsilon": 0.5}}),
+        digest(vocabulary=vocabulary | {first: vocabulary[second], second: vocabulary[first]}),
+        digest(features=features | {"hop_length": 128}),
+        digest(state={swapped_name(name, one, other): tensor for name, tensor in state.items()}),
+        digest(state=swapped),
+        digest(state=state | {one: state[one].reshape(-1)}),
     ]
-    assert mark() == worker.mark and len({mark(), *changed}) == 1 + len(changed)
+    assert digest() == worker.checkpoint_digest and len({digest(), *changed}) == 1 + len(changed)
     passing = ("_name_or_path", "transformers_version", "dtype")
-    assert mark(config=config | dict.fromkeys(passing, "other")) == mark()
+    assert digest(config=config | dict.fromkeys(passing, "other")) == digest()
 
 
 def swapped_name(name, one, other):

@@ -105,7 +105,7 @@ def test_a_fraction_of_the_limit_stands_in_rows_that_count(monkeypatch):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells a process's memory")
-def test_what_was_freed_before_does_not_hide_what_a_call_takes():
+def test_memory_freed_earlier_does_not_hide_the_peak():
     def run():
         return [bytearray(b"x" * 2**16) for _ in range(2000)]
 

@@ -83,7 +83,7 @@ def test_kernels_are_tested_and_measured_without_the_packages():
     assert all(re.search(rf"^ *{name} clvp_fast", said, re.MULTILINE) for name in workloads), said
 
 
-def test_what_runs_on_a_gpu_is_all_that_the_steps_run(counted):
+def test_the_steps_run_tests_of_a_gpu_alone(counted):
     """Exclude tests of a CPU, and tests that only compile."""
     everything = list(counted.marks)
     files = Counter(name.partition("::")[0] for name in everything)

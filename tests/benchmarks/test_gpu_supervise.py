@@ -54,8 +54,8 @@ def test_each_fault_of_a_test_costs_itself_alone(place):
     assert [path.name for path in (place.folder / "logs").iterdir()] == ["tests.log"]
 
 
-def test_what_a_hanging_worker_has_started_ends_with_it(place):
-    """End such processes, as a sanitizer's tests are."""
+def test_children_of_a_hanging_worker_end_with_it(place):
+    """End also the processes that a worker has started, such as a sanitizer's tests."""
     code = (
         "import subprocess; folder = os.environ['PLANTED_FOLDER']\n"
         "if ended('tests'): done(); sys.exit()\n"
@@ -69,7 +69,7 @@ def test_what_a_hanging_worker_has_started_ends_with_it(place):
     assert place.outcomes() == dict(it="hung")
 
 
-def test_what_ends_while_its_worker_is_ended_has_not_hung(place, monkeypatch):
+def test_a_test_that_ends_in_the_grace_time_passes(place, monkeypatch):
     monkeypatch.setattr(supervise, "GRACE", LONG)
     code = (
         "if ended('tests'): done(); print('ERROR SUMMARY: 0 errors'); sys.exit()\n"
@@ -310,7 +310,7 @@ def test_a_sanitizer_s_word_is_the_step_s_for_good(place, said, errors):
     assert state.whole and state.passed == ["one", "two"] and len(state.failed) == errors and not state.broken
 
 
-def test_what_passed_under_a_sanitizer_that_was_silent_does_not_count(place):
+def test_passes_without_a_sanitizers_report_do_not_count(place):
     code = (
         "if 'one' not in ended('tests'): end('one'); begin('dies'); sys.exit(3)\n"
         "done(); print('ERROR SUMMARY: 0 errors')"
@@ -327,7 +327,7 @@ raise SystemExit(code)
 """
 
 
-def test_what_passed_under_a_sanitizer_stays_when_a_test_hangs_or_the_time_is_over(place, monkeypatch):
+def test_passes_under_a_sanitizer_survive_a_hanging_test(place, monkeypatch):
     """End its worker first, so that it can report."""
     monkeypatch.setattr(supervise, "GRACE", LONG)
     sanitizer = place.folder / "sanitizer.py"
@@ -405,7 +405,7 @@ def test_a_device_is_asked_before_a_failed_test_has_ended(place, monkeypatch):
     assert seen == ["one"] and progress.look() is None and progress.ended == 1
 
 
-def test_what_cannot_be_written_is_said(place, monkeypatch):
+def test_a_full_disk_is_reported(place, monkeypatch):
     """Fill the disk in the middle of a line, and before a supervisor's own line."""
     write = os.write
     monkeypatch.setattr(os, "write", lambda descriptor, text: write(descriptor, text[: len(text) // 2]))

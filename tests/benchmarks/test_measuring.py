@@ -41,7 +41,7 @@ def test_a_worker_that_cannot_give_memory_back_ends_and_another_goes_on(worker, 
     assert worker() == (0, ROWS)
 
 
-def test_what_a_device_keeps_is_what_nobody_uses(monkeypatch):
+def test_free_memory_counts_the_unused_cache(monkeypatch):
     emptied = []
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(True))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 70)
@@ -90,14 +90,14 @@ def device_of(monkeypatch):
     return pretend
 
 
-def test_what_waits_for_the_device_is_never_captured(device_of):
+def test_calls_that_wait_are_never_captured(device_of):
     """Avoid a failing capture, which would cost all later rows their memory."""
     device = device_of()
     assert kernels.captured(device.wait) is None
     assert device.captures == 0 and device.mode == 1
 
 
-def test_what_does_not_wait_is_captured(device_of):
+def test_calls_that_do_not_wait_are_captured(device_of):
     device, runs = device_of(), []
     assert kernels.captured(lambda: runs.append(device.mode)) == "replay"
     assert device.captures == 1 and runs == [1, "error", 1]

@@ -70,7 +70,7 @@ def test_a_file_of_rows_that_cannot_be_written_is_told_before_anything_is_measur
     assert workload.measured == [] and run.main(["score", "--results", str(tmp_path)]) == 0
 
 
-def test_what_does_not_fit_into_the_time_is_left_and_named(workload, tmp_path, capsys):
+def test_shapes_beyond_the_time_are_left_and_named(workload, tmp_path, capsys):
     assert run.main(["score", "--results", str(tmp_path), "--seconds", "0"]) == 0
     assert workload.measured == [] and "3 shapes are left for another run with --resume: score n=0; " in (
         capsys.readouterr().err
@@ -123,7 +123,7 @@ def test_the_list_names_every_workload_and_group(capsys):
         ),
     ],
 )
-def test_what_cannot_be_is_refused(words, message, workload, capsys):
+def test_impossible_options_are_refused(words, message, workload, capsys):
     with pytest.raises(SystemExit) as stopped:
         run.main(words)
     assert stopped.value.code == 2 and message in capsys.readouterr().err and workload.measured == []

@@ -28,14 +28,14 @@ def write_clip(tmp_path):
 
 @pytest.mark.parametrize("text", ["", "   ", "\n\t"])
 def test_empty_text(generate_fails, text):
-    assert generate_fails(text) == "the text is empty; give the sentence that is to be said"
+    assert generate_fails(text) == "the text is empty; give the sentence to speak"
 
 
 def test_text_over_the_limit(generate_fails):
     sentence = generate_fails("a b " * 150)
     assert sentence.startswith("the text is too long: ") and "this checkpoint takes 401" in sentence
     sentence = generate_fails("$1," * 30_000)
-    assert sentence == "the text is too long: 90000 characters, and at most 65536 are looked at; split it up"
+    assert sentence == "the text is too long: 90000 characters, and at most 65536 are read; split it up"
 
 
 @pytest.mark.parametrize("cleaning, text", [("transformers", "你好，世界"), ("tortoise", "😀 🎉"), ("tortoise", "{}")])
@@ -220,7 +220,7 @@ def test_too_little_memory_for_one_candidate(generate_fails, monkeypatch):
 
 def test_budget_too_small_for_one_candidate(generate_fails, voice):
     sentence = generate_fails(TEXT, voice, "--memory-fraction", 1e-6)
-    assert sentence.startswith("one candidate of 8 tokens behind a prompt of ") and "may be used" in sentence
+    assert sentence.startswith("one candidate of 8 tokens after a prompt of ") and "may be used" in sentence
 
 
 def test_memory_that_runs_out_on_the_way(cli, voice, tmp_path, monkeypatch):
@@ -246,7 +246,7 @@ def test_the_only_text_and_voice_are_looked_at_before_a_checkpoint_is_loaded(
     generate_fails, voice, monkeypatch, tmp_path
 ):
     monkeypatch.setattr("clvp_fast.cli.inputs.load_checkpoint", lambda *_, **__: pytest.fail("it was loaded"))
-    assert generate_fails(" ") == "the text is empty; give the sentence that is to be said"
+    assert generate_fails(" ") == "the text is empty; give the sentence to speak"
     for name, said in (("a.wav", "is no recording"), ("a.safetensors", "is no voice"), ("a.pth", "are no latents")):
         assert generate_fails(TEXT, tmp_path / name) == f"there {said} at {tmp_path}/{name}"
 

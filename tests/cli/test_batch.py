@@ -120,7 +120,7 @@ def test_options_become_settings(cli, made, corpus, voice, tmp_path):
     ("options", "said"),
     [
         (("--greedy", "--num-candidates", 2), "--greedy gives one candidate"),
-        (("--workers", 2), "workers are of a Ray cluster"),
+        (("--workers", 2), "workers is for a Ray cluster"),
         (("--dtype", "float16"), "needs each row to give the same in every batch"),
         (("--max-new-tokens", 100_000), "max_new_tokens"),
         (("--checkpoint", "./nowhere"), "there is no checkpoint folder"),

@@ -36,7 +36,7 @@ def test_the_list(cli):
     assert json.loads(cli("bench", "--list", "--json").out) == run.WORKLOADS
 
 
-def test_what_is_measured_is_written_and_told(cli, workload, tmp_path):
+def test_rows_are_written_and_printed(cli, workload, tmp_path):
     outcome = cli("bench", "score", "--results", tmp_path, "--json")
     document = json.loads(outcome.out)
     assert outcome.code == 0 and [row["shape"]["n"] for row in document["rows"]] == [1, 2]
@@ -64,7 +64,7 @@ def test_an_interrupt_keeps_what_was_measured(cli, workload, tmp_path):
     assert len((tmp_path / "cpu/score.jsonl").read_text().splitlines()) == 1
 
 
-def test_what_cannot_be_is_told_in_a_sentence(fails, workload, tmp_path):
+def test_impossible_options_are_refused_in_a_sentence(fails, workload, tmp_path):
     assert fails("bench", "sing").startswith("no workload sing: there are generate, ")
     assert "is no file or folder of rows" in fails("bench", "--compare", "nowhere", "nothing")
     assert fails("bench", "score", "--providers", "vllm").startswith("no provider vllm: there are ours, torch, sdpa, ")

@@ -54,7 +54,7 @@ def test_original_files_to_candidates(cli, files, voice, tmp_path):
     assert np.load(tmp_path / "out/voice.npy").shape[0] == tortoise_files.MELS
 
 
-def test_what_is_missing_beside_them_is_noted(cli, files, voice, tmp_path, fails):
+def test_missing_companion_files_are_noted(cli, files, voice, tmp_path, fails):
     (files / "tokenizer.json").unlink()
     (files / "mel_norms.pth").unlink()
     outcome = cli(*convert(files, tmp_path / "checkpoint"))

@@ -184,7 +184,7 @@ def test_file_of_texts_that_is_none(fails, voice, tmp_path):
 
     assert sentence(tmp_path / "no.txt") == f"there is no file of texts at {tmp_path}/no.txt"
     (tmp_path / "blank.txt").write_text(" \n\n\t\n")
-    assert sentence(tmp_path / "blank.txt") == f"{tmp_path}/blank.txt has no text in it; write one a line"
+    assert sentence(tmp_path / "blank.txt") == f"{tmp_path}/blank.txt has no text in it; write one per line"
     (tmp_path / "latin.txt").write_bytes("Müller".encode("latin-1"))
     assert "is not UTF-8 text" in sentence(tmp_path / "latin.txt")
     assert not (tmp_path / "out").exists()

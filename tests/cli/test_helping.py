@@ -61,7 +61,7 @@ def test_a_mistyped_word_is_near_to_one(cli, argv, meant):
     assert outcome.code == 2 and outcome.err.splitlines()[-1].endswith(meant)
 
 
-def test_nothing_is_suggested_where_nothing_is_near(cli):
+def test_distant_words_get_no_suggestion(cli):
     outcome = cli("generate", "Hi.", "--voice", "a.wav", "--zzz")
     assert outcome.code == 2 and "unrecognized arguments: --zzz" in outcome.err and "did you mean" not in outcome.err
     assert "did you mean" not in cli("convert", "--out", "x").err

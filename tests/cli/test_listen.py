@@ -48,8 +48,8 @@ def test_without_a_vocoder_one_sentence_and_codes(cli, voice, tmp_path):
     assert outcome.code == 0
     told = [line for line in outcome.err.splitlines() if "vocoder" in line]
     assert told == [
-        "note: checkpoint 'random' brings no vocoder (vocoder.json and vocoder.safetensors), so --listen has nothing "
-        "to be heard; codes and scores are written all the same"
+        "note: checkpoint 'random' has no vocoder (vocoder.json and vocoder.safetensors), so there is nothing "
+        "to hear; codes and scores are still written"
     ]
     assert {path.name for path in tmp_path.iterdir()} == {"codes.npz", "candidates.json"}
 
@@ -70,7 +70,8 @@ def test_a_saved_voice_says_what_is_missing(cli, voice, checkpoint, tmp_path):
     assert cli("generate", "hello", "--voice", voice, "--save-voice", saved, *common).code == 0
     outcome = cli("generate", "hello", "--voice", saved, "--listen", *common)
     assert (
-        outcome.code == 0 and "nothing can be heard: a saved voice comes without a recording to speak in" in outcome.err
+        outcome.code == 0
+        and "nothing can be heard: a saved voice has no recording, which the vocoder needs" in outcome.err
     )
     assert not (tmp_path / "report.html").exists() and (tmp_path / "codes.npz").exists()
 
@@ -135,7 +136,7 @@ def a_row(rank: int, score=1.5, **changes) -> dict:
     return {"rank": rank, "candidate": 10 - rank, "tokens": 7, "score": score, "stopped": True, **changes}
 
 
-def test_whatever_comes_from_outside_is_text():
+def test_names_and_texts_are_escaped_in_the_page():
     page = Page("Heard", {"checkpoint": NASTY})
     page.add_section(Section(NASTY, NASTY, [NASTY], data_url("image/png", b"x")))
     page.add(0, a_row(1), 0.5, data_url("audio/wav", b"x"), None)
@@ -157,7 +158,7 @@ def test_page_keeps_the_best_that_fit():
     content = page.html()
     kept = [tuple(map(int, found)) for found in re.findall(r'data-rank="(\d)" data-score="(-?\d)', content)]
     assert page.left_out == 5 and [rank for rank, _ in kept] == [1, 2, 3, 1, 2]
-    assert len(content.encode()) <= 230_000 and "keeps to 0 MB: 5 candidates; all" in content
+    assert len(content.encode()) <= 230_000 and "has at most 0 MB: 5 candidates; all" in content
 
 
 def test_page_has_a_voice_once_and_leaves_out_what_has_no_room():

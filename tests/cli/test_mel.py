@@ -196,7 +196,7 @@ def test_bad_recordings_are_named_and_the_others_written(cli, folder, tmp_path, 
         np.testing.assert_allclose(written, expected(path), rtol=1e-5, atol=1e-5)
 
 
-def test_nothing_but_bad_recordings(fails, tmp_path):
+def test_only_bad_recordings_are_an_error(fails, tmp_path):
     for name in ("a.wav", "b.wav"):
         soundfile.write(tmp_path / name, np.zeros(500), 22050)
     sentence = fails("mel", tmp_path / "a.wav", tmp_path / "b.wav", "--out", tmp_path / "out")

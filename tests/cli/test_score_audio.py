@@ -86,7 +86,7 @@ def test_table_and_order_of_files(cli, checkpoint, recordings):
     assert len(json.loads(cli(*call, *files, files[0], "--json").out)["texts"][0]["recordings"]) == 2
 
 
-def test_what_was_changed_is_told(cli, checkpoint, recordings):
+def test_changes_of_recordings_are_noted(cli, checkpoint, recordings):
     """Note changes once a kind on stderr, and by recording in the document."""
     call = ["score", "--model", "clap", "--checkpoint", checkpoint, "--text", "rain", "--json", "--audio"]
     outcome = cli(*call, recordings)

@@ -28,9 +28,9 @@ def test_the_sound_is_that_of_the_best_candidate(cli, voice, checkpoint, tmp_pat
     assert out.read_bytes() != (tmp_path / "all/sound/rank-1.wav").read_bytes()
 
 
-def test_what_cannot_be_heard_is_told(fails, voice, checkpoint, tmp_path, monkeypatch):
+def test_impossible_calls_are_refused_in_a_sentence(fails, voice, checkpoint, tmp_path, monkeypatch):
     common = ("speak", "hello", "--voice", voice, *QUICK, "--out", tmp_path / "said.wav")
-    assert "brings no vocoder (vocoder.json): give Tortoise's own with --tortoise DIR" in fails(*common)
+    assert "has no vocoder (vocoder.json): give Tortoise's own with --tortoise DIR" in fails(*common)
     assert "--iterations is for Tortoise's diffusion" in fails(*common, "--checkpoint", checkpoint, "--iterations", 9)
     assert "--out needs a file to write" in fails(*common[:-1], tmp_path)
     assert "--out needs a file to write" in fails(*common[:-1], tmp_path / "no" / "said.wav")

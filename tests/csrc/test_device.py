@@ -61,7 +61,7 @@ def sentence(function, *args):
         ({"count_error": UNKNOWN}, "CUDA error 999, cudaErrorUnknown: as the stand-in says"),
     ],
 )
-def test_what_is_missing_is_one_sentence(library, answers, found, says):
+def test_a_missing_device_is_explained_in_one_sentence(library, answers, found, says):
     for name, value in found.items():
         setattr(answers, name, value)
     told = sentence(library.missing)

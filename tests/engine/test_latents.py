@@ -82,7 +82,7 @@ def test_latents_are_those_of_the_originals_second_pass(shape, case):
         assert off_by(changed, expected) > 1e-2
 
 
-def test_where_the_silence_is_cut():
+def test_latents_are_cut_in_the_silence():
     assert cut_in_silence([SILENCE] * 8, SILENCE) == 8 == cut_in_silence([SILENCE] * 9, SILENCE)
     assert cut_in_silence([1, *[SILENCE] * 20], SILENCE) == 9
     assert cut_in_silence([*[SILENCE] * 5, 1, *[SILENCE] * 8, 2], SILENCE) == 15

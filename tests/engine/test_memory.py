@@ -44,7 +44,7 @@ def test_a_large_device_has_room_for_all_that_slots_can_use():
 
 
 @pytest.mark.parametrize("gigabytes", [1, 2, 5, 10, 20, 40])
-def test_what_is_free_bounds_slots_and_pages(gigabytes):
+def test_free_memory_bounds_slots_and_pages(gigabytes):
     found = full(gigabytes * 10**9, memory_fraction=0.8)
     assert found.total <= found.budget == gigabytes * 8 * 10**8
     assert found.num_pages >= found.max_batch * OWN + PREFIX, "all slots come to their end at once"
@@ -61,10 +61,10 @@ def test_smaller_pages_give_more_slots():
     assert full(10 * 10**9, max_new_tokens=100).max_batch > 3 * usual.max_batch
 
 
-def test_what_cannot_fit_is_refused_with_sizes():
+def test_too_little_memory_is_refused_with_sizes():
     one = OWN + PREFIX
     with pytest.raises(
-        ValueError, match=r"one candidate of 500 tokens behind a prompt of 405 needs (\d+ MB) \("
+        ValueError, match=r"one candidate of 500 tokens after a prompt of 405 needs (\d+ MB) \("
     ) as error:
         full(10**8)
     assert human_bytes(one * PAGE) + " pages" in str(error.value) and "90 MB may be used" in str(error.value)
@@ -117,7 +117,7 @@ def test_a_step_stays_within_its_part():
         runner._step(64)
         with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             runner._step(64)
-    held = peak = sum(block.nbytes for block in runner._room._blocks.values())
+    held = peak = sum(block.nbytes for block in runner._scratch._blocks.values())
     for event in profile.profiler.kineto_results.events():
         if event.name() == "[memory]":
             held += event.nbytes()

@@ -65,7 +65,7 @@ def subclassed(model, part):
 
 @pytest.mark.parametrize("attach", [*ATTACHED, compiled, subclassed], ids=lambda attach: attach.__name__)
 @pytest.mark.parametrize("part", PARTS)
-def test_what_is_attached_is_told_before_and_after(part, attach):
+def test_attachments_are_named_before_and_after_construction(part, attach):
     model = tiny()
     made = engine(model)
     before = result(made)

@@ -34,7 +34,7 @@ def some(count=8):
 
 @pytest.mark.parametrize("bad", [{3}, {0}, {7}, {2, 5}, {0, 1, 2, 3}], ids=str)
 @pytest.mark.parametrize("error", [RuntimeError, MemoryError, OverflowError, KeyError])
-def test_what_breaks_every_step_fails_alone(lag, monkeypatch, bad, error):
+def test_a_request_that_breaks_every_step_fails_alone(lag, monkeypatch, bad, error):
     expected = codes(null_engine(lag).generate(some()))
     engine, met = null_engine(lag), []
 

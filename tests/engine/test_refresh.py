@@ -10,7 +10,7 @@ from clvp_fast import CandidateEngine, CandidateRequest, ClvpFeatureExtractor, S
 from tests.engine.test_decoder import tiny
 from tests.kit import isa, random
 
-WHAT_TO_DO = r": call engine\.refresh\(\), which makes anew what was made of the weights$"
+WHAT_TO_DO = r": call engine\.refresh\(\), which renews everything made from the weights$"
 LAYER = "speech_decoder_model.model.decoder.layers.1"
 
 
@@ -129,7 +129,7 @@ def test_copies_do_not_follow_a_write_that_torch_does_not_count(change):
     assert codes(made) == anew(model, weight_dtype=torch.int8) != before
 
 
-def test_what_no_copy_was_made_of_may_change():
+def test_parameters_that_were_not_copied_may_change():
     model = tiny()
     made = engine(model, weight_dtype=torch.int8)
     codes(made)

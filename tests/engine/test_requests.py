@@ -70,7 +70,7 @@ def test_one_text_and_one_voice(text, voice):
         ({"text": "a", "audio": CLIP, "sampling": 16}, "sampling must be SamplingParams, not int"),
     ],
 )
-def test_what_is_wrong_is_told_in_a_sentence(given, sentence):
+def test_a_wrong_request_is_refused_in_a_sentence(given, sentence):
     with pytest.raises(ValueError) as refusal:
         CandidateRequest(**given)
     assert str(refusal.value) == sentence

@@ -557,7 +557,7 @@ def test_deterministic_steps_stay_so_under_a_backend_that_is_forced_later():
 @needs_own_attention
 @pytest.mark.parametrize("lag", [0, 1])
 @pytest.mark.parametrize("num_pages, max_batch", [(200, 24), (14, 24)])
-def test_what_the_scheduler_plans(num_pages, max_batch, lag):
+def test_the_runner_follows_the_scheduler(num_pages, max_batch, lag):
     """Several requests with several candidates, with room and without (candidates are preempted and start again)."""
     model = stopping(tiny())
     prompt_list = prompts(model, (4, 23, 9, 40, 15))

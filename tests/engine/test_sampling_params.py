@@ -73,7 +73,7 @@ def test_greedy_has_one_candidate():
         ("do_sample", [0, 1, None, "yes"], "True or False"),
     ],
 )
-def test_what_cannot_be_is_refused_in_one_sentence(field, values, wanted):
+def test_impossible_values_are_refused_in_one_sentence(field, values, wanted):
     for value in values:
         with pytest.raises(ValueError, match=rf"^{field} must be .*{wanted}.*, not ") as refusal:
             SamplingParams(**{field: value})

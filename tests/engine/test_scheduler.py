@@ -145,7 +145,7 @@ def test_the_youngest_makes_room_and_starts_again(lag):
     assert engine.ended == ["request 0"] and engine.preemptions > 0 and engine.prefills == 1
 
 
-def test_what_was_preempted_waits_until_pages_come_back():
+def test_a_preempted_candidate_waits_for_pages():
     engine = Engine(num_pages=5, page_size=2, max_batch=4, limit=8, lag=0)
     engine.add(1, [8, 8], max_new_tokens=8)  # 1 + 2 * 4 pages of 5: the two meet at 2 pages each
     while engine.step():
@@ -250,7 +250,7 @@ def test_buckets(max_batch, sizes):
     assert batch_buckets(max_batch) == sizes
 
 
-def test_what_can_never_fit_is_refused_with_its_sizes():
+def test_a_request_too_large_is_refused_with_sizes():
     scheduler = Scheduler(num_pages=10, page_size=4, max_batch=2, max_new_tokens_limit=30)
     scheduler.add("fits", prefix_len=12, num_candidates=100, max_new_tokens=28)
     with pytest.raises(RequestTooLarge, match=r"13 tokens and one candidate of 28 need 4 \+ 7 pages of 4 .* 10"):

@@ -66,8 +66,8 @@ def test_clvps_own_ranker_is_one(parts, unequal):
     assert np.abs(results[0].scores - results[1].scores).max() > 1e-3
 
 
-def test_what_it_raises_fails_its_request_alone(parts):
-    """Also what is no error of input, and of two requests that finish in the same step."""
+def test_a_scorers_error_fails_its_request_alone(parts):
+    """Fail it for any error of the scorer, also where two requests finish in the same step."""
 
     def judged(request, codes):
         if request.id == "bad":

@@ -347,8 +347,8 @@ def test_bad_requests_without_end_are_told_one_by_one():
     assert len(taken) == 5
 
 
-def test_who_works_for_long_keeps_nobody_waiting(monkeypatch):
-    """Eight threads make steps without end; who cancels or submits meanwhile has its turn behind those that wait."""
+def test_long_callers_do_not_delay_short_ones(monkeypatch):
+    """Make steps in eight threads without end, and cancel and submit meanwhile: each waits its turn once."""
     engine, ending, steps = null_engine(max_batch=4, num_pages=100), threading.Event(), [0]
     decode = NullRunner.decode
 

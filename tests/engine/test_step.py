@@ -115,7 +115,7 @@ def test_a_forced_backend_is_that_of_the_requests_under_way():
 
 
 @needs_own_attention
-def test_what_serves_is_what_is_forced(monkeypatch):
+def test_a_forced_backend_serves_all_operators(monkeypatch):
     """Look at the code that runs: references alone under "reference", and none before and after."""
     model = tiny()
     driver = Driver(model, prompts(model)[:1], [SAMPLED])

@@ -46,7 +46,7 @@ def test_in_the_order_of_asking():
     assert order == list(range(20))
 
 
-def test_who_asks_again_and_again_stands_behind_who_waits():
+def test_a_repeated_caller_queues_after_waiting_ones():
     turns, order = Turns(), []
     holder, let_go = held(turns)
 
@@ -83,7 +83,7 @@ def test_one_at_a_time():
     assert len(most) == 1600 and max(most) == 1
 
 
-def test_what_nobody_needs_any_more_is_not_done():
+def test_a_turn_that_became_needless_is_skipped():
     turns, done, called = Turns(), [], []
     holder, let_go = held(turns)
     threads = [waiting(turns, lambda: called.append(1), unless=lambda: bool(done)) for _ in range(5)]

@@ -41,7 +41,7 @@ def test_the_first_six_seconds_are_used(voices, tmp_path, seconds):
 
 
 @pytest.mark.parametrize("content", [bytes(100), b"\1" + bytes(7) + b"x" * 100, b"", b"{"])
-def test_what_is_no_saved_voice_is_a_recording(voices, tmp_path, content):
+def test_other_files_are_read_as_recordings(voices, tmp_path, content):
     """Tell a saved voice by its name, or by a JSON header behind its length."""
     (tmp_path / "voice").write_bytes(content)
     with pytest.raises(ValueError, match="cannot be read as a recording"):
@@ -170,7 +170,7 @@ def test_folder_with_latents_of_several_voices(cache, tmp_path):
         load_voice(cache, tmp_path)
 
 
-def test_what_a_voice_may_be_is_told(cache, tmp_path):
+def test_a_refusal_names_the_kinds_of_voice(cache, tmp_path):
     (tmp_path / "voice.txt").write_text("x")
     for place in (tmp_path, tmp_path / "voice.txt"):
         with pytest.raises(ValueError, match=r"a saved (voice|one) \(\.safetensors\) or latents \(\.pth\)"):

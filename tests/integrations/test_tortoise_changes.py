@@ -59,7 +59,7 @@ def other_positions(tts):
         (other_positions, r"a module of tts.autoregressive was replaced"),
     ],
 )
-def test_what_is_replaced_is_told(make_tts, change, message):
+def test_replaced_parts_are_refused(make_tts, change, message):
     tts = make_tts()
     tts.other = make_tts()
     mine = tts.autoregressive, tts.clvp
@@ -156,7 +156,7 @@ def first_linear(clvp):
     ],
     ids=["block", "head", "clvp", "forward"],
 )
-def test_what_would_not_run_is_refused(make_tts, change):
+def test_hooks_and_replaced_forwards_are_refused(make_tts, change):
     tts = make_tts()
     accelerate(tts)
     change(tts)
@@ -280,7 +280,7 @@ def test_each_of_many_texts_has_a_seed_of_its_own(make_tts):
         ([3], None, "a list of texts, and one of them is 3"),
     ],
 )
-def test_what_is_no_text_or_voice_is_told(make_tts, texts, voices, message):
+def test_wrong_texts_and_voices_are_refused(make_tts, texts, voices, message):
     tts = accelerate(make_tts())
     state = torch.get_rng_state()
     with pytest.raises(ValueError, match=message):

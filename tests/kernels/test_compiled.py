@@ -110,7 +110,7 @@ def test_the_recorded_rows_are_those_of_the_sources(family):
     )
 
 
-def test_what_ptxas_says_is_read():
+def test_the_log_of_ptxas_is_parsed():
     log = """
 ptxas info    : 0 bytes gmem
 ptxas info    : Compiling entry function '_Z1kILi1024EEvPf' for 'sm_80'

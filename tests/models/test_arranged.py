@@ -266,7 +266,7 @@ UNLIKE = [narrower, wider_dtype, bias_of_another_dtype, without_bias, twice_the_
 
 
 @pytest.mark.parametrize("change", UNLIKE, ids=lambda change: change.__name__)
-def test_what_cannot_lie_in_a_row_stays_as_it_is(make, change):
+def test_unequal_parameters_keep_their_storage(make, change):
     model = make(0)
     layer, names = attention_of(model)
     layer.float()

@@ -12,7 +12,7 @@ import torch
 
 import clvp_fast
 from clvp_fast.ops import dispatch
-from clvp_fast.ops.binding import Room
+from clvp_fast.ops.binding import Scratch
 from tests.kit import operators
 
 operator_reason = [None]
@@ -126,12 +126,12 @@ def test_the_first_that_serves_and_pays_is_taken(several):
     assert choice.refused["kernel"] == "x must be narrow"
 
 
-def test_what_pays_may_depend_on_whether_a_call_is_bound(several, monkeypatch):
+def test_bound_calls_may_choose_another_kernel(several, monkeypatch):
     triton, cpu, plain = several.implementations
     operators.use(monkeypatch, several, (triton, replace(cpu, pays_bound=lambda x: len(x) == 1), plain))
     for length, found in ((1, (103, 303)), (2, (303, 103))):
         out = torch.empty(length)
-        several.bind((torch.ones(length),), out, Room(length, out.device))()
+        several.bind((torch.ones(length),), out, Scratch(length, out.device))()
         assert (taken(several, length), out[0].item()) == found
 
 

@@ -99,7 +99,7 @@ def test_registered(backend, dtype):
 
 
 @on(*TRITON)
-def test_what_the_kernel_does_not_serve(backend):
+def test_unserved_arguments_are_named(backend):
     args = operands(backend.device, 2, 3, width=8)
     with pytest.raises(RuntimeError, match=r"out_dtype must be float32, float16 or bfloat16, not torch\.float64"):
         embed(*args, out_dtype=torch.float64)

@@ -140,7 +140,7 @@ def test_every_operator_has_a_call():
 
 
 @pytest.mark.parametrize("name", ["gelu_mlp", "geglu_mlp", "mlp_block", "window_block"])
-def test_what_a_kernel_is_for_is_said_and_few_rows_go_another_way(name, operators, sets, monkeypatch):
+def test_explain_names_the_rows_that_a_kernel_serves(name, operators, sets, monkeypatch):
     t = torch.ones
     few = {
         "gelu_mlp": lambda: ops.gelu_mlp(t(3, 32), t(64, 32), t(64), t(32, 64), t(32)),

@@ -281,7 +281,7 @@ def test_gelu_at_its_ends(backend, value):
 
 
 @on(*TRITON)
-def test_what_the_kernel_does_not_serve(backend):
+def test_unserved_arguments_are_named(backend):
     x, weight, bias, scale = operands((3,), 256, 64, int8=True, device=backend.device)
     with pytest.raises(RuntimeError, match=r"linear was forced .* x must be float32, float16 or bfloat16, not"):
         run(backend, x.double(), weight, bias.double(), scale)
@@ -309,7 +309,7 @@ def test_gradients_take_torch_s_product(backend):
         (TypeError, "residual must have the dtype of x", {"residual": torch.ones(3, 50, dtype=torch.float64)}),
     ],
 )
-def test_what_cannot_be(error, says, change):
+def test_wrong_arguments_are_refused(error, says, change):
     x, weight, bias, scale = operands(int8=True)
     with pytest.raises(error, match=says):
         ops.linear(x, weight, bias, **{"scale": scale} | change)

@@ -233,7 +233,7 @@ def test_decibels(backend, top_db):
 
 
 @EVERY
-def test_what_lies_past_a_row_is_not_its_loudest(backend):
+def test_the_loudest_frame_lies_within_the_row(backend):
     """Put a click where only frames past the row's end reach, as they reflect it."""
     samples = noise(2, 3000)
     samples[0, 150] = 1000.0

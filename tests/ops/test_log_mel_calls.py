@@ -204,7 +204,7 @@ def test_inference_tensors_are_not_remembered(backend):
 
 
 @NATIVE
-def test_what_is_not_served_is_named(backend):
+def test_unserved_arguments_are_named(backend):
     samples = noise(2, 900)
     for changes, message in (
         ({"n_fft": 250}, "it serves n_fft 256, 512, 1024, 2048, 4096, not 250"),

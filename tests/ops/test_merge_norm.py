@@ -93,7 +93,7 @@ def test_nan_stays_in_its_place(backend):
 
 
 @on(*TRITON)
-def test_nothing_to_do_and_what_is_not_served(backend):
+def test_empty_input_and_unserved_arguments(backend):
     x, options = arguments(1, 4, 4, 8, device=backend.device)
     assert merge_norm(x[:0], **options).shape == (0, 2, 2, 32)
     opcheck(backend, torch.ops.clvp_fast.merge_norm.default, (x, *options.values()))

@@ -89,7 +89,7 @@ def test_a_linear_layer(rows, bias):
 
 @NAMES
 @on(*TRITON)
-def test_what_the_kernel_does_not_serve(backend, name):
+def test_unserved_arguments_are_named(backend, name):
     operator = OPERATORS[name][0]
     tensors, _ = arguments(name, rows=(2, 3), device=backend.device)
     with pytest.raises(RuntimeError, match=f"{name} was forced .* activation must be one of gelu, .*, not 'mish'"):

@@ -235,7 +235,7 @@ def test_registered(backend, kind, residual):
 
 
 @on(*TRITON)
-def test_what_is_not_served_is_named(backend):
+def test_unserved_arguments_are_named(backend):
     x, settings = rows(2, 16, device=backend.device), options("layer", 16, device=backend.device)
     wide, long = to(torch.float64, settings), rows(1, 8193, device=backend.device)
     for given, change, message in (

@@ -106,7 +106,7 @@ def test_a_request_that_is_not_a_number_spoils_no_other(backend):
 
 
 @on("cpu", *TRITON)
-def test_what_does_not_exist_is_left_out(backend):
+def test_pages_and_requests_out_of_range_are_skipped(backend):
     """Use pages, requests and lengths out of range: no other memory or candidate is touched."""
     args = step(
         lengths=[20, 20, 20, 20, 20, 20],
@@ -174,7 +174,7 @@ def test_registered(backend):
 
 
 @on(*TRITON)
-def test_what_the_kernel_does_not_serve_is_said(backend):
+def test_unserved_arguments_are_named(backend):
     args = step(heads=1, device=backend.device)
 
     def changed(**values):
@@ -254,7 +254,7 @@ def test_reads_and_writes_nothing_else(backend, monkeypatch):
     ],
 )
 @on("cpu")
-def test_what_it_does_not_serve_takes_the_torch_path(backend, change, reason):
+def test_unserved_calls_take_the_torch_path(backend, change, reason):
     args = change(step(device=backend.device))
     with clvp_fast.backend("torch"):
         expected = decode(copied(args))

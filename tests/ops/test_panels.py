@@ -16,7 +16,7 @@ from tests.ops.test_linear import INT8, exact, operands
 
 @pytest.mark.parametrize("dtype, together", [(torch.float32, 1), (torch.bfloat16, 2), (torch.int8, 2)])
 @pytest.mark.parametrize("outs", [1, 48, 50])
-def test_where_each_weight_lies(dtype, together, outs):
+def test_each_weight_lies_at_its_place(dtype, together, outs):
     weight = (7 * random(outs, 64, seed=2)).to(dtype)
     packed = panels.pack(weight)
     assert packed.shape == (-(-outs // 48), 64 // together, 48, together) and packed.dtype == dtype
@@ -93,7 +93,7 @@ def test_the_operator_reads_them_where_its_kernel_serves(int8):
     torch.library.opcheck(torch.ops.clvp_fast.linear.default, args)
 
 
-def test_what_cannot_be():
+def test_wrong_panels_are_refused():
     x, weight, bias, _ = operands()
     packed = panels.pack(weight)
     with pytest.raises(ValueError, match=r"panels must have shape \[2, 64, 48, 1\], as pack\(\) makes them"):
@@ -113,5 +113,5 @@ def test_what_cannot_be():
         (torch.zeros(3, 32, device="meta"), "a CPU, not a meta device"),
     ],
 )
-def test_what_has_no_panels(weight, says):
+def test_weights_without_panels(weight, says):
     assert re.search(says, panels.unserved(torch.float32, weight))

@@ -159,7 +159,7 @@ def test_bits_of_a_sequence_do_not_depend_on_its_neighbours(backend):
 
 
 @on(*TRITON)
-def test_nothing_to_do(backend):
+def test_empty_inputs(backend):
     qkv, _ = inputs(3, 5, R=0, device=backend.device)
     assert rotary_attention(qkv[0][:0], qkv[1][:0], qkv[2][:0]).shape == (0, 3, 2, 64)
     assert rotary_attention(qkv[0][:, :0], *qkv[1:]).shape == (2, 0, 2, 64)
@@ -270,7 +270,7 @@ def test_registered_operators(backend):
 
 
 @on(*TRITON)
-def test_what_the_kernel_does_not_serve(backend):
+def test_unserved_arguments_are_named(backend):
     (q, k, v), _ = inputs(3, 5, R=0, device=backend.device)
     big = [x.repeat(1, 1, 1, 3)[..., :136] for x in (q, k, v)]
     cases = [

@@ -91,6 +91,6 @@ def test_a_wider_additive_mask_on_a_cpu(backend, dtype, mask_type):
     torch.testing.assert_close(out[1].double(), expected, rtol=0, atol=4 * torch.finfo(dtype).eps)
 
 
-def test_who_weighs_alike():
+def test_only_a_cpu_weighs_equal_scores_alike():
     assert not any(HERE._weighs_alike(CUDA, dtype) for dtype in TYPES)
     assert HERE._weighs_alike(torch.device("cpu"), torch.float32)

@@ -134,7 +134,7 @@ def test_float64_is_torch_s(backend):
 
 
 @on(*TRITON)
-def test_what_is_not_served_is_named(backend):
+def test_unserved_arguments_are_named(backend):
     for logits, message in (
         (torch.zeros(2, 97, dtype=torch.float64), "float32, float16 or bfloat16, not torch.float64"),
         (torch.zeros(1, 16385), "1 to 16384 tokens, not 16385"),

@@ -250,7 +250,7 @@ def test_compiles_whole(name):
 
 
 @cases
-def test_nothing_to_do(name):
+def test_empty_inputs(name):
     run, args = CASES[name]
     assert run(args[0][:0], *args[1:]).shape == args[0][:0].shape
 

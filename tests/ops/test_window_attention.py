@@ -110,7 +110,7 @@ def test_windows_of_every_size(backend, dtype, window, shift):
 
 
 @on("cpu", types="dtype")
-def test_what_a_cpu_serves_beyond_that(backend, dtype):
+def test_a_cpu_serves_more_windows_and_heads(backend, dtype):
     check(backend, operands(24, 36, 12, dtype, images=2), 12, 5)
     for head_dim in (47, 128):
         check(backend, operands(16, 8, 8, dtype, heads=1, head_dim=head_dim), shift=4)
@@ -214,7 +214,7 @@ def test_seam_keeps_strangers_apart(backend, dtype):
 
 
 @on(*TRITON)
-def test_what_the_kernel_does_not_serve(backend):
+def test_unserved_arguments_are_named(backend):
     q, k, v, bias = operands(9, 9, 9, device=backend.device, head_dim=33)
     small = [x[..., :24] for x in (q, k, v)]
     cases = [

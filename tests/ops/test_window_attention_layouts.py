@@ -121,7 +121,7 @@ def test_an_image_has_the_bits_that_it_has_alone_on_any_threads(backend, dtype):
 
 
 @on(*PLAIN, *KERNELS, types="dtype", among=(torch.float32, torch.bfloat16))
-def test_nothing_to_do(backend, dtype):
+def test_empty_inputs(backend, dtype):
     q, k, v, bias = operands(8, 8, 8, dtype, backend.device)
     for shift in (0, 2):
         assert window_attention(q[:0], k[:0], v[:0], bias, window=8, shift=shift).shape == (0, 8, 8, 2, 24)

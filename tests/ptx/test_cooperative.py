@@ -43,7 +43,7 @@ def test_a_wait_that_does_not_hold_is_seen(weaker):
     assert any(map(is_seen, range(3)))
 
 
-def test_what_never_comes_is_a_deadlock():
+def test_a_wait_without_end_is_a_deadlock():
     with pytest.raises(Fault, match="deadlock"):
         run(
             "LOOK: ld.acquire.gpu.global.u32 %r6, [%d1]; setp.eq.u32 %p2, %r6, 0; @%p2 bra LOOK;",
@@ -52,12 +52,12 @@ def test_what_never_comes_is_a_deadlock():
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_what_was_written_is_not_read_as_constant(seed):
+def test_written_memory_may_not_be_read_as_constant(seed):
     with pytest.raises(Fault, match="non-coherent"):
         exchanged(seed, how=".nc")
 
 
-def test_what_was_read_as_constant_is_not_written():
+def test_memory_read_as_constant_may_not_be_written():
     with pytest.raises(Fault, match="was read non-coherently"):
         run("ld.global.nc.b32 %r1, [%d6]; st.global.b32 [%d6], %r1;")
 

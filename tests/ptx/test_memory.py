@@ -46,7 +46,7 @@ NEIGHBOUR = """add.s32 %r1, %r0, 7; st.global.b32 [%d6], %r1; {} xor.b32 %r3, %r
 add.s64 %d7, %d2, %d7; ld.global.b32 %r2, [%d7]; {} st.global.b32 [%d6], %r2;"""
 
 
-def test_what_another_thread_wrote_is_read_behind_a_barrier():
+def test_another_threads_write_is_read_after_a_barrier():
     assert (run(NEIGHBOUR.format("bar.sync 0;", "bar.sync 0;")) == (np.arange(32) ^ 1) + 7).all()
     with pytest.raises(Fault, match="nothing orders"):
         run(NEIGHBOUR.format("", "bar.sync 0;"))
@@ -173,7 +173,7 @@ def test_a_cta_that_polls_lets_others_go_on(lanes, seed):
     assert (poll(2, lanes=lanes, seed=seed) == 2 * np.arange(32) + 3).all()
 
 
-def test_what_is_read_too_early_is_seen():
+def test_a_read_that_comes_too_early_is_found():
     with pytest.raises(Fault, match="nothing orders"):
         for seed in range(8):
             poll(1, lanes=32, seed=seed)

@@ -56,7 +56,7 @@ def test_each_changes_one_instruction(made):
     assert text(Program.of(TEXT)) == before
 
 
-def test_what_is_moved(made):
+def test_mutants_that_move_an_offset_or_a_wait(made):
     shifted, weakened = (next(m for m in made if m.what == what) for what in ("offset shifted", "wait weakened"))
     assert shifted.changed.args[1] == ("address", "%d0", 16) and weakened.changed.args == ["2"]
 

@@ -137,7 +137,7 @@ def test_the_order_that_a_wait_makes_is_needed(run, launcher, monkeypatch):
         assert any(is_seen(run, scene, right, seed) for seed in range(3)), str(mutant.instruction)
 
 
-def test_what_is_written_may_not_be_read_as_constant(run, launcher, monkeypatch):
+def test_written_memory_may_not_be_read_as_constant(run, launcher, monkeypatch):
     """Load the residual, which other blocks wrote, by ld.global.nc."""
     scene = scene_of(decoder_of(torch.bfloat16, **SMALL), ROWS[:1])
     run(with_pages(scene))

@@ -27,7 +27,7 @@ class ClapAudioOutput(Dense):
 
 
 class ClapDropPath(nn.Module):
-    """In training, leave a block out for some clips, and scale it up for the others (arXiv:1603.09382)."""
+    """In training, drop a block for some clips, and scale it up for the others (arXiv:1603.09382)."""
 
     def __init__(self, drop_prob: float = 0.0):
         super().__init__()
@@ -73,7 +73,7 @@ class ClapAudioLayer(nn.Module):
         output_attentions: bool = False,
         always_partition: bool = False,
     ) -> tuple[torch.Tensor, ...]:
-        """Map an image `[batch, rows * columns, width]` to the same shape, with the attention weights if asked for.
+        """Map an image `[batch, rows * columns, width]` to the same shape; also return attention weights if asked for.
 
         An image no larger than a window is not shifted, unless `always_partition`.
         """
@@ -122,7 +122,7 @@ class ClapAudioLayer(nn.Module):
         return attended[:, :rows, :columns], tuple(weights)
 
     def _is_in_halves(self, hidden_states: torch.Tensor, size: tuple[int, int]) -> bool:
-        """Tell whether `_in_halves` equals the modules and is faster: on a GPU the second norm adds the residual."""
+        """Tell whether `_in_halves` equals the modules and is faster; on a GPU the second norm adds the residual."""
         attention = self.attention
         return (
             hidden_states.device.type == "cpu"
@@ -156,7 +156,7 @@ class ClapAudioLayer(nn.Module):
 
 
 class ClapAudioPatchMerging(nn.Module):
-    """Merge four neighbours into one place of twice the width, which leaves a quarter of the places."""
+    """Merge four neighbours into one position of twice the width, which leaves a quarter of the positions."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -174,7 +174,7 @@ class ClapAudioPatchMerging(nn.Module):
 
 
 class ClapAudioStage(nn.Module):
-    """Layers of one width, every second of them shifted, and patch merging behind all stages but the last."""
+    """Layers of one width, every second one shifted, and patch merging after all stages but the last."""
 
     def __init__(self, config: ClapAudioConfig, stage: int, drop_path_rates: list[float]):
         super().__init__()
@@ -211,7 +211,7 @@ class ClapAudioStage(nn.Module):
 
 
 class ClapAudioEncoder(nn.Module):
-    """Encode spectrograms as one vector each; see [`ClapAudioModel`]."""
+    """Encode each spectrogram as one vector; see [`ClapAudioModel`]."""
 
     def __init__(self, config: ClapAudioConfig):
         super().__init__()
@@ -287,7 +287,7 @@ class ClapAudioEncoder(nn.Module):
     def _check(self, input_features: torch.Tensor, is_longer: torch.Tensor | None) -> torch.Tensor | None:
         """Check the input, and return which clips are longer than the model's input, `[clips]` int64.
 
-        It returns None without fusion, where that makes no difference.
+        It returns None without fusion, because the length then makes no difference.
         """
         fusion, mels = self.config.enable_fusion, self.config.num_mel_bins
         channels = 4 if fusion else self.config.patch_embed_input_channels

@@ -13,7 +13,7 @@ from clvp_fast.models.common.plain import drop_probability, is_plain, is_plain_l
 
 
 def cut_windows(image: torch.Tensor, window: int, shift: int) -> torch.Tensor:
-    """Cut `[batch, rows, columns, width]`, `shift` places later, into `[batch * windows, window ** 2, width]`."""
+    """Cut `[batch, rows, columns, width]`, shifted by `shift`, into `[batch * windows, window ** 2, width]`."""
     if shift:
         image = image.roll((-shift, -shift), (1, 2))
     cut = image.unflatten(2, (-1, window)).unflatten(1, (-1, window)).transpose(2, 3)
@@ -21,7 +21,7 @@ def cut_windows(image: torch.Tensor, window: int, shift: int) -> torch.Tensor:
 
 
 def join_windows(windows: torch.Tensor, shape: torch.Size, window: int, shift: int) -> torch.Tensor:
-    """Put the windows that `cut_windows` made of an image of a shape back in their places."""
+    """Invert `cut_windows` for an image of a shape."""
     batch, rows, columns, _ = shape
     cut = windows.reshape(batch, rows // window, columns // window, window, window, -1)
     image = cut.transpose(2, 3).flatten(3, 4).flatten(1, 2)
@@ -29,7 +29,7 @@ def join_windows(windows: torch.Tensor, shape: torch.Size, window: int, shift: i
 
 
 class ClapAudioSelfAttention(ArrangedLayer):
-    """Attention within windows, with a bias for each distance of two places."""
+    """Attention within windows, with a bias for each distance between two positions."""
 
     relative_position_index: torch.Tensor
 
@@ -49,14 +49,14 @@ class ClapAudioSelfAttention(ArrangedLayer):
         self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
 
     def initial_buffers(self) -> dict[str, torch.Tensor]:
-        """Return the rows of the bias table by two places of a window, `[places, places]`; checkpoints hold them."""
+        """Return the row of the bias table for each two positions of a window, `[positions, positions]`."""
         place = torch.arange(self.window_size**2)
         rows, columns = (x[:, None] - x for x in (place // self.window_size, place % self.window_size))
         side = 2 * self.window_size - 1
         return {"relative_position_index": (rows + self.window_size - 1) * side + columns + self.window_size - 1}
 
     def arrange_parameters(self) -> None:
-        """Put the weights of queries, keys and values one behind another, where they may be moved."""
+        """Put the weights of queries, keys and values one after another, if they may be moved."""
         pack_linears(self.projections())
 
     def projections(self) -> list[nn.Module]:
@@ -64,7 +64,7 @@ class ClapAudioSelfAttention(ArrangedLayer):
         return [self.query, self.key, self.value]
 
     def bias(self) -> torch.Tensor:
-        """Return the bias of the scores, `[heads, places, places]`, by the distance of two places of a window."""
+        """Return the bias of the scores, `[heads, positions, positions]`, by the distance between positions."""
         return self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)
 
     def forward(
@@ -75,7 +75,7 @@ class ClapAudioSelfAttention(ArrangedLayer):
     ) -> tuple[torch.Tensor, ...]:
         """Attend within windows `[batch * windows, places, width]`, and return the weights too if asked for.
 
-        `attention_mask` `[windows, places, places]` is added to the scores.
+        `attention_mask` `[windows, positions, positions]` is added to the scores.
         """
         query, key, value = (
             linear(hidden_states).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for linear in self.projections()

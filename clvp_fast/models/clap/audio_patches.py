@@ -1,4 +1,4 @@
-"""From spectrograms to the patch embeddings of CLAP's audio tower, and the fusion of a long clip's crops."""
+"""Turns spectrograms into the patch embeddings of CLAP's audio tower, and fuses the crops of a long clip."""
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ def fold_spectrogram(spectrogram: torch.Tensor, spec_size: int, num_mel_bins: in
     Time is stretched to `spec_size * strips` frames and cut into `strips = spec_size // num_mel_bins` strips, which lie
     one above the other; in each, mel channels are the rows.
 
-    Raises `ValueError` for spectrograms that are larger.
+    Raises `ValueError` for larger spectrograms.
     """
     strips = spec_size // num_mel_bins
     frames, mels = spec_size * strips, spec_size // strips
@@ -46,7 +46,7 @@ def project(conv: nn.Module, images: torch.Tensor) -> torch.Tensor:
 
 
 class ClapAudioAFFBlock(nn.Module):
-    """Attentional feature fusion: a weight for each place and channel of two images, from both of them."""
+    """Attentional feature fusion: a weight for each position and channel of two images, computed from both."""
 
     def __init__(self, config: ClapAudioConfig):
         super().__init__()
@@ -74,7 +74,7 @@ class ClapAudioAFFBlock(nn.Module):
 
 
 class ClapAudioPatchEmbed(nn.Module):
-    """Embed patches of the image. With `enable_fusion`, those of three crops are fused into a long clip's."""
+    """Embed patches of the image. With `enable_fusion`, those of three crops are fused with a long clip's."""
 
     def __init__(self, config: ClapAudioConfig):
         super().__init__()
@@ -98,7 +98,7 @@ class ClapAudioPatchEmbed(nn.Module):
     def forward(self, hidden_states: torch.Tensor, is_longer_idx: torch.Tensor | None = None) -> torch.Tensor:
         """Embed images `[batch, channels, rows, columns]` as `[batch, patches, channels]`.
 
-        With fusion the channels are a whole clip and three crops, which count for the clips of `is_longer_idx`,
+        With fusion the channels are a whole clip and three crops; the crops are used for the clips in `is_longer_idx`,
         `[clips]` int64.
         """
         if not self.enable_fusion:
@@ -113,9 +113,9 @@ class ClapAudioPatchEmbed(nn.Module):
         """Embed images as `[batch, patches, channels]`.
 
         Args:
-            images: `[batch, channels, rows, columns]`; of a model with fusion, of the whole clips.
-            crops: `[clips, 3, rows, columns]`, of the clips that are longer than the model's input; None without any.
-            longer: `[clips]`, int64: which clips of the batch those are.
+            images: `[batch, channels, rows, columns]`; with fusion, those of the whole clips.
+            crops: `[clips, 3, rows, columns]`, of the clips that are longer than the model's input, or None.
+            longer: `[clips]`, int64: the indices of those clips in the batch.
         """
         if images.shape[2:] != self.image_size:
             rows, columns = self.image_size

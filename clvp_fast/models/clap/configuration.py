@@ -1,6 +1,6 @@
 """Configurations of CLAP: a RoBERTa text tower, an HTSAT (Swin) audio tower, and the composite of the two.
 
-Field names, defaults and JSON are those of transformers' classes, so that checkpoints travel both ways.
+Field names, defaults and JSON are those of transformers' classes, so that checkpoints can be exchanged both ways.
 """
 
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -22,7 +22,7 @@ class ClapTextConfig(PreTrainedConfig):
         hidden_act: activation of the feed-forward layers: "gelu", "relu", "silu", "gelu_new", ….
         hidden_dropout_prob: dropout of embeddings and layer outputs in training.
         attention_probs_dropout_prob: dropout of the attention weights in training.
-        max_position_embeddings: rows of the position embedding; a text has `pad_token_id + 1` fewer places.
+        max_position_embeddings: rows of the position embedding; a text may have `pad_token_id + 1` fewer tokens.
         type_vocab_size: rows of the embedding of `token_type_ids`.
         initializer_factor: factor on the standard deviations of random weights.
         layer_norm_eps: epsilon of the layer norms.
@@ -63,13 +63,13 @@ class ClapAudioConfig(PreTrainedConfig):
         spec_size: side of the square image that the spectrogram is folded into: `spec_size / num_mel_bins` strips of
             time, one above the other.
         hidden_act: activation of the feed-forward layers.
-        patch_size, patch_stride: side and distance of the patches of the image, one number or two.
+        patch_size, patch_stride: side of the image's patches and distance between them, one number or two.
         num_classes: kept for compatibility; no class uses it.
         hidden_size: width of the pooled output: `patch_embeds_hidden_size * 2 ** (stages - 1)`.
         projection_dim: width of the embedding that text and audio share.
         depths: layers of each stage.
         num_attention_heads: heads of each stage.
-        enable_fusion: take four spectrograms a clip, the whole and three crops, and fuse them where a clip is longer
+        enable_fusion: take four spectrograms per clip, the whole and three crops, and fuse them if the clip is longer
             than the model's input.
         hidden_dropout_prob: dropout of the feed-forward layers in training.
         fusion_type: kept for compatibility; "aff_2d" is what is computed.
@@ -77,12 +77,12 @@ class ClapAudioConfig(PreTrainedConfig):
         flatten_patch_embeds: must be True.
         patch_embeds_hidden_size: width of the first stage; each further one is twice as wide.
         enable_patch_layer_norm: normalise the patch embeddings.
-        drop_path_rate: in training, share of the attention blocks left out in the last layer; fewer before.
+        drop_path_rate: in training, share of attention blocks dropped in the last layer; fewer in earlier ones.
         attention_probs_dropout_prob: dropout of attention weights and outputs in training.
         qkv_bias: biases in the query, key and value projections.
-        mlp_ratio: width of the feed-forward layers, over that of their stage.
-        aff_block_r: how much narrower the fusion is inside.
-        num_hidden_layers: number of stages; of effect on the spread of random weights alone.
+        mlp_ratio: width of the feed-forward layers, relative to that of their stage.
+        aff_block_r: the factor by which the fusion is narrower inside.
+        num_hidden_layers: number of stages; it only affects the spread of random weights.
         projection_hidden_act: activation between the two layers of the projection.
         layer_norm_eps: epsilon of the layer norms around attention and feed-forward layers.
         initializer_factor: factor on the standard deviations of random weights.
@@ -127,9 +127,9 @@ class ClapConfig(PreTrainedConfig):
     Args:
         text_config: a [`ClapTextConfig`] or its dictionary; `None` takes the defaults.
         audio_config: a [`ClapAudioConfig`] or its dictionary; `None` takes the defaults.
-        logit_scale_init_value: initial scale of the similarities; the two parameters are its logarithm.
-        projection_dim: width of the shared embedding; handed on to both parts.
-        projection_hidden_act: activation of the projections; handed on to both parts.
+        logit_scale_init_value: initial scale of the similarities; both parameters begin as its logarithm.
+        projection_dim: width of the shared embedding; passed on to both parts.
+        projection_hidden_act: activation of the projections; passed on to both parts.
         initializer_factor: factor on the standard deviations of random weights.
     """
 
@@ -176,5 +176,5 @@ class ClapConfig(PreTrainedConfig):
     def from_text_audio_configs(
         cls, text_config: ClapTextConfig, audio_config: ClapAudioConfig, **kwargs
     ) -> "ClapConfig":
-        """Make the composite of two configurations; `kwargs` are further fields of [`ClapConfig`]."""
+        """Make a composite of two configurations; `kwargs` are other fields of [`ClapConfig`]."""
         return cls(text_config=text_config.to_dict(), audio_config=audio_config.to_dict(), **kwargs)

@@ -1,4 +1,4 @@
-"""`ClapFeatureExtractor`: recordings to the log-mel spectrograms, in decibels, that CLAP's audio tower takes."""
+"""`ClapFeatureExtractor`: turns recordings into the log-mel spectrograms, in decibels, for CLAP's audio tower."""
 
 import logging
 from dataclasses import dataclass
@@ -17,19 +17,19 @@ from clvp_fast.ops.log_mel import log_mel, num_frames
 
 logger = logging.getLogger(__name__)
 TRUNCATIONS, PADDINGS = ("fusion", "rand_trunc"), ("repeatpad", "repeat", "pad")
-# transformers' names for other extractors. All clips have one length here, so that these pad with silence.
+# transformers' names for other extractors. All clips have one length here, so these pad with silence.
 _SILENCE = ("max_length", "longest", "do_not_pad")
 # As in transformers' `power_to_db`, power below this is -100 dB.
 _FLOOR = 1e-10
-# The number of clips that are laid out and transformed at a time.
+# The number of clips that are transformed at a time.
 _GROUP = 32
-# Tensors by extractor, filters and device. They are kept here, because an extractor's attributes are saved.
+# Tensors by extractor, filters and device. They are not attributes, because those are saved with an extractor.
 _TABLES: WeakKeyDictionary = WeakKeyDictionary()
 
 
 @dataclass
 class _Plan:
-    """The treatment of a clip: the beginnings of random crops of samples or frames, and whether it `is_longer`."""
+    """The crops of a clip: their random beginnings in samples or frames, and whether the clip `is_longer`."""
 
     start: int = 0
     crops: tuple[int, ...] | None = None
@@ -40,21 +40,22 @@ class _Plan:
 class ClapFeatureExtractor(SequenceFeatureExtractor):
     """Log-mel spectrograms (Hann window, power 2, decibels) of mono recordings, all of one length.
 
-    Mel filters: of the HTK scale without norm for `truncation="fusion"`, else of the slaney scale with its area norm.
+    The mel filters are of the HTK scale without norm for `truncation="fusion"`, else of the slaney scale with its area
+    norm.
 
     Args:
         feature_size: mel channels.
         sampling_rate: of the samples, in Hz.
         hop_length: samples from one frame to the next.
-        max_length_s: seconds that the model takes: shorter clips are filled up, longer ones cropped.
+        max_length_s: seconds that the model takes; shorter clips are filled up, longer ones cropped.
         fft_window_size: samples of a frame and of its Fourier transform.
-        padding_value, return_attention_mask, top_db: kept for checkpoints; as in transformers, no feature depends on
-            them.
+        padding_value, return_attention_mask, top_db: kept for checkpoints; as in transformers, features do not depend
+            on them.
         frequency_min, frequency_max: of the mel filters, in Hz.
-        truncation: of longer clips, where a call gives none: "fusion" (the whole, shrunk, and a random crop of each
-            third) or "rand_trunc" (one random crop).
-        padding: of shorter clips, where a call gives none: "repeatpad" (repeated as often as it fits, then silence),
-            "repeat" (repeated to the end) or "pad" (silence).
+        truncation: the default for longer clips: "fusion" (the whole, shrunk, and a random crop of each third) or
+            "rand_trunc" (one random crop).
+        padding: the default for shorter clips: "repeatpad" (repeated as often as it fits, then silence), "repeat"
+            (repeated to the end) or "pad" (silence).
     """
 
     model_input_names = ["input_features", "is_longer"]  # noqa: RUF012 (the base class's declaration)
@@ -127,19 +128,19 @@ class ClapFeatureExtractor(SequenceFeatureExtractor):
             truncation: "fusion" or "rand_trunc"; None: the extractor's own.
             padding: "repeatpad", "repeat" or "pad"; None or True: the extractor's own; False, "max_length", "longest"
                 and "do_not_pad": "pad".
-            max_length: in samples, to which clips are filled up or cropped; None: `max_length_s` seconds.
-            sampling_rate: of `raw_speech`, in Hz: pass it, so that a wrong one is an error and not a wrong result.
+            max_length: the length in samples to which clips are filled up or cropped; None: `max_length_s` seconds.
+            sampling_rate: of `raw_speech`, in Hz. Pass it, so that a wrong rate is an error and not a wrong result.
             return_tensors: "pt", "np", or None for lists of numpy arrays.
-            seed: of the random crops of each clip, which then gives what it gives alone, whatever is beside it. None:
-                numpy's global generator, clip after clip, as in transformers.
-            device: where to compute, such as "cuda"; by default where the clips lie, which for arrays and lists is the
-                CPU. On a CPU the arithmetic is float64, elsewhere float32.
+            seed: seed of each clip's random crops, so that its features do not depend on the other clips. None: numpy's
+                global generator, clip after clip, as in transformers.
+            device: the device to compute on, such as "cuda"; by default that of the clips, which for arrays and lists
+                is the CPU. The arithmetic is float64 on a CPU, and float32 elsewhere.
 
         Returns:
             `input_features`, float32: with "fusion" `[4, frames, feature_size]` for each clip (the whole and three
             crops, or four times the same), else `[1, frames, feature_size]`; and `is_longer`, bool `[1]`: whether the
-            clip had to be cropped. With "fusion" and no such clip in the batch, one is drawn and called longer; a
-            `seed` draws for each clip as for a batch of its own. With "pt" both stay on the device.
+            clip had to be cropped. With "fusion", if no clip of the batch is longer, a random one is called longer;
+            with a `seed`, each clip counts as a batch of its own. With "pt" both stay on the device.
 
         Raises:
             ValueError: another sampling rate than the extractor's; an unknown truncation or padding; no audio, an empty
@@ -221,7 +222,7 @@ class ClapFeatureExtractor(SequenceFeatureExtractor):
         return features
 
     def _mel(self, rows: torch.Tensor, tables: dict, places: list[int], count: int) -> torch.Tensor:
-        """Compute `[clips, frames, feature_size]` of `[clips, samples]`, which are the clips at `places` of `count`."""
+        """Compute `[clips, frames, feature_size]` of `[clips, samples]`, the clips with indices `places` of `count`."""
         mels = log_mel(rows, hop_length=self.hop_length, log_floor=_FLOOR, decibels=True, **tables)
         if rows.device != clips.HOST:
             # Frames that reach a bad sample are NaN, so that the samples themselves need no check.
@@ -231,12 +232,12 @@ class ClapFeatureExtractor(SequenceFeatureExtractor):
         return mels.transpose(1, 2)
 
     def _tables(self, truncation: str, device: torch.device) -> dict:
-        """Return the arguments of `log_mel` on `device`, kept as long as the filters are the same."""
+        """Return the arguments of `log_mel` on `device`; they are kept while the filters stay the same."""
         filters = self.mel_filters if truncation == "fusion" else self.mel_filters_slaney
         kept = _TABLES.setdefault(self, {})
         if (truncation, device) in kept and np.array_equal(kept[truncation, device][0], filters):
             return kept[truncation, device][1]
-        # In float64 on the host: a quiet channel beside a loud one keeps too few digits in a float32 transform.
+        # In float64 on the host, because a float32 transform keeps too few digits of a quiet channel beside a loud one.
         compute = torch.float64 if device == clips.HOST else torch.float32
         window = window_function(self.fft_window_size, "hann")
         with torch.inference_mode(False):  # the tensors outlive the mode
@@ -256,7 +257,7 @@ def _one_of(name: str, value, known: tuple[str, ...]) -> str:
 
 
 def _draw_thirds(draws, count: int) -> tuple[int, ...]:
-    """Draw a place from each third of the places 0 to `count - 1`; an empty third gives place 0."""
+    """Draw an index from each third of the indices 0 to `count - 1`; an empty third gives 0."""
     starts, first = [], 0
     for third in range(3):
         places = count // 3 + (third < count % 3)
@@ -267,13 +268,13 @@ def _draw_thirds(draws, count: int) -> tuple[int, ...]:
 
 
 def _as_floats(clip) -> torch.Tensor:
-    if isinstance(clip, np.ndarray):  # torch takes no reversed array, and warns of a read-only one
+    if isinstance(clip, np.ndarray):  # torch refuses a reversed array, and warns of a read-only one
         clip = torch.from_numpy(np.require(clip, requirements=["C", "W"]))
     return clips.as_floats(clip)
 
 
 def _fill(row: torch.Tensor, clip: torch.Tensor, padding: str) -> None:
-    """Write `clip` to the row `[samples]`, which is at least as long, and fill the rest."""
+    """Write `clip` into the row `[samples]`, which is at least as long, and fill the rest."""
     times = 1 if padding == "pad" else len(row) // len(clip)
     whole = times * len(clip)
     row[:whole].view(times, -1)[:] = clip.to(row.device)

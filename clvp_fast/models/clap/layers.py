@@ -1,4 +1,4 @@
-"""The layers of which both towers of CLAP are built, over the operators of `clvp_fast.ops`."""
+"""The layers of both towers of CLAP, over the operators of `clvp_fast.ops`."""
 
 import torch
 from torch import nn
@@ -35,11 +35,11 @@ class Dense(nn.Module):
 def feed_forward_activation(
     intermediate: nn.Module, kind: type[Intermediate], output: nn.Module, output_kind: type[nn.Module]
 ) -> str | None:
-    """Name the activation of a feed-forward layer whose weights an operator may read; None if it must be called.
+    """Return the activation's name if an operator may read the weights of a feed-forward layer, else None.
 
     Args:
         intermediate: its first half, of the class `kind`.
-        output: its second, of the class `output_kind`: the linear layer `dense`, and what comes behind it.
+        output: its second half, of the class `output_kind`: the linear layer `dense` and what follows it.
     """
     if (
         is_plain(intermediate, kind)
@@ -58,7 +58,7 @@ def feed_forward(
     activation: str,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Compute `dense(intermediate(hidden_states))`, `[..., width]`, and add `residual` where given."""
+    """Compute `dense(intermediate(hidden_states))`, `[..., width]`, and add `residual` if given."""
     first = intermediate.dense
     weights = first.weight, first.bias, dense.weight, dense.bias
     return ops.gelu_mlp(hidden_states, *weights, residual=residual, activation=activation)

@@ -56,15 +56,15 @@ class ClapTextModel(ClapPreTrainedModel):
         Args:
             attention_mask: `[batch, length]`, 1 or True = a token, 0 = padding; None: all are tokens.
             token_type_ids: `[batch or 1, length]`; 0 by default.
-            position_ids: `[batch or 1, length]`; counted from `pad_token_id + 1` on by default, padding left out.
+            position_ids: `[batch or 1, length]`; by default counted from `pad_token_id + 1`, without padding.
 
         Returns:
-            `last_hidden_state` `[batch, length, hidden_size]`, `pooler_output` `[batch, hidden_size]`, and where asked
-            for `hidden_states` (input of the first layer, output of each) and `attentions` of each layer; or a tuple
-            with `return_dict=False`.
+            `last_hidden_state` `[batch, length, hidden_size]`, `pooler_output` `[batch, hidden_size]`, and if asked for
+            `hidden_states` (input of the first layer, output of each) and `attentions` of each layer; or a tuple with
+            `return_dict=False`.
 
         Raises:
-            ValueError: ids and embeddings both or neither; a mask of another shape; more tokens than positions.
+            ValueError: both ids and embeddings, or neither; a mask of another shape; more tokens than positions.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
@@ -76,7 +76,7 @@ class ClapTextModel(ClapPreTrainedModel):
         mask = boolean_mask(attention_mask, hidden_states.shape[1], " as the text")
         attentions = [] if self.option("output_attentions", output_attentions) else None
         layer_inputs = [] if self.option("output_hidden_states", output_hidden_states) else None
-        # Arguments that transformers' modules do not take are passed only where they have a meaning.
+        # Arguments that transformers' modules do not take are passed only if they are needed.
         asked = {"attentions": attentions, "layer_inputs": layer_inputs}
         asked = {name: found for name, found in asked.items() if found is not None}
         encoded = self.encoder(hidden_states, attention_mask=mask, **asked)[0]
@@ -108,20 +108,21 @@ class ClapAudioModel(ClapPreTrainedModel):
     def forward(
         self, input_features: torch.Tensor | None = None, is_longer: torch.Tensor | None = None, **kwargs
     ) -> BaseModelOutputWithPooling:
-        """Encode what a `ClapFeatureExtractor` returns.
+        """Encode the features of a `ClapFeatureExtractor`.
 
         Args:
             input_features: `[batch, 1, frames, num_mel_bins]`, or `[batch, 4, ...]` with `enable_fusion`: the whole
                 clip and three crops.
-            is_longer: `[batch, 1]`, bool: whose crops are fused in; needed with `enable_fusion` alone.
-            output_attentions, output_hidden_states, return_dict: as everywhere.
-            output_hidden_states_before_downsampling: hidden states of a stage's last layer, not the next one's input.
-            always_partition: shift windows also where the image is no larger than one.
+            is_longer: `[batch, 1]`, bool: the clips whose crops are fused in; needed only with `enable_fusion`.
+            output_attentions, output_hidden_states, return_dict: as in transformers.
+            output_hidden_states_before_downsampling: hidden states are those of a stage's last layer, not the next
+                stage's input.
+            always_partition: shift windows even if the image is no larger than one.
 
         Returns:
-            `last_hidden_state` `[batch, width, frequencies, times]`, `pooler_output` `[batch, width]`, and where asked
-            for `hidden_states` of patches and stages `[batch, channels, rows, columns]` and `attentions` of each
-            stage's last layer `[batch * windows, heads, places, places]`; or a tuple with `return_dict=False`.
+            `last_hidden_state` `[batch, width, frequencies, times]`, `pooler_output` `[batch, width]`, and if asked for
+            `hidden_states` of patches and stages `[batch, channels, rows, columns]` and `attentions` of each stage's
+            last layer `[batch * windows, heads, positions, positions]`; or a tuple with `return_dict=False`.
 
         Raises:
             ValueError: features of another shape than this model's, or too many frames; `is_longer` missing.
@@ -191,7 +192,7 @@ class ClapModel(ClapPreTrainedModel):
     ) -> BaseModelOutputWithPooling:
         """Return the audio tower's output; its `pooler_output` is the normalised embedding `[batch, projection_dim]`.
 
-        `attention_mask` changes nothing: the extractor's features are of one length.
+        `attention_mask` has no effect, because the extractor's features have one length.
         """
         outputs = self._audio(input_features, is_longer, **kwargs)
         outputs.pooler_output = F.normalize(self.audio_projection(outputs.pooler_output), dim=-1)
@@ -213,13 +214,14 @@ class ClapModel(ClapPreTrainedModel):
         Args:
             input_ids, attention_mask, position_ids: of the texts, as [`ClapTextModel`] takes them.
             input_features, is_longer: of the clips, as [`ClapAudioModel`] takes them.
-            return_loss: contrastive loss, with as many texts as clips: the i-th of each belong together.
+            return_loss: add the contrastive loss; there must be as many texts as clips, and the i-th of each belong
+                together.
 
         Returns:
             [`ClapOutput`], or a tuple with `return_dict=False`.
 
         Raises:
-            ValueError: what the towers refuse; a loss of unequal numbers.
+            ValueError: an input that a tower refuses; a loss for unequal numbers of texts and clips.
         """
         audio_outputs = self._audio(input_features, is_longer, **kwargs)
         text_outputs = self._text(input_ids, attention_mask, position_ids, **kwargs)
@@ -286,7 +288,7 @@ class ClapTextModelWithProjection(ClapPreTrainedModel):
         position_ids: torch.LongTensor | None = None,
         **kwargs,
     ) -> ClapTextModelOutput:
-        """Embed texts; arguments as of [`ClapTextModel`]. Returns [`ClapTextModelOutput`], or a tuple."""
+        """Embed texts; arguments as for [`ClapTextModel`]. Returns [`ClapTextModelOutput`], or a tuple."""
         kwargs["return_dict"] = True
         outputs = self.text_model(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs
@@ -321,7 +323,7 @@ class ClapAudioModelWithProjection(ClapPreTrainedModel):
     def forward(
         self, input_features: torch.Tensor | None = None, is_longer: torch.Tensor | None = None, **kwargs
     ) -> ClapAudioModelOutput:
-        """Embed clips; arguments as of [`ClapAudioModel`]. Returns [`ClapAudioModelOutput`], or a tuple."""
+        """Embed clips; arguments as for [`ClapAudioModel`]. Returns [`ClapAudioModelOutput`], or a tuple."""
         kwargs["return_dict"] = True
         outputs = self.audio_model(input_features=input_features, is_longer=is_longer, **kwargs)
         return ClapAudioModelOutput(

@@ -32,7 +32,7 @@ class ClapAudioModelOutput(ModelOutput):
         audio_embeds: `[batch, projection_dim]`, the projection of the pooled output; not normalised.
         last_hidden_state: `[batch, hidden_size, frequencies, times]` of the last stage.
         hidden_states: the patch embeddings and the output of each stage, `[batch, channels, rows, columns]`.
-        attentions: attention weights of each stage's last layer, `[batch * windows, heads, places, places]`.
+        attentions: attention weights of each stage's last layer, `[batch * windows, heads, positions, positions]`.
     """
 
     audio_embeds: torch.Tensor | None = None
@@ -62,5 +62,5 @@ class ClapOutput(ModelOutput):
     audio_model_output: BaseModelOutputWithPooling | None = None
 
     def to_tuple(self) -> tuple:
-        """Return the fields that are there, the towers' outputs as tuples too."""
+        """Return the fields that are not None; the towers' outputs become tuples too."""
         return tuple(part.to_tuple() if isinstance(part, ModelOutput) else part for part in self.values())

@@ -52,7 +52,7 @@ class ClapPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
         """Load a checkpoint: a directory, or a hub id. See `transformers.PreTrainedModel.from_pretrained`.
 
-        A tower, with or without its projection, is loaded from its own checkpoint or out of one of [`ClapModel`].
+        A tower, with or without its projection, is loaded from its own checkpoint or from one of [`ClapModel`].
         """
         if config is None and cls.config_class is not ClapConfig and pretrained_model_name_or_path is not None:
             hub = {
@@ -74,5 +74,5 @@ class ClapPreTrainedModel(PreTrainedModel):
         return (part, info) if output_loading_info else part
 
     def option(self, name: str, given: bool | None) -> bool:
-        """Return an option of the call, or the configuration's where the call says nothing."""
+        """Return an option of the call, or the configuration's if the call gives none."""
         return bool(getattr(self.config, name, False) if given is None else given)

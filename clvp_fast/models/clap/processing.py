@@ -7,7 +7,7 @@ from transformers import BatchFeature, ProcessorMixin, RobertaTokenizerFast
 from clvp_fast.models.clap.feature_extraction import PADDINGS, TRUNCATIONS, ClapFeatureExtractor
 from clvp_fast.models.common import clips
 
-# Options that a tokenizer has no use for.
+# Options that a tokenizer ignores.
 _AUDIO_OPTIONS = {"sampling_rate", "seed", "device"}
 _AUDIO_MODES = {"truncation": TRUNCATIONS, "padding": PADDINGS}
 
@@ -19,7 +19,7 @@ class ClapProcessor(ProcessorMixin):
         feature_extractor: a `ClapFeatureExtractor`.
         tokenizer: a RoBERTa tokenizer of transformers.
 
-    `decode` and `batch_decode` are the tokenizer's. Directories saved by this class or by transformers' load in both.
+    `decode` and `batch_decode` are the tokenizer's. A directory saved by this class or by transformers' loads in both.
     """
 
     def __init__(self, feature_extractor, tokenizer):
@@ -32,20 +32,19 @@ class ClapProcessor(ProcessorMixin):
             text: a string or a list of strings (of words, with `is_split_into_words=True`).
             audio: what `ClapFeatureExtractor` takes, or the path or URL of an audio file, or a list of them.
             sampling_rate: of the audio in Hz.
-            seed, device: of the feature extractor.
-            truncation, padding: names that the feature extractor knows ("rand_trunc", "repeat", …) are for it.
+            seed, device: as for the feature extractor.
+            truncation, padding: names of the feature extractor's options ("rand_trunc", "repeat", …) go to it.
             return_tensors: "pt", "np" or None (lists).
-            **kwargs: options of the tokenizer where text is given, else of the feature extractor. So `padding=True`
-                pads the texts. `text_kwargs` and `audio_kwargs` (dictionaries) address one of the two;
-                `common_kwargs` both.
+            **kwargs: options of the tokenizer if text is given, else of the feature extractor. So `padding=True` pads
+            the texts. The dictionaries `text_kwargs` and `audio_kwargs` go to one of the two, `common_kwargs` to both.
 
         Returns:
             `input_ids` and `attention_mask` of the text; `input_features` and `is_longer` of the audio.
 
         Raises:
-            ValueError: neither text nor audio, or inputs of other names; an option given twice; what tokenizer and
-                extractor refuse.
-            TypeError: text that is no string.
+            ValueError: neither text nor audio, or inputs of other names; an option given twice; an input that the
+                tokenizer or the extractor refuses.
+            TypeError: text that is not a string.
         """
         clips.refuse_other_inputs(type(self).__name__, kwargs)
         if text is None and audio is None:

@@ -13,7 +13,7 @@ from clvp_fast.models.common.plain import is_plain
 
 
 class ClapTextEmbeddings(nn.Module):
-    """Sum of token, type and position embeddings, normalised. Positions count from `pad_token_id + 1` on."""
+    """Sum of token, type and position embeddings, normalised. Positions count from `pad_token_id + 1`."""
 
     token_type_ids: torch.Tensor
 
@@ -61,9 +61,10 @@ class ClapTextEmbeddings(nn.Module):
         return self.dropout(add_norm(self.LayerNorm, embedded)[1])
 
     def positions(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Return the positions of ids `[batch, length]`, where padding has none, or of embeddings, all places in turn.
+        """Return the positions of ids `[batch, length]`, not counting padding, or of embeddings, counting all.
 
-        Raises `ValueError` for a text with more tokens than there are positions, and without a `pad_token_id`.
+        Raises `ValueError` for a text with more tokens than there are positions, and for a configuration without a
+        `pad_token_id`.
         """
         padding = self.padding_idx
         if padding is None:
@@ -98,7 +99,7 @@ class ClapTextSelfAttention(ArrangedLayer):
         self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
 
     def arrange_parameters(self) -> None:
-        """Put the weights of queries, keys and values one behind another, where they may be moved."""
+        """Put the weights of queries, keys and values one after another, if they may be moved."""
         pack_linears(self._projections)
 
     @property
@@ -131,7 +132,7 @@ class _Output(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, hidden_states: torch.Tensor, input_tensor: torch.Tensor) -> torch.Tensor:
-        """Project `[..., inner]` and add the residual `[..., hidden_size]`, whose shape the result has."""
+        """Project `[..., inner]` and add the residual `[..., hidden_size]`; the result has the residual's shape."""
         return self.add(apply_linear(self.dense, hidden_states), input_tensor)
 
     def add(self, hidden_states: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
@@ -219,7 +220,7 @@ class ClapTextEncoder(nn.Module):
 
 
 class ClapTextPooler(nn.Module):
-    """Pool a text `[batch, length, hidden_size]` by its first place, through a linear layer and tanh."""
+    """Pool a text `[batch, length, hidden_size]` by its first position, through a linear layer and tanh."""
 
     def __init__(self, config: ClapTextConfig):
         super().__init__()
@@ -227,5 +228,5 @@ class ClapTextPooler(nn.Module):
         self.activation = nn.Tanh()
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Pool `[batch, length, hidden_size]` to `[batch, hidden_size]` by the first place."""
+        """Pool `[batch, length, hidden_size]` to `[batch, hidden_size]` by the first position."""
         return self.activation(apply_linear(self.dense, hidden_states[:, 0]))

@@ -1,4 +1,4 @@
-"""`accelerate`: a live CLVP model of transformers as one of ours, over the same parameters."""
+"""`accelerate`: turns a live CLVP model of transformers into one of ours over the same parameters."""
 
 import copy
 
@@ -15,11 +15,11 @@ _CLASSES = ("ClvpModelForConditionalGeneration", "ClvpForCausalLM", "ClvpModel",
 
 
 def accelerate(model: nn.Module) -> ClvpPreTrainedModel:
-    """Make the model of clvp_fast that has the very parameters of a live model of transformers.
+    """Make the clvp_fast model that shares the parameters of a live model of transformers.
 
-    No weight is copied: what trains or loads one changes the other, and dtype and device, trained and frozen
-    parameters, training and evaluation mode are those of `model`. Its generation settings are copied; gradient
-    checkpointing is to be switched on again. `model` goes on working; to move or cast the two, do it before.
+    No weight is copied: training or loading one model changes the other. Dtype, device, frozen parameters, and training
+    or evaluation mode are those of `model`. Its generation settings are copied; turn gradient checkpointing on again if
+    you need it. `model` keeps working; move or cast it before this call, not after.
 
     Args:
         model: transformers' `ClvpModelForConditionalGeneration`, `ClvpForCausalLM`, `ClvpModel`, `ClvpDecoder` or
@@ -29,8 +29,9 @@ def accelerate(model: nn.Module) -> ClvpPreTrainedModel:
         The class of the same name.
 
     Raises:
-        TypeError: anything else, subclasses and wrappers too.
-        ValueError: modules that do more than transformers' own: replaced, hooked, compiled or quantised ones.
+        TypeError: anything else, including subclasses and wrappers.
+        ValueError: modules that do more than transformers' own, because they are replaced, hooked, compiled or
+            quantised.
     """
     if isinstance(model, ClvpPreTrainedModel):
         return model
@@ -60,7 +61,7 @@ def accelerate(model: nn.Module) -> ClvpPreTrainedModel:
 
 
 def _check_modules(model: nn.Module, ours: nn.Module) -> None:
-    """Raise where a module of transformers differs from the class's own, as ours would ignore the difference."""
+    """Raise if a module of transformers differs from its class's own, because ours would ignore the difference."""
     expected = dict(ours.named_modules())
     for where, module in model.named_modules():
         kind = type(module)
@@ -84,7 +85,7 @@ def _check_modules(model: nn.Module, ours: nn.Module) -> None:
 
 
 def _share_state(model: nn.Module, ours: nn.Module) -> None:
-    """Put the very parameters and buffers of `model` into `ours`."""
+    """Put the parameters and buffers of `model` into `ours`."""
     parameters = dict(model.named_parameters())
     for name, parameter in ours.named_parameters():
         # `load_state_dict` would change the parameters that it is given.
@@ -96,6 +97,6 @@ def _share_state(model: nn.Module, ours: nn.Module) -> None:
 
 
 def _restore_precision(rotary: ClvpRotaryPositionalEmbedding) -> None:
-    """Restore the angles' frequencies in float32, where transformers cast them to a half type with the weights."""
+    """Restore the angles' frequencies in float32 if transformers cast them to a half type with the weights."""
     if rotary.inv_freq.dtype in (torch.bfloat16, torch.float16):
         rotary.inv_freq = rotary.initial_inv_freq().to(rotary.inv_freq.device)

@@ -6,10 +6,10 @@ from transformers.cache_utils import DynamicLayer
 
 
 class GrowingLayer(DynamicLayer):
-    """`DynamicLayer` with spare room: a step writes its own place, where `DynamicLayer` copies everything before.
+    """`DynamicLayer` with spare capacity: a step writes one position, instead of copying all earlier ones.
 
-    `keys` and `values`, `[batch, heads, length, head_dim]`, are views of larger buffers. Tensors that
-    the base class puts in their place (reordered beams, cropped candidates) are taken over at the next update.
+    `keys` and `values`, `[batch, heads, length, head_dim]`, are views of larger buffers. If the base class replaces
+    them (reordered beams, cropped candidates), the next update copies the new tensors.
     """
 
     growth = 32
@@ -40,7 +40,7 @@ class GrowingLayer(DynamicLayer):
         return self._buffers
 
     def _holds(self, buffers: tuple[torch.Tensor, torch.Tensor], length: int, new_length: int) -> bool:
-        """Tell whether `keys` and `values` are still this layer's own views, with room behind them."""
+        """Tell whether `keys` and `values` are still this layer's views, with spare capacity after them."""
         return all(
             current is not None
             and new_length <= buffer.shape[-2]
@@ -52,7 +52,7 @@ class GrowingLayer(DynamicLayer):
 
     def _grown(self, old: torch.Tensor | None, new: torch.Tensor, length: int, new_length: int) -> torch.Tensor:
         batch, heads, _, head_dim = new.shape
-        # Zeros, because `whole` shows the spare room, and a weight of 0 times NaN is NaN.
+        # Zeros, because `whole` returns the spare positions too, and a weight of 0 times NaN is NaN.
         buffer = new.new_zeros((batch, heads, new_length + self.growth, head_dim))
         if old is not None and length:
             buffer[..., :length, :] = old

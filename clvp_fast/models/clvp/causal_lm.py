@@ -61,11 +61,11 @@ class ClvpForCausalLM(ClvpPreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs,
     ) -> CausalLMOutputWithCrossAttentions:
-        """Compute logits `[batch, length, vocab_size]` of the next token; other arguments as [`ClvpDecoder.forward`].
+        """Compute logits `[batch, length, vocab_size]`; other arguments as in [`ClvpDecoder.forward`].
 
         Args:
             labels: `[batch, length]`, shifted inside; -100 is ignored.
-            logits_to_keep: compute the last so many places alone (0 = all), or the places given as a tensor.
+            logits_to_keep: compute only this many last positions (0 = all), or the positions in a tensor.
 
         Returns:
             `CausalLMOutputWithCrossAttentions`, or a tuple with `return_dict=False`.
@@ -109,7 +109,7 @@ class ClvpForCausalLM(ClvpPreTrainedModel, GenerationMixin):
         **kwargs,
     ) -> dict:
         """Prepare a step for `GenerationMixin`; `num_prompts` marks one that continues conditioning embeddings."""
-        # transformers types `self` there, and in `generate`, by a protocol that none of its models satisfies.
+        # transformers types `self` here, and in `generate`, by a protocol that none of its models satisfies.
         model_inputs = super().prepare_inputs_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
             input_ids,
             **{CACHE: cache},
@@ -127,7 +127,8 @@ class ClvpForCausalLM(ClvpPreTrainedModel, GenerationMixin):
                 assert inputs_embeds is not None  # `generate` gives them with `num_prompts`
                 model_inputs["candidates_per_prompt"] = inputs_embeds.shape[0] // num_prompts
         else:
-            # The k-th speech token stands at position k + 1, as in the original with its cache; training counted k.
+            # The k-th speech token has position k + 1, as in the original with its cache; in training it had position
+            # k.
             last = input_ids.shape[1] - int(getattr(self.config, "contiguous_positions", False))
             width = model_inputs["input_ids"].shape[1]
             model_inputs["position_ids"] = torch.arange(last - width + 1, last + 1, device=input_ids.device)[None]
@@ -144,25 +145,25 @@ class ClvpForCausalLM(ClvpPreTrainedModel, GenerationMixin):
         use_engine: bool | None = None,
         **kwargs,
     ):
-        """Generate speech tokens after conditioning embeddings, or continue token ids as any causal model does.
+        """Generate speech tokens after conditioning embeddings, or continue token ids like any causal model.
 
         Args:
             inputs: token ids `[batch, length]` to continue (also as `input_ids=`).
             conditioning_embeds: `[batch, prompt, hidden_size]`, from [`ClvpConditioningEncoder`]; the start token is
-                put behind it, so that `inputs` must be absent.
+                added after it, so `inputs` must be absent.
             attention_mask: `[batch, prompt]`, or `[batch, prompt + 1]` with a last column for the start token; 0 =
                 padding.
-            use_engine: whether the candidate engine decodes, which draws greedy tokens as the loop of transformers
-                does and sampled ones from the same distribution. None: where it can; True: raise where it cannot;
-                False: never. The logger of `clvp_fast.models.clvp.generation` tells, at level DEBUG.
+            use_engine: whether the candidate engine decodes. It gives the greedy tokens of transformers' loop, and
+                samples from the same distribution. None: if it can; True: always, or raise an error; False: never. The
+                logger `clvp_fast.models.clvp.generation` tells the choice at level DEBUG.
             generation_config, args, kwargs: as in `GenerationMixin.generate`.
 
         Returns:
-            Token ids `[batch * num_return_sequences, 1 + generated]`, the start token first; or a `ModelOutput` with
-            `return_dict_in_generate=True` (of the engine, with `sequences` alone).
+            Token ids `[batch * num_return_sequences, 1 + generated]`, the start token first; with
+            `return_dict_in_generate=True` a `ModelOutput` (from the engine, with only `sequences`).
 
         Raises:
-            ValueError: `use_engine=True`, and the engine cannot serve; besides, as `GenerationMixin.generate`.
+            ValueError: `use_engine=True` and the engine cannot serve; otherwise as `GenerationMixin.generate`.
         """
         if conditioning_embeds is None:
             if use_engine:
@@ -233,7 +234,7 @@ class ClvpForCausalLM(ClvpPreTrainedModel, GenerationMixin):
         attention_mask: torch.Tensor,
         **kwargs,
     ):
-        """Call `generate` with the engine in place of the loop; raise `NotServed`, with the reason, if it cannot."""
+        """Call `generate` with the engine in place of the loop; raise `NotServed` if that is impossible."""
         from clvp_fast.engine import generation
 
         generation.check_call(self, generation_config, args, kwargs)
@@ -251,7 +252,7 @@ class ClvpForCausalLM(ClvpPreTrainedModel, GenerationMixin):
         )
 
     def _check_length(self, prompt: int, settings, kwargs: dict) -> None:
-        """Refuse to generate past the position table, whose first place is the start token's."""
+        """Refuse to generate past the position table, whose first row is the start token's."""
         limit = most_codes(self.config)
         wanted = kwargs.get("max_new_tokens") or settings.max_new_tokens
         max_length = kwargs.get("max_length") or settings.max_length

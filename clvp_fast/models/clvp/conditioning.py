@@ -1,4 +1,4 @@
-"""Text and voice clip to the embeddings that the decoder continues."""
+"""Turns a text and a voice clip into the embeddings that the decoder continues."""
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +15,8 @@ from clvp_fast.models.common.plain import is_plain
 class ClvpConditioningEncoder(nn.Module):
     """Embed a text and summarise a voice clip; the result is the decoder's prompt.
 
-    The log-mel features of a clip become one vector (attention over the frames, of which the first is kept); text
-    tokens become token plus position embeddings. The vector is put before them.
+    The log-mel features of a clip become one vector (attention over the frames; the first frame's output is kept). Text
+    tokens become token plus position embeddings, which follow the vector.
     """
 
     def __init__(self, config: ClvpConfig):
@@ -48,7 +48,7 @@ class ClvpConditioningEncoder(nn.Module):
         return groups
 
     def encode_voice(self, input_features: torch.Tensor) -> torch.Tensor:
-        """Encode log-mel features `[clips, feature_size, frames]` as one vector a clip, `[clips, hidden_size]`."""
+        """Encode log-mel features `[clips, feature_size, frames]` as one vector per clip, `[clips, hidden_size]`."""
         bins = self.decoder_config.feature_size
         if input_features.dim() != 3 or input_features.shape[1] != bins or not input_features.shape[2]:
             raise ValueError(f"input_features must be [clips, {bins}, frames], got {list(input_features.shape)}")
@@ -59,7 +59,7 @@ class ClvpConditioningEncoder(nn.Module):
             attention = self.mel_attn_blocks[index]
             if not is_plain(attention, ClvpSelfAttention) or not is_plain(attention.out_proj, nn.Linear):
                 return (attention(normed)[0] + frames.transpose(1, 2)).transpose(1, 2)
-            # Only the first frame is used after the last block, so that only it has to attend there.
+            # Only the first frame is used after the last block, so only it has to attend there.
             num_queries = 1 if index == len(self.mel_attn_blocks) - 1 else None
             attended, _ = attention(normed, num_queries=num_queries, need_weights=False)
             return frames[..., :num_queries] + attended.transpose(1, 2)
@@ -78,7 +78,7 @@ class ClvpConditioningEncoder(nn.Module):
     ) -> PaddedText:
         """Put the text between its begin token and `num_ends` end tokens, at the ends that the mask shows.
 
-        `None`: one end token, where transformers' rule puts it, which looks for token 0.
+        `None`: one end token, placed by transformers' rule, which looks for token 0.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
@@ -110,7 +110,7 @@ class ClvpConditioningEncoder(nn.Module):
     def _embed_text(self, text: PaddedText) -> torch.Tensor:
         """Add token and position embeddings: `[texts, length, hidden_size]`."""
         embeds = self.text_token_embedding(text.tokens) if text.tokens.dim() == 2 else text.tokens
-        # Padding on the left stands before position 0, and may take any row of the table.
+        # Padding on the left lies before position 0, and may take any row of the table.
         positions = (text.mask.cumsum(-1) - 1).clamp(min=0)
         return embeds + self.text_position_embedding(positions)
 
@@ -128,10 +128,10 @@ class ClvpConditioningEncoder(nn.Module):
             input_features: `[clips, feature_size, frames]`.
             input_ids: `[texts, length]`; or `inputs_embeds` `[texts, length, hidden_size]`, embedded without positions.
             attention_mask: `[texts, length]`, 1 = a token, 0 = padding.
-            num_ends: how many end tokens stand behind each text, where the mask says that it ends; None: one, where
+            num_ends: how many end tokens follow each text, at the end that the mask shows; None: one, where
                 transformers puts it.
 
-        One text goes with any number of clips, and one clip with any number of texts; else their numbers must be equal.
+        One text may have any number of clips, and one clip any number of texts; otherwise their numbers must be equal.
         """
         text = self._surround(input_ids, inputs_embeds, attention_mask, num_ends)
         return self.join(self.encode_voice(input_features), self._embed_text(text))
@@ -144,10 +144,10 @@ class ClvpConditioningEncoder(nn.Module):
         attention_mask: torch.Tensor | None = None,
         num_ends: int = 2,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Make the prompt from which Tortoise generates, and the mask `[batch, 1 + text]` that tells padding from text.
+        """Make the prompt from which Tortoise generates, and the mask `[batch, 1 + text]` of its padding.
 
-        Against `forward`: the end token stands `num_ends` times, and a padded text is surrounded at its own ends on
-            either side of padding.
+        Unlike in `forward`, there are `num_ends` end tokens, and the begin and end tokens are put directly around a
+        padded text, on whichever side its padding is.
         """
         self._check_mask(attention_mask)
         mask = self._surround(input_ids, inputs_embeds, attention_mask, num_ends).mask
@@ -181,13 +181,13 @@ class ClvpConditioningEncoder(nn.Module):
 
     @staticmethod
     def _prompt_mask(embeds: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Make the mask of prompts `embeds` from the mask of their texts, with one more place for the voice."""
+        """Make the mask of prompts `embeds` from the mask of their texts, with one more position for the voice."""
         return F.pad(mask, (1, 0), value=1).expand(embeds.shape[0], -1)
 
     def join_prompt(
         self, voices: torch.Tensor, text_embeds: torch.Tensor, mask: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Make `prompt` from voices encoded before, `[clips, hidden_size]`, and the results of `prompt_text`."""
+        """Make `prompt` from encoded voices `[clips, hidden_size]` and the results of `prompt_text`."""
         embeds = self.join(voices, text_embeds)
         return embeds, self._prompt_mask(embeds, mask)
 

@@ -1,8 +1,8 @@
 """Configurations of CLVP: two encoders (text, speech), a decoder, and the composite of the three.
 
-Field names, defaults and JSON are those that transformers documents, so that checkpoints travel both ways. Options
-of this project alone (`pool_padding`, `contiguous_positions`) are ordinary extra keys: read with their default where
-absent, and written only where set.
+Field names, defaults and JSON are those that transformers documents, so that checkpoints can be exchanged both ways.
+The options of this project (`pool_padding`, `contiguous_positions`) are extra keys: absent ones have their default, and
+they are written only if they are set.
 """
 
 import os
@@ -12,10 +12,10 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 # The rows of the speech encoder's embedding in every trained CLVP: the decoder's 8194 codes without start and stop
-# token.
+# tokens.
 NUM_SPEECH_CODES = 8192
 
-# The `model_type` of `CLVPModel`, the scorer (`models.clvp_scorer`): its checkpoints hold no decoder.
+# The `model_type` of `CLVPModel`, the scorer (`models.clvp_scorer`), whose checkpoints have no decoder.
 SCORER_TYPE = "clvp_scorer"
 
 
@@ -38,10 +38,10 @@ class ClvpEncoderConfig(PreTrainedConfig):
         use_attention_bias: biases in the query, key and value projections.
         summary_type: how the pooled output is made: "mean", "last", "first" or "cls_index".
         initializer_factor: factor on the standard deviations of random weights.
-        bos_token_id, eos_token_id: ids put around the text of the conditioning encoder.
+        bos_token_id, eos_token_id: ids put around the text for the conditioning encoder.
 
-    `pool_padding=False` (an option of this project, absent by default) leaves padded positions out of the mean, so
-    that a text in a padded batch is embedded as it is alone; transformers averages over the padding too.
+    `pool_padding=False` (an option of this project, absent by default) leaves padded positions out of the mean, so that
+    a text in a padded batch is embedded as it would be alone; transformers averages over the padding too.
     """
 
     model_type = "clvp_encoder"
@@ -85,7 +85,7 @@ class ClvpDecoderConfig(PreTrainedConfig):
     Args:
         vocab_size: speech tokens, start and stop token included.
         max_position_embeddings: positions of speech tokens; bounds what can be generated.
-        max_text_tokens: positions of text tokens, the three that are put around a text included.
+        max_text_tokens: positions of text tokens, including the three that are put around a text.
         hidden_size, num_hidden_layers, num_attention_heads: size of the decoder.
         n_inner: width of the feed-forward layers; `None` is 4 times `hidden_size`.
         num_mel_attn_blocks: attention blocks of the conditioning encoder.
@@ -95,7 +95,7 @@ class ClvpDecoderConfig(PreTrainedConfig):
         initializer_range: standard deviation on which random residual projections are scaled.
         summary_type, summary_use_proj, summary_activation, summary_proj_to_labels, summary_first_dropout: kept for
             compatibility; no class of CLVP uses them for the decoder.
-        use_cache: return keys and values for the next step.
+        use_cache: whether to return keys and values for the next step.
         bos_token_id, eos_token_id: the start and the stop token of speech.
         feature_size: mel bins of the voice clip's features.
         use_attention_bias: biases in the query, key and value projections.
@@ -146,7 +146,7 @@ class ClvpDecoderConfig(PreTrainedConfig):
 
 @strict
 class ClvpConfig(PreTrainedConfig):
-    """Configuration of [`ClvpModelForConditionalGeneration`]. ([`CLVPConfig`] is that of the scorer alone.)
+    """Configuration of [`ClvpModelForConditionalGeneration`]. ([`CLVPConfig`] is the scorer's.)
 
     Args:
         text_config: a [`ClvpEncoderConfig`] or its dictionary; `None` takes the defaults.
@@ -166,7 +166,7 @@ class ClvpConfig(PreTrainedConfig):
     }
     sub_configs_defaults: ClassVar[Any] = dict(sub_configs)
 
-    if TYPE_CHECKING:  # what may be given, and what `__post_init__` makes of it
+    if TYPE_CHECKING:  # types of the arguments, and of their values after `__post_init__`
         text_config: ClvpEncoderConfig
         speech_config: ClvpEncoderConfig
         decoder_config: ClvpDecoderConfig
@@ -217,7 +217,7 @@ class ClvpConfig(PreTrainedConfig):
         decoder_config: ClvpDecoderConfig,
         **kwargs,
     ) -> "ClvpConfig":
-        """Make the composite of three configurations; `kwargs` are further fields of [`ClvpConfig`]."""
+        """Make a composite of three configurations; `kwargs` are other fields of [`ClvpConfig`]."""
         return cls(
             text_config=text_config.to_dict(),
             speech_config=speech_config.to_dict(),

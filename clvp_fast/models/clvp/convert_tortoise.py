@@ -1,7 +1,7 @@
-"""Original Tortoise checkpoints (`autoregressive.pth`, `clvp2.pth`) to a CLVP model, or to a checkpoint folder.
+"""Converts original Tortoise checkpoints (`autoregressive.pth`, `clvp2.pth`) to a CLVP model or a checkpoint folder.
 
-The architecture is read off the tensors' shapes; Tortoise's heads have 64 channels. Every tensor of the two files is
-used, or named in `tortoise_keys` as one that holds nothing CLVP needs; anything else stops the conversion.
+The architecture follows from the tensors' shapes; Tortoise's heads have 64 channels. Every tensor of the two files is
+used, or named in `tortoise_keys` as one that CLVP does not need; any other tensor stops the conversion.
 """
 
 import json
@@ -38,12 +38,12 @@ def convert_tortoise_checkpoint(
     Args:
         autoregressive: `autoregressive.pth` (or a `.safetensors` file of the same keys), or its state dict.
         clvp: `clvp2.pth`, likewise.
-        dtype: of the parameters; that of the files by default. Rotary frequencies stay in float32.
+        dtype: dtype of the parameters; by default that of the files. Rotary frequencies stay in float32.
 
     Raises:
-        FileNotFoundError: a file is not there.
-        ValueError: a file is damaged, holds more than tensors, or lacks, adds or misshapes one; or the two do not
-            belong together.
+        FileNotFoundError: a file does not exist.
+        ValueError: a file is damaged, holds more than tensors, or has a missing, unknown or misshapen tensor; or the
+            two do not belong together.
     """
     decoder_side = Original("the autoregressive checkpoint", autoregressive)
     encoder_side = Original("the CLVP checkpoint", clvp)
@@ -75,9 +75,10 @@ def write_checkpoint(
 
     Args:
         autoregressive, clvp: the two files.
-        folder: an existing folder, which gets weights and configurations, and the two that follow where they are known.
-        tokenizer: Tortoise's `tokenizer.json`; looked for beside the checkpoints by default.
-        mel_norms: Tortoise's `mel_norms.pth`; likewise.
+        folder: an existing folder, which gets weights and configurations, and the tokenizer and feature extractor if
+            their files are found.
+        tokenizer: Tortoise's `tokenizer.json`; by default looked for beside the checkpoints.
+        mel_norms: Tortoise's `mel_norms.pth`; by default looked for there too.
 
     Raises:
         FileNotFoundError, ValueError: as `convert_tortoise_checkpoint`; nothing is written then.
@@ -104,10 +105,10 @@ def write_checkpoint(
 def tortoise_processors(
     tokenizer: str | Path, mel_norms: str | Path, config: ClvpConfig, text_cleaning: str = "tortoise"
 ) -> tuple[ClvpTokenizer, ClvpFeatureExtractor]:
-    """Make tokenizer and feature extractor of Tortoise's `tokenizer.json` and `mel_norms.pth`.
+    """Make the tokenizer and the feature extractor from Tortoise's `tokenizer.json` and `mel_norms.pth`.
 
     Raises:
-        FileNotFoundError, ValueError: a file is not there, is another one, or does not fit `config`.
+        FileNotFoundError, ValueError: a file is missing, is of another kind, or does not fit `config`.
     """
     vocabulary = _read_tokenizer(Path(tokenizer), config.text_config.vocab_size)
     norms = _read_mel_norms(Path(mel_norms), config.decoder_config.feature_size)
@@ -143,7 +144,7 @@ class Original:
         self.tensors = dict(given)
 
     def shape(self, key: str, axes: int) -> tuple[int, ...]:
-        """Return the shape of a tensor; raise ValueError without the tensor or with other than `axes` axes."""
+        """Return the shape of a tensor; raise ValueError if it is missing or does not have `axes` axes."""
         if key not in self.tensors:
             raise ValueError(self._lacks([key]))
         shape = tuple(self.tensors[key].shape)
@@ -152,12 +153,12 @@ class Original:
         return shape
 
     def count(self, prefix: str) -> int:
-        """Count the numbers after `prefix` in the keys, and return at least 1, so that absent tensors are reported."""
+        """Count the numbers after `prefix` in the keys; return at least 1, so that absent tensors are reported."""
         pattern = re.compile(re.escape(prefix) + r"(\d+)\.")
         return max(1, len({found[1] for found in map(pattern.match, self.tensors) if found}))
 
     def heads(self, key: str, hidden_size: int) -> int:
-        """Return the number of heads of a width; raise ValueError for one that is no multiple of a head."""
+        """Return the number of heads of a width; raise ValueError for one that is not a multiple of a head."""
         if hidden_size == 0 or hidden_size % HEAD_DIM:
             raise ValueError(
                 f"{self.name}: {key} is {hidden_size} wide, but Tortoise's width is a multiple of its head size "
@@ -166,7 +167,7 @@ class Original:
         return hidden_size // HEAD_DIM
 
     def check(self, rules: list[Rule]) -> None:
-        """Raise `ValueError` where tensors are missing, too many, or of another shape than `rules` say."""
+        """Raise `ValueError` if tensors are missing, too many, or of another shape than `rules` say."""
         missing = [rule.source for rule in rules if rule.source not in self.tensors]
         if missing:
             raise ValueError(self._lacks(missing))
@@ -186,7 +187,7 @@ class Original:
                 )
 
     def convert(self, rules: Iterable[Rule], dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
-        """Copy the tensors, by CLVP's names; raise as `check`."""
+        """Return copies of the tensors by CLVP's names; raise as `check`."""
         rules = list(rules)
         self.check(rules)
         weights = {}
@@ -208,7 +209,7 @@ def _listed(keys: list[str]) -> str:
 
 
 def decoder_configs(original: Original) -> dict:
-    """Read the configuration off `autoregressive.pth`: `decoder_config`."""
+    """Derive `decoder_config` from `autoregressive.pth`."""
     vocab_size, hidden_size = original.shape("mel_embedding.weight", 2)
     inner = original.shape("gpt.h.0.mlp.c_fc.weight", 2)[1]
     decoder = dict(
@@ -229,7 +230,7 @@ def decoder_configs(original: Original) -> dict:
 
 
 def encoder_configs(original: Original) -> dict:
-    """Read the configuration off `clvp2.pth`: `text_config`, `speech_config` and `projection_dim`."""
+    """Derive `text_config`, `speech_config` and `projection_dim` from `clvp2.pth`."""
     projection_dim = original.shape("to_text_latent.weight", 2)[0]
     configs: dict[str, Any] = dict(projection_dim=projection_dim)
     for side in ("text", "speech"):
@@ -250,7 +251,7 @@ def encoder_configs(original: Original) -> dict:
 
 
 def check_pair(config: ClvpConfig, decoder_side: Original, encoder_side: Original) -> None:
-    """Raise `ValueError` where the two files are of other vocabularies."""
+    """Raise `ValueError` if the two files have different vocabularies."""
     texts = decoder_side.shape("text_embedding.weight", 2)[0]
     codes = config.decoder_config.vocab_size - 2
     for ours, theirs, key, other in (

@@ -104,13 +104,13 @@ class ClvpDecoder(ClvpPreTrainedModel):
         """Decode token ids `[batch, length]`, or their embeddings `[batch, length, hidden_size]`.
 
         Args:
-            attention_mask: `[batch, past + length]`, 1 or True = a token, 0 = padding; attention is causal besides.
-                A mask of four axes `[batch, 1, length, past + length]`, boolean or additive, says all.
+            attention_mask: `[batch, past + length]`, 1 or True = a token, 0 = padding; attention is also causal. A mask
+                of four axes `[batch, 1, length, past + length]`, boolean or additive, is used alone.
             token_type_ids: `[batch, length]`, tokens whose embeddings are added.
-            position_ids: `[batch or 1, length]`; those after the cache by default.
-            embeds_have_positions: `inputs_embeds` carry their positions already (the conditioning encoder's do).
-            candidates_per_prompt: the rows of `inputs_embeds` come in groups of this many equal ones; each group is
-                computed once and fills as many rows of an empty cache.
+            position_ids: `[batch or 1, length]`; by default those after the cache.
+            embeds_have_positions: `inputs_embeds` already include position embeddings (the conditioning encoder's do).
+            candidates_per_prompt: `inputs_embeds` has groups of this many equal rows; each group is computed once and
+                fills as many rows of an empty cache.
 
         Returns:
             `BaseModelOutputWithPastAndCrossAttentions`, or a tuple with `return_dict=False`.
@@ -144,7 +144,7 @@ class ClvpDecoder(ClvpPreTrainedModel):
         hidden_states = self.drop(hidden_states)
 
         all_hidden_states, all_attentions = [], []
-        # Arguments that transformers' layers do not take are passed only where they have a meaning.
+        # Arguments that transformers' layers do not take are passed only if they are needed.
         asked: dict[str, list | int] = {"attentions": all_attentions} if output_attentions else {}
         if candidates_per_prompt > 1:
             asked["candidates_per_prompt"] = candidates_per_prompt
@@ -173,7 +173,7 @@ class ClvpDecoder(ClvpPreTrainedModel):
 
 
 class ClvpModel(ClvpPreTrainedModel):
-    """The bare decoder, without a head. (Not to be confused with the scorer `CLVPModel` of the first API.)"""
+    """The bare decoder without a head. (Not to be confused with `CLVPModel`, the scorer of the first API.)"""
 
     config: ClvpDecoderConfig
     config_class = ClvpDecoderConfig

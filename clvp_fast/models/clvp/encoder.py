@@ -1,4 +1,4 @@
-"""The encoder of text, and of speech tokens, into their shared space."""
+"""The encoder of text or of speech tokens into their shared space."""
 
 import torch
 from torch import nn
@@ -88,7 +88,7 @@ class ClvpEncoder(ClvpPreTrainedModel):
     encoder.
 
     Args:
-        with_projection: `False` leaves out the projection, and `embeds` with it.
+        with_projection: `False` leaves out the projection, and so `embeds`.
     """
 
     config: ClvpEncoderConfig
@@ -170,7 +170,7 @@ class ClvpEncoder(ClvpPreTrainedModel):
         )
 
     def _turns(self) -> bool:
-        """Tell whether cosines and sines may replace the angles that modules would be given."""
+        """Tell whether modules may get cosines and sines instead of angles."""
         return is_plain(self.rotary_pos_emb, ClvpRotaryPositionalEmbedding) and all(
             is_plain(layer, ClvpEncoderLayer) and is_plain(layer.self_attn, ClvpSelfAttention) for layer in self.layers
         )
@@ -178,13 +178,13 @@ class ClvpEncoder(ClvpPreTrainedModel):
     def embed_packed(self, input_ids: torch.LongTensor, cu_seqlens: torch.Tensor, max_seqlen: int) -> torch.Tensor:
         """Embed sequences of any lengths without padding, each as `forward` embeds it alone.
 
-        For inference: no dropout, no recomputation for gradients. Where a module of the encoder is not plain, each
+        This is for inference, without dropout and gradient checkpointing. If a module of the encoder is not plain, each
         sequence goes through `forward`.
 
         Args:
-            input_ids: `[tokens]`, the sequences one behind another.
-            cu_seqlens: `[sequences + 1]` int32, where each starts and the last one ends; none is empty.
-            max_seqlen: the length of the longest.
+            input_ids: `[tokens]`, the sequences one after another.
+            cu_seqlens: `[sequences + 1]` int32, the start of each sequence and the end of the last; none is empty.
+            max_seqlen: the length of the longest sequence.
 
         Returns:
             `[sequences, projection_dim]`.
@@ -205,12 +205,12 @@ class ClvpEncoder(ClvpPreTrainedModel):
             assert isinstance(layer, ClvpEncoderLayer)  # the modules were checked above
             hidden_states = layer.packed(hidden_states, rotary, cu_seqlens, max_seqlen)
         _, last_hidden_state = add_norm(self.final_layer_norm, hidden_states)
-        # One place a sequence is left, which every kind of summary returns unchanged.
+        # Each sequence has one position left, which every kind of summary returns unchanged.
         pooled = self._pool_packed(last_hidden_state, cu_seqlens)
         return self.projection(self.sequence_summary(pooled[:, None]))
 
     def _pool_packed(self, hidden_states: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
-        """Pool `[tokens, hidden_size]` to `[sequences, hidden_size]`, as `sequence_summary` pools a sequence alone."""
+        """Pool `[tokens, hidden_size]` to `[sequences, hidden_size]`, as `sequence_summary` pools one sequence."""
         kind = self.sequence_summary.summary_type
         if kind == "first":
             return hidden_states[cu_seqlens[:-1]]

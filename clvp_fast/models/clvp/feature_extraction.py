@@ -1,4 +1,4 @@
-"""`ClvpFeatureExtractor`: voice clips to the normalised log-mel spectrograms that condition CLVP."""
+"""`ClvpFeatureExtractor`: turns voice clips into the normalised log-mel spectrograms that condition CLVP."""
 
 import logging
 from weakref import WeakKeyDictionary
@@ -13,7 +13,7 @@ from clvp_fast.models.common import clips
 from clvp_fast.ops.log_mel import log_mel, num_frames
 
 logger = logging.getLogger(__name__)
-# Tensors by extractor and device. They are kept here, because an extractor's attributes are saved.
+# Tensors by extractor and device. They are not attributes, because those are saved with an extractor.
 _PARAMETERS: WeakKeyDictionary = WeakKeyDictionary()
 
 
@@ -23,13 +23,13 @@ class ClvpFeatureExtractor(SequenceFeatureExtractor):
     Args:
         feature_size: mel channels.
         sampling_rate: of the samples, in Hz.
-        default_audio_length: seconds to which a clip is cut or padded where a call gives no `max_length`.
+        default_audio_length: seconds to which a clip is cut or padded if a call gives no `max_length`.
         hop_length: samples from one frame to the next.
         chunk_length: seconds; sets `n_samples` and `nb_max_frames`, and changes no feature.
         n_fft: samples of a frame and of its Fourier transform.
-        padding_value: the sample value that fills short clips up.
+        padding_value: the sample value that short clips are padded with.
         mel_norms: `feature_size` numbers that the log-mel channels are divided by.
-        return_attention_mask: what a call does that passes `return_attention_mask=None`.
+        return_attention_mask: the default of that argument in a call.
     """
 
     model_input_names = ["input_features", "attention_mask"]  # noqa: RUF012 (the base class's declaration)
@@ -93,25 +93,26 @@ class ClvpFeatureExtractor(SequenceFeatureExtractor):
         Args:
             raw_speech: mono samples: one clip as a 1-D array, tensor or list of floats, or a batch as a 2-D
                 `[batch, time]` array or tensor or a list of clips. Floats lie in [-1, 1]; int16 is scaled to that.
-            sampling_rate: of `raw_speech`, in Hz: pass it, so that a wrong one is an error and not a wrong result.
+            sampling_rate: of `raw_speech`, in Hz. Pass it, so that a wrong rate is an error and not a wrong result.
             truncation: cut clips longer than `max_length`.
-            pad_to_multiple_of: round the lengths to which clips are cut and padded up to a multiple of this.
+            pad_to_multiple_of: round up the lengths to which clips are cut and padded to a multiple of this.
             return_tensors: "pt", "np", or None for a list of numpy arrays.
             return_attention_mask: return which samples (not frames) are speech and which padding, 1 and 0.
             padding: "max_length", "longest" or True (the longest clip given), "do_not_pad" or False.
-            max_length: in samples; `default_audio_length` seconds if None.
-            device: where to compute, such as "cuda"; by default where the clips lie, which for arrays and lists is the
-                CPU. On a CPU the arithmetic is float64, elsewhere float32.
-            padding_value: in place of the extractor's own.
+            max_length: in samples; None: `default_audio_length` seconds.
+            device: the device to compute on, such as "cuda"; by default that of the clips, which for arrays and lists
+                is the CPU. The arithmetic is float64 on a CPU, and float32 elsewhere.
+            padding_value: replaces the extractor's own.
 
         Returns:
             `input_features`, float32, `[num_mels, 1 + samples // hop_length]` for each clip, and `attention_mask`,
-            int32, `[samples]`. With `return_tensors="pt"` both stay on the device, else they are copied to the host.
+            int32, `[samples]`. With `return_tensors="pt"` both stay on the device; otherwise they are copied to the
+            host.
 
         Raises:
-            ValueError: another sampling rate than the extractor's; no audio, an empty clip, NaN or infinite samples (of
-                tensors on a GPU: among those that features are made of), more than one channel; lengths that differ
-                where `return_tensors` needs one; tensors on several devices without `device`.
+            ValueError: another sampling rate than the extractor's; no audio, an empty clip, more than one channel, NaN
+                or infinite samples (in tensors on a GPU, only samples that features use are checked); different lengths
+                if `return_tensors` needs one; tensors on several devices without `device`.
             TypeError: samples that are neither floats nor int16.
         """
         clips.check_sampling_rate(type(self).__name__, self.sampling_rate, sampling_rate)
@@ -152,7 +153,7 @@ class ClvpFeatureExtractor(SequenceFeatureExtractor):
         return BatchFeature(arrays, tensor_type=return_tensors)
 
     def _features(self, found, held, lengths, fill, device, target) -> torch.Tensor | list[torch.Tensor]:
-        """Return features of the clips on `target`: `[clips, num_mels, frames]`, or a list where lengths differ."""
+        """Return features of the clips on `target`: `[clips, num_mels, frames]`, or a list if lengths differ."""
         if min(lengths) == max(lengths):
             return self._extract(found, range(len(held)), held, lengths, fill, device).to(target)
         features: dict[int, torch.Tensor] = {}
@@ -163,7 +164,7 @@ class ClvpFeatureExtractor(SequenceFeatureExtractor):
         return [features[place] for place in range(len(held))]
 
     def _extract(self, found, group, held, lengths, fill, device) -> torch.Tensor:
-        """Return features `[clips, num_mels, frames]` of the clips at the places `group`, 0 after a clip's own."""
+        """Return features `[clips, num_mels, frames]` of the clips `group`; 0 after a clip's own frames."""
         count = len(held)
         if len(group) < count:
             found, held, lengths = ([values[place] for place in group] for values in (found, held, lengths))
@@ -178,13 +179,13 @@ class ClvpFeatureExtractor(SequenceFeatureExtractor):
         return features
 
     def _parameters(self, device: torch.device) -> dict:
-        """Return the arguments of `log_mel` on `device`, kept as long as the attributes behind them are the same."""
+        """Return the arguments of `log_mel` on `device`; they are kept while the attributes stay the same."""
         norms = None if self.mel_norms is None else np.array(self.mel_norms, dtype=np.float64)
         made_of: tuple = self.n_fft, np.array(self.mel_filters), norms
         kept = _PARAMETERS.setdefault(self, {})
         if device in kept and all(map(np.array_equal, kept[device][0], made_of)):
             return kept[device][1]
-        # In float64 on the host: a quiet channel beside a loud one keeps too few digits in a float32 transform.
+        # In float64 on the host, because a float32 transform keeps too few digits of a quiet channel beside a loud one.
         compute = torch.float64 if device == clips.HOST else torch.float32
         tables = {"window": window_function(self.n_fft, "hann"), "mel_filters": self.mel_filters, "mel_norms": norms}
         with torch.inference_mode(False):  # the tensors outlive the mode
@@ -197,7 +198,7 @@ class ClvpFeatureExtractor(SequenceFeatureExtractor):
         return parameters
 
     def _masks(self, held, lengths, device) -> torch.Tensor | list[torch.Tensor]:
-        """Mark each clip's own samples: int32 `[clips, samples]`, 1 and 0, or a list where lengths differ."""
+        """Mark each clip's own samples: int32 `[clips, samples]`, 1 and 0, or a list if lengths differ."""
         if min(lengths) < max(lengths):
             return [self._masks([count], [length], device)[0] for count, length in zip(held, lengths, strict=True)]
         place = torch.arange(lengths[0], dtype=torch.int32, device=device)

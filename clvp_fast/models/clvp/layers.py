@@ -71,9 +71,10 @@ class ClvpRotaryPositionalEmbedding(nn.Module):
 
 
 def wants_whole_buffers(query: torch.Tensor, mask: torch.Tensor | None) -> bool:
-    """Tell whether a decoding step should attend over a cache's whole buffers, masking the spare room by causality.
+    """Tell whether a decoding step should attend over a cache's whole buffers, with spare positions masked causally.
 
-    Torch's CPU products in half types copy operands with gaps between the heads: all keys and values at every step.
+    Otherwise torch's CPU products in half types, which copy operands with gaps between the heads, copy all keys and
+    values at every step.
     """
     return (
         query.device.type == "cpu"
@@ -106,7 +107,7 @@ class ClvpSelfAttention(ArrangedLayer):
         self.out_proj = nn.Linear(self.embed_dim, self.embed_dim)
 
     def arrange_parameters(self) -> None:
-        """Put the weights of queries, keys and values one behind another, where they may be moved."""
+        """Put the weights of queries, keys and values one after another, if they may be moved."""
         pack_linears(self._projections)
 
     def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -132,17 +133,17 @@ class ClvpSelfAttention(ArrangedLayer):
         candidates_per_prompt: int = 1,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attend over `hidden_states` `[batch, length, hidden_size]` and what the cache holds.
+        """Attend over `hidden_states` `[batch, length, hidden_size]` and the content of the cache.
 
         Args:
-            rotary_pos_emb: for the encoders, the angles `[1, places, dim]` that `position_ids` pick from; or cosines
-                and sines, picked already.
+            rotary_pos_emb: for the encoders, the angles `[1, positions, dim]` that `position_ids` select from; or the
+                selected cosines and sines.
             attention_mask: True or 1 = attend: `[batch, keys]`; or `[batch, 1, queries, keys]`, boolean or additive,
-                which then says all (causality too).
+                which then includes causality.
             position_ids: `[batch or 1, length]`, with angles.
-            use_cache: changes nothing.
+            use_cache: has no effect.
             need_weights: also return the attention's weights.
-            num_queries: compute the first `num_queries` places alone.
+            num_queries: compute only the first `num_queries` positions.
             candidates_per_prompt: how many rows of the cache each row of the batch fills.
 
         Returns:
@@ -257,7 +258,7 @@ class ClvpDecoderMLP(nn.Module):
         self.config = config
         self.c_fc = Conv1D(intermediate_size, config.hidden_size)
         self.c_proj = Conv1D(config.hidden_size, intermediate_size)
-        # GPT-2's scheme: residual projections start smaller in deeper models.
+        # As in GPT-2, residual projections start smaller in deeper models.
         self.c_proj.initializer_std = config.initializer_range / (2 * config.num_hidden_layers) ** 0.5
         self.act = activation_module(config.activation_function)
         self.dropout = nn.Dropout(config.resid_pdrop)
@@ -286,7 +287,7 @@ class ClvpDecoderMLP(nn.Module):
 
 
 class ClvpSequenceSummary(nn.Module):
-    """One vector for a sequence: its mean, its last or first place, or the place of a class token."""
+    """One vector for a sequence: its mean, its last or first position, or that of a class token."""
 
     def __init__(self, config):
         super().__init__()

@@ -35,7 +35,7 @@ __all__ = [
 
 
 class ClvpModelForConditionalGeneration(ClvpPreTrainedModel, GenerationMixin):
-    """The composite: conditioning encoder and decoder propose speech, text and speech encoder judge it."""
+    """The composite: conditioning encoder and decoder propose speech; text and speech encoder score it."""
 
     config: ClvpConfig
 
@@ -58,7 +58,7 @@ class ClvpModelForConditionalGeneration(ClvpPreTrainedModel, GenerationMixin):
         self.speech_encoder_model = ClvpEncoder(config.speech_config)
         self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init_value))
         self.post_init()
-        # transformers would take the text's tokens for a generation, but speech is generated.
+        # transformers would use the text's tokens for generation, but speech is generated.
         decoder = config.decoder_config
         self.generation_config.update(
             bos_token_id=decoder.bos_token_id, eos_token_id=decoder.eos_token_id, pad_token_id=decoder.eos_token_id
@@ -86,10 +86,10 @@ class ClvpModelForConditionalGeneration(ClvpPreTrainedModel, GenerationMixin):
         self.text_encoder_model.token_embedding = value
 
     def fix_speech_decoder_output(self, speech_ids: torch.Tensor) -> torch.Tensor:
-        """Make codes of what the decoder generated, as the original does before it scores them.
+        """Turn the decoder's output into codes, as the original does before it scores them.
 
         The first column (the start token) is dropped. In a row with a stop token, everything from the first one on
-        becomes `decoder_fixing_codes[0]`, and the last three places become the other fixing codes; other rows stay.
+        becomes `decoder_fixing_codes[0]`, and the last three positions become the other fixing codes; other rows stay.
 
         Args:
             speech_ids: `[candidates, 1 + length]`.
@@ -129,7 +129,8 @@ class ClvpModelForConditionalGeneration(ClvpPreTrainedModel, GenerationMixin):
         """Embed speech tokens, given or generated from a text and a voice clip.
 
         Args:
-            speech_ids: `[batch, length]`; where given, the other inputs are ignored, and `attention_mask` is theirs.
+            speech_ids: `[batch, length]`; if given, the other inputs are ignored, and `attention_mask` belongs to
+                these.
             input_ids: `[batch, length]`, the text; or `conditioning_encoder_inputs_embeds`, its embeddings.
             input_features: `[batch, feature_size, frames]`, the clip.
             attention_mask: `[batch, length]`, 1 = a token, 0 = padding.
@@ -157,7 +158,7 @@ class ClvpModelForConditionalGeneration(ClvpPreTrainedModel, GenerationMixin):
             return _embeds(self._encode_speech(codes))
 
     def _encode_speech(self, codes: torch.Tensor, **kwargs) -> ClvpEncoderOutput:
-        """Embed generated codes; a code without a row in the encoder (the start token) counts as the filling code."""
+        """Embed generated codes; the filling code replaces one without a row in the encoder (the start token)."""
         return self.speech_encoder_model(input_ids=known_codes(codes, self.config), **kwargs)
 
     @can_return_tuple
@@ -171,16 +172,16 @@ class ClvpModelForConditionalGeneration(ClvpPreTrainedModel, GenerationMixin):
         return_loss: bool | None = None,
         **kwargs,
     ) -> ClvpOutput:
-        """Compare texts with the speech tokens that are likeliest at each place of the decoder's prompt.
+        """Compare texts with the likeliest speech tokens at each position of the decoder's prompt.
 
-        This is transformers' `forward`, number for number; to make speech use [`generate`].
+        This equals transformers' `forward`, number for number. Use [`generate`] to make speech.
 
         Args:
-            input_ids: `[texts, length]`; for the conditioning encoder `conditioning_encoder_inputs_embeds` and for
-                the text encoder `text_encoder_inputs_embeds` can stand in their place.
+            input_ids: `[texts, length]`; `conditioning_encoder_inputs_embeds` can replace them for the conditioning
+                encoder, and `text_encoder_inputs_embeds` for the text encoder.
             input_features: `[clips, feature_size, frames]`.
             attention_mask: `[texts, length]`, 1 = a token, 0 = padding.
-            return_loss: add the contrastive loss; texts and clips must be equally many.
+            return_loss: add the contrastive loss; there must be as many texts as clips.
 
         Returns:
             [`ClvpOutput`], or a tuple with `return_dict=False`.
@@ -214,7 +215,7 @@ class ClvpModelForConditionalGeneration(ClvpPreTrainedModel, GenerationMixin):
     def _generation_config(self, given: GenerationConfig | None, **kwargs) -> tuple[GenerationConfig, dict]:
         """Return the settings of a generation, with the decoder's start and stop tokens, and the rest of `kwargs`.
 
-        Checkpoints saved from a configuration alone carry the text encoder's tokens there, which mean other things in
+        Checkpoints saved from a configuration alone have the text encoder's tokens there, which mean something else in
         speech.
         """
         settings = copy.deepcopy(self.generation_config if given is None else given)
@@ -243,25 +244,25 @@ class ClvpModelForConditionalGeneration(ClvpPreTrainedModel, GenerationMixin):
         text_encoder_inputs_embeds: torch.Tensor | None = None,
         **kwargs,
     ) -> ClvpOutput | tuple:
-        """Generate speech candidates for texts in a voice, and their similarity to the texts.
+        """Generate speech candidates for texts in a voice, and compute their similarity to the texts.
 
         Args:
-            input_ids: `[texts, length]`, from [`ClvpTokenizer`]; or both `..._inputs_embeds` in its place.
+            input_ids: `[texts, length]`, from [`ClvpTokenizer`]; or both `..._inputs_embeds` instead.
             input_features: `[clips, feature_size, frames]`, from [`ClvpFeatureExtractor`].
             attention_mask: `[texts, length]`, 1 = a token, 0 = padding, on either side.
-            generation_config: settings; `kwargs` that match its attributes override them. Without either, those of
-                the checkpoint.
+            generation_config: settings; `kwargs` with the names of its attributes override them. The default is the
+                checkpoint's.
             pad_to_max_mel_tokens: pad the generated sequences, start token included, to this length with stop tokens
-                before they are scored, as the original does; longer ones stay.
+                before they are scored, as the original does; longer ones stay as they are.
             output_hidden_states: return hidden states of the decoder and of both encoders.
-            kwargs: settings of generation (`max_new_tokens`, `do_sample`, `num_return_sequences`, ...), and what
-                `GenerationMixin.generate` takes besides: `logits_processor`, `stopping_criteria`, `streamer`, ...;
+            kwargs: settings of generation (`max_new_tokens`, `do_sample`, `num_return_sequences`, ...), other arguments
+                of `GenerationMixin.generate` (`logits_processor`, `stopping_criteria`, `streamer`, ...), and
                 `use_engine` as in [`ClvpForCausalLM.generate`].
 
         Returns:
             With `return_dict_in_generate=True` a [`ClvpOutput`]; else the tuple `(speech_ids, logits_per_speech,
-            logits_per_text, text_embeds, speech_embeds, text pooled, speech pooled)`, and the hidden states where
-            asked for.
+            logits_per_text, text_embeds, speech_embeds, text pooled, speech pooled)`, and the hidden states if asked
+            for.
         """
         tokens = input_ids if input_ids is not None else conditioning_encoder_inputs_embeds
         if tokens is None or input_features is None:

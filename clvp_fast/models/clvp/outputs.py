@@ -38,10 +38,10 @@ class ClvpOutput(ModelOutput):
         logits_per_text: `[texts, candidates]`, its transpose.
         text_embeds, speech_embeds: normalised embeddings, `[texts | candidates, projection_dim]`.
         text_model_output, speech_model_output: pooled outputs of the encoders.
-        decoder_hidden_states, text_encoder_hidden_states, speech_encoder_hidden_states: hidden states, where asked for.
-        sequences: `[candidates, 1 + generated]`, what the decoder generated: the start token, codes, stop tokens.
-        scores, logits, decoder_attentions: of each generation step, where asked for (`output_scores`, `output_logits`,
-            `output_attentions`), in the form that `GenerationMixin` gives them.
+        decoder_hidden_states, text_encoder_hidden_states, speech_encoder_hidden_states: hidden states, if asked for.
+        sequences: `[candidates, 1 + generated]`, the decoder's output: the start token, codes, stop tokens.
+        scores, logits, decoder_attentions: of each generation step, if asked for (`output_scores`, `output_logits`,
+            `output_attentions`), in the form of `GenerationMixin`.
     """
 
     loss: torch.Tensor | None = None

@@ -25,14 +25,14 @@ class ClvpPreTrainedModel(PreTrainedModel):
     def post_init(self) -> None:
         """Initialise as transformers does, then arrange the parameters for the operators."""
         super().post_init()
-        #: The class of each module at its making, which shows later replacements.
+        #: The class of each module at construction, which shows later replacements.
         self.kinds = kinds_of(self)
         arrange_parameters(self)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        # Layers of another width have `initializer_std`. transformers passes over containers of classes outside its own
-        # namespace, so that only leaves are sure to be visited.
+        # Layers of another width have `initializer_std`. transformers skips containers of classes outside its own
+        # namespace, so only leaves are sure to be visited.
         if isinstance(module, (nn.Linear, Conv1D, nn.Conv1d, nn.Embedding)):
             std = getattr(module, "initializer_std", 0.02 * self.config.initializer_factor)
             init.normal_(module.weight, mean=0.0, std=std)
@@ -49,8 +49,8 @@ class ClvpPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
         """Load a checkpoint: a directory, or a hub id. See `transformers.PreTrainedModel.from_pretrained`.
 
-        A part of CLVP (an encoder, the decoder) is loaded from its own checkpoint or out of a composite one; of the
-        two encoders, `config_type` (`"text_config"`, the default, or `"speech_config"`) says which.
+        A part of CLVP (an encoder, the decoder) is loaded from its own checkpoint or from a composite one.
+        `config_type` (`"text_config"`, the default, or `"speech_config"`) chooses the encoder.
         """
         config_type = kwargs.pop("config_type", None)
         is_part = cls.config_class in (ClvpEncoderConfig, ClvpDecoderConfig)
@@ -74,5 +74,5 @@ class ClvpPreTrainedModel(PreTrainedModel):
         return (part, info) if output_loading_info else part
 
     def option(self, name: str, given: bool | None) -> bool:
-        """Return an option of the call, or the configuration's where the call says nothing."""
+        """Return an option of the call, or the configuration's if the call gives none."""
         return bool(getattr(self.config, name, False) if given is None else given)

@@ -8,7 +8,7 @@ from clvp_fast.models.clvp.feature_extraction import ClvpFeatureExtractor
 from clvp_fast.models.clvp.tokenization import ClvpTokenizer
 from clvp_fast.models.common import clips
 
-# Options that a tokenizer has no use for.
+# Options that a tokenizer ignores.
 _AUDIO_OPTIONS = {"sampling_rate", "padding_value", "device"}
 
 
@@ -19,7 +19,7 @@ class ClvpProcessor(ProcessorMixin):
         feature_extractor: a `ClvpFeatureExtractor`.
         tokenizer: a `ClvpTokenizer`.
 
-    `decode` and `batch_decode` are the tokenizer's. Directories saved by this class or by transformers' load in both.
+    `decode` and `batch_decode` are the tokenizer's. A directory saved by this class or by transformers' loads in both.
     """
 
     def __init__(self, feature_extractor, tokenizer):
@@ -34,20 +34,20 @@ class ClvpProcessor(ProcessorMixin):
             audio: what `ClvpFeatureExtractor` takes, or the path or URL of an audio file, or a list of them.
             raw_speech: another name of `audio`.
             sampling_rate: of the audio in Hz.
-            device: where the features are computed (`ClvpFeatureExtractor`); tokens are made on the CPU.
+            device: the device on which features are computed (`ClvpFeatureExtractor`); tokens are made on the CPU.
             return_tensors: "pt", "np" or None (lists).
-            **kwargs: options of the tokenizer where text is given, else of the feature extractor. So `padding=True`
-                pads the texts and leaves the clips at their default length. `text_kwargs` and `audio_kwargs`
-                (dictionaries) address one of the two; `common_kwargs` both.
+            **kwargs: options of the tokenizer if text is given, else of the feature extractor. So `padding=True` pads
+            the texts and leaves the clips at their default length. The dictionaries `text_kwargs` and `audio_kwargs` go
+            to one of the two, `common_kwargs` to both.
 
         Returns:
-            `input_ids` and `attention_mask` (of the text), `input_features`; for audio alone `input_features` and
+            `input_ids` and `attention_mask` (of the text), and `input_features`; without text, `input_features` and
             `attention_mask` (of the samples).
 
         Raises:
-            ValueError: neither text nor audio, or one of them twice, or inputs of other names; what the tokenizer and
-                the extractor refuse.
-            TypeError: text that is no string.
+            ValueError: neither text nor audio, one of them twice, or inputs of other names; or an input that the
+                tokenizer or the extractor refuses.
+            TypeError: text that is not a string.
         """
         clips.refuse_other_inputs(type(self).__name__, kwargs)
         text, audio = _sort_inputs(inputs, text, audio, raw_speech)

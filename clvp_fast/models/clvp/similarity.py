@@ -24,7 +24,7 @@ def similarity(text_embeds: torch.Tensor, speech_embeds: torch.Tensor, logit_sca
     """Return the fields of an output that compare texts with speech.
 
     Args:
-        text_embeds: `[texts, projection_dim]`, of any length.
+        text_embeds: `[texts, projection_dim]`, not normalised.
         speech_embeds: `[clips, projection_dim]`, likewise.
         logit_scale: the logarithm of the scale, a scalar.
 

@@ -1,12 +1,12 @@
-"""English text as it is spoken: numbers and abbreviations written out, lower case, ASCII.
+"""Cleans English text to the way it is spoken: numbers and abbreviations written out, lower case, ASCII.
 
-Two ways of doing it, by name in `TEXT_CLEANERS`:
+There are two cleaners, by name in `TEXT_CLEANERS`:
 
-- "transformers": what the CLVP tokenizer of transformers does, its quirks included ("1st" is "onest", "café" is "caf");
-- "tortoise": what CLVP was trained on ("first", "cafe", years in pairs of digits), by inflect and unidecode, which are
+- "transformers": as the CLVP tokenizer of transformers, with its quirks ("1st" is "onest", "café" is "caf");
+- "tortoise": as in CLVP's training ("first", "cafe", years in pairs of digits), by inflect and unidecode, which are
   imported when this cleaner is first used.
 
-Both take one string and give one string.
+Both take a string and return a string.
 """
 
 import re
@@ -22,7 +22,7 @@ _ONES = (
 _TENS = ("", "", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
 _SCALES = ("", " thousand", " million", " billion", " trillion", " quadrillion")
 
-# Replaced in this order, as an earlier replacement can remove the word boundary of a later one.
+# Replaced in this order, because an earlier replacement can remove the word boundary of a later one.
 _ABBREVIATIONS = [
     (re.compile(rf"\b{short}\."), long)
     for short, long in {
@@ -47,7 +47,7 @@ _ABBREVIATIONS = [
     }.items()
 ]
 
-# inflect names no number past decillions.
+# inflect has no names for numbers past decillions.
 _MAX_NAMED_DIGITS = 36
 
 
@@ -77,7 +77,7 @@ def _clean(text: str, ordinal: Callable[[str], str], number: Callable[[str], str
     text = text.lower()
     text = re.sub(r"[0-9][0-9,]+[0-9]", lambda match: match[0].replace(",", ""), text)
     text = re.sub(r"\$([0-9.,]*[0-9])", lambda match: _dollars(match[1]), text)
-    # Only from the first digit of a run: tries from every digit would make a long number take quadratic time.
+    # Only from the first digit of a run, because tries from every digit would take quadratic time for a long number.
     text = re.sub(r"(?<![0-9])[0-9]++\.[0-9]+", lambda match: match[0].replace(".", " point "), text)
     text = re.sub(r"(?<![0-9])[0-9]++(?:st|nd|rd|th)", lambda match: ordinal(match[0]), text)
     text = re.sub(r"[0-9]+", lambda match: number(match[0]), text)
@@ -98,7 +98,7 @@ def _dollars(amount: str) -> str:
 
 
 def _integer(digits: str) -> int:
-    """Return the value of `digits`, or of the first 4000, as Python's `int` takes no more and no name is so long."""
+    """Return the value of `digits`, or of the first 4000: Python's `int` takes no more, and no name is so long."""
     return int(digits.lstrip("0")[:4000] or "0")
 
 
@@ -125,7 +125,7 @@ def _words_below_1000(value: int) -> str:
 
 
 def _stock_ordinal(text: str) -> str:
-    """Name the cardinal with the digits' ending: "21st" is "twenty-onest". The written ending does not matter."""
+    """Append the ending of the value to the cardinal: "21st" is "twenty-onest". The written ending does not matter."""
     value = _integer(text[:-2])
     regular = value % 100 // 10 == 1
     return _stock_words(value) + ("th" if regular else {1: "st", 2: "nd", 3: "rd"}.get(value % 10, "th"))
@@ -150,7 +150,7 @@ def _inflect_number(digits: str) -> str:
 
 
 def _century_words(value: int, words: Callable[[int], str]) -> str | None:
-    """Name 1100, 1200, ..., 2000 to 2009, ..., 2900 as years; return None for all other values."""
+    """Return the names of 1100, 1200, ..., 2000 to 2009, ..., 2900 as years, and None for all other values."""
     if not 1000 < value < 3000:
         return None
     if 2000 <= value < 2010:

@@ -7,7 +7,7 @@ from typing import cast
 
 from clvp_fast.models.clvp.tokenization import ClvpTokenizer
 
-# The most characters or words that a sentence names, and the most of a word.
+# The most characters or words that a sentence names, and the most characters of such a word.
 _SHOWN, _LONGEST = 10, 30
 
 
@@ -28,7 +28,7 @@ def text_remarks(tokenizer: ClvpTokenizer, text: str) -> tuple[str, ...]:
 
 
 def _strange_words(tokenizer: ClvpTokenizer, text: str) -> list[str]:
-    """Return the words of the cleaned `text` that are not among the checkpoint's own, if it names its words."""
+    """Return the words of the cleaned `text` that are not among the checkpoint's words, if it lists them."""
     if tokenizer.domain_words is None:
         return []
     words = re.findall(r"[^\W\d_]+(?:'[^\W\d_]+)*", tokenizer.normalizer(text))
@@ -37,9 +37,9 @@ def _strange_words(tokenizer: ClvpTokenizer, text: str) -> list[str]:
 
 
 def _is_lost(char: str, text: str, tokenizer: ClvpTokenizer) -> bool:
-    """Tell whether `char` has no token of its own, and taking it out of `text` leaves the known tokens as they are.
+    """Tell whether `char` has no token, and removing it from `text` leaves the known tokens unchanged.
 
-    The first alone is not enough: a currency sign has no token, but turns the number behind it into a sum of money.
+    The first condition is not enough: a currency sign has no token, but turns the number after it into a sum of money.
     """
     if char.isspace() or _says_something(tokenizer, char):
         return False

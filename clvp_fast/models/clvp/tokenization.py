@@ -1,4 +1,4 @@
-"""`ClvpTokenizer`: cleaned English text to the 255 byte-pair tokens of Tortoise, and back."""
+"""`ClvpTokenizer`: turns cleaned English text into the 255 byte-pair tokens of Tortoise, and back."""
 
 import json
 import os
@@ -14,13 +14,13 @@ _FILES = {"vocab_file": "vocab.json", "merges_file": "merges.txt"}
 _VERSION_LINE = "#version: 0.2"
 
 # Patterns that cut cleaned text, which is lower-case ASCII, before merging: GPT-2's, and that of Tortoise's
-# tokenizer.json. They differ at apostrophes alone ("'the" is "'t", "he" for GPT-2).
+# tokenizer.json. They differ only at apostrophes ("'the" is "'t", "he" for GPT-2).
 _WORDS = {
     "transformers": re.compile(r"'(?:[stmd]|re|ve|ll)| ?[a-z]+| ?[0-9]+| ?[^\sa-z0-9]+|\s+(?!\S)|\s+"),
     "tortoise": re.compile(r"\w+|\s|[^\w\s]+", re.ASCII),
 }
 
-# Words repeat, so that the merges of up to this many words are kept.
+# Words repeat, so the merges of up to this many words are kept.
 _MAX_KEPT_WORDS = 65536
 
 
@@ -33,30 +33,30 @@ def _byte_symbols() -> dict[int, str]:
 
 
 class ClvpTokenizer(PreTrainedTokenizer):
-    """Byte-level byte-pair tokenizer of CLVP, behind a cleaner that writes numbers and abbreviations out.
+    """Byte-level byte-pair tokenizer of CLVP, with a cleaner that writes out numbers and abbreviations.
 
-    Spaces are tokens of their own, so a word after a space and one at the start differ by that token:
-    `tokenizer("Hello world")["input_ids"]` is `[62, 84, 28, 2, 179, 79]` with Tortoise's vocabulary.
+    A space is a token of its own, so a word after a space and one at the start differ by that token: `tokenizer("Hello
+    world")["input_ids"]` is `[62, 84, 28, 2, 179, 79]` with Tortoise's vocabulary.
 
     Args:
         vocab_file: path of the JSON file token -> id.
-        merges_file: path of the text file of merges, one "left right" a line, after a "#version" line if there is one.
-        errors: how bytes that are no UTF-8 are decoded, as in `bytes.decode`.
+        merges_file: path of the text file of merges, one "left right" per line, after an optional "#version" line.
+        errors: how bytes that are not UTF-8 are decoded, as in `bytes.decode`.
         unk_token, bos_token, eos_token, pad_token: the special tokens; one that is not in the vocabulary is added.
-        add_prefix_space: put a space before the text. May be given in a call too.
+        add_prefix_space: put a space before the text. It may also be given in a call.
         add_bos_token, add_eos_token: put `bos_token` before, `eos_token` after each sequence when
             `add_special_tokens=True`.
-        text_cleaning: "transformers" cleans as transformers does; "tortoise" as Tortoise does, which is what the
-            checkpoint was trained on. With "tortoise" special tokens written in the text are text ("[STOP]" does not
-            stop), as they are there; `split_special_tokens=False` in a call recognises them.
-        domain_words: the words that a checkpoint of a closed domain was trained on, in lower case, saved with it; who
-            speaks a text is told of others. None: of any.
+        text_cleaning: "transformers" cleans as transformers does; "tortoise" as Tortoise does, on which the checkpoint
+            was trained. With "tortoise", special tokens written in the text are plain text, as in Tortoise ("[STOP]"
+            does not stop); `split_special_tokens=False` in a call recognises them.
+        domain_words: the words that a checkpoint of a closed domain was trained on, in lower case, saved with it; other
+            words in a text give a remark. None: any words.
 
-    A call with `is_split_into_words=True` puts a space before each word, the first too.
+    A call with `is_split_into_words=True` puts a space before each word, including the first.
 
     Raises:
         ValueError: an unknown `text_cleaning`, or a vocabulary or merges file that is not of this layout.
-        FileNotFoundError: one of the two files is not there.
+        FileNotFoundError: one of the two files does not exist.
     """
 
     vocab_files_names = _FILES
@@ -105,7 +105,7 @@ class ClvpTokenizer(PreTrainedTokenizer):
             add_prefix_space=add_prefix_space,
             **{"special_tokens_pattern": "none", **kwargs},
         )
-        # The base class keeps these arguments, and gives itself two of them with another meaning.
+        # The base class keeps these arguments, and uses two of them with another meaning.
         self.init_kwargs |= dict(
             vocab_file=vocab_file,
             merges_file=merges_file,
@@ -119,7 +119,7 @@ class ClvpTokenizer(PreTrainedTokenizer):
 
     @property
     def vocab_size(self) -> int:
-        """The number of tokens in the vocabulary file, added tokens not counted."""
+        """The number of tokens in the vocabulary file, without added tokens."""
         return len(self.encoder)
 
     @property
@@ -134,7 +134,7 @@ class ClvpTokenizer(PreTrainedTokenizer):
     # Text to ids
 
     def prepare_for_tokenization(self, text, is_split_into_words=False, **kwargs):
-        """Return the text with a space before it where one is asked for, and the remaining options."""
+        """Return the text, with a space before it if asked for, and the remaining options."""
         add_prefix_space = kwargs.pop("add_prefix_space", self.add_prefix_space)
         if text and (add_prefix_space or is_split_into_words):
             text = " " + text
@@ -142,7 +142,7 @@ class ClvpTokenizer(PreTrainedTokenizer):
 
     def _encode_plus(self, text, *args, is_split_into_words=False, **kwargs):
         if is_split_into_words:
-            # The base class tokenizes word by word, and does not tell `tokenize` so.
+            # The base class tokenizes word by word, without telling `tokenize`.
             kwargs["add_prefix_space"] = True
         return super()._encode_plus(text, *args, is_split_into_words=is_split_into_words, **kwargs)
 
@@ -157,7 +157,7 @@ class ClvpTokenizer(PreTrainedTokenizer):
         return tokens
 
     def _merge(self, word: str) -> list[str]:
-        """Join the byte symbols of `word` by the merges, the best-ranked pair first, wherever it stands."""
+        """Join the byte symbols of `word` by the merges, the best-ranked pair first, wherever it occurs."""
         symbols = [self.byte_encoder[byte] for byte in word.encode("utf-8")]
         while len(symbols) > 1:
             best = min(pairwise(symbols), key=lambda pair: self.bpe_ranks.get(pair, float("inf")))
@@ -177,7 +177,7 @@ class ClvpTokenizer(PreTrainedTokenizer):
         return self.unk_token_id if index is None else index
 
     def build_inputs_with_special_tokens(self, token_ids_0, token_ids_1=None):
-        """Build the ids of one or two sequences, each between the special tokens that were asked for."""
+        """Build the ids of one or two sequences, each with the special tokens that were asked for."""
         if not (self.add_bos_token or self.add_eos_token):
             return super().build_inputs_with_special_tokens(token_ids_0, token_ids_1)
         before = [self.bos_token_id] if self.add_bos_token else []
@@ -186,7 +186,7 @@ class ClvpTokenizer(PreTrainedTokenizer):
         return [index for sequence in sequences for index in (*before, *sequence, *after)]
 
     def get_special_tokens_mask(self, token_ids_0, token_ids_1=None, already_has_special_tokens=False):
-        """Return 1 where `build_inputs_with_special_tokens` puts a special token, else 0."""
+        """Return 1 for each special token that `build_inputs_with_special_tokens` adds, else 0."""
         if already_has_special_tokens or not (self.add_bos_token or self.add_eos_token):
             return super().get_special_tokens_mask(token_ids_0, token_ids_1, already_has_special_tokens)
         before, after = [1] * bool(self.add_bos_token), [1] * bool(self.add_eos_token)
@@ -199,7 +199,7 @@ class ClvpTokenizer(PreTrainedTokenizer):
         return self.decoder.get(index)
 
     def convert_tokens_to_string(self, tokens) -> str:
-        """Join `tokens` to the text that they spell, special tokens included as they are written."""
+        """Join `tokens` to the text that they spell; special tokens appear as they are written."""
         if None in tokens:
             raise ValueError(f"cannot decode an id outside the vocabulary (0 to {len(self) - 1}).")
         data = b"".join(
@@ -221,10 +221,10 @@ class ClvpTokenizer(PreTrainedTokenizer):
     # Files
 
     def save_vocabulary(self, save_directory, filename_prefix=None) -> tuple[str, str]:
-        """Write the vocabulary and the merges into `save_directory`; returns the two paths.
+        """Write the vocabulary and the merges into `save_directory`, and return the two paths.
 
         Raises:
-            NotADirectoryError: `save_directory` is no directory.
+            NotADirectoryError: `save_directory` is not a directory.
         """
         if not os.path.isdir(save_directory):
             raise NotADirectoryError(f"the vocabulary is saved into a directory, which {save_directory} is not.")
@@ -243,7 +243,7 @@ class ClvpTokenizer(PreTrainedTokenizer):
         options = {name: True for name in ("add_bos_token", "add_eos_token") if getattr(self, name)}
         if options and push_to_hub:
             raise ValueError("save a tokenizer with add_bos_token or add_eos_token first, then push the directory.")
-        # Fields that transformers does not know are written only where they differ from its behaviour.
+        # Fields that transformers does not know are written only if they differ from its behaviour.
         own = {"text_cleaning": "transformers", "domain_words": None}
         unsaid = {name: value for name, value in own.items() if self.init_kwargs[name] == value}
         for name in unsaid:

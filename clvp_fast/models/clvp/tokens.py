@@ -1,7 +1,7 @@
-"""The form of texts and speech codes for the encoders: their ends, their filling, and codes that have no row.
+"""The form of texts and speech codes for the encoders: their ends, their padding, and codes without a row.
 
-A text is scored with one end token behind it. Candidates are filled up with stop tokens to one length, and `fix_ends`
-makes codes of silence of everything from the first one on.
+A text is scored with one end token after it. Candidates are filled up with stop tokens to one length, and `fix_ends`
+turns everything from the first stop token on into codes of silence.
 """
 
 from collections.abc import Sequence
@@ -14,23 +14,23 @@ from clvp_fast.models.clvp.configuration import ClvpConfig, ClvpDecoderConfig, C
 
 
 def stop_token(config: ClvpDecoderConfig) -> int:
-    """Return the one token that ends a candidate; -2, which is never drawn, where the configuration has none.
+    """Return the one token that ends a candidate, or -2, which is never drawn, if the configuration has none.
 
-    Raises `ValueError` where it has several.
+    Raises `ValueError` if it has several.
     """
     stop = only_token(config.eos_token_id, "the decoder's eos_token_id, which ends a candidate,")
     return -2 if stop is None else stop
 
 
 def start_token(config: ClvpDecoderConfig) -> int:
-    """Return the token that a candidate begins with. Raises `ValueError` where the configuration has none."""
+    """Return the token that a candidate begins with. Raises `ValueError` if the configuration has none."""
     if config.bos_token_id is None:
         raise ValueError("a candidate begins with the decoder's bos_token_id, and that is None: set it")
     return config.bos_token_id
 
 
 def text_end(config: ClvpEncoderConfig) -> int:
-    """Return the one token that ends a text. Raises `ValueError` where the configuration has none or several."""
+    """Return the one token that ends a text. Raises `ValueError` if the configuration has none or several."""
     end = only_token(config.eos_token_id, "the text encoder's eos_token_id, which ends a text,")
     if end is None:
         raise ValueError("the text encoder's eos_token_id, which ends a text, is None: set it")
@@ -38,14 +38,14 @@ def text_end(config: ClvpEncoderConfig) -> int:
 
 
 def text_begin(config: ClvpEncoderConfig) -> int:
-    """Return the token that a prompt's text begins with. Raises `ValueError` where the configuration has none."""
+    """Return the token that a prompt's text begins with. Raises `ValueError` if the configuration has none."""
     if config.bos_token_id is None:
         raise ValueError("the text encoder's bos_token_id, which a prompt's text begins with, is None: set it")
     return config.bos_token_id
 
 
 def only_token(tokens: int | Sequence[int] | None, of: str) -> int | None:
-    """Return the token of an `eos_token_id`, or None for None. Raises `ValueError`, which `of` begins, for several."""
+    """Return the token of an `eos_token_id`, or None for None. Raises `ValueError` for several, beginning with `of`."""
     if not isinstance(tokens, (list, tuple)):
         return tokens  # pyright: ignore[reportReturnType] - no other sequence is an id
     if len(tokens) != 1:
@@ -54,25 +54,26 @@ def only_token(tokens: int | Sequence[int] | None, of: str) -> int | None:
 
 
 def most_codes(config: ClvpDecoderConfig) -> int:
-    """Return the greatest number of codes of a candidate that the decoder has positions for.
+    """Return the most codes of a candidate for which the decoder has positions.
 
-    The start token is at 0, and the last code is not entered; without `contiguous_positions` position 1 is left out.
+    The start token has position 0, and the last code is not entered; without `contiguous_positions` position 1 is
+    skipped.
     """
     return config.max_position_embeddings - int(not getattr(config, "contiguous_positions", False))
 
 
 def most_text(config: ClvpDecoderConfig, num_ends: int = 2) -> int:
-    """Return the greatest number of tokens of a text that fits beside a begin token and `num_ends` end tokens."""
+    """Return the most tokens of a text that fit with a begin token and `num_ends` end tokens."""
     return config.max_text_tokens - 1 - num_ends
 
 
 def longest_prompt(config: ClvpDecoderConfig) -> int:
-    """Return the greatest length of a prompt: the voice, and a text with its begin and end tokens."""
+    """Return the length of the longest prompt: the voice, and a text with its begin and end tokens."""
     return 1 + config.max_text_tokens
 
 
 def fill_up(rows: Sequence[np.ndarray | torch.Tensor], length: int, fill: int) -> np.ndarray:
-    """Write rows of at most `length` tokens into one array `[rows, length]` int64, with `fill` behind their ends."""
+    """Write rows of at most `length` tokens into one array `[rows, length]` int64, with `fill` after their ends."""
     filled = np.full((len(rows), length), fill, dtype=np.int64)
     for row, tokens in zip(filled, rows, strict=True):
         row[: len(tokens)] = tokens
@@ -80,10 +81,10 @@ def fill_up(rows: Sequence[np.ndarray | torch.Tensor], length: int, fill: int) -
 
 
 def fix_ends(tokens: torch.Tensor, config: ClvpDecoderConfig) -> torch.Tensor:
-    """Make codes of drawn tokens `[candidates, length]`, without start tokens, as the original does.
+    """Turn drawn tokens `[candidates, length]`, without start tokens, into codes, as the original does.
 
     In a row with a stop token, everything from the first one on becomes `decoder_fixing_codes[0]`, and the last three
-    places become the other fixing codes; other rows stay.
+    positions become the other fixing codes; other rows stay.
     """
     fill, *tail = config.decoder_fixing_codes
     length = tokens.shape[1]
@@ -101,14 +102,14 @@ def finished_codes(rows: Sequence[np.ndarray | torch.Tensor], length: int, confi
 
 
 def known_codes(codes: torch.Tensor, config: ClvpConfig) -> torch.Tensor:
-    """Replace codes that the speech encoder has no row for, as start and stop token, by the filling code."""
+    """Replace codes without a row in the speech encoder, such as start and stop token, by the filling code."""
     return torch.where(codes < config.speech_config.vocab_size, codes, config.decoder_config.decoder_fixing_codes[0])
 
 
 def end_text(
     tokens: torch.Tensor, mask: torch.Tensor | None, end: int | torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Put one end token behind each text, as the original scores them, and return texts and mask.
+    """Put one end token after each text, as the original scores them, and return texts and mask.
 
     Args:
         tokens: ids `[texts, length]`, or embeddings `[texts, length, hidden_size]`.
@@ -120,14 +121,14 @@ def end_text(
 
 
 class PaddedText:
-    """Token ids `[batch, length]` (or embeddings) and their mask, to which tokens are added at a text's own ends."""
+    """Token ids `[batch, length]` (or embeddings) and their mask; tokens can be added directly around each text."""
 
     def __init__(self, tokens: torch.Tensor, mask: torch.Tensor | None):
         self.tokens = tokens
         self.mask = tokens.new_ones(tokens.shape[:2], dtype=torch.long) if mask is None else mask.long()
 
     def surround(self, before: int | torch.Tensor | None, after: int | torch.Tensor | None) -> "PaddedText":
-        """Add one token before the first real one of each row and one after the last, on either side of padding.
+        """Add one token before the first real one of each row and one after the last, inside the padding.
 
         `before` and `after` are a token id, or an embedding `[hidden]`; `None` adds nothing.
         """
@@ -156,7 +157,7 @@ class PaddedText:
 def insert_eos_at_first_pad(input_ids: torch.Tensor, pad_token_id: int, eos_token_id: int) -> torch.Tensor:
     """Put `eos_token_id` before the first `pad_token_id` of each row `[batch, length]`, or at the row's end.
 
-    This is transformers' rule, which looks at values and not at the mask; `forward` keeps it, and its numbers.
+    This is transformers' rule, which uses values and not the mask; `forward` keeps it to give the same numbers.
     """
     is_pad = F.pad(input_ids == pad_token_id, (0, 1), value=True)
     first_pad = is_pad.int().argmax(1, keepdim=True)

@@ -1,4 +1,4 @@
-"""The place of each tensor of Tortoise's original checkpoints in CLVP."""
+"""Maps the tensors of Tortoise's original checkpoints to CLVP's."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -11,8 +11,8 @@ from clvp_fast.models.clvp.configuration import ClvpConfig
 
 HEAD_DIM = 64
 
-# The head over text is used in training alone; masks are constants; `wte` and `inference_model` repeat other tensors in
-# files that were saved after Tortoise had prepared the model for inference.
+# The head over text is used only in training; masks are constants; `wte` and `inference_model` repeat other tensors, in
+# files that were saved after Tortoise prepared the model for inference.
 UNUSED = re.compile(
     r"text_head\.(weight|bias)|gpt\.h\.\d+\.attn\.(bias|masked_bias)|gpt\.wte\.weight|inference_model\..+"
 )
@@ -132,7 +132,7 @@ def encoder_rules(config: PreTrainedConfig) -> Iterator[Rule]:
 
 
 def _frequencies(stored: torch.Tensor) -> torch.Tensor:
-    """Return rotary frequencies, computed again where the file has rounded them to a half type."""
+    """Return rotary frequencies; recompute them if the file has rounded them to a half type."""
     if stored.element_size() >= 4:
         return stored
     return 10000 ** -(torch.arange(len(stored), dtype=torch.float32) / len(stored))

@@ -1,1 +1,1 @@
-"""CLVP's first API: the scorer alone, text and speech tokens to their similarity, on the encoders of `models.clvp`."""
+"""CLVP's first API: only the scorer, which compares text with speech tokens by the encoders of `models.clvp`."""

@@ -1,7 +1,7 @@
 """Configurations of CLVP's scorer: a text encoder, a speech encoder, and the two together.
 
-The encoders are those of `models.clvp`, and so are their fields. Each class reads the configuration of its own kind of
-checkpoint, and its share of a full CLVP checkpoint's.
+The encoders and their fields are those of `models.clvp`. Each class reads the configuration of its own kind of
+checkpoint, and its part of a full CLVP checkpoint's.
 """
 
 import os
@@ -51,14 +51,14 @@ class CLVPSpeechConfig(ClvpEncoderConfig):
 
 @strict
 class CLVPConfig(PreTrainedConfig):
-    """Configuration of [`CLVPModel`], the scorer. ([`ClvpConfig`] is that of the full CLVP, with a decoder.)
+    """Configuration of [`CLVPModel`], the scorer. ([`ClvpConfig`] is the full CLVP's, with a decoder.)
 
     `from_pretrained` reads a scorer's configuration or the encoders' part of a full CLVP's.
 
     Args:
         text_config: a [`CLVPTextConfig`], another [`ClvpEncoderConfig`], or a dictionary; `None` takes the defaults.
         speech_config: likewise, with [`CLVPSpeechConfig`].
-        projection_dim: width of the shared embedding, that of both parts; `None` takes it from them.
+        projection_dim: width of the shared embedding, which both parts must have; `None` takes it from them.
         logit_scale_init_value: initial value of `logit_scale`, the logarithm of the similarity's scale.
         initializer_factor: factor on the standard deviations of random weights.
 
@@ -110,12 +110,12 @@ class CLVPConfig(PreTrainedConfig):
     def from_text_speech_configs(
         cls, text_config: CLVPTextConfig, speech_config: CLVPSpeechConfig, **kwargs
     ) -> "CLVPConfig":
-        """Make the configuration of two encoders; `kwargs` are further fields of [`CLVPConfig`]."""
+        """Make a configuration of two encoders; `kwargs` are other fields of [`CLVPConfig`]."""
         return cls(text_config=text_config.to_dict(), speech_config=speech_config.to_dict(), **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "CLVPConfig":
-        """Read the configuration of a scorer or of a full CLVP; raise ValueError for that of another model."""
+        """Read the configuration of a scorer or of a full CLVP; raise ValueError for another model's."""
         config_dict, kwargs = cls.get_config_dict(pretrained_model_name_or_path, **kwargs)
         _check_type(cls, pretrained_model_name_or_path, config_dict, ClvpConfig.model_type, cls.model_type)
         if config_dict["model_type"] == ClvpConfig.model_type:
@@ -144,7 +144,7 @@ def _load_side(cls: type[_Side], name: str | os.PathLike, **kwargs) -> _Side:
 
 
 def _fields(value: dict | PreTrainedConfig | None) -> dict:
-    """Return the fields of a sub-configuration, all of them where `value` is a configuration of another class."""
+    """Return the fields of a sub-configuration; all of them if `value` is a configuration of another class."""
     fields = value.to_dict() if isinstance(value, PreTrainedConfig) else value or {}
     return {key: field for key, field in fields.items() if key != "model_type"}
 

@@ -1,4 +1,4 @@
-"""Conversion of Tortoise's `clvp2.pth` to the scorer, which takes both encoders and nothing else."""
+"""Converts Tortoise's `clvp2.pth`, which has both encoders, to the scorer."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,15 +14,15 @@ from clvp_fast.models.clvp_scorer.modeling import CLVPModel
 def convert_tortoise_scorer(
     clvp: str | Path | Mapping[str, torch.Tensor], *, dtype: torch.dtype | None = None
 ) -> CLVPModel:
-    """Make the scorer of Tortoise's CLVP checkpoint alone, on the CPU and in eval mode.
+    """Make the scorer from Tortoise's CLVP checkpoint alone, on the CPU and in eval mode.
 
     Args:
         clvp: `clvp2.pth` (or a `.safetensors` file of the same keys), or its state dict.
-        dtype: of the parameters; that of the file by default. Rotary frequencies stay in float32.
+        dtype: dtype of the parameters; by default that of the file. Rotary frequencies stay in float32.
 
     Raises:
-        FileNotFoundError: the file is not there.
-        ValueError: the file is damaged, holds more than tensors, or lacks, adds or misshapes one.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is damaged, holds more than tensors, or has a missing, unknown or misshapen tensor.
     """
     original = Original("the CLVP checkpoint", clvp)
     config = CLVPConfig(**encoder_configs(original))

@@ -1,8 +1,8 @@
-"""CLVP's scorer: `CLVPModel`, and its text and its speech side alone, with and without the projection.
+"""CLVP's scorer: `CLVPModel`, and its text side and speech side alone, with and without the projection.
 
 These classes (CLVP in capitals, as in CLVP's first API) hold [`ClvpEncoder`]s under the names of a full CLVP checkpoint
-and compute what those compute. Each reads its share of a checkpoint of any class that has it, the full CLVP included,
-and writes that share alone.
+and compute the same. Each class reads its part of any checkpoint that has it, including the full CLVP's, and writes
+only that part.
 """
 
 import torch
@@ -277,16 +277,16 @@ class CLVPSpeechModelWithProjection(_SpeechSide):
 
 
 class CLVPModel(CLVPPreTrainedModel):
-    """The scorer: how well speech tokens say a text. It generates nothing and has no decoder.
+    """The scorer, which tells how well speech tokens say a text. It has no decoder and generates nothing.
 
-    Its name differs by case alone from [`ClvpModel`], the bare decoder. The full CLVP, which proposes candidates and
+    Its name differs only by case from [`ClvpModel`], the bare decoder. The full CLVP, which proposes candidates and
     scores them, is [`ClvpModelForConditionalGeneration`].
 
     `from_pretrained` takes a checkpoint of its own or of a full CLVP, whose decoder is not loaded;
     [`convert_tortoise_scorer`] reads Tortoise's `clvp2.pth`.
 
-    Ids are encoded as they are given. Trained checkpoints expect what they were trained on: texts that end with token 0
-    (`text_config.eos_token_id`), and codes without start and stop token, as `fix_speech_decoder_output` of the full
+    Ids are encoded as they are given. Trained checkpoints expect texts that end with token 0
+    (`text_config.eos_token_id`), and codes without start and stop tokens, as `fix_speech_decoder_output` of the full
     CLVP returns them.
     """
 
@@ -339,9 +339,9 @@ class CLVPModel(CLVPPreTrainedModel):
         Args:
             input_ids: `[texts, length]`, from [`ClvpTokenizer`].
             speech_ids: `[clips, length]`, speech tokens.
-            text_attention_mask, speech_attention_mask: as the ids, 1 or True = a token, 0 = padding.
-            return_loss: add the contrastive loss of matching the i-th text with the i-th clip; there must be equally
-                many.
+            text_attention_mask, speech_attention_mask: of the shape of the ids, 1 or True = a token, 0 = padding.
+            return_loss: add the contrastive loss of matching the i-th text with the i-th clip; there must be as many
+                texts as clips.
             output_attentions, output_hidden_states: return those of both encoders, in `text_model_output` and
                 `speech_model_output`.
 

@@ -49,7 +49,7 @@ class CLVPOutput(ModelOutput):
         logits_per_speech: `[clips, texts]`, scaled cosine similarities.
         logits_per_text: `[texts, clips]`, its transpose.
         text_embeds, speech_embeds: normalised embeddings, `[texts | clips, projection_dim]`.
-        text_model_output, speech_model_output: what [`CLVPTextModel`] and [`CLVPSpeechModel`] return.
+        text_model_output, speech_model_output: outputs of [`CLVPTextModel`] and [`CLVPSpeechModel`].
     """
 
     loss: torch.Tensor | None = None
@@ -61,5 +61,5 @@ class CLVPOutput(ModelOutput):
     speech_model_output: BaseModelOutputWithPooling | None = None
 
     def to_tuple(self) -> tuple:
-        """Return the fields that are there, the outputs of the two models as tuples too."""
+        """Return the fields that are not None; the outputs of the two models become tuples too."""
         return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in self.values())

@@ -1,1 +1,1 @@
-"""Parts that CLVP and CLAP share: blocks of layers, layouts of parameters, masks, clips, the rule for plain modules."""
+"""Parts that CLVP and CLAP share: layers, the storage of parameters, masks, clips, and the rule for plain modules."""

@@ -1,6 +1,6 @@
-"""Callers' voice clips as rows of one batch: numpy arrays on the host, tensors on their device.
+"""Turns callers' clips into rows of one batch: numpy arrays on the host, or tensors on their device.
 
-A clip that was read is float32 or int16 `[time]`: an array where it lies on the host, else a tensor. Clips that came as
+A clip that was read is float32 or int16 `[time]`: an array on the host, or a tensor on another device. Clips given as
 one 2-D tensor on a device stay one.
 """
 
@@ -20,7 +20,7 @@ NOT_FINITE = "{} has samples that are NaN or infinite: it was not decoded or sca
 
 
 def refuse_other_inputs(processor: str, options: dict) -> None:
-    """Raise `ValueError` for keywords that name no input of a processor, which it would ignore."""
+    """Raise `ValueError` for keywords that are not inputs of a processor, because it would ignore them."""
     for name in ("audios", "raw_speech", "images", "videos"):
         if options.get(name) is not None:
             what = "pass the audio as audio=" if name in ("audios", "raw_speech") else "leave it out"
@@ -28,7 +28,7 @@ def refuse_other_inputs(processor: str, options: dict) -> None:
 
 
 def check_sampling_rate(extractor: str, expected: int, given: int | None) -> None:
-    """Raise `ValueError` for samples of another rate than an extractor's; where none is given, warn."""
+    """Raise `ValueError` for samples of another rate than an extractor's; warn if none is given."""
     if given is None:
         logger.warning(
             "Pass `sampling_rate` to %s: without it, audio that is not at %d Hz gives wrong features silently.",
@@ -48,9 +48,9 @@ def clip_name(index: int, count: int) -> str:
 
 
 def read_clips(raw_speech, device: torch.device | None = None):
-    """Return the clips of `raw_speech` and the device to compute on: `device`, else the clips' own.
+    """Return the clips of `raw_speech`, and the device to compute on: `device` if given, else the clips' own.
 
-    Raises `ValueError` and `TypeError` for what is no audio; tensors on several devices need `device`.
+    Raises `ValueError` and `TypeError` for input that is not audio; tensors on several devices need `device`.
     """
     if isinstance(raw_speech, (np.ndarray, torch.Tensor)):
         if raw_speech.ndim > 2:
@@ -119,7 +119,7 @@ def _read_clip(clip, name: str, device: torch.device):
 
 
 def _tell_level(peak: float, name: str) -> None:
-    """Warn of samples whose level is surely a mistake."""
+    """Warn of samples with a level that must be a mistake."""
     if reason := wrong_scale(peak):
         logger.warning("%s %s.", name, reason)
     elif peak < SILENCE_PEAK:
@@ -127,7 +127,7 @@ def _tell_level(peak: float, name: str) -> None:
 
 
 def _read_tensor(clip: torch.Tensor, name: str) -> torch.Tensor:
-    """Return a clip on a device, without a look at its values."""
+    """Return a clip on a device, without checking its values."""
     _check_form(clip, name)
     if not clip.is_floating_point() and clip.dtype != torch.int16:
         raise _wrong_type(str(clip.dtype).removeprefix("torch."), name)
@@ -159,7 +159,7 @@ def lengths_of(clips) -> list[int]:
 def lay_out(clips, held: list[int], lengths: list[int], fill: float, left: bool, device: torch.device) -> torch.Tensor:
     """Lay out rows `[clips, max(lengths)]` on `device`: `held[i]` samples of clip i, filled up to `lengths[i]`.
 
-    int16 where all clips are and nothing but 0 is filled in, else float32. Samples past `lengths[i]` are `fill` too.
+    The rows are int16 if all clips are and only 0 is filled in, else float32. Samples past `lengths[i]` are `fill` too.
     """
     whole, width = isinstance(clips, torch.Tensor), max(lengths)
     integers = all(map(_is_int16, clips[:1] if whole else clips)) and (fill == 0 or held == lengths)
@@ -192,7 +192,7 @@ def as_floats(samples):
 
 
 def similar_lengths(lengths: list[int]) -> list[list[int]]:
-    """Group the places of clips to compute together: one group, unless padding would take most of the memory."""
+    """Group the indices of clips to compute together: one group, unless padding would take most of the memory."""
     if len(lengths) * max(lengths) <= 4 * sum(lengths):
         return [list(range(len(lengths)))]
     groups: dict[int, list[int]] = {}

@@ -1,4 +1,4 @@
-"""Convolutions whose arithmetic is float32 where torch's own is slow in bfloat16."""
+"""Convolutions that compute in float32 where torch is slow in bfloat16."""
 
 import torch
 import torch.nn.functional as F
@@ -14,16 +14,16 @@ def _convolve(function, conv: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 class Conv1d(nn.Conv1d):
-    """torch's class, with padding by zeros only: `[batch, channels, length]` to the same with other channels."""
+    """torch's class, only with zero padding: maps `[batch, channels, length]` to other channels."""
 
-    initializer_std: float  # the standard deviation of random weights, where a model sets one
+    initializer_std: float  # the standard deviation of random weights, if a model sets one
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return _convolve(F.conv1d, self, x) if multiplies_slowly(x) else super().forward(x)
 
 
 class Conv2d(nn.Conv2d):
-    """torch's class, with padding by zeros only: `[batch, channels, height, width]` to other channels and sizes."""
+    """torch's class, only with zero padding: maps `[batch, channels, height, width]` to other channels and sizes."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return _convolve(F.conv2d, self, x) if multiplies_slowly(x) else super().forward(x)

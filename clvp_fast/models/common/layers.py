@@ -1,4 +1,4 @@
-"""Parts of layers that CLVP and CLAP share: norms, embeddings, attention and feed-forward blocks, plain or not."""
+"""Parts of layers that CLVP and CLAP share: norms, embeddings, attention and feed-forward blocks."""
 
 from typing import Any, TypeGuard
 
@@ -35,9 +35,9 @@ def add_norm(
     residual: torch.Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the new residual `hidden_states + residual`, and its `norm` of `out_dtype`; both `[..., hidden_size]`.
+    """Return the new residual `hidden_states + residual`, and its `norm` in `out_dtype`; both `[..., hidden_size]`.
 
-    `out_dtype` is by default that of `hidden_states`. The residual may be float32 beside a half type, and stays so.
+    `out_dtype` is by default that of `hidden_states`. The residual may be float32 with a half type, and stays so.
     """
     if is_plain_layer_norm(norm):
         return ops.add_norm(
@@ -60,8 +60,8 @@ def attend(
 ) -> torch.Tensor:
     """Apply `attention` to `hidden_states`; its weights are appended to `attentions`, if that is a list.
 
-    A plain one of the class `kind` computes no weights that nobody wants. Others, and hooks, see all that transformers'
-    attention returns.
+    A plain attention of class `kind` computes weights only if they are wanted. Other modules, and hooks, get everything
+    that transformers' attention returns.
     """
     if is_plain(attention, kind):
         arguments["need_weights"] = attentions is not None
@@ -79,7 +79,7 @@ def add_feed_forward(
 
 
 def is_plain_embedding(layer: nn.Module) -> bool:
-    """Tell whether `layer` is a plain embedding that only looks up rows and adds up their gradients."""
+    """Tell whether `layer` is a plain embedding, which only looks up rows and sums their gradients."""
     return (
         is_plain(layer, nn.Embedding)
         and layer.max_norm is None
@@ -97,7 +97,7 @@ def embed(
 ) -> torch.Tensor:
     """Add token and position embeddings `[batch, length, hidden_size]` of ids `[batch, length]`.
 
-    `out_dtype` is that of the sum, by default that of the tables.
+    `out_dtype` is the dtype of the sum, by default that of the tables.
     """
     layers = token_layer, position_layer
     if all(map(is_plain_embedding, layers)) and token_layer.weight.dtype == position_layer.weight.dtype:

@@ -1,8 +1,8 @@
-"""Masks of attention, which CLVP and CLAP read alike."""
+"""Attention masks, which CLVP and CLAP read in the same way."""
 
 import torch
 
-#: The remark of error messages on the length of CLVP's masks.
+#: The remark on the length of CLVP's masks in error messages.
 ALL_KEYS = " (all keys, those in the cache included)"
 
 
@@ -10,7 +10,7 @@ def boolean_mask(attention_mask: torch.Tensor | None, length: int, remark: str =
     """Return a padding mask `[batch, length]` as booleans; None and masks of four axes stay as they are.
 
     Args:
-        remark: what a message says of the length.
+        remark: a message's remark on the length.
 
     Raises:
         ValueError: any other shape.

@@ -1,14 +1,13 @@
-"""The storage of parameters: arranged where they change, and only read where they are used.
+"""The storage of parameters: it is arranged when they change, and only read when they are used.
 
-Parameters are those of the checkpoints (`q_proj`, `k_proj`, ... each its own), in the storage that the operators want:
-query, key and value weights of a layer lie in one block, and `Conv1D` weights, which checkpoints keep as `[in, out]`,
-become transposed views of `[out, in]` storage before candidates are drawn. There is no second copy, so that changes
-in place are seen.
+Parameters are those of the checkpoints (`q_proj`, `k_proj` and so on), in the storage that the operators want: query,
+key and value weights of a layer lie in one block, and `Conv1D` weights, which checkpoints keep as `[in, out]`, become
+transposed views of `[out, in]` storage before candidates are drawn. There is no second copy, so changes in place are
+seen.
 
-An [`ArrangedLayer`] arranges its own when it is loaded, moved, cast, copied or gets another module; models do so at the
-end of their making. A change that no module hears of (`linear.weight = ...`, `weight.data = ...`) leaves parameters
-where they were put: layers are then computed one by one, until `arrange_parameters`, or an engine of the model,
-arranges again.
+An [`ArrangedLayer`] arranges its parameters when it is loaded, moved, cast, copied or gets another module; models do so
+at the end of construction. After a change that no module notices (`linear.weight = ...`, `weight.data = ...`), layers
+are computed one by one until `arrange_parameters`, or an engine of the model, arranges the parameters again.
 """
 
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ from clvp_fast.models.common.plain import is_plain
 
 
 def apply_linear(linear: nn.Module, hidden_states: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-    """Compute `linear(hidden_states)`, `[..., in]` → `[..., out]`, through the operator where that is the same.
+    """Compute `linear(hidden_states)`, `[..., in]` → `[..., out]`, through the operator if that gives the same.
 
     A residual is added, and the result has its dtype.
     """
@@ -42,9 +41,9 @@ def project_heads(linears: list[nn.Module], hidden_states: torch.Tensor, num_hea
 
 
 def packed_linears(linears: Sequence[nn.Module]) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-    """Return one `[sum of out, in]` weight and bias of linear layers of one input, views of their parameters.
+    """Return one `[sum of out, in]` weight and bias of linear layers with the same input, as views of their parameters.
 
-    None where the parameters do not lie one behind another, or a layer is not plain. Nothing is moved.
+    Returns None if the parameters do not lie one after another, or a layer is not plain. Nothing is moved.
     """
     plain = [linear for linear in linears if is_plain(linear, nn.Linear)]
     if len(plain) < len(linears) or (weight := _joined([linear.weight for linear in plain])) is None:
@@ -57,7 +56,7 @@ def packed_linears(linears: Sequence[nn.Module]) -> tuple[torch.Tensor, torch.Te
 
 
 def _joined(parameters: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
-    """Return one view of parameters that lie one behind another; None for others."""
+    """Return one view of parameters that lie one after another; None for others."""
     first = parameters[0]
     if type(first) is not nn.Parameter:  # `functional_call` puts in tensors that may have no address
         return None
@@ -82,10 +81,10 @@ def _joined(parameters: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
 
 
 class ArrangedLayer(nn.Module):
-    """A layer that keeps its modules' parameters in the operators' storage, through every change that it is told of.
+    """A layer that keeps its modules' parameters in the operators' storage, through every change that it notices.
 
-    A subclass states their order in `arrange_parameters`. That is called when the layer was moved or cast (`_apply`),
-    loaded, copied or unpickled, and when one of its modules was replaced; never by `forward`.
+    A subclass defines their order in `arrange_parameters`. That is called after the layer was moved or cast (`_apply`),
+    loaded, copied or unpickled, or one of its modules was replaced; `forward` never calls it.
     """
 
     def __init__(self):
@@ -93,7 +92,7 @@ class ArrangedLayer(nn.Module):
         self.register_load_state_dict_post_hook(_arrange_loaded)
 
     def arrange_parameters(self) -> None:
-        """Move parameters into their storage, where they are outside and may be moved."""
+        """Move parameters into their storage, if they lie elsewhere and may be moved."""
         raise NotImplementedError
 
     def _apply(self, fn, recurse=True):
@@ -124,10 +123,10 @@ def arrange_parameters(model: nn.Module) -> None:
 
 
 def arrange_for_decoding(model: nn.Module) -> None:
-    """Move all parameters of `model` into the storage that a decode step reads fastest, `Conv1D` weights too.
+    """Move all parameters of `model`, `Conv1D` weights too, into the storage that a decode step reads fastest.
 
-    Those keep the checkpoint's layout until candidates are drawn, since some of torch's functions for a module's
-    weights (pruning, for one) view them as one row of numbers.
+    `Conv1D` weights keep the checkpoint's layout until candidates are drawn, because some torch functions on a module's
+    weights (such as pruning) view them as one row of numbers.
     """
     arrange_parameters(model)
     for module in model.modules():
@@ -136,9 +135,9 @@ def arrange_for_decoding(model: nn.Module) -> None:
 
 
 def can_pack(linears: Sequence[nn.Module]) -> TypeGuard[Sequence[nn.Linear]]:
-    """Tell whether the parameters of plain linear layers of one input can be moved behind one another.
+    """Tell whether the parameters of plain linear layers with the same input can be moved one after another.
 
-    They must be of one dtype and device, all layers with a bias or none, and their storage such as may be another.
+    They must have one dtype and device, all layers or none must have a bias, and all must be movable.
     """
     if not all(is_plain(linear, nn.Linear) for linear in linears):
         return False
@@ -156,9 +155,9 @@ def can_pack(linears: Sequence[nn.Module]) -> TypeGuard[Sequence[nn.Linear]]:
 def _is_movable(parameter: torch.Tensor | None) -> TypeGuard[nn.Parameter]:
     """Tell whether a parameter may get another storage.
 
-    It must be the module's own, made outside inference mode and `torch.func`, and shared with no other process.
+    It must be the module's own, made outside inference mode and `torch.func`, and not shared with another process.
     `functional_call` puts a caller's tensors in place of parameters, and tensors made in a transform end with it. Torch
-    has no public name for a transform under way.
+    has no public way to ask for a transform under way.
     """
     if type(parameter) is not nn.Parameter or parameter.is_inference():
         return False
@@ -169,7 +168,7 @@ def _is_movable(parameter: torch.Tensor | None) -> TypeGuard[nn.Parameter]:
 
 
 def pack_linears(linears: Sequence[nn.Module]) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-    """Return `packed_linears`, after moving parameters that do not lie so yet; None where they cannot be moved."""
+    """Return `packed_linears`, after moving parameters that do not lie so yet; None if they cannot be moved."""
     if (packed := packed_linears(linears)) is None and can_pack(linears):
         _pack([linear.weight for linear in linears])
         if linears[0].bias is not None:
@@ -179,7 +178,7 @@ def pack_linears(linears: Sequence[nn.Module]) -> tuple[torch.Tensor, torch.Tens
 
 
 @torch.no_grad()
-@torch.inference_mode(False)  # inference tensors could not be trained any more
+@torch.inference_mode(False)  # inference tensors could no longer be trained
 def _pack(parameters: list[torch.Tensor]) -> None:
     packed = torch.cat([parameter.data for parameter in parameters])
     for parameter, view in zip(parameters, packed.split([len(parameter) for parameter in parameters]), strict=True):

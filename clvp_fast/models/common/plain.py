@@ -1,10 +1,10 @@
-"""The one rule for fused paths: a path reads modules' parameters only while each of those modules is plain.
+"""The rule for fused paths: such a path reads modules' parameters only while each of those modules is plain.
 
-A plain module does nothing but its own class's computation on its own parameters: it is of that very class, with that
-class's forward, without hooks of any kind or a compiled call, and its parameters are ordinary ones on a device that has
-storage. Adapters replace modules, parametrizations change their classes, pruning, weight norms and users hook them,
-offloading puts other forwards in and leaves parameters on "meta", quantisation puts other tensors in: all of those have
-to be called, one module after another, with the arguments and results of transformers' modules.
+A plain module only runs its class's computation on its own parameters: it is of exactly that class, with that class's
+forward, without hooks or a compiled call, and its parameters are ordinary ones on a device that has storage. Adapters
+replace modules; parametrizations change their classes; pruning, weight norms and users hook them; offloading replaces
+forwards and leaves parameters on "meta"; quantisation replaces tensors. All such modules have to be called one after
+another, with the arguments and results of transformers' modules.
 """
 
 from typing import Any, TypeGuard, TypeVar
@@ -16,11 +16,11 @@ from transformers.activations import ACT2FN
 
 from clvp_fast import ops
 
-# Activations that CLVP documents ("selu") or that are usual, and that transformers' own table lacks.
+# Documented ("selu") or usual activations that transformers' own table lacks.
 _MORE_ACTIVATIONS = {"selu": nn.SELU, "elu": nn.ELU}
 # A user's subclass has this package's modules, and may compute anything.
 _PACKAGES = ("clvp_fast", "torch", "transformers")
-# `functional_call` and `torch.func` put tensors in place of parameters.
+# `functional_call` and `torch.func` replace parameters by tensors.
 _PARAMETERS = (nn.Parameter, torch.Tensor)
 
 Kind = TypeVar("Kind", bound=nn.Module)
@@ -36,7 +36,7 @@ def activation_module(name: str) -> nn.Module:
     return _MORE_ACTIVATIONS[name]()
 
 
-# By class, the name by which operators know a configuration's activation, and its settings.
+# By class: the operators' name of an activation, and its settings.
 _ACTIVATIONS: dict[type[nn.Module], tuple[str, float | None, float | None]] = {}
 
 
@@ -57,7 +57,7 @@ def is_plain(module: Any, kind: type[Kind]) -> TypeGuard[Kind]:
     """
     if type(module) is not kind:
         return False
-    state = module.__dict__  # dictionaries are faster than attributes, and this is asked of every module of every layer
+    state = module.__dict__  # dictionaries are faster than attributes, and this runs for every module of every layer
     if (
         "forward" in state
         or state["_forward_hooks"]
@@ -80,12 +80,12 @@ def is_plain_linear(module: Any) -> TypeGuard[nn.Linear]:
 
 
 def drop_probability(dropout: nn.Dropout) -> float:
-    """Return the share that `dropout` drops now, by its own mode, which may differ from the module's around it."""
+    """Return the share that `dropout` drops now, by its own mode, which may differ from that of its parent."""
     return dropout.p if dropout.training else 0.0
 
 
 def activation_name(module: Any) -> str | None:
-    """Return the name in `ops.ACTIVATIONS` of a plain `module`'s computation; None where operators lack it."""
+    """Return the name in `ops.ACTIVATIONS` of a plain `module`'s computation; None if operators lack it."""
     name, *settings = _ACTIVATIONS.get(type(module), (None, None, None))
     known = name is not None and is_plain(module, type(module)) and tuple(settings) == _settings(module)
     return name if known else None
@@ -97,9 +97,9 @@ def kinds_of(model: nn.Module) -> dict[str, type[nn.Module]]:
 
 
 def changed_module(model: nn.Module, kinds: dict[str, type[nn.Module]]) -> str | None:
-    """Name the first module of `model` that is not plain, of the classes `kinds`; None if all are.
+    """Name the first module of `model` that is not a plain one of its class in `kinds`, or return None.
 
-    Returns the beginning of a sentence, as "module layers.0.mlp has hooks".
+    Returns the beginning of a sentence, such as "module layers.0.mlp has hooks".
     """
     for name, module in model.named_modules():
         where = f"module {name}" if name else "the model"
@@ -118,13 +118,13 @@ def changed_module(model: nn.Module, kinds: dict[str, type[nn.Module]]) -> str |
 
 
 class PlainModel:
-    """A check that a model is plain and stays so, for code that reads its parameters over many calls.
+    """A check that a model is plain and stays plain, for code that reads its parameters over many calls.
 
     Args:
         model: a model of this package.
 
     Raises:
-        ValueError: a module of it is not plain, with its name and what to do.
+        ValueError: one of its modules is not plain; the message has its name and what to do.
     """
 
     def __init__(self, model: Any):
@@ -134,7 +134,7 @@ class PlainModel:
         self._modules = [(module, type(module), tuple(module._modules.values())) for module in model.modules()]
 
     def check(self) -> None:
-        """Raise `ValueError` if anything was attached to a module or replaced one since this was made."""
+        """Raise `ValueError` if a module was replaced, or something attached to one, since construction."""
         for module, kind, children in self._modules:
             if tuple(module._modules.values()) != children or not is_plain(module, kind):
                 found = changed_module(self._model, self._model.kinds) or "a module of the model was replaced"

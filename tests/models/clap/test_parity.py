@@ -104,7 +104,7 @@ def test_training_mode(shape):
 
 @pytest.mark.parametrize("name", ["ClapTextModel", "ClapAudioModel"])
 @pytest.mark.parametrize("rates", [dict(hidden_dropout_prob=0.3), dict(drop_path_rate=0.5)])
-def test_what_is_dropped_is_what_transformers_drops(name, rates):
+def test_dropout_equals_transformers(name, rates):
     """Use one seed: the draws have the same shapes and order."""
     stock, ours = pair(name, **rates)
     inputs = inputs_of(name, composite_config(clvp_fast))

@@ -162,7 +162,7 @@ class Sub(transformers.ClvpEncoder):
 
 
 @pytest.mark.parametrize("model", [None, "susnato/clvp_dev", nn.Linear(2, 2), torch.ones(1)], ids=str)
-def test_what_is_no_model_of_clvp(model):
+def test_other_models_are_refused(model):
     with pytest.raises(TypeError, match=r"takes a CLVP model of transformers \(ClvpModelForCond.* or a Text"):
         accelerate(model)
 

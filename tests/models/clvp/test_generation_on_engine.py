@@ -199,7 +199,7 @@ def runners(monkeypatch):
     return made
 
 
-def test_what_does_not_fit_is_decoded_in_parts(monkeypatch, runners):
+def test_candidates_beyond_memory_are_decoded_in_parts(monkeypatch, runners):
     model = tiny(stop_bias=0.0)
     settings = TORTOISE | dict(num_return_sequences=12, max_new_tokens=40, return_dict_in_generate=True)
 
@@ -317,7 +317,7 @@ LEFT_TO_THE_LOOP = {
 
 
 @pytest.mark.parametrize("why", LEFT_TO_THE_LOOP)
-def test_what_is_left_to_the_loop(caplog, why):
+def test_calls_that_are_left_to_the_loop(caplog, why):
     model, settings = tiny(), LEFT_TO_THE_LOOP[why]
     assert reason(model, caplog, **settings) == why
     ids, features = settings.get("ids", texts()), settings.get("features", clips())
@@ -328,7 +328,7 @@ def test_what_is_left_to_the_loop(caplog, why):
     assert reason(model, caplog) is None
 
 
-def test_what_the_engine_serves(caplog):
+def test_calls_that_the_engine_serves(caplog):
     model = tiny()
     for settings in (
         dict(),
@@ -354,7 +354,7 @@ def test_a_setting_of_a_later_transformers_is_left_to_the_loop(caplog):
     assert reason(model, caplog).startswith(("invented_by_a_later_version=3", "another=0.5"))
 
 
-def test_what_a_later_transformers_prepares_is_left_to_the_loop():
+def test_unknown_processors_are_left_to_the_loop():
     """Check prepared processors and criteria again, whatever setting made them."""
     model = tiny().speech_decoder_model
     decode = EngineLoop([torch.randn(3, 128)])
@@ -365,9 +365,9 @@ def test_what_a_later_transformers_prepares_is_left_to_the_loop():
         4,
     )
     unknown = MinNewTokensLengthLogitsProcessor(1, 2, STOP, device="cpu")
-    with pytest.raises(NotServed, match="it is prepared with MinNewTokensLengthLogitsProcessor"):
+    with pytest.raises(NotServed, match="it uses MinNewTokensLengthLogitsProcessor"):
         decode(model, start, LogitsProcessorList([warmer, unknown]), StoppingCriteriaList([longest]), settings)
-    with pytest.raises(NotServed, match="it is prepared with MaxTimeCriteria"):
+    with pytest.raises(NotServed, match="it uses MaxTimeCriteria"):
         decode(model, start, LogitsProcessorList(), StoppingCriteriaList([longest, MaxTimeCriteria(60)]), settings)
     with pytest.raises(NotServed, match="it has no greatest length"):
         decode(model, start, LogitsProcessorList(), StoppingCriteriaList(), settings)

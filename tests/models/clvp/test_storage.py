@@ -90,7 +90,7 @@ def test_weights_are_transposed_before_candidates_are_drawn(arrange):
     assert torch.equal(use(model), use(untouched))
 
 
-def test_what_is_no_plain_layer_is_not_arranged():
+def test_hooked_layers_are_not_arranged():
     model = tiny_ours()
     layer = model.speech_decoder_model.model.decoder.layers[0]
     layer.attn.k_proj.register_forward_hook(lambda *_: None)
