@@ -7,7 +7,7 @@ from torch import nn
 class WeightVersions:
     """The addresses and version counters of a module's parameters at the time of construction.
 
-    A write through `.data` (`weight.data.copy_(...)`) or numpy changes neither, and is not noticed; nor is the step of an
+    A write through `.data` (`weight.data.copy_(...)`) or numpy changes neither and is not noticed, nor is a step of an
     optimizer with `fused=True`, which torch does not count. Inference tensors have no version counter, so only their
     address is compared. The storages are kept alive, so that no other tensor can take the address of a parameter that
     moved.

@@ -14,7 +14,6 @@ from clvp_fast.models.common.layers import is_plain_embedding
 from clvp_fast.models.common.parameters import pack_linears, transpose_storage
 from clvp_fast.models.common.plain import activation_name, changed_module, drop_probability
 
-
 # The attributes of norms and activations that steps are bound with.
 _SETTINGS = ("eps", "negative_slope", "alpha")
 
