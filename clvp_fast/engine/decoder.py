@@ -127,7 +127,7 @@ class PagedDecoder:
 
     @property
     def has_moved(self) -> bool:
-        """Tell whether parameters moved since `weights` took their addresses, or a norm has another `eps`."""
+        """Tell whether parameters moved since `weights` took their addresses, or norms or activations changed."""
         return self.weights.sources() != self._sources
 
     def follow(self) -> bool:

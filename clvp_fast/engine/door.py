@@ -87,6 +87,10 @@ class Door:
         decoder = self.model.config.decoder_config
         # The decoder's stop token, even if a generation config names the text's.
         stop = stop_token(decoder) if sampling.stop_token is None else sampling.stop_token
+        if stop < 0:
+            raise ValueError(
+                "the decoder's eos_token_id, which ends a candidate, is None: set it, or give a stop_token"
+            )
         if stop >= decoder.vocab_size:
             raise ValueError(f"stop_token={stop} is not a token of the checkpoint, which has {decoder.vocab_size}")
         return replace(sampling, seed=seed, stop_token=stop)

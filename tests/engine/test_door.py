@@ -142,3 +142,11 @@ def test_a_listener_that_cancels_its_own_request_and_then_raises(engine, alone):
     assert result.request is other
     assert_same(result, alone[3])
     assert_empty(engine)
+
+
+def test_a_decoder_without_a_stop_token(engine, monkeypatch):
+    monkeypatch.setattr(engine.model.config.decoder_config, "eos_token_id", None)
+    (refused,) = engine.generate(request(sampling=sampling()))
+    assert isinstance(refused.error, ValueError) and "is None: set it, or give a stop_token" in str(refused.error)
+    (given,) = engine.generate(request(sampling=sampling(stop_token=7)))
+    assert given.error is None and (given.stopped == (given.lengths < sampling().max_new_tokens)).all()
