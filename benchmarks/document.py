@@ -36,6 +36,8 @@ _MORE = (
     ("logits off by", "logits_error", lambda row: f"{row['logits_error']:.1e}"),
     ("KL, nats a token", "kl", lambda row: f"{row['kl']:.1e}"),
     ("same greedy token", "greedy", lambda row: f"{row['greedy']:.1%}"),
+    ("ranks correlate by", "rank_correlation", lambda row: f"{row['rank_correlation']:.3f}"),
+    ("same best candidate", "same_best", lambda row: f"{row['same_best']:.0%}"),
     ("slowest hundredth", "slow_step_seconds", lambda row: seconds(row["slow_step_seconds"])),
     ("Python calls a step", "python_calls", lambda row: thousands(row["python_calls"])),
     ("last fifth over first", "late_over_early", lambda row: f"{row['late_over_early']:.2f}"),

@@ -1,8 +1,9 @@
 """Speech codes to embeddings: transformers' speech encoder, ours, and the engine's ranking in both of its modes.
 
 Candidates of one length go through as they are; ragged ones as the original does it, all filled up to one length, or
-each at its own ("trimmed": other embeddings, judged against transformers' of one candidate after the other). Of the
-engine's ranking on a CPU the time is told by part.
+each at its own ("trimmed": other embeddings, judged against transformers' of one candidate after the other). The engine
+ranks in bfloat16 by a copy beside a model in float32 (`score_dtype`), whose ranks are compared for random texts. Of its
+ranking on a CPU the time is told by part.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,8 +27,13 @@ SHAPES = {
 }
 SMOKE = (dict(candidates=3, length=9), dict(candidates=3, shortest=4, length=9, padded_to=12))
 TEXT = list(range(3, 33))
-# Parts of scoring, by pieces of names in torch's profiler; all others are norms, activations and copies.
-PARTS = {"products": ("::linear", "::mm", "::addmm"), "attention": ("attention", "::bmm", "::baddbmm", "softmax")}
+# Parts of scoring, by pieces of names in torch's profiler; all others are norms, rotary positions and copies.
+PARTS = {
+    "products": ("::linear", "::mm", "::addmm", "_mlp"),
+    "attention": ("attention", "::bmm", "::baddbmm", "softmax"),
+}
+# The number of random texts for which ranks are compared.
+TEXTS = 24
 # By dtype, how far embeddings may be from transformers' in float32.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 
@@ -53,7 +59,8 @@ def _task(device: str, shape: dict, smoke: bool) -> Task:
 class Shared:
     """The candidates of a shape, and what is right of them.
 
-    tokens: that are encoded, by mode. expected: by mode, transformers' embeddings in float32, normalised.
+    tokens: that are encoded, by mode. expected: by mode, transformers' embeddings in float32, normalised. texts:
+        embeddings of random texts, as the expected ones.
     """
 
     @torch.no_grad()
@@ -66,8 +73,11 @@ class Shared:
         self.expected = {"padded": _normalised(stock.speech_encoder_model(input_ids=self.batch).embeds)}
         alone = [stock.speech_encoder_model(input_ids=row[None].to(device)).embeds for row in self.codes]
         self.expected["trimmed"] = _normalised(torch.cat(alone))
-        layers = our_model(device, smoke=smoke).speech_encoder_model.layers
-        self.parameters = sum(p.numel() for p in layers.parameters())
+        ours = our_model(device, smoke=smoke)
+        self.parameters = sum(p.numel() for p in ours.speech_encoder_model.layers.parameters())
+        generator = torch.Generator().manual_seed(3)
+        texts = torch.randint(3, 250, (TEXTS, len(TEXT)), generator=generator).to(device)
+        self.texts = _normalised(ours.text_encoder_model(input_ids=texts).embeds)
 
 
 def _ways(device: str, shape: dict, smoke: bool) -> Iterator[tuple[str, torch.dtype, str, Callable]]:
@@ -77,7 +87,7 @@ def _ways(device: str, shape: dict, smoke: bool) -> Iterator[tuple[str, torch.dt
         return lambda shared: model_of(device, dtype, smoke).speech_encoder_model(input_ids=shared.batch).embeds
 
     def rank(dtype: torch.dtype, mode: str) -> Callable:
-        ranker = cache(lambda: Ranker(our_model(device, dtype, smoke)))
+        ranker = cache(lambda: Ranker(our_model(device, smoke=smoke), dtype=dtype))
         longest = shape.get("padded_to", shape["length"]) + 1
         return lambda shared: ranker().rank(TEXT, shared.codes, mode, longest).speech_embeds
 
@@ -93,12 +103,29 @@ def _ways(device: str, shape: dict, smoke: bool) -> Iterator[tuple[str, torch.dt
 def _made(shared: Callable[[], Shared], name: str, dtype: torch.dtype, mode: str, way: Callable) -> Provider:
     common = shared()
     run = partial(way, common)
-    error = float((_normalised(run()) - common.expected[mode]).norm() / common.expected[mode].norm())
+    found, expected = _normalised(run()), common.expected[mode]
+    error = float((found - expected).norm() / expected.norm())
     tokens = common.tokens[mode]
     counted = {"dtype": name_of(dtype), "flop": 2 * common.parameters * tokens, "encoded_tokens": tokens}
+    if "engine" in name and dtype != torch.float32:
+        counted |= ranks(common.texts @ found.T, common.texts @ expected.T)
     if "engine" in name and common.batch.device.type == "cpu":
         counted["parts"] = parts_of(run)
     return Provider(name, torch.no_grad()(run), error, TOLERANCE[dtype], counted=counted)
+
+
+def ranks(found: torch.Tensor, expected: torch.Tensor) -> dict[str, float]:
+    """Compare ranks by scores `[texts, candidates]` with the expected ones.
+
+    Returns Spearman's correlation, the mean over the texts, and the share of texts with the same best candidate.
+    """
+    places = torch.stack([scores.argsort(1).argsort(1).double() for scores in (found, expected)])
+    places -= places.mean(2, keepdim=True)
+    found_places, expected_places = F.normalize(places, dim=2)
+    return {
+        "rank_correlation": float((found_places * expected_places).sum(1).mean()),
+        "same_best": float((found.argmax(1) == expected.argmax(1)).double().mean()),
+    }
 
 
 def parts_of(run: Callable[[], object]) -> dict[str, float]:

@@ -28,6 +28,7 @@ class Settings:
             fewer positions.
         seed: the job's seed; a row's seed is derived from it and the row's id.
         scoring: "padded" or "trimmed", as for [`CandidateEngine`].
+        score_dtype: dtype of the speech encoder that ranks: "float32", "bfloat16" or "float16"; None: the `dtype`.
         latents: write the decoder's latents of the kept candidates.
         embeddings: write the embeddings of the text and of the kept candidates' speech.
         device: "cpu" or "cuda"; None: the GPU if there is one.
@@ -57,6 +58,7 @@ class Settings:
     repetition_penalty: float = SamplingParams.repetition_penalty
     seed: int = 0
     scoring: str = SCORING_MODES[0]
+    score_dtype: str | None = None
     latents: bool = False
     embeddings: bool = False
     device: str | None = None
@@ -130,6 +132,7 @@ class Settings:
 
 _CHOICES = {
     "scoring": SCORING_MODES,
+    "score_dtype": (None, *DTYPES),
     "device": (None, "cpu", "cuda"),
     "dtype": DTYPES,
     "text_cleaning": TEXT_CLEANINGS,

@@ -16,7 +16,8 @@ from clvp_fast.cli.inputs import note_random, sampling_of
 INTERRUPTED = "what is finished is kept, and the same command goes on from there"
 
 _PLAIN = (
-    *("checkpoint", "voice", "crop_seed", "scoring", "latents", "embeddings", "dtype", "int8_weights", "float8_pages"),
+    *("checkpoint", "voice", "crop_seed", "scoring", "score_dtype", "latents", "embeddings", "dtype", "int8_weights"),
+    "float8_pages",
 )
 _OPEN = ("packed_weights", "threads")
 

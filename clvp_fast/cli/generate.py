@@ -5,17 +5,13 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
-from clvp_fast.checkpoint import Checkpoint
 from clvp_fast.cli import report
 from clvp_fast.cli.generation import Generation
-from clvp_fast.cli.inputs import load_for, sampling_of
+from clvp_fast.cli.inputs import load_for, sampling_for, sampling_of
 from clvp_fast.cli.items import check_first, gather, read_texts
 from clvp_fast.cli.listen import REPORT
 from clvp_fast.cli.results import remove_stale
-from clvp_fast.engine.door import token_limit
-from clvp_fast.engine.sampling_params import SamplingParams
 from clvp_fast.io.files import staged_folder, user_path
-from clvp_fast.models.clvp.tokens import most_codes
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -28,8 +24,7 @@ def run(arguments: argparse.Namespace) -> None:
         voice_folder = staging.enter_context(staged_folder(voice_file.parent)) if voice_file else None
         started = time.perf_counter()
         checkpoint = load_for(arguments)
-        given["max_new_tokens"] = _max_new_tokens(checkpoint, given["max_new_tokens"])
-        sampling = SamplingParams(**given)
+        sampling = sampling_for(checkpoint, given)
         if arguments.keep and sampling.num_candidates and arguments.keep > sampling.num_candidates:
             report.note(f"--keep {arguments.keep}: there are {sampling.num_candidates} candidates, and all are kept")
         items = gather(checkpoint, texts, arguments)
@@ -63,15 +58,6 @@ def _voice_file(arguments: argparse.Namespace) -> Path | None:
     if path.is_dir():
         raise ValueError(f"--save-voice needs a file, and {path} is a folder; name a file in it")
     return path
-
-
-def _max_new_tokens(checkpoint: Checkpoint, asked: int | None) -> int:
-    if asked is None:
-        return token_limit(checkpoint.model)
-    limit = most_codes(checkpoint.model.config.decoder_config)
-    if asked > limit:
-        raise ValueError(f"--max-new-tokens {asked}: this checkpoint has positions for {limit} speech tokens")
-    return asked
 
 
 def _tell(document: dict, written: list[Path], as_json: bool) -> None:

@@ -1,24 +1,17 @@
 """Decodes the texts and voices of one `generate` as one batch, and writes each result as it comes."""
 
 import argparse
-import time
 from pathlib import Path
-
-import torch
 
 from clvp_fast.checkpoint import Checkpoint
 from clvp_fast.cli import report
+from clvp_fast.cli.drawing import Drawing
 from clvp_fast.cli.items import Item
 from clvp_fast.cli.listen import Listening, vocoder_of
-from clvp_fast.cli.progress import decoding_bar, warm_up
 from clvp_fast.cli.results import result_document, summary_row, write_arrays
-from clvp_fast.engine.building import build_engine
-from clvp_fast.engine.engine import CandidateEngine
-from clvp_fast.engine.memory import human_bytes
-from clvp_fast.engine.requests import CandidateRequest, CandidateResult
+from clvp_fast.engine.requests import CandidateResult
 from clvp_fast.engine.sampling_params import SamplingParams
 from clvp_fast.io.files import write_json
-from clvp_fast.models.clvp.tokens import stop_token
 from clvp_fast.versions import versions
 
 
@@ -53,8 +46,6 @@ class Generation:
         self._rows: dict[Item, dict] = {}  # rows of the summary, by item with a result
         self._alone: dict | None = None  # the document of the only item
         self._tokens = 0
-        assert sampling.num_candidates is not None  # a default was filled in
-        self._candidates = sampling.num_candidates
 
     def run(self) -> dict:
         """Generate, rank and write everything; return the document of a single item, or the summary of several.
@@ -81,70 +72,31 @@ class Generation:
         return self._write_document("summary.json", document)
 
     def _decode(self, ready: list[Item]) -> None:
-        arguments, sampling = self.arguments, self.sampling
-        engine = self._engine(len(ready))
-        planned = engine.memory.max_batch
-        requests = [_request(item) for item in ready]
-        started = time.perf_counter()
-        self.seconds["write"] = 0.0
-        stop = stop_token(self.checkpoint.model.config.decoder_config)
-        counted = decoding_bar(len(ready), self._candidates, sampling.max_new_tokens, stop)
-        with counted as bar:
-            keep = arguments.keep or self._candidates
-            try:
-                for result in engine.generate(requests, sampling, keep=keep, on_token=bar):
-                    bar.close(result.request)
-                    self._receive(result)
-                    bar.paused = self.seconds["write"]
-            except torch.OutOfMemoryError as error:
-                raise ValueError(
-                    "there is too little memory for a single candidate; free some, choose a smaller "
-                    "--max-new-tokens, or a half type with --dtype"
-                ) from error
-        self.seconds["generate_and_score"] = time.perf_counter() - started - self.seconds["write"]
-        if engine.memory.max_batch < planned:
-            report.note(f"memory ran out on the way: the rest was decoded {engine.memory.max_batch} at a time")
-
-    def _engine(self, num_requests: int) -> CandidateEngine:
-        """Make an engine with no more slots than the requests have candidates, and note its memory plan."""
-        total = num_requests * self._candidates
-        engine = build_engine(self.checkpoint, self.arguments, self.arguments.memory_fraction, candidates=total)
-        plan = engine.memory
-        report.note(
-            f"{total} candidates, {plan.max_batch} at a time, in {human_bytes(plan.total)} of the "
-            f"{human_bytes(plan.budget)} of memory that may be used"
-        )
+        drawing = Drawing(self.checkpoint, self.sampling, self.arguments, len(ready))
+        plan = drawing.engine.memory
         self._shared = {
             "settings": self._settings() | {"batch_size": plan.max_batch},
             "memory": {"budget": plan.budget, "planned": plan.total, "parts": plan.parts},
             "versions": versions(),
         }
-        if self.checkpoint.model.device.type == "cuda":
-            self.seconds["warm_up"] = warm_up(engine)
-        return engine
+        written = drawing.draw(ready, self._receive)
+        self.seconds |= drawing.seconds | {"write": written}
 
-    def _receive(self, result: CandidateResult) -> None:
-        """Write a result, or record its error."""
-        started = time.perf_counter()
-        item: Item = result.request.id
-        item.error = result.failure(self.arguments.dtype)
-        if item.error and not item.folder:
-            raise ValueError(item.error)
-        if not item.error:
-            self._tokens += int(result.lengths.sum())
-            document = result_document(self.checkpoint, item, result) | self._shared
-            folder = self.folder / item.folder
-            folder.mkdir(parents=True, exist_ok=True)
-            length, pictures = self.sampling.max_new_tokens, not self.arguments.no_pictures
-            names = write_arrays(folder, self.checkpoint, item, result, document["candidates"], length, pictures)
-            if self._listening:
-                names += self._listening.receive(item, result, document)
-            self.files += [str(Path(item.folder, name)) for name in names]
-            if item.folder:
-                self._rows[item] = summary_row(item, self._write_document(f"{item.folder}/candidates.json", document))
-            else:
-                self._alone = document
-        self.seconds["write"] += time.perf_counter() - started
+    def _receive(self, item: Item, result: CandidateResult) -> None:
+        """Write a result."""
+        self._tokens += int(result.lengths.sum())
+        document = result_document(self.checkpoint, item, result) | self._shared
+        folder = self.folder / item.folder
+        folder.mkdir(parents=True, exist_ok=True)
+        length, pictures = self.sampling.max_new_tokens, not self.arguments.no_pictures
+        names = write_arrays(folder, self.checkpoint, item, result, document["candidates"], length, pictures)
+        if self._listening:
+            names += self._listening.receive(item, result, document)
+        self.files += [str(Path(item.folder, name)) for name in names]
+        if item.folder:
+            self._rows[item] = summary_row(item, self._write_document(f"{item.folder}/candidates.json", document))
+        else:
+            self._alone = document
 
     def _note_failures(self) -> None:
         """Print a note for each reason, with the items that it applies to."""
@@ -166,6 +118,7 @@ class Generation:
             **{name: getattr(sampling, name) for name in names},
             "crop_seed": arguments.crop_seed,
             "scoring": arguments.scoring,
+            "score_dtype": arguments.score_dtype or arguments.dtype,
             "device": str(self.checkpoint.model.device),
             "dtype": arguments.dtype,
             "int8_weights": arguments.int8_weights,
@@ -177,8 +130,3 @@ class Generation:
         write_json(self.folder / name, document)
         self.files.append(name)
         return document
-
-
-def _request(item: Item) -> CandidateRequest:
-    assert item.ids is not None and item.voice is not None  # it has no error
-    return CandidateRequest(input_ids=item.ids[0], conditioning=item.voice.voice, id=item)

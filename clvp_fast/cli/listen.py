@@ -1,6 +1,7 @@
 """`generate --listen`: writes the kept candidates as recordings, and a page to hear and see them."""
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -48,16 +49,13 @@ class Listening:
         """
         assert item.voice is not None  # the item was spoken
         rows = [row for row in document["candidates"] if row["kept"]]
-        codes = [result.codes[row["candidate"], : result.lengths[row["candidate"]]] for row in rows]
-        latents = None if result.latents is None else [result.latents[row["candidate"]] for row in rows]
         try:
             if item.voice.mel is None:
                 raise ValueError(
                     "a saved voice has no recording, which the vocoder needs; give its recordings to hear candidates"
                 )
-            voice = torch.from_numpy(item.voice.mel)
-            known = [known_codes(torch.from_numpy(row), self.checkpoint.model.config).numpy() for row in codes]
-            sounds = self.vocoder.speak(known, voice, latents)
+            candidates = [row["candidate"] for row in rows]
+            sounds = spoken(self.checkpoint, self.vocoder, item.voice.mel, result, candidates)
             # Features refuse NaN and infinity from any vocoder, before anything is written.
             pictures = [mel_picture(self._mel(samples)) if len(samples) else None for samples in sounds]
         except ValueError as error:
@@ -100,6 +98,21 @@ class Listening:
         if left_out := self.page.what_is_left_out:
             report.note(f"{REPORT} leaves {left_out} out, to keep its size; {SOUND} has all recordings")
         return [REPORT]
+
+
+def spoken(
+    checkpoint: Checkpoint, vocoder: Vocoder, mel: np.ndarray | None, result: CandidateResult, candidates: Sequence[int]
+) -> list[np.ndarray]:
+    """Return the sound of some candidates of a result, each `[samples]`; raise what the vocoder does.
+
+    mel: the voice's log-mel; None: it has none, and the vocoder a voice of its own.
+    """
+    codes = [torch.from_numpy(result.codes[number, : result.lengths[number]]) for number in candidates]
+    return vocoder.speak(
+        [known_codes(row, checkpoint.model.config).numpy() for row in codes],
+        torch.zeros(0) if mel is None else torch.from_numpy(mel),
+        None if result.latents is None else [result.latents[number] for number in candidates],
+    )
 
 
 def wav(samples: np.ndarray, rate: int) -> bytes:

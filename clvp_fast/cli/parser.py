@@ -91,6 +91,7 @@ def _speak(commands, everywhere) -> None:
         "--voice",
         required=True,
         type=_path,
+        nargs=1,
         metavar="VOICE",
         help="a recording, a folder of recordings of one speaker, or Tortoise's latents (a pair, .pth)",
     )
@@ -117,6 +118,8 @@ def _speak(commands, everywhere) -> None:
         help="iterations of Tortoise's diffusion (default: the preset's 30, 80, 200 or 400; 80 without)",
     )
     _add_decoding(parser)
+    # The arguments that only `generate` has: here there is one text in one voice, and the best candidate is kept.
+    parser.set_defaults(texts=None, crop_seed=None, keep=1)
 
 
 def _batch(commands, everywhere) -> None:
@@ -355,6 +358,11 @@ def _add_decoding(parser) -> None:
     _add_sampling(parser)
     _add_memory(parser)
     _add_device(parser)
+    parser.add_argument(
+        "--score-dtype",
+        choices=DTYPES,
+        help="of a copy of the speech encoder for the ranking: bfloat16 ranks faster on new CPUs (default: --dtype)",
+    )
     _add_text_cleaning(parser)
 
 

@@ -20,9 +20,9 @@ def build_engine(
     """Build an engine with these settings.
 
     Args:
-        settings: an object with `batch_size`, `max_new_tokens`, `scoring`, `latents`, `int8_weights`, `float8_pages`
-            and `packed_weights`: a job's [`Settings`], or arguments of the command line. The first two and the last may
-            be None, as for [`CandidateEngine`].
+        settings: an object with `batch_size`, `max_new_tokens`, `scoring`, `score_dtype`, `latents`, `int8_weights`,
+            `float8_pages` and `packed_weights`: a job's [`Settings`], or arguments of the command line. The first two,
+            `score_dtype` and the last may be None, as for [`CandidateEngine`].
         candidates: how many there are to decode, which bounds the number of slots; None if it is not known.
         memory_fraction, deterministic: as for [`CandidateEngine`].
 
@@ -40,6 +40,7 @@ def build_engine(
         packed_weights=settings.packed_weights,
         page_dtype=torch.float8_e4m3fn if settings.float8_pages else None,
         scoring=settings.scoring,
+        score_dtype=None if settings.score_dtype is None else getattr(torch, settings.score_dtype),
         latents=settings.latents,
         deterministic=deterministic,
     )

@@ -8,9 +8,11 @@ import numpy as np
 import torch
 
 from clvp_fast.engine.defaults import SCORING_MODES
+from clvp_fast.engine.encoder_copy import EncoderCopy
 from clvp_fast.engine.requests import CandidateRequest
 from clvp_fast.engine.sampling_params import SamplingParams
 from clvp_fast.engine.scoring import Ranking
+from clvp_fast.models.clvp.encoder import ClvpEncoder
 from clvp_fast.models.clvp.modeling import ClvpModelForConditionalGeneration
 from clvp_fast.models.clvp.similarity import normalized
 from clvp_fast.models.clvp.tokens import end_text, finished_codes, known_codes, stop_token, text_end
@@ -33,6 +35,13 @@ class Ranker:
         pad_to: the default of `rank`, here Tortoise's length: 500 codes and the start token.
         max_tokens: how many codes go through the speech encoder at a time; a longer candidate goes alone. The default
             is 16384 on a GPU, and 1024 on a CPU, where more would take more memory and save no time.
+        dtype: embed candidates with a copy of the speech encoder in this dtype (float32, bfloat16 or float16), made
+            here; None: with the model's own. docs/ranking.md has the effect. The text, which is embedded once, keeps
+            the model's dtype.
+
+    Raises:
+        ValueError: an impossible mode, length or dtype, or with a `dtype` a model with hooks, adapters or replaced
+            modules, which the copy would lack.
     """
 
     def __init__(
@@ -42,6 +51,7 @@ class Ranker:
         mode: str = SCORING_MODES[0],
         pad_to: int = SamplingParams.max_new_tokens + 1,
         max_tokens: int | None = None,
+        dtype: torch.dtype | None = None,
     ):
         if max_tokens is None:
             max_tokens = 1024 if model.device.type == "cpu" else 16384
@@ -49,6 +59,18 @@ class Ranker:
             raise ValueError(f"max_tokens must be at least 1, not {max_tokens}")
         self.model = model
         self.mode, self.pad_to, self.max_tokens = self._settings(mode, pad_to) + (max_tokens,)
+        self._copy = None
+        if dtype not in (None, model.dtype):
+            self._copy = EncoderCopy(model.speech_encoder_model, dtype)
+
+    def refresh(self) -> None:
+        """Make the copy in another dtype anew, after a write that it does not see (through `.data` or numpy)."""
+        if self._copy is not None:
+            self._copy.renew()
+
+    @property
+    def _speech_encoder(self) -> ClvpEncoder:
+        return self.model.speech_encoder_model if self._copy is None else self._copy.current()
 
     @staticmethod
     def _settings(mode: str, pad_to: int) -> tuple[str, int]:
@@ -165,7 +187,7 @@ class Ranker:
         if not rows:
             return like[:0]
         if mode == "trimmed":
-            return normalized(self._embed(self.model.speech_encoder_model, rows).float())
+            return normalized(self._embed(self._speech_encoder, rows).float())
         longest = max(map(len, rows))
         if longest > pad_to - 1:
             raise ValueError(
@@ -176,7 +198,8 @@ class Ranker:
     def _fixed(self, codes: torch.Tensor) -> torch.Tensor:
         """Return normalised embeddings `[candidates, projection_dim]` float32 of fixed codes `[candidates, length]`."""
         parts = known_codes(codes, self.model.config).split(max(self.max_tokens // codes.shape[1], 1))
-        embeds = [self.model.speech_encoder_model(input_ids=self._to_device(part)).embeds for part in parts]
+        encoder = self._speech_encoder
+        embeds = [encoder(input_ids=self._to_device(part)).embeds for part in parts]
         return normalized(torch.cat(embeds).float())
 
     def _embed(self, encoder, rows: list[torch.Tensor]) -> torch.Tensor:

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from clvp_fast.engine.ranking import Ranker
 from clvp_fast.integrations.tortoise_arguments import check_call, check_many, check_object, check_options, is_fast
 from clvp_fast.integrations.tortoise_fast import FastStage
 from clvp_fast.integrations.tortoise_modules import MARK
@@ -38,8 +37,8 @@ def accelerate(tts: Any, **engine_options) -> Any:
 
     Args:
         tts: a `TextToSpeech` of tortoise-tts 3.0.0, in float32.
-        engine_options: options of [`CandidateEngine`]: `max_batch`, `memory_fraction`, `weight_dtype` and so on. By
-            default `max_new_tokens` is 600, or fewer if there are fewer positions.
+        engine_options: options of [`CandidateEngine`]: `max_batch`, `memory_fraction`, `weight_dtype`, `score_dtype`
+            and so on. By default `max_new_tokens` is 600, or fewer if there are fewer positions.
 
     Returns:
         `tts` itself.
@@ -53,7 +52,7 @@ def accelerate(tts: Any, **engine_options) -> Any:
         if hasattr(tts, MARK):
             raise ValueError("this tts is accelerated already: call restore(tts) before")
         check_object(tts)
-        check_options(engine_options)
+        check_options(engine_options, is_fast(tts))
         setattr(tts, MARK, (FastStage if is_fast(tts) else TortoiseStage)(tts, engine_options))
     return tts
 
@@ -87,7 +86,6 @@ class TortoiseStage(Stage):
         self._tts: Callable = tts.tts
         self._score: Callable = tts.clvp.forward
         super().__init__(tts, tts.clvp, _MOST_CODES, engine_options)
-        self._ranker = Ranker(self._model)
         self._override(tts.clvp, "forward", self._scores)
         self._override(tts, "tts", self._speak)
         self._override(tts, "tts_many", self.tts_many)

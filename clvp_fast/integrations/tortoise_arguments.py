@@ -100,9 +100,9 @@ def check_device(tts: Any) -> None:
         )
 
 
-def check_options(engine_options: Mapping[str, Any]) -> None:
-    """Raise `TypeError` for settings of the engine that Tortoise decides."""
-    for name in _TAKEN:
+def check_options(engine_options: Mapping[str, Any], fast: bool) -> None:
+    """Raise `TypeError` for settings of the engine that Tortoise decides; the object of `api_fast` ranks nothing."""
+    for name in (*_TAKEN, *["score_dtype"] * fast):
         if name in engine_options:
             raise TypeError(f"{name} follows from Tortoise where accelerate() takes its object: leave it out")
 

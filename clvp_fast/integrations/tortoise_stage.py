@@ -12,6 +12,7 @@ from torch import nn
 
 from clvp_fast.engine.engine import CandidateEngine
 from clvp_fast.engine.latents import cut_in_silence, states_of_codes
+from clvp_fast.engine.ranking import Ranker
 from clvp_fast.engine.requests import CandidateRequest, CandidateResult
 from clvp_fast.engine.scoring import Ranking
 from clvp_fast.integrations.tortoise_arguments import check_device, sampling
@@ -30,7 +31,7 @@ class Stage:
         tts: a `TextToSpeech` that was checked.
         clvp: its ranking module, or None.
         longest: the most codes that it may ask for, if there are as many positions.
-        engine_options: options of [`CandidateEngine`].
+        engine_options: options of [`CandidateEngine`]; `score_dtype` is for the ranking of `clvp`.
 
     Attributes:
         engine: the engine; its `memory` says how many candidates it decodes at once.
@@ -63,6 +64,7 @@ class Stage:
             processor = SimpleNamespace(feature_extractor=features, tokenizer=None)
             self._weights.move(torch.device(tts.device))
             options |= engine_options
+            self._ranker = Ranker(self._model, dtype=options.pop("score_dtype", None))
             self.engine = CandidateEngine(self._model, processor, scorer=_Unranked(), text_ends=1, **options)
         except BaseException:
             self._weights.move(self._home)
@@ -202,7 +204,12 @@ class Stage:
             )
         self._follow()
         if self.engine.outdated is not None:  # copies of weights that changed in place
-            self.engine.refresh()
+            self._refresh()
+
+    def _refresh(self) -> None:
+        """Make anew what was made of the weights."""
+        self.engine.refresh()
+        self._ranker.refresh()
 
     @torch.inference_mode(False)
     def _follow(self) -> None:
@@ -213,10 +220,10 @@ class Stage:
         before, self._unready = self._home if self._unready else self._model.device, True
         try:
             self._weights.move(device)
-            self.engine.refresh()
+            self._refresh()
         except BaseException:  # too little memory on the device
             self._weights.move(before)
-            self.engine.refresh()
+            self._refresh()
             self._unready = False
             raise
         self._unready = False

@@ -28,8 +28,8 @@ from benchmarks.gpu.steps import KERNELS
 from benchmarks.harness import all_rows
 from benchmarks.models import stock_model
 from benchmarks.providers import Absent
-from clvp_fast import SamplingParams
-from clvp_fast.ops import dispatch
+from clvp_fast import SamplingParams, ops
+from clvp_fast.ops import dispatch, many_rows
 from tests.kit import operators
 
 OURS = {"clvp_fast torch", "clvp_fast reference"}
@@ -245,6 +245,18 @@ def test_scoring_providers_agree_at_one_length_and_at_their_own():
     tokens = {row["provider"]: row["encoded_tokens"] for row in found[5:]}
     assert tokens["clvp_fast engine, trimmed, float32"] == 4 + 6 + 9 and tokens["transformers float32"] == 3 * 12
     assert all(row["flop"] > 0 and row["dtype"] in row["provider"] for row in found)
+    ranked = {row["provider"] for row in found if "rank_correlation" in row}
+    assert ranked == {f"clvp_fast engine, {mode}, bfloat16" for mode in ("padded", "trimmed")}
+
+
+def test_ranks_are_compared_by_place():
+    expected = torch.tensor([[0.1, 0.5, 0.3, 0.2], [1.0, 3.0, 2.0, 4.0]])
+    found = expected.exp()  # the same places
+    assert score.ranks(found, expected) == pytest.approx(dict(rank_correlation=1.0, same_best=1.0))
+    found[1] = torch.tensor([4.0, 2.0, 3.0, 1.0])
+    assert score.ranks(found, expected) == pytest.approx(dict(rank_correlation=0.0, same_best=0.5))
+    found[0] = torch.tensor([0.1, 0.5, 0.2, 0.3])  # two places are exchanged: 1 - 6 * 2 / (4 * 15)
+    assert score.ranks(found, expected)["rank_correlation"] == pytest.approx((0.8 - 1) / 2)
 
 
 @pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.slow)])
@@ -357,6 +369,15 @@ def test_parts_of_scoring_are_told():
     parts = score.parts_of(lambda: (left @ right).exp())
     assert set(parts) == {"products", "attention", "rest"} and parts["products"] > 0 and parts["rest"] > 0
     assert not parts["attention"]
+
+
+def test_feed_forward_kernels_count_as_products():
+    x, w = torch.randn(many_rows.FEW_ROWS + 1, 64), torch.randn(64, 64)
+    if many_rows.unserved(x, "gelu", w, w):
+        pytest.skip("this CPU has no kernel of many rows")
+    with torch.inference_mode():
+        parts = score.parts_of(lambda: ops.gelu_mlp(x, w, w[0], w, w[0], activation="gelu"))
+    assert parts["products"] > parts["rest"]
 
 
 def test_end_to_end_tells_where_the_time_goes(monkeypatch):

@@ -106,7 +106,8 @@ def test_options_become_settings(cli, made, corpus, voice, tmp_path):
         "--voice", voice, *["--top-p", "0.5", "--temperature", "0.7", "--scoring", "trimmed", "--batch-size", "4"]
     )
     assert (other.top_p, other.temperature, other.scoring, other.batch_size) == (0.5, 0.7, "trimmed", 4)
-    assert other.voice == str(voice)
+    assert other.voice == str(voice) and other.score_dtype is plain.score_dtype is None
+    assert settings("--score-dtype", "bfloat16").score_dtype == "bfloat16"
     greedy = settings("--greedy", "--device", "cpu", "--threads", 3, "--memory-fraction", 0.5)
     assert not greedy.do_sample and (greedy.num_candidates, greedy.device, greedy.threads) == (1, "cpu", 3)
     assert made[-1][1:] == (0.5, None, None)

@@ -82,6 +82,17 @@ def test_eight_bits(generate, tmp_path, option, part):
     assert [row["score"] for row in rounded["candidates"]] != [row["score"] for row in plain["candidates"]]
 
 
+def test_another_dtype_of_the_ranking(generate, tmp_path):
+    """Draw the same codes, with scores that are off by the rounding alone."""
+    _, codes, plain = generate(*QUICK, out=tmp_path / "plain")
+    _, same, found = generate(*QUICK, "--score-dtype", "bfloat16", out=tmp_path / "found")
+    assert [document["settings"]["score_dtype"] for document in (plain, found)] == ["float32", "bfloat16"]
+    drawn, again = (dict(zip(one["candidates"], map(tuple, one["codes"]), strict=True)) for one in (codes, same))
+    assert drawn == again
+    before, after = ({row["candidate"]: row["score"] for row in one["candidates"]} for one in (plain, found))
+    assert 0 < max(abs(after[candidate] - score) for candidate, score in before.items()) < 0.05
+
+
 def test_greedy_needs_no_seed(generate, tmp_path):
     greedy = ("--greedy", "--max-new-tokens", 40, "--no-pictures")
     first, second = (generate(*greedy, "--seed", seed, out=tmp_path / str(seed))[1]["codes"] for seed in (1, 2))

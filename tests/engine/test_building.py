@@ -19,7 +19,9 @@ def checkpoint():
 def sizes(engine):
     runner = engine._work.loop.runner
     found = (engine.memory.max_batch, engine.max_new_tokens, engine.scorer.mode, engine._work.latents is not None)
-    return *found, runner.decoder.weight_dtype, runner.pages.data.dtype, runner.deterministic
+    copy = engine.scorer._copy
+    scored_in = None if copy is None else copy.current().dtype
+    return *found, scored_in, runner.decoder.weight_dtype, runner.pages.data.dtype, runner.deterministic
 
 
 @pytest.mark.parametrize(
@@ -31,6 +33,7 @@ def sizes(engine):
             dict(batch_size=3, max_new_tokens=9, scoring="trimmed", latents=True),
         ),
         (("--int8-weights", "--float8-pages"), dict(int8_weights=True, float8_pages=True)),
+        (("--score-dtype", "bfloat16"), dict(score_dtype="bfloat16")),
     ],
 )
 def test_arguments_and_settings_make_the_same_engine(checkpoint, options, settings):
@@ -43,8 +46,9 @@ def test_arguments_and_settings_make_the_same_engine(checkpoint, options, settin
         settings.get("scoring", "padded"),
         settings.get("latents", False),
     )
+    assert made[4] == (torch.bfloat16 if "score_dtype" in settings else None)
     eight_bits = (torch.int8, torch.float8_e4m3fn) if settings.get("int8_weights") else (None, torch.float32)
-    assert made[4:] == (*eight_bits, False)
+    assert made[5:] == (*eight_bits, False)
 
 
 def test_there_are_no_more_places_than_candidates(checkpoint):

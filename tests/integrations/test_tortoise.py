@@ -69,34 +69,36 @@ ENDS = {"never": {STOP: -30.0}, "at once": {STOP: 30.0}, "silence in speech": {S
 
 
 @pytest.mark.parametrize("kv_cache", [False, True])
-@pytest.mark.parametrize("end", [*ENDS, "on the way"])
+@pytest.mark.parametrize("end", [*ENDS, "on the way", "one before the limit"])
 def test_sound_is_that_of_tortoises_own_modules(make_tts, end, kv_cache):
     tts = make_tts(kv_cache=kv_cache)
     with torch.no_grad():
         for token, bias in ENDS.get(end, {}).items():
             tts.autoregressive.mel_head.bias[token] += bias
-    if end == "on the way":  # the code that comes at the 8th place is the stop from there on
+    limit = 9 if end == "one before the limit" else 40
+    if limit == 9 or end == "on the way":  # the code that comes at the 8th place is the stop from there on
         code = argmax_codes(tts.autoregressive, latents()[0], ids_of(tts), 8)[-1]
         with torch.no_grad():
             head = tts.autoregressive.mel_head
             head.weight[STOP], head.bias[STOP] = head.weight[code], head.bias[code] + 0.01
     watch = LatentsSeen(tts)
     tts.autoregressive.inference_speech = stock_inference_speech(tts.autoregressive)
-    settings = CALL | dict(conditioning_latents=latents(), use_deterministic_seed=5, top_k=1)
+    settings = CALL | dict(conditioning_latents=latents(), use_deterministic_seed=5, top_k=1, max_mel_tokens=limit)
     expected = tts.tts(TEXT, **settings)
     del tts.autoregressive.inference_speech
-    codes = argmax_codes(tts.autoregressive, latents()[0], ids_of(tts), 40)
-    length = {"never": 40, "at once": 1, "silence in speech": 40, "on the way": 8}[end]
-    assert len(codes) == length and (codes[-1] == STOP) == (end in ("at once", "on the way"))
+    codes = argmax_codes(tts.autoregressive, latents()[0], ids_of(tts), limit)
+    length = {"at once": 1, "on the way": 8, "one before the limit": 8}.get(end, 40)
+    assert len(codes) == length and (codes[-1] == STOP) == (length < 40)
 
     accelerate(tts)
     found = tts.autoregressive.inference_speech(
-        latents()[0], ids_of(tts), do_sample=True, top_k=1, repetition_penalty=2.0, max_generate_length=40
+        latents()[0], ids_of(tts), do_sample=True, top_k=1, repetition_penalty=2.0, max_generate_length=limit
     )
     assert found.tolist() == [codes]
     sound = tts.tts(TEXT, **settings)
     theirs, ours = watch.latents
-    assert ours.shape[1] == {"never": 40, "at once": 8, "silence in speech": 8, "on the way": 15}[end]
+    kept = {"never": 40, "at once": 8, "silence in speech": 8, "on the way": 15, "one before the limit": 9}
+    assert ours.shape[1] == kept[end]
     assert off(ours, theirs) < 1e-5
     assert off(sound, expected) < 1e-3
 
@@ -190,6 +192,15 @@ def test_the_same_seed_gives_the_same_sound(live, options, count):
     assert len(first) == count and all(map(torch.equal, first, again))
     assert first[0].shape != other[0].shape or not torch.equal(first[0], other[0])
     assert live.autoregressive_batch_size == 4
+
+
+def test_a_preset_and_the_state_are_tortoises_own(live):
+    """Speak by `tts_with_preset()`, and get back what `return_deterministic_state` gives."""
+    settings = CALL | dict(conditioning_latents=latents(), use_deterministic_seed=7)
+    found, state = live.tts_with_preset(TEXT, preset="ultra_fast", **settings, return_deterministic_state=True)
+    assert state[:2] == (7, TEXT)
+    asked = dict(temperature=0.8, length_penalty=1.0, repetition_penalty=2.0, top_p=0.8, cond_free_k=2.0)
+    assert torch.equal(found, live.tts(TEXT, **settings | asked))
 
 
 def test_all_samples_are_drawn_that_were_asked_for(live, monkeypatch):

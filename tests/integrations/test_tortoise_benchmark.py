@@ -10,7 +10,7 @@ from benchmarks.rivals import tortoise_stage
 def test_it_runs_the_stages_of_tts_and_ours(tortoise_api, monkeypatch):
     monkeypatch.setattr(tortoise_api, "do_spectrogram_diffusion", tortoise_api.do_spectrogram_diffusion)  # put back
     rows = all_rows(tortoise, "cpu", smoke=True)
-    *stock, float32, int8, bfloat16 = rows
+    *stock, float32, int8, scored, bfloat16 = rows
     assert [row["provider"] for row in stock] == [
         "tortoise, default",
         "tortoise, kv_cache",
@@ -18,6 +18,8 @@ def test_it_runs_the_stages_of_tts_and_ours(tortoise_api, monkeypatch):
     ]
     assert all(row["seconds"] and set(row["parts"]) == {"draw", "rank", "latents"} for row in rows)
     assert 0 < float32["error"] < 1e-4 and 0 < int8["error"] < 1e-4 and 1e-4 < bfloat16["error"] < 5e-2
+    assert scored["provider"] == "clvp_fast accelerate(tts), int8, scored in bfloat16"
+    assert int8["error"] < scored["error"] < 5e-2
     tortoise_stage.tortoise_api.cache_clear()
 
 

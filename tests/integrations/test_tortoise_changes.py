@@ -443,6 +443,25 @@ def test_weights_that_changed_are_copied_anew_in_8_bits(make_tts):
     assert torch.equal(tts.tts(TEXT, **SPEAK, use_deterministic_seed=4), before)
 
 
+@torch.no_grad()
+def test_scores_in_another_dtype(make_tts):
+    """Score by a copy of CLVP's speech side, which follows its weights."""
+    tts = make_tts()
+    rows = torch.randint(0, 300, (6, 40), generator=torch.Generator().manual_seed(1))
+    text = ids_of(tts).repeat(6, 1)
+    exact = tts.clvp(text, rows)
+    with pytest.raises(ValueError, match=r"scored in torch.float32, torch.bfloat16, torch.float16, not torch.int8"):
+        accelerate(tts, score_dtype=torch.int8)
+    assert "forward" not in vars(tts.clvp) and torch.equal(tts.clvp(text, rows), exact)
+    accelerate(tts, score_dtype=torch.bfloat16)
+    half = tts.clvp(text, rows, return_loss=False)
+    assert 1e-5 < (half - exact).abs().max() < 0.05 and tts.clvp.speech_emb.weight.dtype == torch.float32
+    tts.clvp.speech_emb.weight.mul_(-1)
+    changed = tts.clvp(text, rows, return_loss=False)
+    assert (changed - half).abs().max() > 0.05
+    assert (changed - restore(tts).clvp(text, rows)).abs().max() < 0.05
+
+
 @pytest.mark.parametrize("size", [7, 0, 64])
 def test_pages_of_another_size_are_refused(make_tts, size):
     with pytest.raises(ValueError, match=f"page_size must be 16 or 32, .*, not {size}"):

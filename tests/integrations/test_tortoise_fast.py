@@ -104,7 +104,10 @@ def test_storages_are_shared_and_go_back(make_fast):
     ],
 )
 def test_a_call_that_cannot_be_is_refused_by_name(make_fast, options, message):
-    tts = accelerate(make_fast())
+    tts = make_fast()
+    with pytest.raises(TypeError, match="score_dtype follows from Tortoise"):  # it ranks nothing
+        accelerate(tts, score_dtype=torch.bfloat16)
+    accelerate(tts)
     for method in (tts.tts, tts.tts_stream):
         with pytest.raises((TypeError, ValueError), match=message):
             method(TEXT, VOICE, **options)
