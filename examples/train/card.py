@@ -52,7 +52,9 @@ def card(folder: Path) -> str:
                     f"| {found['kind']} | {found['sentences']} | {count} | {best['mean']:.3f} | {best['picked']:.3f} ± "
                     f"{best['picked_error']:.3f} | {best['least']:.3f} | {best['p']:.2g} |\n"
                 )
-    measured = f"{_TABLE}{rows}" if rows else "Nothing was measured of this checkpoint.\n"
+    gains = any(best["p"] < 0.01 for found in figures(folder) for name, best in found.items() if "best_of" in name)
+    verdict = "" if gains else "\nRanking gains nothing here that these sentences could show.\n"
+    measured = f"{_TABLE}{rows}{verdict}" if rows else "Nothing was measured of this checkpoint.\n"
     return f"""# A small CLVP that was trained on synthetic speech
 
 Made by `examples/train` of clvp_fast, and by nothing else.
