@@ -3,6 +3,7 @@
 import ctypes
 import os
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -191,10 +192,9 @@ def plan(
     """
     if not 0 < memory_fraction <= 1:
         raise ValueError(f"memory_fraction must be above 0 and at most 1, not {memory_fraction}")
-    if max_batch is not None and max_batch < 1:
-        raise ValueError(f"max_batch must be at least 1, or None, not {max_batch}")
-    if min(max_new_tokens, page_size) < 1:
-        raise ValueError(f"max_new_tokens and page_size must be from 1 up, not {max_new_tokens} and {page_size}")
+    for name, size in {"max_batch": max_batch, "max_new_tokens": max_new_tokens, "page_size": page_size}.items():
+        if size is not None and (isinstance(size, bool) or not isinstance(size, Integral) or size < 1):
+            raise ValueError(f"{name} must be a whole number from 1 up, not {size!r}")
     if max_prefix_len is None:
         max_prefix_len = longest_prompt(model.config)
     sizes = model if isinstance(model, DecoderSizes) else DecoderSizes.of(model, page_dtype, weight_dtype, packed)

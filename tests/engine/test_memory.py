@@ -76,9 +76,11 @@ def test_too_little_memory_is_refused_with_sizes():
     [
         (dict(memory_fraction=0), "memory_fraction must be above 0"),
         (dict(memory_fraction=1.1), "memory_fraction must be above 0"),
-        (dict(max_batch=0), "max_batch must be at least 1"),
-        (dict(max_new_tokens=0), "from 1 up, not 0 and 16"),
-        (dict(page_size=0), "from 1 up, not 500 and 0"),
+        (dict(max_batch=0), "max_batch must be a whole number from 1 up, not 0"),
+        (dict(max_batch=True), "max_batch must be a whole number from 1 up, not True"),
+        (dict(max_new_tokens=2.0), "max_new_tokens must be a whole number from 1 up, not 2.0"),
+        (dict(page_size=0), "page_size must be a whole number from 1 up, not 0"),
+        (dict(max_new_tokens=0), "max_new_tokens must be a whole number from 1 up, not 0"),
     ],
 )
 def test_bad_numbers(options, message):
