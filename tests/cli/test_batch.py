@@ -140,6 +140,8 @@ def test_rows_without_any_voice_are_refused_before_a_model_is_made(cli, fails, m
     command = ("batch", write_jsonl(tmp_path / "corpus.jsonl", rows), "--out", tmp_path / "out")
     sentence = fails(*command)
     assert sentence.startswith("1 of 3 rows name no voice (the first is row 1), and the job has none") and not made
+    sentence = fails(*command, "--voice", tmp_path / "none.wav")
+    assert sentence.startswith(f"there is no voice at {tmp_path}/none.wav") and not made
     found = cli(*command, "--voice", VOICE)  # the same folder serves then
     assert found.code == 1 and len(made) == 1
 
