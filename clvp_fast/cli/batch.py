@@ -45,6 +45,9 @@ def run(arguments: argparse.Namespace) -> None:
         )
     for made in summary["remarks"]:
         report.note(f"{made['rows']} of {summary['rows']} rows: {made['remark']}")
+    earlier = summary["rows"] - summary["this_run"]["rows"]
+    if earlier:
+        report.note(f"{earlier} of {summary['rows']} rows were done by earlier runs")
     _tell(summary, Path(arguments.out), arguments.json)
     if summary["failed"]:
         failures = Path(arguments.out, "failures.jsonl")

@@ -156,7 +156,7 @@ def test_the_import_is_light():
 
 def test_without_ray(corpus, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ImportError, match=r"a Ray cluster needs Ray: pip install 'clvp-fast\[ray\]'"):
+    with pytest.raises(ImportError, match=r"a Ray cluster needs Ray: pip install '\.\[ray\]'"):
         run(corpus, tmp_path / "out", ray=True, voice=VOICE, progress=False)
 
 

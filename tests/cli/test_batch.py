@@ -43,7 +43,8 @@ def test_from_a_corpus_to_shards(cli, corpus, voice, tmp_path):
     again = cli(*command, "--json")
     assert again.code == 0 and json.loads(again.out)["spoken"] == 11
     assert json.loads(again.out)["written"][0] == str(out / "shards")
-    assert again.err.count("\n") <= 3  # of the bar that looks through the shards, and the two notes
+    assert "note: 11 of 11 rows were done by earlier runs" in again.err and "earlier" not in found.err
+    assert again.err.count("\n") <= 4  # of the bar that looks through the shards, and the three notes
 
 
 def test_failed_rows(cli, fails, made, tmp_path):
