@@ -65,8 +65,9 @@ def gain(rows: list[dict]) -> str:
     on_gpu = any("NVIDIA" in one["device"]["name"] and one["workload"] == "generate" and one["seconds"] for one in rows)
     elsewhere = "docs/benchmarks.md has rows of a GPU" if on_gpu else "whole calls are unmeasured on a GPU"
     text = (
-        f"**{theirs / ours:.1f} times as fast as transformers** to {found[0]['title']} in float32: {ours:.2f} s for "
-        f"{theirs:.2f} s, on {row['device']['threads']} threads of {machine}, commit {row['commit']}; {elsewhere}."
+        f"**{theirs / ours:.1f} times as fast as transformers** to {found[0]['title']} in float32: {ours:.2f} s "
+        f"instead of {theirs:.2f} s, on {row['device']['threads']} threads of {machine}, commit "
+        f"{row['commit']}; {elsewhere}."
     )
     return textwrap.fill(text, _WIDTH, break_on_hyphens=False)
 

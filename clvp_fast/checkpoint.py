@@ -222,10 +222,10 @@ def load_clap(
         raise ValueError(f"there is no {name} of CLAP; give a folder, or a hub id such as laion/clap-htsat-unfused")
     source = _folder_or_id(name, "a folder", ("config.json",))
     try:
-        processor = ClapProcessor.from_pretrained(source)
         model, report = ClapModel.from_pretrained(
             source, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
         )
+        processor = ClapProcessor.from_pretrained(source)
     except Exception as error:  # transformers' loaders raise many types for a damaged file
         raise ValueError(f"checkpoint {name} cannot be loaded: {_reason(error)}") from error
     # Buffers are computed, even if an older checkpoint has them.

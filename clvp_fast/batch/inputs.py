@@ -63,7 +63,7 @@ def read_rows(
     readers = {".jsonl": _json_lines, ".ndjson": _json_lines, ".csv": _csv, ".parquet": _parquet}
     require_file(path)
     if path.suffix.lower() not in readers:
-        raise ValueError(f"{path} must be one of {', '.join(readers)}, by its name")
+        raise ValueError(f"{path} is of no kind that can be read: its name must end in {', '.join(readers)}")
     folder = Path(os.path.abspath(path)).parent  # relative to a link, not to its target
     unused = set() if unused is None else unused
     for index, record in enumerate(readers[path.suffix.lower()](path, done, unused)):

@@ -93,6 +93,8 @@ def run(
         identity = _identity(source, manifest, given, shard_rows)
         if manifest is not None:
             given = given.going_on_from(manifest["settings"])
+        elif not ray and given.voice is not None and not Path(given.voice).exists():  # workers may have other disks
+            raise FileNotFoundError(f"there is no voice at {given.voice}: a job's voice is fixed when it begins")
         rows = _rows(folder, source, identity["shard_rows"], manifest, progress)
         if manifest is None and given.voice is None:
             _require_voices(rows)

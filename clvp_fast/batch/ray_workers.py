@@ -176,7 +176,7 @@ def _imported():
         import ray
         import ray.data
     except ImportError as error:
-        raise ImportError("a Ray cluster needs Ray: pip install 'clvp-fast[ray]'") from error
+        raise ImportError("a Ray cluster needs Ray: pip install '.[ray]' in a clone of clvp_fast") from error
     return ray
 
 

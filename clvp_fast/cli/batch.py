@@ -45,6 +45,9 @@ def run(arguments: argparse.Namespace) -> None:
         )
     for made in summary["remarks"]:
         report.note(f"{made['rows']} of {summary['rows']} rows: {made['remark']}")
+    earlier = summary["rows"] - summary["this_run"]["rows"]
+    if earlier:
+        report.note(f"{earlier} of {summary['rows']} rows were done by earlier runs")
     _tell(summary, Path(arguments.out), arguments.json)
     if summary["failed"]:
         failures = Path(arguments.out, "failures.jsonl")
@@ -56,7 +59,7 @@ def _advice(failures: Path) -> str:
     """Advise on failures."""
     with open(failures, encoding="utf-8") as file:
         if any(may_pass(json.loads(line)["error"]) for line in file):
-            return "--retry-failed speaks them again, of which those can pass whose voice is mended"
+            return "--retry-failed tries them again, for example after a voice's file was mended"
     return "mend the rows in the input, and choose another folder for it"
 
 
@@ -71,6 +74,6 @@ def _tell(summary: dict, out: Path, as_json: bool) -> None:
     now = summary["this_run"]
     rates = [now.get(f"{name}_per_second", math.nan) for name in ("rows", "tokens")]
     counts = [str(summary[name]) for name in ("rows", "spoken", "failed", "candidates", "tokens")]
-    table.add_row(*counts, *("" if math.isnan(rate) else f"{rate:.3g}" for rate in rates))
+    table.add_row(*counts, *("" if math.isnan(rate) else f"{rate:,.{0 if rate >= 100 else 1}f}" for rate in rates))
     report.print_table(table)
     report.print_written(written)

@@ -39,7 +39,7 @@ def read_texts(arguments: argparse.Namespace) -> list[str]:
     """Return the texts of the arguments, or the lines of their file.
 
     Raises:
-        FileNotFoundError, ValueError: the file does not exist, is not UTF-8, or has only blank lines.
+        FileNotFoundError, ValueError: the file does not exist, is a folder, is not UTF-8, or has only blank lines.
     """
     if arguments.texts is None:
         return arguments.text
@@ -52,6 +52,8 @@ def read_texts(arguments: argparse.Namespace) -> list[str]:
         lines = re.split("\r\n|\r|\n", content.decode("utf-8-sig"))
     except FileNotFoundError as error:
         raise FileNotFoundError(f"there is no file of texts at {name}") from error
+    except IsADirectoryError as error:
+        raise ValueError(f"{name} is a folder; give --texts a file with one text per line") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{name} is not UTF-8 text ({error}); save it as UTF-8, one text per line") from error
     texts = [line.strip() for line in lines if line.strip()]

@@ -167,7 +167,7 @@ def _batch(commands, everywhere) -> None:
         metavar="N",
         help="rows per file of results (default: 1024; 64 with --latents)",
     )
-    cluster = parser.add_argument_group("on a cluster (pip install 'clvp-fast[ray]')")
+    cluster = parser.add_argument_group("on a cluster (pip install '.[ray]' in a clone)")
     cluster.add_argument(
         "--ray",
         nargs="?",
@@ -228,7 +228,7 @@ def _score(commands, everywhere) -> None:
         "--checkpoint",
         type=_path,
         metavar="NAME",
-        help="a folder or a hub id (default: 'demo', small, for about 500 words; ./demo is a folder of that name; "
+        help="a folder or a hub id (default: 'demo', small, for about 500 words; ./demo means a folder named demo; "
         "with --model clap laion/clap-htsat-unfused)",
     )
     parser.set_defaults(refuse=parser.error)
@@ -328,8 +328,8 @@ def _add_checkpoint(parser) -> None:
         type=_path,
         default="demo",
         metavar="NAME",
-        help="'demo' (small, speaks about 500 words), 'random' (random weights), a folder (./demo is one), or a hub id "
-        "(default: %(default)s)",
+        help="'demo' (small, knows about 500 words), 'random' (random weights), a folder (./demo means a folder named "
+        "demo), or a hub id (default: %(default)s)",
     )
 
 

@@ -55,9 +55,11 @@ def read_codes(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: not an .npz with `codes`, an .npy or a .json; not whole numbers; rows of unequal length; no rows;
-            impossible lengths or numbers.
+        ValueError: a folder; not an .npz with `codes`, an .npy or a .json; not whole numbers; rows of unequal length;
+            no rows; impossible lengths or numbers.
     """
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: give a file of codes in it, such as codes.npz")
     if not path.is_file():
         raise FileNotFoundError(f"there is no file of codes at {path}")
     try:

@@ -12,8 +12,7 @@ def run(arguments: argparse.Namespace) -> None:
             make_tortoise_importable()
         except ImportError as error:
             raise ValueError(
-                f"--tortoise needs tortoise-tts 3.0.0 ({error}): pip install --no-deps tortoise-tts==3.0.0, and "
-                "torchaudio librosa einops rotary_embedding_torch progressbar tqdm; docs/tortoise.md tells more"
+                f"--tortoise needs tortoise-tts 3.0.0 and its packages: {error}; docs/tortoise.md names the packages"
             ) from error
     from clvp_fast.cli.speaking import speak
 

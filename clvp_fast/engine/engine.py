@@ -55,8 +55,8 @@ class CandidateEngine:
             positions.
         num_pages: pages of keys and values; by default as many as `max_batch` candidates need, if memory allows.
         memory_fraction: the share of the memory free now that the engine may take, for keys and values and everything
-            else.
-        page_size: tokens per page of keys and values, 16 or 32.
+            else; by default 0.9.
+        page_size: tokens per page of keys and values, 16 (the default) or 32.
         page_dtype: `torch.float8_e4m3fn` to keep keys and values in 8 bits; by default the model's dtype.
         weight_dtype: `torch.int8` to decode with copies of the layers' weights in 8 bits, which are made here; by
             default with the model's own. docs/architecture.md has the effect of both dtypes on accuracy; `refresh`
@@ -64,7 +64,7 @@ class CandidateEngine:
         packed_weights: decode with copies of all weights in the order in which a CPU's kernel reads them, made here
             (docs/kernels.md has the gain by number of candidates). None: if there is such a kernel, and as many
             candidates fit beside the copies as without them.
-        scoring: "padded", as the original scores, or "trimmed" ([`Ranker`] explains them).
+        scoring: "padded" (the default), as the original scores, or "trimmed" ([`Ranker`] explains them).
         score_dtype: embed candidates for their scores by a copy of the speech encoder in this dtype; by default by the
             model's own. `torch.bfloat16` halves the time on CPUs that multiply it (docs/ranking.md has its effect).
         scorer: a [`Scorer`] that ranks candidates in place of `model`'s own encoders.

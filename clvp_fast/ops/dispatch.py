@@ -110,7 +110,7 @@ def missing_for_triton(device: torch.device) -> str | None:
     try:
         import triton  # noqa: F401
     except ImportError:
-        return "triton is not installed (pip install 'clvp-fast[kernels]')"
+        return "triton is not installed (pip install '.[kernels]' in a clone)"
     if device.type == "cpu":
         if not interpreted():
             return "kernels need an NVIDIA GPU (or, for tests, TRITON_INTERPRET=1)"

@@ -36,8 +36,8 @@ JOB["max_new_tokens"] = 50
 @pytest.fixture(scope="module")
 def ray():
     """Ray on this machine, with two CPUs, for all tests of the module."""
-    ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'clvp-fast[ray]'")
-    pytest.importorskip("ray.data", reason="Ray's data part is not installed: pip install 'clvp-fast[ray]'")
+    ray = pytest.importorskip("ray", reason="Ray is not installed: pip install '.[ray]'")
+    pytest.importorskip("ray.data", reason="Ray's data part is not installed: pip install '.[ray]'")
     os.environ.setdefault("RAY_worker_niceness", "0")  # they share the machine with other tests
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield ray
@@ -156,7 +156,7 @@ def test_the_import_is_light():
 
 def test_without_ray(corpus, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ImportError, match=r"a Ray cluster needs Ray: pip install 'clvp-fast\[ray\]'"):
+    with pytest.raises(ImportError, match=r"a Ray cluster needs Ray: pip install '\.\[ray\]'"):
         run(corpus, tmp_path / "out", ray=True, voice=VOICE, progress=False)
 
 
@@ -193,7 +193,7 @@ def test_a_worker_is_sent_enough_rows_for_full_batches():
 
 
 def test_addresses_where_no_cluster_is(corpus, tmp_path, capsys, monkeypatch):
-    ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'clvp-fast[ray]'")
+    ray = pytest.importorskip("ray", reason="Ray is not installed: pip install '.[ray]'")
     monkeypatch.setattr(ray, "is_initialized", lambda: False)  # whatever other tests have begun
     with socket.socket() as closed, socket.create_server(("127.0.0.1", 0)) as other:
         closed.bind(("127.0.0.1", 0))  # and listens not

@@ -189,6 +189,7 @@ def test_bad_codes(fails, tmp_path, content, expected):
 
 def test_unreadable_codes(fails, tmp_path):
     assert "there is no file of codes" in fails("score", tmp_path / "no.npz", TEXT)
+    assert f"{tmp_path} is a folder: give a file of codes in it" in fails("score", tmp_path, TEXT)
     for name in ("codes.npz", "codes.npy", "codes.json"):
         (tmp_path / name).write_text("{ not this")
         assert "cannot be read as .npz, .npy or .json" in fails("score", tmp_path / name, TEXT)

@@ -43,7 +43,8 @@ def test_from_a_corpus_to_shards(cli, corpus, voice, tmp_path):
     again = cli(*command, "--json")
     assert again.code == 0 and json.loads(again.out)["spoken"] == 11
     assert json.loads(again.out)["written"][0] == str(out / "shards")
-    assert again.err.count("\n") <= 3  # of the bar that looks through the shards, and the two notes
+    assert "note: 11 of 11 rows were done by earlier runs" in again.err and "earlier" not in found.err
+    assert again.err.count("\n") <= 4  # of the bar that looks through the shards, and the three notes
 
 
 def test_failed_rows(cli, fails, made, tmp_path):
@@ -140,6 +141,8 @@ def test_rows_without_any_voice_are_refused_before_a_model_is_made(cli, fails, m
     command = ("batch", write_jsonl(tmp_path / "corpus.jsonl", rows), "--out", tmp_path / "out")
     sentence = fails(*command)
     assert sentence.startswith("1 of 3 rows name no voice (the first is row 1), and the job has none") and not made
+    sentence = fails(*command, "--voice", tmp_path / "none.wav")
+    assert sentence.startswith(f"there is no voice at {tmp_path}/none.wav") and not made
     found = cli(*command, "--voice", VOICE)  # the same folder serves then
     assert found.code == 1 and len(made) == 1
 

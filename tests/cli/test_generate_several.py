@@ -183,6 +183,7 @@ def test_file_of_texts_that_is_none(fails, voice, tmp_path):
         return fails("generate", "--texts", path, "--voice", voice, "--out", tmp_path / "out")
 
     assert sentence(tmp_path / "no.txt") == f"there is no file of texts at {tmp_path}/no.txt"
+    assert sentence(tmp_path) == f"{tmp_path} is a folder; give --texts a file with one text per line"
     (tmp_path / "blank.txt").write_text(" \n\n\t\n")
     assert sentence(tmp_path / "blank.txt") == f"{tmp_path}/blank.txt has no text in it; write one per line"
     (tmp_path / "latin.txt").write_bytes("Müller".encode("latin-1"))

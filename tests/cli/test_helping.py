@@ -95,7 +95,7 @@ def test_a_mistyped_checkpoint_is_near_to_one(generate_fails, voice, tmp_path, m
     ],
 )
 def test_a_shell_completes(line, offered, tmp_path):
-    pytest.importorskip("argcomplete", reason="argcomplete is not installed: pip install 'clvp-fast[completion]'")
+    pytest.importorskip("argcomplete", reason="argcomplete is not installed: pip install '.[completion]'")
     asked = {"_ARGCOMPLETE": "1", "COMP_LINE": line, "COMP_POINT": str(len(line)), "COMP_TYPE": "9", "IFS": "\n"}
     asked["_ARGCOMPLETE_STDOUT_FILENAME"] = str(tmp_path / "answer")
     code = "import sys; sys.argv[0] = 'clvp-fast'; from clvp_fast.cli import main; main()"

@@ -146,6 +146,15 @@ def test_wrong_usage(cli, argv):
     assert outcome.code == 2 and "usage: clvp-fast score" in outcome.err
 
 
+def test_hub_id_that_cannot_be_had(fails, recordings, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    call = ["score", "--model", "clap", "--audio", recordings / "short.wav", "--text", "rain"]
+    assert fails(*call, "--checkpoint", "nobody/nothing-of-this-name") == (
+        "checkpoint nobody/nothing-of-this-name cannot be loaded: it is not in the cache, and the hub cannot be "
+        "reached; download it first, or give a folder"
+    )
+
+
 def test_bad_checkpoints_and_texts(fails, checkpoint, recordings, tmp_path):
     call = ["score", "--model", "clap", "--audio", recordings / "short.wav", "--text"]
     assert "a text is empty" in fails(*call, "rain", " ", "--checkpoint", checkpoint)

@@ -37,7 +37,7 @@ def test_impossible_calls_are_refused_in_a_sentence(fails, voice, checkpoint, tm
     assert "the text is empty" in fails("speak", " ", *common[2:])
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert fails(*common, "--tortoise", tmp_path).startswith(
-        "--tortoise needs tortoise-tts 3.0.0 (tortoise-tts is not installed"
+        "--tortoise needs tortoise-tts 3.0.0 and its packages: tortoise-tts is not installed"
     )
     assert not any(tmp_path.iterdir())
 
