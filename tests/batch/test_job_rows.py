@@ -267,7 +267,7 @@ def test_bad_input(run, tmp_path):
     with pytest.raises(ValueError, match="has no rows"):
         run(tmp_path / "empty.jsonl", tmp_path / "nothing")
     (tmp_path / "corpus.txt").write_text("Hello.")
-    with pytest.raises(ValueError, match=r"must be one of \.jsonl"):
+    with pytest.raises(ValueError, match=r"its name must end in \.jsonl"):
         run(tmp_path / "corpus.txt", tmp_path / "nothing")
 
 
