@@ -9,7 +9,6 @@ from contextlib import suppress
 from contextvars import copy_context
 from dataclasses import replace
 from functools import partial
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 from weakref import ref
@@ -31,7 +30,7 @@ from clvp_fast.engine.scoring import Scorer, check_scorer
 from clvp_fast.engine.turns import Turns
 from clvp_fast.engine.voices import Voice, VoiceCache
 from clvp_fast.engine.work import Work
-from clvp_fast.io.errors import shown
+from clvp_fast.io.errors import require_whole, shown
 from clvp_fast.models.clvp.causal_lm import ClvpForCausalLM
 from clvp_fast.models.common.parameters import arrange_for_decoding
 from clvp_fast.ops.dispatch import uncast
@@ -246,8 +245,7 @@ class CandidateEngine:
             requests = [requests]
         if sampling is not None and not isinstance(sampling, SamplingParams):
             raise TypeError(f"sampling must be SamplingParams, not {type(sampling).__name__}")
-        if isinstance(keep, bool) or not isinstance(keep, Integral) or keep < 1:
-            raise ValueError(f"keep must be a whole number from 1 up, not {shown(keep)}")
+        require_whole("keep", keep)
         if on_token is not None and not callable(on_token):
             raise TypeError(f"on_token must be callable, and is {shown(on_token)}")
         return Call(iter(requests), sampling or SamplingParams(), keep, on_token)

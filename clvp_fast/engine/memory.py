@@ -3,7 +3,6 @@
 import ctypes
 import os
 from dataclasses import dataclass
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from clvp_fast.engine.defaults import MEMORY_FRACTION, PAGE_SIZE
 from clvp_fast.engine.runner import PREFILL_TOKENS
 from clvp_fast.engine.sampling_params import SamplingParams
 from clvp_fast.engine.scheduler import batch_buckets
+from clvp_fast.io.errors import require_whole
 from clvp_fast.models.clvp.tokens import longest_prompt
 from clvp_fast.ops.panels import padded
 
@@ -193,8 +193,8 @@ def plan(
     if not 0 < memory_fraction <= 1:
         raise ValueError(f"memory_fraction must be above 0 and at most 1, not {memory_fraction}")
     for name, size in {"max_batch": max_batch, "max_new_tokens": max_new_tokens, "page_size": page_size}.items():
-        if size is not None and (isinstance(size, bool) or not isinstance(size, Integral) or size < 1):
-            raise ValueError(f"{name} must be a whole number from 1 up, not {size!r}")
+        if size is not None:
+            require_whole(name, size)
     if max_prefix_len is None:
         max_prefix_len = longest_prompt(model.config)
     sizes = model if isinstance(model, DecoderSizes) else DecoderSizes.of(model, page_dtype, weight_dtype, packed)

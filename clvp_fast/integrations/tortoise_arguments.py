@@ -2,14 +2,13 @@
 
 import inspect
 from collections.abc import Mapping
-from numbers import Integral
 from typing import Any
 
 import torch
 
 from clvp_fast.engine.sampling_params import SamplingParams
 from clvp_fast.integrations.tortoise_modules import refuse_shared
-from clvp_fast.io.errors import shown
+from clvp_fast.io.errors import require_whole, shown
 
 # The attributes of a `TextToSpeech` of `tortoise.api` and of `tortoise.api_fast` that are used, and arguments of
 # `tts()`.
@@ -115,9 +114,9 @@ def check_call(given: Mapping[str, Any], max_new_tokens: int) -> None:
         max_new_tokens: the engine's.
     """
     samples, k = given["num_autoregressive_samples"], given["k"]
-    _whole("num_autoregressive_samples", samples, 1, None)
-    _whole("k", k, 1, samples)
-    _whole("max_mel_tokens", given["max_mel_tokens"], 1, max_new_tokens)
+    require_whole("num_autoregressive_samples", samples, 1, None)
+    require_whole("k", k, 1, samples)
+    require_whole("max_mel_tokens", given["max_mel_tokens"], 1, max_new_tokens)
     if given["cvvp_amount"] == 1 and given["voice_samples"] is None:
         raise ValueError("cvvp_amount=1 ranks by the voice's recordings alone: give voice_samples, or less of it")
     options = _drawing(given, ("do_sample", "num_return_sequences", "max_generate_length"))
@@ -155,10 +154,10 @@ def _kind(voice: Any) -> str:
 
 def check_fast_call(given: Mapping[str, Any], max_new_tokens: int) -> None:
     """Raise as `check_call`, for `tts()` or `tts_stream()` of `tortoise.api_fast`."""
-    _whole("k", given["k"], 1, 1)
+    require_whole("k", given["k"], 1, 1)
     options = _drawing(given, ("do_sample", "top_k", "num_return_sequences", "num_beams"))
     length = options.pop("max_generate_length", max_new_tokens)
-    _whole("max_generate_length", length, 1, max_new_tokens)
+    require_whole("max_generate_length", length, 1, max_new_tokens)
     sampling(options, num_candidates=1, max_new_tokens=length)
 
 
@@ -194,10 +193,3 @@ def sampling(options: Mapping[str, Any], **settings) -> SamplingParams:
         settings.pop("typical_mass", None)
         values = {name: values[name] for name in ("do_sample", "repetition_penalty")}
     return SamplingParams(**values, **settings)
-
-
-def _whole(name: str, value: Any, least: int, most: int | None) -> None:
-    whole = isinstance(value, Integral) and not isinstance(value, bool)
-    if not whole or int(value) < least or (most is not None and int(value) > most):
-        wanted = f"from {least} up" if most is None else f"from {least} to {most}"
-        raise ValueError(f"{name} must be a whole number {wanted}, not {shown(value)}")

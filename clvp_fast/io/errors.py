@@ -1,4 +1,7 @@
-"""The part of an error that a person needs to read."""
+"""Errors as sentences: the part that a person needs to read, and a check of whole numbers."""
+
+from numbers import Integral
+from typing import Any
 
 
 def sentence(error: Exception) -> str:
@@ -18,6 +21,14 @@ def shown(value, longest: int = 100) -> str:
         return cut(repr(value), longest)
     except Exception:
         return f"a {type(value).__name__} that cannot be printed"
+
+
+def require_whole(name: str, value: Any, least: int = 1, most: int | None = None) -> None:
+    """Raise `ValueError` unless `value` is a whole number in a range; True and False are none."""
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    if not whole or int(value) < least or (most is not None and int(value) > most):
+        wanted = f"from {least} up" if most is None else f"from {least} to {most}"
+        raise ValueError(f"{name} must be a whole number {wanted}, not {shown(value)}")
 
 
 def cut(text: str, longest: int) -> str:

@@ -2,7 +2,7 @@
 
 The sentences are `texts.EVALUATION`, on which nothing is trained. Rows go to `evaluation-NAME.jsonl` one by one, so
 that an evaluation that was interrupted goes on; `uses.jsonl` counts how often these sentences were used. The heard
-words depend only on the decoder: candidates are ranked at the end, and again by a scorer that was trained further.
+words depend only on the decoder: candidates of an earlier scorer are ranked again by the present one, not heard again.
 """
 
 import json
@@ -28,7 +28,7 @@ from examples.train.train_codec import make_codec
 
 def evaluate(folder: Path, sentences: int, count: int, kind: str = "open", seed: int = 7) -> dict:
     """Measure word errors of `count` candidates per sentence, and of the best-scored of each 4, 16, 64, ..."""
-    step = step_of(folder / "decoder.pt")
+    step, trained = step_of(folder / "decoder.pt"), step_of(folder / "scorer.pt")
     path = folder / f"evaluation-{step}-{count}-{kind}.jsonl"
     with open(folder / USES, "a", encoding="utf-8") as uses:
         uses.write(json.dumps({"step": step, "sentences": sentences, "count": count, "kind": kind}) + "\n")
@@ -47,10 +47,12 @@ def evaluate(folder: Path, sentences: int, count: int, kind: str = "open", seed:
                 "voice": voices.NAMES[number % 2],
                 "errors": errors,
                 "codes": [c.tolist() for c in codes],
+                "scores": result.scores.tolist(),
+                "scorer": trained,
             }
             with open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
-    rows = ranked(read_rows(path), speaker.model, step_of(folder / "scorer.pt"))
+    rows = ranked(read_rows(path), speaker.model, trained)
     with replacing(path) as scratch:
         scratch.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return {"step": step, "kind": kind, **summary(rows)}
