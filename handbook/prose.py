@@ -33,7 +33,15 @@ _NO_VERBS = """after all any around as at before behind between both by during e
 its no none of on one only or outside their these those to when where with"""
 NO_VERBS = frozenset(_NO_VERBS.split())
 # Documents, modules, and sources in C++, as patterns below the repository.
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/**/*.md")
+DOCUMENTS = (
+    "README.md",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "docs/**/*.md",
+    "examples/**/*.md",
+    "kernels/*.md",
+    "clvp_fast/**/*.md",
+)
 MODULES = (
     "benchmarks/**/*.py",
     "clvp_fast/**/*.py",
