@@ -17,6 +17,7 @@ import pyarrow as pa
 import pytest
 
 from clvp_fast.batch import Settings, run
+from clvp_fast.batch.folder import JobFolder
 from clvp_fast.batch.inputs import RowFile, Task, read_rows
 from clvp_fast.batch.ray_workers import Cluster, _JobActor, _piece_rows, _share
 from clvp_fast.cli import main
@@ -24,7 +25,7 @@ from clvp_fast.cli.parser import build_parser
 from clvp_fast.distributed import CandidateActor
 from tests.batch.jobs import QUICK, VOICE, assert_whole, failures, records, results, write_jsonl
 from tests.kit.documents import blocks, commands
-from tests.kit.waiting import join, wait_for
+from tests.kit.waiting import wait_for
 
 ROOT = VOICE.parents[1]
 ROWS = 60
@@ -263,25 +264,34 @@ def workers_of(process: int) -> list[int]:
     return [one for one in found if is_below(one)]
 
 
-def has_results(out: Path) -> bool:
-    """Tell whether a job has written results."""
-    return any(path.stat().st_size > 4000 for path in (out / "unfinished").glob("*.journal"))
+# A driver that dies after its first shard, by itself: another process might kill it too late, when all is done.
+DYING = """
+import os, signal
+from clvp_fast.batch import run
+from clvp_fast.batch.folder import JobFolder
+write = JobFolder.write_shard
+def write_and_die(*arguments):
+    write(*arguments)
+    os.kill(os.getpid(), signal.SIGKILL)
+JobFolder.write_shard = write_and_die
+"""
 
 
 @pytest.mark.slow
 def test_a_worker_is_killed(ray, corpus, single, tmp_path, monkeypatch):
     killed: list[int] = []
+    write = JobFolder.write_shard
 
-    def kill():
-        wait_for(lambda: any((tmp_path / "unfinished").glob("*.journal")))
-        killed.append(wait_for(lambda: workers_of(os.getpid()))[0])
-        os.kill(killed[0], signal.SIGKILL)
+    def kill_and_write(*arguments):
+        """Kill a worker as the first of two shards is written, while rows of the other are still to be done."""
+        if not killed:
+            killed.append(wait_for(lambda: workers_of(os.getpid()))[0])
+            os.kill(killed[0], signal.SIGKILL)
+        write(*arguments)
 
-    killer = threading.Thread(target=kill, daemon=True)
-    killer.start()
+    monkeypatch.setattr(JobFolder, "write_shard", kill_and_write)
     monkeypatch.chdir(VOICE.parent)  # where Ray was not started
     summary = run(corpus, tmp_path, ray=True, workers=2, **JOB)
-    join(killer)
     wait_for(lambda: not Path(f"/proc/{killed[0]}").exists())
     assert summary["this_run"]["rows"] == ROWS
     assert_same(tmp_path, single)
@@ -293,14 +303,10 @@ def test_the_driver_is_killed_and_the_job_goes_on_anywhere(ray, corpus, single, 
     monkeypatch.chdir(VOICE.parent)
     out = tmp_path / "out"
     address = ray.get_runtime_context().gcs_address
-    code = f"from clvp_fast.batch import run; run({str(corpus)!r}, {str(out)!r}, ray={address!r}, workers=1, **{JOB!r})"
+    code = f"{DYING}run({str(corpus)!r}, {str(out)!r}, ray={address!r}, workers=1, **{JOB!r})"
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    driver = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path})
-    try:
-        wait_for(lambda: driver.poll() is not None or has_results(out))
-    finally:
-        driver.kill()
-    assert driver.wait() == -signal.SIGKILL
+    driver = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path}, timeout=240)
+    assert driver.returncode == -signal.SIGKILL
     assert not (out / "summary.json").exists()
     shutil.copytree(out, tmp_path / "alone")
     summary = run(corpus, tmp_path / "alone", **JOB)
