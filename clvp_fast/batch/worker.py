@@ -59,7 +59,7 @@ class Worker:
             settings,
             device=device,
             max_new_tokens=self.engine.max_new_tokens,
-            packed_weights=self.engine.memory.parts["panels"] > 0,
+            packed_weights=self.engine.memory.packed_weights,
             batch_size=self.engine.memory.max_batch,
             threads=torch.get_num_threads() if device == "cpu" else None,
         )

@@ -75,7 +75,7 @@ class Generation:
         drawing = Drawing(self.checkpoint, self.sampling, self.arguments, len(ready))
         plan = drawing.engine.memory
         self._shared = {
-            "settings": self._settings() | {"batch_size": plan.max_batch},
+            "settings": self._settings() | {"packed_weights": plan.packed_weights, "batch_size": plan.max_batch},
             "memory": {"budget": plan.budget, "planned": plan.total, "parts": plan.parts},
             "versions": versions(),
         }

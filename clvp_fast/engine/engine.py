@@ -162,6 +162,12 @@ class CandidateEngine:
         checkpoint = load_checkpoint(name, device=device or best_device(), dtype=weights, text_cleaning=text_cleaning)
         return cls(checkpoint.model, checkpoint.processor, **options)
 
+    def __reduce__(self):
+        raise TypeError(
+            "an engine cannot be copied or pickled, because it has threads, pages and a model that others may share: "
+            "make one where it is needed, as `CandidateEngine.from_pretrained` or `CandidateActor` in a worker"
+        )
+
     def warm_up(self, progress: Callable[[int, int], None] | None = None) -> float:
         """Capture the decode step for every batch size, and return the seconds that it took. On a CPU it does nothing.
 
@@ -396,5 +402,5 @@ def _planned(
 
 
 def _runner(decoder: ClvpForCausalLM, options: dict[str, Any], memory: MemoryPlan) -> Runner:
-    packed = memory.parts["panels"] > 0
-    return Runner(decoder, memory.num_pages, max_batch=memory.max_batch, packed=packed, **options)
+    sizes: dict[str, Any] = dict(max_batch=memory.max_batch, packed=memory.packed_weights)
+    return Runner(decoder, memory.num_pages, **sizes, **options)

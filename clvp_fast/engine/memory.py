@@ -118,6 +118,11 @@ class MemoryPlan:
     def total(self) -> int:
         return sum(self.parts.values())
 
+    @property
+    def packed_weights(self) -> bool:
+        """Tell whether the batch decodes over packed copies of weights."""
+        return self.parts["panels"] > 0
+
     def __str__(self) -> str:
         pages = f"{self.num_pages} of {self.page_size} tokens"
         rows = [f"{self.max_batch} candidates at once, of up to {self.max_new_tokens} tokens"]

@@ -82,6 +82,15 @@ def test_eight_bits(generate, tmp_path, option, part):
     assert [row["score"] for row in rounded["candidates"]] != [row["score"] for row in plain["candidates"]]
 
 
+def test_packed_weights_are_told(generate, tmp_path):
+    """Name them in the settings, because they change a candidate's bits."""
+    _, _, plain = generate(*QUICK, "--no-packed-weights", out=tmp_path / "plain")
+    _, _, packed = generate(*QUICK, out=tmp_path / "packed")
+    for document in plain, packed:
+        assert document["settings"]["packed_weights"] == (document["memory"]["parts"]["panels"] > 0)
+    assert not plain["settings"]["packed_weights"]
+
+
 def test_another_dtype_of_the_ranking(generate, tmp_path):
     """Draw the same codes, with scores that are off by the rounding alone."""
     _, codes, plain = generate(*QUICK, out=tmp_path / "plain")

@@ -1,6 +1,8 @@
 """The engine as a user meets it, on the random checkpoint: the same codes in every company, and nothing left behind."""
 
 import asyncio
+import copy
+import pickle
 import random as python_random
 
 import numpy as np
@@ -35,6 +37,12 @@ def test_a_result_holds_what_it_promises(parts, engine):
     assert set(result.timings) == {"prepare", "queue", "decode", "rank"} and min(result.timings.values()) >= 0
     with pytest.raises(ValueError, match="1 to 3 candidates"):
         result.best(4)
+
+
+@pytest.mark.parametrize("duplicate", [pickle.dumps, copy.deepcopy, copy.copy])
+def test_it_is_neither_copied_nor_pickled(engine, duplicate):
+    with pytest.raises(TypeError, match=r"^an engine cannot be copied or pickled.*make one where it is needed"):
+        duplicate(engine)
 
 
 @pytest.mark.parametrize("penalty", [1.0, 2.0])

@@ -56,6 +56,7 @@ def test_remarks_on_a_text():
     )
     assert text_remarks(tokenizer, "He has ٣ of them.")[-1].endswith(": ٣")
     assert text_remarks(tokenizer, "He said quixotic things.") == ()  # of no closed domain
+    assert text_remarks(tokenizer, " ...!") == ("the text has no letters or digits, so there is no word to speak",)
     many = "東京大阪名古屋札幌福岡仙"
     (remark,) = text_remarks(tokenizer, f"{many} is big.")
     assert remark.endswith(f": {' '.join(many[:10])} and 2 more")

@@ -203,6 +203,33 @@ def test_a_preset_and_the_state_are_tortoises_own(live):
     assert torch.equal(found, live.tts(TEXT, **settings | asked))
 
 
+class HalfRedacted:
+    """An aligner that cuts the first half of a clip, in the place of one that needs a recogniser's weights."""
+
+    def __init__(self):
+        self.texts = []
+
+    def redact(self, clip, text):
+        assert clip.ndim == 2
+        self.texts.append(text)
+        return clip[:, clip.shape[1] // 2 :]
+
+
+def test_redaction_is_tortoises_own(tortoise_api):
+    """Hand each clip of `tts()` and `tts_many()` to the aligner, with its own text and the brackets in it."""
+    from tests.integrations.package import tiny_tts
+
+    tts, texts = accelerate(tiny_tts(tortoise_api)), ["[I am really sad,] Please feed me.", "Hello."]
+    settings = CALL | dict(use_deterministic_seed=7, k=2)
+    whole = tts.tts(texts[0], **settings, conditioning_latents=latents())
+    tts.enable_redaction, tts.aligner = True, HalfRedacted()
+    redacted = tts.tts(texts[0], **settings, conditioning_latents=latents())
+    assert all(torch.equal(cut, sound[..., sound.shape[-1] // 2 :]) for cut, sound in zip(redacted, whole, strict=True))
+    many = tts.tts_many(texts, [latents(), latents()], **settings)
+    assert all(map(torch.equal, many[0], redacted))
+    assert tts.aligner.texts == [texts[0]] * 4 + [texts[1]] * 2
+
+
 def test_all_samples_are_drawn_that_were_asked_for(live, monkeypatch):
     counts = []
     generate = live._clvp_fast.engine.generate

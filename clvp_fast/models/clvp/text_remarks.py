@@ -12,7 +12,10 @@ _SHOWN, _LONGEST = 10, 30
 
 
 def text_remarks(tokenizer: ClvpTokenizer, text: str) -> tuple[str, ...]:
-    """Return sentences on characters of `text` that are dropped or changed, and on words outside the training words."""
+    """Return sentences on characters of `text` that are dropped or changed, and on words outside the training words.
+
+    A text without letters and digits gets one of its own.
+    """
     lost, romanised = [], []
     for char in dict.fromkeys(text):
         if _is_lost(char, text, tokenizer):
@@ -24,7 +27,10 @@ def text_remarks(tokenizer: ClvpTokenizer, text: str) -> tuple[str, ...]:
         ("characters of other scripts were written in Latin letters", romanised),
         ("words that the checkpoint was not trained on, and may say wrongly", _strange_words(tokenizer, text)),
     )
-    return tuple(f"{what}: {_shown(chars)}" for what, chars in said if chars)
+    remarks = [f"{what}: {_shown(chars)}" for what, chars in said if chars]
+    if not any(char.isalnum() for char in tokenizer.normalizer(text)):
+        remarks.append("the text has no letters or digits, so there is no word to speak")
+    return tuple(remarks)
 
 
 def _strange_words(tokenizer: ClvpTokenizer, text: str) -> list[str]:
