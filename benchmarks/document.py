@@ -3,7 +3,7 @@
 All from the newest rows.
 """
 
-from benchmarks.machine import by_machine
+from benchmarks.machine import bandwidth, by_machine
 from benchmarks.run import WORKLOADS
 
 
@@ -150,7 +150,7 @@ def _circumstances(rows: list[dict]) -> str:
         threads = row["shape"].get("threads", device["threads"])
         where = (
             f"commit {row['commit']}, {row['utc'][:10]}, torch {versions['torch']}, transformers "
-            f"{versions['transformers']}, copy {device['copy_bytes_per_s'] / 1e9:.1f} GB/s"
+            f"{versions['transformers']}, memory at {bandwidth(device) / 1e9:.1f} GB/s"
         )
         found.setdefault(where, set()).add(threads)
     return (

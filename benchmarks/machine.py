@@ -4,7 +4,7 @@ import os
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import torch
 
 from clvp_fast import native
 from clvp_fast.engine.memory import trim_heap
+from clvp_fast.ops import linear
 
 # The variables that hold torch's libraries down to an instruction set on a CPU.
 TORCH_LIMITS = {"ATEN_CPU_CAPABILITY": "ATen", "ONEDNN_MAX_CPU_ISA": "oneDNN", "MKL_ENABLE_INSTRUCTIONS": "MKL"}
@@ -23,6 +24,9 @@ _MODEL_KEYS = ("cpu family", "model", "CPU implementer", "CPU part")
 class Machine:
     """The fields of a row on the device, measured once a run.
 
+    copy_bytes_per_s, read_bytes_per_s: of a copy, reads and writes together; of a sum, which only reads.
+    matmul_flop_per_s: by dtype the rate of the fastest known product: torch's or, on a CPU, ours, as torch's in float32
+        has a fifth of the rate of ours on some CPUs, and would be no bound.
     cpu: of a CPU, as `cpu_facts` tells; empty for a GPU.
     """
 
@@ -31,37 +35,45 @@ class Machine:
     copy_bytes_per_s: float
     matmul_flop_per_s: dict[str, float]
     cpu: dict = field(default_factory=dict)
+    read_bytes_per_s: float = 0.0
 
     @classmethod
     def measure(cls, device: str, smoke: bool = False) -> "Machine":
-        """Copy bandwidth, and the rate of a product in each dtype, the best of several tries."""
+        """Measure bandwidths, and the rate of a product in each dtype, as the best of several tries."""
         source = torch.randn((1 if smoke else 256 if device == "cpu" else 2048) * 1024 * 1024 // 4, device=device)
         target = torch.empty_like(source)
         size = 128 if smoke else 1024 if device == "cpu" else 8192
+        products = (torch.matmul, linear) if device == "cpu" else (torch.matmul,)
         rates = {}
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             a, b = torch.randn(2, size, size, device=device).to(dtype)
-            seconds = min(seconds_of(partial(torch.matmul, a, b)) for _ in range(5))
-            rates[str(dtype).removeprefix("torch.")] = 2 * size**3 / seconds
+            tries = [partial(product, a, b) for product in products for _ in range(5)]
+            rates[str(dtype).removeprefix("torch.")] = 2 * size**3 / min(map(seconds_of, tries))
         return cls(
             name=cpu_name() if device == "cpu" else torch.cuda.get_device_name(),
             threads=torch.get_num_threads(),
             copy_bytes_per_s=2 * source.nbytes / min(seconds_of(lambda: target.copy_(source)) for _ in range(5)),
+            read_bytes_per_s=source.nbytes / min(seconds_of(source.sum) for _ in range(10)),
             matmul_flop_per_s=rates,
             cpu=cpu_facts() if device == "cpu" else {},
         )
 
     def described(self) -> dict:
         """Return the machine as rows have it, under "device"."""
-        measured = {"name": self.name, "threads": self.threads, "copy_bytes_per_s": self.copy_bytes_per_s}
-        return measured | {"matmul_flop_per_s": self.matmul_flop_per_s} | self.cpu
+        measured = asdict(self)
+        return measured | measured.pop("cpu")
 
     def limit_seconds(self, row: dict) -> float | None:
         """Return the least time for the bytes and operations that a row counts, or None where it counts none."""
-        times = [row["bytes"] / self.copy_bytes_per_s] if "bytes" in row else []
+        times = [row["bytes"] / bandwidth(self.described())] if "bytes" in row else []
         if "flop" in row:
             times.append(row["flop"] / self.matmul_flop_per_s[row.get("dtype", "float32")])
         return max(times, default=None)
+
+
+def bandwidth(device: dict) -> float:
+    """Return the bytes a second of a row's device. Rows from before 2026-11-30 have only those of a copy."""
+    return max(device["copy_bytes_per_s"], device.get("read_bytes_per_s", 0.0))
 
 
 def label(device: dict) -> str:

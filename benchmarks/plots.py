@@ -10,7 +10,7 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
-from benchmarks.machine import by_machine
+from benchmarks.machine import bandwidth, by_machine
 from benchmarks.scaling_model import SWEEPS, sweeps
 
 FIGURES = Path(__file__).parent.parent / "docs/benchmarks"
@@ -58,11 +58,11 @@ def _roofline(rows: list[dict]) -> list[list]:
 
 
 def _roofs(rows: list[dict]) -> dict:
-    """Return each run's copy bandwidth, and for each type the rate of its product in those runs."""
+    """Return each run's bandwidth, and for each type the rate of its product in those runs."""
     roofs = {}
     for row in _counted(rows):
         device = row["device"]
-        roof = [device["copy_bytes_per_s"], device["matmul_flop_per_s"][row["dtype"]]]
+        roof = [bandwidth(device), device["matmul_flop_per_s"][row["dtype"]]]
         roofs.setdefault(row["dtype"], []).append(roof)
     return {"roofs": {dtype: [list(roof) for roof in sorted(set(map(tuple, found)))] for dtype, found in roofs.items()}}
 
@@ -139,11 +139,11 @@ def _roofline_figure(drawing: dict):
     reach = [intensity for _, intensity, _ in drawing["points"]]
     left, right = min(reach) / 3, max(reach) * 3
     for number, (dtype, roofs) in enumerate(drawing["roofs"].items()):
-        for bandwidth, peak in roofs:
-            corner = min(max(peak / bandwidth, left), right)
-            heights = [min(reached * bandwidth, peak) for reached in (left, corner, right)]
+        for slope, peak in roofs:
+            corner = min(max(peak / slope, left), right)
+            heights = [min(reached * slope, peak) for reached in (left, corner, right)]
             axes.plot([left, corner, right], heights, f"C{number}", lw=1, alpha=0.6)
-        highest = max(min(right * bandwidth, peak) for bandwidth, peak in roofs)
+        highest = max(min(right * slope, peak) for slope, peak in roofs)
         axes.annotate(f"{dtype} product", (right, highest), ha="right", va="bottom", color=f"C{number}")
     dtypes = list(drawing["roofs"])
     for number, (label, points) in enumerate(by_label.items()):

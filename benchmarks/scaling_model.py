@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from benchmarks.machine import bandwidth
+
 #: The varied values, one at a time, and their names in documents.
 SWEEPS = {
     "candidates": "candidates",
@@ -125,7 +127,7 @@ class Device:
     """Where a call runs.
 
     Args:
-        bytes_per_s, flop_per_s: copy bandwidth, and the rate of products in the type of the weights.
+        bytes_per_s, flop_per_s: bandwidth, and the rate of products in the type of the weights.
         share: the part of both that is reached, above 0.
         step_seconds: what a decode step takes beside its stages.
     """
@@ -140,7 +142,7 @@ class Device:
     def of(cls, row: dict) -> "Device":
         """Make the device of a row, from its run's measurements."""
         device = row["device"]
-        return cls(device["name"], device["copy_bytes_per_s"], device["matmul_flop_per_s"][row["dtype"]])
+        return cls(device["name"], bandwidth(device), device["matmul_flop_per_s"][row["dtype"]])
 
     def limit(self, stage: Stage) -> float:
         """Return the least seconds of a stage."""

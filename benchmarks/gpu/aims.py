@@ -11,6 +11,7 @@ from pathlib import Path
 from benchmarks.document import seconds
 from benchmarks.gpu.journal import Journal
 from benchmarks.harness import ROOT, newest_rows, source
+from benchmarks.machine import bandwidth
 
 DOCUMENT = ROOT / "docs/kernels.md"
 #: Bytes a second for which the aims are stated: those of an H200's memory.
@@ -69,10 +70,10 @@ def table(folder: Path, card: str, journal: Journal) -> str:
             why = "no row" + next((f": {_told(end)}" for end in reversed(ends) if is_of(end["item"], aim)), "")
             lines.append(f"| {' | '.join([*cells, f'{seconds(aim.seconds)} at 4.8 TB/s', why, ''])} |")
             continue
-        scaled = aim.seconds * BANDWIDTH / row["device"]["copy_bytes_per_s"]
+        scaled = aim.seconds * BANDWIDTH / bandwidth(row["device"])
         median = row["seconds"] and row["seconds"]["median"]
         found = [seconds(median), f"{median / scaled:.2f}"] if median else [row["refused"], ""]
-        rate = f"{row['device']['copy_bytes_per_s'] / 1e12:.2f} TB/s"
+        rate = f"{bandwidth(row['device']) / 1e12:.2f} TB/s"
         lines.append(f"| {' | '.join([*cells, f'{seconds(scaled)} at {rate}', *found])} |")
     return "\n".join(lines) + "\n"
 

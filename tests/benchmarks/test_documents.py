@@ -108,7 +108,7 @@ def test_every_workload_has_its_place_or_is_named_as_not_measured():
     assert without[0].split(", ") == [name for name in WORKLOADS if name != "decode_step"]
     assert "Text_tokens 60, stored 250." in text
     assert "| candidates 16 | clvp_fast float32 | 250.0 ms (250.0 ms to 275.0 ms) | 1.50x | 1.0e-06 | 64 |" in text
-    assert "commit abc, 2026-01-02, torch 1, transformers 2, copy 10.0 GB/s, threads: 2." in text
+    assert "commit abc, 2026-01-02, torch 1, transformers 2, memory at 10.0 GB/s, threads: 2." in text
     assert text.endswith("## NVIDIA GPU\n\nNot measured: none was at hand.")
     both = document.measured([row("score", device="NVIDIA H200"), row("score")], {})
     assert re.findall("^## (.*)", both, flags=re.MULTILINE) == ["AMD EPYC", "NVIDIA H200"]

@@ -43,6 +43,23 @@ def test_machines_and_instruction_sets_are_told_apart():
     assert machine.label({"name": "AMD EPYC", "isa": "avx512bf16", "isa_forced": False}) == "AMD EPYC, avx512bf16"
 
 
+def test_a_limit_is_of_the_fastest_way(monkeypatch):
+    """Bound a row by reading or copying, and by torch's product or ours, whichever is faster here."""
+    seconds = {"matmul": 4.0, "linear": 0.5, "sum": 0.25, "copy": 2.0}
+
+    def pretended(run):
+        name = getattr(run, "func", run).__name__
+        return seconds[name if name in seconds else "copy"]
+
+    monkeypatch.setattr(machine, "seconds_of", pretended)
+    found = Machine.measure("cpu", smoke=True)
+    assert found.read_bytes_per_s == 2**20 / 0.25 and found.copy_bytes_per_s == 2 * 2**20 / 2.0
+    assert found.matmul_flop_per_s == dict.fromkeys(("float32", "bfloat16", "float16"), 2 * 128**3 / 0.5)
+    assert found.limit_seconds({"bytes": 2**22}) == 1.0 == machine.bandwidth(found.described()) / 2**22
+    assert found.limit_seconds({"bytes": 2**22, "flop": 2 * 128**3 * 4}) == 2.0
+    assert machine.bandwidth({"copy_bytes_per_s": 3.0}) == 3.0  # of an older row
+
+
 @pytest.mark.skipif(native.missing("cpu") is not None, reason=str(native.missing("cpu")))
 def test_a_row_says_what_it_ran_on_and_what_was_held_down():
     code = "import json; from benchmarks import machine; print(json.dumps(machine.cpu_facts()))"
