@@ -44,7 +44,7 @@ class Plan:
     decoder_steps: int = 10000
     decoder_steps_before_candidates: int = 2000
     candidate_files: int = 240
-    scorer_steps: int = 3200
+    scorer_steps: int = 4000
 
 
 PLAN = Plan()

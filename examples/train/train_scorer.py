@@ -3,7 +3,8 @@
 The wrong texts are the others of the batch, and the right one with a word replaced, dropped, doubled or swapped. The
 wrong codes are those of the other texts, and the right ones with a stretch cut, doubled, torn off or taken from another
 sentence. Of the decoder's own candidates, those with fewer word errors must score higher. There are few of these, and
-they would be learned by heart; so some codes of every row are moved to a neighbour that sounds nearly the same.
+they would be learned by heart; so each is compared at most twice, in the last steps, and some codes of every row are
+moved to a neighbour that sounds nearly the same.
 """
 
 from pathlib import Path
@@ -25,6 +26,9 @@ from examples.train.train_codec import LEVELS
 
 # The true pairs of a step, and the texts whose own candidates are compared.
 BATCH, COMPARED = 32, 8
+# How often the candidates of a text are compared. Compared twenty times, 99 % of their pairs were in order, and 58 % of
+# those of unseen texts, of which 70 % had been after two times.
+PASSES = 2
 # The least difference of word errors by which candidates are ordered, because the recogniser makes errors too. Of the
 # files of candidates, one in so many is only looked at.
 DIFFERENCE, LOOKED_AT = 0.12, 10
@@ -67,7 +71,7 @@ def _filled(rows: list[torch.Tensor], fill: int) -> tuple[torch.Tensor, torch.Te
 def train_scorer(folder: Path, model, steps: int) -> None:
     """Train into `scorer.pt`, on the existing codes and candidates and on new ones as they come."""
     part = ScorerPart(model).train()
-    training = Training(folder, "scorer", part, optimizers(part.named_parameters(), lr=0.01), steps)
+    training = Training(folder, "scorer", part, optimizers(part.named_parameters(), lr=0.01), steps, average=0.995)
     if training.step >= training.steps:
         return
     corpus = data.Corpus(folder, lambda said: [len(said) // 200])  # all of one length, so any can be in a batch
@@ -81,12 +85,13 @@ def train_scorer(folder: Path, model, steps: int) -> None:
                 files = looked_at if int(path.stem) % LOOKED_AT == LOOKED_AT - 1 else own
                 files.setdefault(path, read_candidates(path))
         random = draws(3, step)
-        compared = _compared([item for items in own.values() for item in items], random)
+        compared = compared_at(training.steps - step, [item for items in own.values() for item in items])
         loss, row = _loss(part, corpus, compared, random, spoilt=step > 0.1 * steps)
         training.learn(loss)
         rows.append(row)
         if step % 100 == 99:
-            means = {name: round(float(np.nanmean([row[name] for row in rows])), 3) for name in rows[0]}
+            told = {name: [row[name] for row in rows if row[name] is not None] for name in rows[0]}
+            means = {name: round(float(np.mean(values)), 3) for name, values in told.items() if values}
             unseen = _in_order(part, [item for items in looked_at.values() for item in items])
             note(
                 folder,
@@ -114,12 +119,14 @@ def _in_order(part: ScorerPart, compared: list) -> float:
     return float(np.nanmean(shares)) if shares else float("nan")
 
 
-def _compared(own: list, random: np.random.Generator) -> list:
-    """Draw some sentences whose candidates differ in their word errors."""
+def compared_at(left: int, own: list) -> list:
+    """Return the sentences whose candidates are compared when `left` steps are left; their word errors differ.
+
+    Each sentence has its turn `PASSES` times in all, in another order each time; before that there are none.
+    """
     differing = [item for item in own if item[2].max() - item[2].min() > DIFFERENCE]
-    if not differing:
-        return []
-    return [differing[index] for index in random.integers(0, len(differing), COMPARED)]
+    order = np.concatenate([draws(4, number).permutation(len(differing)) for number in range(PASSES)])
+    return [differing[index] for index in order[(left - 1) * COMPARED : left * COMPARED]]
 
 
 def _loss(part: ScorerPart, corpus: data.Corpus, compared: list, random: np.random.Generator, spoilt: bool):
@@ -153,7 +160,7 @@ def _loss(part: ScorerPart, corpus: data.Corpus, compared: list, random: np.rand
         "loss": loss.item(),
         "text_to_speech": (of_text.argmax(1) == target).float().mean().item(),
         "speech_to_text": (of_speech.argmax(0) == target).float().mean().item(),
-        "own_pairs": float("nan"),
+        "own_pairs": None,
     }
     if compared:
         own_loss, row["own_pairs"] = own_pairs(scores[-len(compared) :, -len(own_rows) :], compared)

@@ -119,6 +119,19 @@ def test_moved_codes_lie_one_level_beside():
     assert 0 < (steps.sum(1) > 0).mean() < train_scorer.MOVED and steps.sum(1).max() == 1
 
 
+def test_candidates_are_compared_a_few_times_in_the_last_steps():
+    own = [
+        ("", [], torch.tensor(errors)) for errors in ([0.0, 0.5], [0.2, 0.2], *[[0.0, 0.1 * n] for n in range(2, 22)])
+    ]
+    steps = [train_scorer.compared_at(left, own) for left in range(1, 9)]
+    counts = [len(step) for step in steps]
+    assert counts == [8, 8, 8, 8, 8, 2, 0, 0]  # 21 of them differ, and each has two turns
+    seen = [id(item) for step in steps for item in step]
+    assert set(map(seen.count, seen)) == {2} and id(own[1]) not in seen
+    assert len(set(seen[:21])) == 21 and seen[:21] != seen[21:]
+    assert train_scorer.compared_at(1, own[1:2]) == []
+
+
 def test_own_pairs_want_fewer_errors_to_score_higher():
     compared = [("a b", [torch.ones(3), torch.ones(0), torch.ones(2), torch.ones(1)], torch.tensor([0, 0.3, 1, 0.5]))]
     right, share = train_scorer.own_pairs(torch.tensor([[3.0, 1, 2]]), compared)
