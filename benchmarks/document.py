@@ -28,6 +28,10 @@ def _beyond(row: dict) -> str:
     return f"{(row['peak_bytes'] - row['weights_bytes'] - row['kv_bytes']) / 2**20:.0f} MiB"
 
 
+def _more_word_errors(row: dict) -> str:
+    return f"{row['more_word_errors']:+.3f} ± {row['more_word_errors_error']:.3f}"
+
+
 # Columns that appear if a row has their key: title, key, and formatter.
 _MORE = (
     ("tokens/s", "tokens", lambda row: thousands(row["tokens"] / row["seconds"]["median"])),
@@ -38,6 +42,10 @@ _MORE = (
     ("same greedy token", "greedy", lambda row: f"{row['greedy']:.1%}"),
     ("ranks correlate by", "rank_correlation", lambda row: f"{row['rank_correlation']:.3f}"),
     ("same best candidate", "same_best", lambda row: f"{row['same_best']:.0%}"),
+    ("word errors", "word_errors", lambda row: f"{row['word_errors']:.3f}"),
+    ("more than the first", "more_word_errors", _more_word_errors),
+    ("of the best-scored", "picked_word_errors", lambda row: f"{row['picked_word_errors']:.3f}"),
+    ("equal candidates", "same_codes", lambda row: f"{row['same_codes']:.0%}"),
     ("slowest hundredth", "slow_step_seconds", lambda row: seconds(row["slow_step_seconds"])),
     ("Python calls a step", "python_calls", lambda row: thousands(row["python_calls"])),
     ("last fifth over first", "late_over_early", lambda row: f"{row['late_over_early']:.2f}"),

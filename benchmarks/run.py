@@ -56,6 +56,7 @@ WORKLOADS = {
     "corpus": "a corpus through the job of clvp-fast batch, against the bare engine",
     "cluster": "a corpus through clvp-fast batch: one process, and the workers of a local Ray",
     "precision": "the distance of each precision tier from float64",
+    "speech": "word errors of the checkpoint demo in each precision tier, as a recogniser hears them",
 }
 
 

@@ -49,6 +49,17 @@ def test_the_gain_is_of_one_machine_that_was_not_held_down():
         assert front_page.gain(rows) == front_page.table(rows) == "Not measured yet."
 
 
+def test_the_front_page_is_of_the_cpu_with_the_newest_whole_calls():
+    shape = {"candidates": 16, "new_tokens": 64}
+    rows = [
+        row("generate", provider, device, median, shape=shape, utc=utc)
+        for device, utc, theirs in (("A", "2026-01-02", 20.0), ("B", "2026-01-03", 30.0))
+        for provider, median in (("transformers float32", theirs), ("clvp_fast engine, float32", 10.0))
+    ]
+    for given in rows, rows[::-1], [*rows, row("score", "transformers float32", "A", utc="2026-01-04")]:
+        assert "**3.0 times" in front_page.gain(given) and " of B, commit abc" in front_page.gain(given)
+
+
 def test_the_table_and_the_picture_of_the_front_page_show_the_rows(tmp_path):
     shape = {"candidates": 16, "new_tokens": 64}
     rows = [
