@@ -43,7 +43,7 @@ class Plan:
     code_files: int = 400
     decoder_steps: int = 10000
     decoder_steps_before_candidates: int = 2000
-    candidate_files: int = 240
+    candidate_files: int = 90
     scorer_steps: int = 4000
 
 
