@@ -26,8 +26,8 @@ from examples.train.train_codec import LEVELS
 
 # The true pairs of a step, and the texts whose own candidates are compared.
 BATCH, COMPARED = 32, 8
-# A text's candidates are compared so many times. After twenty times 99 % of the pairs were in order, and 58 % of those of
-# unseen texts; after two times 84 % and 57 %.
+# A text's candidates are compared so many times. After twenty times 99 % of their pairs were in order, and 58 % of
+# those of unseen texts; after two times 84 % and 57 %.
 PASSES = 2
 # The least difference of word errors by which candidates are ordered, because the recogniser makes errors too. Of the
 # files of candidates, one in so many is only looked at.
