@@ -6,7 +6,8 @@ A stage takes the longer of bytes / bandwidth and operations / rate, and stages 
 
 Counted are weights, keys and values, logits; products and attention. Activations, features, norms and draws are not:
 `share`, the part of both limits that is reached, and `step_seconds`, what a step takes beside them, stand for what
-is left out, and are fitted to measured calls (`fit`). docs/scaling.md shows both sides.
+is left out, and are fitted to measured calls (`fit`). docs/scaling.md shows both sides. The launches of a decode step
+are those of `benchmarks/cost/`.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,6 +15,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from benchmarks.cost import devices
 from benchmarks.machine import bandwidth
 
 #: The varied values, one at a time, and their names in documents.
@@ -152,8 +154,7 @@ class Device:
         return self.limit(stage) / self.share
 
 
-# NVIDIA's data sheet of the H200 SXM: memory bandwidth, and dense bfloat16 products on tensor cores.
-H200 = Device("H200", 4.8e12, 989e12)
+H200 = Device("H200", devices.H200.sheet_bytes_per_s, devices.H200.sheet_flop_per_s)
 
 
 def products(rows: int, types: Types, sizes: Sizes = CLVP) -> Stage:

@@ -63,16 +63,16 @@ def _launches(arch: int):
         yield launched
 
 
-def _printed(tool: str, option: str, cubin: bytes) -> str:
+def printed(tool: str, option: str, cubin: bytes) -> str:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
         return subprocess.run([TOOLS / tool, option, path], capture_output=True, text=True, check=True).stdout
 
 
-def _resources(cubin: bytes) -> dict[str, int]:
+def resources(cubin: bytes) -> dict[str, int]:
     """Return registers a thread, and bytes of local memory, which holds only spilled registers."""
-    found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", _printed("cuobjdump", "--dump-resource-usage", cubin)))
+    found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", printed("cuobjdump", "--dump-resource-usage", cubin)))
     return {"registers": int(found["REG"]), "spilled_bytes": int(found["STACK"]) + int(found["LOCAL"])}
 
 
@@ -99,7 +99,7 @@ def compile_calls(calls: Iterable[tuple[str, Callable[[], object]]], arch: int) 
             raise RuntimeError(f"the call {label!r} launched no kernel")
         for place, compiled in enumerate(launched):
             instruction = _matrix_instruction(compiled.asm["ptx"])
-            if instruction == "wgmma" and (lost := unwritten(_printed("nvdisasm", "-c", compiled.asm["cubin"]))):
+            if instruction == "wgmma" and (lost := unwritten(printed("nvdisasm", "-c", compiled.asm["cubin"]))):
                 raise RuntimeError(f"ptxas lost what these read, in {compiled.metadata.name} ({label}): {lost}")
             rows.append(
                 {
@@ -112,7 +112,7 @@ def compile_calls(calls: Iterable[tuple[str, Callable[[], object]]], arch: int) 
                     "shared_bytes": compiled.metadata.shared,
                     "matrix_instruction": instruction,
                     "asynchronous_copies": "cp.async" in compiled.asm["ptx"],
-                    **_resources(compiled.asm["cubin"]),
+                    **resources(compiled.asm["cubin"]),
                 }
             )
     return rows

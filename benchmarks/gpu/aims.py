@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.cost.devices import H200
 from benchmarks.document import seconds
 from benchmarks.gpu.journal import Journal
 from benchmarks.harness import ROOT, newest_rows, source
@@ -15,7 +16,7 @@ from benchmarks.machine import bandwidth
 
 DOCUMENT = ROOT / "docs/kernels.md"
 #: Bytes a second for which the aims are stated: those of an H200's memory.
-BANDWIDTH = 4.8e12
+BANDWIDTH = H200.sheet_bytes_per_s
 
 
 @dataclass(frozen=True)
