@@ -82,9 +82,19 @@ class StoredCandidates:
     Args:
         capture: replay steps as a CUDA graph.
         persistent: steps are one launch.
+        deterministic: as for `Runner`.
     """
 
-    def __init__(self, tier: Tier, device: str, smoke: bool, shape: dict, capture: bool, persistent: bool = False):
+    def __init__(
+        self,
+        tier: Tier,
+        device: str,
+        smoke: bool,
+        shape: dict,
+        capture: bool,
+        persistent: bool = False,
+        deterministic: bool = False,
+    ):
         self.known = known(device, smoke, shape["text_tokens"], shape["stored"])
         self.candidates, self.stored, self.steps = shape["candidates"], shape["stored"], STEPS[device]
         prompt, room = self.known.prompt, self.stored + self.steps + 1
@@ -98,6 +108,7 @@ class StoredCandidates:
             max_prefix_len=len(prompt),
             capture=capture,
             persistent=persistent,
+            deterministic=deterministic,
             **tier.options,
         )
         self.runner.warm_up()
@@ -158,7 +169,7 @@ class StoredCandidates:
             _, logits = PersistentStep(decoder, self.runner.pages, *widths).step(*arguments)
         else:
             arrivals = torch.zeros(self.candidates, decoder.num_heads, dtype=torch.int32, device=decoder.device)
-            _, logits = decoder.step(*arguments, self.runner.pages, arrivals)
+            _, logits = decoder.step(*arguments, self.runner.pages, arrivals, self.runner.product_rows)
         return furthest_logit(logits, self._repeated(self.known.logits))
 
     @torch.inference_mode()
@@ -193,6 +204,9 @@ def _task(device: str, shape: dict, smoke: bool) -> Task:
             how = "" if device == "cpu" else ", captured" if capture else ", eager"
             name = f"clvp_fast {tier.name}{how}"
             makers[name] = partial(_ours, name, tier, device, shape, smoke, capture)
+        if device == "cuda" and tier.page_dtype is None and tier.weight_dtype is None:
+            name = f"clvp_fast {tier.name}, deterministic, captured"
+            makers[name] = partial(_ours, name, tier, device, shape, smoke, True, deterministic=True)
     if device == "cuda" and shape["candidates"] <= MAX_ROWS:
         for capture in (True, False):
             name = f"{ONE_LAUNCH}, {'captured' if capture else 'eager'}"
@@ -214,8 +228,11 @@ def _one_launch(name: str, device: str, shape: dict, smoke: bool, capture: bool)
     return _timed(name, candidates, tier, device, shape, smoke)
 
 
-def _ours(name: str, tier: Tier, device: str, shape: dict, smoke: bool, capture: bool) -> Provider:
-    return _timed(name, StoredCandidates(tier, device, smoke, shape, capture), tier, device, shape, smoke)
+def _ours(
+    name: str, tier: Tier, device: str, shape: dict, smoke: bool, capture: bool, deterministic: bool = False
+) -> Provider:
+    candidates = StoredCandidates(tier, device, smoke, shape, capture, deterministic=deterministic)
+    return _timed(name, candidates, tier, device, shape, smoke)
 
 
 def _timed(name: str, candidates: StoredCandidates, tier: Tier, device: str, shape: dict, smoke: bool) -> Provider:

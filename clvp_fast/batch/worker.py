@@ -67,7 +67,8 @@ class Worker:
 
     @staticmethod
     def _engine(checkpoint: Checkpoint, settings: Settings, memory_fraction: float) -> CandidateEngine:
-        deterministic = settings.dtype != "float32"
+        # float32 needs no asking: on a CPU its bits do not depend on the batch, and on a GPU this is the default.
+        deterministic = True if settings.dtype != "float32" else None
         try:
             return build_engine(checkpoint, settings, memory_fraction, deterministic=deterministic)
         except RuntimeError as error:

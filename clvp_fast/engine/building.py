@@ -15,7 +15,7 @@ def build_engine(
     memory_fraction: float,
     *,
     candidates: int | None = None,
-    deterministic: bool = False,
+    deterministic: bool | None = None,
 ) -> CandidateEngine:
     """Build an engine with these settings.
 

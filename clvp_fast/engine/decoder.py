@@ -5,6 +5,7 @@ from typing import TypedDict
 import torch
 
 from clvp_fast import ops
+from clvp_fast.engine.products import Blocks
 from clvp_fast.engine.step import BoundStep, bind_decoder
 from clvp_fast.engine.weights import DecoderWeights, layers_of
 from clvp_fast.models.clvp.causal_lm import ClvpForCausalLM
@@ -219,6 +220,7 @@ class PagedDecoder:
         prefix_index: torch.Tensor,
         pages: KVPages,
         arrivals: torch.Tensor | None = None,
+        product_rows: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Enter one token of each of N candidates, and compute the logits of the next token.
 
@@ -230,6 +232,7 @@ class PagedDecoder:
             prefix_table, prefix_lens, prefix_index: `[R, P]`, `[R]`, `[N]` int32, the prompts' pages, their lengths,
                 and whose prompt each candidate continues (-1: none).
             arrivals: `[N, num_heads]` int32 zeros, counters of the attention kernel.
+            product_rows: as for `bind`.
 
         Returns:
             The hidden states `[N, hidden_size]` after both final norms, and logits `[N, vocab_size]`, both of the
@@ -245,7 +248,8 @@ class PagedDecoder:
             prefix_index,
             pages,
             arrivals,
-            Scratch(len(tokens), self.device),
+            Scratch(Blocks(len(tokens), product_rows).padded, self.device),
+            product_rows,
         )
         with device_guard(self.device):
             return bound.run()
@@ -261,6 +265,7 @@ class PagedDecoder:
         pages: KVPages,
         arrivals: torch.Tensor | None,
         scratch: Scratch,
+        product_rows: int | None = None,
     ) -> BoundStep:
         """Return the calls that `step` makes on these tensors; they serve any number of steps.
 
@@ -269,6 +274,8 @@ class PagedDecoder:
 
         Args:
             scratch: memory for at least as many rows; steps that share it run one after another.
+            product_rows: the rows of each product, whatever those of the step (`products.Blocks`); the scratch has room
+                for the next multiple.
         """
         tables = dict(
             block_table=block_table,
@@ -277,4 +284,4 @@ class PagedDecoder:
             prefix_index=prefix_index,
             arrivals=arrivals,
         )
-        return bind_decoder(self, tokens, seq_lens, tables, pages, scratch)
+        return bind_decoder(self, tokens, seq_lens, tables, pages, scratch, Blocks(len(tokens), product_rows))

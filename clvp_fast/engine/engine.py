@@ -72,16 +72,18 @@ class CandidateEngine:
         states: keep the decoder's state for each code while its candidate is decoded, for `stream(states=True)`.
         text_ends: how many end tokens follow the text in a prompt: the two of Tortoise's API, or one for `input_ids`
             that already end with the other.
-        deterministic: decode at one fixed number of rows, so that a candidate's bits do not depend on the batch in half
-            types either.
+        deterministic: decode so that a candidate's bits do not depend on the batch, in half types too. None: so on a
+            CUDA device, in every dtype, unless `persistent` is set; there False is faster (docs/batch-invariance.md).
+            On a CPU float32 needs no setting.
         persistent: run steps of up to four candidates as one launch, for a short wait for few candidates; on a CUDA
             device in half types (`Runner` has the details).
 
     Raises:
         ValueError: a model with hooks, adapters or replaced modules, which the engine would not call; an impossible
-            size; too little memory for a single candidate; `scoring` or `score_dtype` together with a `scorer`; or a
-            device or model that `persistent` does not serve.
+            size; too little memory for a single candidate; `scoring` or `score_dtype` together with a `scorer`;
+            `deterministic` together with `persistent`; or a device or model that `persistent` does not serve.
         TypeError: a `scorer` without a method `score`.
+        RuntimeError: `deterministic=True`, and attention has no kernel for this dtype on this device.
     """
 
     def __init__(
@@ -103,7 +105,7 @@ class CandidateEngine:
         latents: bool = False,
         states: bool = False,
         text_ends: int = 2,
-        deterministic: bool = False,
+        deterministic: bool | None = None,
         persistent: bool = False,
     ):
         if page_size not in PAGE_SIZES:

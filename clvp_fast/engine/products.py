@@ -1,13 +1,15 @@
 """The linear layers of a decoder, over the model's own weights or over copies in 8 bits; either may be packed."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from clvp_fast import ops
 from clvp_fast.ops import panels as packing
-from clvp_fast.ops.binding import BoundCall, Scratch
+from clvp_fast.ops.binding import BoundCall, Scratch, in_turn
 from clvp_fast.ops.linear import bind_linear
 
 # The number of rows of weights that are quantised at a time.
@@ -39,9 +41,11 @@ class Product:
         x: torch.Tensor,
         residual: torch.Tensor | None = None,
         activation: str | None = None,
+        always: bool = False,
     ) -> BoundCall:
         """Return the same call with its result in `out`, as `bind_linear` does."""
-        return bind_linear(out, scratch, x, self.weight, self.bias, **self._settings(residual, activation))
+        settings = self._settings(residual, activation)
+        return bind_linear(out, scratch, x, self.weight, self.bias, **settings, always=always)
 
     def _settings(self, residual: torch.Tensor | None, activation: str | None) -> dict[str, Any]:
         return dict(scale=self.scale, activation=activation, residual=residual, panels=self.panels)
@@ -56,6 +60,55 @@ class Product:
         """Write the panels again from the weights as they are now."""
         if self.panels is not None:
             packing.pack(self.weight, into=self.panels)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The rows that a step's products have.
+
+    A product chooses its tiles, and with them the order of its sums, by its number of rows. With a `size`, each call
+    has so many rows and is our own kernel's, which treats all of its tiles alike: so a row's bits depend neither on how
+    many rows a step has nor on its place among them. Rows behind those of the step hold what was there before, and
+    nobody reads their results.
+
+    Args:
+        rows: of the step.
+        size: rows of a call; None: one call has the step's rows, and takes the product that is fastest for them.
+    """
+
+    rows: int
+    size: int | None = None
+
+    @property
+    def padded(self) -> int:
+        """The rows of tensors that products read and write."""
+        return self.rows if self.size is None else -(-self.rows // self.size) * self.size
+
+    def product(
+        self, product: Product, out: torch.Tensor, scratch: Scratch, x: torch.Tensor, **settings: Any
+    ) -> BoundCall:
+        """Bind a product of `padded` rows; `settings` are those of `Product.bind`."""
+        return self.bind(partial(product.bind, always=self.size is not None), out, scratch, x, **settings)
+
+    def bind(
+        self,
+        bind: Callable[..., BoundCall],
+        out: torch.Tensor,
+        scratch: Scratch,
+        x: torch.Tensor,
+        *,
+        residual: torch.Tensor | None = None,
+        **settings: Any,
+    ) -> BoundCall:
+        """Bind calls that together have `padded` rows: `x`, `residual` and `out` `[padded, ...]`."""
+        if self.size is None:
+            return bind(out, scratch, x, residual=residual, **settings)
+        calls = []
+        for first in range(0, self.padded, self.size):
+            some = slice(first, first + self.size)
+            added = None if residual is None else residual[some]
+            calls.append(bind(out[some], scratch, x[some], residual=added, **settings))
+        return in_turn(*calls)
 
 
 @torch.no_grad()

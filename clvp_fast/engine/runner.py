@@ -4,10 +4,12 @@ Only here host and device exchange data: the scheduler's changes go to the devic
 (`slots.py`), and the step's tokens come back after it. Within a step the host reads and decides nothing: a step is a
 list of calls, which is bound when a step of its kind first runs (`step.py`).
 
-The bits of a row: our operators compute each row independently of the others. torch's matrix products do not promise
-that in float32 on a CPU (`decoder.min_rows`) and in float64, where their bits change with nearly every number of rows.
-So a step is padded with inactive rows to a number from which bits no longer change, and prompts are prefilled one by
-one; `deterministic=True` keeps one number of rows on any machine and in any dtype.
+The bits of a row: our operators compute each row independently of the others. Matrix products choose their tiles, and
+with them the order of sums, by the number of rows, so that steps keep that number, and prompts are prefilled one by
+one. On a GPU a `deterministic` step, which is the default there, makes all its products with our own kernel and
+`PRODUCT_ROWS` rows a call. On a CPU the kernels of the native library need no such care; torch's products do not
+promise a row's bits in float32 (`decoder.min_rows`: a step is padded with inactive rows to a number from which they no
+longer change) and in float64, where a `deterministic` step always has the rows of all slots.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,6 +22,7 @@ import torch
 
 from clvp_fast.engine.decoder import PagedDecoder, min_rows
 from clvp_fast.engine.persistent import MAX_ROWS, PersistentStep
+from clvp_fast.engine.products import Blocks
 from clvp_fast.engine.sampling_params import SamplingParams
 from clvp_fast.engine.scheduler import Prefill, Step, batch_buckets
 from clvp_fast.engine.slots import SlotState, to_device
@@ -33,11 +36,24 @@ from clvp_fast.ops.paged_attention import FLOAT8
 
 # The number of tokens of several prompts that are prefilled at once.
 PREFILL_TOKENS = 8192
+# The number of rows of each product of a deterministic step on a GPU: the candidates of Tortoise's largest presets.
+# docs/batch-invariance.md has what this costs other numbers.
+PRODUCT_ROWS = 256
 # The number of bound steps (by rows and settings) that are kept, a few hundred kilobytes each.
 MAX_BOUND = 32
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+
+def is_deterministic(wanted: bool | None, device_type: str, persistent: bool) -> bool:
+    """Tell whether a runner's steps are deterministic, if that is `wanted` (None: not said) on this type of device.
+
+    Raises `ValueError` if it is wanted together with `persistent`.
+    """
+    if wanted and persistent:
+        raise ValueError("persistent steps round otherwise than larger ones: leave out deterministic, or persistent")
+    return device_type == "cuda" and not persistent if wanted is None else wanted
 
 
 def _on_its_device(method: "Callable[Concatenate[Runner, P], R]") -> "Callable[Concatenate[Runner, P], R]":
@@ -80,15 +96,16 @@ class Runner:
         packed: products read panels of their weights, which are copies. After weights change in place, the panels are
             renewed when the next candidate is admitted.
         states: keep the hidden state, after both final norms, that each token was drawn from.
-        deterministic: every step has `max_batch` rows, so that a row's bits cannot depend on their number. The torch
-            path of `paged_attention_decode` looks at all rows, so it is refused.
+        deterministic: a row's bits depend on no other row, nor on their number: every product has one number of rows.
+            The torch path of `paged_attention_decode` looks at all rows, so it is refused. None: so on a GPU, without
+            `persistent`, but nothing is refused.
         capture: replay steps as CUDA graphs, once `warm_up` has captured them; None: on CUDA.
         persistent: steps of up to four rows are one launch (`persistent.py`), which rounds in another order than larger
             steps. On an H200 this gains a quarter for one candidate, and loses for four.
 
     Raises:
         ValueError: impossible sizes, with their bounds; capturing without CUDA; a model that `persistent` does not
-            serve, with the reason.
+            serve, with the reason; `deterministic` and `persistent` together.
         RuntimeError: `deterministic` is set, and attention has only its torch path here.
     """
 
@@ -105,7 +122,7 @@ class Runner:
         page_dtype: torch.dtype | None = None,
         weight_dtype: torch.dtype | None = None,
         states: bool = False,
-        deterministic: bool = False,
+        deterministic: bool | None = None,
         capture: bool | None = None,
         persistent: bool = False,
         packed: bool = False,
@@ -127,15 +144,18 @@ class Runner:
             raise ValueError(f"steps are captured on a CUDA device, and the model is on {device}: leave out capture")
         self.device, self.max_batch, self.max_new_tokens = device, max_batch, max_new_tokens
         self.max_prefix_len = longest_prompt(config) if max_prefix_len is None else max_prefix_len
-        self.deterministic = deterministic
+        on_cpu = device.type == "cpu"
+        self._refuses_torch = bool(deterministic)
+        self.deterministic = is_deterministic(deterministic, device.type, persistent)
+        self.product_rows = PRODUCT_ROWS if self.deterministic and not on_cpu else None
         self._captures = device.type == "cuda" if capture is None else capture
         self._min_rows = min_rows(model)
-        self._prefill_tokens = 0 if deterministic or device.type == "cpu" else PREFILL_TOKENS
+        self._prefill_tokens = 0 if self.deterministic or on_cpu else PREFILL_TOKENS
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._bound: dict[tuple, tuple[BoundCall, ...]] = {}
 
         rows = self._capacity = max(max_batch, self._min_rows)
-        self._scratch = Scratch(rows, device)
+        self._scratch = Scratch(Blocks(rows, self.product_rows).padded, device)
         self.slots = SlotState(
             rows,
             -(-max_new_tokens // page_size),
@@ -182,7 +202,7 @@ class Runner:
             self._make_persistent()  # from the parameters' current addresses
         if not self._captures:
             return
-        sizes = [self._capacity] if self.deterministic else batch_buckets(self._capacity)
+        sizes = batch_buckets(self._capacity)
         self._graphs.clear()
         current, side = torch.cuda.current_stream(), torch.cuda.Stream()
         pool = torch.cuda.graph_pool_handle()
@@ -313,11 +333,11 @@ class Runner:
         self._bound.clear()
 
     def require_kernel(self) -> None:
-        """Raise `RuntimeError` if a `deterministic` step would use attention's torch path.
+        """Raise `RuntimeError` if a step for which `deterministic` was asked would use attention's torch path.
 
         In that path the length of a row's sums depends on the longest row. `backend("torch")` around a call chooses it.
         """
-        if not self.deterministic:
+        if not self._refuses_torch:
             return
         attention = OPERATORS["paged_attention_decode"]
         q = torch.empty(1, self.decoder.num_heads, self.decoder.head_dim, dtype=self.decoder.dtype, device=self.device)
@@ -332,7 +352,7 @@ class Runner:
 
     def _rows_of(self, num_slots: int) -> int:
         """Return the number of rows of a step of `num_slots` slots."""
-        if self.deterministic:
+        if self.deterministic and self.product_rows is None:
             return self._capacity
         if self._graphs:
             return min(size for size in self._graphs if size >= num_slots)
@@ -366,7 +386,8 @@ class Runner:
         if self._persistent is not None and rows <= MAX_ROWS:
             bound = self._persistent.bind(*entered, scratch=scratch)
         else:
-            bound = self.decoder.bind(*entered, pages=self.pages, arrivals=self._arrivals[:rows], scratch=scratch)
+            tensors = dict(pages=self.pages, arrivals=self._arrivals[:rows], scratch=scratch)
+            bound = self.decoder.bind(*entered, **tensors, product_rows=self.product_rows)
         calls = [partial(torch.lt, state["seq_lens"], 0, out=inactive), *bound.calls]
         if self._states is not None:
             # Inactive rows write after the last kept state, at position `lengths`.

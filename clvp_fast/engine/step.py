@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from clvp_fast.engine.products import Blocks
 from clvp_fast.engine.slots import NEUTRAL
 from clvp_fast.engine.weights import LayerWeights
 from clvp_fast.ops.binding import BoundCall, Scratch, copying
@@ -49,29 +50,33 @@ def bind_decoder(
     tables: dict[str, torch.Tensor | None],
     pages: "KVPages",
     scratch: Scratch,
+    blocks: Blocks,
 ) -> BoundStep:
-    """Bind `PagedDecoder.step` to these tensors; `tables` are those of `paged_attention_decode`, with `arrivals`."""
-    weights, rows, shape = decoder.weights, len(tokens), (len(tokens), decoder.hidden_size)
+    """Bind `PagedDecoder.step` to these tensors; `tables` are those of `paged_attention_decode`, with `arrivals`.
+
+    Products have the rows of `blocks`, and all others those of `tokens`.
+    """
+    weights, rows, shape = decoder.weights, blocks.rows, (blocks.padded, decoder.hidden_size)
     residual, between = (scratch(name, *shape, dtype=decoder.residual_dtype) for name in ("residual", "between"))
     normed = scratch("normed", *shape, dtype=decoder.dtype)
-    logits = scratch("logits", rows, decoder.vocab_size, dtype=decoder.dtype)
+    logits = scratch("logits", blocks.padded, decoder.vocab_size, dtype=decoder.dtype)
     positions = scratch("positions", rows, dtype=seq_lens.dtype)
     calls = [
         *_positions(positions, seq_lens, decoder.contiguous_positions, scratch),
-        bind_embed(residual, scratch, tokens, positions, weights.token_table, weights.position_table),
+        bind_embed(residual[:rows], scratch, tokens, positions, weights.token_table, weights.position_table),
     ]
     for index, layer in enumerate(weights.layers):
         attended = scratch("attended", *shape, dtype=decoder.dtype)
         stored = {"seq_lens": seq_lens, **tables, **pages.layer(index), "scale": decoder.head_dim**-0.5}
-        calls += _attention(attended, scratch, layer, residual, normed, stored)
-        calls += _behind_attention(attended, scratch, layer, residual, between, normed)
+        calls += _attention(attended, scratch, blocks, layer, residual, normed, stored)
+        calls += _behind_attention(attended, scratch, blocks, layer, residual, between, normed)
     first, second = weights.last_norm, weights.final_norm
     affines = {f"{name}{n}": x for n, norm in ((1, first), (2, second)) for name, x in vars(norm).items()}
     calls += [
-        bind_double_layer_norm((between, normed), scratch, residual, **affines),
-        weights.head.bind(logits, scratch, normed),
+        bind_double_layer_norm((between[:rows], normed[:rows]), scratch, residual[:rows], **affines),
+        blocks.product(weights.head, logits, scratch, normed),
     ]
-    return BoundStep(tuple(calls), normed, logits)
+    return BoundStep(tuple(calls), normed[:rows], logits[:rows])
 
 
 def _positions(positions: torch.Tensor, seq_lens: torch.Tensor, contiguous: bool, scratch: Scratch) -> list[BoundCall]:
@@ -90,51 +95,55 @@ def _positions(positions: torch.Tensor, seq_lens: torch.Tensor, contiguous: bool
 def _attention(
     attended: torch.Tensor,
     scratch: Scratch,
+    blocks: Blocks,
     layer: LayerWeights,
     residual: torch.Tensor,
     normed: torch.Tensor,
     stored: dict,
 ) -> list[BoundCall]:
     """Bind the norm of the residual, its projections, and attention over the pages in `stored`."""
-    calls = [bind_add_norm((None, normed), scratch, residual, **vars(layer.input_norm), kind="layer")]
-    rows, heads = len(attended), layer.num_heads
+    rows, heads = blocks.rows, layer.num_heads
+    norm = dict(**vars(layer.input_norm), kind="layer")
+    calls = [bind_add_norm((None, normed[:rows]), scratch, residual[:rows], **norm)]
     projected = []
     for number, product in enumerate(layer.projections):
-        out = scratch(f"projection {number}", rows, len(product.weight), dtype=normed.dtype)
-        calls.append(product.bind(out, scratch, normed))
-        projected += out.view(rows, -1, heads, attended.shape[1] // heads).unbind(1)
-    calls.append(bind_paged_attention_decode(attended.view_as(projected[0]), scratch, *projected, **stored))
+        out = scratch(f"projection {number}", blocks.padded, len(product.weight), dtype=normed.dtype)
+        calls.append(blocks.product(product, out, scratch, normed))
+        projected += out[:rows].view(rows, -1, heads, attended.shape[1] // heads).unbind(1)
+    calls.append(bind_paged_attention_decode(attended[:rows].view_as(projected[0]), scratch, *projected, **stored))
     return calls
 
 
 def _behind_attention(
     attended: torch.Tensor,
     scratch: Scratch,
+    blocks: Blocks,
     layer: LayerWeights,
     residual: torch.Tensor,
     between: torch.Tensor,
     normed: torch.Tensor,
 ) -> list[BoundCall]:
     """Bind the rest of a layer after attention, up to the next residual, which takes this one's place."""
-    norm = dict(**vars(layer.post_norm), kind="layer")
+    rows, norm = blocks.rows, dict(**vars(layer.post_norm), kind="layer")
     if attended.device.type == "cpu":  # here the product adds the residual; in the other case the norm does
         calls = [
-            layer.out.bind(between, scratch, attended, residual),
-            bind_add_norm((None, normed), scratch, between, **norm),
+            blocks.product(layer.out, between, scratch, attended, residual=residual),
+            bind_add_norm((None, normed[:rows]), scratch, between[:rows], **norm),
         ]
     else:
         out = scratch("out", *attended.shape, dtype=attended.dtype)
         calls = [
-            layer.out.bind(out, scratch, attended),
-            bind_add_norm((between, normed), scratch, out, residual, **norm),
+            blocks.product(layer.out, out, scratch, attended),
+            bind_add_norm((between[:rows], normed[:rows]), scratch, out[:rows], residual[:rows], **norm),
         ]
     if layer.is_one_block:
-        return [*calls, bind_gelu_mlp(residual, scratch, normed, **layer.block(), residual=between)]
+        block = partial(bind_gelu_mlp, **layer.block())
+        return [*calls, blocks.bind(block, residual, scratch, normed, residual=between)]
     wide = scratch("mlp", len(normed), len(layer.mlp_in.weight), dtype=normed.dtype)
-    calls.append(layer.mlp_in.bind(wide, scratch, normed, activation=layer.activation))
+    calls.append(blocks.product(layer.mlp_in, wide, scratch, normed, activation=layer.activation))
     if layer.activation is None:
         calls.append(copying(partial(layer.act, wide), wide))
-    return [*calls, layer.mlp_out.bind(residual, scratch, wide, between)]
+    return [*calls, blocks.product(layer.mlp_out, residual, scratch, wide, residual=between)]
 
 
 def bind_draw(

@@ -303,7 +303,7 @@ class Operator:
             return self.reference
         return self.registered if chosen.name in KERNELS else chosen.run
 
-    def bind(self, args: tuple, out: Results, scratch: Scratch) -> BoundCall:
+    def bind(self, args: tuple, out: Results, scratch: Scratch, always: bool = False) -> BoundCall:
         """Return a call without arguments that computes `args` into `out`; the implementation is chosen here, once.
 
         This is for inference. The tensors of `args` and `out` must stay where they are; their values are read at each
@@ -313,16 +313,19 @@ class Operator:
             args: the schema's arguments, of which the first is a tensor.
             out: the result tensor, or one for each result, with `None` for one that is not wanted.
             scratch: holds intermediate values.
+            always: take the first implementation that serves, also for a call for which it does not pay.
 
         Raises as `choose`.
         """
-        chosen = self._choose(args, bound=True)
+        chosen = self._choose(args, bound=True, always=always)
         if chosen is None:
             return copying(partial(self.reference, *args), out)
         call = None if chosen.bind is None else chosen.bind(out, scratch, *args)
         return copying(partial(chosen.run, *args), out) if call is None else call
 
-    def _choose(self, args: tuple, training: str | None = None, bound: bool = False) -> Implementation | None:
+    def _choose(
+        self, args: tuple, training: str | None = None, bound: bool = False, always: bool = False
+    ) -> Implementation | None:
         """Return the implementation for one call; `None`: the reference."""
         forced = _forced
         if forced == "reference" or _is_forward():
@@ -334,7 +337,7 @@ class Operator:
         if training is None:
             for each in self._asked[forced, device.type == "cpu"]:
                 pays = each.pays_bound if bound and each.pays_bound is not None else each.pays
-                if forced is None and pays is not None and not pays(*args):
+                if forced is None and not always and pays is not None and not pays(*args):
                     continue
                 absent = self._refusal(each.name, device)
                 if absent is None:

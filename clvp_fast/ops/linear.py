@@ -290,20 +290,23 @@ def bind_linear(
     activation: str | None = None,
     residual: torch.Tensor | None = None,
     panels: torch.Tensor | None = None,
+    always: bool = False,
 ) -> BoundCall:
-    """Bind `linear` of these arguments into `out`, as `Operator.bind` does; the result has the bits of `linear`."""
+    """Bind `linear` of these arguments into `out`, as `Operator.bind` does; `always` is as there."""
     args = (x, weight, bias, scale, activation, residual, panels)
     _check(*args, cast=False)
     if residual is not None and residual.dtype != torch.float32:
-        product = bind_linear(out, scratch, x, weight, bias, scale=scale, activation=activation, panels=panels)
+        product = bind_linear(
+            out, scratch, x, weight, bias, scale=scale, activation=activation, panels=panels, always=always
+        )
         return in_turn(product, partial(out.add_, residual))
     if activation not in _FUSED:
         if residual is not None:
             settings = dict(scale=scale, activation=activation, residual=residual, panels=panels)
             return copying(partial(linear, x, weight, bias, **settings), out)
-        product = bind_linear(out, scratch, x, weight, bias, scale=scale, panels=panels)
+        product = bind_linear(out, scratch, x, weight, bias, scale=scale, panels=panels, always=always)
         return in_turn(product, bind_activation(out, activation))
-    return _OPERATOR.bind(args, out, scratch)
+    return _OPERATOR.bind(args, out, scratch, always)
 
 
 def _check(x, weight, bias, scale, activation, residual, panels, cast):

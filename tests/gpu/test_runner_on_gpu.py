@@ -58,7 +58,7 @@ def test_captured_steps_equal_eager_ones(dtype, deterministic, page_dtype):
         driver = driver_of(dtype, **options)
         runner, progress = driver.runner, []
         runner.warm_up(lambda *counts, progress=progress: progress.append(counts))
-        sizes = [6] if deterministic else [1, 2, 4, 6]
+        sizes = [1, 2, 4, 6]
         assert progress == ([(count, len(sizes)) for count in range(1, len(sizes) + 1)] if capture else [])
         if capture:
             replayed_alone(runner)
@@ -164,6 +164,14 @@ def test_every_company(dtype, page_dtype, happened):
             assert same_bits(job, setting.alone(number)), f"request {number} in mix {seed}"
             finished += 1
     assert finished > 24 and happened["preempted"] > 0 and happened["moved"] > 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bits_do_not_depend_on_the_number_of_slots(dtype):
+    """Compare two numbers of slots, of which one makes each product twice in a step."""
+    settings = [Setting(dtype, device="cuda", max_batch=max_batch) for max_batch in (6, 300)]
+    for number in range(4):
+        assert same_bits(*(setting.alone(number) for setting in settings)), f"request {number}"
 
 
 def test_parameters_that_moved_are_noticed():
