@@ -23,6 +23,7 @@ from benchmarks.tiers import PAGE_SIZE
 from clvp_fast import ClvpConfig
 from clvp_fast.engine import weights
 from clvp_fast.engine.runner import Runner
+from clvp_fast.engine.scheduler import Prefill
 from clvp_fast.models.clvp.causal_lm import ClvpForCausalLM
 from clvp_fast.ops import dispatch
 
@@ -88,13 +89,15 @@ def _code(cubin: bytes, shared_bytes: int) -> Code:
 
 
 class _Operators(TorchDispatchMode):
-    """Adds the operators of torch that compute something to a list of launches."""
+    """Adds the operators of torch that compute something to a list of launches; our own launch, as on an H200."""
 
     def __init__(self, launches: list[Launch]):
         super().__init__()
         self._launches = launches
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "clvp_fast":
+            return dispatch.OPERATORS[func.overloadpacket.__name__]._registered(*args, **(kwargs or {}))
         result = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
         views = any(one.alias_info is not None and not one.alias_info.is_write for one in func._schema.returns)
@@ -114,20 +117,37 @@ def step(
         deterministic: as for `Runner`.
         num_layers: of the decoder; by default CLVP's 30.
     """
-    config = ClvpConfig().decoder_config
-    config.num_hidden_layers = num_layers or config.num_hidden_layers
-    with torch.device("meta"):
-        model = ClvpForCausalLM(config).to(torch.bfloat16).eval()
     num_pages = candidates * -(-new_tokens // PAGE_SIZE) + -(-prompt // PAGE_SIZE)
     options = dict(max_prefix_len=prompt, deterministic=deterministic)
     with on_paper():
-        runner = Runner(model, num_pages, PAGE_SIZE, candidates, new_tokens, **options)
+        runner = Runner(_decoder(num_layers), num_pages, PAGE_SIZE, candidates, new_tokens, **options)
         with torch.inference_mode():
             runner._bind(candidates, {"typical_mass": 1.0})  # memory that is kept is made now
             with recorded() as launches:
                 for call in runner._bind(candidates, {"typical_mass": 1.0}):
                     call()
     return launches
+
+
+def prefill(prompts: list[int], deterministic: bool, num_layers: int | None = None) -> list[Launch]:
+    """Return the launches of a prefill of prompts of so many tokens, in bfloat16; other arguments are as for `step`."""
+    pages = [-(-tokens // PAGE_SIZE) for tokens in prompts]
+    options = dict(max_prefix_len=max(prompts), deterministic=deterministic)
+    with on_paper():
+        runner = Runner(_decoder(num_layers), sum(pages), PAGE_SIZE, len(prompts), 1, **options)
+        width = runner.decoder.hidden_size
+        planned = [Prefill(key, key, [0] * pages[key], tokens) for key, tokens in enumerate(prompts)]
+        embeds = {key: torch.empty(tokens, width, device="meta") for key, tokens in enumerate(prompts)}
+        with torch.inference_mode(), recorded() as launches:
+            runner._prefill(planned, embeds)
+    return launches
+
+
+def _decoder(num_layers: int | None) -> ClvpForCausalLM:
+    config = ClvpConfig().decoder_config
+    config.num_hidden_layers = num_layers or config.num_hidden_layers
+    with torch.device("meta"):
+        return ClvpForCausalLM(config).to(torch.bfloat16).eval()
 
 
 @contextmanager

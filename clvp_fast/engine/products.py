@@ -29,10 +29,14 @@ class Product:
     panels: torch.Tensor | None = None
 
     def __call__(
-        self, x: torch.Tensor, residual: torch.Tensor | None = None, activation: str | None = None
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None = None,
+        activation: str | None = None,
+        always: bool = False,
     ) -> torch.Tensor:
         """Map `[..., in]` to `[..., out]`. A residual is added after the activation, and the result has its dtype."""
-        return ops.linear(x, self.weight, self.bias, **self._settings(residual, activation))
+        return ops.linear(x, self.weight, self.bias, **self._settings(residual, activation), always=always)
 
     def bind(
         self,

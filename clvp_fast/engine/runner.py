@@ -5,11 +5,11 @@ Only here host and device exchange data: the scheduler's changes go to the devic
 list of calls, which is bound when a step of its kind first runs (`step.py`).
 
 The bits of a row: our operators compute each row independently of the others. Matrix products choose their tiles, and
-with them the order of sums, by the number of rows, so that steps keep that number, and prompts are prefilled one by
-one. On a GPU a `deterministic` step, which is the default there, makes all its products with our own kernel and
-`PRODUCT_ROWS` rows a call. On a CPU the kernels of the native library need no such care; torch's products do not
-promise a row's bits in float32 (`decoder.min_rows`: a step is padded with inactive rows to a number from which they no
-longer change) and in float64, where a `deterministic` step always has the rows of all slots.
+with them the order of sums, by the number of rows. On a GPU a `deterministic` runner, which is the default there, makes
+all products with our own kernel, those of a step with `PRODUCT_ROWS` rows a call, those of a prefill with
+`PREFILL_ROWS` at least. On a CPU prompts are prefilled one by one, and the kernels of the native library need no more
+care; torch's products do not promise a row's bits in float32 (`decoder.min_rows`: a step is padded with inactive rows
+to a number from which they no longer change) and in float64: a `deterministic` step always has the rows of all slots.
 """
 
 from collections.abc import Callable, Mapping
@@ -36,6 +36,9 @@ from clvp_fast.ops.paged_attention import FLOAT8
 
 # The number of tokens of several prompts that are prefilled at once.
 PREFILL_TOKENS = 8192
+# The fewest rows of a product of a deterministic prefill on a GPU: for all numbers above 1024, `kernels/linear.py` and
+# `mlp.py` have one tile and one order of sums.
+PREFILL_ROWS = 1152
 # The number of rows of each product of a deterministic step on a GPU: the candidates of Tortoise's largest presets.
 # docs/batch-invariance.md has what this costs other numbers.
 PRODUCT_ROWS = 256
@@ -150,7 +153,7 @@ class Runner:
         self.product_rows = PRODUCT_ROWS if self.deterministic and not on_cpu else None
         self._captures = device.type == "cuda" if capture is None else capture
         self._min_rows = min_rows(model)
-        self._prefill_tokens = 0 if self.deterministic or on_cpu else PREFILL_TOKENS
+        self._prefill_tokens = 0 if on_cpu else PREFILL_TOKENS
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._bound: dict[tuple, tuple[BoundCall, ...]] = {}
 
@@ -416,5 +419,7 @@ class Runner:
             bounds = np.cumsum([0, *(one.prefix_len for one in group)])
             bounds, rows = to_device(self.device, bounds, np.array([one.prefix_row for one in group]))
             embeds = torch.cat([prompts[one.key].to(self.device, self.decoder.residual_dtype) for one in group])
-            self.decoder.prefill(embeds, bounds.int(), self.pages, self.slots.tensors["prefix_table"][rows])
+            tables = self.slots.tensors["prefix_table"][rows]
+            least = None if self.product_rows is None else PREFILL_ROWS
+            self.decoder.prefill(embeds, bounds.int(), self.pages, tables, least)
             group, tokens = [], 0

@@ -50,27 +50,32 @@ class LayerWeights:
     activation: str | None
     act: nn.Module
 
-    def project(self, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Project `[tokens, hidden_size]` to queries, keys and values `[tokens, num_heads, head_dim]`."""
+    def project(self, hidden: torch.Tensor, always: bool = False) -> tuple[torch.Tensor, ...]:
+        """Project `[tokens, hidden_size]` to queries, keys and values `[tokens, num_heads, head_dim]`.
+
+        always: as for `ops.linear`, here and below.
+        """
         heads = self.num_heads, hidden.shape[-1] // self.num_heads
-        projected = [product(hidden).unflatten(-1, (-1, *heads)).unbind(-3) for product in self.projections]
+        projected = [
+            product(hidden, always=always).unflatten(-1, (-1, *heads)).unbind(-3) for product in self.projections
+        ]
         return tuple(one for several in projected for one in several)
 
-    def behind_attention(self, attended: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    def behind_attention(self, attended: torch.Tensor, residual: torch.Tensor, always: bool = False) -> torch.Tensor:
         """Compute the rest of a layer from `attended` and the residual, both `[tokens, hidden_size]`."""
         if attended.device.type == "cpu":  # there the product adds the residual, elsewhere the norm does
-            residual = self.out(attended, residual)
-            return self.feed_forward(self.post_norm(residual, attended.dtype), residual)
+            residual = self.out(attended, residual, always=always)
+            return self.feed_forward(self.post_norm(residual, attended.dtype), residual, always)
         affine = dict(**vars(self.post_norm), kind="layer")
-        residual, normed = ops.add_norm(self.out(attended), residual, **affine)
-        return self.feed_forward(normed, residual)
+        residual, normed = ops.add_norm(self.out(attended, always=always), residual, **affine)
+        return self.feed_forward(normed, residual, always)
 
-    def feed_forward(self, hidden: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    def feed_forward(self, hidden: torch.Tensor, residual: torch.Tensor, always: bool = False) -> torch.Tensor:
         """Compute both products with the activation between them, and add the residual, whose dtype the result has."""
         if self.is_one_block:
             return ops.gelu_mlp(hidden, **self.block(), residual=residual)
-        wide = self.mlp_in(hidden, activation=self.activation)
-        return self.mlp_out(self.act(wide) if self.activation is None else wide, residual)
+        wide = self.mlp_in(hidden, activation=self.activation, always=always)
+        return self.mlp_out(self.act(wide) if self.activation is None else wide, residual, always=always)
 
     @property
     def is_one_block(self) -> bool:

@@ -291,14 +291,15 @@ class Operator:
             self._warned.add(reason)
             warnings.warn(f"clvp_fast.{self.name} takes the slower torch path: {reason}", stacklevel=4)
 
-    def choose(self, args: tuple, training: str | None = None) -> Callable:
+    def choose(self, args: tuple, training: str | None = None, always: bool = False) -> Callable:
         """Return the callable for one call with the schema's arguments `args`, whose first is a tensor.
 
-        `training` says why the call is not inference (kernels serve only inference), or is `None`. Warns once if a
+        `training` says why the call is not inference (kernels serve only inference), or is `None`. With `always`, it is
+        the first implementation that serves, also for a call for which that does not pay. Warns once if a
         kernel runs on the device but does not serve these arguments. Raises `RuntimeError` if a kernel is forced and
         cannot serve.
         """
-        chosen = self._choose(args, training)
+        chosen = self._choose(args, training, always=always)
         if chosen is None:
             return self.reference
         return self.registered if chosen.name in KERNELS else chosen.run
@@ -313,7 +314,7 @@ class Operator:
             args: the schema's arguments, of which the first is a tensor.
             out: the result tensor, or one for each result, with `None` for one that is not wanted.
             scratch: holds intermediate values.
-            always: take the first implementation that serves, also for a call for which it does not pay.
+            always: as for `choose`.
 
         Raises as `choose`.
         """

@@ -246,6 +246,7 @@ def linear(
     activation: str | None = None,
     residual: torch.Tensor | None = None,
     panels: torch.Tensor | None = None,
+    always: bool = False,
 ) -> torch.Tensor:
     """Compute a linear layer, then the activation if one is named, and add the residual if one is given.
 
@@ -256,6 +257,7 @@ def linear(
         activation: a name that `gelu_mlp` takes.
         residual: `[..., out]`, of the dtype of `x` or, with a half type, float32.
         panels: the same weights packed by `panels.pack`, which a CPU kernel reads instead.
+        always: take our own kernel wherever one serves, also where torch's product is faster.
 
     Returns:
         `[..., out]`, contiguous, of the dtype of the residual, or of `x` without one.
@@ -269,14 +271,15 @@ def linear(
     cast = autocasts(x.device)
     _check(*args, cast)
     if residual is not None and (residual.dtype != torch.float32 or activation not in _FUSED):
-        return _add(linear(x, weight, bias, scale=scale, activation=activation, panels=panels), residual)
+        out = linear(x, weight, bias, scale=scale, activation=activation, panels=panels, always=always)
+        return _add(out, residual)
     if activation not in _FUSED:
-        return activate(linear(x, weight, bias, scale=scale, panels=panels), activation)
+        return activate(linear(x, weight, bias, scale=scale, panels=panels, always=always), activation)
     if cast or torch.compiler.is_compiling():
         training = "autocast is on, or a compiler"
     else:
         training = gradient(x, weight, bias, residual)
-    return _OPERATOR.choose(args, training)(*args)
+    return _OPERATOR.choose(args, training, always)(*args)
 
 
 def bind_linear(
@@ -292,7 +295,7 @@ def bind_linear(
     panels: torch.Tensor | None = None,
     always: bool = False,
 ) -> BoundCall:
-    """Bind `linear` of these arguments into `out`, as `Operator.bind` does; `always` is as there."""
+    """Bind `linear` of these arguments into `out`, as `Operator.bind` does; `always` is as for `linear`."""
     args = (x, weight, bias, scale, activation, residual, panels)
     _check(*args, cast=False)
     if residual is not None and residual.dtype != torch.float32:

@@ -29,11 +29,19 @@ needs_compiler = pytest.mark.skipif(missing() is not None, reason=missing() or "
 
 def in_new_process(*words: str) -> list[dict]:
     """Return the rows of `python -m benchmarks.cost`, in a process whose kernels are compiled and not interpreted."""
+    return [json.loads(line) for line in _lines("-m", "benchmarks.cost", "--steps-only", "--json", *words)]
+
+
+def in_python(script: str) -> list[str]:
+    """Return the lines that a script prints, in such a process."""
+    return _lines("-c", script)
+
+
+def _lines(*words: str) -> list[str]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "benchmarks.cost", "--steps-only", "--json", *words]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr[-4000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    return done.stdout.splitlines()
 
 
 @pytest.fixture(scope="module")
@@ -130,10 +138,7 @@ for launch in launches:
         issued = arm.issued(trips, kinds={MATRIX!r}) * launch.programs * launch.warps
         print(json.dumps([issued * 2 * 16 * 8 * 16, work.of(launch, work.Stored(250, 63)).flop]))
 """
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, env=environment)
-    assert done.returncode == 0, done.stderr[-4000:]
-    found = [json.loads(line) for line in done.stdout.splitlines()]
+    found = [json.loads(line) for line in in_python(script)]
     assert len(found) == 4 * LAYERS + 1
     assert all(counted == multiplied > 0 for counted, multiplied in found), found
 
@@ -155,6 +160,23 @@ def test_products_of_a_deterministic_step_do_not_know_its_rows(rows):
     assert several[4] == several[64] == one
     assert several[300] == Counter({kind: 2 * number for kind, number in one.items()})
     assert len({frozenset(products(candidates, False)) for candidates in (1, 64, 300)}) == 3, "others do know them"
+
+
+@needs_compiler
+def test_products_of_a_deterministic_prefill_do_not_know_its_prompts():
+    script = f"""
+import json
+from benchmarks.cost import __main__, recording
+for prompts in ([5], [63, 500], [400] * 8):
+    for deterministic in (True, False):
+        launches = recording.prefill(prompts, deterministic, {LAYERS})
+        products = [one for one in launches if "linear" in one.kernel]
+        print(json.dumps([deterministic, sorted({{str([one.kernel, *__main__._tile(one)]) for one in products}})]))
+"""
+    found = [json.loads(line) for line in in_python(script)]
+    always, otherwise = ([tiles for setting, tiles in found if setting is wanted] for wanted in (True, False))
+    assert always[0] == always[1] == always[2] and len(always[0]) == 1 and "_linear_kernel" in always[0][0]
+    assert len({tuple(tiles) for tiles in otherwise}) == 3, "others do know them"
 
 
 @needs_compiler
