@@ -389,8 +389,13 @@ class Runner:
         if self._persistent is not None and rows <= MAX_ROWS:
             bound = self._persistent.bind(*entered, scratch=scratch)
         else:
-            tensors = dict(pages=self.pages, arrivals=self._arrivals[:rows], scratch=scratch)
-            bound = self.decoder.bind(*entered, **tensors, product_rows=self.product_rows)
+            bound = self.decoder.bind(
+                *entered,
+                pages=self.pages,
+                arrivals=self._arrivals[:rows],
+                scratch=scratch,
+                product_rows=self.product_rows,
+            )
         calls = [partial(torch.lt, state["seq_lens"], 0, out=inactive), *bound.calls]
         if self._states is not None:
             # Inactive rows write after the last kept state, at position `lengths`.
