@@ -2,14 +2,15 @@
 
 Ours enters the tokens, computes logits and draws the next ones, as the engine runs it: captured and eagerly on a GPU.
 The rivals give logits and draw nothing: transformers' decoder, whose cache is copied at every step, the same compiled
-over a static cache (on a GPU), and a decoder of torch's own operators (`benchmarks/rivals/torch_decoder.py`), captured
-too. All begin with the keys and values that transformers' decoder computes in float32, and are judged by its logits.
+over a static cache (on a GPU), a decoder of torch's own operators (`benchmarks/rivals/torch_decoder.py`), captured too,
+and one in ONNX Runtime (`benchmarks/rivals/onnx_runtime.py`, on a CPU). All begin with the keys and values that
+transformers' decoder computes in float32, and are judged by its logits.
 
 The bytes of a row are what a step must move: weights, keys and values (the prompt's once), logits.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 
 import torch
@@ -17,9 +18,11 @@ import torch
 from benchmarks.harness import Provider, Task, task
 from benchmarks.kernels import captured, name_of
 from benchmarks.models import our_model, stock_model
+from benchmarks.precision import divergence
 from benchmarks.providers import Absent
+from benchmarks.rivals.onnx_runtime import OnnxDecoder
 from benchmarks.rivals.torch_decoder import TorchDecoder
-from benchmarks.tiers import PAGE_SIZE, TIERS, Tier, furthest_logit, prompt_of, stock_logits
+from benchmarks.tiers import PAGE_SIZE, TIERS, Tier, furthest_logit, prompt_of, require_served, stock_logits
 from clvp_fast import SamplingParams
 from clvp_fast.engine.persistent import MAX_ROWS, PersistentStep
 from clvp_fast.engine.runner import Runner
@@ -95,6 +98,7 @@ class StoredCandidates:
         persistent: bool = False,
         deterministic: bool = False,
     ):
+        require_served(tier.dtype, tier.activation_dtype, device)
         self.known = known(device, smoke, shape["text_tokens"], shape["stored"])
         self.candidates, self.stored, self.steps = shape["candidates"], shape["stored"], STEPS[device]
         prompt, room = self.known.prompt, self.stored + self.steps + 1
@@ -109,6 +113,7 @@ class StoredCandidates:
             capture=capture,
             persistent=persistent,
             deterministic=deterministic,
+            packed=device == "cpu",  # as the engine does
             **tier.options,
         )
         self.runner.warm_up()
@@ -197,6 +202,9 @@ def _task(device: str, shape: dict, smoke: bool) -> Task:
         if tier.page_dtype is None and tier.weight_dtype is None and (device == "cpu" or tier == first):
             name = f"torch {tier.name}{', captured' if device == 'cuda' else ''}, no draw"
             makers[name] = partial(_torch, name, tier, device, shape, smoke)
+    for int8 in (False, True) if device == "cpu" else ():
+        name = f"ONNX Runtime {'dynamic int8' if int8 else 'float32'}, no draw"
+        makers[name] = partial(_onnx, name, int8, shape, smoke)
     for tier in TIERS[device]:
         # Keys and values of all providers lie on the device at once: the eager step is shown in the first tier.
         both = (True, False) if tier == first else (True,)
@@ -336,6 +344,20 @@ def _torch(name: str, tier: Tier, device: str, shape: dict, smoke: bool) -> Prov
     model = stock_model(device, tier.dtype, smoke).speech_decoder_model
     decoder = TorchDecoder(model, keys, values, shape["stored"] + 1)
     return _rival(name, decoder, device, shape, smoke, tier, device == "cuda")
+
+
+def _onnx(name: str, int8: bool, shape: dict, smoke: bool) -> Provider:
+    """Make a provider of ONNX Runtime; its row has the memory of its process, and how far 8 bits lead from float32."""
+    tier = next(t for t in TIERS["cpu"] if t.dtype == torch.float32 and (t.activation_dtype is not None) == int8)
+    keys, values = _dense("cpu", shape, smoke, tier.dtype, 0)
+    model, files = stock_model("cpu", smoke=smoke).speech_decoder_model, "smoke" if smoke else "full"
+    decoder = OnnxDecoder(model, keys, values, shape["stored"] + 1, int8=int8, name=files)
+    provider = _rival(name, decoder, "cpu", shape, smoke, tier)
+    found = known("cpu", smoke, shape["text_tokens"], shape["stored"])
+    index = torch.arange(shape["candidates"]) % _DISTINCT
+    logits, exact = decoder(found.tokens[index, -1]), found.logits[index].double()
+    counted = provider.counted | divergence([logits], [exact]) | {"peak_bytes": decoder.peak_bytes()}
+    return replace(provider, run=decoder.run, counted=counted)
 
 
 def _counted(device: str, smoke: bool, shape: dict, tier: Tier) -> dict:

@@ -13,6 +13,7 @@ from functools import cache, partial
 import torch
 
 from benchmarks.harness import Provider, Task, task
+from benchmarks.tiers import require_served
 from clvp_fast import ClvpDecoderConfig, ClvpForCausalLM
 from clvp_fast.engine.decoder import PagedDecoder
 from clvp_fast.engine.products import Product, in_int8
@@ -38,7 +39,9 @@ PAGE_SIZE = 16
 
 @dataclasses.dataclass(frozen=True)
 class Tier:
-    """Types of weights, residual, pages, prompt and the layers' copied weights; all but the first as the engine's.
+    """Types of weights, residual, pages, prompt, the layers' copied weights and what those multiply.
+
+    All but the first are None for the engine's own.
 
     tolerance: the most that the arithmetic may put logits off, relative to their spread, before the row is refused.
     """
@@ -50,6 +53,7 @@ class Tier:
     pages: torch.dtype | None = None
     prompt: torch.dtype | None = None
     copies: torch.dtype | None = None
+    activations: torch.dtype | None = None
 
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -61,6 +65,8 @@ TIERS = (
     Tier("bfloat16, float8 pages", BF16, 0.1, pages=FLOAT8),
     Tier("bfloat16, int8 weights", BF16, 0.1, copies=torch.int8),
     Tier("float32, int8 weights", FP32, 1e-3, copies=torch.int8),
+    Tier("bfloat16, int8 weights and activations", BF16, 0.1, copies=torch.int8, activations=torch.int8),
+    Tier("float32, int8 weights and activations", FP32, 0.1, copies=torch.int8, activations=torch.int8),
     Tier("float16", FP16, 0.01),
     Tier("float16, residual float16", FP16, 0.02, residual=FP16),
 )
@@ -101,7 +107,8 @@ class Candidates:
 
     def __init__(self, model: ClvpForCausalLM, shape: Shape, tier: Tier):
         count, own, shared = shape.candidates, -(-shape.steps // PAGE_SIZE), -(-shape.prompt // PAGE_SIZE)
-        self.decoder = PagedDecoder(model, tier.residual, tier.copies)
+        # Packed, as the engine's are on a CPU.
+        self.decoder = PagedDecoder(model, tier.residual, tier.copies, True, tier.activations)
         device = self.decoder.device
         self.pages = self.decoder.pages(count * own + shared, PAGE_SIZE, tier.pages)
         self.seq_lens = torch.zeros(count, dtype=torch.int32, device=device)
@@ -167,7 +174,7 @@ def divergence(found: Iterable[torch.Tensor], exact: Iterable[torch.Tensor]) -> 
 def tasks(device: str, smoke: bool = False) -> Iterator[Task]:
     shape = SMOKE if smoke else SHAPES[device]
     exact = cache(partial(Exact, device, shape))
-    makers = {tier.name: partial(_made, exact, tier) for tier in TIERS}
+    makers = {tier.name: partial(_made, exact, tier, device) for tier in TIERS}
     yield task("precision", vars(shape), makers, 1 if smoke else 5, around=torch.no_grad)
 
 
@@ -192,12 +199,13 @@ class Exact:
 
 
 @torch.no_grad()
-def _made(exact_of: Callable[[], Exact], tier: Tier) -> Provider:
+def _made(exact_of: Callable[[], Exact], tier: Tier, device: str) -> Provider:
     """Make a tier, timed over the last of its steps.
 
     Of a row, `error` is of the arithmetic alone, against float64 with weights and prompt rounded as the tier's are;
     `logits_error`, `kl` and `greedy` are against float64 with all as it was.
     """
+    require_served(tier.dtype, tier.activations, device)
     exact = exact_of()
     shape, tokens = exact.shape, exact.tokens
     candidates = Candidates(copy.deepcopy(exact.model).to(tier.dtype), shape, tier)

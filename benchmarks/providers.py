@@ -14,6 +14,7 @@ GROUPS = {
     "tortoise": "tortoise-tts's own classes, with the sampling of transformers 4.31",
     "transformers": "transformers' own classes, as they are and compiled over a static cache",
     "flashinfer": "FlashInfer's decoding over pages, with and without a shared prefix",
+    "onnx": "ONNX Runtime's CPU kernels, over a graph exported from torch, in a process of their own",
     "torchaudio": "torchaudio's MelSpectrogram",
     "flashmel": "flashmel's MelSpectrogram",
     "asrfront": "asrfront's features, on a CPU",

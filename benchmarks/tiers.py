@@ -9,12 +9,14 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.models import inputs, our_model, stock_model
+from benchmarks.providers import Absent
 from clvp_fast import CandidateEngine, ClvpProcessor
 from clvp_fast.checkpoint import text_limit
 from clvp_fast.demo import random_checkpoint
 from clvp_fast.engine.decoder import PagedDecoder
 from clvp_fast.models.transformers_versions import CACHE
 from clvp_fast.ops.paged_attention import FLOAT8
+from clvp_fast.ops.panels import unserved
 
 PAGE_SIZE = 16
 # The number of tokens that are entered one by one when logits are compared.
@@ -23,7 +25,9 @@ _COMPARED = 4
 
 @dataclass(frozen=True)
 class Tier:
-    """Types of weights, of pages, and of the copies of weights that products run over; None: as the weights.
+    """Types of weights, of pages, of the copies of weights that products run over, and of what they multiply.
+
+    None: as the weights.
 
     tolerance: the most that logits may be off, relative to the largest, before the row is refused.
     """
@@ -33,20 +37,25 @@ class Tier:
     tolerance: float
     page_dtype: torch.dtype | None = None
     weight_dtype: torch.dtype | None = None
+    activation_dtype: torch.dtype | None = None
 
     @property
     def options(self) -> dict:
         """For a `CandidateEngine` or a `Runner`, beside a model of `dtype`."""
-        return dict(page_dtype=self.page_dtype, weight_dtype=self.weight_dtype)
+        names = ("page_dtype", "weight_dtype", "activation_dtype")
+        return {name: getattr(self, name) for name in names}
 
 
 FP32, BF16 = torch.float32, torch.bfloat16
+_INT8_BOTH = dict(weight_dtype=torch.int8, activation_dtype=torch.int8)
 TIERS = {
     "cpu": (
         Tier("float32", FP32, 1e-4),
         Tier("bfloat16", BF16, 3e-2),
         Tier("float32, int8 weights", FP32, 5e-2, weight_dtype=torch.int8),
         Tier("bfloat16, int8 weights", BF16, 5e-2, weight_dtype=torch.int8),
+        Tier("float32, int8 weights and activations", FP32, 1e-1, **_INT8_BOTH),
+        Tier("bfloat16, int8 weights and activations", BF16, 1e-1, **_INT8_BOTH),
     ),
     "cuda": (
         Tier("bfloat16", BF16, 3e-2),
@@ -107,7 +116,8 @@ def compared_logits(device: str, smoke: bool, text_tokens: int) -> tuple[torch.T
 def engine_error(tier: Tier, device: str, smoke: bool, text_tokens: int) -> float:
     """Return the distance of the engine's decoder from transformers' logits, after a prefill and some steps."""
     prompt, tokens, expected = compared_logits(device, smoke, text_tokens)
-    decoder = PagedDecoder(our_model(device, tier.dtype, smoke).speech_decoder_model, weight_dtype=tier.weight_dtype)
+    model = our_model(device, tier.dtype, smoke).speech_decoder_model
+    decoder = PagedDecoder(model, weight_dtype=tier.weight_dtype, activation_dtype=tier.activation_dtype)
     shared = -(-len(prompt) // PAGE_SIZE)
     pages = decoder.pages(shared + 1, PAGE_SIZE, tier.page_dtype)
     number = dict(dtype=torch.int32, device=device)
@@ -129,10 +139,18 @@ def engine_error(tier: Tier, device: str, smoke: bool, text_tokens: int) -> floa
     return furthest_logit(torch.stack(found), expected)
 
 
+def require_served(dtype: torch.dtype, activation_dtype: torch.dtype | None, device: str) -> None:
+    """Raise `Absent` where no kernel multiplies activations in 8 bits, if they are."""
+    weight = torch.zeros(1, 32, dtype=torch.int8, device=device)
+    if activation_dtype is not None and (reason := unserved(dtype, weight, int8_x=True)) is not None:
+        raise Absent(reason)
+
+
 def engine_of(
     tier: Tier, device: str, smoke: bool, candidates: int, new_tokens: int, requests: int = 1
 ) -> CandidateEngine:
     """Make a warm engine for `candidates` at once, of so many `requests`, with the tokens of `random`."""
+    require_served(tier.dtype, tier.activation_dtype, device)
     model = our_model(device, tier.dtype, smoke)
     # As many pages as are needed: several engines stand beside each other.
     pages = candidates * -(-new_tokens // PAGE_SIZE) + requests * (-(-text_limit(model) // PAGE_SIZE) + 1)

@@ -84,17 +84,19 @@ static inline int clvp_fast_check_paged_decode(const struct clvp_fast_paged_deco
 static inline int clvp_fast_check_linear(const struct clvp_fast_linear *call) {
     if (call == NULL) return CLVP_FAST_NULL_POINTER;
     if ((call->dtype != CLVP_FAST_FLOAT32 && call->dtype != CLVP_FAST_BFLOAT16) ||
-        (call->weight_dtype != call->dtype && call->weight_dtype != CLVP_FAST_INT8))
+        (call->weight_dtype != call->dtype && call->weight_dtype != CLVP_FAST_INT8) ||
+        (call->int8_x && call->weight_dtype != CLVP_FAST_INT8))
         return CLVP_FAST_BAD_DTYPE;
-    /* So large that no product of two sizes overflows. */
-    const int64_t most = (int64_t)1 << 28;
+    /* So large that no product of two sizes overflows, and no sum of 32 bits. */
+    const int64_t most = (int64_t)1 << 28, most_features = call->int8_x ? (int64_t)1 << 16 : most;
     if (call->rows < 0 || call->rows > most || call->out_features < 0 || call->out_features > most ||
-        call->in_features < 32 || call->in_features > most || call->in_features % 32 != 0 || call->x_stride > most ||
-        call->x_stride < -most || call->weight_stride > most || call->weight_stride < -most ||
-        call->activation < CLVP_FAST_NO_ACTIVATION || call->activation > CLVP_FAST_GELU_TANH)
+        call->in_features < 32 || call->in_features > most_features || call->in_features % 32 != 0 ||
+        call->x_stride > most || call->x_stride < -most || call->weight_stride > most || call->weight_stride < -most ||
+        call->activation < CLVP_FAST_NO_ACTIVATION || call->activation > CLVP_FAST_GELU_TANH || call->int8_x < 0 ||
+        call->int8_x > 1)
         return CLVP_FAST_BAD_SIZE;
     if (call->rows == 0 || call->out_features == 0) return CLVP_FAST_OK;
-    if (!call->x || !(call->weight || call->panels) || !call->out) return CLVP_FAST_NULL_POINTER;
+    if (!call->x || !((call->weight && !call->int8_x) || call->panels) || !call->out) return CLVP_FAST_NULL_POINTER;
     const size_t element = clvp_fast_element_size(call->dtype);
     if (clvp_fast_misaligned(call->x, element) ||
         clvp_fast_misaligned(call->weight, clvp_fast_element_size(call->weight_dtype)) ||

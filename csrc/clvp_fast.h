@@ -64,8 +64,8 @@ struct clvp_fast_log_mel {
     double top_db; /* decibels: what lies more than this under a row's loudest value is raised to it; negative: off */
 };
 
-/* Runs on at most num_threads threads, on the named instruction set, "avx512bf16", "avx512", "avx2" or "portable"
- * (null: the set that clvp_fast_cpu_isa names), and returns when all is written. */
+/* Runs on at most num_threads threads, on the named instruction set, "avx512bf16", "avx512vnni", "avx512", "avxvnni",
+ * "avx2" or "portable" (null: the set that clvp_fast_cpu_isa names), and returns when all is written. */
 int clvp_fast_log_mel_cpu(const struct clvp_fast_log_mel *call, int32_t num_threads, const char *isa);
 
 /* Returns the instruction set of calls that name none: this machine's best, unless another one was chosen. */
@@ -130,7 +130,8 @@ struct clvp_fast_linear {
     const float *residual; /* [rows, out_features], contiguous; null: none */
     void *out;             /* [rows, out_features] of dtype, with a residual float32; contiguous */
     /* Null, or the weights again, which are read in place of `weight`: for each 48 rows of them, the last ones
-     * filled up with anything finite, [in_features / u, 48, u], where u is 1 for FLOAT32 and 2 for other types. */
+     * filled up with anything finite, [in_features / u, 48, u], where u is 1 for FLOAT32 and 2 for other types; with
+     * int8_x 4, and 128 is added to each weight, which then has no sign. */
     const void *panels;
     int64_t x_stride; /* elements from one row to the next */
     int64_t weight_stride;
@@ -138,6 +139,9 @@ struct clvp_fast_linear {
     int32_t dtype;                           /* FLOAT32 or BFLOAT16 */
     int32_t weight_dtype;                    /* dtype, or INT8 */
     int32_t activation;
+    /* 1: rows of x are rounded to 8 bits, -127 .. 127 in steps of a 127th of their largest number, and multiplied in
+     * integers; with INT8 panels alone, and in_features up to 65536. 0: they are multiplied as they are. */
+    int32_t int8_x;
 };
 
 /* Threads and instruction set as above. */

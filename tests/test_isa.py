@@ -43,7 +43,7 @@ def test_an_unknown_name_is_refused_and_changes_nothing():
 
 @pytest.mark.parametrize(
     "name, says",
-    [("portable", "portable\n"), ("SSE", "CLVP_FAST_ISA must be one of avx512bf16, avx512, avx2, portable")],
+    [("portable", "portable\n"), ("SSE", "CLVP_FAST_ISA must be one of avx512bf16, avx512vnni, avx512, avx")],
 )
 def test_the_environment_chooses(name, says):
     code = "from clvp_fast import native; print(native.isa())"

@@ -40,7 +40,7 @@ class TorchLayers:
         """
         for index, layer in enumerate(self.decoder.layers):
             projected = F.linear(layer.input_layernorm(hidden), self.qkv[index], self.qkv_bias[index])
-            q, k, v = projected.view(len(hidden), 3, self.num_heads, -1).unbind(1)
+            q, k, v = projected.unflatten(-1, (3, self.num_heads, -1)).unbind(1)
             hidden = hidden + layer.attn.out_proj(attend(index, q, k, v).flatten(1))
             widened = layer.mlp.c_fc(layer.post_attention_layernorm(hidden))
             hidden = hidden + layer.mlp.c_proj(F.gelu(widened, approximate="tanh"))

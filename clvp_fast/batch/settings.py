@@ -6,7 +6,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from clvp_fast.engine.defaults import DTYPES, SCORING_MODES, TEXT_CLEANINGS
+from clvp_fast.engine.defaults import ACTIVATION_DTYPES, DTYPES, SCORING_MODES, TEXT_CLEANINGS
 from clvp_fast.engine.sampling_params import SAMPLING, SamplingParams
 
 #: Settings that a run determines if they are open, and that a resumed run takes over from the run before.
@@ -34,6 +34,8 @@ class Settings:
         device: "cpu" or "cuda"; None: the GPU if there is one.
         dtype: of the weights: "float32", "bfloat16" or "float16".
         int8_weights, float8_pages: decode over 8-bit copies of weights, with 8-bit keys and values.
+        activation_dtype: "int8" to round what is multiplied by `int8_weights` to 8 bits too, as for
+            [`CandidateEngine`]; None: it is multiplied as it is.
         packed_weights: decode over packed copies of weights, as for [`CandidateEngine`]; None: if they help and fit.
         batch_size: the most candidates decoded at once; None: as many as memory allows.
         threads: CPU threads, on whose number the order of sums in torch's products may depend; None: torch's setting.
@@ -64,6 +66,7 @@ class Settings:
     device: str | None = None
     dtype: str = DTYPES[0]
     int8_weights: bool = False
+    activation_dtype: str | None = None
     float8_pages: bool = False
     packed_weights: bool | None = None
     batch_size: int | None = None
@@ -133,6 +136,7 @@ class Settings:
 _CHOICES = {
     "scoring": SCORING_MODES,
     "score_dtype": (None, *DTYPES),
+    "activation_dtype": (None, *ACTIVATION_DTYPES),
     "device": (None, "cpu", "cuda"),
     "dtype": DTYPES,
     "text_cleaning": TEXT_CLEANINGS,

@@ -17,7 +17,7 @@ INTERRUPTED = "what is finished is kept, and the same command goes on from there
 
 _PLAIN = (
     *("checkpoint", "voice", "crop_seed", "scoring", "score_dtype", "latents", "embeddings", "dtype", "int8_weights"),
-    "float8_pages",
+    *("activation_dtype", "float8_pages"),
 )
 _OPEN = ("packed_weights", "threads")
 

@@ -122,6 +122,7 @@ class Generation:
             "device": str(self.checkpoint.model.device),
             "dtype": arguments.dtype,
             "int8_weights": arguments.int8_weights,
+            "activation_dtype": arguments.activation_dtype,
             "float8_pages": arguments.float8_pages,
             "text_cleaning": arguments.text_cleaning,
         }

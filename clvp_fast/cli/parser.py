@@ -6,7 +6,7 @@ import os
 
 from clvp_fast import __version__
 from clvp_fast.cli.helping import HELP, Parser
-from clvp_fast.engine.defaults import DTYPES, MEMORY_FRACTION, SCORING_MODES, TEXT_CLEANINGS
+from clvp_fast.engine.defaults import ACTIVATION_DTYPES, DTYPES, MEMORY_FRACTION, SCORING_MODES, TEXT_CLEANINGS
 from clvp_fast.engine.sampling_params import NUM_CANDIDATES, PRESETS, RANGES, SamplingParams
 from clvp_fast.io.files import user_path
 
@@ -399,6 +399,12 @@ def _add_memory(parser) -> None:
         "--int8-weights",
         action="store_true",
         help="decode over copies of the layers' weights in 8 bits: changes candidates, and is faster on a CPU",
+    )
+    memory.add_argument(
+        "--activation-dtype",
+        choices=ACTIVATION_DTYPES,
+        help="with --int8-weights, also round what they are multiplied by to 8 bits: changes candidates more, and is "
+        "the fastest on a CPU",
     )
     memory.add_argument(
         "--float8-pages",

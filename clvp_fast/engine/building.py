@@ -21,14 +21,19 @@ def build_engine(
 
     Args:
         settings: an object with `batch_size`, `max_new_tokens`, `scoring`, `score_dtype`, `latents`, `int8_weights`,
-            `float8_pages` and `packed_weights`: a job's [`Settings`], or arguments of the command line. The first two,
-            `score_dtype` and the last may be None, as for [`CandidateEngine`].
+            `activation_dtype`, `float8_pages` and `packed_weights`: a job's [`Settings`], or arguments of the command
+            line. The first two, both dtypes and the last may be None, as for [`CandidateEngine`].
         candidates: how many there are to decode, which bounds the number of slots; None if it is not known.
         memory_fraction, deterministic: as for [`CandidateEngine`].
 
     Raises:
         ValueError, RuntimeError: as [`CandidateEngine`].
     """
+    if settings.activation_dtype is not None and not settings.int8_weights:
+        raise ValueError(
+            f"activation_dtype {settings.activation_dtype!r} multiplies weights in 8 bits: add int8_weights "
+            "(--int8-weights)"
+        )
     places = settings.batch_size or default_batch(checkpoint.model.device)
     return CandidateEngine(
         checkpoint.model,
@@ -37,6 +42,7 @@ def build_engine(
         max_new_tokens=settings.max_new_tokens,
         memory_fraction=memory_fraction,
         weight_dtype=torch.int8 if settings.int8_weights else None,
+        activation_dtype=None if settings.activation_dtype is None else getattr(torch, settings.activation_dtype),
         packed_weights=settings.packed_weights,
         page_dtype=torch.float8_e4m3fn if settings.float8_pages else None,
         scoring=settings.scoring,

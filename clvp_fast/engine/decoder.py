@@ -92,10 +92,13 @@ class PagedDecoder:
             bits, made here; by default they run over the model's own weights.
         packed: all products read panels of their weights, which are copies made here and whenever the weights moved
             (`DecoderWeights.packed`). In-place changes take effect only after `weights.repack()`.
+        activation_dtype: `torch.int8` to round what the layers' products multiply to 8 bits, row by row, and multiply
+            integers; with `weight_dtype=torch.int8`, and always `packed`. By default it is multiplied as it is.
 
     Raises:
-        ValueError: another `weight_dtype`; a model that computes more than its parameters say (hooks, adapters), or
-            int8 for an activation that the operators do not know, with the reason.
+        ValueError: another `weight_dtype` or `activation_dtype`; a model that computes more than its parameters say
+            (hooks, adapters), or int8 for an activation that the operators do not know, with the reason; activations in
+            int8 where the weights are not, or where no kernel multiplies them.
     """
 
     def __init__(
@@ -104,9 +107,14 @@ class PagedDecoder:
         residual_dtype: torch.dtype | None = None,
         weight_dtype: torch.dtype | None = None,
         packed: bool = False,
+        activation_dtype: torch.dtype | None = None,
     ):
         if weight_dtype not in (None, torch.int8):
             raise ValueError(f"weight_dtype must be torch.int8, or None for the model's own, not {weight_dtype}")
+        if activation_dtype not in (None, torch.int8):
+            raise ValueError(f"activation_dtype must be torch.int8, or None for no rounding, not {activation_dtype}")
+        if activation_dtype is not None and weight_dtype is None:
+            raise ValueError("activation_dtype=torch.int8 multiplies weights in 8 bits: add weight_dtype=torch.int8")
         config = model.config
         self.model = model
         self.num_layers = config.num_hidden_layers
@@ -116,7 +124,8 @@ class PagedDecoder:
         self.vocab_size = config.vocab_size
         self.contiguous_positions = bool(getattr(config, "contiguous_positions", False))
         self._residual_dtype = residual_dtype
-        self.weight_dtype, self.packed = weight_dtype, packed
+        self.weight_dtype, self.activation_dtype = weight_dtype, activation_dtype
+        self.packed = packed or activation_dtype is not None
         self._take_weights()
 
     def _take_weights(self) -> None:
@@ -124,7 +133,7 @@ class PagedDecoder:
         if isinstance(weights, str):
             raise ValueError(weights)
         weights = weights if self.weight_dtype is None else weights.in_int8()
-        self.weights = weights.packed() if self.packed else weights
+        self.weights = weights.packed(self.activation_dtype is not None) if self.packed else weights
         self._sources = weights.sources()
 
     @property

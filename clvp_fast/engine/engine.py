@@ -60,6 +60,10 @@ class CandidateEngine:
         weight_dtype: `torch.int8` to decode with copies of the layers' weights in 8 bits, which are made here; by
             default with the model's own. docs/architecture.md has the effect of both dtypes on accuracy; `refresh`
             explains when copies must be renewed.
+        activation_dtype: `torch.int8` to round what the layers' products multiply to 8 bits too, each row in steps of
+            a 127th of its largest number, and to multiply integers; on a CPU with AVX2 or AVX-512, over packed weights
+            in 8 bits (`weight_dtype=torch.int8`). It is the fastest, and changes the candidates most; by default
+            products multiply what they are given.
         packed_weights: decode with copies of all weights in the order in which a CPU's kernel reads them, made here
             (docs/kernels.md has the gain by number of candidates). None: if there is such a kernel, and as many
             candidates fit beside the copies as without them.
@@ -81,6 +85,7 @@ class CandidateEngine:
     Raises:
         ValueError: a model with hooks, adapters or replaced modules, which the engine would not call; an impossible
             size; too little memory for a single candidate; `scoring` or `score_dtype` together with a `scorer`;
+            `activation_dtype` without weights in 8 bits, without packed weights or where no kernel serves it;
             `deterministic` together with `persistent`; or a device or model that `persistent` does not serve.
         TypeError: a `scorer` without a method `score`.
         RuntimeError: `deterministic=True`, and attention has no kernel for this dtype on this device.
@@ -98,6 +103,7 @@ class CandidateEngine:
         page_size: int = PAGE_SIZE,
         page_dtype: torch.dtype | None = None,
         weight_dtype: torch.dtype | None = None,
+        activation_dtype: torch.dtype | None = None,
         packed_weights: bool | None = None,
         scoring: str = SCORING_MODES[0],
         score_dtype: torch.dtype | None = None,
@@ -116,6 +122,10 @@ class CandidateEngine:
             if scoring != SCORING_MODES[0] or score_dtype is not None:
                 given = f"scoring={scoring!r}" if score_dtype is None else f"score_dtype={score_dtype}"
                 raise ValueError(f"{given} is how the model's own encoders score: leave it out with a scorer")
+        if activation_dtype is not None:
+            if packed_weights is False:
+                raise ValueError("activation_dtype has products over packed weights alone: leave out packed_weights")
+            packed_weights = True
         self._door = Door(model, processor, text_ends)
         self.model, self.processor = model, processor
         self._take_model()
@@ -129,12 +139,13 @@ class CandidateEngine:
             weight_dtype=weight_dtype,
             states=states,
         )
+        chosen = dict(activation_dtype=activation_dtype, deterministic=deterministic, persistent=persistent)
         self._keeps_states = states
         # Functions, not methods: then an engine that nobody references frees its pages at once.
         self._work = Work(
             self.scorer,
             partial(_planned, decoder, memory_fraction, num_pages, sizes, packed_weights),
-            partial(_runner, decoder, sizes | dict(deterministic=deterministic, persistent=persistent)),
+            partial(_runner, decoder, sizes | chosen),
             default_batch(model.device) if max_batch is None else max_batch,
             partial(diffusion_latents, decoder) if latents else None,
         )

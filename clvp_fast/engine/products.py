@@ -1,4 +1,7 @@
-"""The linear layers of a decoder, over the model's own weights or over copies in 8 bits; either may be packed."""
+"""The linear layers of a decoder, over the model's own weights or over copies in 8 bits; either may be packed.
+
+Products over packed copies in 8 bits may also round what they multiply to 8 bits.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -21,12 +24,14 @@ class Product:
     """A linear layer: `weight` `[out, in]`, `bias` `[out]` or None; with int8 weights `scale` `[out]` float32.
 
     panels: a packed copy of the weights; None: the weights are read as they lie.
+    int8_x: rows of x are rounded to 8 bits, for which the panels are packed.
     """
 
     weight: torch.Tensor
     bias: torch.Tensor | None
     scale: torch.Tensor | None = None
     panels: torch.Tensor | None = None
+    int8_x: bool = False
 
     def __call__(
         self,
@@ -52,7 +57,8 @@ class Product:
         return bind_linear(out, scratch, x, self.weight, self.bias, **settings, always=always)
 
     def _settings(self, residual: torch.Tensor | None, activation: str | None) -> dict[str, Any]:
-        return dict(scale=self.scale, activation=activation, residual=residual, panels=self.panels)
+        settings = dict(scale=self.scale, panels=self.panels, int8_x=self.int8_x)
+        return settings | dict(activation=activation, residual=residual)
 
     def packed(self, dtype: torch.dtype) -> "Product":
         """Return the product with new panels of its weights, for x of `dtype`; or itself if no kernel reads panels."""
@@ -60,10 +66,19 @@ class Product:
             return self
         return replace(self, panels=packing.pack(self.weight))
 
+    def in_8_bits(self, dtype: torch.dtype) -> "Product":
+        """Return the product of rows of x rounded to 8 bits, with new panels of its int8 weights, for x of `dtype`.
+
+        Raises `ValueError` with the reason if no kernel computes it.
+        """
+        if (reason := packing.unserved(dtype, self.weight, int8_x=True)) is not None:
+            raise ValueError(f"activation_dtype=torch.int8 has no kernel here ({reason}): leave it out")
+        return replace(self, panels=packing.pack(self.weight, int8_x=True), int8_x=True)
+
     def repack(self) -> None:
         """Write the panels again from the weights as they are now."""
         if self.panels is not None:
-            packing.pack(self.weight, into=self.panels)
+            packing.pack(self.weight, into=self.panels, int8_x=self.int8_x)
 
 
 @dataclass(frozen=True)

@@ -98,6 +98,8 @@ class Runner:
             weights.
         packed: products read panels of their weights, which are copies. After weights change in place, the panels are
             renewed when the next candidate is admitted.
+        activation_dtype: `torch.int8`: what the layers' products multiply is rounded to 8 bits, as for
+            [`PagedDecoder`]; None: it is multiplied as it is.
         states: keep the hidden state, after both final norms, that each token was drawn from.
         deterministic: a row's bits depend on no other row, nor on their number: every product has one number of rows.
             The torch path of `paged_attention_decode` looks at all rows, so it is refused. None: so on a GPU, without
@@ -129,8 +131,11 @@ class Runner:
         capture: bool | None = None,
         persistent: bool = False,
         packed: bool = False,
+        activation_dtype: torch.dtype | None = None,
     ):
-        decoder = self.decoder = PagedDecoder(model, weight_dtype=weight_dtype, packed=packed)
+        decoder = self.decoder = PagedDecoder(
+            model, weight_dtype=weight_dtype, packed=packed, activation_dtype=activation_dtype
+        )
         config, device = model.config, decoder.device
         if min(num_pages, page_size, max_batch) < 1:
             raise ValueError(
@@ -174,7 +179,7 @@ class Runner:
         self._copied: WeightVersions | None = None
         if weight_dtype is not None or self.pages.scales is not None:
             self._copied = WeightVersions(model.model.decoder.layers, "model.decoder.layers.")
-        self._packed = WeightVersions(model) if packed else None
+        self._packed = WeightVersions(model) if decoder.packed else None
         self.require_kernel()
         self._persistent: PersistentStep | None = None
         if persistent:

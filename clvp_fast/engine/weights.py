@@ -148,13 +148,23 @@ class DecoderWeights:
         """Return the weights with int8 copies of the layers' products, made now; later changes do not affect them."""
         return replace(self, layers=tuple(layer.with_products(in_int8) for layer in self.layers))
 
-    def packed(self) -> "DecoderWeights":
+    def packed(self, int8_activations: bool = False) -> "DecoderWeights":
         """Return the weights with panels of all products, which are copies made now; `repack` renews them.
 
         Weights that no kernel reads from panels stay as they are.
+
+        Args:
+            int8_activations: products of the layers, whose weights are int8, round what they multiply to 8 bits.
+
+        Raises:
+            ValueError: no kernel computes such a product, with the reason.
         """
         dtype = self.head.weight.dtype
-        layers = tuple(layer.with_products(lambda product: product.packed(dtype)) for layer in self.layers)
+
+        def change(product: Product) -> Product:
+            return product.in_8_bits(dtype) if int8_activations else product.packed(dtype)
+
+        layers = tuple(layer.with_products(change) for layer in self.layers)
         return replace(self, layers=layers, head=self.head.packed(dtype))
 
     def repack(self) -> None:

@@ -37,8 +37,9 @@ def accelerate(tts: Any, **engine_options) -> Any:
 
     Args:
         tts: a `TextToSpeech` of tortoise-tts 3.0.0, in float32.
-        engine_options: options of [`CandidateEngine`]: `max_batch`, `memory_fraction`, `weight_dtype`, `score_dtype`
-            and so on. By default `max_new_tokens` is 600, or fewer if there are fewer positions.
+        engine_options: options of [`CandidateEngine`]: `max_batch`, `memory_fraction`, `weight_dtype`,
+            `activation_dtype`, `score_dtype` and so on. By default `max_new_tokens` is 600, or fewer if there are fewer
+            positions.
 
     Returns:
         `tts` itself.

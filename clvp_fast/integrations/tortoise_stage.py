@@ -59,7 +59,9 @@ class Stage:
         try:
             self._follow_settings(autoregressive)
             limit = min(longest, most_codes(self._decoder.config))
-            options: dict[str, Any] = dict(max_new_tokens=limit, packed_weights=False)  # one copy of the weights
+            options: dict[str, Any] = dict(max_new_tokens=limit)
+            if engine_options.get("activation_dtype") is None:
+                options["packed_weights"] = False  # one copy of the weights
             features = ClvpFeatureExtractor(feature_size=self._decoder.config.feature_size)
             processor = SimpleNamespace(feature_extractor=features, tokenizer=None)
             self._weights.move(torch.device(tts.device))

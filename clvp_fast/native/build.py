@@ -12,7 +12,7 @@ import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -29,24 +29,38 @@ STATIC_FLAGS = ["-static-libstdc++", "-static-libgcc"]
 # Linked code is hidden from others, and unused code is left out, as it may need a newer glibc.
 _HIDDEN = ["-Xlinker", "--exclude-libs=ALL", "-Xlinker", "--gc-sections"]
 _AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"]
+_AVX2 = ["-mavx2", "-mfma"]
 ISA_FLAGS = {
     "avx512bf16": [*_AVX512, "-mavx512bf16"],
+    "avx512vnni": [*_AVX512, "-mavx512vnni"],
     "avx512": _AVX512,
-    "avx2": ["-mavx2", "-mfma"],
+    "avxvnni": [*_AVX2, "-mavxvnni"],
+    "avx2": _AVX2,
     "portable": [],
 }
+# Sets without code of their own for most files use that of these.
+_ISA_NEEDS = {"avx512bf16": {"avx512vnni", "avx512"}, "avx512vnni": {"avx512"}, "avxvnni": {"avx2"}}
 # The flags in /proc/cpuinfo of a CPU with an instruction set; csrc/cpu/dispatch.cpp tests the same.
 _CPU_AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
+_CPU_AVX2 = {"avx2", "fma"}
 _CPU_FLAGS = {
-    "avx512bf16": _CPU_AVX512 | {"avx512_bf16"},
+    "avx512bf16": _CPU_AVX512 | {"avx512_vnni", "avx512_bf16"},
+    "avx512vnni": _CPU_AVX512 | {"avx512_vnni"},
     "avx512": _CPU_AVX512,
-    "avx2": {"avx2", "fma"},
+    "avxvnni": _CPU_AVX2 | {"avx_vnni"},
+    "avx2": _CPU_AVX2,
     "portable": set(),
 }
-# avx512bf16 is faster only for products of bfloat16. The files that compile slowest come first.
+# avx512bf16 is faster only for products of bfloat16, the sets with VNNI only for products of 8 bits. The files that
+# compile slowest come first.
 _PRODUCTS = ("mlp", "window_block", "panel_linear", "linear", "window_attention", "paged_decode")
-ISA_SOURCES = dict.fromkeys(ISA_FLAGS, ("log_mel", *_PRODUCTS, "sample")) | {"avx512bf16": _PRODUCTS}
-_STEMS = (*_PRODUCTS[:2], "log_mel", *_PRODUCTS[2:], "sample")
+_INTEGERS = ("int8_linear",)
+ISA_SOURCES = dict.fromkeys(ISA_FLAGS, ("log_mel", *_PRODUCTS, *_INTEGERS, "sample")) | {
+    "avx512bf16": _PRODUCTS,
+    "avx512vnni": _INTEGERS,
+    "avxvnni": _INTEGERS,
+}
+_STEMS = (*_PRODUCTS[:2], "log_mel", *_PRODUCTS[2:], *_INTEGERS, "sample")
 CUDA_SOURCES = ("log_mel", "persistent_decode")
 _HOST_FLAGS = "-Xcompiler=-fPIC,-pthread,-fvisibility=hidden"
 # --threads 0: the architectures are compiled side by side on all cores.
@@ -264,17 +278,18 @@ def build(
 
 def _known(tools: Toolchain, folder: Path) -> Toolchain:
     """Return `tools` without options that the C++ compiler lacks: instruction sets, a static C++ runtime."""
-    (folder / "probe.cpp").write_text("int clvp_fast_probe;\n")
 
-    def works(flags: list[str]) -> bool:
+    def works(flags: list[str], cpu: Set[str] = frozenset()) -> bool:
+        # dispatch.cpp asks the CPU by these names, which a compiler may not know.
+        asked = "".join(f' && __builtin_cpu_supports("{flag.replace("_", "")}")' for flag in sorted(cpu))
+        (folder / "probe.cpp").write_text(f"int clvp_fast_probe() {{ return 1{asked}; }}\n")
         _run([*tools.cxx, "-shared", "-fPIC", *flags, "probe.cpp", "-o", "probe.so"], folder)
         found = (folder / "probe.so").exists()
         (folder / "probe.so").unlink(missing_ok=True)
         return found
 
-    isas = [isa for isa in tools.isas if not ISA_FLAGS[isa] or works(ISA_FLAGS[isa])]
-    if "avx512" not in isas:  # avx512bf16 uses avx512's code for other files
-        isas = [isa for isa in isas if isa != "avx512bf16"]
+    isas = [isa for isa in tools.isas if not ISA_FLAGS[isa] or works(ISA_FLAGS[isa], _CPU_FLAGS[isa])]
+    isas = [isa for isa in isas if _ISA_NEEDS.get(isa, set()) <= set(isas)]
     return replace(tools, isas=tuple(isas), static=tools.static and works([*STATIC_FLAGS, *_HIDDEN]))
 
 

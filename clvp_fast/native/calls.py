@@ -92,6 +92,7 @@ class LinearCall(ctypes.Structure):
         ("dtype", c_int32),
         ("weight_dtype", c_int32),
         ("activation", c_int32),
+        ("int8_x", c_int32),
     )
 
 

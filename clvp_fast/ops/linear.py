@@ -6,10 +6,12 @@ For the few rows of a decode step the time goes into reading the weights. They h
 `csrc/` on a CPU, and one in Triton on a GPU, which also serves int8 weights for any number of rows. Both read weights
 as they lie, round only the result, and give a row the same bits whatever rows are beside it. Torch's own products serve
 all other calls on a GPU. Many rows on a CPU have another kernel, which packs the weights first (many_rows.py). Weights
-that were packed once (panels.py) have a third, for any number of rows, which reads each panel from beginning to end.
+that were packed once (panels.py) have a third, for any number of rows, which reads each panel from beginning to end; if
+they are int8, a fourth rounds rows of x to 8 bits, and multiplies integers.
 """
 
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,10 +27,20 @@ _FUSED = (None, "gelu_new", "gelu_pytorch_tanh")
 _FEW_ROWS = 16
 
 
-def reference(x, weight, bias, scale, activation, residual=None, panels=None):
+def rounded(x: torch.Tensor) -> torch.Tensor:
+    """Round each row of `x` `[..., in]` to 8 bits: to whole steps, 127 of which are its largest number.
+
+    The result is of float32 at least. A row with a number that is not finite has results that are not finite.
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    step = (wide.abs().amax(-1, keepdim=True) / 127).clamp(min=torch.finfo(torch.float32).tiny)
+    return (wide * (1 / step)).round().clamp(-127, 127) * step
+
+
+def reference(x, weight, bias, scale, activation, residual=None, panels=None, int8_x=False):
     """Compute the formula in float32 at least."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    out = x.to(wide) @ weight.to(wide).T
+    out = (rounded(x) if int8_x else x.to(wide)) @ weight.to(wide).T
     if scale is not None:
         out = out * scale.to(wide)
     if bias is not None:
@@ -46,25 +58,28 @@ def _add(out, residual):
     return out.add_(residual)
 
 
-def _product(x, weight, bias, scale):
+def _product(x, weight, bias, scale, int8_x=False):
     if scale is None:
         return F.linear(x, weight, bias)
+    if int8_x:
+        few = rounded(x)
+        return _product(few, weight, None if bias is None else bias.to(few.dtype), scale).to(x.dtype)
     out = F.linear(x, weight.to(x.dtype)) * scale.to(x.dtype)
     return out if bias is None else out + bias
 
 
-def _torch(x, weight, bias, scale, activation, residual=None, panels=None):
-    out = _product(x, weight, bias, scale)
+def _torch(x, weight, bias, scale, activation, residual=None, panels=None, int8_x=False):
+    out = _product(x, weight, bias, scale, int8_x)
     out = out if activation is None else activate(out, activation)
     return _add(out, residual)
 
 
-def _fake(x, weight, bias, scale, activation, residual=None, panels=None):
+def _fake(x, weight, bias, scale, activation, residual=None, panels=None, int8_x=False):
     return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype if residual is None else residual.dtype)
 
 
-def _bind_torch(out, scratch, x, weight, bias, scale, activation, residual=None, panels=None):
-    product = partial(_product, x, weight, bias, scale)
+def _bind_torch(out, scratch, x, weight, bias, scale, activation, residual=None, panels=None, int8_x=False):
+    product = partial(_product, x, weight, bias, scale, int8_x)
     if residual is not None:
         return None if activation is not None else lambda: torch.add(product(), residual, out=out)
     # torch's stub of `linear` lacks `out`
@@ -78,7 +93,7 @@ def _operands(x, bias, scale):
     return as_rows(x), *(None if vector is None else vector.contiguous() for vector in (bias, scale))
 
 
-def _triton(x, weight, bias, scale, activation, residual=None, panels=None, *, out=None):
+def _triton(x, weight, bias, scale, activation, residual=None, panels=None, int8_x=False, *, out=None):
     """Run kernels/linear.py."""
     from clvp_fast.kernels import linear as kernels
 
@@ -95,14 +110,14 @@ def _bind_triton(out, scratch, *args):
     return None if residual is not None and residual.dtype != args[0].dtype else partial(_triton, *args, out=out)
 
 
-def _native(x, weight, bias, scale, activation, residual=None, panels=None):
-    """Run csrc/cpu/linear.cpp, or panel_linear.cpp."""
+def _native(x, weight, bias, scale, activation, residual=None, panels=None, int8_x=False):
+    """Run csrc/cpu/linear.cpp, panel_linear.cpp or int8_linear.cpp."""
     out = _fake(x, weight, bias, scale, activation, residual)
-    _native_call(out, x, weight, bias, scale, activation, residual, panels)()
+    _native_call(out, x, weight, bias, scale, activation, residual, panels, int8_x)()
     return out
 
 
-def _native_call(out, x, weight, bias, scale, activation, residual, panels=None):
+def _native_call(out, x, weight, bias, scale, activation, residual, panels=None, int8_x=False):
     """Bind the kernel to these tensors, or to contiguous copies made now if needed."""
     from clvp_fast import native
 
@@ -124,15 +139,16 @@ def _native_call(out, x, weight, bias, scale, activation, residual, panels=None)
         dtype,
         native.INT8 if weight.dtype == torch.int8 else dtype,
         native.NO_ACTIVATION if activation is None else native.GELU_TANH,
+        int8_x,
     )
     kept = rows, weight, bias, scale, residual, out, panels
     return native.bound("clvp_fast_linear_cpu", call, torch.get_num_threads(), *kept)
 
 
-def _bind_cpu(out, scratch, x, weight, bias, scale, activation, residual=None, panels=None):
+def _bind_cpu(out, scratch, x, weight, bias, scale, activation, residual=None, panels=None, int8_x=False):
     if _packs(x, panels) or not side_by_side(out, x, bias, scale, residual):
         return None
-    return _native_call(out, x, weight, bias, scale, activation, residual, panels)
+    return _native_call(out, x, weight, bias, scale, activation, residual, panels, int8_x)
 
 
 def _packs(x, panels):
@@ -140,10 +156,10 @@ def _packs(x, panels):
     return panels is None and many_rows.are_many(x)
 
 
-def _cpu(x, weight, bias, scale, activation, residual=None, panels=None):
+def _cpu(x, weight, bias, scale, activation, residual=None, panels=None, int8_x=False):
     if _packs(x, panels):
         return _native_many(x, weight, bias, scale, activation, residual)
-    return _native(x, weight, bias, scale, activation, residual, panels)
+    return _native(x, weight, bias, scale, activation, residual, panels, int8_x)
 
 
 def _native_many(x, weight, bias, scale, activation, residual=None):
@@ -177,7 +193,9 @@ def _why_not_type_triton(device, dtype):
     return unserved_by_triton("x", dtype)
 
 
-def _why_not_triton(x, weight, bias, scale, activation, residual=None, panels=None):
+def _why_not_triton(x, weight, bias, scale, activation, residual=None, panels=None, int8_x=False):
+    if int8_x:
+        return "it multiplies x as it is, and does not round it to 8 bits"
     if reason := _why_not(x, weight, bias, activation) or unserved_by_triton("x", x.dtype):
         return reason
     if weight.dtype not in (torch.int8, x.dtype):
@@ -185,12 +203,14 @@ def _why_not_triton(x, weight, bias, scale, activation, residual=None, panels=No
     return None
 
 
-def _why_not_cpu(x, weight, bias, scale, activation, residual=None, panels=None):
+def _why_not_cpu(x, weight, bias, scale, activation, residual=None, panels=None, int8_x=False):
     int8 = weight.dtype == torch.int8
     if reason := _why_not(x, weight, bias, activation) or many_rows.unserved_type(x.device, x.dtype, int8):
         return reason
     if panels is not None:
-        return packing.unserved(x.dtype, weight)
+        return packing.unserved(x.dtype, weight, int8_x)
+    if int8_x:
+        return "it rounds x to 8 bits over packed weights alone: give panels"
     if many_rows.are_many(x):
         return many_rows.unserved(x, activation, weight)
     if not int8 and weight.dtype != x.dtype:
@@ -202,7 +222,7 @@ _CALLS = f"rows of {many_rows.COLUMNS} n columns; up to {many_rows.FEW_ROWS} of 
 _OPERATOR = Operator(
     "linear",
     "(Tensor x, Tensor weight, Tensor? bias, Tensor? scale, str? activation, "
-    "Tensor? residual=None, Tensor? panels=None) -> Tensor",
+    "Tensor? residual=None, Tensor? panels=None, bool int8_x=False) -> Tensor",
     reference=reference,
     fake=_fake,
     implementations=(
@@ -246,6 +266,7 @@ def linear(
     activation: str | None = None,
     residual: torch.Tensor | None = None,
     panels: torch.Tensor | None = None,
+    int8_x: bool = False,
     always: bool = False,
 ) -> torch.Tensor:
     """Compute a linear layer, then the activation if one is named, and add the residual if one is given.
@@ -257,6 +278,8 @@ def linear(
         activation: a name that `gelu_mlp` takes.
         residual: `[..., out]`, of the dtype of `x` or, with a half type, float32.
         panels: the same weights packed by `panels.pack`, which a CPU kernel reads instead.
+        int8_x: round each row of `x` to 8 bits (`rounded`), and multiply integers; with int8 weights, of which `panels`
+            are packed for that.
         always: take our own kernel wherever one serves, also where torch's product is faster.
 
     Returns:
@@ -265,16 +288,16 @@ def linear(
     Raises:
         ValueError, TypeError: an unknown activation; tensors on several devices; a scale without int8 weights, or int8
             weights without a scale; a residual of another shape than the result, or of another dtype; panels of other
-            weights.
+            weights; `int8_x` without int8 weights.
     """
-    args = (x, weight, bias, scale, activation, residual, panels)
+    args = (x, weight, bias, scale, activation, residual, panels, int8_x)
     cast = autocasts(x.device)
     _check(*args, cast)
+    product = partial(linear, x, weight, bias, scale=scale, panels=panels, int8_x=int8_x, always=always)
     if residual is not None and (residual.dtype != torch.float32 or activation not in _FUSED):
-        out = linear(x, weight, bias, scale=scale, activation=activation, panels=panels, always=always)
-        return _add(out, residual)
+        return _add(product(activation=activation), residual)
     if activation not in _FUSED:
-        return activate(linear(x, weight, bias, scale=scale, panels=panels, always=always), activation)
+        return activate(product(), activation)
     if cast or torch.compiler.is_compiling():
         training = "autocast is on, or a compiler"
     else:
@@ -293,26 +316,24 @@ def bind_linear(
     activation: str | None = None,
     residual: torch.Tensor | None = None,
     panels: torch.Tensor | None = None,
+    int8_x: bool = False,
     always: bool = False,
 ) -> BoundCall:
     """Bind `linear` of these arguments into `out`, as `Operator.bind` does; `always` is as for `linear`."""
-    args = (x, weight, bias, scale, activation, residual, panels)
+    args = (x, weight, bias, scale, activation, residual, panels, int8_x)
     _check(*args, cast=False)
+    settings: dict[str, Any] = dict(scale=scale, panels=panels, int8_x=int8_x, always=always)
     if residual is not None and residual.dtype != torch.float32:
-        product = bind_linear(
-            out, scratch, x, weight, bias, scale=scale, activation=activation, panels=panels, always=always
-        )
+        product = bind_linear(out, scratch, x, weight, bias, activation=activation, **settings)
         return in_turn(product, partial(out.add_, residual))
     if activation not in _FUSED:
         if residual is not None:
-            settings = dict(scale=scale, activation=activation, residual=residual, panels=panels)
-            return copying(partial(linear, x, weight, bias, **settings), out)
-        product = bind_linear(out, scratch, x, weight, bias, scale=scale, panels=panels, always=always)
-        return in_turn(product, bind_activation(out, activation))
+            return copying(partial(linear, x, weight, bias, activation=activation, residual=residual, **settings), out)
+        return in_turn(bind_linear(out, scratch, x, weight, bias, **settings), bind_activation(out, activation))
     return _OPERATOR.bind(args, out, scratch, always)
 
 
-def _check(x, weight, bias, scale, activation, residual, panels, cast):
+def _check(x, weight, bias, scale, activation, residual, panels, int8_x, cast):
     if activation is not None and activation not in ACTIVATIONS:
         raise ValueError(f"activation must be None or one of {', '.join(ACTIVATIONS)}, not {activation!r}")
     check_same("weight", weight, "x", x, dtype=False)
@@ -324,5 +345,7 @@ def _check(x, weight, bias, scale, activation, residual, panels, cast):
             raise shape_error("residual", f"{[*x.shape[:-1], weight.shape[0]]}", residual)
         if not cast:
             check_residual(residual, x)
+    if int8_x and weight.dtype != torch.int8:
+        raise TypeError(f"int8_x multiplies weights of int8, not {weight.dtype}")
     if panels is not None:
-        packing.check(panels, weight)
+        packing.check(panels, weight, int8_x)

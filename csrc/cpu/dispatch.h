@@ -46,7 +46,8 @@ struct PagedDecodeKernel {
 struct Kernels {
     const char *isa;
     const LogMelKernel *log_mel;
-    const Kernel<clvp_fast_linear> *linear, *panel_linear; /* over weights as they lie; over panels */
+    /* Over weights as they lie; over panels; over panels, with x in 8 bits. */
+    const Kernel<clvp_fast_linear> *linear, *panel_linear, *int8_linear;
     const PackingKernel<clvp_fast_mlp> *mlp;
     const PackingKernel<clvp_fast_window_attention> *window_attention;
     const PackingKernel<clvp_fast_window_block> *window_block;
@@ -68,6 +69,7 @@ void choose_kernels(const Kernels *kernels);
     extern const LogMelKernel CLVP_FAST_OF(log_mel, isa);                                       \
     extern const Kernel<clvp_fast_linear> CLVP_FAST_OF(linear, isa);                            \
     extern const Kernel<clvp_fast_linear> CLVP_FAST_OF(panel_linear, isa);                      \
+    extern const Kernel<clvp_fast_linear> CLVP_FAST_OF(int8_linear, isa);                       \
     extern const PackingKernel<clvp_fast_mlp> CLVP_FAST_OF(mlp, isa);                           \
     extern const PackingKernel<clvp_fast_window_attention> CLVP_FAST_OF(window_attention, isa); \
     extern const PackingKernel<clvp_fast_window_block> CLVP_FAST_OF(window_block, isa);         \
@@ -75,7 +77,9 @@ void choose_kernels(const Kernels *kernels);
     extern const Kernel<clvp_fast_sample> CLVP_FAST_OF(sample, isa);
 CLVP_FAST_DECLARE(portable)
 CLVP_FAST_DECLARE(avx2)
+CLVP_FAST_DECLARE(avxvnni) /* of which products of 8 bits alone are compiled */
 CLVP_FAST_DECLARE(avx512)
+CLVP_FAST_DECLARE(avx512vnni) /* likewise */
 CLVP_FAST_DECLARE(avx512bf16) /* of which products of bfloat16 alone are compiled */
 
 }  // namespace clvp_fast

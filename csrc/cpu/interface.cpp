@@ -104,7 +104,8 @@ CLVP_FAST_EXPORT int clvp_fast_paged_decode_cpu(const clvp_fast_paged_decode *ca
 }
 
 CLVP_FAST_EXPORT int clvp_fast_linear_cpu(const clvp_fast_linear *call, int32_t num_threads, const char *isa) {
-    const auto kernel = call && call->panels ? &Kernels::panel_linear : &Kernels::linear;
+    const auto over_panels = call && call->int8_x ? &Kernels::int8_linear : &Kernels::panel_linear;
+    const auto kernel = call && call->panels ? over_panels : &Kernels::linear;
     return serve(clvp_fast_check_linear(call), kernel, call, num_threads, isa);
 }
 

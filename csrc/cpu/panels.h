@@ -5,6 +5,7 @@
 
 #include <string.h>
 
+#include "fetch.h"
 #include "products.h"
 #include "sums.h"
 
@@ -111,24 +112,6 @@ constexpr bool WIDENS = std::is_same_v<Weight, int8_t> && UNIT_FACTORS<In> == 2;
 /* Bytes of a unit of all rows of a panel. */
 template <class Kind, class Weight>
 constexpr int UNIT_BYTES = ITEM_COLUMNS * Kind::WEIGHTS * sizeof(Weight);
-
-/* The fetches of a tile at each unit, into the second-level cache, which waits for more lines at a time than the first.
- * The only tile of a chain fetches what it will read AHEAD bytes later. Of several each fetches its share of the next
- * chain, so that memory is read all the time: LINES lines from `next` on, which then moves by `step` bytes. */
-constexpr int64_t AHEAD = 6144;
-constexpr int ALL = 0;
-struct Fetch {
-    const char *next;
-    int64_t step;
-};
-
-template <int LINES, int BYTES>
-CLVP_FAST_INLINE void fetch_some(const void *weights, Fetch &fetch) {
-    const char *const from = LINES == ALL ? (const char *)weights + AHEAD : fetch.next;
-    unroll<LINES == ALL ? (BYTES + 63) / 64 : LINES>(
-        [&](auto line) CLVP_FAST_INLINED { __builtin_prefetch(from + line * 64, 0, 2); });
-    if (LINES != ALL) fetch.next += fetch.step;
-}
 
 /* totals[i][...] += x W^T for some columns of x, R rows of it, and as many rows of weights as V vectors have lanes. */
 template <class In, class Kind, int R, int V, int LINES, class Weight>

@@ -24,6 +24,7 @@ from benchmarks.providers import Absent, group_of, only
         ("transformers' processors", "transformers"),
         ("FlashInfer, shared prefix", "flashinfer"),
         ("flashmel, no log, no norms", "flashmel"),
+        ("ONNX Runtime float32, no draw", "onnx"),
         ("asrfront", "asrfront"),
         ("", "ours"),
     ],

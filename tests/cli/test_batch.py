@@ -95,6 +95,8 @@ def test_options_become_settings(cli, made, corpus, voice, tmp_path):
             "--dtype",
             "bfloat16",
             "--int8-weights",
+            "--activation-dtype",
+            "int8",
             "--latents",
             "--embeddings",
             "--seed",
@@ -103,6 +105,7 @@ def test_options_become_settings(cli, made, corpus, voice, tmp_path):
     )
     assert (many.num_candidates, many.keep, many.dtype, many.seed) == (96, None, "bfloat16", 3)
     assert many.int8_weights and many.latents and many.embeddings and not many.float8_pages
+    assert many.activation_dtype == "int8" and plain.activation_dtype is None
     other = settings(
         "--voice", voice, *["--top-p", "0.5", "--temperature", "0.7", "--scoring", "trimmed", "--batch-size", "4"]
     )

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.cli.conftest import TEXT
+from tests.kit import isa
 
 # To draw a picture takes almost half of the time of so short a command.
 QUICK = ("--num-candidates", 5, "--max-new-tokens", 60, "--no-pictures")
@@ -89,6 +90,16 @@ def test_packed_weights_are_told(generate, tmp_path):
     for document in plain, packed:
         assert document["settings"]["packed_weights"] == (document["memory"]["parts"]["panels"] > 0)
     assert not plain["settings"]["packed_weights"]
+
+
+@isa.needs("linear", torch.int8)
+def test_activations_in_eight_bits(generate, tmp_path):
+    """Check what is written of them, and that they change scores beside 8-bit weights."""
+    both = ("--int8-weights", "--activation-dtype", "int8")
+    documents = [generate(*QUICK, *both[:given], out=tmp_path / str(given))[2] for given in (1, 3)]
+    assert [document["settings"]["activation_dtype"] for document in documents] == [None, "int8"]
+    scores = [[row["score"] for row in document["candidates"]] for document in documents]
+    assert scores[0] != scores[1]
 
 
 def test_another_dtype_of_the_ranking(generate, tmp_path):

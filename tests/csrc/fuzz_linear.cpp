@@ -12,14 +12,14 @@
 namespace {
 
 void spoil(clvp_fast_linear &call) {
-    switch (draw(0, 12)) {
+    switch (draw(0, 13)) {
         case 0: call.x = nullptr; break;
         case 1: call.weight = call.panels = nullptr; break;
         case 2: call.out = nullptr; break;
         case 3: call.x = (const char *)call.x + 1; break;
         case 4: call.out = (char *)call.out + 1; break;
         case 5: call.in_features += draw(1, 31); break;
-        case 6: call.in_features = draw(0, 1) ? 0 : INT64_MAX / 32 * 32; break;
+        case 6: call.in_features = call.int8_x ? (1 << 16) + 32 : draw(0, 1) ? 0 : INT64_MAX / 32 * 32; break;
         case 7: call.rows = draw(0, 1) ? -1 : INT64_MAX; break;
         case 8: call.activation = draw(0, 1) ? -1 : 2; break;
         case 9: call.residual = (const float *)((const char *)call.out + 2); break;
@@ -28,21 +28,39 @@ void spoil(clvp_fast_linear &call) {
             call.panels = (const char *)call.x + 1;
             break;
         case 11: call.dtype = draw(0, 1) ? CLVP_FAST_FLOAT64 : 77; break;
+        case 12:
+            if (call.int8_x || call.weight_dtype == CLVP_FAST_INT8)
+                call.panels = nullptr, call.int8_x = draw(0, 1) ? 1 : -1;
+            else
+                call.int8_x = 1;
+            break;
         default: call.weight_dtype = CLVP_FAST_FLOAT16;
     }
 }
 
 /* The weights as `panels` of clvp_fast.h says, in exactly the memory that they need. */
-std::unique_ptr<unsigned char[]> panels_of(const Matrix &weight) {
-    const int64_t size = weight.size(), together = size == 4 ? 1 : 2, groups = (weight.rows + 47) / 48;
+std::unique_ptr<unsigned char[]> panels_of(const Matrix &weight, bool int8_x) {
+    const int64_t size = weight.size(), together = int8_x ? 4 : size == 4 ? 1 : 2, groups = (weight.rows + 47) / 48;
     std::unique_ptr<unsigned char[]> panels(new unsigned char[groups * 48 * weight.columns * size]());
     for (int64_t n = 0; n < weight.rows; ++n)
         for (int64_t k = 0; k < weight.columns; ++k) {
             const int64_t unit = (n / 48 * (weight.columns / together) + k / together) * 48 + n % 48;
-            memcpy(panels.get() + (unit * together + k % together) * size,
-                   weight.first() + (n * weight.stride + k) * size, size);
+            unsigned char *const to = panels.get() + (unit * together + k % together) * size;
+            memcpy(to, weight.first() + (n * weight.stride + k) * size, size);
+            if (int8_x) *to += 128;
         }
     return panels;
+}
+
+/* A row of x, or with int8_x what it is rounded to. */
+std::vector<double> row_of(const Matrix &x, int64_t row, bool int8_x) {
+    std::vector<double> values(x.columns);
+    float largest = 0;
+    for (int64_t k = 0; k < x.columns; ++k) largest = fmaxf(largest, fabsf(float(values[k] = x.at(row, k))));
+    const float step = fmaxf(largest / 127, 1.17549435e-38f), inverse = 1 / step;
+    if (int8_x)
+        for (double &value : values) value = double(nearbyintf(float(value) * inverse)) * step;
+    return values;
 }
 
 double gelu(double x) { return 0.5 * x * (1 + tanh(sqrt(2 / M_PI) * (x + 0.044715 * x * x * x))); }
@@ -66,8 +84,9 @@ bool one_case() {
     call.x_stride = x.stride, call.weight_stride = weight.stride;
     call.rows = rows, call.in_features = columns, call.out_features = outs;
     call.dtype = dtype, call.weight_dtype = weight.dtype, call.activation = draw(0, 1);
-    const auto panels = panels_of(weight);
-    if (draw(0, 1)) call.panels = panels.get(), call.weight = draw(0, 1) ? call.weight : nullptr;
+    call.int8_x = weight.dtype == CLVP_FAST_INT8 && draw(0, 1);
+    const auto panels = panels_of(weight, call.int8_x);
+    if (call.int8_x || draw(0, 1)) call.panels = panels.get(), call.weight = draw(0, 1) ? call.weight : nullptr;
     const char *const isa = draw_isa();
     const int32_t threads = draw(1, 3);
     if (draw(1, 6) == 1) {
@@ -79,10 +98,11 @@ bool one_case() {
     const int code = clvp_fast_linear_cpu(&call, threads, isa);
     if (code == CLVP_FAST_NO_ISA) return isa != nullptr;
     if (code != CLVP_FAST_OK) return false;
-    for (int64_t m = 0; m < rows; ++m)
+    for (int64_t m = 0; m < rows; ++m) {
+        const std::vector<double> values = row_of(x, m, call.int8_x);
         for (int64_t n = 0; n < outs; ++n) {
             double sum = 0;
-            for (int64_t k = 0; k < columns; ++k) sum += x.at(m, k) * weight.at(n, k);
+            for (int64_t k = 0; k < columns; ++k) sum += values[k] * weight.at(n, k);
             if (call.scale) sum *= scale.at(0, n);
             if (call.bias) sum += bias.at(0, n);
             if (call.activation) sum = gelu(sum);
@@ -90,6 +110,7 @@ bool one_case() {
             const double room = out_dtype == CLVP_FAST_FLOAT32 ? 1e-4 : 4e-3;
             if (!(fabs(out.at(m, n) - sum) <= room * (1 + fabs(sum)))) return false;
         }
+    }
     const int64_t row = draw(0, rows - 1);
     call.x = x.first() + row * x.stride * x.size(), call.rows = 1, call.out = alone.first();
     if (with_residual) call.residual += row * outs;

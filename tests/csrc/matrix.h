@@ -20,8 +20,8 @@ int64_t draw(int64_t least, int64_t most) { return std::uniform_int_distribution
 
 /* An instruction set by name, which this machine may not have, or null for its best. */
 const char *draw_isa() {
-    const char *const names[] = {nullptr, "avx512bf16", "avx512", "avx2", "portable"};
-    return names[draw(0, 4)];
+    const char *const names[] = {nullptr, "avx512bf16", "avx512vnni", "avx512", "avxvnni", "avx2", "portable"};
+    return names[draw(0, 6)];
 }
 
 float to_float(uint16_t half) {

@@ -17,6 +17,7 @@ from tests.kit import isa
 from tests.models.clvp.builders import STOP
 
 PAGE_SIZE, LONGEST, REQUESTS = 16, 40, 10
+INT8_BOTH = dict(weight_dtype=torch.int8, activation_dtype=torch.int8)
 # The torch path of attention reads lengths, and adds up by them.
 needs_own_attention = isa.needs("paged_attention_decode")
 
@@ -138,8 +139,13 @@ def same_bits(found, expected):
         (torch.bfloat16, dict(deterministic=True, max_batch=20)),
         (torch.float32, dict(weight_dtype=torch.int8)),
         (torch.bfloat16, dict(weight_dtype=torch.int8, deterministic=True, max_batch=20)),
+        pytest.param(torch.float32, INT8_BOTH, marks=isa.needs("linear", torch.int8)),
+        pytest.param(torch.bfloat16, INT8_BOTH, marks=isa.needs("linear", torch.int8)),
     ],
-    ids=["float32", "bfloat16, deterministic", "int8 weights", "bfloat16, int8 weights, deterministic"],
+    ids=[
+        *("float32", "bfloat16, deterministic", "int8 weights", "bfloat16, int8 weights, deterministic"),
+        *("int8 weights and activations", "bfloat16, int8 weights and activations"),
+    ],
 )
 def test_every_company(dtype, options, mixes, happened):
     setting = Setting(dtype, **options)

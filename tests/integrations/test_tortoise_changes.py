@@ -13,6 +13,7 @@ from torch import nn
 import clvp_fast
 from clvp_fast.integrations.tortoise import accelerate, restore
 from tests.integrations.test_tortoise import CALL, TEXT, clips, ids_of, latents
+from tests.kit import isa
 
 SPEAK = CALL | dict(conditioning_latents=latents(), max_mel_tokens=8)
 
@@ -441,6 +442,16 @@ def test_weights_that_changed_are_copied_anew_in_8_bits(make_tts):
     with torch.no_grad():
         block.weight.mul_(-1)
     assert torch.equal(tts.tts(TEXT, **SPEAK, use_deterministic_seed=4), before)
+
+
+@isa.needs("linear", torch.int8)
+def test_activations_in_8_bits_are_over_packed_weights(make_tts):
+    """Pack, where the engine of a `TextToSpeech` does not by default."""
+    found = []
+    for options in (dict(), dict(activation_dtype=torch.int8)):
+        tts = accelerate(make_tts(), weight_dtype=torch.int8, **options)
+        found.append((tts._clvp_fast.engine.memory.parts["panels"] > 0, tts.tts(TEXT, **SPEAK)))
+    assert [packed for packed, _ in found] == [False, True]
 
 
 @torch.no_grad()

@@ -1,7 +1,8 @@
 """The backends on which the cases of an operator run, and the mark that says on which of them a case does.
 
 reference, torch: the operator's own, on a CPU; default: what a call takes there by itself.
-cpu: the native library's kernels, on each instruction set.
+cpu: the native library's kernels, on each instruction set that has some of its own.
+vnni: the same on sets that differ from others only in products of 8 bits.
 interpreted: the Triton kernels in Triton's interpreter, which a process without a GPU chooses when it begins; its
     bfloat16 products are wrong. A process that begins with tests/ptx/plugin.py runs the compiled kernels there.
 gpu: the kernels on a GPU.
@@ -53,7 +54,10 @@ BACKENDS = (
     Backend("reference", "reference"),
     Backend("torch", "torch"),
     Backend("default", None),
-    *(Backend("cpu", "cpu", _ALL[:2], marks=(isa.needs_library,), isa=name) for name in isa.ISAS),
+    *(
+        Backend("vnni" if name in isa.VNNI else "cpu", "cpu", _ALL[:2], marks=(isa.needs_library,), isa=name)
+        for name in isa.ISAS
+    ),
     Backend("interpreted", "kernel", tuple(device.DTYPES), marks=(_INTERPRETED,)),
     Backend("gpu", "kernel", _ALL[:3], "cuda", (pytest.mark.gpu,)),
 )

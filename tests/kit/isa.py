@@ -17,12 +17,16 @@ from clvp_fast import native
 _AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
 # Flags of /proc/cpuinfo that an instruction set takes, the best first.
 _FLAGS = {
-    "avx512bf16": {*_AVX512, "avx512_bf16"},
+    "avx512bf16": {*_AVX512, "avx512_vnni", "avx512_bf16"},
+    "avx512vnni": {*_AVX512, "avx512_vnni"},
     "avx512": _AVX512,
+    "avxvnni": {"avx2", "fma", "avx_vnni"},
     "avx2": {"avx2", "fma"},
     "portable": set(),
 }
 ISAS = tuple(_FLAGS)
+#: Sets with products of 8 bits of their own; all else is the code of avx512 and avx2.
+VNNI = ("avx512vnni", "avxvnni")
 
 _EVERY = set(ISAS)
 _PRODUCTS = _EVERY - {"portable"}

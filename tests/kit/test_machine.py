@@ -14,9 +14,17 @@ AVX512 = "avx512f avx512bw avx512dq avx512vl avx2 fma"
 @pytest.mark.parametrize(
     "flags, sets, few, many",
     [
-        (f"{AVX512} avx512_bf16", ("avx512bf16", "avx512", "avx2", "portable"), True, True),
-        (f"{AVX512} avx512_bf16 amx_bf16", ("avx512bf16", "avx512", "avx2", "portable"), False, False),
+        (f"{AVX512} avx512_vnni avx512_bf16", ("avx512bf16", "avx512vnni", "avx512", "avx2", "portable"), True, True),
+        (
+            f"{AVX512} avx512_vnni avx512_bf16 amx_bf16",
+            ("avx512bf16", "avx512vnni", "avx512", "avx2", "portable"),
+            False,
+            False,
+        ),
+        (f"{AVX512} avx512_bf16", ("avx512", "avx2", "portable"), True, True),
+        (f"{AVX512} avx512_vnni", ("avx512vnni", "avx512", "avx2", "portable"), True, True),
         (AVX512, ("avx512", "avx2", "portable"), True, True),
+        ("avx2 fma avx_vnni", ("avxvnni", "avx2", "portable"), True, True),
         ("avx2 fma sse2", ("avx2", "portable"), True, True),
         ("avx2 avx512f", ("portable",), False, False),
         ("", ("portable",), False, False),
