@@ -47,6 +47,7 @@ WAYS = (
     Way("bfloat16", torch.bfloat16),
     Way("float32, int8 weights", options={"weight_dtype": torch.int8}),
     Way("bfloat16, int8 weights", torch.bfloat16, options={"weight_dtype": torch.int8}),
+    Way("float32, int8 products", options={"weight_dtype": torch.int8, "activation_dtype": torch.int8}),
     Way("float32, float8 pages", options={"page_dtype": FLOAT8}),
 )
 
