@@ -18,9 +18,9 @@ from tests.kit.backends import on
 from tests.kit.device import EMULATED
 
 RATE, FLOOR = 22050, 1e-5
-# The logarithm of a power has the spectrum's error divided by the root of the power. Of many values the largest error is
-# therefore that of the few that are least heard, and whether it is twice that of another implementation a matter of
-# luck. A floor here, where a budget is for the largest of many, leaves thousands of values that are about as exact.
+# The logarithm of a power p is off by the spectrum's error over the root of p. Of many values the largest error is that
+# of the few that are least heard, and whether it is twice another implementation's is a matter of luck. Above this
+# floor, for budgets of the largest of many, thousands of values are about equally exact.
 HEARD = 1e-3
 PARAMETERS = ("window", "mel_filters", "mel_norms")
 
