@@ -91,10 +91,10 @@ def made_of(scene):
     return scene["decoder"], scene["pages"], scene["block_table"].shape[1], scene["prefix_table"].shape[1]
 
 
-def scene_of_width(hidden, inner, rows):
+def scene_of_width(hidden, inner, rows, dtype=torch.float16):
     """Make a scene of one layer of these widths, whose vocabulary is no multiple of anything."""
     sizes = dict(hidden_size=hidden, num_attention_heads=hidden // 64, n_inner=inner, num_hidden_layers=1)
-    return scene_of(decoder_of(torch.float16, vocab_size=301, **sizes), rows)
+    return scene_of(decoder_of(dtype, vocab_size=301, **sizes), rows)
 
 
 def with_row(scene, n):

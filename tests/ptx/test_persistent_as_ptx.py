@@ -71,6 +71,13 @@ def test_shapes(run, sizes, count):
     hold_to_the_decoder(lambda scene: run(scene, seed=sizes[0], blocks=5), scene)
 
 
+@pytest.mark.parametrize("count", [1, 2, 4])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_greatest_width(run, dtype, count):
+    """Let every thread have all channels that there is room for, in each compiled form."""
+    hold_to_the_decoder(lambda scene: run(scene, blocks=5), scene_of_width(2048, 8, ROWS[:count], dtype))
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
 def test_bits_do_not_depend_on_the_order_of_blocks(run, count):
     """Nor on their number."""
