@@ -121,12 +121,17 @@ def test_geometries(backend, dtype, D, R):
     check(backend, qkv, causal=True, **angles)
 
 
+LENGTHS = ((1, 1), (1, 65), (17, 150), (65, 65))
+
+
 def check_masks(backend, dtype, mask, causal):
-    for q_len, k_len in ((1, 1), (1, 65), (17, 150), (65, 65)):
+    """Also take queries from the first place on, which end the loop over keys early if it is causal."""
+    for q_len, k_len, offset in (*((*each, None) for each in LENGTHS), (1, 65, 0), (17, 150, 0)):
         qkv, angles = inputs(
             q_len, k_len, 32, 16, B=2, H=1, seed=q_len + k_len, dtype=dtype, angle_batch=2, device=backend.device
         )
-        check(backend, qkv, mask=make_mask(mask, 2, q_len, k_len, backend.device), causal=causal, **angles)
+        options = dict(mask=make_mask(mask, 2, q_len, k_len, backend.device), causal=causal, query_offset=offset)
+        check(backend, qkv, **options, **angles)
 
 
 MASKS = pytest.mark.parametrize("mask", [None, "left", "right", "nothing", "square", "rows", "additive"])
