@@ -72,10 +72,11 @@ def test_shapes(run, sizes, count):
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
+@pytest.mark.parametrize("sizes", [(2048, 8), (64, 2048)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_greatest_width(run, dtype, count):
-    """Let every thread have all channels that there is room for, in each compiled form."""
-    hold_to_the_decoder(lambda scene: run(scene, blocks=5), scene_of_width(2048, 8, ROWS[:count], dtype))
+def test_wide_products(run, dtype, sizes, count):
+    """Let every thread have all channels that it has room for, in each compiled form."""
+    hold_to_the_decoder(lambda scene: run(scene, blocks=5), scene_of_width(*sizes, ROWS[:count], dtype))
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
