@@ -1,4 +1,4 @@
-"""What tests of the persistent decode step share, wherever it runs: a scene, and what its step is held to."""
+"""A scene of the persistent decode step, and the bounds that its step is held to, wherever it runs."""
 
 import copy
 import ctypes
