@@ -71,7 +71,7 @@ def test_shapes(run, sizes, count):
     hold_to_the_decoder(lambda scene: run(scene, seed=sizes[0], blocks=5), scene)
 
 
-@pytest.mark.parametrize("count", [1, 2, 4])
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
 @pytest.mark.parametrize("sizes", [(2048, 8), (64, 2048)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_wide_products(run, dtype, sizes, count):
