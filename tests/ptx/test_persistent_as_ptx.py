@@ -71,7 +71,7 @@ def test_shapes(run, sizes, count):
     hold_to_the_decoder(lambda scene: run(scene, seed=sizes[0], blocks=5), scene)
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 4])
+@pytest.mark.parametrize("count", [1, 4])
 @pytest.mark.parametrize("sizes", [(2048, 8), (64, 2048)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_wide_products(run, dtype, sizes, count):
@@ -117,6 +117,7 @@ def test_all_that_orders_blocks_is_needed(run, launcher, monkeypatch, what, plac
     program = launcher.reports[-1].program
     faults = [mutant for mutant in mutants(program) if mutant.what == what]
     assert len(faults) == places
+    monkeypatch.setattr(launcher, "reports", [])  # what runs with a fault is no part of the coverage
     for fault in faults:
         monkeypatch.setattr(launcher.options, "swap", (program, fault.build()))
         assert any(is_seen(run, scene, right, seed) for seed in range(3)), str(fault.instruction)
@@ -133,6 +134,7 @@ def test_written_memory_may_not_be_read_as_constant(run, launcher, monkeypatch):
         for place, i in enumerate(block.body)
         if i.op[:3] == ["ld", "global", "cg"] and number in launcher.reports[-1].blocks
     ]
+    monkeypatch.setattr(launcher, "reports", [])
     for number, place, i in found[:: max(1, len(found) // 5)]:
         changed = replace(i, op=["ld", "global", "nc", *i.op[3:]])
         fault = Mutant(program, number, place, "non-coherent", changed)
