@@ -1,30 +1,34 @@
 """The persistent decode step's blocks, run on the CPU by `persistent_emulator.cpp`, against `PagedDecoder.step`."""
 
-import copy
 import ctypes
 import functools
 
 import pytest
 import torch
 
-import clvp_fast
-from clvp_fast import ClvpDecoderConfig, ClvpForCausalLM, native
-from clvp_fast.engine import runner, step as step_module
+from clvp_fast import native
+from clvp_fast.engine import runner
 from clvp_fast.engine.decoder import PagedDecoder
 from clvp_fast.engine.persistent import PersistentStep, unserved
 from clvp_fast.engine.sampling_params import SamplingParams
-from clvp_fast.ops.binding import copying
 from tests.csrc import compiled
+from tests.csrc.persistent_scene import (
+    DTYPES,
+    PAGE_SIZE,
+    ROWS,
+    OnHost,
+    decoder_of,
+    full_table,
+    hold_rows_to_themselves,
+    hold_to_the_decoder,
+    made_of,
+    scene_of,
+    scene_of_width,
+    tensors,
+    with_pages,
+)
 from tests.engine.test_decoder import prompts, tiny
 from tests.engine.test_runner import Driver, stopping
-from tests.kit import assert_within_budget
-from tests.models.clvp.builders import randomize
-
-DTYPES = [torch.bfloat16, torch.float16]
-PAGE_SIZE, GUARD = 16, 4096
-# Own tokens stored (-1: inactive), and whose prompt is continued (-1: none).
-ROWS = [(5, 1), (140, 0), (-1, 0), (16, -1)]
-PREFIXES = (20, 131)
 
 
 @pytest.fixture(scope="module")
@@ -37,126 +41,31 @@ def emulator(tmp_path_factory):
     return library
 
 
-class Emulated(PersistentStep):
-    """On host memory, by `blocks` blocks.
+class Emulated(OnHost):
+    """By the blocks of the emulator.
 
     `waits` is how often all waited for all in the last step. With `skip` nobody waits the `skip`-th time.
     """
 
     def __init__(self, emulator, *made_of, blocks=3, seed=0, skip=-1):
-        self.emulator, self.blocks, self.seed, self.skip, self.waits = emulator, blocks, seed, skip, 0
-        super().__init__(*made_of)
+        self.emulator, self.skip, self.waits = emulator, skip, 0
+        super().__init__(emulator.workspace_bytes, *made_of, blocks=blocks, seed=seed)
 
-    def _require(self):
-        pass
-
-    def _workspace_bytes(self, call):
-        return self.emulator.workspace_bytes(call) + GUARD
-
-    def _launch(self, call):
-        # NaN: every element is written, and nothing is left over from the step before.
-        self._workspace[256:] = 0xFF
-        for result, width in ((call.hidden, call.hidden_size), (call.logits, call.vocab_size)):
-            ctypes.memset(result, 0xFF, 2 * call.num_candidates * width)
+    def _run(self, call):
         waits = ctypes.c_int64()
         code = self.emulator.emulate_persistent_decode(call, self.blocks, self.seed, self.skip, waits)
-        assert code == 0, code
-        assert (self._workspace[-GUARD:] == 0xFF).all(), "written behind the workspace"
         self.waits = waits.value
-
-
-@torch.no_grad()
-def decoder_of(dtype, seed=0, **changes):
-    sizes = dict(hidden_size=128, num_attention_heads=2, num_hidden_layers=2, vocab_size=300) | changes
-    config = ClvpDecoderConfig(use_attention_bias=True, **sizes)
-    return PagedDecoder(randomize(ClvpForCausalLM(config), seed).to(dtype).eval())
-
-
-def scene_of(decoder, rows=ROWS, prefixes=PREFIXES, seed=0):
-    """Make the inputs of a step: pages dealt at random, and NaN in every slot that is not a stored token's."""
-    generator = torch.Generator().manual_seed(seed)
-    widths = [max(own // PAGE_SIZE for own, _ in rows) + 2, max(prefixes) // PAGE_SIZE + 2]
-    counts = len(rows) * widths[0], len(prefixes) * widths[1]
-    deal = torch.randperm(sum(counts) + 3, generator=generator).int()
-    block_table, prefix_table = deal[: counts[0]].view(-1, widths[0]), deal[counts[0] : -3].view(-1, widths[1])
-    pages = decoder.pages(len(deal), PAGE_SIZE)
-    values = torch.randn(pages.data.shape, generator=generator).to(decoder.dtype)
-    pages.data.fill_(torch.nan)
-    for table, lengths in ((block_table, [own for own, _ in rows]), (prefix_table, prefixes)):
-        for pages_of_row, length in zip(table.tolist(), lengths, strict=True):
-            for place in range(length):
-                at = (slice(None), slice(None), pages_of_row[place // PAGE_SIZE], place % PAGE_SIZE)
-                pages.data[at] = values[at]
-    return dict(
-        decoder=decoder,
-        pages=pages,
-        tokens=torch.randint(decoder.vocab_size, (len(rows),), generator=generator),
-        seq_lens=torch.tensor([own for own, _ in rows], dtype=torch.int32),
-        block_table=block_table,
-        prefix_table=prefix_table,
-        prefix_lens=torch.tensor(prefixes, dtype=torch.int32),
-        prefix_index=torch.tensor([request for _, request in rows], dtype=torch.int32),
-    )
-
-
-def tensors(scene):
-    return [value for name, value in scene.items() if name not in ("decoder", "pages")]
-
-
-def step_of(emulator, scene, **options):
-    tables = scene["block_table"].shape[1], scene["prefix_table"].shape[1]
-    return Emulated(emulator, scene["decoder"], scene["pages"], *tables, **options)
-
-
-def with_row(scene, n):
-    """Return the scene of one row alone."""
-    alone = dict(scene)
-    for name in ("tokens", "seq_lens", "block_table", "prefix_index"):
-        alone[name] = scene[name][n : n + 1]
-    return alone
-
-
-def with_pages(scene, dtype=None):
-    """Return the scene over pages of its own, perhaps in another dtype."""
-    decoder = scene["decoder"] if dtype is None else PagedDecoder(copy.deepcopy(scene["decoder"].model).to(dtype))
-    other = scene | {"decoder": decoder, "pages": decoder.pages(scene["pages"].data.shape[2], PAGE_SIZE)}
-    other["pages"].data.copy_(scene["pages"].data)
-    return other
-
-
-@torch.inference_mode()
-def expected(scene):
-    with clvp_fast.backend("reference"):
-        return scene["decoder"].step(*tensors(scene), scene["pages"])
+        return code
 
 
 @torch.inference_mode()
 def emulated(emulator, scene, **options):
-    step = step_of(emulator, scene, **options)
+    step = Emulated(emulator, *made_of(scene), **options)
     return *step.step(*tensors(scene)), step.waits
 
 
 def compare(emulator, scene, **options):
     hold_to_the_decoder(lambda ours: emulated(emulator, ours, **options), scene)
-
-
-def hold_to_the_decoder(run, scene):
-    """Hold `run(scene)` to the decoder: hidden states and logits, and new keys and values in the scene's pages."""
-    exact, plain, ours = with_pages(scene, torch.float64), with_pages(scene), with_pages(scene)
-    active = scene["seq_lens"] >= 0
-    reference, baseline, got = expected(exact), expected(plain), run(ours)
-    for name, mine, right, other in zip(("hidden", "logits"), got, reference, baseline, strict=False):
-        assert_within_budget(mine[active], right[active], other[active], name)
-    data, right, other = (one["pages"].data for one in (ours, exact, plain))
-    untouched = other.isnan()
-    assert torch.equal(data.isnan(), untouched)
-    stored_before = with_pages(scene)["pages"].data
-    new = stored_before.isnan() & ~untouched
-    stores = active & (scene["seq_lens"] < scene["block_table"].shape[1] * PAGE_SIZE)
-    assert new.sum() == stores.sum() * data[:, :, 0, 0].numel()
-    assert_within_budget(data[new], right[new], other[new], "new keys and values")
-    kept = ~stored_before.isnan()
-    assert torch.equal(data[kept], stored_before[kept])
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
@@ -178,9 +87,7 @@ def test_any_length(emulator, own, prefix):
 )
 def test_any_width(emulator, sizes):
     """Use widths that leave lanes, warps or blocks without work, and that need several slices and batches of rows."""
-    hidden, inner = sizes
-    changes = dict(hidden_size=hidden, num_attention_heads=hidden // 64, n_inner=inner, num_hidden_layers=1)
-    compare(emulator, scene_of(decoder_of(torch.float16, vocab_size=301, **changes), ROWS[:2]), blocks=5)
+    compare(emulator, scene_of_width(*sizes, ROWS[:2]), blocks=5)
 
 
 @pytest.mark.parametrize("contiguous", [False, True])
@@ -197,15 +104,11 @@ def test_positions_and_biases(emulator, contiguous, bias):
 def test_bits_depend_on_the_row_alone(emulator, dtype):
     """Vary the number of blocks, the order of threads, and the other rows."""
     scene = scene_of(decoder_of(dtype))
-    together = emulated(emulator, with_pages(scene))
+    together = emulated(emulator, with_pages(scene))[:2]
     for blocks, seed in ((1, 5), (2, 6), (8, 7)):
-        found = emulated(emulator, with_pages(scene), blocks=blocks, seed=seed)
-        for mine, other in zip(found[:2], together[:2], strict=True):
-            assert torch.equal(mine, other)
-    for n, (own, _) in enumerate(ROWS):
-        alone = emulated(emulator, with_row(with_pages(scene), n), seed=n)
-        if own >= 0:
-            assert torch.equal(alone[0][0], together[0][n]) and torch.equal(alone[1][0], together[1][n])
+        found = emulated(emulator, with_pages(scene), blocks=blocks, seed=seed)[:2]
+        assert all(torch.equal(mine, other) for mine, other in zip(found, together, strict=True))
+    hold_rows_to_themselves(lambda one, seed: emulated(emulator, one, seed=seed)[:2], scene, together)
 
 
 def test_all_wait_five_times_a_layer(emulator):
@@ -238,31 +141,6 @@ def test_ids_out_of_their_tables(emulator):
         found = emulated(emulator, missing)
         assert torch.equal(found[1][:2], right[1][:2])
         assert found[1][2].isfinite().all() and not torch.equal(found[1][2], right[1][2])
-
-
-def full_table(stored, monkeypatch):
-    """Give a scene whose first row has no place for its new token, which the decoder's own step omits too.
-
-    128 keys fill both tables: one more would be a second part of every head, for which there is no room.
-    """
-    scene = scene_of(decoder_of(torch.bfloat16), [(32, 0), (5, 0)], [96])
-    for name, width in (("block_table", 2), ("prefix_table", 6)):
-        scene[name] = scene[name][:, :width].contiguous()
-    scene["seq_lens"][0] = stored
-
-    def left_out(q, k_new, v_new, *, k_pages, v_pages, block_table, seq_lens, **tables):
-        """Row 0 stores and attends to the last token of its table once more, in the place of the new one."""
-        last, news = (block_table[0, -1], PAGE_SIZE - 1), (k_new.clone(), v_new.clone())
-        for new, pages in zip(news, (k_pages, v_pages), strict=True):
-            new[0] = pages[last]
-        lengths = torch.cat((seq_lens.new_tensor([31]), seq_lens[1:]))
-        return clvp_fast.ops.paged_attention_decode(q, *news, k_pages, v_pages, block_table, lengths, **tables)
-
-    def bind(out, room, *args, **tables):
-        return copying(functools.partial(left_out, *args, **tables), out)
-
-    monkeypatch.setattr(step_module, "bind_paged_attention_decode", bind)
-    return scene
 
 
 @pytest.mark.parametrize("stored", [32, 33, 200])
@@ -307,7 +185,7 @@ REFUSED = {
 @pytest.mark.parametrize("field", REFUSED)
 def test_calls_that_are_refused(emulator, field):
     scene = scene_of(decoder_of(torch.bfloat16), ROWS[:1])
-    step = step_of(emulator, scene)
+    step = Emulated(emulator, *made_of(scene))
     value, code = REFUSED[field]
 
     def launch(call):
@@ -320,7 +198,7 @@ def test_calls_that_are_refused(emulator, field):
 
 def test_tables_that_a_step_has_no_room_for(emulator):
     scene = scene_of(decoder_of(torch.bfloat16))
-    step = step_of(emulator, scene)
+    step = Emulated(emulator, *made_of(scene))
     with pytest.raises(ValueError, match="1 to 4 candidates, not 5"):
         step.step(torch.zeros(5, dtype=torch.int64), *tensors(scene)[1:])
     wide = scene | {"block_table": scene["block_table"].repeat(1, 2)}

@@ -9,16 +9,17 @@ from clvp_fast.engine.decoder import PagedDecoder
 from clvp_fast.engine.persistent import PersistentStep
 from clvp_fast.engine.runner import Runner
 from clvp_fast.engine.sampling_params import SamplingParams
-from tests.csrc.test_persistent_decode import (
+from tests.csrc.persistent_scene import (
     DTYPES,
     ROWS,
     decoder_of,
     full_table,
+    hold_rows_to_themselves,
     hold_to_the_decoder,
     scene_of,
+    scene_of_width,
     tensors,
     with_pages,
-    with_row,
 )
 from tests.engine.small_engine import make, request
 from tests.gpu.test_runner_on_gpu import driver_of, replayed_alone
@@ -60,9 +61,7 @@ def test_a_decoder_of_full_width(dtype):
 
 @pytest.mark.parametrize("sizes", [(64, 8), (1088, 1608), (2048, 520), (320, 8192)])
 def test_any_width(sizes):
-    hidden, inner = sizes
-    changes = dict(hidden_size=hidden, num_attention_heads=hidden // 64, n_inner=inner, num_hidden_layers=1)
-    hold_to_the_decoder(run, scene_of(decoder_of(torch.float16, vocab_size=301, **changes), ROWS[:2]))
+    hold_to_the_decoder(run, scene_of_width(*sizes, ROWS[:2]))
 
 
 def test_a_full_table(monkeypatch):
@@ -72,11 +71,7 @@ def test_a_full_table(monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_bits_depend_on_the_row_alone(dtype):
     scene = scene_of(decoder_of(dtype, num_hidden_layers=3, **FULL))
-    together = run(with_pages(scene))
-    for n, (own, _) in enumerate(ROWS):
-        if own >= 0:
-            alone = run(with_row(with_pages(scene), n))
-            assert torch.equal(alone[0][0], together[0][n]) and torch.equal(alone[1][0], together[1][n])
+    hold_rows_to_themselves(lambda one, seed: run(one), scene, run(with_pages(scene)))
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.csrc.test_persistent_decode import decoder_of, hold_to_the_decoder, scene_of
+from tests.csrc.persistent_scene import decoder_of, hold_to_the_decoder, scene_of
 from tests.gpu import test_persistent_on_gpu as persistent
 from tests.gpu.test_runner_on_gpu import driver_of, replayed_alone, run
 from tests.kernels import test_capture as calls

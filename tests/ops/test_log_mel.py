@@ -18,6 +18,10 @@ from tests.kit.backends import on
 from tests.kit.device import EMULATED
 
 RATE, FLOOR = 22050, 1e-5
+# The logarithm of a power p is off by the spectrum's error over the root of p. Of many values the largest error is that
+# of the few that are least heard, and whether it is twice another implementation's is a matter of luck. Above this
+# floor, for budgets of the largest of many, thousands of values are about equally exact.
+HEARD = 1e-3
 PARAMETERS = ("window", "mel_filters", "mel_norms")
 
 
@@ -142,14 +146,14 @@ def test_signals(backend, signal, dtype):
 @EVERY
 def test_short_clips_reflect_again_and_again(backend, time):
     for n_fft, hop_length in ((256, 60), (256, 128), (1024, 1), (512, 300)):
-        # Between the lines of what repeats itself little is heard, and the largest error is a matter of luck.
-        options = settings(n_fft, hop_length if time > 9 else 2, log_floor=1e-3)
+        # Between the lines of what repeats itself little is heard.
+        options = settings(n_fft, hop_length if time > 9 else 2, log_floor=HEARD)
         check(backend, noise(3, time, seed=time), **options)
 
 
 @EVERY
 def test_a_minute(backend):
-    check(backend, noise(1, 60 * RATE), **settings())
+    check(backend, noise(1, 60 * RATE), **settings(log_floor=HEARD))
 
 
 @pytest.mark.parametrize("num_mels", [1, 80, 128, 256])
@@ -157,8 +161,7 @@ def test_a_minute(backend):
 @EVERY
 def test_grid(backend, n_fft, num_mels):
     for hop_length, time in ((1, 20), (57, n_fft), (n_fft // 4, 2 * n_fft + 3), (n_fft + 13, 5 * n_fft)):
-        # In a narrow band the largest error is a matter of luck where little is heard: the floor lies near.
-        options = settings(n_fft, hop_length, num_mels, log_floor=1e-3)
+        options = settings(n_fft, hop_length, num_mels, log_floor=HEARD)
         check(backend, noise(3, time, seed=hop_length), **options)
 
 

@@ -151,10 +151,6 @@ def with_faults(document: str) -> str:
 
 
 def changed(target: str) -> list[str]:
-    """Return kernels whose source differs from that of the committed row.
-
-    A kernel of csrc/cuda without a row is not among them: all of its tests take more time than CI has for this part.
-    """
+    """Return kernels whose source differs from that of the committed row."""
     known = rows()
-    asked = [name for name in SUITES if name not in NATIVE or (name, target) in known]
-    return [name for name in asked if known.get((name, target), {}).get("source") != source_hash(name)]
+    return [name for name in SUITES if known.get((name, target), {}).get("source") != source_hash(name)]
