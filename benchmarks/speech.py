@@ -14,6 +14,7 @@ import torch
 from benchmarks.harness import ROOT, Provider, Task, task
 from benchmarks.providers import Absent
 from benchmarks.score import ranks
+from benchmarks.tiers import require_served
 from clvp_fast import CandidateEngine, CandidateRequest, CandidateResult
 from clvp_fast.audio import load_audio
 from clvp_fast.checkpoint import load_checkpoint
@@ -77,6 +78,7 @@ class Spoken:
             judge.recogniser("closed")
         except (ImportError, Refused) as error:
             raise Absent(str(error)) from error
+        require_served(way.dtype, way.options.get("activation_dtype"), device)
         checkpoint = load_checkpoint("demo", device=device, dtype=way.dtype)
         self.way, self.engine = way, CandidateEngine(checkpoint.model, checkpoint.processor, **way.options)
         extractor = checkpoint.feature_extractor
