@@ -45,17 +45,24 @@ inline void on_threads(int64_t count, int32_t pool, const Loop &loop) {
 template <class Work>
 inline bool share_out(int64_t count, int32_t num_threads, int32_t most, size_t scratch_bytes, const Work &work) {
     std::atomic<int64_t> next{0};
-    /* A few items at a time, so that the threads do not wait for one another at the counter. */
-    const int64_t step = 1 + count / (64 * (int64_t)most), parts = (count + step - 1) / step;
+    /* Long runs of items first, whose weights and rows a thread reads in one go, and ever shorter ones, so that all of the
+     * threads end together. */
+    const auto take = [&](int64_t &first) {
+        int64_t some;
+        first = next.load(std::memory_order_relaxed);
+        do some = 1 + (count - first) / (4 * (int64_t)most);
+        while (first < count && !next.compare_exchange_weak(first, first + some, std::memory_order_relaxed));
+        return some;
+    };
     const auto loop = [&] {
         void *scratch = scratch_bytes ? std::aligned_alloc(64, (scratch_bytes + 63) / 64 * 64) : nullptr;
         if (scratch_bytes && !scratch) return; /* The other threads do all of the work, if there are any. */
         if (scratch) *static_cast<int64_t *>(scratch) = 0;
-        for (int64_t first; (first = next.fetch_add(step, std::memory_order_relaxed)) < count;)
-            for (int64_t item = first; item < first + step && item < count; ++item) work(scratch, item);
+        for (int64_t first, some; some = take(first), first < count;)
+            for (int64_t item = first; item < first + some; ++item) work(scratch, item);
         std::free(scratch);
     };
-    on_threads(most < parts ? most : parts, num_threads, loop);
+    on_threads(most < count ? most : count, num_threads, loop);
     return next >= count;
 }
 template <class Work>
