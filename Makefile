@@ -38,7 +38,7 @@ DOCS_STAMP := $(VENV)/.stamp-docs
 
 CPP_SOURCES := $(wildcard csrc/*.* csrc/*/*.* tests/csrc/*.cpp tests/csrc/*.h tests/csrc/*/*.h)
 
-DEMO_TEXT := The birch canoe slid on the smooth planks.
+DEMO_TEXT := The old man found a golden ring.
 DEMO_OUT ?= out/demo
 
 .PHONY: setup test test-all wheel demo demo-quality lint types format portability canary stress bench-cpu docs docs-packages prose docs-benchmarks kernel-report ptx-core ptx-check ptx-mutate gpu-check gpu-bench gpu-evidence clean

@@ -4,6 +4,7 @@ tests/data/demo_speech.npz has codes of 64 sentences that nothing was trained on
 Bars lie below the measured shares by more than chance moves them.
 """
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from clvp_fast import CandidateEngine, CandidateRequest, Ranker, SamplingParams
 from clvp_fast.audio import load_audio
 from clvp_fast.checkpoint import load_checkpoint
 from clvp_fast.cli import main
-from examples.train import data, texts
+from examples.train import data, judge, texts
 
 ROOT = Path(__file__).resolve().parents[1]
 VOICE = ROOT / "examples/voice.flac"
@@ -98,3 +99,19 @@ def test_engine_command_line_and_generate_give_the_same_greedy_tokens(checkpoint
     assert main([str(part) for part in [*argv, "--no-pictures", "--out", tmp_path]]) == 0
     with np.load(tmp_path / "codes.npz") as kept:
         assert kept["codes"][0, : kept["lengths"][0]].tolist() == drawn
+
+
+def test_a_recogniser_understands_the_sentences_that_readme_and_demo_say(tmp_path):
+    pytest.importorskip("pocketsphinx", reason="the recogniser is not installed: pip install pocketsphinx")
+    readme, makefile = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "Makefile"))
+    of_readme = re.findall(r'clvp-fast generate "(.+?)"|text="(.+?)"', readme)
+    shown = {"".join(found) for found in of_readme} | set(re.findall("^DEMO_TEXT := (.+)$", makefile, re.MULTILINE))
+    assert len(shown) == 3
+    for number, text in enumerate(sorted(shown)):
+        out = tmp_path / str(number)
+        argv = ["generate", text, "--voice", VOICE, "--keep", 1, "--listen", "--no-pictures", "--out", out]
+        assert main([str(part) for part in argv]) == 0
+        samples, _ = load_audio(next((out / "sound").iterdir()), 22050)
+        said = re.sub("[^a-z ]", "", text.lower())
+        wrong = judge.word_errors(said, judge.hear(samples, "open")) * len(said.split())
+        assert wrong < 1.5, (text, judge.hear(samples, "open"))
