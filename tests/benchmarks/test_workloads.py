@@ -1,6 +1,7 @@
 """Every benchmark of an operator runs, at small shapes, and each of its providers passes the gate."""
 
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from benchmarks import (
     corpus,
     decode_step,
     end_to_end,
+    first_token,
     geglu_mlp,
     gelu_mlp,
     generate,
@@ -328,6 +330,31 @@ def test_a_candidate_without_all_its_tokens_is_no_measurement(monkeypatch):
     )
     with pytest.raises(RuntimeError, match="should have 5 tokens each"):
         generate.engine_generate(engine, "cpu", shape)
+
+
+def test_a_voice_is_judged_and_a_first_token_is_the_engines(monkeypatch):
+    monkeypatch.setitem(tiers.TIERS, "cpu", tiers.TIERS["cpu"][:2])
+    found = {(*row["shape"], row["provider"]): row for row in all_rows(first_token, "cpu", smoke=True)}
+    assert list(found) == [
+        ("clip_seconds", "transformers float32"),
+        ("clip_seconds", "clvp_fast float32"),
+        ("clip_seconds", "clvp_fast bfloat16"),
+        ("text_tokens", "transformers float32"),
+        ("text_tokens", "clvp_fast engine, float32"),
+        ("text_tokens", "clvp_fast engine, bfloat16"),
+    ]
+    assert all(row["seconds"] for row in found.values())
+    assert 0 < found["clip_seconds", "clvp_fast bfloat16"]["error"] < 5e-2
+    assert first_token._voice("", _of_clips_turned_around, "cpu", torch.float32, True).error > 0.1
+
+
+def _of_clips_turned_around(device, dtype, smoke):
+    encoder = stock_model(device, dtype, smoke).conditioning_encoder
+
+    def of_the_clip_turned_around(input_ids, input_features):
+        return encoder(input_ids=input_ids, input_features=input_features.flip(2))
+
+    return SimpleNamespace(conditioning_encoder=of_the_clip_turned_around)
 
 
 def test_a_decode_step_begins_where_transformers_has_come_to():
