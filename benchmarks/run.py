@@ -34,9 +34,9 @@ from clvp_fast.cli.parser import add_bench_arguments
 WORKLOADS = {
     "generate": "candidates of one text: transformers' generate, ours, and the engine",
     "decode_step": "one decode step of the engine: transformers', a torch rewrite, ours in each precision tier",
-    "first_token": "a clip to its voice, and a text to the first token: transformers, and the engine",
     "score": "embedding candidates: transformers' speech encoder, ours, and the engine's ranking",
     "end_to_end": "text and clip to ranked candidates, and the time of each part",
+    "first_token": "a clip to its voice, and a text to the first token: transformers, and the engine",
     "tortoise": "the first stages of Tortoise's tts(): its own, and accelerated (needs tortoise-tts 3.0.0)",
     "scaling": "a call of the engine over candidates, text tokens, clips and requests",
     "paged_attention": "attention of a decode step over pages",
