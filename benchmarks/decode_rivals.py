@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 
 from benchmarks.machine import cpu_facts, cpu_name, label
-from benchmarks.rivals import onnx_runtime, openvino_runtime
+from benchmarks.rivals import llama_cpp, onnx_runtime, openvino_runtime
 from benchmarks.tiers import FP32, Tier
 
 # Rows of `benchmarks/rivals/sweep.py`.
@@ -62,4 +62,7 @@ RIVALS = (
     Rival(onnx_runtime, "blocks", Tier("ONNX Runtime blocks of int8", FP32, 1e-1, **_INT8)),
     Rival(openvino_runtime, "float32", Tier("OpenVINO float32", FP32, 1e-4)),
     Rival(openvino_runtime, "int8", Tier("OpenVINO int8 weights", FP32, 1e-1, weight_dtype=torch.int8)),
+    Rival(llama_cpp, "float32", Tier("llama.cpp float32", FP32, 1e-2)),
+    Rival(llama_cpp, "float16", Tier("llama.cpp float16", torch.float16, 3e-2)),
+    Rival(llama_cpp, "q8_0", Tier("llama.cpp q8_0", torch.float16, 5e-2, **_INT8)),
 )
