@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 
 from benchmarks.machine import cpu_facts, cpu_name, label
-from benchmarks.rivals import llama_cpp, onnx_runtime, openvino_runtime
+from benchmarks.rivals import ctranslate2_generator, llama_cpp, onnx_runtime, openvino_runtime
 from benchmarks.tiers import FP32, Tier
 
 # Rows of `benchmarks/rivals/sweep.py`.
@@ -21,12 +21,13 @@ SWEEP = Path(__file__).parent / "rivals/sweep.jsonl"
 class Rival:
     """A module of `benchmarks/rivals/`, a kind of its weights, and the types of these and of what they multiply.
 
-    module, kind: as `DecoderProcess` takes them.
+    module, kind: as `DecoderProcess` takes them. distinct: how many candidates can have tokens of their own stored.
     """
 
     module: ModuleType
     kind: str
     tier: Tier
+    distinct: int = 2
 
     @property
     def name(self) -> str:
@@ -65,4 +66,6 @@ RIVALS = (
     Rival(llama_cpp, "float32", Tier("llama.cpp float32", FP32, 1e-2)),
     Rival(llama_cpp, "float16", Tier("llama.cpp float16", torch.float16, 3e-2)),
     Rival(llama_cpp, "q8_0", Tier("llama.cpp q8_0", torch.float16, 5e-2, **_INT8)),
+    Rival(ctranslate2_generator, "float32", Tier("CTranslate2 float32", FP32, 1e-2), distinct=1),
+    Rival(ctranslate2_generator, "int8", Tier("CTranslate2 int8", FP32, 1e-1, **_INT8), distinct=1),
 )

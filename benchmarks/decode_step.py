@@ -89,16 +89,17 @@ def known(device: str, smoke: bool, text_tokens: int, stored: int) -> Known:
     return Known(prompt, tokens, keys, values, entered, torch.stack(logits, 1))
 
 
-def judged(step: Callable, device: str, smoke: bool, shape: dict) -> tuple[float, dict]:
+def judged(step: Callable, device: str, smoke: bool, shape: dict, distinct: int = _DISTINCT) -> tuple[float, dict]:
     """Return the largest distance of a step's logits from transformers' in float32, and its divergence from them.
 
     step: tokens `[candidates]` to logits `[candidates, vocab_size]`, behind the same stored tokens at every call.
+    distinct: how many of the distinct candidates the step has.
     """
     found, candidates = known(device, smoke, shape["text_tokens"], shape["stored"]), shape["candidates"]
     place = torch.arange(candidates, device=device)
     results, exact = [], []
-    for first in range(0, _PROBES, max(1, candidates // _DISTINCT)):
-        which = place % _DISTINCT, (first + place // _DISTINCT) % _PROBES
+    for first in range(0, _PROBES, max(1, candidates // distinct)):
+        which = place % distinct, (first + place // distinct) % _PROBES
         results.append(step(found.entered[which]).clone())
         exact.append(found.logits[which])
     error = max(map(furthest_logit, results, exact))
@@ -300,11 +301,18 @@ def _dense(device: str, shape: dict, smoke: bool, dtype: torch.dtype, room: int)
 
 
 def _rival(
-    name: str, run: Callable, device: str, shape: dict, smoke: bool, tier: Tier, replay: bool = False
+    name: str,
+    run: Callable,
+    device: str,
+    shape: dict,
+    smoke: bool,
+    tier: Tier,
+    replay: bool = False,
+    distinct: int = _DISTINCT,
 ) -> Provider:
     """Make a provider of `run(tokens)`, which gives logits; with `replay` it is timed as a CUDA graph."""
     tokens = _entered(device, smoke, shape)
-    error, divergent = judged(run, device, smoke, shape)
+    error, divergent = judged(run, device, smoke, shape, distinct)
     timed = captured(partial(run, tokens)) if replay else None
     counted = _counted(device, smoke, shape, tier) | divergent
     return Provider(name, timed or partial(run, tokens), error, tier.tolerance, counted=counted)
@@ -399,7 +407,7 @@ def _process(rival: Rival, shape: dict, smoke: bool) -> Provider:
     """Make a provider of a rival in a process of its own, whose peak memory its row has."""
     settings = rival.settings(shape["candidates"])
     decoder = process_of(rival, shape, smoke, settings)
-    provider = _rival(f"{rival.name}, no draw", decoder, "cpu", shape, smoke, rival.tier)
+    provider = _rival(f"{rival.name}, no draw", decoder, "cpu", shape, smoke, rival.tier, distinct=rival.distinct)
     counted = _counted("cpu", smoke, shape, rival.tier, rival.tier.weight_dtype)
     of_process = {"process_bytes": decoder.peak_bytes(), "settings": settings}
     return replace(provider, run=decoder.run, counted=provider.counted | counted | of_process)

@@ -30,7 +30,7 @@ SOURCES = ("benchmarks", "clvp_fast", "kernels", "csrc")
 # Packages of rivals, whose versions rows have where they are installed.
 RIVALS = (
     *("flashinfer-python", "torchaudio", "flashmel", "asrfront"),
-    *("onnxruntime", "openvino", "nncf", "llama_cpp_python"),
+    *("onnxruntime", "openvino", "nncf", "llama_cpp_python", "ctranslate2"),
 )
 
 

@@ -17,6 +17,7 @@ GROUPS = {
     "onnx": "ONNX Runtime's CPU kernels, over a graph exported from torch, in a process of their own",
     "openvino": "OpenVINO's CPU kernels, over the same graph, in a process of their own",
     "llama": "llama.cpp's CPU kernels, over the same weights as GGUF, in a process of their own",
+    "ctranslate2": "CTranslate2's CPU kernels, over the same weights as its GPT-2, in a process of their own",
     "torchaudio": "torchaudio's MelSpectrogram",
     "flashmel": "flashmel's MelSpectrogram",
     "asrfront": "asrfront's features, on a CPU",

@@ -41,12 +41,15 @@ class Stored:
     values: torch.Tensor
     position: int
 
-    def save(self, layers: TorchLayers, folder: Path) -> None:
-        """Write arrays for any rival: keys and values, or `embedded` `[distinct, prompt + stored, hidden_size]`."""
+    def embedded(self, layers: TorchLayers) -> torch.Tensor:
+        """Return `[distinct, prompt + stored, hidden_size]`, carrying positions."""
         distinct = len(self.tokens)
         spoken = layers.embedded(self.tokens.flatten(), self.positions.repeat(distinct)).unflatten(0, (distinct, -1))
-        embedded = torch.cat([self.prompt.expand(distinct, -1, -1), spoken], 1)
-        for name, array in (("keys", self.keys), ("values", self.values), ("embedded", embedded)):
+        return torch.cat([self.prompt.expand(distinct, -1, -1), spoken], 1)
+
+    def save(self, layers: TorchLayers, folder: Path) -> None:
+        """Write arrays for any rival: keys and values, and the embeddings that these are of."""
+        for name, array in (("keys", self.keys), ("values", self.values), ("embedded", self.embedded(layers))):
             np.save(folder / f"{name}.npy", array.numpy())
 
 
@@ -55,7 +58,8 @@ class DecoderProcess:
 
     Args:
         rival: a module of this folder, which serves a model's file when it is run. It has `PACKAGES`; `SETTINGS`, by
-            kind of weights those that a sweep tries, the first for a run without one; and `model_file(kind, layers)`.
+            kind of weights those that a sweep tries, the first for a run without one; and a function
+            `model_file(kind, layers, stored)`.
         model: a `ClvpForCausalLM` in float32.
         stored: what candidates have behind them, of the distinct ones; the others repeat them.
         candidates: how many.
@@ -72,7 +76,7 @@ class DecoderProcess:
         require_packages(rival)
         self.layers, self.position = TorchLayers(model), torch.tensor([stored.position])
         self._name = rival.__name__
-        file = rival.model_file(kind, self.layers)
+        file = rival.model_file(kind, self.layers, stored)
         self._folder = tempfile.TemporaryDirectory()
         stored.save(self.layers, Path(self._folder.name))
         settings = rival.SETTINGS[kind][0] if settings is None else settings
@@ -86,6 +90,7 @@ class DecoderProcess:
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return logits `[candidates, vocab_size]` behind `tokens` `[candidates]`."""
         folder = Path(self._folder.name)
+        np.save(folder / "tokens.npy", tokens.numpy())
         np.save(folder / "hidden.npy", self.layers.embedded(tokens, self.position).numpy())
         self._ask("enter")
         return torch.from_numpy(np.load(folder / "logits.npy"))
@@ -120,6 +125,13 @@ def require_packages(rival: ModuleType) -> None:
     """Raise `Absent` where a package of the rival is missing."""
     if missing := [name for name in rival.PACKAGES if find_spec(name) is None]:
         raise Absent(f"not installed: {', '.join(missing)}")
+
+
+def require_one_norm(layers: TorchLayers, rival: str) -> None:
+    """Raise `Absent` where the two norms at the end cannot be made one, which is all that the rival has."""
+    first = layers.decoder.layer_norm
+    if any(float(x.min()) != float(x.max()) for x in (first.weight, first.bias)):
+        raise Absent(f"{rival} has one norm at the end, and this model's two cannot be made one")
 
 
 def built(name: str, layers: TorchLayers, build: Callable[[Path], None]) -> Path:

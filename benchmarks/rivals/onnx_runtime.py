@@ -18,7 +18,7 @@ _SETTINGS = [
 SETTINGS = {"float32": _SETTINGS, "int8": _SETTINGS, "blocks": _SETTINGS}
 
 
-def model_file(kind: str, layers) -> Path:
+def model_file(kind: str, layers, stored) -> Path:
     """Return the graph of a kind, which is made where it is missing."""
     from benchmarks.rivals.decoder_process import built
     from benchmarks.rivals.onnx_graph import exported

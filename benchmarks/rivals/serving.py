@@ -4,6 +4,7 @@ No module of torch's is imported, so that the process has the memory and the thr
 """
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -42,24 +43,28 @@ class Job:
         return [layer[index] for layer in stored]
 
 
-def serve(load: Callable[[Job], Callable[[np.ndarray], np.ndarray]]) -> None:
-    """Answer the lines of stdin: `enter` the embeddings in a file, `run` the same again, or tell the `peak`.
+def serve(load: Callable[[Job], Callable[[np.ndarray], np.ndarray]], entered: str = "hidden") -> None:
+    """Answer the lines of stdin: `enter` the tokens in a file, `run` the same again, or tell the `peak`.
 
     load: makes of a job the step: embeddings `[candidates, hidden_size]` to logits `[candidates, vocab_size]`, behind
-        the same stored tokens at every call.
+        the same stored tokens at every call. If it has a method `run`, this is the step that is repeated.
+    entered: "tokens", if the step takes tokens `[candidates]`.
     """
     job = Job(**json.loads(sys.argv[1]))
     # A library that prints would break the exchange: it prints to stderr.
     answers, sys.stdout = sys.stdout, sys.stderr
-    step, hidden = load(job), None
+    step, array = load(job), None
     for line in sys.stdin:
         answer = {}
         if (asked := json.loads(line)) == "peak":
             status = Path("/proc/self/status").read_text()
             answer["bytes"] = int(status.partition("VmHWM:")[2].split()[0]) * 1024
         elif asked == "enter":
-            hidden = job.array("hidden")
-            np.save(Path(job.folder, "logits.npy"), step(hidden))
+            array = job.array(entered)
+            np.save(Path(job.folder, "logits.npy"), step(array))
+        elif hasattr(step, "run"):
+            step.run()
         else:
-            step(hidden)
+            step(array)
         print(json.dumps(answer), file=answers, flush=True)
+    os._exit(0)  # without waiting for threads of the rival

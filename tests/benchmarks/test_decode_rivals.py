@@ -36,7 +36,7 @@ def test_a_rival_does_the_same_work_with_each_of_its_settings(rival, candidates)
     for settings in rival.module.SETTINGS[rival.kind]:
         decoder = decode_step.process_of(rival, shape_of(candidates), True, settings)
         for _ in range(2):  # a step leaves nothing behind
-            error, divergent = decode_step.judged(decoder, "cpu", True, shape_of(candidates))
+            error, divergent = decode_step.judged(decoder, "cpu", True, shape_of(candidates), rival.distinct)
             assert 0 < error < rival.tier.tolerance, settings
             assert divergent["greedy"] == 1 or rival.kind != "float32", settings
             assert divergent["kl"] < 1e-4 and divergent["greedy"] > 0.9, settings
@@ -92,7 +92,7 @@ def test_a_missing_package_is_named(monkeypatch):
 def test_a_process_that_ends_says_so(monkeypatch):
     """Leave out what the process needs, so that it ends before its first answer."""
     monkeypatch.setattr(onnx_runtime, "PACKAGES", ())
-    monkeypatch.setattr(onnx_runtime, "model_file", lambda kind, layers: "/nowhere/decoder.onnx")
+    monkeypatch.setattr(onnx_runtime, "model_file", lambda *arguments: "/nowhere/decoder.onnx")
     decoder = decode_step.process_of(RIVALS[0], shape_of(1), True, {})
     with pytest.raises(RuntimeError, match=r"the process of benchmarks\.rivals\.onnx_runtime ended with status 1"):
         decoder(torch.zeros(1, dtype=torch.int64))

@@ -26,6 +26,7 @@ from benchmarks.providers import Absent, group_of, only
         ("flashmel, no log, no norms", "flashmel"),
         ("ONNX Runtime float32, no draw", "onnx"),
         ("OpenVINO int8 weights, no draw", "openvino"),
+        ("CTranslate2 int8, no draw", "ctranslate2"),
         ("llama.cpp q8_0, no draw", "llama"),
         ("asrfront", "asrfront"),
         ("", "ours"),
