@@ -19,11 +19,12 @@ import torch
 from benchmarks.decode_rivals import RIVALS, Rival
 from benchmarks.harness import Provider, Task, task
 from benchmarks.kernels import captured, name_of
+from benchmarks.machine import cpu_facts
 from benchmarks.models import our_model, stock_model
 from benchmarks.precision import divergence
 from benchmarks.providers import Absent, bits
 from benchmarks.rivals.decoder_process import DecoderProcess, Stored
-from benchmarks.rivals.torch_decoder import TorchDecoder
+from benchmarks.rivals.torch_decoder import TorchDecoder, TorchLayers
 from benchmarks.tiers import PAGE_SIZE, TIERS, Tier, furthest_logit, prompt_of, require_served, stock_logits
 from clvp_fast import SamplingParams
 from clvp_fast.engine.persistent import MAX_ROWS, PersistentStep
@@ -243,7 +244,7 @@ def _task(device: str, shape: dict, smoke: bool) -> Task:
         for capture in (True, False):
             name = f"{ONE_LAUNCH}, {'captured' if capture else 'eager'}"
             makers[name] = partial(_one_launch, name, device, shape, smoke, capture)
-    repeats = 1 if smoke else 20 if device == "cuda" else 10
+    repeats = 1 if smoke else 20 if device == "cuda" else 10 if shape["candidates"] <= _CROWD else 5
     parties = _parties(list(makers), shape["candidates"]) if device == "cpu" else None
     return task("decode_step", shape, makers, repeats, absent, parties=parties, tokens=shape["candidates"])
 
@@ -396,11 +397,18 @@ def _torch(name: str, tier: Tier, device: str, shape: dict, smoke: bool) -> Prov
 
 def process_of(rival: Rival, shape: dict, smoke: bool, settings: dict) -> DecoderProcess:
     """Start a rival's process behind what the candidates of a shape have stored."""
+    if cpu_facts()["isa_forced"]:
+        raise Absent("its kernels cannot be held down to the instruction set of ours")
     found = known("cpu", smoke, shape["text_tokens"], shape["stored"])
     places = torch.arange(shape["stored"])
     stored = Stored(found.prompt, found.tokens, places + (places > 0), found.keys, found.values, shape["stored"] + 1)
-    model = stock_model("cpu", smoke=smoke).speech_decoder_model
-    return DecoderProcess(rival.module, model, stored, shape["candidates"], kind=rival.kind, settings=settings)
+    layers = _layers(smoke)
+    return DecoderProcess(rival.module, layers, stored, shape["candidates"], kind=rival.kind, settings=settings)
+
+
+@cache
+def _layers(smoke: bool) -> TorchLayers:
+    return TorchLayers(stock_model("cpu", smoke=smoke).speech_decoder_model)
 
 
 def _process(rival: Rival, shape: dict, smoke: bool) -> Provider:

@@ -3,11 +3,11 @@
 With 8 bits both weights, by channel, and activations, by row as they come, are rounded. Its generator takes no
 embeddings and enters nothing but what it draws, so that it comes to the same step in its own way:
 
-- What is stored is a static prompt of words of its own, whose embeddings carry their positions, and all candidates
-  have that of the first one. The generator computes its keys and values once, and copies them for each candidate.
+- The stored tokens are a static prompt of words of its own, whose embeddings carry their positions, and all candidates
+  have those of the first one. The generator computes its keys and values once, and copies them for each candidate.
 - A repeated step is the next one of a generation that waits between its steps, one token further each time. It draws
   the most likely token.
-- There is one norm at the end, as in llama.cpp (`llama_cpp.py`), with the same small difference in float32.
+- There is one norm at the end, as in llama.cpp (`llama_cpp.py`), with the same remark on its epsilon.
 """
 
 import hashlib

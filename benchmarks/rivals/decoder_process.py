@@ -60,7 +60,7 @@ class DecoderProcess:
         rival: a module of this folder, which serves a model's file when it is run. It has `PACKAGES`; `SETTINGS`, by
             kind of weights those that a sweep tries, the first for a run without one; and a function
             `model_file(kind, layers, stored)`.
-        model: a `ClvpForCausalLM` in float32.
+        layers: of a `ClvpForCausalLM` in float32.
         stored: what candidates have behind them, of the distinct ones; the others repeat them.
         candidates: how many.
         kind: of the rival's weights, a key of its `SETTINGS`.
@@ -71,15 +71,14 @@ class DecoderProcess:
     """
 
     def __init__(
-        self, rival: ModuleType, model, stored: Stored, candidates: int, *, kind: str, settings: dict | None = None
+        self, rival: ModuleType, layers: TorchLayers, stored: Stored, candidates: int, *, kind: str, settings: dict
     ):
         require_packages(rival)
-        self.layers, self.position = TorchLayers(model), torch.tensor([stored.position])
+        self.layers, self.position = layers, torch.tensor([stored.position])
         self._name = rival.__name__
-        file = rival.model_file(kind, self.layers, stored)
+        file = rival.model_file(kind, layers, stored)
         self._folder = tempfile.TemporaryDirectory()
-        stored.save(self.layers, Path(self._folder.name))
-        settings = rival.SETTINGS[kind][0] if settings is None else settings
+        stored.save(layers, Path(self._folder.name))
         threads = torch.get_num_threads()
         job = Job(str(file), self._folder.name, candidates, len(stored.prompt), threads, settings)
         command = [sys.executable, "-m", rival.__name__, json.dumps(asdict(job))]

@@ -9,7 +9,8 @@ Where that architecture differs from CLVP, the same step comes of it so:
   this rival is absent.
 - The head has no bias. It is added where the logits are read.
 
-That epsilon, and GELU from a table in float16, put logits in float32 off by some thousandths of the largest.
+GELU comes from a table in float16, which puts logits in float32 off by nearly a hundredth of the largest; that epsilon
+is seen in tiny models alone.
 
 Kinds are types of the weights; keys and values are in float32 with weights in float32, else in float16.
 """

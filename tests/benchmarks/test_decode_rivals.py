@@ -89,6 +89,12 @@ def test_a_missing_package_is_named(monkeypatch):
         decode_step.process_of(RIVALS[0], shape_of(1), True, {})
 
 
+def test_no_rival_is_compared_with_kernels_that_are_held_down(monkeypatch):
+    monkeypatch.setattr(decode_step, "cpu_facts", lambda: {"isa_forced": True})
+    with pytest.raises(Absent, match="cannot be held down"):
+        decode_step.process_of(RIVALS[0], shape_of(1), True, {})
+
+
 def test_a_process_that_ends_says_so(monkeypatch):
     """Leave out what the process needs, so that it ends before its first answer."""
     monkeypatch.setattr(onnx_runtime, "PACKAGES", ())
