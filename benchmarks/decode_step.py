@@ -12,7 +12,7 @@ The bytes of a row are what a step must move: weights, keys and values (the prom
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache, cached_property, partial
 
 import torch
 
@@ -22,7 +22,7 @@ from benchmarks.kernels import captured, name_of
 from benchmarks.machine import cpu_facts
 from benchmarks.models import our_model, stock_model
 from benchmarks.precision import divergence
-from benchmarks.providers import Absent, bits
+from benchmarks.providers import Absent, bits, group_of
 from benchmarks.rivals.decoder_process import DecoderProcess, Stored
 from benchmarks.rivals.torch_decoder import TorchDecoder, TorchLayers
 from benchmarks.tiers import PAGE_SIZE, TIERS, Tier, furthest_logit, prompt_of, require_served, stock_logits
@@ -42,6 +42,8 @@ STEPS = {"cpu": 1, "cuda": 20}
 _DISTINCT = 2
 # The tokens that are entered behind those of a candidate, one at a time, to judge a step.
 _PROBES = 32
+# The groups that run in turns on a CPU with ours, and in other parties the others.
+_AMONG_OURS = ("ours", "onnx", "llama")
 # The most candidates on a CPU whose keys and values every provider of a party can have.
 _CROWD = 16
 
@@ -191,6 +193,11 @@ class StoredCandidates:
         state["seq_lens"].fill_(stored)
         state["token"].copy_(self._tokens if tokens is None else tokens)
 
+    @cached_property
+    def _one_launch(self) -> PersistentStep:
+        widths = (self.runner.slots.tensors[name].shape[1] for name in ("block_table", "prefix_table"))
+        return PersistentStep(self.runner.decoder, self.runner.pages, *widths)
+
     @torch.inference_mode()
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return logits `[candidates, vocab_size]` behind `tokens` `[candidates]`."""
@@ -198,8 +205,7 @@ class StoredCandidates:
         state, decoder = self.runner.slots.first(self.candidates), self.runner.decoder
         arguments = [state[name] for name in ENTERED]
         if self._persistent:
-            widths = (self.runner.slots.tensors[name].shape[1] for name in ("block_table", "prefix_table"))
-            return PersistentStep(decoder, self.runner.pages, *widths).step(*arguments)[1]
+            return self._one_launch.step(*arguments)[1]
         arrivals = torch.zeros(self.candidates, decoder.num_heads, dtype=torch.int32, device=decoder.device)
         return decoder.step(*arguments, self.runner.pages, arrivals, self.runner.product_rows)[1]
 
@@ -250,15 +256,15 @@ def _task(device: str, shape: dict, smoke: bool) -> Task:
 
 
 def _parties(names: list[str], candidates: int) -> list[list[str]]:
-    """Return the names of those that run in turns: of weights of as many bits, or one for itself where keys are many.
+    """Return the names of those that run in turns on a CPU, so that 23 GiB of memory are enough for each party.
 
-    So 23 GiB of memory are enough.
+    These are ours and some rivals, or the other rivals, with weights of as many bits; each alone where keys are many.
     """
     if candidates > _CROWD:
         return [[name] for name in names]
     parties = {}
     for name in names:
-        parties.setdefault(bits(name), []).append(name)
+        parties.setdefault((bits(name), group_of(name) in _AMONG_OURS), []).append(name)
     return list(parties.values())
 
 

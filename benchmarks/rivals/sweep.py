@@ -7,7 +7,6 @@ fastest settings of this machine. RIVAL: the beginning of a rival's name, as "ll
 import argparse
 import json
 from datetime import UTC, datetime
-from statistics import median
 
 import torch
 
@@ -25,6 +24,7 @@ def main() -> None:
     parser.add_argument("rival", nargs="*", default=[""])
     parser.add_argument("--candidates", type=int, nargs="+", default=CANDIDATES)
     parser.add_argument("--smoke", action="store_true", help="at a tiny size; nothing is written")
+    parser.add_argument("--dry", action="store_true", help="nothing is written")
     arguments = parser.parse_args()
     for rival in RIVALS:
         for candidates in arguments.candidates if rival.name.startswith(tuple(arguments.rival)) else ():
@@ -33,20 +33,20 @@ def main() -> None:
             except Absent as reason:
                 print(f"{rival.name}: absent: {reason}", flush=True)
                 break
-            if not arguments.smoke:
+            if not (arguments.smoke or arguments.dry):
                 with SWEEP.open("a", encoding="utf-8") as file:
                     file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def swept(rival: Rival, candidates: int, smoke: bool) -> list[dict]:
-    """Return a row for each of a rival's settings that works: the median of some steps' seconds."""
+    """Return a row for each of a rival's settings that works: the least of some steps' seconds."""
     text_tokens, stored = decode_step.SMOKE[1:] if smoke else (decode_step.TEXT_TOKENS, decode_step.STORED)
     shape, rows = {"candidates": candidates, "text_tokens": text_tokens, "stored": stored}, []
     for settings in rival.module.SETTINGS[rival.kind]:
         decoder = decode_step.process_of(rival, shape, smoke, settings)
         try:
             decoder(torch.zeros(candidates, dtype=torch.int64))
-            seconds = median(seconds_of(decoder.run) for _ in range(_REPEATS))
+            seconds = min(seconds_of(decoder.run) for _ in range(_REPEATS))
         except RuntimeError as error:
             print(f"{rival.name}, candidates {candidates}, {settings}: {error}", flush=True)
             continue

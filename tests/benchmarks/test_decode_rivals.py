@@ -136,3 +136,12 @@ def test_the_fastest_settings_of_the_nearest_sweep_are_taken(monkeypatch, tmp_pa
     decode_rivals._swept.cache_clear()
     assert [rival.settings(candidates) for candidates in (1, 3, 8, 64)] == [fast, fast, third, third]
     decode_rivals._swept.cache_clear()
+
+
+def test_parties_of_a_step_on_a_cpu():
+    (task,) = decode_step.tasks("cpu", smoke=True)
+    parties = decode_step._parties(list(task.makers), 16)
+    assert sorted(name for party in parties for name in party) == sorted(task.makers) and len(parties) == 6
+    ours = next(party for party in parties if "clvp_fast float32" in party)
+    assert ours == ["ONNX Runtime float32, no draw", "llama.cpp float32, no draw", "clvp_fast float32"]
+    assert decode_step._parties(list(task.makers), 64) == [[name] for name in task.makers]
