@@ -73,13 +73,18 @@ def _convert(kind: str, layers, stored, folder: Path) -> None:
 
 
 def _norm(spec, module) -> None:
-    spec.gamma, spec.beta = module.weight.numpy(), module.bias.numpy()
+    spec.gamma, spec.beta = _copied(module.weight), _copied(module.bias)
 
 
 def _linear(spec, weight, bias) -> None:
-    spec.weight = weight.contiguous().numpy()
+    spec.weight = _copied(weight)
     if bias is not None:
-        spec.bias = bias.numpy()
+        spec.bias = _copied(bias)
+
+
+def _copied(tensor) -> np.ndarray:
+    """Return an array of its own: CTranslate2 rounds weights in place."""
+    return np.array(tensor.numpy(), order="C")
 
 
 class _Generation:

@@ -11,7 +11,7 @@ from benchmarks.rivals.serving import Job, serve
 PACKAGES = ("openvino", "nncf", "onnx", "onnxscript")
 SETTINGS = {
     "float32": [{"group": 0, "pinning": pinning} for pinning in (True, False)],
-    "int8": [{"group": group, "pinning": pinning} for group in (32, 0, 128) for pinning in (True, False)],
+    "int8": [{"group": group, "pinning": pinning} for group in (128, 32, 0) for pinning in (True, False)],
 }
 
 

@@ -50,8 +50,8 @@ def test_a_rival_that_does_another_step_is_refused(rival, fault, monkeypatch):
     def faulty(prompt, tokens, positions, keys, values, position):
         if fault == "position":
             return Stored(prompt, tokens, positions, keys, values, position + 1)
-        values = torch.cat([1.5 * values[:, :, :, : len(prompt)], values[:, :, :, len(prompt) :]], 3)
-        return Stored(1.5 * prompt, tokens, positions, keys, values, position)
+        values = torch.cat([2 * values[:, :, :, : len(prompt)], values[:, :, :, len(prompt) :]], 3)
+        return Stored(2 * prompt, tokens, positions, keys, values, position)
 
     monkeypatch.setattr(decode_step, "Stored", faulty)
     provider = decode_step._process(rival, shape_of(2), True)
@@ -71,6 +71,15 @@ def test_a_rival_with_weights_of_another_scale_is_refused(rival, monkeypatch, tm
     finally:
         weight.data /= 3
     assert not decode_step._process(rival, shape_of(2), True).error <= rival.tier.tolerance
+
+
+@ON
+def test_the_model_stays_as_it_was_when_a_rival_makes_its_files(rival, monkeypatch, tmp_path):
+    monkeypatch.setenv("CLVP_FAST_CACHE", str(tmp_path))
+    model = decode_step.stock_model("cpu", smoke=True).speech_decoder_model
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    decode_step.process_of(rival, shape_of(2), True, rival.settings(2)).end()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 @ON
