@@ -65,7 +65,7 @@ RIVALS = (
     Rival(onnx_runtime, "blocks", Tier("ONNX Runtime blocks of int8", FP32, 1e-1, **_INT8)),
     Rival(openvino_runtime, "float32", Tier("OpenVINO float32", FP32, 1e-4)),
     Rival(openvino_runtime, "int8", Tier("OpenVINO int8 weights", FP32, 1e-1, weight_dtype=torch.int8)),
-    Rival(llama_cpp, "float32", Tier("llama.cpp float32", FP32, 2e-2)),
+    Rival(llama_cpp, "float32", Tier("llama.cpp float32", FP32, 1e-2)),
     Rival(llama_cpp, "float16", Tier("llama.cpp float16", FP32, 3e-2, **_FLOAT16)),
     Rival(llama_cpp, "q8_0", Tier("llama.cpp q8_0", FP32, 5e-2, page_dtype=torch.float16, **_INT8)),
     Rival(ctranslate2_generator, "float32", Tier("CTranslate2 float32", FP32, 1e-2), distinct=1),
