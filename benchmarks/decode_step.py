@@ -3,25 +3,28 @@
 Ours enters the tokens, computes logits and draws the next ones, as the engine runs it: captured and eagerly on a GPU.
 The rivals give logits and draw nothing: transformers' decoder, whose cache is copied at every step, the same compiled
 over a static cache (on a GPU), a decoder of torch's own operators (`benchmarks/rivals/torch_decoder.py`), captured too,
-and one in ONNX Runtime (`benchmarks/rivals/onnx_runtime.py`, on a CPU). All begin with the keys and values that
-transformers' decoder computes in float32, and are judged by its logits.
+and on a CPU those of `benchmarks/decode_rivals.py`, each in a process of its own. All begin behind the same tokens as
+transformers' decoder in float32, and are judged by its logits behind each of several tokens more: by the furthest
+logit, by KL, and by how often the largest logit is the same token's.
 
 The bytes of a row are what a step must move: weights, keys and values (the prompt's once), logits.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache, cached_property, partial
 
 import torch
 
+from benchmarks.decode_rivals import RIVALS, Rival
 from benchmarks.harness import Provider, Task, task
 from benchmarks.kernels import captured, name_of
+from benchmarks.machine import cpu_facts
 from benchmarks.models import our_model, stock_model
 from benchmarks.precision import divergence
-from benchmarks.providers import Absent
-from benchmarks.rivals.onnx_runtime import OnnxDecoder
-from benchmarks.rivals.torch_decoder import TorchDecoder
+from benchmarks.providers import Absent, bits, group_of
+from benchmarks.rivals.decoder_process import DecoderProcess, Stored
+from benchmarks.rivals.torch_decoder import TorchDecoder, TorchLayers
 from benchmarks.tiers import PAGE_SIZE, TIERS, Tier, furthest_logit, prompt_of, require_served, stock_logits
 from clvp_fast import SamplingParams
 from clvp_fast.engine.persistent import MAX_ROWS, PersistentStep
@@ -30,13 +33,19 @@ from clvp_fast.engine.scheduler import Admission, Prefill, Step
 from clvp_fast.engine.step import ENTERED
 from clvp_fast.models.transformers_versions import CACHE
 
-CANDIDATES = {"cpu": (16, 1), "cuda": (256, 1, 64, 16)}
+CANDIDATES = {"cpu": (16, 1, 4, 64), "cuda": (256, 1, 64, 16)}
 TEXT_TOKENS, STORED = 60, 250
 SMOKE = (3, 5, 18)
 # The steps of a measurement, as many before `STORED` as after it; none of them makes a GPU wait.
 STEPS = {"cpu": 1, "cuda": 20}
 # Candidates of different tokens; the others repeat them.
 _DISTINCT = 2
+# The tokens that are entered behind those of a candidate, one at a time, to judge a step.
+_PROBES = 32
+# The groups that run in turns on a CPU with ours, and in other parties the others.
+_AMONG_OURS = ("ours", "onnx", "llama")
+# The most candidates on a CPU whose keys and values every provider of a party can have.
+_CROWD = 16
 
 
 def tasks(device: str, smoke: bool = False) -> Iterator[Task]:
@@ -50,15 +59,16 @@ def tasks(device: str, smoke: bool = False) -> Iterator[Task]:
 class Known:
     """The results of transformers' decoder in float32 for a prompt and distinct candidates.
 
-    prompt: `[prompt, hidden_size]`. tokens: `[distinct, stored + 1]`, the last one still to be entered. keys, values:
-        `[num_layers, distinct, num_heads, prompt + stored, head_dim]`. logits: `[distinct, vocab_size]` behind all
-        tokens.
+    prompt: `[prompt, hidden_size]`. tokens: `[distinct, stored]`. keys, values: `[num_layers, distinct, num_heads,
+        prompt + stored, head_dim]`. entered: `[distinct, probes]`, tokens that could come next. logits: `[distinct,
+        probes, vocab_size]` behind each of these.
     """
 
     prompt: torch.Tensor
     tokens: torch.Tensor
     keys: torch.Tensor
     values: torch.Tensor
+    entered: torch.Tensor
     logits: torch.Tensor
 
 
@@ -68,15 +78,35 @@ def known(device: str, smoke: bool, text_tokens: int, stored: int) -> Known:
 
     stock = stock_model(device, smoke=smoke)
     prompt = prompt_of(our_model(device, smoke=smoke), text_tokens, device)
-    tokens = torch.randint(0, 8192, (_DISTINCT, stored + 1), generator=torch.Generator().manual_seed(4)).to(device)
+    draw, shape = torch.Generator().manual_seed(4), (_DISTINCT, stored + _PROBES)
+    tokens, entered = torch.randint(0, 8192, shape, generator=draw).to(device).split([stored, _PROBES], 1)
     tokens[:, 0] = stock.config.decoder_config.bos_token_id
     filled = DynamicCache()
-    logits = stock_logits(stock, prompt.expand(_DISTINCT, -1, -1), tokens, filled)[:, -1]
-    length = len(prompt) + stored
-    keys, values = (
-        torch.stack([getattr(layer, name)[:, :, :length] for layer in filled.layers]) for name in ("keys", "values")
-    )
-    return Known(prompt, tokens, keys, values, logits)
+    stock_logits(stock, prompt.expand(_DISTINCT, -1, -1), tokens, filled)
+    keys, values = (torch.stack([getattr(layer, name) for layer in filled.layers]) for name in ("keys", "values"))
+    decoder, place = stock.speech_decoder_model, torch.tensor([[stored + 1]], device=device)
+    logits = []
+    for probe in entered.t():
+        logits.append(decoder(input_ids=probe[:, None], position_ids=place, **{CACHE: filled}).logits[:, 0])
+        filled.crop(-1)
+    return Known(prompt, tokens, keys, values, entered, torch.stack(logits, 1))
+
+
+def judged(step: Callable, device: str, smoke: bool, shape: dict, distinct: int = _DISTINCT) -> tuple[float, dict]:
+    """Return the largest distance of a step's logits from transformers' in float32, and its divergence from them.
+
+    step: tokens `[candidates]` to logits `[candidates, vocab_size]`, behind the same stored tokens at every call.
+    distinct: how many of the distinct candidates the step has.
+    """
+    found, candidates = known(device, smoke, shape["text_tokens"], shape["stored"]), shape["candidates"]
+    place = torch.arange(candidates, device=device)
+    results, exact = [], []
+    for first in range(0, _PROBES, max(1, candidates // distinct)):
+        which = place % distinct, (first + place // distinct) % _PROBES
+        results.append(step(found.entered[which]).clone())
+        exact.append(found.logits[which])
+    error = max(map(furthest_logit, results, exact))
+    return error, divergence(results, [logits.double() for logits in exact])
 
 
 class StoredCandidates:
@@ -130,7 +160,7 @@ class StoredCandidates:
             step, {"text": prompt}, {"text": SamplingParams(self.candidates, max_new_tokens=room, seed=0)}
         )
         self._enter(self.known)
-        self._tokens = self._repeated(self.known.tokens[:, -1])
+        self._tokens = self._repeated(self.known.entered[:, 0])
 
     def _repeated(self, distinct: torch.Tensor) -> torch.Tensor:
         return distinct[torch.arange(self.candidates, device=distinct.device) % _DISTINCT]
@@ -156,26 +186,28 @@ class StoredCandidates:
                 else:
                     target[table] = self._repeated(paged.view(torch.uint8))
 
-    def reset(self, stored: int) -> None:
-        """Let every candidate have `stored` tokens."""
+    def reset(self, stored: int, tokens: torch.Tensor | None = None) -> None:
+        """Let every candidate have `stored` tokens, and enter `tokens` `[candidates]` or the known ones next."""
         state = self.runner.slots.first(self.candidates)
         state["lengths"].fill_(stored)
         state["seq_lens"].fill_(stored)
-        state["token"].copy_(self._tokens)
+        state["token"].copy_(self._tokens if tokens is None else tokens)
+
+    @cached_property
+    def _one_launch(self) -> PersistentStep:
+        widths = (self.runner.slots.tensors[name].shape[1] for name in ("block_table", "prefix_table"))
+        return PersistentStep(self.runner.decoder, self.runner.pages, *widths)
 
     @torch.inference_mode()
-    def error(self) -> float:
-        """Return the largest distance of the step's logits from transformers'."""
-        self.reset(self.stored)
+    def logits(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return logits `[candidates, vocab_size]` behind `tokens` `[candidates]`."""
+        self.reset(self.stored, tokens)
         state, decoder = self.runner.slots.first(self.candidates), self.runner.decoder
         arguments = [state[name] for name in ENTERED]
         if self._persistent:
-            widths = (self.runner.slots.tensors[name].shape[1] for name in ("block_table", "prefix_table"))
-            _, logits = PersistentStep(decoder, self.runner.pages, *widths).step(*arguments)
-        else:
-            arrivals = torch.zeros(self.candidates, decoder.num_heads, dtype=torch.int32, device=decoder.device)
-            _, logits = decoder.step(*arguments, self.runner.pages, arrivals, self.runner.product_rows)
-        return furthest_logit(logits, self._repeated(self.known.logits))
+            return self._one_launch.step(*arguments)[1]
+        arrivals = torch.zeros(self.candidates, decoder.num_heads, dtype=torch.int32, device=decoder.device)
+        return decoder.step(*arguments, self.runner.pages, arrivals, self.runner.product_rows)[1]
 
     @torch.inference_mode()
     def run(self) -> None:
@@ -202,9 +234,8 @@ def _task(device: str, shape: dict, smoke: bool) -> Task:
         if tier.page_dtype is None and tier.weight_dtype is None and (device == "cpu" or tier == first):
             name = f"torch {tier.name}{', captured' if device == 'cuda' else ''}, no draw"
             makers[name] = partial(_torch, name, tier, device, shape, smoke)
-    for int8 in (False, True) if device == "cpu" else ():
-        name = f"ONNX Runtime {'dynamic int8' if int8 else 'float32'}, no draw"
-        makers[name] = partial(_onnx, name, int8, shape, smoke)
+    for rival in RIVALS if device == "cpu" else ():
+        makers[f"{rival.name}, no draw"] = partial(_process, rival, shape, smoke)
     for tier in TIERS[device]:
         # Keys and values of all providers lie on the device at once: the eager step is shown in the first tier.
         both = (True, False) if tier == first else (True,)
@@ -219,8 +250,22 @@ def _task(device: str, shape: dict, smoke: bool) -> Task:
         for capture in (True, False):
             name = f"{ONE_LAUNCH}, {'captured' if capture else 'eager'}"
             makers[name] = partial(_one_launch, name, device, shape, smoke, capture)
-    repeats = 1 if smoke else 20 if device == "cuda" else 10
-    return task("decode_step", shape, makers, repeats, absent, tokens=shape["candidates"])
+    repeats = 1 if smoke else 20 if device == "cuda" else 10 if shape["candidates"] <= _CROWD else 5
+    parties = _parties(list(makers), shape["candidates"]) if device == "cpu" else None
+    return task("decode_step", shape, makers, repeats, absent, parties=parties, tokens=shape["candidates"])
+
+
+def _parties(names: list[str], candidates: int) -> list[list[str]]:
+    """Return the names of those that run in turns on a CPU, so that 23 GiB of memory are enough for each party.
+
+    These are ours and some rivals, or the other rivals, with weights of as many bits; each alone where keys are many.
+    """
+    if candidates > _CROWD:
+        return [[name] for name in names]
+    parties = {}
+    for name in names:
+        parties.setdefault((bits(name), group_of(name) in _AMONG_OURS), []).append(name)
+    return list(parties.values())
 
 
 COMPILED = "transformers, static cache, torch.compile"
@@ -244,8 +289,9 @@ def _ours(
 
 
 def _timed(name: str, candidates: StoredCandidates, tier: Tier, device: str, shape: dict, smoke: bool) -> Provider:
-    counted = _counted(device, smoke, shape, tier)
-    return Provider(name, candidates.run, candidates.error(), tier.tolerance, STEPS[device], counted)
+    error, divergent = judged(candidates.logits, device, smoke, shape)
+    counted = _counted(device, smoke, shape, tier) | divergent
+    return Provider(name, candidates.run, error, tier.tolerance, STEPS[device], counted)
 
 
 def _dense(device: str, shape: dict, smoke: bool, dtype: torch.dtype, room: int) -> list[torch.Tensor]:
@@ -262,16 +308,27 @@ def _dense(device: str, shape: dict, smoke: bool, dtype: torch.dtype, room: int)
 
 
 def _rival(
-    name: str, run: Callable, device: str, shape: dict, smoke: bool, tier: Tier, replay: bool = False
+    name: str,
+    run: Callable,
+    device: str,
+    shape: dict,
+    smoke: bool,
+    tier: Tier,
+    replay: bool = False,
+    distinct: int = _DISTINCT,
 ) -> Provider:
     """Make a provider of `run(tokens)`, which gives logits; with `replay` it is timed as a CUDA graph."""
-    found = known(device, smoke, shape["text_tokens"], shape["stored"])
-    index = torch.arange(shape["candidates"], device=device) % _DISTINCT
-    tokens = found.tokens[index, -1]
-    error = furthest_logit(run(tokens), found.logits[index])
+    tokens = _entered(device, smoke, shape)
+    error, divergent = judged(run, device, smoke, shape, distinct)
     timed = captured(partial(run, tokens)) if replay else None
-    counted = _counted(device, smoke, shape, tier)
+    counted = _counted(device, smoke, shape, tier) | divergent
     return Provider(name, timed or partial(run, tokens), error, tier.tolerance, counted=counted)
+
+
+def _entered(device: str, smoke: bool, shape: dict) -> torch.Tensor:
+    """Return the tokens `[candidates]` of a timed step."""
+    found = known(device, smoke, shape["text_tokens"], shape["stored"])
+    return found.entered[torch.arange(shape["candidates"], device=device) % _DISTINCT, 0]
 
 
 def _transformers(device: str, shape: dict, smoke: bool) -> Provider:
@@ -318,10 +375,8 @@ def _compiled_transformers(device: str, shape: dict, smoke: bool) -> Provider:
         _rewind(cache, length)
         return step(tokens, positions[steps // 2])
 
-    found = known(device, smoke, shape["text_tokens"], stored)
-    index = torch.arange(shape["candidates"], device=device) % _DISTINCT
-    tokens = found.tokens[index, -1]
-    error = furthest_logit(at_stored(tokens), found.logits[index])
+    tokens = _entered(device, smoke, shape)
+    error, divergent = judged(at_stored, device, smoke, shape)
 
     @torch.no_grad()
     def run():
@@ -329,7 +384,7 @@ def _compiled_transformers(device: str, shape: dict, smoke: bool) -> Provider:
         for position in positions:
             step(tokens, position)
 
-    counted = _counted(device, smoke, shape, tier)
+    counted = _counted(device, smoke, shape, tier) | divergent
     return Provider(f"{COMPILED}, {tier.name}, no draw", run, error, tier.tolerance, steps, counted)
 
 
@@ -346,22 +401,34 @@ def _torch(name: str, tier: Tier, device: str, shape: dict, smoke: bool) -> Prov
     return _rival(name, decoder, device, shape, smoke, tier, device == "cuda")
 
 
-def _onnx(name: str, int8: bool, shape: dict, smoke: bool) -> Provider:
-    """Make a provider of ONNX Runtime; its row has the memory of its process, and how far 8 bits lead from float32."""
-    tier = next(t for t in TIERS["cpu"] if t.dtype == torch.float32 and (t.activation_dtype is not None) == int8)
-    keys, values = _dense("cpu", shape, smoke, tier.dtype, 0)
-    model, files = stock_model("cpu", smoke=smoke).speech_decoder_model, "smoke" if smoke else "full"
-    decoder = OnnxDecoder(model, keys, values, shape["stored"] + 1, int8=int8, name=files)
-    provider = _rival(name, decoder, "cpu", shape, smoke, tier)
+def process_of(rival: Rival, shape: dict, smoke: bool, settings: dict) -> DecoderProcess:
+    """Start a rival's process behind what the candidates of a shape have stored."""
+    if cpu_facts()["isa_forced"]:
+        raise Absent("its kernels cannot be held down to the instruction set of ours")
     found = known("cpu", smoke, shape["text_tokens"], shape["stored"])
-    index = torch.arange(shape["candidates"]) % _DISTINCT
-    logits, exact = decoder(found.tokens[index, -1]), found.logits[index].double()
-    counted = provider.counted | divergence([logits], [exact]) | {"peak_bytes": decoder.peak_bytes()}
-    return replace(provider, run=decoder.run, counted=counted)
+    places = torch.arange(shape["stored"])
+    stored = Stored(found.prompt, found.tokens, places + (places > 0), found.keys, found.values, shape["stored"] + 1)
+    layers = _layers(smoke)
+    return DecoderProcess(rival.module, layers, stored, shape["candidates"], kind=rival.kind, settings=settings)
 
 
-def _counted(device: str, smoke: bool, shape: dict, tier: Tier) -> dict:
-    """Count the bytes and operations that a step of a tier needs at least."""
+@cache
+def _layers(smoke: bool) -> TorchLayers:
+    return TorchLayers(stock_model("cpu", smoke=smoke).speech_decoder_model)
+
+
+def _process(rival: Rival, shape: dict, smoke: bool) -> Provider:
+    """Make a provider of a rival in a process of its own, whose peak memory its row has."""
+    settings = rival.settings(shape["candidates"])
+    decoder = process_of(rival, shape, smoke, settings)
+    provider = _rival(f"{rival.name}, no draw", decoder, "cpu", shape, smoke, rival.tier, distinct=rival.distinct)
+    counted = _counted("cpu", smoke, shape, rival.tier, rival.tier.weight_dtype)
+    of_process = {"process_bytes": decoder.peak_bytes(), "settings": settings}
+    return replace(provider, run=decoder.run, counted=provider.counted | counted | of_process)
+
+
+def _counted(device: str, smoke: bool, shape: dict, tier: Tier, head_dtype: torch.dtype | None = None) -> dict:
+    """Count the bytes and operations that a step of a tier needs at least; its head is of `head_dtype` or its dtype."""
     model = our_model(device, smoke=smoke).speech_decoder_model
     config, candidates = model.config, shape["candidates"]
     in_layers = sum(p.numel() for layer in model.model.decoder.layers for p in layer.parameters())
@@ -369,7 +436,7 @@ def _counted(device: str, smoke: bool, shape: dict, tier: Tier) -> dict:
     prompt = len(known(device, smoke, shape["text_tokens"], shape["stored"]).prompt)
     tokens = candidates * (shape["stored"] + 1) + prompt
     itemsize, page_itemsize = tier.dtype.itemsize, (tier.page_dtype or tier.dtype).itemsize
-    weights = in_layers * (tier.weight_dtype or tier.dtype).itemsize + head * itemsize
+    weights = in_layers * (tier.weight_dtype or tier.dtype).itemsize + head * (head_dtype or tier.dtype).itemsize
     key_values = 2 * tokens * config.num_hidden_layers * config.hidden_size * page_itemsize
     logits = 2 * candidates * config.vocab_size * itemsize
     attended = candidates * (shape["stored"] + 1 + prompt)

@@ -36,6 +36,7 @@ def _more_word_errors(row: dict) -> str:
 _MORE = (
     ("tokens/s", "tokens", lambda row: thousands(row["tokens"] / row["seconds"]["median"])),
     ("memory beyond weights, keys and values", "peak_bytes", _beyond),
+    ("memory of its process", "process_bytes", lambda row: f"{row['process_bytes'] / 2**20:.0f} MiB"),
     ("where the time goes", "parts", lambda row: ", ".join(f"{n} {seconds(part)}" for n, part in row["parts"].items())),
     ("logits off by", "logits_error", lambda row: f"{row['logits_error']:.1e}"),
     ("KL, nats a token", "kl", lambda row: f"{row['kl']:.1e}"),

@@ -4,6 +4,7 @@ A row is written for a provider that passed the workload's own check, with its e
 turns, so that a slow minute of the machine affects all of them. A missing one does not cost others their rows.
 """
 
+import gc
 import hashlib
 import json
 import subprocess
@@ -27,7 +28,10 @@ RESULTS = ROOT / "benchmarks/results"
 # The folders that a measurement depends on, without documents and results.
 SOURCES = ("benchmarks", "clvp_fast", "kernels", "csrc")
 # Packages of rivals, whose versions rows have where they are installed.
-RIVALS = ("flashinfer-python", "torchaudio", "flashmel", "asrfront")
+RIVALS = (
+    *("flashinfer-python", "torchaudio", "flashmel", "asrfront"),
+    *("onnxruntime", "openvino", "nncf", "llama_cpp_python", "ctranslate2"),
+)
 
 
 @dataclass
@@ -73,15 +77,28 @@ def task(
     repeats: int,
     absent: dict[str, str] | None = None,
     around: Callable[[], AbstractContextManager] = nullcontext,
+    parties: list[list[str]] | None = None,
     **counted,
 ) -> Task:
-    """Make a task whose rows are those of the providers that `makers` make; see `Task` and `measure`."""
+    """Make a task whose rows are those of the providers that `makers` make; see `Task` and `measure`.
+
+    parties: of names in `makers`. Those of a party are made and run in turns, and are gone before the next party is
+        made, as not all of them fit into memory together. None: they do.
+    """
     absent = absent or {}
 
     def rows() -> list[dict]:
-        with around():
-            providers, missing = made(makers)
-            return measure(workload, shape, providers, repeats, absent=absent | missing, **counted)
+        found, missing, told = [], {}, dict(absent)
+        for party in parties or [list(makers)]:
+            with around():
+                providers, gone = made({name: makers[name] for name in party})
+                told |= gone
+                found += measure(workload, shape, providers, repeats, absent=told, **counted)
+            missing, told = missing | told, {}
+            del providers
+            gc.collect()
+        found.sort(key=lambda row: list(makers).index(row["provider"]))
+        return _against_first([row | {"absent": missing} for row in found])
 
     def row(name: str) -> dict:
         if name in absent:
@@ -95,6 +112,17 @@ def task(
         return found[0] | {"alone": True, "ratio": None, "compared_with": next(iter(makers))}
 
     return Task(shape, rows, makers, repeats, absent, around, row)
+
+
+def _against_first(rows: list[dict]) -> list[dict]:
+    """Return the rows, those with a time compared with the first of them."""
+    first = next((row for row in rows if row["seconds"]), None)
+    return [
+        row | {"ratio": first["seconds"]["median"] / row["seconds"]["median"], "compared_with": first["provider"]}
+        if row["seconds"]
+        else row
+        for row in rows
+    ]
 
 
 def made(makers: dict[str, Callable[[], Provider]]) -> tuple[list[Provider], dict[str, str]]:

@@ -15,6 +15,9 @@ GROUPS = {
     "transformers": "transformers' own classes, as they are and compiled over a static cache",
     "flashinfer": "FlashInfer's decoding over pages, with and without a shared prefix",
     "onnx": "ONNX Runtime's CPU kernels, over a graph exported from torch, in a process of their own",
+    "openvino": "OpenVINO's CPU kernels, over the same graph, in a process of their own",
+    "llama": "llama.cpp's CPU kernels, over the same weights as GGUF, in a process of their own",
+    "ctranslate2": "CTranslate2's CPU kernels, over the same weights as its GPT-2, in a process of their own",
     "torchaudio": "torchaudio's MelSpectrogram",
     "flashmel": "flashmel's MelSpectrogram",
     "asrfront": "asrfront's features, on a CPU",
@@ -31,6 +34,14 @@ def group_of(name: str) -> str:
     """Return the group, a key of `GROUPS`, of a provider's name."""
     word = re.match(r"\w*", name)[0].lower()
     return word if word in GROUPS else "ours"
+
+
+def bits(words: str) -> int:
+    """Return the bits of most of a provider's weights, by its name and other words on it; 32 where they tell none."""
+    for found, pattern in ((8, r"int8|q8_0"), (16, r"float16")):
+        if re.search(pattern, words):
+            return found
+    return 32
 
 
 def parsed(words: str) -> tuple[str, ...]:

@@ -1,170 +1,72 @@
-"""CLVP's decode step in ONNX Runtime on a CPU, in float32 or with its dynamic quantisation, in a process of its own.
+"""CLVP's decode step in ONNX Runtime on a CPU: in float32, and in its two kinds of 8 bits.
 
-The graph is exported from the layers of `torch_decoder.py`. Stored keys and values are its inputs, and are attended to
-where they lie: a graph that appends to them copies all of them at every step. The weights are in files of the cache
-folder, one folder for each model. The two processes exchange lines of JSON, and arrays as files.
+`int8` is its dynamic quantisation: weights by channel, and activations by tensor as they come. `blocks` has weights
+in blocks of 32 and activations likewise, in products of 8 bits (`MatMulNBits` at accuracy level 4).
 """
 
-import json
-import subprocess
-import sys
-import tempfile
-import weakref
-from importlib.util import find_spec
 from pathlib import Path
 
-import numpy as np
-import torch
-
-from benchmarks.providers import Absent
-from benchmarks.rivals.torch_decoder import TorchLayers
-from clvp_fast.io.files import build_folder_once, cache_folder
+from benchmarks.rivals.serving import Job, serve
 
 PACKAGES = ("onnxruntime", "onnx", "onnxscript")
+# The settings that a sweep tries, by kind; the first are those of a run without a sweep.
+_SETTINGS = [
+    {"spinning": True, "prepacking": True},
+    {"spinning": False, "prepacking": True},
+    {"spinning": True, "prepacking": False},
+]
+SETTINGS = {"float32": _SETTINGS, "int8": _SETTINGS, "blocks": _SETTINGS}
 
 
-class OnnxDecoder:
-    """A decode step over existing keys, as `TorchDecoder`; `run` repeats the last one.
+def model_file(kind: str, layers, stored) -> Path:
+    """Return the graph of a kind, which is made where it is missing."""
+    from benchmarks.rivals.decoder_process import built
+    from benchmarks.rivals.onnx_graph import exported
 
-    Args:
-        model: a `ClvpForCausalLM` in float32.
-        keys, values: `[num_layers, candidates, num_heads, tokens, head_dim]`, without the token that is entered.
-        position: of the token that is entered, in the position table.
-        int8: weights and what they multiply are quantised to 8 bits, as `quantize_dynamic` does it.
-        name: of the model's files.
-
-    Raises:
-        Absent: a package is missing.
-    """
-
-    def __init__(self, model, keys: torch.Tensor, values: torch.Tensor, position: int, *, int8: bool, name: str):
-        if missing := [package for package in PACKAGES if find_spec(package) is None]:
-            raise Absent(f"not installed: {', '.join(missing)}")
-        self.layers = TorchLayers(model)
-        self.position = torch.tensor([position])
-        self._folder = tempfile.TemporaryDirectory()
-        for kind, stored in (("keys", keys), ("values", values)):
-            np.save(self._file(kind), stored.numpy())
-        graph = exported(self.layers, name) / ("int8.onnx" if int8 else "float32.onnx")
-        command = [sys.executable, "-m", __name__, str(graph), self._folder.name, str(torch.get_num_threads())]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        weakref.finalize(self, _end, self._process, self._folder)
-
-    def _file(self, kind: str) -> Path:
-        return Path(self._folder.name, f"{kind}.npy")
-
-    @torch.no_grad()
-    def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Return logits `[candidates, vocab_size]` behind `tokens` `[candidates]`."""
-        np.save(self._file("hidden"), self.layers.embedded(tokens, self.position).numpy())
-        self._ask("enter")
-        return torch.from_numpy(np.load(self._file("logits")))
-
-    def run(self) -> None:
-        self._ask("run")
-
-    def peak_bytes(self) -> int:
-        """Return the most memory that the process has had."""
-        return self._ask("peak")["bytes"]
-
-    def _ask(self, what: str) -> dict:
-        print(json.dumps(what), file=self._process.stdin, flush=True)
-        if not (answer := self._process.stdout.readline()):
-            raise RuntimeError(f"the process of ONNX Runtime ended with status {self._process.wait()}")
-        return json.loads(answer)
+    exact = exported(layers)
+    if kind == "float32":
+        return exact
+    quantise = {"int8": _dynamic, "blocks": _blocks}[kind]
+    return built(f"onnx-{kind}", layers, lambda folder: quantise(exact, folder / exact.name)) / exact.name
 
 
-def _end(process: subprocess.Popen, folder: tempfile.TemporaryDirectory) -> None:
-    process.stdin.close()
-    process.wait()
-    process.stdout.close()
-    folder.cleanup()
-
-
-def exported(layers: TorchLayers, name: str) -> Path:
-    """Return the folder with both graphs, which are made where it is missing."""
-    folder = cache_folder() / "rivals" / f"onnx-{name}"
-    if not folder.exists():
-        build_folder_once(folder, lambda scratch: _export(layers, scratch))
-    return folder
-
-
-class _Step(torch.nn.Module):
-    """The graph: a token's embedding, and stored keys and values, to logits and the token's own keys and values."""
-
-    def __init__(self, layers: TorchLayers):
-        super().__init__()
-        self.model, self.layers = layers.model, layers
-
-    def forward(self, hidden, keys, values):
-        new: list[tuple[torch.Tensor, torch.Tensor]] = []
-
-        def attend(index, q, k, v):
-            new.append((k, v))
-            q = q[:, :, None] * q.shape[-1] ** -0.5
-            k, v = k[:, :, None], v[:, :, None]
-            stored, own = q @ keys[index].transpose(-1, -2), (q * k).sum(-1, keepdim=True)
-            weights = torch.cat((stored, own), -1).softmax(-1)
-            return (weights[..., :-1] @ values[index] + weights[..., -1:] * v)[:, :, 0]
-
-        hidden = self.layers(hidden, attend)
-        return self.layers.logits(hidden), [k for k, _ in new], [v for _, v in new]
-
-
-@torch.no_grad()
-def _export(layers: TorchLayers, folder: Path) -> None:
+def _dynamic(exact: Path, target: Path) -> None:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    config = layers.model.config
-    heads, width, count = config.num_attention_heads, config.hidden_size, config.num_hidden_layers
-    # Of other objects than the keys: the exporter takes two arguments that are one tensor for one input.
-    keys, values = ([torch.zeros(3, heads, 5, width // heads) for _ in range(count)] for _ in range(2))
-    rows, tokens = torch.export.Dim("rows", min=1), torch.export.Dim("tokens", min=1)
-    shape = [{0: rows, 2: tokens}] * count
-    numbers = range(count)
-    torch.onnx.export(
-        _Step(layers).eval(),
-        (torch.zeros(3, width), keys, values),
-        folder / "float32.onnx",
-        input_names=["hidden", *(f"{kind} {n}" for kind in ("keys", "values") for n in numbers)],
-        output_names=["logits", *(f"new {kind} {n}" for kind in ("keys", "values") for n in numbers)],
-        dynamic_shapes=({0: rows}, shape, shape),
-        dynamo=True,
-        external_data=True,
-        verbose=False,
-    )
-    quantize_dynamic(
-        folder / "float32.onnx",
-        folder / "int8.onnx",
-        weight_type=QuantType.QInt8,
-        per_channel=True,
-        use_external_data_format=True,
-    )
+    quantize_dynamic(exact, target, weight_type=QuantType.QInt8, per_channel=True, use_external_data_format=True)
 
 
-def serve(graph: str, folder: str, threads: int) -> None:
-    """Answer the lines of stdin: `enter` the embeddings in a file, `run` the same again, or tell the `peak`."""
+def _blocks(exact: Path, target: Path) -> None:
+    import logging
+
+    import onnx
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+    from onnxruntime.quantization.onnx_model import ONNXModel
+
+    logging.getLogger(MatMulNBitsQuantizer.__module__).setLevel(logging.WARNING)
+    graph = ONNXModel(onnx.load(exact))
+    graph.replace_gemm_with_matmul()  # the quantiser leaves a Gemm as it is
+    quantizer = MatMulNBitsQuantizer(graph.model, bits=8, block_size=32, is_symmetric=True, accuracy_level=4)
+    quantizer.process()
+    quantizer.model.save_model_to_file(str(target), use_external_data_format=True)
+
+
+def load(job: Job):
+    """Return the step of `serve`."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-    feed = {}
-    for kind in ("keys", "values"):
-        feed |= {f"{kind} {n}": layer for n, layer in enumerate(np.load(Path(folder, f"{kind}.npy")))}
-    for line in sys.stdin:
-        answer = {}
-        if json.loads(line) == "peak":
-            status = Path("/proc/self/status").read_text()
-            answer["bytes"] = int(status.partition("VmHWM:")[2].split()[0]) * 1024
-        else:
-            if json.loads(line) == "enter":
-                feed["hidden"] = np.load(Path(folder, "hidden.npy"))
-            logits = session.run(None, feed)[0]
-            if json.loads(line) == "enter":
-                np.save(Path(folder, "logits.npy"), logits)
-        print(json.dumps(answer), flush=True)
+    options.intra_op_num_threads = job.threads
+    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(job.settings["spinning"])))
+    options.add_session_config_entry("session.disable_prepacking", str(int(not job.settings["prepacking"])))
+    session = onnxruntime.InferenceSession(job.model, options, providers=["CPUExecutionProvider"])
+    feed = {f"{kind} {n}": layer for kind in ("keys", "values") for n, layer in enumerate(job.dense(kind))}
+
+    def step(hidden):
+        return session.run(None, feed | {"hidden": hidden})[0]
+
+    return step
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+    serve(load)

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from benchmarks import conftest, document, front_page, plots, providers, report
+from benchmarks import ahead_document, conftest, document, front_page, plots, providers, report
 from benchmarks.harness import write_rows
 from benchmarks.run import WORKLOADS
 from clvp_fast.cli.parser import build_parser
@@ -29,7 +29,7 @@ def step(candidates, median, **more):
 @pytest.mark.parametrize(
     ("path", "make", "part"),
     report.DOCUMENTS,
-    ids=["gain", "README", "figures", "architecture", "benchmarks", "scaling"],
+    ids=["gain", "README", "figures", "architecture", "ahead", "benchmarks", "scaling"],
 )
 def test_documents_say_what_the_rows_say(path, make, part):
     text = path.read_text(encoding="utf-8")
@@ -79,6 +79,30 @@ def test_the_table_and_the_picture_of_the_front_page_show_the_rows(tmp_path):
     assert all(words in picture.read_text() for words in ("20.0 s", "5.0 s  (4.0x)", "AMD EPYC", "commit abc"))
     rows[0]["seconds"]["median"] = 30.0
     assert not front_page.is_current(front_page.drawing(rows), picture)
+
+
+def test_the_first_table_tells_where_a_rival_is_ahead():
+    shape = {"candidates": 1}
+    rows = [
+        row("decode_step", name, median=median, shape=shape)
+        for name, median in (
+            ("transformers float32, no draw", 5.0),
+            ("ONNX Runtime float32, no draw", 2.0),
+            ("llama.cpp float32, no draw", 1.0),
+            ("clvp_fast float32", 3.0),
+            ("llama.cpp float16, no draw", 1.0),  # within the spread of ours
+            ("clvp_fast bfloat16", 1.05),
+            ("clvp_fast bfloat16, int8 weights", 0.5),
+            ("clvp_fast float32, int8 weights", 0.7),
+            ("OpenVINO int8 weights, no draw", 0.6),
+        )
+    ]
+    rows.append(row("score", "transformers float32", median=1.0))  # nothing of ours to compare with
+    expected = "| AMD EPYC | decode_step, candidates 1 | 32 | llama.cpp float32, no draw | 1.00 s | clvp_fast float32"
+    assert ahead_document.table(rows).splitlines()[2:] == [f"{expected} | 3.00 s | 3.00x |"]
+    rows[6]["seconds"] = dict.fromkeys(("q20", "median", "q80"), 0.8)
+    assert "| 8 | OpenVINO int8 weights, no draw | 0.60 s |" in ahead_document.table(rows)
+    assert ahead_document.table(rows[4:7]) == "Nowhere, of what is measured."
 
 
 def test_the_picture_of_the_front_page_shows_what_the_rows_say():
@@ -138,10 +162,12 @@ def test_columns_stand_where_rows_have_what_they_say():
         row("end_to_end", tokens=8, parts={"features": 0.002, "decode": 1.5}),
         row("scheduler", slow_step_seconds=4e-5, late_over_early=1.02),
         row("score", fraction_of_limit=0.512),
+        row("decode_step", process_bytes=3 * 2**29),
     ]
     text = document.measured(rows, {})
     assert "| engine | 2.00 s (2.00 s to 2.20 s) | 1.50x | 1.0e-06 | 512 | 512 MiB |" in text
     assert "| features 2.00 ms, decode 1.50 s |" in text and "| 40.0 µs | 1.02 |" in text and "| 51.2% |" in text
+    assert "| memory of its process |" in text and "| 1536 MiB |" in text
 
 
 def test_bfloat16_stands_beside_its_ratio_to_float32_of_the_same_shape():

@@ -25,12 +25,25 @@ from benchmarks.providers import Absent, group_of, only
         ("FlashInfer, shared prefix", "flashinfer"),
         ("flashmel, no log, no norms", "flashmel"),
         ("ONNX Runtime float32, no draw", "onnx"),
+        ("OpenVINO int8 weights, no draw", "openvino"),
+        ("CTranslate2 int8, no draw", "ctranslate2"),
+        ("llama.cpp q8_0, no draw", "llama"),
         ("asrfront", "asrfront"),
         ("", "ours"),
     ],
 )
 def test_a_name_begins_with_its_group(name, group):
     assert group_of(name) == group
+
+
+def test_a_name_tells_the_bits_of_weights():
+    names = {
+        32: ("clvp_fast float32", "llama.cpp float32", "torch, compiled"),
+        16: ("torch bfloat16, no draw", "llama.cpp float16", "bfloat16, float8 pages"),
+        8: ("clvp_fast bfloat16, int8 weights", "llama.cpp q8_0", "ONNX Runtime blocks of int8"),
+    }
+    for bits, of_bits in names.items():
+        assert [providers.bits(name) for name in of_bits] == [bits] * 3
 
 
 def test_groups_are_read_in_one_order_and_forgotten_behind_the_run():
@@ -141,3 +154,31 @@ def test_versions_of_rivals_stand_in_rows_where_they_are_installed(monkeypatch):
     harness._versions_of_rivals.cache_clear()
     assert list(harness._versions_of_rivals()) == ["numpy"]
     harness._versions_of_rivals.cache_clear()
+
+
+def test_a_party_is_gone_before_the_next_is_made():
+    there = set()
+
+    class Run:
+        def __init__(self, name):
+            self.name = name
+            there.add(name)
+
+        def __call__(self):
+            assert there == {"a", "b"} if self.name in "ab" else there == {"c"}
+
+        def __del__(self):
+            there.discard(self.name)
+
+    def make(name):
+        if name.startswith("torch"):
+            raise Absent("not here")
+        return Provider(name, Run(name), 0.0, 1.0)
+
+    makers = {name: partial(make, name) for name in ("a", "c", "b", "torch x")}
+    rows = task("w", {}, makers, 2, {"torch y": "for a GPU"}, parties=[["a", "b"], ["torch x", "c"]]).rows()
+    assert [row["provider"] for row in rows] == ["a", "c", "b"] and not there
+    assert all(row["compared_with"] == "a" for row in rows)
+    first = rows[0]["seconds"]["median"]
+    assert [row["ratio"] for row in rows] == [first / row["seconds"]["median"] for row in rows]
+    assert all(row["absent"] == {"torch y": "for a GPU", "torch x": "not here"} for row in rows)

@@ -1,0 +1,148 @@
+"""A rival's decode step in a process of its own, and its weights in the cache folder.
+
+The two processes exchange lines of JSON, and arrays as files; `serving.py` is the other side.
+"""
+
+import hashlib
+import json
+import subprocess
+import sys
+import tempfile
+import weakref
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import torch
+
+from benchmarks.providers import Absent
+from benchmarks.rivals.serving import Job
+from benchmarks.rivals.torch_decoder import TorchLayers
+from clvp_fast.io.files import build_folder_once, cache_folder
+
+
+@dataclass
+class Stored:
+    """The tokens that the candidates of a text have behind them when a step begins, and their keys and values.
+
+    prompt: `[prompt, hidden_size]`, carrying its positions. tokens: `[distinct, stored]`, at places `positions`
+        `[stored]` of the position table. keys, values: of both, `[num_layers, distinct, num_heads, prompt + stored,
+        head_dim]`. position: of the token that is entered.
+    """
+
+    prompt: torch.Tensor
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+    position: int
+
+    def embedded(self, layers: TorchLayers) -> torch.Tensor:
+        """Return `[distinct, prompt + stored, hidden_size]`, carrying positions."""
+        distinct = len(self.tokens)
+        spoken = layers.embedded(self.tokens.flatten(), self.positions.repeat(distinct)).unflatten(0, (distinct, -1))
+        return torch.cat([self.prompt.expand(distinct, -1, -1), spoken], 1)
+
+    def save(self, layers: TorchLayers, folder: Path) -> None:
+        """Write arrays for any rival: keys and values, and the embeddings that these are of."""
+        for name, array in (("keys", self.keys), ("values", self.values), ("embedded", self.embedded(layers))):
+            np.save(folder / f"{name}.npy", array.numpy())
+
+
+class DecoderProcess:
+    """A decode step over what is stored, as `TorchDecoder`; `run` repeats the last one.
+
+    Args:
+        rival: a module of this folder, which serves a model's file when it is run. It has `PACKAGES`; `SETTINGS`, by
+            kind of weights those that a sweep tries, the first for a run without one; and a function
+            `model_file(kind, layers, stored)`.
+        layers: of a `ClvpForCausalLM` in float32.
+        stored: what candidates have behind them, of the distinct ones; the others repeat them.
+        candidates: how many.
+        kind: of the rival's weights, a key of its `SETTINGS`.
+        settings: of the rival.
+
+    Raises:
+        Absent: a package is missing.
+    """
+
+    def __init__(
+        self, rival: ModuleType, layers: TorchLayers, stored: Stored, candidates: int, *, kind: str, settings: dict
+    ):
+        require_packages(rival)
+        self.layers, self.position = layers, torch.tensor([stored.position])
+        self._name = rival.__name__
+        file = rival.model_file(kind, layers, stored)
+        self._folder = tempfile.TemporaryDirectory()
+        stored.save(layers, Path(self._folder.name))
+        threads = torch.get_num_threads()
+        job = Job(str(file), self._folder.name, candidates, len(stored.prompt), threads, settings)
+        command = [sys.executable, "-m", rival.__name__, json.dumps(asdict(job))]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.end = weakref.finalize(self, _end, self._process, self._folder)
+
+    @torch.no_grad()
+    def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return logits `[candidates, vocab_size]` behind `tokens` `[candidates]`."""
+        folder = Path(self._folder.name)
+        np.save(folder / "tokens.npy", tokens.numpy())
+        np.save(folder / "hidden.npy", self.layers.embedded(tokens, self.position).numpy())
+        self._ask("enter")
+        return torch.from_numpy(np.load(folder / "logits.npy"))
+
+    def run(self) -> None:
+        self._ask("run")
+
+    def peak_bytes(self) -> int:
+        """Return the most memory that the process has had."""
+        return self._ask("peak")["bytes"]
+
+    def _ask(self, what: str) -> dict:
+        try:
+            print(json.dumps(what), file=self._process.stdin, flush=True)
+            answer = self._process.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
+        if not answer:
+            raise RuntimeError(f"the process of {self._name} ended with status {self._process.wait()}")
+        return json.loads(answer)
+
+
+def _end(process: subprocess.Popen, folder: tempfile.TemporaryDirectory) -> None:
+    with suppress(BrokenPipeError):  # it has ended already
+        process.stdin.close()
+    process.wait()
+    process.stdout.close()
+    folder.cleanup()
+
+
+def require_packages(rival: ModuleType) -> None:
+    """Raise `Absent` where a package of the rival is missing."""
+    if missing := [name for name in rival.PACKAGES if find_spec(name) is None]:
+        raise Absent(f"not installed: {', '.join(missing)}")
+
+
+def require_one_norm(layers: TorchLayers, rival: str) -> None:
+    """Raise `Absent` where the two norms at the end cannot be made one, which is all that the rival has."""
+    first = layers.decoder.layer_norm
+    if any(float(x.min()) != float(x.max()) for x in (first.weight, first.bias)):
+        raise Absent(f"{rival} has one norm at the end, and this model's two cannot be made one")
+
+
+def built(name: str, layers: TorchLayers, build: Callable[[Path], None]) -> Path:
+    """Return the folder of this model in the cache, after `build` filled it if it did not exist.
+
+    name: of a rival and a kind of its weights.
+    """
+    return build_folder_once(cache_folder() / "rivals" / f"{name}-{_fingerprint(layers)}", build)
+
+
+def _fingerprint(layers: TorchLayers) -> str:
+    """Return eight hex digits that tell models apart: by their sizes, and the weights of the first layer's queries."""
+    weight = layers.qkv[0].numpy()
+    sizes = f"{len(layers.qkv)} {weight.shape} {layers.model.lm_head.weight.shape}"
+    return hashlib.sha256(sizes.encode() + weight.tobytes()).hexdigest()[:8]
