@@ -18,8 +18,10 @@ a layer, against 25.2 MB in 2-byte types. A float32 x is rounded to TF32, and th
 the weights are exact, the error of these two TF32 products is at most 2^-23 of a product, and mostly zero. The matrix
 unit truncates sums where float32 rounds, so that long ones shrink: each tile's begins at zero, and is added outside.
 
-A row's bits over int8 weights depend neither on the other rows nor on their number: a tile has 32 rows of weights at
-most whatever the rows of x, so that the instruction is always `mma.sync`, and sums run over the depth in one order.
+A row's bits depend neither on the other rows nor on their number, as long as sums are split into the same parts. Every
+tile over weights of one type sums the depth in one order, in one kind of instruction: `mma.sync`, or on Hopper `wgmma`
+and on Blackwell `tcgen05`, which take 64 rows of weights and the same depth whatever the number of columns, in which
+tiles differ. Over int8 weights a tile has 32 rows of weights at most, so that the instruction is always `mma.sync`.
 """
 
 from typing import NamedTuple
@@ -174,20 +176,20 @@ _INT8_MANY = {2: Tiles(32, 128, 128, 4, 3), 4: Tiles(32, 128, 64, 4, 3)}
 _INT8_ODD = {2: Tiles(32, 32, 64, 4, 4), 4: Tiles(16, 32, 32, 4, 4)}
 _FEW_PROGRAMS = 64  # GPUs have more multiprocessors than this: half the tile then makes twice as many programs
 # Over weights of the type of x, by bytes of an element and number of rows (up to), 2026-11, compiled without spills for
-# sm_80, sm_90 and sm_100 (docs/kernels.md); 2-byte types measured on an H200. Up to 64 rows, 32 weight rows a program
-# make 128 programs of a 4096 x 1024 matrix, in each of which 24 KB of weights and more are on their way. 64 weight rows
-# and more make `wgmma`.
+# sm_80, sm_90 and sm_100 (docs/kernels.md); 2-byte types of many rows measured on an H200. 64 weight rows and more make
+# `wgmma`, and a type has one BLOCK_K, so that a row's bits do not depend on the number of rows. Up to 32 rows, 48 KB of
+# weights are on their way in each of the 64 programs of a 4096 x 1024 matrix.
 _FEW, _BATCH, _MANY = 64, 1024, None
 _REGIMES = {
-    2: {_FEW: Tiles(32, 64, 128, 4, 4), _BATCH: Tiles(64, 128, 64, 4, 4), _MANY: Tiles(128, 128, 64, 8, 3)},
-    4: {_FEW: Tiles(32, 64, 64, 4, 4), _BATCH: Tiles(64, 64, 32, 4, 3), _MANY: Tiles(64, 128, 32, 8, 3)},
+    2: {_FEW: Tiles(64, 64, 64, 8, 6), _BATCH: Tiles(64, 128, 64, 4, 4), _MANY: Tiles(128, 128, 64, 8, 3)},
+    4: {_FEW: Tiles(64, 64, 32, 4, 6), _BATCH: Tiles(64, 64, 32, 4, 3), _MANY: Tiles(64, 128, 32, 8, 3)},
 }
-# Sizes that are not multiples of a tile or of 16 take registers for their masks and addresses.
-_ODD = {2: Tiles(64, 128, 32, 8, 4), 4: Tiles(64, 64, 32, 8, 3)}
+# Depths that are not multiples of a tile take registers for their masks and addresses.
+_ODD = {2: Tiles(64, 64, 64, 8, 4), 4: Tiles(64, 64, 32, 8, 3)}
 
 
 def _few_rows(tiles: Tiles, rows: int, stages: int) -> Tiles:
-    """Return `tiles` with only as many columns as the few rows of x need, and optionally with this number of stages."""
+    """Return `tiles` with only as many columns as the few rows of x need, and up to 32 with this number of stages."""
     columns = max(triton.next_power_of_2(rows), _FEWEST_COLUMNS)
     return tiles._replace(BLOCK_R=columns, num_stages=stages if columns <= 32 else tiles.num_stages)
 
@@ -202,8 +204,8 @@ def tiles_for(rows: int, columns: int, depth: int, parts: int, element_size: int
     regime = next((limit for limit in (_FEW, _BATCH) if rows <= limit), _MANY)
     tiles = _REGIMES[element_size][regime]
     if regime == _FEW:
-        return _few_rows(tiles, rows, 4 if element_size == 2 else 8)
-    return _ODD[element_size] if columns % 16 or depth % (64 * parts) else tiles
+        return _few_rows(tiles, rows, 7 if element_size == 2 else 6)
+    return _ODD[element_size] if depth % (64 * parts) else tiles
 
 
 def _int8_tiles(rows: int, columns: int, depth: int, parts: int, element_size: int) -> Tiles:

@@ -18,10 +18,10 @@ The second product of few rows has few tiles and a long sum, so the sum is split
 float32, and the last one to arrive adds all parts in order: this needs no extra launch, and gives the same bits every
 time. The first launch sets the counters of arrivals to 0. The number of parts depends only on the shape of W_out.
 
-A row's bits do not depend on the other rows as long as their number stays within one range: up to 64, 256 or 1024 rows,
-or more; over int8 weights up to 512 rows, or more. float32 products are made of three TF32 products each (`tf32x3`),
-which leaves an error of about 2^-21 of a product, and each tile's are added up outside of the matrix unit, which cuts
-its sums off (docs/kernels.md); Triton's default, one TF32 product, would leave 2^-11.
+A row's bits do not depend on the other rows as long as their number stays within one range: up to 256 rows, for which
+the second product is split, or more; over int8 weights up to 512 rows, or more. float32 products are made of three TF32
+products each (`tf32x3`), which leaves an error of about 2^-21 of a product, and each tile's are added up outside of the
+matrix unit, which cuts its sums off (docs/kernels.md); Triton's default, one TF32 product, would leave 2^-11.
 """
 
 from typing import NamedTuple

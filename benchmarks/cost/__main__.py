@@ -12,6 +12,7 @@ import triton
 
 from benchmarks.cost import calls, recording, tables
 from benchmarks.cost.devices import CHANGED, H200
+from benchmarks.cost.machine_code import MATRIX
 from benchmarks.cost.predicting import Predicted, predict
 from benchmarks.cost.recording import Launch
 from benchmarks.cost.work import Stored
@@ -33,11 +34,24 @@ def what(launch: Launch) -> str:
 
 
 def _tile(launch: Launch) -> list:
-    """Return the constants that a product was compiled with, on which the order of its sums depends."""
+    """Return the constants that a product was compiled with."""
     if launch.kernel != "_linear_kernel":
         return []
     names = "BLOCK_N", "BLOCK_R", "BLOCK_K", "PARTS", "PRECISION"
     return [*(launch.arguments[name] for name in names), launch.warps, launch.stages]
+
+
+def order(launch: Launch) -> list:
+    """Return what decides the order of a product's sums: depth of a tile, parts, precision, and the instruction.
+
+    Of the instruction's sizes only the depth would matter, which is one for a type.
+    """
+    if launch.kernel != "_linear_kernel":
+        return []
+    assert launch.code is not None
+    opcodes = {opcode for arm in launch.code.arms for opcode in arm.opcodes if opcode.startswith(MATRIX)}
+    names = sorted({opcode.split(".")[0] for opcode in opcodes})
+    return [*(launch.arguments[name] for name in ("BLOCK_K", "PARTS", "PRECISION")), *names]
 
 
 def step(candidates: int, deterministic: bool, num_layers: int | None = None) -> dict[str, Any]:
@@ -82,6 +96,7 @@ def _kind(number: int, launch: Launch, predicted: Predicted) -> dict[str, Any]:
         "number": number,
         "programs": launch.programs,
         "tile": _tile(launch),
+        "order": order(launch),
         "bytes": work.bytes,
         "cache_bytes": work.cache_bytes,
         "flop": work.flop,

@@ -89,7 +89,7 @@ def arms(sass: str) -> list[Arm]:
     found, first = [], 0
     for end in ends:
         here = (loop for loop in loops if first <= loop.first and loop.last <= end)
-        inside = tuple(sorted(here, key=lambda loop: loop.first))
+        inside = tuple(sorted(here, key=lambda loop: (loop.first, -loop.last)))
         opcodes = tuple(opcode for _, opcode, _ in code[first : end + 1])
         found.append(Arm(first, end + 1, inside, _arrival(code, first, end), opcodes))
         first = end + 1

@@ -16,6 +16,8 @@ from benchmarks.cost.recording import Launch
 
 # Rows and columns of a tile that a product of torch's library is taken to have.
 _LIBRARY_TILE = 128
+# Halvings and looks of a search for a threshold of `sample`, means of rows in float32 (docs/kernels.md).
+_HALVINGS, _LOOKS = 13.5, 1.5
 
 
 @dataclass(frozen=True)
@@ -152,11 +154,13 @@ def _attention(launch: Launch, stored: Stored) -> Work:
 
 def _sample(launch: Launch, stored: Stored) -> Work:
     given = launch.arguments
-    rounds = tuple(16 if name != "typical_p" else 0 for name in ("top_k", "top_p", "typical_p") if _is_on(given, name))
-    each = _arm(launch).issued(rounds)
-    barriers = 1 + 17 * sum(count > 0 for count in rounds) + 8
+    searches = ("top_k", "top_p", "typical_p")
+    # A row of a step has no typical_p: its code is passed by.
+    looks = [_LOOKS * (name != "typical_p") for name in searches if _is_on(given, name)]
+    each = _arm(launch).issued(tuple(count for look in looks for count in (look, _HALVINGS / _LOOKS)))
+    barriers = 1 + sum(count > 0 for count in looks) * (_HALVINGS + 2 * _LOOKS + 2) + 8
     moved = _nbytes(given["logits_ptr"], given["seen_ptr"])
-    return Work(0, moved, **_same(launch, each), waits=Waits(cache=4, barriers=barriers))
+    return Work(0, moved, **_same(launch, each), waits=Waits(cache=4, barriers=ceil(barriers)))
 
 
 def _is_on(given: dict[str, Any], name: str) -> bool:

@@ -269,7 +269,7 @@ class PagedDecoder:
             prefix_index,
             pages,
             arrivals,
-            Scratch(Blocks(len(tokens), product_rows).padded, self.device),
+            Scratch(len(tokens), self.device),
             product_rows,
         )
         with device_guard(self.device):
@@ -295,8 +295,7 @@ class PagedDecoder:
 
         Args:
             scratch: memory for at least as many rows; steps that share it run one after another.
-            product_rows: the rows of each product, whatever those of the step (`products.Blocks`); the scratch has room
-                for the next multiple.
+            product_rows: the most rows of a product, which is our own kernel's (`products.Blocks`); None: all rows.
         """
         tables = dict(
             block_table=block_table,

@@ -83,30 +83,24 @@ class Product:
 
 @dataclass(frozen=True)
 class Blocks:
-    """The rows that a step's products have.
+    """The rows of a step, and how many of them a product has at most.
 
-    A product chooses its tiles, and with them the order of its sums, by its number of rows. With a `size`, each call
-    has so many rows and is our own kernel's, which treats all of its tiles alike: so a row's bits depend neither on how
-    many rows a step has nor on its place among them. Rows behind those of the step hold what was there before, and
-    nobody reads their results.
+    With a `size`, each call is our own kernel's, which sums a row in one order for all numbers of rows up to there: so
+    a row's bits depend neither on how many rows a step has nor on its place among them. A step of more makes several
+    calls.
 
     Args:
         rows: of the step.
-        size: rows of a call; None: one call has the step's rows, and takes the product that is fastest for them.
+        size: the most rows of a call; None: one call has all rows, and takes the product that is fastest for them.
     """
 
     rows: int
     size: int | None = None
 
-    @property
-    def padded(self) -> int:
-        """The rows of tensors that products read and write."""
-        return self.rows if self.size is None else -(-self.rows // self.size) * self.size
-
     def product(
         self, product: Product, out: torch.Tensor, scratch: Scratch, x: torch.Tensor, **settings: Any
     ) -> BoundCall:
-        """Bind a product of `padded` rows; `settings` are those of `Product.bind`."""
+        """Bind a product of all rows; `settings` are those of `Product.bind`."""
         return self.bind(partial(product.bind, always=self.size is not None), out, scratch, x, **settings)
 
     def bind(
@@ -119,11 +113,11 @@ class Blocks:
         residual: torch.Tensor | None = None,
         **settings: Any,
     ) -> BoundCall:
-        """Bind calls that together have `padded` rows: `x`, `residual` and `out` `[padded, ...]`."""
-        if self.size is None:
+        """Bind calls that together have all rows: `x`, `residual` and `out` `[rows, ...]`."""
+        if self.size is None or self.rows <= self.size:
             return bind(out, scratch, x, residual=residual, **settings)
         calls = []
-        for first in range(0, self.padded, self.size):
+        for first in range(0, self.rows, self.size):
             some = slice(first, first + self.size)
             added = None if residual is None else residual[some]
             calls.append(bind(out[some], scratch, x[some], residual=added, **settings))

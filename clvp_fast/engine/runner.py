@@ -4,9 +4,9 @@ Only here host and device exchange data: the scheduler's changes go to the devic
 (`slots.py`), and the step's tokens come back after it. Within a step the host reads and decides nothing: a step is a
 list of calls, which is bound when a step of its kind first runs (`step.py`).
 
-The bits of a row: our operators compute each row independently of the others. Matrix products choose their tiles, and
-with them the order of sums, by the number of rows. On a GPU a `deterministic` runner, which is the default there, makes
-all products with our own kernel, those of a step with `PRODUCT_ROWS` rows a call, those of a prefill with
+The bits of a row: our operators compute each row independently of the others. Libraries' products choose their tiles,
+and with them the order of sums, by the number of rows. On a GPU a `deterministic` runner, which is the default there,
+makes all products with our own kernel, those of a step with `PRODUCT_ROWS` rows a call at most, those of a prefill with
 `PREFILL_ROWS` at least. On a CPU prompts are prefilled one by one, and the kernels of the native library need no more
 care; torch's products do not promise a row's bits in float32 (`decoder.min_rows`: a step is padded with inactive rows
 to a number from which they no longer change) and in float64: a `deterministic` step always has the rows of all slots.
@@ -22,7 +22,6 @@ import torch
 
 from clvp_fast.engine.decoder import PagedDecoder, min_rows
 from clvp_fast.engine.persistent import MAX_ROWS, PersistentStep
-from clvp_fast.engine.products import Blocks
 from clvp_fast.engine.sampling_params import SamplingParams
 from clvp_fast.engine.scheduler import Prefill, Step, batch_buckets
 from clvp_fast.engine.slots import SlotState, to_device
@@ -39,8 +38,8 @@ PREFILL_TOKENS = 8192
 # The fewest rows of a product of a deterministic prefill on a GPU: for all numbers above 1024, `kernels/linear.py` and
 # `mlp.py` have one tile and one order of sums.
 PREFILL_ROWS = 1152
-# The number of rows of each product of a deterministic step on a GPU: the candidates of Tortoise's largest presets.
-# docs/batch-invariance.md has what this costs other numbers.
+# The most rows of a product of a deterministic step on a GPU: for all numbers up to there `kernels/mlp.py` splits a sum
+# in the same way. Tortoise's largest presets have so many candidates.
 PRODUCT_ROWS = 256
 # The number of bound steps (by rows and settings) that are kept, a few hundred kilobytes each.
 MAX_BOUND = 32
@@ -163,7 +162,7 @@ class Runner:
         self._bound: dict[tuple, tuple[BoundCall, ...]] = {}
 
         rows = self._capacity = max(max_batch, self._min_rows)
-        self._scratch = Scratch(Blocks(rows, self.product_rows).padded, device)
+        self._scratch = Scratch(rows, device)
         self.slots = SlotState(
             rows,
             -(-max_new_tokens // page_size),

@@ -54,16 +54,17 @@ def bind_decoder(
 ) -> BoundStep:
     """Bind `PagedDecoder.step` to these tensors; `tables` are those of `paged_attention_decode`, with `arrivals`.
 
-    Products have the rows of `blocks`, and all others those of `tokens`.
+    Products are made in `blocks`.
     """
-    weights, rows, shape = decoder.weights, blocks.rows, (blocks.padded, decoder.hidden_size)
+    weights, rows = decoder.weights, blocks.rows
+    shape = rows, decoder.hidden_size
     residual, between = (scratch(name, *shape, dtype=decoder.residual_dtype) for name in ("residual", "between"))
     normed = scratch("normed", *shape, dtype=decoder.dtype)
-    logits = scratch("logits", blocks.padded, decoder.vocab_size, dtype=decoder.dtype)
+    logits = scratch("logits", rows, decoder.vocab_size, dtype=decoder.dtype)
     positions = scratch("positions", rows, dtype=seq_lens.dtype)
     calls = [
         *_positions(positions, seq_lens, decoder.contiguous_positions, scratch),
-        bind_embed(residual[:rows], scratch, tokens, positions, weights.token_table, weights.position_table),
+        bind_embed(residual, scratch, tokens, positions, weights.token_table, weights.position_table),
     ]
     for index, layer in enumerate(weights.layers):
         attended = scratch("attended", *shape, dtype=decoder.dtype)
@@ -73,10 +74,10 @@ def bind_decoder(
     first, second = weights.last_norm, weights.final_norm
     affines = {f"{name}{n}": x for n, norm in ((1, first), (2, second)) for name, x in vars(norm).items()}
     calls += [
-        bind_double_layer_norm((between[:rows], normed[:rows]), scratch, residual[:rows], **affines),
+        bind_double_layer_norm((between, normed), scratch, residual, **affines),
         blocks.product(weights.head, logits, scratch, normed),
     ]
-    return BoundStep(tuple(calls), normed[:rows], logits[:rows])
+    return BoundStep(tuple(calls), normed, logits)
 
 
 def _positions(positions: torch.Tensor, seq_lens: torch.Tensor, contiguous: bool, scratch: Scratch) -> list[BoundCall]:
@@ -104,13 +105,13 @@ def _attention(
     """Bind the norm of the residual, its projections, and attention over the pages in `stored`."""
     rows, heads = blocks.rows, layer.num_heads
     norm = dict(**vars(layer.input_norm), kind="layer")
-    calls = [bind_add_norm((None, normed[:rows]), scratch, residual[:rows], **norm)]
+    calls = [bind_add_norm((None, normed), scratch, residual, **norm)]
     projected = []
     for number, product in enumerate(layer.projections):
-        out = scratch(f"projection {number}", blocks.padded, len(product.weight), dtype=normed.dtype)
+        out = scratch(f"projection {number}", rows, len(product.weight), dtype=normed.dtype)
         calls.append(blocks.product(product, out, scratch, normed))
-        projected += out[:rows].view(rows, -1, heads, attended.shape[1] // heads).unbind(1)
-    calls.append(bind_paged_attention_decode(attended[:rows].view_as(projected[0]), scratch, *projected, **stored))
+        projected += out.view(rows, -1, heads, attended.shape[1] // heads).unbind(1)
+    calls.append(bind_paged_attention_decode(attended.view_as(projected[0]), scratch, *projected, **stored))
     return calls
 
 
@@ -124,17 +125,17 @@ def _behind_attention(
     normed: torch.Tensor,
 ) -> list[BoundCall]:
     """Bind the rest of a layer after attention, up to the next residual, which takes this one's place."""
-    rows, norm = blocks.rows, dict(**vars(layer.post_norm), kind="layer")
+    norm = dict(**vars(layer.post_norm), kind="layer")
     if attended.device.type == "cpu":  # here the product adds the residual; in the other case the norm does
         calls = [
             blocks.product(layer.out, between, scratch, attended, residual=residual),
-            bind_add_norm((None, normed[:rows]), scratch, between[:rows], **norm),
+            bind_add_norm((None, normed), scratch, between, **norm),
         ]
     else:
         out = scratch("out", *attended.shape, dtype=attended.dtype)
         calls = [
             blocks.product(layer.out, out, scratch, attended),
-            bind_add_norm((between[:rows], normed[:rows]), scratch, out[:rows], residual[:rows], **norm),
+            bind_add_norm((between, normed), scratch, out, residual, **norm),
         ]
     if layer.is_one_block:
         block = partial(bind_gelu_mlp, **layer.block())

@@ -1,7 +1,7 @@
-"""Products of one number of rows: what other rows hold, and how many there are, changes nothing.
+"""Products of a bounded number of rows: what other rows hold, and how many there are, changes nothing.
 
-Which kernel and tile each product of a deterministic step has on a GPU, at the real sizes, is compiled and compared in
-`tests/benchmarks/test_cost.py`; bits on a GPU are compared in `tests/gpu`.
+Which kernel each product of a deterministic step has on a GPU, and in which order it sums, is compiled and compared in
+`tests/benchmarks/test_cost.py`; bits of the kernel in `tests/ops`, on a GPU in `tests/gpu`.
 """
 
 import pytest
@@ -9,7 +9,7 @@ import torch
 
 from clvp_fast import CandidateEngine, ops
 from clvp_fast.engine import step as step_module
-from clvp_fast.engine.products import Blocks, Product
+from clvp_fast.engine.products import Product
 from clvp_fast.engine.runner import is_deterministic
 from clvp_fast.ops.binding import Scratch
 from tests.engine.test_decoder import prompts, tiny
@@ -37,11 +37,11 @@ class Poisoned(Scratch):
 
 
 def drawn(model, count: int, size: int | None, steps: int = 5) -> dict:
-    """Return tokens and hidden states of `count` candidates, with products of `size` rows."""
+    """Return tokens and hidden states of `count` candidates, with products of at most `size` rows."""
     driver = Driver(model, prompts(model), [GREEDY, SAMPLED, SAMPLED], max_batch=11, num_pages=200, states=True)
     runner = driver.runner
     runner.product_rows = size
-    runner._scratch = Poisoned(Blocks(runner._capacity, size).padded, runner.device)
+    runner._scratch = Poisoned(runner._capacity, runner.device)
     for slot in range(count):
         driver.admit(slot, KEYS[slot % 3], slot)
     for _ in range(steps):
@@ -89,7 +89,7 @@ def test_padded_prompts_store_what_others_store():
 
 
 def test_blocks_of_rows_in_the_interpreter():
-    """Compare Triton's kernels, alone in a block and in one of two blocks."""
+    """Compare Triton's kernels, alone and in a full block before another one."""
     model = tiny()
     with ops.backend("triton"):
         alone, together = drawn(model, 1, 4, steps=3), drawn(model, 6, 4, steps=3)
@@ -97,8 +97,8 @@ def test_blocks_of_rows_in_the_interpreter():
     assert len({tuple(tokens) for tokens, _ in together.values()}) > 3, "candidates differ"
 
 
-def test_every_product_has_the_rows_of_a_block(monkeypatch):
-    """Watch what a step binds: each product, in each layer and of the head, takes `size` rows."""
+def test_no_product_has_more_rows_than_a_block(monkeypatch):
+    """Watch what a step binds: each product, in each layer and of the head, is made in blocks of the step's rows."""
     seen: list[tuple[int, bool]] = []
     bind, block = Product.bind, step_module.bind_gelu_mlp
 
@@ -115,13 +115,13 @@ def test_every_product_has_the_rows_of_a_block(monkeypatch):
     model = tiny()
     driver = Driver(model, prompts(model), [GREEDY] * 3, max_batch=11)
     runner, layers = driver.runner, driver.runner.decoder.num_layers
-    for size, rows, calls in ((None, 5, 1), (4, 1, 1), (4, 4, 1), (4, 5, 2), (4, 11, 3)):
-        runner.product_rows, runner._scratch = size, Scratch(Blocks(11, size).padded, runner.device)
+    for size, rows, blocks in ((None, 5, {5}), (4, 1, {1}), (4, 4, {4}), (4, 5, {4, 1}), (4, 11, {4, 3})):
+        runner.product_rows, calls = size, 1 if size is None else -(-rows // size)
         seen.clear()
         runner._bind(rows, {})
         # Projections, the output and the feed-forward block of each layer, which may be two products; the head.
         assert len(seen) in (calls * (3 * layers + 1), calls * (4 * layers + 1))
-        assert set(seen) <= {(size or rows, size is not None), (size or rows, True)}
+        assert {count for count, _ in seen} == blocks and {always for _, always in seen} <= {size is not None, True}
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,6 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 # Calls in which sm_90 must use its asynchronous matrix instruction, and those among them that are too small for it.
 MATRIX = {
     "rotary_attention": ("bf16", "one query"),
-    "mlp": ("bfloat16, many rows", "-"),
     "paged_attention": ("prefill, 16 × 64, b", "-"),
     "window_attention": ("8 × 8", "-"),
 }
@@ -52,6 +51,9 @@ def test_every_configuration_compiles_without_spills(family, arch):
     # A row has the same bits over int8 weights for any number of rows: of one instruction, not of several.
     int8 = [row for row in rows if "int8" in row["call"] or (family == "linear" and " weights, " not in row["call"])]
     assert {row["matrix_instruction"] for row in int8} <= {"mma"}
+    if family in ("mlp", "linear"):
+        found = {row["matrix_instruction"] for row in rows if row not in int8}
+        assert found == {{80: "mma", 90: "wgmma", 100: "tcgen05"}[arch]}, "over other weights it has the same, too"
 
 
 def test_the_document_shows_the_rows():

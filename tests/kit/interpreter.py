@@ -1,4 +1,6 @@
-"""Triton's interpreter, repaired for tests: what NumPy 2.4 broke, and products of the same bits on every machine."""
+"""Triton's interpreter, repaired for tests: what NumPy 2.4 broke, sums of a product that are rounded once, and
+products of the same bits on every machine.
+"""
 
 import numpy as np
 
@@ -22,7 +24,14 @@ def repair() -> None:
             return create_dot(self, a, b, d, precision, *others)
         return interpreter.TensorHandle(summed(a.data, b.data, d.data, precision.name), d.dtype.scalar)
 
+    def fma(self, x, y, z):
+        # Triton's own rounds the product too, which a GPU does not. In float64 a product of two float32 is exact.
+        with np.errstate(invalid="ignore"):
+            wide = x.data.astype(np.float64) * y.data + z.data
+        return interpreter.TensorHandle(wide.astype(z.data.dtype), z.dtype.scalar)
+
     interpreter._patch_lang_tensor = patched
+    interpreter.InterpreterBuilder.create_fma = fma
     interpreter.InterpreterBuilder.create_dot = dot
 
 

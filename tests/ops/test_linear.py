@@ -207,6 +207,23 @@ def test_a_row_has_the_bits_that_it_has_alone_at_odd_sizes(backend, dtype):
     check_bits(backend, args, [slice(139 - count, -1) for count in (1, 17, 40, 65, 129)])
 
 
+@pytest.mark.parametrize("sizes", [(256, 80), (200, 70)], ids=["even", "odd"])
+@on(*TRITON, types="dtype")
+def test_a_row_has_the_same_bits_for_every_number_of_rows(backend, dtype, sizes):
+    """Compare every tile over weights of the type of x, those of a step of each size and those of a prefill."""
+    x, weight, bias, _ = operands((1100,), *sizes, dtype, device=backend.device)
+
+    def product(rows):
+        out = x.new_empty(rows, len(weight))
+        kernels.linear(x[:rows], weight, None, bias, "gelu_new", out=out)
+        return out
+
+    whole = product(len(x))
+    for rows in (1, 4, 16, 33, 64, 256):
+        assert torch.equal(product(rows), whole[:rows]), rows
+    assert len({row.tobytes() for row in whole[:256].float().cpu().numpy()}) == 256
+
+
 @INT8
 @on("cpu", types="dtype")
 def test_a_row_has_the_bits_that_it_has_alone_on_a_cpu(backend, dtype, int8):

@@ -198,7 +198,7 @@ def test_all_is_written_and_nothing_else(backend, dtype, name, inner):
 @NAMES
 @on(*TRITON, types="dtype")
 def test_bits(backend, dtype, name):
-    """Get the same bits twice, and for a row alone and among sixteen others."""
+    """Get the same bits twice, and for a row alone and among others of each tile up to 256 rows."""
     tensors, residual = arguments(name, dtype, (17,), inner=512, device=backend.device)
     run = OPERATORS[name][0]
     whole = run(*tensors, residual=residual)
@@ -206,8 +206,9 @@ def test_bits(backend, dtype, name):
     for row in (0, 9, 16):
         alone = run(tensors[0][row : row + 1], *tensors[1:], residual=residual[row : row + 1])
         assert torch.equal(alone[0], whole[row])
-    more, added = (t.repeat(3, 1)[:40] for t in (tensors[0], residual))
-    assert torch.equal(run(more, *tensors[1:], residual=added)[:17], whole)
+    more, added = (t.repeat(16, 1)[:256] for t in (tensors[0], residual))
+    for rows in (40, 64, 256):
+        assert torch.equal(run(more[:rows], *tensors[1:], residual=added[:rows])[:17], whole), rows
 
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_new", "quick_gelu", "silu", "relu"])
