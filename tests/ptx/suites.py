@@ -89,8 +89,8 @@ def _executed_hash(kernel: str, target: int) -> str | None:
 
 
 def instructions_of(ptx: str) -> str:
-    """Return PTX without comments and lines of the source, and names without the hash of the source's path."""
-    lines = (line for line in ptx.splitlines() if not line.lstrip().startswith((".loc", "//")))
+    """Return PTX without comments and places in the source, and names without the hash of the source's path."""
+    lines = (line for line in ptx.splitlines() if not line.lstrip().startswith((".file", ".loc", "//")))
     return re.sub(r"(_GLOBAL__N__)\w{8}(_\w+?_cu_)\w{8}", r"\1\2", "\n".join(lines))
 
 

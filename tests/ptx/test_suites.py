@@ -51,6 +51,7 @@ def test_a_source_is_its_code_alone(monkeypatch, tmp_path):
 
 
 PTX = """// {0}
+	.file	1 "/{0}/csrc/cuda/log_mel.cu"
 .entry _ZN9clvp_fast43_GLOBAL__N__{0}0f1ce0_10_log_mel_cu_{0}002ba57log_melILi256EsEEv17clvp_fast_log_mel(
 	.loc	1 {0} 5, function_name $L__info_string{0}, inlined_at 1 60 5
 	// begin inline asm
