@@ -4,7 +4,7 @@ core: those of core_sm80.txt and core_sm90.txt, and all of each kernel whose sou
 check: all of every kernel on every target. A kernel whose tests passed gets its row in checked.jsonl; called again, it
 goes on with those whose source, tests or emulator are not those of their row.
 mutate: plants faults in the kernels of these files, tells which its tests see, and replaces the rows of these kernels
-in mutated.jsonl; called again, it goes on. With --again, it tries those that survived on all tests of the kernel.
+in mutated.jsonl; called again, it goes on. With --again, it tries those at open places on all tests of the kernel.
 """
 
 import argparse
@@ -110,13 +110,14 @@ def mutate(kernels: list[str], targets: list[int], seconds: float, again: bool) 
             print(f"sm_{target} {kernel:<18}skipped: {reason}", flush=True)
             continue
         failed |= not _plant(kernel, target, folder, seconds / len(todo), again)
+        _survey(folder, kernel, target)
+    if not seconds:
         _survey(folder)
-    _survey(folder)
     return failed
 
 
 def _plant(kernel: str, target: int, folder: Path, seconds: float, again: bool) -> bool:
-    """Try faults of one kernel on its core tests (again: those that survived, on all of its tests); return success."""
+    """Try faults of one kernel on its core tests (again: those at open places, on all of its tests); return success."""
     mine = tuple(suites.files(kernel))
     tests = mine if again else [line for line in suites.core(80) if line.startswith(mine)]
     file = folder / f"{kernel}-sm_{target}-{suites.source_hash(kernel, target)}.jsonl"
@@ -128,8 +129,11 @@ def _plant(kernel: str, target: int, folder: Path, seconds: float, again: bool) 
     return not run.returncode
 
 
-def _survey(folder: Path) -> None:
-    """Merge what the folder has of the present sources into the committed rows on faults, and tell what is open."""
+def _survey(folder: Path, *told) -> None:
+    """Merge what the folder has of the present sources into the committed rows on faults.
+
+    told: the kernel and target whose share and open places are printed; of all by default.
+    """
     found = {}
     for path in sorted(folder.glob("*.jsonl")):
         kernel, target, source = path.stem.split("-")
@@ -137,13 +141,14 @@ def _survey(folder: Path) -> None:
             found[kernel, target, source] = list(mutants.latest(path).values()), mutants.counted(path)
     rows = mutants.merged(suites.faults(), mutants.survey(found))
     suites.write_faults(mutants.explained(rows, mutants.reasons_of_survivors()))
-    for kernel, target, _ in found:
+    for kernel, target in [(told[0], f"sm_{told[1]}")] if told else sorted({name[:2] for name in found}):
         mine = [row for row in suites.faults() if (row["kernel"], row["target"]) == (kernel, target)]
         names = ("faults", "of", "seen", "places", "seen_places")
         counts = [sum(row[name] or 0 for row in mine) for name in names]
-        left = [f"{at} ({row['kind']})" for row in mine for at in row["open"]]
         print("{} {}: {} of {} faults, {} seen; {} places, {} seen".format(target, kernel, *counts), flush=True)
-        print(f"    open: {', '.join(left) or 'none'}", flush=True)
+        for row in mine:
+            for at, text in row["open"].items():
+                print(f"    open: {at} {row['kind']}: {text}", flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -153,7 +158,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--arch", type=int, nargs="+", default=suites.TARGETS, help="compute capabilities")
     parser.add_argument("--seconds", type=float, default=3600, help="mutate: for all; 0: only write rows and page")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--again", action="store_true", help="check: what passed too; mutate: what survived")
+    parser.add_argument("--again", action="store_true", help="check: what passed too; mutate: what is open")
     arguments = parser.parse_args(argv)
     if arguments.what == "core":
         return not all([core(target, arguments.workers) for target in arguments.arch])

@@ -103,10 +103,11 @@ def _width(i: Instruction) -> int:
     return BITS[i.op[-1]] // 8 * count
 
 
-def drawn(left: list[Mutant], tried: Counter, rng: random.Random) -> Iterator[Mutant]:
+def drawn(left: list[Mutant], tried: Counter, seen: set, rng: random.Random) -> Iterator[Mutant]:
     """Yield faults: of each kernel in turn, of each kind with the same chance, at a place that had the fewest.
 
-    tried: the faults that a kind has had at a place; those that are yielded are added.
+    tried: the faults that a kind has had at a place; those that are yielded are added. seen: kinds and places of which
+    a test has seen a fault, perhaps added meanwhile: they come after the others, as one fault is enough.
     """
     kernels: dict[str, dict[str, list[Mutant]]] = {}
     for mutant in left:
@@ -114,11 +115,13 @@ def drawn(left: list[Mutant], tried: Counter, rng: random.Random) -> Iterator[Mu
     while any(kernels.values()):
         for kinds in filter(None, kernels.values()):
             what = rng.choice(sorted(kinds))
-            places = [(tried[what, mutant.instruction.where], rng.random()) for mutant in kinds[what]]
-            mutant = kinds[what].pop(places.index(min(places)))
+            places = [(what, mutant.instruction.where) for mutant in kinds[what]]
+            ranks = [(place in seen, tried[place], rng.random()) for place in places]
+            first = ranks.index(min(ranks))
+            tried[places[first]] += 1
+            mutant = kinds[what].pop(first)
             if not kinds[what]:
                 del kinds[what]
-            tried[what, mutant.instruction.where] += 1
             yield mutant
 
 

@@ -134,14 +134,22 @@ def test_faults_are_drawn_evenly():
     left += [fault("k", "offset shifted", "norm.py:9:9") for _ in range(60)]
     left += [fault("l", "comparison", "norm.py:8:8") for _ in range(60)]
     tried = Counter({("comparison", "norm.py:0:1"): 5})
-    order = list(islice(drawn(left, tried, random.Random(0)), 100))
+    order = list(islice(drawn(left, tried, set(), random.Random(0)), 100))
     assert [one.program.kernel.name for one in order] == ["k", "l"] * 50
     kinds = Counter(one.what for one in order[::2])
     assert kinds.keys() == {"comparison", "offset shifted"} and min(kinds.values()) > 15
     places = [one.instruction.where for one in order[::2] if one.what == "comparison"]
     assert Counter(places[:10]) == {"norm.py:1:1": 5, "norm.py:2:1": 5}
     assert max(Counter(places[10:]).values()) - min(Counter(places[10:]).values()) <= 1
-    assert len(list(drawn(left, Counter(), random.Random(0)))) == len(left)
+    assert len(list(drawn(left, Counter(), set(), random.Random(0)))) == len(left)
+
+
+def test_places_where_a_fault_was_seen_come_last():
+    left, seen = [fault("k", "comparison", f"norm.py:{i % 3}:1") for i in range(60)], set()
+    faults = drawn(left, Counter(), seen, random.Random(0))
+    seen.add(("comparison", next(faults).instruction.where))
+    rest = [("comparison", one.instruction.where) in seen for one in faults]
+    assert rest == [False] * 40 + [True] * 19
 
 
 def test_each_reason_names_a_survivor():
