@@ -4,7 +4,7 @@ core: those of core_sm80.txt and core_sm90.txt, and all of each kernel whose sou
 check: all of every kernel on every target. A kernel whose tests passed gets its row in checked.jsonl; called again, it
 goes on with those whose source, tests or emulator are not those of their row.
 mutate: plants faults in the kernels of these files, tells which its tests see, and replaces the rows of these kernels
-in mutated.jsonl; called again, it goes on. With --again, it tries those at open places on all tests of the kernel.
+in mutated.jsonl; called again, it goes on. With --again, it tries faults at places where none was seen on all tests.
 """
 
 import argparse
@@ -117,7 +117,7 @@ def mutate(kernels: list[str], targets: list[int], seconds: float, again: bool) 
 
 
 def _plant(kernel: str, target: int, folder: Path, seconds: float, again: bool) -> bool:
-    """Try faults of one kernel on its core tests (again: those at open places, on all of its tests); return success."""
+    """Try faults of one kernel on its core tests, or again, where none was seen, on all; return success."""
     mine = tuple(suites.files(kernel))
     tests = mine if again else [line for line in suites.core(80) if line.startswith(mine)]
     file = folder / f"{kernel}-sm_{target}-{suites.source_hash(kernel, target)}.jsonl"
@@ -158,7 +158,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--arch", type=int, nargs="+", default=suites.TARGETS, help="compute capabilities")
     parser.add_argument("--seconds", type=float, default=3600, help="mutate: for all; 0: only write rows and page")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--again", action="store_true", help="check: what passed too; mutate: what is open")
+    parser.add_argument("--again", action="store_true", help="check: what passed too; mutate: what no test saw")
     arguments = parser.parse_args(argv)
     if arguments.what == "core":
         return not all([core(target, arguments.workers) for target in arguments.arch])

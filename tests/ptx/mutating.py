@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from _pytest.runner import runtestprotocol
 
-from tests.ptx.mutants import Mutant, drawn, key, latest, mutants, reasons_of_survivors
+from tests.ptx.mutants import Mutant, drawn, key, latest, mutants
 from tests.ptx.plugin import OPTIONS, REPORTS
 
 # A fault may make a loop endless: the limit is this multiple of the test's instructions without it.
@@ -30,7 +30,7 @@ def pytest_addoption(parser):
     )
     group.addoption("--ptx-seconds", type=float, default=600, help="how long faults are drawn, in CPU seconds")
     group.addoption("--ptx-seed", type=int, default=0)
-    group.addoption("--ptx-again", action="store_true", help="try the faults of FILE at open places, no others")
+    group.addoption("--ptx-again", action="store_true", help="try the faults of FILE at places where none was seen")
 
 
 @dataclass
@@ -87,8 +87,7 @@ def pytest_runtestloop(session):
     tried = Counter((row["fault"][3], row["where"]) for row in known.values())
     found = {(row["fault"][3], row["where"]) for row in known.values() if row["seen"]}
     if config.option.ptx_again:
-        closed = found | {reason[1:] for reason in reasons_of_survivors() if reason[0] == file.name.split("-")[0]}
-        left = [one for one in faults if key(one) in known and (one.what, one.instruction.where) not in closed]
+        left = [one for one in faults if key(one) in known and (one.what, one.instruction.where) not in found]
     else:
         left = [one for one in faults if key(one) not in known]
     end = time.process_time() + config.option.ptx_seconds
