@@ -137,7 +137,7 @@ ptx-core: $(RUNTIME_STAMP)
 ptx-check: $(RUNTIME_STAMP)
 	$(PY) -m tests.ptx check $(PTX_ARGS) --workers $(TEST_WORKERS)
 
-# Faults planted in compiled kernels for SECONDS, into out/ptx-mutants: which their tests see. Called again, it goes on.
+# Faults planted in compiled kernels for SECONDS: which their tests see, into tests/ptx/mutated.jsonl. Called again, it goes on.
 ptx-mutate: $(RUNTIME_STAMP)
 	$(PY) -m tests.ptx mutate $(PTX_ARGS) --seconds $(SECONDS)
 

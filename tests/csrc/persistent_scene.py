@@ -91,9 +91,9 @@ def made_of(scene):
     return scene["decoder"], scene["pages"], scene["block_table"].shape[1], scene["prefix_table"].shape[1]
 
 
-def scene_of_width(hidden, inner, rows, dtype=torch.float16):
-    """Make a scene of one layer of these widths, whose vocabulary is no multiple of anything."""
-    sizes = dict(hidden_size=hidden, num_attention_heads=hidden // 64, n_inner=inner, num_hidden_layers=1)
+def scene_of_width(hidden, inner, rows, dtype=torch.float16, layers=1):
+    """Make a scene of layers of these widths, whose vocabulary is no multiple of anything."""
+    sizes = dict(hidden_size=hidden, num_attention_heads=hidden // 64, n_inner=inner, num_hidden_layers=layers)
     return scene_of(decoder_of(dtype, vocab_size=301, **sizes), rows)
 
 
@@ -152,13 +152,14 @@ def hold_rows_to_themselves(run, scene, together):
             assert all(torch.equal(mine[0], other[n]) for mine, other in zip(alone, together, strict=True)), n
 
 
-def full_table(stored, monkeypatch):
+def full_table(stored, monkeypatch, prefix=96):
     """Give a scene whose first row has no place for its new token, which the decoder's own step omits too.
 
-    128 keys fill both tables: one more would be a second part of every head, for which there is no room.
+    Both tables are full. With a prefix of 96 there are 128 keys: one more would be a second part of every head, for
+    which there is no room; with fewer, it would be among the others.
     """
-    scene = scene_of(decoder_of(torch.bfloat16), [(32, 0), (5, 0)], [96])
-    for name, width in (("block_table", 2), ("prefix_table", 6)):
+    scene = scene_of(decoder_of(torch.bfloat16), [(32, 0), (5, 0)], [prefix])
+    for name, width in (("block_table", 2), ("prefix_table", prefix // PAGE_SIZE)):
         scene[name] = scene[name][:, :width].contiguous()
     scene["seq_lens"][0] = stored
 

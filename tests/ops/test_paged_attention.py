@@ -155,7 +155,10 @@ def test_decode_in_torch(backend, dtype, prefix):
 @pytest.mark.parametrize("prefix", [False, True])
 @on("cpu", *TRITON, types="dtype")
 def test_decode(backend, dtype, prefix):
+    """Let own keys take longer than those of a prefix, whose programs are then not the last, and less long."""
     check_decode(backend, step(dtype, prefix_lens=PREFIX_LENS if prefix else None, device=backend.device))
+    if prefix:
+        check_decode(backend, step(dtype, [0, 3, 1], [9, 250], [1, 0, 1], device=backend.device))
 
 
 @pytest.mark.parametrize("dim", [64, 80, 96, 128])
@@ -165,6 +168,7 @@ def test_decode_widths_and_pages_of_32(backend, dtype, dim):
         backend,
         step(dtype, [31, 32, 33, 64], [65, 32], [1, 0, -1, 1], heads=1, dim=dim, page=32, device=backend.device),
     )
+    check_decode(backend, step(dtype, [0, 40, -1], [250], [0, -1, 0], heads=1, dim=dim, page=32, device=backend.device))
 
 
 @pytest.mark.parametrize("dim", [16, 48, 64, 80, 96, 128])
@@ -378,3 +382,5 @@ def check_float8(backend, call, reference, args):
 @on(*TRITON, types="dtype")
 def test_float8_pages(backend, dtype):
     check_float8(backend, decode, decode_reference, step(dtype, device=backend.device))
+    step_of_long_prefix = step(dtype, [0, 3, 1], [9, 250], [1, 0, 1], device=backend.device)
+    check_float8(backend, decode, decode_reference, step_of_long_prefix)

@@ -111,7 +111,7 @@ def test_pages_and_requests_out_of_range_are_skipped(backend):
     args = step(
         lengths=[20, 20, 20, 20, 20, 20],
         prefix_lens=[20, 1000, 5],
-        index=[0, 0, 7, -9, 1, 2],
+        index=[0, 0, 3, -9, 1, 2],
         heads=1,
         device=backend.device,
     )
@@ -122,11 +122,11 @@ def test_pages_and_requests_out_of_range_are_skipped(backend):
         guarded[-1].tensor.copy_(args[i])
         args[i] = guarded[-1].tensor
     table, lengths, prefix_table = args[5], args[6], args[7]
-    table[0, 1] = 2**30  # where the new token belongs
+    table[0, 1] = len(before)  # where the new token belongs
     table[1, 0] = -1
     lengths[2] = 2**30  # past the table: its new token has no place
     lengths[3] = table.shape[1] * 16
-    prefix_table[2, 0] = 100
+    prefix_table[2, 0] = len(before)
     written = table[[1, 4, 5], 1].long()
     out = decode(args)
     assert torch.isfinite(out).all()
@@ -135,6 +135,22 @@ def test_pages_and_requests_out_of_range_are_skipped(backend):
     assert torch.equal(changed, written.sort().values)
     for memory in guarded:
         memory.check("pages")
+
+
+@on("cpu", *TRITON)
+def test_any_page_may_be_the_first(backend):
+    """Move pages round, so that the first holds stored tokens, the new one, or those of a prefix."""
+    args = step(lengths=[20, 5], prefix_lens=[20], index=[0, -1], heads=1, device=backend.device)
+    whole = copied(args)
+    expected = decode(whole)
+    for page in (args[5][0, 0], args[5][0, 1], args[7][0, 0]):
+        moved = copied(args)
+        for i in (3, 4):
+            moved[i] = moved[i].roll(-page.item(), 0)
+        for i in (5, 7):
+            moved[i] = (moved[i] - page) % len(args[3])
+        assert torch.equal(decode(moved), expected)
+        assert all(torch.equal(moved[i], whole[i].roll(-page.item(), 0)) for i in (3, 4))
 
 
 @on("cpu", *TRITON)

@@ -180,12 +180,15 @@ def test_float32_angles_rotate_in_float32(backend, dtype):
 
 @on(*TRITON, types="dtype", among=HALF_TYPES)
 def test_rotation_is_rounded_once(backend, dtype):
-    """Seen through one key, whose value comes out as it was rotated."""
+    """Seen through one key, whose value comes out as it was rotated; then the same code over many keys."""
     qkv, angles = inputs(1, 1, 128, 128, B=12, H=1, dtype=dtype, angle_batch=12, device=backend.device)
     out = rotary_attention(*qkv, **angles)
     exact = attend("reference", *map(wide, qkv), **{name: wide(x) for name, x in angles.items()})
     assert (out == exact.to(dtype)).double().mean() > 0.999
     check(backend, qkv, **{name: x.to(dtype) for name, x in angles.items()})
+    qkv, angles = inputs(1, 100, 128, 128, B=2, H=1, dtype=dtype, angle_batch=2, device=backend.device)
+    for kind in (torch.float32, dtype):
+        check(backend, qkv, **{name: x.to(kind) for name, x in angles.items()})
 
 
 @on(*PLAIN)
@@ -256,6 +259,19 @@ def test_query_without_keys_gets_the_mean_where_the_loop_ends_early(backend, dty
     out = rotary_attention(q * 20, k, v, mask=mask, causal=True)
     expected = v[0].double().mean(0).expand(100, 1, 32)
     torch.testing.assert_close(out[0, :100].double(), expected, rtol=0, atol=2 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("q_len", [1, 17])
+@on(*TRITON, types="dtype")
+def test_additive_mask_equals_boolean_where_queries_have_no_keys(backend, dtype, q_len):
+    """Let queries of the first places weigh the keys after them too, in rotated attention."""
+    qkv, angles = inputs(q_len, 150, 32, 16, B=2, H=1, dtype=dtype, angle_batch=2, device=backend.device)
+    allowed = make_mask("left", 2, q_len, 150, backend.device)[:, None, None].expand(2, 1, q_len, 150)
+    options = dict(causal=True, query_offset=0, **angles)
+    expected = check(backend, qkv, mask=allowed, **options)
+    added = torch.zeros(allowed.shape, device=backend.device).masked_fill_(~allowed, torch.finfo(torch.float32).min)
+    out = rotary_attention(*qkv, mask=added, **options)
+    torch.testing.assert_close(out, expected, rtol=4 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps)
 
 
 @on("default")

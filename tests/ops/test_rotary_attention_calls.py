@@ -41,17 +41,13 @@ def test_head_sizes_and_strided_inputs(backend, dtype, head_dim):
 
 @on(*TRITON, types="dtype")
 def test_strided_inputs_and_poison(backend, dtype):
-    qkv, angles = inputs(20, 100, dtype=dtype, angle_batch=2, device=backend.device)
-    expected = rotary_attention(*qkv, causal=True, mask=make_mask("left", 2, 20, 100, backend.device), **angles)
+    qkv, angles = inputs(20, 140, dtype=dtype, angle_batch=2, device=backend.device)
+    mask = make_mask("left", 2, 20, 140, backend.device)
     apart = {name: strided(x) for name, x in angles.items()}
-    out = check(
-        backend,
-        [strided(x) for x in qkv],
-        causal=True,
-        mask=strided(make_mask("left", 2, 20, 100, backend.device)),
-        **apart,
-    )
-    assert torch.equal(out, expected)
+    for offset in (None, 0):  # from the first place on, some queries have no keys
+        options = {"causal": True, "query_offset": offset}
+        out = check(backend, [strided(x) for x in qkv], mask=strided(mask), **options, **apart)
+        assert torch.equal(out, rotary_attention(*qkv, mask=mask, **options, **angles))
     packed = random(2, 100, 3, 2, 64, seed=3, dtype=dtype, device=backend.device)
     check(backend, packed.unbind(2), **inputs(1, 100, device=backend.device)[1])
     across = [x.transpose(1, 3).contiguous().transpose(1, 3) for x in qkv]
@@ -102,7 +98,9 @@ def test_one_query_over_a_cache(backend, dtype):
         buffer[:, :, :70] = x.transpose(1, 2)
     k, v = (buffer[:, :, :70].transpose(1, 2) for buffer in room)
     check(backend, (q, k, v), causal=True)
-    check(backend, (q, k, v), causal=True, mask=make_mask("left", 3, 1, 70, backend.device))
+    for offset in (None, 0):  # at the first place, some queries have no keys
+        mask = make_mask("left", 3, 1, 70, backend.device)
+        check(backend, (q, k, v), causal=True, query_offset=offset, mask=mask)
 
 
 @on(*TRITON)
@@ -119,7 +117,7 @@ def test_writes_all_of_its_output_and_nothing_else(backend, dtype):
     out = Guarded(2, 140, 1, 40, dtype=dtype, device=backend.device)
     kernels.rotary_attention(q, k, v, angles["cos"], angles["sin"], None, True, 0, 40**-0.5, out=out.tensor)
     out.check()
-    assert torch.equal(out.tensor, rotary_attention(q, k, v, causal=True, **angles))
+    assert torch.equal(out.tensor, check(backend, (q, k, v), causal=True, **angles))
     tokens = [x.flatten(0, 1) for x in (q, k, v)]
     bounds = torch.tensor([0, 0, 130, 280, 280], dtype=torch.int32, device=backend.device)
     angles = inputs(1, 150, device=backend.device)[1]
@@ -133,16 +131,17 @@ def test_writes_all_of_its_output_and_nothing_else(backend, dtype):
 @pytest.mark.parametrize("q_len", [1, 20])
 @on(*TRITON, types="dtype")
 def test_bits_do_not_depend_on_the_batch(backend, dtype, q_len):
+    """Take queries at the last places, and at the first, where some have no keys."""
     rows = 17 if q_len == 1 or backend.device == "cuda" else 5
     qkv, angles = inputs(q_len, 100, 32, 16, B=rows, H=1, dtype=dtype, device=backend.device)
     mask = make_mask("left", rows, q_len, 100, backend.device)
-    out = rotary_attention(*qkv, mask=mask, causal=True, **angles)
-    assert torch.equal(out, rotary_attention(*qkv, mask=mask, causal=True, **angles))
-    for row in (0, rows - 1):
-        alone = [x[row : row + 1] for x in qkv]
-        assert torch.equal(
-            out[row : row + 1], rotary_attention(*alone, mask=mask[row : row + 1], causal=True, **angles)
-        )
+    for offset in (None, 0):
+        options = {"causal": True, "query_offset": offset, **angles}
+        out = rotary_attention(*qkv, mask=mask, **options)
+        assert torch.equal(out, rotary_attention(*qkv, mask=mask, **options))
+        for row in (0, rows - 1):
+            alone = [x[row : row + 1] for x in qkv]
+            assert torch.equal(out[row : row + 1], rotary_attention(*alone, mask=mask[row : row + 1], **options))
 
 
 @on(*TRITON)

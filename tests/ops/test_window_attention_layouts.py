@@ -92,7 +92,7 @@ def test_writes_all_of_its_output_and_nothing_else(backend, dtype, window, head_
     out = Guarded(*q.shape, dtype=dtype, device=backend.device)
     kernels.window_attention(q, k, v, bias, window, 2, head_dim**-0.5, SEAM, out=out.tensor)
     out.check()
-    assert torch.equal(out.tensor, window_attention(q, k, v, bias, window=window, shift=2))
+    assert torch.equal(out.tensor, check(backend, (q, k, v, bias), window, 2))
 
 
 @pytest.mark.parametrize("shift", [0, 4])

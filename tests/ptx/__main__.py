@@ -3,7 +3,8 @@
 core: those of core_sm80.txt and core_sm90.txt, and all of each kernel whose source is not that of its committed row.
 check: all of every kernel on every target. A kernel whose tests passed gets its row in checked.jsonl; called again, it
 goes on with those whose source, tests or emulator are not those of their row.
-mutate: plants faults in the kernels of these files, and tells which its tests see; called again, it goes on.
+mutate: plants faults in the kernels of these files, tells which its tests see, and replaces the rows of these kernels
+in mutated.jsonl; called again, it goes on. With --again, it tries faults at places where none was seen on all tests.
 """
 
 import argparse
@@ -27,9 +28,7 @@ _WRITING = threading.Lock()
 
 
 def _environment() -> dict[str, str]:
-    """Return an environment with a folder of its own for compiled kernels, which lack what a GPU would need."""
-    folder = os.environ.get("PTX_CACHE") or str(ROOT / "out/ptx-cache")
-    return os.environ | {"TRITON_CACHE_DIR": folder, "OMP_NUM_THREADS": "1"}
+    return os.environ | {"TRITON_CACHE_DIR": str(suites.cache()), "OMP_NUM_THREADS": "1"}
 
 
 def _command(target: int, *arguments: str) -> list[str]:
@@ -40,7 +39,9 @@ def _command(target: int, *arguments: str) -> list[str]:
 def core(target: int, workers: int) -> bool:
     """Run the core tests, and return whether all passed."""
     tests = suites.core(target)
-    for kernel in suites.changed(f"sm_{target}"):
+    if reason := native.missing():
+        print(f"{', '.join(suites.NATIVE)}: cannot tell whether their rows are of their sources: {reason}", flush=True)
+    for kernel in suites.changed(target):
         print(
             f"{kernel}: its source is not that of its row in checked.jsonl, so that all of its tests are run",
             flush=True,
@@ -72,9 +73,10 @@ def _check(kernel: str, target: int) -> bool:
         print(run.stdout[-6000:] + run.stderr[-2000:] + f"exit status {run.returncode}", flush=True)
         return False
     row = dict(
-        kernel=kernel, target=f"sm_{target}", source=suites.source_hash(kernel), checker=suites.checker_hash(kernel)
-    )
-    row |= dict(tests=found["passed"], seconds=seconds, ran=ran, instructions=of, compiler=_compiler(kernel))
+        kernel=kernel, target=f"sm_{target}", source=suites.source_hash(kernel, target),
+        checker=suites.checker_hash(kernel), tests=found["passed"], seconds=seconds, ran=ran, instructions=of,
+        compiler=_compiler(kernel),
+    )  # fmt: skip
     with _WRITING:
         suites.write(row | {"utc": datetime.now(UTC).isoformat(timespec="seconds")})
     return True
@@ -86,7 +88,7 @@ def _compiler(kernel: str) -> str:
 
 def _is_known(kernel: str, target: int) -> bool:
     row = suites.rows().get((kernel, f"sm_{target}"), {})
-    return row.get("source") == suites.source_hash(kernel) and row.get("checker") == suites.checker_hash(kernel)
+    return row.get("source") == suites.source_hash(kernel, target) and row.get("checker") == suites.checker_hash(kernel)
 
 
 def check(kernels: list[str], targets: list[int], workers: int, again: bool) -> int:
@@ -98,38 +100,55 @@ def check(kernels: list[str], targets: list[int], workers: int, again: bool) -> 
     return bool(failed)
 
 
-def mutate(kernels: list[str], targets: list[int], seconds: float) -> int:
-    """Plant faults; each kernel on each target has the same share of the time."""
+def mutate(kernels: list[str], targets: list[int], seconds: float, again: bool) -> int:
+    """Plant faults, and write the rows; each kernel on each target has the same share of the time, which may be 0."""
     folder = ROOT / "out/ptx-mutants"
     folder.mkdir(parents=True, exist_ok=True)
-    share = seconds / len(kernels) / len(targets)
-    for target in targets:
-        for kernel in kernels:
-            mine = tuple(suites.files(kernel))
-            tests = [line for line in suites.core(target) if line.startswith(mine)]
-            if not tests or (kernel in suites.NATIVE and native.missing()):
-                continue
-            wanted = ["--ptx-mutants", str(folder / f"{kernel}-sm_{target}.jsonl"), "--ptx-seconds", str(share)]
-            command = _command(target, "-p", "tests.ptx.mutating", *wanted, *tests)
-            run = subprocess.run(command, cwd=ROOT, env=_environment(), capture_output=True, text=True)
-            if run.returncode:
-                print(run.stdout[-3000:] + run.stderr[-3000:], flush=True)
-            _survey(folder)
-    return 0
+    todo, failed = [(kernel, target) for target in targets for kernel in kernels], False
+    for kernel, target in todo if seconds else ():
+        if kernel in suites.NATIVE and (reason := native.missing()):
+            print(f"sm_{target} {kernel:<18}skipped: {reason}", flush=True)
+            continue
+        failed |= not _plant(kernel, target, folder, seconds / len(todo), again)
+        _survey(folder, kernel, target)
+    if not seconds:
+        _survey(folder)
+    return failed
 
 
-def _survey(folder: Path) -> None:
-    """Write the committed rows on faults, and their page, from those of the folder."""
-    found: dict[str, list[dict]] = {}
+def _plant(kernel: str, target: int, folder: Path, seconds: float, again: bool) -> bool:
+    """Try faults of one kernel on its core tests, or again, where none was seen, on all; return success."""
+    mine = tuple(suites.files(kernel))
+    tests = mine if again else [line for line in suites.core(80) if line.startswith(mine)]
+    file = folder / f"{kernel}-sm_{target}-{suites.source_hash(kernel, target)}.jsonl"
+    wanted = ["--ptx-mutants", str(file), "--ptx-seconds", str(seconds), *["--ptx-again"] * again]
+    command = _command(target, "-p", "tests.ptx.mutating", *wanted, *tests)
+    run = subprocess.run(command, cwd=ROOT, env=_environment(), capture_output=True, text=True)
+    if run.returncode:
+        print(run.stdout[-3000:] + run.stderr[-3000:], flush=True)
+    return not run.returncode
+
+
+def _survey(folder: Path, *told) -> None:
+    """Merge what the folder has of the present sources into the committed rows on faults.
+
+    told: the kernel and target whose share and open places are printed; of all by default.
+    """
+    found = {}
     for path in sorted(folder.glob("*.jsonl")):
-        rows = map(json.loads, path.read_text().splitlines())
-        found.setdefault(path.stem.rpartition("-")[0], []).extend(rows)
-    surveyed = mutants.survey(found, mutants.reasons_of_survivors())
-    suites.MUTATED.write_text("".join(json.dumps(row) + "\n" for row in surveyed))
-    suites.FAULTS_PAGE.write_text(suites.with_faults(suites.FAULTS_PAGE.read_text()))
-    sums = [sum(row[name] for row in surveyed) for name in ("faults", "seen", "places", "seen_places")]
-    left = sum(len(row["open"]) for row in surveyed)
-    print("{} faults, {} seen; {} places, {} seen, {} open".format(*sums, left), flush=True)
+        kernel, target, source = path.stem.split("-")
+        if source == suites.source_hash(kernel, int(target.removeprefix("sm_"))):
+            found[kernel, target, source] = list(mutants.latest(path).values()), mutants.counted(path)
+    rows = mutants.merged(suites.faults(), mutants.survey(found))
+    suites.write_faults(mutants.explained(rows, mutants.reasons_of_survivors()))
+    for kernel, target in [(told[0], f"sm_{told[1]}")] if told else sorted({name[:2] for name in found}):
+        mine = [row for row in suites.faults() if (row["kernel"], row["target"]) == (kernel, target)]
+        names = ("faults", "of", "seen", "places", "seen_places")
+        counts = [sum(row[name] or 0 for row in mine) for name in names]
+        print("{} {}: {} of {} faults, {} seen; {} places, {} seen".format(target, kernel, *counts), flush=True)
+        for row in mine:
+            for at, text in row["open"].items():
+                print(f"    open: {at} {row['kind']}: {text}", flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -137,16 +156,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("what", choices=("core", "check", "mutate"))
     parser.add_argument("kernel", nargs="*", help=f"check, mutate: {', '.join(suites.SUITES)}; all by default")
     parser.add_argument("--arch", type=int, nargs="+", default=suites.TARGETS, help="compute capabilities")
-    parser.add_argument("--seconds", type=float, default=3600, help="mutate: for all")
+    parser.add_argument("--seconds", type=float, default=3600, help="mutate: for all; 0: only write rows and page")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--again", action="store_true", help="check: also what has passed as it is")
+    parser.add_argument("--again", action="store_true", help="check: what passed too; mutate: what no test saw")
     arguments = parser.parse_args(argv)
     if arguments.what == "core":
         return not all([core(target, arguments.workers) for target in arguments.arch])
     if unknown := sorted(set(arguments.kernel) - set(suites.SUITES)):
         parser.error(f"no kernel {', '.join(unknown)}")
     if arguments.what == "mutate":
-        return mutate(arguments.kernel or list(suites.SUITES), arguments.arch, arguments.seconds)
+        return mutate(arguments.kernel or list(suites.SUITES), arguments.arch, arguments.seconds, arguments.again)
     return check(arguments.kernel or list(suites.SUITES), arguments.arch, arguments.workers, arguments.again)
 
 

@@ -2,8 +2,11 @@
 
 import copy
 import json
+import random
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from tests.ptx import suites
 from tests.ptx.kinds import BITS, is_float
@@ -100,30 +103,98 @@ def _width(i: Instruction) -> int:
     return BITS[i.op[-1]] // 8 * count
 
 
-def reasons_of_survivors() -> dict[tuple[str, str, str], str]:
-    """Return why a fault that no test sees changes nothing, by kernel, kind and place in the source."""
-    found = map(json.loads, suites.EQUIVALENT.read_text().splitlines())
-    return {(row["kernel"], row["kind"], row["where"]): row["reason"] for row in found}
+def drawn(left: list[Mutant], tried: Counter, seen: set, rng: random.Random) -> Iterator[Mutant]:
+    """Yield faults: of each kernel in turn, of each kind with the same chance, at a place that had the fewest.
+
+    tried: the faults that a kind has had at a place; those that are yielded are added. seen: kinds and places of which
+    a test has seen a fault, perhaps added meanwhile: they come after the others, as one fault is enough.
+    """
+    kernels: dict[str, dict[str, list[Mutant]]] = {}
+    for mutant in left:
+        kernels.setdefault(mutant.program.kernel.name, {}).setdefault(mutant.what, []).append(mutant)
+    while any(kernels.values()):
+        for kinds in filter(None, kernels.values()):
+            what = rng.choice(sorted(kinds))
+            places = [(what, mutant.instruction.where) for mutant in kinds[what]]
+            ranks = [(place in seen, tried[place], rng.random()) for place in places]
+            first = ranks.index(min(ranks))
+            tried[places[first]] += 1
+            mutant = kinds[what].pop(first)
+            if not kinds[what]:
+                del kinds[what]
+            yield mutant
 
 
-def survey(found: dict[str, list[dict]], reasons: dict[tuple[str, str, str], str]) -> list[dict]:
-    """Make a row for each kernel and kind, of the faults that `mutating.py` wrote down for each kernel.
+def key(mutant: Mutant) -> tuple:
+    """Return what a fault is found again by: kernel, hash of its PTX, line, kind, and the changed instruction."""
+    return mutant.program.kernel.name, mutant.program.key, mutant.instruction.line, mutant.what, str(mutant.changed)
+
+
+def latest(file: Path) -> dict[tuple, dict]:
+    """Return the last row of each fault in a file of `mutating.py`."""
+    rows = map(json.loads, file.read_text().splitlines()) if file.exists() else ()
+    return {tuple(row["fault"]): row for row in rows if "fault" in row}
+
+
+def counted(file: Path) -> dict[str, int]:
+    """Return how many faults of each kind could be planted, from such a file."""
+    rows = map(json.loads, file.read_text().splitlines())
+    return {kind: count for row in rows if "of" in row for kind, count in row["of"].items()}
+
+
+def survey(found: dict[tuple[str, str, str], tuple[list[dict], dict[str, int]]]) -> list[dict]:
+    """Make a row for each kernel, target, source and kind, of the rows that `mutating.py` wrote, and its counts.
 
     A place of the source is seen if one fault there is, by the tests of any kernel: it has many compiled forms, and in
-    some of them a fault changes nothing. Of places that are not: equivalent, with the reason; open, with one of their
-    instructions.
+    some of them a fault changes nothing. Places that are not are open, with one of their instructions.
     """
-    surveyed, every = [], [row for faults in found.values() for row in faults]
-    for kernel, faults in sorted(found.items()):
+    surveyed, every = [], [row for faults, _ in found.values() for row in faults]
+    for (kernel, target, source), (faults, of) in sorted(found.items()):
         for kind in sorted({row["fault"][3] for row in faults}):
             mine = [row for row in faults if row["fault"][3] == kind]
             anywhere = {row["where"] for row in every if row["seen"] and row["fault"][3] == kind}
             seen = {row["where"] for row in mine} & anywhere
             left = {row["where"]: row["text"] for row in mine if row["where"] not in seen}
-            known = {where: reasons[kernel, kind, where] for where in left if (kernel, kind, where) in reasons}
             surveyed.append(dict(
-                kernel=kernel, kind=kind, faults=len(mine), seen=sum(row["seen"] is not None for row in mine),
-                places=len(seen) + len(left), seen_places=len(seen), equivalent=known,
-                open={where: text for where, text in left.items() if where not in known},
+                kernel=kernel, target=target, source=source, kind=kind, of=of.get(kind), faults=len(mine),
+                seen=sum(row["seen"] is not None for row in mine), places=len(seen) + len(left),
+                seen_places=len(seen), equivalent={}, open=left,
             ))  # fmt: skip
     return surveyed
+
+
+def merged(committed: list[dict], found: list[dict]) -> list[dict]:
+    """Return the committed rows, but of each kernel and target those found where they are better.
+
+    Of one source, more faults are better: the files of a survey may have been lost, and another one begun.
+    """
+    surveys: dict[tuple[str, str], list[dict]] = {}
+    for rows in (committed, found):
+        new: dict[tuple[str, str], list[dict]] = {}
+        for row in rows:
+            new.setdefault((row["kernel"], row["target"]), []).append(row)
+        for name, mine in new.items():
+            old = surveys.get(name, mine)
+            same = old[0]["source"] == mine[0]["source"]
+            surveys[name] = old if same and _faults_of(old) > _faults_of(mine) else mine
+    return [row for name in sorted(surveys) for row in surveys[name]]
+
+
+def _faults_of(rows: list[dict]) -> int:
+    return sum(row["faults"] for row in rows)
+
+
+def explained(rows: list[dict], reasons: dict[tuple[str, str, str], str]) -> list[dict]:
+    """Return the rows with each open place that has a reason among the equivalent ones."""
+    done = []
+    for row in rows:
+        why = {where: reasons.get((row["kernel"], row["kind"], where)) for where in row["open"]}
+        known = row["equivalent"] | {where: reason for where, reason in why.items() if reason}
+        done.append(row | dict(equivalent=known, open={w: text for w, text in row["open"].items() if not why[w]}))
+    return done
+
+
+def reasons_of_survivors() -> dict[tuple[str, str, str], str]:
+    """Return why a fault that no test sees changes nothing, by kernel, kind and place in the source."""
+    found = map(json.loads, suites.EQUIVALENT.read_text().splitlines())
+    return {(row["kernel"], row["kind"], row["where"]): row["reason"] for row in found}

@@ -1,19 +1,22 @@
 """`pytest -p tests.ptx.plugin -p tests.ptx.mutating --ptx-mutants FILE`: faults in the kernels of the chosen tests.
 
-Each test runs once as it is. Then, for as many seconds of the processor as `--ptx-seconds` says, a fault is drawn, of
-each kernel in turn and of each kind with the same chance, and the tests that ran that code are run on it until one
-fails. FILE has a line for each fault; called again with it, no fault of it is drawn again.
+Each test runs once as it is. Then, for as many seconds of the processor as `--ptx-seconds` says, a fault is drawn, and
+the tests that ran that code are run on it until one fails: of each kernel in turn, of each kind with the same chance,
+first at places where no fault was seen yet. FILE has a line for each fault; called again with it, no fault of it is
+drawn again.
 """
 
 import json
 import random
 import time
+from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 from _pytest.runner import runtestprotocol
 
-from tests.ptx.mutants import Mutant, mutants
+from tests.ptx.mutants import Mutant, drawn, key, latest, mutants
 from tests.ptx.plugin import OPTIONS, REPORTS
 
 # A fault may make a loop endless: the limit is this multiple of the test's instructions without it.
@@ -27,6 +30,42 @@ def pytest_addoption(parser):
     )
     group.addoption("--ptx-seconds", type=float, default=600, help="how long faults are drawn, in CPU seconds")
     group.addoption("--ptx-seed", type=int, default=0)
+    group.addoption("--ptx-again", action="store_true", help="try the faults of FILE at places where none was seen")
+
+
+@dataclass
+class _Reached:
+    """Code that the tests ran.
+
+    users: of each program its tests, with the instructions that each needed. cost: seconds of each test.
+    """
+
+    users: dict = field(default_factory=dict)
+    blocks: dict = field(default_factory=dict)
+    cost: dict = field(default_factory=dict)
+
+    def run(self, items, options, reports):
+        for item in items:
+            before, began = len(reports), time.monotonic()
+            if _fails(item, options):
+                raise pytest.UsageError(f"{item.nodeid} fails without a fault")
+            self.cost[item] = time.monotonic() - began
+            for report in reports[before:]:
+                needed = self.users.setdefault(report.program, {})
+                needed[item] = max(needed.get(item, 0), report.instructions)
+                self.blocks.setdefault(report.program, set()).update(report.blocks)
+
+    def faults(self) -> list[Mutant]:
+        return [mutant for program in self.users for mutant in mutants(program) if mutant.block in self.blocks[program]]
+
+    def seen_by(self, mutant: Mutant, options) -> str | None:
+        """Return the first test that fails with the fault, of all that ran its program, the fastest first."""
+        users = self.users[mutant.program]
+        for item in sorted(users, key=self.cost.get):
+            options.limit = _PATIENCE * users[item] + 10000
+            if _fails(item, options, mutant):
+                return item.nodeid
+        return None
 
 
 def _fails(item, options, mutant: Mutant | None = None) -> bool:
@@ -39,48 +78,36 @@ def _fails(item, options, mutant: Mutant | None = None) -> bool:
     return any(report.failed for report in reports)
 
 
-def _key(mutant: Mutant) -> list:
-    return [mutant.program.kernel.name, mutant.program.key, mutant.instruction.line, mutant.what]
-
-
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtestloop(session):
     config = session.config
-    options, reports, file = config.stash[OPTIONS], config.stash[REPORTS], Path(config.option.ptx_mutants)
-    rng, users, blocks, cost = random.Random(config.option.ptx_seed), {}, {}, {}
-    for item in session.items:
-        before, began = len(reports), time.monotonic()
-        if _fails(item, options):
-            raise pytest.UsageError(f"{item.nodeid} fails without a fault")
-        cost[item] = time.monotonic() - began
-        for report in reports[before:]:
-            users.setdefault(report.program, {}).setdefault(item, 0)
-            users[report.program][item] = max(users[report.program][item], report.instructions)
-            blocks.setdefault(report.program, set()).update(report.blocks)
-    known = {tuple(json.loads(line)["fault"]) for line in file.read_text().splitlines()} if file.exists() else set()
-    left: dict[str, dict[str, list[Mutant]]] = {}
-    for program in users:
-        for mutant in mutants(program):
-            if mutant.block in blocks[program] and tuple(_key(mutant)) not in known:
-                left.setdefault(program.kernel.name, {}).setdefault(mutant.what, []).append(mutant)
+    options, file, reached = config.stash[OPTIONS], Path(config.option.ptx_mutants), _Reached()
+    reached.run(session.items, options, config.stash[REPORTS])
+    faults, known = reached.faults(), latest(file)
+    tried = Counter((row["fault"][3], row["where"]) for row in known.values())
+    found = {(row["fault"][3], row["where"]) for row in known.values() if row["seen"]}
+    if config.option.ptx_again:
+        left = [one for one in faults if key(one) in known and (one.what, one.instruction.where) not in found]
+    else:
+        left = [one for one in faults if key(one) not in known]
     end = time.process_time() + config.option.ptx_seconds
     with file.open("a") as out:
-        while any(left.values()) and time.process_time() < end:
-            for kinds in left.values():
-                if not kinds or time.process_time() >= end:
-                    continue
-                what = rng.choice(sorted(kinds))
-                mutant = kinds[what].pop(rng.randrange(len(kinds[what])))
-                if not kinds[what]:
-                    del kinds[what]
-                found = None
-                for item in sorted(users[mutant.program], key=cost.get):
-                    options.limit = _PATIENCE * users[mutant.program][item] + 10000
-                    if _fails(item, options, mutant):
-                        found = item.nodeid
-                        break
-                options.limit = None
-                row = dict(fault=_key(mutant), text=str(mutant.instruction), where=mutant.instruction.where, seen=found)
-                out.write(json.dumps(row) + "\n")
-                out.flush()
+        rows = [] if config.option.ptx_again else [{"of": Counter(fault.what for fault in faults)}]
+        out.writelines(json.dumps(row) + "\n" for row in rows)
+        for fault in drawn(left, tried, found, random.Random(config.option.ptx_seed)):
+            if time.process_time() >= end:
+                break
+            seen = reached.seen_by(fault, options)
+            if seen:
+                found.add((fault.what, fault.instruction.where))
+            row = dict(fault=key(fault), text=str(fault.instruction), where=fault.instruction.where, seen=seen)
+            out.write(json.dumps(row) + "\n")
+            out.flush()
     return True
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_sessionfinish(session, exitstatus):
+    """Keep the status: of a run of tests some must have passed, but this was none."""
+    yield
+    session.exitstatus = exitstatus

@@ -4,6 +4,7 @@ import ast
 import hashlib
 import io
 import json
+import os
 import re
 import tokenize
 from pathlib import Path
@@ -52,10 +53,18 @@ def core(target: int) -> list[str]:
     return Path(__file__).with_name(f"core_sm{target}.txt").read_text().splitlines()
 
 
-def source_hash(kernel: str) -> str:
-    """Hash the kernel's file and the files of kernels/ that it imports."""
+def cache() -> Path:
+    """Return the folder of compiled kernels, which lack what a GPU would need."""
+    return Path(os.environ.get("PTX_CACHE") or ROOT / "out/ptx-cache")
+
+
+def source_hash(kernel: str, target: int) -> str | None:
+    """Hash the kernel's file and the files of kernels/ that it imports; of csrc/cuda/, what is executed.
+
+    None: there is no nvcc to tell it.
+    """
     if kernel in NATIVE:
-        return _hash(sorted(_included(ROOT / f"csrc/cuda/{kernel}.cu")))
+        return _executed_hash(kernel, target)
     todo, found = [kernel], set()
     while todo:
         name = todo.pop()
@@ -69,15 +78,20 @@ def source_hash(kernel: str) -> str:
     return _hash(KERNELS / f"{name}.py" for name in sorted(found))
 
 
-def _included(path: Path) -> set[Path]:
-    """Return a file of csrc/ and all files that it includes from there."""
-    todo, found = [path], set()
-    while todo:
-        if (path := todo.pop()) not in found:
-            found.add(path)
-            names = re.findall(r'^\s*#\s*include\s+"([^"]+)"', path.read_text(), re.M)
-            todo += [(path.parent / name).resolve() for name in names]
-    return found
+def _executed_hash(kernel: str, target: int) -> str | None:
+    """Hash PTX and the files that launch it: headers serve CPUs too, and most changes of them change nothing here."""
+    from tests.ptx import native  # which needs this file
+
+    if native.missing():
+        return None
+    ptx = (native.compiled(target, cache()) / f"{kernel}.ptx").read_text()
+    return _hash([ROOT / f"csrc/cuda/{name}" for name in (f"{kernel}.cu", "device.cuh")], instructions_of(ptx))
+
+
+def instructions_of(ptx: str) -> str:
+    """Return PTX without comments and places in the source, and names without the hash of the source's path."""
+    lines = (line for line in ptx.splitlines() if not line.lstrip().startswith((".file", ".loc", "//")))
+    return re.sub(r"(_GLOBAL__N__)\w{8}(_\w+?_cu_)\w{8}", r"\1\2", "\n".join(lines))
 
 
 def checker_hash(kernel: str) -> str:
@@ -89,9 +103,9 @@ def checker_hash(kernel: str) -> str:
     return _hash([*parts, *(ROOT / name for name in files(kernel))])
 
 
-def _hash(paths) -> str:
+def _hash(paths, text: str = "") -> str:
     """Hash the code of files: rows outlive changes of docstrings, comments and blank lines, which change no result."""
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(text.encode())
     for path in paths:
         digest.update(_code(path.read_text(), path.suffix == ".py").encode())
     return digest.hexdigest()[:16]
@@ -134,23 +148,46 @@ def with_table(document: str) -> str:
     return "\n".join([head + "<!-- checked -->", *lines, rest[rest.index("<!-- end -->") :]])
 
 
+def faults() -> list[dict]:
+    """Return the committed rows on faults."""
+    return [json.loads(line) for line in MUTATED.read_text().splitlines()]
+
+
+def write_faults(rows: list[dict]) -> None:
+    """Write the rows on faults, and the page from them; those of an earlier source are marked."""
+    for row in rows:
+        now = source_hash(row["kernel"], int(row["target"].removeprefix("sm_")))
+        row["outdated"] = row.get("outdated", False) if now is None else row["source"] != now
+    MUTATED.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    FAULTS_PAGE.write_text(with_faults(FAULTS_PAGE.read_text()))
+
+
 def with_faults(document: str) -> str:
     """Return the page with its tables made of the rows on faults."""
-    surveyed = [json.loads(line) for line in MUTATED.read_text().splitlines()]
-    lines = ["| kernel | faults | seen | places | seen | equivalent | open |", "|---|---|---|---|---|---|---|"]
-    for kernel in [*SUITES, "all"]:
-        mine = [row for row in surveyed if kernel in (row["kernel"], "all")]
-        sums = [sum(row[name] for row in mine) for name in ("faults", "seen", "places", "seen_places")]
-        sums += [sum(len(row[name]) for row in mine) for name in ("equivalent", "open")]
-        lines.append(f"| {kernel} | {' | '.join(map(str, sums))} |" if mine else f"| {kernel} |" + " |" * 6)
+    surveyed = faults()
+    titles = ("kernel", "target", "faults", "seen", "places", "seen", "equivalent", "open")
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for kernel, target in [*sorted({(row["kernel"], row["target"]) for row in surveyed}), ("all", "")]:
+        mine = [row for row in surveyed if kernel == "all" or (row["kernel"], row["target"]) == (kernel, target)]
+        mark = " (of an earlier source)" if kernel != "all" and mine[0]["outdated"] else ""
+        counts = [sum(row[name] for row in mine) for name in ("seen", "places", "seen_places")]
+        counts += [sum(len(row[name]) for row in mine) for name in ("equivalent", "open")]
+        lines.append(f"| {' | '.join(map(str, (kernel + mark, target, _share(mine), *counts)))} |")
     for name, title in (("equivalent", "why nothing changes"), ("open", "an instruction there")):
-        lines += ["", f"| {name} | kind | {title} |", "|---|---|---|"]
-        lines += [f"| {at} | {row['kind']} | {text} |" for row in surveyed for at, text in row[name].items()]
+        left = {(row["kernel"], at, row["kind"]): text for row in surveyed for at, text in row[name].items()}
+        lines += ["", f"| {name} in | place | kind | {title} |", "|---|---|---|---|"]
+        lines += [f"| {' | '.join(place)} | {text} |" for place, text in left.items()]
     head, rest = document.split("<!-- faults -->\n")
     return "\n".join([head + "<!-- faults -->", *lines, rest[rest.index("<!-- end -->") :]])
 
 
-def changed(target: str) -> list[str]:
-    """Return kernels whose source differs from that of the committed row."""
-    known = rows()
-    return [name for name in SUITES if known.get((name, target), {}).get("source") != source_hash(name)]
+def _share(rows: list[dict]) -> str:
+    """Return how many faults were planted, of all that could be; the first rows do not tell the latter."""
+    tried = sum(row["faults"] for row in rows)
+    return f"{tried} of {sum(row['of'] for row in rows)}" if all(row["of"] for row in rows) else str(tried)
+
+
+def changed(target: int) -> list[str]:
+    """Return kernels whose source differs from that of the committed row, as far as can be told here."""
+    known, now = rows(), {name: source_hash(name, target) for name in SUITES}
+    return [name for name in SUITES if now[name] not in (None, known.get((name, f"sm_{target}"), {}).get("source"))]

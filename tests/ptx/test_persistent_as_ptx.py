@@ -5,8 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from clvp_fast.engine.decoder import PagedDecoder
 from tests.csrc.persistent_scene import (
     DTYPES,
+    PAGE_SIZE,
     ROWS,
     OnHost,
     decoder_of,
@@ -23,8 +25,12 @@ from tests.csrc.persistent_scene import (
 from tests.ptx.mutants import Mutant, mutants
 from tests.ptx.regions import Fault
 
-# Hidden and inner width: lanes, warps and blocks without work, and rows of several batches.
-SHAPES = [(128, 512), (64, 8), (192, 320), (576, 72)]
+# Hidden and inner width: lanes, warps and blocks without work (three slices leave one of 16 warps), and rows of several
+# batches.
+SHAPES = [(128, 512), (64, 8), (192, 320), (1088, 520), (64, 1288)]
+# A key alone; as many as fill four parts; more; a first token behind a prompt; others, some in three parts. The
+# new token's place is each of the eight that a lane holds.
+FEW_AND_MANY = [(0, -1), (380, 1), (534, 1), (0, 0), (5, -1), (9, -1), (13, -1), (273, -1)]
 
 
 class Executed(OnHost):
@@ -66,8 +72,9 @@ def test_steps_equal_the_decoder_s(run, dtype, count):
 
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("sizes", SHAPES, ids=str)
-def test_shapes(run, sizes, count):
-    scene = scene_of_width(*sizes, ROWS[:count])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_shapes(run, dtype, sizes, count):
+    scene = scene_of_width(*sizes, ROWS[:count], dtype)
     hold_to_the_decoder(lambda scene: run(scene, seed=sizes[0], blocks=5), scene)
 
 
@@ -75,8 +82,12 @@ def test_shapes(run, sizes, count):
 @pytest.mark.parametrize("sizes", [(2048, 8), (64, 2048)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_wide_products(run, dtype, sizes, count):
-    """Let every thread have all channels that it has room for, in each compiled form."""
-    hold_to_the_decoder(lambda scene: run(scene, blocks=5), scene_of_width(*sizes, ROWS[:count], dtype))
+    """Let every thread have all channels that it has room for, in each compiled form.
+
+    Two such layers are too much for bfloat16, whose error would be as large as what is compared.
+    """
+    scene = scene_of_width(*sizes, ROWS[:count], dtype, layers=1 + (dtype == torch.float16))
+    hold_to_the_decoder(lambda scene: run(scene, blocks=5), scene)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
@@ -93,9 +104,59 @@ def test_a_row_alone(run):
     hold_rows_to_themselves(run, scene, run(with_pages(scene)))
 
 
+@pytest.mark.parametrize("rows", [FEW_AND_MANY[:4], FEW_AND_MANY[4:], *([row] for row in FEW_AND_MANY)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_few_and_many_keys(run, dtype, rows):
+    """Let also the first token of the vocabulary and the first page of the pool be used."""
+    sizes = dict(hidden_size=64, num_attention_heads=1, n_inner=72, num_hidden_layers=1)
+    scene = scene_of(decoder_of(dtype, **sizes), rows)
+    scene["tokens"][0] = 0
+    hold_to_the_decoder(run, with_first_page(scene))
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_scores_that_no_power_of_two_can_hold(run, count):
+    """Exponentials of scores without the largest subtracted would be infinite."""
+    sizes = dict(hidden_size=64, num_attention_heads=1, n_inner=72, num_hidden_layers=1)
+    decoder = decoder_of(torch.float16, **sizes)
+    with torch.no_grad():
+        decoder.model.model.decoder.layers[0].attn.q_proj.weight.mul_(100)
+    hold_to_the_decoder(run, scene_of(PagedDecoder(decoder.model), ROWS[:count]))
+
+
+def with_first_page(scene):
+    """Return the scene with the last row's new token in the pool's first page."""
+    table, data = scene["block_table"], scene["pages"].data
+    page = table[-1, scene["seq_lens"][-1] // PAGE_SIZE].item()
+    renamed = torch.arange(data.shape[2], dtype=table.dtype)
+    renamed[0], renamed[page] = page, 0
+    data.copy_(data[:, :, renamed.long()])
+    return scene | {name: renamed[scene[name].long()] for name in ("block_table", "prefix_table")}
+
+
+@pytest.mark.parametrize("prefix", [80, 96])
 @pytest.mark.parametrize("stored", [32, 200])
-def test_a_full_table(run, monkeypatch, stored):
-    hold_to_the_decoder(run, full_table(stored, monkeypatch))
+def test_a_full_table(run, monkeypatch, stored, prefix):
+    hold_to_the_decoder(run, full_table(stored, monkeypatch, prefix))
+
+
+@pytest.mark.parametrize("rows", [[(40, 1)], [(40, 1), (9, 0)]], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_ids_out_of_their_tables(run, dtype, rows):
+    """Spoil only the row of a bad token or position, and leave out keys on a page that does not exist."""
+    decoder = decoder_of(dtype, hidden_size=64, num_attention_heads=1, n_inner=72, num_hidden_layers=1)
+    scene, far = scene_of(decoder, rows), scene_of(decoder, [(decoder.model.config.max_position_embeddings - 1, -1)])
+    right = run(with_pages(scene))[1]
+    tokens, table = scene["tokens"].clone(), scene["block_table"]
+    tokens[0] = decoder.vocab_size
+    found = run(with_pages(scene) | {"tokens": tokens})[1]
+    assert found[0].isnan().all() and torch.equal(found[1:], right[1:])
+    for page in (-1, scene["pages"].data.shape[2]):
+        missing = table.clone()
+        missing[0, 1] = page
+        found = run(with_pages(scene) | {"block_table": missing})[1]
+        assert found[0].isfinite().all() and not torch.equal(found[0], right[0]) and torch.equal(found[1:], right[1:])
+    assert run(far)[1][0].isnan().all()
 
 
 def is_seen(run, scene, right, seed):
