@@ -44,6 +44,8 @@ _DISTINCT = 2
 _PROBES = 32
 # The groups that run in turns on a CPU with ours, and in other parties the others.
 _AMONG_OURS = ("ours", "onnx", "llama")
+# Seconds between steps on a CPU, while OpenMP's threads still spin for more work.
+_REST = 0.05
 # The most candidates on a CPU whose keys and values every provider of a party can have.
 _CROWD = 16
 
@@ -252,7 +254,8 @@ def _task(device: str, shape: dict, smoke: bool) -> Task:
             makers[name] = partial(_one_launch, name, device, shape, smoke, capture)
     repeats = 1 if smoke else 20 if device == "cuda" else 10 if shape["candidates"] <= _CROWD else 5
     parties = _parties(list(makers), shape["candidates"]) if device == "cpu" else None
-    return task("decode_step", shape, makers, repeats, absent, parties=parties, tokens=shape["candidates"])
+    rest = _REST if device == "cpu" and not smoke else 0.0
+    return task("decode_step", shape, makers, repeats, absent, parties=parties, rest=rest, tokens=shape["candidates"])
 
 
 def _parties(names: list[str], candidates: int) -> list[list[str]]:

@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from time import sleep
 
 import numpy as np
 import torch
@@ -78,12 +79,14 @@ def task(
     absent: dict[str, str] | None = None,
     around: Callable[[], AbstractContextManager] = nullcontext,
     parties: list[list[str]] | None = None,
+    rest: float = 0.0,
     **counted,
 ) -> Task:
     """Make a task whose rows are those of the providers that `makers` make; see `Task` and `measure`.
 
     parties: of names in `makers`. Those of a party are made and run in turns, and are gone before the next party is
         made, as not all of them fit into memory together. None: they do.
+    rest: as for `measure`.
     """
     absent = absent or {}
 
@@ -93,7 +96,7 @@ def task(
             with around():
                 providers, gone = made({name: makers[name] for name in party})
                 told |= gone
-                found += measure(workload, shape, providers, repeats, absent=told, **counted)
+                found += measure(workload, shape, providers, repeats, absent=told, rest=rest, **counted)
             missing, told = missing | told, {}
             del providers
             gc.collect()
@@ -105,7 +108,7 @@ def task(
             raise Absent(absent[name])
         with around():
             providers, missing = made({name: makers[name]})
-            found = measure(workload, shape, providers, repeats, absent=missing, **counted)
+            found = measure(workload, shape, providers, repeats, absent=missing, rest=rest, **counted)
         if not found:
             raise Absent(missing[name])
         # The provider that it is compared with may come later, or be missing, so ratios are computed from the rows.
@@ -148,6 +151,7 @@ def measure(
     providers: list[Provider],
     repeats: int,
     absent: dict[str, str] | None = None,
+    rest: float = 0.0,
     **counted,
 ) -> list[dict]:
     """Measure rows of one workload; the others are compared with the first provider that is timed.
@@ -155,6 +159,7 @@ def measure(
     Args:
         shape: what the workload was made of, for the row.
         absent: by name, why a provider cannot be had, for the row.
+        rest: seconds to wait before each run, while the threads of the one before still spin for more work.
         counted: bytes and operations that must move, for the row.
 
     A provider whose error is beyond its tolerance gets a row that says so, without a time: no green, no speed. A rival
@@ -183,6 +188,7 @@ def measure(
     seconds = {provider.name: [] for provider in providers}
     for _ in range(repeats):
         for provider in providers:
+            sleep(rest)
             seconds[provider.name].append(seconds_of(provider.run) / provider.calls)
     baseline = float(np.median(seconds[providers[0].name])) if providers else None
     for provider in providers:

@@ -3,14 +3,18 @@
 No module of torch's is imported, so that the process has the memory and the threads of the rival alone.
 """
 
+import ctypes
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 @dataclass
@@ -50,6 +54,7 @@ def serve(load: Callable[[Job], Callable[[np.ndarray], np.ndarray]], entered: st
         the same stored tokens at every call. If it has a method `run`, this is the step that is repeated.
     entered: "tokens", if the step takes tokens `[candidates]`.
     """
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # a process that is stopped sees no end of stdin
     job = Job(**json.loads(sys.argv[1]))
     # A library that prints would break the exchange: it prints to stderr.
     answers, sys.stdout = sys.stdout, sys.stderr

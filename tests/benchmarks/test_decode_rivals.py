@@ -4,7 +4,9 @@ Each is tested where its packages are.
 """
 
 import json
+import time
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +17,8 @@ from benchmarks.providers import Absent, group_of
 from benchmarks.rivals import decoder_process, onnx_runtime
 from benchmarks.rivals.decoder_process import Stored
 from benchmarks.rivals.torch_decoder import TorchLayers
+from benchmarks.tiers import Tier
+from tests.benchmarks import pretended_rival
 
 ON = pytest.mark.parametrize("rival", RIVALS, ids=[rival.name for rival in RIVALS])
 
@@ -42,6 +46,21 @@ def test_a_rival_does_the_same_work_with_each_of_its_settings(rival, candidates)
             assert divergent["kl"] < 1e-4 and divergent["greedy"] > 0.9, settings
             decoder.run()
         decoder.end()
+
+
+def test_a_rivals_threads_rest_outside_of_its_turns():
+    rival = decode_rivals.Rival(pretended_rival, "", Tier("pretended", torch.float32, 1.0))
+    decoder = decode_step.process_of(rival, shape_of(2), True, {})
+    assert decoder(torch.tensor([1, 2])).shape == (2, 128)
+    decoder.run()
+    cpu_times = []
+    for _ in range(2):
+        cpu_times.append(sum(map(int, Path(f"/proc/{decoder._process.pid}/stat").read_text().split()[13:15])))
+        time.sleep(0.2)
+    assert cpu_times[0] == cpu_times[1]
+    assert decoder.peak_bytes() > 1e6  # it goes on
+    decoder.end()
+    assert decoder._process.returncode == 0
 
 
 @ON
