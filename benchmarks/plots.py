@@ -11,6 +11,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from benchmarks.machine import bandwidth, by_machine
+from benchmarks.providers import bits, group_of
 from benchmarks.scaling_model import SWEEPS, sweeps
 
 FIGURES = Path(__file__).parent.parent / "docs/benchmarks"
@@ -189,18 +190,22 @@ def _scaling_figure(drawing: dict):
 
 
 def _decode_step_figure(drawing: dict):
-    figure, (times, rates) = _figure(2)
-    for number, (provider, points) in enumerate(drawing["lines"].items()):
-        candidates, seconds = zip(*points, strict=True)
-        style = _STYLES[number % len(_STYLES)]
-        times.plot(candidates, [1000 * one for one in seconds], style, ms=4, label=provider)
-        rates.plot(candidates, [count / one for count, one in zip(candidates, seconds, strict=True)], style, ms=4)
-    times.set(xscale="log", yscale="log", xlabel="candidates", ylabel="milliseconds a step")
-    rates.set(xscale="log", yscale="log", xlabel="candidates", ylabel="tokens a second")
-    counts = sorted({count for points in drawing["lines"].values() for count, _ in points})
-    for axes in (times, rates):
+    """Draw tokens a second over candidates, ours with thick lines, in one panel for each number of bits of weights."""
+    panels = defaultdict(dict)
+    for provider, points in drawing["lines"].items():
+        panels[bits(provider)][provider] = [(count, count / seconds) for count, seconds in points]
+    figure, all_axes = _figure(len(panels))
+    every = [rate for lines in panels.values() for points in lines.values() for _, rate in points]
+    for axes, (width, lines) in zip(all_axes, sorted(panels.items(), reverse=True), strict=True):
+        for number, (provider, points) in enumerate(lines.items()):
+            thickness = 2.5 if group_of(provider) == "ours" else 1
+            axes.plot(*zip(*points, strict=True), _STYLES[number % len(_STYLES)], ms=4, lw=thickness, label=provider)
+        axes.set(xscale="log", yscale="log", xlabel="candidates", ylabel="tokens a second")
+        axes.set(title=f"weights of {width} bits", ylim=(min(every) / 1.2, max(every) * 1.2))
+        counts = sorted({count for points in lines.values() for count, _ in points})
         axes.set_xticks(counts, [str(count) for count in counts])
+        axes.yaxis.set_major_formatter("{x:g}")
         axes.minorticks_off()
+        axes.legend(fontsize=6)
     figure.suptitle(f"{drawing['device']}: one decode step, 250 tokens stored")
-    figure.legend(*times.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=7)
     return figure

@@ -208,7 +208,7 @@ def test_figures_are_drawn_once_for_the_same_rows(tmp_path):
     rows[0]["seconds"]["median"] = 0.4
     assert not any(plots.is_current(tmp_path / name, drawing) for name, drawing in plots.drawings(rows).items())
     drawn = (tmp_path / names[0]).read_text()
-    assert "milliseconds a step" in drawn and "AMD EPYC: one decode step" in drawn
+    assert "weights of 32 bits" in drawn and "AMD EPYC: one decode step" in drawn
     points = plots.drawings(rows)[names[1]]["points"]
     name = "decode_step float32"
     assert json.loads(json.dumps(points)) == [[name, 1.0, 2.5e9], [name, 8.0, 16e9 / 0.6]]
