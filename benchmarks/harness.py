@@ -101,6 +101,7 @@ def task(
             del providers
             gc.collect()
         found.sort(key=lambda row: list(makers).index(row["provider"]))
+        missing = {name: missing[name] for name in (*absent, *makers) if name in missing}
         return _against_first([row | {"absent": missing} for row in found])
 
     def row(name: str) -> dict:
