@@ -45,7 +45,7 @@ inline void on_threads(int64_t count, int32_t pool, const Loop &loop) {
 template <class Work>
 inline bool share_out(int64_t count, int32_t num_threads, int32_t most, size_t scratch_bytes, const Work &work) {
     std::atomic<int64_t> next{0};
-    /* Long runs of items first, whose weights and rows a thread reads in one go, and ever shorter ones, so that all of the
+    /* Long runs of items first, whose weights and rows a thread reads in one go, and ever shorter ones, so that all
      * threads end together. */
     const auto take = [&](int64_t &first) {
         int64_t some;
