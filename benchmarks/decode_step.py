@@ -162,10 +162,7 @@ class StoredCandidates:
             step, {"text": prompt}, {"text": SamplingParams(self.candidates, max_new_tokens=room, seed=0)}
         )
         self._enter(self.known)
-        self._tokens = self._repeated(self.known.entered[:, 0])
-
-    def _repeated(self, distinct: torch.Tensor) -> torch.Tensor:
-        return distinct[torch.arange(self.candidates, device=distinct.device) % _DISTINCT]
+        self._tokens = _entered(device, smoke, shape)
 
     @torch.no_grad()
     def _enter(self, known: Known) -> None:
@@ -184,9 +181,9 @@ class StoredCandidates:
                 # Through bytes where the type has no indexing of its own.
                 target = pages.data[index, which].view(torch.uint8) if pages.scales is not None else None
                 if target is None:
-                    pages.data[index, which][table] = self._repeated(paged)
+                    pages.data[index, which][table] = _repeated(paged, self.candidates)
                 else:
-                    target[table] = self._repeated(paged.view(torch.uint8))
+                    target[table] = _repeated(paged.view(torch.uint8), self.candidates)
 
     def reset(self, stored: int, tokens: torch.Tensor | None = None) -> None:
         """Let every candidate have `stored` tokens, and enter `tokens` `[candidates]` or the known ones next."""
@@ -331,7 +328,12 @@ def _rival(
 def _entered(device: str, smoke: bool, shape: dict) -> torch.Tensor:
     """Return the tokens `[candidates]` of a timed step."""
     found = known(device, smoke, shape["text_tokens"], shape["stored"])
-    return found.entered[torch.arange(shape["candidates"], device=device) % _DISTINCT, 0]
+    return _repeated(found.entered[:, 0], shape["candidates"])
+
+
+def _repeated(distinct: torch.Tensor, candidates: int) -> torch.Tensor:
+    """Return `[candidates, ...]`, which repeat the distinct ones in turn."""
+    return distinct[torch.arange(candidates, device=distinct.device) % _DISTINCT]
 
 
 def _transformers(device: str, shape: dict, smoke: bool) -> Provider:
