@@ -24,6 +24,7 @@ from examples.train import (
     evaluate,
     judge,
     model,
+    picture,
     quality,
     texts,
     train_decoder,
@@ -65,11 +66,13 @@ def main(arguments: list[str] | None = None) -> int:
     recording.add_argument("file", type=Path)
     kept = commands.add_parser("test-data", help="codes of 64 sentences that nothing was trained on")
     kept.add_argument("file", type=Path)
+    drawn = commands.add_parser("picture", help="what ranking gains with the package's checkpoint, as SVG")
+    drawn.add_argument("file", type=Path)
     shipped = commands.add_parser("quality", help="whether the package's checkpoint is as its card says")
-    for command, sentences in ((judged, 100), (shipped, 60)):
-        command.add_argument("--sentences", type=int, default=sentences)
-        command.add_argument("--candidates", type=int, default=16)
-        command.add_argument("--kind", choices=judge.KINDS, default="open")
+    shipped.add_argument("--heard", type=int, default=1536, help="candidates to hear of each of its evaluations")
+    judged.add_argument("--sentences", type=int, default=100)
+    judged.add_argument("--candidates", type=int, default=16)
+    judged.add_argument("--kind", choices=judge.KINDS, default="open")
     parser.set_defaults(command="train", parent=None)
     given = parser.parse_args(arguments)
 
@@ -91,11 +94,16 @@ def main(arguments: list[str] | None = None) -> int:
         elif given.command == "test-data":
             data.held_out_file(given.file, texts.HELD_OUT[:64], data.load_codec(folder, make_codec()))
             print(f"wrote {given.file}")
+        elif given.command == "picture":
+            picture.draw(card.read_figures(demo.TRAINED), given.file)
+            print(f"wrote {given.file}")
         elif given.command == "quality":
-            found, told = quality.quality(folder, demo.TRAINED, given.sentences, given.candidates, given.kind)
-            lines, good = quality.compare(found, told, given.candidates)
-            print("\n".join(lines))
-            return 0 if good else 1
+            all_good = True
+            for found, told in quality.quality(folder, demo.TRAINED, given.heard):
+                lines, good = quality.compare(found, told)
+                print("\n".join(lines), flush=True)
+                all_good = all_good and good
+            return 0 if all_good else 1
         else:
             print(json.dumps(evaluate.round_trip(folder)))
     except Interrupted:

@@ -1,11 +1,13 @@
 """The model card of an exported checkpoint: data, licences, domain, limits, and figures."""
 
+import json
 import re
 import shutil
 from pathlib import Path
 
 from clvp_fast.io.files import write_json
 from examples.train import evaluate, model, texts
+from examples.train.state import Refused
 
 _TABLE = """Word error rates by pocketsphinx, of sentences that nothing was trained on. Its language model is open (its
 own trigrams) or closed (the domain's words). Behind ± stands the standard error over sentences; `p`, by Wilcoxon over
@@ -31,6 +33,31 @@ def figures(folder: Path) -> list[dict]:
     return found
 
 
+def rankings(found: list[dict]) -> list[tuple[str, int, dict]]:
+    """Return language model, number of candidates and evaluation of each ranking that was measured, in this order.
+
+    A number that several evaluations have is told of the one with most sentences, and then with most candidates.
+    """
+    best: dict[tuple[str, int], dict] = {}
+    for figure in sorted(found, key=lambda figure: (figure["sentences"], figure["candidates"])):
+        best |= {(figure["kind"], count): figure for count in evaluate.GROUPS if f"best_of_{count}" in figure}
+    return [(kind, count, best[kind, count]) for kind, count in sorted(best)]
+
+
+def read_figures(checkpoint: Path) -> list[dict]:
+    """Return the figures of a checkpoint's card.
+
+    Raises:
+        Refused: it has none.
+    """
+    if not (checkpoint / FIGURES).is_file():
+        raise Refused(f"{checkpoint} has no {FIGURES}: export a trained checkpoint there first")
+    found = json.loads((checkpoint / FIGURES).read_text(encoding="utf-8"))
+    if not found:
+        raise Refused(f"the card of {checkpoint} has no figures: evaluate it first, and export it again")
+    return found
+
+
 def write(folder: Path, target: Path) -> None:
     """Write the card, its figures as JSON, the notices and the uses of the evaluation into the checkpoint `target`."""
     (target / "README.md").write_text(card(folder), encoding="utf-8")
@@ -44,15 +71,14 @@ def card(folder: Path) -> str:
     """Return the card as Markdown."""
     trained = model.steps_of(folder)
     steps = "".join(f"| {part} | {step} | {spent / 60:.0f} |\n" for part, (step, spent) in trained.items())
-    rows = ""
-    for found in figures(folder):
-        for count in (4, 16, 64, 256):
-            if best := found.get(f"best_of_{count}"):
-                rows += (
-                    f"| {found['kind']} | {found['sentences']} | {count} | {best['mean']:.3f} | {best['picked']:.3f} ± "
-                    f"{best['picked_error']:.3f} | {best['least']:.3f} | {best['p']:.2g} |\n"
-                )
-    gains = any(best["p"] < 0.01 for found in figures(folder) for name, best in found.items() if "best_of" in name)
+    rows, gains = "", False
+    for kind, count, found in rankings(figures(folder)):
+        best = found[f"best_of_{count}"]
+        gains = gains or best["p"] < 0.01
+        rows += (
+            f"| {kind} | {found['sentences']} | {count} | {best['mean']:.3f} | {best['picked']:.3f} ± "
+            f"{best['picked_error']:.3f} | {best['least']:.3f} | {best['p']:.2g} |\n"
+        )
     verdict = "" if gains else "\nRanking gains nothing here that these sentences could show.\n"
     measured = f"{_TABLE}{rows}{verdict}" if rows else "Nothing was measured of this checkpoint.\n"
     return f"""# A small CLVP that was trained on synthetic speech

@@ -25,6 +25,9 @@ from examples.train.model import MOST_CODES, USES, ids_of
 from examples.train.state import STOP, step_of
 from examples.train.train_codec import make_codec
 
+# The numbers of candidates of which ranking picks one.
+GROUPS = (4, 16, 64, 256)
+
 
 def evaluate(folder: Path, sentences: int, count: int, kind: str = "open", seed: int = 7) -> dict:
     """Measure word errors of `count` candidates per sentence, and of the best-scored of each 4, 16, 64, ..."""
@@ -90,7 +93,7 @@ def summary(rows: list[dict]) -> dict:
         mine = [row["voice"] == name for row in rows]
         if any(mine):
             found[name] = round(float(errors[mine].mean()), 4)
-    for count in (4, 16, 64, 256):
+    for count in GROUPS:
         if count > errors.shape[1]:
             break
         whole = errors.shape[1] // count * count

@@ -15,7 +15,19 @@ from torch import nn
 
 from clvp_fast import CandidateEngine, CandidateRequest, ClvpFeatureExtractor, ClvpProcessor, SamplingParams, demo
 from clvp_fast.checkpoint import load_checkpoint
-from examples.train import candidates, card, data, evaluate, judge, model, quality, texts, train_decoder, train_scorer
+from examples.train import (
+    candidates,
+    card,
+    data,
+    evaluate,
+    judge,
+    model,
+    picture,
+    quality,
+    texts,
+    train_decoder,
+    train_scorer,
+)
 from examples.train.__main__ import main
 from examples.train.muon import orthogonal
 from examples.train.state import STOP, Interrupted, Refused, Training, alone, draws
@@ -411,21 +423,34 @@ def test_small_recipe_end_to_end_is_exported_and_loaded(tmp_path, monkeypatch, s
     assert loaded.model.config.decoder_config.decoder_fixing_codes == [model.silence_of(codec)] * 4
 
 
-def test_a_card_is_held_to_a_measurement(tmp_path):
-    def figures(mean, picked):
-        return {"mean": mean, "mean_error": 0.02, "best_of_16": {"picked": picked, "picked_error": 0.03}}
+def test_a_card_is_held_to_a_measurement(tmp_path, monkeypatch):
+    def figures(mean, picked, sentences=100):
+        best = {"picked": picked, "picked_error": 0.03}
+        return {"kind": "open", "candidates": 16, "sentences": sentences, "mean": mean, "mean_error": 0.02} | {
+            "best_of_16": best
+        }
 
-    lines, good = quality.compare(figures(0.30, 0.2), figures(0.33, 0.25), 16)
-    assert good and lines[0] == "mean candidate: word errors 0.300 ± 0.020, card 0.330 ± 0.020: as the card says"
-    lines, good = quality.compare(figures(0.30, 0.2), figures(0.31, 0.33), 16)
-    assert (
-        not good and lines[0].endswith("as the card says") and lines[1].endswith("0.330 ± 0.030: not as the card says")
-    )
+    lines, good = quality.compare(figures(0.30, 0.2, 60), figures(0.33, 0.25))
+    assert good and lines == [
+        "open language model, 60 sentences of 16 candidates",
+        "  mean candidate: word errors 0.300 ± 0.020, card 0.330 ± 0.020: as the card says",
+        "  picked of 16: word errors 0.200 ± 0.030, card 0.250 ± 0.030: as the card says",
+    ]
+    lines, good = quality.compare(figures(0.30, 0.2), figures(0.31, 0.33))
+    assert not good and ": as the card" in lines[1] and lines[2].endswith("0.330 ± 0.030: not as the card says")
     with pytest.raises(Refused, match=r"has no figures\.json: export a trained checkpoint there first"):
-        quality.quality(tmp_path, tmp_path, 1, 16, "open")
-    (tmp_path / "figures.json").write_text(json.dumps([{"kind": "closed", "best_of_16": {}}]))
-    with pytest.raises(Refused, match="no figure of 16 candidates and the open language model"):
-        quality.quality(tmp_path, tmp_path, 1, 16, "open")
+        next(quality.quality(tmp_path, tmp_path, 100))
+    card = tmp_path / "figures.json"
+    card.write_text("[]")
+    with pytest.raises(Refused, match="has no figures: evaluate it first, and export it again"):
+        next(quality.quality(tmp_path, tmp_path, 100))
+    # Of each evaluation, as many sentences as may be heard, and at least one.
+    told = [figures(0.3, 0.2, sentences=3), figures(0.3, 0.2) | {"candidates": 64, "kind": "closed"}]
+    card.write_text(json.dumps(told))
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    monkeypatch.setattr(model, "go_on_from", lambda work, checkpoint: [])
+    monkeypatch.setattr(evaluate, "evaluate", lambda work, *asked: asked)
+    assert list(quality.quality(tmp_path, tmp_path, 100)) == [((3, 16, "open"), told[0]), ((1, 64, "closed"), told[1])]
 
 
 def test_card_has_the_figures_of_this_decoder_and_scorer_alone(tmp_path):
@@ -442,9 +467,26 @@ def test_card_has_the_figures_of_this_decoder_and_scorer_alone(tmp_path):
     assert "| decoder | 40 | 2 |" in text
     assert "| open | 3 | 4 | 0.562 | 0.250 ± 0.000 | 0.250 |" in text
     assert "| 5 | 4 |" not in text and "| 6 |" not in text
+    # More candidates of as many sentences have figures of fewer candidates too.
+    more = row | {"errors": [1.0] * 16, "scores": list(range(16))}
+    (tmp_path / "evaluation-40-16-open.jsonl").write_text((json.dumps(more) + "\n") * 3)
+    rows = [line for line in card.card(tmp_path).splitlines() if line.startswith("| open")]
+    assert [line[:24] for line in rows] == ["| open | 3 | 4 | 1.000 |", "| open | 3 | 16 | 1.000 "]
+    (tmp_path / "evaluation-40-16-open.jsonl").unlink()
     assert "Ranking gains nothing here" in text
     (tmp_path / "evaluation-40-4-open.jsonl").unlink()
     assert "Nothing was measured of this checkpoint." in card.card(tmp_path)
+
+
+def test_the_picture_of_ranking_shows_the_figures_of_the_package(tmp_path, capsys):
+    figures = card.read_figures(demo.TRAINED)
+    shown = picture.content(figures)
+    assert set(shown) == {"open", "closed"} and all(len(points) >= 2 for points in shown.values())
+    committed = ROOT / "docs/pictures/ranking.svg"
+    assert committed.read_text().endswith(picture.mark(figures) + "\n"), "python -m examples.train picture renews it"
+    assert main(["picture", str(tmp_path / "new.svg")]) == 0
+    drawn = (tmp_path / "new.svg").read_text()
+    assert drawn.endswith(picture.mark(figures) + "\n") and "the candidate with the highest score" in drawn
 
 
 def test_candidates_are_ranked_as_an_engine_ranks_them():
