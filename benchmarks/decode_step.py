@@ -19,7 +19,6 @@ import torch
 from benchmarks.decode_rivals import RIVALS, Rival
 from benchmarks.harness import Provider, Task, task
 from benchmarks.kernels import captured, name_of
-from benchmarks.machine import cpu_facts
 from benchmarks.models import our_model, stock_model
 from benchmarks.precision import divergence
 from benchmarks.providers import Absent, bits, group_of
@@ -408,17 +407,16 @@ def _torch(name: str, tier: Tier, device: str, shape: dict, smoke: bool) -> Prov
 
 def process_of(rival: Rival, shape: dict, smoke: bool, settings: dict) -> DecoderProcess:
     """Start a rival's process behind what the candidates of a shape have stored."""
-    if cpu_facts()["isa_forced"]:
-        raise Absent("its kernels cannot be held down to the instruction set of ours")
     found = known("cpu", smoke, shape["text_tokens"], shape["stored"])
     places = torch.arange(shape["stored"])
     stored = Stored(found.prompt, found.tokens, places + (places > 0), found.keys, found.values, shape["stored"] + 1)
-    layers = _layers(smoke)
+    layers = layers_of(smoke)
     return DecoderProcess(rival.module, layers, stored, shape["candidates"], kind=rival.kind, settings=settings)
 
 
 @cache
-def _layers(smoke: bool) -> TorchLayers:
+def layers_of(smoke: bool) -> TorchLayers:
+    """Return the layers of transformers' decoder that rivals have."""
     return TorchLayers(stock_model("cpu", smoke=smoke).speech_decoder_model)
 
 

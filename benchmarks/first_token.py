@@ -1,8 +1,9 @@
 """The work before the first token: a clip to the voice's embedding, and a text to the first of its tokens.
 
-transformers' encoder and ours get the same clip. The first token of a known voice is transformers' pass over the
-prompt, and the first that the engine's `stream()` yields: prefill and one step. Its error is that of logits, as in the
-workload `generate`.
+transformers' encoder and ours get the same clip. The first token of a known voice is the first that the engine's
+`stream()` yields: prefill and one step. Of transformers it is a pass over the prompt; of ONNX Runtime, in a process of
+its own, a pass over the prompt and the start token, with keys and values of all of them. Its error is that of logits,
+as in the workload `generate`.
 """
 
 from collections.abc import Callable, Iterator
@@ -10,10 +11,14 @@ from functools import partial
 
 import torch
 
+from benchmarks.decode_rivals import RIVALS, Rival
+from benchmarks.decode_step import layers_of
 from benchmarks.harness import Provider, Task, task
 from benchmarks.kernels import name_of
 from benchmarks.models import inputs, our_model, stock_model
-from benchmarks.tiers import TIERS, Tier, compared_logits, engine_error, engine_of
+from benchmarks.rivals import onnx_prompt, onnx_runtime
+from benchmarks.rivals.decoder_process import RivalProcess
+from benchmarks.tiers import TIERS, Tier, compared_logits, engine_error, engine_of, furthest_logit
 from clvp_fast import CandidateRequest, SamplingParams
 
 CLIP = {"clip_seconds": 6}
@@ -53,6 +58,9 @@ def _first_tokens(device: str, text_tokens: int, smoke: bool) -> Iterator[tuple[
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     name = f"transformers {name_of(dtype)}"
     yield name, partial(_transformers, name, device, dtype, text_tokens, smoke)
+    for rival in RIVALS if device == "cpu" else ():
+        if rival.module is onnx_runtime:
+            yield rival.name, partial(_onnx, rival, text_tokens, smoke)
     for tier in TIERS[device]:
         name = f"clvp_fast engine, {tier.name}"
         yield name, partial(_engine, name, tier, device, text_tokens, smoke)
@@ -63,6 +71,17 @@ def _transformers(name: str, device: str, dtype: torch.dtype, text_tokens: int, 
     prompt, *_ = compared_logits(device, smoke, text_tokens)
     run = partial(stock_model(device, dtype, smoke).speech_decoder_model, inputs_embeds=prompt[None].to(dtype))
     return Provider(name, torch.no_grad()(run), 0.0, 0.0)
+
+
+@torch.no_grad()
+def _onnx(rival: Rival, text_tokens: int, smoke: bool) -> Provider:
+    prompt, tokens, expected = compared_logits("cpu", smoke, text_tokens)
+    settings = rival.settings(1)
+    process = RivalProcess(onnx_prompt, layers_of(smoke), kind=rival.kind, settings=settings)
+    start = process.layers.embedded(tokens[:1], torch.tensor([0]))
+    error = furthest_logit(process.enter(hidden=torch.cat([prompt, start])), expected[:1])
+    counted = {"process_bytes": process.peak_bytes(), "settings": settings}
+    return Provider(rival.name, process.run, error, rival.tier.tolerance, counted=counted)
 
 
 def _engine(name: str, tier: Tier, device: str, text_tokens: int, smoke: bool) -> Provider:

@@ -1,4 +1,4 @@
-"""A rival's decode step in a process of its own, and its weights in the cache folder.
+"""A rival's model in a process of its own, and its weights in the cache folder.
 
 The two processes exchange lines of JSON, and arrays as files; `serving.py` is the other side. The rival's process is
 stopped while it is not asked: threads of some libraries poll for more work for half a second behind a step, on a core
@@ -7,6 +7,7 @@ that the next provider needs. Ours of one candidate took 53 ms in its turn behin
 
 import hashlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from types import ModuleType
 import numpy as np
 import torch
 
+from benchmarks.machine import cpu_facts
 from benchmarks.providers import Absent
 from benchmarks.rivals.serving import Job
 from benchmarks.rivals.torch_decoder import TorchLayers
@@ -56,46 +58,55 @@ class Stored:
             np.save(folder / f"{name}.npy", array.numpy())
 
 
-class DecoderProcess:
-    """A decode step over what is stored, as `TorchDecoder`; `run` repeats the last one.
+class RivalProcess:
+    """A rival's model in a process of its own; `run` repeats the last call.
 
     Args:
         rival: a module of this folder, which serves a model's file when it is run. It has `PACKAGES`; `SETTINGS`, by
-            kind of weights those that a sweep tries, the first for a run without one; and a function
-            `model_file(kind, layers, stored)`.
+            kind of weights those that a sweep tries, the first for a run without one; a function
+            `model_file(kind, layers, stored)`; and, if it can be held down to a lesser instruction set, `HELD_DOWN`, by
+            the set's name the variables of its process.
         layers: of a `ClvpForCausalLM` in float32.
-        stored: what candidates have behind them, of the distinct ones; the others repeat them.
+        stored: what candidates have behind them, of the distinct ones; the others repeat them. None for a prompt.
         candidates: how many.
         kind: of the rival's weights, a key of its `SETTINGS`.
         settings: of the rival.
 
     Raises:
-        Absent: a package is missing.
+        Absent: a package is missing, or our kernels are held down to an instruction set, and the rival's cannot be.
     """
 
     def __init__(
-        self, rival: ModuleType, layers: TorchLayers, stored: Stored, candidates: int, *, kind: str, settings: dict
+        self,
+        rival: ModuleType,
+        layers: TorchLayers,
+        stored: Stored | None = None,
+        candidates: int = 1,
+        *,
+        kind: str,
+        settings: dict,
     ):
+        environment = os.environ | held_down(rival)
         require_packages(rival)
-        self.layers, self.position = layers, torch.tensor([stored.position])
+        self.layers = layers
         self._name = rival.__name__
         file = rival.model_file(kind, layers, stored)
         self._folder = tempfile.TemporaryDirectory()
-        stored.save(layers, Path(self._folder.name))
-        threads = torch.get_num_threads()
-        job = Job(str(file), self._folder.name, candidates, len(stored.prompt), threads, settings)
+        if stored is not None:
+            stored.save(layers, Path(self._folder.name))
+        prompt_len = 0 if stored is None else len(stored.prompt)
+        job = Job(str(file), self._folder.name, candidates, prompt_len, torch.get_num_threads(), settings)
         command = [sys.executable, "-m", rival.__name__, json.dumps(asdict(job))]
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         # In a session of its own: a stopped member of a process group may cost the whole group its terminal.
-        self._process = subprocess.Popen(command, start_new_session=True, **pipes)
+        self._process = subprocess.Popen(command, start_new_session=True, env=environment, **pipes)
         self.end = weakref.finalize(self, _end, self._process, self._folder)
 
-    @torch.no_grad()
-    def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Return logits `[candidates, vocab_size]` behind `tokens` `[candidates]`."""
+    def enter(self, **arrays: torch.Tensor) -> torch.Tensor:
+        """Return logits `[candidates, vocab_size]` behind what is entered, by the name that the rival reads."""
         folder = Path(self._folder.name)
-        np.save(folder / "tokens.npy", tokens.numpy())
-        np.save(folder / "hidden.npy", self.layers.embedded(tokens, self.position).numpy())
+        for name, array in arrays.items():
+            np.save(folder / f"{name}.npy", array.numpy())
         self._ask("enter")
         return torch.from_numpy(np.load(folder / "logits.npy"))
 
@@ -119,6 +130,19 @@ class DecoderProcess:
         return json.loads(answer)
 
 
+class DecoderProcess(RivalProcess):
+    """A decode step over what is stored, as `TorchDecoder`, with the arguments of `RivalProcess`."""
+
+    def __init__(self, rival: ModuleType, layers: TorchLayers, stored: Stored, candidates: int, **options):
+        super().__init__(rival, layers, stored, candidates, **options)
+        self.position = torch.tensor([stored.position])
+
+    @torch.no_grad()
+    def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return logits `[candidates, vocab_size]` behind `tokens` `[candidates]`."""
+        return self.enter(tokens=tokens, hidden=self.layers.embedded(tokens, self.position))
+
+
 def _end(process: subprocess.Popen, folder: tempfile.TemporaryDirectory) -> None:
     process.send_signal(signal.SIGCONT)
     with suppress(BrokenPipeError):  # it has ended already
@@ -132,6 +156,17 @@ def require_packages(rival: ModuleType) -> None:
     """Raise `Absent` where a package of the rival is missing."""
     if missing := [name for name in rival.PACKAGES if find_spec(name) is None]:
         raise Absent(f"not installed: {', '.join(missing)}")
+
+
+def held_down(rival: ModuleType) -> dict[str, str]:
+    """Return the variables that hold a rival down to the instruction set of our kernels; none where these are free."""
+    facts = cpu_facts()
+    if not facts["isa_forced"]:
+        return {}
+    found = getattr(rival, "HELD_DOWN", {}).get(facts["isa"])
+    if found is None:
+        raise Absent("its kernels cannot be held down to the instruction set of ours")
+    return found
 
 
 def require_one_norm(layers: TorchLayers, rival: str) -> None:

@@ -1,15 +1,19 @@
-"""CLVP's decode step as a graph of ONNX, exported from the layers of `torch_decoder.py`.
+"""CLVP's decode step and its pass over a prompt as graphs of ONNX, exported from the layers of `torch_decoder.py`.
 
-Stored keys and values are its inputs, and are attended to where they lie: a graph that appends to them copies all of
-them at every step.
+Stored keys and values are inputs of the step, and are attended to where they lie: a graph that appends to them copies
+all of them at every step.
 """
 
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from benchmarks.rivals.decoder_process import built
 from benchmarks.rivals.torch_decoder import TorchLayers
+
+FILE = "decoder.onnx"
+_AS_DYNAMO = dict(dynamo=True, external_data=True, verbose=False)
 
 
 class _Step(torch.nn.Module):
@@ -34,9 +38,48 @@ class _Step(torch.nn.Module):
         return self.layers.logits(hidden), [k for k, _ in new], [v for _, v in new]
 
 
+class _Prompt(torch.nn.Module):
+    """The graph: embeddings of a prompt and a token, to logits behind it and keys and values of all of them."""
+
+    def __init__(self, layers: TorchLayers):
+        super().__init__()
+        self.model, self.layers = layers.model, layers
+
+    def forward(self, hidden):
+        stored: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+        def attend(index, q, k, v):
+            q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+            stored.append((k, v))
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)[0].transpose(0, 1)
+
+        hidden = self.layers(hidden, attend)
+        return self.layers.logits(hidden[-1:]), [k for k, _ in stored], [v for _, v in stored]
+
+
 def exported(layers: TorchLayers) -> Path:
-    """Return the file of the graph in float32, which is made where it is missing."""
-    return built("onnx-float32", layers, lambda folder: _export(layers, folder)) / "decoder.onnx"
+    """Return the file of the step's graph in float32, which is made where it is missing."""
+    return built("onnx-float32", layers, lambda folder: _export(layers, folder)) / FILE
+
+
+def exported_prompt(layers: TorchLayers) -> Path:
+    """Return the file of the prompt's graph in float32, which is made where it is missing."""
+    return built("onnx-prompt-float32", layers, lambda folder: _export_prompt(layers, folder)) / FILE
+
+
+@torch.no_grad()
+def _export_prompt(layers: TorchLayers, folder: Path) -> None:
+    config = layers.model.config
+    numbers = range(config.num_hidden_layers)
+    torch.onnx.export(
+        _Prompt(layers).eval(),
+        (torch.zeros(7, config.hidden_size),),
+        folder / FILE,
+        input_names=["hidden"],
+        output_names=["logits", *(f"{kind} {n}" for kind in ("keys", "values") for n in numbers)],
+        dynamic_shapes=({0: torch.export.Dim("tokens", min=2)},),
+        **_AS_DYNAMO,
+    )
 
 
 @torch.no_grad()
@@ -51,11 +94,9 @@ def _export(layers: TorchLayers, folder: Path) -> None:
     torch.onnx.export(
         _Step(layers).eval(),
         (torch.zeros(3, width), keys, values),
-        folder / "decoder.onnx",
+        folder / FILE,
         input_names=["hidden", *(f"{kind} {n}" for kind in ("keys", "values") for n in numbers)],
         output_names=["logits", *(f"new {kind} {n}" for kind in ("keys", "values") for n in numbers)],
         dynamic_shapes=({0: rows}, shape, shape),
-        dynamo=True,
-        external_data=True,
-        verbose=False,
+        **_AS_DYNAMO,
     )

@@ -26,8 +26,7 @@ def model_file(kind: str, layers, stored) -> Path:
     exact = exported(layers)
     if kind == "float32":
         return exact
-    quantise = {"int8": _dynamic, "blocks": _blocks}[kind]
-    return built(f"onnx-{kind}", layers, lambda folder: quantise(exact, folder / exact.name)) / exact.name
+    return built(f"onnx-{kind}", layers, lambda folder: QUANTISERS[kind](exact, folder / exact.name)) / exact.name
 
 
 def _dynamic(exact: Path, target: Path) -> None:
@@ -51,15 +50,23 @@ def _blocks(exact: Path, target: Path) -> None:
     quantizer.model.save_model_to_file(str(target), use_external_data_format=True)
 
 
-def load(job: Job):
-    """Return the step of `serve`."""
+QUANTISERS = {"int8": _dynamic, "blocks": _blocks}
+
+
+def session_of(job: Job):
+    """Return ONNX Runtime's session of a job."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = job.threads
     options.add_session_config_entry("session.intra_op.allow_spinning", str(int(job.settings["spinning"])))
     options.add_session_config_entry("session.disable_prepacking", str(int(not job.settings["prepacking"])))
-    session = onnxruntime.InferenceSession(job.model, options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(job.model, options, providers=["CPUExecutionProvider"])
+
+
+def load(job: Job):
+    """Return the step of `serve`."""
+    session = session_of(job)
     feed = {f"{kind} {n}": layer for kind in ("keys", "values") for n, layer in enumerate(job.dense(kind))}
 
     def step(hidden):

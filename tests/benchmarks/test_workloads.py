@@ -334,7 +334,9 @@ def test_a_candidate_without_all_its_tokens_is_no_measurement(monkeypatch):
 
 def test_a_voice_is_judged_and_a_first_token_is_the_engines(monkeypatch):
     monkeypatch.setitem(tiers.TIERS, "cpu", tiers.TIERS["cpu"][:2])
-    found = {(*row["shape"], row["provider"]): row for row in all_rows(first_token, "cpu", smoke=True)}
+    every = {(*row["shape"], row["provider"]): row for row in all_rows(first_token, "cpu", smoke=True)}
+    # tests/benchmarks/test_decode_rivals.py tests this rival.
+    found = {name: row for name, row in every.items() if not name[1].startswith("ONNX Runtime")}
     assert list(found) == [
         ("clip_seconds", "transformers float32"),
         ("clip_seconds", "clvp_fast float32"),
