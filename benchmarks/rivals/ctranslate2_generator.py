@@ -22,6 +22,10 @@ from benchmarks.rivals.serving import Job, serve
 PACKAGES = ("ctranslate2",)
 _SETTINGS = [{"mkl": False, "packed": False}, {"mkl": True, "packed": False}, {"mkl": True, "packed": True}]
 SETTINGS = {"float32": _SETTINGS, "int8": _SETTINGS}
+# Variables of its own choice of kernels, and of the two libraries that it multiplies with.
+HELD_DOWN = {
+    "avx2": {"CT2_FORCE_CPU_ISA": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
+}
 _STEPS = 64
 _END = "</s>"
 
