@@ -49,6 +49,7 @@ class Plan:
 
 
 PLAN = Plan()
+_GO_ON = "it says why above: the same command goes on once that is mended"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -130,7 +131,7 @@ def train(folder: Path, plan: Plan = PLAN) -> None:
         train_decoder.train_decoder(folder, clvp, codec, plan.decoder_steps)
         train_scorer.train_scorer(folder, clvp, plan.scorer_steps)
         if helper.wait():
-            raise RuntimeError(f"the process that makes speech and candidates ended with {helper.returncode}")
+            raise Refused(f"the process that makes speech and candidates ended with {helper.returncode}; {_GO_ON}")
     finally:
         helper.terminate()
         helper.wait()
@@ -151,7 +152,7 @@ def _wait_for_codes(folder: Path, helper: subprocess.Popen) -> None:
     while len(list((folder / "codes").glob("*.npz"))) < 5:
         STOP.check()
         if helper.poll() is not None:
-            raise RuntimeError(f"the process that makes speech ended with {helper.returncode} and made none")
+            raise Refused(f"the process that makes speech ended with {helper.returncode} and made none; {_GO_ON}")
         STOP.wait(2)
 
 

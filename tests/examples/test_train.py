@@ -28,7 +28,7 @@ from examples.train import (
     train_decoder,
     train_scorer,
 )
-from examples.train.__main__ import main
+from examples.train.__main__ import _wait_for_codes, main
 from examples.train.muon import orthogonal
 from examples.train.state import STOP, Interrupted, Refused, Training, alone, draws
 from examples.train.train_codec import make_codec, train_codec
@@ -476,6 +476,13 @@ def test_card_has_the_figures_of_this_decoder_and_scorer_alone(tmp_path):
     assert "Ranking gains nothing here" in text
     (tmp_path / "evaluation-40-4-open.jsonl").unlink()
     assert "Nothing was measured of this checkpoint." in card.card(tmp_path)
+
+
+def test_a_training_without_its_helper_says_what_to_do(tmp_path):
+    helper = subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"])
+    helper.wait()
+    with pytest.raises(Refused, match="ended with 3 and made none; it says why above: the same command goes on"):
+        _wait_for_codes(tmp_path, helper)
 
 
 def test_the_picture_of_ranking_shows_the_figures_of_the_package(tmp_path, capsys):
