@@ -108,6 +108,33 @@ static inline int clvp_fast_check_linear(const struct clvp_fast_linear *call) {
     return CLVP_FAST_OK;
 }
 
+static inline int clvp_fast_is_floating(int32_t dtype) {
+    return dtype == CLVP_FAST_FLOAT32 || dtype == CLVP_FAST_BFLOAT16;
+}
+
+/* Returns CLVP_FAST_OK, or why a norm is refused. */
+static inline int clvp_fast_check_norm(const struct clvp_fast_norm *call) {
+    if (call == NULL) return CLVP_FAST_NULL_POINTER;
+    if (!clvp_fast_is_floating(call->dtype) || !clvp_fast_is_floating(call->affine_dtype) ||
+        !clvp_fast_is_floating(call->out_dtype) ||
+        (call->sum_dtype != call->dtype && call->sum_dtype != CLVP_FAST_FLOAT32))
+        return CLVP_FAST_BAD_DTYPE;
+    /* So large that no product of two sizes overflows. */
+    const int64_t most = (int64_t)1 << 28;
+    if (call->rows < 0 || call->rows > most || call->columns < 1 || call->columns > most || call->x_stride > most ||
+        call->x_stride < -most || call->rms < 0 || call->rms > 1 || (call->rms && call->bias))
+        return CLVP_FAST_BAD_SIZE;
+    if (call->rows == 0) return CLVP_FAST_OK;
+    if (!call->x || !call->weight || !call->out || (call->residual && !call->sum)) return CLVP_FAST_NULL_POINTER;
+    const size_t affine = clvp_fast_element_size(call->affine_dtype), sum = clvp_fast_element_size(call->sum_dtype);
+    if (clvp_fast_misaligned(call->x, clvp_fast_element_size(call->dtype)) ||
+        clvp_fast_misaligned(call->residual, sum) || clvp_fast_misaligned(call->weight, affine) ||
+        clvp_fast_misaligned(call->bias, affine) || clvp_fast_misaligned(call->sum, sum) ||
+        clvp_fast_misaligned(call->out, clvp_fast_element_size(call->out_dtype)))
+        return CLVP_FAST_MISALIGNED;
+    return CLVP_FAST_OK;
+}
+
 /* Returns CLVP_FAST_OK, or why a feed-forward block is refused. */
 static inline int clvp_fast_check_mlp(const struct clvp_fast_mlp *call) {
     if (call == NULL) return CLVP_FAST_NULL_POINTER;

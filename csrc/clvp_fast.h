@@ -147,6 +147,30 @@ struct clvp_fast_linear {
 /* Threads and instruction set as above. */
 int clvp_fast_linear_cpu(const struct clvp_fast_linear *call, int32_t num_threads, const char *isa);
 
+/* sum = x + residual, and out = a norm of it over its columns, with statistics in float32. The bits of a row depend on
+ * that row alone. */
+struct clvp_fast_norm {
+    const void *x; /* [rows, columns] of dtype, columns at stride 1 */
+    const void
+        *residual;      /* [rows, columns] of sum_dtype, contiguous; null: the norm is that of x, and `sum` is unused */
+    const void *weight; /* [columns] of affine_dtype */
+    const void *bias;   /* [columns] of affine_dtype; null: none; null with rms */
+    void *sum;          /* [rows, columns] of sum_dtype, contiguous */
+    void *out;          /* [rows, columns] of out_dtype, contiguous */
+    int64_t x_stride;   /* elements from one row to the next */
+    int64_t rows, columns;
+    int32_t dtype;                   /* FLOAT32 or BFLOAT16, as the others */
+    int32_t sum_dtype;               /* dtype or FLOAT32 */
+    int32_t affine_dtype, out_dtype; /* each FLOAT32 or BFLOAT16 */
+    /* 1: sum / sqrt(mean of sum^2 + eps), rounded to its type, times weight; 0: (sum - mean) / sqrt(variance + eps) *
+     * weight + bias, rounded once. */
+    int32_t rms;
+    float eps;
+};
+
+/* Threads and instruction set as above. */
+int clvp_fast_norm_cpu(const struct clvp_fast_norm *call, int32_t num_threads, const char *isa);
+
 /* A feed-forward block of many rows: out = activation(x w_in^T + b_in) w_out^T + b_out + residual; gated, the values
  * between the layers are h * activation(g), h and g the halves of x w_in^T + b_in; or the first layer alone: out =
  * activation(x w_in^T + b_in) + residual. Summed in float32; the values between the layers are rounded to bfloat16

@@ -44,6 +44,7 @@ from clvp_fast.native.calls import (  # structures that callers fill
     LinearCall as LinearCall,
     LogMelCall as LogMelCall,
     MlpCall as MlpCall,
+    NormCall as NormCall,
     PagedDecodeCall as PagedDecodeCall,
     PersistentDecodeCall as PersistentDecodeCall,
     SampleCall as SampleCall,

@@ -55,12 +55,12 @@ _CPU_FLAGS = {
 # compile slowest come first.
 _PRODUCTS = ("mlp", "window_block", "panel_linear", "linear", "window_attention", "paged_decode")
 _INTEGERS = ("int8_linear",)
-ISA_SOURCES = dict.fromkeys(ISA_FLAGS, ("log_mel", *_PRODUCTS, *_INTEGERS, "sample")) | {
+ISA_SOURCES = dict.fromkeys(ISA_FLAGS, ("log_mel", *_PRODUCTS, *_INTEGERS, "sample", "norm")) | {
     "avx512bf16": _PRODUCTS,
     "avx512vnni": _INTEGERS,
     "avxvnni": _INTEGERS,
 }
-_STEMS = (*_PRODUCTS[:2], "log_mel", *_PRODUCTS[2:], *_INTEGERS, "sample")
+_STEMS = (*_PRODUCTS[:2], "log_mel", *_PRODUCTS[2:], *_INTEGERS, "sample", "norm")
 CUDA_SOURCES = ("log_mel", "persistent_decode")
 _HOST_FLAGS = "-Xcompiler=-fPIC,-pthread,-fvisibility=hidden"
 # --threads 0: the architectures are compiled side by side on all cores.

@@ -96,6 +96,28 @@ class LinearCall(ctypes.Structure):
     )
 
 
+class NormCall(ctypes.Structure):
+    """`struct clvp_fast_norm` of csrc/clvp_fast.h, which explains the fields."""
+
+    _fields_ = (
+        ("x", c_void_p),
+        ("residual", c_void_p),
+        ("weight", c_void_p),
+        ("bias", c_void_p),
+        ("sum", c_void_p),
+        ("out", c_void_p),
+        ("x_stride", c_int64),
+        ("rows", c_int64),
+        ("columns", c_int64),
+        ("dtype", c_int32),
+        ("sum_dtype", c_int32),
+        ("affine_dtype", c_int32),
+        ("out_dtype", c_int32),
+        ("rms", c_int32),
+        ("eps", c_float),
+    )
+
+
 class MlpCall(ctypes.Structure):
     """`struct clvp_fast_mlp` of csrc/clvp_fast.h, which explains the fields."""
 
@@ -290,6 +312,7 @@ FUNCTIONS = {
         "clvp_fast_log_mel_cpu": _on_cpu(LogMelCall),
         "clvp_fast_paged_decode_cpu": _on_cpu(PagedDecodeCall),
         "clvp_fast_linear_cpu": _on_cpu(LinearCall),
+        "clvp_fast_norm_cpu": _on_cpu(NormCall),
         "clvp_fast_mlp_cpu": _on_cpu(MlpCall),
         "clvp_fast_window_attention_cpu": _on_cpu(WindowAttentionCall),
         "clvp_fast_window_block_cpu": _on_cpu(WindowBlockCall),

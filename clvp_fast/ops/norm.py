@@ -14,8 +14,16 @@ request, which is little beside hundreds of decode steps with sixty norms each.
 import torch
 import torch.nn.functional as F
 
-from clvp_fast.ops.binding import BoundCall, Scratch, writing
-from clvp_fast.ops.checks import as_rows, check_floating, check_residual, check_same, shape_error, unserved_by_triton
+from clvp_fast.ops.binding import BoundCall, Scratch, side_by_side, writing
+from clvp_fast.ops.checks import (
+    as_rows,
+    check_floating,
+    check_residual,
+    check_same,
+    shape_error,
+    unserved_by_triton,
+    unserved_natively,
+)
 from clvp_fast.ops.dispatch import Implementation, Operator, gradient, needs_grad
 
 
@@ -106,6 +114,62 @@ def _triton(x, residual, weight, bias, eps, kind, out_dtype=None, *, out=None):
     return total, normed
 
 
+# The fewest numbers for which a call that is not bound costs less by the library's kernel than by torch's.
+_MANY_NUMBERS = 2**17
+
+
+def _native(x, residual, weight, bias, eps, kind, out_dtype=None):
+    """Run csrc/cpu/norm.cpp."""
+    out = _fake(x, residual, weight, bias, eps, kind, out_dtype)
+    _native_call(out, x, residual, weight, bias, eps, kind)()
+    return out
+
+
+def _native_call(out, x, residual, weight, bias, eps, kind):
+    """Bind the kernel to these tensors, or to contiguous copies made now if needed."""
+    from clvp_fast import native
+
+    rows, (total, normed) = as_rows(x), out
+    residual, weight, bias = (None if given is None else given.contiguous() for given in (residual, weight, bias))
+    types = {torch.float32: native.FLOAT32, torch.bfloat16: native.BFLOAT16}
+    call = native.NormCall(
+        rows.data_ptr(),
+        None if residual is None else residual.data_ptr(),
+        weight.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        None if residual is None else total.data_ptr(),
+        normed.data_ptr(),
+        rows.stride(0),
+        *rows.shape,
+        types[x.dtype],
+        types[x.dtype if residual is None else residual.dtype],
+        types[weight.dtype],
+        types[normed.dtype],
+        kind == "rms",
+        eps,
+    )
+    kept = rows, residual, weight, bias, total, normed
+    return native.bound("clvp_fast_norm_cpu", call, torch.get_num_threads(), *kept)
+
+
+def _bind_native(out, scratch, x, residual, weight, bias, eps, kind, out_dtype=None):
+    if not side_by_side(*out, x, residual, weight, bias):
+        return None
+    return _native_call(out, x, residual, weight, bias, eps, kind)
+
+
+def _why_not_native(x, residual, weight, bias, eps, kind, out_dtype=None):
+    if x.shape[-1] == 0:
+        return "it serves rows of at least one number"
+    others = (None if tensor is None else tensor.dtype for tensor in (residual, weight, bias))
+    reasons = (unserved_natively(x.device, dtype) for dtype in (x.dtype, out_dtype, *others) if dtype is not None)
+    return next((reason for reason in reasons if reason), None)
+
+
+def _pays_natively(x, *others):
+    return x.numel() >= _MANY_NUMBERS and not torch.compiler.is_compiling()
+
+
 # A registered operator may not return its argument: without a residual its first result is empty, and x stands in.
 _OPERATOR = Operator(
     "add_norm",
@@ -115,6 +179,17 @@ _OPERATOR = Operator(
     fake=_fake,
     implementations=(
         Implementation("triton", _triton, _why_not, unserved_type, bind=writing(_triton)),
+        Implementation(
+            "cpu",
+            _native,
+            _why_not_native,
+            unserved_natively,
+            _pays_natively,
+            f"at least {_MANY_NUMBERS} numbers on a CPU, and all of a decode step",
+            warns=False,
+            bind=_bind_native,
+            pays_bound=lambda *args: True,
+        ),
         Implementation("torch", _torch),
     ),
     unaliased=_unaliased,

@@ -83,16 +83,20 @@ CLVP_FAST_INLINE void store_floats(float *to, Floats x, int64_t count = LANES) {
 #endif
 }
 
-/* Rounds to the nearest, ties to even; NaN stays NaN. Numbers under 2^-126 may become 0. */
+/* The bits of bfloat16 in upper halves: rounded to the nearest, ties to even; NaN stays NaN. */
+CLVP_FAST_INLINE Integers half_bits(Floats x) {
+    const Integers bits = (Integers)x;
+    const Integers rounded = bits + 0x7fff + ((bits >> 16) & 1);
+    return (x == x ? rounded : (bits | 0x400000)) & ~0xffff;
+}
+
+/* Rounds as `half_bits`. Numbers under 2^-126 may become 0. */
 CLVP_FAST_INLINE void store_floats(uint16_t *to, Floats x, int64_t count = LANES) {
 #if defined(__AVX512BF16__)
     const __m256i halves = (__m256i)_mm512_cvtneps_pbh((__m512)x);
 #else
     typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
-    const Integers bits = (Integers)x;
-    const Integers rounded = bits + 0x7fff + ((bits >> 16) & 1);
-    const Integers kept = x == x ? rounded : (bits | 0x400000);
-    const Halves halves = __builtin_convertvector((kept >> 16) & 0xffff, Halves);
+    const Halves halves = __builtin_convertvector((half_bits(x) >> 16) & 0xffff, Halves);
 #endif
     if (count >= LANES) return (void)memcpy(to, &halves, sizeof halves);
 #if defined(__AVX512F__)

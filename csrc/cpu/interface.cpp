@@ -113,6 +113,10 @@ CLVP_FAST_EXPORT int clvp_fast_mlp_cpu(const clvp_fast_mlp *call, int32_t num_th
     return serve(clvp_fast_check_mlp(call), &Kernels::mlp, call, num_threads, isa);
 }
 
+CLVP_FAST_EXPORT int clvp_fast_norm_cpu(const clvp_fast_norm *call, int32_t num_threads, const char *isa) {
+    return serve(clvp_fast_check_norm(call), &Kernels::norm, call, num_threads, isa);
+}
+
 CLVP_FAST_EXPORT int clvp_fast_window_attention_cpu(const clvp_fast_window_attention *call, int32_t num_threads,
                                                     const char *isa) {
     return serve(clvp_fast_check_window_attention(call), &Kernels::window_attention, call, num_threads, isa);

@@ -1,8 +1,7 @@
 /* Rows of x as they are multiplied: widened, or normed. */
 #pragma once
 
-#include <math.h>
-
+#include "norms.h"
 #include "products.h"
 
 namespace clvp_fast {
@@ -11,16 +10,6 @@ namespace {
 /* Rows of values in scratch memory lie so much further apart than they are long, in 32 bits: strides of 4 KB would fall
  * on one set of the first-level cache. */
 constexpr int64_t GAP = 16;
-
-CLVP_FAST_INLINE float total(Floats x) {
-    float lanes[LANES];
-    store_floats(lanes, x);
-#pragma GCC unroll 4
-    for (int half = LANES / 2; half > 0; half /= 2)
-#pragma GCC unroll 8
-        for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-    return lanes[0];
-}
 
 /* A row of a multiple of 32 columns, as it is multiplied. */
 template <class In>
@@ -38,14 +27,7 @@ struct Norm {
 /* The layer norm of such a row, as it is multiplied: statistics in float32, rounded once. */
 template <class In>
 void layer_norm(const In *row, const Norm<In> &norm, int64_t columns, Factor<In> *to) {
-    Floats sum = {}, squares = {};
-    for (int64_t k = 0; k < columns; k += LANES) sum += load_floats(row + k);
-    const float mean = total(sum) / columns;
-    for (int64_t k = 0; k < columns; k += LANES) {
-        const Floats centred = load_floats(row + k) - mean;
-        squares += centred * centred;
-    }
-    const float factor = 1 / sqrtf(total(squares) / columns + norm.eps);
+    const float mean = mean_of(row, columns), factor = layer_factor(row, columns, mean, norm.eps);
     for (int64_t k = 0; k < columns; k += LANES) {
         Floats x = (load_floats(row + k) - mean) * factor * load_floats(norm.weight + k);
         if (norm.bias) x += load_floats(norm.bias + k);

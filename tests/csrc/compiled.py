@@ -15,6 +15,7 @@ FUZZERS = (
     "fuzz_mlp",
     "fuzz_window_attention",
     "fuzz_window_block",
+    "fuzz_norm",
     "fuzz_sample",
     "fuzz_paged",
 )

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from clvp_fast import ops
 from clvp_fast.kernels import linear as kernels
 from clvp_fast.ops.linear import _native, _torch
-from tests.kit import POISON, Guarded, assert_within_budget, random, strided
+from tests.kit import POISON, Guarded, assert_within_budget, at_threads, random, strided
 from tests.kit.backends import TRITON, on
 from tests.kit.operators import opcheck
 
@@ -234,13 +234,7 @@ def test_a_row_has_the_bits_that_it_has_alone_on_a_cpu(backend, dtype, int8):
 @on("cpu")
 def test_threads_change_no_bit(backend):
     args = operands((9,), 64, 500)
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            results.append(run(backend, *args))
-    finally:
-        torch.set_num_threads(before)
+    results = [run(backend, *args) for _ in at_threads(1, 2, 5)]
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 

@@ -15,7 +15,7 @@ from clvp_fast import native
 from clvp_fast.ops import log_mel_tables
 from clvp_fast.ops.dispatch import OPERATORS
 from clvp_fast.ops.log_mel import log_mel
-from tests.kit import Guarded
+from tests.kit import Guarded, at_threads
 from tests.kit.device import EMULATED
 from tests.kit.operators import opcheck
 from tests.ops.test_log_mel import FLOOR, doubles, noise, over, run, settings, to
@@ -54,15 +54,10 @@ def test_bits_of_a_row_alone_and_in_a_batch(backend, case):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @over("cpu")
 def test_bits_do_not_depend_on_threads_or_layout(backend, dtype):
-    before, samples, options = torch.get_num_threads(), noise(3, 20000), settings(decibels=True, top_db=30.0)
-    results = []
-    try:
-        for threads in (1, 2, 3, 16):
-            torch.set_num_threads(threads)
-            results.append(log_mel(samples, compute_dtype=dtype, **options))
-            results.append(log_mel(samples.T.contiguous().T, compute_dtype=dtype, **options))
-    finally:
-        torch.set_num_threads(before)
+    samples, options, results = noise(3, 20000), settings(decibels=True, top_db=30.0), []
+    for _ in at_threads(1, 2, 3, 16):
+        results.append(log_mel(samples, compute_dtype=dtype, **options))
+        results.append(log_mel(samples.T.contiguous().T, compute_dtype=dtype, **options))
     for result in results:
         assert torch.equal(result, results[0])
 

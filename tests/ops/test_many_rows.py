@@ -6,7 +6,7 @@ import torch
 from clvp_fast.ops.linear import _torch, reference as linear_reference
 from clvp_fast.ops.many_rows import layers
 from clvp_fast.ops.mlp import _geglu_torch, _gelu_torch, geglu_reference, gelu_reference
-from tests.kit import assert_within_budget, linear_operands, random, strided
+from tests.kit import assert_within_budget, at_threads, linear_operands, random, strided
 from tests.kit.backends import on
 
 
@@ -68,13 +68,7 @@ def test_a_row_has_the_bits_that_it_has_alone(backend, dtype, gated):
 @on("cpu")
 def test_threads_change_no_bit(backend):
     args = operands(700, 64, 96, 50, torch.float32)
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            results.append(layers(*args, None, "gelu"))
-    finally:
-        torch.set_num_threads(before)
+    results = [layers(*args, None, "gelu") for _ in at_threads(1, 2, 5)]
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import clvp_fast
 from clvp_fast.ops import mlp_block, swin, window_block
-from tests.kit import assert_within_budget, isa, random, strided
+from tests.kit import assert_within_budget, at_threads, isa, random, strided
 from tests.kit.backends import on
 from tests.ops.test_window_attention import eager as eager_attention
 
@@ -148,15 +148,11 @@ def test_window_block_of_strided_tensors(backend, dtype):
 @on("cpu", types="dtype")
 def test_an_image_has_the_bits_that_it_has_alone(backend, dtype):
     x, *others = window_operands(16, 16, 8, 2, 16, dtype, batch=3)
-    together, before = swin._window_native(x, *others, 8, 4, EPS), torch.get_num_threads()
-    try:
-        for threads in (1, 3):
-            torch.set_num_threads(threads)
-            for image in range(3):
-                alone = swin._window_native(x[image : image + 1], *others, 8, 4, EPS)
-                assert torch.equal(alone[0], together[image])
-    finally:
-        torch.set_num_threads(before)
+    together = swin._window_native(x, *others, 8, 4, EPS)
+    for _ in at_threads(1, 3):
+        for image in range(3):
+            alone = swin._window_native(x[image : image + 1], *others, 8, 4, EPS)
+            assert torch.equal(alone[0], together[image])
 
 
 @on("cpu", types="dtype")

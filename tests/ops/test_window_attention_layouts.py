@@ -6,7 +6,7 @@ import torch
 from clvp_fast.kernels import window_attention as kernels
 from clvp_fast.ops import window_attention
 from clvp_fast.ops.window_attention import SEAM
-from tests.kit import Guarded, random, strided
+from tests.kit import Guarded, at_threads, random, strided
 from tests.kit.backends import TRITON, on
 from tests.kit.operators import opcheck
 from tests.ops.test_window_attention import KERNELS, PLAIN, check, operands
@@ -109,15 +109,11 @@ def test_bits_do_not_depend_on_the_batch(backend, dtype, shift):
 @on("cpu", types="dtype")
 def test_an_image_has_the_bits_that_it_has_alone_on_any_threads(backend, dtype):
     q, k, v, bias = operands(16, 16, 8, dtype, images=3)
-    together, before = window_attention(q, k, v, bias, window=8, shift=4), torch.get_num_threads()
-    try:
-        for threads in (1, 3):
-            torch.set_num_threads(threads)
-            for image in range(3):
-                alone = window_attention(*(x[image : image + 1] for x in (q, k, v)), bias, window=8, shift=4)
-                assert torch.equal(alone[0], together[image])
-    finally:
-        torch.set_num_threads(before)
+    together = window_attention(q, k, v, bias, window=8, shift=4)
+    for _ in at_threads(1, 3):
+        for image in range(3):
+            alone = window_attention(*(x[image : image + 1] for x in (q, k, v)), bias, window=8, shift=4)
+            assert torch.equal(alone[0], together[image])
 
 
 @on(*PLAIN, *KERNELS, types="dtype", among=(torch.float32, torch.bfloat16))
