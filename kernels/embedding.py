@@ -8,7 +8,8 @@ contiguous, of any of the three. The sum is computed in float32 and rounded once
 and makes its row NaN: there is no device fault, and the result shows the mistake.
 
 Moved: two rows in and one out for each position; two gathers and an addition would move six and take three launches. A
-decode step is dominated by the launch: 16 positions of 1024 bfloat16 elements are 96 KB.
+decode step is dominated by the launch: 16 positions of 1024 bfloat16 elements are 96 KB. There positions follow, in the
+same launch, from the numbers of stored tokens.
 """
 
 import torch
@@ -25,7 +26,7 @@ def _embed_kernel(
     length, num_tokens, num_positions, width,
     token_ids_batch_stride, token_ids_stride, position_ids_batch_stride, position_ids_stride,
     token_table_stride, position_table_stride,
-    BLOCK_C: tl.constexpr,
+    GAP: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     place = tl.program_id(0).to(tl.int64)
     b, t = place // length, place % length
@@ -34,6 +35,8 @@ def _embed_kernel(
 
     token = tl.load(token_ids_ptr + b * token_ids_batch_stride + t * token_ids_stride).to(tl.int64)
     position = tl.load(position_ids_ptr + b * position_ids_batch_stride + t * position_ids_stride).to(tl.int64)
+    if GAP is not None:
+        position = tl.where(position > 0, position + GAP, 0)
     known = (token >= 0) & (token < num_tokens) & (position >= 0) & (position < num_positions)
     read = columns < tl.where(known, width, 0)
     embedded = tl.load(token_table_ptr + token * token_table_stride + columns, mask=read, other=float("nan"))
@@ -47,10 +50,15 @@ def embed(
     position_ids: torch.Tensor,
     token_table: torch.Tensor,
     position_table: torch.Tensor,
+    gap: int | None = None,
     *,
     out: torch.Tensor,
 ) -> None:
-    """Write the sums to `out` `[batch, length, width]`; arguments as in the module's docstring, none of them empty."""
+    """Write the sums to `out` `[batch, length, width]`; arguments as in the module's docstring, none of them empty.
+
+    With a `gap`, `position_ids` are numbers of tokens before: a token behind n others has position n + gap, one behind
+    none (or a negative number) has position 0.
+    """
     batch, length = token_ids.shape
     width = token_table.shape[1]
     block = min(triton.next_power_of_2(width), _BLOCK_C)
@@ -58,5 +66,5 @@ def embed(
         token_ids, position_ids, token_table, position_table, out,
         length, token_table.shape[0], position_table.shape[0], width,
         *token_ids.stride(), *position_ids.stride(), token_table.stride(0), position_table.stride(0),
-        BLOCK_C=block, num_warps=_WARPS,
+        GAP=gap, BLOCK_C=block, num_warps=_WARPS,
     )  # fmt: skip

@@ -9,6 +9,9 @@ logits `[N, V]`, float32, float16 or bfloat16; seen `[N, ceil(V / 32)]` int32; p
 and sampled (which rows draw) `[N]`. u is one number of Philox-4x32-10 with the key `seed` and the counter
 `(step, candidate)`.
 
+The rows of a decode step are slots. With `seq_lens`, a row is done where that is negative, and the state that the next
+step begins with is written in the same launch: as operations of torch this took nine more.
+
 Nothing is sorted. A sort would only serve to find a threshold: the smallest score up to which the weights of a row add
 up to a bound (to V - k + 1 with all weights 1; to more than 1 - p; and, with distances from the mean surprise in place
 of scores, to the typical mass). A range of scores that must hold it is halved twelve times: a halving sums the weights
@@ -246,14 +249,20 @@ def _sampled(
 def _sample_kernel(
     logits_ptr, seen_ptr, lengths_ptr, done_ptr,
     temperature_ptr, top_k_ptr, top_p_ptr, typical_p_ptr, min_p_ptr, penalty_ptr,
-    seed_ptr, candidate_ptr, step_ptr, sampled_ptr, out_ptr,
+    seed_ptr, candidate_ptr, step_ptr, sampled_ptr, stop_ptr, limit_ptr, token_ptr, seq_lens_ptr, out_ptr,
     vocab_size, logits_stride, seen_stride, seen_word_stride, lengths_stride, done_stride, sampled_stride,
     stop_token, pad_token,
     DO_SAMPLE: tl.constexpr, EACH: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    if tl.load(done_ptr + row * done_stride):
+    done_ptr += row * done_stride
+    is_done = tl.load(done_ptr) if seq_lens_ptr is None else tl.load(seq_lens_ptr + row) < 0
+    if is_done:
         tl.store(out_ptr + row, pad_token)
+        if seq_lens_ptr is not None:
+            tl.store(done_ptr, is_done)
+            tl.store(token_ptr + row, tl.maximum(pad_token, 0))
+            tl.store(seq_lens_ptr + row, -1)
         return
     logits_ptr += row * logits_stride
     seen_ptr += row * seen_stride
@@ -289,8 +298,16 @@ def _sample_kernel(
     word_ptr = seen_ptr + (token // 32) * seen_word_stride
     tl.store(word_ptr, tl.load(word_ptr) | (1 << (token % 32)))
     length_ptr = lengths_ptr + row * lengths_stride
-    tl.store(length_ptr, tl.load(length_ptr) + 1)
-    tl.store(done_ptr + row * done_stride, token == stop_token)
+    length = tl.load(length_ptr) + 1
+    tl.store(length_ptr, length)
+    if seq_lens_ptr is None:
+        is_last = token == stop_token
+    else:
+        is_last = (token == tl.load(stop_ptr + row)) | (length >= tl.load(limit_ptr + row))
+        tl.store(token_ptr + row, token)
+        # The start token is stored and the last drawn one is not yet.
+        tl.store(seq_lens_ptr + row, tl.where(is_last, -1, length))
+    tl.store(done_ptr, is_last)
 
 
 def _tiles(vocab_size: int) -> dict[str, int]:
@@ -319,10 +336,14 @@ def sample(
     pad_token: int,
     do_sample: bool,
     sampled: torch.Tensor | None,
+    stop: torch.Tensor | None = None,
+    limit: torch.Tensor | None = None,
+    token: torch.Tensor | None = None,
+    seq_lens: torch.Tensor | None = None,
     *,
     out: torch.Tensor,
 ) -> None:
-    """Write the tokens, and update `seen`, `lengths` and `done`.
+    """Write the tokens, and update `seen`, `lengths` and `done`; of slots also `token` and `seq_lens`.
 
     Args:
         logits: `[N, V]`, at least one row, 1 to `MAX_VOCAB` wide, columns at stride 1.
@@ -333,11 +354,15 @@ def sample(
         seed, candidate, step, out: `[N]` int64, contiguous.
         do_sample: False: all rows take their largest score.
         sampled: `[N]` bool, any stride: the other rows take their largest score; only with `do_sample`.
+        stop, limit, token, seq_lens: all or none, `[N]`, contiguous, int64 and `seq_lens` int32. The rows are slots,
+            done on entry where `seq_lens` is negative, whatever `done` says. A row ends with its token `stop`, or when
+            its length reaches `limit`. `token` gets what the next step enters (of rows that are done `pad_token`, but
+            at least 0), `seq_lens` the length, or -1 for rows that are done.
     """
     rows, vocab_size = logits.shape
     _sample_kernel[(rows,)](
         logits, seen, lengths, done, temperature, top_k, top_p, typical_p, min_p, repetition_penalty,
-        seed, candidate, step, sampled, out,
+        seed, candidate, step, sampled, stop, limit, token, seq_lens, out,
         vocab_size, logits.stride(0), *seen.stride(), lengths.stride(0), done.stride(0),
         0 if sampled is None else sampled.stride(0), stop_token, pad_token,
         DO_SAMPLE=do_sample, **_tiles(vocab_size),

@@ -13,6 +13,7 @@ def calls():
         yield f"8194 {name} temperature top_p penalty", lambda dtype=dtype: _launch(8194, dtype, _TORTOISE)
         yield f"8194 {name} all", lambda dtype=dtype: _launch(8194, dtype, _PROCESSORS)
         yield f"8194 {name} all, some rows greedy", lambda dtype=dtype: _launch(8194, dtype, _PROCESSORS, mixed=True)
+        yield f"8194 {name} all, slots", lambda dtype=dtype: _launch(8194, dtype, _PROCESSORS, slots=True)
     yield "8194 fp32 greedy", lambda: _launch(8194, torch.float32, (), do_sample=False)
     yield "8194 fp32 none", lambda: _launch(8194, torch.float32, ())
     for processor in ("top_k", "typical_p"):
@@ -21,7 +22,7 @@ def calls():
         yield f"{vocab_size} fp32 all", lambda vocab_size=vocab_size: _launch(vocab_size, torch.float32, _PROCESSORS)
 
 
-def _launch(vocab_size, dtype, processors, do_sample=True, mixed=False):
+def _launch(vocab_size, dtype, processors, do_sample=True, mixed=False, slots=False):
     def empty(*shape, dtype):
         return torch.empty(shape, dtype=dtype, device="meta")
 
@@ -35,4 +36,5 @@ def _launch(vocab_size, dtype, processors, do_sample=True, mixed=False):
     logits = empty(256, vocab_size, dtype=dtype)
     sampled = empty(256, dtype=torch.bool) if mixed else None
     numbers = number, number, number, 8193, 8193
-    sampling.sample(logits, *state, *parameters, *numbers, do_sample, sampled, out=number)
+    kept = (number, number, number, empty(256, dtype=torch.int32)) if slots else ()
+    sampling.sample(logits, *state, *parameters, *numbers, do_sample, sampled, *kept, out=number)

@@ -70,19 +70,13 @@ def calls(rows: list[dict], found: list[dict]) -> list[str]:
 
 
 def launches(row: dict) -> list[str]:
-    """Write a line for each kind of launch of a step; numbers are of one launch, or of all small ones together."""
-    small = [kind for kind in row["kinds"] if not kind["programs"] and not kind["flop"]]
+    """Write a line for each kind of launch of a step; numbers are of one launch."""
     cells = []
     for kind in row["kinds"]:
-        if kind in small:
-            continue
         name = f"`{kind['kernel']}`" + (f" {kind['what']}" if kind["what"] else "")
         programs, waits = str(kind["programs"] or "unknown"), " + ".join(map(str, kind["waits"]))
         cells.append([name, str(kind["number"]), programs, *_counted(kind), waits])
         cells[-1] += [f"{kind['seconds'] * 1e6:.2f} µs", kind["bound"]]
-    number, took = sum(kind["number"] for kind in small), sum(kind["number"] * kind["seconds"] for kind in small)
-    together = f"{took * 1e6:.2f} µs together"
-    cells.append(["torch's, of a few numbers a row", str(number), "unknown", *[""] * 4, together, "launches"])
     return _lines(["launch", "number", "programs", *_COUNTED, "waits", "predicted", "bound by"], cells)
 
 

@@ -177,11 +177,6 @@ def _library_product(launch: Launch, stored: Stored) -> Work:
     return Work(once, moved, flop, waits=Waits(memory=2))
 
 
-def _pointwise(launch: Launch, stored: Stored) -> Work:
-    tensors = [x for x in launch.arguments.values() if isinstance(x, torch.Tensor)]
-    return Work(0, _nbytes(*tensors), waits=Waits(cache=1))
-
-
 _KERNELS: dict[str, Callable[[Launch, Stored], Work]] = {
     "_embed_kernel": _embed,
     "_add_norm_kernel": _add_norm,
@@ -191,12 +186,8 @@ _KERNELS: dict[str, Callable[[Launch, Stored], Work]] = {
     "_sample_kernel": _sample,
     "linear": _library_product,
 }
-# Operators of torch with a few numbers a row.
-_POINTWISE = ("lt", "gt", "ge", "eq", "add", "clamp", "logical_or_", "copy_", "masked_fill_")
 
 
 def of(launch: Launch, stored: Stored) -> Work:
     """Return the work of a launch of a decode step. Raises `KeyError` for a kernel that the model does not know."""
-    if launch.kernel in _POINTWISE:
-        return _pointwise(launch, stored)
     return _KERNELS[launch.kernel](launch, stored)

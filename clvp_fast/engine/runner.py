@@ -368,7 +368,7 @@ class Runner:
     def _result(self, rows: int) -> torch.Tensor:
         """Return where a step writes its tokens, and 1 for each last token or 0: `[2, rows]` int64."""
         if rows not in self._results:
-            self._results[rows] = torch.empty(2, rows, dtype=torch.int64, device=self.device)
+            self._results[rows] = torch.zeros(2, rows, dtype=torch.int64, device=self.device)
         return self._results[rows]
 
     def _step(self, rows: int, **shortcuts: float | bool) -> None:
@@ -388,7 +388,6 @@ class Runner:
         """Bind the calls of a step; all choices are made here. Raises as `require_kernel`."""
         self.require_kernel()
         state, scratch = self.slots.first(rows), self._scratch
-        inactive = scratch("inactive", rows, dtype=torch.bool)
         entered = [state[name] for name in ENTERED]
         if self._persistent is not None and rows <= MAX_ROWS:
             bound = self._persistent.bind(*entered, scratch=scratch)
@@ -400,12 +399,12 @@ class Runner:
                 scratch=scratch,
                 product_rows=self.product_rows,
             )
-        calls = [partial(torch.lt, state["seq_lens"], 0, out=inactive), *bound.calls]
+        calls = [*bound.calls]
         if self._states is not None:
             # Inactive rows write after the last kept state, at position `lengths`.
             places = self._rows[:rows], state["lengths"]
             calls.append(partial(self._states.index_put_, places, bound.hidden))
-        return *calls, *bind_draw(state, inactive, bound.logits, self._result(rows), shortcuts, scratch)
+        return *calls, *bind_draw(state, bound.logits, self._result(rows), shortcuts, scratch)
 
     def _check_prompt(self, prefill: Prefill, prompt: torch.Tensor) -> None:
         expected = prefill.prefix_len, self.decoder.hidden_size

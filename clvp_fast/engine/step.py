@@ -1,7 +1,7 @@
 """The decode step as a list of calls: implementations and addresses are fixed when the list is made.
 
-embed → layers → norms → head → draw → state, over tensors that stay where they are. A step of a given number of rows is
-bound once and can run any number of times. The choices also depend on `dispatch.situation`.
+embed → layers → norms → head → draw, over tensors that stay where they are. A step of a given number of rows is bound
+once and can run any number of times. The choices also depend on `dispatch.situation`.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from clvp_fast.ops.embedding import bind_embed
 from clvp_fast.ops.mlp import bind_gelu_mlp
 from clvp_fast.ops.norm import bind_add_norm, bind_double_layer_norm
 from clvp_fast.ops.paged_attention import bind_paged_attention_decode
-from clvp_fast.ops.sampling import bind_sample
+from clvp_fast.ops.sampling import Slots, bind_sample
 from clvp_fast.ops.sampling_torch import keep_typical
 
 if TYPE_CHECKING:
@@ -61,11 +61,10 @@ def bind_decoder(
     residual, between = (scratch(name, *shape, dtype=decoder.residual_dtype) for name in ("residual", "between"))
     normed = scratch("normed", *shape, dtype=decoder.dtype)
     logits = scratch("logits", rows, decoder.vocab_size, dtype=decoder.dtype)
-    positions = scratch("positions", rows, dtype=seq_lens.dtype)
-    calls = [
-        *_positions(positions, seq_lens, decoder.contiguous_positions, scratch),
-        bind_embed(residual, scratch, tokens, positions, weights.token_table, weights.position_table),
-    ]
+    # The k-th speech token has position k + 1, as in the original with its cache. In training, and with contiguous
+    # positions, it has position k.
+    gap = 0 if decoder.contiguous_positions else 1
+    calls = [bind_embed(residual, scratch, tokens, seq_lens, weights.token_table, weights.position_table, gap)]
     for index, layer in enumerate(weights.layers):
         attended = scratch("attended", *shape, dtype=decoder.dtype)
         stored = {"seq_lens": seq_lens, **tables, **pages.layer(index), "scale": decoder.head_dim**-0.5}
@@ -78,19 +77,6 @@ def bind_decoder(
         blocks.product(weights.head, logits, scratch, normed),
     ]
     return BoundStep(tuple(calls), normed, logits)
-
-
-def _positions(positions: torch.Tensor, seq_lens: torch.Tensor, contiguous: bool, scratch: Scratch) -> list[BoundCall]:
-    """Bind the positions of tokens that follow `seq_lens` others.
-
-    The k-th speech token has position k + 1, as in the original with its cache. In training it had position k, as with
-    contiguous positions.
-    """
-    calls: list[BoundCall] = [partial(torch.clamp, seq_lens, min=0, out=positions)]
-    if not contiguous:
-        begun = scratch("begun", len(seq_lens), dtype=torch.bool)
-        calls += [partial(torch.gt, positions, 0, out=begun), partial(torch.add, positions, begun, out=positions)]
-    return calls
 
 
 def _attention(
@@ -149,7 +135,6 @@ def _behind_attention(
 
 def bind_draw(
     state: dict[str, torch.Tensor],
-    inactive: torch.Tensor,
     logits: torch.Tensor,
     results: torch.Tensor,
     shortcuts: dict[str, Any],
@@ -157,41 +142,29 @@ def bind_draw(
 ) -> list[BoundCall]:
     """Bind the draw of tokens from logits `[rows, vocab_size]`, which writes `state` and `results`.
 
-    `state` is that of the first rows; rows that are `inactive` draw no token. `results` `[2, rows]` int64 gets the
-    tokens, and 1 for each last one. `shortcuts` are numbers that `sample` takes in place of tensors, to save work
-    without changing a token. Without a shortcut for `typical_mass`, a call that applies it comes first.
+    `state` is that of the first rows; those with negative `seq_lens` are inactive and draw no token. `results`, int64
+    `[2, rows]` of zeros at first, gets the tokens, and 1 for each last one. `shortcuts` are numbers that `sample` takes
+    in place of tensors, to save work without changing a token. Without a shortcut for `typical_mass`, a call that
+    applies it comes first.
     """
-    tokens, lengths, seq_lens = results[0], state["lengths"], state["seq_lens"]
+    lengths = state["lengths"]
     settings = {name: state[name] for name in (*NEUTRAL, "do_sample")} | shortcuts
     mass, calls = settings.pop("typical_mass"), []
     if isinstance(mass, torch.Tensor):
         calls.append(partial(keep_typical, logits, state["seen"], state["repetition_penalty"], mass))
-    # Each slot has its own stop token, so `sample` gets none and leaves `inactive` as it is.
     draw = bind_sample(
-        tokens,
+        results[0],
         scratch,
         logits,
         state["seen"],
         lengths,
-        inactive,
+        results[1].view(torch.bool)[::8],  # the lowest 8 of 64 bits
         seed=state["seed"],
         candidate=state["candidate"],
         step=lengths,
-        stop_token=-1,
+        stop_token=-1,  # each slot has its own
         pad_token=-1,
+        slots=Slots(*(state[name] for name in Slots._fields)),
         **settings,
     )
-    stopped, spent = (scratch(name, len(tokens), dtype=torch.bool) for name in ("stopped", "spent"))
-    return [
-        *calls,
-        draw,
-        partial(torch.eq, tokens, state["stop"], out=stopped),
-        partial(torch.ge, lengths, state["limit"], out=spent),
-        partial(stopped.logical_or_, spent),
-        partial(stopped.logical_or_, inactive),
-        partial(torch.clamp, tokens, min=0, out=state["token"]),
-        # The next step sees as many stored tokens as were drawn: the start token is stored, the last drawn one not yet.
-        partial(seq_lens.copy_, lengths),
-        partial(seq_lens.masked_fill_, stopped, -1),
-        partial(results[1].copy_, stopped),
-    ]
+    return [*calls, draw]

@@ -11,13 +11,17 @@ from clvp_fast.ops.checks import check_floating, check_same, shape_error, unserv
 from clvp_fast.ops.dispatch import Implementation, Operator, needs_grad
 
 
-def reference(token_ids, position_ids, token_table, position_table, out_dtype=None):
+def reference(token_ids, position_ids, token_table, position_table, out_dtype=None, gap=None):
+    if gap is not None:
+        position_ids = torch.where(position_ids > 0, position_ids + gap, 0)
     wide = torch.promote_types(token_table.dtype, torch.float32)
     total = token_table[token_ids].to(wide) + position_table[position_ids].to(wide)
     return total.to(out_dtype or token_table.dtype)
 
 
-def _torch(token_ids, position_ids, token_table, position_table, out_dtype=None):
+def _torch(token_ids, position_ids, token_table, position_table, out_dtype=None, gap=None):
+    if gap is not None:
+        position_ids = F.threshold(position_ids + gap, gap, 0)
     rows, places = F.embedding(token_ids, token_table), F.embedding(position_ids, position_table)
     if out_dtype in (None, rows.dtype):
         return rows + places
@@ -25,7 +29,7 @@ def _torch(token_ids, position_ids, token_table, position_table, out_dtype=None)
     return (rows.to(wide) + places.to(wide)).to(out_dtype)
 
 
-def _fake(token_ids, position_ids, token_table, position_table, out_dtype=None):
+def _fake(token_ids, position_ids, token_table, position_table, out_dtype=None, gap=None):
     return token_table.new_empty((*token_ids.shape, token_table.shape[1]), dtype=out_dtype)
 
 
@@ -33,14 +37,14 @@ def _why_not_type(device, dtype):
     return unserved_by_triton("the tables", dtype)
 
 
-def _why_not(token_ids, position_ids, token_table, position_table, out_dtype=None):
+def _why_not(token_ids, position_ids, token_table, position_table, out_dtype=None, gap=None):
     for name, dtype in (("the tables", token_table.dtype), ("out_dtype", out_dtype or token_table.dtype)):
         if reason := unserved_by_triton(name, dtype):
             return reason
     return None
 
 
-def _triton(token_ids, position_ids, token_table, position_table, out_dtype=None, *, out=None):
+def _triton(token_ids, position_ids, token_table, position_table, out_dtype=None, gap=None, *, out=None):
     from clvp_fast.kernels import embedding
 
     out = _fake(token_ids, position_ids, token_table, position_table, out_dtype) if out is None else out
@@ -49,14 +53,14 @@ def _triton(token_ids, position_ids, token_table, position_table, out_dtype=None
         positions = position_ids.expand(token_ids.shape).reshape(-1, length)
         tables = (table if table.stride(1) == 1 else table.contiguous() for table in (token_table, position_table))
         results = out.view(-1, length, out.shape[-1])
-        embedding.embed(token_ids.reshape(-1, length), positions, *tables, out=results)
+        embedding.embed(token_ids.reshape(-1, length), positions, *tables, gap, out=results)
     return out
 
 
 _OPERATOR = Operator(
     "embed",
-    "(Tensor token_ids, Tensor position_ids, Tensor token_table, Tensor position_table, ScalarType? out_dtype=None)"
-    " -> Tensor",
+    "(Tensor token_ids, Tensor position_ids, Tensor token_table, Tensor position_table, ScalarType? out_dtype=None, "
+    "int? gap=None) -> Tensor",
     reference=reference,
     fake=_fake,
     implementations=(
@@ -110,11 +114,16 @@ def bind_embed(
     position_ids: torch.Tensor,
     token_table: torch.Tensor,
     position_table: torch.Tensor,
+    gap: int | None = None,
 ) -> BoundCall:
-    """Bind `embed` of these arguments into `out`, in its dtype, as `Operator.bind` does."""
+    """Bind `embed` of these arguments into `out`, in its dtype, as `Operator.bind` does.
+
+    With a `gap`, `position_ids` are numbers of tokens before: a token behind n others has position n + gap, one behind
+    none (or a negative number) has position 0.
+    """
     args = (token_ids, position_ids, token_table, position_table, out.dtype)
     _check(*args)
-    return _OPERATOR.bind(args, out, scratch)
+    return _OPERATOR.bind((*args, gap), out, scratch)
 
 
 def _check(token_ids, position_ids, token_table, position_table, out_dtype):

@@ -10,10 +10,11 @@ The kernels do not sort. On a GPU the kernel is Triton's, on a CPU that of the n
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
-from clvp_fast.ops.binding import BoundCall, Scratch, copying, in_turn, writing
+from clvp_fast.ops.binding import BoundCall, Scratch, copying, in_turn, side_by_side, writing
 from clvp_fast.ops.checks import check_same, shape_error, unserved_by_triton
 from clvp_fast.ops.dispatch import Implementation, Operator
 from clvp_fast.ops.sampling_torch import advance, reference, sample_torch
@@ -21,32 +22,37 @@ from clvp_fast.ops.sampling_torch import advance, reference, sample_torch
 
 def _native(
     logits, seen, lengths, done, temperature, top_k, top_p, typical_p, min_p, repetition_penalty, seed, candidate, step,
-    stop_token, pad_token, do_sample, sampled,
+    stop_token, pad_token, do_sample, sampled, *slots,
 ):  # fmt: skip
     """Run csrc/cpu/sample.cpp."""
+    is_done = done if slots[-1] is None else slots[-1] < 0
     reals = (temperature, top_p, typical_p, min_p, repetition_penalty)
     inputs = (
         (logits.float() if logits.dtype == torch.float16 else logits).contiguous(),
-        *(None if x is None else x.contiguous() for x in (seen, done, sampled)),
+        *(None if x is None else x.contiguous() for x in (seen, is_done, sampled)),
         *(None if x is None else x.to(torch.float64).contiguous() for x in reals),
         *(None if x is None else x.to(torch.int64).contiguous() for x in (top_k, seed, candidate, step)),
     )
     tokens = logits.new_empty(len(logits), dtype=torch.int64)
     _native_call(tokens, inputs, pad_token, do_sample)()
-    return advance(tokens, seen, lengths, done, stop_token, pad_token)
+    return advance(tokens, seen, lengths, done, stop_token, pad_token, *slots)
 
 
 def _bind_native(
     out, scratch, logits, seen, lengths, done, temperature, top_k, top_p, typical_p, min_p, repetition_penalty, seed,
-    candidate, step, stop_token, pad_token, do_sample, sampled,
+    candidate, step, stop_token, pad_token, do_sample, sampled, *slots,
 ):  # fmt: skip
+    is_done, copies = done, []
+    if slots[-1] is not None:
+        is_done = scratch("sample done", *done.shape, dtype=torch.bool)
+        copies.append(partial(torch.lt, slots[-1], 0, out=is_done))
     reals = (temperature, top_p, typical_p, min_p, repetition_penalty)
     whole = (top_k, seed, candidate, step)
     types = (*(x.dtype for x in (seen, done)), torch.bool, *[torch.float64] * len(reals), *[torch.int64] * len(whole))
-    given = (seen, done, sampled, *reals, *whole)
+    given = (seen, is_done, sampled, *reals, *whole)
     if logits.dtype == torch.float16 or not logits.is_contiguous():
         return None
-    inputs, copies = [logits], []
+    inputs = [logits]
     for number, (x, dtype) in enumerate(zip(given, types, strict=True)):
         if x is not None and (x.dtype != dtype or not x.is_contiguous()):
             wanted = scratch(f"sample {number}", *x.shape, dtype=dtype)
@@ -55,7 +61,7 @@ def _bind_native(
         inputs.append(x)
     tokens = scratch("sample", len(logits), dtype=torch.int64)
     draw = _native_call(tokens, tuple(inputs), pad_token, do_sample)
-    enter = partial(advance, tokens, seen, lengths, done, stop_token, pad_token)
+    enter = partial(advance, tokens, seen, lengths, done, stop_token, pad_token, *slots)
     return in_turn(*copies, draw, copying(enter, out))
 
 
@@ -85,9 +91,9 @@ def _triton(logits, seen, lengths, done, *others, out=None):
     tokens = logits.new_empty(logits.shape[0], dtype=torch.int64) if out is None else out
     if len(tokens):
         logits = logits if logits.stride(1) == 1 else logits.contiguous()
-        *others, sampled = others
-        others = (x.contiguous() if isinstance(x, torch.Tensor) else x for x in others)
-        sampling.sample(logits, seen, lengths, done, *others, sampled, out=tokens)
+        *others, sampled, stop, limit, token, seq_lens = others
+        *others, stop, limit = (x.contiguous() if isinstance(x, torch.Tensor) else x for x in (*others, stop, limit))
+        sampling.sample(logits, seen, lengths, done, *others, sampled, stop, limit, token, seq_lens, out=tokens)
     return tokens
 
 
@@ -102,7 +108,7 @@ def _why_not_triton(logits, *others):
         return reason
     if not 1 <= logits.shape[1] <= MAX_VOCAB:
         return f"the vocabulary must have 1 to {MAX_VOCAB} tokens, not {logits.shape[1]}"
-    return None
+    return None if side_by_side(*others[-2:]) else "token and seq_lens must be contiguous"
 
 
 def _why_not_cpu(logits, *others):
@@ -115,7 +121,8 @@ _OPERATOR = Operator(
     "sample",
     "(Tensor logits, Tensor(a!) seen, Tensor(b!) lengths, Tensor(c!) done, Tensor? temperature, Tensor? top_k, "
     "Tensor? top_p, Tensor? typical_p, Tensor? min_p, Tensor? repetition_penalty, Tensor seed, Tensor candidate, "
-    "Tensor step, int stop_token, int pad_token, bool do_sample, Tensor? sampled) -> Tensor",
+    "Tensor step, int stop_token, int pad_token, bool do_sample, Tensor? sampled, Tensor? stop, Tensor? limit, "
+    "Tensor(d!)? token, Tensor(e!)? seq_lens) -> Tensor",
     reference=reference,
     fake=lambda logits, seen, lengths, *others: logits.new_empty(logits.shape[0], dtype=torch.int64),
     implementations=(
@@ -221,8 +228,24 @@ def sample(
     """
     settings = (temperature, top_k, top_p, typical_p, min_p, repetition_penalty)
     numbers = (seed, candidate, step)
-    args = _arguments(logits, seen, lengths, done, settings, numbers, stop_token, pad_token, do_sample)
+    args = _arguments(logits, seen, lengths, done, settings, numbers, stop_token, pad_token, do_sample, None)
     return _OPERATOR.choose(args)(*args)
+
+
+class Slots(NamedTuple):
+    """The state of a decode step's rows from one draw to the next, each `[N]`, contiguous.
+
+    stop, limit: int64, the token that a row ends with, and the length at which it ends.
+    token: int64, what the next step enters: the drawn token, and of a row that is done `pad_token`, but at least 0.
+        Written.
+    seq_lens: int32, the tokens that the next step finds stored, one fewer than the start token and the drawn ones. The
+        row is done if it is negative. Updated.
+    """
+
+    stop: torch.Tensor
+    limit: torch.Tensor
+    token: torch.Tensor
+    seq_lens: torch.Tensor
 
 
 def bind_sample(
@@ -245,24 +268,32 @@ def bind_sample(
     stop_token: int,
     pad_token: int,
     do_sample: bool | torch.Tensor = True,
+    slots: Slots | None = None,
 ) -> BoundCall:
-    """Bind `sample` of these arguments into `out`, `[N]` int64, as `Operator.bind` does."""
+    """Bind `sample` of these arguments into `out`, `[N]` int64, as `Operator.bind` does.
+
+    With `slots`, these tell which rows are done and when one ends, and are updated; `done` is only written, and
+    `stop_token` not used.
+    """
     settings = (temperature, top_k, top_p, typical_p, min_p, repetition_penalty)
     numbers = (seed, candidate, step)
-    args = _arguments(logits, seen, lengths, done, settings, numbers, stop_token, pad_token, do_sample)
+    args = _arguments(logits, seen, lengths, done, settings, numbers, stop_token, pad_token, do_sample, slots)
     return _OPERATOR.bind(args, out, scratch)
 
 
-def _arguments(logits, seen, lengths, done, settings, numbers, stop_token, pad_token, do_sample):
+def _arguments(logits, seen, lengths, done, settings, numbers, stop_token, pad_token, do_sample, slots):
     """Check the operator's arguments and return them; settings become tensors unless they are neutral."""
     if logits.ndim != 2:
         raise shape_error("logits", "[candidates, vocabulary]", logits)
     count, vocab_size = logits.shape
-    state = (
+    state = [
         ("seen", seen, torch.int32, (count, -(-vocab_size // 32))),
         ("lengths", lengths, None, (count,)),
         ("done", done, torch.bool, (count,)),
-    )
+    ]
+    if slots is not None:
+        dtypes = torch.int64, torch.int64, torch.int64, torch.int32
+        state += [(*each, (count,)) for each in zip(slots._fields, slots, dtypes, strict=True)]
     for name, tensor, dtype, shape in state:
         if tensor.shape != shape:
             raise shape_error(name, str(list(shape)), tensor)
@@ -273,4 +304,5 @@ def _arguments(logits, seen, lengths, done, settings, numbers, stop_token, pad_t
     names = ("seed", "candidate", "step")
     numbers = [_number(name, value, logits) for name, value in zip(names, numbers, strict=True)]
     choice = _choice(do_sample, logits)
-    return logits, seen, lengths, done, *parameters, *numbers, stop_token, pad_token, *choice
+    entered = slots or [None] * 4
+    return logits, seen, lengths, done, *parameters, *numbers, stop_token, pad_token, *choice, *entered

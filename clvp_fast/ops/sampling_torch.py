@@ -34,15 +34,27 @@ def _seen_tokens(seen, vocab_size):
     return bits.flatten(1)[:, :vocab_size].bool()
 
 
-def advance(tokens, seen, lengths, done, stop_token, pad_token):
-    """Enter the tokens of unfinished candidates into their state; finished ones get `pad_token`."""
+def advance(
+    tokens, seen, lengths, done, stop_token, pad_token, stop=None, limit=None, token=None, seq_lens=None
+):  # fmt: skip
+    """Enter the tokens of unfinished candidates into their state; finished ones get `pad_token`.
+
+    With `seq_lens` they are slots, whose state `kernels/sampling.py` explains.
+    """
+    if seq_lens is not None:
+        torch.lt(seq_lens, 0, out=done)
     tokens = torch.where(done, pad_token, tokens)
     word = torch.where(done, 0, tokens)[:, None] // 32
     before = seen.gather(1, word)
     bit = torch.ones_like(before) << (tokens[:, None] % 32).to(seen.dtype)
     seen.scatter_(1, word, torch.where(done[:, None], before, before | bit))
     lengths += ~done
-    done |= tokens == stop_token
+    done |= tokens == (stop_token if stop is None else stop)
+    if seq_lens is not None:
+        done |= lengths >= limit
+        torch.clamp(tokens, min=0, out=token)
+        # The start token is stored and the last drawn one is not yet.
+        seq_lens.copy_(lengths).masked_fill_(done, -1)
     return tokens
 
 
@@ -71,7 +83,7 @@ def row_scores(scores, temperature, top_k, top_p, typical_p, min_p):
 
 def reference(
     logits, seen, lengths, done, temperature, top_k, top_p, typical_p, min_p, repetition_penalty, seed, candidate, step,
-    stop_token, pad_token, do_sample, sampled,
+    stop_token, pad_token, do_sample, sampled, *slots,
 ):  # fmt: skip
     """Draw for one candidate after another."""
     tokens = torch.zeros_like(lengths, dtype=torch.int64)
@@ -88,7 +100,7 @@ def reference(
         cumulated = scores.double().softmax(-1).cumsum(0)
         target = _uniform(seed[n].item(), candidate[n].item(), step[n].item()) * cumulated[-1]
         tokens[n] = (cumulated > target).nonzero()[0, 0]
-    return advance(tokens, seen, lengths, done, stop_token, pad_token)
+    return advance(tokens, seen, lengths, done, stop_token, pad_token, *slots)
 
 
 def _filter_sorted(scores, top_k, top_p):
@@ -135,14 +147,14 @@ def keep_typical(logits, seen, repetition_penalty, mass):
 
 def sample_torch(
     logits, seen, lengths, done, temperature, top_k, top_p, typical_p, min_p, repetition_penalty, seed, candidate, step,
-    stop_token, pad_token, do_sample, sampled,
+    stop_token, pad_token, do_sample, sampled, *slots,
 ):  # fmt: skip
     scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if repetition_penalty is not None:
         scores = _penalized(scores, seen, repetition_penalty)
     likeliest = None if do_sample and sampled is None else scores.argmax(-1)
     if not do_sample:
-        return advance(likeliest, seen, lengths, done, stop_token, pad_token)
+        return advance(likeliest, seen, lengths, done, stop_token, pad_token, *slots)
     if temperature is not None:
         scores = scores / temperature.to(scores.dtype)[:, None]
     if top_k is not None or top_p is not None:
@@ -159,4 +171,4 @@ def sample_torch(
     tokens = (cumulated <= target).sum(-1)
     if sampled is not None and likeliest is not None:
         tokens = torch.where(sampled, tokens, likeliest)
-    return advance(tokens, seen, lengths, done, stop_token, pad_token)
+    return advance(tokens, seen, lengths, done, stop_token, pad_token, *slots)

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from clvp_fast.kernels import embedding
-from clvp_fast.ops.embedding import embed
+from clvp_fast.ops.binding import Scratch
+from clvp_fast.ops.embedding import bind_embed, embed
 from tests.kit import Guarded, random, strided
 from tests.kit.backends import TRITON, on
 from tests.kit.operators import opcheck
@@ -80,6 +81,19 @@ def test_ids_outside_the_tables_make_rows_of_nan(backend, kind):
     assert torch.equal(out[~bad], embed(tokens, positions, *both)[~bad])
 
 
+@pytest.mark.parametrize("gap", [0, 1, 3])
+@pytest.mark.parametrize("kind", [torch.int64, torch.int32], ids=str)
+@on(*EVERY)
+def test_positions_behind_stored_tokens(backend, kind, gap):
+    stored = torch.tensor([-1, 0, 1, 2, 16, -(2**31)], dtype=kind, device=backend.device)
+    positions = torch.tensor([0, 0, 1 + gap, 2 + gap, 16 + gap, 0], device=backend.device)
+    tokens, both = ids(6, below=50, device=backend.device), tables(device=backend.device, width=40)
+    out = torch.full((6, 40), torch.nan, device=backend.device)
+    for numbers in (stored, strided(stored)):
+        bind_embed(out, Scratch(6, backend.device), tokens, numbers, *both, gap)()
+        assert torch.equal(out, embed(tokens, positions, *both))
+
+
 @pytest.mark.parametrize("width", [40, 1025])
 @on(*TRITON)
 def test_nothing_is_written_outside(backend, width):
@@ -96,6 +110,7 @@ def test_registered(backend, dtype):
     tokens, positions, *both = operands(backend.device, 3, 5, dtype=dtype)
     for out_dtype in (None, *({torch.float32, torch.float16, torch.float64} & {*backend.dtypes})):
         opcheck(backend, torch.ops.clvp_fast.embed.default, (tokens, positions[:1], *both, out_dtype))
+    opcheck(backend, torch.ops.clvp_fast.embed.default, (tokens, positions - 10, *both, None, 1))
 
 
 @on(*TRITON)

@@ -6,7 +6,8 @@ import torch
 import clvp_fast
 from clvp_fast.kernels import sampling
 from clvp_fast.ops import sample
-from clvp_fast.ops.sampling import _OPERATOR
+from clvp_fast.ops.binding import Scratch
+from clvp_fast.ops.sampling import _OPERATOR, Slots, bind_sample
 from tests.kit import random, strided
 from tests.kit.backends import TRITON, on
 from tests.kit.operators import opcheck
@@ -64,6 +65,47 @@ def test_state_is_updated_in_place(backend):
     assert (wide[:, ::2] == 2**30).all() and (pair[:, ::2] == 9).all() and flags[:, 1].all()
 
 
+def slots_of(device):
+    """Return nine rows' tokens, and their slots: done, with another stop token, at their limits, and none of these."""
+    wanted = [7, 0, 31, 96, 5, 5, 40, 41, 42]
+    logits = torch.full((9, 97), -50.0)
+    logits[torch.arange(9), torch.tensor(wanted)] = 50.0
+    stop = torch.tensor([7, 1, 31, 8, 5, 6, 8, 8, 8])
+    limit = torch.tensor([9, 9, 9, 9, 5, 5, 5, 6, 4])
+    token = torch.full((9,), 77)
+    seq_lens = torch.tensor([-1, 4, 4, -3, 4, 4, 4, 4, 4], dtype=torch.int32)
+    return logits.to(device), Slots(*(x.to(device) for x in (stop, limit, token, seq_lens)))
+
+
+@pytest.mark.parametrize("settings", [{}, TORTOISE, {"do_sample": False}], ids=["drawn", "tortoise", "greedy"])
+@on(*EVERY)
+def test_slots(backend, settings):
+    """Take what is done from `seq_lens` alone, and leave what the next step begins with, and nothing beside it."""
+    logits, slots = slots_of(backend.device)
+    seen, lengths, _ = state(9, 97, [11], backend.device)
+    lengths = lengths.long() + 4
+    flags = torch.full((2, 9), 2, dtype=torch.int64, device=backend.device)
+    flags[0] = torch.tensor([0, 1] * 4 + [1])
+    done = flags[0].view(torch.bool)[::8]
+    numbers = {name: torch.arange(9, device=backend.device) for name in ("seed", "candidate")}
+    settings = {
+        name: torch.full((9,), value, dtype=torch.float64, device=backend.device) if name != "do_sample" else value
+        for name, value in settings.items()
+    }
+    out = torch.full((9,), -7, device=backend.device)
+    bind_sample(
+        out, Scratch(9, backend.device), logits, seen, lengths, done, **numbers, step=lengths, stop_token=0,
+        pad_token=-1, **settings, slots=slots,
+    )()  # fmt: skip
+    assert out.tolist() == [-1, 0, 31, -1, 5, 5, 40, 41, 42]
+    assert lengths.tolist() == [4, 5, 5, 4, 5, 5, 5, 5, 5]
+    assert flags[0].tolist() == [1, 0, 1, 1, 1, 1, 1, 0, 1] and (flags[1] == 2).all()
+    assert slots.token.tolist() == [0, 0, 31, 0, 5, 5, 40, 41, 42]
+    assert slots.seq_lens.tolist() == [-1, 5, -1, -1, -1, -1, -1, 5, -1]
+    for row, token in enumerate(out.tolist()):
+        assert marked(seen[row]) == ({11, token} if token >= 0 else {11})
+
+
 @on(*TRITON)
 def test_memory_around_the_row_and_the_results(backend):
     device, tokens = backend.device, list(range(40, 120))
@@ -87,10 +129,13 @@ def test_registered(backend):
     floats = [torch.full((count,), x, dtype=torch.float64, device=device) for x in (0.8, 0.9, 0.8, 0.01, 1.5)]
     marks = state(count, 97, [4], device)
     args = (logits, *marks, floats[0], rows + 3, *floats[1:], rows, rows, rows, STOP, PAD, True)
-    opcheck(backend, op, (*args, None))
-    opcheck(backend, op, (*args, rows > count // 2))
+    none = [None] * 4
+    opcheck(backend, op, (*args, None, *none))
+    opcheck(backend, op, (*args, rows > count // 2, *none))
+    stored = torch.zeros(count, dtype=torch.int32, device=device)
+    opcheck(backend, op, (*args, None, rows, rows, rows.clone(), stored))
     empty = state(count, 97, device=device)
-    opcheck(backend, op, (logits, *empty, *[None] * 6, rows, rows, rows, STOP, PAD, False, None))
+    opcheck(backend, op, (logits, *empty, *[None] * 6, rows, rows, rows, STOP, PAD, False, None, *none))
     assert draw(logits[:0]).shape == (0,)
     rows = random(3, 97, seed=0, device=device)
     assert torch.equal(draw(rows.T.contiguous().T), draw(rows))
