@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from clvp_fast import native
+from clvp_fast.engine import host_copy
 from clvp_fast.engine.persistent import PersistentStep
 from clvp_fast.ops import dispatch
 from tests.engine.test_decoder import prompts, tiny
@@ -125,6 +126,7 @@ def test_streams_events_and_captures_of_a_runner(runner, current, noted, monkeyp
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *args, pin_memory, **kwargs: empty(*args, **kwargs))
     monkeypatch.setattr(runner, "device", SECOND)
+    monkeypatch.setattr(host_copy, "_is_away", lambda tensor: True)
     runner._captures = True
     runner.warm_up()
     runner.decode(1)

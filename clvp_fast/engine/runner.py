@@ -1,8 +1,9 @@
 """The data plane: pages, the state of decoding slots, and the step that advances them all.
 
-Only here host and device exchange data: the scheduler's changes go to the device before a step, in one copy
-(`slots.py`), and the step's tokens come back after it. Within a step the host reads and decides nothing: a step is a
-list of calls, which is bound when a step of its kind first runs (`step.py`).
+The scheduler's changes go to the device before a step, in one copy (`slots.py`), and the step's tokens come back after
+it, in another that the host does not wait for (`host_copy.py`). Within a step the host reads and decides nothing: a
+step is a list of calls, which is bound when a step of its kind first runs (`step.py`), and may be captured then
+(`captures.py`).
 
 The bits of a row: our operators compute each row independently of the others. Libraries' products choose their tiles,
 and with them the order of sums, by the number of rows. On a GPU a `deterministic` runner, which is the default there,
@@ -20,7 +21,9 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import numpy as np
 import torch
 
+from clvp_fast.engine.captures import Captures
 from clvp_fast.engine.decoder import PagedDecoder, min_rows
+from clvp_fast.engine.host_copy import HostCopy
 from clvp_fast.engine.persistent import MAX_ROWS, PersistentStep
 from clvp_fast.engine.sampling_params import SamplingParams
 from clvp_fast.engine.scheduler import Prefill, Step, batch_buckets
@@ -71,16 +74,15 @@ def _on_its_device(method: "Callable[Concatenate[Runner, P], R]") -> "Callable[C
 
 @dataclass(frozen=True)
 class StepHandle:
-    """A step under way: its `results` `[2, rows]` int64 on the host are valid once `event` has happened."""
+    """A step under way, whose results `[2, rows]` int64 are on their way to the host."""
 
-    results: torch.Tensor
+    copy: HostCopy
     num_slots: int
-    event: Any = None
 
     def wait(self) -> np.ndarray:
-        if self.event is not None:
-            self.event.synchronize()
-        return self.results.numpy()[:, : self.num_slots]
+        (results,) = self.copy.wait()
+        assert results is not None
+        return results[:, : self.num_slots]
 
 
 class Runner:
@@ -104,6 +106,8 @@ class Runner:
             The torch path of `paged_attention_decode` looks at all rows, so it is refused. None: so on a GPU, without
             `persistent`, but nothing is refused.
         capture: replay steps as CUDA graphs, once `warm_up` has captured them; None: on CUDA.
+        capture_late: where steps are captured, capture those of a number of rows when they come for the second time;
+            `warm_up` is then not needed. If a capture fails, steps are launched one by one.
         persistent: steps of up to four rows are one launch (`persistent.py`), which rounds in another order than larger
             steps. On an H200 this gains a quarter for one candidate, and loses for four.
 
@@ -128,6 +132,7 @@ class Runner:
         states: bool = False,
         deterministic: bool | None = None,
         capture: bool | None = None,
+        capture_late: bool = False,
         persistent: bool = False,
         packed: bool = False,
         activation_dtype: torch.dtype | None = None,
@@ -158,7 +163,6 @@ class Runner:
         self._captures = device.type == "cuda" if capture is None else capture
         self._min_rows = min_rows(model)
         self._prefill_tokens = 0 if on_cpu else PREFILL_TOKENS
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._bound: dict[tuple, tuple[BoundCall, ...]] = {}
 
         rows = self._capacity = max(max_batch, self._min_rows)
@@ -180,6 +184,8 @@ class Runner:
             self._copied = WeightVersions(model.model.decoder.layers, "model.decoder.layers.")
         self._packed = WeightVersions(model) if decoder.packed else None
         self.require_kernel()
+        # Torch's attention reads lengths on the host, which no graph can.
+        self._graphs = Captures(late=capture_late and self._captures and self._has_kernel())
         self._persistent: PersistentStep | None = None
         if persistent:
             self._make_persistent()
@@ -211,19 +217,8 @@ class Runner:
             return
         sizes = batch_buckets(self._capacity)
         self._graphs.clear()
-        current, side = torch.cuda.current_stream(), torch.cuda.Stream()
-        pool = torch.cuda.graph_pool_handle()
         for count, size in enumerate(reversed(sizes), 1):
-            # One run without capture compiles kernels, packs parameters and makes buffers.
-            side.wait_stream(current)
-            with torch.cuda.stream(side):
-                self._step(size, typical_mass=1.0)
-            current.wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            # Torch's own stream for captures is one for all devices, so this device uses another.
-            with torch.cuda.graph(graph, pool=pool, stream=side):
-                self._step(size, typical_mass=1.0)
-            self._graphs[size] = graph
+            self._graphs.capture(size, partial(self._step, size, typical_mass=1.0))
             if progress is not None:
                 progress(count, len(sizes))
 
@@ -269,18 +264,11 @@ class Runner:
             raise ValueError(f"num_slots must be from 1 to {self.max_batch}, not {num_slots}")
         rows = self._rows_of(num_slots)
         shortcuts = self.slots.shortcuts(rows)
-        if rows in self._graphs and "typical_mass" in shortcuts:  # neutral, as it was when steps were captured
-            self._graphs[rows].replay()
+        if self._graphs.serves(rows) and "typical_mass" in shortcuts:  # neutral, as it is when steps are captured
+            self._graphs.run(rows, partial(self._step, rows, typical_mass=1.0))
         else:
             self._step(rows, **shortcuts)
-        results = self._result(rows)
-        if self.device.type != "cuda":
-            return StepHandle(results.cpu().clone(), num_slots)
-        host = torch.empty(results.shape, dtype=results.dtype, device="cpu", pin_memory=True)
-        host.copy_(results, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        return StepHandle(host, num_slots, event)
+        return StepHandle(HostCopy(self._result(rows)), num_slots)
 
     @torch.inference_mode()
     @_on_its_device
@@ -316,6 +304,11 @@ class Runner:
             raise RuntimeError("this runner keeps no states: make it with states=True")
         return self._states[slot]
 
+    @property
+    def replays(self) -> bool:
+        """Tell whether steps are replayed, or will be once they have run."""
+        return self._graphs.late or len(self._graphs) > 0
+
     def outdated(self) -> str | None:
         """Return why steps would not use the model's current weights, as the start of a sentence, or None.
 
@@ -344,25 +337,27 @@ class Runner:
 
         In that path the length of a row's sums depends on the longest row. `backend("torch")` around a call chooses it.
         """
-        if not self._refuses_torch:
-            return
+        if self._refuses_torch and not self._has_kernel():
+            raise RuntimeError(
+                "deterministic=True needs the kernel of clvp_fast.paged_attention_decode, which does not serve "
+                f"{self.decoder.dtype} with {self.pages.data.dtype} pages and head_dim {self.decoder.head_dim} on "
+                f"{self.device} here: clvp_fast.explain() tells more; backend('reference') serves anything, slowly"
+            )
+
+    def _has_kernel(self) -> bool:
+        """Tell whether steps have another attention than torch's path."""
         attention = OPERATORS["paged_attention_decode"]
         q = torch.empty(1, self.decoder.num_heads, self.decoder.head_dim, dtype=self.decoder.dtype, device=self.device)
         pages = self.pages.layer(0)
         stored = pages["k_pages"], pages["v_pages"], self.slots.tensors["block_table"]
-        if attention.choose((q, q, q, *stored, *[None] * 8)) is attention.torch:
-            raise RuntimeError(
-                "deterministic=True needs the kernel of clvp_fast.paged_attention_decode, which does not serve "
-                f"{self.decoder.dtype} with {pages['k_pages'].dtype} pages and head_dim {self.decoder.head_dim} on "
-                f"{self.device} here: clvp_fast.explain() tells more; backend('reference') serves anything, slowly"
-            )
+        return attention.choose((q, q, q, *stored, *[None] * 8)) is not attention.torch
 
     def _rows_of(self, num_slots: int) -> int:
         """Return the number of rows of a step of `num_slots` slots."""
         if self.deterministic and self.product_rows is None:
             return self._capacity
-        if self._graphs:
-            return min(size for size in self._graphs if size >= num_slots)
+        if self.replays:
+            return min(size for size in batch_buckets(self._capacity) if size >= num_slots)
         return max(num_slots, self._min_rows)
 
     def _result(self, rows: int) -> torch.Tensor:

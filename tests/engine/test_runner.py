@@ -642,7 +642,7 @@ def test_shortcuts_are_what_the_slots_agree_on():
 
 
 @needs_own_attention
-def test_replays_in_the_place_of_steps():
+def test_replays_in_the_place_of_steps(monkeypatch):
     """Do on a CPU as a captured step does: more rows than slots, and no number in place of a tensor."""
     model = stopping(tiny())
     prompt_list = prompts(model, (4, 23, 9, 40, 15))
@@ -652,10 +652,11 @@ def test_replays_in_the_place_of_steps():
 
     def replay(size):
         replayed.add(size)
-        with torch.inference_mode():
-            step(size, typical_mass=1.0)
+        step(size, typical_mass=1.0)
 
-    runner._graphs = {size: SimpleNamespace(replay=partial(replay, size)) for size in (16, 20, 24)}
+    sizes = [16, 20, 24]
+    monkeypatch.setattr(runner_module, "batch_buckets", lambda capacity: sizes)
+    runner._graphs._graphs = {size: SimpleNamespace(replay=partial(replay, size)) for size in sizes}
     runner._step = lambda *args, **options: pytest.fail("a step that could be replayed ran eagerly")
     for slot, key in enumerate((2, 4, 0)):
         driver.admit(slot, key)

@@ -1,0 +1,48 @@
+"""Copies of tensors to the host, which goes on while they are on their way."""
+
+import numpy as np
+import torch
+
+from clvp_fast.ops.dispatch import device_guard
+
+
+class HostCopy:
+    """Tensors on their way to the host, as arrays; None stays None.
+
+    On a CUDA device the copies are queued in torch's current stream, behind what computes the tensors, so that the host
+    need not wait for it and the device goes on with what is queued next. On a CPU they are made at once.
+    """
+
+    def __init__(self, *tensors: torch.Tensor | None):
+        self._copies = [None if tensor is None else _copied(tensor) for tensor in tensors]
+        devices = {tensor.device for tensor in tensors if tensor is not None and _is_away(tensor)}
+        self._events = [_event(device) for device in devices]
+
+    @property
+    def arrived(self) -> bool:
+        """Tell whether `wait` would return at once."""
+        return all(event.query() for event in self._events)
+
+    def wait(self) -> list[np.ndarray | None]:
+        """Return the arrays, once they have arrived."""
+        for event in self._events:
+            event.synchronize()
+        return [None if copy is None else copy.numpy() for copy in self._copies]
+
+
+def _is_away(tensor: torch.Tensor) -> bool:
+    return tensor.device.type == "cuda"
+
+
+def _copied(tensor: torch.Tensor) -> torch.Tensor:
+    if not _is_away(tensor):
+        return tensor.detach().cpu().clone()
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)
+
+
+def _event(device: torch.device) -> torch.cuda.Event:
+    with device_guard(device):
+        event = torch.cuda.Event()
+        event.record()
+    return event
