@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from clvp_fast import native
-from clvp_fast.engine import host_copy
 from clvp_fast.engine.persistent import PersistentStep
 from clvp_fast.ops import dispatch
 from tests.engine.test_decoder import prompts, tiny
@@ -32,6 +31,16 @@ class Away(torch.Tensor):
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
         with torch._C._DisableTorchDispatch():
             return function(*args, **(kwargs or {}))
+
+
+class Copied(Away):
+    """One that can be copied to the host."""
+
+    def detach(self):
+        return self
+
+    def to(self, *args, **kwargs):
+        return torch.zeros(2, 2, dtype=torch.int64)
 
 
 @pytest.fixture
@@ -121,12 +130,9 @@ def test_streams_events_and_captures_of_a_runner(runner, current, noted, monkeyp
     """Run `warm_up` and `decode` of a runner that believes to be on the second GPU."""
     stepped = []
     monkeypatch.setattr(runner, "_step", lambda rows, **shortcuts: stepped.append((rows, current[-1])))
-    for rows in range(1, runner._capacity + 1):
-        runner._result(rows)
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *args, pin_memory, **kwargs: empty(*args, **kwargs))
+    monkeypatch.setattr(runner._prompts, "run", lambda: stepped.append(("prefill", current[-1])))
+    monkeypatch.setattr(runner, "_result", lambda rows: Copied())
     monkeypatch.setattr(runner, "device", SECOND)
-    monkeypatch.setattr(host_copy, "_is_away", lambda tensor: True)
     runner._captures = True
     runner.warm_up()
     runner.decode(1)

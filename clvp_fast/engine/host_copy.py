@@ -14,9 +14,9 @@ class HostCopy:
     """
 
     def __init__(self, *tensors: torch.Tensor | None):
-        self._copies = [None if tensor is None else _copied(tensor) for tensor in tensors]
-        devices = {tensor.device for tensor in tensors if tensor is not None and _is_away(tensor)}
-        self._events = [_event(device) for device in devices]
+        # Torch copies into pinned memory then.
+        self._copies = [x if x is None else x.detach().to("cpu", non_blocking=True, copy=True) for x in tensors]
+        self._events = [_event(device) for device in {x.device for x in tensors if x is not None and x.is_cuda}]
 
     @property
     def arrived(self) -> bool:
@@ -27,18 +27,7 @@ class HostCopy:
         """Return the arrays, once they have arrived."""
         for event in self._events:
             event.synchronize()
-        return [None if copy is None else copy.numpy() for copy in self._copies]
-
-
-def _is_away(tensor: torch.Tensor) -> bool:
-    return tensor.device.type == "cuda"
-
-
-def _copied(tensor: torch.Tensor) -> torch.Tensor:
-    if not _is_away(tensor):
-        return tensor.detach().cpu().clone()
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
-    return host.copy_(tensor, non_blocking=True)
+        return [copy if copy is None else copy.numpy() for copy in self._copies]
 
 
 def _event(device: torch.device) -> torch.cuda.Event:

@@ -19,45 +19,46 @@ Latents = Callable[[torch.Tensor, np.ndarray, int], torch.Tensor]
 
 
 class ResultUnderWay:
-    """A ranking that is queued on the device, behind the steps of other requests, whose results are being copied.
+    """The result of a request, whose ranking is queued on the device behind other requests' steps.
 
     Args:
-        pending, job: a request, and its job, which is done.
-        scorer: ranks the candidates. Its errors are raised.
-        latents: makes the latents of those that are kept; None: the result has none.
+        pending, job: the request, and its job, which is done.
     """
 
-    def __init__(self, pending: Pending, job: Job, scorer: Scorer, latents: Latents | None):
-        self.pending, self._job, self._latents = pending, job, latents
+    def __init__(self, pending: Pending, job: Job):
+        self.pending, self._job = pending, job
         self._decoded = time.perf_counter()
         if job.prompt.device.type == "cpu":
             trim_heap()
         drawn, stop = job.all_codes(), job.sampling.stop_token
         assert stop is not None  # `Door` has set it
         stopped = np.array([len(codes) > 0 and codes[-1] == stop for codes in drawn])
-        spoken = self._spoken = [codes[: len(codes) - ended] for codes, ended in zip(drawn, stopped, strict=True)]
-        lengths = np.array([len(codes) for codes in spoken])
-        codes = fill_up(spoken, max(lengths.max(), 1), stop)
+        self._spoken = [codes[: len(codes) - ended] for codes, ended in zip(drawn, stopped, strict=True)]
+        lengths = np.array([len(codes) for codes in self._spoken])
+        codes = fill_up(self._spoken, max(lengths.max(), 1), stop)
         self._result = CandidateResult(pending.request, codes=codes, lengths=lengths, stopped=stopped)
-        ranking = scorer.score(pending.request, pending.text_ids, spoken, job.sampling.max_new_tokens)
+        self._copy = HostCopy()
+
+    def rank(self, scorer: Scorer) -> None:
+        """Queue the ranking and its copy. Errors of the scorer are raised."""
+        pending, spoken = self.pending, self._spoken
+        ranking = scorer.score(pending.request, pending.text_ids, spoken, self._job.sampling.max_new_tokens)
         check_ranking(ranking, scorer, len(spoken))
-        numbers = ranking.scores, ranking.text_embeds, ranking.speech_embeds
-        self._copy = HostCopy(
-            ranking.top(min(pending.keep, len(spoken))), *(None if x is None else x.float() for x in numbers)
-        )
+        best, embeds = ranking.top(min(pending.keep, len(spoken))), (ranking.text_embeds, ranking.speech_embeds)
+        self._copy = HostCopy(best, ranking.scores.float(), *(x if x is None else x.float() for x in embeds))
 
     @property
     def arrived(self) -> bool:
         """Tell whether `finish` need not wait for the device."""
         return self._copy.arrived
 
-    def finish(self) -> CandidateResult:
-        """Return the result, once it has arrived."""
+    def finish(self, latents: Latents | None) -> CandidateResult:
+        """Return the result, once it has arrived; `latents` makes those of the candidates that are kept, if any."""
         result, job = self._result, self._job
         result.kept, result.scores, result.text_embeds, result.speech_embeds = self._copy.wait()
-        if self._latents is not None:
+        if latents is not None:
             longest = job.sampling.max_new_tokens
-            result.latents = {i: self._latents(job.prompt, self._spoken[i], longest) for i in result.kept.tolist()}
+            result.latents = {i: latents(job.prompt, self._spoken[i], longest) for i in result.kept.tolist()}
         assert job.started_at is not None  # the job is done
         result.timings = {
             "prepare": self.pending.prepared - self.pending.submitted,

@@ -8,9 +8,10 @@ step is a list of calls, which is bound when a step of its kind first runs (`ste
 The bits of a row: our operators compute each row independently of the others. Libraries' products choose their tiles,
 and with them the order of sums, by the number of rows. On a GPU a `deterministic` runner, which is the default there,
 makes all products with our own kernel, those of a step with `PRODUCT_ROWS` rows a call at most, those of a prefill with
-`PREFILL_ROWS` at least. On a CPU prompts are prefilled one by one, and the kernels of the native library need no more
-care; torch's products do not promise a row's bits in float32 (`decoder.min_rows`: a step is padded with inactive rows
-to a number from which they no longer change) and in float64: a `deterministic` step always has the rows of all slots.
+one number of rows (`prompts.py`). On a CPU prompts are prefilled one by one, and the kernels of the native library need
+no more care; torch's products do not promise a row's bits in float32 (`decoder.min_rows`: a step is padded with
+inactive rows to a number from which they no longer change) and in float64: a `deterministic` step always has the rows
+of all slots.
 """
 
 from collections.abc import Callable, Mapping
@@ -25,6 +26,7 @@ from clvp_fast.engine.captures import Captures
 from clvp_fast.engine.decoder import PagedDecoder, min_rows
 from clvp_fast.engine.host_copy import HostCopy
 from clvp_fast.engine.persistent import MAX_ROWS, PersistentStep
+from clvp_fast.engine.prompts import PREFILL_ROWS, Prompts
 from clvp_fast.engine.sampling_params import SamplingParams
 from clvp_fast.engine.scheduler import Prefill, Step, batch_buckets
 from clvp_fast.engine.slots import SlotState, to_device
@@ -36,11 +38,6 @@ from clvp_fast.ops.binding import BoundCall, Scratch
 from clvp_fast.ops.dispatch import OPERATORS, device_guard, situation
 from clvp_fast.ops.paged_attention import FLOAT8
 
-# The number of tokens of several prompts that are prefilled at once.
-PREFILL_TOKENS = 8192
-# The fewest rows of a product of a deterministic prefill on a GPU: for all numbers above 1024, `kernels/linear.py` and
-# `mlp.py` have one tile and one order of sums.
-PREFILL_ROWS = 1152
 # The most rows of a product of a deterministic step on a GPU: for all numbers up to there `kernels/mlp.py` splits a sum
 # in the same way. Tortoise's largest presets have so many candidates.
 PRODUCT_ROWS = 256
@@ -105,7 +102,7 @@ class Runner:
         deterministic: a row's bits depend on no other row, nor on their number: every product has one number of rows.
             The torch path of `paged_attention_decode` looks at all rows, so it is refused. None: so on a GPU, without
             `persistent`, but nothing is refused.
-        capture: replay steps as CUDA graphs, once `warm_up` has captured them; None: on CUDA.
+        capture: replay steps and prefills as CUDA graphs, once `warm_up` has captured them; None: on CUDA.
         capture_late: where steps are captured, capture those of a number of rows when they come for the second time;
             `warm_up` is then not needed. If a capture fails, steps are launched one by one.
         persistent: steps of up to four rows are one launch (`persistent.py`), which rounds in another order than larger
@@ -162,7 +159,6 @@ class Runner:
         self.product_rows = PRODUCT_ROWS if self.deterministic and not on_cpu else None
         self._captures = device.type == "cuda" if capture is None else capture
         self._min_rows = min_rows(model)
-        self._prefill_tokens = 0 if on_cpu else PREFILL_TOKENS
         self._bound: dict[tuple, tuple[BoundCall, ...]] = {}
 
         rows = self._capacity = max(max_batch, self._min_rows)
@@ -178,6 +174,9 @@ class Runner:
             device=device,
         )
         self.pages = decoder.pages(num_pages, page_size, page_dtype)
+        table, always = self.slots.tensors["prefix_table"], self.product_rows is not None
+        prompt_rows = None if on_cpu else max(PREFILL_ROWS, self.max_prefix_len)
+        self._prompts = Prompts(decoder, self.pages, table, prompt_rows, always)
         self._made_for = decoder.dtype, decoder.device
         self._copied: WeightVersions | None = None
         if weight_dtype is not None or self.pages.scales is not None:
@@ -201,7 +200,9 @@ class Runner:
     @torch.inference_mode()
     @_on_its_device
     def warm_up(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Capture the step of each batch bucket, the largest first, with `progress(captured, buckets)` after each.
+        """Capture the prefill and the step of each batch bucket, the largest first.
+
+        Calls `progress(captured, buckets)` after each step.
 
         Without capture this does nothing. Raises `RuntimeError` while candidates hold slots.
         """
@@ -217,6 +218,8 @@ class Runner:
             return
         sizes = batch_buckets(self._capacity)
         self._graphs.clear()
+        self._prompts.clear()
+        self._graphs.capture("prefill", self._prompts.run)
         for count, size in enumerate(reversed(sizes), 1):
             self._graphs.capture(size, partial(self._step, size, typical_mass=1.0))
             if progress is not None:
@@ -413,17 +416,7 @@ class Runner:
             )
 
     def _prefill(self, prefills: list[Prefill], prompts: Mapping[Any, torch.Tensor]) -> None:
-        """Prefill prompts into the pages that the prefix table names, several at once or one by one."""
-        group, tokens = [], 0
-        for number, prefill in enumerate(prefills, 1):
-            group.append(prefill)
-            tokens += prefill.prefix_len
-            if number < len(prefills) and tokens + prefills[number].prefix_len <= self._prefill_tokens:
-                continue
-            bounds = np.cumsum([0, *(one.prefix_len for one in group)])
-            bounds, rows = to_device(self.device, bounds, np.array([one.prefix_row for one in group]))
-            embeds = torch.cat([prompts[one.key].to(self.device, self.decoder.residual_dtype) for one in group])
-            tables = self.slots.tensors["prefix_table"][rows]
-            least = None if self.product_rows is None else PREFILL_ROWS
-            self.decoder.prefill(embeds, bounds.int(), self.pages, tables, least)
-            group, tokens = [], 0
+        """Prefill prompts into the pages that the prefix table names."""
+        for group in self._prompts.groups(prefills):
+            self._prompts.enter(group, prompts)
+            self._graphs.run("prefill", self._prompts.run)

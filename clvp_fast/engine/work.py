@@ -258,8 +258,10 @@ class Work:
             job = self.loop.finished[0]
             pending = self._entered.get(job)
             if pending is not None and not pending.settled:
+                under_way = ResultUnderWay(pending, job)
                 try:
-                    self._ranking.append(ResultUnderWay(pending, job, self.scorer, self.latents))
+                    under_way.rank(self.scorer)
+                    self._ranking.append(under_way)
                 except Exception as error:
                     pending.result = CandidateResult(pending.request, error=error)
             self.loop.finished.popleft()
@@ -267,7 +269,7 @@ class Work:
             ranking = self._ranking[0]
             if not ranking.pending.settled:
                 try:
-                    ranking.pending.result = ranking.finish()
+                    ranking.pending.result = ranking.finish(self.latents)
                 except Exception as error:
                     ranking.pending.result = CandidateResult(ranking.pending.request, error=error)
             self._ranking.popleft()

@@ -1,5 +1,6 @@
 """Captures on a CPU, for tests of what surrounds them: a graph is the call that it would launch again."""
 
+from functools import partial
 from types import SimpleNamespace
 from weakref import WeakMethod
 
@@ -23,8 +24,8 @@ def capture_on_paper(monkeypatch) -> list[tuple]:
         step(self, rows, **shortcuts)
 
     def record(self, key, call):
-        method, keywords = WeakMethod(call.func), call.keywords  # a graph does not hold its runner
-        arguments = call.args
+        call = call if isinstance(call, partial) else partial(call)
+        method, arguments, keywords = WeakMethod(call.func), call.args, call.keywords  # a graph holds no runner
 
         def replay():
             happened.append(("replayed", key))

@@ -56,6 +56,11 @@ def test_steps_are_captured_when_they_come_again(happened):
     model = tiny()
     drawn(model, new_tokens=5)
     assert happened == [("launched", 4), ("captured", 4), *[("replayed", 4)] * 4]
+    happened.clear()
+    for _ in range(2):
+        drawn(model, new_tokens=5)
+    replayed = [("replayed", "prefill"), *[("replayed", 4)] * 5]
+    assert happened == [("captured", "prefill"), *replayed, *replayed]
 
 
 def test_the_next_call_replays_them(happened, runners):
