@@ -263,7 +263,7 @@ def _sampling_params(settings: GenerationConfig, max_new_tokens: int, stop_token
 
 @dataclass(frozen=True)
 class _Sizes:
-    """What a call needs of a runner: slots, the longest candidate and prompt in tokens, and the number of prompts."""
+    """The sizes of a call: slots, the longest candidate and prompt in tokens, and the number of prompts."""
 
     max_batch: int
     max_new_tokens: int

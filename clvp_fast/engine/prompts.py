@@ -73,13 +73,13 @@ class Prompts:
         torch.index_select(self._prefix_table, 0, places, out=tables)
 
     def run(self) -> None:
-        """Prefill what was entered last; nothing if nothing was."""
+        """Prefill the group that was entered last, if there is one."""
         if self._entered is not None:
             embeds, bounds, tables = self._entered
             self._decoder.prefill(embeds, bounds, self._pages, tables, self._always)
 
     def clear(self) -> None:
-        """Forget what was entered, so that `run` writes no page."""
+        """Forget that group, so that `run` writes no page."""
         if self._rows is None:
             self._entered = None
         elif self._entered is not None:

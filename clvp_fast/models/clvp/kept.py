@@ -1,6 +1,6 @@
-"""What `generate()` keeps of a decoder from one call to the next.
+"""Values that `generate()` keeps for a decoder from one call to the next.
 
-It lies outside of the model, so that copies, pickles and checkpoints lack it, and refers to the model weakly, so that
+They lie outside of the model, so that copies, pickles and checkpoints lack them, and refer to the model weakly, so that
 both are freed together.
 """
 

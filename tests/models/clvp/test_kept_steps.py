@@ -1,5 +1,6 @@
-"""What `generate()` keeps on a GPU between calls: who gets it, who does not, and when it is freed. Captures are faked;
-`tests/gpu/test_generate_on_gpu.py` has real ones.
+"""Captured steps that `generate()` keeps between calls: who gets them, who does not, and when they are freed.
+
+Captures are faked; `tests/gpu/test_generate_on_gpu.py` has real ones.
 """
 
 import copy
