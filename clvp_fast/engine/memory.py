@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -153,7 +154,8 @@ def trim_heap() -> None:
 def free_bytes(device: torch.device) -> int:
     """Return the bytes that can be allocated on a device now, including those that an allocator keeps."""
     if device.type == "cuda":
-        torch.cuda.empty_cache()
+        with suppress(RuntimeError):  # some releases of torch refuse it after a capture that failed
+            torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
     trim_heap()
     try:

