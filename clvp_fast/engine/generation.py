@@ -327,14 +327,14 @@ def _runner(model: ClvpForCausalLM, sizes: _Sizes) -> Runner:
         planned = _planned(model, sizes)
     sizes = replace(sizes, max_batch=planned.max_batch)
     num_pages = min(planned.num_pages, sizes.num_pages)
-    longest = dict(max_new_tokens=sizes.max_new_tokens, max_prefix_len=sizes.max_prefix_len)
+    longest: dict[str, Any] = dict(max_new_tokens=sizes.max_new_tokens, max_prefix_len=sizes.max_prefix_len)
     # By a weak reference, because a kept runner must not keep its model.
     weak: Any = proxy(model)
     return Runner(weak, num_pages, PAGE_SIZE, sizes.max_batch, **longest, capture_late=True)
 
 
 def _planned(model: ClvpForCausalLM, sizes: _Sizes) -> MemoryPlan:
-    longest = dict(max_new_tokens=sizes.max_new_tokens, max_prefix_len=sizes.max_prefix_len)
+    longest: dict[str, Any] = dict(max_new_tokens=sizes.max_new_tokens, max_prefix_len=sizes.max_prefix_len)
     return plan(model, free_bytes(model.device), max_batch=sizes.max_batch, page_size=PAGE_SIZE, **longest)
 
 

@@ -1,6 +1,7 @@
 """Copies of tensors to the host, which goes on while they are on their way."""
 
-import numpy as np
+from typing import Any
+
 import torch
 
 from clvp_fast.ops.dispatch import device_guard
@@ -23,8 +24,8 @@ class HostCopy:
         """Tell whether `wait` would return at once."""
         return all(event.query() for event in self._events)
 
-    def wait(self) -> list[np.ndarray | None]:
-        """Return the arrays, once they have arrived."""
+    def wait(self) -> list[Any]:
+        """Return the arrays, once they have arrived, and None for each None."""
         for event in self._events:
             event.synchronize()
         return [copy if copy is None else copy.numpy() for copy in self._copies]

@@ -78,7 +78,6 @@ class StepHandle:
 
     def wait(self) -> np.ndarray:
         (results,) = self.copy.wait()
-        assert results is not None
         return results[:, : self.num_slots]
 
 
