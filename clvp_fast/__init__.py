@@ -31,6 +31,7 @@ _EXPORTS = {
     "clvp_fast.models.clvp.tokenization": ["ClvpTokenizer"],
     "clvp_fast.models.clvp.feature_extraction": ["ClvpFeatureExtractor"],
     "clvp_fast.models.clvp.processing": ["ClvpProcessor"],
+    "clvp_fast.models.clvp.kept": ["release"],
     "clvp_fast.models.clvp.modeling": [
         "ClvpConditioningEncoder",
         "ClvpDecoder",

@@ -30,6 +30,7 @@ from clvp_fast.models.clvp.configuration import (
 )
 from clvp_fast.models.clvp.convert_tortoise import convert_tortoise_checkpoint as convert_tortoise_checkpoint
 from clvp_fast.models.clvp.feature_extraction import ClvpFeatureExtractor as ClvpFeatureExtractor
+from clvp_fast.models.clvp.kept import release as release
 from clvp_fast.models.clvp.modeling import (
     ClvpConditioningEncoder as ClvpConditioningEncoder,
     ClvpDecoder as ClvpDecoder,

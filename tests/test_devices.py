@@ -33,6 +33,16 @@ class Away(torch.Tensor):
             return function(*args, **(kwargs or {}))
 
 
+class Copied(Away):
+    """One that can be copied to the host."""
+
+    def detach(self):
+        return self
+
+    def to(self, *args, **kwargs):
+        return torch.zeros(2, 2, dtype=torch.int64)
+
+
 @pytest.fixture
 def current(monkeypatch):
     """Give the devices that were made current and not left yet; the last one is the current one."""
@@ -120,10 +130,8 @@ def test_streams_events_and_captures_of_a_runner(runner, current, noted, monkeyp
     """Run `warm_up` and `decode` of a runner that believes to be on the second GPU."""
     stepped = []
     monkeypatch.setattr(runner, "_step", lambda rows, **shortcuts: stepped.append((rows, current[-1])))
-    for rows in range(1, runner._capacity + 1):
-        runner._result(rows)
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *args, pin_memory, **kwargs: empty(*args, **kwargs))
+    monkeypatch.setattr(runner._prompts, "run", lambda: stepped.append(("prefill", current[-1])))
+    monkeypatch.setattr(runner, "_result", lambda rows: Copied())
     monkeypatch.setattr(runner, "device", SECOND)
     runner._captures = True
     runner.warm_up()

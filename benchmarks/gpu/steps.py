@@ -77,7 +77,7 @@ def check(sanitizer: str) -> list[Step]:
         Step("capture", tests("gpu", "tests/kernels/test_capture.py"), 40, 30),
         Step(
             "models",
-            tests("gpu", *(f"tests/gpu/test_{it}_on_gpu.py" for it in ("models", "clap", "features"))),
+            tests("gpu", *(f"tests/gpu/test_{it}_on_gpu.py" for it in ("models", "generate", "clap", "features"))),
             60,
             30,
         ),

@@ -16,6 +16,7 @@ import torch
 from clvp_fast.engine.runner import Runner, StepHandle
 from clvp_fast.engine.sampling_params import SamplingParams
 from clvp_fast.engine.scheduler import Scheduler, Step
+from clvp_fast.models.clvp.kept import release_all
 
 
 @dataclass(eq=False, repr=False)
@@ -93,6 +94,11 @@ class DecodeLoop:
         self._under_way: deque[tuple[Step, StepHandle, np.ndarray]] = deque()
 
     @property
+    def decodes(self) -> bool:
+        """Tell whether candidates wait or run."""
+        return bool(self._jobs)
+
+    @property
     def idle(self) -> bool:
         """Tell whether nothing is left to do."""
         return not self._jobs and not self.finished
@@ -129,7 +135,7 @@ class DecodeLoop:
         self._begin(runner)
 
     def halve(self, places: int) -> int:
-        """Release the runner after memory ran out with `places` slots, and return half as many.
+        """Release the runner, and what `generate()` has kept, after memory ran out; return half of `places` slots.
 
         `restart` gets a runner of that size. Call this after the `except` block, because the frames of the error hold
         the old runner, whose memory is needed. Raises `torch.OutOfMemoryError` if there was only one slot.
@@ -137,6 +143,7 @@ class DecodeLoop:
         if places == 1:
             raise torch.OutOfMemoryError("there is too little memory to decode a single candidate: free some")
         self.runner = None
+        release_all()
         return places // 2
 
     def step(self) -> list[Job]:

@@ -3,7 +3,6 @@
 from typing import TypedDict
 
 import torch
-import torch.nn.functional as F
 
 from clvp_fast import ops
 from clvp_fast.engine.products import Blocks
@@ -205,31 +204,26 @@ class PagedDecoder:
         cu_seqlens: torch.Tensor,
         pages: KVPages,
         block_table: torch.Tensor,
-        least_rows: int | None = None,
+        always: bool = False,
     ) -> None:
         """Store the keys and values of prompts, from position 0 of their pages on.
 
         Args:
             prompt_embeds: `[T, hidden_size]`, prompts one after another, with their position embeddings added.
-            cu_seqlens: `[S + 1]` int32: prompt s has the rows from `cu_seqlens[s]` to before `cu_seqlens[s + 1]`; the
-                last is T.
+            cu_seqlens: `[S + 1]` int32: prompt s has the rows from `cu_seqlens[s]` to before `cu_seqlens[s + 1]`,
+                perhaps none; rows from the last entry on belong to no prompt.
             block_table: `[S, max_pages]` int32, the pages of each prompt.
-            least_rows: products are our own kernel's and have so many rows at least, those behind the T of zeros; None:
-                they have T rows, and the product that is fastest for them.
+            always: products are our own kernel's; by default those that are fastest for T rows.
         """
         self.follow()
-        hidden, tokens = prompt_embeds.to(self.residual_dtype), len(prompt_embeds)
-        always, padding = least_rows is not None, max((least_rows or 0) - tokens, 0)
-        hidden = F.pad(hidden, (0, 0, 0, padding)) if padding else hidden
+        hidden = prompt_embeds.to(self.residual_dtype)
         layers = self.weights.layers
         for index, layer in enumerate(layers):
-            q, k, v = (rows[:tokens] for rows in layer.project(layer.input_norm(hidden, self.dtype), always))
+            q, k, v = layer.project(layer.input_norm(hidden, self.dtype), always)
             attended = ops.paged_prefill(q, k, v, cu_seqlens, **pages.layer(index), block_table=block_table)
             # Candidates read only keys and values of the last layer.
             if index < len(layers) - 1:
-                attended = attended.flatten(-2)
-                attended = F.pad(attended, (0, 0, 0, padding)) if padding else attended
-                hidden = layer.behind_attention(attended, hidden, always)
+                hidden = layer.behind_attention(attended.flatten(-2), hidden, always)
 
     def step(
         self,

@@ -32,6 +32,7 @@ from clvp_fast.engine.voices import Voice, VoiceCache
 from clvp_fast.engine.work import Work
 from clvp_fast.io.errors import require_whole, shown
 from clvp_fast.models.clvp.causal_lm import ClvpForCausalLM
+from clvp_fast.models.clvp.kept import release
 from clvp_fast.models.common.parameters import arrange_for_decoding
 from clvp_fast.ops.dispatch import uncast
 from clvp_fast.ops.paged_attention import PAGE_SIZES
@@ -225,6 +226,7 @@ class CandidateEngine:
 
     def _take_model(self) -> None:
         self.model.eval()
+        release(self.model)
         arrange_for_decoding(self.model)  # before the plan, which reads what is free
 
     @property

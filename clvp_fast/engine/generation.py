@@ -7,8 +7,9 @@ transformers. Calls that it cannot serve keep the loop.
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
+from weakref import proxy
 
 import torch
 import torch.nn.functional as F
@@ -30,13 +31,14 @@ from transformers.generation import (
 
 from clvp_fast.engine.decode_loop import DecodeLoop, Job
 from clvp_fast.engine.defaults import PAGE_SIZE
-from clvp_fast.engine.memory import MAX_BATCH, free_bytes, plan
+from clvp_fast.engine.memory import MAX_BATCH, MemoryPlan, free_bytes, plan
 from clvp_fast.engine.runner import Runner
 from clvp_fast.engine.sampling_params import SamplingParams
+from clvp_fast.models.clvp import kept
 from clvp_fast.models.clvp.causal_lm import ClvpForCausalLM
 from clvp_fast.models.clvp.tokens import fill_up, only_token, start_token
 from clvp_fast.models.common.plain import changed_module
-from clvp_fast.ops.dispatch import autocasts
+from clvp_fast.ops.dispatch import autocasts, situation
 
 # The documented name: this module stood in models/clvp before.
 LOGGER = logging.getLogger("clvp_fast.models.clvp.generation")
@@ -79,6 +81,8 @@ _PROCESSORS = (
     TypicalLogitsWarper,
 )
 _CRITERIA = (MaxLengthCriteria, EosTokenCriteria)
+# The share of a GPU's memory that pages may take to be kept after their call.
+_KEPT_SHARE = 1 / 8
 
 
 class NotServed(Exception):
@@ -217,7 +221,8 @@ class EngineLoop:
         max_new_tokens = stopping_criteria.max_length - input_ids.shape[1]
         try:
             sampling = _sampling_params(generation_config, max_new_tokens, stop)
-            loop = DecodeLoop(_runner(model, self.prompts, sampling))
+            sizes = _Sizes.of(self.prompts, sampling)
+            loop = DecodeLoop(_kept_runner(model, sizes) or _runner(model, sizes))
         except ValueError as error:
             raise NotServed(str(error)) from error
         # Seeds are drawn last, so that a call left to transformers' loop finds the generator unchanged.
@@ -225,7 +230,8 @@ class EngineLoop:
         if sampling.do_sample:
             seeds = torch.randint(2**63 - 1, (len(self.prompts),)).tolist()
         jobs = [Job(prompt, replace(sampling, seed=seed)) for prompt, seed in zip(self.prompts, seeds, strict=True)]
-        _decode(loop, jobs, lambda max_batch: _runner(model, self.prompts, sampling, max_batch))
+        if _decode(loop, jobs, lambda max_batch: _runner(model, replace(sizes, max_batch=max_batch))):
+            _keep(model, loop)
 
         pad = stop if generation_config.pad_token_id is None else generation_config.pad_token_id
         start, codes = start_token(model.config), [codes for job in jobs for codes in job.all_codes()]
@@ -255,33 +261,91 @@ def _sampling_params(settings: GenerationConfig, max_new_tokens: int, stop_token
     )
 
 
-def _runner(
-    model: ClvpForCausalLM, prompts: list[torch.Tensor], sampling: SamplingParams, max_batch: int | None = None
-) -> Runner:
-    """Make a runner of up to `max_batch` slots, with no more pages than candidates of the prompts can fill.
+@dataclass(frozen=True)
+class _Sizes:
+    """The sizes of a call: slots, the longest candidate and prompt in tokens, and the number of prompts."""
+
+    max_batch: int
+    max_new_tokens: int
+    max_prefix_len: int
+    prompts: int
+
+    @classmethod
+    def of(cls, prompts: list[torch.Tensor], sampling: SamplingParams) -> "_Sizes":
+        max_batch = min(len(prompts) * (sampling.num_candidates or 1), MAX_BATCH)
+        return cls(max_batch, sampling.max_new_tokens, max(map(len, prompts)), len(prompts))
+
+    @property
+    def num_pages(self) -> int:
+        """Return the most pages that the call can fill at once."""
+        own, prefix = (-(-tokens // PAGE_SIZE) for tokens in (self.max_new_tokens, self.max_prefix_len))
+        return self.max_batch * own + self.prompts * prefix
+
+
+def _kept_runner(model: ClvpForCausalLM, sizes: _Sizes) -> Runner | None:
+    """Return the runner that an earlier call has left if it decodes this call as a new one would; otherwise free it."""
+    runner, made_for = kept.take(model) or (None, None)
+    if runner is None or made_for != _made_for(model) or runner.outdated() is not None:
+        return None
+    room = runner.max_batch, runner.max_new_tokens, runner.max_prefix_len, runner.pages.data.shape[2]
+    needed = sizes.max_batch, sizes.max_new_tokens, sizes.max_prefix_len, sizes.num_pages
+    if any(there < wanted for there, wanted in zip(room, needed, strict=True)):
+        return None
+    runner.reset()
+    return runner
+
+
+def _keep(model: ClvpForCausalLM, loop: DecodeLoop) -> None:
+    """Keep a loop's runner for the next call, with its captured steps, unless much memory would be missing elsewhere.
+
+    Where no steps are captured, as on a CPU, a kept runner would save nothing.
+    """
+    runner = loop.runner
+    assert runner is not None  # its calls are done
+    if runner.replays and runner.pages.data.nbytes <= _KEPT_SHARE * _device_bytes(runner.device):
+        kept.keep(model, (runner, _made_for(model)))
+
+
+def _device_bytes(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).total_memory
+
+
+def _made_for(model: ClvpForCausalLM) -> tuple:
+    """Return what captured steps depend on besides weights and sizes."""
+    return start_token(model.config), getattr(model.config, "contiguous_positions", False), *situation()
+
+
+def _runner(model: ClvpForCausalLM, sizes: _Sizes) -> Runner:
+    """Make a runner with no more pages than the call can fill.
 
     Raises `ValueError` where memory is too little for one candidate.
     """
-    if max_batch is None:
-        max_batch = min(len(prompts) * (sampling.num_candidates or 1), MAX_BATCH)
-    longest, prefix = sampling.max_new_tokens, max(map(len, prompts))
-    planned = plan(
-        model,
-        free_bytes(model.device),
-        max_batch=max_batch,
-        page_size=PAGE_SIZE,
-        max_new_tokens=longest,
-        max_prefix_len=prefix,
-    )
-    own_pages, prefix_pages = (-(-tokens // PAGE_SIZE) for tokens in (longest, prefix))
-    num_pages = min(planned.num_pages, planned.max_batch * own_pages + len(prompts) * prefix_pages)
-    return Runner(model, num_pages, PAGE_SIZE, planned.max_batch, longest, max_prefix_len=prefix, capture=False)
+    try:
+        planned = _planned(model, sizes)
+    except ValueError:
+        kept.release_all()  # other models' runners may have the memory
+        planned = _planned(model, sizes)
+    sizes = replace(sizes, max_batch=planned.max_batch)
+    num_pages = min(planned.num_pages, sizes.num_pages)
+    longest: dict[str, Any] = dict(max_new_tokens=sizes.max_new_tokens, max_prefix_len=sizes.max_prefix_len)
+    # By a weak reference, because a kept runner must not keep its model.
+    weak: Any = proxy(model)
+    return Runner(weak, num_pages, PAGE_SIZE, sizes.max_batch, **longest, capture_late=True)
+
+
+def _planned(model: ClvpForCausalLM, sizes: _Sizes) -> MemoryPlan:
+    longest: dict[str, Any] = dict(max_new_tokens=sizes.max_new_tokens, max_prefix_len=sizes.max_prefix_len)
+    return plan(model, free_bytes(model.device), max_batch=sizes.max_batch, page_size=PAGE_SIZE, **longest)
 
 
 @torch.inference_mode()
-def _decode(loop: DecodeLoop, jobs: list[Job], smaller: Callable[[int], Runner]) -> None:
-    """Fill the codes of `jobs`; when memory runs out, start again on `smaller(slots)` with half the slots."""
-    candidates, at_once = sum(len(job.codes) for job in jobs), loop.scheduler.max_batch
+def _decode(loop: DecodeLoop, jobs: list[Job], smaller: Callable[[int], Runner]) -> bool:
+    """Fill the codes of `jobs`, and return whether memory was enough.
+
+    When memory runs out, start again on `smaller(slots)` with half the slots.
+    """
+    candidates = sum(len(job.codes) for job in jobs)
+    at_once = most = min(candidates, loop.scheduler.max_batch)
     LOGGER.debug("generate() runs on the engine: prompts %d, candidates %d, at once %d", len(jobs), candidates, at_once)
     while True:
         for job in jobs:
@@ -289,7 +353,7 @@ def _decode(loop: DecodeLoop, jobs: list[Job], smaller: Callable[[int], Runner])
         try:
             while not loop.idle:
                 loop.step()
-            return
+            return at_once == most
         except torch.OutOfMemoryError:
             if at_once == 1:
                 raise

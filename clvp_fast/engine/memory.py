@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 
 from clvp_fast.engine.decoder import min_rows
 from clvp_fast.engine.defaults import MEMORY_FRACTION, PAGE_SIZE
-from clvp_fast.engine.runner import PREFILL_TOKENS
+from clvp_fast.engine.prompts import PREFILL_ROWS
 from clvp_fast.engine.sampling_params import SamplingParams
 from clvp_fast.engine.scheduler import batch_buckets
 from clvp_fast.io.errors import require_whole
@@ -153,7 +154,8 @@ def trim_heap() -> None:
 def free_bytes(device: torch.device) -> int:
     """Return the bytes that can be allocated on a device now, including those that an allocator keeps."""
     if device.type == "cuda":
-        torch.cuda.empty_cache()
+        with suppress(RuntimeError):  # some releases of torch refuse it after a capture that failed
+            torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
     trim_heap()
     try:
@@ -242,7 +244,7 @@ def _fixed(
     logits = sizes.vocab_size * (sizes.itemsize + (_SAMPLE_BYTES if sizes.on_cpu else 0))
     # The attention kernel keeps a float32 sum for each part of a row's tokens, about one for a page or two.
     partial = 0 if sizes.on_cpu else 4 * (own + prefix) * (sizes.hidden_size + 2 * sizes.num_heads)
-    prefilled = max_prefix_len if sizes.on_cpu else max(PREFILL_TOKENS, max_prefix_len)
+    prefilled = max_prefix_len if sizes.on_cpu else max(PREFILL_ROWS, max_prefix_len)
     return {
         "weights": sizes.copied_weights,
         "panels": sizes.panels,

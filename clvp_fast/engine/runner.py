@@ -1,15 +1,17 @@
 """The data plane: pages, the state of decoding slots, and the step that advances them all.
 
-Only here host and device exchange data: the scheduler's changes go to the device before a step, in one copy
-(`slots.py`), and the step's tokens come back after it. Within a step the host reads and decides nothing: a step is a
-list of calls, which is bound when a step of its kind first runs (`step.py`).
+The scheduler's changes go to the device before a step, in one copy (`slots.py`), and the step's tokens come back after
+it, in another that the host does not wait for (`host_copy.py`). Within a step the host reads and decides nothing: a
+step is a list of calls, which is bound when a step of its kind first runs (`step.py`), and may be captured then
+(`captures.py`).
 
 The bits of a row: our operators compute each row independently of the others. Libraries' products choose their tiles,
 and with them the order of sums, by the number of rows. On a GPU a `deterministic` runner, which is the default there,
 makes all products with our own kernel, those of a step with `PRODUCT_ROWS` rows a call at most, those of a prefill with
-`PREFILL_ROWS` at least. On a CPU prompts are prefilled one by one, and the kernels of the native library need no more
-care; torch's products do not promise a row's bits in float32 (`decoder.min_rows`: a step is padded with inactive rows
-to a number from which they no longer change) and in float64: a `deterministic` step always has the rows of all slots.
+one number of rows (`prompts.py`). On a CPU prompts are prefilled one by one, and the kernels of the native library need
+no more care; torch's products do not promise a row's bits in float32 (`decoder.min_rows`: a step is padded with
+inactive rows to a number from which they no longer change) and in float64: a `deterministic` step always has the rows
+of all slots.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,8 +22,11 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import numpy as np
 import torch
 
+from clvp_fast.engine.captures import Captures
 from clvp_fast.engine.decoder import PagedDecoder, min_rows
+from clvp_fast.engine.host_copy import HostCopy
 from clvp_fast.engine.persistent import MAX_ROWS, PersistentStep
+from clvp_fast.engine.prompts import PREFILL_ROWS, Prompts
 from clvp_fast.engine.sampling_params import SamplingParams
 from clvp_fast.engine.scheduler import Prefill, Step, batch_buckets
 from clvp_fast.engine.slots import SlotState, to_device
@@ -33,11 +38,6 @@ from clvp_fast.ops.binding import BoundCall, Scratch
 from clvp_fast.ops.dispatch import OPERATORS, device_guard, situation
 from clvp_fast.ops.paged_attention import FLOAT8
 
-# The number of tokens of several prompts that are prefilled at once.
-PREFILL_TOKENS = 8192
-# The fewest rows of a product of a deterministic prefill on a GPU: for all numbers above 1024, `kernels/linear.py` and
-# `mlp.py` have one tile and one order of sums.
-PREFILL_ROWS = 1152
 # The most rows of a product of a deterministic step on a GPU: for all numbers up to there `kernels/mlp.py` splits a sum
 # in the same way. Tortoise's largest presets have so many candidates.
 PRODUCT_ROWS = 256
@@ -71,16 +71,14 @@ def _on_its_device(method: "Callable[Concatenate[Runner, P], R]") -> "Callable[C
 
 @dataclass(frozen=True)
 class StepHandle:
-    """A step under way: its `results` `[2, rows]` int64 on the host are valid once `event` has happened."""
+    """A step under way, whose results `[2, rows]` int64 are on their way to the host."""
 
-    results: torch.Tensor
+    copy: HostCopy
     num_slots: int
-    event: Any = None
 
     def wait(self) -> np.ndarray:
-        if self.event is not None:
-            self.event.synchronize()
-        return self.results.numpy()[:, : self.num_slots]
+        (results,) = self.copy.wait()
+        return results[:, : self.num_slots]
 
 
 class Runner:
@@ -103,7 +101,9 @@ class Runner:
         deterministic: a row's bits depend on no other row, nor on their number: every product has one number of rows.
             The torch path of `paged_attention_decode` looks at all rows, so it is refused. None: so on a GPU, without
             `persistent`, but nothing is refused.
-        capture: replay steps as CUDA graphs, once `warm_up` has captured them; None: on CUDA.
+        capture: replay steps and prefills as CUDA graphs, once `warm_up` has captured them; None: on CUDA.
+        capture_late: where steps are captured, capture those of a number of rows when they come for the second time;
+            `warm_up` is then not needed. If a capture fails, steps are launched one by one.
         persistent: steps of up to four rows are one launch (`persistent.py`), which rounds in another order than larger
             steps. On an H200 this gains a quarter for one candidate, and loses for four.
 
@@ -128,6 +128,7 @@ class Runner:
         states: bool = False,
         deterministic: bool | None = None,
         capture: bool | None = None,
+        capture_late: bool = False,
         persistent: bool = False,
         packed: bool = False,
         activation_dtype: torch.dtype | None = None,
@@ -157,8 +158,6 @@ class Runner:
         self.product_rows = PRODUCT_ROWS if self.deterministic and not on_cpu else None
         self._captures = device.type == "cuda" if capture is None else capture
         self._min_rows = min_rows(model)
-        self._prefill_tokens = 0 if on_cpu else PREFILL_TOKENS
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._bound: dict[tuple, tuple[BoundCall, ...]] = {}
 
         rows = self._capacity = max(max_batch, self._min_rows)
@@ -174,12 +173,17 @@ class Runner:
             device=device,
         )
         self.pages = decoder.pages(num_pages, page_size, page_dtype)
+        table, always = self.slots.tensors["prefix_table"], self.product_rows is not None
+        prompt_rows = None if on_cpu else max(PREFILL_ROWS, self.max_prefix_len)
+        self._prompts = Prompts(decoder, self.pages, table, prompt_rows, always)
         self._made_for = decoder.dtype, decoder.device
         self._copied: WeightVersions | None = None
         if weight_dtype is not None or self.pages.scales is not None:
             self._copied = WeightVersions(model.model.decoder.layers, "model.decoder.layers.")
         self._packed = WeightVersions(model) if decoder.packed else None
         self.require_kernel()
+        # Torch's attention reads lengths on the host, which no graph can.
+        self._graphs = Captures(late=capture_late and self._captures and self._has_kernel())
         self._persistent: PersistentStep | None = None
         if persistent:
             self._make_persistent()
@@ -195,7 +199,9 @@ class Runner:
     @torch.inference_mode()
     @_on_its_device
     def warm_up(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Capture the step of each batch bucket, the largest first, with `progress(captured, buckets)` after each.
+        """Capture the prefill and the step of each batch bucket, the largest first.
+
+        Calls `progress(captured, buckets)` after each step.
 
         Without capture this does nothing. Raises `RuntimeError` while candidates hold slots.
         """
@@ -211,19 +217,10 @@ class Runner:
             return
         sizes = batch_buckets(self._capacity)
         self._graphs.clear()
-        current, side = torch.cuda.current_stream(), torch.cuda.Stream()
-        pool = torch.cuda.graph_pool_handle()
+        self._prompts.clear()
+        self._graphs.capture("prefill", self._prompts.run)
         for count, size in enumerate(reversed(sizes), 1):
-            # One run without capture compiles kernels, packs parameters and makes buffers.
-            side.wait_stream(current)
-            with torch.cuda.stream(side):
-                self._step(size, typical_mass=1.0)
-            current.wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            # Torch's own stream for captures is one for all devices, so this device uses another.
-            with torch.cuda.graph(graph, pool=pool, stream=side):
-                self._step(size, typical_mass=1.0)
-            self._graphs[size] = graph
+            self._graphs.capture(size, partial(self._step, size, typical_mass=1.0))
             if progress is not None:
                 progress(count, len(sizes))
 
@@ -269,18 +266,11 @@ class Runner:
             raise ValueError(f"num_slots must be from 1 to {self.max_batch}, not {num_slots}")
         rows = self._rows_of(num_slots)
         shortcuts = self.slots.shortcuts(rows)
-        if rows in self._graphs and "typical_mass" in shortcuts:  # neutral, as it was when steps were captured
-            self._graphs[rows].replay()
+        if self._graphs.serves(rows) and "typical_mass" in shortcuts:  # neutral, as it is when steps are captured
+            self._graphs.run(rows, partial(self._step, rows, typical_mass=1.0))
         else:
             self._step(rows, **shortcuts)
-        results = self._result(rows)
-        if self.device.type != "cuda":
-            return StepHandle(results.cpu().clone(), num_slots)
-        host = torch.empty(results.shape, dtype=results.dtype, device="cpu", pin_memory=True)
-        host.copy_(results, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        return StepHandle(host, num_slots, event)
+        return StepHandle(HostCopy(self._result(rows)), num_slots)
 
     @torch.inference_mode()
     @_on_its_device
@@ -316,6 +306,11 @@ class Runner:
             raise RuntimeError("this runner keeps no states: make it with states=True")
         return self._states[slot]
 
+    @property
+    def replays(self) -> bool:
+        """Tell whether steps are replayed, or will be once they have run."""
+        return self._graphs.late or len(self._graphs) > 0
+
     def outdated(self) -> str | None:
         """Return why steps would not use the model's current weights, as the start of a sentence, or None.
 
@@ -344,25 +339,27 @@ class Runner:
 
         In that path the length of a row's sums depends on the longest row. `backend("torch")` around a call chooses it.
         """
-        if not self._refuses_torch:
-            return
+        if self._refuses_torch and not self._has_kernel():
+            raise RuntimeError(
+                "deterministic=True needs the kernel of clvp_fast.paged_attention_decode, which does not serve "
+                f"{self.decoder.dtype} with {self.pages.data.dtype} pages and head_dim {self.decoder.head_dim} on "
+                f"{self.device} here: clvp_fast.explain() tells more; backend('reference') serves anything, slowly"
+            )
+
+    def _has_kernel(self) -> bool:
+        """Tell whether steps have another attention than torch's path."""
         attention = OPERATORS["paged_attention_decode"]
         q = torch.empty(1, self.decoder.num_heads, self.decoder.head_dim, dtype=self.decoder.dtype, device=self.device)
         pages = self.pages.layer(0)
         stored = pages["k_pages"], pages["v_pages"], self.slots.tensors["block_table"]
-        if attention.choose((q, q, q, *stored, *[None] * 8)) is attention.torch:
-            raise RuntimeError(
-                "deterministic=True needs the kernel of clvp_fast.paged_attention_decode, which does not serve "
-                f"{self.decoder.dtype} with {pages['k_pages'].dtype} pages and head_dim {self.decoder.head_dim} on "
-                f"{self.device} here: clvp_fast.explain() tells more; backend('reference') serves anything, slowly"
-            )
+        return attention.choose((q, q, q, *stored, *[None] * 8)) is not attention.torch
 
     def _rows_of(self, num_slots: int) -> int:
         """Return the number of rows of a step of `num_slots` slots."""
         if self.deterministic and self.product_rows is None:
             return self._capacity
-        if self._graphs:
-            return min(size for size in self._graphs if size >= num_slots)
+        if self.replays:
+            return min(size for size in batch_buckets(self._capacity) if size >= num_slots)
         return max(num_slots, self._min_rows)
 
     def _result(self, rows: int) -> torch.Tensor:
@@ -417,17 +414,7 @@ class Runner:
             )
 
     def _prefill(self, prefills: list[Prefill], prompts: Mapping[Any, torch.Tensor]) -> None:
-        """Prefill prompts into the pages that the prefix table names, several at once or one by one."""
-        group, tokens = [], 0
-        for number, prefill in enumerate(prefills, 1):
-            group.append(prefill)
-            tokens += prefill.prefix_len
-            if number < len(prefills) and tokens + prefills[number].prefix_len <= self._prefill_tokens:
-                continue
-            bounds = np.cumsum([0, *(one.prefix_len for one in group)])
-            bounds, rows = to_device(self.device, bounds, np.array([one.prefix_row for one in group]))
-            embeds = torch.cat([prompts[one.key].to(self.device, self.decoder.residual_dtype) for one in group])
-            tables = self.slots.tensors["prefix_table"][rows]
-            least = None if self.product_rows is None else PREFILL_ROWS
-            self.decoder.prefill(embeds, bounds.int(), self.pages, tables, least)
-            group, tokens = [], 0
+        """Prefill prompts into the pages that the prefix table names."""
+        for group in self._prompts.groups(prefills):
+            self._prompts.enter(group, prompts)
+            self._graphs.run("prefill", self._prompts.run)

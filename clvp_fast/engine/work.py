@@ -11,26 +11,23 @@ that fails in two smaller ones, and the request that fails alone gets the except
 
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import numpy as np
 import torch
 
 from clvp_fast.engine.calls import Call, Pending
 from clvp_fast.engine.decode_loop import DecodeLoop, Job
-from clvp_fast.engine.memory import MemoryPlan, trim_heap
+from clvp_fast.engine.memory import MemoryPlan
 from clvp_fast.engine.requests import CandidateRequest, CandidateResult
+from clvp_fast.engine.results import Latents, ResultUnderWay
 from clvp_fast.engine.runner import Runner
 from clvp_fast.engine.scheduler import RequestTooLarge
-from clvp_fast.engine.scoring import Scorer, check_ranking
-from clvp_fast.models.clvp.tokens import fill_up
+from clvp_fast.engine.scoring import Scorer
 
 # The search for a failing request begins after so many broken steps, because most faults come only once.
 _BROKEN_STEPS = 2
-
-# Maps a prompt `[length, hidden_size]`, codes `[length]` and the length that the codes are filled up to.
-Latents = Callable[[torch.Tensor, np.ndarray, int], torch.Tensor]
 
 
 class Work:
@@ -62,7 +59,8 @@ class Work:
         self.loop = DecodeLoop(make_runner(self.memory))
         self.pending: dict[Pending, None] = {}  # in the order of submission
         self.steps = 0  # the number of steps that ended well
-        self._entered: dict[Job, Pending] = {}  # the jobs in the loop
+        self._entered: dict[Job, Pending] = {}  # the jobs in the loop, until they have their results
+        self._ranking: deque[ResultUnderWay] = deque()
         self._groups: list[list[Pending]] = []  # only the first group is decoded, while there are any
         self._torn = False  # true while the loop is being changed
         self._warm = False
@@ -195,6 +193,7 @@ class Work:
         else:
             runner.reset()
         self._entered = {}
+        self._ranking.clear()
         self.loop.restart(runner)
         self._torn = False
 
@@ -250,44 +249,27 @@ class Work:
         self.memory = self._plan(self.loop.halve(self.memory.max_batch))
 
     def _rank(self) -> None:
-        """Give finished jobs their results; an error of the scorer (perhaps the caller's) fails only its request."""
+        """Begin to rank finished jobs, and give those whose ranking has arrived their results.
+
+        The host waits for a ranking only if there is nothing else to decode, because steps that it does not queue
+        meanwhile are missing on the device. An error of the scorer (perhaps the caller's) fails only its request.
+        """
         while self.loop.finished:
             job = self.loop.finished[0]
             pending = self._entered.get(job)
             if pending is not None and not pending.settled:
+                under_way = ResultUnderWay(pending, job)
                 try:
-                    pending.result = ranked(pending, job, self.scorer, self.latents)
+                    under_way.rank(self.scorer)
+                    self._ranking.append(under_way)
                 except Exception as error:
                     pending.result = CandidateResult(pending.request, error=error)
             self.loop.finished.popleft()
-
-
-def ranked(pending: Pending, job: Job, scorer: Scorer, latents: Latents | None) -> CandidateResult:
-    """Return the result of a job whose candidates are all drawn."""
-    decoded = time.perf_counter()
-    if job.prompt.device.type == "cpu":
-        trim_heap()
-    drawn, stop = job.all_codes(), job.sampling.stop_token
-    assert stop is not None and job.started_at is not None  # `Door` has set a stop token, and the job is done
-    stopped = np.array([len(codes) > 0 and codes[-1] == stop for codes in drawn])
-    spoken = [codes[: len(codes) - ended] for codes, ended in zip(drawn, stopped, strict=True)]
-    lengths = np.array([len(codes) for codes in spoken])
-    codes = fill_up(spoken, max(lengths.max(), 1), stop)
-    result = CandidateResult(pending.request, codes=codes, lengths=lengths, stopped=stopped)
-    ranking = scorer.score(pending.request, pending.text_ids, spoken, job.sampling.max_new_tokens)
-    check_ranking(ranking, scorer, len(spoken))
-    result.kept = ranking.top(min(pending.keep, len(spoken))).cpu().numpy()
-    result.scores = ranking.scores.float().cpu().numpy()
-    result.text_embeds, result.speech_embeds = (
-        None if x is None else x.float().cpu().numpy() for x in (ranking.text_embeds, ranking.speech_embeds)
-    )
-    if latents is not None:
-        longest = job.sampling.max_new_tokens
-        result.latents = {i: latents(job.prompt, spoken[i], longest) for i in result.kept.tolist()}
-    result.timings = {
-        "prepare": pending.prepared - pending.submitted,
-        "queue": job.started_at - pending.prepared,
-        "decode": decoded - job.started_at,
-        "rank": time.perf_counter() - decoded,
-    }
-    return result
+        while self._ranking and (self._ranking[0].arrived or not self.loop.decodes):
+            ranking = self._ranking[0]
+            if not ranking.pending.settled:
+                try:
+                    ranking.pending.result = ranking.finish(self.latents)
+                except Exception as error:
+                    ranking.pending.result = CandidateResult(ranking.pending.request, error=error)
+            self._ranking.popleft()

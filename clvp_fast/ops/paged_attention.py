@@ -272,9 +272,10 @@ def _check_decode_values(pages, block_table, seq_lens, prefix_table, prefix_lens
 
 def _check_prefill_values(num_tokens, cu_seqlens, pages, block_table):
     bounds = cu_seqlens.tolist()
-    for name, entry, expected in (("0", bounds[0], 0), (str(len(bounds) - 1), bounds[-1], num_tokens)):
-        if entry != expected:
-            raise ValueError(f"cu_seqlens[{name}] must be {expected}, not {entry}")
+    if bounds[0] != 0:
+        raise ValueError(f"cu_seqlens[0] must be 0, not {bounds[0]}")
+    if bounds[-1] > num_tokens:
+        raise ValueError(f"cu_seqlens[{len(bounds) - 1}] must be at most {num_tokens}, not {bounds[-1]}")
     for row, (start, end) in enumerate(pairwise(bounds)):
         if end < start:
             raise ValueError(f"cu_seqlens[{row + 1}] must be {start} or more, as the entry before it, not {end}")
@@ -406,8 +407,9 @@ def paged_prefill(
     Args:
         q, k, v: `[T, H, D]`, of one dtype, the sequences one after another.
         cu_seqlens: `[S + 1]` int32: sequence s has the rows from `cu_seqlens[s]` to before `cu_seqlens[s + 1]`, perhaps
-            none; the last entry is T. If entries descend, sequences overlap: a shared row has the result of any of
-            them, or is not written, and no other memory is read or written. Debug mode refuses such entries.
+            none; rows from the last entry on belong to none, and their result is any. If entries descend, sequences
+            overlap: a shared row has the result of any of them, or is not written, and no other memory is read or
+            written. Debug mode refuses such entries.
         k_pages, v_pages: `[num_pages, page_size, H, D]`, of one dtype.
         block_table: `[S, max_pages]` int32, the pages of each sequence. A slot that several sequences share gets the
             key and value of any of them.
@@ -418,7 +420,7 @@ def paged_prefill(
         `[T, H, D]`, the dtype of `q`.
 
     Raises:
-        As `paged_attention_decode`; in debug mode also if `cu_seqlens` does not ascend from 0 to T.
+        As `paged_attention_decode`; in debug mode also if `cu_seqlens` does not ascend from 0, to T at most.
     """
     _check(q, k, v, ("k", "v"), k_pages, v_pages, k_scale, v_scale)
     _check_index("block_table", block_table, q, None, None)

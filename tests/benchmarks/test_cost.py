@@ -165,7 +165,8 @@ def test_products_of_a_deterministic_step_do_not_know_its_rows(rows):
 
 
 @needs_compiler
-def test_products_of_a_deterministic_prefill_do_not_know_its_prompts():
+def test_launches_of_a_prefill_do_not_know_its_prompts():
+    """Find the same products for each group of prompts, so that they can be captured, and a few other launches."""
     script = f"""
 import json
 from benchmarks.cost import __main__, recording
@@ -173,12 +174,16 @@ for prompts in ([5], [63, 500], [400] * 8):
     for deterministic in (True, False):
         launches = recording.prefill(prompts, deterministic, {LAYERS})
         products = [one for one in launches if "linear" in one.kernel]
-        print(json.dumps([deterministic, sorted({{str([one.kernel, *__main__._tile(one)]) for one in products}})]))
+        tiles = sorted({{str([one.kernel, __main__.what(one), *__main__._tile(one)]) for one in products}})
+        print(json.dumps([deterministic, tiles, len(products), len(launches)]))
 """
     found = [json.loads(line) for line in in_python(script)]
-    always, otherwise = ([tiles for setting, tiles in found if setting is wanted] for wanted in (True, False))
-    assert always[0] == always[1] == always[2] and len(always[0]) == 1 and "_linear_kernel" in always[0][0]
-    assert len({tuple(tiles) for tiles in otherwise}) == 3, "others do know them"
+    for deterministic in (True, False):
+        one, two, several = ([*row] for setting, *row in found if setting is deterministic)
+        assert one[0] == two[0] == several[0]
+        assert ({tiles.split("'")[1] for tiles in one[0]} == {"_linear_kernel"}) == deterministic
+        assert (one[1], several[1]) == (two[1], 4 * two[1]), "two prompts of 400 tokens fit into a group"
+        assert two[2] == one[2] + 1, "a prompt's copy"
 
 
 @needs_compiler

@@ -19,12 +19,6 @@ from tests.kit import isa
 KEYS = (0, 1, 2)
 
 
-@pytest.fixture(autouse=True)
-def rows_of_a_prefill(monkeypatch):
-    """Pad the products of short prompts and not those of long ones."""
-    monkeypatch.setattr("clvp_fast.engine.runner.PREFILL_ROWS", 16)
-
-
 class Poisoned(Scratch):
     """Gives every tensor of a block full of NaN when it is made: rows that nobody wrote are NaN."""
 
@@ -62,30 +56,6 @@ def test_blocks_of_rows_give_what_one_call_gives(count):
     """Compare with one call of all rows: the CPU's products have the bits of a row for any number of rows."""
     model = tiny()
     assert same(drawn(model, count, 4), drawn(model, count, None))
-
-
-@isa.needs("paged_attention_decode")
-def test_padded_prompts_store_what_others_store():
-    """Compare pages, and how many rows the products had."""
-    model, stored = tiny(), []
-    for size in (None, 4):
-        driver = Driver(model, prompts(model), [GREEDY] * 3)
-        driver.runner.product_rows, rows = size, set()
-
-        def watched(x, *others, rows=rows, product=ops.linear, **settings):
-            rows.add((len(x), settings.get("always")))
-            return product(x, *others, **settings)
-
-        for slot in KEYS:
-            driver.admit(slot, slot)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(ops, "linear", watched)
-            driver.runner.apply(driver.pending, driver.prompts, driver.params)
-        lengths = [len(prompt) for prompt in driver.prompts.values()]
-        assert rows == {(max(length, 16) if size else length, size is not None) for length in lengths}
-        assert min(lengths) < 16 < max(lengths)
-        stored.append(driver.runner.pages.data)
-    assert torch.equal(*(pages.nan_to_num(7.0) for pages in stored)) and not stored[0].isnan().all()
 
 
 def test_blocks_of_rows_in_the_interpreter():

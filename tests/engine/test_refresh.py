@@ -168,7 +168,7 @@ def test_moved_weights_of_captured_steps_are_refused():
     model = tiny()
     made = engine(model)
     runner = made._work.loop.runner
-    runner._graphs = {2: None}
+    runner._graphs._graphs = {2: None}
     copied(model)
     assert runner.outdated() is None
     put_elsewhere(model.get_submodule(LAYER))

@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from clvp_fast import ops
-from clvp_fast.engine import runner as runner_module, slots as slots_module
+from clvp_fast.engine import prompts as prompts_module, runner as runner_module, slots as slots_module
 from clvp_fast.engine.decoder import PagedDecoder, min_rows
 from clvp_fast.engine.runner import Runner
 from clvp_fast.engine.sampling_params import SamplingParams
@@ -422,28 +422,10 @@ def test_states_are_the_hidden_states_of_the_draws():
     torch.testing.assert_close(states, decoder.final_norm(whole[0, len(prompt) :]), atol=2e-5, rtol=1e-5)
 
 
-def test_prompts_prefilled_together():
-    model = tiny()
-    prompt_list = prompts(model, (4, 23, 9, 40, 15))
-    driver = Driver(model, prompt_list, [GREEDY] * 5)
-    driver.runner._prefill_tokens = 64
-    sizes = []
-    prefill = driver.runner.decoder.prefill
-    driver.runner.decoder.prefill = lambda embeds, bounds, *others: (
-        sizes.append(bounds.diff().tolist()),
-        prefill(embeds, bounds, *others),
-    )
-    for key in range(5):
-        driver.admit(key, key)
-    found = driver.run()
-    assert sizes == [[8, 27, 13], [44, 19]]
-    assert [found[key, 0] for key in range(5)] == [expected_tokens(model, prompt) for prompt in prompt_list]
-
-
 def test_changes_are_one_copy(monkeypatch):
     copies = []
     to_device = slots_module.to_device
-    for module in (slots_module, runner_module):
+    for module in (slots_module, prompts_module):
         monkeypatch.setattr(module, "to_device", lambda *args: copies.append(1) or to_device(*args))
     model = tiny()
     driver = Driver(model, prompts(model), [GREEDY] * 3)
@@ -642,7 +624,7 @@ def test_shortcuts_are_what_the_slots_agree_on():
 
 
 @needs_own_attention
-def test_replays_in_the_place_of_steps():
+def test_replays_in_the_place_of_steps(monkeypatch):
     """Do on a CPU as a captured step does: more rows than slots, and no number in place of a tensor."""
     model = stopping(tiny())
     prompt_list = prompts(model, (4, 23, 9, 40, 15))
@@ -652,10 +634,11 @@ def test_replays_in_the_place_of_steps():
 
     def replay(size):
         replayed.add(size)
-        with torch.inference_mode():
-            step(size, typical_mass=1.0)
+        step(size, typical_mass=1.0)
 
-    runner._graphs = {size: SimpleNamespace(replay=partial(replay, size)) for size in (16, 20, 24)}
+    sizes = [16, 20, 24]
+    monkeypatch.setattr(runner_module, "batch_buckets", lambda capacity: sizes)
+    runner._graphs._graphs = {size: SimpleNamespace(replay=partial(replay, size)) for size in sizes}
     runner._step = lambda *args, **options: pytest.fail("a step that could be replayed ran eagerly")
     for slot, key in enumerate((2, 4, 0)):
         driver.admit(slot, key)

@@ -112,7 +112,7 @@ def test_a_runner_captures_it(dtype):
     """Run candidates alone and in fours, captured and eager."""
     found = []
     for capture in (True, False):
-        driver = driver_of(dtype, capture=capture, persistent=True, max_batch=4, latents=True)
+        driver = driver_of(dtype, capture=capture, persistent=True, max_batch=4, states=True)
         driver.runner.warm_up()
         if capture:
             replayed_alone(driver.runner)

@@ -43,7 +43,7 @@ def run(driver):
         for slot, name in held.items():
             if slot not in driver.held:
                 tokens = driver.tokens[name]
-                found[name] = tokens, driver.runner.latents(slot, len(tokens))
+                found[name] = tokens, driver.runner.states(slot, len(tokens))
     return found
 
 
@@ -54,7 +54,7 @@ def test_captured_steps_equal_eager_ones(dtype, deterministic, page_dtype):
     """Over admissions, moves and steps of every bucket; with the same number of rows, so that products are the same."""
     results = []
     for capture in (True, False):
-        options = dict(latents=True, capture=capture, deterministic=deterministic, page_dtype=page_dtype)
+        options = dict(states=True, capture=capture, deterministic=deterministic, page_dtype=page_dtype)
         driver = driver_of(dtype, **options)
         runner, progress = driver.runner, []
         runner.warm_up(lambda *counts, progress=progress: progress.append(counts))
@@ -75,8 +75,8 @@ def test_captured_steps_equal_eager_ones(dtype, deterministic, page_dtype):
         results.append(run(driver))
     captured, eager = results
     assert captured.keys() == eager.keys() and len(captured) > 1
-    for name, (tokens, latents) in captured.items():
-        assert tokens == eager[name][0] and torch.equal(latents, eager[name][1]), name
+    for name, (tokens, states) in captured.items():
+        assert tokens == eager[name][0] and torch.equal(states, eager[name][1]), name
     assert len({len(tokens) for tokens, _ in captured.values()}) > 1
 
 

@@ -39,16 +39,16 @@ def test_captured_steps_of_engines_on_both():
     """Capture on the second device after the first, and replay the same steps there."""
     tokens = []
     for device, capture in (("cuda:0", True), ("cuda:1", True), ("cuda:1", False)):
-        driver = driver_of(device=device, capture=capture, deterministic=True, latents=True)
+        driver = driver_of(device=device, capture=capture, deterministic=True, states=True)
         driver.runner.warm_up()
         if capture:
             replayed_alone(driver.runner)
         for slot in range(3):
             driver.admit(slot, slot)
         tokens.append(run(driver))
-        assert all(latents.device == torch.device(device) for _, latents in tokens[-1].values())
-    for name, (drawn, latents) in tokens[1].items():
-        assert drawn == tokens[2][name][0] and torch.equal(latents, tokens[2][name][1])
+        assert all(states.device == torch.device(device) for _, states in tokens[-1].values())
+    for name, (drawn, states) in tokens[1].items():
+        assert drawn == tokens[2][name][0] and torch.equal(states, tokens[2][name][1])
 
 
 def test_the_persistent_step(monkeypatch):

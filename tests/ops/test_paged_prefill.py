@@ -84,6 +84,23 @@ def test_prefill_into_float8_pages(backend):
                 assert torch.equal(stored.float(), (args[source][start + place] / scale[:, None]).to(FLOAT8).float())
 
 
+@pytest.mark.parametrize("last", [82, 40, 0])
+@on(*TRITON)
+def test_rows_behind_the_last_sequence_are_left_alone(backend, last):
+    """Read nothing of them, and write nothing for them."""
+    args = list(ragged(device=backend.device))
+    args[3] = args[3].clamp(max=last)
+    exact = copied(args, wide=True)
+    expected = prefill_reference(*exact)
+    for x in args[:3]:
+        x[last:] = torch.nan
+    out = torch.full_like(args[0], 7.0)
+    kernels.paged_prefill(*args, None, None, out=out)
+    assert (out[last:] == 7).all() and len(out) == 82
+    assert torch.equal(args[4].double(), exact[4]) and torch.equal(args[5].double(), exact[5])
+    torch.testing.assert_close(out[:last], expected[:last].float(), rtol=1e-4, atol=1e-4)
+
+
 @on(*TRITON)
 def test_prefill_writes_all_of_the_result_and_its_own_slots_alone(backend):
     args = ragged(device=backend.device)

@@ -10,6 +10,7 @@ from transformers.utils import can_return_tuple
 from clvp_fast.models.clvp.cache import GrowingCache
 from clvp_fast.models.clvp.configuration import ClvpDecoderConfig
 from clvp_fast.models.clvp.decoder import ClvpModel
+from clvp_fast.models.clvp.kept import release
 from clvp_fast.models.clvp.pretrained import ClvpPreTrainedModel
 from clvp_fast.models.clvp.tokens import most_codes, start_token
 from clvp_fast.models.common.layers import add_norm
@@ -29,6 +30,10 @@ class ClvpForCausalLM(ClvpPreTrainedModel, GenerationMixin):
         self.final_norm = nn.LayerNorm(config.hidden_size)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=True)
         self.post_init()
+
+    def _apply(self, fn, recurse=True):
+        release(self)  # what `generate()` keeps reads the parameters where they lie, and would keep that memory
+        return super()._apply(fn, recurse)
 
     def get_input_embeddings(self) -> nn.Embedding:
         """Return the token embedding."""
