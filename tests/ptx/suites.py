@@ -10,6 +10,7 @@ import tokenize
 from pathlib import Path
 
 from clvp_fast.native import build
+from tests.ptx.parse import instructions_of
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = ROOT / "kernels"
@@ -86,12 +87,6 @@ def _executed_hash(kernel: str, target: int) -> str | None:
         return None
     ptx = (native.compiled(target, cache()) / f"{kernel}.ptx").read_text()
     return _hash([ROOT / f"csrc/cuda/{name}" for name in (f"{kernel}.cu", "device.cuh")], instructions_of(ptx))
-
-
-def instructions_of(ptx: str) -> str:
-    """Return PTX without comments and places in the source, and names without the hash of the source's path."""
-    lines = (line for line in ptx.splitlines() if not line.lstrip().startswith((".file", ".loc", "//")))
-    return re.sub(r"(_GLOBAL__N__)\w{8}(_\w+?_cu_)\w{8}", r"\1\2", "\n".join(lines))
 
 
 def checker_hash(kernel: str) -> str:

@@ -1,6 +1,7 @@
 """Every kernel has its tests here, and the rows are of kernels that are."""
 
 from tests.ptx import native, suites
+from tests.ptx.parse import instructions_of
 
 
 def test_every_kernel_has_a_suite():
@@ -61,7 +62,7 @@ PTX = """// {0}
 
 def test_a_source_of_csrc_is_what_is_executed():
     """Hold edits of comments and the path of the folder to be no change, and another instruction to be one."""
-    of = suites.instructions_of
+    of = instructions_of
     assert of(PTX.format(57, 1)) == of(PTX.format(61, 1)) != of(PTX.format(57, 2))
     assert "_log_mel_cu_7log_melILi256E" in of(PTX.format(57, 1)) and "mov.u32" in of(PTX.format(57, 1))
 
