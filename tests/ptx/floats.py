@@ -48,7 +48,7 @@ def fma4(a, b, c):
     """fma.f32: the product is exact in float64; the sum is rounded once."""
     product, c = a.astype(f8) * b.astype(f8), c.astype(f8)
     total = product + c
-    # Where it lies in the middle of two numbers of float32, or below its normal ones, two roundings can differ from one.
+    # In the middle of two numbers of float32, and below its normal ones, two roundings can differ from one.
     doubtful = ((total.view(u8) & u8(0x1FFFFFFF)) == u8(0x10000000)) | (np.abs(total) < 2.0**-126)
     return (_sum_to_odd(product, c) if doubtful.any() else total).astype(f4)
 

@@ -129,8 +129,15 @@ def rows() -> dict[tuple[str, str], dict]:
 def write(row: dict) -> None:
     """Replace the row of a kernel and target, and write the rows into the page."""
     every = rows() | {(row["kernel"], row["target"]): row}
-    ROWS.write_text("".join(json.dumps(every[key]) + "\n" for key in sorted(every)))
-    PAGE.write_text(with_table(PAGE.read_text()))
+    _replace(ROWS, "".join(json.dumps(every[key]) + "\n" for key in sorted(every)))
+    _replace(PAGE, with_table(PAGE.read_text()))
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file at once, so that a run that is killed leaves the former one."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text)
+    os.replace(part, path)
 
 
 def with_table(document: str) -> str:
@@ -153,8 +160,8 @@ def write_faults(rows: list[dict]) -> None:
     for row in rows:
         now = source_hash(row["kernel"], int(row["target"].removeprefix("sm_")))
         row["outdated"] = row.get("outdated", False) if now is None else row["source"] != now
-    MUTATED.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    FAULTS_PAGE.write_text(with_faults(FAULTS_PAGE.read_text()))
+    _replace(MUTATED, "".join(json.dumps(row) + "\n" for row in rows))
+    _replace(FAULTS_PAGE, with_faults(FAULTS_PAGE.read_text()))
 
 
 def with_faults(document: str) -> str:

@@ -231,7 +231,8 @@ def test_to_whole_numbers():
 )  # fmt: skip
 def test_nan_to_whole_numbers(kind, source, expected):
     """Hold "cvt", "Integer Notes": 0, but the highest bit where 64 bits are read or written."""
-    body = f"""mov.b32 %r1, 0f7FC00000; cvt.f64.f32 %d7, %r1; cvt.rzi.{kind}.{source} %d8, {"%r1" if source == "f32" else "%d7"};
+    number = "%r1" if source == "f32" else "%d7"
+    body = f"""mov.b32 %r1, 0f7FC00000; cvt.f64.f32 %d7, %r1; cvt.rzi.{kind}.{source} %d8, {number};
     mul.wide.u32 %d3, %r0, 8; add.s64 %d6, %d2, %d3; st.global.b64 [%d6], %d8;"""
     found = int(run(body, out=np.zeros(32, np.uint64))[0])
     assert found % 2 ** int(kind[1:]) == expected

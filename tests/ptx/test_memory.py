@@ -79,7 +79,8 @@ def test_a_lock_has_one_owner():
 
 SPLIT = """mov.u32 %r1, %ctaid.x; setp.eq.u32 %p1, %r0, 0; mul.wide.u32 %d7, %r1, 256; add.s64 %d7, %d0, %d7;
 add.s64 %d7, %d7, %d3; add.s32 %r2, %r0, %r1; st.global.b32 [%d7], %r2; {before}
-mov.b32 %r9, 0; @%p1 atom.global.gpu.{order}.add.u32 %r9, [%d1], 1; {after} mov.u32 %r5, memory; @%p1 st.shared.b32 [%r5], %r9;
+mov.b32 %r9, 0; @%p1 atom.global.gpu.{order}.add.u32 %r9, [%d1], 1; {after}
+mov.u32 %r5, memory; @%p1 st.shared.b32 [%r5], %r9;
 bar.sync 0; ld.shared.b32 %r9, [%r5]; setp.ne.u32 %p2, %r9, 3; @%p2 bra END;
 xor.b32 %r3, %r0, 32; mul.wide.u32 %d8, %r3, 4; add.s64 %d8, %d0, %d8; ld.global.b32 %r10, [%d8];
 ld.global.b32 %r11, [%d8+256]; add.s32 %r10, %r10, %r11; ld.global.b32 %r11, [%d8+512]; add.s32 %r10, %r10, %r11;
@@ -111,7 +112,7 @@ def test_a_weaker_order_between_ctas_is_seen(before, order):
 
 @pytest.mark.parametrize("fence", ["membar.gl;", "fence.acq_rel.gpu;", "fence.sc.sys;"])
 def test_fences_make_a_relaxed_count_do(fence):
-    """Order by a fence before the count and one behind it ("Memory Consistency Model", release and acquire patterns)."""
+    """Order by a fence before the count and one behind it ("Memory Consistency Model", release patterns)."""
     assert (last_arrives(f"bar.sync 0; {fence}", "relaxed", fence) == 4 * (np.arange(64) ^ 32) + 6).all()
 
 

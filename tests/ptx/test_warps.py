@@ -129,7 +129,7 @@ def test_mma(kind, k):
 
 @pytest.mark.parametrize("kind, k", [("s8", 32), ("u8", 32), ("s8", 16)])
 def test_mma_of_whole_numbers(kind, k):
-    """Lay four numbers in a register: rows of A alternate, B and A ascend along k ("Matrix Fragments for mma.m16n8k32")."""
+    """Lay four numbers in a register, as "Matrix Fragments for mma.m16n8k32" does."""
     low = -128 if kind == "s8" else 0
     a, b = RNG.integers(low, low + 256, (16, k)), RNG.integers(low, low + 256, (k, 8))
     lanes = [(lane // 4, 4 * (lane % 4)) for lane in range(32)]
@@ -240,7 +240,7 @@ def test_a_barrier_with_a_guard():
 def test_a_trap_with_a_guard():
     body = "setp.ge.u32 %p1, %r0, {}; @%p1 trap; st.global.b32 [%d6], %r0;"
     assert (run(body.format(32)) == np.arange(32)).all()
-    with pytest.raises(Fault, match="trap.*thread 30 and 1 others"):
+    with pytest.raises(Fault, match=r"trap.*thread 30 and 1 others"):
         run(body.format(30))
 
 
