@@ -36,7 +36,7 @@ SUITES = {
     "paged_prefill": ("ops/test_paged_prefill",),
     "persistent_decode": ("ptx/test_persistent_as_ptx",),
     "rotary_attention": ("ops/test_rotary_attention", "ops/test_rotary_attention_calls"),
-    "sampling": ("ops/test_sampling", "ops/test_sampling_state"),
+    "sampling": ("ops/test_sampling", "ops/test_sampling_state", "ops/test_sampling_tiles"),
     "window_attention": ("ops/test_window_attention", "ops/test_window_attention_layouts"),
 }
 #: Files of this folder on which no kernel's result depends; native.py executes those of csrc/cuda/ alone.
