@@ -72,11 +72,20 @@ def source_hash(kernel: str, target: int) -> str | None:
         if name in found:
             continue
         found.add(name)
-        for node in ast.walk(ast.parse((KERNELS / f"{name}.py").read_text())):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("clvp_fast.kernels"):
-                inside = node.module.removeprefix("clvp_fast.kernels").lstrip(".")
-                todo += [inside] if inside else [alias.name for alias in node.names]
+        todo += _kernels_imported((KERNELS / f"{name}.py").read_text())
     return _hash(KERNELS / f"{name}.py" for name in sorted(found))
+
+
+def _kernels_imported(text: str) -> list[str]:
+    """Return the files of kernels/ that one imports, in any form of the statement."""
+    package, modules = "clvp_fast.kernels", []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            modules += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            inside = f"{package}.{node.module or ''}".rstrip(".") if node.level else node.module
+            modules += [f"{package}.{alias.name}" for alias in node.names] if inside == package else [inside]
+    return [name.removeprefix(f"{package}.") for name in modules if name.startswith(f"{package}.")]
 
 
 def _executed_hash(kernel: str, target: int) -> str | None:
@@ -108,7 +117,8 @@ def _hash(paths, text: str = "") -> str:
 
 def _code(text: str, is_python: bool) -> str:
     if not is_python:
-        return "\n".join(re.sub(r"/\*.*?\*/|//[^\n]*", " ", text, flags=re.DOTALL).split())
+        strings_and_comments = r'("(?:\\.|[^"\\\n])*")|/\*.*?\*/|//[^\n]*'
+        return "\n".join(re.sub(strings_and_comments, lambda m: m[1] or " ", text, flags=re.DOTALL).split())
     lines = text.splitlines()
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type == tokenize.COMMENT:
@@ -116,7 +126,12 @@ def _code(text: str, is_python: bool) -> str:
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
             docstring = node.body[0]
-            lines[docstring.lineno - 1 : docstring.end_lineno] = [""] * (docstring.end_lineno - docstring.lineno + 1)
+            first, last = docstring.lineno - 1, docstring.end_lineno - 1
+            # Code may stand on its lines. Columns are bytes of UTF-8.
+            behind = text.splitlines()[last].encode()[docstring.end_col_offset :].decode()
+            before = text.splitlines()[first].encode()[: docstring.col_offset].decode()
+            lines[first : last + 1] = [""] * (last - first + 1)
+            lines[first] = before + (behind if behind.strip() and not behind.lstrip().startswith("#") else "")
     return "\n".join(line.rstrip() for line in lines if line.strip())
 
 
