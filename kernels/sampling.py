@@ -120,16 +120,19 @@ def _locate(count, count2, target):
     """Find the first token whose cumulated whole number exceeds `target`: the warp that has it, then its place."""
     EACH: tl.constexpr = count.shape[0]
     WARPS: tl.constexpr = count.shape[1]
-    thread, token = tl.arange(0, WARPS * 32), tl.arange(0, EACH * 32)
+    # As many as a warp has or, where that is more, as many as the second tile.
+    MOST: tl.constexpr = EACH if EACH > WARPS else WARPS
+    thread, token = tl.arange(0, WARPS * 32), tl.arange(0, MOST * 32)
     ends = tl.cumsum(tl.reshape(tl.sum(count, 0), (WARPS * 32,)), 0)
     before = (thread % 32 == 31) & (ends <= target)  # the last thread of each warp
     warp = tl.sum(before.to(tl.int32), 0)
     start = tl.max(tl.where(before, ends, 0), 0)
     # The tokens of that warp, in their order, each on a thread of any warp. Behind all warps lies the second tile.
-    places = (token // 32 * WARPS + tl.minimum(warp, WARPS - 1)) * 32 + token % 32
+    places = (token // 32 % EACH * WARPS + tl.minimum(warp, WARPS - 1)) * 32 + token % 32
     own = tl.gather(tl.reshape(count, (EACH * WARPS * 32,)), places, 0)
     rest = tl.gather(tl.reshape(count2, (WARPS * 32,)), token % (WARPS * 32), 0)
-    here = tl.where(warp < WARPS, own, rest)
+    # Those that come again add nothing: their sum would overflow.
+    here = tl.where(token < tl.where(warp < WARPS, EACH, WARPS) * 32, tl.where(warp < WARPS, own, rest), 0)
     place = tl.sum((start + tl.cumsum(here, 0) <= target).to(tl.int32), 0)
     return warp * (EACH * 32) + place
 

@@ -50,7 +50,7 @@ struct GpuRun {
     /* Waits for all threads of all blocks, whose earlier writes are then visible. The counter's highest bit flips when
      * the last block arrives, so that the counter is never reset, even between launches. */
     __device__ __forceinline__ void grid_sync(uint32_t *counter) {
-        __syncthreads();
+        __syncthreads(); /* for any caller, though all of today's end with one: theirs keep shared memory */
         if (thread == 0) {
             const uint32_t add = block == 0 ? 0x80000000u - uint32_t(blocks - 1) : 1u;
             uint32_t before, now;

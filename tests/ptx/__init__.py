@@ -5,6 +5,7 @@ numbers change from version to version.
 
 parse.py: PTX text to kernels of basic blocks.
 translate.py, arithmetic.py, transfers.py: a basic block to a Python function over arrays with an element a thread.
+forms.py: the modifiers of instructions that are modelled.
 integers.py, floats.py, matrices.py, atomics.py: what instructions compute.
 threads.py, machine.py: warps, CTAs, barriers, control flow, grids.
 regions.py, global_memory.py, shared_memory.py, dependent.py: memory, and in which order it is read and written.

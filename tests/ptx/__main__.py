@@ -19,7 +19,12 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 
-import triton
+try:
+    import triton
+except ModuleNotFoundError:
+    raise SystemExit(
+        "tests.ptx: it compiles Triton's kernels, and there is no triton here: pip install triton"
+    ) from None
 
 from tests.ptx import mutants, native, suites
 from tests.ptx.suites import ROOT
@@ -136,8 +141,8 @@ def _survey(folder: Path, *told) -> None:
     """
     found = {}
     for path in sorted(folder.glob("*.jsonl")):
-        kernel, target, source = path.stem.split("-")
-        if source == suites.source_hash(kernel, int(target.removeprefix("sm_"))):
+        kernel, target, source = (*path.stem.split("-"), "", "")[:3]
+        if kernel in suites.SUITES and source == suites.source_hash(kernel, int(target.removeprefix("sm_"))):
             found[kernel, target, source] = list(mutants.latest(path).values()), mutants.counted(path)
     rows = mutants.merged(suites.faults(), mutants.survey(found))
     suites.write_faults(mutants.explained(rows, mutants.reasons_of_survivors()))
@@ -151,22 +156,43 @@ def _survey(folder: Path, *told) -> None:
                 print(f"    open: {at} {row['kind']}: {text}", flush=True)
 
 
+def _number(kind: type, least: int):
+    """Return a reader of an argument that is at least so much."""
+
+    def read(text: str):
+        value = kind(text)
+        if not least <= value < float("inf"):
+            raise argparse.ArgumentTypeError(f"expected a number from {least} on, got {text}")
+        return value
+
+    read.__name__ = kind.__name__
+    return read
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.ptx", description=__doc__)
     parser.add_argument("what", choices=("core", "check", "mutate"))
     parser.add_argument("kernel", nargs="*", help=f"check, mutate: {', '.join(suites.SUITES)}; all by default")
-    parser.add_argument("--arch", type=int, nargs="+", default=suites.TARGETS, help="compute capabilities")
-    parser.add_argument("--seconds", type=float, default=3600, help="mutate: for all; 0: only write rows and page")
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument(
+        "--arch", type=int, nargs="+", choices=suites.TARGETS, default=suites.TARGETS, help="compute capabilities"
+    )
+    parser.add_argument(
+        "--seconds", type=_number(float, 0), default=3600, help="mutate: for all; 0: only write rows and page"
+    )
+    parser.add_argument("--workers", type=_number(int, 1), default=2)
     parser.add_argument("--again", action="store_true", help="check: what passed too; mutate: what no test saw")
     arguments = parser.parse_args(argv)
-    if arguments.what == "core":
-        return not all([core(target, arguments.workers) for target in arguments.arch])
     if unknown := sorted(set(arguments.kernel) - set(suites.SUITES)):
-        parser.error(f"no kernel {', '.join(unknown)}")
+        parser.error(f"no kernel {', '.join(unknown)}; there are {', '.join(suites.SUITES)}")
+    if arguments.what == "core":
+        if arguments.kernel:
+            parser.error("core runs a fixed list of tests, and takes no kernel; check does")
+        return not all([core(target, arguments.workers) for target in arguments.arch])
+    kernels = list(dict.fromkeys(arguments.kernel)) or list(suites.SUITES)
+    targets = list(dict.fromkeys(arguments.arch))
     if arguments.what == "mutate":
-        return mutate(arguments.kernel or list(suites.SUITES), arguments.arch, arguments.seconds, arguments.again)
-    return check(arguments.kernel or list(suites.SUITES), arguments.arch, arguments.workers, arguments.again)
+        return mutate(kernels, targets, arguments.seconds, arguments.again)
+    return check(kernels, targets, arguments.workers, arguments.again)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ class Arithmetic:
 
     def _infix(self, sign, op, args, kind):
         """Add and multiply half types in float32 or float16, and round once."""
+        assert "sat" not in op or kind == "f32", "saturation of this type"
         if kind in ("f16x2", "bf16", "bf16x2"):
             a, b = (self._halves(arg, kind) for arg in args)
             done = f"({a} {sign} {b})"
@@ -56,6 +57,7 @@ class Arithmetic:
         if "wide" in op:
             out = f"{kind[0]}{2 * BITS[kind]}"
             return f"({a}.astype({NUMPY[out]}) * {b}.astype({NUMPY[out]}))", out
+        assert "hi" not in op or kind != "s64", "the upper half of a type"
         return f"mul_hi({a}, {b})" if "hi" in op else f"({a} * {b})"
 
     def _alu_mad(self, op, args, kind):
@@ -68,11 +70,10 @@ class Arithmetic:
     def _alu_fma(self, op, args, kind):
         if kind in ("f16", "f16x2", "bf16", "bf16x2"):
             a, b, c = (self._halves(arg, kind, "f8") for arg in args)
-            done = f"f8_to_{'bf16' if kind.startswith('bf16') else 'f2'}({a} * {b} + {c})"
+            done = f"fma_to_{'bf16' if kind.startswith('bf16') else 'f2'}({a}, {b}, {c})"
             return done if kind == "f16" else f"{done}.view({NUMPY[kind]})"
+        assert kind == "f32", "a type of fma"
         a, b, c = self.values(args, kind, op)
-        if kind == "f64":
-            return f"({a}.astype(np.longdouble) * {b} + {c}).astype(f8)"
         done = f"fma4({a}, {b}, {c})"
         return f"ftz({done})" if "ftz" in op else done
 
@@ -88,12 +89,14 @@ class Arithmetic:
         return f"np.copysign({size}, {sign})"
 
     def _minmax(self, op, args, kind):
+        assert ("abs" in op) == ("xorsign" in op), "magnitudes without the signs"
+        function = "xorsign" if "xorsign" in op else "minmax"
         if is_float(kind):
             a, b = self.values(args, kind, op)
-            return f"minmax({op[0]!r}, {a}, {b}, {'NaN' in op})"
+            return f"{function}({op[0]!r}, {a}, {b}, {'NaN' in op})"
         if kind in ("f16x2", "bf16", "bf16x2"):
             a, b = (self._halves(arg, kind) for arg in args)
-            done = f"minmax({op[0]!r}, {a}, {b}, {'NaN' in op})"
+            done = f"{function}({op[0]!r}, {a}, {b}, {'NaN' in op})"
             done = f"f4_to_bf16({done})" if kind.startswith("bf16") else done
             return f"{done}.view({NUMPY[kind]})"
         return f"np.{op[0]}imum({', '.join(self.values(args, kind))})"
@@ -159,6 +162,7 @@ class Arithmetic:
         return f"brev({self.value(args[0], kind)})"
 
     def _special(self, op, args, kind):
+        assert kind in ("f32", "f64"), "a type of approximations"
         (x,) = self.values(args, kind, op)
         if kind == "f64":
             return f"(1.0 / {x})" if op[0] == "rcp" else f"np.{op[0]}({x})"
@@ -194,7 +198,8 @@ class Arithmetic:
         op, args, kind = ins.op, ins.args, ins.op[-1]
         registers = args[0][0][1:] if isinstance(args[0], list) else (args[0],)
         test = self._test(op, args[1:3], kind)
-        results = [test, f"(~{test})"]
+        # Of two numbers in a word, the first result is the lower's, the second the upper's.
+        results = [f"{test}[{half}::2]" for half in (0, 1)] if kind.endswith("x2") else [test, f"(~{test})"]
         if combine := next((piece for piece in op[2:] if piece in ("and", "or", "xor")), None):
             sign = {"and": "&", "or": "|", "xor": "^"}[combine]
             results = [f"({result} {sign} {self.predicate(args[3])})" for result in results]
@@ -206,8 +211,9 @@ class Arithmetic:
         if compare in _UNSIGNED:
             a, b = (self.raw(arg, BITS[kind]) for arg in args)
             return f"({a} {_UNSIGNED[compare]} {b})"
-        a, b = (self._halves(arg, kind) for arg in args) if kind == "bf16" else self.values(args, kind, op)
-        if not (is_float(kind) or kind == "bf16"):
+        halves = kind in ("bf16", "bf16x2", "f16x2")
+        a, b = (self._halves(arg, kind) for arg in args) if halves else self.values(args, kind, op)
+        if not (is_float(kind) or halves):
             return f"({a} {_COMPARE[compare]} {b})"
         unordered = f"(np.isnan({a}) | np.isnan({b}))"
         if compare in ("num", "nan"):

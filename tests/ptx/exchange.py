@@ -16,22 +16,36 @@ _REDUCTIONS = {
 }  # fmt: skip
 
 
+def _packed(yes):
+    """Return the bits of a warp's lanes as a word, for each lane."""
+    return np.repeat((yes.reshape(-1, 32).astype(u4) << np.arange(32, dtype=u4)).sum(1, dtype=u4), 32)
+
+
 class Exchange:
     def __init__(self, threads, shared_memory):
         self.t, self.shared = threads, shared_memory
 
     def _check_members(self, members, mask, line):
-        if mask is None:
+        """Expect each lane, and all that its mask names and that have not exited, to be here with the same mask."""
+        t, here = self.t, np.ones(self.t.n, np.bool_) if mask is None else mask
+        if (members[here] == _ALL).all() and (mask is None or t.whole(mask)):
             return
-        here = mask.reshape(-1, 32)
-        wanted = ((members.reshape(-1, 32)[:, :, None] >> np.arange(32, dtype=u4)) & u4(1)).astype(np.bool_)
-        missing = (here[:, :, None] & wanted & ~here[:, None, :]).any((1, 2))
-        if missing.any():
-            where = np.repeat(missing, 32) & mask
-            self.t.fail("divergence", "lanes of the member mask are elsewhere", where, line)
+        mine, here, live = (part.reshape(-1, 32) for part in (members, here, t.live))
+        named = ((mine[:, :, None] >> np.arange(32, dtype=u4)) & u4(1)).astype(np.bool_)  # [warps, by, whom]
+        away = named & live[:, None] & (~here[:, None] | (mine[:, :, None] != mine[:, None]))
+        wrong = (here & (away.any(2) | ~named.diagonal(0, 1, 2))).ravel()
+        if wrong.any():
+            t.fail("divergence", "lanes of the member mask are elsewhere, or name others", wrong, line)
+
+    def _check_whole(self, members, mask, line):
+        """Refuse what is modelled for whole warps alone."""
+        self._check_members(members, mask, line)
+        here = slice(None) if mask is None else mask
+        if (members[here] != _ALL).any() or not self.t.live.reshape(-1, 32)[np.unique(self.t.warp[here])].all():
+            raise NotImplementedError(f"line {line}: part of a warp")
 
     def sync(self, members, mask, line):
-        self._check_members(members, mask, line)
+        self._check_whole(members, mask, line)
         self.t.warps_met(mask)
 
     def shuffle(self, mode, a, b, c, members, mask, line):
@@ -48,24 +62,18 @@ class Exchange:
         return a[source], inside
 
     def reduce(self, name, a, members, mask, line):
-        self._check_members(members, mask, line)
-        if (members if mask is None else members[mask]).min(initial=_ALL) != _ALL:
-            raise NotImplementedError(f"line {line}: part of a warp")
+        self._check_whole(members, mask, line)
         return np.repeat(_REDUCTIONS[name].reduce(a.reshape(-1, 32), 1, dtype=a.dtype), 32)
 
     def vote(self, name, a, members, mask, line):
         self._check_members(members, mask, line)
-        yes = (a if mask is None else a & mask).reshape(-1, 32)
+        yes = _packed(a if mask is None else a & mask) & members
         if name == "ballot":
-            return np.repeat((yes.astype(u4) << np.arange(32, dtype=u4)).sum(1, dtype=u4), 32)
-        if name == "any":
-            return np.repeat(yes.any(1), 32)
-        assert name == "all", name
-        return np.repeat((a if mask is None else a | ~mask).reshape(-1, 32).all(1), 32)
+            return yes
+        return yes != 0 if name == "any" else yes == members & self.active(mask)
 
     def active(self, mask):
-        here = np.ones(self.t.n, u4) if mask is None else mask.astype(u4)
-        return np.repeat((here.reshape(-1, 32) << np.arange(32, dtype=u4)).sum(1, dtype=u4), 32)
+        return _packed(np.ones(self.t.n, np.bool_) if mask is None else mask)
 
     # --- matrices -----------------------------------------------------------------------------------------------------
 

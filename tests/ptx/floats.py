@@ -19,13 +19,46 @@ def saturated(x):
 
 
 def minmax(function, a, b, nan):
-    """min, max: NaN if one is NaN with .NaN, else the number beside it."""
-    return (getattr(np, {"min": "minimum", "max": "maximum"}[function]) if nan else getattr(np, f"f{function}"))(a, b)
+    """min, max: NaN if one is NaN with .NaN, else the number beside it; of zeros, -0.0 is the less."""
+    done = (getattr(np, {"min": "minimum", "max": "maximum"}[function]) if nan else getattr(np, f"f{function}"))(a, b)
+    zeros = (a == 0) & (b == 0)
+    if not zeros.any():
+        return done
+    bits = f"u{a.dtype.itemsize}"
+    signed = (a.view(bits) | b.view(bits)) if function == "min" else (a.view(bits) & b.view(bits))
+    return np.where(zeros, signed.view(a.dtype), done)
+
+
+def xorsign(function, a, b, nan):
+    """min, max with .xorsign.abs: of the magnitudes, with the product of both signs; a NaN stays as it is."""
+    done = minmax(function, np.abs(a), np.abs(b), nan)
+    return np.where((np.signbit(a) ^ np.signbit(b)) & ~np.isnan(done), -done, done)
+
+
+def _sum_to_odd(a, b):
+    """Add in float64, rounded to odd: a further rounding to fewer digits then equals one from the start."""
+    near = a + b
+    back = near - a
+    off = (a - (near - back)) + (b - back)  # what the rounding left out, exactly
+    even = (near.view(u8) & u8(1)) == 0
+    return np.where(np.isfinite(near) & (off != 0) & even, np.nextafter(near, np.copysign(np.inf, off)), near)
 
 
 def fma4(a, b, c):
-    """fma.f32: the product is exact in float64, and so is the sum up to 53 bits."""
-    return (a.astype(f8) * b.astype(f8) + c.astype(f8)).astype(f4)
+    """fma.f32: the product is exact in float64; the sum is rounded once."""
+    product, c = a.astype(f8) * b.astype(f8), c.astype(f8)
+    total = product + c
+    # In the middle of two numbers of float32, and below its normal ones, two roundings can differ from one.
+    doubtful = ((total.view(u8) & u8(0x1FFFFFFF)) == u8(0x10000000)) | (np.abs(total) < 2.0**-126)
+    return (_sum_to_odd(product, c) if doubtful.any() else total).astype(f4)
+
+
+def fma_to_bf16(a, b, c):
+    return f8_to_bf16(_sum_to_odd(a * b, c))
+
+
+def fma_to_f2(a, b, c):
+    return f8_to_f2(_sum_to_odd(a * b, c))
 
 
 def approximate(name, x):
@@ -95,13 +128,16 @@ def whole(x, rounding):
 
 
 def to_integer(x, kind, rounding):
-    """Convert to an integer: numbers beyond the type's ends become its ends; NaN is 0."""
-    x = whole(x.astype(f8), rounding)
-    info = np.iinfo(kind)
-    x = np.where(np.isnan(x), 0.0, x)
+    """Convert to an integer: numbers beyond the type's ends become its ends.
+
+    NaN is 0, but only the highest bit is set where the source or the integer has 64 bits ("cvt", "Integer Notes").
+    """
+    info, nan = np.iinfo(kind), np.isnan(x)
+    unlike = kind(info.min or info.max // 2 + 1) if x.dtype == f8 or info.bits == 64 else kind(0)
+    x = whole(np.where(nan, x.dtype.type(0), x).astype(f8), rounding)
     above, below = x >= float(info.max), x <= float(info.min)
     inner = np.where(above | below, 0.0, x).astype(i8 if info.min else u8).astype(kind)
-    return np.where(above, kind(info.max), np.where(below, kind(info.min), inner))
+    return np.where(nan, unlike, np.where(above, kind(info.max), np.where(below, kind(info.min), inner)))
 
 
 _E4M3 = np.array([m / 8 * 2.0**-6 if e == 0 else (1 + m / 8) * 2.0 ** (e - 7) for e in range(16) for m in range(8)])
@@ -109,13 +145,13 @@ _E4M3 = _E4M3[:127]
 
 
 def f4_to_e4m3(x):
-    """cvt.rn.satfinite.e4m3x2: to the nearest, ties to even, at most 448; NaN is 0x7f."""
+    """cvt.rn.satfinite.e4m3x2: to the nearest, ties to even, at most 448; NaN is 0x7f, without its sign."""
     size = np.where(np.isnan(x), 0.0, np.minimum(np.abs(x.astype(f8)), 448.0))
     code = np.searchsorted(_E4M3, size, "right") - 1
     above = np.minimum(code + 1, 126)
     middle = (_E4M3[code] + _E4M3[above]) / 2
     code = np.where((size > middle) | ((size == middle) & (code & 1 == 1)), above, code)
-    return (np.where(np.isnan(x), 127, code) | np.where(np.signbit(x), 128, 0)).astype(u2)
+    return np.where(np.isnan(x), 127, code | np.where(np.signbit(x), 128, 0)).astype(u2)
 
 
 def e4m3_to_f2(x):

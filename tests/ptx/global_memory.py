@@ -13,7 +13,7 @@ from tests.ptx.transfers import space_of
 def grain_of(kernel) -> int:
     """Return the bytes that notes on writers distinguish: the least that the kernel writes at once."""
     writes = (i for i in kernel.instructions() if i.op[0] in ("st", "atom", "red") and space_of(i.op) != "shared")
-    return min((BITS[i.op[-1]] // 8 for i in writes), default=16)
+    return min((BITS.get(i.op[-1], 8) // 8 for i in writes), default=16)
 
 
 def is_shared_with_others(i) -> bool:
@@ -27,7 +27,7 @@ class GlobalMemory:
     def __init__(self, run, threads, dependent):
         self.memory, self.notes, self.t, self.dependent = run.memory, run.notes, threads, dependent
         self.checked = run.options.global_races
-        self.fenced = any(i.op[0] in ("membar", "fence") for i in run.program.kernel.instructions())
+        self.fence = threads.fence
 
     def _places(self, base, offset, size, mask, line, what):
         address = base.view(i8) + i8(offset)
@@ -138,9 +138,7 @@ class GlobalMemory:
         self.t.rng.shuffle(lanes)
 
         def ordering(lane):
-            if order in ("acquire", "acq_rel") or self.fenced:
-                self.t.acquire(int(place[lane]), lane)
-            if order in ("release", "acq_rel") or self.fenced:
-                self.t.release(int(place[lane]), lane)
+            self.t.acquire(int(place[lane]), lane, at_fence=order not in ("acquire", "acq_rel"))
+            self.t.release(int(place[lane]), lane, of_fence=order not in ("release", "acq_rel"))
 
         return perform(self.memory.views[size, 1].view(kind), place // size, lanes, name, kind, values, ordering)

@@ -11,7 +11,7 @@ from tests.ptx.dependent import Dependent
 from tests.ptx.exchange import Exchange
 from tests.ptx.global_memory import GlobalMemory
 from tests.ptx.kinds import i8, u1, u2, u4, u8
-from tests.ptx.parse import Kernel, Module, cut, parse
+from tests.ptx.parse import Kernel, Module, cut, instructions_of, parse
 from tests.ptx.regions import FIRST, SHARED_WINDOW, Fault, Memory
 from tests.ptx.shared_memory import GenericMemory, SharedMemory
 from tests.ptx.threads import Options, Report, Threads
@@ -42,7 +42,7 @@ def _polls(block) -> bool:
 
 
 class Program:
-    """A kernel with its translated blocks."""
+    """A kernel with its translated blocks. key: the same wherever its source lies."""
 
     _cache: ClassVar[dict[str, dict[str, "Program"]]] = {}
 
@@ -69,7 +69,8 @@ class Program:
             if fine:
                 for kernel in module.kernels.values():
                     cut(kernel, global_memory.is_shared_with_others)
-            cls._cache[key] = {kernel.name: cls(module, kernel, key[:12]) for kernel in module.kernels.values()}
+            same = hashlib.sha256(instructions_of(text).encode()).hexdigest()[:12]
+            cls._cache[key] = {kernel.name: cls(module, kernel, same) for kernel in module.kernels.values()}
         programs = cls._cache[key]
         return programs[name] if name else next(iter(programs.values()))
 
@@ -264,18 +265,31 @@ class _Batch:
             self._release()
             return [(index + 1, stay)] if stay.any() else []
         if end.op[0] in ("bar", "barrier"):
-            self.t.check_whole_warps(mask, end.line)
-            if end.args != ["0"]:
-                raise NotImplementedError(f"line {end.line}: {end}")
-            if mask is None:
-                self.t.ctas_met()
-                return [(index + 1, None)]
-            self.waiting.append((index + 1, mask))
-            self._release()
-            return []
+            return self._wait(index, mask, end)
         if end.op[0] == "trap":
-            self.t.fail("trap", str(end), mask, end.line)
+            trapped, others = self._sides(end, mask)
+            if trapped.any():
+                self.t.fail("trap", str(end), trapped, end.line)
+            return [(index + 1, others)]
         raise NotImplementedError(f"line {end.line}: {end}")
+
+    def _wait(self, index, mask, end):
+        """Do bar.sync 0; those whose guard is false pass by."""
+        if end.args != ["0"] or "sync" not in end.op:
+            raise NotImplementedError(f"line {end.line}: {end}")
+        passing = []
+        if end.guard is not None:
+            mask, others = self._sides(end, mask)
+            passing = [(index + 1, others)] if others.any() else []
+            if not mask.any():
+                return passing
+        self.t.check_whole_warps(mask, end.line)
+        if mask is None or mask.all():
+            self.t.ctas_met()
+            return [(index + 1, None)]
+        self.waiting.append((index + 1, mask))
+        self._release()
+        return passing
 
     def _sides(self, end, mask):
         """Return the threads for which the predicate of `end` holds, and the others that are here."""
@@ -325,14 +339,18 @@ class _Batch:
             self._params[start, kind] = np.full(self.n, np.frombuffer(raw, kind)[0], kind)
         return self._params[start, kind]
 
-    def param_at(self, base, offset, kind, mask):
+    def param_at(self, base, offset, kind, mask, line):
         """Read a parameter at a computed address, as of an array among the parameters."""
-        some = base if mask is None else base[mask]
-        if not len(some) or (some == some[0]).all():
-            return self.param(int(some[0]) + offset if len(some) else 0, kind)
-        base = base if mask is None else np.where(mask, base, some[0])
-        raw = np.frombuffer(self.r.params.ljust(-(-len(self.r.params) // 8) * 8, b"\0"), kind)
-        return raw[(base.view(i8) + offset) // np.dtype(kind).itemsize]
+        size, at = np.dtype(kind).itemsize, base.view(i8) + offset
+        bad = (at < 0) | (at + size > len(self.r.params)) | (at % size != 0)
+        bad = bad if mask is None else bad & mask
+        if bad.any():
+            where = f"{size} bytes at {int(at[bad][0])} of {len(self.r.params)}"
+            self.t.fail("parameters out of bounds, or misaligned", where, bad, line)
+        at = at if mask is None else np.where(mask, at, 0)
+        if (at == at[0]).all():
+            return self.param(int(at[0]), kind)
+        return np.frombuffer(self.r.params.ljust(-(-len(self.r.params) // size) * size, b"\0"), kind)[at // size]
 
 
 __all__ = ["Fault", "Options", "Program", "launch", "new_memory"]

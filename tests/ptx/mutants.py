@@ -76,7 +76,7 @@ def _faults(i: Instruction) -> Iterator[tuple[str, Instruction | None]]:
         yield "barrier removed", None
     if op[:3] == ["cp", "async", "wait_group"] or op[:2] == ["wgmma", "wait_group"]:
         yield "wait weakened", replace(i, args=[str(int(args[0]) + 1)])
-    if op[:2] == ["wgmma", "fence"] or op[:2] == ["fence", "proxy"]:
+    if op[:2] == ["wgmma", "fence"] or op[0] in ("fence", "membar"):
         yield "fence removed", None
     if op[0] == "griddepcontrol" and op[1] == "wait":
         yield "wait weakened", None
@@ -130,16 +130,25 @@ def key(mutant: Mutant) -> tuple:
     return mutant.program.kernel.name, mutant.program.key, mutant.instruction.line, mutant.what, str(mutant.changed)
 
 
+def _lines(file: Path) -> list[dict]:
+    """Return the rows of a file of `mutating.py`; a run that was killed may have left part of one."""
+    found = []
+    for line in file.read_text().splitlines() if file.exists() else ():
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return found
+
+
 def latest(file: Path) -> dict[tuple, dict]:
     """Return the last row of each fault in a file of `mutating.py`."""
-    rows = map(json.loads, file.read_text().splitlines()) if file.exists() else ()
-    return {tuple(row["fault"]): row for row in rows if "fault" in row}
+    return {tuple(row["fault"]): row for row in _lines(file) if "fault" in row}
 
 
 def counted(file: Path) -> dict[str, int]:
     """Return how many faults of each kind could be planted, from such a file."""
-    rows = map(json.loads, file.read_text().splitlines())
-    return {kind: count for row in rows if "of" in row for kind, count in row["of"].items()}
+    return {kind: count for row in _lines(file) if "of" in row for kind, count in row["of"].items()}
 
 
 def survey(found: dict[tuple[str, str, str], tuple[list[dict], dict[str, int]]]) -> list[dict]:

@@ -92,6 +92,7 @@ def pytest_runtestloop(session):
         left = [one for one in faults if key(one) not in known]
     end = time.process_time() + config.option.ptx_seconds
     with file.open("a") as out:
+        out.write("\n" * (out.tell() > 0))  # behind the part of a line that a killed run may have left
         rows = [] if config.option.ptx_again else [{"of": Counter(fault.what for fault in faults)}]
         out.writelines(json.dumps(row) + "\n" for row in rows)
         for fault in drawn(left, tried, found, random.Random(config.option.ptx_seed)):

@@ -76,6 +76,13 @@ class Module:
     data: dict[str, bytes]
 
 
+def instructions_of(text: str) -> str:
+    """Return PTX without comments and places in the source, and names without the hash of the source's path."""
+    lines = (line for line in text.splitlines() if not line.lstrip().startswith((".file", ".loc", "//")))
+    kept = "\n".join(lines).partition("\n\t.section")[0]  # what follows is for debuggers
+    return re.sub(r"(_GLOBAL__N__)\w{8}(_\w+?_cu_)\w{8}", r"\1\2", kept)
+
+
 def parse(text: str) -> Module:
     lines = _statements(text)
     sources = {number: name for number, name in re.findall(r'\.file\s+(\d+)\s+"(?:[^"]*/)?([^"/]+)"', text)}

@@ -22,7 +22,7 @@ def grain_of(kernel) -> int:
     sizes = [16]
     for i in kernel.instructions():
         if i.op[0] in ("ld", "st", "atom", "red") and space_of(i.op) in ("shared", "generic"):
-            sizes.append(BITS[i.op[-1]] // 8)
+            sizes.append(BITS.get(i.op[-1], 8) // 8)
         if i.op[:2] == ["cp", "async"] and len(i.args) > 2:
             sizes.append(int(i.args[2], 0))
     return min(sizes)

@@ -10,6 +10,7 @@ import tokenize
 from pathlib import Path
 
 from clvp_fast.native import build
+from tests.ptx.parse import instructions_of
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = ROOT / "kernels"
@@ -35,7 +36,7 @@ SUITES = {
     "paged_prefill": ("ops/test_paged_prefill",),
     "persistent_decode": ("ptx/test_persistent_as_ptx",),
     "rotary_attention": ("ops/test_rotary_attention", "ops/test_rotary_attention_calls"),
-    "sampling": ("ops/test_sampling", "ops/test_sampling_state"),
+    "sampling": ("ops/test_sampling", "ops/test_sampling_state", "ops/test_sampling_tiles"),
     "window_attention": ("ops/test_window_attention", "ops/test_window_attention_layouts"),
 }
 #: Files of this folder on which no kernel's result depends; native.py executes those of csrc/cuda/ alone.
@@ -71,11 +72,20 @@ def source_hash(kernel: str, target: int) -> str | None:
         if name in found:
             continue
         found.add(name)
-        for node in ast.walk(ast.parse((KERNELS / f"{name}.py").read_text())):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("clvp_fast.kernels"):
-                inside = node.module.removeprefix("clvp_fast.kernels").lstrip(".")
-                todo += [inside] if inside else [alias.name for alias in node.names]
+        todo += _kernels_imported((KERNELS / f"{name}.py").read_text())
     return _hash(KERNELS / f"{name}.py" for name in sorted(found))
+
+
+def _kernels_imported(text: str) -> list[str]:
+    """Return the files of kernels/ that one imports, in any form of the statement."""
+    package, modules = "clvp_fast.kernels", []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            modules += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            inside = f"{package}.{node.module or ''}".rstrip(".") if node.level else node.module
+            modules += [f"{package}.{alias.name}" for alias in node.names] if inside == package else [inside]
+    return [name.removeprefix(f"{package}.") for name in modules if name.startswith(f"{package}.")]
 
 
 def _executed_hash(kernel: str, target: int) -> str | None:
@@ -86,12 +96,6 @@ def _executed_hash(kernel: str, target: int) -> str | None:
         return None
     ptx = (native.compiled(target, cache()) / f"{kernel}.ptx").read_text()
     return _hash([ROOT / f"csrc/cuda/{name}" for name in (f"{kernel}.cu", "device.cuh")], instructions_of(ptx))
-
-
-def instructions_of(ptx: str) -> str:
-    """Return PTX without comments and places in the source, and names without the hash of the source's path."""
-    lines = (line for line in ptx.splitlines() if not line.lstrip().startswith((".file", ".loc", "//")))
-    return re.sub(r"(_GLOBAL__N__)\w{8}(_\w+?_cu_)\w{8}", r"\1\2", "\n".join(lines))
 
 
 def checker_hash(kernel: str) -> str:
@@ -113,7 +117,8 @@ def _hash(paths, text: str = "") -> str:
 
 def _code(text: str, is_python: bool) -> str:
     if not is_python:
-        return "\n".join(re.sub(r"/\*.*?\*/|//[^\n]*", " ", text, flags=re.DOTALL).split())
+        strings_and_comments = r'("(?:\\.|[^"\\\n])*")|/\*.*?\*/|//[^\n]*'
+        return "\n".join(re.sub(strings_and_comments, lambda m: m[1] or " ", text, flags=re.DOTALL).split())
     lines = text.splitlines()
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type == tokenize.COMMENT:
@@ -121,7 +126,12 @@ def _code(text: str, is_python: bool) -> str:
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
             docstring = node.body[0]
-            lines[docstring.lineno - 1 : docstring.end_lineno] = [""] * (docstring.end_lineno - docstring.lineno + 1)
+            first, last = docstring.lineno - 1, docstring.end_lineno - 1
+            # Code may stand on its lines. Columns are bytes of UTF-8.
+            behind = text.splitlines()[last].encode()[docstring.end_col_offset :].decode()
+            before = text.splitlines()[first].encode()[: docstring.col_offset].decode()
+            lines[first : last + 1] = [""] * (last - first + 1)
+            lines[first] = before + (behind if behind.strip() and not behind.lstrip().startswith("#") else "")
     return "\n".join(line.rstrip() for line in lines if line.strip())
 
 
@@ -134,8 +144,15 @@ def rows() -> dict[tuple[str, str], dict]:
 def write(row: dict) -> None:
     """Replace the row of a kernel and target, and write the rows into the page."""
     every = rows() | {(row["kernel"], row["target"]): row}
-    ROWS.write_text("".join(json.dumps(every[key]) + "\n" for key in sorted(every)))
-    PAGE.write_text(with_table(PAGE.read_text()))
+    _replace(ROWS, "".join(json.dumps(every[key]) + "\n" for key in sorted(every)))
+    _replace(PAGE, with_table(PAGE.read_text()))
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file at once, so that a run that is killed leaves the former one."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text)
+    os.replace(part, path)
 
 
 def with_table(document: str) -> str:
@@ -158,8 +175,8 @@ def write_faults(rows: list[dict]) -> None:
     for row in rows:
         now = source_hash(row["kernel"], int(row["target"].removeprefix("sm_")))
         row["outdated"] = row.get("outdated", False) if now is None else row["source"] != now
-    MUTATED.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    FAULTS_PAGE.write_text(with_faults(FAULTS_PAGE.read_text()))
+    _replace(MUTATED, "".join(json.dumps(row) + "\n" for row in rows))
+    _replace(FAULTS_PAGE, with_faults(FAULTS_PAGE.read_text()))
 
 
 def with_faults(document: str) -> str:

@@ -6,6 +6,8 @@ import torch
 from clvp_fast import native
 from clvp_fast.ops.log_mel_tables import filters_and_bands, twiddles
 from tests.ops.test_log_mel import noise, settings
+from tests.ptx.mutants import mutants
+from tests.ptx.regions import Fault
 
 CODES = {torch.float32: native.FLOAT32, torch.float16: native.FLOAT16, torch.bfloat16: native.BFLOAT16}
 
@@ -45,3 +47,26 @@ def test_half_types_are_float32_rounded(launcher, n_fft, integers, top_db):
             torch.testing.assert_close(half, whole.to(dtype), rtol=0, atol=0, equal_nan=True)
         else:  # what is raised to the loudest value less top_db was rounded before, and is divided after
             torch.testing.assert_close(half.float(), whole, rtol=4 * torch.finfo(dtype).eps, atol=0, equal_nan=True)
+
+
+def test_the_fences_around_the_count_of_blocks_are_needed(launcher, monkeypatch):
+    """Remove each: the last block of a row, which raises values that are too low, reads those of the others.
+
+    A third, of every thread before the barrier, orders nothing that these and the barrier do not.
+    """
+
+    def run():
+        return features(launcher, noise(1, 60 * 256), torch.float32, 256, 64, 20.0)
+
+    def is_seen(fault):
+        monkeypatch.setattr(launcher.options, "swap", (program, fault.build()))
+        try:
+            return not torch.equal(run(), right)
+        except Fault:
+            return True
+
+    right = run()
+    program = launcher.reports[-1].program
+    _, *fences = [fault for fault in mutants(program) if fault.what == "fence removed"]
+    monkeypatch.setattr(launcher, "reports", [])  # what runs with a fault is no part of the coverage
+    assert len(fences) == 2 and all(map(is_seen, fences))

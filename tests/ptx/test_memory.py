@@ -79,7 +79,8 @@ def test_a_lock_has_one_owner():
 
 SPLIT = """mov.u32 %r1, %ctaid.x; setp.eq.u32 %p1, %r0, 0; mul.wide.u32 %d7, %r1, 256; add.s64 %d7, %d0, %d7;
 add.s64 %d7, %d7, %d3; add.s32 %r2, %r0, %r1; st.global.b32 [%d7], %r2; {before}
-mov.b32 %r9, 0; @%p1 atom.global.gpu.{order}.add.u32 %r9, [%d1], 1; mov.u32 %r5, memory; @%p1 st.shared.b32 [%r5], %r9;
+mov.b32 %r9, 0; @%p1 atom.global.gpu.{order}.add.u32 %r9, [%d1], 1; {after}
+mov.u32 %r5, memory; @%p1 st.shared.b32 [%r5], %r9;
 bar.sync 0; ld.shared.b32 %r9, [%r5]; setp.ne.u32 %p2, %r9, 3; @%p2 bra END;
 xor.b32 %r3, %r0, 32; mul.wide.u32 %d8, %r3, 4; add.s64 %d8, %d0, %d8; ld.global.b32 %r10, [%d8];
 ld.global.b32 %r11, [%d8+256]; add.s32 %r10, %r10, %r11; ld.global.b32 %r11, [%d8+512]; add.s32 %r10, %r10, %r11;
@@ -87,10 +88,11 @@ ld.global.b32 %r11, [%d8+768]; add.s32 %r10, %r10, %r11; st.global.b32 [%d6], %r
 END: """
 
 
-def last_arrives(before, order, **options):
+def last_arrives(before, order, after="", **options):
     """Let four CTAs write; the last that counts itself adds up what all wrote."""
     words, count = np.zeros(256, np.uint32), np.zeros(1, np.uint32)
-    return run(SPLIT.format(before=before, order=order), words, count, threads=64, grid=4, shared=16, **options)
+    body = SPLIT.format(before=before, order=order, after=after)
+    return run(body, words, count, threads=64, grid=4, shared=16, **options)
 
 
 @pytest.mark.parametrize("lanes", [4096, 64])
@@ -106,6 +108,33 @@ def test_the_last_cta_to_arrive_sees_what_the_others_wrote(lanes):
 def test_a_weaker_order_between_ctas_is_seen(before, order):
     with pytest.raises(Fault, match="nothing orders"):
         last_arrives(before, order)
+
+
+@pytest.mark.parametrize("fence", ["membar.gl;", "fence.acq_rel.gpu;", "fence.sc.sys;"])
+def test_fences_make_a_relaxed_count_do(fence):
+    """Order by a fence before the count and one behind it ("Memory Consistency Model", release patterns)."""
+    assert (last_arrives(f"bar.sync 0; {fence}", "relaxed", fence) == 4 * (np.arange(64) ^ 32) + 6).all()
+
+
+@pytest.mark.parametrize(
+    "before, after",
+    [
+        ("bar.sync 0; membar.gl;", ""),
+        ("bar.sync 0;", "membar.gl;"),
+        ("membar.gl; bar.sync 0;", "membar.gl;"),  # of what this thread alone had seen
+        ("bar.sync 0; membar.cta;", "membar.gl;"),
+        ("bar.sync 0; fence.proxy.async.shared::cta;", "fence.proxy.async.shared::cta;"),
+    ],
+)
+def test_a_fence_that_is_missing_or_another_one_is_seen(before, after):
+    with pytest.raises(Fault, match="nothing orders"):
+        last_arrives(before, "relaxed", after)
+
+
+@pytest.mark.parametrize("at, what", [(20, "at 20 of 24"), (24, "at 24 of 24"), (-8, "at -8 of 24"), (4, "at 4 of 24")])
+def test_parameters_at_an_address_outside_of_them(at, what):
+    with pytest.raises(Fault, match=what):
+        run(f"mov.b64 %d7, a; mul.wide.u32 %d8, %r0, 0; add.s64 %d7, %d7, %d8; ld.param.u64 %d9, [%d7+{at}];")
 
 
 # --- asynchronous copies ----------------------------------------------------------------------------------------------

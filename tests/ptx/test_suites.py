@@ -1,6 +1,9 @@
 """Every kernel has its tests here, and the rows are of kernels that are."""
 
+import pytest
+
 from tests.ptx import native, suites
+from tests.ptx.parse import instructions_of
 
 
 def test_every_kernel_has_a_suite():
@@ -28,9 +31,20 @@ def test_the_page_shows_the_rows():
     assert suites.with_table(page) == page
 
 
-def test_a_source_is_what_it_imports_too(monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "from clvp_fast.kernels.target import x",
+        "from clvp_fast.kernels import target",
+        "import clvp_fast.kernels.target as t",
+        "from .target import x",
+        "from . import target",
+        "def f():\n    from clvp_fast.kernels import target",
+    ],
+)
+def test_a_source_is_what_it_imports_too(monkeypatch, tmp_path, statement):
     (tmp_path / "target.py").write_text("x = 1\n")
-    (tmp_path / "norm.py").write_text("from clvp_fast.kernels.target import x\n")
+    (tmp_path / "norm.py").write_text(f"import torch\n{statement}\n")
     monkeypatch.setattr(suites, "KERNELS", tmp_path)
     before = suites.source_hash("norm", 80)
     (tmp_path / "target.py").write_text("x = 2\n")
@@ -46,6 +60,10 @@ def test_a_source_is_its_code_alone(monkeypatch, tmp_path):
     assert suites.source_hash("norm", 80) == before
     path.write_text('"""Head."""\n\n\ndef f(x):\n    return x + 2\n')
     assert suites.source_hash("norm", 80) != before
+    beside = 'class A:\n    """Ä."""; x = {}\n    def f(x): """One.\n\n    Two."""; return x + {}\n'
+    codes = {suites._code(beside.format(*numbers), True) for numbers in ((1, 1), (2, 1), (1, 2))}
+    assert len(codes) == 3
+    assert suites._code('f("a//b", 1);', False) != suites._code('f("a//b", 2);', False)
     assert suites._code("a = 1; // one\n/* two */ b = 2;\n", False) == suites._code("a = 1;\nb   = 2;", False)
     assert suites._code("a = 1;", False) != suites._code("a = 2;", False)
 
@@ -61,7 +79,7 @@ PTX = """// {0}
 
 def test_a_source_of_csrc_is_what_is_executed():
     """Hold edits of comments and the path of the folder to be no change, and another instruction to be one."""
-    of = suites.instructions_of
+    of = instructions_of
     assert of(PTX.format(57, 1)) == of(PTX.format(61, 1)) != of(PTX.format(57, 2))
     assert "_log_mel_cu_7log_melILi256E" in of(PTX.format(57, 1)) and "mov.u32" in of(PTX.format(57, 1))
 

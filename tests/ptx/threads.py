@@ -71,6 +71,8 @@ class Threads:
         self.live = np.ones(self.n, np.bool_)  # has not returned
         self._epoch = np.zeros(count, i8)  # a CTA
         self._warp_epoch = np.zeros(self.n // 32, i8)  # a warp
+        self.fenced_at = np.full(self.n, -1, i8)  # the stamp at a thread's last fence
+        self._observed = {}  # of a thread, what it has read without acquiring it
         # Stamps that CTAs of the whole grid published and learnt: address, or CTA, to stamps [ctas, warps].
         self._grid, self._released, self._known, self._pending = run.count, run.released, run.known, run.pending
         self._restamp()
@@ -108,20 +110,38 @@ class Threads:
 
     # --- between CTAs: release and acquire ----------------------------------------------------------------------------
 
-    def release(self, key, lane):
-        """Publish at an address the acts of the CTA before its last barrier, and this thread's until now."""
-        cta = int(self.cta[lane])
+    def fence(self, mask):
+        """Do a fence of the GPU: what a thread did before is released by its next atomics, what it read is acquired."""
+        self.fenced_at = np.where(True if mask is None else mask, self.stamp, self.fenced_at)
+        for lane in [lane for lane in self._observed if mask is None or mask[lane]]:
+            self._await(lane, self._observed.pop(lane))
+
+    def release(self, key, lane, of_fence=False):
+        """Publish at an address the acts of the CTA before its last barrier, and this thread's until now.
+
+        of_fence: those before this thread's last fence.
+        """
+        cta, stamp = int(self.cta[lane]), self.fenced_at[lane] if of_fence else self.stamp[lane]
+        if stamp < 0:
+            return
         stamps = np.zeros((self._grid, self.warps), i8)
-        stamps[cta] = self.stamp[lane] >> _WARP_BITS << _WARP_BITS
-        stamps[cta, self.own_warp[lane]] = self.stamp[lane]
+        stamps[cta] = stamp >> _WARP_BITS << _WARP_BITS
+        stamps[cta, self.own_warp[lane]] = stamp
         stamps = np.maximum(stamps, self._known.get(cta, 0))
         self._released[key] = np.maximum(self._released.get(key, 0), stamps)
 
-    def acquire(self, key, lane):
-        """Let the CTA read what is published there, from its next barrier on."""
-        if (found := self._released.get(key)) is not None:
-            cta = int(self.cta[lane])
-            self._pending[cta] = np.maximum(self._pending.get(cta, 0), found)
+    def acquire(self, key, lane, at_fence=False):
+        """Let the CTA read what is published there, from its next barrier on; at_fence: behind this thread's next."""
+        if (found := self._released.get(key)) is None:
+            return
+        if at_fence:
+            self._observed[lane] = np.maximum(self._observed.get(lane, 0), found)
+        else:
+            self._await(lane, found)
+
+    def _await(self, lane, stamps):
+        cta = int(self.cta[lane])
+        self._pending[cta] = np.maximum(self._pending.get(cta, 0), stamps)
 
     def _learn(self, slots):
         for slot in slots:

@@ -36,19 +36,19 @@ class Transfers:
         op, kind, targets = ins.op, ins.op[-1], _list(ins.args[0])
         size, space = BITS[kind] // 8, space_of(ins.op)
         if space == "param":
-            return self._parameters(targets, kind, ins.args[1], mask), []
+            return self._parameters(targets, kind, ins.args[1], mask, ins.line), []
         base, offset = self.address(ins.args[1])
         order = f"{ins.line}, {'acquire' in op}" + ", True" * ("nc" in op)
         call = f"L = s.{_MEMORIES[space]}.load({base}, {offset}, {mask}, {size}, {len(targets)}, {order})"
         return self._loaded(targets, kind), [call]
 
-    def _parameters(self, targets, kind, address, mask):
+    def _parameters(self, targets, kind, address, mask, line):
         _, name, offset = address
         size, written = BITS[kind] // 8, []
         for place, target in enumerate(targets):
             at = offset + place * size
             if name in self.kernel.registers:
-                value = f"s.param_at({self.raw(name, 64)}, {at}, u{size}, {mask})"
+                value = f"s.param_at({self.raw(name, 64)}, {at}, u{size}, {mask}, {line})"
             else:
                 value = f"s.param({self.kernel.params[name][0] + at}, u{size})"
             value += "" if NUMPY[kind][0] == "u" else f".view({NUMPY[kind]})"
@@ -63,6 +63,7 @@ class Transfers:
 
     def _op_atom(self, ins, mask, result=True):
         op, kind = ins.op, ins.op[-1]
+        assert kind not in ("f16", "f16x2", "bf16", "bf16x2"), "a type of atomics"
         target, address, *sources = ins.args if result else [None, *ins.args]
         base, offset = self.address(address)
         name = next(piece for piece in op if piece in _ATOMIC)
@@ -87,6 +88,8 @@ class Transfers:
         if op[:2] != ["cp", "async"] or op[2] not in ("ca", "cg"):
             return self.unsupported(ins)
         (to, to_offset), (source, source_offset) = self.address(args[0]), self.address(args[1])
+        if len(args) > 3 and self.kernel.registers.get(args[3], (0, 32))[1] == 1:
+            return self.unsupported(ins)  # a predicate, which means the opposite of a number of bytes
         taken = self.raw(args[3], 32) if len(args) > 3 else "None"
         where = f"{to}, {to_offset}, {source}, {source_offset}, {int(args[2], 0)}, {taken}"
         return [], [f"s.copies.copy({where}, {mask}, {ins.line})"]
@@ -94,12 +97,14 @@ class Transfers:
     def _op_prefetch(self, ins, mask):
         return [], []
 
-    _op_membar = _op_prefetch
+    def _op_membar(self, ins, mask):
+        """membar and fence ("fence"); that of a CTA orders nothing that its barriers do not."""
+        return [], [f"s.global_memory.fence({mask})"] if "cta" not in ins.op else []
 
     def _op_fence(self, ins, mask):
         if "proxy" not in ins.op:
-            return [], []
-        assert ins.op[2].startswith("async"), "a proxy"
+            return self._op_membar(ins, mask)
+        assert ins.op[2] == "async", "a proxy"
         return [], [f"s.shared_memory.proxy.fence({mask})"]
 
     def _op_griddepcontrol(self, ins, mask):

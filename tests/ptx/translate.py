@@ -8,6 +8,7 @@ import re
 import struct
 
 from tests.ptx.arithmetic import Arithmetic
+from tests.ptx.forms import unknown
 from tests.ptx.kinds import BITS, NUMPY
 from tests.ptx.parse import Instruction, Kernel
 from tests.ptx.transfers import Transfers
@@ -15,6 +16,11 @@ from tests.ptx.transfers import Transfers
 
 class Unsupported(NotImplementedError):
     """An instruction, or a form of one, that is not modelled."""
+
+
+#: PTX ISA, "Special Registers"; `_Batch.special` gives their values.
+SPECIAL = {f"%{name}.{axis}" for name in ("tid", "ntid", "ctaid", "nctaid") for axis in "xyz"}
+SPECIAL |= {"%laneid", "%warpid", "%lanemask_lt"}
 
 
 class Translator(Arithmetic, Transfers):
@@ -34,10 +40,12 @@ class Translator(Arithmetic, Transfers):
                 lines += self._instruction(instruction, masked)
             except Exception as error:
                 what = f"{self.kernel.name}, line {instruction.line}: {instruction}"
-                raise Unsupported(what if isinstance(error, Unsupported) else f"{what} ({error!r})") from error
+                raise Unsupported(f"{what} ({error if isinstance(error, Unsupported) else repr(error)})") from error
         return "\n    ".join([*lines, "pass"])
 
     def _instruction(self, ins, masked):
+        if pieces := unknown(ins.op):
+            raise Unsupported(f"not modelled: {', '.join(pieces)}")
         lines, mask = [], "M" if masked else "None"
         if ins.guard:
             lines.append(f"m = {'~' * ins.negated}{self.register(ins.guard)}{' & M' * masked}")
@@ -82,7 +90,7 @@ class Translator(Arithmetic, Transfers):
         if arg in self.kernel.registers:
             have = self.kernel.registers[arg][1]
             return self.register(arg) + ("" if have == bits else f".astype(u{bits // 8})")
-        if arg.startswith("%"):
+        if arg in SPECIAL:
             return f"s.special({arg!r}, u{bits // 8})"
         if re.match(r"-?(0[xX][0-9a-fA-F]+|\d+)U?$", arg):
             return self._constant(int(arg.rstrip("U"), 0), bits)
