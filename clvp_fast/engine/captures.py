@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Hashable
+from typing import Any
 
 import torch
 
@@ -22,7 +23,7 @@ class Captures:
         self.late = late
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
         self._ran: set[Hashable] = set()
-        self._place: tuple[torch.cuda.Stream, tuple[int, int]] | None = None
+        self._place: tuple[torch.cuda.Stream, Any] | None = None
 
     def __len__(self) -> int:
         return len(self._graphs)
@@ -71,7 +72,7 @@ class Captures:
             call()
         self._graphs[key] = graph
 
-    def _stream_and_pool(self) -> tuple[torch.cuda.Stream, tuple[int, int]]:
+    def _stream_and_pool(self) -> tuple[torch.cuda.Stream, Any]:
         if self._place is None:
             self._place = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
         return self._place
