@@ -155,16 +155,17 @@ float weigh(float *scores, int64_t tokens) {
 }
 
 /* sums[COUNT vectors] += sum of weights[t] * values[offsets[t]]; COUNT is 1 or even. */
-template <int COUNT, class Stored>
+template <int COUNT, int MOST, class Stored>
 CLVP_FAST_INLINE void mix(float *sums, const Stored *values, const int64_t *offsets, const float *weights,
                           int64_t tokens) {
     Floats mixed[COUNT];
     unroll<COUNT>([&](auto i) CLVP_FAST_INLINED { mixed[i] = load_floats(sums + LANES * i); });
-    for (int64_t token = 0; token < tokens; ++token) {
+    unroll<MOST>([&](auto token) CLVP_FAST_INLINED {
+        if (token >= tokens) return;
         Floats value[COUNT];
         load_channels(values + offsets[token], value);
         unroll<COUNT>([&](auto i) CLVP_FAST_INLINED { mixed[i] += value[i] * weights[token]; });
-    }
+    });
     unroll<COUNT>([&](auto i) CLVP_FAST_INLINED { store_floats(sums + LANES * i, mixed[i]); });
 }
 
@@ -223,7 +224,7 @@ void attend(const Heads<Stored> &heads, float scale, const Scratch &scratch) {
             const float *const weights = scratch.scores + head * stride + first;
             float *const sums = scratch.sums + head * heads.channels;
             each_channel(heads.channels, [&](int channel, auto vectors) CLVP_FAST_INLINED {
-                mix<vectors>(sums + channel, values + channel, heads.offsets + first, weights, count);
+                mix<vectors, TOKENS>(sums + channel, values + channel, heads.offsets + first, weights, count);
             });
         }
     }
