@@ -10,7 +10,7 @@ from clvp_fast.engine.step import BoundStep, bind_decoder
 from clvp_fast.engine.weights import DecoderWeights, layers_of
 from clvp_fast.models.clvp.causal_lm import ClvpForCausalLM
 from clvp_fast.models.clvp.tokens import most_codes
-from clvp_fast.ops import many_rows
+from clvp_fast.ops import large_pages, many_rows
 from clvp_fast.ops.binding import Scratch
 from clvp_fast.ops.dispatch import OPERATORS, device_guard
 from clvp_fast.ops.paged_attention import FLOAT8
@@ -67,7 +67,8 @@ class KVPages:
         scales: torch.Tensor | None = None,
     ):
         self.page_size = page_size
-        self.data = torch.empty(num_layers, 2, num_pages, page_size, num_heads, head_dim, dtype=dtype, device=device)
+        sizes = num_layers, 2, num_pages, page_size, num_heads, head_dim
+        self.data = large_pages.empty(*sizes, dtype=dtype, device=device)
         self.scales = scales
 
     def layer(self, index: int) -> LayerPages:

@@ -2,7 +2,7 @@
 
 import torch
 
-from clvp_fast.ops import many_rows
+from clvp_fast.ops import large_pages, many_rows
 from clvp_fast.ops.checks import check_same, shape_error
 from clvp_fast.ops.dispatch import missing_natively
 
@@ -61,12 +61,13 @@ def pack(weight: torch.Tensor, into: torch.Tensor | None = None, int8_x: bool = 
             uint8. CPUs multiply bytes without a sign by bytes with one.
     """
     _, units, _, together = shape = shape_of(weight, int8_x)
-    panels = torch.zeros(shape, dtype=dtype_of(weight, int8_x), device=weight.device) if into is None else into
+    if into is None:
+        into = large_pages.empty(*shape, dtype=dtype_of(weight, int8_x), device=weight.device).zero_()
     # One panel at a time, which fits into the caches.
-    for group, rows in zip(panels, weight.split(PANEL), strict=True):
+    for group, rows in zip(into, weight.split(PANEL), strict=True):
         rows = rows.bitwise_xor(-128).view(torch.uint8) if int8_x else rows
         group[:, : len(rows)].copy_(rows.unflatten(1, (units, together)).transpose(0, 1))
-    return panels
+    return into
 
 
 def check(panels: torch.Tensor, weight: torch.Tensor, int8_x: bool = False) -> None:

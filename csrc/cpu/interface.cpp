@@ -90,9 +90,9 @@ CLVP_FAST_EXPORT int clvp_fast_paged_decode_cpu(const clvp_fast_paged_decode *ca
     const int64_t tokens = int64_t{call->page_size} * (call->max_pages + call->max_prefix_pages);
     const int64_t worth = 1 + call->num_candidates * call->num_heads * tokens * call->head_dim / (1 << 18);
     const int32_t threads = static_cast<int32_t>(worth < num_threads ? worth : num_threads);
-    /* Heads of a token lie side by side, and the kernel fetches the next one's ahead: as many of a candidate stay
-     * together as leaves each thread some items. */
-    const int64_t parts = call->num_candidates ? 1 + (8 * threads - 1) / call->num_candidates : 1;
+    /* Heads of a token lie side by side, and long runs are read fastest: as many of a candidate stay together as leaves
+     * each thread two items. */
+    const int64_t parts = call->num_candidates ? 1 + (2 * threads - 1) / call->num_candidates : 1;
     const int64_t heads = (call->num_heads + parts - 1) / parts, items = (call->num_heads + heads - 1) / heads;
     const PagedDecodeKernel &kernel = *kernels->paged_decode;
     const auto attend = [&](void *scratch, int64_t item) {

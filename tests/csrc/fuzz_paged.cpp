@@ -34,7 +34,8 @@ void spoil(clvp_fast_paged_decode &call) {
 
 /* The inputs of a step, beside the pages themselves. */
 struct Step {
-    int64_t candidates = draw(1, 4), heads = draw(1, 3), dim = 16 * draw(1, 8), page_size = draw(1, 7);
+    int64_t candidates = draw(1, 4), heads = draw(0, 4) ? draw(1, 3) : draw(4, 20), dim = 16 * draw(1, 8),
+            page_size = draw(1, 7);
     int64_t max_pages = draw(1, 5), prefixes = draw(0, 2), max_prefix_pages = draw(1, 4);
     int64_t num_pages = candidates * max_pages + prefixes * max_prefix_pages + draw(0, 3);
     std::vector<int32_t> pages, table, lens, prefix_table, prefix_lens, prefix_index;
