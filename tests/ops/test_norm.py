@@ -252,7 +252,7 @@ def test_the_librarys_kernel(backend, dtype, kind):
 
 
 @on("cpu")
-def test_what_the_librarys_kernel_does_not_serve(backend):
+def test_unserved_arguments_of_the_librarys_kernel_are_named(backend):
     x, settings = rows(2, 16), options("layer", 16)
     for given, change, message in (
         (x.half(), to(HALF, settings), "on a CPU it serves float32 and bfloat16, not torch.float16"),
