@@ -181,6 +181,6 @@ def test_sequences_of_one_pool_share_no_page():
 )
 def test_an_operator_that_takes_torch_s_path_is_not_checked_as_a_kernel(backend, dtype, why):
     backend = next(each for each in BACKENDS if each.name == backend)
-    x, weight = random(3, 8, seed=0, dtype=dtype), random(8, seed=1, dtype=dtype)
+    x, norm = random(3, 8, seed=0, dtype=dtype), (random(8, seed=1, dtype=dtype), None, 1e-5)
     with clvp_fast.backend(backend.forced), pytest.raises(AssertionError, match=why):
-        opcheck(backend, torch.ops.clvp_fast.add_norm.default, (x, None, weight, None, 1e-5, "rms"))
+        opcheck(backend, torch.ops.clvp_fast.double_layer_norm.default, (x, *norm, *norm))
