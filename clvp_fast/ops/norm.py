@@ -130,7 +130,8 @@ def _native_call(out, x, residual, weight, bias, eps, kind):
     from clvp_fast import native
 
     rows, (total, normed) = as_rows(x), out
-    residual, weight, bias = (None if given is None else given.contiguous() for given in (residual, weight, bias))
+    residual, bias = (None if given is None else given.contiguous() for given in (residual, bias))
+    weight = weight.contiguous()
     types = {torch.float32: native.FLOAT32, torch.bfloat16: native.BFLOAT16}
     call = native.NormCall(
         rows.data_ptr(),
