@@ -198,5 +198,10 @@ def test_wrong_calls_are_refused():
         ops.linear(x, weight, bias, scale=scale, panels=packed, int8_x=True)
     with pytest.raises(TypeError, match=r"int8_x multiplies weights of int8, not torch\.float32"):
         ops.linear(x, weight.float(), bias, int8_x=True)
+
+
+@needs("linear", torch.int8)
+def test_products_of_8_bits_want_panels():
+    x, weight, bias, scale = operands(int8=True)
     with forced_backend("cpu"), pytest.raises(RuntimeError, match="it rounds x to 8 bits over packed weights alone"):
         ops.linear(x, weight, bias, scale=scale, int8_x=True)
