@@ -70,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
     drawn = commands.add_parser("picture", help="what ranking gains with the package's checkpoint, as SVG")
     drawn.add_argument("file", type=Path)
     shipped = commands.add_parser("quality", help="whether the package's checkpoint is as its card says")
-    shipped.add_argument("--heard", type=int, default=1536, help="candidates to hear of each of its evaluations")
+    shipped.add_argument("--heard", type=int, default=1024, help="candidates to hear of each of its evaluations")
     judged.add_argument("--sentences", type=int, default=100)
     judged.add_argument("--candidates", type=int, default=16)
     judged.add_argument("--kind", choices=judge.KINDS, default="open")
