@@ -37,7 +37,7 @@ def _calls(dtype):
     mlp = t(ROWS, 32), t(64, 32), t(64), t(32, 64), t(32)
     geglu = t(ROWS, 32), t(128, 32), t(128), t(32, 64), t(32)
     return {
-        "add_norm": lambda: ops.add_norm(t(4096, 32), t(4096, 32), weight=t(32), bias=t(32), eps=1e-5, kind="layer"),
+        "add_norm": lambda: ops.add_norm(t(4096, 32), t(4096, 32), weight=t(32), eps=1e-5, kind="rms"),
         "double_layer_norm": lambda: ops.double_layer_norm(
             t(4, 32), weight1=t(32), bias1=t(32), eps1=1e-5, weight2=t(32), bias2=t(32), eps2=1e-5
         ),
