@@ -114,7 +114,7 @@ def _triton(x, residual, weight, bias, eps, kind, out_dtype=None, *, out=None):
     return total, normed
 
 
-# The fewest numbers for which an RMS norm that is not bound costs less by the library's kernel than by torch's functions.
+# The fewest numbers for which an RMS norm that is not bound costs less by the library's kernel than by torch.
 # Torch's layer norm is one pass already.
 _MANY_NUMBERS = 2**17
 
