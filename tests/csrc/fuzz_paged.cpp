@@ -2,7 +2,6 @@
  * size. A call that must be refused is, and leaves the result as it was; any other stores the new keys and values and
  * nothing else, and gives what sums in float64 are, each candidate with the same bits as alone. */
 #include <math.h>
-#include <stdio.h>
 #include <string.h>
 
 #include <algorithm>
@@ -158,12 +157,5 @@ bool one_case() {
 
 /* 0, or 1 after a case that failed. */
 int fuzz_paged(int cases, unsigned seed) {
-    engine.seed(seed);
-    if (clvp_fast_paged_decode_cpu(nullptr, 1, nullptr) != CLVP_FAST_NULL_POINTER) return 1;
-    for (int number = 0; number < cases; ++number)
-        if (!one_case()) {
-            fprintf(stderr, "paged: case %d\n", number);
-            return 1;
-        }
-    return 0;
+    return run_cases("paged", clvp_fast_paged_decode_cpu, one_case, cases, seed);
 }

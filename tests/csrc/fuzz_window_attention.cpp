@@ -1,7 +1,6 @@
 /* Random and hostile calls of attention in windows on every instruction set: every array is an allocation of exactly
  * its size. A call that must be refused is, and leaves the result as it was; any other is what float64 gives. */
 #include <math.h>
-#include <stdio.h>
 #include <string.h>
 
 #include <vector>
@@ -106,12 +105,5 @@ bool one_case() {
 
 /* 0, or 1 after a case that failed. */
 int fuzz_window_attention(int cases, unsigned seed) {
-    engine.seed(seed);
-    if (clvp_fast_window_attention_cpu(nullptr, 1, nullptr) != CLVP_FAST_NULL_POINTER) return 1;
-    for (int number = 0; number < cases; ++number)
-        if (!one_case()) {
-            fprintf(stderr, "window_attention: case %d\n", number);
-            return 1;
-        }
-    return 0;
+    return run_cases("window_attention", clvp_fast_window_attention_cpu, one_case, cases, seed);
 }

@@ -2,7 +2,6 @@
  * exactly its size. A call that must be refused is, and leaves the result as it was; any other is what float64 gives.
  */
 #include <math.h>
-#include <stdio.h>
 #include <string.h>
 
 #include <vector>
@@ -168,12 +167,5 @@ bool one_case() {
 
 /* 0, or 1 after a case that failed. */
 int fuzz_window_block(int cases, unsigned seed) {
-    engine.seed(seed);
-    if (clvp_fast_window_block_cpu(nullptr, 1, nullptr) != CLVP_FAST_NULL_POINTER) return 1;
-    for (int number = 0; number < cases; ++number)
-        if (!one_case()) {
-            fprintf(stderr, "window_block: case %d\n", number);
-            return 1;
-        }
-    return 0;
+    return run_cases("window_block", clvp_fast_window_block_cpu, one_case, cases, seed);
 }

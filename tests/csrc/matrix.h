@@ -3,6 +3,7 @@
 
 #include <math.h>
 #include <stdint.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -74,6 +75,21 @@ void layer_norm(std::vector<double> &row, double eps, const Affine &affine) {
     for (const double value : row) mean += value / row.size();
     for (const double value : row) variance += (value - mean) * (value - mean) / row.size();
     for (size_t k = 0; k < row.size(); ++k) row[k] = affine(k, (row[k] - mean) / sqrt(variance + eps));
+}
+
+/* Runs cases of an operator by its function of the C interface, which must also refuse a call that is null. Returns 0,
+ * or 1 after a case that failed. */
+template <class Call>
+int run_cases(const char *name, int (*function)(const Call *, int32_t, const char *), bool (*one_case)(), int cases,
+              unsigned seed) {
+    engine.seed(seed);
+    if (function(nullptr, 1, nullptr) != CLVP_FAST_NULL_POINTER) return 1;
+    for (int number = 0; number < cases; ++number)
+        if (!one_case()) {
+            fprintf(stderr, "%s: case %d\n", name, number);
+            return 1;
+        }
+    return 0;
 }
 
 }  // namespace
