@@ -80,6 +80,29 @@ static inline int clvp_fast_check_paged_decode(const struct clvp_fast_paged_deco
     return CLVP_FAST_OK;
 }
 
+/* Returns CLVP_FAST_OK, or why a prefill is refused. */
+static inline int clvp_fast_check_paged_prefill(const struct clvp_fast_paged_prefill *call) {
+    if (call == NULL) return CLVP_FAST_NULL_POINTER;
+    if (call->dtype != CLVP_FAST_FLOAT32 && call->dtype != CLVP_FAST_BFLOAT16) return CLVP_FAST_BAD_DTYPE;
+    const int64_t most = (int64_t)1 << 31;
+    if (call->rows < 0 || call->rows > most || call->num_sequences < 0 || call->num_sequences > most ||
+        call->num_heads < 1 || call->head_dim < 16 || call->head_dim > 128 || call->head_dim % 16 != 0 ||
+        call->page_size < 1 || call->page_size > 1024 || call->max_pages < 1 || call->max_pages > 1 << 20 ||
+        call->num_pages < 0 || call->num_pages > most)
+        return CLVP_FAST_BAD_SIZE;
+    if (call->rows == 0 || call->num_sequences == 0) return CLVP_FAST_OK;
+    if (!call->q || !call->k || !call->v || !call->k_pages || !call->v_pages || !call->out || !call->cu_seqlens ||
+        !call->block_table)
+        return CLVP_FAST_NULL_POINTER;
+    const size_t element = clvp_fast_element_size(call->dtype);
+    if (clvp_fast_misaligned(call->q, element) || clvp_fast_misaligned(call->k, element) ||
+        clvp_fast_misaligned(call->v, element) || clvp_fast_misaligned(call->k_pages, element) ||
+        clvp_fast_misaligned(call->v_pages, element) || clvp_fast_misaligned(call->out, element) ||
+        clvp_fast_misaligned(call->cu_seqlens, 4) || clvp_fast_misaligned(call->block_table, 4))
+        return CLVP_FAST_MISALIGNED;
+    return CLVP_FAST_OK;
+}
+
 /* Returns CLVP_FAST_OK, or why a linear layer is refused. */
 static inline int clvp_fast_check_linear(const struct clvp_fast_linear *call) {
     if (call == NULL) return CLVP_FAST_NULL_POINTER;

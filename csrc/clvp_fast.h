@@ -118,6 +118,31 @@ struct clvp_fast_paged_decode {
 /* Threads and instruction set as above. The candidates' own pages must be theirs alone. */
 int clvp_fast_paged_decode_cpu(const struct clvp_fast_paged_decode *call, int32_t num_threads, const char *isa);
 
+/* Causal attention within each sequence of a ragged batch on a CPU; its keys and values are stored from place 0 of its
+ * pages on.
+ *
+ * Sequence s has the rows from cu_seqlens[s] to before cu_seqlens[s + 1]. One that begins before the end of another, or
+ * ends behind the last row, is left out, as are pages that do not exist and places past the table. The bits of a
+ * sequence depend on it alone. */
+struct clvp_fast_paged_prefill {
+    const void *q, *k, *v;      /* [rows, num_heads, head_dim] of dtype */
+    void *k_pages, *v_pages;    /* [num_pages, page_size, num_heads, head_dim] of dtype, of the same strides */
+    void *out;                  /* as q, contiguous; rows of no sequence stay as they are */
+    const int32_t *cu_seqlens;  /* [num_sequences + 1] */
+    const int32_t *block_table; /* [num_sequences, max_pages] */
+    int64_t q_strides[2], k_strides[2], v_strides[2]; /* of a row, of a head */
+    int64_t page_strides[3];                          /* of a page, of a token, of a head */
+    int64_t block_table_stride;                       /* of a row */
+    int64_t rows, num_sequences, num_pages;
+    int32_t num_heads, head_dim; /* head_dim: a multiple of 16 up to 128 */
+    int32_t page_size, max_pages;
+    int32_t dtype; /* FLOAT32 or BFLOAT16; sums in float32 */
+    float scale;   /* of the scores */
+};
+
+/* Threads and instruction set as above. A page must be of one sequence. */
+int clvp_fast_paged_prefill_cpu(const struct clvp_fast_paged_prefill *call, int32_t num_threads, const char *isa);
+
 enum clvp_fast_activation { CLVP_FAST_NO_ACTIVATION = 0, CLVP_FAST_GELU_TANH = 1, CLVP_FAST_GELU = 2 };
 
 /* A linear layer of few rows: out[m, n] = activation(scale[n] * sum_k x[m, k] * weight[n, k] + bias[n]) +

@@ -16,7 +16,7 @@ from clvp_fast.ops.dispatch import device_guard
 MAX_ROWS = 4
 HEAD_DIM = 64
 MAX_HIDDEN, MAX_INNER, MAX_VOCAB, MAX_LAYERS = 2048, 8192, 1 << 20, 256
-_DTYPES = {torch.float16: native.FLOAT16, torch.bfloat16: native.BFLOAT16}
+_DTYPES = torch.float16, torch.bfloat16
 
 
 def unserved(decoder: PagedDecoder, page_dtype: torch.dtype | None = None) -> str | None:
@@ -116,7 +116,7 @@ class PersistentStep:
             max_pages=max_pages,
             max_prefix_pages=max_prefix_pages,
             contiguous_positions=decoder.contiguous_positions,
-            dtype=_DTYPES[decoder.dtype],
+            dtype=native.number_of(decoder.dtype),
             layer_eps=eps.pop(),
             first_eps=first.eps,
             final_eps=final.eps,

@@ -46,10 +46,12 @@ from clvp_fast.native.calls import (  # structures that callers fill
     MlpCall as MlpCall,
     NormCall as NormCall,
     PagedDecodeCall as PagedDecodeCall,
+    PagedPrefillCall as PagedPrefillCall,
     PersistentDecodeCall as PersistentDecodeCall,
     SampleCall as SampleCall,
     WindowAttentionCall as WindowAttentionCall,
     WindowBlockCall as WindowBlockCall,
+    number_of as number_of,
     set_prototypes,
 )
 

@@ -6,6 +6,7 @@ from ctypes import POINTER, c_char_p, c_double, c_float, c_int, c_int32, c_int64
 
 #: `enum clvp_fast_dtype` of csrc/clvp_fast.h.
 FLOAT32, FLOAT64, INT16, FLOAT16, BFLOAT16, INT8 = range(6)
+_NUMBERS = dict(float32=FLOAT32, float64=FLOAT64, int16=INT16, float16=FLOAT16, bfloat16=BFLOAT16, int8=INT8)
 #: `enum clvp_fast_activation`.
 NO_ACTIVATION, GELU_TANH, GELU = range(3)
 
@@ -68,6 +69,35 @@ class PagedDecodeCall(ctypes.Structure):
         ("page_size", c_int32),
         ("max_pages", c_int32),
         ("max_prefix_pages", c_int32),
+        ("dtype", c_int32),
+        ("scale", c_float),
+    )
+
+
+class PagedPrefillCall(ctypes.Structure):
+    """`struct clvp_fast_paged_prefill` of csrc/clvp_fast.h, which explains the fields."""
+
+    _fields_ = (
+        ("q", c_void_p),
+        ("k", c_void_p),
+        ("v", c_void_p),
+        ("k_pages", c_void_p),
+        ("v_pages", c_void_p),
+        ("out", c_void_p),
+        ("cu_seqlens", c_void_p),
+        ("block_table", c_void_p),
+        ("q_strides", c_int64 * 2),
+        ("k_strides", c_int64 * 2),
+        ("v_strides", c_int64 * 2),
+        ("page_strides", c_int64 * 3),
+        ("block_table_stride", c_int64),
+        ("rows", c_int64),
+        ("num_sequences", c_int64),
+        ("num_pages", c_int64),
+        ("num_heads", c_int32),
+        ("head_dim", c_int32),
+        ("page_size", c_int32),
+        ("max_pages", c_int32),
         ("dtype", c_int32),
         ("scale", c_float),
     )
@@ -298,6 +328,11 @@ class PersistentDecodeCall(ctypes.Structure):
     )
 
 
+def number_of(dtype: object) -> int:
+    """Return the number of a `torch.dtype`, which must be one that the library has."""
+    return _NUMBERS[str(dtype).removeprefix("torch.")]
+
+
 def _on_cpu(call: type[ctypes.Structure]) -> tuple:
     return c_int, POINTER(call), c_int32, c_char_p
 
@@ -311,6 +346,7 @@ FUNCTIONS = {
     "cpu": {
         "clvp_fast_log_mel_cpu": _on_cpu(LogMelCall),
         "clvp_fast_paged_decode_cpu": _on_cpu(PagedDecodeCall),
+        "clvp_fast_paged_prefill_cpu": _on_cpu(PagedPrefillCall),
         "clvp_fast_linear_cpu": _on_cpu(LinearCall),
         "clvp_fast_norm_cpu": _on_cpu(NormCall),
         "clvp_fast_mlp_cpu": _on_cpu(MlpCall),

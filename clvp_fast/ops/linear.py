@@ -123,7 +123,6 @@ def _native_call(out, x, weight, bias, scale, activation, residual, panels=None,
 
     rows, bias, scale = _operands(x, bias, scale)
     residual = None if residual is None else residual.contiguous()
-    dtype = native.FLOAT32 if x.dtype == torch.float32 else native.BFLOAT16
     call = native.LinearCall(
         rows.data_ptr(),
         weight.data_ptr(),
@@ -136,8 +135,8 @@ def _native_call(out, x, weight, bias, scale, activation, residual, panels=None,
         weight.stride(0),
         len(rows),
         *reversed(weight.shape),
-        dtype,
-        native.INT8 if weight.dtype == torch.int8 else dtype,
+        native.number_of(x.dtype),
+        native.number_of(weight.dtype),
         native.NO_ACTIVATION if activation is None else native.GELU_TANH,
         int8_x,
     )

@@ -120,13 +120,6 @@ def _kernel(
     norms = None if mel_norms is None else table(mel_norms, compute, converted)
     maxima = None if on_cpu or top_db is None else torch.zeros(batch, 2, dtype=torch.int32, device=device)
 
-    codes = {
-        torch.float32: native.FLOAT32,
-        torch.float64: native.FLOAT64,
-        torch.int16: native.INT16,
-        torch.float16: native.FLOAT16,
-        torch.bfloat16: native.BFLOAT16,
-    }
     call = native.LogMelCall(
         samples=samples.data_ptr(),
         lengths=None if lengths is None else lengths.data_ptr(),
@@ -144,9 +137,9 @@ def _kernel(
         frames=frames,
         n_fft=n_fft,
         num_mels=num_mels,
-        samples_dtype=codes[samples.dtype],
-        compute_dtype=codes[compute],
-        features_dtype=codes[stored],
+        samples_dtype=native.number_of(samples.dtype),
+        compute_dtype=native.number_of(compute),
+        features_dtype=native.number_of(stored),
         decibels=decibels,
         log_floor=log_floor,
         top_db=-1.0 if top_db is None else top_db,

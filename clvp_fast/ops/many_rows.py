@@ -84,7 +84,6 @@ def layers(x, w_in, b_in, w_out, b_out, residual, activation, gated=False, layer
     b_in, b_out, residual, *norm = (None if t is None else t.contiguous() for t in (b_in, b_out, residual, *norm))
     # Four items per thread, so that no thread waits long for the others.
     item_rows = -(-len(rows) // (4 * threads * _TILE_ROWS)) * _TILE_ROWS
-    types = {torch.float32: native.FLOAT32, torch.bfloat16: native.BFLOAT16}
     call = native.MlpCall(
         *(None if t is None else t.data_ptr() for t in (rows, w_in, b_in, w_out, b_out, residual, out)),
         rows.stride(0),
@@ -94,8 +93,8 @@ def layers(x, w_in, b_in, w_out, b_out, residual, activation, gated=False, layer
         w_in.shape[1],
         len(w_in) if w_out is None else w_out.shape[1],
         outs,
-        types[x.dtype],
-        types[out.dtype],
+        native.number_of(x.dtype),
+        native.number_of(out.dtype),
         ACTIVATIONS[activation],
         min(item_rows, _ITEM_ROWS),
         gated,

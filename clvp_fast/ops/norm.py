@@ -133,7 +133,6 @@ def _native_call(out, x, residual, weight, bias, eps, kind):
     rows, (total, normed) = as_rows(x), out
     residual, bias = (None if given is None else given.contiguous() for given in (residual, bias))
     weight = weight.contiguous()
-    types = {torch.float32: native.FLOAT32, torch.bfloat16: native.BFLOAT16}
     call = native.NormCall(
         rows.data_ptr(),
         None if residual is None else residual.data_ptr(),
@@ -143,10 +142,10 @@ def _native_call(out, x, residual, weight, bias, eps, kind):
         normed.data_ptr(),
         rows.stride(0),
         *rows.shape,
-        types[x.dtype],
-        types[x.dtype if residual is None else residual.dtype],
-        types[weight.dtype],
-        types[normed.dtype],
+        native.number_of(x.dtype),
+        native.number_of(x.dtype if residual is None else residual.dtype),
+        native.number_of(weight.dtype),
+        native.number_of(normed.dtype),
         kind == "rms",
         eps,
     )

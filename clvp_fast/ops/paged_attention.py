@@ -9,7 +9,7 @@ Pages are `[num_pages, page_size, num_heads, head_dim]`; token t of a sequence l
 K_own ends with k_new[n], and V_own with v_new[n].
 
 Pages of float8 (e4m3) have scales `[num_heads]`: a page keeps x / scale, clamped to the range of the type. On a
-CPU the decode step has a kernel of its own, in the native library of `csrc/`. `CLVP_FAST_DEBUG=1`, read once at import,
+CPU both have kernels of their own, in the native library of `csrc/`. `CLVP_FAST_DEBUG=1`, read once at import,
 makes the public functions check the values of tables and lengths too.
 """
 
@@ -71,11 +71,35 @@ def _native_call(out, q, k_new, v_new, k_pages, v_pages, block_table, seq_lens, 
         k_pages.shape[1],
         block_table.shape[1],
         0 if prefix_table is None else prefix_table.shape[1],
-        native.FLOAT32 if q.dtype == torch.float32 else native.BFLOAT16,
+        native.number_of(q.dtype),
         scale,
     )
     kept = out, q, k_new, v_new, k_pages, v_pages, block_table, seq_lens, *prefix
     return native.bound("clvp_fast_paged_decode_cpu", call, torch.get_num_threads(), *kept)
+
+
+def _prefill_native(q, k, v, cu_seqlens, k_pages, v_pages, block_table, scale, k_scale=None, v_scale=None):
+    """Run csrc/cpu/paged_prefill.cpp."""
+    from clvp_fast import native
+
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    q, k, v, cu_seqlens, block_table = _contiguous_last(q, k, v, cu_seqlens, block_table)
+    call = native.PagedPrefillCall(
+        *(x.data_ptr() for x in (q, k, v, k_pages, v_pages, out, cu_seqlens, block_table)),
+        *((ctypes.c_int64 * 2)(*x.stride()[:2]) for x in (q, k, v)),
+        (ctypes.c_int64 * 3)(*k_pages.stride()[:3]),
+        block_table.stride(0),
+        len(q),
+        len(block_table),
+        len(k_pages),
+        *q.shape[1:],
+        k_pages.shape[1],
+        block_table.shape[1],
+        native.number_of(q.dtype),
+        scale,
+    )
+    native.check(native.library().clvp_fast_paged_prefill_cpu(ctypes.byref(call), torch.get_num_threads(), None))
+    return out
 
 
 def _decode_triton(
@@ -158,6 +182,14 @@ def _decode_why_not_triton(q, k_new, v_new, k_pages, v_pages, *others):
 
 
 def _decode_why_not_cpu(q, k_new, v_new, k_pages, v_pages, block_table, *others):
+    return _why_not_cpu(q, k_pages, v_pages, block_table)
+
+
+def _prefill_why_not_cpu(q, k, v, cu_seqlens, k_pages, v_pages, block_table, *others):
+    return _why_not_cpu(q, k_pages, v_pages, block_table)
+
+
+def _why_not_cpu(q, k_pages, v_pages, block_table):
     if reason := unserved_natively(q.device, q.dtype):
         return reason
     if k_pages.dtype != q.dtype:
@@ -198,6 +230,7 @@ _PREFILL = Operator(
             lambda q, k, v, cu_seqlens, k_pages, v_pages, *others: _why_not(q, k_pages, v_pages),
             _why_not_type,
         ),
+        Implementation("cpu", _prefill_native, _prefill_why_not_cpu, unserved_natively),
         Implementation("torch", prefill_torch),
     ),
 )

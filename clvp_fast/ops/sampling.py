@@ -78,7 +78,7 @@ def _native_call(tokens, inputs, pad_token, do_sample):
         count,
         vocab_size,
         pad_token,
-        native.FLOAT32 if logits.dtype == torch.float32 else native.BFLOAT16,
+        native.number_of(logits.dtype),
         do_sample,
     )
     return native.bound("clvp_fast_sample_cpu", call, torch.get_num_threads(), tokens, *inputs)

@@ -65,7 +65,7 @@ def _window_native(x, norm_weight, norm_bias, w_qkv, b_qkv, bias, w_out, b_out, 
         x.shape[3] // heads,
         window,
         shift,
-        native.FLOAT32 if x.dtype == torch.float32 else native.BFLOAT16,
+        native.number_of(x.dtype),
         eps,
     )
     native.check(native.library().clvp_fast_window_block_cpu(ctypes.byref(call), torch.get_num_threads(), None))

@@ -145,7 +145,6 @@ def _native(q, k, v, bias, window, shift, scale):
 
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     out = v.new_empty(q.shape)
-    types = {torch.float32: native.FLOAT32, torch.bfloat16: native.BFLOAT16}
     call = native.WindowAttentionCall(
         q.data_ptr(),
         k.data_ptr(),
@@ -159,8 +158,8 @@ def _native(q, k, v, bias, window, shift, scale):
         *q.shape,
         window,
         shift,
-        types[q.dtype],
-        types[bias.dtype],
+        native.number_of(q.dtype),
+        native.number_of(bias.dtype),
         scale,
     )
     native.check(native.library().clvp_fast_window_attention_cpu(ctypes.byref(call), torch.get_num_threads(), None))

@@ -20,6 +20,7 @@ namespace {
      &CLVP_FAST_OF(window_attention, products),          \
      &CLVP_FAST_OF(window_block, products),              \
      &CLVP_FAST_OF(paged_decode, products),              \
+     &CLVP_FAST_OF(paged_prefill, products),             \
      &CLVP_FAST_OF(norm, isa),                           \
      &CLVP_FAST_OF(sample, isa)}
 

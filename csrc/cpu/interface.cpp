@@ -103,6 +103,11 @@ CLVP_FAST_EXPORT int clvp_fast_paged_decode_cpu(const clvp_fast_paged_decode *ca
     return done ? CLVP_FAST_OK : CLVP_FAST_NO_MEMORY;
 }
 
+CLVP_FAST_EXPORT int clvp_fast_paged_prefill_cpu(const clvp_fast_paged_prefill *call, int32_t num_threads,
+                                                 const char *isa) {
+    return serve(clvp_fast_check_paged_prefill(call), &Kernels::paged_prefill, call, num_threads, isa);
+}
+
 CLVP_FAST_EXPORT int clvp_fast_linear_cpu(const clvp_fast_linear *call, int32_t num_threads, const char *isa) {
     const auto over_panels = call && call->int8_x ? &Kernels::int8_linear : &Kernels::panel_linear;
     const auto kernel = call && call->panels ? over_panels : &Kernels::linear;

@@ -46,8 +46,8 @@ size_t packed_bytes(const clvp_fast_window_attention *call) {
 
 size_t scratch_bytes(const clvp_fast_window_attention *call) {
     const Windows windows = windows_of(call);
-    return sizeof(float) * (call->dtype == CLVP_FAST_FLOAT32 ? AttentionScratch<float>(windows).size
-                                                             : AttentionScratch<uint16_t>(windows).size);
+    return sizeof(float) *
+           (call->dtype == CLVP_FAST_FLOAT32 ? scratch_of<float>(windows).size : scratch_of<uint16_t>(windows).size);
 }
 
 int64_t items(const clvp_fast_window_attention *call) {

@@ -47,7 +47,7 @@ struct Scratch {
         factors = x + windows.places() * x_stride * sizeof(In);
         qkv = factors + windows.places() * factor_stride * sizeof(Factor<In>);
         attention = qkv + windows.places() * qkv_stride * sizeof(In);
-        size = attention + sizeof(float) * AttentionScratch<In>(windows).size;
+        size = attention + sizeof(float) * scratch_of<In>(windows).size;
     }
 };
 

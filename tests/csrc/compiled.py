@@ -18,6 +18,7 @@ FUZZERS = (
     "fuzz_norm",
     "fuzz_sample",
     "fuzz_paged",
+    "fuzz_prefill",
 )
 WARNINGS = ["-Wall", "-Wextra", "-Werror"]
 # Checks of accesses as calls, and none of local arrays, which are registers: inline they take minutes to compile.

@@ -171,6 +171,34 @@ void paged_decode() {
     report("paged_decode", code, out, expected, 1e-5);
 }
 
+void paged_prefill() {
+    const size_t dim = 48, rows = 20; /* one sequence in pages of 8, of one head */
+    const auto q = numbers(rows * dim, 5), k = numbers(rows * dim, 7), v = numbers(rows * dim, 9);
+    std::vector<float> k_pages(4 * 8 * dim), v_pages(4 * 8 * dim), out(rows * dim);
+    const int32_t table[] = {2, 0, 3}, bounds[] = {0, rows};
+    clvp_fast_paged_prefill call = {};
+    call.q = q.data(), call.k = k.data(), call.v = v.data(), call.out = out.data();
+    call.k_pages = k_pages.data(), call.v_pages = v_pages.data(), call.cu_seqlens = bounds, call.block_table = table;
+    for (auto *to : {call.q_strides, call.k_strides, call.v_strides}) to[0] = to[1] = dim;
+    call.page_strides[0] = 8 * dim, call.page_strides[1] = call.page_strides[2] = dim, call.block_table_stride = 3;
+    call.rows = rows, call.num_sequences = 1, call.num_pages = 4, call.num_heads = 1, call.head_dim = dim;
+    call.page_size = 8, call.max_pages = 3, call.scale = 0.125;
+    const int code = clvp_fast_paged_prefill_cpu(&call, 2, nullptr);
+    std::vector<double> expected(rows * dim), places(rows * dim);
+    for (size_t row = 0; row < rows; ++row) {
+        std::vector<double> scores(row + 1);
+        for (size_t t = 0; t <= row; ++t)
+            for (size_t c = 0; c < dim; ++c) scores[t] += 0.125 * q[row * dim + c] * k[t * dim + c];
+        attend(scores, dim, &expected[row * dim], [&](size_t t, size_t c) { return v[t * dim + c]; });
+        for (size_t c = 0; c < dim; ++c) places[row * dim + c] = v[row * dim + c];
+    }
+    report("paged_prefill", code, out, expected, 1e-5);
+    std::vector<float> stored;
+    for (size_t row = 0; row < rows; ++row)
+        for (size_t c = 0; c < dim; ++c) stored.push_back(v_pages[(table[row / 8] * 8 + row % 8) * dim + c]);
+    report("paged_prefill's pages", code, stored, places, 0);
+}
+
 /* Greedy: the first of the largest scores. */
 void sample() {
     const size_t vocabulary = 70;
@@ -233,6 +261,6 @@ void log_mel() {
 
 int main() {
     printf("on %s\n", clvp_fast_cpu_isa());
-    linear(), mlp(), window_attention(), window_block(), paged_decode(), sample(), log_mel();
+    linear(), mlp(), window_attention(), window_block(), paged_decode(), paged_prefill(), sample(), log_mel();
     return failed;
 }

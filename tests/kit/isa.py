@@ -36,6 +36,7 @@ SERVED = {
     "log_mel": dict.fromkeys((torch.float32, torch.bfloat16), _EVERY),
     "sample": dict.fromkeys((torch.float32, torch.bfloat16), _EVERY),
     "paged_attention_decode": dict.fromkeys((torch.float32, torch.bfloat16), _EVERY),
+    "paged_prefill": dict.fromkeys((torch.float32, torch.bfloat16), _EVERY),
     "add_norm": dict.fromkeys((torch.float32, torch.bfloat16), _EVERY),
     "window_attention": dict.fromkeys((torch.float32, torch.bfloat16), _EVERY),
     "linear": dict.fromkeys((torch.float32, torch.bfloat16, torch.int8), _PRODUCTS),

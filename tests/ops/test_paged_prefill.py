@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import clvp_fast
 from clvp_fast.kernels import paged_prefill as kernels
 from clvp_fast.ops import paged_prefill
 from clvp_fast.ops.paged_attention import FLOAT8, prefill_reference
@@ -33,6 +34,9 @@ def causal(q, k, v, bounds):
 
 
 def check_prefill(backend, args):
+    if backend.name == "cpu":
+        with clvp_fast.backend(None):
+            assert clvp_fast.explain("paged_prefill", "cpu")[0].backend == "kernel"
     return check(backend, prefill, prefill_reference, args, (4, 5))
 
 
@@ -51,18 +55,18 @@ def test_prefill_in_torch(backend, dtype):
     assert torch.equal(k_pages, expected_pages[0]) and torch.equal(v_pages, expected_pages[1])
 
 
-@on(*TRITON, types="dtype")
+@on("cpu", *TRITON, types="dtype")
 def test_prefill(backend, dtype):
     check_prefill(backend, ragged(dtype, device=backend.device))
 
 
 @pytest.mark.parametrize("dim, page", [(64, 16), (80, 32), (96, 32), (128, 32)])
-@on(*TRITON, types="dtype")
+@on("cpu", *TRITON, types="dtype")
 def test_prefill_of_several_tiles(backend, dtype, dim, page):
     check_prefill(backend, ragged(dtype, (63, 64, 130, 0, 0, 65), heads=1, dim=dim, page=page, device=backend.device))
 
 
-@on(*TRITON)
+@on("cpu", *TRITON)
 def test_prefill_of_many_sequences(backend):
     """More than one round of the search for a program's sequence."""
     check_prefill(backend, ragged(sequences=[0] * 120 + [2, 0, 1] + [0] * 20 + [3, 0], heads=1, device=backend.device))
@@ -114,7 +118,7 @@ def test_prefill_writes_all_of_the_result_and_its_own_slots_alone(backend):
     assert_within_budget(out.tensor, expected, prefill(args))
 
 
-@on(*TRITON)
+@on("cpu", *TRITON)
 def test_a_sequence_has_the_same_bits_alone_and_in_any_company(backend):
     args = ragged(sequences=[5, 70, 0, 1, 66, *[2] * 12], heads=1, device=backend.device)
     whole = prefill(copied(args))
@@ -131,7 +135,7 @@ def test_a_sequence_has_the_same_bits_alone_and_in_any_company(backend):
         assert torch.equal(prefill([*alone, args[-1]]), whole[rows])
 
 
-@on(*TRITON)
+@on("cpu", *TRITON)
 def test_prefill_leaves_out_what_does_not_exist(backend):
     args = ragged(sequences=[20, 40, 7, 20], heads=1, device=backend.device)
     expected = prefill(copied(args))
@@ -143,6 +147,51 @@ def test_prefill_leaves_out_what_does_not_exist(backend):
     before[table[2, 0], :7] = k[60:67]
     assert torch.equal(prefill(args), expected)
     assert torch.equal(args[4], before)
+
+
+@on("cpu")
+def test_a_row_has_the_same_bits_whatever_follows_it(backend):
+    """Cut a sequence within a vector of queries, within an item of work and at its end."""
+    args = ragged(sequences=[300], dim=48, page=7)
+    whole = prefill(copied(args))
+    for rows in (1, 37, 128, 129, 299):
+        start = [*(x[:rows] for x in args[:3]), ints([0, rows]), *args[4:]]
+        assert torch.equal(prefill(copied(start)), whole[:rows])
+
+
+@on("cpu", types="dtype")
+def test_prefill_of_strided_rows_stores_in_its_own_slots_alone(backend, dtype):
+    """Take queries, keys and values out of one product's result, and leave rows and slots of no sequence alone."""
+    args = ragged(dtype, heads=2)
+    packed = torch.stack(args[:3], dim=1).flatten(1)
+    args[:3] = packed.unflatten(-1, (3, 2, -1)).unbind(1)
+    args[3] = args[3].clamp(max=70)
+    for x in args[:3]:
+        x[70:] = torch.nan
+    args[4:6] = (strided(x) for x in args[4:6])
+    check(backend, prefill, prefill_reference, args, (4, 5), slice(70))
+
+
+@on("cpu")
+def test_the_same_prefill_on_any_number_of_threads(backend, monkeypatch):
+    args = ragged(sequences=[5, 200, 0, 66])
+    whole = prefill(copied(args))
+    for threads in (1, 3, 16):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        assert torch.equal(prefill(copied(args)), whole)
+
+
+@on("cpu")
+def test_overlapping_sequences_are_left_out_on_a_cpu(backend):
+    """Compute and store what begins behind the rows before it, and nothing else."""
+    args = ragged(sequences=[20, 40, 7, 20], heads=1)
+    args[3] = ints([0, 20, 10, 67, 90])
+    k_pages = args[4].clone()
+    table = args[6].long()
+    k_pages[table[0, 0]], k_pages[table[0, 1], :4] = args[1][:16], args[1][16:20]
+    out = prefill(args)
+    assert torch.equal(args[4], k_pages)
+    torch.testing.assert_close(out[:20], causal(*args[:3], ints([0, 20])), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -171,7 +220,7 @@ def test_prefill_with_wrong_bounds_writes_no_other_memory(backend, bounds):
     assert torch.isfinite(results[1]).all()
 
 
-@on(*TRITON)
+@on("cpu", *TRITON)
 def test_extreme_scores_of_prefill(backend):
     check_extreme_scores(prefill, prefill_reference, ragged(heads=1, device=backend.device))
 

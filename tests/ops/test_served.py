@@ -25,7 +25,9 @@ def test_the_library_takes_the_cpu_s_best_or_the_forced_one():
     assert native.isa() == isa.expected_isa()
 
 
-@pytest.mark.parametrize("name", [*LAYERS, "log_mel", "sample", "paged_attention_decode", "window_attention"])
+@pytest.mark.parametrize(
+    "name", [*LAYERS, "log_mel", "sample", "paged_attention_decode", "paged_prefill", "window_attention"]
+)
 def test_a_kernel_serves_where_the_documents_say(name):
     (choice,) = clvp_fast.explain(name, "cpu")
     assert choice.backend == ("torch" if isa.why_unserved("linear" if name in LAYERS else name) else "kernel"), choice
