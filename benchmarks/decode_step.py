@@ -19,6 +19,7 @@ import torch
 from benchmarks.decode_rivals import RIVALS, Rival
 from benchmarks.harness import Provider, Task, task
 from benchmarks.kernels import captured, name_of
+from benchmarks.machine import read_bytes
 from benchmarks.models import our_model, stock_model
 from benchmarks.precision import divergence
 from benchmarks.providers import Absent, bits, group_of
@@ -251,7 +252,9 @@ def _task(device: str, shape: dict, smoke: bool) -> Task:
     repeats = 1 if smoke else 20 if device == "cuda" else 10 if shape["candidates"] <= _CROWD else 5
     parties = _parties(list(makers), shape["candidates"]) if device == "cpu" else None
     rest = _REST if device == "cpu" and not smoke else 0.0
-    return task("decode_step", shape, makers, repeats, absent, parties=parties, rest=rest, tokens=shape["candidates"])
+    read = read_bytes(device, smoke) if device == "cpu" else None
+    counted = dict(tokens=shape["candidates"])
+    return task("decode_step", shape, makers, repeats, absent, parties=parties, rest=rest, read=read, **counted)
 
 
 def _parties(names: list[str], candidates: int) -> list[list[str]]:

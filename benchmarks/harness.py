@@ -80,13 +80,14 @@ def task(
     around: Callable[[], AbstractContextManager] = nullcontext,
     parties: list[list[str]] | None = None,
     rest: float = 0.0,
+    read: torch.Tensor | None = None,
     **counted,
 ) -> Task:
     """Make a task whose rows are those of the providers that `makers` make; see `Task` and `measure`.
 
     parties: of names in `makers`. Those of a party are made and run in turns, and are gone before the next party is
         made, as not all of them fit into memory together. None: they do.
-    rest: as for `measure`.
+    rest, read: as for `measure`.
     """
     absent = absent or {}
 
@@ -96,7 +97,7 @@ def task(
             with around():
                 providers, gone = made({name: makers[name] for name in party})
                 told |= gone
-                found += measure(workload, shape, providers, repeats, absent=told, rest=rest, **counted)
+                found += measure(workload, shape, providers, repeats, absent=told, rest=rest, read=read, **counted)
             missing, told = missing | told, {}
             del providers
             gc.collect()
@@ -109,7 +110,7 @@ def task(
             raise Absent(absent[name])
         with around():
             providers, missing = made({name: makers[name]})
-            found = measure(workload, shape, providers, repeats, absent=missing, rest=rest, **counted)
+            found = measure(workload, shape, providers, repeats, absent=missing, rest=rest, read=read, **counted)
         if not found:
             raise Absent(missing[name])
         # The provider that it is compared with may come later, or be missing, so ratios are computed from the rows.
@@ -153,6 +154,7 @@ def measure(
     repeats: int,
     absent: dict[str, str] | None = None,
     rest: float = 0.0,
+    read: torch.Tensor | None = None,
     **counted,
 ) -> list[dict]:
     """Measure rows of one workload; the others are compared with the first provider that is timed.
@@ -161,6 +163,8 @@ def measure(
         shape: what the workload was made of, for the row.
         absent: by name, why a provider cannot be had, for the row.
         rest: seconds to wait before each run, while the threads of the one before still spin for more work.
+        read: summed at the beginning of each turn; rows have the best rate of that, as "read_bytes_per_s", and their
+            limit follows it. Other work on a machine leaves a CPU's memory half or twice as fast within minutes.
         counted: bytes and operations that must move, for the row.
 
     A provider whose error is beyond its tolerance gets a row that says so, without a time: no green, no speed. A rival
@@ -187,7 +191,11 @@ def measure(
     for name, why in absent.items():
         print(f"{workload:>18} {name:<44} absent: {why}", flush=True)
     seconds = {provider.name: [] for provider in providers}
+    sums = []
     for _ in range(repeats):
+        if read is not None:
+            sleep(rest)
+            sums.append(seconds_of(read.sum))
         for provider in providers:
             sleep(rest)
             seconds[provider.name].append(seconds_of(provider.run) / provider.calls)
@@ -201,6 +209,7 @@ def measure(
             compared_with=providers[0].name,
             error=provider.error,
             peak_extra_bytes=memory[provider.name],
+            **({} if read is None else {"read_bytes_per_s": read.nbytes / min(sums)}),
         )
         print(
             f"{workload:>18} {provider.name:<44} {_readable(median)} ({_readable(low)} to {_readable(high)})"

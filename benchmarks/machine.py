@@ -40,7 +40,7 @@ class Machine:
     @classmethod
     def measure(cls, device: str, smoke: bool = False) -> "Machine":
         """Measure bandwidths, and the rate of a product in each dtype, as the best of several tries."""
-        source = torch.randn((1 if smoke else 256 if device == "cpu" else 2048) * 1024 * 1024 // 4, device=device)
+        source = read_bytes(device, smoke)
         target = torch.empty_like(source)
         size = 128 if smoke else 1024 if device == "cpu" else 8192
         products = (torch.matmul, linear) if device == "cpu" else (torch.matmul,)
@@ -65,10 +65,16 @@ class Machine:
 
     def limit_seconds(self, row: dict) -> float | None:
         """Return the least time for the bytes and operations that a row counts, or None where it counts none."""
-        times = [row["bytes"] / bandwidth(self.described())] if "bytes" in row else []
+        rate = row.get("read_bytes_per_s") or bandwidth(self.described())
+        times = [row["bytes"] / rate] if "bytes" in row else []
         if "flop" in row:
             times.append(row["flop"] / self.matmul_flop_per_s[row.get("dtype", "float32")])
         return max(times, default=None)
+
+
+def read_bytes(device: str, smoke: bool = False) -> torch.Tensor:
+    """Return numbers whose sum shows how fast memory is read: more than caches hold."""
+    return torch.randn((1 if smoke else 256 if device == "cpu" else 2048) * 1024 * 1024 // 4, device=device)
 
 
 def bandwidth(device: dict) -> float:

@@ -99,9 +99,13 @@ def test_a_fraction_of_the_limit_stands_in_rows_that_count(monkeypatch):
     # One provider's counts replace the common ones.
     half = harness.Provider("half", lambda: None, 0.0, 1e-3, calls=4, counted={"bytes": 2.5e9, "flop": 0})
     rows += harness.measure("w", {}, [half], repeats=1, bytes=5e9, flop=2e11)
+    # Memory that is read in the turns itself.
+    read = torch.zeros(5 * 10**6)
+    rows += harness.measure("w", {}, [four_times], repeats=2, bytes=5e6, read=read)
     stored = harness.with_context(rows, here, "command")
-    assert [row["seconds"]["median"] for row in stored] == [2.0] * 4
-    assert [row.get("fraction_of_limit") for row in stored] == [0.25, 1.0, None, 0.125]
+    assert [row["seconds"]["median"] for row in stored] == [2.0] * 5
+    assert [row.get("fraction_of_limit") for row in stored] == [0.25, 1.0, None, 0.125, 1.0]
+    assert [row.get("read_bytes_per_s") for row in stored] == [None] * 4 + [2.5e6]
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells a process's memory")
