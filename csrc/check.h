@@ -103,6 +103,31 @@ static inline int clvp_fast_check_paged_prefill(const struct clvp_fast_paged_pre
     return CLVP_FAST_OK;
 }
 
+/* Returns CLVP_FAST_OK, or why an attention is refused. */
+static inline int clvp_fast_check_rotary_attention(const struct clvp_fast_rotary_attention *call) {
+    if (call == NULL) return CLVP_FAST_NULL_POINTER;
+    if (call->dtype != CLVP_FAST_FLOAT32 && call->dtype != CLVP_FAST_BFLOAT16) return CLVP_FAST_BAD_DTYPE;
+    const int64_t most = (int64_t)1 << 31;
+    const int ragged = call->cu_seqlens != NULL, bounded = call->causal || call->cos != NULL;
+    if (call->batch < 0 || call->batch > most || call->q_len < 0 || call->q_len > most || call->k_len < 0 ||
+        call->k_len > most || (!ragged && call->k_len == 0) || call->num_heads < 1 || call->num_heads > 1 << 20 ||
+        call->head_dim < 1 || call->head_dim > 128 || call->rotary_dim < 0 || call->rotary_dim > call->head_dim ||
+        call->rotary_dim % 2 != 0 || call->item_queries < 1 || call->item_queries > most || call->query_offset < 0 ||
+        call->query_offset > most || (!ragged && bounded && call->query_offset > call->k_len - call->q_len) ||
+        (ragged && (call->query_offset != 0 || call->key_mask)))
+        return CLVP_FAST_BAD_SIZE;
+    if (call->batch == 0 || call->q_len == 0) return CLVP_FAST_OK;
+    if (!call->q || !call->k || !call->v || !call->out || (call->cos == NULL) != (call->sin == NULL))
+        return CLVP_FAST_NULL_POINTER;
+    const size_t element = clvp_fast_element_size(call->dtype);
+    if (clvp_fast_misaligned(call->q, element) || clvp_fast_misaligned(call->k, element) ||
+        clvp_fast_misaligned(call->v, element) || clvp_fast_misaligned(call->out, element) ||
+        clvp_fast_misaligned(call->cos, 4) || clvp_fast_misaligned(call->sin, 4) ||
+        clvp_fast_misaligned(call->cu_seqlens, 4))
+        return CLVP_FAST_MISALIGNED;
+    return CLVP_FAST_OK;
+}
+
 /* Returns CLVP_FAST_OK, or why a linear layer is refused. */
 static inline int clvp_fast_check_linear(const struct clvp_fast_linear *call) {
     if (call == NULL) return CLVP_FAST_NULL_POINTER;

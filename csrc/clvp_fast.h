@@ -143,6 +143,32 @@ struct clvp_fast_paged_prefill {
 /* Threads and instruction set as above. A page must be of one sequence. */
 int clvp_fast_paged_prefill_cpu(const struct clvp_fast_paged_prefill *call, int32_t num_threads, const char *isa);
 
+/* Attention with rotary positions on a CPU: softmax(scale * q k^T) v, the first rotary_dim channels of queries, keys
+ * and values turned by their angles before, and rounded once. Query i sees the keys up to place query_offset + i if
+ * causal, of which key_mask has a one; a query that sees none weighs all alike.
+ *
+ * With cu_seqlens the batch is ragged: its sequences lie in the first of q, k and v as in a prefill, q_len is the
+ * number of rows, k_len that of angles, and there is no mask and no offset. A sequence without angles is left out. The
+ * bits of a sequence depend on it alone. */
+struct clvp_fast_rotary_attention {
+    const void *q, *k, *v;                            /* [batch, q_len or k_len, num_heads, head_dim] of dtype */
+    void *out;                                        /* as q, contiguous */
+    const float *cos, *sin;                           /* [batch, k_len, rotary_dim]; null: no rotation */
+    const uint8_t *key_mask;                          /* [batch, k_len], contiguous, zeros and others; null: all ones */
+    const int32_t *cu_seqlens;                        /* [batch + 1]; null: not ragged */
+    int64_t q_strides[3], k_strides[3], v_strides[3]; /* of a sequence, of a row, of a head */
+    int64_t angle_stride;                             /* of a sequence; rows are contiguous */
+    int64_t batch, q_len, k_len, query_offset;
+    int64_t item_queries;                    /* that one thread computes at a time; it changes no bit */
+    int32_t num_heads, head_dim, rotary_dim; /* head_dim: up to 128; rotary_dim: even */
+    int32_t causal;
+    int32_t dtype; /* FLOAT32 or BFLOAT16; sums in float32 */
+    float scale;
+};
+
+/* Threads and instruction set as above. */
+int clvp_fast_rotary_attention_cpu(const struct clvp_fast_rotary_attention *call, int32_t num_threads, const char *isa);
+
 enum clvp_fast_activation { CLVP_FAST_NO_ACTIVATION = 0, CLVP_FAST_GELU_TANH = 1, CLVP_FAST_GELU = 2 };
 
 /* A linear layer of few rows: out[m, n] = activation(scale[n] * sum_k x[m, k] * weight[n, k] + bias[n]) +

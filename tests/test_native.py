@@ -32,6 +32,7 @@ int clvp_fast_norm_cpu(const clvp_fast_norm *, int32_t, const char *) { return 0
 int clvp_fast_mlp_cpu(const clvp_fast_mlp *, int32_t, const char *) { return 0; }
 int clvp_fast_window_attention_cpu(const clvp_fast_window_attention *, int32_t, const char *) { return 0; }
 int clvp_fast_window_block_cpu(const clvp_fast_window_block *, int32_t, const char *) { return 0; }
+int clvp_fast_rotary_attention_cpu(const clvp_fast_rotary_attention *, int32_t, const char *) { return 0; }
 int clvp_fast_paged_prefill_cpu(const clvp_fast_paged_prefill *, int32_t, const char *) { return 0; }
 int clvp_fast_paged_decode_cpu(const clvp_fast_paged_decode *, int32_t, const char *) { return 0; }
 const char *clvp_fast_cpu_isa(void) { return "stand-in"; }
@@ -107,6 +108,7 @@ STRUCTURES = {
     "clvp_fast_log_mel": native.LogMelCall,
     "clvp_fast_paged_decode": native.PagedDecodeCall,
     "clvp_fast_paged_prefill": native.PagedPrefillCall,
+    "clvp_fast_rotary_attention": native.RotaryAttentionCall,
     "clvp_fast_linear": native.LinearCall,
     "clvp_fast_mlp": native.MlpCall,
     "clvp_fast_window_attention": native.WindowAttentionCall,

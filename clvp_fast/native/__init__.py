@@ -48,6 +48,7 @@ from clvp_fast.native.calls import (  # structures that callers fill
     PagedDecodeCall as PagedDecodeCall,
     PagedPrefillCall as PagedPrefillCall,
     PersistentDecodeCall as PersistentDecodeCall,
+    RotaryAttentionCall as RotaryAttentionCall,
     SampleCall as SampleCall,
     WindowAttentionCall as WindowAttentionCall,
     WindowBlockCall as WindowBlockCall,

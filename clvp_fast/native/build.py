@@ -53,7 +53,16 @@ _CPU_FLAGS = {
 }
 # avx512bf16 is faster only for products of bfloat16, the sets with VNNI only for products of 8 bits. The files that
 # compile slowest come first.
-_PRODUCTS = ("mlp", "window_block", "panel_linear", "linear", "window_attention", "paged_decode", "paged_prefill")
+_PRODUCTS = (
+    "mlp",
+    "window_block",
+    "panel_linear",
+    "linear",
+    "window_attention",
+    "paged_decode",
+    "paged_prefill",
+    "rotary_attention",
+)
 _INTEGERS = ("int8_linear",)
 ISA_SOURCES = dict.fromkeys(ISA_FLAGS, ("log_mel", *_PRODUCTS, *_INTEGERS, "sample", "norm")) | {
     "avx512bf16": _PRODUCTS,

@@ -103,6 +103,36 @@ class PagedPrefillCall(ctypes.Structure):
     )
 
 
+class RotaryAttentionCall(ctypes.Structure):
+    """`struct clvp_fast_rotary_attention` of csrc/clvp_fast.h, which explains the fields."""
+
+    _fields_ = (
+        ("q", c_void_p),
+        ("k", c_void_p),
+        ("v", c_void_p),
+        ("out", c_void_p),
+        ("cos", c_void_p),
+        ("sin", c_void_p),
+        ("key_mask", c_void_p),
+        ("cu_seqlens", c_void_p),
+        ("q_strides", c_int64 * 3),
+        ("k_strides", c_int64 * 3),
+        ("v_strides", c_int64 * 3),
+        ("angle_stride", c_int64),
+        ("batch", c_int64),
+        ("q_len", c_int64),
+        ("k_len", c_int64),
+        ("query_offset", c_int64),
+        ("item_queries", c_int64),
+        ("num_heads", c_int32),
+        ("head_dim", c_int32),
+        ("rotary_dim", c_int32),
+        ("causal", c_int32),
+        ("dtype", c_int32),
+        ("scale", c_float),
+    )
+
+
 class LinearCall(ctypes.Structure):
     """`struct clvp_fast_linear` of csrc/clvp_fast.h, which explains the fields."""
 
@@ -347,6 +377,7 @@ FUNCTIONS = {
         "clvp_fast_log_mel_cpu": _on_cpu(LogMelCall),
         "clvp_fast_paged_decode_cpu": _on_cpu(PagedDecodeCall),
         "clvp_fast_paged_prefill_cpu": _on_cpu(PagedPrefillCall),
+        "clvp_fast_rotary_attention_cpu": _on_cpu(RotaryAttentionCall),
         "clvp_fast_linear_cpu": _on_cpu(LinearCall),
         "clvp_fast_norm_cpu": _on_cpu(NormCall),
         "clvp_fast_mlp_cpu": _on_cpu(MlpCall),

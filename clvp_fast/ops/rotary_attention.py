@@ -4,12 +4,14 @@ x' = [x_r * cos + rotate_half(x_r) * sin, x_pass]      for x in q, k, v; x_r = t
 out = softmax(scale * q' k'^T + mask) v'
 """
 
+import ctypes
 from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from clvp_fast.ops import many_rows
 from clvp_fast.ops.checks import check_same, shape_error, unserved_by_triton
 from clvp_fast.ops.dispatch import Implementation, Operator, gradient, needs_grad
 from clvp_fast.ops.wide import multiplies_slowly
@@ -208,6 +210,71 @@ def _triton(q, k, v, cos, sin, mask, causal, query_offset, scale):
     return out
 
 
+# The queries of an item of work on a CPU, unless there are items enough without: it lays out the keys for itself.
+_ITEM_QUERIES = 128
+# Fewer queries leave lanes of the kernel's vectors idle, and the keys are laid out for nothing.
+_FEW_QUERIES = 8
+
+
+def _native(q, k, v, cos, sin, mask, causal, query_offset, scale):
+    """Run csrc/cpu/rotary_attention.cpp."""
+    out = v.new_empty(q.shape)
+    if not out.numel() or not k.shape[1]:
+        return out.zero_()
+    _run_natively(out, q, k, v, cos, sin, mask, None, causal, query_offset, scale, k.shape[1])
+    return out
+
+
+def _ragged_native(q, k, v, cu_seqlens, max_seqlen, cos, sin, causal, scale):
+    """Run csrc/cpu/rotary_attention.cpp."""
+    out = v.new_empty(q.shape)
+    if out.numel() and max_seqlen:
+        _run_natively(out, *(x[None] for x in (q, k, v)), cos, sin, None, cu_seqlens, causal, 0, scale, max_seqlen)
+    return out
+
+
+def _run_natively(out, q, k, v, cos, sin, mask, cu_seqlens, causal, query_offset, scale, k_len):
+    from clvp_fast import native
+
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    cos, sin = (None if x is None else _both_halves(x).float().contiguous() for x in (cos, sin))
+    mask, cu_seqlens = (None if x is None else x.contiguous() for x in (mask, cu_seqlens))
+    batch, q_len, num_heads, head_dim = q.shape
+    batch, threads = batch if cu_seqlens is None else len(cu_seqlens) - 1, torch.get_num_threads()
+    call = native.RotaryAttentionCall(
+        *(None if x is None else x.data_ptr() for x in (q, k, v, out, cos, sin, mask, cu_seqlens)),
+        *((ctypes.c_int64 * 3)(*x.stride()[:3]) for x in (q, k, v)),
+        0 if cos is None or len(cos) == 1 else cos.stride(0),
+        batch,
+        q_len,
+        k_len,
+        query_offset,
+        _ITEM_QUERIES if batch * num_heads < 4 * threads else max(_ITEM_QUERIES, q_len),
+        num_heads,
+        head_dim,
+        0 if cos is None else cos.shape[-1],
+        causal,
+        native.number_of(q.dtype),
+        scale,
+    )
+    native.check(native.library().clvp_fast_rotary_attention_cpu(ctypes.byref(call), threads, None))
+
+
+def _why_not_cpu(q, k, v, cos, sin, mask, causal, query_offset, scale):
+    if reason := many_rows.unserved_type(q.device, q.dtype):
+        return reason
+    if q.shape[-1] > 128:
+        return f"head_dim must be at most 128, not {q.shape[-1]}"
+    if mask is not None and mask.ndim != 2:
+        return f"on a CPU it serves masks [batch, key_len], not {list(mask.shape)}"
+    return None
+
+
+def _pays_on_cpu(q, *others):
+    # A compiler fuses torch's own; it would fix the size that is compared, and cannot trace what `_why_not_cpu` asks.
+    return not torch.compiler.is_compiling() and (q.ndim == 3 or q.shape[1] >= _FEW_QUERIES)
+
+
 def _why_not_type(device, dtype):
     return unserved_by_triton("q", dtype)
 
@@ -229,7 +296,19 @@ _OPERATOR = Operator(
     "float scale) -> Tensor",
     reference=reference,
     fake=_fake,
-    implementations=(Implementation("triton", _triton, _why_not, _why_not_type), Implementation("torch", _torch)),
+    implementations=(
+        Implementation("triton", _triton, _why_not, _why_not_type),
+        Implementation(
+            "cpu",
+            _native,
+            _why_not_cpu,
+            many_rows.unserved_type,
+            _pays_on_cpu,
+            f"at least {_FEW_QUERIES} queries, and no mask or [batch, key_len]",
+            warns=False,
+        ),
+        Implementation("torch", _torch),
+    ),
 )
 
 
@@ -264,6 +343,16 @@ _RAGGED = Operator(
     fake=_fake,
     implementations=(
         Implementation("triton", _ragged_triton, _why_not, _why_not_type),
+        Implementation(
+            "cpu",
+            _ragged_native,
+            lambda q, k, v, cu_seqlens, max_seqlen, cos, sin, *others: _why_not_cpu(
+                q, k, v, cos, sin, None, *others, 0
+            ),
+            many_rows.unserved_type,
+            _pays_on_cpu,
+            warns=False,
+        ),
         Implementation("torch", _one_by_one(_torch)),
     ),
 )

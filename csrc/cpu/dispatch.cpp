@@ -21,6 +21,7 @@ namespace {
      &CLVP_FAST_OF(window_block, products),              \
      &CLVP_FAST_OF(paged_decode, products),              \
      &CLVP_FAST_OF(paged_prefill, products),             \
+     &CLVP_FAST_OF(rotary_attention, products),          \
      &CLVP_FAST_OF(norm, isa),                           \
      &CLVP_FAST_OF(sample, isa)}
 

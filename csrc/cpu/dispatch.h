@@ -53,6 +53,7 @@ struct Kernels {
     const PackingKernel<clvp_fast_window_block> *window_block;
     const PagedDecodeKernel *paged_decode;
     const Kernel<clvp_fast_paged_prefill> *paged_prefill;
+    const Kernel<clvp_fast_rotary_attention> *rotary_attention;
     const Kernel<clvp_fast_norm> *norm;
     const Kernel<clvp_fast_sample> *sample;
 };
@@ -77,6 +78,7 @@ void choose_kernels(const Kernels *kernels);
     extern const PackingKernel<clvp_fast_window_block> CLVP_FAST_OF(window_block, isa);         \
     extern const PagedDecodeKernel CLVP_FAST_OF(paged_decode, isa);                             \
     extern const Kernel<clvp_fast_paged_prefill> CLVP_FAST_OF(paged_prefill, isa);              \
+    extern const Kernel<clvp_fast_rotary_attention> CLVP_FAST_OF(rotary_attention, isa);        \
     extern const Kernel<clvp_fast_norm> CLVP_FAST_OF(norm, isa);                                \
     extern const Kernel<clvp_fast_sample> CLVP_FAST_OF(sample, isa);
 CLVP_FAST_DECLARE(portable)

@@ -108,6 +108,11 @@ CLVP_FAST_EXPORT int clvp_fast_paged_prefill_cpu(const clvp_fast_paged_prefill *
     return serve(clvp_fast_check_paged_prefill(call), &Kernels::paged_prefill, call, num_threads, isa);
 }
 
+CLVP_FAST_EXPORT int clvp_fast_rotary_attention_cpu(const clvp_fast_rotary_attention *call, int32_t num_threads,
+                                                    const char *isa) {
+    return serve(clvp_fast_check_rotary_attention(call), &Kernels::rotary_attention, call, num_threads, isa);
+}
+
 CLVP_FAST_EXPORT int clvp_fast_linear_cpu(const clvp_fast_linear *call, int32_t num_threads, const char *isa) {
     const auto over_panels = call && call->int8_x ? &Kernels::int8_linear : &Kernels::panel_linear;
     const auto kernel = call && call->panels ? over_panels : &Kernels::linear;

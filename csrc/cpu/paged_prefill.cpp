@@ -3,6 +3,7 @@
  * instruction set, as log_mel.cpp is. */
 #include "dispatch.h"
 #include "query_lanes.h"
+#include "sequences.h"
 
 namespace clvp_fast {
 namespace {
@@ -10,45 +11,17 @@ namespace {
 /* The queries of an item: so many that keys are laid out few times. */
 constexpr int64_t QUERIES = 128;
 
-/* Rows of the batch: a sequence begins at `start`, the item's queries are `first` .. `end` - 1. */
-struct Item {
-    int64_t sequence, start, first, end, head;
-};
-
-/* Calls body(sequence, first row, one past the last) for each sequence that has rows and begins behind the one before;
- * others are left out. */
-template <class Body>
-void each_sequence(const clvp_fast_paged_prefill *call, const Body &body) {
-    int64_t behind = 0;
-    for (int64_t sequence = 0; sequence < call->num_sequences; ++sequence) {
-        const int64_t start = call->cu_seqlens[sequence], end = call->cu_seqlens[sequence + 1];
-        if (start < behind || end <= start || end > call->rows) continue;
-        body(sequence, start, end);
-        behind = end;
-    }
-}
-
-int64_t blocks_of(int64_t rows) { return (rows + QUERIES - 1) / QUERIES; }
-
 int64_t items(const clvp_fast_paged_prefill *call) {
-    int64_t blocks = 0;
-    each_sequence(call, [&](int64_t, int64_t start, int64_t end) { blocks += blocks_of(end - start); });
-    return blocks * call->num_heads;
+    return count_blocks(call->cu_seqlens, call->num_sequences, call->rows, QUERIES) * call->num_heads;
 }
 
-Item item_of(const clvp_fast_paged_prefill *call, int64_t number) {
-    Item item = {};
-    int64_t block = number / call->num_heads; /* of the sequences that are left */
-    each_sequence(call, [&](int64_t sequence, int64_t start, int64_t end) {
-        const int64_t blocks = blocks_of(end - start);
-        if (block >= 0 && block < blocks) {
-            const int64_t first = start + block * QUERIES, rest = end - first;
-            item = {sequence, start, first, first + (rest < QUERIES ? rest : QUERIES), number % call->num_heads};
-        }
-        block -= blocks;
-    });
-    return item;
-}
+/* A block of queries, and the head that attends with them. */
+struct Item : Block {
+    int64_t head;
+    Item(const clvp_fast_paged_prefill *call, int64_t number)
+        : Block(find_block(call->cu_seqlens, call->num_sequences, call->rows, QUERIES, number / call->num_heads)),
+          head(number % call->num_heads) {}
+};
 
 /* Where the channels of the item's head begin: of queries from its first, of keys from the sequence's. */
 template <class In>
@@ -82,7 +55,7 @@ void store(const clvp_fast_paged_prefill *call, const Item &item, const Rows<In>
 
 template <class In>
 void run(const clvp_fast_paged_prefill *call, int64_t number, float *scratch) {
-    const Item item = item_of(call, number);
+    const Item item(call, number);
     const Rows<In> rows = {call, item};
     const AttentionScratch<In> space(item.end - item.first, item.end - item.start, call->head_dim);
     turn_all<In>(space, rows, scratch);
@@ -107,9 +80,7 @@ void run_any(const clvp_fast_paged_prefill *call, int64_t number, void *scratch)
 }
 
 size_t scratch_bytes(const clvp_fast_paged_prefill *call) {
-    int64_t longest = 0;
-    each_sequence(
-        call, [&](int64_t, int64_t start, int64_t end) { longest = end - start > longest ? end - start : longest; });
+    const int64_t longest = longest_sequence(call->cu_seqlens, call->num_sequences, call->rows);
     const int64_t queries = longest < QUERIES ? longest : QUERIES, channels = call->head_dim;
     return sizeof(float) * (call->dtype == CLVP_FAST_FLOAT32
                                 ? AttentionScratch<float>(queries, longest, channels).size

@@ -12,6 +12,9 @@ namespace {
 
 /* Keys whose scores are computed side by side. */
 constexpr int KEYS_AT_ONCE = 8;
+/* The terms of a sum, over channels or keys. Such sums are added: one of a thousand terms is several times as far from
+ * float64. */
+constexpr int64_t CHAIN = 16;
 
 constexpr int64_t round_up(int64_t size, int64_t to) { return (size + to - 1) / to * to; }
 
@@ -85,14 +88,20 @@ void turn_all(const AttentionScratch<In> &space, const Rows &rows, float *scratc
 template <class In, int COUNT>
 CLVP_FAST_INLINE void mix(const Factor<In> *values, int64_t stride, const float *weights, int64_t units, Floats scale,
                           In *const *out, int64_t queries, int64_t channels) {
-    Floats sums[LANES] = {};
-    for (int64_t unit = 0; unit < units; ++unit, values += stride, weights += LANES) {
-        const Floats weight = load_floats(weights);
-        unroll<COUNT>([&](auto i) CLVP_FAST_INLINED { sums[i] = dot(sums[i], values + i * UNIT_FACTORS<In>, weight); });
+    Floats totals[LANES] = {};
+    for (int64_t first = 0; first < units; first += CHAIN) {
+        const int64_t some = units - first < CHAIN ? units - first : CHAIN;
+        Floats sums[COUNT] = {};
+        for (int64_t unit = 0; unit < some; ++unit, values += stride, weights += LANES) {
+            const Floats weight = load_floats(weights);
+            unroll<COUNT>([&](auto i)
+                              CLVP_FAST_INLINED { sums[i] = dot(sums[i], values + i * UNIT_FACTORS<In>, weight); });
+        }
+        unroll<COUNT>([&](auto i) CLVP_FAST_INLINED { totals[i] += sums[i]; });
     }
-    unroll<COUNT>([&](auto i) CLVP_FAST_INLINED { sums[i] *= scale; });
-    transpose<float>(sums);
-    for (int query = 0; query < LANES && query < queries; ++query) store_floats(out[query], sums[query], channels);
+    unroll<COUNT>([&](auto i) CLVP_FAST_INLINED { totals[i] *= scale; });
+    transpose<float>(totals);
+    for (int query = 0; query < LANES && query < queries; ++query) store_floats(out[query], totals[query], channels);
 }
 
 /* Weights of two keys, or of one, as they are multiplied. */
@@ -112,16 +121,20 @@ CLVP_FAST_INLINE Floats score(const AttentionScratch<In> &space, int64_t first, 
     const int64_t units = round_up(space.channels, UNIT_FACTORS<In>) / UNIT_FACTORS<In>;
     Floats largest = Floats{} - __builtin_inff();
     for (int64_t key = 0; key < keys; key += KEYS_AT_ONCE) {
-        Floats sums[KEYS_AT_ONCE] = {};
-        for (int64_t unit = 0; unit < units; ++unit) {
-            const Floats query = load_floats(q + unit * space.query_lanes + first);
-            const Factor<In> *const some = (const Factor<In> *)(k + unit * space.key_lanes + key);
-            unroll<KEYS_AT_ONCE>([&](auto i)
-                                     CLVP_FAST_INLINED { sums[i] = dot(sums[i], some + i * UNIT_FACTORS<In>, query); });
+        Floats totals[KEYS_AT_ONCE] = {};
+        for (int64_t unit = 0; unit < units;) {
+            Floats sums[KEYS_AT_ONCE] = {};
+            for (const int64_t end = unit + CHAIN < units ? unit + CHAIN : units; unit < end; ++unit) {
+                const Floats query = load_floats(q + unit * space.query_lanes + first);
+                const Factor<In> *const some = (const Factor<In> *)(k + unit * space.key_lanes + key);
+                unroll<KEYS_AT_ONCE>(
+                    [&](auto i) CLVP_FAST_INLINED { sums[i] = dot(sums[i], some + i * UNIT_FACTORS<In>, query); });
+            }
+            unroll<KEYS_AT_ONCE>([&](auto i) CLVP_FAST_INLINED { totals[i] += sums[i]; });
         }
         unroll<KEYS_AT_ONCE>([&](auto i) CLVP_FAST_INLINED {
             if (key + i >= keys) return;
-            const Floats score = changed(key + i, sums[i] * scale);
+            const Floats score = changed(key + i, totals[i] * scale);
             largest = score > largest ? score : largest;
             store_floats(scores + (key + i) * LANES, score);
         });
@@ -132,8 +145,9 @@ CLVP_FAST_INLINE Floats score(const AttentionScratch<In> &space, int64_t first, 
 /* The exponential functions of LANES queries' scores, rounded as they are multiplied, and their sum. */
 template <class In>
 Floats weigh(int64_t keys, const float *scores, Floats largest, float *weights) {
-    Floats sum = {};
+    Floats sum = {}, total = {};
     for (int64_t key = 0; key < keys; key += UNIT_FACTORS<In>, weights += LANES) {
+        if (key % CHAIN == 0) total += sum, sum = Floats{};
         Floats weight[2] = {};
         for (int i = 0; i < UNIT_FACTORS<In>; ++i)
             if (key + i < keys) {
@@ -146,7 +160,7 @@ Floats weigh(int64_t keys, const float *scores, Floats largest, float *weights) 
         else
             store_weights(weights, weight[0]);
     }
-    return sum;
+    return total + sum;
 }
 
 /* Attends with LANES queries from `first` on to keys 0 .. keys - 1, and stores results where rows.out(place) points. */

@@ -19,6 +19,7 @@ FUZZERS = (
     "fuzz_sample",
     "fuzz_paged",
     "fuzz_prefill",
+    "fuzz_rotary_attention",
 )
 WARNINGS = ["-Wall", "-Wextra", "-Werror"]
 # Checks of accesses as calls, and none of local arrays, which are registers: inline they take minutes to compile.

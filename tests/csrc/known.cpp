@@ -171,6 +171,34 @@ void paged_decode() {
     report("paged_decode", code, out, expected, 1e-5);
 }
 
+void rotary_attention() {
+    const size_t dim = 20, rows = 9, turning = 8; /* one sequence of one head, causal; the first 8 channels turn */
+    const auto q = numbers(rows * dim, 5), k = numbers(rows * dim, 7), v = numbers(rows * dim, 9);
+    const auto cos = numbers(rows * turning, 3), sin = numbers(rows * turning, 11);
+    std::vector<float> out(rows * dim);
+    clvp_fast_rotary_attention call = {};
+    call.q = q.data(), call.k = k.data(), call.v = v.data(), call.out = out.data(), call.cos = cos.data();
+    call.sin = sin.data();
+    for (auto *to : {call.q_strides, call.k_strides, call.v_strides}) to[1] = to[2] = dim;
+    call.batch = 1, call.q_len = call.k_len = rows, call.item_queries = 128, call.num_heads = 1, call.head_dim = dim;
+    call.rotary_dim = turning, call.causal = 1, call.scale = 0.125;
+    const int code = clvp_fast_rotary_attention_cpu(&call, 2, nullptr);
+    const auto turned = [&](const std::vector<float> &x, size_t row, size_t c) -> double {
+        const size_t half = turning / 2, at = row * turning + c;
+        if (c >= turning) return x[row * dim + c];
+        const double other = c < half ? -x[row * dim + c + half] : x[row * dim + c - half];
+        return x[row * dim + c] * cos[at] + other * sin[at];
+    };
+    std::vector<double> expected(rows * dim);
+    for (size_t row = 0; row < rows; ++row) {
+        std::vector<double> scores(row + 1);
+        for (size_t t = 0; t <= row; ++t)
+            for (size_t c = 0; c < dim; ++c) scores[t] += 0.125 * turned(q, row, c) * turned(k, t, c);
+        attend(scores, dim, &expected[row * dim], [&](size_t t, size_t c) { return turned(v, t, c); });
+    }
+    report("rotary_attention", code, out, expected, 1e-5);
+}
+
 void paged_prefill() {
     const size_t dim = 48, rows = 20; /* one sequence in pages of 8, of one head */
     const auto q = numbers(rows * dim, 5), k = numbers(rows * dim, 7), v = numbers(rows * dim, 9);
@@ -261,6 +289,7 @@ void log_mel() {
 
 int main() {
     printf("on %s\n", clvp_fast_cpu_isa());
-    linear(), mlp(), window_attention(), window_block(), paged_decode(), paged_prefill(), sample(), log_mel();
+    linear(), mlp(), window_attention(), window_block(), paged_decode(), rotary_attention(), paged_prefill(), sample(),
+        log_mel();
     return failed;
 }

@@ -63,21 +63,35 @@ BACKENDS = (
 )
 
 
-def on(*names: str, types: str = "", among: tuple[torch.dtype, ...] = _ALL, sets: bool = True) -> pytest.MarkDecorator:
+def on(
+    *names: str,
+    types: str = "",
+    among: tuple[torch.dtype, ...] = _ALL,
+    sets: bool = True,
+    served: str | None = None,
+) -> pytest.MarkDecorator:
     """Mark a case that runs on these backends, each of which forces itself (the fixture `backend`).
 
     types: the case's arguments that are dtypes, "dtype" or "dtype, out_dtype"; each takes those of the backend, as far
     as they are `among` these.
     sets: False: the CPU's kernels on the instruction set that is chosen already, and not on each.
+    served: an entry of `isa.SERVED`, of whose kernels on a CPU the others are left out.
     """
     assert set(names) <= {backend.name for backend in BACKENDS}, names
     arguments = [name.strip() for name in types.split(",") if types]
     cases = []
     for backend in _named(names, sets):
         for dtypes in product([dtype for dtype in backend.dtypes if dtype in among], repeat=len(arguments)):
+            if backend.isa and served and not _serves(served, backend.isa, dtypes):
+                continue
             words = (backend.id, *(str(dtype).removeprefix("torch.") for dtype in dtypes))
             cases.append(pytest.param(backend, *dtypes, id="-".join(words), marks=backend.marks))
     return pytest.mark.parametrize(["backend", *arguments], cases, indirect=["backend"])
+
+
+def _serves(served: str, name: str, dtypes: tuple[torch.dtype, ...]) -> bool:
+    """Tell whether a CPU's kernel serves these types on an instruction set, by the documents."""
+    return not any(isa.why_unserved(served, dtype, name) for dtype in dtypes or (torch.float32,))
 
 
 def _named(names: tuple[str, ...], sets: bool) -> list[Backend]:

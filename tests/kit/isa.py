@@ -39,6 +39,7 @@ SERVED = {
     "paged_prefill": dict.fromkeys((torch.float32, torch.bfloat16), _EVERY),
     "add_norm": dict.fromkeys((torch.float32, torch.bfloat16), _EVERY),
     "window_attention": dict.fromkeys((torch.float32, torch.bfloat16), _EVERY),
+    "rotary_attention": dict.fromkeys((torch.float32, torch.bfloat16), _PRODUCTS),
     "linear": dict.fromkeys((torch.float32, torch.bfloat16, torch.int8), _PRODUCTS),
     "many rows": dict.fromkeys((torch.float32, torch.bfloat16), _PRODUCTS),
 }
@@ -86,13 +87,17 @@ def why_no_library() -> str | None:
     return None if os.access(home, os.W_OK) else "the cache cannot be written, so there is no native library"
 
 
-def why_unserved(operator: str, dtype: torch.dtype = torch.float32) -> str | None:
-    """Return why, by the documents, this CPU's kernel of an entry of `SERVED` does not serve here, or None."""
+def why_unserved(operator: str, dtype: torch.dtype = torch.float32, name: str | None = None) -> str | None:
+    """Return why, by the documents, this CPU's kernel of an entry of `SERVED` does not serve here, or None.
+
+    name: the instruction set; None: that which kernels run on.
+    """
+    name = name or expected_isa()
     if reason := why_no_library():
         return reason
-    if expected_isa() not in SERVED[operator][dtype]:
-        return f"{operator} of {dtype} has no kernel on a CPU with {expected_isa()}"
-    products = operator in ("linear", "many rows")
+    if name not in SERVED[operator][dtype]:
+        return f"{operator} of {dtype} has no kernel on a CPU with {name}"
+    products = operator in ("linear", "many rows", "rotary_attention")
     if products and dtype == torch.bfloat16 and has_matrix_unit():
         return "this CPU has a matrix unit for bfloat16, which torch's own products use"
     return None

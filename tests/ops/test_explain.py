@@ -17,7 +17,9 @@ from tests.kit import isa, operators as kit_operators
 ROWS = many_rows.FEW_ROWS + 1
 TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Layers of many rows, and the blocks that are made of them; the other rows of docs/kernels.md name their operators.
-ENTRIES = dict.fromkeys(("geglu_mlp", "gelu_mlp", "mlp_block", "window_block"), "many rows")
+ENTRIES = dict.fromkeys(("geglu_mlp", "gelu_mlp", "mlp_block", "window_block"), "many rows") | {
+    "rotary_attention_ragged": "rotary_attention"
+}
 
 
 def _int32(*numbers):
@@ -55,7 +57,7 @@ def _calls(dtype):
         ),
         "paged_attention_decode": lambda: ops.paged_attention_decode(*[q[:1]] * 3, *pages, _int32(1)[None], _int32(3)),
         "paged_prefill": lambda: ops.paged_prefill(*[q] * 3, _int32(0, 3), *pages, _int32(1)[None]),
-        "rotary_attention": lambda: ops.rotary_attention(*[t(1, 4, 2, 32)] * 3, causal=True),
+        "rotary_attention": lambda: ops.rotary_attention(*[t(1, 8, 2, 32)] * 3, causal=True),
         "rotary_attention_ragged": lambda: ops.rotary_attention(
             *[t(5, 2, 32)] * 3, causal=True, cu_seqlens=_int32(0, 2, 5), max_seqlen=3
         ),
@@ -113,7 +115,7 @@ def taken(operator, call, monkeypatch) -> str | None:
 def documented(name: str, chosen: str | None, dtype: torch.dtype) -> str:
     """Return the backend that docs/kernels.md promises, in a table that tests/kit/isa.py has."""
     served = isa.SERVED.get(ENTRIES.get(name, name), {})
-    products = name == "linear" or name in ENTRIES
+    products = name in ("linear", "rotary_attention") or name in ENTRIES
     if chosen not in served.get(dtype, ()) or (products and dtype == torch.bfloat16 and isa.has_matrix_unit()):
         return "torch"
     return "kernel"

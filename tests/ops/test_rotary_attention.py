@@ -87,7 +87,8 @@ def check(backend, qkv, baseline=None, **options):
     assert actual.is_contiguous() and actual.dtype == qkv[2].dtype
     reference = attend("reference", *map(wide, qkv), **{name: wide(x) for name, x in options.items()})
     if baseline is None:
-        baseline = attend("torch", *qkv, **options).clone() if backend.name in TRITON else eager(*qkv, **options)
+        kernel = backend.name in ("cpu", *TRITON)
+        baseline = attend("torch", *qkv, **options).clone() if kernel else eager(*qkv, **options)
     assert_within_budget(actual, reference, baseline, times=backend.times(actual.dtype))
     return actual
 
@@ -114,7 +115,7 @@ def test_torch_path_against_reference(backend, dtype, rotary, mask, causal):
     + [(128, 128), (64, 2), (64, 20), (40, 32), (48, 16), (48, 32), (8, 4), (24, 24), (1, 0), (120, 66)]
     + [(88, 64), (128, 96)],
 )
-@on(*TRITON, types="dtype")
+@on("cpu", *TRITON, types="dtype", served="rotary_attention")
 def test_geometries(backend, dtype, D, R):
     """Whole tiles of keys, and one that the diagonal and the end cut."""
     qkv, angles = inputs(18, 100, D, R, B=1, dtype=dtype, device=backend.device)
@@ -145,6 +146,13 @@ def test_masks_and_lengths(backend, dtype, mask, causal):
 
 
 @pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("mask", [None, "left", "right", "nothing"])
+@on("cpu", types="dtype", served="rotary_attention")
+def test_masks_of_keys_and_lengths_on_a_cpu(backend, dtype, mask, causal):
+    check_masks(backend, dtype, mask, causal)
+
+
+@pytest.mark.parametrize("causal", [False, True])
 @MASKS
 @on("gpu", types="dtype", among=HALF_TYPES)
 def test_masks_and_lengths_in_half_types(backend, dtype, mask, causal):
@@ -161,7 +169,7 @@ def test_masks_and_lengths_in_float16(backend, dtype, mask, causal):
 
 
 @pytest.mark.parametrize("q_len, k_len", [(128, 128), (129, 127), (63, 200), (260, 260)])
-@on(*TRITON)
+@on("cpu", *TRITON, served="rotary_attention")
 def test_tiles_and_their_ends(backend, q_len, k_len):
     for causal in (False, True)[: 1 + (q_len <= k_len)]:
         qkv, _ = inputs(q_len, k_len, R=0, B=1, H=1, device=backend.device)
@@ -178,7 +186,7 @@ def test_float32_angles_rotate_in_float32(backend, dtype):
     assert (out == exact.to(dtype)).double().mean() > 0.999
 
 
-@on(*TRITON, types="dtype", among=HALF_TYPES)
+@on("cpu", *TRITON, types="dtype", among=HALF_TYPES, served="rotary_attention")
 def test_rotation_is_rounded_once(backend, dtype):
     """Seen through one key, whose value comes out as it was rotated; then the same code over many keys."""
     qkv, angles = inputs(1, 1, 128, 128, B=12, H=1, dtype=dtype, angle_batch=12, device=backend.device)
@@ -206,7 +214,7 @@ def test_angles_that_both_halves_share(backend):
 
 
 @pytest.mark.parametrize("D, R", [(64, 32), (40, 20), (32, 32)])
-@on(*TRITON, types="dtype")
+@on("cpu", *TRITON, types="dtype", served="rotary_attention")
 def test_angles_that_both_halves_share_in_a_kernel(backend, dtype, D, R):
     qkv, angles = inputs(20, 70, D, R // 2, dtype=dtype, angle_batch=2, device=backend.device)
     twice = {name: torch.cat((x, x), -1) for name, x in angles.items()}
@@ -226,7 +234,7 @@ def test_query_offset_picks_rows_of_the_whole(backend, causal, offset):
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@on(*TRITON)
+@on("cpu", *TRITON, served="rotary_attention")
 def test_query_offset(backend, causal):
     qkv, angles = inputs(90, 90, B=1, device=backend.device)
     whole = rotary_attention(*qkv, causal=causal, **angles)
@@ -243,6 +251,16 @@ def test_query_without_keys_gets_the_mean_of_all_values(backend, dtype):
     out = rotary_attention(q * 20, k, v, mask=mask)
     expected = v[1].double().mean(0).expand(6, H, D)
     torch.testing.assert_close(out[1].double(), expected, rtol=0, atol=4 * torch.finfo(dtype).eps)
+
+
+@on("cpu", types="dtype", served="rotary_attention")
+def test_query_without_keys_gets_the_mean_on_a_cpu(backend, dtype):
+    (q, k, v), _ = inputs(200, 200, 32, R=0, H=1, dtype=dtype)
+    mask = make_mask("left", 2, 200, 200)
+    out = rotary_attention(q * 20, k, v, mask=mask, causal=True)
+    expected = v[0].double().mean(0).expand(100, 1, 32)
+    assert not mask[0, :100].any()
+    torch.testing.assert_close(out[0, :100].double(), expected, rtol=0, atol=2 * torch.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize("additive", [False, True])
@@ -284,7 +302,7 @@ def test_additive_mask_equals_boolean(backend):
         torch.testing.assert_close(rotary_attention(q, k, v, mask=added, causal=causal), expected, rtol=1e-5, atol=1e-5)
 
 
-@on(*TRITON, types="dtype")
+@on("cpu", *TRITON, types="dtype", served="rotary_attention")
 def test_extreme_scores(backend, dtype):
     """Hold scores of thousands to float32's: some CPUs' torch rounds them to bfloat16, and takes other keys."""
 
@@ -335,7 +353,7 @@ def test_ragged_sequences_attend_each_to_itself(backend, dtype, rotary, causal):
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("D, R", [(32, 16), (40, 0)])
-@on(*TRITON, types="dtype")
+@on("cpu", *TRITON, types="dtype", served="rotary_attention")
 def test_ragged_sequences(backend, dtype, D, R, causal):
     qkv, bounds, angles = ragged_inputs((0, 1, 17, 130, 64), D, R, dtype, device=backend.device)
     check(backend, qkv, cu_seqlens=bounds, max_seqlen=130, causal=causal, **angles)

@@ -39,7 +39,7 @@ def test_head_sizes_and_strided_inputs(backend, dtype, head_dim):
     check(backend, packed.unbind(2), **frequencies(9, rotary_dim=head_dim))
 
 
-@on(*TRITON, types="dtype")
+@on("cpu", *TRITON, types="dtype", served="rotary_attention")
 def test_strided_inputs_and_poison(backend, dtype):
     qkv, angles = inputs(20, 140, dtype=dtype, angle_batch=2, device=backend.device)
     mask = make_mask("left", 2, 20, 140, backend.device)
@@ -55,7 +55,7 @@ def test_strided_inputs_and_poison(backend, dtype):
     check(backend, across, **angles)
 
 
-@on(*TRITON)
+@on("cpu", *TRITON, served="rotary_attention")
 def test_each_input_has_strides_of_its_own(backend):
     def by_head(x):
         return x.transpose(-3, -2).contiguous().transpose(-3, -2)
@@ -89,7 +89,7 @@ def test_one_query_over_keys_stored_by_head(backend, dtype):
     check(backend, (q, k, v), mask=torch.arange(50) >= torch.tensor([[0], [3], [49], [17], [25]]), causal=True)
 
 
-@on(*TRITON, types="dtype")
+@on("cpu", *TRITON, types="dtype", served="rotary_attention")
 def test_one_query_over_a_cache(backend, dtype):
     """Store keys head by head, with room behind them that must not be read."""
     (q, k, v), _ = inputs(1, 70, R=0, B=3, dtype=dtype, device=backend.device)
@@ -103,7 +103,7 @@ def test_one_query_over_a_cache(backend, dtype):
         check(backend, (q, k, v), causal=True, query_offset=offset, mask=mask)
 
 
-@on(*TRITON)
+@on("cpu", *TRITON, served="rotary_attention")
 def test_angles_that_another_place_owns_are_not_read(backend):
     """Take queries from the second row on, and poison the angles of one place too many."""
     qkv, angles = inputs(4, 20, device=backend.device)
@@ -129,7 +129,7 @@ def test_writes_all_of_its_output_and_nothing_else(backend, dtype):
 
 
 @pytest.mark.parametrize("q_len", [1, 20])
-@on(*TRITON, types="dtype")
+@on("cpu", *TRITON, types="dtype", served="rotary_attention")
 def test_bits_do_not_depend_on_the_batch(backend, dtype, q_len):
     """Take queries at the last places, and at the first, where some have no keys."""
     rows = 17 if q_len == 1 or backend.device == "cuda" else 5
@@ -144,7 +144,7 @@ def test_bits_do_not_depend_on_the_batch(backend, dtype, q_len):
             assert torch.equal(out[row : row + 1], rotary_attention(*alone, mask=mask[row : row + 1], **options))
 
 
-@on(*TRITON)
+@on("cpu", *TRITON, served="rotary_attention")
 def test_bits_of_a_sequence_do_not_depend_on_its_neighbours(backend):
     lengths = (5, 70, 0, 1, 150)
     qkv, bounds, angles = ragged_inputs(lengths, device=backend.device)
@@ -157,7 +157,30 @@ def test_bits_of_a_sequence_do_not_depend_on_its_neighbours(backend):
         assert torch.equal(out[start : start + length], part)
 
 
-@on(*TRITON)
+@on("cpu", served="rotary_attention")
+def test_bits_depend_on_neither_threads_nor_items(backend, monkeypatch):
+    """Give each thread all queries of a head, or 128."""
+    qkv, angles = inputs(300, 300, 40, 32)
+    found = []
+    for threads in (1, 3, 16):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        found.append(rotary_attention(*qkv, causal=True, **angles))
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+@on("cpu", served="rotary_attention")
+def test_a_sequence_without_angles_is_left_out_on_a_cpu(backend):
+    """Read no angle behind the table's last."""
+    qkv, bounds, angles = ragged_inputs((3, 40, 4))
+    angles = {name: x[:, :20] for name, x in angles.items()}
+    out = rotary_attention(*qkv, cu_seqlens=bounds, max_seqlen=20, **angles)
+    for row in (slice(0, 3), slice(43, 47)):
+        alone = [x[None, row] for x in qkv]
+        own = {name: x[:, : row.stop - row.start] for name, x in angles.items()}
+        torch.testing.assert_close(out[row], attend("torch", *alone, **own)[0], rtol=1e-5, atol=1e-5)
+
+
+@on("cpu", *TRITON, served="rotary_attention")
 def test_empty_inputs(backend):
     qkv, _ = inputs(3, 5, R=0, device=backend.device)
     assert rotary_attention(qkv[0][:0], qkv[1][:0], qkv[2][:0]).shape == (0, 3, 2, 64)
@@ -247,10 +270,10 @@ def test_compiles_ragged_sequences_whole():
 
 
 def test_registered_operator():
-    q, k, v = queries_keys_values(B, 3, 5, H, D, seed=3)
-    options = frequencies(5)
+    q, k, v = queries_keys_values(B, 9, 11, H, D, seed=3)
+    options = frequencies(11)
     op = torch.ops.clvp_fast.rotary_attention.default
-    for mask in (None, make_mask("left", B, 3, 5, fewest=1)):
+    for mask in (None, make_mask("left", B, 9, 11, fewest=1)):
         torch.library.opcheck(op, (q, k, v, options["cos"], options["sin"], mask, True, 2, D**-0.5))
     expected = rotary_attention(q, k, v, causal=True, **options)
     actual = op(q, k, v, options["cos"], options["sin"], None, True, 2, D**-0.5)
@@ -280,8 +303,16 @@ def test_unserved_arguments_are_named(backend):
         ((q, k, v), {"dropout_p": 0.5}, "dropout is for training"),
     ]
     for qkv, options, message in cases:
-        with pytest.raises(RuntimeError, match=message):
+        with clvp_fast.backend("triton"), pytest.raises(RuntimeError, match=message):
             rotary_attention(*qkv, **options)
+
+
+@on("cpu", served="rotary_attention")
+def test_masks_that_a_cpu_does_not_serve_are_named(backend):
+    qkv, _ = inputs(9, 9, R=0)
+    mask = torch.ones(1, 1, 9, 9, dtype=torch.bool)
+    with pytest.raises(RuntimeError, match=r"on a CPU it serves masks \[batch, key_len\], not \[1, 1, 9, 9\]"):
+        rotary_attention(*qkv, mask=mask)
 
 
 def test_bad_arguments_are_named():

@@ -26,7 +26,8 @@ def test_the_library_takes_the_cpu_s_best_or_the_forced_one():
 
 
 @pytest.mark.parametrize(
-    "name", [*LAYERS, "log_mel", "sample", "paged_attention_decode", "paged_prefill", "window_attention"]
+    "name",
+    [*LAYERS, "log_mel", "sample", "paged_attention_decode", "paged_prefill", "rotary_attention", "window_attention"],
 )
 def test_a_kernel_serves_where_the_documents_say(name):
     (choice,) = clvp_fast.explain(name, "cpu")
