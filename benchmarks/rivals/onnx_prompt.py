@@ -5,7 +5,7 @@ from pathlib import Path
 from benchmarks.rivals import onnx_runtime
 from benchmarks.rivals.serving import Job, serve
 
-PACKAGES, SETTINGS = onnx_runtime.PACKAGES, onnx_runtime.SETTINGS
+PACKAGES, SETTINGS, held_down = onnx_runtime.PACKAGES, onnx_runtime.SETTINGS, onnx_runtime.held_down
 
 
 def model_file(kind: str, layers, stored) -> Path:

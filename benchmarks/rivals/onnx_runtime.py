@@ -29,6 +29,13 @@ def model_file(kind: str, layers, stored) -> Path:
     return built(f"onnx-{kind}", layers, lambda folder: QUANTISERS[kind](exact, folder / exact.name)) / exact.name
 
 
+def held_down(isa: str) -> dict[str, str] | None:
+    """Return the variables of its process at an instruction set, or None where it cannot be held down to that."""
+    from benchmarks.rivals.masked_cpuid import variables
+
+    return variables("onnxruntime") if isa == "avx2" else None
+
+
 def _dynamic(exact: Path, target: Path) -> None:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
