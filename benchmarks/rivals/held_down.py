@@ -27,6 +27,11 @@ def held_down(rival: ModuleType) -> dict[str, str]:
     return _C_LIBRARY | found
 
 
+def has_vnni() -> bool:
+    """Tell whether our kernels, and so the rivals', have products of 8 bits that no sum overflows."""
+    return cpu_facts()["isa"] not in ("avx2", "avx512")
+
+
 def before(first: Path, variable: str) -> str:
     """Return a variable of paths with another one at its beginning."""
     return os.pathsep.join([str(first), *filter(None, [os.environ.get(variable)])])

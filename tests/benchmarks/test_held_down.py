@@ -16,14 +16,23 @@ import torch
 from benchmarks import decode_rivals, decode_step
 from benchmarks.decode_rivals import RIVALS
 from benchmarks.providers import Absent
-from benchmarks.rivals import decoder_process, held_down, llama_avx2, masked_cpuid, onnx_prompt, onnx_runtime
+from benchmarks.rivals import (
+    ctranslate2_generator,
+    decoder_process,
+    held_down,
+    llama_avx2,
+    masked_cpuid,
+    onnx_prompt,
+    onnx_runtime,
+    sweep,
+)
 from benchmarks.tiers import Tier
 from clvp_fast.native import build
 from tests.benchmarks import pretended_rival
 from tests.kit.isa import cpu_flags, needs_compiler
 
 SHAPE = {"candidates": 2, "text_tokens": 7, "stored": 9}
-# The two bytes of a cpuid also stand in the number 0x00A20F00. The last line is no instruction, or a signal from outside.
+# The two bytes of a cpuid also stand in the number 0x00A20F00.
 PROGRAM = r"""
 #include <cpuid.h>
 #include <signal.h>
@@ -124,7 +133,7 @@ def package_of(tmp_path: Path, monkeypatch, source: str) -> Path:
 @needs_tools
 @needs_compiler
 def test_a_package_is_copied_and_the_installed_one_stays(tmp_path, monkeypatch):
-    source = "#include <cpuid.h>\n" 'extern "C" int asks() { unsigned a, b, c, d; __cpuid_count(7, 0, a, b, c, d);'
+    source = '#include <cpuid.h>\nextern "C" int asks() { unsigned a, b, c, d; __cpuid_count(7, 0, a, b, c, d);'
     library = package_of(tmp_path, monkeypatch, source + " return (b >> 5 & 1) + 2 * (b >> 16 & 1); }")
     before = library.read_bytes()
     command = [sys.executable, "-c", "import asks; print(asks.asks(), asks.__file__)"]
@@ -212,17 +221,36 @@ def test_no_rival_is_compared_at_a_set_that_it_cannot_be_held_down_to(monkeypatc
     assert onnx_prompt.held_down is onnx_runtime.held_down
 
 
+@pytest.mark.parametrize("isa", ["avx2", "avx512", "avxvnni", "avx512bf16"])
+def test_weights_of_dynamic_int8_have_7_bits_where_8_would_overflow(monkeypatch, isa):
+    monkeypatch.setattr(held_down, "cpu_facts", lambda: {"isa": isa})
+    monkeypatch.setattr(decoder_process, "built", lambda name, layers, build: Path(name))
+    found = [onnx_runtime.quantised("onnx", kind, None, Path("exact")) for kind in ("float32", "int8", "blocks")]
+    int8 = "onnx-int8" if "vnni" in isa or "bf16" in isa else "onnx-int8-of-7-bits"
+    assert found == [Path("exact"), Path(int8, "exact"), Path("onnx-blocks/exact")]
+
+
+@pytest.mark.parametrize("error, count", [(0.9, 1), (1.1, 0), (float("nan"), 0)])
+def test_a_sweep_has_no_row_of_settings_that_do_other_work(monkeypatch, error, count):
+    monkeypatch.setattr(decode_step, "judged", lambda *arguments: (error, {}))
+    rival = decode_rivals.Rival(pretended_rival, "", Tier("pretended", torch.float32, 1.0))
+    assert len(sweep.swept(rival, 2, smoke=True)) == count
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("rival", RIVALS, ids=[rival.name for rival in RIVALS])
 def test_a_rival_that_is_held_down_does_the_same_work(rival):
+    """Judge each setting; a step that uses AVX-512 is refused. oneDNN's sums overflow in CTranslate2 without MKL."""
     if missing := [name for name in rival.module.PACKAGES if find_spec(name) is None]:
         pytest.skip(f"not installed: {', '.join(missing)}")
+    settings = rival.module.SETTINGS[rival.kind]
     try:
-        decoder = decode_step.process_of(rival, SHAPE, True, rival.settings(2))
+        decoder = decode_step.process_of(rival, SHAPE, True, settings[0])
     except Absent as reason:
         pytest.skip(str(reason))
-    error, divergent = decode_step.judged(decoder, "cpu", True, SHAPE, rival.distinct)  # refuses AVX-512
-    assert 0 < error < rival.tier.tolerance and divergent["greedy"] > 0.9
-    libraries = Path(f"/proc/{decoder._process.pid}/maps").read_text()
-    assert ("-avx2/" in libraries) == (rival.kind == "" or "ctranslate2" not in rival.module.__name__)
+    decoder(torch.tensor([1, 2]))
+    theirs = Path(f"/proc/{decoder._process.pid}/maps").read_text()
     decoder.end()
+    assert ("-avx2/" in theirs) == (rival.module is not ctranslate2_generator)
+    right = [row["settings"] for row in sweep.swept(rival, 2, smoke=True)]
+    assert right == [one for one in settings if rival.name != "CTranslate2 int8" or one["mkl"]]
