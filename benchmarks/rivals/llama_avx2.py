@@ -1,4 +1,4 @@
-"""`python -m benchmarks.rivals.llama_avx2`: compiles llama.cpp for AVX2, beside the installed one (20 minutes).
+"""`python -m benchmarks.rivals.llama_avx2`: compiles llama.cpp for AVX2, beside the installed one (six minutes of a CPU).
 
 llama.cpp's kernels are for the instruction set that it was compiled for. This compiles the installed version of
 `llama-cpp-python` from its sources into the cache folder, with pip, CMake and a C++ compiler.
@@ -14,7 +14,7 @@ from benchmarks.providers import Absent
 from benchmarks.rivals.held_down import before
 from clvp_fast.io.files import build_folder_once, cache_folder
 
-# What newer sets need is off by default without GGML_NATIVE; LLAVA_BUILD is for pictures.
+# Without GGML_NATIVE, options of newer sets are off; LLAVA_BUILD is for pictures.
 OPTIONS = ("GGML_NATIVE=OFF", "GGML_AVX2=ON", "GGML_FMA=ON", "GGML_F16C=ON", "GGML_BMI2=ON", "LLAVA_BUILD=OFF")
 
 

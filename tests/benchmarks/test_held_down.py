@@ -152,7 +152,7 @@ def test_a_package_that_never_asks_is_no_rival(tmp_path, monkeypatch):
         masked_cpuid.variables("asks")
 
 
-def test_what_is_missing_is_told(monkeypatch, tmp_path):
+def test_an_absent_rival_tells_which_tool_is_missing(monkeypatch, tmp_path):
     monkeypatch.setenv("CLVP_FAST_CACHE", str(tmp_path))
     monkeypatch.setattr(llama_avx2, "version", lambda package: "1.0")
     with pytest.raises(Absent, match=r"python -m benchmarks\.rivals\.llama_avx2 compiles those of AVX2$"):
