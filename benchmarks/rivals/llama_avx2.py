@@ -1,4 +1,4 @@
-"""`python -m benchmarks.rivals.llama_avx2`: compiles llama.cpp for AVX2, beside the installed one (six minutes of a CPU).
+"""`python -m benchmarks.rivals.llama_avx2`: compiles llama.cpp for AVX2, beside the installed one (some minutes).
 
 llama.cpp's kernels are for the instruction set that it was compiled for. This compiles the installed version of
 `llama-cpp-python` from its sources into the cache folder, with pip, CMake and a C++ compiler.
