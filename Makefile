@@ -36,7 +36,7 @@ RUNTIME_STAMP := $(VENV)/.stamp-runtime
 DEV_STAMP := $(VENV)/.stamp-dev
 DOCS_STAMP := $(VENV)/.stamp-docs
 
-CPP_SOURCES := $(wildcard csrc/*.* csrc/*/*.* tests/csrc/*.cpp tests/csrc/*.h tests/csrc/*/*.h)
+CPP_SOURCES := $(wildcard csrc/*.* csrc/*/*.* benchmarks/rivals/*.cpp tests/csrc/*.cpp tests/csrc/*.h tests/csrc/*/*.h)
 
 DEMO_TEXT := The old man found a golden ring.
 DEMO_OUT ?= out/demo

@@ -39,5 +39,6 @@ def test_every_file_is_shipped_with_the_sources():
 def test_every_file_is_linted():
     command = ["make", "--silent", "--eval=listed: ; @echo $(CPP_SOURCES)", "listed"]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
-    sources = {name for name in files_in("csrc") | files_in("tests/csrc") if Path(name).suffix in SUFFIXES}
+    files = files_in("csrc") | files_in("tests/csrc") | files_in("benchmarks/rivals")
+    sources = {name for name in files if Path(name).suffix in SUFFIXES}
     assert len(listed) == len(sources) and set(listed) == sources

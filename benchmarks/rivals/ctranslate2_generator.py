@@ -22,10 +22,6 @@ from benchmarks.rivals.serving import Job, serve
 PACKAGES = ("ctranslate2",)
 _SETTINGS = [{"mkl": False, "packed": False}, {"mkl": True, "packed": False}, {"mkl": True, "packed": True}]
 SETTINGS = {"float32": _SETTINGS, "int8": _SETTINGS}
-# Variables of its own choice of kernels, and of the two libraries that it multiplies with.
-HELD_DOWN = {
-    "avx2": {"CT2_FORCE_CPU_ISA": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
-}
 _STEPS = 64
 _END = "</s>"
 
@@ -38,6 +34,12 @@ def model_file(kind: str, layers, stored) -> Path:
     embedded = stored.embedded(layers)[0]
     digest = hashlib.sha256(f"{stored.position}\0".encode() + embedded.numpy().tobytes()).hexdigest()[:8]
     return built(f"ctranslate2-{kind}-{digest}", layers, lambda folder: _convert(kind, layers, stored, folder))
+
+
+def held_down(isa: str) -> dict[str, str] | None:
+    """Return variables of its own choice of kernels, and of the two libraries that it multiplies with."""
+    names = ("CT2_FORCE_CPU_ISA", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
+    return dict.fromkeys(names, "AVX2") if isa == "avx2" else None
 
 
 def _convert(kind: str, layers, stored, folder: Path) -> None:

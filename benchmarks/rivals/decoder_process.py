@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
@@ -23,8 +24,8 @@ from types import ModuleType
 import numpy as np
 import torch
 
-from benchmarks.machine import cpu_facts
 from benchmarks.providers import Absent
+from benchmarks.rivals.held_down import held_down, require_no_avx512
 from benchmarks.rivals.serving import Job
 from benchmarks.rivals.torch_decoder import TorchLayers
 from clvp_fast.io.files import build_folder_once, cache_folder
@@ -63,9 +64,8 @@ class RivalProcess:
 
     Args:
         rival: a module of this folder, which serves a model's file when it is run. It has `PACKAGES`; `SETTINGS`, by
-            kind of weights those that a sweep tries, the first for a run without one; a function
-            `model_file(kind, layers, stored)`; and, if it can be held down to a lesser instruction set, `HELD_DOWN`, by
-            the set's name the variables of its process.
+            kind of weights those that a sweep tries, the first for a run without one; and functions
+            `model_file(kind, layers, stored)` and `held_down(isa)`, the variables of its process at an instruction set.
         layers: of a `ClvpForCausalLM` in float32.
         stored: what candidates have behind them, of the distinct ones; the others repeat them. None for a prompt.
         candidates: how many.
@@ -86,8 +86,8 @@ class RivalProcess:
         kind: str,
         settings: dict,
     ):
-        environment = os.environ | held_down(rival)
         require_packages(rival)
+        self._held_down = held_down(rival)
         self.layers = layers
         self._name = rival.__name__
         file = rival.model_file(kind, layers, stored)
@@ -99,15 +99,23 @@ class RivalProcess:
         command = [sys.executable, "-m", rival.__name__, json.dumps(asdict(job))]
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         # In a session of its own: a stopped member of a process group may cost the whole group its terminal.
-        self._process = subprocess.Popen(command, start_new_session=True, env=environment, **pipes)
+        self._process = subprocess.Popen(command, start_new_session=True, env=os.environ | self._held_down, **pipes)
         self.end = weakref.finalize(self, _end, self._process, self._folder)
 
     def enter(self, **arrays: torch.Tensor) -> torch.Tensor:
-        """Return logits `[candidates, vocab_size]` behind what is entered, by the name that the rival reads."""
+        """Return logits `[candidates, vocab_size]` behind what is entered, by the name that the rival reads.
+
+        Raises:
+            RuntimeError: the process has ended, or it is held down to a lesser instruction set and used AVX-512.
+        """
         folder = Path(self._folder.name)
         for name, array in arrays.items():
             np.save(folder / f"{name}.npy", array.numpy())
+        self._ask("peak")  # it answers when the model is loaded
+        begin = time.monotonic()
         self._ask("enter")
+        if self._held_down:
+            require_no_avx512(self._process.pid, time.monotonic() - begin)
         return torch.from_numpy(np.load(folder / "logits.npy"))
 
     def run(self) -> None:
@@ -156,17 +164,6 @@ def require_packages(rival: ModuleType) -> None:
     """Raise `Absent` where a package of the rival is missing."""
     if missing := [name for name in rival.PACKAGES if find_spec(name) is None]:
         raise Absent(f"not installed: {', '.join(missing)}")
-
-
-def held_down(rival: ModuleType) -> dict[str, str]:
-    """Return the variables that hold a rival down to the instruction set of our kernels; none where these are free."""
-    facts = cpu_facts()
-    if not facts["isa_forced"]:
-        return {}
-    found = getattr(rival, "HELD_DOWN", {}).get(facts["isa"])
-    if found is None:
-        raise Absent("its kernels cannot be held down to the instruction set of ours")
-    return found
 
 
 def require_one_norm(layers: TorchLayers, rival: str) -> None:

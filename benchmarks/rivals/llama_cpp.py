@@ -43,6 +43,13 @@ def model_file(kind: str, layers, stored) -> Path:
     return built(f"llama-{kind}", layers, lambda folder: _write(kind, layers, folder)) / "decoder.gguf"
 
 
+def held_down(isa: str) -> dict[str, str] | None:
+    """Return the variables of its process at an instruction set, or None where it cannot be held down to that."""
+    from benchmarks.rivals.llama_avx2 import variables
+
+    return variables() if isa == "avx2" else None
+
+
 def _write(kind: str, layers, folder: Path) -> None:
     import gguf
 

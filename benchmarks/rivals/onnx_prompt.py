@@ -5,19 +5,14 @@ from pathlib import Path
 from benchmarks.rivals import onnx_runtime
 from benchmarks.rivals.serving import Job, serve
 
-PACKAGES, SETTINGS = onnx_runtime.PACKAGES, onnx_runtime.SETTINGS
+PACKAGES, SETTINGS, held_down = onnx_runtime.PACKAGES, onnx_runtime.SETTINGS, onnx_runtime.held_down
 
 
 def model_file(kind: str, layers, stored) -> Path:
     """Return the graph of a kind, which is made where it is missing."""
-    from benchmarks.rivals.decoder_process import built
     from benchmarks.rivals.onnx_graph import exported_prompt
 
-    exact = exported_prompt(layers)
-    if kind == "float32":
-        return exact
-    quantise = onnx_runtime.QUANTISERS[kind]
-    return built(f"onnx-prompt-{kind}", layers, lambda folder: quantise(exact, folder / exact.name)) / exact.name
+    return onnx_runtime.quantised("onnx-prompt", kind, layers, exported_prompt(layers))
 
 
 def load(job: Job):

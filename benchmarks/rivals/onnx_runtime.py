@@ -1,9 +1,11 @@
 """CLVP's decode step in ONNX Runtime on a CPU: in float32, and in its two kinds of 8 bits.
 
-`int8` is its dynamic quantisation: weights by channel, and activations by tensor as they come. `blocks` has weights
-in blocks of 32 and activations likewise, in products of 8 bits (`MatMulNBits` at accuracy level 4).
+`int8` is its dynamic quantisation: weights by channel, and activations by tensor as they come. Where the instruction
+set has no VNNI, weights have 7 bits, as the quantiser advises: with 8, sums of two products overflow 16 bits. `blocks`
+has weights in blocks of 32 and activations likewise, in products of 8 bits (`MatMulNBits` at accuracy level 4).
 """
 
+from functools import partial
 from pathlib import Path
 
 from benchmarks.rivals.serving import Job, serve
@@ -20,19 +22,36 @@ SETTINGS = {"float32": _SETTINGS, "int8": _SETTINGS, "blocks": _SETTINGS}
 
 def model_file(kind: str, layers, stored) -> Path:
     """Return the graph of a kind, which is made where it is missing."""
-    from benchmarks.rivals.decoder_process import built
     from benchmarks.rivals.onnx_graph import exported
 
-    exact = exported(layers)
+    return quantised("onnx", kind, layers, exported(layers))
+
+
+def quantised(name: str, kind: str, layers, exact: Path) -> Path:
+    """Return the graph of a kind that is made of an exact one, in a folder of the cache that begins with `name`."""
+    from benchmarks.rivals.decoder_process import built
+    from benchmarks.rivals.held_down import has_vnni
+
     if kind == "float32":
         return exact
-    return built(f"onnx-{kind}", layers, lambda folder: QUANTISERS[kind](exact, folder / exact.name)) / exact.name
+    name, quantise = f"{name}-{kind}", _blocks if kind == "blocks" else _dynamic
+    if kind == "int8" and not has_vnni():
+        name, quantise = f"{name}-of-7-bits", partial(_dynamic, reduce_range=True)
+    return built(name, layers, lambda folder: quantise(exact, folder / exact.name)) / exact.name
 
 
-def _dynamic(exact: Path, target: Path) -> None:
+def held_down(isa: str) -> dict[str, str] | None:
+    """Return the variables of its process at an instruction set, or None where it cannot be held down to that."""
+    from benchmarks.rivals.masked_cpuid import variables
+
+    return variables("onnxruntime") if isa == "avx2" else None
+
+
+def _dynamic(exact: Path, target: Path, reduce_range: bool = False) -> None:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    quantize_dynamic(exact, target, weight_type=QuantType.QInt8, per_channel=True, use_external_data_format=True)
+    options = {"weight_type": QuantType.QInt8, "per_channel": True, "reduce_range": reduce_range}
+    quantize_dynamic(exact, target, use_external_data_format=True, **options)
 
 
 def _blocks(exact: Path, target: Path) -> None:
@@ -48,9 +67,6 @@ def _blocks(exact: Path, target: Path) -> None:
     quantizer = MatMulNBitsQuantizer(graph.model, bits=8, block_size=32, is_symmetric=True, accuracy_level=4)
     quantizer.process()
     quantizer.model.save_model_to_file(str(target), use_external_data_format=True)
-
-
-QUANTISERS = {"int8": _dynamic, "blocks": _blocks}
 
 
 def session_of(job: Job):

@@ -26,6 +26,13 @@ def model_file(kind: str, layers, stored) -> Path:
     return built(f"openvino-{kind}", layers, lambda folder: _compress(exact, folder)) / "decoder.xml"
 
 
+def held_down(isa: str) -> dict[str, str] | None:
+    """Return the variables of its process at an instruction set, or None where it cannot be held down to that."""
+    from benchmarks.rivals.masked_cpuid import variables
+
+    return variables("openvino") if isa == "avx2" else None
+
+
 def _compress(exact: Path, folder: Path) -> None:
     import nncf
     import openvino

@@ -8,8 +8,6 @@ import argparse
 import json
 from datetime import UTC, datetime
 
-import torch
-
 from benchmarks import decode_step
 from benchmarks.decode_rivals import RIVALS, SWEEP, Rival, here
 from benchmarks.machine import seconds_of
@@ -39,13 +37,15 @@ def main() -> None:
 
 
 def swept(rival: Rival, candidates: int, smoke: bool) -> list[dict]:
-    """Return a row for each of a rival's settings that works: the least of some steps' seconds."""
+    """Return a row for each of a rival's settings that does the same work: the least of some steps' seconds."""
     text_tokens, stored = decode_step.SMOKE[1:] if smoke else (decode_step.TEXT_TOKENS, decode_step.STORED)
     shape, rows = {"candidates": candidates, "text_tokens": text_tokens, "stored": stored}, []
     for settings in rival.module.SETTINGS[rival.kind]:
         decoder = decode_step.process_of(rival, shape, smoke, settings)
         try:
-            decoder(torch.zeros(candidates, dtype=torch.int64))
+            error, _ = decode_step.judged(decoder, "cpu", smoke, shape, rival.distinct)
+            if not error <= rival.tier.tolerance:
+                raise RuntimeError(f"its logits are off by {error:.1e}, where {rival.tier.tolerance:.1e} is allowed")
             seconds = min(seconds_of(decoder.run) for _ in range(_REPEATS))
         except RuntimeError as error:
             print(f"{rival.name}, candidates {candidates}, {settings}: {error}", flush=True)

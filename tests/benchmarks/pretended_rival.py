@@ -13,6 +13,10 @@ def model_file(kind, layers, stored) -> Path:
     return Path("none")
 
 
+def held_down(isa) -> dict[str, str] | None:
+    return {"LIBRARY_MAX_ISA": "AVX2"} if isa == "avx2" else None
+
+
 def load(job):
     def spin():
         while True:

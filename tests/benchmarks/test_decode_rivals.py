@@ -14,7 +14,7 @@ import torch
 from benchmarks import decode_rivals, decode_step, first_token
 from benchmarks.decode_rivals import RIVALS
 from benchmarks.providers import Absent, group_of
-from benchmarks.rivals import decoder_process, onnx_runtime
+from benchmarks.rivals import decoder_process, held_down, onnx_runtime
 from benchmarks.rivals.decoder_process import Stored
 from benchmarks.rivals.torch_decoder import TorchLayers
 from benchmarks.tiers import Tier
@@ -26,7 +26,7 @@ ON = pytest.mark.parametrize("rival", RIVALS, ids=[rival.name for rival in RIVAL
 @pytest.fixture(autouse=True)
 def no_set_is_forced(monkeypatch):
     """Let rivals be had also where a test run holds our kernels down to a lesser instruction set."""
-    monkeypatch.setattr(decoder_process, "cpu_facts", lambda: {"isa_forced": False})
+    monkeypatch.setattr(held_down, "cpu_facts", lambda: {"isa_forced": False, "isa": "avx512vnni"})
 
 
 @pytest.fixture(autouse=True)
@@ -127,27 +127,9 @@ def test_a_rivals_first_token_is_of_the_prompt_and_the_start_token(rival, monkey
     assert first_token._onnx(rival, 7, True).error > 5 * provider.error
 
 
-def test_a_set_that_rivals_can_be_held_down_to(monkeypatch):
-    monkeypatch.setattr(decoder_process, "cpu_facts", lambda: {"isa_forced": True, "isa": "avx2"})
-    monkeypatch.setattr(pretended_rival, "HELD_DOWN", {"avx2": {"LIBRARY_MAX_ISA": "AVX2"}}, raising=False)
-    assert decoder_process.held_down(pretended_rival) == {"LIBRARY_MAX_ISA": "AVX2"}
-    rival = decode_rivals.Rival(pretended_rival, "", Tier("pretended", torch.float32, 1.0))
-    decoder = decode_step.process_of(rival, shape_of(2), True, {})
-    decoder(torch.tensor([1, 2]))
-    environment = Path(f"/proc/{decoder._process.pid}/environ").read_bytes().split(b"\0")
-    assert b"LIBRARY_MAX_ISA=AVX2" in environment and any(line.startswith(b"PATH=") for line in environment)
-    decoder.end()
-
-
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setattr(decoder_process, "find_spec", lambda name: None if name == "onnx" else object())
     with pytest.raises(Absent, match=r"not installed: onnx$"):
-        decode_step.process_of(RIVALS[0], shape_of(1), True, {})
-
-
-def test_no_rival_is_compared_with_kernels_that_are_held_down(monkeypatch):
-    monkeypatch.setattr(decoder_process, "cpu_facts", lambda: {"isa_forced": True, "isa": "avx2"})
-    with pytest.raises(Absent, match="cannot be held down"):
         decode_step.process_of(RIVALS[0], shape_of(1), True, {})
 
 
