@@ -229,7 +229,8 @@ def _ragged_native(q, k, v, cu_seqlens, max_seqlen, cos, sin, causal, scale):
     """Run csrc/cpu/rotary_attention.cpp."""
     out = v.new_empty(q.shape)
     if out.numel() and max_seqlen:
-        _run_natively(out, *(x[None] for x in (q, k, v)), cos, sin, None, cu_seqlens, causal, 0, scale, max_seqlen)
+        batch = q[None], k[None], v[None]
+        _run_natively(out, *batch, cos, sin, None, cu_seqlens, causal, 0, scale, max_seqlen)
     return out
 
 
@@ -260,7 +261,7 @@ def _run_natively(out, q, k, v, cos, sin, mask, cu_seqlens, causal, query_offset
     native.check(native.library().clvp_fast_rotary_attention_cpu(ctypes.byref(call), threads, None))
 
 
-def _why_not_cpu(q, k, v, cos, sin, mask, causal, query_offset, scale):
+def _why_not_cpu(q, mask):
     if reason := many_rows.unserved_type(q.device, q.dtype):
         return reason
     if q.shape[-1] > 128:
@@ -301,7 +302,7 @@ _OPERATOR = Operator(
         Implementation(
             "cpu",
             _native,
-            _why_not_cpu,
+            lambda q, k, v, cos, sin, mask, *others: _why_not_cpu(q, mask),
             many_rows.unserved_type,
             _pays_on_cpu,
             f"at least {_FEW_QUERIES} queries, and no mask or [batch, key_len]",
@@ -346,9 +347,7 @@ _RAGGED = Operator(
         Implementation(
             "cpu",
             _ragged_native,
-            lambda q, k, v, cu_seqlens, max_seqlen, cos, sin, *others: _why_not_cpu(
-                q, k, v, cos, sin, None, *others, 0
-            ),
+            lambda q, *others: _why_not_cpu(q, None),
             many_rows.unserved_type,
             _pays_on_cpu,
             warns=False,
