@@ -12,7 +12,7 @@ from tests.ptx.regions import Fault
 CODES = {torch.float32: native.FLOAT32, torch.float16: native.FLOAT16, torch.bfloat16: native.BFLOAT16}
 
 
-def features(launcher, samples, dtype, n_fft, hop_length, top_db):
+def features(launcher, samples, dtype, n_fft, hop_length, top_db, multiprocessors=1):
     """Return the kernel's features, its launcher called as for tensors on a GPU; poisoned before."""
     options = settings(n_fft, hop_length)
     filters, bands = filters_and_bands(options["mel_filters"], torch.float32)
@@ -28,8 +28,17 @@ def features(launcher, samples, dtype, n_fft, hop_length, top_db):
         samples_dtype=native.INT16 if integers else native.FLOAT32, compute_dtype=native.FLOAT32,
         features_dtype=CODES[dtype], decibels=top_db >= 0, log_floor=1e-5, top_db=top_db,
     )  # fmt: skip
-    assert launcher.call("clvp_fast_log_mel_cuda", call) == 0
+    assert launcher.call("clvp_fast_log_mel_cuda", call, multiprocessors) == 0
     return result
+
+
+@pytest.mark.parametrize("n_fft", [256, 512, 1024, 2048, 4096])
+def test_bits_do_not_depend_on_the_number_of_blocks(launcher, n_fft):
+    """With one multiprocessor two blocks take all tiles; with 24 a tile is one block's, or two blocks' by half."""
+    samples = noise(2, 20 * n_fft)
+    few = features(launcher, samples, torch.float32, n_fft, n_fft // 4, 40.0)
+    many = features(launcher, samples, torch.float32, n_fft, n_fft // 4, 40.0, multiprocessors=24)
+    torch.testing.assert_close(many, few, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("top_db", [-1.0, 20.0])
