@@ -36,8 +36,9 @@ struct GpuRun {
         value = __reduce_max_sync(~0u, value);
         if (thread % 32 == 0) atomicMax(place, value);
     }
-    /* Adds a range's maximum to its row's, and returns how many of the row's ranges had been finished before. One thread
-     * calls it after a barrier of the block: its fences order what the whole block wrote before, and reads after. */
+    /* Adds a range's maximum to its row's, and returns how many of the row's ranges had been finished before. One
+     * thread calls it after a barrier of the block: its fences order what the whole block wrote before, and reads
+     * after. */
     __device__ __forceinline__ uint32_t finish(uint32_t *maxima, uint32_t loudest) {
         atomicMax(maxima, loudest);
         __threadfence();
@@ -66,9 +67,9 @@ int launch(const clvp_fast_log_mel &call, cudaStream_t stream) {
     const auto kernel = log_mel<N, Sample>;
     int multiprocessors;
     if (const int code = told(attribute(cudaDevAttrMultiProcessorCount, &multiprocessors))) return code;
-    const int64_t tiles = (call.frames + L::FRAMES - 1) / L::FRAMES * call.batch;
-    const int64_t resident = multiprocessors * L::BLOCKS_PER_SM, blocks = tiles < resident ? tiles : resident;
-    if (tiles > INT_MAX - resident) return CLVP_FAST_BAD_SIZE;
+    const int64_t of_row = (call.frames + L::FRAMES - 1) / L::FRAMES, resident = multiprocessors * L::BLOCKS_PER_SM;
+    if (of_row > (INT_MAX - resident) / call.batch) return CLVP_FAST_BAD_SIZE;
+    const int64_t tiles = of_row * call.batch, blocks = tiles < resident ? tiles : resident;
     /* Few tiles leave multiprocessors free: then a block does one round, in half of the time. */
     const int parts = tiles * L::ROUNDS <= multiprocessors ? L::ROUNDS : 1;
     constexpr int bytes = sizeof(Shared<N>);

@@ -1,11 +1,11 @@
-/* The work of one thread block of the CUDA kernel: log-mel of FRAMES consecutive frames of one clip.
+/* The work of one thread block of the CUDA kernel: log-mel of tiles of FRAMES consecutive frames of one clip.
  *
- *   prepare      tables of twiddles, clamped bands
+ *   prepare      once a block: tables of twiddles, clamped bands, inverse norms
  *   first_stage  samples * window, transforms of radix R1 in registers, twiddles     |
  *   put, get     exchange through shared memory: real parts, then imaginary parts    | T threads of a warp a transform
  *   dft          transforms of radix R2 in registers                                 |
  *   power        Z[k] and Z[N - k] become the power spectra of two frames            |
- *   mel          bands, floor, logarithm, division, coalesced stores: a lane a frame, a warp a channel
+ *   mel          bands, floor, logarithm, norms, coalesced stores: a lane a pair, as many lanes as pairs a channel
  *   clamp        top_db: the last block of a row to finish raises values that are too low
  *
  * Everything here runs on the host too, thread by thread (tests/csrc/log_mel_emulator.cpp): `block` is the one text of
@@ -39,10 +39,11 @@ CLVP_FAST_INLINE void prepare(Run &run, Shared<N> &shared, const clvp_fast_log_m
     if (thread < call.num_mels) {
         const auto *norms = static_cast<const float *>(call.mel_norms);
         const int first = read_only(call.bands + 2 * thread), last = read_only(call.bands + 2 * thread + 1);
-        end = last > L::BINS ? L::BINS : last;
-        channel.first = first < 0 ? 0 : first;
-        channel.bins = end - channel.first;
-        if (channel.bins <= 0) channel.first = channel.bins = end = 0;
+        if (last > 0 && first < last && first < L::BINS) {
+            channel.first = first < 0 ? 0 : first;
+            end = last > L::BINS ? L::BINS : last;
+            channel.bins = end - channel.first;
+        }
         if (norms) channel.inverse_norm = 1.f / read_only(norms + thread);
         shared.channels[thread] = channel;
     }
@@ -63,7 +64,9 @@ CLVP_FAST_INLINE void begin_range(Shared<N> &shared, const clvp_fast_log_mel &ca
     int64_t length = call.lengths ? read_only(call.lengths + row) : call.time;
     length = length < 1 ? 1 : length > call.time ? call.time : length;
     const int64_t first = int64_t(column) * FRAMES + shared.share.part * most;
-    const auto of_range = [&](int64_t frames) { return frames < first ? 0 : frames - first < most ? int(frames - first) : most; };
+    const auto of_range = [&](int64_t frames) {
+        return frames < first ? 0 : frames - first < most ? int(frames - first) : most;
+    };
     shared.range.samples = static_cast<const Sample *>(call.samples) + row * call.samples_stride;
     shared.range.row = row;
     shared.range.length = length;
@@ -133,7 +136,8 @@ CLVP_FAST_INLINE void block(Run &run, Shared<N> *shared, const clvp_fast_log_mel
         run.template phase<Barrier::BLOCK>([=](auto &run, int thread, R &) {
             if (thread != 0) return;
             uint32_t *maxima = call->clip_maxima + 2 * shared->range.row;
-            shared->last_block = run.finish(maxima, shared->loudest) == uint32_t(shared->tiles_of_row * shared->share.parts - 1);
+            shared->last_block =
+                run.finish(maxima, shared->loudest) == uint32_t(shared->tiles_of_row * shared->share.parts - 1);
             shared->loudest = run.fresh(maxima);
         });
         run.template phase<Barrier::BLOCK>([=](auto &run, int thread, R &) {

@@ -121,11 +121,12 @@ CLVP_FAST_INLINE void mel(const Shared<N> &shared, const clvp_fast_log_mel &call
 /* The stored features were divided by the norms, and so is the bound. */
 template <int N, class Run>
 CLVP_FAST_INLINE void clamp(Run &run, const Shared<N> &shared, const clvp_fast_log_mel &call, int thread) {
+    const int64_t frames = 1 + shared.range.length / call.hop_length;
     const float least = number_of(shared.loudest) - float(call.top_db);
     for (int m = thread / 32; m < call.num_mels; m += Layout<N>::THREADS / 32) {
         const float inverse_norm = shared.channels[m].inverse_norm, bound = least * inverse_norm;
         const int64_t begin = (shared.range.row * call.num_mels + m) * call.frames;
-        for (int64_t frame = thread % 32; frame <= shared.range.length / call.hop_length; frame += 32) {
+        for (int64_t frame = thread % 32; frame < frames; frame += 32) {
             const float value = stored_feature(run, call, begin + frame);
             if (inverse_norm < 0 ? value > bound : value < bound)
                 store_features(call, begin + frame, {bound, 0.f}, false);

@@ -17,7 +17,7 @@ struct Layout {
     static constexpr int COLUMNS = R2 / T; /* transforms of radix R1 by one thread */
     static constexpr int FRAMES = FOLD == 1 ? 32 : 16, PAIRS = FRAMES / 2;
     static constexpr int THREADS = FOLD == 4 ? 512 : 256;
-    static constexpr int BLOCKS_PER_SM = FOLD == 4 ? 1 : 2;
+    static constexpr int BLOCKS_PER_SM = FOLD == 4 ? 1 : N == 256 ? 3 : 2;
     static constexpr int GROUPS = THREADS / T, ROUNDS = PAIRS * FOLD / GROUPS;
     static constexpr int KINDS = FOLD == 4 ? 3 : FOLD;
     static constexpr int BINS = N / 2 + 1;
@@ -53,7 +53,7 @@ struct Share {
 struct FrameRange {
     const void *samples; /* of the row */
     int64_t row, length, first_frame;
-    int64_t begin;   /* where the first frame begins, before the padding is reflected */
+    int64_t begin;           /* where the first frame begins, before the padding is reflected */
     int frames, true_frames; /* how many there are, and how many of them are the row's own: 0 .. FRAMES */
 };
 

@@ -130,8 +130,8 @@ void count_passes(int32_t *most) {
 
 }  // namespace
 
-/* The CUDA function on host memory. `seed` draws the order of everything. At most `most_blocks` blocks take all tiles; in_parts: a tile is
- * dealt to as many blocks as it has rounds. */
+/* The CUDA function on host memory. `seed` draws the order of everything. At most `most_blocks` blocks take all tiles;
+ * in_parts: a tile is dealt to as many blocks as it has rounds. */
 extern "C" int emulate_log_mel(const clvp_fast_log_mel *call, uint32_t seed, int64_t most_blocks, int32_t in_parts) {
     const int refused = clvp_fast_check_log_mel(call, 1);
     if (refused != CLVP_FAST_OK || call->batch == 0) return refused;
