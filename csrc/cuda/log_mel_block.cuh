@@ -72,7 +72,7 @@ CLVP_FAST_INLINE void begin_range(Shared<N> &shared, const clvp_fast_log_mel &ca
     shared.range.length = length;
     shared.range.first_frame = first;
     shared.range.frames = of_range(call.frames);
-    shared.range.begin = first * call.hop_length - N / 2;
+    shared.range.begin = first < call.frames ? first * call.hop_length - N / 2 : 0; /* else it may overflow */
     shared.range.true_frames = of_range(1 + length / call.hop_length);
     shared.loudest = 0;
 }
