@@ -43,8 +43,8 @@ struct alignas(16) Channel {
     float inverse_norm;
 };
 
-/* How the frames of all rows are dealt out: a row in tiles of FRAMES, a tile in `parts` (at most ROUNDS), a part to one
- * of `blocks` blocks, which takes every `blocks`th tile. */
+/* A block's share of all rows: it does the same one of the `parts` (at most ROUNDS) of every `blocks`th tile of FRAMES
+ * frames. */
 struct Share {
     int block, blocks, part, parts;
 };

@@ -28,7 +28,12 @@ ORDER = {"seed": 0, "most_blocks": 65535, "in_parts": False}
 @pytest.fixture(scope="module")
 def emulator(tmp_path_factory):
     library = ctypes.CDLL(str(compiled.emulator("log_mel_emulator.cpp", tmp_path_factory)))
-    library.emulate_log_mel.argtypes = [ctypes.POINTER(native.LogMelCall), ctypes.c_uint32, ctypes.c_int64, ctypes.c_int32]
+    library.emulate_log_mel.argtypes = [
+        ctypes.POINTER(native.LogMelCall),
+        ctypes.c_uint32,
+        ctypes.c_int64,
+        ctypes.c_int32,
+    ]
     library.bank_passes.argtypes = [ctypes.c_int32, ctypes.POINTER(ctypes.c_int32)]
     library.bank_passes.restype = None
     return library

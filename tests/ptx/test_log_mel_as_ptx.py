@@ -34,7 +34,7 @@ def features(launcher, samples, dtype, n_fft, hop_length, top_db, multiprocessor
 
 @pytest.mark.parametrize("n_fft", [256, 512, 1024, 2048, 4096])
 def test_bits_do_not_depend_on_the_number_of_blocks(launcher, n_fft):
-    """With one multiprocessor two blocks take all tiles; with 24 a tile is one block's, or two blocks' by half."""
+    """Hold 24 multiprocessors, where a tile is one block's or two blocks', to one, where few blocks take all tiles."""
     samples = noise(2, 20 * n_fft)
     few = features(launcher, samples, torch.float32, n_fft, n_fft // 4, 40.0)
     many = features(launcher, samples, torch.float32, n_fft, n_fft // 4, 40.0, multiprocessors=24)
