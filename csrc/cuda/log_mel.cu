@@ -36,10 +36,10 @@ struct GpuRun {
         value = __reduce_max_sync(~0u, value);
         if (thread % 32 == 0) atomicMax(place, value);
     }
-    /* Lets other blocks read this thread's writes, before it reports that the block has finished. */
-    __device__ __forceinline__ void publish() { __threadfence(); }
-    /* Adds the block's maximum to a row's, and returns how many blocks had finished before. */
-    __device__ __forceinline__ int64_t finish(uint32_t *maxima, uint32_t loudest) {
+    /* Adds a range's maximum to its row's, and returns how many of the row's ranges had been finished before. One
+     * thread calls it after a barrier of the block: its fences order what the whole block wrote before, and reads
+     * after. */
+    __device__ __forceinline__ uint32_t finish(uint32_t *maxima, uint32_t loudest) {
         atomicMax(maxima, loudest);
         __threadfence();
         const uint32_t before = atomicAdd(maxima + 1, 1u);
@@ -57,20 +57,26 @@ __global__ void __launch_bounds__(Layout<N>::THREADS, Layout<N>::BLOCKS_PER_SM)
     log_mel(const __grid_constant__ clvp_fast_log_mel call) {
     extern __shared__ __align__(16) unsigned char memory[];
     GpuRun<N> run;
-    block<N, Sample>(run, reinterpret_cast<Shared<N> *>(memory), &call, blockIdx.x, gridDim.x, blockIdx.y, gridDim.y);
+    const Share share = {int(blockIdx.x), int(gridDim.x), int(blockIdx.y), int(gridDim.y)};
+    block<N, Sample>(run, reinterpret_cast<Shared<N> *>(memory), &call, share);
 }
 
 template <int N, class Sample>
 int launch(const clvp_fast_log_mel &call, cudaStream_t stream) {
+    using L = Layout<N>;
     const auto kernel = log_mel<N, Sample>;
-    const int64_t columns = (call.frames + Layout<N>::FRAMES - 1) / Layout<N>::FRAMES;
-    if (columns > INT_MAX) return CLVP_FAST_BAD_SIZE;
-    const int64_t rows = call.batch < 65535 ? call.batch : 65535;
+    int multiprocessors;
+    if (const int code = told(attribute(cudaDevAttrMultiProcessorCount, &multiprocessors))) return code;
+    const int64_t of_row = (call.frames + L::FRAMES - 1) / L::FRAMES, resident = multiprocessors * L::BLOCKS_PER_SM;
+    if (of_row > (INT_MAX - resident) / call.batch) return CLVP_FAST_BAD_SIZE;
+    const int64_t tiles = of_row * call.batch, blocks = tiles < resident ? tiles : resident;
+    /* Few tiles leave multiprocessors free: then a block does one round, in half of the time. */
+    const int parts = tiles * L::ROUNDS <= multiprocessors ? L::ROUNDS : 1;
     constexpr int bytes = sizeof(Shared<N>);
     void *arguments[] = {const_cast<clvp_fast_log_mel *>(&call)};
     const Launch how = {reinterpret_cast<const void *>(kernel),
-                        dim3(unsigned(columns), unsigned(rows)),
-                        dim3(Layout<N>::THREADS),
+                        dim3(unsigned(blocks), unsigned(parts)),
+                        dim3(L::THREADS),
                         bytes,
                         bytes,
                         stream,

@@ -1,11 +1,11 @@
-/* The work of one thread block of the CUDA kernel: log-mel of FRAMES consecutive frames of one clip.
+/* The work of one thread block of the CUDA kernel: log-mel of tiles of FRAMES consecutive frames of one clip.
  *
- *   prepare      tables of twiddles, clamped bands
+ *   prepare      once a block: tables of twiddles, clamped bands, inverse norms
  *   first_stage  samples * window, transforms of radix R1 in registers, twiddles     |
  *   put, get     exchange through shared memory: real parts, then imaginary parts    | T threads of a warp a transform
  *   dft          transforms of radix R2 in registers                                 |
  *   power        Z[k] and Z[N - k] become the power spectra of two frames            |
- *   mel          bands, floor, logarithm, division, coalesced stores: a lane a frame, a warp a channel
+ *   mel          bands, floor, logarithm, norms, coalesced stores: a lane a pair, as many lanes as pairs a channel
  *   clamp        top_db: the last block of a row to finish raises values that are too low
  *
  * Everything here runs on the host too, thread by thread (tests/csrc/log_mel_emulator.cpp): `block` is the one text of
@@ -34,49 +34,69 @@ CLVP_FAST_INLINE void prepare(Run &run, Shared<N> &shared, const clvp_fast_log_m
             shared.high[a][n2] = read_only(twiddles + n2 * L::FOLD * 4 * a);
         }
     }
-    Band band = {0, 0};
+    Channel channel = {0, 0, 1.f};
+    int end = 0;
     if (thread < call.num_mels) {
+        const auto *norms = static_cast<const float *>(call.mel_norms);
         const int first = read_only(call.bands + 2 * thread), last = read_only(call.bands + 2 * thread + 1);
-        if (last > 0 && first < last) band = {first < 0 ? 0 : first, last > L::BINS ? L::BINS : last};
-        if (band.first >= band.last) band = {0, 0};
-        shared.bands[thread] = band;
+        if (last > 0 && first < last && first < L::BINS) {
+            channel.first = first < 0 ? 0 : first;
+            end = last > L::BINS ? L::BINS : last;
+            channel.bins = end - channel.first;
+        }
+        if (norms) channel.inverse_norm = 1.f / read_only(norms + thread);
+        shared.channels[thread] = channel;
     }
-    run.max(&shared.bins, uint32_t(band.last), thread);
+    run.max(&shared.bins, uint32_t(end), thread);
 }
 
-/* The range of frames `column` of a row; one thread calls it. */
+template <int N>
+CLVP_FAST_INLINE int tiles_of_row(const clvp_fast_log_mel &call) {
+    return int((call.frames + Layout<N>::FRAMES - 1) / Layout<N>::FRAMES);
+}
+
+/* The range of a tile's frames that is a block's; one thread calls it. */
 template <int N, class Sample>
-CLVP_FAST_INLINE void begin_range(Shared<N> &shared, const clvp_fast_log_mel &call, int64_t row, int64_t column) {
+CLVP_FAST_INLINE void begin_range(Shared<N> &shared, const clvp_fast_log_mel &call) {
     constexpr int FRAMES = Layout<N>::FRAMES;
+    const int row = shared.tile / shared.tiles_of_row, column = shared.tile % shared.tiles_of_row;
+    const int most = FRAMES / shared.share.parts;
     int64_t length = call.lengths ? read_only(call.lengths + row) : call.time;
     length = length < 1 ? 1 : length > call.time ? call.time : length;
-    const int64_t first = column * FRAMES, left = 1 + length / call.hop_length - first;
+    const int64_t first = int64_t(column) * FRAMES + shared.share.part * most;
+    const auto of_range = [&](int64_t frames) {
+        return frames < first ? 0 : frames - first < most ? int(frames - first) : most;
+    };
     shared.range.samples = static_cast<const Sample *>(call.samples) + row * call.samples_stride;
     shared.range.row = row;
     shared.range.length = length;
     shared.range.first_frame = first;
-    shared.range.begin = first * call.hop_length - N / 2;
-    shared.range.true_frames = left < 0 ? 0 : left < FRAMES ? int(left) : FRAMES;
+    shared.range.frames = of_range(call.frames);
+    shared.range.begin = first < call.frames ? first * call.hop_length - N / 2 : 0; /* else it may overflow */
+    shared.range.true_frames = of_range(1 + length / call.hop_length);
     shared.loudest = 0;
 }
 
-/* Does all the work of one block: the range of frames `column` of `columns`, of the rows first_row, first_row +
- * row_step, ... */
+/* Does all the work of one block. */
 template <int N, class Sample, class Run>
-CLVP_FAST_INLINE void block(Run &run, Shared<N> *shared, const clvp_fast_log_mel *call, int64_t column, int64_t columns,
-                            int64_t first_row, int64_t row_step) {
+CLVP_FAST_INLINE void block(Run &run, Shared<N> *shared, const clvp_fast_log_mel *call, Share share) {
     using L = Layout<N>;
     using R = Registers<N>;
     run.template phase<Barrier::BLOCK>([=](auto &, int thread, R &) {
         if (thread != 0) return;
+        shared->tiles_of_row = tiles_of_row<N>(*call);
+        shared->tiles = shared->tiles_of_row * int(call->batch);
+        shared->share = share;
+        shared->tile = share.block;
         shared->bins = 0;
         shared->log_floor = float(call->log_floor);
+        shared->log_unit = call->decibels ? 3.01029996f : 0.693147181f; /* 10 log10(2), ln(2) */
     });
-    for (int64_t row = first_row; row < call->batch; row += row_step) {
+    while (shared->tile < shared->tiles) {
         run.template phase<Barrier::BLOCK>([=](auto &run, int thread, R &) {
-            if (row == first_row) prepare<N>(run, *shared, *call, thread);
-            if (thread < L::FRAMES) shared->not_finite[thread] = 0;
-            if (thread == 0) begin_range<N, Sample>(*shared, *call, row, column);
+            if (shared->tile == shared->share.block) prepare<N>(run, *shared, *call, thread);
+            if (thread < L::PAIRS) shared->spoil[thread] = {};
+            if (thread == 0) begin_range<N, Sample>(*shared, *call);
         });
         CLVP_FAST_UNROLL(1)
         for (int round = 0; round < L::ROUNDS; ++round) {
@@ -104,18 +124,20 @@ CLVP_FAST_INLINE void block(Run &run, Shared<N> *shared, const clvp_fast_log_mel
                 power<N>(run, *shared, job_of<L>(thread, round), !idle(*shared, thread, round), registers);
             });
         }
-        run.template phase<Barrier::BLOCK>([](auto &, int, R &) {});
+        run.template phase<Barrier::BLOCK>([=](auto &, int thread, R &) {
+            if (thread == 0) shared->tile += shared->share.blocks;
+        });
         run.template phase<Barrier::BLOCK>([=](auto &run, int thread, R &registers) {
             mel<N, Sample>(*shared, *call, thread, registers);
             if (call->top_db < 0) return;
             run.max(&shared->loudest, registers.loudest, thread);
-            run.publish();
         });
         if (call->top_db < 0) continue;
         run.template phase<Barrier::BLOCK>([=](auto &run, int thread, R &) {
             if (thread != 0) return;
-            uint32_t *maxima = call->clip_maxima + 2 * row;
-            shared->last_block = run.finish(maxima, shared->loudest) == columns - 1;
+            uint32_t *maxima = call->clip_maxima + 2 * shared->range.row;
+            shared->last_block =
+                run.finish(maxima, shared->loudest) == uint32_t(shared->tiles_of_row * shared->share.parts - 1);
             shared->loudest = run.fresh(maxima);
         });
         run.template phase<Barrier::BLOCK>([=](auto &run, int thread, R &) {

@@ -16,12 +16,10 @@
 
 namespace clvp_fast {
 
-/* `reflect` for places less than n_fft from the signal: without the division of 64-bit integers, which is a call. */
-CLVP_FAST_INLINE int64_t reflect_near(int64_t place, int64_t length) {
-    if (place >= 0 && place < length) return place;
-    const int64_t once = place < 0 ? -place : 2 * (length - 1) - place;
-    if (once >= 0 && once < length) return once;
-    return reflect(int32_t(place), int32_t(length));
+/* `reflect` for places less than `length` from the signal: without division and branches. */
+CLVP_FAST_INLINE int reflect_once(int place, int length) {
+    const int right = place < 0 ? -place : place, back = 2 * (length - 1) - right;
+    return right < back ? right : back;
 }
 
 /* A frame's part of a folded signal: sign * window * samples of its block `fold`. */
@@ -44,10 +42,19 @@ CLVP_FAST_INLINE void add_samples(Shared<N> &shared, const clvp_fast_log_mel &ca
     };
     const auto begin = [&](const Source &of) { return range.begin + (2 * job.pair + of.frame) * call.hop_length; };
     const auto there = [&](const Source &of) { return 2 * job.pair + of.frame < range.true_frames; };
-    const auto inside = [&](const Source &of) { return there(of) && begin(of) >= 0 && begin(of) + N <= range.length; };
-    if (inside(re) && inside(im)) {
+    if (there(im) && begin(re) >= 0 && begin(im) + N <= range.length) { /* im is the later frame, or the same one */
         const Sample *a = samples + begin(re) + L::M * re.fold + job.thread;
         const Sample *b = samples + begin(im) + L::M * im.fold + job.thread;
+        if (L::FOLD == 1 && call.hop_length == N / 4) { /* the frames share three samples of four */
+            constexpr int SHIFT = L::R2 / 4;
+            float both[L::R2 + SHIFT];
+            unroll<L::R2 + SHIFT>([&](auto i) { both[i] = float(read_only(a + L::T * i)); });
+            unroll<L::R2>([&](auto i) {
+                const float factor = weight(re, i);
+                x[i] = {factor * both[i], factor * both[i + SHIFT]};
+            });
+            return;
+        }
         unroll<L::R2>([&](auto i) {
             const float weight_re = weight(re, i), weight_im = SAME ? weight_re : weight(im, i);
             x[i].re += weight_re * float(read_only(a + L::T * i));
@@ -55,16 +62,26 @@ CLVP_FAST_INLINE void add_samples(Shared<N> &shared, const clvp_fast_log_mel &ca
         });
         return;
     }
-    /* A rolled loop, that passes samples through cells that only this thread uses until the next barrier. */
-    float *own = shared.power + exchange_cell<L>(job, job.thread, 0);
+    /* Loops, that pass samples through cells that only this thread uses until the next barrier. */
+    FramePair *cells = shared.power + exchange_cell<L>(job, job.thread % L::HALF, 0);
+    const auto own = [&](int i) -> float & { return cells[L::STRIDE * i].of[job.thread / L::HALF]; };
     const auto add = [&](auto part, const Source &of) {
         if (!there(of)) return;
-        const int64_t place = begin(of) + L::M * of.fold + job.thread;
-        CLVP_FAST_UNROLL(1)
-        for (int i = 0; i < L::R2; ++i)
-            own[L::STRIDE * i] =
-                weight(of, i) * float(read_only(samples + reflect_near(place + L::T * i, range.length)));
-        unroll<L::R2>([&](auto i) { (part == 0 ? x[i].re : x[i].im) += own[L::STRIDE * i]; });
+        /* The signal around the frame, for integers of 32 bits: mirrored places lie less than N from it. */
+        const int64_t origin = begin(of) > N ? begin(of) - N : 0, rest = range.length - origin;
+        const Sample *near = samples + origin;
+        const int length = int(rest < 4 * N ? rest : 4 * N);
+        const int place = int(begin(of) - origin) + L::M * of.fold + job.thread;
+        if (length > N / 2) {
+            CLVP_FAST_UNROLL(8) /* so many loads are on their way together */
+            for (int i = 0; i < L::R2; ++i)
+                own(i) = weight(of, i) * float(read_only(near + reflect_once(place + L::T * i, length)));
+        } else {
+            CLVP_FAST_UNROLL(1)
+            for (int i = 0; i < L::R2; ++i)
+                own(i) = weight(of, i) * float(read_only(near + reflect(place + L::T * i, length)));
+        }
+        unroll<L::R2>([&](auto i) { (part == 0 ? x[i].re : x[i].im) += own(i); });
     };
     add(Index<0>{}, re);
     add(Index<1>{}, im);
@@ -103,11 +120,11 @@ CLVP_FAST_INLINE void remove_not_finite(Shared<N> &shared, Job job, Complex<floa
     Complex<float> sum = x[0];
     unroll<COUNT - 1>([&](auto i) { sum = sum + x[i + 1]; });
     if (!(fabsf(sum.re) < INFINITY)) {
-        shared.not_finite[2 * job.pair] = 1;
+        shared.spoil[job.pair].of[0] = NAN;
         unroll<COUNT>([&](auto i) { x[i].re = 0.f; });
     }
     if (!(fabsf(sum.im) < INFINITY)) {
-        shared.not_finite[2 * job.pair + 1] = 1;
+        shared.spoil[job.pair].of[1] = NAN;
         unroll<COUNT>([&](auto i) { x[i].im = 0.f; });
     }
 }
@@ -163,9 +180,10 @@ template <int N, int PART>
 CLVP_FAST_INLINE void put(Shared<N> &shared, Job job, const Complex<float> (&x)[Layout<N>::R2]) {
     using L = Layout<N>;
     unroll<L::COLUMNS>([&](auto column) {
-        unroll<L::R1>([&](auto k1) {
-            const auto &value = x[L::COLUMNS * k1 + column];
-            shared.power[exchange_cell<L>(job, k1, job.thread + L::T * column)] = PART == 0 ? value.re : value.im;
+        unroll<L::HALF>([&](auto k1) {
+            const auto &a = x[L::COLUMNS * k1 + column], &b = x[L::COLUMNS * (k1 + L::HALF) + column];
+            FramePair &cell = shared.power[exchange_cell<L>(job, k1, job.thread + L::T * column)];
+            cell = PART == 0 ? FramePair{a.re, b.re} : FramePair{a.im, b.im};
         });
     });
 }
@@ -173,12 +191,13 @@ CLVP_FAST_INLINE void put(Shared<N> &shared, Job job, const Complex<float> (&x)[
 template <int N, int PART>
 CLVP_FAST_INLINE void get(const Shared<N> &shared, Job job, Complex<float> (&x)[Layout<N>::R2]) {
     using L = Layout<N>;
-    const float *own = shared.power + exchange_cell<L>(job, job.thread, 0);
-    unroll<L::R2>([&](auto n2) { (PART == 0 ? x[n2].re : x[n2].im) = own[L::STRIDE * n2]; });
+    const FramePair *cells = shared.power + exchange_cell<L>(job, job.thread % L::HALF, 0);
+    const int half = job.thread / L::HALF;
+    unroll<L::R2>([&](auto n2) { (PART == 0 ? x[n2].re : x[n2].im) = cells[L::STRIDE * n2].of[half]; });
 }
 
-/* x[k2] of thread t is bin K = FOLD * (t + T * k2) + residue; bins from the last band's end on are left out. All lanes
- * of a warp take part in `from`, outside of any branch. */
+/* x[k2] of thread t is bin K = FOLD * (t + T * k2) + residue; bins from the last band's end on are left out, four k2 at
+ * a time. All lanes of a warp take part in `from`, outside of any branch. */
 template <int N, class Run>
 CLVP_FAST_INLINE void power(Run &run, Shared<N> &shared, Job job, bool work, Registers<N> &registers) {
     using L = Layout<N>;
@@ -186,26 +205,30 @@ CLVP_FAST_INLINE void power(Run &run, Shared<N> &shared, Job job, bool work, Reg
     const int t = job.thread, bins = work ? int(shared.bins) : 0;
     const bool own = job.kind == Job::SUM && t == 0;
     const int partner = job.kind == Job::SUM ? (L::T - t) % L::T : L::T - 1 - t;
-    float *column = shared.power + 2 * job.pair;
-    float *place = column + L::STRIDE * (L::FOLD * t + job.residue);
-    unroll<L::R2 / 2>([&](auto k2) {
+    FramePair *column = shared.power + job.pair;
+    FramePair *place = column + L::STRIDE * (L::FOLD * t + job.residue);
+    const auto store = [&](auto k2, Complex<float> mirrored) {
         constexpr int first = L::FOLD * L::T * k2.value, last = L::R2 - 1 - k2.value;
-        Complex<float> mirrored = run.template from<L::T, last>(registers, partner);
-        if (first >= bins) return;
         if (L::FOLD == 4 && job.kind == Job::QUARTER) {
-            float *back = column + L::STRIDE * (4 * (L::T - 1 - t) + 3) + job.frame;
-            place[L::STRIDE * first + job.frame] = 4 * (x[k2].re * x[k2].re + x[k2].im * x[k2].im);
-            back[L::STRIDE * first] = 4 * (x[last].re * x[last].re + x[last].im * x[last].im);
+            FramePair *back = column + L::STRIDE * (4 * (L::T - 1 - t) + 3);
+            place[L::STRIDE * first].of[job.frame] = 4 * (x[k2].re * x[k2].re + x[k2].im * x[k2].im);
+            back[L::STRIDE * first].of[job.frame] = 4 * (x[last].re * x[last].re + x[last].im * x[last].im);
             return;
         }
         if (own) mirrored = x[(L::R2 - k2) % L::R2];
-        place[L::STRIDE * first] = power_of_real(x[k2], mirrored);
-        place[L::STRIDE * first + 1] = power_of_imaginary(x[k2], mirrored);
+        place[L::STRIDE * first] = {power_of_real(x[k2], mirrored), power_of_imaginary(x[k2], mirrored)};
+    };
+    unroll<L::R2 / 8>([&](auto four) {
+        Complex<float> mirrored[4];
+        unroll<4>([&](auto i) {
+            mirrored[i] = run.template from<L::T, L::R2 - 1 - 4 * four.value - i.value>(registers, partner);
+        });
+        if (L::FOLD * L::T * 4 * four.value >= bins) return;
+        unroll<4>([&](auto i) { store(Index<4 * four.value + i.value>{}, mirrored[i]); });
     });
     if (own && N / 2 < bins) {
         const Complex<float> nyquist = x[L::R2 / 2];
-        column[L::STRIDE * (N / 2)] = power_of_real(nyquist, nyquist);
-        column[L::STRIDE * (N / 2) + 1] = power_of_imaginary(nyquist, nyquist);
+        column[L::STRIDE * (N / 2)] = {power_of_real(nyquist, nyquist), power_of_imaginary(nyquist, nyquist)};
     }
 }
 

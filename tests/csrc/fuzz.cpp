@@ -23,7 +23,7 @@ int fuzz_sample(int cases, unsigned seed);
 int fuzz_paged(int cases, unsigned seed);
 int fuzz_prefill(int cases, unsigned seed);
 int fuzz_rotary_attention(int cases, unsigned seed);
-extern "C" int emulate_log_mel(const clvp_fast_log_mel *call, uint32_t seed, int64_t most_rows);
+extern "C" int emulate_log_mel(const clvp_fast_log_mel *call, uint32_t seed, int64_t most_blocks, int32_t in_parts);
 
 #define REQUIRE(condition)                                                       \
     if (!(condition)) {                                                          \
@@ -200,7 +200,7 @@ void try_one() {
         clvp_fast_log_mel spoilt = it.call;
         spoil(spoilt);
         REQUIRE(clvp_fast_log_mel_cpu(&spoilt, threads, nullptr) < 0);
-        REQUIRE(emulate_log_mel(&spoilt, number, 2) < 0);
+        REQUIRE(emulate_log_mel(&spoilt, number, 2, 0) < 0);
         REQUIRE(it.untouched());
         return;
     }
@@ -210,7 +210,7 @@ void try_one() {
     const std::vector<float> cpu = it.values();
 
     it.poison();
-    REQUIRE(emulate_log_mel(&it.call, number, draw(1, 4)) == CLVP_FAST_OK);
+    REQUIRE(emulate_log_mel(&it.call, number, draw(1, 4), once_in(2)) == CLVP_FAST_OK);
     REQUIRE(it.all_written());
     const std::vector<float> gpu = it.values();
     if (code != CLVP_FAST_OK || !it.finite) return;
@@ -226,7 +226,7 @@ void try_half() {
     it.call.features = it.features.get();
     it.call.features_dtype = one_of({CLVP_FAST_FLOAT16, CLVP_FAST_BFLOAT16});
     REQUIRE(it.call.batch == 0 || clvp_fast_log_mel_cpu(&it.call, 1, nullptr) == CLVP_FAST_BAD_DTYPE);
-    REQUIRE(emulate_log_mel(&it.call, number, 3) == CLVP_FAST_OK);
+    REQUIRE(emulate_log_mel(&it.call, number, 3, 0) == CLVP_FAST_OK);
 }
 
 }  // namespace
@@ -235,7 +235,7 @@ int main(int count, char **arguments) {
     const int cases = atoi(arguments[1]);
     engine.seed(count > 2 ? atoi(arguments[2]) : 0);
     REQUIRE(clvp_fast_log_mel_cpu(nullptr, 1, nullptr) == CLVP_FAST_NULL_POINTER);
-    REQUIRE(emulate_log_mel(nullptr, 0, 1) == CLVP_FAST_NULL_POINTER);
+    REQUIRE(emulate_log_mel(nullptr, 0, 1, 0) == CLVP_FAST_NULL_POINTER);
     for (number = 0; number < cases; ++number) {
         try_one();
         if (number % 8 == 0) try_half();

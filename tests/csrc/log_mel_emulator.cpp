@@ -35,8 +35,7 @@ public:
         return registers_[thread / T * T + partner].x[INDEX];
     }
     void max(uint32_t *place, uint32_t value, int) { *place = std::max(*place, value); }
-    void publish() {}
-    int64_t finish(uint32_t *maxima, uint32_t loudest) {
+    uint32_t finish(uint32_t *maxima, uint32_t loudest) {
         maxima[0] = std::max(maxima[0], loudest);
         return maxima[1]++;
     }
@@ -67,35 +66,42 @@ private:
 };
 
 template <int N, class Sample>
-int launch(const clvp_fast_log_mel &call, uint32_t seed, int64_t most_rows) {
-    const int64_t columns = (call.frames + Layout<N>::FRAMES - 1) / Layout<N>::FRAMES;
-    const int64_t rows = std::min(call.batch, most_rows);
-    std::vector<int64_t> blocks(columns * rows);
-    std::iota(blocks.begin(), blocks.end(), 0);
-    std::shuffle(blocks.begin(), blocks.end(), std::mt19937(seed));
+int launch(const clvp_fast_log_mel &call, uint32_t seed, int64_t most_blocks, bool in_parts) {
+    const int blocks = int(std::min(tiles_of_row<N>(call) * call.batch, most_blocks));
+    const int parts = in_parts ? Layout<N>::ROUNDS : 1;
+    std::vector<int> order(blocks * parts);
+    std::iota(order.begin(), order.end(), 0);
+    std::shuffle(order.begin(), order.end(), std::mt19937(seed));
     auto shared = std::make_unique<Shared<N>>();
-    for (int64_t index : blocks) {
+    for (int index : order) {
         memset(static_cast<void *>(shared.get()), 0xff, sizeof *shared);
         HostRun<N> run(++seed);
-        block<N, Sample>(run, shared.get(), &call, index % columns, columns, index / columns, rows);
+        block<N, Sample>(run, shared.get(), &call, {index % blocks, blocks, index / blocks, parts});
         if (!run.finished()) return 1; /* a block that ends without a barrier */
     }
     return CLVP_FAST_OK;
 }
 
 template <int N>
-int launch(const clvp_fast_log_mel &call, uint32_t seed, int64_t most_rows) {
-    return call.samples_dtype == CLVP_FAST_INT16 ? launch<N, int16_t>(call, seed, most_rows)
-                                                 : launch<N, float>(call, seed, most_rows);
+int launch(const clvp_fast_log_mel &call, uint32_t seed, int64_t most_blocks, bool in_parts) {
+    return call.samples_dtype == CLVP_FAST_INT16 ? launch<N, int16_t>(call, seed, most_blocks, in_parts)
+                                                 : launch<N, float>(call, seed, most_blocks, in_parts);
 }
 
-/* Returns how often a warp's accesses, a word of each lane, go through a memory of 32 banks. */
-int passes(const std::vector<int> &words) {
-    std::vector<int> sorted(words), count(32);
-    std::sort(sorted.begin(), sorted.end());
-    sorted.erase(std::unique(sorted.begin(), sorted.end()), sorted.end());
-    for (int word : sorted) ++count[word % 32];
-    return *std::max_element(count.begin(), count.end());
+/* Returns how often a warp's accesses, `words` words of each lane from these on, go through a memory of 32 banks: those
+ * of two words in two halves of the warp. */
+int passes(const std::vector<int> &first, int words) {
+    int most = 0;
+    for (size_t lane = 0; lane < first.size(); lane += 32 / words) {
+        std::vector<int> sorted, count(32);
+        for (int word = 0; word < words; ++word)
+            for (int i = 0; i < 32 / words; ++i) sorted.push_back(first[lane + i] + word);
+        std::sort(sorted.begin(), sorted.end());
+        sorted.erase(std::unique(sorted.begin(), sorted.end()), sorted.end());
+        for (int word : sorted) ++count[word % 32];
+        most = std::max(most, *std::max_element(count.begin(), count.end()));
+    }
+    return most;
 }
 
 template <int N>
@@ -109,14 +115,14 @@ void count_passes(int32_t *most) {
                 for (int thread = warp; thread < warp + 32; ++thread) {
                     const Job job = job_of<L>(thread, round);
                     const int n2 = job.thread + L::T * (element % L::COLUMNS), k1 = element / L::COLUMNS;
-                    put.push_back(exchange_cell<L>(job, k1, n2));
-                    get.push_back(exchange_cell<L>(job, job.thread, element));
+                    put.push_back(2 * exchange_cell<L>(job, k1 % L::HALF, n2));
+                    get.push_back(2 * exchange_cell<L>(job, job.thread % L::HALF, element) + job.thread / L::HALF);
                     const int bin = L::FOLD * (job.thread + L::T * (element / 2)) + job.residue;
-                    power.push_back(L::STRIDE * bin + 2 * job.pair);
+                    power.push_back(2 * (L::STRIDE * bin + job.pair));
                 }
-                most[0] = std::max(most[0], passes(put));
-                most[1] = std::max(most[1], passes(get));
-                most[2] = std::max(most[2], passes(power));
+                most[0] = std::max(most[0], passes(put, 2));
+                most[1] = std::max(most[1], passes(get, 1));
+                most[2] = std::max(most[2], passes(power, 2));
             }
         }
     }
@@ -124,16 +130,17 @@ void count_passes(int32_t *most) {
 
 }  // namespace
 
-/* The CUDA function on host memory. `seed` draws the order of everything. A block takes every `most_rows`th row. */
-extern "C" int emulate_log_mel(const clvp_fast_log_mel *call, uint32_t seed, int64_t most_rows) {
+/* The CUDA function on host memory. `seed` draws the order of everything. At most `most_blocks` blocks take all tiles;
+ * in_parts: a tile is dealt to as many blocks as it has rounds. */
+extern "C" int emulate_log_mel(const clvp_fast_log_mel *call, uint32_t seed, int64_t most_blocks, int32_t in_parts) {
     const int refused = clvp_fast_check_log_mel(call, 1);
     if (refused != CLVP_FAST_OK || call->batch == 0) return refused;
     switch (call->n_fft) {
-        case 256: return launch<256>(*call, seed, most_rows);
-        case 512: return launch<512>(*call, seed, most_rows);
-        case 1024: return launch<1024>(*call, seed, most_rows);
-        case 2048: return launch<2048>(*call, seed, most_rows);
-        default: return launch<4096>(*call, seed, most_rows);
+        case 256: return launch<256>(*call, seed, most_blocks, in_parts);
+        case 512: return launch<512>(*call, seed, most_blocks, in_parts);
+        case 1024: return launch<1024>(*call, seed, most_blocks, in_parts);
+        case 2048: return launch<2048>(*call, seed, most_blocks, in_parts);
+        default: return launch<4096>(*call, seed, most_blocks, in_parts);
     }
 }
 

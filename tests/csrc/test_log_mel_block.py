@@ -21,12 +21,19 @@ DTYPES = {
     torch.bfloat16: native.BFLOAT16,
 }
 GUARD = 64
+# The order of all, how many blocks there are at most, and whether a tile is dealt to several of them.
+ORDER = {"seed": 0, "most_blocks": 65535, "in_parts": False}
 
 
 @pytest.fixture(scope="module")
 def emulator(tmp_path_factory):
     library = ctypes.CDLL(str(compiled.emulator("log_mel_emulator.cpp", tmp_path_factory)))
-    library.emulate_log_mel.argtypes = [ctypes.POINTER(native.LogMelCall), ctypes.c_uint32, ctypes.c_int64]
+    library.emulate_log_mel.argtypes = [
+        ctypes.POINTER(native.LogMelCall),
+        ctypes.c_uint32,
+        ctypes.c_int64,
+        ctypes.c_int32,
+    ]
     library.bank_passes.argtypes = [ctypes.c_int32, ctypes.POINTER(ctypes.c_int32)]
     library.bank_passes.restype = None
     return library
@@ -84,7 +91,7 @@ def run(emulator, samples, *, window, filters, bands, hop, lengths=None, norms=N
         log_floor=floor,
         top_db=top_db,
     )
-    assert emulator.emulate_log_mel(call, options.get("seed", 0), options.get("most_rows", 65535)) == 0
+    assert emulator.emulate_log_mel(call, *(options.get(name, value) for name, value in ORDER.items())) == 0
     assert buffer[:GUARD].isnan().all() and buffer[GUARD + size :].isnan().all(), "written outside the features"
     return buffer[GUARD : GUARD + size].view(batch, num_mels, frames).clone()
 
@@ -140,7 +147,7 @@ def test_lengths_shorter_than_the_padding(emulator, n_fft):
     samples = random(len(lengths), int(lengths.max()), seed=5, scale=0.1)
     for row, length in zip(samples, lengths, strict=True):
         row[length:] = math.nan
-    compare(emulator, samples, hop=100, lengths=lengths, most_rows=3, **arguments(n_fft))
+    compare(emulator, samples, hop=100, lengths=lengths, most_blocks=3, **arguments(n_fft))
 
 
 @pytest.mark.parametrize("n_fft", SIZES)
@@ -209,7 +216,7 @@ def test_decibels(emulator, features_dtype, with_norms, top_db):
     samples = random(3, 9000, seed=10) * torch.logspace(0, -5, 9000)
     lengths = torch.tensor([9000, 300, 8191])
     options = {"decibels": 1, "top_db": top_db, "features_dtype": features_dtype, "floor": 1e-10}
-    compare(emulator, samples, hop=256, lengths=lengths, most_rows=2, **named, **options)
+    compare(emulator, samples, hop=256, lengths=lengths, most_blocks=2, **named, **options)
 
 
 def test_top_db_leaves_bad_frames_out(emulator):
@@ -219,14 +226,14 @@ def test_top_db_leaves_bad_frames_out(emulator):
     assert got[1].isnan().all() and got[0].isnan().any() and not got[0].isnan().all()
 
 
-def test_order_of_threads_does_not_matter(emulator):
+def test_order_of_threads_and_number_of_blocks_do_not_matter(emulator):
     for n_fft in SIZES:
         named = arguments(n_fft) | {"hop": n_fft // 4, "top_db": 40.0, "decibels": 1}
         samples = random(2, 11 * n_fft, seed=12)
         samples[1, 2000] = math.nan
         first = run(emulator, samples, **named)
-        for seed in range(1, 4):
-            again = run(emulator, samples, seed=1000 * seed, most_rows=1 + seed % 2, **named)
+        for seed in range(1, 5):
+            again = run(emulator, samples, seed=1000 * seed, most_blocks=1 + seed % 3, in_parts=seed > 2, **named)
             assert torch.equal(first.view(torch.int32), again.view(torch.int32))
 
 
