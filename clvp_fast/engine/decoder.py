@@ -6,7 +6,7 @@ import torch
 
 from clvp_fast import ops
 from clvp_fast.engine.products import Blocks
-from clvp_fast.engine.step import BoundStep, bind_decoder
+from clvp_fast.engine.step import BoundStep, Prompt, bind_decoder
 from clvp_fast.engine.weights import DecoderWeights, layers_of
 from clvp_fast.models.clvp.causal_lm import ClvpForCausalLM
 from clvp_fast.models.clvp.tokens import most_codes
@@ -155,6 +155,11 @@ class PagedDecoder:
         return True
 
     @property
+    def has_rows_apart(self) -> bool:
+        """Tell whether the bits of a product's row depend on no other row, for any number of them: over panels."""
+        return all(product.panels is not None for product in self.weights.products())
+
+    @property
     def residual_dtype(self) -> torch.dtype:
         if self._residual_dtype is not None:
             return self._residual_dtype
@@ -282,6 +287,7 @@ class PagedDecoder:
         arrivals: torch.Tensor | None,
         scratch: Scratch,
         product_rows: int | None = None,
+        prompt: Prompt | None = None,
     ) -> BoundStep:
         """Return the calls that `step` makes on these tensors; they serve any number of steps.
 
@@ -291,6 +297,8 @@ class PagedDecoder:
         Args:
             scratch: memory for at least as many rows; steps that share it run one after another.
             product_rows: the most rows of a product, which is our own kernel's (`products.Blocks`); None: all rows.
+            prompt: is entered with the tokens; `scratch` then has room for its rows too. Candidates' rows keep their
+                bits where those of a product depend on no other row (`has_rows_apart`).
         """
         tables = dict(
             block_table=block_table,
@@ -299,4 +307,5 @@ class PagedDecoder:
             prefix_index=prefix_index,
             arrivals=arrivals,
         )
-        return bind_decoder(self, tokens, seq_lens, tables, pages, scratch, Blocks(len(tokens), product_rows))
+        rows = len(tokens) + (0 if prompt is None else len(prompt.embeds))
+        return bind_decoder(self, tokens, seq_lens, tables, pages, scratch, Blocks(rows, product_rows), prompt)

@@ -9,6 +9,7 @@ import torch
 from clvp_fast.engine.decoder import KVPages, PagedDecoder
 from clvp_fast.engine.scheduler import Prefill
 from clvp_fast.engine.slots import to_device
+from clvp_fast.engine.step import Prompt
 
 # The rows of a prefill on a GPU: for all numbers above 1024, `kernels/linear.py` and `mlp.py` have one tile and one
 # order of sums. It is room for several texts, and a device is busy with it for about as long as the host would be with
@@ -71,6 +72,12 @@ class Prompts:
             embeds[end - prefill.prefix_len : end].copy_(prompts[prefill.key])
         entered_bounds.copy_(bounds)
         torch.index_select(self._prefix_table, 0, places, out=tables)
+
+    @property
+    def entered(self) -> Prompt:
+        """Return the group that was entered last, of one prompt as on a CPU, for a step that enters it."""
+        assert self._rows is None and self._entered is not None
+        return Prompt(*self._entered)
 
     def run(self) -> None:
         """Prefill the group that was entered last, if there is one."""

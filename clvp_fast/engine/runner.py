@@ -30,7 +30,7 @@ from clvp_fast.engine.prompts import PREFILL_ROWS, Prompts
 from clvp_fast.engine.sampling_params import SamplingParams
 from clvp_fast.engine.scheduler import Prefill, Step, batch_buckets
 from clvp_fast.engine.slots import SlotState, to_device
-from clvp_fast.engine.step import ENTERED, bind_draw
+from clvp_fast.engine.step import ENTERED, Prompt, bind_draw
 from clvp_fast.engine.weight_versions import WeightVersions
 from clvp_fast.models.clvp.causal_lm import ClvpForCausalLM
 from clvp_fast.models.clvp.tokens import longest_prompt, start_token, stop_token
@@ -176,6 +176,8 @@ class Runner:
         table, always = self.slots.tensors["prefix_table"], self.product_rows is not None
         prompt_rows = None if on_cpu else max(PREFILL_ROWS, self.max_prefix_len)
         self._prompts = Prompts(decoder, self.pages, table, prompt_rows, always)
+        self._joins = on_cpu  # whether a prompt may join the next step
+        self._waits = False  # whether one does
         self._made_for = decoder.dtype, decoder.device
         self._copied: WeightVersions | None = None
         if weight_dtype is not None or self.pages.scales is not None:
@@ -252,6 +254,9 @@ class Runner:
             self.decoder.weights.repack()
         for prefill in step.prefills:
             self._check_prompt(prefill, prompts[prefill.key])
+        if self._waits:  # there was no step since
+            self._waits = False
+            self._prompts.run()
         self.slots.apply(step, params)
         if self._states is not None and step.moves:
             sources, targets = to_device(self.device, *np.array(step.moves, dtype=np.int64).T)
@@ -266,7 +271,11 @@ class Runner:
             raise ValueError(f"num_slots must be from 1 to {self.max_batch}, not {num_slots}")
         rows = self._rows_of(num_slots)
         shortcuts = self.slots.shortcuts(rows)
-        if self._graphs.serves(rows) and "typical_mass" in shortcuts:  # neutral, as it is when steps are captured
+        if self._waits:
+            self._waits = False
+            for call in self._bind(rows, shortcuts, self._prompts.entered):
+                call()
+        elif self._graphs.serves(rows) and "typical_mass" in shortcuts:  # neutral, as it is when steps are captured
             self._graphs.run(rows, partial(self._step, rows, typical_mass=1.0))
         else:
             self._step(rows, **shortcuts)
@@ -277,6 +286,7 @@ class Runner:
     def reset(self) -> None:
         """Empty every slot after a step that broke off. Handles of earlier steps are no longer valid."""
         self.slots.clear()
+        self._waits = False
         self._arrivals.zero_()
 
     def tokens(self, handle: StepHandle) -> np.ndarray:
@@ -381,10 +391,13 @@ class Runner:
         for call in calls:
             call()
 
-    def _bind(self, rows: int, shortcuts: dict[str, float | bool]) -> tuple[BoundCall, ...]:
-        """Bind the calls of a step; all choices are made here. Raises as `require_kernel`."""
+    def _bind(
+        self, rows: int, shortcuts: dict[str, float | bool], prompt: Prompt | None = None
+    ) -> tuple[BoundCall, ...]:
+        """Bind the calls of a step, with a prompt to enter; all choices are made here. Raises as `require_kernel`."""
         self.require_kernel()
-        state, scratch = self.slots.first(rows), self._scratch
+        state = self.slots.first(rows)
+        scratch = self._scratch if prompt is None else Scratch(rows + len(prompt.embeds), self.device)
         entered = [state[name] for name in ENTERED]
         if self._persistent is not None and rows <= MAX_ROWS:
             bound = self._persistent.bind(*entered, scratch=scratch)
@@ -395,6 +408,7 @@ class Runner:
                 arrivals=self._arrivals[:rows],
                 scratch=scratch,
                 product_rows=self.product_rows,
+                prompt=prompt,
             )
         calls = [*bound.calls]
         if self._states is not None:
@@ -414,7 +428,13 @@ class Runner:
             )
 
     def _prefill(self, prefills: list[Prefill], prompts: Mapping[Any, torch.Tensor]) -> None:
-        """Prefill prompts into the pages that the prefix table names."""
-        for group in self._prompts.groups(prefills):
+        """Prefill prompts into the pages that the prefix table names, the last one perhaps with the next step.
+
+        So weights are read once for a prompt and its candidates' first step. It is done where that changes no bit of
+        the other candidates' rows.
+        """
+        for place, group in enumerate(groups := list(self._prompts.groups(prefills))):
             self._prompts.enter(group, prompts)
-            self._graphs.run("prefill", self._prompts.run)
+            self._waits = self._joins and place == len(groups) - 1 and self.decoder.has_rows_apart
+            if not self._waits:
+                self._graphs.run("prefill", self._prompts.run)

@@ -1,15 +1,17 @@
 """The decode step as a list of calls: implementations and addresses are fixed when the list is made.
 
 embed → layers → norms → head → draw, over tensors that stay where they are. A step of a given number of rows is bound
-once and can run any number of times. The choices also depend on `dispatch.situation`.
+once and can run any number of times. The choices also depend on `dispatch.situation`. A step may enter a prompt too, so
+that weights are read once for both.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from clvp_fast import ops
 from clvp_fast.engine.products import Blocks
 from clvp_fast.engine.slots import NEUTRAL
 from clvp_fast.engine.weights import LayerWeights
@@ -26,6 +28,23 @@ if TYPE_CHECKING:
 
 #: The tensors of the slots' state that a decoder's step reads, in the order of its arguments.
 ENTERED = ("token", "seq_lens", "block_table", "prefix_table", "prefix_lens", "prefix_index")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt that a step enters: its rows stand before the candidates' in every product.
+
+    The arguments are those of `PagedDecoder.prefill`, of one prompt.
+    """
+
+    embeds: torch.Tensor
+    cu_seqlens: torch.Tensor
+    block_table: torch.Tensor
+
+    def bind(self, out: torch.Tensor, projected: list[torch.Tensor], stored: dict) -> BoundCall:
+        """Return a call that attends within the prompt, and stores its keys and values."""
+        attend = partial(ops.paged_prefill, *projected, self.cu_seqlens, block_table=self.block_table, **stored)
+        return copying(attend, out)
 
 
 @dataclass(frozen=True)
@@ -51,24 +70,33 @@ def bind_decoder(
     pages: "KVPages",
     scratch: Scratch,
     blocks: Blocks,
+    prompt: Prompt | None = None,
 ) -> BoundStep:
     """Bind `PagedDecoder.step` to these tensors; `tables` are those of `paged_attention_decode`, with `arrivals`.
 
-    Products are made in `blocks`.
+    Products are made in `blocks`, whose rows include those of a prompt.
     """
     weights, rows = decoder.weights, blocks.rows
+    ahead = 0 if prompt is None else len(prompt.embeds)
+    own = slice(ahead, rows)  # the candidates' rows
     shape = rows, decoder.hidden_size
     residual, between = (scratch(name, *shape, dtype=decoder.residual_dtype) for name in ("residual", "between"))
     normed = scratch("normed", *shape, dtype=decoder.dtype)
-    logits = scratch("logits", rows, decoder.vocab_size, dtype=decoder.dtype)
+    logits = scratch("logits", rows - ahead, decoder.vocab_size, dtype=decoder.dtype)
     # The k-th speech token has position k + 1, as in the original with its cache. In training, and with contiguous
     # positions, it has position k.
     gap = 0 if decoder.contiguous_positions else 1
-    calls = [bind_embed(residual, scratch, tokens, seq_lens, weights.token_table, weights.position_table, gap)]
+    calls = [bind_embed(residual[own], scratch, tokens, seq_lens, weights.token_table, weights.position_table, gap)]
+    if prompt is not None:
+        calls.append(partial(residual[:ahead].copy_, prompt.embeds))
     for index, layer in enumerate(weights.layers):
         attended = scratch("attended", *shape, dtype=decoder.dtype)
-        stored = {"seq_lens": seq_lens, **tables, **pages.layer(index), "scale": decoder.head_dim**-0.5}
-        calls += _attention(attended, scratch, blocks, layer, residual, normed, stored)
+        stored = {**pages.layer(index), "scale": decoder.head_dim**-0.5}
+        own_tables = {"seq_lens": seq_lens, **tables}
+        calls += _attention(attended, scratch, blocks, layer, residual, normed, stored, own_tables, prompt)
+        if index == len(weights.layers) - 1:  # of a prompt candidates read only keys and values there
+            blocks = replace(blocks, rows=rows - ahead)
+            attended, residual, between, normed = (x[own] for x in (attended, residual, between, normed))
         calls += _behind_attention(attended, scratch, blocks, layer, residual, between, normed)
     first, second = weights.last_norm, weights.final_norm
     affines = {f"{name}{n}": x for n, norm in ((1, first), (2, second)) for name, x in vars(norm).items()}
@@ -87,8 +115,13 @@ def _attention(
     residual: torch.Tensor,
     normed: torch.Tensor,
     stored: dict,
+    tables: dict,
+    prompt: Prompt | None,
 ) -> list[BoundCall]:
-    """Bind the norm of the residual, its projections, and attention over the pages in `stored`."""
+    """Bind the norm of the residual, its projections, and attention over the pages in `stored`.
+
+    `tables` are the other arguments of `paged_attention_decode`. A prompt comes first: candidates may be its own.
+    """
     rows, heads = blocks.rows, layer.num_heads
     norm = dict(**vars(layer.input_norm), kind="layer")
     calls = [bind_add_norm((None, normed), scratch, residual, **norm)]
@@ -97,7 +130,11 @@ def _attention(
         out = scratch(f"projection {number}", rows, len(product.weight), dtype=normed.dtype)
         calls.append(blocks.product(product, out, scratch, normed))
         projected += out.view(rows, -1, heads, attended.shape[1] // heads).unbind(1)
-    calls.append(bind_paged_attention_decode(attended.view_as(projected[0]), scratch, *projected, **stored))
+    ahead, out = 0 if prompt is None else len(prompt.embeds), attended.view_as(projected[0])
+    if prompt is not None:
+        calls.append(prompt.bind(out[:ahead], [x[:ahead] for x in projected], stored))
+    own = [x[ahead:] for x in projected]
+    calls.append(bind_paged_attention_decode(out[ahead:], scratch, *own, **tables, **stored))
     return calls
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import torch
 from torch import nn
@@ -167,12 +168,15 @@ class DecoderWeights:
         layers = tuple(layer.with_products(change) for layer in self.layers)
         return replace(self, layers=layers, head=self.head.packed(dtype))
 
+    def products(self) -> list[Product]:
+        """Return all products, the head last."""
+        layers = [(*layer.projections, layer.out, layer.mlp_in, layer.mlp_out) for layer in self.layers]
+        return [*chain.from_iterable(layers), self.head]
+
     def repack(self) -> None:
         """Write all panels again from the weights as they are now."""
-        self.head.repack()
-        for layer in self.layers:
-            for product in (*layer.projections, layer.out, layer.mlp_in, layer.mlp_out):
-                product.repack()
+        for product in self.products():
+            product.repack()
 
     def parameters(self) -> list[nn.Parameter]:
         """Return the parameters that the step reads, as the model has them now."""
