@@ -28,8 +28,8 @@ class Norm:
     eps: float
 
     def __call__(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Normalise `x` `[..., hidden_size]`, with a result of `dtype`."""
-        return ops.add_norm(x, None, **vars(self), kind="layer", out_dtype=dtype)[1]
+        """Normalise `x` `[..., hidden_size]` as a bound step does, bit for bit, with a result of `dtype`."""
+        return ops.add_norm(x, None, **vars(self), kind="layer", out_dtype=dtype, always=True)[1]
 
 
 @dataclass(frozen=True)

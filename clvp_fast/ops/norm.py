@@ -262,6 +262,7 @@ def add_norm(
     eps: float,
     kind: str,
     out_dtype: torch.dtype | None = None,
+    always: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Add a residual and normalise the sum over its last axis.
 
@@ -275,6 +276,7 @@ def add_norm(
         kind: `"rms"` (transformers' RMSNorm bit for bit: in float32, cast to the dtype of the sum, then times `weight`)
             or `"layer"` (`torch.nn.functional.layer_norm`).
         out_dtype: dtype of the normed sum; None: that of `x`, or with `kind="rms"` that of `weight` if it is wider.
+        always: take our own kernel wherever one serves, also where torch's norm is faster.
 
     Returns:
         `x + residual`, of the dtype of the residual (`x` itself without one), and the normed sum; both of the shape of
@@ -285,7 +287,7 @@ def add_norm(
     """
     args = (x, residual, weight, bias, eps, kind, out_dtype)
     _check(*args)
-    total, normed = _OPERATOR.choose(args, gradient(x, residual, weight, bias))(*args)
+    total, normed = _OPERATOR.choose(args, gradient(x, residual, weight, bias), always)(*args)
     return (x if residual is None else total), normed
 
 

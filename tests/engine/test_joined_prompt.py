@@ -6,14 +6,18 @@ import torch
 from clvp_fast.engine.runner import Runner
 from tests.engine.test_decoder import prompts, tiny
 from tests.engine.test_runner import GREEDY, SAMPLED, Driver, expected_tokens
-from tests.kit.isa import needs
+from tests.kit.isa import has_matrix_unit, needs
 
 pytestmark = needs("linear")
 
 
-def driver_of(joins: bool, states: bool = False, **options) -> Driver:
+INT8 = {"weight_dtype": torch.int8}
+
+
+def driver_of(joins: bool, states: bool = False, dtype: torch.dtype = torch.float32, **options) -> Driver:
     model = tiny()
-    driver = Driver(model, prompts(model, (4, 23, 9)), [GREEDY, SAMPLED, GREEDY], packed=True, states=states, **options)
+    texts = prompts(model, (4, 23, 9))
+    driver = Driver(model.to(dtype), texts, [GREEDY, SAMPLED, GREEDY], packed=True, states=states, **options)
     driver.runner._joins = joins
     return driver
 
@@ -42,11 +46,14 @@ def entered(driver: Driver) -> None:
     driver.run()
 
 
-@pytest.mark.parametrize("options", [{}, {"weight_dtype": torch.int8}, {"deterministic": True}])
-def test_codes_states_and_pages_are_those_of_a_prefill_apart(options, monkeypatch):
+@pytest.mark.parametrize("options", [{}, INT8, INT8 | {"activation_dtype": torch.int8}, {"deterministic": True}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_codes_states_and_pages_are_those_of_a_prefill_apart(dtype, options, monkeypatch):
+    if dtype == torch.bfloat16 and not options.get("weight_dtype") and has_matrix_unit():
+        pytest.skip("torch's own products serve bfloat16 here")
     found = []
     for joins in (True, False):
-        driver = driver_of(joins, states=True, **options)
+        driver = driver_of(joins, states=True, dtype=dtype, **options)
         tokens = joined(driver, monkeypatch)
         entered(driver)
         # Of two prompts in one step the last joins it.
@@ -70,8 +77,7 @@ def test_a_prompt_that_no_step_took_is_stored_before_the_next_changes(monkeypatc
     driver = driver_of(joins=True)
     for key in (0, 1):
         driver.admit(key, key)
-        driver.runner.apply(driver.pending, driver.prompts, driver.params)
-        driver.pending = driver._nothing()
+        driver.apply()
     apart = driver_of(joins=False)
     for key in (0, 1):
         apart.admit(key, key)
@@ -81,7 +87,7 @@ def test_a_prompt_that_no_step_took_is_stored_before_the_next_changes(monkeypatc
 def test_a_reset_drops_it(monkeypatch):
     driver = driver_of(joins=True)
     driver.admit(0, 0)
-    driver.runner.apply(driver.pending, driver.prompts, driver.params)
+    driver.apply()
     driver.runner.reset()
     tokens = joined(driver, monkeypatch)
     driver.runner.decode(1)

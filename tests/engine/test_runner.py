@@ -85,16 +85,20 @@ class Driver:
     def move(self, source, target):
         self.pending.moves.append((source, target))
 
+    def apply(self):
+        """Bring what is pending to the runner."""
+        self.runner.apply(self.pending, self.prompts, self.params)
+        for source, target in self.pending.moves:
+            self.held[target] = self.held.pop(source)
+        self.pending = self._nothing()
+
     def start(self):
         """Apply what is pending and start a step."""
         for slot, (_, _, stored, pages) in self.held.items():
             if stored % PAGE_SIZE == 0:
                 pages.append(self._free.pop())
                 self.pending.new_pages.append((slot, len(pages) - 1, pages[-1]))
-        self.runner.apply(self.pending, self.prompts, self.params)
-        for source, target in self.pending.moves:
-            self.held[target] = self.held.pop(source)
-        self.pending = self._nothing()
+        self.apply()
         for state in self.held.values():
             state[2] += 1
         return self.runner.decode(max(self.held) + 1)
