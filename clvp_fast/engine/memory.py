@@ -244,12 +244,15 @@ def _fixed(
     logits = sizes.vocab_size * (sizes.itemsize + (_SAMPLE_BYTES if sizes.on_cpu else 0))
     # The attention kernel keeps a float32 sum for each part of a row's tokens, about one for a page or two.
     partial = 0 if sizes.on_cpu else 4 * (own + prefix) * (sizes.hidden_size + 2 * sizes.num_heads)
-    prefilled = max_prefix_len if sizes.on_cpu else max(PREFILL_ROWS, max_prefix_len)
+    step = rows * (kept + logits + partial)
+    prefill = activations * (max_prefix_len if sizes.on_cpu else max(PREFILL_ROWS, max_prefix_len))
+    if sizes.on_cpu and sizes.panels:  # a prompt joins a step, which has memory of its own
+        prefill = max_prefix_len * kept + step
     return {
         "weights": sizes.copied_weights,
         "panels": sizes.panels,
         "slots": 4 * words * rows,
         "states": rows * (max_new_tokens + 1) * sizes.hidden_size * sizes.itemsize if states else 0,
-        "step": rows * (kept + logits + partial),
-        "prefill": prefilled * activations,
+        "step": step,
+        "prefill": prefill,
     }

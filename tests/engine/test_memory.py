@@ -11,10 +11,13 @@ import torch
 
 from clvp_fast import ClvpProcessor
 from clvp_fast.checkpoint import load_checkpoint
-from clvp_fast.engine import engine
+from clvp_fast.engine import engine, runner as runner_module
 from clvp_fast.engine.memory import DecoderSizes, MemoryPlan, human_bytes, plan, trim_heap
 from clvp_fast.engine.runner import Runner
+from clvp_fast.engine.step import Prompt
+from clvp_fast.ops.binding import Scratch
 from tests.engine.test_decoder import tiny
+from tests.kit import isa
 
 # The trained decoder in bfloat16 on a GPU.
 FULL = DecoderSizes(
@@ -125,6 +128,21 @@ def test_a_step_stays_within_its_part():
             held += event.nbytes()
             peak = max(peak, held)
     assert 0.1 * found.parts["step"] < peak <= found.parts["step"]
+
+
+@isa.needs("linear")
+def test_a_prompt_that_joins_a_step_stays_within_its_part(monkeypatch):
+    """Compare the plan with all tensors that such a step keeps: those of the longest prompt, and of the slots."""
+    model, made = tiny().speech_decoder_model, []
+    found = plan(model, 10**8, max_batch=64, max_new_tokens=50, packed=True)
+    runner = Runner(model, found.num_pages, found.page_size, found.max_batch, found.max_new_tokens, packed=True)
+    monkeypatch.setattr(runner_module, "Scratch", lambda *sizes: made.append(Scratch(*sizes)) or made[0])
+    embeds = torch.zeros(found.max_prefix_len, model.config.hidden_size)
+    table = torch.zeros(1, -(-len(embeds) // found.page_size), dtype=torch.int32)
+    with torch.inference_mode():
+        runner._bind(64, {}, Prompt(embeds, torch.tensor([0, len(embeds)], dtype=torch.int32), table))
+    held = sum(block.nbytes for block in made[0]._blocks.values())
+    assert 0.1 * found.parts["prefill"] < held <= found.parts["prefill"]
 
 
 def test_a_plan_prints_as_a_table():
