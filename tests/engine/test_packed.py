@@ -18,9 +18,7 @@ pytestmark = needs("linear")
 
 
 def products(of: Runner):
-    weights = of.decoder.weights
-    layers = [one for layer in weights.layers for one in (*layer.projections, layer.out, layer.mlp_in, layer.mlp_out)]
-    return [*layers, weights.head]
+    return of.decoder.weights.products()
 
 
 def runner_of(made: CandidateEngine) -> Runner:
