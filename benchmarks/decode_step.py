@@ -161,6 +161,7 @@ class StoredCandidates:
         self.runner.apply(
             step, {"text": prompt}, {"text": SamplingParams(self.candidates, max_new_tokens=room, seed=0)}
         )
+        self.runner.prefill_waiting()
         self._enter(self.known)
         self._tokens = _entered(device, smoke, shape)
 

@@ -254,14 +254,19 @@ class Runner:
             self.decoder.weights.repack()
         for prefill in step.prefills:
             self._check_prompt(prefill, prompts[prefill.key])
-        if self._waits:  # there was no step since
-            self._waits = False
-            self._prompts.run()
+        self.prefill_waiting()
         self.slots.apply(step, params)
         if self._states is not None and step.moves:
             sources, targets = to_device(self.device, *np.array(step.moves, dtype=np.int64).T)
             self._states[targets] = self._states[sources]
         self._prefill(step.prefills, prompts)
+
+    @torch.inference_mode()
+    def prefill_waiting(self) -> None:
+        """Prefill a prompt that waits for the next step, for a caller who makes none."""
+        if self._waits:
+            self._waits = False
+            self._prompts.run()
 
     @torch.inference_mode()
     @_on_its_device
