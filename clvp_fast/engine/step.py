@@ -89,11 +89,11 @@ def bind_decoder(
     calls = [bind_embed(residual[own], scratch, tokens, seq_lens, weights.token_table, weights.position_table, gap)]
     if prompt is not None:
         calls.append(partial(residual[:ahead].copy_, prompt.embeds))
+    tables = {"seq_lens": seq_lens, **tables}
     for index, layer in enumerate(weights.layers):
         attended = scratch("attended", *shape, dtype=decoder.dtype)
         stored = {**pages.layer(index), "scale": decoder.head_dim**-0.5}
-        own_tables = {"seq_lens": seq_lens, **tables}
-        calls += _attention(attended, scratch, blocks, layer, residual, normed, stored, own_tables, prompt)
+        calls += _attention(attended, scratch, blocks, layer, residual, normed, stored, tables, prompt)
         if index == len(weights.layers) - 1:  # of a prompt candidates read only keys and values there
             blocks = replace(blocks, rows=rows - ahead)
             attended, residual, between, normed = (x[own] for x in (attended, residual, between, normed))
