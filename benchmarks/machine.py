@@ -87,8 +87,7 @@ def label(device: dict) -> str:
 
     Two rows may stand in one table, and be compared, where their labels are equal.
 
-    device: of a row, as `Machine.described` gives it. Rows of a GPU have its name alone, and rows from before
-        2026-11-28 no model of the CPU.
+    device: of a row, as `Machine.described` gives it. Rows of a GPU have its name alone.
     """
     model = ", ".join(f"{key} {number}" for key, number in device.get("cpu_model", {}).items())
     words = [f"{device['name']} ({model})" if model else device["name"]]
