@@ -50,6 +50,15 @@ CLVP_FAST_INLINE void multiply_tile(const typename Products::Stored *x,
         store_floats(to + WHOLE * LANES, fold<LANES / 2>(sums + WHOLE * LANES), LANES / 2);
 }
 
+/* The most rows of an item: so few that a second-level cache keeps them while they meet all weights. */
+int64_t item_rows(const clvp_fast_linear *call) {
+    const size_t size = call->dtype == CLVP_FAST_FLOAT32 ? sizeof(float) : sizeof(ProductsOf<uint16_t>::Stored);
+    const int64_t rows = (512 << 10) / (call->in_features * (int64_t)size) / 8 * 8;
+    return rows < 8 ? 8 : rows < ITEM_ROWS ? rows : ITEM_ROWS;
+}
+
+int64_t linear_items(const clvp_fast_linear *call) { return items_of(call, item_rows(call)); }
+
 /* Rows of x by tiles: [tile][vector of columns][row], zeros for rows that there are not. */
 template <class In>
 void pack_rows(const clvp_fast_linear *call, int64_t first_row, int64_t end_row, typename ProductsOf<In>::Stored *to) {
@@ -71,7 +80,7 @@ struct Scratch {
 };
 
 size_t scratch_bytes(const clvp_fast_linear *call) {
-    const int64_t rows = call->rows < ITEM_ROWS ? (call->rows + 7) / 8 * 8 : ITEM_ROWS;
+    const int64_t most = item_rows(call), rows = call->rows < most ? (call->rows + 7) / 8 * 8 : most;
     return sizeof(Scratch) + rows * call->in_features * sizeof(float);
 }
 
@@ -115,12 +124,12 @@ void run(const clvp_fast_linear *call, const Item &item, Scratch *scratch) {
 
 void run_any(const clvp_fast_linear *call, int64_t number, void *scratch) {
     with_types(call, [&](auto in, auto weight) {
-        run<decltype(in), decltype(weight)>(call, Item(call, number), (Scratch *)scratch);
+        run<decltype(in), decltype(weight)>(call, Item(call, number, item_rows(call)), (Scratch *)scratch);
     });
 }
 
 }  // namespace
 
-const Kernel<clvp_fast_linear> CLVP_FAST_OF(linear, CLVP_FAST_ISA) = {items, scratch_bytes, run_any};
+const Kernel<clvp_fast_linear> CLVP_FAST_OF(linear, CLVP_FAST_ISA) = {linear_items, scratch_bytes, run_any};
 
 }  // namespace clvp_fast

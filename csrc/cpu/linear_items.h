@@ -11,18 +11,21 @@ inline int64_t groups_of(const clvp_fast_linear *call) {
     return (call->out_features + ITEM_COLUMNS - 1) / ITEM_COLUMNS;
 }
 
-inline int64_t items(const clvp_fast_linear *call) {
-    return groups_of(call) * ((call->rows + ITEM_ROWS - 1) / ITEM_ROWS);
+/* How many items there are of up to `item_rows` rows each. */
+inline int64_t items_of(const clvp_fast_linear *call, int64_t item_rows) {
+    return groups_of(call) * ((call->rows + item_rows - 1) / item_rows);
 }
+
+inline int64_t items(const clvp_fast_linear *call) { return items_of(call, ITEM_ROWS); }
 
 /* The place of an item: `count` columns from `first` on, `rows` rows from `first_row` on. */
 struct Item {
     int64_t first, count, first_row, rows;
-    Item(const clvp_fast_linear *call, int64_t number)
+    Item(const clvp_fast_linear *call, int64_t number, int64_t item_rows = ITEM_ROWS)
         : first(number % groups_of(call) * ITEM_COLUMNS),
           count(call->out_features - first < ITEM_COLUMNS ? call->out_features - first : ITEM_COLUMNS),
-          first_row(number / groups_of(call) * ITEM_ROWS),
-          rows(call->rows - first_row < ITEM_ROWS ? call->rows - first_row : ITEM_ROWS) {}
+          first_row(number / groups_of(call) * item_rows),
+          rows(call->rows - first_row < item_rows ? call->rows - first_row : item_rows) {}
 };
 
 /* Calls `run` with a value of the type of x and one of that of the weights. */
