@@ -65,7 +65,7 @@ _PRODUCTS = (
 )
 _INTEGERS = ("int8_linear",)
 ISA_SOURCES = dict.fromkeys(ISA_FLAGS, ("log_mel", *_PRODUCTS, *_INTEGERS, "sample", "norm")) | {
-    "avx512bf16": _PRODUCTS,
+    "avx512bf16": (*_PRODUCTS, "norm"),
     "avx512vnni": _INTEGERS,
     "avxvnni": _INTEGERS,
 }

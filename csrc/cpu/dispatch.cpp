@@ -22,7 +22,7 @@ namespace {
      &CLVP_FAST_OF(paged_decode, products),              \
      &CLVP_FAST_OF(paged_prefill, products),             \
      &CLVP_FAST_OF(rotary_attention, products),          \
-     &CLVP_FAST_OF(norm, isa),                           \
+     &CLVP_FAST_OF(norm, products),                      \
      &CLVP_FAST_OF(sample, isa)}
 
 /* Returns the kernels of the instruction sets that are compiled in and that this CPU has, the best first. */

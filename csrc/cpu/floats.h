@@ -73,6 +73,12 @@ CLVP_FAST_INLINE Floats load_floats(const uint16_t *from, int64_t count) {
 #endif
 }
 
+/* The first `count` lanes, where they are less than all. */
+template <class In>
+CLVP_FAST_INLINE Floats load_some(const In *from, int64_t count) {
+    return count >= LANES ? load_floats(from) : load_floats(from, count);
+}
+
 /* The first `count` lanes. */
 CLVP_FAST_INLINE void store_floats(float *to, Floats x, int64_t count = LANES) {
     if (count >= LANES) return (void)memcpy(to, &x, sizeof x);
@@ -90,7 +96,16 @@ CLVP_FAST_INLINE Integers half_bits(Floats x) {
     return (x == x ? rounded : (bits | 0x400000)) & ~0xffff;
 }
 
-/* Rounds as `half_bits`. Numbers under 2^-126 may become 0. */
+/* x, as bfloat16 holds it. Numbers under 2^-126 may become 0, here and below. */
+CLVP_FAST_INLINE Floats rounded_to_half(Floats x) {
+#if defined(__AVX512BF16__)
+    return (Floats)((Integers)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)_mm512_cvtneps_pbh((__m512)x)) << 16);
+#else
+    return (Floats)half_bits(x);
+#endif
+}
+
+/* Rounds as `half_bits`. */
 CLVP_FAST_INLINE void store_floats(uint16_t *to, Floats x, int64_t count = LANES) {
 #if defined(__AVX512BF16__)
     const __m256i halves = (__m256i)_mm512_cvtneps_pbh((__m512)x);

@@ -11,15 +11,9 @@ namespace {
 /* So many rows are worth a thread. */
 constexpr int64_t ITEM_ROWS = 32;
 
-/* The first `count` lanes, where they are less than all. */
-template <class In>
-CLVP_FAST_INLINE Floats load_some(const In *from, int64_t count) {
-    return count >= LANES ? load_floats(from) : load_floats(from, count);
-}
-
 template <class Out>
 CLVP_FAST_INLINE Floats rounded_to(Floats x) {
-    return std::is_same_v<Out, float> ? x : (Floats)half_bits(x);
+    return std::is_same_v<Out, float> ? x : rounded_to_half(x);
 }
 
 /* Calls some(column, lanes) for all columns; the last lanes may be less than a vector has. */
@@ -30,10 +24,19 @@ CLVP_FAST_INLINE void over_columns(int64_t columns, const Some &some) {
     if (k < columns) some(k, columns - k);
 }
 
-template <class In, class Sum>
-void add_row(const In *x, const Sum *residual, int64_t columns, Sum *sum) {
-    over_columns(columns, [&](int64_t k, int64_t count) CLVP_FAST_INLINED {
-        store_floats(sum + k, load_some(x + k, count) + load_some(residual + k, count), count);
+/* The terms of the first sum over a row: squares for an rms norm, the numbers themselves for a layer norm. */
+template <bool RMS>
+CLVP_FAST_INLINE Floats first_term(Floats x) {
+    return RMS ? x * x : x;
+}
+
+/* Adds a row to the residual, and returns the first sum over what it stores. */
+template <bool RMS, class In, class Sum>
+float add_row(const In *x, const Sum *residual, int64_t columns, Sum *sum) {
+    return sum_over(columns, [&](int64_t k, int64_t count) CLVP_FAST_INLINED {
+        const Floats added = load_some(x + k, count) + load_some(residual + k, count);
+        store_floats(sum + k, added, count);
+        return first_term<RMS>(rounded_to<Sum>(added));
     });
 }
 
@@ -46,45 +49,59 @@ CLVP_FAST_INLINE void norm_lanes(const In *row, float mean, float factor, int64_
     });
 }
 
-/* The row, as it is in memory, with statistics in float32. A layer norm is rounded once; of an rms norm the normalised
- * row is rounded to its own type, and its product with the weight to the wider one of both, as transformers does. */
-template <class In, class Affine, class Out>
-void norm_row(const clvp_fast_norm *call, const In *row, Out *out) {
+/* The row, as it is in memory, by the first sum over it; statistics are float32. A layer norm is rounded once; of an
+ * rms norm the normalised row is rounded to its own type, and its product with the weight to the wider one of both, as
+ * transformers does. */
+template <bool RMS, class In, class Affine, class Out>
+void norm_row(const clvp_fast_norm *call, const In *row, float first, Out *out) {
     using Wider = std::conditional_t<std::is_same_v<In, float>, float, Affine>;
     const Affine *const weight = (const Affine *)call->weight, *const bias = (const Affine *)call->bias;
     const int64_t columns = call->columns;
-    if (call->rms) {
+    const auto scaled = [&](Floats x, int64_t k, int64_t count)
+                            CLVP_FAST_INLINED { return x * load_some(weight + k, count); };
+    if constexpr (RMS) {
+        const auto finish = [&](Floats x, int64_t k, int64_t count)
+                                CLVP_FAST_INLINED { return rounded_to<Wider>(scaled(rounded_to<In>(x), k, count)); };
+        return norm_lanes(row, 0.0f, 1 / sqrtf(first / columns + call->eps), columns, out, finish);
+    } else {
         const auto finish = [&](Floats x, int64_t k, int64_t count) CLVP_FAST_INLINED {
-            return rounded_to<Wider>(rounded_to<In>(x) * load_some(weight + k, count));
+            return bias ? scaled(x, k, count) + load_some(bias + k, count) : scaled(x, k, count);
         };
-        return norm_lanes(row, 0.0f, rms_factor(row, columns, call->eps), columns, out, finish);
+        const float mean = first / columns;
+        norm_lanes(row, mean, layer_factor(row, columns, mean, call->eps), columns, out, finish);
     }
-    const auto finish = [&](Floats x, int64_t k, int64_t count) CLVP_FAST_INLINED {
-        const Floats scaled = x * load_some(weight + k, count);
-        return bias ? scaled + load_some(bias + k, count) : scaled;
-    };
-    const float mean = mean_of(row, columns);
-    norm_lanes(row, mean, layer_factor(row, columns, mean, call->eps), columns, out, finish);
 }
 
-template <class In>
-void norm_any(const clvp_fast_norm *call, const In *row, int64_t index) {
+template <bool RMS, class In>
+void norm_any(const clvp_fast_norm *call, const In *row, float first, int64_t index) {
     const int64_t place = index * call->columns;
     const bool wide_weight = call->affine_dtype == CLVP_FAST_FLOAT32, wide = call->out_dtype == CLVP_FAST_FLOAT32;
-    if (wide_weight && wide) return norm_row<In, float>(call, row, (float *)call->out + place);
-    if (wide_weight) return norm_row<In, float>(call, row, (uint16_t *)call->out + place);
-    if (wide) return norm_row<In, uint16_t>(call, row, (float *)call->out + place);
-    return norm_row<In, uint16_t>(call, row, (uint16_t *)call->out + place);
+    if (wide_weight && wide) return norm_row<RMS, In, float>(call, row, first, (float *)call->out + place);
+    if (wide_weight) return norm_row<RMS, In, float>(call, row, first, (uint16_t *)call->out + place);
+    if (wide) return norm_row<RMS, In, uint16_t>(call, row, first, (float *)call->out + place);
+    return norm_row<RMS, In, uint16_t>(call, row, first, (uint16_t *)call->out + place);
 }
 
-template <class In, class Sum>
+template <bool RMS, class In, class Sum>
 void run_row(const clvp_fast_norm *call, int64_t index) {
     const In *const row = (const In *)call->x + index * call->x_stride;
-    if (!call->residual) return norm_any(call, row, index);
+    if (!call->residual) {
+        const auto term = [](Floats x) CLVP_FAST_INLINED { return first_term<RMS>(x); };
+        return norm_any<RMS>(call, row, sum_of(row, call->columns, term), index);
+    }
     const int64_t place = index * call->columns;
     Sum *const sum = (Sum *)call->sum + place;
-    add_row(row, (const Sum *)call->residual + place, call->columns, sum);
-    norm_any(call, (const Sum *)sum, index);
+    const float first = add_row<RMS>(row, (const Sum *)call->residual + place, call->columns, sum);
+    norm_any<RMS>(call, (const Sum *)sum, first, index);
+}
+
+template <bool RMS>
+void run_rows(const clvp_fast_norm *call, int64_t first, int64_t end) {
+    const bool wide = call->dtype == CLVP_FAST_FLOAT32, wide_sum = call->sum_dtype == CLVP_FAST_FLOAT32;
+    const auto of_types = wide       ? run_row<RMS, float, float>
+                          : wide_sum ? run_row<RMS, uint16_t, float>
+                                     : run_row<RMS, uint16_t, uint16_t>;
+    for (int64_t index = first; index < end; ++index) of_types(call, index);
 }
 
 int64_t items(const clvp_fast_norm *call) { return (call->rows + ITEM_ROWS - 1) / ITEM_ROWS; }
@@ -92,12 +109,8 @@ int64_t items(const clvp_fast_norm *call) { return (call->rows + ITEM_ROWS - 1) 
 size_t scratch_bytes(const clvp_fast_norm *) { return 0; }
 
 void run(const clvp_fast_norm *call, int64_t item, void *) {
-    const bool wide = call->dtype == CLVP_FAST_FLOAT32, wide_sum = call->sum_dtype == CLVP_FAST_FLOAT32;
-    const auto of_types = wide       ? run_row<float, float>
-                          : wide_sum ? run_row<uint16_t, float>
-                                     : run_row<uint16_t, uint16_t>;
     const int64_t first = item * ITEM_ROWS, end = std::min(call->rows, first + ITEM_ROWS);
-    for (int64_t index = first; index < end; ++index) of_types(call, index);
+    call->rms ? run_rows<true>(call, first, end) : run_rows<false>(call, first, end);
 }
 
 }  // namespace

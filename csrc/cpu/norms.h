@@ -18,21 +18,28 @@ CLVP_FAST_INLINE float total(Floats x) {
     return lanes[0];
 }
 
-/* The sum of value(x) over the numbers of a row. */
-template <class In, class Value>
-CLVP_FAST_INLINE float sum_of(const In *row, int64_t columns, const Value &value) {
+/* The sum of value(column, lanes) over all columns; the last lanes may be less than a vector has. */
+template <class Value>
+CLVP_FAST_INLINE float sum_over(int64_t columns, const Value &value) {
     constexpr int AT_A_TIME = 4; /* sums that do not wait for each other */
     Floats sums[AT_A_TIME] = {};
     int64_t k = 0;
     for (; k + AT_A_TIME * LANES <= columns; k += AT_A_TIME * LANES)
-        unroll<AT_A_TIME>([&](auto i) CLVP_FAST_INLINED { sums[i] += value(load_floats(row + k + i * LANES)); });
-    for (; k + LANES <= columns; k += LANES) sums[0] += value(load_floats(row + k));
+        unroll<AT_A_TIME>([&](auto i) CLVP_FAST_INLINED { sums[i] += value(k + i * LANES, LANES); });
+    for (; k + LANES <= columns; k += LANES) sums[0] += value(k, LANES);
     if (k < columns) {
         float rest[LANES] = {};
-        store_floats(rest, value(load_floats(row + k, columns - k)), columns - k);
+        store_floats(rest, value(k, columns - k), columns - k);
         sums[1] += load_floats(rest);
     }
     return total((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
+/* The sum of value(x) over the numbers of a row. */
+template <class In, class Value>
+CLVP_FAST_INLINE float sum_of(const In *row, int64_t columns, const Value &value) {
+    return sum_over(columns,
+                    [&](int64_t k, int64_t count) CLVP_FAST_INLINED { return value(load_some(row + k, count)); });
 }
 
 template <class In>
@@ -45,12 +52,6 @@ template <class In>
 float layer_factor(const In *row, int64_t columns, float mean, float eps) {
     const auto squared = [&](Floats x) CLVP_FAST_INLINED { return (x - mean) * (x - mean); };
     return 1 / sqrtf(sum_of(row, columns, squared) / columns + eps);
-}
-
-/* 1 / sqrt(mean of squares + eps). */
-template <class In>
-float rms_factor(const In *row, int64_t columns, float eps) {
-    return layer_factor(row, columns, 0.0f, eps);
 }
 
 }  // namespace
