@@ -13,6 +13,7 @@ import torch
 from clvp_fast import ops
 from clvp_fast.ops import panels as packing
 from clvp_fast.ops.binding import BoundCall, Scratch, in_turn
+from clvp_fast.ops.large_pages import Room
 from clvp_fast.ops.linear import bind_linear
 
 # The number of rows of weights that are quantised at a time.
@@ -60,20 +61,20 @@ class Product:
         settings = dict(scale=self.scale, panels=self.panels, int8_x=self.int8_x)
         return settings | dict(activation=activation, residual=residual)
 
-    def packed(self, dtype: torch.dtype) -> "Product":
+    def packed(self, dtype: torch.dtype, within: Room | None = None) -> "Product":
         """Return the product with new panels of its weights, for x of `dtype`; or itself if no kernel reads panels."""
         if packing.unserved(dtype, self.weight) is not None:
             return self
-        return replace(self, panels=packing.pack(self.weight))
+        return replace(self, panels=packing.pack(self.weight, within=within))
 
-    def in_8_bits(self, dtype: torch.dtype) -> "Product":
+    def in_8_bits(self, dtype: torch.dtype, within: Room | None = None) -> "Product":
         """Return the product of rows of x rounded to 8 bits, with new panels of its int8 weights, for x of `dtype`.
 
         Raises `ValueError` with the reason if no kernel computes it.
         """
         if (reason := packing.unserved(dtype, self.weight, int8_x=True)) is not None:
             raise ValueError(f"activation_dtype=torch.int8 has no kernel here ({reason}): leave it out")
-        return replace(self, panels=packing.pack(self.weight, int8_x=True), int8_x=True)
+        return replace(self, panels=packing.pack(self.weight, int8_x=True, within=within), int8_x=True)
 
     def repack(self) -> None:
         """Write the panels again from the weights as they are now."""

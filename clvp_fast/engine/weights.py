@@ -14,6 +14,7 @@ from clvp_fast.models.clvp.decoder import ClvpDecoderLayer
 from clvp_fast.models.common.layers import is_plain_embedding
 from clvp_fast.models.common.parameters import pack_linears, transpose_storage
 from clvp_fast.models.common.plain import activation_name, changed_module, drop_probability
+from clvp_fast.ops.panels import room
 
 # The attributes of norms and activations that steps are bound with.
 _SETTINGS = ("eps", "negative_slope", "alpha")
@@ -161,9 +162,10 @@ class DecoderWeights:
             ValueError: no kernel computes such a product, with the reason.
         """
         dtype = self.head.weight.dtype
+        within = room((product.weight for product in self.products()[:-1]), int8_activations)
 
         def change(product: Product) -> Product:
-            return product.in_8_bits(dtype) if int8_activations else product.packed(dtype)
+            return product.in_8_bits(dtype, within) if int8_activations else product.packed(dtype, within)
 
         layers = tuple(layer.with_products(change) for layer in self.layers)
         return replace(self, layers=layers, head=self.head.packed(dtype))

@@ -1,5 +1,7 @@
 """Weights of linear layers packed once, in the order in which a CPU kernel (csrc/cpu/panels.h) reads them."""
 
+from collections.abc import Iterable
+
 import torch
 
 from clvp_fast.ops import large_pages, many_rows
@@ -48,8 +50,20 @@ def padded(outs: int) -> int:
     return -(-outs // PANEL) * PANEL
 
 
+def room(weights: Iterable[torch.Tensor], int8_x: bool = False) -> large_pages.Room:
+    """Allocate memory for the panels of all these weights."""
+    weights = list(weights)
+    sizes = (large_pages.Room.bytes_of(*shape_of(x, int8_x), dtype=dtype_of(x, int8_x)) for x in weights)
+    return large_pages.Room(sum(sizes), weights[0].device)
+
+
 @torch.no_grad()
-def pack(weight: torch.Tensor, into: torch.Tensor | None = None, int8_x: bool = False) -> torch.Tensor:
+def pack(
+    weight: torch.Tensor,
+    into: torch.Tensor | None = None,
+    int8_x: bool = False,
+    within: large_pages.Room | None = None,
+) -> torch.Tensor:
     """Pack `weight` `[out, in]`, of any strides, into panels `[ceil(out / 48), in / u, 48, u]`.
 
     u columns of a row of weights lie side by side: 1 for float32, 2 for narrower types. Unused rows of the last panel
@@ -59,10 +73,12 @@ def pack(weight: torch.Tensor, into: torch.Tensor | None = None, int8_x: bool = 
         into: existing panels of such a weight, which are overwritten.
         int8_x: for products with rows of x in 8 bits: u is 4, and 128 is added to each weight, so that panels are
             uint8. CPUs multiply bytes without a sign by bytes with one.
+        within: memory for new panels; None: memory of their own.
     """
     _, units, _, together = shape = shape_of(weight, int8_x)
     if into is None:
-        into = large_pages.empty(*shape, dtype=dtype_of(weight, int8_x), device=weight.device).zero_()
+        within = room([weight], int8_x) if within is None else within
+        into = within.empty(*shape, dtype=dtype_of(weight, int8_x)).zero_()
     # One panel at a time, which fits into the caches.
     for group, rows in zip(into, weight.split(PANEL), strict=True):
         rows = rows.bitwise_xor(-128).view(torch.uint8) if int8_x else rows

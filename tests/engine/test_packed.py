@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -43,6 +44,18 @@ def test_the_plan_counts_them(dtype, weight_dtype):
     runner = Runner(model, found.num_pages, 16, 3, 9, weight_dtype=weight_dtype, packed=True)
     assert found.parts["panels"] == sum(product.panels.nbytes for product in products(runner)) > 0
     assert plan(model, 10**8, max_batch=3, max_new_tokens=9).parts["panels"] == 0
+
+
+@pytest.mark.parametrize("options", [{}, {"weight_dtype": torch.int8}, {"activation_dtype": torch.int8}])
+def test_panels_of_the_layers_lie_in_one_room(options):
+    """Without gaps between them, so that no large page has to end where a product's panels do."""
+    if options:
+        options = {"weight_dtype": torch.int8} | options
+    runner = Runner(tiny().speech_decoder_model, 9, 16, 1, 9, packed=True, **options)
+    layers = sorted((product.panels for product in products(runner)[:-1]), key=torch.Tensor.data_ptr)
+    assert len(layers) > 4
+    for before, behind in pairwise(layers):
+        assert 0 <= behind.data_ptr() - (before.data_ptr() + before.nbytes) < 64
 
 
 @pytest.mark.parametrize("weight_dtype", [None, torch.int8])

@@ -34,6 +34,17 @@ def test_panels_and_pages_lie_in_large_pages():
     assert is_asked_for(pages.data) and is_asked_for(packed) and not is_asked_for(plain)
 
 
+def test_a_room_keeps_tensors_apart_and_in_line():
+    shapes = [((3, 5), torch.float32), ((7,), torch.int8), ((2, 2, 3), torch.bfloat16)]
+    room = large_pages.Room(sum(large_pages.Room.bytes_of(*shape, dtype=dtype) for shape, dtype in shapes), "cpu")
+    made = [room.empty(*shape, dtype=dtype).fill_(number) for number, (shape, dtype) in enumerate(shapes, 1)]
+    for number, (shape, dtype), tensor in zip((1, 2, 3), shapes, made, strict=True):
+        assert tensor.shape == shape and tensor.dtype == dtype and tensor.is_contiguous() and (tensor == number).all()
+    assert all((tensor.data_ptr() - made[0].data_ptr()) % 64 == 0 for tensor in made)
+    with pytest.raises(RuntimeError):
+        room.empty(1, dtype=torch.int8)
+
+
 @on_linux
 def test_small_tensors_leave_the_heap_as_it_is(monkeypatch):
     monkeypatch.setattr(large_pages, "_advise", lambda: pytest.fail("the system was asked"))
