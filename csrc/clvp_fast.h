@@ -222,6 +222,22 @@ struct clvp_fast_norm {
 /* Threads and instruction set as above. */
 int clvp_fast_norm_cpu(const struct clvp_fast_norm *call, int32_t num_threads, const char *isa);
 
+enum clvp_fast_operation { CLVP_FAST_PAGED_DECODE = 0, CLVP_FAST_LINEAR = 1, CLVP_FAST_NORM = 2 };
+
+/* One of several calls: its operation, and the call. */
+struct clvp_fast_call {
+    int32_t operation;
+    union {
+        const struct clvp_fast_paged_decode *paged_decode;
+        const struct clvp_fast_linear *linear;
+        const struct clvp_fast_norm *norm;
+    };
+};
+
+/* Makes `count` calls one after another, with the bits that their own functions give; threads begin once for all. If
+ * one call is refused, none is made. Threads and instruction set as above. */
+int clvp_fast_calls_cpu(const struct clvp_fast_call *calls, int64_t count, int32_t num_threads, const char *isa);
+
 /* A feed-forward block of many rows: out = activation(x w_in^T + b_in) w_out^T + b_out + residual; gated, the values
  * between the layers are h * activation(g), h and g the halves of x w_in^T + b_in; or the first layer alone: out =
  * activation(x w_in^T + b_in) + residual. Summed in float32; the values between the layers are rounded to bfloat16

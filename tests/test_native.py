@@ -29,6 +29,7 @@ int clvp_fast_log_mel_cpu(const clvp_fast_log_mel *, int32_t, const char *) { st
 int clvp_fast_sample_cpu(const clvp_fast_sample *, int32_t, const char *) { return 0; }
 int clvp_fast_linear_cpu(const clvp_fast_linear *, int32_t, const char *) { return 0; }
 int clvp_fast_norm_cpu(const clvp_fast_norm *, int32_t, const char *) { return 0; }
+int clvp_fast_calls_cpu(const clvp_fast_call *, int64_t, int32_t, const char *) { return 0; }
 int clvp_fast_mlp_cpu(const clvp_fast_mlp *, int32_t, const char *) { return 0; }
 int clvp_fast_window_attention_cpu(const clvp_fast_window_attention *, int32_t, const char *) { return 0; }
 int clvp_fast_window_block_cpu(const clvp_fast_window_block *, int32_t, const char *) { return 0; }

@@ -14,7 +14,8 @@ import torch
 from clvp_fast import ops
 from clvp_fast.engine.products import Blocks
 from clvp_fast.engine.slots import NEUTRAL
-from clvp_fast.engine.weights import LayerWeights
+from clvp_fast.engine.weights import DecoderWeights, LayerWeights
+from clvp_fast.native import joined
 from clvp_fast.ops.binding import BoundCall, Scratch, copying
 from clvp_fast.ops.embedding import bind_embed
 from clvp_fast.ops.mlp import bind_gelu_mlp
@@ -98,13 +99,9 @@ def bind_decoder(
             blocks = replace(blocks, rows=rows - ahead)
             attended, residual, between, normed = (x[own] for x in (attended, residual, between, normed))
         calls += _behind_attention(attended, scratch, blocks, layer, residual, between, normed)
-    first, second = weights.last_norm, weights.final_norm
-    affines = {f"{name}{n}": x for n, norm in ((1, first), (2, second)) for name, x in vars(norm).items()}
-    calls += [
-        bind_double_layer_norm((between, normed), scratch, residual, **affines),
-        blocks.product(weights.head, logits, scratch, normed),
-    ]
-    return BoundStep(tuple(calls), normed, logits)
+    calls += _last_norms(scratch, weights, residual, between, normed)
+    calls.append(blocks.product(weights.head, logits, scratch, normed))
+    return BoundStep(tuple(joined(calls)), normed, logits)
 
 
 def _attention(
@@ -168,6 +165,24 @@ def _behind_attention(
     if layer.activation is None:
         calls.append(copying(partial(layer.act, wide), wide))
     return [*calls, blocks.product(layer.mlp_out, residual, scratch, wide, residual=between)]
+
+
+def _last_norms(
+    scratch: Scratch,
+    weights: DecoderWeights,
+    residual: torch.Tensor,
+    between: torch.Tensor,
+    normed: torch.Tensor,
+) -> list[BoundCall]:
+    """Bind both norms behind the layers."""
+    first, second = weights.last_norm, weights.final_norm
+    if residual.device.type == "cpu":  # here two kernels join their neighbours
+        return [
+            bind_add_norm((None, between), scratch, residual, **vars(first), kind="layer"),
+            bind_add_norm((None, normed), scratch, between, **vars(second), kind="layer"),
+        ]
+    affines = {f"{name}{n}": x for n, norm in ((1, first), (2, second)) for name, x in vars(norm).items()}
+    return [bind_double_layer_norm((between, normed), scratch, residual, **affines)]
 
 
 def bind_draw(

@@ -13,7 +13,7 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import cache
@@ -39,7 +39,9 @@ from clvp_fast.native.calls import (  # structures that callers fill
     INT8 as INT8,
     INT16 as INT16,
     NO_ACTIVATION as NO_ACTIVATION,
+    OPERATIONS,
     VERSION,
+    AnyCall,
     DecoderLayer as DecoderLayer,
     LinearCall as LinearCall,
     LogMelCall as LogMelCall,
@@ -159,8 +161,8 @@ def check(code: int) -> None:
         raise RuntimeError(told(code).decode())
 
 
-def bound(function: str, call: ctypes.Structure, threads: int, *kept: object) -> Callable[[], None]:
-    """Bind a CPU kernel to the current values of `call`; the result may be called any number of times.
+class Bound:
+    """A CPU kernel bound to the current values of `call`, which may be called any number of times.
 
     Args:
         function: its name in `csrc/clvp_fast.h`.
@@ -169,13 +171,49 @@ def bound(function: str, call: ctypes.Structure, threads: int, *kept: object) ->
 
     Calling it raises `RuntimeError` as `check`.
     """
-    entrance, pointer = getattr(library(), function), ctypes.byref(call)
 
-    def run(kept: tuple = kept) -> None:
-        if code := entrance(pointer, threads, None):
+    def __init__(self, function: str, call: ctypes.Structure, threads: int, *kept: object):
+        self.function, self.call, self.threads, self.kept = function, call, threads, kept
+        self._entrance, self._arguments = getattr(library(), function), (ctypes.byref(call), threads, None)
+
+    def __call__(self) -> None:
+        if code := self._entrance(*self._arguments):
             check(code)
 
-    return run
+
+class Joined:
+    """Bound kernels that one call of the library runs, one after another: threads begin once for all of them.
+
+    Args:
+        kernels: at least one; all of functions in `OPERATIONS`, and with as many threads.
+
+    Calling it raises `RuntimeError` as `check`; if one kernel is refused, none has run.
+    """
+
+    def __init__(self, kernels: Sequence[Bound]):
+        self.kernels = tuple(kernels)
+        calls = [AnyCall(OPERATIONS.index(one.function), ctypes.addressof(one.call)) for one in self.kernels]
+        array = (AnyCall * len(calls))(*calls)
+        self._entrance, self._arguments = library().clvp_fast_calls_cpu, (array, len(calls), kernels[0].threads, None)
+
+    def __call__(self) -> None:
+        if code := self._entrance(*self._arguments):
+            check(code)
+
+
+def joined(calls: Iterable[Callable[[], object]]) -> list[Callable[[], object]]:
+    """Return calls with the same effect, in which neighbouring kernels are `Joined`; others stay as they are."""
+    found: list[Callable[[], object] | list[Bound]] = []  # a list: kernels that are joined
+    for call in calls:
+        if not (isinstance(call, Bound) and call.function in OPERATIONS):
+            found.append(call)
+            continue
+        before = found[-1] if found else None
+        if isinstance(before, list) and before[0].threads == call.threads:
+            before.append(call)
+        else:
+            found.append([call])
+    return [Joined(one) if isinstance(one, list) else one for one in found]
 
 
 @cache

@@ -9,6 +9,8 @@ FLOAT32, FLOAT64, INT16, FLOAT16, BFLOAT16, INT8 = range(6)
 _NUMBERS = dict(float32=FLOAT32, float64=FLOAT64, int16=INT16, float16=FLOAT16, bfloat16=BFLOAT16, int8=INT8)
 #: `enum clvp_fast_activation`.
 NO_ACTIVATION, GELU_TANH, GELU = range(3)
+#: The functions of `enum clvp_fast_operation`, by number.
+OPERATIONS = ("clvp_fast_paged_decode_cpu", "clvp_fast_linear_cpu", "clvp_fast_norm_cpu")
 
 
 class LogMelCall(ctypes.Structure):
@@ -261,6 +263,12 @@ class WindowBlockCall(ctypes.Structure):
     )
 
 
+class AnyCall(ctypes.Structure):
+    """`struct clvp_fast_call` of csrc/clvp_fast.h, with the address of its call."""
+
+    _fields_ = (("operation", c_int32), ("call", c_void_p))
+
+
 class SampleCall(ctypes.Structure):
     """`struct clvp_fast_sample` of csrc/clvp_fast.h, which explains the fields."""
 
@@ -380,6 +388,7 @@ FUNCTIONS = {
         "clvp_fast_rotary_attention_cpu": _on_cpu(RotaryAttentionCall),
         "clvp_fast_linear_cpu": _on_cpu(LinearCall),
         "clvp_fast_norm_cpu": _on_cpu(NormCall),
+        "clvp_fast_calls_cpu": (c_int, POINTER(AnyCall), c_int64, c_int32, c_char_p),
         "clvp_fast_mlp_cpu": _on_cpu(MlpCall),
         "clvp_fast_window_attention_cpu": _on_cpu(WindowAttentionCall),
         "clvp_fast_window_block_cpu": _on_cpu(WindowBlockCall),

@@ -141,7 +141,7 @@ def _native_call(out, x, weight, bias, scale, activation, residual, panels=None,
         int8_x,
     )
     kept = rows, weight, bias, scale, residual, out, panels
-    return native.bound("clvp_fast_linear_cpu", call, torch.get_num_threads(), *kept)
+    return native.Bound("clvp_fast_linear_cpu", call, torch.get_num_threads(), *kept)
 
 
 def _bind_cpu(out, scratch, x, weight, bias, scale, activation, residual=None, panels=None, int8_x=False):

@@ -150,7 +150,7 @@ def _native_call(out, x, residual, weight, bias, eps, kind):
         eps,
     )
     kept = rows, residual, weight, bias, total, normed
-    return native.bound("clvp_fast_norm_cpu", call, torch.get_num_threads(), *kept)
+    return native.Bound("clvp_fast_norm_cpu", call, torch.get_num_threads(), *kept)
 
 
 def _bind_native(out, scratch, x, residual, weight, bias, eps, kind, out_dtype=None):

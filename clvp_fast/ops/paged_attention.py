@@ -75,7 +75,7 @@ def _native_call(out, q, k_new, v_new, k_pages, v_pages, block_table, seq_lens, 
         scale,
     )
     kept = out, q, k_new, v_new, k_pages, v_pages, block_table, seq_lens, *prefix
-    return native.bound("clvp_fast_paged_decode_cpu", call, torch.get_num_threads(), *kept)
+    return native.Bound("clvp_fast_paged_decode_cpu", call, torch.get_num_threads(), *kept)
 
 
 def _prefill_native(q, k, v, cu_seqlens, k_pages, v_pages, block_table, scale, k_scale=None, v_scale=None):

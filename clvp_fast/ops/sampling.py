@@ -81,7 +81,7 @@ def _native_call(tokens, inputs, pad_token, do_sample):
         native.number_of(logits.dtype),
         do_sample,
     )
-    return native.bound("clvp_fast_sample_cpu", call, torch.get_num_threads(), tokens, *inputs)
+    return native.Bound("clvp_fast_sample_cpu", call, torch.get_num_threads(), tokens, *inputs)
 
 
 def _triton(logits, seen, lengths, done, *others, out=None):

@@ -1,7 +1,10 @@
 /* The functions of the C interface for a CPU: checks, and the work of a call shared out over threads. */
 #include <cstdlib>
+#include <memory>
+#include <new>
 
 #include "../check.h"
+#include "calls.h"
 #include "dispatch.h"
 #include "threads.h"
 
@@ -21,8 +24,8 @@ int kernels_for(int refused, int32_t num_threads, const char *isa, const Kernels
 
 template <class Call>
 int run_items(const Kernel<Call> &kernel, const Call *call, int64_t items, int32_t num_threads) {
-    const auto run = [&](void *scratch, int64_t item) { kernel.run(call, item, scratch); };
-    return share_out(items, num_threads, kernel.scratch_bytes(call), run) ? CLVP_FAST_OK : CLVP_FAST_NO_MEMORY;
+    const Items<Call> work = {kernel, call};
+    return share_out(items, num_threads, work.scratch_bytes(), work) ? CLVP_FAST_OK : CLVP_FAST_NO_MEMORY;
 }
 
 template <class Call>
@@ -86,20 +89,8 @@ CLVP_FAST_EXPORT int clvp_fast_paged_decode_cpu(const clvp_fast_paged_decode *ca
                                                 const char *isa) {
     const Kernels *kernels;
     if (const int code = kernels_for(clvp_fast_check_paged_decode(call), num_threads, isa, kernels)) return code;
-    /* A thread costs as much as attending to some ten thousand channels. */
-    const int64_t tokens = int64_t{call->page_size} * (call->max_pages + call->max_prefix_pages);
-    const int64_t worth = 1 + call->num_candidates * call->num_heads * tokens * call->head_dim / (1 << 18);
-    const int32_t threads = static_cast<int32_t>(worth < num_threads ? worth : num_threads);
-    /* Heads of a token lie side by side, and long runs are read fastest: as many of a candidate stay together as leaves
-     * each thread two items. */
-    const int64_t parts = call->num_candidates ? 1 + (2 * threads - 1) / call->num_candidates : 1;
-    const int64_t heads = (call->num_heads + parts - 1) / parts, items = (call->num_heads + heads - 1) / heads;
-    const PagedDecodeKernel &kernel = *kernels->paged_decode;
-    const auto attend = [&](void *scratch, int64_t item) {
-        const int64_t first = item % items * heads, end = first + heads;
-        kernel.run(call, item / items, first, end < call->num_heads ? end : call->num_heads, scratch);
-    };
-    const bool done = share_out(call->num_candidates * items, num_threads, threads, kernel.scratch_bytes(call), attend);
+    const DecodeItems items(*kernels->paged_decode, call, num_threads);
+    const bool done = share_out(items.count(), num_threads, items.threads, items.scratch_bytes(), items);
     return done ? CLVP_FAST_OK : CLVP_FAST_NO_MEMORY;
 }
 
@@ -114,9 +105,7 @@ CLVP_FAST_EXPORT int clvp_fast_rotary_attention_cpu(const clvp_fast_rotary_atten
 }
 
 CLVP_FAST_EXPORT int clvp_fast_linear_cpu(const clvp_fast_linear *call, int32_t num_threads, const char *isa) {
-    const auto over_panels = call && call->int8_x ? &Kernels::int8_linear : &Kernels::panel_linear;
-    const auto kernel = call && call->panels ? over_panels : &Kernels::linear;
-    return serve(clvp_fast_check_linear(call), kernel, call, num_threads, isa);
+    return serve(clvp_fast_check_linear(call), kernel_of(call), call, num_threads, isa);
 }
 
 CLVP_FAST_EXPORT int clvp_fast_mlp_cpu(const clvp_fast_mlp *call, int32_t num_threads, const char *isa) {
@@ -139,6 +128,24 @@ CLVP_FAST_EXPORT int clvp_fast_window_block_cpu(const clvp_fast_window_block *ca
 
 CLVP_FAST_EXPORT int clvp_fast_sample_cpu(const clvp_fast_sample *call, int32_t num_threads, const char *isa) {
     return serve(clvp_fast_check_sample(call), &Kernels::sample, call, num_threads, isa);
+}
+
+CLVP_FAST_EXPORT int clvp_fast_calls_cpu(const clvp_fast_call *calls, int64_t count, int32_t num_threads,
+                                         const char *isa) {
+    const Kernels *kernels;
+    const int refused = !calls                         ? CLVP_FAST_NULL_POINTER
+                        : count < 0 || count > 1 << 20 ? CLVP_FAST_BAD_SIZE
+                                                       : CLVP_FAST_OK;
+    if (const int code = kernels_for(refused, num_threads, isa, kernels)) return code;
+    const std::unique_ptr<Part[]> parts(new (std::nothrow) Part[count]);
+    const std::unique_ptr<Task[]> tasks(new (std::nothrow) Task[count]);
+    if (!parts || !tasks) return CLVP_FAST_NO_MEMORY;
+    for (int64_t i = 0; i < count; ++i) {
+        parts[i] = {kernels, calls + i, num_threads};
+        if (const int code = parts[i].check()) return code;
+        parts[i].with_items([&](const auto &items) { tasks[i].set(items.count(), items.scratch_bytes(), parts[i]); });
+    }
+    return share_out(tasks.get(), count, num_threads, num_threads) ? CLVP_FAST_OK : CLVP_FAST_NO_MEMORY;
 }
 
 CLVP_FAST_EXPORT const char *clvp_fast_error(int code) {

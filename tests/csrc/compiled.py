@@ -20,6 +20,7 @@ FUZZERS = (
     "fuzz_paged",
     "fuzz_prefill",
     "fuzz_rotary_attention",
+    "fuzz_calls",
 )
 WARNINGS = ["-Wall", "-Wextra", "-Werror"]
 # Checks of accesses as calls, and none of local arrays, which are registers: inline they take minutes to compile.

@@ -23,6 +23,7 @@ int fuzz_sample(int cases, unsigned seed);
 int fuzz_paged(int cases, unsigned seed);
 int fuzz_prefill(int cases, unsigned seed);
 int fuzz_rotary_attention(int cases, unsigned seed);
+int fuzz_calls(int cases, unsigned seed);
 extern "C" int emulate_log_mel(const clvp_fast_log_mel *call, uint32_t seed, int64_t most_blocks, int32_t in_parts);
 
 #define REQUIRE(condition)                                                       \
@@ -243,7 +244,8 @@ int main(int count, char **arguments) {
     const unsigned seed = count > 2 ? atoi(arguments[2]) : 0;
     if (fuzz_linear(cases, seed) || fuzz_mlp(cases, seed) || fuzz_window_attention(cases, seed) ||
         fuzz_window_block(cases, seed) || fuzz_norm(cases, seed) || fuzz_sample(cases, seed) ||
-        fuzz_paged(cases, seed) || fuzz_prefill(cases, seed) || fuzz_rotary_attention(cases, seed))
+        fuzz_paged(cases, seed) || fuzz_prefill(cases, seed) || fuzz_rotary_attention(cases, seed) ||
+        fuzz_calls(cases, seed))
         return 1;
     for (int code = -50; code < 1000; ++code) REQUIRE(clvp_fast_error(code) != nullptr);
     printf("%d cases\n", cases);

@@ -9,7 +9,7 @@ from torch import nn
 
 from benchmarks.host_step import Requests, calls_of_a_step, random_runner
 from benchmarks.precision import round_to_int8
-from clvp_fast import ops
+from clvp_fast import native, ops
 from clvp_fast.engine import runner as runner_module
 from clvp_fast.engine.decoder import PagedDecoder
 from clvp_fast.engine.weights import DecoderWeights
@@ -87,6 +87,17 @@ def test_a_step_of_the_random_checkpoint_enters_few_functions():
     assert 20 < calls_of_a_step(requests) <= 300
 
 
+@isa.needs("linear")
+def test_a_packed_step_calls_the_library_once_for_all_layers():
+    driver = Driver(tiny(), prompts(tiny()), [GREEDY], packed=True)
+    driver.admit(0, 0)
+    driver.start()  # enters the prompt, too
+    driver.start()
+    (calls,) = driver.runner._bound.values()
+    (together,) = [call for call in calls if isinstance(call, native.Joined)]
+    assert len(together.kernels) == 7 * driver.runner.decoder.num_layers + 3
+
+
 @needs_own_attention
 def test_a_forced_backend_is_that_of_the_requests_under_way():
     """Compare their states bit for bit with a runner of that backend; the default's come back after."""
@@ -119,7 +130,7 @@ def test_a_forced_backend_serves_all_operators(monkeypatch):
     """Look at the code that runs: references alone under "reference", and none before and after."""
     model = tiny()
     driver = Driver(model, prompts(model)[:1], [SAMPLED])
-    names = ("embed", "add_norm", "double_layer_norm", "linear", "gelu_mlp", "paged_attention_decode", "sample")
+    names = ("embed", "add_norm", "linear", "gelu_mlp", "paged_attention_decode", "sample")
     references = {dispatch.OPERATORS[name].reference.__code__: name for name in names}
 
     def served():
