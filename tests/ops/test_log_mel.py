@@ -151,6 +151,28 @@ def test_short_clips_reflect_again_and_again(backend, time):
         check(backend, noise(3, time, seed=time), **options)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int16], ids=str)
+@pytest.mark.parametrize("n_fft", [256, 512, 1024, 2048, 4096])
+@EVERY
+def test_a_clip_of_half_a_frame(backend, n_fft, dtype):
+    """Reflect it at both ends, as long as it is and no further."""
+    samples = noise(2, n_fft // 2)
+    samples = (9000 * samples).short() if dtype == torch.int16 else samples
+    check(backend, samples, **settings(n_fft, n_fft // 2, log_floor=HEARD))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int16], ids=str)
+@pytest.mark.parametrize("n_fft", [256, 512, 1024, 2048, 4096])
+@EVERY
+def test_one_bin(backend, n_fft, dtype):
+    """Let all that is asked for end with a bin; a kernel leaves out those behind, some at a time."""
+    samples = (9000 * noise(2, n_fft)).short() if dtype == torch.int16 else noise(2, n_fft)
+    for last in range(n_fft // 8, n_fft // 2 + 1, n_fft // 8):
+        filters = torch.zeros(n_fft // 2 + 1, 1)
+        filters[last] = 1.0
+        check(backend, samples, **settings(n_fft, n_fft // 2, 1, mel_filters=filters, mel_norms=None))
+
+
 @EVERY
 def test_a_minute(backend):
     check(backend, noise(1, 60 * RATE), **settings(log_floor=HEARD))
@@ -233,6 +255,17 @@ def test_decibels(backend, top_db):
         if top_db is not None:
             levels = got[0] * options["mel_norms"][:, None]
             assert (levels.max() - levels.min() - top_db).abs() < 1e-3 or top_db == 80
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int16], ids=str)
+@EVERY
+def test_a_loudest_value_of_0_db(backend, dtype):
+    """Raise to a bound below it; an impulse at the begin of a frame has one power in all bins."""
+    samples, filters = torch.zeros(1, 2048, dtype=dtype), torch.zeros(513, 2)
+    samples[0, 512], filters[5, 0], filters[5, 1] = 16384 if dtype == torch.int16 else 0.5, 4.0, 4e-4
+    options = dict(window=torch.ones(1024), mel_filters=filters, hop_length=1024, decibels=True, log_floor=FLOOR)
+    got = run(backend, samples, top_db=20.0, **options)
+    torch.testing.assert_close(got[0], torch.tensor([[0.0, 0.0, -20.0], [-20.0, -20.0, -20.0]]), rtol=0, atol=1e-4)
 
 
 @EVERY

@@ -138,6 +138,17 @@ def test_pages_and_requests_out_of_range_are_skipped(backend):
 
 
 @on("cpu", *TRITON)
+def test_nothing_is_read_behind_a_full_table(backend):
+    """Fill the last row of the table of prefixes, and that of own pages up to the new token."""
+    args = step(lengths=[3, 31], prefix_lens=[20, 32], index=[0, 1], heads=1, device=backend.device)
+    expected = decode(copied(args))
+    for i in (5, 7):
+        assert args[i].shape == (2, 3)
+        args[i] = args[i][:, :2].contiguous()
+    assert torch.equal(decode(args), expected)
+
+
+@on("cpu", *TRITON)
 def test_any_page_may_be_the_first(backend):
     """Move pages round, so that the first holds stored tokens, the new one, or those of a prefix."""
     args = step(lengths=[20, 5], prefix_lens=[20], index=[0, -1], heads=1, device=backend.device)

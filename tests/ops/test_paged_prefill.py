@@ -137,14 +137,13 @@ def test_a_sequence_has_the_same_bits_alone_and_in_any_company(backend):
 
 @on("cpu", *TRITON)
 def test_prefill_leaves_out_what_does_not_exist(backend):
-    args = ragged(sequences=[20, 40, 7, 20], heads=1, device=backend.device)
+    args = ragged(sequences=[64, 72, 7, 20], heads=1, device=backend.device)
     expected = prefill(copied(args))
-    args[6] = args[6][:, :2].contiguous()  # 32 slots for 40 tokens; what follows is the next row's page
-    args[6][0, 1], args[6][3, 1] = 2**30, -1
+    args[6] = args[6][:, :4].contiguous()  # 64 slots for 72 tokens; what follows is the next row's page
+    args[6][0], args[6][3, 1] = len(args[4]), -1
     before, k, table = args[4].clone(), args[1], args[6].long()
-    before[table[0, 0]], before[table[3, 0]] = k[:16], k[67:83]
-    before[table[1, 0]], before[table[1, 1]] = k[20:36], k[36:52]
-    before[table[2, 0], :7] = k[60:67]
+    before[table[1]] = k[64:128].unflatten(0, (4, 16))
+    before[table[2, 0], :7], before[table[3, 0]] = k[136:143], k[143:159]
     assert torch.equal(prefill(args), expected)
     assert torch.equal(args[4], before)
 

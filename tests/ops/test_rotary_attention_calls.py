@@ -137,7 +137,7 @@ def test_bits_do_not_depend_on_the_batch(backend, dtype, q_len):
     mask = make_mask("left", rows, q_len, 100, backend.device)
     for offset in (None, 0):
         options = {"causal": True, "query_offset": offset, **angles}
-        out = rotary_attention(*qkv, mask=mask, **options)
+        out = check(backend, qkv, mask=mask, **options)
         assert torch.equal(out, rotary_attention(*qkv, mask=mask, **options))
         for row in (0, rows - 1):
             alone = [x[row : row + 1] for x in qkv]

@@ -41,6 +41,18 @@ def test_bits_do_not_depend_on_the_number_of_blocks(launcher, n_fft):
     torch.testing.assert_close(many, few, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("n_fft", [256, 512, 1024, 2048, 4096])
+def test_many_frames_of_a_short_clip(launcher, n_fft):
+    """Reflect its samples again and again, and clamp more frames than a warp looks at in one round of its loop."""
+    integers = (9000 * noise(1, 119)).short()
+    samples = integers.float() / 32768
+    whole = features(launcher, samples, torch.float32, n_fft, 1, 20.0, multiprocessors=8)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        found = features(launcher, integers, dtype, n_fft, 1, 20.0)  # a block takes several tiles
+        bound = max(4 * torch.finfo(dtype).eps, 1e-5)
+        torch.testing.assert_close(found.float(), whole, rtol=bound, atol=bound)
+
+
 @pytest.mark.parametrize("top_db", [-1.0, 20.0])
 @pytest.mark.parametrize("integers", [False, True])
 @pytest.mark.parametrize("n_fft", [256, 512, 1024, 2048, 4096])

@@ -124,6 +124,16 @@ def test_scores_that_no_power_of_two_can_hold(run, count):
     hold_to_the_decoder(run, scene_of(PagedDecoder(decoder.model), ROWS[:count]))
 
 
+@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_residual_far_from_zero(run, dtype, count):
+    """Let the threads without a channel add nothing to a variance: zero is far from the mean."""
+    decoder = decoder_of(dtype, hidden_size=64, num_attention_heads=1, n_inner=72, num_hidden_layers=1)
+    with torch.no_grad():
+        decoder.model.model.decoder.input_embeds_layer.weight.add_(8)
+    hold_to_the_decoder(run, scene_of(PagedDecoder(decoder.model), ROWS[:count]))
+
+
 def with_first_page(scene):
     """Return the scene with the last row's new token in the pool's first page."""
     table, data = scene["block_table"], scene["pages"].data
@@ -147,15 +157,17 @@ def test_ids_out_of_their_tables(run, dtype, rows):
     decoder = decoder_of(dtype, hidden_size=64, num_attention_heads=1, n_inner=72, num_hidden_layers=1)
     scene, far = scene_of(decoder, rows), scene_of(decoder, [(decoder.model.config.max_position_embeddings - 1, -1)])
     right = run(with_pages(scene))[1]
-    tokens, table = scene["tokens"].clone(), scene["block_table"]
+    tokens = scene["tokens"].clone()
     tokens[0] = decoder.vocab_size
     found = run(with_pages(scene) | {"tokens": tokens})[1]
     assert found[0].isnan().all() and torch.equal(found[1:], right[1:])
     for page in (-1, scene["pages"].data.shape[2]):
-        missing = table.clone()
-        missing[0, 1] = page
-        found = run(with_pages(scene) | {"block_table": missing})[1]
-        assert found[0].isfinite().all() and not torch.equal(found[0], right[0]) and torch.equal(found[1:], right[1:])
+        for name, missing in (("block_table", (0, 1)), ("block_table", 0), ("prefix_table", 1)):
+            table = scene[name].clone()
+            table[missing] = page
+            found = run(with_pages(scene) | {name: table})[1]
+            assert found[0].isfinite().all() and not torch.equal(found[0], right[0])
+            assert torch.equal(found[1:], right[1:])
     assert run(far)[1][0].isnan().all()
 
 
