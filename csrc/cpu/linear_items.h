@@ -11,7 +11,7 @@ inline int64_t groups_of(const clvp_fast_linear *call) {
     return (call->out_features + ITEM_COLUMNS - 1) / ITEM_COLUMNS;
 }
 
-/* How many items there are of up to `item_rows` rows each. */
+/* The number of items of up to `item_rows` rows each. */
 inline int64_t items_of(const clvp_fast_linear *call, int64_t item_rows) {
     return groups_of(call) * ((call->rows + item_rows - 1) / item_rows);
 }
