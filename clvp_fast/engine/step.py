@@ -15,7 +15,7 @@ from clvp_fast import ops
 from clvp_fast.engine.products import Blocks
 from clvp_fast.engine.slots import NEUTRAL
 from clvp_fast.engine.weights import DecoderWeights, LayerWeights
-from clvp_fast.native import joined
+from clvp_fast.native import Bound, joined
 from clvp_fast.ops.binding import BoundCall, Scratch, copying
 from clvp_fast.ops.embedding import bind_embed
 from clvp_fast.ops.mlp import bind_gelu_mlp
@@ -176,11 +176,12 @@ def _last_norms(
 ) -> list[BoundCall]:
     """Bind both norms behind the layers."""
     first, second = weights.last_norm, weights.final_norm
-    if residual.device.type == "cpu":  # here two kernels join their neighbours
-        return [
-            bind_add_norm((None, between), scratch, residual, **vars(first), kind="layer"),
-            bind_add_norm((None, normed), scratch, between, **vars(second), kind="layer"),
-        ]
+    apart = [
+        bind_add_norm((None, between), scratch, residual, **vars(first), kind="layer"),
+        bind_add_norm((None, normed), scratch, between, **vars(second), kind="layer"),
+    ]
+    if all(isinstance(call, Bound) for call in apart):  # these join their neighbours
+        return apart
     affines = {f"{name}{n}": x for n, norm in ((1, first), (2, second)) for name, x in vars(norm).items()}
     return [bind_double_layer_norm((between, normed), scratch, residual, **affines)]
 
