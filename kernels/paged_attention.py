@@ -9,17 +9,15 @@ other order is also correct. The last program to finish a candidate's head, know
 to 0, adds the parts in the order of their keys. Tiles and splits do not depend on the batch: a candidate's bits are the
 same alone and in any batch.
 
-Own keys are multiplied without the matrix unit, which has 16 rows, while there is only one query. The keys that a pass
-of all threads reads have an online softmax each; a tile has several passes, whose keys lie in one thread and are merged
-there, so that no thread waits for another until the end. Every key is a few dozen instructions of a warp, which take as
-long as its bytes where pages are float8. With a softmax for each of a tile's 32 keys a tile took 410, and takes 333.
-On an H200, 256 candidates of 250 own tokens and a prompt of 60, bfloat16, took 81 us before that, where tiles of the
-matrix unit took 87 and the bytes at the rate of a copy are 62; float32 144 for 222, float8 66 for 110 (128 registers).
-Slower: 64 keys a tile (88), 128 keys a part (87), pages with a head's tokens side by side (1 % better). A last own part
-that waits for the others and adds them takes 76, but a launch would rely on the order in which programs start.
+Own keys are multiplied without the matrix unit, which has 16 rows, while there is only one query. Each of the 32 keys
+of a tile has its own online softmax, so that no thread waits for another until the end. On an H200, 256 candidates of
+250 own tokens and a prompt of 60, bfloat16, take 81 us where tiles of the matrix unit took 87 and the bytes at the rate
+of a copy are 62; float32 144 for 222, float8 66 for 110 (with 128 registers). Slower: 64 keys a tile (88), 128 keys a
+part (87), pages with a head's tokens side by side (1 % better). A last own part that waits for the others and adds them
+takes 76, but a launch would rely on the order in which programs start.
 
 Heads are the fastest index of the grid: neighbouring programs fetch the rows of a token, which are contiguous over
-heads, at the same time. The page numbers of a tile are loaded ahead of its keys, as these are.
+heads, at the same time. The page numbers of a part are read once, at its start, and stay in registers.
 
 Bytes that must move (counted, 2-byte types, H heads of D): own keys and values once, 4*H*D a token; q, k_new, v_new,
 out and the stored token, 12*H*D a candidate; a prefix once from memory, and from the L2 cache once per 16 candidates.
@@ -70,18 +68,12 @@ def _prefix(rows, real, places, prefix_index_ptr, prefix_lens_ptr, num_requests,
 
 
 @triton.jit
-def _end_of_pages(table_ptr, begin, end, num_pages, PAGE_SIZE: tl.constexpr, SPLIT: tl.constexpr):
-    """Return the end of a part's keys: `end`, or the first page that does not exist."""
+def _listed(table_ptr, begin, end, num_pages, PAGE_SIZE: tl.constexpr, SPLIT: tl.constexpr):
+    """Return the pages of a part, and the end of its keys: `end`, or the first page that does not exist."""
     entries = begin // PAGE_SIZE + tl.arange(0, SPLIT // PAGE_SIZE)
     listed = tl.load(table_ptr + entries, mask=entries * PAGE_SIZE < end, other=0)
     broken = (listed < 0) | (listed >= num_pages)
-    return tl.minimum(end, tl.min(tl.where(broken, entries * PAGE_SIZE, NONE)))
-
-
-@triton.jit
-def _page_at(page, page_stride):
-    """Return where a page begins: both factors are known to be positive, so that one instruction multiplies them."""
-    return page.to(tl.uint32).to(tl.uint64) * page_stride.to(tl.uint32)
+    return listed, tl.minimum(end, tl.min(tl.where(broken, entries * PAGE_SIZE, NONE)))
 
 
 @triton.jit
@@ -97,41 +89,35 @@ def _sum_of_products(x, y):
 @triton.jit
 def _own_keys(
     q, k_pages_ptr, v_pages_ptr, table_ptr, begin, end, num_pages, scale, page_stride, token_stride,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, LANES: tl.constexpr,
-    SPLIT: tl.constexpr, STAGES: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Attend from one query `[BLOCK_D]` to the keys from `begin` on.
 
-    The result is the largest score and sum of weights `[1]`, and weighted values `[1, BLOCK_D]`. Every LANES-th key
-    belongs to one online softmax. Those of a tile lie in one thread, and lanes are combined only once, at the end.
+    The result is the largest score and sum of weights `[1]`, and weighted values `[1, BLOCK_D]`. Every BLOCK_N-th key
+    has its own online softmax, so that lanes are combined only once, at the end.
     """
-    ROUNDS: tl.constexpr = BLOCK_N // LANES
-    dims = tl.arange(0, BLOCK_D)
-    first = tl.arange(0, ROUNDS) * LANES  # of a round's keys in a tile
-    tile = first[:, None] + tl.arange(0, LANES)[None, :]
-    end = _end_of_pages(table_ptr, begin, end, num_pages, PAGE_SIZE, SPLIT)
-    # Compared with `start`, these say which keys are there without the mask of the loads, which would have to be kept
-    # from a tile's loads until its keys have come.
-    ends = end - tile
-    # Tiles are whole pages: a key's slot is the same in each of them. A round lies in one page.
-    in_page = (tile % PAGE_SIZE * token_stride)[:, :, None] + dims[None, None, :]
-    top = tl.full([LANES], -float("inf"), tl.float32)
-    total = tl.zeros([LANES], tl.float32)
-    mixed = tl.zeros([LANES, BLOCK_D], tl.float32)
+    dims, tile = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_N)
+    listed, end = _listed(table_ptr, begin, end, num_pages, PAGE_SIZE, SPLIT)
+    # Tiles are whole pages: a key's slot is the same in each of them.
+    in_page = (tile % PAGE_SIZE * token_stride)[:, None] + dims[None, :]
+    top = tl.full([BLOCK_N], -float("inf"), tl.float32)
+    total = tl.zeros([BLOCK_N], tl.float32)
+    mixed = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for start in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
         there = tile < end - start
-        page = tl.load(table_ptr + (start + first) // PAGE_SIZE, mask=first < end - start, other=0)
-        at = _page_at(page, page_stride)[:, None, None]
-        there_mask = there[:, :, None] & (dims < HEAD_DIM)[None, None, :]
-        k = tl.load(k_pages_ptr + at + in_page, mask=there_mask, other=0.0).to(tl.float32)
-        v = tl.load(v_pages_ptr + at + in_page, mask=there_mask, other=0.0).to(tl.float32)
-        scores = tl.where(start < ends, tl.sum(k * q[None, None, :], 2) * scale, -float("inf"))
-        new_top = tl.maximum(top, tl.max(scores, 0))
+        page = tl.gather(listed, (start - begin + tile) // PAGE_SIZE, 0)
+        at = (page.to(tl.int64) * page_stride)[:, None] + in_page
+        there_mask = there[:, None] & (dims < HEAD_DIM)[None, :]
+        k = tl.load(k_pages_ptr + at, mask=there_mask, other=0.0).to(tl.float32)
+        v = tl.load(v_pages_ptr + at, mask=there_mask, other=0.0).to(tl.float32)
+        scores = tl.where(there, tl.sum(k * q[None, :], 1) * scale, -float("inf"))
+        new_top = tl.maximum(top, scores)
         # A lane that has seen no key yet keeps weights of 0, which NaN would replace.
         origin = tl.where(new_top == -float("inf"), 0.0, new_top)
-        weights, shrink = tl.exp2(scores - origin[None, :]), tl.exp2(top - origin)
-        total = total * shrink + tl.sum(weights, 0)
-        mixed = mixed * shrink[:, None] + tl.sum(weights[:, :, None] * v, 0)
+        weights, shrink = tl.exp2(scores - origin), tl.exp2(top - origin)
+        total = total * shrink + weights
+        mixed = mixed * shrink[:, None] + weights[:, None] * v
         top = new_top
     whole_top = tl.max(top, 0)
     share = tl.exp2(top - tl.where(whole_top == -float("inf"), 0.0, whole_top))
@@ -190,8 +176,8 @@ def _own_part(
     prefix_lens_ptr, prefix_index_ptr, k_scale, v_scale, out_ptr, partial_ptr, top_ptr, total_ptr, arrivals_ptr,
     num_requests, num_pages, own_capacity, prefix_capacity, own_splits, num_parts, scale, k_row, k_head, v_row, v_head,
     page_stride, token_stride, own_row,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, LANES: tl.constexpr,
-    SPLIT: tl.constexpr, ONE_PART: tl.constexpr, FLOAT8: tl.constexpr, STAGES: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr,
+    ONE_PART: tl.constexpr, FLOAT8: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Attend to one candidate's own keys, or a part of them; the last part takes the new token, and stores it."""
     dims = tl.arange(0, BLOCK_D)
@@ -207,7 +193,7 @@ def _own_part(
         end = tl.minimum(tl.minimum(place, own_capacity), begin + SPLIT)
         top, total, mixed = _own_keys(
             q, k_pages_ptr, v_pages_ptr, table_ptr, begin, end, num_pages, scale, page_stride, token_stride,
-            HEAD_DIM, BLOCK_D, PAGE_SIZE, BLOCK_N, LANES, SPLIT, STAGES,
+            HEAD_DIM, BLOCK_D, PAGE_SIZE, BLOCK_N, SPLIT, STAGES,
         )  # fmt: skip
         if part == own_parts - 1:
             # The new token is the last key; no program reads the position where it is stored.
@@ -263,6 +249,7 @@ def _prefix_part(
     candidates = first_row + lanes
     real = candidates < num_candidates
     places = tl.load(seq_lens_ptr + candidates, mask=real, other=-1)
+    own_parts = tl.minimum(tl.minimum(places, own_capacity) // SPLIT + 1, own_splits)
     request, prefix_lengths = _prefix(
         candidates, real, places, prefix_index_ptr, prefix_lens_ptr, num_requests, prefix_capacity
     )
@@ -278,15 +265,15 @@ def _prefix_part(
         chosen_mask = chosen[:, None] & in_head[None, :]
         end = tl.minimum(tl.minimum(tl.load(prefix_lens_ptr + current), prefix_capacity), begin + SPLIT)
         table_ptr = prefix_table_ptr + current.to(tl.int64) * prefix_row
-        end = _end_of_pages(table_ptr, begin, end, num_pages, PAGE_SIZE, SPLIT)
+        listed, end = _listed(table_ptr, begin, end, num_pages, PAGE_SIZE, SPLIT)
         q = tl.load(q_ptr + q_at, mask=chosen_mask, other=0.0)
         top = tl.full([BLOCK_M], -float("inf"), tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
         mixed = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         for start in range(begin, end, BLOCK_N):
             there = tile < end - start
-            page = tl.load(table_ptr + (start + tile) // PAGE_SIZE, mask=there, other=0)
-            at = _page_at(page, page_stride)[:, None] + in_page
+            page = tl.gather(listed, (start - begin + tile) // PAGE_SIZE, 0)
+            at = (page.to(tl.int64) * page_stride)[:, None] + in_page
             there_mask = there[:, None] & in_head[None, :]
             k = tl.load(k_pages_ptr + at, mask=there_mask, other=0.0).to(q.dtype)
             v = tl.load(v_pages_ptr + at, mask=there_mask, other=0.0).to(q.dtype)
@@ -297,9 +284,6 @@ def _prefix_part(
         tl.store(total_ptr + part + part_at, total, mask=chosen)
         current = tl.min(tl.where(lists > current, lists, NONE))
     works = lists != NONE
-    # Read again, as no register has room for it until now.
-    places = tl.load(seq_lens_ptr + candidates, mask=works, other=-1)
-    own_parts = tl.minimum(tl.minimum(places, own_capacity) // SPLIT + 1, own_splits)
     tl.debug_barrier()
     arrived = tl.atomic_add(arrivals_ptr + lanes * NUM_HEADS, 1, mask=works, sem="acq_rel")
     last = works & (arrived == own_parts + prefix_parts - 1)
@@ -320,8 +304,8 @@ def paged_attention_decode_kernel(
     num_requests, num_pages, own_capacity, prefix_capacity, own_splits, prefix_splits, scale, q_row, q_head, k_row,
     k_head, v_row, v_head, page_stride, token_stride, head_stride, own_row, prefix_row,
     NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LANES: tl.constexpr, SPLIT: tl.constexpr, ONE_PART: tl.constexpr,
-    FLOAT8: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, ONE_PART: tl.constexpr, FLOAT8: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     num_parts = own_splits + prefix_splits
     head = tl.program_id(0) % NUM_HEADS
@@ -353,7 +337,7 @@ def paged_attention_decode_kernel(
             block_table_ptr, seq_lens_ptr, prefix_lens_ptr, prefix_index_ptr, k_scale, v_scale, out_ptr, partial_ptr,
             top_ptr, total_ptr, arrivals_ptr, num_requests, num_pages, own_capacity, prefix_capacity, own_splits,
             num_parts, scale, k_row, k_head, v_row, v_head, page_stride, token_stride, own_row,
-            HEAD_DIM, BLOCK_D, PAGE_SIZE, BLOCK_N, LANES, SPLIT, ONE_PART, FLOAT8, STAGES,
+            HEAD_DIM, BLOCK_D, PAGE_SIZE, BLOCK_N, SPLIT, ONE_PART, FLOAT8, STAGES,
         )  # fmt: skip
     else:
         split = work % prefix_splits
@@ -375,7 +359,7 @@ SPLIT = 256
 _DECODE = {
     (2, 32): (32, 1, 3, None),
     (2, 64): (32, 2, 3, 128),
-    (2, 128): (32, 4, 3, 144),
+    (2, 128): (32, 4, 3, None),
     (4, 32): (32, 1, 3, None),
     (4, 64): (32, 2, 3, None),
     (4, 128): (32, 4, 3, None),
@@ -431,8 +415,6 @@ def paged_attention_decode(
         num_requests, prefix_row = prefix_table.shape[0], prefix_table.stride(0)
         prefix_capacity = prefix_table.shape[1] * page_size
     own_splits, prefix_splits = max(splits(own_capacity), 1), splits(prefix_capacity)
-    # The keys of which all threads together load one each, 16 bytes a thread: a lane's keys are then in one thread.
-    lanes = 512 * num_warps // (block_d * k_pages.element_size())
     rows = 16
     works = num_candidates * own_splits + triton.cdiv(num_candidates, rows) * prefix_splits
     paged_attention_decode_kernel[(works * num_heads,)](
@@ -444,7 +426,7 @@ def paged_attention_decode(
         scale * LOG2E, *q.stride()[:2], *k_new.stride()[:2], *v_new.stride()[:2], *k_pages.stride()[:3],
         block_table.stride(0), prefix_row,
         NUM_HEADS=num_heads, HEAD_DIM=head_dim, BLOCK_D=block_d, PAGE_SIZE=page_size, BLOCK_M=rows, BLOCK_N=block_n,
-        LANES=lanes, SPLIT=SPLIT, ONE_PART=own_splits + prefix_splits == 1, FLOAT8=k_scale is not None,
+        SPLIT=SPLIT, ONE_PART=own_splits + prefix_splits == 1, FLOAT8=k_scale is not None,
         PRECISION=precision(q.dtype), STAGES=num_stages, num_warps=num_warps, num_stages=num_stages,
         maxnreg=registers,
     )  # fmt: skip
